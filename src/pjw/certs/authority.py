@@ -1,0 +1,252 @@
+"""A development CA: its own certificate, and those that it issues to servers and clients.
+
+ECDSA P-256 with SHA-256 throughout. A certificate is for one end only: a server's cannot
+be used as a client's, nor the other way round.
+"""
+
+import ipaddress
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Final
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from pjw.certs.checks import Role, fault_of, key_matches, parse_certificates, parse_key
+from pjw.certs.files import NewFile, read_certificates, read_key, write_new
+from pjw.certs.profile import CLIENT_NAME_OID, name_fault, quoted
+from pjw.errors import ConfigError
+
+CA_DAYS: Final = 3650
+LEAF_DAYS: Final = 365
+DAYS_MAX: Final = 36_500
+# The clock of the other end may be a little behind ours.
+BACKDATE: Final = timedelta(minutes=5)
+
+CA_CRT: Final = "ca.crt"
+CA_KEY: Final = "ca.key"
+# A client of this name would need the file names of something else.
+RESERVED_NAMES: Final = frozenset({"ca", "server"})
+
+COMMON_NAME_MAX: Final = 64
+HOST_MAX: Final = 253
+# An underscore is in no host name by the book, but in those of container networks.
+HOST_LABEL: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
+
+SigningKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | ed25519.Ed25519PrivateKey
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A certificate and its private key, as PEM. The key stays out of repr()."""
+
+    crt_pem: bytes
+    key_pem: bytes = field(repr=False)
+
+
+def make_authority(*, days: int = CA_DAYS) -> Pair:
+    """Make a CA. Its subject carries a piece of its key, so that two CAs are told apart."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"pjw CA {identifier.digest.hex()[:8]}")])
+    start, end = _validity(days)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(start)
+        .not_valid_after(end)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_key_usage(ca=True), critical=True)
+        .add_extension(identifier, critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key()), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    return _pair(certificate, key)
+
+
+def make_server(authority: Pair, hosts: Sequence[str], *, days: int = LEAF_DAYS) -> Pair:
+    """Issue a certificate to the server that clients reach as *hosts* (names and addresses)."""
+    if not hosts:
+        raise ConfigError("cannot make a server certificate: no host is named")
+    names = [_general_name(host) for host in dict.fromkeys(hosts)]
+    # only for people to read: names are matched with the SAN
+    common_name = hosts[0] if len(hosts[0]) <= COMMON_NAME_MAX else "pjw server"
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
+    return _issue(
+        authority, subject, ExtendedKeyUsageOID.SERVER_AUTH, days, x509.SubjectAlternativeName(names)
+    )
+
+
+def make_client(
+    authority: Pair, name: str, *, days: int = LEAF_DAYS, client_name_oid: str = CLIENT_NAME_OID
+) -> Pair:
+    """Issue a certificate to the client *name*."""
+    _check_name(name)
+    subject = x509.Name(
+        [
+            x509.NameAttribute(NameOID.COMMON_NAME, name),
+            x509.NameAttribute(x509.ObjectIdentifier(client_name_oid), name),
+        ]
+    )
+    return _issue(authority, subject, ExtendedKeyUsageOID.CLIENT_AUTH, days)
+
+
+def init_directory(directory: str, *, days: int = CA_DAYS) -> list[str]:
+    """Write a new CA to *directory*, as ca.crt and ca.key; return the paths."""
+    return _write_pair(directory, "ca", make_authority(days=days))
+
+
+def write_server(directory: str, hosts: Sequence[str], *, days: int = LEAF_DAYS) -> list[str]:
+    """Write server.crt and server.key, issued by the CA in *directory*; return the paths."""
+    return _write_pair(directory, "server", make_server(load_authority(directory), hosts, days=days))
+
+
+def write_client(
+    directory: str, name: str, *, days: int = LEAF_DAYS, client_name_oid: str = CLIENT_NAME_OID
+) -> list[str]:
+    """Write NAME.crt and NAME.key, issued by the CA in *directory*; return the paths."""
+    _check_name(name)
+    if name.lower() in RESERVED_NAMES:
+        raise ConfigError(f"cannot make a client {name}: {name}.crt is the name of another certificate")
+    pair = make_client(load_authority(directory), name, days=days, client_name_oid=client_name_oid)
+    return _write_pair(directory, name, pair)
+
+
+def load_authority(directory: str) -> Pair:
+    """Read ca.crt and ca.key. Raises ConfigError when they are no CA that can issue anything."""
+    crt_path, key_path = os.path.join(directory, CA_CRT), os.path.join(directory, CA_KEY)
+    if not os.path.lexists(crt_path):
+        raise ConfigError(
+            f"cannot find a CA in {directory}: it has no {CA_CRT}", hint="make one with `pjwd certs init`"
+        )
+    pair = Pair(read_certificates(crt_path), read_key(key_path))
+    _signer(pair, crt_path, key_path)
+    return pair
+
+
+def _signer(
+    authority: Pair, crt_path: str = CA_CRT, key_path: str = CA_KEY
+) -> tuple[x509.Certificate, SigningKey]:
+    try:
+        certificate = parse_certificates(authority.crt_pem)[0]
+    except ValueError as error:
+        raise ConfigError(f"cannot read CA certificate {crt_path}: {error}") from error
+    try:
+        key = parse_key(authority.key_pem)
+    except ValueError as error:
+        raise ConfigError(f"cannot read private key {key_path}: {error}") from error
+    fault = fault_of(certificate, Role.CA)
+    if fault:
+        raise ConfigError(f"cannot use CA certificate {crt_path}: {fault}")
+    if not isinstance(key, SigningKey) or not key_matches(certificate, key):
+        raise ConfigError(
+            f"cannot use private key {key_path}: it does not belong to the certificate {crt_path}"
+        )
+    return certificate, key
+
+
+def _issue(
+    authority: Pair,
+    subject: x509.Name,
+    purpose: x509.ObjectIdentifier,
+    days: int,
+    names: x509.SubjectAlternativeName | None = None,
+) -> Pair:
+    issuer, issuer_key = _signer(authority)
+    key = ec.generate_private_key(ec.SECP256R1())
+    start, end = _validity(days)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer.subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(start)
+        # what outlives its CA is of no use after that, and only hides when it ends
+        .not_valid_after(min(end, issuer.not_valid_after_utc))
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_key_usage(ca=False), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(_authority_identifier(issuer, issuer_key), critical=False)
+    )
+    if names is not None:
+        builder = builder.add_extension(names, critical=False)
+    # Ed25519 brings its own hash
+    algorithm = None if isinstance(issuer_key, ed25519.Ed25519PrivateKey) else hashes.SHA256()
+    return _pair(builder.sign(issuer_key, algorithm), key)
+
+
+def _authority_identifier(issuer: x509.Certificate, key: SigningKey) -> x509.AuthorityKeyIdentifier:
+    try:
+        # the CA's own word for its key, which need not be the usual hash of it
+        own = issuer.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    except x509.ExtensionNotFound:
+        return x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key())
+    return x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(own)
+
+
+def _key_usage(*, ca: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not ca,
+        key_cert_sign=ca,
+        crl_sign=ca,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _validity(days: int) -> tuple[datetime, datetime]:
+    if not 1 <= days <= DAYS_MAX:
+        raise ConfigError(f"cannot make a certificate for {days} days: 1 to {DAYS_MAX} are possible")
+    now = datetime.now(UTC).replace(microsecond=0)
+    return now - BACKDATE, now + timedelta(days=days)
+
+
+def _general_name(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        pass
+    labels = host.split(".")
+    # a last label of digits alone is a mistyped address
+    if len(host) > HOST_MAX or not all(map(HOST_LABEL.fullmatch, labels)) or labels[-1].isdigit():
+        raise ConfigError(
+            f"cannot make a server certificate for {quoted(host)}: it is neither a host name nor an address",
+            hint="a name with other letters than ASCII goes in its xn-- form",
+        )
+    return x509.DNSName(host)
+
+
+def _check_name(name: str) -> None:
+    fault = name_fault(name)
+    if fault:
+        raise ConfigError(f"cannot make a client certificate: {fault}")
+
+
+def _pair(certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> Pair:
+    return Pair(
+        certificate.public_bytes(serialization.Encoding.PEM),
+        key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        ),
+    )
+
+
+def _write_pair(directory: str, name: str, pair: Pair) -> list[str]:
+    return write_new(
+        directory,
+        [NewFile(f"{name}.key", pair.key_pem, 0o600), NewFile(f"{name}.crt", pair.crt_pem, 0o644)],
+    )

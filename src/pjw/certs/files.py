@@ -1,0 +1,180 @@
+"""Reading and writing certificate and key files. Standard library only.
+
+What is read is not judged here beyond "is it there, is it PEM, is the key private".
+"""
+
+import errno
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Final
+
+from pjw.errors import ConfigError, describe_errno
+
+# Far above any chain of certificates; a wrong path (a disk image, /dev/zero) ends here.
+FILE_MAX_BYTES: Final = 1024 * 1024
+
+PEM_CERTIFICATE: Final = b"-----BEGIN CERTIFICATE-----"
+PEM_KEYS: Final = (
+    b"-----BEGIN PRIVATE KEY-----",
+    b"-----BEGIN EC PRIVATE KEY-----",
+    b"-----BEGIN RSA PRIVATE KEY-----",
+)
+PEM_ENCRYPTED: Final = (b"-----BEGIN ENCRYPTED PRIVATE KEY-----", b"Proc-Type: 4,ENCRYPTED")
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """What one end of a connection needs, as PEM. The key stays out of repr()."""
+
+    ca_pem: bytes
+    crt_pem: bytes
+    key_pem: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerCredentials(Credentials):
+    """The server's certificate and key, and the CA whose clients it accepts."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClientCredentials(Credentials):
+    """A client's certificate and key, and the CA whose servers it accepts."""
+
+
+@dataclass(frozen=True, slots=True)
+class NewFile:
+    """A file to be written: its name within the directory, its bytes, its mode."""
+
+    name: str
+    data: bytes = field(repr=False)
+    mode: int
+
+
+def load_client_credentials(ca_crt: str, client_crt: str, client_key: str) -> ClientCredentials:
+    """Read what a client needs. Raises ConfigError, naming the file.
+
+    Only that: `pjw.certs.credentials.diagnose_client` finds out why a server closes the
+    connection, when it does.
+    """
+    return ClientCredentials(
+        ca_pem=read_certificates(ca_crt), crt_pem=read_certificates(client_crt), key_pem=read_key(client_key)
+    )
+
+
+def read_certificates(path: str) -> bytes:
+    """The PEM text of one or more certificates. Raises ConfigError."""
+    data, _ = _read(path, "certificate")
+    if PEM_CERTIFICATE not in data:
+        raise ConfigError(
+            f"cannot read certificate {path}: it has no PEM certificate in it",
+            hint="pjw reads PEM, which begins with -----BEGIN CERTIFICATE-----",
+        )
+    return data
+
+
+def read_key(path: str) -> bytes:
+    """The PEM text of a private key that only its owner can read. Raises ConfigError.
+
+    A key of root may be readable by its group, and by nobody else: this is how a service
+    that is not root gets at a key that it cannot replace (PostgreSQL has the same rule).
+    """
+    data, status = _read(path, "private key")
+    refused = 0o027 if status.st_uid == 0 else 0o077
+    if status.st_mode & refused:
+        raise ConfigError(
+            f"cannot use private key {path}: others may read it (its mode is {stat.S_IMODE(status.st_mode):04o})",
+            hint=f"chmod 600 {path}",
+        )
+    if any(mark in data for mark in PEM_ENCRYPTED):
+        raise ConfigError(
+            f"cannot use private key {path}: it is encrypted, and pjw asks for no passphrase",
+            hint=f"openssl pkey -in {path} writes it unencrypted",
+        )
+    if not any(mark in data for mark in PEM_KEYS):
+        raise ConfigError(f"cannot read private key {path}: it has no PEM private key in it")
+    return data
+
+
+def _read(path: str, what: str) -> tuple[bytes, os.stat_result]:
+    """Bytes and status of the same open file, so that no other can slip between the two."""
+    try:
+        # O_NONBLOCK: a FIFO in the file's place must not hang us
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with os.fdopen(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise ConfigError(f"cannot read {what} {path}: it is not a regular file")
+            data = file.read(FILE_MAX_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"cannot read {what} {path}: {describe_errno(error.errno or 0)}") from error
+    if len(data) > FILE_MAX_BYTES:
+        raise ConfigError(f"cannot read {what} {path}: it is longer than {FILE_MAX_BYTES} bytes")
+    return data, status
+
+
+def write_new(directory: str, files: Sequence[NewFile]) -> list[str]:
+    """Write all of the files, or none; return their paths. Raises ConfigError.
+
+    An existing file is never overwritten. Every file has its mode from its creation on: a
+    key that is narrowed later could have been opened before. The directory is made, for
+    its owner only, when it is not there.
+    """
+    with _directory(directory) as descriptor:
+        made: list[str] = []
+        try:
+            for file in files:
+                _write(directory, descriptor, file, made)
+            os.fsync(descriptor)
+        except BaseException:
+            # an interrupt too must leave no key without its certificate
+            for name in made:
+                with suppress(OSError):
+                    os.unlink(name, dir_fd=descriptor)
+            raise
+    return [os.path.join(directory, file.name) for file in files]
+
+
+@contextmanager
+def _directory(path: str) -> Iterator[int]:
+    """An open directory, which is removed again if it was made here and what follows fails."""
+    made = False
+    try:
+        try:
+            os.mkdir(path, 0o700)
+            made = True
+        except FileExistsError:
+            pass
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ConfigError(f"cannot use directory {path}: {describe_errno(error.errno or 0)}") from error
+    try:
+        yield descriptor
+    except BaseException:
+        if made:
+            with suppress(OSError):
+                os.rmdir(path)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _write(directory: str, descriptor: int, file: NewFile, made: list[str]) -> None:
+    path = os.path.join(directory, file.name)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        target = os.open(file.name, flags, file.mode, dir_fd=descriptor)
+        made.append(file.name)
+        with os.fdopen(target, "wb") as stream:
+            stream.write(file.data)
+            stream.flush()
+            os.fsync(target)
+    except OSError as error:
+        hint = (
+            "pjw overwrites no certificate and no key: move it away first"
+            if error.errno == errno.EEXIST
+            else None
+        )
+        raise ConfigError(f"cannot write {path}: {describe_errno(error.errno or 0)}", hint=hint) from error

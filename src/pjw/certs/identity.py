@@ -1,0 +1,142 @@
+"""A verified client certificate to an Identity, and nothing else.
+
+The certificate has passed the handshake: its chain and purpose are known to be good. What
+is decided here is only what its owner is called, and two owners must never be called the
+same unless the CA said so.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from functools import lru_cache
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from typing import Final
+
+from cryptography import x509
+from cryptography.x509.oid import NameOID
+
+from pjw.certs.checks import key_bytes
+from pjw.certs.credentials import check_leaf
+from pjw.certs.profile import (
+    CLIENT_NAME_OID,
+    CLIENT_NAME_TAIL,
+    KEY_NAME_HEX_DIGITS,
+    KEY_NAME_PREFIX,
+    name_fault,
+    quoted,
+)
+from pjw.errors import ConfigError, NotAuthenticatedError
+from pjw.model import Identity
+
+CACHE_CERTIFICATES: Final = 1024
+# A certificate made by a recipe for servers says this without a SAN to show what it is.
+LOCALHOST: Final = "localhost"
+MALFORMED: Final = "cannot read the client certificate: it is malformed"
+
+
+@lru_cache(maxsize=CACHE_CERTIFICATES)
+def identity_of(pem: bytes, client_name_oid: str = CLIENT_NAME_OID) -> Identity:
+    """Name the owner of a verified certificate. Raises NotAuthenticatedError.
+
+    The name is (1) the subject's client name: an attribute with *client_name_oid*, or the
+    tail of a CN such as `localhost/clientName=john`; (2) else the CN, when it is not a host
+    name that the same certificate claims; (3) else made of the certificate's key. A name
+    that breaks the rule for names is refused, never passed over for the next rule. Only
+    the first certificate of *pem* counts. Says nothing about the date: see `check_leaf`.
+    """
+    oid = x509.ObjectIdentifier(client_name_oid)
+    certificate = _parsed(pem)
+    try:
+        claims = _claimed_names(certificate, oid)
+        common_names = _values(certificate, NameOID.COMMON_NAME)
+        hosts = list(_host_names(certificate))
+        key_digest = hashlib.sha256(key_bytes(certificate.public_key())).hexdigest()
+        serial = certificate.serial_number
+    except Exception as error:  # the parser's errors are not documented as a closed set
+        raise NotAuthenticatedError(MALFORMED) from error
+    if len(common_names) > 1 or len(claims) > 1:
+        raise NotAuthenticatedError("cannot name the client: its certificate has more than one name for it")
+    if claims:
+        return Identity(_checked(claims[0]), serial)
+    if common_names and not _is_host(common_names[0], hosts):
+        return Identity(_checked(common_names[0]), serial)
+    return Identity(KEY_NAME_PREFIX + key_digest[:KEY_NAME_HEX_DIGITS], serial)
+
+
+def authenticate(pem: bytes, client_name_oid: str = CLIENT_NAME_OID) -> Identity:
+    """Accept a verified certificate for one request: `check_leaf`, then `identity_of`.
+
+    For each request, as a resumed session outlives its certificate; the parsed certificate
+    is kept, so that this costs microseconds. Raises NotAuthenticatedError.
+    """
+    check_leaf(_parsed(pem))
+    return identity_of(pem, client_name_oid)
+
+
+def check_client_name_oid(oid: str) -> None:
+    """Refuse a setting that is no object identifier. Raises ConfigError."""
+    try:
+        x509.ObjectIdentifier(oid)
+    except ValueError:
+        raise ConfigError(
+            f"cannot use {quoted(oid)} as the OID of client names: it is no object identifier",
+            hint="write it in dots, as in 1.3.6.1.4.1.99999.1",
+        ) from None
+
+
+@lru_cache(maxsize=CACHE_CERTIFICATES)
+def _parsed(pem: bytes) -> x509.Certificate:
+    try:
+        return x509.load_pem_x509_certificate(pem)
+    except Exception as error:  # as above
+        raise NotAuthenticatedError(MALFORMED) from error
+
+
+def _claimed_names(certificate: x509.Certificate, oid: x509.ObjectIdentifier) -> list[str]:
+    """Every name that the subject gives as a client's, in either form."""
+    names = _values(certificate, oid)
+    for common_name in _values(certificate, NameOID.COMMON_NAME):
+        _, mark, tail = common_name.partition(CLIENT_NAME_TAIL)
+        if mark:
+            names.append(tail)
+    return names
+
+
+def _values(certificate: x509.Certificate, oid: x509.ObjectIdentifier) -> list[str]:
+    values = [attribute.value for attribute in certificate.subject.get_attributes_for_oid(oid)]
+    if not all(isinstance(value, str) for value in values):
+        raise ValueError("an attribute of the subject is not text")
+    return [str(value) for value in values]
+
+
+def _host_names(certificate: x509.Certificate) -> Iterator[str | IPv4Address | IPv6Address]:
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return
+    yield from (_plain(name) for name in names.get_values_for_type(x509.DNSName))
+    for address in names.get_values_for_type(x509.IPAddress):
+        if isinstance(address, IPv4Address | IPv6Address):
+            yield address
+
+
+def _is_host(name: str, hosts: list[str | IPv4Address | IPv6Address]) -> bool:
+    """Whether a CN says where a certificate is used rather than by whom."""
+    plain = _plain(name)
+    if plain == LOCALHOST or plain in hosts or "*." + plain.partition(".")[2] in hosts:
+        return True
+    try:
+        return ip_address(name) in hosts
+    except ValueError:
+        return False
+
+
+def _plain(host: str) -> str:
+    """Host names differ in neither case nor a final dot."""
+    return host.lower().removesuffix(".")
+
+
+def _checked(name: str) -> str:
+    fault = name_fault(name)
+    if fault:
+        raise NotAuthenticatedError(f"cannot name the client: {fault}")
+    return name

@@ -1,0 +1,46 @@
+"""What pjw accepts in certificates, and the rule for a client's name. Standard library only."""
+
+import re
+from typing import Final
+
+# The arc for anyone's own identifiers that are made of a UUID (here 200835ef-df1e-4585-
+# a327-20bf501408a0), as Microsoft documents it. Not 2.25.UUID: its 128-bit arc is more
+# than Go's crypto/x509 reads, and such a client could not load its own certificate.
+CLIENT_NAME_OID: Final = "1.2.840.113556.1.8000.2554.8200.13807.57118.17797.41767.2146128.1312928"
+# OpenSSL drops an attribute that it does not know. Where its slash is taken for a part of
+# the CN (in `-subj` with a backslash, or typed at the prompt) the name comes behind this.
+CLIENT_NAME_TAIL: Final = "/clientName="
+
+# Names that are made of a key begin with this, so no other name may: who could be called
+# "key-1234…" by a CA would own the jobs of that key.
+KEY_NAME_PREFIX: Final = "key-"
+KEY_NAME_HEX_DIGITS: Final = 16
+
+NAME_MAX_CHARACTERS: Final = 64
+# ASCII alone: no two names may look alike. No "/" and no leading ".", because a name
+# becomes part of a path; no space and no control character, because it is logged.
+NAME_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+-]{0,63}")
+NAME_RULE: Final = "1 to 64 of A-Z a-z 0-9 . _ @ + -, the first a letter or a digit"
+
+RSA_MIN_BITS: Final = 2048
+SIGNATURE_HASHES: Final = frozenset({"sha256", "sha384", "sha512"})
+
+QUOTED_MAX_CHARACTERS: Final = 80
+
+
+def name_fault(name: str) -> str | None:
+    """Why *name* cannot be a client's name; None when it can."""
+    if not NAME_PATTERN.fullmatch(name):
+        return f"{quoted(name)} is no client name ({NAME_RULE})"
+    if name.lower().startswith(KEY_NAME_PREFIX):
+        return f"{quoted(name)} is no client name (only names made of a key begin with {KEY_NAME_PREFIX})"
+    return None
+
+
+def quoted(text: str) -> str:
+    """*text* in quotes, escaped to printable ASCII, in at most 80 characters."""
+    # cut before escaping too: the text may be 64 KiB long
+    escaped = ascii(text[:QUOTED_MAX_CHARACTERS])
+    if len(text) <= QUOTED_MAX_CHARACTERS and len(escaped) <= QUOTED_MAX_CHARACTERS:
+        return escaped
+    return escaped[: QUOTED_MAX_CHARACTERS - 3] + "..."

@@ -1,0 +1,167 @@
+"""pjw: the command tree; one function for each command; errors to exit codes."""
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+from pjw.cli.settings import DEFAULT_SERVER, find_settings
+from pjw.errors import (
+    ConfigError,
+    LaunchError,
+    PjwError,
+    ProtocolError,
+    ServerFailedError,
+    ServerUnreachableError,
+)
+
+if TYPE_CHECKING:
+    from pjw.cli.client import Client
+
+EXIT_REFUSED: Final = 1
+EXIT_USAGE: Final = 2
+EXIT_FAILED: Final = 125
+EXIT_NOT_EXECUTABLE: Final = 126
+EXIT_NOT_FOUND: Final = 127
+EXIT_INTERRUPTED: Final = 130
+# 128 + SIGPIPE, as of a program that the signal ended: the reader has gone, and wants no more.
+EXIT_CLOSED_PIPE: Final = 141
+
+_EPILOG: Final = """\
+exit codes: 0 done, 1 refused, 2 wrong usage, 125 pjw failed (no server, no certificate),
+126 not executable, 127 no such program, 130 interrupted
+
+Every option can also be set as PJW_SERVER, PJW_CA_CRT, PJW_CLIENT_CRT, PJW_CLIENT_KEY, or in
+~/.config/pjw/config.toml.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        settings = find_settings(arguments)
+        from pjw.cli.client import Client  # imports gRPC, which `pjw --help` need not wait for
+
+        with Client(settings) as client:
+            arguments.run(client, arguments)
+            sys.stdout.flush()
+    except PjwError as error:
+        print(f"pjw: error: {error}", file=sys.stderr)
+        if error.hint:
+            print(f"hint: {error.hint}", file=sys.stderr)
+        return exit_code_of(error)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The interpreter would complain about the same pipe when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_CLOSED_PIPE
+    return 0
+
+
+def exit_code_of(error: PjwError) -> int:
+    """The exit code for an error."""
+    match error:
+        case LaunchError(errno=errno.ENOENT):
+            return EXIT_NOT_FOUND
+        case LaunchError():
+            return EXIT_NOT_EXECUTABLE
+        case ServerUnreachableError() | ServerFailedError() | ConfigError() | ProtocolError():
+            return EXIT_FAILED
+        case _:
+            return EXIT_REFUSED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pjw",
+        description="Run commands on a machine with pjwd: isolated, limited, their output streamed.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--server", metavar="HOST:PORT", help=f"default {DEFAULT_SERVER}")
+    parser.add_argument("--ca-crt", metavar="FILE", help="the authority of the server's certificate")
+    parser.add_argument("--client-crt", metavar="FILE", help="your certificate")
+    parser.add_argument("--client-key", metavar="FILE", help="your key")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("list", help="list your jobs: their ids, or a table at a terminal")
+    command.set_defaults(run=_list)
+
+    command = commands.add_parser("get", help="show a job as JSON")
+    command.set_defaults(run=_get)
+    command.add_argument("id", type=_job_id, metavar="ID")
+
+    command = commands.add_parser(
+        "start",
+        help="start a job and print its id",
+        usage="pjw start CMD | pjw start [--] PROGRAM ARG...",
+        description="Start a job and print its id. One argument is a shell command, run by /bin/sh -c;"
+        " several are a program and its arguments, executed as they are.",
+    )
+    command.set_defaults(run=_start)
+    command.add_argument("command", nargs=argparse.REMAINDER, metavar="CMD")
+
+    command = commands.add_parser("stop", help="stop a job, wait for its end, and show it as JSON")
+    command.set_defaults(run=_stop)
+    command.add_argument("id", type=_job_id, metavar="ID")
+
+    command = commands.add_parser("logs", help="stream a job's output from its first byte until the job ends")
+    command.set_defaults(run=_logs)
+    command.add_argument("id", type=_job_id, metavar="ID")
+    return parser
+
+
+def _job_id(text: str) -> int:
+    # int() alone would take "1_0", " 1 " and digits of other scripts
+    digits = text.removeprefix("-")
+    if not digits.isascii() or not digits.isdecimal() or len(digits) > 100:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a job id, which is a whole number")
+    return int(text)
+
+
+def _list(client: "Client", arguments: argparse.Namespace) -> None:
+    if sys.stdout.isatty():
+        from pjw.cli.render import job_table
+
+        for line in job_table(client.list()):
+            print(line)
+    else:
+        for job in client.list():
+            print(job.id)
+
+
+def _get(client: "Client", arguments: argparse.Namespace) -> None:
+    from pjw.cli.render import job_json
+
+    print(job_json(client.get(arguments.id)))
+
+
+def _start(client: "Client", arguments: argparse.Namespace) -> None:
+    from pjw.model import JobSpec
+
+    words = arguments.command
+    if words[:1] == ["--"]:
+        words = words[1:]
+    print(client.start(JobSpec(words[0] if len(words) == 1 else words)).id)
+
+
+def _stop(client: "Client", arguments: argparse.Namespace) -> None:
+    from pjw.cli.render import job_json
+
+    print(job_json(client.stop(arguments.id)))
+
+
+def _logs(client: "Client", arguments: argparse.Namespace) -> None:
+    # straight to the descriptor: no decoding, and each chunk is out before we wait for the next
+    for data in client.logs(arguments.id):
+        view = memoryview(data)
+        while view:
+            view = view[os.write(sys.stdout.fileno(), view) :]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

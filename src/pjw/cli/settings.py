@@ -1,0 +1,66 @@
+"""Which server, and with which certificates: options, then environment, then a file."""
+
+import argparse
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from pjw.errors import ConfigError
+
+DEFAULT_SERVER: Final = "localhost:50051"
+_KEYS: Final = ("server", "ca_crt", "client_crt", "client_key")
+
+
+@dataclass(frozen=True, slots=True)
+class ClientSettings:
+    """Where to connect to, and the files that say who we are."""
+
+    server: str
+    ca_crt: str
+    client_crt: str
+    client_key: str
+
+
+def find_settings(arguments: argparse.Namespace) -> ClientSettings:
+    """Gather the settings. Raises ConfigError that says which is missing and how to give it."""
+    file = _read_file()
+    found: dict[str, str] = {}
+    for key in _KEYS:
+        value = getattr(arguments, key) or os.environ.get(f"PJW_{key.upper()}") or file.get(key)
+        if value:
+            found[key] = value
+    found.setdefault("server", DEFAULT_SERVER)
+    for key in _KEYS:
+        if key not in found:
+            option = "--" + key.replace("_", "-")
+            raise ConfigError(
+                f"no {option} is given",
+                hint=f"give {option} FILE, set PJW_{key.upper()}, or put {key} into {config_path()}",
+            )
+    return ClientSettings(**found)
+
+
+def config_path() -> Path:
+    """The user's file (XDG Base Directory Specification)."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "pjw" / "config.toml"
+
+
+def _read_file() -> dict[str, str]:
+    path = config_path()
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    import tomllib  # only who has a file pays for its import
+
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"cannot read {path}: it is not TOML: {error}") from error
+    for key, value in values.items():
+        if key not in _KEYS or not isinstance(value, str):
+            raise ConfigError(f"{path}: {key} is not a setting with a text value", hint=f"it may hold {', '.join(_KEYS)}")
+    return values

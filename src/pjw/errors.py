@@ -1,0 +1,106 @@
+"""Every error that pjw raises on purpose, on one page.
+
+One class for each different thing that a caller can do about it. Facts travel as
+attributes, so that nobody has to parse text. Worded as *what we were doing, to what: why*.
+"""
+
+import errno as errno_names
+import os
+from typing import Final
+
+# What the host lacks now and may have later: the same request may work then.
+RESOURCE_ERRNOS: Final = frozenset(
+    {
+        errno_names.ENOSPC,
+        errno_names.EDQUOT,
+        errno_names.EAGAIN,
+        errno_names.EMFILE,
+        errno_names.ENFILE,
+        errno_names.ENOMEM,
+    }
+)
+
+
+class PjwError(Exception):
+    """The root of the tree. `hint` is a next step for a person, where there is one."""
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint: Final = hint
+
+
+class InvalidJobError(PjwError):
+    """The caller's fault: the request can never work (empty command, impossible limit)."""
+
+
+class JobNotFoundError(PjwError):
+    """No such job, or none that this caller may know of: the two are never told apart."""
+
+    def __init__(self, job_id: int) -> None:
+        super().__init__(f"no job {job_id}")
+        self.job_id: Final = job_id
+
+
+class JobStateError(PjwError):
+    """A real job at the wrong moment."""
+
+
+class LaunchError(PjwError):
+    """The command could not be executed: missing, or not executable. Carries errno."""
+
+    def __init__(self, program: str, error: int) -> None:
+        super().__init__(f"cannot execute {program}: {describe_errno(error)}")
+        self.program: Final = program
+        self.errno: Final = error
+
+
+class OffsetError(PjwError):
+    """Output was asked for from beyond its end."""
+
+
+class LimitReachedError(PjwError):
+    """Too many of something, or no space: the same request may work later."""
+
+
+class NotAuthenticatedError(PjwError):
+    """The caller's identity is unknown, or its certificate is not acceptable."""
+
+
+class NotAllowedError(PjwError):
+    """The caller is known, but its role lacks the method."""
+
+
+class LauncherGoneError(PjwError):
+    """The launcher has died or the service is draining; running jobs go on."""
+
+
+class KernelError(PjwError):
+    """The kernel refused a step of a set-up. Names the operation, its subject and errno."""
+
+    def __init__(self, operation: str, subject: str, error: int, *, hint: str | None = None) -> None:
+        super().__init__(f"cannot {operation} {subject}: {describe_errno(error)}", hint=hint)
+        self.operation: Final = operation
+        self.subject: Final = subject
+        self.errno: Final = error
+
+
+class ProtocolError(PjwError):
+    """Worker and launcher disagree about their messages: a bug, or a hostile peer."""
+
+
+class ConfigError(PjwError):
+    """The operator's fault: a setting, a file or this host does not allow what was asked."""
+
+
+class ServerUnreachableError(PjwError):
+    """Seen by a client: no server answered, or it hung up. The same call may work later."""
+
+
+class ServerFailedError(PjwError):
+    """Seen by a client: the server failed in a way that is its own fault."""
+
+
+def describe_errno(error: int) -> str:
+    """Word an errno as in `no such file or directory (ENOENT)`."""
+    name = errno_names.errorcode.get(error, str(error))
+    return f"{os.strerror(error).lower()} ({name})"

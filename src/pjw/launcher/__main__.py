@@ -1,0 +1,41 @@
+"""Start the launcher: fix the descriptors, then answer until the other end closes.
+
+Descriptors: 0-2 as given by pjwd (null, null, diagnostics), 3 the requests; nothing else.
+"""
+
+import os
+import resource
+import signal
+import socket
+import sys
+from typing import Final
+
+from pjw.errors import PjwError
+from pjw.launcher.dispatch import Launcher
+
+REQUESTS_FD: Final = 3
+
+
+def main() -> int:
+    """Serve the worker at the other end of descriptor 3; the exit code."""
+    os.closerange(REQUESTS_FD + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    # A job costs the launcher one descriptor while it runs.
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    os.umask(0o077)
+    # Ctrl-C in a terminal reaches the whole foreground group; the launcher ends when its
+    # worker does, and not before it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    requests = socket.socket(fileno=REQUESTS_FD)
+    requests.set_inheritable(False)
+    try:
+        Launcher(requests).run()
+    except PjwError as error:
+        print(f"pjwd: launcher: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""The cgroups of jobs: create, limit, enter, account, kill, remove. One interface, v1 and v2.
+
+The directories are the registry of jobs: `job-<id>` exists = the job exists. They outlive
+the launcher, so finding them there at a start is normal.
+"""
+
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from pjw.errors import ConfigError
+from pjw.launcher.cgroup import files, v1, v2
+from pjw.launcher.cgroup.devices import disks_under
+from pjw.model import Limits, Usage
+
+__all__ = ["Cgroup", "Hierarchy", "HostDescription", "describe_host", "disks_under", "open_hierarchy"]
+
+
+class Cgroup(Protocol):
+    """One job's cgroup."""
+
+    def init_arguments(self) -> AbstractContextManager[list[str]]:
+        """The options with which pjw-init enters this cgroup.
+
+        They name descriptors that are open, and inheritable under these numbers, only within
+        the context: spawn init there.
+        """
+
+    def pids(self) -> list[int]:
+        """The live processes, by their pids here, sorted."""
+
+    def kill(self) -> None:
+        """SIGKILL every process: the last resort, when init does not do it.
+
+        v1 returns when none is left (KernelError after 5 s), v2 at once.
+        """
+
+    def usage(self) -> Usage:
+        """What the job has used until now; a counter that this kernel lacks is 0."""
+
+    def remove(self) -> None:
+        """Remove it, when need be waiting for the last process to be gone.
+
+        It need not exist any more. KernelError (EBUSY) when it is not empty after 5 s.
+        """
+
+
+class Hierarchy(Protocol):
+    """The cgroups of all jobs of one instance."""
+
+    @property
+    def version(self) -> int:
+        """1 or 2."""
+
+    def create(self, job_id: int, limits: Limits) -> Cgroup:
+        """Make a cgroup with every limit set, or leave nothing behind.
+
+        JobStateError when it exists; ConfigError for io limits without a disk; KernelError
+        naming the file for all that the kernel refuses.
+        """
+
+    def find(self, job_id: int) -> Cgroup | None:
+        """The cgroup of a job, also one that was left half made or half removed."""
+
+    def job_ids(self) -> list[int]:
+        """Every job that has a cgroup, sorted; half-made ones too."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostDescription:
+    """What this host offers. `version` is the one that jobs would get, missing parts or not."""
+
+    version: int
+    location: str
+    present: tuple[str, ...]
+    missing: tuple[str, ...]
+    hint: str | None
+
+
+def open_hierarchy(
+    instance: str, *, io_devices: Sequence[str] = (), supervisor_pids: Sequence[int] = ()
+) -> Hierarchy:
+    """Choose v1 or v2 and prepare the parents of the jobs' cgroups.
+
+    *io_devices* (see disks_under) are the disks that io limits are set on; with none, the io
+    controller may be missing and no io limit can be set. *supervisor_pids*, the launcher's own
+    and its server's, are moved into a leaf where v2 wants that. Raises ConfigError naming a
+    controller that is missing, KernelError for what the kernel refuses.
+    """
+    mounts = files.read_mounts()
+    host = _describe(mounts)
+    optional = () if io_devices else (v1.IO_CONTROLLER, v2.IO_CONTROLLER)
+    if missing := [name for name in host.missing if name not in optional]:
+        raise ConfigError(f"cannot limit jobs: no cgroup controller {', '.join(missing)}", hint=host.hint)
+    if host.version == v2.V2Hierarchy.version:
+        return v2.open_hierarchy(instance, host.location, host.present, io_devices, supervisor_pids)
+    points = v1.mounted_controllers(mounts)
+    return v1.open_hierarchy(instance, points, io_devices)
+
+
+def describe_host() -> HostDescription:
+    """What `pjwd check` tells. Changes nothing."""
+    return _describe(files.read_mounts())
+
+
+def _describe(mounts: Sequence[files.Mount]) -> HostDescription:
+    # The one that lacks least: a controller is with either v1 or v2, never with both.
+    return min((_describe_v2(mounts), _describe_v1(mounts)), key=lambda host: len(host.missing))
+
+
+def _describe_v2(mounts: Sequence[files.Mount]) -> HostDescription:
+    # A mount from outside of our cgroup namespace has a root of `/..`; the last one mounted
+    # hides others at its place.
+    visible = [mount for mount in mounts if mount.fs_type == "cgroup2" and not mount.root.startswith("/..")]
+    wanted = (*v2.CONTROLLERS, v2.IO_CONTROLLER)
+    if not visible:
+        return HostDescription(2, "", (), wanted, "mount cgroup v2: mount -t cgroup2 none /sys/fs/cgroup")
+    base = v2.find_base(visible[-1])
+    there = v2.controllers_in(base)
+    hint = "look for cgroup_disable= in /proc/cmdline, and in /proc/cgroups for controllers that v1 holds"
+    if base != visible[-1].point:
+        hint = "set Delegate=yes in the unit of pjwd"
+    return _compare(2, base, wanted, there, hint)
+
+
+def _describe_v1(mounts: Sequence[files.Mount]) -> HostDescription:
+    points = v1.mounted_controllers(mounts)
+    hint = "mount each: mount -t cgroup -o CONTROLLER none /sys/fs/cgroup/CONTROLLER; or boot with cgroup v2"
+    location = points.get("memory", "")
+    return _compare(1, location, (*v1.CONTROLLERS, v1.IO_CONTROLLER), points.keys(), hint)
+
+
+def _compare(
+    version: int, location: str, wanted: Sequence[str], there: AbstractSet[str], hint: str
+) -> HostDescription:
+    missing = tuple(name for name in wanted if name not in there)
+    present = tuple(name for name in wanted if name in there)
+    return HostDescription(version, location, present, missing, hint if missing else None)

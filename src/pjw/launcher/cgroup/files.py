@@ -1,0 +1,206 @@
+"""What both drivers share: mounts, single-value files, and processes that must end.
+
+A pid is no identity: whatever signals or waits here holds a pidfd while it does so.
+"""
+
+import errno
+import os
+import select
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Final
+
+from pjw.errors import KernelError
+
+# How long a process that was killed may take to be gone before that is an error.
+SETTLE_SECONDS: Final = 5.0
+
+# So many pidfds are open at once at most; the usual soft limit of open files is 1024.
+PIDFDS_AT_ONCE: Final = 128
+
+CPU_PERIOD_USEC: Final = 100_000
+
+# Above these the kernel refuses or truncates a value. All of them are beyond what any
+# machine has, so that a limit this high limits nothing and the highest value says the same.
+CPU_QUOTA_MAX_USEC: Final = 2**40
+PIDS_MAX: Final = 2**22
+IOPS_MAX: Final = 2**32 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """One line of /proc/self/mountinfo."""
+
+    id: int
+    device: str
+    root: str
+    point: str
+    fs_type: str
+    source: str
+    super_options: frozenset[str]
+
+
+def read_mounts(path: str = "/proc/self/mountinfo") -> list[Mount]:
+    """Every mount that this process sees, in the kernel's order."""
+    mounts = []
+    for line in read_text(path, path).splitlines():
+        left, _, right = line.partition(" - ")
+        mount_id, _parent, device, root, point, *_options = left.split(" ")
+        fs_type, source, super_options = right.split(" ")[:3]
+        mounts.append(
+            Mount(
+                id=int(mount_id),
+                device=device,
+                root=_unescape(root),
+                point=_unescape(point),
+                fs_type=fs_type,
+                source=_unescape(source),
+                super_options=frozenset(super_options.split(",")),
+            )
+        )
+    return mounts
+
+
+def _unescape(field: str) -> str:
+    # The kernel writes blank, tab, newline, backslash and "#" as three octal digits.
+    first, *rest = field.split("\\")
+    return first + "".join(chr(int(part[:3], 8)) + part[3:] for part in rest)
+
+
+def read_text(path: str, subject: str) -> str:
+    """The whole of a small file of the kernel; *subject* is its name in errors."""
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            return file.read()
+    except OSError as error:
+        raise KernelError("read", subject, error.errno or errno.EIO) from error
+
+
+def write_text(path: str, value: str, subject: str) -> None:
+    """Write *value* with one write(2), as kernel files want it; never create the file."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY)
+        try:
+            os.write(descriptor, value.encode())
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise KernelError(f"write {value!r} to", subject, error.errno or errno.EIO) from error
+
+
+def read_pids(directory: str) -> list[int]:
+    """The processes in a cgroup, by their pids here; none when the cgroup is gone."""
+    path = f"{directory}/cgroup.procs"
+    try:
+        text = read_text(path, path)
+    except KernelError as error:
+        # ENODEV: removed between our open and our read
+        if error.errno in (errno.ENOENT, errno.ENODEV):
+            return []
+        raise
+    # The kernel shows a process of a foreign pid namespace as 0.
+    return sorted({int(line) for line in text.split()} - {0})
+
+
+def read_fields(text: str) -> dict[str, int]:
+    """Read lines of `name value`, as in cpu.stat."""
+    return {name: int(value) for name, value in (line.split() for line in text.splitlines())}
+
+
+def job_ids_in(directory: str) -> set[int]:
+    """The jobs that have a directory in *directory*; other names there are not ours."""
+    try:
+        names = os.listdir(directory)
+    except FileNotFoundError:
+        return set()
+    except OSError as error:
+        raise KernelError("list", directory, error.errno or errno.EIO) from error
+    ids = (name.removeprefix("job-") for name in names if name.startswith("job-"))
+    return {int(job_id) for job_id in ids if job_id.isascii() and job_id.isdigit()}
+
+
+def make_parent(path: str, hint: str | None = None) -> None:
+    """Make a directory above the jobs'; one that is there from an earlier start is right."""
+    try:
+        os.mkdir(path, 0o755)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise KernelError("make cgroup", path, error.errno or errno.EIO, hint=hint) from error
+
+
+def kill_processes(list_pids: Callable[[], list[int]], subject: str) -> None:
+    """SIGKILL each process of a cgroup until none is left.
+
+    A fork that was under way shows only after the list was read, but before the process
+    that forked has ended: so wait for those, and then read again.
+    """
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while pids := list_pids():
+        if time.monotonic() >= deadline:
+            raise KernelError("kill", subject, errno.ETIMEDOUT)
+        with _pidfds(pids[:PIDFDS_AT_ONCE]) as pidfds:
+            # Read again now that the pidfds are held. A pid that was recycled before is no
+            # longer in the list; one recycled since is not what its pidfd stands for.
+            still_there = set(list_pids())
+            signalled = [pidfd for pid, pidfd in pidfds.items() if pid in still_there]
+            for pidfd in signalled:
+                _kill(pidfd)
+            for pidfd in signalled:
+                _wait(pidfd, deadline)
+
+
+def wait_for_exit(pids: list[int], deadline: float) -> None:
+    """Return when all *pids* have ended, or at *deadline* (of time.monotonic)."""
+    for pid in pids:
+        with _pidfds([pid]) as pidfds:
+            for pidfd in pidfds.values():
+                _wait(pidfd, deadline)
+
+
+@contextmanager
+def _pidfds(pids: list[int]) -> Iterator[dict[int, int]]:
+    pidfds: dict[int, int] = {}
+    try:
+        for pid in pids:
+            try:
+                pidfds[pid] = os.pidfd_open(pid)
+            except ProcessLookupError:
+                continue
+            except OSError as error:
+                raise KernelError("open a pidfd of", f"process {pid}", error.errno or errno.EIO) from error
+        yield pidfds
+    finally:
+        for pidfd in pidfds.values():
+            os.close(pidfd)
+
+
+def _kill(pidfd: int) -> None:
+    with suppress(ProcessLookupError):
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+
+
+def _wait(pidfd: int, deadline: float) -> None:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
+
+
+@contextmanager
+def inheritable(paths: list[str], flags: int, subject: str) -> Iterator[list[int]]:
+    """Open *paths*, to be inherited by what is spawned meanwhile; close them at the end."""
+    descriptors: list[int] = []
+    try:
+        for path in paths:
+            try:
+                descriptors.append(os.open(path, flags))
+            except OSError as error:
+                raise KernelError("open the cgroup of", subject, error.errno or errno.EIO) from error
+            os.set_inheritable(descriptors[-1], True)
+        yield descriptors
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)

@@ -1,0 +1,251 @@
+"""cgroup v2: one directory for each job, processes only in the leaves."""
+
+import errno
+import os
+import select
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Final
+
+from pjw.errors import ConfigError, JobStateError, KernelError
+from pjw.launcher.cgroup import devices, files
+from pjw.model import Limits, Usage
+
+CONTROLLERS: Final = ("cpu", "memory", "pids")
+IO_CONTROLLER: Final = "io"
+
+# The leaf in which we and our server live, where the base may hold no process.
+SUPERVISOR: Final = "supervisor"
+
+
+def find_base(mount: files.Mount) -> str:
+    """Where our subtree begins: the root of the mount, or a cgroup delegated to us.
+
+    Delegation counts only when systemd itself starts us in the leaf (DelegateSubgroup=supervisor).
+    With Delegate=yes alone, jobs that outlive us would leave controllers handed on in the very
+    cgroup that systemd must put our next main process into; the kernel refuses that (EBUSY, exit
+    status 219/CGROUP) until the last job has ended. So jobs are then kept outside of the unit.
+    """
+    own = next(
+        line.removeprefix("0::")
+        for line in files.read_text("/proc/self/cgroup", "/proc/self/cgroup").splitlines()
+        if line.startswith("0::")
+    )
+    # A path with `..` lies outside of our cgroup namespace, so the mount does not show it.
+    if os.path.basename(own) == SUPERVISOR and not own.startswith("/.."):
+        parent = os.path.dirname(mount.point + own)
+        if _is_delegated(parent):
+            return parent
+    return mount.point
+
+
+def controllers_in(base: str) -> set[str]:
+    """The controllers that *base* may hand on to its children."""
+    path = f"{base}/cgroup.controllers"
+    return set(files.read_text(path, path).split())
+
+
+def open_hierarchy(
+    instance: str,
+    base: str,
+    controllers: Sequence[str],
+    io_devices: Sequence[str],
+    supervisor_pids: Sequence[int],
+) -> "V2Hierarchy":
+    """Make the parents and hand them the controllers, from the top downwards."""
+    _leave(base, supervisor_pids)
+    parent = base
+    for name in ("pjw", instance):
+        _enable(parent, controllers)
+        parent = f"{parent}/{name}"
+        files.make_parent(parent, hint=f"run as root, with {base} writable")
+    _enable(parent, controllers)
+    return V2Hierarchy(parent, io_devices)
+
+
+def _is_delegated(directory: str) -> bool:
+    for name in ("trusted.delegate", "user.delegate"):
+        try:
+            if os.getxattr(directory, name) == b"1":
+                return True
+        except OSError:
+            continue
+    return False
+
+
+def _leave(base: str, supervisor_pids: Sequence[int]) -> None:
+    """Move *supervisor_pids* out of the way: a cgroup that hands on controllers holds no process."""
+    # Only the real root may do both; it alone has no cgroup.events.
+    if not os.path.exists(f"{base}/cgroup.events"):
+        return
+    movers = sorted(set(supervisor_pids) & set(files.read_pids(base)))
+    if not movers:
+        return
+    leaf = f"{base}/{SUPERVISOR}"
+    files.make_parent(leaf)
+    for pid in movers:
+        files.write_text(f"{leaf}/cgroup.procs", str(pid), f"{leaf}/cgroup.procs")
+
+
+def _enable(directory: str, controllers: Sequence[str]) -> None:
+    path = f"{directory}/cgroup.subtree_control"
+    enabled = files.read_text(path, path).split()
+    missing = [f"+{name}" for name in controllers if name not in enabled]
+    if not missing:
+        return
+    try:
+        files.write_text(path, " ".join(missing), path)
+    except KernelError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        others = ", ".join(map(str, files.read_pids(directory))) or "none that is visible here"
+        raise ConfigError(
+            f"cannot give the controllers of {directory} to jobs: processes are in it ({others})",
+            hint="start pjwd in a cgroup of its own, in a leaf called supervisor",
+        ) from error
+
+
+class V2Hierarchy:
+    """The jobs of one instance."""
+
+    version: Final = 2
+
+    def __init__(self, parent: str, io_devices: Sequence[str]) -> None:
+        self._parent: Final = parent
+        self._io_devices: Final = tuple(io_devices)
+
+    def create(self, job_id: int, limits: Limits) -> "V2Cgroup":
+        subject = f"job {job_id}"
+        cgroup = V2Cgroup(job_id, f"{self._parent}/job-{job_id}")
+        settings = list(self._settings(limits, subject))
+        try:
+            os.mkdir(cgroup.directory, 0o755)
+        except FileExistsError:
+            raise JobStateError(f"cannot create the cgroup of {subject}: it exists") from None
+        except OSError as error:
+            raise KernelError(
+                "make cgroup", f"{cgroup.directory} of {subject}", error.errno or errno.EIO
+            ) from error
+        try:
+            # Swap off; the file is missing where the kernel does not account swap.
+            if os.path.exists(f"{cgroup.directory}/memory.swap.max"):
+                settings.append(("memory.swap.max", "0"))
+            for name, value in settings:
+                files.write_text(f"{cgroup.directory}/{name}", value, f"{name} of {subject}")
+        except BaseException:
+            os.rmdir(cgroup.directory)
+            raise
+        return cgroup
+
+    def find(self, job_id: int) -> "V2Cgroup | None":
+        cgroup = V2Cgroup(job_id, f"{self._parent}/job-{job_id}")
+        return cgroup if os.path.isdir(cgroup.directory) else None
+
+    def job_ids(self) -> list[int]:
+        return sorted(files.job_ids_in(self._parent))
+
+    def _settings(self, limits: Limits, subject: str) -> Iterator[tuple[str, str]]:
+        if limits.cpu_max_millicores:
+            quota = limits.cpu_max_millicores * files.CPU_PERIOD_USEC // 1000
+            yield "cpu.max", f"{min(quota, files.CPU_QUOTA_MAX_USEC)} {files.CPU_PERIOD_USEC}"
+        # A job that has lost a process to the OOM killer is broken: end it whole. init is
+        # spared, because its oom_score_adj is -1000.
+        yield "memory.oom.group", "1"
+        if limits.memory_max_bytes:
+            yield "memory.max", str(limits.memory_max_bytes)
+        if 0 < limits.pids_max < files.PIDS_MAX:
+            yield "pids.max", str(limits.pids_max)
+        io_limits = {
+            "rbps": limits.io_rbps_max,
+            "wbps": limits.io_wbps_max,
+            "riops": min(limits.io_riops_max, files.IOPS_MAX),
+            "wiops": min(limits.io_wiops_max, files.IOPS_MAX),
+        }
+        words = " ".join(f"{name}={value}" for name, value in io_limits.items() if value)
+        if words and not self._io_devices:
+            raise ConfigError(f"cannot limit the disk IO of {subject}: no disk was named", hint=devices.HINT)
+        for device in self._io_devices if words else ():
+            yield "io.max", f"{device} {words}"
+
+
+class V2Cgroup:
+    """One job's directory."""
+
+    def __init__(self, job_id: int, directory: str) -> None:
+        self.directory: Final = directory
+        self._subject: Final = f"job {job_id}"
+
+    @contextmanager
+    def init_arguments(self) -> Iterator[list[str]]:
+        flags = os.O_RDONLY | os.O_DIRECTORY
+        with files.inheritable([self.directory], flags, self._subject) as descriptors:
+            yield ["--cgroup-fd", str(descriptors[0])]
+
+    def pids(self) -> list[int]:
+        return files.read_pids(self.directory)
+
+    def kill(self) -> None:
+        try:
+            files.write_text(f"{self.directory}/cgroup.kill", "1", f"cgroup.kill of {self._subject}")
+        except KernelError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            # No such file before Linux 5.14, or no such job any more.
+            files.kill_processes(self.pids, self._subject)
+
+    def usage(self) -> Usage:
+        cpu = files.read_fields(self._read("cpu.stat"))
+        memory = files.read_fields(self._read("memory.events"))
+        peak = self._read("memory.peak") if os.path.exists(f"{self.directory}/memory.peak") else "0"
+        has_io = os.path.exists(f"{self.directory}/io.stat")
+        read, written = devices.sum_io(self._read("io.stat") if has_io else "", _parse_io_line)
+        return Usage(
+            cpu_usage_usec=cpu["usage_usec"],
+            memory_peak_bytes=int(peak),
+            io_read_bytes=read,
+            io_write_bytes=written,
+            oom_kills=memory["oom_kill"],
+        )
+
+    def remove(self) -> None:
+        deadline = time.monotonic() + files.SETTLE_SECONDS
+        try:
+            events = os.open(f"{self.directory}/cgroup.events", os.O_RDONLY)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise KernelError(
+                "open", f"cgroup.events of {self._subject}", error.errno or errno.EIO
+            ) from error
+        try:
+            poll = select.poll()
+            poll.register(events, select.POLLPRI)
+            # Reading arms the poll: a change between this look and the poll wakes it at once.
+            while b"populated 1" in os.pread(events, 4096, 0):
+                remaining = deadline - time.monotonic()
+                if remaining <= 0 or not poll.poll(remaining * 1000):
+                    break
+            self._rmdir()
+        finally:
+            os.close(events)
+
+    def _rmdir(self) -> None:
+        try:
+            os.rmdir(self.directory)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise KernelError(
+                "remove cgroup", f"{self.directory} of {self._subject}", error.errno or errno.EIO
+            ) from error
+
+    def _read(self, name: str) -> str:
+        return files.read_text(f"{self.directory}/{name}", f"{name} of {self._subject}")
+
+
+def _parse_io_line(line: str) -> tuple[str, int, int]:
+    # `254:0 rbytes=4096 wbytes=0 rios=1 …`; a device that was idle may have a bare number
+    device, *pairs = line.split()
+    counts = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+    return device, int(counts.get("rbytes", 0)), int(counts.get("wbytes", 0))

@@ -1,0 +1,381 @@
+"""Answers the worker's requests: the route table and, for each request, its answer.
+
+One thread and one selector. Nothing here waits for a job: a launch in progress is a state
+that its next report moves on, so a slow start holds nobody up.
+"""
+
+import array
+import contextlib
+import os
+import select
+import selectors
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any, Final
+
+from pjw.errors import ConfigError, InvalidJobError, JobStateError, KernelError, PjwError, ProtocolError
+from pjw.launcher import protocol
+from pjw.launcher.cgroup import Cgroup, Hierarchy, disks_under, open_hierarchy
+from pjw.launcher.lock import hold_lock
+from pjw.launcher.policy import Policy, check_job_id, instance_name
+from pjw.launcher.scratch import Scratch
+from pjw.launcher.spawn import Cloned, Execed, Failed, read_report, spawn_init
+from pjw.model import Usage
+
+
+class Phase(Enum):
+    """Where the conversation is."""
+
+    GREETING = auto()
+    SERVING = auto()
+
+
+@dataclass(slots=True)
+class LaunchInProgress:
+    """A launch between its request and its answer."""
+
+    seq: int
+    job_id: int
+    cgroup: Cgroup
+    report: socket.socket
+
+
+class Launcher:
+    """One conversation with one worker."""
+
+    def __init__(self, requests: socket.socket) -> None:
+        self._requests: Final = requests
+        self._selector: Final = selectors.DefaultSelector()
+        self._phase = Phase.GREETING
+        self._open = True
+        self._policy: Policy
+        self._hierarchy: Hierarchy
+        self._scratch: Scratch
+        # pidfds of the inits of jobs that have not been removed
+        self._inits: Final[dict[int, int]] = {}
+        # removals that rm(1) is at: its pidfd and the request to answer
+        self._removals: Final[dict[int, int]] = {}
+
+    def run(self) -> None:
+        """Answer until the other end closes. Raises ProtocolError for a broken or hostile peer.
+
+        Launches in progress are left to themselves then: init goes on without us, and the
+        next launcher finds the job by its cgroup.
+        """
+        self._watch(self._requests, self._on_request)
+        while self._open:
+            for key, _ in self._selector.select():
+                key.data()
+
+    def _watch(self, source: socket.socket | int, callback: Callable[[], None]) -> None:
+        self._selector.register(source, selectors.EVENT_READ, callback)
+
+    def _on_request(self) -> None:
+        # One request a turn, so that reports are not held up behind a burst of requests.
+        room = array.array("i", [0] * protocol.MAX_DESCRIPTORS)
+        data, ancillary, flags, _ = self._requests.recvmsg(
+            protocol.MAX_DATAGRAM_BYTES + 1, socket.CMSG_LEN(len(room) * room.itemsize), socket.MSG_CMSG_CLOEXEC
+        )
+        descriptors = array.array("i")
+        for level, kind, payload in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                descriptors.frombytes(payload[: len(payload) - len(payload) % descriptors.itemsize])
+        try:
+            # Zero bytes are the end of the conversation; an empty datagram looks the same and
+            # ends it as well.
+            if not data:
+                self._open = False
+                return
+            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+                raise ProtocolError("a request was cut short")
+            seq, request = protocol.decode_request(data)
+            route = ROUTES[request.op]
+            if self._phase is not route.allowed_in:
+                raise ProtocolError(f"a request {request.op} came out of phase")
+            if len(descriptors) != route.descriptors:
+                raise ProtocolError(f"a request {request.op} came with {len(descriptors)} descriptors")
+            self._answer(seq, route, request, list(descriptors))
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    def _answer(self, seq: int, route: "Route", request: protocol.Request, descriptors: list[int]) -> None:
+        try:
+            answer = route.answer(self, seq, request, descriptors)
+        except PjwError as error:
+            self._reply(seq, refusal_of(error))
+            return
+        if answer is not None:
+            self._reply(seq, *answer)
+
+    def _reply(self, seq: int, reply: protocol.Reply, *descriptors: int) -> None:
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+        try:
+            self._requests.sendmsg([protocol.encode(seq, reply)], ancillary)
+        except (BrokenPipeError, ConnectionResetError):
+            self._open = False
+
+    # --- the answers, in the order of a job's life
+
+    def answer_hello(self, seq: int, request: protocol.Hello, descriptors: list[int]) -> "Answer":
+        """Take the policy, the lock on the state directory and the cgroups; from here on serve."""
+        self._policy = Policy.from_hello(request)
+        hold_lock(request.state_dir)
+        self._scratch = Scratch(request.state_dir)
+        # Jobs read the host's root and write below the state directory. Without io limits no
+        # disk need be there at all (a state directory on tmpfs or an overlay).
+        disks = disks_under(["/", request.state_dir]) if request.io_limited else []
+        self._hierarchy = open_hierarchy(
+            instance_name(request.state_dir), io_devices=disks, supervisor_pids=(os.getpid(), os.getppid())
+        )
+        self._phase = Phase.SERVING
+        return (protocol.Done(),)
+
+    def answer_launch(self, seq: int, request: protocol.Launch, descriptors: list[int]) -> "Answer":
+        """Make the cgroup with its limits, then the scratch directory, then spawn init."""
+        self._policy.check_launch(request, descriptors)
+        cgroup = self._hierarchy.create(request.job_id, request.limits)
+        try:
+            scratch = self._scratch.create(request.job_id, request.uid)
+            pid, report = spawn_init(request, self._policy, cgroup, scratch, descriptors)
+        except (OSError, PjwError) as error:
+            self._scratch.remove_if_empty(request.job_id)
+            cgroup.remove()
+            if isinstance(error, OSError):
+                raise KernelError("spawn init of", f"job {request.job_id}", error.errno or 0) from error
+            raise
+        self._reap_at_end(pid)
+        launch = LaunchInProgress(seq, request.job_id, cgroup, report)
+        self._watch(report, lambda: self._on_report(launch))
+        return None
+
+    def _on_report(self, launch: LaunchInProgress) -> None:
+        match read_report(launch.report):
+            case Cloned(pidfd):
+                self._inits[launch.job_id] = pidfd
+                # The parent of init is this process (CLONE_PARENT), so it must reap it.
+                self._watch(pidfd, lambda: self._on_init_end(pidfd))
+            case Execed(started_ns):
+                self._close_report(launch)
+                self._reply(launch.seq, protocol.Launched(started_ns), self._inits[launch.job_id])
+            case Failed() as failed:
+                self._close_report(launch)
+                self._on_launch_failure(launch, failed)
+
+    def _close_report(self, launch: LaunchInProgress) -> None:
+        self._selector.unregister(launch.report)
+        launch.report.close()
+
+    def _on_init_end(self, pidfd: int) -> None:
+        self._selector.unregister(pidfd)
+        reap(pidfd)
+
+    def _on_launch_failure(self, launch: LaunchInProgress, failed: Failed) -> None:
+        # init ends by itself after its report; SIGKILL is for one that reported nothing. Its
+        # cgroup's removal waits for what is still dying in it.
+        pidfd = self._inits.pop(launch.job_id, None)
+        if pidfd is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            wait_for(pidfd)
+            with contextlib.suppress(KeyError):
+                self._selector.unregister(pidfd)
+            reap(pidfd)
+            os.close(pidfd)
+        subject = f"job {launch.job_id}"
+        refusal = protocol.Refused(
+            "exec" if failed.step == "exec" else "kernel", failed.step, subject, failed.errno, ""
+        )
+        try:
+            launch.cgroup.remove()
+        except KernelError as error:
+            refusal = refusal_of(error)
+        self._scratch.remove_if_empty(launch.job_id)
+        self._reply(launch.seq, refusal)
+
+    def answer_adopt(self, seq: int, request: protocol.Adopt, descriptors: list[int]) -> "Answer":
+        """Find the init of a job by its cgroup, which only root may write."""
+        check_job_id(request.job_id)
+        cgroup = self._hierarchy.find(request.job_id)
+        if cgroup is None:
+            return (protocol.Adopted(alive=False, known=False),)
+        if request.job_id not in self._inits:
+            pidfd = find_init(cgroup)
+            if pidfd is None:
+                # processes without their init cannot be: the kernel ends them with it
+                return (protocol.Adopted(alive=False, known=True),)
+            self._inits[request.job_id] = pidfd
+        return protocol.Adopted(alive=True, known=True), self._inits[request.job_id]
+
+    def answer_job_ids(self, seq: int, request: protocol.JobIds, descriptors: list[int]) -> "Answer":
+        """List the jobs that have a cgroup."""
+        found = [job_id for job_id in self._hierarchy.job_ids() if job_id > request.after]
+        return (protocol.JobIdPage(tuple(found[: protocol.MAX_JOB_IDS])),)
+
+    def answer_terminate(self, seq: int, request: protocol.Terminate, descriptors: list[int]) -> "Answer":
+        """Have init send SIGTERM to every process of its job, at once, whatever they fork."""
+        self._signal_init(request.job_id, signal.SIGTERM)
+        return (protocol.Done(),)
+
+    def answer_kill(self, seq: int, request: protocol.Kill, descriptors: list[int]) -> "Answer":
+        """Have init kill every process of its job and record the end; or kill init as well."""
+        if not request.init_too:
+            self._signal_init(request.job_id, signal.SIGQUIT)
+            return (protocol.Done(),)
+        check_job_id(request.job_id)
+        self._signal_init(request.job_id, signal.SIGKILL)
+        cgroup = self._hierarchy.find(request.job_id)
+        if cgroup is not None:
+            cgroup.kill()
+        return (protocol.Done(),)
+
+    def _signal_init(self, job_id: int, number: signal.Signals) -> None:
+        # Only what this launcher launched or adopted is in the table: no request reaches a
+        # process that is not the init of a job.
+        pidfd = self._inits.get(job_id)
+        if pidfd is not None:
+            with contextlib.suppress(ProcessLookupError):  # it has ended: what was wanted
+                signal.pidfd_send_signal(pidfd, number)
+
+    def answer_account(self, seq: int, request: protocol.Account, descriptors: list[int]) -> "Answer":
+        """Read what an ended job has used."""
+        cgroup = self._ended_cgroup(request.job_id)
+        if cgroup is None:
+            return (protocol.Accounted(known=False, usage=Usage()),)
+        return (protocol.Accounted(known=True, usage=cgroup.usage()),)
+
+    def answer_remove(self, seq: int, request: protocol.Remove, descriptors: list[int]) -> "Answer":
+        """Remove what an ended job leaves; answered later when its scratch directory is full."""
+        cgroup = self._ended_cgroup(request.job_id)
+        if cgroup is not None:
+            cgroup.remove()
+        pidfd = self._inits.pop(request.job_id, None)
+        if pidfd is not None:
+            with contextlib.suppress(KeyError):
+                self._selector.unregister(pidfd)
+                reap(pidfd)
+            os.close(pidfd)
+        if self._scratch.remove_if_empty(request.job_id):
+            return (protocol.Done(),)
+        pid = self._scratch.spawn_removal(request.job_id)
+        self._reap_at_end(pid, lambda: self._reply(seq, self._removal_result(request.job_id)))
+        return None
+
+    def _removal_result(self, job_id: int) -> protocol.Reply:
+        if self._scratch.remove_if_empty(job_id):
+            return protocol.Done()
+        return protocol.Refused("kernel", "remove the scratch directory", self._scratch.path(job_id), 0, "")
+
+    def _ended_cgroup(self, job_id: int) -> Cgroup | None:
+        check_job_id(job_id)
+        pidfd = self._inits.get(job_id)
+        cgroup = self._hierarchy.find(job_id)
+        alive = not has_ended(pidfd) if pidfd is not None else cgroup is not None and cgroup.pids()
+        if alive:
+            raise JobStateError(f"job {job_id} has not ended")
+        return cgroup
+
+    def _reap_at_end(self, pid: int, then: Callable[[], None] = lambda: None) -> None:
+        # safe against reuse of the pid: a child keeps its pid until we reap it
+        pidfd = os.pidfd_open(pid)
+
+        def on_end() -> None:
+            self._selector.unregister(pidfd)
+            reap(pidfd)
+            os.close(pidfd)
+            then()
+
+        self._watch(pidfd, on_end)
+
+
+Answer = tuple[protocol.Reply] | tuple[protocol.Reply, int] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Who answers a request, in which phase it may come, and with how many descriptors."""
+
+    answer: Callable[[Launcher, int, Any, list[int]], Answer]
+    allowed_in: Phase = Phase.SERVING
+    descriptors: int = 0
+
+
+# The launcher's whole surface. Anything else, or anything early, ends it: such a peer is
+# broken or hostile.
+ROUTES: Final[dict[str, Route]] = {
+    "hello": Route(Launcher.answer_hello, allowed_in=Phase.GREETING),
+    "launch": Route(Launcher.answer_launch, descriptors=3),
+    "adopt": Route(Launcher.answer_adopt),
+    "job_ids": Route(Launcher.answer_job_ids),
+    "terminate": Route(Launcher.answer_terminate),
+    "kill": Route(Launcher.answer_kill),
+    "account": Route(Launcher.answer_account),
+    "remove": Route(Launcher.answer_remove),
+}
+
+
+def refusal_of(error: PjwError) -> protocol.Refused:
+    """Word an error as a reply, its facts as fields."""
+    hint = error.hint or ""
+    match error:
+        case KernelError(operation=operation, subject=subject, errno=number):
+            return protocol.Refused("kernel", operation, subject, number, hint)
+        case InvalidJobError():
+            return protocol.Refused("invalid", str(error), "", 0, hint)
+        case JobStateError():
+            return protocol.Refused("state", str(error), "", 0, hint)
+        case ConfigError():
+            return protocol.Refused("config", str(error), "", 0, hint)
+        case _:
+            raise error
+
+
+def find_init(cgroup: Cgroup) -> int | None:
+    """A pidfd of the process in *cgroup* that is PID 1 of its own namespace (proc(5), NSpid)."""
+    for pid in cgroup.pids():
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        if _is_namespace_init(pid) and pid in cgroup.pids():
+            # Looked at again after the pidfd was there: it is still the process that we read of.
+            return pidfd
+        os.close(pidfd)
+    return None
+
+
+def _is_namespace_init(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/status", "rb") as status:
+            for line in status:
+                if line.startswith(b"NSpid:"):
+                    return line.split()[-1] == b"1"
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+    return False
+
+
+def has_ended(pidfd: int) -> bool:
+    """Tell whether the process of a pidfd has ended."""
+    return _poll(pidfd, 0)
+
+
+def wait_for(pidfd: int) -> None:
+    """Wait until a process that is ending has ended."""
+    _poll(pidfd, None)
+
+
+def _poll(pidfd: int, timeout: int | None) -> bool:
+    # not select(2): that takes no descriptor above 1023, and each job is one
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(timeout))
+
+
+def reap(pidfd: int) -> None:
+    """Collect an ended child; one that is not ours (adopted) has another who does."""
+    with contextlib.suppress(ChildProcessError):
+        os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)

@@ -1,0 +1,117 @@
+/* Starts the command: everything between fork and exec. */
+#include "init.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#ifndef SYS_close_range
+#define SYS_close_range 436
+#endif
+enum { CLOEXEC_RANGE = 4 };
+
+struct failure {
+    enum step step;
+    int error;
+};
+
+/*
+ * As execvp(3): the first candidate that can be executed; EACCES is remembered, absence is passed over. But a
+ * file without a format that the kernel knows is an error, never a script for /bin/sh.
+ */
+static void search_and_execute(char **argv) {
+    static char candidate[PATH_MAX];
+    const char *name = argv[0], *directory = getenv("PATH");
+    int error = ENOENT;
+    if (strchr(name, '/')) {
+        execve(name, argv, environ);
+        return;
+    }
+    if (!directory)
+        directory = "/bin:/usr/bin"; /* confstr(_CS_PATH) */
+    for (;;) {
+        size_t length = strcspn(directory, ":"), name_length = strlen(name);
+        if (length + name_length + 2 <= sizeof candidate) {
+            memcpy(candidate, directory, length);
+            if (length) /* an empty element is the current directory */
+                candidate[length] = '/';
+            memcpy(candidate + length + (length > 0), name, name_length + 1);
+            execve(candidate, argv, environ);
+            if (errno == EACCES)
+                error = EACCES;
+            else if (errno != ENOENT && errno != ENOTDIR)
+                return;
+        } else if (error == ENOENT) {
+            error = ENAMETOOLONG;
+        }
+        if (!directory[length])
+            break;
+        directory += length + 1;
+    }
+    errno = error;
+}
+
+/* In the child, which shares init's memory until the exec; gives the step that failed, with errno. */
+static enum step execute(const struct options *options, int pipe_fd) {
+    int null = open("/dev/null", O_RDONLY | O_CLOEXEC);
+    /* none of these is one of 0 to 2: main() has seen to it that those are open */
+    if (null < 0 || dup2(null, 0) < 0 || dup2(pipe_fd, 1) < 0 || dup2(pipe_fd, 2) < 0)
+        return STEP_STDIO;
+    if (setsid() < 0)
+        return STEP_SESSION;
+    /* While privileged: then 0 is also the least that the command may ask for later (oom_score_adj_min). */
+    if (set_oom_score_adj("0") < 0)
+        return STEP_OOM_SCORE;
+    if (setrlimit(RLIMIT_CORE, &(struct rlimit){0, 0}) < 0)
+        return STEP_CORE_LIMIT;
+    umask(022);
+    enum step failed = become_user(options->uid, options->gid);
+    if (failed)
+        return failed;
+    if (chdir("/run/job") < 0)
+        return STEP_CHDIR;
+    if (syscall(SYS_close_range, 3U, ~0U, CLOEXEC_RANGE) < 0)
+        return STEP_DESCRIPTORS;
+    sigset_t none;
+    sigemptyset(&none);
+    if (sigprocmask(SIG_SETMASK, &none, NULL) < 0)
+        return STEP_SIGNALS;
+    search_and_execute(options->argv);
+    return STEP_EXEC;
+}
+
+pid_t start_command(const struct options *options, int pipe_fd) {
+    int errors[2];
+    struct failure failure;
+    if (pipe2(errors, O_CLOEXEC) < 0)
+        fail(STEP_FORK, NULL);
+#ifdef __SANITIZE_ADDRESS__
+    pid_t pid = fork(); /* a sanitizer's own bookkeeping does not survive shared memory */
+#else
+    pid_t pid = vfork();
+#endif
+    if (pid < 0)
+        fail(STEP_FORK, NULL);
+    if (pid == 0) {
+        failure.step = execute(options, pipe_fd);
+        failure.error = errno;
+        if (write(errors[1], &failure, sizeof failure) < 0)
+            _exit(1);
+        _exit(0);
+    }
+    close(errors[1]);
+    ssize_t got = read(errors[0], &failure, sizeof failure);
+    if (got == sizeof failure) {
+        errno = failure.error;
+        fail(failure.step, failure.step == STEP_EXEC ? options->argv[0] : NULL);
+    }
+    close(errors[0]);
+    return pid;
+}

@@ -1,0 +1,147 @@
+/*
+ * pjw-init: PID 1 of one job. It makes the job's namespaces and mounts, gives up privilege, starts the
+ * command, moves its output from a pipe to a file, ends what the command leaves behind, and records the end.
+ *
+ * It trusts its options and descriptors (the launcher, root, made them) and nothing that the job does.
+ * It links nothing but libc and can be tried from a root shell: pjw-init --uid 1000 --gid 1000 -- echo hi
+ * By hand, without meson:
+ *   gcc -std=gnu17 -Wall -Wextra -Werror -Os -static -ffunction-sections -Wl,--gc-sections -o pjw-init *.c
+ */
+#ifndef PJW_INIT_H
+#define PJW_INIT_H
+
+#define _GNU_SOURCE
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+enum { HIDES_MAX = 64, CGROUPS_MAX = 16, ARGV_MAX_BYTES = 1 << 20 };
+
+/* Every step that can fail: its name in a report, and its words in "pjw-init: cannot ...". */
+#define STEPS(X)                                                        \
+    X(OPTIONS, "options", "understand the options")                     \
+    X(ARGV, "argv", "read the argv")                                    \
+    X(CLONE, "clone", "clone into new namespaces")                      \
+    X(STAGE0, "stage0", "hear from the first stage")                    \
+    X(CGROUP, "enter-cgroup", "enter the cgroup")                       \
+    X(CGROUP_NS, "unshare-cgroup", "make a cgroup namespace")           \
+    X(KEYRING, "session-keyring", "make a session keyring")             \
+    X(HOSTNAME, "hostname", "set the host name")                        \
+    X(LOOPBACK, "loopback", "bring up the loopback interface")          \
+    X(SCRATCH, "open-scratch", "open the scratch directory")            \
+    X(READ_ONLY, "read-only-root", "make the host's root read-only")    \
+    X(MOUNT_RUN, "mount-run", "mount /run")                             \
+    X(MOUNT_SCRATCH, "mount-scratch", "mount the scratch directory at") \
+    X(MOUNT_TMP, "mount-tmp", "mount a private")                        \
+    X(MOUNT_DEV, "mount-dev", "mount /dev")                             \
+    X(DEVICE, "make-device", "make")                                    \
+    X(MOUNT_PROC, "mount-proc", "mount /proc")                          \
+    X(MOUNT_SYS, "mount-sys", "mount /sys")                             \
+    X(HIDE, "hide", "hide")                                             \
+    X(SIGNALFD, "signalfd", "make a signalfd")                          \
+    X(TIMER, "timer", "set the timer")                                  \
+    X(OUTPUT, "output", "use the output descriptor")                    \
+    X(PIPE, "pipe", "make the output pipe")                             \
+    X(STDIO, "stdio", "set up standard input and output")               \
+    X(FORK, "fork", "start a process")                                  \
+    X(SESSION, "setsid", "start a session")                             \
+    X(OOM_SCORE, "oom-score", "set oom_score_adj")                      \
+    X(CORE_LIMIT, "core-limit", "set the core file limit")              \
+    X(BOUNDING_SET, "bounding-set", "drop the capability bounding set") \
+    X(GROUPS, "setgroups", "drop the supplementary groups")             \
+    X(GID, "setgid", "set the group id")                                \
+    X(UID, "setuid", "set the user id")                                 \
+    X(CAPABILITIES, "capabilities", "drop capabilities")                \
+    X(NO_NEW_PRIVS, "no-new-privs", "set no_new_privs")                 \
+    X(SIGNALS, "signals", "reset the signal mask")                      \
+    X(CHDIR, "chdir", "enter /run/job")                                 \
+    X(DESCRIPTORS, "descriptors", "close other descriptors")            \
+    X(EXEC, "exec", "execute")                                          \
+    X(STATUS, "status", "write the status file")
+
+enum step {
+    STEP_NONE,
+#define STEP_NAME(id, name, words) STEP_##id,
+    STEPS(STEP_NAME)
+#undef STEP_NAME
+};
+
+enum reason { REASON_NONE, REASON_STOPPED, REASON_TIMED_OUT, REASON_OUTPUT_LIMIT };
+
+/* options.c; a descriptor that was not given is -1, a number 0, a string NULL */
+struct options {
+    int report_fd, status_fd, output_fd, cgroup_fd;
+    int cgroup_procs_fds[CGROUPS_MAX];
+    int cgroup_procs_count;
+    uid_t uid;
+    gid_t gid;
+    const char *hostname, *scratch;
+    const char *hides[HIDES_MAX];
+    int hide_count;
+    uint64_t tmp_bytes, output_max, time_max;
+    char **argv;
+    size_t argv_mapped_bytes; /* of argv when --argv-fd gave it; the strings follow the pointers */
+};
+void parse_options(int argc, char **argv, struct options *options);
+void release_argv(struct options *options);
+
+/* report.c */
+void report_to(int fd);
+void report_cloned(int pidfd);
+void report_execed(int64_t realtime_ns);
+/* Report the step with errno, or say it on stderr with its subject (may be NULL), and _exit. */
+_Noreturn void fail(enum step step, const char *subject);
+int64_t realtime_ns(void);
+void record_start(int status_fd, int64_t ns);
+void record_end(int status_fd, int64_t ns, int wait_status, enum reason reason);
+
+/* namespaces.c */
+int clone_init(const struct options *options, int *pidfd);
+int enter_cgroups(const struct options *options); /* gives an errno, 0 when in */
+void enter_namespaces(const struct options *options);
+
+/* mounts.c */
+void make_mounts(const struct options *options);
+
+/* privilege.c */
+int set_oom_score_adj(const char *value);
+void bound_to_kill(void);                            /* the bounding set, while still privileged */
+void keep_only_kill(uid_t output_owner);             /* what init itself lives on with */
+enum step become_user(uid_t uid, gid_t gid);         /* the command: gives the step that failed */
+
+/* command.c; gives the command's pid, which has been executed */
+pid_t start_command(const struct options *options, int pipe_fd);
+
+/* output.c */
+enum flow {
+    FLOW_MORE,  /* moved a burst, there may be more */
+    FLOW_EMPTY, /* the pipe is empty for now */
+    FLOW_FULL,  /* the reader of our output (a pipe, a terminal) has to catch up */
+    FLOW_HELD,  /* the file takes no more for now: no space */
+    FLOW_OVER,  /* the job has written more than it may */
+    FLOW_END,   /* nobody can write to the pipe any more */
+};
+struct output {
+    int pipe, file;
+    uid_t owner;
+    bool seekable, splice; /* a regular file that we write at our own offset; by splice(2) */
+    off_t offset;
+    uint64_t left; /* bytes that the job may still write */
+    size_t pending, start;
+    char buffer[4096]; /* used only without splice(2); at most PIPE_BUF, see copy_some() */
+};
+void open_output(struct output *output, const struct options *options, int *write_end);
+enum flow move_output(struct output *output);
+
+/* reap.c */
+struct ending {
+    int wait_status;
+    int64_t ended_ns;
+    enum reason reason;
+};
+int open_signals(void);
+struct ending run_job(struct output *output, int signals, int timer, pid_t command);
+int open_timer(uint64_t seconds);
+
+#endif

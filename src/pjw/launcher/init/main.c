@@ -1,0 +1,113 @@
+/* Two stages: the first clones init and is gone; init is PID 1 of the job until the job's end. */
+#include "init.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+/* Dispositions and the mask survive an exec: Python ignores SIGPIPE, and a shell may ignore SIGINT. */
+static void reset_signals(void) {
+    for (int number = 1; number < NSIG; number++)
+        signal(number, SIG_DFL); /* fails for SIGKILL and SIGSTOP, and libc's own */
+    sigset_t ours;
+    sigemptyset(&ours);
+    sigaddset(&ours, SIGCHLD);
+    sigaddset(&ours, SIGTERM);
+    sigaddset(&ours, SIGQUIT);
+    sigaddset(&ours, SIGINT);
+    sigprocmask(SIG_SETMASK, &ours, NULL); /* init inherits it, see open_signals() */
+}
+
+/*
+ * 0 to 2 must be open, so that no descriptor made later is one of them. And an init with a launcher lives as
+ * long as its job: it must not hold somebody's terminal or log pipe open.
+ */
+static void tidy_standard_fds(const struct options *options) {
+    int null = open("/dev/null", O_RDWR | O_CLOEXEC);
+    for (int fd = 0; fd <= 2; fd++) {
+        bool used = fd == options->output_fd || fd == options->status_fd || fd == options->report_fd;
+        if (fcntl(fd, F_GETFD) < 0 || (options->report_fd >= 0 && !used))
+            if (null < 0 || (null != fd && dup2(null, fd) < 0))
+                fail(STEP_STDIO, NULL);
+    }
+    if (null > 2)
+        close(null);
+}
+
+static int exit_code(int wait_status) {
+    return WIFSIGNALED(wait_status) ? 128 + WTERMSIG(wait_status) : WEXITSTATUS(wait_status);
+}
+
+static _Noreturn void be_init(struct options *options, int go) {
+    char byte;
+    if (options->report_fd < 0)
+        prctl(PR_SET_PDEATHSIG, SIGKILL); /* by hand, nobody else would end us */
+    int error = enter_cgroups(options);
+    /* the launcher must hear of the clone before it hears anything from the clone */
+    if (read(go, &byte, 1) != 1)
+        fail(STEP_STAGE0, NULL);
+    close(go);
+    errno = error;
+    if (error)
+        fail(STEP_CGROUP, NULL);
+    enter_namespaces(options);
+    make_mounts(options);
+
+    struct output output;
+    int write_end, signals = open_signals();
+    open_output(&output, options, &write_end);
+    bound_to_kill();
+    pid_t command = start_command(options, write_end);
+    int64_t started_ns = realtime_ns();
+    int timer = open_timer(options->time_max);
+    keep_only_kill(output.owner);
+    record_start(options->status_fd, started_ns);
+    report_execed(started_ns);
+    close(write_end); /* or the pipe would never end */
+    release_argv(options);
+
+    struct ending ending = run_job(&output, signals, timer, command);
+    if (output.seekable)
+        lseek(output.file, output.offset, SEEK_SET); /* for who shares it, as in `(pjw-init ...; date) > log` */
+    record_end(options->status_fd, ending.ended_ns, ending.wait_status, ending.reason);
+    _exit(options->report_fd >= 0 ? 0 : exit_code(ending.wait_status));
+}
+
+/* By hand: pass signals on to init, and its exit code to our caller. */
+static int wait_for_init(pid_t init) {
+    sigset_t set;
+    int number, status = 0;
+    sigprocmask(SIG_BLOCK, NULL, &set);
+    while (waitpid(init, &status, WNOHANG) == 0) {
+        if ((number = sigwaitinfo(&set, NULL)) > 0 && number != SIGCHLD)
+            kill(init, number == SIGQUIT ? SIGQUIT : SIGTERM);
+    }
+    return exit_code(status);
+}
+
+int main(int argc, char **argv) {
+    struct options options;
+    int go[2], pidfd = -1;
+    reset_signals();
+    parse_options(argc, argv, &options);
+    tidy_standard_fds(&options);
+    /* Before the clone, in the host's /proc. It takes CAP_SYS_RESOURCE, which a container may lack. */
+    if (set_oom_score_adj("-1000") < 0 && errno != EACCES && errno != EPERM)
+        fail(STEP_OOM_SCORE, NULL);
+    if (pipe2(go, O_CLOEXEC) < 0)
+        fail(STEP_CLONE, NULL);
+    int init = clone_init(&options, &pidfd);
+    if (init < 0)
+        fail(STEP_CLONE, NULL);
+    if (init == 0) {
+        close(go[1]);
+        be_init(&options, go[0]);
+    }
+    report_cloned(pidfd);
+    if (write(go[1], "", 1) != 1)
+        fail(STEP_CLONE, NULL);
+    return options.report_fd >= 0 ? 0 : wait_for_init(init);
+}

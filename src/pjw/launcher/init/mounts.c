@@ -1,0 +1,144 @@
+/*
+ * What a job sees of the host: everything that its uid may read, nothing writable, and /run, /tmp, /dev,
+ * /proc and /sys of its own. What the host has mounted below those stays under ours: to unmount takes a
+ * capability that no job has, and in a user namespace of its own a job's copies of our mounts are locked.
+ */
+#include "init.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <sys/mount.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/sysmacros.h>
+#include <unistd.h>
+
+/* Not from linux/mount.h, which clashes with sys/mount.h in glibc 2.36; the numbers are for every machine. */
+#ifndef SYS_open_tree
+#define SYS_open_tree 428
+#define SYS_move_mount 429
+#endif
+#ifndef SYS_mount_setattr
+#define SYS_mount_setattr 442
+#endif
+enum { ATTR_RDONLY = 1, ATTR_NOSUID = 2, ATTR_NODEV = 4, TREE_CLONE = 1, MOVE_FROM_EMPTY_PATH = 4 };
+struct attributes {
+    uint64_t set, clear, propagation, userns_fd;
+};
+
+static const unsigned long INERT = MS_NOSUID | MS_NODEV | MS_NOEXEC;
+static const char UNREADABLE[] = "/run/.hidden";
+
+static int set_attributes(int fd, const char *path, unsigned flags, struct attributes attributes) {
+    return (int)syscall(SYS_mount_setattr, fd, path, flags, &attributes, sizeof attributes);
+}
+
+static void mount_tmpfs(enum step step, const char *path, unsigned long flags, const char *mode, uint64_t bytes) {
+    char data[64];
+    snprintf(data, sizeof data, "mode=%s,size=%llu", mode, (unsigned long long)bytes);
+    if (!bytes)
+        snprintf(data, sizeof data, "mode=%s", mode);
+    if (mount("tmpfs", path, "tmpfs", flags, data) < 0)
+        fail(step, path);
+}
+
+static void make_directory(enum step step, const char *path, mode_t mode) {
+    if (mkdir(path, mode) < 0)
+        fail(step, path);
+}
+
+/* The one place of the host that a job may write to, as a tree of its own, before anything covers its path. */
+static int clone_scratch(const char *path) {
+    unsigned flags = TREE_CLONE | O_CLOEXEC;
+    int tree = (int)syscall(SYS_open_tree, AT_FDCWD, path, flags);
+    struct attributes writable = {.set = ATTR_NOSUID | ATTR_NODEV, .clear = ATTR_RDONLY, .propagation = MS_PRIVATE};
+    if (tree < 0 || set_attributes(tree, "", AT_EMPTY_PATH, writable) < 0)
+        fail(STEP_SCRATCH, path);
+    return tree;
+}
+
+static void mount_run(const struct options *options, int scratch) {
+    mount_tmpfs(STEP_MOUNT_RUN, "/run", MS_NOSUID | MS_NODEV, "0755", 0);
+    int fd = open(UNREADABLE, O_CREAT | O_EXCL | O_WRONLY | O_CLOEXEC, 0);
+    if (fd < 0)
+        fail(STEP_MOUNT_RUN, UNREADABLE);
+    close(fd);
+    make_directory(STEP_MOUNT_RUN, "/run/job", 0700);
+    if (scratch >= 0) {
+        if (syscall(SYS_move_mount, scratch, "", AT_FDCWD, "/run/job", MOVE_FROM_EMPTY_PATH) < 0)
+            fail(STEP_MOUNT_SCRATCH, "/run/job");
+        close(scratch);
+    } else {
+        mount_tmpfs(STEP_MOUNT_SCRATCH, "/run/job", MS_NOSUID | MS_NODEV, "0700", options->tmp_bytes);
+        if (chown("/run/job", options->uid, options->gid) < 0)
+            fail(STEP_MOUNT_SCRATCH, "/run/job");
+    }
+    if (set_attributes(AT_FDCWD, "/run", 0, (struct attributes){.set = ATTR_RDONLY}) < 0)
+        fail(STEP_MOUNT_RUN, NULL);
+}
+
+static void mount_tmp(const struct options *options) {
+    mount_tmpfs(STEP_MOUNT_TMP, "/tmp", MS_NOSUID | MS_NODEV, "1777", options->tmp_bytes);
+    if (mount("/tmp", "/var/tmp", NULL, MS_BIND, NULL) < 0 && errno != ENOENT)
+        fail(STEP_MOUNT_TMP, "/var/tmp");
+}
+
+static void mount_dev(const struct options *options) {
+    static const struct {
+        const char *path;
+        unsigned minor;
+    } devices[] = {{"/dev/null", 3}, {"/dev/zero", 5}, {"/dev/full", 7}, {"/dev/random", 8}, {"/dev/urandom", 9}};
+    static const struct {
+        const char *target, *path;
+    } links[] = {{"/proc/self/fd", "/dev/fd"},     {"fd/0", "/dev/stdin"},   {"fd/1", "/dev/stdout"},
+                 {"fd/2", "/dev/stderr"}, {"pts/ptmx", "/dev/ptmx"}};
+    mount_tmpfs(STEP_MOUNT_DEV, "/dev", MS_NOSUID | MS_NOEXEC, "0755", 65536);
+    for (size_t i = 0; i < sizeof devices / sizeof *devices; i++)
+        if (mknod(devices[i].path, S_IFCHR | 0666, makedev(1, devices[i].minor)) < 0)
+            fail(STEP_DEVICE, devices[i].path);
+    if (mknod("/dev/tty", S_IFCHR | 0666, makedev(5, 0)) < 0)
+        fail(STEP_DEVICE, "/dev/tty");
+    for (size_t i = 0; i < sizeof links / sizeof *links; i++)
+        if (symlink(links[i].target, links[i].path) < 0)
+            fail(STEP_DEVICE, links[i].path);
+    make_directory(STEP_MOUNT_DEV, "/dev/shm", 0755);
+    mount_tmpfs(STEP_MOUNT_DEV, "/dev/shm", MS_NOSUID | MS_NODEV, "1777", options->tmp_bytes);
+    make_directory(STEP_MOUNT_DEV, "/dev/pts", 0755);
+    if (mount("devpts", "/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0600") < 0)
+        fail(STEP_MOUNT_DEV, "/dev/pts");
+    if (set_attributes(AT_FDCWD, "/dev", 0, (struct attributes){.set = ATTR_RDONLY}) < 0)
+        fail(STEP_MOUNT_DEV, NULL);
+}
+
+/* Only what is not there is passed over; anything else that keeps a path from being hidden ends the job. */
+static void hide(const char *path) {
+    struct stat status;
+    if (stat(path, &status) < 0) {
+        if (errno == ENOENT)
+            return;
+        fail(STEP_HIDE, path);
+    }
+    if (S_ISDIR(status.st_mode))
+        mount_tmpfs(STEP_HIDE, path, INERT | MS_RDONLY, "0000", 4096);
+    else if (mount(UNREADABLE, path, NULL, MS_BIND, NULL) < 0)
+        fail(STEP_HIDE, path);
+}
+
+void make_mounts(const struct options *options) {
+    umask(0);
+    int scratch = options->scratch ? clone_scratch(options->scratch) : -1;
+    struct attributes read_only = {.set = ATTR_RDONLY | ATTR_NOSUID | ATTR_NODEV, .propagation = MS_PRIVATE};
+    if (set_attributes(AT_FDCWD, "/", AT_RECURSIVE, read_only) < 0)
+        fail(STEP_READ_ONLY, NULL);
+    mount_run(options, scratch);
+    mount_tmp(options);
+    mount_dev(options);
+    if (mount("proc", "/proc", "proc", INERT, NULL) < 0)
+        fail(STEP_MOUNT_PROC, NULL);
+    if (mount("sysfs", "/sys", "sysfs", INERT | MS_RDONLY, NULL) < 0)
+        fail(STEP_MOUNT_SYS, NULL);
+    /* Last, so that a path is looked up as the job would: one that our own mounts cover is gone already. */
+    for (int i = 0; i < options->hide_count; i++)
+        hide(options->hides[i]);
+}

@@ -1,0 +1,165 @@
+/* Reads the command line and the argv. Anything odd is refused: our caller is a program. */
+#include "init.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <getopt.h>
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+enum option_id {
+    REPORT_FD = 1, STATUS_FD, OUTPUT_FD, ARGV_FD, CGROUP_FD, CGROUP_PROCS_FD, USER_ID, GROUP_ID, HOSTNAME,
+    SCRATCH, HIDE, TMP_BYTES, OUTPUT_MAX, TIME_MAX,
+};
+
+static const struct option OPTIONS[] = {
+    {"report-fd", required_argument, NULL, REPORT_FD},
+    {"status-fd", required_argument, NULL, STATUS_FD},
+    {"output-fd", required_argument, NULL, OUTPUT_FD},
+    {"argv-fd", required_argument, NULL, ARGV_FD},
+    {"cgroup-fd", required_argument, NULL, CGROUP_FD},
+    {"cgroup-procs-fd", required_argument, NULL, CGROUP_PROCS_FD},
+    {"uid", required_argument, NULL, USER_ID},
+    {"gid", required_argument, NULL, GROUP_ID},
+    {"hostname", required_argument, NULL, HOSTNAME},
+    {"scratch", required_argument, NULL, SCRATCH},
+    {"hide", required_argument, NULL, HIDE},
+    {"tmp-bytes", required_argument, NULL, TMP_BYTES},
+    {"output-max", required_argument, NULL, OUTPUT_MAX},
+    {"time-max", required_argument, NULL, TIME_MAX},
+    {NULL, 0, NULL, 0},
+};
+
+static const char USAGE[] = "usage: pjw-init --uid N --gid N [OPTION]... [-- PROGRAM [ARG]...]";
+
+static _Noreturn void refuse(const char *option, const char *value, const char *why) {
+    dprintf(STDERR_FILENO, "pjw-init: cannot take --%s %s: %s\n%s\n", option, value, why, USAGE);
+    errno = EINVAL;
+    fail(STEP_OPTIONS, NULL);
+}
+
+static uint64_t number(const char *option, const char *text, uint64_t least, uint64_t most) {
+    char *end;
+    errno = 0;
+    /* strtoull(3) alone would take " 1", "+1" and "-1" */
+    bool digit = text[0] >= '0' && text[0] <= '9';
+    unsigned long long value = digit ? strtoull(text, &end, 10) : 0;
+    if (!digit || *end || errno)
+        refuse(option, text, "not a whole number");
+    if (value < least || value > most)
+        refuse(option, text, "out of range");
+    return value;
+}
+
+static int descriptor(const char *option, const char *text) {
+    int fd = (int)number(option, text, 0, INT_MAX);
+    if (fcntl(fd, F_GETFD) < 0)
+        refuse(option, text, "not an open descriptor");
+    return fd;
+}
+
+static const char *path(const char *option, const char *text) {
+    if (text[0] != '/')
+        refuse(option, text, "not an absolute path");
+    return text;
+}
+
+static _Noreturn void refuse_argv(int error) {
+    errno = error;
+    fail(STEP_ARGV, NULL);
+}
+
+/* One mapping, the pointers before the strings, so that release_argv() gives every page of it back. */
+static void read_argv(int fd, struct options *options) {
+    char *text = mmap(NULL, ARGV_MAX_BYTES + 1, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (text == MAP_FAILED)
+        fail(STEP_ARGV, NULL);
+    size_t length = 0, count = 0;
+    bool seekable = true;
+    while (length <= ARGV_MAX_BYTES) {
+        size_t room = ARGV_MAX_BYTES + 1 - length;
+        ssize_t got = seekable ? pread(fd, text + length, room, (off_t)length) : read(fd, text + length, room);
+        if (got < 0 && errno == ESPIPE && seekable) {
+            seekable = false;
+            continue;
+        }
+        if (got < 0)
+            fail(STEP_ARGV, NULL);
+        if (got == 0)
+            break;
+        length += (size_t)got;
+    }
+    if (length > ARGV_MAX_BYTES)
+        refuse_argv(E2BIG);
+    if (length < 2 || text[0] == '\0' || text[length - 1] != '\0')
+        refuse_argv(EINVAL);
+    for (size_t i = 0; i < length; i++)
+        count += text[i] == '\0';
+    size_t pointers_bytes = (count + 1) * sizeof(char *);
+    options->argv_mapped_bytes = pointers_bytes + length;
+    options->argv = mmap(NULL, options->argv_mapped_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (options->argv == MAP_FAILED)
+        fail(STEP_ARGV, NULL);
+    char *string = memcpy((char *)options->argv + pointers_bytes, text, length);
+    for (size_t i = 0; i < count; i++, string += strlen(string) + 1)
+        options->argv[i] = string;
+    munmap(text, ARGV_MAX_BYTES + 1);
+    close(fd);
+}
+
+void release_argv(struct options *options) {
+    if (options->argv_mapped_bytes)
+        munmap(options->argv, options->argv_mapped_bytes);
+    options->argv = NULL;
+}
+
+void parse_options(int argc, char **argv, struct options *options) {
+    int argv_fd = -1, id, index = 0;
+    *options = (struct options){.report_fd = -1, .status_fd = -1, .output_fd = STDOUT_FILENO, .cgroup_fd = -1};
+    /* "+": the first word that is no option belongs to the command, whatever it looks like */
+    while ((id = getopt_long(argc, argv, "+", OPTIONS, &index)) != -1) {
+        const char *name = id == '?' ? "" : OPTIONS[index].name;
+        switch (id) {
+        case REPORT_FD: report_to(options->report_fd = descriptor(name, optarg)); break;
+        case STATUS_FD: options->status_fd = descriptor(name, optarg); break;
+        case OUTPUT_FD: options->output_fd = descriptor(name, optarg); break;
+        case ARGV_FD: argv_fd = descriptor(name, optarg); break;
+        case CGROUP_FD: options->cgroup_fd = descriptor(name, optarg); break;
+        case CGROUP_PROCS_FD:
+            if (options->cgroup_procs_count == CGROUPS_MAX)
+                refuse(name, optarg, "too many of them");
+            options->cgroup_procs_fds[options->cgroup_procs_count++] = descriptor(name, optarg);
+            break;
+        /* (uid_t)-1 is "leave it" to setresuid(2): root */
+        case USER_ID: options->uid = (uid_t)number(name, optarg, 1, UINT32_MAX - 1); break;
+        case GROUP_ID: options->gid = (gid_t)number(name, optarg, 1, UINT32_MAX - 1); break;
+        case HOSTNAME: options->hostname = optarg; break;
+        case SCRATCH: options->scratch = path(name, optarg); break;
+        case HIDE:
+            if (options->hide_count == HIDES_MAX)
+                refuse(name, optarg, "too many of them");
+            options->hides[options->hide_count++] = path(name, optarg);
+            break;
+        case TMP_BYTES: options->tmp_bytes = number(name, optarg, 0, INT64_MAX); break;
+        case OUTPUT_MAX: options->output_max = number(name, optarg, 0, INT64_MAX); break;
+        case TIME_MAX: options->time_max = number(name, optarg, 0, INT32_MAX); break;
+        default: /* getopt_long(3) has said what is wrong */
+            errno = EINVAL;
+            fail(STEP_OPTIONS, NULL);
+        }
+    }
+    if (!options->uid || !options->gid)
+        refuse(options->uid ? "gid" : "uid", "(none)", "required, and never 0");
+    if (argv_fd >= 0 && optind < argc)
+        refuse("argv-fd", argv[optind], "the command is given twice");
+    if (argv_fd >= 0)
+        read_argv(argv_fd, options);
+    else if (optind < argc && argv[optind][0])
+        options->argv = argv + optind;
+    else
+        refuse("argv-fd", "(none)", "no command is given");
+}

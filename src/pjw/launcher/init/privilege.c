@@ -1,0 +1,77 @@
+/* Giving up privilege: all of it for the command, all but CAP_KILL for init. */
+#include "init.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <grp.h>
+#include <linux/capability.h>
+#include <string.h>
+#include <sys/fsuid.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+int set_oom_score_adj(const char *value) {
+    int fd = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
+    if (fd < 0)
+        return -1;
+    ssize_t written = write(fd, value, strlen(value));
+    int error = errno;
+    close(fd);
+    errno = error;
+    return written < 0 ? -1 : 0;
+}
+
+static int set_capabilities(uint32_t first_word) {
+    struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
+    struct __user_cap_data_struct data[2] = {{.effective = first_word, .permitted = first_word}};
+    return (int)syscall(SYS_capset, &header, data);
+}
+
+/* The bounding set only matters to an exec, and init never does one: this is for the command, see below. */
+void bound_to_kill(void) {
+    for (int capability = 0; capability < 64; capability++) {
+        if (capability == CAP_KILL || prctl(PR_CAPBSET_DROP, capability) == 0)
+            continue;
+        if (errno == EINVAL) /* beyond the last one that this kernel knows */
+            return;
+        fail(STEP_BOUNDING_SET, NULL);
+    }
+}
+
+/*
+ * init stays uid 0, so that the job, of another uid, can neither signal nor trace it, and keeps CAP_KILL,
+ * because a root without it may not signal the job either. Not dumpable: the files of /proc/1 belong to root.
+ * Towards file systems it is the owner of the output file: so it may set that file's times without a
+ * capability (see wake_watchers), and job output cannot eat the blocks reserved for root.
+ */
+void keep_only_kill(uid_t output_owner) {
+    setfsuid(output_owner);
+    if (set_capabilities(1U << CAP_KILL) < 0 || prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) < 0 ||
+        prctl(PR_SET_DUMPABLE, 0) < 0)
+        fail(STEP_CAPABILITIES, NULL);
+    if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
+        fail(STEP_NO_NEW_PRIVS, NULL);
+}
+
+/*
+ * Raw system calls for the ids: libc's wrappers would have every thread of the process change, which a child
+ * of vfork(2) must not ask for. The change of uid makes the memory that we share with init until the exec
+ * undumpable, so no process of the same uid elsewhere can trace us in between.
+ */
+enum step become_user(uid_t uid, gid_t gid) {
+    if (prctl(PR_CAPBSET_DROP, CAP_KILL) < 0)
+        return STEP_BOUNDING_SET;
+    if (syscall(SYS_setgroups, 0, NULL) < 0)
+        return STEP_GROUPS;
+    if (syscall(SYS_setresgid, gid, gid, gid) < 0)
+        return STEP_GID;
+    if (syscall(SYS_setresuid, uid, uid, uid) < 0)
+        return STEP_UID;
+    /* setresuid(2) has emptied the permitted set, but an inherited "inheritable" set would have survived */
+    if (set_capabilities(0) < 0 || prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) < 0)
+        return STEP_CAPABILITIES;
+    if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
+        return STEP_NO_NEW_PRIVS;
+    return STEP_NONE;
+}

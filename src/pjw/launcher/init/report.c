@@ -1,0 +1,124 @@
+/* What init tells others: reports to the launcher, the status file, and messages for a person. */
+#include "init.h"
+
+#include <ctype.h>
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { EXIT_SETUP = 125, EXIT_NOT_EXECUTABLE = 126, EXIT_NOT_FOUND = 127 };
+
+static const struct {
+    const char *name, *words;
+} STEP_TABLE[] = {
+    [STEP_NONE] = {"none", "go on"},
+#define STEP_ROW(id, name, words) [STEP_##id] = {name, words},
+    STEPS(STEP_ROW)
+#undef STEP_ROW
+};
+
+static const char *const REASON_NAMES[] = {"none", "stopped", "timed_out", "output_limit"};
+
+static int report_fd = -1;
+static off_t status_offset;
+
+void report_to(int fd) {
+    report_fd = fd;
+}
+
+/* A launcher that is gone is no reason to stop: its successor finds the job by its cgroup. */
+static void send_report(const char *text, int passed_fd) {
+    struct iovec data = {.iov_base = (void *)text, .iov_len = strlen(text)};
+    union {
+        struct cmsghdr header;
+        char space[CMSG_SPACE(sizeof(int))];
+    } control = {0};
+    struct msghdr message = {.msg_iov = &data, .msg_iovlen = 1};
+    if (passed_fd >= 0) {
+        message.msg_control = control.space;
+        message.msg_controllen = sizeof control.space;
+        control.header.cmsg_level = SOL_SOCKET;
+        control.header.cmsg_type = SCM_RIGHTS;
+        control.header.cmsg_len = CMSG_LEN(sizeof(int));
+        memcpy(CMSG_DATA(&control.header), &passed_fd, sizeof(int));
+    }
+    while (sendmsg(report_fd, &message, MSG_NOSIGNAL) < 0) {
+        if (errno == ENOTSOCK) /* a pipe or a file, by hand: one line for each report */
+            dprintf(report_fd, "%s\n", text);
+        if (errno != EINTR)
+            return;
+    }
+}
+
+void report_cloned(int pidfd) {
+    if (report_fd >= 0)
+        send_report("cloned", pidfd);
+}
+
+void report_execed(int64_t ns) {
+    if (report_fd < 0)
+        return;
+    char text[64];
+    snprintf(text, sizeof text, "execed %lld", (long long)ns);
+    send_report(text, -1);
+    close(report_fd);
+    report_fd = -1;
+}
+
+void fail(enum step step, const char *subject) {
+    int error = errno;
+    if (report_fd >= 0) {
+        char text[96];
+        snprintf(text, sizeof text, "failed %s %d", STEP_TABLE[step].name, error);
+        send_report(text, -1);
+    } else {
+        const char *why = strerror(error);
+        dprintf(STDERR_FILENO, "pjw-init: cannot %s%s%s: %c%s\n", STEP_TABLE[step].words, subject ? " " : "",
+                subject ? subject : "", tolower((unsigned char)why[0]), why + 1);
+    }
+    if (step != STEP_EXEC)
+        _exit(EXIT_SETUP);
+    _exit(error == ENOENT ? EXIT_NOT_FOUND : EXIT_NOT_EXECUTABLE);
+}
+
+int64_t realtime_ns(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
+}
+
+/*
+ * The server filled the file with zero bytes, so that these few fit even when the disk is full by then.
+ * Each record is one pwrite(2): a reader sees all of it or nothing.
+ */
+static bool record(int fd, const char *text) {
+    size_t length = strlen(text);
+    if (fd < 0)
+        return true;
+    ssize_t written = pwrite(fd, text, length, status_offset);
+    if (written >= 0 && (size_t)written < length)
+        errno = ENOSPC;
+    if (written != (ssize_t)length)
+        return false;
+    status_offset += written;
+    return true;
+}
+
+void record_start(int status_fd, int64_t ns) {
+    char text[64];
+    snprintf(text, sizeof text, "started %lld\n", (long long)ns);
+    if (!record(status_fd, text))
+        fail(STEP_STATUS, NULL); /* the exit of PID 1 ends the command too: a job without a record is none */
+}
+
+void record_end(int status_fd, int64_t ns, int wait_status, enum reason reason) {
+    char text[96];
+    bool signaled = WIFSIGNALED(wait_status);
+    snprintf(text, sizeof text, "ended %lld %s %d %s\n", (long long)ns, signaled ? "signaled" : "exited",
+             signaled ? WTERMSIG(wait_status) : WEXITSTATUS(wait_status), REASON_NAMES[reason]);
+    record(status_fd, text); /* no one is left to tell of a failure; a missing record says "lost" */
+}

@@ -1,0 +1,79 @@
+"""Checks every request again, as if the worker were hostile."""
+
+import fcntl
+import hashlib
+import os
+import stat
+from dataclasses import dataclass
+from typing import Final
+
+from pjw.errors import InvalidJobError
+from pjw.launcher.protocol import Hello, Launch
+from pjw.model import Limits
+
+# ids of jobs become names of directories: 2^53 is enough for a million jobs a second for 285 years
+JOB_ID_MAX: Final = 2**53
+
+# What every job finds in its environment, and nothing else: neither the server's nor the
+# launcher's ever reaches a job. docs/architecture.md lists it for users.
+JOB_ENVIRONMENT: Final = {
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "HOME": "/run/job",
+    "SHELL": "/bin/sh",
+    "LANG": "C.UTF-8",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What the launcher does for its worker, and no more. Told once, by root."""
+
+    uid_first: int
+    uid_count: int
+    ceiling: Limits
+    hidden_paths: tuple[str, ...]
+
+    @classmethod
+    def from_hello(cls, hello: Hello) -> "Policy":
+        """Raises InvalidJobError for a range of users that has root in it."""
+        if hello.uid_first < 1 or hello.uid_count < 1 or hello.uid_first + hello.uid_count > 2**32 - 1:
+            raise InvalidJobError("the range of user ids for jobs must lie between 1 and 2^32-2")
+        for path in (hello.state_dir, *hello.hidden_paths):
+            if not os.path.isabs(path):
+                raise InvalidJobError(f"{path!r} is not an absolute path")
+        return cls(
+            uid_first=hello.uid_first,
+            uid_count=hello.uid_count,
+            ceiling=hello.ceiling,
+            hidden_paths=(hello.state_dir, *hello.hidden_paths),
+        )
+
+    def check_launch(self, request: Launch, descriptors: list[int]) -> None:
+        """Raises InvalidJobError unless the launch is one that this policy allows."""
+        check_job_id(request.job_id)
+        if not self.uid_first <= request.uid < self.uid_first + self.uid_count:
+            raise InvalidJobError(f"user id {request.uid} is not one for jobs")
+        if above := request.limits.first_above(self.ceiling):
+            raise InvalidJobError(f"limit {above} is above its ceiling")
+        if len(descriptors) != 3:
+            raise InvalidJobError("a launch needs three descriptors: argv, output, status")
+        # init writes to them as root: a descriptor of anything but a plain file (a device, a
+        # socket, a directory) could make that do more than store bytes.
+        for descriptor in descriptors:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise InvalidJobError("a descriptor of a launch is not a regular file")
+        # Only what the sender could open for writing itself is written or touched for it.
+        for descriptor in descriptors[1:]:
+            if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+                raise InvalidJobError("the output or status descriptor of a launch is not writable")
+
+
+def check_job_id(job_id: int) -> None:
+    """Raises InvalidJobError for an id that cannot be one."""
+    if not 1 <= job_id <= JOB_ID_MAX:
+        raise InvalidJobError(f"{job_id} is not a job id")
+
+
+def instance_name(state_dir: str) -> str:
+    """Name the cgroups of one pjw, told apart from others on the host by its state directory."""
+    return f"i-{hashlib.sha256(os.fsencode(state_dir)).hexdigest()[:12]}"

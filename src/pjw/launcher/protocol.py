@@ -1,0 +1,247 @@
+"""The messages between worker and launcher: bytes in, values out. No I/O.
+
+One message is one datagram of a SOCK_SEQPACKET socket, a JSON object with exactly the keys
+of its class beside `op` and `seq`. The kernel keeps the edges of datagrams, so there is no
+framing to get wrong. docs/launcher-protocol.md says which message carries which descriptors.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Final
+
+from pjw.errors import InvalidJobError, ProtocolError
+from pjw.model import Limits, Usage
+
+MAX_DATAGRAM_BYTES: Final = 65_536
+MAX_DESCRIPTORS: Final = 3
+# As many job ids as fit into a datagram at their longest.
+MAX_JOB_IDS: Final = 2_000
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """First and once, while the sender is still root: the policy for all that follows."""
+
+    op: ClassVar = "hello"
+    state_dir: str
+    uid_first: int
+    uid_count: int
+    ceiling: Limits
+    io_limited: bool
+    hidden_paths: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Start a job. Descriptors: argv (NUL-terminated strings), output, status."""
+
+    op: ClassVar = "launch"
+    job_id: int
+    uid: int
+    limits: Limits
+
+
+@dataclass(frozen=True, slots=True)
+class Adopt:
+    """Hand over a job that may still run from before the launcher was started."""
+
+    op: ClassVar = "adopt"
+    job_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class JobIds:
+    """Which jobs have a cgroup, from the id behind `after` on."""
+
+    op: ClassVar = "job_ids"
+    after: int
+
+
+@dataclass(frozen=True, slots=True)
+class Terminate:
+    """SIGTERM to every process of a job."""
+
+    op: ClassVar = "terminate"
+    job_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """SIGKILL to every process of a job; with `init_too` also to its init: the last resort."""
+
+    op: ClassVar = "kill"
+    job_id: int
+    init_too: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What an ended job has used."""
+
+    op: ClassVar = "account"
+    job_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Remove:
+    """Remove the cgroup and the scratch directory of an ended job."""
+
+    op: ClassVar = "remove"
+    job_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """It was done."""
+
+    op: ClassVar = "done"
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """The command was executed at `started_ns` (CLOCK_REALTIME). Descriptor: pidfd of the job's init."""
+
+    op: ClassVar = "launched"
+    started_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Adopted:
+    """Whether the job still runs (descriptor: pidfd of its init) and whether it has a cgroup."""
+
+    op: ClassVar = "adopted"
+    alive: bool
+    known: bool
+
+
+@dataclass(frozen=True, slots=True)
+class JobIdPage:
+    """At most MAX_JOB_IDS ids, ascending; a full page may have another behind it."""
+
+    op: ClassVar = "job_id_page"
+    job_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Accounted:
+    """The accounting of a job; `known` is false when it has no cgroup to ask."""
+
+    op: ClassVar = "accounted"
+    known: bool
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """It was not done. `kind`: exec, kernel, invalid, state or config; `errno` is 0 when there is none."""
+
+    op: ClassVar = "refused"
+    kind: str
+    operation: str
+    subject: str
+    errno: int
+    hint: str
+
+
+Request = Hello | Launch | Adopt | JobIds | Terminate | Kill | Account | Remove
+Reply = Done | Launched | Adopted | JobIdPage | Accounted | Refused
+
+REQUESTS: Final[dict[str, type[Request]]] = {
+    c.op: c for c in (Hello, Launch, Adopt, JobIds, Terminate, Kill, Account, Remove)
+}
+REPLIES: Final[dict[str, type[Reply]]] = {
+    c.op: c for c in (Done, Launched, Adopted, JobIdPage, Accounted, Refused)
+}
+
+
+def encode(seq: int, message: Request | Reply) -> bytes:
+    """Make a datagram. Raises ProtocolError if it would be too large."""
+    data = json.dumps({"op": message.op, "seq": seq, **asdict(message)}, separators=(",", ":")).encode()
+    if len(data) > MAX_DATAGRAM_BYTES:
+        raise ProtocolError(f"a message {message.op} of {len(data)} bytes is too large")
+    return data
+
+
+def decode_request(data: bytes) -> tuple[int, Request]:
+    """Read a request: its sequence number and its value. Raises only ProtocolError."""
+    seq, message = _decode(data, REQUESTS)
+    return seq, message
+
+
+def decode_reply(data: bytes) -> tuple[int, Reply]:
+    """Read a reply: its sequence number and its value. Raises only ProtocolError."""
+    seq, message = _decode(data, REPLIES)
+    return seq, message
+
+
+def _decode(data: bytes, classes: dict[str, type[Any]]) -> tuple[int, Any]:
+    if len(data) > MAX_DATAGRAM_BYTES:
+        raise ProtocolError(f"a message of {len(data)} bytes is too large")
+    try:
+        message = json.loads(data)
+    # RecursionError: "[[[[…" nests deeper than the parser can
+    except (ValueError, RecursionError):
+        raise ProtocolError("a message is not JSON") from None
+    if not isinstance(message, dict):
+        raise ProtocolError("a message is not an object")
+    op = message.pop("op", None)
+    seq = _whole_number(message.pop("seq", None))
+    if not isinstance(op, str) or op not in classes:
+        raise ProtocolError("a message has no known op")
+    return seq, _value(classes[op], message)
+
+
+def _value(cls: type[Any], members: object) -> Any:
+    if not isinstance(members, dict):
+        raise ProtocolError(f"a {cls.__name__} is not an object")
+    expected = {f.name: f.type for f in fields(cls)}
+    if members.keys() != expected.keys():
+        raise ProtocolError(f"a {cls.__name__} has not exactly the members it should")
+    try:
+        return cls(**{name: _READERS[kind](members[name]) for name, kind in expected.items()})
+    except InvalidJobError as error:
+        raise ProtocolError(f"a {cls.__name__} is not possible: {error}") from None
+
+
+def _whole_number(value: object) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ProtocolError("a number is not a whole one from 0 to 2^63-1")
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or "\0" in value or len(value) > 4096:
+        raise ProtocolError("a text is not one, is too long, or has a NUL in it")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ProtocolError("a text is not valid Unicode") from None
+    return value
+
+
+def _truth(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ProtocolError("a truth value is not one")
+    return value
+
+
+def _items(read: Callable[[object], Any], most: int) -> Callable[[object], tuple[Any, ...]]:
+    def items(value: object) -> tuple[Any, ...]:
+        if not isinstance(value, list) or len(value) > most:
+            raise ProtocolError(f"a list is not one, or has more than {most} items")
+        return tuple(read(item) for item in value)
+
+    return items
+
+
+# by the type that a field is declared with
+_READERS: Final[dict[Any, Callable[[object], Any]]] = {
+    int: _whole_number,
+    str: _text,
+    bool: _truth,
+    tuple[int, ...]: _items(_whole_number, MAX_JOB_IDS),
+    tuple[str, ...]: _items(_text, 64),
+    Limits: lambda value: _value(Limits, value),
+    Usage: lambda value: _value(Usage, value),
+}

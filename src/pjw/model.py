@@ -1,0 +1,195 @@
+"""What a job is, as frozen values that check themselves. No I/O."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from datetime import datetime
+from enum import StrEnum
+from typing import Final, Self
+
+from pjw.errors import InvalidJobError
+
+# execve(2): one argument holds at most MAX_ARG_STRLEN bytes, its NUL included. The bound
+# on all of them is ours: far below ARG_MAX, far above any command that a person types.
+ARGUMENT_MAX_BYTES: Final = 131_071
+ARGUMENTS_MAX_BYTES: Final = 524_288
+
+# init and the command are two processes; below 10 millicores the quota is under the
+# kernel's minimum of 1 ms in a period of 100 ms; below 2 MiB exec itself runs out of memory.
+LIMIT_MINIMUM: Final[Mapping[str, int]] = {
+    "cpu_max_millicores": 10,
+    "memory_max_bytes": 2 * 1024 * 1024,
+    "pids_max": 2,
+}
+LIMIT_MAXIMUM: Final = 2**62
+
+
+class JobState(StrEnum):
+    """Where in its life a job is. EXITED and LOST are final."""
+
+    STARTING = "starting"
+    RUNNING = "running"
+    STOPPING = "stopping"
+    EXITED = "exited"
+    LOST = "lost"
+
+    @property
+    def final(self) -> bool:
+        return self in (JobState.EXITED, JobState.LOST)
+
+
+class EndReason(StrEnum):
+    """Why a job ended."""
+
+    COMPLETED = "completed"
+    STOPPED = "stopped"
+    TIMED_OUT = "timed_out"
+    OUTPUT_LIMIT = "output_limit"
+    OOM_KILLED = "oom_killed"
+    LOST = "lost"
+
+
+@dataclass(frozen=True, slots=True)
+class ExitStatus:
+    """How the command ended: with a code, or by a signal; never one number for both."""
+
+    code: int | None = None
+    signal: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.code is None) == (self.signal is None):
+            raise ValueError("an exit status is a code or a signal")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a job may use. 0 is "no limit" in every field."""
+
+    cpu_max_millicores: int = 1000
+    memory_max_bytes: int = 512 * 1024**2
+    pids_max: int = 512
+    io_rbps_max: int = 256 * 1024**2
+    io_wbps_max: int = 256 * 1024**2
+    io_riops_max: int = 10_000
+    io_wiops_max: int = 10_000
+    output_max_bytes: int = 10 * 1024**3
+    time_max_seconds: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in self.items():
+            # bool is an int in Python, but no number of anything
+            if type(value) is not int or not 0 <= value <= LIMIT_MAXIMUM:
+                raise InvalidJobError(f"limit {name} must be a whole number from 0 to 2^62, not {value!r}")
+            if 0 < value < LIMIT_MINIMUM.get(name, 0):
+                raise InvalidJobError(f"limit {name} must be at least {LIMIT_MINIMUM[name]}, not {value}")
+
+    def items(self) -> list[tuple[str, int]]:
+        """Every limit as (name, value), in the order of the fields."""
+        return [(f.name, getattr(self, f.name)) for f in fields(self)]
+
+    def first_above(self, ceiling: "Limits") -> str | None:
+        """Name the first limit that *ceiling* does not allow; "no limit" is above any number."""
+        for name, value in self.items():
+            highest = getattr(ceiling, name)
+            if highest and (value == 0 or value > highest):
+                return name
+        return None
+
+    def with_overrides(self, overrides: Mapping[str, int]) -> Self:
+        """These limits with some replaced; an unknown name is an InvalidJobError."""
+        unknown = set(overrides) - {f.name for f in fields(self)}
+        if unknown:
+            raise InvalidJobError(f"no limit is called {min(unknown)!r}")
+        return replace(self, **overrides)
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a job has used, read from its cgroup before that was removed.
+
+    Times in microseconds, sizes in bytes. `oom_kills` is the cgroup's own counter.
+    """
+
+    cpu_usage_usec: int = 0
+    memory_peak_bytes: int = 0
+    io_read_bytes: int = 0
+    io_write_bytes: int = 0
+    oom_kills: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class JobSpec:
+    """What is asked for: a shell command (one string) or an argv (a sequence), and limits.
+
+    A string is run by `/bin/sh -c`; a sequence is executed as it is. `limits` replaces
+    single defaults, within the operator's ceilings. Raises InvalidJobError.
+    """
+
+    command: str | Sequence[str]
+    limits: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.command, str):
+            if not self.command.strip():
+                raise InvalidJobError("the command is empty")
+        elif not self.command or not self.command[0]:
+            raise InvalidJobError("the command is empty")
+        total = 0
+        for argument in self.argv:
+            size = _checked_size(argument)
+            total += size + 1
+        if total > ARGUMENTS_MAX_BYTES:
+            raise InvalidJobError(
+                f"the command is {total} bytes long with all its arguments; at most {ARGUMENTS_MAX_BYTES} are allowed"
+            )
+
+    @property
+    def argv(self) -> tuple[str, ...]:
+        """What is executed."""
+        if isinstance(self.command, str):
+            return ("/bin/sh", "-c", self.command)
+        return tuple(self.command)
+
+    @property
+    def display(self) -> str:
+        """The command on one line, as it could be typed into a shell."""
+        return self.command if isinstance(self.command, str) else shlex.join(self.command)
+
+
+def _checked_size(argument: str) -> int:
+    try:
+        size = len(argument.encode())
+    except UnicodeEncodeError:
+        raise InvalidJobError("the command is not valid UTF-8") from None
+    if "\0" in argument:
+        raise InvalidJobError("the command has a NUL in it, which no argument of a program can hold")
+    if size > ARGUMENT_MAX_BYTES:
+        raise InvalidJobError(
+            f"an argument of the command is {size} bytes long; the kernel takes at most {ARGUMENT_MAX_BYTES}",
+            hint="put a long script into a file and run that",
+        )
+    return size
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One job at one moment: a snapshot that does not change. Times are in UTC."""
+
+    id: int
+    client_name: str
+    command: str
+    state: JobState
+    limits: Limits
+    start: datetime
+    end: datetime | None = None
+    exit_status: ExitStatus | None = None
+    reason: EndReason | None = None
+    usage: Usage | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who is speaking: the client's name, and the serial number of the certificate that says so."""
+
+    client_name: str
+    serial: int

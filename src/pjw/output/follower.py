@@ -1,0 +1,46 @@
+"""follow(): any offset to the end of a job's output, for any number of readers."""
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator
+from typing import Final
+
+from pjw.errors import OffsetError
+from pjw.output.log import OutputLog, read_at
+
+# A stalled stream holds about 4 chunks in gRPC and the kernel, so a reader begins with small
+# ones and earns larger ones (the best size for one stream here) by keeping up.
+CHUNK_BYTES_MIN: Final = 64 * 1024
+CHUNK_BYTES_MAX: Final = 256 * 1024
+KEEPS_UP_SECONDS: Final = 0.1
+
+
+async def follow(log: OutputLog, offset: int = 0) -> AsyncGenerator[bytes, None]:
+    """Yield every byte from *offset* on; return once the output has ended.
+
+    Raises OffsetError when *offset* lies beyond the end of what is there. No polling: waits
+    on inotify. A slow reader costs nobody anything: bytes stay in the file until it asks.
+    """
+    loop = asyncio.get_running_loop()
+    with log.open() as descriptor, log.changes() as changed:
+        size = os.fstat(descriptor).st_size
+        if not 0 <= offset <= size:
+            raise OffsetError(f"cannot read output from byte {offset}: it has {size} bytes")
+        chunk_bytes = CHUNK_BYTES_MIN
+        while True:
+            # Look at `ended`, and clear the event, before the read. The job may write its
+            # last bytes while we read; this order makes the read after the look a complete
+            # one, and a write after the read sets the event again.
+            ended = log.ended
+            changed.clear()
+            while chunk := await read_at(descriptor, offset, chunk_bytes):
+                offset += len(chunk)
+                yielded = loop.time()
+                yield chunk
+                if loop.time() - yielded > KEEPS_UP_SECONDS:
+                    chunk_bytes = CHUNK_BYTES_MIN
+                elif len(chunk) == chunk_bytes:
+                    chunk_bytes = min(2 * chunk_bytes, CHUNK_BYTES_MAX)
+            if ended:
+                return
+            await changed.wait()

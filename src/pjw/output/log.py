@@ -1,0 +1,82 @@
+"""OutputLog: one job's output file, read by any number of followers."""
+
+import asyncio
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from pjw.errors import KernelError
+from pjw.output.inotify import Inotify
+
+
+class OutputLog:
+    """The file that a job's init appends to: its bytes, its end, and news of changes.
+
+    Nothing of it is held in memory: the page cache is the buffer, shared by all followers.
+    """
+
+    def __init__(self, path: str, inotify: Inotify, *, ended: bool) -> None:
+        self._path: Final = path
+        self._inotify: Final = inotify
+        self._followers: Final[set[asyncio.Event]] = set()
+        self._watch = -1
+        self._ended = ended
+
+    @property
+    def ended(self) -> bool:
+        """Whether the file is whole: nothing will be appended any more."""
+        return self._ended
+
+    def mark_ended(self) -> None:
+        """Say that the file is whole, and wake all followers."""
+        self._ended = True
+        self._wake()
+
+    def _wake(self) -> None:
+        for changed in self._followers:
+            changed.set()
+
+    @contextmanager
+    def changes(self) -> Iterator[asyncio.Event]:
+        """An event that is set after each change from now on. The first follower starts the watch."""
+        changed = asyncio.Event()
+        if not self._followers and not self._ended:
+            self._watch = self._inotify.watch(self._path, self._wake)
+        self._followers.add(changed)
+        try:
+            yield changed
+        finally:
+            self._followers.remove(changed)
+            if not self._followers and self._watch >= 0:
+                self._inotify.unwatch(self._watch)
+                self._watch = -1
+
+    @contextmanager
+    def open(self) -> Iterator[int]:
+        """A descriptor to read from. Raises KernelError."""
+        try:
+            descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise KernelError("open the output", self._path, error.errno or 0) from error
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+
+async def read_at(descriptor: int, offset: int, count: int) -> bytes:
+    """Read up to *count* bytes at *offset*; empty at the end of the file.
+
+    Bytes in the page cache are read at once, others in a thread: a slow disk must not hold
+    the event loop up (preadv2(2), RWF_NOWAIT).
+    """
+    buffer = bytearray(count)
+    try:
+        got = os.preadv(descriptor, [buffer], offset, os.RWF_NOWAIT)
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
+            raise
+        return await asyncio.to_thread(os.pread, descriptor, count, offset)
+    return bytes(memoryview(buffer)[:got])

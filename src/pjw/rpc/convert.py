@@ -1,0 +1,104 @@
+"""Messages to model and back. Nothing here asks or decides."""
+
+from datetime import UTC, datetime
+from typing import Final
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from pjw.errors import InvalidJobError
+from pjw.model import EndReason, ExitStatus, Job, JobSpec, JobState, Limits, Usage
+from pjw.v1 import job_worker_pb2 as pb
+
+_STATES: Final = {state: pb.JobState.Value(f"JOB_STATE_{state.name}") for state in JobState}
+_STATES_BACK: Final = {number: state for state, number in _STATES.items()}
+_REASONS: Final = {reason: pb.EndReason.Value(f"END_REASON_{reason.name}") for reason in EndReason}
+_REASONS_BACK: Final = {number: reason for reason, number in _REASONS.items()}
+
+
+def job_to_message(job: Job) -> pb.Job:
+    """A job as it is sent."""
+    status = job.exit_status
+    return pb.Job(
+        id=job.id,
+        client_name=job.client_name,
+        command=job.command,
+        start=_timestamp(job.start),
+        end=_timestamp(job.end) if job.end else None,
+        exit_code=status.code if status else None,
+        state=_STATES[job.state],
+        reason=_REASONS[job.reason] if job.reason else pb.END_REASON_UNSPECIFIED,
+        signal=status.signal if status else None,
+        limits=pb.Limits(**dict(job.limits.items())),
+        usage=_usage_to_message(job.usage) if job.usage else None,
+    )
+
+
+def job_from_message(message: pb.Job) -> Job:
+    """A job as it was sent. Raises ValueError for a state that this version does not know."""
+    code = message.exit_code if message.HasField("exit_code") else None
+    signal = message.signal if message.HasField("signal") else None
+    if message.state not in _STATES_BACK:
+        raise ValueError(f"unknown state {message.state} of job {message.id}")
+    return Job(
+        id=message.id,
+        client_name=message.client_name,
+        command=message.command,
+        state=_STATES_BACK[message.state],
+        limits=Limits(**limits_from_message(message.limits)),
+        start=message.start.ToDatetime(UTC),
+        end=message.end.ToDatetime(UTC) if message.HasField("end") else None,
+        exit_status=None if code is None and signal is None else ExitStatus(code, signal),
+        reason=_REASONS_BACK.get(message.reason),
+        usage=_usage_from_message(message.usage) if message.HasField("usage") else None,
+    )
+
+
+def spec_to_message(spec: JobSpec) -> pb.StartRequest:
+    """A request to start a job."""
+    limits = pb.Limits(**spec.limits) if spec.limits else None
+    if isinstance(spec.command, str):
+        return pb.StartRequest(command=spec.command, limits=limits)
+    return pb.StartRequest(argv=pb.Argv(arguments=spec.command), limits=limits)
+
+
+def spec_from_message(message: pb.StartRequest) -> JobSpec:
+    """What is asked for. Raises InvalidJobError."""
+    limits = limits_from_message(message.limits)
+    match message.WhichOneof("program"):
+        case "command":
+            return JobSpec(message.command, limits)
+        case "argv":
+            return JobSpec(tuple(message.argv.arguments), limits)
+        case _:
+            raise InvalidJobError("the command is empty")
+
+
+def limits_from_message(message: pb.Limits) -> dict[str, int]:
+    """The limits that are set, by name."""
+    return {field.name: value for field, value in message.ListFields()}
+
+
+def _usage_to_message(usage: Usage) -> pb.Usage:
+    return pb.Usage(
+        cpu_usage_usec=usage.cpu_usage_usec,
+        memory_peak_bytes=usage.memory_peak_bytes,
+        io_read_bytes=usage.io_read_bytes,
+        io_write_bytes=usage.io_write_bytes,
+        oom_kills=usage.oom_kills,
+    )
+
+
+def _usage_from_message(message: pb.Usage) -> Usage:
+    return Usage(
+        cpu_usage_usec=message.cpu_usage_usec,
+        memory_peak_bytes=message.memory_peak_bytes,
+        io_read_bytes=message.io_read_bytes,
+        io_write_bytes=message.io_write_bytes,
+        oom_kills=message.oom_kills,
+    )
+
+
+def _timestamp(time: datetime) -> Timestamp:
+    message = Timestamp()
+    message.FromDatetime(time)
+    return message

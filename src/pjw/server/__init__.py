@@ -1,0 +1,1 @@
+"""Who may ask: the network process, and pjwd's commands around it."""

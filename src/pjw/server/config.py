@@ -1,0 +1,59 @@
+"""The operator's configuration file (TOML). Every key, its meaning and default: docs/configuration.md."""
+
+import tomllib
+from pathlib import Path
+
+import msgspec
+
+from pjw.errors import ConfigError, InvalidJobError
+from pjw.model import Limits
+from pjw.worker.settings import NO_CEILING, UID_COUNT, UID_FIRST, WorkerSettings
+
+
+class JobUsers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The range of user ids that clients are given, one each, never to another."""
+
+    uid_first: int = UID_FIRST
+    uid_count: int = UID_COUNT
+
+
+class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a configuration file may hold."""
+
+    user: str | None = None
+    stop_grace_seconds: float = 10
+    hidden_paths: tuple[str, ...] = ()
+    job_users: JobUsers = JobUsers()
+    limits: dict[str, int] = {}
+    ceilings: dict[str, int] = {}
+
+    def worker_settings(self, hidden_paths: tuple[str, ...]) -> WorkerSettings:
+        """What the worker needs of it. Raises ConfigError."""
+        if not 0 <= self.stop_grace_seconds <= 86_400:
+            raise ConfigError("stop_grace_seconds must be from 0 to 86400")
+        try:
+            limits, ceiling = Limits().with_overrides(self.limits), NO_CEILING.with_overrides(self.ceilings)
+        except InvalidJobError as error:
+            raise ConfigError(str(error)) from None
+        return WorkerSettings(
+            default_limits=limits,
+            ceiling=ceiling,
+            uid_first=self.job_users.uid_first,
+            uid_count=self.job_users.uid_count,
+            hidden_paths=(*self.hidden_paths, *hidden_paths),
+            stop_grace_seconds=self.stop_grace_seconds,
+        )
+
+
+def load_config(path: str | None) -> ServerConfig:
+    """Read a configuration file; None is all defaults. Raises ConfigError that names file and key."""
+    if path is None:
+        return ServerConfig()
+    try:
+        return msgspec.convert(tomllib.loads(Path(path).read_text()), ServerConfig)
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"cannot read the configuration {path}: it is not TOML: {error}") from error
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"the configuration {path} is not valid: {error}") from error

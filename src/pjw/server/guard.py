@@ -1,0 +1,154 @@
+"""Stands before every method, unary or stream: who is calling, until when, and what errors become.
+
+Handlers are wrapped here and registered from one table (service.py), so that no method can
+be forgotten. Nothing of an exception reaches a client but what `status_of` lets through.
+"""
+
+# The stubs' generic classes are not generic when they run.
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+
+from pjw.errors import InvalidJobError, LauncherGoneError, NotAuthenticatedError, PjwError
+from pjw.model import Identity
+from pjw.rpc.status import ADMITTED_KEY, status_of
+from pjw.server.peer import authenticate
+
+if TYPE_CHECKING:
+    Context = grpc.aio.ServicerContext[Any, Any]
+Req = TypeVar("Req", bound=Message)
+Res = TypeVar("Res", bound=Message)
+
+# A client that lives but does not read is dropped after this long; the command line then
+# comes back by itself, at the byte where it was.
+STALLED_WRITE_SECONDS: Final = 900
+
+log: Final = logging.getLogger(__name__)
+
+
+class Guard:
+    """Wraps handlers, and ends those that run when the server drains."""
+
+    def __init__(self) -> None:
+        self._draining = False
+        self._running: Final[set[asyncio.Timeout]] = set()
+
+    def drain(self) -> None:
+        """Refuse new calls and end the running ones with UNAVAILABLE, so that clients come back."""
+        self._draining = True
+        for timeout in self._running:
+            timeout.reschedule(asyncio.get_running_loop().time())
+
+    def unary(
+        self, method: Callable[[Req, Identity], Awaitable[Res]], request_class: type[Req]
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        """The handler of a method with one answer."""
+
+        async def handle(request: Req | None, context: Context) -> Res:
+            try:
+                async with self._admitted(context) as identity:
+                    return await method(_decoded(request), identity)
+            except Exception as error:
+                await _abort(context, error)
+
+        return grpc.unary_unary_rpc_method_handler(
+            handle,
+            request_deserializer=_deserializer(request_class),
+            response_serializer=_serialize,
+        )
+
+    def stream(
+        self, method: Callable[[Req, Identity], AsyncGenerator[Res, None]], request_class: type[Req]
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        """The handler of a method with a stream of answers."""
+
+        async def handle(request: Req | None, context: Context) -> None:
+            try:
+                async with self._admitted(context) as identity, aclosing(method(_decoded(request), identity)) as answers:
+                    await context.send_initial_metadata(((ADMITTED_KEY, "1"),))
+                    async for answer in answers:
+                        await _write(context, answer)
+            except _ReaderGoneError:
+                return
+            except Exception as error:
+                await _abort(context, error)
+
+        return grpc.unary_stream_rpc_method_handler(
+            handle,
+            request_deserializer=_deserializer(request_class),
+            response_serializer=_serialize,
+        )
+
+    @asynccontextmanager
+    async def _admitted(self, context: Context) -> AsyncGenerator[Identity, None]:
+        """Let the caller in until its certificate expires or the server drains."""
+        if self._draining:
+            raise LauncherGoneError("the server is shutting down; running jobs go on")
+        peer = authenticate(context)
+        try:
+            async with asyncio.timeout(peer.seconds_left()) as timeout:
+                self._running.add(timeout)
+                try:
+                    yield peer.identity
+                finally:
+                    self._running.discard(timeout)
+        except TimeoutError:
+            if self._draining:
+                raise LauncherGoneError("the server is shutting down; running jobs go on") from None
+            if peer.seconds_left() <= 0:
+                raise NotAuthenticatedError("the client certificate has expired during the call") from None
+            raise
+
+
+class _ReaderGoneError(Exception):
+    """The client has gone, or does not read; there is nobody to tell."""
+
+
+async def _write(context: Context, answer: Message) -> None:
+    try:
+        async with asyncio.timeout(STALLED_WRITE_SECONDS):
+            await context.write(answer)
+    except TimeoutError:
+        log.warning("dropped %s, which has read nothing for %d s", context.peer(), STALLED_WRITE_SECONDS)
+        raise _ReaderGoneError from None
+    except grpc.aio.BaseError:
+        # gRPC's word for a follower that vanished while we wrote
+        raise _ReaderGoneError from None
+
+
+async def _abort(context: Context, error: Exception) -> NoReturn:
+    code, text, metadata = status_of(error)
+    if code is grpc.StatusCode.INTERNAL:
+        if isinstance(error, PjwError):
+            log.error("%s", error)
+        else:
+            log.error("a call failed", exc_info=error)
+    await context.abort(code, text, metadata)
+
+
+def _deserializer(request_class: type[Req]) -> Callable[[bytes], Req | None]:
+    # gRPC answers INTERNAL when this raises, with the exception's text; None is ours to word.
+    def deserialize(data: bytes) -> Req | None:
+        try:
+            return request_class.FromString(data)
+        except DecodeError:
+            return None
+
+    return deserialize
+
+
+def _decoded(request: Req | None) -> Req:
+    if request is None:
+        raise InvalidJobError("the request is not a valid message (is all of its text UTF-8?)")
+    return request
+
+
+def _serialize(message: Message) -> bytes:
+    return message.SerializeToString()

@@ -1,0 +1,79 @@
+"""JobWorkerService: convert, ask the worker, convert. Every call sees its caller's jobs only."""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Final
+
+import grpc
+
+from pjw.errors import InvalidJobError
+from pjw.model import Identity
+from pjw.rpc.convert import job_to_message, spec_from_message
+from pjw.server.guard import Guard
+from pjw.v1 import job_worker_pb2 as pb
+from pjw.worker import Worker
+from pjw.worker.worker import PAGE_MAX
+
+SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["JobWorkerService"].full_name
+# The longest grace period that makes sense to ask for: a day.
+_GRACE_SECONDS_MAX: Final = 86_400
+
+
+class JobWorkerService:
+    """One method for each RPC."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker: Final = worker
+
+    def handlers(self, guard: Guard) -> grpc.GenericRpcHandler:
+        """The table of all methods, each behind the guard."""
+        return grpc.method_handlers_generic_handler(
+            SERVICE_NAME,
+            {
+                "Start": guard.unary(self.start, pb.StartRequest),
+                "Get": guard.unary(self.get, pb.GetRequest),
+                "List": guard.unary(self.list, pb.ListRequest),
+                "Stop": guard.unary(self.stop, pb.StopRequest),
+                "Logs": guard.stream(self.logs, pb.LogsRequest),
+            },
+        )
+
+    async def start(self, request: pb.StartRequest, caller: Identity) -> pb.StartResponse:
+        """Start a job for the caller."""
+        job = await self._worker.start(spec_from_message(request), caller.client_name)
+        return pb.StartResponse(job=job_to_message(job))
+
+    async def get(self, request: pb.GetRequest, caller: Identity) -> pb.GetResponse:
+        """Show a job of the caller."""
+        return pb.GetResponse(job=job_to_message(await self._worker.get(request.id, caller.client_name)))
+
+    async def list(self, request: pb.ListRequest, caller: Identity) -> pb.ListResponse:
+        """Show a page of the caller's jobs."""
+        count = request.page_size if 0 < request.page_size < PAGE_MAX else PAGE_MAX
+        jobs = await self._worker.list(caller.client_name, _after(request.page_token), count)
+        token = str(jobs[-1].id) if len(jobs) == count else ""
+        return pb.ListResponse(jobs=[job_to_message(job) for job in jobs], next_page_token=token)
+
+    async def stop(self, request: pb.StopRequest, caller: Identity) -> pb.StopResponse:
+        """Stop a job of the caller."""
+        grace_seconds = None
+        if request.HasField("grace"):
+            grace_seconds = request.grace.seconds + request.grace.nanos / 1e9
+            if not 0 <= grace_seconds <= _GRACE_SECONDS_MAX:
+                raise InvalidJobError(f"the grace period must be from 0 to {_GRACE_SECONDS_MAX} seconds")
+        job = await self._worker.stop(request.id, grace_seconds, caller.client_name)
+        return pb.StopResponse(job=job_to_message(job))
+
+    async def logs(self, request: pb.LogsRequest, caller: Identity) -> AsyncGenerator[pb.LogsResponse, None]:
+        """Stream the output of a job of the caller."""
+        async with aclosing(self._worker.logs(request.id, request.offset, caller.client_name)) as chunks:
+            async for chunk in chunks:
+                yield pb.LogsResponse(data=chunk)
+
+
+def _after(page_token: str) -> int:
+    if not page_token:
+        return 0
+    if not page_token.isdecimal() or not page_token.isascii() or len(page_token) > 18:
+        raise InvalidJobError("the page token is not one that this server gave")
+    return int(page_token)

@@ -1,0 +1,113 @@
+"""pjwd serve, the part that is root: read the keys, start the launcher, drop privilege.
+
+The order is the point. Keys are read while root may. The launcher is spawned before gRPC is
+imported (children of a process with its threads die before exec). All modules are loaded
+while root, since the interpreter may live where only root can read it (a venv or pyenv below
+/root). Privilege is gone before anything listens.
+"""
+
+import ctypes
+import logging
+import os
+import pwd
+import resource
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Final
+
+from pjw.certs.credentials import load_server_credentials
+from pjw.certs.tls import require_tls13_environment
+from pjw.errors import ConfigError
+from pjw.server.config import load_config
+from pjw.worker.launcher_process import require_root, start_launcher
+from pjw.worker.settings import UID_FIRST
+from pjw.worker.state_dir import StateDir
+
+DEFAULT_USER: Final = "pjw"
+# Where no user pjw exists: a user id that belongs to nobody, just below those of jobs.
+FALLBACK_UID: Final = UID_FIRST - 1
+
+_PR_SET_NO_NEW_PRIVS: Final = 38
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """The command line of `pjwd serve`."""
+
+    host: str
+    port: int
+    ca_crt: str
+    server_crt: str
+    server_key: str
+    state_dir: str
+    config: str | None
+    log_level: str
+
+
+def serve(options: ServeOptions) -> int:
+    """Run the service until SIGTERM; the exit code. Raises PjwError when it cannot start."""
+    require_root()
+    _set_up_logging(options.log_level)
+    config = load_config(options.config)
+    credentials = load_server_credentials(options.ca_crt, options.server_crt, options.server_key)
+    # no job may see the key, nor the configuration, whatever their modes
+    hidden = [os.path.realpath(path) for path in (options.server_key, options.config) if path]
+    settings = config.worker_settings(tuple(hidden))
+    uid = server_uid(config.user)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    os.umask(0o077)
+
+    state = StateDir(options.state_dir, uid)
+    requests = start_launcher(state.path, settings)
+
+    require_tls13_environment()
+    os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+    os.environ.setdefault("GRPC_VERBOSITY", "INFO" if options.log_level in ("info", "debug") else "ERROR")
+    from pjw.server.serve import run
+
+    preload_modules()
+    drop_privilege(uid)
+    return run(options.host, options.port, credentials, state, requests, settings)
+
+
+def server_uid(user: str | None) -> int:
+    """The unprivileged user that the network process becomes. Raises ConfigError."""
+    try:
+        uid = pwd.getpwnam(user or DEFAULT_USER).pw_uid
+    except KeyError:
+        if user is not None:
+            raise ConfigError(
+                f"no user is called {user!r} on this host",
+                hint=f"useradd --system --shell /usr/sbin/nologin {user}",
+            ) from None
+        return FALLBACK_UID
+    if uid == 0:
+        raise ConfigError("the server must not run as root", hint="name another user in the configuration")
+    return uid
+
+
+def drop_privilege(uid: int) -> None:
+    """Become *uid* for good: no groups, no capabilities, nothing to be gained by an exec."""
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
+        raise ConfigError(f"cannot set no_new_privs: {os.strerror(ctypes.get_errno())}")
+    try:
+        os.setresuid(0, 0, 0)
+    except PermissionError:
+        return
+    raise ConfigError("cannot drop root: it could be taken back")
+
+
+def preload_modules() -> None:
+    """Import what the standard library itself imports only when it is first needed."""
+    for name in ("encodings.idna", "asyncio", "concurrent.futures.thread", "linecache", "traceback", "shutil"):
+        import_module(name)
+
+
+def _set_up_logging(level: str) -> None:
+    logging.basicConfig(level=level.upper(), stream=sys.stderr, format="pjwd: %(levelname)s: %(message)s")

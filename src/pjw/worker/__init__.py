@@ -1,0 +1,6 @@
+"""What a job is: the library. `Worker` starts, shows, stops and follows jobs."""
+
+from pjw.worker.settings import WorkerSettings
+from pjw.worker.worker import Worker
+
+__all__ = ["Worker", "WorkerSettings"]

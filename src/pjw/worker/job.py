@@ -1,0 +1,82 @@
+"""LiveJob: one job that has not ended, from its row to its last event."""
+
+import asyncio
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Final
+
+from pjw.model import EndReason, ExitStatus, Job, Usage
+from pjw.output import OutputLog
+from pjw.worker.record import End
+from pjw.worker.states import JobEvent, transition
+from pjw.worker.store import from_ns
+
+
+class LiveJob:
+    """Applies events to one job. `job` is always a whole snapshot, replaced at once."""
+
+    def __init__(self, job: Job, output: OutputLog) -> None:
+        self.job = job
+        self.output: Final = output
+        self.ended: Final = asyncio.Event()
+        # set when the launch was answered, one way or the other
+        self.launch_over: Final = asyncio.Event()
+        # whether the last resort was used: its init was killed, so no record can be expected
+        self.init_killed = False
+        self._pidfd = -1
+
+    def _apply(self, event: JobEvent, **changes: object) -> None:
+        self.job = replace(self.job, state=transition(self.job.state, event), **changes)  # type: ignore[arg-type]
+
+    def exec_seen(self, started_ns: int | None) -> None:
+        """The command was executed; None when only that is known, not when."""
+        start = self.job.start if started_ns is None else from_ns(started_ns)
+        self._apply(JobEvent.EXEC_SEEN, start=start)
+
+    def stop_asked(self) -> None:
+        """Somebody asked for the job's end."""
+        self._apply(JobEvent.STOP_ASKED)
+
+    def end_seen(self, end: End, usage: Usage | None) -> None:
+        """The command ended, and init recorded how."""
+        reason = end.reason
+        # The counter alone is not the reason: a job may lose a child to it and still succeed.
+        if reason is EndReason.COMPLETED and usage is not None and usage.oom_kills and end.exit_status.code != 0:
+            reason = EndReason.OOM_KILLED
+        self._apply(
+            JobEvent.END_SEEN, end=from_ns(end.ended_ns), exit_status=end.exit_status, reason=reason, usage=usage
+        )
+
+    def killed_unrecorded(self, usage: Usage | None) -> None:
+        """We killed the job with its init, so nobody recorded what everybody knows."""
+        status = ExitStatus(signal=9)
+        self._apply(
+            JobEvent.END_SEEN, end=datetime.now(UTC), exit_status=status, reason=EndReason.STOPPED, usage=usage
+        )
+
+    def end_unknown(self, usage: Usage | None) -> None:
+        """The job is gone, and nobody recorded how it ended: no guess is made."""
+        self._apply(JobEvent.END_UNKNOWN, end=datetime.now(UTC), reason=EndReason.LOST, usage=usage)
+
+    def announce_end(self) -> None:
+        """Wake all who wait for the end, with the final snapshot and the whole output in place."""
+        self.output.mark_ended()
+        self.ended.set()
+
+    def watch(self, pidfd: int, on_end: Callable[[], None]) -> None:
+        """Own the pidfd of the job's init, and call *on_end* once when init ends."""
+        self._pidfd = pidfd
+        asyncio.get_running_loop().add_reader(pidfd, self._on_pidfd, on_end)
+
+    def _on_pidfd(self, on_end: Callable[[], None]) -> None:
+        self.unwatch()
+        on_end()
+
+    def unwatch(self) -> None:
+        """Let go of the pidfd; the job itself goes on."""
+        if self._pidfd >= 0:
+            asyncio.get_running_loop().remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = -1

@@ -1,0 +1,207 @@
+"""Asks the launcher: one method for each request; the answering ends are in launcher/dispatch.py."""
+
+import array
+import asyncio
+import contextlib
+import os
+import socket
+from collections import deque
+from typing import Final
+
+from pjw.errors import (
+    RESOURCE_ERRNOS,
+    ConfigError,
+    InvalidJobError,
+    JobStateError,
+    KernelError,
+    LaunchError,
+    LauncherGoneError,
+    LimitReachedError,
+    PjwError,
+    ProtocolError,
+)
+from pjw.launcher import protocol
+from pjw.model import Limits, Usage
+
+
+
+class LauncherClient:
+    """The worker's end of the socket. Requests may overlap; replies find theirs by number."""
+
+    def __init__(self, requests: socket.socket) -> None:
+        """Take a connected socket over; call from a running event loop."""
+        requests.setblocking(False)
+        self._socket: Final = requests
+        self._loop: Final = asyncio.get_running_loop()
+        self._seq = 0
+        self._waiting: Final[dict[int, asyncio.Future[tuple[protocol.Reply, list[int]]]]] = {}
+        self._unsent: Final[deque[tuple[bytes, list[int]]]] = deque()
+        self.gone: Final = asyncio.Event()
+        self._loop.add_reader(requests, self._on_readable)
+
+    def close(self) -> None:
+        """Hang up; the launcher ends, and running jobs go on."""
+        if self._socket.fileno() >= 0:
+            self._loop.remove_reader(self._socket)
+            self._loop.remove_writer(self._socket)
+            self._socket.close()
+        self.gone.set()
+        while self._unsent:
+            _close_all(self._unsent.popleft()[1])
+        for waiting in self._waiting.values():
+            if not waiting.done():
+                waiting.set_exception(LauncherGoneError("the launcher has gone; running jobs go on"))
+        self._waiting.clear()
+
+    async def request_launch(
+        self, job_id: int, uid: int, limits: Limits, program: str, descriptors: list[int]
+    ) -> tuple[int, int]:
+        """Start a job; give a pidfd of its init, which the caller owns, and the time of exec in ns.
+
+        Raises LaunchError when the program cannot be executed, KernelError for another step.
+        """
+        try:
+            reply, fds = await self._request(protocol.Launch(job_id, uid, limits), descriptors)
+        except _ExecRefused as error:
+            raise LaunchError(program, error.errno) from None
+        if not isinstance(reply, protocol.Launched) or len(fds) != 1:
+            raise ProtocolError("the launcher answered a launch with something else")
+        return fds[0], reply.started_ns
+
+    async def request_adopt(self, job_id: int) -> tuple[bool, int | None]:
+        """Tell whether the job has a cgroup; give a pidfd of its init while that lives."""
+        reply, fds = await self._request(protocol.Adopt(job_id))
+        if not isinstance(reply, protocol.Adopted) or len(fds) != reply.alive:
+            raise ProtocolError("the launcher answered an adoption with something else")
+        return reply.known, fds[0] if fds else None
+
+    async def request_job_ids(self) -> list[int]:
+        """The ids of all jobs that have a cgroup."""
+        job_ids: list[int] = []
+        while True:
+            reply, _ = await self._request(protocol.JobIds(job_ids[-1] if job_ids else 0))
+            if not isinstance(reply, protocol.JobIdPage):
+                raise ProtocolError("the launcher answered a question for job ids with something else")
+            job_ids += reply.job_ids
+            if len(reply.job_ids) < protocol.MAX_JOB_IDS:
+                return job_ids
+
+    async def request_terminate(self, job_id: int) -> None:
+        """SIGTERM to every process of the job."""
+        await self._request(protocol.Terminate(job_id))
+
+    async def request_kill(self, job_id: int, *, init_too: bool = False) -> None:
+        """SIGKILL to every process of the job; its init records the end unless killed too."""
+        await self._request(protocol.Kill(job_id, init_too))
+
+    async def request_account(self, job_id: int) -> Usage | None:
+        """What an ended job has used; None when its cgroup is gone."""
+        reply, _ = await self._request(protocol.Account(job_id))
+        if not isinstance(reply, protocol.Accounted):
+            raise ProtocolError("the launcher answered a question for usage with something else")
+        return reply.usage if reply.known else None
+
+    async def request_remove(self, job_id: int) -> None:
+        """Remove the cgroup and the scratch directory of an ended job."""
+        await self._request(protocol.Remove(job_id))
+
+    async def _request(
+        self, request: protocol.Request, descriptors: list[int] | None = None
+    ) -> tuple[protocol.Reply, list[int]]:
+        if self.gone.is_set():
+            raise LauncherGoneError("the launcher has gone; running jobs go on")
+        self._seq += 1
+        seq = self._seq
+        data = protocol.encode(seq, request)
+        waiting = self._waiting[seq] = self._loop.create_future()
+        # Copies, since the caller may close its own when it is cancelled before they are sent.
+        self._unsent.append((data, [os.dup(fd) for fd in descriptors or []]))
+        self._send_unsent()
+        try:
+            reply, fds = await waiting
+        except asyncio.CancelledError:
+            # The reply is there already, or will come; either may carry a descriptor.
+            if seq in self._waiting:
+                self._waiting[seq] = waiting = self._loop.create_future()
+            waiting.add_done_callback(_drop_reply)
+            raise
+        if isinstance(reply, protocol.Refused):
+            raise _error_of(reply)
+        return reply, fds
+
+    def _send_unsent(self) -> None:
+        while self._unsent:
+            data, descriptors = self._unsent[0]
+            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+            try:
+                self._socket.sendmsg([data], ancillary)
+            except BlockingIOError:
+                self._loop.add_writer(self._socket, self._send_unsent)
+                return
+            except OSError:
+                self.close()
+                return
+            self._unsent.popleft()
+            _close_all(descriptors)
+        self._loop.remove_writer(self._socket)
+
+    def _on_readable(self) -> None:
+        try:
+            data, fds, flags, _ = socket.recv_fds(
+                self._socket, protocol.MAX_DATAGRAM_BYTES + 1, protocol.MAX_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC
+            )
+        except BlockingIOError:
+            return
+        except OSError:
+            data, fds, flags = b"", [], 0
+        try:
+            if not data or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+                raise ProtocolError("the launcher hung up, or its reply was cut short")
+            seq, reply = protocol.decode_reply(data)
+            waiting = self._waiting.pop(seq, None)
+            if waiting is None or waiting.done():
+                raise ProtocolError("the launcher answered what nobody asked")
+        except ProtocolError:
+            _close_all(fds)
+            self.close()
+            return
+        waiting.set_result((reply, fds))
+
+
+class _ExecRefused(PjwError):
+    """The launch got as far as exec, which failed."""
+
+    def __init__(self, error: int) -> None:
+        super().__init__("exec failed")
+        self.errno: Final = error
+
+
+def _error_of(refused: protocol.Refused) -> PjwError:
+    hint = refused.hint or None
+    match refused.kind:
+        case "exec":
+            return _ExecRefused(refused.errno)
+        case "kernel" if refused.errno in RESOURCE_ERRNOS:
+            error = KernelError(refused.operation, refused.subject, refused.errno, hint=hint)
+            return LimitReachedError(str(error), hint=hint)
+        case "kernel":
+            return KernelError(refused.operation, refused.subject, refused.errno, hint=hint)
+        case "invalid":
+            return InvalidJobError(refused.operation, hint=hint)
+        case "state":
+            return JobStateError(refused.operation, hint=hint)
+        case "config":
+            return ConfigError(refused.operation, hint=hint)
+        case _:
+            return ProtocolError(f"the launcher refused for an unknown kind of reason, {refused.kind!r}")
+
+
+def _drop_reply(future: asyncio.Future[tuple[protocol.Reply, list[int]]]) -> None:
+    if not future.cancelled() and future.exception() is None:
+        _close_all(future.result()[1])
+
+
+def _close_all(descriptors: list[int]) -> None:
+    for descriptor in descriptors:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)

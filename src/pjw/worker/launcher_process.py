@@ -1,0 +1,83 @@
+"""Starts the launcher, and greets it while still root."""
+
+import os
+import socket
+import sys
+from typing import Final
+
+from pjw.errors import ConfigError, KernelError, ProtocolError
+from pjw.launcher import protocol
+from pjw.worker.settings import WorkerSettings
+
+_REQUESTS_FD: Final = 3
+# Set-up takes milliseconds; the wait for a predecessor's lock at most 5 s.
+_GREETING_SECONDS: Final = 20
+
+
+def require_root() -> None:
+    """Raises ConfigError unless this process is root."""
+    if os.geteuid() != 0:
+        raise ConfigError(
+            "starting jobs needs root: namespaces, cgroups and user ids are set up by it",
+            hint="run it with sudo, or as a systemd service; see pjwd check",
+        )
+
+
+def start_launcher(state_dir: str, settings: WorkerSettings) -> socket.socket:
+    """Start the launcher and tell it its policy; give the socket for requests.
+
+    Must run as root and before gRPC is imported, whose threads make children die before
+    exec. Raises ConfigError or KernelError when this host does not allow it.
+    """
+    require_root()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        # -I: neither the environment nor the current directory nor the user's site-packages
+        # can slip code into the process that stays root. The empty environment is its own.
+        os.posix_spawn(
+            sys.executable,
+            [sys.executable, "-I", "-m", "pjw.launcher"],
+            {},
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
+                (os.POSIX_SPAWN_DUP2, theirs.fileno(), _REQUESTS_FD),
+            ],
+        )
+    try:
+        _greet(ours, state_dir, settings)
+    except BaseException:
+        ours.close()
+        raise
+    return ours
+
+
+def _greet(requests: socket.socket, state_dir: str, settings: WorkerSettings) -> None:
+    hello = protocol.Hello(
+        state_dir=state_dir,
+        uid_first=settings.uid_first,
+        uid_count=settings.uid_count,
+        ceiling=settings.ceiling,
+        io_limited=any(
+            value for name, value in settings.default_limits.items() if name.startswith("io_")
+        ),
+        hidden_paths=settings.hidden_paths,
+    )
+    requests.settimeout(_GREETING_SECONDS)
+    requests.send(protocol.encode(0, hello))
+    try:
+        data = requests.recv(protocol.MAX_DATAGRAM_BYTES)
+    except TimeoutError:
+        raise ProtocolError(f"the launcher did not answer within {_GREETING_SECONDS} s") from None
+    if not data:
+        raise ProtocolError("the launcher ended before it was ready")
+    _, reply = protocol.decode_reply(data)
+    match reply:
+        case protocol.Done():
+            return
+        case protocol.Refused(kind="kernel"):
+            raise KernelError(reply.operation, reply.subject, reply.errno, hint=reply.hint or None)
+        case protocol.Refused():
+            raise ConfigError(reply.operation, hint=reply.hint or None)
+        case _:
+            raise ProtocolError("the launcher answered the greeting with something else")

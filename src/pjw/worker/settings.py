@@ -1,0 +1,33 @@
+"""What the operator decides for a worker."""
+
+from dataclasses import dataclass, field
+from typing import Final
+
+from pjw.errors import ConfigError
+from pjw.model import Limits
+
+# Above every range that systemd, useradd and container tools hand out
+# (systemd.io/UIDS-GIDS), so that no account of the host has one of these.
+UID_FIRST: Final = 1_900_000_000
+UID_COUNT: Final = 65_536
+
+NO_CEILING: Final = Limits(**dict.fromkeys((name for name, _ in Limits().items()), 0))
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """Limits, users and manners. Raises ConfigError when they contradict each other."""
+
+    default_limits: Limits = field(default_factory=Limits)
+    ceiling: Limits = NO_CEILING
+    uid_first: int = UID_FIRST
+    uid_count: int = UID_COUNT
+    hidden_paths: tuple[str, ...] = ()
+    stop_grace_seconds: float = 10
+
+    def __post_init__(self) -> None:
+        if above := self.default_limits.first_above(self.ceiling):
+            raise ConfigError(
+                f"the default limit {above} is {getattr(self.default_limits, above)},"
+                f" above its ceiling of {getattr(self.ceiling, above)} (0 is no limit)"
+            )

@@ -1,0 +1,97 @@
+"""The state directory: who owns what in it.
+
+    STATE/               root, 0711
+      jobs.sqlite        the job table; opened before privilege is dropped
+      jobs/ID/           the server's own, 0700: `output` and `status` of each job
+      scratch/ID/        made by the launcher: the job's own, while it runs
+      launcher.lock      held by the launcher
+"""
+
+import os
+import shutil
+from typing import Final
+
+from pjw.errors import RESOURCE_ERRNOS, ConfigError, KernelError, LimitReachedError
+from pjw.worker.record import RECORD_BYTES
+from pjw.worker.store import JobStore
+
+
+class StateDir:
+    """An open state directory. Opened as root; used on after privilege was dropped."""
+
+    def __init__(self, path: str, owner: int) -> None:
+        """Make or open the directory, for user *owner*. Raises ConfigError."""
+        self.path: Final = os.path.realpath(path)
+        jobs = os.path.join(self.path, "jobs")
+        try:
+            os.makedirs(self.path, 0o711, exist_ok=True)
+            os.makedirs(jobs, 0o700, exist_ok=True)
+            self._jobs_fd: Final = os.open(jobs, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            os.fchown(self._jobs_fd, owner, owner)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot use the state directory {path}: {error.strerror}",
+                hint="give a directory on a local disk that root can write with --state-dir",
+            ) from error
+        # By descriptor: its owner may not be able to reach it by name (a parent of mode 0700).
+        self._jobs: Final = f"/proc/self/fd/{self._jobs_fd}"
+        try:
+            self.store: Final = JobStore(os.path.join(self.path, "jobs.sqlite"))
+        except KernelError as error:
+            raise ConfigError(str(error), hint="is the disk writable and not full?") from error
+
+    def close(self) -> None:
+        """Close what is open."""
+        self.store.close()
+        os.close(self._jobs_fd)
+
+    def output_path(self, job_id: int) -> str:
+        """Where a job's output is, for this process alone."""
+        return f"{self._jobs}/{job_id}/output"
+
+    def create_job(self, job_id: int) -> tuple[int, int]:
+        """Make a job's directory; give descriptors of `output` and `status`, the caller's to close.
+
+        Raises LimitReachedError when the disk is full, and KernelError; nothing stays behind then.
+        """
+        directory = f"{self._jobs}/{job_id}"
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        descriptors: list[int] = []
+        try:
+            os.mkdir(directory, 0o700)
+            for name in ("output", "status"):
+                descriptors.append(os.open(f"{directory}/{name}", flags, 0o600))
+            os.posix_fallocate(descriptors[1], 0, RECORD_BYTES)
+        except OSError as error:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            self.remove_job(job_id)
+            raise disk_error("make the directory of", f"job {job_id}", error) from error
+        return descriptors[0], descriptors[1]
+
+    def read_status(self, job_id: int) -> bytes:
+        """The status record; empty when there is none."""
+        try:
+            with open(f"{self._jobs}/{job_id}/status", "rb") as status:
+                return status.read(RECORD_BYTES)
+        except FileNotFoundError:
+            return b""
+        except OSError as error:
+            raise KernelError("read the status of", f"job {job_id}", error.errno or 0) from error
+
+    def remove_job(self, job_id: int) -> None:
+        """Remove a job's directory, if there is one."""
+        try:
+            shutil.rmtree(f"{self._jobs}/{job_id}")
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise KernelError("remove the directory of", f"job {job_id}", error.errno or 0) from error
+
+
+def disk_error(operation: str, subject: str, error: OSError) -> KernelError | LimitReachedError:
+    """The error for a failed write: full disks and quotas are the caller's to retry."""
+    failed = KernelError(operation, subject, error.errno or 0)
+    if failed.errno in RESOURCE_ERRNOS:
+        return LimitReachedError(str(failed))
+    return failed

@@ -1,0 +1,43 @@
+"""The life of a job as a table. docs/architecture.md draws its diagram from it."""
+
+from enum import StrEnum
+from typing import Final
+
+from pjw.errors import JobStateError
+from pjw.model import JobState
+
+
+class JobEvent(StrEnum):
+    """What can happen to a job."""
+
+    EXEC_SEEN = "exec_seen"
+    STOP_ASKED = "stop_asked"
+    END_SEEN = "end_seen"
+    END_UNKNOWN = "end_unknown"
+
+
+_S = JobState
+_E = JobEvent
+
+# A pair that is not here cannot happen. Deliberate, though they look odd: a job may be
+# stopped twice, and one that is asked to stop may end by itself first. A job that was never
+# seen to exec can only be lost (the host or both our processes went down in between); a
+# launch that fails leaves no job at all.
+TRANSITIONS: Final[dict[tuple[JobState, JobEvent], JobState]] = {
+    (_S.STARTING, _E.EXEC_SEEN): _S.RUNNING,
+    (_S.STARTING, _E.END_UNKNOWN): _S.LOST,
+    (_S.RUNNING, _E.STOP_ASKED): _S.STOPPING,
+    (_S.RUNNING, _E.END_SEEN): _S.EXITED,
+    (_S.RUNNING, _E.END_UNKNOWN): _S.LOST,
+    (_S.STOPPING, _E.STOP_ASKED): _S.STOPPING,
+    (_S.STOPPING, _E.END_SEEN): _S.EXITED,
+    (_S.STOPPING, _E.END_UNKNOWN): _S.LOST,
+}
+
+
+def transition(state: JobState, event: JobEvent) -> JobState:
+    """The state after *event*. Raises JobStateError for a pair that cannot happen."""
+    try:
+        return TRANSITIONS[state, event]
+    except KeyError:
+        raise JobStateError(f"a job that is {state} cannot see {event}") from None

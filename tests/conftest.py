@@ -1,0 +1,20 @@
+"""The root switch, and what tests of every room share."""
+
+import os
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --root."""
+    parser.addoption("--root", action="store_true", help="run the tests that need root; fail if they cannot run")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what needs root unless it was asked for; asked for without root, fail."""
+    wanted = config.getoption("--root")
+    if wanted and os.geteuid() != 0:
+        raise pytest.UsageError("--root was given, and this is not root: the tests of the kernel cannot run")
+    for item in items:
+        if item.path.is_relative_to(config.rootpath / "tests" / "root") and not wanted:
+            item.add_marker(pytest.mark.skip(reason="needs --root"))

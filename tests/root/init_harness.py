@@ -1,0 +1,244 @@
+"""Runs pjw-init as the launcher does: with a report socket, an output file and a status file.
+
+It never runs a job's command by other means, and it leaves no process behind.
+"""
+
+import array
+import ctypes
+import os
+import select
+import signal
+import socket
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+SOURCES: Final = Path(__file__).resolve().parents[2] / "src/pjw/launcher/init"
+# The command that the head of init.h gives to whoever builds it by hand.
+BUILD: Final = (
+    *("gcc", "-std=gnu17", "-Wall", "-Wextra", "-Werror", "-Os", "-static"),
+    *("-ffunction-sections", "-Wl,--gc-sections"),
+)
+DEADLINE_SECONDS: Final = 60.0
+ENVIRONMENT: Final = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/run/job"}
+JOB_UID: Final = 200_123
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def build_init(directory: Path) -> Path:
+    """Name the binary to test: $PJW_INIT, or one built here by the documented command."""
+    if named := os.environ.get("PJW_INIT"):
+        return Path(named)
+    binary = directory / "pjw-init"
+    subprocess.run([*BUILD, "-o", binary, *sorted(SOURCES.glob("*.c"))], check=True)
+    return binary
+
+
+def wait_readable(fd: int, doing: str) -> None:
+    """Wait for *fd*, at most until the deadline."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    if not poll.poll(DEADLINE_SECONDS * 1000):
+        raise TimeoutError(f"nothing happened within {DEADLINE_SECONDS} s: {doing}")
+
+
+@dataclass
+class Running:
+    """One init, from its clone to its end."""
+
+    report: socket.socket
+    output_path: Path
+    status_path: Path
+    reports: list[str] = field(default_factory=list)
+    pidfd: int = -1
+    exit_code: int | None = None
+
+    def read_reports(self) -> None:
+        """Read until init has closed the report socket: exec was confirmed, or a step failed."""
+        while True:
+            wait_readable(self.report.fileno(), "a report")
+            try:
+                data, ancillary, _, _ = self.report.recvmsg(256, socket.CMSG_SPACE(4))
+            except ConnectionResetError:
+                return
+            if not data:
+                return
+            self.reports.append(data.decode())
+            for _, _, payload in ancillary:
+                (self.pidfd,) = array.array("i", payload)
+
+    def send(self, number: signal.Signals) -> None:
+        signal.pidfd_send_signal(self.pidfd, number)
+
+    def wait(self) -> "Running":
+        """Wait for init's end and reap it; negative exit codes are signals."""
+        if self.exit_code is None and self.pidfd >= 0:
+            wait_readable(self.pidfd, "the end of init")
+            info = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
+            assert info is not None
+            self.exit_code = info.si_status if info.si_code == os.CLD_EXITED else -info.si_status
+        return self
+
+    def close(self) -> None:
+        """End what is left, so that a failed test leaves no job."""
+        if self.pidfd >= 0:
+            if self.exit_code is None:
+                self.send(signal.SIGKILL)
+                self.wait()
+            os.close(self.pidfd)
+        self.report.close()
+
+    @property
+    def pid(self) -> int:
+        """init's pid outside, from its pidfd."""
+        lines = Path(f"/proc/self/fdinfo/{self.pidfd}").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("Pid:"))
+
+    @property
+    def output(self) -> bytes:
+        return self.output_path.read_bytes()
+
+    @property
+    def text(self) -> str:
+        return self.output.decode()
+
+    @property
+    def status(self) -> list[list[str]]:
+        """The records of the status file, as words."""
+        return [line.split() for line in self.status_path.read_bytes().split(b"\0")[0].decode().splitlines()]
+
+    @property
+    def end(self) -> str:
+        """How it ended, without the time: `exited 0 none`."""
+        (_, ended) = self.status
+        assert ended[0] == "ended"
+        return " ".join(ended[2:])
+
+
+class Harness:
+    """Starts inits in a directory of its own; close() ends them all."""
+
+    def __init__(self, binary: Path, directory: Path) -> None:
+        self.binary: Final = binary
+        self.directory: Final = directory
+        self._running: Final[list[Running]] = []
+
+    def start(
+        self,
+        *argv: str,
+        options: Sequence[str] = (),
+        environment: Mapping[str, str] = ENVIRONMENT,
+        pass_fds: Sequence[int] = (),
+        output_fd: int | None = None,
+        before: bytes = b"",
+        raw_argv: bytes | None = None,
+    ) -> Running:
+        """Start *argv* and wait until it was executed, or could not be."""
+        number = len(self._running)
+        output_path, status_path = self.directory / f"output-{number}", self.directory / f"status-{number}"
+        output_path.write_bytes(before)
+        status_path.write_bytes(bytes(4096))
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        running = Running(ours, output_path, status_path)
+        self._running.append(running)
+        argv_fd = os.memfd_create("argv")
+        output = os.open(output_path, os.O_RDWR | os.O_CLOEXEC) if output_fd is None else os.dup(output_fd)
+        status = os.open(status_path, os.O_RDWR | os.O_CLOEXEC)
+        words = b"".join(word.encode() + b"\0" for word in argv) if raw_argv is None else raw_argv
+        os.write(argv_fd, words)
+        command = [
+            *(str(self.binary), "--report-fd", str(theirs.fileno()), "--argv-fd", str(argv_fd)),
+            *("--output-fd", str(output), "--status-fd", str(status)),
+            *("--uid", str(JOB_UID), "--gid", str(JOB_UID), *options),
+        ]
+        inherited = (theirs.fileno(), argv_fd, output, status, *pass_fds)
+        stage0 = subprocess.Popen(command, env=dict(environment), pass_fds=inherited, stderr=subprocess.PIPE)
+        theirs.close()
+        for fd in (argv_fd, output, status):
+            os.close(fd)
+        running.read_reports()
+        _, errors = stage0.communicate(timeout=DEADLINE_SECONDS)
+        if errors:
+            running.reports.append(errors.decode())
+        return running
+
+    def run(self, *argv: str, **how: object) -> Running:
+        """Start *argv* and wait for its end."""
+        return self.start(*argv, **how).wait()  # type: ignore[arg-type]
+
+    def sh(self, script: str, **how: object) -> Running:
+        """Run a shell script to its end."""
+        return self.run("/bin/sh", "-c", script, **how)
+
+    def python(self, script: str, **how: object) -> Running:
+        """Run a Python script to its end, by the system's interpreter, which a job may read."""
+        return self.run("/usr/bin/python3", "-I", "-S", "-c", script, **how)
+
+    def by_hand(self, *argv: str, options: Sequence[str] = ()) -> "subprocess.CompletedProcess[bytes]":
+        """Run *argv* as from a root shell, with no report."""
+        return subprocess.run(
+            [str(self.binary), "--uid", str(JOB_UID), "--gid", str(JOB_UID), *options, "--", *argv],
+            env=ENVIRONMENT,
+            capture_output=True,
+            check=False,
+            timeout=DEADLINE_SECONDS,
+        )
+
+    def close(self) -> None:
+        for running in self._running:
+            running.close()
+
+
+def processes_of(uid: int) -> list[int]:
+    """Every process on this host with that real uid, zombies too."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                status = (entry / "status").read_text()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if f"\nUid:\t{uid}\t" in status:
+                found.append(int(entry.name))
+    return found
+
+
+def _checked(result: int) -> int:
+    if result < 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+    return result
+
+
+def small_tmpfs(size_bytes: int) -> int:
+    """A tmpfs of that size that is mounted nowhere: the descriptor of its root, gone when closed."""
+    fsopen, fsconfig, fsmount = 430, 431, 432
+    set_string, create = 1, 6
+    fs = _checked(_libc.syscall(fsopen, b"tmpfs", 1))
+    try:
+        _checked(_libc.syscall(fsconfig, fs, set_string, b"size", str(size_bytes).encode(), 0))
+        _checked(_libc.syscall(fsconfig, fs, create, None, None, 0))
+        return _checked(_libc.syscall(fsmount, fs, 1, 0))
+    finally:
+        os.close(fs)
+
+
+class Inotify:
+    """A watch of one file for IN_MODIFY."""
+
+    def __init__(self, path: Path) -> None:
+        in_modify = 0x2
+        self.fd: Final = _checked(_libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK))
+        _checked(_libc.inotify_add_watch(self.fd, bytes(path), in_modify))
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait for *condition*, looking at it only at first and when an event has come."""
+        while not condition():
+            wait_readable(self.fd, "an IN_MODIFY")
+            os.read(self.fd, 65536)
+
+    def close(self) -> None:
+        os.close(self.fd)

@@ -1,0 +1,75 @@
+"""Real loop devices, partitions and volumes, followed to the disks under them."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pjw.launcher import cgroup as cgroups
+from pjw.launcher.cgroup import devices, files
+from pjw.model import Limits
+
+MIB = 1024**2
+
+
+@pytest.fixture
+def loop_device(tmp_path: Path) -> Iterator[str]:
+    """A loop device of 64 MiB, as /dev/loopN."""
+    image = tmp_path / "image"
+    with image.open("wb") as file:
+        file.truncate(64 * MIB)
+    command = ["losetup", "--find", "--show", "--partscan", str(image)]
+    try:
+        loop = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no loop device: {error}")
+    yield loop
+    subprocess.run(["losetup", "--detach", loop], check=True)
+
+
+def number_of(path: str) -> str:
+    """The MAJ:MIN of a block device, from its directory in /sys."""
+    return Path("/sys/block", path, "dev").read_text(encoding="ascii").strip()
+
+
+def test_a_partition_gives_the_loop_device_that_has_it(loop_device: str) -> None:
+    """A real partition leads to a device that takes io limits."""
+    # Told to the kernel, not written to a table: not every kernel reads the same tables.
+    subprocess.run(["addpart", loop_device, "1", "2048", "65536"], check=True)
+    try:
+        name = Path(loop_device).name
+        whole = number_of(name)
+        assert devices.whole_disks(whole) == {whole}
+        assert devices.whole_disks(number_of(f"{name}/{name}p1")) == {whole}
+        instance = f"test-{os.getpid()}-loop"
+        hierarchy = cgroups.open_hierarchy(instance, io_devices=[whole])
+        hierarchy.create(1, Limits()).remove()
+        for mount in files.read_mounts():
+            parent = Path(mount.point, "pjw", instance)
+            if mount.fs_type.startswith("cgroup") and parent.is_dir():
+                parent.rmdir()
+    finally:
+        subprocess.run(["delpart", loop_device, "1"], check=True)
+
+
+def test_device_mapper_is_followed_to_the_disk(loop_device: str) -> None:
+    """A real volume over a real volume leads to the one device that does the work."""
+    names = [f"pjw-test-{os.getpid()}-{level}" for level in (1, 2)]
+    lower, made = loop_device, []
+    try:
+        for name in names:
+            command = ["dmsetup", "create", "--noudevsync", name, "--table", f"0 65536 linear {lower} 0"]
+            try:
+                subprocess.run(command, check=True, capture_output=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                pytest.skip(f"no device mapper: {error}")
+            made.append(name)
+            info = ["dmsetup", "info", "--columns", "--noheadings", "-o", "major,minor", name]
+            lower = subprocess.run(info, check=True, capture_output=True, text=True).stdout.strip()
+        assert devices.whole_disks(lower) == {number_of(Path(loop_device).name)}
+        assert devices.is_stacked(lower)
+    finally:
+        for name in reversed(made):
+            subprocess.run(["dmsetup", "remove", "--noudevsync", "--retry", name], check=True)
