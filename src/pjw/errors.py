@@ -75,10 +75,11 @@ class LauncherGoneError(PjwError):
 
 
 class KernelError(PjwError):
-    """The kernel refused a step of a set-up. Names the operation, its subject and errno."""
+    """The kernel refused a step of a set-up. Names the operation, its subject and errno (0: none)."""
 
     def __init__(self, operation: str, subject: str, error: int, *, hint: str | None = None) -> None:
-        super().__init__(f"cannot {operation} {subject}: {describe_errno(error)}", hint=hint)
+        why = f": {describe_errno(error)}" if error else ""
+        super().__init__(f"cannot {operation} {subject}{why}", hint=hint)
         self.operation: Final = operation
         self.subject: Final = subject
         self.errno: Final = error

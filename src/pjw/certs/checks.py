@@ -129,7 +129,10 @@ def _usage_fault(certificate: x509.Certificate, role: Role) -> str | None:
         return "its key usage does not allow digital signatures, which TLS 1.3 needs"
     identifier = _extension(certificate, x509.AuthorityKeyIdentifier)
     if certificate.subject == certificate.issuer and identifier is None:
-        return "its subject is its issuer's and no authority key identifier tells them apart, so TLS takes it for self-signed"
+        return (
+            "its subject is its issuer's and no authority key identifier tells them apart, "
+            "so TLS takes it for self-signed"
+        )
     return None
 
 

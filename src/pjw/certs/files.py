@@ -78,8 +78,8 @@ def read_certificates(path: str) -> bytes:
 def read_key(path: str) -> bytes:
     """The PEM text of a private key that only its owner can read. Raises ConfigError.
 
-    A key of root may be readable by its group, and by nobody else: this is how a service
-    that is not root gets at a key that it cannot replace (PostgreSQL has the same rule).
+    A key of root may be readable by its group too, and by nobody else: this is how a
+    service that is not root gets at a key that it cannot replace (PostgreSQL has this rule).
     """
     data, status = _read(path, "private key")
     refused = 0o027 if status.st_uid == 0 else 0o077

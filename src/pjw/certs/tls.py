@@ -10,6 +10,7 @@ import os
 import socket
 import ssl
 import sys
+from contextlib import suppress
 from typing import Final
 
 from pjw.errors import ConfigError, KernelError
@@ -73,8 +74,6 @@ def _client_hello() -> bytes:
     context.set_ciphers("ALL:@SECLEVEL=0")
     context.set_alpn_protocols(["h2"])
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-    try:
+    with suppress(ssl.SSLWantReadError):
         context.wrap_bio(incoming, outgoing).do_handshake()
-    except ssl.SSLWantReadError:
-        pass
     return outgoing.read()

@@ -185,10 +185,8 @@ class Launcher:
                 self._selector.unregister(pidfd)
             reap(pidfd)
             os.close(pidfd)
-        subject = f"job {launch.job_id}"
-        refusal = protocol.Refused(
-            "exec" if failed.step == "exec" else "kernel", failed.step, subject, failed.errno, ""
-        )
+        kind = "exec" if failed.step == "exec" else "kernel"
+        refusal = protocol.Refused(kind, failed.operation, f"job {launch.job_id}", failed.errno, "")
         try:
             launch.cgroup.remove()
         except KernelError as error:

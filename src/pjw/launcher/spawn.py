@@ -37,10 +37,15 @@ class Execed:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A step before exec failed; errno 0 when init vanished without a word."""
+    """A step before exec failed, by its name in init/init.h; "" when init vanished without a word."""
 
     step: str
     errno: int
+
+    @property
+    def operation(self) -> str:
+        """What could not be done, as it follows "cannot"."""
+        return f"do the step {self.step!r} of" if self.step else "hear from the init of"
 
 
 def spawn_init(
@@ -104,7 +109,7 @@ def read_report(report: socket.socket) -> Cloned | Execed | Failed:
         case [b"failed", step, error], [] if error.isdigit():
             return Failed(step.decode("ascii", "replace"), int(error))
         case [], []:
-            return Failed("run", 0)
+            return Failed("", 0)
     for fd in fds:
         os.close(fd)
     raise ProtocolError(f"init sent an unknown report (flags {flags:#x})")

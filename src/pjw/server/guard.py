@@ -44,7 +44,8 @@ class Guard:
         """Refuse new calls and end the running ones with UNAVAILABLE, so that clients come back."""
         self._draining = True
         for timeout in self._running:
-            timeout.reschedule(asyncio.get_running_loop().time())
+            if not timeout.expired():
+                timeout.reschedule(asyncio.get_running_loop().time())
 
     def unary(
         self, method: Callable[[Req, Identity], Awaitable[Res]], request_class: type[Req]

@@ -29,6 +29,8 @@ PAGE_MAX: Final = 1000
 # From SIGKILL to every process until init itself is killed: long, since only a command
 # stuck in the kernel comes so far.
 LAST_RESORT_SECONDS: Final = 5
+# A launch takes milliseconds.
+LAUNCH_SECONDS: Final = 30
 _SAVE_RETRY_SECONDS: Final = 2
 
 log: Final = logging.getLogger(__name__)
@@ -153,7 +155,15 @@ class Worker:
         try:
             descriptors.append(_argv_file(spec.argv))
             descriptors.extend(self._state.create_job(job.id))
-            return await self._launcher.request_launch(job.id, uid, job.limits, spec.argv[0], descriptors)
+            launch = asyncio.ensure_future(
+                self._launcher.request_launch(job.id, uid, job.limits, spec.argv[0], descriptors)
+            )
+            done, _ = await asyncio.wait({launch}, timeout=LAUNCH_SECONDS)
+            if not done:
+                # Stuck in the kernel, for example in the exec of a file on a dead NFS server. With
+                # its init killed the launcher answers that the launch failed.
+                await self._launcher.request_kill(job.id, init_too=True)
+            return await launch
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
