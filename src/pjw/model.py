@@ -15,11 +15,16 @@ ARGUMENT_MAX_BYTES: Final = 131_071
 ARGUMENTS_MAX_BYTES: Final = 524_288
 
 # init and the command are two processes; below 10 millicores the quota is under the
-# kernel's minimum of 1 ms in a period of 100 ms; below 2 MiB exec itself runs out of memory.
+# kernel's minimum of 1 ms in a period of 100 ms; below 2 MiB exec itself runs out of memory;
+# cgroup v2 refuses an io limit of 1.
 LIMIT_MINIMUM: Final[Mapping[str, int]] = {
     "cpu_max_millicores": 10,
     "memory_max_bytes": 2 * 1024 * 1024,
     "pids_max": 2,
+    "io_rbps_max": 2,
+    "io_wbps_max": 2,
+    "io_riops_max": 2,
+    "io_wiops_max": 2,
 }
 LIMIT_MAXIMUM: Final = 2**62
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pjw.certs import files
-from pjw.certs.files import NewFile, load_client_credentials, read_certificates, read_key, write_new
+from pjw.certs.files import NewFile, load_client_credentials, read_certificates, key_exposure, read_key, write_new
 from pjw.errors import ConfigError
 
 CERTIFICATE = b"-----BEGIN CERTIFICATE-----\nMA==\n-----END CERTIFICATE-----\n"
@@ -36,7 +36,7 @@ def spy_modes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             modes.append(status.st_mode & 0o7777)
         return descriptor
 
-    monkeypatch.setattr(files.os, "open", watched)
+    monkeypatch.setattr(os, "open", watched)
     return modes
 
 
@@ -44,7 +44,9 @@ def test_mode_is_right_from_creation(tmp_path: Path, spy_modes: list[int]) -> No
     """A key is 0600 from the moment that it exists, whatever the umask, in a directory that is 0700."""
     former = os.umask(0)
     try:
-        paths = write_new(str(tmp_path / "new"), [NewFile("a.key", KEY, 0o600), NewFile("a.crt", CERTIFICATE, 0o644)])
+        paths = write_new(
+            str(tmp_path / "new"), [NewFile("a.key", KEY, 0o600), NewFile("a.crt", CERTIFICATE, 0o644)]
+        )
     finally:
         os.umask(former)
     assert spy_modes == [0o600, 0o644]
@@ -77,7 +79,7 @@ def test_symlink_is_not_followed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("existed", [True, False])
 def test_full_disk_leaves_nothing(tmp_path: Path, existed: bool) -> None:
-    """When the second file does not fit, the first goes too, and so does a directory that was made for them."""
+    """When the second file does not fit, the first goes too, and a directory that was made for them."""
     directory = tmp_path / "d"
     if existed:
         directory.mkdir()
@@ -93,7 +95,9 @@ def test_full_disk_leaves_nothing(tmp_path: Path, existed: bool) -> None:
         except ConfigError as error:
             print(error)
     """
-    done = subprocess.run([sys.executable, "-c", code, str(directory)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(directory)], capture_output=True, text=True, check=True
+    )
     assert "a.crt: file too large (EFBIG)" in done.stdout
     assert list(tmp_path.rglob("*")) == ([directory] if existed else [])
 
@@ -138,18 +142,18 @@ def test_directory_errors_are_worded(tmp_path: Path) -> None:
         (0o620, NOBODY, False),
     ],
 )
-def test_key_must_be_private(tmp_path: Path, mode: int, owner: int, allowed: bool) -> None:
-    """Only its owner may read a key; root may share one with a group, for a service that is not root."""
+def test_exposed_key_is_told(tmp_path: Path, mode: int, owner: int, allowed: bool) -> None:
+    """Only its owner should read a key; root may share one with a group, for a service that is not root."""
     if os.geteuid() != 0 and owner != os.geteuid():
         pytest.skip("needs root to give a file away")
     path = put(tmp_path / "a.key", KEY, mode)
     os.chown(path, owner, -1)
-    if allowed:
-        assert read_key(path) == KEY
-        return
-    with pytest.raises(ConfigError, match=f"others may read it.*{mode:04o}") as caught:
-        read_key(path)
-    assert caught.value.hint == f"chmod 600 {path}"
+    assert read_key(path) == KEY
+    exposure = key_exposure(path)
+    assert (exposure is None) == allowed
+    assert allowed or exposure == (
+        f"others may read the private key {path} (its mode is {mode:04o}): chmod 600 {path}"
+    )
 
 
 def test_unreadable_files_name_themselves(tmp_path: Path) -> None:
@@ -170,12 +174,15 @@ def test_unreadable_files_name_themselves(tmp_path: Path) -> None:
         read_key(put(tmp_path / "crt", CERTIFICATE))
     with pytest.raises(ConfigError, match="longer than"):
         read_certificates(put(tmp_path / "long", CERTIFICATE * 30_000))
-    for encrypted in (b"-----BEGIN ENCRYPTED PRIVATE KEY-----", b"-----BEGIN RSA PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED"):
+    for encrypted in (
+        b"-----BEGIN ENCRYPTED PRIVATE KEY-----",
+        b"-----BEGIN RSA PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED",
+    ):
         with pytest.raises(ConfigError, match="encrypted"):
             read_key(put(tmp_path / "encrypted", encrypted))
 
 
-def test_endless_file_ends(tmp_path: Path) -> None:
+def test_endless_file_ends() -> None:
     """A device that never ends is no certificate."""
     with pytest.raises(ConfigError, match="not a regular file"):
         read_certificates("/dev/zero")
@@ -193,6 +200,8 @@ def test_key_is_not_in_repr(tmp_path: Path) -> None:
 def test_light_modules_stay_light() -> None:
     """What the command line reads its files with imports neither cryptography nor grpc."""
     code = "import sys, pjw.certs.files, pjw.certs.tls, pjw.certs.profile; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
     assert "pjw.certs.files" in loaded
     assert not {name.partition(".")[0] for name in loaded} & {"cryptography", "grpc", "asyncio", "subprocess"}

@@ -3,11 +3,12 @@
 import os
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import certs_factory
@@ -100,10 +101,8 @@ def test_openssl_server_is_told_apart(files: Path, version: ssl.TLSVersion) -> N
     context.minimum_version = version
 
     def answer(connection: socket.socket) -> None:
-        try:
+        with suppress(OSError):
             context.wrap_socket(connection, server_side=True)
-        except (ssl.SSLError, OSError):
-            pass
 
     with answering(answer) as port:
         assert probe_tls12(LOOPBACK, port) is (version == ssl.TLSVersion.TLSv1_2)
@@ -115,12 +114,28 @@ def test_closed_connection_is_a_refusal() -> None:
         assert probe_tls12(LOOPBACK, port) is False
 
 
+def test_reset_connection_is_a_refusal() -> None:
+    """A server that resets the connection has refused as well."""
+
+    def reset(connection: socket.socket) -> None:
+        connection.recv(1)
+        # no lingering: close(2) sends RST at once
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    with answering(reset) as port:
+        assert probe_tls12(LOOPBACK, port) is False
+
+
 def test_silence_is_no_refusal() -> None:
     """A server that never answers has not shown that it refuses."""
     release = threading.Event()
-    with answering(lambda _: release.wait(30) and None) as port:
+
+    def wait(_: socket.socket) -> None:
+        release.wait(30)
+
+    with answering(wait) as port:
         try:
-            with pytest.raises(KernelError, match="cannot probe TLS 1.2 at 127.0.0.1.*ETIMEDOUT"):
+            with pytest.raises(KernelError, match=r"cannot probe TLS 1\.2 at 127\.0\.0\.1:\d+: .*ETIMEDOUT"):
                 probe_tls12(LOOPBACK, port, timeout_seconds=0.2)
         finally:
             release.set()
@@ -136,9 +151,9 @@ def test_nobody_there_is_no_refusal() -> None:
 
 def test_other_protocol_is_an_error() -> None:
     """A server that speaks no TLS at all is not one that refuses TLS 1.2."""
-    with answering(lambda connection: connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")) as port:
-        with pytest.raises(ConfigError, match="not TLS"):
-            probe_tls12(LOOPBACK, port)
+    answer = b"HTTP/1.1 400 Bad Request\r\n\r\n"
+    with answering(lambda peer: peer.sendall(answer)) as port, pytest.raises(ConfigError, match="not TLS"):
+        probe_tls12(LOOPBACK, port)
 
 
 @pytest.mark.parametrize("module", ["grpc", "grpc.aio"])

@@ -8,6 +8,7 @@ import ipaddress
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Final
@@ -101,23 +102,38 @@ def make_client(
 
 def init_directory(directory: str, *, days: int = CA_DAYS) -> list[str]:
     """Write a new CA to *directory*, as ca.crt and ca.key; return the paths."""
-    return _write_pair(directory, "ca", make_authority(days=days))
+    return write_new(directory, _files("ca", make_authority(days=days)))
+
+
+def init_set(
+    directory: str,
+    hosts: Sequence[str],
+    names: Sequence[str],
+    *,
+    days: int = LEAF_DAYS,
+    ca_days: int = CA_DAYS,
+) -> list[str]:
+    """Write a new CA with a server's and some clients' certificates, all or none; return the paths."""
+    authority = make_authority(days=ca_days)
+    files = _files("ca", authority) + _files("server", make_server(authority, hosts, days=days))
+    for name in dict.fromkeys(names):
+        _check_file_name(name)
+        files += _files(name, make_client(authority, name, days=days))
+    return write_new(directory, files)
 
 
 def write_server(directory: str, hosts: Sequence[str], *, days: int = LEAF_DAYS) -> list[str]:
     """Write server.crt and server.key, issued by the CA in *directory*; return the paths."""
-    return _write_pair(directory, "server", make_server(load_authority(directory), hosts, days=days))
+    return write_new(directory, _files("server", make_server(load_authority(directory), hosts, days=days)))
 
 
 def write_client(
     directory: str, name: str, *, days: int = LEAF_DAYS, client_name_oid: str = CLIENT_NAME_OID
 ) -> list[str]:
     """Write NAME.crt and NAME.key, issued by the CA in *directory*; return the paths."""
-    _check_name(name)
-    if name.lower() in RESERVED_NAMES:
-        raise ConfigError(f"cannot make a client {name}: {name}.crt is the name of another certificate")
+    _check_file_name(name)
     pair = make_client(load_authority(directory), name, days=days, client_name_oid=client_name_oid)
-    return _write_pair(directory, name, pair)
+    return write_new(directory, _files(name, pair))
 
 
 def load_authority(directory: str) -> Pair:
@@ -216,10 +232,10 @@ def _validity(days: int) -> tuple[datetime, datetime]:
 
 
 def _general_name(host: str) -> x509.GeneralName:
-    try:
-        return x509.IPAddress(ipaddress.ip_address(host))
-    except ValueError:
-        pass
+    # a zone (fe80::1%eth0) would be dropped in silence: a certificate has no place for it
+    if "%" not in host:
+        with suppress(ValueError):
+            return x509.IPAddress(ipaddress.ip_address(host))
     labels = host.split(".")
     # a last label of digits alone is a mistyped address
     if len(host) > HOST_MAX or not all(map(HOST_LABEL.fullmatch, labels)) or labels[-1].isdigit():
@@ -236,6 +252,12 @@ def _check_name(name: str) -> None:
         raise ConfigError(f"cannot make a client certificate: {fault}")
 
 
+def _check_file_name(name: str) -> None:
+    _check_name(name)
+    if name.lower() in RESERVED_NAMES:
+        raise ConfigError(f"cannot make a client {name}: {name}.crt is the name of another certificate")
+
+
 def _pair(certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> Pair:
     return Pair(
         certificate.public_bytes(serialization.Encoding.PEM),
@@ -245,8 +267,5 @@ def _pair(certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> Pai
     )
 
 
-def _write_pair(directory: str, name: str, pair: Pair) -> list[str]:
-    return write_new(
-        directory,
-        [NewFile(f"{name}.key", pair.key_pem, 0o600), NewFile(f"{name}.crt", pair.crt_pem, 0o644)],
-    )
+def _files(name: str, pair: Pair) -> list[NewFile]:
+    return [NewFile(f"{name}.key", pair.key_pem, 0o600), NewFile(f"{name}.crt", pair.crt_pem, 0o644)]

@@ -81,9 +81,10 @@ def _key_fault(certificate: x509.Certificate, role: Role) -> str | None:
     if isinstance(key, rsa.RSAPublicKey):
         if key.key_size < RSA_MIN_BITS:
             return f"its RSA key has {key.key_size} bits, and at least {RSA_MIN_BITS} are required"
-        if certificate.public_key_algorithm_oid != PublicKeyAlgorithmOID.RSAES_PKCS1_v1_5:
-            return "its RSA key is for PSS alone, which gRPC cannot use (a plain RSA key works)"
-        return None
+        plain = certificate.public_key_algorithm_oid == PublicKeyAlgorithmOID.RSAES_PKCS1_v1_5
+        return (
+            None if plain else "its RSA key is for PSS alone, which gRPC cannot use (a plain RSA key works)"
+        )
     if isinstance(key, ec.EllipticCurvePublicKey):
         if key.curve.name not in (CA_CURVES if role is Role.CA else LEAF_CURVES):
             return f"its key is on the curve {key.curve.name}, which gRPC cannot use (P-256 and P-384 work)"

@@ -66,7 +66,7 @@ def load_client_credentials(ca_crt: str, client_crt: str, client_key: str) -> Cl
 
 def read_certificates(path: str) -> bytes:
     """The PEM text of one or more certificates. Raises ConfigError."""
-    data, _ = _read(path, "certificate")
+    data = _read(path, "certificate")
     if PEM_CERTIFICATE not in data:
         raise ConfigError(
             f"cannot read certificate {path}: it has no PEM certificate in it",
@@ -76,18 +76,8 @@ def read_certificates(path: str) -> bytes:
 
 
 def read_key(path: str) -> bytes:
-    """The PEM text of a private key that only its owner can read. Raises ConfigError.
-
-    A key of root may be readable by its group too, and by nobody else: this is how a
-    service that is not root gets at a key that it cannot replace (PostgreSQL has this rule).
-    """
-    data, status = _read(path, "private key")
-    refused = 0o027 if status.st_uid == 0 else 0o077
-    if status.st_mode & refused:
-        raise ConfigError(
-            f"cannot use private key {path}: others may read it (its mode is {stat.S_IMODE(status.st_mode):04o})",
-            hint=f"chmod 600 {path}",
-        )
+    """The PEM text of a private key. Raises ConfigError. Who else may read it: see key_exposure."""
+    data = _read(path, "private key")
     if any(mark in data for mark in PEM_ENCRYPTED):
         raise ConfigError(
             f"cannot use private key {path}: it is encrypted, and pjw asks for no passphrase",
@@ -98,21 +88,32 @@ def read_key(path: str) -> bytes:
     return data
 
 
-def _read(path: str, what: str) -> tuple[bytes, os.stat_result]:
-    """Bytes and status of the same open file, so that no other can slip between the two."""
+def key_exposure(path: str) -> str | None:
+    """Words for a key that others than its owner may read; None when nobody else may.
+
+    To warn and not to refuse: tools that deploy keys have their own ideas of modes, and a
+    service that does not start teaches nobody. A key of root may be readable by its group,
+    which is how a service that is not root gets at a key that it cannot replace.
+    """
+    status = os.stat(path)
+    if not status.st_mode & (0o027 if status.st_uid == 0 else 0o077):
+        return None
+    return f"others may read the private key {path} (its mode is {stat.S_IMODE(status.st_mode):04o}): chmod 600 {path}"
+
+
+def _read(path: str, what: str) -> bytes:
     try:
         # O_NONBLOCK: a FIFO in the file's place must not hang us
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         with os.fdopen(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise ConfigError(f"cannot read {what} {path}: it is not a regular file")
             data = file.read(FILE_MAX_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"cannot read {what} {path}: {describe_errno(error.errno or 0)}") from error
     if len(data) > FILE_MAX_BYTES:
         raise ConfigError(f"cannot read {what} {path}: it is longer than {FILE_MAX_BYTES} bytes")
-    return data, status
+    return data
 
 
 def write_new(directory: str, files: Sequence[NewFile]) -> list[str]:

@@ -15,7 +15,6 @@ from cryptography import x509
 from cryptography.x509.oid import NameOID
 
 from pjw.certs.checks import key_bytes
-from pjw.certs.credentials import check_leaf
 from pjw.certs.profile import (
     CLIENT_NAME_OID,
     CLIENT_NAME_TAIL,
@@ -30,7 +29,6 @@ from pjw.model import Identity
 CACHE_CERTIFICATES: Final = 1024
 # A certificate made by a recipe for servers says this without a SAN to show what it is.
 LOCALHOST: Final = "localhost"
-MALFORMED: Final = "cannot read the client certificate: it is malformed"
 
 
 @lru_cache(maxsize=CACHE_CERTIFICATES)
@@ -44,15 +42,15 @@ def identity_of(pem: bytes, client_name_oid: str = CLIENT_NAME_OID) -> Identity:
     the first certificate of *pem* counts. Says nothing about the date: see `check_leaf`.
     """
     oid = x509.ObjectIdentifier(client_name_oid)
-    certificate = _parsed(pem)
     try:
+        certificate = x509.load_pem_x509_certificate(pem)
         claims = _claimed_names(certificate, oid)
         common_names = _values(certificate, NameOID.COMMON_NAME)
         hosts = list(_host_names(certificate))
         key_digest = hashlib.sha256(key_bytes(certificate.public_key())).hexdigest()
         serial = certificate.serial_number
     except Exception as error:  # the parser's errors are not documented as a closed set
-        raise NotAuthenticatedError(MALFORMED) from error
+        raise NotAuthenticatedError("cannot read the client certificate: it is malformed") from error
     if len(common_names) > 1 or len(claims) > 1:
         raise NotAuthenticatedError("cannot name the client: its certificate has more than one name for it")
     if claims:
@@ -60,16 +58,6 @@ def identity_of(pem: bytes, client_name_oid: str = CLIENT_NAME_OID) -> Identity:
     if common_names and not _is_host(common_names[0], hosts):
         return Identity(_checked(common_names[0]), serial)
     return Identity(KEY_NAME_PREFIX + key_digest[:KEY_NAME_HEX_DIGITS], serial)
-
-
-def authenticate(pem: bytes, client_name_oid: str = CLIENT_NAME_OID) -> Identity:
-    """Accept a verified certificate for one request: `check_leaf`, then `identity_of`.
-
-    For each request, as a resumed session outlives its certificate; the parsed certificate
-    is kept, so that this costs microseconds. Raises NotAuthenticatedError.
-    """
-    check_leaf(_parsed(pem))
-    return identity_of(pem, client_name_oid)
 
 
 def check_client_name_oid(oid: str) -> None:
@@ -81,14 +69,6 @@ def check_client_name_oid(oid: str) -> None:
             f"cannot use {quoted(oid)} as the OID of client names: it is no object identifier",
             hint="write it in dots, as in 1.3.6.1.4.1.99999.1",
         ) from None
-
-
-@lru_cache(maxsize=CACHE_CERTIFICATES)
-def _parsed(pem: bytes) -> x509.Certificate:
-    try:
-        return x509.load_pem_x509_certificate(pem)
-    except Exception as error:  # as above
-        raise NotAuthenticatedError(MALFORMED) from error
 
 
 def _claimed_names(certificate: x509.Certificate, oid: x509.ObjectIdentifier) -> list[str]:

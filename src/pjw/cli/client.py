@@ -156,7 +156,7 @@ class Client:
             return errors.ServerUnreachableError(f"{server} did not answer within {CALL_SECONDS} s")
         if "Connection refused" in text:
             return errors.ServerUnreachableError(f"cannot connect to {server}: connection refused", hint="is pjwd running there?")
-        if "DNS" in text or "name resolution" in text.lower():
+        if "DNS" in text or "errors resolving" in text or "name resolution" in text.lower():
             return errors.ServerUnreachableError(f"cannot connect to {server}: no such host", hint="see --server and PJW_SERVER")
         if "is not in peer certificate" in text:
             return errors.ServerUnreachableError(

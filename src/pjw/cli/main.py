@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from pjw.errors import (
     ProtocolError,
     ServerFailedError,
     ServerUnreachableError,
+    describe_errno,
 )
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     arguments = _parser().parse_args(argv)
     try:
+        _prepare_stdout()
         settings = find_settings(arguments)
         from pjw.cli.client import Client  # imports gRPC, which `pjw --help` need not wait for
 
@@ -56,10 +59,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The interpreter would complain about the same pipe when it flushes at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _abandon_stdout()
         return EXIT_CLOSED_PIPE
+    except OSError as error:
+        # all other system calls that fail are worded where they are made
+        print(f"pjw: error: cannot write to stdout: {describe_errno(error.errno or 0)}", file=sys.stderr)
+        _abandon_stdout()
+        return EXIT_FAILED
     return 0
+
+
+def _prepare_stdout() -> None:
+    """Refuse a closed stdout before anything is started or stopped; JSON is UTF-8 in any locale."""
+    if sys.stdout is None:
+        raise ConfigError("cannot write to stdout: it is closed")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")
+
+
+def _abandon_stdout() -> None:
+    # The interpreter would complain about the same descriptor when it flushes at its end.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def exit_code_of(error: PjwError) -> int:

@@ -56,8 +56,6 @@ class Launcher:
         self._scratch: Scratch
         # pidfds of the inits of jobs that have not been removed
         self._inits: Final[dict[int, int]] = {}
-        # removals that rm(1) is at: its pidfd and the request to answer
-        self._removals: Final[dict[int, int]] = {}
 
     def run(self) -> None:
         """Answer until the other end closes. Raises ProtocolError for a broken or hostile peer.
@@ -66,9 +64,16 @@ class Launcher:
         next launcher finds the job by its cgroup.
         """
         self._watch(self._requests, self._on_request)
-        while self._open:
-            for key, _ in self._selector.select():
-                key.data()
+        try:
+            while self._open:
+                for key, _ in self._selector.select():
+                    # What one of them does may end the watch of another: a launch that failed
+                    # reports that, and its init ends, at the same moment.
+                    if self._selector.get_map().get(key.fd) == key:
+                        key.data()
+        finally:
+            if self._phase is Phase.SERVING:
+                self._hierarchy.release()
 
     def _watch(self, source: socket.socket | int, callback: Callable[[], None]) -> None:
         self._selector.register(source, selectors.EVENT_READ, callback)

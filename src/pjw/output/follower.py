@@ -5,7 +5,7 @@ import os
 from collections.abc import AsyncGenerator
 from typing import Final
 
-from pjw.errors import OffsetError
+from pjw.errors import LauncherGoneError, OffsetError
 from pjw.output.log import OutputLog, read_at
 
 # A stalled stream holds about 4 chunks in gRPC and the kernel, so a reader begins with small
@@ -18,8 +18,8 @@ KEEPS_UP_SECONDS: Final = 0.1
 async def follow(log: OutputLog, offset: int = 0) -> AsyncGenerator[bytes, None]:
     """Yield every byte from *offset* on; return once the output has ended.
 
-    Raises OffsetError when *offset* lies beyond the end of what is there. No polling: waits
-    on inotify. A slow reader costs nobody anything: bytes stay in the file until it asks.
+    Raises OffsetError when *offset* lies beyond the end of what is there, and LauncherGoneError
+    when the worker closes before the end. No polling: waits on inotify. A slow reader costs nobody anything: bytes stay in the file until it asks.
     """
     loop = asyncio.get_running_loop()
     with log.open() as descriptor, log.changes() as changed:
@@ -43,4 +43,6 @@ async def follow(log: OutputLog, offset: int = 0) -> AsyncGenerator[bytes, None]
                     chunk_bytes = min(2 * chunk_bytes, CHUNK_BYTES_MAX)
             if ended:
                 return
+            if log.abandoned:
+                raise LauncherGoneError("the worker was closed; the job goes on")
             await changed.wait()

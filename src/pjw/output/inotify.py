@@ -39,11 +39,13 @@ class Inotify:
 
     def unwatch(self, watch: int) -> None:
         """End a watch."""
-        del self._callbacks[watch]
-        _libc.inotify_rm_watch(self._fd, watch)
+        # A follower may outlive the instance, whose number may be another file's by then.
+        if self._callbacks.pop(watch, None) is not None:
+            _libc.inotify_rm_watch(self._fd, watch)
 
     def close(self) -> None:
         """End all watches."""
+        self._callbacks.clear()
         self._loop.remove_reader(self._fd)
         os.close(self._fd)
 

@@ -23,6 +23,7 @@ class OutputLog:
         self._followers: Final[set[asyncio.Event]] = set()
         self._watch = -1
         self._ended = ended
+        self._abandoned = False
 
     @property
     def ended(self) -> bool:
@@ -32,6 +33,16 @@ class OutputLog:
     def mark_ended(self) -> None:
         """Say that the file is whole, and wake all followers."""
         self._ended = True
+        self._wake()
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether nobody will tell of changes, nor of the end, any more."""
+        return self._abandoned
+
+    def abandon(self) -> None:
+        """Say that the worker closes while the job goes on, and wake all followers."""
+        self._abandoned = True
         self._wake()
 
     def _wake(self) -> None:

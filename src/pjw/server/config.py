@@ -5,6 +5,8 @@ from pathlib import Path
 
 import msgspec
 
+from pjw.certs.identity import check_client_name_oid
+from pjw.certs.profile import CLIENT_NAME_OID
 from pjw.errors import ConfigError, InvalidJobError
 from pjw.model import Limits
 from pjw.worker.settings import NO_CEILING, UID_COUNT, UID_FIRST, WorkerSettings
@@ -21,6 +23,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a configuration file may hold."""
 
     user: str | None = None
+    client_name_oid: str = CLIENT_NAME_OID
     stop_grace_seconds: float = 10
     hidden_paths: tuple[str, ...] = ()
     job_users: JobUsers = JobUsers()
@@ -29,6 +32,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def worker_settings(self, hidden_paths: tuple[str, ...]) -> WorkerSettings:
         """What the worker needs of it. Raises ConfigError."""
+        check_client_name_oid(self.client_name_oid)
         if not 0 <= self.stop_grace_seconds <= 86_400:
             raise ConfigError("stop_grace_seconds must be from 0 to 86400")
         try:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 import grpc
 from google.protobuf.message import DecodeError, Message
 
+from pjw.certs.profile import CLIENT_NAME_OID
 from pjw.errors import InvalidJobError, LauncherGoneError, NotAuthenticatedError, PjwError
 from pjw.model import Identity
 from pjw.rpc.status import ADMITTED_KEY, status_of
@@ -36,7 +37,8 @@ log: Final = logging.getLogger(__name__)
 class Guard:
     """Wraps handlers, and ends those that run when the server drains."""
 
-    def __init__(self) -> None:
+    def __init__(self, client_name_oid: str = CLIENT_NAME_OID) -> None:
+        self._client_name_oid: Final = client_name_oid
         self._draining = False
         self._running: Final[set[asyncio.Timeout]] = set()
 
@@ -92,7 +94,7 @@ class Guard:
         """Let the caller in until its certificate expires or the server drains."""
         if self._draining:
             raise LauncherGoneError("the server is shutting down; running jobs go on")
-        peer = authenticate(context)
+        peer = authenticate(context, self._client_name_oid)
         try:
             async with asyncio.timeout(peer.seconds_left()) as timeout:
                 self._running.add(timeout)

@@ -99,19 +99,23 @@ def _certs(arguments: argparse.Namespace) -> int:
     from pjw.certs import authority
 
     directory, names, days = arguments.directory, arguments.names, arguments.days
-    made: list[str] = []
-    if arguments.kind == "init":
-        made += authority.init_directory(directory)
-        hosts = dict.fromkeys(["localhost", "127.0.0.1", "::1", socket.gethostname()])
-        made += authority.write_server(directory, list(hosts), days=days)
-    if arguments.kind == "server":
-        made += authority.write_server(directory, names, days=days)
-    else:
-        for name in names:
-            made += authority.write_client(directory, name, days=days)
+    match arguments.kind:
+        case "init":
+            made = authority.init_set(directory, _own_names(), names, days=days)
+        case "server":
+            made = authority.write_server(directory, names, days=days)
+        case _:
+            made = [path for name in names for path in authority.write_client(directory, name, days=days)]
     for path in made:
         print(path)
     return 0
+
+
+def _own_names() -> list[str]:
+    names = ["localhost", "127.0.0.1", "::1"]
+    own = socket.gethostname()
+    # a container's name may be digits alone, which no certificate takes for a host name
+    return [*names, own] if own not in names and not own.rpartition(".")[2].isdecimal() else names
 
 
 def parse_address(text: str) -> tuple[str, int]:

@@ -29,7 +29,7 @@ class Peer:
         return (self.not_valid_after - datetime.now(UTC)).total_seconds()
 
 
-def authenticate(context: grpc.aio.ServicerContext[Any, Any]) -> Peer:
+def authenticate(context: grpc.aio.ServicerContext[Any, Any], client_name_oid: str) -> Peer:
     """The caller, looked at on every call. Raises NotAuthenticatedError.
 
     The handshake alone does not do: a resumed TLS session presents no certificate, even
@@ -41,15 +41,15 @@ def authenticate(context: grpc.aio.ServicerContext[Any, Any]) -> Peer:
     pem = next(iter(properties.get("x509_pem_cert", ())), None)
     if pem is None:
         raise NotAuthenticatedError("a client certificate is required")
-    peer = _peer_of(pem)
+    peer = _peer_of(pem, client_name_oid)
     if peer.seconds_left() <= 0:
         raise NotAuthenticatedError("the client certificate has expired")
     return peer
 
 
 @lru_cache(maxsize=CACHE_CERTIFICATES)  # a call costs 300 us; to parse anew would add 50
-def _peer_of(pem: bytes) -> Peer:
-    identity = identity_of(pem)
+def _peer_of(pem: bytes, client_name_oid: str) -> Peer:
+    identity = identity_of(pem, client_name_oid)
     certificate = x509.load_pem_x509_certificate(pem)
     check_leaf(certificate)
     return Peer(identity, certificate.not_valid_after_utc)

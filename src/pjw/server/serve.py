@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Final
 
 import grpc
@@ -42,32 +43,30 @@ OPTIONS: Final[list[tuple[str, int]]] = [
 log: Final = logging.getLogger(__name__)
 
 
-def run(
-    host: str,
-    port: int,
-    credentials: ServerCredentials,
-    state: StateDir,
-    requests: socket.socket,
-    settings: WorkerSettings,
-) -> int:
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """Where to listen, as whom, and for whom."""
+
+    host: str
+    port: int
+    credentials: ServerCredentials
+    client_name_oid: str
+    settings: WorkerSettings
+
+
+def run(serving: Serving, state: StateDir, requests: socket.socket) -> int:
     """Serve until SIGTERM or SIGINT; the exit code. Raises PjwError when it cannot listen."""
-    return asyncio.run(_run(host, port, credentials, state, requests, settings))
+    return asyncio.run(_run(serving, state, requests))
 
 
-async def _run(
-    host: str,
-    port: int,
-    credentials: ServerCredentials,
-    state: StateDir,
-    requests: socket.socket,
-    settings: WorkerSettings,
-) -> int:
-    async with Worker(state, requests, settings) as worker:
+async def _run(serving: Serving, state: StateDir, requests: socket.socket) -> int:
+    host = serving.host
+    async with Worker(state, requests, serving.settings) as worker:
         await worker.adopt()
-        guard = Guard()
+        guard = Guard(serving.client_name_oid)
         server = grpc.aio.server(options=OPTIONS)
         server.add_generic_rpc_handlers((JobWorkerService(worker).handlers(guard),))
-        port = _listen(server, host, port, credentials)
+        port = _listen(server, host, serving.port, serving.credentials)
         await server.start()
         try:
             await _refuse_tls12(host, port)

@@ -17,6 +17,7 @@ from importlib import import_module
 from typing import Final
 
 from pjw.certs.credentials import load_server_credentials
+from pjw.certs.files import key_exposure
 from pjw.certs.tls import require_tls13_environment
 from pjw.errors import ConfigError
 from pjw.server.config import load_config
@@ -29,6 +30,8 @@ DEFAULT_USER: Final = "pjw"
 FALLBACK_UID: Final = UID_FIRST - 1
 
 _PR_SET_NO_NEW_PRIVS: Final = 38
+
+log: Final = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,8 @@ def serve(options: ServeOptions) -> int:
     _set_up_logging(options.log_level)
     config = load_config(options.config)
     credentials = load_server_credentials(options.ca_crt, options.server_crt, options.server_key)
+    if exposure := key_exposure(options.server_key):
+        log.warning("%s", exposure)
     # no job may see the key, nor the configuration, whatever their modes
     hidden = [os.path.realpath(path) for path in (options.server_key, options.config) if path]
     settings = config.worker_settings(tuple(hidden))
@@ -65,11 +70,11 @@ def serve(options: ServeOptions) -> int:
     require_tls13_environment()
     os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
     os.environ.setdefault("GRPC_VERBOSITY", "INFO" if options.log_level in ("info", "debug") else "ERROR")
-    from pjw.server.serve import run
+    from pjw.server.serve import Serving, run
 
     preload_modules()
     drop_privilege(uid)
-    return run(options.host, options.port, credentials, state, requests, settings)
+    return run(Serving(options.host, options.port, credentials, config.client_name_oid, settings), state, requests)
 
 
 def server_uid(user: str | None) -> int:

@@ -37,8 +37,11 @@ class StateDir:
         self._jobs: Final = f"/proc/self/fd/{self._jobs_fd}"
         try:
             self.store: Final = JobStore(os.path.join(self.path, "jobs.sqlite"))
-        except KernelError as error:
-            raise ConfigError(str(error), hint="is the disk writable and not full?") from error
+        except BaseException as error:
+            os.close(self._jobs_fd)
+            if isinstance(error, KernelError | LimitReachedError):
+                raise ConfigError(str(error), hint="is the disk writable and not full?") from error
+            raise
 
     def close(self) -> None:
         """Close what is open."""

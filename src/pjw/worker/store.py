@@ -52,7 +52,7 @@ class JobStore:
     """
 
     def __init__(self, path: str) -> None:
-        """Open or create the table. Raises ConfigError when a newer pjw has written it."""
+        """Open or create the table. Raises ConfigError when another process uses it, or a newer pjw wrote it."""
         self._path: Final = path
         self._thread: Final = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pjw-store")
         self._db: Final = self._guarded(self._open)
@@ -60,6 +60,14 @@ class JobStore:
     def _open(self) -> sqlite3.Connection:
         # check_same_thread: opened here, then used only by the one thread of the executor
         db = sqlite3.connect(self._path, check_same_thread=False)
+        try:
+            self._prepare(db)
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def _prepare(self, db: sqlite3.Connection) -> None:
         # One process uses the table, and it may have lost the right to reach it by its path
         # (pjwd drops root after this): hold every file open, need no shared-memory file.
         db.execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -70,14 +78,12 @@ class JobStore:
         db.execute("PRAGMA synchronous = NORMAL")
         (version,) = db.execute("PRAGMA user_version").fetchone()
         if version > SCHEMA_VERSION:
-            db.close()
             raise ConfigError(
                 f"the job table {self._path} has version {version}, and this pjw knows only {SCHEMA_VERSION}",
                 hint="a newer pjw has written it; run that one",
             )
         if version == 0:
             db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-        return db
 
     def close(self) -> None:
         """Write what is pending and close."""
@@ -175,7 +181,14 @@ class JobStore:
         try:
             return function(*args, **kwargs)
         except sqlite3.Error as error:
-            if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL:
+            code = getattr(error, "sqlite_errorcode", 0)
+            if code == sqlite3.SQLITE_BUSY:
+                # only when it is opened: it is locked from then on (locking_mode)
+                raise ConfigError(
+                    f"the job table {self._path} is in use by another pjwd",
+                    hint="stop that one, or give this one another --state-dir",
+                ) from error
+            if code == sqlite3.SQLITE_FULL:
                 raise LimitReachedError(f"no space is left for the job table {self._path}") from error
             raise KernelError("use the job table", f"{self._path} ({error})", 0) from error
 

@@ -15,7 +15,7 @@ from pjw.errors import (
     LimitReachedError,
     PjwError,
 )
-from pjw.model import Job, JobSpec, JobState, Usage
+from pjw.model import Job, JobSpec, JobState, Limits, Usage
 from pjw.output import Inotify, OutputLog, follow
 from pjw.worker.job import LiveJob
 from pjw.worker.launcher_client import LauncherClient
@@ -52,6 +52,7 @@ class Worker:
         self._inotify: Final = Inotify()
         self._live: Final[dict[int, LiveJob]] = {}
         self._tasks: Final[set[asyncio.Task[None]]] = set()
+        self._launches: Final[set[asyncio.Task[Job]]] = set()
 
     @classmethod
     async def open(cls, state_dir: str, settings: WorkerSettings | None = None) -> Self:
@@ -78,13 +79,15 @@ class Worker:
         await self.close()
 
     async def close(self) -> None:
-        """Let go of everything. Running jobs go on; followers end as if their job had not ended."""
+        """Let go of everything. Running jobs go on; whoever waits for one or follows it gets LauncherGoneError."""
         for live in self._live.values():
             live.unwatch()
+            live.output.abandon()
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
         self._launcher.close()
+        # launches under way end by that, and may still want the table
+        await asyncio.gather(*self._tasks, *self._launches, return_exceptions=True)
         self._inotify.close()
         self._state.close()
 
@@ -104,7 +107,8 @@ class Worker:
 
         Raises InvalidJobError, LaunchError (no such program, not executable),
         LimitReachedError (no space, no processes) or KernelError; then no job came to be. A
-        caller who is cancelled before the answer gets no job either.
+        caller who is cancelled before the answer gets no job either. LauncherGoneError may come
+        when the job was started: the next worker knows.
         """
         limits = self._settings.default_limits.with_overrides(spec.limits)
         if above := limits.first_above(self._settings.ceiling):
@@ -112,15 +116,24 @@ class Worker:
                 f"limit {above} must be at most {getattr(self._settings.ceiling, above)} on this server,"
                 f" not {getattr(limits, above) or 'unlimited'}"
             )
-        uid = await self._uid_of(client_name)
-        job = await self._state.store.add(client_name, spec.display, limits)
-        # The row is there, so whatever happens to us, the next worker can find the process.
-        launch = asyncio.ensure_future(self._launch(job, spec, uid))
+        if self._launcher.gone.is_set():
+            raise LauncherGoneError("the launcher has gone; running jobs go on")
+        # Shielded from its first step on: the table has a thread of its own, so a row may be
+        # written although whoever asked for it was cancelled.
+        launch = asyncio.ensure_future(self._add_and_launch(spec, client_name, limits))
+        self._launches.add(launch)
+        launch.add_done_callback(self._launches.discard)
         try:
             return await asyncio.shield(launch)
         except asyncio.CancelledError:
-            launch.add_done_callback(lambda done: self._undo_start(done, job.id))
+            launch.add_done_callback(self._undo_start)
             raise
+
+    async def _add_and_launch(self, spec: JobSpec, client_name: str, limits: Limits) -> Job:
+        uid = await self._uid_of(client_name)
+        job = await self._state.store.add(client_name, spec.display, limits)
+        # The row is there, so whatever happens to us, the next worker can find the process.
+        return await self._launch(job, spec, uid)
 
     async def _uid_of(self, client_name: str) -> int:
         number = await self._state.store.client_number(client_name)
@@ -168,9 +181,9 @@ class Worker:
             for descriptor in descriptors:
                 os.close(descriptor)
 
-    def _undo_start(self, launch: asyncio.Future[Job], job_id: int) -> None:
+    def _undo_start(self, launch: asyncio.Future[Job]) -> None:
         if not launch.cancelled() and launch.exception() is None:
-            self._spawn(self._end_and_discard(job_id))
+            self._spawn(self._end_and_discard(launch.result().id))
 
     async def _end_and_discard(self, job_id: int) -> None:
         await self._launcher.request_kill(job_id)
@@ -188,7 +201,9 @@ class Worker:
         try:
             usage = await self._launcher.request_account(job_id)
         except LauncherGoneError:
-            return  # the next worker finds the record, and the cgroup with its accounts
+            # The next worker finds the record, and the cgroup with its accounts. The output is whole.
+            live.output.mark_ended()
+            return
         except PjwError as error:
             log.error("cannot read the usage of job %d: %s", job_id, error)
             usage = None
@@ -280,7 +295,7 @@ class Worker:
 
     async def wait(self, job_id: int, owner: str | None = None) -> Job:
         """Wait until a job has ended; its final snapshot. Raises JobNotFoundError."""
-        live = self._live_of(job_id, owner)
+        live = await self._launched(job_id, owner)
         if live is None:
             return await self.get(job_id, owner)
         await self._wait_for_end(live)

@@ -67,6 +67,9 @@ class Hierarchy(Protocol):
     def job_ids(self) -> list[int]:
         """Every job that has a cgroup, sorted; half-made ones too."""
 
+    def release(self) -> None:
+        """Remove those parents that are empty, at the launcher's end; a living job's stay."""
+
 
 @dataclass(frozen=True, slots=True)
 class HostDescription:

@@ -4,6 +4,7 @@ A pid is no identity: whatever signals or waits here holds a pidfd while it does
 """
 
 import errno
+import fcntl
 import os
 import select
 import signal
@@ -119,7 +120,7 @@ def job_ids_in(directory: str) -> set[int]:
     except OSError as error:
         raise KernelError("list", directory, error.errno or errno.EIO) from error
     ids = (name.removeprefix("job-") for name in names if name.startswith("job-"))
-    return {int(job_id) for job_id in ids if job_id.isascii() and job_id.isdigit()}
+    return {int(job_id) for job_id in ids if job_id.isascii() and job_id.isdigit() and job_id[0] != "0"}
 
 
 def make_parent(path: str, hint: str | None = None) -> None:
@@ -132,6 +133,25 @@ def make_parent(path: str, hint: str | None = None) -> None:
         raise KernelError("make cgroup", path, error.errno or errno.EIO, hint=hint) from error
 
 
+def remove_parents(instance: str) -> None:
+    """Remove an instance's directory and `pjw` above it, as far as they are empty."""
+    parent = os.path.dirname(instance)
+    with locked(os.path.dirname(parent)), suppress(OSError):
+        os.rmdir(instance)
+        os.rmdir(parent)
+
+
+@contextmanager
+def locked(directory: str) -> Iterator[None]:
+    """Keep other launchers from making or removing parents below *directory* meanwhile."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def kill_processes(list_pids: Callable[[], list[int]], subject: str) -> None:
     """SIGKILL each process of a cgroup until none is left.
 
@@ -142,15 +162,15 @@ def kill_processes(list_pids: Callable[[], list[int]], subject: str) -> None:
     while pids := list_pids():
         if time.monotonic() >= deadline:
             raise KernelError("kill", subject, errno.ETIMEDOUT)
-        with _pidfds(pids[:PIDFDS_AT_ONCE]) as pidfds:
-            # Read again now that the pidfds are held. A pid that was recycled before is no
-            # longer in the list; one recycled since is not what its pidfd stands for.
-            still_there = set(list_pids())
-            signalled = [pidfd for pid, pidfd in pidfds.items() if pid in still_there]
-            for pidfd in signalled:
-                _kill(pidfd)
-            for pidfd in signalled:
-                _wait(pidfd, deadline)
+        # All of them before the first wait: they die side by side.
+        for start in range(0, len(pids), PIDFDS_AT_ONCE):
+            with _pidfds(pids[start : start + PIDFDS_AT_ONCE]) as pidfds:
+                # Read again now that the pidfds are held. A pid that was recycled before is no
+                # longer in the list; one recycled since is not what its pidfd stands for.
+                still_there = set(list_pids())
+                for pid in pidfds.keys() & still_there:
+                    _kill(pidfds[pid])
+        wait_for_exit(pids, deadline)
 
 
 def wait_for_exit(pids: list[int], deadline: float) -> None:

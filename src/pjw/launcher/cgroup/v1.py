@@ -35,9 +35,10 @@ def open_hierarchy(instance: str, points: Mapping[str, str], io_devices: Sequenc
     """Make the parents; *points* has every controller that is needed."""
     parents = {}
     for controller, point in points.items():
-        files.make_parent(f"{point}/pjw", hint=f"run as root, with {point} writable")
-        parents[controller] = f"{point}/pjw/{instance}"
-        files.make_parent(parents[controller])
+        with files.locked(point):
+            files.make_parent(f"{point}/pjw", hint=f"run as root, with {point} writable")
+            parents[controller] = f"{point}/pjw/{instance}"
+            files.make_parent(parents[controller])
     return V1Hierarchy(parents, io_devices)
 
 
@@ -80,6 +81,10 @@ class V1Hierarchy:
 
     def job_ids(self) -> list[int]:
         return sorted(set().union(*(files.job_ids_in(parent) for parent in self._parents.values())))
+
+    def release(self) -> None:
+        for parent in dict.fromkeys(self._parents.values()):
+            files.remove_parents(parent)
 
     def _cgroup(self, job_id: int) -> "V1Cgroup":
         return V1Cgroup(job_id, {name: f"{parent}/job-{job_id}" for name, parent in self._parents.items()})

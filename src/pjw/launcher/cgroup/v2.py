@@ -56,11 +56,12 @@ def open_hierarchy(
     """Make the parents and hand them the controllers, from the top downwards."""
     _leave(base, supervisor_pids)
     parent = base
-    for name in ("pjw", instance):
+    with files.locked(base):
+        for name in ("pjw", instance):
+            _enable(parent, controllers)
+            parent = f"{parent}/{name}"
+            files.make_parent(parent, hint=f"run as root, with {base} writable")
         _enable(parent, controllers)
-        parent = f"{parent}/{name}"
-        files.make_parent(parent, hint=f"run as root, with {base} writable")
-    _enable(parent, controllers)
     return V2Hierarchy(parent, io_devices)
 
 
@@ -144,6 +145,9 @@ class V2Hierarchy:
 
     def job_ids(self) -> list[int]:
         return sorted(files.job_ids_in(self._parent))
+
+    def release(self) -> None:
+        files.remove_parents(self._parent)
 
     def _settings(self, limits: Limits, subject: str) -> Iterator[tuple[str, str]]:
         if limits.cpu_max_millicores:

@@ -43,8 +43,6 @@ static int exit_code(int wait_status) {
 
 static _Noreturn void be_init(struct options *options, int go) {
     char byte;
-    if (options->report_fd < 0)
-        prctl(PR_SET_PDEATHSIG, SIGKILL); /* by hand, nobody else would end us */
     int error = enter_cgroups(options);
     /* the launcher must hear of the clone before it hears anything from the clone */
     if (read(go, &byte, 1) != 1)
@@ -64,6 +62,8 @@ static _Noreturn void be_init(struct options *options, int go) {
     int64_t started_ns = realtime_ns();
     int timer = open_timer(options->time_max);
     keep_only_kill(output.owner);
+    if (options->report_fd < 0)
+        prctl(PR_SET_PDEATHSIG, SIGKILL); /* by hand nobody else would end us; only now: a new fsuid clears it */
     record_start(options->status_fd, started_ns);
     report_execed(started_ns);
     close(write_end); /* or the pipe would never end */

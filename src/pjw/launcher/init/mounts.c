@@ -48,12 +48,13 @@ static void make_directory(enum step step, const char *path, mode_t mode) {
         fail(step, path);
 }
 
-/* The one place of the host that a job may write to, as a tree of its own, before anything covers its path. */
+/* The one place of the host that a job may write to, as a mount of its own: taken before all else is read-only
+ * or its path covered. */
 static int clone_scratch(const char *path) {
     unsigned flags = TREE_CLONE | O_CLOEXEC;
     int tree = (int)syscall(SYS_open_tree, AT_FDCWD, path, flags);
-    struct attributes writable = {.set = ATTR_NOSUID | ATTR_NODEV, .clear = ATTR_RDONLY, .propagation = MS_PRIVATE};
-    if (tree < 0 || set_attributes(tree, "", AT_EMPTY_PATH, writable) < 0)
+    struct attributes attributes = {.set = ATTR_NOSUID | ATTR_NODEV, .propagation = MS_PRIVATE};
+    if (tree < 0 || set_attributes(tree, "", AT_EMPTY_PATH, attributes) < 0)
         fail(STEP_SCRATCH, path);
     return tree;
 }

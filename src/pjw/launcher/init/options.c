@@ -55,8 +55,8 @@ static uint64_t number(const char *option, const char *text, uint64_t least, uin
     return value;
 }
 
-static int descriptor(const char *option, const char *text) {
-    int fd = (int)number(option, text, 0, INT_MAX);
+static int descriptor(const char *option, const char *text, int least) {
+    int fd = (int)number(option, text, (uint64_t)least, INT_MAX);
     if (fcntl(fd, F_GETFD) < 0)
         refuse(option, text, "not an open descriptor");
     return fd;
@@ -124,15 +124,16 @@ void parse_options(int argc, char **argv, struct options *options) {
     while ((id = getopt_long(argc, argv, "+", OPTIONS, &index)) != -1) {
         const char *name = id == '?' ? "" : OPTIONS[index].name;
         switch (id) {
-        case REPORT_FD: report_to(options->report_fd = descriptor(name, optarg)); break;
-        case STATUS_FD: options->status_fd = descriptor(name, optarg); break;
-        case OUTPUT_FD: options->output_fd = descriptor(name, optarg); break;
-        case ARGV_FD: argv_fd = descriptor(name, optarg); break;
-        case CGROUP_FD: options->cgroup_fd = descriptor(name, optarg); break;
+        case REPORT_FD: report_to(options->report_fd = descriptor(name, optarg, 0)); break;
+        case STATUS_FD: options->status_fd = descriptor(name, optarg, 0); break;
+        case OUTPUT_FD: options->output_fd = descriptor(name, optarg, 0); break;
+        case ARGV_FD: argv_fd = descriptor(name, optarg, 0); break;
+        /* not 0 to 2, which tidy_standard_fds() may close */
+        case CGROUP_FD: options->cgroup_fd = descriptor(name, optarg, 3); break;
         case CGROUP_PROCS_FD:
             if (options->cgroup_procs_count == CGROUPS_MAX)
                 refuse(name, optarg, "too many of them");
-            options->cgroup_procs_fds[options->cgroup_procs_count++] = descriptor(name, optarg);
+            options->cgroup_procs_fds[options->cgroup_procs_count++] = descriptor(name, optarg, 3);
             break;
         /* (uid_t)-1 is "leave it" to setresuid(2): root */
         case USER_ID: options->uid = (uid_t)number(name, optarg, 1, UINT32_MAX - 1); break;

@@ -57,7 +57,8 @@ static void end_all(struct job *job, enum reason reason, int signal) {
         kill(-1, SIGCONT); /* a stopped process would not see it */
 }
 
-static void reap(struct job *job, int options) {
+/* Gives whether children are left. */
+static bool reap(struct job *job, int options) {
     int status;
     pid_t pid;
     while ((pid = waitpid(-1, &status, __WALL | options)) > 0 || (pid < 0 && errno == EINTR)) {
@@ -67,6 +68,7 @@ static void reap(struct job *job, int options) {
         job->ending.wait_status = status;
         job->ending.ended_ns = realtime_ns();
     }
+    return pid == 0;
 }
 
 static void read_signals(struct job *job) {
@@ -87,7 +89,7 @@ static void await(struct job *job) {
     bool readable = job->flow == FLOW_MORE || job->flow == FLOW_EMPTY, full = job->flow == FLOW_FULL;
     struct pollfd fds[] = {
         {.fd = job->signals, .events = POLLIN},
-        {.fd = job->ended ? -1 : job->timer, .events = POLLIN},
+        {.fd = job->timer, .events = POLLIN},
         {.fd = readable ? output->pipe : full ? output->file : -1, .events = readable ? POLLIN : POLLOUT},
     };
     if (poll(fds, sizeof fds / sizeof *fds, job->flow == FLOW_HELD ? HELD_RETRY_MS : -1) < 0)
@@ -96,8 +98,11 @@ static void await(struct job *job) {
         job->flow = move_output(job->output);
     if (fds[0].revents)
         read_signals(job);
-    if (fds[1].revents && !job->ended)
-        end_all(job, REASON_TIMED_OUT, SIGKILL);
+    if (fds[1].revents) {
+        job->timer = -1; /* once: it stays readable, and a process that is slow to die must not make us spin */
+        if (!job->ended)
+            end_all(job, REASON_TIMED_OUT, SIGKILL);
+    }
 }
 
 static void run_command(struct job *job) {
@@ -132,9 +137,13 @@ static void drain(struct job *job) {
 struct ending run_job(struct output *output, int signals, int timer, pid_t command) {
     struct job job = {.output = output, .signals = signals, .timer = timer, .command = command, .flow = FLOW_EMPTY};
     run_command(&job);
-    kill(-1, SIGKILL);
-    /* Blocking, until there are no children: they all have SIGKILL pending, so none waits for us to read. */
-    reap(&job, 0);
+    /* Orphans become our children at once, so without a child there is nobody left, and kill(2) of -1 need
+     * not look through every process of the host. */
+    if (reap(&job, WNOHANG)) {
+        kill(-1, SIGKILL);
+        /* Blocking, until there is none: they all have SIGKILL pending, so none waits for us to read. */
+        reap(&job, 0);
+    }
     drain(&job);
     return job.ending;
 }
