@@ -4,16 +4,17 @@ It never runs a job's command by other means, and it leaves no process behind.
 """
 
 import array
+import contextlib
 import ctypes
 import os
 import select
 import signal
 import socket
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 SOURCES: Final = Path(__file__).resolve().parents[2] / "src/pjw/launcher/init"
 # The command that the head of init.h gives to whoever builds it by hand.
@@ -23,7 +24,8 @@ BUILD: Final = (
 )
 DEADLINE_SECONDS: Final = 60.0
 ENVIRONMENT: Final = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/run/job"}
-JOB_UID: Final = 200_123
+# of this run alone: another may be under way on the same machine
+JOB_UID: Final = 300_000 + os.getpid()
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -56,8 +58,11 @@ class Running:
     pidfd: int = -1
     exit_code: int | None = None
 
-    def read_reports(self) -> None:
-        """Read until init has closed the report socket: exec was confirmed, or a step failed."""
+    def read_reports(self, at_clone: signal.Signals | None) -> None:
+        """Read until init has closed the report socket: exec was confirmed, or a step failed.
+
+        *at_clone* is sent to init as soon as it exists, long before it has started anything.
+        """
         while True:
             wait_readable(self.report.fileno(), "a report")
             try:
@@ -69,6 +74,8 @@ class Running:
             self.reports.append(data.decode())
             for _, _, payload in ancillary:
                 (self.pidfd,) = array.array("i", payload)
+                if at_clone is not None:
+                    self.send(at_clone)
 
     def send(self, number: signal.Signals) -> None:
         signal.pidfd_send_signal(self.pidfd, number)
@@ -81,6 +88,12 @@ class Running:
             assert info is not None
             self.exit_code = info.si_status if info.si_code == os.CLD_EXITED else -info.si_status
         return self
+
+    def wait_for_output(self, text: str) -> None:
+        """Wait until *text* was written."""
+        watch = Inotify(self.output_path)
+        watch.wait_until(lambda: text in self.text)
+        watch.close()
 
     def close(self) -> None:
         """End what is left, so that a failed test leaves no job."""
@@ -135,6 +148,7 @@ class Harness:
         output_fd: int | None = None,
         before: bytes = b"",
         raw_argv: bytes | None = None,
+        at_clone: signal.Signals | None = None,
     ) -> Running:
         """Start *argv* and wait until it was executed, or could not be."""
         number = len(self._running)
@@ -155,11 +169,13 @@ class Harness:
             *("--uid", str(JOB_UID), "--gid", str(JOB_UID), *options),
         ]
         inherited = (theirs.fileno(), argv_fd, output, status, *pass_fds)
-        stage0 = subprocess.Popen(command, env=dict(environment), pass_fds=inherited, stderr=subprocess.PIPE)
+        stage0 = subprocess.Popen(
+            command, env=dict(environment), pass_fds=inherited, stderr=subprocess.PIPE, extra_groups=[4, 27]
+        )
         theirs.close()
         for fd in (argv_fd, output, status):
             os.close(fd)
-        running.read_reports()
+        running.read_reports(at_clone)
         _, errors = stage0.communicate(timeout=DEADLINE_SECONDS)
         if errors:
             running.reports.append(errors.decode())
@@ -186,6 +202,17 @@ class Harness:
             check=False,
             timeout=DEADLINE_SECONDS,
         )
+
+    @contextlib.contextmanager
+    def by_hand_open(self, *argv: str) -> "Iterator[tuple[subprocess.Popen[bytes], IO[bytes]]]":
+        """Start *argv* as from a root shell, with its output in a pipe; it is gone afterwards."""
+        command = [str(self.binary), "--uid", str(JOB_UID), "--gid", str(JOB_UID), "--", *argv]
+        with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            try:
+                yield process, process.stdout
+            finally:
+                process.kill()
 
     def close(self) -> None:
         for running in self._running:

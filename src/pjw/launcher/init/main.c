@@ -59,19 +59,19 @@ static _Noreturn void be_init(struct options *options, int go) {
     open_output(&output, options, &write_end);
     bound_to_kill();
     pid_t command = start_command(options, write_end);
+    close(write_end); /* or the pipe would never end */
     int64_t started_ns = realtime_ns();
     int timer = open_timer(options->time_max);
     keep_only_kill(output.owner);
     if (options->report_fd < 0)
-        prctl(PR_SET_PDEATHSIG, SIGKILL); /* by hand nobody else would end us; only now: a new fsuid clears it */
+        prctl(PR_SET_PDEATHSIG, SIGKILL); /* nobody else would end us; now, as a new fsuid clears it */
     record_start(options->status_fd, started_ns);
     report_execed(started_ns);
-    close(write_end); /* or the pipe would never end */
     release_argv(options);
 
     struct ending ending = run_job(&output, signals, timer, command);
     if (output.seekable)
-        lseek(output.file, output.offset, SEEK_SET); /* for who shares it, as in `(pjw-init ...; date) > log` */
+        lseek(output.file, output.offset, SEEK_SET); /* as in `(pjw-init ...; date) > log` */
     record_end(options->status_fd, ending.ended_ns, ending.wait_status, ending.reason);
     _exit(options->report_fd >= 0 ? 0 : exit_code(ending.wait_status));
 }

@@ -34,7 +34,8 @@ static int set_attributes(int fd, const char *path, unsigned flags, struct attri
     return (int)syscall(SYS_mount_setattr, fd, path, flags, &attributes, sizeof attributes);
 }
 
-static void mount_tmpfs(enum step step, const char *path, unsigned long flags, const char *mode, uint64_t bytes) {
+static void mount_tmpfs(enum step step, const char *path, unsigned long flags, const char *mode,
+                        uint64_t bytes) {
     char data[64];
     snprintf(data, sizeof data, "mode=%s,size=%llu", mode, (unsigned long long)bytes);
     if (!bytes)
@@ -48,8 +49,10 @@ static void make_directory(enum step step, const char *path, mode_t mode) {
         fail(step, path);
 }
 
-/* The one place of the host that a job may write to, as a mount of its own: taken before all else is read-only
- * or its path covered. */
+/*
+ * The one place of the host that a job may write to, as a mount of its own: taken before all else is made
+ * read-only and before its path is covered.
+ */
 static int clone_scratch(const char *path) {
     unsigned flags = TREE_CLONE | O_CLOEXEC;
     int tree = (int)syscall(SYS_open_tree, AT_FDCWD, path, flags);
@@ -89,11 +92,15 @@ static void mount_dev(const struct options *options) {
     static const struct {
         const char *path;
         unsigned minor;
-    } devices[] = {{"/dev/null", 3}, {"/dev/zero", 5}, {"/dev/full", 7}, {"/dev/random", 8}, {"/dev/urandom", 9}};
+    } devices[] = {
+        {"/dev/null", 3}, {"/dev/zero", 5}, {"/dev/full", 7}, {"/dev/random", 8}, {"/dev/urandom", 9},
+    };
     static const struct {
         const char *target, *path;
-    } links[] = {{"/proc/self/fd", "/dev/fd"},     {"fd/0", "/dev/stdin"},   {"fd/1", "/dev/stdout"},
-                 {"fd/2", "/dev/stderr"}, {"pts/ptmx", "/dev/ptmx"}};
+    } links[] = {
+        {"/proc/self/fd", "/dev/fd"}, {"fd/0", "/dev/stdin"},   {"fd/1", "/dev/stdout"},
+        {"fd/2", "/dev/stderr"},      {"pts/ptmx", "/dev/ptmx"},
+    };
     mount_tmpfs(STEP_MOUNT_DEV, "/dev", MS_NOSUID | MS_NOEXEC, "0755", 65536);
     for (size_t i = 0; i < sizeof devices / sizeof *devices; i++)
         if (mknod(devices[i].path, S_IFCHR | 0666, makedev(1, devices[i].minor)) < 0)
@@ -106,7 +113,8 @@ static void mount_dev(const struct options *options) {
     make_directory(STEP_MOUNT_DEV, "/dev/shm", 0755);
     mount_tmpfs(STEP_MOUNT_DEV, "/dev/shm", MS_NOSUID | MS_NODEV, "1777", options->tmp_bytes);
     make_directory(STEP_MOUNT_DEV, "/dev/pts", 0755);
-    if (mount("devpts", "/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0600") < 0)
+    static const char pts[] = "newinstance,ptmxmode=0666,mode=0600";
+    if (mount("devpts", "/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, pts) < 0)
         fail(STEP_MOUNT_DEV, "/dev/pts");
     if (set_attributes(AT_FDCWD, "/dev", 0, (struct attributes){.set = ATTR_RDONLY}) < 0)
         fail(STEP_MOUNT_DEV, NULL);

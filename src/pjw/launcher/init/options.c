@@ -73,16 +73,22 @@ static _Noreturn void refuse_argv(int error) {
     fail(STEP_ARGV, NULL);
 }
 
+static void *map(size_t bytes) {
+    void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED)
+        fail(STEP_ARGV, NULL);
+    return memory;
+}
+
 /* One mapping, the pointers before the strings, so that release_argv() gives every page of it back. */
 static void read_argv(int fd, struct options *options) {
-    char *text = mmap(NULL, ARGV_MAX_BYTES + 1, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (text == MAP_FAILED)
-        fail(STEP_ARGV, NULL);
+    char *text = map(ARGV_MAX_BYTES + 1);
     size_t length = 0, count = 0;
     bool seekable = true;
     while (length <= ARGV_MAX_BYTES) {
         size_t room = ARGV_MAX_BYTES + 1 - length;
-        ssize_t got = seekable ? pread(fd, text + length, room, (off_t)length) : read(fd, text + length, room);
+        ssize_t got =
+            seekable ? pread(fd, text + length, room, (off_t)length) : read(fd, text + length, room);
         if (got < 0 && errno == ESPIPE && seekable) {
             seekable = false;
             continue;
@@ -101,9 +107,7 @@ static void read_argv(int fd, struct options *options) {
         count += text[i] == '\0';
     size_t pointers_bytes = (count + 1) * sizeof(char *);
     options->argv_mapped_bytes = pointers_bytes + length;
-    options->argv = mmap(NULL, options->argv_mapped_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (options->argv == MAP_FAILED)
-        fail(STEP_ARGV, NULL);
+    options->argv = map(options->argv_mapped_bytes);
     char *string = memcpy((char *)options->argv + pointers_bytes, text, length);
     for (size_t i = 0; i < count; i++, string += strlen(string) + 1)
         options->argv[i] = string;
@@ -119,7 +123,8 @@ void release_argv(struct options *options) {
 
 void parse_options(int argc, char **argv, struct options *options) {
     int argv_fd = -1, id, index = 0;
-    *options = (struct options){.report_fd = -1, .status_fd = -1, .output_fd = STDOUT_FILENO, .cgroup_fd = -1};
+    *options = (struct options){
+        .report_fd = -1, .status_fd = -1, .output_fd = STDOUT_FILENO, .cgroup_fd = -1};
     /* "+": the first word that is no option belongs to the command, whatever it looks like */
     while ((id = getopt_long(argc, argv, "+", OPTIONS, &index)) != -1) {
         const char *name = id == '?' ? "" : OPTIONS[index].name;

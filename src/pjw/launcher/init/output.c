@@ -46,8 +46,10 @@ void open_output(struct output *output, const struct options *options, int *writ
 }
 
 /*
- * Kernels before 6.4 or so send no IN_MODIFY for splice(2); a change of the modification time alone is one to
- * them all. Not ftruncate(2) to the same size, which is one as well but costs more.
+ * Kernels before 6.4 send no IN_MODIFY for splice(2) unless a later fix was ported back to them; a change of
+ * the modification time is one to them all. On a new kernel it is a second event, which the kernel merges
+ * with the first unless that was read within the microsecond that this takes. Not ftruncate(2) to the same
+ * size: an IN_MODIFY as well, but twice the cost.
  */
 static void wake_watchers(const struct output *output) {
     futimens(output->file, (struct timespec[2]){{.tv_nsec = UTIME_OMIT}, {.tv_nsec = UTIME_NOW}});
@@ -59,7 +61,8 @@ static void wake_watchers(const struct output *output) {
  */
 static ssize_t copy_some(struct output *output, size_t most) {
     if (!output->pending) {
-        ssize_t got = read(output->pipe, output->buffer, most < sizeof output->buffer ? most : sizeof output->buffer);
+        size_t room = sizeof output->buffer;
+        ssize_t got = read(output->pipe, output->buffer, most < room ? most : room);
         if (got <= 0)
             return got;
         output->pending = (size_t)got;
@@ -86,7 +89,8 @@ static ssize_t move_some(struct output *output, size_t most) {
         most = output->left;
     if (!output->splice)
         return copy_some(output, most);
-    ssize_t moved = splice(output->pipe, NULL, output->file, &output->offset, most, SPLICE_F_NONBLOCK | SPLICE_F_MOVE);
+    unsigned flags = SPLICE_F_NONBLOCK | SPLICE_F_MOVE;
+    ssize_t moved = splice(output->pipe, NULL, output->file, &output->offset, most, flags);
     if (moved < 0 && errno == EINVAL) { /* a file system without it */
         output->splice = false;
         return copy_some(output, most);

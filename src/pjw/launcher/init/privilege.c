@@ -47,8 +47,7 @@ void bound_to_kill(void) {
  */
 void keep_only_kill(uid_t output_owner) {
     setfsuid(output_owner);
-    if (set_capabilities(1U << CAP_KILL) < 0 || prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) < 0 ||
-        prctl(PR_SET_DUMPABLE, 0) < 0)
+    if (set_capabilities(1U << CAP_KILL) < 0 || prctl(PR_SET_DUMPABLE, 0) < 0)
         fail(STEP_CAPABILITIES, NULL);
     if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
         fail(STEP_NO_NEW_PRIVS, NULL);

@@ -1,4 +1,4 @@
-/* The life of a job: waits for output, signals, children and time, and ends everything when the command ends. */
+/* The life of a job: waits for output, signals, children and time; ends everything when the command ends. */
 #include "init.h"
 
 #include <errno.h>
@@ -39,7 +39,7 @@ int open_signals(void) {
     return fd;
 }
 
-/* CLOCK_BOOTTIME: seconds of wall-clock time, a suspended machine's too, which no change of the date moves. */
+/* CLOCK_BOOTTIME: wall-clock time, a suspended machine's too, which no change of the date moves. */
 int open_timer(uint64_t seconds) {
     struct itimerspec when = {.it_value.tv_sec = (time_t)seconds};
     int fd = timerfd_create(CLOCK_BOOTTIME, TFD_CLOEXEC | TFD_NONBLOCK);
@@ -99,7 +99,7 @@ static void await(struct job *job) {
     if (fds[0].revents)
         read_signals(job);
     if (fds[1].revents) {
-        job->timer = -1; /* once: it stays readable, and a process that is slow to die must not make us spin */
+        job->timer = -1; /* it stays readable: a process that is slow to die must not make us spin */
         if (!job->ended)
             end_all(job, REASON_TIMED_OUT, SIGKILL);
     }
@@ -135,7 +135,8 @@ static void drain(struct job *job) {
 }
 
 struct ending run_job(struct output *output, int signals, int timer, pid_t command) {
-    struct job job = {.output = output, .signals = signals, .timer = timer, .command = command, .flow = FLOW_EMPTY};
+    struct job job = {
+        .output = output, .signals = signals, .timer = timer, .command = command, .flow = FLOW_EMPTY};
     run_command(&job);
     /* Orphans become our children at once, so without a child there is nobody left, and kill(2) of -1 need
      * not look through every process of the host. */
