@@ -1,0 +1,60 @@
+# All of it works in a fresh clone: whatever a target needs, it installs into .venv first.
+# PYTHON=, CC=, TESTS= and what the scripts name at their heads can be given to make or be in the environment.
+
+.PHONY: help install demo test test-slow test-vm check sanitize coverage format lock clean
+
+help:
+	@echo 'make install    pjw and pjwd into .venv/bin'
+	@echo 'make demo       a service, certificates and a session with them, from nothing and back'
+	@echo 'make test       all tests; as root those of the kernel too (TESTS=tests/unit: only those)'
+	@echo 'make test-slow  the tests that take minutes'
+	@echo 'make test-vm    the tests of the kernel and of systemd on cgroup v2, in the virtual machine $$PJW_VM'
+	@echo 'make check      ruff, mypy, import-linter, generated code, buf'
+	@echo 'make sanitize   pjw-init with ASan and UBSan under its tests'
+	@echo 'make coverage   all tests, and which lines they did not reach'
+	@echo 'make format     format the source'
+	@echo 'make lock       requirements/*.txt anew, from pyproject.toml'
+	@echo 'make clean      remove everything that was built and installed here'
+
+install:
+	@scripts/install
+
+demo:
+	@scripts/install
+	@scripts/demo
+
+test:
+	@scripts/install test
+	@scripts/run-tests $(TESTS)
+
+test-slow:
+	@scripts/install test
+	@scripts/run-tests -m slow $(TESTS)
+
+test-vm:
+	@scripts/install test
+	@scripts/test-vm
+
+check:
+	@scripts/install dev
+	@scripts/check
+
+sanitize:
+	@scripts/install test
+	@scripts/sanitize
+
+coverage:
+	@scripts/install test
+	@scripts/coverage
+
+format:
+	@scripts/install dev
+	.venv/bin/ruff check --fix-only --exit-zero
+	.venv/bin/ruff format
+
+lock:
+	scripts/lock
+
+clean:
+	rm -rf .venv build dist node_modules .coverage* .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find src tests -name __pycache__ -prune -exec rm -rf {} +
