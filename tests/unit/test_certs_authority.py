@@ -5,7 +5,7 @@ import subprocess
 from ipaddress import ip_address
 from pathlib import Path
 
-import certs_factory
+from tests import certs_factory
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes

@@ -6,9 +6,9 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-import certs_factory
+from tests import certs_factory
 import pytest
-from certs_factory import DAY, GOOD_CLIENTS, ODD_CLIENTS, SERVER, Made, issue, make_ca
+from tests.certs_factory import DAY, GOOD_CLIENTS, ODD_CLIENTS, SERVER, Made, issue, make_ca
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import load_pem_private_key

@@ -3,9 +3,9 @@
 from functools import cache
 from pathlib import Path
 
-import certs_factory
+from tests import certs_factory
 import pytest
-from certs_factory import ANY, CN, GOOD_CLIENTS, ODD_CLIENTS, SERVER, Made, connect, issue, make_ca
+from tests.certs_factory import ANY, CN, GOOD_CLIENTS, ODD_CLIENTS, SERVER, Made, connect, issue, make_ca
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from pjw.certs import authority

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from certs_factory import connect
+from tests.certs_factory import connect
 from cryptography import x509
 
 from pjw.certs.credentials import diagnose_client, load_server_credentials

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import certs_factory
+from tests import certs_factory
 import pytest
 
 from pjw.certs.tls import probe_tls12

@@ -7,9 +7,9 @@ import subprocess
 from pathlib import Path
 from typing import Final
 
-import certs_factory
+from tests import certs_factory
 import pytest
-from certs_factory import CN, ODD_SUBJECTS, OID, Made, Subject, issue, make_ca
+from tests.certs_factory import CN, ODD_SUBJECTS, OID, Made, Subject, issue, make_ca
 from cryptography import x509
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat

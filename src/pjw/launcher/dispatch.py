@@ -81,9 +81,14 @@ class Launcher:
     def _on_request(self) -> None:
         # One request a turn, so that reports are not held up behind a burst of requests.
         room = array.array("i", [0] * protocol.MAX_DESCRIPTORS)
-        data, ancillary, flags, _ = self._requests.recvmsg(
-            protocol.MAX_DATAGRAM_BYTES + 1, socket.CMSG_LEN(len(room) * room.itemsize), socket.MSG_CMSG_CLOEXEC
-        )
+        try:
+            data, ancillary, flags, _ = self._requests.recvmsg(
+                protocol.MAX_DATAGRAM_BYTES + 1, socket.CMSG_LEN(len(room) * room.itemsize), socket.MSG_CMSG_CLOEXEC
+            )
+        except ConnectionResetError:
+            # the other end has closed with replies of ours unread
+            self._open = False
+            return
         descriptors = array.array("i")
         for level, kind, payload in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
@@ -192,11 +197,11 @@ class Launcher:
             os.close(pidfd)
         kind = "exec" if failed.step == "exec" else "kernel"
         refusal = protocol.Refused(kind, failed.operation, f"job {launch.job_id}", failed.errno, "")
+        self._scratch.remove_if_empty(launch.job_id)
         try:
             launch.cgroup.remove()
         except KernelError as error:
             refusal = refusal_of(error)
-        self._scratch.remove_if_empty(launch.job_id)
         self._reply(launch.seq, refusal)
 
     def answer_adopt(self, seq: int, request: protocol.Adopt, descriptors: list[int]) -> "Answer":
@@ -252,9 +257,7 @@ class Launcher:
 
     def answer_remove(self, seq: int, request: protocol.Remove, descriptors: list[int]) -> "Answer":
         """Remove what an ended job leaves; answered later when its scratch directory is full."""
-        cgroup = self._ended_cgroup(request.job_id)
-        if cgroup is not None:
-            cgroup.remove()
+        self._ended_cgroup(request.job_id)
         pidfd = self._inits.pop(request.job_id, None)
         if pidfd is not None:
             with contextlib.suppress(KeyError):
@@ -262,15 +265,22 @@ class Launcher:
                 reap(pidfd)
             os.close(pidfd)
         if self._scratch.remove_if_empty(request.job_id):
-            return (protocol.Done(),)
+            return (self._removal_result(request.job_id),)
         pid = self._scratch.spawn_removal(request.job_id)
         self._reap_at_end(pid, lambda: self._reply(seq, self._removal_result(request.job_id)))
         return None
 
     def _removal_result(self, job_id: int) -> protocol.Reply:
-        if self._scratch.remove_if_empty(job_id):
-            return protocol.Done()
-        return protocol.Refused("kernel", "remove the scratch directory", self._scratch.path(job_id), 0, "")
+        if not self._scratch.remove_if_empty(job_id):
+            return protocol.Refused("kernel", "remove the scratch directory", self._scratch.path(job_id), 0, "")
+        # The cgroup goes last: while it is there, a later launcher knows that something is left.
+        try:
+            cgroup = self._ended_cgroup(job_id)
+            if cgroup is not None:
+                cgroup.remove()
+        except PjwError as error:
+            return refusal_of(error)
+        return protocol.Done()
 
     def _ended_cgroup(self, job_id: int) -> Cgroup | None:
         check_job_id(job_id)

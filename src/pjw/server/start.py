@@ -109,8 +109,9 @@ def drop_privilege(uid: int) -> None:
 
 
 def preload_modules() -> None:
-    """Import what the standard library itself imports only when it is first needed."""
-    for name in ("encodings.idna", "asyncio", "concurrent.futures.thread", "linecache", "traceback", "shutil"):
+    """Import what the standard library and gRPC themselves import only when it is first needed."""
+    late = ("encodings.idna", "asyncio", "concurrent.futures.thread", "linecache", "traceback", "shutil")
+    for name in (*late, "grpc._utilities"):
         import_module(name)
 
 

@@ -11,7 +11,7 @@ import os
 import shutil
 from typing import Final
 
-from pjw.errors import RESOURCE_ERRNOS, ConfigError, KernelError, LimitReachedError
+from pjw.errors import RESOURCE_ERRNOS, ConfigError, KernelError, LimitReachedError, describe_errno
 from pjw.worker.record import RECORD_BYTES
 from pjw.worker.store import JobStore
 
@@ -30,7 +30,7 @@ class StateDir:
             os.fchown(self._jobs_fd, owner, owner)
         except OSError as error:
             raise ConfigError(
-                f"cannot use the state directory {path}: {error.strerror}",
+                f"cannot use the state directory {path}: {describe_errno(error.errno or 0)}",
                 hint="give a directory on a local disk that root can write with --state-dir",
             ) from error
         # By descriptor: its owner may not be able to reach it by name (a parent of mode 0700).

@@ -1,0 +1,44 @@
+"""The status record: whatever is in the file, nothing but a whole record counts."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pjw.model import EndReason, ExitStatus
+from pjw.worker.record import RECORD_BYTES, End, Record, parse_record
+
+times = st.integers(0, 2**63 - 1)
+WORDS = {
+    "none": EndReason.COMPLETED,
+    "stopped": EndReason.STOPPED,
+    "timed_out": EndReason.TIMED_OUT,
+    "output_limit": EndReason.OUTPUT_LIMIT,
+}
+
+
+@given(
+    started=times,
+    ended=times,
+    signaled=st.booleans(),
+    number=st.integers(0, 255),
+    reason=st.sampled_from(sorted(WORDS)),
+    cut=st.integers(0, 200),
+)
+def test_what_init_writes_is_read(
+    started: int, ended: int, signaled: bool, number: int, reason: str, cut: int
+) -> None:
+    """Every record comes back; cut at any byte it is that of a job that runs, or none."""
+    first = f"started {started}\n".encode()
+    whole = first + f"ended {ended} {'signaled' if signaled else 'exited'} {number} {reason}\n".encode()
+    status = ExitStatus(signal=number) if signaled else ExitStatus(code=number)
+    expected = Record(started, End(ended, status, WORDS[reason]))
+    assert parse_record(whole.ljust(RECORD_BYTES, b"\0")) == expected
+    if cut < len(whole):
+        part = parse_record(whole[:cut].ljust(RECORD_BYTES, b"\0"))
+        assert part == (Record(started) if cut >= len(first) else Record())
+
+
+@given(st.binary(max_size=RECORD_BYTES))
+def test_any_bytes(data: bytes) -> None:
+    """They are a record or none; nothing is raised."""
+    record = parse_record(data)
+    assert record.end is None or record.started_ns is not None

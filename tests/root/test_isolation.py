@@ -1,0 +1,324 @@
+"""What a job sees of the host, of other jobs and of pjw: nothing that it should not."""
+
+import json
+import os
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pjw.launcher.policy import JOB_ENVIRONMENT
+from pjw.model import ExitStatus, JobState
+from pjw.worker import Worker
+from tests.worker_harness import Bench, launchers_of, open_bench, python, run, start, start_said
+
+
+@pytest.fixture
+async def bench() -> AsyncIterator[Bench]:
+    """A state directory, and the proof that nothing stays behind."""
+    async with open_bench() as bench:
+        # readable for all, so that only pjw hides what is in it
+        bench.directory.chmod(0o755)
+        yield bench
+
+
+@pytest.fixture
+async def worker(bench: Bench) -> Worker:
+    """A worker with the default settings."""
+    return await bench.open()
+
+
+async def ask(worker: Worker, expression: str, **how: Any) -> Any:
+    """What an expression of Python is inside a job; errors of the system are their errno."""
+    script = f"""
+import ctypes, glob, json, os, resource, signal, socket, stat, sys
+libc = ctypes.CDLL(None, use_errno=True)
+def attempt(function, *arguments):
+    try: return function(*arguments)
+    except OSError as error: return error.errno
+    except ValueError: return None
+def read(path):
+    with open(path) as file: return file.read()
+def write(path, text='x'):
+    with open(path, 'w') as file: file.write(text)
+print(json.dumps({expression}))
+"""
+    job, output = await run(worker, python(script), **how)
+    assert job.exit_status == ExitStatus(code=0), output
+    return json.loads(output)
+
+
+NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "uts")
+
+
+async def test_every_namespace_is_the_job_s_own(worker: Worker) -> None:
+    """Six namespaces, none of which is the host's."""
+    job = await ask(worker, f"{{name: os.readlink(f'/proc/self/ns/{{name}}') for name in {NAMESPACES}}}")
+    host = {name: os.readlink(f"/proc/self/ns/{name}") for name in NAMESPACES}
+    assert [name for name in NAMESPACES if job[name] == host[name]] == []
+
+
+async def test_jobs_that_run_together_share_no_namespace(bench: Bench, worker: Worker) -> None:
+    """The namespaces of two running jobs, even of one client, are different ones."""
+    seen = []
+    for _ in range(2):
+        job = await start(worker, ["sleep", "60"])
+        init = bench.init_pid(job.id)
+        seen.append({name: os.readlink(f"/proc/{init}/ns/{name}") for name in NAMESPACES})
+    assert all(seen[0][name] != seen[1][name] for name in NAMESPACES)
+
+
+async def test_the_processes_of_the_host_are_not_there(worker: Worker) -> None:
+    """/proc shows init and the job's own processes; its PID 1 is init, and no number leads outside."""
+    assert await ask(worker, "[sorted(int(p) for p in os.listdir('/proc') if p.isdigit()), os.getpid()]") == [
+        [1, 2],
+        2,
+    ]
+    assert await ask(worker, f"attempt(os.kill, {os.getpid()}, 0)") == 3
+    assert await ask(worker, "read('/proc/1/comm')") == "pjw-init\n"
+
+
+async def test_init_is_out_of_reach(worker: Worker) -> None:
+    """A job can neither signal nor trace nor look into its init, which is root's."""
+    assert await ask(worker, "[attempt(os.kill, 1, n) for n in (0, 2, 9, 15, 18, 19)]") == [1] * 6
+    for name in ("root", "cwd", "exe", "fd", "ns/mnt"):
+        assert (
+            await ask(worker, f"attempt(os.listdir if '{name}' == 'fd' else os.readlink, '/proc/1/{name}')")
+            == 13
+        )
+    for name in ("mem", "environ", "maps"):
+        assert await ask(worker, f"attempt(read, '/proc/1/{name}')") in (1, 13)
+    assert await ask(worker, "[libc.ptrace(16, 1, 0, 0), ctypes.get_errno()]") == [-1, 1]
+
+
+async def test_the_network_is_empty(worker: Worker) -> None:
+    """One interface, the loopback, which is up; no way out, and the host's ports are not there."""
+    assert await ask(worker, "sorted(os.listdir('/sys/class/net'))") == ["lo"]
+    assert await ask(worker, "sorted(name for _, name in socket.if_nameindex())") == ["lo"]
+    talk = (
+        "(lambda s, c: (s.bind(('127.0.0.1', 0)), s.listen(), c.connect(s.getsockname()), 'connected')[-1])"
+    )
+    assert await ask(worker, f"{talk}(socket.socket(), socket.socket())") == "connected"
+    assert await ask(worker, "socket.socket().connect_ex(('192.0.2.1', 80))") == 101
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        assert await ask(worker, f"socket.socket().connect_ex({server.getsockname()!r})") == 111
+
+
+async def test_sockets_of_the_host_are_not_there(bench: Bench, worker: Worker) -> None:
+    """Abstract sockets belong to the network namespace: the host's cannot be reached."""
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(f"\0{bench.directory.name}")
+        server.listen()
+        assert (
+            await ask(worker, f"socket.socket(socket.AF_UNIX).connect_ex('\\0{bench.directory.name}')") == 111
+        )
+
+
+async def test_the_host_name_is_the_job_s(worker: Worker) -> None:
+    """It names the job, and cannot be set."""
+    job, output = await run(worker, "hostname; hostname x 2>/dev/null || echo refused")
+    assert output == b"job-%d\nrefused\n" % job.id
+    assert socket.gethostname() != f"job-{job.id}"
+
+
+async def test_the_root_is_read_only(bench: Bench, worker: Worker) -> None:
+    """Nothing of the host can be written, also where everybody may: every mount is read-only."""
+    open_to_all = bench.directory / "open"
+    open_to_all.mkdir()
+    open_to_all.chmod(0o1777)
+    assert await ask(worker, f"attempt(write, '{open_to_all}/file')") == 30
+    assert list(open_to_all.iterdir()) == []
+    mounts = [line.split() for line in (await ask(worker, "read('/proc/self/mountinfo')")).splitlines()]
+    writable = {mount[4] for mount in mounts if "rw" in mount[5].split(",")}
+    assert writable == {"/run/job", "/tmp", "/var/tmp", "/dev/shm", "/dev/pts", "/proc"}
+    assert all({"nosuid"} & set(mount[5].split(",")) for mount in mounts)
+
+
+async def test_home_and_tmp_are_the_job_s_own(bench: Bench, worker: Worker) -> None:
+    """Both may be written, both are empty, and no other job sees what is in them, not even the same client's."""
+    job = await start_said(
+        worker, "echo x > $HOME/home; echo x > /tmp/tmp; echo x > /dev/shm/shm; echo ok; exec sleep 60", b"ok"
+    )
+    look = "[sorted(os.listdir(path)) for path in (os.environ['HOME'], '/tmp', '/var/tmp', '/dev/shm')]"
+    assert await ask(worker, look) == [[], [], [], []]
+    assert await ask(worker, look, client="other") == [[], [], [], []]
+    assert await ask(worker, "[os.getcwd(), os.environ['HOME']]") == ["/run/job"] * 2
+    assert [path.name for path in (bench.state / "scratch" / str(job.id)).iterdir()] == ["home"]
+    assert not Path("/tmp/tmp").exists()
+    assert not Path("/dev/shm/shm").exists()
+
+
+async def test_dev_is_minimal(worker: Worker) -> None:
+    """A few harmless devices, no disk, no memory, no console; and none can be made."""
+    names = await ask(worker, "sorted(os.listdir('/dev'))")
+    assert set(names) <= {
+        *(
+            "fd",
+            "full",
+            "null",
+            "ptmx",
+            "pts",
+            "random",
+            "shm",
+            "stderr",
+            "stdin",
+            "stdout",
+            "tty",
+            "urandom",
+            "zero",
+        )
+    }
+    assert await ask(worker, "attempt(os.mknod, '/tmp/disk', 0o60666, os.makedev(254, 0))") == 1
+    assert await ask(worker, "attempt(write, '/dev/null')") is None
+    assert await ask(worker, "attempt(write, '/dev/full')") == 28
+
+
+async def test_users(bench: Bench, worker: Worker) -> None:
+    """Two clients have two users, one client one; none is root, has groups, or can become another."""
+    look = "[os.getresuid(), os.getresgid(), os.getgroups()]"
+    one, again, other = [await ask(worker, look, client=client) for client in ("one", "one", "other")]
+    first = bench.settings.uid_first
+    assert one == again == [[first] * 3, [first] * 3, []]
+    assert other == [[first + 1] * 3, [first + 1] * 3, []]
+    for attempt in ("os.setuid, 0", f"os.setuid, {first + 1}", "os.setgid, 0", "os.setgroups, [0]"):
+        assert await ask(worker, f"attempt({attempt})", client="one") == 1
+
+
+async def test_privileges_are_gone(worker: Worker) -> None:
+    """No capability in any set, no_new_privs, no core files, and setuid programs have no effect."""
+    status = dict(
+        line.split(":\t", 1) for line in (await ask(worker, "read('/proc/self/status')")).splitlines()
+    )
+    for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+        assert int(status[name], 16) == 0, name
+    assert status["NoNewPrivs"] == "1"
+    assert await ask(worker, "resource.getrlimit(resource.RLIMIT_CORE)") == [0, 0]
+    assert (await run(worker, "su root -c id 2>&1 < /dev/null"))[1].find(b"uid=0") == -1
+    assert await ask(worker, "[libc.unshare(0x00020000), ctypes.get_errno()]") == [-1, 1]
+    assert await ask(worker, "[libc.mount(b'x', b'/tmp', b'tmpfs', 0, None), ctypes.get_errno()]") == [-1, 1]
+
+
+async def test_signals_start_as_they_should(worker: Worker) -> None:
+    """Nothing is blocked or ignored, whatever the worker's own process does with its signals."""
+    status = dict(
+        line.split(":\t", 1) for line in (await ask(worker, "read('/proc/self/status')")).splitlines()
+    )
+    assert int(status["SigBlk"], 16) == 0
+    _, output = await run(worker, "grep SigIgn /proc/self/status")
+    # 32 and 33 are glibc's own: its posix_spawn(3) leaves them ignored, and no program may change them
+    assert int(output.split()[1], 16) & ~0x180000000 == 0
+
+
+async def test_descriptors(worker: Worker) -> None:
+    """Three of them: nothing, and the output twice; no socket, no cgroup, no file of pjw."""
+    _, output = await run(worker, "ls -l /proc/self/fd | sed -n 's/.* \\([0-9]*\\) -> /\\1 /p'")
+    found = dict(line.split(" ", 1) for line in output.decode().splitlines())
+    del found["3"]  # ls itself, reading the directory
+    assert found.keys() == {"0", "1", "2"}
+    assert found["0"] == "/dev/null"
+    # ls writes to a pipe of the shell
+    assert found["2"].startswith("pipe:")
+    own = "sorted((int(n), stat.S_ISFIFO(os.fstat(int(n)).st_mode)) for n in os.listdir('/proc/self/fd') if attempt(os.fstat, int(n)) != 9)"
+    assert await ask(worker, own) == [[0, False], [1, True], [2, True]]
+
+
+async def test_the_environment_is_the_documented_one(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exactly these variables, and none of the worker's."""
+    monkeypatch.setenv("PJW_SERVER_KEY", "secret")
+    expected = {**JOB_ENVIRONMENT, "PJW_JOB_ID": "1"}
+    _, output = await run(worker, ["env", "-0"])
+    assert dict(word.split("=", 1) for word in output.decode().rstrip("\0").split("\0")) == expected
+
+
+async def test_the_state_is_invisible(bench: Bench, worker: Worker) -> None:
+    """Nothing in the state directory, not even a name, whoever asks; nor by way of a link."""
+    (bench.directory / "link").symlink_to(bench.state)
+    job, _ = await run(worker, "echo secret output")
+    for path in (bench.state, bench.directory / "link"):
+        assert await ask(worker, f"attempt(os.listdir, '{path}')") == 13
+        for name in ("jobs.sqlite", f"jobs/{job.id}/output", "scratch", "launcher.lock"):
+            assert await ask(worker, f"attempt(read, '{path}/{name}')") == 13
+
+
+async def test_hidden_paths_are_hidden(bench: Bench) -> None:
+    """A key, readable for all by mistake, and a directory: neither can be read or listed in a job."""
+    key, directory = bench.directory / "server.key", bench.directory / "keys"
+    key.write_text("secret")
+    key.chmod(0o644)
+    directory.mkdir()
+    (directory / "ca.key").write_text("secret")
+    link = bench.directory / "link.key"
+    link.symlink_to(key)
+    missing = bench.directory / "missing"
+    worker = await bench.open(hidden_paths=(str(key), str(directory), str(missing)))
+    for path in (key, link, directory / "ca.key"):
+        assert await ask(worker, f"attempt(read, '{path}')") == 13
+    assert await ask(worker, f"attempt(os.listdir, '{directory}')") == 13
+    assert key.read_text() == "secret"
+
+
+async def test_other_jobs_are_out_of_reach(bench: Bench, worker: Worker) -> None:
+    """Neither another client's nor the same client's job can be seen or signalled; kill -1 ends only oneself."""
+    victims = [await start(worker, ["sleep", "60"], client=client) for client in ("same", "other")]
+    pids = bench.processes()
+    assert len(pids) == 2
+    for pid in (*pids, *launchers_of(os.getpid())):
+        assert await ask(worker, f"attempt(os.kill, {pid}, 9)", client="same") == 3
+    await run(worker, "kill -9 -1", client="same")
+    for victim in victims:
+        assert (await worker.get(victim.id)).state is JobState.RUNNING
+
+
+async def test_limits_cannot_be_lifted(worker: Worker) -> None:
+    """The job sees no cgroup file that it could write, neither its own nor any."""
+    assert await ask(worker, "os.listdir('/sys/fs/cgroup')") == []
+    script = "glob.glob('/sys/fs/cgroup/**', recursive=True)[1:] + glob.glob('/proc/*/cgroup.procs')"
+    assert await ask(worker, script) == []
+    assert set(
+        await ask(worker, "[line.split(':', 2)[2] for line in read('/proc/self/cgroup').splitlines()]")
+    ) <= {
+        "/",
+        *(line.rstrip("\n").split(":", 2)[2] for line in Path("/proc/self/cgroup").read_text().splitlines()),
+    }
+    assert await ask(worker, "attempt(write, '/proc/self/oom_score_adj', '-1000')") == 13
+    assert await ask(worker, "attempt(write, '/proc/self/oom_score_adj', '0')") is None
+    assert await ask(worker, "attempt(os.nice, -5)") == 1
+
+
+async def test_sys_and_proc_cannot_be_written(worker: Worker) -> None:
+    """/sys is read-only; what of /proc/sys is writable for root is not for the job."""
+    for path in ("/proc/sys/kernel/core_pattern", "/proc/sysrq-trigger", "/proc/sys/kernel/hostname"):
+        # ENOENT: not every kernel has a sysrq
+        assert await ask(worker, f"attempt(write, '{path}')") in (1, 2, 13, 30)
+    assert await ask(worker, "attempt(write, '/sys/kernel/uevent_helper')") in (2, 13, 30)
+    assert await ask(worker, "attempt(os.mkdir, '/sys/fs/cgroup/x')") in (1, 2, 13, 30)
+
+
+async def test_a_hostile_scratch_directory_cannot_aim_its_removal(bench: Bench, worker: Worker) -> None:
+    """Links, a tree of mode 0000, deep and strange names: all is removed, and nothing that they point to."""
+    target = bench.directory / "target"
+    target.mkdir()
+    (target / "file").write_text("kept")
+    script = (
+        f"ln -s {target} link; ln -s {target}/file file; mkdir -p closed/in; touch closed/in/file; "
+        "i=0; while [ $i -lt 60 ]; do mkdir -p deep && cd deep; i=$((i+1)); done; cd $HOME; "
+        "touch -- '-rf' '..x' 'new\nline'; mkfifo fifo; chmod 0 closed/in closed; chmod 0 .; echo made"
+    )
+    job, output = await run(worker, script)
+    assert (output, job.exit_status) == (b"made\n", ExitStatus(code=0))
+    assert (target / "file").read_text() == "kept"
+    assert bench.scratch() == []
+
+
+async def test_a_job_s_processes_belong_to_it_alone(bench: Bench, worker: Worker) -> None:
+    """Seen from the host: init is root's, the command the client's, all of them in the job's cgroup."""
+    job = await start(worker, ["sleep", "60"])
+    init = bench.init_pid(job.id)
+    (command,) = bench.processes()
+    for cgroup in bench.cgroups(job.id):
+        assert sorted((cgroup / "cgroup.procs").read_text().split()) == sorted([str(init), str(command)])
+    status = Path(f"/proc/{init}/status").read_text()
+    assert "\nUid:\t0\t0\t0\t" in status
+    assert "\nNoNewPrivs:\t1\n" in status

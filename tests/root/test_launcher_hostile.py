@@ -1,0 +1,594 @@
+"""The launcher's socket in the hands of a broken or hostile server: it refuses or ends, and never acts."""
+
+import array
+import errno
+import json
+import os
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Any, Final
+
+import pytest
+
+from pjw.launcher import protocol
+from pjw.launcher.policy import JOB_ID_MAX
+from pjw.launcher.protocol import (
+    Account,
+    Accounted,
+    Adopt,
+    Adopted,
+    Done,
+    Hello,
+    JobIdPage,
+    JobIds,
+    Kill,
+    Launch,
+    Launched,
+    Refused,
+    Remove,
+    Request,
+    Terminate,
+)
+from pjw.model import JobState, Usage
+from tests.worker_harness import DEADLINE_SECONDS, NO_LIMITS, Bench, open_bench, start
+
+Descriptors = list[int]
+
+
+class Peer:
+    """A launcher of our own, and the other end of its socket."""
+
+    def __init__(self, bench: Bench, *, greet: bool = True, **policy: Any) -> None:
+        self.bench: Final = bench
+        self.uid: Final = bench.settings.uid_first
+        self._errors: Final[IO[bytes]] = tempfile.TemporaryFile()
+        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            # as worker/launcher_process.py does it, but with its words kept
+            self.pid: Final = os.posix_spawn(
+                sys.executable,
+                [sys.executable, "-I", "-B", "-m", "pjw.launcher"],
+                {},
+                file_actions=[
+                    (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                    (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
+                    (os.POSIX_SPAWN_DUP2, self._errors.fileno(), 2),
+                    (os.POSIX_SPAWN_DUP2, theirs.fileno(), 3),
+                ],
+            )
+        self.socket.settimeout(DEADLINE_SECONDS)
+        self._jobs: Final[list[int]] = []
+        self._code: int | None = None
+        bench.state.mkdir(exist_ok=True)
+        self.hello: Final = replace(
+            Hello(str(bench.state), self.uid, 10, NO_LIMITS, io_limited=False, hidden_paths=()), **policy
+        )
+        if greet:
+            assert self.ask(self.hello) == Done()
+
+    def send(self, data: bytes, descriptors: Sequence[int] = ()) -> None:
+        """Send a datagram as it is."""
+        ancillary = (
+            [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+        )
+        self.socket.sendmsg([data], ancillary)
+
+    def ask(self, request: Request, descriptors: Sequence[int] = ()) -> protocol.Reply:
+        """Send a request; the reply, whose descriptor is closed."""
+        self.send(protocol.encode(7, request), descriptors)
+        data, received, _, _ = socket.recv_fds(self.socket, protocol.MAX_DATAGRAM_BYTES, 3)
+        for descriptor in received:
+            os.close(descriptor)
+        assert data, self.words()
+        seq, reply = protocol.decode_reply(data)
+        assert seq == 7
+        return reply
+
+    def launch(self, job_id: int, argv: Sequence[str] = ("sleep", "60"), **changes: Any) -> protocol.Reply:
+        """Ask for a launch with descriptors as they should be."""
+        with ExitStack() as stack:
+            descriptors = self.descriptors(stack, b"".join(word.encode() + b"\0" for word in argv))
+            reply = self.ask(replace(Launch(job_id, self.uid, NO_LIMITS), **changes), descriptors)
+        if isinstance(reply, Launched):
+            self._jobs.append(job_id)
+        return reply
+
+    def descriptors(self, stack: ExitStack, argv: bytes = b"true\0") -> Descriptors:
+        """argv, output and status."""
+        memory = os.memfd_create("argv")
+        os.write(memory, argv)
+        files = [os.open(self.bench.directory, os.O_TMPFILE | os.O_RDWR) for _ in range(2)]
+        os.write(files[1], bytes(4096))
+        for descriptor in (memory, *files):
+            stack.callback(os.close, descriptor)
+        return [memory, *files]
+
+    def words(self) -> str:
+        """What the launcher has said."""
+        self._errors.seek(0)
+        return self._errors.read().decode()
+
+    def end(self) -> int:
+        """Wait for the launcher's end; its exit code."""
+        if self._code is None:
+            self._code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self._code
+
+    def ended_by_us(self) -> str:
+        """The launcher must have ended by itself, with one line that says why and no traceback."""
+        assert self.socket.recv(65_536) == b""
+        assert self.end() == 1
+        words = self.words()
+        assert words.startswith("pjwd: launcher: ")
+        assert words.count("\n") == 1
+        return words
+
+    def open_descriptors(self) -> int:
+        """How many the launcher has."""
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    def close(self) -> None:
+        """End what was launched, and hang up."""
+        if self._code is None:
+            for job_id in self._jobs:
+                self.ask(Kill(job_id, init_too=True))
+                while self.ask(Remove(job_id)) != Done():
+                    pass
+        self.socket.close()
+        with self._errors:
+            assert self.end() in (0, 1), self.words()
+            assert "Traceback" not in self.words()
+
+
+@pytest.fixture
+async def bench() -> AsyncIterator[Bench]:
+    """A state directory, and the proof that nothing stays behind."""
+    async with open_bench() as bench:
+        yield bench
+
+
+@pytest.fixture
+def connect(bench: Bench) -> Iterator[Callable[..., Peer]]:
+    """Start launchers; each is ended."""
+    with ExitStack() as stack:
+
+        def connect(**how: Any) -> Peer:
+            peer = Peer(bench, **how)
+            stack.callback(peer.close)
+            return peer
+
+        yield connect
+
+
+@pytest.fixture
+def peer(connect: Callable[..., Peer]) -> Peer:
+    """A launcher that was greeted."""
+    return connect()
+
+
+# --- no message of ours
+
+
+def changed(request: Request, **changes: object) -> bytes:
+    """A request with members replaced; None removes one."""
+    message = {**json.loads(protocol.encode(1, request)), **changes}
+    return json.dumps({name: value for name, value in message.items() if value is not None}).encode()
+
+
+GARBAGE: Final = {
+    "not JSON": b"{",
+    "binary": bytes(range(256)),
+    "not UTF-8": b'{"op":"\xff"}',
+    "a list": b"[]",
+    "null": b"null",
+    "a number": b"1",
+    "deep": b"[" * 60_000,
+    "deep objects": b'{"a":' * 10_000,
+    "a huge number": b'{"op":"adopt","seq":1,"job_id":' + b"9" * 60_000 + b"}",
+    "no op": b'{"seq":1}',
+    "no seq": b'{"op":"job_ids","after":0}',
+    "an op that is a list": b'{"op":[],"seq":1}',
+    "a reply": protocol.encode(1, Done()),
+    "an unknown op": b'{"op":"exec","seq":1}',
+    "an op of Python": b'{"op":"__class__","seq":1}',
+    "a negative seq": changed(Adopt(1), seq=-1),
+    "a seq that is true": changed(Adopt(1), seq=True),
+    "a missing member": changed(Kill(1, init_too=True), init_too=None),
+    "one member more": changed(Adopt(1), path="/etc"),
+    "a negative id": changed(Adopt(1), job_id=-1),
+    "an id of 2^63": changed(Adopt(1), job_id=2**63),
+    "a fraction": changed(Adopt(1), job_id=1.0),
+    "not a number": b'{"op":"adopt","seq":1,"job_id":NaN}',
+    "a path as id": changed(Adopt(1), job_id="../../../etc"),
+    "a text as truth": changed(Kill(1, init_too=True), init_too="yes"),
+    "a limit more": changed(Launch(1, 1, NO_LIMITS), limits={"pids_max": 1}),
+    "limits of nothing": changed(Launch(1, 1, NO_LIMITS), limits=[]),
+    "a negative limit": changed(Launch(1, 1, NO_LIMITS), limits=dict(NO_LIMITS.items()) | {"pids_max": -1}),
+    "a limit below the least": changed(
+        Launch(1, 1, NO_LIMITS), limits=dict(NO_LIMITS.items()) | {"pids_max": 1}
+    ),
+    "a negative user": changed(Launch(1, 1, NO_LIMITS), uid=-1),
+}
+
+
+@pytest.mark.parametrize("data", GARBAGE.values(), ids=GARBAGE.keys())
+def test_garbage_ends_the_launcher(bench: Bench, peer: Peer, data: bytes) -> None:
+    """What is no request of the protocol, to the letter, ends the conversation in one line."""
+    peer.send(data)
+    peer.ended_by_us()
+    assert bench.remains() == []
+
+
+@pytest.mark.parametrize("size", [protocol.MAX_DATAGRAM_BYTES + 1, 150_000])
+def test_an_oversized_request_ends_the_launcher(peer: Peer, size: int) -> None:
+    """A datagram above the bound is cut short by the kernel, and that is noticed."""
+    peer.send(changed(Adopt(1)).ljust(size))
+    peer.ended_by_us()
+
+
+def test_an_empty_datagram_is_the_end(peer: Peer) -> None:
+    """Zero bytes are how a conversation ends."""
+    peer.send(b"")
+    assert peer.end() == 0
+
+
+# --- the wrong moment
+
+
+@pytest.mark.parametrize(
+    "request_", [Launch(1, 1, NO_LIMITS), Kill(1, init_too=True), Remove(1), JobIds(0)], ids=str
+)
+def test_before_the_greeting(connect: Callable[..., Peer], bench: Bench, request_: Request) -> None:
+    """Nothing is answered before the policy is known."""
+    peer = connect(greet=False)
+    with ExitStack() as stack:
+        peer.send(
+            protocol.encode(1, request_), peer.descriptors(stack) if isinstance(request_, Launch) else ()
+        )
+        assert "out of phase" in peer.ended_by_us()
+    assert bench.remains() == []
+
+
+def test_a_second_greeting(peer: Peer) -> None:
+    """A policy is told once: a server that has become hostile cannot widen it."""
+    peer.send(protocol.encode(1, replace(peer.hello, uid_first=1, uid_count=2**31)))
+    assert "out of phase" in peer.ended_by_us()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"uid_first": 0},
+        {"uid_count": 0},
+        {"uid_first": 2**32 - 5, "uid_count": 10},
+        {"uid_first": 2**62, "uid_count": 2**62},
+        {"state_dir": "state"},
+        {"state_dir": ""},
+        {"state_dir": "/nonexistent/state"},
+        {"state_dir": "/dev/null"},
+        {"hidden_paths": ("key",)},
+        {"hidden_paths": ("",)},
+    ],
+    ids=str,
+)
+def test_a_policy_that_cannot_be(connect: Callable[..., Peer], changes: dict[str, Any]) -> None:
+    """Root among the users, a relative path, no directory: refused, and then nothing is served."""
+    peer = connect(greet=False)
+    assert isinstance(peer.ask(replace(peer.hello, **changes)), Refused)
+    peer.send(protocol.encode(1, JobIds(0)))
+    assert "out of phase" in peer.ended_by_us()
+
+
+@pytest.mark.parametrize("kind", ["link", "other owner", "writable", "file"])
+def test_a_scratch_directory_of_somebody_else(connect: Callable[..., Peer], bench: Bench, kind: str) -> None:
+    """The directory of scratch directories must be root's alone, whatever lies there."""
+    scratch = bench.state / "scratch"
+    bench.state.mkdir()
+    match kind:
+        case "link":
+            scratch.symlink_to("/var/lib")
+        case "file":
+            scratch.write_text("")
+        case "other owner":
+            scratch.mkdir(0o711)
+            os.chown(scratch, 65_534, 65_534)
+        case "writable":
+            scratch.mkdir()
+            scratch.chmod(0o1777)
+    peer = connect(greet=False)
+    assert isinstance(peer.ask(peer.hello), Refused)
+    peer.socket.close()
+    assert peer.end() == 0
+    scratch.rmdir() if scratch.is_dir() and not scratch.is_symlink() else scratch.unlink()
+
+
+# --- descriptors
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 4, 10])
+def test_a_launch_with_the_wrong_number_of_descriptors(bench: Bench, peer: Peer, count: int) -> None:
+    """Three, no more and no fewer."""
+    with ExitStack() as stack:
+        descriptors = [descriptor for _ in range(4) for descriptor in peer.descriptors(stack)]
+        peer.send(protocol.encode(1, Launch(1, peer.uid, NO_LIMITS)), descriptors[:count])
+        peer.ended_by_us()
+    assert bench.remains() == []
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [Adopt(1), JobIds(0), Terminate(1), Kill(1, init_too=False), Account(1), Remove(1)],
+    ids=lambda request: request.op,
+)
+def test_descriptors_that_nobody_asked_for(peer: Peer, request_: Request) -> None:
+    """Only a launch carries any."""
+    peer.send(protocol.encode(1, request_), [0])
+    assert "came with 1 descriptors" in peer.ended_by_us()
+
+
+def _socket(stack: ExitStack, directory: Path) -> int:
+    return stack.enter_context(socket.socket(socket.AF_UNIX)).fileno()
+
+
+def _opened(path: str, flags: int) -> Callable[[ExitStack, Path], int]:
+    def opened(stack: ExitStack, directory: Path) -> int:
+        (directory / "file").touch()
+        descriptor = os.open(path.format(directory), flags)
+        stack.callback(os.close, descriptor)
+        return descriptor
+
+    return opened
+
+
+def _pipe(stack: ExitStack, directory: Path) -> int:
+    ends = os.pipe()
+    for end in ends:
+        stack.callback(os.close, end)
+    return ends[1]
+
+
+BAD: Final[dict[str, tuple[tuple[int, ...], Callable[[ExitStack, Path], int]]]] = {
+    "socket": ((0, 1, 2), _socket),
+    "pipe": ((0, 1, 2), _pipe),
+    "directory": ((0, 1, 2), _opened("{}", os.O_RDONLY)),
+    "device": ((0, 1, 2), _opened("/dev/zero", os.O_RDWR)),
+    "null": ((0, 1, 2), _opened("/dev/null", os.O_RDWR)),
+    "read only": ((1, 2), _opened("{}/file", os.O_RDONLY)),
+    "path": ((1, 2), _opened("{}/file", os.O_PATH)),
+    "path of a directory": ((0, 1, 2), _opened("/etc", os.O_PATH)),
+    "passwd": ((1, 2), _opened("/etc/passwd", os.O_RDONLY)),
+}
+
+
+@pytest.mark.parametrize(
+    ("place", "kind"), [(place, kind) for kind, (places, _) in BAD.items() for place in places]
+)
+def test_a_launch_with_a_descriptor_of_the_wrong_kind(
+    bench: Bench, peer: Peer, place: int, kind: str
+) -> None:
+    """init writes to them as root: only plain files that the sender itself could write."""
+    before = Path("/etc/passwd").read_bytes()
+    with ExitStack() as stack:
+        descriptors = peer.descriptors(stack)
+        descriptors[place] = BAD[kind][1](stack, bench.directory)
+        reply = peer.ask(Launch(1, peer.uid, NO_LIMITS), descriptors)
+    assert isinstance(reply, Refused)
+    assert reply.kind == "invalid"
+    assert bench.remains() == []
+    assert Path("/etc/passwd").read_bytes() == before
+    assert isinstance(peer.launch(1), Launched)
+
+
+def test_refused_launches_leave_no_descriptor(bench: Bench, peer: Peer) -> None:
+    """However many descriptors come with refused requests, the launcher keeps none."""
+    before = peer.open_descriptors()
+    for _ in range(20):
+        assert isinstance(peer.launch(1, uid=0), Refused)
+        assert isinstance(peer.launch(1, argv=["/nonexistent"]), Refused)
+    assert peer.open_descriptors() == before
+    assert bench.remains() == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "error"),
+    [
+        (b"", None),
+        (b"\0", None),
+        (b"true", None),
+        (b"true\0\0", 0),
+        (b"x\0" * 600_000, None),
+        (b"/bin/true\0" + b"x" * 1_048_000 + b"\0", errno.E2BIG),
+    ],
+    ids=["empty", "an empty word", "no end", "empty argument", "too many", "too long"],
+)
+def test_an_argv_that_is_none(bench: Bench, peer: Peer, argv: bytes, error: int | None) -> None:
+    """The launcher never reads it; init does, and says so; nothing is left."""
+    with ExitStack() as stack:
+        reply = peer.ask(Launch(1, peer.uid, NO_LIMITS), peer.descriptors(stack, argv))
+    if error == 0:
+        assert isinstance(reply, Launched)
+        peer._jobs.append(1)
+        return
+    assert isinstance(reply, Refused)
+    assert error is None or (reply.kind, reply.errno) == ("exec", error)
+    assert bench.remains() == []
+
+
+# --- more than the policy
+
+
+@pytest.mark.parametrize("offset", [-1, 10, 2**31, None])
+def test_a_user_outside_of_the_range(bench: Bench, peer: Peer, offset: int | None) -> None:
+    """Never root, never one beside the range, and no wrap-around to root either."""
+    for uid in [0, 1000, 2**32 - 1, 2**32, 2**32 + peer.uid] if offset is None else [peer.uid + offset]:
+        reply = peer.launch(1, uid=uid)
+        assert isinstance(reply, Refused)
+        assert reply.kind == "invalid"
+    assert bench.remains() == []
+
+
+@pytest.mark.parametrize(("name", "_"), NO_LIMITS.items())
+def test_a_limit_above_its_ceiling(connect: Callable[..., Peer], bench: Bench, name: str, _: int) -> None:
+    """Neither a higher one nor none at all."""
+    ceiling = NO_LIMITS.with_overrides({name: 4 * 1024**2})
+    peer = connect(ceiling=ceiling)
+    for value in (4 * 1024**2 + 1, 0, 2**62):
+        reply = peer.launch(1, limits=NO_LIMITS.with_overrides({name: value}))
+        assert isinstance(reply, Refused)
+        assert reply.kind == "invalid"
+        assert name in reply.operation
+    assert bench.remains() == []
+
+
+@pytest.mark.parametrize("job_id", [0, JOB_ID_MAX + 1, 2**63 - 1])
+def test_an_id_that_cannot_be_one(bench: Bench, peer: Peer, job_id: int) -> None:
+    """It is refused, or answered as one that nobody has; never does it become a name."""
+    assert isinstance(peer.launch(job_id), Refused)
+    for request in (Adopt(job_id), Account(job_id), Remove(job_id), Kill(job_id, init_too=True)):
+        assert isinstance(peer.ask(request), Refused)
+    assert peer.ask(Terminate(job_id)) == Done()
+    assert bench.cgroups() == []
+    assert bench.scratch() == []
+
+
+def test_the_greatest_id(bench: Bench, peer: Peer) -> None:
+    """2^53 is one."""
+    assert isinstance(peer.launch(JOB_ID_MAX), Launched)
+    assert peer.ask(JobIds(0)) == JobIdPage((JOB_ID_MAX,))
+    assert peer.ask(JobIds(JOB_ID_MAX)) == JobIdPage(())
+
+
+# --- other jobs
+
+
+def test_a_launch_that_is_played_again(bench: Bench, peer: Peer) -> None:
+    """An id that has a cgroup is refused, and the running job keeps all that it has."""
+    assert isinstance(peer.launch(1), Launched)
+    init = bench.init_pid(1)
+    (scratch,) = bench.scratch()
+    (scratch / "file").write_text("kept")
+    for _ in range(3):
+        reply = peer.launch(1, uid=peer.uid + 1)
+        assert isinstance(reply, Refused)
+        assert reply.kind == "state"
+    assert bench.init_pid(1) == init
+    assert (scratch / "file").read_text() == "kept"
+    assert scratch.stat().st_uid == peer.uid
+
+
+def test_a_running_job_is_neither_accounted_nor_removed(bench: Bench, peer: Peer) -> None:
+    """Both are for jobs that have ended."""
+    assert isinstance(peer.launch(1), Launched)
+    for request in (Account(1), Remove(1)):
+        reply = peer.ask(request)
+        assert isinstance(reply, Refused)
+        assert reply.kind == "state"
+    assert bench.init_pid(1)
+    assert bench.scratch() != []
+
+
+def test_requests_for_what_is_not_there(peer: Peer) -> None:
+    """An id that nobody has is nothing to signal, to account, to remove."""
+    assert peer.ask(Adopt(5)) == Adopted(alive=False, known=False)
+    assert peer.ask(Terminate(5)) == Done()
+    assert peer.ask(Kill(5, init_too=False)) == Done()
+    assert peer.ask(Kill(5, init_too=True)) == Done()
+    assert peer.ask(Account(5)) == Accounted(known=False, usage=Usage())
+    assert peer.ask(Remove(5)) == Done()
+    assert peer.ask(JobIds(0)) == JobIdPage(())
+
+
+async def test_the_jobs_of_another_pjw_are_out_of_reach(bench: Bench, tmp_path: Path) -> None:
+    """The same id in another state directory: nothing that is asked here reaches it."""
+    worker = await bench.open()
+    job = await start(worker, ["sleep", "60"])
+    other = Bench(tmp_path)
+    peer = Peer(other)
+    try:
+        for request in (
+            Terminate(job.id),
+            Kill(job.id, init_too=False),
+            Kill(job.id, init_too=True),
+            Remove(job.id),
+        ):
+            assert peer.ask(request) == Done()
+        assert peer.ask(Adopt(job.id)) == Adopted(alive=False, known=False)
+        assert peer.ask(JobIds(0)) == JobIdPage(())
+        assert isinstance(peer.launch(job.id), Launched)
+        assert peer.ask(Kill(job.id, init_too=True)) == Done()
+    finally:
+        peer.close()
+    assert (await worker.get(job.id)).state is JobState.RUNNING
+    assert len(bench.processes()) == 1
+    assert bench.scratch() != []
+
+
+def test_a_process_in_a_job_s_cgroup_that_is_no_init(bench: Bench, peer: Peer) -> None:
+    """A cgroup of ours with a process that is not PID 1 of a namespace: not adopted, so never signalled."""
+    assert isinstance(peer.launch(1), Launched)
+    parents = bench._parents()
+    cgroups = [parent / "job-2" for parent in parents]
+    process = subprocess.Popen(["sleep", "60"])
+    try:
+        for cgroup in cgroups:
+            cgroup.mkdir()
+            (cgroup / "cgroup.procs").write_text(str(process.pid))
+        assert peer.ask(Adopt(2)) == Adopted(alive=False, known=True)
+        assert peer.ask(Terminate(2)) == Done()
+        assert peer.ask(Kill(2, init_too=False)) == Done()
+        assert process.poll() is None
+        assert isinstance(peer.ask(Remove(2)), Refused)
+    finally:
+        process.kill()
+        process.wait()
+    assert peer.ask(Remove(2)) == Done()
+
+
+# --- too much
+
+
+def test_a_flood_that_reads_no_answers(bench: Bench, peer: Peer) -> None:
+    """A peer that never reads holds up only itself; when it hangs up, answers unread, the launcher ends."""
+    peer.socket.setblocking(False)
+    data = protocol.encode(1, JobIds(0))
+    with pytest.raises(BlockingIOError):
+        for _ in range(100_000):
+            peer.send(data)
+    peer.socket.close()
+    assert peer.end() == 0
+
+
+def test_hanging_up_in_mid_launch(bench: Bench, peer: Peer) -> None:
+    """Launches under way are left to themselves; the next launcher finds them and ends them."""
+    with ExitStack() as stack:
+        for job_id in range(1, 9):
+            descriptors = peer.descriptors(stack, b"sleep\x0060\0")
+            peer.send(protocol.encode(job_id, Launch(job_id, peer.uid, NO_LIMITS)), descriptors)
+        peer.socket.close()
+    assert peer.end() == 0
+    heir = Peer(bench)
+    found = heir.ask(JobIds(0))
+    assert isinstance(found, JobIdPage)
+    for job_id in found.job_ids:
+        heir.ask(Adopt(job_id))
+        heir._jobs.append(job_id)
+    heir.close()
+    assert bench.cgroups() == []
+
+
+def test_the_launcher_s_own_files_are_root_s(bench: Bench, peer: Peer) -> None:
+    """What it makes lies in directories that only root may write; its lock is not readable by others."""
+    assert isinstance(peer.launch(1), Launched)
+    scratch = bench.state / "scratch"
+    (own,) = bench.scratch()
+    assert scratch.stat().st_uid == 0
+    assert stat.S_IMODE(scratch.stat().st_mode) & ~0o711 == 0
+    assert (own.stat().st_uid, stat.S_IMODE(own.stat().st_mode)) == (peer.uid, 0o700)
+    assert stat.S_IMODE((bench.state / "launcher.lock").stat().st_mode) == 0o600

@@ -1,0 +1,80 @@
+"""pjwd without root: help, addresses, and the certificates it makes."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pjw.errors import ConfigError
+from pjw.server.main import main, parse_address
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run pjwd, which must fail in words; the words."""
+    assert main(arguments) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    return err
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "", "key-0123456789abcdef", "a b", "x" * 65, "ca", "server"])
+def test_certs_refuses_a_name_that_no_client_can_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """A name that the service would refuse, or a file that has another purpose, is not made."""
+    certs = str(tmp_path / "certs")
+    assert main(["certs", "init", certs, "alice"]) == 0
+    capsys.readouterr()
+    before = sorted(os.listdir(certs))
+    said = refused(capsys, "certs", "client", certs, name)
+    assert said.startswith("pjwd: error: ")
+    assert sorted(os.listdir(certs)) == before
+
+
+def test_help_tells_the_commands_and_options(capsys: pytest.CaptureFixture[str]) -> None:
+    """`pjwd --help` and each command's own."""
+    for arguments, words in (
+        ([], ("serve", "check", "certs", "needs root")),
+        (["serve"], ("--listen", "--ca-crt", "--server-crt", "--server-key", "--state-dir", "--config")),
+        (["check"], ("--state-dir",)),
+        (["certs", "init"], ("DIR", "NAME", "--days")),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main([*arguments, "--help"])
+        assert caught.value.code == 0
+        text = capsys.readouterr().out
+        for word in words:
+            assert word in text, (arguments, word)
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("localhost:0", ("localhost", 0)),
+        ("127.0.0.1:65535", ("127.0.0.1", 65535)),
+        ("[::1]:50051", ("::1", 50051)),
+        ("::1:50051", ("::1", 50051)),
+    ],
+)
+def test_an_address_is_host_and_port(text: str, address: tuple[str, int]) -> None:
+    """The port is behind the last colon; brackets of IPv6 are not part of the host."""
+    assert parse_address(text) == address
+
+
+@pytest.mark.parametrize(
+    "text", ["", ":", "x", "x:", ":1", "x:65536", "x:-1", "x:+1", "x: 1", "x:1_0", "x:１", "[]:1"]
+)
+def test_what_is_no_address_is_refused(text: str) -> None:
+    """Each part must be there, and a port is digits up to 65535."""
+    with pytest.raises(ConfigError, match="is not HOST:PORT"):
+        parse_address(text)
+
+
+@pytest.mark.parametrize("days", ["0", "-1", "36501", "x", "1.5", "１"])
+def test_days_are_a_whole_number(capsys: pytest.CaptureFixture[str], tmp_path: Path, days: str) -> None:
+    """A certificate that is valid for no time, or for longer than X.509 can say well, is not made."""
+    with pytest.raises(SystemExit) as caught:
+        main(["certs", "init", f"--days={days}", str(tmp_path / "certs"), "alice"])
+    assert caught.value.code == 2
+    assert "a number of days from 1 to 36500" in capsys.readouterr().err
+    assert not (tmp_path / "certs").exists()

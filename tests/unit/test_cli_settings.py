@@ -1,0 +1,79 @@
+"""Where pjw's settings come from, and what it says when one is missing or odd."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from pjw.cli.settings import DEFAULT_SERVER, ClientSettings, config_path, find_settings
+from pjw.errors import ConfigError
+
+KEYS = ("server", "ca_crt", "client_crt", "client_key")
+
+
+@pytest.fixture(autouse=True)
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's file, which is not there yet; an environment without settings."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    for key in KEYS:
+        monkeypatch.delenv(f"PJW_{key.upper()}", raising=False)
+    (tmp_path / "pjw").mkdir()
+    return tmp_path / "pjw" / "config.toml"
+
+
+def options(**given: str) -> argparse.Namespace:
+    """A command line with those options."""
+    return argparse.Namespace(**{key: given.get(key) for key in KEYS})
+
+
+def test_the_nearest_setting_counts(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Option before environment before file, each for itself."""
+    config.write_text("".join(f'{key} = "file"\n' for key in KEYS))
+    for key in ("ca_crt", "client_crt"):
+        monkeypatch.setenv(f"PJW_{key.upper()}", "environment")
+    assert find_settings(options(ca_crt="option")) == ClientSettings("file", "option", "environment", "file")
+
+
+def test_only_the_server_has_a_default() -> None:
+    """Without a word about the server it is the one on this machine."""
+    given = options(ca_crt="a", client_crt="b", client_key="c")
+    assert find_settings(given) == ClientSettings(DEFAULT_SERVER, "a", "b", "c")
+
+
+@pytest.mark.parametrize("missing", ["ca_crt", "client_crt", "client_key"])
+def test_a_missing_setting_is_named_with_every_way_to_give_it(
+    missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Option, variable and file are all in the hint; an empty variable is none."""
+    monkeypatch.setenv(f"PJW_{missing.upper()}", "")
+    with pytest.raises(ConfigError) as caught:
+        find_settings(options(**{key: "x" for key in KEYS if key != missing}))
+    option = "--" + missing.replace("_", "-")
+    assert str(caught.value) == f"no {option} is given"
+    assert caught.value.hint is not None
+    assert all(word in caught.value.hint for word in (option, f"PJW_{missing.upper()}", str(config_path())))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"server = ", b"server = 5", b"colour = 'red'", b"server = ['x']", b"\xff\xfe", b"[server]\nx = 1"],
+)
+def test_an_odd_file_is_named(config: Path, content: bytes) -> None:
+    """What the file should not hold is said with the file's path, never ignored."""
+    config.write_bytes(content)
+    with pytest.raises(ConfigError, match=str(config)):
+        find_settings(options(**dict.fromkeys(KEYS, "x")))
+
+
+def test_a_file_that_cannot_be_read_is_named(config: Path) -> None:
+    """A directory in its place is an error, not "no file"."""
+    config.mkdir()
+    with pytest.raises(ConfigError, match=f"cannot read {config}"):
+        find_settings(options(**dict.fromkeys(KEYS, "x")))
+
+
+def test_without_a_home_the_file_is_simply_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file of a user whose home does not exist is no reason to fail."""
+    monkeypatch.delenv("XDG_CONFIG_HOME")
+    monkeypatch.setenv("HOME", "/nonexistent")
+    assert find_settings(options(**dict.fromkeys(KEYS, "x"))).server == "x"

@@ -1,0 +1,258 @@
+"""follow(): a real file, real inotify, one reader or many."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from pathlib import Path
+
+import pytest
+
+from pjw.errors import KernelError, LauncherGoneError, OffsetError
+from pjw.output import Inotify, OutputLog, follow
+from pjw.output.follower import CHUNK_BYTES_MAX, CHUNK_BYTES_MIN
+
+DEADLINE_SECONDS = 10
+
+
+class Growing:
+    """An output file that a test appends to, and its log."""
+
+    def __init__(self, path: Path, inotify: Inotify) -> None:
+        self.file = path.open("wb", buffering=0)
+        self.path = path
+        self.log = OutputLog(str(path), inotify, ended=False)
+
+    def append(self, data: bytes) -> None:
+        """Write as init does: at the end, at once."""
+        self.file.write(data)
+
+
+@pytest.fixture
+async def inotify() -> AsyncIterator[Inotify]:
+    """The one instance."""
+    inotify = Inotify()
+    yield inotify
+    inotify.close()
+
+
+@pytest.fixture
+async def growing(tmp_path: Path, inotify: Inotify) -> AsyncIterator[Growing]:
+    """An empty output file."""
+    growing = Growing(tmp_path / "output", inotify)
+    yield growing
+    growing.file.close()
+
+
+async def read(log: OutputLog, offset: int = 0) -> bytes:
+    """Everything until the end."""
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        return b"".join([chunk async for chunk in follow(log, offset)])
+
+
+def descriptors() -> int:
+    """How many this process has open."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+async def test_an_ended_file(tmp_path: Path, inotify: Inotify) -> None:
+    """All of it from any offset, then the end; without a watch."""
+    (tmp_path / "output").write_bytes(b"0123456789")
+    log = OutputLog(str(tmp_path / "output"), inotify, ended=True)
+    for offset in range(11):
+        assert await read(log, offset) == b"0123456789"[offset:]
+    assert inotify._callbacks == {}
+
+
+@pytest.mark.parametrize("offset", [-1, 11, 2**63 - 1, 2**63, 2**70, -(2**63)])
+async def test_an_offset_beyond(tmp_path: Path, inotify: Inotify, offset: int) -> None:
+    """An error that says how much there is, whether the output has ended or not; nothing stays open."""
+    (tmp_path / "output").write_bytes(b"0123456789")
+    before = descriptors()
+    for ended in (True, False):
+        log = OutputLog(str(tmp_path / "output"), inotify, ended=ended)
+        with pytest.raises(OffsetError, match=f"from byte {offset}: it has 10 bytes"):
+            await read(log, offset)
+    assert descriptors() == before
+    assert inotify._callbacks == {}
+
+
+async def test_a_missing_file(tmp_path: Path, inotify: Inotify) -> None:
+    """A typed error with the path, and nothing stays open."""
+    log = OutputLog(str(tmp_path / "missing"), inotify, ended=False)
+    with pytest.raises(KernelError, match="cannot open the output .*/missing"):
+        await read(log)
+    assert log._followers == set()
+
+
+async def test_bytes_come_one_by_one(growing: Growing) -> None:
+    """Each is delivered before the next is written: no byte waits for a timer or for more."""
+    async with asyncio.timeout(DEADLINE_SECONDS), aclosing(follow(growing.log)) as chunks:
+        for number in range(200):
+            growing.append(bytes([number]))
+            assert await anext(chunks) == bytes([number])
+
+
+async def test_a_silent_file_wakes_nobody(growing: Growing) -> None:
+    """While nothing is written a follower is not woken: it waits for the kernel, not for a clock."""
+    reading = asyncio.ensure_future(read(growing.log))
+    await asyncio.sleep(0)
+    wakes = 0
+    original = growing.log._wake
+
+    def counted() -> None:
+        nonlocal wakes
+        wakes += 1
+        original()
+
+    growing.log._wake = counted  # type: ignore[method-assign]
+    # long enough for the timers that others have been seen to poll with (50 and 200 ms)
+    await asyncio.wait({reading}, timeout=0.5)
+    assert (wakes, reading.done()) == (0, False)
+    growing.log.mark_ended()
+    assert await reading == b""
+
+
+async def test_the_last_bytes_before_the_end(growing: Growing) -> None:
+    """What is written just before the end is said is delivered, although no event of it was read yet."""
+    for number in range(50):
+        log = OutputLog(str(growing.path), growing.log._inotify, ended=False)
+        start = growing.path.stat().st_size
+        reading = asyncio.ensure_future(read(log, start))
+        for _ in range(number % 7):
+            await asyncio.sleep(0)
+        growing.append(b"last words")
+        log.mark_ended()
+        assert await reading == b"last words"
+
+
+async def test_a_write_between_read_and_wait(growing: Growing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lost wake-up: bytes that come just after a read found nothing are not left lying."""
+    from pjw.output import follower
+
+    real = follower.read_at
+    words = [b"one", b"two", b"three"]
+
+    async def read_then_write(descriptor: int, offset: int, count: int) -> bytes:
+        chunk = await real(descriptor, offset, count)
+        if not chunk and words:
+            growing.append(words.pop(0))
+            if not words:
+                growing.log.mark_ended()
+        return chunk
+
+    monkeypatch.setattr(follower, "read_at", read_then_write)
+    assert await read(growing.log) == b"onetwothree"
+
+
+async def test_many_followers(growing: Growing) -> None:
+    """50 readers at 50 offsets share one watch and get the same bytes; it ends with the last of them."""
+    growing.append(bytes(range(50)))
+    readers = [asyncio.ensure_future(read(growing.log, offset)) for offset in range(50)]
+    await asyncio.sleep(0)
+    assert len(growing.log._inotify._callbacks) == 1
+    for number in range(100):
+        growing.append(b"%d\n" % number)
+        await asyncio.sleep(0)
+    growing.log.mark_ended()
+    whole = growing.path.read_bytes()
+    assert await asyncio.gather(*readers) == [whole[offset:] for offset in range(50)]
+    assert growing.log._inotify._callbacks == {}
+
+
+async def test_a_stalled_follower(growing: Growing) -> None:
+    """One that does not ask gets what it missed later, in chunks no larger than the largest."""
+    async with aclosing(follow(growing.log)) as chunks:
+        growing.append(b"first")
+        assert await anext(chunks) == b"first"
+        for number in range(64):
+            growing.append(bytes([number]) * 65_536)
+        growing.log.mark_ended()
+        rest = [chunk async for chunk in chunks]
+    assert b"".join(rest) == b"".join(bytes([number]) * 65_536 for number in range(64))
+    assert max(len(chunk) for chunk in rest) <= CHUNK_BYTES_MAX
+
+
+async def test_chunks_grow_for_a_reader_that_keeps_up(tmp_path: Path, inotify: Inotify) -> None:
+    """From the smallest to the largest, and back to the smallest after a pause."""
+    (tmp_path / "output").write_bytes(bytes(4 * 1024 * 1024))
+    log = OutputLog(str(tmp_path / "output"), inotify, ended=True)
+    async with aclosing(follow(log)) as chunks:
+        sizes = [len(await anext(chunks)) for _ in range(4)]
+        assert sizes == [CHUNK_BYTES_MIN, CHUNK_BYTES_MIN * 2, CHUNK_BYTES_MAX, CHUNK_BYTES_MAX]
+        await asyncio.sleep(0.15)
+        assert len(await anext(chunks)) == CHUNK_BYTES_MIN
+
+
+async def test_a_cancelled_follower(growing: Growing) -> None:
+    """It gives back its descriptor and the watch; others go on."""
+    before = descriptors()
+    one, other = (asyncio.ensure_future(read(growing.log)) for _ in range(2))
+    await asyncio.sleep(0)
+    assert descriptors() == before + 2
+    one.cancel()
+    await asyncio.gather(one, return_exceptions=True)
+    assert descriptors() == before + 1
+    growing.append(b"for the other")
+    growing.log.mark_ended()
+    assert await other == b"for the other"
+    assert descriptors() == before
+    assert growing.log._inotify._callbacks == {}
+
+
+async def test_an_abandoned_log(growing: Growing) -> None:
+    """When the worker closes, a follower gets what is there and an error: never a clean end, never silence."""
+    got = []
+
+    async def collect() -> None:
+        async for chunk in follow(growing.log):
+            got.append(chunk)
+
+    reading = asyncio.ensure_future(collect())
+    await asyncio.sleep(0)
+    growing.append(b"words")
+    growing.log.abandon()
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        with pytest.raises(LauncherGoneError):
+            await reading
+    assert got == [b"words"]
+
+
+async def test_lost_events(growing: Growing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the kernel's queue overflows it says so, and every follower looks again."""
+    reading = asyncio.ensure_future(read(growing.log))
+    await asyncio.sleep(0)
+    overflow = b"\xff\xff\xff\xff" + (0x4000).to_bytes(4, "little") + bytes(8)
+    growing.append(b"unseen")
+    os.read(growing.log._inotify._fd, 65_536)  # the event of it is gone
+    monkeypatch.setattr(os, "read", lambda fd, count: overflow)
+    growing.log._inotify._on_readable()
+    monkeypatch.undo()
+    await asyncio.sleep(0.05)
+    growing.log.mark_ended()
+    assert await reading == b"unseen"
+
+
+async def test_two_logs_of_one_instance(tmp_path: Path, inotify: Inotify) -> None:
+    """A change of one file wakes the followers of that file alone."""
+    one, other = (Growing(tmp_path / name, inotify) for name in ("one", "other"))
+    with one.log.changes() as one_changed, other.log.changes() as other_changed:
+        one.append(b"x")
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            await one_changed.wait()
+        assert not other_changed.is_set()
+    one.file.close()
+    other.file.close()
+
+
+async def test_a_follower_that_outlives_the_instance(tmp_path: Path) -> None:
+    """An end of a watch after the instance was closed touches no other file's descriptor."""
+    inotify = Inotify()
+    growing = Growing(tmp_path / "output", inotify)
+    reading = asyncio.ensure_future(read(growing.log))
+    await asyncio.sleep(0)
+    inotify.close()
+    reading.cancel()
+    (result,) = await asyncio.gather(reading, return_exceptions=True)
+    assert isinstance(result, asyncio.CancelledError)
+    growing.file.close()

@@ -1,0 +1,133 @@
+"""JobSpec, Limits, ExitStatus: values that check themselves."""
+
+import dataclasses
+
+import pytest
+
+from pjw.errors import InvalidJobError
+from pjw.model import (
+    ARGUMENT_MAX_BYTES,
+    ARGUMENTS_MAX_BYTES,
+    LIMIT_MAXIMUM,
+    LIMIT_MINIMUM,
+    ExitStatus,
+    JobSpec,
+    JobState,
+    Limits,
+)
+
+NAMES = [name for name, _ in Limits().items()]
+
+
+@pytest.mark.parametrize(
+    ("command", "argv", "display"),
+    [
+        ("echo hi | cat", ("/bin/sh", "-c", "echo hi | cat"), "echo hi | cat"),
+        (["echo", "a b", "$x"], ("echo", "a b", "$x"), "echo 'a b' '$x'"),
+        (("true",), ("true",), "true"),
+        (["x", ""], ("x", ""), "x ''"),
+        ("  spaced ", ("/bin/sh", "-c", "  spaced "), "  spaced "),
+        ("äöü €", ("/bin/sh", "-c", "äöü €"), "äöü €"),
+    ],
+)
+def test_what_is_executed_and_shown(command: str | list[str], argv: tuple[str, ...], display: str) -> None:
+    """A string goes to the shell as one argument; a sequence stays as it is and is shown as it could be typed."""
+    spec = JobSpec(command)
+    assert (spec.argv, spec.display) == (argv, display)
+
+
+@pytest.mark.parametrize("command", ["", " ", "\t\n", [], (), [""], ["", "x"]])
+def test_an_empty_command(command: str | list[str]) -> None:
+    """Nothing, blanks, or no name to execute."""
+    with pytest.raises(InvalidJobError, match="^the command is empty$"):
+        JobSpec(command)
+
+
+@pytest.mark.parametrize("command", ["a\0", ["a", "\0"]])
+def test_a_nul(command: str | list[str]) -> None:
+    """No argument of a program can hold one."""
+    with pytest.raises(InvalidJobError, match="NUL"):
+        JobSpec(command)
+
+
+@pytest.mark.parametrize("command", ["\ud800", ["true", "a\udcffb"]])
+def test_invalid_unicode(command: str | list[str]) -> None:
+    """Lone surrogates, as Python makes them of invalid UTF-8."""
+    with pytest.raises(InvalidJobError, match="not valid UTF-8"):
+        JobSpec(command)
+
+
+def test_the_longest_argument() -> None:
+    """The kernel's bound for one argument, in bytes of UTF-8, and not one more."""
+    JobSpec(["x", "y" * ARGUMENT_MAX_BYTES])
+    JobSpec("ü" * (ARGUMENT_MAX_BYTES // 2))
+    with pytest.raises(InvalidJobError, match="131072 bytes long") as caught:
+        JobSpec("y" * (ARGUMENT_MAX_BYTES + 1))
+    assert caught.value.hint == "put a long script into a file and run that"
+    with pytest.raises(InvalidJobError):
+        JobSpec("ü" * (ARGUMENT_MAX_BYTES // 2 + 1))
+
+
+def test_the_longest_command() -> None:
+    """Our bound for all arguments with their NULs, and not one more."""
+    fits = ["x" * 131_071] * 4
+    assert sum(len(word) + 1 for word in fits) == ARGUMENTS_MAX_BYTES
+    JobSpec(fits)
+    with pytest.raises(InvalidJobError, match="is 524289 bytes long with all its arguments; at most 524288"):
+        JobSpec([*fits, ""])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_range_of_a_limit(name: str) -> None:
+    """0 is no limit; from the least that works to 2^62; everything else is refused by name."""
+    least = LIMIT_MINIMUM.get(name, 1)
+    for good in (0, least, LIMIT_MAXIMUM):
+        assert getattr(Limits().with_overrides({name: good}), name) == good
+    for bad in (-1, LIMIT_MAXIMUM + 1, 2**64, True, 1.0, "1", None, *range(1, min(least, 3))):
+        with pytest.raises(InvalidJobError, match=f"^limit {name} must be "):
+            Limits().with_overrides({name: bad})  # type: ignore[dict-item]
+    if least > 1:
+        with pytest.raises(InvalidJobError, match=f"at least {least}, not {least - 1}"):
+            Limits().with_overrides({name: least - 1})
+
+
+def test_an_unknown_limit() -> None:
+    """It is named, never ignored."""
+    with pytest.raises(InvalidJobError, match="no limit is called 'memory'"):
+        Limits().with_overrides({"memory": 1})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_ceiling(name: str) -> None:
+    """As much is allowed, more is not, and no limit is more than any number; without a ceiling all is allowed."""
+    unlimited = Limits(**dict.fromkeys(NAMES, 0))
+    ceiling = unlimited.with_overrides({name: 1000 * 1000 * 10})
+    for value, above in (
+        (10**7, None),
+        (10**7 - 1, None),
+        (10**7 + 1, name),
+        (LIMIT_MAXIMUM, name),
+        (0, name),
+    ):
+        assert unlimited.with_overrides({name: value}).first_above(ceiling) == above
+        assert unlimited.with_overrides({name: value}).first_above(unlimited) is None
+
+
+def test_an_exit_status_is_one_thing() -> None:
+    """A code or a signal, never both and never neither."""
+    assert ExitStatus(code=0).signal is None
+    for code, signal in ((None, None), (0, 9)):
+        with pytest.raises(ValueError, match="a code or a signal"):
+            ExitStatus(code, signal)
+
+
+def test_final_states() -> None:
+    """EXITED and LOST, no other."""
+    assert {state for state in JobState if state.final} == {JobState.EXITED, JobState.LOST}
+
+
+def test_values_do_not_change() -> None:
+    """All of them are frozen."""
+    for value, name in ((Limits(), "pids_max"), (ExitStatus(0), "code"), (JobSpec("x"), "command")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(value, name, 1)

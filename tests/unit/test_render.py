@@ -1,0 +1,126 @@
+"""What is shown on stdout: the seed's JSON in the seed's order, and a table that fits."""
+
+import json
+import unicodedata
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pjw.cli import render
+from pjw.model import EndReason, ExitStatus, Job, JobState, Limits, Usage
+
+START = datetime(2026, 11, 23, 23, 59, 58, 999_999, UTC)
+RUNNING = Job(1, "alice", 'echo "hello world"', JobState.RUNNING, Limits(), START)
+ENDED = replace(
+    RUNNING,
+    state=JobState.EXITED,
+    end=START + timedelta(seconds=1),
+    exit_status=ExitStatus(0),
+    reason=EndReason.COMPLETED,
+    usage=Usage(1, 2, 3, 4, 5),
+)
+
+
+def table(job: Job, monkeypatch: pytest.MonkeyPatch, columns: int = 100) -> str:
+    """The one line of the table for a job."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    [_, line] = render.job_table([job])
+    return line
+
+
+def test_the_json_is_the_seeds_with_more_behind_it() -> None:
+    """Text, not only values: layout and order are what a person compares with the seed."""
+    assert render.job_json(ENDED).startswith(
+        '{\n  "id": "1",\n  "command": "echo \\"hello world\\"",\n  "start": "2026-11-23T23:59:58Z",\n'
+        '  "end": "2026-11-23T23:59:59Z",\n  "exitCode": 0,\n  "state": "exited",\n'
+    )
+
+
+def test_what_is_not_known_yet_is_null() -> None:
+    """A running job has all keys, and null for what only its end will tell."""
+    running, ended = json.loads(render.job_json(RUNNING)), json.loads(render.job_json(ENDED))
+    assert list(running) == list(ended)
+    assert {key for key, value in running.items() if value is None} == {
+        "end",
+        "exitCode",
+        "reason",
+        "signal",
+        "usage",
+    }
+    assert {key for key, value in ended.items() if value is None} == {"signal"}
+
+
+def test_a_signal_is_no_exit_code() -> None:
+    """A job that a signal ended has no exit code: 137 would be a guess."""
+    shown = json.loads(render.job_json(replace(ENDED, exit_status=ExitStatus(signal=9))))
+    assert (shown["exitCode"], shown["signal"]) == (None, 9)
+
+
+def test_every_limit_and_account_is_shown_in_camel_case() -> None:
+    """A limit that is added to the model appears by itself; so does an account."""
+    shown = json.loads(render.job_json(ENDED))
+    assert list(shown["limits"].values()) == [value for _, value in Limits().items()]
+    assert all(key.isalnum() and key[0].islower() for key in (*shown["limits"], *shown["usage"]))
+    assert list(shown["usage"].values()) == [1, 2, 3, 4, 5]
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_any_command_is_json(command: str) -> None:
+    """Whatever the command is, its JSON is read back as it was."""
+    assert json.loads(render.job_json(replace(RUNNING, command=command)))["command"] == command
+
+
+@given(st.text())
+def test_printable_text_cannot_steer_a_terminal(text: str) -> None:
+    """No control, format, or other invisible character is left, and one line stays one."""
+    shown = render.printable(text)
+    assert not any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp") for c in shown)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"exit_status": ExitStatus(0)}, " 0 "),
+        ({"exit_status": ExitStatus(3)}, " 3 "),
+        ({"exit_status": ExitStatus(signal=15), "reason": EndReason.STOPPED}, " signal 15 "),
+        ({"exit_status": ExitStatus(signal=9), "reason": EndReason.OOM_KILLED}, " oom_killed "),
+        ({"exit_status": ExitStatus(signal=9), "reason": EndReason.TIMED_OUT}, " timed_out "),
+        ({"exit_status": ExitStatus(signal=9), "reason": EndReason.OUTPUT_LIMIT}, " output_limit "),
+        ({"exit_status": None, "state": JobState.LOST, "reason": EndReason.LOST}, " lost "),
+    ],
+)
+def test_the_table_says_how_a_job_ended(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], words: str
+) -> None:
+    """A code, a signal, or the reason where that says more."""
+    assert words in table(replace(ENDED, **changes), monkeypatch)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("age", "words"),
+    [
+        (0, "0s"),
+        (59, "59s"),
+        (60, "1m"),
+        (3599, "59m"),
+        (3600, "1h"),
+        (86_399, "23h"),
+        (86_400, "1d"),
+        (-5, "0s"),
+    ],
+)
+def test_the_table_says_how_old_a_job_is(monkeypatch: pytest.MonkeyPatch, age: int, words: str) -> None:
+    """In the largest unit; a clock that was set back is no negative age."""
+    job = replace(RUNNING, start=datetime.now(UTC) - timedelta(seconds=age))
+    assert table(job, monkeypatch).split()[2] in (words, f"{age + 1}s")
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_a_line_fits_the_terminal(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    """A long command is cut; in a very narrow terminal 20 characters of it are kept all the same."""
+    line = table(replace(RUNNING, command="x\n" * 1000), monkeypatch, columns)
+    assert "\n" not in line
+    assert len(line) == max(columns, line.index("x") + 20)

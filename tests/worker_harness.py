@@ -1,0 +1,343 @@
+"""Real workers on a state directory of their own, and the proof that nothing of them stays behind.
+
+Run as a program it is a worker in a process of its own, which a test can kill: see WorkerProcess.
+"""
+
+import asyncio
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+from pjw.launcher.policy import instance_name
+from pjw.model import Job, JobSpec, Limits
+from pjw.output.inotify import Inotify
+from pjw.worker import Worker, WorkerSettings
+from pjw.worker.settings import UID_FIRST
+
+MIB: Final = 1024**2
+DEADLINE_SECONDS: Final = 60
+PROJECT: Final = Path(__file__).resolve().parents[1]
+
+# Each bench has users of its own, so that whatever still runs as one of them was its job's. Others
+# may run tests on this machine at the same time: hence the random first one.
+_UIDS: Final = 1000
+_uid_ranges: Final = itertools.count(random.randrange(UID_FIRST + 10**6, UID_FIRST + 10**8, _UIDS), _UIDS)
+
+
+class Bench:
+    """A state directory, the workers that were opened on it, and what they may leave: nothing."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory: Final = directory
+        self.state: Final = directory / "state"
+        self.settings = WorkerSettings(uid_first=next(_uid_ranges), uid_count=_UIDS, stop_grace_seconds=5)
+        self._open: Final[list[Worker]] = []
+
+    async def open(self, **settings: Any) -> Worker:
+        """Open a worker; *settings* replace some of this bench's, for later ones too."""
+        self.settings = WorkerSettings(**{**_members(self.settings), **settings})
+        worker = await Worker.open(str(self.state), self.settings)
+        self._open.append(worker)
+        return worker
+
+    async def close(self, worker: Worker) -> None:
+        """Close a worker, and collect its launcher when that has ended, as PID 1 would."""
+        launchers = launchers_of(os.getpid())
+        self._open.remove(worker)
+        await worker.close()
+        for pid in launchers:
+            await asyncio.to_thread(os.waitpid, pid, 0)
+
+    async def finish(self) -> None:
+        """Stop every job, close every worker; then nothing may be left."""
+        for worker in list(self._open):
+            if worker._launcher.gone.is_set():
+                await self.close(worker)
+        if not self._open and (self.state / "jobs.sqlite").exists():
+            await self.open()
+        for worker in list(self._open):
+            for job in await worker.list():
+                await worker.stop(job.id, grace_seconds=0)
+            await self.close(worker)
+        assert self.remains() == []
+        assert self._parents() == []
+
+    def remains(self) -> list[str]:
+        """All that jobs leave while they run: cgroups, scratch directories, processes."""
+        cgroups = [str(path) for path in self.cgroups()]
+        return cgroups + [str(path) for path in self.scratch()] + [str(pid) for pid in self.processes()]
+
+    def cgroups(self, job_id: int | None = None) -> list[Path]:
+        """The cgroups of all jobs of this bench, or of one: several on v1, one on v2."""
+        name = "job-*" if job_id is None else f"job-{job_id}"
+        return sorted(path for parent in self._parents() for path in parent.glob(name))
+
+    def _parents(self) -> list[Path]:
+        instance = instance_name(os.path.realpath(self.state))
+        found = []
+        for directory, names, _ in os.walk("/sys/fs/cgroup"):
+            if instance in names:
+                found.append(Path(directory) / instance)
+        return found
+
+    def scratch(self) -> list[Path]:
+        """The scratch directories."""
+        return sorted((self.state / "scratch").glob("*"))
+
+    def processes(self) -> list[int]:
+        """Every process on this host with a user id of this bench's jobs, zombies too."""
+        first = self.settings.uid_first
+        return processes_where(lambda status: first <= int(status["Uid"].split()[0]) < first + _UIDS)
+
+    def init_pid(self, job_id: int) -> int:
+        """The pid, outside, of a job's init."""
+        pids = (self.cgroups(job_id)[0] / "cgroup.procs").read_text().split()
+        [init] = [int(pid) for pid in pids if _status(int(pid)).get("NSpid", "").split()[-1:] == ["1"]]
+        return init
+
+    def tell(self, job_id: int) -> None:
+        """Send a line to a job that began with ASK."""
+        # never blocks: the job holds the fifo open for both
+        descriptor = os.open(self.state / "scratch" / str(job_id) / "ask", os.O_WRONLY | os.O_NONBLOCK)
+        os.write(descriptor, b"go\n")
+        os.close(descriptor)
+
+    def output(self, job_id: int) -> bytes:
+        """What a job has written so far, read behind the worker's back."""
+        return (self.state / "jobs" / str(job_id) / "output").read_bytes()
+
+    async def wait_for_output(self, job_id: int, text: bytes) -> None:
+        """Wait until a job has written *text*, whoever runs it."""
+        path = self.state / "jobs" / str(job_id) / "output"
+        inotify, changed = Inotify(), asyncio.Event()
+        watch = inotify.watch(str(path), changed.set)
+        try:
+            async with asyncio.timeout(DEADLINE_SECONDS):
+                while text not in path.read_bytes():
+                    await changed.wait()
+                    changed.clear()
+        finally:
+            inotify.unwatch(watch)
+            inotify.close()
+
+
+@asynccontextmanager
+async def open_bench(directory: Path | None = None) -> AsyncIterator[Bench]:
+    """A bench; at the end no cgroup, scratch directory, process, descriptor or task may be more than before."""
+    descriptors, tasks = open_descriptors(), asyncio.all_tasks()
+    # not tmp_path: pytest keeps the last three, jobs write much, and a job has a /tmp of its own
+    own = Path(tempfile.mkdtemp(prefix="pjw-test-", dir="/var/lib")) if directory is None else directory
+    bench = Bench(own)
+    try:
+        yield bench
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            await bench.finish()
+        assert open_descriptors() == descriptors
+        await asyncio.sleep(0)  # what was cancelled last ends now
+        assert asyncio.all_tasks() - tasks - {asyncio.current_task()} == set()
+    finally:
+        await _tear_down(bench)
+        if directory is None:
+            shutil.rmtree(own)
+
+
+async def _tear_down(bench: Bench) -> None:
+    """After a failure: leave the machine clean all the same, without pjw's help."""
+    for worker in list(bench._open):
+        await bench.close(worker)
+    for cgroup in bench.cgroups():
+        for pid in (cgroup / "cgroup.procs").read_text().split():
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+    for directory in (*bench.cgroups(), *bench._parents()):
+        with suppress(OSError):
+            directory.rmdir()
+
+
+def _members(settings: WorkerSettings) -> dict[str, Any]:
+    return {name: getattr(settings, name) for name in WorkerSettings.__dataclass_fields__}
+
+
+def processes_where(condition: Callable[[dict[str, str]], bool]) -> list[int]:
+    """The processes on this host whose /proc/PID/status fulfils a condition."""
+    pids = (int(name) for name in os.listdir("/proc") if name.isdigit())
+    return [pid for pid in pids if (status := _status(pid)) and condition(status)]
+
+
+def _status(pid: int) -> dict[str, str]:
+    try:
+        text = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return {}
+    return {key: value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
+
+
+def launchers_of(pid: int) -> list[int]:
+    """The launchers that a process has started, whether they still run or not."""
+    children = [int(child) for task in os.listdir(f"/proc/{pid}/task") for child in _children(pid, task)]
+    return [child for child in children if _was_launcher(child)]
+
+
+def _children(pid: int, task: str) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/task/{task}/children").read_text().split()
+    except FileNotFoundError:
+        return []
+
+
+def _was_launcher(pid: int) -> bool:
+    # A zombie has no command line any more; a test process has no other children called python.
+    line = Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b"pjw.launcher" in line or (not line and _status(pid).get("Name", "").startswith("python"))
+
+
+def open_descriptors() -> dict[str, str]:
+    """What this process has open, by number."""
+    found = {}
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # the directory itself, just closed
+            found[number] = os.readlink(f"/proc/self/fd/{number}")
+    return found
+
+
+async def run(
+    worker: Worker, command: str | Sequence[str], client: str = "local", **limits: int
+) -> tuple[Job, bytes]:
+    """Run a job to its end; its final snapshot and all its output."""
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        job = await worker.start(JobSpec(command, limits), client)
+        output = await read_all(worker, job.id)
+        return await worker.wait(job.id), output
+
+
+async def start(worker: Worker, command: str | Sequence[str], client: str = "local", **limits: int) -> Job:
+    """Start a job."""
+    return await worker.start(JobSpec(command, limits), client)
+
+
+async def start_said(
+    worker: Worker, command: str | Sequence[str], text: bytes, client: str = "local", **limits: int
+) -> Job:
+    """Start a job, and wait until it has written *text*."""
+    job = await worker.start(JobSpec(command, limits), client)
+    await read_until(worker, job.id, text)
+    return job
+
+
+async def read_all(worker: Worker, job_id: int, offset: int = 0) -> bytes:
+    """A job's output until its end."""
+    return b"".join([chunk async for chunk in worker.logs(job_id, offset)])
+
+
+async def read_until(worker: Worker, job_id: int, text: bytes) -> bytes:
+    """A job's output until *text* has come."""
+    got = b""
+    async with asyncio.timeout(DEADLINE_SECONDS), aclosing(worker.logs(job_id)) as chunks:
+        async for chunk in chunks:
+            got += chunk
+            if text in got:
+                return got
+    raise AssertionError(f"job {job_id} ended without saying {text!r}: {got!r}")
+
+
+# At the beginning of a script; from then on `read line <&3` waits for Bench.tell.
+ASK: Final = "mkfifo ask; exec 3<>ask; "
+
+
+def python(script: str) -> list[str]:
+    """The argv that runs a script by the system's Python, which a job may read."""
+    return ["/usr/bin/python3", "-I", "-S", "-c", script]
+
+
+# --- a worker that can be killed
+
+
+class WorkerProcess:
+    """A worker in a process of its own. Speaks lines of JSON on its stdin and stdout."""
+
+    def __init__(self, bench: Bench) -> None:
+        settings = bench.settings
+        given = {"uid_first": settings.uid_first, "uid_count": settings.uid_count}
+        self.process: Final = subprocess.Popen(
+            [sys.executable, "-B", "-m", "tests.worker_harness", str(bench.state), json.dumps(given)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=PROJECT,
+        )
+        assert self.read() == {"ready": True}
+        [self.launcher_pid] = launchers_of(self.process.pid)
+
+    def write(self, **request: Any) -> None:
+        """Ask for something; `read` has the answers in the order of their coming."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(request).encode() + b"\n")
+        self.process.stdin.flush()
+
+    def read(self) -> dict[str, Any]:
+        """The next answer."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, "the worker process has ended"
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def start(self, command: str, **limits: int) -> int:
+        """Start a job; its id."""
+        self.write(do="start", command=command, limits=limits)
+        job_id: int = self.read()["started"]
+        return job_id
+
+    def kill(self, *, launcher_first: bool = False) -> None:
+        """SIGKILL, to the launcher as well if wanted; return when they have ended."""
+        with_pidfd = os.pidfd_open(self.launcher_pid)
+        try:
+            if launcher_first:
+                signal.pidfd_send_signal(with_pidfd, signal.SIGKILL)
+            self.process.kill()
+            self.process.communicate(timeout=DEADLINE_SECONDS)
+        finally:
+            os.close(with_pidfd)
+
+
+async def _serve(state: str, settings: dict[str, int]) -> None:
+    worker = await Worker.open(state, WorkerSettings(**settings))
+    requests = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(requests), sys.stdin
+    )
+    print(json.dumps({"ready": True}), flush=True)
+    tasks = set()
+    while line := await requests.readline():
+        tasks.add(asyncio.ensure_future(_answer(worker, json.loads(line))))
+    # stdin is closed only by the death of the test: leave its jobs to nobody
+    for job in await worker.list():
+        await worker.stop(job.id, grace_seconds=0)
+
+
+async def _answer(worker: Worker, request: dict[str, Any]) -> None:
+    match request.pop("do"):
+        case "start":
+            answer = {"started": (await start(worker, request["command"], **request["limits"])).id}
+        case "stop":
+            answer = {"stopped": (await worker.stop(request["id"], request["grace"])).id}
+        case "wait":
+            job = await worker.wait(request["id"])
+            answer = {"ended": job.id, "usage": asdict(job.usage) if job.usage else None}
+    print(json.dumps(answer), flush=True)
+
+
+NO_LIMITS: Final = Limits(**dict.fromkeys((name for name, _ in Limits().items()), 0))
+
+if __name__ == "__main__":
+    asyncio.run(_serve(sys.argv[1], json.loads(sys.argv[2])))
