@@ -1,4 +1,7 @@
-"""A real pjwd on loopback with its own certificates and state, and a real pjw to talk to it."""
+"""A real pjwd on loopback with its own certificates and state, and a real pjw to talk to it.
+
+Raw calls (`channel`, `stub`) go around pjw, for what pjw itself would never send.
+"""
 
 import os
 import re
@@ -6,26 +9,44 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final, Self
+from typing import Any, Final, Self
+
+# gRPC reads both once, when imported: tests start processes beside its threads, and its
+# complaints about refused handshakes are what many of them ask for.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+import grpc
 
 from pjw.certs import authority
 from pjw.launcher.policy import instance_name
+from pjw.v1 import job_worker_pb2 as pb
+from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
 
 BIN: Final = Path(sys.executable).parent
 START_SECONDS: Final = 60
 CALL_SECONDS: Final = 60
+# Every method of the service: (name, whether its answer is a stream), from the contract itself.
+METHODS: Final = [
+    (method.name, method.server_streaming)
+    for method in pb.DESCRIPTOR.services_by_name["JobWorkerService"].methods
+]
 
 
 class Service:
     """pjwd in a directory: `certs/` (ca, server, and a client for each name), `state/`, `pjwd.log`."""
 
-    def __init__(self, directory: Path, clients: Sequence[str] = ("alice", "bob"), config: str | None = None) -> None:
+    def __init__(
+        self, directory: Path, clients: Sequence[str] = ("alice", "bob"), config: str | None = None
+    ) -> None:
         self.directory: Final = directory
         self.certs: Final = directory / "certs"
-        self.state: Final = directory / "state"
+        self.state = directory / "state"
         self.log: Final = directory / "pjwd.log"
         self.config = config
         self.address = "127.0.0.1:0"
@@ -77,7 +98,9 @@ class Service:
     def launcher_pid(self) -> int:
         """The launcher's pid: the server's child."""
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
-        [launcher] = [int(pid) for pid in children if b"pjw.launcher" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        [launcher] = [
+            int(pid) for pid in children if b"pjw.launcher" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
         return launcher
 
     def stop(self, number: int = signal.SIGTERM) -> int:
@@ -100,33 +123,121 @@ class Service:
         }
 
     def pjw(
-        self, *arguments: str | bytes, client: str = "alice", timeout: float = CALL_SECONDS, **env: str
+        self, *arguments: str | bytes, client: str = "alice", **env: str
     ) -> "subprocess.CompletedProcess[bytes]":
-        """Run pjw to its end."""
-        return subprocess.run(
+        """Run pjw to its end; whatever it was given, it must not show a traceback."""
+        done = subprocess.run(
             [str(BIN / "pjw"), *arguments],
             env={**self.environment(client), **env},
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            timeout=timeout,
+            timeout=CALL_SECONDS,
             check=False,
         )
+        assert b"Traceback" not in done.stderr, done.stderr.decode()
+        return done
 
-    def ok(self, *arguments: str, client: str = "alice", timeout: float = CALL_SECONDS) -> str:
+    def refused(self, *arguments: str | bytes, client: str = "alice", **env: str) -> tuple[int, str]:
+        """Run pjw, which must fail with words and nothing on stdout; its exit code, its words."""
+        done = self.pjw(*arguments, client=client, **env)
+        assert (done.stdout, done.returncode > 0) == (b"", True), (arguments, done)
+        return done.returncode, done.stderr.decode()
+
+    def ok(self, *arguments: str, client: str = "alice") -> str:
         """Run pjw, which must succeed and say nothing on stderr; its output, as text."""
-        done = self.pjw(*arguments, client=client, timeout=timeout)
+        done = self.pjw(*arguments, client=client)
         assert (done.returncode, done.stderr) == (0, b""), (arguments, done)
         return done.stdout.decode()
 
-    def popen(self, *arguments: str, client: str = "alice") -> "subprocess.Popen[bytes]":
+    def at_terminal(self, *arguments: str, columns: int = 80, client: str = "alice") -> str:
+        """Run pjw with a terminal as its stdout and stderr; what the terminal was sent."""
+        ours, theirs = os.openpty()
+        termios.tcsetwinsize(theirs, (24, columns))
+        environment = {**self.environment(client), "TERM": "xterm"}
+        with subprocess.Popen(
+            [str(BIN / "pjw"), *arguments], env=environment, stdin=theirs, stdout=theirs, stderr=theirs
+        ):
+            os.close(theirs)
+            seen = bytearray()
+            # EIO is a terminal's word for "all have hung up"
+            with suppress(OSError):
+                while data := os.read(ours, 65536):
+                    seen += data
+        os.close(ours)
+        assert b"Traceback" not in seen, seen
+        return seen.decode()
+
+    def popen(self, *arguments: str, client: str = "alice") -> "Running":
         """Start pjw; the caller ends it."""
-        return subprocess.Popen(
+        return Running(
             [str(BIN / "pjw"), *arguments],
             env=self.environment(client),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
+
+    @contextmanager
+    def channel(self, client: str | tuple[str, str] | None = "alice") -> Iterator[grpc.Channel]:
+        """A connection of its own, as a client by name, by (crt, key) files, or as nobody."""
+        crt: bytes | None = None
+        key: bytes | None = None
+        if client is not None:
+            named = (str(self.certs / f"{client}.crt"), str(self.certs / f"{client}.key"))
+            crt, key = (Path(path).read_bytes() for path in (named if isinstance(client, str) else client))
+        credentials = grpc.ssl_channel_credentials((self.certs / "ca.crt").read_bytes(), key, crt)
+        options = [
+            ("grpc.ssl_target_name_override", "localhost"),
+            ("grpc.max_receive_message_length", 16 * 1024 * 1024),
+            ("grpc.use_local_subchannel_pool", 1),
+            # a refused connection may be tried again at once
+            ("grpc.initial_reconnect_backoff_ms", 20),
+            ("grpc.min_reconnect_backoff_ms", 20),
+        ]
+        with grpc.secure_channel(self.address, credentials, options) as channel:
+            yield channel
+
+    @contextmanager
+    def stub(self, client: str | tuple[str, str] | None = "alice") -> Iterator[JobWorkerServiceStub]:
+        """Typed calls over a connection of its own."""
+        with self.channel(client) as channel:
+            yield JobWorkerServiceStub(channel)
+
+    def answer(self, method: str, request: bytes, client: str | tuple[str, str] | None = "alice") -> "Answer":
+        """Everything that comes back for raw bytes: each message, code, details and all metadata."""
+        with self.channel(client) as channel:
+            return ask(channel, method, request)
+
+    def start_job(self, command: str, client: str = "alice") -> int:
+        """Start a job by a raw call, which is faster than pjw; its id."""
+        with self.stub(client) as stub:
+            return stub.Start(pb.StartRequest(command=command), timeout=CALL_SECONDS).job.id
+
+    def job(self, job_id: int, client: str = "alice") -> pb.Job:
+        """A job, by a raw call."""
+        with self.stub(client) as stub:
+            return stub.Get(pb.GetRequest(id=job_id), timeout=CALL_SECONDS).job
+
+    def descriptors(self) -> int:
+        """How many descriptors the server has open."""
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    def open_outputs(self, job_id: int) -> int:
+        """How many descriptors of a job's output the server has open: one for each follower."""
+        directory, found = f"/proc/{self.pid}/fd", 0
+        for name in os.listdir(directory):
+            with suppress(FileNotFoundError):
+                found += os.readlink(f"{directory}/{name}").endswith(f"/jobs/{job_id}/output")
+        return found
+
+    def made(self) -> tuple[list[int], list[str], list[str], list[Path]]:
+        """All that a job consists of on this host: a request that is refused must leave it unchanged."""
+        ids: list[int] = []
+        for client in ("alice", "bob"):
+            with self.stub(client) as stub:
+                ids += [job.id for job in stub.List(pb.ListRequest()).jobs]
+        jobs, scratch = (sorted(os.listdir(self.state / name)) for name in ("jobs", "scratch"))
+        return ids, jobs, scratch, self.job_cgroups()
 
     def job_cgroups(self) -> list[Path]:
         """Every cgroup of a job of this service, whatever the version."""
@@ -141,3 +252,41 @@ def job_cgroups(state_dir: Path) -> list[Path]:
         if os.path.basename(directory) == instance:
             found += [Path(directory) / name for name in names]
     return found
+
+
+class Running(subprocess.Popen[bytes]):
+    """A process that a failed test does not wait for."""
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """Wait for its end; bring it about when the test has failed."""
+        if kind is not None:
+            self.kill()
+        super().__exit__(kind, *rest)  # type: ignore[arg-type]
+
+
+Answer = tuple[
+    list[bytes], grpc.StatusCode, str, list[tuple[str, str | bytes]], list[tuple[str, str | bytes]]
+]
+
+
+def ask(channel: grpc.Channel, method: str, request: bytes, timeout: float = CALL_SECONDS) -> Answer:
+    """Call any method with raw bytes; messages, code, details, initial and trailing metadata."""
+    # the server's side of a unary call looks the same on the wire as a stream of one
+    start: Any = channel.unary_stream(f"/pjw.v1.JobWorkerService/{method}")
+    call = start(request, timeout=timeout)
+    messages: list[bytes] = []
+    with suppress(grpc.RpcError):
+        messages.extend(call)
+    first, last = (
+        [(key, value) for key, value in pairs or ()]
+        for pairs in (call.initial_metadata(), call.trailing_metadata())
+    )
+    return messages, call.code(), call.details() or "", first, last
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 30) -> None:
+    """Wait for what has no event; fail after a deadline."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        time.sleep(0.02)

@@ -1,13 +1,34 @@
 """A service for all tests that need no other, and the proof that nothing stays behind."""
 
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
-from tests.service import Service
+from pjw.v1 import job_worker_pb2 as pb
+from tests.service import Service, wait_for
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Name the mark of tests that take minutes; make Ctrl-C testable."""
+    config.addinivalue_line("markers", "slow: takes minutes; runs only when asked for with -m slow")
+    # a shell starts what is in its background with SIGINT ignored, and our children would inherit that
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what is slow unless the marks that were asked for name it."""
+    if "slow" in config.option.markexpr:
+        return
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: ask for it with -m slow"))
 
 
 @pytest.fixture
@@ -45,15 +66,22 @@ def service() -> Iterator[Service]:
 
 
 def finish(service: Service) -> None:
-    """Stop every job and the service; nothing of them may be left."""
+    """Stop every job and the service; nothing of them may be left, and the log shows no bug of ours."""
     if service.process is None:
         return
-    for client in ("alice", "bob"):
-        if not (service.certs / f"{client}.crt").exists():
+    for crt in service.certs.glob("*.crt"):
+        if crt.stem in ("ca", "server"):
             continue
-        for job_id in service.ok("list", client=client).split():
-            service.ok("stop", job_id, client=client)
+        with service.stub(crt.stem) as stub:
+            for job in stub.List(pb.ListRequest()).jobs:
+                if not job.HasField("end"):
+                    stub.Stop(pb.StopRequest(id=job.id, grace=Duration()), timeout=30)
+    # some tests have clients of their own, whose last job may be about to end
+    with suppress(AssertionError):
+        wait_for(lambda: not service.job_cgroups(), 10)
     left = service.job_cgroups()
     scratch = list((service.state / "scratch").iterdir())
     code = service.stop()
-    assert (left, scratch, code) == ([], [], 0), service.log.read_text()
+    log = service.log.read_text()
+    assert (left, scratch, code) == ([], [], 0), log
+    assert "Traceback" not in log, log

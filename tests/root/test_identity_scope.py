@@ -1,0 +1,199 @@
+"""Who a certificate makes its owner, and that nobody sees, stops or reads another's jobs."""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Final
+
+import grpc
+import pytest
+from cryptography.x509 import ObjectIdentifier
+
+from pjw.v1 import job_worker_pb2 as pb
+from tests import certs_factory
+from tests.certs_factory import CN, ODD_SUBJECTS, OID, Subject, issue
+from tests.service import METHODS, Service, ask
+
+# The methods that name a job: for them another's job is answered like none.
+NAMING: Final = ("Get", "Stop", "Logs")
+
+
+@pytest.fixture(scope="module")
+def ca(service: Service) -> certs_factory.Made:
+    """The service's own CA, which issues whatever a test wants."""
+    return certs_factory.load(
+        (service.certs / "ca.crt").read_bytes(), (service.certs / "ca.key").read_bytes()
+    )
+
+
+@contextmanager
+def named(
+    service: Service, ca: certs_factory.Made, directory: Path, subject: Subject, *, sans: tuple[str, ...] = ()
+) -> Iterator[grpc.Channel]:
+    """A connection of a client with that subject."""
+    with service.channel(issue(ca, subject, sans=sans).write(directory, "client")) as channel:
+        yield channel
+
+
+def started(channel: grpc.Channel) -> pb.Job:
+    """A short job of that client."""
+    messages, code, said, *_ = ask(channel, "Start", pb.StartRequest(command="true").SerializeToString())
+    assert code is grpc.StatusCode.OK, said
+    return pb.StartResponse.FromString(messages[0]).job
+
+
+@pytest.mark.parametrize(
+    ("subject", "sans", "name"),
+    [
+        ([(CN, "carol")], (), "carol"),
+        ([(CN, "carol")], ("localhost",), "carol"),
+        ([(CN, "localhost"), (OID, "carol")], ("localhost",), "carol"),
+        ([(CN, "mallory"), (OID, "carol")], (), "carol"),
+        ([(CN, "localhost/clientName=carol")], ("localhost",), "carol"),
+        ([(CN, "carol.smith@example.org")], (), "carol.smith@example.org"),
+        ([(CN, "c" * 64)], (), "c" * 64),
+        ([(CN, "localhost")], ("localhost",), None),
+        ([(CN, "localhost")], (), None),
+        ([(CN, "build.example.org")], ("build.example.org",), None),
+        ([], (), None),
+    ],
+)
+def test_a_certificate_names_its_owner(
+    service: Service,
+    ca: certs_factory.Made,
+    tmp_path: Path,
+    subject: Subject,
+    sans: tuple[str, ...],
+    name: str | None,
+) -> None:
+    """clientName, the tail of a CN, a CN that is no host; else the key itself is the name."""
+    with named(service, ca, tmp_path, subject, sans=sans) as channel:
+        job = started(channel)
+    if name is None:
+        assert re.fullmatch(r"key-[0-9a-f]{16}", job.client_name)
+    else:
+        assert job.client_name == name
+
+
+def test_the_operator_chooses_the_attribute_that_names_clients(
+    make_service: Callable[..., Service], tmp_path: Path
+) -> None:
+    """With an OID of the operator's own, that attribute is the name, and ours is no more."""
+    oid = ObjectIdentifier("1.3.6.1.4.1.99999.1")
+    own = make_service(clients=["alice"], config=f'client_name_oid = "{oid.dotted_string}"\n').start()
+    issuer = certs_factory.load((own.certs / "ca.crt").read_bytes(), (own.certs / "ca.key").read_bytes())
+    with named(own, issuer, tmp_path, [(CN, "localhost"), (oid, "carol"), (OID, "mallory")]) as channel:
+        assert started(channel).client_name == "carol"
+    with named(own, issuer, tmp_path, [(CN, "localhost"), (OID, "mallory")]) as channel:
+        assert started(channel).client_name.startswith("key-")
+
+
+def test_a_name_is_one_client_whatever_its_key(
+    service: Service, ca: certs_factory.Made, tmp_path: Path
+) -> None:
+    """A renewed certificate keeps its jobs; one of the same host name and another key has none of them."""
+    for subject, sees in (([(CN, "dave")], True), ([(CN, "localhost")], False)):
+        with named(service, ca, tmp_path, subject) as first, named(service, ca, tmp_path, subject) as second:
+            job = started(first)
+            assert (ask(second, "Get", pb.GetRequest(id=job.id).SerializeToString())[1].name == "OK") == sees
+
+
+@pytest.mark.parametrize("name", ODD_SUBJECTS)
+def test_an_odd_name_is_refused_by_every_method(
+    service: Service, ca: certs_factory.Made, tmp_path: Path, name: str
+) -> None:
+    """Slashes, newlines, 64 KiB, look-alikes: refused in printable words, and never called something else."""
+    before = service.made()
+    with named(service, ca, tmp_path, ODD_SUBJECTS[name]) as channel:
+        for method, _ in METHODS:
+            messages, code, said, *_ = ask(
+                channel, method, pb.StartRequest(command="true").SerializeToString()
+            )
+            assert messages == []
+            # a certificate of 64 KiB is too much for TLS already
+            assert code is grpc.StatusCode.UNAUTHENTICATED or (
+                name == "64 KiB" and code.name == "UNAVAILABLE"
+            )
+            assert name == "64 KiB" or said.startswith("cannot name the client: ")
+            assert said.isascii() and said.isprintable() and len(said) < 300
+    assert service.made() == before
+
+
+def test_a_job_of_an_odd_name_can_be_neither_made_nor_reached_on_disk(service: Service) -> None:
+    """Names become no paths: below the state directory there are ids alone."""
+    assert all(
+        path.name.isdecimal() for name in ("jobs", "scratch") for path in (service.state / name).iterdir()
+    )
+
+
+@pytest.mark.parametrize("method", NAMING)
+@pytest.mark.parametrize("ended", [False, True], ids=["running", "ended"])
+def test_another_clients_job_is_answered_like_none(service: Service, method: str, *, ended: bool) -> None:
+    """Before an id exists and when it is another's, code, words and all metadata are the same to the byte."""
+    with service.channel("bob") as bob:
+        job_id = service.start_job("true") + 1
+        request = pb.GetRequest(id=job_id).SerializeToString()  # the id is the first field of all three
+        none = ask(bob, method, request)
+        assert service.start_job("echo secret" if ended else "echo secret; sleep 300") == job_id
+        if ended:
+            service.ok("logs", str(job_id))
+        another = ask(bob, method, request)
+        assert another == none
+        assert another[0] == []
+        assert (another[1], another[2]) == (grpc.StatusCode.NOT_FOUND, f"no job {job_id}")
+    assert service.job(job_id).reason != pb.END_REASON_STOPPED
+    assert service.ok("stop", str(job_id))
+
+
+def test_the_table_of_scoped_methods_is_whole() -> None:
+    """A new method must be sorted: it names a job, or it must be shown to be scoped otherwise."""
+    assert {name for name, _ in METHODS} == {*NAMING, "Start", "List"}
+
+
+def test_pjw_cannot_tell_another_clients_job_from_none(service: Service) -> None:
+    """The command line says the same words with the same exit code."""
+    job_id = service.start_job("sleep 300")
+    for command in ("get", "stop", "logs"):
+        mine = service.refused(command, "999999", client="bob")
+        assert service.refused(command, str(job_id), client="bob") == (
+            mine[0],
+            mine[1].replace("999999", str(job_id)),
+        )
+    assert '"state": "running"' in service.ok("get", str(job_id))
+    service.ok("stop", str(job_id))
+
+
+def test_a_list_holds_ones_own_jobs_alone(service: Service, ca: certs_factory.Made, tmp_path: Path) -> None:
+    """Two clients start jobs in turn, and each list has its own in order, page by page."""
+    mine: dict[str, list[int]] = {"erin": [], "frank": []}
+    with ExitStack() as stack:
+        channels = {name: stack.enter_context(named(service, ca, tmp_path, [(CN, name)])) for name in mine}
+        for _ in range(3):
+            for name, channel in channels.items():
+                mine[name].append(started(channel).id)
+        for name, channel in channels.items():
+            seen, token = [], ""
+            while True:
+                request = pb.ListRequest(page_size=2, page_token=token)
+                page = pb.ListResponse.FromString(ask(channel, "List", request.SerializeToString())[0][0])
+                seen += [job.id for job in page.jobs]
+                assert {job.client_name for job in page.jobs} <= {name}
+                token = page.next_page_token
+                if not token:
+                    break
+            assert seen == mine[name]
+        # a token of one's own, moved to another's ids, shows nothing of them
+        request = pb.ListRequest(page_token=str(mine["frank"][0] - 1))
+        page = pb.ListResponse.FromString(ask(channels["erin"], "List", request.SerializeToString())[0][0])
+        assert {job.client_name for job in page.jobs} == {"erin"}
+
+
+def test_two_clients_jobs_run_as_two_users(service: Service) -> None:
+    """The name decides the uid: one client's jobs share it, another's have another."""
+    uids = [
+        service.ok("logs", str(service.start_job("id -u", client)), client=client)
+        for client in ("alice", "alice", "bob")
+    ]
+    assert uids[0] == uids[1] != uids[2]
+    assert all(int(uid) >= 1_900_000_000 for uid in uids)
