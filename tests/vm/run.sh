@@ -1,0 +1,27 @@
+#!/bin/bash
+# What scripts/test-vm runs in the machine, as root, in /work: install the wheel, then the tests of the kernel
+# on cgroup v2, then pjwd as a service of systemd.
+set -euo pipefail
+
+# Where packaging/pjwd.service looks for it. What only tests need lies there too.
+python3 -m venv --without-pip /opt/pjw
+install=(python3 -m pip --python /opt/pjw/bin/python --disable-pip-version-check install --quiet --no-compile
+    --root-user-action=ignore --no-index --find-links /wheels)
+"${install[@]}" --require-hashes --requirement requirements/test.txt
+"${install[@]}" --no-deps pjw
+
+export PJW_VM_GUEST=1 # without it tests/vm is skipped
+PJW_INIT=$(/opt/pjw/bin/python -c 'from pjw.launcher.spawn import INIT_PROGRAM; print(INIT_PROGRAM)')
+export PJW_INIT # there is no compiler here: the one from the wheel
+
+/opt/pjw/bin/pjwd check
+
+# All that touches the kernel: what is left out tests certificates, requests and the command line, on any host.
+# Those of systemd come last: they install a service.
+if [ $# = 0 ]; then
+    set -- tests/root tests/vm
+    for name in bad_input cli identity_scope tls; do
+        set -- "$@" --ignore "tests/root/test_$name.py"
+    done
+fi
+exec /opt/pjw/bin/python -B -m pytest -p no:cacheprovider --root --junitxml=/out/junit.xml --durations=10 "$@"

@@ -1,0 +1,202 @@
+"""pjwd as a service of systemd, on pure cgroup v2: the unit file as it is shipped."""
+
+import os
+import pwd
+import re
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.service import job_cgroups, wait_for
+from tests.vm import systemd_harness as host
+from tests.vm.systemd_harness import get, pjw
+
+# Prints a number a second, and never ends by itself.
+COUNT = "i=0; while :; do echo $i; i=$((i+1)); sleep 1; done"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def installed() -> Iterator[None]:
+    """The service, installed and started once; its journal goes to where the machine's results go."""
+    host.install()
+    yield
+    Path("/out/journal.txt").write_text(host.journal())
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    """Each test begins with the service active, and must leave no job running and no cgroup."""
+    host.run("systemctl", "reset-failed", host.UNIT)
+    host.run("systemctl", "start", host.UNIT)
+    yield
+    host.run("systemctl", "start", host.UNIT)
+    for cgroup in job_cgroups(host.STATE):
+        pjw("stop", cgroup.name.removeprefix("job-"))
+    assert job_cgroups(host.STATE) == []
+
+
+def test_the_server_is_nobody_and_the_launcher_root() -> None:
+    """The process on the network is pjw, without capabilities; the launcher has what the unit grants."""
+    server, launcher = host.status(host.server_pid()), host.status(host.launcher_pid())
+    uid = str(pwd.getpwnam("pjw").pw_uid)
+    assert server["Uid"].split() == [uid] * 4
+    assert (server["CapEff"], server["CapPrm"], server["NoNewPrivs"], server["Groups"]) == (
+        "0" * 16,
+        "0" * 16,
+        "1",
+        "",
+    )
+    assert launcher["Uid"].split() == ["0"] * 4
+    granted = host.shown("CapabilityBoundingSet").split()
+    assert int(launcher["CapEff"], 16).bit_count() == len(granted) < 15
+
+
+def test_a_user_starts_reads_and_stops_jobs() -> None:
+    """The seed's commands, typed by a user of the host."""
+    job_id = pjw("start", "id -u; echo hello; exit 3")
+    uid, word = pjw("logs", job_id).split()
+    assert (int(uid) >= 1_900_000_000, word) == (True, "hello")
+    assert get(job_id)["exitCode"] == 3
+    other = pjw("start", "sleep 1000")
+    assert other in pjw("list").split()
+    pjw("stop", other)
+    assert get(other)["reason"] == "stopped"
+
+
+def test_every_limit_is_in_the_cgroup_of_a_job() -> None:
+    """The files of cgroup v2 hold what the configuration says, io.max on the disk under the root."""
+    job_id = pjw("start", "sleep 1000")
+    cgroup = host.cgroup_of(job_id)
+    # Where systemd knows DelegateSubgroup (254), jobs are in the cgroup of the unit: the unit file says why.
+    delegated = host.shown("ControlGroup") if host.shown("DelegateSubgroup") else ""
+    assert str(cgroup.parent.parent) == f"/sys/fs/cgroup{delegated}/pjw"
+    values = {
+        name: (cgroup / name).read_text().strip()
+        for name in ("cpu.max", "memory.max", "memory.swap.max", "pids.max", "io.max")
+        if (cgroup / name).exists() or name != "memory.swap.max"
+    }
+    device = os.stat("/").st_dev
+    disk = f"{os.major(device)}:{os.minor(device)}"
+    assert values.pop("memory.swap.max", "0") == "0"
+    assert values.pop("io.max") == f"{disk} rbps=268435456 wbps=268435456 riops=10000 wiops=10000"
+    assert values == {
+        "cpu.max": "100000 100000",
+        "memory.max": "536870912",
+        "pids.max": "512",
+    }
+
+
+def test_lines_arrive_while_the_job_runs() -> None:
+    """A follower is woken by each line: none of them waits for a next one, or for the end."""
+    job_id = pjw("start", "echo first; sleep 5; echo second; sleep 1000")
+    with host.follower(job_id) as output:
+        assert output.readline() == b"first\n"
+        assert output.readline() == b"second\n"
+        assert get(job_id)["state"] == "running"
+
+
+def test_a_job_goes_on_while_the_service_restarts() -> None:
+    """systemd starts a new server beside the living job, which it adopts; a follower misses nothing."""
+    job_id = pjw("start", COUNT)
+    processes, server = host.processes_of(job_id), host.server_pid()
+    with host.follower(job_id) as output:
+        assert output.readline() == b"0\n"
+        host.run(
+            "systemctl", "daemon-reexec"
+        )  # as after an upgrade of systemd: it must not take our cgroups for its own
+        host.run("systemctl", "restart", host.UNIT)
+        assert host.server_pid() != server
+        assert (host.cgroup_of(job_id) / "memory.max").read_text() == "536870912\n"
+        assert processes[0] in host.processes_of(job_id)
+        assert (get(job_id)["state"], get(job_id)["exitCode"]) == ("running", None)
+        numbers = [output.readline() for _ in range(8)]
+    assert numbers == [b"%d\n" % n for n in range(1, 9)]
+    pjw("stop", job_id)
+    assert get(job_id)["reason"] == "stopped"
+
+
+def test_jobs_outlive_a_stopped_service() -> None:
+    """One that ends meanwhile is told of as if the service had been there: output, code, usage."""
+    living, ending = pjw("start", COUNT), pjw("start", "sleep 5; echo last words; exit 7")
+    processes = host.processes_of(living)
+    init = os.pidfd_open(host.processes_of(ending)[0])
+    host.run("systemctl", "stop", host.UNIT)
+    assert host.shown("ActiveState") == "inactive"
+    assert processes[0] in host.processes_of(living)
+    wait_for(lambda: not host.processes_of(ending))
+    os.close(init)
+    host.run("systemctl", "start", host.UNIT)
+    assert get(living)["state"] == "running"
+    assert (get(ending)["state"], get(ending)["exitCode"]) == ("exited", 7)
+    assert get(ending)["usage"]["memoryPeakBytes"] != 0
+    assert pjw("logs", ending) == "last words"
+
+
+@pytest.mark.parametrize("victim", ["server", "launcher"])
+def test_systemd_brings_a_killed_service_back(victim: str) -> None:
+    """kill -9 of either process ends both; the job goes on and is adopted by the next ones."""
+    job_id = pjw("start", COUNT)
+    processes, server, launcher = host.processes_of(job_id), host.server_pid(), host.launcher_pid()
+    os.kill(server if victim == "server" else launcher, signal.SIGKILL)
+    wait_for(lambda: host.server_pid() not in (0, server) and host.shown("ActiveState") == "active", 60)
+    assert not Path(f"/proc/{launcher}").exists()
+    assert processes[0] in host.processes_of(job_id)
+    assert get(job_id)["state"] == "running"
+    pjw("stop", job_id)
+
+
+def test_memory_of_a_job_is_its_own_trouble() -> None:
+    """The OOM killer ends the job, and systemd does not end the service for it."""
+    server = host.server_pid()
+    job_id = pjw("start", "python3 -c 'b = [bytearray(1 << 20) for _ in range(10_000)]'")
+    pjw("logs", job_id)
+    assert get(job_id)["reason"] == "oom_killed"
+    assert host.server_pid() == server
+
+
+def test_a_job_sees_nothing_of_the_service() -> None:
+    """Neither its keys and state, nor systemd's variables, nor the homes of users, nor a writable host."""
+    script = (
+        "env; for path in /etc/pjw /var/lib/pjw /home /root; do ls -A $path 2>/dev/null; done;"
+        " for path in / /usr /var /etc /opt; do touch $path/mine 2>/dev/null && echo wrote $path; done;"
+        " grep CapBnd /proc/self/status"
+    )
+    lines = set(pjw("logs", pjw("start", script)).splitlines())
+    names = {line.partition("=")[0] for line in lines if "=" in line} - {"_", "PWD", "OLDPWD", "SHLVL"}
+    assert names == {"PATH", "HOME", "SHELL", "LANG", "PJW_JOB_ID"}
+    assert {line for line in lines if "=" not in line} == {"CapBnd:\t0000000000000000"}
+
+
+def test_hardening_breaks_no_ordinary_job() -> None:
+    """What the unit forbids is inherited: generated code, set-id bits, tracing and threads still work."""
+    script = (
+        "import mmap, os, ctypes, subprocess, threading\n"
+        "mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)\n"
+        "open('tool', 'w').close(); os.chmod('tool', 0o6755)\n"
+        "assert os.stat('tool').st_mode & 0o7777 == 0o6755\n"
+        "assert ctypes.CDLL(None).personality(0x0040000) != -1\n"
+        "child = os.fork()\n"
+        "if child == 0: os._exit(ctypes.CDLL(None).ptrace(0, 0, 0, 0) != 0)\n"
+        "assert os.waitpid(child, 0)[1] == 0\n"
+        "t = threading.Thread(target=print, args=['thread']); t.start(); t.join()\n"
+        "subprocess.run(['true'], check=True)\n"
+        "open('/tmp/x', 'w').close(); open('/run/job/y', 'w').close(); open('/dev/shm/z', 'w').close()\n"
+    )
+    job_id = pjw("start", "--", "/usr/bin/python3", "-c", script)
+    assert (pjw("logs", job_id), get(job_id)["exitCode"]) == ("thread", 0)
+
+
+def test_the_journal_has_no_traceback() -> None:
+    """After all of the above; and systemd's own opinion of the unit file has not become worse."""
+    security = subprocess.run(
+        ["systemd-analyze", "security", "--no-pager", host.UNIT], capture_output=True, text=True, check=False
+    ).stdout
+    Path("/out/security.txt").write_text(security)
+    [exposure] = re.findall(r"exposure level for pjwd\.service: ([\d.]+)", security)
+    assert float(exposure) < 5.5
+    text = host.journal()
+    assert "Traceback" not in text, text
+    assert "219/CGROUP" not in text, text
