@@ -365,6 +365,14 @@ def test_the_session_keyring_is_the_jobs_own(init: Harness) -> None:
     assert first.text != second.text
 
 
+def test_a_command_that_asks_init_to_trace_it_goes_on(init: Harness) -> None:
+    """Its stops are no ends: before this was told apart, the first one ended the job with a false status."""
+    job = init.python(
+        "import ctypes, subprocess; ctypes.CDLL(None).ptrace(0, 0, 0, 0); subprocess.run(['true']); print('x')"
+    )
+    assert (job.end, job.text) == ("exited 0 none", "x\n")
+
+
 def test_orphans_are_reaped(init: Harness) -> None:
     """What outlives its parent becomes init's child and is reaped at its end."""
     job = init.python(

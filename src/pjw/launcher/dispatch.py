@@ -83,7 +83,9 @@ class Launcher:
         room = array.array("i", [0] * protocol.MAX_DESCRIPTORS)
         try:
             data, ancillary, flags, _ = self._requests.recvmsg(
-                protocol.MAX_DATAGRAM_BYTES + 1, socket.CMSG_LEN(len(room) * room.itemsize), socket.MSG_CMSG_CLOEXEC
+                protocol.MAX_DATAGRAM_BYTES + 1,
+                socket.CMSG_LEN(len(room) * room.itemsize),
+                socket.MSG_CMSG_CLOEXEC,
             )
         except ConnectionResetError:
             # the other end has closed with replies of ours unread
@@ -137,7 +139,12 @@ class Launcher:
         self._scratch = Scratch(request.state_dir)
         # Jobs read the host's root and write below the state directory. Without io limits no
         # disk need be there at all (a state directory on tmpfs or an overlay).
-        disks = disks_under(["/", request.state_dir]) if request.io_limited else []
+        try:
+            disks = disks_under(["/", request.state_dir])
+        except ConfigError:
+            if request.io_limited:
+                raise
+            disks = []
         self._hierarchy = open_hierarchy(
             instance_name(request.state_dir), io_devices=disks, supervisor_pids=(os.getpid(), os.getppid())
         )
@@ -147,7 +154,11 @@ class Launcher:
     def answer_launch(self, seq: int, request: protocol.Launch, descriptors: list[int]) -> "Answer":
         """Make the cgroup with its limits, then the scratch directory, then spawn init."""
         self._policy.check_launch(request, descriptors)
-        cgroup = self._hierarchy.create(request.job_id, request.limits)
+        try:
+            cgroup = self._hierarchy.create(request.job_id, request.limits)
+        except ConfigError as error:
+            # an io limit where there is no disk: not the defaults, so this client's wish
+            raise InvalidJobError(str(error)) from None
         try:
             scratch = self._scratch.create(request.job_id, request.uid)
             pid, report = spawn_init(request, self._policy, cgroup, scratch, descriptors)
@@ -272,7 +283,8 @@ class Launcher:
 
     def _removal_result(self, job_id: int) -> protocol.Reply:
         if not self._scratch.remove_if_empty(job_id):
-            return protocol.Refused("kernel", "remove the scratch directory", self._scratch.path(job_id), 0, "")
+            path = self._scratch.path(job_id)
+            return protocol.Refused("kernel", "remove the scratch directory", path, 0, "")
         # The cgroup goes last: while it is there, a later launcher knows that something is left.
         try:
             cgroup = self._ended_cgroup(job_id)

@@ -8,8 +8,8 @@ from typing import Final
 
 from pjw.errors import KernelError
 
-# may be passed through (a job's bind mount needs no more), but neither listed nor written
-_PARENT_MODE: Final = 0o711
+# a job reaches its own directory by a bind mount, not by way of this one
+_PARENT_MODE: Final = 0o700
 RM_PROGRAM: Final = "/bin/rm"
 
 

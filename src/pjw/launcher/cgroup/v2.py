@@ -153,9 +153,8 @@ class V2Hierarchy:
         if limits.cpu_max_millicores:
             quota = limits.cpu_max_millicores * files.CPU_PERIOD_USEC // 1000
             yield "cpu.max", f"{min(quota, files.CPU_QUOTA_MAX_USEC)} {files.CPU_PERIOD_USEC}"
-        # A job that has lost a process to the OOM killer is broken: end it whole. init is
-        # spared, because its oom_score_adj is -1000.
-        yield "memory.oom.group", "1"
+        # Not memory.oom.group: v1 has no such thing, and a job means the same on both. What is
+        # left of a job that lost a process may well handle that, as a shell does.
         if limits.memory_max_bytes:
             yield "memory.max", str(limits.memory_max_bytes)
         if 0 < limits.pids_max < files.PIDS_MAX:

@@ -5,13 +5,20 @@
 #include <fcntl.h>
 #include <signal.h>
 #include <sys/prctl.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
-/* Dispositions and the mask survive an exec: Python ignores SIGPIPE, and a shell may ignore SIGINT. */
+/*
+ * Dispositions and the mask survive an exec: Python ignores SIGPIPE, and a shell may ignore SIGINT. By the
+ * system call: libc's signal() refuses 32 and 33, which its posix_spawn() leaves ignored in every child.
+ */
 static void reset_signals(void) {
+    static const struct {
+        unsigned long handler, flags, restorer, mask;
+    } by_default; /* struct sigaction as the kernel has it: all zero is SIG_DFL */
     for (int number = 1; number < NSIG; number++)
-        signal(number, SIG_DFL); /* fails for SIGKILL and SIGSTOP, and libc's own */
+        syscall(SYS_rt_sigaction, number, &by_default, NULL, sizeof by_default.mask); /* not SIGKILL, SIGSTOP */
     sigset_t ours;
     sigemptyset(&ours);
     sigaddset(&ours, SIGCHLD);

@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <poll.h>
 #include <signal.h>
+#include <sys/ptrace.h>
 #include <sys/signalfd.h>
 #include <sys/timerfd.h>
 #include <sys/wait.h>
@@ -62,6 +63,12 @@ static bool reap(struct job *job, int options) {
     int status;
     pid_t pid;
     while ((pid = waitpid(-1, &status, __WALL | options)) > 0 || (pid < 0 && errno == EINTR)) {
+        if (pid > 0 && WIFSTOPPED(status)) {
+            /* It asked its parent to trace it (PTRACE_TRACEME), and that is us: let it go on untraced. */
+            int number = WSTOPSIG(status);
+            ptrace(PTRACE_DETACH, pid, NULL, (void *)(intptr_t)(number == SIGTRAP ? 0 : number));
+            continue;
+        }
         if (pid != job->command || job->ended)
             continue;
         job->ended = true;
