@@ -246,12 +246,13 @@ class Service:
 
 def job_cgroups(state_dir: Path) -> list[Path]:
     """Every cgroup of a job that belongs to a state directory."""
+    return [path for parent in instance_cgroups(state_dir) for path in parent.iterdir() if path.is_dir()]
+
+
+def instance_cgroups(state_dir: Path) -> list[Path]:
+    """The directory in each hierarchy that is for the jobs of a state directory alone."""
     instance = instance_name(os.path.realpath(state_dir))
-    found = []
-    for directory, names, _ in os.walk("/sys/fs/cgroup"):
-        if os.path.basename(directory) == instance:
-            found += [Path(directory) / name for name in names]
-    return found
+    return [Path(found) for found, _, _ in os.walk("/sys/fs/cgroup") if os.path.basename(found) == instance]
 
 
 class Running(subprocess.Popen[bytes]):

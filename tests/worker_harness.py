@@ -15,7 +15,6 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -52,12 +51,9 @@ class Bench:
         return worker
 
     async def close(self, worker: Worker) -> None:
-        """Close a worker, and collect its launcher when that has ended, as PID 1 would."""
-        launchers = launchers_of(os.getpid())
+        """Close a worker."""
         self._open.remove(worker)
         await worker.close()
-        for pid in launchers:
-            await asyncio.to_thread(os.waitpid, pid, 0)
 
     async def finish(self) -> None:
         """Stop every job, close every worker; then nothing may be left."""
@@ -134,7 +130,7 @@ class Bench:
 
 @asynccontextmanager
 async def open_bench(directory: Path | None = None) -> AsyncIterator[Bench]:
-    """A bench; at the end no cgroup, scratch directory, process, descriptor or task may be more than before."""
+    """A bench; at the end there may be no cgroup, scratch directory, process, descriptor or task of it."""
     descriptors, tasks = open_descriptors(), asyncio.all_tasks()
     # not tmp_path: pytest keeps the last three, jobs write much, and a job has a /tmp of its own
     own = Path(tempfile.mkdtemp(prefix="pjw-test-", dir="/var/lib")) if directory is None else directory
@@ -310,8 +306,8 @@ class WorkerProcess:
             os.close(with_pidfd)
 
 
-async def _serve(state: str, settings: dict[str, int]) -> None:
-    worker = await Worker.open(state, WorkerSettings(**settings))
+async def _serve(state: str, settings: WorkerSettings) -> None:
+    worker = await Worker.open(state, settings)
     requests = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(
         lambda: asyncio.StreamReaderProtocol(requests), sys.stdin
@@ -326,18 +322,15 @@ async def _serve(state: str, settings: dict[str, int]) -> None:
 
 
 async def _answer(worker: Worker, request: dict[str, Any]) -> None:
-    match request.pop("do"):
-        case "start":
-            answer = {"started": (await start(worker, request["command"], **request["limits"])).id}
-        case "stop":
-            answer = {"stopped": (await worker.stop(request["id"], request["grace"])).id}
-        case "wait":
-            job = await worker.wait(request["id"])
-            answer = {"ended": job.id, "usage": asdict(job.usage) if job.usage else None}
-    print(json.dumps(answer), flush=True)
+    if request["do"] == "start":
+        job = await start(worker, request["command"], **request["limits"])
+        print(json.dumps({"started": job.id}), flush=True)
+    else:
+        job = await worker.stop(request["id"], request["grace"])
+        print(json.dumps({"stopped": job.id}), flush=True)
 
 
 NO_LIMITS: Final = Limits(**dict.fromkeys((name for name, _ in Limits().items()), 0))
 
 if __name__ == "__main__":
-    asyncio.run(_serve(sys.argv[1], json.loads(sys.argv[2])))
+    asyncio.run(_serve(sys.argv[1], WorkerSettings(**json.loads(sys.argv[2]))))

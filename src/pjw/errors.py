@@ -19,6 +19,7 @@ RESOURCE_ERRNOS: Final = frozenset(
         errno_names.ENOMEM,
     }
 )
+PROGRAM_SHOWN_CHARACTERS: Final = 200
 
 
 class PjwError(Exception):
@@ -49,7 +50,11 @@ class LaunchError(PjwError):
     """The command could not be executed: missing, or not executable. Carries errno."""
 
     def __init__(self, program: str, error: int) -> None:
-        super().__init__(f"cannot execute {program}: {describe_errno(error)}")
+        # it travels as a header of HTTP/2, which is small, and ends on a terminal
+        shown = program if program.isprintable() else ascii(program)
+        if len(shown) > PROGRAM_SHOWN_CHARACTERS:
+            shown = f"{shown[:PROGRAM_SHOWN_CHARACTERS]}..."
+        super().__init__(f"cannot execute {shown}: {describe_errno(error)}")
         self.program: Final = program
         self.errno: Final = error
 

@@ -11,7 +11,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from pjw.v1 import job_worker_pb2 as pb
-from tests.service import Service, wait_for
+from tests.service import Service, instance_cgroups, wait_for
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -83,5 +83,7 @@ def finish(service: Service) -> None:
     scratch = list((service.state / "scratch").iterdir())
     code = service.stop()
     log = service.log.read_text()
+    # the launcher ends when it sees that its server has
+    wait_for(lambda: not instance_cgroups(service.state), 10)
     assert (left, scratch, code) == ([], [], 0), log
     assert "Traceback" not in log, log

@@ -2,7 +2,7 @@
 
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import grpc
@@ -56,6 +56,29 @@ def test_a_long_argument_is_refused_by_pjw_where_the_kernel_allows_it_to_be_type
     )
     with pytest.raises(OSError, match="Argument list too long"):
         unchanged.pjw("start", "x" * MIB)
+
+
+def test_a_program_of_a_long_or_odd_name_is_refused_in_short_and_printable_words(unchanged: Service) -> None:
+    """The name is cut for the header that carries it, and escaped for the terminal that shows it."""
+    code, said = unchanged.refused("start", "x" * 100_000, "y")
+    assert (code, said) == (
+        126,
+        f"pjw: error: cannot execute {'x' * 200}...: file name too long (ENAMETOOLONG)\n",
+    )
+    code, said = unchanged.refused("start", "\033[31mno\nsuch", "y")
+    assert (code, said.count("\n"), "\033" in said) == (127, 1, False)
+
+
+def test_a_list_of_long_commands_is_whole(make_service: Callable[..., Service]) -> None:
+    """20 MB of commands come in pages that every client can take, in order and with none left out."""
+    service = make_service(clients=["alice"]).start()
+    request = pb.StartRequest(argv=pb.Argv(arguments=["true", *["x" * 100_000] * 5]))
+    with service.stub() as stub:
+        ids = [stub.Start(request).job.id for _ in range(40)]
+        page = stub.List(pb.ListRequest())
+        assert 0 < page.ByteSize() < 4 * MIB
+        assert page.next_page_token
+    assert service.ok("list").split() == [str(job_id) for job_id in ids]
 
 
 def test_the_longest_command_works(service: Service) -> None:

@@ -137,7 +137,7 @@ async def test_the_root_is_read_only(bench: Bench, worker: Worker) -> None:
 
 
 async def test_home_and_tmp_are_the_job_s_own(bench: Bench, worker: Worker) -> None:
-    """Both may be written, both are empty, and no other job sees what is in them, not even the same client's."""
+    """Both may be written and begin empty; no other job sees what is in them, not even the same client's."""
     job = await start_said(
         worker, "echo x > $HOME/home; echo x > /tmp/tmp; echo x > /dev/shm/shm; echo ok; exec sleep 60", b"ok"
     )
@@ -220,7 +220,8 @@ async def test_descriptors(worker: Worker) -> None:
     assert found["0"] == "/dev/null"
     # ls writes to a pipe of the shell
     assert found["2"].startswith("pipe:")
-    own = "sorted((int(n), stat.S_ISFIFO(os.fstat(int(n)).st_mode)) for n in os.listdir('/proc/self/fd') if attempt(os.fstat, int(n)) != 9)"
+    opened = "[int(n) for n in os.listdir('/proc/self/fd') if attempt(os.fstat, int(n)) != 9]"
+    own = f"[[n, stat.S_ISFIFO(os.fstat(n).st_mode)] for n in sorted({opened})]"
     assert await ask(worker, own) == [[0, False], [1, True], [2, True]]
 
 
@@ -260,7 +261,7 @@ async def test_hidden_paths_are_hidden(bench: Bench) -> None:
 
 
 async def test_other_jobs_are_out_of_reach(bench: Bench, worker: Worker) -> None:
-    """Neither another client's nor the same client's job can be seen or signalled; kill -1 ends only oneself."""
+    """No job, another client's or the same one's, can be signalled; kill -1 ends only oneself."""
     victims = [await start(worker, ["sleep", "60"], client=client) for client in ("same", "other")]
     pids = bench.processes()
     assert len(pids) == 2
@@ -282,9 +283,9 @@ async def test_limits_cannot_be_lifted(worker: Worker) -> None:
         "/",
         *(line.rstrip("\n").split(":", 2)[2] for line in Path("/proc/self/cgroup").read_text().splitlines()),
     }
-    assert await ask(worker, "attempt(write, '/proc/self/oom_score_adj', '-1000')") == 13
+    assert await ask(worker, "attempt(write, '/proc/self/oom_score_adj', '-1000')") in (1, 13)
     assert await ask(worker, "attempt(write, '/proc/self/oom_score_adj', '0')") is None
-    assert await ask(worker, "attempt(os.nice, -5)") == 1
+    assert await ask(worker, "attempt(os.nice, -5)") in (1, 13)
 
 
 async def test_sys_and_proc_cannot_be_written(worker: Worker) -> None:

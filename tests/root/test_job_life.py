@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pjw.errors import InvalidJobError, JobNotFoundError, KernelError, LaunchError
+from pjw.errors import InvalidJobError, JobNotFoundError, KernelError, LaunchError, describe_errno
 from pjw.model import EndReason, ExitStatus, JobSpec, JobState
 from pjw.worker import Worker
 from tests.worker_harness import (
@@ -42,7 +42,8 @@ def daemon(keep):
     if not keep: os.closerange(0, 3)
 def stubborn():
     for number in range(1, 32):
-        if number not in (signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD): signal.signal(number, signal.SIG_IGN)
+        if number not in (signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_IGN)
 ready, done = os.pipe()
 branch(lambda: None)
 branch(os.setpgrp)
@@ -121,7 +122,12 @@ async def test_a_job_may_close_its_output(bench: Bench, worker: Worker) -> None:
 
 async def test_a_job_may_truncate_its_stdout(worker: Worker) -> None:
     """Truncation of stdout is refused to the job (it is a pipe) and takes nothing away."""
-    script = "import os\nos.write(1, b'kept')\ntry: os.ftruncate(1, 0)\nexcept OSError as e: os.write(1, b' %d' % e.errno)"
+    script = """
+import os
+os.write(1, b'kept')
+try: os.ftruncate(1, 0)
+except OSError as error: os.write(1, b' %d' % error.errno)
+"""
     job, output = await run(worker, python(script))
     assert (output, job.exit_status) == (b"kept %d" % errno.EINVAL, ExitStatus(code=0))
     assert (await run(worker, "echo one; : > /dev/stdout; echo two"))[1] == b"one\ntwo\n"
@@ -242,7 +248,8 @@ async def test_what_cannot_be_executed(
     with pytest.raises(LaunchError) as caught:
         await start(worker, [program])
     assert (caught.value.program, caught.value.errno) == (program, error)
-    assert str(caught.value).startswith(f"cannot execute {program}: ")
+    assert str(caught.value).startswith(f"cannot execute {program[:50]}")
+    assert str(caught.value).endswith(f": {describe_errno(error)}")
     assert nothing_made(bench) == []
     assert await worker.list() == []
     assert worker.live_count == 0
@@ -273,7 +280,7 @@ async def test_a_step_of_the_launcher_that_fails(bench: Bench, worker: Worker) -
     """A scratch directory that is there already: a typed error that names the step, and nothing half made."""
     (bench.state / "scratch" / "1").mkdir()
     with pytest.raises(
-        KernelError, match="cannot make the scratch directory .*/scratch/1: file exists"
+        KernelError, match=r"cannot make the scratch directory .*/scratch/1: file exists"
     ) as caught:
         await start(worker, ["true"])
     assert caught.value.errno == errno.EEXIST
@@ -297,7 +304,7 @@ async def test_a_cgroup_that_is_there_already(bench: Bench, worker: Worker) -> N
 
 
 async def test_a_step_of_init_that_fails(bench: Bench) -> None:
-    """A path to hide that cannot be looked up (ELOOP): the error names step and errno; nothing is half made."""
+    """A path to hide that cannot be looked up (ELOOP): the error names step and errno; nothing is left."""
     (bench.directory / "loop").symlink_to("loop")
     worker = await bench.open(hidden_paths=(str(bench.directory / "loop"),))
     before = open_descriptors()

@@ -1,4 +1,4 @@
-"""kill -9 of the worker, the launcher and init: what runs goes on, what ended is known, nothing is guessed."""
+"""kill -9 of worker, launcher and init: what runs goes on, what ended is known, nothing is guessed."""
 
 import asyncio
 import os
@@ -80,7 +80,7 @@ async def test_a_running_job_is_adopted(bench: Bench, both: bool) -> None:
 
 @pytest.mark.parametrize("both", [False, True])
 async def test_a_job_that_ended_meanwhile(bench: Bench, both: bool) -> None:
-    """Its output is whole; its code, its end, its usage and an OOM kill are known, as if somebody had watched."""
+    """Its output is whole; code, signal, usage and OOM kill are known, as if somebody had watched."""
     first = WorkerProcess(bench)
     big = 4 * MIB
     code = first.start(ASK + f"echo ready; read x <&3; head -c {big} /dev/zero; exit 9")
@@ -127,7 +127,7 @@ async def _readable(descriptor: int) -> None:
 @pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("answered", [0, 1, 5, 11])
 async def test_killed_in_mid_launch(bench: Bench, answered: int, both: bool) -> None:
-    """12 starts under way: what was acknowledged is there and runs, all else is over or gone, no id comes twice."""
+    """12 starts under way: what was acknowledged runs, all else is over or gone, no id comes twice."""
     first = WorkerProcess(bench)
     for number in range(12):
         first.write(do="start", command=f"echo job {number}; exec sleep 60", limits={})
@@ -200,7 +200,7 @@ async def test_killed_again_and_again(bench: Bench) -> None:
 
 
 async def test_limits_survive(bench: Bench) -> None:
-    """An adopted job keeps its limits: the cgroup is the same, and the time and output limits still end it."""
+    """An adopted job keeps its limits: its cgroup is the same, time and output limits still end it."""
     first = WorkerProcess(bench)
     slow = first.start("exec sleep 60", time_max_seconds=2)
     loud = first.start(ASK + "echo ready; read x <&3; yes", output_max_bytes=1000)
@@ -290,7 +290,7 @@ async def test_the_launcher_dies_in_mid_launch(bench: Bench, turns: int) -> None
 
 
 async def test_a_stopped_launcher_holds_up_only_what_needs_it(bench: Bench) -> None:
-    """While the launcher is frozen, output flows and get answers; what was asked of it is done when it thaws."""
+    """While the launcher is frozen, output flows and get answers; a start is done when it thaws."""
     worker = await bench.open()
     job = await start_said(worker, COUNT, b"ready\n")
     (launcher,) = launchers_of(os.getpid())
@@ -360,7 +360,7 @@ async def test_a_frozen_init_is_killed_in_the_end(bench: Bench, monkeypatch: pyt
 
 
 async def test_a_lost_table_leaves_no_job(bench: Bench) -> None:
-    """Jobs that no table knows, because it was taken away, are ended and removed: nobody could ask for them."""
+    """Jobs that no table knows, as it was taken away, are ended and removed: nobody could ask for them."""
     first = WorkerProcess(bench)
     for _ in range(3):
         first.start("exec sleep 1000")

@@ -43,7 +43,7 @@ class Follower:
         self.may_read = threading.Event()
         self.may_read.set()
         self._digest: Final = hashlib.sha256()
-        self._thread: Final = threading.Thread(target=self._run, args=(service, job_id, offset))
+        self._thread: Final = threading.Thread(target=self._run, args=(service, job_id, offset), daemon=True)
         self._error: BaseException | None = None
         self._thread.start()
 

@@ -15,12 +15,12 @@ from pjw.errors import (
     ConfigError,
     InvalidJobError,
     JobNotFoundError,
-    LaunchError,
     LauncherGoneError,
+    LaunchError,
     LimitReachedError,
     OffsetError,
 )
-from pjw.model import EndReason, ExitStatus, JobSpec, JobState, Limits
+from pjw.model import EndReason, ExitStatus, JobState, Limits
 from pjw.worker import Worker
 from tests.worker_harness import (
     ASK,
@@ -163,7 +163,7 @@ async def test_unknown_ids_are_not_found(worker: Worker, job_id: int) -> None:
     """No number is too small, too large or too negative for a plain answer."""
     for call in (worker.get, worker.wait, worker.stop):
         with pytest.raises(JobNotFoundError):
-            await call(job_id)  # type: ignore[operator]
+            await call(job_id)
     with pytest.raises(JobNotFoundError):
         await anext(worker.logs(job_id))
 
@@ -306,7 +306,7 @@ async def test_a_client_name_is_only_data(worker: Worker) -> None:
 async def test_two_workers_cannot_share_a_state_directory(bench: Bench) -> None:
     """The second is told who has it, and the first goes on."""
     worker = await bench.open()
-    with pytest.raises(ConfigError, match="jobs.sqlite is in use by another pjwd"):
+    with pytest.raises(ConfigError, match=r"jobs\.sqlite is in use by another pjwd"):
         await Worker.open(str(bench.state), bench.settings)
     assert (await run(worker, ["echo", "still here"]))[1] == b"still here\n"
 

@@ -36,7 +36,7 @@ def test_good_client_connects(clients: dict[str, str | None], name: str) -> None
     """What diagnose_client finds nothing wrong with is accepted by grpc, and gives its name."""
     pem = clients[name]
     assert pem is not None
-    assert identity_of(pem.encode())
+    assert identity_of(pem.encode()).client_name
 
 
 @pytest.mark.parametrize("name", ODD_CLIENTS)

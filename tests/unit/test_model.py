@@ -31,7 +31,7 @@ NAMES = [name for name, _ in Limits().items()]
     ],
 )
 def test_what_is_executed_and_shown(command: str | list[str], argv: tuple[str, ...], display: str) -> None:
-    """A string goes to the shell as one argument; a sequence stays as it is and is shown as it could be typed."""
+    """A string goes to the shell as one argument; a sequence stays as it is, shown as it could be typed."""
     spec = JobSpec(command)
     assert (spec.argv, spec.display) == (argv, display)
 
@@ -39,7 +39,7 @@ def test_what_is_executed_and_shown(command: str | list[str], argv: tuple[str, .
 @pytest.mark.parametrize("command", ["", " ", "\t\n", [], (), [""], ["", "x"]])
 def test_an_empty_command(command: str | list[str]) -> None:
     """Nothing, blanks, or no name to execute."""
-    with pytest.raises(InvalidJobError, match="^the command is empty$"):
+    with pytest.raises(InvalidJobError, match=r"^the command is empty$"):
         JobSpec(command)
 
 
@@ -85,7 +85,7 @@ def test_the_range_of_a_limit(name: str) -> None:
         assert getattr(Limits().with_overrides({name: good}), name) == good
     for bad in (-1, LIMIT_MAXIMUM + 1, 2**64, True, 1.0, "1", None, *range(1, min(least, 3))):
         with pytest.raises(InvalidJobError, match=f"^limit {name} must be "):
-            Limits().with_overrides({name: bad})  # type: ignore[dict-item]
+            Limits().with_overrides({name: bad})
     if least > 1:
         with pytest.raises(InvalidJobError, match=f"at least {least}, not {least - 1}"):
             Limits().with_overrides({name: least - 1})
@@ -99,7 +99,7 @@ def test_an_unknown_limit() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_ceiling(name: str) -> None:
-    """As much is allowed, more is not, and no limit is more than any number; without a ceiling all is allowed."""
+    """As much is allowed, more is not, and no limit is more than any number; without a ceiling all is."""
     unlimited = Limits(**dict.fromkeys(NAMES, 0))
     ceiling = unlimited.with_overrides({name: 1000 * 1000 * 10})
     for value, above in (

@@ -5,6 +5,7 @@ import sqlite3
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -140,8 +141,8 @@ def test_a_file_that_is_no_table(path: Path, content: bytes) -> None:
 
 def test_a_table_in_use(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second process is refused, and told that."""
-    connect = sqlite3.connect
-    monkeypatch.setattr(sqlite3, "connect", lambda *args, **kwargs: connect(*args, timeout=0.1, **kwargs))
+    # it waits for a predecessor that is ending, and need not here
+    monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, timeout=0.1))
     first = JobStore(str(path))
     with pytest.raises(ConfigError, match="is in use by another pjwd"):
         JobStore(str(path))
@@ -156,8 +157,7 @@ async def test_a_full_disk(store: JobStore) -> None:
     pages = store._db.execute("PRAGMA page_count").fetchone()[0]
     store._db.execute(f"PRAGMA max_page_count = {pages}")
     with pytest.raises(LimitReachedError, match="no space is left for the job table"):
-        for _ in range(1000):
-            await store.add("alice", "x" * 10_000, Limits())
+        await asyncio.gather(*(store.add("alice", "x" * 10_000, Limits()) for _ in range(100)))
     assert await store.get(job.id) == job
     store._db.execute("PRAGMA max_page_count = 1000000")
     assert (await store.add("alice", "x" * 10_000, Limits())).id > job.id

@@ -19,7 +19,8 @@ async def follow(log: OutputLog, offset: int = 0) -> AsyncGenerator[bytes, None]
     """Yield every byte from *offset* on; return once the output has ended.
 
     Raises OffsetError when *offset* lies beyond the end of what is there, and LauncherGoneError
-    when the worker closes before the end. No polling: waits on inotify. A slow reader costs nobody anything: bytes stay in the file until it asks.
+    when the worker closes before the end. No polling: waits on inotify. A slow reader costs
+    nobody anything: bytes stay in the file until it asks.
     """
     loop = asyncio.get_running_loop()
     with log.open() as descriptor, log.changes() as changed:

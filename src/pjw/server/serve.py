@@ -18,6 +18,7 @@ from pjw.errors import ConfigError
 from pjw.server.guard import Guard
 from pjw.server.service import JobWorkerService
 from pjw.worker import Worker, WorkerSettings
+from pjw.worker.launcher_process import LauncherProcess
 from pjw.worker.state_dir import StateDir
 
 # How long running calls may take to end when the server drains; followers end at once.
@@ -54,14 +55,14 @@ class Serving:
     settings: WorkerSettings
 
 
-def run(serving: Serving, state: StateDir, requests: socket.socket) -> int:
+def run(serving: Serving, state: StateDir, launcher: LauncherProcess) -> int:
     """Serve until SIGTERM or SIGINT; the exit code. Raises PjwError when it cannot listen."""
-    return asyncio.run(_run(serving, state, requests))
+    return asyncio.run(_run(serving, state, launcher))
 
 
-async def _run(serving: Serving, state: StateDir, requests: socket.socket) -> int:
+async def _run(serving: Serving, state: StateDir, launcher: LauncherProcess) -> int:
     host = serving.host
-    async with Worker(state, requests, serving.settings) as worker:
+    async with Worker(state, launcher, serving.settings) as worker:
         await worker.adopt()
         guard = Guard(serving.client_name_oid)
         server = grpc.aio.server(options=OPTIONS)

@@ -12,6 +12,7 @@ from pjw.rpc.convert import job_to_message, spec_from_message
 from pjw.server.guard import Guard
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker import Worker
+from pjw.worker.store import page_is_full
 from pjw.worker.worker import PAGE_MAX
 
 SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["JobWorkerService"].full_name
@@ -51,7 +52,7 @@ class JobWorkerService:
         """Show a page of the caller's jobs."""
         count = request.page_size if 0 < request.page_size < PAGE_MAX else PAGE_MAX
         jobs = await self._worker.list(caller.client_name, _after(request.page_token), count)
-        token = str(jobs[-1].id) if len(jobs) == count else ""
+        token = str(jobs[-1].id) if page_is_full(jobs, count) else ""
         return pb.ListResponse(jobs=[job_to_message(job) for job in jobs], next_page_token=token)
 
     async def stop(self, request: pb.StopRequest, caller: Identity) -> pb.StopResponse:

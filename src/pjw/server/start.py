@@ -19,7 +19,7 @@ from typing import Final
 from pjw.certs.credentials import load_server_credentials
 from pjw.certs.files import key_exposure
 from pjw.certs.tls import require_tls13_environment
-from pjw.errors import ConfigError
+from pjw.errors import ConfigError, describe_errno
 from pjw.server.config import load_config
 from pjw.worker.launcher_process import require_root, start_launcher
 from pjw.worker.settings import UID_FIRST
@@ -65,7 +65,7 @@ def serve(options: ServeOptions) -> int:
     os.umask(0o077)
 
     state = StateDir(options.state_dir, uid)
-    requests = start_launcher(state.path, settings)
+    launcher = start_launcher(state.path, settings)
 
     require_tls13_environment()
     os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
@@ -74,7 +74,7 @@ def serve(options: ServeOptions) -> int:
 
     preload_modules()
     drop_privilege(uid)
-    return run(Serving(options.host, options.port, credentials, config.client_name_oid, settings), state, requests)
+    return run(Serving(options.host, options.port, credentials, config.client_name_oid, settings), state, launcher)
 
 
 def server_uid(user: str | None) -> int:
@@ -95,9 +95,15 @@ def server_uid(user: str | None) -> int:
 
 def drop_privilege(uid: int) -> None:
     """Become *uid* for good: no groups, no capabilities, nothing to be gained by an exec."""
-    os.setgroups([])
-    os.setresgid(uid, uid, uid)
-    os.setresuid(uid, uid, uid)
+    try:
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot become user {uid}: {describe_errno(error.errno or 0)}",
+            hint="this takes the capabilities CAP_SETUID and CAP_SETGID",
+        ) from error
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
         raise ConfigError(f"cannot set no_new_privs: {os.strerror(ctypes.get_errno())}")

@@ -22,22 +22,24 @@ from pjw.errors import (
 )
 from pjw.launcher import protocol
 from pjw.model import Limits, Usage
+from pjw.worker.launcher_process import LauncherProcess
 
 
 
 class LauncherClient:
     """The worker's end of the socket. Requests may overlap; replies find theirs by number."""
 
-    def __init__(self, requests: socket.socket) -> None:
-        """Take a connected socket over; call from a running event loop."""
-        requests.setblocking(False)
-        self._socket: Final = requests
+    def __init__(self, launcher: LauncherProcess) -> None:
+        """Take a launcher over; call from a running event loop."""
+        launcher.requests.setblocking(False)
+        self._socket: Final = launcher.requests
+        self._pidfd: Final = launcher.pidfd
         self._loop: Final = asyncio.get_running_loop()
         self._seq = 0
         self._waiting: Final[dict[int, asyncio.Future[tuple[protocol.Reply, list[int]]]]] = {}
         self._unsent: Final[deque[tuple[bytes, list[int]]]] = deque()
         self.gone: Final = asyncio.Event()
-        self._loop.add_reader(requests, self._on_readable)
+        self._loop.add_reader(self._socket, self._on_readable)
 
     def close(self) -> None:
         """Hang up; the launcher ends, and running jobs go on."""
@@ -53,6 +55,12 @@ class LauncherClient:
                 waiting.set_exception(LauncherGoneError("the launcher has gone; running jobs go on"))
         self._waiting.clear()
 
+    async def join(self) -> None:
+        """After `close`: wait until the launcher has ended, and collect it."""
+        await readable(self._pidfd)
+        os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
+        os.close(self._pidfd)
+
     async def request_launch(
         self, job_id: int, uid: int, limits: Limits, program: str, descriptors: list[int]
     ) -> tuple[int, int]:
@@ -62,7 +70,7 @@ class LauncherClient:
         """
         try:
             reply, fds = await self._request(protocol.Launch(job_id, uid, limits), descriptors)
-        except _ExecRefused as error:
+        except _ExecRefusedError as error:
             raise LaunchError(program, error.errno) from None
         if not isinstance(reply, protocol.Launched) or len(fds) != 1:
             raise ProtocolError("the launcher answered a launch with something else")
@@ -168,7 +176,7 @@ class LauncherClient:
         waiting.set_result((reply, fds))
 
 
-class _ExecRefused(PjwError):
+class _ExecRefusedError(PjwError):
     """The launch got as far as exec, which failed."""
 
     def __init__(self, error: int) -> None:
@@ -180,7 +188,7 @@ def _error_of(refused: protocol.Refused) -> PjwError:
     hint = refused.hint or None
     match refused.kind:
         case "exec":
-            return _ExecRefused(refused.errno)
+            return _ExecRefusedError(refused.errno)
         case "kernel" if refused.errno in RESOURCE_ERRNOS:
             error = KernelError(refused.operation, refused.subject, refused.errno, hint=hint)
             return LimitReachedError(str(error), hint=hint)
@@ -194,6 +202,17 @@ def _error_of(refused: protocol.Refused) -> PjwError:
             return ConfigError(refused.operation, hint=hint)
         case _:
             return ProtocolError(f"the launcher refused for an unknown kind of reason, {refused.kind!r}")
+
+
+async def readable(descriptor: int) -> None:
+    """Wait until a descriptor is readable: a pidfd is when its process has ended."""
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(descriptor, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(descriptor)
 
 
 def _drop_reply(future: asyncio.Future[tuple[protocol.Reply, list[int]]]) -> None:

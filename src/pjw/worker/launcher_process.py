@@ -3,6 +3,7 @@
 import os
 import socket
 import sys
+from dataclasses import dataclass
 from typing import Final
 
 from pjw.errors import ConfigError, KernelError, ProtocolError
@@ -14,6 +15,14 @@ _REQUESTS_FD: Final = 3
 _GREETING_SECONDS: Final = 20
 
 
+@dataclass(frozen=True, slots=True)
+class LauncherProcess:
+    """A launcher that is ready: its end of the conversation, and itself, our child."""
+
+    requests: socket.socket
+    pidfd: int
+
+
 def require_root() -> None:
     """Raises ConfigError unless this process is root."""
     if os.geteuid() != 0:
@@ -23,8 +32,8 @@ def require_root() -> None:
         )
 
 
-def start_launcher(state_dir: str, settings: WorkerSettings) -> socket.socket:
-    """Start the launcher and tell it its policy; give the socket for requests.
+def start_launcher(state_dir: str, settings: WorkerSettings) -> LauncherProcess:
+    """Start the launcher and tell it its policy.
 
     Must run as root and before gRPC is imported, whose threads make children die before
     exec. Raises ConfigError or KernelError when this host does not allow it.
@@ -34,7 +43,7 @@ def start_launcher(state_dir: str, settings: WorkerSettings) -> socket.socket:
     with theirs:
         # -I: neither the environment nor the current directory nor the user's site-packages
         # can slip code into the process that stays root. The empty environment is its own.
-        os.posix_spawn(
+        pid = os.posix_spawn(
             sys.executable,
             [sys.executable, "-I", "-m", "pjw.launcher"],
             {},
@@ -48,8 +57,9 @@ def start_launcher(state_dir: str, settings: WorkerSettings) -> socket.socket:
         _greet(ours, state_dir, settings)
     except BaseException:
         ours.close()
+        os.waitpid(pid, 0)  # it ends when we hang up
         raise
-    return ours
+    return LauncherProcess(ours, os.pidfd_open(pid))
 
 
 def _greet(requests: socket.socket, state_dir: str, settings: WorkerSettings) -> None:

@@ -37,6 +37,9 @@ CREATE TABLE jobs (
 CREATE INDEX jobs_of_client ON jobs (client_name, id);
 CREATE INDEX jobs_alive ON jobs (id) WHERE state IS NULL;
 """
+# A page of long commands ends early, so that it fits into the 4 MiB that gRPC's clients take, and
+# that nobody's list fills the memory: a command may have half a megabyte.
+PAGE_CHARACTERS: Final = 256 * 1024
 _COLUMNS: Final = "id, client_name, command, limits, start_ns, state, end_ns, exit_code, signal, reason, usage"
 _Row = tuple[int, str, str, str, int, str | None, int | None, int | None, int | None, str | None, str | None]
 
@@ -52,7 +55,7 @@ class JobStore:
     """
 
     def __init__(self, path: str) -> None:
-        """Open or create the table. Raises ConfigError when another process uses it, or a newer pjw wrote it."""
+        """Open or create the table. Raises ConfigError when it is in use, or a newer pjw wrote it."""
         self._path: Final = path
         self._thread: Final = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pjw-store")
         self._db: Final = self._guarded(self._open)
@@ -155,15 +158,21 @@ class JobStore:
         return _job(row) if row else None
 
     async def page(self, client_name: str | None, after: int, count: int) -> list[Job]:
-        """The next *count* jobs behind id *after*, of one client or of all."""
+        """The next jobs behind id *after*, of one client or of all: *count*, or fewer when they are long."""
         return await self._run(self._page, client_name, after, count)
 
     def _page(self, client_name: str | None, after: int, count: int) -> list[Job]:
         whose, arguments = ("client_name = ? AND", (client_name,)) if client_name is not None else ("", ())
-        rows = self._db.execute(
-            f"SELECT {_COLUMNS} FROM jobs WHERE {whose} id > ? ORDER BY id LIMIT ?", (*arguments, after, count)
-        )
-        return [_job(row) for row in rows]
+        query = f"SELECT {_COLUMNS} FROM jobs WHERE {whose} id > ? ORDER BY id LIMIT ?"
+        jobs: list[Job] = []
+        characters = 0
+        with closing(self._db.execute(query, (*arguments, after, count))) as rows:
+            for row in rows:
+                jobs.append(_job(row))
+                characters += len(jobs[-1].command)
+                if characters >= PAGE_CHARACTERS:
+                    break
+        return jobs
 
     async def alive(self) -> list[Job]:
         """The jobs whose end has not been written down."""
@@ -191,6 +200,11 @@ class JobStore:
             if code == sqlite3.SQLITE_FULL:
                 raise LimitReachedError(f"no space is left for the job table {self._path}") from error
             raise KernelError("use the job table", f"{self._path} ({error})", 0) from error
+
+
+def page_is_full(jobs: list[Job], count: int) -> bool:
+    """Whether a page ended because it was long enough, so that more may come."""
+    return len(jobs) == count or sum(len(job.command) for job in jobs) >= PAGE_CHARACTERS
 
 
 def to_ns(time: datetime) -> int:

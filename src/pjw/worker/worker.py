@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import os
-import socket
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from typing import Any, Final, Self
@@ -18,8 +17,8 @@ from pjw.errors import (
 from pjw.model import Job, JobSpec, JobState, Limits, Usage
 from pjw.output import Inotify, OutputLog, follow
 from pjw.worker.job import LiveJob
-from pjw.worker.launcher_client import LauncherClient
-from pjw.worker.launcher_process import require_root, start_launcher
+from pjw.worker.launcher_client import LauncherClient, readable
+from pjw.worker.launcher_process import LauncherProcess, require_root, start_launcher
 from pjw.worker.record import parse_record
 from pjw.worker.settings import WorkerSettings
 from pjw.worker.state_dir import StateDir
@@ -44,11 +43,11 @@ class Worker:
     the same state directory finds them.
     """
 
-    def __init__(self, state: StateDir, requests: socket.socket, settings: WorkerSettings) -> None:
-        """Take over an open state directory and the launcher's socket; `open` does it all."""
+    def __init__(self, state: StateDir, launcher: LauncherProcess, settings: WorkerSettings) -> None:
+        """Take over an open state directory and a launcher; `open` does it all."""
         self._state: Final = state
         self._settings: Final = settings
-        self._launcher: Final = LauncherClient(requests)
+        self._launcher: Final = LauncherClient(launcher)
         self._inotify: Final = Inotify()
         self._live: Final[dict[int, LiveJob]] = {}
         self._tasks: Final[set[asyncio.Task[None]]] = set()
@@ -64,11 +63,11 @@ class Worker:
         settings = settings or WorkerSettings()
         state = StateDir(state_dir, os.geteuid())
         try:
-            requests = start_launcher(state.path, settings)
+            launcher = start_launcher(state.path, settings)
         except BaseException:
             state.close()
             raise
-        worker = cls(state, requests, settings)
+        worker = cls(state, launcher, settings)
         await worker.adopt()
         return worker
 
@@ -79,7 +78,7 @@ class Worker:
         await self.close()
 
     async def close(self) -> None:
-        """Let go of everything. Running jobs go on; whoever waits for one or follows it gets LauncherGoneError."""
+        """Let go of everything. Running jobs go on; who waits for one or follows it gets LauncherGoneError."""
         for live in self._live.values():
             live.unwatch()
             live.output.abandon()
@@ -88,6 +87,7 @@ class Worker:
         self._launcher.close()
         # launches under way end by that, and may still want the table
         await asyncio.gather(*self._tasks, *self._launches, return_exceptions=True)
+        await self._launcher.join()
         self._inotify.close()
         self._state.close()
 
@@ -289,7 +289,10 @@ class Worker:
         return job
 
     async def list(self, owner: str | None = None, after: int = 0, count: int = PAGE_MAX) -> list[Job]:
-        """The jobs behind id *after*, in the order of their ids, at most *count*."""
+        """The jobs behind id *after*, in the order of their ids: *count*, or fewer when they are long.
+
+        `page_is_full` (worker/store.py) tells whether there may be more behind the last one.
+        """
         page = await self._state.store.page(owner, after, count)
         return [self._live[job.id].job if job.id in self._live else job for job in page]
 
@@ -370,7 +373,7 @@ class Worker:
         if pidfd is not None:
             await self._launcher.request_kill(job_id, init_too=True)
             with os.fdopen(pidfd, "rb", closefd=True):
-                await _readable(pidfd)
+                await readable(pidfd)
         await self._launcher.request_remove(job_id)
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
@@ -393,16 +396,6 @@ async def _within(seconds: float, event: asyncio.Event) -> bool:
     except TimeoutError:
         return False
     return True
-
-
-async def _readable(descriptor: int) -> None:
-    loop = asyncio.get_running_loop()
-    ready = asyncio.Event()
-    loop.add_reader(descriptor, ready.set)
-    try:
-        await ready.wait()
-    finally:
-        loop.remove_reader(descriptor)
 
 
 def _argv_file(argv: tuple[str, ...]) -> int:
