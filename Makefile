@@ -9,7 +9,7 @@ help:
 	@echo 'make test       all tests; as root those of the kernel too (TESTS=tests/unit: only those)'
 	@echo 'make test-slow  the tests that take minutes'
 	@echo 'make test-vm    the tests of the kernel and of systemd on cgroup v2, in the virtual machine $$PJW_VM'
-	@echo 'make check      ruff, mypy, import-linter, generated code, buf'
+	@echo 'make check      ruff, mypy, import-linter, generated code, shellcheck, buf'
 	@echo 'make sanitize   pjw-init with ASan and UBSan under its tests'
 	@echo 'make coverage   all tests, and which lines they did not reach'
 	@echo 'make format     format the source'
