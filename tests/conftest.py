@@ -7,7 +7,9 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add --root."""
-    parser.addoption("--root", action="store_true", help="run the tests that need root; fail if they cannot run")
+    parser.addoption(
+        "--root", action="store_true", help="run the tests that need root; fail if they cannot run"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

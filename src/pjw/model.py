@@ -40,6 +40,7 @@ class JobState(StrEnum):
 
     @property
     def final(self) -> bool:
+        """Whether nothing can happen to the job any more."""
         return self in (JobState.EXITED, JobState.LOST)
 
 
@@ -145,7 +146,8 @@ class JobSpec:
             total += size + 1
         if total > ARGUMENTS_MAX_BYTES:
             raise InvalidJobError(
-                f"the command is {total} bytes long with all its arguments; at most {ARGUMENTS_MAX_BYTES} are allowed"
+                f"the command is {total} bytes long with all its arguments;"
+                f" at most {ARGUMENTS_MAX_BYTES} are allowed"
             )
 
     @property

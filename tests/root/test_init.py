@@ -212,7 +212,8 @@ def test_hidden_paths_are_unreadable(init: Harness, visible: Path, scratch: Path
     options = [word for path in (*hidden, str(visible / "scratch")) for word in ("--hide", path)]
     options += ("--scratch", str(scratch))
     job = init.sh(
-        f"cd {visible}; cat directory/key; ls directory; cat file; cat target; echo x > file; cat missing; echo x > ~/ok",
+        f"cd {visible}; cat directory/key; ls directory; cat file; cat target; echo x > file; cat missing;"
+        " echo x > ~/ok",
         options=options,
     )
     assert "secret" not in job.text
@@ -228,7 +229,8 @@ def test_a_user_namespace_uncovers_nothing(init: Harness, visible: Path) -> None
     job = init.sh(
         f"unshare -Urm sh -c 'umount {visible}; umount -l {visible}; umount /proc; umount /run;"
         f" mkdir /tmp/m; mount --bind /var /tmp/m; mount --bind /var/lib /tmp/m; mount -o remount,rw /;"
-        f" mount -o remount,bind,rw {visible}; cat {visible}/key /tmp/m/lib/{visible.name}/key /tmp/m/{visible.name}/key;"
+        f" mount -o remount,bind,rw {visible};"
+        f" cat {visible}/key /tmp/m/lib/{visible.name}/key /tmp/m/{visible.name}/key;"
         f" touch {visible}/x /etc/x; true'; echo done",
         options=("--hide", str(visible)),
     )
@@ -328,7 +330,8 @@ def test_the_host_name_is_the_jobs(init: Harness) -> None:
 def test_oom_score_cannot_be_lowered(init: Harness) -> None:
     """A command is at oom_score_adj 0 and cannot hide from the OOM killer."""
     job = init.sh(
-        "cat /proc/self/oom_score_adj; echo 100 > /proc/$$/oom_score_adj; echo 0 > /proc/$$/oom_score_adj; echo -1 > /proc/$$/oom_score_adj; cat /proc/$$/oom_score_adj"
+        "cat /proc/self/oom_score_adj; for score in 100 0 -1; do echo $score > /proc/$$/oom_score_adj; done;"
+        " cat /proc/$$/oom_score_adj"
     )
     assert job.text.split()[0] == "0"
     assert job.text.split()[-1] == "0"
@@ -342,12 +345,14 @@ def test_init_is_out_of_the_jobs_reach(init: Harness) -> None:
         "    try: action(*arguments)\n"
         "    except PermissionError: print('refused')\n"
         "    else: print('done', action, arguments)\n"
-        "for number in (signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM, signal.SIGQUIT, 0): attempt(os.kill, 1, number)\n"
+        "for number in (signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM, signal.SIGQUIT, 0):\n"
+        "    attempt(os.kill, 1, number)\n"
         "for name in ('root', 'cwd', 'exe'): attempt(os.readlink, '/proc/1/' + name)\n"
         "for name in ('fd', 'map_files'): attempt(os.listdir, '/proc/1/' + name)\n"
         "for name in ('environ', 'mem', 'maps', 'stack'): attempt(open, '/proc/1/' + name)\n"
         "libc = ctypes.CDLL(None, use_errno=True)\n"
-        "for request in (16, 0x4206): print('refused' if libc.ptrace(request, 1, None, None) < 0 else 'traced')"
+        "for request in (16, 0x4206):\n"
+        "    print('refused' if libc.ptrace(request, 1, None, None) < 0 else 'traced')"
     )
     assert job.text.split() == ["refused"] * 16
     assert job.end == "exited 0 none"
@@ -368,7 +373,8 @@ def test_the_session_keyring_is_the_jobs_own(init: Harness) -> None:
 def test_a_command_that_asks_init_to_trace_it_goes_on(init: Harness) -> None:
     """Its stops are no ends: before this was told apart, the first one ended the job with a false status."""
     job = init.python(
-        "import ctypes, subprocess; ctypes.CDLL(None).ptrace(0, 0, 0, 0); subprocess.run(['true']); print('x')"
+        "import ctypes, subprocess; ctypes.CDLL(None).ptrace(0, 0, 0, 0)\n"
+        "subprocess.run(['true']); print('x')"
     )
     assert (job.end, job.text) == ("exited 0 none", "x\n")
 
@@ -383,7 +389,9 @@ def test_orphans_are_reaped(init: Harness) -> None:
         "        os._exit(0)\n"
         "    os.wait()\n"
         "deadline = time.monotonic() + 30\n"
-        "while (left := sorted(int(n) for n in os.listdir('/proc') if n.isdigit())) != [1, 2] and time.monotonic() < deadline: pass\n"
+        "left = None\n"
+        "while left != [1, 2] and time.monotonic() < deadline:\n"
+        "    left = sorted(int(n) for n in os.listdir('/proc') if n.isdigit())\n"
         "print(left)"
     )
     assert job.text == "[1, 2]\n"
@@ -611,6 +619,7 @@ def nearly_full_disk() -> Iterator[tuple[int, int]]:
 
 
 def wait_until_full(job_output: int, watch: Inotify) -> None:
+    """Wait until the file system takes no more."""
     watch.wait_until(lambda: os.fstat(job_output).st_size == 131_072)
 
 

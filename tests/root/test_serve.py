@@ -256,7 +256,9 @@ def test_the_network_process_has_no_privilege_and_the_launcher_no_network(servic
     sockets = re.findall(r"socket:\[(\d+)\]", " ".join(readlinks(f"/proc/{launcher}/fd")))
     net = Path(f"/proc/{launcher}/net")
     # a kernel without IPv6 lacks two of them
-    tables = "".join((net / name).read_text() for name in ("tcp", "tcp6", "udp", "udp6") if (net / name).exists())
+    tables = "".join(
+        (net / name).read_text() for name in ("tcp", "tcp6", "udp", "udp6") if (net / name).exists()
+    )
     assert tables
     assert not set(sockets) & set(tables.split())
 
@@ -325,6 +327,8 @@ def test_followers_and_jobs_live_through_restarts(make_service: Callable[..., Se
         service.popen("logs", str(silent)) as silent_logs,
         service.popen("logs", str(late)) as late_logs,
     ):
+        # a stream that has not begun is not taken up again: that would hide a wrong address
+        wait_for(lambda: service.open_outputs(silent))
         for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGKILL):
             seen = size_of(service.directory / "seen")
             wait_for(lambda: size_of(service.directory / "seen") > seen + 500)  # noqa: B023

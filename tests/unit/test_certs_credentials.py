@@ -6,9 +6,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from tests import certs_factory
 import pytest
-from tests.certs_factory import DAY, GOOD_CLIENTS, ODD_CLIENTS, SERVER, Made, issue, make_ca
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
@@ -17,6 +15,8 @@ from cryptography.x509.oid import ExtensionOID
 from pjw.certs.checks import Role, fault_of
 from pjw.certs.credentials import check_leaf, diagnose_client, load_server_credentials
 from pjw.errors import ConfigError, NotAuthenticatedError
+from tests import certs_factory
+from tests.certs_factory import DAY, GOOD_CLIENTS, ODD_CLIENTS, SERVER, Made, issue, make_ca
 
 WORDS = {
     "expired": r"it expired on 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC",
@@ -46,6 +46,7 @@ def ca() -> Made:
 
 
 def paths(directory: Path, ca: Made, leaf: Made, key: Made | None = None) -> tuple[str, str, str]:
+    """Write the files of one end; their paths."""
     ca_crt, _ = ca.write(directory, "ca")
     crt, _ = leaf.write(directory, "leaf")
     _, key_path = (key or leaf).write(directory, "its")

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from pjw.certs import files
-from pjw.certs.files import NewFile, load_client_credentials, read_certificates, key_exposure, read_key, write_new
+from pjw.certs.files import (
+    NewFile,
+    key_exposure,
+    load_client_credentials,
+    read_certificates,
+    read_key,
+    write_new,
+)
 from pjw.errors import ConfigError
 
 CERTIFICATE = b"-----BEGIN CERTIFICATE-----\nMA==\n-----END CERTIFICATE-----\n"
@@ -17,6 +24,7 @@ NOBODY = 65534
 
 
 def put(path: Path, data: bytes, mode: int = 0o600) -> str:
+    """Write a file of that mode; its path."""
     path.write_bytes(data)
     path.chmod(mode)
     return str(path)

@@ -3,14 +3,14 @@
 from functools import cache
 from pathlib import Path
 
-from tests import certs_factory
 import pytest
-from tests.certs_factory import ANY, CN, GOOD_CLIENTS, ODD_CLIENTS, SERVER, Made, connect, issue, make_ca
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from pjw.certs import authority
 from pjw.certs.checks import Role, fault_of
 from pjw.certs.identity import identity_of
+from tests import certs_factory
+from tests.certs_factory import ANY, CN, GOOD_CLIENTS, ODD_CLIENTS, SERVER, Made, connect, issue, make_ca
 
 # TLS lets these through: here the refusal is ours alone, and check_leaf must not be forgotten.
 WEAK = {"RSA 1024", "SHA-1"}
@@ -47,6 +47,7 @@ def test_odd_client_is_stopped_by_tls_or_by_us(clients: dict[str, str | None], n
 
 @cache
 def keys() -> dict[str, certs_factory.Key]:
+    """A key of each kind, made once."""
     return {
         "P-256": certs_factory.ec_key(),
         "P-384": certs_factory.ec_key(ec.SECP384R1()),

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tests import certs_factory
 import pytest
 
 from pjw.certs.tls import probe_tls12
 from pjw.errors import ConfigError, KernelError
+from tests import certs_factory
 
 LOOPBACK = "127.0.0.1"
 
@@ -85,6 +85,7 @@ def test_grpc_server_is_told_apart(files: Path, mode: str) -> None:
 
 
 def ssl_version(port: int) -> str | None:
+    """The version that a handshake agrees on; None when there is none."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE

@@ -35,6 +35,7 @@ class Sysfs:
 
 @pytest.fixture
 def sysfs(tmp_path: Path) -> Sysfs:
+    """A sysfs with disks of every kind."""
     tree = Sysfs(tmp_path / "sys")
     tree.add("pci0/ata1/block/sda", "8:0")
     tree.add("pci0/ata1/block/sda/sda1", "8:1", partition=True)

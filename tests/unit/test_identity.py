@@ -7,9 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Final
 
-from tests import certs_factory
 import pytest
-from tests.certs_factory import CN, ODD_SUBJECTS, OID, Made, Subject, issue, make_ca
 from cryptography import x509
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -22,6 +20,8 @@ from pjw.certs.identity import check_client_name_oid, identity_of
 from pjw.certs.profile import CLIENT_NAME_OID, QUOTED_MAX_CHARACTERS, name_fault, quoted
 from pjw.errors import ConfigError, NotAuthenticatedError
 from pjw.model import Identity
+from tests import certs_factory
+from tests.certs_factory import CN, ODD_SUBJECTS, OID, Made, Subject, issue, make_ca
 
 # cryptography says so of a CN that is empty or longer than 64; we refuse it ourselves
 pytestmark = pytest.mark.filterwarnings("ignore:Attribute's length must be:UserWarning")
@@ -30,10 +30,12 @@ CA: Final = make_ca()
 
 
 def named(subject: Subject, *sans: str, oid: str = CLIENT_NAME_OID) -> str:
+    """The client name that a subject gives."""
     return identity_of(issue(CA, subject, sans=sans).crt_pem, oid).client_name
 
 
 def key_name(made: Made) -> str:
+    """The name that is made of a key."""
     spki = made.key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     return "key-" + hashlib.sha256(spki).hexdigest()[:16]
 
@@ -179,6 +181,7 @@ def test_same_name_by_the_same_word() -> None:
 
 
 def refuses_or_names(pem: bytes) -> str | None:
+    """The name, or None when the certificate is refused as it should be."""
     try:
         name = identity_of(pem).client_name
         check_leaf(x509.load_pem_x509_certificate(pem))

@@ -98,7 +98,8 @@ def key_exposure(path: str) -> str | None:
     status = os.stat(path)
     if not status.st_mode & (0o027 if status.st_uid == 0 else 0o077):
         return None
-    return f"others may read the private key {path} (its mode is {stat.S_IMODE(status.st_mode):04o}): chmod 600 {path}"
+    mode = f"{stat.S_IMODE(status.st_mode):04o}"
+    return f"others may read the private key {path} (its mode is {mode}): chmod 600 {path}"
 
 
 def _read(path: str, what: str) -> bytes:

@@ -155,9 +155,13 @@ class Client:
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
             return errors.ServerUnreachableError(f"{server} did not answer within {CALL_SECONDS} s")
         if "Connection refused" in text:
-            return errors.ServerUnreachableError(f"cannot connect to {server}: connection refused", hint="is pjwd running there?")
+            return errors.ServerUnreachableError(
+                f"cannot connect to {server}: connection refused", hint="is pjwd running there?"
+            )
         if "DNS" in text or "errors resolving" in text or "name resolution" in text.lower():
-            return errors.ServerUnreachableError(f"cannot connect to {server}: no such host", hint="see --server and PJW_SERVER")
+            return errors.ServerUnreachableError(
+                f"cannot connect to {server}: no such host", hint="see --server and PJW_SERVER"
+            )
         if "is not in peer certificate" in text:
             return errors.ServerUnreachableError(
                 f"the certificate of {server} is for another host name",
@@ -165,7 +169,8 @@ class Client:
             )
         if "CERTIFICATE_VERIFY_FAILED" in text:
             return errors.ServerUnreachableError(
-                f"the certificate of {server} is not one of the authority in {self._settings.ca_crt}, or has expired",
+                f"the certificate of {server} has expired, or is not one of the authority"
+                f" in {self._settings.ca_crt}",
                 hint="see --ca-crt and PJW_CA_CRT",
             )
         if "Socket closed" in text or "handshake" in text.lower() or "reset by peer" in text:
@@ -176,7 +181,9 @@ class Client:
             reason = diagnose_client(settings.ca_crt, settings.client_crt, settings.client_key)
             return errors.ServerUnreachableError(
                 f"{server} closed the connection" + (f": {reason}" if reason else " after the TLS handshake"),
-                hint=None if reason else "does it accept client certificates of this authority, and is it pjwd?",
+                hint=None
+                if reason
+                else "does it accept client certificates of this authority, and is it pjwd?",
             )
         return errors.ServerUnreachableError(f"cannot reach {server}: {text}")
 

@@ -52,13 +52,17 @@ def job_table(jobs: Iterable[Job]) -> Iterable[str]:
 
 def printable(text: str) -> str:
     """Text that cannot steer a terminal: control and other invisible characters are escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text
+    )
 
 
 def _exit(job: Job) -> str:
     if job.exit_status is None:
         return job.reason or ""
-    ended = str(job.exit_status.code) if job.exit_status.signal is None else f"signal {job.exit_status.signal}"
+    ended = (
+        str(job.exit_status.code) if job.exit_status.signal is None else f"signal {job.exit_status.signal}"
+    )
     return ended if job.reason in (None, "completed", "stopped") else str(job.reason)
 
 

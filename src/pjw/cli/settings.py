@@ -62,5 +62,7 @@ def _read_file() -> dict[str, str]:
         raise ConfigError(f"cannot read {path}: it is not TOML: {error}") from error
     for key, value in values.items():
         if key not in _KEYS or not isinstance(value, str):
-            raise ConfigError(f"{path}: {key} is not a setting with a text value", hint=f"it may hold {', '.join(_KEYS)}")
+            raise ConfigError(
+                f"{path}: {key} is not a setting with a text value", hint=f"it may hold {', '.join(_KEYS)}"
+            )
     return values

@@ -124,7 +124,9 @@ class Launcher:
             self._reply(seq, *answer)
 
     def _reply(self, seq: int, reply: protocol.Reply, *descriptors: int) -> None:
-        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+        ancillary = (
+            [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+        )
         try:
             self._requests.sendmsg([protocol.encode(seq, reply)], ancillary)
         except (BrokenPipeError, ConnectionResetError):

@@ -26,7 +26,10 @@ class Scratch:
             raise KernelError("make the scratch directory", self._path, error.errno or 0) from error
         if status.st_uid != os.geteuid() or status.st_mode & 0o022:
             raise KernelError(
-                "use the scratch directory", self._path, 0, hint="it must belong to root, and only root may write it"
+                "use the scratch directory",
+                self._path,
+                0,
+                hint="it must belong to root, and only root may write it",
             )
 
     def path(self, job_id: int) -> str:

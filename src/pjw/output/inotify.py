@@ -23,7 +23,9 @@ class Inotify:
 
     def __init__(self) -> None:
         """Raises KernelError, for example when the user has too many instances already."""
-        self._fd: Final = self._call("make", "an inotify instance", "inotify_init1", os.O_NONBLOCK | os.O_CLOEXEC)
+        self._fd: Final = self._call(
+            "make", "an inotify instance", "inotify_init1", os.O_NONBLOCK | os.O_CLOEXEC
+        )
         self._callbacks: Final[dict[int, Callable[[], None]]] = {}
         self._loop: Final = asyncio.get_running_loop()
         self._loop.add_reader(self._fd, self._on_readable)

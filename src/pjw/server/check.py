@@ -42,7 +42,8 @@ def findings(state_dir: str) -> Iterator[Finding]:
     yield _namespaces()
     yield _init()
     host = describe_host()
-    text = f"cgroup v{host.version} at {host.location or 'nowhere'}: {', '.join(host.present) or 'no controllers'}"
+    controllers = ", ".join(host.present) or "no controllers"
+    text = f"cgroup v{host.version} at {host.location or 'nowhere'}: {controllers}"
     if host.missing:
         text += f"; missing: {', '.join(host.missing)}"
     yield not host.missing, text, host.hint

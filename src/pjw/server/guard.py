@@ -74,7 +74,10 @@ class Guard:
 
         async def handle(request: Req | None, context: Context) -> None:
             try:
-                async with self._admitted(context) as identity, aclosing(method(_decoded(request), identity)) as answers:
+                async with (
+                    self._admitted(context) as identity,
+                    aclosing(method(_decoded(request), identity)) as answers,
+                ):
                     await context.send_initial_metadata(((ADMITTED_KEY, "1"),))
                     async for answer in answers:
                         await _write(context, answer)

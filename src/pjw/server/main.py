@@ -36,14 +36,29 @@ def _parser() -> argparse.ArgumentParser:
 
     serve = commands.add_parser("serve", help="start the service, in the foreground; needs root")
     serve.set_defaults(run=_serve)
-    serve.add_argument("--listen", default=DEFAULT_LISTEN, metavar="HOST:PORT", help="default %(default)s; port 0 picks a free one")
-    serve.add_argument("--ca-crt", required=True, metavar="FILE", help="the authority whose clients are let in")
+    serve.add_argument(
+        "--listen",
+        default=DEFAULT_LISTEN,
+        metavar="HOST:PORT",
+        help="default %(default)s; port 0 picks a free one",
+    )
+    serve.add_argument(
+        "--ca-crt", required=True, metavar="FILE", help="the authority whose clients are let in"
+    )
     serve.add_argument("--server-crt", required=True, metavar="FILE")
     serve.add_argument("--server-key", required=True, metavar="FILE")
-    serve.add_argument("--state-dir", default=DEFAULT_STATE_DIR, metavar="DIR", help="jobs and their output; default %(default)s")
+    serve.add_argument(
+        "--state-dir",
+        default=DEFAULT_STATE_DIR,
+        metavar="DIR",
+        help="jobs and their output; default %(default)s",
+    )
     serve.add_argument("--config", metavar="FILE", help="limits, users and more, in TOML")
     serve.add_argument(
-        "--log-level", default="warning", choices=["debug", "info", "warning", "error"], help="default %(default)s"
+        "--log-level",
+        default="warning",
+        choices=["debug", "info", "warning", "error"],
+        help="default %(default)s",
     )
 
     check = commands.add_parser("check", help="tell what this host offers, and what is missing")
@@ -53,13 +68,21 @@ def _parser() -> argparse.ArgumentParser:
     certs = commands.add_parser("certs", help="make certificates")
     kinds = certs.add_subparsers(required=True, metavar="KIND")
     for kind, text, names in (
-        ("init", "an authority, a certificate for this server, and one for each client that is named", "NAME"),
+        (
+            "init",
+            "an authority, a certificate for this server, and one for each client that is named",
+            "NAME",
+        ),
         ("server", "a server certificate for the given host names and addresses", "HOST"),
         ("client", "a certificate for each client that is named", "NAME"),
     ):
-        maker = kinds.add_parser(kind, help=text, description=f"Make {text}, in DIR. Nothing is ever overwritten.")
+        maker = kinds.add_parser(
+            kind, help=text, description=f"Make {text}, in DIR. Nothing is ever overwritten."
+        )
         maker.set_defaults(run=_certs, kind=kind)
-        maker.add_argument("--days", type=_days, default=LEAF_DAYS, metavar="N", help="valid so long; default %(default)s")
+        maker.add_argument(
+            "--days", type=_days, default=LEAF_DAYS, metavar="N", help="valid so long; default %(default)s"
+        )
         maker.add_argument("directory", metavar="DIR")
         maker.add_argument("names", nargs="+", metavar=names)
     return parser
@@ -123,7 +146,9 @@ def parse_address(text: str) -> tuple[str, int]:
     host, colon, port = text.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     if not colon or not host or not port.isascii() or not port.isdecimal() or int(port) > 65_535:
-        raise ConfigError(f"{text!r} is not HOST:PORT", hint="for example localhost:50051, or [::1]:0 for any free port")
+        raise ConfigError(
+            f"{text!r} is not HOST:PORT", hint="for example localhost:50051, or [::1]:0 for any free port"
+        )
     return host, int(port)
 
 

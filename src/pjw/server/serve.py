@@ -83,7 +83,9 @@ async def _run(serving: Serving, state: StateDir, launcher: LauncherProcess) -> 
 
 def _listen(server: grpc.aio.Server, host: str, port: int, credentials: ServerCredentials) -> int:
     tls = grpc.ssl_server_credentials(
-        [(credentials.key_pem, credentials.crt_pem)], root_certificates=credentials.ca_pem, require_client_auth=True
+        [(credentials.key_pem, credentials.crt_pem)],
+        root_certificates=credentials.ca_pem,
+        require_client_auth=True,
     )
     try:
         return server.add_secure_port(_address(host, port), tls)
@@ -105,10 +107,11 @@ def _why_not(host: str, port: int) -> str:
 
 
 async def _refuse_tls12(host: str, port: int) -> None:
-    target = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    target = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  the operator's choice
     if await asyncio.to_thread(probe_tls12, target, port):
         raise ConfigError(
-            "this server would speak TLS 1.2, so it does not serve", hint="this build of gRPC ignores its cipher setting"
+            "this server would speak TLS 1.2, so it does not serve",
+            hint="this build of gRPC ignores its cipher setting",
         )
 
 

@@ -74,7 +74,9 @@ def serve(options: ServeOptions) -> int:
 
     preload_modules()
     drop_privilege(uid)
-    return run(Serving(options.host, options.port, credentials, config.client_name_oid, settings), state, launcher)
+    return run(
+        Serving(options.host, options.port, credentials, config.client_name_oid, settings), state, launcher
+    )
 
 
 def server_uid(user: str | None) -> int:

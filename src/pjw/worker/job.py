@@ -43,17 +43,30 @@ class LiveJob:
         """The command ended, and init recorded how."""
         reason = end.reason
         # The counter alone is not the reason: a job may lose a child to it and still succeed.
-        if reason is EndReason.COMPLETED and usage is not None and usage.oom_kills and end.exit_status.code != 0:
+        if (
+            reason is EndReason.COMPLETED
+            and usage is not None
+            and usage.oom_kills
+            and end.exit_status.code != 0
+        ):
             reason = EndReason.OOM_KILLED
         self._apply(
-            JobEvent.END_SEEN, end=from_ns(end.ended_ns), exit_status=end.exit_status, reason=reason, usage=usage
+            JobEvent.END_SEEN,
+            end=from_ns(end.ended_ns),
+            exit_status=end.exit_status,
+            reason=reason,
+            usage=usage,
         )
 
     def killed_unrecorded(self, usage: Usage | None) -> None:
         """We killed the job with its init, so nobody recorded what everybody knows."""
         status = ExitStatus(signal=9)
         self._apply(
-            JobEvent.END_SEEN, end=datetime.now(UTC), exit_status=status, reason=EndReason.STOPPED, usage=usage
+            JobEvent.END_SEEN,
+            end=datetime.now(UTC),
+            exit_status=status,
+            reason=EndReason.STOPPED,
+            usage=usage,
         )
 
     def end_unknown(self, usage: Usage | None) -> None:

@@ -14,8 +14,8 @@ from pjw.errors import (
     InvalidJobError,
     JobStateError,
     KernelError,
-    LaunchError,
     LauncherGoneError,
+    LaunchError,
     LimitReachedError,
     PjwError,
     ProtocolError,
@@ -23,7 +23,6 @@ from pjw.errors import (
 from pjw.launcher import protocol
 from pjw.model import Limits, Usage
 from pjw.worker.launcher_process import LauncherProcess
-
 
 
 class LauncherClient:
@@ -58,7 +57,7 @@ class LauncherClient:
     async def join(self) -> None:
         """After `close`: wait until the launcher has ended, and collect it."""
         await readable(self._pidfd)
-        os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
+        os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)  # noqa: ASYNC222  it has ended
         os.close(self._pidfd)
 
     async def request_launch(
@@ -140,7 +139,9 @@ class LauncherClient:
     def _send_unsent(self) -> None:
         while self._unsent:
             data, descriptors = self._unsent[0]
-            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+            ancillary = (
+                [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+            )
             try:
                 self._socket.sendmsg([data], ancillary)
             except BlockingIOError:
@@ -156,7 +157,10 @@ class LauncherClient:
     def _on_readable(self) -> None:
         try:
             data, fds, flags, _ = socket.recv_fds(
-                self._socket, protocol.MAX_DATAGRAM_BYTES + 1, protocol.MAX_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC
+                self._socket,
+                protocol.MAX_DATAGRAM_BYTES + 1,
+                protocol.MAX_DESCRIPTORS,
+                socket.MSG_CMSG_CLOEXEC,
             )
         except BlockingIOError:
             return

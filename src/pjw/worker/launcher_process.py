@@ -68,9 +68,7 @@ def _greet(requests: socket.socket, state_dir: str, settings: WorkerSettings) ->
         uid_first=settings.uid_first,
         uid_count=settings.uid_count,
         ceiling=settings.ceiling,
-        io_limited=any(
-            value for name, value in settings.default_limits.items() if name.startswith("io_")
-        ),
+        io_limited=any(value for name, value in settings.default_limits.items() if name.startswith("io_")),
         hidden_paths=settings.hidden_paths,
     )
     requests.settimeout(_GREETING_SECONDS)

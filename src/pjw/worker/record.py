@@ -11,7 +11,9 @@ from pjw.model import EndReason, ExitStatus
 RECORD_BYTES: Final = 4096
 
 _STARTED: Final = re.compile(rb"started (\d{1,19})\n")
-_ENDED: Final = re.compile(rb"ended (\d{1,19}) (exited|signaled) (\d{1,3}) (none|stopped|timed_out|output_limit)\n")
+_ENDED: Final = re.compile(
+    rb"ended (\d{1,19}) (exited|signaled) (\d{1,3}) (none|stopped|timed_out|output_limit)\n"
+)
 _REASONS: Final = {
     b"none": EndReason.COMPLETED,
     b"stopped": EndReason.STOPPED,

@@ -1,10 +1,10 @@
 """The state directory: who owns what in it.
 
-    STATE/               root, 0711
-      jobs.sqlite        the job table; opened before privilege is dropped
-      jobs/ID/           the server's own, 0700: `output` and `status` of each job
-      scratch/ID/        made by the launcher: the job's own, while it runs
-      launcher.lock      held by the launcher
+STATE/               root, 0711
+jobs.sqlite        the job table; opened before privilege is dropped
+jobs/ID/           the server's own, 0700: `output` and `status` of each job
+scratch/ID/        made by the launcher: the job's own, while it runs
+launcher.lock      held by the launcher
 """
 
 import os
@@ -63,7 +63,8 @@ class StateDir:
         try:
             os.mkdir(directory, 0o700)
             for name in ("output", "status"):
-                descriptors.append(os.open(f"{directory}/{name}", flags, 0o600))
+                # one by one, so that the first is closed when the second cannot be made
+                descriptors.append(os.open(f"{directory}/{name}", flags, 0o600))  # noqa: PERF401
             os.posix_fallocate(descriptors[1], 0, RECORD_BYTES)
         except OSError as error:
             for descriptor in descriptors:

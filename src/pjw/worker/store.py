@@ -40,7 +40,9 @@ CREATE INDEX jobs_alive ON jobs (id) WHERE state IS NULL;
 # A page of long commands ends early, so that it fits into the 4 MiB that gRPC's clients take, and
 # that nobody's list fills the memory: a command may have half a megabyte.
 PAGE_CHARACTERS: Final = 256 * 1024
-_COLUMNS: Final = "id, client_name, command, limits, start_ns, state, end_ns, exit_code, signal, reason, usage"
+_COLUMNS: Final = (
+    "id, client_name, command, limits, start_ns, state, end_ns, exit_code, signal, reason, usage"
+)
 _Row = tuple[int, str, str, str, int, str | None, int | None, int | None, int | None, str | None, str | None]
 
 
@@ -179,7 +181,10 @@ class JobStore:
         return await self._run(self._alive)
 
     def _alive(self) -> list[Job]:
-        return [_job(row) for row in self._db.execute(f"SELECT {_COLUMNS} FROM jobs WHERE state IS NULL ORDER BY id")]
+        return [
+            _job(row)
+            for row in self._db.execute(f"SELECT {_COLUMNS} FROM jobs WHERE state IS NULL ORDER BY id")
+        ]
 
     async def _run(self, function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
         return await asyncio.get_running_loop().run_in_executor(

@@ -78,7 +78,7 @@ class Worker:
         await self.close()
 
     async def close(self) -> None:
-        """Let go of everything. Running jobs go on; who waits for one or follows it gets LauncherGoneError."""
+        """Let go of everything. Jobs go on; who waits for one or follows it gets LauncherGoneError."""
         for live in self._live.values():
             live.unwatch()
             live.output.abandon()
@@ -244,7 +244,7 @@ class Worker:
     async def _save_later(self, job: Job) -> None:
         # Until then the job is held in memory, and the record of its end is safe in its status
         # file. A timer, since nothing tells when space returns to a disk.
-        while not await self._save(job):
+        while not await self._save(job):  # noqa: ASYNC110
             await asyncio.sleep(_SAVE_RETRY_SECONDS)
 
     # --- stop
@@ -304,7 +304,9 @@ class Worker:
         await self._wait_for_end(live)
         return live.job
 
-    async def logs(self, job_id: int, offset: int = 0, owner: str | None = None) -> AsyncGenerator[bytes, None]:
+    async def logs(
+        self, job_id: int, offset: int = 0, owner: str | None = None
+    ) -> AsyncGenerator[bytes, None]:
         """Yield a job's output from byte *offset* on, as it comes; end when the job has ended.
 
         Raises JobNotFoundError, and OffsetError for an offset beyond what is there.
@@ -384,9 +386,9 @@ class Worker:
 
     def _on_task_end(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            if not isinstance(error, LauncherGoneError):
-                log.error("a background task failed", exc_info=error)
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, LauncherGoneError):
+            log.error("a background task failed", exc_info=error)
 
 
 async def _within(seconds: float, event: asyncio.Event) -> bool:
