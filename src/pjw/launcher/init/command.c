@@ -83,6 +83,8 @@ static enum step execute(const struct options *options, int pipe_fd) {
     sigemptyset(&none);
     if (sigprocmask(SIG_SETMASK, &none, NULL) < 0)
         return STEP_SIGNALS;
+    if (filter_system_calls() < 0) /* from here on only execve(2), and the write(2) that says why it failed */
+        return STEP_SECCOMP;
     search_and_execute(options->argv);
     return STEP_EXEC;
 }

@@ -57,6 +57,7 @@ enum { HIDES_MAX = 64, CGROUPS_MAX = 16, ARGV_MAX_BYTES = 1 << 20 };
     X(SIGNALS, "signals", "reset the signal mask")                      \
     X(CHDIR, "chdir", "enter /run/job")                                 \
     X(DESCRIPTORS, "descriptors", "close other descriptors")            \
+    X(SECCOMP, "seccomp", "install the system call filter")             \
     X(EXEC, "exec", "execute")                                          \
     X(STATUS, "status", "write the status file")
 
@@ -109,6 +110,9 @@ int set_oom_score_adj(const char *value);
 void bound_to_kill(void);                            /* the bounding set, while still privileged */
 void keep_only_kill(uid_t output_owner);             /* what init itself lives on with */
 enum step become_user(uid_t uid, gid_t gid);         /* the command: gives the step that failed */
+
+/* seccomp.c; after no_new_privs, and last before the exec: what comes later must pass the filter */
+int filter_system_calls(void);
 
 /* command.c; gives the command's pid, which has been executed */
 pid_t start_command(const struct options *options, int pipe_fd);
