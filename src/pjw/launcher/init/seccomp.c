@@ -71,7 +71,11 @@ enum {
     (CLONE_NEWNS | CLONE_NEWCGROUP | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWUSER | CLONE_NEWPID | \
      CLONE_NEWNET)
 #define UNSHARABLE (CLONE_FILES | CLONE_FS | CLONE_SYSVSEM | CLONE_THREAD | CLONE_SIGHAND | CLONE_VM)
-#define PERSONALITIES (0x0008 | 0x0020000) /* PER_LINUX32, UNAME26: what uname(2) says, and no more */
+/*
+ * PER_LINUX32, UNAME26: what uname(2) says. ADDR_NO_RANDOMIZE, unlike docker: debuggers and sanitizers turn it on
+ * for their own programs, and in a job there is none of more privilege to be attacked by it.
+ */
+#define PERSONALITIES (0x0008 | 0x0020000 | 0x0040000)
 #define GET_PERSONALITY 0xffffffff
 
 #define LOAD(member) BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, member))
