@@ -68,7 +68,11 @@ class Worker:
             state.close()
             raise
         worker = cls(state, launcher, settings)
-        await worker.adopt()
+        try:
+            await worker.adopt()
+        except BaseException:
+            await worker.close()
+            raise
         return worker
 
     async def __aenter__(self) -> Self:
