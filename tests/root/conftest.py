@@ -38,8 +38,8 @@ def make_service() -> Iterator[Callable[..., Service]]:
     directories: list[Path] = []
 
     def make(**options: object) -> Service:
-        # not tmp_path: pytest keeps the last three, and jobs write much
-        directories.append(Path(tempfile.mkdtemp(prefix="pjw-test-")))
+        # not tmp_path: pytest keeps the last three, jobs write much, and /tmp may be no disk
+        directories.append(Path(tempfile.mkdtemp(prefix="pjw-test-", dir="/var/lib")))
         service = Service(directories[-1], **options)  # type: ignore[arg-type]
         made.append(service)
         return service
@@ -56,7 +56,7 @@ def make_service() -> Iterator[Callable[..., Service]]:
 @pytest.fixture(scope="session")
 def service() -> Iterator[Service]:
     """One service for every test that is content with the defaults."""
-    directory = Path(tempfile.mkdtemp(prefix="pjw-test-"))
+    directory = Path(tempfile.mkdtemp(prefix="pjw-test-", dir="/var/lib"))
     service = Service(directory).start()
     yield service
     try:

@@ -69,6 +69,21 @@ def test_a_program_of_a_long_or_odd_name_is_refused_in_short_and_printable_words
     assert (code, said.count("\n"), "\033" in said) == (127, 1, False)
 
 
+@pytest.mark.parametrize(
+    ("program", "words", "number"),
+    [("/nonexistent", "no such file or directory (ENOENT)", 2), ("/etc", "permission denied (EACCES)", 13)],
+)
+def test_what_cannot_be_executed_has_a_code_of_its_own(
+    unchanged: Service, program: str, words: str, number: int
+) -> None:
+    """On the wire it is neither INTERNAL nor UNKNOWN nor an id, and the errno comes as a number."""
+    request = pb.StartRequest(argv=pb.Argv(arguments=[program])).SerializeToString()
+    messages, code, said, _, trailing = unchanged.answer("Start", request)
+    assert (messages, code) == ([], grpc.StatusCode.FAILED_PRECONDITION)
+    assert said == f"cannot execute {program}: {words}"
+    assert str(number) in dict(trailing).values()
+
+
 def test_a_list_of_long_commands_is_whole(make_service: Callable[..., Service]) -> None:
     """20 MB of commands come in pages that every client can take, in order and with none left out."""
     service = make_service(clients=["alice"]).start()

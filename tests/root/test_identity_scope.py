@@ -99,6 +99,20 @@ def test_a_name_is_one_client_whatever_its_key(
             assert (ask(second, "Get", pb.GetRequest(id=job.id).SerializeToString())[1].name == "OK") == sees
 
 
+def test_certificates_that_are_sent_along_name_nobody(
+    service: Service, ca: certs_factory.Made, tmp_path: Path
+) -> None:
+    """Another client's good certificate behind one's own changes nothing; before it, nobody gets in."""
+    own, other = issue(ca, [(CN, "grace")]), issue(ca, [(CN, "alice")])
+    behind = certs_factory.Made(own.certificate, own.key, (other.certificate,))
+    with service.channel(behind.write(tmp_path, "behind")) as channel:
+        assert started(channel).client_name == "grace"
+    # gRPC itself refuses a key that is not the first certificate's, before anything is sent
+    before = certs_factory.Made(other.certificate, own.key, (own.certificate,))
+    with service.channel(before.write(tmp_path, "before")) as channel:
+        assert ask(channel, "List", b"", timeout=20)[:2] == ([], grpc.StatusCode.UNAVAILABLE)
+
+
 @pytest.mark.parametrize("name", ODD_SUBJECTS)
 def test_an_odd_name_is_refused_by_every_method(
     service: Service, ca: certs_factory.Made, tmp_path: Path, name: str

@@ -404,7 +404,9 @@ async def test_a_grace_period_is_kept(worker: Worker) -> None:
     begun = loop.time()
     stopping = asyncio.ensure_future(worker.stop(job.id, grace_seconds=0.5))
     await asyncio.sleep(0)
-    assert (await worker.get(job.id)).state is JobState.STOPPING
+    asked = await worker.get(job.id)
+    # nothing is said of an end that has not come
+    assert (asked.state, asked.end, asked.exit_status, asked.reason) == (JobState.STOPPING, None, None, None)
     # nobody else waits for that
     assert (await run(worker, ["echo", "meanwhile"]))[1] == b"meanwhile\n"
     ended = await stopping
@@ -436,6 +438,17 @@ async def test_stop_in_mid_launch(worker: Worker) -> None:
     ended = await worker.stop(1, grace_seconds=60)
     assert (ended.state, ended.reason) == (JobState.EXITED, EndReason.STOPPED)
     assert (await starting).state is JobState.RUNNING
+
+
+async def test_logs_in_mid_launch(worker: Worker) -> None:
+    """Who follows a job before its start was answered waits for that, and then has all of its output."""
+    starting = asyncio.ensure_future(start(worker, "echo words"))
+    while not worker._live:
+        await asyncio.sleep(0)
+    assert not starting.done()
+    async with asyncio.timeout(10):
+        assert await read_all(worker, 1) == b"words\n"
+    assert (await starting).id == 1
 
 
 async def test_stops_at_the_same_time(worker: Worker) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import logging
 import os
 import subprocess
 from collections.abc import AsyncIterator, Iterator
@@ -86,6 +87,21 @@ async def test_a_child_that_is_killed_for_memory(worker: Worker, code: int, reas
     assert (job.reason, job.exit_status) == (reason, ExitStatus(code=code))
     assert job.usage is not None
     assert job.usage.oom_kills >= 1
+
+
+async def test_repeated_oom_kills_are_a_number(
+    worker: Worker, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Ten children killed for memory are a count of ten: no event and no line of a log for each."""
+    script = 'for i in 1 2 3 4 5 6 7 8 9 10; do /usr/bin/python3 -I -S -c "x = bytearray(200_000_000)"; done'
+    with caplog.at_level(logging.DEBUG, "pjw"):
+        job, output = await run(worker, f"{{ {script}; }} 2>/dev/null; echo over", memory_max_bytes=32 * MIB)
+    assert output == b"over\n"
+    assert (job.reason, job.exit_status) == (EndReason.COMPLETED, ExitStatus(code=0))
+    assert job.usage is not None
+    assert job.usage.oom_kills >= 10
+    # the launcher has our stderr
+    assert (caplog.messages, capfd.readouterr().err) == ([], "")
 
 
 async def test_swap_does_not_stretch_the_memory(bench: Bench, worker: Worker) -> None:
@@ -179,15 +195,16 @@ async def test_output_of_exactly_the_limit_is_within_it(worker: Worker) -> None:
     assert (job.reason, job.exit_status, len(output)) == (EndReason.COMPLETED, ExitStatus(code=0), 1000)
 
 
-async def test_much_output_with_little_memory(worker: Worker) -> None:
-    """256 MB of output with a limit of 64 MB of memory: all is there, nothing was killed."""
-    job = await start(worker, f"head -c {256 * MIB} /dev/zero", memory_max_bytes=64 * MIB)
+@pytest.mark.parametrize("written", [256 * MIB, pytest.param(10**9, marks=pytest.mark.slow)])
+async def test_much_output_with_little_memory(worker: Worker, written: int) -> None:
+    """So much without a newline, with a limit of 64 MB of memory: all is there, nothing was killed."""
+    job = await start(worker, f"head -c {written} /dev/zero", memory_max_bytes=64 * MIB)
     size = 0
     async with asyncio.timeout(DEADLINE_SECONDS):
         async for chunk in worker.logs(job.id):
             size += len(chunk)
         job = await worker.wait(job.id)
-    assert size == 256 * MIB
+    assert size == written
     assert (job.reason, job.exit_status) == (EndReason.COMPLETED, ExitStatus(code=0))
     assert job.usage is not None
     assert job.usage.oom_kills == 0

@@ -2,11 +2,13 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -189,6 +191,40 @@ def test_a_configured_default_ceiling_and_user_hold(make_service: Callable[..., 
     assert service.answer("Start", within)[1].name == "OK"
     assert os.stat(f"/proc/{service.pid}").st_uid != 0
     assert "Uid:\t65534\t65534\t65534\t65534" in Path(f"/proc/{service.pid}/status").read_text()
+
+
+def test_a_host_without_cgroup_controllers_is_refused(idle: Service) -> None:
+    """Where nothing can be limited nothing is started: what is missing is named, with a next step."""
+    gone = "for point in $(awk '$3 ~ /^cgroup/ {print $2}' /proc/mounts | tac); do umount -l $point; done"
+    said = pjwd(*idle.command()[1:], setup=gone)
+    assert re.match(refused("cannot limit jobs: no cgroup controller [^\\n]*memory"), said), said
+    assert "\nhint: " in said
+
+
+def test_a_job_cannot_reach_the_server(tmp_path: Path) -> None:
+    """Key, configuration and state, readable for all by mistake, are not so in a job; nor is the process."""
+    # below /tmp nothing is visible in a job at all
+    directory = Path(tempfile.mkdtemp(prefix="pjw-test-", dir="/var/lib"))
+    service = Service(directory, clients=["alice"], config="")
+    try:
+        service.start()
+        for path in (directory, service.certs, service.certs / "server.key", directory / "pjwd.toml"):
+            path.chmod(0o755)
+        paths = f"{service.certs}/server.key {directory}/pjwd.toml {service.state}/server/jobs.sqlite"
+        processes = " ".join(
+            f"/proc/{pid}/{name}"
+            for pid in (service.pid, service.launcher_pid())
+            for name in (f"root{service.certs}/server.key", "mem", "environ", "fd/3")
+        )
+        script = f"for path in {paths} {processes}; do head -c 1 $path && echo read $path; done"
+        job_id = service.ok("start", f"cat {service.certs}/server.crt; {{ {script}; }} 2>/dev/null").strip()
+        # what is not secret is there: so the rest is hidden, and not merely elsewhere
+        assert service.ok("logs", job_id) == (service.certs / "server.crt").read_text()
+        assert service.stop() == 0
+    finally:
+        if service.process is not None:
+            service.stop()
+        shutil.rmtree(directory)
 
 
 def test_not_root_is_a_plain_message(idle: Service) -> None:

@@ -130,6 +130,21 @@ async def test_get_list_and_wait_agree(worker: Worker) -> None:
     assert worker.live_count == 0
 
 
+async def test_a_snapshot_is_of_one_moment(bench: Bench, worker: Worker) -> None:
+    """Looked at as often as possible around its end, a job either runs or has ended, with all that says."""
+    for _ in range(5):
+        job = await start_said(worker, ASK + "echo ready; read x <&3; exit 3", b"ready\n")
+        bench.tell(job.id)
+        async with asyncio.timeout(10):
+            while not job.state.final:
+                job = await worker.get(job.id)
+                known = (job.end, job.exit_status, job.reason, job.usage)
+                assert job.state is JobState.RUNNING or None not in known
+                assert job.state is JobState.EXITED or known == (None, None, None, None)
+                await asyncio.sleep(0)
+        assert job.exit_status == ExitStatus(code=3)
+
+
 async def test_list_pages(worker: Worker) -> None:
     """A page begins behind an id and has at most so many jobs, in the order of their ids."""
     for number in range(5):

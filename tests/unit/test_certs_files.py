@@ -1,8 +1,10 @@
 """Reading and writing certificate and key files: their modes, and all or nothing."""
 
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -188,6 +190,40 @@ def test_unreadable_files_name_themselves(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match="encrypted"):
             read_key(put(tmp_path / "encrypted", encrypted))
+
+
+def test_file_without_permission_is_named() -> None:
+    """A key that its reader may not open is told from one that is missing."""
+    # a process of its own, so that root can become somebody whom modes bind
+    code = """if True:
+        import os, sys
+        from pjw.certs.files import read_key
+        from pjw.errors import ConfigError
+        if os.geteuid() == 0:
+            os.setresuid(65534, 65534, 65534)
+        try:
+            read_key(sys.argv[1])
+        except ConfigError as error:
+            print(error)
+    """
+    # not tmp_path, which is closed to others as a whole
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory).chmod(0o755)
+        path = put(Path(directory) / "a.key", KEY, 0)
+        done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+    assert done.stdout == f"cannot read private key {path}: permission denied (EACCES)\n"
+
+
+def test_no_certificate_or_key_is_checked_in() -> None:
+    """Samples expire, and keys leak: tests and the demo make their own."""
+    root = Path(__file__).parents[2]
+    text = re.compile(rb"-----BEGIN [A-Z ]*(CERTIFICATE|KEY)-----\s+[A-Za-z0-9+/=\s]{100}")
+    files = [
+        path for name in ("src", "tests", "docs", "packaging", "scripts") for path in (root / name).rglob("*")
+    ]
+    assert len(files) > 100
+    found = [path for path in files if path.suffix in (".crt", ".csr", ".der", ".key", ".p12", ".pem")]
+    assert found + [path for path in files if path.is_file() and text.search(path.read_bytes())] == []
 
 
 def test_endless_file_ends() -> None:

@@ -71,6 +71,12 @@ def test_message_and_model_have_the_same_fields(
     assert [field.name for field in message.DESCRIPTOR.fields] == [field.name for field in fields(model)]
 
 
+def test_a_client_says_what_to_run_and_no_more() -> None:
+    """No environment, user, path or namespace comes from a client: root would have to read it."""
+    assert {field.name for field in pb.StartRequest.DESCRIPTOR.fields} == {"command", "argv", "limits"}
+    assert {field.name for field in fields(JobSpec)} == {"command", "limits"}
+
+
 def test_every_state_and_reason_has_its_number() -> None:
     """Names on the wire are those of the model, and 0 stays "unspecified"."""
     assert pb.JobState.keys() == ["JOB_STATE_UNSPECIFIED", *(f"JOB_STATE_{state.name}" for state in JobState)]

@@ -94,22 +94,20 @@ async def test_bytes_come_one_by_one(growing: Growing) -> None:
             assert await anext(chunks) == bytes([number])
 
 
-async def test_a_silent_file_wakes_nobody(growing: Growing) -> None:
-    """While nothing is written a follower is not woken: it waits for the kernel, not for a clock."""
+async def test_a_silent_file_wakes_nobody(growing: Growing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While nothing is written a follower reads nothing: it waits for the kernel, not for a clock."""
+    reads = 0
+
+    async def counted(descriptor: int, offset: int, count: int) -> bytes:
+        nonlocal reads
+        reads += 1
+        return await read_at(descriptor, offset, count)
+
+    monkeypatch.setattr("pjw.output.follower.read_at", counted)
     reading = asyncio.ensure_future(read(growing.log))
-    await asyncio.sleep(0)
-    wakes = 0
-    original = growing.log._wake
-
-    def counted() -> None:
-        nonlocal wakes
-        wakes += 1
-        original()
-
-    growing.log._wake = counted  # type: ignore[method-assign]
     # long enough for the timers that others have been seen to poll with (50 and 200 ms)
     await asyncio.wait({reading}, timeout=0.5)
-    assert (wakes, reading.done()) == (0, False)
+    assert (reads, reading.done()) == (1, False)
     growing.log.mark_ended()
     assert await reading == b""
 
@@ -141,6 +139,36 @@ async def test_a_write_between_read_and_wait(growing: Growing, monkeypatch: pyte
 
     monkeypatch.setattr("pjw.output.follower.read_at", read_then_write)
     assert await read(growing.log) == b"onetwothree"
+
+
+async def test_a_wake_up_during_a_read(growing: Growing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other lost wake-up: news of bytes that a slow read did not see, come before it returns."""
+    appended = False
+
+    async def slow(descriptor: int, offset: int, count: int) -> bytes:
+        nonlocal appended
+        chunk = await read_at(descriptor, offset, count)
+        if not chunk and not appended:
+            appended = True
+            with growing.log.changes() as changed:
+                growing.append(b"unseen")
+                await changed.wait()
+        return chunk
+
+    monkeypatch.setattr("pjw.output.follower.read_at", slow)
+    async with asyncio.timeout(DEADLINE_SECONDS), aclosing(follow(growing.log)) as chunks:
+        assert await anext(chunks) == b"unseen"
+
+
+async def test_an_offset_is_not_scanned_to(tmp_path: Path, inotify: Inotify) -> None:
+    """The end of a terabyte of nothing comes at once: no byte before the offset is read."""
+    path = tmp_path / "output"
+    with path.open("wb") as file:
+        file.truncate(2**40)
+        file.seek(2**40)
+        file.write(b"tail")
+    log = OutputLog(str(path), inotify, ended=True)
+    assert await read(log, 2**40) == b"tail"
 
 
 async def test_many_followers(growing: Growing) -> None:

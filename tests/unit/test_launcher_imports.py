@@ -1,6 +1,8 @@
 """What the launcher loads: the standard library's quiet part, `pjw.errors`, `pjw.model`, and itself."""
 
+import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +41,25 @@ def test_the_launcher_loads_nothing_that_it_must_not() -> None:
     modules = loaded("import pjw.launcher.__main__")
     assert "pjw.launcher.dispatch" in modules
     assert {name for name in modules if name in FORBIDDEN or name.partition(".")[0] in FORBIDDEN} == set()
+
+
+def test_the_launcher_starts_no_program_but_init_and_rm() -> None:
+    """No lsblk, no mount, no kill: what the launcher wants of the kernel it asks the kernel."""
+    starters = re.compile(
+        r"^(posix_spawnp?|spawn[lv]p?e?|exec[lv]p?e?|v?fork|forkpty|system|popen|startfile)$"
+    )
+    found = {
+        (path.name, node.func.attr, ast.unparse(node.args[0]))
+        for path in (SOURCE / "pjw/launcher").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and starters.match(node.func.attr)
+    }
+    assert found == {
+        ("spawn.py", "posix_spawn", "INIT_PROGRAM"),
+        ("scratch.py", "posix_spawn", "RM_PROGRAM"),
+    }
 
 
 def test_of_pjw_it_loads_its_own_room_and_two_pages() -> None:
