@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Final
 
 from pjw.v1 import job_worker_pb2 as pb
-from tests.service import BIN, METHODS, Service, ask
+from tests.service import BIN, METHODS, Service, ask, wait_for
 
 TESTS: Final = Path(__file__).parents[1]
 LIMIT_FILES: Final = (
@@ -81,8 +81,13 @@ def test_stop_returns_once_the_process_has_terminated(service: Service) -> None:
     """When `pjw stop` is back the end is known, and neither process nor cgroup is left."""
     job_id = service.start_job("sleep 300 & sleep 300")
     groups = [group for group in service.job_cgroups() if group.name == f"job-{job_id}"]
-    pids = [int(pid) for pid in (groups[0] / "cgroup.procs").read_text().split()]
-    assert len(pids) >= 3  # init, the shell, its sleeps
+
+    def pids() -> list[int]:
+        return [int(pid) for pid in (groups[0] / "cgroup.procs").read_text().split()]
+
+    # init, the shell, a sleep: the start is answered when the shell is executed, before it forks
+    wait_for(lambda: len(pids()) >= 3)
+    seen = pids()
     job = json.loads(service.ok("stop", str(job_id)))
     assert (job["state"], job["reason"], job["exitCode"], job["signal"]) == (
         "exited",
@@ -92,7 +97,7 @@ def test_stop_returns_once_the_process_has_terminated(service: Service) -> None:
     )
     assert job["end"] is not None
     assert not any(group.exists() for group in groups)
-    assert not any(Path(f"/proc/{pid}/ns/pid").exists() for pid in pids)
+    assert not any(Path(f"/proc/{pid}/ns/pid").exists() for pid in seen)
 
 
 def test_list_is_a_table_at_a_terminal_and_ids_in_a_pipe(make_service: Callable[..., Service]) -> None:
