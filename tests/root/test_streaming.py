@@ -296,7 +296,6 @@ class Impatient(Service):
         return [sys.executable, "-c", program, *super().command(*extra)[1:]]
 
 
-@pytest.mark.xfail(strict=True, reason="a reader that was let go of is told that the output has ended: OK")
 def test_a_reader_that_is_let_go_of_sees_no_clean_end(tmp_path: Path) -> None:
     """Who reads nothing for too long is cut off with an error, never with an end that looks whole."""
     service = Impatient(tmp_path, clients=["alice"])

@@ -17,7 +17,13 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from pjw.certs.profile import CLIENT_NAME_OID
-from pjw.errors import InvalidJobError, LauncherGoneError, NotAuthenticatedError, PjwError
+from pjw.errors import (
+    InvalidJobError,
+    LauncherGoneError,
+    NotAuthenticatedError,
+    PjwError,
+    ServerUnreachableError,
+)
 from pjw.model import Identity
 from pjw.rpc.status import ADMITTED_KEY, status_of
 from pjw.server.peer import authenticate
@@ -114,7 +120,7 @@ class Guard:
 
 
 class _ReaderGoneError(Exception):
-    """The client has gone, or does not read; there is nobody to tell."""
+    """The client has gone; there is nobody to tell."""
 
 
 async def _write(context: Context, answer: Message) -> None:
@@ -123,7 +129,10 @@ async def _write(context: Context, answer: Message) -> None:
             await context.write(answer)
     except TimeoutError:
         log.warning("dropped %s, which has read nothing for %d s", context.peer(), STALLED_WRITE_SECONDS)
-        raise _ReaderGoneError from None
+        # An error, never a clean end: that would tell it that the output is whole.
+        raise ServerUnreachableError(
+            f"dropped after {STALLED_WRITE_SECONDS} s in which nothing was read; ask again from there"
+        ) from None
     except grpc.aio.BaseError:
         # gRPC's word for a follower that vanished while we wrote
         raise _ReaderGoneError from None
