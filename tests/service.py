@@ -236,7 +236,9 @@ class Service:
         for client in ("alice", "bob"):
             with self.stub(client) as stub:
                 ids += [job.id for job in stub.List(pb.ListRequest()).jobs]
-        jobs, scratch = (sorted(os.listdir(self.state / name)) for name in ("jobs", "scratch"))
+        # files of a job that is listed may go at any time: those of a silent one do after its end
+        jobs = [name for name in os.listdir(self.state / "jobs") if int(name) not in ids]
+        scratch = sorted(os.listdir(self.state / "scratch"))
         return ids, jobs, scratch, self.job_cgroups()
 
     def job_cgroups(self) -> list[Path]:

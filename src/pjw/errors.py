@@ -63,6 +63,10 @@ class OffsetError(PjwError):
     """Output was asked for from beyond its end."""
 
 
+class OutputLostError(PjwError):
+    """A part of a job's output is gone: the host went down before the disk had it all."""
+
+
 class LimitReachedError(PjwError):
     """Too many of something, or no space: the same request may work later."""
 

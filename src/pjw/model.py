@@ -45,7 +45,7 @@ class JobState(StrEnum):
 
 
 class EndReason(StrEnum):
-    """Why a job ended."""
+    """Why a job ended; the last three are what is known of one that is LOST."""
 
     COMPLETED = "completed"
     STOPPED = "stopped"
@@ -53,6 +53,8 @@ class EndReason(StrEnum):
     OUTPUT_LIMIT = "output_limit"
     OOM_KILLED = "oom_killed"
     LOST = "lost"
+    HOST_RESTARTED = "host_restarted"
+    LAUNCH_INTERRUPTED = "launch_interrupted"
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +182,10 @@ def _checked_size(argument: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One job at one moment: a snapshot that does not change. Times are in UTC."""
+    """One job at one moment: a snapshot that does not change. Times are in UTC.
+
+    `output_bytes` is known when the job has ended.
+    """
 
     id: int
     client_name: str
@@ -192,6 +197,7 @@ class Job:
     exit_status: ExitStatus | None = None
     reason: EndReason | None = None
     usage: Usage | None = None
+    output_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """Requests that can never work get a clear answer, and leave nothing half-made."""
 
+import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
@@ -216,13 +217,15 @@ def test_an_impossible_grace_period_is_refused(service: Service, seconds: int) -
     service.ok("stop", str(job_id))
 
 
-@pytest.mark.parametrize("command", ["get", "stop", "logs"])
+@pytest.mark.parametrize(
+    ("command", "method"), [("get", "Get"), ("stop", "Stop"), ("logs", "Logs"), ("rm", "Delete")]
+)
 @pytest.mark.parametrize("job_id", [0, -1, 999_999, 2**53, 2**63 - 1, -(2**63), 2**63, -(2**63) - 1, 10**99])
-def test_an_id_of_no_job_is_not_found(service: Service, command: str, job_id: int) -> None:
+def test_an_id_of_no_job_is_not_found(service: Service, command: str, method: str, job_id: int) -> None:
     """Unknown, negative and larger than any id can be: all are simply no job."""
     if -(2**63) <= job_id < 2**63:
-        request = pb.GetRequest(id=job_id).SerializeToString()  # the id is the first field of all three
-        messages, code, said, *_ = service.answer(command.capitalize(), request)
+        request = pb.GetRequest(id=job_id).SerializeToString()  # the id is the first field of all of them
+        messages, code, said, *_ = service.answer(method, request)
         assert (messages, code, said) == ([], grpc.StatusCode.NOT_FOUND, f"no job {job_id}")
     if job_id in (-1, 999_999, 2**63, 10**99):  # a process each: a few will do
         assert service.refused(command, str(job_id)) == (1, f"pjw: error: no job {job_id}\n")
@@ -275,10 +278,12 @@ def test_a_page_size_of_any_kind_is_answered(service: Service) -> None:
 
 
 def test_what_goes_wrong_inside_is_not_told(service: Service) -> None:
-    """An output that somebody took away is the server's fault: a fixed text, the path in its log alone."""
+    """An output that cannot be opened is the server's fault: a fixed text, the path in its log alone."""
     job_id = service.start_job("echo lost")
     service.ok("logs", str(job_id))
-    (service.state / "jobs" / str(job_id) / "output").unlink()
+    output = service.state / "jobs" / str(job_id) / "output"
+    output.chmod(0)
+    os.chown(output, 0, 0)
     _, code, said, _, trailing = service.answer("Logs", pb.LogsRequest(id=job_id).SerializeToString())
     assert (code, said, trailing) == (grpc.StatusCode.INTERNAL, INTERNAL_TEXT, [])
     assert service.refused("logs", str(job_id)) == (

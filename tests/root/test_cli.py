@@ -18,7 +18,7 @@ import pytest
 from pjw.v1 import job_worker_pb2 as pb
 from tests.service import BIN, Service, wait_for
 
-COMMANDS: Final = ("list", "get", "start", "stop", "logs")
+COMMANDS: Final = ("list", "get", "start", "stop", "logs", "rm")
 
 
 def test_help_names_every_command_option_and_exit_code(service: Service) -> None:
@@ -42,7 +42,16 @@ def test_help_names_every_command_option_and_exit_code(service: Service) -> None
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["frobnicate"], ["get"], ["get", "1", "2"], ["list", "x"], ["--frob", "list"], ["logs", "-f"]],
+    [
+        [],
+        ["frobnicate"],
+        ["get"],
+        ["get", "1", "2"],
+        ["list", "x"],
+        ["rm"],
+        ["--frob", "list"],
+        ["logs", "-f"],
+    ],
 )
 def test_wrong_usage_is_2_and_shows_the_right_one(service: Service, arguments: list[str]) -> None:
     """What pjw cannot parse is answered with its usage, before any connection."""
@@ -291,6 +300,25 @@ def test_a_server_that_does_not_come_back_ends_logs_with_a_hint(service: Service
     own.start()
     own.ok("stop", str(job_id))
     assert own.stop() == 0
+
+
+def test_rm_prints_what_it_removed_and_goes_on_after_a_refusal(service: Service) -> None:
+    """Each id on a line when it is gone; what cannot be removed is said, and the exit code tells."""
+    running = service.start_job("sleep 300")
+    ended = [service.start_job(f"echo {number}") for number in range(2)]
+    for job_id in ended:
+        service.ok("logs", str(job_id))
+        wait_for(lambda: service.job(job_id).HasField("end"))  # noqa: B023
+    done = service.pjw("rm", str(ended[0]), str(running), "999999", str(ended[1]))
+    assert done.stdout.decode() == f"{ended[0]}\n{ended[1]}\n"
+    assert done.stderr.decode() == (
+        f"pjw: error: cannot remove job {running}: it has not ended\nhint: pjw stop {running}\n"
+        "pjw: error: no job 999999\n"
+    )
+    assert done.returncode == 1
+    assert service.refused("get", str(ended[0])) == (1, f"pjw: error: no job {ended[0]}\n")
+    service.ok("stop", str(running))
+    assert service.ok("rm", str(running)) == f"{running}\n"
 
 
 def test_a_table_reaches_a_narrow_terminal(service: Service) -> None:

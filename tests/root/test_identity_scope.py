@@ -16,7 +16,7 @@ from tests.certs_factory import CN, ODD_SUBJECTS, OID, Subject, issue
 from tests.service import METHODS, Service, ask
 
 # The methods that name a job: for them another's job is answered like none.
-NAMING: Final = ("Get", "Stop", "Logs")
+NAMING: Final = ("Get", "Stop", "Logs", "Delete")
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_another_clients_job_is_answered_like_none(service: Service, method: str
     """Before an id exists and when it is another's, code, words and all metadata are the same to the byte."""
     with service.channel("bob") as bob:
         job_id = service.start_job("true") + 1
-        request = pb.GetRequest(id=job_id).SerializeToString()  # the id is the first field of all three
+        request = pb.GetRequest(id=job_id).SerializeToString()  # the id is the first field of all of them
         none = ask(bob, method, request)
         assert service.start_job("echo secret" if ended else "echo secret; sleep 300") == job_id
         if ended:

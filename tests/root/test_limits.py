@@ -390,6 +390,24 @@ async def test_the_end_of_a_job_is_kept_on_a_full_disk(small: Bench) -> None:
     assert (again.reason, again.exit_status, again.end) == (ended.reason, ended.exit_status, ended.end)
 
 
+async def test_a_removal_makes_room_on_a_full_disk(small: Bench) -> None:
+    """Also by a worker that was started on the full disk; and then jobs can be started again."""
+    worker = await small.open()
+    # more than the disk's own files leave free again when they are removed
+    jobs = [(await run(worker, f"head -c {4 * MIB} /dev/zero"))[0].id for _ in range(2)]
+    fill(small.state / "filler")
+    await worker.delete(jobs[0])
+    fill(small.state / "more filler")
+    await small.close(worker)
+    fill(small.state / "still more filler")
+    worker = await small.open()
+    with pytest.raises(LimitReachedError):
+        await start(worker, ["true"])
+    await worker.delete(jobs[1])
+    job, output = await run(worker, "echo there is room")
+    assert (job.exit_status, output) == (ExitStatus(code=0), b"there is room\n")
+
+
 async def test_a_worker_on_a_full_disk_says_so(small: Bench) -> None:
     """It cannot be opened there: one clear error, and nothing stays open."""
     filler = small.directory / "filler"

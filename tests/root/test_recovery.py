@@ -3,12 +3,13 @@
 import asyncio
 import os
 import signal
+import sqlite3
 from collections.abc import AsyncIterator
 
 import pytest
 
-from pjw.errors import LauncherGoneError
-from pjw.model import EndReason, ExitStatus, JobState
+from pjw.errors import LauncherGoneError, OutputLostError
+from pjw.model import EndReason, ExitStatus, JobState, Limits
 from pjw.worker import Worker
 from tests.worker_harness import (
     ASK,
@@ -341,6 +342,69 @@ async def test_a_job_whose_init_is_killed_meanwhile_is_lost(bench: Bench) -> Non
     lost = await worker.get(job_id)
     assert (lost.state, lost.reason, lost.exit_status) == (JobState.LOST, EndReason.LOST, None)
     assert await read_all(worker, job_id) == b"words\n"
+
+
+# --- the host goes down
+
+
+def crashed(bench: Bench, output: int | None = None) -> None:
+    """Make the closed state directory look as after a crash of the host, a job's output cut to 3 bytes."""
+    with sqlite3.connect(bench.state / "jobs.sqlite") as db:
+        db.execute("UPDATE host SET boot_id = 'another'")
+    db.close()
+    if output is not None:
+        os.truncate(bench.state / "jobs" / str(output) / "output", 3)
+
+
+async def test_a_job_that_the_host_took_along(bench: Bench) -> None:
+    """LOST, because the host was restarted: that is known, and nothing else is guessed."""
+    first = WorkerProcess(bench)
+    job_id = first.start("echo words; exec sleep 60")
+    await bench.wait_for_output(job_id, b"words\n")
+    init = bench.init_pid(job_id)
+    pidfd = os.pidfd_open(init)
+    first.kill(launcher_first=True)
+    os.kill(init, signal.SIGKILL)
+    await _readable(pidfd)
+    os.close(pidfd)
+    crashed(bench)
+    worker = await bench.open()
+    lost = await worker.get(job_id)
+    assert (lost.state, lost.reason, lost.exit_status) == (JobState.LOST, EndReason.HOST_RESTARTED, None)
+    assert await read_all(worker, job_id) == b"words\n"
+    # told once: the next job that is lost in this boot is not the host's
+    job = await start_said(worker, "echo words; exec sleep 60", b"words\n")
+    os.kill(bench.init_pid(job.id), signal.SIGKILL)
+    assert (await worker.wait(job.id)).reason is EndReason.LOST
+
+
+async def test_a_launch_that_was_interrupted(bench: Bench) -> None:
+    """A row without a process, as a kill between the two leaves it: LOST, and the reason says why."""
+    worker = await bench.open()
+    job = await worker._state.store.add("local", "x", Limits())
+    await bench.close(worker)
+    worker = await bench.open()
+    lost = await worker.get(job.id)
+    assert (lost.state, lost.reason, lost.exit_status) == (JobState.LOST, EndReason.LAUNCH_INTERRUPTED, None)
+    assert await read_all(worker, job.id) == b""
+
+
+async def test_output_that_the_disk_did_not_have(bench: Bench) -> None:
+    """What is left is given, and then an error that says so: never an end that looks whole."""
+    worker = await bench.open()
+    job, _ = await run(worker, "echo words")
+    await bench.close(worker)
+    crashed(bench, job.id)
+    worker = await bench.open()
+    assert await worker.get(job.id) == job
+    got = []
+    with pytest.raises(OutputLostError, match="of 6 bytes 3 were on its disk"):  # noqa: PT012  a loop
+        async for chunk in worker.logs(job.id):
+            got.append(chunk)  # noqa: PERF401  what came before the error counts
+    assert got == [b"wor"]
+    (bench.state / "jobs" / str(job.id) / "output").unlink()
+    with pytest.raises(OutputLostError, match="of 6 bytes 0 were on its disk"):
+        await read_all(worker, job.id)
 
 
 async def test_a_frozen_init_is_killed_in_the_end(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,6 +148,7 @@ def test_every_method_answers_over_grpc(service: Service) -> None:
         "List": pb.ListRequest(),
         "Stop": pb.StopRequest(id=job_id),
         "Logs": pb.LogsRequest(id=job_id),
+        "Delete": pb.DeleteRequest(id=job_id),
     }
     with service.channel() as channel:
         answers = {name: ask(channel, name, requests[name].SerializeToString()) for name, _ in METHODS}

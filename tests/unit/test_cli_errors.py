@@ -18,6 +18,7 @@ CODES = {
     errors.JobNotFoundError(1): 1,
     errors.JobStateError("x"): 1,
     errors.OffsetError("x"): 1,
+    errors.OutputLostError("x"): 1,
     errors.LimitReachedError("x"): 1,
     errors.NotAuthenticatedError("x"): 1,
     errors.NotAllowedError("x"): 1,

@@ -10,8 +10,8 @@ import pytest
 
 from pjw.errors import ConfigError
 from pjw.model import Limits
-from pjw.server.config import JobUsers, ServerConfig, load_config
-from pjw.worker.settings import WorkerSettings
+from pjw.server.config import ClientLimits, JobUsers, KeptJobs, ServerConfig, load_config
+from pjw.worker.settings import Quotas, Retention, WorkerSettings
 
 ROOT = Path(__file__).parents[2]
 WHOLE = """\
@@ -22,6 +22,17 @@ hidden_paths = ["/etc/shadow"]
 [job_users]
 uid_first = 3_000_000
 uid_count = 10
+[retention]
+age_seconds = 1
+jobs_per_client = 2
+bytes_per_client = 3
+jobs_total = 4
+bytes_total = 5
+[clients]
+running_max = 6
+running_total_max = 7
+stored_bytes_max = 8
+stored_bytes_total_max = 9
 [limits]
 memory_max_bytes = 1_073_741_824
 [ceilings]
@@ -37,8 +48,11 @@ def written(directory: Path, text: str) -> str:
 
 
 def test_no_file_is_all_defaults() -> None:
-    """pjwd needs no configuration."""
-    assert load_config(None).worker_settings(()) == WorkerSettings()
+    """pjwd needs no configuration. Unlike the library it keeps, and lets run, a finite number of jobs."""
+    settings = load_config(None).worker_settings(())
+    assert settings == WorkerSettings(retention=settings.retention, quotas=settings.quotas)
+    assert settings.retention == Retention(2_592_000, 100_000, 107_374_182_400)
+    assert settings.quotas == Quotas(1_000, 10_000)
 
 
 def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
@@ -56,6 +70,8 @@ def test_every_key_is_taken(tmp_path: Path) -> None:
     assert all(value == 0 for name, value in settings.ceiling.items() if name != "memory_max_bytes")
     assert (settings.uid_first, settings.uid_count, settings.stop_grace_seconds) == (3_000_000, 10, 2.5)
     assert settings.hidden_paths == ("/etc/shadow", "/key")
+    assert settings.retention == Retention(1, 2, 3, 4, 5)
+    assert settings.quotas == Quotas(6, 7, 8, 9)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +135,9 @@ def test_every_key_and_default_is_documented() -> None:
         assert re.search(rf"`{field.name}[`.]", text), field.name
     for field in msgspec.structs.fields(JobUsers):
         assert f"`job_users.{field.name}`" in text
+    for table, kind in (("retention", KeptJobs), ("clients", ClientLimits)):
+        for field in msgspec.structs.fields(kind):
+            assert re.search(rf"`{table}.{field.name}` \| {field.default} \|", text), field.name
     for name, value in Limits().items():
         assert re.search(rf"`{name}`.*\| {value} \|", text), name
 

@@ -1,10 +1,13 @@
 """The job table: ids, versions, what was written, and a disk that is full."""
 
 import asyncio
+import errno
+import os
 import sqlite3
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 
@@ -12,8 +15,12 @@ import pytest
 
 from pjw.errors import ConfigError, KernelError, LimitReachedError
 from pjw.model import EndReason, ExitStatus, Job, JobState, Limits, Usage
-from pjw.worker.store import SCHEMA_VERSION, JobStore, from_ns, to_ns
+from pjw.worker import schema
+from pjw.worker.schema import SCHEMA_VERSION
+from pjw.worker.settings import Retention
+from pjw.worker.store import JobStore, from_ns, to_ns
 
+DATA = Path(__file__).parents[1] / "data"
 END = datetime(2026, 5, 17, 12, 0, 0, 123_456, UTC)
 
 
@@ -37,6 +44,17 @@ def ended(job: Job) -> Job:
     return replace(
         job, state=JobState.EXITED, end=END, exit_status=status, reason=EndReason.COMPLETED, usage=usage
     )
+
+
+async def filled(store: JobStore, *sizes: int, client: str = "alice") -> list[int]:
+    """Ended jobs with so much output each, which ended one second after another; their ids."""
+    await store.client_number(client)
+    made = []
+    for number, size in enumerate(sizes):
+        job = await store.add(client, "x", Limits())
+        await store.finish(replace(ended(job), end=END + timedelta(seconds=number), output_bytes=size))
+        made.append(job.id)
+    return made
 
 
 async def test_what_is_written_is_read(store: JobStore) -> None:
@@ -161,6 +179,156 @@ async def test_a_full_disk(store: JobStore) -> None:
     assert await store.get(job.id) == job
     store._db.execute("PRAGMA max_page_count = 1000000")
     assert (await store.add("alice", "x" * 10_000, Limits())).id > job.id
+
+
+async def test_a_table_of_version_1(path: Path) -> None:
+    """One that an older pjw wrote is brought up to date, with all that is in it."""
+    with sqlite3.connect(path) as db:
+        db.executescript((DATA / "jobs_v1.sql").read_text())
+    db.close()
+    store = JobStore(str(path))
+    first, second, third, alive = await store.page(None, 0, 10)
+    assert (first.command, first.limits.pids_max, first.end) == ("echo ü 'x'", 7, END)
+    assert (first.exit_status, first.usage) == (ExitStatus(code=3), Usage(1, 2, 3, 4, 5))
+    assert (second.client_name, second.exit_status) == ("bob", ExitStatus(signal=9))
+    assert (third.state, third.reason) == (JobState.LOST, EndReason.LOST)
+    assert {job.output_bytes for job in (first, second, third)} == {None}
+    assert await store.alive() == [alive]
+    assert (await store.add("alice", "x", Limits())).id == 6
+    # what is counted from now on was counted then as well
+    assert await store.prune(Retention(jobs_per_client=1), 0, 10) == [1]
+    store.close()
+
+
+def test_each_version_is_whole_or_not_at_all(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that fails, as on a full disk, leaves the version before it; the next start goes on there."""
+    monkeypatch.setattr(
+        schema, "MIGRATIONS", (*schema.MIGRATIONS[:1], "CREATE TABLE x (a); CREATE TABLE x (a);")
+    )
+    with pytest.raises(KernelError, match="table x already exists"):
+        JobStore(str(path))
+    with sqlite3.connect(path) as db:
+        names = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        assert (db.execute("PRAGMA user_version").fetchone(), "x" in names, "jobs" in names) == (
+            (1,),
+            False,
+            True,
+        )
+    db.close()
+    monkeypatch.undo()
+    JobStore(str(path)).close()
+
+
+async def test_the_owner_is_part_of_the_question(store: JobStore) -> None:
+    """Another's job is none; without an owner it is anybody's."""
+    job = await store.add("alice", "x", Limits())
+    assert [await store.get(job.id, owner) for owner in ("alice", "bob", None)] == [job, None, job]
+
+
+async def test_removals_are_remembered_until_they_are_done(store: JobStore) -> None:
+    """The row goes first; a job that has not ended, or is gone already, is not touched."""
+    first, second = await filled(store, 5, 7)
+    alive = await store.add("alice", "x", Limits())
+    for job_id in (first, first, alive.id, 99):
+        await store.remove(job_id)
+    assert await store.get(first) is None
+    assert await store.get(alive.id) == alive
+    assert await store.removals() == [first]
+    assert await store.ended_bytes("alice") == (7, 7)
+    await store.removed([first])
+    assert await store.removals() == []
+    assert await store.first_end_ns() == to_ns(END + timedelta(seconds=1))
+    await store.remove(second)
+    assert (await store.first_end_ns(), await store.ended_bytes("alice")) == (None, (0, 0))
+
+
+@pytest.mark.parametrize(
+    ("retention", "pruned"),
+    [
+        (Retention(), []),
+        (Retention(age_seconds=9), []),
+        (Retention(age_seconds=8), [1, 5]),
+        (Retention(age_seconds=6), [1, 2, 3, 5, 6]),
+        (Retention(jobs_per_client=3), [1]),
+        (Retention(jobs_per_client=1), [1, 2, 3, 5]),
+        (Retention(bytes_per_client=11), [1, 2, 5]),
+        (Retention(bytes_per_client=1), [1, 2, 4, 5, 6]),
+        (Retention(jobs_total=4), [1, 2]),
+        (Retention(jobs_total=2), [1, 2, 5, 3]),
+        (Retention(bytes_total=30), [1, 2]),
+        (Retention(jobs_per_client=3, bytes_total=30), [1, 2]),
+    ],
+)
+async def test_what_is_pruned(store: JobStore, retention: Retention, pruned: list[int]) -> None:
+    """Who goes and who goes first, by each of the bounds."""
+    await filled(store, 10, 10, 0, 10, client="a")
+    await filled(store, 8, 8, client="b")
+    now = to_ns(END + timedelta(seconds=8, milliseconds=1))
+    # ties between clients are broken by chance, so ids that ended at the same moment are compared as a set
+    assert sorted(await store.prune(retention, now, 100)) == sorted(pruned)
+    assert sorted(await store.removals()) == sorted(pruned)
+    assert await store.prune(retention, now, 100) == []
+
+
+async def test_pruning_is_in_batches_and_oldest_first(store: JobStore) -> None:
+    """So many at a time, so that others have their turn at the table."""
+    await filled(store, *[1] * 10)
+    assert await store.prune(Retention(jobs_per_client=2), 0, 3) == [1, 2, 3]
+    assert await store.prune(Retention(jobs_per_client=2), 0, 100) == [4, 5, 6, 7, 8]
+
+
+async def test_the_boot_is_written_down(path: Path) -> None:
+    """None at first, then the last one that was set, over restarts."""
+    store = JobStore(str(path))
+    assert await store.boot_id() is None
+    await store.set_boot_id("one")
+    await store.set_boot_id("two")
+    store.close()
+    store = JobStore(str(path))
+    assert await store.boot_id() == "two"
+    store.close()
+
+
+async def test_a_sync_serves_all_who_wait_and_none_too_early(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who comes while one runs waits for the next, all of them for the same: 2 instead of 101."""
+    real, count, release = os.fdatasync, 0, threading.Event()
+
+    def fdatasync(descriptor: int) -> None:
+        nonlocal count
+        count += 1
+        release.wait(10)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    first = asyncio.ensure_future(store.sync())
+    async with asyncio.timeout(10):
+        while not count:
+            await asyncio.sleep(0.001)
+    others = [asyncio.ensure_future(store.sync()) for _ in range(100)]
+    others[0].cancel()
+    await asyncio.sleep(0)
+    release.set()
+    await first
+    assert not any(other.done() for other in others[1:])
+    await asyncio.gather(*others[1:])
+    assert count == 2
+    await store.sync()
+    assert count == 3
+
+
+async def test_a_disk_that_fails_to_sync(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each who waits is told, and the next may succeed."""
+
+    def fails(descriptor: int) -> None:
+        raise OSError(errno.EIO, "x")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fdatasync", fails)
+        results = await asyncio.gather(store.sync(), store.sync(), return_exceptions=True)
+    assert [str(result).partition("/")[0] for result in results] == ["cannot sync the job table "] * 2
+    await store.sync()
 
 
 @pytest.mark.parametrize("ns", [0, 1, 999, 1_700_000_000_000_000_000, 1_700_000_000_123_456_789, 2**62])

@@ -98,6 +98,11 @@ class Client:
         request = pb.StopRequest(id=_wire_id(job_id))
         return job_from_message(self._call(lambda: self._stub.Stop(request), job_id).job)
 
+    def delete(self, job_id: int) -> None:
+        """Forget an ended job, with its output."""
+        request = pb.DeleteRequest(id=_wire_id(job_id))
+        self._call(lambda: self._stub.Delete(request, timeout=CALL_SECONDS), job_id)
+
     def logs(self, job_id: int, offset: int = 0) -> Iterator[bytes]:
         """The output from *offset* on, to the end of the job.
 

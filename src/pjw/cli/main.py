@@ -52,9 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.run(client, arguments)
             sys.stdout.flush()
     except PjwError as error:
-        print(f"pjw: error: {error}", file=sys.stderr)
-        if error.hint:
-            print(f"hint: {error.hint}", file=sys.stderr)
+        _complain(error)
         return exit_code_of(error)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
@@ -67,6 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         _abandon_stdout()
         return EXIT_FAILED
     return 0
+
+
+def _complain(error: PjwError) -> None:
+    print(f"pjw: error: {error}", file=sys.stderr)
+    if error.hint:
+        print(f"hint: {error.hint}", file=sys.stderr)
 
 
 def _prepare_stdout() -> None:
@@ -129,6 +133,10 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_stop)
     command.add_argument("id", type=_job_id, metavar="ID")
 
+    command = commands.add_parser("rm", help="forget ended jobs, with their output; prints each id")
+    command.set_defaults(run=_rm)
+    command.add_argument("ids", type=_job_id, nargs="+", metavar="ID")
+
     command = commands.add_parser("logs", help="stream a job's output from its first byte until the job ends")
     command.set_defaults(run=_logs)
     command.add_argument("id", type=_job_id, metavar="ID")
@@ -173,6 +181,19 @@ def _stop(client: "Client", arguments: argparse.Namespace) -> None:
     from pjw.cli.render import job_json
 
     print(job_json(client.stop(arguments.id)))
+
+
+def _rm(client: "Client", arguments: argparse.Namespace) -> None:
+    failed: PjwError | None = None
+    for job_id in arguments.ids:
+        try:
+            client.delete(job_id)
+            print(job_id, flush=True)
+        except PjwError as error:
+            failed = error
+            _complain(error)
+    if failed is not None:
+        raise SystemExit(exit_code_of(failed))
 
 
 def _logs(client: "Client", arguments: argparse.Namespace) -> None:

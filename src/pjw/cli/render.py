@@ -23,6 +23,7 @@ def job_json(job: Job) -> str:
         "clientName": job.client_name,
         "limits": {_camel(name): value for name, value in job.limits.items()},
         "usage": _usage(job),
+        "outputBytes": job.output_bytes,
     }
     return json.dumps(members, indent=2, ensure_ascii=False)
 

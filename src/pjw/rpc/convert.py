@@ -30,6 +30,7 @@ def job_to_message(job: Job) -> pb.Job:
         signal=status.signal if status else None,
         limits=pb.Limits(**dict(job.limits.items())),
         usage=_usage_to_message(job.usage) if job.usage else None,
+        output_bytes=job.output_bytes,
     )
 
 
@@ -50,6 +51,7 @@ def job_from_message(message: pb.Job) -> Job:
         exit_status=None if code is None and signal is None else ExitStatus(code, signal),
         reason=_REASONS_BACK.get(message.reason),
         usage=_usage_from_message(message.usage) if message.HasField("usage") else None,
+        output_bytes=message.output_bytes if message.HasField("output_bytes") else None,
     )
 
 

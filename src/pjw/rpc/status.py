@@ -1,7 +1,7 @@
 """Errors to gRPC status and back: one table for both directions.
 
-gRPC itself never produces INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION or OUT_OF_RANGE:
-a client that sees one knows that we said it (grpc.io/docs/guides/status-codes).
+gRPC itself never produces INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION, OUT_OF_RANGE or
+DATA_LOSS: a client that sees one knows that we said it (grpc.io/docs/guides/status-codes).
 """
 
 from typing import Final
@@ -16,6 +16,7 @@ CODES: Final[dict[type[errors.PjwError], grpc.StatusCode]] = {
     errors.JobStateError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.LaunchError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.OffsetError: grpc.StatusCode.OUT_OF_RANGE,
+    errors.OutputLostError: grpc.StatusCode.DATA_LOSS,
     errors.LimitReachedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.NotAuthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
     errors.NotAllowedError: grpc.StatusCode.PERMISSION_DENIED,
@@ -31,6 +32,7 @@ _ERRORS: Final[dict[grpc.StatusCode, type[errors.PjwError]]] = {
     grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidJobError,
     grpc.StatusCode.FAILED_PRECONDITION: errors.JobStateError,
     grpc.StatusCode.OUT_OF_RANGE: errors.OffsetError,
+    grpc.StatusCode.DATA_LOSS: errors.OutputLostError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: errors.LimitReachedError,
     grpc.StatusCode.UNAUTHENTICATED: errors.NotAuthenticatedError,
     grpc.StatusCode.PERMISSION_DENIED: errors.NotAllowedError,

@@ -2,14 +2,15 @@
 
 import tomllib
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
 from pjw.certs.identity import check_client_name_oid
 from pjw.certs.profile import CLIENT_NAME_OID
 from pjw.errors import ConfigError, InvalidJobError
-from pjw.model import Limits
-from pjw.worker.settings import NO_CEILING, UID_COUNT, UID_FIRST, WorkerSettings
+from pjw.model import LIMIT_MAXIMUM, Limits
+from pjw.worker.settings import NO_CEILING, UID_COUNT, UID_FIRST, Quotas, Retention, WorkerSettings
 
 
 class JobUsers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -17,6 +18,28 @@ class JobUsers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     uid_first: int = UID_FIRST
     uid_count: int = UID_COUNT
+
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=LIMIT_MAXIMUM)]
+
+
+class KeptJobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How much of ended jobs is kept: `worker.settings.Retention`, with the defaults of a service."""
+
+    age_seconds: Count = 30 * 86_400
+    jobs_per_client: Count = 100_000
+    bytes_per_client: Count = 100 * 1024**3
+    jobs_total: Count = 0
+    bytes_total: Count = 0
+
+
+class ClientLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What clients may have at once: `worker.settings.Quotas`, with the defaults of a service."""
+
+    running_max: Count = 1_000
+    running_total_max: Count = 10_000
+    stored_bytes_max: Count = 0
+    stored_bytes_total_max: Count = 0
 
 
 class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -27,6 +50,8 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stop_grace_seconds: float = 10
     hidden_paths: tuple[str, ...] = ()
     job_users: JobUsers = JobUsers()
+    retention: KeptJobs = KeptJobs()
+    clients: ClientLimits = ClientLimits()
     limits: dict[str, int] = {}
     ceilings: dict[str, int] = {}
 
@@ -46,6 +71,8 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             uid_count=self.job_users.uid_count,
             hidden_paths=(*self.hidden_paths, *hidden_paths),
             stop_grace_seconds=self.stop_grace_seconds,
+            retention=Retention(**msgspec.structs.asdict(self.retention)),
+            quotas=Quotas(**msgspec.structs.asdict(self.clients)),
         )
 
 

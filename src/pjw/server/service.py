@@ -36,6 +36,7 @@ class JobWorkerService:
                 "List": guard.unary(self.list, pb.ListRequest),
                 "Stop": guard.unary(self.stop, pb.StopRequest),
                 "Logs": guard.stream(self.logs, pb.LogsRequest),
+                "Delete": guard.unary(self.delete, pb.DeleteRequest),
             },
         )
 
@@ -70,6 +71,11 @@ class JobWorkerService:
         async with aclosing(self._worker.logs(request.id, request.offset, caller.client_name)) as chunks:
             async for chunk in chunks:
                 yield pb.LogsResponse(data=chunk)
+
+    async def delete(self, request: pb.DeleteRequest, caller: Identity) -> pb.DeleteResponse:
+        """Forget an ended job of the caller."""
+        await self._worker.delete(request.id, caller.client_name)
+        return pb.DeleteResponse()
 
 
 def _after(page_token: str) -> int:

@@ -41,7 +41,7 @@ class _JobStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_JobState.Val
     JOB_STATE_EXITED: _JobState.ValueType  # 4
     """The command has ended: see exit_code, signal and reason."""
     JOB_STATE_LOST: _JobState.ValueType  # 5
-    """The job has ended, and nobody could record how (the host went down, for example)."""
+    """The job has ended, and nobody could record how: see reason."""
 
 class JobState(_JobState, metaclass=_JobStateEnumTypeWrapper):
     """JobState is where in its life a job is."""
@@ -56,7 +56,7 @@ JOB_STATE_STOPPING: JobState.ValueType  # 3
 JOB_STATE_EXITED: JobState.ValueType  # 4
 """The command has ended: see exit_code, signal and reason."""
 JOB_STATE_LOST: JobState.ValueType  # 5
-"""The job has ended, and nobody could record how (the host went down, for example)."""
+"""The job has ended, and nobody could record how: see reason."""
 Global___JobState: _TypeAlias = JobState  # noqa: Y015
 
 class _EndReason:
@@ -77,7 +77,11 @@ class _EndReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EndReason.V
     END_REASON_OOM_KILLED: _EndReason.ValueType  # 5
     """The kernel killed a process of the job at its memory limit, and the command failed."""
     END_REASON_LOST: _EndReason.ValueType  # 6
-    """Nobody could record the end."""
+    """The process that records the end was killed."""
+    END_REASON_HOST_RESTARTED: _EndReason.ValueType  # 7
+    """The host went down while the job ran."""
+    END_REASON_LAUNCH_INTERRUPTED: _EndReason.ValueType  # 8
+    """The service was killed while it set the job up; the command may have run for a moment."""
 
 class EndReason(_EndReason, metaclass=_EndReasonEnumTypeWrapper):
     """EndReason is why a job ended."""
@@ -94,7 +98,11 @@ END_REASON_OUTPUT_LIMIT: EndReason.ValueType  # 4
 END_REASON_OOM_KILLED: EndReason.ValueType  # 5
 """The kernel killed a process of the job at its memory limit, and the command failed."""
 END_REASON_LOST: EndReason.ValueType  # 6
-"""Nobody could record the end."""
+"""The process that records the end was killed."""
+END_REASON_HOST_RESTARTED: EndReason.ValueType  # 7
+"""The host went down while the job ran."""
+END_REASON_LAUNCH_INTERRUPTED: EndReason.ValueType  # 8
+"""The service was killed while it set the job up; the command may have run for a moment."""
 Global___EndReason: _TypeAlias = EndReason  # noqa: Y015
 
 @_typing.final
@@ -237,6 +245,7 @@ class Job(_message.Message):
     SIGNAL_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
+    OUTPUT_BYTES_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     client_name: _builtins.str
     command: _builtins.str
@@ -247,6 +256,8 @@ class Job(_message.Message):
     reason: Global___EndReason.ValueType
     signal: _builtins.int
     """The signal that ended the command, if one did."""
+    output_bytes: _builtins.int
+    """How much output there is; absent while the job runs."""
     @_builtins.property
     def start(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -273,17 +284,22 @@ class Job(_message.Message):
         signal: _builtins.int | None = ...,
         limits: Global___Limits | None = ...,
         usage: Global___Usage | None = ...,
+        output_bytes: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "_signal", b"_signal", "end", b"end", "exit_code", b"exit_code", "limits", b"limits", "signal", b"signal", "start", b"start", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "_output_bytes", b"_output_bytes", "_signal", b"_signal", "end", b"end", "exit_code", b"exit_code", "limits", b"limits", "output_bytes", b"output_bytes", "signal", b"signal", "start", b"start", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "_signal", b"_signal", "client_name", b"client_name", "command", b"command", "end", b"end", "exit_code", b"exit_code", "id", b"id", "limits", b"limits", "reason", b"reason", "signal", b"signal", "start", b"start", "state", b"state", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "_output_bytes", b"_output_bytes", "_signal", b"_signal", "client_name", b"client_name", "command", b"command", "end", b"end", "exit_code", b"exit_code", "id", b"id", "limits", b"limits", "output_bytes", b"output_bytes", "reason", b"reason", "signal", b"signal", "start", b"start", "state", b"state", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__exit_code: _TypeAlias = _typing.Literal["exit_code"]  # noqa: Y015
     _WhichOneofArgType__exit_code: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code"]  # noqa: Y015
+    _WhichOneofReturnType__output_bytes: _TypeAlias = _typing.Literal["output_bytes"]  # noqa: Y015
+    _WhichOneofArgType__output_bytes: _TypeAlias = _typing.Literal["_output_bytes", b"_output_bytes"]  # noqa: Y015
     _WhichOneofReturnType__signal: _TypeAlias = _typing.Literal["signal"]  # noqa: Y015
     _WhichOneofArgType__signal: _TypeAlias = _typing.Literal["_signal", b"_signal"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__exit_code) -> _WhichOneofReturnType__exit_code | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__output_bytes) -> _WhichOneofReturnType__output_bytes | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__signal) -> _WhichOneofReturnType__signal | None: ...
 
@@ -523,6 +539,40 @@ class LogsRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LogsRequest: _TypeAlias = LogsRequest  # noqa: Y015
+
+@_typing.final
+class DeleteRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteRequest: _TypeAlias = DeleteRequest  # noqa: Y015
+
+@_typing.final
+class DeleteResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteResponse: _TypeAlias = DeleteResponse  # noqa: Y015
 
 @_typing.final
 class LogsResponse(_message.Message):

@@ -60,6 +60,11 @@ class JobWorkerServiceStub:
                 request_serializer=pjw_dot_v1_dot_job__worker__pb2.LogsRequest.SerializeToString,
                 response_deserializer=pjw_dot_v1_dot_job__worker__pb2.LogsResponse.FromString,
                 _registered_method=True)
+        self.Delete = channel.unary_unary(
+                '/pjw.v1.JobWorkerService/Delete',
+                request_serializer=pjw_dot_v1_dot_job__worker__pb2.DeleteRequest.SerializeToString,
+                response_deserializer=pjw_dot_v1_dot_job__worker__pb2.DeleteResponse.FromString,
+                _registered_method=True)
 
 
 class JobWorkerServiceServicer:
@@ -98,7 +103,15 @@ class JobWorkerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Logs(self, request, context):
-        """Logs streams a job's output from an offset on, and ends when the job has ended.
+        """Logs streams a job's output from an offset on, and ends when the job has ended. DATA_LOSS
+        after the last byte: the host went down before its disk had all of the output.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Delete(self, request, context):
+        """Delete forgets a job that has ended, with its output. FAILED_PRECONDITION: it has not ended.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -131,6 +144,11 @@ def add_JobWorkerServiceServicer_to_server(servicer, server):
                     servicer.Logs,
                     request_deserializer=pjw_dot_v1_dot_job__worker__pb2.LogsRequest.FromString,
                     response_serializer=pjw_dot_v1_dot_job__worker__pb2.LogsResponse.SerializeToString,
+            ),
+            'Delete': grpc.unary_unary_rpc_method_handler(
+                    servicer.Delete,
+                    request_deserializer=pjw_dot_v1_dot_job__worker__pb2.DeleteRequest.FromString,
+                    response_serializer=pjw_dot_v1_dot_job__worker__pb2.DeleteResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -269,6 +287,33 @@ class JobWorkerService:
             '/pjw.v1.JobWorkerService/Logs',
             pjw_dot_v1_dot_job__worker__pb2.LogsRequest.SerializeToString,
             pjw_dot_v1_dot_job__worker__pb2.LogsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Delete(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pjw.v1.JobWorkerService/Delete',
+            pjw_dot_v1_dot_job__worker__pb2.DeleteRequest.SerializeToString,
+            pjw_dot_v1_dot_job__worker__pb2.DeleteResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -51,7 +51,11 @@ class JobWorkerServiceStub:
     when the job has ended. To stop a job that has ended is success.
     """
     Logs: _grpc.UnaryStreamMultiCallable[_job_worker_pb2.LogsRequest, _job_worker_pb2.LogsResponse]
-    """Logs streams a job's output from an offset on, and ends when the job has ended."""
+    """Logs streams a job's output from an offset on, and ends when the job has ended. DATA_LOSS
+    after the last byte: the host went down before its disk had all of the output.
+    """
+    Delete: _grpc.UnaryUnaryMultiCallable[_job_worker_pb2.DeleteRequest, _job_worker_pb2.DeleteResponse]
+    """Delete forgets a job that has ended, with its output. FAILED_PRECONDITION: it has not ended."""
 
 @_typing.type_check_only
 class JobWorkerServiceAsyncStub(JobWorkerServiceStub):
@@ -72,7 +76,11 @@ class JobWorkerServiceAsyncStub(JobWorkerServiceStub):
     when the job has ended. To stop a job that has ended is success.
     """
     Logs: _aio.UnaryStreamMultiCallable[_job_worker_pb2.LogsRequest, _job_worker_pb2.LogsResponse]  # type: ignore[assignment]
-    """Logs streams a job's output from an offset on, and ends when the job has ended."""
+    """Logs streams a job's output from an offset on, and ends when the job has ended. DATA_LOSS
+    after the last byte: the host went down before its disk had all of the output.
+    """
+    Delete: _aio.UnaryUnaryMultiCallable[_job_worker_pb2.DeleteRequest, _job_worker_pb2.DeleteResponse]  # type: ignore[assignment]
+    """Delete forgets a job that has ended, with its output. FAILED_PRECONDITION: it has not ended."""
 
 class JobWorkerServiceServicer(metaclass=_abc_1.ABCMeta):
     """JobWorkerService starts, shows and stops jobs, and streams their output."""
@@ -120,6 +128,16 @@ class JobWorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _job_worker_pb2.LogsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_job_worker_pb2.LogsResponse], _abc.AsyncIterator[_job_worker_pb2.LogsResponse]]:
-        """Logs streams a job's output from an offset on, and ends when the job has ended."""
+        """Logs streams a job's output from an offset on, and ends when the job has ended. DATA_LOSS
+        after the last byte: the host went down before its disk had all of the output.
+        """
+
+    @_abc_1.abstractmethod
+    def Delete(
+        self,
+        request: _job_worker_pb2.DeleteRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_job_worker_pb2.DeleteResponse, _abc.Awaitable[_job_worker_pb2.DeleteResponse]]:
+        """Delete forgets a job that has ended, with its output. FAILED_PRECONDITION: it has not ended."""
 
 def add_JobWorkerServiceServicer_to_server(servicer: JobWorkerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

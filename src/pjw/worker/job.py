@@ -39,7 +39,7 @@ class LiveJob:
         """Somebody asked for the job's end."""
         self._apply(JobEvent.STOP_ASKED)
 
-    def end_seen(self, end: End, usage: Usage | None) -> None:
+    def end_seen(self, end: End, usage: Usage | None, output_bytes: int) -> None:
         """The command ended, and init recorded how."""
         reason = end.reason
         # The counter alone is not the reason: a job may lose a child to it and still succeed.
@@ -56,9 +56,10 @@ class LiveJob:
             exit_status=end.exit_status,
             reason=reason,
             usage=usage,
+            output_bytes=output_bytes,
         )
 
-    def killed_unrecorded(self, usage: Usage | None) -> None:
+    def killed_unrecorded(self, usage: Usage | None, output_bytes: int) -> None:
         """We killed the job with its init, so nobody recorded what everybody knows."""
         status = ExitStatus(signal=9)
         self._apply(
@@ -67,11 +68,21 @@ class LiveJob:
             exit_status=status,
             reason=EndReason.STOPPED,
             usage=usage,
+            output_bytes=output_bytes,
         )
 
-    def end_unknown(self, usage: Usage | None) -> None:
-        """The job is gone, and nobody recorded how it ended: no guess is made."""
-        self._apply(JobEvent.END_UNKNOWN, end=datetime.now(UTC), reason=EndReason.LOST, usage=usage)
+    def end_unknown(self, reason: EndReason, usage: Usage | None, output_bytes: int) -> None:
+        """The job is gone, and nobody recorded how it ended: no guess is made of that.
+
+        *reason* is why nobody could.
+        """
+        self._apply(
+            JobEvent.END_UNKNOWN,
+            end=datetime.now(UTC),
+            reason=reason,
+            usage=usage,
+            output_bytes=output_bytes,
+        )
 
     def announce_end(self) -> None:
         """Wake all who wait for the end, with the final snapshot and the whole output in place."""

@@ -15,6 +15,31 @@ NO_CEILING: Final = Limits(**dict.fromkeys((name for name, _ in Limits().items()
 
 
 @dataclass(frozen=True, slots=True)
+class Retention:
+    """How much of ended jobs is kept, the newest first. 0 is "all" in every field."""
+
+    age_seconds: int = 0
+    jobs_per_client: int = 0
+    bytes_per_client: int = 0
+    jobs_total: int = 0
+    bytes_total: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Quotas:
+    """What clients may have at once; at it, a start is refused. 0 is "no limit" in every field.
+
+    Each has a total for all clients. Stored bytes are the output of all jobs, ended or not, as it is
+    when one is to be started.
+    """
+
+    running_max: int = 0
+    running_total_max: int = 0
+    stored_bytes_max: int = 0
+    stored_bytes_total_max: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerSettings:
     """Limits, users and manners. Raises ConfigError when they contradict each other."""
 
@@ -24,6 +49,8 @@ class WorkerSettings:
     uid_count: int = UID_COUNT
     hidden_paths: tuple[str, ...] = ()
     stop_grace_seconds: float = 10
+    retention: Retention = Retention()
+    quotas: Quotas = Quotas()
 
     def __post_init__(self) -> None:
         if above := self.default_limits.first_above(self.ceiling):

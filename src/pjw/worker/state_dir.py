@@ -2,18 +2,25 @@
 
 STATE/               root, 0711
 jobs.sqlite        the job table; opened before privilege is dropped
-jobs/ID/           the server's own, 0700: `output` and `status` of each job
+jobs/ID/           the server's own, 0700: `output` and `status` of each job; when it has ended
+                   `output` alone, and nothing when it wrote none
 scratch/ID/        made by the launcher: the job's own, while it runs
 launcher.lock      held by the launcher
 """
 
+import asyncio
 import os
-import shutil
-from typing import Final
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from typing import Final, ParamSpec
 
 from pjw.errors import RESOURCE_ERRNOS, ConfigError, KernelError, LimitReachedError, describe_errno
 from pjw.worker.record import RECORD_BYTES
 from pjw.worker.store import JobStore
+
+P = ParamSpec("P")
 
 
 class StateDir:
@@ -33,6 +40,8 @@ class StateDir:
                 f"cannot use the state directory {path}: {describe_errno(error.errno or 0)}",
                 hint="give a directory on a local disk that root can write with --state-dir",
             ) from error
+        # Of its own: what waits for a disk here must not hold up those who read output.
+        self._threads: Final = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pjw-disk")
         # By descriptor: its owner may not be able to reach it by name (a parent of mode 0700).
         self._jobs: Final = f"/proc/self/fd/{self._jobs_fd}"
         try:
@@ -44,7 +53,8 @@ class StateDir:
             raise
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close what is open, when the threads have let go of it."""
+        self._threads.shutdown(cancel_futures=True)
         self.store.close()
         os.close(self._jobs_fd)
 
@@ -83,14 +93,53 @@ class StateDir:
         except OSError as error:
             raise KernelError("read the status of", f"job {job_id}", error.errno or 0) from error
 
+    def output_size(self, job_id: int) -> int:
+        """How many bytes of output a job has; 0 without a file."""
+        try:
+            return os.stat(self.output_path(job_id)).st_size
+        except FileNotFoundError:
+            return 0
+        except OSError as error:
+            raise KernelError("look at the output of", f"job {job_id}", error.errno or 0) from error
+
+    def settle(self, job_id: int, output_bytes: int) -> None:
+        """Bring the output of a job whose end was written down to the disk, and keep nothing else of it.
+
+        Blocks for as long as the disk takes.
+        """
+        if not output_bytes:
+            self.remove_job(job_id)
+            return
+        try:
+            descriptor = os.open(self.output_path(job_id), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)  # not fdatasync(2): this brings the file's name along
+            finally:
+                os.close(descriptor)
+            os.unlink(f"{self._jobs}/{job_id}/status")
+        except FileNotFoundError:
+            pass  # it was removed meanwhile
+        except OSError as error:
+            raise KernelError("sync the output of", f"job {job_id}", error.errno or 0) from error
+
     def remove_job(self, job_id: int) -> None:
         """Remove a job's directory, if there is one."""
+        directory = f"{self._jobs}/{job_id}"
         try:
-            shutil.rmtree(f"{self._jobs}/{job_id}")
-        except FileNotFoundError:
-            pass
+            # One by one, as one may be gone: what is there is known, and `settle` may be at it too.
+            for remove, path in (
+                (os.unlink, f"{directory}/status"),
+                (os.unlink, f"{directory}/output"),
+                (os.rmdir, directory),
+            ):
+                with suppress(FileNotFoundError):
+                    remove(path)
         except OSError as error:
             raise KernelError("remove the directory of", f"job {job_id}", error.errno or 0) from error
+
+    async def in_thread(self, function: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+        """Call `settle` or `remove_job` without holding the event loop up."""
+        await asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *args, **kwargs))
 
 
 def disk_error(operation: str, subject: str, error: OSError) -> KernelError | LimitReachedError:

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict
@@ -12,38 +12,38 @@ from typing import Final, ParamSpec, TypeVar
 
 from pjw.errors import ConfigError, KernelError, LimitReachedError
 from pjw.model import EndReason, ExitStatus, Job, JobState, Limits, Usage
+from pjw.worker.schema import migrate
+from pjw.worker.settings import Retention
+from pjw.worker.wal import WalSync
 
-SCHEMA_VERSION: Final = 1
-# `state` is NULL until the job has ended: where a living job is, only its own processes know,
-# and after a restart they are asked, not the table.
-_SCHEMA: Final = """
-CREATE TABLE clients (
-    name TEXT PRIMARY KEY,
-    number INTEGER NOT NULL UNIQUE
-) WITHOUT ROWID;
-CREATE TABLE jobs (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    client_name TEXT NOT NULL,
-    command TEXT NOT NULL,
-    limits TEXT NOT NULL,
-    start_ns INTEGER NOT NULL,
-    state TEXT,
-    end_ns INTEGER,
-    exit_code INTEGER,
-    signal INTEGER,
-    reason TEXT,
-    usage TEXT
-);
-CREATE INDEX jobs_of_client ON jobs (client_name, id);
-CREATE INDEX jobs_alive ON jobs (id) WHERE state IS NULL;
-"""
 # A page of long commands ends early, so that it fits into the 4 MiB that gRPC's clients take, and
 # that nobody's list fills the memory: a command may have half a megabyte.
 PAGE_CHARACTERS: Final = 256 * 1024
 _COLUMNS: Final = (
-    "id, client_name, command, limits, start_ns, state, end_ns, exit_code, signal, reason, usage"
+    "id, client_name, command, limits, start_ns, state, end_ns, exit_code, signal, reason, usage,"
+    " output_bytes"
 )
-_Row = tuple[int, str, str, str, int, str | None, int | None, int | None, int | None, str | None, str | None]
+_Number = int | None
+_Text = str | None
+_Row = tuple[int, str, str, str, int, _Text, _Number, _Number, _Number, _Text, _Text, _Number]
+
+# Which job goes first when more is kept than may be, by the member of Retention that says so;
+# `:most` is its value. A total is brought down at the cost of the client who has most: nobody
+# can push the jobs of others out.
+_TO_PRUNE: Final = {
+    "age_seconds": "SELECT id FROM jobs WHERE state IS NOT NULL AND end_ns < :now - :most * 1000000000"
+    " ORDER BY end_ns LIMIT 1",
+    "jobs_per_client": "SELECT id FROM jobs WHERE state IS NOT NULL AND client_name ="
+    " (SELECT name FROM clients WHERE ended_jobs > :most LIMIT 1) ORDER BY end_ns LIMIT 1",
+    "bytes_per_client": "SELECT id FROM jobs WHERE output_bytes > 0 AND client_name ="
+    " (SELECT name FROM clients WHERE ended_bytes > :most LIMIT 1) ORDER BY end_ns LIMIT 1",
+    "jobs_total": "SELECT id FROM jobs WHERE state IS NOT NULL AND client_name ="
+    " (SELECT name FROM clients ORDER BY ended_jobs DESC LIMIT 1)"
+    " AND (SELECT sum(ended_jobs) FROM clients) > :most ORDER BY end_ns LIMIT 1",
+    "bytes_total": "SELECT id FROM jobs WHERE output_bytes > 0 AND client_name ="
+    " (SELECT name FROM clients ORDER BY ended_bytes DESC LIMIT 1)"
+    " AND (SELECT sum(ended_bytes) FROM clients) > :most ORDER BY end_ns LIMIT 1",
+}
 
 
 _P = ParamSpec("_P")
@@ -61,6 +61,11 @@ class JobStore:
         self._path: Final = path
         self._thread: Final = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pjw-store")
         self._db: Final = self._guarded(self._open)
+        try:
+            self._wal: Final = WalSync(path)
+        except BaseException:
+            self._db.close()
+            raise
 
     def _open(self) -> sqlite3.Connection:
         # check_same_thread: opened here, then used only by the one thread of the executor
@@ -78,22 +83,20 @@ class JobStore:
         db.execute("PRAGMA locking_mode = EXCLUSIVE")
         db.execute("PRAGMA temp_store = MEMORY")
         db.execute("PRAGMA journal_mode = WAL")
-        # NORMAL: a commit survives the death of any process, and a power cut may cost the last
-        # ones. FULL would put an fsync before the answer of every start.
+        # NORMAL: a commit survives the death of any process. What must survive a power cut too is
+        # synced by us (wal.py), beside what else has to be done; FULL would have each wait in turn.
         db.execute("PRAGMA synchronous = NORMAL")
-        (version,) = db.execute("PRAGMA user_version").fetchone()
-        if version > SCHEMA_VERSION:
-            raise ConfigError(
-                f"the job table {self._path} has version {version}, and this pjw knows only {SCHEMA_VERSION}",
-                hint="a newer pjw has written it; run that one",
-            )
-        if version == 0:
-            db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+        migrate(db, self._path)
 
     def close(self) -> None:
         """Write what is pending and close."""
         self._thread.shutdown()
+        self._wal.close()
         self._db.close()
+
+    async def sync(self) -> None:
+        """Return when all that was written before this call will survive a power cut. Raises KernelError."""
+        await self._wal.sync()
 
     async def client_number(self, name: str) -> int:
         """The number of a client, from 0 on, given at its first job and never to another."""
@@ -102,7 +105,9 @@ class JobStore:
     def _client_number(self, name: str) -> int:
         with self._db:
             self._db.execute(
-                "INSERT OR IGNORE INTO clients SELECT ?, coalesce(max(number) + 1, 0) FROM clients", (name,)
+                "INSERT OR IGNORE INTO clients (name, number)"
+                " SELECT ?, coalesce(max(number) + 1, 0) FROM clients",
+                (name,),
             )
         row: tuple[int] = self._db.execute("SELECT number FROM clients WHERE name = ?", (name,)).fetchone()
         return row[0]
@@ -138,7 +143,7 @@ class JobStore:
         with self._db:
             self._db.execute(
                 "UPDATE jobs SET start_ns = ?, state = ?, end_ns = ?, exit_code = ?, signal = ?, reason = ?,"
-                " usage = ? WHERE id = ?",
+                " usage = ?, output_bytes = ? WHERE id = ?",
                 (
                     to_ns(job.start),
                     job.state,
@@ -147,16 +152,21 @@ class JobStore:
                     status.signal if status else None,
                     job.reason,
                     json.dumps(asdict(job.usage)) if job.usage else None,
+                    job.output_bytes,
                     job.id,
                 ),
             )
 
-    async def get(self, job_id: int) -> Job | None:
-        """One job, or None."""
-        return await self._run(self._get, job_id)
+    async def get(self, job_id: int, owner: str | None = None) -> Job | None:
+        """One job, of one client or of whichever; or None."""
+        return await self._run(self._get, job_id, owner)
 
-    def _get(self, job_id: int) -> Job | None:
-        row = self._db.execute(f"SELECT {_COLUMNS} FROM jobs WHERE id = ?", (job_id,)).fetchone()
+    def _get(self, job_id: int, owner: str | None) -> Job | None:
+        # The owner is compared here: another's job must cost the same as none, or time would tell.
+        row = self._db.execute(
+            f"SELECT {_COLUMNS} FROM jobs WHERE id = ? AND client_name = coalesce(?, client_name)",
+            (job_id, owner),
+        ).fetchone()
         return _job(row) if row else None
 
     async def page(self, client_name: str | None, after: int, count: int) -> list[Job]:
@@ -185,6 +195,90 @@ class JobStore:
             _job(row)
             for row in self._db.execute(f"SELECT {_COLUMNS} FROM jobs WHERE state IS NULL ORDER BY id")
         ]
+
+    async def remove(self, job_id: int) -> None:
+        """Delete the row of an ended job. Its files are next: it is among the `removals` until `removed`."""
+        await self._run(self._remove, job_id)
+
+    def _remove(self, job_id: int) -> None:
+        with self._db:
+            self._move_to_removals(job_id)
+
+    def _move_to_removals(self, job_id: int) -> None:
+        if self._db.execute("DELETE FROM jobs WHERE id = ? AND state IS NOT NULL", (job_id,)).rowcount:
+            self._db.execute("INSERT INTO removals VALUES (?)", (job_id,))
+
+    async def prune(self, retention: Retention, now_ns: int, count: int) -> list[int]:
+        """Remove, as `remove` does, at most *count* ended jobs that are more than may be kept; their ids."""
+        return await self._run(self._prune, retention, now_ns, count)
+
+    def _prune(self, retention: Retention, now_ns: int, count: int) -> list[int]:
+        pruned: list[int] = []
+        with self._db:
+            while len(pruned) < count:
+                job_id = self._first_to_prune(retention, now_ns)
+                if job_id is None:
+                    break
+                self._move_to_removals(job_id)
+                pruned.append(job_id)
+        return pruned
+
+    def _first_to_prune(self, retention: Retention, now_ns: int) -> int | None:
+        for name, query in _TO_PRUNE.items():
+            most = getattr(retention, name)
+            row = self._db.execute(query, {"most": most, "now": now_ns}).fetchone() if most else None
+            if row is not None:
+                return int(row[0])
+        return None
+
+    async def removals(self) -> list[int]:
+        """The jobs whose rows are gone, and whose files may still be there."""
+        return await self._run(self._removals)
+
+    def _removals(self) -> list[int]:
+        return [job_id for (job_id,) in self._db.execute("SELECT id FROM removals")]
+
+    async def removed(self, job_ids: Sequence[int]) -> None:
+        """The files of these are gone as well: nothing is left of them."""
+        await self._run(self._removed, job_ids)
+
+    def _removed(self, job_ids: Sequence[int]) -> None:
+        with self._db:
+            self._db.executemany("DELETE FROM removals WHERE id = ?", [(job_id,) for job_id in job_ids])
+
+    async def first_end_ns(self) -> int | None:
+        """When the job that ended first did so; None when none has."""
+        return await self._run(self._first_end_ns)
+
+    def _first_end_ns(self) -> int | None:
+        row = self._db.execute("SELECT min(end_ns) FROM jobs WHERE state IS NOT NULL").fetchone()
+        return row[0] if row else None
+
+    async def ended_bytes(self, client_name: str) -> tuple[int, int]:
+        """The output that the ended jobs of a client, and of all clients, have: bytes."""
+        return await self._run(self._ended_bytes, client_name)
+
+    def _ended_bytes(self, client_name: str) -> tuple[int, int]:
+        query = "SELECT total(ended_bytes * (name = ?)), total(ended_bytes) FROM clients"
+        own, everybodys = self._db.execute(query, (client_name,)).fetchone()
+        return int(own), int(everybodys)
+
+    async def boot_id(self) -> str | None:
+        """The boot of the host in which the table was last in use; None for a new table."""
+        return await self._run(self._boot_id)
+
+    def _boot_id(self) -> str | None:
+        row = self._db.execute("SELECT boot_id FROM host").fetchone()
+        return row[0] if row else None
+
+    async def set_boot_id(self, boot_id: str) -> None:
+        """Write down in which boot the table is in use from now on."""
+        await self._run(self._set_boot_id, boot_id)
+
+    def _set_boot_id(self, boot_id: str) -> None:
+        with self._db:
+            self._db.execute("DELETE FROM host")
+            self._db.execute("INSERT INTO host VALUES (?)", (boot_id,))
 
     async def _run(self, function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
         return await asyncio.get_running_loop().run_in_executor(
@@ -224,8 +318,8 @@ def from_ns(ns: int) -> datetime:
 
 
 def _job(row: _Row) -> Job:
-    job_id, client_name, command, limits, start_ns, state, end_ns, exit_code, signal, reason, usage = row
-    ended = exit_code is not None or signal is not None
+    job_id, client_name, command, limits, start_ns, state, end_ns, code, signal, reason, usage, size = row
+    ended = code is not None or signal is not None
     return Job(
         id=job_id,
         client_name=client_name,
@@ -234,7 +328,8 @@ def _job(row: _Row) -> Job:
         limits=Limits(**json.loads(limits)),
         start=from_ns(start_ns),
         end=from_ns(end_ns) if end_ns is not None else None,
-        exit_status=ExitStatus(exit_code, signal) if ended else None,
+        exit_status=ExitStatus(code, signal) if ended else None,
         reason=EndReason(reason) if reason else None,
         usage=Usage(**json.loads(usage)) if usage else None,
+        output_bytes=size,
     )

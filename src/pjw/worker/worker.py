@@ -3,23 +3,31 @@
 import asyncio
 import logging
 import os
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any, Final, Self
+from pathlib import Path
+from typing import Final, Self
 
 from pjw.errors import (
     InvalidJobError,
     JobNotFoundError,
+    JobStateError,
     LauncherGoneError,
     LimitReachedError,
+    OffsetError,
+    OutputLostError,
     PjwError,
 )
-from pjw.model import Job, JobSpec, JobState, Limits, Usage
+from pjw.model import Job, JobSpec, Limits
 from pjw.output import Inotify, OutputLog, follow
+from pjw.worker.background import Background
+from pjw.worker.endings import Endings
 from pjw.worker.job import LiveJob
 from pjw.worker.launcher_client import LauncherClient, readable
 from pjw.worker.launcher_process import LauncherProcess, require_root, start_launcher
+from pjw.worker.quota import RunningJobs, check_stored_bytes
 from pjw.worker.record import parse_record
+from pjw.worker.retention import Pruner
 from pjw.worker.settings import WorkerSettings
 from pjw.worker.state_dir import StateDir
 
@@ -30,7 +38,6 @@ PAGE_MAX: Final = 1000
 LAST_RESORT_SECONDS: Final = 5
 # A launch takes milliseconds.
 LAUNCH_SECONDS: Final = 30
-_SAVE_RETRY_SECONDS: Final = 2
 
 log: Final = logging.getLogger(__name__)
 
@@ -50,7 +57,12 @@ class Worker:
         self._launcher: Final = LauncherClient(launcher)
         self._inotify: Final = Inotify()
         self._live: Final[dict[int, LiveJob]] = {}
-        self._tasks: Final[set[asyncio.Task[None]]] = set()
+        self._running: Final = RunningJobs(settings.quotas)
+        self._pruner: Final = Pruner(state, settings.retention)
+        self._background: Final = Background()
+        self._endings: Final = Endings(
+            state, self._launcher, self._live, self._running, self._pruner, self._background
+        )
         self._launches: Final[set[asyncio.Task[Job]]] = set()
 
     @classmethod
@@ -86,11 +98,14 @@ class Worker:
         for live in self._live.values():
             live.unwatch()
             live.output.abandon()
-        for task in self._tasks:
-            task.cancel()
         self._launcher.close()
         # launches under way end by that, and may still want the table
-        await asyncio.gather(*self._tasks, *self._launches, return_exceptions=True)
+        await self._background.close()
+        await asyncio.gather(*self._launches, return_exceptions=True)
+        try:
+            await self._state.store.sync()
+        except PjwError as error:
+            log.error("%s", error)
         await self._launcher.join()
         self._inotify.close()
         self._state.close()
@@ -109,9 +124,10 @@ class Worker:
     async def start(self, spec: JobSpec, client_name: str = LOCAL_CLIENT) -> Job:
         """Start a job; return when its command was executed.
 
+        Its row is on the disk then: not even a power cut makes pjw forget a job that was told of.
         Raises InvalidJobError, LaunchError (no such program, not executable),
-        LimitReachedError (no space, no processes) or KernelError; then no job came to be. A
-        caller who is cancelled before the answer gets no job either. LauncherGoneError may come
+        LimitReachedError (a quota, no space, no processes) or KernelError; then no job came to be.
+        A caller who is cancelled before the answer gets no job either. LauncherGoneError may come
         when the job was started: the next worker knows.
         """
         limits = self._settings.default_limits.with_overrides(spec.limits)
@@ -122,6 +138,7 @@ class Worker:
             )
         if self._launcher.gone.is_set():
             raise LauncherGoneError("the launcher has gone; running jobs go on")
+        self._running.take(client_name)
         # Shielded from its first step on: the table has a thread of its own, so a row may be
         # written although whoever asked for it was cancelled.
         launch = asyncio.ensure_future(self._add_and_launch(spec, client_name, limits))
@@ -134,10 +151,37 @@ class Worker:
             raise
 
     async def _add_and_launch(self, spec: JobSpec, client_name: str, limits: Limits) -> Job:
-        uid = await self._uid_of(client_name)
-        job = await self._state.store.add(client_name, spec.display, limits)
-        # The row is there, so whatever happens to us, the next worker can find the process.
-        return await self._launch(job, spec, uid)
+        try:
+            await self._check_stored_bytes(client_name)
+            uid = await self._uid_of(client_name)
+            job = await self._state.store.add(client_name, spec.display, limits)
+        except BaseException:
+            self._running.give_back(client_name)
+            raise
+        # The row is there, so whatever happens to us, the next worker can find the process. Its
+        # way to the disk and the launch go side by side.
+        synced = asyncio.ensure_future(self._state.store.sync())
+        try:
+            job = await self._launch(job, spec, uid)
+        finally:
+            await asyncio.wait({synced})
+            unsynced = synced.exception()
+        if unsynced is not None:
+            self._background.spawn(self._end_and_discard(job.id))
+            raise unsynced
+        return job
+
+    async def _check_stored_bytes(self, client_name: str) -> None:
+        quotas = self._settings.quotas
+        if not quotas.stored_bytes_max and not quotas.stored_bytes_total_max:
+            return
+        own, total = await self._state.store.ended_bytes(client_name)
+        for live in self._live.values():
+            if quotas.stored_bytes_total_max or live.job.client_name == client_name:
+                size = self._state.output_size(live.job.id)
+                total += size
+                own += size if live.job.client_name == client_name else 0
+        check_stored_bytes(quotas, client_name, own, total)
 
     async def _uid_of(self, client_name: str) -> int:
         number = await self._state.store.client_number(client_name)
@@ -158,14 +202,18 @@ class Worker:
             raise
         except BaseException:
             del self._live[job.id]
+            self._running.give_back(job.client_name)
             self._state.remove_job(job.id)
             await self._state.store.discard(job.id)
             raise
         finally:
             live.launch_over.set()
         live.exec_seen(started_ns)
-        live.watch(pidfd, lambda: self._spawn(self._finish(live)))
+        self._watch(live, pidfd)
         return live.job
+
+    def _watch(self, live: LiveJob, pidfd: int) -> None:
+        live.watch(pidfd, lambda: self._background.spawn(self._endings.finish(live)))
 
     async def _ask_for_launch(self, job: Job, spec: JobSpec, uid: int) -> tuple[int, int]:
         descriptors: list[int] = []
@@ -187,7 +235,7 @@ class Worker:
 
     def _undo_start(self, launch: asyncio.Future[Job]) -> None:
         if not launch.cancelled() and launch.exception() is None:
-            self._spawn(self._end_and_discard(launch.result().id))
+            self._background.spawn(self._end_and_discard(launch.result().id))
 
     async def _end_and_discard(self, job_id: int) -> None:
         await self._launcher.request_kill(job_id)
@@ -196,60 +244,6 @@ class Worker:
             await live.ended.wait()
         self._state.remove_job(job_id)
         await self._state.store.discard(job_id)
-
-    # --- end
-
-    async def _finish(self, live: LiveJob) -> None:
-        """init has ended, and with it every process of the job; write the end down, then tell it."""
-        job_id = live.job.id
-        try:
-            usage = await self._launcher.request_account(job_id)
-        except LauncherGoneError:
-            # The next worker finds the record, and the cgroup with its accounts. The output is whole.
-            live.output.mark_ended()
-            return
-        except PjwError as error:
-            log.error("cannot read the usage of job %d: %s", job_id, error)
-            usage = None
-        self._apply_end(live, usage)
-        # Row before removal: the accounts are only in the cgroup until then. Removal before
-        # announcement: whoever sees the end sees nothing left behind.
-        if not await self._save(live.job):
-            live.announce_end()
-            await self._save_later(live.job)
-        try:
-            await self._launcher.request_remove(job_id)
-        except LauncherGoneError:
-            pass  # the next worker removes it
-        except PjwError as error:
-            log.error("cannot remove what job %d left: %s", job_id, error)
-        del self._live[job_id]
-        live.announce_end()
-
-    def _apply_end(self, live: LiveJob, usage: Usage | None) -> None:
-        record = parse_record(self._state.read_status(live.job.id))
-        if record.end is not None:
-            if live.job.state is JobState.STARTING:
-                live.exec_seen(record.started_ns)
-            live.end_seen(record.end, usage)
-        elif live.init_killed:
-            live.killed_unrecorded(usage)
-        else:
-            live.end_unknown(usage)
-
-    async def _save(self, job: Job) -> bool:
-        try:
-            await self._state.store.finish(job)
-        except PjwError as error:
-            log.error("cannot write down the end of job %d: %s", job.id, error)
-            return False
-        return True
-
-    async def _save_later(self, job: Job) -> None:
-        # Until then the job is held in memory, and the record of its end is safe in its status
-        # file. A timer, since nothing tells when space returns to a disk.
-        while not await self._save(job):  # noqa: ASYNC110
-            await asyncio.sleep(_SAVE_RETRY_SECONDS)
 
     # --- stop
 
@@ -265,7 +259,7 @@ class Worker:
         if not live.job.state.final:
             live.stop_asked()
         grace = self._settings.stop_grace_seconds if grace_seconds is None else grace_seconds
-        self._spawn(self._escalate(live, grace))
+        self._background.spawn(self._escalate(live, grace))
         await self._wait_for_end(live)
         return live.job
 
@@ -280,6 +274,16 @@ class Worker:
         live.init_killed = True
         await self._launcher.request_kill(job_id, init_too=True)
 
+    async def delete(self, job_id: int, owner: str | None = None) -> None:
+        """Forget an ended job, with its output; who reads it right now may read on.
+
+        Raises JobNotFoundError, and JobStateError for a job that has not ended.
+        """
+        job = await self.get(job_id, owner)
+        if job_id in self._live or not job.state.final:
+            raise JobStateError(f"cannot remove job {job_id}: it has not ended", hint=f"pjw stop {job_id}")
+        await self._pruner.remove(job_id)
+
     # --- look
 
     async def get(self, job_id: int, owner: str | None = None) -> Job:
@@ -287,8 +291,8 @@ class Worker:
         live = self._live_of(job_id, owner)
         if live is not None:
             return live.job
-        job = await self._state.store.get(job_id) if 0 < job_id < 2**63 else None
-        if job is None or owner not in (None, job.client_name):
+        job = await self._state.store.get(job_id, owner) if 0 < job_id < 2**63 else None
+        if job is None:
             raise JobNotFoundError(job_id)
         return job
 
@@ -313,9 +317,11 @@ class Worker:
     ) -> AsyncGenerator[bytes, None]:
         """Yield a job's output from byte *offset* on, as it comes; end when the job has ended.
 
-        Raises JobNotFoundError, and OffsetError for an offset beyond what is there.
+        Raises JobNotFoundError; OffsetError for an offset beyond what is there; and, at the end of
+        what is there, OutputLostError when the host went down before the disk had all of it.
         """
         live = await self._launched(job_id, owner)
+        lost: OutputLostError | None = None
         if live is not None:
             output = live.output
         else:
@@ -323,17 +329,31 @@ class Worker:
             if not job.state.final:
                 # its row is there, and its start is just about to be
                 raise JobNotFoundError(job_id)
+            size, expected = self._state.output_size(job_id), job.output_bytes or 0
+            if size < expected:
+                lost = OutputLostError(
+                    f"the output of job {job_id} is cut short: the host went down, and of {expected} bytes"
+                    f" {size} were on its disk"
+                )
+            if size == 0:
+                # there need not be a file
+                if offset:
+                    raise OffsetError(f"cannot read output from byte {offset}: it has 0 bytes")
+                if lost:
+                    raise lost
+                return
             output = OutputLog(self._state.output_path(job_id), self._inotify, ended=True)
         # aclosing: a generator that is left to the garbage collector would keep its watch
         async with aclosing(follow(output, offset)) as chunks:
             async for chunk in chunks:
                 yield chunk
+        if lost:
+            raise lost
 
     def _live_of(self, job_id: int, owner: str | None) -> LiveJob | None:
+        # Another's is none, here as well as in the table, and looked for there like one that never was.
         live = self._live.get(job_id)
-        if live is not None and owner not in (None, live.job.client_name):
-            raise JobNotFoundError(job_id)
-        return live
+        return live if live is not None and owner in (None, live.job.client_name) else None
 
     async def _launched(self, job_id: int, owner: str | None) -> LiveJob | None:
         """The live job, once its launch is over; None when it is not live (any more)."""
@@ -357,20 +377,31 @@ class Worker:
     # --- after a restart
 
     async def adopt(self) -> None:
-        """Take over the jobs of the worker before us: what still runs, and what ended meanwhile."""
+        """Take over the jobs of the worker before us: what still runs, and what ended meanwhile.
+
+        Call it once, before anything else.
+        """
+        boot_id = _boot_id()
+        rebooted = await self._state.store.boot_id() not in (None, boot_id)
+        ended: list[LiveJob] = []
         for job in await self._state.store.alive():
             live = LiveJob(job, OutputLog(self._state.output_path(job.id), self._inotify, ended=False))
             live.launch_over.set()
             self._live[job.id] = live
+            self._running.adopt(job.client_name)
             _, pidfd = await self._launcher.request_adopt(job.id)
             if pidfd is None:
-                await self._finish(live)
+                ended.append(live)
                 continue
             live.exec_seen(parse_record(self._state.read_status(job.id)).started_ns)
-            live.watch(pidfd, lambda live=live: self._spawn(self._finish(live)))  # type: ignore[misc]
+            self._watch(live, pidfd)
+        await asyncio.gather(*(self._endings.finish(live, rebooted=rebooted) for live in ended))
         for job_id in await self._launcher.request_job_ids():
             if job_id not in self._live:
                 await self._remove_stray(job_id)
+        # Only now: whoever is killed before this has not told yet which jobs the last boot took.
+        await self._state.store.set_boot_id(boot_id)
+        self._background.spawn(self._pruner.run())
 
     async def _remove_stray(self, job_id: int) -> None:
         # A cgroup without an unfinished row: its job ended and was written down, and only the
@@ -382,17 +413,10 @@ class Worker:
                 await readable(pidfd)
         await self._launcher.request_remove(job_id)
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        """Run in the background, held by us and told of when it fails."""
-        task = asyncio.ensure_future(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._on_task_end)
 
-    def _on_task_end(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        error = None if task.cancelled() else task.exception()
-        if error is not None and not isinstance(error, LauncherGoneError):
-            log.error("a background task failed", exc_info=error)
+def _boot_id() -> str:
+    """Which boot of the host this is (random(4)): a new one each time."""
+    return Path("/proc/sys/kernel/random/boot_id").read_bytes().decode().strip()
 
 
 async def _within(seconds: float, event: asyncio.Event) -> bool:

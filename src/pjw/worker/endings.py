@@ -1,0 +1,120 @@
+"""What is done when a job's init has ended: its end is written down, told, and its traces removed."""
+
+import asyncio
+import logging
+from typing import Final
+
+from pjw.errors import LauncherGoneError, PjwError
+from pjw.model import EndReason, Job, JobState, Usage
+from pjw.worker.background import Background
+from pjw.worker.job import LiveJob
+from pjw.worker.launcher_client import LauncherClient
+from pjw.worker.quota import RunningJobs
+from pjw.worker.record import parse_record
+from pjw.worker.retention import Pruner
+from pjw.worker.state_dir import StateDir
+
+_SAVE_RETRY_SECONDS: Final = 2
+
+log: Final = logging.getLogger(__name__)
+
+
+class Endings:
+    """The way of a job from the end of its init to a row in the table."""
+
+    def __init__(
+        self,
+        state: StateDir,
+        launcher: LauncherClient,
+        live: dict[int, LiveJob],
+        running: RunningJobs,
+        pruner: Pruner,
+        background: Background,
+    ) -> None:
+        self._state: Final = state
+        self._launcher: Final = launcher
+        self._live: Final = live
+        self._running: Final = running
+        self._pruner: Final = pruner
+        self._background: Final = background
+
+    async def finish(self, live: LiveJob, *, rebooted: bool = False) -> None:
+        """init has ended, and with it every process of the job; write the end down, then tell it.
+
+        *rebooted*: the host went down since the job was started.
+        """
+        job_id = live.job.id
+        try:
+            usage = await self._launcher.request_account(job_id)
+        except LauncherGoneError:
+            # The next worker finds the record, and the cgroup with its accounts. The output is whole.
+            live.output.mark_ended()
+            return
+        except PjwError as error:
+            log.error("cannot read the usage of job %d: %s", job_id, error)
+            usage = None
+        self._apply_end(live, usage, rebooted=rebooted)
+        # Row before removal: the accounts are only in the cgroup until then. Removal before
+        # announcement: whoever sees the end sees nothing left behind. And who is told of an end
+        # can rely on it, so the row is synced before that too.
+        if not await self._save(live):
+            live.announce_end()
+            await self._save_later(live)
+        await asyncio.gather(self._sync(job_id), self._remove_traces(job_id))
+        del self._live[job_id]
+        self._running.give_back(live.job.client_name)
+        live.announce_end()
+        self._pruner.job_ended()
+        self._background.spawn(self._settle(live.job))
+
+    def _apply_end(self, live: LiveJob, usage: Usage | None, *, rebooted: bool) -> None:
+        record = parse_record(self._state.read_status(live.job.id))
+        output_bytes = self._state.output_size(live.job.id)
+        if record.end is not None:
+            if live.job.state is JobState.STARTING:
+                live.exec_seen(record.started_ns)
+            live.end_seen(record.end, usage, output_bytes)
+        elif live.init_killed:
+            live.killed_unrecorded(usage, output_bytes)
+        elif rebooted:
+            live.end_unknown(EndReason.HOST_RESTARTED, usage, output_bytes)
+        elif record.started_ns is None:
+            live.end_unknown(EndReason.LAUNCH_INTERRUPTED, usage, output_bytes)
+        else:
+            live.end_unknown(EndReason.LOST, usage, output_bytes)
+
+    async def _save(self, live: LiveJob) -> bool:
+        try:
+            await self._state.store.finish(live.job)
+        except PjwError as error:
+            log.error("cannot write down the end of job %d: %s", live.job.id, error)
+            return False
+        return True
+
+    async def _save_later(self, live: LiveJob) -> None:
+        # Until then the job is held in memory, and the record of its end is safe in its status
+        # file. A timer, since nothing tells when space returns to a disk.
+        while not await self._save(live):  # noqa: ASYNC110
+            await asyncio.sleep(_SAVE_RETRY_SECONDS)
+
+    async def _sync(self, job_id: int) -> None:
+        try:
+            await self._state.store.sync()
+        except PjwError as error:
+            log.error("the end of job %d may not survive a power cut: %s", job_id, error)
+
+    async def _remove_traces(self, job_id: int) -> None:
+        try:
+            await self._launcher.request_remove(job_id)
+        except LauncherGoneError:
+            pass  # the next worker removes them
+        except PjwError as error:
+            log.error("cannot remove what job %d left: %s", job_id, error)
+
+    async def _settle(self, job: Job) -> None:
+        # After the announcement, since to sync gigabytes takes seconds. What a power cut takes of
+        # them until then is noticed: the row says how many bytes there were.
+        try:
+            await self._state.in_thread(self._state.settle, job.id, job.output_bytes or 0)
+        except PjwError as error:
+            log.error("%s", error)

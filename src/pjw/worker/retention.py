@@ -1,0 +1,76 @@
+"""Removes ended jobs: when somebody asks, and when there are more than the operator keeps."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from typing import Final
+
+from pjw.errors import PjwError
+from pjw.worker.settings import Retention
+from pjw.worker.state_dir import StateDir
+
+# So many in one transaction: the table is free for others again within milliseconds.
+BATCH: Final = 100
+# Nothing tells when a failing disk works again.
+_RETRY_SECONDS: Final = 60
+
+log: Final = logging.getLogger(__name__)
+
+
+class Pruner:
+    """Row first, then files: a job that is shown has its output, and a crash in between leaves a note."""
+
+    def __init__(self, state: StateDir, retention: Retention) -> None:
+        self._state: Final = state
+        self._retention: Final = retention
+        self._due: Final = asyncio.Event()
+
+    def job_ended(self) -> None:
+        """There is one more to keep."""
+        self._due.set()
+
+    async def remove(self, job_id: int) -> None:
+        """Remove an ended job, its row and its files. Raises LimitReachedError or KernelError."""
+        await self._state.store.remove(job_id)
+        await self._remove_files([job_id])
+
+    async def run(self) -> None:
+        """Prune for ever: after each end of a job, and when one has become too old."""
+        leftover = True
+        while True:
+            self._due.clear()
+            try:
+                if leftover:
+                    # what a worker before us had begun
+                    await self._remove_files(await self._state.store.removals())
+                    leftover = False
+                while pruned := await self._state.store.prune(self._retention, time.time_ns(), BATCH):
+                    await self._remove_files(pruned)
+                wait_seconds = await self._seconds_to_next()
+            except PjwError as error:
+                log.error("cannot remove ended jobs: %s", error)
+                leftover, wait_seconds = True, _RETRY_SECONDS
+            try:
+                async with asyncio.timeout(wait_seconds):
+                    await self._due.wait()
+            except TimeoutError:
+                pass
+
+    async def _seconds_to_next(self) -> float | None:
+        first_ns = await self._state.store.first_end_ns() if self._retention.age_seconds else None
+        if first_ns is None:
+            return None
+        # A second late rather than an instant early; and a clock that was set is noticed in a day.
+        left = first_ns / 1e9 + self._retention.age_seconds - time.time() + 1
+        return min(max(left, 1.0), 86_400.0)
+
+    async def _remove_files(self, job_ids: Sequence[int]) -> None:
+        if not job_ids:
+            return
+        # Or a power cut could bring a row back whose files are gone.
+        await self._state.store.sync()
+        # In a thread: to unlink gigabytes takes a while.
+        for job_id in job_ids:
+            await self._state.in_thread(self._state.remove_job, job_id)
+        await self._state.store.removed(job_ids)
