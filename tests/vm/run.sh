@@ -1,20 +1,27 @@
 #!/bin/bash
 # What scripts/test-vm runs in the machine, as root, in /work: install the wheel, then the tests of the kernel
-# on cgroup v2, then pjwd as a service of systemd.
+# on cgroup v2, then pjwd as a service of systemd; or with before-power-cut what is to be cut off.
 set -euo pipefail
 
 # Where packaging/pjwd.service looks for it. What only tests need lies there too.
-python3 -m venv --without-pip /opt/pjw
-install=(python3 -m pip --python /opt/pjw/bin/python --disable-pip-version-check install --quiet --no-compile
-    --root-user-action=ignore --no-index --find-links /wheels)
-"${install[@]}" --require-hashes --requirement requirements/test.txt
-"${install[@]}" --no-deps pjw
+if [ ! -e /opt/pjw/installed ]; then
+    python3 -m venv --without-pip /opt/pjw
+    install=(python3 -m pip --python /opt/pjw/bin/python --disable-pip-version-check install --quiet --no-compile
+        --root-user-action=ignore --no-index --find-links /wheels)
+    "${install[@]}" --require-hashes --requirement requirements/test.txt
+    "${install[@]}" --no-deps pjw
+    touch /opt/pjw/installed
+    sync # it must be there after a power cut
+fi
 
 export PJW_VM_GUEST=1 # without it tests/vm is skipped
 PJW_INIT=$(/opt/pjw/bin/python -c 'from pjw.launcher.spawn import INIT_PROGRAM; print(INIT_PROGRAM)')
 export PJW_INIT # there is no compiler here: the one from the wheel
 
 /opt/pjw/bin/pjwd check
+if [ "$*" = before-power-cut ]; then
+    exec /opt/pjw/bin/python -B -m tests.vm.power_cut
+fi
 
 # All that touches the kernel: what is left out tests certificates, requests and the command line, on any host,
 # or reads the filter of system calls with a compiler, which is not here.
