@@ -1,0 +1,1 @@
+"""What pjw costs, measured; each file says how to run it."""
