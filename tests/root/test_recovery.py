@@ -389,6 +389,24 @@ async def test_a_launch_that_was_interrupted(bench: Bench) -> None:
     assert await read_all(worker, job.id) == b""
 
 
+async def test_what_a_power_cut_brings_back(bench: Bench) -> None:
+    """A scratch directory that was removed, and files of a job whose row was not on the disk: both go."""
+    worker = await bench.open()
+    job, _ = await run(worker, "echo words")
+    await bench.close(worker)
+    crashed(bench)
+    scratch = bench.state / "scratch" / str(job.id) / "deep"
+    scratch.mkdir(parents=True)
+    never_told = bench.state / "jobs" / str(job.id + 1)
+    never_told.mkdir()
+    for name in ("output", "status"):
+        (never_told / name).write_text("of a start that nobody was told of")
+    worker = await bench.open()
+    assert bench.scratch() == []
+    new, output = await run(worker, "echo new")
+    assert (new.id, output) == (job.id + 1, b"new\n")
+
+
 async def test_output_that_the_disk_did_not_have(bench: Bench) -> None:
     """What is left is given, and then an error that says so: never an end that looks whole."""
     worker = await bench.open()

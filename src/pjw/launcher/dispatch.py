@@ -232,8 +232,12 @@ class Launcher:
         return protocol.Adopted(alive=True, known=True), self._inits[request.job_id]
 
     def answer_job_ids(self, seq: int, request: protocol.JobIds, descriptors: list[int]) -> "Answer":
-        """List the jobs that have a cgroup."""
-        found = [job_id for job_id in self._hierarchy.job_ids() if job_id > request.after]
+        """List the jobs of which anything is left: a cgroup, or a scratch directory.
+
+        The second may be alone: a host that goes down forgets cgroups, and the last removals.
+        """
+        left = {*self._hierarchy.job_ids(), *self._scratch.job_ids()}
+        found = sorted(job_id for job_id in left if job_id > request.after)
         return (protocol.JobIdPage(tuple(found[: protocol.MAX_JOB_IDS])),)
 
     def answer_terminate(self, seq: int, request: protocol.Terminate, descriptors: list[int]) -> "Answer":

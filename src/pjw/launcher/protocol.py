@@ -52,7 +52,7 @@ class Adopt:
 
 @dataclass(frozen=True, slots=True)
 class JobIds:
-    """Which jobs have a cgroup, from the id behind `after` on."""
+    """Which jobs have a cgroup or a scratch directory, from the id behind `after` on."""
 
     op: ClassVar = "job_ids"
     after: int

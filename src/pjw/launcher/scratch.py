@@ -7,6 +7,7 @@ import os
 from typing import Final
 
 from pjw.errors import KernelError
+from pjw.launcher.cgroup.files import job_ids_in
 
 # a job reaches its own directory by a bind mount, not by way of this one
 _PARENT_MODE: Final = 0o700
@@ -35,6 +36,10 @@ class Scratch:
     def path(self, job_id: int) -> str:
         """Where the scratch directory of a job is."""
         return os.path.join(self._path, str(job_id))
+
+    def job_ids(self) -> set[int]:
+        """The jobs that have a directory; other names there are not ours. Raises KernelError."""
+        return job_ids_in(self._path, prefix="")
 
     def create(self, job_id: int, uid: int) -> str:
         """Make the directory of a job, its owner's alone. Raises KernelError."""

@@ -83,7 +83,7 @@ class LauncherClient:
         return reply.known, fds[0] if fds else None
 
     async def request_job_ids(self) -> list[int]:
-        """The ids of all jobs that have a cgroup."""
+        """The ids of all jobs of which a cgroup or a scratch directory is there."""
         job_ids: list[int] = []
         while True:
             reply, _ = await self._request(protocol.JobIds(job_ids[-1] if job_ids else 0))

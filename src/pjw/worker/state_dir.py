@@ -71,7 +71,12 @@ class StateDir:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         descriptors: list[int] = []
         try:
-            os.mkdir(directory, 0o700)
+            try:
+                os.mkdir(directory, 0o700)
+            except FileExistsError:
+                # Of a start that a power cut took: its row was not on the disk, and its id was never told.
+                self.remove_job(job_id)
+                os.mkdir(directory, 0o700)
             for name in ("output", "status"):
                 # one by one, so that the first is closed when the second cannot be made
                 descriptors.append(os.open(f"{directory}/{name}", flags, 0o600))  # noqa: PERF401

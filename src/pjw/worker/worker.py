@@ -404,8 +404,9 @@ class Worker:
         self._background.spawn(self._pruner.run())
 
     async def _remove_stray(self, job_id: int) -> None:
-        # A cgroup without an unfinished row: its job ended and was written down, and only the
-        # removal is missing; or the table was taken away, and then nobody can ask for the job.
+        # A cgroup or scratch directory without an unfinished row: its job ended and was written
+        # down, and only the removal is missing (or a power cut undid it); or the table was taken
+        # away, and then nobody can ask for the job.
         _, pidfd = await self._launcher.request_adopt(job_id)
         if pidfd is not None:
             await self._launcher.request_kill(job_id, init_too=True)

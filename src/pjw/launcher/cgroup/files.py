@@ -111,7 +111,7 @@ def read_fields(text: str) -> dict[str, int]:
     return {name: int(value) for name, value in (line.split() for line in text.splitlines())}
 
 
-def job_ids_in(directory: str) -> set[int]:
+def job_ids_in(directory: str, prefix: str = "job-") -> set[int]:
     """The jobs that have a directory in *directory*; other names there are not ours."""
     try:
         names = os.listdir(directory)
@@ -119,7 +119,7 @@ def job_ids_in(directory: str) -> set[int]:
         return set()
     except OSError as error:
         raise KernelError("list", directory, error.errno or errno.EIO) from error
-    ids = (name.removeprefix("job-") for name in names if name.startswith("job-"))
+    ids = (name.removeprefix(prefix) for name in names if name.startswith(prefix))
     return {int(job_id) for job_id in ids if job_id.isascii() and job_id.isdigit() and job_id[0] != "0"}
 
 
