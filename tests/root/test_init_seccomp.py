@@ -61,7 +61,7 @@ DENIED: Final = {
 } | ({"ports": "iopl ioperm"} if X86 else {})
 GONE: Final = "nfsservctl" + " _sysctl create_module vserver security tuxcall getpmsg afs_syscall" * X86
 # seen at their arguments; not among DENIED
-INSPECTED: Final = "ioctl socket socketpair clone unshare personality"
+INSPECTED: Final = "ioctl socket socketpair clone unshare personality prlimit64 setrlimit"
 LATER_THAN_HEADERS: Final = {
     "set_mempolicy_home_node": 450,
     "lsm_get_self_attr": 459,
@@ -266,6 +266,27 @@ def test_personalities_are_only_names(init: Harness, numbers: dict[str, int], ve
     )
     assert job.text.split() == ["0", "0", "8", str(0x20000), str(0x20008), str(0x40000)] + ["EPERM"] * 3
     assert [bit for bit in range(32) if verdict(personality, 1 << bit) == ALLOW] == [3, 17, 18]
+
+
+def test_the_limit_of_core_files_stays(init: Harness, numbers: dict[str, int], verdict: Filter) -> None:
+    """Whoever sets it is told that it is done, and it stays; reading it, and every other limit, are as ever."""
+    prlimit, setrlimit = numbers["prlimit64"], numbers["setrlimit"]
+    job = init.python(
+        f"{CALLS}\n"
+        "import resource\n"
+        "none, own = ctypes.create_string_buffer(16), os.getpid()\n"
+        f"print(call({prlimit}, 0, 4, none, 0), call({prlimit}, own, 4 | 1 << 32, none, 0))\n"
+        f"print(call({setrlimit}, 4, none), *resource.getrlimit(resource.RLIMIT_CORE))\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
+        f"print(call({setrlimit}, 1, none), *resource.getrlimit(resource.RLIMIT_NOFILE))\n"
+        "print(*resource.getrlimit(resource.RLIMIT_FSIZE))"
+    )
+    assert job.text.split("\n") == ["0 0", "0 1 1", "0 64 64", "0 0", ""]
+    # a pointer with an empty half is one too
+    for pointer in (1, 1 << 32, 1 << 63):
+        assert [limit for limit in range(32) if verdict(prlimit, 0, limit, pointer) != ALLOW] == [4]
+    assert {verdict(prlimit, 0, limit, 0, 1) for limit in range(32)} == {ALLOW}
+    assert [limit for limit in range(32) if verdict(setrlimit, limit, 1) != ALLOW] == [4]
 
 
 def test_threads_and_children_start_without_clone3(init: Harness) -> None:

@@ -69,7 +69,11 @@ static enum step execute(const struct options *options, int pipe_fd) {
     /* While privileged: then 0 is also the least that the command may ask for later (oom_score_adj_min). */
     if (set_oom_score_adj("0") < 0)
         return STEP_OOM_SCORE;
-    if (setrlimit(RLIMIT_CORE, &(struct rlimit){0, 0}) < 0)
+    /*
+     * 1 and not 0: where kernel.core_pattern names a program, the kernel starts it, as root and on the host, for
+     * every crash but those of a process with a limit of just 1 (core(5)). No core file is that small either.
+     */
+    if (setrlimit(RLIMIT_CORE, &(struct rlimit){1, 1}) < 0)
         return STEP_CORE_LIMIT;
     umask(022);
     enum step failed = become_user(options->uid, options->gid);

@@ -38,6 +38,7 @@
 #include <linux/seccomp.h>
 #include <sys/ioctl.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 
@@ -112,6 +113,12 @@ static const struct sock_filter FILTER[] = {
         LOAD_HIGH(0), EQUAL(0, 0, 2), LOAD_LOW(0), ANY_BIT(~UNSHARABLE, 0, 1), FAIL(EPERM), ALLOW,
     ON(__NR_personality, 5),
         LOAD_LOW(0), EQUAL(GET_PERSONALITY, 2, 0), ANY_BIT(~PERSONALITIES, 0, 1), FAIL(EPERM), ALLOW,
+    /* The limit of core files stays 1, see command.c. No error: gpg and ssh-agent end when they cannot set 0. */
+    ON(__NR_prlimit64, 8),
+        LOAD_LOW(1), EQUAL(RLIMIT_CORE, 0, 5), LOAD_LOW(2), EQUAL(0, 0, 2), LOAD_HIGH(2), EQUAL(0, 1, 0),
+        FAIL(0), ALLOW,
+    ON(__NR_setrlimit, 4),
+        LOAD_LOW(0), EQUAL(RLIMIT_CORE, 0, 1), FAIL(0), ALLOW,
 
     /* other namespaces and mounts; files by handle, past the mounts that hide them */
     DENY(__NR_setns), DENY(__NR_chroot), DENY(__NR_pivot_root), DENY(__NR_mount), DENY(__NR_umount2),
