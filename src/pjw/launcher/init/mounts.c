@@ -8,6 +8,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
+#include <string.h>
 #include <sys/mount.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -28,7 +29,7 @@ struct attributes {
 };
 
 static const unsigned long INERT = MS_NOSUID | MS_NODEV | MS_NOEXEC;
-static const char UNREADABLE[] = "/run/.hidden";
+static const char HIDDEN_FILE[] = "/run/.hidden", HIDDEN_DIRECTORY[] = "/run/.hidden-directory";
 
 static int set_attributes(int fd, const char *path, unsigned flags, struct attributes attributes) {
     return (int)syscall(SYS_mount_setattr, fd, path, flags, &attributes, sizeof attributes);
@@ -64,10 +65,11 @@ static int clone_scratch(const char *path) {
 
 static void mount_run(const struct options *options, int scratch) {
     mount_tmpfs(STEP_MOUNT_RUN, "/run", MS_NOSUID | MS_NODEV, "0755", 0);
-    int fd = open(UNREADABLE, O_CREAT | O_EXCL | O_WRONLY | O_CLOEXEC, 0);
+    int fd = open(HIDDEN_FILE, O_CREAT | O_EXCL | O_WRONLY | O_CLOEXEC, 0);
     if (fd < 0)
-        fail(STEP_MOUNT_RUN, UNREADABLE);
+        fail(STEP_MOUNT_RUN, HIDDEN_FILE);
     close(fd);
+    make_directory(STEP_MOUNT_RUN, HIDDEN_DIRECTORY, 0);
     make_directory(STEP_MOUNT_RUN, "/run/job", 0700);
     if (scratch >= 0) {
         if (syscall(SYS_move_mount, scratch, "", AT_FDCWD, "/run/job", MOVE_FROM_EMPTY_PATH) < 0)
@@ -128,10 +130,72 @@ static void hide(const char *path) {
             return;
         fail(STEP_HIDE, path);
     }
-    if (S_ISDIR(status.st_mode))
-        mount_tmpfs(STEP_HIDE, path, INERT | MS_RDONLY, "0000", 4096);
-    else if (mount(UNREADABLE, path, NULL, MS_BIND, NULL) < 0)
+    /* a bind mount for a directory too: it is read-only as /run is, and costs less than a tmpfs */
+    if (mount(S_ISDIR(status.st_mode) ? HIDDEN_DIRECTORY : HIDDEN_FILE, path, NULL, MS_BIND, NULL) < 0)
         fail(STEP_HIDE, path);
+}
+
+/*
+ * Hidden of /proc: what container engines mask there and a job's uid could read, and pressure, which it could
+ * write (the triggers are memory of the kernel that no cgroup accounts for). The rest of the engines' lists is
+ * for a root without capabilities, which no job is: the modes of kcore, timer_list, sysrq-trigger, sys, irq and
+ * bus keep it out, keys shows only the reader's own, acpi and scsi name hardware, sched_debug and timer_stats
+ * are gone.
+ *
+ * How busy the host is (stat, meminfo, loadavg) stays visible: ps and top end without it. Hence no subset=pid.
+ * And no hidepid: of others there is only init, and it hides a job's own undumpable processes too.
+ */
+static void mount_proc(void) {
+    static const char *const hidden[] = {
+        "/proc/interrupts", "/proc/pressure", "/proc/latency_stats", "/proc/asound",
+    };
+    if (mount("proc", "/proc", "proc", INERT, NULL) < 0)
+        fail(STEP_MOUNT_PROC, NULL);
+    for (size_t i = 0; i < sizeof hidden / sizeof *hidden; i++)
+        hide(hidden[i]);
+}
+
+/*
+ * Of /sys only what programs look for: processors, memory, the job's own network interfaces. The rest is
+ * tables of the firmware (an iSCSI password may be in them), sensors of temperature and power, counts of
+ * interrupts, disks, addresses of the kernel, and what later kernels add. To mask what is known of it would
+ * take as many mounts.
+ */
+static const char *const SHOWN[] = {
+    "/sys/devices/system", "/sys/devices/virtual/net", "/sys/class/net", "/sys/kernel/mm/transparent_hugepage",
+};
+enum { SHOWN_COUNT = sizeof SHOWN / sizeof *SHOWN };
+
+static void make_directories(const char *path) {
+    char parent[64];
+    for (const char *end = strchr(path + 1, '/'); end; end = strchr(end + 1, '/')) {
+        snprintf(parent, sizeof parent, "%.*s", (int)(end - path), path);
+        if (mkdir(parent, 0755) < 0 && errno != EEXIST)
+            fail(STEP_MOUNT_SYS, parent);
+    }
+    make_directory(STEP_MOUNT_SYS, path, 0755);
+}
+
+static void mount_sys(void) {
+    int trees[SHOWN_COUNT];
+    if (mount("sysfs", "/sys", "sysfs", INERT | MS_RDONLY, NULL) < 0)
+        fail(STEP_MOUNT_SYS, NULL);
+    for (int i = 0; i < SHOWN_COUNT; i++) {
+        trees[i] = (int)syscall(SYS_open_tree, AT_FDCWD, SHOWN[i], TREE_CLONE | O_CLOEXEC);
+        if (trees[i] < 0 && errno != ENOENT)
+            fail(STEP_MOUNT_SYS, SHOWN[i]);
+    }
+    mount_tmpfs(STEP_MOUNT_SYS, "/sys", INERT, "0755", 65536);
+    for (int i = 0; i < SHOWN_COUNT; i++) {
+        if (trees[i] < 0)
+            continue;
+        make_directories(SHOWN[i]);
+        if (syscall(SYS_move_mount, trees[i], "", AT_FDCWD, SHOWN[i], MOVE_FROM_EMPTY_PATH) < 0)
+            fail(STEP_MOUNT_SYS, SHOWN[i]);
+        close(trees[i]);
+    }
+    if (set_attributes(AT_FDCWD, "/sys", 0, (struct attributes){.set = ATTR_RDONLY}) < 0)
+        fail(STEP_MOUNT_SYS, NULL);
 }
 
 void make_mounts(const struct options *options) {
@@ -143,10 +207,8 @@ void make_mounts(const struct options *options) {
     mount_run(options, scratch);
     mount_tmp(options);
     mount_dev(options);
-    if (mount("proc", "/proc", "proc", INERT, NULL) < 0)
-        fail(STEP_MOUNT_PROC, NULL);
-    if (mount("sysfs", "/sys", "sysfs", INERT | MS_RDONLY, NULL) < 0)
-        fail(STEP_MOUNT_SYS, NULL);
+    mount_proc();
+    mount_sys();
     /* Last, so that a path is looked up as the job would: one that our own mounts cover is gone already. */
     for (int i = 0; i < options->hide_count; i++)
         hide(options->hides[i]);
