@@ -356,7 +356,7 @@ class Worker:
         return live if live is not None and owner in (None, live.job.client_name) else None
 
     async def _launched(self, job_id: int, owner: str | None) -> LiveJob | None:
-        """The live job, once its launch is over; None when it is not live (any more)."""
+        """The owner's live job, once its launch is over; None when there is none (any more)."""
         live = self._live_of(job_id, owner)
         if live is None:
             return None
