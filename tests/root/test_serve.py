@@ -137,9 +137,9 @@ def test_a_state_directory_that_cannot_be_used_is_named(idle: Service, tmp_path:
     mount = tmp_path / "mount"
     mount.mkdir()
     arguments = with_option(idle, "--state-dir", str(mount))
-    said = pjwd(*arguments, setup=f"mount -t tmpfs -o ro tmpfs {mount}")
+    said = pjwd(*arguments, setup=f"mount -t tmpfs -o ro,mode=755 tmpfs {mount}")
     assert re.match(refused(f"cannot use the state directory {mount}: [rR]ead-only file system"), said)
-    full = f"mount -t tmpfs -o size=64k tmpfs {mount}; head -c 65536 /dev/zero >{mount}/x || true"
+    full = f"mount -t tmpfs -o size=64k,mode=755 tmpfs {mount}; head -c 65536 /dev/zero >{mount}/x || true"
     assert re.match(refused("space|full"), pjwd(*arguments, setup=full))
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import os
+import stat
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -324,6 +325,46 @@ async def test_two_workers_cannot_share_a_state_directory(bench: Bench) -> None:
     with pytest.raises(ConfigError, match=r"jobs\.sqlite is in use by another pjwd"):
         await Worker.open(str(bench.state), bench.settings)
     assert (await run(worker, ["echo", "still here"]))[1] == b"still here\n"
+
+
+@pytest.mark.parametrize("place", ["itself", "its parent"])
+@pytest.mark.parametrize("change", ["owner", "group", "everybody"])
+async def test_a_state_directory_that_others_may_move_is_refused(
+    bench: Bench, place: str, change: str
+) -> None:
+    """Root makes nothing where somebody else could put a link in the way; a sticky parent is as good as root's."""
+    bench.state.mkdir()
+    directory = bench.state if place == "itself" else bench.directory
+    if change == "owner":
+        os.chown(directory, 65_534, 0)
+    else:
+        directory.chmod(0o770 if change == "group" else 0o777)
+    with pytest.raises(ConfigError, match=f"others than root may write {directory}$") as raised:
+        await bench.open()
+    assert raised.value.hint is not None
+    assert list(bench.state.iterdir()) == []
+    if change == "everybody":
+        directory.chmod(0o1777)
+        if place == "itself":
+            with pytest.raises(ConfigError, match="others than root"):
+                await bench.open()
+        else:
+            await bench.open()
+    os.chown(directory, 0, 0)
+    directory.chmod(0o700)
+
+
+async def test_nobody_else_on_the_host_may_read_the_table(bench: Bench) -> None:
+    """The table has everybody's commands: whatever the umask, its files are root's alone."""
+    former = os.umask(0)
+    try:
+        worker = await bench.open()
+    finally:
+        os.umask(former)
+    await run(worker, "true")
+    files = sorted(bench.state.glob("jobs.sqlite*"))
+    assert [path.name for path in files] == ["jobs.sqlite", "jobs.sqlite-wal"]
+    assert [(path.stat().st_uid, stat.S_IMODE(path.stat().st_mode)) for path in files] == [(0, 0o600)] * 2
 
 
 async def test_a_closed_worker_lets_jobs_go_on(bench: Bench) -> None:

@@ -1,15 +1,19 @@
 """The state directory: who owns what in it.
 
 STATE/               root, 0711
-jobs.sqlite        the job table; opened before privilege is dropped
+jobs.sqlite        root's, 0600: the job table; opened before privilege is dropped
 jobs/ID/           the server's own, 0700: `output` and `status` of each job; when it has ended
                    `output` alone, and nothing when it wrote none
 scratch/ID/        made by the launcher: the job's own, while it runs
 launcher.lock      held by the launcher
+
+STATE and every directory above it can be written by root alone: whoever may rename one of them, or put a link
+in its place, decides where root makes files and directories.
 """
 
 import asyncio
 import os
+import stat
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -32,6 +36,7 @@ class StateDir:
         jobs = os.path.join(self.path, "jobs")
         try:
             os.makedirs(self.path, 0o711, exist_ok=True)
+            _require_root_s(self.path)
             os.makedirs(jobs, 0o700, exist_ok=True)
             self._jobs_fd: Final = os.open(jobs, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             os.fchown(self._jobs_fd, owner, owner)
@@ -45,7 +50,7 @@ class StateDir:
         # By descriptor: its owner may not be able to reach it by name (a parent of mode 0700).
         self._jobs: Final = f"/proc/self/fd/{self._jobs_fd}"
         try:
-            self.store: Final = JobStore(os.path.join(self.path, "jobs.sqlite"))
+            self.store: Final = JobStore(_private_file(os.path.join(self.path, "jobs.sqlite")))
         except BaseException as error:
             os.close(self._jobs_fd)
             if isinstance(error, KernelError | LimitReachedError):
@@ -145,6 +150,31 @@ class StateDir:
     async def in_thread(self, function: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
         """Call `settle` or `remove_job` without holding the event loop up."""
         await asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *args, **kwargs))
+
+
+def _require_root_s(state_dir: str) -> None:
+    """Raises ConfigError when anybody but root can put something into the directory, or in its place."""
+    path = state_dir
+    while True:
+        status = os.lstat(path)
+        # above it a sticky directory will do, such as /tmp: nobody else renames there what is root's
+        safe = status.st_mode & stat.S_ISVTX and path != state_dir
+        if status.st_uid != 0 or (status.st_mode & 0o022 and not safe):
+            raise ConfigError(
+                f"cannot use the state directory {state_dir}: others than root may write {path}",
+                hint=f"chown root {path} && chmod go-w {path}, or give another directory with --state-dir",
+            )
+        if path == "/":
+            return
+        path = os.path.dirname(path)
+
+
+def _private_file(path: str) -> str:
+    # sqlite would make it as the umask allows; its journal takes after it. A file that is there is not opened,
+    # as to close it again would end the locks that another worker in this process has on it.
+    with suppress(FileExistsError):
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    return path
 
 
 def disk_error(operation: str, subject: str, error: OSError) -> KernelError | LimitReachedError:
