@@ -269,7 +269,7 @@ def test_personalities_are_only_names(init: Harness, numbers: dict[str, int], ve
 
 
 def test_the_limit_of_core_files_stays(init: Harness, numbers: dict[str, int], verdict: Filter) -> None:
-    """Whoever sets it is told that it is done, and it stays; reading it, and every other limit, are as ever."""
+    """Whoever sets it is told that it is done, and it stays; every other limit can be set as ever."""
     prlimit, setrlimit = numbers["prlimit64"], numbers["setrlimit"]
     job = init.python(
         f"{CALLS}\n"

@@ -104,6 +104,7 @@ async def test_the_network_is_empty(worker: Worker) -> None:
     assert await ask(worker, "socket.socket().connect_ex(('192.0.2.1', 80))") == 101
     with socket.create_server(("127.0.0.1", 0)) as server:
         assert await ask(worker, f"socket.socket().connect_ex({server.getsockname()!r})") == 111
+        socket.create_connection(server.getsockname()).close()
 
 
 async def test_sockets_of_the_host_are_not_there(bench: Bench, worker: Worker) -> None:
@@ -114,6 +115,8 @@ async def test_sockets_of_the_host_are_not_there(bench: Bench, worker: Worker) -
         assert (
             await ask(worker, f"socket.socket(socket.AF_UNIX).connect_ex('\\0{bench.directory.name}')") == 111
         )
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(f"\0{bench.directory.name}")
 
 
 async def test_the_host_name_is_the_job_s(worker: Worker) -> None:

@@ -595,7 +595,7 @@ def test_hanging_up_in_mid_launch(bench: Bench, peer: Peer) -> None:
 
 
 def test_the_launcher_s_own_files_are_root_s(bench: Bench, peer: Peer) -> None:
-    """What it makes lies in directories that only root may write, up to the root; nobody else reads its lock."""
+    """What it makes lies where only root may write, up to the root directory; nobody else reads its lock."""
     assert isinstance(peer.launch(1), Launched)
     scratch = bench.state / "scratch"
     (own,) = bench.scratch()
@@ -607,6 +607,7 @@ def test_the_launcher_s_own_files_are_root_s(bench: Bench, peer: Peer) -> None:
     assert len(made) > 1
     for parent in {parent for path in made for parent in path.parents}:
         status = parent.lstat()
-        assert (status.st_uid, status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX) == (0, 0), parent
+        open_to_others = status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX
+        assert (status.st_uid, open_to_others) == (0, False), parent
     for cgroup in bench.cgroups(1):
         assert [path for path in (cgroup, *cgroup.iterdir()) if path.stat().st_uid != 0] == []

@@ -208,9 +208,10 @@ def test_a_job_cannot_reach_the_server(tmp_path: Path) -> None:
     service = Service(directory, clients=["alice"], config="")
     try:
         service.start()
-        for path in (directory, service.certs, service.certs / "server.key", directory / "pjwd.toml"):
+        hidden = [service.certs / "server.key", directory / "pjwd.toml", service.state / "jobs.sqlite"]
+        for path in (directory, service.certs, service.state, *hidden):
             path.chmod(0o755)
-        paths = f"{service.certs}/server.key {directory}/pjwd.toml {service.state}/server/jobs.sqlite"
+        paths = " ".join(map(str, hidden))
         processes = " ".join(
             f"/proc/{pid}/{name}"
             for pid in (service.pid, service.launcher_pid())

@@ -332,7 +332,7 @@ async def test_two_workers_cannot_share_a_state_directory(bench: Bench) -> None:
 async def test_a_state_directory_that_others_may_move_is_refused(
     bench: Bench, place: str, change: str
 ) -> None:
-    """Root makes nothing where somebody else could put a link in the way; a sticky parent is as good as root's."""
+    """Root makes nothing where somebody else could put a link in the way; a sticky parent will do."""
     bench.state.mkdir()
     directory = bench.state if place == "itself" else bench.directory
     if change == "owner":

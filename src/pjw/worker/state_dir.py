@@ -170,8 +170,8 @@ def _require_root_s(state_dir: str) -> None:
 
 
 def _private_file(path: str) -> str:
-    # sqlite would make it as the umask allows; its journal takes after it. A file that is there is not opened,
-    # as to close it again would end the locks that another worker in this process has on it.
+    # sqlite would make it as the umask allows; its journal takes after it. A file that is there is
+    # not opened: to close it again would end the locks that another worker in this process has on it.
     with suppress(FileExistsError):
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     return path
