@@ -1,7 +1,7 @@
 # All of it works in a fresh clone: whatever a target needs, it installs into .venv first.
-# PYTHON=, CC=, TESTS= and what the scripts name at their heads can be given to make or be in the environment.
+# PYTHON=, CC=, TESTS=, TARGETS= and what the scripts name at their heads can be given to make or be in the environment.
 
-.PHONY: help install demo test test-slow test-vm check sanitize coverage format lock clean
+.PHONY: help install demo test test-slow test-vm check sanitize fuzz coverage format lock clean
 
 help:
 	@echo 'make install    pjw and pjwd into .venv/bin'
@@ -11,6 +11,7 @@ help:
 	@echo 'make test-vm    the tests of the kernel and of systemd on cgroup v2, in the virtual machine $$PJW_VM'
 	@echo 'make check      ruff, mypy, import-linter, generated code, shellcheck, buf'
 	@echo 'make sanitize   pjw-init with ASan and UBSan under its tests'
+	@echo 'make fuzz       each fuzzer for FUZZ_SECONDS (default 60); TARGETS=settings: only that one'
 	@echo 'make coverage   all tests, and which lines they did not reach'
 	@echo 'make format     format the source'
 	@echo 'make lock       requirements/*.txt anew, from pyproject.toml'
@@ -42,6 +43,10 @@ check:
 sanitize:
 	@scripts/install test
 	@scripts/sanitize
+
+fuzz:
+	@scripts/install fuzz
+	@scripts/fuzz $(TARGETS)
 
 coverage:
 	@scripts/install test

@@ -1,0 +1,179 @@
+"""The launcher's routes, in-process and without privilege: whatever it is sent, the kernel is asked for nothing
+that the policy does not allow.
+
+An input is a conversation: a line for each datagram, after a digit that says which descriptors come along.
+The cgroups are stand-ins that check what they are asked for; scratch directories are real, in a directory of
+their own; an audit hook sees every file that is opened, made or removed, and every process that is started.
+"""
+
+import array
+import contextlib
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from functools import cache
+from typing import Any
+
+from pjw.errors import JobStateError, ProtocolError
+from pjw.launcher import dispatch, protocol
+from pjw.launcher.dispatch import ROUTES, Launcher
+from pjw.launcher.policy import JOB_ID_MAX
+from pjw.model import LIMIT_MINIMUM, Limits, Usage
+from tests.fuzz import protocol as messages
+
+UID_FIRST, UID_COUNT = 1_900_000_000, 10
+CEILING = Limits(**{f.name: max(1000, LIMIT_MINIMUM.get(f.name, 0)) for f in fields(Limits)})
+CHANGING = frozenset({"open", "os.mkdir", "os.rmdir", "os.remove", "os.rename", "os.link", "os.symlink"})
+STARTING = frozenset({"os.posix_spawn", "os.exec", "os.fork", "os.system", "subprocess.Popen", "os.kill"})
+
+
+class Cgroup:
+    """The cgroup of an ended job."""
+
+    def pids(self) -> list[int]:
+        """Nothing runs in it."""
+        return []
+
+    def kill(self) -> None:
+        """So there is nobody to kill."""
+
+    def usage(self) -> Usage:
+        """It used something."""
+        return Usage(1, 2, 3, 4, 5)
+
+    def remove(self) -> None:
+        """It may be removed."""
+
+
+class Hierarchy:
+    """Jobs 1 and 2 are there, and have ended."""
+
+    def create(self, job_id: int, limits: Limits) -> Cgroup:
+        """What comes this far is what the policy allows, and is refused here: no job is ever started."""
+        assert 1 <= job_id <= JOB_ID_MAX
+        assert limits.first_above(CEILING) is None
+        raise JobStateError("this far and no further")
+
+    def find(self, job_id: int) -> Cgroup | None:
+        """Only an id that can be one may become a name."""
+        assert 1 <= job_id <= JOB_ID_MAX
+        return Cgroup() if job_id <= 2 else None
+
+    def job_ids(self) -> list[int]:
+        """Both."""
+        return [1, 2]
+
+    def release(self) -> None:
+        """Nothing was made."""
+
+
+class Watch:
+    """Sees what is asked of the kernel while a request is answered."""
+
+    def __init__(self) -> None:
+        self.watched = ""
+        sys.addaudithook(self._on_event)
+
+    @contextlib.contextmanager
+    def within(self, directory: str) -> Iterator[None]:
+        """From here on only what lies in a directory may be touched."""
+        self.watched = directory
+        try:
+            yield
+        finally:
+            self.watched = ""
+
+    def _on_event(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if not self.watched:
+            return
+        assert event not in STARTING, (event, arguments)
+        if event in CHANGING:
+            path = os.fsdecode(arguments[0])
+            # a bare name is relative to a descriptor, which was opened by a path that was seen here
+            assert path.startswith(self.watched + "/") or "/" not in path, (event, path)
+            assert ".." not in path.split("/"), (event, path)
+
+
+@cache
+def _watch() -> Watch:
+    # a hook is never removed: one for the process
+    return Watch()
+
+
+@cache
+def _directory() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="pjw-fuzz-")
+
+
+def seeds() -> list[bytes]:
+    """Each request with its descriptors, all of them in a row, and the wrong number."""
+    lines = []
+    for data in messages.seeds():
+        with contextlib.suppress(ProtocolError):
+            route = ROUTES[protocol.decode_request(data)[1].op]
+            lines.append(b"%d%s" % (route.descriptors, data))
+    launch = protocol.Launch(3, UID_FIRST, CEILING)
+    lines += [b"3" + protocol.encode(1, launch), b"3" + protocol.encode(2, replace(launch, uid=0))]
+    later = [line for line in lines if b'"hello"' not in line]
+    return [*lines, b"\n".join(later), b"4" + later[0], b"5" + lines[-2]]
+
+
+def one_input(data: bytes) -> None:
+    """Play a conversation to its end, which may be early; its descriptors are all closed again."""
+    before = len(os.listdir("/proc/self/fd"))
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs, _stand_ins():
+        launcher = Launcher(theirs)
+        with launcher._selector, contextlib.suppress(ProtocolError):
+            hello = protocol.Hello(_directory().name, UID_FIRST, UID_COUNT, CEILING, io_limited=False, hidden_paths=())
+            _say(ours, launcher, protocol.encode(0, hello), ())
+            for line in data.split(b"\n"):
+                with _descriptors(line[:1]) as descriptors:
+                    _say(ours, launcher, line[1:], descriptors)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def _say(ours: socket.socket, launcher: Launcher, data: bytes, descriptors: tuple[int, ...]) -> None:
+    if not data or len(data) > 100_000:
+        return
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+    ours.sendmsg([data], rights)
+    with _watch().within(_directory().name):
+        launcher._on_request()
+    answer = ours.recv(protocol.MAX_DATAGRAM_BYTES, socket.MSG_DONTWAIT)
+    assert protocol.decode_reply(answer)[0] == protocol.decode_request(data)[0]
+
+
+@contextlib.contextmanager
+def _descriptors(digit: bytes) -> Iterator[tuple[int, ...]]:
+    with contextlib.ExitStack() as stack:
+        if digit in (b"1", b"2", b"3", b"4"):
+            made = [os.memfd_create("fuzz") for _ in range(int(digit))]
+        elif digit == b"5":
+            made = [os.open(os.devnull, os.O_RDWR), *os.pipe()]
+        else:
+            made = []
+        for descriptor in made:
+            stack.callback(os.close, descriptor)
+        yield tuple(made)
+
+
+@contextlib.contextmanager
+def _stand_ins() -> Iterator[None]:
+    # what takes privilege, or lasts as long as the process
+    names: dict[str, Any] = {
+        "open_hierarchy": lambda *_, **__: Hierarchy(),
+        "disks_under": lambda _: [],
+        "hold_lock": lambda _: None,
+    }
+    real = {name: getattr(dispatch, name) for name in names}
+    for name, stand_in in names.items():
+        setattr(dispatch, name, stand_in)
+    try:
+        yield
+    finally:
+        for name, function in real.items():
+            setattr(dispatch, name, function)

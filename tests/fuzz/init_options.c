@@ -1,0 +1,132 @@
+/*
+ * The command line and the argv file of pjw-init: whatever they are, it refuses, or what comes out is in
+ * bounds. An input is the words of the command line and then the bytes of the argv, all divided by NULs, after
+ * a first byte that says how many of them are words (its lower 6 bits) and whether the argv is a pipe (bit 7).
+ *
+ * options.c is compiled in here, with its mappings taken from the heap, where ASan guards them, and with an end
+ * of the process turned into a jump. Descriptors 100 to 103 are there: a status file, the argv, two more.
+ */
+#include "init.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <setjmp.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+
+enum { STATUS = 100, ARGV = 101, LAST = 103, WORDS_MAX = 64, MAPPINGS_MAX = 2, PIPE_MAX = 60000 };
+
+static void *heap_map(size_t bytes);
+static int heap_unmap(void *memory);
+
+/* those of the fuzzer are not ours to read and close */
+static int known_descriptor(int fd) {
+    errno = EBADF;
+    return fd >= STATUS && fd <= LAST ? fcntl(fd, F_GETFD) : -1;
+}
+
+#define mmap(address, bytes, ...) heap_map(bytes)
+#define munmap(memory, bytes) heap_unmap(memory)
+#define fcntl(fd, command) known_descriptor(fd)
+#include "options.c"
+#undef fcntl
+#undef munmap
+#undef mmap
+
+static jmp_buf ended;
+static void *mappings[MAPPINGS_MAX];
+
+static void *heap_map(size_t bytes) {
+    for (int i = 0; i < MAPPINGS_MAX; i++)
+        if (!mappings[i])
+            return mappings[i] = calloc(1, bytes);
+    abort();
+}
+
+static int heap_unmap(void *memory) {
+    for (int i = 0; i < MAPPINGS_MAX; i++)
+        if (mappings[i] == memory) {
+            mappings[i] = NULL;
+            free(memory);
+            return 0;
+        }
+    abort();
+}
+
+void fail(enum step step, const char *subject) {
+    (void)subject;
+    if ((step != STEP_OPTIONS && step != STEP_ARGV) || !errno)
+        abort();
+    longjmp(ended, 1);
+}
+
+void report_to(int fd) {
+    (void)fd;
+}
+
+static void must(bool condition) {
+    if (!condition)
+        abort();
+}
+
+static void check(const struct options *options) {
+    must(options->uid > 0 && options->uid < UINT32_MAX && options->gid > 0 && options->gid < UINT32_MAX);
+    must(options->hide_count >= 0 && options->hide_count <= HIDES_MAX);
+    for (int i = 0; i < options->hide_count; i++)
+        must(options->hides[i][0] == '/');
+    must(!options->scratch || options->scratch[0] == '/');
+    must(options->cgroup_procs_count >= 0 && options->cgroup_procs_count <= CGROUPS_MAX);
+    for (int i = 0; i < options->cgroup_procs_count; i++)
+        must(options->cgroup_procs_fds[i] >= STATUS);
+    must(options->tmp_bytes <= INT64_MAX && options->output_max <= INT64_MAX && options->time_max <= INT32_MAX);
+    must(options->argv && options->argv[0] && options->argv[0][0]);
+    size_t bytes = 0;
+    for (char **word = options->argv; *word; word++)
+        bytes += sizeof *word + strlen(*word) + 1; /* ASan sees a string that is none */
+    must(!options->argv_mapped_bytes || options->argv_mapped_bytes == bytes + sizeof(char *));
+}
+
+static void open_descriptors(const char *argv, size_t length, bool as_pipe) {
+    int file = memfd_create("fuzz", 0), ends[2];
+    must(file >= 0 && write(file, argv, length) == (ssize_t)length);
+    for (int fd = STATUS; fd <= LAST; fd++)
+        must(dup2(file, fd) == fd);
+    close(file);
+    if (!as_pipe || length > PIPE_MAX)
+        return;
+    must(pipe(ends) == 0 && write(ends[1], argv, length) == (ssize_t)length && dup2(ends[0], ARGV) == ARGV);
+    close(ends[0]);
+    close(ends[1]);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
+    char *words[WORDS_MAX + 2] = {"pjw-init"};
+    int count = 1;
+    if (size == 0)
+        return 0;
+    char *text = malloc(size); /* the first byte makes room for a last NUL */
+    memcpy(text, data + 1, size - 1);
+    text[size - 1] = '\0';
+    char *rest = text;
+    for (int left = data[0] & 63; left > 0 && rest < text + size - 1; left--) {
+        words[count++] = rest;
+        rest += strlen(rest) + 1;
+    }
+    size_t used = (size_t)(rest - text) < size - 1 ? (size_t)(rest - text) : size - 1;
+    open_descriptors(text + used, size - 1 - used, data[0] & 128);
+    struct options options;
+    optind = 0; /* has getopt_long(3) begin anew */
+    if (setjmp(ended) == 0) {
+        parse_options(count, words, &options);
+        check(&options);
+        release_argv(&options);
+    }
+    for (int i = 0; i < MAPPINGS_MAX; i++) { /* the end of the process would have given them back */
+        free(mappings[i]);
+        mappings[i] = NULL;
+    }
+    for (int fd = STATUS; fd <= LAST; fd++)
+        close(fd);
+    free(text);
+    return 0;
+}
