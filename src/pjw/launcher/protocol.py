@@ -179,7 +179,8 @@ def _decode(data: bytes, classes: dict[str, type[Any]]) -> tuple[int, Any]:
     if len(data) > MAX_DATAGRAM_BYTES:
         raise ProtocolError(f"a message of {len(data)} bytes is too large")
     try:
-        message = json.loads(data)
+        # Not the bytes: json would take UTF-16 too, and import a module for it, as root and on a peer's word.
+        message = json.loads(data.decode())
     # RecursionError: "[[[[…" nests deeper than the parser can
     except (ValueError, RecursionError):
         raise ProtocolError("a message is not JSON") from None
