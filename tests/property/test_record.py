@@ -18,18 +18,18 @@ WORDS = {
 @given(
     started=times,
     ended=times,
-    signaled=st.booleans(),
-    number=st.integers(0, 255),
+    how=st.tuples(st.just("exited"), st.integers(0, 255)) | st.tuples(st.just("signaled"), st.integers(1, 64)),
     reason=st.sampled_from(sorted(WORDS)),
     cut=st.integers(0, 200),
 )
 def test_what_init_writes_is_read(
-    started: int, ended: int, signaled: bool, number: int, reason: str, cut: int
+    started: int, ended: int, how: tuple[str, int], reason: str, cut: int
 ) -> None:
     """Every record comes back; cut at any byte it is that of a job that runs, or none."""
     first = f"started {started}\n".encode()
-    whole = first + f"ended {ended} {'signaled' if signaled else 'exited'} {number} {reason}\n".encode()
-    status = ExitStatus(signal=number) if signaled else ExitStatus(code=number)
+    word, number = how
+    whole = first + f"ended {ended} {word} {number} {reason}\n".encode()
+    status = ExitStatus(code=number) if word == "exited" else ExitStatus(signal=number)
     expected = Record(started, End(ended, status, WORDS[reason]))
     assert parse_record(whole.ljust(RECORD_BYTES, b"\0")) == expected
     if cut < len(whole):

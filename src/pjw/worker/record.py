@@ -1,6 +1,7 @@
 """Reads the status record that a job's init wrote: when it began, and how it ended."""
 
 import re
+import signal
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,6 +15,9 @@ _STARTED: Final = re.compile(rb"started (\d{1,19})\n")
 _ENDED: Final = re.compile(
     rb"ended (\d{1,19}) (exited|signaled) (\d{1,3}) (none|stopped|timed_out|output_limit)\n"
 )
+# What can be: init writes a 64-bit time, and what wait(2) says.
+_NS_MAX: Final = 2**63 - 1
+_NUMBERS: Final = {b"exited": range(256), b"signaled": range(1, signal.NSIG)}
 _REASONS: Final = {
     b"none": EndReason.COMPLETED,
     b"stopped": EndReason.STOPPED,
@@ -42,10 +46,10 @@ class Record:
 def parse_record(data: bytes) -> Record:
     """Read a record; what is not whole, as after a crash of the host, counts as not written."""
     started = _STARTED.match(data)
-    if started is None:
+    if started is None or int(started[1]) > _NS_MAX:
         return Record()
     ended = _ENDED.match(data, started.end())
-    if ended is None:
+    if ended is None or int(ended[1]) > _NS_MAX or int(ended[3]) not in _NUMBERS[ended[2]]:
         return Record(started_ns=int(started[1]))
     number = int(ended[3])
     status = ExitStatus(code=number) if ended[2] == b"exited" else ExitStatus(signal=number)
