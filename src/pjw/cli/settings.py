@@ -58,7 +58,8 @@ def _read_file() -> dict[str, str]:
 
     try:
         values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    # not tomllib's own error alone: a number of 5,000 digits and "[[[[…" raise others
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"cannot read {path}: it is not TOML: {error}") from error
     for key, value in values.items():
         if key not in _KEYS or not isinstance(value, str):

@@ -13,11 +13,19 @@ from pjw.model import LIMIT_MAXIMUM, Limits
 from pjw.worker.settings import NO_CEILING, UID_COUNT, UID_FIRST, Quotas, Retention, WorkerSettings
 
 
+# What the system takes as a name, and the launcher as a path and a user id: it ends when it is told nonsense.
+_Name = Annotated[str, msgspec.Meta(pattern=r"\A[^\0]+\Z")]
+_Path = Annotated[str, msgspec.Meta(pattern=r"\A/[^\0]*\Z", max_length=4096)]
+_UserId = Annotated[int, msgspec.Meta(ge=1, lt=2**32 - 1)]
+# init takes 64, and the state directory, the server's key and this file are among them
+_HIDDEN_MAX = 60
+
+
 class JobUsers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The range of user ids that clients are given, one each, never to another."""
 
-    uid_first: int = UID_FIRST
-    uid_count: int = UID_COUNT
+    uid_first: _UserId = UID_FIRST
+    uid_count: _UserId = UID_COUNT
 
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=LIMIT_MAXIMUM)]
@@ -45,10 +53,10 @@ class ClientLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a configuration file may hold."""
 
-    user: str | None = None
+    user: _Name | None = None
     client_name_oid: str = CLIENT_NAME_OID
     stop_grace_seconds: float = 10
-    hidden_paths: tuple[str, ...] = ()
+    hidden_paths: Annotated[tuple[_Path, ...], msgspec.Meta(max_length=_HIDDEN_MAX)] = ()
     job_users: JobUsers = JobUsers()
     retention: KeptJobs = KeptJobs()
     clients: ClientLimits = ClientLimits()
@@ -84,7 +92,8 @@ def load_config(path: str | None) -> ServerConfig:
         return msgspec.convert(tomllib.loads(Path(path).read_text()), ServerConfig)
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"cannot read the configuration {path}: it is not TOML: {error}") from error
     except msgspec.ValidationError as error:
         raise ConfigError(f"the configuration {path} is not valid: {error}") from error
+    # tomllib has its own error only for what it has thought of: not for a number of 5,000 digits, nor "[[[[…"
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"cannot read the configuration {path}: it is not TOML: {error}") from error
