@@ -611,3 +611,32 @@ def test_the_launcher_s_own_files_are_root_s(bench: Bench, peer: Peer) -> None:
         assert (status.st_uid, open_to_others) == (0, False), parent
     for cgroup in bench.cgroups(1):
         assert [path for path in (cgroup, *cgroup.iterdir()) if path.stat().st_uid != 0] == []
+
+
+def test_requests_in_mid_launch(bench: Bench, peer: Peer) -> None:
+    """A job that is being launched is neither removed, nor adopted, nor accounted, nor launched again."""
+    later = [Kill(1, init_too=True), Remove(1), Adopt(1), Account(1), Terminate(1), Launch(1, peer.uid + 1, NO_LIMITS)]
+    before = peer.open_descriptors()
+    for turn in range(40):
+        # from one that comes right after the launch to one that comes when it is nearly over
+        requests = [Launch(1, peer.uid, NO_LIMITS), *[JobIds(0)] * turn, *later]
+        with ExitStack() as stack:
+            for seq, request in enumerate(requests):
+                descriptors = peer.descriptors(stack) if isinstance(request, Launch) else ()
+                peer.send(protocol.encode(seq, request), descriptors)
+        answered = set()
+        while len(answered) < len(requests):
+            data, received, _, _ = socket.recv_fds(peer.socket, protocol.MAX_DATAGRAM_BYTES, 3)
+            for descriptor in received:
+                os.close(descriptor)
+            assert data, peer.words()
+            answered.add(protocol.decode_reply(data)[0])
+        assert answered == set(range(len(requests)))
+        while peer.ask(Remove(1)) != Done():
+            peer.ask(Kill(1, init_too=True))
+        assert bench.cgroups() == bench.scratch() == []
+    # the first stage of the last launch may still be ending; each request gives the launcher a turn
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while peer.open_descriptors() != before:
+        assert time.monotonic() < deadline
+        peer.ask(JobIds(after=0))

@@ -56,6 +56,8 @@ class Launcher:
         self._scratch: Scratch
         # pidfds of the inits of jobs that have not been removed
         self._inits: Final[dict[int, int]] = {}
+        # jobs whose launch has not been answered; until then they are nothing but its own
+        self._launching: Final[set[int]] = set()
 
     def run(self) -> None:
         """Answer until the other end closes. Raises ProtocolError for a broken or hostile peer.
@@ -171,6 +173,7 @@ class Launcher:
                 raise KernelError("spawn init of", f"job {request.job_id}", error.errno or 0) from error
             raise
         self._reap_at_end(pid)
+        self._launching.add(request.job_id)
         launch = LaunchInProgress(seq, request.job_id, cgroup, report)
         self._watch(report, lambda: self._on_report(launch))
         return None
@@ -191,6 +194,7 @@ class Launcher:
     def _close_report(self, launch: LaunchInProgress) -> None:
         self._selector.unregister(launch.report)
         launch.report.close()
+        self._launching.discard(launch.job_id)
 
     def _on_init_end(self, pidfd: int) -> None:
         self._selector.unregister(pidfd)
@@ -219,7 +223,7 @@ class Launcher:
 
     def answer_adopt(self, seq: int, request: protocol.Adopt, descriptors: list[int]) -> "Answer":
         """Find the init of a job by its cgroup, which only root may write."""
-        check_job_id(request.job_id)
+        self._check_not_launching(request.job_id)
         cgroup = self._hierarchy.find(request.job_id)
         if cgroup is None:
             return (protocol.Adopted(alive=False, known=False),)
@@ -300,8 +304,15 @@ class Launcher:
             return refusal_of(error)
         return protocol.Done()
 
-    def _ended_cgroup(self, job_id: int) -> Cgroup | None:
+    def _check_not_launching(self, job_id: int) -> None:
+        # Its cgroup may have no process yet, or no longer, and its init is not in the table yet: it
+        # would look like a job that has ended, while the launch goes on.
         check_job_id(job_id)
+        if job_id in self._launching:
+            raise JobStateError(f"job {job_id} is being launched")
+
+    def _ended_cgroup(self, job_id: int) -> Cgroup | None:
+        self._check_not_launching(job_id)
         pidfd = self._inits.get(job_id)
         cgroup = self._hierarchy.find(job_id)
         alive = not has_ended(pidfd) if pidfd is not None else cgroup is not None and cgroup.pids()
