@@ -18,7 +18,8 @@ WORDS = {
 @given(
     started=times,
     ended=times,
-    how=st.tuples(st.just("exited"), st.integers(0, 255)) | st.tuples(st.just("signaled"), st.integers(1, 64)),
+    how=st.tuples(st.just("exited"), st.integers(0, 255))
+    | st.tuples(st.just("signaled"), st.integers(1, 64)),
     reason=st.sampled_from(sorted(WORDS)),
     cut=st.integers(0, 200),
 )

@@ -15,6 +15,7 @@ import grpc
 from pjw.certs.files import ServerCredentials
 from pjw.certs.tls import probe_tls12
 from pjw.errors import ConfigError
+from pjw.server.accept import make_server
 from pjw.server.guard import Guard
 from pjw.server.service import JobWorkerService
 from pjw.worker import Worker, WorkerSettings
@@ -65,7 +66,7 @@ async def _run(serving: Serving, state: StateDir, launcher: LauncherProcess) -> 
     async with Worker(state, launcher, serving.settings) as worker:
         await worker.adopt()
         guard = Guard(serving.client_name_oid)
-        server = grpc.aio.server(options=OPTIONS)
+        server = make_server(OPTIONS)
         server.add_generic_rpc_handlers((JobWorkerService(worker).handlers(guard),))
         port = _listen(server, host, serving.port, serving.credentials)
         await server.start()
