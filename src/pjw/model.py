@@ -87,7 +87,9 @@ class Limits:
         for name, value in self.items():
             # bool is an int in Python, but no number of anything
             if type(value) is not int or not 0 <= value <= LIMIT_MAXIMUM:
-                raise InvalidJobError(f"limit {name} must be a whole number from 0 to 2^62, not {_said(value)}")
+                raise InvalidJobError(
+                    f"limit {name} must be a whole number from 0 to 2^62, not {_said(value)}"
+                )
             if 0 < value < LIMIT_MINIMUM.get(name, 0):
                 raise InvalidJobError(f"limit {name} must be at least {LIMIT_MINIMUM[name]}, not {value}")
 
@@ -113,7 +115,11 @@ class Limits:
 
 def _said(value: object) -> str:
     # Python refuses to write out what has more than 4,300 digits
-    return f"one of {value.bit_length()} bits" if isinstance(value, int) and value.bit_length() > 64 else repr(value)
+    return (
+        f"one of {value.bit_length()} bits"
+        if isinstance(value, int) and value.bit_length() > 64
+        else repr(value)
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,4 @@
-"""The launcher's routes, in-process and without privilege: whatever it is sent, the kernel is asked for nothing
-that the policy does not allow.
+"""The launcher's routes, in-process: the kernel is asked for nothing but what the policy allows.
 
 An input is a conversation: a line for each datagram, after a digit that says which descriptors come along.
 The cgroups are stand-ins that check what they are asked for; scratch directories are real, in a directory of
@@ -128,7 +127,9 @@ def one_input(data: bytes) -> None:
     with ours, theirs, _stand_ins():
         launcher = Launcher(theirs)
         with launcher._selector, contextlib.suppress(ProtocolError):
-            hello = protocol.Hello(_directory().name, UID_FIRST, UID_COUNT, CEILING, io_limited=False, hidden_paths=())
+            hello = protocol.Hello(
+                _directory().name, UID_FIRST, UID_COUNT, CEILING, io_limited=False, hidden_paths=()
+            )
             _say(ours, launcher, protocol.encode(0, hello), ())
             for line in data.split(b"\n"):
                 with _descriptors(line[:1]) as descriptors:

@@ -615,16 +615,23 @@ def test_the_launcher_s_own_files_are_root_s(bench: Bench, peer: Peer) -> None:
 
 def test_requests_in_mid_launch(bench: Bench, peer: Peer) -> None:
     """A job that is being launched is neither removed, nor adopted, nor accounted, nor launched again."""
-    later = [Kill(1, init_too=True), Remove(1), Adopt(1), Account(1), Terminate(1), Launch(1, peer.uid + 1, NO_LIMITS)]
+    later: list[Request] = [
+        Kill(1, init_too=True),
+        Remove(1),
+        Adopt(1),
+        Account(1),
+        Terminate(1),
+        Launch(1, peer.uid + 1, NO_LIMITS),
+    ]
     before = peer.open_descriptors()
     for turn in range(40):
         # from one that comes right after the launch to one that comes when it is nearly over
-        requests = [Launch(1, peer.uid, NO_LIMITS), *[JobIds(0)] * turn, *later]
+        requests: list[Request] = [Launch(1, peer.uid, NO_LIMITS), *[JobIds(0)] * turn, *later]
         with ExitStack() as stack:
             for seq, request in enumerate(requests):
                 descriptors = peer.descriptors(stack) if isinstance(request, Launch) else ()
                 peer.send(protocol.encode(seq, request), descriptors)
-        answered = set()
+        answered: set[int] = set()
         while len(answered) < len(requests):
             data, received, _, _ = socket.recv_fds(peer.socket, protocol.MAX_DATAGRAM_BYTES, 3)
             for descriptor in received:

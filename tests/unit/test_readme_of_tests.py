@@ -13,6 +13,7 @@ HEADS: Final = {
     "bad input": 27,
     "a hostile job tries": 28,
     "a broken server tries": 12,
+    "promise": 12,
 }
 NEXT: Final = "next issue"
 

@@ -12,7 +12,6 @@ from pjw.errors import ConfigError, InvalidJobError
 from pjw.model import LIMIT_MAXIMUM, Limits
 from pjw.worker.settings import NO_CEILING, UID_COUNT, UID_FIRST, Quotas, Retention, WorkerSettings
 
-
 # What the system takes as a name, and the launcher as a path and a user id: it ends when it is told nonsense.
 _Name = Annotated[str, msgspec.Meta(pattern=r"\A[^\0]+\Z")]
 _Path = Annotated[str, msgspec.Meta(pattern=r"\A/[^\0]*\Z", max_length=4096)]
