@@ -2,10 +2,12 @@
 
 import array
 import errno
+import fcntl
 import json
 import os
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -32,6 +34,8 @@ from pjw.launcher.protocol import (
     Kill,
     Launch,
     Launched,
+    Opened,
+    OpenFile,
     Refused,
     Remove,
     Request,
@@ -69,7 +73,16 @@ class Peer:
         self._code: int | None = None
         bench.state.mkdir(exist_ok=True)
         self.hello: Final = replace(
-            Hello(str(bench.state), self.uid, 10, NO_LIMITS, io_limited=False, hidden_paths=()), **policy
+            Hello(
+                str(bench.state),
+                self.uid,
+                10,
+                NO_LIMITS,
+                io_limited=False,
+                hidden_paths=(),
+                operator_files=(),
+            ),
+            **policy,
         )
         if greet:
             assert self.ask(self.hello) == Done()
@@ -215,6 +228,9 @@ GARBAGE: Final = {
     "a limit below the least": changed(
         Launch(1, 1, NO_LIMITS), limits=dict(NO_LIMITS.items()) | {"pids_max": 1}
     ),
+    "a path as a place": changed(OpenFile(0), place="/etc/shadow"),
+    "a path beside a place": changed(OpenFile(0), path="/etc/shadow"),
+    "a negative place": changed(OpenFile(0), place=-1),
     "a negative user": changed(Launch(1, 1, NO_LIMITS), uid=-1),
 }
 
@@ -246,7 +262,9 @@ def test_an_empty_datagram_is_the_end(peer: Peer) -> None:
 
 
 @pytest.mark.parametrize(
-    "request_", [Launch(1, 1, NO_LIMITS), Kill(1, init_too=True), Remove(1), JobIds(0)], ids=str
+    "request_",
+    [Launch(1, 1, NO_LIMITS), Kill(1, init_too=True), Remove(1), JobIds(0), OpenFile(0)],
+    ids=str,
 )
 def test_before_the_greeting(connect: Callable[..., Peer], bench: Bench, request_: Request) -> None:
     """Nothing is answered before the policy is known."""
@@ -278,6 +296,8 @@ def test_a_second_greeting(peer: Peer) -> None:
         {"state_dir": "/dev/null"},
         {"hidden_paths": ("key",)},
         {"hidden_paths": ("",)},
+        {"operator_files": ("/etc/passwd", "key")},
+        {"operator_files": ("",)},
     ],
     ids=str,
 )
@@ -327,7 +347,7 @@ def test_a_launch_with_the_wrong_number_of_descriptors(bench: Bench, peer: Peer,
 
 @pytest.mark.parametrize(
     "request_",
-    [Adopt(1), JobIds(0), Terminate(1), Kill(1, init_too=False), Account(1), Remove(1)],
+    [Adopt(1), JobIds(0), Terminate(1), Kill(1, init_too=False), Account(1), Remove(1), OpenFile(0)],
     ids=lambda request: request.op,
 )
 def test_descriptors_that_nobody_asked_for(peer: Peer, request_: Request) -> None:
@@ -556,6 +576,133 @@ def test_a_process_in_a_job_s_cgroup_that_is_no_init(bench: Bench, peer: Peer) -
         process.kill()
         process.wait()
     assert peer.ask(Remove(2)) == Done()
+
+
+# --- the operator's files
+
+
+@pytest.fixture
+def own(bench: Bench) -> Path:
+    """A directory that is root's, where the operator keeps a file."""
+    own = bench.directory / "own"
+    own.mkdir()
+    (own / "key").write_text("key")
+    (own / "key").chmod(0o600)
+    return own
+
+
+def opened(peer: Peer, place: int = 0) -> tuple[str, int]:
+    """What a file has in it, and with which flags it is open here."""
+    peer.send(protocol.encode(7, OpenFile(place)))
+    data, [descriptor], _, _ = socket.recv_fds(peer.socket, protocol.MAX_DATAGRAM_BYTES, 3)
+    with open(descriptor, encoding="utf-8") as file:
+        assert protocol.decode_reply(data) == (7, Opened())
+        return file.read(), fcntl.fcntl(file, fcntl.F_GETFL) & (os.O_ACCMODE | os.O_APPEND)
+
+
+def test_a_file_is_opened_as_it_is_now(connect: Callable[..., Peer], own: Path) -> None:
+    """For reading alone, the one that is there when it is asked for, through links; and nothing is kept."""
+    (own / "live").symlink_to("archive/1")
+    (own / "archive").mkdir()
+    (own / "archive/1").symlink_to(own / "archive" / ".." / "key")
+    peer = connect(operator_files=(str(own / "key"), f"{own}//./live"))
+    assert opened(peer) == opened(peer, 1) == ("key", os.O_RDONLY)
+    peer.ask(JobIds(0))  # it closes its own descriptor behind the answer
+    before = peer.open_descriptors()
+    (own / "new").write_text("new key")
+    (own / "new").rename(own / "key")
+    for _ in range(20):
+        assert opened(peer) == opened(peer, 1) == ("new key", os.O_RDONLY)
+    peer.ask(JobIds(0))
+    assert peer.open_descriptors() == before
+
+
+@pytest.mark.parametrize("place", [1, 2, 2**63 - 1])
+def test_a_file_that_root_did_not_name(connect: Callable[..., Peer], own: Path, place: int) -> None:
+    """There is no place beyond the list of the greeting."""
+    peer = connect(operator_files=(str(own / "key"),))
+    reply = peer.ask(OpenFile(place))
+    assert isinstance(reply, Refused)
+    assert reply.kind == "invalid"
+    assert opened(peer) == ("key", os.O_RDONLY)
+
+
+def test_the_library_has_no_files_to_open(peer: Peer) -> None:
+    """Without a list nothing is ever opened."""
+    assert isinstance(peer.ask(OpenFile(0)), Refused)
+
+
+@pytest.mark.parametrize("kind", ["missing", "directory", "fifo", "socket", "device", "loop", "below a file"])
+def test_what_is_not_a_regular_file(connect: Callable[..., Peer], own: Path, kind: str) -> None:
+    """Refused at once, and not waited for."""
+    path, words = own / "key", "it is not a regular file"
+    path.unlink()
+    match kind:
+        case "missing":
+            words = "open"
+        case "directory":
+            path.mkdir()
+        case "fifo":
+            os.mkfifo(path)
+        case "socket":
+            words = "open"
+            with socket.socket(socket.AF_UNIX) as bound:
+                bound.bind(str(path))
+        case "device":
+            os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 5))
+        case "loop":
+            words = "open"
+            path.symlink_to(path)
+        case "below a file":
+            words = "open"
+            path.write_text("")
+            path /= "x"
+    peer = connect(operator_files=(str(path),))
+    before = peer.open_descriptors()
+    reply = peer.ask(OpenFile(0))
+    assert isinstance(reply, Refused)
+    assert words in reply.operation
+    if words == "open":
+        assert reply.subject == str(path)
+    assert peer.open_descriptors() == before
+
+
+@pytest.mark.parametrize(
+    "kind", ["the server's", "writable", "group", "list", "above", "behind a link", "sticky"]
+)
+def test_a_directory_where_others_may_write(connect: Callable[..., Peer], own: Path, kind: str) -> None:
+    """Whoever may exchange a link or a directory on the way could be handed any file of the host."""
+    path = own / "key"
+    match kind:
+        case "the server's":
+            os.chown(own, 65_534, 65_534)
+        case "writable":
+            own.chmod(0o707)
+        case "sticky":
+            own.chmod(0o1777)
+        case "group":
+            own.chmod(0o770)
+        case "list":
+            # user::rwx user:65534:rwx group::--- mask::rwx other::---, as setfacl(1) writes it
+            entries = [(0x01, 7, -1), (0x02, 7, 65_534), (0x04, 0, -1), (0x10, 7, -1), (0x20, 0, -1)]
+            packed = b"".join(struct.pack("<HHi", *entry) for entry in entries)
+            os.setxattr(own, "system.posix_acl_access", struct.pack("<I", 2) + packed)
+        case "above":
+            (own / "below").mkdir(mode=0o700)
+            path = path.rename(own / "below/key")
+            own.chmod(0o777)
+        case "behind a link":
+            other = own.with_name("other")
+            other.mkdir()
+            other.chmod(0o777)
+            (other / "link").symlink_to("/etc/shadow")
+            path.unlink()
+            path.symlink_to(other / "link")
+    peer = connect(operator_files=(str(path),))
+    reply = peer.ask(OpenFile(0))
+    assert isinstance(reply, Refused)
+    assert reply.kind == "config"
+    assert reply.operation.startswith(f"cannot open {path} again: others than root may change what is in ")
 
 
 # --- too much

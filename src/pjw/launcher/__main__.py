@@ -26,6 +26,8 @@ def main() -> int:
     # Ctrl-C in a terminal reaches the whole foreground group; the launcher ends when its
     # worker does, and not before it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # So does the hang-up of the terminal, by which the server is told to reload.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     requests = socket.socket(fileno=REQUESTS_FD)
     requests.set_inheritable(False)

@@ -20,6 +20,7 @@ from pjw.errors import ConfigError, InvalidJobError, JobStateError, KernelError,
 from pjw.launcher import protocol
 from pjw.launcher.cgroup import Cgroup, Hierarchy, disks_under, open_hierarchy
 from pjw.launcher.lock import hold_lock
+from pjw.launcher.operator_files import open_operator_file
 from pjw.launcher.policy import Policy, check_job_id, instance_name
 from pjw.launcher.scratch import Scratch
 from pjw.launcher.spawn import Cloned, Execed, Failed, read_report, spawn_init
@@ -304,6 +305,15 @@ class Launcher:
             return refusal_of(error)
         return protocol.Done()
 
+    def answer_open_file(self, seq: int, request: protocol.OpenFile, descriptors: list[int]) -> "Answer":
+        """Hand out a certificate, a key or the like that the operator has replaced; never by a path."""
+        descriptor = open_operator_file(self._policy.operator_file(request.place))
+        try:
+            self._reply(seq, protocol.Opened(), descriptor)
+        finally:
+            os.close(descriptor)
+        return None
+
     def _check_not_launching(self, job_id: int) -> None:
         # Its cgroup may have no process yet, or no longer, and its init is not in the table yet: it
         # would look like a job that has ended, while the launch goes on.
@@ -356,6 +366,7 @@ ROUTES: Final[dict[str, Route]] = {
     "kill": Route(Launcher.answer_kill),
     "account": Route(Launcher.answer_account),
     "remove": Route(Launcher.answer_remove),
+    "open_file": Route(Launcher.answer_open_file),
 }
 
 

@@ -32,13 +32,14 @@ class Policy:
     uid_count: int
     ceiling: Limits
     hidden_paths: tuple[str, ...]
+    operator_files: tuple[str, ...]
 
     @classmethod
     def from_hello(cls, hello: Hello) -> "Policy":
         """Raises InvalidJobError for a range of users that has root in it."""
         if hello.uid_first < 1 or hello.uid_count < 1 or hello.uid_first + hello.uid_count > 2**32 - 1:
             raise InvalidJobError("the range of user ids for jobs must lie between 1 and 2^32-2")
-        for path in (hello.state_dir, *hello.hidden_paths):
+        for path in (hello.state_dir, *hello.hidden_paths, *hello.operator_files):
             if not os.path.isabs(path):
                 raise InvalidJobError(f"{path!r} is not an absolute path")
         return cls(
@@ -46,6 +47,7 @@ class Policy:
             uid_count=hello.uid_count,
             ceiling=hello.ceiling,
             hidden_paths=(hello.state_dir, *hello.hidden_paths),
+            operator_files=hello.operator_files,
         )
 
     def check_launch(self, request: Launch, descriptors: list[int]) -> None:
@@ -66,6 +68,12 @@ class Policy:
         for descriptor in descriptors[1:]:
             if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
                 raise InvalidJobError("the output or status descriptor of a launch is not writable")
+
+    def operator_file(self, place: int) -> str:
+        """The path at that place. Raises InvalidJobError where there is none."""
+        if not 0 <= place < len(self.operator_files):
+            raise InvalidJobError(f"{place} is not the place of an operator's file")
+        return self.operator_files[place]
 
 
 def check_job_id(job_id: int) -> None:

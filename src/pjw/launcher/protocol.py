@@ -30,6 +30,7 @@ class Hello:
     ceiling: Limits
     io_limited: bool
     hidden_paths: tuple[str, ...]
+    operator_files: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,14 @@ class Remove:
 
 
 @dataclass(frozen=True, slots=True)
+class OpenFile:
+    """The operator's file at a place of `Hello.operator_files`, as it is now."""
+
+    op: ClassVar = "open_file"
+    place: int
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
     """It was done."""
 
@@ -133,6 +142,13 @@ class Accounted:
 
 
 @dataclass(frozen=True, slots=True)
+class Opened:
+    """Descriptor: the file that was asked for, for reading."""
+
+    op: ClassVar = "opened"
+
+
+@dataclass(frozen=True, slots=True)
 class Refused:
     """It was not done. `kind`: exec, kernel, invalid, state or config; `errno` is 0 when there is none."""
 
@@ -144,14 +160,14 @@ class Refused:
     hint: str
 
 
-Request = Hello | Launch | Adopt | JobIds | Terminate | Kill | Account | Remove
-Reply = Done | Launched | Adopted | JobIdPage | Accounted | Refused
+Request = Hello | Launch | Adopt | JobIds | Terminate | Kill | Account | Remove | OpenFile
+Reply = Done | Launched | Adopted | JobIdPage | Accounted | Opened | Refused
 
 REQUESTS: Final[dict[str, type[Request]]] = {
-    c.op: c for c in (Hello, Launch, Adopt, JobIds, Terminate, Kill, Account, Remove)
+    c.op: c for c in (Hello, Launch, Adopt, JobIds, Terminate, Kill, Account, Remove, OpenFile)
 }
 REPLIES: Final[dict[str, type[Reply]]] = {
-    c.op: c for c in (Done, Launched, Adopted, JobIdPage, Accounted, Refused)
+    c.op: c for c in (Done, Launched, Adopted, JobIdPage, Accounted, Opened, Refused)
 }
 
 

@@ -112,6 +112,16 @@ class LauncherClient:
         """Remove the cgroup and the scratch directory of an ended job."""
         await self._request(protocol.Remove(job_id))
 
+    async def request_open_file(self, place: int) -> int:
+        """The operator's file at that place, open for reading; the caller owns it.
+
+        Raises KernelError or ConfigError when it cannot be opened.
+        """
+        reply, fds = await self._request(protocol.OpenFile(place))
+        if not isinstance(reply, protocol.Opened) or len(fds) != 1:
+            raise ProtocolError("the launcher answered a request for a file with something else")
+        return fds[0]
+
     async def _request(
         self, request: protocol.Request, descriptors: list[int] | None = None
     ) -> tuple[protocol.Reply, list[int]]:

@@ -32,8 +32,10 @@ def require_root() -> None:
         )
 
 
-def start_launcher(state_dir: str, settings: WorkerSettings) -> LauncherProcess:
-    """Start the launcher and tell it its policy.
+def start_launcher(
+    state_dir: str, settings: WorkerSettings, operator_files: tuple[str, ...] = ()
+) -> LauncherProcess:
+    """Start the launcher and tell it its policy, and what it may open again for who is not root.
 
     Must run as root and before gRPC is imported, whose threads make children die before
     exec. Raises ConfigError or KernelError when this host does not allow it.
@@ -54,7 +56,7 @@ def start_launcher(state_dir: str, settings: WorkerSettings) -> LauncherProcess:
             ],
         )
     try:
-        _greet(ours, state_dir, settings)
+        _greet(ours, state_dir, settings, operator_files)
     except BaseException:
         ours.close()
         os.waitpid(pid, 0)  # it ends when we hang up
@@ -62,7 +64,9 @@ def start_launcher(state_dir: str, settings: WorkerSettings) -> LauncherProcess:
     return LauncherProcess(ours, os.pidfd_open(pid))
 
 
-def _greet(requests: socket.socket, state_dir: str, settings: WorkerSettings) -> None:
+def _greet(
+    requests: socket.socket, state_dir: str, settings: WorkerSettings, operator_files: tuple[str, ...]
+) -> None:
     hello = protocol.Hello(
         state_dir=state_dir,
         uid_first=settings.uid_first,
@@ -70,6 +74,7 @@ def _greet(requests: socket.socket, state_dir: str, settings: WorkerSettings) ->
         ceiling=settings.ceiling,
         io_limited=any(value for name, value in settings.default_limits.items() if name.startswith("io_")),
         hidden_paths=settings.hidden_paths,
+        operator_files=operator_files,
     )
     requests.settimeout(_GREETING_SECONDS)
     requests.send(protocol.encode(0, hello))

@@ -119,6 +119,10 @@ class Worker:
         """Return when the launcher has died; nothing can be started or stopped then."""
         await self._launcher.gone.wait()
 
+    async def open_operator_file(self, place: int) -> int:
+        """A file that the launcher was told of at its start, open for reading; the caller owns it."""
+        return await self._launcher.request_open_file(place)
+
     # --- start
 
     async def start(self, spec: JobSpec, client_name: str = LOCAL_CLIENT) -> Job:

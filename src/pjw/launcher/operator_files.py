@@ -1,0 +1,88 @@
+"""Opens the operator's files as they are now: their paths were told in the greeting, by root.
+
+Who asks is no longer root, so the way to a file must be root's alone. Could the server's user
+exchange a directory or a link on it, it would be handed any file of the host. Opens only;
+what is in the files is never read here.
+"""
+
+import errno
+import os
+import stat
+from typing import Final
+
+from pjw.errors import ConfigError, KernelError
+
+# As many symbolic links as the kernel itself follows.
+MAX_LINKS: Final = 40
+
+_DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# O_NONBLOCK: a FIFO in the file's place must not hang us
+_FILE: Final = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def open_operator_file(path: str) -> int:
+    """A descriptor for reading of the regular file that is at *path* now.
+
+    Raises KernelError, and ConfigError for what is no regular file, or has a directory on its
+    way that others than root may write to.
+    """
+    try:
+        return _walk(path)
+    except OSError as error:
+        raise KernelError("open", path, error.errno or 0) from error
+
+
+def _walk(path: str) -> int:
+    # Step by step, each from the directory that was looked at: with one open() of the whole
+    # path, what it leads through could be another thing than what was looked at.
+    here = os.open("/", _DIRECTORY)
+    steps = path.split("/")[::-1]
+    links = 0
+    try:
+        while True:
+            step = steps.pop() or "."
+            _check_directory(here, path)
+            target = _link(step, here)
+            if target is not None:
+                links += 1
+                if links > MAX_LINKS:
+                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+                steps += target.split("/")[::-1]
+                if not target.startswith("/"):
+                    continue
+                step = "/"
+            elif not steps:
+                return _opened(step, here, path)
+            there = os.open(step, _DIRECTORY, dir_fd=here)
+            os.close(here)
+            here = there
+    finally:
+        os.close(here)
+
+
+def _check_directory(descriptor: int, path: str) -> None:
+    status = os.fstat(descriptor)
+    # of an access control list too: its mask is the group's bits
+    if status.st_uid != 0 or status.st_mode & 0o022:
+        raise ConfigError(
+            f"cannot open {path} again: others than root may change what is in"
+            f" {os.readlink(f'/proc/self/fd/{descriptor}')}",
+            hint="give root a directory of its own for these files, or restart pjwd to have them read",
+        )
+
+
+def _link(name: str, directory: int) -> str | None:
+    try:
+        return os.readlink(name, dir_fd=directory)
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # it is there, and no link
+            return None
+        raise
+
+
+def _opened(name: str, directory: int, path: str) -> int:
+    descriptor = os.open(name, _FILE, dir_fd=directory)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise ConfigError(f"cannot open {path}: it is not a regular file")
