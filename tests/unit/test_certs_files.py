@@ -159,7 +159,7 @@ def test_exposed_key_is_told(tmp_path: Path, mode: int, owner: int, allowed: boo
     path = put(tmp_path / "a.key", KEY, mode)
     os.chown(path, owner, -1)
     assert read_key(path) == KEY
-    exposure = key_exposure(path)
+    exposure = key_exposure(path, os.stat(path))
     assert (exposure is None) == allowed
     assert allowed or exposure == (
         f"others may read the private key {path} (its mode is {mode:04o}): chmod 600 {path}"

@@ -11,8 +11,11 @@ from typing import Any, NoReturn
 
 import grpc
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 
 from pjw import errors
+from pjw.certs.revocation import NOBODY_REVOKED, RevocationList
 from pjw.model import Identity
 from pjw.rpc.status import ADMITTED_KEY, INTERNAL_TEXT
 from pjw.server import guard as guard_module
@@ -272,6 +275,53 @@ async def test_draining_ends_what_runs_and_refuses_what_comes(kind: str) -> None
         assert each.status[0] is grpc.StatusCode.UNAVAILABLE
         assert each.status[1] == "the server is shutting down; running jobs go on"
     assert len(methods.callers) == 1
+
+
+def revoking(pem: bytes) -> RevocationList:
+    """A list with that certificate in it."""
+    return RevocationList(frozenset({x509.load_pem_x509_certificate(pem).serial_number}))
+
+
+@pytest.mark.parametrize("kind", ["unary", "stream"])
+async def test_who_is_revoked_reaches_no_method(kind: str) -> None:
+    """From the start or from a later list on, until a list without it, be the certificate known or not."""
+    methods, contexts = Methods(), [Context() for _ in range(4)]
+    guard = Guard(revoked=revoking(PEM))
+    await call(kind, methods, contexts[0], guard, data=b"\xff")
+    assert guard.revoke(NOBODY_REVOKED) == 0
+    await call(kind, methods, contexts[1], guard)
+    by_fingerprint = x509.load_pem_x509_certificate(PEM).fingerprint(hashes.SHA256())
+    assert guard.revoke(RevocationList(fingerprints=frozenset({by_fingerprint}))) == 0
+    await call(kind, methods, contexts[2], guard)
+    assert guard.revoke(revoking(issue(CA).crt_pem)) == 0
+    await call(kind, methods, contexts[3], guard)
+    revoked = (grpc.StatusCode.UNAUTHENTICATED, "the client certificate has been revoked", ())
+    assert [context.status for context in contexts] == [revoked, None, revoked, None]
+    assert len(methods.callers) == 2
+
+
+@pytest.mark.parametrize("kind", ["unary", "stream"])
+async def test_revoking_ends_the_calls_of_that_client_alone(kind: str) -> None:
+    """What runs under the certificate ends at once, stuck or not; another client's goes on."""
+    guard = Guard()
+    methods = [Methods(), Methods()]
+    contexts = [Context(), Context(issue(CA, [(CN, "mary")]).crt_pem)]
+    tasks = []
+    for method, context in zip(methods, contexts, strict=True):
+        method.wait = True
+        tasks.append(asyncio.create_task(call(kind, method, context, guard)))
+        await method.running.wait()
+    assert guard.revoke(revoking(PEM)) == 1
+    # taken back before the call has had its turn: it was ended all the same, and says why
+    assert guard.revoke(NOBODY_REVOKED) == 0
+    await tasks[0]
+    revoked = (grpc.StatusCode.UNAUTHENTICATED, "the client certificate has been revoked", ())
+    assert (contexts[0].status, methods[0].ended.is_set()) == (revoked, True)
+    assert (contexts[1].status, methods[1].ended.is_set()) == (None, False)
+    guard.drain()
+    await tasks[1]
+    assert contexts[1].status is not None
+    assert contexts[1].status[0] is grpc.StatusCode.UNAVAILABLE
 
 
 async def test_draining_ends_a_write_that_is_stuck() -> None:

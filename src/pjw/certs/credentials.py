@@ -14,10 +14,12 @@ from cryptography import x509
 from pjw.certs.checks import Role, fault_of, issued_by, key_matches, parse_certificates, parse_key
 from pjw.certs.files import (
     ClientCredentials,
+    Read,
     ServerCredentials,
     load_client_credentials,
     read_certificates,
     read_key,
+    read_path,
 )
 from pjw.errors import ConfigError, NotAuthenticatedError
 
@@ -35,14 +37,18 @@ T = TypeVar("T")
 HINT: Final = "`pjwd certs` makes a CA, server and client certificates that work"
 
 
-def load_server_credentials(ca_crt: str, server_crt: str, server_key: str) -> ServerCredentials:
+def load_server_credentials(
+    ca_crt: str, server_crt: str, server_key: str, *, read: Read = read_path
+) -> ServerCredentials:
     """Read and judge the server's files. Raises ConfigError, which names the file and the fault.
 
     A certificate that the CA has not issued is refused: no client that trusts this CA could
     connect. Nothing is cached; call it again to reload.
     """
     credentials = ServerCredentials(
-        ca_pem=read_certificates(ca_crt), crt_pem=read_certificates(server_crt), key_pem=read_key(server_key)
+        ca_pem=read_certificates(ca_crt, read),
+        crt_pem=read_certificates(server_crt, read),
+        key_pem=read_key(server_key, read),
     )
     _check(credentials, (ca_crt, server_crt, server_key), Role.SERVER)
     return credentials

@@ -6,7 +6,7 @@ What is read is not judged here beyond "is it there, is it PEM, is the key priva
 import errno
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Final
@@ -23,6 +23,9 @@ PEM_KEYS: Final = (
     b"-----BEGIN RSA PRIVATE KEY-----",
 )
 PEM_ENCRYPTED: Final = (b"-----BEGIN ENCRYPTED PRIVATE KEY-----", b"Proc-Type: 4,ENCRYPTED")
+
+# What is in the file at a path; the second argument is what errors call it.
+Read = Callable[[str, str], bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,22 @@ class ClientCredentials(Credentials):
 
 
 @dataclass(frozen=True, slots=True)
+class ServerFiles:
+    """The operator's files that a running server reads again, by their absolute paths."""
+
+    ca_crt: str
+    server_crt: str
+    server_key: str
+    revoked: str | None
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Each path once: a file may hold both a certificate and its key."""
+        paths = (self.ca_crt, self.server_crt, self.server_key, self.revoked)
+        return tuple(dict.fromkeys(path for path in paths if path is not None))
+
+
+@dataclass(frozen=True, slots=True)
 class NewFile:
     """A file to be written: its name within the directory, its bytes, its mode."""
 
@@ -64,9 +83,33 @@ def load_client_credentials(ca_crt: str, client_crt: str, client_key: str) -> Cl
     )
 
 
-def read_certificates(path: str) -> bytes:
+def read_path(path: str, what: str) -> bytes:
+    """What is in the regular file at *path*; errors call it *what*. Raises ConfigError."""
+    try:
+        # O_NONBLOCK: a FIFO in the file's place must not hang us
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise ConfigError(f"cannot read {what} {path}: {describe_errno(error.errno or 0)}") from error
+    return read_descriptor(descriptor, path, what)
+
+
+def read_descriptor(descriptor: int, path: str, what: str) -> bytes:
+    """What is in an open file, which is closed; errors call it *what*. Raises ConfigError."""
+    try:
+        with os.fdopen(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise ConfigError(f"cannot read {what} {path}: it is not a regular file")
+            data = file.read(FILE_MAX_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"cannot read {what} {path}: {describe_errno(error.errno or 0)}") from error
+    if len(data) > FILE_MAX_BYTES:
+        raise ConfigError(f"cannot read {what} {path}: it is longer than {FILE_MAX_BYTES} bytes")
+    return data
+
+
+def read_certificates(path: str, read: Read = read_path) -> bytes:
     """The PEM text of one or more certificates. Raises ConfigError."""
-    data = _read(path, "certificate")
+    data = read(path, "certificate")
     if PEM_CERTIFICATE not in data:
         raise ConfigError(
             f"cannot read certificate {path}: it has no PEM certificate in it",
@@ -75,9 +118,9 @@ def read_certificates(path: str) -> bytes:
     return data
 
 
-def read_key(path: str) -> bytes:
+def read_key(path: str, read: Read = read_path) -> bytes:
     """The PEM text of a private key. Raises ConfigError. Who else may read it: see key_exposure."""
-    data = _read(path, "private key")
+    data = read(path, "private key")
     if any(mark in data for mark in PEM_ENCRYPTED):
         raise ConfigError(
             f"cannot use private key {path}: it is encrypted, and pjw asks for no passphrase",
@@ -88,33 +131,17 @@ def read_key(path: str) -> bytes:
     return data
 
 
-def key_exposure(path: str) -> str | None:
+def key_exposure(path: str, status: os.stat_result) -> str | None:
     """Words for a key that others than its owner may read; None when nobody else may.
 
     To warn and not to refuse: tools that deploy keys have their own ideas of modes, and a
     service that does not start teaches nobody. A key of root may be readable by its group,
     which is how a service that is not root gets at a key that it cannot replace.
     """
-    status = os.stat(path)
     if not status.st_mode & (0o027 if status.st_uid == 0 else 0o077):
         return None
     mode = f"{stat.S_IMODE(status.st_mode):04o}"
     return f"others may read the private key {path} (its mode is {mode}): chmod 600 {path}"
-
-
-def _read(path: str, what: str) -> bytes:
-    try:
-        # O_NONBLOCK: a FIFO in the file's place must not hang us
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with os.fdopen(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise ConfigError(f"cannot read {what} {path}: it is not a regular file")
-            data = file.read(FILE_MAX_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"cannot read {what} {path}: {describe_errno(error.errno or 0)}") from error
-    if len(data) > FILE_MAX_BYTES:
-        raise ConfigError(f"cannot read {what} {path}: it is longer than {FILE_MAX_BYTES} bytes")
-    return data
 
 
 def write_new(directory: str, files: Sequence[NewFile]) -> list[str]:

@@ -11,12 +11,14 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 
 from pjw.certs.profile import CLIENT_NAME_OID
+from pjw.certs.revocation import NOBODY_REVOKED, RevocationList
 from pjw.errors import (
     InvalidJobError,
     LauncherGoneError,
@@ -26,7 +28,7 @@ from pjw.errors import (
 )
 from pjw.model import Identity
 from pjw.rpc.status import ADMITTED_KEY, status_of
-from pjw.server.peer import authenticate
+from pjw.server.peer import Peer, authenticate
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
@@ -37,23 +39,36 @@ Res = TypeVar("Res", bound=Message)
 # comes back by itself, at the byte where it was.
 STALLED_WRITE_SECONDS: Final = 900
 
+_DRAINING: Final = "the server is shutting down; running jobs go on"
+_REVOKED: Final = "the client certificate has been revoked"
+
 log: Final = logging.getLogger(__name__)
 
 
 class Guard:
-    """Wraps handlers, and ends those that run when the server drains."""
+    """Wraps handlers, and ends those that run when the server drains or their client is revoked."""
 
-    def __init__(self, client_name_oid: str = CLIENT_NAME_OID) -> None:
+    def __init__(
+        self, client_name_oid: str = CLIENT_NAME_OID, revoked: RevocationList = NOBODY_REVOKED
+    ) -> None:
         self._client_name_oid: Final = client_name_oid
+        self._revoked = revoked
         self._draining = False
-        self._running: Final[set[asyncio.Timeout]] = set()
+        self._running: Final[set[_Call]] = set()
 
     def drain(self) -> None:
         """Refuse new calls and end the running ones with UNAVAILABLE, so that clients come back."""
         self._draining = True
-        for timeout in self._running:
-            if not timeout.expired():
-                timeout.reschedule(asyncio.get_running_loop().time())
+        for call in self._running:
+            call.end(LauncherGoneError(_DRAINING))
+
+    def revoke(self, revoked: RevocationList) -> int:
+        """Let nobody in who is in this list, and end what such clients have running: so many calls."""
+        self._revoked = revoked
+        ended = [call for call in self._running if call.peer.is_revoked(revoked)]
+        for call in ended:
+            call.end(NotAuthenticatedError(_REVOKED))
+        return len(ended)
 
     def unary(
         self, method: Callable[[Req, Identity], Awaitable[Res]], request_class: type[Req]
@@ -100,23 +115,43 @@ class Guard:
 
     @asynccontextmanager
     async def _admitted(self, context: Context) -> AsyncGenerator[Identity, None]:
-        """Let the caller in until its certificate expires or the server drains."""
+        """Let the caller in until its certificate expires or is revoked, or the server drains."""
         if self._draining:
-            raise LauncherGoneError("the server is shutting down; running jobs go on")
+            raise LauncherGoneError(_DRAINING)
         peer = authenticate(context, self._client_name_oid)
+        # On every call: neither an open connection nor a resumed session asks for it again.
+        if peer.is_revoked(self._revoked):
+            raise NotAuthenticatedError(_REVOKED)
+        timeout = asyncio.timeout(peer.seconds_left())
+        call = _Call(peer, timeout)
         try:
-            async with asyncio.timeout(peer.seconds_left()) as timeout:
-                self._running.add(timeout)
+            async with timeout:
+                self._running.add(call)
                 try:
                     yield peer.identity
                 finally:
-                    self._running.discard(timeout)
+                    self._running.discard(call)
         except TimeoutError:
-            if self._draining:
-                raise LauncherGoneError("the server is shutting down; running jobs go on") from None
+            if call.ended_by is not None:
+                raise call.ended_by from None
             if peer.seconds_left() <= 0:
                 raise NotAuthenticatedError("the client certificate has expired during the call") from None
             raise
+
+
+@dataclass(eq=False, slots=True)
+class _Call:
+    """A call that runs, and why it was ended if it was."""
+
+    peer: Peer
+    timeout: asyncio.Timeout
+    ended_by: PjwError | None = None
+
+    def end(self, error: PjwError) -> None:
+        """End it with *error*; one that is ending already is left to that."""
+        if not self.timeout.expired():
+            self.ended_by = self.ended_by or error
+            self.timeout.reschedule(asyncio.get_running_loop().time())
 
 
 class _ReaderGoneError(Exception):

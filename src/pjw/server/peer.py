@@ -9,9 +9,11 @@ from typing import Any
 
 import grpc
 from cryptography import x509
+from cryptography.hazmat.primitives.hashes import SHA256
 
 from pjw.certs.credentials import check_leaf
 from pjw.certs.identity import CACHE_CERTIFICATES, identity_of
+from pjw.certs.revocation import RevocationList
 from pjw.certs.tls import TLS_VERSION
 from pjw.errors import NotAuthenticatedError
 from pjw.model import Identity
@@ -19,14 +21,19 @@ from pjw.model import Identity
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A caller that may be let in until its certificate expires."""
+    """A caller that may be let in until its certificate expires or is revoked."""
 
     identity: Identity
+    fingerprint: bytes
     not_valid_after: datetime
 
     def seconds_left(self) -> float:
         """How long the certificate still holds; negative when it has expired."""
         return (self.not_valid_after - datetime.now(UTC)).total_seconds()
+
+    def is_revoked(self, revoked: RevocationList) -> bool:
+        """Whether the certificate is in the list."""
+        return revoked.revokes(self.identity.serial, self.fingerprint)
 
 
 def authenticate(context: grpc.aio.ServicerContext[Any, Any], client_name_oid: str) -> Peer:
@@ -52,4 +59,4 @@ def _peer_of(pem: bytes, client_name_oid: str) -> Peer:
     identity = identity_of(pem, client_name_oid)
     certificate = x509.load_pem_x509_certificate(pem)
     check_leaf(certificate)
-    return Peer(identity, certificate.not_valid_after_utc)
+    return Peer(identity, certificate.fingerprint(SHA256()), certificate.not_valid_after_utc)

@@ -54,7 +54,7 @@ def serve(options: ServeOptions) -> int:
     _set_up_logging(options.log_level)
     config = load_config(options.config)
     credentials = load_server_credentials(options.ca_crt, options.server_crt, options.server_key)
-    if exposure := key_exposure(options.server_key):
+    if exposure := key_exposure(options.server_key, os.stat(options.server_key)):
         log.warning("%s", exposure)
     # no job may see the key, nor the configuration, whatever their modes
     hidden = [os.path.realpath(path) for path in (options.server_key, options.config) if path]
