@@ -19,6 +19,7 @@ user = "pjw"
 client_name_oid = "1.2.3.4"
 stop_grace_seconds = 2.5
 hidden_paths = ["/etc/shadow"]
+revoked = "/etc/pjw/revoked"
 [job_users]
 uid_first = 3_000_000
 uid_count = 10
@@ -64,6 +65,7 @@ def test_every_key_is_taken(tmp_path: Path) -> None:
     """What the file says is what the worker gets."""
     config = load_config(written(tmp_path, WHOLE))
     assert (config.user, config.client_name_oid) == ("pjw", "1.2.3.4")
+    assert config.revoked == "/etc/pjw/revoked"
     settings = config.worker_settings(("/key",))
     assert settings.default_limits == Limits(memory_max_bytes=2**30)
     assert settings.ceiling.memory_max_bytes == 2**31
@@ -103,6 +105,8 @@ def test_what_is_not_a_configuration_is_named(tmp_path: Path, text: str, words: 
         "stop_grace_seconds = nan",
         "client_name_oid = 'carol'",
         "stop_grace_seconds = inf",
+        "revoked = 'revoked'",
+        "revoked = ''",
         "stop_grace_seconds = -0.1",
         "stop_grace_seconds = 86401",
         "[limits]\nnosuch = 1",

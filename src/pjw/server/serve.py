@@ -12,11 +12,13 @@ from typing import Final
 
 import grpc
 
-from pjw.certs.files import ServerCredentials
+from pjw.certs.files import ServerCredentials, ServerFiles
+from pjw.certs.revocation import RevocationList
 from pjw.certs.tls import probe_tls12
 from pjw.errors import ConfigError
 from pjw.server.accept import make_server
 from pjw.server.guard import Guard
+from pjw.server.reload import Reloader
 from pjw.server.service import JobWorkerService
 from pjw.worker import Worker, WorkerSettings
 from pjw.worker.launcher_process import LauncherProcess
@@ -51,7 +53,9 @@ class Serving:
 
     host: str
     port: int
+    files: ServerFiles
     credentials: ServerCredentials
+    revoked: RevocationList
     client_name_oid: str
     settings: WorkerSettings
 
@@ -65,11 +69,14 @@ async def _run(serving: Serving, state: StateDir, launcher: LauncherProcess) -> 
     host = serving.host
     async with Worker(state, launcher, serving.settings) as worker:
         await worker.adopt()
-        guard = Guard(serving.client_name_oid)
+        guard = Guard(serving.client_name_oid, serving.revoked)
+        reloader = Reloader(serving.files, serving.credentials, guard, worker)
         server = make_server(OPTIONS)
         server.add_generic_rpc_handlers((JobWorkerService(worker).handlers(guard),))
-        port = _listen(server, host, serving.port, serving.credentials)
+        port = _listen(server, host, serving.port, reloader.tls())
         await server.start()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.ask)
+        reloads = asyncio.ensure_future(reloader.run())
         try:
             await _refuse_tls12(host, port)
             print(f"pjwd: ready on {_address(host, port)}", file=sys.stderr, flush=True)
@@ -79,15 +86,11 @@ async def _run(serving: Serving, state: StateDir, launcher: LauncherProcess) -> 
             _notify_systemd("STOPPING=1")
             # Followers are told first: stop() alone would let them run into its grace period.
             guard.drain()
+            reloads.cancel()
             await server.stop(DRAIN_SECONDS)
 
 
-def _listen(server: grpc.aio.Server, host: str, port: int, credentials: ServerCredentials) -> int:
-    tls = grpc.ssl_server_credentials(
-        [(credentials.key_pem, credentials.crt_pem)],
-        root_certificates=credentials.ca_pem,
-        require_client_auth=True,
-    )
+def _listen(server: grpc.aio.Server, host: str, port: int, tls: grpc.ServerCredentials) -> int:
     try:
         return server.add_secure_port(_address(host, port), tls)
     except RuntimeError:

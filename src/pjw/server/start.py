@@ -17,7 +17,8 @@ from importlib import import_module
 from typing import Final
 
 from pjw.certs.credentials import load_server_credentials
-from pjw.certs.files import key_exposure
+from pjw.certs.files import ServerFiles, key_exposure
+from pjw.certs.revocation import NOBODY_REVOKED, load_revocation_list
 from pjw.certs.tls import require_tls13_environment
 from pjw.errors import ConfigError, describe_errno
 from pjw.server.config import load_config
@@ -59,13 +60,21 @@ def serve(options: ServeOptions) -> int:
     # no job may see the key, nor the configuration, whatever their modes
     hidden = [os.path.realpath(path) for path in (options.server_key, options.config) if path]
     settings = config.worker_settings(tuple(hidden))
+    revoked = load_revocation_list(config.revoked) if config.revoked is not None else NOBODY_REVOKED
+    here = os.getcwd()
+    files = ServerFiles(
+        ca_crt=os.path.join(here, options.ca_crt),
+        server_crt=os.path.join(here, options.server_crt),
+        server_key=os.path.join(here, options.server_key),
+        revoked=config.revoked,
+    )
     uid = server_uid(config.user)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     os.umask(0o077)
 
     state = StateDir(options.state_dir, uid)
-    launcher = start_launcher(state.path, settings)
+    launcher = start_launcher(state.path, settings, files.paths)
 
     require_tls13_environment()
     os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
@@ -74,9 +83,10 @@ def serve(options: ServeOptions) -> int:
 
     preload_modules()
     drop_privilege(uid)
-    return run(
-        Serving(options.host, options.port, credentials, config.client_name_oid, settings), state, launcher
+    serving = Serving(
+        options.host, options.port, files, credentials, revoked, config.client_name_oid, settings
     )
+    return run(serving, state, launcher)
 
 
 def server_uid(user: str | None) -> int:
