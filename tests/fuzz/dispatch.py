@@ -128,7 +128,13 @@ def one_input(data: bytes) -> None:
         launcher = Launcher(theirs)
         with launcher._selector, contextlib.suppress(ProtocolError):
             hello = protocol.Hello(
-                _directory().name, UID_FIRST, UID_COUNT, CEILING, io_limited=False, hidden_paths=()
+                _directory().name,
+                UID_FIRST,
+                UID_COUNT,
+                CEILING,
+                io_limited=False,
+                hidden_paths=(),
+                operator_files=(),
             )
             _say(ours, launcher, protocol.encode(0, hello), ())
             for line in data.split(b"\n"):

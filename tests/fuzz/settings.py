@@ -55,6 +55,7 @@ def one_input(data: bytes) -> None:
             settings.ceiling,
             io_limited=False,
             hidden_paths=settings.hidden_paths,
+            operator_files=(config.revoked,) if config.revoked else (),
         )
         # the launcher ends when it is told what it cannot read
         assert decode_request(encode(1, hello)) == (1, hello)

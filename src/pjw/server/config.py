@@ -1,6 +1,5 @@
 """The operator's configuration file (TOML). Every key, its meaning and default: docs/configuration.md."""
 
-import os
 import tomllib
 from pathlib import Path
 from typing import Annotated
@@ -67,8 +66,6 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def worker_settings(self, hidden_paths: tuple[str, ...]) -> WorkerSettings:
         """What the worker needs of it. Raises ConfigError."""
         check_client_name_oid(self.client_name_oid)
-        if self.revoked is not None and not os.path.isabs(self.revoked):
-            raise ConfigError(f"revoked must be an absolute path, not {self.revoked!r}")
         if not 0 <= self.stop_grace_seconds <= 86_400:
             raise ConfigError("stop_grace_seconds must be from 0 to 86400")
         try:
