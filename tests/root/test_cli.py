@@ -24,7 +24,7 @@ COMMANDS: Final = ("list", "get", "start", "stop", "logs", "rm")
 def test_help_names_every_command_option_and_exit_code(service: Service) -> None:
     """`pjw --help` is enough to begin with, and says what each exit code means."""
     text = service.ok("--help")
-    for word in (*COMMANDS, "--server", "--ca-crt", "--client-crt", "--client-key", "PJW_SERVER"):
+    for word in (*COMMANDS, "--all", "--server", "--ca-crt", "--client-crt", "--client-key", "PJW_SERVER"):
         assert word in text
     for code in (
         "0 done",
@@ -51,6 +51,7 @@ def test_help_names_every_command_option_and_exit_code(service: Service) -> None
         ["rm"],
         ["--frob", "list"],
         ["logs", "-f"],
+        ["--all", "start", "true"],
     ],
 )
 def test_wrong_usage_is_2_and_shows_the_right_one(service: Service, arguments: list[str]) -> None:

@@ -16,9 +16,10 @@ from cryptography.hazmat.primitives import hashes
 
 from pjw import errors
 from pjw.certs.revocation import NOBODY_REVOKED, RevocationList
-from pjw.model import Identity
 from pjw.rpc.status import ADMITTED_KEY, INTERNAL_TEXT
 from pjw.server import guard as guard_module
+from pjw.server.authz import Caller, Roles
+from pjw.server.config import ServerConfig
 from pjw.server.guard import Guard
 from pjw.server.service import SERVICE_NAME, JobWorkerService
 from pjw.v1 import job_worker_pb2 as pb
@@ -65,20 +66,18 @@ class Methods:
     """One unary method and one stream that do what they are told, and tell how they ended."""
 
     def __init__(self) -> None:
-        self.callers: list[Identity] = []
+        self.callers: list[Caller] = []
         self.error: BaseException | None = None
         self.wait = False
         self.ended = asyncio.Event()
         self.running = asyncio.Event()
 
-    async def unary(self, request: pb.GetRequest, caller: Identity) -> pb.GetResponse:
+    async def unary(self, request: pb.GetRequest, caller: Caller) -> pb.GetResponse:
         async for _ in self.stream(pb.LogsRequest(), caller):
             pass
         return pb.GetResponse()
 
-    async def stream(
-        self, request: pb.LogsRequest, caller: Identity
-    ) -> AsyncGenerator[pb.LogsResponse, None]:
+    async def stream(self, request: pb.LogsRequest, caller: Caller) -> AsyncGenerator[pb.LogsResponse, None]:
         self.callers.append(caller)
         try:
             yield pb.LogsResponse(data=b"x")
@@ -204,6 +203,21 @@ async def test_a_certificate_that_expires_ends_the_call(kind: str) -> None:
         "the client certificate has expired during the call",
     )
     assert methods.ended.is_set()
+
+
+@pytest.mark.parametrize("kind", ["unary", "stream"])
+async def test_who_may_not_touch_every_clients_jobs_reaches_no_method(kind: str) -> None:
+    """PERMISSION_DENIED before the method, unary or stream; with the role, the method hears of no owner."""
+    asked = pb.GetRequest(all_clients=True) if kind == "unary" else pb.LogsRequest(all_clients=True)
+    methods, context = Methods(), Context()
+    await call(kind, methods, context, data=asked.SerializeToString())
+    assert context.status is not None
+    assert context.status[0] is grpc.StatusCode.PERMISSION_DENIED
+    assert (methods.callers, context.written, context.metadata) == ([], [], [])
+    viewer = Guard(ServerConfig(roles=Roles(viewers=frozenset({"john"}))))
+    await call(kind, methods, Context(), viewer, data=asked.SerializeToString())
+    await call(kind, methods, Context(), viewer)
+    assert methods.callers == [Caller("john", None), Caller("john", "john")]
 
 
 @pytest.mark.parametrize("kind", ["unary", "stream"])

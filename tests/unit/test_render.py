@@ -21,6 +21,7 @@ ENDED = replace(
     exit_status=ExitStatus(0),
     reason=EndReason.COMPLETED,
     usage=Usage(1, 2, 3, 4, 5),
+    output_bytes=6,
 )
 
 
@@ -49,6 +50,7 @@ def test_what_is_not_known_yet_is_null() -> None:
         "reason",
         "signal",
         "usage",
+        "outputBytes",
     }
     assert {key for key, value in ended.items() if value is None} == {"signal"}
 
@@ -116,6 +118,17 @@ def test_the_table_says_how_old_a_job_is(monkeypatch: pytest.MonkeyPatch, age: i
     """In the largest unit; a clock that was set back is no negative age."""
     job = replace(RUNNING, start=datetime.now(UTC) - timedelta(seconds=age))
     assert table(job, monkeypatch).split()[2] in (words, f"{age + 1}s")
+
+
+def test_a_table_of_all_clients_says_whose_each_job_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One column more, right behind the id, and the rest as it was."""
+    monkeypatch.setenv("COLUMNS", "100")
+    own, everybodys = (list(render.job_table([ENDED], with_clients=each)) for each in (False, True))
+    assert [line.split() for line in own] == [
+        [word for word in line.split() if word not in ("CLIENT", "alice")] for line in everybodys
+    ]
+    assert [line.split()[1] for line in everybodys] == ["CLIENT", "alice"]
+    assert len({line.index(word) for line, word in zip(everybodys, ("STATE", "exited"), strict=True)}) == 1
 
 
 @pytest.mark.parametrize("columns", [40, 80, 200])

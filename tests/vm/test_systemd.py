@@ -118,6 +118,20 @@ def test_a_job_goes_on_while_the_service_restarts() -> None:
     assert get(job_id)["reason"] == "stopped"
 
 
+def test_calls_are_in_the_audit_log() -> None:
+    """The unit makes its directory and lets pjwd write there; it is root's alone, and no job sees it."""
+    path = Path("/var/log/pjw/audit.jsonl")
+    job_id = pjw("start", f"cat {path}; ls {path.parent}")
+    started = f'"method": "Start", "job_id": {job_id}, "all_clients": false, "code": "OK"'
+    wait_for(lambda: started in path.read_text())
+    assert (path.stat().st_uid, path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (
+        0,
+        0o600,
+        0o700,
+    )
+    assert "Start" not in pjw("logs", job_id)
+
+
 def test_jobs_outlive_a_stopped_service() -> None:
     """One that ends meanwhile is told of as if the service had been there: output, code, usage."""
     living, ending = pjw("start", COUNT), pjw("start", "sleep 5; echo last words; exit 7")

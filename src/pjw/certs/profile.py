@@ -15,6 +15,7 @@ CLIENT_NAME_TAIL: Final = "/clientName="
 # "key-1234…" by a CA would own the jobs of that key.
 KEY_NAME_PREFIX: Final = "key-"
 KEY_NAME_HEX_DIGITS: Final = 16
+KEY_NAME_PATTERN: Final = re.compile(f"{KEY_NAME_PREFIX}[0-9a-f]{{{KEY_NAME_HEX_DIGITS}}}")
 
 NAME_MAX_CHARACTERS: Final = 64
 # ASCII alone: no two names may look alike. No "/" and no leading ".", because a name
@@ -35,6 +36,11 @@ def name_fault(name: str) -> str | None:
     if name.lower().startswith(KEY_NAME_PREFIX):
         return f"{quoted(name)} is no client name (only names made of a key begin with {KEY_NAME_PREFIX})"
     return None
+
+
+def identity_fault(name: str) -> str | None:
+    """Why no client can be called *name*: as `name_fault`, but for the names that are made of keys."""
+    return None if KEY_NAME_PATTERN.fullmatch(name) else name_fault(name)
 
 
 def quoted(text: str) -> str:

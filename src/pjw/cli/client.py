@@ -42,9 +42,13 @@ _T = TypeVar("_T")
 class Client:
     """One connection. Use it as a context manager."""
 
-    def __init__(self, settings: ClientSettings) -> None:
-        """Raises ConfigError for files that cannot be read; the network is not touched yet."""
+    def __init__(self, settings: ClientSettings, *, all_clients: bool = False) -> None:
+        """Raises ConfigError for files that cannot be read; the network is not touched yet.
+
+        With *all_clients*, jobs that are named or listed may be anybody's, if our role allows it.
+        """
         self._settings: Final = settings
+        self._all_clients: Final = all_clients
         credentials = load_client_credentials(settings.ca_crt, settings.client_crt, settings.client_key)
         options = list(_OPTIONS)
         if settings.server.startswith(_LOOPBACK):
@@ -79,14 +83,14 @@ class Client:
 
     def get(self, job_id: int) -> Job:
         """One job."""
-        request = pb.GetRequest(id=_wire_id(job_id))
+        request = pb.GetRequest(id=_wire_id(job_id), all_clients=self._all_clients)
         return job_from_message(self._call(lambda: self._stub.Get(request, timeout=CALL_SECONDS), job_id).job)
 
     def list(self) -> Iterator[Job]:
-        """All of the caller's jobs, page by page."""
+        """All of the caller's jobs, or everybody's, page by page."""
         token = ""
         while True:
-            request = pb.ListRequest(page_token=token)
+            request = pb.ListRequest(page_token=token, all_clients=self._all_clients)
             page = self._call(lambda: self._stub.List(request, timeout=CALL_SECONDS))  # noqa: B023
             yield from map(job_from_message, page.jobs)
             token = page.next_page_token
@@ -95,12 +99,12 @@ class Client:
 
     def stop(self, job_id: int) -> Job:
         """Stop a job; its final state. Without a deadline: the job's grace period is the server's matter."""
-        request = pb.StopRequest(id=_wire_id(job_id))
+        request = pb.StopRequest(id=_wire_id(job_id), all_clients=self._all_clients)
         return job_from_message(self._call(lambda: self._stub.Stop(request), job_id).job)
 
     def delete(self, job_id: int) -> None:
         """Forget an ended job, with its output."""
-        request = pb.DeleteRequest(id=_wire_id(job_id))
+        request = pb.DeleteRequest(id=_wire_id(job_id), all_clients=self._all_clients)
         self._call(lambda: self._stub.Delete(request, timeout=CALL_SECONDS), job_id)
 
     def logs(self, job_id: int, offset: int = 0) -> Iterator[bytes]:
@@ -112,7 +116,8 @@ class Client:
         admitted = False
         lost_at: float | None = None
         while True:
-            call = self._stub.Logs(pb.LogsRequest(id=_wire_id(job_id), offset=offset))
+            request = pb.LogsRequest(id=_wire_id(job_id), offset=offset, all_clients=self._all_clients)
+            call = self._stub.Logs(request)
             try:
                 if ADMITTED_KEY in dict(call.initial_metadata() or ()):
                     admitted, lost_at = True, None

@@ -42,13 +42,16 @@ Every option can also be set as PJW_SERVER, PJW_CA_CRT, PJW_CLIENT_CRT, PJW_CLIE
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.all and arguments.run is _start:
+        parser.error("--all is for list, get, stop and logs; a job that you start is yours")
     try:
         _prepare_stdout()
         settings = find_settings(arguments)
         from pjw.cli.client import Client  # imports gRPC, which `pjw --help` need not wait for
 
-        with Client(settings) as client:
+        with Client(settings, all_clients=arguments.all) as client:
             arguments.run(client, arguments)
             sys.stdout.flush()
     except PjwError as error:
@@ -110,6 +113,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ca-crt", metavar="FILE", help="the authority of the server's certificate")
     parser.add_argument("--client-crt", metavar="FILE", help="your certificate")
     parser.add_argument("--client-key", metavar="FILE", help="your key")
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="the jobs of every client, not only yours; your operator must allow it",
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("list", help="list your jobs: their ids, or a table at a terminal")
@@ -155,7 +163,7 @@ def _list(client: "Client", arguments: argparse.Namespace) -> None:
     if sys.stdout.isatty():
         from pjw.cli.render import job_table
 
-        for line in job_table(client.list()):
+        for line in job_table(client.list(), with_clients=arguments.all):
             print(line)
     else:
         for job in client.list():

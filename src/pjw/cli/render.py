@@ -41,13 +41,18 @@ def _usage(job: Job) -> dict[str, int] | None:
     }
 
 
-def job_table(jobs: Iterable[Job]) -> Iterable[str]:
-    """Jobs as the lines of a table for a terminal."""
+def job_table(jobs: Iterable[Job], *, with_clients: bool = False) -> Iterable[str]:
+    """Jobs as the lines of a table for a terminal; *with_clients*, each with whose it is."""
     columns = shutil.get_terminal_size().columns
     now = datetime.now(UTC)
-    yield f"{'ID':>6}  {'STATE':<8}  {'AGE':>5}  {'EXIT':<12}  COMMAND"
+
+    def line_of(job_id: object, client: str, state: str, age: str, ended: str) -> str:
+        whose = f"{client:<20}  " if with_clients else ""
+        return f"{job_id:>6}  {whose}{state:<8}  {age:>5}  {ended:<12}  "
+
+    yield line_of("ID", "CLIENT", "STATE", "AGE", "EXIT") + "COMMAND"
     for job in jobs:
-        line = f"{job.id:>6}  {job.state:<8}  {_age(now, job.start):>5}  {_exit(job):<12}  "
+        line = line_of(job.id, printable(job.client_name), job.state, _age(now, job.start), _exit(job))
         yield line + printable(job.command)[: max(20, columns - len(line))]
 
 

@@ -9,14 +9,16 @@ import msgspec
 from pjw.certs.identity import check_client_name_oid
 from pjw.certs.profile import CLIENT_NAME_OID
 from pjw.errors import ConfigError, InvalidJobError
-from pjw.model import LIMIT_MAXIMUM, Limits
-from pjw.worker.settings import NO_CEILING, UID_COUNT, UID_FIRST, Quotas, Retention, WorkerSettings
+from pjw.model import Limits
+from pjw.server.authz import Roles
+from pjw.server.quota import ClientLimits, Count
+from pjw.worker.settings import NO_CEILING, UID_COUNT, UID_FIRST, Retention, WorkerSettings
 
 # What the system takes as a name, and the launcher as a path and a user id: it ends when it is told nonsense.
 _Name = Annotated[str, msgspec.Meta(pattern=r"\A[^\0]+\Z")]
 _Path = Annotated[str, msgspec.Meta(pattern=r"\A/[^\0]*\Z", max_length=4096)]
 _UserId = Annotated[int, msgspec.Meta(ge=1, lt=2**32 - 1)]
-# init takes 64, and the state directory, the server's key and this file are among them
+# init takes 64, and the state directory, the server's key, this file and the audit log are among them
 _HIDDEN_MAX = 60
 
 
@@ -25,9 +27,6 @@ class JobUsers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     uid_first: _UserId = UID_FIRST
     uid_count: _UserId = UID_COUNT
-
-
-Count = Annotated[int, msgspec.Meta(ge=0, le=LIMIT_MAXIMUM)]
 
 
 class KeptJobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -40,15 +39,6 @@ class KeptJobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bytes_total: Count = 0
 
 
-class ClientLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What clients may have at once: `worker.settings.Quotas`, with the defaults of a service."""
-
-    running_max: Count = 1_000
-    running_total_max: Count = 10_000
-    stored_bytes_max: Count = 0
-    stored_bytes_total_max: Count = 0
-
-
 class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a configuration file may hold."""
 
@@ -57,8 +47,10 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stop_grace_seconds: float = 10
     hidden_paths: Annotated[tuple[_Path, ...], msgspec.Meta(max_length=_HIDDEN_MAX)] = ()
     revoked: _Path | None = None
+    audit_log: _Path | None = None
     job_users: JobUsers = JobUsers()
     retention: KeptJobs = KeptJobs()
+    roles: Roles = Roles()
     clients: ClientLimits = ClientLimits()
     limits: dict[str, int] = {}
     ceilings: dict[str, int] = {}
@@ -80,7 +72,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             hidden_paths=(*self.hidden_paths, *hidden_paths),
             stop_grace_seconds=self.stop_grace_seconds,
             retention=Retention(**msgspec.structs.asdict(self.retention)),
-            quotas=Quotas(**msgspec.structs.asdict(self.clients)),
+            quotas=self.clients.quotas(),
         )
 
 

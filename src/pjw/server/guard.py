@@ -1,4 +1,4 @@
-"""Stands before every method, unary or stream: who is calling, until when, and what errors become.
+"""Stands before every method, unary or stream: who calls, what it may, until when, and what errors become.
 
 Handlers are wrapped here and registered from one table (service.py), so that no method can
 be forgotten. Nothing of an exception reaches a client but what `status_of` lets through.
@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from pjw.certs.profile import CLIENT_NAME_OID
 from pjw.certs.revocation import NOBODY_REVOKED, RevocationList
 from pjw.errors import (
     InvalidJobError,
@@ -26,9 +25,12 @@ from pjw.errors import (
     PjwError,
     ServerUnreachableError,
 )
-from pjw.model import Identity
 from pjw.rpc.status import ADMITTED_KEY, status_of
-from pjw.server.peer import Peer, authenticate
+from pjw.server.audit import CANCELLED, AuditLog, CallRecord
+from pjw.server.authz import Caller
+from pjw.server.config import ServerConfig
+from pjw.server.peer import Peer, authenticate, presented
+from pjw.server.quota import Quota
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
@@ -41,6 +43,7 @@ STALLED_WRITE_SECONDS: Final = 900
 
 _DRAINING: Final = "the server is shutting down; running jobs go on"
 _REVOKED: Final = "the client certificate has been revoked"
+DEFAULT_CONFIG: Final = ServerConfig()
 
 log: Final = logging.getLogger(__name__)
 
@@ -49,10 +52,16 @@ class Guard:
     """Wraps handlers, and ends those that run when the server drains or their client is revoked."""
 
     def __init__(
-        self, client_name_oid: str = CLIENT_NAME_OID, revoked: RevocationList = NOBODY_REVOKED
+        self,
+        config: ServerConfig = DEFAULT_CONFIG,
+        audit: AuditLog | None = None,
+        revoked: RevocationList = NOBODY_REVOKED,
     ) -> None:
-        self._client_name_oid: Final = client_name_oid
         self._revoked = revoked
+        self._client_name_oid: Final = config.client_name_oid
+        self._roles: Final = config.roles
+        self._quota: Final = Quota(config.clients)
+        self._audit: Final = audit
         self._draining = False
         self._running: Final[set[_Call]] = set()
 
@@ -71,14 +80,18 @@ class Guard:
         return len(ended)
 
     def unary(
-        self, method: Callable[[Req, Identity], Awaitable[Res]], request_class: type[Req]
+        self, method: Callable[[Req, Caller], Awaitable[Res]], request_class: type[Req]
     ) -> grpc.RpcMethodHandler[Any, Any]:
         """The handler of a method with one answer."""
+        name = _method_of(request_class)
 
         async def handle(request: Req | None, context: Context) -> Res:
             try:
-                async with self._admitted(context) as identity:
-                    return await method(_decoded(request), identity)
+                with self._recorded(context, name, request) as record:
+                    async with self._admitted(context, name, request, stream=False) as caller:
+                        answer = await method(_decoded(request), caller)
+                        record.answered(answer)
+                        return answer
             except Exception as error:
                 await _abort(context, error)
 
@@ -89,21 +102,25 @@ class Guard:
         )
 
     def stream(
-        self, method: Callable[[Req, Identity], AsyncGenerator[Res, None]], request_class: type[Req]
+        self, method: Callable[[Req, Caller], AsyncGenerator[Res, None]], request_class: type[Req]
     ) -> grpc.RpcMethodHandler[Any, Any]:
         """The handler of a method with a stream of answers."""
+        name = _method_of(request_class)
 
         async def handle(request: Req | None, context: Context) -> None:
             try:
-                async with (
-                    self._admitted(context) as identity,
-                    aclosing(method(_decoded(request), identity)) as answers,
-                ):
-                    await context.send_initial_metadata(((ADMITTED_KEY, "1"),))
-                    async for answer in answers:
-                        await _write(context, answer)
-            except _ReaderGoneError:
-                return
+                with self._recorded(context, name, request) as record:
+                    try:
+                        async with (
+                            self._admitted(context, name, request, stream=True) as caller,
+                            aclosing(method(_decoded(request), caller)) as answers,
+                        ):
+                            await context.send_initial_metadata(((ADMITTED_KEY, "1"),))
+                            async for answer in answers:
+                                await _write(context, answer)
+                                record.answered(answer)
+                    except _ReaderGoneError:
+                        record.code = CANCELLED
             except Exception as error:
                 await _abort(context, error)
 
@@ -113,8 +130,21 @@ class Guard:
             response_serializer=_serialize,
         )
 
+    @contextmanager
+    def _recorded(self, context: Context, method: str, request: Message | None) -> Iterator[CallRecord]:
+        """Have the call in the audit log when it is over, let in or not."""
+        record = CallRecord(method, request, context.peer())
+        if self._audit is None:
+            yield record
+            return
+        record.identity = presented(context, self._client_name_oid)
+        with self._audit.call(record):
+            yield record
+
     @asynccontextmanager
-    async def _admitted(self, context: Context) -> AsyncGenerator[Identity, None]:
+    async def _admitted(
+        self, context: Context, method: str, request: Message | None, *, stream: bool
+    ) -> AsyncGenerator[Caller, None]:
         """Let the caller in until its certificate expires or is revoked, or the server drains."""
         if self._draining:
             raise LauncherGoneError(_DRAINING)
@@ -124,11 +154,13 @@ class Guard:
             raise NotAuthenticatedError(_REVOKED)
         timeout = asyncio.timeout(peer.seconds_left())
         call = _Call(peer, timeout)
+        client_name = peer.identity.client_name
         try:
             async with timeout:
                 self._running.add(call)
                 try:
-                    yield peer.identity
+                    async with self._quota.call(client_name, method, stream=stream):
+                        yield self._caller(client_name, method, _decoded(request))
                 finally:
                     self._running.discard(call)
         except TimeoutError:
@@ -137,6 +169,9 @@ class Guard:
             if peer.seconds_left() <= 0:
                 raise NotAuthenticatedError("the client certificate has expired during the call") from None
             raise
+
+    def _caller(self, client_name: str, method: str, request: Message) -> Caller:
+        return self._roles.caller(client_name, method, all_clients=getattr(request, "all_clients", False))
 
 
 @dataclass(eq=False, slots=True)
@@ -181,6 +216,11 @@ async def _abort(context: Context, error: Exception) -> NoReturn:
         else:
             log.error("a call failed", exc_info=error)
     await context.abort(code, text, metadata)
+
+
+def _method_of(request_class: type[Message]) -> str:
+    # the name that a request has in a contract that buf lint passes
+    return request_class.DESCRIPTOR.name.removesuffix("Request")
 
 
 def _deserializer(request_class: type[Req]) -> Callable[[bytes], Req | None]:

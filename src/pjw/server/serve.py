@@ -17,6 +17,8 @@ from pjw.certs.revocation import RevocationList
 from pjw.certs.tls import probe_tls12
 from pjw.errors import ConfigError
 from pjw.server.accept import make_server
+from pjw.server.audit import AuditLog
+from pjw.server.config import ServerConfig
 from pjw.server.guard import Guard
 from pjw.server.reload import Reloader
 from pjw.server.service import JobWorkerService
@@ -56,8 +58,10 @@ class Serving:
     files: ServerFiles
     credentials: ServerCredentials
     revoked: RevocationList
-    client_name_oid: str
+    config: ServerConfig
     settings: WorkerSettings
+    # the descriptor of the audit log, where there is one
+    audit: int | None
 
 
 def run(serving: Serving, state: StateDir, launcher: LauncherProcess) -> int:
@@ -69,7 +73,8 @@ async def _run(serving: Serving, state: StateDir, launcher: LauncherProcess) -> 
     host = serving.host
     async with Worker(state, launcher, serving.settings) as worker:
         await worker.adopt()
-        guard = Guard(serving.client_name_oid, serving.revoked)
+        audit = AuditLog(serving.audit) if serving.audit is not None else None
+        guard = Guard(serving.config, audit, serving.revoked)
         reloader = Reloader(serving.files, serving.credentials, guard, worker)
         server = make_server(OPTIONS)
         server.add_generic_rpc_handlers((JobWorkerService(worker).handlers(guard),))
@@ -88,6 +93,8 @@ async def _run(serving: Serving, state: StateDir, launcher: LauncherProcess) -> 
             guard.drain()
             reloads.cancel()
             await server.stop(DRAIN_SECONDS)
+            if audit is not None:
+                audit.close()
 
 
 def _listen(server: grpc.aio.Server, host: str, port: int, tls: grpc.ServerCredentials) -> int:

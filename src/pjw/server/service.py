@@ -1,4 +1,4 @@
-"""JobWorkerService: convert, ask the worker, convert. Every call sees its caller's jobs only."""
+"""JobWorkerService: convert, ask the worker, convert. Every call sees the jobs of `caller.owner` only."""
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -7,8 +7,8 @@ from typing import Final
 import grpc
 
 from pjw.errors import InvalidJobError
-from pjw.model import Identity
 from pjw.rpc.convert import job_to_message, spec_from_message
+from pjw.server.authz import Caller
 from pjw.server.guard import Guard
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker import Worker
@@ -40,41 +40,41 @@ class JobWorkerService:
             },
         )
 
-    async def start(self, request: pb.StartRequest, caller: Identity) -> pb.StartResponse:
+    async def start(self, request: pb.StartRequest, caller: Caller) -> pb.StartResponse:
         """Start a job for the caller."""
         job = await self._worker.start(spec_from_message(request), caller.client_name)
         return pb.StartResponse(job=job_to_message(job))
 
-    async def get(self, request: pb.GetRequest, caller: Identity) -> pb.GetResponse:
+    async def get(self, request: pb.GetRequest, caller: Caller) -> pb.GetResponse:
         """Show a job of the caller."""
-        return pb.GetResponse(job=job_to_message(await self._worker.get(request.id, caller.client_name)))
+        return pb.GetResponse(job=job_to_message(await self._worker.get(request.id, caller.owner)))
 
-    async def list(self, request: pb.ListRequest, caller: Identity) -> pb.ListResponse:
+    async def list(self, request: pb.ListRequest, caller: Caller) -> pb.ListResponse:
         """Show a page of the caller's jobs."""
         count = request.page_size if 0 < request.page_size < PAGE_MAX else PAGE_MAX
-        jobs = await self._worker.list(caller.client_name, _after(request.page_token), count)
+        jobs = await self._worker.list(caller.owner, _after(request.page_token), count)
         token = str(jobs[-1].id) if page_is_full(jobs, count) else ""
         return pb.ListResponse(jobs=[job_to_message(job) for job in jobs], next_page_token=token)
 
-    async def stop(self, request: pb.StopRequest, caller: Identity) -> pb.StopResponse:
+    async def stop(self, request: pb.StopRequest, caller: Caller) -> pb.StopResponse:
         """Stop a job of the caller."""
         grace_seconds = None
         if request.HasField("grace"):
             grace_seconds = request.grace.seconds + request.grace.nanos / 1e9
             if not 0 <= grace_seconds <= _GRACE_SECONDS_MAX:
                 raise InvalidJobError(f"the grace period must be from 0 to {_GRACE_SECONDS_MAX} seconds")
-        job = await self._worker.stop(request.id, grace_seconds, caller.client_name)
+        job = await self._worker.stop(request.id, grace_seconds, caller.owner)
         return pb.StopResponse(job=job_to_message(job))
 
-    async def logs(self, request: pb.LogsRequest, caller: Identity) -> AsyncGenerator[pb.LogsResponse, None]:
+    async def logs(self, request: pb.LogsRequest, caller: Caller) -> AsyncGenerator[pb.LogsResponse, None]:
         """Stream the output of a job of the caller."""
-        async with aclosing(self._worker.logs(request.id, request.offset, caller.client_name)) as chunks:
+        async with aclosing(self._worker.logs(request.id, request.offset, caller.owner)) as chunks:
             async for chunk in chunks:
                 yield pb.LogsResponse(data=chunk)
 
-    async def delete(self, request: pb.DeleteRequest, caller: Identity) -> pb.DeleteResponse:
+    async def delete(self, request: pb.DeleteRequest, caller: Caller) -> pb.DeleteResponse:
         """Forget an ended job of the caller."""
-        await self._worker.delete(request.id, caller.client_name)
+        await self._worker.delete(request.id, caller.owner)
         return pb.DeleteResponse()
 
 

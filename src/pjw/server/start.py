@@ -11,6 +11,7 @@ import logging
 import os
 import pwd
 import resource
+import stat
 import sys
 from dataclasses import dataclass
 from importlib import import_module
@@ -57,8 +58,10 @@ def serve(options: ServeOptions) -> int:
     credentials = load_server_credentials(options.ca_crt, options.server_crt, options.server_key)
     if exposure := key_exposure(options.server_key, os.stat(options.server_key)):
         log.warning("%s", exposure)
-    # no job may see the key, nor the configuration, whatever their modes
-    hidden = [os.path.realpath(path) for path in (options.server_key, options.config) if path]
+    audit = open_audit_log(config.audit_log) if config.audit_log is not None else None
+    # no job may see the key, nor the configuration, nor who does what, whatever their modes
+    secret = (options.server_key, options.config, config.audit_log)
+    hidden = [os.path.realpath(path) for path in secret if path]
     settings = config.worker_settings(tuple(hidden))
     revoked = load_revocation_list(config.revoked) if config.revoked is not None else NOBODY_REVOKED
     here = os.getcwd()
@@ -83,10 +86,25 @@ def serve(options: ServeOptions) -> int:
 
     preload_modules()
     drop_privilege(uid)
-    serving = Serving(
-        options.host, options.port, files, credentials, revoked, config.client_name_oid, settings
-    )
+    serving = Serving(options.host, options.port, files, credentials, revoked, config, settings, audit)
     return run(serving, state, launcher)
+
+
+def open_audit_log(path: str) -> int:
+    """Open the file, as root and before anything else runs; its descriptor. Raises ConfigError."""
+    try:
+        # O_NONBLOCK: a pipe without a reader must not hold us up
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+        descriptor = os.open(path, flags, 0o600)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot open the audit log {path}: {describe_errno(error.errno or 0)}",
+            hint="its directory must be there, and it must be no link",
+        ) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ConfigError(f"cannot open the audit log {path}: it is no regular file")
+    return descriptor
 
 
 def server_uid(user: str | None) -> int:

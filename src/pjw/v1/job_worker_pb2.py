@@ -26,17 +26,17 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17pjw/v1/job_worker.proto\x12\x06pjw.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xac\x03\n\x06Limits\x12\x1f\n\x12\x63pu_max_millicores\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x1d\n\x10memory_max_bytes\x18\x02 \x01(\x03H\x01\x88\x01\x01\x12\x15\n\x08pids_max\x18\x03 \x01(\x03H\x02\x88\x01\x01\x12\x18\n\x0bio_rbps_max\x18\x04 \x01(\x03H\x03\x88\x01\x01\x12\x18\n\x0bio_wbps_max\x18\x05 \x01(\x03H\x04\x88\x01\x01\x12\x19\n\x0cio_riops_max\x18\x06 \x01(\x03H\x05\x88\x01\x01\x12\x19\n\x0cio_wiops_max\x18\x07 \x01(\x03H\x06\x88\x01\x01\x12\x1d\n\x10output_max_bytes\x18\x08 \x01(\x03H\x07\x88\x01\x01\x12\x1d\n\x10time_max_seconds\x18\t \x01(\x03H\x08\x88\x01\x01\x42\x15\n\x13_cpu_max_millicoresB\x13\n\x11_memory_max_bytesB\x0b\n\t_pids_maxB\x0e\n\x0c_io_rbps_maxB\x0e\n\x0c_io_wbps_maxB\x0f\n\r_io_riops_maxB\x0f\n\r_io_wiops_maxB\x13\n\x11_output_max_bytesB\x13\n\x11_time_max_seconds\"|\n\x05Usage\x12\x16\n\x0e\x63pu_usage_usec\x18\x01 \x01(\x03\x12\x19\n\x11memory_peak_bytes\x18\x02 \x01(\x03\x12\x15\n\rio_read_bytes\x18\x03 \x01(\x03\x12\x16\n\x0eio_write_bytes\x18\x04 \x01(\x03\x12\x11\n\toom_kills\x18\x05 \x01(\x03\"\xff\x02\n\x03Job\x12\n\n\x02id\x18\x01 \x01(\x03\x12\x13\n\x0b\x63lient_name\x18\x02 \x01(\t\x12\x0f\n\x07\x63ommand\x18\x03 \x01(\t\x12)\n\x05start\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\'\n\x03\x65nd\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\texit_code\x18\x06 \x01(\x05H\x00\x88\x01\x01\x12\x1f\n\x05state\x18\x07 \x01(\x0e\x32\x10.pjw.v1.JobState\x12!\n\x06reason\x18\x08 \x01(\x0e\x32\x11.pjw.v1.EndReason\x12\x13\n\x06signal\x18\t \x01(\x05H\x01\x88\x01\x01\x12\x1e\n\x06limits\x18\n \x01(\x0b\x32\x0e.pjw.v1.Limits\x12\x1c\n\x05usage\x18\x0b \x01(\x0b\x32\r.pjw.v1.Usage\x12\x19\n\x0coutput_bytes\x18\x0c \x01(\x03H\x02\x88\x01\x01\x42\x0c\n\n_exit_codeB\t\n\x07_signalB\x0f\n\r_output_bytes\"\x19\n\x04\x41rgv\x12\x11\n\targuments\x18\x01 \x03(\t\"j\n\x0cStartRequest\x12\x11\n\x07\x63ommand\x18\x01 \x01(\tH\x00\x12\x1c\n\x04\x61rgv\x18\x02 \x01(\x0b\x32\x0c.pjw.v1.ArgvH\x00\x12\x1e\n\x06limits\x18\x03 \x01(\x0b\x32\x0e.pjw.v1.LimitsB\t\n\x07program\")\n\rStartResponse\x12\x18\n\x03job\x18\x01 \x01(\x0b\x32\x0b.pjw.v1.Job\"\x18\n\nGetRequest\x12\n\n\x02id\x18\x01 \x01(\x03\"\'\n\x0bGetResponse\x12\x18\n\x03job\x18\x01 \x01(\x0b\x32\x0b.pjw.v1.Job\"4\n\x0bListRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"B\n\x0cListResponse\x12\x19\n\x04jobs\x18\x01 \x03(\x0b\x32\x0b.pjw.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"C\n\x0bStopRequest\x12\n\n\x02id\x18\x01 \x01(\x03\x12(\n\x05grace\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"(\n\x0cStopResponse\x12\x18\n\x03job\x18\x01 \x01(\x0b\x32\x0b.pjw.v1.Job\")\n\x0bLogsRequest\x12\n\n\x02id\x18\x01 \x01(\x03\x12\x0e\n\x06offset\x18\x02 \x01(\x03\"\x1b\n\rDeleteRequest\x12\n\n\x02id\x18\x01 \x01(\x03\"\x10\n\x0e\x44\x65leteResponse\"\x1c\n\x0cLogsResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c*\x96\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12JOB_STATE_STARTING\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x16\n\x12JOB_STATE_STOPPING\x10\x03\x12\x14\n\x10JOB_STATE_EXITED\x10\x04\x12\x12\n\x0eJOB_STATE_LOST\x10\x05*\x82\x02\n\tEndReason\x12\x1a\n\x16\x45ND_REASON_UNSPECIFIED\x10\x00\x12\x18\n\x14\x45ND_REASON_COMPLETED\x10\x01\x12\x16\n\x12\x45ND_REASON_STOPPED\x10\x02\x12\x18\n\x14\x45ND_REASON_TIMED_OUT\x10\x03\x12\x1b\n\x17\x45ND_REASON_OUTPUT_LIMIT\x10\x04\x12\x19\n\x15\x45ND_REASON_OOM_KILLED\x10\x05\x12\x13\n\x0f\x45ND_REASON_LOST\x10\x06\x12\x1d\n\x19\x45ND_REASON_HOST_RESTARTED\x10\x07\x12!\n\x1d\x45ND_REASON_LAUNCH_INTERRUPTED\x10\x08\x32\xcc\x02\n\x10JobWorkerService\x12\x34\n\x05Start\x12\x14.pjw.v1.StartRequest\x1a\x15.pjw.v1.StartResponse\x12.\n\x03Get\x12\x12.pjw.v1.GetRequest\x1a\x13.pjw.v1.GetResponse\x12\x31\n\x04List\x12\x13.pjw.v1.ListRequest\x1a\x14.pjw.v1.ListResponse\x12\x31\n\x04Stop\x12\x13.pjw.v1.StopRequest\x1a\x14.pjw.v1.StopResponse\x12\x33\n\x04Logs\x12\x13.pjw.v1.LogsRequest\x1a\x14.pjw.v1.LogsResponse0\x01\x12\x37\n\x06\x44\x65lete\x12\x15.pjw.v1.DeleteRequest\x1a\x16.pjw.v1.DeleteResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17pjw/v1/job_worker.proto\x12\x06pjw.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xac\x03\n\x06Limits\x12\x1f\n\x12\x63pu_max_millicores\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x1d\n\x10memory_max_bytes\x18\x02 \x01(\x03H\x01\x88\x01\x01\x12\x15\n\x08pids_max\x18\x03 \x01(\x03H\x02\x88\x01\x01\x12\x18\n\x0bio_rbps_max\x18\x04 \x01(\x03H\x03\x88\x01\x01\x12\x18\n\x0bio_wbps_max\x18\x05 \x01(\x03H\x04\x88\x01\x01\x12\x19\n\x0cio_riops_max\x18\x06 \x01(\x03H\x05\x88\x01\x01\x12\x19\n\x0cio_wiops_max\x18\x07 \x01(\x03H\x06\x88\x01\x01\x12\x1d\n\x10output_max_bytes\x18\x08 \x01(\x03H\x07\x88\x01\x01\x12\x1d\n\x10time_max_seconds\x18\t \x01(\x03H\x08\x88\x01\x01\x42\x15\n\x13_cpu_max_millicoresB\x13\n\x11_memory_max_bytesB\x0b\n\t_pids_maxB\x0e\n\x0c_io_rbps_maxB\x0e\n\x0c_io_wbps_maxB\x0f\n\r_io_riops_maxB\x0f\n\r_io_wiops_maxB\x13\n\x11_output_max_bytesB\x13\n\x11_time_max_seconds\"|\n\x05Usage\x12\x16\n\x0e\x63pu_usage_usec\x18\x01 \x01(\x03\x12\x19\n\x11memory_peak_bytes\x18\x02 \x01(\x03\x12\x15\n\rio_read_bytes\x18\x03 \x01(\x03\x12\x16\n\x0eio_write_bytes\x18\x04 \x01(\x03\x12\x11\n\toom_kills\x18\x05 \x01(\x03\"\xff\x02\n\x03Job\x12\n\n\x02id\x18\x01 \x01(\x03\x12\x13\n\x0b\x63lient_name\x18\x02 \x01(\t\x12\x0f\n\x07\x63ommand\x18\x03 \x01(\t\x12)\n\x05start\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\'\n\x03\x65nd\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\texit_code\x18\x06 \x01(\x05H\x00\x88\x01\x01\x12\x1f\n\x05state\x18\x07 \x01(\x0e\x32\x10.pjw.v1.JobState\x12!\n\x06reason\x18\x08 \x01(\x0e\x32\x11.pjw.v1.EndReason\x12\x13\n\x06signal\x18\t \x01(\x05H\x01\x88\x01\x01\x12\x1e\n\x06limits\x18\n \x01(\x0b\x32\x0e.pjw.v1.Limits\x12\x1c\n\x05usage\x18\x0b \x01(\x0b\x32\r.pjw.v1.Usage\x12\x19\n\x0coutput_bytes\x18\x0c \x01(\x03H\x02\x88\x01\x01\x42\x0c\n\n_exit_codeB\t\n\x07_signalB\x0f\n\r_output_bytes\"\x19\n\x04\x41rgv\x12\x11\n\targuments\x18\x01 \x03(\t\"j\n\x0cStartRequest\x12\x11\n\x07\x63ommand\x18\x01 \x01(\tH\x00\x12\x1c\n\x04\x61rgv\x18\x02 \x01(\x0b\x32\x0c.pjw.v1.ArgvH\x00\x12\x1e\n\x06limits\x18\x03 \x01(\x0b\x32\x0e.pjw.v1.LimitsB\t\n\x07program\")\n\rStartResponse\x12\x18\n\x03job\x18\x01 \x01(\x0b\x32\x0b.pjw.v1.Job\"-\n\nGetRequest\x12\n\n\x02id\x18\x01 \x01(\x03\x12\x13\n\x0b\x61ll_clients\x18\x02 \x01(\x08\"\'\n\x0bGetResponse\x12\x18\n\x03job\x18\x01 \x01(\x0b\x32\x0b.pjw.v1.Job\"I\n\x0bListRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x13\n\x0b\x61ll_clients\x18\x03 \x01(\x08\"B\n\x0cListResponse\x12\x19\n\x04jobs\x18\x01 \x03(\x0b\x32\x0b.pjw.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"X\n\x0bStopRequest\x12\n\n\x02id\x18\x01 \x01(\x03\x12(\n\x05grace\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0b\x61ll_clients\x18\x03 \x01(\x08\"(\n\x0cStopResponse\x12\x18\n\x03job\x18\x01 \x01(\x0b\x32\x0b.pjw.v1.Job\">\n\x0bLogsRequest\x12\n\n\x02id\x18\x01 \x01(\x03\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\x13\n\x0b\x61ll_clients\x18\x03 \x01(\x08\"0\n\rDeleteRequest\x12\n\n\x02id\x18\x01 \x01(\x03\x12\x13\n\x0b\x61ll_clients\x18\x02 \x01(\x08\"\x10\n\x0e\x44\x65leteResponse\"\x1c\n\x0cLogsResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c*\x96\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12JOB_STATE_STARTING\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x16\n\x12JOB_STATE_STOPPING\x10\x03\x12\x14\n\x10JOB_STATE_EXITED\x10\x04\x12\x12\n\x0eJOB_STATE_LOST\x10\x05*\x82\x02\n\tEndReason\x12\x1a\n\x16\x45ND_REASON_UNSPECIFIED\x10\x00\x12\x18\n\x14\x45ND_REASON_COMPLETED\x10\x01\x12\x16\n\x12\x45ND_REASON_STOPPED\x10\x02\x12\x18\n\x14\x45ND_REASON_TIMED_OUT\x10\x03\x12\x1b\n\x17\x45ND_REASON_OUTPUT_LIMIT\x10\x04\x12\x19\n\x15\x45ND_REASON_OOM_KILLED\x10\x05\x12\x13\n\x0f\x45ND_REASON_LOST\x10\x06\x12\x1d\n\x19\x45ND_REASON_HOST_RESTARTED\x10\x07\x12!\n\x1d\x45ND_REASON_LAUNCH_INTERRUPTED\x10\x08\x32\xcc\x02\n\x10JobWorkerService\x12\x34\n\x05Start\x12\x14.pjw.v1.StartRequest\x1a\x15.pjw.v1.StartResponse\x12.\n\x03Get\x12\x12.pjw.v1.GetRequest\x1a\x13.pjw.v1.GetResponse\x12\x31\n\x04List\x12\x13.pjw.v1.ListRequest\x1a\x14.pjw.v1.ListResponse\x12\x31\n\x04Stop\x12\x13.pjw.v1.StopRequest\x1a\x14.pjw.v1.StopResponse\x12\x33\n\x04Logs\x12\x13.pjw.v1.LogsRequest\x1a\x14.pjw.v1.LogsResponse0\x01\x12\x37\n\x06\x44\x65lete\x12\x15.pjw.v1.DeleteRequest\x1a\x16.pjw.v1.DeleteResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pjw.v1.job_worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_JOBSTATE']._serialized_start=1642
-  _globals['_JOBSTATE']._serialized_end=1792
-  _globals['_ENDREASON']._serialized_start=1795
-  _globals['_ENDREASON']._serialized_end=2053
+  _globals['_JOBSTATE']._serialized_start=1747
+  _globals['_JOBSTATE']._serialized_end=1897
+  _globals['_ENDREASON']._serialized_start=1900
+  _globals['_ENDREASON']._serialized_end=2158
   _globals['_LIMITS']._serialized_start=101
   _globals['_LIMITS']._serialized_end=529
   _globals['_USAGE']._serialized_start=531
@@ -50,25 +50,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STARTRESPONSE']._serialized_start=1178
   _globals['_STARTRESPONSE']._serialized_end=1219
   _globals['_GETREQUEST']._serialized_start=1221
-  _globals['_GETREQUEST']._serialized_end=1245
-  _globals['_GETRESPONSE']._serialized_start=1247
-  _globals['_GETRESPONSE']._serialized_end=1286
-  _globals['_LISTREQUEST']._serialized_start=1288
-  _globals['_LISTREQUEST']._serialized_end=1340
-  _globals['_LISTRESPONSE']._serialized_start=1342
-  _globals['_LISTRESPONSE']._serialized_end=1408
-  _globals['_STOPREQUEST']._serialized_start=1410
-  _globals['_STOPREQUEST']._serialized_end=1477
-  _globals['_STOPRESPONSE']._serialized_start=1479
-  _globals['_STOPRESPONSE']._serialized_end=1519
-  _globals['_LOGSREQUEST']._serialized_start=1521
-  _globals['_LOGSREQUEST']._serialized_end=1562
-  _globals['_DELETEREQUEST']._serialized_start=1564
-  _globals['_DELETEREQUEST']._serialized_end=1591
-  _globals['_DELETERESPONSE']._serialized_start=1593
-  _globals['_DELETERESPONSE']._serialized_end=1609
-  _globals['_LOGSRESPONSE']._serialized_start=1611
-  _globals['_LOGSRESPONSE']._serialized_end=1639
-  _globals['_JOBWORKERSERVICE']._serialized_start=2056
-  _globals['_JOBWORKERSERVICE']._serialized_end=2388
+  _globals['_GETREQUEST']._serialized_end=1266
+  _globals['_GETRESPONSE']._serialized_start=1268
+  _globals['_GETRESPONSE']._serialized_end=1307
+  _globals['_LISTREQUEST']._serialized_start=1309
+  _globals['_LISTREQUEST']._serialized_end=1382
+  _globals['_LISTRESPONSE']._serialized_start=1384
+  _globals['_LISTRESPONSE']._serialized_end=1450
+  _globals['_STOPREQUEST']._serialized_start=1452
+  _globals['_STOPREQUEST']._serialized_end=1540
+  _globals['_STOPRESPONSE']._serialized_start=1542
+  _globals['_STOPRESPONSE']._serialized_end=1582
+  _globals['_LOGSREQUEST']._serialized_start=1584
+  _globals['_LOGSREQUEST']._serialized_end=1646
+  _globals['_DELETEREQUEST']._serialized_start=1648
+  _globals['_DELETEREQUEST']._serialized_end=1696
+  _globals['_DELETERESPONSE']._serialized_start=1698
+  _globals['_DELETERESPONSE']._serialized_end=1714
+  _globals['_LOGSRESPONSE']._serialized_start=1716
+  _globals['_LOGSRESPONSE']._serialized_end=1744
+  _globals['_JOBWORKERSERVICE']._serialized_start=2161
+  _globals['_JOBWORKERSERVICE']._serialized_end=2493
 # @@protoc_insertion_point(module_scope)

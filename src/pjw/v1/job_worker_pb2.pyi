@@ -4,7 +4,9 @@ isort:skip_file
 pjw: commands run isolated and limited on one machine; their output streams.
 
 Every call is made over mutual TLS 1.3, and sees only the jobs of the client that the
-certificate names: the job of another is NOT_FOUND, as is one that never was.
+certificate names: the job of another is NOT_FOUND, as is one that never was. A call with
+all_clients sees the jobs of every client; whom the operator gave no role for that is
+answered PERMISSION_DENIED, whatever the id.
 """
 
 from collections import abc as _abc
@@ -388,15 +390,19 @@ class GetRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ID_FIELD_NUMBER: _builtins.int
+    ALL_CLIENTS_FIELD_NUMBER: _builtins.int
     id: _builtins.int
+    all_clients: _builtins.bool
+    """Whether the job may be another client's: for viewers and admins."""
     def __init__(
         self,
         *,
         id: _builtins.int = ...,
+        all_clients: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_clients", b"all_clients", "id", b"id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -428,19 +434,23 @@ class ListRequest(_message.Message):
 
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    ALL_CLIENTS_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """At most so many jobs; 0 and anything above 1000 is 1000."""
     page_token: _builtins.str
     """Empty, or the next_page_token of the page before."""
+    all_clients: _builtins.bool
+    """The jobs of every client instead of the caller's own: for viewers and admins."""
     def __init__(
         self,
         *,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        all_clients: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_clients", b"all_clients", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -476,7 +486,10 @@ class StopRequest(_message.Message):
 
     ID_FIELD_NUMBER: _builtins.int
     GRACE_FIELD_NUMBER: _builtins.int
+    ALL_CLIENTS_FIELD_NUMBER: _builtins.int
     id: _builtins.int
+    all_clients: _builtins.bool
+    """Whether the job may be another client's: for admins."""
     @_builtins.property
     def grace(self) -> _duration_pb2.Duration:
         """How long the job may take to end after SIGTERM; absent: the server's default, 10 s."""
@@ -486,10 +499,11 @@ class StopRequest(_message.Message):
         *,
         id: _builtins.int = ...,
         grace: _duration_pb2.Duration | None = ...,
+        all_clients: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["grace", b"grace"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["grace", b"grace", "id", b"id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_clients", b"all_clients", "grace", b"grace", "id", b"id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -521,20 +535,24 @@ class LogsRequest(_message.Message):
 
     ID_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
+    ALL_CLIENTS_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     offset: _builtins.int
     """Where to begin, in bytes from the first one. A client that lost its connection goes on
     at the number of bytes that it has.
     """
+    all_clients: _builtins.bool
+    """Whether the job may be another client's: for viewers and admins."""
     def __init__(
         self,
         *,
         id: _builtins.int = ...,
         offset: _builtins.int = ...,
+        all_clients: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "offset", b"offset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_clients", b"all_clients", "id", b"id", "offset", b"offset"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -545,15 +563,19 @@ class DeleteRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ID_FIELD_NUMBER: _builtins.int
+    ALL_CLIENTS_FIELD_NUMBER: _builtins.int
     id: _builtins.int
+    all_clients: _builtins.bool
+    """The job may be any client's; for admins."""
     def __init__(
         self,
         *,
         id: _builtins.int = ...,
+        all_clients: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_clients", b"all_clients", "id", b"id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

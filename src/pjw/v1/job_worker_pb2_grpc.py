@@ -88,7 +88,7 @@ class JobWorkerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def List(self, request, context):
-        """List shows the caller's jobs in the order of their ids, a page at a time.
+        """List shows the caller's jobs, or those of every client, in the order of their ids, a page at a time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

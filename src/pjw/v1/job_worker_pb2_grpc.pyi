@@ -4,7 +4,9 @@ isort:skip_file
 pjw: commands run isolated and limited on one machine; their output streams.
 
 Every call is made over mutual TLS 1.3, and sees only the jobs of the client that the
-certificate names: the job of another is NOT_FOUND, as is one that never was.
+certificate names: the job of another is NOT_FOUND, as is one that never was. A call with
+all_clients sees the jobs of every client; whom the operator gave no role for that is
+answered PERMISSION_DENIED, whatever the id.
 """
 
 from collections import abc as _abc
@@ -45,7 +47,7 @@ class JobWorkerServiceStub:
     Get: _grpc.UnaryUnaryMultiCallable[_job_worker_pb2.GetRequest, _job_worker_pb2.GetResponse]
     """Get shows one job."""
     List: _grpc.UnaryUnaryMultiCallable[_job_worker_pb2.ListRequest, _job_worker_pb2.ListResponse]
-    """List shows the caller's jobs in the order of their ids, a page at a time."""
+    """List shows the caller's jobs, or those of every client, in the order of their ids, a page at a time."""
     Stop: _grpc.UnaryUnaryMultiCallable[_job_worker_pb2.StopRequest, _job_worker_pb2.StopResponse]
     """Stop sends SIGTERM to every process of a job, after a grace period SIGKILL, and answers
     when the job has ended. To stop a job that has ended is success.
@@ -70,7 +72,7 @@ class JobWorkerServiceAsyncStub(JobWorkerServiceStub):
     Get: _aio.UnaryUnaryMultiCallable[_job_worker_pb2.GetRequest, _job_worker_pb2.GetResponse]  # type: ignore[assignment]
     """Get shows one job."""
     List: _aio.UnaryUnaryMultiCallable[_job_worker_pb2.ListRequest, _job_worker_pb2.ListResponse]  # type: ignore[assignment]
-    """List shows the caller's jobs in the order of their ids, a page at a time."""
+    """List shows the caller's jobs, or those of every client, in the order of their ids, a page at a time."""
     Stop: _aio.UnaryUnaryMultiCallable[_job_worker_pb2.StopRequest, _job_worker_pb2.StopResponse]  # type: ignore[assignment]
     """Stop sends SIGTERM to every process of a job, after a grace period SIGKILL, and answers
     when the job has ended. To stop a job that has ended is success.
@@ -110,7 +112,7 @@ class JobWorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _job_worker_pb2.ListRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_job_worker_pb2.ListResponse, _abc.Awaitable[_job_worker_pb2.ListResponse]]:
-        """List shows the caller's jobs in the order of their ids, a page at a time."""
+        """List shows the caller's jobs, or those of every client, in the order of their ids, a page at a time."""
 
     @_abc_1.abstractmethod
     def Stop(

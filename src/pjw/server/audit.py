@@ -1,0 +1,180 @@
+"""The audit log: who called what, from where, on which job, how that was decided and how long it took.
+
+One line of JSON for each call. It never has a command, an environment, output, or the words of an
+error, which may quote them: what is written is listed in `CallRecord.line`, and nothing else is.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Final
+from urllib.parse import unquote
+
+from google.protobuf.message import Message
+
+from pjw.errors import describe_errno
+from pjw.model import Identity
+from pjw.rpc.status import status_of
+from pjw.v1 import job_worker_pb2 as pb
+
+# Lines that wait for a disk that is full or slow, about 300 bytes each; later ones are lost, and counted.
+QUEUE_MAX: Final = 10_000
+# Nothing tells when space returns to a disk.
+RETRY_SECONDS: Final = 1.0
+# How long the end of pjwd waits for a disk that does not answer.
+CLOSE_SECONDS: Final = 5.0
+# gRPC's name for the end of a call that its caller did not wait for
+CANCELLED: Final = "CANCELLED"
+
+log: Final = logging.getLogger(__name__)
+
+
+class CallRecord:
+    """What is known of a call, from its beginning on."""
+
+    __slots__ = (
+        "_all_clients", "_began", "_bytes", "_job_id", "_method", "_peer", "_time", "code", "identity",
+    )  # fmt: skip
+
+    def __init__(self, method: str, request: Message | None, peer: str) -> None:
+        self.identity: Identity | None = None
+        self.code = "OK"
+        self._time: Final = datetime.now(UTC)
+        self._began: Final = time.monotonic()
+        self._method: Final = method
+        self._peer: Final = unquote(peer)  # gRPC escapes the brackets of an IPv6 address
+        self._job_id: int | None = getattr(request, "id", None)
+        self._all_clients: Final[bool] = getattr(request, "all_clients", False)
+        self._bytes = 0
+
+    def answered(self, answer: Message) -> None:
+        """Note what an answer adds: the id of a new job, the bytes of output."""
+        if isinstance(answer, pb.StartResponse):
+            self._job_id = answer.job.id
+        elif isinstance(answer, pb.LogsResponse):
+            self._bytes += len(answer.data)
+
+    def line(self) -> bytes:
+        """The call as a line, when it is over."""
+        who = self.identity
+        members: dict[str, object] = {
+            "time": self._time.isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z",
+            "client": who.client_name if who else None,
+            "serial": _serial(who.serial) if who else None,
+            "method": self._method,
+            "job_id": self._job_id,
+            "all_clients": self._all_clients,
+            "code": self.code,
+            "peer": self._peer,
+            "duration_ms": round((time.monotonic() - self._began) * 1000, 3),
+        }
+        if self._method == "Logs":
+            members["bytes"] = self._bytes
+        return json.dumps(members).encode() + b"\n"
+
+
+class AuditLog:
+    """Appends lines to a file, in a thread of its own, so that a slow disk holds no event loop up."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor: Final = descriptor
+        self._changed: Final = threading.Condition()
+        self._lines: Final[deque[bytes]] = deque()
+        self._lost = 0
+        self._closing = False
+        # A daemon: a disk that never answers must not keep the process from ending.
+        self._thread: Final = threading.Thread(target=self._run, name="pjw-audit", daemon=True)
+        self._thread.start()
+
+    @contextmanager
+    def call(self, record: CallRecord) -> Iterator[None]:
+        """Write the record when the call is over, however it ended."""
+        try:
+            yield
+        except asyncio.CancelledError:
+            record.code = CANCELLED
+            raise
+        except Exception as error:
+            record.code = status_of(error)[0].name
+            raise
+        finally:
+            self.append(record.line())
+
+    def append(self, line: bytes) -> None:
+        """Have a line written, as a whole and in its turn. Never waits."""
+        with self._changed:
+            if len(self._lines) < QUEUE_MAX:
+                self._lines.append(line)
+                self._changed.notify()
+                return
+            self._lost += 1
+            if self._lost == 1:
+                log.error("the audit log loses lines: %d wait to be written", QUEUE_MAX)
+
+    def close(self) -> None:
+        """Write what waits, as far as the disk takes it, and close."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(CLOSE_SECONDS)
+        if unwritten := len(self._lines) + self._lost:
+            log.error("the audit log ends without %d lines", unwritten)
+        if not self._thread.is_alive():
+            os.close(self._descriptor)
+
+    def _run(self) -> None:
+        failing = False
+        while self._wait_for_line():
+            fault = self._write(self._lines[0])
+            if fault is None:
+                self._lines.popleft()
+                failing = self._is_behind(failing=failing)
+                continue
+            if not failing:
+                # once, and not for each line: this log may be on the same disk
+                log.error("cannot write the audit log: %s; calls go on", fault)
+                failing = True
+            with self._changed:
+                if self._closing:
+                    return
+                self._changed.wait_for(lambda: self._closing, RETRY_SECONDS)
+
+    def _wait_for_line(self) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self._lines or self._closing)
+            return bool(self._lines)
+
+    def _is_behind(self, *, failing: bool) -> bool:
+        with self._changed:
+            if self._lines or not (failing or self._lost):
+                return failing
+            log.error("the audit log is written again; %d lines were lost", self._lost)
+            self._lost = 0
+            return False
+
+    def _write(self, line: bytes) -> str | None:
+        """Append a line or nothing of it; why not."""
+        try:
+            written = os.write(self._descriptor, line)
+            if written == len(line):
+                return None
+            # The disk was full in mid-line. Unless somebody has cut the file meanwhile, take the half back.
+            end = os.lseek(self._descriptor, 0, os.SEEK_CUR)
+            if os.fstat(self._descriptor).st_size == end:
+                os.ftruncate(self._descriptor, end - written)
+        except OSError as error:
+            return describe_errno(error.errno or 0)
+        return "no space for a whole line"
+
+
+def _serial(number: int) -> str:
+    """As `openssl x509 -serial` prints it."""
+    digits = f"{number:X}"
+    return digits.zfill(len(digits) + len(digits) % 2)

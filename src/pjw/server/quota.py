@@ -1,0 +1,122 @@
+"""What each client may ask of the network process: starts a second, calls and followers at once.
+
+Refusals are answered slowly. Else a client that asks in a loop would slow everybody in spite of its
+limits, since to refuse costs the server as much as a cheap answer.
+"""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Annotated, Final
+
+import msgspec
+
+from pjw.errors import LimitReachedError
+from pjw.model import LIMIT_MAXIMUM
+from pjw.worker.settings import Quotas
+
+# What one client gets of them, however many it asks for at once: at 0.4 ms each, 4 % of a processor.
+REFUSALS_PER_SECOND: Final = 100
+# Refused calls of one client that wait for their turn, about 20 KiB each; what is above is told at once.
+PAUSED_MAX: Final = 1000
+# Below so many, clients whose starts are all theirs again are not looked for.
+FORGET_ABOVE: Final = 64
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=LIMIT_MAXIMUM)]
+
+
+class ClientLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What each client may have; 0 is "no limit"."""
+
+    starts_per_second: Annotated[float, msgspec.Meta(ge=0, le=1e6)] = 100
+    starts_burst: Annotated[int, msgspec.Meta(ge=1)] = 1000
+    calls_max: Count = 256
+    followers_max: Count = 1000
+    followers_total_max: Count = 10_000
+    running_max: Count = 1000
+    running_total_max: Count = 10_000
+    stored_bytes_max: Count = 0
+    stored_bytes_total_max: Count = 0
+
+    def quotas(self) -> Quotas:
+        """Those that are the worker's to keep."""
+        return Quotas(
+            self.running_max, self.running_total_max, self.stored_bytes_max, self.stored_bytes_total_max
+        )
+
+
+class Quota:
+    """Counts the calls of each client, and forgets a client that is like one that never came."""
+
+    def __init__(self, limits: ClientLimits, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
+        self._limits: Final = limits
+        self._clock_ns: Final = clock_ns
+        self._calls: Final[Counter[str]] = Counter()
+        self._followers: Final[Counter[str]] = Counter()
+        self._paused: Final[Counter[str]] = Counter()
+        # A token bucket is one number: when it is full again. Whole numbers, because many
+        # small steps of a float do not add up to the burst.
+        self._full_at: Final[dict[str, int]] = {}
+        self._forget_above = FORGET_ABOVE
+
+    @asynccontextmanager
+    async def call(self, client_name: str, method: str, *, stream: bool) -> AsyncGenerator[None, None]:
+        """Count a call for as long as it lasts. Raises LimitReachedError at a limit, when its turn comes."""
+        refusal = self._stream_refusal(client_name) if stream else self._refusal(client_name, method)
+        if refusal is not None:
+            if self._paused[client_name] < PAUSED_MAX:
+                with _counted(self._paused, client_name):
+                    await asyncio.sleep(self._paused[client_name] / REFUSALS_PER_SECOND)
+            raise refusal
+        with _counted(self._followers if stream else self._calls, client_name):
+            yield
+
+    def _stream_refusal(self, client_name: str) -> LimitReachedError | None:
+        each, total = self._limits.followers_max, self._limits.followers_total_max
+        if each and self._followers[client_name] >= each:
+            return _refusal("followers_max", f"a client may follow {each} jobs at once")
+        if total and self._followers.total() >= total:
+            return _refusal("followers_total_max", f"{total} jobs may be followed at once on this server")
+        return None
+
+    def _refusal(self, client_name: str, method: str) -> LimitReachedError | None:
+        limits = self._limits
+        if limits.calls_max and self._calls[client_name] >= limits.calls_max:
+            return _refusal("calls_max", f"a client may have {limits.calls_max} calls under way at once")
+        if method == "Start" and limits.starts_per_second and not self._take_start(client_name):
+            rate, burst = limits.starts_per_second, limits.starts_burst
+            return _refusal(
+                "starts_per_second", f"a client may start {rate:g} jobs a second, and {burst} after a rest"
+            )
+        return None
+
+    def _take_start(self, client_name: str) -> bool:
+        now = self._clock_ns()
+        step = round(1e9 / self._limits.starts_per_second)
+        full_at = max(now, self._full_at.get(client_name, 0)) + step
+        if full_at - now > self._limits.starts_burst * step:
+            return False
+        self._full_at[client_name] = full_at
+        if len(self._full_at) > self._forget_above:
+            for name in [name for name, full in self._full_at.items() if full <= now]:
+                del self._full_at[name]
+            # doubled, so that the look at all of them is paid by those who came since the last
+            self._forget_above = max(FORGET_ABOVE, 2 * len(self._full_at))
+        return True
+
+
+@contextmanager
+def _counted(counter: Counter[str], client_name: str) -> Iterator[None]:
+    counter[client_name] += 1
+    try:
+        yield
+    finally:
+        counter[client_name] -= 1
+        if not counter[client_name]:
+            del counter[client_name]
+
+
+def _refusal(limit: str, words: str) -> LimitReachedError:
+    return LimitReachedError(words, hint=f"try again later, or ask the operator for more (clients.{limit})")
