@@ -192,7 +192,6 @@ class Service:
             ("grpc.use_local_subchannel_pool", 1),
             # a refused connection may be tried again at once
             ("grpc.initial_reconnect_backoff_ms", 20),
-            ("grpc.min_reconnect_backoff_ms", 20),
         ]
         with grpc.secure_channel(self.address, credentials, options) as channel:
             yield channel
