@@ -24,6 +24,7 @@ from pjw.model import LIMIT_MINIMUM, Limits, Usage
 from tests.fuzz import protocol as messages
 
 UID_FIRST, UID_COUNT = 1_900_000_000, 10
+OPERATOR_FILES = ("/operator/crt", "/operator/key")
 CEILING = Limits(**{f.name: max(1000, LIMIT_MINIMUM.get(f.name, 0)) for f in fields(Limits)})
 CHANGING = frozenset({"open", "os.mkdir", "os.rmdir", "os.remove", "os.rename", "os.link", "os.symlink"})
 STARTING = frozenset({"os.posix_spawn", "os.exec", "os.fork", "os.system", "subprocess.Popen", "os.kill"})
@@ -134,7 +135,7 @@ def one_input(data: bytes) -> None:
                 CEILING,
                 io_limited=False,
                 hidden_paths=(),
-                operator_files=(),
+                operator_files=OPERATOR_FILES,
             )
             _say(ours, launcher, protocol.encode(0, hello), ())
             for line in data.split(b"\n"):
@@ -168,6 +169,12 @@ def _descriptors(digit: bytes) -> Iterator[tuple[int, ...]]:
         yield tuple(made)
 
 
+def _open_operator_file(path: str) -> int:
+    # Only what root named in the greeting comes this far.
+    assert path in OPERATOR_FILES
+    return os.memfd_create("fuzz")
+
+
 @contextlib.contextmanager
 def _stand_ins() -> Iterator[None]:
     # what takes privilege, or lasts as long as the process
@@ -175,6 +182,7 @@ def _stand_ins() -> Iterator[None]:
         "open_hierarchy": lambda *_, **__: Hierarchy(),
         "disks_under": lambda _: [],
         "hold_lock": lambda _: None,
+        "open_operator_file": _open_operator_file,
     }
     real = {name: getattr(dispatch, name) for name in names}
     for name, stand_in in names.items():

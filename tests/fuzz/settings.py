@@ -33,6 +33,7 @@ def seeds() -> list[bytes]:
         b'server = "localhost:50051"\nca_crt = "/a"\nclient_crt = "/b"\nclient_key = """c"""\n',
         b'user = "x"\nclient_name_oid = "1.2.3"\nstop_grace_seconds = 1.5\nhidden_paths = ["/a"]\n',
         b"[job_users]\nuid_count = 0x10\n[limits]\npids_max = 1_0\n[ceilings]\npids_max = 3\n",
+        b'revoked = "/etc/pjw/revoked"\n',
         b"a = 1979-05-27T07:32:00Z\nb = [inf, nan, -1e9]\nc = {d = '\\', e.f = true}\n[[g]]\nh = '''\n'''\n",
     ]
 

@@ -97,6 +97,8 @@ def test_every_key_is_taken(tmp_path: Path) -> None:
         ("[job_users]\nlast = 1", "unknown field `last` - at `$.job_users`"),
         ("user = 1", "Expected `str | null`, got `int` - at `$.user`"),
         ("hidden_paths = 'x'", "Expected `array`, got `str`"),
+        ("revoked = 'revoked'", "at `$.revoked`"),
+        ("revoked = ''", "at `$.revoked`"),
         ("[limits]\npids_max = 1.5", "Expected `int`, got `float`"),
         ("[limits]\npids_max = true", "Expected `int`, got `bool`"),
         ("[roles]\nadmins = ['key-x']", "only names made of a key begin with key-) - at `$.roles`"),
