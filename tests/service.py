@@ -190,7 +190,8 @@ class Service:
             ("grpc.ssl_target_name_override", "localhost"),
             ("grpc.max_receive_message_length", 16 * 1024 * 1024),
             ("grpc.use_local_subchannel_pool", 1),
-            # a refused connection may be tried again at once
+            # A refused connection may be tried again at once. Not the minimum as well: that is how long a
+            # handshake may take, which is much on a busy machine.
             ("grpc.initial_reconnect_backoff_ms", 20),
         ]
         with grpc.secure_channel(self.address, credentials, options) as channel:
