@@ -30,8 +30,13 @@ PROJECT: Final = Path(__file__).resolve().parents[1]
 
 # Each bench has users of its own, so that whatever still runs as one of them was its job's. Others
 # may run tests on this machine at the same time: hence the random first one.
-_UIDS: Final = 1000
-_uid_ranges: Final = itertools.count(random.randrange(UID_FIRST + 10**6, UID_FIRST + 10**8, _UIDS), _UIDS)
+UIDS: Final = 1000
+_uid_ranges: Final = itertools.count(random.randrange(UID_FIRST + 10**6, UID_FIRST + 10**8, UIDS), UIDS)
+
+
+def uid_range() -> int:
+    """The first of UIDS user ids that no other test has."""
+    return next(_uid_ranges)
 
 
 class Bench:
@@ -40,7 +45,7 @@ class Bench:
     def __init__(self, directory: Path) -> None:
         self.directory: Final = directory
         self.state: Final = directory / "state"
-        self.settings = WorkerSettings(uid_first=next(_uid_ranges), uid_count=_UIDS, stop_grace_seconds=5)
+        self.settings = WorkerSettings(uid_first=uid_range(), uid_count=UIDS, stop_grace_seconds=5)
         self._open: Final[list[Worker]] = []
 
     async def open(self, **settings: Any) -> Worker:
@@ -94,7 +99,7 @@ class Bench:
     def processes(self) -> list[int]:
         """Every process on this host with a user id of this bench's jobs, zombies too."""
         first = self.settings.uid_first
-        return processes_where(lambda status: first <= int(status["Uid"].split()[0]) < first + _UIDS)
+        return processes_where(lambda status: first <= int(status["Uid"].split()[0]) < first + UIDS)
 
     def init_pid(self, job_id: int) -> int:
         """The pid, outside, of a job's init."""

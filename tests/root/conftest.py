@@ -11,7 +11,9 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from pjw.v1 import job_worker_pb2 as pb
+from tests.scene import Scene, config_of
 from tests.service import Service, instance_cgroups, wait_for
+from tests.worker_harness import uid_range
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -51,6 +53,15 @@ def make_service() -> Iterator[Callable[..., Service]]:
     finally:
         for directory in directories:
             shutil.rmtree(directory)
+
+
+@pytest.fixture
+def scene(make_service: Callable[..., Service]) -> Iterator[Scene]:
+    """A service of its own, with jobs and a reader under way, for a fault to happen to."""
+    uid_first = uid_range()
+    scene = Scene(make_service(config=config_of(uid_first)).start(), uid_first)
+    yield scene
+    scene.close()
 
 
 @pytest.fixture(scope="session")

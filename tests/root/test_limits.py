@@ -6,7 +6,6 @@ import logging
 import os
 import subprocess
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from pjw.errors import ConfigError, LimitReachedError
 from pjw.model import EndReason, ExitStatus, JobState
 from pjw.output.inotify import Inotify
 from pjw.worker import Worker
+from tests.disks import fill, free_bytes, small_disk
 from tests.worker_harness import (
     ASK,
     DEADLINE_SECONDS,
@@ -224,25 +224,6 @@ async def test_a_full_tmp_is_enospc(worker: Worker) -> None:
 # --- a full disk
 
 
-@contextmanager
-def small_disk(megabytes: int) -> Iterator[Path]:
-    """An ext4 of that size, in a file, mounted on a directory of its own."""
-    base = Path(subprocess.check_output(["mktemp", "-d", "/var/lib/pjw-test-disk-XXXXXX"], text=True).strip())
-    image, point = base / "image", base / "disk"
-    point.mkdir()
-    try:
-        subprocess.run(["truncate", "-s", f"{megabytes}M", image], check=True)
-        # no reserved blocks: the worker of this test is root, which could use them
-        subprocess.run(["mkfs.ext4", "-q", "-F", "-m", "0", "-b", "1024", image], check=True)
-        subprocess.run(["mount", "-o", "loop", image, point], check=True)
-        try:
-            yield point
-        finally:
-            subprocess.run(["umount", point], check=True)
-    finally:
-        subprocess.run(["rm", "-rf", "--one-file-system", base], check=True)
-
-
 @pytest.fixture
 def disk() -> Iterator[Path]:
     """A disk of 48 MB."""
@@ -257,26 +238,6 @@ async def small(disk: Path) -> AsyncIterator[Bench]:
     """A state directory on that disk, and the proof that nothing stays behind."""
     async with open_bench(disk) as bench:
         yield bench
-
-
-def free_bytes(path: Path) -> int:
-    """What anybody may still write there."""
-    status = os.statvfs(path)
-    return status.f_bavail * status.f_frsize
-
-
-def fill(path: Path, leave: int = 0) -> None:
-    """Take all space but *leave* bytes."""
-    with path.open("wb") as file:
-        if (most := free_bytes(path.parent) - leave - 2 * MIB) > 0:
-            os.posix_fallocate(file.fileno(), 0, most)
-        chunk = bytes(64 * 1024)
-        while (size := min(len(chunk), free_bytes(path.parent) - leave)) > 0:
-            try:
-                os.write(file.fileno(), chunk[:size])
-                os.fsync(file.fileno())
-            except OSError:
-                return
 
 
 async def test_a_job_that_fills_the_disk(small: Bench) -> None:

@@ -10,7 +10,7 @@ import socket
 import sys
 from typing import Final
 
-from pjw.errors import PjwError
+from pjw.errors import PjwError, describe_errno
 from pjw.launcher.dispatch import Launcher
 
 REQUESTS_FD: Final = 3
@@ -35,6 +35,10 @@ def main() -> int:
         Launcher(requests).run()
     except PjwError as error:
         print(f"pjwd: launcher: {error}", file=sys.stderr, flush=True)
+        return 1
+    except OSError as error:
+        # What it cannot go on without, as when a child cannot be watched: the next launcher finds every job.
+        print(f"pjwd: launcher: {describe_errno(error.errno or 0)}", file=sys.stderr, flush=True)
         return 1
     return 0
 

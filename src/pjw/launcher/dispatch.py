@@ -6,7 +6,9 @@ that its next report moves on, so a slow start holds nobody up.
 
 import array
 import contextlib
+import errno
 import os
+import resource
 import select
 import selectors
 import signal
@@ -25,6 +27,11 @@ from pjw.launcher.policy import Policy, check_job_id, instance_name
 from pjw.launcher.scratch import Scratch
 from pjw.launcher.spawn import Cloned, Execed, Failed, read_report, spawn_init
 from pjw.model import Usage
+
+# What a launch takes while it is under way; and what is kept for all else that must go on when a client
+# has taken the rest: to watch, account and remove, and to receive the next request.
+LAUNCH_DESCRIPTORS: Final = 3
+SPARE_DESCRIPTORS: Final = 32
 
 
 class Phase(Enum):
@@ -104,13 +111,18 @@ class Launcher:
             if not data:
                 self._open = False
                 return
-            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            if flags & socket.MSG_TRUNC:
                 raise ProtocolError("a request was cut short")
             seq, request = protocol.decode_request(data)
             route = ROUTES[request.op]
             if self._phase is not route.allowed_in:
                 raise ProtocolError(f"a request {request.op} came out of phase")
-            if len(descriptors) != route.descriptors:
+            if flags & socket.MSG_CTRUNC and len(descriptors) < route.descriptors:
+                # we had no room for those that are missing, which is no fault of the sender's
+                subject = f"a request {request.op}"
+                self._reply(seq, protocol.Refused("kernel", "receive", subject, errno.EMFILE, ""))
+                return
+            if flags & socket.MSG_CTRUNC or len(descriptors) != route.descriptors:
                 raise ProtocolError(f"a request {request.op} came with {len(descriptors)} descriptors")
             self._answer(seq, route, request, list(descriptors))
         finally:
@@ -159,6 +171,7 @@ class Launcher:
     def answer_launch(self, seq: int, request: protocol.Launch, descriptors: list[int]) -> "Answer":
         """Make the cgroup with its limits, then the scratch directory, then spawn init."""
         self._policy.check_launch(request, descriptors)
+        self._require_room(request.job_id)
         try:
             cgroup = self._hierarchy.create(request.job_id, request.limits)
         except ConfigError as error:
@@ -178,6 +191,12 @@ class Launcher:
         launch = LaunchInProgress(seq, request.job_id, cgroup, report)
         self._watch(report, lambda: self._on_report(launch))
         return None
+
+    def _require_room(self, job_id: int) -> None:
+        # A descriptor that cannot be had once init runs would end us, see main().
+        room = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_DESCRIPTORS
+        if len(self._inits) + LAUNCH_DESCRIPTORS * (len(self._launching) + 1) > room:
+            raise KernelError("launch", f"job {job_id}", errno.EMFILE)
 
     def _on_report(self, launch: LaunchInProgress) -> None:
         match read_report(launch.report):

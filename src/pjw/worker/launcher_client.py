@@ -19,10 +19,27 @@ from pjw.errors import (
     LimitReachedError,
     PjwError,
     ProtocolError,
+    describe_errno,
 )
 from pjw.launcher import protocol
 from pjw.model import Limits, Usage
 from pjw.worker.launcher_process import LauncherProcess
+
+# What a start takes at its height (6), and those that are under way beside it; the rest of the server
+# (connections, readers) may have taken the others.
+SPARE_DESCRIPTORS: Final = 32
+
+
+def require_descriptors() -> None:
+    """Raises LimitReachedError when a start might run out of descriptors half way."""
+    taken: list[int] = []
+    try:
+        for _ in range(SPARE_DESCRIPTORS):
+            taken.append(os.dup(0))  # noqa: PERF401  each is closed when one cannot be had
+    except OSError as error:
+        raise LimitReachedError(f"cannot start a job: {describe_errno(error.errno or 0)}") from None
+    finally:
+        _close_all(taken)
 
 
 class LauncherClient:
