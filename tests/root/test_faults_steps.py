@@ -1,0 +1,221 @@
+"""kill -9 of each process at each step of a start and of a stop; and each step of a start refused.
+
+A step is a system call that others can notice (tests/tracer.py): between two of them lies nothing new. Where
+each takes a new pjwd, a sample of the steps is gone through, and with -m slow all of them.
+"""
+
+import errno
+import itertools
+from typing import Final
+
+import grpc
+import pytest
+
+from pjw.v1 import job_worker_pb2 as pb
+from tests.scene import OTHERS_SECONDS, Scene
+from tests.service import wait_for
+from tests.tracer import SUPPORTED, WHY_NOT, Tracer
+
+# What the launcher cannot do without once init was spawned.
+FATAL: Final = ("pidfd_open", "epoll_ctl")
+# What the server does for a job; what it does for its readers meanwhile is endless.
+SERVER_CALLS: Final = (
+    *("mkdir", "openat", "fallocate", "pwrite64", "memfd_create", "dup", "close", "unlink", "rmdir"),
+    *("ftruncate", "fdatasync", "unlinkat"),
+)
+# Each of these steps is gone through, or, without -m slow, one of so many.
+SAMPLED: Final = pytest.mark.parametrize("stride", [13, pytest.param(1, marks=pytest.mark.slow)])
+FIRST_STAGE, INIT, COMMAND = 1, 2, 3  # generations after the launcher
+
+pytestmark = pytest.mark.skipif(not SUPPORTED, reason=WHY_NOT)
+
+# What fails for want of memory, of space, of descriptors.
+WANTS: Final = {
+    errno.ENOMEM: (
+        *("openat", "mkdir", "write", "socketpair", "pidfd_open", "clone", "vfork", "clone3", "epoll_ctl"),
+        *("execve", "unshare", "mount", "open_tree", "move_mount", "mount_setattr", "socket", "pipe2"),
+        *("mknod", "symlink", "signalfd4", "timerfd_create", "capset", "setresuid"),
+    ),
+    errno.ENOSPC: ("openat", "mkdir", "write", "mount", "mknod", "symlink", "epoll_ctl", "pwrite64"),
+    errno.EMFILE: (
+        *("openat", "socketpair", "pidfd_open", "pipe2", "socket", "signalfd4", "timerfd_create", "dup2"),
+        *("open_tree", "clone3"),
+    ),
+}
+
+
+def start(scene: Scene, command: str) -> pb.Job | grpc.StatusCode:
+    """Start a job as alice, or give the code of the refusal."""
+    try:
+        return scene.stub("alice").Start(pb.StartRequest(command=command), timeout=OTHERS_SECONDS).job
+    except grpc.RpcError as error:
+        return answered(error)
+
+
+def stop(scene: Scene, job_id: int) -> pb.Job | grpc.StatusCode:
+    """Stop a job of alice's, or give the code of the refusal."""
+    try:
+        return scene.stub("alice").Stop(pb.StopRequest(id=job_id), timeout=OTHERS_SECONDS).job
+    except grpc.RpcError as error:
+        return answered(error)
+
+
+def answered(error: grpc.RpcError) -> grpc.StatusCode:
+    """The code of a refusal, which must come in time."""
+    code: grpc.StatusCode = error.code()
+    assert code is not grpc.StatusCode.DEADLINE_EXCEEDED
+    return code
+
+
+def settle(scene: Scene) -> None:
+    """Stop all but the steady jobs; nothing of them may be left, and no end may be a guess."""
+    for job_id in scene.jobs_of("alice"):
+        if job_id != scene.job:
+            ended = stop(scene, job_id)
+            assert isinstance(ended, pb.Job)
+            known = ended.HasField("exit_code") or ended.HasField("signal")
+            assert known == (ended.state == pb.JOB_STATE_EXITED)
+            assert known != (ended.state == pb.JOB_STATE_LOST)
+    wait_for(lambda: scene.remains_of_others() == [])
+
+
+def finish(scene: Scene) -> None:
+    """After all steps: every promise."""
+    scene.goes_on()
+    scene.others_unharmed()
+    scene.end_known()
+    scene.output_whole()
+    scene.nothing_left()
+
+
+@pytest.mark.parametrize("generation", [FIRST_STAGE, INIT, COMMAND])
+def test_init_killed_at_each_step_of_a_start(scene: Scene, generation: int) -> None:
+    """The first stage, init, the command before its exec: the start is refused, or the job has an end."""
+    for step in itertools.count(1):
+        before = scene.jobs_of("alice")
+        with Tracer(scene.service.launcher_pid(), step, "kill", generation=generation) as tracer:
+            job = start(scene, "echo begun; exec sleep 0.01")
+        if not tracer.hit:
+            break
+        if not isinstance(job, pb.Job):
+            # not before the answer is there: a job that was refused must leave nothing at all
+            assert (job, scene.jobs_of("alice").keys() - before.keys()) == (grpc.StatusCode.INTERNAL, set())
+        settle(scene)
+    assert step > (40 if generation == INIT else 5)
+    finish(scene)
+
+
+@SAMPLED
+def test_the_launcher_killed_at_each_step_of_a_start(scene: Scene, stride: int) -> None:
+    """pjwd ends; the next one knows what was acknowledged, and finds or clears away what was not."""
+    for step in itertools.count(2, stride):
+        with Tracer(scene.service.launcher_pid(), step, "kill") as tracer:
+            job = start(scene, "echo begun; exec sleep 100")
+        if not tracer.hit:
+            break
+        scene.restart()
+        if isinstance(job, pb.Job):
+            assert scene.jobs_of("alice")[job.id].state == pb.JOB_STATE_RUNNING
+        else:
+            assert job is grpc.StatusCode.UNAVAILABLE
+        scene.goes_on()
+        settle(scene)
+    assert step > 40
+    finish(scene)
+
+
+@SAMPLED
+def test_the_server_killed_at_each_step_of_a_start(scene: Scene, stride: int) -> None:
+    """The same for the server, whatever its threads are about to do."""
+    for step in itertools.count(5, stride):
+        with Tracer(scene.service.pid, step, "kill", calls=SERVER_CALLS) as tracer:
+            job = start(scene, "echo begun; exec sleep 100")
+        if not tracer.hit:
+            break
+        scene.restart()
+        if isinstance(job, pb.Job):
+            assert scene.jobs_of("alice")[job.id].state == pb.JOB_STATE_RUNNING
+        else:
+            assert job is grpc.StatusCode.UNAVAILABLE
+        scene.goes_on()
+        settle(scene)
+    assert step > 30
+    finish(scene)
+
+
+PATIENT: Final = "trap 'echo heard; exit 3' TERM; echo ready; while :; do sleep 100 & wait; done"
+
+
+def start_patient(scene: Scene) -> int:
+    """Start a job that ends with 3 when it is stopped."""
+    job = start(scene, PATIENT)
+    assert isinstance(job, pb.Job)
+    wait_for(lambda: scene.output_size(job.id) > 0)
+    return job.id
+
+
+def test_init_killed_at_each_step_of_a_stop(scene: Scene) -> None:
+    """The stop is answered: with the end, when init had recorded it, and else as lost."""
+    for step in itertools.count(1):
+        job_id = start_patient(scene)
+        with Tracer(scene.init_pid(job_id), step, "kill") as tracer:
+            job = stop(scene, job_id)
+        assert isinstance(job, pb.Job)
+        if not tracer.hit:
+            assert job.exit_code == 3
+            break
+        if job.state == pb.JOB_STATE_EXITED:
+            assert (job.exit_code, job.reason) == (3, pb.END_REASON_STOPPED)
+        settle(scene)
+    assert step > 5
+    finish(scene)
+
+
+@SAMPLED
+@pytest.mark.parametrize("victim", ["launcher", "server"])
+def test_killed_at_each_step_of_a_stop(scene: Scene, victim: str, stride: int) -> None:
+    """A stop that was answered is over; one that was not goes on or can be asked for again."""
+    for step in itertools.count(1, stride):
+        job_id = start_patient(scene)
+        pid = scene.service.launcher_pid() if victim == "launcher" else scene.service.pid
+        with Tracer(pid, step, "kill", calls=() if victim == "launcher" else SERVER_CALLS) as tracer:
+            job = stop(scene, job_id)
+        if not tracer.hit:
+            break
+        scene.restart()
+        if isinstance(job, pb.Job):
+            assert job.exit_code == 3
+        else:
+            assert job is grpc.StatusCode.UNAVAILABLE
+        again = stop(scene, job_id)
+        assert isinstance(again, pb.Job)
+        assert (again.exit_code, again.reason) == (3, pb.END_REASON_STOPPED)
+        scene.goes_on()
+        settle(scene)
+    assert step > 5
+    finish(scene)
+
+
+@pytest.mark.parametrize("number", WANTS, ids=errno.errorcode.get)
+@pytest.mark.parametrize("generation", [0, FIRST_STAGE, INIT, COMMAND])
+def test_each_step_of_a_start_refused(scene: Scene, number: int, generation: int) -> None:
+    """No memory, space or descriptor for a step of launcher or init: a refusal, and nothing left."""
+    for step in itertools.count(1):
+        before, launcher = scene.jobs_of("alice"), scene.service.launcher_pid()
+        with Tracer(launcher, step, number, generation=generation, calls=WANTS[number]) as tracer:
+            job = start(scene, "echo whole; exit 3")
+        if not tracer.hit:
+            break
+        if tracer.hit in FATAL and generation == 0:
+            # Init was spawned, and nobody can watch it: the launcher ends, and the next one finds it by its
+            # cgroup. That the end of a watch is refused does not matter.
+            if not isinstance(job, pb.Job):
+                assert job is grpc.StatusCode.UNAVAILABLE
+                scene.restart()
+        else:
+            # of the exec itself the kernel's answer is passed on as it is
+            executed = (generation, tracer.hit) == (COMMAND, "execve")
+            expected = grpc.StatusCode.FAILED_PRECONDITION if executed else grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert (job, scene.jobs_of("alice")) == (expected, before), tracer.hit
+        settle(scene)
+    finish(scene)
