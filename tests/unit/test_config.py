@@ -104,7 +104,6 @@ def test_every_key_is_taken(tmp_path: Path) -> None:
         ("[roles]\nadmins = ['key-x']", "only names made of a key begin with key-) - at `$.roles`"),
         ("[roles]\nowners = ['x']", "unknown field `owners` - at `$.roles`"),
         ("[roles]\nviewers = 'x'", "Expected `array`, got `str` - at `$.roles.viewers`"),
-        ("revoked = 'revoked'", "at `$.revoked`"),
         ("audit_log = 'audit.jsonl'", "at `$.audit_log`"),
         ("retention.age_seconds = -1", "Expected `int` >= 0 - at `$.retention.age_seconds`"),
         ("limits = 5", "Expected `object`, got `int`"),
