@@ -11,7 +11,12 @@ from tests.service import Service, ask
 
 CONFIG: Final = '[roles]\nadmins = ["ann"]\nviewers = ["vic"]\n'
 CLIENTS: Final = ("alice", "bob", "ann", "vic")
-REQUESTS: Final[dict[str, Any]] = {"Get": pb.GetRequest, "Stop": pb.StopRequest, "Logs": pb.LogsRequest}
+REQUESTS: Final[dict[str, Any]] = {
+    "Get": pb.GetRequest,
+    "Stop": pb.StopRequest,
+    "Logs": pb.LogsRequest,
+    "Delete": pb.DeleteRequest,
+}
 DENIED: Final = """\
 pjw: error: {} may not use {} on the jobs of every client
 hint: the operator gives roles, in the configuration of pjwd
@@ -37,6 +42,9 @@ def test_a_viewer_looks_and_an_admin_also_stops(staffed: Service) -> None:
     assert staffed.refused("--all", "stop", job_id, client="vic") == (1, DENIED.format("vic", "Stop"))
     assert '"state": "running"' in staffed.ok("get", job_id)
     assert '"reason": "stopped"' in staffed.ok("--all", "stop", job_id, client="ann")
+    assert staffed.refused("--all", "rm", job_id, client="vic") == (1, DENIED.format("vic", "Delete"))
+    assert staffed.ok("--all", "rm", job_id, client="ann") == f"{job_id}\n"
+    assert staffed.refused("get", job_id) == (1, f"pjw: error: no job {job_id}\n")
 
 
 def test_a_role_that_is_not_asked_for_is_none(staffed: Service) -> None:
@@ -45,7 +53,7 @@ def test_a_role_that_is_not_asked_for_is_none(staffed: Service) -> None:
     own = {client: staffed.start_job("true", client) for client in ("vic", "ann")}
     for client, own_id in own.items():
         assert staffed.ok("list", client=client) == f"{own_id}\n"
-        for command in ("get", "stop", "logs"):
+        for command in ("get", "stop", "logs", "rm"):
             assert staffed.refused(command, str(job_id), client=client) == (
                 1,
                 f"pjw: error: no job {job_id}\n",
@@ -69,7 +77,13 @@ def test_a_denial_tells_nothing_of_ids(staffed: Service, method: str) -> None:
 
 def test_without_a_role_pjw_all_is_refused_in_words(staffed: Service) -> None:
     """Every command that takes --all says who may not do what, and whom to ask."""
-    for command, method in (("list", "List"), ("get", "Get"), ("stop", "Stop"), ("logs", "Logs")):
+    for command, method in (
+        ("list", "List"),
+        ("get", "Get"),
+        ("stop", "Stop"),
+        ("logs", "Logs"),
+        ("rm", "Delete"),
+    ):
         arguments = [command] if command == "list" else [command, "1"]
         assert staffed.refused("--all", *arguments) == (1, DENIED.format("alice", method))
 

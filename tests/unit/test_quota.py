@@ -179,6 +179,25 @@ async def test_refusals_come_at_their_rate_however_many_are_asked_for(
     assert await started(quota, "bob")
 
 
+async def test_what_a_call_is_refused_inside_waits_for_its_turn_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client at its limit of running jobs is no cheaper to refuse; one that waits is no call under way."""
+    monkeypatch.setattr(quota_module, "REFUSALS_PER_SECOND", 100)
+    quota = Quota(ClientLimits(), Clock())
+
+    async def refused() -> None:
+        with pytest.raises(LimitReachedError, match="no more may run"):
+            async with quota.call("alice", "Start", stream=False):
+                raise LimitReachedError("no more may run")
+
+    loop = asyncio.get_running_loop()
+    begin = loop.time()
+    tasks = [asyncio.create_task(refused()) for _ in range(20)]
+    await until(lambda: quota._paused["alice"] == 20)
+    assert not quota._calls
+    await asyncio.gather(*tasks)
+    assert loop.time() - begin >= 20 / 100
+
+
 async def test_only_so_many_refusals_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a client asks beyond them is refused at once, so that they cannot fill the memory."""
     monkeypatch.setattr(quota_module, "REFUSALS_PER_SECOND", 1e-3)

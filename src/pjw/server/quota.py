@@ -63,15 +63,21 @@ class Quota:
 
     @asynccontextmanager
     async def call(self, client_name: str, method: str, *, stream: bool) -> AsyncGenerator[None, None]:
-        """Count a call for as long as it lasts. Raises LimitReachedError at a limit, when its turn comes."""
-        refusal = self._stream_refusal(client_name) if stream else self._refusal(client_name, method)
-        if refusal is not None:
+        """Count a call for as long as it lasts. Raises LimitReachedError at a limit, when its turn comes.
+
+        So does what the call itself raises of that kind: at a limit of running jobs, for example.
+        """
+        try:
+            refusal = self._stream_refusal(client_name) if stream else self._refusal(client_name, method)
+            if refusal is not None:
+                raise refusal
+            with _counted(self._followers if stream else self._calls, client_name):
+                yield
+        except LimitReachedError:
             if self._paused[client_name] < PAUSED_MAX:
                 with _counted(self._paused, client_name):
                     await asyncio.sleep(self._paused[client_name] / REFUSALS_PER_SECOND)
-            raise refusal
-        with _counted(self._followers if stream else self._calls, client_name):
-            yield
+            raise
 
     def _stream_refusal(self, client_name: str) -> LimitReachedError | None:
         each, total = self._limits.followers_max, self._limits.followers_total_max
