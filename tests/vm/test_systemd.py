@@ -98,6 +98,22 @@ def test_lines_arrive_while_the_job_runs() -> None:
         assert get(job_id)["state"] == "running"
 
 
+def test_a_reload_takes_a_new_certificate_and_cuts_nothing() -> None:
+    """systemctl reload: the same server shows the new certificate, and a follower misses nothing."""
+    job_id, server = pjw("start", COUNT), host.server_pid()
+    with host.follower(job_id) as output:
+        assert output.readline() == b"0\n"
+        for name in ("server.crt", "server.key"):
+            (host.ETC / name).unlink()
+        host.run(host.BIN / "pjwd", "certs", "server", host.ETC, "localhost")
+        host.run("systemctl", "reload", host.UNIT)
+        wait_for(lambda: "reload: the certificates are new" in host.journal())
+        assert pjw("list").split()[-1] == job_id
+        assert [output.readline() for _ in range(3)] == [b"1\n", b"2\n", b"3\n"]
+    assert (host.server_pid(), host.shown("ActiveState")) == (server, "active")
+    pjw("stop", job_id)
+
+
 def test_a_job_goes_on_while_the_service_restarts() -> None:
     """systemd starts a new server beside the living job, which it adopts; a follower misses nothing."""
     job_id = pjw("start", COUNT)
