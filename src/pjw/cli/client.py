@@ -36,6 +36,9 @@ _OPTIONS: Final[list[tuple[str, Any]]] = [
 ]
 _LOOPBACK: Final = ("127.0.0.1:", "[::1]:")
 
+# The server went away: gRPC itself says CANCELLED of calls that reach one as it ends.
+_GONE: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+
 _T = TypeVar("_T")
 
 
@@ -127,7 +130,7 @@ class Client:
                 return
             except grpc.RpcError as error:
                 # Only a stream that once began is taken up again: a first refusal is an answer.
-                if not admitted or error.code() is not grpc.StatusCode.UNAVAILABLE:
+                if not admitted or error.code() not in _GONE:
                     self._raise(error, job_id)
             finally:
                 call.cancel()
@@ -155,7 +158,7 @@ class Client:
 
     def _raise(self, error: grpc.RpcError, job_id: int = 0) -> NoReturn:
         code, text = error.code(), error.details() or ""
-        if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+        if code in (*_GONE, grpc.StatusCode.DEADLINE_EXCEEDED):
             raise self._unreachable(code, text) from None
         raise error_of(code, text, _metadata(error).get(HINT_KEY), job_id) from None
 
@@ -164,6 +167,8 @@ class Client:
         server = self._settings.server
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
             return errors.ServerUnreachableError(f"{server} did not answer within {CALL_SECONDS} s")
+        if code is grpc.StatusCode.CANCELLED:
+            return errors.ServerUnreachableError(f"{server} went away before it had answered")
         if "Connection refused" in text:
             return errors.ServerUnreachableError(
                 f"cannot connect to {server}: connection refused", hint="is pjwd running there?"
