@@ -174,3 +174,22 @@ def test_a_client_that_vanishes(scene: Scene, command: str) -> None:
     scene.end_known()
     scene.output_whole()
     scene.nothing_left()
+
+
+def test_a_reader_that_does_not_read_while_the_server_restarts(scene: Scene) -> None:
+    """What was on its way cannot be told of the restart; pjw goes on at the exact byte all the same."""
+    size = 64 * MIB
+    big = scene.stub("alice").Start(pb.StartRequest(command=f"head -c {size} /dev/zero")).job.id
+    wait_for(lambda: scene.job_of(big, "alice").HasField("end"))
+    with scene.service.popen("logs", str(big)) as reader:
+        assert reader.stdout is not None
+        assert os.read(reader.stdout.fileno(), 1) == b"\0"
+        assert scene.service.stop() == 0
+        scene.service.start()
+        got = 1
+        while data := reader.stdout.read(MIB):
+            got += len(data)
+        assert reader.stderr is not None
+        assert (got, reader.wait(OTHERS_SECONDS), reader.stderr.read()) == (size, 0, b"")
+    scene.goes_on()
+    scene.others_unharmed()

@@ -16,13 +16,14 @@ from tests.soak.tasks import Task, make
 
 RUNNING_MAX: Final = 6
 CALL_SECONDS: Final = 30
+BAD_PROGRAM: Final = "/nonexistent"
 # What a call may end with while processes are killed; all else is a finding.
 _LOST: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 _BAD: Final = (
     (pb.StartRequest(command=" "), grpc.StatusCode.INVALID_ARGUMENT),
     (pb.StartRequest(), grpc.StatusCode.INVALID_ARGUMENT),
     (pb.StartRequest(command="true", limits=pb.Limits(pids_max=1)), grpc.StatusCode.INVALID_ARGUMENT),
-    (pb.StartRequest(argv=pb.Argv(arguments=["/nonexistent"])), grpc.StatusCode.FAILED_PRECONDITION),
+    (pb.StartRequest(argv=pb.Argv(arguments=[BAD_PROGRAM])), grpc.StatusCode.FAILED_PRECONDITION),
 )
 
 

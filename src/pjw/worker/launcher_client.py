@@ -30,18 +30,6 @@ from pjw.worker.launcher_process import LauncherProcess
 SPARE_DESCRIPTORS: Final = 32
 
 
-def require_descriptors() -> None:
-    """Raises LimitReachedError when a start might run out of descriptors half way."""
-    taken: list[int] = []
-    try:
-        for _ in range(SPARE_DESCRIPTORS):
-            taken.append(os.dup(0))  # noqa: PERF401  each is closed when one cannot be had
-    except OSError as error:
-        raise LimitReachedError(f"cannot start a job: {describe_errno(error.errno or 0)}") from None
-    finally:
-        _close_all(taken)
-
-
 class LauncherClient:
     """The worker's end of the socket. Requests may overlap; replies find theirs by number."""
 
@@ -76,6 +64,17 @@ class LauncherClient:
         await readable(self._pidfd)
         os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)  # noqa: ASYNC222  it has ended
         os.close(self._pidfd)
+
+    def require_descriptors(self) -> None:
+        """Raises LimitReachedError when a launch might run out of descriptors half way."""
+        taken: list[int] = []
+        try:
+            for _ in range(SPARE_DESCRIPTORS):
+                taken.append(os.dup(self._pidfd))  # noqa: PERF401  those that could be had are closed
+        except OSError as error:
+            raise LimitReachedError(f"cannot start a job: {describe_errno(error.errno or 0)}") from None
+        finally:
+            _close_all(taken)
 
     async def request_launch(
         self, job_id: int, uid: int, limits: Limits, program: str, descriptors: list[int]

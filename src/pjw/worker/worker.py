@@ -23,7 +23,7 @@ from pjw.output import Inotify, OutputLog, follow
 from pjw.worker.background import Background
 from pjw.worker.endings import Endings
 from pjw.worker.job import LiveJob
-from pjw.worker.launcher_client import LauncherClient, readable, require_descriptors
+from pjw.worker.launcher_client import LauncherClient, readable
 from pjw.worker.launcher_process import LauncherProcess, require_root, start_launcher
 from pjw.worker.quota import RunningJobs, check_stored_bytes
 from pjw.worker.record import parse_record
@@ -220,7 +220,7 @@ class Worker:
         live.watch(pidfd, lambda: self._background.spawn(self._endings.finish(live)))
 
     async def _ask_for_launch(self, job: Job, spec: JobSpec, uid: int) -> tuple[int, int]:
-        require_descriptors()
+        self._launcher.require_descriptors()
         descriptors: list[int] = []
         try:
             descriptors.append(_argv_file(spec.argv))
