@@ -57,6 +57,13 @@ class Step:
         fits = route.allowed_in is Phase.SERVING and route.descriptors == len(self.descriptors)
         return request if fits else None
 
+    def greets(self) -> bool:
+        """Whether it is a policy, which comes from root: who may send one is trusted with it."""
+        try:
+            return protocol.decode_request(self.data)[1].op == protocol.Hello.op and not self.descriptors
+        except ProtocolError:
+            return False
+
 
 class Surroundings:
     """What no request may change: files beside and behind links, processes of others, cgroups of others."""
@@ -268,6 +275,8 @@ class Conversation:
         """Say it all. The launcher answers all of it, or ends at the first thing that is no request."""
         for step in steps:
             request = step.request() if self._greeted else None
+            if not self._greeted and step.greets():
+                continue
             with ExitStack() as stack:
                 self._peer.send(step.data, self._descriptors(step, stack))
             if request is None:
