@@ -160,9 +160,10 @@ def test_a_state_directory_that_cannot_be_used_is_named(idle: Service, tmp_path:
         ("user = 'nosuchuser'", "no user is called 'nosuchuser' on this host"),
         ("user = 'root'", "the server must not run as root"),
         ("stop_grace_seconds = -1", "stop_grace_seconds must be from 0 to 86400"),
-        ("[job_users]\nuid_first = 0", "the range of user ids for jobs must lie"),
-        ("[job_users]\nuid_count = 0", "the range of user ids for jobs must lie"),
-        ("hidden_paths = ['relative']", "relative"),
+        ("[job_users]\nuid_first = 0", "job_users.uid_first"),
+        ("[job_users]\nuid_count = 0", "job_users.uid_count"),
+        ("[job_users]\nuid_first = 4_294_967_294\nuid_count = 10", "the range of user ids for jobs must lie"),
+        ("hidden_paths = ['relative']", "hidden_paths"),
     ],
 )
 def test_a_configuration_that_cannot_be_is_refused(tmp_path: Path, config: str, words: str) -> None:
