@@ -9,6 +9,7 @@ the findings, or with 0 and a table of figures.
 import argparse
 import os
 import random
+import re
 import shutil
 import signal
 import statistics
@@ -25,7 +26,7 @@ from pjw.v1 import job_worker_pb2 as pb
 from tests.scene import config_of
 from tests.service import Service, instance_cgroups, wait_for
 from tests.soak.faults import Faults, Reading, read
-from tests.soak.load import BAD_PROGRAM, Client, Ledger, Reader
+from tests.soak.load import BAD_PROGRAM, CUT_SHORT, Client, Ledger, Reader
 from tests.worker_harness import UIDS, processes_where, uid_range
 
 CLIENTS: Final = ("alice", "bob", "carol", "dave")
@@ -57,6 +58,7 @@ def main() -> int:
         final = idle_reading(service)
         check_growth(ledger, faults.readings, idle, final)
         code = service.stop()
+        check_internal_errors(service, ledger)
         if code or "Traceback" in service.log.read_text():
             ledger.find(
                 f"pjwd ended with {code}, or its log has a traceback: {service.log.read_text()[-3000:]}"
@@ -64,6 +66,7 @@ def main() -> int:
         wait_for(lambda: not instance_cgroups(service.state))
         report(ledger, faults.readings, idle, final)
     finally:
+        ledger.stop.set()
         if service.process is not None:
             service.stop()
         end_all(service)
@@ -164,6 +167,14 @@ def check_jobs(service: Service, ledger: Ledger, clients: list[Client]) -> None:
     ledger.count("jobs", len(known))
     if directories != known:
         ledger.find(f"the table and the directories of jobs differ: {sorted(directories ^ known)[:20]}")
+
+
+def check_internal_errors(service: Service, ledger: Ledger) -> None:
+    """A start ends so only when its init was killed by us before the command was executed."""
+    killed = re.findall(r"cannot hear from the init of job (\d+)", service.log.read_text())
+    # a call may have been cut off for another reason before it could be answered so
+    if len(killed) < ledger.counts.get(CUT_SHORT, 0) or not ledger.init_killed.issuperset(map(int, killed)):
+        ledger.find(f"internal errors: {ledger.counts.get(CUT_SHORT, 0)}, by killed inits {killed}")
 
 
 def check_remains(service: Service, ledger: Ledger, uid_first: int) -> None:

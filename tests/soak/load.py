@@ -16,6 +16,7 @@ from tests.soak.tasks import Task, make
 
 RUNNING_MAX: Final = 6
 CALL_SECONDS: Final = 30
+CUT_SHORT: Final = "starts whose init was killed before the answer"
 BAD_PROGRAM: Final = "/nonexistent"
 # What a call may end with while processes are killed; all else is a finding.
 _LOST: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
@@ -66,6 +67,8 @@ class _Thread(threading.Thread):
                 except grpc.RpcError as error:
                     if error.code() is grpc.StatusCode.CANCELLED:
                         self.ledger.count("calls that a server cancelled as it ended")
+                    elif error.code() is grpc.StatusCode.INTERNAL:
+                        self.ledger.count(CUT_SHORT)  # judged at the end by the server's log
                     elif error.code() not in _LOST:
                         self.ledger.find(f"{self.name}: {error.code()}: {error.details()}")
                     self.ledger.count("calls cut off")
