@@ -23,12 +23,14 @@ if [ "$*" = before-power-cut ]; then
     exec /opt/pjw/bin/python -B -m tests.vm.power_cut
 fi
 
-# All that touches the kernel: what is left out tests certificates, requests and the command line, on any host,
-# or reads the filter of system calls with a compiler, which is not here.
+# All that touches the kernel: what is left out tests certificates, requests, roles and the command line, on any
+# host; reads the filter of system calls with a compiler, which is not here; or goes through hundreds of
+# conversations or system calls, which takes this machine too long.
 # Those of systemd come last: they install a service.
 if [ $# = 0 ]; then
     set -- tests/root tests/vm
-    for name in bad_input cli identity_scope init_seccomp tls; do
+    for name in audit bad_input cli faults_network faults_steps grpc_fuzz identity_scope init_seccomp \
+        launcher_fuzz quota reload roles tls; do
         set -- "$@" --ignore "tests/root/test_$name.py"
     done
 fi
