@@ -29,7 +29,8 @@ _Row = tuple[int, str, str, str, int, _Text, _Number, _Number, _Number, _Text, _
 
 # Which job goes first when more is kept than may be, by the member of Retention that says so;
 # `:most` is its value. A total is brought down at the cost of the client who has most: nobody
-# can push the jobs of others out.
+# can push the jobs of others out. Its bound is inside the question for that client: outside, SQLite
+# would ask it again for each of the client's jobs.
 _TO_PRUNE: Final = {
     "age_seconds": "SELECT id FROM jobs WHERE state IS NOT NULL AND end_ns < :now - :most * 1000000000"
     " ORDER BY end_ns LIMIT 1",
@@ -38,11 +39,11 @@ _TO_PRUNE: Final = {
     "bytes_per_client": "SELECT id FROM jobs WHERE output_bytes > 0 AND client_name ="
     " (SELECT name FROM clients WHERE ended_bytes > :most LIMIT 1) ORDER BY end_ns LIMIT 1",
     "jobs_total": "SELECT id FROM jobs WHERE state IS NOT NULL AND client_name ="
-    " (SELECT name FROM clients ORDER BY ended_jobs DESC LIMIT 1)"
-    " AND (SELECT sum(ended_jobs) FROM clients) > :most ORDER BY end_ns LIMIT 1",
+    " (SELECT name FROM clients WHERE (SELECT sum(ended_jobs) FROM clients) > :most"
+    " ORDER BY ended_jobs DESC LIMIT 1) ORDER BY end_ns LIMIT 1",
     "bytes_total": "SELECT id FROM jobs WHERE output_bytes > 0 AND client_name ="
-    " (SELECT name FROM clients ORDER BY ended_bytes DESC LIMIT 1)"
-    " AND (SELECT sum(ended_bytes) FROM clients) > :most ORDER BY end_ns LIMIT 1",
+    " (SELECT name FROM clients WHERE (SELECT sum(ended_bytes) FROM clients) > :most"
+    " ORDER BY ended_bytes DESC LIMIT 1) ORDER BY end_ns LIMIT 1",
 }
 
 
