@@ -286,7 +286,8 @@ kinds = [(family, socket.SOCK_RAW, protocol) for family in internet for protocol
 kinds += [(socket.AF_PACKET, kind, 0x300) for kind in (socket.SOCK_RAW, socket.SOCK_DGRAM)]
 [attempt(lambda: socket.socket(*kind).close()) for kind in kinds]
 """
-    assert set(await inside(worker, program)) == {"EPERM"}
+    # user mode Linux has no IPv6
+    assert set(await inside(worker, program)) - {"EAFNOSUPPORT"} == {"EPERM"}
     assert None in outside(program, 0)
 
 
@@ -320,7 +321,8 @@ def look(path): return os.listdir(path) if os.path.isdir(path) else read(path)
 """
     found = await inside(worker, program)
     errors = dict(zip(masked, found, strict=False))
-    assert errors.pop("/sys/kernel") == ["mm"]
+    # transparent huge pages, where the kernel has them
+    assert errors.pop("/sys/kernel") in (["mm"], "ENOENT")
     assert set(errors.values()) <= {*DENIED, "ENOENT"}, errors
     assert [text for text in found[len(masked) :] if not text or text in errno.errorcode.values()] == []
     on_the_host = dict(zip(masked, outside(program, bench.settings.uid_first), strict=False))
