@@ -12,9 +12,9 @@ import socket
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -24,7 +24,18 @@ from pjw.errors import ProtocolError
 from pjw.launcher import protocol
 from pjw.launcher.dispatch import ROUTES, Phase
 from pjw.launcher.policy import JOB_ID_MAX
-from pjw.launcher.protocol import REQUESTS, Adopt, JobIdPage, JobIds, Kill, Launch, Launched, Remove, Request
+from pjw.launcher.protocol import (
+    REQUESTS,
+    Adopt,
+    Hello,
+    JobIdPage,
+    JobIds,
+    Kill,
+    Launch,
+    Launched,
+    Remove,
+    Request,
+)
 from tests.property.test_protocol import BY_TYPE, limits
 from tests.root.test_launcher_hostile import BAD, Peer
 from tests.worker_harness import DEADLINE_SECONDS, MIB, NO_LIMITS, Bench, _status, open_bench
@@ -35,6 +46,9 @@ UIDS: Final = 10
 CEILING: Final = NO_LIMITS.with_overrides(
     {"cpu_max_millicores": 500, "memory_max_bytes": 64 * MIB, "pids_max": 32, "time_max_seconds": 60}
 )
+# not a range of numbers, whose ends hypothesis likes best
+SELDOM: Final = (False, False, False, False, False, True)
+ODD_IDS: Final = (0, JOB_ID_MAX, JOB_ID_MAX + 1, 2**63 - 1)
 PR_SET_CHILD_SUBREAPER: Final = 36
 
 
@@ -60,7 +74,7 @@ class Step:
     def greets(self) -> bool:
         """Whether it is a policy, which comes from root: who may send one is trusted with it."""
         try:
-            return protocol.decode_request(self.data)[1].op == protocol.Hello.op and not self.descriptors
+            return protocol.decode_request(self.data)[1].op == Hello.op and not self.descriptors
         except ProtocolError:
             return False
 
@@ -70,6 +84,7 @@ class Surroundings:
 
     def __init__(self, bench: Bench, stack: ExitStack) -> None:
         self._bench: Final = bench
+        self.launched = 0
         self.canaries: Final = bench.directory / "canaries"
         self.theirs: Final = bench.directory / "theirs"
         (self.canaries / "1").mkdir(parents=True)
@@ -180,28 +195,35 @@ def descendants(pid: int) -> list[int]:
 # --- conversations
 
 
-def requests(bench: Bench) -> st.SearchStrategy[Request]:
-    """Any request: mostly of three jobs and the users of this bench, so that they meet."""
+@st.composite
+def launches(draw: st.DrawFn, bench: Bench) -> Launch:
+    """One of three jobs, as it should be, or with one thing that it may not have."""
     first = bench.settings.uid_first
-    ids = st.sampled_from([1, 1, 2, 2, 3, 0, JOB_ID_MAX, JOB_ID_MAX + 1, 2**63 - 1])
-    named: dict[str, st.SearchStrategy[Any]] = {
-        "job_id": ids,
-        "after": ids,
-        "uid": st.integers(first, first + UIDS - 1)
-        | st.sampled_from([0, 1, first - 1, first + UIDS, 2**32 + first]),
-        "limits": st.just(CEILING) | st.just(CEILING) | st.just(NO_LIMITS) | limits,
-        "state_dir": st.sampled_from([str(bench.state), str(bench.directory), "/", "/etc", "../..", ""]),
-    }
-    paths = st.sampled_from(
-        ["", ".", "..", "/", "/etc/passwd", "../canaries/file", "output", "1", "1/output"]
-    )
-    by_type = {**BY_TYPE, str: paths | BY_TYPE[str]}
-    return st.one_of(
+    launch = Launch(draw(st.integers(1, 3)), draw(st.integers(first, first + UIDS - 1)), CEILING)
+    match draw(st.sampled_from(["", "", "", "id", "uid", "limits"])):
+        case "id":
+            return replace(launch, job_id=draw(st.sampled_from(ODD_IDS)))
+        case "uid":
+            return replace(launch, uid=draw(st.sampled_from([0, 1, first - 1, first + UIDS, 2**32 + first])))
+        case "limits":
+            return replace(launch, limits=draw(st.just(NO_LIMITS) | limits))
+        case _:
+            return launch
+
+
+def requests(bench: Bench) -> st.SearchStrategy[Request]:
+    """Any request but the greeting: mostly of the same three jobs, so that they meet."""
+    ids = st.sampled_from([1, 2, 3]) | st.sampled_from([1, 2, 3, *ODD_IDS])
+    paths = ["", ".", "..", "/", "/etc/passwd", "../canaries/file", "output", "1", "1/output"]
+    by_type = {**BY_TYPE, int: ids, str: st.sampled_from(paths) | BY_TYPE[str]}
+    others = st.one_of(
         *(
-            st.builds(cls, **{f.name: named.get(f.name, by_type[f.type]) for f in fields(cls)})
-            for cls in (Launch, Launch, *REQUESTS.values())
+            st.builds(cls, **{f.name: by_type[f.type] for f in fields(cls)})
+            for cls in REQUESTS.values()
+            if cls not in (Hello, Launch)
         )
     )
+    return st.booleans().flatmap(lambda launch: launches(bench) if launch else others)
 
 
 def argvs(surroundings: Surroundings) -> st.SearchStrategy[bytes]:
@@ -210,8 +232,9 @@ def argvs(surroundings: Surroundings) -> st.SearchStrategy[bytes]:
         f"kill -9 -1; ln -s {surroundings.canaries} link; mkdir d; ln -s {surroundings.canaries}/file d/x;"
         f" echo x >{surroundings.canaries}/file; rm -rf {surroundings.canaries}"
     )
-    known = [b"true\0", b"sleep\x0060\0", b"sleep\x0060\0", b"sh\0-c\0" + attack.encode() + b"\0"]
-    return st.sampled_from([*known, b"/nonexistent\0", b"", b"\0", b"no end"]) | st.binary(max_size=20)
+    known = [b"true\0", b"sleep\x0060\0", b"sh\0-c\0" + attack.encode() + b"\0"]
+    odd = st.sampled_from([b"/nonexistent\0", b"", b"\0", b"no end"]) | st.binary(max_size=20)
+    return st.sampled_from(SELDOM).flatmap(lambda seldom: odd if seldom else st.sampled_from(known))
 
 
 @st.composite
@@ -219,42 +242,46 @@ def steps(draw: st.DrawFn, requests: st.SearchStrategy[Request], argvs: st.Searc
     """A request as it should be, except for what it asks; seldom with descriptors that it should not have."""
     request = draw(requests)
     kinds = ["right"] * ROUTES[request.op].descriptors
-    odd = draw(st.integers(0, 9))
-    if odd == 0:
-        kinds = draw(st.lists(st.sampled_from(["right", *BAD]), max_size=5))
-    elif odd <= 2 and kinds:
+    if kinds and draw(st.sampled_from(SELDOM)):
         kinds[draw(st.integers(0, len(kinds) - 1))] = draw(st.sampled_from(sorted(BAD)))
     data = protocol.encode(draw(st.integers(0, 5)), request)
     return Step(data, tuple(kinds), draw(argvs), draw(st.booleans()))
 
 
 @st.composite
-def forgeries(draw: st.DrawFn, steps: st.SearchStrategy[Step]) -> Step:
-    """Bytes that most often are no request: changed, cut, too long, or anything."""
+def forgeries(draw: st.DrawFn, bench: Bench, steps: st.SearchStrategy[Step]) -> Step:
+    """What most often is no request: changed, cut, too long, too late, with too much, or anything."""
     step = draw(steps)
-    data = bytearray(step.data)
-    match draw(st.integers(0, 4)):
+    data, kinds = bytearray(step.data), step.descriptors
+    match draw(st.integers(0, 6)):
         case 0:
             data = bytearray(draw(st.binary(min_size=1, max_size=300)))
         case 1:
             data = data[: draw(st.integers(1, len(data)))]
         case 2:
             data = data.ljust(draw(st.sampled_from([65_536, 65_537, 150_000])))
+        case 3:
+            hello = {f.name: BY_TYPE[f.type] for f in fields(Hello)} | {
+                "state_dir": st.just(str(bench.state))
+            }
+            data = bytearray(protocol.encode(1, draw(st.builds(Hello, **hello))))
+        case 4:
+            kinds = tuple(draw(st.lists(st.sampled_from(["right", *BAD]), max_size=5)))
         case _:
             for _ in range(draw(st.integers(1, 4))):
                 data[draw(st.integers(0, len(data) - 1))] = draw(st.integers(0, 255))
-    return Step(bytes(data), step.descriptors, step.argv)
+    return Step(bytes(data), kinds, step.argv)
 
 
 @st.composite
 def conversations(draw: st.DrawFn, bench: Bench, surroundings: Surroundings) -> tuple[bool, list[Step]]:
     """Whether it begins with a greeting, and its steps: some once more, and at its end anything."""
     well_formed = steps(requests(bench), argvs(surroundings))
-    played = draw(st.lists(well_formed, max_size=15))
-    if played:
-        played += draw(st.lists(st.sampled_from(played), max_size=5))
-    played += draw(st.lists(forgeries(well_formed), max_size=3))
-    return draw(st.integers(0, 9)) > 0, played
+    # hypothesis likes short lists, in which nothing meets
+    played = draw(st.lists(well_formed, min_size=6, max_size=20))
+    played += draw(st.lists(st.sampled_from(played), max_size=5))
+    played += draw(st.lists(forgeries(bench, well_formed), max_size=3))
+    return not draw(st.sampled_from(SELDOM)), played
 
 
 # --- played
@@ -318,6 +345,7 @@ class Conversation:
             assert found, reply
             if isinstance(reply, Launched):
                 assert found[-1][1], reply
+                self._surroundings.launched += 1
                 self._unanswered.remove(found[-1])
             else:
                 self._unanswered.remove(found[0])
@@ -399,4 +427,5 @@ def test_any_conversation(bench: Bench) -> None:
         while count == 0 or time.monotonic() < deadline:
             play()
             count += CONVERSATIONS
-        print(f"{count} conversations")
+        print(f"{count} conversations, {surroundings.launched} launches")
+        assert surroundings.launched
