@@ -24,7 +24,8 @@ SERVER_CALLS: Final = (
     *("ftruncate", "fdatasync", "unlinkat"),
 )
 # Each of these steps is gone through, or, without -m slow, one of so many.
-SAMPLED: Final = pytest.mark.parametrize("stride", [13, pytest.param(1, marks=pytest.mark.slow)])
+EVERY_STEP: Final = (pytest.mark.slow, pytest.mark.timeout(3600))
+SAMPLED: Final = pytest.mark.parametrize("stride", [13, pytest.param(1, marks=EVERY_STEP)])
 FIRST_STAGE, INIT, COMMAND = 1, 2, 3  # generations after the launcher
 
 pytestmark = pytest.mark.skipif(not SUPPORTED, reason=WHY_NOT)
