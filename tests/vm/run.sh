@@ -24,13 +24,13 @@ if [ "$*" = before-power-cut ]; then
 fi
 
 # All that touches the kernel: what is left out tests certificates, requests, roles and the command line, on any
-# host; reads the filter of system calls with a compiler, which is not here; or goes through hundreds of
-# conversations or system calls, which takes this machine too long.
+# host; reads the filter of system calls with a compiler, which is not here; or injects faults by the hundred,
+# which takes this machine too long.
 # Those of systemd come last: they install a service.
 if [ $# = 0 ]; then
     set -- tests/root tests/vm
-    for name in audit bad_input cli faults_network faults_steps grpc_fuzz identity_scope init_seccomp \
-        launcher_fuzz quota reload roles tls; do
+    for name in audit bad_input cli faults_network faults_processes faults_resources faults_steps grpc_fuzz \
+        identity_scope init_seccomp launcher_fuzz quota reload roles tls; do
         set -- "$@" --ignore "tests/root/test_$name.py"
     done
 fi
