@@ -100,6 +100,8 @@ class Surroundings:
             (jobs / "2" / name).symlink_to(self.canaries / name)
         self._kept: Final = (self.canaries, jobs)
         self._bystanders: Final = [stack.enter_context(bystander(uid)) for uid in (0, 65_534)]
+        # these, and what earlier tests have started: the service of the session, for one
+        self._others: Final = frozenset(children(os.getpid()))
         self._files: Final = self._look()
         self._cgroups: Final = set(self._foreign_cgroups())
 
@@ -118,7 +120,7 @@ class Surroundings:
             assert int(scratch.name) in launched
             assert not scratch.is_symlink()
             assert first <= scratch.lstat().st_uid < first + UIDS
-        for pid in set(descendants(parent)) - set(self._bystanders):
+        for pid in descendants(parent, self._others):
             status, program = _status(pid), program_of(pid)
             if program is None or not status:
                 continue  # it has just ended
@@ -184,9 +186,9 @@ def children(pid: int) -> list[int]:
     return [int(child) for found in lists for child in found]
 
 
-def descendants(pid: int) -> list[int]:
-    """Children, their children, and so on."""
-    found = children(pid)
+def descendants(pid: int, but: frozenset[int]) -> list[int]:
+    """Children, their children, and so on, but for some children with all of theirs."""
+    found = [child for child in children(pid) if child not in but]
     for child in found:
         found.extend(children(child))
     return found
