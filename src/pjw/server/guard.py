@@ -115,7 +115,7 @@ class Guard:
                             self._admitted(context, name, request, stream=True) as caller,
                             aclosing(method(_decoded(request), caller)) as answers,
                         ):
-                            await context.send_initial_metadata(((ADMITTED_KEY, "1"),))
+                            await _say_admitted(context)
                             async for answer in answers:
                                 await _write(context, answer)
                                 record.answered(answer)
@@ -191,6 +191,17 @@ class _Call:
 
 class _ReaderGoneError(Exception):
     """The client has gone; there is nobody to tell."""
+
+
+async def _say_admitted(context: Context) -> None:
+    # To its end, also when the call is ended meanwhile: while this is under way gRPC takes no status for the
+    # call, which would then hold up the end of the server. It waits for no client.
+    sending = asyncio.ensure_future(context.send_initial_metadata(((ADMITTED_KEY, "1"),)))
+    try:
+        await asyncio.shield(sending)
+    except asyncio.CancelledError:
+        await asyncio.wait({sending})
+        raise
 
 
 async def _write(context: Context, answer: Message) -> None:
