@@ -129,7 +129,7 @@ def check_jobs(service: Service, ledger: Ledger, clients: list[Client]) -> None:
     directories = {int(path.name) for path in (service.state / "jobs").iterdir()}
     known: set[int] = set()
     # a kill between the row of a job and its directory leaves the one without the other
-    interrupted: set[int] = set()
+    without_files: set[int] = set()
     for client in clients:
         with service.stub(client.client) as stub:
             by_id = {task.job_id: task for task in client.tasks.values() if task.job_id is not None}
@@ -150,7 +150,7 @@ def check_jobs(service: Service, ledger: Ledger, clients: list[Client]) -> None:
                 if job.command == BAD_PROGRAM and job.state == pb.JOB_STATE_LOST:
                     # its start was cut off before anybody could tell that it cannot be executed
                     ledger.count("bad starts that were cut off")
-                    interrupted.add(job.id)
+                    without_files.add(job.id)
                     continue
                 task = by_command.get(job.command)
                 if task is None or (task.job_id is not None and task.job_id != job.id):
@@ -165,12 +165,13 @@ def check_jobs(service: Service, ledger: Ledger, clients: list[Client]) -> None:
                 ledger.count("bytes of output", len(output))
                 ledger.count("jobs that were lost with their init", job.state == pb.JOB_STATE_LOST)
                 ledger.count("jobs whose start was not answered", task.job_id is None)
-                if task.job_id is None and job.state == pb.JOB_STATE_LOST:
-                    interrupted.add(job.id)
+                if not output or (task.job_id is None and job.state == pb.JOB_STATE_LOST):
+                    # a job that has ended without output has no files either
+                    without_files.add(job.id)
                 if wrong := task.complaint(job, output, init_killed=job.id in ledger.init_killed):
                     ledger.find(f"job {job.id} of {client.client} ({job.command[:100]}): {wrong}")
     ledger.count("jobs", len(known))
-    if not known - interrupted <= directories <= known:
+    if not known - without_files <= directories <= known:
         ledger.find(f"the table and the directories of jobs differ: {sorted(directories ^ known)[:20]}")
 
 
