@@ -42,6 +42,8 @@ class Context:
         self.metadata: list[tuple[str, str]] = []
         self.status: tuple[grpc.StatusCode, str, Any] | None = None
         self.on_write: Callable[[], Awaitable[None]] | None = None
+        self.on_metadata: Callable[[], Awaitable[None]] | None = None
+        self.sending_metadata = False
 
     def auth_context(self) -> dict[str, list[bytes]]:
         return self.properties
@@ -50,6 +52,10 @@ class Context:
         return "ipv4:127.0.0.1:1"
 
     async def send_initial_metadata(self, metadata: tuple[tuple[str, str], ...]) -> None:
+        self.sending_metadata = True
+        if self.on_metadata is not None:
+            await self.on_metadata()
+        self.sending_metadata = False
         self.metadata += metadata
 
     async def write(self, message: object) -> None:
@@ -58,6 +64,7 @@ class Context:
         self.written.append(message)
 
     async def abort(self, code: grpc.StatusCode, text: str, metadata: object) -> NoReturn:
+        assert not self.sending_metadata, "gRPC: too many operations"
         self.status = (code, text, metadata)
         raise AbortedError
 
@@ -336,6 +343,27 @@ async def test_revoking_ends_the_calls_of_that_client_alone(kind: str) -> None:
     await tasks[1]
     assert contexts[1].status is not None
     assert contexts[1].status[0] is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_draining_lets_the_first_metadata_out_first() -> None:
+    """While they are under way gRPC takes no status: a call that is ended just then is still told why."""
+    context, guard, released, reached = Context(), Guard(), asyncio.Event(), asyncio.Event()
+
+    async def slow() -> None:
+        reached.set()
+        await released.wait()
+
+    context.on_metadata = slow
+    calling = asyncio.ensure_future(call("stream", Methods(), context, guard))
+    await reached.wait()
+    guard.drain()
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not calling.done()
+    released.set()
+    await calling
+    assert context.status is not None and context.status[0] is grpc.StatusCode.UNAVAILABLE
+    assert (context.metadata, context.written) == ([(ADMITTED_KEY, "1")], [])
 
 
 async def test_draining_ends_a_write_that_is_stuck() -> None:
