@@ -1,9 +1,9 @@
-"""A service for all tests that need no other, and the proof that nothing stays behind."""
+"""A service and a state directory for tests that need no others, and the proof that nothing stays behind."""
 
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,9 +11,10 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from pjw.v1 import job_worker_pb2 as pb
+from pjw.worker import Worker
 from tests.scene import Scene, config_of
 from tests.service import Service, instance_cgroups, wait_for
-from tests.worker_harness import uid_range
+from tests.worker_harness import Bench, open_bench, uid_range
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -31,6 +32,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.skip(reason="slow: ask for it with -m slow"))
+
+
+@pytest.fixture
+async def bench() -> AsyncIterator[Bench]:
+    """A state directory, and the proof that nothing stays behind."""
+    async with open_bench() as bench:
+        yield bench
+
+
+@pytest.fixture
+async def worker(bench: Bench) -> Worker:
+    """A worker with the default settings."""
+    return await bench.open()
 
 
 @pytest.fixture

@@ -24,12 +24,6 @@ async def bench() -> AsyncIterator[Bench]:
         yield bench
 
 
-@pytest.fixture
-async def worker(bench: Bench) -> Worker:
-    """A worker with the default settings."""
-    return await bench.open()
-
-
 async def ask(worker: Worker, expression: str, **how: Any) -> Any:
     """What an expression of Python is inside a job; errors of the system are their errno."""
     script = f"""

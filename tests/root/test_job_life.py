@@ -4,7 +4,6 @@ import asyncio
 import errno
 import os
 import signal
-from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from tests.worker_harness import (
     ASK,
     MIB,
     Bench,
-    open_bench,
     open_descriptors,
     python,
     read_all,
@@ -60,19 +58,6 @@ def scatter(then: str, *, stubborn: bool = False) -> list[str]:
     """The argv of SCATTER and what its main process, maybe deaf to signals as well, does afterwards."""
     script = SCATTER.replace("STUBBORN", "branch(stubborn); stubborn()" if stubborn else "")
     return python(script.replace("COUNT", "6" if stubborn else "5") + then)
-
-
-@pytest.fixture
-async def bench() -> AsyncIterator[Bench]:
-    """A state directory, and the proof that nothing stays behind."""
-    async with open_bench() as bench:
-        yield bench
-
-
-@pytest.fixture
-async def worker(bench: Bench) -> Worker:
-    """A worker with the default settings."""
-    return await bench.open()
 
 
 # --- the end

@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -38,7 +38,7 @@ from pjw.launcher.protocol import (
 )
 from tests.property.test_protocol import BY_TYPE, limits
 from tests.root.test_launcher_hostile import BAD, Peer
-from tests.worker_harness import DEADLINE_SECONDS, MIB, NO_LIMITS, Bench, _status, open_bench
+from tests.worker_harness import DEADLINE_SECONDS, MIB, NO_LIMITS, Bench, _status
 
 CONVERSATIONS: Final = 40
 SECONDS: Final = float(os.environ.get("PJW_FUZZ_SECONDS", "0"))
@@ -390,13 +390,6 @@ def clean_up(bench: Bench) -> None:
         assert time.monotonic() < deadline, bench.remains()
     heir.close()
     assert bench.remains() == []
-
-
-@pytest.fixture
-async def bench() -> AsyncIterator[Bench]:
-    """A state directory, and the proof that nothing stays behind."""
-    async with open_bench() as bench:
-        yield bench
 
 
 @pytest.fixture

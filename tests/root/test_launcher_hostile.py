@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +42,7 @@ from pjw.launcher.protocol import (
     Terminate,
 )
 from pjw.model import JobState, Usage
-from tests.worker_harness import DEADLINE_SECONDS, NO_LIMITS, Bench, open_bench, start
+from tests.worker_harness import DEADLINE_SECONDS, NO_LIMITS, Bench, start
 
 Descriptors = list[int]
 
@@ -159,13 +159,6 @@ class Peer:
         with self._errors:
             assert self.end() in (0, 1), self.words()
             assert "Traceback" not in self.words()
-
-
-@pytest.fixture
-async def bench() -> AsyncIterator[Bench]:
-    """A state directory, and the proof that nothing stays behind."""
-    async with open_bench() as bench:
-        yield bench
 
 
 @pytest.fixture

@@ -29,20 +29,6 @@ from tests.worker_harness import (
     start_said,
 )
 
-
-@pytest.fixture
-async def bench() -> AsyncIterator[Bench]:
-    """A state directory, and the proof that nothing stays behind."""
-    async with open_bench() as bench:
-        yield bench
-
-
-@pytest.fixture
-async def worker(bench: Bench) -> Worker:
-    """A worker with the default settings."""
-    return await bench.open()
-
-
 # --- CPU, memory, processes, disk
 
 

@@ -4,7 +4,6 @@ import asyncio
 import os
 import signal
 import sqlite3
-from collections.abc import AsyncIterator
 
 import pytest
 
@@ -17,7 +16,6 @@ from tests.worker_harness import (
     Bench,
     WorkerProcess,
     launchers_of,
-    open_bench,
     read_all,
     run,
     start,
@@ -26,13 +24,6 @@ from tests.worker_harness import (
 
 # Lines that are long enough to tell a gap or a repeat, from 0 on, each after it was asked for.
 COUNT = ASK + "echo ready; i=0; while read x <&3; do echo line $i of output; i=$((i+1)); done"
-
-
-@pytest.fixture
-async def bench() -> AsyncIterator[Bench]:
-    """A state directory, and the proof that nothing stays behind."""
-    async with open_bench() as bench:
-        yield bench
 
 
 def kill_launcher() -> None:

@@ -2,7 +2,6 @@
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
 
@@ -12,14 +11,7 @@ from pjw.errors import JobNotFoundError, JobStateError, LimitReachedError
 from pjw.model import JobState
 from pjw.worker import Worker
 from pjw.worker.settings import Quotas, Retention
-from tests.worker_harness import ASK, MIB, Bench, open_bench, read_all, run, start, start_said
-
-
-@pytest.fixture
-async def bench() -> AsyncIterator[Bench]:
-    """A state directory, and the proof that nothing stays behind."""
-    async with open_bench() as bench:
-        yield bench
+from tests.worker_harness import ASK, MIB, Bench, read_all, run, start, start_said
 
 
 def files(bench: Bench) -> list[str]:

@@ -6,7 +6,6 @@ import os
 import stat
 import subprocess
 import sys
-from collections.abc import AsyncIterator
 from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 
@@ -29,7 +28,6 @@ from tests.worker_harness import (
     PROJECT,
     Bench,
     launchers_of,
-    open_bench,
     open_descriptors,
     read_all,
     read_until,
@@ -59,19 +57,6 @@ async def main(state_dir: str) -> int:
 
 sys.exit(asyncio.run(main(sys.argv[1])))
 """
-
-
-@pytest.fixture
-async def bench() -> AsyncIterator[Bench]:
-    """A state directory, and the proof that nothing stays behind."""
-    async with open_bench() as bench:
-        yield bench
-
-
-@pytest.fixture
-async def worker(bench: Bench) -> Worker:
-    """A worker with the default settings."""
-    return await bench.open()
 
 
 async def test_the_readme_program_runs(bench: Bench) -> None:
