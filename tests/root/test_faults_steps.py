@@ -6,6 +6,7 @@ each takes a new pjwd, a sample of the steps is gone through, and with -m slow a
 
 import errno
 import itertools
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import grpc
@@ -109,30 +110,34 @@ def test_init_killed_at_each_step_of_a_start(scene: Scene, generation: int) -> N
 @SAMPLED
 def test_the_launcher_killed_at_each_step_of_a_start(scene: Scene, stride: int) -> None:
     """pjwd ends; the next one knows what was acknowledged, and finds or clears away what was not."""
-    for step in itertools.count(2, stride):
-        with Tracer(scene.service.launcher_pid(), step, "kill") as tracer:
-            job = start(scene, "echo begun; exec sleep 100")
-        if not tracer.hit:
-            break
-        scene.restart()
-        if isinstance(job, pb.Job):
-            assert scene.jobs_of("alice")[job.id].state == pb.JOB_STATE_RUNNING
-        else:
-            assert job is grpc.StatusCode.UNAVAILABLE
-        scene.goes_on()
-        settle(scene)
-    assert step > 40
+    steps = itertools.count(2, stride)
+
+    def trace(step: int) -> Tracer:
+        return Tracer(scene.service.launcher_pid(), step, "kill")
+
+    assert kill_in_starts(scene, trace, steps) > 40
     finish(scene)
 
 
 @SAMPLED
 def test_the_server_killed_at_each_step_of_a_start(scene: Scene, stride: int) -> None:
     """The same for the server, whatever its threads are about to do."""
-    for step in itertools.count(5, stride):
-        with Tracer(scene.service.pid, step, "kill", calls=SERVER_CALLS) as tracer:
+    steps = itertools.count(5, stride)
+
+    def trace(step: int) -> Tracer:
+        return Tracer(scene.service.pid, step, "kill", calls=SERVER_CALLS)
+
+    assert kill_in_starts(scene, trace, steps) > 30
+    finish(scene)
+
+
+def kill_in_starts(scene: Scene, trace: Callable[[int], Tracer], steps: Iterator[int]) -> int:
+    """Have a start killed at each step, and pjwd started again; the step that no start came to."""
+    for step in steps:
+        with trace(step) as tracer:
             job = start(scene, "echo begun; exec sleep 100")
         if not tracer.hit:
-            break
+            return step
         scene.restart()
         if isinstance(job, pb.Job):
             assert scene.jobs_of("alice")[job.id].state == pb.JOB_STATE_RUNNING
@@ -140,8 +145,7 @@ def test_the_server_killed_at_each_step_of_a_start(scene: Scene, stride: int) ->
             assert job is grpc.StatusCode.UNAVAILABLE
         scene.goes_on()
         settle(scene)
-    assert step > 30
-    finish(scene)
+    raise AssertionError("unreachable")
 
 
 PATIENT: Final = "trap 'echo heard; exit 3' TERM; echo ready; while :; do sleep 100 & wait; done"
