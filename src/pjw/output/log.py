@@ -66,15 +66,26 @@ class OutputLog:
 
     @contextmanager
     def open(self) -> Iterator[int]:
-        """A descriptor to read from. Raises KernelError."""
+        """A descriptor to read from; of a job that ended without output there need not be a file.
+
+        Raises KernelError.
+        """
         try:
-            descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = self._open()
         except OSError as error:
             raise KernelError("open the output", self._path, error.errno or 0) from error
         try:
             yield descriptor
         finally:
             os.close(descriptor)
+
+    def _open(self) -> int:
+        try:
+            return os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            if not self._ended:
+                raise
+            return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
 
 async def read_at(descriptor: int, offset: int, count: int) -> bytes:

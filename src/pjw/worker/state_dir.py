@@ -24,7 +24,7 @@ from pjw.errors import RESOURCE_ERRNOS, ConfigError, KernelError, LimitReachedEr
 from pjw.worker.record import RECORD_BYTES
 from pjw.worker.store import JobStore
 
-P = ParamSpec("P")
+_P = ParamSpec("_P")
 
 
 class StateDir:
@@ -147,7 +147,7 @@ class StateDir:
         except OSError as error:
             raise KernelError("remove the directory of", f"job {job_id}", error.errno or 0) from error
 
-    async def in_thread(self, function: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+    async def in_thread(self, function: Callable[_P, None], *args: _P.args, **kwargs: _P.kwargs) -> None:
         """Call `settle` or `remove_job` without holding the event loop up."""
         await asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *args, **kwargs))
 

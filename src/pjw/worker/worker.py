@@ -14,7 +14,6 @@ from pjw.errors import (
     JobStateError,
     LauncherGoneError,
     LimitReachedError,
-    OffsetError,
     OutputLostError,
     PjwError,
 )
@@ -340,13 +339,6 @@ class Worker:
                     f"the output of job {job_id} is cut short: the host went down, and of {expected} bytes"
                     f" {size} were on its disk"
                 )
-            if size == 0:
-                # there need not be a file
-                if offset:
-                    raise OffsetError(f"cannot read output from byte {offset}: it has 0 bytes")
-                if lost:
-                    raise lost
-                return
             output = OutputLog(self._state.output_path(job_id), self._inotify, ended=True)
         # aclosing: a generator that is left to the garbage collector would keep its watch
         async with aclosing(follow(output, offset)) as chunks:
