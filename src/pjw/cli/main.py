@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     if arguments.all and arguments.run is _start:
-        parser.error("--all is for list, get, stop and logs; a job that you start is yours")
+        parser.error("--all is for list, get, stop, logs and rm; a job that you start is yours")
     try:
         _prepare_stdout()
         settings = find_settings(arguments)
