@@ -15,7 +15,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
-from tests.service import BIN, Service, wait_for
+from tests.service import BIN, Service, wait_for, waiting_ids
 from tests.worker_harness import UIDS, processes_where
 
 # What a client may wait at most while another's trouble goes on.
@@ -200,7 +200,7 @@ class Scene:
     def remains(self) -> list[str]:
         """What jobs leave while they run, and what must be gone after a failed start."""
         state = str(self.service.state)
-        scratch = [str(path) for path in (self.service.state / "scratch").iterdir()]
+        scratch = [str(path) for path in self.service.scratch()]
         first = self._uid_first
         processes = processes_where(lambda status: first <= int(status["Uid"].split()[0]) < first + UIDS)
         mounts = [line for line in Path("/proc/self/mounts").read_text().splitlines() if f" {state}/" in line]
@@ -213,7 +213,10 @@ class Scene:
         return [path for path in self.remains() if path.startswith("/") and Path(path).name not in known]
 
     def _descriptors(self) -> tuple[int, int]:
-        return self.service.descriptors(), len(os.listdir(f"/proc/{self.service.launcher_pid()}/fd"))
+        # an init that waits is two of the launcher's
+        waiting = len(waiting_ids(self.service.state))
+        launcher = len(os.listdir(f"/proc/{self.service.launcher_pid()}/fd"))
+        return self.service.descriptors(), launcher - 2 * waiting
 
     def _end_reader(self) -> None:
         self._reader.kill()

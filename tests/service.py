@@ -238,17 +238,35 @@ class Service:
                 ids += [job.id for job in stub.List(pb.ListRequest()).jobs]
         # files of a job that is listed may go at any time: those of a silent one do after its end
         jobs = [name for name in os.listdir(self.state / "jobs") if int(name) not in ids]
-        scratch = sorted(os.listdir(self.state / "scratch"))
+        scratch = sorted(path.name for path in self.scratch())
         return ids, jobs, scratch, self.job_cgroups()
 
     def job_cgroups(self) -> list[Path]:
         """Every cgroup of a job of this service, whatever the version."""
         return job_cgroups(self.state)
 
+    def scratch(self) -> list[Path]:
+        """The scratch directories of jobs."""
+        found = list((self.state / "scratch").iterdir())
+        waiting = {str(job_id) for job_id in waiting_ids(self.state)}
+        return [path for path in found if path.name not in waiting]
+
 
 def job_cgroups(state_dir: Path) -> list[Path]:
     """Every cgroup of a job that belongs to a state directory."""
-    return [path for parent in instance_cgroups(state_dir) for path in parent.iterdir() if path.is_dir()]
+    found = [path for parent in instance_cgroups(state_dir) for path in parent.iterdir() if path.is_dir()]
+    waiting = {f"job-{job_id}" for job_id in waiting_ids(state_dir)}
+    return [path for path in found if path.name not in waiting]
+
+
+def waiting_ids(state_dir: Path) -> set[int]:
+    """The ids for which the launcher has an init that waits: their scratch directories are root's."""
+    found = set()
+    for path in (state_dir / "scratch").glob("*"):
+        with suppress(FileNotFoundError):
+            if path.lstat().st_uid == 0:
+                found.add(int(path.name))
+    return found
 
 
 def instance_cgroups(state_dir: Path) -> list[Path]:

@@ -23,6 +23,7 @@ from pjw.model import Job, JobSpec, Limits
 from pjw.output.inotify import Inotify
 from pjw.worker import Worker, WorkerSettings
 from pjw.worker.settings import UID_FIRST
+from tests.service import waiting_ids
 
 MIB: Final = 1024**2
 DEADLINE_SECONDS: Final = 60
@@ -73,6 +74,7 @@ class Bench:
             await self.close(worker)
         assert self.remains() == []
         assert self._parents() == []
+        assert not any((self.state / "scratch").glob("*"))
 
     def remains(self) -> list[str]:
         """All that jobs leave while they run: cgroups, scratch directories, processes."""
@@ -82,7 +84,9 @@ class Bench:
     def cgroups(self, job_id: int | None = None) -> list[Path]:
         """The cgroups of all jobs of this bench, or of one: several on v1, one on v2."""
         name = "job-*" if job_id is None else f"job-{job_id}"
-        return sorted(path for parent in self._parents() for path in parent.glob(name))
+        found = sorted(path for parent in self._parents() for path in parent.glob(name))
+        waiting = {f"job-{waiting_id}" for waiting_id in waiting_ids(self.state)}
+        return [path for path in found if path.name not in waiting]
 
     def _parents(self) -> list[Path]:
         instance = instance_name(os.path.realpath(self.state))
@@ -93,8 +97,10 @@ class Bench:
         return found
 
     def scratch(self) -> list[Path]:
-        """The scratch directories."""
-        return sorted((self.state / "scratch").glob("*"))
+        """The scratch directories of jobs."""
+        found = sorted((self.state / "scratch").glob("*"))
+        waiting = {str(job_id) for job_id in waiting_ids(self.state)}
+        return [path for path in found if path.name not in waiting]
 
     def processes(self) -> list[int]:
         """Every process on this host with a user id of this bench's jobs, zombies too."""

@@ -1,5 +1,6 @@
 """A service and a state directory for tests that need no others, and the proof that nothing stays behind."""
 
+import os
 import shutil
 import signal
 import tempfile
@@ -105,10 +106,11 @@ def finish(service: Service) -> None:
     with suppress(AssertionError):
         wait_for(lambda: not service.job_cgroups(), 10)
     left = service.job_cgroups()
-    scratch = list((service.state / "scratch").iterdir())
+    scratch = service.scratch()
     code = service.stop()
     log = service.log.read_text()
     # the launcher ends when it sees that its server has
     wait_for(lambda: not instance_cgroups(service.state), 10)
     assert (left, scratch, code) == ([], [], 0), log
+    assert os.listdir(service.state / "scratch") == []
     assert "Traceback" not in log, log

@@ -269,6 +269,7 @@ async def test_a_step_of_the_launcher_that_fails(bench: Bench, worker: Worker) -
     ) as caught:
         await start(worker, ["true"])
     assert caught.value.errno == errno.EEXIST
+    (bench.state / "scratch" / "1").rmdir()
     assert nothing_made(bench) == []
     assert await worker.list() == []
     assert (await run(worker, ["true"]))[0].id == 2
@@ -276,16 +277,15 @@ async def test_a_step_of_the_launcher_that_fails(bench: Bench, worker: Worker) -
 
 async def test_a_cgroup_that_is_there_already(bench: Bench, worker: Worker) -> None:
     """A cgroup of the next id, which a table that was taken away may leave: refused, and not used."""
-    await run(worker, ["echo", "kept"])
     parents = bench._parents()
     for parent in parents:
-        (parent / "job-2").mkdir()
-    with pytest.raises(Exception, match="cannot create the cgroup of job 2: it exists"):
+        (parent / "job-1").mkdir()
+    with pytest.raises(Exception, match="cannot create the cgroup of job 1: it exists"):
         await start(worker, ["true"])
     for parent in parents:
-        (parent / "job-2").rmdir()
-    assert nothing_made(bench) == [str(bench.state / "jobs" / "1")]
-    assert [job.id for job in await worker.list()] == [1]
+        (parent / "job-1").rmdir()
+    assert nothing_made(bench) == []
+    assert await worker.list() == []
 
 
 async def test_a_step_of_init_that_fails(bench: Bench) -> None:

@@ -22,6 +22,7 @@ import pytest
 
 from pjw.launcher import protocol
 from pjw.launcher.policy import JOB_ID_MAX
+from pjw.launcher.pool import SIZE
 from pjw.launcher.protocol import (
     Account,
     Accounted,
@@ -42,6 +43,7 @@ from pjw.launcher.protocol import (
     Terminate,
 )
 from pjw.model import JobState, Usage
+from tests.service import wait_for, waiting_ids
 from tests.worker_harness import DEADLINE_SECONDS, NO_LIMITS, Bench, start
 
 Descriptors = list[int]
@@ -404,7 +406,8 @@ def test_a_launch_with_a_descriptor_of_the_wrong_kind(
 
 def test_refused_launches_leave_no_descriptor(bench: Bench, peer: Peer) -> None:
     """However many descriptors come with refused requests, the launcher keeps none."""
-    before = peer.open_descriptors()
+    # two for each init that will wait
+    before = peer.open_descriptors() + 2 * SIZE
     for _ in range(20):
         assert isinstance(peer.launch(1, uid=0), Refused)
         assert isinstance(peer.launch(1, argv=["/nonexistent"]), Refused)
@@ -554,21 +557,47 @@ def test_a_process_in_a_job_s_cgroup_that_is_no_init(bench: Bench, peer: Peer) -
     """A cgroup of ours with a process that is not PID 1 of a namespace: not adopted, so never signalled."""
     assert isinstance(peer.launch(1), Launched)
     parents = bench._parents()
-    cgroups = [parent / "job-2" for parent in parents]
+    cgroups = [parent / "job-20" for parent in parents]
     process = subprocess.Popen(["sleep", "60"])
     try:
         for cgroup in cgroups:
             cgroup.mkdir()
             (cgroup / "cgroup.procs").write_text(str(process.pid))
-        assert peer.ask(Adopt(2)) == Adopted(alive=False, known=True)
-        assert peer.ask(Terminate(2)) == Done()
-        assert peer.ask(Kill(2, init_too=False)) == Done()
+        assert peer.ask(Adopt(20)) == Adopted(alive=False, known=True)
+        assert peer.ask(Terminate(20)) == Done()
+        assert peer.ask(Kill(20, init_too=False)) == Done()
         assert process.poll() is None
-        assert isinstance(peer.ask(Remove(2)), Refused)
+        assert isinstance(peer.ask(Remove(20)), Refused)
     finally:
         process.kill()
         process.wait()
-    assert peer.ask(Remove(2)) == Done()
+    assert peer.ask(Remove(20)) == Done()
+
+
+# --- inits that wait
+
+
+def test_requests_for_a_job_that_has_not_been_launched(bench: Bench, peer: Peer) -> None:
+    """An init waits for it, and nothing but its launch reaches that."""
+    assert isinstance(peer.launch(1), Launched)
+    wait_for(lambda: len(waiting_ids(bench.state)) == SIZE)
+    for request in (Adopt(2), Account(2), Remove(2), Kill(2, init_too=True)):
+        reply = peer.ask(request)
+        assert isinstance(reply, Refused)
+        assert reply.kind == "state"
+    assert peer.ask(Terminate(2)) == Done()
+    assert peer.ask(Kill(2, init_too=False)) == Done()
+    assert peer.ask(JobIds(after=0)) == JobIdPage((1,))
+    assert isinstance(peer.launch(2), Launched)
+
+
+def test_ids_that_are_left_out(bench: Bench, peer: Peer) -> None:
+    """Those who wait for them are not kept: never more of them than the pool has place for."""
+    for first in (1, 100, 3, JOB_ID_MAX):
+        assert isinstance(peer.launch(first), Launched)
+        ahead = {job_id for job_id in range(first + 1, first + SIZE + 1) if job_id <= JOB_ID_MAX}
+        wait_for(lambda: waiting_ids(bench.state) >= ahead)  # noqa: B023  called at once
+        assert len(waiting_ids(bench.state)) <= 2 * SIZE
 
 
 # --- the operator's files

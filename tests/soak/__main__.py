@@ -191,7 +191,7 @@ def check_remains(service: Service, ledger: Ledger, uid_first: int) -> None:
         uids = range(uid_first, uid_first + UIDS)
         return [
             *map(str, service.job_cgroups()),
-            *map(str, (service.state / "scratch").iterdir()),
+            *map(str, service.scratch()),
             *[f"process {pid}" for pid in processes_where(lambda s: int(s["Uid"].split()[0]) in uids)],
             *[line for line in mounts if f" {service.state}/" in line],
         ]

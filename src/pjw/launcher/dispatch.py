@@ -5,12 +5,9 @@ that its next report moves on, so a slow start holds nobody up.
 """
 
 import array
-import contextlib
 import errno
 import os
 import resource
-import select
-import selectors
 import signal
 import socket
 from collections.abc import Callable
@@ -24,8 +21,10 @@ from pjw.launcher.cgroup import Cgroup, Hierarchy, disks_under, open_hierarchy
 from pjw.launcher.lock import hold_lock
 from pjw.launcher.operator_files import open_operator_file
 from pjw.launcher.policy import Policy, check_job_id, instance_name
+from pjw.launcher.pool import SIZE, Init, Pool
+from pjw.launcher.processes import Watcher, has_ended, send_signal
 from pjw.launcher.scratch import Scratch
-from pjw.launcher.spawn import Cloned, Execed, Failed, read_report, spawn_init
+from pjw.launcher.spawn import Cloned, Execed, Failed, read_report, send_order
 from pjw.model import Usage
 
 # What a launch takes while it is under way; and what is kept for all else that must go on when a client
@@ -46,9 +45,7 @@ class LaunchInProgress:
     """A launch between its request and its answer."""
 
     seq: int
-    job_id: int
-    cgroup: Cgroup
-    report: socket.socket
+    init: Init
 
 
 class Launcher:
@@ -56,12 +53,13 @@ class Launcher:
 
     def __init__(self, requests: socket.socket) -> None:
         self._requests: Final = requests
-        self._selector: Final = selectors.DefaultSelector()
+        self._watcher: Final = Watcher()
         self._phase = Phase.GREETING
         self._open = True
         self._policy: Policy
         self._hierarchy: Hierarchy
         self._scratch: Scratch
+        self._pool: Pool
         # pidfds of the inits of jobs that have not been removed
         self._inits: Final[dict[int, int]] = {}
         # jobs whose launch has not been answered; until then they are nothing but its own
@@ -73,20 +71,22 @@ class Launcher:
         Launches in progress are left to themselves then: init goes on without us, and the
         next launcher finds the job by its cgroup.
         """
-        self._watch(self._requests, self._on_request)
+        self._watcher.watch(self._requests, self._on_request)
         try:
             while self._open:
-                for key, _ in self._selector.select():
-                    # What one of them does may end the watch of another: a launch that failed
-                    # reports that, and its init ends, at the same moment.
-                    if self._selector.get_map().get(key.fd) == key:
-                        key.data()
+                # ahead of a start only when there is nothing else to do: not while one is under way
+                idle = self._phase is Phase.SERVING and self._pool.wants_more and not self._launching
+                if not self._watcher.run_once(wait=not idle) and idle:
+                    self._pool.fill()
         finally:
-            if self._phase is Phase.SERVING:
-                self._hierarchy.release()
+            self.close()
 
-    def _watch(self, source: socket.socket | int, callback: Callable[[], None]) -> None:
-        self._selector.register(source, selectors.EVENT_READ, callback)
+    def close(self) -> None:
+        """Let go of all but the jobs."""
+        if self._phase is Phase.SERVING:
+            self._pool.close()
+            self._hierarchy.release()
+        self._watcher.close()
 
     def _on_request(self) -> None:
         # One request a turn, so that reports are not held up behind a burst of requests.
@@ -165,78 +165,71 @@ class Launcher:
         self._hierarchy = open_hierarchy(
             instance_name(request.state_dir), io_devices=disks, supervisor_pids=(os.getpid(), os.getppid())
         )
+        self._pool = Pool(self._watcher, self._policy, self._hierarchy, self._scratch)
         self._phase = Phase.SERVING
         return (protocol.Done(),)
 
     def answer_launch(self, seq: int, request: protocol.Launch, descriptors: list[int]) -> "Answer":
-        """Make the cgroup with its limits, then the scratch directory, then spawn init."""
+        """Take an init that waits, or make one: cgroup, scratch directory, init; then give it its order."""
+        job_id = request.job_id
         self._policy.check_launch(request, descriptors)
-        self._require_room(request.job_id)
+        if job_id in self._launching or job_id in self._inits:
+            raise JobStateError(f"cannot launch job {job_id}: it is there already")
+        self._require_room(job_id)
         try:
-            cgroup = self._hierarchy.create(request.job_id, request.limits)
+            init = self._pool.take(job_id, request.limits)
         except ConfigError as error:
             # an io limit where there is no disk: not the defaults, so this client's wish
             raise InvalidJobError(str(error)) from None
         try:
-            scratch = self._scratch.create(request.job_id, request.uid)
-            pid, report = spawn_init(request, self._policy, cgroup, scratch, descriptors)
+            self._scratch.give_to(job_id, request.uid)
+            send_order(init.report, request, descriptors)
         except (OSError, PjwError) as error:
-            self._scratch.remove_if_empty(request.job_id)
-            cgroup.remove()
+            self._pool.discard(init)
             if isinstance(error, OSError):
-                raise KernelError("spawn init of", f"job {request.job_id}", error.errno or 0) from error
+                raise KernelError(
+                    "give an order to the init of", f"job {job_id}", error.errno or 0
+                ) from error
             raise
-        self._reap_at_end(pid)
-        self._launching.add(request.job_id)
-        launch = LaunchInProgress(seq, request.job_id, cgroup, report)
-        self._watch(report, lambda: self._on_report(launch))
+        self._launching.add(job_id)
+        if init.pidfd >= 0:
+            self._inits[job_id] = init.pidfd
+        launch = LaunchInProgress(seq, init)
+        self._watcher.unwatch(init.report)
+        self._watcher.watch(init.report, lambda: self._on_report(launch))
         return None
 
     def _require_room(self, job_id: int) -> None:
         # A descriptor that cannot be had once init runs would end us, see main().
         room = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_DESCRIPTORS
-        if len(self._inits) + LAUNCH_DESCRIPTORS * (len(self._launching) + 1) > room:
+        if len(self._inits) + LAUNCH_DESCRIPTORS * (len(self._launching) + SIZE + 1) > room:
             raise KernelError("launch", f"job {job_id}", errno.EMFILE)
 
     def _on_report(self, launch: LaunchInProgress) -> None:
-        match read_report(launch.report):
+        init = launch.init
+        match read_report(init.report):
             case Cloned(pidfd):
-                self._inits[launch.job_id] = pidfd
+                init.pidfd = self._inits[init.job_id] = pidfd
                 # The parent of init is this process (CLONE_PARENT), so it must reap it.
-                self._watch(pidfd, lambda: self._on_init_end(pidfd))
+                self._watcher.reap_at_end(pidfd)
             case Execed(started_ns):
-                self._close_report(launch)
-                self._reply(launch.seq, protocol.Launched(started_ns), self._inits[launch.job_id])
+                self._watcher.unwatch(init.report)
+                init.report.close()
+                self._launching.discard(init.job_id)
+                self._reply(launch.seq, protocol.Launched(started_ns), init.pidfd)
             case Failed() as failed:
-                self._close_report(launch)
                 self._on_launch_failure(launch, failed)
 
-    def _close_report(self, launch: LaunchInProgress) -> None:
-        self._selector.unregister(launch.report)
-        launch.report.close()
-        self._launching.discard(launch.job_id)
-
-    def _on_init_end(self, pidfd: int) -> None:
-        self._selector.unregister(pidfd)
-        reap(pidfd)
-
     def _on_launch_failure(self, launch: LaunchInProgress, failed: Failed) -> None:
-        # init ends by itself after its report; SIGKILL is for one that reported nothing. Its
+        # init ends by itself after its report; it is killed as well, for one that reported nothing. Its
         # cgroup's removal waits for what is still dying in it.
-        pidfd = self._inits.pop(launch.job_id, None)
-        if pidfd is not None:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            wait_for(pidfd)
-            with contextlib.suppress(KeyError):
-                self._selector.unregister(pidfd)
-            reap(pidfd)
-            os.close(pidfd)
+        job_id = launch.init.job_id
+        self._launching.discard(job_id)
+        self._inits.pop(job_id, None)
         kind = "exec" if failed.step == "exec" else "kernel"
-        refusal = protocol.Refused(kind, failed.operation, f"job {launch.job_id}", failed.errno, "")
-        self._scratch.remove_if_empty(launch.job_id)
+        refusal = protocol.Refused(kind, failed.operation, f"job {job_id}", failed.errno, "")
         try:
-            launch.cgroup.remove()
+            self._pool.discard(launch.init)
         except KernelError as error:
             refusal = refusal_of(error)
         self._reply(launch.seq, refusal)
@@ -261,7 +254,7 @@ class Launcher:
         The second may be alone: a host that goes down forgets cgroups, and the last removals.
         """
         left = {*self._hierarchy.job_ids(), *self._scratch.job_ids()}
-        found = sorted(job_id for job_id in left if job_id > request.after)
+        found = sorted(job_id for job_id in left if job_id > request.after and job_id not in self._pool)
         return (protocol.JobIdPage(tuple(found[: protocol.MAX_JOB_IDS])),)
 
     def answer_terminate(self, seq: int, request: protocol.Terminate, descriptors: list[int]) -> "Answer":
@@ -275,6 +268,7 @@ class Launcher:
             self._signal_init(request.job_id, signal.SIGQUIT)
             return (protocol.Done(),)
         check_job_id(request.job_id)
+        self._check_not_waiting(request.job_id)
         self._signal_init(request.job_id, signal.SIGKILL)
         cgroup = self._hierarchy.find(request.job_id)
         if cgroup is not None:
@@ -286,8 +280,7 @@ class Launcher:
         # process that is not the init of a job.
         pidfd = self._inits.get(job_id)
         if pidfd is not None:
-            with contextlib.suppress(ProcessLookupError):  # it has ended: what was wanted
-                signal.pidfd_send_signal(pidfd, number)
+            send_signal(pidfd, number)
 
     def answer_account(self, seq: int, request: protocol.Account, descriptors: list[int]) -> "Answer":
         """Read what an ended job has used."""
@@ -301,14 +294,11 @@ class Launcher:
         self._ended_cgroup(request.job_id)
         pidfd = self._inits.pop(request.job_id, None)
         if pidfd is not None:
-            with contextlib.suppress(KeyError):
-                self._selector.unregister(pidfd)
-                reap(pidfd)
-            os.close(pidfd)
+            self._watcher.collect(pidfd)
         if self._scratch.remove_if_empty(request.job_id):
             return (self._removal_result(request.job_id),)
         pid = self._scratch.spawn_removal(request.job_id)
-        self._reap_at_end(pid, lambda: self._reply(seq, self._removal_result(request.job_id)))
+        self._watcher.reap_helper(pid, lambda: self._reply(seq, self._removal_result(request.job_id)))
         return None
 
     def _removal_result(self, job_id: int) -> protocol.Reply:
@@ -339,6 +329,12 @@ class Launcher:
         check_job_id(job_id)
         if job_id in self._launching:
             raise JobStateError(f"job {job_id} is being launched")
+        self._check_not_waiting(job_id)
+
+    def _check_not_waiting(self, job_id: int) -> None:
+        # It has a cgroup and an init, and is no job yet.
+        if job_id in self._pool:
+            raise JobStateError(f"job {job_id} has not been launched")
 
     def _ended_cgroup(self, job_id: int) -> Cgroup | None:
         self._check_not_launching(job_id)
@@ -348,18 +344,6 @@ class Launcher:
         if alive:
             raise JobStateError(f"job {job_id} has not ended")
         return cgroup
-
-    def _reap_at_end(self, pid: int, then: Callable[[], None] = lambda: None) -> None:
-        # safe against reuse of the pid: a child keeps its pid until we reap it
-        pidfd = os.pidfd_open(pid)
-
-        def on_end() -> None:
-            self._selector.unregister(pidfd)
-            reap(pidfd)
-            os.close(pidfd)
-            then()
-
-        self._watch(pidfd, on_end)
 
 
 Answer = tuple[protocol.Reply] | tuple[protocol.Reply, int] | None
@@ -428,26 +412,3 @@ def _is_namespace_init(pid: int) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         pass
     return False
-
-
-def has_ended(pidfd: int) -> bool:
-    """Tell whether the process of a pidfd has ended."""
-    return _poll(pidfd, 0)
-
-
-def wait_for(pidfd: int) -> None:
-    """Wait until a process that is ending has ended."""
-    _poll(pidfd, None)
-
-
-def _poll(pidfd: int, timeout: int | None) -> bool:
-    # not select(2): that takes no descriptor above 1023, and each job is one
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(timeout))
-
-
-def reap(pidfd: int) -> None:
-    """Collect an ended child; one that is not ours (adopted) has another who does."""
-    with contextlib.suppress(ChildProcessError):
-        os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)

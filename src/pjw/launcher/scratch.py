@@ -41,15 +41,22 @@ class Scratch:
         """The jobs that have a directory; other names there are not ours. Raises KernelError."""
         return job_ids_in(self._path, prefix="")
 
-    def create(self, job_id: int, uid: int) -> str:
-        """Make the directory of a job, its owner's alone. Raises KernelError."""
+    def create(self, job_id: int) -> str:
+        """Make the directory of a job, still root's. Raises KernelError."""
         path = self.path(job_id)
         try:
             os.mkdir(path, 0o700)
-            os.chown(path, uid, uid, follow_symlinks=False)
         except OSError as error:
             raise KernelError("make the scratch directory", path, error.errno or 0) from error
         return path
+
+    def give_to(self, job_id: int, uid: int) -> None:
+        """Make the directory of a job its owner's alone. Raises KernelError."""
+        path = self.path(job_id)
+        try:
+            os.chown(path, uid, uid, follow_symlinks=False)
+        except OSError as error:
+            raise KernelError("give away the scratch directory", path, error.errno or 0) from error
 
     def remove_if_empty(self, job_id: int) -> bool:
         """Remove the directory unless something is in it: then false."""

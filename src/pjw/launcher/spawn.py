@@ -1,7 +1,8 @@
-"""Spawns pjw-init and listens to its report: cgroup first, then init inside it.
+"""Spawns pjw-init, tells it what to start, and listens to its report.
 
 The report is a few short datagrams in words: `cloned` with a pidfd of init, then
 `execed NANOSECONDS` or `failed STEP ERRNO`. After `execed`, or at its end, the socket closes.
+The other way goes one datagram: the order, in the words of init's own options.
 """
 
 import array
@@ -48,47 +49,47 @@ class Failed:
         return f"do the step {self.step!r} of" if self.step else "hear from the init of"
 
 
-def spawn_init(
-    request: Launch, policy: Policy, cgroup: Cgroup, scratch: str, descriptors: Sequence[int]
-) -> tuple[int, socket.socket]:
-    """Spawn init for a job; give its first stage's pid and the socket that it reports to.
+def spawn_init(job_id: int, policy: Policy, cgroup: Cgroup, scratch: str) -> tuple[int, socket.socket]:
+    """Spawn an init that waits for its order; give its first stage's pid and the socket that it reports to.
 
     Raises OSError. posix_spawn(3) and not fork: a fork copies the interpreter's page tables,
     4 to 5 times the cost, and runs Python between fork and exec.
     """
-    argv_fd, output_fd, status_fd = descriptors
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         with theirs, cgroup.init_arguments() as cgroup_options:
-            inherited = (theirs.fileno(), argv_fd, output_fd, status_fd)
             pid = os.posix_spawn(
                 INIT_PROGRAM,
                 [
                     "pjw-init",
-                    *("--report-fd", str(theirs.fileno())),
-                    *("--argv-fd", str(argv_fd)),
-                    *("--output-fd", str(output_fd)),
-                    *("--status-fd", str(status_fd)),
+                    *("--report-fd", str(theirs.fileno()), "--wait"),
                     *cgroup_options,
-                    *("--uid", str(request.uid), "--gid", str(request.uid)),
-                    *("--hostname", f"job-{request.job_id}"),
-                    *("--scratch", scratch),
-                    # half of the memory, so that a full /tmp is ENOSPC before it is an OOM kill
-                    *("--tmp-bytes", str(request.limits.memory_max_bytes // 2)),
-                    *("--output-max", str(request.limits.output_max_bytes)),
-                    *("--time-max", str(request.limits.time_max_seconds)),
+                    *("--hostname", f"job-{job_id}", "--scratch", scratch),
                     *(word for path in policy.hidden_paths for word in ("--hide", path)),
                 ],
-                {**JOB_ENVIRONMENT, "PJW_JOB_ID": str(request.job_id)},
+                {**JOB_ENVIRONMENT, "PJW_JOB_ID": str(job_id)},
                 # dup2 of a descriptor to itself only clears its close-on-exec flag (posix_spawn
                 # in glibc since 2.29); every other descriptor of ours has that flag.
-                file_actions=[(os.POSIX_SPAWN_DUP2, fd, fd) for fd in inherited],
+                file_actions=[(os.POSIX_SPAWN_DUP2, theirs.fileno(), theirs.fileno())],
             )
     except BaseException:
         ours.close()
         raise
     ours.setblocking(False)
     return pid, ours
+
+
+def send_order(report: socket.socket, request: Launch, descriptors: Sequence[int]) -> None:
+    """Have an init start its job; *descriptors* are argv, output and status. Raises OSError."""
+    limits = request.limits
+    words = (
+        *("--uid", str(request.uid), "--gid", str(request.uid)),
+        # half of the memory, so that a full /tmp is ENOSPC before it is an OOM kill
+        *("--tmp-bytes", str(limits.memory_max_bytes // 2)),
+        *("--output-max", str(limits.output_max_bytes), "--time-max", str(limits.time_max_seconds)),
+    )
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
+    report.sendmsg([b"".join(word.encode() + b"\0" for word in words)], rights)
 
 
 def read_report(report: socket.socket) -> Cloned | Execed | Failed:

@@ -16,7 +16,7 @@
 #include <stdint.h>
 #include <sys/types.h>
 
-enum { HIDES_MAX = 64, CGROUPS_MAX = 16, ARGV_MAX_BYTES = 1 << 20 };
+enum { HIDES_MAX = 64, CGROUPS_MAX = 16, ARGV_MAX_BYTES = 1 << 20, ORDER_MAX_BYTES = 512 };
 
 /* Every step that can fail: its name in a report, and its words in "pjw-init: cannot ...". */
 #define STEPS(X)                                                        \
@@ -25,6 +25,7 @@ enum { HIDES_MAX = 64, CGROUPS_MAX = 16, ARGV_MAX_BYTES = 1 << 20 };
     X(CLONE, "clone", "clone into new namespaces")                      \
     X(STAGE0, "stage0", "hear from the first stage")                    \
     X(CGROUP, "enter-cgroup", "enter the cgroup")                       \
+    X(ORDER, "order", "read the order")                                 \
     X(CGROUP_NS, "unshare-cgroup", "make a cgroup namespace")           \
     X(KEYRING, "session-keyring", "make a session keyring")             \
     X(HOSTNAME, "hostname", "set the host name")                        \
@@ -72,6 +73,7 @@ enum reason { REASON_NONE, REASON_STOPPED, REASON_TIMED_OUT, REASON_OUTPUT_LIMIT
 
 /* options.c; a descriptor that was not given is -1, a number 0, a string NULL */
 struct options {
+    bool waits; /* for an order with what is not known yet: the user, the limits, the command, the files */
     int report_fd, status_fd, output_fd, cgroup_fd;
     int cgroup_procs_fds[CGROUPS_MAX];
     int cgroup_procs_count;
@@ -85,10 +87,14 @@ struct options {
     size_t argv_mapped_bytes; /* of argv when --argv-fd gave it; the strings follow the pointers */
 };
 void parse_options(int argc, char **argv, struct options *options);
+/* The words of an order, each ended by NUL, and the descriptors that came with it: argv, output, status. */
+enum { ORDER_FDS = 3 };
+void parse_order(char *words, size_t length, const int fds[ORDER_FDS], struct options *options);
 void release_argv(struct options *options);
 
 /* report.c */
 void report_to(int fd);
+void await_order(struct options *options);
 void report_cloned(int pidfd);
 void report_execed(int64_t realtime_ns);
 /* Report the step with errno, or say it on stderr with its subject (may be NULL), and _exit. */
@@ -102,8 +108,9 @@ int clone_init(const struct options *options, int *pidfd);
 int enter_cgroups(const struct options *options); /* gives an errno, 0 when in */
 void enter_namespaces(const struct options *options);
 
-/* mounts.c */
+/* mounts.c; the second when the order is known */
 void make_mounts(const struct options *options);
+void finish_mounts(const struct options *options);
 
 /* privilege.c */
 int set_oom_score_adj(const char *value);

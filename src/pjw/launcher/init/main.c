@@ -60,11 +60,14 @@ static _Noreturn void be_init(struct options *options, int go) {
         fail(STEP_CGROUP, NULL);
     enter_namespaces(options);
     make_mounts(options);
+    int write_end, signals = open_signals();
+    bound_to_kill();
+    if (options->waits)
+        await_order(options);
 
     struct output output;
-    int write_end, signals = open_signals();
+    finish_mounts(options);
     open_output(&output, options, &write_end);
-    bound_to_kill();
     pid_t command = start_command(options, write_end);
     close(write_end); /* or the pipe would never end */
     int64_t started_ns = realtime_ns();

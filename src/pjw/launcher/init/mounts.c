@@ -35,13 +35,15 @@ static int set_attributes(int fd, const char *path, unsigned flags, struct attri
     return (int)syscall(SYS_mount_setattr, fd, path, flags, &attributes, sizeof attributes);
 }
 
-static void mount_tmpfs(enum step step, const char *path, unsigned long flags, const char *mode,
-                        uint64_t bytes) {
-    char data[64];
-    snprintf(data, sizeof data, "mode=%s,size=%llu", mode, (unsigned long long)bytes);
-    if (!bytes)
-        snprintf(data, sizeof data, "mode=%s", mode);
+static void mount_tmpfs(enum step step, const char *path, unsigned long flags, const char *data) {
     if (mount("tmpfs", path, "tmpfs", flags, data) < 0)
+        fail(step, path);
+}
+
+static void resize_tmpfs(enum step step, const char *path, uint64_t bytes) {
+    char data[64];
+    snprintf(data, sizeof data, "size=%llu", (unsigned long long)bytes);
+    if (mount("tmpfs", path, "tmpfs", MS_REMOUNT | MS_NOSUID | MS_NODEV, data) < 0)
         fail(step, path);
 }
 
@@ -63,8 +65,8 @@ static int clone_scratch(const char *path) {
     return tree;
 }
 
-static void mount_run(const struct options *options, int scratch) {
-    mount_tmpfs(STEP_MOUNT_RUN, "/run", MS_NOSUID | MS_NODEV, "0755", 0);
+static void mount_run(int scratch) {
+    mount_tmpfs(STEP_MOUNT_RUN, "/run", MS_NOSUID | MS_NODEV, "mode=0755");
     int fd = open(HIDDEN_FILE, O_CREAT | O_EXCL | O_WRONLY | O_CLOEXEC, 0);
     if (fd < 0)
         fail(STEP_MOUNT_RUN, HIDDEN_FILE);
@@ -76,21 +78,19 @@ static void mount_run(const struct options *options, int scratch) {
             fail(STEP_MOUNT_SCRATCH, "/run/job");
         close(scratch);
     } else {
-        mount_tmpfs(STEP_MOUNT_SCRATCH, "/run/job", MS_NOSUID | MS_NODEV, "0700", options->tmp_bytes);
-        if (chown("/run/job", options->uid, options->gid) < 0)
-            fail(STEP_MOUNT_SCRATCH, "/run/job");
+        mount_tmpfs(STEP_MOUNT_SCRATCH, "/run/job", MS_NOSUID | MS_NODEV, "mode=0700");
     }
     if (set_attributes(AT_FDCWD, "/run", 0, (struct attributes){.set = ATTR_RDONLY}) < 0)
         fail(STEP_MOUNT_RUN, NULL);
 }
 
-static void mount_tmp(const struct options *options) {
-    mount_tmpfs(STEP_MOUNT_TMP, "/tmp", MS_NOSUID | MS_NODEV, "1777", options->tmp_bytes);
+static void mount_tmp(void) {
+    mount_tmpfs(STEP_MOUNT_TMP, "/tmp", MS_NOSUID | MS_NODEV, "mode=1777");
     if (mount("/tmp", "/var/tmp", NULL, MS_BIND, NULL) < 0 && errno != ENOENT)
         fail(STEP_MOUNT_TMP, "/var/tmp");
 }
 
-static void mount_dev(const struct options *options) {
+static void mount_dev(void) {
     static const struct {
         const char *path;
         unsigned minor;
@@ -103,7 +103,7 @@ static void mount_dev(const struct options *options) {
         {"/proc/self/fd", "/dev/fd"}, {"fd/0", "/dev/stdin"},   {"fd/1", "/dev/stdout"},
         {"fd/2", "/dev/stderr"},      {"pts/ptmx", "/dev/ptmx"},
     };
-    mount_tmpfs(STEP_MOUNT_DEV, "/dev", MS_NOSUID | MS_NOEXEC, "0755", 65536);
+    mount_tmpfs(STEP_MOUNT_DEV, "/dev", MS_NOSUID | MS_NOEXEC, "mode=0755,size=65536");
     for (size_t i = 0; i < sizeof devices / sizeof *devices; i++)
         if (mknod(devices[i].path, S_IFCHR | 0666, makedev(1, devices[i].minor)) < 0)
             fail(STEP_DEVICE, devices[i].path);
@@ -113,7 +113,7 @@ static void mount_dev(const struct options *options) {
         if (symlink(links[i].target, links[i].path) < 0)
             fail(STEP_DEVICE, links[i].path);
     make_directory(STEP_MOUNT_DEV, "/dev/shm", 0755);
-    mount_tmpfs(STEP_MOUNT_DEV, "/dev/shm", MS_NOSUID | MS_NODEV, "1777", options->tmp_bytes);
+    mount_tmpfs(STEP_MOUNT_DEV, "/dev/shm", MS_NOSUID | MS_NODEV, "mode=1777");
     make_directory(STEP_MOUNT_DEV, "/dev/pts", 0755);
     static const char pts[] = "newinstance,ptmxmode=0666,mode=0600";
     if (mount("devpts", "/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, pts) < 0)
@@ -185,7 +185,7 @@ static void mount_sys(void) {
         if (trees[i] < 0 && errno != ENOENT)
             fail(STEP_MOUNT_SYS, SHOWN[i]);
     }
-    mount_tmpfs(STEP_MOUNT_SYS, "/sys", INERT, "0755", 65536);
+    mount_tmpfs(STEP_MOUNT_SYS, "/sys", INERT, "mode=0755,size=65536");
     for (int i = 0; i < SHOWN_COUNT; i++) {
         if (trees[i] < 0)
             continue;
@@ -204,11 +204,24 @@ void make_mounts(const struct options *options) {
     struct attributes read_only = {.set = ATTR_RDONLY | ATTR_NOSUID | ATTR_NODEV, .propagation = MS_PRIVATE};
     if (set_attributes(AT_FDCWD, "/", AT_RECURSIVE, read_only) < 0)
         fail(STEP_READ_ONLY, NULL);
-    mount_run(options, scratch);
-    mount_tmp(options);
-    mount_dev(options);
+    mount_run(scratch);
+    mount_tmp();
+    mount_dev();
     mount_proc();
     mount_sys();
+}
+
+void finish_mounts(const struct options *options) {
+    if (options->tmp_bytes) {
+        resize_tmpfs(STEP_MOUNT_TMP, "/tmp", options->tmp_bytes);
+        resize_tmpfs(STEP_MOUNT_DEV, "/dev/shm", options->tmp_bytes);
+    }
+    if (!options->scratch) {
+        if (options->tmp_bytes)
+            resize_tmpfs(STEP_MOUNT_SCRATCH, "/run/job", options->tmp_bytes);
+        if (chown("/run/job", options->uid, options->gid) < 0)
+            fail(STEP_MOUNT_SCRATCH, "/run/job");
+    }
     /* Last, so that a path is looked up as the job would: one that our own mounts cover is gone already. */
     for (int i = 0; i < options->hide_count; i++)
         hide(options->hides[i]);

@@ -13,7 +13,7 @@
 
 enum option_id {
     REPORT_FD = 1, STATUS_FD, OUTPUT_FD, ARGV_FD, CGROUP_FD, CGROUP_PROCS_FD, USER_ID, GROUP_ID, HOSTNAME,
-    SCRATCH, HIDE, TMP_BYTES, OUTPUT_MAX, TIME_MAX,
+    SCRATCH, HIDE, TMP_BYTES, OUTPUT_MAX, TIME_MAX, WAIT,
 };
 
 static const struct option OPTIONS[] = {
@@ -31,6 +31,7 @@ static const struct option OPTIONS[] = {
     {"tmp-bytes", required_argument, NULL, TMP_BYTES},
     {"output-max", required_argument, NULL, OUTPUT_MAX},
     {"time-max", required_argument, NULL, TIME_MAX},
+    {"wait", no_argument, NULL, WAIT},
     {NULL, 0, NULL, 0},
 };
 
@@ -121,10 +122,10 @@ void release_argv(struct options *options) {
     options->argv = NULL;
 }
 
-void parse_options(int argc, char **argv, struct options *options) {
+/* Gives the descriptor of the argv, or -1; what is behind the options begins at `optind`. */
+static int take_options(int argc, char **argv, struct options *options) {
     int argv_fd = -1, id, index = 0;
-    *options = (struct options){
-        .report_fd = -1, .status_fd = -1, .output_fd = STDOUT_FILENO, .cgroup_fd = -1};
+    optind = 0; /* getopt_long(3) begins anew */
     /* "+": the first word that is no option belongs to the command, whatever it looks like */
     while ((id = getopt_long(argc, argv, "+", OPTIONS, &index)) != -1) {
         const char *name = id == '?' ? "" : OPTIONS[index].name;
@@ -153,13 +154,31 @@ void parse_options(int argc, char **argv, struct options *options) {
         case TMP_BYTES: options->tmp_bytes = number(name, optarg, 0, INT64_MAX); break;
         case OUTPUT_MAX: options->output_max = number(name, optarg, 0, INT64_MAX); break;
         case TIME_MAX: options->time_max = number(name, optarg, 0, INT32_MAX); break;
+        case WAIT: options->waits = true; break;
         default: /* getopt_long(3) has said what is wrong */
             errno = EINVAL;
             fail(STEP_OPTIONS, NULL);
         }
     }
+    return argv_fd;
+}
+
+static void require_user(const struct options *options) {
     if (!options->uid || !options->gid)
         refuse(options->uid ? "gid" : "uid", "(none)", "required, and never 0");
+}
+
+void parse_options(int argc, char **argv, struct options *options) {
+    *options = (struct options){
+        .report_fd = -1, .status_fd = -1, .output_fd = STDOUT_FILENO, .cgroup_fd = -1};
+    int argv_fd = take_options(argc, argv, options);
+    if (options->waits) {
+        if (options->report_fd < 0 || argv_fd >= 0 || optind < argc)
+            refuse("wait", "(none)", "the command comes by --report-fd");
+        options->output_fd = -1;
+        return;
+    }
+    require_user(options);
     if (argv_fd >= 0 && optind < argc)
         refuse("argv-fd", argv[optind], "the command is given twice");
     if (argv_fd >= 0)
@@ -168,4 +187,23 @@ void parse_options(int argc, char **argv, struct options *options) {
         options->argv = argv + optind;
     else
         refuse("argv-fd", "(none)", "no command is given");
+}
+
+void parse_order(char *words, size_t length, const int fds[ORDER_FDS], struct options *options) {
+    enum { WORDS_MAX = 16 };
+    char *argv[WORDS_MAX + 2] = {"order"};
+    int count = 1;
+    if (!length || words[length - 1])
+        refuse("wait", "(order)", "it is cut short");
+    for (char *word = words; word < words + length; word += strlen(word) + 1) {
+        if (count > WORDS_MAX)
+            refuse("wait", "(order)", "too many words");
+        argv[count++] = word;
+    }
+    if (take_options(count, argv, options) >= 0 || optind < count)
+        refuse("wait", "(order)", "the command comes by a descriptor");
+    require_user(options);
+    options->output_fd = fds[1];
+    options->status_fd = fds[2];
+    read_argv(fds[0], options);
 }

@@ -30,6 +30,30 @@ void report_to(int fd) {
     report_fd = fd;
 }
 
+/* One datagram. A launcher that is gone before it has ordered anything wants nothing any more. */
+void await_order(struct options *options) {
+    char words[ORDER_MAX_BYTES];
+    int fds[ORDER_FDS];
+    struct iovec data = {.iov_base = words, .iov_len = sizeof words};
+    union {
+        struct cmsghdr header;
+        char space[CMSG_SPACE(sizeof fds)];
+    } control = {0};
+    struct msghdr message = {
+        .msg_iov = &data, .msg_iovlen = 1, .msg_control = control.space, .msg_controllen = sizeof control.space};
+    ssize_t length;
+    while ((length = recvmsg(report_fd, &message, MSG_CMSG_CLOEXEC)) < 0 && errno == EINTR) {}
+    if (length == 0)
+        _exit(0);
+    if (length > 0)
+        errno = EBADMSG;
+    if (length < 0 || message.msg_flags & (MSG_TRUNC | MSG_CTRUNC) ||
+        message.msg_controllen < CMSG_LEN(sizeof fds) || control.header.cmsg_len != CMSG_LEN(sizeof fds))
+        fail(STEP_ORDER, NULL);
+    memcpy(fds, CMSG_DATA(&control.header), sizeof fds);
+    parse_order(words, (size_t)length, fds, options);
+}
+
 /* A launcher that is gone is no reason to stop: its successor finds the job by its cgroup. */
 static void send_report(const char *text, int passed_fd) {
     struct iovec data = {.iov_base = (void *)text, .iov_len = strlen(text)};
