@@ -1,0 +1,99 @@
+"""Clients of a pjwd that start `true` again and again, each over its own connection, and wait for its end.
+
+What knows the end is a Logs stream from byte 0, which ends when the job has: Get would have to be asked again
+and again, and Stop would end the job itself.
+"""
+
+import asyncio
+import shutil
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING, Final
+
+import grpc
+
+from benchmarks.floor import Run
+from pjw.v1 import job_worker_pb2 as pb
+from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
+from tests.service import Service
+
+if TYPE_CHECKING:
+    # the stub of both when it runs
+    from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceAsyncStub
+
+TRUE: Final = shutil.which("true") or "/bin/true"
+_REQUEST: Final = pb.StartRequest(argv=pb.Argv(arguments=[TRUE]))
+
+
+def run_once(stub: JobWorkerServiceStub) -> Run:
+    """One whole life, by the synchronous stub: its calls one after the other cost less than grpc.aio's."""
+    began = time.perf_counter()
+    job_id = stub.Start(_REQUEST).job.id
+    started = time.perf_counter()
+    _require_silence(stub.Logs(pb.LogsRequest(id=job_id)))
+    ended = time.perf_counter()
+    job = stub.Get(pb.GetRequest(id=job_id)).job
+    _require_success([job])
+    return Run(started - began, ended - began)
+
+
+async def run_many(service: Service, clients: int, count: int) -> float:
+    """*count* whole lives by so many clients at once; the seconds until the last one ended.
+
+    By grpc.aio: 64 threads cost us more than 64 tasks, and we share the processors with the server.
+    """
+    left = iter(range(count))
+    job_ids: list[int] = []
+
+    async def work(stub: "JobWorkerServiceAsyncStub") -> None:
+        for _ in left:
+            job_id = (await stub.Start(_REQUEST)).job.id
+            async for _ in stub.Logs(pb.LogsRequest(id=job_id)):
+                raise RuntimeError(f"job {job_id} wrote something")
+            job_ids.append(job_id)
+
+    async with AsyncExitStack() as stack:
+        stubs = [await stack.enter_async_context(_connected(service)) for _ in range(clients)]
+        began = time.perf_counter()
+        async with asyncio.TaskGroup() as tasks:
+            for stub in stubs:
+                tasks.create_task(work(stub))
+        seconds = time.perf_counter() - began
+        if len(set(job_ids)) != count:
+            raise RuntimeError(f"{len(set(job_ids))} jobs instead of {count}")
+        _require_success([job async for job in _jobs_from(stubs[0], min(job_ids))])
+    return seconds
+
+
+@asynccontextmanager
+async def _connected(service: Service) -> AsyncIterator["JobWorkerServiceAsyncStub"]:
+    certs = service.certs
+    credentials = grpc.ssl_channel_credentials(
+        *((certs / name).read_bytes() for name in ("ca.crt", "alice.key", "alice.crt"))
+    )
+    # a pool of its own: a channel would share the connection of another with the same address
+    options = [("grpc.ssl_target_name_override", "localhost"), ("grpc.use_local_subchannel_pool", 1)]
+    async with grpc.aio.secure_channel(service.address, credentials, options) as channel:
+        await channel.channel_ready()
+        yield JobWorkerServiceStub(channel)
+
+
+async def _jobs_from(stub: "JobWorkerServiceAsyncStub", job_id: int) -> AsyncIterator[pb.Job]:
+    token = str(job_id - 1)
+    while token:
+        page = await stub.List(pb.ListRequest(page_token=token))
+        for job in page.jobs:
+            yield job
+        token = page.next_page_token
+
+
+def _require_silence(chunks: Iterator[pb.LogsResponse]) -> None:
+    for _ in chunks:
+        raise RuntimeError("true wrote something")
+
+
+def _require_success(jobs: Iterable[pb.Job]) -> None:
+    for job in jobs:
+        if job.state != pb.JOB_STATE_EXITED or not job.HasField("exit_code") or job.exit_code != 0:
+            raise RuntimeError(f"true did not end as it should: {job}")

@@ -1,0 +1,157 @@
+"""Other programs that start a command in namespaces of its own, as a person would call them.
+
+Each is a command line that is timed as a whole process by floor.c, in the same way as the floor itself. What
+cannot be seen from outside is when it executes the command; so for a start the command is told.c, static,
+which writes a byte to its stdout as the first thing it does, and the peer's start is the time until that byte
+is there: 0.05 to 0.3 ms after the exec. A whole life is that of `true`.
+
+What they are asked for is less than a job of pjw has (no limits and no user of its own with bwrap and
+unshare, a seccomp filter and a scratch directory with none), so they have the easier task.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from benchmarks.floor import TOLD, Floor
+from pjw.model import Limits
+
+NAME: Final = f"pjw-bench-{os.getpid()}"
+# Debian's crun refuses a host with cgroup v1 that has v2 mounted beside it, so it gets a view without that.
+_UNIFIED: Final = "/sys/fs/cgroup/unified"
+_WITHOUT_UNIFIED: Final = ["unshare", "--mount", "sh", "-c", f'umount {_UNIFIED} && exec "$@"', "sh"]
+
+CommandLine = Callable[[str], list[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A peer that is ready to be measured, one run at a time."""
+
+    name: str
+    telling: Floor
+    whole: Floor
+
+    def start(self) -> float:
+        """Seconds until the command was there."""
+        return self.telling.run().start
+
+    def life(self) -> float:
+        """Seconds until `true` and the peer had ended."""
+        return self.whole.run().end
+
+
+@contextmanager
+def open_peers(directory: Path, floor: Path, told: Path) -> Iterator[list[Peer]]:
+    """Every peer that can be had here; one that cannot is named on stderr."""
+    with ExitStack() as stack:
+        runtimes = {f"{tool} run": stack.enter_context(_oci(tool, directory)) for tool in ("crun", "runc")}
+        peers = []
+        for name, command_line in {**runtimes, **_SIMPLE}.items():
+            if why := _missing(name.split()[0]):
+                print(f"no {name} beside pjw: {why}", file=sys.stderr)
+                continue
+            within = _within(name.split()[0])
+            telling, whole = (
+                stack.enter_context(Floor(floor, letters, command_line(command), within=within))
+                for letters, command in ((TOLD, str(told)), ("-", shutil.which("true") or "/bin/true"))
+            )
+            peers.append(Peer(name, telling, whole))
+        yield peers
+
+
+def _missing(tool: str) -> str | None:
+    if tool == "systemd-run" and not os.path.isdir("/run/systemd/system"):
+        return "systemd is not PID 1 here"
+    return None if shutil.which(tool) else "it is not installed"
+
+
+def _within(tool: str) -> Sequence[str]:
+    return _WITHOUT_UNIFIED if tool == "crun" and os.path.ismount(_UNIFIED) else ()
+
+
+_SIMPLE: Final[dict[str, CommandLine]] = {
+    "bwrap --unshare-all": lambda command: [
+        *("bwrap", "--unshare-all", "--ro-bind", "/", "/", "--proc", "/proc", "--dev", "/dev", command),
+    ],
+    "unshare -pmniuC": lambda command: ["unshare", "-pmniuC", "--fork", "--mount-proc", command],
+    "systemd-run --wait": lambda command: [
+        *("systemd-run", "--wait", "--pipe", "--collect", "--quiet", "--property=ProtectSystem=strict"),
+        *("--property=PrivateNetwork=yes", "--property=PrivateIPC=yes", "--property=PrivateTmp=yes"),
+        *("--property=MemoryMax=512M", "--property=TasksMax=512", "--property=CPUQuota=100%", command),
+    ],
+}
+
+
+@contextmanager
+def _oci(tool: str, directory: Path) -> Iterator[CommandLine]:
+    """The command line of an OCI runtime, with a bundle for each command; nothing of it is left."""
+    name, state = f"{NAME}-{tool}", directory / tool
+    arguments = [tool, "--root", str(state)]
+
+    def command_line(command: str) -> list[str]:
+        bundle = state.with_name(f"{tool}-{Path(command).name}")
+        _write_bundle(bundle, command, name)
+        return [*arguments, "run", "--bundle", str(bundle), name]
+
+    try:
+        yield command_line
+    finally:
+        # a container that did not end by itself is a failure already, so this one need not succeed
+        if state.exists() and any(path.name == name for path in state.iterdir()):
+            subprocess.run([*_within(tool), *arguments, "delete", "--force", name], check=False)
+
+
+def _write_bundle(bundle: Path, command: str, name: str) -> None:
+    rootfs = bundle / "rootfs"
+    for place in ("usr", "proc", "dev", "tmp", "bench"):
+        (rootfs / place).mkdir(parents=True)
+    for link in ("bin", "lib", "lib64"):
+        if os.path.islink(f"/{link}"):
+            (rootfs / link).symlink_to(f"usr/{link}")
+    # beside true from /usr: what the benchmark has built
+    inside = command if command.startswith(("/usr/", "/bin/")) else f"/bench/{Path(command).name}"
+    if inside != command:
+        shutil.copy(command, rootfs / "bench")
+    (bundle / "config.json").write_text(json.dumps(_config(inside, name)))
+
+
+def _config(command: str, name: str) -> dict[str, Any]:
+    limits = Limits()
+    quiet = ["nosuid", "nodev"]
+    return {
+        "ociVersion": "1.0.2",
+        "process": {
+            "terminal": False,
+            "user": {"uid": 65534, "gid": 65534},
+            "args": [command],
+            "env": ["PATH=/usr/bin:/bin"],
+            "cwd": "/",
+            "noNewPrivileges": True,
+            "capabilities": {},
+        },
+        "root": {"path": "rootfs", "readonly": True},
+        "hostname": "job",
+        "mounts": [
+            {"destination": "/usr", "type": "bind", "source": "/usr", "options": ["rbind", "ro", *quiet]},
+            {"destination": "/proc", "type": "proc", "source": "proc", "options": ["noexec", *quiet]},
+            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"]},
+            {"destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": quiet},  # noqa: S108
+        ],
+        "linux": {
+            "namespaces": [{"type": kind} for kind in ("pid", "mount", "network", "ipc", "uts", "cgroup")],
+            "cgroupsPath": f"/{name}",
+            "resources": {
+                "memory": {"limit": limits.memory_max_bytes},
+                "cpu": {"quota": limits.cpu_max_millicores * 100, "period": 100_000},
+                "pids": {"limit": limits.pids_max},
+            },
+        },
+    }

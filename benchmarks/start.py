@@ -1,0 +1,193 @@
+"""Starts: until the command runs, until its end is known, and how many in a second.
+
+pjw's numbers are those of a client over mutual TLS: from the call of Start to its answer, which comes when
+the command has been executed with every namespace and limit; and on to the end of a Logs stream, which is
+what a client waits for. Beside it in each round run the kernel's floor (floor.c: clone with the same
+namespaces, exec, wait), the floor with a cgroup in each of a job's hierarchies under the same limits, a bare
+posix_spawn, and in some rounds the peers (peers.py). All execute the same `true`.
+"""
+
+import asyncio
+import os
+import shutil
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from benchmarks.clients import TRUE, run_many, run_once
+from benchmarks.floor import NAMESPACES, SOURCE, Floor, Run, build, cgroups_like, run_all
+from benchmarks.peers import NAME, Peer, open_peers
+from benchmarks.report import Figure, median, percentile
+from benchmarks.served import cpu_seconds, open_service
+from pjw.v1 import job_worker_pb2 as pb
+from tests.service import Service, wait_for
+
+CLIENTS: Final = (1, 8, 64)
+# Peers take up to fifty times as long as the floor, and vary less for it.
+ROUNDS_FOR_EACH_OF_PEERS: Final = 5
+START_GOAL: Final = 1.5
+LIFE_GOAL: Final = 2.0
+RATE_GOAL: Final = 0.6
+CPU_GOAL: Final = 1.5
+SUITE: Final = "start"
+FLOOR: Final = "kernel's floor"
+FLOOR_WITH_CGROUPS: Final = "floor with cgroups"
+SPAWN: Final = "posix_spawn"
+
+
+def run(*, quick: bool) -> list[Figure]:
+    """Measure all of it."""
+    with ExitStack() as stack:
+        # not in /tmp, which may be mounted noexec
+        directory = Path(tempfile.mkdtemp(prefix="pjw-bench-", dir="/var/lib"))
+        stack.callback(shutil.rmtree, directory)
+        directory.chmod(0o755)
+        service = stack.enter_context(open_service())
+        program = build(directory)
+        told = build(directory, SOURCE.with_name("told.c"))
+        peers = stack.enter_context(open_peers(directory, program, told))
+        floors = stack.enter_context(_floors(service, program))
+        single = _one_by_one(service, floors, peers, rounds=100 if quick else 500)
+        rate = _at_once(service, floors, rounds=2 if quick else 5, count=128 if quick else 512)
+        return single + rate
+
+
+@dataclass(frozen=True, slots=True)
+class _Floors:
+    """The floor, as two processes, and one with cgroups."""
+
+    pair: tuple[Floor, Floor]
+    with_cgroups: Floor
+
+
+@contextmanager
+def _floors(service: Service, program: Path) -> Iterator[_Floors]:
+    with service.stub() as stub:
+        request = pb.StartRequest(argv=pb.Argv(arguments=["sleep", "600"]))
+        job_id = stub.Start(request).job.id
+        cgroups = cgroups_like(service.job_cgroups(), NAME)
+        stub.Stop(pb.StopRequest(id=job_id))
+    with (
+        Floor(program, NAMESPACES, [TRUE]) as first,
+        Floor(program, NAMESPACES, [TRUE]) as second,
+        Floor(program, NAMESPACES, [TRUE], cgroups=cgroups) as with_cgroups,
+    ):
+        yield _Floors((first, second), with_cgroups)
+
+
+# --- one at a time
+
+
+def _one_by_one(service: Service, floors: _Floors, peers: Sequence[Peer], rounds: int) -> list[Figure]:
+    starts, lives = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list)
+
+    def take(name: str, run: Run) -> None:
+        starts[name].append(run.start)
+        lives[name].append(run.end)
+
+    with service.stub() as stub:
+        for number in range(-2, rounds):
+            for name, run in (
+                ("pjw", run_once(stub)),
+                (FLOOR, floors.pair[0].run()),
+                (FLOOR_WITH_CGROUPS, floors.with_cgroups.run()),
+                (SPAWN, _posix_spawn()),
+            ):
+                # the first two are for caches and connections
+                if number >= 0:
+                    take(name, run)
+            if number % ROUNDS_FOR_EACH_OF_PEERS == 0:
+                for peer in peers:
+                    take(peer.name, Run(peer.start(), peer.life()))
+    slow = {name: percentile(starts[name], 0.99) * 1e3 for name in ("pjw", FLOOR)}
+    names = [peer.name for peer in peers]
+    start_goals = {FLOOR: START_GOAL} | dict.fromkeys(names, 1.0)
+    return [
+        *_against_all("until the command runs", starts, start_goals),
+        Figure(SUITE, "until the command runs, p99", slow["pjw"], "ms", FLOOR, slow[FLOOR]),
+        *_against_all("whole life", lives, {FLOOR: LIFE_GOAL}),
+    ]
+
+
+def _against_all(what: str, found: dict[str, list[float]], goals: dict[str, float]) -> list[Figure]:
+    pjw = median(found["pjw"]) * 1e3
+    return [
+        Figure(SUITE, what, pjw, "ms", name, median(times) * 1e3, goals.get(name))
+        for name, times in found.items()
+        if name != "pjw"
+    ]
+
+
+def _posix_spawn() -> Run:
+    began = time.perf_counter()
+    pid = os.posix_spawn(TRUE, [TRUE], {})
+    started = time.perf_counter()
+    _, status = os.waitpid(pid, 0)
+    ended = time.perf_counter()
+    if status != 0:
+        raise RuntimeError(f"{TRUE} ended with status {status:#x}")
+    return Run(started - began, ended - began)
+
+
+# --- many at once
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What some turns came to."""
+
+    seconds: float = 0
+    cpu_seconds: float = 0
+    count: int = 0
+
+    @property
+    def rate(self) -> float:
+        """Whole lives a second."""
+        return self.count / self.seconds
+
+    @property
+    def cpu_ms(self) -> float:
+        """Processor time of one."""
+        return self.cpu_seconds / self.count * 1e3
+
+
+def _at_once(service: Service, floors: _Floors, rounds: int, count: int) -> list[Figure]:
+    pjw, floor = ({clients: _Tally() for clients in CLIENTS} for _ in range(2))
+    for _ in range(rounds):
+        for clients in CLIENTS:
+            _pjw_turn(service, clients, count, pjw[clients])
+            _floor_turn(floors.pair, count, floor[clients])
+    figures = []
+    for clients in CLIENTS:
+        who = f"{clients} client" + ("s" if clients > 1 else "")
+        ours, theirs = pjw[clients], floor[clients]
+        against = f"{FLOOR}, 2 processes"
+        figures += [
+            Figure(SUITE, f"rate, {who}", ours.rate, "/s", against, theirs.rate, RATE_GOAL, True),
+            Figure(SUITE, f"CPU of one, {who}", ours.cpu_ms, "ms", against, theirs.cpu_ms, CPU_GOAL),
+        ]
+    return figures
+
+
+def _pjw_turn(service: Service, clients: int, count: int, tally: _Tally) -> None:
+    # inits and commands are among the launcher's children, whom it has collected when their ends are told
+    pids = service.pid, service.launcher_pid()
+    before = cpu_seconds(*pids)
+    tally.seconds += asyncio.run(run_many(service, clients, count))
+    # what the server still does then for a job without output: its directory goes
+    wait_for(lambda: not os.listdir(service.state / "jobs"))
+    tally.cpu_seconds += cpu_seconds(*pids) - before
+    tally.count += count
+
+
+def _floor_turn(pair: Sequence[Floor], count: int, tally: _Tally) -> None:
+    pids = [floor.pid for floor in pair]
+    before = cpu_seconds(*pids)
+    tally.seconds += run_all(pair, count // len(pair))
+    tally.cpu_seconds += cpu_seconds(*pids) - before
+    tally.count += count
