@@ -1,7 +1,8 @@
 # All of it works in a fresh clone: whatever a target needs, it installs into .venv first.
-# PYTHON=, CC=, TESTS=, TARGETS= and what the scripts name at their heads can be given to make or be in the environment.
+# PYTHON=, CC=, TESTS=, TARGETS=, SUITES=, BENCH_ARGS= and what the scripts name at their heads can be given to make
+# or be in the environment.
 
-.PHONY: help install demo test test-slow test-vm soak check sanitize fuzz coverage format lock clean
+.PHONY: help install demo test test-slow test-vm soak bench check sanitize fuzz coverage format lock clean
 
 help:
 	@echo 'make install    pjw and pjwd into .venv/bin'
@@ -10,6 +11,7 @@ help:
 	@echo 'make test-slow  the tests that take minutes'
 	@echo 'make test-vm    the tests of the kernel and of systemd on cgroup v2, in the virtual machine $$PJW_VM'
 	@echo 'make soak       mixed load with random kills for SOAK_SECONDS=1800, and what it left'
+	@echo 'make bench      pjw beside its peers and the kernel (SUITES=start BENCH_ARGS=--quick); as root'
 	@echo 'make check      ruff, mypy, import-linter, generated code, shellcheck, buf'
 	@echo 'make sanitize   pjw-init with ASan and UBSan under its tests'
 	@echo 'make fuzz       each fuzzer for FUZZ_SECONDS (default 60); TARGETS=settings: only that one'
@@ -40,6 +42,10 @@ test-vm:
 soak:
 	@scripts/install test
 	@scripts/soak
+
+bench:
+	@scripts/install bench
+	@.venv/bin/python -B -m benchmarks $(BENCH_ARGS) $(SUITES)
 
 check:
 	@scripts/install dev
