@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.floor import TOLD, Floor
+from benchmarks.floor import TOLD, Floor, Run
 from pjw.model import Limits
 
 NAME: Final = f"pjw-bench-{os.getpid()}"
@@ -39,13 +39,9 @@ class Peer:
     telling: Floor
     whole: Floor
 
-    def start(self) -> float:
-        """Seconds until the command was there."""
-        return self.telling.run().start
-
-    def life(self) -> float:
-        """Seconds until `true` and the peer had ended."""
-        return self.whole.run().end
+    def run(self) -> Run:
+        """Until the command was there, and until `true` and the peer had ended, of two runs."""
+        return Run(self.telling.run().start, self.whole.run().end)
 
 
 @contextmanager

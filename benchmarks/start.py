@@ -5,15 +5,18 @@ the command has been executed with every namespace and limit; and on to the end 
 what a client waits for. Beside it in each round run the kernel's floor (floor.c: clone with the same
 namespaces, exec, wait), the floor with a cgroup in each of a job's hierarchies under the same limits, a bare
 posix_spawn, and in some rounds the peers (peers.py). All execute the same `true`.
+
+The order in a round is left to chance, because it matters: on cgroup v1 the first to enter a cgroup after a
+pause waits for a grace period of RCU, 10 ms or so, and whoever comes soon after does not.
 """
 
 import asyncio
 import os
+import random
 import shutil
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +56,7 @@ def run(*, quick: bool) -> list[Figure]:
         peers = stack.enter_context(open_peers(directory, program, told))
         floors = stack.enter_context(_floors(service, program))
         single = _one_by_one(service, floors, peers, rounds=100 if quick else 500)
-        rate = _at_once(service, floors, rounds=2 if quick else 5, count=128 if quick else 512)
+        rate = _at_once(service, floors, rounds=2 if quick else 3, count=128 if quick else 512)
         return single + rate
 
 
@@ -84,26 +87,27 @@ def _floors(service: Service, program: Path) -> Iterator[_Floors]:
 
 
 def _one_by_one(service: Service, floors: _Floors, peers: Sequence[Peer], rounds: int) -> list[Figure]:
-    starts, lives = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list)
-
-    def take(name: str, run: Run) -> None:
-        starts[name].append(run.start)
-        lives[name].append(run.end)
-
+    starts: dict[str, list[float]] = {}
+    lives: dict[str, list[float]] = {}
     with service.stub() as stub:
+        always: dict[str, Callable[[], Run]] = {
+            "pjw": lambda: run_once(stub),
+            FLOOR: floors.pair[0].run,
+            FLOOR_WITH_CGROUPS: floors.with_cgroups.run,
+            SPAWN: _posix_spawn,
+        }
+        sometimes = {peer.name: peer.run for peer in peers}
+        for name in always | sometimes:
+            starts[name], lives[name] = [], []
         for number in range(-2, rounds):
-            for name, run in (
-                ("pjw", run_once(stub)),
-                (FLOOR, floors.pair[0].run()),
-                (FLOOR_WITH_CGROUPS, floors.with_cgroups.run()),
-                (SPAWN, _posix_spawn()),
-            ):
+            turns = list((always if number % ROUNDS_FOR_EACH_OF_PEERS else always | sometimes).items())
+            random.shuffle(turns)
+            for name, turn in turns:
+                run = turn()
                 # the first two are for caches and connections
                 if number >= 0:
-                    take(name, run)
-            if number % ROUNDS_FOR_EACH_OF_PEERS == 0:
-                for peer in peers:
-                    take(peer.name, Run(peer.start(), peer.life()))
+                    starts[name].append(run.start)
+                    lives[name].append(run.end)
     slow = {name: percentile(starts[name], 0.99) * 1e3 for name in ("pjw", FLOOR)}
     names = [peer.name for peer in peers]
     start_goals = {FLOOR: START_GOAL} | dict.fromkeys(names, 1.0)
