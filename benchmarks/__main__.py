@@ -2,8 +2,8 @@
 
     python -m benchmarks [--quick] [--check] [--store] [SUITE]...
 
-Prints a table with ratios and writes it, with plots, below build/bench. --quick takes fewer samples; --check fails
-when a ratio is worse by half than the one in benchmarks/ratios.json, --store writes that file anew.
+Prints a table with ratios; what was found is in build/bench/figures.json then. --quick takes fewer samples;
+--check fails when a ratio is worse by half than the one in benchmarks/ratios.json, --store writes that file anew.
 """
 
 import argparse
@@ -64,7 +64,8 @@ def _check(figures: list[Figure]) -> int:
     stored = json.loads(RATIOS.read_text())
     worse = [figure for figure in figures if figure.key in stored and figure.worse_than(stored[figure.key])]
     for figure in worse:
-        print(f"{figure.key}: the ratio is {figure.ratio:.2f}, and was {stored[figure.key]:.2f}", file=sys.stderr)
+        was = stored[figure.key]
+        print(f"{figure.key}: the ratio is {figure.ratio:.2f}, and was {was:.2f}", file=sys.stderr)
     return 1 if worse else 0
 
 
