@@ -3,7 +3,7 @@
     python -m benchmarks [--quick] [--check] [--store] [SUITE]...
 
 Prints a table with ratios; what was found is in build/bench/figures.json then. --quick takes fewer samples;
---check fails when a ratio is worse by half than the one in benchmarks/ratios.json, --store writes that file anew.
+--check fails when a ratio is worse by half than the one in benchmarks/ratios.json, --store writes that file.
 """
 
 import argparse

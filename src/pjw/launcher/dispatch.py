@@ -291,28 +291,23 @@ class Launcher:
 
     def answer_remove(self, seq: int, request: protocol.Remove, descriptors: list[int]) -> "Answer":
         """Remove what an ended job leaves; answered later when its scratch directory is full."""
-        self._ended_cgroup(request.job_id)
-        pidfd = self._inits.pop(request.job_id, None)
+        job_id = request.job_id
+        cgroup = self._ended_cgroup(job_id)
+        pidfd = self._inits.pop(job_id, None)
         if pidfd is not None:
             self._watcher.collect(pidfd)
-        if self._scratch.remove_if_empty(request.job_id):
-            return (self._removal_result(request.job_id),)
-        pid = self._scratch.spawn_removal(request.job_id)
-        self._watcher.reap_helper(pid, lambda: self._reply(seq, self._removal_result(request.job_id)))
-        return None
+        if self._scratch.remove_if_empty(job_id):
+            return (_remove_cgroup(cgroup),)
 
-    def _removal_result(self, job_id: int) -> protocol.Reply:
-        if not self._scratch.remove_if_empty(job_id):
-            path = self._scratch.path(job_id)
-            return protocol.Refused("kernel", "remove the scratch directory", path, 0, "")
-        # The cgroup goes last: while it is there, a later launcher knows that something is left.
-        try:
-            cgroup = self._ended_cgroup(job_id)
-            if cgroup is not None:
-                cgroup.remove()
-        except PjwError as error:
-            return refusal_of(error)
-        return protocol.Done()
+        def on_removed() -> None:
+            if self._scratch.remove_if_empty(job_id):
+                self._reply(seq, _remove_cgroup(cgroup))
+            else:
+                path = self._scratch.path(job_id)
+                self._reply(seq, protocol.Refused("kernel", "remove the scratch directory", path, 0, ""))
+
+        self._watcher.reap_helper(self._scratch.spawn_removal(job_id), on_removed)
+        return None
 
     def answer_open_file(self, seq: int, request: protocol.OpenFile, descriptors: list[int]) -> "Answer":
         """Hand out a certificate, a key or the like that the operator has replaced; never by a path."""
@@ -371,6 +366,16 @@ ROUTES: Final[dict[str, Route]] = {
     "remove": Route(Launcher.answer_remove),
     "open_file": Route(Launcher.answer_open_file),
 }
+
+
+def _remove_cgroup(cgroup: Cgroup | None) -> protocol.Reply:
+    # It goes last: while it is there, a later launcher knows that something is left.
+    try:
+        if cgroup is not None:
+            cgroup.remove()
+    except KernelError as error:
+        return refusal_of(error)
+    return protocol.Done()
 
 
 def refusal_of(error: PjwError) -> protocol.Refused:

@@ -7,7 +7,7 @@ framing to get wrong. docs/launcher-protocol.md says which message carries which
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Final
 
 from pjw.errors import InvalidJobError, ProtocolError
@@ -173,10 +173,23 @@ REPLIES: Final[dict[str, type[Reply]]] = {
 
 def encode(seq: int, message: Request | Reply) -> bytes:
     """Make a datagram. Raises ProtocolError if it would be too large."""
-    data = json.dumps({"op": message.op, "seq": seq, **asdict(message)}, separators=(",", ":")).encode()
+    data = _ENCODER.encode({"op": message.op, "seq": seq, **_members(message)}).encode()
     if len(data) > MAX_DATAGRAM_BYTES:
         raise ProtocolError(f"a message {message.op} of {len(data)} bytes is too large")
     return data
+
+
+def _members(value: Any) -> dict[str, Any]:
+    # not asdict(): its deep copies took half the time of an encoding
+    return {name: getattr(value, name) for name in _TYPES[type(value)]}
+
+
+_ENCODER: Final = json.JSONEncoder(separators=(",", ":"), default=_members)
+# the members of each class, and the type that each is declared with
+_TYPES: Final[dict[type, dict[str, Any]]] = {
+    cls: {field.name: field.type for field in fields(cls)}
+    for cls in (*REQUESTS.values(), *REPLIES.values(), Limits, Usage)
+}
 
 
 def decode_request(data: bytes) -> tuple[int, Request]:
@@ -212,7 +225,7 @@ def _decode(data: bytes, classes: dict[str, type[Any]]) -> tuple[int, Any]:
 def _value(cls: type[Any], members: object) -> Any:
     if not isinstance(members, dict):
         raise ProtocolError(f"a {cls.__name__} is not an object")
-    expected = {f.name: f.type for f in fields(cls)}
+    expected = _TYPES[cls]
     if members.keys() != expected.keys():
         raise ProtocolError(f"a {cls.__name__} has not exactly the members it should")
     try:

@@ -63,6 +63,8 @@ class Worker:
             state, self._launcher, self._live, self._running, self._pruner, self._background
         )
         self._launches: Final[set[asyncio.Task[Job]]] = set()
+        # a client's user never changes
+        self._uids: Final[dict[str, int]] = {}
 
     @classmethod
     async def open(cls, state_dir: str, settings: WorkerSettings | None = None) -> Self:
@@ -187,13 +189,15 @@ class Worker:
         check_stored_bytes(quotas, client_name, own, total)
 
     async def _uid_of(self, client_name: str) -> int:
-        number = await self._state.store.client_number(client_name)
-        if number >= self._settings.uid_count:
-            raise LimitReachedError(
-                f"all {self._settings.uid_count} user ids for clients are taken",
-                hint="the operator can configure a larger range",
-            )
-        return self._settings.uid_first + number
+        if client_name not in self._uids:
+            number = await self._state.store.client_number(client_name)
+            if number >= self._settings.uid_count:
+                raise LimitReachedError(
+                    f"all {self._settings.uid_count} user ids for clients are taken",
+                    hint="the operator can configure a larger range",
+                )
+            self._uids[client_name] = self._settings.uid_first + number
+        return self._uids[client_name]
 
     async def _launch(self, job: Job, spec: JobSpec, uid: int) -> Job:
         live = LiveJob(job, OutputLog(self._state.output_path(job.id), self._inotify, ended=False))

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from pjw.errors import KernelError
@@ -73,9 +74,13 @@ def _unescape(field: str) -> str:
 
 def read_text(path: str, subject: str) -> str:
     """The whole of a small file of the kernel; *subject* is its name in errors."""
+    # not open(): its buffers and its look at the file are five more system calls
     try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            return file.read()
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return b"".join(iter(partial(os.read, descriptor, 65_536), b"")).decode(errors="surrogateescape")
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise KernelError("read", subject, error.errno or errno.EIO) from error
 
