@@ -1,0 +1,241 @@
+"""What a running job costs when there are many: memory, the next start, the processor while they sleep.
+
+Until the next boot something of it stays: the kernel gives each new memory cgroup room, 16 bytes, for each of
+the file systems that were ever mounted at the same time, and jobs mount several each.
+"""
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Final
+
+from google.protobuf.duration_pb2 import Duration
+
+from benchmarks.crowd import Memory, children, name_of, with_descendants
+from benchmarks.pjwd import running
+from benchmarks.report import Figure, median
+from benchmarks.usage import cpu_seconds
+from pjw.v1 import job_worker_pb2 as pb
+from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
+from tests.service import Service, wait_for
+
+LEVELS: Final = (10, 100, 1000, 5000)
+QUICK_LEVELS: Final = (10, 100, 300)
+BWRAP_COUNT: Final = 100
+STARTS: Final = 30
+WARM_UP: Final = 32
+CONCURRENT: Final = 16
+CALL_SECONDS: Final = 300
+IDLE_SECONDS: Final = 3.0
+QUICK_IDLE_SECONDS: Final = 1.0
+SLEEP: Final = ("sleep", "100000")
+BWRAP: Final = (
+    *(
+        "bwrap",
+        "--unshare-all",
+        "--die-with-parent",
+        "--ro-bind",
+        "/",
+        "/",
+        "--proc",
+        "/proc",
+        "--dev",
+        "/dev",
+    ),
+    *SLEEP,
+)
+# Two processes of each job, and what else a machine runs.
+PROCESSES_PER_JOB: Final = 2
+SPARE_PROCESSES: Final = 2000
+# pjwd holds a pidfd of each job, and raises its soft limit to the hard one by itself.
+SPARE_DESCRIPTORS: Final = 200
+
+MEMORY_BOUND_KIB: Final = 250.0
+START_GOAL: Final = 1.5
+IDLE_GOAL: Final = 0.01
+
+
+def run(*, quick: bool) -> list[Figure]:
+    """Jobs that sleep: more at each level, and at the end none."""
+    levels = [level for level in (QUICK_LEVELS if quick else LEVELS) if _fits(level)]
+    bwrap = _bwrap_memory()
+    with running() as service, service.stub() as stub, running() as small, small.stub() as small_stub:
+        _start_many(small_stub, levels[0])
+        idle_seconds = QUICK_IDLE_SECONDS if quick else IDLE_SECONDS
+        return _climb(service, stub, small_stub, levels, idle_seconds, bwrap)
+
+
+def _fits(level: int) -> bool:
+    """Whether the machine can have so many jobs at all; says so where it cannot."""
+    for name, limit, need in (
+        (
+            "kernel.pid_max",
+            int(Path("/proc/sys/kernel/pid_max").read_text()),
+            PROCESSES_PER_JOB * level + SPARE_PROCESSES,
+        ),
+        (
+            "the hard limit of open files",
+            resource.getrlimit(resource.RLIMIT_NOFILE)[1],
+            level + SPARE_DESCRIPTORS,
+        ),
+    ):
+        if limit < need:
+            print(f"scale: no level of {level} jobs: {name} is {limit}", file=sys.stderr)
+            return False
+    return True
+
+
+def _climb(
+    service: Service,
+    stub: JobWorkerServiceStub,
+    small: JobWorkerServiceStub,
+    levels: Sequence[int],
+    idle_seconds: float,
+    bwrap: Memory | None,
+) -> list[Figure]:
+    # once as below: what a server keeps of its first calls is no job's
+    _stop_many(stub, _start_many(stub, WARM_UP))
+    _starts(stub, small)
+    before = Memory.now(_processes(service, 0))
+    figures: list[Figure] = []
+    jobs: list[int] = []
+    starts: dict[int, tuple[list[float], ...]] = {}
+    for level in levels:
+        jobs += _start_many(stub, level - len(jobs))
+        pids = _processes(service, level)
+        each = Memory.now(pids).each(before, level)
+        figures += _memory_figures(level, each, bwrap if level == BWRAP_COUNT else None)
+        busy = _idle_share(pids, idle_seconds) * 100
+        figures.append(
+            Figure("scale", f"CPU while {level} jobs sleep", busy, "%", "a core", 100.0, IDLE_GOAL)
+        )
+        starts[level] = _starts(stub, small)
+    # Once more beside the few of the first level: so what the machine did meanwhile is in both.
+    first = levels[0]
+    _stop_many(stub, jobs[first:])
+    for times, more in zip(starts[first], _starts(stub, small), strict=True):
+        times.extend(more)
+    _stop_many(stub, jobs[:first])
+    _require_nothing_left(service, stub, len(jobs))
+    few = median(starts[first][0]) * 1e3
+    for level, (own, in_turns) in starts.items():
+        name, value = f"start beside {level} jobs", median(own) * 1e3
+        goal = START_GOAL if level != first else None
+        figures.append(Figure("scale", name, value, "ms", f"beside {first}", few, goal))
+        # what the whole machine has become slower by is in this one too
+        figures.append(Figure("scale", name, value, "ms", f"a pjwd of {first}", median(in_turns) * 1e3))
+    return figures
+
+
+def _memory_figures(level: int, each: Memory, bwrap: Memory | None) -> list[Figure]:
+    name = f"memory of each of {level} jobs"
+    figures = [Figure("scale", name, each.processes, "KiB", "the bound", MEMORY_BOUND_KIB, 1.0)]
+    against = "" if bwrap is None else "bwrap"
+    other = bwrap or Memory(0, 0, 0)
+    if bwrap is not None:
+        figures.append(Figure("scale", name, each.processes, "KiB", against, other.processes))
+    figures.append(Figure("scale", f"kernel's {name}", each.kernel, "KiB", against, other.kernel))
+    figures.append(Figure("scale", f"available {name}", each.available, "KiB", against, other.available))
+    return figures
+
+
+def _processes(service: Service, jobs: int) -> list[int]:
+    """Server, launcher, and an init and a command of each job."""
+    pids = with_descendants([service.pid])
+    expected = 2 + PROCESSES_PER_JOB * jobs
+    assert len(pids) == expected, f"{len(pids)} processes, not {expected}"
+    return pids
+
+
+def _start(stub: JobWorkerServiceStub) -> int:
+    request = pb.StartRequest(argv=pb.Argv(arguments=SLEEP))
+    return stub.Start(request, timeout=CALL_SECONDS).job.id
+
+
+def _start_many(stub: JobWorkerServiceStub, count: int) -> list[int]:
+    with ThreadPoolExecutor(CONCURRENT) as threads:
+        return list(threads.map(lambda _: _start(stub), range(count)))
+
+
+def _starts(*stubs: JobWorkerServiceStub) -> tuple[list[float], ...]:
+    """How long starts take at each server, in turns; the jobs are gone again."""
+    jobs: tuple[list[int], ...] = tuple([] for _ in stubs)
+    seconds: tuple[list[float], ...] = tuple([] for _ in stubs)
+    for _ in range(STARTS):
+        for stub, ids, times in zip(stubs, jobs, seconds, strict=True):
+            began = time.perf_counter()
+            ids.append(_start(stub))
+            times.append(time.perf_counter() - began)
+    for stub, ids in zip(stubs, jobs, strict=True):
+        _stop_many(stub, ids)
+    return seconds
+
+
+def _stop_many(stub: JobWorkerServiceStub, jobs: Sequence[int]) -> None:
+    def stop(job_id: int) -> None:
+        job = stub.Stop(pb.StopRequest(id=job_id, grace=Duration()), timeout=CALL_SECONDS).job
+        assert job.reason == pb.END_REASON_STOPPED, job
+
+    with ThreadPoolExecutor(CONCURRENT) as threads:
+        for _ in threads.map(stop, jobs):
+            pass
+
+
+def _idle_share(pids: Sequence[int], seconds: float) -> float:
+    """Processor time of a second, while nobody asks for anything."""
+    time.sleep(0.5)  # what the last call left to do
+    used, began = sum(map(cpu_seconds, pids)), time.perf_counter()
+    time.sleep(seconds)
+    ended = time.perf_counter()
+    return (sum(map(cpu_seconds, pids)) - used) / (ended - began)
+
+
+def _require_nothing_left(service: Service, stub: JobWorkerServiceStub, at_least: int) -> None:
+    _processes(service, 0)
+    assert service.job_cgroups() == []
+    assert os.listdir(service.state / "scratch") == []
+    ended, token = 0, ""
+    while True:
+        page = stub.List(pb.ListRequest(page_token=token), timeout=CALL_SECONDS)
+        assert all(job.state == pb.JOB_STATE_EXITED for job in page.jobs)
+        ended, token = ended + len(page.jobs), page.next_page_token
+        if not token:
+            break
+    assert ended >= at_least, f"{ended} jobs are listed, and {at_least} were started"
+
+
+def _bwrap_memory() -> Memory | None:
+    """What each of many bwraps takes, as each of many jobs; None where there is none."""
+    if shutil.which("bwrap") is None:
+        print("scale: no bwrap here", file=sys.stderr)
+        return None
+    with _bwraps(1):
+        before = Memory.now([])
+    with _bwraps(BWRAP_COUNT) as pids:
+        return Memory.now(pids).each(before, BWRAP_COUNT)
+
+
+@contextmanager
+def _bwraps(count: int) -> Iterator[list[int]]:
+    """So many bwraps whose commands run, and all their processes."""
+    with ExitStack() as stack:
+        roots = []
+        for _ in range(count):
+            process = stack.enter_context(subprocess.Popen(BWRAP, stdin=subprocess.DEVNULL))
+            # before the wait of Popen.__exit__; what is inside dies with its parent
+            stack.callback(process.kill)
+            roots.append(process.pid)
+        wait_for(lambda: all(_sleeps(pid) for pid in roots))
+        yield with_descendants(roots)
+
+
+def _sleeps(pid: int) -> bool:
+    below = children(pid)
+    return name_of(pid) == "sleep" if not below else any(_sleeps(child) for child in below)
