@@ -1,0 +1,89 @@
+"""What one `pjw get` costs as a whole process, beside the interpreter and the library that it is made of."""
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from benchmarks.pjwd import running
+from benchmarks.report import Figure, median
+from tests.service import BIN, Service, wait_for
+
+ROUNDS: Final = 40
+QUICK_ROUNDS: Final = 10
+PJW: Final = "pjw get"
+# What each runs; the names are what the figures are held against.
+FLOORS: Final = {"python -c pass": "pass", "python -c 'import grpc'": "import grpc"}
+
+
+@dataclass(slots=True)
+class Contestant:
+    """A command line, and what its runs took, in seconds."""
+
+    command: Sequence[str]
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+
+
+def run(*, quick: bool) -> list[Figure]:
+    """All in turns, so that whatever else the machine does hits all alike."""
+    with running() as service:
+        job_id = service.start_job("true")
+        wait_for(lambda: service.job(job_id).HasField("end"))
+        contestants = _contestants(service, job_id)
+        environment = service.environment()
+        said = service.directory / "stdout"
+        # the first round warms the cache, and is not counted
+        for number in range((QUICK_ROUNDS if quick else ROUNDS) + 1):
+            for name, contestant in contestants.items():
+                wall, cpu = _run(contestant.command, environment, said)
+                _check_answer(name, said.read_bytes(), job_id)
+                if number:
+                    contestant.wall.append(wall)
+                    contestant.cpu.append(cpu)
+    figures = []
+    pjw = contestants.pop(PJW)
+    for name, other in contestants.items():
+        for kind, own, reference in (("wall", pjw.wall, other.wall), ("CPU", pjw.cpu, other.cpu)):
+            figures.append(
+                Figure("cli", f"{PJW}, {kind}", median(own) * 1e3, "ms", name, median(reference) * 1e3)
+            )
+    return figures
+
+
+def _contestants(service: Service, job_id: int) -> dict[str, Contestant]:
+    python = str(BIN / "python")
+    found = {PJW: Contestant([str(BIN / "pjw"), "get", str(job_id)])}
+    found |= {name: Contestant([python, "-c", code]) for name, code in FLOORS.items()}
+    return found
+
+
+def _run(command: Sequence[str], environment: Mapping[str, str], said: Path) -> tuple[float, float]:
+    """Wall and processor time of a process, from before its start until it is reaped; it must succeed."""
+    began = time.perf_counter()
+    pid = os.posix_spawn(
+        command[0],
+        list(command),
+        dict(environment),
+        file_actions=[
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_OPEN, 1, str(said), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600),
+        ],
+    )
+    _, status, usage = os.wait4(pid, 0)
+    wall = time.perf_counter() - began
+    if os.waitstatus_to_exitcode(status) != 0:
+        raise RuntimeError(f"{command} ended with {os.waitstatus_to_exitcode(status)}")
+    return wall, usage.ru_utime + usage.ru_stime
+
+
+def _check_answer(name: str, said: bytes, job_id: int) -> None:
+    """A floor says nothing, and all others the job."""
+    if name in FLOORS:
+        assert said == b"", said
+    else:
+        job = json.loads(said)
+        assert (job["id"], job["exitCode"]) == (str(job_id), 0), job
