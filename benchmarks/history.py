@@ -1,38 +1,133 @@
-"""How start-up, get and list take to a long history: from 1,000 to 1,000,000 ended jobs in the table.
-
-As root: .venv/bin/python -m benchmarks.history [COUNT]...
-
-Prints a table; each number is the median of many, beside its ratio to the first row's.
-"""
+"""How start-up, get and list take to a long history: from 1,000 to 1,000,000 ended jobs in the table."""
 
 import asyncio
+import math
 import random
 import shutil
 import sqlite3
-import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Final
 
+from benchmarks.report import Figure, median
 from pjw.model import JobSpec
 from pjw.worker import Worker, WorkerSettings
 from pjw.worker.settings import Retention
-from pjw.worker.worker import PAGE_MAX
 
 COUNTS: Final = (1_000, 10_000, 100_000, 1_000_000)
+QUICK_COUNTS: Final = (1_000, 10_000, 100_000)
 CLIENTS: Final = 10
+CLIENT: Final = "c1"
+PAGE: Final = 100
+OPENINGS: Final = 7
 REPEATS: Final = 200
+LIVES: Final = 40
 COLUMNS: Final = (
     "client_name, command, limits, start_ns, state, end_ns, exit_code, reason, usage, output_bytes"
 )
 # with bounds that are nearly reached, so that pruning has to look
 SETTINGS: Final = WorkerSettings(retention=Retention(10**9, 10**6, 10**15, 10**7, 10**16))
 
+# For each length of history, what one call took, in seconds.
+Times = dict[int, list[float]]
 
-def fill(state: Path, count: int) -> None:
+
+def run(*, quick: bool) -> list[Figure]:
+    """Every length in turns, each in a state directory of its own."""
+    return asyncio.run(_run(QUICK_COUNTS if quick else COUNTS, REPEATS // 4 if quick else REPEATS))
+
+
+async def _run(counts: Sequence[int], repeats: int) -> list[Figure]:
+    directory = Path(tempfile.mkdtemp(prefix="pjw-bench-", dir="/var/tmp"))
+    try:
+        states = {count: directory / str(count) for count in counts}
+        for count, state in states.items():
+            await _make(state, count)
+        found = {"start-up": await _openings(states)}
+        async with AsyncExitStack() as stack:
+            workers = {
+                count: await stack.enter_async_context(await Worker.open(str(state), SETTINGS))
+                for count, state in states.items()
+            }
+            for name, call, times in (
+                ("get", _get, repeats),
+                ("list, first page", _list_first, repeats),
+                ("list, last page", _list_last, repeats),
+                ("whole life of a job", _whole_life, LIVES * repeats // REPEATS),
+            ):
+                found[name] = await _in_turns(workers, call, times)
+    finally:
+        shutil.rmtree(directory)
+    return [figure for name, times in found.items() for figure in _figures(name, times)]
+
+
+def _figures(name: str, times: Times) -> list[Figure]:
+    (first, least), *longer = ((count, median(taken) * 1e6) for count, taken in times.items())
+    figures = [Figure("history", f"{name}, {first:,} ended jobs", least, "us")]
+    for count, value in longer:
+        # no more than a search in a sorted table has steps
+        goal = math.log(count) / math.log(first)
+        label = f"{name}, {count:,} ended jobs"
+        figures.append(Figure("history", label, value, "us", f"{first:,}", least, round(goal, 2)))
+    return figures
+
+
+async def _openings(states: dict[int, Path]) -> Times:
+    times: Times = {count: [] for count in states}
+    for _ in range(OPENINGS):
+        for count, state in states.items():
+            began = time.perf_counter()
+            worker = await Worker.open(str(state), SETTINGS)
+            times[count].append(time.perf_counter() - began)
+            await worker.close()
+    return times
+
+
+async def _in_turns(
+    workers: dict[int, Worker], call: Callable[[Worker, int], Awaitable[None]], repeats: int
+) -> Times:
+    times: Times = {count: [] for count in workers}
+    for _ in range(repeats):
+        for count, worker in workers.items():
+            began = time.perf_counter()
+            await call(worker, count)
+            times[count].append(time.perf_counter() - began)
+    return times
+
+
+# ids: the one job that was copied had the first, and the copies have those that follow
+
+
+async def _get(worker: Worker, count: int) -> None:
+    job_id = random.randrange(2, count + 2)  # noqa: S311
+    assert (await worker.get(job_id)).id == job_id
+
+
+async def _list_first(worker: Worker, count: int) -> None:
+    assert len(await worker.list(CLIENT, 0, PAGE)) == PAGE
+
+
+async def _list_last(worker: Worker, count: int) -> None:
+    assert len(await worker.list(CLIENT, count + 1 - PAGE * CLIENTS, PAGE)) == PAGE
+
+
+async def _whole_life(worker: Worker, count: int) -> None:
+    """Start a job and wait for its end: a row inserted, updated, and a look at what may be pruned."""
+    job = await worker.wait((await worker.start(JobSpec(["true"]), CLIENT)).id)
+    assert job.exit_status is not None
+    assert job.exit_status.code == 0
+
+
+async def _make(state: Path, count: int) -> None:
+    async with await Worker.open(str(state)) as worker:
+        await worker.wait((await worker.start(JobSpec("echo words"))).id)
+    _fill(state, count)
+
+
+def _fill(state: Path, count: int) -> None:
     """Copy the one job that is there until there are *count*, of CLIENTS clients."""
     with sqlite3.connect(state / "jobs.sqlite") as db:
         (row,) = db.execute(f"SELECT {COLUMNS} FROM jobs").fetchall()  # noqa: S608
@@ -52,63 +147,3 @@ def fill(state: Path, count: int) -> None:
             " ended_bytes = (SELECT total(output_bytes) FROM jobs WHERE client_name = clients.name)"
         )
     db.close()
-
-
-async def median_us(call: Callable[[], Awaitable[object]], repeats: int = REPEATS) -> float:
-    """How long a call takes, in microseconds."""
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        await call()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times) * 1e6
-
-
-async def measure(count: int) -> dict[str, float]:
-    """Everything that is in the table, for one length of history."""
-    directory = Path(tempfile.mkdtemp(prefix="pjw-bench-", dir="/var/tmp"))
-    state = directory / "state"
-    try:
-        async with await Worker.open(str(state)) as worker:
-            await worker.wait((await worker.start(JobSpec("echo words"))).id)
-        fill(state, count)
-        opened = []
-        for _ in range(5):
-            began = time.perf_counter()
-            worker = await Worker.open(str(state), SETTINGS)
-            opened.append(time.perf_counter() - began)
-            await worker.close()
-        async with await Worker.open(str(state), SETTINGS) as worker:
-            newest = count + 1
-            return {
-                "start-up": statistics.median(opened) * 1e6,
-                "get": await median_us(lambda: worker.get(random.randrange(2, newest))),  # noqa: S311
-                "list, first page": await median_us(lambda: worker.list("c1", 0, 100)),
-                "list, last page": await median_us(lambda: worker.list("c1", newest - 100 * CLIENTS, 100)),
-                "whole life of a job": await median_us(lambda: whole_life(worker), 50),
-            }
-    finally:
-        shutil.rmtree(directory)
-
-
-async def whole_life(worker: Worker) -> None:
-    """Start a job and wait for its end: a row inserted, updated, and a look at what may be pruned."""
-    await worker.wait((await worker.start(JobSpec(["true"]), "c1")).id)
-
-
-def main() -> None:
-    """Measure and print."""
-    assert PAGE_MAX >= 100
-    counts = [int(word) for word in sys.argv[1:]] or list(COUNTS)
-    first: dict[str, float] = {}
-    for count in counts:
-        measured = asyncio.run(measure(count))
-        first = first or measured
-        if measured is first:
-            print(f"{'ended jobs':>10}", *(f"{name:>24}" for name in measured))
-        cells = (f"{value:>12,.0f} us ({value / first[name]:5.2f})" for name, value in measured.items())
-        print(f"{count:>10,}", *(f"{cell:>24}" for cell in cells), flush=True)
-
-
-if __name__ == "__main__":
-    main()
