@@ -6,7 +6,8 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from pjw.cli.settings import DEFAULT_SERVER, find_settings
 from pjw.errors import (
@@ -38,6 +39,19 @@ exit codes: 0 done, 1 refused, 2 wrong usage, 125 pjw failed (no server, no cert
 Every option can also be set as PJW_SERVER, PJW_CA_CRT, PJW_CLIENT_CRT, PJW_CLIENT_KEY, or in
 ~/.config/pjw/config.toml.
 """
+
+
+def run() -> NoReturn:
+    """The program `pjw`: one command, and out."""
+    code = main()
+    for stream in (sys.stdout, sys.stderr):
+        # a success has flushed its output already; what goes wrong after a failure changes nothing
+        with suppress(OSError):
+            if stream is not None:
+                stream.flush()
+    # The connection is closed and all is written. To take modules and gRPC's threads apart one by one, as the
+    # interpreter would, frees nothing that the kernel does not, and takes 15 % of a whole `pjw get`.
+    os._exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -213,4 +227,4 @@ def _logs(client: "Client", arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()
