@@ -8,9 +8,11 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final, NoReturn
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from pjw.cli.settings import DEFAULT_SERVER, find_settings
+from pjw.cli.terminal import columns
 from pjw.errors import (
     ConfigError,
     LaunchError,
@@ -126,12 +128,24 @@ def exit_code_of(error: PjwError) -> int:
             return EXIT_REFUSED
 
 
+class _Parser(argparse.ArgumentParser):
+    """Formatters that are told the width: argparse makes one for each argument, which would import shutil."""
+
+    def __init__(
+        self,
+        *,
+        formatter: type[argparse.HelpFormatter] = argparse.HelpFormatter,
+        **options: Any,  # noqa: ANN401  argparse's own
+    ) -> None:
+        super().__init__(formatter_class=partial(formatter, width=columns() - 2), **options)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="pjw",
         description="Run commands on a machine with pjwd: isolated, limited, their output streamed.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--server", metavar="HOST:PORT", help=f"default {DEFAULT_SERVER}")
     parser.add_argument("--ca-crt", metavar="FILE", help="the authority of the server's certificate")

@@ -1,10 +1,10 @@
 """What is shown: JSON and tables on stdout. The bytes of a job never come through here."""
 
 import json
-import shutil
 from collections.abc import Iterable
 from datetime import UTC, datetime
 
+from pjw.cli.terminal import columns
 from pjw.model import Job
 
 
@@ -43,7 +43,7 @@ def _usage(job: Job) -> dict[str, int] | None:
 
 def job_table(jobs: Iterable[Job], *, with_clients: bool = False) -> Iterable[str]:
     """Jobs as the lines of a table for a terminal; *with_clients*, each with whose it is."""
-    columns = shutil.get_terminal_size().columns
+    width = columns()
     now = datetime.now(UTC)
 
     def line_of(job_id: object, client: str, state: str, age: str, ended: str) -> str:
@@ -53,7 +53,7 @@ def job_table(jobs: Iterable[Job], *, with_clients: bool = False) -> Iterable[st
     yield line_of("ID", "CLIENT", "STATE", "AGE", "EXIT") + "COMMAND"
     for job in jobs:
         line = line_of(job.id, printable(job.client_name), job.state, _age(now, job.start), _exit(job))
-        yield line + printable(job.command)[: max(20, columns - len(line))]
+        yield line + printable(job.command)[: max(20, width - len(line))]
 
 
 def printable(text: str) -> str:

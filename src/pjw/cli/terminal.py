@@ -1,0 +1,19 @@
+"""How wide the terminal is: `shutil` knows too, and takes 3 ms to import, for its archives."""
+
+import os
+import sys
+from typing import Final
+
+DEFAULT_COLUMNS: Final = 80
+
+
+def columns() -> int:
+    """What COLUMNS says, else the terminal on stdout, else 80."""
+    given = os.environ.get("COLUMNS", "")
+    if given.isascii() and given.isdecimal() and int(given) > 0:
+        return int(given)
+    try:
+        return os.get_terminal_size(sys.__stdout__.fileno()).columns or DEFAULT_COLUMNS  # type: ignore[union-attr]
+    except (AttributeError, ValueError, OSError):
+        # closed, replaced, or no terminal
+        return DEFAULT_COLUMNS
