@@ -137,12 +137,14 @@ def _climb(
 def _memory_figures(level: int, each: Memory, bwrap: Memory | None) -> list[Figure]:
     name = f"memory of each of {level} jobs"
     figures = [Figure("scale", name, each.processes, "KiB", "the bound", MEMORY_BOUND_KIB, 1.0)]
-    against = "" if bwrap is None else "bwrap"
-    other = bwrap or Memory(0, 0, 0)
     if bwrap is not None:
-        figures.append(Figure("scale", name, each.processes, "KiB", against, other.processes))
-    figures.append(Figure("scale", f"kernel's {name}", each.kernel, "KiB", against, other.kernel))
-    figures.append(Figure("scale", f"available {name}", each.available, "KiB", against, other.available))
+        figures.append(Figure("scale", name, each.processes, "KiB", "bwrap", bwrap.processes))
+    # of the whole machine, and whatever else it does: no ratio, which would be noise
+    for whose, memory in (("jobs", each), ("bwraps", bwrap)):
+        if memory is not None:
+            name = f"memory of each of {level} {whose}"
+            figures.append(Figure("scale", f"kernel's {name}", memory.kernel, "KiB"))
+            figures.append(Figure("scale", f"available {name}", memory.available, "KiB"))
     return figures
 
 
