@@ -1,0 +1,87 @@
+"""A bare grpc.aio server that streams from memory: what grpcio itself takes to send what pjwd sends.
+
+    python -m benchmarks.grpc_source CERTS SIZE
+
+It has pjwd's TLS and server options, its method and its messages, but sends them ready-made: nothing is read,
+built or serialized, and nobody asks who calls. LogsRequest.id 0 is followed like a silent job: for ever.
+"""
+
+import asyncio
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from pjw.certs.tls import require_tls13_environment
+
+if __name__ == "__main__":
+    # what it sets has to be there before grpc is imported
+    require_tls13_environment()
+
+import grpc
+
+from pjw.rpc.status import ADMITTED_KEY
+from pjw.server.serve import OPTIONS
+from pjw.server.service import SERVICE_NAME
+from pjw.v1 import job_worker_pb2 as pb
+
+if TYPE_CHECKING:
+    Context = grpc.aio.ServicerContext[Any, Any]
+
+MESSAGE_BYTES: Final = 256 * 1024
+# so many different messages are larger than any cache of the processor, as a file is
+MESSAGES: Final = 256
+
+
+@contextmanager
+def running(certs: Path, size: int) -> Iterator[tuple[str, int]]:
+    """The server as a process of its own; its address and its pid."""
+    command = [sys.executable, "-m", "benchmarks.grpc_source", str(certs), str(size)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield f"127.0.0.1:{int(process.stdout.readline())}", process.pid
+        finally:
+            process.terminate()
+
+
+def _message(number: int) -> bytes:
+    data = number.to_bytes(2, "little") + os.urandom(30)
+    return pb.LogsResponse(data=data * (MESSAGE_BYTES // len(data))).SerializeToString()
+
+
+async def _serve(certs: Path, size: int) -> None:
+    messages = [_message(number) for number in range(MESSAGES)]
+
+    async def logs(request: pb.LogsRequest, context: "Context") -> None:
+        await context.send_initial_metadata(((ADMITTED_KEY, "1"),))
+        if not request.id:
+            await asyncio.Event().wait()
+        left = size - request.offset
+        for message in itertools.cycle(messages):
+            if left < MESSAGE_BYTES:
+                break
+            await context.write(message)
+            left -= MESSAGE_BYTES
+        if left:
+            await context.write(pb.LogsResponse(data=bytes(left)).SerializeToString())
+
+    handler: grpc.RpcMethodHandler[Any, Any] = grpc.unary_stream_rpc_method_handler(
+        logs, request_deserializer=pb.LogsRequest.FromString
+    )
+    server = grpc.aio.server(options=OPTIONS)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, {"Logs": handler}),))
+    key, crt, ca = ((certs / name).read_bytes() for name in ("server.key", "server.crt", "ca.crt"))
+    credentials = grpc.ssl_server_credentials([(key, crt)], ca, require_client_auth=True)
+    port = server.add_secure_port("127.0.0.1:0", credentials)
+    await server.start()
+    print(port, flush=True)
+    await server.wait_for_termination()
+
+
+if __name__ == "__main__":
+    asyncio.run(_serve(Path(sys.argv[1]), int(sys.argv[2])))

@@ -1,0 +1,126 @@
+"""How late a line comes: written by a job, read by a follower; beside a pipe with a reader at its end.
+
+The writer puts the time into each line, and the reader looks at the same clock (CLOCK_MONOTONIC: a job has no
+time namespace of its own). It pauses at random, so that it does not beat in time with anybody's timers.
+"""
+
+import subprocess
+import time
+from contextlib import ExitStack
+from typing import Final
+
+from benchmarks import followers, pjwd
+from benchmarks.followers import Followers, stamps
+from benchmarks.report import Figure, median, percentile
+from pjw.v1 import job_worker_pb2 as pb
+from tests.service import CALL_SECONDS, Service
+
+# arguments: how many lines, the mean pause in seconds, how long to wait for followers first
+WRITER: Final = """
+import os, random, sys, time
+count, pause, delay = int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
+time.sleep(delay)
+for _ in range(count):
+    time.sleep(random.uniform(0.5, 1.5) * pause)
+    os.write(1, b"%d\\n" % time.monotonic_ns())
+"""
+# what a job finds as well as we do; ours may be where it cannot look
+PYTHON: Final = "/usr/bin/python3"
+PAUSE_SECONDS: Final = 0.004
+MANY: Final = 1000
+# Each line goes to all of them, which takes the server some 50 ms.
+MANY_PAUSE_SECONDS: Final = 0.4
+# so long it takes that many to join
+MANY_DELAY_SECONDS: Final = 3.0
+
+
+def run(*, quick: bool) -> list[Figure]:
+    """All rows of the suite; the pipe and the job take turns."""
+    count, rounds, count_of_many = (100, 3, 4) if quick else (400, 10, 40)
+    pipe: list[int] = []
+    alone: list[int] = []
+    among: list[int] = []
+    with pjwd.running() as service, ExitStack() as stack:
+        for _ in range(rounds):
+            pipe += through_pipe(count)
+            alone += through_job(service, count)
+        others = followers.running(service.address, service.pid, service.certs, MANY - 1)
+        crowd = stack.enter_context(others)
+        # of other jobs, which are silent
+        silent = [service.start_job("exec sleep 1000") for _ in range(9)]
+        for number, job_id in enumerate(silent):
+            crowd.hold(job_id, first=number * 111, last=(number + 1) * 111)
+        for _ in range(rounds):
+            among += through_job(service, count)
+        stack.close()
+        several = followers.running(service.address, service.pid, service.certs, MANY)
+        together = of_many(service, stack.enter_context(several), count_of_many)
+    return [
+        *_figures("1 follower", alone, pipe, goal=1),
+        *_figures(f"1 of {MANY}, the others on silent jobs", among, pipe),
+        *_figures(f"all of {MANY} on the same job", together, pipe),
+    ]
+
+
+def _figures(who: str, late: list[int], pipe: list[int], goal: float | None = None) -> list[Figure]:
+    above = (median(late) - median(pipe)) / 1e6
+    p99 = percentile(late, 0.99) / 1e6
+    return [
+        Figure("line", f"{who}, p50 above a pipe", above, "ms", "bound" if goal else "1 ms", 1, goal),
+        Figure("line", f"{who}, p50", median(late) / 1e6, "ms", "a pipe", median(pipe) / 1e6),
+        Figure("line", f"{who}, p99", p99, "ms", "a pipe", percentile(pipe, 0.99) / 1e6),
+    ]
+
+
+def _command(count: int, pause: float, delay: float) -> list[str]:
+    return [PYTHON, "-I", "-S", "-c", WRITER, str(count), str(pause), str(delay)]
+
+
+def through_pipe(count: int) -> list[int]:
+    """How late each line of a child came, in ns."""
+    late: list[int] = []
+    with subprocess.Popen(_command(count, PAUSE_SECONDS, 0), stdout=subprocess.PIPE, bufsize=0) as writer:
+        assert writer.stdout is not None
+        while data := writer.stdout.read(65536):
+            received = time.monotonic_ns()
+            late += [ns for _, ns in stamps(data, received)]
+    return _checked(late, count, count, writer.returncode)
+
+
+def start(service: Service, command: list[str]) -> int:
+    """Start a job by its argv; its id."""
+    with service.stub() as stub:
+        request = pb.StartRequest(argv=pb.Argv(arguments=command))
+        return stub.Start(request, timeout=CALL_SECONDS).job.id
+
+
+def through_job(service: Service, count: int) -> list[int]:
+    """How late each line of a job came that was written while it was followed, in ns."""
+    late: list[int] = []
+    lines = 0
+    with service.stub() as stub:
+        call = stub.Logs(pb.LogsRequest(id=start(service, _command(count, PAUSE_SECONDS, 0.2))))
+        call.initial_metadata()
+        joined = time.monotonic_ns()
+        for answer in call:
+            received = time.monotonic_ns()
+            came = list(stamps(answer.data, received))
+            lines += len(came)
+            late += [ns for written, ns in came if written > joined]
+    return _checked(late, lines, count, 0)
+
+
+def of_many(service: Service, crowd: Followers, count: int) -> list[int]:
+    """How late each line came to each of many followers of one job, in ns."""
+    job_id = start(service, _command(count, MANY_PAUSE_SECONDS, MANY_DELAY_SECONDS))
+    late: list[int] = []
+    for one in crowd.lines(job_id):
+        late += _checked(one, count, count, 0)
+    return late
+
+
+def _checked(late: list[int], lines: int, count: int, code: int) -> list[int]:
+    # those before the follower was there are few: the writer waits for it
+    if lines != count or code or len(late) < 0.9 * count or min(late) < 0:
+        raise RuntimeError(f"{lines} of {count} lines came, {len(late)} in time, exit code {code}")
+    return late
