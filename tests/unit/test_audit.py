@@ -86,7 +86,7 @@ def test_an_answer_adds_the_new_jobs_id_and_the_bytes_sent() -> None:
     assert json.loads(start.line())["job_id"] == 12
     logs = CallRecord("Logs", pb.LogsRequest(id=12), "")
     for data in (b"secret", b"x" * 1000):
-        logs.answered(pb.LogsResponse(data=data))
+        logs.answered(pb.LogsResponse(data=data).SerializeToString())
     assert list(json.loads(logs.line())) == [*MEMBERS, "bytes"]
     assert json.loads(logs.line())["bytes"] == 1006
     assert b"secret" not in start.line() + logs.line()

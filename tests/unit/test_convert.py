@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 
 from pjw.errors import InvalidJobError
 from pjw.model import EndReason, ExitStatus, Job, JobSpec, JobState, Limits, Usage
-from pjw.rpc.convert import job_from_message, job_to_message, spec_from_message, spec_to_message
+from pjw.rpc.convert import (
+    job_from_message,
+    job_to_message,
+    logs_response_bytes,
+    logs_response_head,
+    spec_from_message,
+    spec_to_message,
+)
 from pjw.v1 import job_worker_pb2 as pb
 
 NUMBER = st.integers(0, 2**62)
@@ -107,3 +114,11 @@ def test_a_state_of_a_newer_server_is_an_error() -> None:
     """A state that this client does not know is not shown as another."""
     with pytest.raises(ValueError, match="unknown state 99 of job 5"):
         job_from_message(pb.Job(id=5, state=99))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("count", [1, 2, 127, 128, 129, 16_383, 16_384, 65_536, 262_144, 2**21 - 1, 2**21])
+def test_a_head_and_its_bytes_are_what_protobuf_serializes(count: int) -> None:
+    """To the byte, where the length takes one digit more too; and how many there are is seen from outside."""
+    message = logs_response_head(count) + b"x" * count
+    assert message == pb.LogsResponse(data=b"x" * count).SerializeToString()
+    assert logs_response_bytes(message) == count

@@ -1,6 +1,7 @@
 """follow(): a real file, real inotify, one reader or many."""
 
 import asyncio
+import errno
 import os
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pjw.errors import KernelError, LauncherGoneError, OffsetError
-from pjw.output import Inotify, OutputLog, follow
+from pjw.output import Head, Inotify, OutputLog, follow
 from pjw.output.follower import CHUNK_BYTES_MAX, CHUNK_BYTES_MIN
 from pjw.output.log import read_at
 
@@ -78,6 +79,26 @@ async def test_an_offset_beyond(tmp_path: Path, inotify: Inotify, offset: int) -
     assert inotify._callbacks == {}
 
 
+async def test_a_head_before_each_chunk(
+    tmp_path: Path, inotify: Inotify, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made from how many bytes there are, whether they were in the page cache or on a slow disk."""
+    (tmp_path / "output").write_bytes(b"x" * (CHUNK_BYTES_MIN + 10))
+    log = OutputLog(str(tmp_path / "output"), inotify, ended=True)
+
+    async def chunks() -> list[bytes]:
+        return [chunk async for chunk in follow(log, 0, lambda count: b"%d:" % count)]
+
+    wanted = [b"%d:" % count + b"x" * count for count in (CHUNK_BYTES_MIN, 10)]
+    assert await chunks() == wanted
+
+    def not_cached(*_: object) -> int:
+        raise BlockingIOError(errno.EAGAIN, "not in the page cache")
+
+    monkeypatch.setattr(os, "preadv", not_cached)
+    assert await chunks() == wanted
+
+
 async def test_a_missing_file(tmp_path: Path, inotify: Inotify) -> None:
     """A typed error with the path, and nothing stays open."""
     log = OutputLog(str(tmp_path / "missing"), inotify, ended=False)
@@ -98,10 +119,10 @@ async def test_a_silent_file_wakes_nobody(growing: Growing, monkeypatch: pytest.
     """While nothing is written a follower reads nothing: it waits for the kernel, not for a clock."""
     reads = 0
 
-    async def counted(descriptor: int, offset: int, count: int) -> bytes:
+    async def counted(descriptor: int, offset: int, count: int, head: Head) -> tuple[int, bytes]:
         nonlocal reads
         reads += 1
-        return await read_at(descriptor, offset, count)
+        return await read_at(descriptor, offset, count, head)
 
     monkeypatch.setattr("pjw.output.follower.read_at", counted)
     reading = asyncio.ensure_future(read(growing.log))
@@ -129,13 +150,13 @@ async def test_a_write_between_read_and_wait(growing: Growing, monkeypatch: pyte
     """The lost wake-up: bytes that come just after a read found nothing are not left lying."""
     words = [b"one", b"two", b"three"]
 
-    async def read_then_write(descriptor: int, offset: int, count: int) -> bytes:
-        chunk = await read_at(descriptor, offset, count)
-        if not chunk and words:
+    async def read_then_write(descriptor: int, offset: int, count: int, head: Head) -> tuple[int, bytes]:
+        got, chunk = await read_at(descriptor, offset, count, head)
+        if not got and words:
             growing.append(words.pop(0))
             if not words:
                 growing.log.mark_ended()
-        return chunk
+        return got, chunk
 
     monkeypatch.setattr("pjw.output.follower.read_at", read_then_write)
     assert await read(growing.log) == b"onetwothree"
@@ -145,15 +166,15 @@ async def test_a_wake_up_during_a_read(growing: Growing, monkeypatch: pytest.Mon
     """The other lost wake-up: news of bytes that a slow read did not see, come before it returns."""
     appended = False
 
-    async def slow(descriptor: int, offset: int, count: int) -> bytes:
+    async def slow(descriptor: int, offset: int, count: int, head: Head) -> tuple[int, bytes]:
         nonlocal appended
-        chunk = await read_at(descriptor, offset, count)
-        if not chunk and not appended:
+        got, chunk = await read_at(descriptor, offset, count, head)
+        if not got and not appended:
             appended = True
             with growing.log.changes() as changed:
                 growing.append(b"unseen")
                 await changed.wait()
-        return chunk
+        return got, chunk
 
     monkeypatch.setattr("pjw.output.follower.read_at", slow)
     async with asyncio.timeout(DEADLINE_SECONDS), aclosing(follow(growing.log)) as chunks:

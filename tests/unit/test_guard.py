@@ -84,10 +84,10 @@ class Methods:
             pass
         return pb.GetResponse()
 
-    async def stream(self, request: pb.LogsRequest, caller: Caller) -> AsyncGenerator[pb.LogsResponse, None]:
+    async def stream(self, request: pb.LogsRequest, caller: Caller) -> AsyncGenerator[bytes, None]:
         self.callers.append(caller)
         try:
-            yield pb.LogsResponse(data=b"x")
+            yield pb.LogsResponse(data=b"x").SerializeToString()
             if self.error is not None:
                 raise self.error
             self.running.set()

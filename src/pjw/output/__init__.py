@@ -2,6 +2,6 @@
 
 from pjw.output.follower import follow
 from pjw.output.inotify import Inotify
-from pjw.output.log import OutputLog
+from pjw.output.log import Head, OutputLog, no_head
 
-__all__ = ["Inotify", "OutputLog", "follow"]
+__all__ = ["Head", "Inotify", "OutputLog", "follow", "no_head"]

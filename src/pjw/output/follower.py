@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from typing import Final
 
 from pjw.errors import LauncherGoneError, OffsetError
-from pjw.output.log import OutputLog, read_at
+from pjw.output.log import Head, OutputLog, no_head, read_at
 
 # A stalled stream holds about 4 chunks in gRPC and the kernel, so a reader begins with small
 # ones and earns larger ones (the best size for one stream here) by keeping up.
@@ -15,8 +15,8 @@ CHUNK_BYTES_MAX: Final = 256 * 1024
 KEEPS_UP_SECONDS: Final = 0.1
 
 
-async def follow(log: OutputLog, offset: int = 0) -> AsyncGenerator[bytes, None]:
-    """Yield every byte from *offset* on; return once the output has ended.
+async def follow(log: OutputLog, offset: int = 0, head: Head = no_head) -> AsyncGenerator[bytes, None]:
+    """Yield every byte from *offset* on, each chunk behind its head; return once the output has ended.
 
     Raises OffsetError when *offset* lies beyond the end of what is there, and LauncherGoneError
     when the worker closes before the end. No polling: waits on inotify. A slow reader costs
@@ -34,13 +34,16 @@ async def follow(log: OutputLog, offset: int = 0) -> AsyncGenerator[bytes, None]
             # one, and a write after the read sets the event again.
             ended = log.ended
             changed.clear()
-            while chunk := await read_at(descriptor, offset, chunk_bytes):
-                offset += len(chunk)
+            while True:
+                count, chunk = await read_at(descriptor, offset, chunk_bytes, head)
+                if not count:
+                    break
+                offset += count
                 yielded = loop.time()
                 yield chunk
                 if loop.time() - yielded > KEEPS_UP_SECONDS:
                     chunk_bytes = CHUNK_BYTES_MIN
-                elif len(chunk) == chunk_bytes:
+                elif count == chunk_bytes:
                     chunk_bytes = min(2 * chunk_bytes, CHUNK_BYTES_MAX)
             if ended:
                 return

@@ -3,12 +3,16 @@
 import asyncio
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
 from pjw.errors import KernelError
 from pjw.output.inotify import Inotify
+
+# What a reader puts in front of each chunk, made from how many bytes it has: it spares it a copy of them.
+Head = Callable[[int], bytes]
+HEAD_BYTES_MAX: Final = 16
 
 
 class OutputLog:
@@ -88,17 +92,27 @@ class OutputLog:
             return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
 
-async def read_at(descriptor: int, offset: int, count: int) -> bytes:
-    """Read up to *count* bytes at *offset*; empty at the end of the file.
+def no_head(count: int) -> bytes:
+    """Nothing in front of the bytes of a chunk."""
+    return b""
+
+
+async def read_at(descriptor: int, offset: int, count: int, head: Head = no_head) -> tuple[int, bytes]:
+    """Read up to *count* bytes at *offset*: how many there are (0 at the end), and they behind a head.
 
     Bytes in the page cache are read at once, others in a thread: a slow disk must not hold
-    the event loop up (preadv2(2), RWF_NOWAIT).
+    the event loop up (preadv2(2), RWF_NOWAIT). They are copied once after that.
     """
-    buffer = bytearray(count)
+    # How many bytes come is known when they are there, so the room for their head is made first.
+    buffer = memoryview(bytearray(HEAD_BYTES_MAX + count))
     try:
-        got = os.preadv(descriptor, [buffer], offset, os.RWF_NOWAIT)
+        got = os.preadv(descriptor, [buffer[HEAD_BYTES_MAX:]], offset, os.RWF_NOWAIT)
     except OSError as error:
         if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
             raise
-        return await asyncio.to_thread(os.pread, descriptor, count, offset)
-    return bytes(memoryview(buffer)[:got])
+        data = await asyncio.to_thread(os.pread, descriptor, count, offset)
+        return len(data), head(len(data)) + data
+    before = head(got)
+    start = HEAD_BYTES_MAX - len(before)
+    buffer[start:HEAD_BYTES_MAX] = before
+    return got, bytes(buffer[start : HEAD_BYTES_MAX + got])

@@ -13,6 +13,8 @@ _STATES: Final = {state: pb.JobState.Value(f"JOB_STATE_{state.name}") for state 
 _STATES_BACK: Final = {number: state for state, number in _STATES.items()}
 _REASONS: Final = {reason: pb.EndReason.Value(f"END_REASON_{reason.name}") for reason in EndReason}
 _REASONS_BACK: Final = {number: reason for reason, number in _REASONS.items()}
+# the field, and that a length and so many bytes follow
+_LOGS_RESPONSE_TAG: Final = bytes([pb.LogsResponse.DATA_FIELD_NUMBER << 3 | 2])
 
 
 def job_to_message(job: Job) -> pb.Job:
@@ -78,6 +80,24 @@ def spec_from_message(message: pb.StartRequest) -> JobSpec:
 def limits_from_message(message: pb.Limits) -> dict[str, int]:
     """The limits that are set, by name."""
     return {field.name: value for field, value in message.ListFields()}
+
+
+def logs_response_head(count: int) -> bytes:
+    """What *count* bytes of output need in front of them to be a serialized LogsResponse."""
+    head = bytearray(_LOGS_RESPONSE_TAG)
+    while count > 0x7F:
+        head.append(count & 0x7F | 0x80)
+        count >>= 7
+    head.append(count)
+    return bytes(head)
+
+
+def logs_response_bytes(message: bytes) -> int:
+    """How many bytes of output there are in what begins with such a head."""
+    digits = 1
+    while len(message) - 1 - digits >= 1 << 7 * digits:
+        digits += 1
+    return len(message) - 1 - digits
 
 
 def _usage_to_message(usage: Usage) -> pb.Usage:

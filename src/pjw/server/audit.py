@@ -21,6 +21,7 @@ from google.protobuf.message import Message
 
 from pjw.errors import describe_errno
 from pjw.model import Identity
+from pjw.rpc.convert import logs_response_bytes
 from pjw.rpc.status import status_of
 from pjw.v1 import job_worker_pb2 as pb
 
@@ -54,12 +55,12 @@ class CallRecord:
         self._all_clients: Final[bool] = getattr(request, "all_clients", False)
         self._bytes = 0
 
-    def answered(self, answer: Message) -> None:
+    def answered(self, answer: Message | bytes) -> None:
         """Note what an answer adds: the id of a new job, the bytes of output."""
         if isinstance(answer, pb.StartResponse):
             self._job_id = answer.job.id
-        elif isinstance(answer, pb.LogsResponse):
-            self._bytes += len(answer.data)
+        elif isinstance(answer, bytes):
+            self._bytes += logs_response_bytes(answer)
 
     def line(self) -> bytes:
         """The call as a line, when it is over."""

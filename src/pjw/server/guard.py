@@ -35,7 +35,8 @@ from pjw.server.quota import Quota
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
 Req = TypeVar("Req", bound=Message)
-Res = TypeVar("Res", bound=Message)
+# an answer, or one that was serialized where that spares a copy of what is in it
+Res = TypeVar("Res", bound=Message | bytes)
 
 # A client that lives but does not read is dropped after this long; the command line then
 # comes back by itself, at the byte where it was.
@@ -204,7 +205,7 @@ async def _say_admitted(context: Context) -> None:
         raise
 
 
-async def _write(context: Context, answer: Message) -> None:
+async def _write(context: Context, answer: Message | bytes) -> None:
     try:
         async with asyncio.timeout(STALLED_WRITE_SECONDS):
             await context.write(answer)
@@ -251,5 +252,5 @@ def _decoded(request: Req | None) -> Req:
     return request
 
 
-def _serialize(message: Message) -> bytes:
-    return message.SerializeToString()
+def _serialize(message: Message | bytes) -> bytes:
+    return message if isinstance(message, bytes) else message.SerializeToString()

@@ -7,7 +7,7 @@ from typing import Final
 import grpc
 
 from pjw.errors import InvalidJobError
-from pjw.rpc.convert import job_to_message, spec_from_message
+from pjw.rpc.convert import job_to_message, logs_response_head, spec_from_message
 from pjw.server.authz import Caller
 from pjw.server.guard import Guard
 from pjw.v1 import job_worker_pb2 as pb
@@ -66,11 +66,12 @@ class JobWorkerService:
         job = await self._worker.stop(request.id, grace_seconds, caller.owner)
         return pb.StopResponse(job=job_to_message(job))
 
-    async def logs(self, request: pb.LogsRequest, caller: Caller) -> AsyncGenerator[pb.LogsResponse, None]:
-        """Stream the output of a job of the caller."""
-        async with aclosing(self._worker.logs(request.id, request.offset, caller.owner)) as chunks:
-            async for chunk in chunks:
-                yield pb.LogsResponse(data=chunk)
+    async def logs(self, request: pb.LogsRequest, caller: Caller) -> AsyncGenerator[bytes, None]:
+        """Stream the output of a job of the caller, as messages that need no serializing any more."""
+        messages = self._worker.logs(request.id, request.offset, caller.owner, logs_response_head)
+        async with aclosing(messages):
+            async for message in messages:
+                yield message
 
     async def delete(self, request: pb.DeleteRequest, caller: Caller) -> pb.DeleteResponse:
         """Forget an ended job of the caller."""

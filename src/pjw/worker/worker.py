@@ -18,7 +18,7 @@ from pjw.errors import (
     PjwError,
 )
 from pjw.model import Job, JobSpec, Limits
-from pjw.output import Inotify, OutputLog, follow
+from pjw.output import Head, Inotify, OutputLog, follow, no_head
 from pjw.worker.background import Background
 from pjw.worker.endings import Endings
 from pjw.worker.job import LiveJob
@@ -321,9 +321,11 @@ class Worker:
         return live.job
 
     async def logs(
-        self, job_id: int, offset: int = 0, owner: str | None = None
+        self, job_id: int, offset: int = 0, owner: str | None = None, head: Head = no_head
     ) -> AsyncGenerator[bytes, None]:
         """Yield a job's output from byte *offset* on, as it comes; end when the job has ended.
+
+        *head* makes what each chunk begins with from how many bytes it has.
 
         Raises JobNotFoundError; OffsetError for an offset beyond what is there; and, at the end of
         what is there, OutputLostError when the host went down before the disk had all of it.
@@ -345,7 +347,7 @@ class Worker:
                 )
             output = OutputLog(self._state.output_path(job_id), self._inotify, ended=True)
         # aclosing: a generator that is left to the garbage collector would keep its watch
-        async with aclosing(follow(output, offset)) as chunks:
+        async with aclosing(follow(output, offset, head)) as chunks:
             async for chunk in chunks:
                 yield chunk
         if lost:
