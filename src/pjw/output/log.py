@@ -13,6 +13,11 @@ from pjw.output.inotify import Inotify
 # What a reader puts in front of each chunk, made from how many bytes it has: it spares it a copy of them.
 Head = Callable[[int], bytes]
 HEAD_BYTES_MAX: Final = 16
+READ_BYTES_MAX: Final = 256 * 1024
+
+# Where all reads are made: nothing stays in it while anybody else may run. To make a buffer for each
+# read costs as much as to read a line.
+_SCRATCH: Final = memoryview(bytearray(HEAD_BYTES_MAX + READ_BYTES_MAX))
 
 
 class OutputLog:
@@ -104,9 +109,9 @@ async def read_at(descriptor: int, offset: int, count: int, head: Head = no_head
     the event loop up (preadv2(2), RWF_NOWAIT). They are copied once after that.
     """
     # How many bytes come is known when they are there, so the room for their head is made first.
-    buffer = memoryview(bytearray(HEAD_BYTES_MAX + count))
+    end = HEAD_BYTES_MAX + min(count, READ_BYTES_MAX)
     try:
-        got = os.preadv(descriptor, [buffer[HEAD_BYTES_MAX:]], offset, os.RWF_NOWAIT)
+        got = os.preadv(descriptor, [_SCRATCH[HEAD_BYTES_MAX:end]], offset, os.RWF_NOWAIT)
     except OSError as error:
         if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
             raise
@@ -114,5 +119,5 @@ async def read_at(descriptor: int, offset: int, count: int, head: Head = no_head
         return len(data), head(len(data)) + data
     before = head(got)
     start = HEAD_BYTES_MAX - len(before)
-    buffer[start:HEAD_BYTES_MAX] = before
-    return got, bytes(buffer[start : HEAD_BYTES_MAX + got])
+    _SCRATCH[start:HEAD_BYTES_MAX] = before
+    return got, bytes(_SCRATCH[start : HEAD_BYTES_MAX + got])
