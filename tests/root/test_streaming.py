@@ -291,7 +291,7 @@ class Impatient(Service):
         """The command line, with one constant changed as soon as the server's modules may be imported."""
         program = (
             "import sys\nfrom pjw.server import main, start\noriginal = start.preload_modules\n"
-            "def changed():\n    import pjw.server.guard as guard\n    guard.STALLED_WRITE_SECONDS = 1\n"
+            "def changed():\n    import pjw.server.writer as writer\n    writer.STALLED_WRITE_SECONDS = 1\n"
             "    original()\n"
             "start.preload_modules = changed\nsys.exit(main.main())"
         )

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives import hashes
 from pjw import errors
 from pjw.certs.revocation import NOBODY_REVOKED, RevocationList
 from pjw.rpc.status import ADMITTED_KEY, INTERNAL_TEXT
-from pjw.server import guard as guard_module
+from pjw.server import writer
 from pjw.server.authz import Caller, Roles
 from pjw.server.config import ServerConfig
 from pjw.server.guard import Guard
@@ -389,7 +389,7 @@ async def test_a_reader_that_does_not_read_is_dropped(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """After its time it is let go of with an error, and a line in the log; its method is cleaned up."""
-    monkeypatch.setattr(guard_module, "STALLED_WRITE_SECONDS", 0.05)
+    monkeypatch.setattr(writer, "STALLED_WRITE_SECONDS", 0.05)
     methods, context = Methods(), Context()
     context.on_write = lambda: asyncio.sleep(60)
     await call("stream", methods, context)

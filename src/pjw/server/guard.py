@@ -23,7 +23,6 @@ from pjw.errors import (
     LauncherGoneError,
     NotAuthenticatedError,
     PjwError,
-    ServerUnreachableError,
 )
 from pjw.rpc.status import ADMITTED_KEY, status_of
 from pjw.server.audit import CANCELLED, AuditLog, CallRecord
@@ -31,16 +30,13 @@ from pjw.server.authz import Caller
 from pjw.server.config import ServerConfig
 from pjw.server.peer import Peer, authenticate, presented
 from pjw.server.quota import Quota
+from pjw.server.writer import ReaderGoneError, Writer
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
 Req = TypeVar("Req", bound=Message)
 # an answer, or one that was serialized where that spares a copy of what is in it
 Res = TypeVar("Res", bound=Message | bytes)
-
-# A client that lives but does not read is dropped after this long; the command line then
-# comes back by itself, at the byte where it was.
-STALLED_WRITE_SECONDS: Final = 900
 
 _DRAINING: Final = "the server is shutting down; running jobs go on"
 _REVOKED: Final = "the client certificate has been revoked"
@@ -117,10 +113,11 @@ class Guard:
                             aclosing(method(_decoded(request), caller)) as answers,
                         ):
                             await _say_admitted(context)
-                            async for answer in answers:
-                                await _write(context, answer)
-                                record.answered(answer)
-                    except _ReaderGoneError:
+                            async with Writer(context) as writer:
+                                async for answer in answers:
+                                    await writer.write(answer)
+                                    record.answered(answer)
+                    except ReaderGoneError:
                         record.code = CANCELLED
             except Exception as error:
                 await _abort(context, error)
@@ -190,10 +187,6 @@ class _Call:
             self.timeout.reschedule(asyncio.get_running_loop().time())
 
 
-class _ReaderGoneError(Exception):
-    """The client has gone; there is nobody to tell."""
-
-
 async def _say_admitted(context: Context) -> None:
     # To its end, also when the call is ended meanwhile: while this is under way gRPC takes no status for the
     # call, which would then hold up the end of the server. It waits for no client.
@@ -203,21 +196,6 @@ async def _say_admitted(context: Context) -> None:
     except asyncio.CancelledError:
         await asyncio.wait({sending})
         raise
-
-
-async def _write(context: Context, answer: Message | bytes) -> None:
-    try:
-        async with asyncio.timeout(STALLED_WRITE_SECONDS):
-            await context.write(answer)
-    except TimeoutError:
-        log.warning("dropped %s, which has read nothing for %d s", context.peer(), STALLED_WRITE_SECONDS)
-        # An error, never a clean end: that would tell it that the output is whole.
-        raise ServerUnreachableError(
-            f"dropped after {STALLED_WRITE_SECONDS} s in which nothing was read; ask again from there"
-        ) from None
-    except grpc.aio.BaseError:
-        # gRPC's word for a follower that vanished while we wrote
-        raise _ReaderGoneError from None
 
 
 async def _abort(context: Context, error: Exception) -> NoReturn:
