@@ -23,7 +23,7 @@ from pjw.model import Job, JobSpec, Limits
 from pjw.output.inotify import Inotify
 from pjw.worker import Worker, WorkerSettings
 from pjw.worker.settings import UID_FIRST
-from tests.service import waiting_ids
+from tests.service import wait_for, waiting_ids
 
 MIB: Final = 1024**2
 DEADLINE_SECONDS: Final = 60
@@ -72,7 +72,7 @@ class Bench:
             for job in await worker.list():
                 await worker.stop(job.id, grace_seconds=0)
             await self.close(worker)
-        assert self.remains() == []
+        self.check_nothing_remains()
         assert self._parents() == []
         assert not any((self.state / "scratch").glob("*"))
 
@@ -80,6 +80,10 @@ class Bench:
         """All that jobs leave while they run: cgroups, scratch directories, processes."""
         cgroups = [str(path) for path in self.cgroups()]
         return cgroups + [str(path) for path in self.scratch()] + [str(pid) for pid in self.processes()]
+
+    def check_nothing_remains(self) -> None:
+        """Of no job anything is left, or is but a moment later: an end is told before the last removals."""
+        wait_for(lambda: self.remains() == [])
 
     def cgroups(self, job_id: int | None = None) -> list[Path]:
         """The cgroups of all jobs of this bench, or of one: several on v1, one on v2."""

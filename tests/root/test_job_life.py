@@ -67,7 +67,7 @@ async def test_what_the_command_leaves_dies_with_it(bench: Bench, worker: Worker
     """Children, sessions and double-forked daemons end with the command, and so does its output at once."""
     job, output = await run(worker, scatter("sys.exit(4)", stubborn=True))
     assert (output, job.exit_status, job.reason) == (b"scattered\n", ExitStatus(code=4), EndReason.COMPLETED)
-    assert bench.remains() == []
+    bench.check_nothing_remains()
 
 
 async def test_a_daemon_that_holds_the_output_does_not_hold_the_job(bench: Bench, worker: Worker) -> None:
@@ -75,7 +75,7 @@ async def test_a_daemon_that_holds_the_output_does_not_hold_the_job(bench: Bench
     async with asyncio.timeout(10):
         job, output = await run(worker, "setsid sleep 1000 & echo started")
     assert (output, job.exit_status) == (b"started\n", ExitStatus(code=0))
-    assert bench.remains() == []
+    bench.check_nothing_remains()
 
 
 async def test_the_last_bytes_are_never_lost(worker: Worker) -> None:
@@ -310,7 +310,7 @@ async def test_a_memory_limit_that_is_too_small_for_exec(bench: Bench, worker: W
         assert nothing_made(bench) == []
     else:
         assert job.reason is EndReason.OOM_KILLED
-    assert bench.remains() == []
+    bench.check_nothing_remains()
 
 
 # --- a start that is cancelled
@@ -336,7 +336,7 @@ async def test_a_cancelled_start_leaves_nothing(bench: Bench, worker: Worker, co
         turns += 1 + turns // 4
     await _until_idle(worker)
     assert [job.state for job in await worker.list() if not job.state.final] == []
-    assert bench.remains() == []
+    bench.check_nothing_remains()
     # those that were stopped wrote nothing, and have no files
     assert list((bench.state / "jobs").iterdir()) == []
 
@@ -361,7 +361,7 @@ async def test_stop_reaches_the_whole_tree(bench: Bench, worker: Worker) -> None
         ended = await worker.stop(job.id, grace_seconds=60)
     assert (ended.state, ended.reason) == (JobState.EXITED, EndReason.STOPPED)
     assert ended.exit_status == ExitStatus(signal=signal.SIGTERM)
-    assert bench.remains() == []
+    bench.check_nothing_remains()
 
 
 async def test_sigterm_reaches_children_of_a_patient_shell(worker: Worker) -> None:
@@ -381,7 +381,7 @@ async def test_who_ignores_sigterm_is_killed(bench: Bench, worker: Worker) -> No
     ended = await worker.stop(job.id, grace_seconds=0.5)
     assert 0.5 <= loop.time() - begun < 5
     assert (ended.exit_status, ended.reason) == (ExitStatus(signal=signal.SIGKILL), EndReason.STOPPED)
-    assert bench.remains() == []
+    bench.check_nothing_remains()
 
 
 async def test_a_grace_period_is_kept(worker: Worker) -> None:
@@ -414,7 +414,7 @@ async def test_stop_right_after_start(bench: Bench, worker: Worker) -> None:
         job = await start(worker, ["sleep", "60"])
         ended = await worker.stop(job.id, grace_seconds=60)
         assert ended.exit_status == ExitStatus(signal=signal.SIGTERM)
-    assert bench.remains() == []
+    bench.check_nothing_remains()
 
 
 async def test_stop_in_mid_launch(worker: Worker) -> None:

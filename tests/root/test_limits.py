@@ -131,7 +131,7 @@ async def test_a_fork_bomb_is_held_and_stopped(bench: Bench, worker: Worker) -> 
     async with asyncio.timeout(10):
         ended = await worker.stop(bomb.id, grace_seconds=0.1)
     assert ended.reason is EndReason.STOPPED
-    assert bench.remains() == []
+    bench.check_nothing_remains()
 
 
 async def test_direct_writes_are_throttled_and_counted(worker: Worker) -> None:
@@ -158,7 +158,7 @@ async def test_the_time_limit(bench: Bench, worker: Worker) -> None:
     )
     assert 0.9 < loop.time() - begun < 5
     assert (job.reason, job.exit_status, output) == (EndReason.TIMED_OUT, ExitStatus(signal=9), b"begun\n")
-    assert bench.remains() == []
+    bench.check_nothing_remains()
 
 
 async def test_a_time_limit_that_is_not_reached(worker: Worker) -> None:

@@ -67,7 +67,7 @@ async def test_a_running_job_is_adopted(bench: Bench, both: bool) -> None:
     assert await reading == b"ready\n" + b"".join(b"line %d of output\n" % number for number in range(5))
     assert (ended.state, ended.reason) == (JobState.EXITED, EndReason.STOPPED)
     assert ended.start == job.start
-    assert bench.remains() == []
+    bench.check_nothing_remains()
 
 
 @pytest.mark.parametrize("both", [False, True])
@@ -90,7 +90,7 @@ async def test_a_job_that_ended_meanwhile(bench: Bench, both: bool) -> None:
         os.close(pidfd)
 
     worker = await bench.open()
-    assert bench.remains() == []
+    bench.check_nothing_remains()
     assert await read_all(worker, code) == b"ready\n" + bytes(big)
     assert ((await worker.get(code)).exit_status, (await worker.get(code)).reason) == (
         ExitStatus(code=9),
@@ -137,7 +137,7 @@ async def test_killed_in_mid_launch(bench: Bench, answered: int, both: bool) -> 
         assert job.state in (JobState.RUNNING, JobState.EXITED, JobState.LOST)
         ended = await worker.stop(job.id, grace_seconds=0)
         assert (ended.exit_status is None) == (ended.state is JobState.LOST)
-    assert bench.remains() == []
+    bench.check_nothing_remains()
     new, _ = await run(worker, ["true"])
     assert new.id > max(jobs, default=0)
 
@@ -277,7 +277,7 @@ async def test_the_launcher_dies_in_mid_launch(bench: Bench, turns: int) -> None
     assert all(jobs[job_id].state is JobState.RUNNING for job_id in started)
     for job_id in jobs:
         await worker.stop(job_id, grace_seconds=0)
-    assert bench.remains() == []
+    bench.check_nothing_remains()
     assert (await run(worker, ["true"]))[0].id > max(jobs, default=0)
 
 
@@ -314,7 +314,7 @@ async def test_a_job_whose_init_is_killed_is_lost(bench: Bench) -> None:
     assert lost.end is not None
     assert lost.usage is not None
     assert await read_all(worker, job.id) == b"words\n"
-    assert bench.remains() == []
+    bench.check_nothing_remains()
     assert await worker.stop(job.id) == lost
 
 
@@ -426,7 +426,7 @@ async def test_a_frozen_init_is_killed_in_the_end(bench: Bench, monkeypatch: pyt
         ended = await worker.stop(job.id, grace_seconds=0)
     assert (ended.state, ended.reason) == (JobState.EXITED, EndReason.STOPPED)
     assert ended.exit_status == ExitStatus(signal=signal.SIGKILL)
-    assert bench.remains() == []
+    bench.check_nothing_remains()
 
 
 # --- what is left of a table
@@ -442,7 +442,7 @@ async def test_a_lost_table_leaves_no_job(bench: Bench) -> None:
         path.unlink()
     worker = await bench.open()
     assert await worker.list() == []
-    assert bench.remains() == []
+    bench.check_nothing_remains()
 
 
 async def test_what_a_crash_in_mid_removal_leaves(bench: Bench) -> None:
@@ -456,7 +456,7 @@ async def test_what_a_crash_in_mid_removal_leaves(bench: Bench) -> None:
     (bench.state / "scratch" / str(job.id)).mkdir()
     (bench.state / "scratch" / str(job.id) / "file").write_text("x")
     worker = await bench.open()
-    assert bench.remains() == []
+    bench.check_nothing_remains()
     assert await worker.get(job.id) == job
 
 
@@ -476,5 +476,5 @@ async def test_killed_in_mid_removal(bench: Bench, both: bool) -> None:
             await asyncio.sleep(0)
     first.kill(launcher_first=both)
     worker = await bench.open()
-    assert bench.remains() == []
+    bench.check_nothing_remains()
     assert (await worker.get(job_id)).exit_status == ExitStatus(code=0)

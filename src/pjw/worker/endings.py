@@ -54,18 +54,23 @@ class Endings:
             log.error("cannot read the usage of job %d: %s", job_id, error)
             usage = None
         self._apply_end(live, usage, rebooted=rebooted)
-        # Row before removal: the accounts are only in the cgroup until then. Removal before
-        # announcement: whoever sees the end sees nothing left behind. And who is told of an end
-        # can rely on it, so the row is synced before that too.
+        # Row before removal: the accounts are only in the cgroup until then. And who is told of an
+        # end can rely on it, so the row is synced before that. But not the removal: no process is
+        # left, and to remove a cgroup takes the kernel up to 15 ms.
         if not await self._save(live):
+            # nobody is kept waiting for a disk
             live.announce_end()
+            live.removed.set()
             await self._save_later(live)
-        await asyncio.gather(self._sync(job_id), self._remove_traces(job_id))
+        removal = asyncio.ensure_future(self._remove_traces(job_id))
+        await self._sync(job_id)
         del self._live[job_id]
         self._running.give_back(live.job.client_name)
         live.announce_end()
         self._pruner.job_ended()
         self._background.spawn(self._settle(live.job))
+        await removal
+        live.removed.set()
 
     def _apply_end(self, live: LiveJob, usage: Usage | None, *, rebooted: bool) -> None:
         record = parse_record(self._state.read_status(live.job.id))

@@ -21,6 +21,8 @@ class LiveJob:
         self.job = job
         self.output: Final = output
         self.ended: Final = asyncio.Event()
+        # set when its cgroup and its scratch directory are gone too
+        self.removed: Final = asyncio.Event()
         # set when the launch was answered, one way or the other
         self.launch_over: Final = asyncio.Event()
         # whether the last resort was used: its init was killed, so no record can be expected

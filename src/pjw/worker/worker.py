@@ -258,8 +258,8 @@ class Worker:
     async def stop(self, job_id: int, grace_seconds: float | None = None, owner: str | None = None) -> Job:
         """End a job: SIGTERM to all its processes, after the grace period SIGKILL.
 
-        Returns the final snapshot when the job has ended; a job that has ended already is
-        success. Goes on when the caller is cancelled. Raises JobNotFoundError.
+        Returns the final snapshot when nothing is left of the job but its row and its output; a
+        job that has ended already is success. Goes on when the caller is cancelled. Raises JobNotFoundError.
         """
         live = await self._launched(job_id, owner)
         if live is None or live.ended.is_set():
@@ -268,7 +268,8 @@ class Worker:
             live.stop_asked()
         grace = self._settings.stop_grace_seconds if grace_seconds is None else grace_seconds
         self._background.spawn(self._escalate(live, grace))
-        await self._wait_for_end(live)
+        await self._wait_for(live.ended)
+        await self._wait_for(live.removed)
         return live.job
 
     async def _escalate(self, live: LiveJob, grace_seconds: float) -> None:
@@ -317,7 +318,7 @@ class Worker:
         live = await self._launched(job_id, owner)
         if live is None:
             return await self.get(job_id, owner)
-        await self._wait_for_end(live)
+        await self._wait_for(live.ended)
         return live.job
 
     async def logs(
@@ -366,15 +367,15 @@ class Worker:
         await live.launch_over.wait()
         return self._live_of(job_id, owner)
 
-    async def _wait_for_end(self, live: LiveJob) -> None:
-        ended = asyncio.ensure_future(live.ended.wait())
+    async def _wait_for(self, event: asyncio.Event) -> None:
+        happened = asyncio.ensure_future(event.wait())
         gone = asyncio.ensure_future(self._launcher.gone.wait())
         try:
-            await asyncio.wait({ended, gone}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({happened, gone}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            ended.cancel()
+            happened.cancel()
             gone.cancel()
-        if not live.ended.is_set():
+        if not event.is_set():
             raise LauncherGoneError("the launcher has gone; the job goes on")
 
     # --- after a restart
