@@ -15,6 +15,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
+from pjw.worker.settings import WAITING_INITS
 from tests.service import BIN, Service, wait_for, waiting_ids
 from tests.worker_harness import UIDS, processes_where
 
@@ -76,8 +77,15 @@ class Scene:
 
     def jobs_of(self, client: str) -> dict[int, pb.Job]:
         """All jobs of a client, by id."""
-        answer = self.stub(client).List(pb.ListRequest(), timeout=OTHERS_SECONDS, wait_for_ready=True)
-        return {job.id: job for job in answer.jobs}
+        found: dict[int, pb.Job] = {}
+        request = pb.ListRequest()
+        while True:
+            # a page of long commands is a short one
+            page = self.stub(client).List(request, timeout=OTHERS_SECONDS, wait_for_ready=True)
+            found |= {job.id: job for job in page.jobs}
+            request.page_token = page.next_page_token
+            if not request.page_token:
+                return found
 
     # --- the jobs
 
@@ -235,6 +243,6 @@ class Scene:
             self.service.start()
 
 
-def config_of(uid_first: int) -> str:
+def config_of(uid_first: int, waiting_inits: int = WAITING_INITS) -> str:
     """The configuration of a service whose jobs' processes can be told from those of all others."""
-    return f"[job_users]\nuid_first = {uid_first}\nuid_count = {UIDS}\n"
+    return f"waiting_inits = {waiting_inits}\n[job_users]\nuid_first = {uid_first}\nuid_count = {UIDS}\n"

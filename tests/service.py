@@ -275,6 +275,18 @@ def instance_cgroups(state_dir: Path) -> list[Path]:
     return [Path(found) for found, _, _ in os.walk("/sys/fs/cgroup") if os.path.basename(found) == instance]
 
 
+def waiting_inits(state_dir: Path) -> dict[int, int]:
+    """The pids of the inits that wait, by the ids that they wait for."""
+    found = {}
+    for job_id in waiting_ids(state_dir):
+        # an init enters by itself on v1: when it is in all of them, it is there
+        groups = [group / f"job-{job_id}" / "cgroup.procs" for group in instance_cgroups(state_dir)]
+        pids = {path.read_text().strip() for path in groups if path.exists()}
+        if len(pids) == 1 and pids != {""}:
+            found[job_id] = int(pids.pop())
+    return found
+
+
 class Running(subprocess.Popen[bytes]):
     """A process that a failed test does not wait for."""
 

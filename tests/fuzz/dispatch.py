@@ -137,6 +137,7 @@ def one_input(data: bytes) -> None:
                 UID_COUNT,
                 CEILING,
                 io_limited=False,
+                waiting_inits=4,
                 hidden_paths=(),
                 operator_files=OPERATOR_FILES,
             )

@@ -55,6 +55,7 @@ def one_input(data: bytes) -> None:
             settings.uid_count,
             settings.ceiling,
             io_limited=False,
+            waiting_inits=settings.waiting_inits,
             hidden_paths=settings.hidden_paths,
             operator_files=(config.revoked,) if config.revoked else (),
         )

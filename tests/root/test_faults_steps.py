@@ -1,5 +1,8 @@
 """kill -9 of each process at each step of a start and of a stop; and each step of a start refused.
 
+Where inits wait for the next jobs (pool.py) a start has few steps, and the others come when nobody waits.
+So all of them are gone through with none that wait, and those of a start that takes one beside that.
+
 A step is a system call that others can notice (tests/tracer.py): between two of them lies nothing new. Where
 each takes a new pjwd, a sample of the steps is gone through, and with -m slow all of them.
 """
@@ -13,9 +16,11 @@ import grpc
 import pytest
 
 from pjw.v1 import job_worker_pb2 as pb
-from tests.scene import OTHERS_SECONDS, Scene
-from tests.service import wait_for
+from pjw.worker.settings import WAITING_INITS
+from tests.scene import OTHERS_SECONDS, Scene, config_of
+from tests.service import Service, wait_for, waiting_inits
 from tests.tracer import SUPPORTED, WHY_NOT, Tracer
+from tests.worker_harness import uid_range
 
 # What the launcher cannot do without once init was spawned.
 FATAL: Final = ("pidfd_open", "epoll_ctl")
@@ -44,6 +49,15 @@ WANTS: Final = {
         *("open_tree", "clone3"),
     ),
 }
+
+
+@pytest.fixture
+def cold(make_service: Callable[..., Service]) -> Iterator[Scene]:
+    """A scene with a launcher that makes an init when its job is started."""
+    uid_first = uid_range()
+    scene = Scene(make_service(config=config_of(uid_first, waiting_inits=0)).start(), uid_first)
+    yield scene
+    scene.close()
 
 
 def start(scene: Scene, command: str) -> pb.Job | grpc.StatusCode:
@@ -91,25 +105,52 @@ def finish(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("generation", [FIRST_STAGE, INIT, COMMAND])
-def test_init_killed_at_each_step_of_a_start(scene: Scene, generation: int) -> None:
+def test_init_killed_at_each_step_of_a_start(cold: Scene, generation: int) -> None:
     """The first stage, init, the command before its exec: the start is refused, or the job has an end."""
+
+    def trace(step: int) -> Tracer:
+        return Tracer(cold.service.launcher_pid(), step, "kill", generation=generation)
+
+    assert kill_inits_in_starts(cold, trace) > (40 if generation == INIT else 5)
+    finish(cold)
+
+
+@pytest.mark.parametrize("generation", [0, 1])
+def test_an_init_that_waited_killed_at_each_step_of_a_start(scene: Scene, generation: int) -> None:
+    """The same from its order on, for itself and the command."""
+
+    def trace(step: int) -> Tracer:
+        start(scene, "true")
+        wait_for(lambda: len(waiting_inits(scene.service.state)) == WAITING_INITS)
+        inits = waiting_inits(scene.service.state)
+        return Tracer(inits[min(inits)], step, "kill", generation=generation)
+
+    assert kill_inits_in_starts(scene, trace) > 5
+    finish(scene)
+
+
+def kill_inits_in_starts(scene: Scene, trace: Callable[[int], Tracer]) -> int:
+    """Have an init or its command killed at each step of a start; the step that no start came to."""
     for step in itertools.count(1):
-        before = scene.jobs_of("alice")
-        with Tracer(scene.service.launcher_pid(), step, "kill", generation=generation) as tracer:
+        with trace(step) as tracer:
+            before = scene.jobs_of("alice")
             job = start(scene, "echo begun; exec sleep 0.01")
         if not tracer.hit:
-            break
+            return step
         if not isinstance(job, pb.Job):
             # not before the answer is there: a job that was refused must leave nothing at all
             assert (job, scene.jobs_of("alice").keys() - before.keys()) == (grpc.StatusCode.INTERNAL, set())
         settle(scene)
-    assert step > (40 if generation == INIT else 5)
-    finish(scene)
+    raise AssertionError("unreachable")
 
 
 @SAMPLED
-def test_the_launcher_killed_at_each_step_of_a_start(scene: Scene, stride: int) -> None:
+@pytest.mark.parametrize("scene_name", ["cold", "scene"])
+def test_the_launcher_killed_at_each_step_of_a_start(
+    request: pytest.FixtureRequest, scene_name: str, stride: int
+) -> None:
     """pjwd ends; the next one knows what was acknowledged, and finds or clears away what was not."""
+    scene: Scene = request.getfixturevalue(scene_name)
     steps = itertools.count(2, stride)
 
     def trace(step: int) -> Tracer:
@@ -203,8 +244,9 @@ def test_killed_at_each_step_of_a_stop(scene: Scene, victim: str, stride: int) -
 
 @pytest.mark.parametrize("number", WANTS, ids=errno.errorcode.get)
 @pytest.mark.parametrize("generation", [0, FIRST_STAGE, INIT, COMMAND])
-def test_each_step_of_a_start_refused(scene: Scene, number: int, generation: int) -> None:
+def test_each_step_of_a_start_refused(cold: Scene, number: int, generation: int) -> None:
     """No memory, space or descriptor for a step of launcher or init: a refusal, and nothing left."""
+    scene = cold
     for step in itertools.count(1):
         before, launcher = scene.jobs_of("alice"), scene.service.launcher_pid()
         with Tracer(launcher, step, number, generation=generation, calls=WANTS[number]) as tracer:

@@ -22,7 +22,6 @@ import pytest
 
 from pjw.launcher import protocol
 from pjw.launcher.policy import JOB_ID_MAX
-from pjw.launcher.pool import SIZE
 from pjw.launcher.protocol import (
     Account,
     Accounted,
@@ -43,6 +42,7 @@ from pjw.launcher.protocol import (
     Terminate,
 )
 from pjw.model import JobState, Usage
+from pjw.worker.settings import WAITING_INITS
 from tests.service import wait_for, waiting_ids
 from tests.worker_harness import DEADLINE_SECONDS, NO_LIMITS, Bench, start
 
@@ -81,6 +81,7 @@ class Peer:
                 10,
                 NO_LIMITS,
                 io_limited=False,
+                waiting_inits=WAITING_INITS,
                 hidden_paths=(),
                 operator_files=(),
             ),
@@ -407,7 +408,7 @@ def test_a_launch_with_a_descriptor_of_the_wrong_kind(
 def test_refused_launches_leave_no_descriptor(bench: Bench, peer: Peer) -> None:
     """However many descriptors come with refused requests, the launcher keeps none."""
     # two for each init that will wait
-    before = peer.open_descriptors() + 2 * SIZE
+    before = peer.open_descriptors() + 2 * WAITING_INITS
     for _ in range(20):
         assert isinstance(peer.launch(1, uid=0), Refused)
         assert isinstance(peer.launch(1, argv=["/nonexistent"]), Refused)
@@ -580,7 +581,7 @@ def test_a_process_in_a_job_s_cgroup_that_is_no_init(bench: Bench, peer: Peer) -
 def test_requests_for_a_job_that_has_not_been_launched(bench: Bench, peer: Peer) -> None:
     """An init waits for it, and nothing but its launch reaches that."""
     assert isinstance(peer.launch(1), Launched)
-    wait_for(lambda: len(waiting_ids(bench.state)) == SIZE)
+    wait_for(lambda: len(waiting_ids(bench.state)) == WAITING_INITS)
     for request in (Adopt(2), Account(2), Remove(2), Kill(2, init_too=True)):
         reply = peer.ask(request)
         assert isinstance(reply, Refused)
@@ -595,9 +596,9 @@ def test_ids_that_are_left_out(bench: Bench, peer: Peer) -> None:
     """Those who wait for them are not kept: never more of them than the pool has place for."""
     for first in (1, 100, 3, JOB_ID_MAX):
         assert isinstance(peer.launch(first), Launched)
-        ahead = {job_id for job_id in range(first + 1, first + SIZE + 1) if job_id <= JOB_ID_MAX}
+        ahead = {job_id for job_id in range(first + 1, first + WAITING_INITS + 1) if job_id <= JOB_ID_MAX}
         wait_for(lambda: waiting_ids(bench.state) >= ahead)  # noqa: B023  called at once
-        assert len(waiting_ids(bench.state)) <= 2 * SIZE
+        assert len(waiting_ids(bench.state)) <= 2 * WAITING_INITS
 
 
 # --- the operator's files
@@ -793,7 +794,7 @@ def test_requests_in_mid_launch(bench: Bench, peer: Peer) -> None:
         Launch(1, peer.uid + 1, NO_LIMITS),
     ]
     # two for each init that will wait
-    before = peer.open_descriptors() + 2 * SIZE
+    before = peer.open_descriptors() + 2 * WAITING_INITS
     for turn in range(40):
         # from one that comes right after the launch to one that comes when it is nearly over
         requests: list[Request] = [Launch(1, peer.uid, NO_LIMITS), *[JobIds(0)] * turn, *later]

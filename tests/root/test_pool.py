@@ -8,28 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from pjw.launcher.pool import SIZE
 from pjw.model import JobState
 from pjw.worker import Worker
-from tests.service import wait_for, waiting_ids
+from pjw.worker.settings import WAITING_INITS
+from tests.service import wait_for, waiting_ids, waiting_inits
 from tests.worker_harness import MIB, Bench, WorkerProcess, run, start
 
 
 def waiting(bench: Bench) -> dict[int, int]:
     """The pids of the inits that wait, by the ids that they wait for, once the pool is full."""
-    wait_for(lambda: len(_waiting(bench)) == SIZE)
-    return _waiting(bench)
-
-
-def _waiting(bench: Bench) -> dict[int, int]:
-    found = {}
-    for job_id in waiting_ids(bench.state):
-        # an init enters by itself on v1: in all of them it is what it will be
-        groups = [parent / f"job-{job_id}" / "cgroup.procs" for parent in bench._parents()]
-        pids = {path.read_text().strip() for path in groups if path.exists()}
-        if groups and len(pids) == 1 and pids != {""}:
-            found[job_id] = int(pids.pop())
-    return found
+    wait_for(lambda: len(waiting_inits(bench.state)) == WAITING_INITS)
+    return waiting_inits(bench.state)
 
 
 def mounts_of(pid: int) -> str:
@@ -77,21 +66,29 @@ async def test_none_waits_before_the_first_start(bench: Bench, worker: Worker) -
     """A service that nobody uses keeps no processes ready."""
     assert waiting_ids(bench.state) == set()
     await run(worker, ["true"])
-    assert len(waiting(bench)) == SIZE
+    assert len(waiting(bench)) == WAITING_INITS
+
+
+async def test_an_operator_who_wants_none(bench: Bench) -> None:
+    """Every init is made for its job, when that is started."""
+    worker = await bench.open(waiting_inits=0)
+    for _ in range(3):
+        assert (await run(worker, ["echo", "words"]))[1] == b"words\n"
+    assert waiting_ids(bench.state) == set()
 
 
 async def test_limits_that_were_guessed_wrong(bench: Bench, worker: Worker) -> None:
     """The jobs have the limits that were asked for, in cgroups made for them, and later guesses are right."""
     await run(worker, ["true"])
     taken = []
-    for job_id in range(2, SIZE + 3):
+    for job_id in range(2, WAITING_INITS + 3):
         guessed = waiting(bench)[job_id]
         assert (await start(worker, ["sleep", "60"], pids_max=7, memory_max_bytes=64 * MIB)).id == job_id
         pids_max = {path.read_text() for group in bench.cgroups(job_id) for path in group.glob("pids.max")}
         assert pids_max == {"7\n"}
         taken.append(bench.init_pid(job_id) == guessed)
         await worker.stop(job_id, grace_seconds=0)
-    assert taken == [False] * SIZE + [True]
+    assert taken == [False] * WAITING_INITS + [True]
 
 
 async def test_limits_that_init_keeps_itself(bench: Bench, worker: Worker) -> None:

@@ -20,6 +20,7 @@ WHOLE = """\
 user = "pjw"
 client_name_oid = "1.2.3.4"
 stop_grace_seconds = 2.5
+waiting_inits = 7
 hidden_paths = ["/etc/shadow"]
 revoked = "/etc/pjw/revoked"
 audit_log = "/var/log/pjw/audit.jsonl"
@@ -85,6 +86,7 @@ def test_every_key_is_taken(tmp_path: Path) -> None:
     assert settings.ceiling.memory_max_bytes == 2**31
     assert all(value == 0 for name, value in settings.ceiling.items() if name != "memory_max_bytes")
     assert (settings.uid_first, settings.uid_count, settings.stop_grace_seconds) == (3_000_000, 10, 2.5)
+    assert settings.waiting_inits == 7
     assert settings.hidden_paths == ("/etc/shadow", "/key")
     assert settings.retention == Retention(1, 2, 3, 4, 5)
     assert settings.quotas == Quotas(6, 7, 8, 9)
@@ -105,6 +107,7 @@ def test_every_key_is_taken(tmp_path: Path) -> None:
         ("[roles]\nowners = ['x']", "unknown field `owners` - at `$.roles`"),
         ("[roles]\nviewers = 'x'", "Expected `array`, got `str` - at `$.roles.viewers`"),
         ("audit_log = 'audit.jsonl'", "at `$.audit_log`"),
+        ("waiting_inits = 1001", "Expected `int` <= 1000 - at `$.waiting_inits`"),
         ("retention.age_seconds = -1", "Expected `int` >= 0 - at `$.retention.age_seconds`"),
         ("limits = 5", "Expected `object`, got `int`"),
         ("a = ", "it is not TOML"),

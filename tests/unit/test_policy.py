@@ -14,7 +14,14 @@ from pjw.model import Limits
 
 NO_LIMITS = Limits(**dict.fromkeys((name for name, _ in Limits().items()), 0))
 HELLO = Hello(
-    "/state", 1000, 10, NO_LIMITS, io_limited=True, hidden_paths=("/key",), operator_files=("/crt",)
+    "/state",
+    1000,
+    10,
+    NO_LIMITS,
+    io_limited=True,
+    waiting_inits=4,
+    hidden_paths=("/key",),
+    operator_files=("/crt",),
 )
 LAUNCH = Launch(1, 1000, NO_LIMITS)
 

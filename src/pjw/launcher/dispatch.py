@@ -11,6 +11,7 @@ import resource
 import signal
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, Final
@@ -21,7 +22,7 @@ from pjw.launcher.cgroup import Cgroup, Hierarchy, disks_under, open_hierarchy
 from pjw.launcher.lock import hold_lock
 from pjw.launcher.operator_files import open_operator_file
 from pjw.launcher.policy import Policy, check_job_id, instance_name
-from pjw.launcher.pool import SIZE, Init, Pool
+from pjw.launcher.pool import Init, Pool
 from pjw.launcher.processes import Watcher, has_ended, send_signal
 from pjw.launcher.scratch import Scratch
 from pjw.launcher.spawn import Cloned, Execed, Failed, read_report, send_order
@@ -183,7 +184,9 @@ class Launcher:
             raise InvalidJobError(str(error)) from None
         try:
             self._scratch.give_to(job_id, request.uid)
-            send_order(init.report, request, descriptors)
+            # an init that failed already has said why, or its end says it
+            with suppress(BrokenPipeError, ConnectionResetError):
+                send_order(init.report, request, descriptors)
         except (OSError, PjwError) as error:
             self._pool.discard(init)
             if isinstance(error, OSError):
@@ -202,7 +205,10 @@ class Launcher:
     def _require_room(self, job_id: int) -> None:
         # A descriptor that cannot be had once init runs would end us, see main().
         room = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_DESCRIPTORS
-        if len(self._inits) + LAUNCH_DESCRIPTORS * (len(self._launching) + SIZE + 1) > room:
+        if (
+            len(self._inits) + LAUNCH_DESCRIPTORS * (len(self._launching) + self._policy.waiting_inits + 1)
+            > room
+        ):
             raise KernelError("launch", f"job {job_id}", errno.EMFILE)
 
     def _on_report(self, launch: LaunchInProgress) -> None:

@@ -31,6 +31,7 @@ class Policy:
     uid_first: int
     uid_count: int
     ceiling: Limits
+    waiting_inits: int
     hidden_paths: tuple[str, ...]
     operator_files: tuple[str, ...]
 
@@ -46,6 +47,7 @@ class Policy:
             uid_first=hello.uid_first,
             uid_count=hello.uid_count,
             ceiling=hello.ceiling,
+            waiting_inits=hello.waiting_inits,
             hidden_paths=(hello.state_dir, *hello.hidden_paths),
             operator_files=hello.operator_files,
         )

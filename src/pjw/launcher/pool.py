@@ -23,10 +23,6 @@ from pjw.launcher.scratch import Scratch
 from pjw.launcher.spawn import Cloned, read_report, spawn_init
 from pjw.model import Limits
 
-# Enough for a client that starts one job after the other while the next is being made; each is a process of
-# about 100 KiB, and as much again in the kernel.
-SIZE: Final = 4
-
 
 @dataclass(slots=True, eq=False)
 class Init:
@@ -45,6 +41,7 @@ class Pool:
     def __init__(self, watcher: Watcher, policy: Policy, hierarchy: Hierarchy, scratch: Scratch) -> None:
         self._watcher: Final = watcher
         self._policy: Final = policy
+        self._size: Final = policy.waiting_inits
         self._hierarchy: Final = hierarchy
         self._scratch: Final = scratch
         self._waiting: Final[dict[int, Init]] = {}
@@ -81,10 +78,10 @@ class Pool:
 
     def _guess(self, job_id: int, limits: Limits) -> None:
         # Starts overtake each other, but not by much: what is far behind will not be asked for.
-        for behind in [waiting for waiting in self._waiting if waiting < job_id - SIZE]:
+        for behind in [waiting for waiting in self._waiting if waiting < job_id - self._size]:
             self.discard(self._waiting.pop(behind))
         self._limits = limits
-        ahead = range(job_id + 1, min(job_id + SIZE, JOB_ID_MAX) + 1)
+        ahead = range(job_id + 1, min(job_id + self._size, JOB_ID_MAX) + 1)
         self._wanted = [number for number in reversed(ahead) if number not in self._waiting]
 
     def fill(self) -> None:

@@ -29,6 +29,7 @@ class Hello:
     uid_count: int
     ceiling: Limits
     io_limited: bool
+    waiting_inits: int
     hidden_paths: tuple[str, ...]
     operator_files: tuple[str, ...]
 

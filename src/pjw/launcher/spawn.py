@@ -96,8 +96,9 @@ def read_report(report: socket.socket) -> Cloned | Execed | Failed:
     """Read the next report; the socket is ready. Raises ProtocolError for anything unknown."""
     try:
         data, ancillary, flags, _ = report.recvmsg(_REPORT_MAX_BYTES, socket.CMSG_SPACE(4))
-    except ConnectionError:
-        data, ancillary, flags = b"", [], 0
+    except ConnectionResetError:
+        # It ended without having read its order. The kernel says so first, and once; its report is next.
+        data, ancillary, flags, _ = report.recvmsg(_REPORT_MAX_BYTES, socket.CMSG_SPACE(4))
     fds = array.array("i")
     for level, kind, payload in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:

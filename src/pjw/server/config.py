@@ -12,7 +12,7 @@ from pjw.errors import ConfigError, InvalidJobError
 from pjw.model import Limits
 from pjw.server.authz import Roles
 from pjw.server.quota import ClientLimits, Count
-from pjw.worker.settings import NO_CEILING, UID_COUNT, UID_FIRST, Retention, WorkerSettings
+from pjw.worker.settings import NO_CEILING, UID_COUNT, UID_FIRST, WAITING_INITS, Retention, WorkerSettings
 
 # What the system takes as a name, and the launcher as a path and a user id: it ends when it is told nonsense.
 _Name = Annotated[str, msgspec.Meta(pattern=r"\A[^\0]+\Z")]
@@ -45,6 +45,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     user: _Name | None = None
     client_name_oid: str = CLIENT_NAME_OID
     stop_grace_seconds: float = 10
+    waiting_inits: Annotated[int, msgspec.Meta(ge=0, le=1000)] = WAITING_INITS
     hidden_paths: Annotated[tuple[_Path, ...], msgspec.Meta(max_length=_HIDDEN_MAX)] = ()
     revoked: _Path | None = None
     audit_log: _Path | None = None
@@ -71,6 +72,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             uid_count=self.job_users.uid_count,
             hidden_paths=(*self.hidden_paths, *hidden_paths),
             stop_grace_seconds=self.stop_grace_seconds,
+            waiting_inits=self.waiting_inits,
             retention=Retention(**msgspec.structs.asdict(self.retention)),
             quotas=self.clients.quotas(),
         )

@@ -73,6 +73,7 @@ def _greet(
         uid_count=settings.uid_count,
         ceiling=settings.ceiling,
         io_limited=any(value for name, value in settings.default_limits.items() if name.startswith("io_")),
+        waiting_inits=settings.waiting_inits,
         hidden_paths=settings.hidden_paths,
         operator_files=operator_files,
     )

@@ -11,6 +11,10 @@ from pjw.model import Limits
 UID_FIRST: Final = 1_900_000_000
 UID_COUNT: Final = 65_536
 
+# Enough for a client that starts one job after the other while the next is being made; each is a process of
+# about 100 KiB, and as much again in the kernel.
+WAITING_INITS: Final = 4
+
 NO_CEILING: Final = Limits(**dict.fromkeys((name for name, _ in Limits().items()), 0))
 
 
@@ -49,6 +53,8 @@ class WorkerSettings:
     uid_count: int = UID_COUNT
     hidden_paths: tuple[str, ...] = ()
     stop_grace_seconds: float = 10
+    # how many inits the launcher keeps ready for the next jobs
+    waiting_inits: int = WAITING_INITS
     retention: Retention = Retention()
     quotas: Quotas = Quotas()
 
