@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import select
 import shutil
@@ -185,6 +186,49 @@ def test_tmp_is_private(init: Harness) -> None:
     assert job.text.split() == ["hi", "1K-blocks", "64"]
     full = init.sh("head -c 100000 /dev/zero > /tmp/x; wc -c < /tmp/x", options=("--tmp-bytes", "65536"))
     assert full.text.splitlines()[-1] == "65536"
+
+
+def test_what_is_in_memory_has_one_limit(init: Harness) -> None:
+    """What fills /tmp leaves nothing for /dev/shm; they are two directories, open to all."""
+    job = init.sh(
+        "head -c 100000 /dev/zero 2> /dev/null > /tmp/x; wc -c < /tmp/x; (echo x > /dev/shm/y) 2> /dev/null"
+        " || echo full; rm /tmp/x; echo x > /dev/shm/y; cat /dev/shm/y; ls -A /tmp;"
+        " stat -c %U:%a /tmp /var/tmp /dev/shm",
+        options=("--tmp-bytes", "65536"),
+    )
+    assert job.text.split() == ["65536", "full", "x", *["root:1777"] * 3]
+
+
+def test_a_job_has_few_file_systems(init: Harness, scratch: Path) -> None:
+    """Two in memory, of which every path shows its own part, and one each of /proc, /sys and /dev/pts.
+
+    What each is made in stays covered: no two paths show the same directory but /tmp and /var/tmp.
+    """
+    job = init.python(
+        "import json, os\n"
+        "rows = [line.split() for line in open('/proc/self/mountinfo')]\n"
+        "shown = {row[4]: (row[2], row[3]) for row in rows}\n"
+        "own = ['/run', '/tmp', '/var/tmp', '/dev', '/dev/shm', '/dev/pts', '/proc', '/sys']\n"
+        "own += ['/sys/class/net']\n"
+        "seen = {path: [*os.lstat(path)[1:3], sorted(os.listdir(path))] for path in own}\n"
+        "print(json.dumps([{path: shown[path] for path in own}, seen]))",
+        options=("--scratch", str(scratch)),
+    )
+    shown, seen = json.loads(job.text)
+    assert len({device for device, _ in shown.values()}) == 5
+    assert {path: root for path, (_, root) in shown.items() if root != "/"} == {
+        "/run": "/run",
+        "/dev": "/dev",
+        "/sys": "/sys",
+        "/tmp": "/tmp",
+        "/var/tmp": "/tmp",
+        "/dev/shm": "/shm",
+        "/sys/class/net": "/class/net",
+    }
+    assert len({tuple(state[:2]) for state in seen.values()}) == len(seen) - 1
+    assert seen["/run"][2] == [".hidden", ".hidden-directory", "job"]
+    assert [seen[path][2] for path in ("/tmp", "/var/tmp", "/dev/shm")] == [[], [], []]
+    assert set(seen["/sys"][2]) <= {"class", "devices", "kernel"}
 
 
 def test_home_is_the_scratch_directory(init: Harness, scratch: Path) -> None:

@@ -32,6 +32,7 @@ enum { HIDES_MAX = 64, CGROUPS_MAX = 16, ARGV_MAX_BYTES = 1 << 20, ORDER_MAX_BYT
     X(LOOPBACK, "loopback", "bring up the loopback interface")          \
     X(SCRATCH, "open-scratch", "open the scratch directory")            \
     X(READ_ONLY, "read-only-root", "make the host's root read-only")    \
+    X(MOUNT_BASE, "mount-base", "mount the base of the rest at")        \
     X(MOUNT_RUN, "mount-run", "mount /run")                             \
     X(MOUNT_SCRATCH, "mount-scratch", "mount the scratch directory at") \
     X(MOUNT_TMP, "mount-tmp", "mount a private")                        \

@@ -23,7 +23,8 @@
 #ifndef SYS_mount_setattr
 #define SYS_mount_setattr 442
 #endif
-enum { ATTR_RDONLY = 1, ATTR_NOSUID = 2, ATTR_NODEV = 4, TREE_CLONE = 1, MOVE_FROM_EMPTY_PATH = 4 };
+enum { ATTR_RDONLY = 1, ATTR_NOSUID = 2, ATTR_NODEV = 4, ATTR_NOEXEC = 8 };
+enum { TREE_CLONE = 1, MOVE_FROM_EMPTY_PATH = 4 };
 struct attributes {
     uint64_t set, clear, propagation, userns_fd;
 };
@@ -40,16 +41,39 @@ static void mount_tmpfs(enum step step, const char *path, unsigned long flags, c
         fail(step, path);
 }
 
-static void resize_tmpfs(enum step step, const char *path, uint64_t bytes) {
+static void resize_tmpfs(uint64_t bytes) {
     char data[64];
     snprintf(data, sizeof data, "size=%llu", (unsigned long long)bytes);
-    if (mount("tmpfs", path, "tmpfs", MS_REMOUNT | MS_NOSUID | MS_NODEV, data) < 0)
-        fail(step, path);
+    if (mount("tmpfs", "/tmp", "tmpfs", MS_REMOUNT | MS_NOSUID | MS_NODEV, data) < 0)
+        fail(STEP_MOUNT_TMP, "/tmp");
 }
 
 static void make_directory(enum step step, const char *path, mode_t mode) {
     if (mkdir(path, mode) < 0)
         fail(step, path);
+}
+
+static void bind(enum step step, const char *from, const char *to) {
+    if (mount(from, to, NULL, MS_BIND, NULL) < 0)
+        fail(step, to);
+}
+
+/*
+ * Two file systems for all that a job has of its own: each one more costs the host memory for every memory
+ * cgroup that there is, and time at the end of each. What a job sees are directories of them, bound to their
+ * places, with mount flags of their own. The roots are mounted at /tmp, where the job's /tmp covers them in
+ * the end; they are root's alone, should there ever be a way to them.
+ */
+static void mount_base(void) {
+    mount_tmpfs(STEP_MOUNT_BASE, "/tmp", MS_NOSUID, "mode=0700,size=65536");
+    make_directory(STEP_MOUNT_BASE, "/tmp/run", 0755);
+    make_directory(STEP_MOUNT_BASE, "/tmp/dev", 0755);
+    make_directory(STEP_MOUNT_BASE, "/tmp/sys", 0755);
+}
+
+static void finish_part(enum step step, const char *path, uint64_t flags) {
+    if (set_attributes(AT_FDCWD, path, 0, (struct attributes){.set = ATTR_RDONLY | flags}) < 0)
+        fail(step, NULL);
 }
 
 /*
@@ -66,7 +90,7 @@ static int clone_scratch(const char *path) {
 }
 
 static void mount_run(int scratch) {
-    mount_tmpfs(STEP_MOUNT_RUN, "/run", MS_NOSUID | MS_NODEV, "mode=0755");
+    bind(STEP_MOUNT_RUN, "/tmp/run", "/run");
     int fd = open(HIDDEN_FILE, O_CREAT | O_EXCL | O_WRONLY | O_CLOEXEC, 0);
     if (fd < 0)
         fail(STEP_MOUNT_RUN, HIDDEN_FILE);
@@ -77,17 +101,8 @@ static void mount_run(int scratch) {
         if (syscall(SYS_move_mount, scratch, "", AT_FDCWD, "/run/job", MOVE_FROM_EMPTY_PATH) < 0)
             fail(STEP_MOUNT_SCRATCH, "/run/job");
         close(scratch);
-    } else {
-        mount_tmpfs(STEP_MOUNT_SCRATCH, "/run/job", MS_NOSUID | MS_NODEV, "mode=0700");
     }
-    if (set_attributes(AT_FDCWD, "/run", 0, (struct attributes){.set = ATTR_RDONLY}) < 0)
-        fail(STEP_MOUNT_RUN, NULL);
-}
-
-static void mount_tmp(void) {
-    mount_tmpfs(STEP_MOUNT_TMP, "/tmp", MS_NOSUID | MS_NODEV, "mode=1777");
-    if (mount("/tmp", "/var/tmp", NULL, MS_BIND, NULL) < 0 && errno != ENOENT)
-        fail(STEP_MOUNT_TMP, "/var/tmp");
+    finish_part(STEP_MOUNT_RUN, "/run", ATTR_NODEV);
 }
 
 static void mount_dev(void) {
@@ -103,7 +118,7 @@ static void mount_dev(void) {
         {"/proc/self/fd", "/dev/fd"}, {"fd/0", "/dev/stdin"},   {"fd/1", "/dev/stdout"},
         {"fd/2", "/dev/stderr"},      {"pts/ptmx", "/dev/ptmx"},
     };
-    mount_tmpfs(STEP_MOUNT_DEV, "/dev", MS_NOSUID | MS_NOEXEC, "mode=0755,size=65536");
+    bind(STEP_MOUNT_DEV, "/tmp/dev", "/dev");
     for (size_t i = 0; i < sizeof devices / sizeof *devices; i++)
         if (mknod(devices[i].path, S_IFCHR | 0666, makedev(1, devices[i].minor)) < 0)
             fail(STEP_DEVICE, devices[i].path);
@@ -113,13 +128,11 @@ static void mount_dev(void) {
         if (symlink(links[i].target, links[i].path) < 0)
             fail(STEP_DEVICE, links[i].path);
     make_directory(STEP_MOUNT_DEV, "/dev/shm", 0755);
-    mount_tmpfs(STEP_MOUNT_DEV, "/dev/shm", MS_NOSUID | MS_NODEV, "mode=1777");
     make_directory(STEP_MOUNT_DEV, "/dev/pts", 0755);
     static const char pts[] = "newinstance,ptmxmode=0666,mode=0600";
     if (mount("devpts", "/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, pts) < 0)
         fail(STEP_MOUNT_DEV, "/dev/pts");
-    if (set_attributes(AT_FDCWD, "/dev", 0, (struct attributes){.set = ATTR_RDONLY}) < 0)
-        fail(STEP_MOUNT_DEV, NULL);
+    finish_part(STEP_MOUNT_DEV, "/dev", ATTR_NOEXEC);
 }
 
 /* Only what is not there is passed over; anything else that keeps a path from being hidden ends the job. */
@@ -185,7 +198,7 @@ static void mount_sys(void) {
         if (trees[i] < 0 && errno != ENOENT)
             fail(STEP_MOUNT_SYS, SHOWN[i]);
     }
-    mount_tmpfs(STEP_MOUNT_SYS, "/sys", INERT, "mode=0755,size=65536");
+    bind(STEP_MOUNT_SYS, "/tmp/sys", "/sys");
     for (int i = 0; i < SHOWN_COUNT; i++) {
         if (trees[i] < 0)
             continue;
@@ -194,8 +207,22 @@ static void mount_sys(void) {
             fail(STEP_MOUNT_SYS, SHOWN[i]);
         close(trees[i]);
     }
-    if (set_attributes(AT_FDCWD, "/sys", 0, (struct attributes){.set = ATTR_RDONLY}) < 0)
-        fail(STEP_MOUNT_SYS, NULL);
+    finish_part(STEP_MOUNT_SYS, "/sys", ATTR_NODEV | ATTR_NOEXEC);
+}
+
+/* What a job may write to in memory, under one limit; last, as it covers where the rest was made. */
+static void mount_tmp(bool with_home) {
+    mount_tmpfs(STEP_MOUNT_TMP, "/tmp", MS_NOSUID | MS_NODEV, "mode=0700");
+    make_directory(STEP_MOUNT_TMP, "/tmp/shm", 01777);
+    bind(STEP_MOUNT_DEV, "/tmp/shm", "/dev/shm");
+    if (with_home) {
+        make_directory(STEP_MOUNT_TMP, "/tmp/job", 0700);
+        bind(STEP_MOUNT_SCRATCH, "/tmp/job", "/run/job");
+    }
+    make_directory(STEP_MOUNT_TMP, "/tmp/tmp", 01777);
+    bind(STEP_MOUNT_TMP, "/tmp/tmp", "/tmp");
+    if (mount("/tmp", "/var/tmp", NULL, MS_BIND, NULL) < 0 && errno != ENOENT)
+        fail(STEP_MOUNT_TMP, "/var/tmp");
 }
 
 void make_mounts(const struct options *options) {
@@ -204,24 +231,19 @@ void make_mounts(const struct options *options) {
     struct attributes read_only = {.set = ATTR_RDONLY | ATTR_NOSUID | ATTR_NODEV, .propagation = MS_PRIVATE};
     if (set_attributes(AT_FDCWD, "/", AT_RECURSIVE, read_only) < 0)
         fail(STEP_READ_ONLY, NULL);
+    mount_base();
     mount_run(scratch);
-    mount_tmp();
     mount_dev();
     mount_proc();
     mount_sys();
+    mount_tmp(!options->scratch);
 }
 
 void finish_mounts(const struct options *options) {
-    if (options->tmp_bytes) {
-        resize_tmpfs(STEP_MOUNT_TMP, "/tmp", options->tmp_bytes);
-        resize_tmpfs(STEP_MOUNT_DEV, "/dev/shm", options->tmp_bytes);
-    }
-    if (!options->scratch) {
-        if (options->tmp_bytes)
-            resize_tmpfs(STEP_MOUNT_SCRATCH, "/run/job", options->tmp_bytes);
-        if (chown("/run/job", options->uid, options->gid) < 0)
-            fail(STEP_MOUNT_SCRATCH, "/run/job");
-    }
+    if (options->tmp_bytes)
+        resize_tmpfs(options->tmp_bytes);
+    if (!options->scratch && chown("/run/job", options->uid, options->gid) < 0)
+        fail(STEP_MOUNT_SCRATCH, "/run/job");
     /* Last, so that a path is looked up as the job would: one that our own mounts cover is gone already. */
     for (int i = 0; i < options->hide_count; i++)
         hide(options->hides[i]);
