@@ -71,6 +71,8 @@ class Bench:
         for worker in list(self._open):
             for job in await worker.list():
                 await worker.stop(job.id, grace_seconds=0)
+            # what a launcher has not removed when it ends is left to the next one
+            self.check_nothing_remains()
             await self.close(worker)
         self.check_nothing_remains()
         assert self._parents() == []

@@ -38,6 +38,7 @@ from pjw.launcher.protocol import (
 )
 from tests.property.test_protocol import BY_TYPE, limits
 from tests.root.test_launcher_hostile import BAD, Peer
+from tests.service import wait_for
 from tests.worker_harness import DEADLINE_SECONDS, MIB, NO_LIMITS, Bench, _status
 
 CONVERSATIONS: Final = 40
@@ -121,6 +122,8 @@ class Surroundings:
             assert not scratch.is_symlink()
             assert first <= scratch.lstat().st_uid < first + UIDS
         for pid in descendants(parent, self._others):
+            # not in the moment in which it is about to become the program that it was spawned for
+            wait_for(lambda: program_of(pid) != program_of(parent))  # noqa: B023  called at once
             status, program = _status(pid), program_of(pid)
             if program is None or not status:
                 continue  # it has just ended
