@@ -30,7 +30,7 @@ SERVER_CALLS: Final = (
     *("ftruncate", "fdatasync", "unlinkat"),
 )
 # Each of these steps is gone through, or, without -m slow, one of so many.
-EVERY_STEP: Final = (pytest.mark.slow, pytest.mark.timeout(3600))
+EVERY_STEP: Final = (pytest.mark.slow, pytest.mark.timeout(1200))
 SAMPLED: Final = pytest.mark.parametrize("stride", [13, pytest.param(1, marks=EVERY_STEP)])
 FIRST_STAGE, INIT, COMMAND = 1, 2, 3  # generations after the launcher
 
