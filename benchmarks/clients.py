@@ -11,9 +11,9 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
-import grpc
-
+from benchmarks.connect import secure_channel
 from benchmarks.floor import Run
+from benchmarks.pjwd import jobs
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
 from tests.service import Service
@@ -62,30 +62,16 @@ async def run_many(service: Service, clients: int, count: int) -> float:
         seconds = time.perf_counter() - began
         if len(set(job_ids)) != count:
             raise RuntimeError(f"{len(set(job_ids))} jobs instead of {count}")
-        _require_success([job async for job in _jobs_from(stubs[0], min(job_ids))])
+    with service.stub() as sync_stub:
+        _require_success(jobs(sync_stub, after=min(job_ids) - 1))
     return seconds
 
 
 @asynccontextmanager
 async def _connected(service: Service) -> AsyncIterator["JobWorkerServiceAsyncStub"]:
-    certs = service.certs
-    credentials = grpc.ssl_channel_credentials(
-        *((certs / name).read_bytes() for name in ("ca.crt", "alice.key", "alice.crt"))
-    )
-    # a pool of its own: a channel would share the connection of another with the same address
-    options = [("grpc.ssl_target_name_override", "localhost"), ("grpc.use_local_subchannel_pool", 1)]
-    async with grpc.aio.secure_channel(service.address, credentials, options) as channel:
+    async with secure_channel(service.address, service.certs) as channel:
         await channel.channel_ready()
         yield JobWorkerServiceStub(channel)
-
-
-async def _jobs_from(stub: "JobWorkerServiceAsyncStub", job_id: int) -> AsyncIterator[pb.Job]:
-    token = str(job_id - 1)
-    while token:
-        page = await stub.List(pb.ListRequest(page_token=token))
-        for job in page.jobs:
-            yield job
-        token = page.next_page_token
 
 
 def _require_silence(chunks: Iterator[pb.LogsResponse]) -> None:

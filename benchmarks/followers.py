@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 import grpc
 
-from benchmarks import usage
+from benchmarks.connect import secure_channel
+from benchmarks.processes import cpu_seconds
 from pjw.v1 import job_worker_pb2 as pb
 
 if TYPE_CHECKING:
@@ -29,12 +30,6 @@ if TYPE_CHECKING:
 METHOD: Final = "/pjw.v1.JobWorkerService/"
 # The timeout of a handshake is not for all of them at once.
 HANDSHAKES: Final = 16
-OPTIONS: Final = [
-    ("grpc.ssl_target_name_override", "localhost"),
-    ("grpc.max_receive_message_length", 16 * 1024 * 1024),
-    ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.enable_http_proxy", 0),
-]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +67,9 @@ class Followers:
 
     def stream(self, job_id: int = 0, offset: int = 0, size: int = 0, command: str = "") -> Streamed:
         """Have all of them follow from an offset to the end; raises unless each gets *size* bytes."""
-        before = usage.cpu_seconds(self._server_pid), usage.cpu_seconds(self._process.pid)
+        before = cpu_seconds(self._server_pid), cpu_seconds(self._process.pid)
         answer = self._ask(Order("stream", job_id, offset, size, command))
-        after = usage.cpu_seconds(self._server_pid), usage.cpu_seconds(self._process.pid)
+        after = cpu_seconds(self._server_pid), cpu_seconds(self._process.pid)
         return Streamed(answer["seconds"], after[0] - before[0], after[1] - before[1], answer["job_id"])
 
     def hold(self, job_id: int, size: int = 0, *, first: int = 0, last: int | None = None) -> None:
@@ -186,9 +181,7 @@ class _Process:
 
 
 async def _main(address: str, certs: Path, count: int) -> None:
-    ca, key, crt = ((certs / name).read_bytes() for name in ("ca.crt", "alice.key", "alice.crt"))
-    credentials = grpc.ssl_channel_credentials(ca, key, crt)
-    channels = [grpc.aio.secure_channel(address, credentials, OPTIONS) for _ in range(count)]
+    channels = [secure_channel(address, certs) for _ in range(count)]
     turns = asyncio.Semaphore(HANDSHAKES)
 
     async def connect(channel: grpc.aio.Channel) -> None:

@@ -3,15 +3,14 @@
 import asyncio
 import math
 import random
-import shutil
 import sqlite3
-import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Final
 
+from benchmarks import pjwd
 from benchmarks.report import Figure, median
 from pjw.model import JobSpec
 from pjw.worker import Worker, WorkerSettings
@@ -41,8 +40,7 @@ def run(*, quick: bool) -> list[Figure]:
 
 
 async def _run(counts: Sequence[int], repeats: int) -> list[Figure]:
-    directory = Path(tempfile.mkdtemp(prefix="pjw-bench-", dir="/var/tmp"))
-    try:
+    with pjwd.directory() as directory:
         states = {count: directory / str(count) for count in counts}
         for count, state in states.items():
             await _make(state, count)
@@ -59,8 +57,6 @@ async def _run(counts: Sequence[int], repeats: int) -> list[Figure]:
                 ("whole life of a job", _whole_life, LIVES * repeats // REPEATS),
             ):
                 found[name] = await _in_turns(workers, call, times)
-    finally:
-        shutil.rmtree(directory)
     return [figure for name, times in found.items() for figure in _figures(name, times)]
 
 

@@ -13,7 +13,7 @@ from benchmarks import followers, pjwd
 from benchmarks.followers import Followers, stamps
 from benchmarks.report import Figure, median, percentile
 from pjw.v1 import job_worker_pb2 as pb
-from tests.service import CALL_SECONDS, Service
+from tests.service import Service
 
 # arguments: how many lines, the mean pause in seconds, how long to wait for followers first
 WRITER: Final = """
@@ -87,19 +87,12 @@ def through_pipe(count: int) -> list[int]:
     return _checked(late, count, count, writer.returncode)
 
 
-def start(service: Service, command: list[str]) -> int:
-    """Start a job by its argv; its id."""
-    with service.stub() as stub:
-        request = pb.StartRequest(argv=pb.Argv(arguments=command))
-        return stub.Start(request, timeout=CALL_SECONDS).job.id
-
-
 def through_job(service: Service, count: int) -> list[int]:
     """How late each line of a job came that was written while it was followed, in ns."""
     late: list[int] = []
     lines = 0
     with service.stub() as stub:
-        call = stub.Logs(pb.LogsRequest(id=start(service, _command(count, PAUSE_SECONDS, 0.2))))
+        call = stub.Logs(pb.LogsRequest(id=pjwd.start(service, _command(count, PAUSE_SECONDS, 0.2))))
         call.initial_metadata()
         joined = time.monotonic_ns()
         for answer in call:
@@ -112,7 +105,7 @@ def through_job(service: Service, count: int) -> list[int]:
 
 def of_many(service: Service, crowd: Followers, count: int) -> list[int]:
     """How late each line came to each of many followers of one job, in ns."""
-    job_id = start(service, _command(count, MANY_PAUSE_SECONDS, MANY_DELAY_SECONDS))
+    job_id = pjwd.start(service, _command(count, MANY_PAUSE_SECONDS, MANY_DELAY_SECONDS))
     late: list[int] = []
     for one in crowd.lines(job_id):
         late += _checked(one, count, count, 0)

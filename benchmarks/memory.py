@@ -4,7 +4,7 @@ import time
 from contextlib import ExitStack
 from typing import Final
 
-from benchmarks import followers, grpc_source, pjwd, usage
+from benchmarks import followers, grpc_source, pjwd, processes
 from benchmarks.report import Figure
 from tests.service import Service
 
@@ -38,14 +38,14 @@ def _output(service: Service, size: int) -> list[Figure]:
     with followers.running(service.address, service.pid, service.certs, 1) as follower:
         # what imports and caches need is there after this
         follower.stream(pjwd.finished_job(service, f"head -c {small} /dev/zero", small), size=small)
-        before = usage.pss_bytes(service.pid)
+        before = processes.pss_bytes(service.pid)
         job_id = pjwd.finished_job(service, f"head -c {size} /dev/zero", size)
-        held = usage.pss_bytes(service.pid) - before
+        held = processes.pss_bytes(service.pid) - before
         peaks = []
         for part in (small, size):
-            usage.forget_peak(service.pid)
+            processes.forget_peak(service.pid)
             follower.stream(job_id, size - part, part)
-            peaks.append(usage.peak_rss_bytes(service.pid))
+            peaks.append(processes.peak_rss_bytes(service.pid))
     streaming = max(0, peaks[1] - peaks[0])
     return [
         _bounded(f"growth while {name} are written and held", max(0, held), HOLDING_BOUND),
@@ -81,10 +81,10 @@ def _followers(service: Service, source: str, source_pid: int, many: int) -> lis
 
 def settled(pid: int) -> int:
     """The memory of a process, once it does not change any more."""
-    now = usage.pss_bytes(pid)
+    now = processes.pss_bytes(pid)
     while True:
         time.sleep(0.5)
-        before, now = now, usage.pss_bytes(pid)
+        before, now = now, processes.pss_bytes(pid)
         if abs(now - before) < 64 * KIB:
             return now
 

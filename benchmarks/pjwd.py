@@ -1,8 +1,8 @@
-"""A real pjwd for a benchmark: defaults, but no limit on what one client may ask for."""
+"""A real pjwd for a benchmark: installed, with its defaults, but no limit on what a client may ask for."""
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -10,18 +10,21 @@ from typing import Final
 from google.protobuf.duration_pb2 import Duration
 
 from pjw.v1 import job_worker_pb2 as pb
-from tests.service import CALL_SECONDS, Service, wait_for
-from tests.soak.__main__ import end_all
+from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
+from tests.service import CALL_SECONDS, Service, end_all, wait_for
 from tests.worker_harness import UIDS, uid_range
 
-# what a job writes must be on a disk, and /tmp may be none
-DIRECTORY: Final = "/var/tmp"  # noqa: S108
+# where a service would have its state: on a disk, from which programs can be executed; /tmp may be neither
+DIRECTORY: Final = "/var/lib"
+# what would bound the benchmark itself; and users that nobody else on the machine has
 CONFIG: Final = """
 [clients]
 starts_per_second = 0
 calls_max = 0
 followers_max = 0
+followers_total_max = 0
 running_max = 0
+running_total_max = 0
 [job_users]
 uid_first = {uid_first}
 uid_count = {uid_count}
@@ -29,30 +32,40 @@ uid_count = {uid_count}
 
 
 @contextmanager
+def directory() -> Iterator[Path]:
+    """An empty directory on a disk, for as long as the context."""
+    path = Path(tempfile.mkdtemp(prefix="pjw-bench-", dir=DIRECTORY))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path)
+
+
+@contextmanager
 def running() -> Iterator[Service]:
     """A service of one client, alice; at the end, or after a failure, it and its jobs are gone."""
-    directory = Path(tempfile.mkdtemp(prefix="pjw-bench-", dir=DIRECTORY))
     config = CONFIG.format(uid_first=uid_range(), uid_count=UIDS)
-    service = Service(directory, ["alice"], config)
-    try:
-        yield service.start()
-        stop_jobs(service)
-        code = service.stop()
-        if code or "Traceback" in service.log.read_text():
-            raise RuntimeError(f"pjwd ended with {code}:\n{service.log.read_text()[-3000:]}")
-    finally:
-        if service.process is not None:
-            service.stop()
-        end_all(service)
-        shutil.rmtree(directory)
+    with directory() as path:
+        service = Service(path, ["alice"], config)
+        try:
+            yield service.start()
+            _stop_jobs(service)
+            code = service.stop()
+            if code or "Traceback" in service.log.read_text():
+                raise RuntimeError(f"pjwd ended with {code}:\n{service.log.read_text()[-3000:]}")
+        finally:
+            try:
+                if service.process is not None:
+                    service.stop()
+            finally:
+                end_all(service.state)
 
 
-def stop_jobs(service: Service) -> None:
-    """Kill every job that runs."""
+def start(service: Service, arguments: Sequence[str]) -> int:
+    """Start a job by its argv; its id."""
     with service.stub() as stub:
-        for job in stub.List(pb.ListRequest()).jobs:
-            if not job.HasField("end"):
-                stub.Stop(pb.StopRequest(id=job.id, grace=Duration()), timeout=CALL_SECONDS)
+        request = pb.StartRequest(argv=pb.Argv(arguments=arguments))
+        return stub.Start(request, timeout=CALL_SECONDS).job.id
 
 
 def finished_job(service: Service, command: str, size: int) -> int:
@@ -65,7 +78,30 @@ def finished_job(service: Service, command: str, size: int) -> int:
     return job_id
 
 
+def stop(stub: JobWorkerServiceStub, job_id: int) -> pb.Job:
+    """Kill a job; what it is then. Calls for many at once may take long."""
+    return stub.Stop(pb.StopRequest(id=job_id, grace=Duration()), timeout=5 * CALL_SECONDS).job
+
+
 def delete(service: Service, job_id: int) -> None:
     """Forget a job that has ended; its output leaves the page cache too."""
     with service.stub() as stub:
         stub.Delete(pb.DeleteRequest(id=job_id), timeout=CALL_SECONDS)
+
+
+def jobs(stub: JobWorkerServiceStub, after: int = 0) -> Iterator[pb.Job]:
+    """Every job with an id above *after*, page by page."""
+    token = str(after) if after else ""
+    while True:
+        page = stub.List(pb.ListRequest(page_token=token), timeout=CALL_SECONDS)
+        yield from page.jobs
+        token = page.next_page_token
+        if not token:
+            return
+
+
+def _stop_jobs(service: Service) -> None:
+    with service.stub() as stub:
+        for job in jobs(stub):
+            if not job.HasField("end"):
+                stop(stub, job.id)

@@ -16,12 +16,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
-from google.protobuf.duration_pb2 import Duration
-
-from benchmarks.crowd import Memory, children, name_of, with_descendants
-from benchmarks.pjwd import running
+from benchmarks import pjwd
+from benchmarks.processes import Memory, children, cpu_seconds, name_of, with_descendants
 from benchmarks.report import Figure, median
-from benchmarks.usage import cpu_seconds
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
 from tests.service import Service, wait_for
@@ -66,7 +63,12 @@ def run(*, quick: bool) -> list[Figure]:
     """Jobs that sleep: more at each level, and at the end none."""
     levels = [level for level in (QUICK_LEVELS if quick else LEVELS) if _fits(level)]
     bwrap = _bwrap_memory()
-    with running() as service, service.stub() as stub, running() as small, small.stub() as small_stub:
+    with (
+        pjwd.running() as service,
+        service.stub() as stub,
+        pjwd.running() as small,
+        small.stub() as small_stub,
+    ):
         _start_many(small_stub, levels[0])
         idle_seconds = QUICK_IDLE_SECONDS if quick else IDLE_SECONDS
         return _climb(service, stub, small_stub, levels, idle_seconds, bwrap)
@@ -182,7 +184,7 @@ def _starts(*stubs: JobWorkerServiceStub) -> tuple[list[float], ...]:
 
 def _stop_many(stub: JobWorkerServiceStub, jobs: Sequence[int]) -> None:
     def stop(job_id: int) -> None:
-        job = stub.Stop(pb.StopRequest(id=job_id, grace=Duration()), timeout=CALL_SECONDS).job
+        job = pjwd.stop(stub, job_id)
         assert job.reason == pb.END_REASON_STOPPED, job
 
     with ThreadPoolExecutor(CONCURRENT) as threads:
@@ -193,24 +195,19 @@ def _stop_many(stub: JobWorkerServiceStub, jobs: Sequence[int]) -> None:
 def _idle_share(pids: Sequence[int], seconds: float) -> float:
     """Processor time of a second, while nobody asks for anything."""
     time.sleep(0.5)  # what the last call left to do
-    used, began = sum(map(cpu_seconds, pids)), time.perf_counter()
+    used, began = cpu_seconds(*pids), time.perf_counter()
     time.sleep(seconds)
     ended = time.perf_counter()
-    return (sum(map(cpu_seconds, pids)) - used) / (ended - began)
+    return (cpu_seconds(*pids) - used) / (ended - began)
 
 
 def _require_nothing_left(service: Service, stub: JobWorkerServiceStub, at_least: int) -> None:
     _processes(service, 0)
     assert service.job_cgroups() == []
     assert os.listdir(service.state / "scratch") == []
-    ended, token = 0, ""
-    while True:
-        page = stub.List(pb.ListRequest(page_token=token), timeout=CALL_SECONDS)
-        assert all(job.state == pb.JOB_STATE_EXITED for job in page.jobs)
-        ended, token = ended + len(page.jobs), page.next_page_token
-        if not token:
-            break
-    assert ended >= at_least, f"{ended} jobs are listed, and {at_least} were started"
+    states = [job.state for job in pjwd.jobs(stub)]
+    assert set(states) == {pb.JOB_STATE_EXITED}, states
+    assert len(states) >= at_least, f"{len(states)} jobs are listed, and {at_least} were started"
 
 
 def _bwrap_memory() -> Memory | None:

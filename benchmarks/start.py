@@ -13,8 +13,6 @@ pause waits for a grace period of RCU, 10 ms or so, and whoever comes soon after
 import asyncio
 import os
 import random
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,12 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from benchmarks import pjwd
 from benchmarks.clients import TRUE, run_many, run_once
 from benchmarks.floor import NAMESPACES, SOURCE, Floor, Run, build, cgroups_like, run_all
 from benchmarks.peers import NAME, Peer, open_peers
+from benchmarks.processes import cpu_seconds
 from benchmarks.report import Figure, median, percentile
-from benchmarks.served import cpu_seconds, open_service
-from pjw.v1 import job_worker_pb2 as pb
 from tests.service import Service, wait_for
 
 CLIENTS: Final = (1, 8, 64)
@@ -46,11 +44,10 @@ SPAWN: Final = "posix_spawn"
 def run(*, quick: bool) -> list[Figure]:
     """Measure all of it."""
     with ExitStack() as stack:
-        # not in /tmp, which may be mounted noexec
-        directory = Path(tempfile.mkdtemp(prefix="pjw-bench-", dir="/var/lib"))
-        stack.callback(shutil.rmtree, directory)
+        service = stack.enter_context(pjwd.running())
+        directory = stack.enter_context(pjwd.directory())
+        # the user of an OCI container has to find its root
         directory.chmod(0o755)
-        service = stack.enter_context(open_service())
         program = build(directory)
         told = build(directory, SOURCE.with_name("told.c"))
         peers = stack.enter_context(open_peers(directory, program, told))
@@ -70,11 +67,10 @@ class _Floors:
 
 @contextmanager
 def _floors(service: Service, program: Path) -> Iterator[_Floors]:
+    job_id = pjwd.start(service, ["sleep", "600"])
+    cgroups = cgroups_like(service.job_cgroups(), NAME)
     with service.stub() as stub:
-        request = pb.StartRequest(argv=pb.Argv(arguments=["sleep", "600"]))
-        job_id = stub.Start(request).job.id
-        cgroups = cgroups_like(service.job_cgroups(), NAME)
-        stub.Stop(pb.StopRequest(id=job_id))
+        pjwd.stop(stub, job_id)
     with (
         Floor(program, NAMESPACES, [TRUE]) as first,
         Floor(program, NAMESPACES, [TRUE]) as second,

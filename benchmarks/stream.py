@@ -9,8 +9,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
-from benchmarks import followers, grpc_source, pjwd, usage
+from benchmarks import followers, grpc_source, pjwd
 from benchmarks.followers import Followers, Streamed
+from benchmarks.processes import cpu_seconds
 from benchmarks.report import Figure, median
 from tests.service import Service, wait_for
 
@@ -115,9 +116,9 @@ def _openssl(service: Service, job_id: int, size: int, found: _Found) -> None:
                 if not line:
                     raise RuntimeError("openssl s_server does not start")
             port = int(line.split()[1].rsplit(b":", 1)[1])
-            before = usage.cpu_seconds(server.pid)
+            before = cpu_seconds(server.pid)
             seconds = _fetch(port, certs, tls, size)
-            found.add("openssl", Streamed(seconds, usage.cpu_seconds(server.pid) - before, 0, job_id), size)
+            found.add("openssl", Streamed(seconds, cpu_seconds(server.pid) - before, 0, job_id), size)
         finally:
             server.kill()
 

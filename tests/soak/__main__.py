@@ -11,12 +11,10 @@ import os
 import random
 import re
 import shutil
-import signal
 import statistics
 import sys
 import tempfile
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -24,7 +22,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from pjw.v1 import job_worker_pb2 as pb
 from tests.scene import config_of
-from tests.service import Service, instance_cgroups, wait_for
+from tests.service import Service, end_all, instance_cgroups, wait_for
 from tests.soak.faults import Faults, Reading, read
 from tests.soak.load import BAD_PROGRAM, CUT_SHORT, Client, Ledger, Reader
 from tests.worker_harness import UIDS, processes_where, uid_range
@@ -69,24 +67,12 @@ def main() -> int:
         ledger.stop.set()
         if service.process is not None:
             service.stop()
-        end_all(service)
+        end_all(service.state)
         if ledger.findings:
             print(f"soak: what it left is in {directory}", file=sys.stderr)
         else:
             shutil.rmtree(directory)
     return 1 if ledger.findings else 0
-
-
-def end_all(service: Service) -> None:
-    """After a failure: leave no job on the machine, without pjw's help."""
-    for group in service.job_cgroups():
-        for pid in (group / "cgroup.procs").read_text().split():
-            with suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
-        wait_for(lambda: not (group / "cgroup.procs").read_text())  # noqa: B023
-        group.rmdir()
-    for group in instance_cgroups(service.state):
-        group.rmdir()
 
 
 def idle_reading(service: Service) -> Reading:

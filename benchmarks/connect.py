@@ -1,0 +1,20 @@
+"""Connections of alice to a pjwd of the benchmarks, by grpc.aio."""
+
+from pathlib import Path
+from typing import Final
+
+import grpc
+
+OPTIONS: Final = [
+    ("grpc.ssl_target_name_override", "localhost"),
+    ("grpc.max_receive_message_length", 16 * 1024 * 1024),
+    # a pool of its own: a channel would share the connection of another with the same address
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_http_proxy", 0),
+]
+
+
+def secure_channel(address: str, certs: Path) -> grpc.aio.Channel:
+    """A channel with a connection of its own; close it."""
+    ca, key, crt = ((certs / name).read_bytes() for name in ("ca.crt", "alice.key", "alice.crt"))
+    return grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(ca, key, crt), OPTIONS)
