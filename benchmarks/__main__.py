@@ -1,28 +1,28 @@
-"""Measures pjw beside its peers and the kernel's own limit: `make bench`, as root.
+"""Measures pjw beside its peers and the kernel's own limit, as root: `make bench`; in CI `make bench-check`.
 
-    python -m benchmarks [--quick] [--check] [--store] [SUITE]...
-
-Prints a table with ratios; what was found is in build/bench/figures.json then. --quick takes fewer samples;
---check fails when a ratio is worse by half than the one in benchmarks/ratios.json, --store writes that file.
+Prints a table of ratios for each suite. What was found is in build/bench/figures.json then (quick.json, when
+quick), together with what the suites that did not run now found on the same day.
 """
 
 import argparse
 import importlib
-import json
 import os
 import sys
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-from benchmarks import report
+from benchmarks import check, document
 from benchmarks.machine import describe
-from benchmarks.report import Figure
+from benchmarks.report import Figure, Held, Report, table
 
-SUITES: Final = ("start", "stream", "line", "scale", "history", "cli", "memory")
+# In this order. The last has thousands of jobs, and each mounts file systems; the kernel gives every new
+# memory cgroup room for as many as there ever were at once, until it boots. So starts are dearer after it.
+SUITES: Final = ("start", "stream", "line", "history", "cli", "memory", "scale")
 OUTPUT: Final = Path("build/bench")
-RATIOS: Final = Path(__file__).with_name("ratios.json")
+PLOTS: Final = Path("docs/performance")
 
 
 def main() -> int:
@@ -31,42 +31,89 @@ def main() -> int:
     if os.geteuid() != 0:
         print("benchmarks need root: they start jobs", file=sys.stderr)
         return 1
-    figures: list[Figure] = []
-    for name in arguments.suite or SUITES:
-        began = time.monotonic()
-        found = importlib.import_module(f"benchmarks.{name}").run(quick=arguments.quick)
-        print(f"\n{name} ({time.monotonic() - began:.0f} s)\n{report.table(found)}", flush=True)
-        figures += found
-    machine = describe() | {"date": datetime.now(UTC).strftime("%Y-%m-%d")}
-    report.save(OUTPUT / "figures.json", figures, machine)
+    quick: bool = arguments.quick
+    suites = [name for name in SUITES if name in (arguments.suite or SUITES)]
+    figures = [figure for name in suites for figure in _run(name, quick=quick)]
+    machine = describe() | {
+        "samples": "few" if quick else "all",
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+    path = OUTPUT / ("quick.json" if quick else "figures.json")
+    report = Report(machine, figures)
+    # what another version of these benchmarks has written may be anything
+    with suppress(FileNotFoundError, KeyError, TypeError, ValueError):
+        report = Report.load(path).joined(report)
+    report.figures.sort(key=lambda figure: SUITES.index(figure.suite))
+    report.save(path)
     print("\n" + ", ".join(f"{key} {value}" for key, value in machine.items()))
+    if arguments.plots:
+        _plot(report, OUTPUT if quick else PLOTS)
+    if arguments.document:
+        document.write(report)
     if arguments.store:
-        _store(figures)
-    return _check(figures) if arguments.check else 0
+        check.store(figures, suites)
+    return _check(figures, suites) if arguments.check else 0
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("suite", nargs="*", choices=[[], *SUITES], help="all of them without one")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--check", action="store_true")
-    parser.add_argument("--store", action="store_true")
-    return parser.parse_args()
+    parser.add_argument(
+        "suite", nargs="*", type=_suite, help=f"{', '.join(SUITES)}; without one, all of them"
+    )
+    parser.add_argument("--quick", action="store_true", help="take fewer samples")
+    parser.add_argument("--plots", action="store_true", help=f"draw them into {PLOTS}; {OUTPUT} when quick")
+    parser.add_argument("--document", action="store_true", help=f"write the table into {document.DOCUMENT}")
+    parser.add_argument("--check", action="store_true", help="fail when a stored ratio is missed by half")
+    parser.add_argument(
+        "--store", action="store_true", help="store the ratios that --check is to compare with"
+    )
+    arguments = parser.parse_args()
+    if (arguments.check or arguments.store) and not arguments.quick:
+        # the levels of a full run are others
+        parser.error("the stored ratios are those of quick runs: give --quick as well")
+    if arguments.document and arguments.quick:
+        parser.error(f"{document.DOCUMENT} shows no quick runs")
+    return arguments
 
 
-def _store(figures: list[Figure]) -> None:
-    stored = json.loads(RATIOS.read_text()) if RATIOS.exists() else {}
-    stored |= {figure.key: round(figure.ratio, 3) for figure in figures if figure.ratio is not None}
-    RATIOS.write_text(json.dumps(dict(sorted(stored.items())), indent=1) + "\n")
+def _suite(name: str) -> str:
+    if name not in SUITES:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(SUITES)}")
+    return name
 
 
-def _check(figures: list[Figure]) -> int:
-    stored = json.loads(RATIOS.read_text())
-    worse = [figure for figure in figures if figure.key in stored and figure.worse_than(stored[figure.key])]
-    for figure in worse:
-        was = stored[figure.key]
-        print(f"{figure.key}: the ratio is {figure.ratio:.2f}, and was {was:.2f}", file=sys.stderr)
-    return 1 if worse else 0
+def _run(name: str, *, quick: bool) -> list[Figure]:
+    began = time.monotonic()
+    found: list[Figure] = importlib.import_module(f"benchmarks.{name}").run(quick=quick)
+    keys = [figure.key for figure in found]
+    assert len(set(keys)) == len(keys), keys
+    print(f"\n{name} ({time.monotonic() - began:.0f} s)\n{table(found)}", flush=True)
+    return found
+
+
+def _plot(report: Report, directory: Path) -> None:
+    # not at the top: matplotlib is there for `make bench` alone
+    from benchmarks import plots
+
+    for path in plots.draw_all(report.figures, directory):
+        print(path)
+
+
+def _check(figures: list[Figure], suites: list[str]) -> int:
+    stored = check.load()
+
+    def again(name: str) -> list[Figure]:
+        print(f"\n{name} is worse than it was; once more:", file=sys.stderr, flush=True)
+        return _run(name, quick=True)
+
+    wrong = check.check(figures, suites, stored, again)
+    for key, why in wrong.items():
+        print(f"{key}: {why}", file=sys.stderr)
+    known = {key for ratios in stored.values() for key in ratios}
+    for figure in figures:
+        if figure.ratio is not None and figure.held is not Held.NEVER and figure.key not in known:
+            print(f"{figure.key}: new, and not compared until --store", file=sys.stderr)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Final
 
 from benchmarks import followers, pjwd
 from benchmarks.followers import Followers, stamps
-from benchmarks.report import Figure, median, percentile
+from benchmarks.report import Figure, Held, median, percentile
 from pjw.v1 import job_worker_pb2 as pb
 from tests.service import Service
 
@@ -65,10 +65,12 @@ def run(*, quick: bool) -> list[Figure]:
 def _figures(who: str, late: list[int], pipe: list[int], goal: float | None = None) -> list[Figure]:
     above = (median(late) - median(pipe)) / 1e6
     p99 = percentile(late, 0.99) / 1e6
+    bound = "bound" if goal else "1 ms"
+    # only the ratio of the medians is one of two things that were measured, and steady
     return [
-        Figure("line", f"{who}, p50 above a pipe", above, "ms", "bound" if goal else "1 ms", 1, goal),
+        Figure("line", f"{who}, p50 above a pipe", above, "ms", bound, 1, goal, held=Held.NEVER),
         Figure("line", f"{who}, p50", median(late) / 1e6, "ms", "a pipe", median(pipe) / 1e6),
-        Figure("line", f"{who}, p99", p99, "ms", "a pipe", percentile(pipe, 0.99) / 1e6),
+        Figure("line", f"{who}, p99", p99, "ms", "a pipe", percentile(pipe, 0.99) / 1e6, held=Held.NEVER),
     ]
 
 

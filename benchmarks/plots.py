@@ -3,7 +3,6 @@
 Needs matplotlib (`scripts/install bench`). The same figures give the same bytes: no dates, no random names.
 """
 
-import json
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -17,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import FuncFormatter
 
-from benchmarks.report import Figure, quantity
+from benchmarks.report import Figure, Report, quantity
 
 FIGURES: Final = "build/bench/figures.json"
 DIRECTORY: Final = "docs/performance"
@@ -55,15 +54,14 @@ Curves = dict[str, list[tuple[float, float]]]
 def main() -> None:
     """Draw each plot whose figures are there."""
     source, directory = (Path(word) for word in (sys.argv[1:] + [FIGURES, DIRECTORY][len(sys.argv) - 1 :]))
-    figures = [Figure(**members) for members in json.loads(source.read_text())["figures"]]
-    directory.mkdir(parents=True, exist_ok=True)
-    for path in draw_all(figures, directory):
+    for path in draw_all(Report.load(source).figures, directory):
         print(path)
 
 
 def draw_all(figures: Iterable[Figure], directory: Path) -> list[Path]:
     """Write the plots into a directory; which were written."""
     figures, written = list(figures), []
+    directory.mkdir(parents=True, exist_ok=True)
     mpl.use("svg")
     mpl.rcParams.update(STYLE)
     for name, draw in PLOTS.items():
@@ -77,20 +75,19 @@ def draw_all(figures: Iterable[Figure], directory: Path) -> list[Path]:
 
 
 def _start(figures: list[Figure]) -> Drawing | None:
-    return _bars(figures, ("start", "life"), "ms", "milliseconds, less is better")
+    return _bars(figures, "start", "ms", "milliseconds, less is better")
 
 
 def _stream(figures: list[Figure]) -> Drawing | None:
-    return _bars(figures, ("stream", "live stream"), "MB/s", "MB/s, more is better")
+    return _bars(figures, "stream", "MB/s", "MB/s, more is better")
 
 
-def _bars(figures: list[Figure], suites: tuple[str, ...], unit: str, label: str) -> Drawing | None:
+def _bars(figures: list[Figure], suite: str, unit: str, label: str) -> Drawing | None:
     """For each thing that was measured: pjw, and below it each that was measured in turns with it."""
     groups: dict[str, dict[str, float]] = {}
     for figure in figures:
-        if figure.suite in suites and figure.unit == unit:
-            title = figure.name if figure.suite == suites[0] else f"{figure.suite}, {figure.name}"
-            group = groups.setdefault(title, {"pjw": figure.value})
+        if figure.suite == suite and figure.unit == unit:
+            group = groups.setdefault(figure.name, {"pjw": figure.value})
             if figure.against:
                 group[figure.against] = figure.reference
     if not groups:

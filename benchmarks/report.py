@@ -1,24 +1,33 @@
 """What a benchmark found: figures beside what was measured in the same run, and whether they are good enough.
 
 Absolute times on a shared machine are noise; the ratio of two that were taken in turns is not. So a goal, and
-the bound that CI holds a figure to, is always one of ratios.
+the bound that CI holds a figure to (check.py), is always one of ratios.
 """
 
 import json
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import Final
+from typing import Any
 
-# How much worse than the stored ratio a figure may be before `--check` fails.
-REGRESSION: Final = 1.5
+
+class Held(StrEnum):
+    """Whether a later run is held to the ratio of this one."""
+
+    ALWAYS = "always"
+    # beside a peer, which not every machine has
+    IF_THERE = "if there"
+    # what cannot be steady by nature, or may be nothing at all
+    NEVER = "never"
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
     """One number, and what it is held against."""
 
+    # the module that found it
     suite: str
     name: str
     value: float
@@ -28,6 +37,7 @@ class Figure:
     # what the ratio should be: at most that, or at least that where more is better (a rate)
     goal: float | None = None
     more_is_better: bool = False
+    held: Held = Held.ALWAYS
 
     @property
     def key(self) -> str:
@@ -45,12 +55,6 @@ class Figure:
         if self.goal is None or self.ratio is None:
             return None
         return self.ratio >= self.goal if self.more_is_better else self.ratio <= self.goal
-
-    def worse_than(self, stored: float) -> bool:
-        """Whether the ratio is worse by half than the one that was stored."""
-        if self.ratio is None:
-            return False
-        return self.ratio * REGRESSION < stored if self.more_is_better else self.ratio > stored * REGRESSION
 
 
 def table(figures: Iterable[Figure]) -> str:
@@ -93,8 +97,34 @@ def percentile(values: Sequence[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
-def save(path: Path, figures: Iterable[Figure], machine: dict[str, str]) -> None:
-    """Write everything that was found, for the plots and for later."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    found = {"machine": machine, "figures": [asdict(figure) for figure in figures]}
-    path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Figures that may stand in one table: of one machine, its versions, and one day."""
+
+    machine: dict[str, str]
+    figures: list[Figure]
+
+    @classmethod
+    def load(cls, path: Path) -> "Report":
+        """What `save` has written."""
+        found: dict[str, Any] = json.loads(path.read_text())
+        figures = [Figure(**{**members, "held": Held(members["held"])}) for members in found["figures"]]
+        return cls(found["machine"], figures)
+
+    def save(self, path: Path) -> None:
+        """Write it, for the plots and for later runs."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(asdict(self), indent=1, ensure_ascii=False)
+        path.write_text(text + "\n")
+
+    def joined(self, later: "Report") -> "Report":
+        """The later one, with the suites that only this one ran, where they may stand in one table."""
+        if self.machine != later.machine:
+            return later
+        again = {figure.suite for figure in later.figures}
+        return Report(later.machine, [one for one in self.figures if one.suite not in again] + later.figures)
+
+    def text(self) -> str:
+        """The machine, and the table."""
+        machine = ", ".join(f"{key} {value}" for key, value in self.machine.items())
+        return f"{machine}\n\n{table(self.figures)}"

@@ -1,7 +1,8 @@
 """What a running job costs when there are many: memory, the next start, the processor while they sleep.
 
-Until the next boot something of it stays: the kernel gives each new memory cgroup room, 16 bytes, for each of
-the file systems that were ever mounted at the same time, and jobs mount several each.
+Until the next boot something of it stays, so this suite is the last: the kernel gives each new memory cgroup
+room, 16 bytes, for each of the file systems that were ever mounted at once (the limit of its shrinkers never
+falls), and jobs mount several each.
 """
 
 import os
@@ -18,7 +19,7 @@ from typing import Final
 
 from benchmarks import pjwd
 from benchmarks.processes import Memory, children, cpu_seconds, name_of, with_descendants
-from benchmarks.report import Figure, median
+from benchmarks.report import Figure, Held, median
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
 from tests.service import Service, wait_for
@@ -34,18 +35,7 @@ IDLE_SECONDS: Final = 3.0
 QUICK_IDLE_SECONDS: Final = 1.0
 SLEEP: Final = ("sleep", "100000")
 BWRAP: Final = (
-    *(
-        "bwrap",
-        "--unshare-all",
-        "--die-with-parent",
-        "--ro-bind",
-        "/",
-        "/",
-        "--proc",
-        "/proc",
-        "--dev",
-        "/dev",
-    ),
+    *"bwrap --unshare-all --die-with-parent --ro-bind / / --proc /proc --dev /dev".split(),  # noqa: SIM905
     *SLEEP,
 )
 # Two processes of each job, and what else a machine runs.
@@ -116,7 +106,16 @@ def _climb(
         figures += _memory_figures(level, each, bwrap if level == BWRAP_COUNT else None)
         busy = _idle_share(pids, idle_seconds) * 100
         figures.append(
-            Figure("scale", f"CPU while {level} jobs sleep", busy, "%", "a core", 100.0, IDLE_GOAL)
+            Figure(
+                "scale",
+                f"CPU while {level} jobs sleep",
+                busy,
+                "%",
+                "a core",
+                100.0,
+                IDLE_GOAL,
+                held=Held.NEVER,
+            )
         )
         starts[level] = _starts(stub, small)
     # Once more beside the few of the first level: so what the machine did meanwhile is in both.
@@ -140,7 +139,9 @@ def _memory_figures(level: int, each: Memory, bwrap: Memory | None) -> list[Figu
     name = f"memory of each of {level} jobs"
     figures = [Figure("scale", name, each.processes, "KiB", "the bound", MEMORY_BOUND_KIB, 1.0)]
     if bwrap is not None:
-        figures.append(Figure("scale", name, each.processes, "KiB", "bwrap", bwrap.processes))
+        figures.append(
+            Figure("scale", name, each.processes, "KiB", "bwrap", bwrap.processes, held=Held.IF_THERE)
+        )
     # of the whole machine, and whatever else it does: no ratio, which would be noise
     for whose, memory in (("jobs", each), ("bwraps", bwrap)):
         if memory is not None:

@@ -1,0 +1,78 @@
+"""Holds a quick run to the ratios of an earlier one, in ratios.json.
+
+A figure fails when its ratio is worse by half, or when it is not there any more: a benchmark that vanished in
+silence would never fail again. Beside a peer that this machine does not have, it is not compared.
+"""
+
+import json
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+from typing import Final
+
+from benchmarks.report import Figure, Held
+
+RATIOS: Final = Path(__file__).with_name("ratios.json")
+# How much worse than the stored ratio a figure may be.
+REGRESSION: Final = 1.5
+
+# By the names of `Held`: the ratio of each figure.
+Ratios = dict[str, dict[str, float]]
+Complaints = dict[str, str]
+
+
+def load(path: Path = RATIOS) -> Ratios:
+    """What is stored."""
+    ratios: Ratios = json.loads(path.read_text()) if path.exists() else {}
+    return ratios
+
+
+def store(figures: Iterable[Figure], suites: Collection[str], path: Path = RATIOS) -> None:
+    """Replace what is stored of these suites; only the ratios beside peers that are missing here stay."""
+    old, new = load(path), {}
+    found = {figure.key: figure for figure in figures if figure.ratio is not None}
+    for held in (Held.ALWAYS, Held.IF_THERE):
+        kept = {
+            key: ratio
+            for key, ratio in old.get(held, {}).items()
+            if suite_of(key) not in suites or held is Held.IF_THERE
+        }
+        taken = {key: round(figure.ratio or 0, 3) for key, figure in found.items() if figure.held is held}
+        new[held] = dict(sorted((kept | taken).items()))
+    path.write_text(json.dumps(new, indent=1, ensure_ascii=False) + "\n")
+
+
+def complaints(figures: Iterable[Figure], suites: Collection[str], stored: Ratios) -> Complaints:
+    """What is wrong with a run of these suites, by the keys of the figures."""
+    found = {figure.key: figure for figure in figures}
+    wrong: Complaints = {}
+    for held, ratios in stored.items():
+        for key, was in ratios.items():
+            if suite_of(key) not in suites:
+                continue
+            figure = found.get(key)
+            if figure is None or figure.ratio is None:
+                if held == Held.ALWAYS:
+                    wrong[key] = "there is no such figure any more"
+            elif _worse(figure.ratio, was, more_is_better=figure.more_is_better):
+                wrong[key] = f"the ratio is {figure.ratio:.2f}, and was {was:.2f}"
+    return wrong
+
+
+def check(
+    figures: Iterable[Figure], suites: Collection[str], stored: Ratios, again: Callable[[str], list[Figure]]
+) -> Complaints:
+    """What is wrong twice: a suite with a complaint runs again, for it may have been a neighbour's burst."""
+    first = complaints(figures, suites, stored)
+    suspects = {suite_of(key) for key in first}
+    second = [figure for suite in suites if suite in suspects for figure in again(suite)]
+    last = complaints(second, suspects, stored)
+    return {key: why for key, why in last.items() if key in first}
+
+
+def suite_of(key: str) -> str:
+    """The suite of a figure, by its key."""
+    return key.partition(": ")[0]
+
+
+def _worse(ratio: float, was: float, *, more_is_better: bool) -> bool:
+    return ratio * REGRESSION < was if more_is_better else ratio > was * REGRESSION

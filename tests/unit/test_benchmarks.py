@@ -1,0 +1,112 @@
+"""What becomes of a benchmark's figures: a regression fails, a burst does not, and the document has them."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import check, document
+from benchmarks.report import Figure, Held, Report
+
+STORED: check.Ratios = {
+    Held.ALWAYS: {"start: time / floor": 2.0, "start: rate / floor": 0.6, "cli: get / python": 4.0},
+    Held.IF_THERE: {"start: time / crun": 0.5},
+}
+
+
+def start(time: float = 2, rate: float = 0.6, crun: float | None = 0.5) -> list[Figure]:
+    """What a run of a suite finds, by its ratios."""
+    figures = [
+        Figure("start", "time", time, "ms", "floor", 1),
+        Figure("start", "rate", rate, "/s", "floor", 1, more_is_better=True),
+        Figure("start", "slowest", 100 * time, "ms", "floor", 1, held=Held.NEVER),
+        Figure("start", "alone", time, "ms"),
+    ]
+    if crun is not None:
+        figures.append(Figure("start", "time", crun, "ms", "crun", 1, held=Held.IF_THERE))
+    return figures
+
+
+@pytest.mark.parametrize(
+    ("run", "wrong"),
+    [
+        (start(), set()),
+        (start(time=0.1, rate=9, crun=0.1), set()),
+        (start(time=2.9, rate=0.41), set()),
+        (start(time=3.1), {"start: time / floor"}),
+        (start(rate=0.39), {"start: rate / floor"}),
+        (start(crun=0.8), {"start: time / crun"}),
+        # not every machine has it
+        (start(crun=None), set()),
+        # and this one every machine has
+        (start()[1:], {"start: time / floor"}),
+        ([], {"start: time / floor", "start: rate / floor"}),
+    ],
+)
+def test_what_is_worse_by_half_or_has_vanished_is_wrong(run: list[Figure], wrong: set[str]) -> None:
+    """And what is better is not."""
+    assert set(check.complaints(run, ["start"], STORED)) == wrong
+
+
+def test_a_suite_fails_when_it_is_worse_twice() -> None:
+    """By the same figure, after the suite ran again."""
+    asked: list[str] = []
+
+    def better(suite: str) -> list[Figure]:
+        asked.append(suite)
+        # another one, which was good, is no reason either
+        return start(rate=0.1)
+
+    def as_bad(suite: str) -> list[Figure]:
+        asked.append(suite)
+        return start(time=9)
+
+    cli = [Figure("cli", "get", 4, "ms", "python", 1)]
+    suites = ["start", "cli"]
+    assert check.check(start() + cli, suites, STORED, as_bad) == {}
+    assert asked == []
+    assert check.check(start(time=9) + cli, suites, STORED, better) == {}
+    assert list(check.check(start(time=9) + cli, suites, STORED, as_bad)) == ["start: time / floor"]
+    assert asked == ["start", "start"]
+
+
+def test_stored_ratios_are_those_of_the_last_run(tmp_path: Path) -> None:
+    """Other suites, and peers that are missing, keep theirs."""
+    path = tmp_path / "ratios.json"
+    check.store([*start(), Figure("cli", "get", 4, "ms", "python", 1)], ["start", "cli"], path)
+    assert check.load(path) == STORED
+    # without the peer, and without a figure that no longer exists
+    check.store(start(time=3, crun=None)[:1], ["start"], path)
+    assert check.load(path) == {
+        Held.ALWAYS: {"start: time / floor": 3, "cli: get / python": 4},
+        Held.IF_THERE: {"start: time / crun": 0.5},
+    }
+
+
+def test_suites_of_one_day_and_machine_stand_in_one_report(tmp_path: Path) -> None:
+    """Those of another day do not."""
+    path = tmp_path / "build" / "figures.json"
+    cli = Figure("cli", "get", 4, "ms", "python", 1)
+    Report({"date": "today"}, [*start(time=1), cli]).save(path)
+    earlier = Report.load(path)
+    assert earlier == Report({"date": "today"}, [*start(time=1), cli])
+    assert earlier.joined(Report({"date": "today"}, start())).figures == [cli, *start()]
+    assert earlier.joined(Report({"date": "tomorrow"}, start())).figures == start()
+
+
+def test_figures_replace_what_is_between_the_marks(tmp_path: Path) -> None:
+    """And nothing else in the document."""
+    path = tmp_path / "performance.md"
+    path.write_text(f"above\n\n{document.BEGIN}old\n{document.END}\nbelow\n")
+    document.write(Report({"kernel": "6.1"}, start()), path)
+    once = path.read_text()
+    head, _, tail = once.partition("kernel 6.1\n\n| what ")
+    assert (head, "old" in once, tail.endswith(f"|\n\n{document.END}\nbelow\n")) == (
+        f"above\n\n{document.BEGIN}\n",
+        False,
+        True,
+    )
+    document.write(Report({"kernel": "6.1"}, start()), path)
+    assert path.read_text() == once
+    path.write_text("no marks")
+    with pytest.raises(ValueError, match="it has no marks"):
+        document.write(Report({}, []), path)
