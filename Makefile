@@ -2,23 +2,24 @@
 # PYTHON=, CC=, TESTS=, TARGETS=, SUITES=, BENCH_ARGS= and what the scripts name at their heads can be given to make
 # or be in the environment.
 
-.PHONY: help install demo test test-slow test-vm soak bench check sanitize fuzz coverage format lock clean
+.PHONY: help install demo test test-slow test-vm soak bench bench-check check sanitize fuzz coverage format lock clean
 
 help:
-	@echo 'make install    pjw and pjwd into .venv/bin'
-	@echo 'make demo       a service, certificates and a session with them, from nothing and back'
-	@echo 'make test       all tests; as root those of the kernel too (TESTS=tests/unit: only those)'
-	@echo 'make test-slow  the tests that take minutes'
-	@echo 'make test-vm    the tests of the kernel and of systemd on cgroup v2, in the virtual machine $$PJW_VM'
-	@echo 'make soak       mixed load with random kills for SOAK_SECONDS=1800, and what it left'
-	@echo 'make bench      pjw beside its peers and the kernel (SUITES=start BENCH_ARGS=--quick); as root'
-	@echo 'make check      ruff, mypy, import-linter, generated code, shellcheck, buf'
-	@echo 'make sanitize   pjw-init with ASan and UBSan under its tests'
-	@echo 'make fuzz       each fuzzer for FUZZ_SECONDS (default 60); TARGETS=settings: only that one'
-	@echo 'make coverage   all tests, and which lines they did not reach'
-	@echo 'make format     format the source'
-	@echo 'make lock       requirements/*.txt anew, from pyproject.toml'
-	@echo 'make clean      remove everything that was built and installed here'
+	@echo 'make install      pjw and pjwd into .venv/bin'
+	@echo 'make demo         a service, certificates and a session with them, from nothing and back'
+	@echo 'make test         all tests; as root those of the kernel too (TESTS=tests/unit: only those)'
+	@echo 'make test-slow    the tests that take minutes'
+	@echo 'make test-vm      the tests of the kernel and of systemd on cgroup v2, in the virtual machine $$PJW_VM'
+	@echo 'make soak         mixed load with random kills for SOAK_SECONDS=1800, and what it left'
+	@echo 'make bench        pjw beside its peers and the kernel, with plots (SUITES=start BENCH_ARGS=--quick); as root'
+	@echo 'make bench-check  fails when pjw is worse by half than in benchmarks/ratios.json; as root'
+	@echo 'make check        ruff, mypy, import-linter, generated code, shellcheck, buf'
+	@echo 'make sanitize     pjw-init with ASan and UBSan under its tests'
+	@echo 'make fuzz         each fuzzer for FUZZ_SECONDS (default 60); TARGETS=settings: only that one'
+	@echo 'make coverage     all tests, and which lines they did not reach'
+	@echo 'make format       format the source'
+	@echo 'make lock         requirements/*.txt anew, from pyproject.toml'
+	@echo 'make clean        remove everything that was built and installed here'
 
 install:
 	@scripts/install
@@ -45,7 +46,13 @@ soak:
 
 bench:
 	@scripts/install bench
-	@.venv/bin/python -B -m benchmarks $(BENCH_ARGS) $(SUITES)
+	@.venv/bin/python -B -m benchmarks --plots $(BENCH_ARGS) $(SUITES)
+
+# Those that take seconds. Peers are compared where they are installed.
+bench-check: SUITES ?= start stream line history cli
+bench-check:
+	@scripts/install test
+	@.venv/bin/python -B -m benchmarks --quick --check $(BENCH_ARGS) $(SUITES)
 
 check:
 	@scripts/install dev
