@@ -5,7 +5,6 @@ room, 16 bytes, for each of the file systems that were ever mounted at once (the
 falls), and jobs mount several each.
 """
 
-import os
 import resource
 import shutil
 import subprocess
@@ -20,9 +19,10 @@ from typing import Final
 from benchmarks import pjwd
 from benchmarks.processes import Memory, children, cpu_seconds, name_of, with_descendants
 from benchmarks.report import Figure, Held, median
+from pjw.launcher.pool import SIZE as POOL
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
-from tests.service import Service, wait_for
+from tests.service import Service, wait_for, waiting_ids
 
 LEVELS: Final = (10, 100, 1000, 5000)
 QUICK_LEVELS: Final = (10, 100, 300)
@@ -152,9 +152,11 @@ def _memory_figures(level: int, each: Memory, bwrap: Memory | None) -> list[Figu
 
 
 def _processes(service: Service, jobs: int) -> list[int]:
-    """Server, launcher, and an init and a command of each job."""
+    """Server, launcher, an init and a command of each job, and the inits that wait for the next ones."""
+    # always as many of those, so that they are in no difference
+    wait_for(lambda: len(waiting_ids(service.state)) == POOL)
     pids = with_descendants([service.pid])
-    expected = 2 + PROCESSES_PER_JOB * jobs
+    expected = 2 + POOL + PROCESSES_PER_JOB * jobs
     assert len(pids) == expected, f"{len(pids)} processes, not {expected}"
     return pids
 
@@ -205,7 +207,7 @@ def _idle_share(pids: Sequence[int], seconds: float) -> float:
 def _require_nothing_left(service: Service, stub: JobWorkerServiceStub, at_least: int) -> None:
     _processes(service, 0)
     assert service.job_cgroups() == []
-    assert os.listdir(service.state / "scratch") == []
+    assert service.scratch() == []
     states = [job.state for job in pjwd.jobs(stub)]
     assert set(states) == {pb.JOB_STATE_EXITED}, states
     assert len(states) >= at_least, f"{len(states)} jobs are listed, and {at_least} were started"
