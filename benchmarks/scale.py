@@ -19,9 +19,9 @@ from typing import Final
 from benchmarks import pjwd
 from benchmarks.processes import Memory, children, cpu_seconds, name_of, with_descendants
 from benchmarks.report import Figure, Held, median
-from pjw.launcher.pool import SIZE as POOL
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
+from pjw.worker.settings import WAITING_INITS as POOL
 from tests.service import Service, wait_for, waiting_ids
 
 LEVELS: Final = (10, 100, 1000, 5000)
