@@ -90,8 +90,8 @@ class Pool:
         try:
             init = self._make(job_id, self._limits)
         except PjwError:
-            # Whoever starts that job is told why, if it is still so then.
-            self._wanted.clear()
+            # Its start has overtaken the last one and was there first; or whoever starts it is told why it
+            # cannot be made, if that is still so then.
             return
         self._waiting[job_id] = init
         self._watcher.watch(init.report, lambda: self._on_report(init))
