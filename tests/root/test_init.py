@@ -1,7 +1,9 @@
 """pjw-init against the real kernel: what a job is given, what it must not get, and how it ends."""
 
+import array
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -10,6 +12,8 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import termios
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -575,8 +579,41 @@ def test_by_hand_a_reader_that_goes_away_ends_the_job(init: Harness) -> None:
         assert process.wait(30) == 128 + signal.SIGPIPE
 
 
+def wait_until_pipe_full(pipe: int, size: int) -> None:
+    """Wait until *pipe* holds *size* bytes; the kernel tells no reader of that."""
+    deadline, held = time.monotonic() + 30, array.array("i", [0])
+    while held[0] < size:
+        fcntl.ioctl(pipe, termios.FIONREAD, held)
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_by_hand_a_reader_that_stops_keeps_no_signal_away(init: Harness) -> None:
+    """A full pipe behind init holds the job back and not init; what was written is whole when it is read."""
+    with init.by_hand_open("seq", "1", "1000000000") as (process, output):
+        full = fcntl.fcntl(output, fcntl.F_GETPIPE_SZ)
+        wait_until_pipe_full(output.fileno(), full)
+        (job,) = (os.pidfd_open(pid) for pid in processes_of(JOB_UID))
+        process.send_signal(signal.SIGTERM)
+        wait_readable(job, "the end of the job")
+        os.close(job)
+        text = output.read()
+        assert process.wait(30) == 128 + signal.SIGTERM
+    lines = text.split(b"\n")
+    assert len(text) > full
+    assert lines[:-1] == [b"%d" % number for number in range(1, len(lines))]
+
+
+def test_by_hand_what_follows_goes_behind(binary: Path, tmp_path: Path) -> None:
+    """`(pjw-init ...; date) > log` is in that order."""
+    log = tmp_path / "log"
+    script = f'("$0" --uid {JOB_UID} --gid {JOB_UID} -- echo job; echo after) > "$1"'
+    subprocess.run(["/bin/sh", "-c", script, binary, log], env=ENVIRONMENT, check=True, timeout=30)
+    assert log.read_text() == "job\nafter\n"
+
+
 def test_by_hand_output_is_appended(binary: Path, tmp_path: Path) -> None:
-    """A log that a shell opened with >> is appended to, which splice(2) would refuse."""
+    """A log that a shell opened with >> is appended to."""
     log = tmp_path / "log"
     log.write_text("before\n")
     command = [str(binary), "--uid", str(JOB_UID), "--gid", str(JOB_UID), "--", "echo", "job"]
@@ -640,6 +677,19 @@ def test_output_max_keeps_exactly_so_much(init: Harness) -> None:
     assert (last.end.split()[-1], last.output) == ("output_limit", b"123456789")
 
 
+def test_output_in_packets(init: Harness) -> None:
+    """A job may set its pipe to packet mode: each read then gives one packet, and none is lost."""
+    script = (
+        "import fcntl, os\n"
+        "fcntl.fcntl(1, fcntl.F_SETFL, os.O_WRONLY | os.O_DIRECT)\n"
+        "for number in range(100): os.write(1, b'%09d\\n' % number)"
+    )
+    expected = b"".join(b"%09d\n" % number for number in range(100))
+    assert init.python(script).output == expected
+    over = init.python(script, options=("--output-max", "995"))
+    assert (over.end.split()[-1], over.output) == ("output_limit", expected[:995])
+
+
 def test_watchers_are_woken(init: Harness, scratch: Path) -> None:
     """Each burst of output is an IN_MODIFY, so that a follower needs no polling."""
     os.mkfifo(scratch / "go", 0o600)
@@ -692,6 +742,22 @@ def test_a_full_disk_holds_the_job_back_and_loses_nothing(init: Harness) -> None
         assert job.wait().end == "exited 4 none"
         expected = subprocess.run(["seq", "1", "1000000"], capture_output=True, check=True).stdout[:size]
         assert os.pread(output, size + 1, 0) == expected
+
+
+@pytest.mark.parametrize(("most", "reason"), [(199_999, "output_limit"), (200_000, "none")])
+def test_output_max_is_exact_on_a_full_disk(init: Harness, most: int, reason: str) -> None:
+    """What was held back is counted once: the limit is the same to the byte."""
+    with nearly_full_disk() as (output, filler):
+        script = "seq 1 1000000 | head -c 200000"
+        options = ("--output-max", str(most))
+        job = init.start("/bin/sh", "-c", script, output_fd=output, options=options)
+        watch = Inotify(Path(f"/proc/self/fd/{output}"))
+        wait_until_full(output, watch)
+        watch.close()
+        os.ftruncate(filler, 0)
+        assert job.wait().end.split()[-1] == reason
+        expected = subprocess.run(["seq", "1", "1000000"], capture_output=True, check=True).stdout[:most]
+        assert os.pread(output, 200_001, 0) == expected
 
 
 def test_daemons_are_ended_before_the_output_is_drained(init: Harness, scratch: Path) -> None:

@@ -127,7 +127,7 @@ pid_t start_command(const struct options *options, int pipe_fd);
 
 /* output.c */
 enum flow {
-    FLOW_MORE,  /* moved a burst, there may be more */
+    FLOW_MORE,  /* moved something, there may be more */
     FLOW_EMPTY, /* the pipe is empty for now */
     FLOW_FULL,  /* the reader of our output (a pipe, a terminal) has to catch up */
     FLOW_HELD,  /* the file takes no more for now: no space */
@@ -137,11 +137,10 @@ enum flow {
 struct output {
     int pipe, file;
     uid_t owner;
-    bool seekable, splice; /* a regular file that we write at our own offset; by splice(2) */
-    off_t offset;
-    uint64_t left; /* bytes that the job may still write */
-    size_t pending, start;
-    char buffer[4096]; /* used only without splice(2); at most PIPE_BUF, see copy_some() */
+    bool regular;          /* the file: it has an end to write from, and never makes us wait for a reader */
+    bool over;             /* the job has written more than it may; nothing is read after that */
+    uint64_t left;         /* bytes that the job may still write */
+    size_t start, pending; /* of what was read and is not yet written */
 };
 void open_output(struct output *output, const struct options *options, int *write_end);
 enum flow move_output(struct output *output);

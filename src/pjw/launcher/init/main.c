@@ -80,8 +80,6 @@ static _Noreturn void be_init(struct options *options, int go) {
     release_argv(options);
 
     struct ending ending = run_job(&output, signals, timer, command);
-    if (output.seekable)
-        lseek(output.file, output.offset, SEEK_SET); /* as in `(pjw-init ...; date) > log` */
     record_end(options->status_fd, ending.ended_ns, ending.wait_status, ending.reason);
     _exit(options->report_fd >= 0 ? 0 : exit_code(ending.wait_status));
 }

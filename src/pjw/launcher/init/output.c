@@ -1,16 +1,23 @@
 /*
- * Moves what the job writes from its pipe to the output file, without a copy through here, and wakes who
- * watches the file. While the file takes nothing the bytes stay in the pipe and the job, in time, waits.
+ * Moves what the job writes from its pipe to the output file. While the file takes nothing, no more is read:
+ * the pipe fills and the job, in time, waits.
+ *
+ * By read(2) and write(2): splice(2) copies page by page, and slowly whatever does not lie in the pipe's pages
+ * as it will in the file's, as after a first line. And write(2) wakes who watches the file, on every kernel.
  */
 #include "init.h"
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <poll.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
-enum { PIPE_BYTES = 1 << 20, BURST_BYTES = 1 << 20 };
+enum { PIPE_BYTES = 1 << 20, BUFFER_BYTES = 128 << 10 };
+
+/* Not in struct output: what the job never fills is never touched, and takes nothing of its memory limit. */
+static char buffer[BUFFER_BYTES];
 
 void open_output(struct output *output, const struct options *options, int *write_end) {
     struct stat status;
@@ -21,14 +28,13 @@ void open_output(struct output *output, const struct options *options, int *writ
         errno = EBADF;
         fail(STEP_OUTPUT, NULL);
     }
-    /* splice(2) refuses O_APPEND, as in `pjw-init ... >> log` */
-    bool seekable = S_ISREG(status.st_mode) && !(flags & O_APPEND);
+    bool regular = S_ISREG(status.st_mode);
+    if (regular && lseek(options->output_fd, 0, SEEK_END) < 0)
+        fail(STEP_OUTPUT, NULL);
     *output = (struct output){
         .file = options->output_fd,
         .owner = status.st_uid,
-        .seekable = seekable,
-        .splice = seekable,
-        .offset = seekable ? status.st_size : 0,
+        .regular = regular,
         .left = options->output_max ? options->output_max : UINT64_MAX,
     };
     if (pipe2(ends, O_CLOEXEC) < 0)
@@ -46,88 +52,49 @@ void open_output(struct output *output, const struct options *options, int *writ
 }
 
 /*
- * Kernels before 6.4 send no IN_MODIFY for splice(2) unless a later fix was ported back to them; a change of
- * the modification time is one to them all. On a new kernel it is a second event, which the kernel merges
- * with the first unless that was read within the microsecond that this takes. Not ftruncate(2) to the same
- * size: an IN_MODIFY as well, but twice the cost.
+ * A pipe or terminal that is ready takes PIPE_BUF bytes without blocking, so that a reader who has stopped
+ * reading cannot keep us from signals.
  */
-static void wake_watchers(const struct output *output) {
-    futimens(output->file, (struct timespec[2]){{.tv_nsec = UTIME_OMIT}, {.tv_nsec = UTIME_NOW}});
-}
-
-/*
- * For what splice(2) cannot write to. A pipe or terminal that is ready takes PIPE_BUF bytes without blocking,
- * so that a reader who has stopped reading cannot keep us from signals.
- */
-static ssize_t copy_some(struct output *output, size_t most) {
-    if (!output->pending) {
-        size_t room = sizeof output->buffer;
-        ssize_t got = read(output->pipe, output->buffer, most < room ? most : room);
-        if (got <= 0)
-            return got;
-        output->pending = (size_t)got;
-        output->start = 0;
-    }
-    const char *from = output->buffer + output->start;
-    struct pollfd file = {.fd = output->file, .events = POLLOUT};
-    if (!output->seekable && poll(&file, 1, 0) == 0) {
-        errno = EAGAIN;
-        return -1;
-    }
-    ssize_t put = output->seekable ? pwrite(output->file, from, output->pending, output->offset)
-                                   : write(output->file, from, output->pending);
-    if (put > 0) {
-        output->pending -= (size_t)put;
-        output->start += (size_t)put;
-        output->offset += put;
-    }
-    return put;
-}
-
-static ssize_t move_some(struct output *output, size_t most) {
-    if (most > output->left)
-        most = output->left;
-    if (!output->splice)
-        return copy_some(output, most);
-    unsigned flags = SPLICE_F_NONBLOCK | SPLICE_F_MOVE;
-    ssize_t moved = splice(output->pipe, NULL, output->file, &output->offset, most, flags);
-    if (moved < 0 && errno == EINVAL) { /* a file system without it */
-        output->splice = false;
-        return copy_some(output, most);
-    }
-    return moved;
-}
-
-static enum flow stopped_by(const struct output *output, int error) {
-    if (error == EAGAIN || error == EINTR)
-        return output->pending ? FLOW_FULL : FLOW_EMPTY;
-    if (error == EPIPE)
-        return FLOW_END;
-    return FLOW_HELD; /* ENOSPC, EDQUOT, EIO: nothing is lost, it is tried again */
-}
-
-/* Move what is there, up to a burst. */
-enum flow move_output(struct output *output) {
-    enum flow flow = FLOW_MORE;
-    size_t burst = 0;
-    while (flow == FLOW_MORE && burst < BURST_BYTES) {
-        char beyond;
-        bool full = output->left == 0;
-        /* A job that has written exactly what it may is not over its limit until it writes more. */
-        ssize_t moved = full ? read(output->pipe, &beyond, 1) : move_some(output, BURST_BYTES - burst);
-        if (moved < 0)
-            flow = stopped_by(output, errno);
-        else if (moved == 0)
-            flow = FLOW_END;
-        else if (full)
-            flow = FLOW_OVER;
-        else {
-            burst += (size_t)moved;
-            if (output->left != UINT64_MAX)
-                output->left -= (size_t)moved;
+static ssize_t write_some(const struct output *output) {
+    size_t most = output->pending;
+    if (!output->regular) {
+        struct pollfd file = {.fd = output->file, .events = POLLOUT};
+        if (poll(&file, 1, 0) < 1) {
+            errno = EAGAIN;
+            return -1;
         }
+        if (most > PIPE_BUF)
+            most = PIPE_BUF;
     }
-    if (burst && output->seekable)
-        wake_watchers(output);
-    return flow;
+    return write(output->file, buffer + output->start, most);
+}
+
+/* A job that has written exactly what it may is not over its limit until it writes more. */
+static void count(struct output *output, size_t got) {
+    output->over = got > output->left;
+    output->start = 0;
+    output->pending = output->over ? (size_t)output->left : got;
+    output->left -= output->pending;
+}
+
+/* Move what is there, up to a buffer; what the file does not take is held, and tried again by the next call. */
+enum flow move_output(struct output *output) {
+    if (!output->pending && !output->over) {
+        ssize_t got = read(output->pipe, buffer, sizeof buffer);
+        if (got == 0)
+            return FLOW_END;
+        if (got < 0) /* EFAULT: no memory is left for the buffer */
+            return errno == EAGAIN || errno == EINTR ? FLOW_EMPTY : FLOW_HELD;
+        count(output, (size_t)got);
+    }
+    while (output->pending) {
+        ssize_t put = write_some(output);
+        if (put < 0 && errno == EPIPE)
+            return FLOW_END;
+        if (put < 0) /* ENOSPC, EDQUOT, EIO: nothing is lost */
+            return errno == EAGAIN || errno == EINTR ? FLOW_FULL : FLOW_HELD;
+        output->start += (size_t)put;
+        output->pending -= (size_t)put;
+    }
+    return output->over ? FLOW_OVER : FLOW_MORE;
 }

@@ -42,8 +42,8 @@ void bound_to_kill(void) {
 /*
  * init stays uid 0, so that the job, of another uid, can neither signal nor trace it, and keeps CAP_KILL,
  * because a root without it may not signal the job either. Not dumpable: the files of /proc/1 belong to root.
- * Towards file systems it is the owner of the output file: so it may set that file's times without a
- * capability (see wake_watchers), and job output cannot eat the blocks reserved for root.
+ * Towards file systems it is the owner of the output file, so that job output cannot eat the blocks reserved
+ * for root.
  */
 void keep_only_kill(uid_t output_owner) {
     setfsuid(output_owner);
