@@ -4,6 +4,7 @@ import asyncio
 import errno
 import os
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from pathlib import Path
 
@@ -305,3 +306,24 @@ async def test_a_follower_that_outlives_the_instance(tmp_path: Path) -> None:
     (result,) = await asyncio.gather(reading, return_exceptions=True)
     assert isinstance(result, asyncio.CancelledError)
     growing.file.close()
+
+
+def test_event_loops_in_several_threads(tmp_path: Path) -> None:
+    """Each reads its own bytes, though all of them read at the same moment."""
+    size = 64 * CHUNK_BYTES_MAX
+
+    async def read_own(name: str) -> bytes:
+        inotify = Inotify()
+        try:
+            return await read(OutputLog(str(tmp_path / name), inotify, ended=True))
+        finally:
+            inotify.close()
+
+    names = ["a", "b", "c", "d"]
+    for name in names:
+        (tmp_path / name).write_bytes(name.encode() * size)
+    with ThreadPoolExecutor(len(names)) as threads:
+        for name, data in zip(
+            names, threads.map(lambda name: asyncio.run(read_own(name)), names), strict=True
+        ):
+            assert data == name.encode() * size

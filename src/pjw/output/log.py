@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
@@ -15,9 +16,19 @@ Head = Callable[[int], bytes]
 HEAD_BYTES_MAX: Final = 16
 READ_BYTES_MAX: Final = 256 * 1024
 
-# Where all reads are made: nothing stays in it while anybody else may run. To make a buffer for each
-# read costs as much as to read a line.
-_SCRATCH: Final = memoryview(bytearray(HEAD_BYTES_MAX + READ_BYTES_MAX))
+
+class _Buffer(threading.local):
+    """Where the reads of a thread are made: nothing stays in it while another of its readers may run.
+
+    A buffer for each read would cost as much as to read a line. One for all threads would not do: the kernel
+    fills it without the interpreter's lock.
+    """
+
+    def __init__(self) -> None:
+        self.view: Final = memoryview(bytearray(HEAD_BYTES_MAX + READ_BYTES_MAX))
+
+
+_BUFFER: Final = _Buffer()
 
 
 class OutputLog:
@@ -109,9 +120,10 @@ async def read_at(descriptor: int, offset: int, count: int, head: Head = no_head
     the event loop up (preadv2(2), RWF_NOWAIT). They are copied once after that.
     """
     # How many bytes come is known when they are there, so the room for their head is made first.
+    buffer = _BUFFER.view
     end = HEAD_BYTES_MAX + min(count, READ_BYTES_MAX)
     try:
-        got = os.preadv(descriptor, [_SCRATCH[HEAD_BYTES_MAX:end]], offset, os.RWF_NOWAIT)
+        got = os.preadv(descriptor, [buffer[HEAD_BYTES_MAX:end]], offset, os.RWF_NOWAIT)
     except OSError as error:
         if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
             raise
@@ -119,5 +131,5 @@ async def read_at(descriptor: int, offset: int, count: int, head: Head = no_head
         return len(data), head(len(data)) + data
     before = head(got)
     start = HEAD_BYTES_MAX - len(before)
-    _SCRATCH[start:HEAD_BYTES_MAX] = before
-    return got, bytes(_SCRATCH[start : HEAD_BYTES_MAX + got])
+    buffer[start:HEAD_BYTES_MAX] = before
+    return got, bytes(buffer[start : HEAD_BYTES_MAX + got])
