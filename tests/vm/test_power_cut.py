@@ -6,15 +6,14 @@ scripts/test-vm runs power_cut.py in a machine, cuts its power, and starts it ag
 import json
 import os
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pjw.errors import JobNotFoundError, OutputLostError
-from pjw.launcher.policy import instance_name
 from pjw.model import EndReason, ExitStatus, JobSpec, JobState
 from pjw.worker import Worker
+from tests.service import job_cgroups, wait_for, waiting_ids
 from tests.vm.power_cut import ACKNOWLEDGED, STATE, numbers
 
 pytestmark = pytest.mark.skipif(
@@ -91,6 +90,6 @@ async def test_nothing_of_the_boot_before_is_left(worker: Worker) -> None:
     """No cgroup, no scratch directory."""
     for job in await worker.list():
         await worker.wait(job.id)
-    instance = instance_name(str(STATE))
-    assert list(Path("/sys/fs/cgroup").glob(f"**/{instance}/job-*")) == []
-    assert list((STATE / "scratch").iterdir()) == []
+    waiting = {str(job_id) for job_id in waiting_ids(STATE)}
+    wait_for(lambda: job_cgroups(STATE) == [])
+    wait_for(lambda: {path.name for path in (STATE / "scratch").iterdir()} <= waiting)
