@@ -247,15 +247,20 @@ class Service:
 
     def scratch(self) -> list[Path]:
         """The scratch directories of jobs."""
-        found = list((self.state / "scratch").iterdir())
-        waiting = {str(job_id) for job_id in waiting_ids(self.state)}
-        return [path for path in found if path.name not in waiting]
+        return job_scratch(self.state)
 
 
 def job_cgroups(state_dir: Path) -> list[Path]:
     """Every cgroup of a job that belongs to a state directory."""
     found = [path for parent in instance_cgroups(state_dir) for path in parent.iterdir() if path.is_dir()]
     waiting = {f"job-{job_id}" for job_id in waiting_ids(state_dir)}
+    return [path for path in found if path.name not in waiting]
+
+
+def job_scratch(state_dir: Path) -> list[Path]:
+    """Every scratch directory of a job that belongs to a state directory."""
+    found = sorted((state_dir / "scratch").glob("*"))
+    waiting = {str(job_id) for job_id in waiting_ids(state_dir)}
     return [path for path in found if path.name not in waiting]
 
 
@@ -277,10 +282,10 @@ def instance_cgroups(state_dir: Path) -> list[Path]:
 
 def waiting_inits(state_dir: Path) -> dict[int, int]:
     """The pids of the inits that wait, by the ids that they wait for."""
-    found = {}
+    found, instances = {}, instance_cgroups(state_dir)
     for job_id in waiting_ids(state_dir):
         # an init enters by itself on v1: when it is in all of them, it is there
-        groups = [group / f"job-{job_id}" / "cgroup.procs" for group in instance_cgroups(state_dir)]
+        groups = [instance / f"job-{job_id}" / "cgroup.procs" for instance in instances]
         pids = {path.read_text().strip() for path in groups if path.exists()}
         if len(pids) == 1 and pids != {""}:
             found[job_id] = int(pids.pop())

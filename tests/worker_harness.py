@@ -18,12 +18,11 @@ from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
-from pjw.launcher.policy import instance_name
 from pjw.model import Job, JobSpec, Limits
 from pjw.output.inotify import Inotify
 from pjw.worker import Worker, WorkerSettings
 from pjw.worker.settings import UID_FIRST
-from tests.service import wait_for, waiting_ids
+from tests.service import instance_cgroups, job_cgroups, job_scratch, wait_for
 
 MIB: Final = 1024**2
 DEADLINE_SECONDS: Final = 60
@@ -89,24 +88,15 @@ class Bench:
 
     def cgroups(self, job_id: int | None = None) -> list[Path]:
         """The cgroups of all jobs of this bench, or of one: several on v1, one on v2."""
-        name = "job-*" if job_id is None else f"job-{job_id}"
-        found = sorted(path for parent in self._parents() for path in parent.glob(name))
-        waiting = {f"job-{waiting_id}" for waiting_id in waiting_ids(self.state)}
-        return [path for path in found if path.name not in waiting]
+        found = sorted(job_cgroups(self.state))
+        return [path for path in found if job_id is None or path.name == f"job-{job_id}"]
 
     def _parents(self) -> list[Path]:
-        instance = instance_name(os.path.realpath(self.state))
-        found = []
-        for directory, names, _ in os.walk("/sys/fs/cgroup"):
-            if instance in names:
-                found.append(Path(directory) / instance)
-        return found
+        return instance_cgroups(self.state)
 
     def scratch(self) -> list[Path]:
         """The scratch directories of jobs."""
-        found = sorted((self.state / "scratch").glob("*"))
-        waiting = {str(job_id) for job_id in waiting_ids(self.state)}
-        return [path for path in found if path.name not in waiting]
+        return job_scratch(self.state)
 
     def processes(self) -> list[int]:
         """Every process on this host with a user id of this bench's jobs, zombies too."""

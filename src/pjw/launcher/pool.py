@@ -47,7 +47,7 @@ class Pool:
         self._waiting: Final[dict[int, Init]] = {}
         self._wanted: list[int] = []
         self._limits: Limits
-        self._mounts: Final = _HostMounts(watcher, self._on_mounts)
+        self._mounts: Final = _HostMounts(watcher, self._empty_if_stale)
 
     def __contains__(self, job_id: int) -> bool:
         return job_id in self._waiting
@@ -62,8 +62,7 @@ class Pool:
 
         The caller has it: its report, its pidfd, its end. Raises PjwError; nothing was made then.
         """
-        if self._mounts.have_changed():
-            self.empty()
+        self._empty_if_stale()
         init = self._waiting.pop(job_id, None)
         if init is not None and (init.limits != _of_cgroup(limits) or self._is_dead(init)):
             self.discard(init)
@@ -143,7 +142,7 @@ class Pool:
         first = read_report(report)
         return first.pidfd if isinstance(first, Cloned) else -1
 
-    def _on_mounts(self) -> None:
+    def _empty_if_stale(self) -> None:
         if self._mounts.have_changed():
             self.empty()
 

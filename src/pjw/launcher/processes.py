@@ -78,9 +78,7 @@ class Watcher:
         pidfd = os.pidfd_open(pid)
 
         def on_end() -> None:
-            self.unwatch(pidfd)
-            reap(pidfd)
-            os.close(pidfd)
+            self.collect(pidfd)
             then()
 
         self.watch(pidfd, on_end)
