@@ -1,5 +1,6 @@
 """What a job is, as frozen values that check themselves. No I/O."""
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -27,6 +28,14 @@ LIMIT_MINIMUM: Final[Mapping[str, int]] = {
     "io_wiops_max": 2,
 }
 LIMIT_MAXIMUM: Final = 2**62
+LABELS_MAX: Final = 32
+LABEL_VALUE_MAX_CHARACTERS: Final = 255
+PATH_MAX_BYTES: Final = 4095
+
+_NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,62}")
+_LABEL_KEY: Final = re.compile(r"[A-Za-z][A-Za-z0-9._/-]{0,62}")
+_VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_REQUEST_ID: Final = re.compile(r"[!-~]{1,64}")
 
 
 class JobState(StrEnum):
@@ -137,17 +146,66 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
-class JobSpec:
-    """What is asked for: a shell command (one string) or an argv (a sequence), and limits.
+class UsageSample:
+    """What a running job had used at one moment: its processes and memory then, the rest until then.
 
-    A string is run by `/bin/sh -c`; a sequence is executed as it is. `limits` replaces
-    single defaults, within the operator's ceilings. Raises InvalidJobError.
+    Times in microseconds, sizes in bytes; `pids` are processes and threads, init included.
+    """
+
+    time: datetime
+    cpu_usage_usec: int
+    memory_bytes: int
+    io_read_bytes: int
+    io_write_bytes: int
+    pids: int
+
+
+@dataclass(frozen=True, slots=True)
+class JobSpec:
+    """What is asked for: a shell command (one string) or an argv (a sequence), and how to run it.
+
+    A string is run by `/bin/sh -c`; a sequence is executed as it is. `limits` replaces single defaults,
+    within the operator's ceilings. `env` is added to the job's environment; `workdir` is where the command
+    begins, as the job sees it. With `input` the command reads what is streamed to the job. Two starts of
+    one client with the same `request_id` are one. Raises InvalidJobError.
     """
 
     command: str | Sequence[str]
     limits: Mapping[str, int] = field(default_factory=dict)
+    name: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
+    workdir: str = ""
+    split_stderr: bool = False
+    input: bool = False
+    request_id: str = ""
 
     def __post_init__(self) -> None:
+        self._check_command()
+        check_name(self.name)
+        check_labels(self.labels)
+        self._check_env()
+        if self.workdir and not self.workdir.startswith("/"):
+            raise InvalidJobError(f"the working directory {self.workdir!r} is not an absolute path")
+        if _checked_size(self.workdir, "the working directory") > PATH_MAX_BYTES:
+            raise InvalidJobError(f"the working directory is longer than {PATH_MAX_BYTES} bytes")
+        if self.request_id and not _REQUEST_ID.fullmatch(self.request_id):
+            raise InvalidJobError("a request id is 1 to 64 printable characters of ASCII without spaces")
+
+    def _check_env(self) -> None:
+        total = 0
+        for name, value in self.env.items():
+            if not _VARIABLE.fullmatch(name):
+                raise InvalidJobError(
+                    f"{name[:80]!r} is no name of an environment variable: letters, digits and _"
+                )
+            total += len(name) + _checked_size(value, f"the environment variable {name[:80]}") + 2
+        if total > ARGUMENTS_MAX_BYTES:
+            raise InvalidJobError(
+                f"the environment is {total} bytes long; at most {ARGUMENTS_MAX_BYTES} are allowed"
+            )
+
+    def _check_command(self) -> None:
         if isinstance(self.command, str):
             if not self.command.strip():
                 raise InvalidJobError("the command is empty")
@@ -155,7 +213,7 @@ class JobSpec:
             raise InvalidJobError("the command is empty")
         total = 0
         for argument in self.argv:
-            size = _checked_size(argument)
+            size = _checked_size(argument, "the command")
             total += size + 1
         if total > ARGUMENTS_MAX_BYTES:
             raise InvalidJobError(
@@ -176,16 +234,42 @@ class JobSpec:
         return self.command if isinstance(self.command, str) else shlex.join(self.command)
 
 
-def _checked_size(argument: str) -> int:
+def check_name(name: str) -> None:
+    """Raises InvalidJobError for what is no name of a job; empty is none, and allowed."""
+    if name and not _NAME.fullmatch(name):
+        raise InvalidJobError(
+            f"{name[:80]!r} is no name for a job: up to 63 letters, digits, '.', '_' and '-',"
+            " the first a letter"
+        )
+
+
+def check_labels(labels: Mapping[str, str]) -> None:
+    """Raises InvalidJobError for what are no labels of a job."""
+    if len(labels) > LABELS_MAX:
+        raise InvalidJobError(f"a job has at most {LABELS_MAX} labels, not {len(labels)}")
+    for key, value in labels.items():
+        if not _LABEL_KEY.fullmatch(key):
+            raise InvalidJobError(
+                f"{key[:80]!r} is no key of a label: up to 63 letters, digits, '.', '_', '/' and '-',"
+                " the first a letter"
+            )
+        if len(value) > LABEL_VALUE_MAX_CHARACTERS or not value.isprintable():
+            raise InvalidJobError(
+                f"the label {key} must have a printable value of at most {LABEL_VALUE_MAX_CHARACTERS}"
+                " characters"
+            )
+
+
+def _checked_size(text: str, what: str) -> int:
     try:
-        size = len(argument.encode())
+        size = len(text.encode())
     except UnicodeEncodeError:
-        raise InvalidJobError("the command is not valid UTF-8") from None
-    if "\0" in argument:
-        raise InvalidJobError("the command has a NUL in it, which no argument of a program can hold")
+        raise InvalidJobError(f"{what} is not valid UTF-8") from None
+    if "\0" in text:
+        raise InvalidJobError(f"{what} has a NUL in it, which no argument of a program can hold")
     if size > ARGUMENT_MAX_BYTES:
         raise InvalidJobError(
-            f"an argument of the command is {size} bytes long; the kernel takes at most {ARGUMENT_MAX_BYTES}",
+            f"an argument of {what} is {size} bytes long; the kernel takes at most {ARGUMENT_MAX_BYTES}",
             hint="put a long script into a file and run that",
         )
     return size
@@ -195,7 +279,7 @@ def _checked_size(argument: str) -> int:
 class Job:
     """One job at one moment: a snapshot that does not change. Times are in UTC.
 
-    `output_bytes` is known when the job has ended.
+    `output_bytes`, stderr included, is known when the job has ended.
     """
 
     id: int
@@ -209,6 +293,10 @@ class Job:
     reason: EndReason | None = None
     usage: Usage | None = None
     output_bytes: int | None = None
+    name: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    split_stderr: bool = False
+    input: bool = False
 
 
 @dataclass(frozen=True, slots=True)

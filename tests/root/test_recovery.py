@@ -8,7 +8,7 @@ import sqlite3
 import pytest
 
 from pjw.errors import LauncherGoneError, OutputLostError
-from pjw.model import EndReason, ExitStatus, JobState, Limits
+from pjw.model import EndReason, ExitStatus, JobSpec, JobState, Limits
 from pjw.worker import Worker
 from tests.worker_harness import (
     ASK,
@@ -372,7 +372,7 @@ async def test_a_job_that_the_host_took_along(bench: Bench) -> None:
 async def test_a_launch_that_was_interrupted(bench: Bench) -> None:
     """A row without a process, as a kill between the two leaves it: LOST, and the reason says why."""
     worker = await bench.open()
-    job = await worker._state.store.add("local", "x", Limits())
+    job = await worker._state.store.add("local", JobSpec("x"), Limits())
     await bench.close(worker)
     worker = await bench.open()
     lost = await worker.get(job.id)

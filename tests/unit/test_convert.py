@@ -2,18 +2,21 @@
 
 from dataclasses import fields
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pjw.errors import InvalidJobError
-from pjw.model import EndReason, ExitStatus, Job, JobSpec, JobState, Limits, Usage
+from pjw.model import EndReason, ExitStatus, Job, JobSpec, JobState, Limits, Usage, UsageSample
 from pjw.rpc.convert import (
     job_from_message,
     job_to_message,
     logs_response_bytes,
     logs_response_head,
+    sample_from_message,
+    sample_to_message,
     spec_from_message,
     spec_to_message,
 )
@@ -36,6 +39,10 @@ JOB = st.builds(
     exit_status=st.none() | STATUS,
     reason=st.none() | st.sampled_from(EndReason),
     usage=st.none() | st.builds(Usage, **{field.name: NUMBER for field in fields(Usage)}),
+    name=TEXT,
+    labels=st.dictionaries(TEXT, TEXT),
+    split_stderr=st.booleans(),
+    input=st.booleans(),
 )
 
 
@@ -46,19 +53,38 @@ def test_a_job_comes_back_as_it_was(job: Job) -> None:
     assert job_from_message(pb.Job.FromString(data)) == job
 
 
+NAME = st.from_regex(r"\A[A-Za-z][A-Za-z0-9._-]{0,20}\Z")
+
+
 @given(
-    TEXT | st.lists(TEXT, min_size=1, max_size=5).map(tuple),
-    st.dictionaries(st.sampled_from(fields(Limits)), NUMBER),
+    command=TEXT | st.lists(TEXT, min_size=1, max_size=5).map(tuple),
+    limits=st.dictionaries(st.sampled_from([field.name for field in fields(Limits)]), NUMBER),
+    name=st.just("") | NAME,
+    labels=st.dictionaries(NAME, NAME, max_size=3),
+    env=st.dictionaries(st.from_regex(r"\A[A-Z_][A-Z0-9_]*\Z"), TEXT, max_size=3),
+    workdir=st.sampled_from(["", "/", "/tmp"]),
+    split_stderr=st.booleans(),
+    input=st.booleans(),
+    request_id=st.uuids().map(str),
 )
-def test_a_spec_comes_back_as_it_was(command: str | tuple[str, ...], limits: dict[object, int]) -> None:
+def test_a_spec_comes_back_as_it_was(**members: Any) -> None:
     """A shell command stays one, an argv stays one, and only the limits that were set are set."""
-    named = {getattr(field, "name"): value for field, value in limits.items()}  # noqa: B009
+    assert members.keys() == {field.name for field in fields(JobSpec)}
     try:
-        spec = JobSpec(command, named)
+        spec = JobSpec(**members)
     except InvalidJobError:
         return  # blank
     back = spec_from_message(pb.StartRequest.FromString(spec_to_message(spec).SerializeToString()))
     assert back == spec
+
+
+@given(st.builds(UsageSample, TIME, *[NUMBER] * 5))
+def test_a_sample_comes_back_as_it_was(sample: UsageSample) -> None:
+    """Every field of every sample survives the wire."""
+    assert (
+        sample_from_message(pb.UsageSample.FromString(sample_to_message(sample).SerializeToString()))
+        == sample
+    )
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(Limits)])
@@ -70,18 +96,21 @@ def test_each_limit_alone_is_told_from_unset(name: str) -> None:
     assert spec_from_message(spec_to_message(JobSpec("x"))).limits == {}
 
 
-@pytest.mark.parametrize(("message", "model"), [(pb.Limits, Limits), (pb.Usage, Usage)])
+@pytest.mark.parametrize(
+    ("message", "model"), [(pb.Limits, Limits), (pb.Usage, Usage), (pb.UsageSample, UsageSample)]
+)
 def test_message_and_model_have_the_same_fields(
-    message: type[pb.Limits | pb.Usage], model: type[Limits | Usage]
+    message: type[pb.Limits | pb.Usage | pb.UsageSample], model: type[Limits | Usage | UsageSample]
 ) -> None:
     """A limit or account that is added on one side must be added on the other."""
     assert [field.name for field in message.DESCRIPTOR.fields] == [field.name for field in fields(model)]
 
 
 def test_a_client_says_what_to_run_and_no_more() -> None:
-    """No environment, user, path or namespace comes from a client: root would have to read it."""
-    assert {field.name for field in pb.StartRequest.DESCRIPTOR.fields} == {"command", "argv", "limits"}
-    assert {field.name for field in fields(JobSpec)} == {"command", "limits"}
+    """No user, device or namespace comes from a client; what else it says, root never reads."""
+    said = {"command", "limits", "name", "labels", "env", "workdir", "split_stderr", "input", "request_id"}
+    assert {field.name for field in fields(JobSpec)} == said
+    assert {field.name for field in pb.StartRequest.DESCRIPTOR.fields} == {"argv", *said}
 
 
 def test_every_state_and_reason_has_its_number() -> None:

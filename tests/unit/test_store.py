@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pjw.errors import ConfigError, KernelError, LimitReachedError
-from pjw.model import EndReason, ExitStatus, Job, JobState, Limits, Usage
+from pjw.model import EndReason, ExitStatus, Job, JobSpec, JobState, Limits, Usage
 from pjw.worker import schema
 from pjw.worker.schema import SCHEMA_VERSION
 from pjw.worker.settings import Retention
@@ -51,7 +51,7 @@ async def filled(store: JobStore, *sizes: int, client: str = "alice") -> list[in
     await store.client_number(client)
     made = []
     for number, size in enumerate(sizes):
-        job = await store.add(client, "x", Limits())
+        job = await store.add(client, JobSpec("x"), Limits())
         await store.finish(replace(ended(job), end=END + timedelta(seconds=number), output_bytes=size))
         made.append(job.id)
     return made
@@ -59,16 +59,16 @@ async def filled(store: JobStore, *sizes: int, client: str = "alice") -> list[in
 
 async def test_what_is_written_is_read(store: JobStore) -> None:
     """A job comes back as it was, with limits, times to the microsecond, status, reason and usage."""
-    job = await store.add("alice", "echo ü 'x'", Limits(pids_max=7))
+    job = await store.add("alice", JobSpec("echo ü 'x'"), Limits(pids_max=7))
     assert await store.get(job.id) == job
     final = ended(job)
     await store.finish(final)
     assert await store.get(job.id) == final
-    lost = await store.add("alice", "x", Limits())
+    lost = await store.add("alice", JobSpec("x"), Limits())
     lost = replace(lost, state=JobState.LOST, end=END, reason=EndReason.LOST)
     await store.finish(lost)
     assert await store.get(lost.id) == lost
-    killed = await store.add("alice", "x", Limits())
+    killed = await store.add("alice", JobSpec("x"), Limits())
     killed = replace(ended(killed), exit_status=ExitStatus(signal=9), reason=EndReason.STOPPED, usage=None)
     await store.finish(killed)
     assert await store.get(killed.id) == killed
@@ -77,7 +77,7 @@ async def test_what_is_written_is_read(store: JobStore) -> None:
 async def test_it_outlives_the_process(path: Path) -> None:
     """What was written is there when the table is opened again."""
     store = JobStore(str(path))
-    job = await store.add("alice", "x", Limits())
+    job = await store.add("alice", JobSpec("x"), Limits())
     store.close()
     store = JobStore(str(path))
     assert await store.get(job.id) == job
@@ -88,14 +88,14 @@ async def test_it_outlives_the_process(path: Path) -> None:
 async def test_ids_are_never_reused(path: Path) -> None:
     """Not after the last job was discarded, and not after a restart."""
     store = JobStore(str(path))
-    first = await store.add("alice", "x", Limits())
-    second = await store.add("alice", "x", Limits())
+    first = await store.add("alice", JobSpec("x"), Limits())
+    second = await store.add("alice", JobSpec("x"), Limits())
     await store.discard(second.id)
-    third = await store.add("alice", "x", Limits())
+    third = await store.add("alice", JobSpec("x"), Limits())
     await store.discard(third.id)
     store.close()
     store = JobStore(str(path))
-    fourth = await store.add("alice", "x", Limits())
+    fourth = await store.add("alice", JobSpec("x"), Limits())
     assert [first.id, second.id, third.id, fourth.id] == [1, 2, 3, 4]
     assert await store.get(third.id) is None
     store.close()
@@ -122,7 +122,7 @@ async def test_numbers_asked_for_at_once(store: JobStore) -> None:
 
 async def test_pages_and_the_living(store: JobStore) -> None:
     """By owner, behind an id, so many; the living are those that were not finished."""
-    jobs = [await store.add("ab"[number % 2], str(number), Limits()) for number in range(6)]
+    jobs = [await store.add("ab"[number % 2], JobSpec(str(number)), Limits()) for number in range(6)]
     for job in jobs[:3]:
         await store.finish(ended(job))
     assert [job.id for job in await store.page(None, 0, 1000)] == [1, 2, 3, 4, 5, 6]
@@ -170,15 +170,15 @@ def test_a_table_in_use(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_a_full_disk(store: JobStore) -> None:
     """Every write says LimitReachedError, reads go on, and when there is space so do writes."""
-    job = await store.add("alice", "x", Limits())
+    job = await store.add("alice", JobSpec("x"), Limits())
     # SQLite's own bound: the table may not grow, as on a full disk
     pages = store._db.execute("PRAGMA page_count").fetchone()[0]
     store._db.execute(f"PRAGMA max_page_count = {pages}")
     with pytest.raises(LimitReachedError, match="no space is left for the job table"):
-        await asyncio.gather(*(store.add("alice", "x" * 10_000, Limits()) for _ in range(100)))
+        await asyncio.gather(*(store.add("alice", JobSpec("x" * 10_000), Limits()) for _ in range(100)))
     assert await store.get(job.id) == job
     store._db.execute("PRAGMA max_page_count = 1000000")
-    assert (await store.add("alice", "x" * 10_000, Limits())).id > job.id
+    assert (await store.add("alice", JobSpec("x" * 10_000), Limits())).id > job.id
 
 
 async def test_a_table_of_version_1(path: Path) -> None:
@@ -194,7 +194,7 @@ async def test_a_table_of_version_1(path: Path) -> None:
     assert (third.state, third.reason) == (JobState.LOST, EndReason.LOST)
     assert {job.output_bytes for job in (first, second, third)} == {None}
     assert await store.alive() == [alive]
-    assert (await store.add("alice", "x", Limits())).id == 6
+    assert (await store.add("alice", JobSpec("x"), Limits())).id == 6
     # what is counted from now on was counted then as well
     assert await store.prune(Retention(jobs_per_client=1), 0, 10) == [1]
     store.close()
@@ -221,14 +221,14 @@ def test_each_version_is_whole_or_not_at_all(path: Path, monkeypatch: pytest.Mon
 
 async def test_the_owner_is_part_of_the_question(store: JobStore) -> None:
     """Another's job is none; without an owner it is anybody's."""
-    job = await store.add("alice", "x", Limits())
+    job = await store.add("alice", JobSpec("x"), Limits())
     assert [await store.get(job.id, owner) for owner in ("alice", "bob", None)] == [job, None, job]
 
 
 async def test_removals_are_remembered_until_they_are_done(store: JobStore) -> None:
     """The row goes first; a job that has not ended, or is gone already, is not touched."""
     first, second = await filled(store, 5, 7)
-    alive = await store.add("alice", "x", Limits())
+    alive = await store.add("alice", JobSpec("x"), Limits())
     for job_id in (first, first, alive.id, 99):
         await store.remove(job_id)
     assert await store.get(first) is None

@@ -6,7 +6,7 @@ from typing import Final
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from pjw.errors import InvalidJobError
-from pjw.model import EndReason, ExitStatus, Job, JobSpec, JobState, Limits, Usage
+from pjw.model import EndReason, ExitStatus, Job, JobSpec, JobState, Limits, Usage, UsageSample
 from pjw.v1 import job_worker_pb2 as pb
 
 _STATES: Final = {state: pb.JobState.Value(f"JOB_STATE_{state.name}") for state in JobState}
@@ -33,6 +33,10 @@ def job_to_message(job: Job) -> pb.Job:
         limits=pb.Limits(**dict(job.limits.items())),
         usage=_usage_to_message(job.usage) if job.usage else None,
         output_bytes=job.output_bytes,
+        name=job.name,
+        labels=job.labels,
+        split_stderr=job.split_stderr,
+        input=job.input,
     )
 
 
@@ -54,27 +58,48 @@ def job_from_message(message: pb.Job) -> Job:
         reason=_REASONS_BACK.get(message.reason),
         usage=_usage_from_message(message.usage) if message.HasField("usage") else None,
         output_bytes=message.output_bytes if message.HasField("output_bytes") else None,
+        name=message.name,
+        labels=dict(message.labels),
+        split_stderr=message.split_stderr,
+        input=message.input,
     )
 
 
 def spec_to_message(spec: JobSpec) -> pb.StartRequest:
     """A request to start a job."""
-    limits = pb.Limits(**spec.limits) if spec.limits else None
+    request = pb.StartRequest(
+        limits=pb.Limits(**spec.limits) if spec.limits else None,
+        name=spec.name,
+        labels=spec.labels,
+        env=spec.env,
+        workdir=spec.workdir,
+        split_stderr=spec.split_stderr,
+        input=spec.input,
+        request_id=spec.request_id,
+    )
     if isinstance(spec.command, str):
-        return pb.StartRequest(command=spec.command, limits=limits)
-    return pb.StartRequest(argv=pb.Argv(arguments=spec.command), limits=limits)
+        request.command = spec.command
+    else:
+        request.argv.arguments.extend(spec.command)
+    return request
 
 
 def spec_from_message(message: pb.StartRequest) -> JobSpec:
     """What is asked for. Raises InvalidJobError."""
-    limits = limits_from_message(message.limits)
-    match message.WhichOneof("program"):
-        case "command":
-            return JobSpec(message.command, limits)
-        case "argv":
-            return JobSpec(tuple(message.argv.arguments), limits)
-        case _:
-            raise InvalidJobError("the command is empty")
+    program = message.WhichOneof("program")
+    if program is None:
+        raise InvalidJobError("the command is empty")
+    return JobSpec(
+        message.command if program == "command" else tuple(message.argv.arguments),
+        limits_from_message(message.limits),
+        name=message.name,
+        labels=dict(message.labels),
+        env=dict(message.env),
+        workdir=message.workdir,
+        split_stderr=message.split_stderr,
+        input=message.input,
+        request_id=message.request_id,
+    )
 
 
 def limits_from_message(message: pb.Limits) -> dict[str, int]:
@@ -107,6 +132,30 @@ def _usage_to_message(usage: Usage) -> pb.Usage:
         io_read_bytes=usage.io_read_bytes,
         io_write_bytes=usage.io_write_bytes,
         oom_kills=usage.oom_kills,
+    )
+
+
+def sample_to_message(sample: UsageSample) -> pb.UsageSample:
+    """What a job had used at one moment, as it is sent."""
+    return pb.UsageSample(
+        time=_timestamp(sample.time),
+        cpu_usage_usec=sample.cpu_usage_usec,
+        memory_bytes=sample.memory_bytes,
+        io_read_bytes=sample.io_read_bytes,
+        io_write_bytes=sample.io_write_bytes,
+        pids=sample.pids,
+    )
+
+
+def sample_from_message(message: pb.UsageSample) -> UsageSample:
+    """What a job had used at one moment, as it was sent."""
+    return UsageSample(
+        time=message.time.ToDatetime(UTC),
+        cpu_usage_usec=message.cpu_usage_usec,
+        memory_bytes=message.memory_bytes,
+        io_read_bytes=message.io_read_bytes,
+        io_write_bytes=message.io_write_bytes,
+        pids=message.pids,
     )
 
 

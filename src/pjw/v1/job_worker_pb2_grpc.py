@@ -40,6 +40,11 @@ class JobWorkerServiceStub:
                 request_serializer=pjw_dot_v1_dot_job__worker__pb2.StartRequest.SerializeToString,
                 response_deserializer=pjw_dot_v1_dot_job__worker__pb2.StartResponse.FromString,
                 _registered_method=True)
+        self.WriteInput = channel.stream_stream(
+                '/pjw.v1.JobWorkerService/WriteInput',
+                request_serializer=pjw_dot_v1_dot_job__worker__pb2.WriteInputRequest.SerializeToString,
+                response_deserializer=pjw_dot_v1_dot_job__worker__pb2.WriteInputResponse.FromString,
+                _registered_method=True)
         self.Get = channel.unary_unary(
                 '/pjw.v1.JobWorkerService/Get',
                 request_serializer=pjw_dot_v1_dot_job__worker__pb2.GetRequest.SerializeToString,
@@ -49,6 +54,11 @@ class JobWorkerServiceStub:
                 '/pjw.v1.JobWorkerService/List',
                 request_serializer=pjw_dot_v1_dot_job__worker__pb2.ListRequest.SerializeToString,
                 response_deserializer=pjw_dot_v1_dot_job__worker__pb2.ListResponse.FromString,
+                _registered_method=True)
+        self.Wait = channel.unary_unary(
+                '/pjw.v1.JobWorkerService/Wait',
+                request_serializer=pjw_dot_v1_dot_job__worker__pb2.WaitRequest.SerializeToString,
+                response_deserializer=pjw_dot_v1_dot_job__worker__pb2.WaitResponse.FromString,
                 _registered_method=True)
         self.Stop = channel.unary_unary(
                 '/pjw.v1.JobWorkerService/Stop',
@@ -65,6 +75,16 @@ class JobWorkerServiceStub:
                 request_serializer=pjw_dot_v1_dot_job__worker__pb2.DeleteRequest.SerializeToString,
                 response_deserializer=pjw_dot_v1_dot_job__worker__pb2.DeleteResponse.FromString,
                 _registered_method=True)
+        self.GetUsageHistory = channel.unary_unary(
+                '/pjw.v1.JobWorkerService/GetUsageHistory',
+                request_serializer=pjw_dot_v1_dot_job__worker__pb2.GetUsageHistoryRequest.SerializeToString,
+                response_deserializer=pjw_dot_v1_dot_job__worker__pb2.GetUsageHistoryResponse.FromString,
+                _registered_method=True)
+        self.WatchUsage = channel.unary_stream(
+                '/pjw.v1.JobWorkerService/WatchUsage',
+                request_serializer=pjw_dot_v1_dot_job__worker__pb2.WatchUsageRequest.SerializeToString,
+                response_deserializer=pjw_dot_v1_dot_job__worker__pb2.WatchUsageResponse.FromString,
+                _registered_method=True)
 
 
 class JobWorkerServiceServicer:
@@ -74,7 +94,16 @@ class JobWorkerServiceServicer:
     def Start(self, request, context):
         """Start answers when the command has been executed, or with the reason why it was not:
         INVALID_ARGUMENT (it never can be), FAILED_PRECONDITION (no such program, or not
-        executable), RESOURCE_EXHAUSTED (not now).
+        executable), RESOURCE_EXHAUSTED (not now), ALREADY_EXISTS (a job of that name has not ended).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WriteInput(self, request_iterator, context):
+        """WriteInput streams to a job that was started with `input`. The first answer says how many
+        bytes of it the server has, and each later one how many it has by then: a client that lost
+        its connection goes on there. Input that breaks off has not ended: the job waits for the rest.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -94,9 +123,16 @@ class JobWorkerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Wait(self, request, context):
+        """Wait answers when a job has ended. Without a deadline it may take as long as the job.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Stop(self, request, context):
-        """Stop sends SIGTERM to every process of a job, after a grace period SIGKILL, and answers
-        when the job has ended. To stop a job that has ended is success.
+        """Stop sends SIGTERM, or the signal that is asked for, to every process of a job, after a grace
+        period SIGKILL, and answers when the job has ended. To stop a job that has ended is success.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -117,6 +153,20 @@ class JobWorkerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetUsageHistory(self, request, context):
+        """GetUsageHistory shows what a job used over its life, in a bounded number of samples.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchUsage(self, request, context):
+        """WatchUsage streams what the caller's running jobs use, a snapshot of all of them at a time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_JobWorkerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -124,6 +174,11 @@ def add_JobWorkerServiceServicer_to_server(servicer, server):
                     servicer.Start,
                     request_deserializer=pjw_dot_v1_dot_job__worker__pb2.StartRequest.FromString,
                     response_serializer=pjw_dot_v1_dot_job__worker__pb2.StartResponse.SerializeToString,
+            ),
+            'WriteInput': grpc.stream_stream_rpc_method_handler(
+                    servicer.WriteInput,
+                    request_deserializer=pjw_dot_v1_dot_job__worker__pb2.WriteInputRequest.FromString,
+                    response_serializer=pjw_dot_v1_dot_job__worker__pb2.WriteInputResponse.SerializeToString,
             ),
             'Get': grpc.unary_unary_rpc_method_handler(
                     servicer.Get,
@@ -134,6 +189,11 @@ def add_JobWorkerServiceServicer_to_server(servicer, server):
                     servicer.List,
                     request_deserializer=pjw_dot_v1_dot_job__worker__pb2.ListRequest.FromString,
                     response_serializer=pjw_dot_v1_dot_job__worker__pb2.ListResponse.SerializeToString,
+            ),
+            'Wait': grpc.unary_unary_rpc_method_handler(
+                    servicer.Wait,
+                    request_deserializer=pjw_dot_v1_dot_job__worker__pb2.WaitRequest.FromString,
+                    response_serializer=pjw_dot_v1_dot_job__worker__pb2.WaitResponse.SerializeToString,
             ),
             'Stop': grpc.unary_unary_rpc_method_handler(
                     servicer.Stop,
@@ -149,6 +209,16 @@ def add_JobWorkerServiceServicer_to_server(servicer, server):
                     servicer.Delete,
                     request_deserializer=pjw_dot_v1_dot_job__worker__pb2.DeleteRequest.FromString,
                     response_serializer=pjw_dot_v1_dot_job__worker__pb2.DeleteResponse.SerializeToString,
+            ),
+            'GetUsageHistory': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetUsageHistory,
+                    request_deserializer=pjw_dot_v1_dot_job__worker__pb2.GetUsageHistoryRequest.FromString,
+                    response_serializer=pjw_dot_v1_dot_job__worker__pb2.GetUsageHistoryResponse.SerializeToString,
+            ),
+            'WatchUsage': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchUsage,
+                    request_deserializer=pjw_dot_v1_dot_job__worker__pb2.WatchUsageRequest.FromString,
+                    response_serializer=pjw_dot_v1_dot_job__worker__pb2.WatchUsageResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -179,6 +249,33 @@ class JobWorkerService:
             '/pjw.v1.JobWorkerService/Start',
             pjw_dot_v1_dot_job__worker__pb2.StartRequest.SerializeToString,
             pjw_dot_v1_dot_job__worker__pb2.StartResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WriteInput(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/pjw.v1.JobWorkerService/WriteInput',
+            pjw_dot_v1_dot_job__worker__pb2.WriteInputRequest.SerializeToString,
+            pjw_dot_v1_dot_job__worker__pb2.WriteInputResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -233,6 +330,33 @@ class JobWorkerService:
             '/pjw.v1.JobWorkerService/List',
             pjw_dot_v1_dot_job__worker__pb2.ListRequest.SerializeToString,
             pjw_dot_v1_dot_job__worker__pb2.ListResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Wait(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pjw.v1.JobWorkerService/Wait',
+            pjw_dot_v1_dot_job__worker__pb2.WaitRequest.SerializeToString,
+            pjw_dot_v1_dot_job__worker__pb2.WaitResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -314,6 +438,60 @@ class JobWorkerService:
             '/pjw.v1.JobWorkerService/Delete',
             pjw_dot_v1_dot_job__worker__pb2.DeleteRequest.SerializeToString,
             pjw_dot_v1_dot_job__worker__pb2.DeleteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetUsageHistory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pjw.v1.JobWorkerService/GetUsageHistory',
+            pjw_dot_v1_dot_job__worker__pb2.GetUsageHistoryRequest.SerializeToString,
+            pjw_dot_v1_dot_job__worker__pb2.GetUsageHistoryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/pjw.v1.JobWorkerService/WatchUsage',
+            pjw_dot_v1_dot_job__worker__pb2.WatchUsageRequest.SerializeToString,
+            pjw_dot_v1_dot_job__worker__pb2.WatchUsageResponse.FromString,
             options,
             channel_credentials,
             insecure,

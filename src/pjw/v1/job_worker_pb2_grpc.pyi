@@ -42,15 +42,22 @@ class JobWorkerServiceStub:
     Start: _grpc.UnaryUnaryMultiCallable[_job_worker_pb2.StartRequest, _job_worker_pb2.StartResponse]
     """Start answers when the command has been executed, or with the reason why it was not:
     INVALID_ARGUMENT (it never can be), FAILED_PRECONDITION (no such program, or not
-    executable), RESOURCE_EXHAUSTED (not now).
+    executable), RESOURCE_EXHAUSTED (not now), ALREADY_EXISTS (a job of that name has not ended).
+    """
+    WriteInput: _grpc.StreamStreamMultiCallable[_job_worker_pb2.WriteInputRequest, _job_worker_pb2.WriteInputResponse]
+    """WriteInput streams to a job that was started with `input`. The first answer says how many
+    bytes of it the server has, and each later one how many it has by then: a client that lost
+    its connection goes on there. Input that breaks off has not ended: the job waits for the rest.
     """
     Get: _grpc.UnaryUnaryMultiCallable[_job_worker_pb2.GetRequest, _job_worker_pb2.GetResponse]
     """Get shows one job."""
     List: _grpc.UnaryUnaryMultiCallable[_job_worker_pb2.ListRequest, _job_worker_pb2.ListResponse]
     """List shows the caller's jobs, or those of every client, in the order of their ids, a page at a time."""
+    Wait: _grpc.UnaryUnaryMultiCallable[_job_worker_pb2.WaitRequest, _job_worker_pb2.WaitResponse]
+    """Wait answers when a job has ended. Without a deadline it may take as long as the job."""
     Stop: _grpc.UnaryUnaryMultiCallable[_job_worker_pb2.StopRequest, _job_worker_pb2.StopResponse]
-    """Stop sends SIGTERM to every process of a job, after a grace period SIGKILL, and answers
-    when the job has ended. To stop a job that has ended is success.
+    """Stop sends SIGTERM, or the signal that is asked for, to every process of a job, after a grace
+    period SIGKILL, and answers when the job has ended. To stop a job that has ended is success.
     """
     Logs: _grpc.UnaryStreamMultiCallable[_job_worker_pb2.LogsRequest, _job_worker_pb2.LogsResponse]
     """Logs streams a job's output from an offset on, and ends when the job has ended. DATA_LOSS
@@ -58,6 +65,10 @@ class JobWorkerServiceStub:
     """
     Delete: _grpc.UnaryUnaryMultiCallable[_job_worker_pb2.DeleteRequest, _job_worker_pb2.DeleteResponse]
     """Delete forgets a job that has ended, with its output. FAILED_PRECONDITION: it has not ended."""
+    GetUsageHistory: _grpc.UnaryUnaryMultiCallable[_job_worker_pb2.GetUsageHistoryRequest, _job_worker_pb2.GetUsageHistoryResponse]
+    """GetUsageHistory shows what a job used over its life, in a bounded number of samples."""
+    WatchUsage: _grpc.UnaryStreamMultiCallable[_job_worker_pb2.WatchUsageRequest, _job_worker_pb2.WatchUsageResponse]
+    """WatchUsage streams what the caller's running jobs use, a snapshot of all of them at a time."""
 
 @_typing.type_check_only
 class JobWorkerServiceAsyncStub(JobWorkerServiceStub):
@@ -67,15 +78,22 @@ class JobWorkerServiceAsyncStub(JobWorkerServiceStub):
     Start: _aio.UnaryUnaryMultiCallable[_job_worker_pb2.StartRequest, _job_worker_pb2.StartResponse]  # type: ignore[assignment]
     """Start answers when the command has been executed, or with the reason why it was not:
     INVALID_ARGUMENT (it never can be), FAILED_PRECONDITION (no such program, or not
-    executable), RESOURCE_EXHAUSTED (not now).
+    executable), RESOURCE_EXHAUSTED (not now), ALREADY_EXISTS (a job of that name has not ended).
+    """
+    WriteInput: _aio.StreamStreamMultiCallable[_job_worker_pb2.WriteInputRequest, _job_worker_pb2.WriteInputResponse]  # type: ignore[assignment]
+    """WriteInput streams to a job that was started with `input`. The first answer says how many
+    bytes of it the server has, and each later one how many it has by then: a client that lost
+    its connection goes on there. Input that breaks off has not ended: the job waits for the rest.
     """
     Get: _aio.UnaryUnaryMultiCallable[_job_worker_pb2.GetRequest, _job_worker_pb2.GetResponse]  # type: ignore[assignment]
     """Get shows one job."""
     List: _aio.UnaryUnaryMultiCallable[_job_worker_pb2.ListRequest, _job_worker_pb2.ListResponse]  # type: ignore[assignment]
     """List shows the caller's jobs, or those of every client, in the order of their ids, a page at a time."""
+    Wait: _aio.UnaryUnaryMultiCallable[_job_worker_pb2.WaitRequest, _job_worker_pb2.WaitResponse]  # type: ignore[assignment]
+    """Wait answers when a job has ended. Without a deadline it may take as long as the job."""
     Stop: _aio.UnaryUnaryMultiCallable[_job_worker_pb2.StopRequest, _job_worker_pb2.StopResponse]  # type: ignore[assignment]
-    """Stop sends SIGTERM to every process of a job, after a grace period SIGKILL, and answers
-    when the job has ended. To stop a job that has ended is success.
+    """Stop sends SIGTERM, or the signal that is asked for, to every process of a job, after a grace
+    period SIGKILL, and answers when the job has ended. To stop a job that has ended is success.
     """
     Logs: _aio.UnaryStreamMultiCallable[_job_worker_pb2.LogsRequest, _job_worker_pb2.LogsResponse]  # type: ignore[assignment]
     """Logs streams a job's output from an offset on, and ends when the job has ended. DATA_LOSS
@@ -83,6 +101,10 @@ class JobWorkerServiceAsyncStub(JobWorkerServiceStub):
     """
     Delete: _aio.UnaryUnaryMultiCallable[_job_worker_pb2.DeleteRequest, _job_worker_pb2.DeleteResponse]  # type: ignore[assignment]
     """Delete forgets a job that has ended, with its output. FAILED_PRECONDITION: it has not ended."""
+    GetUsageHistory: _aio.UnaryUnaryMultiCallable[_job_worker_pb2.GetUsageHistoryRequest, _job_worker_pb2.GetUsageHistoryResponse]  # type: ignore[assignment]
+    """GetUsageHistory shows what a job used over its life, in a bounded number of samples."""
+    WatchUsage: _aio.UnaryStreamMultiCallable[_job_worker_pb2.WatchUsageRequest, _job_worker_pb2.WatchUsageResponse]  # type: ignore[assignment]
+    """WatchUsage streams what the caller's running jobs use, a snapshot of all of them at a time."""
 
 class JobWorkerServiceServicer(metaclass=_abc_1.ABCMeta):
     """JobWorkerService starts, shows and stops jobs, and streams their output."""
@@ -95,7 +117,18 @@ class JobWorkerServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_job_worker_pb2.StartResponse, _abc.Awaitable[_job_worker_pb2.StartResponse]]:
         """Start answers when the command has been executed, or with the reason why it was not:
         INVALID_ARGUMENT (it never can be), FAILED_PRECONDITION (no such program, or not
-        executable), RESOURCE_EXHAUSTED (not now).
+        executable), RESOURCE_EXHAUSTED (not now), ALREADY_EXISTS (a job of that name has not ended).
+        """
+
+    @_abc_1.abstractmethod
+    def WriteInput(
+        self,
+        request_iterator: _MaybeAsyncIterator[_job_worker_pb2.WriteInputRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_job_worker_pb2.WriteInputResponse], _abc.AsyncIterator[_job_worker_pb2.WriteInputResponse]]:
+        """WriteInput streams to a job that was started with `input`. The first answer says how many
+        bytes of it the server has, and each later one how many it has by then: a client that lost
+        its connection goes on there. Input that breaks off has not ended: the job waits for the rest.
         """
 
     @_abc_1.abstractmethod
@@ -115,13 +148,21 @@ class JobWorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         """List shows the caller's jobs, or those of every client, in the order of their ids, a page at a time."""
 
     @_abc_1.abstractmethod
+    def Wait(
+        self,
+        request: _job_worker_pb2.WaitRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_job_worker_pb2.WaitResponse, _abc.Awaitable[_job_worker_pb2.WaitResponse]]:
+        """Wait answers when a job has ended. Without a deadline it may take as long as the job."""
+
+    @_abc_1.abstractmethod
     def Stop(
         self,
         request: _job_worker_pb2.StopRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_job_worker_pb2.StopResponse, _abc.Awaitable[_job_worker_pb2.StopResponse]]:
-        """Stop sends SIGTERM to every process of a job, after a grace period SIGKILL, and answers
-        when the job has ended. To stop a job that has ended is success.
+        """Stop sends SIGTERM, or the signal that is asked for, to every process of a job, after a grace
+        period SIGKILL, and answers when the job has ended. To stop a job that has ended is success.
         """
 
     @_abc_1.abstractmethod
@@ -141,5 +182,21 @@ class JobWorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_job_worker_pb2.DeleteResponse, _abc.Awaitable[_job_worker_pb2.DeleteResponse]]:
         """Delete forgets a job that has ended, with its output. FAILED_PRECONDITION: it has not ended."""
+
+    @_abc_1.abstractmethod
+    def GetUsageHistory(
+        self,
+        request: _job_worker_pb2.GetUsageHistoryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_job_worker_pb2.GetUsageHistoryResponse, _abc.Awaitable[_job_worker_pb2.GetUsageHistoryResponse]]:
+        """GetUsageHistory shows what a job used over its life, in a bounded number of samples."""
+
+    @_abc_1.abstractmethod
+    def WatchUsage(
+        self,
+        request: _job_worker_pb2.WatchUsageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_job_worker_pb2.WatchUsageResponse], _abc.AsyncIterator[_job_worker_pb2.WatchUsageResponse]]:
+        """WatchUsage streams what the caller's running jobs use, a snapshot of all of them at a time."""
 
 def add_JobWorkerServiceServicer_to_server(servicer: JobWorkerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -54,6 +54,18 @@ CREATE INDEX jobs_with_output ON jobs (client_name, end_ns) WHERE output_bytes >
 CREATE TABLE removals (id INTEGER PRIMARY KEY);
 CREATE TABLE host (boot_id TEXT NOT NULL);
 """,
+    # What a job is called and how it reads and writes. `labels` is a JSON object. A name is taken for as
+    # long as its job has not ended, a request id for as long as its job is kept.
+    """
+ALTER TABLE jobs ADD COLUMN name TEXT NOT NULL DEFAULT '';
+ALTER TABLE jobs ADD COLUMN labels TEXT NOT NULL DEFAULT '{}';
+ALTER TABLE jobs ADD COLUMN split_stderr INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE jobs ADD COLUMN input INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE jobs ADD COLUMN request_id TEXT;
+CREATE UNIQUE INDEX jobs_alive_of_name ON jobs (client_name, name) WHERE state IS NULL AND name <> '';
+CREATE INDEX jobs_of_name ON jobs (client_name, name, id) WHERE name <> '';
+CREATE UNIQUE INDEX jobs_of_request ON jobs (client_name, request_id) WHERE request_id IS NOT NULL;
+""",
 )
 SCHEMA_VERSION: Final = len(MIGRATIONS)
 

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Final, ParamSpec, TypeVar
 
 from pjw.errors import ConfigError, KernelError, LimitReachedError
-from pjw.model import EndReason, ExitStatus, Job, JobState, Limits, Usage
+from pjw.model import EndReason, ExitStatus, Job, JobSpec, JobState, Limits, Usage
 from pjw.worker.schema import migrate
 from pjw.worker.settings import Retention
 from pjw.worker.wal import WalSync
@@ -21,11 +21,13 @@ from pjw.worker.wal import WalSync
 PAGE_CHARACTERS: Final = 256 * 1024
 _COLUMNS: Final = (
     "id, client_name, command, limits, start_ns, state, end_ns, exit_code, signal, reason, usage,"
-    " output_bytes"
+    " output_bytes, name, labels, split_stderr, input"
 )
 _Number = int | None
 _Text = str | None
-_Row = tuple[int, str, str, str, int, _Text, _Number, _Number, _Number, _Text, _Text, _Number]
+_Row = tuple[
+    int, str, str, str, int, _Text, _Number, _Number, _Number, _Text, _Text, _Number, str, str, int, int
+]
 
 # Which job goes first when more is kept than may be, by the member of Retention that says so;
 # `:most` is its value. A total is brought down at the cost of the client who has most: nobody
@@ -113,19 +115,41 @@ class JobStore:
         row: tuple[int] = self._db.execute("SELECT number FROM clients WHERE name = ?", (name,)).fetchone()
         return row[0]
 
-    async def add(self, client_name: str, command: str, limits: Limits) -> Job:
+    async def add(self, client_name: str, spec: JobSpec, limits: Limits) -> Job:
         """Insert a job that is about to start."""
-        return await self._run(self._add, client_name, command, limits)
+        return await self._run(self._add, client_name, spec, limits)
 
-    def _add(self, client_name: str, command: str, limits: Limits) -> Job:
+    def _add(self, client_name: str, spec: JobSpec, limits: Limits) -> Job:
         now = datetime.now(UTC)
         with self._db:
             cursor = self._db.execute(
-                "INSERT INTO jobs (client_name, command, limits, start_ns) VALUES (?, ?, ?, ?)",
-                (client_name, command, json.dumps(asdict(limits)), to_ns(now)),
+                "INSERT INTO jobs (client_name, command, limits, start_ns, name, labels, split_stderr, input,"
+                " request_id) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    client_name,
+                    spec.display,
+                    json.dumps(asdict(limits)),
+                    to_ns(now),
+                    spec.name,
+                    json.dumps(dict(spec.labels)),
+                    spec.split_stderr,
+                    spec.input,
+                    spec.request_id or None,
+                ),
             )
         assert cursor.lastrowid is not None
-        return Job(cursor.lastrowid, client_name, command, JobState.STARTING, limits, now)
+        return Job(
+            cursor.lastrowid,
+            client_name,
+            spec.display,
+            JobState.STARTING,
+            limits,
+            now,
+            name=spec.name,
+            labels=spec.labels,
+            split_stderr=spec.split_stderr,
+            input=spec.input,
+        )
 
     async def discard(self, job_id: int) -> None:
         """Delete a job that never came to be; its id stays used."""
@@ -322,7 +346,22 @@ def from_ns(ns: int) -> datetime:
 
 
 def _job(row: _Row) -> Job:
-    job_id, client_name, command, limits, start_ns, state, end_ns, code, signal, reason, usage, size = row
+    (
+        job_id,
+        client_name,
+        command,
+        limits,
+        start_ns,
+        state,
+        end_ns,
+        code,
+        signal,
+        reason,
+        usage,
+        size,
+        *rest,
+    ) = row
+    name, labels, split_stderr, has_input = rest
     ended = code is not None or signal is not None
     return Job(
         id=job_id,
@@ -336,4 +375,8 @@ def _job(row: _Row) -> Job:
         reason=EndReason(reason) if reason else None,
         usage=Usage(**json.loads(usage)) if usage else None,
         output_bytes=size,
+        name=str(name),
+        labels=json.loads(str(labels)),
+        split_stderr=bool(split_stderr),
+        input=bool(has_input),
     )

@@ -159,7 +159,7 @@ class Worker:
         try:
             await self._check_stored_bytes(client_name)
             uid = await self._uid_of(client_name)
-            job = await self._state.store.add(client_name, spec.display, limits)
+            job = await self._state.store.add(client_name, spec, limits)
         except BaseException:
             self._running.give_back(client_name)
             raise
