@@ -84,5 +84,5 @@ lock:
 	scripts/lock
 
 clean:
-	rm -rf .venv build dist node_modules .coverage* .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv build dist node_modules tests/clients/node_modules .coverage* .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests -name __pycache__ -prune -exec rm -rf {} +
