@@ -3,7 +3,6 @@
 import asyncio
 import sqlite3
 from contextlib import aclosing
-from pathlib import Path
 
 import pytest
 

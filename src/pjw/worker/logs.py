@@ -6,6 +6,7 @@ from typing import Final
 from pjw.errors import InvalidJobError, JobStateError, OutputLostError
 from pjw.model import Job
 from pjw.output import Inotify, OutputLog, start_of_tail
+from pjw.worker.job import LiveJob
 from pjw.worker.state_dir import StateDir
 
 
@@ -45,8 +46,13 @@ class Output:
         return await start_of_tail(self.log, part.tail_lines, part.offset)
 
 
-def log_of(state: StateDir, inotify: Inotify, job: Job, *, stderr: bool = False) -> OutputLog:
-    """A stream of a job's output, running or ended."""
+def live_job(state: StateDir, inotify: Inotify, job: Job) -> LiveJob:
+    """A job that has not ended, with its output."""
+    stderr = _log_of(state, inotify, job, stderr=True) if job.split_stderr else None
+    return LiveJob(job, _log_of(state, inotify, job), stderr)
+
+
+def _log_of(state: StateDir, inotify: Inotify, job: Job, *, stderr: bool = False) -> OutputLog:
     path, times_path = state.output_paths(job.id, stderr=stderr)
     return OutputLog(path, inotify, ended=job.state.final, times_path=times_path)
 
@@ -60,7 +66,7 @@ def output_of_ended(state: StateDir, inotify: Inotify, job: Job, *, stderr: bool
             f"the output of job {job.id} is cut short: the host went down, and of {expected} bytes"
             f" {size} were on its disk"
         )
-    return Output(log_of(state, inotify, job, stderr=stderr), lost)
+    return Output(_log_of(state, inotify, job, stderr=stderr), lost)
 
 
 def check_stream(job: Job, part: Part) -> None:

@@ -6,7 +6,6 @@ import os
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from datetime import datetime
-from pathlib import Path
 from signal import SIGKILL, SIGTERM
 from typing import Final, Self
 
@@ -21,14 +20,14 @@ from pjw.errors import (
 from pjw.launcher.protocol import Launch
 from pjw.model import Job, JobSpec, Limits
 from pjw.output import Head, Inotify, follow, follow_with_times, no_head
+from pjw.worker.adoption import adopt
 from pjw.worker.background import Background
 from pjw.worker.endings import Endings
 from pjw.worker.job import LiveJob
-from pjw.worker.launcher_client import LauncherClient, readable
+from pjw.worker.launcher_client import LauncherClient
 from pjw.worker.launcher_process import LauncherProcess, require_root, start_launcher
-from pjw.worker.logs import ALL_OUTPUT, Output, Part, check_stream, log_of, output_of_ended
+from pjw.worker.logs import ALL_OUTPUT, Output, Part, check_stream, live_job, output_of_ended
 from pjw.worker.quota import RunningJobs, check_stored_bytes
-from pjw.worker.record import parse_record
 from pjw.worker.retention import Pruner
 from pjw.worker.settings import WorkerSettings
 from pjw.worker.state_dir import StateDir
@@ -93,6 +92,11 @@ class Worker:
             await worker.close()
             raise
         return worker
+
+    async def adopt(self) -> None:
+        """Take over the jobs of the worker before us. Call it once, before anything else; `open` does."""
+        await adopt(self._state, self._launcher, self._inotify, self._live, self._running, self._endings)
+        self._background.spawn(self._pruner.run())
 
     async def __aenter__(self) -> Self:
         return self
@@ -206,7 +210,7 @@ class Worker:
         return self._uids[client_name]
 
     async def _launch(self, job: Job, spec: JobSpec, uid: int) -> Job:
-        live = self._live[job.id] = self._live_job(job)
+        live = self._live[job.id] = live_job(self._state, self._inotify, job)
         try:
             pidfd, started_ns = await self._ask_for_launch(job, spec, uid)
         except LauncherGoneError:
@@ -221,16 +225,8 @@ class Worker:
         finally:
             live.launch_over.set()
         live.exec_seen(started_ns)
-        self._watch(live, pidfd)
+        self._endings.watch(live, pidfd)
         return live.job
-
-    def _live_job(self, job: Job) -> LiveJob:
-        output = log_of(self._state, self._inotify, job)
-        stderr = log_of(self._state, self._inotify, job, stderr=True) if job.split_stderr else None
-        return LiveJob(job, output, stderr)
-
-    def _watch(self, live: LiveJob, pidfd: int) -> None:
-        live.watch(pidfd, lambda: self._background.spawn(self._endings.finish(live)))
 
     async def _ask_for_launch(self, job: Job, spec: JobSpec, uid: int) -> tuple[int, int]:
         self._launcher.require_descriptors()
@@ -406,50 +402,6 @@ class Worker:
             gone.cancel()
         if not event.is_set():
             raise LauncherGoneError("the launcher has gone; the job goes on")
-
-    # --- after a restart
-
-    async def adopt(self) -> None:
-        """Take over the jobs of the worker before us: what still runs, and what ended meanwhile.
-
-        Call it once, before anything else.
-        """
-        boot_id = _boot_id()
-        rebooted = await self._state.store.boot_id() not in (None, boot_id)
-        ended: list[LiveJob] = []
-        for job in await self._state.store.alive():
-            live = self._live[job.id] = self._live_job(job)
-            live.launch_over.set()
-            self._running.adopt(job.client_name)
-            _, pidfd = await self._launcher.request_adopt(job.id)
-            if pidfd is None:
-                ended.append(live)
-                continue
-            live.exec_seen(parse_record(self._state.read_status(job.id)).started_ns)
-            self._watch(live, pidfd)
-        await asyncio.gather(*(self._endings.finish(live, rebooted=rebooted) for live in ended))
-        for job_id in await self._launcher.request_job_ids():
-            if job_id not in self._live:
-                await self._remove_stray(job_id)
-        # Only now: whoever is killed before this has not told yet which jobs the last boot took.
-        await self._state.store.set_boot_id(boot_id)
-        self._background.spawn(self._pruner.run())
-
-    async def _remove_stray(self, job_id: int) -> None:
-        # A cgroup or scratch directory without an unfinished row: its job ended and was written
-        # down, and only the removal is missing (or a power cut undid it); or the table was taken
-        # away, and then nobody can ask for the job.
-        _, pidfd = await self._launcher.request_adopt(job_id)
-        if pidfd is not None:
-            await self._launcher.request_kill(job_id, init_too=True)
-            with os.fdopen(pidfd, "rb", closefd=True):
-                await readable(pidfd)
-        await self._launcher.request_remove(job_id)
-
-
-def _boot_id() -> str:
-    """Which boot of the host this is (random(4)): a new one each time."""
-    return Path("/proc/sys/kernel/random/boot_id").read_bytes().decode().strip()
 
 
 async def _within(seconds: float, event: asyncio.Event) -> bool:
