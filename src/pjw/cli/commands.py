@@ -94,7 +94,7 @@ def start_job(client: "Client", arguments: Namespace) -> "Job":
     try:
         return client.start(spec)
     except PjwError as error:
-        raise in_options(error) from error
+        raise in_options(error) from None
 
 
 def run(arguments: Namespace) -> int:
