@@ -2,7 +2,7 @@
 # PYTHON=, CC=, TESTS=, TARGETS=, SUITES=, BENCH_ARGS= and what the scripts name at their heads can be given to make
 # or be in the environment.
 
-.PHONY: help install demo test test-slow test-vm soak bench bench-check check docs sanitize fuzz coverage format lock clean
+.PHONY: help install demo test test-slow test-vm soak bench bench-check profile check docs sanitize fuzz coverage format lock clean
 
 help:
 	@echo 'make install      pjw and pjwd into .venv/bin'
@@ -13,6 +13,7 @@ help:
 	@echo 'make soak         mixed load with random kills for SOAK_SECONDS=1800, and what it left'
 	@echo 'make bench        pjw beside its peers and the kernel, with plots (SUITES=start BENCH_ARGS=--quick); as root'
 	@echo 'make bench-check  fails when pjw is worse by half than in benchmarks/ratios.json; as root'
+	@echo 'make profile      where the processor time of a start goes, by perf(1); as root'
 	@echo 'make check        ruff, mypy, import-linter, generated code, shellcheck, buf'
 	@echo 'make docs         the site, into build/site; fails on a broken link'
 	@echo 'make sanitize     pjw-init with ASan and UBSan under its tests'
@@ -54,6 +55,10 @@ bench-check: SUITES ?= start stream line history cli
 bench-check:
 	@scripts/install test
 	@.venv/bin/python -B -m benchmarks --quick --check $(BENCH_ARGS) $(SUITES)
+
+profile:
+	@scripts/install test
+	@.venv/bin/python -B -m benchmarks.cpu_profile
 
 check:
 	@scripts/install dev

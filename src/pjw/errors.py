@@ -35,9 +35,9 @@ class InvalidJobError(PjwError):
 
 
 class JobNotFoundError(PjwError):
-    """No such job, or none that this caller may know of: the two are never told apart."""
+    """No such job, by id or name, or none that this caller may know of: the two are never told apart."""
 
-    def __init__(self, job_id: int) -> None:
+    def __init__(self, job_id: int | str) -> None:
         super().__init__(f"no job {job_id}")
         self.job_id: Final = job_id
 

@@ -281,8 +281,8 @@ def test_a_server_that_does_not_come_back_ends_logs_with_a_hint(service: Service
     own = Service(tmp_path, clients=["alice"]).start()
     job_id = own.start_job("echo hello; sleep 300")
     program = (
-        "import sys, pjw.cli.client\nfrom pjw.cli.main import main\n"
-        "pjw.cli.client.RECONNECT_SECONDS = 1\nsys.exit(main())"
+        "import functools, sys, pjw.client.sync as sync\nfrom pjw.cli.main import main\n"
+        "sync.Client = functools.partial(sync.Client, reconnect_seconds=1)\nsys.exit(main())"
     )
     logs = subprocess.Popen(
         [sys.executable, "-c", program, "logs", str(job_id)],

@@ -24,7 +24,7 @@ from pjw.errors import (
 )
 
 if TYPE_CHECKING:
-    from pjw.cli.client import Client
+    from pjw.client.sync import Client
 
 EXIT_REFUSED: Final = 1
 EXIT_USAGE: Final = 2
@@ -66,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _prepare_stdout()
         settings = find_settings(arguments)
-        with _client_class()(settings, all_clients=arguments.all) as client:
+        files = settings.ca_crt, settings.client_crt, settings.client_key
+        with _client_class()(settings.server, *files, all_clients=arguments.all) as client:
             arguments.run(client, arguments)
             sys.stdout.flush()
     except PjwError as error:
@@ -91,7 +92,7 @@ def _client_class() -> "type[Client]":
     # a tenth of a whole `pjw get`: hence frozen as well.
     gc.disable()
     try:
-        from pjw.cli.client import Client
+        from pjw.client.sync import Client
     finally:
         gc.freeze()
         gc.enable()

@@ -38,6 +38,10 @@ class Endings:
         self._pruner: Final = pruner
         self._background: Final = background
 
+    def watch(self, live: LiveJob, pidfd: int) -> None:
+        """Own the pidfd of a job's init, and finish the job when that ends."""
+        live.watch(pidfd, lambda: self._background.spawn(self.finish(live)))
+
     async def finish(self, live: LiveJob, *, rebooted: bool = False) -> None:
         """init has ended, and with it every process of the job; write the end down, then tell it.
 

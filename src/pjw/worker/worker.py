@@ -5,7 +5,6 @@ import logging
 import os
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from pathlib import Path
 from typing import Final, Self
 
 from pjw.errors import (
@@ -19,13 +18,13 @@ from pjw.errors import (
 )
 from pjw.model import Job, JobSpec, Limits
 from pjw.output import Head, Inotify, OutputLog, follow, no_head
+from pjw.worker.adoption import adopt
 from pjw.worker.background import Background
 from pjw.worker.endings import Endings
 from pjw.worker.job import LiveJob
-from pjw.worker.launcher_client import LauncherClient, readable
+from pjw.worker.launcher_client import LauncherClient
 from pjw.worker.launcher_process import LauncherProcess, require_root, start_launcher
 from pjw.worker.quota import RunningJobs, check_stored_bytes
-from pjw.worker.record import parse_record
 from pjw.worker.retention import Pruner
 from pjw.worker.settings import WorkerSettings
 from pjw.worker.state_dir import StateDir
@@ -87,6 +86,11 @@ class Worker:
             await worker.close()
             raise
         return worker
+
+    async def adopt(self) -> None:
+        """Take over the jobs of the worker before us. Call it once, before anything else; `open` does."""
+        await adopt(self._state, self._launcher, self._inotify, self._live, self._running, self._endings)
+        self._background.spawn(self._pruner.run())
 
     async def __aenter__(self) -> Self:
         return self
@@ -216,11 +220,8 @@ class Worker:
         finally:
             live.launch_over.set()
         live.exec_seen(started_ns)
-        self._watch(live, pidfd)
+        self._endings.watch(live, pidfd)
         return live.job
-
-    def _watch(self, live: LiveJob, pidfd: int) -> None:
-        live.watch(pidfd, lambda: self._background.spawn(self._endings.finish(live)))
 
     async def _ask_for_launch(self, job: Job, spec: JobSpec, uid: int) -> tuple[int, int]:
         self._launcher.require_descriptors()
@@ -377,51 +378,6 @@ class Worker:
             gone.cancel()
         if not event.is_set():
             raise LauncherGoneError("the launcher has gone; the job goes on")
-
-    # --- after a restart
-
-    async def adopt(self) -> None:
-        """Take over the jobs of the worker before us: what still runs, and what ended meanwhile.
-
-        Call it once, before anything else.
-        """
-        boot_id = _boot_id()
-        rebooted = await self._state.store.boot_id() not in (None, boot_id)
-        ended: list[LiveJob] = []
-        for job in await self._state.store.alive():
-            live = LiveJob(job, OutputLog(self._state.output_path(job.id), self._inotify, ended=False))
-            live.launch_over.set()
-            self._live[job.id] = live
-            self._running.adopt(job.client_name)
-            _, pidfd = await self._launcher.request_adopt(job.id)
-            if pidfd is None:
-                ended.append(live)
-                continue
-            live.exec_seen(parse_record(self._state.read_status(job.id)).started_ns)
-            self._watch(live, pidfd)
-        await asyncio.gather(*(self._endings.finish(live, rebooted=rebooted) for live in ended))
-        for job_id in await self._launcher.request_job_ids():
-            if job_id not in self._live:
-                await self._remove_stray(job_id)
-        # Only now: whoever is killed before this has not told yet which jobs the last boot took.
-        await self._state.store.set_boot_id(boot_id)
-        self._background.spawn(self._pruner.run())
-
-    async def _remove_stray(self, job_id: int) -> None:
-        # A cgroup or scratch directory without an unfinished row: its job ended and was written
-        # down, and only the removal is missing (or a power cut undid it); or the table was taken
-        # away, and then nobody can ask for the job.
-        _, pidfd = await self._launcher.request_adopt(job_id)
-        if pidfd is not None:
-            await self._launcher.request_kill(job_id, init_too=True)
-            with os.fdopen(pidfd, "rb", closefd=True):
-                await readable(pidfd)
-        await self._launcher.request_remove(job_id)
-
-
-def _boot_id() -> str:
-    """Which boot of the host this is (random(4)): a new one each time."""
-    return Path("/proc/sys/kernel/random/boot_id").read_bytes().decode().strip()
 
 
 async def _within(seconds: float, event: asyncio.Event) -> bool:
