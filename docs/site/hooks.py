@@ -11,6 +11,7 @@ import api_reference
 import cli_reference
 import keys_reference
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
@@ -24,6 +25,8 @@ GENERATED: Final = {
 # pages of the repository that are pages of the site as well
 PAGES: Final = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 LINK: Final = re.compile(r"(?<=\]\()\.\./(?P<path>[^)#]+)")
+
+FOREIGN: Final = re.compile(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=\"?(?:https?:)?//[^>]*>")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -48,6 +51,13 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if page.file.generated_by is not None:
         return markdown
     return LINK.sub(lambda link: _name(link["path"]), markdown)
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """Refuse what a browser would load from another host: the site is for machines without a network too."""
+    if found := FOREIGN.search(output):
+        raise PluginError(f"cannot build {page.file.src_uri}: it loads {found[0]}")
+    return output
 
 
 def _name(source: str) -> str:
