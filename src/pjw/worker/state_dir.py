@@ -2,8 +2,8 @@
 
 STATE/               root, 0711
 jobs.sqlite        root's, 0600: the job table; opened before privilege is dropped
-jobs/ID/           the server's own, 0700: `output` and `status` of each job; when it has ended
-                   `output` alone, and nothing when it wrote none
+jobs/ID/           the server's own, 0700: `output`, `status` and `usage` of each job; when it has ended
+                   what it wrote and its `usage`, and nothing when there is neither
 scratch/ID/        made by the launcher: the job's own, while it runs
 launcher.lock      held by the launcher
 
@@ -12,19 +12,23 @@ in its place, decides where root makes files and directories.
 """
 
 import asyncio
+import errno
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from typing import Final, ParamSpec
+from typing import Final, ParamSpec, TypeVar
 
 from pjw.errors import RESOURCE_ERRNOS, ConfigError, KernelError, LimitReachedError, describe_errno
+from pjw.model import UsageSample
 from pjw.worker.record import RECORD_BYTES
 from pjw.worker.store import JobStore
+from pjw.worker.usage import append_sample, read_samples
 
 _P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 class StateDir:
@@ -118,7 +122,7 @@ class StateDir:
         Blocks for as long as the disk takes.
         """
         if not output_bytes:
-            self.remove_job(job_id)
+            self._remove(job_id, ("status", "output"))
             return
         try:
             descriptor = os.open(self.output_path(job_id), os.O_RDONLY | os.O_CLOEXEC)
@@ -132,24 +136,46 @@ class StateDir:
         except OSError as error:
             raise KernelError("sync the output of", f"job {job_id}", error.errno or 0) from error
 
+    def append_usage(self, job_id: int, sample: UsageSample) -> None:
+        """Add a sample to a job's history. Raises LimitReachedError (the disk is full) or KernelError."""
+        try:
+            append_sample(f"{self._jobs}/{job_id}/usage", sample)
+        except FileNotFoundError:
+            pass  # the job has just been removed
+        except OSError as error:
+            raise disk_error("write the usage of", f"job {job_id}", error) from error
+
+    def read_usage(self, job_id: int) -> Sequence[UsageSample]:
+        """The samples of a job's history."""
+        try:
+            return read_samples(f"{self._jobs}/{job_id}/usage")
+        except OSError as error:
+            raise KernelError("read the usage of", f"job {job_id}", error.errno or 0) from error
+
     def remove_job(self, job_id: int) -> None:
         """Remove a job's directory, if there is one."""
+        self._remove(job_id, ("status", "output", "usage"))
+
+    def _remove(self, job_id: int, names: Sequence[str]) -> None:
         directory = f"{self._jobs}/{job_id}"
         try:
             # One by one, as one may be gone: what is there is known, and `settle` may be at it too.
-            for remove, path in (
-                (os.unlink, f"{directory}/status"),
-                (os.unlink, f"{directory}/output"),
-                (os.rmdir, directory),
-            ):
+            for name in names:
                 with suppress(FileNotFoundError):
-                    remove(path)
+                    os.unlink(f"{directory}/{name}")
+            with suppress(FileNotFoundError):
+                os.rmdir(directory)
         except OSError as error:
+            # a history is kept, and with it the directory
+            if error.errno == errno.ENOTEMPTY and "usage" not in names:
+                return
             raise KernelError("remove the directory of", f"job {job_id}", error.errno or 0) from error
 
-    async def in_thread(self, function: Callable[_P, None], *args: _P.args, **kwargs: _P.kwargs) -> None:
-        """Call `settle` or `remove_job` without holding the event loop up."""
-        await asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *args, **kwargs))
+    async def in_thread(self, function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        """Call what waits for the disk without holding the event loop up."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads, partial(function, *args, **kwargs)
+        )
 
 
 def _require_root_s(state_dir: str) -> None:

@@ -16,7 +16,7 @@ from pjw.errors import (
     OutputLostError,
     PjwError,
 )
-from pjw.model import Job, JobSpec, Limits
+from pjw.model import Job, JobSpec, Limits, UsageSample
 from pjw.output import Head, Inotify, OutputLog, follow, no_head
 from pjw.worker.adoption import adopt
 from pjw.worker.background import Background
@@ -30,6 +30,7 @@ from pjw.worker.quota import RunningJobs, check_stored_bytes
 from pjw.worker.retention import Pruner
 from pjw.worker.settings import WorkerSettings
 from pjw.worker.state_dir import StateDir
+from pjw.worker.usage_sampler import UsageSampler
 
 LOCAL_CLIENT: Final = "local"
 PAGE_MAX: Final = 1000
@@ -60,8 +61,15 @@ class Worker:
         self._running: Final = RunningJobs(settings.quotas)
         self._pruner: Final = Pruner(state, settings.retention)
         self._background: Final = Background()
+        self._sampler: Final = UsageSampler(state, self._launcher, self._live)
         self._endings: Final = Endings(
-            state, self._launcher, self._live, self._running, self._pruner, self._background
+            state,
+            self._launcher,
+            self._live,
+            self._running,
+            self._pruner,
+            self._sampler,
+            self._background,
         )
         self._launches: Final = Launches()
         # a client's user never changes
@@ -93,6 +101,7 @@ class Worker:
         """Take over the jobs of the worker before us. Call it once, before anything else; `open` does."""
         await adopt(self._state, self._launcher, self._inotify, self._live, self._running, self._endings)
         self._background.spawn(self._pruner.run())
+        self._background.spawn(self._sampler.run())
 
     async def __aenter__(self) -> Self:
         return self
@@ -343,6 +352,30 @@ class Worker:
             return await self.get(job_id, owner)
         await self._wait_for(live.ended)
         return live.job
+
+    async def usage_history(self, job_id: int, owner: str | None = None) -> tuple[Job, Sequence[UsageSample]]:
+        """A job, and what it had used at moments of its life: SAMPLES_MAX at most, and its end.
+
+        Raises JobNotFoundError.
+        """
+        job = await self.get(job_id, owner)
+        samples = list(await self._state.in_thread(self._state.read_usage, job_id))
+        if job.usage is not None and job.end is not None:
+            used = job.usage
+            last = UsageSample(job.end, used.cpu_usage_usec, 0, used.io_read_bytes, used.io_write_bytes, 0)
+            # one that was taken while it ended says less
+            samples = [*(sample for sample in samples if sample.time < job.end), last]
+        return job, samples
+
+    async def usage_now(
+        self, owner: str | None = None, fresh_seconds: float = 1, within_seconds: float = 1
+    ) -> Sequence[tuple[Job, UsageSample | None]]:
+        """The jobs that have not ended, and what each uses, measured at most *fresh_seconds* ago.
+
+        Where that takes longer than *within_seconds*, as with thousands of jobs, some samples are older, or
+        not there yet.
+        """
+        return await self._sampler.now(owner, fresh_seconds, within_seconds)
 
     async def logs(
         self, job_id: int, offset: int = 0, owner: str | None = None, head: Head = no_head
