@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from pjw.model import Job, JobSpec, Limits
 from pjw.output.inotify import Inotify
-from pjw.worker import Worker, WorkerSettings
+from pjw.worker import Part, Worker, WorkerSettings
 from pjw.worker.settings import UID_FIRST
 from tests.service import instance_cgroups, job_cgroups, job_scratch, wait_for
 
@@ -241,7 +241,7 @@ async def start_said(
 
 async def read_all(worker: Worker, job_id: int, offset: int = 0) -> bytes:
     """A job's output until its end."""
-    return b"".join([chunk async for chunk in worker.logs(job_id, offset)])
+    return b"".join([chunk async for chunk in worker.logs(job_id, Part(offset=offset))])
 
 
 async def read_until(worker: Worker, job_id: int, text: bytes) -> bytes:

@@ -116,6 +116,11 @@ def limits_from_message(message: pb.Limits) -> dict[str, int]:
     return {field.name: value for field, value in message.ListFields()}
 
 
+def timed_logs_response(data: bytes, time: datetime | None) -> pb.LogsResponse:
+    """Output, and when it was written."""
+    return pb.LogsResponse(data=data, time=None if time is None else _timestamp(time))
+
+
 def logs_response_head(count: int) -> bytes:
     """What *count* bytes of output need in front of them to be a serialized LogsResponse."""
     head = bytearray(_LOGS_RESPONSE_TAG)

@@ -16,6 +16,7 @@ CODES: Final[dict[type[errors.PjwError], grpc.StatusCode]] = {
     errors.JobStateError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.NameTakenError: grpc.StatusCode.ALREADY_EXISTS,
     errors.LaunchError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.WorkdirError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.OffsetError: grpc.StatusCode.OUT_OF_RANGE,
     errors.OutputLostError: grpc.StatusCode.DATA_LOSS,
     errors.LimitReachedError: grpc.StatusCode.RESOURCE_EXHAUSTED,

@@ -2,18 +2,25 @@
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from signal import SIGTERM
 from typing import Final
 
 import grpc
 
 from pjw.errors import InvalidJobError
-from pjw.rpc.convert import job_to_message, logs_response_head, sample_to_message, spec_from_message
+from pjw.rpc.convert import (
+    job_to_message,
+    logs_response_head,
+    sample_to_message,
+    spec_from_message,
+    timed_logs_response,
+)
 from pjw.server.authz import Caller
 from pjw.server.guard import Guard
 from pjw.server.paging import after_token, filter_from_message, token_after
 from pjw.server.usage import UsageWatchers
 from pjw.v1 import job_worker_pb2 as pb
-from pjw.worker import Worker
+from pjw.worker import Part, Worker
 from pjw.worker.worker import PAGE_MAX
 
 SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["JobWorkerService"].full_name
@@ -74,12 +81,28 @@ class JobWorkerService:
             grace_seconds = request.grace.seconds + request.grace.nanos / 1e9
             if not 0 <= grace_seconds <= _GRACE_SECONDS_MAX:
                 raise InvalidJobError(f"the grace period must be from 0 to {_GRACE_SECONDS_MAX} seconds")
-        job = await self._worker.stop(request.id, grace_seconds, caller.owner)
+        job = await self._worker.stop(request.id, grace_seconds, caller.owner, request.signal or SIGTERM)
         return pb.StopResponse(job=job_to_message(job))
 
-    async def logs(self, request: pb.LogsRequest, caller: Caller) -> AsyncGenerator[bytes, None]:
-        """Stream the output of a job of the caller, as messages that need no serializing any more."""
-        messages = self._worker.logs(request.id, request.offset, caller.owner, logs_response_head)
+    async def logs(
+        self, request: pb.LogsRequest, caller: Caller
+    ) -> AsyncGenerator[bytes | pb.LogsResponse, None]:
+        """Stream the output of a job of the caller; without times in messages that are serialized already."""
+        if request.stream not in (pb.OUTPUT_STREAM_UNSPECIFIED, pb.OUTPUT_STREAM_STDERR):
+            raise InvalidJobError(f"no stream of output has the number {request.stream}")
+        part = Part(
+            offset=request.offset,
+            stderr=request.stream == pb.OUTPUT_STREAM_STDERR,
+            follow=not request.no_follow,
+            tail_lines=request.tail_lines if request.HasField("tail_lines") else None,
+        )
+        if request.timestamps:
+            timed = self._worker.timed_logs(request.id, part, caller.owner)
+            async with aclosing(timed):
+                async for data, time in timed:
+                    yield timed_logs_response(data, time)
+            return
+        messages = self._worker.logs(request.id, part, caller.owner, logs_response_head)
         async with aclosing(messages):
             async for message in messages:
                 yield message

@@ -4,10 +4,11 @@ import asyncio
 import os
 from pathlib import Path
 
-from pjw.output import Inotify, OutputLog
+from pjw.output import Inotify
 from pjw.worker.endings import Endings
 from pjw.worker.job import LiveJob
 from pjw.worker.launcher_client import LauncherClient, readable
+from pjw.worker.logs import live_job
 from pjw.worker.quota import RunningJobs
 from pjw.worker.record import parse_record
 from pjw.worker.state_dir import StateDir
@@ -29,9 +30,8 @@ async def adopt(
     rebooted = await state.store.boot_id() not in (None, boot_id)
     ended: list[LiveJob] = []
     for job in await state.store.alive():
-        live = LiveJob(job, OutputLog(state.output_path(job.id), inotify, ended=False))
+        live = live_jobs[job.id] = live_job(state, inotify, job)
         live.launch_over.set()
-        live_jobs[job.id] = live
         running.adopt(job.client_name)
         _, pidfd = await launcher.request_adopt(job.id)
         if pidfd is None:

@@ -20,7 +20,7 @@ from pjw.worker.state_dir import StateDir
 from pjw.worker.usage import interval_seconds
 
 # Of all jobs together, for their histories; each takes about 0.15 ms of processor time.
-HISTORY_PER_SECOND: Final = 50
+HISTORY_PER_SECOND: Final = 40
 # The same while somebody watches.
 WATCHED_PER_SECOND: Final = 500
 # Jobs that were started within so long share a request.

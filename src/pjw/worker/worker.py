@@ -5,6 +5,8 @@ import logging
 import os
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from datetime import datetime
+from signal import SIGKILL, SIGTERM
 from typing import Final, Self
 
 from pjw.errors import (
@@ -13,11 +15,11 @@ from pjw.errors import (
     JobStateError,
     LauncherGoneError,
     LimitReachedError,
-    OutputLostError,
     PjwError,
 )
+from pjw.launcher.protocol import Launch
 from pjw.model import Job, JobSpec, Limits, UsageSample
-from pjw.output import Head, Inotify, OutputLog, follow, no_head
+from pjw.output import Head, Inotify, follow, follow_with_times, no_head
 from pjw.worker.adoption import adopt
 from pjw.worker.background import Background
 from pjw.worker.endings import Endings
@@ -25,15 +27,19 @@ from pjw.worker.job import LiveJob
 from pjw.worker.launcher_client import LauncherClient
 from pjw.worker.launcher_process import LauncherProcess, require_root, start_launcher
 from pjw.worker.launches import Launches
+from pjw.worker.logs import ALL_OUTPUT, Output, Part, check_stream, live_job, output_of_ended
 from pjw.worker.pages import ALL_JOBS, JobFilter, Page
 from pjw.worker.quota import RunningJobs, check_stored_bytes
 from pjw.worker.retention import Pruner
+from pjw.worker.rows import from_ns
 from pjw.worker.settings import WorkerSettings
 from pjw.worker.state_dir import StateDir
 from pjw.worker.usage_sampler import UsageSampler
 
 LOCAL_CLIENT: Final = "local"
 PAGE_MAX: Final = 1000
+# the last one before the real-time signals
+SIGNAL_MAX: Final = 31
 # From SIGKILL to every process until init itself is killed: long, since only a command
 # stuck in the kernel comes so far.
 LAST_RESORT_SECONDS: Final = 5
@@ -113,7 +119,7 @@ class Worker:
         """Let go of everything. Jobs go on; who waits for one or follows it gets LauncherGoneError."""
         for live in self._live.values():
             live.unwatch()
-            live.output.abandon()
+            live.abandon_output()
         self._launcher.close()
         # launches under way end by that, and may still want the table
         await self._background.close()
@@ -145,7 +151,7 @@ class Worker:
         """Start a job; return when its command was executed.
 
         Its row is on the disk then: not even a power cut makes pjw forget a job that was told of.
-        Raises InvalidJobError, NameTakenError, LaunchError (no such program, not executable),
+        Raises InvalidJobError, NameTakenError, LaunchError (no such program, not executable), WorkdirError,
         LimitReachedError (a quota, no space, no processes) or KernelError; then no job came to be.
         A caller who is cancelled before the answer gets no job either, unless the spec has a request id,
         with which it will ask again: that gets the job of the first time. LauncherGoneError may come when
@@ -206,7 +212,7 @@ class Worker:
         own, total = await self._state.store.ended_bytes(client_name)
         for live in self._live.values():
             if quotas.stored_bytes_total_max or live.job.client_name == client_name:
-                size = self._state.output_size(live.job.id)
+                size = self._state.output_size(live.job)
                 total += size
                 own += size if live.job.client_name == client_name else 0
         check_stored_bytes(quotas, client_name, own, total)
@@ -223,8 +229,7 @@ class Worker:
         return self._uids[client_name]
 
     async def _launch(self, job: Job, spec: JobSpec, uid: int) -> Job:
-        live = LiveJob(job, OutputLog(self._state.output_path(job.id), self._inotify, ended=False))
-        self._live[job.id] = live
+        live = self._live[job.id] = live_job(self._state, self._inotify, job)
         try:
             pidfd, started_ns = await self._ask_for_launch(job, spec, uid)
         except LauncherGoneError:
@@ -246,11 +251,10 @@ class Worker:
         self._launcher.require_descriptors()
         descriptors: list[int] = []
         try:
-            descriptors.append(_argv_file(spec.argv))
-            descriptors.extend(self._state.create_job(job.id))
-            launch = asyncio.ensure_future(
-                self._launcher.request_launch(job.id, uid, job.limits, spec.argv[0], descriptors)
-            )
+            descriptors.append(_command_file(spec))
+            descriptors.extend(self._state.create_job(job.id, split_stderr=job.split_stderr))
+            request = Launch(job.id, uid, job.limits, job.split_stderr)
+            launch = asyncio.ensure_future(self._launcher.request_launch(request, spec, descriptors))
             done, _ = await asyncio.wait({launch}, timeout=LAUNCH_SECONDS)
             if not done:
                 # Stuck in the kernel, for example in the exec of a file on a dead NFS server. With
@@ -275,28 +279,38 @@ class Worker:
 
     # --- stop
 
-    async def stop(self, job_id: int, grace_seconds: float | None = None, owner: str | None = None) -> Job:
-        """End a job: SIGTERM to all its processes, after the grace period SIGKILL.
+    async def stop(
+        self,
+        job_id: int,
+        grace_seconds: float | None = None,
+        owner: str | None = None,
+        signal: int = SIGTERM,
+    ) -> Job:
+        """End a job: *signal* (1 to 31) to all its processes, after the grace period SIGKILL.
 
         Returns the final snapshot when nothing is left of the job but its row and its output; a
-        job that has ended already is success. Goes on when the caller is cancelled. Raises JobNotFoundError.
+        job that has ended already is success. Goes on when the caller is cancelled. Raises
+        JobNotFoundError, and InvalidJobError for what is no such signal.
         """
+        if not 1 <= signal <= SIGNAL_MAX:
+            raise InvalidJobError(f"a job is stopped with a signal from 1 to {SIGNAL_MAX}, not {signal}")
         live = await self._launched(job_id, owner)
         if live is None or live.ended.is_set():
             return await self.get(job_id, owner)
         if not live.job.state.final:
             live.stop_asked()
         grace = self._settings.stop_grace_seconds if grace_seconds is None else grace_seconds
-        self._background.spawn(self._escalate(live, grace))
+        self._background.spawn(self._escalate(live, grace, signal))
         await self._wait_for(live.ended)
         await self._wait_for(live.removed)
         return live.job
 
-    async def _escalate(self, live: LiveJob, grace_seconds: float) -> None:
+    async def _escalate(self, live: LiveJob, grace_seconds: float, signal: int) -> None:
         job_id = live.job.id
-        await self._launcher.request_terminate(job_id)
-        if await _within(grace_seconds, live.ended):
-            return
+        if signal != SIGKILL:
+            await self._launcher.request_terminate(job_id, signal)
+            if await _within(grace_seconds, live.ended):
+                return
         await self._launcher.request_kill(job_id)
         if await _within(LAST_RESORT_SECONDS, live.ended):
             return
@@ -378,37 +392,47 @@ class Worker:
         return await self._sampler.now(owner, fresh_seconds, within_seconds)
 
     async def logs(
-        self, job_id: int, offset: int = 0, owner: str | None = None, head: Head = no_head
+        self, job_id: int, part: Part = ALL_OUTPUT, owner: str | None = None, head: Head = no_head
     ) -> AsyncGenerator[bytes, None]:
-        """Yield a job's output from byte *offset* on, as it comes; end when the job has ended.
+        """Yield a part of a job's output, as it comes; end when the job has ended.
 
         *head* makes what each chunk begins with from how many bytes it has.
 
-        Raises JobNotFoundError; OffsetError for an offset beyond what is there; and, at the end of
-        what is there, OutputLostError when the host went down before the disk had all of it.
+        Raises JobNotFoundError; JobStateError for a stderr that is not kept apart; OffsetError for an offset
+        beyond what is there; and, at the end of what is there, OutputLostError when the host went down before
+        the disk had all of it.
         """
-        live = await self._launched(job_id, owner)
-        lost: OutputLostError | None = None
-        if live is not None:
-            output = live.output
-        else:
-            job = await self.get(job_id, owner)
-            if not job.state.final:
-                # its row is there, and its start is just about to be
-                raise JobNotFoundError(job_id)
-            size, expected = self._state.output_size(job_id), job.output_bytes or 0
-            if size < expected:
-                lost = OutputLostError(
-                    f"the output of job {job_id} is cut short: the host went down, and of {expected} bytes"
-                    f" {size} were on its disk"
-                )
-            output = OutputLog(self._state.output_path(job_id), self._inotify, ended=True)
+        output = await self._output(job_id, part, owner)
+        begin = await output.begin(part)
         # aclosing: a generator that is left to the garbage collector would keep its watch
-        async with aclosing(follow(output, offset, head)) as chunks:
+        async with aclosing(follow(output.log, begin, head, present_only=not part.follow)) as chunks:
             async for chunk in chunks:
                 yield chunk
-        if lost:
-            raise lost
+        if output.lost:
+            raise output.lost
+
+    async def timed_logs(
+        self, job_id: int, part: Part = ALL_OUTPUT, owner: str | None = None
+    ) -> AsyncGenerator[tuple[bytes, datetime | None], None]:
+        """As `logs`, but with the time at which the job wrote each piece; None where that is not known."""
+        output = await self._output(job_id, part, owner)
+        begin = await output.begin(part)
+        async with aclosing(follow_with_times(output.log, begin, present_only=not part.follow)) as pieces:
+            async for data, ns in pieces:
+                yield data, None if ns is None else from_ns(ns)
+        if output.lost:
+            raise output.lost
+
+    async def _output(self, job_id: int, part: Part, owner: str | None) -> Output:
+        live = await self._launched(job_id, owner)
+        job = live.job if live is not None else await self.get(job_id, owner)
+        if live is None and not job.state.final:
+            # its row is there, and its start is just about to be
+            raise JobNotFoundError(job_id)
+        check_stream(job, part)
+        if live is None:
+            return output_of_ended(self._state, self._inotify, job, stderr=part.stderr)
+        return Output(live.stderr if part.stderr and live.stderr else live.output)
 
     def _live_of(self, job_id: int, owner: str | None) -> LiveJob | None:
         # Another's is none, here as well as in the table, and looked for there like one that never was.
@@ -444,9 +468,13 @@ async def _within(seconds: float, event: asyncio.Event) -> bool:
     return True
 
 
-def _argv_file(argv: tuple[str, ...]) -> int:
-    """The argv for init, each argument ended by NUL, in a file of memory: the launcher never reads it."""
-    descriptor = os.memfd_create("pjw-argv", os.MFD_CLOEXEC)
+def _command_file(spec: JobSpec) -> int:
+    """What init is to run, in a file of memory that the launcher never reads: strings, each ended by NUL.
+
+    The working directory; what is added to the environment; an empty one; the argv.
+    """
+    descriptor = os.memfd_create("pjw-command", os.MFD_CLOEXEC)
+    strings = (spec.workdir, *(f"{name}={value}" for name, value in spec.env.items()), "", *spec.argv)
     with open(descriptor, "wb", closefd=False) as file:
-        file.write(b"".join(argument.encode() + b"\0" for argument in argv))
+        file.write(b"".join(string.encode() + b"\0" for string in strings))
     return descriptor
