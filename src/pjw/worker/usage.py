@@ -8,7 +8,7 @@ import struct
 from collections.abc import Sequence
 from typing import Final
 
-from pjw.model import UsageSample
+from pjw.model import Job, UsageSample
 from pjw.worker.rows import from_ns, to_ns
 
 # At its fullest a file has three blocks of most file systems.
@@ -70,6 +70,16 @@ def read_samples(path: str) -> Sequence[UsageSample]:
             samples.append(UsageSample(from_ns(time_ns), *used))
             last_ns = time_ns
     return samples
+
+
+def with_end(samples: Sequence[UsageSample], job: Job) -> Sequence[UsageSample]:
+    """The samples of a job, and what it had used at its end when it has one."""
+    if job.usage is None or job.end is None:
+        return samples
+    used = job.usage
+    end = UsageSample(job.end, used.cpu_usage_usec, 0, used.io_read_bytes, used.io_write_bytes, 0)
+    # one that was taken while it ended says less
+    return [*(sample for sample in samples if sample.time < job.end), end]
 
 
 def _packed(sample: UsageSample) -> bytes:

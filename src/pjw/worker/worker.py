@@ -14,7 +14,6 @@ from pjw.errors import (
     JobNotFoundError,
     JobStateError,
     LauncherGoneError,
-    LimitReachedError,
     PjwError,
 )
 from pjw.launcher.protocol import Launch
@@ -34,7 +33,9 @@ from pjw.worker.retention import Pruner
 from pjw.worker.rows import from_ns
 from pjw.worker.settings import WorkerSettings
 from pjw.worker.state_dir import StateDir
+from pjw.worker.usage import with_end
 from pjw.worker.usage_sampler import UsageSampler
+from pjw.worker.users import Users
 
 LOCAL_CLIENT: Final = "local"
 PAGE_MAX: Final = 1000
@@ -78,8 +79,7 @@ class Worker:
             self._background,
         )
         self._launches: Final = Launches()
-        # a client's user never changes
-        self._uids: Final[dict[str, int]] = {}
+        self._users: Final = Users(state.store, settings)
 
     @classmethod
     async def open(cls, state_dir: str, settings: WorkerSettings | None = None) -> Self:
@@ -186,8 +186,8 @@ class Worker:
 
     async def _add_and_launch(self, spec: JobSpec, client_name: str, limits: Limits) -> Job:
         try:
-            await self._check_stored_bytes(client_name)
-            uid = await self._uid_of(client_name)
+            await check_stored_bytes(self._settings.quotas, self._state, self._live.values(), client_name)
+            uid = await self._users.of(client_name)
             job = await self._state.store.add(client_name, spec, limits)
         except BaseException:
             self._running.give_back(client_name)
@@ -204,29 +204,6 @@ class Worker:
             self._background.spawn(self._end_and_discard(job.id))
             raise unsynced
         return job
-
-    async def _check_stored_bytes(self, client_name: str) -> None:
-        quotas = self._settings.quotas
-        if not quotas.stored_bytes_max and not quotas.stored_bytes_total_max:
-            return
-        own, total = await self._state.store.ended_bytes(client_name)
-        for live in self._live.values():
-            if quotas.stored_bytes_total_max or live.job.client_name == client_name:
-                size = self._state.output_size(live.job)
-                total += size
-                own += size if live.job.client_name == client_name else 0
-        check_stored_bytes(quotas, client_name, own, total)
-
-    async def _uid_of(self, client_name: str) -> int:
-        if client_name not in self._uids:
-            number = await self._state.store.client_number(client_name)
-            if number >= self._settings.uid_count:
-                raise LimitReachedError(
-                    f"all {self._settings.uid_count} user ids for clients are taken",
-                    hint="the operator can configure a larger range",
-                )
-            self._uids[client_name] = self._settings.uid_first + number
-        return self._uids[client_name]
 
     async def _launch(self, job: Job, spec: JobSpec, uid: int) -> Job:
         live = self._live[job.id] = live_job(self._state, self._inotify, job)
@@ -373,13 +350,7 @@ class Worker:
         Raises JobNotFoundError.
         """
         job = await self.get(job_id, owner)
-        samples = list(await self._state.in_thread(self._state.read_usage, job_id))
-        if job.usage is not None and job.end is not None:
-            used = job.usage
-            last = UsageSample(job.end, used.cpu_usage_usec, 0, used.io_read_bytes, used.io_write_bytes, 0)
-            # one that was taken while it ended says less
-            samples = [*(sample for sample in samples if sample.time < job.end), last]
-        return job, samples
+        return job, with_end(await self._state.in_thread(self._state.read_usage, job_id), job)
 
     async def usage_now(
         self, owner: str | None = None, fresh_seconds: float = 1, within_seconds: float = 1
