@@ -45,11 +45,12 @@ def check_stored_bytes(quotas: Quotas, client_name: str, own_bytes: int, total_b
     most, total = quotas.stored_bytes_max, quotas.stored_bytes_total_max
     if most and own_bytes >= most:
         raise LimitReachedError(
-            f"the jobs of {client_name} have {own_bytes} bytes of output, and at most {most} may be stored",
+            f"the jobs of {client_name} have {own_bytes} bytes of output and input, and at most {most}"
+            " may be stored",
             hint="remove ended jobs: pjw rm ID; the operator sets clients.stored_bytes_max",
         )
     if total and total_bytes >= total:
         raise LimitReachedError(
-            f"the output of all jobs has {total_bytes} bytes, and at most {total} may be stored here",
+            f"the output and input of all jobs are {total_bytes} bytes, and at most {total} may be stored here",
             hint="remove ended jobs: pjw rm ID; the operator sets clients.stored_bytes_total_max",
         )

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from datetime import datetime
 from signal import SIGKILL, SIGTERM
 from typing import Final, Self
@@ -23,6 +23,7 @@ from pjw.output import Head, Inotify, follow, follow_with_times, no_head
 from pjw.worker.adoption import adopt
 from pjw.worker.background import Background
 from pjw.worker.endings import Endings
+from pjw.worker.input import Inputs, InputWriter, ended_error
 from pjw.worker.job import LiveJob
 from pjw.worker.launcher_client import LauncherClient
 from pjw.worker.launcher_process import LauncherProcess, require_root, start_launcher
@@ -62,6 +63,7 @@ class Worker:
         self._inotify: Final = Inotify()
         self._live: Final[dict[int, LiveJob]] = {}
         self._running: Final = RunningJobs(settings.quotas)
+        self._inputs: Final = Inputs(state, settings.quotas.input_bytes_max)
         self._pruner: Final = Pruner(state, settings.retention)
         self._background: Final = Background()
         self._endings: Final = Endings(
@@ -193,7 +195,7 @@ class Worker:
         own, total = await self._state.store.ended_bytes(client_name)
         for live in self._live.values():
             if quotas.stored_bytes_total_max or live.job.client_name == client_name:
-                size = self._state.output_size(live.job)
+                size = self._state.output_size(live.job) + self._state.input_size(live.job)
                 total += size
                 own += size if live.job.client_name == client_name else 0
         check_stored_bytes(quotas, client_name, own, total)
@@ -233,8 +235,8 @@ class Worker:
         descriptors: list[int] = []
         try:
             descriptors.append(_command_file(spec))
-            descriptors.extend(self._state.create_job(job.id, split_stderr=job.split_stderr))
-            request = Launch(job.id, uid, job.limits, job.split_stderr)
+            descriptors.extend(self._state.create_job(job))
+            request = Launch(job.id, uid, job.limits, job.split_stderr, job.input)
             launch = asyncio.ensure_future(self._launcher.request_launch(request, spec, descriptors))
             done, _ = await asyncio.wait({launch}, timeout=LAUNCH_SECONDS)
             if not done:
@@ -307,6 +309,40 @@ class Worker:
         if job_id in self._live or not job.state.final:
             raise JobStateError(f"cannot remove job {job_id}: it has not ended", hint=f"pjw stop {job_id}")
         await self._pruner.remove(job_id)
+
+    # --- input
+
+    @asynccontextmanager
+    async def write_input(self, job_id: int, owner: str | None = None) -> AsyncGenerator[InputWriter, None]:
+        """Write to the input of a job that was started with `input`, from where the one before us has stopped.
+
+        To leave it is no end: the command waits for the rest, whoever brings it. Raises JobNotFoundError;
+        JobStateError for a job without input or that has ended, also in the middle, or when another has
+        begun to write to it; LimitReachedError at a quota of stored bytes.
+        """
+        live = await self._launched(job_id, owner)
+        job = live.job if live is not None else await self.get(job_id, owner)
+        if not job.input:
+            raise JobStateError(
+                f"job {job_id} takes no input", hint="it has to be started with input, as with --stdin"
+            )
+        if live is None or live.ended.is_set():
+            raise ended_error(job_id)
+        await self._check_stored_bytes(job.client_name)
+        async with self._inputs.writer(job_id) as writer:
+            ended = asyncio.ensure_future(self._end_input(live, writer))
+            try:
+                yield writer
+            finally:
+                ended.cancel()
+
+    async def _end_input(self, live: LiveJob, writer: InputWriter) -> None:
+        try:
+            await self._wait_for(live.ended)
+        except LauncherGoneError as error:
+            writer.end(error)
+        else:
+            writer.end(ended_error(live.job.id))
 
     # --- look
 
