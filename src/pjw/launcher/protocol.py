@@ -47,7 +47,7 @@ class Launch:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """What comes along, in this order: what is to be run, where init writes, and what the command reads."""
+        """What comes along, in this order: what to run, where init writes, what it reads for the command."""
         apart = ("stderr", "stderr_times") if self.split_stderr else ()
         return ("command", "output", "status", "times", *apart, *(("input",) if self.input else ()))
 

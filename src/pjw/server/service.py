@@ -56,7 +56,7 @@ class JobWorkerService:
         caller: Caller,
         answer: Callable[[pb.WriteInputResponse], Awaitable[None]],
     ) -> None:
-        """Take the input of a job of the caller; answer with what there is of it, first and after each request."""
+        """Take the input of a job of the caller; answer how much there is, first and after each request."""
         first = await anext(requests, None)
         if first is None:
             raise InvalidJobError("the first message of WriteInput must say which job")

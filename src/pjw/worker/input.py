@@ -1,18 +1,26 @@
 """What a job reads: appended to a file, which its init feeds to the command.
 
-A file, so that no crash and no lost connection changes a byte of it. Its size is how much of the input there is;
-that it may not be written any more is its end, which init sees too. Nothing of it is held in memory.
+A file, so that no crash and no lost connection changes a byte of it. Its size is how much of the input there
+is; that it may not be written any more is its end, which init sees too. Nothing of it is held in memory.
 """
 
 import asyncio
 import fcntl
 import os
 import stat
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Final
 
-from pjw.errors import InvalidJobError, JobStateError, LimitReachedError, OffsetError, PjwError
+from pjw.errors import (
+    InvalidJobError,
+    JobStateError,
+    LauncherGoneError,
+    LimitReachedError,
+    OffsetError,
+    PjwError,
+)
+from pjw.model import Job
 from pjw.worker.state_dir import StateDir, disk_error
 
 _WHOLE_MODE: Final = 0o400
@@ -28,8 +36,10 @@ class Inputs:
         self._turns: Final[dict[int, _Turn]] = {}
 
     @asynccontextmanager
-    async def writer(self, job_id: int) -> AsyncGenerator["InputWriter", None]:
-        """Write to the input of a job; whoever did so before gets a JobStateError.
+    async def writer(
+        self, job_id: int, job_ended: Callable[[], Awaitable[None]]
+    ) -> AsyncGenerator["InputWriter", None]:
+        """Write to the input of a job until that has ended; whoever did so before gets a JobStateError.
 
         The newest wins because it may be the same client, whose old connection nobody has seen end.
         """
@@ -38,6 +48,7 @@ class Inputs:
             turn.latest.end(JobStateError(f"somebody else has begun to write to the input of job {job_id}"))
         timeout = asyncio.timeout(None)
         writer = turn.latest = InputWriter(job_id, timeout, self._bytes_max)
+        ending = asyncio.ensure_future(_end_with(job_ended, writer, job_id))
         try:
             async with timeout, turn.lock:
                 try:
@@ -50,6 +61,7 @@ class Inputs:
                 raise
             raise writer.ended_by from None
         finally:
+            ending.cancel()
             if turn.latest is writer:
                 del self._turns[job_id]
 
@@ -119,11 +131,11 @@ class InputWriter:
         long, or the disk is full.
         """
         behind = offset + len(data)
-        if offset < 0 or (end and behind < self.offset):
+        if offset < 0:
+            raise InvalidJobError(f"the input of job {self._job_id} has no byte {offset}")
+        if end and behind < self.offset:
             raise InvalidJobError(
                 f"the input of job {self._job_id} cannot end at byte {behind}: {self.offset} are there"
-                if offset >= 0
-                else f"the input of job {self._job_id} has no byte {offset}"
             )
         if offset > self.offset:
             raise OffsetError(
@@ -169,6 +181,23 @@ class InputWriter:
 
     def _failed(self, error: OSError) -> PjwError:
         return disk_error("write the input of", f"job {self._job_id}", error)
+
+
+async def _end_with(job_ended: Callable[[], Awaitable[None]], writer: InputWriter, job_id: int) -> None:
+    try:
+        await job_ended()
+    except LauncherGoneError as error:
+        writer.end(error)
+    else:
+        writer.end(ended_error(job_id))
+
+
+def require_input(job: Job) -> None:
+    """Raises JobStateError for a job that takes none."""
+    if not job.input:
+        raise JobStateError(
+            f"job {job.id} takes no input", hint="it has to be started with input, as by pjw start --stdin"
+        )
 
 
 def ended_error(job_id: int) -> JobStateError:

@@ -51,6 +51,6 @@ def check_stored_bytes(quotas: Quotas, client_name: str, own_bytes: int, total_b
         )
     if total and total_bytes >= total:
         raise LimitReachedError(
-            f"the output and input of all jobs are {total_bytes} bytes, and at most {total} may be stored here",
+            f"the output and input of all jobs are {total_bytes} bytes, and at most {total} may be stored",
             hint="remove ended jobs: pjw rm ID; the operator sets clients.stored_bytes_total_max",
         )

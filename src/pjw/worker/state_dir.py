@@ -204,7 +204,7 @@ def _require_root_s(state_dir: str) -> None:
 
 
 def _create_input(path: str) -> int:
-    """An empty input; give a descriptor for its reader. While that is open the input is locked: see `Inputs`."""
+    """Make an input; give a descriptor for its reader, whose lock tells `InputWriter` that there is one."""
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     fcntl.flock(descriptor, fcntl.LOCK_SH)

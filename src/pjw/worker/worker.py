@@ -23,7 +23,7 @@ from pjw.output import Head, Inotify, follow, follow_with_times, no_head
 from pjw.worker.adoption import adopt
 from pjw.worker.background import Background
 from pjw.worker.endings import Endings
-from pjw.worker.input import Inputs, InputWriter, ended_error
+from pjw.worker.input import Inputs, InputWriter, ended_error, require_input
 from pjw.worker.job import LiveJob
 from pjw.worker.launcher_client import LauncherClient
 from pjw.worker.launcher_process import LauncherProcess, require_root, start_launcher
@@ -314,35 +314,19 @@ class Worker:
 
     @asynccontextmanager
     async def write_input(self, job_id: int, owner: str | None = None) -> AsyncGenerator[InputWriter, None]:
-        """Write to the input of a job that was started with `input`, from where the one before us has stopped.
+        """Write to the input of a job that was started with `input`, from where the one before has stopped.
 
         To leave it is no end: the command waits for the rest, whoever brings it. Raises JobNotFoundError;
         JobStateError for a job without input or that has ended, also in the middle, or when another has
         begun to write to it; LimitReachedError at a quota of stored bytes.
         """
         live = await self._launched(job_id, owner)
-        job = live.job if live is not None else await self.get(job_id, owner)
-        if not job.input:
-            raise JobStateError(
-                f"job {job_id} takes no input", hint="it has to be started with input, as with --stdin"
-            )
+        require_input(live.job if live is not None else await self.get(job_id, owner))
         if live is None or live.ended.is_set():
             raise ended_error(job_id)
-        await self._check_stored_bytes(job.client_name)
-        async with self._inputs.writer(job_id) as writer:
-            ended = asyncio.ensure_future(self._end_input(live, writer))
-            try:
-                yield writer
-            finally:
-                ended.cancel()
-
-    async def _end_input(self, live: LiveJob, writer: InputWriter) -> None:
-        try:
-            await self._wait_for(live.ended)
-        except LauncherGoneError as error:
-            writer.end(error)
-        else:
-            writer.end(ended_error(live.job.id))
+        await self._check_stored_bytes(live.job.client_name)
+        async with self._inputs.writer(job_id, lambda: self._wait_for(live.ended)) as writer:
+            yield writer
 
     # --- look
 
