@@ -143,11 +143,15 @@ def test_a_burst_has_few_records(init: Harness) -> None:
 
 def test_the_last_write_is_recorded_while_the_job_goes_on(init: Harness) -> None:
     """What comes right behind a record is recorded soon, without waiting for more output or the end."""
+    script = (
+        "import os, time\nfor n in range(30): os.write(1, b'word\\n'); time.sleep(0.0005)\ntime.sleep(1000)\n"
+    )
     before = time.time_ns()
-    job = init.start("/bin/sh", "-c", "echo one; echo two; exec sleep 1000")
+    job = init.start("/usr/bin/python3", "-I", "-S", "-c", script)
     watch = Inotify(job.times_path)
-    watch.wait_until(lambda: job.times[-1:] and job.times[-1][1] == len("one\ntwo\n"))
+    watch.wait_until(lambda: [end for _, end in job.times[-1:]] == [150])
     watch.close()
+    assert len(job.times) > 1
     check_times(job, before)
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from datetime import datetime
 from signal import SIGKILL, SIGTERM
@@ -14,11 +14,10 @@ from pjw.errors import (
     JobNotFoundError,
     JobStateError,
     LauncherGoneError,
-    LimitReachedError,
     PjwError,
 )
 from pjw.launcher.protocol import Launch
-from pjw.model import Job, JobSpec, Limits
+from pjw.model import Job, JobSpec, Limits, UsageSample
 from pjw.output import Head, Inotify, follow, follow_with_times, no_head
 from pjw.worker.adoption import adopt
 from pjw.worker.background import Background
@@ -27,12 +26,17 @@ from pjw.worker.input import Inputs, InputWriter, ended_error, require_input
 from pjw.worker.job import LiveJob
 from pjw.worker.launcher_client import LauncherClient
 from pjw.worker.launcher_process import LauncherProcess, require_root, start_launcher
+from pjw.worker.launches import Launches
 from pjw.worker.logs import ALL_OUTPUT, Output, Part, check_stream, live_job, output_of_ended
+from pjw.worker.pages import ALL_JOBS, JobFilter, Page
 from pjw.worker.quota import RunningJobs, check_stored_bytes
 from pjw.worker.retention import Pruner
+from pjw.worker.rows import from_ns
 from pjw.worker.settings import WorkerSettings
 from pjw.worker.state_dir import StateDir
-from pjw.worker.store import from_ns
+from pjw.worker.usage import with_end
+from pjw.worker.usage_sampler import UsageSampler
+from pjw.worker.users import Users
 
 LOCAL_CLIENT: Final = "local"
 PAGE_MAX: Final = 1000
@@ -66,12 +70,18 @@ class Worker:
         self._inputs: Final = Inputs(state, settings.quotas.input_bytes_max)
         self._pruner: Final = Pruner(state, settings.retention)
         self._background: Final = Background()
+        self._sampler: Final = UsageSampler(state, self._launcher, self._live)
         self._endings: Final = Endings(
-            state, self._launcher, self._live, self._running, self._pruner, self._background
+            state,
+            self._launcher,
+            self._live,
+            self._running,
+            self._pruner,
+            self._sampler,
+            self._background,
         )
-        self._launches: Final[set[asyncio.Task[Job]]] = set()
-        # a client's user never changes
-        self._uids: Final[dict[str, int]] = {}
+        self._launches: Final = Launches()
+        self._users: Final = Users(state.store, settings)
 
     @classmethod
     async def open(cls, state_dir: str, settings: WorkerSettings | None = None) -> Self:
@@ -99,6 +109,7 @@ class Worker:
         """Take over the jobs of the worker before us. Call it once, before anything else; `open` does."""
         await adopt(self._state, self._launcher, self._inotify, self._live, self._running, self._endings)
         self._background.spawn(self._pruner.run())
+        self._background.spawn(self._sampler.run())
 
     async def __aenter__(self) -> Self:
         return self
@@ -114,7 +125,7 @@ class Worker:
         self._launcher.close()
         # launches under way end by that, and may still want the table
         await self._background.close()
-        await asyncio.gather(*self._launches, return_exceptions=True)
+        await self._launches.over()
         try:
             await self._state.store.sync()
         except PjwError as error:
@@ -142,10 +153,11 @@ class Worker:
         """Start a job; return when its command was executed.
 
         Its row is on the disk then: not even a power cut makes pjw forget a job that was told of.
-        Raises InvalidJobError, LaunchError (no such program, not executable), WorkdirError,
+        Raises InvalidJobError, NameTakenError, LaunchError (no such program, not executable), WorkdirError,
         LimitReachedError (a quota, no space, no processes) or KernelError; then no job came to be.
-        A caller who is cancelled before the answer gets no job either. LauncherGoneError may come
-        when the job was started: the next worker knows.
+        A caller who is cancelled before the answer gets no job either, unless the spec has a request id,
+        with which it will ask again: that gets the job of the first time. LauncherGoneError may come when
+        the job was started: the next worker knows.
         """
         limits = self._settings.default_limits.with_overrides(spec.limits)
         if above := limits.first_above(self._settings.ceiling):
@@ -155,22 +167,29 @@ class Worker:
             )
         if self._launcher.gone.is_set():
             raise LauncherGoneError("the launcher has gone; running jobs go on")
-        self._running.take(client_name)
+        request = (client_name, spec.request_id) if spec.request_id else None
+        launch = self._launches.begin(lambda: self._start_once(spec, client_name, limits), request)
         # Shielded from its first step on: the table has a thread of its own, so a row may be
         # written although whoever asked for it was cancelled.
-        launch = asyncio.ensure_future(self._add_and_launch(spec, client_name, limits))
-        self._launches.add(launch)
-        launch.add_done_callback(self._launches.discard)
         try:
             return await asyncio.shield(launch)
         except asyncio.CancelledError:
-            launch.add_done_callback(self._undo_start)
+            if request is None:
+                launch.add_done_callback(self._undo_start)
             raise
+
+    async def _start_once(self, spec: JobSpec, client_name: str, limits: Limits) -> Job:
+        if spec.request_id:
+            job_id = await self._state.store.of_request(client_name, spec.request_id)
+            if job_id is not None:
+                return await self.get(job_id)
+        self._running.take(client_name)
+        return await self._add_and_launch(spec, client_name, limits)
 
     async def _add_and_launch(self, spec: JobSpec, client_name: str, limits: Limits) -> Job:
         try:
-            await self._check_stored_bytes(client_name)
-            uid = await self._uid_of(client_name)
+            await check_stored_bytes(self._settings.quotas, self._state, self._live.values(), client_name)
+            uid = await self._users.of(client_name)
             job = await self._state.store.add(client_name, spec, limits)
         except BaseException:
             self._running.give_back(client_name)
@@ -187,29 +206,6 @@ class Worker:
             self._background.spawn(self._end_and_discard(job.id))
             raise unsynced
         return job
-
-    async def _check_stored_bytes(self, client_name: str) -> None:
-        quotas = self._settings.quotas
-        if not quotas.stored_bytes_max and not quotas.stored_bytes_total_max:
-            return
-        own, total = await self._state.store.ended_bytes(client_name)
-        for live in self._live.values():
-            if quotas.stored_bytes_total_max or live.job.client_name == client_name:
-                size = self._state.output_size(live.job) + self._state.input_size(live.job)
-                total += size
-                own += size if live.job.client_name == client_name else 0
-        check_stored_bytes(quotas, client_name, own, total)
-
-    async def _uid_of(self, client_name: str) -> int:
-        if client_name not in self._uids:
-            number = await self._state.store.client_number(client_name)
-            if number >= self._settings.uid_count:
-                raise LimitReachedError(
-                    f"all {self._settings.uid_count} user ids for clients are taken",
-                    hint="the operator can configure a larger range",
-                )
-            self._uids[client_name] = self._settings.uid_first + number
-        return self._uids[client_name]
 
     async def _launch(self, job: Job, spec: JobSpec, uid: int) -> Job:
         live = self._live[job.id] = live_job(self._state, self._inotify, job)
@@ -324,7 +320,9 @@ class Worker:
         require_input(live.job if live is not None else await self.get(job_id, owner))
         if live is None or live.ended.is_set():
             raise ended_error(job_id)
-        await self._check_stored_bytes(live.job.client_name)
+        await check_stored_bytes(
+            self._settings.quotas, self._state, self._live.values(), live.job.client_name
+        )
         async with self._inputs.writer(job_id, lambda: self._wait_for(live.ended)) as writer:
             yield writer
 
@@ -340,13 +338,25 @@ class Worker:
             raise JobNotFoundError(job_id)
         return job
 
-    async def list(self, owner: str | None = None, after: int = 0, count: int = PAGE_MAX) -> list[Job]:
-        """The jobs behind id *after*, in the order of their ids: *count*, or fewer when they are long.
+    async def list(self, owner: str | None = None, after: int = 0, count: int = PAGE_MAX) -> Sequence[Job]:
+        """The jobs behind id *after*, in the order of their ids: *count*, or fewer when they are long."""
+        return (await self.page(owner, after, count)).jobs
 
-        `page_is_full` (worker/store.py) tells whether there may be more behind the last one.
-        """
-        page = await self._state.store.page(owner, after, count)
-        return [self._live[job.id].job if job.id in self._live else job for job in page]
+    async def page(
+        self,
+        owner: str | None = None,
+        after: int = 0,
+        count: int = PAGE_MAX,
+        wanted: JobFilter = ALL_JOBS,
+        *,
+        newest_first: bool = False,
+    ) -> Page:
+        """Jobs behind id *after* that fit: *count* at most, and perhaps none though there is a next page."""
+        page = await self._state.store.page(owner, after, count, wanted, newest_first=newest_first)
+        jobs = [self._live[job.id].job if job.id in self._live else job for job in page.jobs]
+        if wanted.states:
+            jobs = [job for job in jobs if job.state in wanted.states]
+        return Page(jobs, page.next_after)
 
     async def wait(self, job_id: int, owner: str | None = None) -> Job:
         """Wait until a job has ended; its final snapshot. Raises JobNotFoundError."""
@@ -355,6 +365,24 @@ class Worker:
             return await self.get(job_id, owner)
         await self._wait_for(live.ended)
         return live.job
+
+    async def usage_history(self, job_id: int, owner: str | None = None) -> tuple[Job, Sequence[UsageSample]]:
+        """A job, and what it had used at moments of its life: SAMPLES_MAX at most, and its end.
+
+        Raises JobNotFoundError.
+        """
+        job = await self.get(job_id, owner)
+        return job, with_end(await self._state.in_thread(self._state.read_usage, job_id), job)
+
+    async def usage_now(
+        self, owner: str | None = None, fresh_seconds: float = 1, within_seconds: float = 1
+    ) -> Sequence[tuple[Job, UsageSample | None]]:
+        """The jobs that have not ended, and what each uses, measured at most *fresh_seconds* ago.
+
+        Where that takes longer than *within_seconds*, as with thousands of jobs, some samples are older, or
+        not there yet.
+        """
+        return await self._sampler.now(owner, fresh_seconds, within_seconds)
 
     async def logs(
         self, job_id: int, part: Part = ALL_OUTPUT, owner: str | None = None, head: Head = no_head
