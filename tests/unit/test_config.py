@@ -81,7 +81,7 @@ def test_every_key_is_taken(tmp_path: Path) -> None:
     assert config.revoked == "/etc/pjw/revoked"
     assert config.roles == Roles(frozenset({"alice", "key-0123456789abcdef"}), frozenset({"bob"}))
     assert config.audit_log == "/var/log/pjw/audit.jsonl"
-    assert config.clients == ClientLimits(0.5, 1, 2, 3, 4, 6, 7, 8, 9)
+    assert config.clients == ClientLimits(0.5, 1, 2, 3, 4, 6, 7, 8, 9, 10)
     settings = config.worker_settings(("/key",))
     assert settings.default_limits == Limits(memory_max_bytes=2**30)
     assert settings.ceiling.memory_max_bytes == 2**31
