@@ -3,8 +3,8 @@
 STATE/               root, 0711
 jobs.sqlite        root's, 0600: the job table; opened before privilege is dropped
 jobs/ID/           the server's own, 0700: `output`, `status`, `times` and `usage` of each job, where stderr
-                   is kept apart `stderr` and `stderr_times` as well, where it has input `input`; when it
-                   has ended no `status` and no `input`, and nothing but `usage` when it wrote no output
+                   is kept apart `stderr` and `stderr_times` as well, where it has input `input`; when
+                   it has ended no `status` and no `input`, and nothing but `usage` when it wrote no output
 scratch/ID/        made by the launcher: the job's own, while it runs
 launcher.lock      held by the launcher
 
