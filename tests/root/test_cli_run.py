@@ -10,9 +10,10 @@ import pytest
 
 from pjw.v1 import job_worker_pb2 as pb
 from tests.service import BIN, Service, wait_for
-from tests.terminal import CTRL_C, Terminal
+from tests.terminal import Terminal
 
 # says that its trap is set, and lets SIGTERM do nothing for as long as it is told to
+CTRL_C: Final = "\x03"
 STUBBORN: Final = "trap 'echo asked' TERM; echo ready; while :; do sleep 0.1; done"
 
 
@@ -112,7 +113,8 @@ def test_a_ceiling_is_named_in_what_was_typed(
     code, words = service.refused("start", option, typed, "true")
     assert code == 1
     assert words.startswith(
-        f"pjw: error: cannot start the job: {option} may be at most {said} on this server\nhint: give {option} {said}"
+        f"pjw: error: cannot start the job: {option} may be at most {said} on this server\n"
+        f"hint: give {option} {said} or less; the operator's ceiling for "
     )
 
 
@@ -126,36 +128,35 @@ def test_why_it_was_killed_is_said(service: Service) -> None:
 def test_ctrl_c_stops_the_job_and_says_so(service: Service) -> None:
     """The job gets SIGTERM, what it still writes is seen, and the exit code is its own."""
     with terminal(service, "run", "trap 'echo cleaned up; exit 5' TERM; echo ready; sleep 300 & wait") as run:
-        run.until(lambda text: "ready" in text)
-        run.press(CTRL_C)
-        assert run.end() == 5
+        run.wait_for("ready")
+        run.type(CTRL_C)
+        assert run.wait_for_end() == 5
         job_id = newest(service).id
         assert (
-            f"pjw: stopping job {job_id}: SIGKILL after its grace period, or with another Ctrl-C"
-            in run.text()
+            f"pjw: stopping job {job_id}: SIGKILL after its grace period, or with another Ctrl-C" in run.text
         )
-        assert run.text().endswith("cleaned up")
+        assert run.text.rstrip().endswith("cleaned up")
     assert service.job(job_id).reason == pb.END_REASON_STOPPED
 
 
 def test_a_second_ctrl_c_kills_it(service: Service) -> None:
     """Whatever the grace period that is left."""
     with terminal(service, "run", "--grace", "1h", STUBBORN) as run:
-        run.until(lambda text: "ready" in text)
-        run.press(CTRL_C)
-        run.until(lambda text: "asked" in text)
-        assert "SIGKILL after 3600 s" in run.text()
-        run.press(CTRL_C)
-        assert run.end() == 137
-        assert f"pjw: killing job {newest(service).id}: another Ctrl-C leaves it to itself" in run.text()
+        run.wait_for("ready")
+        run.type(CTRL_C)
+        run.wait_for("asked")
+        assert "SIGKILL after 3600 s" in run.text
+        run.type(CTRL_C)
+        assert run.wait_for_end() == 137
+        assert f"pjw: killing job {newest(service).id}: another Ctrl-C leaves it to itself" in run.text
 
 
 def test_the_grace_period_is_the_one_that_was_asked_for(service: Service) -> None:
     """After it the job is killed without another key."""
     with terminal(service, "run", "--grace", "1", STUBBORN) as run:
-        run.until(lambda text: "ready" in text)
-        run.press(CTRL_C)
-        assert run.end() == 137
+        run.wait_for("ready")
+        run.type(CTRL_C)
+        assert run.wait_for_end() == 137
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -208,10 +209,10 @@ def test_waiting_is_seen_at_a_terminal_and_leaves_nothing_there(service: Service
     """A line that counts, and is gone when there is an answer."""
     job_id = service.start_job("while ! [ -e done ]; do sleep 0.05; done; exit 7")
     with terminal(service, "wait", str(job_id)) as wait:
-        wait.until(lambda text: f"waiting for job {job_id} to end: 1 s" in text)
+        wait.wait_for(f"waiting for job {job_id} to end: 1 s")
         (service.state / "scratch" / str(job_id) / "done").touch()
-        assert wait.end() == 0
-        assert wait.text() == "7"
+        assert wait.wait_for_end() == 0
+        assert wait.text.strip() == "7"
 
 
 def test_a_stop_counts_its_grace_period_down(service: Service) -> None:
@@ -222,10 +223,10 @@ def test_a_stop_counts_its_grace_period_down(service: Service) -> None:
         assert logs.stdout is not None
         assert logs.stdout.readline() == b"ready\n"
         with terminal(service, "stop", "--grace", "3s", str(job_id)) as stop:
-            stop.until(lambda text: f"waiting for job {job_id} to end: SIGKILL in 2 s" in text)
-            assert stop.end() == 0
-            assert "waiting" not in stop.text()
-            assert '"signal": 9,' in stop.text()
+            stop.wait_for(f"waiting for job {job_id} to end: SIGKILL in 2 s")
+            assert stop.wait_for_end() == 0
+            assert "waiting" not in stop.text
+            assert '"signal": 9,' in stop.text
 
 
 def test_several_jobs_are_stopped_beside_each_other(service: Service) -> None:
