@@ -2,7 +2,7 @@
 # PYTHON=, CC=, TESTS=, TARGETS=, SUITES=, BENCH_ARGS= and what the scripts name at their heads can be given to make
 # or be in the environment.
 
-.PHONY: help install demo test test-slow test-vm soak bench bench-check profile check sanitize fuzz coverage format lock clean
+.PHONY: help install demo test test-slow test-vm soak bench bench-check profile check docs sanitize fuzz coverage format lock clean
 
 help:
 	@echo 'make install      pjw and pjwd into .venv/bin'
@@ -15,6 +15,7 @@ help:
 	@echo 'make bench-check  fails when pjw is worse by half than in benchmarks/ratios.json; as root'
 	@echo 'make profile      where the processor time of a start goes, by perf(1); as root'
 	@echo 'make check        ruff, mypy, import-linter, generated code, shellcheck, buf'
+	@echo 'make docs         the site, into build/site; fails on a broken link'
 	@echo 'make sanitize     pjw-init with ASan and UBSan under its tests'
 	@echo 'make fuzz         each fuzzer for FUZZ_SECONDS (default 60); TARGETS=settings: only that one'
 	@echo 'make coverage     all tests, and which lines they did not reach'
@@ -62,6 +63,13 @@ profile:
 check:
 	@scripts/install dev
 	@scripts/check
+
+# Not --quiet: warnings, which --strict makes errors of, would not be counted. The variable: the theme's makers
+# announce its successor at every build.
+docs:
+	@scripts/install docs
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
+	@echo 'the site is in build/site: open build/site/index.html'
 
 sanitize:
 	@scripts/install test
