@@ -4,7 +4,7 @@ import asyncio
 import signal
 import threading
 from collections.abc import AsyncIterable, Callable, Iterable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import AbstractContextManager, contextmanager
 from inspect import isasyncgen, isawaitable
 from typing import Any, Final
@@ -29,10 +29,10 @@ STEPS: Final = (
 class Blocking:
     """A client whose calls block, whichever of the two it is."""
 
-    def __init__(self, kind: type[Any], *arguments: str, **options: Any) -> None:
-        self._loop: Final = asyncio.new_event_loop()
-        self._thread: Final = threading.Thread(target=self._loop.run_forever)
-        self._thread.start()
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, kind: type[Any], *arguments: str, **options: Any
+    ) -> None:
+        self._loop: Final = loop
 
         async def make() -> Any:
             return kind(*arguments, **options)
@@ -40,11 +40,8 @@ class Blocking:
         self._client: Final = asyncio.run_coroutine_threadsafe(make(), self._loop).result()
 
     def close(self) -> None:
-        """End the connection and the loop."""
+        """End the connection."""
         self.call("close")
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
 
     def call(self, method: str, *arguments: Any, **options: Any) -> Any:
         """Call, and wait for the answer."""
@@ -85,8 +82,20 @@ def in_thread(work: Callable[[], Any]) -> "Future[Any]":
 Connect = Callable[..., AbstractContextManager[Blocking]]
 
 
+@pytest.fixture(scope="module")
+def loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """One loop for all of them, which runs in a thread."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    yield loop
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
 @pytest.fixture(params=["Client", "AsyncClient"])
-def connect(request: pytest.FixtureRequest) -> Connect:
+def connect(request: pytest.FixtureRequest, loop: asyncio.AbstractEventLoop) -> Connect:
     """A client of a service, by way of another address when one is given."""
 
     @contextmanager
@@ -95,7 +104,7 @@ def connect(request: pytest.FixtureRequest) -> Connect:
     ) -> Iterator[Blocking]:
         files = (str(service.certs / name) for name in ("ca.crt", "alice.crt", "alice.key"))
         kind = getattr(pjw, request.param)
-        client = Blocking(kind, address or service.address, *files, reconnect_seconds=reconnect_seconds)
+        client = Blocking(loop, kind, address or service.address, *files, reconnect_seconds=reconnect_seconds)
         try:
             yield client
         finally:
@@ -296,6 +305,6 @@ def test_closing_ends_a_call_under_way(service: Service, connect: Connect) -> No
         waiting = in_thread(lambda: client.call("wait", job_id))
         wait_for(lambda: service.job(job_id).state == pb.JOB_STATE_RUNNING)
     error = waiting.exception(30)
-    assert isinstance(error, errors.ServerUnreachableError | asyncio.CancelledError)
+    assert isinstance(error, errors.ServerUnreachableError | CancelledError)
     with connect(service) as client:
         client.call("stop", job_id)

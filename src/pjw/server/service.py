@@ -80,8 +80,10 @@ class JobWorkerService:
         job = await self._worker.stop(request.id, grace_seconds, caller.owner, request.signal or SIGTERM)
         return pb.StopResponse(job=job_to_message(job))
 
-    async def logs(self, request: pb.LogsRequest, caller: Caller) -> AsyncGenerator[bytes, None]:
-        """Stream the output of a job of the caller, in messages that are serialized already."""
+    async def logs(
+        self, request: pb.LogsRequest, caller: Caller
+    ) -> AsyncGenerator[bytes | pb.LogsResponse, None]:
+        """Stream the output of a job of the caller, most of it in messages that are serialized already."""
         if request.stream not in (pb.OUTPUT_STREAM_UNSPECIFIED, pb.OUTPUT_STREAM_STDERR):
             raise InvalidJobError(f"no stream of output has the number {request.stream}")
         part = Part(

@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from datetime import datetime
 from signal import SIGKILL, SIGTERM
 from typing import Final, Self
