@@ -53,7 +53,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """End the connection, and every call that is under way."""
-        self._link.closed = True
+        self._link.closed.set()
         await self._channel.close()
 
     async def start(self, spec: JobSpec) -> Job:
@@ -172,7 +172,7 @@ class AsyncClient:
             except grpc.RpcError as error:
                 if trouble.is_done(error):
                     return call.result(None)
-                await self._reconnect(trouble, error)
+                await self._pause(trouble, error)
             else:
                 trouble.is_over()
                 return call.result(answer)
@@ -191,13 +191,9 @@ class AsyncClient:
                 failure = error
             finally:
                 call.cancel()
-            await self._reconnect(trouble, failure)
+            await self._pause(trouble, failure)
 
-    async def _reconnect(self, trouble: Trouble, error: grpc.RpcError) -> None:
-        pause, left = trouble.after(error)
-        await asyncio.sleep(pause)
-        try:
-            async with asyncio.timeout(left):
-                await self._channel.channel_ready()
-        except TimeoutError:
-            raise trouble.given_up() from None
+    async def _pause(self, trouble: Trouble, error: grpc.RpcError) -> None:
+        await asyncio.sleep(trouble.after(error))
+        if self._link.closed.is_set():
+            raise trouble.closed()
