@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING, Final, Protocol
 
 from pjw import errors
-from pjw.client.failures import GONE, NOT_FOUND, error_from, never_connected
+from pjw.client.failures import NOT_FOUND, error_from, is_gone, never_connected
 from pjw.client.settings import ClientSettings
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Trouble:
     def after(self, error: "grpc.RpcError") -> float:
         """How many seconds to pause before the next attempt. Raises what is to be told instead of one."""
         link, now = self._link, time.monotonic()
-        may_return = error.code() in GONE and not link.closed.is_set()
+        may_return = is_gone(error) and not link.closed.is_set()
         if never_connected(error):
             may_return = may_return and link.answered
         else:

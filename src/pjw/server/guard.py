@@ -195,6 +195,9 @@ async def _say_admitted(context: Context) -> None:
         await asyncio.shield(sending)
     except asyncio.CancelledError:
         await asyncio.wait({sending})
+        # a client that has gone meanwhile is no matter of the log's, to which an error goes that nobody looks at
+        if not sending.cancelled():
+            sending.exception()
         raise
 
 
