@@ -195,7 +195,7 @@ async def _say_admitted(context: Context) -> None:
         await asyncio.shield(sending)
     except asyncio.CancelledError:
         await asyncio.wait({sending})
-        # a client that has gone meanwhile is no matter of the log's, to which an error goes that nobody looks at
+        # an error that nobody looks at goes to the log, and a client that has gone is no matter of the log's
         if not sending.cancelled():
             sending.exception()
         raise
