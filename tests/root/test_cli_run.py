@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 import pytest
@@ -245,3 +246,59 @@ def test_get_of_several_is_an_array(service: Service) -> None:
     done = service.pjw("get", str(jobs[0]), "999999")
     assert [int(job["id"]) for job in json.loads(done.stdout)] == jobs[:1]
     assert (done.returncode, done.stderr) == (1, b"pjw: error: no job 999999\n")
+
+
+def test_a_list_at_a_terminal_has_colours_for_who_wants_them(make_service: Callable[..., Service]) -> None:
+    """Green runs, red has failed; with NO_COLOR nothing but text is sent, and the columns are the same."""
+    service = make_service().start()
+    service.ok("start", "--name", "runs", "sleep 300")
+    service.ok("start", "--name", "failed", "exit 3")
+    service.ok("wait", "failed")
+    with terminal(service, "list") as painted:
+        assert painted.wait_for_end() == 0
+        rows = [line for line in painted.text.splitlines() if line.strip()]
+        assert [row.split()[:3] for row in rows] == [
+            ["ID", "NAME", "STATE"],
+            ["1", "runs", "running"],
+            ["2", "failed", "exited"],
+        ]
+        column = rows[0].index("STATE")
+        assert [painted.screen.buffer[line][column].fg for line in (1, 2)] == ["green", "red"]
+    command = [str(BIN / "pjw"), "list"]
+    with Terminal(command, {**service.environment(), "NO_COLOR": "1"}) as plain:
+        assert plain.wait_for_end() == 0
+        same = [line for line in plain.text.splitlines() if line.strip()]
+        assert [
+            line.index(word) for line, word in zip(same, ("STATE", "running", "exited"), strict=True)
+        ] == [column] * 3
+        assert {plain.screen.buffer[line][column].fg for line in (1, 2)} == {"default"}
+
+
+def test_a_name_is_as_good_as_an_id(service: Service) -> None:
+    """For every command, and for one job that has not ended at a time."""
+    assert service.ok("start", "--name", "twin", "--label", "a=b", "sleep 300")
+    job_id = newest(service).id
+    code, words = service.refused("start", "--name", "twin", "true")
+    assert code == 1
+    assert str(job_id) in words
+    assert json.loads(service.ok("get", "twin"))["labels"] == {"a": "b"}
+    assert json.loads(service.ok("stop", "--signal", "USR1", "twin"))["signal"] == signal.SIGUSR1
+    assert service.ok("wait", "twin") == f"{128 + signal.SIGUSR1}\n"
+    assert service.ok("logs", "twin") == ""
+    assert service.ok("list", "--name", "twin") == f"{job_id}\n"
+    assert service.ok("rm", "twin") == "twin\n"
+    assert service.refused("get", "twin") == (1, "pjw: error: no job twin\n")
+
+
+def test_what_surrounds_a_job_is_what_was_asked_for(service: Service, tmp_path: Path) -> None:
+    """Variables given, passed on, from a file; a directory; stderr kept apart."""
+    (tmp_path / "env").write_text("# a comment\n\nFILE=from a file\nGIVEN=less\nHOME\n")
+    options = ["--env-file", str(tmp_path / "env"), "-e", "GIVEN=x=y", "-e", "HOME", "-e", "UNSET_HERE"]
+    command = 'echo "$FILE|$GIVEN|$HOME|${UNSET_HERE-unset}"; pwd; echo apart >&2'
+    done = service.pjw("run", *options, "--workdir", "/usr", "--split-stderr", command)
+    home = service.environment()["HOME"]
+    assert done.stdout.decode() == f"from a file|x=y|{home}|unset\n/usr\n"
+    assert (done.stderr, done.returncode) == (b"apart\n", 0)
+    job_id = str(newest(service).id)
+    assert service.ok("logs", job_id, "--stderr") == "apart\n"
+    assert "apart" not in service.ok("logs", job_id)

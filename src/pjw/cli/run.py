@@ -168,7 +168,7 @@ def _ended(job: Job) -> int:
 def _tell(words: str) -> None:
     """A line for a person who has just typed ^C."""
     if sys.stderr is not None and sys.stderr.isatty():
-        os.write(sys.stderr.fileno(), f"\r\x1b[Kpjw: {words}\n".encode())
+        os.write(sys.stderr.fileno(), f"\npjw: {words}\n".encode())
 
 
 @contextmanager
