@@ -102,8 +102,11 @@ def test_every_error_is_a_code_without_its_words(tmp_path: Path, kind: type[Base
     }
     error = made.get(kind, lambda: kind("secret"))()
     path = tmp_path / "audit"
-    with opened(path) as audit, pytest.raises(kind), audit.call(CallRecord("Get", pb.GetRequest(id=7), "")):
+    record = CallRecord("Get", pb.GetRequest(id=7), "")
+    with pytest.raises(kind), record.ended():
         raise error
+    with opened(path) as audit:
+        audit.call_ended(record)
     code = CODES.get(kind, grpc.StatusCode.INTERNAL).name  # type: ignore[arg-type]
     assert [line["code"] for line in lines(path)] == ["CANCELLED" if kind is asyncio.CancelledError else code]
     assert b"secret" not in path.read_bytes()

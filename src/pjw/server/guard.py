@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
@@ -25,7 +25,7 @@ from pjw.errors import (
     PjwError,
 )
 from pjw.rpc.status import ADMITTED_KEY, status_of
-from pjw.server.audit import CANCELLED, AuditLog, CallRecord
+from pjw.server.audit import CANCELLED, CallObserver, CallRecord
 from pjw.server.authz import Caller
 from pjw.server.config import ServerConfig
 from pjw.server.peer import Peer, authenticate, presented
@@ -51,14 +51,14 @@ class Guard:
     def __init__(
         self,
         config: ServerConfig = DEFAULT_CONFIG,
-        audit: AuditLog | None = None,
+        *observers: CallObserver,
         revoked: RevocationList = NOBODY_REVOKED,
     ) -> None:
         self._revoked = revoked
         self._client_name_oid: Final = config.client_name_oid
-        self._roles: Final = config.roles
+        self._roles = config.roles
         self._quota: Final = Quota(config.clients)
-        self._audit: Final = audit
+        self._observers: Final = observers
         self._draining = False
         self._running: Final[set[_Call]] = set()
 
@@ -76,11 +76,19 @@ class Guard:
             call.end(NotAuthenticatedError(_REVOKED))
         return len(ended)
 
+    def reconfigure(self, config: ServerConfig) -> None:
+        """From now on, what this says of roles and of what each client may ask for."""
+        self._roles = config.roles
+        self._quota.set_limits(config.clients)
+
     def unary(
-        self, method: Callable[[Req, Caller], Awaitable[Res]], request_class: type[Req]
+        self,
+        method: Callable[[Req, Caller], Awaitable[Res]],
+        request_class: type[Req],
+        name: str | None = None,
     ) -> grpc.RpcMethodHandler[Any, Any]:
         """The handler of a method with one answer."""
-        name = _method_of(request_class)
+        name = name or _method_of(request_class)
 
         async def handle(request: Req | None, context: Context) -> Res:
             try:
@@ -99,28 +107,16 @@ class Guard:
         )
 
     def stream(
-        self, method: Callable[[Req, Caller], AsyncGenerator[Res, None]], request_class: type[Req]
+        self,
+        method: Callable[[Req, Caller], AsyncGenerator[Res, None]],
+        request_class: type[Req],
+        name: str | None = None,
     ) -> grpc.RpcMethodHandler[Any, Any]:
         """The handler of a method with a stream of answers."""
-        name = _method_of(request_class)
+        name = name or _method_of(request_class)
 
         async def handle(request: Req | None, context: Context) -> None:
-            try:
-                with self._recorded(context, name, request) as record:
-                    try:
-                        async with (
-                            self._admitted(context, name, request, stream=True) as caller,
-                            aclosing(method(_decoded(request), caller)) as answers,
-                        ):
-                            await _say_admitted(context)
-                            async with Writer(context) as writer:
-                                async for answer in answers:
-                                    await writer.write(answer)
-                                    record.answered(answer)
-                    except ReaderGoneError:
-                        record.code = CANCELLED
-            except Exception as error:
-                await _abort(context, error)
+            await self._stream(context, name, request, lambda caller: method(_decoded(request), caller))
 
         return grpc.unary_stream_rpc_method_handler(
             handle,
@@ -128,16 +124,70 @@ class Guard:
             response_serializer=_serialize,
         )
 
+    def duplex(
+        self,
+        method: Callable[[AsyncIterator[Req], Caller], AsyncGenerator[Res, None]],
+        request_class: type[Req],
+        name: str | None = None,
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        """The handler of a method with a stream of requests and one of answers."""
+        name = name or _method_of(request_class)
+
+        async def decoded(requests: AsyncIterator[Req | None]) -> AsyncGenerator[Req, None]:
+            async for request in requests:
+                yield _decoded(request)
+
+        async def handle(requests: AsyncIterator[Req | None], context: Context) -> None:
+            await self._stream(
+                context, name, request_class(), lambda caller: method(decoded(requests), caller)
+            )
+
+        return grpc.stream_stream_rpc_method_handler(
+            handle,
+            request_deserializer=_deserializer(request_class),
+            response_serializer=_serialize,
+        )
+
+    async def _stream(
+        self,
+        context: Context,
+        name: str,
+        request: Message | None,
+        method: Callable[[Caller], AsyncGenerator[Res, None]],
+    ) -> None:
+        try:
+            with self._recorded(context, name, request) as record:
+                try:
+                    async with (
+                        self._admitted(context, name, request, stream=True) as caller,
+                        aclosing(method(caller)) as answers,
+                    ):
+                        await _say_admitted(context)
+                        async with Writer(context) as writer:
+                            async for answer in answers:
+                                await writer.write(answer)
+                                record.answered(answer)
+                except ReaderGoneError:
+                    record.code = CANCELLED
+        except Exception as error:
+            await _abort(context, error)
+
     @contextmanager
     def _recorded(self, context: Context, method: str, request: Message | None) -> Iterator[CallRecord]:
-        """Have the call in the audit log when it is over, let in or not."""
+        """Tell the observers of the call when it is over, let in or not."""
         record = CallRecord(method, request, context.peer())
-        if self._audit is None:
+        if not self._observers:
             yield record
             return
         record.identity = presented(context, self._client_name_oid)
-        with self._audit.call(record):
-            yield record
+        for each in self._observers:
+            each.call_began(record)
+        try:
+            with record.ended():
+                yield record
+        finally:
+            for each in self._observers:
+                each.call_ended(record)
 
     @asynccontextmanager
     async def _admitted(

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections import Counter
 from typing import Final
 
 from pjw.errors import LauncherGoneError, PjwError
@@ -37,6 +38,8 @@ class Endings:
         self._running: Final = running
         self._pruner: Final = pruner
         self._background: Final = background
+        # jobs that have ended since this worker began
+        self.by_reason: Final[Counter[EndReason]] = Counter()
 
     async def finish(self, live: LiveJob, *, rebooted: bool = False) -> None:
         """init has ended, and with it every process of the job; write the end down, then tell it.
@@ -54,6 +57,8 @@ class Endings:
             log.error("cannot read the usage of job %d: %s", job_id, error)
             usage = None
         self._apply_end(live, usage, rebooted=rebooted)
+        if live.job.reason is not None:
+            self.by_reason[live.job.reason] += 1
         # Row before removal: the accounts are only in the cgroup until then. And who is told of an
         # end can rely on it, so the row is synced before that. But not the removal: no process is
         # left, and to remove a cgroup takes the kernel up to 15 ms.

@@ -63,6 +63,11 @@ class StateDir:
         self.store.close()
         os.close(self._jobs_fd)
 
+    @property
+    def descriptor(self) -> int:
+        """An open directory of it."""
+        return self._jobs_fd
+
     def output_path(self, job_id: int) -> str:
         """Where a job's output is, for this process alone."""
         return f"{self._jobs}/{job_id}/output"
