@@ -41,7 +41,7 @@ def settings_of(
 ) -> list[Setting]:
     """Every key of a configuration that was made from these."""
     descriptions = describe_keys()
-    values = msgspec.to_builtins(config)
+    values = msgspec.to_builtins(config, order="deterministic")
     limits, ceilings = config.effective_limits()
     values["limits"], values["ceilings"] = dict(limits.items()), dict(ceilings.items())
     return [
@@ -54,7 +54,7 @@ def _flat(values: Mapping[str, object]) -> Iterator[tuple[str, object]]:
         if isinstance(value, dict):
             yield from ((f"{key}.{inner}", each) for inner, each in value.items())
         else:
-            yield key, sorted(value) if isinstance(value, list) and not key.endswith("_paths") else value
+            yield key, value
 
 
 def _origin(key: str, in_file: Mapping[str, object], options: Mapping[str, object]) -> str:
@@ -68,6 +68,7 @@ def _origin(key: str, in_file: Mapping[str, object], options: Mapping[str, objec
 def describe_keys() -> dict[str, str]:
     """What each key means, by its name with its table's in front."""
     found = dict(_described(ServerConfig))
+    del found["limits"], found["ceilings"]
     for name in LIMITS:
         found[f"limits.{name}"] = f"what a job gets unless its client asks for another: {LIMITS[name]}"
         found[f"ceilings.{name}"] = f"what a client may ask for at most: {LIMITS[name]}"

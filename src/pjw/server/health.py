@@ -76,5 +76,5 @@ class Health:
         except TimeoutError:
             return
 
-    def _status(self) -> Any:
+    def _status(self) -> Any:  # noqa: ANN401  an enum's number, which has a type of its own only in the stubs
         return _Status.NOT_SERVING if self._draining.is_set() else _Status.SERVING

@@ -74,7 +74,7 @@ class ServerMetrics:
         self._loop: Final = asyncio.get_running_loop()
         self._under_way: Final[set[CallRecord]] = set()
         # when a counter began is no news: that is when pjwd did
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self._streamed_bytes = 0
         self.registry: Final = CollectorRegistry(auto_describe=False)
         self._calls: Final = Counter(
