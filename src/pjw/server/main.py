@@ -46,8 +46,8 @@ def _parser() -> argparse.ArgumentParser:
         "check",
         help="tell what this host offers, and what is missing",
         description="Tell what this host offers and what is missing; with a configuration or certificates,"
-        " also what keeps pjwd from serving with them. Nothing is changed. The exit code is 1 when something is"
-        " missing.",
+        " also what keeps pjwd from serving with them. Nothing is changed. The exit code is 1 when"
+        " something is missing.",
     )
     check.set_defaults(run=_check)
     _add_options(check)
