@@ -14,7 +14,9 @@ from pjw.errors import InvalidJobError, ProtocolError
 from pjw.model import Limits, Usage
 
 MAX_DATAGRAM_BYTES: Final = 65_536
-MAX_DESCRIPTORS: Final = 3
+MAX_DESCRIPTORS: Final = 6
+# So many jobs are measured for one request: the launcher does nothing else for 2 ms then.
+MAX_MEASURED: Final = 16
 # As many job ids as fit into a datagram at their longest.
 MAX_JOB_IDS: Final = 2_000
 
@@ -36,12 +38,19 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """Start a job. Descriptors: argv (NUL-terminated strings), output, status."""
+    """Start a job. Its descriptors are `files`."""
 
     op: ClassVar = "launch"
     job_id: int
     uid: int
     limits: Limits
+    split_stderr: bool = False
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """What comes along, in this order: what is to be run, and where init writes."""
+        apart = ("stderr", "stderr_times") if self.split_stderr else ()
+        return ("command", "output", "status", "times", *apart)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +71,11 @@ class JobIds:
 
 @dataclass(frozen=True, slots=True)
 class Terminate:
-    """SIGTERM to every process of a job."""
+    """SIGTERM, or another signal from 1 to 31, to every process of a job."""
 
     op: ClassVar = "terminate"
     job_id: int
+    signal: int = 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +85,14 @@ class Kill:
     op: ClassVar = "kill"
     job_id: int
     init_too: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """What jobs that run use at this moment; at most MAX_MEASURED of them."""
+
+    op: ClassVar = "measure"
+    job_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +161,27 @@ class Accounted:
 
 
 @dataclass(frozen=True, slots=True)
+class Measurement:
+    """What one job had used at `time_ns` (CLOCK_REALTIME): see model.UsageSample."""
+
+    job_id: int
+    time_ns: int
+    cpu_usage_usec: int
+    memory_bytes: int
+    io_read_bytes: int
+    io_write_bytes: int
+    pids: int
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A measurement of each job that was asked for and runs; others are left out."""
+
+    op: ClassVar = "measured"
+    jobs: tuple[Measurement, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Opened:
     """Descriptor: the file that was asked for, for reading."""
 
@@ -151,7 +190,10 @@ class Opened:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """It was not done. `kind`: exec, kernel, invalid, state or config; `errno` is 0 when there is none."""
+    """It was not done. `errno` is 0 when there is none.
+
+    `kind`: exec, workdir (it cannot be entered), kernel, invalid, state or config.
+    """
 
     op: ClassVar = "refused"
     kind: str
@@ -161,15 +203,20 @@ class Refused:
     hint: str
 
 
-Request = Hello | Launch | Adopt | JobIds | Terminate | Kill | Account | Remove | OpenFile
-Reply = Done | Launched | Adopted | JobIdPage | Accounted | Opened | Refused
+Request = Hello | Launch | Adopt | JobIds | Terminate | Kill | Measure | Account | Remove | OpenFile
+Reply = Done | Launched | Adopted | JobIdPage | Measured | Accounted | Opened | Refused
 
 REQUESTS: Final[dict[str, type[Request]]] = {
-    c.op: c for c in (Hello, Launch, Adopt, JobIds, Terminate, Kill, Account, Remove, OpenFile)
+    c.op: c for c in (Hello, Launch, Adopt, JobIds, Terminate, Kill, Measure, Account, Remove, OpenFile)
 }
 REPLIES: Final[dict[str, type[Reply]]] = {
-    c.op: c for c in (Done, Launched, Adopted, JobIdPage, Accounted, Opened, Refused)
+    c.op: c for c in (Done, Launched, Adopted, JobIdPage, Measured, Accounted, Opened, Refused)
 }
+
+
+def descriptors_of(request: Request) -> int:
+    """How many descriptors come with a request."""
+    return len(request.files) if isinstance(request, Launch) else 0
 
 
 def encode(seq: int, message: Request | Reply) -> bytes:
@@ -189,7 +236,7 @@ _ENCODER: Final = json.JSONEncoder(separators=(",", ":"), default=_members)
 # the members of each class, and the type that each is declared with
 _TYPES: Final[dict[type, dict[str, Any]]] = {
     cls: {field.name: field.type for field in fields(cls)}
-    for cls in (*REQUESTS.values(), *REPLIES.values(), Limits, Usage)
+    for cls in (*REQUESTS.values(), *REPLIES.values(), Limits, Usage, Measurement)
 }
 
 
@@ -273,6 +320,7 @@ _READERS: Final[dict[Any, Callable[[object], Any]]] = {
     bool: _truth,
     tuple[int, ...]: _items(_whole_number, MAX_JOB_IDS),
     tuple[str, ...]: _items(_text, 64),
+    tuple[Measurement, ...]: _items(lambda value: _value(Measurement, value), MAX_MEASURED),
     Limits: lambda value: _value(Limits, value),
     Usage: lambda value: _value(Usage, value),
 }

@@ -62,6 +62,8 @@ class CallRecord:
             self._job_id = answer.job.id
         elif isinstance(answer, bytes):
             self.bytes += logs_response_bytes(answer)
+        elif isinstance(answer, pb.LogsResponse):
+            self.bytes += len(answer.data)
 
     @contextmanager
     def ended(self) -> Iterator[None]:

@@ -14,6 +14,7 @@ from pjw.worker.quota import RunningJobs
 from pjw.worker.record import parse_record
 from pjw.worker.retention import Pruner
 from pjw.worker.state_dir import StateDir
+from pjw.worker.usage_sampler import UsageSampler
 
 _SAVE_RETRY_SECONDS: Final = 2
 
@@ -30,6 +31,7 @@ class Endings:
         live: dict[int, LiveJob],
         running: RunningJobs,
         pruner: Pruner,
+        sampler: UsageSampler,
         background: Background,
     ) -> None:
         self._state: Final = state
@@ -37,9 +39,15 @@ class Endings:
         self._live: Final = live
         self._running: Final = running
         self._pruner: Final = pruner
+        self._sampler: Final = sampler
         self._background: Final = background
         # jobs that have ended since this worker began
         self.by_reason: Final[Counter[EndReason]] = Counter()
+
+    def watch(self, live: LiveJob, pidfd: int) -> None:
+        """Own the pidfd of a job's init, and finish the job when that ends; take samples until then."""
+        live.watch(pidfd, lambda: self._background.spawn(self.finish(live)))
+        self._sampler.add(live)
 
     async def finish(self, live: LiveJob, *, rebooted: bool = False) -> None:
         """init has ended, and with it every process of the job; write the end down, then tell it.
@@ -51,7 +59,7 @@ class Endings:
             usage = await self._launcher.request_account(job_id)
         except LauncherGoneError:
             # The next worker finds the record, and the cgroup with its accounts. The output is whole.
-            live.output.mark_ended()
+            live.mark_output_ended()
             return
         except PjwError as error:
             log.error("cannot read the usage of job %d: %s", job_id, error)
@@ -79,7 +87,7 @@ class Endings:
 
     def _apply_end(self, live: LiveJob, usage: Usage | None, *, rebooted: bool) -> None:
         record = parse_record(self._state.read_status(live.job.id))
-        output_bytes = self._state.output_size(live.job.id)
+        output_bytes = self._state.output_size(live.job)
         if record.end is not None:
             if live.job.state is JobState.STARTING:
                 live.exec_seen(record.started_ns)
@@ -125,6 +133,6 @@ class Endings:
         # After the announcement, since to sync gigabytes takes seconds. What a power cut takes of
         # them until then is noticed: the row says how many bytes there were.
         try:
-            await self._state.in_thread(self._state.settle, job.id, job.output_bytes or 0)
+            await self._state.in_thread(self._state.settle, job)
         except PjwError as error:
             log.error("%s", error)

@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 from collections import deque
+from collections.abc import Sequence
 from typing import Final
 
 from pjw.errors import (
@@ -19,13 +20,15 @@ from pjw.errors import (
     LimitReachedError,
     PjwError,
     ProtocolError,
+    WorkdirError,
     describe_errno,
 )
 from pjw.launcher import protocol
-from pjw.model import Limits, Usage
+from pjw.model import JobSpec, Usage, UsageSample
 from pjw.worker.launcher_process import LauncherProcess
+from pjw.worker.rows import from_ns
 
-# What a start takes at its height (6), and those that are under way beside it; the rest of the server
+# What a start takes at its height (14), and those that are under way beside it; the rest of the server
 # (connections, readers) may have taken the others.
 SPARE_DESCRIPTORS: Final = 32
 
@@ -77,16 +80,19 @@ class LauncherClient:
             _close_all(taken)
 
     async def request_launch(
-        self, job_id: int, uid: int, limits: Limits, program: str, descriptors: list[int]
+        self, launch: protocol.Launch, spec: JobSpec, descriptors: list[int]
     ) -> tuple[int, int]:
         """Start a job; give a pidfd of its init, which the caller owns, and the time of exec in ns.
 
-        Raises LaunchError when the program cannot be executed, KernelError for another step.
+        Raises LaunchError when the program cannot be executed, WorkdirError when its directory cannot be
+        entered, KernelError for another step.
         """
         try:
-            reply, fds = await self._request(protocol.Launch(job_id, uid, limits), descriptors)
+            reply, fds = await self._request(launch, descriptors)
         except _ExecRefusedError as error:
-            raise LaunchError(program, error.errno) from None
+            raise LaunchError(spec.argv[0], error.errno) from None
+        except _WorkdirRefusedError as error:
+            raise WorkdirError(spec.workdir, error.errno) from None
         if not isinstance(reply, protocol.Launched) or len(fds) != 1:
             raise ProtocolError("the launcher answered a launch with something else")
         return fds[0], reply.started_ns
@@ -113,13 +119,33 @@ class LauncherClient:
         """Return when the launcher has answered: a question that no job id is the answer to."""
         await self._request(protocol.JobIds(2**63 - 1))
 
-    async def request_terminate(self, job_id: int) -> None:
-        """SIGTERM to every process of the job."""
-        await self._request(protocol.Terminate(job_id))
+    async def request_terminate(self, job_id: int, signal: int) -> None:
+        """A signal to every process of the job."""
+        await self._request(protocol.Terminate(job_id, signal))
 
     async def request_kill(self, job_id: int, *, init_too: bool = False) -> None:
         """SIGKILL to every process of the job; its init records the end unless killed too."""
         await self._request(protocol.Kill(job_id, init_too))
+
+    async def request_measure(self, job_ids: Sequence[int]) -> dict[int, UsageSample]:
+        """What jobs use at this moment, by their ids; those that have ended are left out.
+
+        At most protocol.MAX_MEASURED at a time.
+        """
+        reply, _ = await self._request(protocol.Measure(tuple(job_ids)))
+        if not isinstance(reply, protocol.Measured):
+            raise ProtocolError("the launcher answered a question for measurements with something else")
+        return {
+            job.job_id: UsageSample(
+                time=from_ns(job.time_ns),
+                cpu_usage_usec=job.cpu_usage_usec,
+                memory_bytes=job.memory_bytes,
+                io_read_bytes=job.io_read_bytes,
+                io_write_bytes=job.io_write_bytes,
+                pids=job.pids,
+            )
+            for job in reply.jobs
+        }
 
     async def request_account(self, job_id: int) -> Usage | None:
         """What an ended job has used; None when its cgroup is gone."""
@@ -218,11 +244,21 @@ class _ExecRefusedError(PjwError):
         self.errno: Final = error
 
 
+class _WorkdirRefusedError(PjwError):
+    """The launch got as far as the client's working directory, which cannot be entered."""
+
+    def __init__(self, error: int) -> None:
+        super().__init__("chdir failed")
+        self.errno: Final = error
+
+
 def _error_of(refused: protocol.Refused) -> PjwError:
     hint = refused.hint or None
     match refused.kind:
         case "exec":
             return _ExecRefusedError(refused.errno)
+        case "workdir":
+            return _WorkdirRefusedError(refused.errno)
         case "kernel" if refused.errno in RESOURCE_ERRNOS:
             error = KernelError(refused.operation, refused.subject, refused.errno, hint=hint)
             return LimitReachedError(str(error), hint=hint)
