@@ -98,6 +98,7 @@ def test_every_error_is_a_code_without_its_words(tmp_path: Path, kind: type[Base
     made: dict[object, Callable[[], BaseException]] = {
         errors.JobNotFoundError: lambda: errors.JobNotFoundError(7),
         errors.LaunchError: lambda: errors.LaunchError("secret", 2),
+        errors.WorkdirError: lambda: errors.WorkdirError("secret", 2),
         errors.KernelError: lambda: errors.KernelError("secret", "secret", 5),
     }
     error = made.get(kind, lambda: kind("secret"))()

@@ -27,8 +27,8 @@ from pjw.worker.launcher_client import LauncherClient
 from pjw.worker.launcher_process import LauncherProcess, require_root, start_launcher
 from pjw.worker.launches import Launches
 from pjw.worker.logs import ALL_OUTPUT, Output, Part, check_stream, live_job, output_of_ended
-from pjw.worker.pages import ALL_JOBS, JobFilter, Page
 from pjw.worker.numbers import WorkerNumbers, count_all
+from pjw.worker.pages import ALL_JOBS, JobFilter, Page
 from pjw.worker.quota import RunningJobs, check_stored_bytes
 from pjw.worker.retention import Pruner
 from pjw.worker.rows import from_ns
