@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterable, Iterator
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from importlib.metadata import version
 from socketserver import TCPServer, ThreadingMixIn
@@ -37,6 +38,8 @@ from pjw.errors import (
     LimitReachedError,
     NotAllowedError,
     NotAuthenticatedError,
+    PjwError,
+    describe_errno,
 )
 from pjw.model import EndReason, JobState
 from pjw.server.address import shown_address
@@ -47,6 +50,8 @@ from pjw.worker.numbers import ClientNumbers, WorkerNumbers
 
 SCRAPES_MAX: Final = 8
 SCRAPE_SECONDS: Final = 10
+# Nothing tells when a descriptor is free again.
+_RETRY_SECONDS: Final = 1
 # What stands for the clients beyond the busiest: no client can be called so.
 OTHERS: Final = "(other)"
 # These take as long as their callers like, which says nothing of us.
@@ -136,14 +141,15 @@ class ServerMetrics:
             why = (error.strerror or str(error)).lower()
             raise ConfigError(f"cannot listen on {shown_address(*address)} for metrics: {why}") from error
         server.set_app(make_wsgi_app(self.registry))
-        thread = threading.Thread(target=server.serve_forever, name="pjw-metrics", daemon=True)
+        thread = threading.Thread(target=server.run, name="pjw-metrics", daemon=True)
         thread.start()
         log.info("metrics on %s", shown_address(address[0], server.server_port))
         try:
             yield
         finally:
-            # not shutdown(): that waits for half a second, and the thread is a daemon
-            server.socket.close()
+            server.end()
+            thread.join()
+            server.server_close()
 
     def numbers(self) -> tuple[WorkerNumbers, dict[str, int], int]:
         """From any thread: the worker's numbers, streams by method, and bytes that were streamed."""
@@ -168,8 +174,14 @@ class _State(Collector):
         self._version: Final = version("pjw")
 
     def collect(self) -> Iterator[Metric]:
-        numbers, under_way, streamed = self._metrics.numbers()
         yield InfoMetricFamily("pjw", "The version of pjwd.", {"version": self._version})
+        yield from self._operator()
+        try:
+            numbers, under_way, streamed = self._metrics.numbers()
+        except (PjwError, TimeoutError, CancelledError) as error:
+            # what is known without the worker is told all the same
+            log.error("cannot look up metrics: %r", error)
+            return
         yield from _jobs(numbers)
         yield _one("pjw_followers", "Outputs that are being followed.", under_way["Logs"])
         yield _by(
@@ -182,7 +194,6 @@ class _State(Collector):
         yield _one("pjw_disk_size_bytes", "The file system of the state directory.", numbers.disk_bytes)
         yield _one("pjw_disk_free_bytes", "What is free of it.", numbers.disk_free_bytes)
         yield _one("pjw_launcher_up", "Whether the launcher lives.", numbers.launcher_up)
-        yield from self._operator()
 
     def _operator(self) -> Iterator[Metric]:
         quotas = self._reloader.config.clients
@@ -290,9 +301,27 @@ class _Server(ThreadingMixIn, WSGIServer):
 
     def __init__(self, address: tuple[str, int]) -> None:
         self._free: Final = threading.BoundedSemaphore(SCRAPES_MAX)
+        self._ending: Final = threading.Event()
         family, *_, resolved = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
         self.address_family = family
         super().__init__((str(resolved[0]), address[1]), _Handler)
+
+    def run(self) -> None:
+        """Answer until `end`. Not serve_forever(), which spins when descriptors are out, and ends late."""
+        while not self._ending.is_set():
+            try:
+                request, client_address = self.get_request()
+            except OSError as error:
+                if not self._ending.wait(_RETRY_SECONDS):
+                    log.warning("cannot take who asks for metrics: %s", describe_errno(error.errno or 0))
+                continue
+            self.process_request(request, client_address)
+
+    def end(self) -> None:
+        """Have `run` return."""
+        self._ending.set()
+        # wakes accept(2)
+        self.socket.shutdown(socket.SHUT_RDWR)
 
     def server_bind(self) -> None:
         # not HTTPServer's, which asks the resolver for our name
@@ -304,7 +333,13 @@ class _Server(ThreadingMixIn, WSGIServer):
         if not self._free.acquire(blocking=False):
             self.shutdown_request(request)
             return
-        super().process_request(request, client_address)
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError as error:
+            # there is no thread for it
+            log.warning("cannot answer who asks for metrics: %s", error)
+            self._free.release()
+            self.shutdown_request(request)
 
     def process_request_thread(self, request: _Request, client_address: object) -> None:
         try:

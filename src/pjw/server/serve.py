@@ -115,11 +115,11 @@ async def _run(serving: Serving, state: StateDir, launcher: LauncherProcess) -> 
         port = _listen(server, host, serving.port, reloader.tls())
         address = shown_address(host, port)
         await server.start()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.ask)
         try:
             await _refuse_tls12(host, port)
             if serving.metrics is not None and metrics is not None:
                 stack.enter_context(metrics.serve(serving.metrics, reloader))
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.ask)
             stack.callback(asyncio.ensure_future(reloader.run(lambda: _status(address, worker))).cancel)
             ready.info("ready on %s", address, extra=PLAIN)
             notifier.ready(_status(address, worker))
