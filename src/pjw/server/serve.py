@@ -116,6 +116,8 @@ async def _run(serving: Serving, state: StateDir, launcher: LauncherProcess) -> 
         address = shown_address(host, port)
         await server.start()
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.ask)
+        # before we are ready: who waits for that may ask for the end at once
+        end_asked = _on_end_signals()
         try:
             await _refuse_tls12(host, port)
             if serving.metrics is not None and metrics is not None:
@@ -125,7 +127,7 @@ async def _run(serving: Serving, state: StateDir, launcher: LauncherProcess) -> 
             notifier.ready(_status(address, worker))
             watch = notifier.watch(worker.launcher_answers, lambda: _status(address, worker))
             stack.callback(asyncio.ensure_future(watch).cancel)
-            return await _until_end(worker)
+            return await _until_end(worker, end_asked)
         finally:
             notifier.stopping()
             await health.drain()
@@ -157,11 +159,14 @@ async def _refuse_tls12(host: str, port: int) -> None:
         )
 
 
-async def _until_end(worker: Worker) -> int:
-    loop = asyncio.get_running_loop()
+def _on_end_signals() -> asyncio.Event:
     asked = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, asked.set)
+        asyncio.get_running_loop().add_signal_handler(number, asked.set)
+    return asked
+
+
+async def _until_end(worker: Worker, asked: asyncio.Event) -> int:
     end = asyncio.ensure_future(asked.wait())
     gone = asyncio.ensure_future(worker.launcher_gone())
     await asyncio.wait({end, gone}, return_when=asyncio.FIRST_COMPLETED)
