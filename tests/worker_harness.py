@@ -296,9 +296,9 @@ class WorkerProcess:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def start(self, command: str, **limits: int) -> int:
+    def start(self, command: str, *, request_id: str = "", **limits: int) -> int:
         """Start a job; its id."""
-        self.write(do="start", command=command, limits=limits)
+        self.write(do="start", command=command, limits=limits, request_id=request_id)
         job_id: int = self.read()["started"]
         return job_id
 
@@ -331,7 +331,8 @@ async def _serve(state: str, settings: WorkerSettings) -> None:
 
 async def _answer(worker: Worker, request: dict[str, Any]) -> None:
     if request["do"] == "start":
-        job = await start(worker, request["command"], **request["limits"])
+        spec = JobSpec(request["command"], request["limits"], request_id=request.get("request_id", ""))
+        job = await worker.start(spec)
         print(json.dumps({"started": job.id}), flush=True)
     else:
         job = await worker.stop(request["id"], request["grace"])

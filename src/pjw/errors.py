@@ -46,6 +46,10 @@ class JobStateError(PjwError):
     """A real job at the wrong moment."""
 
 
+class NameTakenError(PjwError):
+    """The name is that of another job of the caller's, which has not ended."""
+
+
 class LaunchError(PjwError):
     """The command could not be executed: missing, or not executable. Carries errno."""
 

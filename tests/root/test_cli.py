@@ -18,7 +18,7 @@ import pytest
 from pjw.v1 import job_worker_pb2 as pb
 from tests.service import BIN, Service, wait_for
 
-COMMANDS: Final = ("list", "get", "start", "stop", "logs", "rm")
+COMMANDS: Final = ("run", "start", "list", "get", "logs", "wait", "stop", "rm")
 
 
 def test_help_names_every_command_option_and_exit_code(service: Service) -> None:
@@ -46,11 +46,17 @@ def test_help_names_every_command_option_and_exit_code(service: Service) -> None
         [],
         ["frobnicate"],
         ["get"],
-        ["get", "1", "2"],
+        ["get", "1_0"],
         ["list", "x"],
         ["rm"],
         ["--frob", "list"],
         ["logs", "-f"],
+        ["logs", "1", "2"],
+        ["list", "--state", "dead"],
+        ["list", "--format", "yaml"],
+        ["list", "--format", "template:{nothing}"],
+        ["stop", "--signal", "64", "1"],
+        ["--all", "run", "true"],
         ["--all", "start", "true"],
     ],
 )

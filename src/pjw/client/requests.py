@@ -76,18 +76,18 @@ def start(spec: JobSpec) -> Call[Job]:
 
 def get(job_id: int, *, all_clients: bool) -> Call[Job]:
     """One job."""
-    return Call("Get", pb.GetRequest(id=_wire_id(job_id), all_clients=all_clients), _job_of_answer, job_id)
+    return Call("Get", pb.GetRequest(id=wire_id(job_id), all_clients=all_clients), _job_of_answer, job_id)
 
 
 def wait(job_id: int, *, all_clients: bool) -> Call[Job]:
     """One job when it has ended, however long that takes."""
-    request = pb.WaitRequest(id=_wire_id(job_id), all_clients=all_clients)
+    request = pb.WaitRequest(id=wire_id(job_id), all_clients=all_clients)
     return Call("Wait", request, _job_of_answer, job_id, timeout=None)
 
 
 def stop(job_id: int, grace: float | None, signal: int, *, all_clients: bool) -> Call[Job]:
     """Stop a job. Without a deadline: its grace period is the server's matter."""
-    request = pb.StopRequest(id=_wire_id(job_id), all_clients=all_clients, signal=signal)
+    request = pb.StopRequest(id=wire_id(job_id), all_clients=all_clients, signal=signal)
     if grace is not None:
         request.grace.CopyFrom(_duration(grace, "the grace period"))
     return Call("Stop", request, _job_of_answer, job_id, timeout=None)
@@ -95,13 +95,13 @@ def stop(job_id: int, grace: float | None, signal: int, *, all_clients: bool) ->
 
 def delete(job_id: int, *, all_clients: bool) -> Call[None]:
     """Forget an ended job."""
-    request = pb.DeleteRequest(id=_wire_id(job_id), all_clients=all_clients)
+    request = pb.DeleteRequest(id=wire_id(job_id), all_clients=all_clients)
     return Call("Delete", request, lambda _: None, job_id, gone_is_done=True)
 
 
 def usage_history(job_id: int, *, all_clients: bool) -> Call[UsageHistory]:
     """What a job used over its life."""
-    request = pb.GetUsageHistoryRequest(id=_wire_id(job_id), all_clients=all_clients)
+    request = pb.GetUsageHistoryRequest(id=wire_id(job_id), all_clients=all_clients)
     return Call("GetUsageHistory", request, _history_of_answer, job_id)
 
 
@@ -167,7 +167,7 @@ class LogsPosition:
         self.job_id: Final = job_id
         self.seen = 0
         self.request: Final = pb.LogsRequest(
-            id=_wire_id(job_id),
+            id=wire_id(job_id),
             offset=offset,
             all_clients=all_clients,
             stream=pb.OUTPUT_STREAM_STDERR if stderr else pb.OUTPUT_STREAM_UNSPECIFIED,
@@ -245,7 +245,7 @@ def _duration(seconds: float, what: str) -> Duration:
     return duration
 
 
-def _wire_id(job_id: int) -> int:
+def wire_id(job_id: int) -> int:
     """An id that fits into the message. Raises JobNotFoundError: one that does not is nobody's."""
     if not -(2**63) <= job_id < 2**63:
         raise errors.JobNotFoundError(job_id)

@@ -1,9 +1,10 @@
 """The client that blocks: `Client`. One may be shared by threads."""
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from pjw.client.channel import channel_arguments  # isort: skip  it sets how gRPC is imported
 
@@ -16,6 +17,9 @@ from pjw.errors import JobNotFoundError
 from pjw.model import Job, JobSpec, JobState
 from pjw.rpc.status import ADMITTED_KEY
 from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
+
+if TYPE_CHECKING:
+    from pjw.client.upload import Upload
 
 T = TypeVar("T")
 
@@ -138,6 +142,27 @@ class Client:
         position = self._position(job_id, offset, tail, follow=follow, stderr=stderr, timestamps=True)
         return self._stream(position, position.take_timed)
 
+    def write_input(
+        self, job_id: int, data: Iterable[bytes], seen: Callable[[int], None] | None = None
+    ) -> int:
+        """Send the whole input of a job that was started with `input`; how many bytes the server has taken.
+
+        A lost connection is made again, and the input goes on at the exact byte; what the server has already
+        is passed over. *seen* is told how many bytes it has by then. Raises JobStateError when the job ends,
+        or its command reads no more, before that.
+        """
+        from pjw.client.upload import Upload
+
+        upload = Upload(job_id)
+        thread = threading.Thread(target=self._upload, args=(upload, seen), daemon=True)
+        thread.start()
+        try:
+            if all(map(upload.give, data)):
+                upload.complete()
+            return upload.result()
+        finally:
+            upload.end()
+
     def usage_history(self, job_id: int) -> requests.UsageHistory:
         """What a job used over its life, in a bounded number of samples."""
         return self._call(requests.usage_history(job_id, all_clients=self._all_clients))
@@ -195,6 +220,38 @@ class Client:
             finally:
                 call.cancel()
             self._reconnect(trouble, failure)
+
+    def _upload(self, upload: "Upload", seen: Callable[[int], None] | None) -> None:
+        trouble = Trouble(self._link, upload.outgoing)
+        try:
+            while not self._send(upload, trouble, seen):
+                pass
+        except Exception as error:  # noqa: BLE001  raised again in the caller's thread
+            upload.end(error)
+        else:
+            upload.end()
+
+    def _send(self, upload: "Upload", trouble: Trouble, seen: Callable[[int], None] | None) -> bool:
+        """Send on one connection; whether that was all."""
+        call = self._stub.WriteInput(upload.requests())
+        upload.on_end(call.cancel)
+        try:
+            for answer in call:
+                trouble.is_over()
+                upload.acknowledge(answer)
+                if seen is not None:
+                    seen(answer.offset)
+                if answer.ended:
+                    return True
+            return True
+        except grpc.RpcError as error:
+            if upload.over:
+                return True
+            failure = error
+        finally:
+            call.cancel()
+        self._reconnect(trouble, failure)
+        return False
 
     def _reconnect(self, trouble: Trouble, error: grpc.RpcError) -> None:
         pause, left = trouble.after(error)

@@ -1,5 +1,6 @@
 """Messages to model and back. Nothing here asks or decides."""
 
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Final
 
@@ -100,6 +101,14 @@ def spec_from_message(message: pb.StartRequest) -> JobSpec:
         input=message.input,
         request_id=message.request_id,
     )
+
+
+def states_from_message(numbers: "Iterable[pb.JobState.ValueType]") -> frozenset[JobState]:
+    """States that are asked for. Raises InvalidJobError for one that this version does not know."""
+    try:
+        return frozenset(_STATES_BACK[number] for number in numbers)
+    except KeyError as unknown:
+        raise InvalidJobError(f"no state of a job has the number {unknown}") from None
 
 
 def limits_from_message(message: pb.Limits) -> dict[str, int]:

@@ -11,9 +11,9 @@ from pjw.errors import InvalidJobError
 from pjw.rpc.convert import job_to_message, logs_response_head, spec_from_message, timed_logs_response
 from pjw.server.authz import Caller
 from pjw.server.guard import Guard
+from pjw.server.paging import after_token, filter_from_message, token_after
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker import Part, Worker
-from pjw.worker.store import page_is_full
 from pjw.worker.worker import PAGE_MAX
 
 SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["JobWorkerService"].full_name
@@ -35,6 +35,7 @@ class JobWorkerService:
                 "Start": guard.unary(self.start, pb.StartRequest),
                 "Get": guard.unary(self.get, pb.GetRequest),
                 "List": guard.unary(self.list, pb.ListRequest),
+                "Wait": guard.unary(self.wait, pb.WaitRequest),
                 "Stop": guard.unary(self.stop, pb.StopRequest),
                 "Logs": guard.stream(self.logs, pb.LogsRequest),
                 "Delete": guard.unary(self.delete, pb.DeleteRequest),
@@ -53,9 +54,15 @@ class JobWorkerService:
     async def list(self, request: pb.ListRequest, caller: Caller) -> pb.ListResponse:
         """Show a page of the caller's jobs."""
         count = request.page_size if 0 < request.page_size < PAGE_MAX else PAGE_MAX
-        jobs = await self._worker.list(caller.owner, _after(request.page_token), count)
-        token = str(jobs[-1].id) if page_is_full(jobs, count) else ""
-        return pb.ListResponse(jobs=[job_to_message(job) for job in jobs], next_page_token=token)
+        wanted = filter_from_message(request)
+        after = after_token(request)
+        page = await self._worker.page(caller.owner, after, count, wanted, newest_first=request.newest_first)
+        token = token_after(request, page.next_after) if page.next_after is not None else ""
+        return pb.ListResponse(jobs=[job_to_message(job) for job in page.jobs], next_page_token=token)
+
+    async def wait(self, request: pb.WaitRequest, caller: Caller) -> pb.WaitResponse:
+        """Answer when a job of the caller has ended."""
+        return pb.WaitResponse(job=job_to_message(await self._worker.wait(request.id, caller.owner)))
 
     async def stop(self, request: pb.StopRequest, caller: Caller) -> pb.StopResponse:
         """Stop a job of the caller."""
@@ -94,11 +101,3 @@ class JobWorkerService:
         """Forget an ended job of the caller."""
         await self._worker.delete(request.id, caller.owner)
         return pb.DeleteResponse()
-
-
-def _after(page_token: str) -> int:
-    if not page_token:
-        return 0
-    if not page_token.isdecimal() or not page_token.isascii() or len(page_token) > 18:
-        raise InvalidJobError("the page token is not one that this server gave")
-    return int(page_token)

@@ -10,8 +10,8 @@ from typing import Final
 from pjw.model import EndReason, ExitStatus, Job, Usage
 from pjw.output import OutputLog
 from pjw.worker.record import End
+from pjw.worker.rows import from_ns
 from pjw.worker.states import JobEvent, transition
-from pjw.worker.store import from_ns
 
 
 class LiveJob:

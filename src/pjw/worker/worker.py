@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from datetime import datetime
 from signal import SIGKILL, SIGTERM
@@ -26,12 +26,14 @@ from pjw.worker.endings import Endings
 from pjw.worker.job import LiveJob
 from pjw.worker.launcher_client import LauncherClient
 from pjw.worker.launcher_process import LauncherProcess, require_root, start_launcher
+from pjw.worker.launches import Launches
 from pjw.worker.logs import ALL_OUTPUT, Output, Part, check_stream, live_job, output_of_ended
+from pjw.worker.pages import ALL_JOBS, JobFilter, Page
 from pjw.worker.quota import RunningJobs, check_stored_bytes
 from pjw.worker.retention import Pruner
+from pjw.worker.rows import from_ns
 from pjw.worker.settings import WorkerSettings
 from pjw.worker.state_dir import StateDir
-from pjw.worker.store import from_ns
 
 LOCAL_CLIENT: Final = "local"
 PAGE_MAX: Final = 1000
@@ -67,7 +69,7 @@ class Worker:
         self._endings: Final = Endings(
             state, self._launcher, self._live, self._running, self._pruner, self._background
         )
-        self._launches: Final[set[asyncio.Task[Job]]] = set()
+        self._launches: Final = Launches()
         # a client's user never changes
         self._uids: Final[dict[str, int]] = {}
 
@@ -112,7 +114,7 @@ class Worker:
         self._launcher.close()
         # launches under way end by that, and may still want the table
         await self._background.close()
-        await asyncio.gather(*self._launches, return_exceptions=True)
+        await self._launches.over()
         try:
             await self._state.store.sync()
         except PjwError as error:
@@ -140,10 +142,11 @@ class Worker:
         """Start a job; return when its command was executed.
 
         Its row is on the disk then: not even a power cut makes pjw forget a job that was told of.
-        Raises InvalidJobError, LaunchError (no such program, not executable), WorkdirError,
+        Raises InvalidJobError, NameTakenError, LaunchError (no such program, not executable), WorkdirError,
         LimitReachedError (a quota, no space, no processes) or KernelError; then no job came to be.
-        A caller who is cancelled before the answer gets no job either. LauncherGoneError may come
-        when the job was started: the next worker knows.
+        A caller who is cancelled before the answer gets no job either, unless the spec has a request id,
+        with which it will ask again: that gets the job of the first time. LauncherGoneError may come when
+        the job was started: the next worker knows.
         """
         limits = self._settings.default_limits.with_overrides(spec.limits)
         if above := limits.first_above(self._settings.ceiling):
@@ -153,17 +156,24 @@ class Worker:
             )
         if self._launcher.gone.is_set():
             raise LauncherGoneError("the launcher has gone; running jobs go on")
-        self._running.take(client_name)
+        request = (client_name, spec.request_id) if spec.request_id else None
+        launch = self._launches.begin(lambda: self._start_once(spec, client_name, limits), request)
         # Shielded from its first step on: the table has a thread of its own, so a row may be
         # written although whoever asked for it was cancelled.
-        launch = asyncio.ensure_future(self._add_and_launch(spec, client_name, limits))
-        self._launches.add(launch)
-        launch.add_done_callback(self._launches.discard)
         try:
             return await asyncio.shield(launch)
         except asyncio.CancelledError:
-            launch.add_done_callback(self._undo_start)
+            if request is None:
+                launch.add_done_callback(self._undo_start)
             raise
+
+    async def _start_once(self, spec: JobSpec, client_name: str, limits: Limits) -> Job:
+        if spec.request_id:
+            job_id = await self._state.store.of_request(client_name, spec.request_id)
+            if job_id is not None:
+                return await self.get(job_id)
+        self._running.take(client_name)
+        return await self._add_and_launch(spec, client_name, limits)
 
     async def _add_and_launch(self, spec: JobSpec, client_name: str, limits: Limits) -> Job:
         try:
@@ -320,13 +330,25 @@ class Worker:
             raise JobNotFoundError(job_id)
         return job
 
-    async def list(self, owner: str | None = None, after: int = 0, count: int = PAGE_MAX) -> list[Job]:
-        """The jobs behind id *after*, in the order of their ids: *count*, or fewer when they are long.
+    async def list(self, owner: str | None = None, after: int = 0, count: int = PAGE_MAX) -> Sequence[Job]:
+        """The jobs behind id *after*, in the order of their ids: *count*, or fewer when they are long."""
+        return (await self.page(owner, after, count)).jobs
 
-        `page_is_full` (worker/store.py) tells whether there may be more behind the last one.
-        """
-        page = await self._state.store.page(owner, after, count)
-        return [self._live[job.id].job if job.id in self._live else job for job in page]
+    async def page(
+        self,
+        owner: str | None = None,
+        after: int = 0,
+        count: int = PAGE_MAX,
+        wanted: JobFilter = ALL_JOBS,
+        *,
+        newest_first: bool = False,
+    ) -> Page:
+        """Jobs behind id *after* that fit: *count* at most, and perhaps none though there is a next page."""
+        page = await self._state.store.page(owner, after, count, wanted, newest_first=newest_first)
+        jobs = [self._live[job.id].job if job.id in self._live else job for job in page.jobs]
+        if wanted.states:
+            jobs = [job for job in jobs if job.state in wanted.states]
+        return Page(jobs, page.next_after)
 
     async def wait(self, job_id: int, owner: str | None = None) -> Job:
         """Wait until a job has ended; its final snapshot. Raises JobNotFoundError."""
