@@ -2,9 +2,9 @@
 
 A block of ```console is a session: `$ ` or `# ` begins a command, which goes on in the next line after a
 backslash, and in a here document (<<'END'); what follows is what a person sees. There `…` stands for anything
-within a line, and for any lines where it is alone; `^C` is Ctrl-C, typed when all before it is on the screen. A
-comment above a block, <!-- terminal: NAME -->, has it typed at another terminal, whose last command may go on
-beside the others.
+within a line, and for any lines where it is alone; `^C` is Ctrl-C, typed when all before it is on the screen.
+A comment above a block, <!-- terminal: NAME -->, has it typed at another terminal, whose last command may go
+on beside the others.
 Each document has a network of its own, so that its pjwd has the default port.
 """
 
