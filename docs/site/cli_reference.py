@@ -9,8 +9,6 @@ from pjw.cli.parser import build_parser as pjw_parser
 from pjw.server.main import _parser as pjwd_parser
 
 USAGE: Final = "usage: "
-# within a table
-BAR: Final = "\\|"
 
 
 def pjw() -> str:
@@ -62,7 +60,7 @@ def _table(parser: argparse.ArgumentParser, group: argparse._ArgumentGroup) -> I
         if plain or action.help is argparse.SUPPRESS or isinstance(action, argparse._HelpAction):
             continue
         name = formatter._format_action_invocation(action)
-        rows.append((f"`{name.replace('|', BAR)}`", formatter._expand_help(action) if action.help else ""))
+        rows.append((f"`{_escaped(name)}`", formatter._expand_help(action) if action.help else ""))
     if rows:
         title = {"options": "option", "positional arguments": "argument"}.get(group.title or "", group.title)
         if group.description:
@@ -73,4 +71,8 @@ def _table(parser: argparse.ArgumentParser, group: argparse._ArgumentGroup) -> I
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", BAR).replace("<", "&lt;")
+    return _escaped(" ".join(text.split())).replace("<", "&lt;")
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|")
