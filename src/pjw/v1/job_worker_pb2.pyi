@@ -531,6 +531,7 @@ class WriteInputRequest(_message.Message):
     a gap is OUT_OF_RANGE.
     """
     data: _builtins.bytes
+    """At most 1 MiB. A message with neither data nor an end has no answer, but for the first one."""
     end: _builtins.bool
     """Whether the input ends behind `data`."""
     def __init__(
