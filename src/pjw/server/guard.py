@@ -232,6 +232,9 @@ async def _say_admitted(context: Context) -> None:
         await asyncio.shield(sending)
     except asyncio.CancelledError:
         await asyncio.wait({sending})
+        # an error that nobody looks at goes to the log, and a client that has gone is no matter of the log's
+        if not sending.cancelled():
+            sending.exception()
         raise
 
 

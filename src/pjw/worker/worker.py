@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from datetime import datetime
 from signal import SIGKILL, SIGTERM
 from typing import Final, Self
@@ -403,6 +404,11 @@ class Worker:
                 yield chunk
         if output.lost:
             raise output.lost
+
+    async def without_tail(self, job_id: int, part: Part, owner: str | None = None) -> Part:
+        """A part of a job's output that begins at its offset, where one with `tail_lines` would begin now."""
+        output = await self._output(job_id, part, owner)
+        return replace(part, offset=await output.begin(part), tail_lines=None)
 
     async def timed_logs(
         self, job_id: int, part: Part = ALL_OUTPUT, owner: str | None = None
