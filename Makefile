@@ -2,8 +2,8 @@
 # PYTHON=, CC=, TESTS=, TARGETS=, SUITES=, BENCH_ARGS= and what the scripts name at their heads can be given to make
 # or be in the environment.
 
-.PHONY: help install demo test test-slow test-vm soak bench bench-check check sanitize fuzz coverage package deb \
-	test-package format lock clean
+.PHONY: help install demo test test-slow test-vm soak bench bench-check profile check docs sanitize fuzz coverage \
+	package deb test-package format lock clean
 
 help:
 	@echo 'make install      pjw and pjwd into .venv/bin'
@@ -14,7 +14,9 @@ help:
 	@echo 'make soak         mixed load with random kills for SOAK_SECONDS=1800, and what it left'
 	@echo 'make bench        pjw beside its peers and the kernel, with plots (SUITES=start BENCH_ARGS=--quick); as root'
 	@echo 'make bench-check  fails when pjw is worse by half than in benchmarks/ratios.json; as root'
+	@echo 'make profile      where the processor time of a start goes, by perf(1); as root'
 	@echo 'make check        ruff, mypy, import-linter, generated code, shellcheck, buf'
+	@echo 'make docs         the site, into build/site; fails on a broken link'
 	@echo 'make sanitize     pjw-init with ASan and UBSan under its tests'
 	@echo 'make fuzz         each fuzzer for FUZZ_SECONDS (default 60); TARGETS=settings: only that one'
 	@echo 'make coverage     all tests, and which lines they did not reach'
@@ -59,9 +61,20 @@ bench-check:
 	@scripts/install test
 	@.venv/bin/python -B -m benchmarks --quick --check $(BENCH_ARGS) $(SUITES)
 
+profile:
+	@scripts/install test
+	@.venv/bin/python -B -m benchmarks.cpu_profile
+
 check:
 	@scripts/install dev
 	@scripts/check
+
+# Not --quiet: warnings, which --strict makes errors of, would not be counted. The variable: the theme's makers
+# announce its successor at every build.
+docs:
+	@scripts/install docs
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
+	@echo 'the site is in build/site: open build/site/index.html'
 
 sanitize:
 	@scripts/install test
@@ -98,5 +111,5 @@ lock:
 	scripts/lock
 
 clean:
-	rm -rf .venv build dist node_modules .coverage* .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv build dist node_modules tests/clients/node_modules .coverage* .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests -name __pycache__ -prune -exec rm -rf {} +

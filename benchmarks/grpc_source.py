@@ -4,6 +4,7 @@
 
 It has pjwd's TLS and server options, its method and its messages, but sends them ready-made: nothing is read,
 built or serialized, and nobody asks who calls. LogsRequest.id 0 is followed like a silent job: for ever.
+Get answers with a job of that id and nothing more: what a call takes that does nothing.
 """
 
 import asyncio
@@ -70,11 +71,15 @@ async def _serve(certs: Path, size: int) -> None:
         if left:
             await context.write(pb.LogsResponse(data=bytes(left)).SerializeToString())
 
-    handler: grpc.RpcMethodHandler[Any, Any] = grpc.unary_stream_rpc_method_handler(
-        logs, request_deserializer=pb.LogsRequest.FromString
-    )
+    async def get(request: pb.GetRequest, context: "Context") -> bytes:
+        return pb.GetResponse(job=pb.Job(id=request.id)).SerializeToString()
+
+    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+        "Logs": grpc.unary_stream_rpc_method_handler(logs, request_deserializer=pb.LogsRequest.FromString),
+        "Get": grpc.unary_unary_rpc_method_handler(get, request_deserializer=pb.GetRequest.FromString),
+    }
     server = grpc.aio.server(options=OPTIONS)
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, {"Logs": handler}),))
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
     key, crt, ca = ((certs / name).read_bytes() for name in ("server.key", "server.crt", "ca.crt"))
     credentials = grpc.ssl_server_credentials([(key, crt)], ca, require_client_auth=True)
     port = server.add_secure_port("127.0.0.1:0", credentials)

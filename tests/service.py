@@ -178,7 +178,9 @@ class Service:
         )
 
     @contextmanager
-    def channel(self, client: str | tuple[str, str] | None = "alice") -> Iterator[grpc.Channel]:
+    def channel(
+        self, client: str | tuple[str, str] | None = "alice", address: str = ""
+    ) -> Iterator[grpc.Channel]:
         """A connection of its own, as a client by name, by (crt, key) files, or as nobody."""
         crt: bytes | None = None
         key: bytes | None = None
@@ -194,7 +196,7 @@ class Service:
             # handshake may take, which is much on a busy machine.
             ("grpc.initial_reconnect_backoff_ms", 20),
         ]
-        with grpc.secure_channel(self.address, credentials, options) as channel:
+        with grpc.secure_channel(address or self.address, credentials, options) as channel:
             yield channel
 
     @contextmanager

@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from pjw.model import Job, JobSpec, Limits
 from pjw.output.inotify import Inotify
-from pjw.worker import Worker, WorkerSettings
+from pjw.worker import Part, Worker, WorkerSettings
 from pjw.worker.settings import UID_FIRST
 from tests.service import instance_cgroups, job_cgroups, job_scratch, wait_for
 
@@ -241,7 +241,7 @@ async def start_said(
 
 async def read_all(worker: Worker, job_id: int, offset: int = 0) -> bytes:
     """A job's output until its end."""
-    return b"".join([chunk async for chunk in worker.logs(job_id, offset)])
+    return b"".join([chunk async for chunk in worker.logs(job_id, Part(offset=offset))])
 
 
 async def read_until(worker: Worker, job_id: int, text: bytes) -> bytes:
@@ -296,9 +296,9 @@ class WorkerProcess:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def start(self, command: str, **limits: int) -> int:
+    def start(self, command: str, *, request_id: str = "", **limits: int) -> int:
         """Start a job; its id."""
-        self.write(do="start", command=command, limits=limits)
+        self.write(do="start", command=command, limits=limits, request_id=request_id)
         job_id: int = self.read()["started"]
         return job_id
 
@@ -331,7 +331,8 @@ async def _serve(state: str, settings: WorkerSettings) -> None:
 
 async def _answer(worker: Worker, request: dict[str, Any]) -> None:
     if request["do"] == "start":
-        job = await start(worker, request["command"], **request["limits"])
+        spec = JobSpec(request["command"], request["limits"], request_id=request.get("request_id", ""))
+        job = await worker.start(spec)
         print(json.dumps({"started": job.id}), flush=True)
     else:
         job = await worker.stop(request["id"], request["grace"])

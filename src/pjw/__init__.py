@@ -7,10 +7,13 @@ free of cost and of dependencies: the privileged launcher imports it too.
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pjw.client.aio import AsyncClient
+    from pjw.client.sync import Client
     from pjw.model import Job, JobSpec, JobState, Limits
     from pjw.worker import Worker
 
-__all__ = ["Job", "JobSpec", "JobState", "Limits", "Worker"]
+__all__ = ["AsyncClient", "Client", "Job", "JobSpec", "JobState", "Limits", "Worker"]
+_MODULES = {"AsyncClient": "pjw.client.aio", "Client": "pjw.client.sync", "Worker": "pjw.worker"}
 
 
 def __getattr__(name: str) -> object:
@@ -18,4 +21,4 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module("pjw.worker" if name == "Worker" else "pjw.model"), name)
+    return getattr(import_module(_MODULES.get(name, "pjw.model")), name)

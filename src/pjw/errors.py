@@ -19,7 +19,7 @@ RESOURCE_ERRNOS: Final = frozenset(
         errno_names.ENOMEM,
     }
 )
-PROGRAM_SHOWN_CHARACTERS: Final = 200
+SHOWN_CHARACTERS: Final = 200
 
 
 class PjwError(Exception):
@@ -35,9 +35,9 @@ class InvalidJobError(PjwError):
 
 
 class JobNotFoundError(PjwError):
-    """No such job, or none that this caller may know of: the two are never told apart."""
+    """No such job, by id or name, or none that this caller may know of: the two are never told apart."""
 
-    def __init__(self, job_id: int) -> None:
+    def __init__(self, job_id: int | str) -> None:
         super().__init__(f"no job {job_id}")
         self.job_id: Final = job_id
 
@@ -46,16 +46,25 @@ class JobStateError(PjwError):
     """A real job at the wrong moment."""
 
 
+class NameTakenError(PjwError):
+    """The name is that of another job of the caller's, which has not ended."""
+
+
 class LaunchError(PjwError):
     """The command could not be executed: missing, or not executable. Carries errno."""
 
     def __init__(self, program: str, error: int) -> None:
-        # it travels as a header of HTTP/2, which is small, and ends on a terminal
-        shown = program if program.isprintable() else ascii(program)
-        if len(shown) > PROGRAM_SHOWN_CHARACTERS:
-            shown = f"{shown[:PROGRAM_SHOWN_CHARACTERS]}..."
-        super().__init__(f"cannot execute {shown}: {describe_errno(error)}")
+        super().__init__(f"cannot execute {_shown(program)}: {describe_errno(error)}")
         self.program: Final = program
+        self.errno: Final = error
+
+
+class WorkdirError(PjwError):
+    """The command's working directory cannot be entered, by its user and as a job sees it. Carries errno."""
+
+    def __init__(self, workdir: str, error: int) -> None:
+        super().__init__(f"cannot enter the working directory {_shown(workdir)}: {describe_errno(error)}")
+        self.workdir: Final = workdir
         self.errno: Final = error
 
 
@@ -108,6 +117,12 @@ class ServerUnreachableError(PjwError):
 
 class ServerFailedError(PjwError):
     """Seen by a client: the server failed in a way that is its own fault."""
+
+
+def _shown(text: str) -> str:
+    # it travels as a header of HTTP/2, which is small, and ends on a terminal
+    shown = text if text.isprintable() else ascii(text)
+    return f"{shown[:SHOWN_CHARACTERS]}..." if len(shown) > SHOWN_CHARACTERS else shown
 
 
 def describe_errno(error: int) -> str:

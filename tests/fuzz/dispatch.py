@@ -18,7 +18,7 @@ from typing import Any
 
 from pjw.errors import JobStateError, ProtocolError
 from pjw.launcher import dispatch, protocol
-from pjw.launcher.dispatch import ROUTES, Launcher
+from pjw.launcher.dispatch import Launcher
 from pjw.launcher.policy import JOB_ID_MAX
 from pjw.model import LIMIT_MINIMUM, Limits, Usage
 from tests.fuzz import protocol as messages
@@ -116,12 +116,16 @@ def seeds() -> list[bytes]:
     lines = []
     for data in messages.seeds():
         with contextlib.suppress(ProtocolError):
-            route = ROUTES[protocol.decode_request(data)[1].op]
-            lines.append(b"%d%s" % (route.descriptors, data))
+            count = protocol.descriptors_of(protocol.decode_request(data)[1])
+            lines.append(b"%d%s" % (count, data))
     launch = protocol.Launch(3, UID_FIRST, CEILING)
-    lines += [b"3" + protocol.encode(1, launch), b"3" + protocol.encode(2, replace(launch, uid=0))]
+    lines += [
+        b"6" + protocol.encode(1, replace(launch, split_stderr=True)),
+        b"4" + protocol.encode(1, launch),
+        b"4" + protocol.encode(2, replace(launch, uid=0)),
+    ]
     later = [line for line in lines if b'"hello"' not in line]
-    return [*lines, b"\n".join(later), b"4" + later[0], b"5" + lines[-2]]
+    return [*lines, b"\n".join(later), b"3" + later[0], b"5" + lines[-2], b"7" + lines[-2]]
 
 
 def one_input(data: bytes) -> None:
@@ -162,10 +166,10 @@ def _say(ours: socket.socket, launcher: Launcher, data: bytes, descriptors: tupl
 @contextlib.contextmanager
 def _descriptors(digit: bytes) -> Iterator[tuple[int, ...]]:
     with contextlib.ExitStack() as stack:
-        if digit in (b"1", b"2", b"3", b"4"):
+        if digit in (b"1", b"2", b"3", b"4", b"5", b"6"):
             made = [os.memfd_create("fuzz") for _ in range(int(digit))]
-        elif digit == b"5":
-            made = [os.open(os.devnull, os.O_RDWR), *os.pipe()]
+        elif digit == b"7":
+            made = [os.open(os.devnull, os.O_RDWR), *os.pipe(), os.memfd_create("fuzz")]
         else:
             made = []
         for descriptor in made:

@@ -1,10 +1,10 @@
 /*
- * The command line and the argv file of pjw-init: whatever they are, it refuses, or what comes out is in
- * bounds. An input is the words of the command line and then the bytes of the argv, all divided by NULs, after
- * a first byte that says how many of them are words (its lower 6 bits) and whether the argv is a pipe (bit 7).
+ * The command line and the command file of pjw-init: whatever they are, it refuses, or what comes out is in
+ * bounds. An input is the words of the command line and then the bytes of the command, all divided by NULs, after
+ * a first byte that says how many of them are words (its lower 6 bits) and whether the command is a pipe (bit 7).
  *
  * options.c is compiled in here, with its mappings taken from the heap, where ASan guards them, and with an end
- * of the process turned into a jump. Descriptors 100 to 103 are there: a status file, the argv, two more.
+ * of the process turned into a jump. Descriptors 100 to 103 are there: a status file, the command, two more.
  */
 #include "init.h"
 
@@ -14,7 +14,7 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 
-enum { STATUS = 100, ARGV = 101, LAST = 103, WORDS_MAX = 64, MAPPINGS_MAX = 2, PIPE_MAX = 60000 };
+enum { STATUS = 100, COMMAND = 101, LAST = 103, WORDS_MAX = 64, MAPPINGS_MAX = 2, PIPE_MAX = 60000 };
 
 static void *heap_map(size_t bytes);
 static int heap_unmap(void *memory);
@@ -55,7 +55,7 @@ static int heap_unmap(void *memory) {
 
 void fail(enum step step, const char *subject) {
     (void)subject;
-    if ((step != STEP_OPTIONS && step != STEP_ARGV) || !errno)
+    if ((step != STEP_OPTIONS && step != STEP_COMMAND) || !errno)
         abort();
     longjmp(ended, 1);
 }
@@ -80,21 +80,33 @@ static void check(const struct options *options) {
         must(options->cgroup_procs_fds[i] >= STATUS);
     must(options->tmp_bytes <= INT64_MAX && options->output_max <= INT64_MAX && options->time_max <= INT32_MAX);
     must(options->argv && options->argv[0] && options->argv[0][0]);
-    size_t bytes = 0;
-    for (char **word = options->argv; *word; word++)
-        bytes += sizeof *word + strlen(*word) + 1; /* ASan sees a string that is none */
-    must(!options->argv_mapped_bytes || options->argv_mapped_bytes == bytes + sizeof(char *));
+    must(!options->workdir || options->workdir[0] == '/');
+    size_t words = 0, bytes = 0; /* ASan sees a string that is none */
+    for (char **word = options->argv; *word; word++, words++)
+        bytes += strlen(*word) + 1;
+    if (!options->command_mapped_bytes)
+        return;
+    must(options->environment == options->argv + words + 1);
+    char *end = (char *)options->argv + options->command_mapped_bytes;
+    for (char **variable = options->environment; *variable; variable++) {
+        if (*variable < (char *)options->environment || *variable >= end) /* one of ours */
+            continue;
+        must(strchr(*variable, '=') > *variable);
+        bytes += strlen(*variable) + 1;
+    }
+    bytes += (options->workdir ? strlen(options->workdir) : 0) + 2; /* that which ends the variables as well */
+    must(!options->workdir || options->workdir == end - bytes);
 }
 
-static void open_descriptors(const char *argv, size_t length, bool as_pipe) {
+static void open_descriptors(const char *command, size_t length, bool as_pipe) {
     int file = memfd_create("fuzz", 0), ends[2];
-    must(file >= 0 && write(file, argv, length) == (ssize_t)length);
+    must(file >= 0 && write(file, command, length) == (ssize_t)length);
     for (int fd = STATUS; fd <= LAST; fd++)
         must(dup2(file, fd) == fd);
     close(file);
     if (!as_pipe || length > PIPE_MAX)
         return;
-    must(pipe(ends) == 0 && write(ends[1], argv, length) == (ssize_t)length && dup2(ends[0], ARGV) == ARGV);
+    must(pipe(ends) == 0 && write(ends[1], command, length) == (ssize_t)length && dup2(ends[0], COMMAND) == COMMAND);
     close(ends[0]);
     close(ends[1]);
 }
@@ -119,7 +131,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     if (setjmp(ended) == 0) {
         parse_options(count, words, &options);
         check(&options);
-        release_argv(&options);
+        release_command(&options);
     }
     for (int i = 0; i < MAPPINGS_MAX; i++) { /* the end of the process would have given them back */
         free(mappings[i]);

@@ -10,6 +10,7 @@ import os
 import select
 import signal
 import socket
+import struct
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ BUILD: Final = (
     *("gcc", "-std=gnu17", "-Wall", "-Wextra", "-Werror", "-Os", "-static"),
     *("-ffunction-sections", "-Wl,--gc-sections"),
 )
+COMMAND_MAX_BYTES: Final = (1 << 20) + (1 << 16)
 DEADLINE_SECONDS: Final = 60.0
 ENVIRONMENT: Final = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/run/job"}
 # of this run alone: another may be under way on the same machine
@@ -39,6 +41,12 @@ def build_init(directory: Path) -> Path:
     return binary
 
 
+def command_file(argv: Sequence[str], env: Mapping[str, str] | None = None, workdir: str = "") -> bytes:
+    """What tells init what to run."""
+    variables = [f"{name}={value}" for name, value in (env or {}).items()]
+    return b"".join(word.encode() + b"\0" for word in (workdir, *variables, "", *argv))
+
+
 def wait_readable(fd: int, doing: str) -> None:
     """Wait for *fd*, at most until the deadline."""
     poll = select.poll()
@@ -54,6 +62,8 @@ class Running:
     report: socket.socket
     output_path: Path
     status_path: Path
+    times_path: Path
+    stderr_path: Path
     reports: list[str] = field(default_factory=list)
     pidfd: int = -1
     exit_code: int | None = None
@@ -119,6 +129,11 @@ class Running:
         return self.output.decode()
 
     @property
+    def times(self) -> list[tuple[int, int]]:
+        """When output was written: nanoseconds, and where what was read until then ends."""
+        return list(struct.iter_unpack("=qQ", self.times_path.read_bytes()))
+
+    @property
     def status(self) -> list[list[str]]:
         """The records of the status file, as words."""
         return [line.split() for line in self.status_path.read_bytes().split(b"\0")[0].decode().splitlines()]
@@ -147,33 +162,45 @@ class Harness:
         pass_fds: Sequence[int] = (),
         output_fd: int | None = None,
         before: bytes = b"",
-        raw_argv: bytes | None = None,
+        raw_command: bytes | None = None,
+        env: Mapping[str, str] | None = None,
+        workdir: str = "",
+        split_stderr: bool = False,
         at_clone: signal.Signals | None = None,
     ) -> Running:
-        """Start *argv* and wait until it was executed, or could not be."""
+        """Start *argv* and wait until it was executed, or could not be.
+
+        *environment* is init's own, *env* what the client adds.
+        """
         number = len(self._running)
-        output_path, status_path = self.directory / f"output-{number}", self.directory / f"status-{number}"
+        output_path, status_path, times_path, stderr_path = (
+            self.directory / f"{name}-{number}" for name in ("output", "status", "times", "stderr")
+        )
         output_path.write_bytes(before)
         status_path.write_bytes(bytes(4096))
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        running = Running(ours, output_path, status_path)
+        running = Running(ours, output_path, status_path, times_path, stderr_path)
         self._running.append(running)
-        argv_fd = os.memfd_create("argv")
+        command_fd = os.memfd_create("command")
         output = os.open(output_path, os.O_RDWR | os.O_CLOEXEC) if output_fd is None else os.dup(output_fd)
         status = os.open(status_path, os.O_RDWR | os.O_CLOEXEC)
-        words = b"".join(word.encode() + b"\0" for word in argv) if raw_argv is None else raw_argv
-        os.write(argv_fd, words)
+        files = [command_fd, output, status]
+        files.append(os.open(times_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC))
+        if split_stderr:
+            files.append(os.open(stderr_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC))
+            options = [*options, "--split-stderr", "--stderr-fd", str(files[-1])]
+        os.write(command_fd, command_file(argv, env or {}, workdir) if raw_command is None else raw_command)
         command = [
-            *(str(self.binary), "--report-fd", str(theirs.fileno()), "--argv-fd", str(argv_fd)),
-            *("--output-fd", str(output), "--status-fd", str(status)),
+            *(str(self.binary), "--report-fd", str(theirs.fileno()), "--command-fd", str(command_fd)),
+            *("--output-fd", str(output), "--status-fd", str(status), "--times-fd", str(files[3])),
             *("--uid", str(JOB_UID), "--gid", str(JOB_UID), *options),
         ]
-        inherited = (theirs.fileno(), argv_fd, output, status, *pass_fds)
+        inherited = (theirs.fileno(), *files, *pass_fds)
         stage0 = subprocess.Popen(
             command, env=dict(environment), pass_fds=inherited, stderr=subprocess.PIPE, extra_groups=[4, 27]
         )
         theirs.close()
-        for fd in (argv_fd, output, status):
+        for fd in files:
             os.close(fd)
         running.read_reports(at_clone)
         _, errors = stage0.communicate(timeout=DEADLINE_SECONDS)

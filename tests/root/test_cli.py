@@ -18,7 +18,7 @@ import pytest
 from pjw.v1 import job_worker_pb2 as pb
 from tests.service import BIN, Service, wait_for
 
-COMMANDS: Final = ("list", "get", "start", "stop", "logs", "rm")
+COMMANDS: Final = ("run", "start", "list", "get", "logs", "wait", "stop", "rm")
 
 
 def test_help_names_every_command_option_and_exit_code(service: Service) -> None:
@@ -46,11 +46,17 @@ def test_help_names_every_command_option_and_exit_code(service: Service) -> None
         [],
         ["frobnicate"],
         ["get"],
-        ["get", "1", "2"],
+        ["get", "1_0"],
         ["list", "x"],
         ["rm"],
         ["--frob", "list"],
         ["logs", "-f"],
+        ["logs", "1", "2"],
+        ["list", "--state", "dead"],
+        ["list", "--format", "yaml"],
+        ["list", "--format", "template:{nothing}"],
+        ["stop", "--signal", "64", "1"],
+        ["--all", "run", "true"],
         ["--all", "start", "true"],
     ],
 )
@@ -281,8 +287,8 @@ def test_a_server_that_does_not_come_back_ends_logs_with_a_hint(service: Service
     own = Service(tmp_path, clients=["alice"]).start()
     job_id = own.start_job("echo hello; sleep 300")
     program = (
-        "import sys, pjw.cli.client\nfrom pjw.cli.main import main\n"
-        "pjw.cli.client.RECONNECT_SECONDS = 1\nsys.exit(main())"
+        "import functools, sys, pjw.client.sync as sync\nfrom pjw.cli.main import main\n"
+        "sync.Client = functools.partial(sync.Client, reconnect_seconds=1)\nsys.exit(main())"
     )
     logs = subprocess.Popen(
         [sys.executable, "-c", program, "logs", str(job_id)],

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests.root.init_harness import (
+    COMMAND_MAX_BYTES,
     ENVIRONMENT,
     JOB_UID,
     Harness,
@@ -319,7 +320,8 @@ def test_init_holds_no_descriptor_of_its_callers(init: Harness) -> None:
     job = init.start("sleep", "1000")
     links = [os.readlink(f"/proc/{job.pid}/fd/{fd}") for fd in os.listdir(f"/proc/{job.pid}/fd")]
     kinds = {link.split(":")[0] for link in links}
-    assert kinds == {"/dev/null", "pipe", "anon_inode", str(job.output_path), str(job.status_path)}
+    files = {str(path) for path in (job.output_path, job.status_path, job.times_path)}
+    assert kinds == {"/dev/null", "pipe", "anon_inode"} | files
     assert sum(link.startswith("pipe") for link in links) == 1
 
 
@@ -913,7 +915,7 @@ def test_cgroup_v2_is_cloned_into(init: Harness) -> None:
         (["--hide", "relative"], b"not an absolute path"),
         (["--hide", "/x"] * 65, b"too many of them"),
         (["--cgroup-procs-fd", "0"], b"out of range"),
-        (["--argv-fd", "0"], b"the command is given twice"),
+        (["--command-fd", "0"], b"the command is given twice"),
     ],
 )
 def test_bad_options_are_refused(init: Harness, options: list[str], message: bytes) -> None:
@@ -942,20 +944,26 @@ def test_uid_gid_and_a_command_are_required(init: Harness) -> None:
     [
         (b"", errno.EINVAL),
         (b"\0", errno.EINVAL),
-        (b"true", errno.EINVAL),
-        (b"\0true\0", errno.EINVAL),
-        (b"x" * (1 << 20) + b"\0", errno.E2BIG),
+        (b"\0\0", errno.EINVAL),
+        (b"/\0", errno.EINVAL),
+        (b"\0A=1\0", errno.EINVAL),
+        (b"\0\0true", errno.EINVAL),
+        (b"\0\0\0true\0", errno.EINVAL),
+        (b"\0A\0\0true\0", errno.EINVAL),
+        (b"\0=\0\0true\0", errno.EINVAL),
+        (b"tmp\0\0true\0", errno.EINVAL),
+        (b"x" * COMMAND_MAX_BYTES + b"\0", errno.E2BIG),
     ],
 )
-def test_a_bad_argv_is_refused(init: Harness, raw: bytes, error: int) -> None:
-    """An argv that is empty, unfinished, nameless or too long is reported as such, before any clone."""
-    job = init.start(raw_argv=raw)
-    assert job.reports == [f"failed argv {error}"]
+def test_a_bad_command_is_refused(init: Harness, raw: bytes, error: int) -> None:
+    """A command that is empty, unfinished, nameless or too long is reported as such, before any clone."""
+    job = init.start(raw_command=raw)
+    assert job.reports == [f"failed command {error}"]
 
 
-def test_the_argv_may_fill_its_bound(init: Harness) -> None:
-    """1 MiB of argv is read whole; here the kernel's own limit for one argument is what refuses it."""
-    job = init.start(raw_argv=b"true\0" + b"x" * ((1 << 20) - 6) + b"\0")
+def test_the_command_may_fill_its_bound(init: Harness) -> None:
+    """All of it is read; here the kernel's own limit for one argument is what refuses it."""
+    job = init.start(raw_command=b"\0\0true\0" + b"x" * (COMMAND_MAX_BYTES - 8) + b"\0")
     assert job.reports == ["cloned", f"failed exec {errno.E2BIG}"]
 
 

@@ -37,6 +37,7 @@ from pjw.launcher.protocol import (
     Request,
 )
 from tests.property.test_protocol import BY_TYPE, limits
+from tests.root.init_harness import command_file
 from tests.root.test_launcher_hostile import BAD, Peer
 from tests.service import wait_for
 from tests.worker_harness import DEADLINE_SECONDS, MIB, NO_LIMITS, Bench, _status
@@ -59,7 +60,7 @@ class Step:
 
     data: bytes
     descriptors: tuple[str, ...] = ()
-    argv: bytes = b"true\0"
+    command: bytes = b"\0\0true\0"
     wait: bool = False
 
     def request(self) -> Request | None:
@@ -68,8 +69,8 @@ class Step:
             _, request = protocol.decode_request(self.data)
         except ProtocolError:
             return None
-        route = ROUTES[request.op]
-        fits = route.allowed_in is Phase.SERVING and route.descriptors == len(self.descriptors)
+        expected = protocol.descriptors_of(request)
+        fits = ROUTES[request.op].allowed_in is Phase.SERVING and expected == len(self.descriptors)
         return request if fits else None
 
     def greets(self) -> bool:
@@ -206,7 +207,8 @@ def descendants(pid: int, but: frozenset[int]) -> list[int]:
 def launches(draw: st.DrawFn, bench: Bench) -> Launch:
     """One of three jobs, as it should be, or with one thing that it may not have."""
     first = bench.settings.uid_first
-    launch = Launch(draw(st.integers(1, 3)), draw(st.integers(first, first + UIDS - 1)), CEILING)
+    uid = draw(st.integers(first, first + UIDS - 1))
+    launch = Launch(draw(st.integers(1, 3)), uid, CEILING, draw(st.booleans()))
     match draw(st.sampled_from(["", "", "", "id", "uid", "limits"])):
         case "id":
             return replace(launch, job_id=draw(st.sampled_from(ODD_IDS)))
@@ -233,26 +235,31 @@ def requests(bench: Bench) -> st.SearchStrategy[Request]:
     return st.booleans().flatmap(lambda launch: launches(bench) if launch else others)
 
 
-def argvs(surroundings: Surroundings) -> st.SearchStrategy[bytes]:
+def commands(surroundings: Surroundings) -> st.SearchStrategy[bytes]:
     """Commands that end, stay, attack, or are none."""
     attack = (
         f"kill -9 -1; ln -s {surroundings.canaries} link; mkdir d; ln -s {surroundings.canaries}/file d/x;"
         f" echo x >{surroundings.canaries}/file; rm -rf {surroundings.canaries}"
     )
-    known = [b"true\0", b"sleep\x0060\0", b"sh\0-c\0" + attack.encode() + b"\0"]
-    odd = st.sampled_from([b"/nonexistent\0", b"", b"\0", b"no end"]) | st.binary(max_size=20)
+    known = [
+        command_file(["true"]),
+        command_file(["sleep", "60"], {"PATH": "/usr/bin:/bin", "A": "b"}, "/tmp"),
+        command_file(["sh", "-c", attack]),
+    ]
+    nowhere = [command_file(["/nonexistent"]), command_file(["true"], workdir="/nonexistent")]
+    odd = st.sampled_from([*nowhere, b"", b"\0", b"no end"]) | st.binary(max_size=20)
     return st.sampled_from(SELDOM).flatmap(lambda seldom: odd if seldom else st.sampled_from(known))
 
 
 @st.composite
-def steps(draw: st.DrawFn, requests: st.SearchStrategy[Request], argvs: st.SearchStrategy[bytes]) -> Step:
+def steps(draw: st.DrawFn, requests: st.SearchStrategy[Request], commands: st.SearchStrategy[bytes]) -> Step:
     """A request as it should be, except for what it asks; seldom with descriptors that it should not have."""
     request = draw(requests)
-    kinds = ["right"] * ROUTES[request.op].descriptors
+    kinds = ["right"] * protocol.descriptors_of(request)
     if kinds and draw(st.sampled_from(SELDOM)):
         kinds[draw(st.integers(0, len(kinds) - 1))] = draw(st.sampled_from(sorted(BAD)))
     data = protocol.encode(draw(st.integers(0, 5)), request)
-    return Step(data, tuple(kinds), draw(argvs), draw(st.booleans()))
+    return Step(data, tuple(kinds), draw(commands), draw(st.booleans()))
 
 
 @st.composite
@@ -277,13 +284,13 @@ def forgeries(draw: st.DrawFn, bench: Bench, steps: st.SearchStrategy[Step]) -> 
         case _:
             for _ in range(draw(st.integers(1, 4))):
                 data[draw(st.integers(0, len(data) - 1))] = draw(st.integers(0, 255))
-    return Step(bytes(data), kinds, step.argv)
+    return Step(bytes(data), kinds, step.command)
 
 
 @st.composite
 def conversations(draw: st.DrawFn, bench: Bench, surroundings: Surroundings) -> tuple[bool, list[Step]]:
     """Whether it begins with a greeting, and its steps: some once more, and at its end anything."""
-    well_formed = steps(requests(bench), argvs(surroundings))
+    well_formed = steps(requests(bench), commands(surroundings))
     # hypothesis likes short lists, in which nothing meets
     played = draw(st.lists(well_formed, min_size=6, max_size=20))
     played += draw(st.lists(st.sampled_from(played), max_size=5))
@@ -369,7 +376,8 @@ class Conversation:
         )
 
     def _descriptors(self, step: Step, stack: ExitStack) -> list[int]:
-        right = itertools.cycle(self._peer.descriptors(stack, step.argv))
+        files = self._peer.descriptors(stack, step.command, count=protocol.MAX_DESCRIPTORS)
+        right = itertools.cycle(files)
         made = [(next(right), kind) for kind in step.descriptors]
         return [
             fd if kind == "right" else BAD[kind][1](stack, self._surroundings.theirs) for fd, kind in made

@@ -43,6 +43,7 @@ from pjw.launcher.protocol import (
 )
 from pjw.model import JobState, Usage
 from pjw.worker.settings import WAITING_INITS
+from tests.root.init_harness import command_file
 from tests.service import wait_for, waiting_ids
 from tests.worker_harness import DEADLINE_SECONDS, NO_LIMITS, Bench, start
 
@@ -111,17 +112,17 @@ class Peer:
     def launch(self, job_id: int, argv: Sequence[str] = ("sleep", "60"), **changes: Any) -> protocol.Reply:
         """Ask for a launch with descriptors as they should be."""
         with ExitStack() as stack:
-            descriptors = self.descriptors(stack, b"".join(word.encode() + b"\0" for word in argv))
-            reply = self.ask(replace(Launch(job_id, self.uid, NO_LIMITS), **changes), descriptors)
+            launch = replace(Launch(job_id, self.uid, NO_LIMITS), **changes)
+            reply = self.ask(launch, self.descriptors(stack, command_file(argv), count=len(launch.files)))
         if isinstance(reply, Launched):
             self._jobs.append(job_id)
         return reply
 
-    def descriptors(self, stack: ExitStack, argv: bytes = b"true\0") -> Descriptors:
-        """argv, output and status."""
-        memory = os.memfd_create("argv")
-        os.write(memory, argv)
-        files = [os.open(self.bench.directory, os.O_TMPFILE | os.O_RDWR) for _ in range(2)]
+    def descriptors(self, stack: ExitStack, command: bytes = b"\0\0true\0", count: int = 4) -> Descriptors:
+        """Those of a launch."""
+        memory = os.memfd_create("command")
+        os.write(memory, command)
+        files = [os.open(self.bench.directory, os.O_TMPFILE | os.O_RDWR) for _ in range(count - 1)]
         os.write(files[1], bytes(4096))
         for descriptor in (memory, *files):
             stack.callback(os.close, descriptor)
@@ -331,12 +332,17 @@ def test_a_scratch_directory_of_somebody_else(connect: Callable[..., Peer], benc
 # --- descriptors
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 4, 10])
-def test_a_launch_with_the_wrong_number_of_descriptors(bench: Bench, peer: Peer, count: int) -> None:
-    """Three, no more and no fewer."""
+@pytest.mark.parametrize(
+    ("count", "split_stderr"),
+    [*((count, False) for count in (0, 1, 3, 5, 6, 10)), *((count, True) for count in (4, 5, 7))],
+)
+def test_a_launch_with_the_wrong_number_of_descriptors(
+    bench: Bench, peer: Peer, count: int, split_stderr: bool
+) -> None:
+    """Four, or six where stderr is kept apart; no more and no fewer."""
     with ExitStack() as stack:
-        descriptors = [descriptor for _ in range(4) for descriptor in peer.descriptors(stack)]
-        peer.send(protocol.encode(1, Launch(1, peer.uid, NO_LIMITS)), descriptors[:count])
+        descriptors = peer.descriptors(stack, count=10)[:count]
+        peer.send(protocol.encode(1, Launch(1, peer.uid, NO_LIMITS, split_stderr)), descriptors)
         peer.ended_by_us()
     assert bench.remains() == []
 
@@ -373,16 +379,19 @@ def _pipe(stack: ExitStack, directory: Path) -> int:
     return ends[1]
 
 
+# the places of what comes with a launch
+EVERY: Final = tuple(range(protocol.MAX_DESCRIPTORS))
+WRITTEN: Final = EVERY[1:]
 BAD: Final[dict[str, tuple[tuple[int, ...], Callable[[ExitStack, Path], int]]]] = {
-    "socket": ((0, 1, 2), _socket),
-    "pipe": ((0, 1, 2), _pipe),
-    "directory": ((0, 1, 2), _opened("{}", os.O_RDONLY)),
-    "device": ((0, 1, 2), _opened("/dev/zero", os.O_RDWR)),
-    "null": ((0, 1, 2), _opened("/dev/null", os.O_RDWR)),
-    "read only": ((1, 2), _opened("{}/file", os.O_RDONLY)),
-    "path": ((1, 2), _opened("{}/file", os.O_PATH)),
-    "path of a directory": ((0, 1, 2), _opened("/etc", os.O_PATH)),
-    "passwd": ((1, 2), _opened("/etc/passwd", os.O_RDONLY)),
+    "socket": (EVERY, _socket),
+    "pipe": (EVERY, _pipe),
+    "directory": (EVERY, _opened("{}", os.O_RDONLY)),
+    "device": (EVERY, _opened("/dev/zero", os.O_RDWR)),
+    "null": (EVERY, _opened("/dev/null", os.O_RDWR)),
+    "read only": (WRITTEN, _opened("{}/file", os.O_RDONLY)),
+    "path": (WRITTEN, _opened("{}/file", os.O_PATH)),
+    "path of a directory": (EVERY, _opened("/etc", os.O_PATH)),
+    "passwd": (WRITTEN, _opened("/etc/passwd", os.O_RDONLY)),
 }
 
 
@@ -395,9 +404,9 @@ def test_a_launch_with_a_descriptor_of_the_wrong_kind(
     """init writes to them as root: only plain files that the sender itself could write."""
     before = Path("/etc/passwd").read_bytes()
     with ExitStack() as stack:
-        descriptors = peer.descriptors(stack)
+        descriptors = peer.descriptors(stack, count=protocol.MAX_DESCRIPTORS)
         descriptors[place] = BAD[kind][1](stack, bench.directory)
-        reply = peer.ask(Launch(1, peer.uid, NO_LIMITS), descriptors)
+        reply = peer.ask(Launch(1, peer.uid, NO_LIMITS, split_stderr=True), descriptors)
     assert isinstance(reply, Refused)
     assert reply.kind == "invalid"
     assert bench.remains() == []
@@ -421,21 +430,28 @@ def test_refused_launches_leave_no_descriptor(bench: Bench, peer: Peer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "error"),
+    ("command", "error"),
     [
         (b"", None),
         (b"\0", None),
-        (b"true", None),
-        (b"true\0\0", 0),
-        (b"x\0" * 600_000, None),
-        (b"/bin/true\0" + b"x" * 1_048_000 + b"\0", errno.E2BIG),
+        (b"\0\0", None),
+        (b"\0\0true", None),
+        (b"\0\0true\0\0", 0),
+        (b"relative\0\0true\0", None),
+        (b"\0A=1\0true\0", None),
+        (b"\0=1\0\0true\0", None),
+        (b"\0\0" + b"x\0" * 600_000, None),
+        (b"\0\0/bin/true\0" + b"x" * 1_048_000 + b"\0", errno.E2BIG),
     ],
-    ids=["empty", "an empty word", "no end", "empty argument", "too many", "too long"],
+    ids=[
+        *("empty", "an empty word", "no argv", "no end", "empty argument", "a relative directory"),
+        *("no end of the environment", "a variable without a name", "too many", "too long"),
+    ],
 )
-def test_an_argv_that_is_none(bench: Bench, peer: Peer, argv: bytes, error: int | None) -> None:
+def test_a_command_that_is_none(bench: Bench, peer: Peer, command: bytes, error: int | None) -> None:
     """The launcher never reads it; init does, and says so; nothing is left."""
     with ExitStack() as stack:
-        reply = peer.ask(Launch(1, peer.uid, NO_LIMITS), peer.descriptors(stack, argv))
+        reply = peer.ask(Launch(1, peer.uid, NO_LIMITS), peer.descriptors(stack, command))
     if error == 0:
         assert isinstance(reply, Launched)
         peer._jobs.append(1)
@@ -750,7 +766,7 @@ def test_hanging_up_in_mid_launch(bench: Bench, peer: Peer) -> None:
     """Launches under way are left to themselves; the next launcher finds them and ends them."""
     with ExitStack() as stack:
         for job_id in range(1, 9):
-            descriptors = peer.descriptors(stack, b"sleep\x0060\0")
+            descriptors = peer.descriptors(stack, command_file(["sleep", "60"]))
             peer.send(protocol.encode(job_id, Launch(job_id, peer.uid, NO_LIMITS)), descriptors)
         peer.socket.close()
     assert peer.end() == 0

@@ -11,6 +11,7 @@ import pytest
 from pjw.model import JobState
 from pjw.worker import Worker
 from pjw.worker.settings import WAITING_INITS
+from tests.root.init_harness import wait_readable
 from tests.service import wait_for, waiting_ids, waiting_inits
 from tests.worker_harness import MIB, Bench, WorkerProcess, run, start
 
@@ -126,6 +127,7 @@ async def test_an_init_that_was_killed_while_it_waited(bench: Bench, worker: Wor
     pidfd = os.pidfd_open(pid)
     try:
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        wait_readable(pidfd, "the end of the init")
         job, output = await run(worker, ["echo", "words"])
     finally:
         os.close(pidfd)

@@ -21,7 +21,7 @@ from pjw.errors import (
     OffsetError,
 )
 from pjw.model import EndReason, ExitStatus, JobState, Limits
-from pjw.worker import Worker
+from pjw.worker import Part, Worker
 from tests.worker_harness import (
     ASK,
     MIB,
@@ -218,7 +218,7 @@ async def test_output_from_any_offset(worker: Worker) -> None:
 async def test_output_comes_as_it_is_written(bench: Bench, worker: Worker) -> None:
     """A byte is delivered while the job goes on, also to a reader that began at the end of what was there."""
     job = await start_said(worker, ASK + "echo first; read x <&3; echo second; sleep 60", b"first\n")
-    async with aclosing(worker.logs(job.id, offset=len(b"first\n"))) as chunks:
+    async with aclosing(worker.logs(job.id, Part(offset=len(b"first\n")))) as chunks:
         second = asyncio.ensure_future(anext(chunks))
         await asyncio.sleep(0)
         bench.tell(job.id)

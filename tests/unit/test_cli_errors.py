@@ -6,8 +6,9 @@ import errno
 import pytest
 
 from pjw import errors
-from pjw.cli import main as cli
-from pjw.cli.main import exit_code_of, main
+from pjw.cli import connection, exits
+from pjw.cli.exits import exit_code_of
+from pjw.cli.main import main
 
 CODES = {
     errors.LaunchError("x", errno.ENOENT): 127,
@@ -40,7 +41,9 @@ def test_every_exit_code_is_documented(capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit):
         main(["--help"])
     text = capsys.readouterr().out
-    codes = {value for name, value in vars(cli).items() if name.startswith("EXIT_")} - {cli.EXIT_CLOSED_PIPE}
+    codes = {value for name, value in vars(exits).items() if name.startswith("EXIT_")} - {
+        exits.EXIT_CLOSED_PIPE
+    }
     assert codes == {1, 2, 125, 126, 127, 130}
     for code in codes:
         assert f" {code} " in text.replace("\n", " ")
@@ -55,7 +58,7 @@ def test_an_error_is_a_line_and_a_hint(
     def fail(arguments: object) -> None:
         raise errors.ConfigError("cannot do it: broken", hint=hint)
 
-    monkeypatch.setattr(cli, "find_settings", fail)
+    monkeypatch.setattr(connection, "find_settings", fail)
     assert main(["list"]) == 125
     assert capsys.readouterr() == (
         "",
@@ -66,12 +69,12 @@ def test_an_error_is_a_line_and_a_hint(
 @pytest.mark.parametrize("text", ["0", "7", "-1", "007", str(2**63), "9" * 100, "-" + "9" * 99])
 def test_whole_numbers_are_ids(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether such a job exists is the server's to say."""
-    seen: list[int] = []
+    seen: list[object] = []
 
     def stop(arguments: argparse.Namespace) -> None:
-        seen.append(arguments.id)
+        seen.extend(arguments.jobs)
         raise errors.ConfigError("far enough")
 
-    monkeypatch.setattr(cli, "find_settings", stop)
+    monkeypatch.setattr(connection, "find_settings", stop)
     assert main(["get", text]) == 125
     assert seen == [int(text)]

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pjw.cli.settings import DEFAULT_SERVER, ClientSettings, config_path, find_settings
+from pjw.cli.settings import DEFAULT_SERVER, config_path, find_settings
+from pjw.client.settings import ClientSettings
 from pjw.errors import ConfigError
 
 KEYS = ("server", "ca_crt", "client_crt", "client_key")

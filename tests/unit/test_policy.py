@@ -28,8 +28,8 @@ LAUNCH = Launch(1, 1000, NO_LIMITS)
 
 @pytest.fixture
 def descriptors(tmp_path: Path) -> Any:
-    """Three plain files, open for reading and writing."""
-    opened = [os.open(tmp_path / str(number), os.O_RDWR | os.O_CREAT) for number in range(3)]
+    """Six plain files, open for reading and writing."""
+    opened = [os.open(tmp_path / str(number), os.O_RDWR | os.O_CREAT) for number in range(6)]
     yield opened
     for descriptor in opened:
         os.close(descriptor)
@@ -61,42 +61,46 @@ def test_users_of_a_launch(descriptors: list[int]) -> None:
     """The first and the last of the range, none beside it."""
     policy = Policy.from_hello(HELLO)
     for uid in (1000, 1009):
-        policy.check_launch(replace(LAUNCH, uid=uid), descriptors)
+        policy.check_launch(replace(LAUNCH, uid=uid), descriptors[:4])
     for uid in (0, 999, 1010, 2**32 + 1000):
         with pytest.raises(InvalidJobError, match=f"user id {uid} is not one for jobs"):
-            policy.check_launch(replace(LAUNCH, uid=uid), descriptors)
+            policy.check_launch(replace(LAUNCH, uid=uid), descriptors[:4])
 
 
 def test_limits_of_a_launch(descriptors: list[int]) -> None:
     """Up to the ceiling."""
     policy = Policy.from_hello(replace(HELLO, ceiling=NO_LIMITS.with_overrides({"pids_max": 10})))
-    policy.check_launch(replace(LAUNCH, limits=NO_LIMITS.with_overrides({"pids_max": 10})), descriptors)
+    policy.check_launch(replace(LAUNCH, limits=NO_LIMITS.with_overrides({"pids_max": 10})), descriptors[:4])
     for value in (11, 0):
         with pytest.raises(InvalidJobError, match="limit pids_max is above its ceiling"):
             policy.check_launch(
-                replace(LAUNCH, limits=NO_LIMITS.with_overrides({"pids_max": value})), descriptors
+                replace(LAUNCH, limits=NO_LIMITS.with_overrides({"pids_max": value})), descriptors[:4]
             )
 
 
 def test_the_number_of_descriptors(descriptors: list[int]) -> None:
-    """Three."""
+    """Four, or six where stderr is kept apart."""
     policy = Policy.from_hello(HELLO)
-    for few in range(3):
-        with pytest.raises(InvalidJobError, match="needs three descriptors"):
-            policy.check_launch(LAUNCH, descriptors[:few])
+    for split_stderr, right in ((False, 4), (True, 6)):
+        launch = replace(LAUNCH, split_stderr=split_stderr)
+        policy.check_launch(launch, descriptors[:right])
+        for count in set(range(7)) - {right}:
+            with pytest.raises(InvalidJobError, match=f"needs {right} descriptors"):
+                policy.check_launch(launch, [*descriptors, *descriptors][:count])
 
 
 def test_descriptors_that_only_read(descriptors: list[int], tmp_path: Path) -> None:
-    """argv may be read-only; output and status, which init writes, may not."""
+    """The command may be read-only; the others, which init writes, may not."""
     policy = Policy.from_hello(HELLO)
     reading = os.open(tmp_path / "0", os.O_RDONLY)
     try:
-        policy.check_launch(LAUNCH, [reading, *descriptors[1:]])
-        for place in (1, 2):
+        launch = replace(LAUNCH, split_stderr=True)
+        policy.check_launch(launch, [reading, *descriptors[1:]])
+        for place in range(1, 6):
             changed = [*descriptors]
             changed[place] = reading
             with pytest.raises(InvalidJobError, match="not writable"):
-                policy.check_launch(LAUNCH, changed)
+                policy.check_launch(launch, changed)
     finally:
         os.close(reading)
 

@@ -25,6 +25,8 @@ def made(kind: type[errors.PjwError]) -> errors.PjwError:
         return errors.JobNotFoundError(7)
     if kind is errors.LaunchError:
         return errors.LaunchError("/secret/x", errno.ENOENT)
+    if kind is errors.WorkdirError:
+        return errors.WorkdirError("/secret/x", errno.EACCES)
     if kind is errors.KernelError:
         return errors.KernelError("mount", "/secret/x", errno.EPERM, hint="mount /secret")
     return kind("cannot use /secret/x", hint="look there")

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from pjw.errors import ConfigError, KernelError, LimitReachedError
+from pjw.errors import ConfigError, KernelError, LimitReachedError, NameTakenError
 from pjw.model import EndReason, ExitStatus, Job, JobSpec, JobState, Limits, Usage
 from pjw.worker import schema
+from pjw.worker.rows import from_ns, to_ns
 from pjw.worker.schema import SCHEMA_VERSION
 from pjw.worker.settings import Retention
-from pjw.worker.store import JobStore, from_ns, to_ns
+from pjw.worker.store import JobStore
 
 DATA = Path(__file__).parents[1] / "data"
 END = datetime(2026, 5, 17, 12, 0, 0, 123_456, UTC)
@@ -125,9 +126,9 @@ async def test_pages_and_the_living(store: JobStore) -> None:
     jobs = [await store.add("ab"[number % 2], JobSpec(str(number)), Limits()) for number in range(6)]
     for job in jobs[:3]:
         await store.finish(ended(job))
-    assert [job.id for job in await store.page(None, 0, 1000)] == [1, 2, 3, 4, 5, 6]
-    assert [job.id for job in await store.page("a", 1, 2)] == [3, 5]
-    assert [job.id for job in await store.page("c", 0, 2)] == []
+    assert [job.id for job in (await store.page(None, 0, 1000)).jobs] == [1, 2, 3, 4, 5, 6]
+    assert [job.id for job in (await store.page("a", 1, 2)).jobs] == [3, 5]
+    assert [job.id for job in (await store.page("c", 0, 2)).jobs] == []
     assert [job.id for job in await store.alive()] == [4, 5, 6]
 
 
@@ -187,7 +188,7 @@ async def test_a_table_of_version_1(path: Path) -> None:
         db.executescript((DATA / "jobs_v1.sql").read_text())
     db.close()
     store = JobStore(str(path))
-    first, second, third, alive = await store.page(None, 0, 10)
+    first, second, third, alive = (await store.page(None, 0, 10)).jobs
     assert (first.command, first.limits.pids_max, first.end) == ("echo ü 'x'", 7, END)
     assert (first.exit_status, first.usage) == (ExitStatus(code=3), Usage(1, 2, 3, 4, 5))
     assert (second.client_name, second.exit_status) == ("bob", ExitStatus(signal=9))
@@ -198,6 +199,58 @@ async def test_a_table_of_version_1(path: Path) -> None:
     # what is counted from now on was counted then as well
     assert await store.prune(Retention(jobs_per_client=1), 0, 10) == [1]
     store.close()
+
+
+async def test_a_table_of_version_2(path: Path) -> None:
+    """What it has keeps its bytes, its end and its removals; from now on its jobs may have names."""
+    with sqlite3.connect(path) as db:
+        db.executescript((DATA / "jobs_v2.sql").read_text())
+    db.close()
+    store = JobStore(str(path))
+    first, second, alive = (await store.page(None, 0, 10)).jobs
+    assert (first.command, first.output_bytes, first.end) == ("echo ü 'x'", 12, END)
+    assert (second.client_name, second.exit_status) == ("bob", ExitStatus(signal=9))
+    assert await store.alive() == [alive]
+    assert {(job.name, *job.labels, job.split_stderr, job.input) for job in (first, second, alive)} == {
+        ("", False, False)
+    }
+    assert await store.removals() == [4]
+    assert await store.ended_bytes("alice") == (12, 12)
+    named = await store.add("alice", JobSpec("x", name="n", labels={"k": "v"}, request_id="r"), Limits())
+    assert named.id == 5
+    assert await store.of_request("alice", "r") == 5
+    store.close()
+
+
+async def test_a_name_is_its_job_s_until_that_has_ended(store: JobStore) -> None:
+    """Another of the same client is refused, and told of whom; another client, and no name, are free."""
+    first = await store.add("alice", JobSpec("x", name="web"), Limits())
+    with pytest.raises(NameTakenError) as caught:
+        await store.add("alice", JobSpec("x", name="web"), Limits())
+    assert str(caught.value) == "cannot start a job called web: job 1 is called that, and has not ended"
+    assert caught.value.hint == "pjw stop 1; or choose another name"
+    await store.add("bob", JobSpec("x", name="web"), Limits())
+    await store.add("alice", JobSpec("x"), Limits())
+    await store.add("alice", JobSpec("x"), Limits())
+    await store.finish(ended(first))
+    again = await store.add("alice", JobSpec("x", name="web"), Limits())
+    assert await store.get(again.id) == again
+    await store.discard(again.id)
+    await store.add("alice", JobSpec("x", name="web"), Limits())
+
+
+async def test_a_request_id_is_its_client_s_for_as_long_as_the_job_is_kept(store: JobStore) -> None:
+    """It finds the job, ended or not; a job that is gone is forgotten."""
+    job = await store.add("alice", JobSpec("x", request_id="r"), Limits())
+    assert [await store.of_request(*key) for key in (("alice", "r"), ("bob", "r"), ("alice", "s"))] == [
+        job.id,
+        None,
+        None,
+    ]
+    await store.finish(ended(job))
+    assert await store.of_request("alice", "r") == job.id
+    await store.remove(job.id)
+    assert await store.of_request("alice", "r") is None
 
 
 def test_each_version_is_whole_or_not_at_all(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,17 +1,29 @@
 """What is shown: JSON and tables on stdout. The bytes of a job never come through here."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
+from itertools import chain, islice
+from typing import Any, Final
 
 from pjw.cli.terminal import columns
-from pjw.model import Job
+from pjw.cli.units import duration_in_words
+from pjw.model import Job, JobState
+
+# What a name may take of a table's width.
+NAME_COLUMNS: Final = 24
+_GREEN, _RED, _YELLOW, _DIM = "32", "31", "33", "2"
 
 
 def job_json(job: Job) -> str:
     """A job as the JSON of the seed, further keys behind its own."""
+    return json.dumps(members(job), indent=2, ensure_ascii=False)
+
+
+def members(job: Job) -> dict[str, Any]:
+    """The keys and values of a job's JSON."""
     status = job.exit_status
-    members = {
+    return {
         "id": str(job.id),  # an int64 is a string in protobuf's JSON mapping, and in the seed
         "command": job.command,
         "start": _time(job.start),
@@ -24,8 +36,11 @@ def job_json(job: Job) -> str:
         "limits": {_camel(name): value for name, value in job.limits.items()},
         "usage": _usage(job),
         "outputBytes": job.output_bytes,
+        "name": job.name,
+        "labels": dict(job.labels),
+        "splitStderr": job.split_stderr,
+        "input": job.input,
     }
-    return json.dumps(members, indent=2, ensure_ascii=False)
 
 
 def _usage(job: Job) -> dict[str, int] | None:
@@ -41,19 +56,50 @@ def _usage(job: Job) -> dict[str, int] | None:
     }
 
 
-def job_table(jobs: Iterable[Job], *, with_clients: bool = False) -> Iterable[str]:
-    """Jobs as the lines of a table for a terminal; *with_clients*, each with whose it is."""
-    width = columns()
-    now = datetime.now(UTC)
+def job_line(job: Job) -> str:
+    """A job as one line of JSON."""
+    return json.dumps(members(job), ensure_ascii=False)
 
-    def line_of(job_id: object, client: str, state: str, age: str, ended: str) -> str:
-        whose = f"{client:<20}  " if with_clients else ""
-        return f"{job_id:>6}  {whose}{state:<8}  {age:>5}  {ended:<12}  "
 
-    yield line_of("ID", "CLIENT", "STATE", "AGE", "EXIT") + "COMMAND"
+def jobs_json(jobs: Iterable[Job]) -> Iterator[str]:
+    """Jobs as the pieces of one array of JSON, each piece as soon as its job is there."""
+    before = "[\n"
     for job in jobs:
-        line = line_of(job.id, printable(job.client_name), job.state, _age(now, job.start), _exit(job))
-        yield line + printable(job.command)[: max(20, width - len(line))]
+        yield before + "  " + job_json(job).replace("\n", "\n  ")
+        before = ",\n"
+    yield "\n]" if before.startswith(",") else "[]"
+
+
+def job_table(
+    jobs: Iterable[Job], *, with_clients: bool = False, with_colours: bool = False
+) -> Iterator[str]:
+    """Jobs as the lines of a table for a terminal; *with_clients*, each with whose it is."""
+    width, now = columns(), datetime.now(UTC)
+    rest = iter(jobs)
+    # the first ones decide how wide it is; so a list of a million begins at once
+    first = list(islice(rest, 1000))
+    name_width = min(NAME_COLUMNS, max((len(job.name) for job in first), default=0))
+    whose_width = min(NAME_COLUMNS, max([6, *(len(printable(job.client_name)) for job in first)]))
+
+    def line_of(job: Job | None) -> str:
+        cells = [f"{job.id if job else 'ID':>6}"]
+        if with_clients:
+            cells.append(f"{printable(job.client_name) if job else 'CLIENT':<{whose_width}}")
+        if name_width:
+            cells.append(f"{job.name if job else 'NAME':<{max(4, name_width)}}")
+        cells += [
+            _painted(f"{job.state if job else 'STATE':<8}", _colour(job) if with_colours else ""),
+            f"{_age(now, job.start) if job else 'AGE':>5}",
+            f"{duration_in_words(duration(job, now)) if job else 'DURATION':>8}",
+            f"{_exit(job) if job else 'EXIT':<12}",
+        ]
+        return "  ".join(cells) + "  "
+
+    yield line_of(None) + "COMMAND"
+    for job in chain(first, rest):
+        line = line_of(job)
+        used = len(line) - (len(_painted("", _colour(job))) if with_colours else 0)
+        yield line + printable(job.command)[: max(20, width - used)]
 
 
 def printable(text: str) -> str:
@@ -61,6 +107,25 @@ def printable(text: str) -> str:
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text
     )
+
+
+def duration(job: Job, now: datetime) -> float:
+    """How many seconds a job has run."""
+    return ((job.end or now) - job.start).total_seconds()
+
+
+def _colour(job: Job | None) -> str:
+    if job is None:
+        return "1"
+    if not job.state.final:
+        return _GREEN if job.state is JobState.RUNNING else _YELLOW
+    if job.exit_status is not None and job.exit_status.code == 0:
+        return _DIM
+    return _RED
+
+
+def _painted(text: str, colour: str) -> str:
+    return f"\x1b[{colour}m{text}\x1b[0m" if colour else text
 
 
 def _exit(job: Job) -> str:

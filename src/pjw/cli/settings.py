@@ -2,23 +2,13 @@
 
 import argparse
 import os
-from dataclasses import dataclass
 from typing import Final
 
+from pjw.client.settings import ClientSettings
 from pjw.errors import ConfigError
 
 DEFAULT_SERVER: Final = "localhost:50051"
 _KEYS: Final = ("server", "ca_crt", "client_crt", "client_key")
-
-
-@dataclass(frozen=True, slots=True)
-class ClientSettings:
-    """Where to connect to, and the files that say who we are."""
-
-    server: str
-    ca_crt: str
-    client_crt: str
-    client_key: str
 
 
 def find_settings(arguments: argparse.Namespace) -> ClientSettings:

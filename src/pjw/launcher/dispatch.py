@@ -21,7 +21,7 @@ from pjw.launcher import protocol
 from pjw.launcher.cgroup import Cgroup, Hierarchy, disks_under, open_hierarchy
 from pjw.launcher.lock import hold_lock
 from pjw.launcher.operator_files import open_operator_file
-from pjw.launcher.policy import Policy, check_job_id, instance_name
+from pjw.launcher.policy import Policy, check_job_id, check_signal, instance_name
 from pjw.launcher.pool import Init, Pool
 from pjw.launcher.processes import Watcher, has_ended, send_signal
 from pjw.launcher.scratch import Scratch
@@ -31,6 +31,8 @@ from pjw.model import Usage
 # What a launch takes while it is under way; and what is kept for all else that must go on when a client
 # has taken the rest: to watch, account and remove, and to receive the next request.
 LAUNCH_DESCRIPTORS: Final = 3
+# What has init send signal N is this signal and N (init/init.h, SIGNAL_FIRST).
+INIT_SIGNAL_FIRST: Final = 33
 SPARE_DESCRIPTORS: Final = 32
 
 
@@ -118,12 +120,13 @@ class Launcher:
             route = ROUTES[request.op]
             if self._phase is not route.allowed_in:
                 raise ProtocolError(f"a request {request.op} came out of phase")
-            if flags & socket.MSG_CTRUNC and len(descriptors) < route.descriptors:
+            expected = protocol.descriptors_of(request)
+            if flags & socket.MSG_CTRUNC and len(descriptors) < expected:
                 # we had no room for those that are missing, which is no fault of the sender's
                 subject = f"a request {request.op}"
                 self._reply(seq, protocol.Refused("kernel", "receive", subject, errno.EMFILE, ""))
                 return
-            if flags & socket.MSG_CTRUNC or len(descriptors) != route.descriptors:
+            if flags & socket.MSG_CTRUNC or len(descriptors) != expected:
                 raise ProtocolError(f"a request {request.op} came with {len(descriptors)} descriptors")
             self._answer(seq, route, request, list(descriptors))
         finally:
@@ -232,7 +235,7 @@ class Launcher:
         job_id = launch.init.job_id
         self._launching.discard(job_id)
         self._inits.pop(job_id, None)
-        kind = "exec" if failed.step == "exec" else "kernel"
+        kind = failed.step if failed.step in ("exec", "workdir") else "kernel"
         refusal = protocol.Refused(kind, failed.operation, f"job {job_id}", failed.errno, "")
         try:
             self._pool.discard(launch.init)
@@ -264,8 +267,11 @@ class Launcher:
         return (protocol.JobIdPage(tuple(found[: protocol.MAX_JOB_IDS])),)
 
     def answer_terminate(self, seq: int, request: protocol.Terminate, descriptors: list[int]) -> "Answer":
-        """Have init send SIGTERM to every process of its job, at once, whatever they fork."""
-        self._signal_init(request.job_id, signal.SIGTERM)
+        """Have init send a signal to every process of its job, at once, whatever they fork."""
+        check_signal(request.signal)
+        # the usual one as itself: also the init of an older version, which has been adopted, knows it
+        usual = request.signal == signal.SIGTERM
+        self._signal_init(request.job_id, signal.SIGTERM if usual else INIT_SIGNAL_FIRST + request.signal)
         return (protocol.Done(),)
 
     def answer_kill(self, seq: int, request: protocol.Kill, descriptors: list[int]) -> "Answer":
@@ -281,7 +287,7 @@ class Launcher:
             cgroup.kill()
         return (protocol.Done(),)
 
-    def _signal_init(self, job_id: int, number: signal.Signals) -> None:
+    def _signal_init(self, job_id: int, number: int) -> None:
         # Only what this launcher launched or adopted is in the table: no request reaches a
         # process that is not the init of a job.
         pidfd = self._inits.get(job_id)
@@ -352,18 +358,17 @@ Answer = tuple[protocol.Reply] | tuple[protocol.Reply, int] | None
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Who answers a request, in which phase it may come, and with how many descriptors."""
+    """Who answers a request, and in which phase it may come."""
 
     answer: Callable[[Launcher, int, Any, list[int]], Answer]
     allowed_in: Phase = Phase.SERVING
-    descriptors: int = 0
 
 
 # The launcher's whole surface. Anything else, or anything early, ends it: such a peer is
 # broken or hostile.
 ROUTES: Final[dict[str, Route]] = {
     "hello": Route(Launcher.answer_hello, allowed_in=Phase.GREETING),
-    "launch": Route(Launcher.answer_launch, descriptors=3),
+    "launch": Route(Launcher.answer_launch),
     "adopt": Route(Launcher.answer_adopt),
     "job_ids": Route(Launcher.answer_job_ids),
     "terminate": Route(Launcher.answer_terminate),

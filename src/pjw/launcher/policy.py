@@ -14,7 +14,10 @@ from pjw.model import Limits
 # ids of jobs become names of directories: 2^53 is enough for a million jobs a second for 285 years
 JOB_ID_MAX: Final = 2**53
 
-# What every job finds in its environment, and nothing else: neither the server's nor the
+# the last one before the real-time signals
+SIGNAL_MAX: Final = 31
+
+# What every job finds in its environment, beside what its client adds: neither the server's nor the
 # launcher's ever reaches a job. docs/architecture.md lists it for users.
 JOB_ENVIRONMENT: Final = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -59,8 +62,8 @@ class Policy:
             raise InvalidJobError(f"user id {request.uid} is not one for jobs")
         if above := request.limits.first_above(self.ceiling):
             raise InvalidJobError(f"limit {above} is above its ceiling")
-        if len(descriptors) != 3:
-            raise InvalidJobError("a launch needs three descriptors: argv, output, status")
+        if len(descriptors) != len(request.files):
+            raise InvalidJobError(f"this launch needs {len(request.files)} descriptors: {request.files}")
         # init writes to them as root: a descriptor of anything but a plain file (a device, a
         # socket, a directory) could make that do more than store bytes.
         for descriptor in descriptors:
@@ -69,13 +72,19 @@ class Policy:
         # Only what the sender could open for writing itself is written or touched for it.
         for descriptor in descriptors[1:]:
             if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
-                raise InvalidJobError("the output or status descriptor of a launch is not writable")
+                raise InvalidJobError("a descriptor of a launch is not writable, and not of its command")
 
     def operator_file(self, place: int) -> str:
         """The path at that place. Raises InvalidJobError where there is none."""
         if not 0 <= place < len(self.operator_files):
             raise InvalidJobError(f"{place} is not the place of an operator's file")
         return self.operator_files[place]
+
+
+def check_signal(number: int) -> None:
+    """Raises InvalidJobError for what is no signal that a job can be stopped with."""
+    if not 1 <= number <= SIGNAL_MAX:
+        raise InvalidJobError(f"{number} is not a signal from 1 to {SIGNAL_MAX}")
 
 
 def check_job_id(job_id: int) -> None:

@@ -32,7 +32,7 @@ def _poll(descriptor: int, events: int, timeout: int | None) -> bool:
     return bool(poll.poll(timeout))
 
 
-def send_signal(pidfd: int, number: signal.Signals) -> None:
+def send_signal(pidfd: int, number: int) -> None:
     """Send a signal; to a process that has ended already, none."""
     with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(pidfd, number)

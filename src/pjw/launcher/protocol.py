@@ -14,7 +14,7 @@ from pjw.errors import InvalidJobError, ProtocolError
 from pjw.model import Limits, Usage
 
 MAX_DATAGRAM_BYTES: Final = 65_536
-MAX_DESCRIPTORS: Final = 3
+MAX_DESCRIPTORS: Final = 6
 # As many job ids as fit into a datagram at their longest.
 MAX_JOB_IDS: Final = 2_000
 
@@ -36,12 +36,19 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """Start a job. Descriptors: argv (NUL-terminated strings), output, status."""
+    """Start a job. Its descriptors are `files`."""
 
     op: ClassVar = "launch"
     job_id: int
     uid: int
     limits: Limits
+    split_stderr: bool = False
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """What comes along, in this order: what is to be run, and where init writes."""
+        apart = ("stderr", "stderr_times") if self.split_stderr else ()
+        return ("command", "output", "status", "times", *apart)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +69,11 @@ class JobIds:
 
 @dataclass(frozen=True, slots=True)
 class Terminate:
-    """SIGTERM to every process of a job."""
+    """SIGTERM, or another signal from 1 to 31, to every process of a job."""
 
     op: ClassVar = "terminate"
     job_id: int
+    signal: int = 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +159,10 @@ class Opened:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """It was not done. `kind`: exec, kernel, invalid, state or config; `errno` is 0 when there is none."""
+    """It was not done. `errno` is 0 when there is none.
+
+    `kind`: exec, workdir (it cannot be entered), kernel, invalid, state or config.
+    """
 
     op: ClassVar = "refused"
     kind: str
@@ -170,6 +181,11 @@ REQUESTS: Final[dict[str, type[Request]]] = {
 REPLIES: Final[dict[str, type[Reply]]] = {
     c.op: c for c in (Done, Launched, Adopted, JobIdPage, Accounted, Opened, Refused)
 }
+
+
+def descriptors_of(request: Request) -> int:
+    """How many descriptors come with a request."""
+    return len(request.files) if isinstance(request, Launch) else 0
 
 
 def encode(seq: int, message: Request | Reply) -> bytes:

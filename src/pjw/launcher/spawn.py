@@ -80,13 +80,14 @@ def spawn_init(job_id: int, policy: Policy, cgroup: Cgroup, scratch: str) -> tup
 
 
 def send_order(report: socket.socket, request: Launch, descriptors: Sequence[int]) -> None:
-    """Have an init start its job; *descriptors* are argv, output and status. Raises OSError."""
+    """Have an init start its job; *descriptors* are its files. Raises OSError."""
     limits = request.limits
     words = (
         *("--uid", str(request.uid), "--gid", str(request.uid)),
         # half of the memory, so that a full /tmp is ENOSPC before it is an OOM kill
         *("--tmp-bytes", str(limits.memory_max_bytes // 2)),
         *("--output-max", str(limits.output_max_bytes), "--time-max", str(limits.time_max_seconds)),
+        *(("--split-stderr",) if request.split_stderr else ()),
     )
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
     report.sendmsg([b"".join(word.encode() + b"\0" for word in words)], rights)

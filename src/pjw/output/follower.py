@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import sys
 from collections.abc import AsyncGenerator
 from typing import Final
 
@@ -15,9 +16,12 @@ CHUNK_BYTES_MAX: Final = 256 * 1024
 KEEPS_UP_SECONDS: Final = 0.1
 
 
-async def follow(log: OutputLog, offset: int = 0, head: Head = no_head) -> AsyncGenerator[bytes, None]:
+async def follow(
+    log: OutputLog, offset: int = 0, head: Head = no_head, *, present_only: bool = False
+) -> AsyncGenerator[bytes, None]:
     """Yield every byte from *offset* on, each chunk behind its head; return once the output has ended.
 
+    With *present_only* return at the end of what is there when it is called, ended or not.
     Raises OffsetError when *offset* lies beyond the end of what is there, and LauncherGoneError
     when the worker closes before the end. No polling: waits on inotify. A slow reader costs
     nobody anything: bytes stay in the file until it asks.
@@ -25,6 +29,8 @@ async def follow(log: OutputLog, offset: int = 0, head: Head = no_head) -> Async
     loop = asyncio.get_running_loop()
     with log.open() as descriptor, log.changes() as changed:
         size = os.fstat(descriptor).st_size
+        # a job may write faster than anybody reads
+        end = size if present_only else sys.maxsize
         if not 0 <= offset <= size:
             raise OffsetError(f"cannot read output from byte {offset}: it has {size} bytes")
         chunk_bytes = CHUNK_BYTES_MIN
@@ -32,10 +38,10 @@ async def follow(log: OutputLog, offset: int = 0, head: Head = no_head) -> Async
             # Look at `ended`, and clear the event, before the read. The job may write its
             # last bytes while we read; this order makes the read after the look a complete
             # one, and a write after the read sets the event again.
-            ended = log.ended
+            ended = log.ended or present_only
             changed.clear()
             while True:
-                count, chunk = await read_at(descriptor, offset, chunk_bytes, head)
+                count, chunk = await read_at(descriptor, offset, min(chunk_bytes, end - offset), head)
                 if not count:
                     break
                 offset += count

@@ -37,8 +37,9 @@ class OutputLog:
     Nothing of it is held in memory: the page cache is the buffer, shared by all followers.
     """
 
-    def __init__(self, path: str, inotify: Inotify, *, ended: bool) -> None:
+    def __init__(self, path: str, inotify: Inotify, *, ended: bool, times_path: str | None = None) -> None:
         self._path: Final = path
+        self._times_path: Final = times_path
         self._inotify: Final = inotify
         self._followers: Final[set[asyncio.Event]] = set()
         self._watch = -1
@@ -98,6 +99,21 @@ class OutputLog:
             yield descriptor
         finally:
             os.close(descriptor)
+
+    @contextmanager
+    def open_times(self) -> Iterator[int | None]:
+        """A descriptor of the records of when it was written, or None. Raises KernelError."""
+        try:
+            descriptor = os.open(self._times_path, os.O_RDONLY | os.O_CLOEXEC) if self._times_path else None
+        except FileNotFoundError:
+            descriptor = None
+        except OSError as error:
+            raise KernelError("open the times of", self._path, error.errno or 0) from error
+        try:
+            yield descriptor
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
 
     def _open(self) -> int:
         try:

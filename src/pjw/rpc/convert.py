@@ -1,5 +1,6 @@
 """Messages to model and back. Nothing here asks or decides."""
 
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Final
 
@@ -102,9 +103,22 @@ def spec_from_message(message: pb.StartRequest) -> JobSpec:
     )
 
 
+def states_from_message(numbers: "Iterable[pb.JobState.ValueType]") -> frozenset[JobState]:
+    """States that are asked for. Raises InvalidJobError for one that this version does not know."""
+    try:
+        return frozenset(_STATES_BACK[number] for number in numbers)
+    except KeyError as unknown:
+        raise InvalidJobError(f"no state of a job has the number {unknown}") from None
+
+
 def limits_from_message(message: pb.Limits) -> dict[str, int]:
     """The limits that are set, by name."""
     return {field.name: value for field, value in message.ListFields()}
+
+
+def timed_logs_response(data: bytes, time: datetime | None) -> pb.LogsResponse:
+    """Output, and when it was written."""
+    return pb.LogsResponse(data=data, time=None if time is None else _timestamp(time))
 
 
 def logs_response_head(count: int) -> bytes:

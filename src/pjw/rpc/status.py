@@ -1,7 +1,7 @@
 """Errors to gRPC status and back: one table for both directions.
 
-gRPC itself never produces INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION, OUT_OF_RANGE or
-DATA_LOSS: a client that sees one knows that we said it (grpc.io/docs/guides/status-codes).
+gRPC itself never produces INVALID_ARGUMENT, NOT_FOUND, ALREADY_EXISTS, FAILED_PRECONDITION,
+OUT_OF_RANGE or DATA_LOSS: a client that sees one knows that we said it (grpc.io/docs/guides/status-codes).
 """
 
 from typing import Final
@@ -14,7 +14,9 @@ CODES: Final[dict[type[errors.PjwError], grpc.StatusCode]] = {
     errors.InvalidJobError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.JobNotFoundError: grpc.StatusCode.NOT_FOUND,
     errors.JobStateError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.NameTakenError: grpc.StatusCode.ALREADY_EXISTS,
     errors.LaunchError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.WorkdirError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.OffsetError: grpc.StatusCode.OUT_OF_RANGE,
     errors.OutputLostError: grpc.StatusCode.DATA_LOSS,
     errors.LimitReachedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -31,6 +33,7 @@ CODES: Final[dict[type[errors.PjwError], grpc.StatusCode]] = {
 _ERRORS: Final[dict[grpc.StatusCode, type[errors.PjwError]]] = {
     grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidJobError,
     grpc.StatusCode.FAILED_PRECONDITION: errors.JobStateError,
+    grpc.StatusCode.ALREADY_EXISTS: errors.NameTakenError,
     grpc.StatusCode.OUT_OF_RANGE: errors.OffsetError,
     grpc.StatusCode.DATA_LOSS: errors.OutputLostError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: errors.LimitReachedError,

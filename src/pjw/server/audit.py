@@ -61,6 +61,8 @@ class CallRecord:
             self._job_id = answer.job.id
         elif isinstance(answer, bytes):
             self._bytes += logs_response_bytes(answer)
+        elif isinstance(answer, pb.LogsResponse):
+            self._bytes += len(answer.data)
 
     def line(self) -> bytes:
         """The call as a line, when it is over."""

@@ -25,6 +25,9 @@ ALL_CLIENTS: Final[dict[str, frozenset[Role]]] = {
     "Get": frozenset({Role.VIEWER, Role.ADMIN}),
     "List": frozenset({Role.VIEWER, Role.ADMIN}),
     "Logs": frozenset({Role.VIEWER, Role.ADMIN}),
+    "Wait": frozenset({Role.VIEWER, Role.ADMIN}),
+    "GetUsageHistory": frozenset({Role.VIEWER, Role.ADMIN}),
+    "WatchUsage": frozenset({Role.VIEWER, Role.ADMIN}),
     "Stop": frozenset({Role.ADMIN}),
     "Delete": frozenset({Role.ADMIN}),
 }

@@ -21,6 +21,8 @@ from pjw.worker.settings import Quotas
 REFUSALS_PER_SECOND: Final = 100
 # Refused calls of one client that wait for their turn, about 20 KiB each; what is above is told at once.
 PAUSED_MAX: Final = 1000
+# A call that lasts as a stream does: who waits for many jobs must still be able to ask for one.
+WAITING_METHOD: Final = "Wait"
 # Below so many, clients whose starts are all theirs again are not looked for.
 FORGET_ABOVE: Final = 64
 
@@ -68,10 +70,11 @@ class Quota:
         So does what the call itself raises of that kind: at a limit of running jobs, for example.
         """
         try:
-            refusal = self._stream_refusal(client_name) if stream else self._refusal(client_name, method)
+            follows = stream or method == WAITING_METHOD
+            refusal = self._stream_refusal(client_name) if follows else self._refusal(client_name, method)
             if refusal is not None:
                 raise refusal
-            with _counted(self._followers if stream else self._calls, client_name):
+            with _counted(self._followers if follows else self._calls, client_name):
                 yield
         except LimitReachedError:
             if self._paused[client_name] < PAUSED_MAX:

@@ -2,17 +2,18 @@
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from signal import SIGTERM
 from typing import Final
 
 import grpc
 
 from pjw.errors import InvalidJobError
-from pjw.rpc.convert import job_to_message, logs_response_head, spec_from_message
+from pjw.rpc.convert import job_to_message, logs_response_head, spec_from_message, timed_logs_response
 from pjw.server.authz import Caller
 from pjw.server.guard import Guard
+from pjw.server.paging import after_token, filter_from_message, token_after
 from pjw.v1 import job_worker_pb2 as pb
-from pjw.worker import Worker
-from pjw.worker.store import page_is_full
+from pjw.worker import Part, Worker
 from pjw.worker.worker import PAGE_MAX
 
 SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["JobWorkerService"].full_name
@@ -34,6 +35,7 @@ class JobWorkerService:
                 "Start": guard.unary(self.start, pb.StartRequest),
                 "Get": guard.unary(self.get, pb.GetRequest),
                 "List": guard.unary(self.list, pb.ListRequest),
+                "Wait": guard.unary(self.wait, pb.WaitRequest),
                 "Stop": guard.unary(self.stop, pb.StopRequest),
                 "Logs": guard.stream(self.logs, pb.LogsRequest),
                 "Delete": guard.unary(self.delete, pb.DeleteRequest),
@@ -52,9 +54,15 @@ class JobWorkerService:
     async def list(self, request: pb.ListRequest, caller: Caller) -> pb.ListResponse:
         """Show a page of the caller's jobs."""
         count = request.page_size if 0 < request.page_size < PAGE_MAX else PAGE_MAX
-        jobs = await self._worker.list(caller.owner, _after(request.page_token), count)
-        token = str(jobs[-1].id) if page_is_full(jobs, count) else ""
-        return pb.ListResponse(jobs=[job_to_message(job) for job in jobs], next_page_token=token)
+        wanted = filter_from_message(request)
+        after = after_token(request)
+        page = await self._worker.page(caller.owner, after, count, wanted, newest_first=request.newest_first)
+        token = token_after(request, page.next_after) if page.next_after is not None else ""
+        return pb.ListResponse(jobs=[job_to_message(job) for job in page.jobs], next_page_token=token)
+
+    async def wait(self, request: pb.WaitRequest, caller: Caller) -> pb.WaitResponse:
+        """Answer when a job of the caller has ended."""
+        return pb.WaitResponse(job=job_to_message(await self._worker.wait(request.id, caller.owner)))
 
     async def stop(self, request: pb.StopRequest, caller: Caller) -> pb.StopResponse:
         """Stop a job of the caller."""
@@ -63,12 +71,28 @@ class JobWorkerService:
             grace_seconds = request.grace.seconds + request.grace.nanos / 1e9
             if not 0 <= grace_seconds <= _GRACE_SECONDS_MAX:
                 raise InvalidJobError(f"the grace period must be from 0 to {_GRACE_SECONDS_MAX} seconds")
-        job = await self._worker.stop(request.id, grace_seconds, caller.owner)
+        job = await self._worker.stop(request.id, grace_seconds, caller.owner, request.signal or SIGTERM)
         return pb.StopResponse(job=job_to_message(job))
 
-    async def logs(self, request: pb.LogsRequest, caller: Caller) -> AsyncGenerator[bytes, None]:
-        """Stream the output of a job of the caller, as messages that need no serializing any more."""
-        messages = self._worker.logs(request.id, request.offset, caller.owner, logs_response_head)
+    async def logs(
+        self, request: pb.LogsRequest, caller: Caller
+    ) -> AsyncGenerator[bytes | pb.LogsResponse, None]:
+        """Stream the output of a job of the caller; without times in messages that are serialized already."""
+        if request.stream not in (pb.OUTPUT_STREAM_UNSPECIFIED, pb.OUTPUT_STREAM_STDERR):
+            raise InvalidJobError(f"no stream of output has the number {request.stream}")
+        part = Part(
+            offset=request.offset,
+            stderr=request.stream == pb.OUTPUT_STREAM_STDERR,
+            follow=not request.no_follow,
+            tail_lines=request.tail_lines if request.HasField("tail_lines") else None,
+        )
+        if request.timestamps:
+            timed = self._worker.timed_logs(request.id, part, caller.owner)
+            async with aclosing(timed):
+                async for data, time in timed:
+                    yield timed_logs_response(data, time)
+            return
+        messages = self._worker.logs(request.id, part, caller.owner, logs_response_head)
         async with aclosing(messages):
             async for message in messages:
                 yield message
@@ -77,11 +101,3 @@ class JobWorkerService:
         """Forget an ended job of the caller."""
         await self._worker.delete(request.id, caller.owner)
         return pb.DeleteResponse()
-
-
-def _after(page_token: str) -> int:
-    if not page_token:
-        return 0
-    if not page_token.isdecimal() or not page_token.isascii() or len(page_token) > 18:
-        raise InvalidJobError("the page token is not one that this server gave")
-    return int(page_token)

@@ -38,6 +38,10 @@ class Endings:
         self._pruner: Final = pruner
         self._background: Final = background
 
+    def watch(self, live: LiveJob, pidfd: int) -> None:
+        """Own the pidfd of a job's init, and finish the job when that ends."""
+        live.watch(pidfd, lambda: self._background.spawn(self.finish(live)))
+
     async def finish(self, live: LiveJob, *, rebooted: bool = False) -> None:
         """init has ended, and with it every process of the job; write the end down, then tell it.
 
@@ -48,7 +52,7 @@ class Endings:
             usage = await self._launcher.request_account(job_id)
         except LauncherGoneError:
             # The next worker finds the record, and the cgroup with its accounts. The output is whole.
-            live.output.mark_ended()
+            live.mark_output_ended()
             return
         except PjwError as error:
             log.error("cannot read the usage of job %d: %s", job_id, error)
@@ -74,7 +78,7 @@ class Endings:
 
     def _apply_end(self, live: LiveJob, usage: Usage | None, *, rebooted: bool) -> None:
         record = parse_record(self._state.read_status(live.job.id))
-        output_bytes = self._state.output_size(live.job.id)
+        output_bytes = self._state.output_size(live.job)
         if record.end is not None:
             if live.job.state is JobState.STARTING:
                 live.exec_seen(record.started_ns)
@@ -120,6 +124,6 @@ class Endings:
         # After the announcement, since to sync gigabytes takes seconds. What a power cut takes of
         # them until then is noticed: the row says how many bytes there were.
         try:
-            await self._state.in_thread(self._state.settle, job.id, job.output_bytes or 0)
+            await self._state.in_thread(self._state.settle, job)
         except PjwError as error:
             log.error("%s", error)

@@ -10,16 +10,18 @@ from typing import Final
 from pjw.model import EndReason, ExitStatus, Job, Usage
 from pjw.output import OutputLog
 from pjw.worker.record import End
+from pjw.worker.rows import from_ns
 from pjw.worker.states import JobEvent, transition
-from pjw.worker.store import from_ns
 
 
 class LiveJob:
     """Applies events to one job. `job` is always a whole snapshot, replaced at once."""
 
-    def __init__(self, job: Job, output: OutputLog) -> None:
+    def __init__(self, job: Job, output: OutputLog, stderr: OutputLog | None) -> None:
         self.job = job
         self.output: Final = output
+        # where it is kept apart
+        self.stderr: Final = stderr
         self.ended: Final = asyncio.Event()
         # set when its cgroup and its scratch directory are gone too
         self.removed: Final = asyncio.Event()
@@ -88,8 +90,20 @@ class LiveJob:
 
     def announce_end(self) -> None:
         """Wake all who wait for the end, with the final snapshot and the whole output in place."""
-        self.output.mark_ended()
+        self.mark_output_ended()
         self.ended.set()
+
+    def mark_output_ended(self) -> None:
+        """Say that the output is whole."""
+        self.output.mark_ended()
+        if self.stderr is not None:
+            self.stderr.mark_ended()
+
+    def abandon_output(self) -> None:
+        """Say that the worker closes while the job goes on."""
+        self.output.abandon()
+        if self.stderr is not None:
+            self.stderr.abandon()
 
     def watch(self, pidfd: int, on_end: Callable[[], None]) -> None:
         """Own the pidfd of the job's init, and call *on_end* once when init ends."""

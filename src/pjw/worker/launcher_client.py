@@ -19,13 +19,14 @@ from pjw.errors import (
     LimitReachedError,
     PjwError,
     ProtocolError,
+    WorkdirError,
     describe_errno,
 )
 from pjw.launcher import protocol
-from pjw.model import Limits, Usage
+from pjw.model import JobSpec, Usage
 from pjw.worker.launcher_process import LauncherProcess
 
-# What a start takes at its height (6), and those that are under way beside it; the rest of the server
+# What a start takes at its height (14), and those that are under way beside it; the rest of the server
 # (connections, readers) may have taken the others.
 SPARE_DESCRIPTORS: Final = 32
 
@@ -77,16 +78,19 @@ class LauncherClient:
             _close_all(taken)
 
     async def request_launch(
-        self, job_id: int, uid: int, limits: Limits, program: str, descriptors: list[int]
+        self, launch: protocol.Launch, spec: JobSpec, descriptors: list[int]
     ) -> tuple[int, int]:
         """Start a job; give a pidfd of its init, which the caller owns, and the time of exec in ns.
 
-        Raises LaunchError when the program cannot be executed, KernelError for another step.
+        Raises LaunchError when the program cannot be executed, WorkdirError when its directory cannot be
+        entered, KernelError for another step.
         """
         try:
-            reply, fds = await self._request(protocol.Launch(job_id, uid, limits), descriptors)
+            reply, fds = await self._request(launch, descriptors)
         except _ExecRefusedError as error:
-            raise LaunchError(program, error.errno) from None
+            raise LaunchError(spec.argv[0], error.errno) from None
+        except _WorkdirRefusedError as error:
+            raise WorkdirError(spec.workdir, error.errno) from None
         if not isinstance(reply, protocol.Launched) or len(fds) != 1:
             raise ProtocolError("the launcher answered a launch with something else")
         return fds[0], reply.started_ns
@@ -109,9 +113,9 @@ class LauncherClient:
             if len(reply.job_ids) < protocol.MAX_JOB_IDS:
                 return job_ids
 
-    async def request_terminate(self, job_id: int) -> None:
-        """SIGTERM to every process of the job."""
-        await self._request(protocol.Terminate(job_id))
+    async def request_terminate(self, job_id: int, signal: int) -> None:
+        """A signal to every process of the job."""
+        await self._request(protocol.Terminate(job_id, signal))
 
     async def request_kill(self, job_id: int, *, init_too: bool = False) -> None:
         """SIGKILL to every process of the job; its init records the end unless killed too."""
@@ -214,11 +218,21 @@ class _ExecRefusedError(PjwError):
         self.errno: Final = error
 
 
+class _WorkdirRefusedError(PjwError):
+    """The launch got as far as the client's working directory, which cannot be entered."""
+
+    def __init__(self, error: int) -> None:
+        super().__init__("chdir failed")
+        self.errno: Final = error
+
+
 def _error_of(refused: protocol.Refused) -> PjwError:
     hint = refused.hint or None
     match refused.kind:
         case "exec":
             return _ExecRefusedError(refused.errno)
+        case "workdir":
+            return _WorkdirRefusedError(refused.errno)
         case "kernel" if refused.errno in RESOURCE_ERRNOS:
             error = KernelError(refused.operation, refused.subject, refused.errno, hint=hint)
             return LimitReachedError(str(error), hint=hint)

@@ -2,8 +2,9 @@
 
 STATE/               root, 0711
 jobs.sqlite        root's, 0600: the job table; opened before privilege is dropped
-jobs/ID/           the server's own, 0700: `output` and `status` of each job; when it has ended
-                   `output` alone, and nothing when it wrote none
+jobs/ID/           the server's own, 0700: `output`, `status` and `times` of each job, where stderr is kept
+                   apart `stderr` and `stderr_times` as well; when it has ended no `status`, and
+                   nothing when it wrote no output
 scratch/ID/        made by the launcher: the job's own, while it runs
 launcher.lock      held by the launcher
 
@@ -21,8 +22,12 @@ from functools import partial
 from typing import Final, ParamSpec
 
 from pjw.errors import RESOURCE_ERRNOS, ConfigError, KernelError, LimitReachedError, describe_errno
+from pjw.model import Job
 from pjw.worker.record import RECORD_BYTES
 from pjw.worker.store import JobStore
+
+# of a job whose stderr is kept apart; others have not the last two
+_FILES: Final = ("output", "status", "times", "stderr", "stderr_times")
 
 _P = ParamSpec("_P")
 
@@ -63,12 +68,13 @@ class StateDir:
         self.store.close()
         os.close(self._jobs_fd)
 
-    def output_path(self, job_id: int) -> str:
-        """Where a job's output is, for this process alone."""
-        return f"{self._jobs}/{job_id}/output"
+    def output_paths(self, job_id: int, *, stderr: bool = False) -> tuple[str, str]:
+        """Where a job's output (or its stderr) and the times of it are, for this process alone."""
+        output, times = ("stderr", "stderr_times") if stderr else ("output", "times")
+        return f"{self._jobs}/{job_id}/{output}", f"{self._jobs}/{job_id}/{times}"
 
-    def create_job(self, job_id: int) -> tuple[int, int]:
-        """Make a job's directory; give descriptors of `output` and `status`, the caller's to close.
+    def create_job(self, job_id: int, *, split_stderr: bool = False) -> list[int]:
+        """Make a job's directory; give descriptors of its files, in their order, the caller's to close.
 
         Raises LimitReachedError when the disk is full, and KernelError; nothing stays behind then.
         """
@@ -82,7 +88,7 @@ class StateDir:
                 # Of a start that a power cut took: its row was not on the disk, and its id was never told.
                 self.remove_job(job_id)
                 os.mkdir(directory, 0o700)
-            for name in ("output", "status"):
+            for name in _FILES if split_stderr else _FILES[:3]:
                 # one by one, so that the first is closed when the second cannot be made
                 descriptors.append(os.open(f"{directory}/{name}", flags, 0o600))  # noqa: PERF401
             os.posix_fallocate(descriptors[1], 0, RECORD_BYTES)
@@ -91,7 +97,7 @@ class StateDir:
                 os.close(descriptor)
             self.remove_job(job_id)
             raise disk_error("make the directory of", f"job {job_id}", error) from error
-        return descriptors[0], descriptors[1]
+        return descriptors
 
     def read_status(self, job_id: int) -> bytes:
         """The status record; empty when there is none."""
@@ -103,47 +109,56 @@ class StateDir:
         except OSError as error:
             raise KernelError("read the status of", f"job {job_id}", error.errno or 0) from error
 
-    def output_size(self, job_id: int) -> int:
-        """How many bytes of output a job has; 0 without a file."""
+    def output_size(self, job: Job) -> int:
+        """How many bytes of output a job has, stderr included; 0 without a file."""
+        return sum(self._size(path) for path in self._outputs(job))
+
+    def _outputs(self, job: Job) -> list[str]:
+        return [
+            self.output_paths(job.id, stderr=stderr)[0]
+            for stderr in ((False, True) if job.split_stderr else (False,))
+        ]
+
+    @staticmethod
+    def _size(path: str) -> int:
         try:
-            return os.stat(self.output_path(job_id)).st_size
+            return os.stat(path).st_size
         except FileNotFoundError:
             return 0
         except OSError as error:
-            raise KernelError("look at the output of", f"job {job_id}", error.errno or 0) from error
+            raise KernelError("look at the output", path, error.errno or 0) from error
 
-    def settle(self, job_id: int, output_bytes: int) -> None:
-        """Bring the output of a job whose end was written down to the disk, and keep nothing else of it.
+    def settle(self, job: Job) -> None:
+        """Bring the output of a job whose end was written down to the disk; the record of that is not kept.
 
-        Blocks for as long as the disk takes.
+        Blocks for as long as the disk takes. The times of the output reach the disk when the kernel likes.
         """
-        if not output_bytes:
-            self.remove_job(job_id)
+        if not job.output_bytes:
+            self.remove_job(job.id)
             return
         try:
-            descriptor = os.open(self.output_path(job_id), os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fsync(descriptor)  # not fdatasync(2): this brings the file's name along
-            finally:
-                os.close(descriptor)
-            os.unlink(f"{self._jobs}/{job_id}/status")
+            for path in self._outputs(job):
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    os.fsync(descriptor)  # not fdatasync(2): this brings the file's name along
+                finally:
+                    os.close(descriptor)
+            os.unlink(f"{self._jobs}/{job.id}/status")
         except FileNotFoundError:
             pass  # it was removed meanwhile
         except OSError as error:
-            raise KernelError("sync the output of", f"job {job_id}", error.errno or 0) from error
+            raise KernelError("sync the output of", f"job {job.id}", error.errno or 0) from error
 
     def remove_job(self, job_id: int) -> None:
         """Remove a job's directory, if there is one."""
         directory = f"{self._jobs}/{job_id}"
         try:
             # One by one, as one may be gone: what is there is known, and `settle` may be at it too.
-            for remove, path in (
-                (os.unlink, f"{directory}/status"),
-                (os.unlink, f"{directory}/output"),
-                (os.rmdir, directory),
-            ):
+            for name in _FILES:
                 with suppress(FileNotFoundError):
-                    remove(path)
+                    os.unlink(f"{directory}/{name}")
+            with suppress(FileNotFoundError):
+                os.rmdir(directory)
         except OSError as error:
             raise KernelError("remove the directory of", f"job {job_id}", error.errno or 0) from error
 

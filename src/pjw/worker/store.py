@@ -5,29 +5,17 @@ import json
 import sqlite3
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Final, ParamSpec, TypeVar
 
-from pjw.errors import ConfigError, KernelError, LimitReachedError
-from pjw.model import EndReason, ExitStatus, Job, JobSpec, JobState, Limits, Usage
+from pjw.errors import ConfigError, KernelError, LimitReachedError, NameTakenError
+from pjw.model import Job, JobSpec, JobState, Limits
+from pjw.worker.pages import ALL_JOBS, JobFilter, Page, read_page
+from pjw.worker.rows import COLUMNS, job_of, to_ns
 from pjw.worker.schema import migrate
 from pjw.worker.settings import Retention
 from pjw.worker.wal import WalSync
-
-# A page of long commands ends early, so that it fits into the 4 MiB that gRPC's clients take, and
-# that nobody's list fills the memory: a command may have half a megabyte.
-PAGE_CHARACTERS: Final = 256 * 1024
-_COLUMNS: Final = (
-    "id, client_name, command, limits, start_ns, state, end_ns, exit_code, signal, reason, usage,"
-    " output_bytes, name, labels, split_stderr, input"
-)
-_Number = int | None
-_Text = str | None
-_Row = tuple[
-    int, str, str, str, int, _Text, _Number, _Number, _Number, _Text, _Text, _Number, str, str, int, int
-]
 
 # Which job goes first when more is kept than may be, by the member of Retention that says so;
 # `:most` is its value. A total is brought down at the cost of the client who has most: nobody
@@ -116,27 +104,36 @@ class JobStore:
         return row[0]
 
     async def add(self, client_name: str, spec: JobSpec, limits: Limits) -> Job:
-        """Insert a job that is about to start."""
+        """Insert a job that is about to start. Raises NameTakenError while another bears its name."""
         return await self._run(self._add, client_name, spec, limits)
 
     def _add(self, client_name: str, spec: JobSpec, limits: Limits) -> Job:
         now = datetime.now(UTC)
-        with self._db:
-            cursor = self._db.execute(
-                "INSERT INTO jobs (client_name, command, limits, start_ns, name, labels, split_stderr, input,"
-                " request_id) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    client_name,
-                    spec.display,
-                    json.dumps(asdict(limits)),
-                    to_ns(now),
-                    spec.name,
-                    json.dumps(dict(spec.labels)),
-                    spec.split_stderr,
-                    spec.input,
-                    spec.request_id or None,
-                ),
-            )
+        try:
+            with self._db:
+                cursor = self._db.execute(
+                    "INSERT INTO jobs (client_name, command, limits, start_ns, name, labels, split_stderr,"
+                    " input, request_id) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    (
+                        client_name,
+                        spec.display,
+                        json.dumps(asdict(limits)),
+                        to_ns(now),
+                        spec.name,
+                        json.dumps(dict(spec.labels)),
+                        spec.split_stderr,
+                        spec.input,
+                        spec.request_id or None,
+                    ),
+                )
+        except sqlite3.IntegrityError:
+            bearer = self._bearer(client_name, spec.name)
+            if bearer is None:
+                raise
+            raise NameTakenError(
+                f"cannot start a job called {spec.name}: job {bearer} is called that, and has not ended",
+                hint=f"pjw stop {bearer}; or choose another name",
+            ) from None
         assert cursor.lastrowid is not None
         return Job(
             cursor.lastrowid,
@@ -150,6 +147,20 @@ class JobStore:
             split_stderr=spec.split_stderr,
             input=spec.input,
         )
+
+    def _bearer(self, client_name: str, name: str) -> int | None:
+        query = "SELECT id FROM jobs WHERE client_name = ? AND name = ? AND name <> '' AND state IS NULL"
+        row = self._db.execute(query, (client_name, name)).fetchone()
+        return row[0] if row else None
+
+    async def of_request(self, client_name: str, request_id: str) -> int | None:
+        """The job that a client's request with this id has started; None when it has started none."""
+        return await self._run(self._of_request, client_name, request_id)
+
+    def _of_request(self, client_name: str, request_id: str) -> int | None:
+        query = "SELECT id FROM jobs WHERE client_name = ? AND request_id = ?"
+        row = self._db.execute(query, (client_name, request_id)).fetchone()
+        return row[0] if row else None
 
     async def discard(self, job_id: int) -> None:
         """Delete a job that never came to be; its id stays used."""
@@ -193,26 +204,21 @@ class JobStore:
             if client_name is not None
             else ("WHERE", ())
         )
-        query = f"SELECT {_COLUMNS} FROM jobs {whose} id = ?"
+        query = f"SELECT {COLUMNS} FROM jobs {whose} id = ?"
         row = self._db.execute(query, (*arguments, job_id)).fetchone()
-        return _job(row) if row else None
+        return job_of(row) if row else None
 
-    async def page(self, client_name: str | None, after: int, count: int) -> list[Job]:
-        """The next jobs behind id *after*, of one client or of all: *count*, or fewer when they are long."""
-        return await self._run(self._page, client_name, after, count)
-
-    def _page(self, client_name: str | None, after: int, count: int) -> list[Job]:
-        whose, arguments = ("client_name = ? AND", (client_name,)) if client_name is not None else ("", ())
-        query = f"SELECT {_COLUMNS} FROM jobs WHERE {whose} id > ? ORDER BY id LIMIT ?"
-        jobs: list[Job] = []
-        characters = 0
-        with closing(self._db.execute(query, (*arguments, after, count))) as rows:
-            for row in rows:
-                jobs.append(_job(row))
-                characters += len(jobs[-1].command)
-                if characters >= PAGE_CHARACTERS:
-                    break
-        return jobs
+    async def page(
+        self,
+        client_name: str | None,
+        after: int,
+        count: int,
+        wanted: JobFilter = ALL_JOBS,
+        *,
+        newest_first: bool = False,
+    ) -> Page:
+        """The next jobs behind id *after*, of one client or of all: *count*, or fewer."""
+        return await self._run(read_page, self._db, client_name, after, count, wanted, newest_first)
 
     async def alive(self) -> list[Job]:
         """The jobs whose end has not been written down."""
@@ -220,8 +226,8 @@ class JobStore:
 
     def _alive(self) -> list[Job]:
         return [
-            _job(row)
-            for row in self._db.execute(f"SELECT {_COLUMNS} FROM jobs WHERE state IS NULL ORDER BY id")
+            job_of(row)
+            for row in self._db.execute(f"SELECT {COLUMNS} FROM jobs WHERE state IS NULL ORDER BY id")
         ]
 
     async def remove(self, job_id: int) -> None:
@@ -327,56 +333,3 @@ class JobStore:
             if code == sqlite3.SQLITE_FULL:
                 raise LimitReachedError(f"no space is left for the job table {self._path}") from error
             raise KernelError("use the job table", f"{self._path} ({error})", 0) from error
-
-
-def page_is_full(jobs: list[Job], count: int) -> bool:
-    """Whether a page ended because it was long enough, so that more may come."""
-    return len(jobs) == count or sum(len(job.command) for job in jobs) >= PAGE_CHARACTERS
-
-
-def to_ns(time: datetime) -> int:
-    """Nanoseconds since 1970, exact to the microsecond that a datetime holds."""
-    return int(time.timestamp()) * 1_000_000_000 + time.microsecond * 1000
-
-
-def from_ns(ns: int) -> datetime:
-    """The time in UTC, cut to microseconds."""
-    seconds, rest = divmod(ns, 1_000_000_000)
-    return datetime.fromtimestamp(seconds, UTC).replace(microsecond=rest // 1000)
-
-
-def _job(row: _Row) -> Job:
-    (
-        job_id,
-        client_name,
-        command,
-        limits,
-        start_ns,
-        state,
-        end_ns,
-        code,
-        signal,
-        reason,
-        usage,
-        size,
-        *rest,
-    ) = row
-    name, labels, split_stderr, has_input = rest
-    ended = code is not None or signal is not None
-    return Job(
-        id=job_id,
-        client_name=client_name,
-        command=command,
-        state=JobState(state) if state else JobState.STARTING,
-        limits=Limits(**json.loads(limits)),
-        start=from_ns(start_ns),
-        end=from_ns(end_ns) if end_ns is not None else None,
-        exit_status=ExitStatus(code, signal) if ended else None,
-        reason=EndReason(reason) if reason else None,
-        usage=Usage(**json.loads(usage)) if usage else None,
-        output_bytes=size,
-        name=str(name),
-        labels=json.loads(str(labels)),
-        split_stderr=bool(split_stderr),
-        input=bool(has_input),
-    )

@@ -3,9 +3,10 @@
 import asyncio
 import logging
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from pathlib import Path
+from datetime import datetime
+from signal import SIGKILL, SIGTERM
 from typing import Final, Self
 
 from pjw.errors import (
@@ -14,24 +15,30 @@ from pjw.errors import (
     JobStateError,
     LauncherGoneError,
     LimitReachedError,
-    OutputLostError,
     PjwError,
 )
+from pjw.launcher.protocol import Launch
 from pjw.model import Job, JobSpec, Limits
-from pjw.output import Head, Inotify, OutputLog, follow, no_head
+from pjw.output import Head, Inotify, follow, follow_with_times, no_head
+from pjw.worker.adoption import adopt
 from pjw.worker.background import Background
 from pjw.worker.endings import Endings
 from pjw.worker.job import LiveJob
-from pjw.worker.launcher_client import LauncherClient, readable
+from pjw.worker.launcher_client import LauncherClient
 from pjw.worker.launcher_process import LauncherProcess, require_root, start_launcher
+from pjw.worker.launches import Launches
+from pjw.worker.logs import ALL_OUTPUT, Output, Part, check_stream, live_job, output_of_ended
+from pjw.worker.pages import ALL_JOBS, JobFilter, Page
 from pjw.worker.quota import RunningJobs, check_stored_bytes
-from pjw.worker.record import parse_record
 from pjw.worker.retention import Pruner
+from pjw.worker.rows import from_ns
 from pjw.worker.settings import WorkerSettings
 from pjw.worker.state_dir import StateDir
 
 LOCAL_CLIENT: Final = "local"
 PAGE_MAX: Final = 1000
+# the last one before the real-time signals
+SIGNAL_MAX: Final = 31
 # From SIGKILL to every process until init itself is killed: long, since only a command
 # stuck in the kernel comes so far.
 LAST_RESORT_SECONDS: Final = 5
@@ -62,7 +69,7 @@ class Worker:
         self._endings: Final = Endings(
             state, self._launcher, self._live, self._running, self._pruner, self._background
         )
-        self._launches: Final[set[asyncio.Task[Job]]] = set()
+        self._launches: Final = Launches()
         # a client's user never changes
         self._uids: Final[dict[str, int]] = {}
 
@@ -88,6 +95,11 @@ class Worker:
             raise
         return worker
 
+    async def adopt(self) -> None:
+        """Take over the jobs of the worker before us. Call it once, before anything else; `open` does."""
+        await adopt(self._state, self._launcher, self._inotify, self._live, self._running, self._endings)
+        self._background.spawn(self._pruner.run())
+
     async def __aenter__(self) -> Self:
         return self
 
@@ -98,11 +110,11 @@ class Worker:
         """Let go of everything. Jobs go on; who waits for one or follows it gets LauncherGoneError."""
         for live in self._live.values():
             live.unwatch()
-            live.output.abandon()
+            live.abandon_output()
         self._launcher.close()
         # launches under way end by that, and may still want the table
         await self._background.close()
-        await asyncio.gather(*self._launches, return_exceptions=True)
+        await self._launches.over()
         try:
             await self._state.store.sync()
         except PjwError as error:
@@ -130,10 +142,11 @@ class Worker:
         """Start a job; return when its command was executed.
 
         Its row is on the disk then: not even a power cut makes pjw forget a job that was told of.
-        Raises InvalidJobError, LaunchError (no such program, not executable),
+        Raises InvalidJobError, NameTakenError, LaunchError (no such program, not executable), WorkdirError,
         LimitReachedError (a quota, no space, no processes) or KernelError; then no job came to be.
-        A caller who is cancelled before the answer gets no job either. LauncherGoneError may come
-        when the job was started: the next worker knows.
+        A caller who is cancelled before the answer gets no job either, unless the spec has a request id,
+        with which it will ask again: that gets the job of the first time. LauncherGoneError may come when
+        the job was started: the next worker knows.
         """
         limits = self._settings.default_limits.with_overrides(spec.limits)
         if above := limits.first_above(self._settings.ceiling):
@@ -143,17 +156,24 @@ class Worker:
             )
         if self._launcher.gone.is_set():
             raise LauncherGoneError("the launcher has gone; running jobs go on")
-        self._running.take(client_name)
+        request = (client_name, spec.request_id) if spec.request_id else None
+        launch = self._launches.begin(lambda: self._start_once(spec, client_name, limits), request)
         # Shielded from its first step on: the table has a thread of its own, so a row may be
         # written although whoever asked for it was cancelled.
-        launch = asyncio.ensure_future(self._add_and_launch(spec, client_name, limits))
-        self._launches.add(launch)
-        launch.add_done_callback(self._launches.discard)
         try:
             return await asyncio.shield(launch)
         except asyncio.CancelledError:
-            launch.add_done_callback(self._undo_start)
+            if request is None:
+                launch.add_done_callback(self._undo_start)
             raise
+
+    async def _start_once(self, spec: JobSpec, client_name: str, limits: Limits) -> Job:
+        if spec.request_id:
+            job_id = await self._state.store.of_request(client_name, spec.request_id)
+            if job_id is not None:
+                return await self.get(job_id)
+        self._running.take(client_name)
+        return await self._add_and_launch(spec, client_name, limits)
 
     async def _add_and_launch(self, spec: JobSpec, client_name: str, limits: Limits) -> Job:
         try:
@@ -183,7 +203,7 @@ class Worker:
         own, total = await self._state.store.ended_bytes(client_name)
         for live in self._live.values():
             if quotas.stored_bytes_total_max or live.job.client_name == client_name:
-                size = self._state.output_size(live.job.id)
+                size = self._state.output_size(live.job)
                 total += size
                 own += size if live.job.client_name == client_name else 0
         check_stored_bytes(quotas, client_name, own, total)
@@ -200,8 +220,7 @@ class Worker:
         return self._uids[client_name]
 
     async def _launch(self, job: Job, spec: JobSpec, uid: int) -> Job:
-        live = LiveJob(job, OutputLog(self._state.output_path(job.id), self._inotify, ended=False))
-        self._live[job.id] = live
+        live = self._live[job.id] = live_job(self._state, self._inotify, job)
         try:
             pidfd, started_ns = await self._ask_for_launch(job, spec, uid)
         except LauncherGoneError:
@@ -216,21 +235,17 @@ class Worker:
         finally:
             live.launch_over.set()
         live.exec_seen(started_ns)
-        self._watch(live, pidfd)
+        self._endings.watch(live, pidfd)
         return live.job
-
-    def _watch(self, live: LiveJob, pidfd: int) -> None:
-        live.watch(pidfd, lambda: self._background.spawn(self._endings.finish(live)))
 
     async def _ask_for_launch(self, job: Job, spec: JobSpec, uid: int) -> tuple[int, int]:
         self._launcher.require_descriptors()
         descriptors: list[int] = []
         try:
-            descriptors.append(_argv_file(spec.argv))
-            descriptors.extend(self._state.create_job(job.id))
-            launch = asyncio.ensure_future(
-                self._launcher.request_launch(job.id, uid, job.limits, spec.argv[0], descriptors)
-            )
+            descriptors.append(_command_file(spec))
+            descriptors.extend(self._state.create_job(job.id, split_stderr=job.split_stderr))
+            request = Launch(job.id, uid, job.limits, job.split_stderr)
+            launch = asyncio.ensure_future(self._launcher.request_launch(request, spec, descriptors))
             done, _ = await asyncio.wait({launch}, timeout=LAUNCH_SECONDS)
             if not done:
                 # Stuck in the kernel, for example in the exec of a file on a dead NFS server. With
@@ -255,28 +270,38 @@ class Worker:
 
     # --- stop
 
-    async def stop(self, job_id: int, grace_seconds: float | None = None, owner: str | None = None) -> Job:
-        """End a job: SIGTERM to all its processes, after the grace period SIGKILL.
+    async def stop(
+        self,
+        job_id: int,
+        grace_seconds: float | None = None,
+        owner: str | None = None,
+        signal: int = SIGTERM,
+    ) -> Job:
+        """End a job: *signal* (1 to 31) to all its processes, after the grace period SIGKILL.
 
         Returns the final snapshot when nothing is left of the job but its row and its output; a
-        job that has ended already is success. Goes on when the caller is cancelled. Raises JobNotFoundError.
+        job that has ended already is success. Goes on when the caller is cancelled. Raises
+        JobNotFoundError, and InvalidJobError for what is no such signal.
         """
+        if not 1 <= signal <= SIGNAL_MAX:
+            raise InvalidJobError(f"a job is stopped with a signal from 1 to {SIGNAL_MAX}, not {signal}")
         live = await self._launched(job_id, owner)
         if live is None or live.ended.is_set():
             return await self.get(job_id, owner)
         if not live.job.state.final:
             live.stop_asked()
         grace = self._settings.stop_grace_seconds if grace_seconds is None else grace_seconds
-        self._background.spawn(self._escalate(live, grace))
+        self._background.spawn(self._escalate(live, grace, signal))
         await self._wait_for(live.ended)
         await self._wait_for(live.removed)
         return live.job
 
-    async def _escalate(self, live: LiveJob, grace_seconds: float) -> None:
+    async def _escalate(self, live: LiveJob, grace_seconds: float, signal: int) -> None:
         job_id = live.job.id
-        await self._launcher.request_terminate(job_id)
-        if await _within(grace_seconds, live.ended):
-            return
+        if signal != SIGKILL:
+            await self._launcher.request_terminate(job_id, signal)
+            if await _within(grace_seconds, live.ended):
+                return
         await self._launcher.request_kill(job_id)
         if await _within(LAST_RESORT_SECONDS, live.ended):
             return
@@ -305,13 +330,25 @@ class Worker:
             raise JobNotFoundError(job_id)
         return job
 
-    async def list(self, owner: str | None = None, after: int = 0, count: int = PAGE_MAX) -> list[Job]:
-        """The jobs behind id *after*, in the order of their ids: *count*, or fewer when they are long.
+    async def list(self, owner: str | None = None, after: int = 0, count: int = PAGE_MAX) -> Sequence[Job]:
+        """The jobs behind id *after*, in the order of their ids: *count*, or fewer when they are long."""
+        return (await self.page(owner, after, count)).jobs
 
-        `page_is_full` (worker/store.py) tells whether there may be more behind the last one.
-        """
-        page = await self._state.store.page(owner, after, count)
-        return [self._live[job.id].job if job.id in self._live else job for job in page]
+    async def page(
+        self,
+        owner: str | None = None,
+        after: int = 0,
+        count: int = PAGE_MAX,
+        wanted: JobFilter = ALL_JOBS,
+        *,
+        newest_first: bool = False,
+    ) -> Page:
+        """Jobs behind id *after* that fit: *count* at most, and perhaps none though there is a next page."""
+        page = await self._state.store.page(owner, after, count, wanted, newest_first=newest_first)
+        jobs = [self._live[job.id].job if job.id in self._live else job for job in page.jobs]
+        if wanted.states:
+            jobs = [job for job in jobs if job.state in wanted.states]
+        return Page(jobs, page.next_after)
 
     async def wait(self, job_id: int, owner: str | None = None) -> Job:
         """Wait until a job has ended; its final snapshot. Raises JobNotFoundError."""
@@ -322,37 +359,47 @@ class Worker:
         return live.job
 
     async def logs(
-        self, job_id: int, offset: int = 0, owner: str | None = None, head: Head = no_head
+        self, job_id: int, part: Part = ALL_OUTPUT, owner: str | None = None, head: Head = no_head
     ) -> AsyncGenerator[bytes, None]:
-        """Yield a job's output from byte *offset* on, as it comes; end when the job has ended.
+        """Yield a part of a job's output, as it comes; end when the job has ended.
 
         *head* makes what each chunk begins with from how many bytes it has.
 
-        Raises JobNotFoundError; OffsetError for an offset beyond what is there; and, at the end of
-        what is there, OutputLostError when the host went down before the disk had all of it.
+        Raises JobNotFoundError; JobStateError for a stderr that is not kept apart; OffsetError for an offset
+        beyond what is there; and, at the end of what is there, OutputLostError when the host went down before
+        the disk had all of it.
         """
-        live = await self._launched(job_id, owner)
-        lost: OutputLostError | None = None
-        if live is not None:
-            output = live.output
-        else:
-            job = await self.get(job_id, owner)
-            if not job.state.final:
-                # its row is there, and its start is just about to be
-                raise JobNotFoundError(job_id)
-            size, expected = self._state.output_size(job_id), job.output_bytes or 0
-            if size < expected:
-                lost = OutputLostError(
-                    f"the output of job {job_id} is cut short: the host went down, and of {expected} bytes"
-                    f" {size} were on its disk"
-                )
-            output = OutputLog(self._state.output_path(job_id), self._inotify, ended=True)
+        output = await self._output(job_id, part, owner)
+        begin = await output.begin(part)
         # aclosing: a generator that is left to the garbage collector would keep its watch
-        async with aclosing(follow(output, offset, head)) as chunks:
+        async with aclosing(follow(output.log, begin, head, present_only=not part.follow)) as chunks:
             async for chunk in chunks:
                 yield chunk
-        if lost:
-            raise lost
+        if output.lost:
+            raise output.lost
+
+    async def timed_logs(
+        self, job_id: int, part: Part = ALL_OUTPUT, owner: str | None = None
+    ) -> AsyncGenerator[tuple[bytes, datetime | None], None]:
+        """As `logs`, but with the time at which the job wrote each piece; None where that is not known."""
+        output = await self._output(job_id, part, owner)
+        begin = await output.begin(part)
+        async with aclosing(follow_with_times(output.log, begin, present_only=not part.follow)) as pieces:
+            async for data, ns in pieces:
+                yield data, None if ns is None else from_ns(ns)
+        if output.lost:
+            raise output.lost
+
+    async def _output(self, job_id: int, part: Part, owner: str | None) -> Output:
+        live = await self._launched(job_id, owner)
+        job = live.job if live is not None else await self.get(job_id, owner)
+        if live is None and not job.state.final:
+            # its row is there, and its start is just about to be
+            raise JobNotFoundError(job_id)
+        check_stream(job, part)
+        if live is None:
+            return output_of_ended(self._state, self._inotify, job, stderr=part.stderr)
+        return Output(live.stderr if part.stderr and live.stderr else live.output)
 
     def _live_of(self, job_id: int, owner: str | None) -> LiveJob | None:
         # Another's is none, here as well as in the table, and looked for there like one that never was.
@@ -378,51 +425,6 @@ class Worker:
         if not event.is_set():
             raise LauncherGoneError("the launcher has gone; the job goes on")
 
-    # --- after a restart
-
-    async def adopt(self) -> None:
-        """Take over the jobs of the worker before us: what still runs, and what ended meanwhile.
-
-        Call it once, before anything else.
-        """
-        boot_id = _boot_id()
-        rebooted = await self._state.store.boot_id() not in (None, boot_id)
-        ended: list[LiveJob] = []
-        for job in await self._state.store.alive():
-            live = LiveJob(job, OutputLog(self._state.output_path(job.id), self._inotify, ended=False))
-            live.launch_over.set()
-            self._live[job.id] = live
-            self._running.adopt(job.client_name)
-            _, pidfd = await self._launcher.request_adopt(job.id)
-            if pidfd is None:
-                ended.append(live)
-                continue
-            live.exec_seen(parse_record(self._state.read_status(job.id)).started_ns)
-            self._watch(live, pidfd)
-        await asyncio.gather(*(self._endings.finish(live, rebooted=rebooted) for live in ended))
-        for job_id in await self._launcher.request_job_ids():
-            if job_id not in self._live:
-                await self._remove_stray(job_id)
-        # Only now: whoever is killed before this has not told yet which jobs the last boot took.
-        await self._state.store.set_boot_id(boot_id)
-        self._background.spawn(self._pruner.run())
-
-    async def _remove_stray(self, job_id: int) -> None:
-        # A cgroup or scratch directory without an unfinished row: its job ended and was written
-        # down, and only the removal is missing (or a power cut undid it); or the table was taken
-        # away, and then nobody can ask for the job.
-        _, pidfd = await self._launcher.request_adopt(job_id)
-        if pidfd is not None:
-            await self._launcher.request_kill(job_id, init_too=True)
-            with os.fdopen(pidfd, "rb", closefd=True):
-                await readable(pidfd)
-        await self._launcher.request_remove(job_id)
-
-
-def _boot_id() -> str:
-    """Which boot of the host this is (random(4)): a new one each time."""
-    return Path("/proc/sys/kernel/random/boot_id").read_bytes().decode().strip()
-
 
 async def _within(seconds: float, event: asyncio.Event) -> bool:
     try:
@@ -433,9 +435,13 @@ async def _within(seconds: float, event: asyncio.Event) -> bool:
     return True
 
 
-def _argv_file(argv: tuple[str, ...]) -> int:
-    """The argv for init, each argument ended by NUL, in a file of memory: the launcher never reads it."""
-    descriptor = os.memfd_create("pjw-argv", os.MFD_CLOEXEC)
+def _command_file(spec: JobSpec) -> int:
+    """What init is to run, in a file of memory that the launcher never reads: strings, each ended by NUL.
+
+    The working directory; what is added to the environment; an empty one; the argv.
+    """
+    descriptor = os.memfd_create("pjw-command", os.MFD_CLOEXEC)
+    strings = (spec.workdir, *(f"{name}={value}" for name, value in spec.env.items()), "", *spec.argv)
     with open(descriptor, "wb", closefd=False) as file:
-        file.write(b"".join(argument.encode() + b"\0" for argument in argv))
+        file.write(b"".join(string.encode() + b"\0" for string in strings))
     return descriptor

@@ -15,23 +15,31 @@
 #ifndef SYS_close_range
 #define SYS_close_range 436
 #endif
-enum { CLOEXEC_RANGE = 4 };
+enum { ERRORS_FD = 3 };
 
 struct failure {
     enum step step;
     int error;
 };
 
+/* getenv(3) would look into our own environment, which is not the command's. */
+static const char *path_of(char **environment) {
+    for (; *environment; environment++)
+        if (strncmp(*environment, "PATH=", 5) == 0)
+            return *environment + 5;
+    return NULL;
+}
+
 /*
  * As execvp(3): the first candidate that can be executed; EACCES is remembered, absence is passed over. But a
  * file without a format that the kernel knows is an error, never a script for /bin/sh.
  */
-static void search_and_execute(char **argv) {
+static void search_and_execute(char **argv, char **environment) {
     static char candidate[PATH_MAX];
-    const char *name = argv[0], *directory = getenv("PATH");
+    const char *name = argv[0], *directory = path_of(environment);
     int error = ENOENT;
     if (strchr(name, '/')) {
-        execve(name, argv, environ);
+        execve(name, argv, environment);
         return;
     }
     if (!directory)
@@ -43,7 +51,7 @@ static void search_and_execute(char **argv) {
             if (length) /* an empty element is the current directory */
                 candidate[length] = '/';
             memcpy(candidate + length + (length > 0), name, name_length + 1);
-            execve(candidate, argv, environ);
+            execve(candidate, argv, environment);
             if (errno == EACCES)
                 error = EACCES;
             else if (errno != ENOENT && errno != ENOTDIR)
@@ -58,11 +66,12 @@ static void search_and_execute(char **argv) {
     errno = error;
 }
 
-/* In the child, which shares init's memory until the exec; gives the step that failed, with errno. */
-static enum step execute(const struct options *options, int pipe_fd) {
+/* In the child, which shares init's memory until the exec; gives the step that failed, with errno.
+ * `errors_fd` is where that is to be written. */
+static enum step execute(const struct options *options, int stdout_fd, int stderr_fd, int *errors_fd) {
     int null = open("/dev/null", O_RDONLY | O_CLOEXEC);
     /* none of these is one of 0 to 2: main() has seen to it that those are open */
-    if (null < 0 || dup2(null, 0) < 0 || dup2(pipe_fd, 1) < 0 || dup2(pipe_fd, 2) < 0)
+    if (null < 0 || dup2(null, 0) < 0 || dup2(stdout_fd, 1) < 0 || dup2(stderr_fd, 2) < 0)
         return STEP_STDIO;
     if (setsid() < 0)
         return STEP_SESSION;
@@ -79,21 +88,31 @@ static enum step execute(const struct options *options, int pipe_fd) {
     enum step failed = become_user(options->uid, options->gid);
     if (failed)
         return failed;
+    /*
+     * Closed and not only marked: a path of the client's may name them (/proc/self/fd), and one that is a
+     * directory would lead to the host's tree as it was before our mounts.
+     */
+    if (dup3(*errors_fd, ERRORS_FD, O_CLOEXEC) < 0) /* never the same: it is the higher one of two above 2 */
+        return STEP_DESCRIPTORS;
+    *errors_fd = ERRORS_FD;
+    if (syscall(SYS_close_range, ERRORS_FD + 1U, ~0U, 0U) < 0)
+        return STEP_DESCRIPTORS;
+    /* also before the client's own: /proc/self/cwd would be where the launcher was started */
     if (chdir("/run/job") < 0)
         return STEP_CHDIR;
-    if (syscall(SYS_close_range, 3U, ~0U, CLOEXEC_RANGE) < 0)
-        return STEP_DESCRIPTORS;
+    if (options->workdir && chdir(options->workdir) < 0)
+        return STEP_WORKDIR;
     sigset_t none;
     sigemptyset(&none);
     if (sigprocmask(SIG_SETMASK, &none, NULL) < 0)
         return STEP_SIGNALS;
     if (filter_system_calls() < 0) /* from here on only execve(2), and the write(2) that says why it failed */
         return STEP_SECCOMP;
-    search_and_execute(options->argv);
+    search_and_execute(options->argv, options->environment);
     return STEP_EXEC;
 }
 
-pid_t start_command(const struct options *options, int pipe_fd) {
+pid_t start_command(const struct options *options, int stdout_fd, int stderr_fd) {
     int errors[2];
     struct failure failure;
     if (pipe2(errors, O_CLOEXEC) < 0)
@@ -106,9 +125,10 @@ pid_t start_command(const struct options *options, int pipe_fd) {
     if (pid < 0)
         fail(STEP_FORK, NULL);
     if (pid == 0) {
-        failure.step = execute(options, pipe_fd);
+        int errors_fd = errors[1]; /* of our own: init, whose memory this is, has another */
+        failure.step = execute(options, stdout_fd, stderr_fd, &errors_fd);
         failure.error = errno;
-        if (write(errors[1], &failure, sizeof failure) < 0)
+        if (write(errors_fd, &failure, sizeof failure) < 0)
             _exit(1);
         _exit(0);
     }
@@ -116,7 +136,9 @@ pid_t start_command(const struct options *options, int pipe_fd) {
     ssize_t got = read(errors[0], &failure, sizeof failure);
     if (got == sizeof failure) {
         errno = failure.error;
-        fail(failure.step, failure.step == STEP_EXEC ? options->argv[0] : NULL);
+        fail(failure.step, failure.step == STEP_EXEC      ? options->argv[0]
+                           : failure.step == STEP_WORKDIR ? options->workdir
+                                                          : NULL);
     }
     close(errors[0]);
     return pid;

@@ -16,12 +16,12 @@
 #include <stdint.h>
 #include <sys/types.h>
 
-enum { HIDES_MAX = 64, CGROUPS_MAX = 16, ARGV_MAX_BYTES = 1 << 20, ORDER_MAX_BYTES = 512 };
+enum { HIDES_MAX = 64, CGROUPS_MAX = 16, COMMAND_MAX_BYTES = (1 << 20) + (1 << 16), ORDER_MAX_BYTES = 512, STREAMS_MAX = 2 };
 
 /* Every step that can fail: its name in a report, and its words in "pjw-init: cannot ...". */
 #define STEPS(X)                                                        \
     X(OPTIONS, "options", "understand the options")                     \
-    X(ARGV, "argv", "read the argv")                                    \
+    X(COMMAND, "command", "read the command")                           \
     X(CLONE, "clone", "clone into new namespaces")                      \
     X(STAGE0, "stage0", "hear from the first stage")                    \
     X(CGROUP, "enter-cgroup", "enter the cgroup")                       \
@@ -57,8 +57,9 @@ enum { HIDES_MAX = 64, CGROUPS_MAX = 16, ARGV_MAX_BYTES = 1 << 20, ORDER_MAX_BYT
     X(CAPABILITIES, "capabilities", "drop capabilities")                \
     X(NO_NEW_PRIVS, "no-new-privs", "set no_new_privs")                 \
     X(SIGNALS, "signals", "reset the signal mask")                      \
-    X(CHDIR, "chdir", "enter /run/job")                                 \
     X(DESCRIPTORS, "descriptors", "close other descriptors")            \
+    X(CHDIR, "chdir", "enter /run/job")                                 \
+    X(WORKDIR, "workdir", "enter")                                      \
     X(SECCOMP, "seccomp", "install the system call filter")             \
     X(EXEC, "exec", "execute")                                          \
     X(STATUS, "status", "write the status file")
@@ -75,7 +76,9 @@ enum reason { REASON_NONE, REASON_STOPPED, REASON_TIMED_OUT, REASON_OUTPUT_LIMIT
 /* options.c; a descriptor that was not given is -1, a number 0, a string NULL */
 struct options {
     bool waits; /* for an order with what is not known yet: the user, the limits, the command, the files */
-    int report_fd, status_fd, output_fd, cgroup_fd;
+    int report_fd, status_fd, cgroup_fd;
+    int output_fds[STREAMS_MAX], times_fds[STREAMS_MAX]; /* of stdout, and of stderr where that is kept apart */
+    bool split_stderr;
     int cgroup_procs_fds[CGROUPS_MAX];
     int cgroup_procs_count;
     uid_t uid;
@@ -84,14 +87,18 @@ struct options {
     const char *hides[HIDES_MAX];
     int hide_count;
     uint64_t tmp_bytes, output_max, time_max;
-    char **argv;
-    size_t argv_mapped_bytes; /* of argv when --argv-fd gave it; the strings follow the pointers */
+    char **argv, **environment;
+    const char *workdir;         /* NULL: /run/job */
+    size_t command_mapped_bytes; /* of argv when --command-fd gave it; the other pointers, and the strings, follow */
 };
 void parse_options(int argc, char **argv, struct options *options);
-/* The words of an order, each ended by NUL, and the descriptors that came with it: argv, output, status. */
-enum { ORDER_FDS = 3 };
-void parse_order(char *words, size_t length, const int fds[ORDER_FDS], struct options *options);
-void release_argv(struct options *options);
+/*
+ * The words of an order, each ended by NUL, and the descriptors that came with it: command, output, status,
+ * times, and where stderr is kept apart its own output and times.
+ */
+enum { ORDER_FDS_MAX = 6 };
+void parse_order(char *words, size_t length, const int *fds, size_t fd_count, struct options *options);
+void release_command(struct options *options);
 
 /* report.c */
 void report_to(int fd);
@@ -123,7 +130,28 @@ enum step become_user(uid_t uid, gid_t gid);         /* the command: gives the s
 int filter_system_calls(void);
 
 /* command.c; gives the command's pid, which has been executed */
-pid_t start_command(const struct options *options, int pipe_fd);
+pid_t start_command(const struct options *options, int stdout_fd, int stderr_fd);
+
+/*
+ * times.c: when output was written. A record says that all up to an offset had been read at a moment; it is
+ * written at once, unless the one before it is young: then both are one.
+ */
+struct time_record {
+    int64_t ns;   /* CLOCK_REALTIME */
+    uint64_t end; /* where in the file what was read until then ends */
+};
+struct times {
+    int fd; /* -1: nobody wants to know */
+    uint64_t count;
+    struct time_record held; /* not yet written; of an end of 0: none */
+    uint64_t end;
+    int64_t written_ns, retry_ns;
+};
+struct times open_times(int fd, uint64_t end);
+void note_time(struct times *times, int64_t ns, size_t bytes);
+/* Milliseconds until `write_held_time` has something to do; -1: nothing is held. */
+int held_time_ms(const struct times *times);
+void write_held_time(struct times *times, bool at_once);
 
 /* output.c */
 enum flow {
@@ -139,20 +167,34 @@ struct output {
     uid_t owner;
     bool regular;          /* the file: it has an end to write from, and never makes us wait for a reader */
     bool over;             /* the job has written more than it may; nothing is read after that */
-    uint64_t left;         /* bytes that the job may still write */
+    uint64_t *left;        /* bytes that the job may still write, to any of its streams */
+    char *buffer;
     size_t start, pending; /* of what was read and is not yet written */
+    enum flow flow;
+    int64_t read_ns;       /* when that was read */
+    struct times times;
 };
-void open_output(struct output *output, const struct options *options, int *write_end);
+struct outputs {
+    int count;
+    uint64_t left;
+    struct output streams[STREAMS_MAX];
+};
+void open_outputs(struct outputs *outputs, const struct options *options, int write_ends[STREAMS_MAX]);
 enum flow move_output(struct output *output);
 
-/* reap.c */
+/*
+ * reap.c. The signals that init is sent: SIGTERM and SIGQUIT, which end the job with SIGTERM and SIGKILL; and
+ * SIGNAL_FIRST + n, which does so with signal n (1 to 31), since a signal carries no number that Python could
+ * give it. No process of the job may send one: it is of another user than init, and without capabilities.
+ */
+enum { SIGNAL_FIRST = 33, SIGNAL_LAST = SIGNAL_FIRST + 31 };
 struct ending {
     int wait_status;
     int64_t ended_ns;
     enum reason reason;
 };
 int open_signals(void);
-struct ending run_job(struct output *output, int signals, int timer, pid_t command);
+struct ending run_job(struct outputs *outputs, int signals, int timer, pid_t command);
 int open_timer(uint64_t seconds);
 
 #endif

@@ -25,6 +25,8 @@ static void reset_signals(void) {
     sigaddset(&ours, SIGTERM);
     sigaddset(&ours, SIGQUIT);
     sigaddset(&ours, SIGINT);
+    for (int number = SIGNAL_FIRST + 1; number <= SIGNAL_LAST; number++)
+        sigaddset(&ours, number);
     sigprocmask(SIG_SETMASK, &ours, NULL); /* init inherits it, see open_signals() */
 }
 
@@ -35,7 +37,9 @@ static void reset_signals(void) {
 static void tidy_standard_fds(const struct options *options) {
     int null = open("/dev/null", O_RDWR | O_CLOEXEC);
     for (int fd = 0; fd <= 2; fd++) {
-        bool used = fd == options->output_fd || fd == options->status_fd || fd == options->report_fd;
+        bool used = fd == options->status_fd || fd == options->report_fd;
+        for (int i = 0; i < STREAMS_MAX; i++)
+            used |= fd == options->output_fds[i];
         if (fcntl(fd, F_GETFD) < 0 || (options->report_fd >= 0 && !used))
             if (null < 0 || (null != fd && dup2(null, fd) < 0))
                 fail(STEP_STDIO, NULL);
@@ -60,26 +64,27 @@ static _Noreturn void be_init(struct options *options, int go) {
         fail(STEP_CGROUP, NULL);
     enter_namespaces(options);
     make_mounts(options);
-    int write_end, signals = open_signals();
+    int write_ends[STREAMS_MAX], signals = open_signals();
     bound_to_kill();
     if (options->waits)
         await_order(options);
 
-    struct output output;
+    struct outputs outputs;
     finish_mounts(options);
-    open_output(&output, options, &write_end);
-    pid_t command = start_command(options, write_end);
-    close(write_end); /* or the pipe would never end */
+    open_outputs(&outputs, options, write_ends);
+    pid_t command = start_command(options, write_ends[0], write_ends[outputs.count - 1]);
+    for (int i = 0; i < outputs.count; i++)
+        close(write_ends[i]); /* or the pipe would never end */
     int64_t started_ns = realtime_ns();
     int timer = open_timer(options->time_max);
-    keep_only_kill(output.owner);
+    keep_only_kill(outputs.streams[0].owner);
     if (options->report_fd < 0)
         prctl(PR_SET_PDEATHSIG, SIGKILL); /* nobody else would end us; now, as a new fsuid clears it */
     record_start(options->status_fd, started_ns);
     report_execed(started_ns);
-    release_argv(options);
+    release_command(options);
 
-    struct ending ending = run_job(&output, signals, timer, command);
+    struct ending ending = run_job(&outputs, signals, timer, command);
     record_end(options->status_fd, ending.ended_ns, ending.wait_status, ending.reason);
     _exit(options->report_fd >= 0 ? 0 : exit_code(ending.wait_status));
 }
@@ -91,7 +96,7 @@ static int wait_for_init(pid_t init) {
     sigprocmask(SIG_BLOCK, NULL, &set);
     while (waitpid(init, &status, WNOHANG) == 0) {
         if ((number = sigwaitinfo(&set, NULL)) > 0 && number != SIGCHLD)
-            kill(init, number == SIGQUIT ? SIGQUIT : SIGTERM);
+            kill(init, number == SIGINT ? SIGTERM : number);
     }
     return exit_code(status);
 }

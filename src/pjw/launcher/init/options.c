@@ -1,4 +1,4 @@
-/* Reads the command line and the argv. Anything odd is refused: our caller is a program. */
+/* Reads the command line and the command. Anything odd is refused: our caller is a program. */
 #include "init.h"
 
 #include <errno.h>
@@ -12,15 +12,15 @@
 #include <unistd.h>
 
 enum option_id {
-    REPORT_FD = 1, STATUS_FD, OUTPUT_FD, ARGV_FD, CGROUP_FD, CGROUP_PROCS_FD, USER_ID, GROUP_ID, HOSTNAME,
-    SCRATCH, HIDE, TMP_BYTES, OUTPUT_MAX, TIME_MAX, WAIT,
+    REPORT_FD = 1, STATUS_FD, OUTPUT_FD, COMMAND_FD, CGROUP_FD, CGROUP_PROCS_FD, USER_ID, GROUP_ID, HOSTNAME,
+    SCRATCH, HIDE, TMP_BYTES, OUTPUT_MAX, TIME_MAX, WAIT, SPLIT_STDERR, TIMES_FD, STDERR_FD, STDERR_TIMES_FD,
 };
 
 static const struct option OPTIONS[] = {
     {"report-fd", required_argument, NULL, REPORT_FD},
     {"status-fd", required_argument, NULL, STATUS_FD},
     {"output-fd", required_argument, NULL, OUTPUT_FD},
-    {"argv-fd", required_argument, NULL, ARGV_FD},
+    {"command-fd", required_argument, NULL, COMMAND_FD},
     {"cgroup-fd", required_argument, NULL, CGROUP_FD},
     {"cgroup-procs-fd", required_argument, NULL, CGROUP_PROCS_FD},
     {"uid", required_argument, NULL, USER_ID},
@@ -32,6 +32,10 @@ static const struct option OPTIONS[] = {
     {"output-max", required_argument, NULL, OUTPUT_MAX},
     {"time-max", required_argument, NULL, TIME_MAX},
     {"wait", no_argument, NULL, WAIT},
+    {"split-stderr", no_argument, NULL, SPLIT_STDERR},
+    {"times-fd", required_argument, NULL, TIMES_FD},
+    {"stderr-fd", required_argument, NULL, STDERR_FD},
+    {"stderr-times-fd", required_argument, NULL, STDERR_TIMES_FD},
     {NULL, 0, NULL, 0},
 };
 
@@ -69,62 +73,104 @@ static const char *path(const char *option, const char *text) {
     return text;
 }
 
-static _Noreturn void refuse_argv(int error) {
+static _Noreturn void refuse_command(int error) {
     errno = error;
-    fail(STEP_ARGV, NULL);
+    fail(STEP_COMMAND, NULL);
 }
 
 static void *map(size_t bytes) {
     void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED)
-        fail(STEP_ARGV, NULL);
+        fail(STEP_COMMAND, NULL);
     return memory;
 }
 
-/* One mapping, the pointers before the strings, so that release_argv() gives every page of it back. */
-static void read_argv(int fd, struct options *options) {
-    char *text = map(ARGV_MAX_BYTES + 1);
-    size_t length = 0, count = 0;
+/* All of a file or pipe, whose last byte is a NUL. */
+static char *read_strings(int fd, size_t *length) {
+    char *text = map(COMMAND_MAX_BYTES + 1);
     bool seekable = true;
-    while (length <= ARGV_MAX_BYTES) {
-        size_t room = ARGV_MAX_BYTES + 1 - length;
+    *length = 0;
+    while (*length <= COMMAND_MAX_BYTES) {
+        size_t room = COMMAND_MAX_BYTES + 1 - *length;
         ssize_t got =
-            seekable ? pread(fd, text + length, room, (off_t)length) : read(fd, text + length, room);
+            seekable ? pread(fd, text + *length, room, (off_t)*length) : read(fd, text + *length, room);
         if (got < 0 && errno == ESPIPE && seekable) {
             seekable = false;
             continue;
         }
         if (got < 0)
-            fail(STEP_ARGV, NULL);
+            fail(STEP_COMMAND, NULL);
         if (got == 0)
             break;
-        length += (size_t)got;
+        *length += (size_t)got;
     }
-    if (length > ARGV_MAX_BYTES)
-        refuse_argv(E2BIG);
-    if (length < 2 || text[0] == '\0' || text[length - 1] != '\0')
-        refuse_argv(EINVAL);
-    for (size_t i = 0; i < length; i++)
-        count += text[i] == '\0';
-    size_t pointers_bytes = (count + 1) * sizeof(char *);
-    options->argv_mapped_bytes = pointers_bytes + length;
-    options->argv = map(options->argv_mapped_bytes);
-    char *string = memcpy((char *)options->argv + pointers_bytes, text, length);
-    for (size_t i = 0; i < count; i++, string += strlen(string) + 1)
-        options->argv[i] = string;
-    munmap(text, ARGV_MAX_BYTES + 1);
+    if (*length > COMMAND_MAX_BYTES)
+        refuse_command(E2BIG);
+    if (*length == 0 || text[*length - 1] != '\0')
+        refuse_command(EINVAL);
+    return text;
+}
+
+static char *after(char *string) {
+    return string + strlen(string) + 1;
+}
+
+static bool is_among(const char *variable, char *const *others, size_t count) {
+    size_t name_length = strcspn(variable, "=") + 1; /* the "=" as well */
+    for (size_t i = 0; i < count; i++)
+        if (strncmp(variable, others[i], name_length) == 0)
+            return true;
+    return false;
+}
+
+/*
+ * The working directory (or ""), the variables that are added to our environment, "", the argv. One mapping, the
+ * pointers before the strings, so that release_command() gives every page of it back.
+ */
+static void read_command(int fd, struct options *options) {
+    size_t length, variables = 0, defaults = 0, arguments = 0;
+    char *text = read_strings(fd, &length), *end = text + length, *string = after(text);
+    for (; string < end && *string; string = after(string), variables++)
+        if (*string == '=' || !strchr(string, '='))
+            refuse_command(EINVAL);
+    if (string >= end || (*text && *text != '/'))
+        refuse_command(EINVAL);
+    for (string++; string < end; string = after(string))
+        arguments++;
+    while (environ[defaults])
+        defaults++;
+    size_t pointers_bytes = (arguments + 1 + variables + defaults + 1) * sizeof(char *);
+    options->command_mapped_bytes = pointers_bytes + length;
+    options->argv = map(options->command_mapped_bytes);
+    string = memcpy((char *)options->argv + pointers_bytes, text, length);
+    munmap(text, COMMAND_MAX_BYTES + 1);
     close(fd);
+
+    options->workdir = *string ? string : NULL;
+    string = after(string);
+    char **variable = options->environment = options->argv + arguments + 1;
+    for (; *string; string = after(string))
+        *variable++ = string;
+    for (size_t i = 0; i < defaults; i++)
+        if (!is_among(environ[i], options->environment, variables))
+            *variable++ = environ[i];
+    string++;
+    for (size_t i = 0; i < arguments; i++, string = after(string))
+        options->argv[i] = string;
+    if (!arguments || !*options->argv[0])
+        refuse_command(EINVAL);
 }
 
-void release_argv(struct options *options) {
-    if (options->argv_mapped_bytes)
-        munmap(options->argv, options->argv_mapped_bytes);
-    options->argv = NULL;
+void release_command(struct options *options) {
+    if (options->command_mapped_bytes)
+        munmap(options->argv, options->command_mapped_bytes);
+    options->argv = options->environment = NULL;
+    options->workdir = NULL;
 }
 
-/* Gives the descriptor of the argv, or -1; what is behind the options begins at `optind`. */
+/* Gives the descriptor of the command, or -1; what is behind the options begins at `optind`. */
 static int take_options(int argc, char **argv, struct options *options) {
-    int argv_fd = -1, id, index = 0;
+    int command_fd = -1, id, index = 0;
     optind = 0; /* getopt_long(3) begins anew */
     /* "+": the first word that is no option belongs to the command, whatever it looks like */
     while ((id = getopt_long(argc, argv, "+", OPTIONS, &index)) != -1) {
@@ -132,8 +178,11 @@ static int take_options(int argc, char **argv, struct options *options) {
         switch (id) {
         case REPORT_FD: report_to(options->report_fd = descriptor(name, optarg, 0)); break;
         case STATUS_FD: options->status_fd = descriptor(name, optarg, 0); break;
-        case OUTPUT_FD: options->output_fd = descriptor(name, optarg, 0); break;
-        case ARGV_FD: argv_fd = descriptor(name, optarg, 0); break;
+        case OUTPUT_FD: options->output_fds[0] = descriptor(name, optarg, 0); break;
+        case TIMES_FD: options->times_fds[0] = descriptor(name, optarg, 3); break;
+        case STDERR_FD: options->output_fds[1] = descriptor(name, optarg, 0); break;
+        case STDERR_TIMES_FD: options->times_fds[1] = descriptor(name, optarg, 3); break;
+        case COMMAND_FD: command_fd = descriptor(name, optarg, 0); break;
         /* not 0 to 2, which tidy_standard_fds() may close */
         case CGROUP_FD: options->cgroup_fd = descriptor(name, optarg, 3); break;
         case CGROUP_PROCS_FD:
@@ -155,12 +204,13 @@ static int take_options(int argc, char **argv, struct options *options) {
         case OUTPUT_MAX: options->output_max = number(name, optarg, 0, INT64_MAX); break;
         case TIME_MAX: options->time_max = number(name, optarg, 0, INT32_MAX); break;
         case WAIT: options->waits = true; break;
+        case SPLIT_STDERR: options->split_stderr = true; break;
         default: /* getopt_long(3) has said what is wrong */
             errno = EINVAL;
             fail(STEP_OPTIONS, NULL);
         }
     }
-    return argv_fd;
+    return command_fd;
 }
 
 static void require_user(const struct options *options) {
@@ -170,26 +220,32 @@ static void require_user(const struct options *options) {
 
 void parse_options(int argc, char **argv, struct options *options) {
     *options = (struct options){
-        .report_fd = -1, .status_fd = -1, .output_fd = STDOUT_FILENO, .cgroup_fd = -1};
-    int argv_fd = take_options(argc, argv, options);
+        .report_fd = -1,
+        .status_fd = -1,
+        .cgroup_fd = -1,
+        .output_fds = {STDOUT_FILENO, -1},
+        .times_fds = {-1, -1},
+        .environment = environ,
+    };
+    int command_fd = take_options(argc, argv, options);
     if (options->waits) {
-        if (options->report_fd < 0 || argv_fd >= 0 || optind < argc)
+        if (options->report_fd < 0 || command_fd >= 0 || optind < argc)
             refuse("wait", "(none)", "the command comes by --report-fd");
-        options->output_fd = -1;
+        options->output_fds[0] = options->output_fds[1] = -1;
         return;
     }
     require_user(options);
-    if (argv_fd >= 0 && optind < argc)
-        refuse("argv-fd", argv[optind], "the command is given twice");
-    if (argv_fd >= 0)
-        read_argv(argv_fd, options);
+    if (command_fd >= 0 && optind < argc)
+        refuse("command-fd", argv[optind], "the command is given twice");
+    if (command_fd >= 0)
+        read_command(command_fd, options);
     else if (optind < argc && argv[optind][0])
         options->argv = argv + optind;
     else
-        refuse("argv-fd", "(none)", "no command is given");
+        refuse("command-fd", "(none)", "no command is given");
 }
 
-void parse_order(char *words, size_t length, const int fds[ORDER_FDS], struct options *options) {
+void parse_order(char *words, size_t length, const int *fds, size_t fd_count, struct options *options) {
     enum { WORDS_MAX = 16 };
     char *argv[WORDS_MAX + 2] = {"order"};
     int count = 1;
@@ -203,7 +259,14 @@ void parse_order(char *words, size_t length, const int fds[ORDER_FDS], struct op
     if (take_options(count, argv, options) >= 0 || optind < count)
         refuse("wait", "(order)", "the command comes by a descriptor");
     require_user(options);
-    options->output_fd = fds[1];
+    if (fd_count != (options->split_stderr ? ORDER_FDS_MAX : ORDER_FDS_MAX - 2))
+        refuse("wait", "(order)", "not the descriptors that it should have");
+    options->output_fds[0] = fds[1];
     options->status_fd = fds[2];
-    read_argv(fds[0], options);
+    options->times_fds[0] = fds[3];
+    if (options->split_stderr) {
+        options->output_fds[1] = fds[4];
+        options->times_fds[1] = fds[5];
+    }
+    read_command(fds[0], options);
 }

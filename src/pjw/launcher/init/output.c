@@ -17,26 +17,27 @@
 enum { PIPE_BYTES = 1 << 20, BUFFER_BYTES = 128 << 10 };
 
 /* Not in struct output: what the job never fills is never touched, and takes nothing of its memory limit. */
-static char buffer[BUFFER_BYTES];
+static char buffers[STREAMS_MAX][BUFFER_BYTES];
 
-void open_output(struct output *output, const struct options *options, int *write_end) {
+/* Gives the end that the job writes to. */
+static int open_output(struct output *output, int file, int times, const struct options *options) {
     struct stat status;
-    int flags = fcntl(options->output_fd, F_GETFL), ends[2];
-    if (flags < 0 || fstat(options->output_fd, &status) < 0)
+    int flags = fcntl(file, F_GETFL), ends[2];
+    if (flags < 0 || fstat(file, &status) < 0)
         fail(STEP_OUTPUT, NULL);
     if ((flags & O_ACCMODE) == O_RDONLY) {
         errno = EBADF;
         fail(STEP_OUTPUT, NULL);
     }
     bool regular = S_ISREG(status.st_mode);
-    if (regular && lseek(options->output_fd, 0, SEEK_END) < 0)
+    off_t end = regular ? lseek(file, 0, SEEK_END) : 0;
+    if (end < 0)
         fail(STEP_OUTPUT, NULL);
-    *output = (struct output){
-        .file = options->output_fd,
-        .owner = status.st_uid,
-        .regular = regular,
-        .left = options->output_max ? options->output_max : UINT64_MAX,
-    };
+    output->file = file;
+    output->owner = status.st_uid;
+    output->regular = regular;
+    output->flow = FLOW_EMPTY;
+    output->times = open_times(times, (uint64_t)end);
     if (pipe2(ends, O_CLOEXEC) < 0)
         fail(STEP_PIPE, NULL);
     /* only our end: whether the job's end blocks is the job's affair */
@@ -48,7 +49,20 @@ void open_output(struct output *output, const struct options *options, int *writ
     if (fchown(ends[1], options->uid, options->gid) < 0)
         fail(STEP_PIPE, NULL);
     output->pipe = ends[0];
-    *write_end = ends[1];
+    return ends[1];
+}
+
+void open_outputs(struct outputs *outputs, const struct options *options, int write_ends[STREAMS_MAX]) {
+    *outputs = (struct outputs){
+        .count = options->split_stderr ? STREAMS_MAX : 1,
+        .left = options->output_max ? options->output_max : UINT64_MAX,
+    };
+    for (int i = 0; i < outputs->count; i++) {
+        struct output *output = &outputs->streams[i];
+        output->buffer = buffers[i];
+        output->left = &outputs->left;
+        write_ends[i] = open_output(output, options->output_fds[i], options->times_fds[i], options);
+    }
 }
 
 /*
@@ -66,26 +80,27 @@ static ssize_t write_some(const struct output *output) {
         if (most > PIPE_BUF)
             most = PIPE_BUF;
     }
-    return write(output->file, buffer + output->start, most);
+    return write(output->file, output->buffer + output->start, most);
 }
 
 /* A job that has written exactly what it may is not over its limit until it writes more. */
 static void count(struct output *output, size_t got) {
-    output->over = got > output->left;
+    output->over = got > *output->left;
     output->start = 0;
-    output->pending = output->over ? (size_t)output->left : got;
-    output->left -= output->pending;
+    output->pending = output->over ? (size_t)*output->left : got;
+    *output->left -= output->pending;
 }
 
 /* Move what is there, up to a buffer; what the file does not take is held, and tried again by the next call. */
 enum flow move_output(struct output *output) {
     if (!output->pending && !output->over) {
-        ssize_t got = read(output->pipe, buffer, sizeof buffer);
+        ssize_t got = read(output->pipe, output->buffer, BUFFER_BYTES);
         if (got == 0)
             return FLOW_END;
         if (got < 0) /* EFAULT: no memory is left for the buffer */
             return errno == EAGAIN || errno == EINTR ? FLOW_EMPTY : FLOW_HELD;
         count(output, (size_t)got);
+        output->read_ns = realtime_ns();
     }
     while (output->pending) {
         ssize_t put = write_some(output);
@@ -95,6 +110,7 @@ enum flow move_output(struct output *output) {
             return errno == EAGAIN || errno == EINTR ? FLOW_FULL : FLOW_HELD;
         output->start += (size_t)put;
         output->pending -= (size_t)put;
+        note_time(&output->times, output->read_ns, (size_t)put);
     }
     return output->over ? FLOW_OVER : FLOW_MORE;
 }

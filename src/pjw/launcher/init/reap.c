@@ -15,10 +15,9 @@
 enum { HELD_RETRY_MS = 250 };
 
 struct job {
-    struct output *output;
+    struct outputs *outputs;
     int signals, timer;
     pid_t command;
-    enum flow flow;
     bool ended, killed_after_end;
     struct ending ending;
 };
@@ -34,6 +33,8 @@ int open_signals(void) {
     sigaddset(&set, SIGCHLD);
     sigaddset(&set, SIGTERM);
     sigaddset(&set, SIGQUIT);
+    for (int number = SIGNAL_FIRST + 1; number <= SIGNAL_LAST; number++)
+        sigaddset(&set, number);
     int fd = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
     if (fd < 0)
         fail(STEP_SIGNALFD, NULL);
@@ -81,70 +82,88 @@ static bool reap(struct job *job, int options) {
 static void read_signals(struct job *job) {
     struct signalfd_siginfo info;
     while (read(job->signals, &info, sizeof info) == sizeof info) {
-        if (info.ssi_signo == SIGCHLD)
+        int number = (int)info.ssi_signo;
+        if (number == SIGCHLD)
             reap(job, WNOHANG);
         else if (job->ended)
-            job->killed_after_end |= info.ssi_signo == SIGQUIT;
+            job->killed_after_end |= number == SIGQUIT;
+        else if (number == SIGQUIT)
+            end_all(job, REASON_STOPPED, SIGKILL);
         else
-            end_all(job, REASON_STOPPED, info.ssi_signo == SIGQUIT ? SIGKILL : SIGTERM);
+            end_all(job, REASON_STOPPED, number > SIGNAL_FIRST ? number - SIGNAL_FIRST : SIGTERM);
     }
 }
 
-/* Wait for whatever is next. How the output stands says which of its two ends we wait for, if any. */
-static void await(struct job *job) {
-    const struct output *output = job->output;
-    bool readable = job->flow == FLOW_MORE || job->flow == FLOW_EMPTY, full = job->flow == FLOW_FULL;
-    struct pollfd fds[] = {
-        {.fd = job->signals, .events = POLLIN},
-        {.fd = job->timer, .events = POLLIN},
-        {.fd = readable ? output->pipe : full ? output->file : -1, .events = readable ? POLLIN : POLLOUT},
-    };
-    if (poll(fds, sizeof fds / sizeof *fds, job->flow == FLOW_HELD ? HELD_RETRY_MS : -1) < 0)
+static int sooner(int one_ms, int other_ms) {
+    return one_ms < 0 || (other_ms >= 0 && other_ms < one_ms) ? other_ms : one_ms;
+}
+
+static void move(struct job *job, struct output *output) {
+    enum flow before = output->flow;
+    output->flow = move_output(output);
+    if (output->flow == before)
         return;
-    if (fds[2].revents || job->flow == FLOW_HELD)
-        job->flow = move_output(job->output);
-    if (fds[0].revents)
+    if (output->flow == FLOW_OVER && !job->ended)
+        end_all(job, REASON_OUTPUT_LIMIT, SIGKILL);
+    else if (output->flow == FLOW_END)
+        close(output->pipe); /* nobody reads any more: a job that goes on writing gets SIGPIPE */
+}
+
+/* Wait for whatever is next. How a stream stands says which of its two ends we wait for, if any. */
+static void await(struct job *job) {
+    enum { SIGNALS, TIMER, FIRST_STREAM };
+    struct pollfd fds[FIRST_STREAM + STREAMS_MAX] = {
+        [SIGNALS] = {.fd = job->signals, .events = POLLIN},
+        [TIMER] = {.fd = job->timer, .events = POLLIN},
+    };
+    int timeout_ms = -1;
+    for (int i = 0; i < job->outputs->count; i++) {
+        const struct output *output = &job->outputs->streams[i];
+        bool readable = output->flow == FLOW_MORE || output->flow == FLOW_EMPTY, full = output->flow == FLOW_FULL;
+        fds[FIRST_STREAM + i].fd = readable ? output->pipe : full ? output->file : -1;
+        fds[FIRST_STREAM + i].events = readable ? POLLIN : POLLOUT;
+        if (output->flow == FLOW_HELD)
+            timeout_ms = sooner(timeout_ms, HELD_RETRY_MS);
+        timeout_ms = sooner(timeout_ms, held_time_ms(&output->times));
+    }
+    if (poll(fds, (nfds_t)(FIRST_STREAM + job->outputs->count), timeout_ms) < 0)
+        return;
+    for (int i = 0; i < job->outputs->count; i++) {
+        struct output *output = &job->outputs->streams[i];
+        if (fds[FIRST_STREAM + i].revents || output->flow == FLOW_HELD)
+            move(job, output);
+        write_held_time(&output->times, false);
+    }
+    if (fds[SIGNALS].revents)
         read_signals(job);
-    if (fds[1].revents) {
+    if (fds[TIMER].revents) {
         job->timer = -1; /* it stays readable: a process that is slow to die must not make us spin */
         if (!job->ended)
             end_all(job, REASON_TIMED_OUT, SIGKILL);
     }
 }
 
-static void run_command(struct job *job) {
-    while (!job->ended) {
-        enum flow before = job->flow;
-        await(job);
-        if (job->flow == before)
-            continue;
-        if (job->flow == FLOW_OVER && !job->ended)
-            end_all(job, REASON_OUTPUT_LIMIT, SIGKILL);
-        else if (job->flow == FLOW_END)
-            close(job->output->pipe); /* nobody reads any more: a job that goes on writing gets SIGPIPE */
-    }
-}
-
 /* All writers are dead: what is in the pipe is all there will ever be. Only a full disk can delay its end. */
-static void drain(struct job *job) {
-    if (job->flow == FLOW_EMPTY)
-        job->flow = FLOW_MORE; /* it was empty when we last looked */
+static void drain(struct job *job, struct output *output) {
+    if (output->flow == FLOW_EMPTY)
+        output->flow = FLOW_MORE; /* it was empty when we last looked */
     for (;;) {
-        if (job->flow == FLOW_MORE)
-            job->flow = move_output(job->output);
-        else if ((job->flow == FLOW_HELD || job->flow == FLOW_FULL) && !job->killed_after_end)
+        if (output->flow == FLOW_MORE)
+            move(job, output);
+        else if ((output->flow == FLOW_HELD || output->flow == FLOW_FULL) && !job->killed_after_end)
             await(job);
         else
             break;
     }
-    if (job->flow == FLOW_OVER && job->ending.reason == REASON_NONE)
+    if (output->flow == FLOW_OVER && job->ending.reason == REASON_NONE)
         job->ending.reason = REASON_OUTPUT_LIMIT;
+    write_held_time(&output->times, true);
 }
 
-struct ending run_job(struct output *output, int signals, int timer, pid_t command) {
-    struct job job = {
-        .output = output, .signals = signals, .timer = timer, .command = command, .flow = FLOW_EMPTY};
-    run_command(&job);
+struct ending run_job(struct outputs *outputs, int signals, int timer, pid_t command) {
+    struct job job = {.outputs = outputs, .signals = signals, .timer = timer, .command = command};
+    while (!job.ended)
+        await(&job);
     /* Orphans become our children at once, so without a child there is nobody left, and kill(2) of -1 need
      * not look through every process of the host. */
     if (reap(&job, WNOHANG)) {
@@ -152,6 +171,7 @@ struct ending run_job(struct output *output, int signals, int timer, pid_t comma
         /* Blocking, until there is none: they all have SIGKILL pending, so none waits for us to read. */
         reap(&job, 0);
     }
-    drain(&job);
+    for (int i = 0; i < outputs->count; i++)
+        drain(&job, &outputs->streams[i]);
     return job.ending;
 }

@@ -33,7 +33,7 @@ void report_to(int fd) {
 /* One datagram. A launcher that is gone before it has ordered anything wants nothing any more. */
 void await_order(struct options *options) {
     char words[ORDER_MAX_BYTES];
-    int fds[ORDER_FDS];
+    int fds[ORDER_FDS_MAX];
     struct iovec data = {.iov_base = words, .iov_len = sizeof words};
     union {
         struct cmsghdr header;
@@ -47,11 +47,11 @@ void await_order(struct options *options) {
         _exit(0);
     if (length > 0)
         errno = EBADMSG;
-    if (length < 0 || message.msg_flags & (MSG_TRUNC | MSG_CTRUNC) ||
-        message.msg_controllen < CMSG_LEN(sizeof fds) || control.header.cmsg_len != CMSG_LEN(sizeof fds))
+    if (length < 0 || message.msg_flags & (MSG_TRUNC | MSG_CTRUNC) || message.msg_controllen < CMSG_LEN(0))
         fail(STEP_ORDER, NULL);
-    memcpy(fds, CMSG_DATA(&control.header), sizeof fds);
-    parse_order(words, (size_t)length, fds, options);
+    size_t fds_bytes = control.header.cmsg_len - CMSG_LEN(0);
+    memcpy(fds, CMSG_DATA(&control.header), fds_bytes);
+    parse_order(words, (size_t)length, fds, fds_bytes / sizeof *fds, options);
 }
 
 /* A launcher that is gone is no reason to stop: its successor finds the job by its cgroup. */

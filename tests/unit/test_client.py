@@ -9,8 +9,7 @@ import grpc
 import pytest
 
 from pjw.certs import authority
-from pjw.cli.client import Client
-from pjw.cli.settings import ClientSettings
+from pjw.client.sync import Client
 from pjw.errors import ServerUnreachableError
 from pjw.rpc.status import ADMITTED_KEY
 from pjw.v1 import job_worker_pb2 as pb
@@ -55,7 +54,7 @@ def client(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Client]:
         port = server.add_secure_port("127.0.0.1:0", credentials)
         server.start()
         files = (f"{certs}/{name}" for name in ("ca.crt", "alice.crt", "alice.key"))
-        with Client(ClientSettings(f"127.0.0.1:{port}", *files)) as client:
+        with Client(f"127.0.0.1:{port}", *files, reconnect_seconds=5) as client:
             yield client
         server.stop(None).wait()
 

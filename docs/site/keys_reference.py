@@ -1,0 +1,114 @@
+"""The reference of pjwd's configuration file, from the structs that decode it."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Final
+
+import msgspec
+
+from pjw.model import Limits
+from pjw.server.config import ServerConfig
+from pjw.worker.settings import NO_CEILING
+
+INTRODUCTION: Final = """\
+# All keys of the configuration
+
+`pjwd serve --config FILE` reads TOML. Every key is optional; an unknown one is an error.
+[What the settings do](../configuration.md) explains them.
+"""
+
+
+def keys() -> str:
+    """The page of all keys: those outside of a table first, then each table."""
+    return "\n".join([INTRODUCTION, *_struct("", ServerConfig)])
+
+
+def _struct(table: str, struct: type[msgspec.Struct]) -> Iterator[str]:
+    described = msgspec.inspect.type_info(struct)
+    assert isinstance(described, msgspec.inspect.StructType)
+    tables: list[tuple[str, type[msgspec.Struct] | None]] = []
+    if table:
+        yield f"## [{table}]\n"
+        yield f"{(struct.__doc__ or '').splitlines()[0]}\n"
+    yield "| key | type | default | meaning |\n| --- | --- | --- | --- |"
+    for field in described.fields:
+        kind, text = _plain(field.type)
+        name = f"{table}.{field.encode_name}".removeprefix(".")
+        if isinstance(kind, msgspec.inspect.StructType):
+            tables.append((name, kind.cls))
+        elif isinstance(kind, msgspec.inspect.DictType):
+            tables.append((name, None))
+        else:
+            yield f"| `{field.encode_name}` | {_type(field.type)} | {_default(field)} | {text} |"
+    yield ""
+    for name, cls in tables:
+        yield from _struct(name, cls) if cls else _limits(name)
+
+
+def _limits(table: str) -> Iterator[str]:
+    """A table whose keys are the names of limits."""
+    defaults = Limits() if table == "limits" else NO_CEILING
+    yield f"## [{table}]\n"
+    yield "| key | type | default |\n| --- | --- | --- |"
+    for limit in dataclasses.fields(Limits):
+        yield f"| `{limit.name}` | integer, at least 0 | `{getattr(defaults, limit.name)}` |"
+    yield ""
+
+
+def _plain(kind: msgspec.inspect.Type) -> tuple[msgspec.inspect.Type, str]:
+    """A type without what is only said about it, and its description."""
+    if isinstance(kind, msgspec.inspect.Metadata):
+        inner, text = _plain(kind.type)
+        return inner, (kind.extra_json_schema or {}).get("description", text)
+    return kind, ""
+
+
+def _type(kind: msgspec.inspect.Type) -> str:
+    """How a value of a type is written in TOML, and its bounds."""
+    kind, _ = _plain(kind)
+    match kind:
+        case msgspec.inspect.UnionType(types):
+            return " or ".join(
+                _type(each) for each in types if not isinstance(each, msgspec.inspect.NoneType)
+            )
+        case msgspec.inspect.BoolType():
+            return "true or false"
+        case msgspec.inspect.IntType():
+            return _bounded("integer", kind)
+        case msgspec.inspect.FloatType():
+            return _bounded("number", kind)
+        case msgspec.inspect.StrType():
+            return "string"
+        case msgspec.inspect.LiteralType(values):
+            return " or ".join(f'`"{value}"`' for value in values)
+        case _:
+            item = getattr(kind, "item_type", None)
+            assert item is not None, kind
+            return f"list of {_type(item)}s"
+
+
+def _bounded(word: str, kind: msgspec.inspect.IntType | msgspec.inspect.FloatType) -> str:
+    """A number and its bounds; one that only keeps the sums of others within 64 bits is nobody's business."""
+    low, high = kind.ge, kind.le
+    if kind.lt is not None:
+        high = kind.lt - 1 if isinstance(kind, msgspec.inspect.IntType) else kind.lt
+    if high is not None and high >= 2**53:
+        high = None
+    match low, high:
+        case None, None:
+            return word
+        case _, None:
+            return f"{word}, at least {low}"
+        case None, _:
+            return f"{word}, at most {high}"
+        case _:
+            return f"{word}, {low} to {high}"
+
+
+def _default(field: msgspec.inspect.Field) -> str:
+    value = field.default
+    if value is msgspec.NODEFAULT:
+        value = field.default_factory() if callable(field.default_factory) else None
+    if value is None or value in ((), "", frozenset()):
+        return "none"
+    return f"`{msgspec.json.encode(value).decode()}`"

@@ -1,0 +1,49 @@
+"""The client, when a command needs it, and jobs by id or name."""
+
+import gc
+from argparse import ArgumentTypeError, Namespace
+from typing import TYPE_CHECKING
+
+from pjw.cli.settings import find_settings
+
+if TYPE_CHECKING:
+    from pjw.client.sync import Client
+
+# A job as it is typed: its id, or its name.
+JobName = int | str
+
+
+def connect(arguments: Namespace) -> "Client":
+    """A client with the settings that were found; a context manager. Raises ConfigError."""
+    settings = find_settings(arguments)
+    files = settings.ca_crt, settings.client_crt, settings.client_key
+    return _client_class()(settings.server, *files, all_clients=arguments.all)
+
+
+def job_name(text: str) -> JobName:
+    """What names a job, as a `type` of argparse: a whole number is an id, all else a name."""
+    # int() alone would take "1_0", " 1 " and digits of other scripts
+    digits = text.removeprefix("-")
+    if digits.isascii() and digits.isdecimal() and len(digits) <= 100:
+        return int(text)
+    if not text[:1].isalpha() or not text.isascii() or len(text) > 63:
+        raise ArgumentTypeError(f"{text[:40]!r} is neither a job's id, which is a whole number, nor its name")
+    return text
+
+
+def resolve(client: "Client", job: JobName) -> int:
+    """The id of a job. Raises JobNotFoundError for a name that no job bears."""
+    return job if isinstance(job, int) else client.find(job).id
+
+
+def _client_class() -> "type[Client]":
+    """The client, which imports gRPC: `pjw --help` need not wait for that."""
+    # What is imported stays. To look for garbage in it, at every 700 objects or once at the end, takes
+    # a tenth of a whole `pjw get`: hence frozen as well.
+    gc.disable()
+    try:
+        from pjw.client.sync import Client
+    finally:
+        gc.freeze()
+        gc.enable()
+    return Client

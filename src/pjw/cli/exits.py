@@ -1,0 +1,46 @@
+"""Exit codes, and errors in words on stderr."""
+
+import errno
+import sys
+from typing import Final
+
+from pjw.errors import (
+    ConfigError,
+    LaunchError,
+    PjwError,
+    ProtocolError,
+    ServerFailedError,
+    ServerUnreachableError,
+)
+
+EXIT_REFUSED: Final = 1
+EXIT_USAGE: Final = 2
+EXIT_FAILED: Final = 125
+EXIT_NOT_EXECUTABLE: Final = 126
+EXIT_NOT_FOUND: Final = 127
+EXIT_INTERRUPTED: Final = 130
+# 128 + SIGPIPE, as of a program that the signal ended: the reader has gone, and wants no more.
+EXIT_CLOSED_PIPE: Final = 141
+# what a shell adds to the number of the signal that ended a program
+SIGNALLED: Final = 128
+
+
+def exit_code_of(error: PjwError) -> int:
+    """The exit code for an error."""
+    match error:
+        case LaunchError(errno=errno.ENOENT):
+            return EXIT_NOT_FOUND
+        case LaunchError():
+            return EXIT_NOT_EXECUTABLE
+        case ServerUnreachableError() | ServerFailedError() | ConfigError() | ProtocolError():
+            return EXIT_FAILED
+        case _:
+            return EXIT_REFUSED
+
+
+def complain(error: PjwError) -> int:
+    """Say what went wrong, and what to do about it; the exit code for it."""
+    print(f"pjw: error: {error}", file=sys.stderr)
+    if error.hint:
+        print(f"hint: {error.hint}", file=sys.stderr)
+    return exit_code_of(error)

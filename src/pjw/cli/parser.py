@@ -1,0 +1,254 @@
+"""The command line: every command and option, and nothing of what they do."""
+
+import argparse
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+from pjw.cli import commands, units
+from pjw.cli.connection import job_name
+from pjw.cli.settings import DEFAULT_SERVER
+from pjw.cli.terminal import columns
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction["Parser"]  # noqa: SLF001  it has no other name
+
+_EPILOG: Final = """\
+exit codes: 0 done, 1 refused, 2 wrong usage, 125 pjw failed (no server, no certificate),
+126 not executable, 127 no such program, 130 interrupted; pjw run: that of its job, 128+n for signal n
+
+Every option of these can also be set as PJW_SERVER, PJW_CA_CRT, PJW_CLIENT_CRT, PJW_CLIENT_KEY, or in
+~/.config/pjw/config.toml. A JOB is given by its id or its name.
+"""
+_STATES: Final = ("starting", "running", "stopping", "exited", "lost")
+_FORMATS: Final = ("table", "ids", "json", "jsonl")
+
+
+class Parser(argparse.ArgumentParser):
+    """Formatters that are told the width: argparse makes one for each argument, which would import shutil."""
+
+    def __init__(
+        self,
+        *,
+        formatter: type[argparse.HelpFormatter] = argparse.HelpFormatter,
+        **options: Any,  # noqa: ANN401  argparse's own
+    ) -> None:
+        super().__init__(
+            formatter_class=partial(formatter, width=columns() - 2), allow_abbrev=False, **options
+        )
+
+
+def build_parser() -> Parser:
+    """The parser of all commands; `run` of what it gives is the function that carries it out."""
+    parser = Parser(
+        prog="pjw",
+        description="Run commands on a machine with pjwd: isolated, limited, their output streamed.",
+        epilog=_EPILOG,
+        formatter=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action=_Version, help="show the version, and exit")
+    parser.add_argument("--server", metavar="HOST:PORT", help=f"default {DEFAULT_SERVER}")
+    parser.add_argument("--ca-crt", metavar="FILE", help="the authority of the server's certificate")
+    parser.add_argument("--client-crt", metavar="FILE", help="your certificate")
+    parser.add_argument("--client-key", metavar="FILE", help="your key")
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="the jobs of every client, not only yours; your operator must allow it",
+    )
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_add_run, _add_start, _add_list, _add_get, _add_logs, _add_wait, _add_stop, _add_rm):
+        add(subparsers)
+    return parser
+
+
+def _add_run(subparsers: "Commands") -> None:
+    command = subparsers.add_parser(
+        "run",
+        help="start a job, show its output, and exit as it does",
+        usage="pjw run [OPTION]... CMD | pjw run [OPTION]... [--] PROGRAM ARG...",
+        description="Start a job, show its output, and exit with its exit code (128+n for signal n). Ctrl-C"
+        " stops the job, a second one kills it, a third one leaves it to itself. A lost connection is made"
+        " again. One argument is a shell command, run by /bin/sh -c; several are a program with arguments.",
+    )
+    command.set_defaults(run=commands.run, starts=True)
+    command.add_argument("-d", "--detach", action="store_true", help="print the id, and leave it running")
+    _add_grace(command)
+    _add_job_options(command)
+
+
+def _add_start(subparsers: "Commands") -> None:
+    command = subparsers.add_parser(
+        "start",
+        help="start a job and print its id",
+        usage="pjw start [OPTION]... CMD | pjw start [OPTION]... [--] PROGRAM ARG...",
+        description="Start a job and print its id. One argument is a shell command, run by /bin/sh -c;"
+        " several are a program and its arguments, executed as they are.",
+    )
+    command.set_defaults(run=commands.start, starts=True)
+    _add_job_options(command)
+
+
+def _add_job_options(command: Parser) -> None:
+    job = command.add_argument_group("the job")
+    job.add_argument("--name", metavar="NAME", help="call it by this; no two that run bear the same")
+    job.add_argument(
+        "--label",
+        type=units.key_and_value,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="to find it by",
+    )
+    job.add_argument(
+        "-e", "--env", action="append", default=[], metavar="KEY[=VALUE]",
+        help="set a variable, or pass on the one that is set here",
+    )  # fmt: skip
+    job.add_argument(
+        "--env-file", action="append", default=[], metavar="FILE", help="the same, a line each; # comments"
+    )
+    job.add_argument("-w", "--workdir", metavar="DIR", help="begin there; an absolute path")
+    job.add_argument("--split-stderr", action="store_true", help="keep stderr apart from stdout")
+    limits = command.add_argument_group(
+        "its limits", "0 is no limit; your operator sets defaults and ceilings"
+    )
+    limits.add_argument("--cpus", type=units.millicores, metavar="N", help="processors: 0.5, 2")
+    limits.add_argument("-m", "--memory", type=units.size, metavar="SIZE", help="memory: 256M, 1.5G")
+    limits.add_argument("--pids", type=units.count, metavar="N", help="processes and threads")
+    limits.add_argument("--io-read", type=units.size, metavar="SIZE", help="bytes a second read")
+    limits.add_argument("--io-write", type=units.size, metavar="SIZE", help="bytes a second written")
+    limits.add_argument("--iops", type=units.count, metavar="N", help="reads a second, and writes a second")
+    limits.add_argument("--output", type=units.size, metavar="SIZE", help="output; then it is killed")
+    limits.add_argument(
+        "--timeout", type=units.whole_seconds, metavar="TIME", help="time: 90s, 1h30m; then it is killed"
+    )
+    command.add_argument("command", nargs=argparse.REMAINDER, metavar="CMD")
+
+
+def _add_list(subparsers: "Commands") -> None:
+    command = subparsers.add_parser(
+        "list",
+        help="list your jobs: their ids, or a table at a terminal",
+        description="List your jobs, in the order of their ids. A template is a line for each job, with"
+        " names of the JSON in braces: template:'{id} {state} {labels.team} {duration:>9}'.",
+    )
+    command.set_defaults(run=commands.list_jobs)
+    command.add_argument(
+        "--format", type=_list_format, metavar="FORMAT", help=f"{', '.join(_FORMATS)} or template:…"
+    )
+    command.add_argument(
+        "--state", choices=_STATES, action="append", default=[], help="only in this state, or one of several"
+    )
+    _add_label_filter(command)
+    command.add_argument("--name", metavar="NAME", help="only of this name")
+    command.add_argument("-n", "--limit", type=units.count, metavar="N", help="only the N newest")
+
+
+def _add_label_filter(command: Parser) -> None:
+    command.add_argument(
+        "--label", type=units.key_and_value, action="append", default=[], metavar="KEY=VALUE",
+        help="only with this label, and all others that are given",
+    )  # fmt: skip
+
+
+def _add_get(subparsers: "Commands") -> None:
+    command = subparsers.add_parser("get", help="show a job as JSON; several as an array")
+    command.set_defaults(run=commands.get)
+    _add_jobs(command)
+
+
+def _add_logs(subparsers: "Commands") -> None:
+    command = subparsers.add_parser(
+        "logs",
+        help="stream a job's output from its first byte until the job ends",
+        description="Stream a job's output: its bytes alone, from the first one until the job ends.",
+    )
+    command.set_defaults(run=commands.logs)
+    command.add_argument("job", type=job_name, metavar="JOB")
+    command.add_argument(
+        "-f", "--follow", action=argparse.BooleanOptionalAction, default=True,
+        help="go on until the job ends, which is the default; or end with what is there",
+    )  # fmt: skip
+    command.add_argument("-n", "--tail", type=units.count, metavar="N", help="begin N lines before the end")
+    command.add_argument("--since", type=units.size, default=0, metavar="OFFSET", help="begin at this byte")
+    command.add_argument(
+        "-t",
+        "--timestamps",
+        action="store_true",
+        help="begin each line with the time of its writing",
+    )
+    command.add_argument("--stderr", action="store_true", help="the stderr of a job that keeps it apart")
+
+
+def _add_wait(subparsers: "Commands") -> None:
+    command = subparsers.add_parser(
+        "wait",
+        help="wait until jobs have ended; prints the exit code of each",
+        description="Wait until jobs have ended, and print the exit code of each (128+n for signal n), a line"
+        " each in the order in which they are given.",
+    )
+    command.set_defaults(run=commands.wait)
+    _add_jobs(command)
+
+
+def _add_stop(subparsers: "Commands") -> None:
+    command = subparsers.add_parser(
+        "stop",
+        help="stop a job, wait for its end, and show it as JSON",
+        description="Stop jobs: SIGTERM, after the grace period SIGKILL. Waits until they have ended, and"
+        " shows one as JSON, several as an array.",
+    )
+    command.set_defaults(run=commands.stop)
+    _add_jobs(command)
+    _add_grace(command)
+    command.add_argument(
+        "-s",
+        "--signal",
+        type=units.signal_number,
+        default=0,
+        metavar="SIGNAL",
+        help="instead of TERM: INT",
+    )
+
+
+def _add_rm(subparsers: "Commands") -> None:
+    command = subparsers.add_parser("rm", help="forget ended jobs, with their output; prints each")
+    command.set_defaults(run=commands.remove)
+    _add_jobs(command)
+
+
+def _add_jobs(command: Parser) -> None:
+    command.add_argument("jobs", type=job_name, nargs="+", metavar="JOB", help="a job's id, or its name")
+
+
+def _add_grace(command: Parser) -> None:
+    command.add_argument(
+        "--grace",
+        type=units.seconds,
+        metavar="TIME",
+        help="from SIGTERM to SIGKILL; by default the server's, 10 s",
+    )
+
+
+def _list_format(text: str) -> object:
+    """A format of `list`: its name, or the template that it is."""
+    if text in _FORMATS:
+        return text
+    kind, _, template = text.partition(":")
+    if kind != "template":
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is none of {', '.join(_FORMATS)} and template:…")
+    from pjw.cli.template import Template
+
+    return Template(template)
+
+
+class _Version(argparse.Action):
+    """Says the version of the package, which only who asks for it pays to look up."""
+
+    def __init__(self, **options: Any) -> None:  # noqa: ANN401  argparse's own
+        super().__init__(nargs=0, **options)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(f"pjw {version('pjw')}")
+        parser.exit()

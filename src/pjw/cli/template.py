@@ -1,0 +1,80 @@
+"""A line for each job in the user's own words: `--format template:'{id} {state}'`.
+
+Names in braces are those of the JSON, `age` and `duration` as in the table; a dot goes inside
+(`{limits.pidsMax}`, `{labels.team}`), and a width behind a colon as Python writes it (`{id:>6}`). Text is all
+that comes of it: no attribute, no call, no index.
+"""
+
+import string
+from argparse import ArgumentTypeError
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from pjw.cli.render import duration, members
+from pjw.cli.units import duration_in_words
+from pjw.model import Job, JobState, Limits, Usage
+
+_LEADING: Final = {"age", "duration"}
+
+
+class Template:
+    """A format that was checked when it was typed."""
+
+    def __init__(self, text: str) -> None:
+        """Raises ArgumentTypeError for what could never be filled in."""
+        self._text: Final = text.replace("\\t", "\t").replace("\\n", "\n")
+        known = _names()
+        try:
+            parts = [*string.Formatter().parse(self._text)]
+        except ValueError as error:
+            raise ArgumentTypeError(f"template {text[:80]!r}: {error}") from None
+        for _, name, spec, conversion in parts:
+            if name is None:
+                continue
+            first = name.partition(".")[0]
+            if first not in known or conversion or (spec and "{" in spec):
+                raise ArgumentTypeError(
+                    f"template {text[:80]!r}: {name or '{}'!r} is none of {', '.join(sorted(known))}"
+                )
+            try:
+                format("", spec or "")
+            except ValueError as error:
+                raise ArgumentTypeError(f"template {text[:80]!r}: {{{name}:{spec}}}: {error}") from None
+        self._parts: Final = [(literal, name, spec or "") for literal, name, spec, _ in parts]
+
+    def fill(self, job: Job, printable: Callable[[str], str]) -> str:
+        """The line of a job; what it says of itself goes through *printable*."""
+        now = datetime.now(UTC)
+        values = members(job)
+        values["age"] = duration_in_words((now - job.start).total_seconds())
+        values["duration"] = duration_in_words(duration(job, now))
+        line = ""
+        for literal, name, spec in self._parts:
+            line += literal
+            if name is not None:
+                line += format(printable(_text(values, name)), spec)
+        return line
+
+
+def _names() -> set[str]:
+    example = Job(0, "", "", JobState.RUNNING, Limits(), datetime.now(UTC), usage=Usage())
+    return {*members(example), *_LEADING}
+
+
+def _text(values: Any, name: str) -> str:  # noqa: ANN401  whatever JSON has
+    found, rest = values, name
+    while rest and isinstance(found, dict):
+        if rest in found:
+            # a key of a label may have dots in it
+            found, rest = found[rest], ""
+        else:
+            first, _, rest = rest.partition(".")
+            found = found.get(first)
+    if found is None or rest:
+        return ""
+    if isinstance(found, bool):
+        return str(found).lower()
+    if isinstance(found, dict):
+        return ",".join(f"{key}={value}" for key, value in found.items())
+    return str(found)

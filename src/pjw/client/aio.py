@@ -1,0 +1,203 @@
+"""The client for asyncio: `AsyncClient`."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from types import TracebackType
+from typing import Any, Final, Self, TypeVar
+
+from pjw.client.channel import channel_arguments  # isort: skip  it sets how gRPC is imported
+
+import grpc.aio
+
+from pjw.client import requests
+from pjw.client.retry import RECONNECT_SECONDS, Link, Trouble
+from pjw.client.settings import ClientSettings
+from pjw.errors import JobNotFoundError
+from pjw.model import Job, JobSpec, JobState
+from pjw.rpc.status import ADMITTED_KEY
+from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
+
+T = TypeVar("T")
+
+
+class AsyncClient:
+    """`Client` for asyncio: the same calls, awaited; what streams is an asynchronous generator."""
+
+    def __init__(
+        self,
+        server: str,
+        ca_crt: str,
+        client_crt: str,
+        client_key: str,
+        *,
+        all_clients: bool = False,
+        reconnect_seconds: float = RECONNECT_SECONDS,
+    ) -> None:
+        """Read the files; the network is not touched yet. Raises ConfigError.
+
+        With *all_clients*, jobs that are named or listed may be anybody's, if our role allows it.
+        """
+        settings = ClientSettings(server, ca_crt, client_crt, client_key)
+        self._link: Final = Link(settings, reconnect_seconds)
+        self._all_clients: Final = all_clients
+        self._channel: Final = grpc.aio.secure_channel(*channel_arguments(settings))
+        self._stub: Final[Any] = JobWorkerServiceStub(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End the connection, and every call that is under way."""
+        self._link.closed = True
+        await self._channel.close()
+
+    async def start(self, spec: JobSpec) -> Job:
+        """Start a job. However often the connection is lost meanwhile, it starts once.
+
+        Raises LaunchError when its command cannot be executed.
+        """
+        return await self._call(requests.start(spec))
+
+    async def get(self, job_id: int) -> Job:
+        """One job."""
+        return await self._call(requests.get(job_id, all_clients=self._all_clients))
+
+    async def find(self, name: str) -> Job:
+        """The newest job of that name. Raises JobNotFoundError."""
+        async for job in self.list(name=name, newest_first=True, limit=1):
+            return job
+        raise JobNotFoundError(name)
+
+    async def list(
+        self,
+        *,
+        states: Iterable[JobState] = (),
+        labels: Mapping[str, str] | None = None,
+        name: str = "",
+        newest_first: bool = False,
+        limit: int | None = None,
+    ) -> AsyncGenerator[Job, None]:
+        """The jobs in one of these states, with all of these labels, of that name, in order of their ids."""
+        pages = requests.Pages(
+            states, labels, name, limit, newest_first=newest_first, all_clients=self._all_clients
+        )
+        while call := pages.next:
+            for job in await self._call(call):
+                yield job
+
+    async def wait(self, job_id: int) -> Job:
+        """One job when it has ended, however long that takes."""
+        return await self._call(requests.wait(job_id, all_clients=self._all_clients))
+
+    async def stop(self, job_id: int, *, grace: float | None = None, signal: int = 0) -> Job:
+        """Stop a job; its final state. After *grace* seconds (the server's default: 10) it is killed.
+
+        It is sent *signal* instead of SIGTERM.
+        """
+        return await self._call(requests.stop(job_id, grace, signal, all_clients=self._all_clients))
+
+    async def delete(self, job_id: int) -> None:
+        """Forget an ended job, with its output. Raises JobStateError when it has not ended."""
+        await self._call(requests.delete(job_id, all_clients=self._all_clients))
+
+    def logs(
+        self,
+        job_id: int,
+        offset: int = 0,
+        *,
+        follow: bool = True,
+        tail: int | None = None,
+        stderr: bool = False,
+    ) -> AsyncGenerator[bytes, None]:
+        """The output from *offset* on, or its last *tail* lines; to the end of the job, or of what is there.
+
+        A lost connection is made again, and the stream goes on at the exact byte. With *stderr*, that of a
+        job that keeps it apart.
+        """
+        position = self._position(job_id, offset, tail, follow=follow, stderr=stderr)
+        return self._stream(position, position.take)
+
+    def timed_logs(
+        self,
+        job_id: int,
+        offset: int = 0,
+        *,
+        follow: bool = True,
+        tail: int | None = None,
+        stderr: bool = False,
+    ) -> AsyncGenerator[requests.TimedOutput, None]:
+        """As `logs`, each piece with the time at which the job wrote it."""
+        position = self._position(job_id, offset, tail, follow=follow, stderr=stderr, timestamps=True)
+        return self._stream(position, position.take_timed)
+
+    async def usage_history(self, job_id: int) -> requests.UsageHistory:
+        """What a job used over its life, in a bounded number of samples."""
+        return await self._call(requests.usage_history(job_id, all_clients=self._all_clients))
+
+    def watch_usage(self, interval: float | None = None) -> AsyncGenerator[requests.UsageSnapshot, None]:
+        """What all running jobs use, every *interval* seconds (the server's default: 2), without end."""
+        watch = requests.UsageWatch(interval, all_clients=self._all_clients)
+        return self._stream(watch, watch.take)
+
+    def _position(
+        self,
+        job_id: int,
+        offset: int,
+        tail: int | None,
+        *,
+        follow: bool,
+        stderr: bool,
+        timestamps: bool = False,
+    ) -> requests.LogsPosition:
+        return requests.LogsPosition(
+            job_id,
+            offset,
+            tail,
+            follow=follow,
+            stderr=stderr,
+            timestamps=timestamps,
+            all_clients=self._all_clients,
+        )
+
+    async def _call(self, call: requests.Call[T]) -> T:
+        trouble = Trouble(self._link, call)
+        while True:
+            try:
+                answer = await getattr(self._stub, call.method)(call.request, timeout=call.timeout)
+            except grpc.RpcError as error:
+                if trouble.is_done(error):
+                    return call.result(None)
+                await self._reconnect(trouble, error)
+            else:
+                trouble.is_over()
+                return call.result(answer)
+
+    async def _stream(self, stream: requests.Stream, take: Callable[[Any], T]) -> AsyncGenerator[T, None]:
+        trouble = Trouble(self._link, stream)
+        while True:
+            call = getattr(self._stub, stream.method)(stream.request)
+            try:
+                if ADMITTED_KEY in await call.initial_metadata():
+                    trouble.is_over()
+                async for answer in call:
+                    yield take(answer)
+                return
+            except grpc.RpcError as error:
+                failure = error
+            finally:
+                call.cancel()
+            await self._reconnect(trouble, failure)
+
+    async def _reconnect(self, trouble: Trouble, error: grpc.RpcError) -> None:
+        pause, left = trouble.after(error)
+        await asyncio.sleep(pause)
+        try:
+            async with asyncio.timeout(left):
+                await self._channel.channel_ready()
+        except TimeoutError:
+            raise trouble.given_up() from None

@@ -1,0 +1,40 @@
+"""What a channel to pjwd is made of. Sets how gRPC is imported, so it comes before all that imports it."""
+
+import os
+from typing import Any, Final
+
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC reads it once, when imported
+
+import grpc
+
+from pjw.certs.files import load_client_credentials
+from pjw.client.settings import ClientSettings
+
+Options = list[tuple[str, Any]]
+
+_OPTIONS: Final[Options] = [
+    # A job id is not sent through somebody's web proxy, and loopback has no use for one.
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.max_receive_message_length", 16 * 1024 * 1024),
+    # a server that is gone without a word is noticed while we only listen
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+]
+_LOOPBACK: Final = ("127.0.0.1:", "[::1]:")
+
+
+def channel_arguments(settings: ClientSettings) -> tuple[str, grpc.ChannelCredentials, Options]:
+    """Target, credentials and options of a channel. Raises ConfigError for files that cannot be read."""
+    credentials = load_client_credentials(settings.ca_crt, settings.client_crt, settings.client_key)
+    options = list(_OPTIONS)
+    if settings.server.startswith(_LOOPBACK):
+        # A loopback address is localhost by definition (RFC 6761, 6.3); the seed's recipe and
+        # ours put that name, and not always the address, into a server's certificate.
+        options.append(("grpc.ssl_target_name_override", "localhost"))
+    return (
+        settings.server,
+        grpc.ssl_channel_credentials(credentials.ca_pem, credentials.key_pem, credentials.crt_pem),
+        options,
+    )

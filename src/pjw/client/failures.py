@@ -1,0 +1,78 @@
+"""What a caller is told of a call that failed: pjw.errors, never grpc.RpcError."""
+
+from typing import Any, Final
+
+import grpc
+
+from pjw import errors
+from pjw.client.settings import ClientSettings
+from pjw.rpc.status import ERRNO_KEY, HINT_KEY, error_of
+
+CALL_SECONDS: Final = 60
+
+# The server went away: gRPC itself says CANCELLED of calls that reach one as it ends.
+GONE: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+NOT_FOUND: Final = grpc.StatusCode.NOT_FOUND
+# How the core begins its words when a call never had a connection to go out on.
+_NEVER_CONNECTED: Final = ("failed to connect to all addresses", "DNS resolution failed", "errors resolving")
+
+
+def never_connected(error: grpc.RpcError) -> bool:
+    """Whether the call cannot have reached a server."""
+    text = error.details() or ""
+    return error.code() is grpc.StatusCode.UNAVAILABLE and text.startswith(_NEVER_CONNECTED)
+
+
+def error_from(
+    error: grpc.RpcError, settings: ClientSettings, *, job_id: int = 0, program: str = ""
+) -> errors.PjwError:
+    """The error of ours for one of gRPC's; *job_id* and *program* are what the call was about."""
+    code, text, metadata = error.code(), error.details() or "", _metadata(error)
+    if code in (*GONE, grpc.StatusCode.DEADLINE_EXCEEDED):
+        return _unreachable(settings, code, text)
+    if program and ERRNO_KEY in metadata:
+        return errors.LaunchError(program, int(metadata[ERRNO_KEY]))
+    return error_of(code, text, metadata.get(HINT_KEY), job_id)
+
+
+def _metadata(error: grpc.RpcError) -> dict[str, str]:
+    # keys and values, whatever the stubs make of it
+    pairs: Any = error.trailing_metadata() or ()
+    return {key: value for key, value in pairs if isinstance(value, str)}
+
+
+def _unreachable(settings: ClientSettings, code: grpc.StatusCode, text: str) -> errors.ServerUnreachableError:
+    """gRPC's one word for everything that can be wrong with a connection, told apart."""
+    server = settings.server
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return errors.ServerUnreachableError(f"{server} did not answer within {CALL_SECONDS} s")
+    if code is grpc.StatusCode.CANCELLED:
+        return errors.ServerUnreachableError(f"{server} went away before it had answered")
+    if "Connection refused" in text:
+        return errors.ServerUnreachableError(
+            f"cannot connect to {server}: connection refused", hint="is pjwd running there?"
+        )
+    if "DNS" in text or "errors resolving" in text or "name resolution" in text.lower():
+        return errors.ServerUnreachableError(
+            f"cannot connect to {server}: no such host", hint="see --server and PJW_SERVER"
+        )
+    if "is not in peer certificate" in text:
+        return errors.ServerUnreachableError(
+            f"the certificate of {server} is for another host name",
+            hint="connect by a name that is in it (subjectAltName), for example localhost",
+        )
+    if "CERTIFICATE_VERIFY_FAILED" in text:
+        return errors.ServerUnreachableError(
+            f"the certificate of {server} has expired, or is not one of the authority in {settings.ca_crt}",
+            hint="see --ca-crt and PJW_CA_CRT",
+        )
+    if "Socket closed" in text or "handshake" in text.lower() or "reset by peer" in text:
+        # A server that refuses a certificate just hangs up: look at ours for the reason.
+        from pjw.certs.credentials import diagnose_client
+
+        reason = diagnose_client(settings.ca_crt, settings.client_crt, settings.client_key)
+        return errors.ServerUnreachableError(
+            f"{server} closed the connection" + (f": {reason}" if reason else " after the TLS handshake"),
+            hint=None if reason else "does it accept client certificates of this authority, and is it pjwd?",
+        )
+    return errors.ServerUnreachableError(f"cannot reach {server}: {text}")

@@ -1,0 +1,108 @@
+"""When a call is made again after a failure, and until when. Decides; neither calls nor sleeps.
+
+Every call may be repeated: reading changes nothing, a job that has ended can be stopped again, and a Start
+bears a request id, by which the server knows it. What never reached a server is tried again only by a client
+that has been answered before: for a new one "connection refused" is the answer.
+"""
+
+import os
+import time
+from typing import TYPE_CHECKING, Final, Protocol
+
+from pjw import errors
+from pjw.client.failures import GONE, NOT_FOUND, error_from, never_connected
+from pjw.client.settings import ClientSettings
+
+if TYPE_CHECKING:
+    import grpc
+
+# How long a server that went away is waited for: a restart with room to spare.
+RECONNECT_SECONDS: Final = 120
+FIRST_PAUSE_SECONDS: Final = 0.1
+LONGEST_PAUSE_SECONDS: Final = 2.0
+
+
+class Link:
+    """What a client has seen of its server, whichever call it was; shared by all of them."""
+
+    def __init__(self, settings: ClientSettings, reconnect_seconds: float) -> None:
+        self.settings: Final = settings
+        self.reconnect_seconds: Final = reconnect_seconds
+        self.answered = False
+        self.closed = False
+
+
+class Asked(Protocol):
+    """What has to be known of a call when it fails."""
+
+    @property
+    def job_id(self) -> int:
+        """The job that it is about; 0: none."""
+
+    @property
+    def program(self) -> str:
+        """The program that it is about."""
+
+    @property
+    def gone_is_done(self) -> bool:
+        """Whether a call that was repeated and finds no job has succeeded."""
+
+    @property
+    def reached(self) -> tuple[str, str | None]:
+        """How far it has got, and a next step."""
+
+
+class Trouble:
+    """The failures of one call in a row."""
+
+    def __init__(self, link: Link, asked: Asked) -> None:
+        self._link: Final = link
+        self._asked: Final = asked
+        self._until: float | None = None
+        self._pause = FIRST_PAUSE_SECONDS
+        self._began = time.monotonic()
+        self._repeated = False
+
+    def is_over(self) -> None:
+        """The server has answered: the next failure is the first of another row."""
+        self._link.answered = True
+        self._until = None
+        self._pause = FIRST_PAUSE_SECONDS
+
+    def is_done(self, error: "grpc.RpcError") -> bool:
+        """Whether this refusal tells that an earlier attempt, whose answer was lost, did it all."""
+        return self._repeated and self._asked.gone_is_done and error.code() is NOT_FOUND
+
+    def after(self, error: "grpc.RpcError") -> tuple[float, float]:
+        """How long to pause, and then to wait for a connection. Raises what is to be told instead."""
+        link, now = self._link, time.monotonic()
+        may_return = error.code() in GONE and not link.closed
+        if never_connected(error):
+            may_return = may_return and link.answered
+        else:
+            link.answered = True
+            self._repeated = True
+        if not may_return or not link.reconnect_seconds:
+            raise error_from(
+                error, link.settings, job_id=self._asked.job_id, program=self._asked.program
+            ) from None
+        if self._until is None or now - self._began > link.reconnect_seconds:
+            # a call that was under way for long has had its connection all the while
+            self._until = now + link.reconnect_seconds
+        self._began = now
+        # A server that is up and still refuses (it drains) must be asked neither in a tight loop nor by all
+        # of its clients at once.
+        pause = self._pause * (1 - os.urandom(1)[0] / 512)
+        self._pause = min(2 * self._pause, LONGEST_PAUSE_SECONDS)
+        if self._until <= now + pause:
+            raise self.given_up()
+        return pause, self._until - now - pause
+
+    def given_up(self) -> errors.ServerUnreachableError:
+        """What is told when no connection came."""
+        reached, hint = self._asked.reached
+        return errors.ServerUnreachableError(
+            f"the connection to {self._link.settings.server} was lost{reached}, and did not come back"
+            f" within {self._link.reconnect_seconds:g} s",
+            hint=hint,
+        )

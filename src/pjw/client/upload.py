@@ -1,0 +1,101 @@
+"""Input of a job, sent by threads: the caller's takes it from its source, one of gRPC's sends it."""
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from pjw.client.input import Outgoing
+from pjw.v1 import job_worker_pb2 as pb
+
+
+class Upload:
+    """`Outgoing` for threads: who finds nothing to do waits."""
+
+    def __init__(self, job_id: int) -> None:
+        self.outgoing: Final = Outgoing(job_id)
+        self._changed: Final = threading.Condition()
+        # which connection sends, and whether its server has said where to begin
+        self._connection = 0
+        self._begun = False
+        self._over = False
+        self._failure: Exception | None = None
+        self._cancel: Callable[[], object] = lambda: None
+
+    def give(self, data: bytes) -> bool:
+        """Take what the source has next, when there is room. False: no more of it is wanted."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._over or not self.outgoing.full)
+            if not self._over:
+                self.outgoing.give(data)
+                self._changed.notify_all()
+            return not self._over
+
+    def complete(self) -> None:
+        """The source has no more."""
+        with self._changed:
+            self.outgoing.complete()
+            self._changed.notify_all()
+
+    def acknowledge(self, answer: pb.WriteInputResponse) -> None:
+        """The server has so much; what is behind it may be sent."""
+        with self._changed:
+            self.outgoing.acknowledge(answer)
+            self._begun = True
+            self._changed.notify_all()
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing is sent any more."""
+        return self._over
+
+    def on_end(self, cancel: Callable[[], object]) -> None:
+        """Have the call that is under way cancelled at the end, whatever it waits for."""
+        with self._changed:
+            self._cancel = cancel
+            over = self._over
+        if over:
+            cancel()
+
+    def end(self, failure: Exception | None = None) -> None:
+        """Send nothing any more."""
+        with self._changed:
+            if self._over:
+                return
+            self._over, self._failure = True, failure
+            self._changed.notify_all()
+        self._cancel()
+
+    def result(self) -> int:
+        """Wait for the end; how many bytes the server has. Raises what ended it."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._over)
+        if self._failure is not None:
+            raise self._failure
+        return self.outgoing.acknowledged
+
+    def requests(self) -> Iterator[pb.WriteInputRequest]:
+        """The requests of a new connection, to the end of the input; those of the one before end."""
+        with self._changed:
+            self._connection += 1
+            self._begun = False
+            self._changed.notify_all()
+            connection = self._connection
+        return self._requests(connection)
+
+    def _requests(self, connection: int) -> Iterator[pb.WriteInputRequest]:
+        request: pb.WriteInputRequest | None = self.outgoing.first
+        while request is not None:
+            yield request
+            if request.end:
+                return
+            request = self._next(connection, request.offset + len(request.data))
+
+    def _next(self, connection: int, sent: int) -> pb.WriteInputRequest | None:
+        """What comes behind the offset *sent*, when there is something; None: nothing, on this connection."""
+        with self._changed:
+            while not self._over and connection == self._connection:
+                request = self.outgoing.after(sent) if self._begun else None
+                if request is not None:
+                    return request
+                self._changed.wait()
+        return None

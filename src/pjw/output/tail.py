@@ -1,0 +1,37 @@
+"""Where the last lines of an output begin: read backwards, a block at a time, as tail(1) does."""
+
+import asyncio
+import os
+from typing import Final
+
+from pjw.output.log import READ_BYTES_MAX, OutputLog, read_at
+
+_BLOCK_BYTES: Final = READ_BYTES_MAX
+
+
+async def start_of_tail(log: OutputLog, lines: int, offset: int = 0) -> int:
+    """The offset of the last *lines* lines of what is there, but not before *offset*.
+
+    What is behind the last newline is a line as well.
+    """
+    with log.open() as descriptor:
+        size = end = os.fstat(descriptor).st_size
+        if not 0 <= offset <= size:
+            return offset
+        if lines == 0:
+            return size
+        while end > offset:
+            start = max(offset, end - _BLOCK_BYTES)
+            _, block = await read_at(descriptor, start, end - start)
+            # the newline at the very end ends the last line, and divides it from nothing
+            place = len(block) - 1 if end == size and block.endswith(b"\n") else len(block)
+            newlines = block.count(b"\n", 0, place)
+            if newlines >= lines:
+                for _ in range(lines):
+                    place = block.rfind(b"\n", 0, place)
+                return start + place + 1
+            lines -= newlines
+            end = start
+            # others have their turn between two blocks, which may all be in the page cache
+            await asyncio.sleep(0)
+    return offset

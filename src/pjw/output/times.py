@@ -1,0 +1,93 @@
+"""When output was written: cuts what was read by the records that a job's init appends (init/times.c)."""
+
+import os
+import struct
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Final
+
+from pjw.output.follower import follow
+from pjw.output.log import OutputLog, read_at
+
+# nanoseconds of CLOCK_REALTIME; where in the output what was read until then ends. As the machine has them.
+_RECORD: Final = struct.Struct("=qQ")
+_RECORDS_READ: Final = 1024
+
+
+async def follow_with_times(
+    log: OutputLog, offset: int = 0, *, present_only: bool = False
+) -> AsyncGenerator[tuple[bytes, int | None], None]:
+    """As `follow`, but cut at each record: bytes, and when they were written, in nanoseconds since 1970.
+
+    None where nobody wrote that down (an older init), or a power cut took it.
+    """
+    with log.open_times() as descriptor:
+        times = None if descriptor is None else _Times(descriptor)
+        async with aclosing(follow(log, offset, present_only=present_only)) as chunks:
+            async for chunk in chunks:
+                if times is None:
+                    yield chunk, None
+                    continue
+                # What has no record yet was written within the last interval of those. Ended is looked at
+                # first: init writes the last record before that.
+                ended = log.ended
+                for data, ns in await times.cut(chunk, offset):
+                    yield data, time.time_ns() if ns is None and not ended else ns
+                offset += len(chunk)
+
+
+class _Times:
+    """The records of one output, read forward; what makes no sense, as after a power cut, is passed over."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor: Final = descriptor
+        self._records: list[tuple[int, int]] = []
+        # of `_records`, and of all
+        self._place = 0
+        self._next = 0
+        self._sought = False
+
+    async def cut(self, data: bytes, offset: int) -> list[tuple[bytes, int | None]]:
+        """Cut *data*, which lies at *offset*, into what was written at one time each; None: not recorded."""
+        if not self._sought:
+            self._next = await self._first_behind(offset)
+            self._sought = True
+        pieces: list[tuple[bytes, int | None]] = []
+        start, end = offset, offset + len(data)
+        while start < end:
+            record = await self._record_of(start)
+            ns, stop = record if record is not None else (None, end)
+            stop = min(stop, end)
+            pieces.append((data[start - offset : stop - offset], ns))
+            start = stop
+        return pieces
+
+    async def _record_of(self, offset: int) -> tuple[int, int] | None:
+        while True:
+            while self._place < len(self._records):
+                record = self._records[self._place]
+                if record[1] > offset:
+                    return record
+                self._place += 1
+            self._records, self._place = await self._read(self._next, _RECORDS_READ), 0
+            self._next += len(self._records)
+            if not self._records:
+                return None
+
+    async def _first_behind(self, offset: int) -> int:
+        """The number of the first record of what is behind *offset*, by bisection."""
+        low, high = 0, os.fstat(self._descriptor).st_size // _RECORD.size
+        while offset and low < high:
+            middle = (low + high) // 2
+            record = await self._read(middle, 1)
+            if record and record[0][1] > offset:
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+    async def _read(self, number: int, count: int) -> list[tuple[int, int]]:
+        size = _RECORD.size
+        got, data = await read_at(self._descriptor, number * size, count * size)
+        return list(_RECORD.iter_unpack(data[: got - got % size]))

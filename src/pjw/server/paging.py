@@ -1,0 +1,49 @@
+"""What a client asks of List: which jobs, and where the next page begins."""
+
+import hashlib
+import re
+from typing import Final
+
+from pjw.errors import InvalidJobError
+from pjw.model import check_labels, check_name
+from pjw.rpc.convert import states_from_message
+from pjw.v1 import job_worker_pb2 as pb
+from pjw.worker.pages import JobFilter
+
+_TOKEN: Final = re.compile(r"([0-9]{1,18})((?:-[0-9a-f]{16})?)")
+
+
+def filter_from_message(request: pb.ListRequest) -> JobFilter:
+    """Which jobs are asked for. Raises InvalidJobError for labels and names that no job can have."""
+    check_name(request.name)
+    labels = dict(request.labels)
+    check_labels(labels)
+    return JobFilter(states_from_message(request.states), labels, request.name)
+
+
+def after_token(request: pb.ListRequest) -> int:
+    """Behind which id the page begins. Raises InvalidJobError for a token of another list."""
+    if not request.page_token:
+        return 0
+    token = _TOKEN.fullmatch(request.page_token)
+    if token is None:
+        raise InvalidJobError("the page token is not one that this server gave")
+    if token[2] != _mark_of(request):
+        raise InvalidJobError("the page token is of a list with other filters or another order")
+    return int(token[1])
+
+
+def token_after(request: pb.ListRequest, job_id: int) -> str:
+    """The token of the page that begins behind a job."""
+    return f"{job_id}{_mark_of(request)}"
+
+
+def _mark_of(request: pb.ListRequest) -> str:
+    # Behind which job one was means nothing in a list that leaves out others, or goes the other way.
+    asked = pb.ListRequest(
+        states=sorted(set(request.states)),
+        labels=request.labels,
+        name=request.name,
+        newest_first=request.newest_first,
+    ).SerializeToString(deterministic=True)
+    return f"-{hashlib.sha256(asked).hexdigest()[:16]}" if asked else ""

@@ -1,0 +1,78 @@
+"""What is read of a job's output: which stream, from where on, and what is missing at its end."""
+
+from dataclasses import dataclass
+from typing import Final
+
+from pjw.errors import InvalidJobError, JobStateError, OutputLostError
+from pjw.model import Job
+from pjw.output import Inotify, OutputLog, start_of_tail
+from pjw.worker.job import LiveJob
+from pjw.worker.state_dir import StateDir
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Which part of a job's output.
+
+    It begins at byte `offset`, or so many lines before the end of what is there, but not before `offset`; it
+    ends with the job, or without `follow` at the end of what is there. `stderr` is only there where it is
+    kept apart.
+    """
+
+    offset: int = 0
+    tail_lines: int | None = None
+    stderr: bool = False
+    follow: bool = True
+
+    def __post_init__(self) -> None:
+        if self.tail_lines is not None and self.tail_lines < 0:
+            raise InvalidJobError(f"the number of last lines must be 0 or more, not {self.tail_lines}")
+
+
+ALL_OUTPUT: Final = Part()
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One stream of a job's output, and what is to be said at its end."""
+
+    log: OutputLog
+    lost: OutputLostError | None = None
+
+    async def begin(self, part: Part) -> int:
+        """The offset at which a part of it begins."""
+        if part.tail_lines is None:
+            return part.offset
+        return await start_of_tail(self.log, part.tail_lines, part.offset)
+
+
+def live_job(state: StateDir, inotify: Inotify, job: Job) -> LiveJob:
+    """A job that has not ended, with its output."""
+    stderr = _log_of(state, inotify, job, stderr=True) if job.split_stderr else None
+    return LiveJob(job, _log_of(state, inotify, job), stderr)
+
+
+def _log_of(state: StateDir, inotify: Inotify, job: Job, *, stderr: bool = False) -> OutputLog:
+    path, times_path = state.output_paths(job.id, stderr=stderr)
+    return OutputLog(path, inotify, ended=job.state.final, times_path=times_path)
+
+
+def output_of_ended(state: StateDir, inotify: Inotify, job: Job, *, stderr: bool) -> Output:
+    """A stream of the output of a job that has ended. Raises KernelError."""
+    size, expected = state.output_size(job), job.output_bytes or 0
+    lost = None
+    if size < expected:
+        lost = OutputLostError(
+            f"the output of job {job.id} is cut short: the host went down, and of {expected} bytes"
+            f" {size} were on its disk"
+        )
+    return Output(_log_of(state, inotify, job, stderr=stderr), lost)
+
+
+def check_stream(job: Job, part: Part) -> None:
+    """Raises JobStateError when a stream is asked for that the job has not."""
+    if part.stderr and not job.split_stderr:
+        raise JobStateError(
+            f"cannot read the stderr of job {job.id} alone: the job was started without keeping it apart,"
+            " so it is in the output"
+        )

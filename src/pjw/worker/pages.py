@@ -1,0 +1,128 @@
+"""Pages of the table of jobs. To make one costs the same in any table, whatever is asked for."""
+
+import sqlite3
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Final
+
+from pjw.model import Job, JobState
+from pjw.worker.rows import COLUMNS, job_of
+
+# A page of long commands ends early, so that it fits into the 4 MiB that gRPC's clients take, and
+# that nobody's list fills the memory: a command may have half a megabyte.
+PAGE_CHARACTERS: Final = 256 * 1024
+# So many rows are looked at for one page at most: where few fit, it has few jobs, or none, and the next
+# goes on. They take the table about 3 ms, in which nobody else can use it.
+ROWS_LOOKED_AT: Final = 5_000
+_ID_MAX: Final = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class JobFilter:
+    """Which jobs are wanted: in one of these states, with all of these labels, of this name.
+
+    What is empty says nothing.
+    """
+
+    states: frozenset[JobState] = frozenset()
+    labels: Mapping[str, str] = field(default_factory=dict)
+    name: str = ""
+
+    @property
+    def ended(self) -> bool | None:
+        """Whether only jobs that have ended can fit (True), or only those that have not (False)."""
+        final = {state.final for state in self.states}
+        return final.pop() if len(final) == 1 else None
+
+
+ALL_JOBS: Final = JobFilter()
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Some jobs, and the id behind which the next page begins; None when there is none.
+
+    Of those that have not ended the table does not know the state: who does leaves out what does not fit.
+    """
+
+    jobs: Sequence[Job]
+    next_after: int | None
+
+
+def read_page(
+    db: sqlite3.Connection,
+    client_name: str | None,
+    after: int,
+    count: int,
+    wanted: JobFilter,
+    newest_first: bool,  # noqa: FBT001  called by position, from another thread
+) -> Page:
+    """At most *count* jobs that fit, of one client or of all, behind id *after* (0: from the first on)."""
+    query = _Query(newest_first, after)
+    if client_name is not None:
+        query.add("client_name = ?", client_name)
+    last: int | None = None
+    if wanted.name:
+        # says the index of names what it wants to hear
+        query.add("name = ? AND name <> ''", wanted.name)
+    bounded = bool(wanted.labels or wanted.states or (wanted.name and client_name is None))
+    if wanted.ended is False:
+        # few, and in an index of their own
+        query.source, bounded = "jobs INDEXED BY jobs_alive", False
+        query.add("state IS NULL")
+    elif bounded and (last := _last_to_look_at(db, client_name, after, newest_first)) is not None:
+        query.add(f"id {query.until} ?", last)
+    if wanted.states and wanted.ended is not False:
+        # NULL: one that has ended may not have been written down
+        marks = ", ".join("?" * len(wanted.states))
+        query.add(f"(state IN ({marks}) OR state IS NULL)", *sorted(wanted.states))
+    for key, value in wanted.labels.items():
+        query.add("json_extract(labels, ?) = ?", f'$."{key}"', value)
+    jobs: list[Job] = []
+    characters = 0
+    with closing(db.execute(query.select(COLUMNS), (*query.arguments, count))) as rows:
+        for row in rows:
+            jobs.append(job_of(row))
+            characters += _characters(jobs[-1])
+            if characters >= PAGE_CHARACTERS:
+                break
+    if len(jobs) == count or characters >= PAGE_CHARACTERS:
+        last = jobs[-1].id
+    return Page(jobs, last)
+
+
+class _Query:
+    def __init__(self, newest_first: bool, after: int) -> None:  # noqa: FBT001
+        self.source = "jobs"
+        self.until: Final = ">=" if newest_first else "<="
+        self._order: Final = "id DESC" if newest_first else "id"
+        self._conditions: Final = ["id < ?" if newest_first else "id > ?"]
+        self.arguments: Final[list[str | int]] = [after or _ID_MAX if newest_first else after]
+
+    def add(self, condition: str, *arguments: str | int) -> None:
+        self._conditions.append(condition)
+        self.arguments.extend(arguments)
+
+    def select(self, columns: str) -> str:
+        conditions = " AND ".join(self._conditions)
+        order = f"ORDER BY {self._order} LIMIT ?"
+        return f"SELECT {columns} FROM {self.source} WHERE {conditions} {order}"  # noqa: S608  all ours
+
+
+def _last_to_look_at(
+    db: sqlite3.Connection,
+    client_name: str | None,
+    after: int,
+    newest_first: bool,  # noqa: FBT001
+) -> int | None:
+    """The row at which a page ends however few fit; None when so many rows are not there any more."""
+    query = _Query(newest_first, after)
+    if client_name is not None:
+        query.add("client_name = ?", client_name)
+    row = db.execute(f"{query.select('id')} OFFSET ?", (*query.arguments, 1, ROWS_LOOKED_AT - 1)).fetchone()
+    return row[0] if row else None
+
+
+def _characters(job: Job) -> int:
+    return len(job.command) + sum(len(key) + len(value) for key, value in job.labels.items())

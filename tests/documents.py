@@ -1,0 +1,180 @@
+"""The sessions of a document: each command is typed at a terminal, and must show what the document shows.
+
+A block of ```console is a session: `$ ` or `# ` begins a command, which goes on in the next line after a
+backslash; what follows is what a person sees. There `…` stands for anything within a line, and for any lines
+where it is alone; `^C` is Ctrl-C, typed when all before it is on the screen. A comment above a block,
+<!-- terminal: NAME -->, has it typed at another terminal, whose last command may go on beside the others.
+Each document has a network of its own, so that its pjwd has the default port.
+"""
+
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import termios
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import pyte
+
+COLUMNS: Final = 100
+LINES: Final = 500
+SECONDS: Final = 60
+ANYTHING: Final = "…"
+CTRL_C: Final = "^C"
+# what no command prints: that one has ended
+PROMPT: Final = "\x1e"
+DONE: Final = re.compile(rb"\x1e\Z")
+
+
+@dataclass
+class Command:
+    """What is typed, and what is to be seen."""
+
+    typed: str
+    terminal: str
+    line: int
+    shown: list[str] = field(default_factory=list)
+
+
+def commands_of(document: Path) -> list[Command]:
+    """Every command of a document's sessions, in its order."""
+    found: list[Command] = []
+    terminal, inside = "", False
+    for number, line in enumerate(document.read_text().splitlines(), 1):
+        if line.startswith("```"):
+            inside = not inside and line == "```console"
+            # a name is for one block
+            terminal = terminal if inside else ""
+        elif name := re.fullmatch(r"<!-- terminal: (\w+) -->", line):
+            terminal = name[1]
+        elif inside and line.startswith(("$ ", "# ")):
+            found.append(Command(line[2:], terminal, number))
+        elif inside and found[-1].typed.endswith("\\"):
+            found[-1].typed += f"\n{line}"
+        elif inside:
+            found[-1].shown.append(line)
+    return found
+
+
+def matches(shown: list[str], seen: list[str]) -> bool:
+    """Whether a document shows what was seen."""
+    pattern = "".join(map(_pattern, shown))
+    return re.fullmatch(pattern, "".join(f"{line}\n" for line in seen)) is not None
+
+
+def _pattern(line: str) -> str:
+    if line == ANYTHING:
+        return r"(?:.*\n)*?"
+    # columns move with what is in them, so the spaces beside it are part of it
+    return ".*".join(re.escape(part) for part in re.split(f" *{ANYTHING} *", line)) + r"\n"
+
+
+class Terminal:
+    """A shell at a terminal of its own."""
+
+    def __init__(self, shell: list[str], cwd: Path, env: dict[str, str]) -> None:
+        self._ours, theirs = pty.openpty()
+        termios.tcsetwinsize(theirs, (LINES, COLUMNS))
+        env = {**env, "PS1": PROMPT, "PS2": "", "TERM": "xterm", "HOME": str(cwd)}
+        self._shell = subprocess.Popen(shell, cwd=cwd, env=env, stdin=theirs, stdout=theirs, stderr=theirs)
+        os.close(theirs)
+        self._seen = b""
+        self._echo = 0
+        assert self.until(None), self._seen
+
+    def type(self, text: str) -> None:
+        """Type a command; its end is awaited by `until`."""
+        assert DONE.search(self._seen), f"{text}: the terminal is busy with another command"
+        self._seen = b""
+        # the terminal shows at once what is typed, each line with a carriage return
+        self._echo = len(f"{text}\n".replace("\n", "\r\n").encode())
+        os.write(self._ours, f"{text}\n".encode())
+
+    def interrupt(self) -> None:
+        """Press Ctrl-C."""
+        os.write(self._ours, b"\x03")
+
+    def lines(self) -> list[str]:
+        """What the command has put on the screen, as a person sees it."""
+        screen = pyte.Screen(COLUMNS, LINES)
+        pyte.ByteStream(screen).feed(DONE.sub(b"", self._seen[self._echo :]))
+        lines = [line.rstrip() for line in screen.display]
+        while lines and not lines[-1]:
+            lines.pop()
+        return lines
+
+    def until(self, shown: list[str] | None) -> bool:
+        """Wait for the screen to show *shown*, or without that for the command's end; whether it came."""
+        deadline = time.monotonic() + SECONDS
+        while not (DONE.search(self._seen) if shown is None else matches(shown, self.lines())):
+            ended = DONE.search(self._seen)
+            if ended or not select.select([self._ours], [], [], max(0, deadline - time.monotonic()))[0]:
+                return False
+            self._seen += os.read(self._ours, 65536)
+        return True
+
+    def close(self) -> None:
+        """End what still runs, as a person would, and the shell."""
+        try:
+            if not DONE.search(self._seen):
+                self.interrupt()
+                assert self.until(None), self.lines()
+            os.write(self._ours, b"exit\n")
+            self._shell.wait(SECONDS)
+        finally:
+            if self._shell.poll() is None:
+                with suppress(ProcessLookupError):
+                    os.killpg(os.tcgetpgrp(self._ours), signal.SIGKILL)
+                self._shell.kill()
+                self._shell.wait()
+            os.close(self._ours)
+
+
+@contextmanager
+def own_network() -> Iterator[int]:
+    """A network namespace with loopback alone; the pid of a process that is in it."""
+    # says so when it is there, and ends with its stdin
+    script = "ip link set lo up && echo ready && exec cat"
+    with subprocess.Popen(
+        ["unshare", "--net", "sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"ready\n"
+        yield holder.pid
+
+
+def run(document: Path, cwd: Path, env: dict[str, str]) -> None:
+    """Type all of a document; raise AssertionError at the first command that shows something else."""
+    terminals: dict[str, Terminal] = {}
+    with own_network() as pid:
+        shell = ["nsenter", f"--net=/proc/{pid}/ns/net", "setsid", "--ctty", "bash", "--norc", "--noediting"]
+        try:
+            for command in commands_of(document):
+                terminal = terminals.get(command.terminal)
+                if terminal is None:
+                    terminal = terminals[command.terminal] = Terminal(shell, cwd, env)
+                _play(document, terminal, command)
+        finally:
+            # the last one first: those who talk to a service before the service
+            for terminal in reversed(terminals.values()):
+                terminal.close()
+
+
+def _play(document: Path, terminal: Terminal, command: Command) -> None:
+    shown = command.shown
+    where = f"{document.name}:{command.line}: {command.typed}"
+    terminal.type(command.typed)
+    for number, line in enumerate(shown):
+        if line.startswith(CTRL_C):
+            assert terminal.until(shown[:number]), f"{where}\n" + "\n".join(terminal.lines())
+            terminal.interrupt()
+    ended = terminal.until(shown if command.terminal else None)
+    assert ended, f"{where}\n" + "\n".join(terminal.lines())
+    assert matches(shown, terminal.lines()), f"{where}\n" + "\n".join(terminal.lines())

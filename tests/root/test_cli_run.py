@@ -1,0 +1,246 @@
+"""`pjw run`: a job as if it ran here; and what one waits for, at a terminal and elsewhere."""
+
+import json
+import signal
+import subprocess
+from collections.abc import Callable
+from typing import Final
+
+import pytest
+
+from pjw.v1 import job_worker_pb2 as pb
+from tests.service import BIN, Service, wait_for
+from tests.terminal import CTRL_C, Terminal
+
+# says that its trap is set, and lets SIGTERM do nothing for as long as it is told to
+STUBBORN: Final = "trap 'echo asked' TERM; echo ready; while :; do sleep 0.1; done"
+
+
+def terminal(service: Service, *arguments: str) -> Terminal:
+    """A pjw at a terminal."""
+    return Terminal([str(BIN / "pjw"), *arguments], service.environment())
+
+
+def newest(service: Service) -> pb.Job:
+    """The job that was started last."""
+    with service.stub() as stub:
+        return stub.List(pb.ListRequest()).jobs[-1]
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        (["exit 0"], 0),
+        (["exit 3"], 3),
+        (["kill -KILL $$"], 137),
+        (["kill -TERM $$"], 143),
+        (["false", "x"], 1),
+    ],
+)
+def test_the_exit_code_is_the_jobs(service: Service, command: list[str], code: int) -> None:
+    """128+n for a signal; and nothing is said of it."""
+    done = service.pjw("run", *command)
+    assert (done.returncode, done.stdout, done.stderr) == (code, b"", b"")
+
+
+def test_the_output_is_the_jobs_to_the_byte(service: Service) -> None:
+    """All of it, in order, before pjw ends."""
+    done = service.pjw("run", "head -c 3000000 /dev/zero; printf '\\377end'; exit 9")
+    assert (done.returncode, done.stderr) == (9, b"")
+    assert done.stdout == b"\0" * 3_000_000 + b"\xffend"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["nosuchprogram", "x"], 127, "cannot execute nosuchprogram"),
+        (["/etc/passwd", "x"], 126, "cannot execute /etc/passwd"),
+        ([""], 1, "the command is empty"),
+        (["--memory", "1K", "true"], 1, "--memory must be at least 2M, or 0 for no limit"),
+        (["--env", "1X=y", "true"], 1, "'1X' is no name of an environment variable"),
+        (["--env-file", "/nonexistent", "true"], 125, "cannot read --env-file /nonexistent: no such file"),
+    ],
+)
+def test_what_cannot_be_started_has_its_code_and_words(
+    service: Service, arguments: list[str], code: int, words: str
+) -> None:
+    """As of `pjw start`, and no job is left of it."""
+    before = service.made()
+    found, said = service.refused("run", *arguments)
+    assert (found, words in said) == (code, True), said
+    assert service.made() == before
+
+
+def test_detached_it_prints_the_id_alone(service: Service) -> None:
+    """As `pjw start` does."""
+    job_id = int(service.ok("run", "--detach", "sleep 300"))
+    assert service.job(job_id).state == pb.JOB_STATE_RUNNING
+    service.ok("stop", str(job_id))
+
+
+def test_limits_are_what_was_typed(service: Service) -> None:
+    """Each option sets its limits, in the units of the API."""
+    options = (
+        "--cpus 0.5 --memory 64M --pids 50 --io-read 10M --io-write 20M --iops 300 --output 1G --timeout 1h"
+    )
+    job_id = service.ok("start", *options.split(), "true").strip()
+    assert json.loads(service.ok("get", job_id))["limits"] == {
+        "cpuMaxMillicores": 500,
+        "memoryMaxBytes": 64 * 1024**2,
+        "pidsMax": 50,
+        "ioRbpsMax": 10 * 1024**2,
+        "ioWbpsMax": 20 * 1024**2,
+        "ioRiopsMax": 300,
+        "ioWiopsMax": 300,
+        "outputMaxBytes": 1024**3,
+        "timeMaxSeconds": 3600,
+    }
+
+
+@pytest.mark.parametrize(
+    ("option", "typed", "said"),
+    [("--memory", "3G", "2G"), ("--cpus", "2.5", "1.5"), ("--timeout", "0", "1h00m")],
+)
+def test_a_ceiling_is_named_in_what_was_typed(
+    make_service: Callable[..., Service], option: str, typed: str, said: str
+) -> None:
+    """The option, the most that it may be, and whose word that is."""
+    service = make_service(
+        config="[limits]\ntime_max_seconds = 60\n[ceilings]\nmemory_max_bytes = 2147483648\n"
+        "cpu_max_millicores = 1500\ntime_max_seconds = 3600\n"
+    ).start()
+    code, words = service.refused("start", option, typed, "true")
+    assert code == 1
+    assert words.startswith(
+        f"pjw: error: cannot start the job: {option} may be at most {said} on this server\nhint: give {option} {said}"
+    )
+
+
+def test_why_it_was_killed_is_said(service: Service) -> None:
+    """137 alone does not tell a limit from anything else."""
+    done = service.pjw("run", "--timeout", "1", "sleep 300")
+    assert done.returncode == 137
+    assert done.stderr.decode() == f"pjw: job {newest(service).id} was killed: it reached its limit of time\n"
+
+
+def test_ctrl_c_stops_the_job_and_says_so(service: Service) -> None:
+    """The job gets SIGTERM, what it still writes is seen, and the exit code is its own."""
+    with terminal(service, "run", "trap 'echo cleaned up; exit 5' TERM; echo ready; sleep 300 & wait") as run:
+        run.until(lambda text: "ready" in text)
+        run.press(CTRL_C)
+        assert run.end() == 5
+        job_id = newest(service).id
+        assert (
+            f"pjw: stopping job {job_id}: SIGKILL after its grace period, or with another Ctrl-C"
+            in run.text()
+        )
+        assert run.text().endswith("cleaned up")
+    assert service.job(job_id).reason == pb.END_REASON_STOPPED
+
+
+def test_a_second_ctrl_c_kills_it(service: Service) -> None:
+    """Whatever the grace period that is left."""
+    with terminal(service, "run", "--grace", "1h", STUBBORN) as run:
+        run.until(lambda text: "ready" in text)
+        run.press(CTRL_C)
+        run.until(lambda text: "asked" in text)
+        assert "SIGKILL after 3600 s" in run.text()
+        run.press(CTRL_C)
+        assert run.end() == 137
+        assert f"pjw: killing job {newest(service).id}: another Ctrl-C leaves it to itself" in run.text()
+
+
+def test_the_grace_period_is_the_one_that_was_asked_for(service: Service) -> None:
+    """After it the job is killed without another key."""
+    with terminal(service, "run", "--grace", "1", STUBBORN) as run:
+        run.until(lambda text: "ready" in text)
+        run.press(CTRL_C)
+        assert run.end() == 137
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_a_ctrl_c_without_words(service: Service, number: signal.Signals) -> None:
+    """Where nobody looks at a terminal nothing is said, and the job is stopped all the same."""
+    with service.popen("run", "trap 'exit 6' TERM; echo ready; sleep 300 & wait") as run:
+        assert run.stdout is not None and run.stderr is not None
+        assert run.stdout.readline() == b"ready\n"
+        run.send_signal(number)
+        assert (run.wait(30), run.stderr.read()) == (6, b"")
+
+
+def test_who_reads_no_more_ends_the_job(service: Service) -> None:
+    """`pjw run yes | head -1`: the pipe's end is the job's, as it would be of a program that runs here."""
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {BIN}/pjw run yes x | head -1"],
+        env=service.environment(),
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.stdout, done.stderr, done.returncode) == (b"x\n", b"", 141)
+    assert newest(service).state == pb.JOB_STATE_EXITED
+
+
+def test_run_goes_on_through_a_restart(make_service: Callable[..., Service]) -> None:
+    """Not a byte is lost or doubled when pjwd is killed, and the exit code is the job's."""
+    service = make_service().start()
+    command = "i=0; while [ $i -lt 300 ]; do echo line $i; i=$((i+1)); sleep 0.01; done; exit 4"
+    with service.popen("run", command) as run:
+        assert run.stdout is not None and run.stderr is not None
+        first = run.stdout.readline()
+        service.stop(signal.SIGKILL)
+        service.start()
+        rest = run.stdout.read()
+        assert (run.wait(60), run.stderr.read()) == (4, b"")
+    assert first + rest == b"".join(b"line %d\n" % number for number in range(300))
+
+
+def test_wait_prints_the_code_of_each_in_the_order_asked_for(service: Service) -> None:
+    """A line each, 128+n for a signal; one that is not there is told, and the others are waited for."""
+    slow, killed = service.start_job("sleep 0.3; exit 3"), service.start_job("kill -KILL $$")
+    done = service.pjw("wait", str(slow), "999999", str(killed))
+    assert done.stdout == b"3\n137\n"
+    assert (done.returncode, done.stderr) == (1, b"pjw: error: no job 999999\n")
+    assert service.ok("wait", str(slow)) == "3\n"
+
+
+def test_waiting_is_seen_at_a_terminal_and_leaves_nothing_there(service: Service) -> None:
+    """A line that counts, and is gone when there is an answer."""
+    job_id = service.start_job("while ! [ -e done ]; do sleep 0.05; done; exit 7")
+    with terminal(service, "wait", str(job_id)) as wait:
+        wait.until(lambda text: f"waiting for job {job_id} to end: 1 s" in text)
+        (service.state / "scratch" / str(job_id) / "done").touch()
+        assert wait.end() == 0
+        assert wait.text() == "7"
+
+
+def test_a_stop_counts_its_grace_period_down(service: Service) -> None:
+    """At a terminal; what is left when the job has ended is its JSON."""
+    job_id = service.start_job(STUBBORN)
+    wait_for(lambda: service.open_outputs(job_id) == 0 and service.job(job_id).state == pb.JOB_STATE_RUNNING)
+    with service.popen("logs", str(job_id)) as logs:
+        assert logs.stdout is not None
+        assert logs.stdout.readline() == b"ready\n"
+        with terminal(service, "stop", "--grace", "3s", str(job_id)) as stop:
+            stop.until(lambda text: f"waiting for job {job_id} to end: SIGKILL in 2 s" in text)
+            assert stop.end() == 0
+            assert "waiting" not in stop.text()
+            assert '"signal": 9,' in stop.text()
+
+
+def test_several_jobs_are_stopped_beside_each_other(service: Service) -> None:
+    """In one grace period for all; an array in the order asked for, without what is not there."""
+    jobs = [service.start_job(STUBBORN) for _ in range(3)]
+    done = service.pjw("stop", "--grace", "0", *map(str, jobs), "999999")
+    assert [int(job["id"]) for job in json.loads(done.stdout)] == jobs
+    assert (done.returncode, done.stderr) == (1, b"pjw: error: no job 999999\n")
+
+
+def test_get_of_several_is_an_array(service: Service) -> None:
+    """Of those that are there; of one it stays the seed's object."""
+    jobs = [service.start_job("true") for _ in range(2)]
+    shown = json.loads(service.ok("get", *map(str, jobs)))
+    assert [int(job["id"]) for job in shown] == jobs
+    done = service.pjw("get", str(jobs[0]), "999999")
+    assert [int(job["id"]) for job in json.loads(done.stdout)] == jobs[:1]
+    assert (done.returncode, done.stderr) == (1, b"pjw: error: no job 999999\n")
