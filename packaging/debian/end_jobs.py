@@ -23,8 +23,12 @@ KILL_SECONDS: Final = 10
 
 def main() -> int:
     """Do it; the exit code."""
-    parents = [Path(path) for path, _, _ in os.walk(CGROUPS) if os.path.basename(path) == instance_name(STATE)]
-    inits = {pid for parent in parents for path in parent.glob("job-*/cgroup.procs") for pid in inits_in(path)}
+    parents = [
+        Path(path) for path, _, _ in os.walk(CGROUPS) if os.path.basename(path) == instance_name(STATE)
+    ]
+    inits = {
+        pid for parent in parents for path in parent.glob("job-*/cgroup.procs") for pid in inits_in(path)
+    }
     pidfds = []
     for pid in inits:
         with suppress(ProcessLookupError):

@@ -16,7 +16,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):
-            item.add_marker(pytest.mark.skip(reason="needs what make package makes; runs in make test-package"))
+            item.add_marker(
+                pytest.mark.skip(reason="needs what make package makes; runs in make test-package")
+            )
 
 
 @pytest.fixture(scope="session")

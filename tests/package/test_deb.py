@@ -1,4 +1,4 @@
-"""The Debian package, as far as it can be judged without installing it; tests/vm/test_package.py does that."""
+"""The Debian package, as far as it can be judged without installing it (tests/vm/test_package.py)."""
 
 import os
 import re

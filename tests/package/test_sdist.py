@@ -11,8 +11,10 @@ LEFT_OUT = (".ci/", ".gitattributes", ".gitignore")
 
 
 def test_it_is_what_git_has(sdist: Path) -> None:
-    """Every file of the commit but those of the repository itself; and the metadata that a package index reads."""
-    listed = subprocess.check_output(["git", "ls-tree", "-r", "--name-only", "-z", "HEAD"], cwd=ROOT, text=True)
+    """Every file of the commit but those of the repository itself; and the metadata that an index reads."""
+    listed = subprocess.check_output(
+        ["git", "ls-tree", "-r", "--name-only", "-z", "HEAD"], cwd=ROOT, text=True
+    )
     wanted = {name for name in listed.split("\0")[:-1] if not name.startswith(LEFT_OUT)}
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames() if not archive.getmember(name).isdir()}

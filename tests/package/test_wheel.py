@@ -92,7 +92,9 @@ def test_it_installs_into_a_fresh_environment(wheel: Path, tmp_path: Path) -> No
     assert "usage: pjwd" in run(str(binaries / "pjwd"), "--help")
     if os.geteuid() != 0:
         pytest.skip("pjwd check needs root")
-    assert "this host can run pjwd" in run(str(binaries / "pjwd"), "check", "--state-dir", str(tmp_path / "state"))
+    assert "this host can run pjwd" in run(
+        str(binaries / "pjwd"), "check", "--state-dir", str(tmp_path / "state")
+    )
 
 
 def contents(wheel: Path) -> dict[str, bytes]:

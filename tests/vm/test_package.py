@@ -70,7 +70,7 @@ def higher_version(directory: Path) -> Path:
 
 
 def test_it_waits_for_certificates(before: set[str]) -> None:
-    """Installed, enabled, and not failed: the service has no certificates yet, and the package says what to do."""
+    """Installed, enabled, and not failed: without certificates yet, and the package says what to do."""
     said = host.run("dpkg", "--install", PACKAGES[0])
     assert "pjwd certs init /etc/pjw" in said
     assert (host.shown("UnitFileState"), host.shown("ActiveState"), host.shown("Result")) == (
@@ -84,7 +84,7 @@ def test_it_waits_for_certificates(before: set[str]) -> None:
 
 
 def test_it_can_be_used() -> None:
-    """Two commands of root, and a user has jobs; each program runs, with nothing of the machine's own Python."""
+    """Two commands of root, and a user has jobs; nothing of it is from the machine's own Python libraries."""
     host.make_certificates()
     host.run("systemctl", "start", host.UNIT)
     assert "ok" in host.run("/usr/bin/pjwd", "check")
@@ -104,7 +104,7 @@ def test_what_is_compiled_is_valid() -> None:
 
 
 def test_an_upgrade_leaves_jobs_running(tmp_path: Path) -> None:
-    """A new server adopts them: no byte is missing, and the end is known, of the one that ends meanwhile too."""
+    """A new server adopts them: no byte is missing, and the end of the one that ends meanwhile is known."""
     with CONFIGURATION.open("a") as file:
         file.write("# by hand\n")
     server, counting = host.server_pid(), pjw("start", COUNT)
