@@ -20,7 +20,7 @@ from pjw.errors import JobStateError, ProtocolError
 from pjw.launcher import dispatch, protocol
 from pjw.launcher.dispatch import Launcher
 from pjw.launcher.policy import JOB_ID_MAX
-from pjw.model import LIMIT_MINIMUM, Limits, Usage
+from pjw.model import LIMIT_MINIMUM, Limits, Usage, UsageSample
 from tests.fuzz import protocol as messages
 
 UID_FIRST, UID_COUNT = 1_900_000_000, 10
@@ -43,6 +43,10 @@ class Cgroup:
     def usage(self) -> Usage:
         """It used something."""
         return Usage(1, 2, 3, 4, 5)
+
+    def measure(self) -> UsageSample:
+        """No job has been launched here, so there is none to measure."""
+        raise AssertionError("a job that was not launched was measured")
 
     def remove(self) -> None:
         """It may be removed."""

@@ -14,6 +14,7 @@ _EXAMPLES: dict[Any, Any] = {
     bool: True,
     tuple[int, ...]: (1, 2),
     tuple[str, ...]: ("/a", "/b"),
+    tuple[protocol.Measurement, ...]: (protocol.Measurement(1, 2, 3, 4, 5, 6, 7),),
     Limits: Limits(),
     Usage: Usage(),
 }

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 
 from pjw.errors import ProtocolError
 from pjw.launcher import protocol
-from pjw.launcher.protocol import MAX_JOB_IDS, REPLIES, REQUESTS, decode_reply, decode_request, encode
+from pjw.launcher.protocol import (
+    MAX_JOB_IDS,
+    MAX_MEASURED,
+    REPLIES,
+    REQUESTS,
+    Measurement,
+    decode_reply,
+    decode_request,
+    encode,
+)
 from pjw.model import LIMIT_MAXIMUM, LIMIT_MINIMUM, Limits, Usage
 
 numbers = st.integers(0, 2**63 - 1)
@@ -20,6 +29,7 @@ limits = st.builds(
     Limits,
     **{f.name: st.just(0) | st.integers(LIMIT_MINIMUM.get(f.name, 1), LIMIT_MAXIMUM) for f in fields(Limits)},
 )
+measurements = st.builds(Measurement, **{f.name: numbers for f in fields(Measurement)})
 usages = st.builds(Usage, **{f.name: numbers for f in fields(Usage)})
 BY_TYPE: dict[Any, st.SearchStrategy[Any]] = {
     int: numbers,
@@ -27,6 +37,7 @@ BY_TYPE: dict[Any, st.SearchStrategy[Any]] = {
     bool: st.booleans(),
     tuple[int, ...]: st.lists(numbers, max_size=50).map(tuple),
     tuple[str, ...]: st.lists(texts, max_size=10).map(tuple),
+    tuple[Measurement, ...]: st.lists(measurements, max_size=MAX_MEASURED).map(tuple),
     Limits: limits,
     Usage: usages,
 }
@@ -134,7 +145,9 @@ def test_a_member_missing(message: Any, data: st.DataObject) -> None:
 
 
 def test_the_longest_page_fits() -> None:
-    """As many ids as a page may have, each as long as it can be, are one datagram."""
+    """As many ids as a page may have, or measurements, each as long as it can be, are one datagram."""
+    measured = protocol.Measured((Measurement(*(2**63 - 1,) * 7),) * MAX_MEASURED)
+    assert decode_reply(encode(2**63 - 1, measured)) == (2**63 - 1, measured)
     page = protocol.JobIdPage((2**63 - 1,) * MAX_JOB_IDS)
     assert decode_reply(encode(2**63 - 1, page)) == (2**63 - 1, page)
 

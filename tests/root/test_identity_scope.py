@@ -19,7 +19,7 @@ from tests.certs_factory import CN, ODD_SUBJECTS, OID, Subject, issue
 from tests.service import METHODS, Service, ask
 
 # The methods that name a job: for them another's job is answered like none.
-NAMING: Final = ("Get", "Stop", "Logs", "Delete")
+NAMING: Final = ("Get", "Stop", "Logs", "Delete", "Wait", "GetUsageHistory")
 # A share of pairs has then a standard error of 0.013.
 ROUNDS: Final = 1000
 
@@ -199,7 +199,7 @@ def share_slower(one: list[int], other: list[int]) -> float:
 
 def test_the_table_of_scoped_methods_is_whole() -> None:
     """A new method must be sorted: it names a job, or it must be shown to be scoped otherwise."""
-    assert {name for name, _ in METHODS} == {*NAMING, "Start", "List"}
+    assert {name for name, _ in METHODS} == {*NAMING, "Start", "List", "WatchUsage", "WriteInput"}
 
 
 def test_pjw_cannot_tell_another_clients_job_from_none(service: Service) -> None:

@@ -34,6 +34,8 @@ from pjw.launcher.protocol import (
     Kill,
     Launch,
     Launched,
+    Measure,
+    Measured,
     Opened,
     OpenFile,
     Refused,
@@ -349,7 +351,16 @@ def test_a_launch_with_the_wrong_number_of_descriptors(
 
 @pytest.mark.parametrize(
     "request_",
-    [Adopt(1), JobIds(0), Terminate(1), Kill(1, init_too=False), Account(1), Remove(1), OpenFile(0)],
+    [
+        Adopt(1),
+        JobIds(0),
+        Terminate(1),
+        Kill(1, init_too=False),
+        Measure((1,)),
+        Account(1),
+        Remove(1),
+        OpenFile(0),
+    ],
     ids=lambda request: request.op,
 )
 def test_descriptors_that_nobody_asked_for(peer: Peer, request_: Request) -> None:
@@ -541,6 +552,7 @@ def test_requests_for_what_is_not_there(peer: Peer) -> None:
     assert peer.ask(Kill(5, init_too=False)) == Done()
     assert peer.ask(Kill(5, init_too=True)) == Done()
     assert peer.ask(Account(5)) == Accounted(known=False, usage=Usage())
+    assert peer.ask(Measure((0, 5, 2**63 - 1))) == Measured(())
     assert peer.ask(Remove(5)) == Done()
     assert peer.ask(JobIds(0)) == JobIdPage(())
 
@@ -559,6 +571,7 @@ async def test_the_jobs_of_another_pjw_are_out_of_reach(bench: Bench, tmp_path: 
             Remove(job.id),
         ):
             assert peer.ask(request) == Done()
+        assert peer.ask(Measure((job.id,))) == Measured(())
         assert peer.ask(Adopt(job.id)) == Adopted(alive=False, known=False)
         assert peer.ask(JobIds(0)) == JobIdPage(())
         assert isinstance(peer.launch(job.id), Launched)
@@ -602,6 +615,7 @@ def test_requests_for_a_job_that_has_not_been_launched(bench: Bench, peer: Peer)
         reply = peer.ask(request)
         assert isinstance(reply, Refused)
         assert reply.kind == "state"
+    assert peer.ask(Measure((2,))) == Measured(())
     assert peer.ask(Terminate(2)) == Done()
     assert peer.ask(Kill(2, init_too=False)) == Done()
     assert peer.ask(JobIds(after=0)) == JobIdPage((1,))
@@ -806,6 +820,7 @@ def test_requests_in_mid_launch(bench: Bench, peer: Peer) -> None:
         Remove(1),
         Adopt(1),
         Account(1),
+        Measure((1,)),
         Terminate(1),
         Launch(1, peer.uid + 1, NO_LIMITS),
     ]

@@ -29,7 +29,7 @@ def held(worker: Worker) -> asyncio.Event:
         await go.wait()
         return await ask(*arguments)
 
-    worker._ask_for_launch = wait_and_ask  # type: ignore[method-assign]
+    worker._ask_for_launch = wait_and_ask  # type: ignore[method-assign,assignment]
     return go
 
 
@@ -156,7 +156,7 @@ def test_a_service_that_is_killed_starts_nothing_twice(make_service: Callable[..
     with service.stub() as stub:
         again = stub.Start(request, timeout=CALL_SECONDS).job
         assert again.id == job.id
-        assert (again.state, again.name, again.labels) == (pb.JOB_STATE_RUNNING, "web", {"k": "v"})
+        assert (again.state, again.name, dict(again.labels)) == (pb.JOB_STATE_RUNNING, "web", {"k": "v"})
         with pytest.raises(grpc.RpcError) as caught:
             stub.Start(pb.StartRequest(command="true", name="web"), timeout=CALL_SECONDS)
         assert caught.value.code() is grpc.StatusCode.ALREADY_EXISTS

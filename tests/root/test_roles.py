@@ -16,6 +16,8 @@ REQUESTS: Final[dict[str, Any]] = {
     "Stop": pb.StopRequest,
     "Logs": pb.LogsRequest,
     "Delete": pb.DeleteRequest,
+    "Wait": pb.WaitRequest,
+    "GetUsageHistory": pb.GetUsageHistoryRequest,
 }
 DENIED: Final = """\
 pjw: error: {} may not use {} on the jobs of every client

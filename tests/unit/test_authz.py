@@ -11,11 +11,12 @@ from pjw.v1 import job_worker_pb2 as pb
 
 ROLES = Roles(admins=frozenset({"alice", "key-0123456789abcdef"}), viewers=frozenset({"bob"}))
 METHODS = pb.DESCRIPTOR.services_by_name["JobWorkerService"].methods
+LOOKING = {"Get", "List", "Logs", "Wait", "GetUsageHistory", "WatchUsage"}
 # client, and the methods that it may use on the jobs of every client
 MAY = {
-    "alice": {"Get", "List", "Logs", "Stop", "Delete"},
-    "key-0123456789abcdef": {"Get", "List", "Logs", "Stop", "Delete"},
-    "bob": {"Get", "List", "Logs"},
+    "alice": {*LOOKING, "Stop", "Delete"},
+    "key-0123456789abcdef": {*LOOKING, "Stop", "Delete"},
+    "bob": LOOKING,
     "carol": set(),
     "Alice": set(),
     "": set(),
@@ -49,11 +50,14 @@ def test_without_a_configuration_nobody_has_a_role() -> None:
 
 
 def test_every_method_on_jobs_is_in_the_table() -> None:
-    """A method that names or lists jobs has the field all_clients and a row; Start has neither."""
+    """A method that names or lists jobs has the field all_clients and a row.
+
+    Start has neither; nor has WriteInput: what a job reads is its owner's matter alone.
+    """
     assert {method.name for method in METHODS if "all_clients" in method.input_type.fields_by_name} == set(
         ALL_CLIENTS
     )
-    assert set(ALL_CLIENTS) == {method.name for method in METHODS} - {"Start"}
+    assert set(ALL_CLIENTS) == {method.name for method in METHODS} - {"Start", "WriteInput"}
     assert all(Role.ADMIN in roles for roles in ALL_CLIENTS.values())
 
 

@@ -190,7 +190,9 @@ def test_a_token_is_good_for_its_own_list_alone() -> None:
             else:
                 with pytest.raises(InvalidJobError, match="of a list with other filters or another order"):
                     after_token(asked)
-    same = pb.ListRequest(states=[4 + 1, 2, 2], page_token=tokens[-1])
+    same = pb.ListRequest(
+        states=[pb.JOB_STATE_LOST, pb.JOB_STATE_RUNNING, pb.JOB_STATE_RUNNING], page_token=tokens[-1]
+    )
     assert after_token(same) == 7
 
 
@@ -207,7 +209,7 @@ def test_a_token_that_nobody_gave(token: str) -> None:
         (pb.ListRequest(name="-"), "is no name for a job"),
         (pb.ListRequest(labels={'"': "x"}), "is no key of a label"),
         (pb.ListRequest(labels={"k": "\n"}), "must have a printable value"),
-        (pb.ListRequest(states=[0]), "no state of a job has the number 0"),
+        (pb.ListRequest(states=[pb.JOB_STATE_UNSPECIFIED]), "no state of a job has the number 0"),
         (pb.ListRequest(states=[99]), "no state of a job has the number 99"),  # type: ignore[list-item]
     ],
 )

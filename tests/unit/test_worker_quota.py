@@ -3,7 +3,7 @@
 import pytest
 
 from pjw.errors import LimitReachedError
-from pjw.worker.quota import RunningJobs, check_stored_bytes
+from pjw.worker.quota import RunningJobs, check_bytes
 from pjw.worker.settings import Quotas
 
 
@@ -57,13 +57,13 @@ def test_zero_is_no_limit() -> None:
     running = RunningJobs(Quotas())
     for _ in range(1000):
         running.take("alice")
-    check_stored_bytes(Quotas(), "alice", 2**60, 2**60)
+    check_bytes(Quotas(), "alice", 2**60, 2**60)
 
 
 def test_stored_bytes() -> None:
     """At the quota, not only beyond it; one's own and everybody's are told apart."""
-    check_stored_bytes(Quotas(stored_bytes_max=10, stored_bytes_total_max=20), "alice", 9, 19)
+    check_bytes(Quotas(stored_bytes_max=10, stored_bytes_total_max=20), "alice", 9, 19)
     with pytest.raises(LimitReachedError, match="the jobs of alice have 10 bytes of output, and at most 10"):
-        check_stored_bytes(Quotas(stored_bytes_max=10), "alice", 10, 10)
+        check_bytes(Quotas(stored_bytes_max=10), "alice", 10, 10)
     with pytest.raises(LimitReachedError, match="the output of all jobs has 20 bytes"):
-        check_stored_bytes(Quotas(stored_bytes_max=10, stored_bytes_total_max=20), "alice", 0, 20)
+        check_bytes(Quotas(stored_bytes_max=10, stored_bytes_total_max=20), "alice", 0, 20)

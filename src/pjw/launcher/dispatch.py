@@ -20,6 +20,7 @@ from pjw.errors import ConfigError, InvalidJobError, JobStateError, KernelError,
 from pjw.launcher import protocol
 from pjw.launcher.cgroup import Cgroup, Hierarchy, disks_under, open_hierarchy
 from pjw.launcher.lock import hold_lock
+from pjw.launcher.measure import measure
 from pjw.launcher.operator_files import open_operator_file
 from pjw.launcher.policy import Policy, check_job_id, check_signal, instance_name
 from pjw.launcher.pool import Init, Pool
@@ -294,6 +295,13 @@ class Launcher:
         if pidfd is not None:
             send_signal(pidfd, number)
 
+    def answer_measure(self, seq: int, request: protocol.Measure, descriptors: list[int]) -> "Answer":
+        """Read what jobs use that this launcher has launched or adopted."""
+        if len(request.job_ids) > protocol.MAX_MEASURED:
+            raise InvalidJobError(f"at most {protocol.MAX_MEASURED} jobs are measured at once")
+        wanted = [job_id for job_id in request.job_ids if job_id in self._inits]
+        return (measure(self._hierarchy, [job_id for job_id in wanted if job_id not in self._launching]),)
+
     def answer_account(self, seq: int, request: protocol.Account, descriptors: list[int]) -> "Answer":
         """Read what an ended job has used."""
         cgroup = self._ended_cgroup(request.job_id)
@@ -373,6 +381,7 @@ ROUTES: Final[dict[str, Route]] = {
     "job_ids": Route(Launcher.answer_job_ids),
     "terminate": Route(Launcher.answer_terminate),
     "kill": Route(Launcher.answer_kill),
+    "measure": Route(Launcher.answer_measure),
     "account": Route(Launcher.answer_account),
     "remove": Route(Launcher.answer_remove),
     "open_file": Route(Launcher.answer_open_file),

@@ -15,6 +15,8 @@ from pjw.model import Limits, Usage
 
 MAX_DATAGRAM_BYTES: Final = 65_536
 MAX_DESCRIPTORS: Final = 6
+# So many jobs are measured for one request: the launcher does nothing else for 2 ms then.
+MAX_MEASURED: Final = 16
 # As many job ids as fit into a datagram at their longest.
 MAX_JOB_IDS: Final = 2_000
 
@@ -86,6 +88,14 @@ class Kill:
 
 
 @dataclass(frozen=True, slots=True)
+class Measure:
+    """What jobs that run use at this moment; at most MAX_MEASURED of them."""
+
+    op: ClassVar = "measure"
+    job_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Account:
     """What an ended job has used."""
 
@@ -151,6 +161,27 @@ class Accounted:
 
 
 @dataclass(frozen=True, slots=True)
+class Measurement:
+    """What one job had used at `time_ns` (CLOCK_REALTIME): see model.UsageSample."""
+
+    job_id: int
+    time_ns: int
+    cpu_usage_usec: int
+    memory_bytes: int
+    io_read_bytes: int
+    io_write_bytes: int
+    pids: int
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A measurement of each job that was asked for and runs; others are left out."""
+
+    op: ClassVar = "measured"
+    jobs: tuple[Measurement, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Opened:
     """Descriptor: the file that was asked for, for reading."""
 
@@ -172,14 +203,14 @@ class Refused:
     hint: str
 
 
-Request = Hello | Launch | Adopt | JobIds | Terminate | Kill | Account | Remove | OpenFile
-Reply = Done | Launched | Adopted | JobIdPage | Accounted | Opened | Refused
+Request = Hello | Launch | Adopt | JobIds | Terminate | Kill | Measure | Account | Remove | OpenFile
+Reply = Done | Launched | Adopted | JobIdPage | Measured | Accounted | Opened | Refused
 
 REQUESTS: Final[dict[str, type[Request]]] = {
-    c.op: c for c in (Hello, Launch, Adopt, JobIds, Terminate, Kill, Account, Remove, OpenFile)
+    c.op: c for c in (Hello, Launch, Adopt, JobIds, Terminate, Kill, Measure, Account, Remove, OpenFile)
 }
 REPLIES: Final[dict[str, type[Reply]]] = {
-    c.op: c for c in (Done, Launched, Adopted, JobIdPage, Accounted, Opened, Refused)
+    c.op: c for c in (Done, Launched, Adopted, JobIdPage, Measured, Accounted, Opened, Refused)
 }
 
 
@@ -205,7 +236,7 @@ _ENCODER: Final = json.JSONEncoder(separators=(",", ":"), default=_members)
 # the members of each class, and the type that each is declared with
 _TYPES: Final[dict[type, dict[str, Any]]] = {
     cls: {field.name: field.type for field in fields(cls)}
-    for cls in (*REQUESTS.values(), *REPLIES.values(), Limits, Usage)
+    for cls in (*REQUESTS.values(), *REPLIES.values(), Limits, Usage, Measurement)
 }
 
 
@@ -289,6 +320,7 @@ _READERS: Final[dict[Any, Callable[[object], Any]]] = {
     bool: _truth,
     tuple[int, ...]: _items(_whole_number, MAX_JOB_IDS),
     tuple[str, ...]: _items(_text, 64),
+    tuple[Measurement, ...]: _items(lambda value: _value(Measurement, value), MAX_MEASURED),
     Limits: lambda value: _value(Limits, value),
     Usage: lambda value: _value(Usage, value),
 }

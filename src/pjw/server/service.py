@@ -8,10 +8,17 @@ from typing import Final
 import grpc
 
 from pjw.errors import InvalidJobError
-from pjw.rpc.convert import job_to_message, logs_response_head, spec_from_message, timed_logs_response
+from pjw.rpc.convert import (
+    job_to_message,
+    logs_response_head,
+    sample_to_message,
+    spec_from_message,
+    timed_logs_response,
+)
 from pjw.server.authz import Caller
 from pjw.server.guard import Guard
 from pjw.server.paging import after_token, filter_from_message, token_after
+from pjw.server.usage import UsageWatchers
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker import Part, Worker
 from pjw.worker.worker import PAGE_MAX
@@ -26,6 +33,7 @@ class JobWorkerService:
 
     def __init__(self, worker: Worker) -> None:
         self._worker: Final = worker
+        self._watchers: Final = UsageWatchers(worker)
 
     def handlers(self, guard: Guard) -> grpc.GenericRpcHandler:
         """The table of all methods, each behind the guard."""
@@ -39,6 +47,8 @@ class JobWorkerService:
                 "Stop": guard.unary(self.stop, pb.StopRequest),
                 "Logs": guard.stream(self.logs, pb.LogsRequest),
                 "Delete": guard.unary(self.delete, pb.DeleteRequest),
+                "GetUsageHistory": guard.unary(self.get_usage_history, pb.GetUsageHistoryRequest),
+                "WatchUsage": guard.stream(self.watch_usage, pb.WatchUsageRequest),
             },
         )
 
@@ -101,3 +111,20 @@ class JobWorkerService:
         """Forget an ended job of the caller."""
         await self._worker.delete(request.id, caller.owner)
         return pb.DeleteResponse()
+
+    async def get_usage_history(
+        self, request: pb.GetUsageHistoryRequest, caller: Caller
+    ) -> pb.GetUsageHistoryResponse:
+        """Show what a job of the caller used over its life."""
+        job, samples = await self._worker.usage_history(request.id, caller.owner)
+        return pb.GetUsageHistoryResponse(
+            job=job_to_message(job), samples=[sample_to_message(sample) for sample in samples]
+        )
+
+    async def watch_usage(
+        self, request: pb.WatchUsageRequest, caller: Caller
+    ) -> AsyncGenerator[pb.WatchUsageResponse, None]:
+        """Stream what the caller's jobs use that have not ended."""
+        async with aclosing(self._watchers.watch(request, caller.owner)) as snapshots:
+            async for snapshot in snapshots:
+                yield snapshot

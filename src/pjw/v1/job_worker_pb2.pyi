@@ -950,7 +950,7 @@ class WatchUsageRequest(_message.Message):
     """The jobs of every client instead of the caller's own: for viewers and admins."""
     @_builtins.property
     def interval(self) -> _duration_pb2.Duration:
-        """Between two snapshots; from 1 s to 1 min, absent: 2 s."""
+        """Between two snapshots, or longer where there are thousands of jobs; from 1 s to 1 min, absent: 2 s."""
 
     def __init__(
         self,
@@ -973,7 +973,7 @@ class WatchUsageResponse(_message.Message):
     JOBS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def jobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___JobUsage]:
-        """Of every job that has not ended."""
+        """Of every job that has not ended. With thousands of them some samples are older than the interval."""
 
     def __init__(
         self,
@@ -997,9 +997,13 @@ class JobUsage(_message.Message):
     JOB_FIELD_NUMBER: _builtins.int
     SAMPLE_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def job(self) -> Global___Job: ...
+    def job(self) -> Global___Job:
+        """Its command and its labels cut, or left out, where they would make the snapshot too long."""
+
     @_builtins.property
-    def sample(self) -> Global___UsageSample: ...
+    def sample(self) -> Global___UsageSample:
+        """Absent until it has been measured."""
+
     def __init__(
         self,
         *,

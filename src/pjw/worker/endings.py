@@ -13,6 +13,7 @@ from pjw.worker.quota import RunningJobs
 from pjw.worker.record import parse_record
 from pjw.worker.retention import Pruner
 from pjw.worker.state_dir import StateDir
+from pjw.worker.usage_sampler import UsageSampler
 
 _SAVE_RETRY_SECONDS: Final = 2
 
@@ -29,6 +30,7 @@ class Endings:
         live: dict[int, LiveJob],
         running: RunningJobs,
         pruner: Pruner,
+        sampler: UsageSampler,
         background: Background,
     ) -> None:
         self._state: Final = state
@@ -36,11 +38,13 @@ class Endings:
         self._live: Final = live
         self._running: Final = running
         self._pruner: Final = pruner
+        self._sampler: Final = sampler
         self._background: Final = background
 
     def watch(self, live: LiveJob, pidfd: int) -> None:
-        """Own the pidfd of a job's init, and finish the job when that ends."""
+        """Own the pidfd of a job's init, and finish the job when that ends; take samples until then."""
         live.watch(pidfd, lambda: self._background.spawn(self.finish(live)))
+        self._sampler.add(live)
 
     async def finish(self, live: LiveJob, *, rebooted: bool = False) -> None:
         """init has ended, and with it every process of the job; write the end down, then tell it.

@@ -1,13 +1,14 @@
 """LiveJob: one job that has not ended, from its row to its last event."""
 
 import asyncio
+import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Final
 
-from pjw.model import EndReason, ExitStatus, Job, Usage
+from pjw.model import EndReason, ExitStatus, Job, Usage, UsageSample
 from pjw.output import OutputLog
 from pjw.worker.record import End
 from pjw.worker.rows import from_ns
@@ -29,6 +30,9 @@ class LiveJob:
         self.launch_over: Final = asyncio.Event()
         # whether the last resort was used: its init was killed, so no record can be expected
         self.init_killed = False
+        # what it used when that was last measured, and the time of the event loop then
+        self.sample: UsageSample | None = None
+        self.sampled_at = -math.inf
         self._pidfd = -1
 
     def _apply(self, event: JobEvent, **changes: object) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 from collections import deque
+from collections.abc import Sequence
 from typing import Final
 
 from pjw.errors import (
@@ -23,8 +24,9 @@ from pjw.errors import (
     describe_errno,
 )
 from pjw.launcher import protocol
-from pjw.model import JobSpec, Usage
+from pjw.model import JobSpec, Usage, UsageSample
 from pjw.worker.launcher_process import LauncherProcess
+from pjw.worker.rows import from_ns
 
 # What a start takes at its height (14), and those that are under way beside it; the rest of the server
 # (connections, readers) may have taken the others.
@@ -120,6 +122,26 @@ class LauncherClient:
     async def request_kill(self, job_id: int, *, init_too: bool = False) -> None:
         """SIGKILL to every process of the job; its init records the end unless killed too."""
         await self._request(protocol.Kill(job_id, init_too))
+
+    async def request_measure(self, job_ids: Sequence[int]) -> dict[int, UsageSample]:
+        """What jobs use at this moment, by their ids; those that have ended are left out.
+
+        At most protocol.MAX_MEASURED at a time.
+        """
+        reply, _ = await self._request(protocol.Measure(tuple(job_ids)))
+        if not isinstance(reply, protocol.Measured):
+            raise ProtocolError("the launcher answered a question for measurements with something else")
+        return {
+            job.job_id: UsageSample(
+                time=from_ns(job.time_ns),
+                cpu_usage_usec=job.cpu_usage_usec,
+                memory_bytes=job.memory_bytes,
+                io_read_bytes=job.io_read_bytes,
+                io_write_bytes=job.io_write_bytes,
+                pids=job.pids,
+            )
+            for job in reply.jobs
+        }
 
     async def request_account(self, job_id: int) -> Usage | None:
         """What an ended job has used; None when its cgroup is gone."""

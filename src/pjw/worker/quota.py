@@ -1,10 +1,13 @@
 """What a client may have at once: running jobs, and bytes of output."""
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Final
 
 from pjw.errors import LimitReachedError
+from pjw.worker.job import LiveJob
 from pjw.worker.settings import Quotas
+from pjw.worker.state_dir import StateDir
 
 
 class RunningJobs:
@@ -40,7 +43,22 @@ class RunningJobs:
             del self._running[client_name]
 
 
-def check_stored_bytes(quotas: Quotas, client_name: str, own_bytes: int, total_bytes: int) -> None:
+async def check_stored_bytes(
+    quotas: Quotas, state: StateDir, live_jobs: Iterable[LiveJob], client_name: str
+) -> None:
+    """Raises LimitReachedError when a client, or all of them, have stored what they may, running jobs too."""
+    if not quotas.stored_bytes_max and not quotas.stored_bytes_total_max:
+        return
+    own, total = await state.store.ended_bytes(client_name)
+    for live in live_jobs:
+        if quotas.stored_bytes_total_max or live.job.client_name == client_name:
+            size = state.output_size(live.job)
+            total += size
+            own += size if live.job.client_name == client_name else 0
+    check_bytes(quotas, client_name, own, total)
+
+
+def check_bytes(quotas: Quotas, client_name: str, own_bytes: int, total_bytes: int) -> None:
     """Raises LimitReachedError when a client, or all of them, have stored what they may."""
     most, total = quotas.stored_bytes_max, quotas.stored_bytes_total_max
     if most and own_bytes >= most:

@@ -2,9 +2,9 @@
 
 STATE/               root, 0711
 jobs.sqlite        root's, 0600: the job table; opened before privilege is dropped
-jobs/ID/           the server's own, 0700: `output`, `status` and `times` of each job, where stderr is kept
-                   apart `stderr` and `stderr_times` as well; when it has ended no `status`, and
-                   nothing when it wrote no output
+jobs/ID/           the server's own, 0700: `output`, `status`, `times` and `usage` of each job, where stderr
+                   is kept apart `stderr` and `stderr_times` as well; when it has ended no `status`, and
+                   nothing but `usage` when it wrote no output
 scratch/ID/        made by the launcher: the job's own, while it runs
 launcher.lock      held by the launcher
 
@@ -13,23 +13,29 @@ in its place, decides where root makes files and directories.
 """
 
 import asyncio
+import errno
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from typing import Final, ParamSpec
+from typing import Final, ParamSpec, TypeVar
 
 from pjw.errors import RESOURCE_ERRNOS, ConfigError, KernelError, LimitReachedError, describe_errno
-from pjw.model import Job
+from pjw.model import Job, UsageSample
 from pjw.worker.record import RECORD_BYTES
 from pjw.worker.store import JobStore
+from pjw.worker.usage import append_sample, read_samples
 
 # of a job whose stderr is kept apart; others have not the last two
 _FILES: Final = ("output", "status", "times", "stderr", "stderr_times")
 
+# kept for a job that has written nothing as well
+_USAGE: Final = "usage"
+
 _P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 class StateDir:
@@ -134,7 +140,7 @@ class StateDir:
         Blocks for as long as the disk takes. The times of the output reach the disk when the kernel likes.
         """
         if not job.output_bytes:
-            self.remove_job(job.id)
+            self._remove(job.id, _FILES)
             return
         try:
             for path in self._outputs(job):
@@ -149,22 +155,46 @@ class StateDir:
         except OSError as error:
             raise KernelError("sync the output of", f"job {job.id}", error.errno or 0) from error
 
+    def append_usage(self, job_id: int, sample: UsageSample) -> None:
+        """Add a sample to a job's history. Raises LimitReachedError (the disk is full) or KernelError."""
+        try:
+            append_sample(f"{self._jobs}/{job_id}/{_USAGE}", sample)
+        except FileNotFoundError:
+            pass  # the job has just been removed
+        except OSError as error:
+            raise disk_error("write the usage of", f"job {job_id}", error) from error
+
+    def read_usage(self, job_id: int) -> Sequence[UsageSample]:
+        """The samples of a job's history."""
+        try:
+            return read_samples(f"{self._jobs}/{job_id}/{_USAGE}")
+        except OSError as error:
+            raise KernelError("read the usage of", f"job {job_id}", error.errno or 0) from error
+
     def remove_job(self, job_id: int) -> None:
         """Remove a job's directory, if there is one."""
+        self._remove(job_id, (*_FILES, _USAGE))
+
+    def _remove(self, job_id: int, names: Sequence[str]) -> None:
         directory = f"{self._jobs}/{job_id}"
         try:
             # One by one, as one may be gone: what is there is known, and `settle` may be at it too.
-            for name in _FILES:
+            for name in names:
                 with suppress(FileNotFoundError):
                     os.unlink(f"{directory}/{name}")
             with suppress(FileNotFoundError):
                 os.rmdir(directory)
         except OSError as error:
+            # a history is kept, and with it the directory
+            if error.errno == errno.ENOTEMPTY and _USAGE not in names:
+                return
             raise KernelError("remove the directory of", f"job {job_id}", error.errno or 0) from error
 
-    async def in_thread(self, function: Callable[_P, None], *args: _P.args, **kwargs: _P.kwargs) -> None:
-        """Call `settle` or `remove_job` without holding the event loop up."""
-        await asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *args, **kwargs))
+    async def in_thread(self, function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        """Call what waits for the disk without holding the event loop up."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads, partial(function, *args, **kwargs)
+        )
 
 
 def _require_root_s(state_dir: str) -> None:

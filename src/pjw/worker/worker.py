@@ -14,11 +14,10 @@ from pjw.errors import (
     JobNotFoundError,
     JobStateError,
     LauncherGoneError,
-    LimitReachedError,
     PjwError,
 )
 from pjw.launcher.protocol import Launch
-from pjw.model import Job, JobSpec, Limits
+from pjw.model import Job, JobSpec, Limits, UsageSample
 from pjw.output import Head, Inotify, follow, follow_with_times, no_head
 from pjw.worker.adoption import adopt
 from pjw.worker.background import Background
@@ -34,6 +33,9 @@ from pjw.worker.retention import Pruner
 from pjw.worker.rows import from_ns
 from pjw.worker.settings import WorkerSettings
 from pjw.worker.state_dir import StateDir
+from pjw.worker.usage import with_end
+from pjw.worker.usage_sampler import UsageSampler
+from pjw.worker.users import Users
 
 LOCAL_CLIENT: Final = "local"
 PAGE_MAX: Final = 1000
@@ -66,12 +68,18 @@ class Worker:
         self._running: Final = RunningJobs(settings.quotas)
         self._pruner: Final = Pruner(state, settings.retention)
         self._background: Final = Background()
+        self._sampler: Final = UsageSampler(state, self._launcher, self._live)
         self._endings: Final = Endings(
-            state, self._launcher, self._live, self._running, self._pruner, self._background
+            state,
+            self._launcher,
+            self._live,
+            self._running,
+            self._pruner,
+            self._sampler,
+            self._background,
         )
         self._launches: Final = Launches()
-        # a client's user never changes
-        self._uids: Final[dict[str, int]] = {}
+        self._users: Final = Users(state.store, settings)
 
     @classmethod
     async def open(cls, state_dir: str, settings: WorkerSettings | None = None) -> Self:
@@ -99,6 +107,7 @@ class Worker:
         """Take over the jobs of the worker before us. Call it once, before anything else; `open` does."""
         await adopt(self._state, self._launcher, self._inotify, self._live, self._running, self._endings)
         self._background.spawn(self._pruner.run())
+        self._background.spawn(self._sampler.run())
 
     async def __aenter__(self) -> Self:
         return self
@@ -177,8 +186,8 @@ class Worker:
 
     async def _add_and_launch(self, spec: JobSpec, client_name: str, limits: Limits) -> Job:
         try:
-            await self._check_stored_bytes(client_name)
-            uid = await self._uid_of(client_name)
+            await check_stored_bytes(self._settings.quotas, self._state, self._live.values(), client_name)
+            uid = await self._users.of(client_name)
             job = await self._state.store.add(client_name, spec, limits)
         except BaseException:
             self._running.give_back(client_name)
@@ -195,29 +204,6 @@ class Worker:
             self._background.spawn(self._end_and_discard(job.id))
             raise unsynced
         return job
-
-    async def _check_stored_bytes(self, client_name: str) -> None:
-        quotas = self._settings.quotas
-        if not quotas.stored_bytes_max and not quotas.stored_bytes_total_max:
-            return
-        own, total = await self._state.store.ended_bytes(client_name)
-        for live in self._live.values():
-            if quotas.stored_bytes_total_max or live.job.client_name == client_name:
-                size = self._state.output_size(live.job)
-                total += size
-                own += size if live.job.client_name == client_name else 0
-        check_stored_bytes(quotas, client_name, own, total)
-
-    async def _uid_of(self, client_name: str) -> int:
-        if client_name not in self._uids:
-            number = await self._state.store.client_number(client_name)
-            if number >= self._settings.uid_count:
-                raise LimitReachedError(
-                    f"all {self._settings.uid_count} user ids for clients are taken",
-                    hint="the operator can configure a larger range",
-                )
-            self._uids[client_name] = self._settings.uid_first + number
-        return self._uids[client_name]
 
     async def _launch(self, job: Job, spec: JobSpec, uid: int) -> Job:
         live = self._live[job.id] = live_job(self._state, self._inotify, job)
@@ -357,6 +343,24 @@ class Worker:
             return await self.get(job_id, owner)
         await self._wait_for(live.ended)
         return live.job
+
+    async def usage_history(self, job_id: int, owner: str | None = None) -> tuple[Job, Sequence[UsageSample]]:
+        """A job, and what it had used at moments of its life: SAMPLES_MAX at most, and its end.
+
+        Raises JobNotFoundError.
+        """
+        job = await self.get(job_id, owner)
+        return job, with_end(await self._state.in_thread(self._state.read_usage, job_id), job)
+
+    async def usage_now(
+        self, owner: str | None = None, fresh_seconds: float = 1, within_seconds: float = 1
+    ) -> Sequence[tuple[Job, UsageSample | None]]:
+        """The jobs that have not ended, and what each uses, measured at most *fresh_seconds* ago.
+
+        Where that takes longer than *within_seconds*, as with thousands of jobs, some samples are older, or
+        not there yet.
+        """
+        return await self._sampler.now(owner, fresh_seconds, within_seconds)
 
     async def logs(
         self, job_id: int, part: Part = ALL_OUTPUT, owner: str | None = None, head: Head = no_head

@@ -13,7 +13,7 @@ from typing import Protocol
 from pjw.errors import ConfigError
 from pjw.launcher.cgroup import files, v1, v2
 from pjw.launcher.cgroup.devices import disks_under
-from pjw.model import Limits, Usage
+from pjw.model import Limits, Usage, UsageSample
 
 __all__ = ["Cgroup", "Hierarchy", "HostDescription", "describe_host", "disks_under", "open_hierarchy"]
 
@@ -39,6 +39,9 @@ class Cgroup(Protocol):
 
     def usage(self) -> Usage:
         """What the job has used until now; a counter that this kernel lacks is 0."""
+
+    def measure(self) -> UsageSample:
+        """What the job uses at this moment. KernelError (ENOENT, ENODEV) when it has ended."""
 
     def remove(self) -> None:
         """Remove it, when need be waiting for the last process to be gone.

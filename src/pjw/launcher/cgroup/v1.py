@@ -9,11 +9,12 @@ import select
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import Final
 
 from pjw.errors import ConfigError, JobStateError, KernelError
 from pjw.launcher.cgroup import devices, files
-from pjw.model import Limits, Usage
+from pjw.model import Limits, Usage, UsageSample
 
 CONTROLLERS: Final = ("cpu", "cpuacct", "memory", "pids")
 IO_CONTROLLER: Final = "blkio"
@@ -154,6 +155,20 @@ class V1Cgroup:
             oom_kills=files.read_fields(self._read("memory", "memory.oom_control")).get("oom_kill", 0),
         )
 
+    def measure(self) -> UsageSample:
+        io_stat = ""
+        if "blkio" in self.by_controller:
+            io_stat = self._read_now("blkio", "blkio.throttle.io_service_bytes")
+        read, written = devices.sum_io(io_stat, _parse_io_line)
+        return UsageSample(
+            time=datetime.now(UTC),
+            cpu_usage_usec=int(self._read_now("cpuacct", "cpuacct.usage")) // 1000,
+            memory_bytes=int(self._read_now("memory", "memory.usage_in_bytes")),
+            io_read_bytes=read,
+            io_write_bytes=written,
+            pids=int(self._read_now("pids", "pids.current")),
+        )
+
     def remove(self) -> None:
         deadline = time.monotonic() + files.SETTLE_SECONDS
         for directory in self.directories:
@@ -178,12 +193,15 @@ class V1Cgroup:
             return False
         return True
 
+    def _read_now(self, controller: str, name: str) -> str:
+        return files.read_text(f"{self.by_controller[controller]}/{name}", f"{name} of {self._subject}")
+
     def _read(self, controller: str, name: str) -> str:
         """Nothing from a directory that is missing: such a job used nothing there."""
         directory = self.by_controller.get(controller)
         if directory is None or not os.path.isdir(directory):
             return ""
-        return files.read_text(f"{directory}/{name}", f"{name} of {self._subject}")
+        return self._read_now(controller, name)
 
 
 def _parse_io_line(line: str) -> tuple[str, int, int]:

@@ -6,11 +6,12 @@ import select
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import Final
 
 from pjw.errors import ConfigError, JobStateError, KernelError
 from pjw.launcher.cgroup import devices, files
-from pjw.model import Limits, Usage
+from pjw.model import Limits, Usage, UsageSample
 
 CONTROLLERS: Final = ("cpu", "memory", "pids")
 IO_CONTROLLER: Final = "io"
@@ -201,14 +202,24 @@ class V2Cgroup:
         cpu = files.read_fields(self._read("cpu.stat"))
         memory = files.read_fields(self._read("memory.events"))
         peak = self._read("memory.peak") if os.path.exists(f"{self.directory}/memory.peak") else "0"
-        has_io = os.path.exists(f"{self.directory}/io.stat")
-        read, written = devices.sum_io(self._read("io.stat") if has_io else "", _parse_io_line)
+        read, written = self._io()
         return Usage(
             cpu_usage_usec=cpu["usage_usec"],
             memory_peak_bytes=int(peak),
             io_read_bytes=read,
             io_write_bytes=written,
             oom_kills=memory["oom_kill"],
+        )
+
+    def measure(self) -> UsageSample:
+        read, written = self._io()
+        return UsageSample(
+            time=datetime.now(UTC),
+            cpu_usage_usec=files.read_fields(self._read("cpu.stat"))["usage_usec"],
+            memory_bytes=int(self._read("memory.current")),
+            io_read_bytes=read,
+            io_write_bytes=written,
+            pids=int(self._read("pids.current")),
         )
 
     def remove(self) -> None:
@@ -242,6 +253,10 @@ class V2Cgroup:
             raise KernelError(
                 "remove cgroup", f"{self.directory} of {self._subject}", error.errno or errno.EIO
             ) from error
+
+    def _io(self) -> tuple[int, int]:
+        has_io = os.path.exists(f"{self.directory}/io.stat")
+        return devices.sum_io(self._read("io.stat") if has_io else "", _parse_io_line)
 
     def _read(self, name: str) -> str:
         return files.read_text(f"{self.directory}/{name}", f"{name} of {self._subject}")
