@@ -176,7 +176,7 @@ async def test_what_became_too_old_while_nobody_looked(bench: Bench) -> None:
 
 
 async def test_files_of_an_ended_job(bench: Bench) -> None:
-    """Its output and the times of it, and nothing where there is none: a million are no million directories."""
+    """Its output and its times, and nothing where there is none: a million leave no empty directories."""
     worker = await bench.open()
     silent, _ = await run(worker, "true")
     job, _ = await run(worker, "echo words")

@@ -1,0 +1,269 @@
+"""What Logs is asked for beyond all of the output: an end, the last lines, times, stderr; over real TLS."""
+
+import os
+import signal
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import grpc
+import pytest
+from google.protobuf.duration_pb2 import Duration
+
+from pjw.errors import LauncherGoneError
+from pjw.model import JobSpec
+from pjw.v1 import job_worker_pb2 as pb
+from pjw.worker import Part
+from tests.service import CALL_SECONDS, Service, wait_for
+from tests.worker_harness import Bench, read_all
+
+STDERR = pb.OUTPUT_STREAM_STDERR
+
+
+def start(service: Service, command: str, **how: object) -> int:
+    """Start a job; its id."""
+    with service.stub() as stub:
+        return stub.Start(pb.StartRequest(command=command, **how), timeout=CALL_SECONDS).job.id  # type: ignore[arg-type]
+
+
+def read(service: Service, job_id: int, **how: object) -> bytes:
+    """All that a call of Logs answers."""
+    return b"".join(answer.data for answer in answers(service, job_id, **how))
+
+
+def answers(service: Service, job_id: int, **how: object) -> list[pb.LogsResponse]:
+    """Each answer of a call of Logs."""
+    with service.stub() as stub:
+        return list(stub.Logs(pb.LogsRequest(id=job_id, **how), timeout=CALL_SECONDS))  # type: ignore[arg-type]
+
+
+def refused(service: Service, job_id: int, **how: object) -> tuple[grpc.StatusCode, str | None]:
+    """The code and words of a call of Logs that fails."""
+    with pytest.raises(grpc.RpcError) as caught:
+        answers(service, job_id, **how)
+    return caught.value.code(), caught.value.details()
+
+
+@pytest.fixture
+def running(service: Service) -> Iterator[int]:
+    """A job that has written three lines, the last without an end, and goes on."""
+    job_id = start(service, "printf 'one\\ntwo\\nthree'; exec sleep 1000")
+    wait_for(lambda: read(service, job_id, no_follow=True) == b"one\ntwo\nthree")
+    yield job_id
+    with service.stub() as stub:
+        stub.Stop(pb.StopRequest(id=job_id, grace=Duration()), timeout=CALL_SECONDS)
+
+
+# --- an end, and the last lines
+
+
+def test_the_end_of_what_is_there(service: Service, running: int) -> None:
+    """The call ends although the job runs, from any offset."""
+    assert read(service, running, no_follow=True) == b"one\ntwo\nthree"
+    assert read(service, running, no_follow=True, offset=4) == b"two\nthree"
+    assert read(service, running, no_follow=True, offset=13) == b""
+    assert refused(service, running, no_follow=True, offset=14)[0] is grpc.StatusCode.OUT_OF_RANGE
+
+
+def test_a_job_that_never_stops_writing(service: Service) -> None:
+    """What is written after the call does not lengthen it."""
+    job_id = start(service, "exec yes", limits=pb.Limits(output_max_bytes=2**30))
+    wait_for(lambda: len(read(service, job_id, no_follow=True)) > 0)
+    with service.stub() as stub:
+        ended = stub.Stop(pb.StopRequest(id=job_id, grace=Duration()), timeout=CALL_SECONDS).job
+    assert ended.output_bytes > 0
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [(0, b""), (1, b"three"), (2, b"two\nthree"), (3, b"one\ntwo\nthree"), (9, b"one\ntwo\nthree")],
+)
+def test_the_last_lines(service: Service, running: int, lines: int, expected: bytes) -> None:
+    """So many, whether the last one has ended or not, and not before the offset."""
+    assert read(service, running, no_follow=True, tail_lines=lines) == expected
+    assert (
+        read(service, running, no_follow=True, tail_lines=lines, offset=5) == expected[-8:][: len(expected)]
+    )
+
+
+def test_the_last_lines_and_what_comes(service: Service) -> None:
+    """Without no_follow the call goes on to the job's end."""
+    job_id = start(service, "echo one; echo two; sleep 0.3; echo three")
+    wait_for(lambda: read(service, job_id, no_follow=True) == b"one\ntwo\n")
+    assert read(service, job_id, tail_lines=1) == b"two\nthree\n"
+    assert read(service, job_id, tail_lines=1) == b"three\n"
+
+
+def test_a_negative_number_of_lines(service: Service, running: int) -> None:
+    """It is refused in words."""
+    code, words = refused(service, running, tail_lines=-1)
+    assert (code, words) == (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "the number of last lines must be 0 or more, not -1",
+    )
+
+
+# --- stderr
+
+
+def test_stderr_is_read_alone(service: Service) -> None:
+    """Each stream by itself, while the job runs and after; both count as its output."""
+    job_id = start(service, "echo out; echo err >&2; sleep 0.3; echo more >&2", split_stderr=True)
+    assert read(service, job_id, stream=STDERR) == b"err\nmore\n"
+    assert read(service, job_id) == b"out\n"
+    job = service.job(job_id)
+    assert (job.split_stderr, job.output_bytes) == (True, len("out\nerr\nmore\n"))
+    files = service.state / "jobs" / str(job_id)
+    wait_for(lambda: not (files / "status").exists())
+    assert {path.name for path in files.iterdir()} == {"output", "times", "stderr", "stderr_times"}
+    assert read(service, job_id, stream=STDERR, tail_lines=1) == b"more\n"
+    with service.stub() as stub:
+        stub.Delete(pb.DeleteRequest(id=job_id), timeout=CALL_SECONDS)
+    wait_for(lambda: not files.exists())
+
+
+def test_a_split_job_without_output_leaves_no_file(service: Service) -> None:
+    """As one that is not split."""
+    job_id = start(service, "true", split_stderr=True)
+    assert (read(service, job_id), read(service, job_id, stream=STDERR)) == (b"", b"")
+    wait_for(lambda: not (service.state / "jobs" / str(job_id)).exists())
+    assert (read(service, job_id), read(service, job_id, stream=STDERR)) == (b"", b"")
+
+
+def test_stderr_that_is_not_apart(service: Service, running: int) -> None:
+    """It is refused in words, for a job that runs and one that has ended; a stream that is none as well."""
+    ended = start(service, "true")
+    assert read(service, ended) == b""
+    for job_id in (running, ended):
+        code, words = refused(service, job_id, stream=STDERR)
+        assert code is grpc.StatusCode.FAILED_PRECONDITION
+        assert words is not None
+        assert words.startswith(f"cannot read the stderr of job {job_id} alone")
+    assert refused(service, running, stream=7)[0] is grpc.StatusCode.INVALID_ARGUMENT
+    assert refused(service, 10**6, stream=STDERR)[0] is grpc.StatusCode.NOT_FOUND
+
+
+def test_the_output_limit_of_a_split_job(service: Service) -> None:
+    """It counts both."""
+    command = "head -c 600 /dev/zero; head -c 600 /dev/zero >&2"
+    job_id = start(service, command, split_stderr=True, limits=pb.Limits(output_max_bytes=1000))
+    assert (len(read(service, job_id)), len(read(service, job_id, stream=STDERR))) == (600, 400)
+    assert service.job(job_id).reason == pb.END_REASON_OUTPUT_LIMIT
+
+
+async def test_a_split_job_is_adopted(bench: Bench) -> None:
+    """The next worker knows both streams, and their followers see the end."""
+    worker = await bench.open()
+    job = await worker.start(JobSpec("echo err >&2; echo out; sleep 0.5; echo more >&2", split_stderr=True))
+    await bench.wait_for_output(job.id, b"out\n")
+    await bench.close(worker)
+    worker = await bench.open()
+    chunks = [chunk async for chunk in worker.logs(job.id, Part(stderr=True))]
+    assert b"".join(chunks) == b"err\nmore\n"
+    assert await read_all(worker, job.id) == b"out\n"
+    assert (await worker.get(job.id)).output_bytes == len("err\nout\nmore\n")
+
+
+async def test_closing_the_worker_ends_who_follows_stderr(bench: Bench) -> None:
+    """They are told that the job goes on, as those of the output are."""
+    worker = await bench.open()
+    job = await worker.start(JobSpec("echo err >&2; exec sleep 1000", split_stderr=True))
+    chunks = worker.logs(job.id, Part(stderr=True))
+    assert await anext(chunks) == b"err\n"
+    await bench.close(worker)
+    with pytest.raises(LauncherGoneError):
+        await anext(chunks)
+
+
+# --- times
+
+
+def nanoseconds(answer: pb.LogsResponse) -> int:
+    """When an answer says that it was written."""
+    assert answer.HasField("time")
+    return answer.time.seconds * 10**9 + answer.time.nanos
+
+
+@pytest.mark.parametrize("split_stderr", [False, True])
+def test_times_are_those_of_the_writes(service: Service, split_stderr: bool) -> None:
+    """Followed live and read later, each line has the time at which the job wrote it."""
+    redirect, stream = (" >&2", STDERR) if split_stderr else ("", pb.OUTPUT_STREAM_UNSPECIFIED)
+    script = f"for n in 1 2 3; do date +%s%N{redirect}; sleep 0.2; done"
+    job_id = start(service, script, split_stderr=split_stderr)
+    live = answers(service, job_id, stream=stream, timestamps=True)
+    later = answers(service, job_id, stream=stream, timestamps=True)
+    for found in (live, later):
+        assert len(found) == 3
+        for answer in found:
+            assert 0 <= nanoseconds(answer) - int(answer.data) + 1_000 < 150_000_000
+
+
+def test_times_from_an_offset_and_of_the_last_lines(service: Service) -> None:
+    """They are as precise there."""
+    job_id = start(service, "for n in 1 2 3; do date +%s%N; sleep 0.1; done")
+    every = answers(service, job_id, timestamps=True)
+    assert answers(service, job_id, timestamps=True) == answers(service, job_id, timestamps=True)
+    kept = answers(service, job_id, timestamps=True, tail_lines=2)
+    assert [answer.data for answer in kept] == [answer.data for answer in every[1:]]
+    assert kept == answers(service, job_id, timestamps=True, offset=len(every[0].data))
+
+
+def test_without_being_asked_for_there_is_no_time(service: Service) -> None:
+    """The ordinary answer has bytes alone."""
+    job_id = start(service, "echo words")
+    assert [answer.HasField("time") for answer in answers(service, job_id)] == [False]
+
+
+def test_a_job_of_an_older_version_has_no_times(service: Service) -> None:
+    """Its output is told without."""
+    job_id = start(service, "echo words")
+    read(service, job_id)
+    files = service.state / "jobs" / str(job_id)
+    wait_for(lambda: not (files / "status").exists())
+    (files / "times").unlink()
+    (answer,) = answers(service, job_id, timestamps=True)
+    assert (answer.data, answer.HasField("time")) == (b"words\n", False)
+
+
+def test_times_survive_a_kill_of_the_server(make_service: Callable[..., Service]) -> None:
+    """init writes them: what is written while no server runs has its time."""
+    service = make_service().start()
+    job_id = start(service, "echo ready; sleep 1; date +%s%N; sleep 1000")
+    wait_for(lambda: read(service, job_id, no_follow=True) == b"ready\n")
+    os.kill(service.pid, signal.SIGKILL)
+    path = service.state / "jobs" / str(job_id) / "times"
+    wait_for(lambda: len(path.read_bytes()) == 32)
+    service.stop()
+    service.start()
+    answer = answers(service, job_id, timestamps=True, no_follow=True)[-1]
+    (_, _), (ns, end) = struct.iter_unpack("=qQ", path.read_bytes())
+    assert end == len("ready\n") + len(answer.data)
+    assert abs(nanoseconds(answer) - ns) < 1_000
+    assert abs(nanoseconds(answer) - int(answer.data)) < 150_000_000
+
+
+def test_the_size_of_the_times_is_bounded(service: Service) -> None:
+    """A job that writes line by line, as fast as it can, has a record for each few milliseconds at most."""
+    before = time.monotonic()
+    job_id = start(service, "yes words | head -n 200000 | sed -u s/x/y/")
+    size = len(read(service, job_id))
+    took = time.monotonic() - before
+    records = (service.state / "jobs" / str(job_id) / "times").stat().st_size // 16
+    assert (size, records <= took * 250 + 3) == (1_200_000, True)
+
+
+def test_a_follower_of_times_that_leaves(service: Service) -> None:
+    """Neither descriptor stays."""
+    job_id = start(service, "while :; do echo words; sleep 0.05; done")
+    before = service.descriptors()
+    with service.stub() as stub:
+        stream = stub.Logs(pb.LogsRequest(id=job_id, timestamps=True))
+        seen = threading.Event()
+        assert next(iter(stream)).data == b"words\n"
+        seen.set()
+        stream.cancel()
+    wait_for(lambda: service.open_outputs(job_id) == 0)
+    wait_for(lambda: service.descriptors() <= before)
+    with service.stub() as stub:
+        stub.Stop(pb.StopRequest(id=job_id, grace=Duration()), timeout=CALL_SECONDS)

@@ -1,0 +1,89 @@
+"""Where the last lines of an output begin: as tail(1) says, in blocks, without holding others up."""
+
+import asyncio
+import subprocess
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pjw.output import Inotify, OutputLog, start_of_tail
+from pjw.output import tail as tail_module
+
+
+@pytest.fixture
+async def inotify() -> AsyncIterator[Inotify]:
+    """The one instance."""
+    inotify = Inotify()
+    yield inotify
+    inotify.close()
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that are smaller than most lines."""
+    monkeypatch.setattr(tail_module, "_BLOCK_BYTES", 7)
+
+
+def expected(data: bytes, lines: int, offset: int) -> int:
+    """By splitting it all."""
+    kept = data[offset:].splitlines(keepends=True)
+    return offset + sum(map(len, kept[: max(0, len(kept) - lines)]))
+
+
+@pytest.mark.usefixtures("small_blocks")
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    parts=st.lists(st.sampled_from([b"\n", b"a", b"bc", b"0123456789", b"\n\n"]), max_size=30),
+    lines=st.integers(0, 12),
+    cut=st.integers(0, 100),
+)
+def test_any_output(
+    tmp_path_factory: pytest.TempPathFactory, parts: list[bytes], lines: int, cut: int
+) -> None:
+    """The same place as when all of it is split into lines."""
+    data = b"".join(parts)
+    path = tmp_path_factory.mktemp("tail") / "output"
+    path.write_bytes(data)
+    offset = min(cut, len(data))
+
+    async def look() -> int:
+        inotify = Inotify()
+        try:
+            return await start_of_tail(OutputLog(str(path), inotify, ended=True), lines, offset)
+        finally:
+            inotify.close()
+
+    assert asyncio.run(look()) == expected(data, lines, offset)
+
+
+@pytest.mark.parametrize("lines", [0, 1, 2, 10, 99_999, 100_000, 100_001, 2**62])
+async def test_as_tail_does(tmp_path: Path, inotify: Inotify, lines: int) -> None:
+    """The bytes from there on are those that tail(1) prints; the last line has no end."""
+    path = tmp_path / "output"
+    path.write_bytes(b"".join(b"line %d\n" % n for n in range(100_000)) + b"open")
+    start = await start_of_tail(OutputLog(str(path), inotify, ended=True), lines)
+    command = ["tail", "-n", str(lines), str(path)]
+    told = subprocess.run(command, capture_output=True, check=True).stdout  # noqa: ASYNC221  nobody waits
+    assert path.read_bytes()[start:] == told
+
+
+async def test_an_offset_beyond_the_end_is_left_to_the_reader(tmp_path: Path, inotify: Inotify) -> None:
+    """It gives it back, and so does a negative one: who reads from there is told."""
+    (tmp_path / "output").write_bytes(b"1\n2\n")
+    log = OutputLog(str(tmp_path / "output"), inotify, ended=True)
+    assert [await start_of_tail(log, 1, offset) for offset in (-1, 5)] == [-1, 5]
+
+
+@pytest.mark.usefixtures("small_blocks")
+async def test_others_have_their_turn(tmp_path: Path, inotify: Inotify) -> None:
+    """A search through all of a long output does not hold the event loop up."""
+    (tmp_path / "output").write_bytes(b"x" * 7_000)
+    search = asyncio.ensure_future(start_of_tail(OutputLog(str(tmp_path / "output"), inotify, ended=True), 5))
+    turns = 0
+    while not search.done():
+        await asyncio.sleep(0)
+        turns += 1
+    assert (search.result(), turns >= 1_000) == (0, True)
