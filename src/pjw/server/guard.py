@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
@@ -123,6 +123,43 @@ class Guard:
                 await _abort(context, error)
 
         return grpc.unary_stream_rpc_method_handler(
+            handle,
+            request_deserializer=_deserializer(request_class),
+            response_serializer=_serialize,
+        )
+
+    def bidi(
+        self,
+        method: Callable[[AsyncIterator[Req], Caller, Callable[[Res], Awaitable[None]]], Awaitable[None]],
+        request_class: type[Req],
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        """The handler of a method with a stream of requests, which gets a function that answers.
+
+        None is read before the one before was dealt with: what a client sends ahead waits at its end.
+        """
+        name = _method_of(request_class)
+
+        async def handle(requests: AsyncIterator[Req | None], context: Context) -> None:
+            try:
+                with self._recorded(context, name, None) as record:
+
+                    async def decoded() -> AsyncGenerator[Req, None]:
+                        async for request in requests:
+                            record.asked(request)
+                            yield _decoded(request)
+
+                    try:
+                        # a method of this kind is for one's own jobs alone: no request of it asks for more
+                        async with self._admitted(context, name, request_class(), stream=True) as caller:
+                            await _say_admitted(context)
+                            async with Writer(context) as writer, aclosing(decoded()) as asked:
+                                await method(asked, caller, writer.write)
+                    except ReaderGoneError:
+                        record.code = CANCELLED
+            except Exception as error:
+                await _abort(context, error)
+
+        return grpc.stream_stream_rpc_method_handler(
             handle,
             request_deserializer=_deserializer(request_class),
             response_serializer=_serialize,

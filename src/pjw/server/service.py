@@ -1,6 +1,6 @@
 """JobWorkerService: convert, ask the worker, convert. Every call sees the jobs of `caller.owner` only."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from signal import SIGTERM
 from typing import Final
@@ -21,11 +21,14 @@ from pjw.server.paging import after_token, filter_from_message, token_after
 from pjw.server.usage import UsageWatchers
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker import Part, Worker
+from pjw.worker.input import InputWriter
 from pjw.worker.worker import PAGE_MAX
 
 SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["JobWorkerService"].full_name
 # The longest grace period that makes sense to ask for: a day.
 _GRACE_SECONDS_MAX: Final = 86_400
+# What a call of WriteInput holds in memory is a few of them.
+_INPUT_CHUNK_BYTES_MAX: Final = 1024**2
 
 
 class JobWorkerService:
@@ -41,6 +44,7 @@ class JobWorkerService:
             SERVICE_NAME,
             {
                 "Start": guard.unary(self.start, pb.StartRequest),
+                "WriteInput": guard.bidi(self.write_input, pb.WriteInputRequest),
                 "Get": guard.unary(self.get, pb.GetRequest),
                 "List": guard.unary(self.list, pb.ListRequest),
                 "Wait": guard.unary(self.wait, pb.WaitRequest),
@@ -56,6 +60,35 @@ class JobWorkerService:
         """Start a job for the caller."""
         job = await self._worker.start(spec_from_message(request), caller.client_name)
         return pb.StartResponse(job=job_to_message(job))
+
+    async def write_input(
+        self,
+        requests: AsyncIterator[pb.WriteInputRequest],
+        caller: Caller,
+        answer: Callable[[pb.WriteInputResponse], Awaitable[None]],
+    ) -> None:
+        """Take the input of a job of the caller; answer how much there is, first and after each request."""
+        first = await anext(requests, None)
+        if first is None:
+            raise InvalidJobError("the first message of WriteInput must say which job")
+        async with self._worker.write_input(first.id, caller.owner) as writer:
+            await answer(pb.WriteInputResponse(offset=writer.offset, ended=writer.ended))
+            await self._write(writer, first, answer)
+            while not writer.ended and (request := await anext(requests, None)) is not None:
+                await self._write(writer, request, answer)
+
+    @staticmethod
+    async def _write(
+        writer: InputWriter,
+        request: pb.WriteInputRequest,
+        answer: Callable[[pb.WriteInputResponse], Awaitable[None]],
+    ) -> None:
+        if len(request.data) > _INPUT_CHUNK_BYTES_MAX:
+            raise InvalidJobError(f"a message of input has at most {_INPUT_CHUNK_BYTES_MAX} bytes")
+        if not request.data and not request.end:
+            return
+        await writer.write(request.offset, request.data, end=request.end)
+        await answer(pb.WriteInputResponse(offset=writer.offset, ended=writer.ended))
 
     async def get(self, request: pb.GetRequest, caller: Caller) -> pb.GetResponse:
         """Show a job of the caller."""
