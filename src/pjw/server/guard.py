@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
@@ -128,6 +128,43 @@ class Guard:
             response_serializer=_serialize,
         )
 
+    def bidi(
+        self,
+        method: Callable[[AsyncIterator[Req], Caller, Callable[[Res], Awaitable[None]]], Awaitable[None]],
+        request_class: type[Req],
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        """The handler of a method with a stream of requests, which gets a function that answers.
+
+        None is read before the one before was dealt with: what a client sends ahead waits at its end.
+        """
+        name = _method_of(request_class)
+
+        async def handle(requests: AsyncIterator[Req | None], context: Context) -> None:
+            try:
+                with self._recorded(context, name, None) as record:
+
+                    async def decoded() -> AsyncGenerator[Req, None]:
+                        async for request in requests:
+                            record.asked(request)
+                            yield _decoded(request)
+
+                    try:
+                        # a method of this kind is for one's own jobs alone: no request of it asks for more
+                        async with self._admitted(context, name, request_class(), stream=True) as caller:
+                            await _say_admitted(context)
+                            async with Writer(context) as writer, aclosing(decoded()) as asked:
+                                await method(asked, caller, writer.write)
+                    except ReaderGoneError:
+                        record.code = CANCELLED
+            except Exception as error:
+                await _abort(context, error)
+
+        return grpc.stream_stream_rpc_method_handler(
+            handle,
+            request_deserializer=_deserializer(request_class),
+            response_serializer=_serialize,
+        )
+
     @contextmanager
     def _recorded(self, context: Context, method: str, request: Message | None) -> Iterator[CallRecord]:
         """Have the call in the audit log when it is over, let in or not."""
@@ -195,6 +232,9 @@ async def _say_admitted(context: Context) -> None:
         await asyncio.shield(sending)
     except asyncio.CancelledError:
         await asyncio.wait({sending})
+        # an error that nobody looks at goes to the log, and a client that has gone is no matter of the log's
+        if not sending.cancelled():
+            sending.exception()
         raise
 
 

@@ -41,11 +41,16 @@ class ClientLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     running_total_max: Count = 10_000
     stored_bytes_max: Count = 0
     stored_bytes_total_max: Count = 0
+    input_bytes_max: Count = 10 * 1024**3
 
     def quotas(self) -> Quotas:
         """Those that are the worker's to keep."""
         return Quotas(
-            self.running_max, self.running_total_max, self.stored_bytes_max, self.stored_bytes_total_max
+            self.running_max,
+            self.running_total_max,
+            self.stored_bytes_max,
+            self.stored_bytes_total_max,
+            self.input_bytes_max,
         )
 
 
