@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from pjw.cli.main import _parser as pjw_parser
+from pjw.cli.parser import build_parser as pjw_parser
 from pjw.server.main import _parser as pjwd_parser
 
 USAGE: Final = "usage: "

@@ -125,6 +125,8 @@ def seeds() -> list[bytes]:
     launch = protocol.Launch(3, UID_FIRST, CEILING)
     lines += [
         b"6" + protocol.encode(1, replace(launch, split_stderr=True)),
+        b"7" + protocol.encode(1, replace(launch, split_stderr=True, input=True)),
+        b"5" + protocol.encode(1, replace(launch, input=True)),
         b"4" + protocol.encode(1, launch),
         b"4" + protocol.encode(2, replace(launch, uid=0)),
     ]

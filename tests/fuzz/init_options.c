@@ -80,6 +80,7 @@ static void check(const struct options *options) {
         must(options->cgroup_procs_fds[i] >= STATUS);
     must(options->tmp_bytes <= INT64_MAX && options->output_max <= INT64_MAX && options->time_max <= INT32_MAX);
     must(options->argv && options->argv[0] && options->argv[0][0]);
+    must(options->input_fd == -1 || options->input_fd >= STATUS);
     must(!options->workdir || options->workdir[0] == '/');
     size_t words = 0, bytes = 0; /* ASan sees a string that is none */
     for (char **word = options->argv; *word; word++, words++)

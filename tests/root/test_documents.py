@@ -14,7 +14,7 @@ from tests.service import BIN, end_all, instance_cgroups
 
 DOCS: Final = Path(__file__).parents[2] / "docs"
 # each is typed from its first command to its last, in an empty directory
-SESSIONS: Final = ("tutorial.md",)
+SESSIONS: Final = ("tutorial.md", "cli.md")
 
 
 @pytest.fixture

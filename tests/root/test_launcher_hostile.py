@@ -335,16 +335,20 @@ def test_a_scratch_directory_of_somebody_else(connect: Callable[..., Peer], benc
 
 
 @pytest.mark.parametrize(
-    ("count", "split_stderr"),
-    [*((count, False) for count in (0, 1, 3, 5, 6, 10)), *((count, True) for count in (4, 5, 7))],
+    ("count", "changes"),
+    [
+        *((count, {}) for count in (0, 1, 3, 5, 6, 10)),
+        *((count, {"split_stderr": True}) for count in (4, 5, 7)),
+        *((count, {"input": True}) for count in (4, 6)),
+    ],
 )
 def test_a_launch_with_the_wrong_number_of_descriptors(
-    bench: Bench, peer: Peer, count: int, split_stderr: bool
+    bench: Bench, peer: Peer, count: int, changes: dict[str, Any]
 ) -> None:
-    """Four, or six where stderr is kept apart; no more and no fewer."""
+    """Four, two more where stderr is kept apart, one more for input; no more and no fewer."""
     with ExitStack() as stack:
         descriptors = peer.descriptors(stack, count=10)[:count]
-        peer.send(protocol.encode(1, Launch(1, peer.uid, NO_LIMITS, split_stderr)), descriptors)
+        peer.send(protocol.encode(1, Launch(1, peer.uid, NO_LIMITS, **changes)), descriptors)
         peer.ended_by_us()
     assert bench.remains() == []
 
@@ -392,7 +396,8 @@ def _pipe(stack: ExitStack, directory: Path) -> int:
 
 # the places of what comes with a launch
 EVERY: Final = tuple(range(protocol.MAX_DESCRIPTORS))
-WRITTEN: Final = EVERY[1:]
+WRITTEN: Final = EVERY[1:-1]
+READ: Final = (EVERY[0], EVERY[-1])
 BAD: Final[dict[str, tuple[tuple[int, ...], Callable[[ExitStack, Path], int]]]] = {
     "socket": (EVERY, _socket),
     "pipe": (EVERY, _pipe),
@@ -402,6 +407,7 @@ BAD: Final[dict[str, tuple[tuple[int, ...], Callable[[ExitStack, Path], int]]]] 
     "read only": (WRITTEN, _opened("{}/file", os.O_RDONLY)),
     "path": (WRITTEN, _opened("{}/file", os.O_PATH)),
     "path of a directory": (EVERY, _opened("/etc", os.O_PATH)),
+    "write only": (READ, _opened("{}/file", os.O_WRONLY)),
     "passwd": (WRITTEN, _opened("/etc/passwd", os.O_RDONLY)),
 }
 
@@ -412,12 +418,12 @@ BAD: Final[dict[str, tuple[tuple[int, ...], Callable[[ExitStack, Path], int]]]] 
 def test_a_launch_with_a_descriptor_of_the_wrong_kind(
     bench: Bench, peer: Peer, place: int, kind: str
 ) -> None:
-    """init writes to them as root: only plain files that the sender itself could write."""
+    """init reads and writes them as root: only plain files with which the sender itself could do so."""
     before = Path("/etc/passwd").read_bytes()
     with ExitStack() as stack:
         descriptors = peer.descriptors(stack, count=protocol.MAX_DESCRIPTORS)
         descriptors[place] = BAD[kind][1](stack, bench.directory)
-        reply = peer.ask(Launch(1, peer.uid, NO_LIMITS, split_stderr=True), descriptors)
+        reply = peer.ask(Launch(1, peer.uid, NO_LIMITS, split_stderr=True, input=True), descriptors)
     assert isinstance(reply, Refused)
     assert reply.kind == "invalid"
     assert bench.remains() == []

@@ -57,6 +57,17 @@ def numbered(number: int) -> bytes:
 # --- the line
 
 
+def test_a_call_that_is_asked_much_has_the_job_of_the_first_and_all_bytes() -> None:
+    """Input is counted, and nothing of it is in the line."""
+    record = CallRecord("WriteInput", None, "ipv4:127.0.0.1:1")
+    record.asked(pb.WriteInputRequest(id=7, data=b"secret"))
+    record.asked(pb.WriteInputRequest(data=b"secret"))
+    record.asked(None)
+    line = json.loads(record.line())
+    assert (line["method"], line["job_id"], line["bytes"]) == ("WriteInput", 7, 12)
+    assert b"secret" not in record.line()
+
+
 def test_a_line_has_these_members_and_no_more() -> None:
     """All of them in this order, in UTC, with the serial number as openssl prints it."""
     request = pb.StopRequest(id=7, all_clients=True)

@@ -48,6 +48,7 @@ running_max = 6
 running_total_max = 7
 stored_bytes_max = 8
 stored_bytes_total_max = 9
+input_bytes_max = 10
 starts_per_second = 0.5
 starts_burst = 1
 calls_max = 2
@@ -76,7 +77,7 @@ def test_no_file_is_all_defaults() -> None:
     settings = load_config(None).worker_settings(())
     assert settings == WorkerSettings(retention=settings.retention, quotas=settings.quotas)
     assert settings.retention == Retention(2_592_000, 100_000, 107_374_182_400)
-    assert settings.quotas == Quotas(1_000, 10_000)
+    assert settings.quotas == Quotas(1_000, 10_000, input_bytes_max=10 * 1024**3)
 
 
 def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
@@ -95,7 +96,7 @@ def test_every_key_is_taken(tmp_path: Path) -> None:
     assert config.metrics == Metrics("localhost:9464", True, 3)
     assert config.roles == Roles(frozenset({"alice", "key-0123456789abcdef"}), frozenset({"bob"}))
     assert config.audit_log == "/var/log/pjw/audit.jsonl"
-    assert config.clients == ClientLimits(0.5, 1, 2, 3, 4, 6, 7, 8, 9)
+    assert config.clients == ClientLimits(0.5, 1, 2, 3, 4, 6, 7, 8, 9, 10)
     settings = config.worker_settings(("/key",))
     assert settings.default_limits == Limits(memory_max_bytes=2**30)
     assert settings.ceiling.memory_max_bytes == 2**31
@@ -104,7 +105,7 @@ def test_every_key_is_taken(tmp_path: Path) -> None:
     assert settings.waiting_inits == 7
     assert settings.hidden_paths == ("/etc/shadow", "/key")
     assert settings.retention == Retention(1, 2, 3, 4, 5)
-    assert settings.quotas == Quotas(6, 7, 8, 9)
+    assert settings.quotas == Quotas(6, 7, 8, 9, 10)
 
 
 @pytest.mark.parametrize(

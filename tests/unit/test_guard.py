@@ -6,7 +6,7 @@ The context is a fake that keeps gRPC's rules; tests/root has the real one.
 import asyncio
 import datetime as dt
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any, NoReturn
 
 import grpc
@@ -27,6 +27,7 @@ from tests.certs_factory import CN, issue, make_ca
 
 CA = make_ca()
 PEM = issue(CA, [(CN, "john")]).crt_pem
+KINDS = ["unary", "stream", "bidi"]
 
 
 class AbortedError(Exception):
@@ -70,7 +71,7 @@ class Context:
 
 
 class Methods:
-    """One unary method and one stream that do what they are told, and tell how they ended."""
+    """A method of each kind that does what it is told, and tells how it ended."""
 
     def __init__(self) -> None:
         self.callers: list[Caller] = []
@@ -96,6 +97,22 @@ class Methods:
         finally:
             self.ended.set()
 
+    async def bidi(
+        self,
+        requests: AsyncIterator[pb.WriteInputRequest],
+        caller: Caller,
+        answer: Callable[[bytes], Awaitable[None]],
+    ) -> None:
+        await anext(requests)
+        async for message in self.stream(pb.LogsRequest(), caller):
+            await answer(message)
+
+
+async def once(request: object) -> AsyncGenerator[object, None]:
+    """A stream of one request, and a client that stays."""
+    yield request
+    await asyncio.Event().wait()
+
 
 async def call(
     kind: str, methods: Methods, context: Context, guard: Guard | None = None, data: bytes = b""
@@ -105,12 +122,16 @@ async def call(
     if kind == "unary":
         handler = guard.unary(methods.unary, pb.GetRequest)
         behavior: Any = handler.unary_unary
+    elif kind == "bidi":
+        handler = guard.bidi(methods.bidi, pb.WriteInputRequest)
+        behavior = handler.stream_stream
     else:
         handler = guard.stream(methods.stream, pb.LogsRequest)
         behavior = handler.unary_stream
     assert handler.request_deserializer is not None and handler.response_serializer is not None
+    request = handler.request_deserializer(data)
     try:
-        answer = await behavior(handler.request_deserializer(data), context)
+        answer = await behavior(once(request) if kind == "bidi" else request, context)
     except AbortedError:
         return
     if answer is not None:
@@ -141,17 +162,17 @@ def test_every_method_of_the_contract_has_its_handler() -> None:
     assert handlers.service(Call("Nosuch")) is None  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", ["unary", "stream"])
+@pytest.mark.parametrize("kind", KINDS)
 async def test_a_good_caller_is_let_in_by_name(kind: str) -> None:
     """The method hears who calls, from the certificate and nothing else."""
     methods, context = Methods(), Context()
     await call(kind, methods, context)
     assert [caller.client_name for caller in methods.callers] == ["john"]
     assert (context.status, len(context.written)) == (None, 1)
-    assert context.metadata == ([(ADMITTED_KEY, "1")] if kind == "stream" else [])
+    assert context.metadata == ([(ADMITTED_KEY, "1")] if kind != "unary" else [])
 
 
-@pytest.mark.parametrize("kind", ["unary", "stream"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("context", "words"),
     [
@@ -198,7 +219,7 @@ async def test_a_kept_certificate_expires_all_the_same(monkeypatch: pytest.Monke
     assert len(methods.callers) == 2
 
 
-@pytest.mark.parametrize("kind", ["unary", "stream"])
+@pytest.mark.parametrize("kind", KINDS)
 async def test_a_certificate_that_expires_ends_the_call(kind: str) -> None:
     """A call that waits is ended at the certificate's end, and its method cleaned up."""
     methods, context = Methods(), Context(issue(CA, end=dt.timedelta(seconds=1.5)).crt_pem)
@@ -228,7 +249,7 @@ async def test_who_may_not_touch_every_clients_jobs_reaches_no_method(kind: str)
     assert methods.callers == [Caller("john", None), Caller("john", "john")]
 
 
-@pytest.mark.parametrize("kind", ["unary", "stream"])
+@pytest.mark.parametrize("kind", KINDS)
 async def test_a_message_that_is_none_is_an_invalid_argument(kind: str) -> None:
     """gRPC itself would answer INTERNAL with the parser's text."""
     methods, context = Methods(), Context()
@@ -238,7 +259,7 @@ async def test_a_message_that_is_none_is_an_invalid_argument(kind: str) -> None:
     assert methods.callers == []
 
 
-@pytest.mark.parametrize("kind", ["unary", "stream"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "error",
     [ValueError("secret"), errors.KernelError("write", "/secret", 5), TimeoutError("secret")],
@@ -256,7 +277,7 @@ async def test_what_goes_wrong_inside_is_for_the_log(
     assert "secret" in caplog.text
 
 
-@pytest.mark.parametrize("kind", ["unary", "stream"])
+@pytest.mark.parametrize("kind", KINDS)
 async def test_an_error_of_the_caller_is_told_and_not_logged(
     caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
@@ -268,7 +289,7 @@ async def test_an_error_of_the_caller_is_told_and_not_logged(
     assert caplog.text == ""
 
 
-@pytest.mark.parametrize("kind", ["unary", "stream"])
+@pytest.mark.parametrize("kind", KINDS)
 async def test_cancellation_passes_through(kind: str) -> None:
     """A call that gRPC cancels is cancelled, not answered; its method is cleaned up."""
     methods, context = Methods(), Context()
@@ -281,7 +302,7 @@ async def test_cancellation_passes_through(kind: str) -> None:
     assert (context.status, methods.ended.is_set()) == (None, True)
 
 
-@pytest.mark.parametrize("kind", ["unary", "stream"])
+@pytest.mark.parametrize("kind", KINDS)
 async def test_draining_ends_what_runs_and_refuses_what_comes(kind: str) -> None:
     """Both are UNAVAILABLE, which is what makes pjw come back."""
     guard, methods, context = Guard(), Methods(), Context()
@@ -304,7 +325,7 @@ def revoking(pem: bytes) -> RevocationList:
     return RevocationList(frozenset({x509.load_pem_x509_certificate(pem).serial_number}))
 
 
-@pytest.mark.parametrize("kind", ["unary", "stream"])
+@pytest.mark.parametrize("kind", KINDS)
 async def test_who_is_revoked_reaches_no_method(kind: str) -> None:
     """From the start or from a later list on, until a list without it, be the certificate known or not."""
     methods, contexts = Methods(), [Context() for _ in range(4)]
@@ -322,7 +343,7 @@ async def test_who_is_revoked_reaches_no_method(kind: str) -> None:
     assert len(methods.callers) == 2
 
 
-@pytest.mark.parametrize("kind", ["unary", "stream"])
+@pytest.mark.parametrize("kind", KINDS)
 async def test_revoking_ends_the_calls_of_that_client_alone(kind: str) -> None:
     """What runs under the certificate ends at once, stuck or not; another client's goes on."""
     guard = Guard()

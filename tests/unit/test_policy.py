@@ -79,10 +79,10 @@ def test_limits_of_a_launch(descriptors: list[int]) -> None:
 
 
 def test_the_number_of_descriptors(descriptors: list[int]) -> None:
-    """Four, or six where stderr is kept apart."""
+    """Four, two more where stderr is kept apart, one more for input."""
     policy = Policy.from_hello(HELLO)
-    for split_stderr, right in ((False, 4), (True, 6)):
-        launch = replace(LAUNCH, split_stderr=split_stderr)
+    for split_stderr, takes_input, right in ((False, False, 4), (True, False, 6), (False, True, 5)):
+        launch = replace(LAUNCH, split_stderr=split_stderr, input=takes_input)
         policy.check_launch(launch, descriptors[:right])
         for count in set(range(7)) - {right}:
             with pytest.raises(InvalidJobError, match=f"needs {right} descriptors"):
@@ -101,8 +101,23 @@ def test_descriptors_that_only_read(descriptors: list[int], tmp_path: Path) -> N
             changed[place] = reading
             with pytest.raises(InvalidJobError, match="not writable"):
                 policy.check_launch(launch, changed)
+        policy.check_launch(replace(LAUNCH, input=True), [reading, *descriptors[1:4], reading])
     finally:
         os.close(reading)
+
+
+def test_descriptors_that_only_write(descriptors: list[int], tmp_path: Path) -> None:
+    """What init reads, the sender must be able to read."""
+    policy = Policy.from_hello(HELLO)
+    launch = replace(LAUNCH, input=True)
+    writing = os.open(tmp_path / "0", os.O_WRONLY)
+    try:
+        for changed in ([writing, *descriptors[1:5]], [*descriptors[:4], writing]):
+            with pytest.raises(InvalidJobError, match="not readable"):
+                policy.check_launch(launch, changed)
+        policy.check_launch(launch, [descriptors[0], *[writing] * 3, descriptors[4]])
+    finally:
+        os.close(writing)
 
 
 @pytest.mark.parametrize("job_id", [1, 2, JOB_ID_MAX])

@@ -17,6 +17,8 @@ JOB_ID_MAX: Final = 2**53
 # the last one before the real-time signals
 SIGNAL_MAX: Final = 31
 
+# of the files of a launch, what init reads; it writes to all others
+_READ: Final = ("command", "input")
 # What every job finds in its environment, beside what its client adds: neither the server's nor the
 # launcher's ever reaches a job. docs/architecture.md lists it for users.
 JOB_ENVIRONMENT: Final = {
@@ -69,10 +71,11 @@ class Policy:
         for descriptor in descriptors:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise InvalidJobError("a descriptor of a launch is not a regular file")
-        # Only what the sender could open for writing itself is written or touched for it.
-        for descriptor in descriptors[1:]:
-            if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
-                raise InvalidJobError("a descriptor of a launch is not writable, and not of its command")
+        # Only what the sender could open itself is read, written or touched for it.
+        for name, descriptor in zip(request.files, descriptors, strict=True):
+            wrong, wanted = (os.O_WRONLY, "readable") if name in _READ else (os.O_RDONLY, "writable")
+            if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == wrong:
+                raise InvalidJobError(f"the {name} descriptor of a launch is not {wanted}")
 
     def operator_file(self, place: int) -> str:
         """The path at that place. Raises InvalidJobError where there is none."""

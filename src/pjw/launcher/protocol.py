@@ -14,7 +14,7 @@ from pjw.errors import InvalidJobError, ProtocolError
 from pjw.model import Limits, Usage
 
 MAX_DATAGRAM_BYTES: Final = 65_536
-MAX_DESCRIPTORS: Final = 6
+MAX_DESCRIPTORS: Final = 7
 # So many jobs are measured for one request: the launcher does nothing else for 2 ms then.
 MAX_MEASURED: Final = 16
 # As many job ids as fit into a datagram at their longest.
@@ -45,12 +45,13 @@ class Launch:
     uid: int
     limits: Limits
     split_stderr: bool = False
+    input: bool = False
 
     @property
     def files(self) -> tuple[str, ...]:
-        """What comes along, in this order: what is to be run, and where init writes."""
+        """What comes along, in this order: what to run, where init writes, what it reads for the command."""
         apart = ("stderr", "stderr_times") if self.split_stderr else ()
-        return ("command", "output", "status", "times", *apart)
+        return ("command", "output", "status", "times", *apart, *(("input",) if self.input else ()))
 
 
 @dataclass(frozen=True, slots=True)

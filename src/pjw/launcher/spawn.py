@@ -88,6 +88,7 @@ def send_order(report: socket.socket, request: Launch, descriptors: Sequence[int
         *("--tmp-bytes", str(limits.memory_max_bytes // 2)),
         *("--output-max", str(limits.output_max_bytes), "--time-max", str(limits.time_max_seconds)),
         *(("--split-stderr",) if request.split_stderr else ()),
+        *(("--input",) if request.input else ()),
     )
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
     report.sendmsg([b"".join(word.encode() + b"\0" for word in words)], rights)

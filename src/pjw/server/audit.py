@@ -34,6 +34,9 @@ CLOSE_SECONDS: Final = 5.0
 # gRPC's name for the end of a call that its caller did not wait for
 CANCELLED: Final = "CANCELLED"
 
+# the methods that move bytes of jobs
+_WITH_BYTES: Final = ("Logs", "WriteInput")
+
 log: Final = logging.getLogger(__name__)
 
 
@@ -55,6 +58,12 @@ class CallRecord:
         self._peer: Final = unquote(peer)  # gRPC escapes the brackets of an IPv6 address
         self._job_id: int | None = getattr(request, "id", None)
         self._all_clients: Final[bool] = getattr(request, "all_clients", False)
+
+    def asked(self, request: Message | None) -> None:
+        """Note what one of a stream of requests adds: the id of the job in the first, the bytes of input."""
+        if isinstance(request, pb.WriteInputRequest):
+            self._job_id = request.id if self._job_id is None else self._job_id
+            self.bytes += len(request.data)
 
     def answered(self, answer: Message | bytes) -> None:
         """Note what an answer adds: the id of a new job, the bytes of output."""
@@ -96,7 +105,7 @@ class CallRecord:
             "peer": self._peer,
             "duration_ms": round(self.seconds() * 1000, 3),
         }
-        if self.method == "Logs":
+        if self.method in _WITH_BYTES:
             members["bytes"] = self.bytes
         return json.dumps(members).encode() + b"\n"
 

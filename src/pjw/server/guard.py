@@ -87,7 +87,7 @@ class Guard:
         request_class: type[Req],
         name: str | None = None,
     ) -> grpc.RpcMethodHandler[Any, Any]:
-        """The handler of a method with one answer."""
+        """The handler of a method with one answer; its name, where its request's is another."""
         name = name or _method_of(request_class)
 
         async def handle(request: Req | None, context: Context) -> Res:
@@ -116,7 +116,22 @@ class Guard:
         name = name or _method_of(request_class)
 
         async def handle(request: Req | None, context: Context) -> None:
-            await self._stream(context, name, request, lambda caller: method(_decoded(request), caller))
+            try:
+                with self._recorded(context, name, request) as record:
+                    try:
+                        async with (
+                            self._admitted(context, name, request, stream=True) as caller,
+                            aclosing(method(_decoded(request), caller)) as answers,
+                        ):
+                            await _say_admitted(context)
+                            async with Writer(context) as writer:
+                                async for answer in answers:
+                                    await writer.write(answer)
+                                    record.answered(answer)
+                    except ReaderGoneError:
+                        record.code = CANCELLED
+            except Exception as error:
+                await _abort(context, error)
 
         return grpc.unary_stream_rpc_method_handler(
             handle,
@@ -124,53 +139,43 @@ class Guard:
             response_serializer=_serialize,
         )
 
-    def duplex(
+    def bidi(
         self,
-        method: Callable[[AsyncIterator[Req], Caller], AsyncGenerator[Res, None]],
+        method: Callable[[AsyncIterator[Req], Caller, Callable[[Res], Awaitable[None]]], Awaitable[None]],
         request_class: type[Req],
         name: str | None = None,
     ) -> grpc.RpcMethodHandler[Any, Any]:
-        """The handler of a method with a stream of requests and one of answers."""
+        """The handler of a method with a stream of requests, which gets a function that answers.
+
+        None is read before the one before was dealt with: what a client sends ahead waits at its end.
+        """
         name = name or _method_of(request_class)
 
-        async def decoded(requests: AsyncIterator[Req | None]) -> AsyncGenerator[Req, None]:
-            async for request in requests:
-                yield _decoded(request)
-
         async def handle(requests: AsyncIterator[Req | None], context: Context) -> None:
-            await self._stream(
-                context, name, request_class(), lambda caller: method(decoded(requests), caller)
-            )
+            try:
+                with self._recorded(context, name, None) as record:
+
+                    async def decoded() -> AsyncGenerator[Req, None]:
+                        async for request in requests:
+                            record.asked(request)
+                            yield _decoded(request)
+
+                    try:
+                        # a method of this kind is for one's own jobs alone: no request of it asks for more
+                        async with self._admitted(context, name, request_class(), stream=True) as caller:
+                            await _say_admitted(context)
+                            async with Writer(context) as writer, aclosing(decoded()) as asked:
+                                await method(asked, caller, writer.write)
+                    except ReaderGoneError:
+                        record.code = CANCELLED
+            except Exception as error:
+                await _abort(context, error)
 
         return grpc.stream_stream_rpc_method_handler(
             handle,
             request_deserializer=_deserializer(request_class),
             response_serializer=_serialize,
         )
-
-    async def _stream(
-        self,
-        context: Context,
-        name: str,
-        request: Message | None,
-        method: Callable[[Caller], AsyncGenerator[Res, None]],
-    ) -> None:
-        try:
-            with self._recorded(context, name, request) as record:
-                try:
-                    async with (
-                        self._admitted(context, name, request, stream=True) as caller,
-                        aclosing(method(caller)) as answers,
-                    ):
-                        await _say_admitted(context)
-                        async with Writer(context) as writer:
-                            async for answer in answers:
-                                await writer.write(answer)
-                                record.answered(answer)
-                except ReaderGoneError:
-                    record.code = CANCELLED
-        except Exception as error:
-            await _abort(context, error)
 
     @contextmanager
     def _recorded(self, context: Context, method: str, request: Message | None) -> Iterator[CallRecord]:
@@ -245,6 +250,9 @@ async def _say_admitted(context: Context) -> None:
         await asyncio.shield(sending)
     except asyncio.CancelledError:
         await asyncio.wait({sending})
+        # an error that nobody looks at goes to the log, and a client that has gone is no matter of the log's
+        if not sending.cancelled():
+            sending.exception()
         raise
 
 

@@ -45,11 +45,18 @@ class ClientLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     running_total_max: Annotated[Count, msgspec.Meta(description="jobs that have not ended")] = 10_000
     stored_bytes_max: Annotated[Count, msgspec.Meta(description="bytes of output of one client's jobs")] = 0
     stored_bytes_total_max: Annotated[Count, msgspec.Meta(description="bytes of output of all jobs")] = 0
+    input_bytes_max: Annotated[
+        Count, msgspec.Meta(description="bytes of input that one job may be given")
+    ] = 10 * 1024**3
 
     def quotas(self) -> Quotas:
         """Those that are the worker's to keep."""
         return Quotas(
-            self.running_max, self.running_total_max, self.stored_bytes_max, self.stored_bytes_total_max
+            self.running_max,
+            self.running_total_max,
+            self.stored_bytes_max,
+            self.stored_bytes_total_max,
+            self.input_bytes_max,
         )
 
 

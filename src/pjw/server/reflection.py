@@ -3,7 +3,7 @@
 What is asked and answered is the library's; it is asked through our guard, like every other method.
 """
 
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Final
 
@@ -24,11 +24,13 @@ def reflection_handlers(guard: Guard, services: Sequence[str]) -> list[grpc.Gene
     servicer = aio.ReflectionServicer((*services, *NAMES))
 
     async def answer(
-        requests: AsyncIterator[pb.ServerReflectionRequest], caller: Caller
-    ) -> AsyncGenerator[pb.ServerReflectionResponse, None]:
+        requests: AsyncIterator[pb.ServerReflectionRequest],
+        caller: Caller,
+        write: Callable[[pb.ServerReflectionResponse], Awaitable[None]],
+    ) -> None:
         async with aclosing(servicer.ServerReflectionInfo(requests, None)) as responses:
             async for response in responses:
-                yield response
+                await write(response)
 
-    handler = guard.duplex(answer, pb.ServerReflectionRequest, "Reflect")
+    handler = guard.bidi(answer, pb.ServerReflectionRequest, "Reflect")
     return [grpc.method_handlers_generic_handler(name, {_METHOD: handler}) for name in NAMES]

@@ -1,6 +1,6 @@
 """JobWorkerService: convert, ask the worker, convert. Every call sees the jobs of `caller.owner` only."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from signal import SIGTERM
 from typing import Final
@@ -10,6 +10,7 @@ import grpc
 from pjw.errors import InvalidJobError
 from pjw.rpc.convert import (
     job_to_message,
+    logs_response_from,
     logs_response_head,
     sample_to_message,
     spec_from_message,
@@ -21,11 +22,14 @@ from pjw.server.paging import after_token, filter_from_message, token_after
 from pjw.server.usage import UsageWatchers
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker import Part, Worker
+from pjw.worker.input import InputWriter
 from pjw.worker.worker import PAGE_MAX
 
 SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["JobWorkerService"].full_name
 # The longest grace period that makes sense to ask for: a day.
 _GRACE_SECONDS_MAX: Final = 86_400
+# What a call of WriteInput holds in memory is a few of them.
+_INPUT_CHUNK_BYTES_MAX: Final = 1024**2
 
 
 class JobWorkerService:
@@ -41,6 +45,7 @@ class JobWorkerService:
             SERVICE_NAME,
             {
                 "Start": guard.unary(self.start, pb.StartRequest),
+                "WriteInput": guard.bidi(self.write_input, pb.WriteInputRequest),
                 "Get": guard.unary(self.get, pb.GetRequest),
                 "List": guard.unary(self.list, pb.ListRequest),
                 "Wait": guard.unary(self.wait, pb.WaitRequest),
@@ -56,6 +61,35 @@ class JobWorkerService:
         """Start a job for the caller."""
         job = await self._worker.start(spec_from_message(request), caller.client_name)
         return pb.StartResponse(job=job_to_message(job))
+
+    async def write_input(
+        self,
+        requests: AsyncIterator[pb.WriteInputRequest],
+        caller: Caller,
+        answer: Callable[[pb.WriteInputResponse], Awaitable[None]],
+    ) -> None:
+        """Take the input of a job of the caller; answer how much there is, first and after each request."""
+        first = await anext(requests, None)
+        if first is None:
+            raise InvalidJobError("the first message of WriteInput must say which job")
+        async with self._worker.write_input(first.id, caller.owner) as writer:
+            await answer(pb.WriteInputResponse(offset=writer.offset, ended=writer.ended))
+            await self._write(writer, first, answer)
+            while not writer.ended and (request := await anext(requests, None)) is not None:
+                await self._write(writer, request, answer)
+
+    @staticmethod
+    async def _write(
+        writer: InputWriter,
+        request: pb.WriteInputRequest,
+        answer: Callable[[pb.WriteInputResponse], Awaitable[None]],
+    ) -> None:
+        if len(request.data) > _INPUT_CHUNK_BYTES_MAX:
+            raise InvalidJobError(f"a message of input has at most {_INPUT_CHUNK_BYTES_MAX} bytes")
+        if not request.data and not request.end:
+            return
+        await writer.write(request.offset, request.data, end=request.end)
+        await answer(pb.WriteInputResponse(offset=writer.offset, ended=writer.ended))
 
     async def get(self, request: pb.GetRequest, caller: Caller) -> pb.GetResponse:
         """Show a job of the caller."""
@@ -87,7 +121,7 @@ class JobWorkerService:
     async def logs(
         self, request: pb.LogsRequest, caller: Caller
     ) -> AsyncGenerator[bytes | pb.LogsResponse, None]:
-        """Stream the output of a job of the caller; without times in messages that are serialized already."""
+        """Stream the output of a job of the caller, most of it in messages that are serialized already."""
         if request.stream not in (pb.OUTPUT_STREAM_UNSPECIFIED, pb.OUTPUT_STREAM_STDERR):
             raise InvalidJobError(f"no stream of output has the number {request.stream}")
         part = Part(
@@ -96,16 +130,22 @@ class JobWorkerService:
             follow=not request.no_follow,
             tail_lines=request.tail_lines if request.HasField("tail_lines") else None,
         )
+        begin = None
+        if part.tail_lines is not None:
+            part = await self._worker.without_tail(request.id, part, caller.owner)
+            begin = part.offset
         if request.timestamps:
             timed = self._worker.timed_logs(request.id, part, caller.owner)
             async with aclosing(timed):
                 async for data, time in timed:
-                    yield timed_logs_response(data, time)
+                    yield timed_logs_response(data, time, begin)
+                    begin = None
             return
         messages = self._worker.logs(request.id, part, caller.owner, logs_response_head)
         async with aclosing(messages):
             async for message in messages:
-                yield message
+                yield message if begin is None else logs_response_from(message, begin)
+                begin = None
 
     async def delete(self, request: pb.DeleteRequest, caller: Caller) -> pb.DeleteResponse:
         """Forget an ended job of the caller."""

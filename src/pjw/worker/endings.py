@@ -67,6 +67,8 @@ class Endings:
         self._apply_end(live, usage, rebooted=rebooted)
         if live.job.reason is not None:
             self.by_reason[live.job.reason] += 1
+        if live.job.input:
+            await self._remove_input(job_id)
         # Row before removal: the accounts are only in the cgroup until then. And who is told of an
         # end can rely on it, so the row is synced before that. But not the removal: no process is
         # left, and to remove a cgroup takes the kernel up to 15 ms.
@@ -100,6 +102,14 @@ class Endings:
             live.end_unknown(EndReason.LAUNCH_INTERRUPTED, usage, output_bytes)
         else:
             live.end_unknown(EndReason.LOST, usage, output_bytes)
+
+    async def _remove_input(self, job_id: int) -> None:
+        # Before the row, or a crash in between would leave it for as long as the job is kept. Not among the
+        # threads that wait for a disk, as the end waits for this.
+        try:
+            await asyncio.to_thread(self._state.remove_input, job_id)
+        except PjwError as error:
+            log.error("%s", error)
 
     async def _save(self, live: LiveJob) -> bool:
         try:

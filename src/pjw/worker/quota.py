@@ -54,7 +54,7 @@ async def check_stored_bytes(
     own, total = await state.store.ended_bytes(client_name)
     for live in live_jobs:
         if quotas.stored_bytes_total_max or live.job.client_name == client_name:
-            size = state.output_size(live.job)
+            size = state.output_size(live.job) + state.input_size(live.job)
             total += size
             own += size if live.job.client_name == client_name else 0
     check_bytes(quotas, client_name, own, total)
@@ -65,13 +65,14 @@ def check_bytes(quotas: Quotas, client_name: str, own_bytes: int, total_bytes: i
     most, total = quotas.stored_bytes_max, quotas.stored_bytes_total_max
     if most and own_bytes >= most:
         raise LimitReachedError(
-            f"the jobs of {client_name} have {own_bytes} bytes of output, and at most {most} may be stored",
+            f"the jobs of {client_name} have {own_bytes} bytes of output and input, and at most {most}"
+            " may be stored",
             hint="remove ended jobs: pjw rm ID; the operator sets clients.stored_bytes_max",
             limit="stored_bytes_max",
         )
     if total and total_bytes >= total:
         raise LimitReachedError(
-            f"the output of all jobs has {total_bytes} bytes, and at most {total} may be stored here",
+            f"the output and input of all jobs are {total_bytes} bytes, and at most {total} may be stored",
             hint="remove ended jobs: pjw rm ID; the operator sets clients.stored_bytes_total_max",
             limit="stored_bytes_total_max",
         )

@@ -33,14 +33,16 @@ class Retention:
 class Quotas:
     """What clients may have at once; at it, a start is refused. 0 is "no limit" in every field.
 
-    Each has a total for all clients. Stored bytes are the output of all jobs, ended or not, as it is
-    when one is to be started.
+    Each but the last has a total for all clients. Stored bytes are the output of all jobs, ended or not, and
+    the input of those that have not, as it is when one is to be started or takes input.
+    `input_bytes_max` is for one job, of which more input is not taken.
     """
 
     running_max: int = 0
     running_total_max: int = 0
     stored_bytes_max: int = 0
     stored_bytes_total_max: int = 0
+    input_bytes_max: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,8 @@
 STATE/               root, 0711
 jobs.sqlite        root's, 0600: the job table; opened before privilege is dropped
 jobs/ID/           the server's own, 0700: `output`, `status`, `times` and `usage` of each job, where stderr
-                   is kept apart `stderr` and `stderr_times` as well; when it has ended no `status`, and
-                   nothing but `usage` when it wrote no output
+                   is kept apart `stderr` and `stderr_times` as well, where it has input `input`; when
+                   it has ended no `status` and no `input`, and nothing but `usage` when it wrote no output
 scratch/ID/        made by the launcher: the job's own, while it runs
 launcher.lock      held by the launcher
 
@@ -14,6 +14,7 @@ in its place, decides where root makes files and directories.
 
 import asyncio
 import errno
+import fcntl
 import os
 import stat
 from collections.abc import Callable, Sequence
@@ -28,8 +29,8 @@ from pjw.worker.record import RECORD_BYTES
 from pjw.worker.store import JobStore
 from pjw.worker.usage import append_sample, read_samples
 
-# of a job whose stderr is kept apart; others have not the last two
-_FILES: Final = ("output", "status", "times", "stderr", "stderr_times")
+# of a job whose stderr is kept apart and that has input
+_FILES: Final = ("output", "status", "times", "stderr", "stderr_times", "input")
 
 # kept for a job that has written nothing as well
 _USAGE: Final = "usage"
@@ -84,12 +85,16 @@ class StateDir:
         output, times = ("stderr", "stderr_times") if stderr else ("output", "times")
         return f"{self._jobs}/{job_id}/{output}", f"{self._jobs}/{job_id}/{times}"
 
-    def create_job(self, job_id: int, *, split_stderr: bool = False) -> list[int]:
+    def input_path(self, job_id: int) -> str:
+        """Where the input of a job is that has not ended, for this process alone."""
+        return f"{self._jobs}/{job_id}/input"
+
+    def create_job(self, job: Job) -> list[int]:
         """Make a job's directory; give descriptors of its files, in their order, the caller's to close.
 
         Raises LimitReachedError when the disk is full, and KernelError; nothing stays behind then.
         """
-        directory = f"{self._jobs}/{job_id}"
+        directory = f"{self._jobs}/{job.id}"
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         descriptors: list[int] = []
         try:
@@ -97,17 +102,19 @@ class StateDir:
                 os.mkdir(directory, 0o700)
             except FileExistsError:
                 # Of a start that a power cut took: its row was not on the disk, and its id was never told.
-                self.remove_job(job_id)
+                self.remove_job(job.id)
                 os.mkdir(directory, 0o700)
-            for name in _FILES if split_stderr else _FILES[:3]:
+            for name in _FILES[:5] if job.split_stderr else _FILES[:3]:
                 # one by one, so that the first is closed when the second cannot be made
                 descriptors.append(os.open(f"{directory}/{name}", flags, 0o600))  # noqa: PERF401
             os.posix_fallocate(descriptors[1], 0, RECORD_BYTES)
+            if job.input:
+                descriptors.append(_create_input(self.input_path(job.id)))
         except OSError as error:
             for descriptor in descriptors:
                 os.close(descriptor)
-            self.remove_job(job_id)
-            raise disk_error("make the directory of", f"job {job_id}", error) from error
+            self.remove_job(job.id)
+            raise disk_error("make the directory of", f"job {job.id}", error) from error
         return descriptors
 
     def read_status(self, job_id: int) -> bytes:
@@ -130,6 +137,10 @@ class StateDir:
             for stderr in ((False, True) if job.split_stderr else (False,))
         ]
 
+    def input_size(self, job: Job) -> int:
+        """How many bytes of input are kept for a job; 0 without a file."""
+        return self._size(self.input_path(job.id)) if job.input else 0
+
     @staticmethod
     def _size(path: str) -> int:
         try:
@@ -137,7 +148,15 @@ class StateDir:
         except FileNotFoundError:
             return 0
         except OSError as error:
-            raise KernelError("look at the output", path, error.errno or 0) from error
+            raise KernelError("look at", path, error.errno or 0) from error
+
+    def remove_input(self, job_id: int) -> None:
+        """Remove the input of a job, which nobody reads any more. Takes the kernel long when it is large."""
+        try:
+            with suppress(FileNotFoundError):
+                os.unlink(self.input_path(job_id))
+        except OSError as error:
+            raise KernelError("remove the input of", f"job {job_id}", error.errno or 0) from error
 
     def settle(self, job: Job) -> None:
         """Bring the output of a job whose end was written down to the disk; the record of that is not kept.
@@ -217,6 +236,14 @@ def _require_root_s(state_dir: str) -> None:
         if path == "/":
             return
         path = os.path.dirname(path)
+
+
+def _create_input(path: str) -> int:
+    """Make an input; give a descriptor for its reader, whose lock tells `InputWriter` that there is one."""
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    return descriptor
 
 
 def _private_file(path: str) -> str:

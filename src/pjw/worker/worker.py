@@ -4,7 +4,8 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from datetime import datetime
 from signal import SIGKILL, SIGTERM
 from typing import Final, Self
@@ -22,6 +23,7 @@ from pjw.output import Head, Inotify, follow, follow_with_times, no_head
 from pjw.worker.adoption import adopt
 from pjw.worker.background import Background
 from pjw.worker.endings import Endings
+from pjw.worker.input import Inputs, InputWriter, ended_error, require_input
 from pjw.worker.job import LiveJob
 from pjw.worker.launcher_client import LauncherClient
 from pjw.worker.launcher_process import LauncherProcess, require_root, start_launcher
@@ -67,6 +69,7 @@ class Worker:
         self._inotify: Final = Inotify()
         self._live: Final[dict[int, LiveJob]] = {}
         self._running: Final = RunningJobs(settings.quotas)
+        self._inputs: Final = Inputs(state, settings.quotas.input_bytes_max)
         self._pruner: Final = Pruner(state, settings.retention)
         self._background: Final = Background()
         self._sampler: Final = UsageSampler(state, self._launcher, self._live)
@@ -244,8 +247,8 @@ class Worker:
         descriptors: list[int] = []
         try:
             descriptors.append(_command_file(spec))
-            descriptors.extend(self._state.create_job(job.id, split_stderr=job.split_stderr))
-            request = Launch(job.id, uid, job.limits, job.split_stderr)
+            descriptors.extend(self._state.create_job(job))
+            request = Launch(job.id, uid, job.limits, job.split_stderr, job.input)
             launch = asyncio.ensure_future(self._launcher.request_launch(request, spec, descriptors))
             done, _ = await asyncio.wait({launch}, timeout=LAUNCH_SECONDS)
             if not done:
@@ -318,6 +321,26 @@ class Worker:
         if job_id in self._live or not job.state.final:
             raise JobStateError(f"cannot remove job {job_id}: it has not ended", hint=f"pjw stop {job_id}")
         await self._pruner.remove(job_id)
+
+    # --- input
+
+    @asynccontextmanager
+    async def write_input(self, job_id: int, owner: str | None = None) -> AsyncGenerator[InputWriter, None]:
+        """Write to the input of a job that was started with `input`, from where the one before has stopped.
+
+        To leave it is no end: the command waits for the rest, whoever brings it. Raises JobNotFoundError;
+        JobStateError for a job without input or that has ended, also in the middle, or when another has
+        begun to write to it; LimitReachedError at a quota of stored bytes.
+        """
+        live = await self._launched(job_id, owner)
+        require_input(live.job if live is not None else await self.get(job_id, owner))
+        if live is None or live.ended.is_set():
+            raise ended_error(job_id)
+        await check_stored_bytes(
+            self._settings.quotas, self._state, self._live.values(), live.job.client_name
+        )
+        async with self._inputs.writer(job_id, lambda: self._wait_for(live.ended)) as writer:
+            yield writer
 
     # --- look
 
@@ -396,6 +419,11 @@ class Worker:
                 yield chunk
         if output.lost:
             raise output.lost
+
+    async def without_tail(self, job_id: int, part: Part, owner: str | None = None) -> Part:
+        """A part of a job's output that begins at its offset, where one with `tail_lines` would begin now."""
+        output = await self._output(job_id, part, owner)
+        return replace(part, offset=await output.begin(part), tail_lines=None)
 
     async def timed_logs(
         self, job_id: int, part: Part = ALL_OUTPUT, owner: str | None = None

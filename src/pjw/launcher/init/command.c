@@ -68,10 +68,12 @@ static void search_and_execute(char **argv, char **environment) {
 
 /* In the child, which shares init's memory until the exec; gives the step that failed, with errno.
  * `errors_fd` is where that is to be written. */
-static enum step execute(const struct options *options, int stdout_fd, int stderr_fd, int *errors_fd) {
-    int null = open("/dev/null", O_RDONLY | O_CLOEXEC);
+static enum step execute(const struct options *options, int stdin_fd, int stdout_fd, int stderr_fd,
+                         int *errors_fd) {
+    if (stdin_fd < 0)
+        stdin_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
     /* none of these is one of 0 to 2: main() has seen to it that those are open */
-    if (null < 0 || dup2(null, 0) < 0 || dup2(stdout_fd, 1) < 0 || dup2(stderr_fd, 2) < 0)
+    if (stdin_fd < 0 || dup2(stdin_fd, 0) < 0 || dup2(stdout_fd, 1) < 0 || dup2(stderr_fd, 2) < 0)
         return STEP_STDIO;
     if (setsid() < 0)
         return STEP_SESSION;
@@ -112,7 +114,7 @@ static enum step execute(const struct options *options, int stdout_fd, int stder
     return STEP_EXEC;
 }
 
-pid_t start_command(const struct options *options, int stdout_fd, int stderr_fd) {
+pid_t start_command(const struct options *options, int stdin_fd, int stdout_fd, int stderr_fd) {
     int errors[2];
     struct failure failure;
     if (pipe2(errors, O_CLOEXEC) < 0)
@@ -126,7 +128,7 @@ pid_t start_command(const struct options *options, int stdout_fd, int stderr_fd)
         fail(STEP_FORK, NULL);
     if (pid == 0) {
         int errors_fd = errors[1]; /* of our own: init, whose memory this is, has another */
-        failure.step = execute(options, stdout_fd, stderr_fd, &errors_fd);
+        failure.step = execute(options, stdin_fd, stdout_fd, stderr_fd, &errors_fd);
         failure.error = errno;
         if (write(errors_fd, &failure, sizeof failure) < 0)
             _exit(1);

@@ -44,7 +44,8 @@ enum { HIDES_MAX = 64, CGROUPS_MAX = 16, COMMAND_MAX_BYTES = (1 << 20) + (1 << 1
     X(SIGNALFD, "signalfd", "make a signalfd")                          \
     X(TIMER, "timer", "set the timer")                                  \
     X(OUTPUT, "output", "use the output descriptor")                    \
-    X(PIPE, "pipe", "make the output pipe")                             \
+    X(INPUT, "input", "watch the input descriptor")                     \
+    X(PIPE, "pipe", "make a pipe")                                      \
     X(STDIO, "stdio", "set up standard input and output")               \
     X(FORK, "fork", "start a process")                                  \
     X(SESSION, "setsid", "start a session")                             \
@@ -79,6 +80,8 @@ struct options {
     int report_fd, status_fd, cgroup_fd;
     int output_fds[STREAMS_MAX], times_fds[STREAMS_MAX]; /* of stdout, and of stderr where that is kept apart */
     bool split_stderr;
+    bool input; /* the order comes with a descriptor of the input */
+    int input_fd;
     int cgroup_procs_fds[CGROUPS_MAX];
     int cgroup_procs_count;
     uid_t uid;
@@ -94,9 +97,9 @@ struct options {
 void parse_options(int argc, char **argv, struct options *options);
 /*
  * The words of an order, each ended by NUL, and the descriptors that came with it: command, output, status,
- * times, and where stderr is kept apart its own output and times.
+ * times; where stderr is kept apart its own output and times; where there is input, that.
  */
-enum { ORDER_FDS_MAX = 6 };
+enum { ORDER_FDS = 4, ORDER_FDS_MAX = 7 };
 void parse_order(char *words, size_t length, const int *fds, size_t fd_count, struct options *options);
 void release_command(struct options *options);
 
@@ -129,8 +132,8 @@ enum step become_user(uid_t uid, gid_t gid);         /* the command: gives the s
 /* seccomp.c; after no_new_privs, and last before the exec: what comes later must pass the filter */
 int filter_system_calls(void);
 
-/* command.c; gives the command's pid, which has been executed */
-pid_t start_command(const struct options *options, int stdout_fd, int stderr_fd);
+/* command.c; gives the command's pid, which has been executed; a stdin of -1 is an empty one */
+pid_t start_command(const struct options *options, int stdin_fd, int stdout_fd, int stderr_fd);
 
 /*
  * times.c: when output was written. A record says that all up to an offset had been read at a moment; it is
@@ -182,6 +185,20 @@ struct outputs {
 void open_outputs(struct outputs *outputs, const struct options *options, int write_ends[STREAMS_MAX]);
 enum flow move_output(struct output *output);
 
+/* input.c */
+enum feed {
+    FEED_MORE, /* the pipe has to take more */
+    FEED_DRY,  /* the file has no more for now */
+    FEED_HELD, /* the file cannot be read for now */
+    FEED_OVER, /* all was fed, nobody reads any more, or there never was any */
+};
+struct input {
+    int file, watch, pipe; /* watch: of changes of the file */
+    enum feed feed;
+};
+void open_input(struct input *input, const struct options *options, int *read_end);
+void feed_input(struct input *input);
+
 /*
  * reap.c. The signals that init is sent: SIGTERM and SIGQUIT, which end the job with SIGTERM and SIGKILL; and
  * SIGNAL_FIRST + n, which does so with signal n (1 to 31), since a signal carries no number that Python could
@@ -194,7 +211,7 @@ struct ending {
     enum reason reason;
 };
 int open_signals(void);
-struct ending run_job(struct outputs *outputs, int signals, int timer, pid_t command);
+struct ending run_job(struct outputs *outputs, struct input *input, int signals, int timer, pid_t command);
 int open_timer(uint64_t seconds);
 
 #endif

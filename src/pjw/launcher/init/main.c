@@ -64,15 +64,19 @@ static _Noreturn void be_init(struct options *options, int go) {
         fail(STEP_CGROUP, NULL);
     enter_namespaces(options);
     make_mounts(options);
-    int write_ends[STREAMS_MAX], signals = open_signals();
+    int read_end, write_ends[STREAMS_MAX], signals = open_signals();
     bound_to_kill();
     if (options->waits)
         await_order(options);
 
     struct outputs outputs;
+    struct input input;
     finish_mounts(options);
     open_outputs(&outputs, options, write_ends);
-    pid_t command = start_command(options, write_ends[0], write_ends[outputs.count - 1]);
+    open_input(&input, options, &read_end);
+    pid_t command = start_command(options, read_end, write_ends[0], write_ends[outputs.count - 1]);
+    if (read_end >= 0)
+        close(read_end); /* or nobody could tell that the job has closed its own */
     for (int i = 0; i < outputs.count; i++)
         close(write_ends[i]); /* or the pipe would never end */
     int64_t started_ns = realtime_ns();
@@ -84,7 +88,7 @@ static _Noreturn void be_init(struct options *options, int go) {
     report_execed(started_ns);
     release_command(options);
 
-    struct ending ending = run_job(&outputs, signals, timer, command);
+    struct ending ending = run_job(&outputs, &input, signals, timer, command);
     record_end(options->status_fd, ending.ended_ns, ending.wait_status, ending.reason);
     _exit(options->report_fd >= 0 ? 0 : exit_code(ending.wait_status));
 }

@@ -14,6 +14,7 @@
 enum option_id {
     REPORT_FD = 1, STATUS_FD, OUTPUT_FD, COMMAND_FD, CGROUP_FD, CGROUP_PROCS_FD, USER_ID, GROUP_ID, HOSTNAME,
     SCRATCH, HIDE, TMP_BYTES, OUTPUT_MAX, TIME_MAX, WAIT, SPLIT_STDERR, TIMES_FD, STDERR_FD, STDERR_TIMES_FD,
+    INPUT, INPUT_FD,
 };
 
 static const struct option OPTIONS[] = {
@@ -36,6 +37,8 @@ static const struct option OPTIONS[] = {
     {"times-fd", required_argument, NULL, TIMES_FD},
     {"stderr-fd", required_argument, NULL, STDERR_FD},
     {"stderr-times-fd", required_argument, NULL, STDERR_TIMES_FD},
+    {"input", no_argument, NULL, INPUT},
+    {"input-fd", required_argument, NULL, INPUT_FD},
     {NULL, 0, NULL, 0},
 };
 
@@ -205,6 +208,8 @@ static int take_options(int argc, char **argv, struct options *options) {
         case TIME_MAX: options->time_max = number(name, optarg, 0, INT32_MAX); break;
         case WAIT: options->waits = true; break;
         case SPLIT_STDERR: options->split_stderr = true; break;
+        case INPUT: options->input = true; break;
+        case INPUT_FD: options->input_fd = descriptor(name, optarg, 3); break;
         default: /* getopt_long(3) has said what is wrong */
             errno = EINVAL;
             fail(STEP_OPTIONS, NULL);
@@ -225,6 +230,7 @@ void parse_options(int argc, char **argv, struct options *options) {
         .cgroup_fd = -1,
         .output_fds = {STDOUT_FILENO, -1},
         .times_fds = {-1, -1},
+        .input_fd = -1,
         .environment = environ,
     };
     int command_fd = take_options(argc, argv, options);
@@ -259,7 +265,7 @@ void parse_order(char *words, size_t length, const int *fds, size_t fd_count, st
     if (take_options(count, argv, options) >= 0 || optind < count)
         refuse("wait", "(order)", "the command comes by a descriptor");
     require_user(options);
-    if (fd_count != (options->split_stderr ? ORDER_FDS_MAX : ORDER_FDS_MAX - 2))
+    if (fd_count != ORDER_FDS + 2U * options->split_stderr + options->input)
         refuse("wait", "(order)", "not the descriptors that it should have");
     options->output_fds[0] = fds[1];
     options->status_fd = fds[2];
@@ -268,5 +274,7 @@ void parse_order(char *words, size_t length, const int *fds, size_t fd_count, st
         options->output_fds[1] = fds[4];
         options->times_fds[1] = fds[5];
     }
+    if (options->input)
+        options->input_fd = fds[fd_count - 1];
     read_command(fds[0], options);
 }

@@ -16,6 +16,7 @@ enum { HELD_RETRY_MS = 250 };
 
 struct job {
     struct outputs *outputs;
+    struct input *input;
     int signals, timer;
     pid_t command;
     bool ended, killed_after_end;
@@ -111,12 +112,15 @@ static void move(struct job *job, struct output *output) {
 
 /* Wait for whatever is next. How a stream stands says which of its two ends we wait for, if any. */
 static void await(struct job *job) {
-    enum { SIGNALS, TIMER, FIRST_STREAM };
+    enum { SIGNALS, TIMER, STDIN, INPUT, FIRST_STREAM };
     struct pollfd fds[FIRST_STREAM + STREAMS_MAX] = {
         [SIGNALS] = {.fd = job->signals, .events = POLLIN},
         [TIMER] = {.fd = job->timer, .events = POLLIN},
+        /* also when it is not to be written to: that nobody reads it any more is told always */
+        [STDIN] = {.fd = job->input->pipe, .events = job->input->feed == FEED_MORE ? POLLOUT : 0},
+        [INPUT] = {.fd = job->input->feed == FEED_DRY ? job->input->watch : -1, .events = POLLIN},
     };
-    int timeout_ms = -1;
+    int timeout_ms = job->input->feed == FEED_HELD ? HELD_RETRY_MS : -1;
     for (int i = 0; i < job->outputs->count; i++) {
         const struct output *output = &job->outputs->streams[i];
         bool readable = output->flow == FLOW_MORE || output->flow == FLOW_EMPTY, full = output->flow == FLOW_FULL;
@@ -134,6 +138,8 @@ static void await(struct job *job) {
             move(job, output);
         write_held_time(&output->times, false);
     }
+    if (fds[STDIN].revents || fds[INPUT].revents || job->input->feed == FEED_HELD)
+        feed_input(job->input);
     if (fds[SIGNALS].revents)
         read_signals(job);
     if (fds[TIMER].revents) {
@@ -160,8 +166,9 @@ static void drain(struct job *job, struct output *output) {
     write_held_time(&output->times, true);
 }
 
-struct ending run_job(struct outputs *outputs, int signals, int timer, pid_t command) {
-    struct job job = {.outputs = outputs, .signals = signals, .timer = timer, .command = command};
+struct ending run_job(struct outputs *outputs, struct input *input, int signals, int timer, pid_t command) {
+    struct job job = {
+        .outputs = outputs, .input = input, .signals = signals, .timer = timer, .command = command};
     while (!job.ended)
         await(&job);
     /* Orphans become our children at once, so without a child there is nobody left, and kill(2) of -1 need

@@ -1,0 +1,207 @@
+"""What a job reads: appended to a file, which its init feeds to the command.
+
+A file, so that no crash and no lost connection changes a byte of it. Its size is how much of the input there
+is; that it may not be written any more is its end, which init sees too. Nothing of it is held in memory.
+"""
+
+import asyncio
+import fcntl
+import os
+import stat
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Final
+
+from pjw.errors import (
+    InvalidJobError,
+    JobStateError,
+    LauncherGoneError,
+    LimitReachedError,
+    OffsetError,
+    PjwError,
+)
+from pjw.model import Job
+from pjw.worker.state_dir import StateDir, disk_error
+
+_WHOLE_MODE: Final = 0o400
+
+
+class Inputs:
+    """The inputs of all jobs of a worker, each with at most one writer at a time."""
+
+    def __init__(self, state: StateDir, bytes_max: int) -> None:
+        """Take no more than *bytes_max* for a job; 0 is "no limit"."""
+        self._state: Final = state
+        self._bytes_max: Final = bytes_max
+        self._turns: Final[dict[int, _Turn]] = {}
+
+    @asynccontextmanager
+    async def writer(
+        self, job_id: int, job_ended: Callable[[], Awaitable[None]]
+    ) -> AsyncGenerator["InputWriter", None]:
+        """Write to the input of a job until that has ended; whoever did so before gets a JobStateError.
+
+        The newest wins because it may be the same client, whose old connection nobody has seen end.
+        """
+        turn = self._turns.setdefault(job_id, _Turn())
+        if turn.latest is not None:
+            turn.latest.end(JobStateError(f"somebody else has begun to write to the input of job {job_id}"))
+        timeout = asyncio.timeout(None)
+        writer = turn.latest = InputWriter(job_id, timeout, self._bytes_max)
+        ending = asyncio.ensure_future(_end_with(job_ended, writer, job_id))
+        try:
+            async with timeout, turn.lock:
+                try:
+                    writer.open(self._state.input_path(job_id))
+                    yield writer
+                finally:
+                    await writer.close()
+        except TimeoutError:
+            if writer.ended_by is None:
+                raise
+            raise writer.ended_by from None
+        finally:
+            ending.cancel()
+            if turn.latest is writer:
+                del self._turns[job_id]
+
+
+class _Turn:
+    """Who may write to one input: `latest`, as soon as the one before has let go of `lock`."""
+
+    def __init__(self) -> None:
+        self.lock: Final = asyncio.Lock()
+        self.latest: InputWriter | None = None
+
+
+class InputWriter:
+    """Appends to one input. `offset` is how many bytes there are, `ended` whether that is all."""
+
+    def __init__(self, job_id: int, timeout: asyncio.Timeout, bytes_max: int) -> None:
+        self.offset = 0
+        self.ended = False
+        self.ended_by: PjwError | None = None
+        self._job_id: Final = job_id
+        self._timeout: Final = timeout
+        self._bytes_max: Final = bytes_max
+        self._descriptor = -1
+        self._writing: asyncio.Future[None] | None = None
+
+    def open(self, path: str) -> None:
+        """Find what is there already. Raises JobStateError when the job has ended."""
+        try:
+            self.ended = stat.S_IMODE(os.stat(path).st_mode) == _WHOLE_MODE
+            flags = os.O_RDONLY if self.ended else os.O_WRONLY | os.O_APPEND
+            self._descriptor = os.open(path, flags | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise ended_error(self._job_id) from None
+        except OSError as error:
+            raise self._failed(error) from error
+        self.offset = os.fstat(self._descriptor).st_size
+
+    async def close(self) -> None:
+        """Let go of the file, when what is being written is written."""
+        cancelled: asyncio.CancelledError | None = None
+        while self._writing is not None and not self._writing.done():
+            try:
+                await asyncio.wait({self._writing})
+            except asyncio.CancelledError as error:
+                # once more: but the number of the descriptor may not become another file's under a thread
+                cancelled = error
+        if self._writing is not None:
+            self._writing.exception()  # who was cancelled is not told; how far it came is in the file
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        if cancelled is not None:
+            raise cancelled
+
+    def end(self, error: PjwError) -> None:
+        """Have whoever writes get *error*, wherever it waits."""
+        if not self._timeout.expired():
+            self.ended_by = self.ended_by or error
+            # before it was entered it cannot be set: the lock, which it waits for, comes after
+            self._timeout.reschedule(asyncio.get_running_loop().time())
+
+    async def write(self, offset: int, data: bytes, *, end: bool = False) -> None:
+        """Write *data* to where it belongs, and with *end* nothing ever after it.
+
+        What is there already is passed over. What was written counts, also when this fails or is cancelled.
+        Raises OffsetError for a gap; InvalidJobError for an end before what is there; JobStateError when the
+        input has ended, or the command does not read it any more; LimitReachedError when it would be too
+        long, or the disk is full.
+        """
+        behind = offset + len(data)
+        if offset < 0:
+            raise InvalidJobError(f"the input of job {self._job_id} has no byte {offset}")
+        if end and behind < self.offset:
+            raise InvalidJobError(
+                f"the input of job {self._job_id} cannot end at byte {behind}: {self.offset} are there"
+            )
+        if offset > self.offset:
+            raise OffsetError(
+                f"cannot write input of job {self._job_id} from byte {offset}: it has {self.offset} bytes"
+            )
+        if self.ended:
+            if behind > self.offset:
+                raise JobStateError(f"the input of job {self._job_id} has ended at byte {self.offset}")
+            return
+        if self._bytes_max and behind > self._bytes_max:
+            raise LimitReachedError(
+                f"the input of job {self._job_id} is longer than {self._bytes_max} bytes,"
+                " and no more is taken on this server",
+                hint="the operator sets clients.input_bytes_max",
+            )
+        # In a thread: a disk may take its time. It goes on when we are cancelled, and `close` waits for it.
+        rest = memoryview(data)[self.offset - offset :]
+        self._writing = asyncio.ensure_future(asyncio.to_thread(self._append, rest, end=end))
+        await asyncio.shield(self._writing)
+
+    def _append(self, data: memoryview, *, end: bool) -> None:
+        try:
+            if self._reader_has_gone():
+                raise JobStateError(f"the command of job {self._job_id} does not read its input any more")
+            while data:
+                written = os.write(self._descriptor, data)
+                self.offset += written
+                data = data[written:]
+            # Data before the end, which init looks for before it reads.
+            if end:
+                os.fchmod(self._descriptor, _WHOLE_MODE)
+                self.ended = True
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _reader_has_gone(self) -> bool:
+        # The reader's descriptor was locked before it was handed on, and init closes it when nobody reads.
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _failed(self, error: OSError) -> PjwError:
+        return disk_error("write the input of", f"job {self._job_id}", error)
+
+
+async def _end_with(job_ended: Callable[[], Awaitable[None]], writer: InputWriter, job_id: int) -> None:
+    try:
+        await job_ended()
+    except LauncherGoneError as error:
+        writer.end(error)
+    else:
+        # who has just brought all of it is to hear that, not that nobody wants any more
+        if not writer.ended:
+            writer.end(ended_error(job_id))
+
+
+def require_input(job: Job) -> None:
+    """Raises JobStateError for a job that takes none."""
+    if not job.input:
+        raise JobStateError(
+            f"job {job.id} takes no input", hint="it has to be started with input, as by pjw start --stdin"
+        )
+
+
+def ended_error(job_id: int) -> JobStateError:
+    """The error for input that comes too late."""
+    return JobStateError(f"job {job_id} has ended, and reads no input any more")
