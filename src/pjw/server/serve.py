@@ -115,9 +115,11 @@ async def _run(serving: Serving, state: StateDir, launcher: LauncherProcess) -> 
         port = _listen(server, host, serving.port, reloader.tls())
         address = shown_address(host, port)
         await server.start()
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.ask)
-        # before we are ready: who waits for that may ask for the end at once
-        end_asked = _on_end_signals()
+        # before anybody is told that we are ready, and sends one
+        loop, asked = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_signal_handler(signal.SIGHUP, reloader.ask)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, asked.set)
         try:
             await _refuse_tls12(host, port)
             if serving.metrics is not None and metrics is not None:
@@ -127,7 +129,7 @@ async def _run(serving: Serving, state: StateDir, launcher: LauncherProcess) -> 
             notifier.ready(_status(address, worker))
             watch = notifier.watch(worker.launcher_answers, lambda: _status(address, worker))
             stack.callback(asyncio.ensure_future(watch).cancel)
-            return await _until_end(worker, end_asked)
+            return await _until_end(worker, asked)
         finally:
             notifier.stopping()
             await health.drain()
@@ -157,13 +159,6 @@ async def _refuse_tls12(host: str, port: int) -> None:
             "this server would speak TLS 1.2, so it does not serve",
             hint="this build of gRPC ignores its cipher setting",
         )
-
-
-def _on_end_signals() -> asyncio.Event:
-    asked = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, asked.set)
-    return asked
 
 
 async def _until_end(worker: Worker, asked: asyncio.Event) -> int:
