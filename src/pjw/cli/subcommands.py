@@ -1,0 +1,55 @@
+"""The commands whose code is imported only when they run: context, help, completion, top, stats."""
+
+import argparse
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+# argparse's own type for what a parser's commands are added to, with any parser class
+Commands = Any
+
+
+def add_commands(commands: Commands) -> None:
+    """Add them to the command tree."""
+    _add_context(commands)
+
+
+def _runs(parser: argparse.ArgumentParser, function: str) -> None:
+    """Have a command run `module.function`."""
+    parser.set_defaults(run=partial(_run, function))
+
+
+def _run(function: str, arguments: argparse.Namespace) -> int:
+    module, _, name = function.rpartition(".")
+    getattr(import_module(f"pjw.cli.{module}"), name)(arguments)
+    return 0
+
+
+def _add_context(commands: Commands) -> None:
+    context = commands.add_parser("context", help="services by name, so that no certificate is typed twice")
+    kinds = context.add_subparsers(required=True, metavar="ACTION")
+
+    def add(name: str, function: str, text: str) -> argparse.ArgumentParser:
+        action: argparse.ArgumentParser = kinds.add_parser(
+            name, help=text, description=f"{text[0].upper()}{text[1:]}."
+        )
+        _runs(action, f"contexts.{function}")
+        return action
+
+    action = add("add", "add_context", "make a context of a bundle, which your operator made: NAME.pjw")
+    action.add_argument("name", metavar="NAME")
+    action.add_argument("bundle", metavar="FILE")
+    action.add_argument(
+        "--server",
+        metavar="HOST:PORT",
+        # the option of the same name before the command counts as well
+        default=argparse.SUPPRESS,
+        help="instead of the bundle's",
+    )
+    add("list", "list_contexts", "list the contexts: their names, or a table at a terminal")
+    action = add("use", "use_context", "make a context the current one")
+    action.add_argument("name", metavar="CONTEXT")
+    action = add("show", "show_context", "show a context: its server, its files, who you are there")
+    action.add_argument("name", metavar="CONTEXT", nargs="?", help="default: the current one")
+    action = add("rm", "remove_contexts", "forget contexts, with their certificates and keys")
+    action.add_argument("names", metavar="CONTEXT", nargs="+")
