@@ -12,6 +12,7 @@ Commands = Any
 def add_commands(commands: Commands) -> None:
     """Add them to the command tree."""
     _add_context(commands)
+    _add_help(commands)
 
 
 def _runs(parser: argparse.ArgumentParser, function: str) -> None:
@@ -53,3 +54,9 @@ def _add_context(commands: Commands) -> None:
     action.add_argument("name", metavar="CONTEXT", nargs="?", help="default: the current one")
     action = add("rm", "remove_contexts", "forget contexts, with their certificates and keys")
     action.add_argument("names", metavar="CONTEXT", nargs="+")
+
+
+def _add_help(commands: Commands) -> None:
+    command = commands.add_parser("help", help="explain a command, or a topic such as certificates or limits")
+    _runs(command, "help.show_help")
+    command.add_argument("words", nargs="*", metavar="COMMAND|TOPIC")
