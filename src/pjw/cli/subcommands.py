@@ -13,6 +13,7 @@ def add_commands(commands: Commands) -> None:
     """Add them to the command tree."""
     _add_context(commands)
     _add_help(commands)
+    _add_completion(commands)
 
 
 def _runs(parser: argparse.ArgumentParser, function: str) -> None:
@@ -60,3 +61,14 @@ def _add_help(commands: Commands) -> None:
     command = commands.add_parser("help", help="explain a command, or a topic such as certificates or limits")
     _runs(command, "help.show_help")
     command.add_argument("words", nargs="*", metavar="COMMAND|TOPIC")
+
+
+def _add_completion(commands: Commands) -> None:
+    command = commands.add_parser(
+        "completion",
+        help="print the script for completion in bash, zsh or fish",
+        description='Print the script for completion, for example for: eval "$(pjw completion bash)" in'
+        " ~/.bashrc, the same with zsh in ~/.zshrc (after compinit), and pjw completion fish | source.",
+    )
+    _runs(command, "completion.print_script")
+    command.add_argument("shell", choices=("bash", "zsh", "fish"))
