@@ -5,12 +5,16 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
+from pjw.cli.connection import job_name
+
 # argparse's own type for what a parser's commands are added to, with any parser class
 Commands = Any
 
 
 def add_commands(commands: Commands) -> None:
     """Add them to the command tree."""
+    _add_top(commands)
+    _add_stats(commands)
     _add_context(commands)
     _add_help(commands)
     _add_completion(commands)
@@ -55,6 +59,36 @@ def _add_context(commands: Commands) -> None:
     action.add_argument("name", metavar="CONTEXT", nargs="?", help="default: the current one")
     action = add("rm", "remove_contexts", "forget contexts, with their certificates and keys")
     action.add_argument("names", metavar="CONTEXT", nargs="+")
+
+
+def _add_top(commands: Commands) -> None:
+    command = commands.add_parser(
+        "top",
+        help="watch the jobs that run, and what they use, on the whole terminal",
+        description="Watch the jobs that run, and what they use. Keys: up and down choose a job, s stops it"
+        " and k kills it (both ask), l or enter shows its output, o changes the order, q quits.",
+    )
+    _runs(command, "top.show_top")
+    _add_all(command)
+
+
+def _add_stats(commands: Commands) -> None:
+    command = commands.add_parser("stats", help="show what a job used over its life, with plots")
+    _runs(command, "stats.show_stats")
+    command.add_argument("job", type=job_name, metavar="JOB", help="a job's id, or its name")
+    command.add_argument(
+        "--format", choices=("plot", "json"), default="plot", help="default plot; json has every sample"
+    )
+
+
+def _add_all(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--all",
+        action="store_true",
+        # the option of the same name before the command counts as well
+        default=argparse.SUPPRESS,
+        help="the jobs of every client, not only yours; your operator must allow it",
+    )
 
 
 def _add_help(commands: Commands) -> None:
