@@ -16,8 +16,8 @@ WRITES = "i=0; while :; do i=$((i+1)); head -c 1000000 /dev/zero > x; sync; echo
 
 def open_top(service: Service, *arguments: str, client: str = "alice", **env: str) -> Terminal:
     """Start `pjw top` at a terminal."""
-    environment = service.environment(client) | {"LANG": "C.UTF-8"} | env
-    return Terminal([str(BIN / "pjw"), "top", *arguments], environment, columns=120, rows=30)
+    environment = service.environment(client) | env
+    return Terminal([str(BIN / "pjw"), "top", *arguments], environment, columns=120, lines=30)
 
 
 @pytest.fixture
@@ -39,49 +39,49 @@ def test_top_shows_what_jobs_use(service: Service, jobs: list[str]) -> None:
     """Their processor time, memory and writes, as numbers and as small plots."""
     busy, writing = jobs
     with open_top(service) as top:
-        screen = top.until(lambda text: re.search(r" [1-9]\d+ % .*[▁-█]", line_of(busy, text)))
+        screen = top.wait_until(lambda text: re.search(r" [1-9]\d+ % .*[▁-█]", line_of(busy, text)))
         assert "mark" in line_of(busy, screen)
-        top.until(lambda text: re.search(r"[▁-█].* [1-9][\d.]*[KM] ", line_of(writing, text)))
-        assert service.address in top.text()
-        top.press(b"q")
-        assert top.end() == 0
+        top.wait_until(lambda text: re.search(r"[▁-█].* [1-9][\d.]*[KM] ", line_of(writing, text)))
+        assert service.address in top.text
+        top.type("q")
+        assert top.wait_for_end() == 0
 
 
 def test_top_stops_a_job_only_when_it_is_wanted(service: Service, jobs: list[str]) -> None:
     """The key asks first, and the cursor says which job is meant."""
     busy, writing = jobs
     with open_top(service) as top:
-        top.until(lambda text: line_of(busy, text) and line_of(writing, text))
-        top.press(b"s")
-        top.until(lambda text: f"Stop job {busy}: echo mark" in text)
-        top.press(b"n")
-        top.until(lambda text: "[y/n]" not in text)
-        top.press(b"\x1b[B")
-        top.press(b"k")
-        top.until(lambda text: f"Kill job {writing}: " in text)
-        top.press(b"y")
-        top.until(lambda text: f"job {writing} has ended" in text and not line_of(writing, text))
+        top.wait_until(lambda text: line_of(busy, text) and line_of(writing, text))
+        top.type("s")
+        top.wait_until(lambda text: f"Stop job {busy}: echo mark" in text)
+        top.type("n")
+        top.wait_until(lambda text: "[y/n]" not in text)
+        top.type("\x1b[B")
+        top.type("k")
+        top.wait_until(lambda text: f"Kill job {writing}: " in text)
+        top.type("y")
+        top.wait_until(lambda text: f"job {writing} has ended" in text and not line_of(writing, text))
         assert json.loads(service.ok("get", busy))["state"] == "running"
         ended = json.loads(service.ok("get", writing))
         assert (ended["reason"], ended["signal"]) == ("stopped", signal.SIGKILL)
-        top.press(b"\x03")
-        assert top.end() == 0
+        top.type("\x03")
+        assert top.wait_for_end() == 0
 
 
 def test_top_follows_the_output_of_a_job(service: Service, jobs: list[str]) -> None:
     """As it comes, in a pane of its own, which the same key closes."""
     _, writing = jobs
     with open_top(service) as top:
-        top.until(lambda text: line_of(writing, text))
-        top.press(b"\x1b[B")
-        top.press(b"\r")
-        top.until(lambda text: f"job {writing}" in text and "round 2" in text)
-        seen = max(map(int, re.findall(r"round (\d+)", top.text())))
-        top.until(lambda text: f"round {seen + 3}" in text)
-        top.press(b"l")
-        top.until(lambda text: "round 2\n" not in text)
-        top.press(b"q")
-        assert top.end() == 0
+        top.wait_until(lambda text: line_of(writing, text))
+        top.type("\x1b[B")
+        top.type("\r")
+        top.wait_until(lambda text: f"job {writing}" in text and "round 2" in text)
+        seen = max(map(int, re.findall(r"round (\d+)", top.text)))
+        top.wait_until(lambda text: f"round {seen + 3}" in text)
+        top.type("l")
+        top.wait_until(lambda text: "round 2\n" not in text)
+        top.type("q")
+        assert top.wait_for_end() == 0
 
 
 def test_nothing_that_a_job_is_called_or_writes_steers_the_terminal(service: Service) -> None:
@@ -90,16 +90,16 @@ def test_nothing_that_a_job_is_called_or_writes_steers_the_terminal(service: Ser
     job_id = service.ok("start", command).strip()
     try:
         with open_top(service) as top:
-            top.until(lambda text: r"\x1b]0;owned\x07" in line_of(job_id, text))
-            assert "[red]a[/red]" in top.text()
-            top.press(b"l")
-            top.until(lambda text: r"x\x1b]0;owned\x07y" in text)
-            top.press(b"s")
-            top.until(lambda text: "Stop job" in text)
-            assert b"\033]0;owned" not in top.sent
-            top.press(b"n")
-            top.press(b"q")
-            assert top.end() == 0
+            top.wait_until(lambda text: r"\x1b]0;owned\x07" in line_of(job_id, text))
+            assert "[red]a[/red]" in top.text
+            top.type("l")
+            top.wait_until(lambda text: r"x\x1b]0;owned\x07y" in text)
+            top.type("s")
+            top.wait_until(lambda text: "Stop job" in text)
+            assert "owned" not in top.screen.title
+            top.type("n")
+            top.type("q")
+            assert top.wait_for_end() == 0
     finally:
         service.ok("stop", job_id)
 
@@ -109,17 +109,17 @@ def test_top_outlives_the_service(make_service: Callable[..., Service]) -> None:
     service = make_service().start()
     job_id = service.ok("start", WRITES).strip()
     with open_top(service) as top:
-        top.until(lambda text: line_of(job_id, text))
-        top.press(b"l")
-        top.until(lambda text: "round 2" in text)
+        top.wait_until(lambda text: line_of(job_id, text))
+        top.type("l")
+        top.wait_until(lambda text: "round 2" in text)
         service.stop()
-        top.until(lambda text: "trying again" in text)
+        top.wait_until(lambda text: "trying again" in text)
         service.start()
-        screen = top.until(lambda text: "trying again" not in text and line_of(job_id, text))
+        screen = top.wait_until(lambda text: "trying again" not in text and line_of(job_id, text))
         seen = max(map(int, re.findall(r"round (\d+)", screen)))
-        top.until(lambda text: f"round {seen + 5}" in text)
-        top.press(b"q")
-        assert top.end() == 0
+        top.wait_until(lambda text: f"round {seen + 5}" in text)
+        top.type("q")
+        assert top.wait_for_end() == 0
     service.ok("stop", job_id)
 
 
@@ -131,15 +131,15 @@ def test_top_of_others_needs_a_role(service: Service) -> None:
         if not arguments:
             command, environment = [command[0], "--all", "top"], service.environment()
         with Terminal(command, environment) as top:
-            assert top.end() == 1
-            assert "pjw: error: " in top.text()
+            assert top.wait_for_end() == 1
+            assert "pjw: error: " in top.text
 
 
 def test_top_without_a_server_or_a_terminal_says_so(service: Service) -> None:
     """Neither is a screen that stays empty."""
     with open_top(service, PJW_SERVER="127.0.0.1:1") as top:
-        assert top.end() == 125
-        assert "cannot connect to 127.0.0.1:1: connection refused" in top.text()
+        assert top.wait_for_end() == 125
+        assert "cannot connect to 127.0.0.1:1: connection refused" in top.text
     code, words = service.refused("top")
     assert code == 125
     assert "stdin and stdout are not a terminal" in words
@@ -162,8 +162,12 @@ def test_stats_plots_the_life_of_a_job(service: Service, jobs: list[str]) -> Non
     assert "\x1b" not in text
     assert max(map(len, text.splitlines())) == 80
     seen = service.at_terminal("stats", busy, columns=60)
-    assert "\x1b[" in seen
-    assert max(len(line) for line in re.sub(r"\x1b\[[\d;]*m", "", seen).splitlines()) == 60
+    assert "\x1b" not in seen, "it is set not to have colours"
+    assert max(map(len, seen.splitlines())) == 60
+    with Terminal([str(BIN / "pjw"), "stats", busy], service.environment(), columns=60, lines=60) as stats:
+        assert stats.wait_for_end() == 0
+        colours = {cell.fg for line in stats.screen.buffer.values() for cell in line.values()}
+        assert colours > {"default"}
     service.ok("stop", busy)
     assert service.ok("stats", busy).startswith(f"job {busy}: exited after ")
 
