@@ -150,10 +150,10 @@ class Service:
         return done.stdout.decode()
 
     def at_terminal(self, *arguments: str, columns: int = 80, client: str = "alice") -> str:
-        """Run pjw with a terminal as its stdout and stderr; what the terminal was sent."""
+        """Run pjw with a terminal as its stdout and stderr; what the terminal was sent, without colours."""
         ours, theirs = os.openpty()
         termios.tcsetwinsize(theirs, (24, columns))
-        environment = {**self.environment(client), "TERM": "xterm"}
+        environment = {**self.environment(client), "TERM": "xterm", "NO_COLOR": "1"}
         with subprocess.Popen(
             [str(BIN / "pjw"), *arguments], env=environment, stdin=theirs, stdout=theirs, stderr=theirs
         ):

@@ -1,6 +1,5 @@
-"""A program at a terminal of its own: keys that are pressed, and the screen that a person would see."""
+"""A program at a terminal, and what a person would see there."""
 
-import fcntl
 import os
 import select
 import subprocess
@@ -13,32 +12,27 @@ from typing import Final, Self
 
 import pyte
 
-CTRL_C: Final = b"\x03"
+WAIT_SECONDS: Final = 30
 
 
 class Terminal:
-    """A pseudo-terminal with a program in its foreground; a context manager, which ends both."""
+    """A program with a terminal of its own, until the end of a `with` block, which kills it."""
 
     def __init__(
-        self, command: Sequence[str], env: Mapping[str, str], *, columns: int = 100, rows: int = 24
+        self, command: Sequence[str], env: Mapping[str, str], *, columns: int = 100, lines: int = 30
     ) -> None:
-        self._ours, theirs = os.openpty()
-        termios.tcsetwinsize(theirs, (rows, columns))
-        self._screen: Final = pyte.Screen(columns, rows)
-        self._stream: Final = pyte.ByteStream(self._screen)
-        self.sent = b""
-
-        def own_terminal() -> None:
-            os.setsid()
-            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
+        self.command: Final = command
+        self.screen: Final = pyte.Screen(columns, lines)
+        self._stream: Final = pyte.ByteStream(self.screen)
+        self._descriptor, theirs = os.openpty()
+        termios.tcsetwinsize(theirs, (lines, columns))
         self.process: Final = subprocess.Popen(
-            command,
-            env={**env, "TERM": "xterm"},
+            # not only stdin: a shell wants a terminal that controls its session
+            ["setsid", "--ctty", *command],
+            env={"TERM": "xterm-256color", "LANG": "C.UTF-8", **env},
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
-            preexec_fn=own_terminal,  # noqa: PLW1509  nothing but two system calls
         )
         os.close(theirs)
 
@@ -48,41 +42,46 @@ class Terminal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
+        self.process.kill()
         self.process.wait()
-        os.close(self._ours)
+        os.close(self._descriptor)
 
-    def press(self, keys: bytes) -> None:
-        """Type something."""
-        os.write(self._ours, keys)
-
+    @property
     def text(self) -> str:
-        """What is on the screen, without the blanks at its edges."""
-        return "\n".join(line.rstrip() for line in self._screen.display).rstrip()
+        """What is on the screen."""
+        return "\n".join(line.rstrip() for line in self.screen.display)
 
-    def until(self, condition: Callable[[str], object], seconds: float = 30) -> str:
-        """Wait until the screen is as it should be; what is on it then."""
-        deadline = time.monotonic() + seconds
-        while not condition(self.text()):
+    def type(self, keys: str) -> None:
+        """Press keys."""
+        os.write(self._descriptor, keys.encode())
+
+    def wait_for(self, *words: str) -> str:
+        """Wait until all of these words are on the screen; what is there then."""
+        return self.wait_until(lambda text: all(word in text for word in words), f"{words} to be there")
+
+    def wait_until(self, condition: Callable[[str], object], what: str = "a condition") -> str:
+        """Wait until what is on the screen fulfils a condition."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        while not condition(self.text):
             left = deadline - time.monotonic()
-            ready = left > 0 and select.select([self._ours], [], [], left)[0]
-            assert ready and self._read(), f"this is on the screen:\n{self.text()}"
-        return self.text()
+            assert left > 0 and self._read(left), f"waited for {what} and saw:\n{self.text}"
+        return self.text
 
-    def end(self, seconds: float = 30) -> int:
-        """Wait until the program has ended; its exit code."""
-        deadline = time.monotonic() + seconds
-        while select.select([self._ours], [], [], max(0.0, deadline - time.monotonic()))[0]:
-            if not self._read():
-                return self.process.wait(max(0.1, deadline - time.monotonic()))
-        raise AssertionError(f"it has not ended; this is on the screen:\n{self.text()}")
+    def wait_for_end(self) -> int:
+        """Read to the end of the program; its exit code."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        while self._read(max(0.0, deadline - time.monotonic())):
+            pass
+        return self.process.wait(max(0.0, deadline - time.monotonic()))
 
-    def _read(self) -> bool:
+    def _read(self, seconds: float) -> bool:
+        """Take what comes within so much time; False at the end of the program and of the time."""
+        ready, _, _ = select.select([self._descriptor], [], [], seconds)
+        if not ready:
+            return False
         data = b""
         # EIO is a terminal's word for "all have hung up"
         with suppress(OSError):
-            data = os.read(self._ours, 65536)
-        self.sent += data
+            data = os.read(self._descriptor, 65536)
         self._stream.feed(data)
         return bool(data)

@@ -332,7 +332,7 @@ def test_a_table_reaches_a_narrow_terminal(service: Service) -> None:
     """A terminal of few columns still shows some of each command, on one line each."""
     service.start_job("echo \t 'tab and\nnewline' " + "x" * 200)
     lines = service.at_terminal("list", columns=20).replace("\r", "").splitlines()
-    assert all(len(line) <= 70 for line in lines)
+    assert all(len(line) <= 80 for line in lines)
     assert any("\\t 'tab and\\n" in line for line in lines)
 
 

@@ -4,15 +4,17 @@ import json
 import signal
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 import pytest
 
 from pjw.v1 import job_worker_pb2 as pb
 from tests.service import BIN, Service, wait_for
-from tests.terminal import CTRL_C, Terminal
+from tests.terminal import Terminal
 
 # says that its trap is set, and lets SIGTERM do nothing for as long as it is told to
+CTRL_C: Final = "\x03"
 STUBBORN: Final = "trap 'echo asked' TERM; echo ready; while :; do sleep 0.1; done"
 
 
@@ -112,7 +114,8 @@ def test_a_ceiling_is_named_in_what_was_typed(
     code, words = service.refused("start", option, typed, "true")
     assert code == 1
     assert words.startswith(
-        f"pjw: error: cannot start the job: {option} may be at most {said} on this server\nhint: give {option} {said}"
+        f"pjw: error: cannot start the job: {option} may be at most {said} on this server\n"
+        f"hint: give {option} {said} or less; the operator's ceiling for "
     )
 
 
@@ -126,36 +129,35 @@ def test_why_it_was_killed_is_said(service: Service) -> None:
 def test_ctrl_c_stops_the_job_and_says_so(service: Service) -> None:
     """The job gets SIGTERM, what it still writes is seen, and the exit code is its own."""
     with terminal(service, "run", "trap 'echo cleaned up; exit 5' TERM; echo ready; sleep 300 & wait") as run:
-        run.until(lambda text: "ready" in text)
-        run.press(CTRL_C)
-        assert run.end() == 5
+        run.wait_for("ready")
+        run.type(CTRL_C)
+        assert run.wait_for_end() == 5
         job_id = newest(service).id
         assert (
-            f"pjw: stopping job {job_id}: SIGKILL after its grace period, or with another Ctrl-C"
-            in run.text()
+            f"pjw: stopping job {job_id}: SIGKILL after its grace period, or with another Ctrl-C" in run.text
         )
-        assert run.text().endswith("cleaned up")
+        assert run.text.rstrip().endswith("cleaned up")
     assert service.job(job_id).reason == pb.END_REASON_STOPPED
 
 
 def test_a_second_ctrl_c_kills_it(service: Service) -> None:
     """Whatever the grace period that is left."""
     with terminal(service, "run", "--grace", "1h", STUBBORN) as run:
-        run.until(lambda text: "ready" in text)
-        run.press(CTRL_C)
-        run.until(lambda text: "asked" in text)
-        assert "SIGKILL after 3600 s" in run.text()
-        run.press(CTRL_C)
-        assert run.end() == 137
-        assert f"pjw: killing job {newest(service).id}: another Ctrl-C leaves it to itself" in run.text()
+        run.wait_for("ready")
+        run.type(CTRL_C)
+        run.wait_for("asked")
+        assert "SIGKILL after 3600 s" in run.text
+        run.type(CTRL_C)
+        assert run.wait_for_end() == 137
+        assert f"pjw: killing job {newest(service).id}: another Ctrl-C leaves it to itself" in run.text
 
 
 def test_the_grace_period_is_the_one_that_was_asked_for(service: Service) -> None:
     """After it the job is killed without another key."""
     with terminal(service, "run", "--grace", "1", STUBBORN) as run:
-        run.until(lambda text: "ready" in text)
-        run.press(CTRL_C)
-        assert run.end() == 137
+        run.wait_for("ready")
+        run.type(CTRL_C)
+        assert run.wait_for_end() == 137
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -208,10 +210,10 @@ def test_waiting_is_seen_at_a_terminal_and_leaves_nothing_there(service: Service
     """A line that counts, and is gone when there is an answer."""
     job_id = service.start_job("while ! [ -e done ]; do sleep 0.05; done; exit 7")
     with terminal(service, "wait", str(job_id)) as wait:
-        wait.until(lambda text: f"waiting for job {job_id} to end: 1 s" in text)
+        wait.wait_for(f"waiting for job {job_id} to end: 1 s")
         (service.state / "scratch" / str(job_id) / "done").touch()
-        assert wait.end() == 0
-        assert wait.text() == "7"
+        assert wait.wait_for_end() == 0
+        assert wait.text.strip() == "7"
 
 
 def test_a_stop_counts_its_grace_period_down(service: Service) -> None:
@@ -222,10 +224,10 @@ def test_a_stop_counts_its_grace_period_down(service: Service) -> None:
         assert logs.stdout is not None
         assert logs.stdout.readline() == b"ready\n"
         with terminal(service, "stop", "--grace", "3s", str(job_id)) as stop:
-            stop.until(lambda text: f"waiting for job {job_id} to end: SIGKILL in 2 s" in text)
-            assert stop.end() == 0
-            assert "waiting" not in stop.text()
-            assert '"signal": 9,' in stop.text()
+            stop.wait_for(f"waiting for job {job_id} to end: SIGKILL in 2 s")
+            assert stop.wait_for_end() == 0
+            assert "waiting" not in stop.text
+            assert '"signal": 9,' in stop.text
 
 
 def test_several_jobs_are_stopped_beside_each_other(service: Service) -> None:
@@ -244,3 +246,59 @@ def test_get_of_several_is_an_array(service: Service) -> None:
     done = service.pjw("get", str(jobs[0]), "999999")
     assert [int(job["id"]) for job in json.loads(done.stdout)] == jobs[:1]
     assert (done.returncode, done.stderr) == (1, b"pjw: error: no job 999999\n")
+
+
+def test_a_list_at_a_terminal_has_colours_for_who_wants_them(make_service: Callable[..., Service]) -> None:
+    """Green runs, red has failed; with NO_COLOR nothing but text is sent, and the columns are the same."""
+    service = make_service().start()
+    service.ok("start", "--name", "runs", "sleep 300")
+    service.ok("start", "--name", "failed", "exit 3")
+    service.ok("wait", "failed")
+    with terminal(service, "list") as painted:
+        assert painted.wait_for_end() == 0
+        rows = [line for line in painted.text.splitlines() if line.strip()]
+        assert [row.split()[:3] for row in rows] == [
+            ["ID", "NAME", "STATE"],
+            ["1", "runs", "running"],
+            ["2", "failed", "exited"],
+        ]
+        column = rows[0].index("STATE")
+        assert [painted.screen.buffer[line][column].fg for line in (1, 2)] == ["green", "red"]
+    command = [str(BIN / "pjw"), "list"]
+    with Terminal(command, {**service.environment(), "NO_COLOR": "1"}) as plain:
+        assert plain.wait_for_end() == 0
+        same = [line for line in plain.text.splitlines() if line.strip()]
+        assert [
+            line.index(word) for line, word in zip(same, ("STATE", "running", "exited"), strict=True)
+        ] == [column] * 3
+        assert {plain.screen.buffer[line][column].fg for line in (1, 2)} == {"default"}
+
+
+def test_a_name_is_as_good_as_an_id(service: Service) -> None:
+    """For every command, and for one job that has not ended at a time."""
+    assert service.ok("start", "--name", "twin", "--label", "a=b", "sleep 300")
+    job_id = newest(service).id
+    code, words = service.refused("start", "--name", "twin", "true")
+    assert code == 1
+    assert str(job_id) in words
+    assert json.loads(service.ok("get", "twin"))["labels"] == {"a": "b"}
+    assert json.loads(service.ok("stop", "--signal", "USR1", "twin"))["signal"] == signal.SIGUSR1
+    assert service.ok("wait", "twin") == f"{128 + signal.SIGUSR1}\n"
+    assert service.ok("logs", "twin") == ""
+    assert service.ok("list", "--name", "twin") == f"{job_id}\n"
+    assert service.ok("rm", "twin") == "twin\n"
+    assert service.refused("get", "twin") == (1, "pjw: error: no job twin\n")
+
+
+def test_what_surrounds_a_job_is_what_was_asked_for(service: Service, tmp_path: Path) -> None:
+    """Variables given, passed on, from a file; a directory; stderr kept apart."""
+    (tmp_path / "env").write_text("# a comment\n\nFILE=from a file\nGIVEN=less\nHOME\n")
+    options = ["--env-file", str(tmp_path / "env"), "-e", "GIVEN=x=y", "-e", "HOME", "-e", "UNSET_HERE"]
+    command = 'echo "$FILE|$GIVEN|$HOME|${UNSET_HERE-unset}"; pwd; echo apart >&2'
+    done = service.pjw("run", *options, "--workdir", "/usr", "--split-stderr", command)
+    home = service.environment()["HOME"]
+    assert done.stdout.decode() == f"from a file|x=y|{home}|unset\n/usr\n"
+    assert (done.stderr, done.returncode) == (b"apart\n", 0)
+    job_id = str(newest(service).id)
+    assert service.ok("logs", job_id, "--stderr") == "apart\n"
+    assert "apart" not in service.ok("logs", job_id)

@@ -104,14 +104,14 @@ def test_list_is_a_table_at_a_terminal_and_ids_in_a_pipe(make_service: Callable[
     """A person sees a table that fits the terminal, a script one id a line."""
     service = make_service().start()
     assert service.ok("list") == ""
-    assert re.fullmatch(r" +ID  STATE +AGE  EXIT +COMMAND\r\n", service.at_terminal("list"))
+    assert re.fullmatch(r" +ID  STATE +AGE  DURATION  EXIT +COMMAND\r\n", service.at_terminal("list"))
     service.start_job("exit 3")
     service.start_job("kill -9 $$")
     service.start_job("sleep 300; printf '\033[31m%s' " + "x" * 500)
     for job_id in "12":
         service.ok("logs", job_id)
     head, *lines = service.at_terminal("list", columns=90).replace("\r", "").splitlines()
-    assert head.split() == ["ID", "STATE", "AGE", "EXIT", "COMMAND"]
+    assert head.split() == ["ID", "STATE", "AGE", "DURATION", "EXIT", "COMMAND"]
     assert lines[0].split()[:2] == ["1", "exited"]
     assert lines[0].endswith(" 3             exit 3")
     assert " signal 9 " in lines[1]

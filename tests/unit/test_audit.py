@@ -57,6 +57,17 @@ def numbered(number: int) -> bytes:
 # --- the line
 
 
+def test_a_call_that_is_asked_much_has_the_job_of_the_first_and_all_bytes() -> None:
+    """Input is counted, and nothing of it is in the line."""
+    record = CallRecord("WriteInput", None, "ipv4:127.0.0.1:1")
+    record.asked(pb.WriteInputRequest(id=7, data=b"secret"))
+    record.asked(pb.WriteInputRequest(data=b"secret"))
+    record.asked(None)
+    line = json.loads(record.line())
+    assert (line["method"], line["job_id"], line["bytes"]) == ("WriteInput", 7, 12)
+    assert b"secret" not in record.line()
+
+
 def test_a_line_has_these_members_and_no_more() -> None:
     """All of them in this order, in UTC, with the serial number as openssl prints it."""
     request = pb.StopRequest(id=7, all_clients=True)
@@ -98,12 +109,16 @@ def test_every_error_is_a_code_without_its_words(tmp_path: Path, kind: type[Base
     made: dict[object, Callable[[], BaseException]] = {
         errors.JobNotFoundError: lambda: errors.JobNotFoundError(7),
         errors.LaunchError: lambda: errors.LaunchError("secret", 2),
+        errors.WorkdirError: lambda: errors.WorkdirError("secret", 2),
         errors.KernelError: lambda: errors.KernelError("secret", "secret", 5),
     }
     error = made.get(kind, lambda: kind("secret"))()
     path = tmp_path / "audit"
-    with opened(path) as audit, pytest.raises(kind), audit.call(CallRecord("Get", pb.GetRequest(id=7), "")):
+    record = CallRecord("Get", pb.GetRequest(id=7), "")
+    with pytest.raises(kind), record.ended():
         raise error
+    with opened(path) as audit:
+        audit.call_ended(record)
     code = CODES.get(kind, grpc.StatusCode.INTERNAL).name  # type: ignore[arg-type]
     assert [line["code"] for line in lines(path)] == ["CANCELLED" if kind is asyncio.CancelledError else code]
     assert b"secret" not in path.read_bytes()

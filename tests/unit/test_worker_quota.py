@@ -63,7 +63,7 @@ def test_zero_is_no_limit() -> None:
 def test_stored_bytes() -> None:
     """At the quota, not only beyond it; one's own and everybody's are told apart."""
     check_bytes(Quotas(stored_bytes_max=10, stored_bytes_total_max=20), "alice", 9, 19)
-    with pytest.raises(LimitReachedError, match="the jobs of alice have 10 bytes of output, and at most 10"):
+    with pytest.raises(LimitReachedError, match="alice have 10 bytes of output and input, and at most 10"):
         check_bytes(Quotas(stored_bytes_max=10), "alice", 10, 10)
-    with pytest.raises(LimitReachedError, match="the output of all jobs has 20 bytes"):
+    with pytest.raises(LimitReachedError, match="the output and input of all jobs are 20 bytes"):
         check_bytes(Quotas(stored_bytes_max=10, stored_bytes_total_max=20), "alice", 0, 20)

@@ -81,8 +81,13 @@ def get(arguments: Namespace) -> int:
 
 def start(arguments: Namespace) -> int:
     """Start a job; its id alone."""
-    with connect(arguments) as client:
-        print(start_job(client, arguments).id)
+    from pjw.cli import stdin
+
+    with stdin.opened(arguments.stdin) as descriptor, connect(arguments) as client:
+        job = start_job(client, arguments)
+        print(job.id, flush=True)
+        if descriptor is not None:
+            stdin.send(client, job.id, descriptor)
     return 0
 
 
@@ -101,10 +106,11 @@ def run(arguments: Namespace) -> int:
     """Start a job, be its terminal, and end as it does."""
     if arguments.detach:
         return start(arguments)
+    from pjw.cli import stdin
     from pjw.cli.run import run_attached
 
-    with connect(arguments) as client:
-        return run_attached(client, arguments)
+    with stdin.opened(arguments.stdin) as descriptor, connect(arguments) as client:
+        return run_attached(client, arguments, descriptor)
 
 
 def wait(arguments: Namespace) -> int:

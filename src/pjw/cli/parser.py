@@ -107,6 +107,7 @@ def _add_job_options(command: Parser) -> None:
         "--env-file", action="append", default=[], metavar="FILE", help="the same, a line each; # comments"
     )
     job.add_argument("-w", "--workdir", metavar="DIR", help="begin there; an absolute path")
+    job.add_argument("--stdin", metavar="FILE", help="what it reads; - for what pjw reads; default: nothing")
     job.add_argument("--split-stderr", action="store_true", help="keep stderr apart from stdout")
     limits = command.add_argument_group(
         "its limits", "0 is no limit; your operator sets defaults and ceilings"

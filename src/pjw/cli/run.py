@@ -14,6 +14,7 @@ from queue import SimpleQueue
 from types import FrameType
 from typing import TYPE_CHECKING, Final
 
+from pjw.cli import stdin
 from pjw.cli.commands import exit_code_of_job, start_job, write_all
 from pjw.cli.exits import EXIT_INTERRUPTED, complain
 from pjw.errors import PjwError
@@ -39,21 +40,28 @@ class _Followed:
     """One output has been written out, to its end."""
 
 
-Event = Job | _Interrupt | _Followed | Exception
+class _Sent:
+    """The input has been sent, or is no longer wanted."""
 
 
-def run_attached(client: "Client", arguments: Namespace) -> int:
-    """Start the job that is asked for and follow it to its end; its exit code."""
+Event = Job | _Interrupt | _Followed | _Sent | Exception
+
+
+def run_attached(client: "Client", arguments: Namespace, stdin: int | None) -> int:
+    """Start the job that is asked for, give it its input, and follow it to its end; its exit code."""
     events: SimpleQueue[Event] = SimpleQueue()
     with _interrupts_into(events):
-        return _Attached(client, arguments, events).run()
+        return _Attached(client, arguments, stdin, events).run()
 
 
 class _Attached:
     """One job that runs as if it did here."""
 
-    def __init__(self, client: "Client", arguments: Namespace, events: "SimpleQueue[Event]") -> None:
+    def __init__(
+        self, client: "Client", arguments: Namespace, stdin: int | None, events: "SimpleQueue[Event]"
+    ) -> None:
         self._client: Final = client
+        self._stdin: Final = stdin
         self._arguments: Final = arguments
         self._events: Final = events
         self._interrupts = 0
@@ -72,6 +80,8 @@ class _Attached:
                     self._followed_by -= 1
                     if not self._followed_by:
                         self._in_thread(self._wait)
+                case _Sent():
+                    pass
                 case BrokenPipeError() as error:
                     # whoever read our output has gone: so it would be for a program that runs here
                     if self._job is not None:
@@ -89,8 +99,17 @@ class _Attached:
         self._follow(job.id, sys.stdout.fileno(), stderr=False)
         if job.split_stderr:
             self._follow(job.id, sys.stderr.fileno(), stderr=True)
+        if self._stdin is not None:
+            self._send(job.id, self._stdin)
         if self._interrupts:
             self._stop(job.id)
+
+    def _send(self, job_id: int, descriptor: int) -> None:
+        def send() -> _Sent:
+            stdin.send(self._client, job_id, descriptor, quietly=sys.stdout.isatty())
+            return _Sent()
+
+        self._in_thread(send)
 
     def _wait(self) -> Job:
         assert self._job is not None
@@ -149,7 +168,7 @@ def _ended(job: Job) -> int:
 def _tell(words: str) -> None:
     """A line for a person who has just typed ^C."""
     if sys.stderr is not None and sys.stderr.isatty():
-        os.write(sys.stderr.fileno(), f"\r\x1b[Kpjw: {words}\n".encode())
+        os.write(sys.stderr.fileno(), f"\npjw: {words}\n".encode())
 
 
 @contextmanager

@@ -46,6 +46,7 @@ def spec_from(arguments: Namespace) -> "JobSpec":
         env=_environment(arguments),
         workdir=arguments.workdir or "",
         split_stderr=arguments.split_stderr,
+        input=arguments.stdin is not None,
     )
 
 

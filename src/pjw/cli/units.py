@@ -20,7 +20,7 @@ def size(text: str) -> int:
     """Bytes: `256M`, `1.5G`, `4096`; powers of 1024. 0 is no limit."""
     found = re.fullmatch(_SIZE, text, re.ASCII | re.IGNORECASE)
     if not found:
-        raise _wrong(text, "size", "256M, 1.5G or a number of bytes")
+        raise _wrong(text, "size", "256M or 1.5G")
     power = _POWERS.find(found[2].upper()) + 1 if found[2] else 0
     return _whole(found[1], 1024**power, text, "number of bytes")
 
@@ -29,7 +29,7 @@ def seconds(text: str) -> float:
     """Seconds: `90`, `90s`, `1h30m`, `0.5s`."""
     found = re.fullmatch(_DURATION, text, re.ASCII)
     if not found or not text:
-        raise _wrong(text, "duration", "90s, 1h30m or a number of seconds")
+        raise _wrong(text, "duration", "90s or 1h30m")
     days, hours, minutes, rest = (float(part or 0) for part in found.groups())
     return ((days * 24 + hours) * 60 + minutes) * 60 + rest
 

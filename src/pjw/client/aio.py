@@ -1,7 +1,7 @@
 """The client for asyncio: `AsyncClient`."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
@@ -10,6 +10,7 @@ from pjw.client.channel import channel_arguments  # isort: skip  it sets how gRP
 import grpc.aio
 
 from pjw.client import requests
+from pjw.client.async_upload import AsyncUpload
 from pjw.client.retry import RECONNECT_SECONDS, Link, Trouble
 from pjw.client.settings import ClientSettings
 from pjw.errors import JobNotFoundError
@@ -53,7 +54,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """End the connection, and every call that is under way."""
-        self._link.closed = True
+        self._link.closed.set()
         await self._channel.close()
 
     async def start(self, spec: JobSpec) -> Job:
@@ -135,6 +136,30 @@ class AsyncClient:
         position = self._position(job_id, offset, tail, follow=follow, stderr=stderr, timestamps=True)
         return self._stream(position, position.take_timed)
 
+    async def write_input(
+        self, job_id: int, data: AsyncIterable[bytes], seen: Callable[[int], None] | None = None
+    ) -> int:
+        """As `Client.write_input`, from an asynchronous iterable."""
+        upload = AsyncUpload(job_id)
+        trouble = Trouble(self._link, upload.outgoing)
+
+        async def send_all() -> None:
+            while not await self._send(upload, trouble, seen):
+                pass
+
+        giving, sending = (asyncio.ensure_future(work) for work in (upload.give_all(data), send_all()))
+        try:
+            await asyncio.wait({giving, sending}, return_when=asyncio.FIRST_COMPLETED)
+            if giving.done():
+                giving.result()
+            await sending
+        finally:
+            # a source that waits for what nobody wants any more; a call whose source has failed
+            for work in (giving, sending):
+                work.cancel()
+            await asyncio.wait({giving, sending})
+        return upload.outgoing.acknowledged
+
     async def usage_history(self, job_id: int) -> requests.UsageHistory:
         """What a job used over its life, in a bounded number of samples."""
         return await self._call(requests.usage_history(job_id, all_clients=self._all_clients))
@@ -172,7 +197,7 @@ class AsyncClient:
             except grpc.RpcError as error:
                 if trouble.is_done(error):
                     return call.result(None)
-                await self._reconnect(trouble, error)
+                await self._pause(trouble, error)
             else:
                 trouble.is_over()
                 return call.result(answer)
@@ -191,13 +216,29 @@ class AsyncClient:
                 failure = error
             finally:
                 call.cancel()
-            await self._reconnect(trouble, failure)
+            await self._pause(trouble, failure)
 
-    async def _reconnect(self, trouble: Trouble, error: grpc.RpcError) -> None:
-        pause, left = trouble.after(error)
-        await asyncio.sleep(pause)
+    async def _send(self, upload: AsyncUpload, trouble: Trouble, seen: Callable[[int], None] | None) -> bool:
+        """Send on one connection; whether that was all."""
+        call = self._stub.WriteInput(upload.requests())
         try:
-            async with asyncio.timeout(left):
-                await self._channel.channel_ready()
-        except TimeoutError:
-            raise trouble.given_up() from None
+            async for answer in call:
+                trouble.is_over()
+                await upload.acknowledge(answer)
+                if seen is not None:
+                    seen(answer.offset)
+                if answer.ended:
+                    return True
+            return True
+        except grpc.RpcError as error:
+            failure = error
+        finally:
+            call.cancel()
+            await upload.disconnect()
+        await self._pause(trouble, failure)
+        return False
+
+    async def _pause(self, trouble: Trouble, error: grpc.RpcError) -> None:
+        await asyncio.sleep(trouble.after(error))
+        if self._link.closed.is_set():
+            raise trouble.closed()

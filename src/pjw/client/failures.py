@@ -11,10 +11,18 @@ from pjw.rpc.status import ERRNO_KEY, HINT_KEY, error_of
 CALL_SECONDS: Final = 60
 
 # The server went away: gRPC itself says CANCELLED of calls that reach one as it ends.
-GONE: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+_GONE: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 NOT_FOUND: Final = grpc.StatusCode.NOT_FOUND
+_LOST_WRITE: Final = "Internal error from Core"
 # How the core begins its words when a call never had a connection to go out on.
 _NEVER_CONNECTED: Final = ("failed to connect to all addresses", "DNS resolution failed", "errors resolving")
+
+
+def is_gone(error: grpc.RpcError) -> bool:
+    """Whether the call was lost with its connection."""
+    # the word of grpc.aio for a request that it could not write any more
+    lost_write = error.code() is grpc.StatusCode.INTERNAL and error.details() == _LOST_WRITE
+    return error.code() in _GONE or lost_write
 
 
 def never_connected(error: grpc.RpcError) -> bool:
@@ -28,7 +36,7 @@ def error_from(
 ) -> errors.PjwError:
     """The error of ours for one of gRPC's; *job_id* and *program* are what the call was about."""
     code, text, metadata = error.code(), error.details() or "", _metadata(error)
-    if code in (*GONE, grpc.StatusCode.DEADLINE_EXCEEDED):
+    if is_gone(error) or code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return _unreachable(settings, code, text)
     if program and ERRNO_KEY in metadata:
         return errors.LaunchError(program, int(metadata[ERRNO_KEY]))
@@ -46,7 +54,7 @@ def _unreachable(settings: ClientSettings, code: grpc.StatusCode, text: str) -> 
     server = settings.server
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return errors.ServerUnreachableError(f"{server} did not answer within {CALL_SECONDS} s")
-    if code is grpc.StatusCode.CANCELLED:
+    if code in (grpc.StatusCode.CANCELLED, grpc.StatusCode.INTERNAL):
         return errors.ServerUnreachableError(f"{server} went away before it had answered")
     if "Connection refused" in text:
         return errors.ServerUnreachableError(

@@ -6,11 +6,12 @@ that has been answered before: for a new one "connection refused" is the answer.
 """
 
 import os
+import threading
 import time
 from typing import TYPE_CHECKING, Final, Protocol
 
 from pjw import errors
-from pjw.client.failures import GONE, NOT_FOUND, error_from, never_connected
+from pjw.client.failures import NOT_FOUND, error_from, is_gone, never_connected
 from pjw.client.settings import ClientSettings
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 # How long a server that went away is waited for: a restart with room to spare.
 RECONNECT_SECONDS: Final = 120
 FIRST_PAUSE_SECONDS: Final = 0.1
-LONGEST_PAUSE_SECONDS: Final = 2.0
+LONGEST_PAUSE_SECONDS: Final = 1.0
 
 
 class Link:
@@ -29,7 +30,7 @@ class Link:
         self.settings: Final = settings
         self.reconnect_seconds: Final = reconnect_seconds
         self.answered = False
-        self.closed = False
+        self.closed: Final = threading.Event()
 
 
 class Asked(Protocol):
@@ -73,10 +74,10 @@ class Trouble:
         """Whether this refusal tells that an earlier attempt, whose answer was lost, did it all."""
         return self._repeated and self._asked.gone_is_done and error.code() is NOT_FOUND
 
-    def after(self, error: "grpc.RpcError") -> tuple[float, float]:
-        """How long to pause, and then to wait for a connection. Raises what is to be told instead."""
+    def after(self, error: "grpc.RpcError") -> float:
+        """How many seconds to pause before the next attempt. Raises what is to be told instead of one."""
         link, now = self._link, time.monotonic()
-        may_return = error.code() in GONE and not link.closed
+        may_return = is_gone(error) and not link.closed.is_set()
         if never_connected(error):
             may_return = may_return and link.answered
         else:
@@ -95,14 +96,16 @@ class Trouble:
         pause = self._pause * (1 - os.urandom(1)[0] / 512)
         self._pause = min(2 * self._pause, LONGEST_PAUSE_SECONDS)
         if self._until <= now + pause:
-            raise self.given_up()
-        return pause, self._until - now - pause
+            reached, hint = self._asked.reached
+            raise errors.ServerUnreachableError(
+                f"the connection to {link.settings.server} was lost{reached}, and did not come back"
+                f" within {link.reconnect_seconds:g} s",
+                hint=hint,
+            ) from None
+        return pause
 
-    def given_up(self) -> errors.ServerUnreachableError:
-        """What is told when no connection came."""
-        reached, hint = self._asked.reached
+    def closed(self) -> errors.ServerUnreachableError:
+        """What is told when the client was closed during the pause."""
         return errors.ServerUnreachableError(
-            f"the connection to {self._link.settings.server} was lost{reached}, and did not come back"
-            f" within {self._link.reconnect_seconds:g} s",
-            hint=hint,
+            f"the connection to {self._link.settings.server} was closed{self._asked.reached[0]}"
         )

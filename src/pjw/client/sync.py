@@ -1,7 +1,6 @@
 """The client that blocks: `Client`. One may be shared by threads."""
 
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
@@ -61,7 +60,7 @@ class Client:
 
     def close(self) -> None:
         """End the connection, and every call that is under way."""
-        self._link.closed = True
+        self._link.closed.set()
         self._channel.close()
 
     def start(self, spec: JobSpec) -> Job:
@@ -200,7 +199,7 @@ class Client:
             except grpc.RpcError as error:
                 if trouble.is_done(error):
                     return call.result(None)
-                self._reconnect(trouble, error)
+                self._pause(trouble, error)
             else:
                 trouble.is_over()
                 return call.result(answer)
@@ -219,7 +218,7 @@ class Client:
                 failure = error
             finally:
                 call.cancel()
-            self._reconnect(trouble, failure)
+            self._pause(trouble, failure)
 
     def _upload(self, upload: "Upload", seen: Callable[[int], None] | None) -> None:
         trouble = Trouble(self._link, upload.outgoing)
@@ -250,13 +249,11 @@ class Client:
             failure = error
         finally:
             call.cancel()
-        self._reconnect(trouble, failure)
+        self._pause(trouble, failure)
         return False
 
-    def _reconnect(self, trouble: Trouble, error: grpc.RpcError) -> None:
-        pause, left = trouble.after(error)
-        time.sleep(pause)
-        try:
-            grpc.channel_ready_future(self._channel).result(left)
-        except grpc.FutureTimeoutError:
-            raise trouble.given_up() from None
+    def _pause(self, trouble: Trouble, error: grpc.RpcError) -> None:
+        # No watch on the channel's connectivity beside this: a thread of gRPC's goes on with it for a moment
+        # after it has become ready, and dies with a traceback when the channel is closed in that moment.
+        if self._link.closed.wait(trouble.after(error)):
+            raise trouble.closed()

@@ -10,6 +10,7 @@ import grpc
 from pjw.errors import InvalidJobError
 from pjw.rpc.convert import (
     job_to_message,
+    logs_response_from,
     logs_response_head,
     sample_to_message,
     spec_from_message,
@@ -120,7 +121,7 @@ class JobWorkerService:
     async def logs(
         self, request: pb.LogsRequest, caller: Caller
     ) -> AsyncGenerator[bytes | pb.LogsResponse, None]:
-        """Stream the output of a job of the caller; without times in messages that are serialized already."""
+        """Stream the output of a job of the caller, most of it in messages that are serialized already."""
         if request.stream not in (pb.OUTPUT_STREAM_UNSPECIFIED, pb.OUTPUT_STREAM_STDERR):
             raise InvalidJobError(f"no stream of output has the number {request.stream}")
         part = Part(
@@ -129,16 +130,22 @@ class JobWorkerService:
             follow=not request.no_follow,
             tail_lines=request.tail_lines if request.HasField("tail_lines") else None,
         )
+        begin = None
+        if part.tail_lines is not None:
+            part = await self._worker.without_tail(request.id, part, caller.owner)
+            begin = part.offset
         if request.timestamps:
             timed = self._worker.timed_logs(request.id, part, caller.owner)
             async with aclosing(timed):
                 async for data, time in timed:
-                    yield timed_logs_response(data, time)
+                    yield timed_logs_response(data, time, begin)
+                    begin = None
             return
         messages = self._worker.logs(request.id, part, caller.owner, logs_response_head)
         async with aclosing(messages):
             async for message in messages:
-                yield message
+                yield message if begin is None else logs_response_from(message, begin)
+                begin = None
 
     async def delete(self, request: pb.DeleteRequest, caller: Caller) -> pb.DeleteResponse:
         """Forget an ended job of the caller."""

@@ -531,6 +531,7 @@ class WriteInputRequest(_message.Message):
     a gap is OUT_OF_RANGE.
     """
     data: _builtins.bytes
+    """At most 1 MiB. A message with neither data nor an end has no answer, but for the first one."""
     end: _builtins.bool
     """Whether the input ends behind `data`."""
     def __init__(
@@ -1065,8 +1066,13 @@ class LogsResponse(_message.Message):
 
     DATA_FIELD_NUMBER: _builtins.int
     TIME_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
     data: _builtins.bytes
     """The next bytes of the output, never empty."""
+    offset: _builtins.int
+    """Where in the output `data` begins: in the first answer to a request with tail_lines, so that a client that
+    loses its connection can go on from there.
+    """
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp:
         """When the job wrote them, to the moment at which its init had read them; only when it was asked for."""
@@ -1076,11 +1082,14 @@ class LogsResponse(_message.Message):
         *,
         data: _builtins.bytes = ...,
         time: _timestamp_pb2.Timestamp | None = ...,
+        offset: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_offset", b"_offset", "offset", b"offset", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "time", b"time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_offset", b"_offset", "data", b"data", "offset", b"offset", "time", b"time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__offset: _TypeAlias = _typing.Literal["offset"]  # noqa: Y015
+    _WhichOneofArgType__offset: _TypeAlias = _typing.Literal["_offset", b"_offset"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__offset) -> _WhichOneofReturnType__offset | None: ...
 
 Global___LogsResponse: _TypeAlias = LogsResponse  # noqa: Y015

@@ -104,6 +104,8 @@ class JobWorkerServiceServicer:
         """WriteInput streams to a job that was started with `input`. The first answer says how many
         bytes of it the server has, and each later one how many it has by then: a client that lost
         its connection goes on there. Input that breaks off has not ended: the job waits for the rest.
+        Only the newest call for a job writes. FAILED_PRECONDITION: another one has begun, or the job
+        takes no input, has ended, or does not read any more.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

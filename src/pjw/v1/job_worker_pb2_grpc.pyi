@@ -48,6 +48,8 @@ class JobWorkerServiceStub:
     """WriteInput streams to a job that was started with `input`. The first answer says how many
     bytes of it the server has, and each later one how many it has by then: a client that lost
     its connection goes on there. Input that breaks off has not ended: the job waits for the rest.
+    Only the newest call for a job writes. FAILED_PRECONDITION: another one has begun, or the job
+    takes no input, has ended, or does not read any more.
     """
     Get: _grpc.UnaryUnaryMultiCallable[_job_worker_pb2.GetRequest, _job_worker_pb2.GetResponse]
     """Get shows one job."""
@@ -84,6 +86,8 @@ class JobWorkerServiceAsyncStub(JobWorkerServiceStub):
     """WriteInput streams to a job that was started with `input`. The first answer says how many
     bytes of it the server has, and each later one how many it has by then: a client that lost
     its connection goes on there. Input that breaks off has not ended: the job waits for the rest.
+    Only the newest call for a job writes. FAILED_PRECONDITION: another one has begun, or the job
+    takes no input, has ended, or does not read any more.
     """
     Get: _aio.UnaryUnaryMultiCallable[_job_worker_pb2.GetRequest, _job_worker_pb2.GetResponse]  # type: ignore[assignment]
     """Get shows one job."""
@@ -129,6 +133,8 @@ class JobWorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         """WriteInput streams to a job that was started with `input`. The first answer says how many
         bytes of it the server has, and each later one how many it has by then: a client that lost
         its connection goes on there. Input that breaks off has not ended: the job waits for the rest.
+        Only the newest call for a job writes. FAILED_PRECONDITION: another one has begun, or the job
+        takes no input, has ended, or does not read any more.
         """
 
     @_abc_1.abstractmethod

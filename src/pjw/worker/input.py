@@ -189,7 +189,9 @@ async def _end_with(job_ended: Callable[[], Awaitable[None]], writer: InputWrite
     except LauncherGoneError as error:
         writer.end(error)
     else:
-        writer.end(ended_error(job_id))
+        # who has just brought all of it is to hear that, not that nobody wants any more
+        if not writer.ended:
+            writer.end(ended_error(job_id))
 
 
 def require_input(job: Job) -> None:

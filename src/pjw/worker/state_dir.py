@@ -3,8 +3,8 @@
 STATE/               root, 0711
 jobs.sqlite        root's, 0600: the job table; opened before privilege is dropped
 jobs/ID/           the server's own, 0700: `output`, `status`, `times` and `usage` of each job, where stderr
-                   is kept apart `stderr` and `stderr_times` as well, where it has input `input`; when it
-                   has ended no `status` and no `input`, and nothing but `usage` when it wrote no output
+                   is kept apart `stderr` and `stderr_times` as well, where it has input `input`; when
+                   it has ended no `status` and no `input`, and nothing but `usage` when it wrote no output
 scratch/ID/        made by the launcher: the job's own, while it runs
 launcher.lock      held by the launcher
 
@@ -74,6 +74,11 @@ class StateDir:
         self._threads.shutdown(cancel_futures=True)
         self.store.close()
         os.close(self._jobs_fd)
+
+    @property
+    def descriptor(self) -> int:
+        """An open directory of it."""
+        return self._jobs_fd
 
     def output_paths(self, job_id: int, *, stderr: bool = False) -> tuple[str, str]:
         """Where a job's output (or its stderr) and the times of it are, for this process alone."""

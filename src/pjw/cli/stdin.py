@@ -1,0 +1,66 @@
+"""What `--stdin` names, sent to the job that reads it."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from typing import TYPE_CHECKING, Final
+
+from pjw.cli.progress import Progress
+from pjw.cli.units import size_in_words
+from pjw.errors import ConfigError, JobStateError, describe_errno
+
+if TYPE_CHECKING:
+    from pjw.client.sync import Client
+
+_PIECE_BYTES: Final = 256 * 1024
+
+
+@contextmanager
+def opened(path: str | None) -> Iterator[int | None]:
+    """The descriptor of a file, `-` for our own stdin; None for none. Raises ConfigError."""
+    if path is None:
+        yield None
+        return
+    if path == "-":
+        if sys.stdin is None:
+            raise ConfigError("cannot read --stdin -: it is closed")
+        yield sys.stdin.fileno()
+        return
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ConfigError(f"cannot read --stdin {path}: {describe_errno(error.errno or 0)}") from error
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def send(client: "Client", job_id: int, descriptor: int, *, quietly: bool = False) -> None:
+    """Send all that a descriptor gives; less, when the job reads no more, which is the job's affair."""
+    sent = 0
+
+    def seen(count: int) -> None:
+        nonlocal sent
+        sent = count
+
+    def words(seconds: float) -> str:
+        rate = size_in_words(int(sent / seconds)) if seconds else "0B"
+        return f"input of job {job_id}: {size_in_words(sent)} sent, {rate}/s"
+
+    # where somebody types the input, or looks at the output, a line of ours would be in the way
+    shown = not quietly and not os.isatty(descriptor)
+    with Progress(words) if shown else nullcontext(), suppress(JobStateError):
+        client.write_input(job_id, _pieces(descriptor), seen)
+
+
+def _pieces(descriptor: int) -> Iterator[bytes]:
+    while True:
+        try:
+            data = os.read(descriptor, _PIECE_BYTES)
+        except OSError as error:
+            raise ConfigError(f"cannot read --stdin: {describe_errno(error.errno or 0)}") from error
+        if not data:
+            return
+        yield data
