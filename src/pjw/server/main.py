@@ -14,6 +14,7 @@ from pjw.server.logs import FORMATS, LEVELS
 
 DEFAULT_LISTEN: Final = "localhost:50051"
 EXIT_FAILED: Final = 1
+DEFAULT_SERVER: Final = "localhost:50051"
 LEAF_DAYS: Final = 365
 # options that are keys of the configuration, too
 PATHS: Final = ("ca_crt", "server_crt", "server_key", "state_dir")
@@ -90,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
             maker.add_argument(
                 "--server",
                 type=_address,
-                default=DEFAULT_LISTEN,
+                default=DEFAULT_SERVER,
                 metavar="HOST:PORT",
                 help="where clients connect to, for their bundles; default %(default)s",
             )
