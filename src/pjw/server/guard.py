@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 Req = TypeVar("Req", bound=Message)
 # an answer, or one that was serialized where that spares a copy of what is in it
 Res = TypeVar("Res", bound=Message | bytes)
+# sends one of a stream of answers
+Answer = Callable[[Res], Awaitable[None]]
 
 _DRAINING: Final = "the server is shutting down; running jobs go on"
 _REVOKED: Final = "the client certificate has been revoked"
@@ -87,7 +89,7 @@ class Guard:
         request_class: type[Req],
         name: str | None = None,
     ) -> grpc.RpcMethodHandler[Any, Any]:
-        """The handler of a method with one answer; its name, where its request's is another."""
+        """The handler of a method with one answer."""
         name = name or _method_of(request_class)
 
         async def handle(request: Req | None, context: Context) -> Res:
@@ -116,22 +118,12 @@ class Guard:
         name = name or _method_of(request_class)
 
         async def handle(request: Req | None, context: Context) -> None:
-            try:
-                with self._recorded(context, name, request) as record:
-                    try:
-                        async with (
-                            self._admitted(context, name, request, stream=True) as caller,
-                            aclosing(method(_decoded(request), caller)) as answers,
-                        ):
-                            await _say_admitted(context)
-                            async with Writer(context) as writer:
-                                async for answer in answers:
-                                    await writer.write(answer)
-                                    record.answered(answer)
-                    except ReaderGoneError:
-                        record.code = CANCELLED
-            except Exception as error:
-                await _abort(context, error)
+            async def body(record: CallRecord, caller: Caller, answer: Answer[Res]) -> None:
+                async with aclosing(method(_decoded(request), caller)) as answers:
+                    async for each in answers:
+                        await answer(each)
+
+            await self._stream(context, name, request, request, body)
 
         return grpc.unary_stream_rpc_method_handler(
             handle,
@@ -141,7 +133,7 @@ class Guard:
 
     def bidi(
         self,
-        method: Callable[[AsyncIterator[Req], Caller, Callable[[Res], Awaitable[None]]], Awaitable[None]],
+        method: Callable[[AsyncIterator[Req], Caller, Answer[Res]], Awaitable[None]],
         request_class: type[Req],
         name: str | None = None,
     ) -> grpc.RpcMethodHandler[Any, Any]:
@@ -152,30 +144,48 @@ class Guard:
         name = name or _method_of(request_class)
 
         async def handle(requests: AsyncIterator[Req | None], context: Context) -> None:
-            try:
-                with self._recorded(context, name, None) as record:
+            async def body(record: CallRecord, caller: Caller, answer: Answer[Res]) -> None:
+                async def decoded() -> AsyncGenerator[Req, None]:
+                    async for request in requests:
+                        record.asked(request)
+                        yield _decoded(request)
 
-                    async def decoded() -> AsyncGenerator[Req, None]:
-                        async for request in requests:
-                            record.asked(request)
-                            yield _decoded(request)
+                async with aclosing(decoded()) as asked:
+                    await method(asked, caller, answer)
 
-                    try:
-                        # a method of this kind is for one's own jobs alone: no request of it asks for more
-                        async with self._admitted(context, name, request_class(), stream=True) as caller:
-                            await _say_admitted(context)
-                            async with Writer(context) as writer, aclosing(decoded()) as asked:
-                                await method(asked, caller, writer.write)
-                    except ReaderGoneError:
-                        record.code = CANCELLED
-            except Exception as error:
-                await _abort(context, error)
+            # a method of this kind is for one's own jobs alone: no request of it asks for more
+            await self._stream(context, name, None, request_class(), body)
 
         return grpc.stream_stream_rpc_method_handler(
             handle,
             request_deserializer=_deserializer(request_class),
             response_serializer=_serialize,
         )
+
+    async def _stream(
+        self,
+        context: Context,
+        name: str,
+        first: Message | None,
+        request: Message | None,
+        body: Callable[[CallRecord, Caller, Answer[Res]], Awaitable[None]],
+    ) -> None:
+        try:
+            with self._recorded(context, name, first) as record:
+                try:
+                    async with self._admitted(context, name, request, stream=True) as caller:
+                        await _say_admitted(context)
+                        async with Writer(context) as writer:
+
+                            async def answer(message: Res) -> None:
+                                await writer.write(message)
+                                record.answered(message)
+
+                            await body(record, caller, answer)
+                except ReaderGoneError:
+                    record.code = CANCELLED
+        except Exception as error:
+            await _abort(context, error)
 
     @contextmanager
     def _recorded(self, context: Context, method: str, request: Message | None) -> Iterator[CallRecord]:

@@ -43,11 +43,13 @@ class ClientLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     followers_total_max: Annotated[Count, msgspec.Meta(description="streams of all clients at once")] = 10_000
     running_max: Annotated[Count, msgspec.Meta(description="jobs of one client that have not ended")] = 1000
     running_total_max: Annotated[Count, msgspec.Meta(description="jobs that have not ended")] = 10_000
-    stored_bytes_max: Annotated[Count, msgspec.Meta(description="bytes of output of one client's jobs")] = 0
-    stored_bytes_total_max: Annotated[Count, msgspec.Meta(description="bytes of output of all jobs")] = 0
-    input_bytes_max: Annotated[
-        Count, msgspec.Meta(description="bytes of input that one job may be given")
-    ] = 10 * 1024**3
+    stored_bytes_max: Annotated[
+        Count, msgspec.Meta(description="bytes of output and input of one client's jobs")
+    ] = 0
+    stored_bytes_total_max: Annotated[
+        Count, msgspec.Meta(description="bytes of output and input of all jobs")
+    ] = 0
+    input_bytes_max: Annotated[Count, msgspec.Meta(description="bytes of input of one job")] = 10 * 1024**3
 
     def quotas(self) -> Quotas:
         """Those that are the worker's to keep."""

@@ -65,10 +65,10 @@ class Endings:
             log.error("cannot read the usage of job %d: %s", job_id, error)
             usage = None
         self._apply_end(live, usage, rebooted=rebooted)
-        if live.job.reason is not None:
-            self.by_reason[live.job.reason] += 1
         if live.job.input:
             await self._remove_input(job_id)
+        if live.job.reason is not None:
+            self.by_reason[live.job.reason] += 1
         # Row before removal: the accounts are only in the cgroup until then. And who is told of an
         # end can rely on it, so the row is synced before that. But not the removal: no process is
         # left, and to remove a cgroup takes the kernel up to 15 ms.
