@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -254,6 +255,8 @@ def test_who_does_not_read_metrics_keeps_nobody_waiting(watched: Service, port: 
             each.settimeout(SECONDS)
             closed += each.recv(1) == b""
         assert closed == 20 - metrics_module.SCRAPES_MAX
+        # at once, and not when all are let go of
+        assert select.select(idle[: metrics_module.SCRAPES_MAX], [], [], 0)[0] == []
     # those that were idle make room when they leave
     wait_for(lambda: can_scrape(port))
 
