@@ -112,4 +112,4 @@ lock:
 
 clean:
 	rm -rf .venv build dist node_modules tests/clients/node_modules .coverage* .mypy_cache .ruff_cache .import_linter_cache .hypothesis
-	find src tests -name __pycache__ -prune -exec rm -rf {} +
+	find src tests docs -name __pycache__ -prune -exec rm -rf {} +

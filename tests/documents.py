@@ -1,9 +1,10 @@
 """The sessions of a document: each command is typed at a terminal, and must show what the document shows.
 
 A block of ```console is a session: `$ ` or `# ` begins a command, which goes on in the next line after a
-backslash; what follows is what a person sees. There `…` stands for anything within a line, and for any lines
-where it is alone; `^C` is Ctrl-C, typed when all before it is on the screen. A comment above a block,
-<!-- terminal: NAME -->, has it typed at another terminal, whose last command may go on beside the others.
+backslash, and in a here document (<<'END'); what follows is what a person sees. There `…` stands for anything
+within a line, and for any lines where it is alone; `^C` is Ctrl-C, typed when all before it is on the screen.
+A comment above a block, <!-- terminal: NAME -->, has it typed at another terminal, whose last command may go
+on beside the others.
 Each document has a network of its own, so that its pjwd has the default port.
 """
 
@@ -39,6 +40,7 @@ class Command:
 
     typed: str
     terminal: str
+    document: str
     line: int
     shown: list[str] = field(default_factory=list)
 
@@ -55,12 +57,22 @@ def commands_of(document: Path) -> list[Command]:
         elif name := re.fullmatch(r"<!-- terminal: (\w+) -->", line):
             terminal = name[1]
         elif inside and line.startswith(("$ ", "# ")):
-            found.append(Command(line[2:], terminal, number))
-        elif inside and found[-1].typed.endswith("\\"):
+            found.append(Command(line[2:], terminal, document.name, number))
+        elif inside and (found[-1].typed.endswith("\\") or _in_here_document(found[-1].typed)):
             found[-1].typed += f"\n{line}"
         elif inside:
             found[-1].shown.append(line)
     return found
+
+
+def line_of(document: Path, text: str) -> int:
+    """The number of a line that is there as it stands."""
+    return document.read_text().splitlines().index(text) + 1
+
+
+def _in_here_document(typed: str) -> bool:
+    begun = re.search(r"<<'(\w+)'", typed)
+    return begun is not None and not typed.endswith(f"\n{begun[1]}")
 
 
 def matches(shown: list[str], seen: list[str]) -> bool:
@@ -72,6 +84,9 @@ def matches(shown: list[str], seen: list[str]) -> bool:
 def _pattern(line: str) -> str:
     if line == ANYTHING:
         return r"(?:.*\n)*?"
+    if line == CTRL_C:
+        # the terminal shows it, but pjw may have written over it
+        return r"(?:\^C\n)?"
     # columns move with what is in them, so the spaces beside it are part of it
     return ".*".join(re.escape(part) for part in re.split(f" *{ANYTHING} *", line)) + r"\n"
 
@@ -150,31 +165,32 @@ def own_network() -> Iterator[int]:
         yield holder.pid
 
 
-def run(document: Path, cwd: Path, env: dict[str, str]) -> None:
-    """Type all of a document; raise AssertionError at the first command that shows something else."""
+def run(commands: list[Command], cwd: Path, env: dict[str, str]) -> None:
+    """Type commands; raise AssertionError at the first one that shows something else."""
     terminals: dict[str, Terminal] = {}
     with own_network() as pid:
         shell = ["nsenter", f"--net=/proc/{pid}/ns/net", "setsid", "--ctty", "bash", "--norc", "--noediting"]
         try:
-            for command in commands_of(document):
-                terminal = terminals.get(command.terminal)
-                if terminal is None:
-                    terminal = terminals[command.terminal] = Terminal(shell, cwd, env)
-                _play(document, terminal, command)
+            for command in commands:
+                if command.terminal not in terminals:
+                    terminals[command.terminal] = Terminal(shell, cwd, env)
+                if not _play(terminals[command.terminal], command):
+                    screens = ["\n".join([f"[{name}]", *one.lines()]) for name, one in terminals.items()]
+                    where = f"{command.document}:{command.line}: {command.typed}"
+                    raise AssertionError("\n".join([where, *screens]))
         finally:
             # the last one first: those who talk to a service before the service
             for terminal in reversed(terminals.values()):
                 terminal.close()
 
 
-def _play(document: Path, terminal: Terminal, command: Command) -> None:
-    shown = command.shown
-    where = f"{document.name}:{command.line}: {command.typed}"
+def _play(terminal: Terminal, command: Command) -> bool:
+    """Type a command; whether it shows what it should."""
     terminal.type(command.typed)
-    for number, line in enumerate(shown):
-        if line.startswith(CTRL_C):
-            assert terminal.until(shown[:number]), f"{where}\n" + "\n".join(terminal.lines())
+    for number, line in enumerate(command.shown):
+        if line == CTRL_C:
+            if not terminal.until(command.shown[:number]):
+                return False
             terminal.interrupt()
-    ended = terminal.until(shown if command.terminal else None)
-    assert ended, f"{where}\n" + "\n".join(terminal.lines())
-    assert matches(shown, terminal.lines()), f"{where}\n" + "\n".join(terminal.lines())
+    ended = terminal.until(command.shown if command.terminal else None)
+    return ended and matches(command.shown, terminal.lines())

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from pjw.cli.parser import build_parser as pjw_parser
-from pjw.server.main import _parser as pjwd_parser
+from pjw.server.main import build_parser as pjwd_parser
 
 USAGE: Final = "usage: "
 
@@ -49,16 +49,18 @@ def _table(parser: argparse.ArgumentParser, group: argparse._ArgumentGroup) -> I
     rows = []
     formatter = parser._get_formatter()
     for action in group._group_actions:
-        if action.help is argparse.SUPPRESS or isinstance(action, argparse._HelpAction):
-            continue
         if isinstance(action, argparse._SubParsersAction):
             rows += [
                 (f"[`{choice.dest}`](#{parser.prog.replace(' ', '-')}-{choice.dest})", choice.help or "")
                 for choice in action._choices_actions
             ]
             continue
+        # what an argument is for is in the description of its command, unless it has words of its own
+        plain = not action.option_strings and not action.help
+        if plain or action.help is argparse.SUPPRESS or isinstance(action, argparse._HelpAction):
+            continue
         name = formatter._format_action_invocation(action)
-        rows.append((f"`{name}`", formatter._expand_help(action) if action.help else ""))
+        rows.append((f"`{_escaped(name)}`", formatter._expand_help(action) if action.help else ""))
     if rows:
         title = {"options": "option", "positional arguments": "argument"}.get(group.title or "", group.title)
         if group.description:
@@ -69,4 +71,8 @@ def _table(parser: argparse.ArgumentParser, group: argparse._ArgumentGroup) -> I
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    return _escaped(" ".join(text.split())).replace("<", "&lt;")
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|")

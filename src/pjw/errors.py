@@ -42,6 +42,10 @@ class JobNotFoundError(PjwError):
         self.job_id: Final = job_id
 
 
+class UnknownServiceError(PjwError):
+    """A health check asked for a service that this server does not have."""
+
+
 class JobStateError(PjwError):
     """A real job at the wrong moment."""
 
@@ -77,7 +81,14 @@ class OutputLostError(PjwError):
 
 
 class LimitReachedError(PjwError):
-    """Too many of something, or no space: the same request may work later."""
+    """Too many of something, or no space: the same request may work later.
+
+    `limit` is the key of the configuration that says how many, where it is one.
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None, limit: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.limit: Final = limit
 
 
 class NotAuthenticatedError(PjwError):

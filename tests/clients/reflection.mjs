@@ -1,4 +1,5 @@
 // What a server says of its services by reflection, as @grpc/proto-loader takes it: for clients without the .proto.
+// `options` are those of the loader, with keepCase: that is how descriptors have their names.
 import grpc from "@grpc/grpc-js";
 import loader from "@grpc/proto-loader";
 import { fileURLToPath } from "node:url";
@@ -26,10 +27,10 @@ export function loadByReflection(server, credentials, symbol, options) {
     call.on("error", reject);
     call.on("data", (answer) => {
       call.end();
-      const found = answer.fileDescriptorResponse;
-      if (found) resolve(loader.loadFileDescriptorSetFromBuffer(descriptorSet(found.fileDescriptorProto), options));
-      else reject(new Error(answer.errorResponse.errorMessage));
+      const found = answer.file_descriptor_response;
+      if (found) resolve(loader.loadFileDescriptorSetFromBuffer(descriptorSet(found.file_descriptor_proto), options));
+      else reject(new Error(answer.error_response.error_message));
     });
-    call.write({ fileContainingSymbol: symbol });
+    call.write({ file_containing_symbol: symbol });
   }).finally(() => client.close());
 }

@@ -8,8 +8,8 @@ import { loadByReflection } from "./reflection.mjs";
 
 const { PJW_SERVER, PJW_CA_CRT, PJW_CLIENT_CRT, PJW_CLIENT_KEY } = process.env;
 const [way, source] = process.argv.slice(2);
-// 64 bits do not fit into a number of JavaScript
-const options = { longs: String, enums: String };
+// 64 bits do not fit into a number of JavaScript; descriptors, and so reflection, have the names of the .proto
+const options = { longs: String, enums: String, keepCase: true };
 const ca = readFileSync(PJW_CA_CRT);
 const credentials = grpc.credentials.createSsl(ca, readFileSync(PJW_CLIENT_KEY), readFileSync(PJW_CLIENT_CRT));
 

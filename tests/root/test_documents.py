@@ -13,8 +13,11 @@ from tests import documents
 from tests.service import BIN, end_all, instance_cgroups
 
 DOCS: Final = Path(__file__).parents[2] / "docs"
+TUTORIAL: Final = DOCS / "tutorial.md"
 # each is typed from its first command to its last, in an empty directory
-SESSIONS: Final = ("tutorial.md", "cli.md")
+SESSIONS: Final = ("tutorial.md", "limits.md", "cli.md")
+# these are for who has a service: they go on where the tutorial has its first job
+GO_ON: Final = ("ci.md",)
 
 
 @pytest.fixture
@@ -27,9 +30,13 @@ def directory() -> Iterator[Path]:
     shutil.rmtree(made)
 
 
-@pytest.mark.parametrize("name", SESSIONS)
+@pytest.mark.parametrize("name", [*SESSIONS, *GO_ON])
 def test_a_session_is_as_it_is_shown(name: str, directory: Path) -> None:
     """Each command of the document is typed at a terminal, and shows what the document says."""
+    commands = documents.commands_of(DOCS / name)
+    if name in GO_ON:
+        start = documents.line_of(TUTORIAL, "## The first job")
+        commands = [one for one in documents.commands_of(TUTORIAL) if one.line < start] + commands
     path = f"{BIN}:{os.environ['PATH']}"
-    documents.run(DOCS / name, directory, {"PATH": path, "LANG": "C.UTF-8", "NO_COLOR": "1"})
+    documents.run(commands, directory, {"PATH": path, "LANG": "C.UTF-8", "NO_COLOR": "1"})
     assert instance_cgroups(directory / "state") == []

@@ -53,7 +53,7 @@ def session(service: Service, *way: str) -> dict[str, dict[str, Any]]:
 def check(seen: dict[str, dict[str, Any]]) -> None:
     """What a client must have seen, whichever way it learned the contract."""
     job = seen["start"]["job"]
-    assert (job["state"], job["clientName"]) == ("JOB_STATE_RUNNING", "alice")
+    assert (job["state"], job["client_name"]) == ("JOB_STATE_RUNNING", "alice")
     # a string in JSON, as in the seed
     assert isinstance(job["id"], str)
     assert job["id"].isdecimal()
@@ -65,8 +65,8 @@ def check(seen: dict[str, dict[str, Any]]) -> None:
         signal.SIGTERM,
     )
     assert seen["get"]["job"] == stopped
-    assert "exitCode" not in stopped
-    assert stopped["outputBytes"] == "256"
+    assert "exit_code" not in stopped
+    assert stopped["output_bytes"] == "256"
 
     assert seen["delete of what runs"] == {
         "code": "FAILED_PRECONDITION",
@@ -85,6 +85,11 @@ def check(seen: dict[str, dict[str, Any]]) -> None:
 def test_a_session_by_the_proto(service: Service) -> None:
     """Start, logs, stop, get, every byte and every error, with nothing but the .proto file."""
     check(session(service, "proto", str(ROOT / "src")))
+
+
+def test_a_session_by_reflection(service: Service) -> None:
+    """The same with nothing but what the server says of itself."""
+    check(session(service, "reflection"))
 
 
 def test_the_program_of_the_documents(service: Service) -> None:

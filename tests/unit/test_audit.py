@@ -109,12 +109,16 @@ def test_every_error_is_a_code_without_its_words(tmp_path: Path, kind: type[Base
     made: dict[object, Callable[[], BaseException]] = {
         errors.JobNotFoundError: lambda: errors.JobNotFoundError(7),
         errors.LaunchError: lambda: errors.LaunchError("secret", 2),
+        errors.WorkdirError: lambda: errors.WorkdirError("secret", 2),
         errors.KernelError: lambda: errors.KernelError("secret", "secret", 5),
     }
     error = made.get(kind, lambda: kind("secret"))()
     path = tmp_path / "audit"
-    with opened(path) as audit, pytest.raises(kind), audit.call(CallRecord("Get", pb.GetRequest(id=7), "")):
+    record = CallRecord("Get", pb.GetRequest(id=7), "")
+    with pytest.raises(kind), record.ended():
         raise error
+    with opened(path) as audit:
+        audit.call_ended(record)
     code = CODES.get(kind, grpc.StatusCode.INTERNAL).name  # type: ignore[arg-type]
     assert [line["code"] for line in lines(path)] == ["CANCELLED" if kind is asyncio.CancelledError else code]
     assert b"secret" not in path.read_bytes()

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from pjw.errors import ConfigError
-from pjw.server.main import main, parse_address
+from pjw.server.address import parse_address
+from pjw.server.main import main
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

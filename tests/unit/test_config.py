@@ -11,12 +11,19 @@ import pytest
 from pjw.errors import ConfigError
 from pjw.model import Limits
 from pjw.server.authz import Roles
-from pjw.server.config import JobUsers, KeptJobs, ServerConfig, load_config
+from pjw.server.config import JobUsers, KeptJobs, Metrics, ServerConfig, load_config
 from pjw.server.quota import ClientLimits
 from pjw.worker.settings import Quotas, Retention, WorkerSettings
 
 ROOT = Path(__file__).parents[2]
 WHOLE = """\
+listen = "[::1]:7"
+ca_crt = "/a"
+server_crt = "/b"
+server_key = "/c"
+state_dir = "/d"
+log_level = "debug"
+log_format = "json"
 user = "pjw"
 client_name_oid = "1.2.3.4"
 stop_grace_seconds = 2.5
@@ -47,6 +54,10 @@ starts_burst = 1
 calls_max = 2
 followers_max = 3
 followers_total_max = 4
+[metrics]
+listen = "localhost:9464"
+allow_remote = true
+clients_max = 3
 [limits]
 memory_max_bytes = 1_073_741_824
 [ceilings]
@@ -79,6 +90,10 @@ def test_every_key_is_taken(tmp_path: Path) -> None:
     config = load_config(written(tmp_path, WHOLE))
     assert (config.user, config.client_name_oid) == ("pjw", "1.2.3.4")
     assert config.revoked == "/etc/pjw/revoked"
+    assert (config.listen, config.ca_crt, config.server_crt) == ("[::1]:7", "/a", "/b")
+    assert (config.server_key, config.state_dir) == ("/c", "/d")
+    assert (config.log_level, config.log_format) == ("debug", "json")
+    assert config.metrics == Metrics("localhost:9464", True, 3)
     assert config.roles == Roles(frozenset({"alice", "key-0123456789abcdef"}), frozenset({"bob"}))
     assert config.audit_log == "/var/log/pjw/audit.jsonl"
     assert config.clients == ClientLimits(0.5, 1, 2, 3, 4, 6, 7, 8, 9, 10)
@@ -110,6 +125,9 @@ def test_every_key_is_taken(tmp_path: Path) -> None:
         ("audit_log = 'audit.jsonl'", "at `$.audit_log`"),
         ("waiting_inits = 1001", "Expected `int` <= 1000 - at `$.waiting_inits`"),
         ("retention.age_seconds = -1", "Expected `int` >= 0 - at `$.retention.age_seconds`"),
+        ("metrics.port = 1", "unknown field `port` - at `$.metrics`"),
+        ("log_format = 'xml'", "Invalid enum value 'xml' - at `$.log_format`"),
+        ("server_key = 'server.key'", "at `$.server_key`"),
         ("limits = 5", "Expected `object`, got `int`"),
         ("a = ", "it is not TOML"),
         ("a = 1\na = 2", "it is not TOML"),
@@ -160,7 +178,7 @@ def test_every_key_and_default_is_documented() -> None:
     text = (ROOT / "docs/configuration.md").read_text()
     for field in msgspec.structs.fields(ServerConfig):
         assert re.search(rf"`{field.name}[`.]", text), field.name
-    for table, struct in (("job_users", JobUsers), ("roles", Roles)):
+    for table, struct in (("job_users", JobUsers), ("roles", Roles), ("metrics", Metrics)):
         for field in msgspec.structs.fields(struct):
             assert f"`{table}.{field.name}`" in text
     for table, counts in (("retention", KeptJobs), ("clients", ClientLimits)):

@@ -200,6 +200,35 @@ def test_a_job_sees_nothing_of_the_service() -> None:
     assert {line for line in lines if "=" not in line} == {"CapBnd:\t0000000000000000"}
 
 
+def test_a_service_that_hangs_is_started_again() -> None:
+    """While it lives it says so; stopped in mid-run it is killed by the watchdog, and its jobs go on."""
+    drop_in = Path(f"/run/systemd/system/{host.UNIT}.d/watchdog.conf")
+    drop_in.parent.mkdir(parents=True)
+    # two minutes would be long to wait for
+    drop_in.write_text("[Service]\nWatchdogSec=10\n")
+    try:
+        host.run("systemctl", "daemon-reload")
+        host.run("systemctl", "restart", host.UNIT)
+        server, job_id = host.server_pid(), pjw("start", COUNT)
+        # init and the shell; its sleep is another one each second
+        processes = host.processes_of(job_id)[:2]
+        # half an interval each
+        for _ in range(4):
+            last = host.shown("WatchdogTimestampMonotonic")
+            wait_for(lambda last=last: host.shown("WatchdogTimestampMonotonic") != last, 60)  # type: ignore[misc]
+        assert host.server_pid() == server
+        assert host.shown("StatusText") == "serving on localhost:50051; jobs that have not ended: 1"
+        os.kill(server, signal.SIGSTOP)
+        wait_for(lambda: host.server_pid() not in (0, server) and host.shown("ActiveState") == "active", 120)
+        assert "Watchdog timeout" in host.journal()
+        assert host.processes_of(job_id)[:2] == processes
+        assert get(job_id)["state"] == "running"
+    finally:
+        drop_in.unlink()
+        host.run("systemctl", "daemon-reload")
+        host.run("systemctl", "restart", host.UNIT)
+
+
 def test_hardening_breaks_no_ordinary_job() -> None:
     """What the unit forbids is inherited: generated code, set-id bits, tracing and threads still work."""
     script = (

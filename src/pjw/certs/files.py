@@ -55,11 +55,12 @@ class ServerFiles:
     server_crt: str
     server_key: str
     revoked: str | None
+    config: str | None = None
 
     @property
     def paths(self) -> tuple[str, ...]:
         """Each path once: a file may hold both a certificate and its key."""
-        paths = (self.ca_crt, self.server_crt, self.server_key, self.revoked)
+        paths = (self.ca_crt, self.server_crt, self.server_key, self.revoked, self.config)
         return tuple(dict.fromkeys(path for path in paths if path is not None))
 
 

@@ -13,6 +13,7 @@ from pjw import errors
 CODES: Final[dict[type[errors.PjwError], grpc.StatusCode]] = {
     errors.InvalidJobError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.JobNotFoundError: grpc.StatusCode.NOT_FOUND,
+    errors.UnknownServiceError: grpc.StatusCode.NOT_FOUND,
     errors.JobStateError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.NameTakenError: grpc.StatusCode.ALREADY_EXISTS,
     errors.LaunchError: grpc.StatusCode.FAILED_PRECONDITION,

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Final
+from typing import Final, Protocol
 from urllib.parse import unquote
 
 from google.protobuf.message import Message
@@ -44,34 +44,52 @@ class CallRecord:
     """What is known of a call, from its beginning on."""
 
     __slots__ = (
-        "_all_clients", "_began", "_bytes", "_job_id", "_method", "_peer", "_time", "code", "identity",
+        "_all_clients", "_began", "_job_id", "_peer", "_time", "bytes", "code", "error", "identity", "method",
     )  # fmt: skip
 
     def __init__(self, method: str, request: Message | None, peer: str) -> None:
         self.identity: Identity | None = None
         self.code = "OK"
+        self.error: Exception | None = None
+        self.bytes = 0
+        self.method: Final = method
         self._time: Final = datetime.now(UTC)
         self._began: Final = time.monotonic()
-        self._method: Final = method
         self._peer: Final = unquote(peer)  # gRPC escapes the brackets of an IPv6 address
         self._job_id: int | None = getattr(request, "id", None)
         self._all_clients: Final[bool] = getattr(request, "all_clients", False)
-        self._bytes = 0
 
     def asked(self, request: Message | None) -> None:
         """Note what one of a stream of requests adds: the id of the job in the first, the bytes of input."""
         if isinstance(request, pb.WriteInputRequest):
             self._job_id = request.id if self._job_id is None else self._job_id
-            self._bytes += len(request.data)
+            self.bytes += len(request.data)
 
     def answered(self, answer: Message | bytes) -> None:
         """Note what an answer adds: the id of a new job, the bytes of output."""
         if isinstance(answer, pb.StartResponse):
             self._job_id = answer.job.id
         elif isinstance(answer, bytes):
-            self._bytes += logs_response_bytes(answer)
+            self.bytes += logs_response_bytes(answer)
         elif isinstance(answer, pb.LogsResponse):
-            self._bytes += len(answer.data)
+            self.bytes += len(answer.data)
+
+    @contextmanager
+    def ended(self) -> Iterator[None]:
+        """Note how the call ends."""
+        try:
+            yield
+        except asyncio.CancelledError:
+            self.code = CANCELLED
+            raise
+        except Exception as error:
+            self.code = status_of(error)[0].name
+            self.error = error
+            raise
+
+    def seconds(self) -> float:
+        """How long ago the call began."""
+        return time.monotonic() - self._began
 
     def line(self) -> bytes:
         """The call as a line, when it is over."""
@@ -80,16 +98,26 @@ class CallRecord:
             "time": self._time.isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z",
             "client": who.client_name if who else None,
             "serial": _serial(who.serial) if who else None,
-            "method": self._method,
+            "method": self.method,
             "job_id": self._job_id,
             "all_clients": self._all_clients,
             "code": self.code,
             "peer": self._peer,
-            "duration_ms": round((time.monotonic() - self._began) * 1000, 3),
+            "duration_ms": round(self.seconds() * 1000, 3),
         }
-        if self._method in _WITH_BYTES:
-            members["bytes"] = self._bytes
+        if self.method in _WITH_BYTES:
+            members["bytes"] = self.bytes
         return json.dumps(members).encode() + b"\n"
+
+
+class CallObserver(Protocol):
+    """Who is told of calls, on the event loop."""
+
+    def call_began(self, record: CallRecord) -> None:
+        """A call is here; who calls is known, if the certificate says so."""
+
+    def call_ended(self, record: CallRecord) -> None:
+        """It is over, and *record* knows how."""
 
 
 class AuditLog:
@@ -105,19 +133,12 @@ class AuditLog:
         self._thread: Final = threading.Thread(target=self._run, name="pjw-audit", daemon=True)
         self._thread.start()
 
-    @contextmanager
-    def call(self, record: CallRecord) -> Iterator[None]:
-        """Write the record when the call is over, however it ended."""
-        try:
-            yield
-        except asyncio.CancelledError:
-            record.code = CANCELLED
-            raise
-        except Exception as error:
-            record.code = status_of(error)[0].name
-            raise
-        finally:
-            self.append(record.line())
+    def call_began(self, record: CallRecord) -> None:
+        """A call is written when it is over."""
+
+    def call_ended(self, record: CallRecord) -> None:
+        """Have the call written."""
+        self.append(record.line())
 
     def append(self, line: bytes) -> None:
         """Have a line written, as a whole and in its turn. Never waits."""

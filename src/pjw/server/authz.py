@@ -5,7 +5,7 @@ A certificate says who a client is, and nothing of what it may do: roles are the
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 
@@ -44,8 +44,12 @@ class Caller:
 class Roles(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The clients with a role, by the names that their certificates give them."""
 
-    admins: frozenset[str] = frozenset()
-    viewers: frozenset[str] = frozenset()
+    admins: Annotated[
+        frozenset[str], msgspec.Meta(description="clients that may also stop and remove them")
+    ] = frozenset()
+    viewers: Annotated[
+        frozenset[str], msgspec.Meta(description="clients that may look at the jobs of every client")
+    ] = frozenset()
 
     def __post_init__(self) -> None:
         for name in sorted(self.admins | self.viewers):

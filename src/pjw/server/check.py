@@ -3,12 +3,15 @@
 import os
 import platform
 import pwd
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Final
 
 from pjw.errors import ConfigError, PjwError
 from pjw.launcher.cgroup import describe_host, disks_under
 from pjw.launcher.spawn import INIT_PROGRAM
+from pjw.server.check_config import Finding, configuration_findings, nearest
+from pjw.server.config import ServerConfig, load_config
 from pjw.server.start import DEFAULT_USER, FALLBACK_UID
 from pjw.worker.settings import UID_COUNT, UID_FIRST
 
@@ -16,23 +19,37 @@ from pjw.worker.settings import UID_COUNT, UID_FIRST
 KERNEL_MINIMUM: Final = (5, 14)
 NAMESPACES: Final = ("pid", "mnt", "net", "ipc", "uts", "cgroup")
 
-Finding = tuple[bool, str, str | None]
+_MARKS: Final = {True: "ok     ", None: "warning", False: "missing"}
 
 
-def check_host(state_dir: str) -> int:
-    """Print each finding; the exit code is 0 when pjwd can run here."""
-    able = True
-    for good, text, hint in findings(state_dir):
-        print(f"{'ok     ' if good else 'missing'}  {text}")
+def check(path: str | None, options: Mapping[str, object]) -> int:
+    """Print each finding; the exit code is 0 when pjwd can run here.
+
+    With a configuration file or with certificates, also what serve needs of them.
+    """
+    able, state_dir = True, load_state_dir(path, options)
+    found = host_findings(state_dir)
+    if path is not None or any(key in options for key in ("ca_crt", "server_crt", "server_key")):
+        found = chain(found, configuration_findings(path, options))
+    for good, text, hint in found:
+        print(f"{_MARKS[good]}  {text}")
         if hint:
             print(f"         hint: {hint}")
-        able = able and good
+        able = able and good is not False
     print("this host can run pjwd" if able else "this host cannot run pjwd as it is")
     return 0 if able else 1
 
 
-def findings(state_dir: str) -> Iterator[Finding]:
-    """Each thing that pjwd needs: whether it is there, in words, and what to do."""
+def load_state_dir(path: str | None, options: Mapping[str, object]) -> str:
+    """The state directory; the default's where the configuration cannot be read, which is a finding then."""
+    try:
+        return load_config(path, options).state_dir
+    except ConfigError:
+        return ServerConfig().state_dir
+
+
+def host_findings(state_dir: str) -> Iterator[Finding]:
+    """Each thing that pjwd needs of the host: whether it is there, in words, and what to do."""
     release = platform.release()
     numbers = tuple(int(part) for part in release.split("-")[0].split(".")[:2] if part.isdecimal())
     wanted = ".".join(map(str, KERNEL_MINIMUM))
@@ -65,9 +82,7 @@ def _init() -> Finding:
 
 
 def _disks(state_dir: str) -> Finding:
-    there = os.path.realpath(state_dir)
-    while not os.path.exists(there):
-        there = os.path.dirname(there)
+    there = nearest(state_dir)
     try:
         disks = disks_under(["/", there])
     except ConfigError as error:

@@ -25,7 +25,7 @@ from pjw.errors import (
     PjwError,
 )
 from pjw.rpc.status import ADMITTED_KEY, status_of
-from pjw.server.audit import CANCELLED, AuditLog, CallRecord
+from pjw.server.audit import CANCELLED, CallObserver, CallRecord
 from pjw.server.authz import Caller
 from pjw.server.config import ServerConfig
 from pjw.server.peer import Peer, authenticate, presented
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 Req = TypeVar("Req", bound=Message)
 # an answer, or one that was serialized where that spares a copy of what is in it
 Res = TypeVar("Res", bound=Message | bytes)
+# sends one of a stream of answers
+Answer = Callable[[Res], Awaitable[None]]
 
 _DRAINING: Final = "the server is shutting down; running jobs go on"
 _REVOKED: Final = "the client certificate has been revoked"
@@ -51,14 +53,14 @@ class Guard:
     def __init__(
         self,
         config: ServerConfig = DEFAULT_CONFIG,
-        audit: AuditLog | None = None,
+        *observers: CallObserver,
         revoked: RevocationList = NOBODY_REVOKED,
     ) -> None:
         self._revoked = revoked
         self._client_name_oid: Final = config.client_name_oid
-        self._roles: Final = config.roles
+        self._roles = config.roles
         self._quota: Final = Quota(config.clients)
-        self._audit: Final = audit
+        self._observers: Final = observers
         self._draining = False
         self._running: Final[set[_Call]] = set()
 
@@ -76,11 +78,19 @@ class Guard:
             call.end(NotAuthenticatedError(_REVOKED))
         return len(ended)
 
+    def reconfigure(self, config: ServerConfig) -> None:
+        """From now on, what this says of roles and of what each client may ask for."""
+        self._roles = config.roles
+        self._quota.set_limits(config.clients)
+
     def unary(
-        self, method: Callable[[Req, Caller], Awaitable[Res]], request_class: type[Req]
+        self,
+        method: Callable[[Req, Caller], Awaitable[Res]],
+        request_class: type[Req],
+        name: str | None = None,
     ) -> grpc.RpcMethodHandler[Any, Any]:
         """The handler of a method with one answer."""
-        name = _method_of(request_class)
+        name = name or _method_of(request_class)
 
         async def handle(request: Req | None, context: Context) -> Res:
             try:
@@ -99,28 +109,21 @@ class Guard:
         )
 
     def stream(
-        self, method: Callable[[Req, Caller], AsyncGenerator[Res, None]], request_class: type[Req]
+        self,
+        method: Callable[[Req, Caller], AsyncGenerator[Res, None]],
+        request_class: type[Req],
+        name: str | None = None,
     ) -> grpc.RpcMethodHandler[Any, Any]:
         """The handler of a method with a stream of answers."""
-        name = _method_of(request_class)
+        name = name or _method_of(request_class)
 
         async def handle(request: Req | None, context: Context) -> None:
-            try:
-                with self._recorded(context, name, request) as record:
-                    try:
-                        async with (
-                            self._admitted(context, name, request, stream=True) as caller,
-                            aclosing(method(_decoded(request), caller)) as answers,
-                        ):
-                            await _say_admitted(context)
-                            async with Writer(context) as writer:
-                                async for answer in answers:
-                                    await writer.write(answer)
-                                    record.answered(answer)
-                    except ReaderGoneError:
-                        record.code = CANCELLED
-            except Exception as error:
-                await _abort(context, error)
+            async def body(record: CallRecord, caller: Caller, answer: Answer[Res]) -> None:
+                async with aclosing(method(_decoded(request), caller)) as answers:
+                    async for each in answers:
+                        await answer(each)
+
+            await self._stream(context, name, request, request, body)
 
         return grpc.unary_stream_rpc_method_handler(
             handle,
@@ -130,34 +133,28 @@ class Guard:
 
     def bidi(
         self,
-        method: Callable[[AsyncIterator[Req], Caller, Callable[[Res], Awaitable[None]]], Awaitable[None]],
+        method: Callable[[AsyncIterator[Req], Caller, Answer[Res]], Awaitable[None]],
         request_class: type[Req],
+        name: str | None = None,
     ) -> grpc.RpcMethodHandler[Any, Any]:
         """The handler of a method with a stream of requests, which gets a function that answers.
 
         None is read before the one before was dealt with: what a client sends ahead waits at its end.
         """
-        name = _method_of(request_class)
+        name = name or _method_of(request_class)
 
         async def handle(requests: AsyncIterator[Req | None], context: Context) -> None:
-            try:
-                with self._recorded(context, name, None) as record:
+            async def body(record: CallRecord, caller: Caller, answer: Answer[Res]) -> None:
+                async def decoded() -> AsyncGenerator[Req, None]:
+                    async for request in requests:
+                        record.asked(request)
+                        yield _decoded(request)
 
-                    async def decoded() -> AsyncGenerator[Req, None]:
-                        async for request in requests:
-                            record.asked(request)
-                            yield _decoded(request)
+                async with aclosing(decoded()) as asked:
+                    await method(asked, caller, answer)
 
-                    try:
-                        # a method of this kind is for one's own jobs alone: no request of it asks for more
-                        async with self._admitted(context, name, request_class(), stream=True) as caller:
-                            await _say_admitted(context)
-                            async with Writer(context) as writer, aclosing(decoded()) as asked:
-                                await method(asked, caller, writer.write)
-                    except ReaderGoneError:
-                        record.code = CANCELLED
-            except Exception as error:
-                await _abort(context, error)
+            # a method of this kind is for one's own jobs alone: no request of it asks for more
+            await self._stream(context, name, None, request_class(), body)
 
         return grpc.stream_stream_rpc_method_handler(
             handle,
@@ -165,16 +162,47 @@ class Guard:
             response_serializer=_serialize,
         )
 
+    async def _stream(
+        self,
+        context: Context,
+        name: str,
+        first: Message | None,
+        request: Message | None,
+        body: Callable[[CallRecord, Caller, Answer[Res]], Awaitable[None]],
+    ) -> None:
+        try:
+            with self._recorded(context, name, first) as record:
+                try:
+                    async with self._admitted(context, name, request, stream=True) as caller:
+                        await _say_admitted(context)
+                        async with Writer(context) as writer:
+
+                            async def answer(message: Res) -> None:
+                                await writer.write(message)
+                                record.answered(message)
+
+                            await body(record, caller, answer)
+                except ReaderGoneError:
+                    record.code = CANCELLED
+        except Exception as error:
+            await _abort(context, error)
+
     @contextmanager
     def _recorded(self, context: Context, method: str, request: Message | None) -> Iterator[CallRecord]:
-        """Have the call in the audit log when it is over, let in or not."""
+        """Tell the observers of the call when it is over, let in or not."""
         record = CallRecord(method, request, context.peer())
-        if self._audit is None:
+        if not self._observers:
             yield record
             return
         record.identity = presented(context, self._client_name_oid)
-        with self._audit.call(record):
-            yield record
+        for each in self._observers:
+            each.call_began(record)
+        try:
+            with record.ended():
+                yield record
+        finally:
+            for each in self._observers:
+                each.call_ended(record)
 
     @asynccontextmanager
     async def _admitted(

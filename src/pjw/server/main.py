@@ -1,22 +1,28 @@
-"""pjwd: serve, check, certs. The command tree, and errors to exit codes."""
+"""pjwd: serve, check, config, certs. The command tree, and errors to exit codes."""
 
 import argparse
+import os
+import shlex
 import socket
 import sys
 from collections.abc import Sequence
 from typing import Final
 
-from pjw.errors import ConfigError, PjwError
+from pjw.certs.bundle import BUNDLE_SUFFIX
+from pjw.errors import PjwError
+from pjw.server.logs import FORMATS, LEVELS
 
 DEFAULT_LISTEN: Final = "localhost:50051"
-DEFAULT_STATE_DIR: Final = "/var/lib/pjw"
 EXIT_FAILED: Final = 1
 LEAF_DAYS: Final = 365
+# options that are keys of the configuration, too
+PATHS: Final = ("ca_crt", "server_crt", "server_key", "state_dir")
+OPTIONS: Final = ("listen", *PATHS, "log_level", "log_format")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = build_parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
     except PjwError as error:
@@ -28,42 +34,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The command tree."""
     parser = argparse.ArgumentParser(
         prog="pjwd", description="The pjw service: runs jobs for the clients of one certificate authority."
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version, and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     serve = commands.add_parser("serve", help="start the service, in the foreground; needs root")
     serve.set_defaults(run=_serve)
-    serve.add_argument(
-        "--listen",
-        default=DEFAULT_LISTEN,
-        metavar="HOST:PORT",
-        help="default %(default)s; port 0 picks a free one",
-    )
-    serve.add_argument(
-        "--ca-crt", required=True, metavar="FILE", help="the authority whose clients are let in"
-    )
-    serve.add_argument("--server-crt", required=True, metavar="FILE")
-    serve.add_argument("--server-key", required=True, metavar="FILE")
-    serve.add_argument(
-        "--state-dir",
-        default=DEFAULT_STATE_DIR,
-        metavar="DIR",
-        help="jobs and their output; default %(default)s",
-    )
-    serve.add_argument("--config", metavar="FILE", help="limits, users and more, in TOML")
-    serve.add_argument(
-        "--log-level",
-        default="warning",
-        choices=["debug", "info", "warning", "error"],
-        help="default %(default)s",
-    )
+    _add_options(serve)
 
-    check = commands.add_parser("check", help="tell what this host offers, and what is missing")
+    check = commands.add_parser(
+        "check",
+        help="tell what this host offers, and what is missing",
+        description="Tell what this host offers and what is missing; with a configuration or certificates,"
+        " also what keeps pjwd from serving with them. Nothing is changed. The exit code is 1 when"
+        " something is missing.",
+    )
     check.set_defaults(run=_check)
-    check.add_argument("--state-dir", default=DEFAULT_STATE_DIR, metavar="DIR", help="default %(default)s")
+    _add_options(check)
+
+    config = commands.add_parser("config", help="show the configuration")
+    shows = config.add_subparsers(required=True, metavar="COMMAND")
+    show = shows.add_parser(
+        "show",
+        help="every key, its value and where that is from",
+        description="Print every key with the value that `pjwd serve` would use with the same options, where"
+        " that is from (default, file, option), and what it means.",
+    )
+    show.set_defaults(run=_config_show)
+    show.add_argument("--format", default="toml", choices=["toml", "json"], help="default %(default)s")
+    _add_options(show)
 
     certs = commands.add_parser("certs", help="make certificates")
     kinds = certs.add_subparsers(required=True, metavar="KIND")
@@ -83,9 +86,56 @@ def _parser() -> argparse.ArgumentParser:
         maker.add_argument(
             "--days", type=_days, default=LEAF_DAYS, metavar="N", help="valid so long; default %(default)s"
         )
+        if kind != "server":
+            maker.add_argument(
+                "--server",
+                type=_address,
+                default=DEFAULT_LISTEN,
+                metavar="HOST:PORT",
+                help="where clients connect to, for their bundles; default %(default)s",
+            )
         maker.add_argument("directory", metavar="DIR")
         maker.add_argument("names", nargs="+", metavar=names)
     return parser
+
+
+class _Version(argparse.Action):
+    # To look the version up takes as long as all else that is done here.
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        from importlib.metadata import version
+
+        print(f"pjwd {version('pjw')}")
+        parser.exit()
+
+
+def _add_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--config", metavar="FILE", help="limits, users and more, in TOML")
+    for name, metavar, text in (
+        ("listen", "HOST:PORT", f"default {DEFAULT_LISTEN}; port 0 picks a free one"),
+        ("ca-crt", "FILE", "the authority whose clients are let in"),
+        ("server-crt", "FILE", "the server's certificate"),
+        ("server-key", "FILE", "its private key"),
+        ("state-dir", "DIR", "jobs and their output; default /var/lib/pjw"),
+    ):
+        command.add_argument(f"--{name}", metavar=metavar, help=text)
+    command.add_argument("--log-level", choices=LEVELS, help="default warning")
+    command.add_argument("--log-format", choices=FORMATS, help="lines for people, or JSON; default text")
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, object]:
+    """The keys of the configuration that the command line gives; paths are taken from here."""
+    options: dict[str, object] = {}
+    for key in OPTIONS:
+        value = getattr(arguments, key)
+        if value is not None:
+            options[key] = os.path.abspath(value) if key in PATHS else value
+    return options
 
 
 def _days(text: str) -> int:
@@ -94,28 +144,37 @@ def _days(text: str) -> int:
     return int(text)
 
 
-def _serve(arguments: argparse.Namespace) -> int:
-    from pjw.server.start import ServeOptions, serve
+def _address(text: str) -> str:
+    from pjw.server.address import parse_address
 
-    host, port = parse_address(arguments.listen)
-    return serve(
-        ServeOptions(
-            host=host,
-            port=port,
-            ca_crt=arguments.ca_crt,
-            server_crt=arguments.server_crt,
-            server_key=arguments.server_key,
-            state_dir=arguments.state_dir,
-            config=arguments.config,
-            log_level=arguments.log_level,
-        )
-    )
+    try:
+        parse_address(text)
+    except PjwError as error:
+        raise argparse.ArgumentTypeError(f"{error}, {error.hint}") from None
+    return text
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from pjw.server.start import serve
+
+    return serve(arguments.config, _options(arguments))
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from pjw.server.check import check_host
+    from pjw.server.check import check
 
-    return check_host(arguments.state_dir)
+    return check(arguments.config, _options(arguments))
+
+
+def _config_show(arguments: argparse.Namespace) -> int:
+    from pjw.server.config import config_of, read_values
+    from pjw.server.effective import as_json, as_toml, settings_of
+
+    path, options = arguments.config, _options(arguments)
+    values = read_values(path)
+    settings = settings_of(config_of(path, values, options), values, options)
+    print(as_json(settings) if arguments.format == "json" else as_toml(settings, path), end="")
+    return 0
 
 
 def _certs(arguments: argparse.Namespace) -> int:
@@ -124,14 +183,31 @@ def _certs(arguments: argparse.Namespace) -> int:
     directory, names, days = arguments.directory, arguments.names, arguments.days
     match arguments.kind:
         case "init":
-            made = authority.init_set(directory, _own_names(), names, days=days)
+            made = authority.init_set(
+                directory, _own_names(), names, days=days, bundle_server=arguments.server
+            )
         case "server":
             made = authority.write_server(directory, names, days=days)
         case _:
-            made = [path for name in names for path in authority.write_client(directory, name, days=days)]
+            made = []
+            for name in names:
+                made += authority.write_client(directory, name, days=days, bundle_server=arguments.server)
     for path in made:
         print(path)
+    _tell_clients([path for path in made if path.endswith(BUNDLE_SUFFIX)])
     return 0
+
+
+def _tell_clients(bundles: Sequence[str]) -> None:
+    """What a client does with its bundle; on stderr, since stdout has the paths and nothing else."""
+    for path in bundles:
+        file = os.path.basename(path)
+        client = file.removesuffix(BUNDLE_SUFFIX)
+        print(
+            f"\nfor {client}: copy {shlex.quote(path)} to where {client} works, unread by others",
+            file=sys.stderr,
+        )
+        print(f"  then there: pjw context add default {shlex.quote(file)}", file=sys.stderr)
 
 
 def _own_names() -> list[str]:
@@ -139,17 +215,6 @@ def _own_names() -> list[str]:
     own = socket.gethostname()
     # a container's name may be digits alone, which no certificate takes for a host name
     return [*names, own] if own not in names and not own.rpartition(".")[2].isdecimal() else names
-
-
-def parse_address(text: str) -> tuple[str, int]:
-    """Split HOST:PORT; an IPv6 address is in brackets. Raises ConfigError."""
-    host, colon, port = text.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not colon or not host or not port.isascii() or not port.isdecimal() or int(port) > 65_535:
-        raise ConfigError(
-            f"{text!r} is not HOST:PORT", hint="for example localhost:50051, or [::1]:0 for any free port"
-        )
-    return host, int(port)
 
 
 if __name__ == "__main__":

@@ -32,16 +32,24 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=LIMIT_MAXIMUM)]
 class ClientLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What each client may have; 0 is "no limit"."""
 
-    starts_per_second: Annotated[float, msgspec.Meta(ge=0, le=1e6)] = 100
-    starts_burst: Annotated[int, msgspec.Meta(ge=1)] = 1000
-    calls_max: Count = 256
-    followers_max: Count = 1000
-    followers_total_max: Count = 10_000
-    running_max: Count = 1000
-    running_total_max: Count = 10_000
-    stored_bytes_max: Count = 0
-    stored_bytes_total_max: Count = 0
-    input_bytes_max: Count = 10 * 1024**3
+    starts_per_second: Annotated[
+        float, msgspec.Meta(ge=0, le=1e6, description="jobs that a client may start a second, for good")
+    ] = 100
+    starts_burst: Annotated[int, msgspec.Meta(ge=1, description="and at once, after a rest")] = 1000
+    calls_max: Annotated[
+        Count, msgspec.Meta(description="calls of a client under way at once, streams not counted")
+    ] = 256
+    followers_max: Annotated[Count, msgspec.Meta(description="streams of a client at once")] = 1000
+    followers_total_max: Annotated[Count, msgspec.Meta(description="streams of all clients at once")] = 10_000
+    running_max: Annotated[Count, msgspec.Meta(description="jobs of one client that have not ended")] = 1000
+    running_total_max: Annotated[Count, msgspec.Meta(description="jobs that have not ended")] = 10_000
+    stored_bytes_max: Annotated[
+        Count, msgspec.Meta(description="bytes of output and input of one client's jobs")
+    ] = 0
+    stored_bytes_total_max: Annotated[
+        Count, msgspec.Meta(description="bytes of output and input of all jobs")
+    ] = 0
+    input_bytes_max: Annotated[Count, msgspec.Meta(description="bytes of input of one job")] = 10 * 1024**3
 
     def quotas(self) -> Quotas:
         """Those that are the worker's to keep."""
@@ -58,7 +66,7 @@ class Quota:
     """Counts the calls of each client, and forgets a client that is like one that never came."""
 
     def __init__(self, limits: ClientLimits, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
-        self._limits: Final = limits
+        self._limits = limits
         self._clock_ns: Final = clock_ns
         self._calls: Final[Counter[str]] = Counter()
         self._followers: Final[Counter[str]] = Counter()
@@ -67,6 +75,10 @@ class Quota:
         # small steps of a float do not add up to the burst.
         self._full_at: Final[dict[str, int]] = {}
         self._forget_above = FORGET_ABOVE
+
+    def set_limits(self, limits: ClientLimits) -> None:
+        """From now on these; what a client has already, it keeps."""
+        self._limits = limits
 
     @asynccontextmanager
     async def call(self, client_name: str, method: str, *, stream: bool) -> AsyncGenerator[None, None]:
@@ -133,4 +145,6 @@ def _counted(counter: Counter[str], client_name: str) -> Iterator[None]:
 
 
 def _refusal(limit: str, words: str) -> LimitReachedError:
-    return LimitReachedError(words, hint=f"try again later, or ask the operator for more (clients.{limit})")
+    return LimitReachedError(
+        words, hint=f"try again later, or ask the operator for more (clients.{limit})", limit=limit
+    )

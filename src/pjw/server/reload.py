@@ -1,24 +1,31 @@
 """SIGHUP: the operator's files are read again, judged, and taken whole or not at all.
 
-Certificates are one thing and the revocation list another: a certificate that has expired
-must not keep a revocation from its effect. Connections and streams go on; a new handshake
+Certificates are one thing, the configuration another and the revocation list a third: a certificate
+that has expired must not keep a revocation from its effect. Connections and streams go on; a new handshake
 sees the new certificates, the next call of anybody the new list.
 """
 
 import asyncio
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Final
 
 import grpc
+import msgspec
 
 from pjw.certs.credentials import load_server_credentials
 from pjw.certs.files import ServerCredentials, ServerFiles, key_exposure, read_descriptor
 from pjw.certs.revocation import load_revocation_list
 from pjw.errors import LauncherGoneError, PjwError
+from pjw.server.config import RELOADED, ServerConfig, config_of, parse_values
 from pjw.server.guard import Guard
-from pjw.worker import Worker
+from pjw.server.logs import set_level
+from pjw.server.notify import Notifier
+from pjw.worker import Worker, WorkerSettings
 
 log: Final = logging.getLogger(__name__)
 # A reload is asked for by a signal, and this is its only answer: it is told at every level.
@@ -29,13 +36,27 @@ class Reloader:
     """What a running server takes from the operator's files."""
 
     def __init__(
-        self, files: ServerFiles, credentials: ServerCredentials, guard: Guard, worker: Worker
+        self,
+        files: ServerFiles,
+        credentials: ServerCredentials,
+        config: ServerConfig,
+        options: Mapping[str, object],
+        settings: WorkerSettings,
+        guard: Guard,
+        worker: Worker,
+        notifier: Notifier,
     ) -> None:
         self._files: Final = files
+        self._options: Final = options
         self._guard: Final = guard
         self._worker: Final = worker
+        self._notifier: Final = notifier
         self._asked: Final = asyncio.Event()
-        self._credentials = credentials
+        # how often each of the three was reloaded, with which result
+        self.counts: Final[Counter[tuple[str, str]]] = Counter()
+        self.config = config
+        self.credentials = credentials
+        self._settings = settings
         self._handed = self._configuration = _configuration(credentials)
 
     def tls(self) -> grpc.ServerCredentials:
@@ -59,18 +80,24 @@ class Reloader:
         """Have the files read again; asked during a reload, once more after it."""
         self._asked.set()
 
-    async def run(self) -> None:
-        """Reload as often as it is asked for, until cancelled."""
+    async def run(self, status: Callable[[], str]) -> None:
+        """Reload as often as it is asked for, until cancelled; *status* is for systemd."""
         while True:
             await self._asked.wait()
             self._asked.clear()
+            self._notifier.reloading()
             await self._attempt("certificates", self._reload_certificates)
+            if path := self._files.config:
+                await self._attempt("configuration", partial(self._reload_config, path))
             if revoked := self._files.revoked:
-                await self._attempt("revocation list", lambda: self._reload_revoked(revoked))
+                await self._attempt("revocation list", partial(self._reload_revoked, revoked))
+            self._notifier.ready(status())
 
     async def _attempt(self, what: str, reload: Callable[[], Awaitable[None]]) -> None:
+        result = "failed"
         try:
             await reload()
+            result = "ok"
         except LauncherGoneError:
             pass  # the server is about to end for that, and says so itself
         except PjwError as error:
@@ -79,6 +106,8 @@ class Reloader:
                 log.error("reload: hint: %s", error.hint)
         except Exception:
             log.exception("reload: kept the old %s", what)
+        finally:
+            self.counts[what.replace(" ", "_"), result] += 1
 
     async def _reload_certificates(self) -> None:
         files = self._files
@@ -95,12 +124,39 @@ class Reloader:
             files.server_key,
             read=lambda path, _: contents[path],
         )
-        if credentials == self._credentials:
+        if credentials == self.credentials:
             log.info("reload: the certificates are the same as before")
             return
-        self._credentials = credentials
+        self.credentials = credentials
         self._configuration = _configuration(credentials)
         log.info("reload: the certificates are new")
+
+    async def _reload_config(self, path: str) -> None:
+        data = await self._read(path, "configuration")
+        new = config_of(path, parse_values(path, data), self._options)
+        old = self.config
+        changed = [key for key in new.__struct_fields__ if getattr(new, key) != getattr(old, key)]
+        taken = {key: getattr(new, key) for key in changed if key in RELOADED}
+        config = msgspec.structs.replace(old, **taken)
+        wanted = config.worker_settings(())
+        # The launcher was told its policy once, so what is asked of it stays within the old one.
+        settings = replace(
+            self._settings,
+            default_limits=wanted.default_limits,
+            stop_grace_seconds=wanted.stop_grace_seconds,
+            retention=wanted.retention,
+            quotas=wanted.quotas,
+        )
+        self._worker.reconfigure(settings)
+        self._guard.reconfigure(config)
+        set_level(config.log_level)
+        self.config, self._settings = config, settings
+        if left := [key for key in changed if key not in RELOADED]:
+            log.warning("reload: these keys take a restart: %s", ", ".join(left))
+        if taken:
+            log.info("reload: the configuration is new: %s", ", ".join(taken))
+        else:
+            log.info("reload: the configuration is the same as before")
 
     async def _reload_revoked(self, path: str) -> None:
         data = await self._read(path, "revocation list")

@@ -2,11 +2,9 @@
 
 import asyncio
 import logging
-import os
 import signal
-import socket
-import sys
-from contextlib import suppress
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,11 +15,16 @@ from pjw.certs.revocation import RevocationList
 from pjw.certs.tls import probe_tls12
 from pjw.errors import ConfigError
 from pjw.server.accept import make_server
+from pjw.server.address import fault_of_address, shown_address
 from pjw.server.audit import AuditLog
 from pjw.server.config import ServerConfig
 from pjw.server.guard import Guard
+from pjw.server.health import HEALTH_NAME, Health
+from pjw.server.logs import PLAIN
+from pjw.server.notify import Notifier
+from pjw.server.reflection import reflection_handlers
 from pjw.server.reload import Reloader
-from pjw.server.service import JobWorkerService
+from pjw.server.service import SERVICE_NAME, JobWorkerService
 from pjw.worker import Worker, WorkerSettings
 from pjw.worker.launcher_process import LauncherProcess
 from pjw.worker.state_dir import StateDir
@@ -47,6 +50,9 @@ OPTIONS: Final[list[tuple[str, int]]] = [
 ]
 
 log: Final = logging.getLogger(__name__)
+# What everybody waits for who starts a service is told at every level.
+ready: Final = logging.getLogger("pjw.ready")
+ready.setLevel(logging.INFO)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +61,14 @@ class Serving:
 
     host: str
     port: int
+    # where metrics can be had, if they can
+    metrics: tuple[str, int] | None
     files: ServerFiles
     credentials: ServerCredentials
     revoked: RevocationList
     config: ServerConfig
+    # the keys of it that the command line gave
+    options: Mapping[str, object]
     settings: WorkerSettings
     # the descriptor of the audit log, where there is one
     audit: int | None
@@ -71,50 +81,75 @@ def run(serving: Serving, state: StateDir, launcher: LauncherProcess) -> int:
 
 async def _run(serving: Serving, state: StateDir, launcher: LauncherProcess) -> int:
     host = serving.host
-    async with Worker(state, launcher, serving.settings) as worker:
+    async with Worker(state, launcher, serving.settings) as worker, AsyncExitStack() as stack:
         await worker.adopt()
         audit = AuditLog(serving.audit) if serving.audit is not None else None
-        guard = Guard(serving.config, audit, serving.revoked)
-        reloader = Reloader(serving.files, serving.credentials, guard, worker)
+        if audit is not None:
+            stack.callback(audit.close)
+        metrics = None
+        if serving.metrics is not None:
+            from pjw.server.metrics import ServerMetrics
+
+            metrics = ServerMetrics(worker)
+        observers = [each for each in (audit, metrics) if each is not None]
+        guard = Guard(serving.config, *observers, revoked=serving.revoked)
+        health, notifier = Health(), Notifier()
+        reloader = Reloader(
+            serving.files,
+            serving.credentials,
+            serving.config,
+            serving.options,
+            serving.settings,
+            guard,
+            worker,
+            notifier,
+        )
         server = make_server(OPTIONS)
-        server.add_generic_rpc_handlers((JobWorkerService(worker).handlers(guard),))
+        server.add_generic_rpc_handlers(
+            (
+                JobWorkerService(worker).handlers(guard),
+                health.handlers(guard),
+                *reflection_handlers(guard, (SERVICE_NAME, HEALTH_NAME)),
+            )
+        )
         port = _listen(server, host, serving.port, reloader.tls())
+        address = shown_address(host, port)
         await server.start()
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.ask)
-        reloads = asyncio.ensure_future(reloader.run())
+        # before anybody is told that we are ready, and sends one
+        loop, asked = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_signal_handler(signal.SIGHUP, reloader.ask)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, asked.set)
         try:
             await _refuse_tls12(host, port)
-            print(f"pjwd: ready on {_address(host, port)}", file=sys.stderr, flush=True)
-            _notify_systemd("READY=1")
-            return await _until_end(worker)
+            if serving.metrics is not None and metrics is not None:
+                stack.enter_context(metrics.serve(serving.metrics, reloader))
+            stack.callback(asyncio.ensure_future(reloader.run(lambda: _status(address, worker))).cancel)
+            ready.info("ready on %s", address, extra=PLAIN)
+            notifier.ready(_status(address, worker))
+            watch = notifier.watch(worker.launcher_answers, lambda: _status(address, worker))
+            stack.callback(asyncio.ensure_future(watch).cancel)
+            return await _until_end(worker, asked)
         finally:
-            _notify_systemd("STOPPING=1")
+            notifier.stopping()
+            await health.drain()
             # Followers are told first: stop() alone would let them run into its grace period.
             guard.drain()
-            reloads.cancel()
             await server.stop(DRAIN_SECONDS)
-            if audit is not None:
-                audit.close()
+
+
+def _status(address: str, worker: Worker) -> str:
+    return f"serving on {address}; jobs that have not ended: {worker.live_count}"
 
 
 def _listen(server: grpc.aio.Server, host: str, port: int, tls: grpc.ServerCredentials) -> int:
+    address = shown_address(host, port)
     try:
-        return server.add_secure_port(_address(host, port), tls)
+        return server.add_secure_port(address, tls)
     except RuntimeError:
         # gRPC does not say why
-        raise ConfigError(f"cannot listen on {_address(host, port)}: {_why_not(host, port)}") from None
-
-
-def _why_not(host: str, port: int) -> str:
-    try:
-        family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, number) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-            probe.listen()
-    except OSError as error:
-        return (error.strerror or str(error)).lower()
-    return "gRPC refuses the address, or the certificate"
+        why = fault_of_address(host, port) or "gRPC refuses the address, or the certificate"
+        raise ConfigError(f"cannot listen on {address}: {why}") from None
 
 
 async def _refuse_tls12(host: str, port: int) -> None:
@@ -126,11 +161,7 @@ async def _refuse_tls12(host: str, port: int) -> None:
         )
 
 
-async def _until_end(worker: Worker) -> int:
-    loop = asyncio.get_running_loop()
-    asked = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, asked.set)
+async def _until_end(worker: Worker, asked: asyncio.Event) -> int:
     end = asyncio.ensure_future(asked.wait())
     gone = asyncio.ensure_future(worker.launcher_gone())
     await asyncio.wait({end, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -141,17 +172,3 @@ async def _until_end(worker: Worker) -> int:
         return 1
     log.info("stopping; %d jobs go on", worker.live_count)
     return 0
-
-
-def _address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _notify_systemd(state: str) -> None:
-    """Tell systemd, where it started us with Type=notify (sd_notify(3))."""
-    path = os.environ.get("NOTIFY_SOCKET")
-    if not path:
-        return
-    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-        notify.connect("\0" + path[1:] if path.startswith("@") else path)
-        notify.send(state.encode())

@@ -12,8 +12,7 @@ import os
 import pwd
 import resource
 import stat
-import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Final
 
@@ -21,8 +20,10 @@ from pjw.certs.credentials import load_server_credentials
 from pjw.certs.files import ServerFiles, key_exposure
 from pjw.certs.revocation import NOBODY_REVOKED, load_revocation_list
 from pjw.certs.tls import require_tls13_environment
-from pjw.errors import ConfigError, describe_errno
-from pjw.server.config import load_config
+from pjw.errors import ConfigError, PjwError, describe_errno
+from pjw.server.address import metrics_address_of, parse_address
+from pjw.server.config import ServerConfig, load_config
+from pjw.server.logs import set_up_logging
 from pjw.worker.launcher_process import require_root, start_launcher
 from pjw.worker.settings import UID_FIRST
 from pjw.worker.state_dir import StateDir
@@ -36,58 +37,80 @@ _PR_SET_NO_NEW_PRIVS: Final = 38
 log: Final = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class ServeOptions:
-    """The command line of `pjwd serve`."""
+def serve(path: str | None, options: Mapping[str, object]) -> int:
+    """Run the service until SIGTERM; the exit code. Raises PjwError when it cannot start.
 
-    host: str
-    port: int
-    ca_crt: str
-    server_crt: str
-    server_key: str
-    state_dir: str
-    config: str | None
-    log_level: str
-
-
-def serve(options: ServeOptions) -> int:
-    """Run the service until SIGTERM; the exit code. Raises PjwError when it cannot start."""
+    *path* is the configuration file, *options* the keys that the command line gives.
+    """
     require_root()
-    _set_up_logging(options.log_level)
-    config = load_config(options.config)
-    credentials = load_server_credentials(options.ca_crt, options.server_crt, options.server_key)
-    if exposure := key_exposure(options.server_key, os.stat(options.server_key)):
+    config = load_config(path, options)
+    set_up_logging(config.log_level, config.log_format)
+    try:
+        return _serve(config, os.path.abspath(path) if path else None, options)
+    except PjwError as error:
+        if config.log_format == "text":
+            raise
+        log.error("%s", error)
+        if error.hint:
+            log.error("hint: %s", error.hint)
+        return 1
+
+
+def _serve(config: ServerConfig, path: str | None, options: Mapping[str, object]) -> int:
+    host, port = parse_address(config.listen)
+    metrics_address = metrics_address_of(config.metrics)
+    files = server_files(config, path)
+    credentials = load_server_credentials(files.ca_crt, files.server_crt, files.server_key)
+    if exposure := key_exposure(files.server_key, os.stat(files.server_key)):
         log.warning("%s", exposure)
     audit = open_audit_log(config.audit_log) if config.audit_log is not None else None
-    # no job may see the key, nor the configuration, nor who does what, whatever their modes
-    secret = (options.server_key, options.config, config.audit_log)
-    hidden = [os.path.realpath(path) for path in secret if path]
-    settings = config.worker_settings(tuple(hidden))
+    settings = config.worker_settings(hidden_paths(config, files))
     revoked = load_revocation_list(config.revoked) if config.revoked is not None else NOBODY_REVOKED
-    here = os.getcwd()
-    files = ServerFiles(
-        ca_crt=os.path.join(here, options.ca_crt),
-        server_crt=os.path.join(here, options.server_crt),
-        server_key=os.path.join(here, options.server_key),
-        revoked=config.revoked,
-    )
     uid = server_uid(config.user)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     os.umask(0o077)
 
-    state = StateDir(options.state_dir, uid)
+    state = StateDir(config.state_dir, uid)
     launcher = start_launcher(state.path, settings, files.paths)
 
     require_tls13_environment()
     os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
-    os.environ.setdefault("GRPC_VERBOSITY", "INFO" if options.log_level in ("info", "debug") else "ERROR")
+    os.environ.setdefault("GRPC_VERBOSITY", "INFO" if config.log_level in ("info", "debug") else "ERROR")
     from pjw.server.serve import Serving, run
 
     preload_modules()
+    if metrics_address is not None:
+        import_module("pjw.server.metrics")
     drop_privilege(uid)
-    serving = Serving(options.host, options.port, files, credentials, revoked, config, settings, audit)
+    serving = Serving(
+        host, port, metrics_address, files, credentials, revoked, config, options, settings, audit
+    )
     return run(serving, state, launcher)
+
+
+def server_files(config: ServerConfig, path: str | None) -> ServerFiles:
+    """The operator's files. Raises ConfigError for one that nobody has named."""
+    for key in ("ca_crt", "server_crt", "server_key"):
+        if getattr(config, key) is None:
+            option = f"--{key.replace('_', '-')}"
+            raise ConfigError(
+                f"no {key} is configured",
+                hint=f"give {option} FILE, or {key} in the configuration; `pjwd certs init` makes the files",
+            )
+    return ServerFiles(
+        ca_crt=config.ca_crt or "",
+        server_crt=config.server_crt or "",
+        server_key=config.server_key or "",
+        revoked=config.revoked,
+        config=path,
+    )
+
+
+def hidden_paths(config: ServerConfig, files: ServerFiles) -> tuple[str, ...]:
+    """What no job may see, whatever its mode: the key, the configuration, and who does what."""
+    secret = (files.server_key, files.config, config.audit_log)
+    return tuple(os.path.realpath(path) for path in secret if path)
 
 
 def open_audit_log(path: str) -> int:
@@ -149,7 +172,3 @@ def preload_modules() -> None:
     late = ("encodings.idna", "asyncio", "concurrent.futures.thread", "linecache", "traceback", "shutil")
     for name in (*late, "grpc._utilities"):
         import_module(name)
-
-
-def _set_up_logging(level: str) -> None:
-    logging.basicConfig(level=level.upper(), stream=sys.stderr, format="pjwd: %(levelname)s: %(message)s")

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections import Counter
 from typing import Final
 
 from pjw.errors import LauncherGoneError, PjwError
@@ -40,6 +41,8 @@ class Endings:
         self._pruner: Final = pruner
         self._sampler: Final = sampler
         self._background: Final = background
+        # jobs that have ended since this worker began
+        self.by_reason: Final[Counter[EndReason]] = Counter()
 
     def watch(self, live: LiveJob, pidfd: int) -> None:
         """Own the pidfd of a job's init, and finish the job when that ends; take samples until then."""
@@ -64,6 +67,8 @@ class Endings:
         self._apply_end(live, usage, rebooted=rebooted)
         if live.job.input:
             await self._remove_input(job_id)
+        if live.job.reason is not None:
+            self.by_reason[live.job.reason] += 1
         # Row before removal: the accounts are only in the cgroup until then. And who is told of an
         # end can rely on it, so the row is synced before that. But not the removal: no process is
         # left, and to remove a cgroup takes the kernel up to 15 ms.

@@ -115,6 +115,10 @@ class LauncherClient:
             if len(reply.job_ids) < protocol.MAX_JOB_IDS:
                 return job_ids
 
+    async def request_nothing(self) -> None:
+        """Return when the launcher has answered: a question that no job id is the answer to."""
+        await self._request(protocol.JobIds(2**63 - 1))
+
     async def request_terminate(self, job_id: int, signal: int) -> None:
         """A signal to every process of the job."""
         await self._request(protocol.Terminate(job_id, signal))

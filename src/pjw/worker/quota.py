@@ -14,21 +14,23 @@ class RunningJobs:
     """Counts jobs from before their start to after their end, so that no burst gets past the quota."""
 
     def __init__(self, quotas: Quotas) -> None:
-        self._quotas: Final = quotas
+        self.quotas = quotas
         self._running: Final[Counter[str]] = Counter()
 
     def take(self, client_name: str) -> None:
         """Count a job that is to be started. Raises LimitReachedError at a quota."""
-        most, total = self._quotas.running_max, self._quotas.running_total_max
+        most, total = self.quotas.running_max, self.quotas.running_total_max
         if most and self._running[client_name] >= most:
             raise LimitReachedError(
                 f"{most} jobs of {client_name} are running, and no more may",
                 hint="wait for one to end, or stop one; the operator sets clients.running_max",
+                limit="running_max",
             )
         if total and self._running.total() >= total:
             raise LimitReachedError(
                 f"{total} jobs are running on this server, and no more may",
                 hint="try again later; the operator sets clients.running_total_max",
+                limit="running_total_max",
             )
         self.adopt(client_name)
 
@@ -66,9 +68,11 @@ def check_bytes(quotas: Quotas, client_name: str, own_bytes: int, total_bytes: i
             f"the jobs of {client_name} have {own_bytes} bytes of output and input, and at most {most}"
             " may be stored",
             hint="remove ended jobs: pjw rm ID; the operator sets clients.stored_bytes_max",
+            limit="stored_bytes_max",
         )
     if total and total_bytes >= total:
         raise LimitReachedError(
             f"the output and input of all jobs are {total_bytes} bytes, and at most {total} may be stored",
             hint="remove ended jobs: pjw rm ID; the operator sets clients.stored_bytes_total_max",
+            limit="stored_bytes_total_max",
         )

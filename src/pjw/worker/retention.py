@@ -25,11 +25,16 @@ class Pruner:
 
     def __init__(self, state: StateDir, retention: Retention) -> None:
         self._state: Final = state
-        self._retention: Final = retention
+        self._retention = retention
         self._due: Final = asyncio.Event()
 
     def job_ended(self) -> None:
         """There is one more to keep."""
+        self._due.set()
+
+    def keep(self, retention: Retention) -> None:
+        """From now on so much."""
+        self._retention = retention
         self._due.set()
 
     async def remove(self, job_id: int) -> None:

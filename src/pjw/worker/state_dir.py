@@ -75,6 +75,11 @@ class StateDir:
         self.store.close()
         os.close(self._jobs_fd)
 
+    @property
+    def descriptor(self) -> int:
+        """An open directory of it."""
+        return self._jobs_fd
+
     def output_paths(self, job_id: int, *, stderr: bool = False) -> tuple[str, str]:
         """Where a job's output (or its stderr) and the times of it are, for this process alone."""
         output, times = ("stderr", "stderr_times") if stderr else ("output", "times")

@@ -297,6 +297,13 @@ class JobStore:
         own, everybodys = self._db.execute(query, (client_name,)).fetchone()
         return int(own), int(everybodys)
 
+    async def totals(self) -> list[tuple[str, int, int]]:
+        """Of each client its ended jobs, and the bytes of output that they have."""
+        return await self._run(self._totals)
+
+    def _totals(self) -> list[tuple[str, int, int]]:
+        return self._db.execute("SELECT name, ended_jobs, ended_bytes FROM clients").fetchall()
+
     async def boot_id(self) -> str | None:
         """The boot of the host in which the table was last in use; None for a new table."""
         return await self._run(self._boot_id)

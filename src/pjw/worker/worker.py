@@ -29,6 +29,7 @@ from pjw.worker.launcher_client import LauncherClient
 from pjw.worker.launcher_process import LauncherProcess, require_root, start_launcher
 from pjw.worker.launches import Launches
 from pjw.worker.logs import ALL_OUTPUT, Output, Part, check_stream, live_job, output_of_ended
+from pjw.worker.numbers import WorkerNumbers, count_all
 from pjw.worker.pages import ALL_JOBS, JobFilter, Page
 from pjw.worker.quota import RunningJobs, check_stored_bytes
 from pjw.worker.retention import Pruner
@@ -63,7 +64,7 @@ class Worker:
     def __init__(self, state: StateDir, launcher: LauncherProcess, settings: WorkerSettings) -> None:
         """Take over an open state directory and a launcher; `open` does it all."""
         self._state: Final = state
-        self._settings: Final = settings
+        self._settings = settings
         self._launcher: Final = LauncherClient(launcher)
         self._inotify: Final = Inotify()
         self._live: Final[dict[int, LiveJob]] = {}
@@ -139,6 +140,20 @@ class Worker:
     def live_count(self) -> int:
         """How many jobs have not ended."""
         return len(self._live)
+
+    def reconfigure(self, settings: WorkerSettings) -> None:
+        """Take other default limits, grace period, retention and quotas; the rest the launcher was told."""
+        self._settings = settings
+        self._running.quotas = settings.quotas
+        self._pruner.keep(settings.retention)
+
+    async def launcher_answers(self) -> None:
+        """Return when the launcher has answered a question. Raises LauncherGoneError when it cannot."""
+        await self._launcher.request_nothing()
+
+    async def numbers(self) -> WorkerNumbers:
+        """How much of everything there is, for who watches over it."""
+        return await count_all(self._state, self._live, self._endings.by_reason, self._launcher)
 
     async def launcher_gone(self) -> None:
         """Return when the launcher has died; nothing can be started or stopped then."""

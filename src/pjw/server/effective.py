@@ -1,0 +1,120 @@
+"""The configuration as it takes effect: each key with its value, where that is from, and what it means.
+
+`pjwd config show` prints it. What is printed as TOML is a configuration file again.
+"""
+
+import json
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Final, get_args, get_origin
+
+import msgspec
+
+from pjw.server.config import ServerConfig
+
+LIMITS: Final = {
+    "cpu_max_millicores": "thousandths of a processor",
+    "memory_max_bytes": "memory, its file systems in memory included; swap is off",
+    "pids_max": "processes and threads",
+    "io_rbps_max": "bytes a second that are read from disk",
+    "io_wbps_max": "bytes a second that are written to disk",
+    "io_riops_max": "reads a second from disk",
+    "io_wiops_max": "writes a second to disk",
+    "output_max_bytes": "bytes of output; then the job is killed",
+    "time_max_seconds": "so long a job may run; then it is killed",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One key. `origin` is `default`, `file` or `option`."""
+
+    key: str
+    value: object
+    origin: str
+    description: str
+
+
+def settings_of(
+    config: ServerConfig, in_file: Mapping[str, object], options: Mapping[str, object]
+) -> list[Setting]:
+    """Every key of a configuration that was made from these."""
+    descriptions = describe_keys()
+    values = msgspec.to_builtins(config, order="deterministic")
+    limits, ceilings = config.effective_limits()
+    values["limits"], values["ceilings"] = dict(limits.items()), dict(ceilings.items())
+    return [
+        Setting(key, value, _origin(key, in_file, options), descriptions[key]) for key, value in _flat(values)
+    ]
+
+
+def _flat(values: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from ((f"{key}.{inner}", each) for inner, each in value.items())
+        else:
+            yield key, value
+
+
+def _origin(key: str, in_file: Mapping[str, object], options: Mapping[str, object]) -> str:
+    if key in options:
+        return "option"
+    table, _, name = key.rpartition(".")
+    there = in_file.get(table, {}) if table else in_file
+    return "file" if isinstance(there, Mapping) and name in there else "default"
+
+
+def describe_keys() -> dict[str, str]:
+    """What each key means, by its name with its table's in front."""
+    found = dict(_described(ServerConfig))
+    del found["limits"], found["ceilings"]
+    for name in LIMITS:
+        found[f"limits.{name}"] = f"what a job gets unless its client asks for another: {LIMITS[name]}"
+        found[f"ceilings.{name}"] = f"what a client may ask for at most: {LIMITS[name]}"
+    return found
+
+
+def _described(struct: type[msgspec.Struct], table: str = "") -> Iterator[tuple[str, str]]:
+    for name, hint in typing.get_type_hints(struct, include_extras=True).items():
+        if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
+            yield from _described(hint, f"{name}.")
+        elif get_origin(hint) is Annotated:
+            metas = [meta for meta in get_args(hint)[1:] if isinstance(meta, msgspec.Meta)]
+            yield f"{table}{name}", next(meta.description for meta in metas if meta.description)
+
+
+def as_toml(settings: list[Setting], path: str | None) -> str:
+    """A configuration file with these values, and a comment behind each that says where it is from."""
+    lines: list[str] = []
+    table = ""
+    for setting in settings:
+        inside, _, name = setting.key.rpartition(".")
+        if inside != table:
+            lines += ["", f"[{inside}]"]
+            table = inside
+        origin = f"file {path}" if setting.origin == "file" else setting.origin
+        # TOML has no word for "none": a comment in its place keeps the file one that can be read
+        shown = f"# {name} =" if setting.value is None else f"{name} = {_toml(setting.value)}"
+        lines.append(f"{shown}  # {origin}: {setting.description}")
+    return "\n".join(lines) + "\n"
+
+
+def as_json(settings: list[Setting]) -> str:
+    """An object with a member for each key."""
+    members = {
+        setting.key: {
+            "value": setting.value,
+            "origin": setting.origin,
+            "description": setting.description,
+        }
+        for setting in settings
+    }
+    return json.dumps(members, indent=2) + "\n"
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    # JSON's forms of a number, a truth and a string are TOML's, but for one character
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,0 +1,93 @@
+"""What pjwd says on stderr: one line for each record, as text or as JSON.
+
+A line is ours from its first byte on: what comes from outside is escaped, so nobody can write a line that
+looks like another record. Under systemd each line begins with its priority (sd-daemon(3)).
+"""
+
+import json
+import logging
+import os
+import sys
+from datetime import UTC, datetime
+from typing import Final
+
+FORMATS: Final = ("text", "json")
+LEVELS: Final = ("debug", "info", "warning", "error")
+# syslog's numbers, by logging's
+_PRIORITY: Final = {
+    logging.DEBUG: 7,
+    logging.INFO: 6,
+    logging.WARNING: 4,
+    logging.ERROR: 3,
+    logging.CRITICAL: 2,
+}
+# A record with this is said at every level, and without its level in front: it is what people wait for.
+PLAIN: Final = {"plain": True}
+
+
+def set_up_logging(level: str, style: str) -> None:
+    """Have everything that is logged said on stderr."""
+    formatter: logging.Formatter = JsonFormatter() if style == "json" else TextFormatter()
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Journal(formatter) if _is_journal(sys.stderr.fileno()) else formatter)
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+def set_level(level: str) -> None:
+    """Say less or more from now on."""
+    logging.getLogger().setLevel(level.upper())
+
+
+class TextFormatter(logging.Formatter):
+    """`pjwd: LEVEL: words`; of a bug, the traceback in lines that begin with spaces."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """A record as it is said."""
+        level = "" if getattr(record, "plain", False) else f"{record.levelname}: "
+        text = f"pjwd: {level}{escaped(record.getMessage())}"
+        if record.exc_info:
+            lines = self.formatException(record.exc_info).split("\n")
+            text += "".join(f"\n    {escaped(line)}" for line in lines)
+        return text
+
+
+class JsonFormatter(logging.Formatter):
+    """An object in a line: time, level, logger, message, and of a bug its traceback."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """A record as it is said."""
+        members = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")[:-6] + "Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            members["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(members)
+
+
+class _Journal(logging.Formatter):
+    """The priority in front of each line, which the journal takes off again."""
+
+    def __init__(self, inner: logging.Formatter) -> None:
+        super().__init__()
+        self._inner: Final = inner
+
+    def format(self, record: logging.LogRecord) -> str:
+        """A record as it is said."""
+        level = record.levelno - record.levelno % 10
+        prefix = f"<{_PRIORITY.get(level, 6)}>"
+        return "\n".join(prefix + line for line in self._inner.format(record).split("\n"))
+
+
+def escaped(text: str) -> str:
+    """*text* without anything that ends a line, moves a cursor or is no character."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _is_journal(descriptor: int) -> bool:
+    # systemd says which file leads to the journal: a redirected stderr is another one
+    device, _, inode = os.environ.get("JOURNAL_STREAM", "").partition(":")
+    status = os.fstat(descriptor)
+    return (device, inode) == (str(status.st_dev), str(status.st_ino))

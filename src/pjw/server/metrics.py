@@ -1,0 +1,356 @@
+"""Metrics for a Prometheus, by HTTP on an address of their own: docs/monitoring.md has them all.
+
+Calls are counted when they begin and end, on the event loop; nothing is done for a byte or a message. All
+else is looked up when somebody asks. Who asks has a thread, of which there are few, and a deadline: one
+that does not read its answer keeps nobody waiting.
+"""
+
+import asyncio
+import logging
+import socket
+import sys
+import threading
+from collections import Counter as Tally
+from collections.abc import Iterable, Iterator
+from concurrent.futures import CancelledError
+from contextlib import contextmanager
+from importlib.metadata import version
+from socketserver import TCPServer, ThreadingMixIn
+from typing import Final
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+from cryptography import x509
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    make_wsgi_app,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from pjw.errors import (
+    ConfigError,
+    InvalidJobError,
+    LauncherGoneError,
+    LaunchError,
+    LimitReachedError,
+    NotAllowedError,
+    NotAuthenticatedError,
+    PjwError,
+    describe_errno,
+)
+from pjw.model import EndReason, JobState
+from pjw.server.address import shown_address
+from pjw.server.audit import CallRecord
+from pjw.server.reload import Reloader
+from pjw.worker import Worker
+from pjw.worker.numbers import ClientNumbers, WorkerNumbers
+
+SCRAPES_MAX: Final = 8
+SCRAPE_SECONDS: Final = 10
+# Nothing tells when a descriptor is free again.
+_RETRY_SECONDS: Final = 1
+# What stands for the clients beyond the busiest: no client can be called so.
+OTHERS: Final = "(other)"
+# These take as long as their callers like, which says nothing of us.
+LASTING: Final = frozenset({"Logs", "Wait", "WriteInput", "WatchUsage", "HealthWatch", "Reflect"})
+# From a cached answer to a stop with a long grace period.
+CALL_BUCKETS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60)
+START_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5, 30)
+_REJECTIONS: Final[dict[type[Exception], str]] = {
+    NotAuthenticatedError: "not_authenticated",
+    NotAllowedError: "not_allowed",
+    LauncherGoneError: "unavailable",
+    InvalidJobError: "invalid",
+    LimitReachedError: "no_resources",
+}
+
+_Request = socket.socket | tuple[bytes, socket.socket]
+
+log: Final = logging.getLogger(__name__)
+
+
+class ServerMetrics:
+    """Counts calls as the guard tells of them, and serves what is counted."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker: Final = worker
+        self._loop: Final = asyncio.get_running_loop()
+        self._under_way: Final[set[CallRecord]] = set()
+        # when a counter began is no news: that is when pjwd did
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        # by method: output that was sent, input that came
+        self._bytes: Final[Tally[str]] = Tally()
+        self.registry: Final = CollectorRegistry(auto_describe=False)
+        self._calls: Final = Counter(
+            "pjw_calls", "Calls that have ended.", ["method", "code"], registry=self.registry
+        )
+        self._seconds: Final = Histogram(
+            "pjw_call_duration_seconds",
+            "How long calls with one answer took.",
+            ["method"],
+            buckets=CALL_BUCKETS,
+            registry=self.registry,
+        )
+        self._rejected: Final = Counter(
+            "pjw_calls_rejected",
+            "Calls that were refused; reason is a limit below [clients], or what was wrong.",
+            ["reason"],
+            registry=self.registry,
+        )
+        self._starts: Final = Counter(
+            "pjw_starts", "Starts by their result.", ["result"], registry=self.registry
+        )
+        self._start_seconds: Final = Histogram(
+            "pjw_start_duration_seconds",
+            "From the call to a command that was executed.",
+            buckets=START_BUCKETS,
+            registry=self.registry,
+        )
+        for result in ("started", "refused", "not_executable", "failed"):
+            self._starts.labels(result)
+        ProcessCollector(registry=self.registry)
+
+    def call_began(self, record: CallRecord) -> None:
+        """A call is under way."""
+        self._under_way.add(record)
+
+    def call_ended(self, record: CallRecord) -> None:
+        """It is over."""
+        self._under_way.discard(record)
+        self._bytes[record.method] += record.bytes
+        self._calls.labels(record.method, record.code).inc()
+        if record.method not in LASTING:
+            self._seconds.labels(record.method).observe(record.seconds())
+        reason = _rejection(record.error)
+        if reason is not None:
+            self._rejected.labels(reason).inc()
+        if record.method == "Start":
+            self._starts.labels(_result(record.error, reason)).inc()
+            if record.error is None and record.code == "OK":
+                self._start_seconds.observe(record.seconds())
+
+    @contextmanager
+    def serve(self, address: tuple[str, int], reloader: Reloader) -> Iterator[None]:
+        """Answer at *address* until the end of the block. Raises ConfigError."""
+        self.registry.register(_State(self, reloader))
+        try:
+            server = _Server(address)
+        except OSError as error:
+            why = (error.strerror or str(error)).lower()
+            raise ConfigError(f"cannot listen on {shown_address(*address)} for metrics: {why}") from error
+        server.set_app(make_wsgi_app(self.registry))
+        thread = threading.Thread(target=server.run, name="pjw-metrics", daemon=True)
+        thread.start()
+        log.info("metrics on %s", shown_address(address[0], server.server_port))
+        try:
+            yield
+        finally:
+            server.end()
+            thread.join()
+            server.server_close()
+
+    def numbers(self) -> tuple[WorkerNumbers, dict[str, int], Tally[str]]:
+        """From any thread: the worker's numbers, calls under way and bytes, both by method."""
+        return asyncio.run_coroutine_threadsafe(self._look(), self._loop).result(SCRAPE_SECONDS)
+
+    async def _look(self) -> tuple[WorkerNumbers, dict[str, int], Tally[str]]:
+        numbers = await self._worker.numbers()
+        under_way: dict[str, int] = {"Logs": 0}
+        streamed = self._bytes.copy()
+        for record in self._under_way:
+            under_way[record.method] = under_way.get(record.method, 0) + 1
+            streamed[record.method] += record.bytes
+        return numbers, under_way, streamed
+
+
+class _State(Collector):
+    """What is looked up when it is asked for."""
+
+    def __init__(self, metrics: ServerMetrics, reloader: Reloader) -> None:
+        self._metrics: Final = metrics
+        self._reloader: Final = reloader
+        self._version: Final = version("pjw")
+
+    def collect(self) -> Iterator[Metric]:
+        yield InfoMetricFamily("pjw", "The version of pjwd.", {"version": self._version})
+        yield from self._operator()
+        try:
+            numbers, under_way, streamed = self._metrics.numbers()
+        except (PjwError, TimeoutError, CancelledError) as error:
+            # what is known without the worker is told all the same
+            log.error("cannot look up metrics: %r", error)
+            return
+        yield from _jobs(numbers)
+        yield _one("pjw_followers", "Outputs that are being followed.", under_way["Logs"])
+        yield _by(
+            "pjw_calls_under_way", "Calls that have not ended, streams included.", "method", under_way.items()
+        )
+        yield _total("pjw_output_streamed_bytes", "Bytes of output that clients were sent.", streamed["Logs"])
+        yield _total("pjw_input_received_bytes", "Bytes of input that clients sent.", streamed["WriteInput"])
+        yield from _clients(numbers, self._reloader.config.metrics.clients_max)
+        yield _one("pjw_disk_size_bytes", "The file system of the state directory.", numbers.disk_bytes)
+        yield _one("pjw_disk_free_bytes", "What is free of it.", numbers.disk_free_bytes)
+        yield _one("pjw_launcher_up", "Whether the launcher lives.", numbers.launcher_up)
+
+    def _operator(self) -> Iterator[Metric]:
+        quotas = self._reloader.config.clients
+        yield _by(
+            "pjw_limit",
+            "What the configuration allows, below [clients]; 0 is no limit.",
+            "limit",
+            [(name, float(getattr(quotas, name))) for name in quotas.__struct_fields__],
+        )
+        reloads = CounterMetricFamily("pjw_reloads", "Reloads of files.", labels=("files", "result"))
+        for (what, result), count in sorted(self._reloader.counts.items()):
+            reloads.add_metric((what, result), count)
+        yield reloads
+        credentials = self._reloader.credentials
+        ends = [("server", credentials.crt_pem), ("ca", credentials.ca_pem)]
+        yield _by(
+            "pjw_certificate_expiry_timestamp_seconds",
+            "When the first certificate of a file expires.",
+            "certificate",
+            [(name, _first_end(pem)) for name, pem in ends],
+        )
+
+
+def _jobs(numbers: WorkerNumbers) -> Iterator[Metric]:
+    clients = numbers.clients.values()
+    live = [(state.value, numbers.live.get(state, 0)) for state in JobState if not state.final]
+    stored = sum(client.stored_jobs for client in clients)
+    yield _by(
+        "pjw_jobs", "Jobs by state; ended ones are those that are kept.", "state", [*live, ("ended", stored)]
+    )
+    yield _one(
+        "pjw_stored_bytes",
+        "Output of the ended jobs that are kept.",
+        sum(each.stored_bytes for each in clients),
+    )
+    ends = CounterMetricFamily("pjw_jobs_ended", "Jobs that have ended, by reason.", labels=("reason",))
+    for reason in EndReason:
+        ends.add_metric((reason.value,), numbers.ends.get(reason, 0))
+    yield ends
+
+
+def _clients(numbers: WorkerNumbers, most: int) -> Iterator[Metric]:
+    ranked = sorted(
+        numbers.clients.items(), key=lambda item: (item[1].running, item[1].stored_bytes), reverse=True
+    )
+    shown = ranked[:most]
+    if rest := [client for _, client in ranked[most:]]:
+        together = ClientNumbers(
+            sum(client.running for client in rest),
+            sum(client.stored_jobs for client in rest),
+            sum(client.stored_bytes for client in rest),
+        )
+        shown = [*shown, (OTHERS, together)]
+    for name, member, text in (
+        ("pjw_client_running_jobs", "running", "Jobs of a client that have not ended."),
+        ("pjw_client_stored_jobs", "stored_jobs", "Ended jobs of a client that are kept."),
+        ("pjw_client_stored_bytes", "stored_bytes", "Output of those."),
+    ):
+        yield _by(name, text, "client", [(who, getattr(client, member)) for who, client in shown])
+
+
+def _one(name: str, text: str, value: float) -> GaugeMetricFamily:
+    return GaugeMetricFamily(name, text, value)
+
+
+def _total(name: str, text: str, value: float) -> CounterMetricFamily:
+    return CounterMetricFamily(name, text, value)
+
+
+def _by(name: str, text: str, label: str, values: Iterable[tuple[str, float]]) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(name, text, labels=(label,))
+    for key, value in values:
+        family.add_metric((key,), value)
+    return family
+
+
+def _first_end(pem: bytes) -> float:
+    return min(each.not_valid_after_utc for each in x509.load_pem_x509_certificates(pem)).timestamp()
+
+
+def _rejection(error: Exception | None) -> str | None:
+    if isinstance(error, LimitReachedError) and error.limit is not None:
+        return error.limit
+    return None if error is None else _REJECTIONS.get(type(error))
+
+
+def _result(error: Exception | None, reason: str | None) -> str:
+    if error is None:
+        return "started"
+    if isinstance(error, LaunchError):
+        return "not_executable"
+    return "failed" if reason is None else "refused"
+
+
+class _Handler(WSGIRequestHandler):
+    # a client that is slow to ask or to read is let go of (socketserver)
+    timeout = SCRAPE_SECONDS
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002  the base's name
+        """Nothing: who asks would write into our log."""
+
+    def log_error(self, format: str, *args: object) -> None:  # noqa: A002  the base's name
+        """Nothing: the same."""
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, address: tuple[str, int]) -> None:
+        self._free: Final = threading.BoundedSemaphore(SCRAPES_MAX)
+        self._ending: Final = threading.Event()
+        family, *_, resolved = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
+        self.address_family = family
+        super().__init__((str(resolved[0]), address[1]), _Handler)
+
+    def run(self) -> None:
+        """Answer until `end`. Not serve_forever(), which spins when descriptors are out, and ends late."""
+        while not self._ending.is_set():
+            try:
+                request, client_address = self.get_request()
+            except OSError as error:
+                if not self._ending.wait(_RETRY_SECONDS):
+                    log.warning("cannot take who asks for metrics: %s", describe_errno(error.errno or 0))
+                continue
+            self.process_request(request, client_address)
+
+    def end(self) -> None:
+        """Have `run` return."""
+        self._ending.set()
+        # wakes accept(2)
+        self.socket.shutdown(socket.SHUT_RDWR)
+
+    def server_bind(self) -> None:
+        # not HTTPServer's, which asks the resolver for our name
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = "pjwd", self.server_address[1]
+        self.setup_environ()
+
+    def process_request(self, request: _Request, client_address: object) -> None:
+        if not self._free.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError as error:
+            # there is no thread for it
+            log.warning("cannot answer who asks for metrics: %s", error)
+            self._free.release()
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: _Request, client_address: object) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        log.debug("a scrape failed: %s", sys.exception())

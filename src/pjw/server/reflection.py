@@ -1,0 +1,36 @@
+"""Server reflection: the contract, for clients that do not have the file. It tells nothing of jobs.
+
+What is asked and answered is the library's; it is asked through our guard, like every other method.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from typing import Final
+
+import grpc
+from grpc_reflection.v1alpha import reflection_pb2 as pb
+from grpc_reflection.v1alpha.reflection import aio
+
+from pjw.server.authz import Caller
+from pjw.server.guard import Answer, Guard
+
+# One contract under two names: that of v1, which the library does not have, is v1alpha's to the last field.
+NAMES: Final = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")
+_METHOD: Final = "ServerReflectionInfo"
+
+
+def reflection_handlers(guard: Guard, services: Sequence[str]) -> list[grpc.GenericRpcHandler]:
+    """The handlers of reflection, which lists *services* and itself."""
+    servicer = aio.ReflectionServicer((*services, *NAMES))
+
+    async def reflect(
+        requests: AsyncIterator[pb.ServerReflectionRequest],
+        caller: Caller,
+        answer: Answer[pb.ServerReflectionResponse],
+    ) -> None:
+        async with aclosing(servicer.ServerReflectionInfo(requests, None)) as responses:
+            async for response in responses:
+                await answer(response)
+
+    handler = guard.bidi(reflect, pb.ServerReflectionRequest, "Reflect")
+    return [grpc.method_handlers_generic_handler(name, {_METHOD: handler}) for name in NAMES]

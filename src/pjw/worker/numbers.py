@@ -1,0 +1,56 @@
+"""How much of everything a worker has, at one moment."""
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pjw.model import EndReason, JobState
+from pjw.worker.job import LiveJob
+from pjw.worker.launcher_client import LauncherClient
+from pjw.worker.state_dir import StateDir
+
+
+@dataclass(frozen=True, slots=True)
+class ClientNumbers:
+    """What one client has."""
+
+    running: int = 0
+    stored_jobs: int = 0
+    stored_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerNumbers:
+    """Jobs by state, ends by reason since the start, what each client has, and the state directory's disk.
+
+    Bytes are the output of ended jobs: that of those which run is known when they have ended.
+    """
+
+    live: Mapping[JobState, int]
+    ends: Mapping[EndReason, int]
+    clients: Mapping[str, ClientNumbers]
+    disk_bytes: int
+    disk_free_bytes: int
+    launcher_up: bool
+
+
+async def count_all(
+    state: StateDir, live: Mapping[int, LiveJob], ends: Mapping[EndReason, int], launcher: LauncherClient
+) -> WorkerNumbers:
+    """Count; it costs the same however many jobs are kept."""
+    totals = {name: (jobs, stored) for name, jobs, stored in await state.store.totals()}
+    disk = os.fstatvfs(state.descriptor)
+    jobs = [each.job for each in live.values()]
+    running = Counter(job.client_name for job in jobs)
+    return WorkerNumbers(
+        live=Counter(job.state for job in jobs),
+        ends=dict(ends),
+        clients={
+            name: ClientNumbers(running[name], *totals.get(name, (0, 0)))
+            for name in sorted(totals.keys() | running.keys())
+        },
+        disk_bytes=disk.f_frsize * disk.f_blocks,
+        disk_free_bytes=disk.f_frsize * disk.f_bavail,
+        launcher_up=not launcher.gone.is_set(),
+    )

@@ -1,0 +1,103 @@
+"""`pjwd config show`: every key, its value, where that is from, and a file that can be read again."""
+
+import json
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from pjw.model import Limits
+from pjw.server.config import ServerConfig, load_config
+from pjw.server.effective import LIMITS, describe_keys
+from pjw.server.main import main
+
+FILE = """\
+user = "näme\\u007f"
+log_level = "info"
+listen = "localhost:1"
+[clients]
+running_max = 7
+[roles]
+viewers = ["bob", "alice"]
+[limits]
+pids_max = 9
+"""
+
+
+def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What `pjwd config show` prints."""
+    assert main(["config", "show", *arguments]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out
+
+
+def test_origins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An option goes before the file, and the file before the default; each says so."""
+    path = tmp_path / "pjwd.toml"
+    path.write_text(FILE)
+    out = shown(capsys, "--config", str(path), "--listen", "localhost:2", "--format", "json")
+    told = {key: (each["value"], each["origin"]) for key, each in json.loads(out).items()}
+    assert told["listen"] == ("localhost:2", "option")
+    assert told["log_level"] == ("info", "file")
+    assert told["log_format"] == ("text", "default")
+    assert (told["clients.running_max"], told["clients.calls_max"]) == ((7, "file"), (256, "default"))
+    assert told["roles.viewers"] == (["alice", "bob"], "file")
+    assert (told["limits.pids_max"], told["ceilings.pids_max"]) == ((9, "file"), (0, "default"))
+    assert told["limits.cpu_max_millicores"] == (1000, "default")
+
+
+def test_what_is_shown_is_a_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As TOML it is read again as the same configuration, and says where each value was from."""
+    path = tmp_path / "pjwd.toml"
+    path.write_text(FILE)
+    out = shown(capsys, "--config", str(path), "--state-dir", "/x")
+    assert f"running_max = 7  # file {path}: " in out
+    assert 'state_dir = "/x"  # option: ' in out
+    assert "# audit_log =  # default: " in out
+    again = tmp_path / "again.toml"
+    again.write_text(out)
+    one, two = load_config(str(path), {"state_dir": "/x"}), load_config(str(again))
+    whole = {"limits": two.limits, "ceilings": two.ceilings}
+    assert two == msgspec.structs.replace(one, **whole)
+    assert two.effective_limits() == one.effective_limits()
+
+
+def test_every_key_is_shown_and_described(capsys: pytest.CaptureFixture[str]) -> None:
+    """None is forgotten, and each limit has its words."""
+    told = json.loads(shown(capsys, "--format", "json"))
+    assert set(told) == set(describe_keys())
+    assert all(each["description"] for each in told.values())
+    assert set(LIMITS) == {field.name for field in fields(Limits)}
+    assert {key.partition(".")[0] for key in told} == set(ServerConfig.__struct_fields__)
+    assert set(tomllib.loads(shown(capsys))["limits"]) == set(LIMITS)
+
+
+def test_paths_of_options_are_taken_from_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those in the file are absolute; those on the command line need not be."""
+    monkeypatch.chdir(tmp_path)
+    assert f'ca_crt = "{tmp_path}/certs/ca.crt"  # option' in shown(capsys, "--ca-crt", "certs/ca.crt")
+
+
+def test_what_cannot_be_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the words of serve, without a traceback."""
+    path = tmp_path / "pjwd.toml"
+    for text, words in (
+        ("colour = 1", "unknown field `colour`"),
+        ("[limits]\nx = 1", "no limit is called 'x'"),
+    ):
+        path.write_text(text)
+        assert main(["config", "show", "--config", str(path)]) == 1
+        assert words in capsys.readouterr().err
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    """`pjwd --version`."""
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith("pjwd 0.")
