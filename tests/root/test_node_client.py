@@ -87,6 +87,11 @@ def test_a_session_by_the_proto(service: Service) -> None:
     check(session(service, "proto", str(ROOT / "src")))
 
 
+def test_a_session_by_reflection(service: Service) -> None:
+    """The same with nothing but what the server says of itself."""
+    check(session(service, "reflection"))
+
+
 def test_the_program_of_the_documents(service: Service) -> None:
     """What docs/node.md shows runs as it stands, and says what it says."""
     [program] = re.findall(r"```js\n(.*?)```", (ROOT / "docs" / "node.md").read_text(), re.DOTALL)

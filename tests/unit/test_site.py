@@ -1,0 +1,69 @@
+"""The references of the site: all of them are told by the code, and nothing in them is without a word."""
+
+import importlib
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Final
+
+import pytest
+
+from pjw.v1 import job_worker_pb2
+
+SITE: Final = Path(__file__).parents[2] / "docs" / "site"
+
+
+@pytest.fixture
+def generator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A module that makes pages, which is no part of a package."""
+    monkeypatch.syspath_prepend(str(SITE))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    return importlib.import_module(request.param)
+
+
+def without_words(page: str) -> list[str]:
+    """The rows of tables whose last cell is empty."""
+    return re.findall(r"^\|.*\| +\|$", page, re.MULTILINE)
+
+
+@pytest.mark.parametrize("generator", ["cli_reference"], indirect=True)
+def test_every_option_is_explained(generator: ModuleType) -> None:
+    """Both command lines, each command of theirs and each option."""
+    for page, some in (
+        (generator.pjw(), ("## pjw start", "`--timeout TIME`")),
+        (generator.pjwd(), ("## pjwd serve", "`--state-dir DIR`", "### pjwd certs client")),
+    ):
+        assert all(one in page for one in some)
+        assert without_words(page) == []
+
+
+@pytest.mark.parametrize("generator", ["keys_reference"], indirect=True)
+def test_every_key_is_explained(generator: ModuleType) -> None:
+    """Each key of the configuration, with its default."""
+    page = generator.keys()
+    assert "| `waiting_inits` | integer, 0 to 1000 | `4` |" in page
+    assert "## [ceilings]" in page
+    assert without_words(page) == []
+
+
+@pytest.mark.parametrize("generator", ["api_reference"], indirect=True)
+def test_every_method_is_explained(generator: ModuleType) -> None:
+    """Each method of the contract, with its words."""
+    page = generator.api()
+    for method in job_worker_pb2.DESCRIPTOR.services_by_name["JobWorkerService"].methods:
+        assert re.search(rf"^### {method.name}\n\n\S", page, re.MULTILINE), method.name
+
+
+@pytest.mark.parametrize("generator", ["api_reference"], indirect=True)
+def test_what_is_not_understood_is_named(
+    generator: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the reader of the .proto does not know fails the build, instead of missing from the page."""
+    odd = tmp_path / "odd.proto"
+    odd.write_text(
+        generator.PROTO.read_text().replace("int64 offset = 2;", "int64 offset = 2 [deprecated = true];")
+    )
+    monkeypatch.setattr(generator, "PROTO", odd)
+    with pytest.raises(ValueError, match="not understood are LogsRequest, WriteInputRequest"):
+        generator.api()
