@@ -2,7 +2,8 @@
 # PYTHON=, CC=, TESTS=, TARGETS=, SUITES=, BENCH_ARGS= and what the scripts name at their heads can be given to make
 # or be in the environment.
 
-.PHONY: help install demo test test-slow test-vm soak bench bench-check profile check docs sanitize fuzz coverage format lock clean
+.PHONY: help install demo test test-slow test-vm soak bench bench-check profile check docs sanitize fuzz coverage \
+	package deb test-package format lock clean
 
 help:
 	@echo 'make install      pjw and pjwd into .venv/bin'
@@ -19,6 +20,9 @@ help:
 	@echo 'make sanitize     pjw-init with ASan and UBSan under its tests'
 	@echo 'make fuzz         each fuzzer for FUZZ_SECONDS (default 60); TARGETS=settings: only that one'
 	@echo 'make coverage     all tests, and which lines they did not reach'
+	@echo 'make package      what is published, from the last commit: wheel, sdist, Debian package, SHA256SUMS, in dist'
+	@echo 'make deb          the Debian package of this tree, for this Debian, in dist'
+	@echo 'make test-package tests of what make package makes'
 	@echo 'make format       format the source'
 	@echo 'make lock         requirements/*.txt anew, from pyproject.toml'
 	@echo 'make clean        remove everything that was built and installed here'
@@ -40,6 +44,7 @@ test-slow:
 
 test-vm:
 	@scripts/install test
+	@scripts/install package
 	@scripts/test-vm
 
 soak:
@@ -82,6 +87,20 @@ fuzz:
 coverage:
 	@scripts/install test
 	@scripts/coverage
+
+package:
+	@scripts/install package
+	@scripts/package
+
+deb:
+	@scripts/install package
+	@rm -rf build/wheel
+	@scripts/package-wheel . build/wheel
+	@scripts/package-deb build/wheel/pjw-*.whl dist
+
+test-package: package
+	@scripts/install test
+	@PJW_DIST=dist scripts/run-tests tests/package
 
 format:
 	@scripts/install dev

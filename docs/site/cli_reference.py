@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from pjw.cli.parser import build_parser as pjw_parser
-from pjw.server.main import _parser as pjwd_parser
+from pjw.server.main import build_parser as pjwd_parser
 
 USAGE: Final = "usage: "
 

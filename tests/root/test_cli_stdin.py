@@ -179,22 +179,22 @@ def test_a_source_that_fails_ends_nothing_but_the_sending(service: Service, kind
 
     async def send() -> bytes:
         async with pjw.AsyncClient(service.address, *files) as client:
-            job = await client.start(JobSpec(["cat"], input=True))
+            job, other = await client.start(JobSpec(["cat"], input=True)), await client.start(JobSpec("true"))
             with pytest.raises(OSError, match="broken"):
                 await client.write_input(job.id, async_of(broken()))
             await client.write_input(job.id, async_of(iter([b"first ", b"second"])))
             with pytest.raises(errors.JobStateError):
-                await client.write_input(1, async_of(iter([b""])))
+                await client.write_input(other.id, async_of(iter([b""])))
             return b"".join([data async for data in client.logs(job.id)])
 
     if kind == "AsyncClient":
         assert asyncio.run(send()) == b"first second"
         return
     with pjw.Client(service.address, *files) as client:
-        job = client.start(JobSpec(["cat"], input=True))
+        job, other = client.start(JobSpec(["cat"], input=True)), client.start(JobSpec("true"))
         with pytest.raises(OSError, match="broken"):
             client.write_input(job.id, broken())
         client.write_input(job.id, [b"first ", b"second"])
         with pytest.raises(errors.JobStateError):
-            client.write_input(1, [b""])
+            client.write_input(other.id, [b""])
         assert b"".join(client.logs(job.id)) == b"first second"

@@ -1,5 +1,6 @@
 """What Logs is asked for beyond all of the output: an end, the last lines, times, stderr; over real TLS."""
 
+import asyncio
 import os
 import signal
 import struct
@@ -16,7 +17,7 @@ from pjw.model import JobSpec
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker import Part
 from tests.service import CALL_SECONDS, Service, wait_for
-from tests.worker_harness import Bench, read_all
+from tests.worker_harness import DEADLINE_SECONDS, Bench, read_all
 
 STDERR = pb.OUTPUT_STREAM_STDERR
 
@@ -64,15 +65,6 @@ def test_the_end_of_what_is_there(service: Service, running: int) -> None:
     assert read(service, running, no_follow=True, offset=4) == b"two\nthree"
     assert read(service, running, no_follow=True, offset=13) == b""
     assert refused(service, running, no_follow=True, offset=14)[0] is grpc.StatusCode.OUT_OF_RANGE
-
-
-def test_a_job_that_never_stops_writing(service: Service) -> None:
-    """What is written after the call does not lengthen it."""
-    job_id = start(service, "exec yes", limits=pb.Limits(output_max_bytes=2**30))
-    wait_for(lambda: len(read(service, job_id, no_follow=True)) > 0)
-    with service.stub() as stub:
-        ended = stub.Stop(pb.StopRequest(id=job_id, grace=Duration()), timeout=CALL_SECONDS).job
-    assert ended.output_bytes > 0
 
 
 @pytest.mark.parametrize(
@@ -159,7 +151,8 @@ async def test_a_split_job_is_adopted(bench: Bench) -> None:
     await bench.wait_for_output(job.id, b"out\n")
     await bench.close(worker)
     worker = await bench.open()
-    chunks = [chunk async for chunk in worker.logs(job.id, Part(stderr=True))]
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        chunks = [chunk async for chunk in worker.logs(job.id, Part(stderr=True))]
     assert b"".join(chunks) == b"err\nmore\n"
     assert await read_all(worker, job.id) == b"out\n"
     assert (await worker.get(job.id)).output_bytes == len("err\nout\nmore\n")
@@ -173,7 +166,8 @@ async def test_closing_the_worker_ends_who_follows_stderr(bench: Bench) -> None:
     assert await anext(chunks) == b"err\n"
     await bench.close(worker)
     with pytest.raises(LauncherGoneError):
-        await anext(chunks)
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            await anext(chunks)
 
 
 # --- times
@@ -202,11 +196,13 @@ def test_times_are_those_of_the_writes(service: Service, split_stderr: bool) -> 
 def test_times_from_an_offset_and_of_the_last_lines(service: Service) -> None:
     """They are as precise there."""
     job_id = start(service, "for n in 1 2 3; do date +%s%N; sleep 0.1; done")
+    # live the server may see a line a moment before its record
+    read(service, job_id)
     every = answers(service, job_id, timestamps=True)
-    assert answers(service, job_id, timestamps=True) == answers(service, job_id, timestamps=True)
-    kept = answers(service, job_id, timestamps=True, tail_lines=2)
-    assert [answer.data for answer in kept] == [answer.data for answer in every[1:]]
-    assert kept == answers(service, job_id, timestamps=True, offset=len(every[0].data))
+    expected = [(answer.data, nanoseconds(answer)) for answer in every]
+    for how, first in (({}, 0), ({"tail_lines": 2}, 1), ({"offset": len(every[0].data)}, 1)):
+        found = answers(service, job_id, timestamps=True, **how)
+        assert [(answer.data, nanoseconds(answer)) for answer in found] == expected[first:]
 
 
 def test_without_being_asked_for_there_is_no_time(service: Service) -> None:

@@ -40,11 +40,12 @@ class Reloading:
         self._first: Final = {name: (service.certs / name).read_bytes() for name in FILES}
 
     def reload(self) -> list[str]:
-        """Send SIGHUP; what the log says of it, once it has spoken of both."""
+        """Send SIGHUP; what the log says of certificates and the list, once it has spoken of both."""
         start = self.service.log.stat().st_size
         os.kill(self.service.pid, signal.SIGHUP)
         wait_for(lambda: "revo" in self.said(start) and self.said(start).endswith("\n"))
-        return self.said(start).splitlines()
+        # test_operator.py is about the configuration
+        return [line for line in self.said(start).splitlines() if "configuration is the same" not in line]
 
     def said(self, start: int = 0) -> str:
         """What the log has from an offset on."""

@@ -121,6 +121,9 @@ async def test_who_asked_may_go(worker: Worker) -> None:
     async with asyncio.timeout(20):
         while [job.id for job in await worker.list()] != [job.id]:
             await asyncio.sleep(0.01)
+    # by now one whose end had been asked for as well would have ended
+    await run(worker, "sleep 0.2")
+    assert (await worker.get(job.id)).state is JobState.RUNNING
 
 
 async def test_a_request_is_remembered_after_kill_9(bench: Bench) -> None:

@@ -327,3 +327,26 @@ def test_event_loops_in_several_threads(tmp_path: Path) -> None:
             names, threads.map(lambda name: asyncio.run(read_own(name)), names), strict=True
         ):
             assert data == name.encode() * size
+
+
+async def test_the_present_alone(growing: Growing) -> None:
+    """What is written after the call does not lengthen it, and nothing is waited for."""
+    growing.append(b"one\ntwo\n")
+    chunks = follow(growing.log, 4, present_only=True)
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        assert await anext(chunks) == b"two\n"
+        growing.append(b"three\n")
+        assert [chunk async for chunk in chunks] == []
+        assert [chunk async for chunk in follow(growing.log, 14, present_only=True)] == []
+
+
+async def test_a_file_that_grows_faster_than_it_is_read(growing: Growing) -> None:
+    """The end of what was there is the end, in the middle of a chunk as well."""
+    growing.append(bytes(100_000))
+    size = 0
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        async for chunk in follow(growing.log, present_only=True):
+            size += len(chunk)
+            if size <= 1_000_000:
+                growing.append(bytes(100_000))
+    assert size == 100_000

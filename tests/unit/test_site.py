@@ -31,7 +31,7 @@ def without_words(page: str) -> list[str]:
 def test_every_option_is_explained(generator: ModuleType) -> None:
     """Both command lines, each command of theirs and each option."""
     for page, some in (
-        (generator.pjw(), ("## pjw start", "`--timeout TIME`")),
+        (generator.pjw(), ("## pjw start", "`--timeout TIME`", "### pjw context add")),
         (generator.pjwd(), ("## pjwd serve", "`--state-dir DIR`", "### pjwd certs client")),
     ):
         assert all(one in page for one in some)

@@ -1,13 +1,12 @@
 """Where the last lines of an output begin: as tail(1) says, in blocks, without holding others up."""
 
 import asyncio
+import random
 import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from pjw.output import Inotify, OutputLog, start_of_tail
 from pjw.output import tail as tail_module
@@ -34,29 +33,16 @@ def expected(data: bytes, lines: int, offset: int) -> int:
 
 
 @pytest.mark.usefixtures("small_blocks")
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-@given(
-    parts=st.lists(st.sampled_from([b"\n", b"a", b"bc", b"0123456789", b"\n\n"]), max_size=30),
-    lines=st.integers(0, 12),
-    cut=st.integers(0, 100),
-)
-def test_any_output(
-    tmp_path_factory: pytest.TempPathFactory, parts: list[bytes], lines: int, cut: int
-) -> None:
+async def test_any_output(tmp_path: Path, inotify: Inotify) -> None:
     """The same place as when all of it is split into lines."""
-    data = b"".join(parts)
-    path = tmp_path_factory.mktemp("tail") / "output"
-    path.write_bytes(data)
-    offset = min(cut, len(data))
-
-    async def look() -> int:
-        inotify = Inotify()
-        try:
-            return await start_of_tail(OutputLog(str(path), inotify, ended=True), lines, offset)
-        finally:
-            inotify.close()
-
-    assert asyncio.run(look()) == expected(data, lines, offset)
+    numbers, path = random.Random(7), tmp_path / "output"
+    parts = [b"\n", b"a", b"bc", b"0123456789", b"\n\n"]
+    for _ in range(2_000):
+        data = b"".join(numbers.choices(parts, k=numbers.randrange(30)))
+        lines, offset = numbers.randrange(12), numbers.choice([0, numbers.randrange(len(data) + 1)])
+        path.write_bytes(data)
+        start = await start_of_tail(OutputLog(str(path), inotify, ended=True), lines, offset)
+        assert start == expected(data, lines, offset), (data, lines, offset)
 
 
 @pytest.mark.parametrize("lines", [0, 1, 2, 10, 99_999, 100_000, 100_001, 2**62])

@@ -35,6 +35,13 @@ def install() -> None:
     shutil.copy(PACKAGING / UNIT, "/etc/systemd/system")
     ETC.mkdir(mode=0o755)
     shutil.copy(PACKAGING / "pjwd.toml", ETC)
+    make_certificates()
+    run("systemctl", "daemon-reload")
+    run("systemctl", "enable", "--now", UNIT)
+
+
+def make_certificates() -> None:
+    """Those of the host and of tester, who gets them."""
     run(BIN / "pjwd", "certs", "init", ETC, CLIENT)
     user = pwd.getpwnam(CLIENT)
     CERTS.mkdir(mode=0o700)
@@ -43,8 +50,6 @@ def install() -> None:
     for path in (CERTS, *CERTS.iterdir()):
         os.chown(path, user.pw_uid, user.pw_gid)
     (ETC / f"{CLIENT}.key").unlink()
-    run("systemctl", "daemon-reload")
-    run("systemctl", "enable", "--now", UNIT)
 
 
 def journal() -> str:

@@ -18,8 +18,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from pjw.certs.bundle import BUNDLE_SUFFIX, Bundle, bundle_bytes
 from pjw.certs.checks import Role, fault_of, key_matches, parse_certificates, parse_key
-from pjw.certs.files import NewFile, read_certificates, read_key, write_new
+from pjw.certs.files import ClientCredentials, NewFile, read_certificates, read_key, write_new
 from pjw.certs.profile import CLIENT_NAME_OID, name_fault, quoted
 from pjw.errors import ConfigError
 
@@ -112,13 +113,17 @@ def init_set(
     *,
     days: int = LEAF_DAYS,
     ca_days: int = CA_DAYS,
+    bundle_server: str | None = None,
 ) -> list[str]:
-    """Write a new CA with a server's and some clients' certificates, all or none; return the paths."""
+    """Write a new CA with a server's and some clients' certificates, all or none; return the paths.
+
+    With *bundle_server*, where clients connect to, each client's also as a bundle.
+    """
     authority = make_authority(days=ca_days)
     files = _files("ca", authority) + _files("server", make_server(authority, hosts, days=days))
     for name in dict.fromkeys(names):
         _check_file_name(name)
-        files += _files(name, make_client(authority, name, days=days))
+        files += _client_files(name, make_client(authority, name, days=days), authority, bundle_server)
     return write_new(directory, files)
 
 
@@ -128,12 +133,21 @@ def write_server(directory: str, hosts: Sequence[str], *, days: int = LEAF_DAYS)
 
 
 def write_client(
-    directory: str, name: str, *, days: int = LEAF_DAYS, client_name_oid: str = CLIENT_NAME_OID
+    directory: str,
+    name: str,
+    *,
+    days: int = LEAF_DAYS,
+    client_name_oid: str = CLIENT_NAME_OID,
+    bundle_server: str | None = None,
 ) -> list[str]:
-    """Write NAME.crt and NAME.key, issued by the CA in *directory*; return the paths."""
+    """Write NAME.crt and NAME.key, issued by the CA in *directory*; return the paths.
+
+    With *bundle_server*, where clients connect to, also NAME.pjw, which holds all that a client needs.
+    """
     _check_file_name(name)
-    pair = make_client(load_authority(directory), name, days=days, client_name_oid=client_name_oid)
-    return write_new(directory, _files(name, pair))
+    authority = load_authority(directory)
+    pair = make_client(authority, name, days=days, client_name_oid=client_name_oid)
+    return write_new(directory, _client_files(name, pair, authority, bundle_server))
 
 
 def load_authority(directory: str) -> Pair:
@@ -269,3 +283,12 @@ def _pair(certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> Pai
 
 def _files(name: str, pair: Pair) -> list[NewFile]:
     return [NewFile(f"{name}.key", pair.key_pem, 0o600), NewFile(f"{name}.crt", pair.crt_pem, 0o644)]
+
+
+def _client_files(name: str, pair: Pair, authority: Pair, bundle_server: str | None) -> list[NewFile]:
+    files = _files(name, pair)
+    if bundle_server is not None:
+        credentials = ClientCredentials(authority.crt_pem, pair.crt_pem, pair.key_pem)
+        data = bundle_bytes(Bundle(bundle_server, credentials))
+        files.append(NewFile(name + BUNDLE_SUFFIX, data, 0o600))
+    return files

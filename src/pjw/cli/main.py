@@ -28,6 +28,10 @@ def run() -> NoReturn:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     parser = build_parser()
+    if "_ARGCOMPLETE" in os.environ:
+        from pjw.cli.completion import complete
+
+        complete(parser)
     arguments = parser.parse_args(argv)
     if arguments.all and getattr(arguments, "starts", False):
         parser.error("--all is for jobs that are there; a job that you start is yours")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pjw.cli import commands, units
 from pjw.cli.connection import job_name
 from pjw.cli.settings import DEFAULT_SERVER
+from pjw.cli.subcommands import add_commands
 from pjw.cli.terminal import columns
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def build_parser() -> Parser:
     parser.add_argument("--ca-crt", metavar="FILE", help="the authority of the server's certificate")
     parser.add_argument("--client-crt", metavar="FILE", help="your certificate")
     parser.add_argument("--client-key", metavar="FILE", help="your key")
+    parser.add_argument("--context", metavar="CONTEXT", help="a service by its name, see pjw context")
     parser.add_argument(
         "--all",
         action="store_true",
@@ -58,6 +60,7 @@ def build_parser() -> Parser:
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (_add_run, _add_start, _add_list, _add_get, _add_logs, _add_wait, _add_stop, _add_rm):
         add(subparsers)
+    add_commands(subparsers)
     return parser
 
 

@@ -2,14 +2,17 @@
 
 import argparse
 import os
+import shlex
 import socket
 import sys
 from collections.abc import Sequence
 from typing import Final
 
+from pjw.certs.bundle import BUNDLE_SUFFIX
 from pjw.errors import PjwError
 from pjw.server.logs import FORMATS, LEVELS
 
+DEFAULT_LISTEN: Final = "localhost:50051"
 EXIT_FAILED: Final = 1
 LEAF_DAYS: Final = 365
 # options that are keys of the configuration, too
@@ -19,7 +22,7 @@ OPTIONS: Final = ("listen", *PATHS, "log_level", "log_format")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = build_parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
     except PjwError as error:
@@ -31,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The command tree."""
     parser = argparse.ArgumentParser(
         prog="pjwd", description="The pjw service: runs jobs for the clients of one certificate authority."
     )
@@ -82,6 +86,14 @@ def _parser() -> argparse.ArgumentParser:
         maker.add_argument(
             "--days", type=_days, default=LEAF_DAYS, metavar="N", help="valid so long; default %(default)s"
         )
+        if kind != "server":
+            maker.add_argument(
+                "--server",
+                type=_address,
+                default=DEFAULT_LISTEN,
+                metavar="HOST:PORT",
+                help="where clients connect to, for their bundles; default %(default)s",
+            )
         maker.add_argument("directory", metavar="DIR")
         maker.add_argument("names", nargs="+", metavar=names)
     return parser
@@ -105,7 +117,7 @@ class _Version(argparse.Action):
 def _add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--config", metavar="FILE", help="limits, users and more, in TOML")
     for name, metavar, text in (
-        ("listen", "HOST:PORT", "default localhost:50051; port 0 picks a free one"),
+        ("listen", "HOST:PORT", f"default {DEFAULT_LISTEN}; port 0 picks a free one"),
         ("ca-crt", "FILE", "the authority whose clients are let in"),
         ("server-crt", "FILE", "the server's certificate"),
         ("server-key", "FILE", "its private key"),
@@ -130,6 +142,16 @@ def _days(text: str) -> int:
     if not text.isascii() or not text.isdecimal() or not 1 <= int(text) <= 36_500:
         raise argparse.ArgumentTypeError("must be a number of days from 1 to 36500")
     return int(text)
+
+
+def _address(text: str) -> str:
+    from pjw.server.address import parse_address
+
+    try:
+        parse_address(text)
+    except PjwError as error:
+        raise argparse.ArgumentTypeError(f"{error}, {error.hint}") from None
+    return text
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -161,14 +183,31 @@ def _certs(arguments: argparse.Namespace) -> int:
     directory, names, days = arguments.directory, arguments.names, arguments.days
     match arguments.kind:
         case "init":
-            made = authority.init_set(directory, _own_names(), names, days=days)
+            made = authority.init_set(
+                directory, _own_names(), names, days=days, bundle_server=arguments.server
+            )
         case "server":
             made = authority.write_server(directory, names, days=days)
         case _:
-            made = [path for name in names for path in authority.write_client(directory, name, days=days)]
+            made = []
+            for name in names:
+                made += authority.write_client(directory, name, days=days, bundle_server=arguments.server)
     for path in made:
         print(path)
+    _tell_clients([path for path in made if path.endswith(BUNDLE_SUFFIX)])
     return 0
+
+
+def _tell_clients(bundles: Sequence[str]) -> None:
+    """What a client does with its bundle; on stderr, since stdout has the paths and nothing else."""
+    for path in bundles:
+        file = os.path.basename(path)
+        client = file.removesuffix(BUNDLE_SUFFIX)
+        print(
+            f"\nfor {client}: copy {shlex.quote(path)} to where {client} works, unread by others",
+            file=sys.stderr,
+        )
+        print(f"  then there: pjw context add default {shlex.quote(file)}", file=sys.stderr)
 
 
 def _own_names() -> list[str]:

@@ -10,6 +10,7 @@ import logging
 import socket
 import sys
 import threading
+from collections import Counter as Tally
 from collections.abc import Iterable, Iterator
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
@@ -81,7 +82,8 @@ class ServerMetrics:
         self._under_way: Final[set[CallRecord]] = set()
         # when a counter began is no news: that is when pjwd did
         disable_created_metrics()  # type: ignore[no-untyped-call]
-        self._streamed_bytes = 0
+        # by method: output that was sent, input that came
+        self._bytes: Final[Tally[str]] = Tally()
         self.registry: Final = CollectorRegistry(auto_describe=False)
         self._calls: Final = Counter(
             "pjw_calls", "Calls that have ended.", ["method", "code"], registry=self.registry
@@ -119,7 +121,7 @@ class ServerMetrics:
     def call_ended(self, record: CallRecord) -> None:
         """It is over."""
         self._under_way.discard(record)
-        self._streamed_bytes += record.bytes
+        self._bytes[record.method] += record.bytes
         self._calls.labels(record.method, record.code).inc()
         if record.method not in LASTING:
             self._seconds.labels(record.method).observe(record.seconds())
@@ -151,17 +153,17 @@ class ServerMetrics:
             thread.join()
             server.server_close()
 
-    def numbers(self) -> tuple[WorkerNumbers, dict[str, int], int]:
-        """From any thread: the worker's numbers, streams by method, and bytes that were streamed."""
+    def numbers(self) -> tuple[WorkerNumbers, dict[str, int], Tally[str]]:
+        """From any thread: the worker's numbers, calls under way and bytes, both by method."""
         return asyncio.run_coroutine_threadsafe(self._look(), self._loop).result(SCRAPE_SECONDS)
 
-    async def _look(self) -> tuple[WorkerNumbers, dict[str, int], int]:
+    async def _look(self) -> tuple[WorkerNumbers, dict[str, int], Tally[str]]:
         numbers = await self._worker.numbers()
         under_way: dict[str, int] = {"Logs": 0}
-        streamed = self._streamed_bytes
+        streamed = self._bytes.copy()
         for record in self._under_way:
             under_way[record.method] = under_way.get(record.method, 0) + 1
-            streamed += record.bytes
+            streamed[record.method] += record.bytes
         return numbers, under_way, streamed
 
 
@@ -187,9 +189,8 @@ class _State(Collector):
         yield _by(
             "pjw_calls_under_way", "Calls that have not ended, streams included.", "method", under_way.items()
         )
-        sent = CounterMetricFamily("pjw_output_streamed_bytes", "Bytes of output that clients were sent.")
-        sent.add_metric((), streamed)
-        yield sent
+        yield _total("pjw_output_streamed_bytes", "Bytes of output that clients were sent.", streamed["Logs"])
+        yield _total("pjw_input_received_bytes", "Bytes of input that clients sent.", streamed["WriteInput"])
         yield from _clients(numbers, self._reloader.config.metrics.clients_max)
         yield _one("pjw_disk_size_bytes", "The file system of the state directory.", numbers.disk_bytes)
         yield _one("pjw_disk_free_bytes", "What is free of it.", numbers.disk_free_bytes)
@@ -257,6 +258,10 @@ def _clients(numbers: WorkerNumbers, most: int) -> Iterator[Metric]:
 
 def _one(name: str, text: str, value: float) -> GaugeMetricFamily:
     return GaugeMetricFamily(name, text, value)
+
+
+def _total(name: str, text: str, value: float) -> CounterMetricFamily:
+    return CounterMetricFamily(name, text, value)
 
 
 def _by(name: str, text: str, label: str, values: Iterable[tuple[str, float]]) -> GaugeMetricFamily:

@@ -115,7 +115,11 @@ async def _run(serving: Serving, state: StateDir, launcher: LauncherProcess) -> 
         port = _listen(server, host, serving.port, reloader.tls())
         address = shown_address(host, port)
         await server.start()
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.ask)
+        # before anybody is told that we are ready, and sends one
+        loop, asked = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_signal_handler(signal.SIGHUP, reloader.ask)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, asked.set)
         try:
             await _refuse_tls12(host, port)
             if serving.metrics is not None and metrics is not None:
@@ -125,7 +129,7 @@ async def _run(serving: Serving, state: StateDir, launcher: LauncherProcess) -> 
             notifier.ready(_status(address, worker))
             watch = notifier.watch(worker.launcher_answers, lambda: _status(address, worker))
             stack.callback(asyncio.ensure_future(watch).cancel)
-            return await _until_end(worker)
+            return await _until_end(worker, asked)
         finally:
             notifier.stopping()
             await health.drain()
@@ -157,11 +161,7 @@ async def _refuse_tls12(host: str, port: int) -> None:
         )
 
 
-async def _until_end(worker: Worker) -> int:
-    loop = asyncio.get_running_loop()
-    asked = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, asked.set)
+async def _until_end(worker: Worker, asked: asyncio.Event) -> int:
     end = asyncio.ensure_future(asked.wait())
     gone = asyncio.ensure_future(worker.launcher_gone())
     await asyncio.wait({end, gone}, return_when=asyncio.FIRST_COMPLETED)

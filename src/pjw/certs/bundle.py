@@ -1,0 +1,68 @@
+"""A bundle: all that a client needs in one text, its key in it. Standard library only.
+
+PEM, and so plain to read, to cut and to check (`openssl` passes over the other lines):
+
+    server: HOST:PORT
+    (the private key; the client's certificate, and what is between it and the authority)
+    authority:
+    (the certificates of the authority)
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+from pjw.certs.files import PEM_CERTIFICATE, PEM_ENCRYPTED, PEM_KEYS, ClientCredentials, read_path
+from pjw.errors import ConfigError
+
+BUNDLE_SUFFIX: Final = ".pjw"
+
+_HEAD: Final = "pjw bundle: add it with `pjw context add NAME FILE`; it holds a private key\n"
+_AUTHORITY: Final = b"authority:"
+_SERVER: Final = re.compile(rb"^server: ([!-~]+)$", re.MULTILINE)
+# What stands between two blocks is for people.
+_BLOCK: Final = re.compile(rb"^-----BEGIN ([A-Z ]+)-----$.*?^-----END \1-----$", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """Where a client connects to, and who it is there."""
+
+    server: str
+    credentials: ClientCredentials
+
+
+def bundle_bytes(bundle: Bundle) -> bytes:
+    """A bundle as the bytes of its file."""
+    credentials = bundle.credentials
+    head = f"{_HEAD}server: {bundle.server}\n".encode()
+    return b"".join((head, credentials.key_pem, credentials.crt_pem, _AUTHORITY, b"\n", credentials.ca_pem))
+
+
+def read_bundle(path: str) -> Bundle:
+    """The bundle in a file. Raises ConfigError, which names the file and what is wrong with it."""
+    data = read_path(path, "bundle").replace(b"\r\n", b"\n")
+    own, mark, authority = data.partition(b"\n" + _AUTHORITY)
+    server = _SERVER.search(own)
+    if not mark or server is None:
+        raise ConfigError(
+            f"cannot read bundle {path}: it has no line `server: HOST:PORT`, or none `authority:`",
+            hint="`pjwd certs client` writes bundles, as NAME.pjw",
+        )
+    if any(text in own for text in PEM_ENCRYPTED):
+        raise ConfigError(f"cannot use bundle {path}: its key is encrypted, and pjw asks for no passphrase")
+    keys = _blocks(own, *PEM_KEYS)
+    if len(keys) != 1:
+        raise ConfigError(f"cannot read bundle {path}: it has {len(keys)} PEM private keys in it, not one")
+    certificates, authorities = (_blocks(part, PEM_CERTIFICATE) for part in (own, authority))
+    for found, what in ((certificates, "of the client"), (authorities, "of the authority")):
+        if not found:
+            raise ConfigError(f"cannot read bundle {path}: it has no PEM certificate {what} in it")
+    return Bundle(
+        server[1].decode(),
+        ClientCredentials(ca_pem=b"".join(authorities), crt_pem=b"".join(certificates), key_pem=keys[0]),
+    )
+
+
+def _blocks(data: bytes, *begins: bytes) -> list[bytes]:
+    return [block[0] + b"\n" for block in _BLOCK.finditer(data) if block[0].startswith(begins)]

@@ -1,0 +1,119 @@
+"""Completion for bash, zsh and fish: the scripts, and what they are answered.
+
+A job is completed with its command beside it, where the shell shows that. Whatever is wrong, no completion is
+the answer: a shell has no place for words in the middle of a line.
+"""
+
+import argparse
+import asyncio
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Final
+
+from pjw.cli.settings import find_settings
+from pjw.errors import PjwError
+from pjw.model import Job, JobState
+
+SHELLS: Final = ("bash", "zsh", "fish")
+# Somebody waits with a finger on the key.
+DEADLINE_SECONDS: Final = 2.0
+JOBS_MAX: Final = 100
+DESCRIPTION_MAX: Final = 60
+
+_RUNNING: Final = (JobState.STARTING, JobState.RUNNING, JobState.STOPPING)
+# Only those jobs that the command can do something to.
+_STATES: Final[Mapping[str, tuple[JobState, ...]]] = {
+    "stop": (JobState.RUNNING, JobState.STOPPING),
+    "wait": _RUNNING,
+    "rm": (JobState.EXITED, JobState.LOST),
+}
+
+Completer = Callable[..., Iterable[str] | Mapping[str, str]]
+
+
+def print_script(arguments: argparse.Namespace) -> None:
+    """Print the script that a shell reads to complete `pjw`."""
+    from argcomplete.shell_integration import shellcode
+
+    sys.stdout.write(shellcode(["pjw"], shell=arguments.shell))
+
+
+def complete(parser: argparse.ArgumentParser) -> None:
+    """Answer a shell that asks, and end the process."""
+    import argcomplete
+
+    for action in _actions(parser):
+        action.completer = _completer_of(action)  # type: ignore[attr-defined]
+    argcomplete.autocomplete(parser)
+
+
+def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    # argparse has no other way to ask
+    for action in parser._actions:  # noqa: SLF001
+        if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001
+            for command in action.choices.values():
+                yield from _actions(command)
+        elif action.choices is None:
+            # what may be chosen is completed by itself
+            yield action
+
+
+def _completer_of(action: argparse.Action) -> Completer:
+    from argcomplete.completers import DirectoriesCompleter, FilesCompleter, SuppressCompleter
+
+    match action.metavar:
+        case "JOB":
+            return complete_jobs
+        case "CONTEXT":
+            return complete_contexts
+        case "FILE" | "CMD":
+            files: Completer = FilesCompleter()
+            return files
+        case "DIR":
+            directories: Completer = DirectoriesCompleter()
+            return directories
+        case _:
+            nothing: Completer = SuppressCompleter()
+            return nothing
+
+
+def complete_contexts(prefix: str, **_: object) -> list[str]:
+    """The contexts' names."""
+    from pjw.cli.contexts import context_names
+
+    try:
+        return list(context_names())
+    except PjwError:
+        return []
+
+
+def complete_jobs(prefix: str, parsed_args: argparse.Namespace, **_: object) -> dict[str, str]:
+    """The newest jobs: by id with what they are, or by name when a name was begun."""
+    from pjw.cli.render import printable
+
+    words = os.environ.get("COMP_LINE", "").split()[1:]
+    states = next((_STATES[word] for word in words if word in _STATES), ())
+    try:
+        jobs = asyncio.run(_list(parsed_args, states))
+    except (PjwError, OSError, TimeoutError):
+        return {}
+    by_name = prefix[:1].isalpha()
+    found: dict[str, str] = {}
+    for job in jobs:
+        key = job.name if by_name else str(job.id)
+        if key:
+            found.setdefault(key, printable(f"{job.state}: {job.command}")[:DESCRIPTION_MAX])
+    return found
+
+
+async def _list(arguments: argparse.Namespace, states: Iterable[JobState]) -> list[Job]:
+    from pjw.client.aio import AsyncClient
+
+    settings = find_settings(arguments)
+    files = settings.ca_crt, settings.client_crt, settings.client_key
+    everybody = bool(getattr(arguments, "all", False))
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        async with AsyncClient(settings.server, *files, all_clients=everybody, reconnect_seconds=0) as client:
+            jobs = client.list(states=states, newest_first=True, limit=JOBS_MAX)
+            return [job async for job in jobs]

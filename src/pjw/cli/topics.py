@@ -1,0 +1,153 @@
+"""Short texts for `pjw help TOPIC`, the man page and the documentation site.
+
+Markdown that also reads well as it is: paragraphs, `- ` lists, and code that is indented by four.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True, slots=True)
+class Topic:
+    """What a text is about, on one line, and the text."""
+
+    title: str
+    text: str
+
+
+TOPICS: Final[dict[str, Topic]] = {
+    "certificates": Topic(
+        "who you are, and how pjw is told",
+        """\
+pjw and pjwd prove to each other who they are, by certificates of one
+authority (mutual TLS 1.3). There are no passwords. The name in your
+certificate is whose jobs you see and stop: your own.
+
+Your operator makes you a bundle, one file with all that is needed, your
+private key in it:
+
+    pjwd certs client /etc/pjw/certs alice --server build1.example.org:50051
+
+Copy alice.pjw to your machine, over something that nobody listens to, and add
+it as a context:
+
+    pjw context add prod alice.pjw
+
+From then on `pjw list` is enough. The bundle is not needed any more.
+
+Without a bundle pjw wants three files, --ca-crt, --client-crt and
+--client-key. Certificates made with openssl work as well. A certificate ends
+(`pjw context show` says when); for a new bundle, remove the context and add
+it again.
+""",
+    ),
+    "contexts": Topic(
+        "several services, each by a name",
+        """\
+A context is a service and who you are there.
+
+    pjw context add prod alice.pjw      from a bundle; the first one is the current one
+    pjw context list                    all of them
+    pjw context use prod                make it the current one
+    pjw --context lab list              another one, once
+    pjw context rm lab                  forget it, with its key
+
+They are in ~/.config/pjw/config.toml, which you may edit:
+
+    current = "prod"
+
+    [contexts.prod]
+    server = "build1.example.org:50051"
+    ca_crt = "/home/alice/.config/pjw/contexts/prod/ca.crt"
+    client_crt = "/home/alice/.config/pjw/contexts/prod/client.crt"
+    client_key = "/home/alice/.config/pjw/contexts/prod/client.key"
+
+Each of the four is taken from the first of these that has it:
+
+- the options --server, --ca-crt, --client-crt and --client-key
+- the context that --context names
+- the environment: PJW_SERVER, PJW_CA_CRT, PJW_CLIENT_CRT, PJW_CLIENT_KEY
+- the context that PJW_CONTEXT names, else the current one
+- the same keys in the file outside of any context
+""",
+    ),
+    "exit-codes": Topic(
+        "what the number at the end means",
+        """\
+- 0: done
+- 1: refused: no such job, not allowed, a limit is reached
+- 2: wrong usage
+- 125: pjw failed: no server, no certificate
+- 126: the command is not executable
+- 127: no such program
+- 130: interrupted (Ctrl-C)
+- 141: whoever read the output of pjw has gone
+
+A command that runs a job to its end ends as the job did: with its exit code,
+or with 128 plus the number of the signal that ended it. 126 and 127 are those
+of env(1), nohup(1) and the shells.
+""",
+    ),
+    "jobs": Topic(
+        "what becomes of a command",
+        """\
+A job is one run of one command, with a number that is never given again.
+
+    starting -> running -> exited
+                   |
+                   +-> stopping -> exited
+
+One argument is a shell command, run by /bin/sh -c; several are a program and
+its arguments. The command runs as a user of its own, without privileges, in
+namespaces of its own: it sees the files of the host (it can write none), its
+own processes, and no network. It begins in an empty directory, /run/job,
+which is its HOME too and is removed when it ends.
+
+`pjw get` says why a job has ended: completed, stopped, timed_out,
+output_limit, oom_killed. A job that is lost has ended without anybody to
+record how: the host went down, or its init was killed.
+
+Jobs need nobody: neither your connection nor the service. Both can go and
+come back while a job runs.
+""",
+    ),
+    "limits": Topic(
+        "what a job may use",
+        """\
+A job gets the operator's defaults; you may ask for less, and for more up to
+the operator's ceilings. `pjw get ID` shows the limits of a job, in the JSON
+as `limits`.
+
+- processor time: a job at this limit runs slower
+- memory: at this limit the kernel kills the largest process of the job; if
+  the command fails for it, the reason is oom_killed. What the job writes to
+  /tmp is memory as well; swap there is none
+- processes and threads: at this limit fork fails
+- bytes and operations a second, read from disk and written to it: they take
+  longer
+- output: a job that writes more is killed, the reason is output_limit; what
+  was written stays readable
+- time: a job that runs longer is killed, the reason is timed_out
+
+`pjw top` shows what your jobs use now, `pjw stats ID` what one has used over
+its life.
+""",
+    ),
+    "output": Topic(
+        "what a job writes, and who reads it",
+        """\
+All that a job writes to stdout and stderr is kept, byte by byte, until the
+job is removed. `pjw logs ID` begins at the first byte, whenever it is called,
+and ends when the job has ended. Any number of readers may follow the same
+job; a slow one holds up neither the job nor the others.
+
+A reader that loses its connection comes back by itself and goes on at the
+exact byte. If the host went down before its disk had all of the output,
+`logs` gives what there is and then fails: there is never a clean end to
+output that is not whole.
+
+Ended jobs are removed, with their output, by `pjw rm`, or when the operator's
+bounds of age and size are reached.
+""",
+    ),
+}

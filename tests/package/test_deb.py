@@ -1,0 +1,75 @@
+"""The Debian package, as far as it can be judged without installing it (tests/vm/test_package.py)."""
+
+import os
+import re
+import subprocess
+import zipfile
+from pathlib import Path
+
+from tests.package.conftest import ROOT
+
+
+def test_lintian_has_nothing_to_say(deb: Path) -> None:
+    """What it finds and we do on purpose is in packaging/debian/pjw.lintian-overrides, with the reason."""
+    command = ["lintian", "--fail-on", "error,warning", "--allow-root", "--tag-display-limit", "0", str(deb)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_what_it_depends_on(deb: Path) -> None:
+    """The one Python that its libraries are for, and no library that this Debian lacks."""
+    python = os.path.basename(os.path.realpath("/usr/bin/python3"))
+    depends = field(deb, "Depends").split(", ")
+    assert {"python3", python} <= set(depends)
+    assert {re.split("[ :]", name)[0] for name in depends} - {"systemd"} == {
+        *("python3", python, "libc6", "libgcc-s1", "libstdc++6"),
+    }
+    assert field(deb, "Architecture") == "amd64"
+
+
+def test_what_is_in_it(deb: Path) -> None:
+    """What an administrator looks for, where Debian has it; pjw-init is that of the wheel."""
+    files = set(subprocess.check_output(["dpkg-deb", "--contents", str(deb)], text=True).split())
+    for name in (
+        "lib/systemd/system/pjwd.service",
+        "usr/lib/sysusers.d/pjw.conf",
+        "usr/bin/pjw",
+        "usr/bin/pjwd",
+        "usr/share/doc/pjw/copyright",
+        "usr/share/doc/pjw/changelog.Debian.gz",
+        "etc/pjw/pjwd.toml",
+    ):
+        assert f"./{name}" in files
+    conffiles = subprocess.check_output(["dpkg-deb", "--info", str(deb), "conffiles"], text=True)
+    assert conffiles.split() == ["/etc/pjw/pjwd.toml"]
+
+
+def test_its_files_are_those_of_the_wheel(deb: Path, wheel: Path, tmp_path: Path) -> None:
+    """What was tested as a wheel is what the package installs; and nothing names where it was made."""
+    subprocess.run(["dpkg-deb", "--extract", str(deb), str(tmp_path)], check=True)
+    [site] = tmp_path.glob("usr/lib/pjw/lib/python3.*/site-packages")
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            if not name.endswith(("/", "/RECORD")):
+                assert (site / name).read_bytes() == archive.read(name), name
+    for path in tmp_path.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            data = path.read_bytes()
+            assert b"pjw-deb." not in data, path
+            assert os.fsencode(ROOT) not in data, path
+
+
+def test_another_build_is_the_same(deb: Path, wheel: Path, epoch: str, tmp_path: Path) -> None:
+    """In another directory and with another umask, to the byte."""
+    subprocess.run(
+        ["sh", "-c", 'umask 077; exec "$0" "$@"', "scripts/package-deb", str(wheel), str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"TMPDIR": str(tmp_path), "SOURCE_DATE_EPOCH": epoch},
+        check=True,
+    )
+    assert (tmp_path / deb.name).read_bytes() == deb.read_bytes()
+
+
+def field(deb: Path, name: str) -> str:
+    """A field of the package's description."""
+    return subprocess.check_output(["dpkg-deb", "--field", str(deb), name], text=True).strip()

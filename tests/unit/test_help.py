@@ -1,0 +1,96 @@
+"""`pjw help`, and the man pages that are made of the same texts."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pjw.cli.help import commands_of
+from pjw.cli.parser import build_parser
+from pjw.cli.topics import TOPICS
+from tests.service import BIN
+
+ROOT = Path(__file__).parents[2]
+
+
+def pjw_help(*words: str) -> "subprocess.CompletedProcess[str]":
+    """What `pjw help` says, without a home, a server or a terminal."""
+    return subprocess.run(
+        [BIN / "pjw", "help", *words],
+        env={"HOME": "/nonexistent", "COLUMNS": "80"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_help_alone_names_every_command_and_topic() -> None:
+    """As --help does, and what more there is to read."""
+    text = pjw_help().stdout
+    for word in (*commands_of(build_parser()), *TOPICS):
+        assert re.search(rf"^ +{word}(  |$)", text, re.MULTILINE), word
+
+
+def test_every_command_has_help() -> None:
+    """`pjw help COMMAND` is `pjw COMMAND --help`, at any depth."""
+    assert pjw_help("start").stdout.startswith("usage: pjw start ")
+    assert pjw_help("context", "add").stdout.startswith("usage: pjw context add ")
+
+
+@pytest.mark.parametrize("name", TOPICS)
+def test_every_topic_fits_a_terminal(name: str) -> None:
+    """A text that is printed as it is, 80 columns wide, and ends in one newline."""
+    text = pjw_help(name).stdout
+    assert text.startswith(f"{name}: {TOPICS[name].title}\n\n")
+    assert max(map(len, text.splitlines())) <= 90
+    assert text.endswith("\n")
+    assert not text.endswith("\n\n")
+
+
+@pytest.mark.parametrize("words", [["nope"], ["list", "nope"], ["context", "nope"]])
+def test_what_has_no_help_is_wrong_usage(words: list[str]) -> None:
+    """With the words that there is help for."""
+    done = pjw_help(*words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "error: no help for 'nope'; there is for: " in done.stderr
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The man pages, as a package has them."""
+    directory = tmp_path_factory.mktemp("man")
+    environment = os.environ | {"SOURCE_DATE_EPOCH": "86400", "PYTHON": str(BIN / "python")}
+    subprocess.run([ROOT / "scripts" / "make-man", directory], env=environment, check=True)
+    return directory
+
+
+def test_the_man_pages_say_all_that_help_says(pages: Path) -> None:
+    """Every command, topic and key, and nothing of the day or the terminal of who made them."""
+    assert sorted(os.listdir(pages)) == ["pjw.1", "pjwd.8", "pjwd.toml.5"]
+    text = (pages / "pjw.1").read_text()
+    for command in commands_of(build_parser()):
+        assert rf".SS \fBpjw {command}\fR" in text
+    for name, topic in TOPICS.items():
+        assert f".SH {name}: {topic.title}".upper() in text
+    assert '"1970-01-02"' in text.splitlines()[0]
+    assert "pjwd serve" in (pages / "pjwd.8").read_text()
+    keys = re.findall(r"^\| `([a-z_]+)` ", (ROOT / "docs" / "configuration.md").read_text(), re.MULTILINE)
+    assert len(keys) > 10
+    for key in keys:
+        assert rf"\fB{key}\fR" in (pages / "pjwd.toml.5").read_text()
+
+
+@pytest.mark.skipif(not shutil.which("groff"), reason="no groff here")
+@pytest.mark.parametrize("page", ["pjw.1", "pjwd.8", "pjwd.toml.5"])
+def test_groff_has_nothing_to_warn_of(pages: Path, page: str) -> None:
+    """Every macro is known, every font ends."""
+    done = subprocess.run(
+        ["groff", "-Kutf8", "-man", "-Tutf8", "-ww", "-z", pages / page],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == ""

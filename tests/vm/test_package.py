@@ -1,0 +1,163 @@
+"""The Debian package on a machine that has never seen pjw: installed, used, upgraded, removed, purged.
+
+The tests are one story, in this order. Afterwards the machine is as it was, for those that follow.
+"""
+
+import os
+import pwd
+import select
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from tests.service import instance_cgroups, wait_for
+from tests.vm import systemd_harness as host
+from tests.vm.systemd_harness import get, pjw
+
+PACKAGES: Final = list(Path("/wheels").glob("pjw_*.deb"))
+CONFIGURATION: Final = host.ETC / "pjwd.toml"
+# Prints a number a second, and never ends by itself.
+COUNT: Final = "i=0; while :; do echo $i; i=$((i+1)); sleep 1; done"
+# what dpkg, systemd and useradd write about what they have done
+NOTES: Final = (
+    *("/var/lib/dpkg", "/var/log/journal", "/var/log/dpkg.log", "/var/cache", "/var/tmp", "/etc/.pwd.lock"),
+    *(f"/etc/{name}-" for name in ("passwd", "group", "shadow", "gshadow", "subuid", "subgid")),
+)
+
+pytestmark = pytest.mark.skipif(not PACKAGES, reason="made on another Debian than this one")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs() -> Iterator[None]:
+    """Those of the package, not those that the other tests of this machine run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host, "BIN", Path("/usr/bin"))
+        yield
+    if host.CERTS.exists():
+        shutil.rmtree(host.CERTS)
+
+
+@pytest.fixture(scope="module")
+def before() -> set[str]:
+    """The files of the machine before the package came."""
+    return files()
+
+
+def files() -> set[str]:
+    """Every file and directory that a package could leave."""
+    found = {
+        os.path.join(directory, name)
+        for root in ("/etc", "/usr", "/var", "/opt", "/run/systemd")
+        for directory, directories, names in os.walk(root)
+        for name in (*directories, *names)
+    }
+    return {path for path in found if not path.startswith(NOTES)}
+
+
+def higher_version(directory: Path) -> Path:
+    """The same package as its next version."""
+    tree, path = directory / "tree", directory / "pjw-next.deb"
+    host.run("dpkg-deb", "--raw-extract", PACKAGES[0], tree)
+    control = tree / "DEBIAN/control"
+    version = host.run("dpkg-deb", "--field", PACKAGES[0], "Version")
+    control.write_text(control.read_text().replace(f"Version: {version}", f"Version: {version}.1"))
+    # the modes of a tree that git and tar made by way of this test are not of interest
+    host.run("dpkg-deb", "--root-owner-group", "-Znone", "--build", tree, path)
+    return path
+
+
+def test_it_waits_for_certificates(before: set[str]) -> None:
+    """Installed, enabled, and not failed: without certificates yet, and the package says what to do."""
+    said = host.run("dpkg", "--install", PACKAGES[0])
+    assert "pjwd certs init /etc/pjw" in said
+    assert (host.shown("UnitFileState"), host.shown("ActiveState"), host.shown("Result")) == (
+        "enabled",
+        "inactive",
+        "success",
+    )
+    assert host.shown("ConditionResult") == "no"
+    assert pwd.getpwnam("pjw").pw_shell == "/usr/sbin/nologin"
+    assert (before & {"/usr/bin/pjw", "/usr/bin/pjwd", str(host.ETC)}) == set()
+
+
+def test_it_can_be_used() -> None:
+    """Two commands of root, and a user has jobs; nothing of it is from the machine's own Python libraries."""
+    host.make_certificates()
+    host.run("systemctl", "start", host.UNIT)
+    assert "ok" in host.run("/usr/bin/pjwd", "check")
+    job_id = pjw("start", "echo hello; exit 3")
+    assert (pjw("logs", job_id), get(job_id)["exitCode"]) == ("hello", 3)
+    assert "dist-packages" not in host.run(
+        "/usr/lib/pjw/bin/python3", "-I", "-c", "import sys; print(sys.path)"
+    )
+
+
+def test_what_is_compiled_is_valid() -> None:
+    """No use of it, as root, writes a compiled file that dpkg would not remove."""
+    listed = set(host.run("dpkg", "--listfiles", "pjw").splitlines())
+    found = {str(path) for path in Path("/usr/lib/pjw").rglob("*.pyc")}
+    assert found
+    assert found <= listed
+
+
+def test_an_upgrade_leaves_jobs_running(tmp_path: Path) -> None:
+    """A new server adopts them: no byte is missing, and the end of the one that ends meanwhile is known."""
+    with CONFIGURATION.open("a") as file:
+        file.write("# by hand\n")
+    server, counting = host.server_pid(), pjw("start", COUNT)
+    ending = pjw("start", "seq 1 1000; sleep 3; seq 1001 2000; exit 7")
+    processes = host.processes_of(counting)
+    package = higher_version(tmp_path)
+    with host.follower(counting) as output:
+        assert output.readline() == b"0\n"
+        said = host.run("dpkg", "--install", package)
+        assert "certs init" not in said
+        assert host.server_pid() not in (0, server)
+        assert processes[0] in host.processes_of(counting)
+        numbers = [output.readline() for _ in range(8)]
+    assert numbers == [b"%d\n" % number for number in range(1, 9)]
+    assert pjw("logs", ending) == "\n".join(str(number) for number in range(1, 2001))
+    assert (get(ending)["state"], get(ending)["exitCode"]) == ("exited", 7)
+    assert CONFIGURATION.read_text().endswith("# by hand\n")
+    pjw("stop", counting)
+    assert get(counting)["reason"] == "stopped"
+
+
+def test_a_removal_ends_what_runs() -> None:
+    """Nobody could stop it any more: each job is told, then killed. What was kept stays."""
+    job_id = pjw("start", COUNT)
+    stubborn = pjw("start", "trap 'echo heard' TERM; echo ready; while :; do sleep 1; done")
+    with host.follower(stubborn) as output:
+        assert output.readline() == b"ready\n"
+    inits = [os.pidfd_open(host.processes_of(job)[0]) for job in (job_id, stubborn)]
+    said = host.run("dpkg", "--remove", "pjw")
+    assert "ending jobs that run: 2" in said
+    # a pidfd can be read when its process has ended
+    assert select.select(inits, [], [], 0)[0] == inits
+    for init in inits:
+        os.close(init)
+    assert instance_cgroups(host.STATE) == []
+    assert host.run("systemctl", "is-active", host.UNIT, check=False) == "inactive"
+    assert not Path("/usr/bin/pjwd").exists()
+    assert not Path("/usr/lib/pjw").exists()
+    assert CONFIGURATION.read_text().endswith("# by hand\n")
+    # and who installs it again finds them
+    host.run("dpkg", "--install", PACKAGES[0])
+    wait_for(lambda: host.shown("ActiveState") == "active")
+    assert [get(job)["reason"] for job in (job_id, stubborn)] == ["stopped", "stopped"]
+    assert pjw("logs", stubborn).endswith("heard")
+
+
+def test_a_purge_leaves_nothing(before: set[str]) -> None:
+    """No file, user, unit, cgroup or process."""
+    pjw("start", COUNT)
+    host.run("dpkg", "--purge", "pjw")
+    assert files() - before == set()
+    with pytest.raises(KeyError):
+        pwd.getpwnam("pjw")
+    assert instance_cgroups(host.STATE) == []
+    assert host.run("systemctl", "list-unit-files", "pjwd*", "--no-legend", check=False) == ""
+    assert "pjw-init" not in host.run("ps", "-e", "-o", "comm")
