@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from pjw.cli.parser import build_parser as pjw_parser
+from pjw.cli.topics import TOPICS
 from pjw.server.main import build_parser as pjwd_parser
 
 USAGE: Final = "usage: "
@@ -19,6 +20,15 @@ def pjw() -> str:
 def pjwd() -> str:
     """The page of pjwd."""
     return _page(pjwd_parser)
+
+
+def topics() -> str:
+    """The page of what `pjw help TOPIC` says."""
+    sections = [
+        f"## {name}\n\n{topic.title[0].upper()}{topic.title[1:]}.\n\n{topic.text}"
+        for name, topic in TOPICS.items()
+    ]
+    return "\n".join(["# Help topics\n\n`pjw help TOPIC` says the same.\n", *sections])
 
 
 def _page(build: Callable[[], argparse.ArgumentParser]) -> str:

@@ -19,6 +19,7 @@ ROOT: Final = Path(__file__).parents[2]
 GENERATED: Final = {
     "reference/pjw.md": cli_reference.pjw,
     "reference/pjwd.md": cli_reference.pjwd,
+    "reference/topics.md": cli_reference.topics,
     "reference/keys.md": keys_reference.keys,
     "reference/api.md": api_reference.api,
 }

@@ -15,7 +15,7 @@ from tests.service import BIN, end_all, instance_cgroups
 DOCS: Final = Path(__file__).parents[2] / "docs"
 TUTORIAL: Final = DOCS / "tutorial.md"
 # each is typed from its first command to its last, in an empty directory
-SESSIONS: Final = ("tutorial.md", "limits.md", "cli.md")
+SESSIONS: Final = ("tutorial.md", "limits.md", "certificates.md", "cli.md")
 # these are for who has a service: they go on where the tutorial has its first job
 GO_ON: Final = ("ci.md",)
 
