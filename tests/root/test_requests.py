@@ -23,13 +23,13 @@ NAP: Final = ["sleep", "300"]
 
 def held(worker: Worker) -> asyncio.Event:
     """Have launches wait, once their row is there, for this to be set."""
-    go, ask = asyncio.Event(), worker._ask_for_launch
+    go, ask = asyncio.Event(), worker._starts._ask_for_launch
 
     async def wait_and_ask(*arguments: Any) -> Any:
         await go.wait()
         return await ask(*arguments)
 
-    worker._ask_for_launch = wait_and_ask  # type: ignore[method-assign,assignment]
+    worker._starts._ask_for_launch = wait_and_ask  # type: ignore[method-assign,assignment]
     return go
 
 

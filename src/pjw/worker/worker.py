@@ -17,8 +17,7 @@ from pjw.errors import (
     LauncherGoneError,
     PjwError,
 )
-from pjw.launcher.protocol import Launch
-from pjw.model import Job, JobSpec, Limits, UsageSample
+from pjw.model import Job, JobSpec, UsageSample
 from pjw.output import Head, Inotify, follow, follow_with_times, no_head
 from pjw.worker.adoption import adopt
 from pjw.worker.background import Background
@@ -27,14 +26,14 @@ from pjw.worker.input import Inputs, InputWriter, ended_error, require_input
 from pjw.worker.job import LiveJob
 from pjw.worker.launcher_client import LauncherClient
 from pjw.worker.launcher_process import LauncherProcess, require_root, start_launcher
-from pjw.worker.launches import Launches
-from pjw.worker.logs import ALL_OUTPUT, Output, Part, check_stream, live_job, output_of_ended
+from pjw.worker.logs import ALL_OUTPUT, Output, Part, check_stream, output_of_ended
 from pjw.worker.numbers import WorkerNumbers, count_all
 from pjw.worker.pages import ALL_JOBS, JobFilter, Page
 from pjw.worker.quota import RunningJobs, check_stored_bytes
 from pjw.worker.retention import Pruner
 from pjw.worker.rows import from_ns
 from pjw.worker.settings import WorkerSettings
+from pjw.worker.starts import Starts
 from pjw.worker.state_dir import StateDir
 from pjw.worker.usage import with_end
 from pjw.worker.usage_sampler import UsageSampler
@@ -47,8 +46,6 @@ SIGNAL_MAX: Final = 31
 # From SIGKILL to every process until init itself is killed: long, since only a command
 # stuck in the kernel comes so far.
 LAST_RESORT_SECONDS: Final = 5
-# A launch takes milliseconds.
-LAUNCH_SECONDS: Final = 30
 
 log: Final = logging.getLogger(__name__)
 
@@ -82,8 +79,16 @@ class Worker:
             self._sampler,
             self._background,
         )
-        self._launches: Final = Launches()
-        self._users: Final = Users(state.store, settings)
+        self._starts: Final = Starts(
+            state,
+            self._launcher,
+            self._inotify,
+            self._live,
+            self._running,
+            self._endings,
+            Users(state.store, settings),
+            self._background,
+        )
 
     @classmethod
     async def open(cls, state_dir: str, settings: WorkerSettings | None = None) -> Self:
@@ -127,7 +132,7 @@ class Worker:
         self._launcher.close()
         # launches under way end by that, and may still want the table
         await self._background.close()
-        await self._launches.over()
+        await self._starts.over()
         try:
             await self._state.store.sync()
         except PjwError as error:
@@ -181,96 +186,7 @@ class Worker:
                 f"limit {above} must be at most {getattr(self._settings.ceiling, above)} on this server,"
                 f" not {getattr(limits, above) or 'unlimited'}"
             )
-        if self._launcher.gone.is_set():
-            raise LauncherGoneError("the launcher has gone; running jobs go on")
-        request = (client_name, spec.request_id) if spec.request_id else None
-        launch = self._launches.begin(lambda: self._start_once(spec, client_name, limits), request)
-        # Shielded from its first step on: the table has a thread of its own, so a row may be
-        # written although whoever asked for it was cancelled.
-        try:
-            return await asyncio.shield(launch)
-        except asyncio.CancelledError:
-            if request is None:
-                launch.add_done_callback(self._undo_start)
-            raise
-
-    async def _start_once(self, spec: JobSpec, client_name: str, limits: Limits) -> Job:
-        if spec.request_id:
-            job_id = await self._state.store.of_request(client_name, spec.request_id)
-            if job_id is not None:
-                return await self.get(job_id)
-        self._running.take(client_name)
-        return await self._add_and_launch(spec, client_name, limits)
-
-    async def _add_and_launch(self, spec: JobSpec, client_name: str, limits: Limits) -> Job:
-        try:
-            await check_stored_bytes(self._settings.quotas, self._state, self._live.values(), client_name)
-            uid = await self._users.of(client_name)
-            job = await self._state.store.add(client_name, spec, limits)
-        except BaseException:
-            self._running.give_back(client_name)
-            raise
-        # The row is there, so whatever happens to us, the next worker can find the process. Its
-        # way to the disk and the launch go side by side.
-        synced = asyncio.ensure_future(self._state.store.sync())
-        try:
-            job = await self._launch(job, spec, uid)
-        finally:
-            await asyncio.wait({synced})
-            unsynced = synced.exception()
-        if unsynced is not None:
-            self._background.spawn(self._end_and_discard(job.id))
-            raise unsynced
-        return job
-
-    async def _launch(self, job: Job, spec: JobSpec, uid: int) -> Job:
-        live = self._live[job.id] = live_job(self._state, self._inotify, job)
-        try:
-            pidfd, started_ns = await self._ask_for_launch(job, spec, uid)
-        except LauncherGoneError:
-            # Whether it was launched, nobody can tell now; the next worker will.
-            raise
-        except BaseException:
-            del self._live[job.id]
-            self._running.give_back(job.client_name)
-            self._state.remove_job(job.id)
-            await self._state.store.discard(job.id)
-            raise
-        finally:
-            live.launch_over.set()
-        live.exec_seen(started_ns)
-        self._endings.watch(live, pidfd)
-        return live.job
-
-    async def _ask_for_launch(self, job: Job, spec: JobSpec, uid: int) -> tuple[int, int]:
-        self._launcher.require_descriptors()
-        descriptors: list[int] = []
-        try:
-            descriptors.append(_command_file(spec))
-            descriptors.extend(self._state.create_job(job))
-            request = Launch(job.id, uid, job.limits, job.split_stderr, job.input)
-            launch = asyncio.ensure_future(self._launcher.request_launch(request, spec, descriptors))
-            done, _ = await asyncio.wait({launch}, timeout=LAUNCH_SECONDS)
-            if not done:
-                # Stuck in the kernel, for example in the exec of a file on a dead NFS server. With
-                # its init killed the launcher answers that the launch failed.
-                await self._launcher.request_kill(job.id, init_too=True)
-            return await launch
-        finally:
-            for descriptor in descriptors:
-                os.close(descriptor)
-
-    def _undo_start(self, launch: asyncio.Future[Job]) -> None:
-        if not launch.cancelled() and launch.exception() is None:
-            self._background.spawn(self._end_and_discard(launch.result().id))
-
-    async def _end_and_discard(self, job_id: int) -> None:
-        await self._launcher.request_kill(job_id)
-        live = self._live.get(job_id)
-        if live is not None:
-            await live.ended.wait()
-        self._state.remove_job(job_id)
-        await self._state.store.discard(job_id)
+        return await self._starts.start(spec, client_name, limits, self._settings.quotas)
 
     # --- stop
 
@@ -480,15 +396,3 @@ async def _within(seconds: float, event: asyncio.Event) -> bool:
     except TimeoutError:
         return False
     return True
-
-
-def _command_file(spec: JobSpec) -> int:
-    """What init is to run, in a file of memory that the launcher never reads: strings, each ended by NUL.
-
-    The working directory; what is added to the environment; an empty one; the argv.
-    """
-    descriptor = os.memfd_create("pjw-command", os.MFD_CLOEXEC)
-    strings = (spec.workdir, *(f"{name}={value}" for name, value in spec.env.items()), "", *spec.argv)
-    with open(descriptor, "wb", closefd=False) as file:
-        file.write(b"".join(string.encode() + b"\0" for string in strings))
-    return descriptor

@@ -1,0 +1,187 @@
+"""Starts: from a request to the executed command, or back to nothing; one for each request id."""
+
+import asyncio
+import os
+from functools import partial
+from typing import Final
+
+from pjw.errors import JobNotFoundError, LauncherGoneError
+from pjw.launcher.protocol import Launch
+from pjw.model import Job, JobSpec, Limits
+from pjw.output import Inotify
+from pjw.worker.background import Background
+from pjw.worker.endings import Endings
+from pjw.worker.job import LiveJob
+from pjw.worker.launcher_client import LauncherClient
+from pjw.worker.logs import live_job
+from pjw.worker.quota import RunningJobs, check_stored_bytes
+from pjw.worker.settings import Quotas
+from pjw.worker.state_dir import StateDir
+from pjw.worker.users import Users
+
+# A launch takes milliseconds.
+LAUNCH_SECONDS: Final = 30
+
+# a client's name, and what it called its request
+_Request = tuple[str, str]
+
+
+class Starts:
+    """The starts of one worker, and those that are under way."""
+
+    def __init__(
+        self,
+        state: StateDir,
+        launcher: LauncherClient,
+        inotify: Inotify,
+        live: dict[int, LiveJob],
+        running: RunningJobs,
+        endings: Endings,
+        users: Users,
+        background: Background,
+    ) -> None:
+        self._state: Final = state
+        self._launcher: Final = launcher
+        self._inotify: Final = inotify
+        self._live: Final = live
+        self._running: Final = running
+        self._endings: Final = endings
+        self._users: Final = users
+        self._background: Final = background
+        self._tasks: Final[set[asyncio.Task[Job]]] = set()
+        self._requests: Final[dict[_Request, asyncio.Task[Job]]] = {}
+
+    async def over(self) -> None:
+        """Wait until none is under way."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def start(self, spec: JobSpec, client_name: str, limits: Limits, quotas: Quotas) -> Job:
+        """Start a job, as `Worker.start` says, with all of its limits."""
+        if self._launcher.gone.is_set():
+            raise LauncherGoneError("the launcher has gone; running jobs go on")
+        request = (client_name, spec.request_id) if spec.request_id else None
+        task = self._requests.get(request) if request is not None else None
+        if task is None:
+            task = self._begin(spec, client_name, limits, quotas, request)
+        # Shielded from its first step on: the table has a thread of its own, so a row may be
+        # written although whoever asked for it was cancelled.
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if request is None:
+                task.add_done_callback(self._undo)
+            raise
+
+    def _begin(
+        self, spec: JobSpec, client_name: str, limits: Limits, quotas: Quotas, request: _Request | None
+    ) -> asyncio.Task[Job]:
+        task = asyncio.ensure_future(self._start_once(spec, client_name, limits, quotas))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        if request is not None:
+            self._requests[request] = task
+            task.add_done_callback(partial(self._request_over, request))
+        return task
+
+    def _request_over(self, request: _Request, task: asyncio.Task[Job]) -> None:
+        del self._requests[request]
+        # whoever asked may have gone, and then nobody looks at how it went
+        if not task.cancelled():
+            task.exception()
+
+    async def _start_once(self, spec: JobSpec, client_name: str, limits: Limits, quotas: Quotas) -> Job:
+        if spec.request_id:
+            job_id = await self._state.store.of_request(client_name, spec.request_id)
+            if job_id is not None:
+                return await self._started(job_id)
+        self._running.take(client_name)
+        return await self._add_and_launch(spec, client_name, limits, quotas)
+
+    async def _started(self, job_id: int) -> Job:
+        live = self._live.get(job_id)
+        job = live.job if live is not None else await self._state.store.get(job_id)
+        if job is None:
+            raise JobNotFoundError(job_id)
+        return job
+
+    async def _add_and_launch(self, spec: JobSpec, client_name: str, limits: Limits, quotas: Quotas) -> Job:
+        try:
+            await check_stored_bytes(quotas, self._state, self._live.values(), client_name)
+            uid = await self._users.of(client_name)
+            job = await self._state.store.add(client_name, spec, limits)
+        except BaseException:
+            self._running.give_back(client_name)
+            raise
+        # The row is there, so whatever happens to us, the next worker can find the process. Its
+        # way to the disk and the launch go side by side.
+        synced = asyncio.ensure_future(self._state.store.sync())
+        try:
+            job = await self._launch(job, spec, uid)
+        finally:
+            await asyncio.wait({synced})
+            unsynced = synced.exception()
+        if unsynced is not None:
+            self._background.spawn(self._end_and_discard(job.id))
+            raise unsynced
+        return job
+
+    async def _launch(self, job: Job, spec: JobSpec, uid: int) -> Job:
+        live = self._live[job.id] = live_job(self._state, self._inotify, job)
+        try:
+            pidfd, started_ns = await self._ask_for_launch(job, spec, uid)
+        except LauncherGoneError:
+            # Whether it was launched, nobody can tell now; the next worker will.
+            raise
+        except BaseException:
+            del self._live[job.id]
+            self._running.give_back(job.client_name)
+            self._state.remove_job(job.id)
+            await self._state.store.discard(job.id)
+            raise
+        finally:
+            live.launch_over.set()
+        live.exec_seen(started_ns)
+        self._endings.watch(live, pidfd)
+        return live.job
+
+    async def _ask_for_launch(self, job: Job, spec: JobSpec, uid: int) -> tuple[int, int]:
+        self._launcher.require_descriptors()
+        descriptors: list[int] = []
+        try:
+            descriptors.append(_command_file(spec))
+            descriptors.extend(self._state.create_job(job))
+            request = Launch(job.id, uid, job.limits, job.split_stderr, job.input)
+            launch = asyncio.ensure_future(self._launcher.request_launch(request, spec, descriptors))
+            done, _ = await asyncio.wait({launch}, timeout=LAUNCH_SECONDS)
+            if not done:
+                # Stuck in the kernel, for example in the exec of a file on a dead NFS server. With
+                # its init killed the launcher answers that the launch failed.
+                await self._launcher.request_kill(job.id, init_too=True)
+            return await launch
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    def _undo(self, launch: asyncio.Future[Job]) -> None:
+        if not launch.cancelled() and launch.exception() is None:
+            self._background.spawn(self._end_and_discard(launch.result().id))
+
+    async def _end_and_discard(self, job_id: int) -> None:
+        await self._launcher.request_kill(job_id)
+        live = self._live.get(job_id)
+        if live is not None:
+            await live.ended.wait()
+        self._state.remove_job(job_id)
+        await self._state.store.discard(job_id)
+
+
+def _command_file(spec: JobSpec) -> int:
+    """What init is to run, in a file of memory that the launcher never reads: strings, each ended by NUL.
+
+    The working directory; what is added to the environment; an empty one; the argv.
+    """
+    descriptor = os.memfd_create("pjw-command", os.MFD_CLOEXEC)
+    strings = (spec.workdir, *(f"{name}={value}" for name, value in spec.env.items()), "", *spec.argv)
+    with open(descriptor, "wb", closefd=False) as file:
+        file.write(b"".join(string.encode() + b"\0" for string in strings))
+    return descriptor
