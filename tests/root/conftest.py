@@ -1,4 +1,4 @@
-"""A service and a state directory for tests that need no others, and the proof that nothing stays behind."""
+"""What tests of the kernel share: a service, a state directory, pjw-init; and the proof that nothing stays behind."""
 
 import os
 import shutil
@@ -13,6 +13,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker import Worker
+from tests.root.init_harness import JOB_UID, Harness, build_init, processes_of
 from tests.scene import Scene, config_of
 from tests.service import Service, instance_cgroups, wait_for
 from tests.worker_harness import Bench, open_bench, uid_range
@@ -114,3 +115,27 @@ def finish(service: Service) -> None:
     assert (left, scratch, code) == ([], [], 0), log
     assert os.listdir(service.state / "scratch") == []
     assert "Traceback" not in log, log
+
+
+@pytest.fixture(scope="session")
+def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """pjw-init, built once."""
+    return build_init(tmp_path_factory.mktemp("init"))
+
+
+@pytest.fixture
+def init(binary: Path, tmp_path: Path) -> Iterator[Harness]:
+    """A harness whose inits are gone afterwards, and their jobs' processes with them."""
+    harness = Harness(binary, tmp_path)
+    yield harness
+    harness.close()
+    assert processes_of(JOB_UID) == []
+
+
+@pytest.fixture
+def visible() -> Iterator[Path]:
+    """A directory of the host's that a job can see: not below /tmp or /run."""
+    directory = Path(tempfile.mkdtemp(prefix="pjw-test-", dir="/var/lib"))
+    directory.chmod(0o755)
+    yield directory
+    shutil.rmtree(directory)

@@ -25,35 +25,10 @@ from tests.root.init_harness import (
     JOB_UID,
     Harness,
     Inotify,
-    build_init,
     processes_of,
     small_tmpfs,
     wait_readable,
 )
-
-
-@pytest.fixture(scope="session")
-def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """pjw-init, built once."""
-    return build_init(tmp_path_factory.mktemp("init"))
-
-
-@pytest.fixture
-def init(binary: Path, tmp_path: Path) -> Iterator[Harness]:
-    """A harness whose inits are gone afterwards, and their jobs' processes with them."""
-    harness = Harness(binary, tmp_path)
-    yield harness
-    harness.close()
-    assert processes_of(JOB_UID) == []
-
-
-@pytest.fixture
-def visible() -> Iterator[Path]:
-    """A directory of the host's that a job can see: not below /tmp or /run."""
-    directory = Path(tempfile.mkdtemp(prefix="pjw-test-", dir="/var/lib"))
-    directory.chmod(0o755)
-    yield directory
-    shutil.rmtree(directory)
 
 
 @pytest.fixture

@@ -2,41 +2,14 @@
 
 import errno
 import os
-import shutil
 import signal
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.root.init_harness import ENVIRONMENT, JOB_UID, Harness, build_init, processes_of
+from tests.root.init_harness import ENVIRONMENT, Harness
 
 FIRST = 33
-
-
-@pytest.fixture(scope="session")
-def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """pjw-init, built once."""
-    return build_init(tmp_path_factory.mktemp("init"))
-
-
-@pytest.fixture
-def init(binary: Path, tmp_path: Path) -> Iterator[Harness]:
-    """A harness whose inits are gone afterwards, and their jobs' processes with them."""
-    harness = Harness(binary, tmp_path)
-    yield harness
-    harness.close()
-    assert processes_of(JOB_UID) == []
-
-
-@pytest.fixture
-def visible() -> Iterator[Path]:
-    """A directory of the host's that a job can see: not below /tmp or /run."""
-    directory = Path(tempfile.mkdtemp(prefix="pjw-test-", dir="/var/lib"))
-    directory.chmod(0o755)
-    yield directory
-    shutil.rmtree(directory)
 
 
 # --- the environment

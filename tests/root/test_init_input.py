@@ -4,13 +4,12 @@ import fcntl
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.root.init_harness import JOB_UID, Harness, Running, build_init, processes_of
+from tests.root.init_harness import JOB_UID, Harness, Running
 from tests.service import wait_for
 from tests.uploads import some_bytes
 
@@ -26,21 +25,6 @@ while libc.inotify_init1(0) >= 0:
 print("taken", flush=True)
 sys.stdin.read()
 """
-
-
-@pytest.fixture(scope="session")
-def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """pjw-init, built once."""
-    return build_init(tmp_path_factory.mktemp("init"))
-
-
-@pytest.fixture
-def init(binary: Path, tmp_path: Path) -> Iterator[Harness]:
-    """A harness whose inits are gone afterwards, and their jobs' processes with them."""
-    harness = Harness(binary, tmp_path)
-    yield harness
-    harness.close()
-    assert processes_of(JOB_UID) == []
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from typing import Final
 
 import pytest
 
-from tests.root.init_harness import JOB_UID, SOURCES, Harness, build_init, processes_of
+from tests.root.init_harness import SOURCES, Harness
 
 X86: Final = os.uname().machine == "x86_64"
 LINUX_6_13: Final = 466
@@ -80,21 +80,6 @@ def call(number, *arguments):
 """
 
 Filter = Callable[..., int]
-
-
-@pytest.fixture(scope="session")
-def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """pjw-init, built once."""
-    return build_init(tmp_path_factory.mktemp("init"))
-
-
-@pytest.fixture
-def init(binary: Path, tmp_path: Path) -> Iterator[Harness]:
-    """A harness whose inits are gone afterwards, and their jobs' processes with them."""
-    harness = Harness(binary, tmp_path)
-    yield harness
-    harness.close()
-    assert processes_of(JOB_UID) == []
 
 
 @pytest.fixture

@@ -3,38 +3,19 @@
 import os
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.root.init_harness import (
-    JOB_UID,
     Harness,
     Inotify,
     Running,
-    build_init,
-    processes_of,
     small_tmpfs,
 )
 from tests.service import wait_for
 
 INTERVAL_NS = 4_000_000
-
-
-@pytest.fixture(scope="session")
-def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """pjw-init, built once."""
-    return build_init(tmp_path_factory.mktemp("init"))
-
-
-@pytest.fixture
-def init(binary: Path, tmp_path: Path) -> Iterator[Harness]:
-    """A harness whose inits are gone afterwards, and their jobs' processes with them."""
-    harness = Harness(binary, tmp_path)
-    yield harness
-    harness.close()
-    assert processes_of(JOB_UID) == []
 
 
 # --- stderr

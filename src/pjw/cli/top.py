@@ -148,8 +148,8 @@ class Top(App[PjwError]):
     #totals Vertical { width: 1fr; padding: 0 1; }
     Sparkline { height: 2; }
     #state { height: 1; padding: 0 1; background: $panel; }
-    DataTable { height: 1fr; }
-    #output { height: 1fr; display: none; border-top: solid $primary; }
+    DataTable { height: 1fr; scrollbar-size-horizontal: 0; }
+    #output { height: 1fr; display: none; border-top: solid $primary; scrollbar-size-horizontal: 0; }
     Confirm { align: center middle; }
     Confirm Label { padding: 1 3; background: $panel; border: solid $primary; }
     """
