@@ -234,9 +234,14 @@ class JobSpec:
         return self.command if isinstance(self.command, str) else shlex.join(self.command)
 
 
+def is_name(text: str) -> bool:
+    """Whether a job can have this name."""
+    return _NAME.fullmatch(text) is not None
+
+
 def check_name(name: str) -> None:
     """Raises InvalidJobError for what is no name of a job; empty is none, and allowed."""
-    if name and not _NAME.fullmatch(name):
+    if name and not is_name(name):
         raise InvalidJobError(
             f"{name[:80]!r} is no name for a job: up to 63 letters, digits, '.', '_' and '-',"
             " the first a letter"

@@ -1,4 +1,4 @@
-"""What tests of the kernel share: a service, a state directory, pjw-init; and the proof that nothing stays behind."""
+"""What tests of the kernel share: a service, a state directory, pjw-init; and that nothing stays behind."""
 
 import os
 import shutil

@@ -232,14 +232,14 @@ def test_an_id_of_no_job_is_not_found(service: Service, command: str, method: st
 
 
 @pytest.mark.parametrize(
-    "text", ["x", "", " ", "1.0", "1e3", "0x1", "+1", "1_0", "--1", "-", "１", "٣", "1 2", "9" * 101]
+    "text", ["", " ", "1.0", "1e3", "0x1", "+1", "1_0", "--1", "-", "１", "٣", "1 2", "x/y", "9" * 101]
 )
-def test_an_id_that_is_no_number_is_wrong_usage(service: Service, text: str) -> None:
+def test_what_is_neither_an_id_nor_a_name_is_wrong_usage(service: Service, text: str) -> None:
     """A mistyped id is caught before any connection; only the digits 0 to 9 are digits."""
     code, said = service.refused("get", text, PJW_SERVER="127.0.0.1:1")
     assert code == 2
     assert re.search(
-        r"is not a job id, which is a whole number|the following arguments are required: ID|unrecog", said
+        r"is neither a job's id, which is a whole number, nor its name|are required: JOB|unrecog", said
     )
 
 
