@@ -127,6 +127,7 @@ def test_input_is_let_go_of_at_its_end(init: Harness, file: Path) -> None:
     assert is_read(file)
     end(file)
     wait_for(lambda: not is_read(file))
+    job.wait_for_output("all\n")
     job.send(15)  # type: ignore[arg-type]
     assert job.wait().text == "all\n"
 

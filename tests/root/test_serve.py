@@ -329,8 +329,9 @@ def test_certs_init_makes_all_that_a_new_service_needs(tmp_path: Path) -> None:
         [str(BIN / "pjwd"), "certs", "init", str(certs), "alice"], capture_output=True, check=True
     )
     made = [f"{certs}/{name}.{kind}" for name in ("ca", "server", "alice") for kind in ("crt", "key")]
+    made.append(f"{certs}/alice.pjw")
     assert sorted(done.stdout.decode().split()) == sorted(made)
-    assert all(stat.S_IMODE(os.stat(path).st_mode) == 0o600 for path in made if path.endswith(".key"))
+    assert all(stat.S_IMODE(os.stat(path).st_mode) == 0o600 for path in made if not path.endswith(".crt"))
     assert re.match(refused("exists"), pjwd("certs", "init", str(certs), "alice"))
     subprocess.run([str(BIN / "pjwd"), "certs", "client", str(certs), "bob"], capture_output=True, check=True)
 
