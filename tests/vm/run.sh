@@ -8,7 +8,7 @@ if [ ! -e /opt/pjw/installed ]; then
     python3 -m venv --without-pip /opt/pjw
     install=(python3 -m pip --python /opt/pjw/bin/python --disable-pip-version-check install --quiet --no-compile
         --root-user-action=ignore --no-index --find-links /wheels)
-    "${install[@]}" --require-hashes --requirement requirements/test.txt
+    "${install[@]}" --require-hashes --requirement requirements/vm.txt
     "${install[@]}" --no-deps pjw
     touch /opt/pjw/installed
     sync # it must be there after a power cut
