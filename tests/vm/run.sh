@@ -23,14 +23,15 @@ if [ "$*" = before-power-cut ]; then
     exec /opt/pjw/bin/python -B -m tests.vm.power_cut
 fi
 
-# All that touches the kernel: what is left out tests certificates, requests, roles and the command line, on any
+# All that touches the kernel: what is left out tests certificates, requests, roles, clients and documents, on any
 # host; reads the filter of system calls with a compiler, which is not here; or injects faults by the hundred,
 # which takes this machine too long.
 # Those of systemd come last: they install a service.
 if [ $# = 0 ]; then
     set -- tests/root tests/vm
-    for name in audit bad_input cli faults_network faults_processes faults_resources faults_steps grpc_fuzz \
-        identity_scope init_seccomp launcher_fuzz quota reload roles tls; do
+    for name in audit bad_input cli cli_run cli_stdin client completion documents faults_network faults_processes \
+        faults_resources faults_steps grpc_fuzz identity_scope init_seccomp launcher_fuzz library_document \
+        node_client operator quota reload requests roles tls top; do
         set -- "$@" --ignore "tests/root/test_$name.py"
     done
 fi
