@@ -10,6 +10,7 @@ import pytest
 
 from pjw.output import Inotify, OutputLog, start_of_tail
 from pjw.output import tail as tail_module
+from pjw.output.log import read_at
 
 
 @pytest.fixture
@@ -54,6 +55,22 @@ async def test_as_tail_does(tmp_path: Path, inotify: Inotify, lines: int) -> Non
     command = ["tail", "-n", str(lines), str(path)]
     told = subprocess.run(command, capture_output=True, check=True).stdout  # noqa: ASYNC221  nobody waits
     assert path.read_bytes()[start:] == told
+
+
+async def test_a_gap_in_the_page_cache(
+    tmp_path: Path, inotify: Inotify, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read ends there, before the block does: what is behind it counts all the same."""
+    path = tmp_path / "output"
+
+    async def cut(descriptor: int, offset: int, count: int) -> tuple[int, bytes]:
+        return await read_at(descriptor, offset, min(count, 4096))
+
+    monkeypatch.setattr(tail_module, "read_at", cut)
+    data = b"".join(b"line %d\n" % n for n in range(2_000))
+    path.write_bytes(data)
+    start = await start_of_tail(OutputLog(str(path), inotify, ended=True), 3)
+    assert data[start:] == b"line 1997\nline 1998\nline 1999\n"
 
 
 async def test_an_offset_beyond_the_end_is_left_to_the_reader(tmp_path: Path, inotify: Inotify) -> None:

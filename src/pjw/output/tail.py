@@ -22,7 +22,7 @@ async def start_of_tail(log: OutputLog, lines: int, offset: int = 0) -> int:
             return size
         while end > offset:
             start = max(offset, end - _BLOCK_BYTES)
-            _, block = await read_at(descriptor, start, end - start)
+            block = await _read_whole(descriptor, start, end)
             # the newline at the very end ends the last line, and divides it from nothing
             place = len(block) - 1 if end == size and block.endswith(b"\n") else len(block)
             newlines = block.count(b"\n", 0, place)
@@ -35,3 +35,15 @@ async def start_of_tail(log: OutputLog, lines: int, offset: int = 0) -> int:
             # others have their turn between two blocks, which may all be in the page cache
             await asyncio.sleep(0)
     return offset
+
+
+async def _read_whole(descriptor: int, start: int, end: int) -> bytes:
+    # one read gives no more than what is in the page cache up to its first gap
+    pieces: list[bytes] = []
+    while start < end:
+        got, data = await read_at(descriptor, start, end - start)
+        if not got:
+            break
+        pieces.append(data)
+        start += got
+    return b"".join(pieces)
