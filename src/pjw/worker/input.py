@@ -44,6 +44,7 @@ class Inputs:
         The newest wins because it may be the same client, whose old connection nobody has seen end.
         """
         turn = self._turns.setdefault(job_id, _Turn())
+        turn.writers += 1
         if turn.latest is not None:
             turn.latest.end(JobStateError(f"somebody else has begun to write to the input of job {job_id}"))
         timeout = asyncio.timeout(None)
@@ -63,6 +64,10 @@ class Inputs:
         finally:
             ending.cancel()
             if turn.latest is writer:
+                turn.latest = None
+            turn.writers -= 1
+            # not with the latest one: the one before it may still be about to let go
+            if not turn.writers:
                 del self._turns[job_id]
 
 
@@ -72,6 +77,8 @@ class _Turn:
     def __init__(self) -> None:
         self.lock: Final = asyncio.Lock()
         self.latest: InputWriter | None = None
+        # how many have come and not gone
+        self.writers = 0
 
 
 class InputWriter:
