@@ -24,6 +24,7 @@ from pjw.certs import authority
 from pjw.server import metrics as metrics_module
 from pjw.v1 import job_worker_pb2 as pb
 from tests.service import Service, wait_for
+from tests.uploads import upload
 
 ROOT: Final = Path(__file__).parents[2]
 SERVICE: Final = "pjw.v1.JobWorkerService"
@@ -433,6 +434,18 @@ def test_a_configuration_is_taken_without_a_restart(reloading: Service) -> None:
         alice.Stop(pb.StopRequest(id=job_id))
         list(follower)
         wait_for(lambda: len(alice.List(pb.ListRequest()).jobs) == 1)
+
+
+def test_a_longer_input_is_taken_without_a_restart(make_service: Callable[..., Service]) -> None:
+    """By the calls that begin afterwards."""
+    service = make_service(config="[clients]\ninput_bytes_max = 10\n").start()
+    with service.stub() as stub:
+        job_id = stub.Start(pb.StartRequest(command="cat", input=True)).job.id
+        with pytest.raises(grpc.RpcError, match="longer than 10 bytes"):
+            upload(stub, job_id, bytes(20))
+        said = reloaded(service, "[clients]\ninput_bytes_max = 20\n")
+        assert said == ["INFO: reload: the configuration is new: clients"]
+        assert upload(stub, job_id, bytes(20)).ended
 
 
 def test_keys_that_take_a_restart_are_named(reloading: Service) -> None:

@@ -32,8 +32,12 @@ class Inputs:
     def __init__(self, state: StateDir, bytes_max: int) -> None:
         """Take no more than *bytes_max* for a job; 0 is "no limit"."""
         self._state: Final = state
-        self._bytes_max: Final = bytes_max
+        self._bytes_max = bytes_max
         self._turns: Final[dict[int, _Turn]] = {}
+
+    def set_bytes_max(self, bytes_max: int) -> None:
+        """From now on so much; who writes already goes on as it began."""
+        self._bytes_max = bytes_max
 
     @asynccontextmanager
     async def writer(

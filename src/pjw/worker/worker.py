@@ -150,6 +150,7 @@ class Worker:
         """Take other default limits, grace period, retention and quotas; the rest the launcher was told."""
         self._settings = settings
         self._running.quotas = settings.quotas
+        self._inputs.set_bytes_max(settings.quotas.input_bytes_max)
         self._pruner.keep(settings.retention)
 
     async def launcher_answers(self) -> None:
