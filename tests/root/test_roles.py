@@ -98,6 +98,6 @@ def test_a_list_of_all_clients_is_whole_in_pages_and_at_a_terminal(staffed: Serv
         rest = stub.List(pb.ListRequest(page_token=page.next_page_token, all_clients=True))
     assert [job.id for job in (*page.jobs, *rest.jobs)] == ids
     shown = staffed.at_terminal("--all", "list", client="vic").splitlines()
-    assert shown[0].split() == ["ID", "CLIENT", "STATE", "AGE", "EXIT", "COMMAND"]
+    assert shown[0].split() == ["ID", "CLIENT", "STATE", "AGE", "DURATION", "EXIT", "COMMAND"]
     assert [line.split()[1] for line in shown[1:]] == ["alice", "bob", "vic", "alice"]
     assert "CLIENT" not in staffed.at_terminal("list", client="vic")
