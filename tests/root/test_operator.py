@@ -436,6 +436,33 @@ def test_a_configuration_is_taken_without_a_restart(reloading: Service) -> None:
         wait_for(lambda: len(alice.List(pb.ListRequest()).jobs) == 1)
 
 
+def test_who_has_lost_a_role_does_not_look_on(make_service: Callable[..., Service]) -> None:
+    """What lasts ends with the role that it takes; what is one's own goes on."""
+    service = make_service(config='[roles]\nadmins = ["alice"]\nviewers = ["bob"]\n').start()
+    with service.stub() as alice, service.stub("bob") as bob:
+        job_id = alice.Start(pb.StartRequest(command="echo mine; sleep 100")).job.id
+        lasting: list[Any] = [
+            bob.WatchUsage(pb.WatchUsageRequest(all_clients=True), timeout=20),
+            bob.Logs(pb.LogsRequest(id=job_id, all_clients=True), timeout=20),
+        ]
+        others: list[Any] = [
+            alice.WatchUsage(pb.WatchUsageRequest(all_clients=True)),
+            bob.WatchUsage(pb.WatchUsageRequest()),
+        ]
+        for call in (*lasting, *others):
+            next(call)
+        reloaded(service, '[roles]\nviewers = ["alice"]\n')
+        for call in lasting:
+            with pytest.raises(
+                grpc.RpcError, match=r"bob may not use .* on the jobs of every client"
+            ) as refused:
+                list(call)
+            assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
+        for call in others:
+            next(call)
+            call.cancel()
+
+
 def test_a_longer_input_is_taken_without_a_restart(make_service: Callable[..., Service]) -> None:
     """By the calls that begin afterwards."""
     service = make_service(config="[clients]\ninput_bytes_max = 10\n").start()
