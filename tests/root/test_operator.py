@@ -9,7 +9,7 @@ import socket
 import subprocess
 import urllib.request
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -260,6 +260,24 @@ def test_who_does_not_read_metrics_keeps_nobody_waiting(watched: Service, port: 
         assert select.select(idle[: metrics_module.SCRAPES_MAX], [], [], 0)[0] == []
     # those that were idle make room when they leave
     wait_for(lambda: can_scrape(port))
+
+
+def test_who_asks_for_metrics_byte_by_byte_is_let_go_of(watched: Service, port: int) -> None:
+    """However often it sends one: in time there is room for others."""
+    with ExitStack() as stack:
+        slow = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            for _ in range(metrics_module.SCRAPES_MAX)
+        ]
+
+        def can_scrape_beside() -> bool:
+            for each in slow:
+                with suppress(OSError):
+                    each.send(b"G")
+            return can_scrape(port)
+
+        assert not can_scrape_beside()
+        wait_for(can_scrape_beside, 2 * metrics_module.CONNECTION_SECONDS)
 
 
 def can_scrape(port: int) -> bool:
