@@ -183,6 +183,45 @@ def test_who_reads_no_more_ends_the_job(service: Service) -> None:
     assert newest(service).state == pb.JOB_STATE_EXITED
 
 
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ("run 'echo x; sleep 300' >/dev/full", "cannot write to stdout: no space left on device"),
+        ("run --stdin /proc/self/mem 'cat; sleep 300'", "cannot read --stdin: input/output error"),
+    ],
+)
+def test_what_cannot_be_written_or_read_here_ends_the_job(service: Service, typed: str, words: str) -> None:
+    """Nobody was told its id, and it would wait for what does not come."""
+    before = service.ok("list").split()
+    done = subprocess.run(
+        ["bash", "-c", f"{BIN}/pjw {typed}"],
+        env=service.environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, words in done.stderr) == (125, True), done
+    [job_id] = set(service.ok("list").split()) - set(before)
+    assert json.loads(service.ok("get", job_id))["reason"] == "stopped"
+
+
+@pytest.mark.parametrize(
+    ("typed", "code"),
+    [("logs nothing", 1), ("run --split-stderr 'echo x >&2; exit 3'", 3), ("list --nonsense", 2)],
+)
+def test_a_closed_stderr_is_no_stderr(service: Service, typed: str, code: int) -> None:
+    """What goes there goes nowhere, and least of all to stdout."""
+    done = subprocess.run(
+        ["bash", "-c", f"{BIN}/pjw {typed} 2>&-"],
+        env=service.environment(),
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (code, b"", b"")
+
+
 def test_run_goes_on_through_a_restart(make_service: Callable[..., Service]) -> None:
     """Not a byte is lost or doubled when pjwd is killed, and the exit code is the job's."""
     service = make_service().start()

@@ -1,6 +1,7 @@
 """pjw.Client and pjw.AsyncClient with a real pjwd: every call, and connections lost at the worst moment."""
 
 import asyncio
+import os
 import signal
 import threading
 from collections.abc import AsyncIterable, Callable, Iterable, Iterator
@@ -260,6 +261,27 @@ def test_the_last_lines_go_on_after_a_cut(service: Service, connect: Connect) ->
         touch(service, job_id, "go")
         touch(service, job_id, "end")
         assert b"".join(logs) == b"two\nthree\n"
+
+
+def test_the_last_lines_of_a_silent_job_go_on_after_a_cut(service: Service, connect: Connect) -> None:
+    """What is written while there is no connection is not lost, though nothing had come before."""
+    with Relay(service.address) as relay, connect(service, relay.address) as client:
+        job_id = client.call("start", JobSpec(STEPS)).id
+        output = service.state / "jobs" / str(job_id) / "output"
+        wait_for(lambda: output.read_bytes() == b"one\n")
+        logs = in_thread(lambda: b"".join(client.call("logs", job_id, tail=0)))
+        wait_for(lambda: service.open_outputs(job_id) == 1)
+        # what was answered has come, as the answer to a later call
+        client.call("get", job_id)
+        os.kill(service.pid, signal.SIGSTOP)
+        try:
+            relay.cut()
+            touch(service, job_id, "go")
+            wait_for(lambda: output.read_bytes() == b"one\ntwo\n")
+        finally:
+            os.kill(service.pid, signal.SIGCONT)
+        touch(service, job_id, "end")
+        assert logs.result(60) == b"two\nthree\n"
 
 
 def test_a_client_that_was_answered_waits_for_a_restart(

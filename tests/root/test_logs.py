@@ -34,9 +34,12 @@ def read(service: Service, job_id: int, **how: object) -> bytes:
 
 
 def answers(service: Service, job_id: int, **how: object) -> list[pb.LogsResponse]:
-    """Each answer of a call of Logs."""
+    """Each answer of a call of Logs that has output."""
     with service.stub() as stub:
-        return list(stub.Logs(pb.LogsRequest(id=job_id, **how), timeout=CALL_SECONDS))  # type: ignore[arg-type]
+        found = list(stub.Logs(pb.LogsRequest(id=job_id, **how), timeout=CALL_SECONDS))  # type: ignore[arg-type]
+    empty = [answer for answer in found if not answer.data]
+    assert [answer.HasField("offset") for answer in empty] == [True] * ("tail_lines" in how)
+    return [answer for answer in found if answer.data]
 
 
 def refused(service: Service, job_id: int, **how: object) -> tuple[grpc.StatusCode, str | None]:

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import urllib.request
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,6 +24,7 @@ from pjw.certs import authority
 from pjw.server import metrics as metrics_module
 from pjw.v1 import job_worker_pb2 as pb
 from tests.service import Service, wait_for
+from tests.uploads import upload
 
 ROOT: Final = Path(__file__).parents[2]
 SERVICE: Final = "pjw.v1.JobWorkerService"
@@ -261,6 +262,24 @@ def test_who_does_not_read_metrics_keeps_nobody_waiting(watched: Service, port: 
     wait_for(lambda: can_scrape(port))
 
 
+def test_who_asks_for_metrics_byte_by_byte_is_let_go_of(watched: Service, port: int) -> None:
+    """However often it sends one: in time there is room for others."""
+    with ExitStack() as stack:
+        slow = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            for _ in range(metrics_module.SCRAPES_MAX)
+        ]
+
+        def can_scrape_beside() -> bool:
+            for each in slow:
+                with suppress(OSError):
+                    each.send(b"G")
+            return can_scrape(port)
+
+        assert not can_scrape_beside()
+        wait_for(can_scrape_beside, 2 * metrics_module.CONNECTION_SECONDS)
+
+
 def can_scrape(port: int) -> bool:
     """Whether metrics can be had now."""
     try:
@@ -433,6 +452,45 @@ def test_a_configuration_is_taken_without_a_restart(reloading: Service) -> None:
         alice.Stop(pb.StopRequest(id=job_id))
         list(follower)
         wait_for(lambda: len(alice.List(pb.ListRequest()).jobs) == 1)
+
+
+def test_who_has_lost_a_role_does_not_look_on(make_service: Callable[..., Service]) -> None:
+    """What lasts ends with the role that it takes; what is one's own goes on."""
+    service = make_service(config='[roles]\nadmins = ["alice"]\nviewers = ["bob"]\n').start()
+    with service.stub() as alice, service.stub("bob") as bob:
+        job_id = alice.Start(pb.StartRequest(command="echo mine; sleep 100")).job.id
+        lasting: list[Any] = [
+            bob.WatchUsage(pb.WatchUsageRequest(all_clients=True), timeout=20),
+            bob.Logs(pb.LogsRequest(id=job_id, all_clients=True), timeout=20),
+        ]
+        others: list[Any] = [
+            alice.WatchUsage(pb.WatchUsageRequest(all_clients=True)),
+            bob.WatchUsage(pb.WatchUsageRequest()),
+        ]
+        for call in (*lasting, *others):
+            next(call)
+        reloaded(service, '[roles]\nviewers = ["alice"]\n')
+        for call in lasting:
+            with pytest.raises(
+                grpc.RpcError, match=r"bob may not use .* on the jobs of every client"
+            ) as refused:
+                list(call)
+            assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
+        for call in others:
+            next(call)
+            call.cancel()
+
+
+def test_a_longer_input_is_taken_without_a_restart(make_service: Callable[..., Service]) -> None:
+    """By the calls that begin afterwards."""
+    service = make_service(config="[clients]\ninput_bytes_max = 10\n").start()
+    with service.stub() as stub:
+        job_id = stub.Start(pb.StartRequest(command="cat", input=True)).job.id
+        with pytest.raises(grpc.RpcError, match="longer than 10 bytes"):
+            upload(stub, job_id, bytes(20))
+        said = reloaded(service, "[clients]\ninput_bytes_max = 20\n")
+        assert said == ["INFO: reload: the configuration is new: clients"]
+        assert upload(stub, job_id, bytes(20)).ended
 
 
 def test_keys_that_take_a_restart_are_named(reloading: Service) -> None:

@@ -229,6 +229,20 @@ def test_a_bundle_that_others_can_read_is_warned_of(user: User) -> None:
     assert f"warning: others may read the private key {key}" in user.run("context", "show").stderr
 
 
+def test_a_name_that_is_a_path_removes_no_more_than_its_table(user: User) -> None:
+    """`add` takes no such name, but a hand may write it."""
+    user.ok("context", "add", "prod", str(user.bundle()))
+    precious = user.home / "precious"
+    precious.mkdir()
+    before = user.files()
+    names = (".", "..", "../../precious", str(precious))
+    with user.config.open("a") as file:
+        file.writelines(f'[contexts."{name}"]\nserver = "localhost:1"\n' for name in names)
+    user.ok("context", "rm", *names)
+    assert user.files() == before
+    assert user.ok("context", "list") == "prod\n"
+
+
 def test_what_an_interrupted_add_left_is_no_obstacle(user: User) -> None:
     """A directory without a table is nobody's."""
     (user.directory / "contexts" / "prod").mkdir(parents=True)

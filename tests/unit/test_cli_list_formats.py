@@ -78,6 +78,8 @@ def test_a_template_is_filled_in(template: str, line: str) -> None:
         ("{id!r}", "is none of"),
         ("{id:{state}}", "is none of"),
         ("{id:d}", "format code"),
+        ("{id:>99999999999}", "wider than 9999 columns"),
+        ("{id:.20000}", "wider than 9999 columns"),
         ("{id", "expected '}'"),
         ("}", "Single '}'"),
     ],

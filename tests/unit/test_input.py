@@ -198,6 +198,36 @@ async def test_a_write_is_over_before_the_next_writer_looks(
     assert (path.read_bytes(), opened[1].offset) == (b"abcabc", 6)
 
 
+async def test_a_write_is_over_also_when_the_next_writer_was_cancelled(
+    path: Path, slow_disk: tuple[threading.Event, threading.Event]
+) -> None:
+    """Whoever comes after that waits for the thread as well."""
+    begun, may_go_on = slow_disk
+    inputs = inputs_of(path)
+    opened: list[InputWriter] = []
+
+    async def write() -> None:
+        async with inputs.writer(1, never) as writer:
+            opened.append(writer)
+            await writer.write(writer.offset, b"abc")
+
+    first = asyncio.create_task(write())
+    await asyncio.to_thread(begun.wait, 30)
+    second = asyncio.create_task(write())
+    await asyncio.sleep(0)
+    second.cancel()
+    await asyncio.wait({second})
+    third = asyncio.create_task(write())
+    # time enough to open the file, if it could
+    await asyncio.sleep(0.05)
+    assert (len(opened), first.done(), third.done()) == (1, False, False)
+    may_go_on.set()
+    await third
+    with pytest.raises(JobStateError, match="somebody else"):
+        await first
+    assert (path.read_bytes(), opened[1].offset, inputs._turns) == (b"abcabc", 6, {})
+
+
 async def test_a_job_without_a_file_has_ended(tmp_path: Path) -> None:
     """The file goes a moment before the end is told."""
     with pytest.raises(JobStateError, match="job 1 has ended"):

@@ -6,7 +6,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pjw.cli import render
@@ -73,6 +73,18 @@ def test_every_limit_and_account_is_shown_in_camel_case() -> None:
 def test_any_command_is_json(command: str) -> None:
     """Whatever the command is, its JSON is read back as it was."""
     assert json.loads(render.job_json(replace(RUNNING, command=command)))["command"] == command
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+@example("\x9b31mred \x7f \u202e")
+def test_json_cannot_steer_a_terminal(text: str) -> None:
+    """Control characters of both halves, and what turns text around, are escaped; letters are not."""
+    job = replace(RUNNING, command=text)
+    for shown in (render.job_json(job), render.job_line(job), "".join(render.jobs_json([job]))):
+        assert all(c.isprintable() or c == "\n" for c in shown)
+        found = json.loads(shown)
+        assert (found[0] if isinstance(found, list) else found)["command"] == text
+    assert '"Grüße, 世界"' in render.job_line(replace(RUNNING, command="Grüße, 世界"))
 
 
 @given(st.text())

@@ -16,6 +16,7 @@ import pytest
 from pjw.errors import ConfigError, KernelError, LimitReachedError, NameTakenError
 from pjw.model import EndReason, ExitStatus, Job, JobSpec, JobState, Limits, Usage
 from pjw.worker import schema
+from pjw.worker.pages import JobFilter, Page
 from pjw.worker.rows import from_ns, to_ns
 from pjw.worker.schema import SCHEMA_VERSION
 from pjw.worker.settings import Retention
@@ -391,3 +392,23 @@ def test_times(ns: int) -> None:
     assert time.tzinfo is UTC
     assert to_ns(time) == ns - ns % 1000
     assert from_ns(to_ns(time)) == time
+
+
+async def test_many_lists_with_filters_hold_up_who_wants_one_job_no_longer_than_one(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of one client wait for each other, and not all of them before everybody else."""
+    made: list[int] = []
+
+    def page(*_: object) -> Page:
+        made.append(1)
+        return Page([], None)
+
+    monkeypatch.setattr("pjw.worker.store.read_page", page)
+    wanted = JobFilter(labels={"team": "x"})
+    lists = [asyncio.ensure_future(store.page("alice", 0, 10, wanted)) for _ in range(50)]
+    await asyncio.sleep(0)
+    await store.get(1, "bob")
+    assert len(made) <= 2
+    await asyncio.gather(*lists)
+    assert len(made) == 50

@@ -3,6 +3,7 @@
 import asyncio
 import random
 import subprocess
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from pjw.output import Inotify, OutputLog, start_of_tail
 from pjw.output import tail as tail_module
+from pjw.output.log import read_at
 
 
 @pytest.fixture
@@ -54,6 +56,54 @@ async def test_as_tail_does(tmp_path: Path, inotify: Inotify, lines: int) -> Non
     command = ["tail", "-n", str(lines), str(path)]
     told = subprocess.run(command, capture_output=True, check=True).stdout  # noqa: ASYNC221  nobody waits
     assert path.read_bytes()[start:] == told
+
+
+async def test_a_gap_in_the_page_cache(
+    tmp_path: Path, inotify: Inotify, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read ends there, before the block does: what is behind it counts all the same."""
+    path = tmp_path / "output"
+
+    async def cut(descriptor: int, offset: int, count: int) -> tuple[int, bytes]:
+        return await read_at(descriptor, offset, min(count, 4096))
+
+    monkeypatch.setattr(tail_module, "read_at", cut)
+    data = b"".join(b"line %d\n" % n for n in range(2_000))
+    path.write_bytes(data)
+    start = await start_of_tail(OutputLog(str(path), inotify, ended=True), 3)
+    assert data[start:] == b"line 1997\nline 1998\nline 1999\n"
+
+
+async def test_many_who_look_hold_others_up_no_longer_than_one(
+    tmp_path: Path, inotify: Inotify, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a turn of the event loop one block is read, however many look for lines that are not there."""
+    path, turns = tmp_path / "output", asyncio.Lock()
+    path.write_bytes(bytes(40 * 7))
+    turn, reads = 0, Counter[int]()
+
+    async def counted(descriptor: int, offset: int, count: int) -> tuple[int, bytes]:
+        reads[turn] += 1
+        return await read_at(descriptor, offset, count)
+
+    monkeypatch.setattr(tail_module, "_BLOCK_BYTES", 7)
+    monkeypatch.setattr(tail_module, "read_at", counted)
+    log = OutputLog(str(path), inotify, ended=True)
+    looking = [asyncio.ensure_future(start_of_tail(log, 3, turns=turns)) for _ in range(20)]
+    while not all(each.done() for each in looking):
+        await asyncio.sleep(0)
+        turn += 1
+    # all of them begin in the first turn
+    assert (reads.pop(0), max(reads.values()), sum(reads.values())) == (20, 1, 20 * 39)
+    assert [each.result() for each in looking] == [0] * 20
+
+
+@pytest.mark.parametrize("number", [1, 2, 77, 100_000, 131_072, 262_143])
+async def test_a_block_of_newlines(tmp_path: Path, inotify: Inotify, number: int) -> None:
+    """Each of them may be the one."""
+    path = tmp_path / "output"
+    path.write_bytes(b"\n" * 262_144)
+    assert await start_of_tail(OutputLog(str(path), inotify, ended=True), number) == 262_144 - number
 
 
 async def test_an_offset_beyond_the_end_is_left_to_the_reader(tmp_path: Path, inotify: Inotify) -> None:

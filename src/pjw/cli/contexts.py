@@ -146,7 +146,9 @@ def remove_contexts(arguments: argparse.Namespace) -> None:
         # the table first: what is named there is there
         _write(document)
         for name in arguments.names:
-            _remove_tree(_place(directory, name))
+            # another name is of a table that was written by hand, has no directory, and may be a path
+            if _NAME.fullmatch(name):
+                _remove_tree(_place(directory, name))
     for name in dict.fromkeys(arguments.names):
         print(name)
 

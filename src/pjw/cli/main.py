@@ -27,6 +27,9 @@ def run() -> NoReturn:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
+    if sys.stderr is None:
+        # or print() would take stdout in its place, and a number of 2 would be that of a connection
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
     parser = build_parser()
     if "_ARGCOMPLETE" in os.environ:
         from pjw.cli.completion import complete

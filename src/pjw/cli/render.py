@@ -17,7 +17,7 @@ _GREEN, _RED, _YELLOW, _DIM = "32", "31", "33", "2"
 
 def job_json(job: Job) -> str:
     """A job as the JSON of the seed, further keys behind its own."""
-    return json.dumps(members(job), indent=2, ensure_ascii=False)
+    return json_text(members(job), indent=2)
 
 
 def members(job: Job) -> dict[str, Any]:
@@ -56,9 +56,18 @@ def _usage(job: Job) -> dict[str, int] | None:
     }
 
 
+def json_text(value: object, indent: int | None = None) -> str:
+    """JSON whose characters can be read, and none of which steers a terminal: those are escaped."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    # the only newlines are those between members
+    if text.replace("\n", "").isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
+
+
 def job_line(job: Job) -> str:
     """A job as one line of JSON."""
-    return json.dumps(members(job), ensure_ascii=False)
+    return json_text(members(job))
 
 
 def jobs_json(jobs: Iterable[Job]) -> Iterator[str]:

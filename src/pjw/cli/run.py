@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 from pjw.cli import stdin
 from pjw.cli.commands import exit_code_of_job, start_job, write_all
 from pjw.cli.exits import EXIT_INTERRUPTED, complain
-from pjw.errors import PjwError
+from pjw.errors import ConfigError, PjwError
 from pjw.model import EndReason, Job
 
 if TYPE_CHECKING:
@@ -82,8 +82,9 @@ class _Attached:
                         self._in_thread(self._wait)
                 case _Sent():
                     pass
-                case BrokenPipeError() as error:
-                    # whoever read our output has gone: so it would be for a program that runs here
+                case OSError() | ConfigError() as error:
+                    # Whoever read our output has gone, its disk is full, or the input cannot be read. What
+                    # runs here would end by that, and nobody has been told the id of this one.
                     if self._job is not None:
                         self._client.stop(self._job.id, grace=self._arguments.grace)
                     raise error

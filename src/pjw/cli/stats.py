@@ -1,13 +1,12 @@
 """`pjw stats`: what a job used over its life, in numbers and in plots."""
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from pjw.cli.connection import connect, resolve
-from pjw.cli.render import members, printable
+from pjw.cli.render import json_text, members, printable
 from pjw.cli.terminal import columns, has_colours
 from pjw.cli.units import duration_in_words, size_in_words
 from pjw.cli.usage import Reading, readings
@@ -120,4 +119,4 @@ def _json(history: "UsageHistory") -> str:
         }
         for sample in history.samples
     ]
-    return json.dumps({"job": members(history.job), "samples": samples}, indent=2, ensure_ascii=False)
+    return json_text({"job": members(history.job), "samples": samples}, indent=2)

@@ -5,6 +5,7 @@ Names in braces are those of the JSON, `age` and `duration` as in the table; a d
 that comes of it: no attribute, no call, no index.
 """
 
+import re
 import string
 from argparse import ArgumentTypeError
 from collections.abc import Callable
@@ -37,6 +38,8 @@ class Template:
                 raise ArgumentTypeError(
                     f"template {text[:80]!r}: {name or '{}'!r} is none of {', '.join(sorted(known))}"
                 )
+            if re.search(r"\d{5}", spec or ""):
+                raise ArgumentTypeError(f"template {text[:80]!r}: {{{name}}} is wider than 9999 columns")
             try:
                 format("", spec or "")
             except ValueError as error:

@@ -202,7 +202,9 @@ class AsyncClient:
                 trouble.is_over()
                 return call.result(answer)
 
-    async def _stream(self, stream: requests.Stream, take: Callable[[Any], T]) -> AsyncGenerator[T, None]:
+    async def _stream(
+        self, stream: requests.Stream, take: Callable[[Any], T | None]
+    ) -> AsyncGenerator[T, None]:
         trouble = Trouble(self._link, stream)
         while True:
             call = getattr(self._stub, stream.method)(stream.request)
@@ -210,7 +212,8 @@ class AsyncClient:
                 if ADMITTED_KEY in await call.initial_metadata():
                     trouble.is_over()
                 async for answer in call:
-                    yield take(answer)
+                    if (taken := take(answer)) is not None:
+                        yield taken
                 return
             except grpc.RpcError as error:
                 failure = error

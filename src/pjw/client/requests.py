@@ -178,8 +178,8 @@ class LogsPosition:
             timestamps=timestamps,
         )
 
-    def take(self, answer: pb.LogsResponse) -> bytes:
-        """The bytes of an answer; the next request begins behind them."""
+    def take(self, answer: pb.LogsResponse) -> bytes | None:
+        """The bytes of an answer, if it has some; the next request begins behind them."""
         data = answer.data
         if not self._placed:
             self._placed = True
@@ -187,12 +187,13 @@ class LogsPosition:
             self.request.ClearField("tail_lines")
         self.seen += len(data)
         self.request.offset += len(data)
-        return data
+        return data or None
 
-    def take_timed(self, answer: pb.LogsResponse) -> TimedOutput:
+    def take_timed(self, answer: pb.LogsResponse) -> TimedOutput | None:
         """The same, with its time."""
         time = answer.time.ToDatetime(UTC) if answer.HasField("time") else None
-        return TimedOutput(time, self.take(answer))
+        data = self.take(answer)
+        return None if data is None else TimedOutput(time, data)
 
     @property
     def reached(self) -> Reached:

@@ -204,7 +204,7 @@ class Client:
                 trouble.is_over()
                 return call.result(answer)
 
-    def _stream(self, stream: requests.Stream, take: Callable[[Any], T]) -> Iterator[T]:
+    def _stream(self, stream: requests.Stream, take: Callable[[Any], T | None]) -> Iterator[T]:
         trouble = Trouble(self._link, stream)
         while True:
             call = getattr(self._stub, stream.method)(stream.request)
@@ -212,7 +212,8 @@ class Client:
                 if ADMITTED_KEY in dict(call.initial_metadata() or ()):
                     trouble.is_over()
                 for answer in call:
-                    yield take(answer)
+                    if (taken := take(answer)) is not None:
+                        yield taken
                 return
             except grpc.RpcError as error:
                 failure = error

@@ -116,16 +116,9 @@ def limits_from_message(message: pb.Limits) -> dict[str, int]:
     return {field.name: value for field, value in message.ListFields()}
 
 
-def timed_logs_response(data: bytes, time: datetime | None, offset: int | None = None) -> pb.LogsResponse:
-    """Output, and when it was written; with where it begins, if that has to be told."""
-    return pb.LogsResponse(data=data, time=None if time is None else _timestamp(time), offset=offset)
-
-
-def logs_response_from(message: bytes, offset: int) -> pb.LogsResponse:
-    """A serialized LogsResponse that tells where it begins."""
-    response = pb.LogsResponse.FromString(message)
-    response.offset = offset
-    return response
+def timed_logs_response(data: bytes, time: datetime | None) -> pb.LogsResponse:
+    """Output, and when it was written."""
+    return pb.LogsResponse(data=data, time=None if time is None else _timestamp(time))
 
 
 def logs_response_head(count: int) -> bytes:

@@ -21,6 +21,7 @@ from pjw.certs.revocation import NOBODY_REVOKED, RevocationList
 from pjw.errors import (
     InvalidJobError,
     LauncherGoneError,
+    NotAllowedError,
     NotAuthenticatedError,
     PjwError,
 )
@@ -79,9 +80,17 @@ class Guard:
         return len(ended)
 
     def reconfigure(self, config: ServerConfig) -> None:
-        """From now on, what this says of roles and of what each client may ask for."""
+        """From now on, what this says of roles and of what each client may ask for.
+
+        A call that its role does not allow any more ends: some last for as long as their caller likes.
+        """
         self._roles = config.roles
         self._quota.set_limits(config.clients)
+        for call in self._running:
+            try:
+                self._caller(call.peer.identity.client_name, call.method, call.request)
+            except NotAllowedError as error:
+                call.end(error)
 
     def unary(
         self,
@@ -216,14 +225,15 @@ class Guard:
         if peer.is_revoked(self._revoked):
             raise NotAuthenticatedError(_REVOKED)
         timeout = asyncio.timeout(peer.seconds_left())
-        call = _Call(peer, timeout)
+        call = _Call(peer, timeout, method, request)
         client_name = peer.identity.client_name
         try:
             async with timeout:
                 self._running.add(call)
                 try:
                     async with self._quota.call(client_name, method, stream=stream):
-                        yield self._caller(client_name, method, _decoded(request))
+                        _decoded(request)
+                        yield self._caller(client_name, method, request)
                 finally:
                     self._running.discard(call)
         except TimeoutError:
@@ -233,7 +243,7 @@ class Guard:
                 raise NotAuthenticatedError("the client certificate has expired during the call") from None
             raise
 
-    def _caller(self, client_name: str, method: str, request: Message) -> Caller:
+    def _caller(self, client_name: str, method: str, request: Message | None) -> Caller:
         return self._roles.caller(client_name, method, all_clients=getattr(request, "all_clients", False))
 
 
@@ -243,6 +253,8 @@ class _Call:
 
     peer: Peer
     timeout: asyncio.Timeout
+    method: str
+    request: Message | None
     ended_by: PjwError | None = None
 
     def end(self, error: PjwError) -> None:

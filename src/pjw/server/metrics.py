@@ -13,7 +13,7 @@ import threading
 from collections import Counter as Tally
 from collections.abc import Iterable, Iterator
 from concurrent.futures import CancelledError
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from socketserver import TCPServer, ThreadingMixIn
 from typing import Final
@@ -51,6 +51,8 @@ from pjw.worker.numbers import ClientNumbers, WorkerNumbers
 
 SCRAPES_MAX: Final = 8
 SCRAPE_SECONDS: Final = 10
+# To ask, to wait for the answer and to read it.
+CONNECTION_SECONDS: Final = SCRAPE_SECONDS + 5
 # Nothing tells when a descriptor is free again.
 _RETRY_SECONDS: Final = 1
 # What stands for the clients beyond the busiest: no client can be called so.
@@ -300,6 +302,13 @@ class _Handler(WSGIRequestHandler):
         """Nothing: the same."""
 
 
+def _hang_up(request: _Request) -> None:
+    # not closed: its descriptor is the thread's, which hears of it
+    with suppress(OSError):
+        if isinstance(request, socket.socket):
+            request.shutdown(socket.SHUT_RDWR)
+
+
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
     block_on_close = False
@@ -347,9 +356,14 @@ class _Server(ThreadingMixIn, WSGIServer):
             self.shutdown_request(request)
 
     def process_request_thread(self, request: _Request, client_address: object) -> None:
+        # the timeout of the handler is for one read or write, and a byte now and then is not late for it
+        deadline = threading.Timer(CONNECTION_SECONDS, _hang_up, (request,))
+        deadline.daemon = True
+        deadline.start()
         try:
             super().process_request_thread(request, client_address)
         finally:
+            deadline.cancel()
             self._free.release()
 
     def handle_error(self, request: object, client_address: object) -> None:

@@ -10,7 +10,6 @@ import grpc
 from pjw.errors import InvalidJobError
 from pjw.rpc.convert import (
     job_to_message,
-    logs_response_from,
     logs_response_head,
     sample_to_message,
     spec_from_message,
@@ -130,22 +129,20 @@ class JobWorkerService:
             follow=not request.no_follow,
             tail_lines=request.tail_lines if request.HasField("tail_lines") else None,
         )
-        begin = None
         if part.tail_lines is not None:
             part = await self._worker.without_tail(request.id, part, caller.owner)
-            begin = part.offset
+            # at once: the job may be silent, and the connection lost before it says the next word
+            yield pb.LogsResponse(offset=part.offset)
         if request.timestamps:
             timed = self._worker.timed_logs(request.id, part, caller.owner)
             async with aclosing(timed):
                 async for data, time in timed:
-                    yield timed_logs_response(data, time, begin)
-                    begin = None
+                    yield timed_logs_response(data, time)
             return
         messages = self._worker.logs(request.id, part, caller.owner, logs_response_head)
         async with aclosing(messages):
             async for message in messages:
-                yield message if begin is None else logs_response_from(message, begin)
-                begin = None
+                yield message
 
     async def delete(self, request: pb.DeleteRequest, caller: Caller) -> pb.DeleteResponse:
         """Forget an ended job of the caller."""

@@ -1068,10 +1068,10 @@ class LogsResponse(_message.Message):
     TIME_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
     data: _builtins.bytes
-    """The next bytes of the output, never empty."""
+    """The next bytes of the output; empty only where `offset` is told."""
     offset: _builtins.int
-    """Where in the output `data` begins: in the first answer to a request with tail_lines, so that a client that
-    loses its connection can go on from there.
+    """Where in the output the next `data` begins: in the first answer to a request with tail_lines, which comes at
+    once, so that a client that loses its connection can go on from there.
     """
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp:

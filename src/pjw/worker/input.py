@@ -32,8 +32,12 @@ class Inputs:
     def __init__(self, state: StateDir, bytes_max: int) -> None:
         """Take no more than *bytes_max* for a job; 0 is "no limit"."""
         self._state: Final = state
-        self._bytes_max: Final = bytes_max
+        self._bytes_max = bytes_max
         self._turns: Final[dict[int, _Turn]] = {}
+
+    def set_bytes_max(self, bytes_max: int) -> None:
+        """From now on so much; who writes already goes on as it began."""
+        self._bytes_max = bytes_max
 
     @asynccontextmanager
     async def writer(
@@ -44,6 +48,7 @@ class Inputs:
         The newest wins because it may be the same client, whose old connection nobody has seen end.
         """
         turn = self._turns.setdefault(job_id, _Turn())
+        turn.writers += 1
         if turn.latest is not None:
             turn.latest.end(JobStateError(f"somebody else has begun to write to the input of job {job_id}"))
         timeout = asyncio.timeout(None)
@@ -63,6 +68,10 @@ class Inputs:
         finally:
             ending.cancel()
             if turn.latest is writer:
+                turn.latest = None
+            turn.writers -= 1
+            # not with the latest one: the one before it may still be about to let go
+            if not turn.writers:
                 del self._turns[job_id]
 
 
@@ -72,6 +81,8 @@ class _Turn:
     def __init__(self) -> None:
         self.lock: Final = asyncio.Lock()
         self.latest: InputWriter | None = None
+        # how many have come and not gone
+        self.writers = 0
 
 
 class InputWriter:

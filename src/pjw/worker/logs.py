@@ -1,5 +1,6 @@
 """What is read of a job's output: which stream, from where on, and what is missing at its end."""
 
+import asyncio
 from dataclasses import dataclass
 from typing import Final
 
@@ -39,11 +40,11 @@ class Output:
     log: OutputLog
     lost: OutputLostError | None = None
 
-    async def begin(self, part: Part) -> int:
-        """The offset at which a part of it begins."""
+    async def begin(self, part: Part, turns: asyncio.Lock) -> int:
+        """The offset at which a part of it begins; *turns* are of all who ask that."""
         if part.tail_lines is None:
             return part.offset
-        return await start_of_tail(self.log, part.tail_lines, part.offset)
+        return await start_of_tail(self.log, part.tail_lines, part.offset, turns)
 
 
 def live_job(state: StateDir, inotify: Inotify, job: Job) -> LiveJob:

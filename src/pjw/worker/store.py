@@ -51,6 +51,7 @@ class JobStore:
         """Open or create the table. Raises ConfigError when it is in use, or a newer pjw wrote it."""
         self._path: Final = path
         self._thread: Final = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pjw-store")
+        self._filtering: Final = asyncio.Lock()
         self._db: Final = self._guarded(self._open)
         try:
             self._wal: Final = WalSync(path)
@@ -218,7 +219,11 @@ class JobStore:
         newest_first: bool = False,
     ) -> Page:
         """The next jobs behind id *after*, of one client or of all: *count*, or fewer."""
-        return await self._run(read_page, self._db, client_name, after, count, wanted, newest_first)
+        if wanted == ALL_JOBS:
+            return await self._run(read_page, self._db, client_name, after, count, wanted, newest_first)
+        # One after the other, or whoever wants a single row would wait for all that one client asks at once.
+        async with self._filtering:
+            return await self._run(read_page, self._db, client_name, after, count, wanted, newest_first)
 
     async def alive(self) -> list[Job]:
         """The jobs whose end has not been written down."""

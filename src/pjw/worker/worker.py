@@ -67,6 +67,7 @@ class Worker:
         self._live: Final[dict[int, LiveJob]] = {}
         self._running: Final = RunningJobs(settings.quotas)
         self._inputs: Final = Inputs(state, settings.quotas.input_bytes_max)
+        self._tails: Final = asyncio.Lock()
         self._pruner: Final = Pruner(state, settings.retention)
         self._background: Final = Background()
         self._sampler: Final = UsageSampler(state, self._launcher, self._live)
@@ -150,6 +151,7 @@ class Worker:
         """Take other default limits, grace period, retention and quotas; the rest the launcher was told."""
         self._settings = settings
         self._running.quotas = settings.quotas
+        self._inputs.set_bytes_max(settings.quotas.input_bytes_max)
         self._pruner.keep(settings.retention)
 
     async def launcher_answers(self) -> None:
@@ -328,7 +330,7 @@ class Worker:
         the disk had all of it.
         """
         output = await self._output(job_id, part, owner)
-        begin = await output.begin(part)
+        begin = await output.begin(part, self._tails)
         # aclosing: a generator that is left to the garbage collector would keep its watch
         async with aclosing(follow(output.log, begin, head, present_only=not part.follow)) as chunks:
             async for chunk in chunks:
@@ -339,14 +341,14 @@ class Worker:
     async def without_tail(self, job_id: int, part: Part, owner: str | None = None) -> Part:
         """A part of a job's output that begins at its offset, where one with `tail_lines` would begin now."""
         output = await self._output(job_id, part, owner)
-        return replace(part, offset=await output.begin(part), tail_lines=None)
+        return replace(part, offset=await output.begin(part, self._tails), tail_lines=None)
 
     async def timed_logs(
         self, job_id: int, part: Part = ALL_OUTPUT, owner: str | None = None
     ) -> AsyncGenerator[tuple[bytes, datetime | None], None]:
         """As `logs`, but with the time at which the job wrote each piece; None where that is not known."""
         output = await self._output(job_id, part, owner)
-        begin = await output.begin(part)
+        begin = await output.begin(part, self._tails)
         async with aclosing(follow_with_times(output.log, begin, present_only=not part.follow)) as pieces:
             async for data, ns in pieces:
                 yield data, None if ns is None else from_ns(ns)
