@@ -21,7 +21,7 @@ def locked(path: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("path", SETS, ids=lambda path: path.stem)
 def test_what_pjw_depends_on(path: Path) -> None:
-    """None is missing, and none is of a version that pyproject.toml does not admit: run.txt is in the package."""
+    """None is missing, or of a version that pyproject.toml does not admit."""
     versions = locked(path)
     for text in PROJECT["dependencies"]:
         wanted = Requirement(text)
@@ -30,7 +30,7 @@ def test_what_pjw_depends_on(path: Path) -> None:
 
 @pytest.mark.parametrize("path", SETS, ids=lambda path: path.stem)
 def test_one_version_for_all(path: Path) -> None:
-    """What was tested with a version is what is installed: dev.txt, from which the others take theirs, has it."""
+    """What was tested is what is installed: all take their versions from dev.txt."""
     tested = locked(ROOT / "requirements/dev.txt")
     versions = locked(path)
     assert {name: versions[name] for name in versions.keys() & tested.keys()} == {
