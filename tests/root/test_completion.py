@@ -56,6 +56,13 @@ def test_commands_options_and_choices(shell: Terminal) -> None:
     line(shell, "pjw completion zsh")
 
 
+def test_an_option_with_a_value(service: Service) -> None:
+    """Its name is completed, also where nobody can know the value."""
+    assert completions(service, "pjw run --me") == {"--memory"}
+    assert {"--cpus", "--name", "--label", "--timeout"} <= completions(service, "pjw start --")
+    assert completions(service, "pjw list --limit ") == set()
+
+
 def test_a_job_is_completed(name: str, shell: Terminal, service: Service) -> None:
     """By its id, where there is only one, or shown with its command, where the shell has a place for it."""
     first, second = (service.ok("start", f"echo mark{number}; sleep 1000").strip() for number in (1, 2))

@@ -79,3 +79,19 @@ def test_days_are_a_whole_number(capsys: pytest.CaptureFixture[str], tmp_path: P
     assert caught.value.code == 2
     assert "a number of days from 1 to 36500" in capsys.readouterr().err
     assert not (tmp_path / "certs").exists()
+
+
+def test_a_configuration_that_is_not_read_is_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who has that of the unit, and shows the configuration without it, is told."""
+    unit = tmp_path / "pjwd.toml"
+    monkeypatch.setattr("pjw.server.main._UNIT_CONFIG", str(unit))
+    said = []
+    for arguments in ([], ["--config", str(unit)]):
+        assert main(["config", "show"]) == 0
+        assert capsys.readouterr().err == "" or unit.exists()
+        unit.write_text("")
+        assert main(["config", "show", *arguments]) == 0
+        said.append(capsys.readouterr().err)
+    assert said == [f"pjwd: {unit} is not read: --config {unit} does\n", ""]

@@ -55,6 +55,16 @@ def test_a_missing_setting_is_named_with_every_way_to_give_it(
     assert all(word in caught.value.hint for word in (option, f"PJW_{missing.upper()}", str(config_path())))
 
 
+def test_who_has_nothing_yet_is_told_of_bundles() -> None:
+    """The way that is the least work comes first; who has two of three files needs the third."""
+    hints = []
+    for given in ({}, {"server": "x"}, {"client_crt": "x", "client_key": "x"}):
+        with pytest.raises(ConfigError) as caught:
+            find_settings(options(**given))
+        hints.append(caught.value.hint or "")
+    assert ["context add" in hint for hint in hints] == [True, True, False]
+
+
 @pytest.mark.parametrize(
     "content",
     [b"server = ", b"server = 5", b"colour = 'red'", b"server = ['x']", b"\xff\xfe", b"[server]\nx = 1"],

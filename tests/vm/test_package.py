@@ -6,6 +6,7 @@ The tests are one story, in this order. Afterwards the machine is as it was, for
 import os
 import pwd
 import select
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Final
 import pytest
 
 from tests.service import instance_cgroups, wait_for
+from tests.terminal import Terminal
 from tests.vm import systemd_harness as host
 from tests.vm.systemd_harness import get, pjw
 
@@ -93,6 +95,32 @@ def test_it_can_be_used() -> None:
     assert "dist-packages" not in host.run(
         "/usr/lib/pjw/bin/python3", "-I", "-c", "import sys; print(sys.path)"
     )
+
+
+def test_what_a_user_finds() -> None:
+    """A bundle becomes a context, and each command that imports more than gRPC finds what it needs."""
+    home = Path("/home/tester")
+    # nothing of the environment: a login
+    user = ("setpriv", "--reuid=tester", "--regid=tester", "--init-groups", "env", "--ignore-environment")
+    login = (*user, f"HOME={home}", "PATH=/usr/bin:/bin", "LANG=C.UTF-8", "TERM=xterm-256color", "pjw")
+    assert "pjw context add" in host.run("sh", "-c", f"{shlex.join(login)} list 2>&1; true")
+    host.run("install", "-o", "tester", "-m", "600", host.ETC / "tester.pjw", home)
+    try:
+        said = host.run(*login, "context", "add", "default", home / "tester.pjw")
+        assert "default is the current context" in said
+        job_id = host.run(*login, "start", "sleep 3")
+        assert host.run(*login, "wait", job_id) == "0"
+        assert "CPU, percent" in host.run(*login, "stats", job_id)
+        assert "complete" in host.run(*login, "completion", "bash")
+        with Terminal([*login, "top"], {}) as terminal:
+            terminal.wait_for("quit", "0 jobs")
+            terminal.type("q")
+            assert terminal.wait_for_end() == 0
+    finally:
+        (home / "tester.pjw").unlink()
+        shutil.rmtree(home / ".config")
+    said = host.run("sh", "-c", "pjwd config show 2>&1 >/dev/null")
+    assert said == f"pjwd: {CONFIGURATION} is not read: --config {CONFIGURATION} does"
 
 
 def test_what_is_compiled_is_valid() -> None:

@@ -45,7 +45,8 @@ def complete(parser: argparse.ArgumentParser) -> None:
 
     for action in _actions(parser):
         action.completer = _completer_of(action)  # type: ignore[attr-defined]
-    argcomplete.autocomplete(parser)
+    # options only for who has begun one, not where there is no job to offer
+    argcomplete.autocomplete(parser, always_complete_options=False)
 
 
 def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
@@ -60,7 +61,7 @@ def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
 
 
 def _completer_of(action: argparse.Action) -> Completer:
-    from argcomplete.completers import DirectoriesCompleter, FilesCompleter, SuppressCompleter
+    from argcomplete.completers import DirectoriesCompleter, FilesCompleter
 
     match action.metavar:
         case "JOB":
@@ -74,8 +75,13 @@ def _completer_of(action: argparse.Action) -> Completer:
             directories: Completer = DirectoriesCompleter()
             return directories
         case _:
-            nothing: Completer = SuppressCompleter()
-            return nothing
+            # not SuppressCompleter, which would leave out the name of the option as well
+            return _complete_nothing
+
+
+def _complete_nothing(**_: object) -> tuple[str, ...]:
+    """What nobody but the user knows: a name, a size, a time."""
+    return ()
 
 
 def complete_contexts(prefix: str, **_: object) -> list[str]:

@@ -35,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         from pjw.cli.completion import complete
 
         complete(parser)
-    arguments = parser.parse_args(argv)
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if arguments.all and getattr(arguments, "starts", False):
         parser.error("--all is for jobs that are there; a job that you start is yours")
     try:

@@ -1,11 +1,13 @@
 """The command line: every command and option, and nothing of what they do."""
 
 import argparse
+import sys
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from pjw.cli import commands, units
 from pjw.cli.connection import job_name
+from pjw.cli.exits import EXIT_USAGE
 from pjw.cli.settings import DEFAULT_SERVER
 from pjw.cli.subcommands import add_commands
 from pjw.cli.terminal import columns
@@ -17,8 +19,8 @@ _EPILOG: Final = """\
 exit codes: 0 done, 1 refused, 2 wrong usage, 125 pjw failed (no server, no certificate),
 126 not executable, 127 no such program, 130 interrupted; pjw run: that of its job, 128+n for signal n
 
-Every option of these can also be set as PJW_SERVER, PJW_CA_CRT, PJW_CLIENT_CRT, PJW_CLIENT_KEY, or in
-~/.config/pjw/config.toml. A JOB is given by its id or its name.
+These options go before COMMAND. All but --all can also be set as PJW_SERVER, PJW_CA_CRT, PJW_CLIENT_CRT,
+PJW_CLIENT_KEY and PJW_CONTEXT, or in ~/.config/pjw/config.toml. A JOB is given by its id or its name.
 """
 _STATES: Final = ("starting", "running", "stopping", "exited", "lost")
 _FORMATS: Final = ("table", "ids", "json", "jsonl")
@@ -36,6 +38,16 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             formatter_class=partial(formatter, width=columns() - 2), allow_abbrev=False, **options
         )
+        # what is wrong with the words of a command is told by that command's own parser
+        self.set_defaults(parser=self)
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, and which word may have been meant."""
+        from pjw.cli.guess import guess
+
+        self.print_usage(sys.stderr)
+        hint = guess(self, message)
+        self.exit(EXIT_USAGE, f"{self.prog}: error: {message}\n" + (f"hint: {hint}\n" if hint else ""))
 
 
 def build_parser() -> Parser:

@@ -55,10 +55,18 @@ def find_settings(arguments: argparse.Namespace) -> ClientSettings:
             option = "--" + key.replace("_", "-")
             raise ConfigError(
                 f"no {option} is given",
-                hint=f"give {option} FILE, set PJW_{key.upper()}, put {key} into {config_path()},"
-                " or add a bundle with `pjw context add NAME FILE`",
+                hint=_how_to_give(key, found),
             )
     return ClientSettings(**found)
+
+
+def _how_to_give(key: str, found: Mapping[str, str]) -> str:
+    option = "--" + key.replace("_", "-")
+    ways = f"give {option} FILE, set PJW_{key.upper()}, or put {key} into {config_path()}"
+    # who has given nothing yet is new here, and does best with a bundle
+    if not found.keys() & set(KEYS[1:]):
+        return f"ask your operator for a bundle, and `pjw context add default NAME.pjw`; or {ways}"
+    return ways
 
 
 def config_path() -> str:

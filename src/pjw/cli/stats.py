@@ -78,7 +78,9 @@ def _totals(job: Job, last: UsageSample, rows: Sequence[Reading]) -> Iterator[st
     yield f"CPU        {duration_in_words(used)}; {cpu}"
     yield f"memory     {size_in_words(peak)}{memory_limit} at most"
     yield f"disk       {size_in_words(last.io_read_bytes)} read, {size_in_words(last.io_write_bytes)} written"
-    yield f"processes  {max(row.pids for row in rows)} at most"
+    # counted while it runs alone: nobody looked at one that was over at once
+    if processes := max(row.pids for row in rows):
+        yield f"processes  {processes} at most"
 
 
 def _plot(

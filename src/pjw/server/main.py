@@ -13,6 +13,8 @@ from pjw.errors import PjwError
 from pjw.server.logs import FORMATS, LEVELS
 
 DEFAULT_LISTEN: Final = "localhost:50051"
+# what packaging/pjwd.service reads
+_UNIT_CONFIG: Final = "/etc/pjw/pjwd.toml"
 EXIT_FAILED: Final = 1
 DEFAULT_SERVER: Final = "localhost:50051"
 LEAF_DAYS: Final = 365
@@ -164,7 +166,14 @@ def _serve(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> int:
     from pjw.server.check import check
 
+    _name_the_unread(arguments.config)
     return check(arguments.config, _options(arguments))
+
+
+def _name_the_unread(path: str | None) -> None:
+    """Say that the configuration of the unit counts only when it is named: who has one, asks about that."""
+    if path is None and os.path.exists(_UNIT_CONFIG):
+        print(f"pjwd: {_UNIT_CONFIG} is not read: --config {_UNIT_CONFIG} does", file=sys.stderr)
 
 
 def _config_show(arguments: argparse.Namespace) -> int:
@@ -172,6 +181,7 @@ def _config_show(arguments: argparse.Namespace) -> int:
     from pjw.server.effective import as_json, as_toml, settings_of
 
     path, options = arguments.config, _options(arguments)
+    _name_the_unread(path)
     values = read_values(path)
     settings = settings_of(config_of(path, values, options), values, options)
     print(as_json(settings) if arguments.format == "json" else as_toml(settings, path), end="")

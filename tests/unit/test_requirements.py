@@ -1,0 +1,38 @@
+"""The locked versions of requirements/: each set has all that pjw imports, in one version for all."""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT: Final = Path(__file__).parents[2]
+SETS: Final = sorted((ROOT / "requirements").glob("*.txt"))
+PROJECT: Final[dict[str, Any]] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def locked(path: Path) -> dict[str, str]:
+    """The version of each library in a set."""
+    return dict(re.findall(r"^([\w.-]+)==([^\s;]+)", path.read_text(), re.MULTILINE))
+
+
+@pytest.mark.parametrize("path", SETS, ids=lambda path: path.stem)
+def test_what_pjw_depends_on(path: Path) -> None:
+    """None is missing, or of a version that pyproject.toml does not admit."""
+    versions = locked(path)
+    for text in PROJECT["dependencies"]:
+        wanted = Requirement(text)
+        assert versions.get(canonicalize_name(wanted.name), "none") in wanted.specifier, text
+
+
+@pytest.mark.parametrize("path", SETS, ids=lambda path: path.stem)
+def test_one_version_for_all(path: Path) -> None:
+    """What was tested is what is installed: all take their versions from dev.txt."""
+    tested = locked(ROOT / "requirements/dev.txt")
+    versions = locked(path)
+    assert {name: versions[name] for name in versions.keys() & tested.keys()} == {
+        name: tested[name] for name in versions.keys() & tested.keys()
+    }
