@@ -107,7 +107,7 @@ def test_what_a_user_finds() -> None:
     host.run("install", "-o", "tester", "-m", "600", host.ETC / "tester.pjw", home)
     try:
         said = host.run(*login, "context", "add", "default", home / "tester.pjw")
-        assert "default is the current context" in said
+        assert said == "default: localhost:50051"
         job_id = host.run(*login, "start", "sleep 3")
         assert host.run(*login, "wait", job_id) == "0"
         assert "CPU, percent" in host.run(*login, "stats", job_id)
