@@ -22,13 +22,13 @@ struct times open_times(int fd, uint64_t end) {
     return (struct times){.fd = fd, .end = end};
 }
 
-/* When the held record is to be written. The clock may be set back: then at once. */
+/* When the held record is to be written. The clock may be set back: then at once, but for what has just failed. */
 static int64_t due_in_ns(const struct times *times, int64_t now) {
-    int64_t due = times->written_ns + interval_ns(times), left;
-    if (due < times->retry_ns)
+    int64_t due = now < times->written_ns ? now : times->written_ns + interval_ns(times);
+    int64_t retry_in = times->retry_ns - now;
+    if (due < times->retry_ns && retry_in <= RETRY_MS * NS_PER_MS)
         due = times->retry_ns;
-    left = due - now;
-    return left < 0 || now < times->written_ns ? 0 : left;
+    return due > now ? due - now : 0;
 }
 
 int held_time_ms(const struct times *times) {
@@ -49,7 +49,8 @@ void write_held_time(struct times *times, bool at_once) {
         return;
     }
     times->count++;
-    times->written_ns = times->held.ns;
+    /* when it was written, and not its own time: or two would come in each interval */
+    times->written_ns = now;
     times->held.end = 0;
 }
 
