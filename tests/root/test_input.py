@@ -364,6 +364,7 @@ def test_a_ceiling_and_a_quota(make_service: Callable[..., Service]) -> None:
         assert upload(stub, second, bytes(800)).ended
 
 
+@pytest.mark.skipif("PJW_VM_GUEST" in os.environ, reason="that machine has no loop device")
 def test_a_full_disk_is_told_and_loses_nothing(make_service: Callable[..., Service]) -> None:
     """RESOURCE_EXHAUSTED; when there is space again the upload goes on at what was written."""
     with small_disk(48) as disk:
