@@ -217,16 +217,16 @@ def test_usage_over_grpc(service: Service) -> None:
         assert 0 < answer.samples[0].cpu_usage_usec < answer.samples[1].cpu_usage_usec
 
         watch = stub.WatchUsage(pb.WatchUsageRequest(interval=Duration(seconds=1)))
-        began = time.monotonic()
         first = next(watch)
-        assert time.monotonic() - began < 1
+        began = time.monotonic()
         second = next(watch)
-        assert 0.5 < time.monotonic() - began < 10
+        assert 0.5 < time.monotonic() - began < 30
         [one], [two] = first.jobs, second.jobs
         assert one.job.id == two.job.id == job_id
         assert two.sample.cpu_usage_usec > one.sample.cpu_usage_usec
         service.ok("stop", str(job_id))
-        assert list(next(watch).jobs) == []
+        # one that was under way may still have it
+        assert any(not snapshot.jobs for snapshot in itertools.islice(watch, 3))
         watch.cancel()
         last = stub.GetUsageHistory(request, timeout=CALL_SECONDS)
         assert last.samples[-1].cpu_usage_usec == last.job.usage.cpu_usage_usec
