@@ -169,6 +169,13 @@ def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event
     may_go_on.set()
 
 
+async def write_abc(inputs: Inputs, opened: list[InputWriter]) -> None:
+    """Write three bytes behind what is there, as a writer of its own, which is told of when it is open."""
+    async with inputs.writer(1, never) as writer:
+        opened.append(writer)
+        await writer.write(writer.offset, b"abc")
+
+
 async def test_a_write_is_over_before_the_next_writer_looks(
     path: Path, slow_disk: tuple[threading.Event, threading.Event]
 ) -> None:
@@ -177,14 +184,9 @@ async def test_a_write_is_over_before_the_next_writer_looks(
     inputs = inputs_of(path)
     opened: list[InputWriter] = []
 
-    async def write() -> None:
-        async with inputs.writer(1, never) as writer:
-            opened.append(writer)
-            await writer.write(writer.offset, b"abc")
-
-    first = asyncio.create_task(write())
+    first = asyncio.create_task(write_abc(inputs, opened))
     await asyncio.to_thread(begun.wait, 30)
-    second = asyncio.create_task(write())
+    second = asyncio.create_task(write_abc(inputs, opened))
     await asyncio.sleep(0)
     first.cancel()
     await asyncio.sleep(0)
@@ -206,18 +208,13 @@ async def test_a_write_is_over_also_when_the_next_writer_was_cancelled(
     inputs = inputs_of(path)
     opened: list[InputWriter] = []
 
-    async def write() -> None:
-        async with inputs.writer(1, never) as writer:
-            opened.append(writer)
-            await writer.write(writer.offset, b"abc")
-
-    first = asyncio.create_task(write())
+    first = asyncio.create_task(write_abc(inputs, opened))
     await asyncio.to_thread(begun.wait, 30)
-    second = asyncio.create_task(write())
+    second = asyncio.create_task(write_abc(inputs, opened))
     await asyncio.sleep(0)
     second.cancel()
     await asyncio.wait({second})
-    third = asyncio.create_task(write())
+    third = asyncio.create_task(write_abc(inputs, opened))
     # time enough to open the file, if it could
     await asyncio.sleep(0.05)
     assert (len(opened), first.done(), third.done()) == (1, False, False)

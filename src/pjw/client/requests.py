@@ -161,8 +161,8 @@ class LogsPosition:
         *,
         follow: bool,
         stderr: bool,
-        timestamps: bool,
         all_clients: bool,
+        timestamps: bool = False,
     ) -> None:
         self.job_id: Final = job_id
         self.seen = 0

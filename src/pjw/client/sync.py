@@ -125,7 +125,9 @@ class Client:
         A lost connection is made again, and the stream goes on at the exact byte. With *stderr*, that of a
         job that keeps it apart.
         """
-        position = self._position(job_id, offset, tail, follow=follow, stderr=stderr)
+        position = requests.LogsPosition(
+            job_id, offset, tail, follow=follow, stderr=stderr, all_clients=self._all_clients
+        )
         return self._stream(position, position.take)
 
     def timed_logs(
@@ -138,7 +140,9 @@ class Client:
         stderr: bool = False,
     ) -> Iterator[requests.TimedOutput]:
         """As `logs`, each piece with the time at which the job wrote it."""
-        position = self._position(job_id, offset, tail, follow=follow, stderr=stderr, timestamps=True)
+        position = requests.LogsPosition(
+            job_id, offset, tail, follow=follow, stderr=stderr, timestamps=True, all_clients=self._all_clients
+        )
         return self._stream(position, position.take_timed)
 
     def write_input(
@@ -170,26 +174,6 @@ class Client:
         """What all running jobs use, every *interval* seconds (the server's default: 2), without end."""
         watch = requests.UsageWatch(interval, all_clients=self._all_clients)
         return self._stream(watch, watch.take)
-
-    def _position(
-        self,
-        job_id: int,
-        offset: int,
-        tail: int | None,
-        *,
-        follow: bool,
-        stderr: bool,
-        timestamps: bool = False,
-    ) -> requests.LogsPosition:
-        return requests.LogsPosition(
-            job_id,
-            offset,
-            tail,
-            follow=follow,
-            stderr=stderr,
-            timestamps=timestamps,
-            all_clients=self._all_clients,
-        )
 
     def _call(self, call: requests.Call[T]) -> T:
         trouble = Trouble(self._link, call)

@@ -1,6 +1,6 @@
 """JobWorkerService: convert, ask the worker, convert. Every call sees the jobs of `caller.owner` only."""
 
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from signal import SIGTERM
 from typing import Final
@@ -16,7 +16,7 @@ from pjw.rpc.convert import (
     timed_logs_response,
 )
 from pjw.server.authz import Caller
-from pjw.server.guard import Guard
+from pjw.server.guard import Answer, Guard
 from pjw.server.paging import after_token, filter_from_message, token_after
 from pjw.server.usage import UsageWatchers
 from pjw.v1 import job_worker_pb2 as pb
@@ -65,7 +65,7 @@ class JobWorkerService:
         self,
         requests: AsyncIterator[pb.WriteInputRequest],
         caller: Caller,
-        answer: Callable[[pb.WriteInputResponse], Awaitable[None]],
+        answer: Answer[pb.WriteInputResponse],
     ) -> None:
         """Take the input of a job of the caller; answer how much there is, first and after each request."""
         first = await anext(requests, None)
@@ -81,7 +81,7 @@ class JobWorkerService:
     async def _write(
         writer: InputWriter,
         request: pb.WriteInputRequest,
-        answer: Callable[[pb.WriteInputResponse], Awaitable[None]],
+        answer: Answer[pb.WriteInputResponse],
     ) -> None:
         if len(request.data) > _INPUT_CHUNK_BYTES_MAX:
             raise InvalidJobError(f"a message of input has at most {_INPUT_CHUNK_BYTES_MAX} bytes")
