@@ -58,8 +58,10 @@ class Health:
                 yield pb.HealthCheckResponse(status=_Status.SERVICE_UNKNOWN)
                 await self._draining.wait()
                 return
-            yield pb.HealthCheckResponse(status=self._status())
-            if not self._draining.is_set():
+            told = self._status()
+            yield pb.HealthCheckResponse(status=told)
+            # what was told, not what is so now: the drain may have begun while that was on its way
+            if told == _Status.SERVING:
                 await self._draining.wait()
                 yield pb.HealthCheckResponse(status=self._status())
         finally:
