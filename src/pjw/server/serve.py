@@ -25,6 +25,7 @@ from pjw.server.notify import Notifier
 from pjw.server.reflection import reflection_handlers
 from pjw.server.reload import Reloader
 from pjw.server.service import SERVICE_NAME, JobWorkerService
+from pjw.server.signals import Signals
 from pjw.worker import Worker, WorkerSettings
 from pjw.worker.launcher_process import LauncherProcess
 from pjw.worker.state_dir import StateDir
@@ -81,7 +82,9 @@ def run(serving: Serving, state: StateDir, launcher: LauncherProcess) -> int:
 
 async def _run(serving: Serving, state: StateDir, launcher: LauncherProcess) -> int:
     host = serving.host
-    async with Worker(state, launcher, serving.settings) as worker, AsyncExitStack() as stack:
+    async with AsyncExitStack() as stack:
+        signals = stack.enter_context(Signals())
+        worker = await stack.enter_async_context(Worker(state, launcher, serving.settings))
         await worker.adopt()
         audit = AuditLog(serving.audit) if serving.audit is not None else None
         if audit is not None:
@@ -116,10 +119,10 @@ async def _run(serving: Serving, state: StateDir, launcher: LauncherProcess) -> 
         address = shown_address(host, port)
         await server.start()
         # before anybody is told that we are ready, and sends one
-        loop, asked = asyncio.get_running_loop(), asyncio.Event()
-        loop.add_signal_handler(signal.SIGHUP, reloader.ask)
+        asked = asyncio.Event()
+        signals.handle(signal.SIGHUP, reloader.ask)
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, asked.set)
+            signals.handle(number, asked.set)
         try:
             await _refuse_tls12(host, port)
             if serving.metrics is not None and metrics is not None:
