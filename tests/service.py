@@ -268,6 +268,12 @@ class Service:
         """The scratch directories of jobs."""
         return job_scratch(self.state)
 
+    def init_pid(self, job_id: int) -> int:
+        """The pid, outside, of a job's init; not always the lowest, as the kernel begins anew at the last."""
+        group = next(group for group in self.job_cgroups() if group.name == f"job-{job_id}")
+        pids = [int(pid) for pid in (group / "cgroup.procs").read_text().split()]
+        return next(pid for pid in pids if Path(f"/proc/{pid}/comm").read_text() == "pjw-init\n")
+
 
 def tell(state_dir: Path, job_id: int) -> None:
     """Send a line to a job that began with ASK (worker_harness.py), as soon as it has come so far."""
