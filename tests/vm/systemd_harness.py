@@ -6,7 +6,7 @@ import pwd
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -142,5 +142,11 @@ def cgroup_of(job_id: str) -> Path:
 
 
 def processes_of(job_id: str) -> list[int]:
-    """Every process of a job, by its pid outside."""
-    return sorted(map(int, (cgroup_of(job_id) / "cgroup.procs").read_text().split()))
+    """Every process of a job, by its pid outside, the oldest first: init, the command."""
+    found = []
+    for pid in map(int, (cgroup_of(job_id) / "cgroup.procs").read_text().split()):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            # when it began, in ticks; the lower pid is not the older one where the last one was given away
+            found.append((int(words[19]), pid))
+    return [pid for _, pid in sorted(found)]
