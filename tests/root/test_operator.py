@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import select
 import signal
@@ -34,10 +35,13 @@ NOT_SERVING: Final = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 def free_port() -> int:
-    """A port of loopback that nobody has."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of loopback that nobody has, and nobody is given who takes any."""
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.randrange(first // 2, first)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 @pytest.fixture(scope="module")
@@ -460,8 +464,8 @@ def test_who_has_lost_a_role_does_not_look_on(make_service: Callable[..., Servic
     with service.stub() as alice, service.stub("bob") as bob:
         job_id = alice.Start(pb.StartRequest(command="echo mine; sleep 100")).job.id
         lasting: list[Any] = [
-            bob.WatchUsage(pb.WatchUsageRequest(all_clients=True), timeout=20),
-            bob.Logs(pb.LogsRequest(id=job_id, all_clients=True), timeout=20),
+            bob.WatchUsage(pb.WatchUsageRequest(all_clients=True), timeout=SECONDS),
+            bob.Logs(pb.LogsRequest(id=job_id, all_clients=True), timeout=SECONDS),
         ]
         others: list[Any] = [
             alice.WatchUsage(pb.WatchUsageRequest(all_clients=True)),
