@@ -25,7 +25,7 @@ from pjw.worker.endings import Endings
 from pjw.worker.input import Inputs, InputWriter, ended_error, require_input
 from pjw.worker.job import LiveJob
 from pjw.worker.launcher_client import LauncherClient
-from pjw.worker.launcher_process import LauncherProcess, require_root, start_launcher
+from pjw.worker.launcher_process import LauncherProcess, check_limits, require_root, start_launcher
 from pjw.worker.logs import ALL_OUTPUT, Output, Part, check_stream, output_of_ended
 from pjw.worker.numbers import WorkerNumbers, count_all
 from pjw.worker.pages import ALL_JOBS, JobFilter, Page
@@ -62,6 +62,7 @@ class Worker:
         """Take over an open state directory and a launcher; `open` does it all."""
         self._state: Final = state
         self._settings = settings
+        self._ready: Final = launcher.ready
         self._launcher: Final = LauncherClient(launcher)
         self._inotify: Final = Inotify()
         self._live: Final[dict[int, LiveJob]] = {}
@@ -150,7 +151,11 @@ class Worker:
         return len(self._live)
 
     def reconfigure(self, settings: WorkerSettings) -> None:
-        """Take other default limits, grace period, retention and quotas; the rest the launcher was told."""
+        """Take other default limits, grace period, retention and quotas; the rest the launcher was told.
+
+        Raises ConfigError, and takes nothing, for limits of disk IO where there was no disk at the start.
+        """
+        check_limits(self._ready, settings.default_limits)
         self._settings = settings
         self._running.quotas = settings.quotas
         self._stored.set_quotas(settings.quotas)
