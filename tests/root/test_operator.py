@@ -184,16 +184,22 @@ def test_who_is_not_let_in_learns_nothing(make_service: Callable[..., Service]) 
 
 
 def test_metrics_tell_what_happened(watched: Service, port: int) -> None:
-    """Starts, ends, refusals, calls, followers and bytes, as they were; clients beyond the first are one."""
+    """Starts, ends, refusals, calls, followers and bytes, as they were; clients beyond the first are one.
+
+    What a caller asked for that cannot be is no failure of the service.
+    """
     with ExitStack() as stack:
         alice, bob = (stack.enter_context(watched.stub(name)) for name in ("alice", "bob"))
         ids = [alice.Start(pb.StartRequest(command="sleep 100")).job.id for _ in range(3)]
         printed = bob.Start(pb.StartRequest(command="printf 1234567")).job.id
         assert b"".join(each.data for each in bob.Logs(pb.LogsRequest(id=printed))) == b"1234567"
+        bob.Start(pb.StartRequest(command="sleep 100", name="web"))
         for stub, request in (
             (alice, pb.StartRequest(command="true")),
             (bob, pb.StartRequest(argv=pb.Argv(arguments=["/nosuch"]))),
             (bob, pb.StartRequest()),
+            (bob, pb.StartRequest(command="true", name="web")),
+            (bob, pb.StartRequest(command="true", workdir="/nosuch")),
         ):
             with pytest.raises(grpc.RpcError):
                 stub.Start(request)
@@ -201,21 +207,21 @@ def test_metrics_tell_what_happened(watched: Service, port: int) -> None:
         wait_for(lambda: scraped(port)["pjw_followers", ()] == 1)
         wait_for(lambda: scraped(port)["pjw_jobs", ("ended",)] == 1)
         told = scraped(port)
-        assert (told["pjw_jobs", ("running",)], told["pjw_calls_under_way", ("Logs",)]) == (3, 1)
+        assert (told["pjw_jobs", ("running",)], told["pjw_calls_under_way", ("Logs",)]) == (4, 1)
         assert {key[1][0]: told[key] for key in told if key[0] == "pjw_starts_total"} == {
-            "started": 4, "refused": 2, "not_executable": 1, "failed": 0,
+            "started": 5, "refused": 4, "not_executable": 1, "cancelled": 0, "failed": 0,
         }  # fmt: skip
-        assert told["pjw_start_duration_seconds_count", ()] == 4
+        assert told["pjw_start_duration_seconds_count", ()] == 5
         assert 0 < told["pjw_start_duration_seconds_sum", ()] < SECONDS
         assert told["pjw_calls_total", ("RESOURCE_EXHAUSTED", "Start")] == 1
         assert told["pjw_calls_rejected_total", ("running_max",)] == 1
         assert told["pjw_calls_rejected_total", ("invalid",)] == 1
-        assert told["pjw_call_duration_seconds_count", ("Start",)] == 7
+        assert told["pjw_call_duration_seconds_count", ("Start",)] == 10
         assert ("pjw_call_duration_seconds_count", ("Logs",)) not in told
         assert told["pjw_jobs_ended_total", ("completed",)] == 1
         assert told["pjw_output_streamed_bytes_total", ()] == told["pjw_stored_bytes", ()] == 7
         running = {key[1][0]: told[key] for key in told if key[0] == "pjw_client_running_jobs"}
-        assert running == {"alice": 3, metrics_module.OTHERS: 0}
+        assert running == {"alice": 3, metrics_module.OTHERS: 1}
         assert told["pjw_client_stored_bytes", (metrics_module.OTHERS,)] == 7
         assert told["pjw_limit", ("running_max",)] == 3
         assert told["pjw_launcher_up", ()] == 1
