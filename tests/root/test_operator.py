@@ -146,6 +146,20 @@ def test_reflection_gives_the_contract(service: Service, version: str) -> None:
     assert nothing.error_response.error_code == grpc.StatusCode.NOT_FOUND.value[0]
 
 
+def test_each_service_that_reflection_lists_is_described(service: Service) -> None:
+    """Clients that show all of them give up at one that is not."""
+    asked = reflection_pb2.ServerReflectionRequest
+    with service.channel() as channel:
+        [listed] = reflect(channel, "v1", asked(list_services=""))
+        names = [each.name for each in listed.list_services_response.service]
+        answers = reflect(channel, "v1", *(asked(file_containing_symbol=name) for name in names))
+    assert len(names) == 4
+    undescribed = [
+        name for name, answer in zip(names, answers, strict=True) if answer.HasField("error_response")
+    ]
+    assert undescribed == []
+
+
 def test_who_is_not_let_in_learns_nothing(make_service: Callable[..., Service]) -> None:
     """Without a certificate there is no connection; with a revoked one no answer."""
     service = make_service(clients=("alice",))
