@@ -267,7 +267,7 @@ def test_the_dashboard_and_the_alerts_ask_for_what_is_there(watched: Service, po
 
 
 def test_what_alerts_wait_for_is_counted_from_0(watched: Service, port: int) -> None:
-    """An increase() sees nothing of a counter that begins at 1: each that an alert asks for is there before."""
+    """An increase() sees nothing of a counter that begins at 1: what alerts ask for is there before."""
     there = scraped(port)
     counters = re.findall(r'(pjw_\w+_total)\{\w+=~?"([^"]+)"\}', packaged_queries()[1])
     wanted = [(name, value) for name, values in counters for value in values.split("|")]

@@ -83,7 +83,7 @@ async def test_what_is_refused_changes_nothing(
 
 async def test_too_much_names_its_key(path: Path) -> None:
     """Metrics count refusals by the limit."""
-    async with inputs_of(path, 4).writer(1, never) as writer:
+    async with inputs_of(path, 4).writer(1, "alice", never) as writer:
         with pytest.raises(LimitReachedError) as refused:
             await writer.write(0, b"abcde")
     assert refused.value.limit == "input_bytes_max"
