@@ -349,10 +349,16 @@ def test_a_ceiling_and_a_quota(make_service: Callable[..., Service]) -> None:
         with Upload(stub, first) as call:
             call.write(bytes(1000), 0)
         with Upload(stub, second) as call:
-            call.write(bytes(700), 0)
-        with refused(Code.RESOURCE_EXHAUSTED, "have 1700 bytes of output and input"):
+            call.write(bytes(200), 0)
+            with refused(Code.RESOURCE_EXHAUSTED, "have 1200 bytes of output and input"):
+                call.write(bytes(301), 200)
+        assert file_of(service, second).stat().st_size == 200
+        with Upload(stub, second) as call:
+            # what is there is passed over, and counts once
+            call.write(bytes(500), 0)
+        with refused(Code.RESOURCE_EXHAUSTED, "have 1500 bytes of output and input"):
             Upload(stub, second)
-        with refused(Code.RESOURCE_EXHAUSTED, "have 1700 bytes of output and input"):
+        with refused(Code.RESOURCE_EXHAUSTED, "have 1500 bytes of output and input"):
             start(stub, "true")
         stop(stub, first)
         assert upload(stub, second, bytes(800)).ended

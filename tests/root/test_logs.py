@@ -13,8 +13,11 @@ from google.protobuf.duration_pb2 import Duration
 
 from pjw.errors import LauncherGoneError
 from pjw.model import JobSpec
+from pjw.server.authz import Caller
+from pjw.server.service import JobWorkerService
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker import Part
+from pjw.worker.logs import Output
 from tests.service import CALL_SECONDS, Service, wait_for
 from tests.worker_harness import ASK, DEADLINE_SECONDS, Bench, read_all
 
@@ -92,6 +95,27 @@ def test_the_last_lines_and_what_comes(service: Service) -> None:
         service.tell(job_id)
         assert b"".join(answer.data for answer in stream) == b"three\n"
     assert read(service, job_id, tail_lines=1) == b"three\n"
+
+
+async def test_the_last_lines_are_looked_for_in_a_job_that_is_looked_up_once(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What tells where they begin is what they are read from."""
+    worker = await bench.open()
+    job = await worker.start(JobSpec("seq 9"))
+    await worker.wait(job.id)
+    looked_up: list[int] = []
+    look_up = worker._output
+
+    async def counted(job_id: int, part: Part, owner: str | None) -> Output:
+        looked_up.append(job_id)
+        return await look_up(job_id, part, owner)
+
+    monkeypatch.setattr(worker, "_output", counted)
+    calls = JobWorkerService(worker).logs(pb.LogsRequest(id=job.id, tail_lines=2), Caller("local", "local"))
+    found = [pb.LogsResponse.FromString(a) if isinstance(a, bytes) else a async for a in calls]
+    assert [(answer.offset, answer.data) for answer in found] == [(14, b""), (0, b"8\n9\n")]
+    assert looked_up == [job.id]
 
 
 def test_a_negative_number_of_lines(service: Service, running: int) -> None:
