@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import select
 import signal
@@ -34,10 +35,13 @@ NOT_SERVING: Final = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 def free_port() -> int:
-    """A port of loopback that nobody has."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of loopback that nobody has, and nobody is given who takes any."""
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.randrange(first // 2, first)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +150,20 @@ def test_reflection_gives_the_contract(service: Service, version: str) -> None:
     assert nothing.error_response.error_code == grpc.StatusCode.NOT_FOUND.value[0]
 
 
+def test_each_service_that_reflection_lists_is_described(service: Service) -> None:
+    """Clients that show all of them give up at one that is not."""
+    asked = reflection_pb2.ServerReflectionRequest
+    with service.channel() as channel:
+        [listed] = reflect(channel, "v1", asked(list_services=""))
+        names = [each.name for each in listed.list_services_response.service]
+        answers = reflect(channel, "v1", *(asked(file_containing_symbol=name) for name in names))
+    assert len(names) == 4
+    undescribed = [
+        name for name, answer in zip(names, answers, strict=True) if answer.HasField("error_response")
+    ]
+    assert undescribed == []
+
+
 def test_who_is_not_let_in_learns_nothing(make_service: Callable[..., Service]) -> None:
     """Without a certificate there is no connection; with a revoked one no answer."""
     service = make_service(clients=("alice",))
@@ -227,24 +245,38 @@ def test_metrics_tell_what_happened(watched: Service, port: int) -> None:
         wait_for(lambda: scraped(port)["pjw_jobs_ended_total", ("stopped",)] == 1)
 
 
-def test_the_dashboard_and_the_alerts_ask_for_what_is_there(watched: Service, port: int) -> None:
-    """Every metric in packaging/ is in a scrape, or is one of Prometheus's own."""
-    os.kill(watched.pid, signal.SIGHUP)
-    watched.start_job("true")
-    with pytest.raises(grpc.RpcError), watched.stub() as stub:
-        stub.Start(pb.StartRequest())
-    wait_for(lambda: any(name == "pjw_reloads_total" for name, _ in scraped(port)))
-    there = {name for name, _ in scraped(port)} | {"up"}
+def packaged_queries() -> tuple[list[str], str]:
+    """The expressions of the dashboard, and the file of the alerts."""
     dashboard = json.loads((ROOT / "packaging/grafana/pjw.json").read_text())
     asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    return asked, (ROOT / "packaging/prometheus/pjw.rules.yml").read_text()
+
+
+def test_the_dashboard_and_the_alerts_ask_for_what_is_there(watched: Service, port: int) -> None:
+    """Every metric in packaging/ is in a scrape, or is one of Prometheus's own."""
+    watched.start_job("true")
+    there = {name for name, _ in scraped(port)} | {"up"}
+    asked, rules = packaged_queries()
     assert len(asked) > 20
-    rules = (ROOT / "packaging/prometheus/pjw.rules.yml").read_text()
     names = set(re.findall(r"\b(?:pjw|process)_\w+", "\n".join([*asked, rules])))
     assert len(names) > 15
     assert names - there == set()
     documented = (ROOT / "docs/monitoring.md").read_text()
     families = {re.sub(r"_(bucket|sum|count)$", "", name) for name in there if name.startswith("pjw_")}
     assert [name for name in families if f"`{name}`" not in documented] == []
+
+
+def test_what_alerts_wait_for_is_counted_from_0(watched: Service, port: int) -> None:
+    """An increase() sees nothing of a counter that begins at 1: what alerts ask for is there before."""
+    there = scraped(port)
+    counters = re.findall(r'(pjw_\w+_total)\{\w+=~?"([^"]+)"\}', packaged_queries()[1])
+    wanted = [(name, value) for name, values in counters for value in values.split("|")]
+    assert len(wanted) >= 5
+    for name, value in wanted:
+        found = [there[key] for key in there if key[0] == name and value in key[1]]
+        assert (name, value, found and set(found)) == (name, value, {0})
+    reasons = {key[1][0] for key in there if key[0] == "pjw_calls_rejected_total"}
+    assert reasons >= {"running_max", "not_allowed", "input_bytes_max"}
 
 
 def test_who_does_not_read_metrics_keeps_nobody_waiting(watched: Service, port: int) -> None:
@@ -466,8 +498,8 @@ def test_who_has_lost_a_role_does_not_look_on(make_service: Callable[..., Servic
     with service.stub() as alice, service.stub("bob") as bob:
         job_id = alice.Start(pb.StartRequest(command="echo mine; sleep 100")).job.id
         lasting: list[Any] = [
-            bob.WatchUsage(pb.WatchUsageRequest(all_clients=True), timeout=20),
-            bob.Logs(pb.LogsRequest(id=job_id, all_clients=True), timeout=20),
+            bob.WatchUsage(pb.WatchUsageRequest(all_clients=True), timeout=SECONDS),
+            bob.Logs(pb.LogsRequest(id=job_id, all_clients=True), timeout=SECONDS),
         ]
         others: list[Any] = [
             alice.WatchUsage(pb.WatchUsageRequest(all_clients=True)),

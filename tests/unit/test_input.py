@@ -81,6 +81,14 @@ async def test_what_is_refused_changes_nothing(
     assert (path.read_bytes(), path.stat().st_mode & 0o777) == (b"abcd", 0o600)
 
 
+async def test_too_much_names_its_key(path: Path) -> None:
+    """Metrics count refusals by the limit."""
+    async with inputs_of(path, 4).writer(1, "alice", never) as writer:
+        with pytest.raises(LimitReachedError) as refused:
+            await writer.write(0, b"abcde")
+    assert refused.value.limit == "input_bytes_max"
+
+
 async def test_an_ended_input_takes_nothing(path: Path) -> None:
     """Also from a writer that comes later."""
     inputs = inputs_of(path)

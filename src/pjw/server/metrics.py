@@ -46,6 +46,7 @@ from pjw.errors import (
 from pjw.model import EndReason, JobState
 from pjw.server.address import shown_address
 from pjw.server.audit import CANCELLED, CallRecord
+from pjw.server.quota import ClientLimits
 from pjw.server.reload import Reloader
 from pjw.worker import Worker
 from pjw.worker.numbers import ClientNumbers, WorkerNumbers
@@ -71,6 +72,9 @@ _REJECTIONS: Final[dict[type[Exception], str]] = {
     InvalidJobError: "invalid",
     LimitReachedError: "no_resources",
 }
+
+# Below [clients] the burst alone is not a limit of its own: it goes with starts_per_second.
+_LIMITS: Final = [name for name in ClientLimits.__struct_fields__ if name != "starts_burst"]
 
 _Request = socket.socket | tuple[bytes, socket.socket]
 
@@ -114,8 +118,12 @@ class ServerMetrics:
             buckets=START_BUCKETS,
             registry=self.registry,
         )
+        # What can come is there from the start: who watches a counter sees no increase in one that begins
+        # at 1. Not so for each method with each code, of which there are hundreds.
         for result in ("started", "refused", "not_executable", "cancelled", "failed"):
             self._starts.labels(result)
+        for reason in (*_LIMITS, *_REJECTIONS.values()):
+            self._rejected.labels(reason)
         ProcessCollector(registry=self.registry)
 
     def call_began(self, record: CallRecord) -> None:

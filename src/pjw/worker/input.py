@@ -173,6 +173,7 @@ class InputWriter:
                 f"the input of job {self._job_id} is longer than {self._bytes_max} bytes,"
                 " and no more is taken on this server",
                 hint="the operator sets clients.input_bytes_max",
+                limit="input_bytes_max",
             )
         # It goes on when we are cancelled, and `close` waits for it.
         rest = memoryview(data)[self.offset - offset :]
