@@ -179,9 +179,7 @@ def test_who_does_not_wait_for_a_start_is_told_that_there_may_be_a_job(
             run.type("\x03")
             run.wait_for("the job is stopped once its start is answered")
             run.type("\x03")
-            run.wait_for(
-                "the job is killed once its start is answered"
-            )
+            run.wait_for("the job is killed once its start is answered")
             run.type("\x03")
             assert run.wait_for_end() == 130
             assert "pjw: the job may have started: see pjw list" in run.text

@@ -169,6 +169,8 @@ class LogsPosition:
         all_clients: bool,
         timestamps: bool = False,
     ) -> None:
+        if not -(2**63) <= offset < 2**63:
+            raise errors.OffsetError(f"cannot read output from byte {offset}: no output is as long")
         self.job_id: Final = job_id
         self.seen = 0
         # where the last lines begin is the server's to say, in its first answer
