@@ -23,11 +23,11 @@ from pjw.worker.endings import Endings
 from pjw.worker.input import Inputs, InputWriter, ended_error, require_input
 from pjw.worker.job import LiveJob
 from pjw.worker.launcher_client import LauncherClient
-from pjw.worker.launcher_process import LauncherProcess, require_root, start_launcher
+from pjw.worker.launcher_process import LauncherProcess, check_limits, require_root, start_launcher
 from pjw.worker.logs import ALL_OUTPUT, Output, Part, Reading, check_stream, output_of_ended
 from pjw.worker.numbers import WorkerNumbers, count_all
 from pjw.worker.pages import ALL_JOBS, JobFilter, Page
-from pjw.worker.quota import RunningJobs, check_stored_bytes
+from pjw.worker.quota import RunningJobs, StoredBytes
 from pjw.worker.retention import Pruner
 from pjw.worker.settings import WorkerSettings
 from pjw.worker.starts import Starts
@@ -59,11 +59,13 @@ class Worker:
         """Take over an open state directory and a launcher; `open` does it all."""
         self._state: Final = state
         self._settings = settings
+        self._ready: Final = launcher.ready
         self._launcher: Final = LauncherClient(launcher)
         self._inotify: Final = Inotify()
         self._live: Final[dict[int, LiveJob]] = {}
         self._running: Final = RunningJobs(settings.quotas)
-        self._inputs: Final = Inputs(state, settings.quotas.input_bytes_max)
+        self._stored: Final = StoredBytes(state, self._live, settings.quotas)
+        self._inputs: Final = Inputs(state, self._stored, settings.quotas.input_bytes_max)
         self._tails: Final = asyncio.Lock()
         self._pruner: Final = Pruner(state, settings.retention)
         self._background: Final = Background()
@@ -83,6 +85,7 @@ class Worker:
             self._inotify,
             self._live,
             self._running,
+            self._stored,
             self._endings,
             Users(state.store, settings),
             self._background,
@@ -145,9 +148,14 @@ class Worker:
         return len(self._live)
 
     def reconfigure(self, settings: WorkerSettings) -> None:
-        """Take other default limits, grace period, retention and quotas; the rest the launcher was told."""
+        """Take other default limits, grace period, retention and quotas; the rest the launcher was told.
+
+        Raises ConfigError, and takes nothing, for limits of disk IO where there was no disk at the start.
+        """
+        check_limits(self._ready, settings.default_limits)
         self._settings = settings
         self._running.quotas = settings.quotas
+        self._stored.set_quotas(settings.quotas)
         self._inputs.set_bytes_max(settings.quotas.input_bytes_max)
         self._pruner.keep(settings.retention)
 
@@ -185,7 +193,7 @@ class Worker:
                 f"limit {above} must be at most {getattr(self._settings.ceiling, above)} on this server,"
                 f" not {getattr(limits, above) or 'unlimited'}"
             )
-        return await self._starts.start(spec, client_name, limits, self._settings.quotas)
+        return await self._starts.start(spec, client_name, limits)
 
     # --- stop
 
@@ -251,10 +259,9 @@ class Worker:
         require_input(live.job if live is not None else await self.get(job_id, owner))
         if live is None or live.ended.is_set():
             raise ended_error(job_id)
-        await check_stored_bytes(
-            self._settings.quotas, self._state, self._live.values(), live.job.client_name
-        )
-        async with self._inputs.writer(job_id, lambda: self._wait_for(live.ended)) as writer:
+        client_name = live.job.client_name
+        await self._stored.check(client_name)
+        async with self._inputs.writer(job_id, client_name, lambda: self._wait_for(live.ended)) as writer:
             yield writer
 
     # --- look
