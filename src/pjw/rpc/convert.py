@@ -67,7 +67,8 @@ def job_from_message(message: pb.Job) -> Job:
 
 
 def spec_to_message(spec: JobSpec) -> pb.StartRequest:
-    """A request to start a job."""
+    """A request to start a job. Raises InvalidJobError for limits that no message has room for."""
+    Limits().with_overrides(spec.limits)
     request = pb.StartRequest(
         limits=pb.Limits(**spec.limits) if spec.limits else None,
         name=spec.name,
