@@ -24,7 +24,7 @@ from pjw.launcher.measure import measure
 from pjw.launcher.operator_files import open_operator_file
 from pjw.launcher.policy import Policy, check_job_id, check_signal, instance_name
 from pjw.launcher.pool import Init, Pool
-from pjw.launcher.processes import Watcher, has_ended, send_signal
+from pjw.launcher.processes import Watcher, find_init, has_ended, send_signal
 from pjw.launcher.scratch import Scratch
 from pjw.launcher.spawn import Cloned, Execed, Failed, read_report, send_order
 from pjw.model import Usage
@@ -251,7 +251,7 @@ class Launcher:
         if cgroup is None:
             return (protocol.Adopted(alive=False, known=False),)
         if request.job_id not in self._inits:
-            pidfd = find_init(cgroup)
+            pidfd = find_init(cgroup.pids)
             if pidfd is None:
                 # processes without their init cannot be: the kernel ends them with it
                 return (protocol.Adopted(alive=False, known=True),)
@@ -412,28 +412,3 @@ def refusal_of(error: PjwError) -> protocol.Refused:
             return protocol.Refused("config", str(error), "", 0, hint)
         case _:
             raise error
-
-
-def find_init(cgroup: Cgroup) -> int | None:
-    """A pidfd of the process in *cgroup* that is PID 1 of its own namespace (proc(5), NSpid)."""
-    for pid in cgroup.pids():
-        try:
-            pidfd = os.pidfd_open(pid)
-        except ProcessLookupError:
-            continue
-        if _is_namespace_init(pid) and pid in cgroup.pids():
-            # Looked at again after the pidfd was there: it is still the process that we read of.
-            return pidfd
-        os.close(pidfd)
-    return None
-
-
-def _is_namespace_init(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/status", "rb") as status:
-            for line in status:
-                if line.startswith(b"NSpid:"):
-                    return line.split()[-1] == b"1"
-    except (FileNotFoundError, ProcessLookupError):
-        pass
-    return False

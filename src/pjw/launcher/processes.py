@@ -1,4 +1,4 @@
-"""Processes by their pidfds: whether they have ended, waiting for that, and collecting them."""
+"""Processes by their pidfds: finding them, whether they have ended, waiting for that, and collecting them."""
 
 import contextlib
 import os
@@ -6,7 +6,7 @@ import select
 import selectors
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Final
 
 
@@ -42,6 +42,31 @@ def reap(pidfd: int) -> None:
     """Collect an ended child; one that is not ours (adopted) has another who does."""
     with contextlib.suppress(ChildProcessError):
         os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+
+
+def find_init(pids: Callable[[], Collection[int]]) -> int | None:
+    """A pidfd of that one of *pids*, of now, that is PID 1 of its own namespace (proc(5), NSpid)."""
+    for pid in pids():
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        if _is_namespace_init(pid) and pid in pids():
+            # Looked at again after the pidfd was there: it is still the process that we read of.
+            return pidfd
+        os.close(pidfd)
+    return None
+
+
+def _is_namespace_init(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/status", "rb") as status:
+            for line in status:
+                if line.startswith(b"NSpid:"):
+                    return line.split()[-1] == b"1"
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+    return False
 
 
 class Watcher:
