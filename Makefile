@@ -74,7 +74,8 @@ check:
 docs:
 	@scripts/install docs
 	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
-	@echo 'the site is in build/site: open build/site/index.html'
+	@echo 'the site is in build/site: open build/site/index.html, or with its search'
+	@echo '  python3 -m http.server --bind 127.0.0.1 --directory build/site'
 
 sanitize:
 	@scripts/install test

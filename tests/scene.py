@@ -98,9 +98,7 @@ class Scene:
 
     def init_pid(self, job_id: int) -> int:
         """The pid, outside, of a job's init."""
-        group = next(group for group in self.service.job_cgroups() if group.name == f"job-{job_id}")
-        pids = [int(pid) for pid in (group / "cgroup.procs").read_text().split()]
-        return next(pid for pid in pids if Path(f"/proc/{pid}/comm").read_text() == "pjw-init\n")
+        return self.service.init_pid(job_id)
 
     def output_size(self, job_id: int) -> int:
         """How much a job has written."""

@@ -3,6 +3,7 @@
 Raw calls (`channel`, `stub`) go around pjw, for what pjw itself would never send.
 """
 
+import errno
 import os
 import re
 import select
@@ -41,6 +42,9 @@ METHODS: Final = [
 class Service:
     """pjwd in a directory: `certs/` (ca, server, and a client for each name), `state/`, `pjwd.log`."""
 
+    # a statement that changes a constant of the server's, before it starts
+    change = ""
+
     def __init__(
         self, directory: Path, clients: Sequence[str] = ("alice", "bob"), config: str | None = None
     ) -> None:
@@ -66,6 +70,14 @@ class Service:
             path = self.directory / "pjwd.toml"
             path.write_text(self.config)
             command += ["--config", str(path)]
+        if self.change:
+            # as soon as the server's modules may be imported
+            program = (
+                "import sys\nfrom pjw.server import main, start\noriginal = start.preload_modules\n"
+                f"def changed():\n    {self.change}\n    original()\n"
+                "start.preload_modules = changed\nsys.exit(main.main())"
+            )
+            command[:1] = [sys.executable, "-c", program]
         return [*command, *extra]
 
     def start(self, *extra: str, env: dict[str, str] | None = None) -> Self:
@@ -238,10 +250,15 @@ class Service:
         for client in ("alice", "bob"):
             with self.stub(client) as stub:
                 ids += [job.id for job in stub.List(pb.ListRequest()).jobs]
-        # files of a job that is listed may go at any time: those of a silent one do after its end
+        # what a job that is listed has may go at any time: its end is told before the last removals
         jobs = [name for name in os.listdir(self.state / "jobs") if int(name) not in ids]
-        scratch = sorted(path.name for path in self.scratch())
-        return ids, jobs, scratch, self.job_cgroups()
+        scratch = [path.name for path in self.scratch() if int(path.name) not in ids]
+        cgroups = [path for path in self.job_cgroups() if int(path.name.removeprefix("job-")) not in ids]
+        return ids, jobs, scratch, cgroups
+
+    def tell(self, job_id: int) -> None:
+        """Send a line to a job that began with ASK."""
+        tell(self.state, job_id)
 
     def job_cgroups(self) -> list[Path]:
         """Every cgroup of a job of this service, whatever the version."""
@@ -251,19 +268,47 @@ class Service:
         """The scratch directories of jobs."""
         return job_scratch(self.state)
 
+    def init_pid(self, job_id: int) -> int:
+        """The pid, outside, of a job's init; not always the lowest, as the kernel begins anew at the last."""
+        group = next(group for group in self.job_cgroups() if group.name == f"job-{job_id}")
+        pids = [int(pid) for pid in (group / "cgroup.procs").read_text().split()]
+        return next(pid for pid in pids if Path(f"/proc/{pid}/comm").read_text() == "pjw-init\n")
+
+
+def tell(state_dir: Path, job_id: int) -> None:
+    """Send a line to a job that began with ASK (worker_harness.py), as soon as it has come so far."""
+    ask = state_dir / "scratch" / str(job_id) / "ask"
+
+    def told() -> bool:
+        try:
+            # never blocks: the job holds the fifo open for both
+            descriptor = os.open(ask, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENXIO):
+                raise
+            return False
+        os.write(descriptor, b"go\n")
+        os.close(descriptor)
+        return True
+
+    wait_for(told)
+
 
 def job_cgroups(state_dir: Path) -> list[Path]:
     """Every cgroup of a job that belongs to a state directory."""
+    # before and after: one that waits may come, and go when the host mounts something
+    waiting = waiting_ids(state_dir)
     found = [path for parent in instance_cgroups(state_dir) for path in parent.iterdir() if path.is_dir()]
-    waiting = {f"job-{job_id}" for job_id in waiting_ids(state_dir)}
-    return [path for path in found if path.name not in waiting]
+    waiting |= waiting_ids(state_dir)
+    return [path for path in found if path.name not in {f"job-{job_id}" for job_id in waiting}]
 
 
 def job_scratch(state_dir: Path) -> list[Path]:
     """Every scratch directory of a job that belongs to a state directory."""
+    waiting = waiting_ids(state_dir)
     found = sorted((state_dir / "scratch").glob("*"))
-    waiting = {str(job_id) for job_id in waiting_ids(state_dir)}
-    return [path for path in found if path.name not in waiting]
+    waiting |= waiting_ids(state_dir)
+    return [path for path in found if path.name not in {str(job_id) for job_id in waiting}]
 
 
 def waiting_ids(state_dir: Path) -> set[int]:

@@ -12,7 +12,7 @@ from typing import Final, Self
 
 import pyte
 
-WAIT_SECONDS: Final = 30
+WAIT_SECONDS: Final = 60
 
 
 class Terminal:

@@ -146,7 +146,6 @@ def one_input(data: bytes) -> None:
                 UID_FIRST,
                 UID_COUNT,
                 CEILING,
-                io_limited=False,
                 waiting_inits=4,
                 hidden_paths=(),
                 operator_files=OPERATOR_FILES,

@@ -54,7 +54,6 @@ def one_input(data: bytes) -> None:
             settings.uid_first,
             settings.uid_count,
             settings.ceiling,
-            io_limited=False,
             waiting_inits=settings.waiting_inits,
             hidden_paths=settings.hidden_paths,
             operator_files=(config.revoked,) if config.revoked else (),

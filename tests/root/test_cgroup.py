@@ -257,16 +257,17 @@ def test_init_enters_by_the_descriptors(create: Callable[..., Cgroup]) -> None:
 
 
 def test_a_busy_loop_is_throttled(create: Callable[..., Cgroup]) -> None:
-    """Under a fifth of a CPU the kernel stops the loop in period after period, and counts its CPU."""
-    cgroup = create(cpu_max_millicores=200)
-    code = "end = time.process_time() + 0.4\nwhile time.process_time() < end: pass\nsay('done')"
+    """Under a tenth of a CPU the kernel stops the loop in period after period, and counts its CPU."""
+    # little enough for a busy machine to have more for it
+    cgroup = create(cpu_max_millicores=100)
+    code = "end = time.process_time() + 0.2\nwhile time.process_time() < end: pass\nsay('done')"
     with running(cgroup, code) as process:
         assert next_line(process) == "done"
     stat = dict(line.split() for line in value(cgroup, "cpu.stat", "cpu.stat").splitlines())
-    # 0.4 s of CPU is 20 ms in each of 20 periods, some of it used up before the limit bites
+    # 0.2 s of CPU is 10 ms in each of 20 periods, some of it used up before the limit bites
     assert int(stat["nr_throttled"]) >= 10
     # some kernels count in ticks
-    assert cgroup.usage().cpu_usage_usec >= 300_000
+    assert cgroup.usage().cpu_usage_usec >= 150_000
 
 
 def test_a_memory_hog_is_killed_and_counted(create: Callable[..., Cgroup]) -> None:
@@ -332,7 +333,7 @@ def test_direct_io_is_throttled_and_counted(create: Callable[..., Cgroup], disk_
 def test_remove_waits_for_a_dying_process(create: Callable[..., Cgroup]) -> None:
     """EBUSY is no error while the last process is on its way out; a zombie does not count."""
     cgroup = create()
-    with running(cgroup, "say('up'); time.sleep(0.5)") as process:
+    with running(cgroup, "say('up'); time.sleep(1)") as process:
         assert next_line(process) == "up"
         assert cgroup.pids() == [process.pid]
         cgroup.remove()

@@ -17,6 +17,7 @@ import pytest
 
 from pjw.v1 import job_worker_pb2 as pb
 from tests.service import BIN, Service, wait_for
+from tests.worker_harness import ASK
 
 COMMANDS: Final = ("run", "start", "list", "get", "logs", "wait", "stop", "rm")
 
@@ -186,7 +187,7 @@ def test_what_is_not_pjwd_is_125_without_a_traceback(service: Service) -> None:
     """Something that listens and hangs up is told apart from a server that refuses."""
     with socket.create_server(("127.0.0.1", 0)) as other:
         pjw = service.popen("--server", f"127.0.0.1:{other.getsockname()[1]}", "list")
-        other.settimeout(10)
+        other.settimeout(60)
         connection, _ = other.accept()
         connection.recv(1)
         connection.sendall(b"HTTP/1.0 400 Bad Request\r\n\r\n")
@@ -263,7 +264,7 @@ def test_ctrl_c_during_logs_leaves_quietly(service: Service, number: signal.Sign
         assert logs.stdout is not None and logs.stderr is not None
         assert logs.stdout.readline() == b"ready\n"
         logs.send_signal(number)
-        assert logs.wait(10) == (130 if number is signal.SIGINT else -number)
+        assert logs.wait(60) == (130 if number is signal.SIGINT else -number)
         assert (logs.stdout.read(), logs.stderr.read()) == (b"", b"")
     assert '"state": "running"' in service.ok("get", str(job_id))
     service.ok("stop", str(job_id))
@@ -271,14 +272,17 @@ def test_ctrl_c_during_logs_leaves_quietly(service: Service, number: signal.Sign
 
 def test_ctrl_c_during_stop_leaves_quietly_and_the_stop_goes_on(service: Service) -> None:
     """Who no longer wants to wait for a stop has asked for it all the same."""
-    job_id = service.start_job("trap 'sleep 2; exit 4' TERM; echo ready; sleep 300 & wait")
-    with service.popen("logs", str(job_id)) as logs, service.popen("stop", str(job_id)) as stop:
-        assert logs.stdout is not None and stop.stderr is not None
+    job_id = service.start_job(ASK + "trap 'read x <&3; exit 4' TERM; echo ready; sleep 300 & wait")
+    with service.popen("logs", str(job_id)) as logs:
+        assert logs.stdout is not None
         logs.stdout.readline()
-        wait_for(lambda: service.job(job_id).state == pb.JOB_STATE_STOPPING)
-        stop.send_signal(signal.SIGINT)
-        assert (stop.wait(10), stop.stderr.read()) == (130, b"")
-        assert logs.wait(20) == 0
+        with service.popen("stop", "--grace", "60", str(job_id)) as stop:
+            assert stop.stderr is not None
+            wait_for(lambda: service.job(job_id).state == pb.JOB_STATE_STOPPING)
+            stop.send_signal(signal.SIGINT)
+            assert (stop.wait(60), stop.stderr.read()) == (130, b"")
+        service.tell(job_id)
+        assert logs.wait(60) == 0
     assert json.loads(service.ok("get", str(job_id)))["exitCode"] == 4
 
 

@@ -39,7 +39,8 @@ def shell(name: str, service: Service, tmp_path: Path) -> Iterator[Terminal]:
     environment = service.environment() | {"HOME": str(tmp_path), "PATH": f"{BIN}:{os.environ['PATH']}"}
     with Terminal(command, environment) as terminal:
         terminal.type(f"{setup}\n")
-        terminal.wait_until(lambda text: text.rstrip("\n").endswith(PROMPT.rstrip()))
+        # alone in its line: what is typed has it too
+        terminal.wait_until(lambda text: text.rstrip().splitlines()[-1:] == [PROMPT.rstrip()])
         yield terminal
 
 

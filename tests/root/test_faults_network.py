@@ -13,8 +13,9 @@ from tests.scene import Scene, config_of, whole
 from tests.service import BIN, Service, wait_for
 from tests.worker_harness import uid_range
 
-# of a network for documentation (RFC 5737)
-NETWORK, SERVER, CLIENT = "198.51.100.0/24", "198.51.100.1", "198.51.100.2"
+# of a network for documentation (RFC 5737), a part of this run's own
+PART = os.getpid() % 64 * 4
+NETWORK, SERVER, CLIENT = (f"198.51.100.{PART}/30", f"198.51.100.{PART + 1}", f"198.51.100.{PART + 2}")
 
 
 def ip(*arguments: str) -> None:
@@ -37,9 +38,9 @@ class Wire:
         assert not used, f"{NETWORK} is in use on this host"
         ip("netns", "add", self.namespace)
         ip("link", "add", self.card, "type", "veth", "peer", "name", "eth0", "netns", self.namespace)
-        ip("address", "add", f"{SERVER}/24", "dev", self.card)
+        ip("address", "add", f"{SERVER}/30", "dev", self.card)
         ip("link", "set", self.card, "up")
-        ip(*self._inside, "address", "add", f"{CLIENT}/24", "dev", "eth0")
+        ip(*self._inside, "address", "add", f"{CLIENT}/30", "dev", "eth0")
         self.join()
 
     def cut(self) -> None:

@@ -819,7 +819,7 @@ def own_cgroup(mount: Path) -> Iterator[Path]:
             parent.rmdir()
 
 
-def test_cgroup_v1_is_entered(init: Harness) -> None:
+def test_cgroup_v1_is_entered(init: Harness, scratch: Path) -> None:
     """init and the command are in the given cgroups and nobody else is, even at pids.max 2."""
     mounts = cgroup_mounts()
     mounts.pop("", None)
@@ -830,15 +830,19 @@ def test_cgroup_v1_is_entered(init: Harness) -> None:
         (mounts["pids"] / f"pjw/test-{os.getpid()}/pids.max").write_text("2")
         fds = [os.open(path / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC) for path in paths]
         options = [word for fd in fds for word in ("--cgroup-procs-fd", str(fd))]
+        options += ["--scratch", str(scratch)]
+        os.mkfifo(scratch / "go")
+        os.chown(scratch / "go", JOB_UID, JOB_UID)
         job = init.start(
             "python3",
             "-c",
-            "import os; print(open('/proc/self/cgroup').read()); os.fork()",
+            "import os; print(open('/proc/self/cgroup').read()); open('go').read(); os.fork()",
             options=options,
             pass_fds=fds,
         )
         members = [path.joinpath("cgroup.procs").read_text().split() for path in paths]
         assert all(str(job.pid) in pids and len(pids) <= 2 for pids in members)
+        (scratch / "go").write_text("go\n")
         job.wait()
         assert job.end == "exited 1 none"
         assert "BlockingIOError" in job.text

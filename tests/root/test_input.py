@@ -65,12 +65,6 @@ def cpu_seconds(pid: int) -> float:
     return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def init_pid(service: Service, job_id: int) -> int:
-    """The pid of a job's init."""
-    group = next(path for path in service.job_cgroups() if path.name == f"job-{job_id}")
-    return int((group / "cgroup.procs").read_text().split()[0])
-
-
 # --- every byte
 
 
@@ -244,12 +238,12 @@ def test_a_closed_stdin_ends_an_upload(service: Service, stub: JobWorkerServiceS
     with Upload(stub, job_id) as call:
         call.write(b"one\n", 0)
         wait_for_output(stub, job_id, b"closed\n")
-        wait_for(lambda: pipes(init_pid(service, job_id)) == 1)
-        before, since = cpu_seconds(init_pid(service, job_id)), time.monotonic()
+        wait_for(lambda: pipes(service.init_pid(job_id)) == 1)
+        before, since = cpu_seconds(service.init_pid(job_id)), time.monotonic()
         call.ask(b"two\n", 4)
         assert call.code() is Code.FAILED_PRECONDITION
         wait_for(lambda: time.monotonic() - since > 0.3)
-        assert cpu_seconds(init_pid(service, job_id)) - before < 0.1
+        assert cpu_seconds(service.init_pid(job_id)) - before < 0.1
     with Upload(stub, job_id) as call:
         call.ask(b"two\n", 4)
         assert call.code() is Code.FAILED_PRECONDITION
@@ -283,7 +277,7 @@ def test_a_slow_reader_costs_no_memory(service: Service, stub: JobWorkerServiceS
     before = rss_kib(status)
     assert upload(stub, job_id, data).ended
     assert rss_kib(status) - before < 24 * 1024
-    assert rss_kib(Path(f"/proc/{init_pid(service, job_id)}/status")) < 2 * 1024
+    assert rss_kib(Path(f"/proc/{service.init_pid(job_id)}/status")) < 2 * 1024
     with (service.state / "scratch" / str(job_id) / "go").open("wb") as go:
         go.write(b"go\n")
     assert output(stub, job_id) == sha256_line(data)
@@ -355,10 +349,16 @@ def test_a_ceiling_and_a_quota(make_service: Callable[..., Service]) -> None:
         with Upload(stub, first) as call:
             call.write(bytes(1000), 0)
         with Upload(stub, second) as call:
-            call.write(bytes(700), 0)
-        with refused(Code.RESOURCE_EXHAUSTED, "have 1700 bytes of output and input"):
+            call.write(bytes(200), 0)
+            with refused(Code.RESOURCE_EXHAUSTED, "have 1200 bytes of output and input"):
+                call.write(bytes(301), 200)
+        assert file_of(service, second).stat().st_size == 200
+        with Upload(stub, second) as call:
+            # what is there is passed over, and counts once
+            call.write(bytes(500), 0)
+        with refused(Code.RESOURCE_EXHAUSTED, "have 1500 bytes of output and input"):
             Upload(stub, second)
-        with refused(Code.RESOURCE_EXHAUSTED, "have 1700 bytes of output and input"):
+        with refused(Code.RESOURCE_EXHAUSTED, "have 1500 bytes of output and input"):
             start(stub, "true")
         stop(stub, first)
         assert upload(stub, second, bytes(800)).ended

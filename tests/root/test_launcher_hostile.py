@@ -38,6 +38,7 @@ from pjw.launcher.protocol import (
     Measured,
     Opened,
     OpenFile,
+    Ready,
     Refused,
     Remove,
     Request,
@@ -83,7 +84,6 @@ class Peer:
                 self.uid,
                 10,
                 NO_LIMITS,
-                io_limited=False,
                 waiting_inits=WAITING_INITS,
                 hidden_paths=(),
                 operator_files=(),
@@ -91,7 +91,7 @@ class Peer:
             **policy,
         )
         if greet:
-            assert self.ask(self.hello) == Done()
+            assert self.ask(self.hello) == Ready("", "")
 
     def send(self, data: bytes, descriptors: Sequence[int] = ()) -> None:
         """Send a datagram as it is."""

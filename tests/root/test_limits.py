@@ -20,6 +20,7 @@ from tests.worker_harness import (
     DEADLINE_SECONDS,
     MIB,
     Bench,
+    check_no_new_descriptors,
     open_bench,
     open_descriptors,
     python,
@@ -141,7 +142,7 @@ async def test_direct_writes_are_throttled_and_counted(worker: Worker) -> None:
     command = "dd if=/dev/zero of=$HOME/file bs=64k count=64 oflag=direct 2>/dev/null"
     job, _ = await run(worker, command, io_wbps_max=2 * MIB)
     assert job.exit_status == ExitStatus(code=0)
-    assert 1.2 < loop.time() - begun < 10
+    assert 1.2 < loop.time() - begun < DEADLINE_SECONDS
     assert job.usage is not None
     assert job.usage.io_write_bytes >= 4 * MIB
 
@@ -156,7 +157,7 @@ async def test_the_time_limit(bench: Bench, worker: Worker) -> None:
     job, output = await run(
         worker, "trap '' TERM; echo begun; while :; do sleep 60; done", time_max_seconds=1
     )
-    assert 0.9 < loop.time() - begun < 5
+    assert 0.9 < loop.time() - begun < 30
     assert (job.reason, job.exit_status, output) == (EndReason.TIMED_OUT, ExitStatus(signal=9), b"begun\n")
     bench.check_nothing_remains()
 
@@ -186,7 +187,8 @@ async def test_much_output_with_little_memory(worker: Worker, written: int) -> N
     """So much without a newline, with a limit of 64 MB of memory: all is there, nothing was killed."""
     job = await start(worker, f"head -c {written} /dev/zero", memory_max_bytes=64 * MIB)
     size = 0
-    async with asyncio.timeout(DEADLINE_SECONDS):
+    # with so little memory it waits for the disk
+    async with asyncio.timeout(4 * DEADLINE_SECONDS):
         async for chunk in worker.logs(job.id):
             size += len(chunk)
         job = await worker.wait(job.id)
@@ -241,7 +243,7 @@ async def test_a_job_that_fills_the_disk(small: Bench) -> None:
             await start(worker, ["true"])
         with pytest.raises(LimitReachedError):
             await start(worker, ["true"], client="never seen before")
-    assert open_descriptors() == descriptors
+    check_no_new_descriptors(descriptors)
     assert await worker.get(done.id) == done
     assert await read_all(worker, done.id) == b"words\n"
     assert (await worker.get(job.id)).state is JobState.RUNNING
@@ -362,5 +364,5 @@ async def test_a_worker_on_a_full_disk_says_so(small: Bench) -> None:
     before = open_descriptors()
     with pytest.raises(ConfigError, match=r"cannot use the state directory .*: no space left on device"):
         await small.open()
-    assert open_descriptors() == before
+    check_no_new_descriptors(before)
     filler.unlink()

@@ -39,11 +39,11 @@ class Reloading:
         self.ca: Final = authority_of(service.certs)
         self._first: Final = {name: (service.certs / name).read_bytes() for name in FILES}
 
-    def reload(self) -> list[str]:
-        """Send SIGHUP; what the log says of certificates and the list, once it has spoken of both."""
+    def reload(self, words: str = "revo") -> list[str]:
+        """Send SIGHUP; what the log says of certificates and the list, once it has said *words* of that."""
         start = self.service.log.stat().st_size
         os.kill(self.service.pid, signal.SIGHUP)
-        wait_for(lambda: "revo" in self.said(start) and self.said(start).endswith("\n"))
+        wait_for(lambda: words in self.said(start) and self.said(start).endswith("\n"))
         # test_operator.py is about the configuration
         return [line for line in self.said(start).splitlines() if "configuration is the same" not in line]
 
@@ -53,9 +53,14 @@ class Reloading:
 
     def revoke(self, *names: str) -> list[str]:
         """Make the list anew, as the documentation has it, and reload."""
+        self.write_list(*names)
+        # not what an earlier reload says that was still under way
+        return self.reload(f"{len(names)} certificates are revoked")
+
+    def write_list(self, *names: str) -> None:
+        """Make the list anew."""
         lines = b"".join(serial_line(self.service.certs / f"{name}.crt") for name in names)
         self.replace(self.revoked, b"# who is not let in any more\n" + lines)
-        return self.reload()
 
     def replace(self, path: Path, data: bytes) -> None:
         """Put a new file in the place of an old one, of the same mode, at once."""
@@ -394,10 +399,11 @@ def test_a_stop_that_waits_is_ended_and_its_job_all_the_same(reloading: Reloadin
         numbers_seen = next(stub.Logs(pb.LogsRequest(id=job_id), timeout=60)).data
         assert numbers_seen == b"ready\n"
         request = pb.StopRequest(id=job_id)
-        request.grace.seconds = 3
+        request.grace.seconds = 5
+        reloading.write_list("alice")
         stop = pool.submit(outcome, lambda: stub.Stop(request, timeout=60))
         wait_for(lambda: stub.Get(pb.GetRequest(id=job_id)).job.state == pb.JOB_STATE_STOPPING)
-        reloading.revoke("alice")
+        reloading.reload()
         assert stop.result(60) == (grpc.StatusCode.UNAUTHENTICATED, REVOKED)
     reloading.revoke()
     wait_for(lambda: service.job(job_id).HasField("end"))

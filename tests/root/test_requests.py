@@ -16,7 +16,7 @@ from pjw.worker import Worker
 from pjw.worker.pages import JobFilter
 from pjw.worker.settings import Quotas
 from tests.service import CALL_SECONDS, Service, wait_for
-from tests.worker_harness import ASK, Bench, WorkerProcess, launchers_of, run, start
+from tests.worker_harness import ASK, Bench, WorkerProcess, launchers_of, run, start, start_said
 
 NAP: Final = ["sleep", "300"]
 
@@ -177,7 +177,7 @@ async def test_states_are_those_of_the_moment(worker: Worker) -> None:
     go.set()
     ended, _ = await run(worker, "true")
     running = await start(worker, NAP)
-    stopping = await start(worker, "trap '' TERM; echo; while :; do sleep 300; done")
+    stopping = await start_said(worker, "trap '' TERM; echo; while :; do sleep 300; done", b"\n")
     stop = asyncio.ensure_future(worker.stop(stopping.id, grace_seconds=300))
     go.clear()
     starting = asyncio.ensure_future(start(worker, NAP))

@@ -4,7 +4,6 @@ import hashlib
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ import pytest
 
 from pjw.v1 import job_worker_pb2 as pb
 from tests.service import CALL_SECONDS, Service, ask, wait_for
+from tests.worker_harness import ASK
 
 MIB: Final = 1024 * 1024
 # Random to the eye and to compression, and the same each time: so a test knows the truth without pjw.
@@ -90,16 +90,20 @@ def silent_job(service: Service, client: str = "alice") -> Iterator[int]:
 
 def follow_at_any_time(service: Service, size: int, count: int, truth: str, seconds: float) -> None:
     """*count* readers join before, during and after the output, and one stalls; all must see it all."""
-    # the pauses let the first lot join before there is any output, and the second while the job runs
-    job_id = service.start_job(f"sleep 1; {GENERATE} {size} | {{ head -c {size // 2}; sleep 1; cat; }}")
+    # the first lot joins before there is any output, and the second while the job runs
+    job_id = service.start_job(
+        ASK + f"read x <&3; {GENERATE} {size} | {{ head -c {size // 2}; read x <&3; cat; }}"
+    )
     before = [Follower(service, job_id) for _ in range(max(1, count // 3))]
     stalled = before[0]
     stalled.may_read.clear()
     wait_for(lambda: service.open_outputs(job_id) == len(before), seconds)
     assert not any(follower.first.is_set() for follower in before)
-    for follower in before:
-        assert follower.first.wait(seconds)
+    service.tell(job_id)
     during = [Follower(service, job_id) for _ in range(count // 3)]
+    for follower in before + during:
+        assert follower.first.wait(seconds)
+    service.tell(job_id)
     # neither the job nor the other readers wait for the one that does not read
     for follower in before[1:] + during:
         assert follower.result(seconds) == (size, truth)
@@ -182,12 +186,12 @@ def test_every_byte_value_reaches_stdout_untouched(service: Service) -> None:
 def test_follow_of_a_job_without_output_ends_with_the_job(service: Service) -> None:
     """Nothing is sent, and the stream ends when the job does; not before, not later."""
     # longer than the intervals at which others have been seen to send empty messages (up to 1 s)
-    job_id = service.start_job("sleep 1.3")
     began = time.monotonic()
+    job_id = service.start_job("sleep 1.3")
     with service.channel() as channel:
         messages, code, *_ = ask(channel, "Logs", pb.LogsRequest(id=job_id).SerializeToString())
     assert (messages, code) == ([], grpc.StatusCode.OK)
-    assert 0.3 < time.monotonic() - began < 20
+    assert 1.3 < time.monotonic() - began < 30
     assert service.job(job_id).HasField("end")
     assert service.pjw("logs", str(job_id)).stdout == b""
 
@@ -284,23 +288,11 @@ def test_output_is_not_kept_in_memory(make_service: Callable[..., Service]) -> N
     assert peak() - before < 64 * MIB
 
 
-class Impatient(Service):
-    """A service that lets go of a reader after one second instead of after 900."""
-
-    def command(self, *extra: str) -> list[str]:
-        """The command line, with one constant changed as soon as the server's modules may be imported."""
-        program = (
-            "import sys\nfrom pjw.server import main, start\noriginal = start.preload_modules\n"
-            "def changed():\n    import pjw.server.writer as writer\n    writer.STALLED_WRITE_SECONDS = 1\n"
-            "    original()\n"
-            "start.preload_modules = changed\nsys.exit(main.main())"
-        )
-        return [sys.executable, "-c", program, *super().command(*extra)[1:]]
-
-
 def test_a_reader_that_is_let_go_of_sees_no_clean_end(tmp_path: Path) -> None:
     """Who reads nothing for too long is cut off with an error, never with an end that looks whole."""
-    service = Impatient(tmp_path, clients=["alice"])
+    service = Service(tmp_path, clients=["alice"])
+    # instead of 900
+    service.change = "import pjw.server.writer as writer; writer.STALLED_WRITE_SECONDS = 1"
     service.start()
     try:
         size = 64 * MIB

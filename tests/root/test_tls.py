@@ -170,7 +170,7 @@ def test_a_certificate_that_expires_ends_its_stream_and_its_connection(
     service: Service, tmp_path: Path
 ) -> None:
     """A stream does not outlive its certificate; nor does a connection that was made before."""
-    end = dt.timedelta(seconds=3)
+    end = dt.timedelta(seconds=6)
     client = issue(authority(service), [(CN, "brief")], end=end).write(tmp_path, "brief")
     with service.stub(client) as stub, service.stub(client) as resumed:
         resumed.List(pb.ListRequest())

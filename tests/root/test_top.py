@@ -11,7 +11,9 @@ from tests.service import BIN, Service, wait_for
 from tests.terminal import Terminal
 
 BUSY = "echo mark; while :; do :; done"
-WRITES = "i=0; while :; do i=$((i+1)); head -c 1000000 /dev/zero > x; sync; echo round $i; sleep 0.2; done"
+# not sync(1): that waits for all that anybody has written
+WRITE = "dd if=/dev/zero of=x bs=1M count=1 oflag=direct 2>/dev/null"
+WRITES = f"i=0; while :; do i=$((i+1)); {WRITE}; echo round $i; sleep 0.2; done"
 
 
 def open_top(service: Service, *arguments: str, client: str = "alice", **env: str) -> Terminal:

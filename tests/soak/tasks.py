@@ -81,7 +81,7 @@ def make(chance: random.Random, token: str) -> Task:
             # it ends by a stop alone
             return Task(token, f"trap 'exit {STOPPED_CODE}' TERM; {wait}", size, reason=pb.END_REASON_STOPPED)
         case "timed":
-            limits = {"time_max_seconds": 1}
+            limits = {"time_max_seconds": 2}
             command = f"echo '{line}'; exec sleep 1000"
             return Task(token, command, len(line) + 1, reason=pb.END_REASON_TIMED_OUT, limits=limits)
         case _:

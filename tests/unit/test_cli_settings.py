@@ -1,11 +1,17 @@
 """Where pjw's settings come from, and what it says when one is missing or odd."""
 
 import argparse
+import os
 from pathlib import Path
 
 import pytest
 
-from pjw.cli.settings import DEFAULT_SERVER, config_path, find_settings
+import pjw
+from pjw.certs import authority
+from pjw.certs.credentials import diagnose_client
+from pjw.certs.files import load_client_credentials
+from pjw.cli.settings import find_settings
+from pjw.client.config import DEFAULT_SERVER, config_path
 from pjw.client.settings import ClientSettings
 from pjw.errors import ConfigError
 
@@ -16,7 +22,7 @@ KEYS = ("server", "ca_crt", "client_crt", "client_key")
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The user's file, which is not there yet; an environment without settings."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    for key in KEYS:
+    for key in (*KEYS, "context"):
         monkeypatch.delenv(f"PJW_{key.upper()}", raising=False)
     (tmp_path / "pjw").mkdir()
     return tmp_path / "pjw" / "config.toml"
@@ -88,3 +94,67 @@ def test_without_a_home_the_file_is_simply_not_there(monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("XDG_CONFIG_HOME")
     monkeypatch.setenv("HOME", "/nonexistent")
     assert find_settings(options(**dict.fromkeys(KEYS, "x"))).server == "x"
+
+
+# --- the library
+
+
+@pytest.fixture
+def certs(tmp_path: Path) -> Path:
+    """Certificates and bundles of two clients."""
+    certs = tmp_path / "certs"
+    authority.init_set(str(certs), ["localhost"], ["alice", "bob"], bundle_server="bundle:1")
+    return certs
+
+
+def made(client: pjw.Client | pjw.AsyncClient) -> ClientSettings:
+    """What a client was made with; it is closed."""
+    if isinstance(client, pjw.Client):
+        client.close()
+    return client._link.settings
+
+
+@pytest.mark.parametrize("kind", [pjw.Client, pjw.AsyncClient])
+async def test_the_library_finds_what_the_command_line_finds(
+    kind: type[pjw.Client | pjw.AsyncClient], config: Path, certs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A context by its name before the environment, and that before the current context."""
+    rest = "".join(
+        f"{key} = {str(certs / name)!r}\n"
+        for key, name in (("ca_crt", "ca.crt"), ("client_crt", "bob.crt"), ("client_key", "bob.key"))
+    )
+    tables = "".join(f'[contexts.{name}]\nserver = "{name}:1"\n{rest}' for name in ("one", "two"))
+    config.write_text(f'current = "one"\n{tables}')
+    assert made(kind.from_context()).server == "one:1"
+    assert made(kind.from_context()).client_crt == str(certs / "bob.crt")
+    monkeypatch.setenv("PJW_CONTEXT", "two")
+    assert made(kind.from_context()).server == "two:1"
+    monkeypatch.setenv("PJW_SERVER", "environment:1")
+    assert made(kind.from_context()).server == "environment:1"
+    assert made(kind.from_context("one")).server == "one:1"
+    with pytest.raises(ConfigError, match="no context 'three'"):
+        kind.from_context("three")
+
+
+def test_what_the_library_misses_is_not_called_an_option() -> None:
+    """A program has none."""
+    with pytest.raises(ConfigError, match="no ca_crt is given") as caught:
+        pjw.Client.from_context()
+    hint = caught.value.hint or ""
+    assert ("PJW_CA_CRT" in hint, "context add" in hint, "--" in hint) == (True, True, False)
+
+
+@pytest.mark.parametrize("kind", [pjw.Client, pjw.AsyncClient])
+async def test_a_bundle_is_a_client(kind: type[pjw.Client | pjw.AsyncClient], certs: Path) -> None:
+    """Its own address, or another; its credentials are those of the files that it was made of."""
+    bundle = str(certs / "alice.pjw")
+    assert made(kind.from_bundle(bundle)).server == "bundle:1"
+    found = made(kind.from_bundle(bundle, server="other:2"))
+    assert found.server == "other:2"
+    read = load_client_credentials(found.ca_crt, found.client_crt, found.client_key)
+    assert read.ca_pem.strip() == (certs / "ca.crt").read_bytes().strip()
+    assert read.crt_pem.count(b"BEGIN CERTIFICATE") == 1
+    assert b"authority" not in read.key_pem
+    assert diagnose_client(found.ca_crt, found.client_crt, found.client_key) is None
+    with pytest.raises(ConfigError, match="cannot read bundle"):
+        kind.from_bundle(os.devnull)

@@ -12,6 +12,8 @@ import pytest
 
 from pjw.errors import InvalidJobError, JobStateError, LauncherGoneError, LimitReachedError, OffsetError
 from pjw.worker.input import Inputs, InputWriter
+from pjw.worker.quota import StoredBytes
+from pjw.worker.settings import Quotas
 
 
 class State:
@@ -37,7 +39,8 @@ def path(tmp_path: Path) -> Iterator[Path]:
 
 def inputs_of(path: Path, bytes_max: int = 0) -> Inputs:
     """As a worker has them, for one job."""
-    return Inputs(State(path), bytes_max)  # type: ignore[arg-type]
+    state: Any = State(path)
+    return Inputs(state, StoredBytes(state, {}, Quotas()), bytes_max)
 
 
 async def never() -> None:
@@ -47,7 +50,7 @@ async def never() -> None:
 
 async def test_what_is_there_is_passed_over(path: Path) -> None:
     """Any overlap, and nothing twice."""
-    async with inputs_of(path).writer(1, never) as writer:
+    async with inputs_of(path).writer(1, "alice", never) as writer:
         await writer.write(0, b"abc")
         await writer.write(1, b"bcd")
         await writer.write(0, b"ab")
@@ -70,7 +73,7 @@ async def test_what_is_refused_changes_nothing(
     path: Path, offset: int, data: bytes, end: bool, error: type[Exception]
 ) -> None:
     """A gap, no place, an end before what is there, and more than may be."""
-    async with inputs_of(path, 4).writer(1, never) as writer:
+    async with inputs_of(path, 4).writer(1, "alice", never) as writer:
         await writer.write(0, b"ab")
         with pytest.raises(error):
             await writer.write(offset, data, end=end)
@@ -78,12 +81,20 @@ async def test_what_is_refused_changes_nothing(
     assert (path.read_bytes(), path.stat().st_mode & 0o777) == (b"abcd", 0o600)
 
 
+async def test_too_much_names_its_key(path: Path) -> None:
+    """Metrics count refusals by the limit."""
+    async with inputs_of(path, 4).writer(1, "alice", never) as writer:
+        with pytest.raises(LimitReachedError) as refused:
+            await writer.write(0, b"abcde")
+    assert refused.value.limit == "input_bytes_max"
+
+
 async def test_an_ended_input_takes_nothing(path: Path) -> None:
     """Also from a writer that comes later."""
     inputs = inputs_of(path)
-    async with inputs.writer(1, never) as writer:
+    async with inputs.writer(1, "alice", never) as writer:
         await writer.write(0, b"ab", end=True)
-    async with inputs.writer(1, never) as writer:
+    async with inputs.writer(1, "alice", never) as writer:
         assert (writer.offset, writer.ended) == (2, True)
         with pytest.raises(JobStateError, match="has ended at byte 2"):
             await writer.write(2, b"c")
@@ -93,13 +104,13 @@ async def test_an_ended_input_takes_nothing(path: Path) -> None:
 async def test_without_a_reader_nothing_is_taken(path: Path) -> None:
     """Nobody would ever see it."""
     inputs = inputs_of(path)
-    async with inputs.writer(1, never) as writer:
+    async with inputs.writer(1, "alice", never) as writer:
         await writer.write(0, b"a")
     with path.open("rb") as reader:
         fcntl.flock(reader, fcntl.LOCK_SH)
     unread = path.with_name("unread")
     unread.write_bytes(b"")
-    async with inputs_of(unread).writer(1, never) as writer:
+    async with inputs_of(unread).writer(1, "alice", never) as writer:
         with pytest.raises(JobStateError, match="does not read its input any more"):
             await writer.write(0, b"a")
     assert unread.read_bytes() == b""
@@ -117,7 +128,7 @@ async def test_the_job_s_end_ends_the_writer(path: Path) -> None:
         raise LauncherGoneError("gone")
 
     async def write(ends: Callable[[], Awaitable[None]]) -> None:
-        async with inputs_of(path).writer(1, ends):
+        async with inputs_of(path).writer(1, "alice", ends):
             begun.set()
             await asyncio.Event().wait()
 
@@ -135,7 +146,7 @@ async def test_many_writers_at_once_are_one(path: Path) -> None:
 
     async def write(number: int) -> None:
         nonlocal most
-        async with inputs.writer(1, never) as writer:
+        async with inputs.writer(1, "alice", never) as writer:
             inside.append(number)
             most = max(most, len(inside))
             try:
@@ -171,7 +182,7 @@ def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event
 
 async def write_abc(inputs: Inputs, opened: list[InputWriter]) -> None:
     """Write three bytes behind what is there, as a writer of its own, which is told of when it is open."""
-    async with inputs.writer(1, never) as writer:
+    async with inputs.writer(1, "alice", never) as writer:
         opened.append(writer)
         await writer.write(writer.offset, b"abc")
 
@@ -228,5 +239,5 @@ async def test_a_write_is_over_also_when_the_next_writer_was_cancelled(
 async def test_a_job_without_a_file_has_ended(tmp_path: Path) -> None:
     """The file goes a moment before the end is told."""
     with pytest.raises(JobStateError, match="job 1 has ended"):
-        async with inputs_of(tmp_path / "none").writer(1, never):
+        async with inputs_of(tmp_path / "none").writer(1, "alice", never):
             pass

@@ -18,7 +18,6 @@ HELLO = Hello(
     1000,
     10,
     NO_LIMITS,
-    io_limited=True,
     waiting_inits=4,
     hidden_paths=("/key",),
     operator_files=("/crt",),

@@ -412,3 +412,28 @@ async def test_many_lists_with_filters_hold_up_who_wants_one_job_no_longer_than_
     assert len(made) <= 2
     await asyncio.gather(*lists)
     assert len(made) == 50
+
+
+async def test_lists_with_filters_take_turns_by_client(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many of one client hold up no other's: it waits for one of each client, whoever came first."""
+    made: list[str | None] = []
+
+    def page(_: object, client_name: str | None, *__: object) -> Page:
+        made.append(client_name)
+        return Page([], None)
+
+    monkeypatch.setattr("pjw.worker.store.read_page", page)
+    wanted = JobFilter(labels={"team": "x"})
+    asked = [*["alice"] * 20, *["bob"] * 3, None]
+    lists = [asyncio.ensure_future(store.page(name, 0, 10, wanted)) for name in asked]
+    # who does not wait takes nobody's turn
+    given_up = [asyncio.ensure_future(store.page("carol", 0, 10, wanted)) for _ in range(3)]
+    await asyncio.sleep(0)
+    for each in given_up:
+        each.cancel()
+    await asyncio.gather(*lists, *given_up, return_exceptions=True)
+    assert made == ["alice", "bob", None, "alice", "bob", "alice", "bob", *["alice"] * 17]
+    # nothing is kept of who has been here, but by the traceback of who gave up
+    assert set(store._filtering_of) <= {"carol"}

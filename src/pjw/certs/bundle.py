@@ -12,13 +12,19 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-from pjw.certs.files import PEM_CERTIFICATE, PEM_ENCRYPTED, PEM_KEYS, ClientCredentials, read_path
+from pjw.certs.files import (
+    BUNDLE_MARK,
+    PEM_CERTIFICATE,
+    PEM_ENCRYPTED,
+    PEM_KEYS,
+    ClientCredentials,
+    read_path,
+)
 from pjw.errors import ConfigError
 
 BUNDLE_SUFFIX: Final = ".pjw"
 
 _HEAD: Final = "pjw bundle: add it with `pjw context add NAME FILE`; it holds a private key\n"
-_AUTHORITY: Final = b"authority:"
 _SERVER: Final = re.compile(rb"^server: ([!-~]+)$", re.MULTILINE)
 # What stands between two blocks is for people.
 _BLOCK: Final = re.compile(rb"^-----BEGIN ([A-Z ]+)-----$.*?^-----END \1-----$", re.MULTILINE | re.DOTALL)
@@ -36,13 +42,14 @@ def bundle_bytes(bundle: Bundle) -> bytes:
     """A bundle as the bytes of its file."""
     credentials = bundle.credentials
     head = f"{_HEAD}server: {bundle.server}\n".encode()
-    return b"".join((head, credentials.key_pem, credentials.crt_pem, _AUTHORITY, b"\n", credentials.ca_pem))
+    own = head + credentials.key_pem + credentials.crt_pem.removesuffix(b"\n")
+    return own + BUNDLE_MARK + b"\n" + credentials.ca_pem
 
 
 def read_bundle(path: str) -> Bundle:
     """The bundle in a file. Raises ConfigError, which names the file and what is wrong with it."""
     data = read_path(path, "bundle").replace(b"\r\n", b"\n")
-    own, mark, authority = data.partition(b"\n" + _AUTHORITY)
+    own, mark, authority = data.partition(BUNDLE_MARK)
     server = _SERVER.search(own)
     if not mark or server is None:
         raise ConfigError(

@@ -22,6 +22,8 @@ PEM_KEYS: Final = (
     b"-----BEGIN EC PRIVATE KEY-----",
     b"-----BEGIN RSA PRIVATE KEY-----",
 )
+# between the client's own part of a bundle and the authority's
+BUNDLE_MARK: Final = b"\nauthority:"
 PEM_ENCRYPTED: Final = (b"-----BEGIN ENCRYPTED PRIVATE KEY-----", b"Proc-Type: 4,ENCRYPTED")
 
 # What is in the file at a path; the second argument is what errors call it.
@@ -76,11 +78,16 @@ class NewFile:
 def load_client_credentials(ca_crt: str, client_crt: str, client_key: str) -> ClientCredentials:
     """Read what a client needs. Raises ConfigError, naming the file.
 
+    Each may be a bundle (`pjw.certs.bundle`): what is taken of it is its part of that.
     Only that: `pjw.certs.credentials.diagnose_client` finds out why a server closes the
     connection, when it does.
     """
+    ca_pem, crt_pem = read_certificates(ca_crt), read_certificates(client_crt)
     return ClientCredentials(
-        ca_pem=read_certificates(ca_crt), crt_pem=read_certificates(client_crt), key_pem=read_key(client_key)
+        # another file has no mark, and is as a whole what it is given for
+        ca_pem=ca_pem.partition(BUNDLE_MARK)[2] or ca_pem,
+        crt_pem=crt_pem.partition(BUNDLE_MARK)[0],
+        key_pem=read_key(client_key).partition(BUNDLE_MARK)[0],
     )
 
 

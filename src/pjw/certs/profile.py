@@ -20,8 +20,8 @@ KEY_NAME_PATTERN: Final = re.compile(f"{KEY_NAME_PREFIX}[0-9a-f]{{{KEY_NAME_HEX_
 NAME_MAX_CHARACTERS: Final = 64
 # ASCII alone: no two names may look alike. No "/" and no leading ".", because a name
 # becomes part of a path; no space and no control character, because it is logged.
-NAME_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+-]{0,63}")
-NAME_RULE: Final = "1 to 64 of A-Z a-z 0-9 . _ @ + -, the first a letter or a digit"
+NAME_PATTERN: Final = re.compile(f"[A-Za-z0-9][A-Za-z0-9._@+-]{{0,{NAME_MAX_CHARACTERS - 1}}}")
+NAME_RULE: Final = f"1 to {NAME_MAX_CHARACTERS} of A-Z a-z 0-9 . _ @ + -, the first a letter or a digit"
 
 RSA_MIN_BITS: Final = 2048
 SIGNATURE_HASHES: Final = frozenset({"sha256", "sha384", "sha512"})

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 from pjw.certs.bundle import read_bundle
 from pjw.certs.files import NewFile, key_exposure, write_new
-from pjw.cli.settings import ConfigFile, config_path, read_config
+from pjw.client.config import ConfigFile, config_path, read_config
 from pjw.errors import ConfigError, describe_errno
 
 if TYPE_CHECKING:

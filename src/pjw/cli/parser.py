@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 from pjw.cli import commands, units
 from pjw.cli.connection import job_name
 from pjw.cli.exits import EXIT_USAGE
-from pjw.cli.settings import DEFAULT_SERVER
 from pjw.cli.subcommands import add_commands
 from pjw.cli.terminal import columns
+from pjw.client.config import DEFAULT_SERVER
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction["Parser"]  # noqa: SLF001  it has no other name

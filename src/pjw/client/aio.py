@@ -3,16 +3,16 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Mapping
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Self, TypeVar
 
-from pjw.client.channel import channel_arguments  # isort: skip  it sets how gRPC is imported
+from pjw.client.channel import Options  # isort: skip  it sets how gRPC is imported
 
 import grpc.aio
 
 from pjw.client import requests
 from pjw.client.async_upload import AsyncUpload
-from pjw.client.retry import RECONNECT_SECONDS, Link, Trouble
-from pjw.client.settings import ClientSettings
+from pjw.client.base import BaseClient
+from pjw.client.retry import Trouble
 from pjw.errors import JobNotFoundError
 from pjw.model import Job, JobSpec, JobState
 from pjw.rpc.status import ADMITTED_KEY
@@ -21,28 +21,12 @@ from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
 T = TypeVar("T")
 
 
-class AsyncClient:
+class AsyncClient(BaseClient):
     """`Client` for asyncio: the same calls, awaited; what streams is an asynchronous generator."""
 
-    def __init__(
-        self,
-        server: str,
-        ca_crt: str,
-        client_crt: str,
-        client_key: str,
-        *,
-        all_clients: bool = False,
-        reconnect_seconds: float = RECONNECT_SECONDS,
-    ) -> None:
-        """Read the files; the network is not touched yet. Raises ConfigError.
-
-        With *all_clients*, jobs that are named or listed may be anybody's, if our role allows it.
-        """
-        settings = ClientSettings(server, ca_crt, client_crt, client_key)
-        self._link: Final = Link(settings, reconnect_seconds)
-        self._all_clients: Final = all_clients
-        self._channel: Final = grpc.aio.secure_channel(*channel_arguments(settings))
-        self._stub: Final[Any] = JobWorkerServiceStub(self._channel)
+    def _connect(self, target: str, credentials: grpc.ChannelCredentials, options: Options) -> None:
+        self._channel = grpc.aio.secure_channel(target, credentials, options)
+        self._stub: Any = JobWorkerServiceStub(self._channel)
 
     async def __aenter__(self) -> Self:
         return self

@@ -3,15 +3,15 @@
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from pjw.client.channel import channel_arguments  # isort: skip  it sets how gRPC is imported
+from pjw.client.channel import Options  # isort: skip  it sets how gRPC is imported
 
 import grpc
 
 from pjw.client import requests
-from pjw.client.retry import RECONNECT_SECONDS, Link, Trouble
-from pjw.client.settings import ClientSettings
+from pjw.client.base import BaseClient
+from pjw.client.retry import Trouble
 from pjw.errors import JobNotFoundError
 from pjw.model import Job, JobSpec, JobState
 from pjw.rpc.status import ADMITTED_KEY
@@ -23,32 +23,16 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Client:
+class Client(BaseClient):
     """A connection to pjwd, with the certificate that says who we are. Use it as a context manager.
 
     A connection that is lost is made again, and the call with it, for *reconnect_seconds*. Raises only
     pjw.errors: ServerUnreachableError when no server answered.
     """
 
-    def __init__(
-        self,
-        server: str,
-        ca_crt: str,
-        client_crt: str,
-        client_key: str,
-        *,
-        all_clients: bool = False,
-        reconnect_seconds: float = RECONNECT_SECONDS,
-    ) -> None:
-        """Read the files; the network is not touched yet. Raises ConfigError.
-
-        With *all_clients*, jobs that are named or listed may be anybody's, if our role allows it.
-        """
-        settings = ClientSettings(server, ca_crt, client_crt, client_key)
-        self._link: Final = Link(settings, reconnect_seconds)
-        self._all_clients: Final = all_clients
-        self._channel: Final = grpc.secure_channel(*channel_arguments(settings))
-        self._stub: Final = JobWorkerServiceStub(self._channel)
+    def _connect(self, target: str, credentials: grpc.ChannelCredentials, options: Options) -> None:
+        self._channel = grpc.secure_channel(target, credentials, options)
+        self._stub = JobWorkerServiceStub(self._channel)
 
     def __enter__(self) -> Self:
         return self

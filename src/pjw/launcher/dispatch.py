@@ -161,18 +161,17 @@ class Launcher:
         self._scratch = Scratch(request.state_dir)
         # Jobs read the host's root and write below the state directory. Without io limits no
         # disk need be there at all (a state directory on tmpfs or an overlay).
+        disks, ready = [], protocol.Ready("", "")
         try:
             disks = disks_under(["/", request.state_dir])
-        except ConfigError:
-            if request.io_limited:
-                raise
-            disks = []
+        except ConfigError as error:
+            ready = protocol.Ready(str(error), error.hint or "")
         self._hierarchy = open_hierarchy(
             instance_name(request.state_dir), io_devices=disks, supervisor_pids=(os.getpid(), os.getppid())
         )
         self._pool = Pool(self._watcher, self._policy, self._hierarchy, self._scratch)
         self._phase = Phase.SERVING
-        return (protocol.Done(),)
+        return (ready,)
 
     def answer_launch(self, seq: int, request: protocol.Launch, descriptors: list[int]) -> "Answer":
         """Take an init that waits, or make one: cgroup, scratch directory, init; then give it its order."""

@@ -30,7 +30,6 @@ class Hello:
     uid_first: int
     uid_count: int
     ceiling: Limits
-    io_limited: bool
     waiting_inits: int
     hidden_paths: tuple[str, ...]
     operator_files: tuple[str, ...]
@@ -128,6 +127,15 @@ class Done:
 
 
 @dataclass(frozen=True, slots=True)
+class Ready:
+    """The launcher serves. `no_disk` is why it can set no limit of disk IO; empty when it can."""
+
+    op: ClassVar = "ready"
+    no_disk: str
+    hint: str
+
+
+@dataclass(frozen=True, slots=True)
 class Launched:
     """The command was executed at `started_ns` (CLOCK_REALTIME). Descriptor: pidfd of the job's init."""
 
@@ -205,13 +213,13 @@ class Refused:
 
 
 Request = Hello | Launch | Adopt | JobIds | Terminate | Kill | Measure | Account | Remove | OpenFile
-Reply = Done | Launched | Adopted | JobIdPage | Measured | Accounted | Opened | Refused
+Reply = Done | Ready | Launched | Adopted | JobIdPage | Measured | Accounted | Opened | Refused
 
 REQUESTS: Final[dict[str, type[Request]]] = {
     c.op: c for c in (Hello, Launch, Adopt, JobIds, Terminate, Kill, Measure, Account, Remove, OpenFile)
 }
 REPLIES: Final[dict[str, type[Reply]]] = {
-    c.op: c for c in (Done, Launched, Adopted, JobIdPage, Measured, Accounted, Opened, Refused)
+    c.op: c for c in (Done, Ready, Launched, Adopted, JobIdPage, Measured, Accounted, Opened, Refused)
 }
 
 

@@ -19,6 +19,7 @@ from socketserver import TCPServer, ThreadingMixIn
 from typing import Final
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
+import grpc
 from cryptography import x509
 from prometheus_client import (
     CollectorRegistry,
@@ -44,7 +45,8 @@ from pjw.errors import (
 )
 from pjw.model import EndReason, JobState
 from pjw.server.address import shown_address
-from pjw.server.audit import CallRecord
+from pjw.server.audit import CANCELLED, CallRecord
+from pjw.server.quota import ClientLimits
 from pjw.server.reload import Reloader
 from pjw.worker import Worker
 from pjw.worker.numbers import ClientNumbers, WorkerNumbers
@@ -62,6 +64,7 @@ LASTING: Final = frozenset({"Logs", "Wait", "WriteInput", "WatchUsage", "HealthW
 # From a cached answer to a stop with a long grace period.
 CALL_BUCKETS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60)
 START_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5, 30)
+INTERNAL: Final = grpc.StatusCode.INTERNAL.name
 _REJECTIONS: Final[dict[type[Exception], str]] = {
     NotAuthenticatedError: "not_authenticated",
     NotAllowedError: "not_allowed",
@@ -69,6 +72,9 @@ _REJECTIONS: Final[dict[type[Exception], str]] = {
     InvalidJobError: "invalid",
     LimitReachedError: "no_resources",
 }
+
+# Below [clients] the burst alone is not a limit of its own: it goes with starts_per_second.
+_LIMITS: Final = [name for name in ClientLimits.__struct_fields__ if name != "starts_burst"]
 
 _Request = socket.socket | tuple[bytes, socket.socket]
 
@@ -112,8 +118,12 @@ class ServerMetrics:
             buckets=START_BUCKETS,
             registry=self.registry,
         )
-        for result in ("started", "refused", "not_executable", "failed"):
+        # What can come is there from the start: who watches a counter sees no increase in one that begins
+        # at 1. Not so for each method with each code, of which there are hundreds.
+        for result in ("started", "refused", "not_executable", "cancelled", "failed"):
             self._starts.labels(result)
+        for reason in (*_LIMITS, *_REJECTIONS.values()):
+            self._rejected.labels(reason)
         ProcessCollector(registry=self.registry)
 
     def call_began(self, record: CallRecord) -> None:
@@ -131,8 +141,8 @@ class ServerMetrics:
         if reason is not None:
             self._rejected.labels(reason).inc()
         if record.method == "Start":
-            self._starts.labels(_result(record.error, reason)).inc()
-            if record.error is None and record.code == "OK":
+            self._starts.labels(_result(record)).inc()
+            if record.code == "OK":
                 self._start_seconds.observe(record.seconds())
 
     @contextmanager
@@ -283,12 +293,13 @@ def _rejection(error: Exception | None) -> str | None:
     return None if error is None else _REJECTIONS.get(type(error))
 
 
-def _result(error: Exception | None, reason: str | None) -> str:
-    if error is None:
-        return "started"
-    if isinstance(error, LaunchError):
+def _result(record: CallRecord) -> str:
+    if record.error is None:
+        return "cancelled" if record.code == CANCELLED else "started"
+    if isinstance(record.error, LaunchError):
         return "not_executable"
-    return "failed" if reason is None else "refused"
+    # the one code of what is our own fault
+    return "failed" if record.code == INTERNAL else "refused"
 
 
 class _Handler(WSGIRequestHandler):

@@ -8,6 +8,8 @@ from contextlib import aclosing
 from typing import Final
 
 import grpc
+from google.protobuf import descriptor_pool, text_format
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_reflection.v1alpha import reflection_pb2 as pb
 from grpc_reflection.v1alpha.reflection import aio
 
@@ -21,6 +23,7 @@ _METHOD: Final = "ServerReflectionInfo"
 
 def reflection_handlers(guard: Guard, services: Sequence[str]) -> list[grpc.GenericRpcHandler]:
     """The handlers of reflection, which lists *services* and itself."""
+    _describe_v1()
     servicer = aio.ReflectionServicer((*services, *NAMES))
 
     async def reflect(
@@ -34,3 +37,10 @@ def reflection_handlers(guard: Guard, services: Sequence[str]) -> list[grpc.Gene
 
     handler = guard.bidi(reflect, pb.ServerReflectionRequest, "Reflect")
     return [grpc.method_handlers_generic_handler(name, {_METHOD: handler}) for name in NAMES]
+
+
+def _describe_v1() -> None:
+    # who walks through all services that are listed asks for this one's file too
+    v1alpha = FileDescriptorProto.FromString(pb.DESCRIPTOR.serialized_pb)
+    v1 = text_format.Parse(str(v1alpha).replace("v1alpha", "v1"), FileDescriptorProto())
+    descriptor_pool.Default().AddSerializedFile(v1.SerializeToString())

@@ -52,8 +52,20 @@ class Reloader:
         self._worker: Final = worker
         self._notifier: Final = notifier
         self._asked: Final = asyncio.Event()
-        # how often each of the three was reloaded, with which result
-        self.counts: Final[Counter[tuple[str, str]]] = Counter()
+        # How often each of the three was reloaded, with which result. All that can come is there from the
+        # start: who watches a counter sees no increase in one that begins at 1.
+        self.counts: Final[Counter[tuple[str, str]]] = Counter(
+            {
+                (what, result): 0
+                for what, path in (
+                    ("certificates", files.server_crt),
+                    ("configuration", files.config),
+                    ("revocation_list", files.revoked),
+                )
+                if path
+                for result in ("ok", "failed")
+            }
+        )
         self.config = config
         self.credentials = credentials
         self._settings = settings

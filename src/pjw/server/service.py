@@ -129,18 +129,16 @@ class JobWorkerService:
             follow=not request.no_follow,
             tail_lines=request.tail_lines if request.HasField("tail_lines") else None,
         )
+        reading = await self._worker.read_logs(request.id, part, caller.owner)
         if part.tail_lines is not None:
-            part = await self._worker.without_tail(request.id, part, caller.owner)
             # at once: the job may be silent, and the connection lost before it says the next word
-            yield pb.LogsResponse(offset=part.offset)
+            yield pb.LogsResponse(offset=reading.offset)
         if request.timestamps:
-            timed = self._worker.timed_logs(request.id, part, caller.owner)
-            async with aclosing(timed):
+            async with aclosing(reading.timed()) as timed:
                 async for data, time in timed:
                     yield timed_logs_response(data, time)
             return
-        messages = self._worker.logs(request.id, part, caller.owner, logs_response_head)
-        async with aclosing(messages):
+        async with aclosing(reading.chunks(logs_response_head)) as messages:
             async for message in messages:
                 yield message
 

@@ -9,7 +9,8 @@ import fcntl
 import os
 import stat
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from typing import Final
 
 from pjw.errors import (
@@ -21,6 +22,7 @@ from pjw.errors import (
     PjwError,
 )
 from pjw.model import Job
+from pjw.worker.quota import StoredBytes
 from pjw.worker.state_dir import StateDir, disk_error
 
 _WHOLE_MODE: Final = 0o400
@@ -29,9 +31,10 @@ _WHOLE_MODE: Final = 0o400
 class Inputs:
     """The inputs of all jobs of a worker, each with at most one writer at a time."""
 
-    def __init__(self, state: StateDir, bytes_max: int) -> None:
+    def __init__(self, state: StateDir, stored: StoredBytes, bytes_max: int) -> None:
         """Take no more than *bytes_max* for a job; 0 is "no limit"."""
         self._state: Final = state
+        self._stored: Final = stored
         self._bytes_max = bytes_max
         self._turns: Final[dict[int, _Turn]] = {}
 
@@ -41,7 +44,7 @@ class Inputs:
 
     @asynccontextmanager
     async def writer(
-        self, job_id: int, job_ended: Callable[[], Awaitable[None]]
+        self, job_id: int, client_name: str, job_ended: Callable[[], Awaitable[None]]
     ) -> AsyncGenerator["InputWriter", None]:
         """Write to the input of a job until that has ended; whoever did so before gets a JobStateError.
 
@@ -52,7 +55,9 @@ class Inputs:
         if turn.latest is not None:
             turn.latest.end(JobStateError(f"somebody else has begun to write to the input of job {job_id}"))
         timeout = asyncio.timeout(None)
-        writer = turn.latest = InputWriter(job_id, timeout, self._bytes_max)
+        writer = turn.latest = InputWriter(
+            job_id, timeout, self._bytes_max, partial(self._stored.taken, client_name)
+        )
         ending = asyncio.ensure_future(_end_with(job_ended, writer, job_id))
         try:
             async with timeout, turn.lock:
@@ -88,13 +93,20 @@ class _Turn:
 class InputWriter:
     """Appends to one input. `offset` is how many bytes there are, `ended` whether that is all."""
 
-    def __init__(self, job_id: int, timeout: asyncio.Timeout, bytes_max: int) -> None:
+    def __init__(
+        self,
+        job_id: int,
+        timeout: asyncio.Timeout,
+        bytes_max: int,
+        taken: Callable[[int], AbstractAsyncContextManager[None]],
+    ) -> None:
         self.offset = 0
         self.ended = False
         self.ended_by: PjwError | None = None
         self._job_id: Final = job_id
         self._timeout: Final = timeout
         self._bytes_max: Final = bytes_max
+        self._taken: Final = taken
         self._descriptor = -1
         self._writing: asyncio.Future[None] | None = None
 
@@ -139,7 +151,7 @@ class InputWriter:
         What is there already is passed over. What was written counts, also when this fails or is cancelled.
         Raises OffsetError for a gap; InvalidJobError for an end before what is there; JobStateError when the
         input has ended, or the command does not read it any more; LimitReachedError when it would be too
-        long, or the disk is full.
+        long, its client has stored what it may, or the disk is full.
         """
         behind = offset + len(data)
         if offset < 0:
@@ -161,11 +173,17 @@ class InputWriter:
                 f"the input of job {self._job_id} is longer than {self._bytes_max} bytes,"
                 " and no more is taken on this server",
                 hint="the operator sets clients.input_bytes_max",
+                limit="input_bytes_max",
             )
-        # In a thread: a disk may take its time. It goes on when we are cancelled, and `close` waits for it.
+        # It goes on when we are cancelled, and `close` waits for it.
         rest = memoryview(data)[self.offset - offset :]
-        self._writing = asyncio.ensure_future(asyncio.to_thread(self._append, rest, end=end))
+        self._writing = asyncio.ensure_future(self._take_and_append(rest, end=end))
         await asyncio.shield(self._writing)
+
+    async def _take_and_append(self, data: memoryview, *, end: bool) -> None:
+        async with self._taken(len(data)):
+            # in a thread: a disk may take its time
+            await asyncio.to_thread(self._append, data, end=end)
 
     def _append(self, data: memoryview, *, end: bool) -> None:
         try:

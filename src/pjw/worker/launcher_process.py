@@ -8,6 +8,7 @@ from typing import Final
 
 from pjw.errors import ConfigError, KernelError, ProtocolError
 from pjw.launcher import protocol
+from pjw.model import Limits
 from pjw.worker.settings import WorkerSettings
 
 _REQUESTS_FD: Final = 3
@@ -21,6 +22,7 @@ class LauncherProcess:
 
     requests: socket.socket
     pidfd: int
+    ready: protocol.Ready
 
 
 def require_root() -> None:
@@ -56,23 +58,29 @@ def start_launcher(
             ],
         )
     try:
-        _greet(ours, state_dir, settings, operator_files)
+        ready = _greet(ours, state_dir, settings, operator_files)
+        check_limits(ready, settings.default_limits)
     except BaseException:
         ours.close()
         os.waitpid(pid, 0)  # it ends when we hang up
         raise
-    return LauncherProcess(ours, os.pidfd_open(pid))
+    return LauncherProcess(ours, os.pidfd_open(pid), ready)
+
+
+def check_limits(ready: protocol.Ready, limits: Limits) -> None:
+    """Raises ConfigError for limits of disk IO when the launcher has found no disk to set them on."""
+    if ready.no_disk and any(value for name, value in limits.items() if name.startswith("io_")):
+        raise ConfigError(ready.no_disk, hint=ready.hint)
 
 
 def _greet(
     requests: socket.socket, state_dir: str, settings: WorkerSettings, operator_files: tuple[str, ...]
-) -> None:
+) -> protocol.Ready:
     hello = protocol.Hello(
         state_dir=state_dir,
         uid_first=settings.uid_first,
         uid_count=settings.uid_count,
         ceiling=settings.ceiling,
-        io_limited=any(value for name, value in settings.default_limits.items() if name.startswith("io_")),
         waiting_inits=settings.waiting_inits,
         hidden_paths=settings.hidden_paths,
         operator_files=operator_files,
@@ -87,8 +95,8 @@ def _greet(
         raise ProtocolError("the launcher ended before it was ready")
     _, reply = protocol.decode_reply(data)
     match reply:
-        case protocol.Done():
-            return
+        case protocol.Ready():
+            return reply
         case protocol.Refused(kind="kernel"):
             raise KernelError(reply.operation, reply.subject, reply.errno, hint=reply.hint or None)
         case protocol.Refused():

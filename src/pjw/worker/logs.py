@@ -1,13 +1,17 @@
 """What is read of a job's output: which stream, from where on, and what is missing at its end."""
 
 import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Final
 
 from pjw.errors import InvalidJobError, JobStateError, OutputLostError
 from pjw.model import Job
-from pjw.output import Inotify, OutputLog, start_of_tail
+from pjw.output import Head, Inotify, OutputLog, follow, follow_with_times, no_head, start_of_tail
 from pjw.worker.job import LiveJob
+from pjw.worker.rows import from_ns
 from pjw.worker.state_dir import StateDir
 
 
@@ -40,11 +44,48 @@ class Output:
     log: OutputLog
     lost: OutputLostError | None = None
 
-    async def begin(self, part: Part, turns: asyncio.Lock) -> int:
-        """The offset at which a part of it begins; *turns* are of all who ask that."""
-        if part.tail_lines is None:
-            return part.offset
-        return await start_of_tail(self.log, part.tail_lines, part.offset, turns)
+    async def reading(self, part: Part, turns: asyncio.Lock) -> "Reading":
+        """A part of it, whose beginning is known; *turns* are of all who look for theirs."""
+        offset = part.offset
+        if part.tail_lines is not None:
+            offset = await start_of_tail(self.log, part.tail_lines, offset, turns)
+        return Reading(self, offset, follow=part.follow)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A part of a job's output, from the byte `offset` on; it is opened when it is read.
+
+    Both ways to read raise OffsetError for an offset beyond what is there, and OutputLostError, at the end of
+    what is there, when the host went down before the disk had all of it.
+    """
+
+    output: Output
+    offset: int
+    follow: bool
+
+    async def chunks(self, head: Head = no_head) -> AsyncGenerator[bytes, None]:
+        """Its bytes, as they come. *head* makes what each chunk begins with from how many bytes it has."""
+        # aclosing: a generator that is left to the garbage collector would keep its watch
+        async with aclosing(
+            follow(self.output.log, self.offset, head, present_only=not self.follow)
+        ) as chunks:
+            async for chunk in chunks:
+                yield chunk
+        self._check_whole()
+
+    async def timed(self) -> AsyncGenerator[tuple[bytes, datetime | None], None]:
+        """The same, with the time at which the job wrote each piece; None where that is not known."""
+        async with aclosing(
+            follow_with_times(self.output.log, self.offset, present_only=not self.follow)
+        ) as pieces:
+            async for data, ns in pieces:
+                yield data, None if ns is None else from_ns(ns)
+        self._check_whole()
+
+    def _check_whole(self) -> None:
+        if self.output.lost:
+            raise self.output.lost
 
 
 def live_job(state: StateDir, inotify: Inotify, job: Job) -> LiveJob:

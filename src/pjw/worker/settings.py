@@ -34,7 +34,7 @@ class Quotas:
     """What clients may have at once; at it, a start is refused. 0 is "no limit" in every field.
 
     Each but the last has a total for all clients. Stored bytes are the output of all jobs, ended or not, and
-    the input of those that have not, as it is when one is to be started or takes input.
+    the input of those that have not. Input is not taken beyond them; output is not held back.
     `input_bytes_max` is for one job, of which more input is not taken.
     """
 

@@ -14,8 +14,7 @@ from pjw.worker.endings import Endings
 from pjw.worker.job import LiveJob
 from pjw.worker.launcher_client import LauncherClient
 from pjw.worker.logs import live_job
-from pjw.worker.quota import RunningJobs, check_stored_bytes
-from pjw.worker.settings import Quotas
+from pjw.worker.quota import RunningJobs, StoredBytes
 from pjw.worker.state_dir import StateDir
 from pjw.worker.users import Users
 
@@ -36,6 +35,7 @@ class Starts:
         inotify: Inotify,
         live: dict[int, LiveJob],
         running: RunningJobs,
+        stored: StoredBytes,
         endings: Endings,
         users: Users,
         background: Background,
@@ -45,6 +45,7 @@ class Starts:
         self._inotify: Final = inotify
         self._live: Final = live
         self._running: Final = running
+        self._stored: Final = stored
         self._endings: Final = endings
         self._users: Final = users
         self._background: Final = background
@@ -55,14 +56,14 @@ class Starts:
         """Wait until none is under way."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def start(self, spec: JobSpec, client_name: str, limits: Limits, quotas: Quotas) -> Job:
+    async def start(self, spec: JobSpec, client_name: str, limits: Limits) -> Job:
         """Start a job, as `Worker.start` says, with all of its limits."""
         if self._launcher.gone.is_set():
             raise LauncherGoneError("the launcher has gone; running jobs go on")
         request = (client_name, spec.request_id) if spec.request_id else None
         task = self._requests.get(request) if request is not None else None
         if task is None:
-            task = self._begin(spec, client_name, limits, quotas, request)
+            task = self._begin(spec, client_name, limits, request)
         # Shielded from its first step on: the table has a thread of its own, so a row may be
         # written although whoever asked for it was cancelled.
         try:
@@ -73,9 +74,9 @@ class Starts:
             raise
 
     def _begin(
-        self, spec: JobSpec, client_name: str, limits: Limits, quotas: Quotas, request: _Request | None
+        self, spec: JobSpec, client_name: str, limits: Limits, request: _Request | None
     ) -> asyncio.Task[Job]:
-        task = asyncio.ensure_future(self._start_once(spec, client_name, limits, quotas))
+        task = asyncio.ensure_future(self._start_once(spec, client_name, limits))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         if request is not None:
@@ -89,13 +90,13 @@ class Starts:
         if not task.cancelled():
             task.exception()
 
-    async def _start_once(self, spec: JobSpec, client_name: str, limits: Limits, quotas: Quotas) -> Job:
+    async def _start_once(self, spec: JobSpec, client_name: str, limits: Limits) -> Job:
         if spec.request_id:
             job_id = await self._state.store.of_request(client_name, spec.request_id)
             if job_id is not None:
                 return await self._started(job_id)
         self._running.take(client_name)
-        return await self._add_and_launch(spec, client_name, limits, quotas)
+        return await self._add_and_launch(spec, client_name, limits)
 
     async def _started(self, job_id: int) -> Job:
         live = self._live.get(job_id)
@@ -104,9 +105,9 @@ class Starts:
             raise JobNotFoundError(job_id)
         return job
 
-    async def _add_and_launch(self, spec: JobSpec, client_name: str, limits: Limits, quotas: Quotas) -> Job:
+    async def _add_and_launch(self, spec: JobSpec, client_name: str, limits: Limits) -> Job:
         try:
-            await check_stored_bytes(quotas, self._state, self._live.values(), client_name)
+            await self._stored.check(client_name)
             uid = await self._users.of(client_name)
             job = await self._state.store.add(client_name, spec, limits)
         except BaseException:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Final, ParamSpec, TypeVar
+from weakref import WeakValueDictionary
 
 from pjw.errors import ConfigError, KernelError, LimitReachedError, NameTakenError
 from pjw.model import Job, JobSpec, JobState, Limits
@@ -52,6 +53,8 @@ class JobStore:
         self._path: Final = path
         self._thread: Final = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pjw-store")
         self._filtering: Final = asyncio.Lock()
+        # those of the clients that wait for it, by name; None is who asks for the jobs of all
+        self._filtering_of: Final[WeakValueDictionary[str | None, asyncio.Lock]] = WeakValueDictionary()
         self._db: Final = self._guarded(self._open)
         try:
             self._wal: Final = WalSync(path)
@@ -221,8 +224,9 @@ class JobStore:
         """The next jobs behind id *after*, of one client or of all: *count*, or fewer."""
         if wanted == ALL_JOBS:
             return await self._run(read_page, self._db, client_name, after, count, wanted, newest_first)
-        # One after the other, or whoever wants a single row would wait for all that one client asks at once.
-        async with self._filtering:
+        # One after the other, or whoever wants a single row would wait for all that one client asks at once;
+        # and of each client one waits for its turn, or another's would wait for all of them.
+        async with self._filtering_of.setdefault(client_name, asyncio.Lock()), self._filtering:
             return await self._run(read_page, self._db, client_name, after, count, wanted, newest_first)
 
     async def alive(self) -> list[Job]:

@@ -79,10 +79,15 @@ class UsageSampler:
         batch: list[int] = []
         while self._due and self._due[0][0] <= now and len(batch) < MAX_MEASURED:
             _, job_id, began = heapq.heappop(self._due)
-            if job_id in self._live:
+            if self._runs(job_id):
                 batch.append(job_id)
                 self._push(job_id, began, now)
         return batch
+
+    def _runs(self, job_id: int) -> bool:
+        # one that has ended is live until its row is on the disk
+        live = self._live.get(job_id)
+        return live is not None and not live.job.state.final
 
     async def _until_due(self) -> None:
         self._earlier.clear()
@@ -105,7 +110,7 @@ class UsageSampler:
             # Looked at now, since the disk may have let us wait: of one that has ended nothing is written,
             # for it may be removed.
             live = self._live.get(job_id)
-            if live is not None and live.sample is not None:
+            if live is not None and not live.job.state.final and live.sample is not None:
                 self._state.append_usage(job_id, live.sample)
 
     async def _measure(self, job_ids: Sequence[int]) -> None:

@@ -5,8 +5,6 @@ import logging
 import os
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import replace
-from datetime import datetime
 from signal import SIGKILL, SIGTERM
 from typing import Final, Self
 
@@ -18,20 +16,19 @@ from pjw.errors import (
     PjwError,
 )
 from pjw.model import Job, JobSpec, UsageSample
-from pjw.output import Head, Inotify, follow, follow_with_times, no_head
+from pjw.output import Inotify
 from pjw.worker.adoption import adopt
 from pjw.worker.background import Background
 from pjw.worker.endings import Endings
 from pjw.worker.input import Inputs, InputWriter, ended_error, require_input
 from pjw.worker.job import LiveJob
 from pjw.worker.launcher_client import LauncherClient
-from pjw.worker.launcher_process import LauncherProcess, require_root, start_launcher
-from pjw.worker.logs import ALL_OUTPUT, Output, Part, check_stream, output_of_ended
+from pjw.worker.launcher_process import LauncherProcess, check_limits, require_root, start_launcher
+from pjw.worker.logs import ALL_OUTPUT, Output, Part, Reading, check_stream, output_of_ended
 from pjw.worker.numbers import WorkerNumbers, count_all
 from pjw.worker.pages import ALL_JOBS, JobFilter, Page
-from pjw.worker.quota import RunningJobs, check_stored_bytes
+from pjw.worker.quota import RunningJobs, StoredBytes
 from pjw.worker.retention import Pruner
-from pjw.worker.rows import from_ns
 from pjw.worker.settings import WorkerSettings
 from pjw.worker.starts import Starts
 from pjw.worker.state_dir import StateDir
@@ -62,11 +59,13 @@ class Worker:
         """Take over an open state directory and a launcher; `open` does it all."""
         self._state: Final = state
         self._settings = settings
+        self._ready: Final = launcher.ready
         self._launcher: Final = LauncherClient(launcher)
         self._inotify: Final = Inotify()
         self._live: Final[dict[int, LiveJob]] = {}
         self._running: Final = RunningJobs(settings.quotas)
-        self._inputs: Final = Inputs(state, settings.quotas.input_bytes_max)
+        self._stored: Final = StoredBytes(state, self._live, settings.quotas)
+        self._inputs: Final = Inputs(state, self._stored, settings.quotas.input_bytes_max)
         self._tails: Final = asyncio.Lock()
         self._pruner: Final = Pruner(state, settings.retention)
         self._background: Final = Background()
@@ -86,6 +85,7 @@ class Worker:
             self._inotify,
             self._live,
             self._running,
+            self._stored,
             self._endings,
             Users(state.store, settings),
             self._background,
@@ -148,9 +148,14 @@ class Worker:
         return len(self._live)
 
     def reconfigure(self, settings: WorkerSettings) -> None:
-        """Take other default limits, grace period, retention and quotas; the rest the launcher was told."""
+        """Take other default limits, grace period, retention and quotas; the rest the launcher was told.
+
+        Raises ConfigError, and takes nothing, for limits of disk IO where there was no disk at the start.
+        """
+        check_limits(self._ready, settings.default_limits)
         self._settings = settings
         self._running.quotas = settings.quotas
+        self._stored.set_quotas(settings.quotas)
         self._inputs.set_bytes_max(settings.quotas.input_bytes_max)
         self._pruner.keep(settings.retention)
 
@@ -188,7 +193,7 @@ class Worker:
                 f"limit {above} must be at most {getattr(self._settings.ceiling, above)} on this server,"
                 f" not {getattr(limits, above) or 'unlimited'}"
             )
-        return await self._starts.start(spec, client_name, limits, self._settings.quotas)
+        return await self._starts.start(spec, client_name, limits)
 
     # --- stop
 
@@ -254,10 +259,9 @@ class Worker:
         require_input(live.job if live is not None else await self.get(job_id, owner))
         if live is None or live.ended.is_set():
             raise ended_error(job_id)
-        await check_stored_bytes(
-            self._settings.quotas, self._state, self._live.values(), live.job.client_name
-        )
-        async with self._inputs.writer(job_id, lambda: self._wait_for(live.ended)) as writer:
+        client_name = live.job.client_name
+        await self._stored.check(client_name)
+        async with self._inputs.writer(job_id, client_name, lambda: self._wait_for(live.ended)) as writer:
             yield writer
 
     # --- look
@@ -319,41 +323,24 @@ class Worker:
         return await self._sampler.now(owner, fresh_seconds, within_seconds)
 
     async def logs(
-        self, job_id: int, part: Part = ALL_OUTPUT, owner: str | None = None, head: Head = no_head
+        self, job_id: int, part: Part = ALL_OUTPUT, owner: str | None = None
     ) -> AsyncGenerator[bytes, None]:
         """Yield a part of a job's output, as it comes; end when the job has ended.
 
-        *head* makes what each chunk begins with from how many bytes it has.
-
-        Raises JobNotFoundError; JobStateError for a stderr that is not kept apart; OffsetError for an offset
-        beyond what is there; and, at the end of what is there, OutputLostError when the host went down before
-        the disk had all of it.
+        Raises what `read_logs` and a Reading raise.
         """
-        output = await self._output(job_id, part, owner)
-        begin = await output.begin(part, self._tails)
-        # aclosing: a generator that is left to the garbage collector would keep its watch
-        async with aclosing(follow(output.log, begin, head, present_only=not part.follow)) as chunks:
+        reading = await self.read_logs(job_id, part, owner)
+        async with aclosing(reading.chunks()) as chunks:
             async for chunk in chunks:
                 yield chunk
-        if output.lost:
-            raise output.lost
 
-    async def without_tail(self, job_id: int, part: Part, owner: str | None = None) -> Part:
-        """A part of a job's output that begins at its offset, where one with `tail_lines` would begin now."""
-        output = await self._output(job_id, part, owner)
-        return replace(part, offset=await output.begin(part, self._tails), tail_lines=None)
+    async def read_logs(self, job_id: int, part: Part = ALL_OUTPUT, owner: str | None = None) -> Reading:
+        """A part of a job's output that is about to be read: where it begins is known.
 
-    async def timed_logs(
-        self, job_id: int, part: Part = ALL_OUTPUT, owner: str | None = None
-    ) -> AsyncGenerator[tuple[bytes, datetime | None], None]:
-        """As `logs`, but with the time at which the job wrote each piece; None where that is not known."""
+        Raises JobNotFoundError, and JobStateError for a stderr that is not kept apart.
+        """
         output = await self._output(job_id, part, owner)
-        begin = await output.begin(part, self._tails)
-        async with aclosing(follow_with_times(output.log, begin, present_only=not part.follow)) as pieces:
-            async for data, ns in pieces:
-                yield data, None if ns is None else from_ns(ns)
-        if output.lost:
-            raise output.lost
+        return await output.reading(part, self._tails)
 
     async def _output(self, job_id: int, part: Part, owner: str | None) -> Output:
         live = await self._launched(job_id, owner)

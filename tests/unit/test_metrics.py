@@ -1,0 +1,64 @@
+"""What a start counts as, by how its call ended."""
+
+import errno
+from typing import cast
+
+import pytest
+
+from pjw.errors import (
+    InvalidJobError,
+    JobNotFoundError,
+    KernelError,
+    LauncherGoneError,
+    LaunchError,
+    LimitReachedError,
+    NameTakenError,
+    NotAllowedError,
+    ProtocolError,
+    WorkdirError,
+)
+from pjw.server.audit import CANCELLED, CallRecord
+from pjw.server.metrics import ServerMetrics
+from pjw.v1 import job_worker_pb2 as pb
+from pjw.worker import Worker
+
+
+def counted(record: CallRecord) -> list[str]:
+    """The results that one start is counted as."""
+    metrics = ServerMetrics(cast("Worker", None))
+    metrics.call_ended(record)
+    [starts] = [family for family in metrics.registry.collect() if family.name == "pjw_starts"]
+    return [sample.labels["result"] for sample in starts.samples if sample.value]
+
+
+@pytest.mark.parametrize(
+    ("error", "result"),
+    [
+        (InvalidJobError("x"), "refused"),
+        (NameTakenError("x"), "refused"),
+        (WorkdirError("/x", errno.ENOENT), "refused"),
+        (LimitReachedError("x", limit="running_max"), "refused"),
+        (LimitReachedError("x"), "refused"),
+        (NotAllowedError("x"), "refused"),
+        (JobNotFoundError(1), "refused"),
+        (LauncherGoneError("x"), "refused"),
+        (LaunchError("/x", errno.ENOENT), "not_executable"),
+        (KernelError("make", "x", errno.EIO), "failed"),
+        (ProtocolError("x"), "failed"),
+        (ZeroDivisionError(), "failed"),
+    ],
+)
+async def test_only_our_own_fault_is_a_failed_start(error: Exception, result: str) -> None:
+    """What a caller asked wrongly, or at the wrong moment, is none."""
+    record = CallRecord("Start", pb.StartRequest(), "ipv4:127.0.0.1:1")
+    with pytest.raises(type(error)), record.ended():
+        raise error
+    assert counted(record) == [result]
+
+
+async def test_who_did_not_wait_has_started_nothing() -> None:
+    """A call that its caller cancelled is neither a start nor a failure."""
+    record = CallRecord("Start", pb.StartRequest(), "ipv4:127.0.0.1:1")
+    assert counted(record) == ["started"]
+    record.code = CANCELLED
+    assert counted(record) == ["cancelled"]
