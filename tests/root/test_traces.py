@@ -3,6 +3,7 @@
 import os
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -211,6 +212,23 @@ def test_a_collector_that_hangs_holds_up_neither_calls_nor_the_end(
         assert service.stop() == 0
         taken.close()
     assert service.log.read_text().count("traces are lost") == 1
+
+
+def test_what_root_alone_may_read(
+    collector: Collector, make_service: Callable[..., Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pjwd that is installed below such a directory, as /root is, serves, with metrics and traces, too."""
+    service = make_service(config=f'{config(collector.port)}[metrics]\nlisten = "127.0.0.1:0"\n')
+    hidden = service.directory / "hidden"
+    hidden.mkdir(0o700)
+    (hidden / "venv").symlink_to(sys.prefix)
+    _, *options = service.command()
+    command = [str(hidden / "venv/bin/python"), "-m", "pjw.server.main", *options]
+    monkeypatch.setattr(service, "command", lambda: command)
+    service.start(env=AT_ONCE)
+    assert f"{hidden}/" in Path(f"/proc/{service.pid}/cmdline").read_text()
+    assert service.ok("logs", service.ok("start", "echo done").strip()) == "done\n"
+    wait_for(lambda: collector.named(METHOD + "Logs"))
 
 
 def run(service: Service, **env: str) -> tuple[int, str]:

@@ -31,7 +31,7 @@ CLOSE_SECONDS: Final = 2.0
 _OUR_FAULT: Final = frozenset(
     {"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"}
 )
-# looked up while root may: what is installed may lie where others may not look
+# looked up when this is imported, while root: what is installed may lie where nobody else may look
 _VERSION: Final = version("pjw")
 _SERVICE: Final = pb.DESCRIPTOR.services_by_name["JobWorkerService"]
 
