@@ -62,6 +62,8 @@ def test_the_output_is_the_jobs_to_the_byte(service: Service) -> None:
         (["--memory", "1K", "true"], 1, "--memory must be at least 2M, or 0 for no limit"),
         (["--env", "1X=y", "true"], 1, "'1X' is no name of an environment variable"),
         (["--env-file", "/nonexistent", "true"], 125, "cannot read --env-file /nonexistent: no such file"),
+        (["--env-file", "/dev/zero", "true"], 125, "cannot read --env-file /dev/zero: it is longer than"),
+        (["--memory", "9999P", "true"], 1, "limit memory_max_bytes must be a whole number from 0 to 2^62"),
     ],
 )
 def test_what_cannot_be_started_has_its_code_and_words(
@@ -72,6 +74,15 @@ def test_what_cannot_be_started_has_its_code_and_words(
     found, said = service.refused("run", *arguments)
     assert (found, words in said) == (code, True), said
     assert service.made() == before
+
+
+def test_a_limit_of_time_may_be_longer_than_anybody_waits(service: Service) -> None:
+    """It is kept as it was asked for."""
+    job_id = service.ok("start", "--timeout", "99999999d", "true").strip()
+    assert json.loads(service.ok("get", job_id))["limits"]["timeMaxSeconds"] == 99_999_999 * 86_400
+    assert service.ok("wait", job_id) == "0\n"
+    code, words = service.refused("logs", "--since", "9999P", job_id)
+    assert (code, "cannot read output from byte" in words) == (1, True)
 
 
 def test_detached_it_prints_the_id_alone(service: Service) -> None:

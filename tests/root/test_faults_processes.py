@@ -3,9 +3,10 @@
 import ctypes
 import os
 import select
+import signal
 import struct
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -58,6 +59,28 @@ def test_the_launcher_stopped(scene: Scene) -> None:
         logs.cancel()
         assert not asked.done()
     assert asked.result().job.id
+    scene.goes_on()
+    scene.others_unharmed()
+    scene.end_known()
+    scene.output_whole()
+    scene.nothing_left()
+
+
+def test_the_launcher_stopped_for_good(scene: Scene) -> None:
+    """SIGSTOP, and SIGKILL of the server, as the watchdog does it: the next launcher ends this one."""
+    pid = scene.service.launcher_pid()
+    launcher = os.pidfd_open(pid)
+    try:
+        signal.pidfd_send_signal(launcher, signal.SIGSTOP)
+        scene.goes_on()
+        scene.kill(scene.service.pid)
+        scene.restart()
+        assert select.select([launcher], [], [], 0)[0]
+        assert f"killed launcher {pid}, which hung" in scene.service.log.read_text()
+    finally:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(launcher, signal.SIGCONT)
+        os.close(launcher)
     scene.goes_on()
     scene.others_unharmed()
     scene.end_known()

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import json
 import os
+import signal
 import socket
 import stat
 import struct
@@ -817,6 +818,23 @@ def test_the_launcher_s_own_files_are_root_s(bench: Bench, peer: Peer) -> None:
         assert (status.st_uid, open_to_others) == (0, False), parent
     for cgroup in bench.cgroups(1):
         assert [path for path in (cgroup, *cgroup.iterdir()) if path.stat().st_uid != 0] == []
+
+
+def test_a_launcher_whose_server_lives_is_not_ended(
+    connect: Callable[..., Peer], peer: Peer, bench: Bench
+) -> None:
+    """However long it does not answer: the next one says who has the state directory, and ends itself."""
+    assert (bench.state / "launcher.lock").read_text() == f"{peer.pid} {os.getpid()}\n"
+    os.kill(peer.pid, signal.SIGSTOP)
+    try:
+        second = connect(greet=False)
+        refused = second.ask(second.hello)
+        who = f"in use by another pjwd (its launcher is process {peer.pid})"
+        assert isinstance(refused, Refused)
+        assert refused.operation == f"the state directory {bench.state} is {who}"
+    finally:
+        os.kill(peer.pid, signal.SIGCONT)
+    assert isinstance(peer.launch(1), Launched)
 
 
 def test_requests_in_mid_launch(bench: Bench, peer: Peer) -> None:

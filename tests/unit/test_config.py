@@ -11,7 +11,7 @@ import pytest
 from pjw.errors import ConfigError
 from pjw.model import Limits
 from pjw.server.authz import Roles
-from pjw.server.config import JobUsers, KeptJobs, Metrics, ServerConfig, load_config
+from pjw.server.config import JobUsers, KeptJobs, Metrics, ServerConfig, Traces, load_config
 from pjw.server.quota import ClientLimits
 from pjw.worker.settings import Quotas, Retention, WorkerSettings
 
@@ -58,6 +58,8 @@ followers_total_max = 4
 listen = "localhost:9464"
 allow_remote = true
 clients_max = 3
+[traces]
+endpoint = "http://[::1]:4317"
 [limits]
 memory_max_bytes = 1_073_741_824
 [ceilings]
@@ -94,6 +96,7 @@ def test_every_key_is_taken(tmp_path: Path) -> None:
     assert (config.server_key, config.state_dir) == ("/c", "/d")
     assert (config.log_level, config.log_format) == ("debug", "json")
     assert config.metrics == Metrics("localhost:9464", True, 3)
+    assert config.traces == Traces("http://[::1]:4317")
     assert config.roles == Roles(frozenset({"alice", "key-0123456789abcdef"}), frozenset({"bob"}))
     assert config.audit_log == "/var/log/pjw/audit.jsonl"
     assert config.clients == ClientLimits(0.5, 1, 2, 3, 4, 6, 7, 8, 9, 10)
@@ -178,7 +181,12 @@ def test_every_key_and_default_is_documented() -> None:
     text = (ROOT / "docs/configuration.md").read_text()
     for field in msgspec.structs.fields(ServerConfig):
         assert re.search(rf"`{field.name}[`.]", text), field.name
-    for table, struct in (("job_users", JobUsers), ("roles", Roles), ("metrics", Metrics)):
+    for table, struct in (
+        ("job_users", JobUsers),
+        ("roles", Roles),
+        ("metrics", Metrics),
+        ("traces", Traces),
+    ):
         for field in msgspec.structs.fields(struct):
             assert f"`{table}.{field.name}`" in text
     for table, counts in (("retention", KeptJobs), ("clients", ClientLimits)):

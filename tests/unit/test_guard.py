@@ -52,6 +52,9 @@ class Context:
     def peer(self) -> str:
         return "ipv4:127.0.0.1:1"
 
+    def invocation_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
+        return ()
+
     async def send_initial_metadata(self, metadata: tuple[tuple[str, str], ...]) -> None:
         self.sending_metadata = True
         if self.on_metadata is not None:

@@ -31,7 +31,7 @@ if [ $# = 0 ]; then
     set -- tests/root tests/vm
     for name in audit bad_input cli cli_run cli_stdin client completion documents faults_network faults_processes \
         faults_resources faults_steps grpc_fuzz identity_scope init_seccomp launcher_fuzz library_document \
-        node_client operator quota reload requests roles tls top; do
+        node_client operator quota reload requests roles tls top traces; do
         set -- "$@" --ignore "tests/root/test_$name.py"
     done
 fi

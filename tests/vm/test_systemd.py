@@ -224,6 +224,14 @@ def test_a_service_that_hangs_is_started_again() -> None:
         assert "Watchdog timeout" in host.journal()
         assert host.processes_of(job_id)[:2] == processes
         assert get(job_id)["state"] == "running"
+        # and so is a launcher that hangs: the next one takes its place
+        server, launcher = host.server_pid(), host.launcher_pid()
+        os.kill(launcher, signal.SIGSTOP)
+        wait_for(lambda: host.server_pid() not in (0, server) and host.shown("ActiveState") == "active", 120)
+        assert f"killed launcher {launcher}, which hung" in host.journal()
+        assert not Path(f"/proc/{launcher}").exists()
+        assert host.processes_of(job_id)[:2] == processes
+        assert get(job_id)["state"] == "running"
     finally:
         drop_in.unlink()
         host.run("systemctl", "daemon-reload")

@@ -232,4 +232,10 @@ def write_all(pieces: Iterator[bytes], descriptor: int) -> None:
     for data in pieces:
         view = memoryview(data)
         while view:
-            view = view[os.write(descriptor, view) :]
+            try:
+                view = view[os.write(descriptor, view) :]
+            except BlockingIOError:
+                # who shares this pipe or terminal with us has set it so for all
+                from select import select
+
+                select((), (descriptor,), ())

@@ -43,4 +43,16 @@ def complain(error: PjwError) -> int:
     print(f"pjw: error: {error}", file=sys.stderr)
     if error.hint:
         print(f"hint: {error.hint}", file=sys.stderr)
+    say_notes(error)
     return exit_code_of(error)
+
+
+def say(words: str) -> None:
+    """Tell what is no error."""
+    print(f"pjw: {words}", file=sys.stderr)
+
+
+def say_notes(error: Exception) -> None:
+    """Tell what has become of the job."""
+    for note in getattr(error, "__notes__", ()):
+        say(note)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import NoReturn
 
-from pjw.cli.exits import EXIT_CLOSED_PIPE, EXIT_FAILED, EXIT_INTERRUPTED, complain
+from pjw.cli.exits import EXIT_CLOSED_PIPE, EXIT_FAILED, EXIT_INTERRUPTED, complain, say_notes
 from pjw.cli.parser import build_parser
 from pjw.errors import ConfigError, PjwError, describe_errno
 
@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         # all other system calls that fail are worded where they are made
         print(f"pjw: error: cannot write to stdout: {describe_errno(error.errno or 0)}", file=sys.stderr)
+        say_notes(error)
         _abandon_stdout()
         return EXIT_FAILED
     return code

@@ -1,6 +1,7 @@
 """`pjw run`: a job as if it ran here; its output, its exit code, and Ctrl-C.
 
 Threads start, follow and stop; the main thread alone decides, by what they and signals put into one queue.
+Nobody else was told the id of the job. So whatever fails here: it is stopped, or it is said that it is not.
 """
 
 import os
@@ -16,8 +17,8 @@ from typing import TYPE_CHECKING, Final
 
 from pjw.cli import stdin
 from pjw.cli.commands import exit_code_of_job, start_job, write_all
-from pjw.cli.exits import EXIT_INTERRUPTED, complain
-from pjw.errors import ConfigError, PjwError
+from pjw.cli.exits import EXIT_INTERRUPTED, complain, say
+from pjw.errors import PjwError, ServerUnreachableError
 from pjw.model import EndReason, Job
 
 if TYPE_CHECKING:
@@ -33,18 +34,35 @@ _STOP, _KILL = 1, 2
 
 
 class _Interrupt:
-    """Somebody typed Ctrl-C, or ended us with SIGTERM."""
+    """Somebody typed Ctrl-C, ended us with SIGTERM, or closed our terminal (SIGHUP)."""
+
+    def __init__(self, signal_number: int) -> None:
+        self.signal_number: Final = signal_number
 
 
 class _Followed:
-    """One output has been written out, to its end."""
+    """One output has been written out: to its end, or as far as that went."""
 
 
 class _Sent:
     """The input has been sent, or is no longer wanted."""
 
 
-Event = Job | _Interrupt | _Followed | _Sent | Exception
+class _Stopped:
+    """A stop has ended the job."""
+
+    def __init__(self, job: Job) -> None:
+        self.job: Final = job
+
+
+class _Unstopped:
+    """A stop was refused."""
+
+    def __init__(self, error: PjwError) -> None:
+        self.error: Final = error
+
+
+Event = Job | _Interrupt | _Followed | _Sent | _Stopped | _Unstopped | Exception
 
 
 def run_attached(client: "Client", arguments: Namespace, stdin: int | None) -> int:
@@ -66,34 +84,36 @@ class _Attached:
         self._events: Final = events
         self._interrupts = 0
         self._job: Job | None = None
+        self._ended: Job | None = None
         self._followed_by = 0
+        self._failure: Exception | None = None
 
     def run(self) -> int:
         """Go by what happens until the job has ended, or we are to leave it."""
         self._in_thread(lambda: start_job(self._client, self._arguments))
         while True:
             match self._events.get():
-                case _Interrupt():
-                    if self._interrupted():
-                        return EXIT_INTERRUPTED
+                case _Interrupt() as interrupt:
+                    if self._interrupted(interrupt.signal_number):
+                        return self._left()
                 case _Followed():
                     self._followed_by -= 1
-                    if not self._followed_by:
+                    if not self._followed_by and self._ended is None:
                         self._in_thread(self._wait)
                 case _Sent():
                     pass
-                case OSError() | ConfigError() as error:
-                    # Whoever read our output has gone, its disk is full, or the input cannot be read. What
-                    # runs here would end by that, and nobody has been told the id of this one.
-                    if self._job is not None:
-                        self._client.stop(self._job.id, grace=self._arguments.grace)
-                    raise error
+                case _Unstopped() as refused:
+                    self._not_stopped(refused.error)
                 case Exception() as error:
-                    raise error
+                    self._failed(error)
                 case Job() as job if self._job is None:
                     self._started(job)
                 case Job() as job:
-                    return _ended(job)
+                    self._ended = job
+                case _Stopped() as stopped:
+                    self._ended = stopped.job
+            if self._ended is not None and not self._followed_by:
+                return self._end(self._ended)
 
     def _started(self, job: Job) -> None:
         self._job = job
@@ -104,6 +124,51 @@ class _Attached:
             self._send(job.id, self._stdin)
         if self._interrupts:
             self._stop(job.id)
+
+    def _failed(self, error: Exception) -> None:
+        """Stop the job: nobody gets all of it any more, and what runs here would end by that too.
+
+        Whoever read our output has gone, its disk is full; the input cannot be read, or is too long; we are
+        not let in any more. Raises the error when there is no job, or nobody who could be asked to stop it.
+        """
+        if self._job is None:
+            raise error
+        if isinstance(error, ServerUnreachableError):
+            self._not_stopped(error)
+        elif self._failure is None:
+            self._failure = error
+            if not self._interrupts:
+                self._interrupts = _STOP
+                # `pjw run … | head` is as usual as it is quiet
+                self._stop(self._job.id, quietly=isinstance(error, BrokenPipeError))
+
+    def _not_stopped(self, error: PjwError) -> None:
+        """Raise what there is no use in waiting after; a refusal alone is told, and the job goes on."""
+        if self._failure is not None:
+            assert self._job is not None
+            self._failure.add_note(f"job {self._job.id} could not be stopped, and may still run: {error}")
+            raise self._failure
+        if isinstance(error, ServerUnreachableError):
+            raise error
+        complain(error)
+
+    def _left(self) -> int:
+        """The exit code of who waits no longer. Raises what there was to wait for."""
+        if self._job is None:
+            say("the job may have started: see pjw list")
+        if self._failure is not None:
+            raise self._failure
+        return EXIT_INTERRUPTED
+
+    def _end(self, job: Job) -> int:
+        """The exit code of an ended job. Raises what has kept us from showing all of it."""
+        if self._failure is not None:
+            if job.reason is EndReason.STOPPED:
+                self._failure.add_note(f"job {job.id} was stopped")
+            raise self._failure
+        if job.reason in _WHY:
+            say(f"job {job.id} was killed: {_WHY[job.reason]}")
+        return exit_code_of_job(job)
 
     def _send(self, job_id: int, descriptor: int) -> None:
         def send() -> _Sent:
@@ -118,36 +183,46 @@ class _Attached:
 
     def _follow(self, job_id: int, descriptor: int, *, stderr: bool) -> None:
         def follow() -> _Followed:
-            write_all(self._client.logs(job_id, stderr=stderr), descriptor)
+            try:
+                write_all(self._client.logs(job_id, stderr=stderr), descriptor)
+            except Exception as error:  # noqa: BLE001  as in every thread
+                self._events.put(error)
             return _Followed()
 
         self._followed_by += 1
         self._in_thread(follow)
 
-    def _interrupted(self) -> bool:
+    def _interrupted(self, signal_number: int) -> bool:
         """Stop the job, or kill it; whether to leave it."""
+        if signal_number == signal.SIGHUP and self._interrupts:
+            # a terminal that closes sends it, and the shell that ends there sends it again
+            return False
         self._interrupts += 1
         if self._interrupts > _KILL:
             return True
         if self._job is not None:
             self._stop(self._job.id)
+        elif self._interrupts == _STOP:
+            _tell("the job is stopped once its start is answered; with another Ctrl-C it is killed then")
+        else:
+            _tell("the job is killed once its start is answered: another Ctrl-C does not wait for that")
         return False
 
-    def _stop(self, job_id: int) -> None:
+    def _stop(self, job_id: int, *, quietly: bool = False) -> None:
         grace = self._arguments.grace if self._interrupts == _STOP else 0
-        if self._interrupts == _STOP:
+        if self._interrupts != _STOP:
+            _tell(f"killing job {job_id}: another Ctrl-C leaves it to itself")
+        elif not quietly:
             after = "its grace period" if grace is None else f"{grace:g} s"
             _tell(f"stopping job {job_id}: SIGKILL after {after}, or with another Ctrl-C")
-        else:
-            _tell(f"killing job {job_id}: another Ctrl-C leaves it to itself")
 
-        def stop() -> None:
+        def stop() -> Event:
             try:
-                self._client.stop(job_id, grace=grace)
+                return _Stopped(self._client.stop(job_id, grace=grace))
             except PjwError as error:
-                complain(error)
+                return _Unstopped(error)
 
-        threading.Thread(target=stop, daemon=True).start()
+        self._in_thread(stop)
 
     def _in_thread(self, work: Callable[[], Event]) -> None:
         def report() -> None:
@@ -160,12 +235,6 @@ class _Attached:
         threading.Thread(target=report, daemon=True).start()
 
 
-def _ended(job: Job) -> int:
-    if job.reason in _WHY:
-        print(f"pjw: job {job.id} was killed: {_WHY[job.reason]}", file=sys.stderr)
-    return exit_code_of_job(job)
-
-
 def _tell(words: str) -> None:
     """A line for a person who has just typed ^C."""
     if sys.stderr is not None and sys.stderr.isatty():
@@ -176,10 +245,11 @@ def _tell(words: str) -> None:
 def _interrupts_into(events: "SimpleQueue[Event]") -> Iterator[None]:
     def interrupt(number: int, frame: FrameType | None) -> None:
         # the one thing that is safe wherever the main thread is at this moment
-        events.put(_Interrupt())
+        events.put(_Interrupt(number))
 
     # one that is ignored stays so: a shell starts what is in its background like that
-    caught = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    caught = [n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN]
     before = {number: signal.signal(number, interrupt) for number in caught}
     try:
         yield

@@ -23,6 +23,8 @@ _LIMITS: Final = {
     "output": ("output_max_bytes",),
     "timeout": ("time_max_seconds",),
 }
+# Far above what a command may be given; a wrong path (/dev/zero) ends here.
+_ENV_FILE_CHARACTERS_MAX: Final = 1024 * 1024
 _BEYOND: Final = r"limit (\w+) must be at (most|least) (\d+)"
 
 
@@ -95,9 +97,14 @@ def _add(found: dict[str, str], entries: Iterable[str]) -> None:
 def _lines(path: str) -> list[str]:
     try:
         with open(path, encoding="utf-8") as file:
-            lines = [line.strip() for line in file]
+            text = file.read(_ENV_FILE_CHARACTERS_MAX + 1)
     except OSError as error:
         raise ConfigError(f"cannot read --env-file {path}: {describe_errno(error.errno or 0)}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"cannot read --env-file {path}: it is not UTF-8") from error
+    if len(text) > _ENV_FILE_CHARACTERS_MAX:
+        raise ConfigError(
+            f"cannot read --env-file {path}: it is longer than {_ENV_FILE_CHARACTERS_MAX} characters"
+        )
+    lines = [line.strip() for line in text.split("\n")]
     return [line for line in lines if line and not line.startswith("#")]

@@ -37,7 +37,10 @@ class Outgoing:
     @property
     def reached(self) -> Reached:
         """How far it has got, and a next step."""
-        return f" after {self.acknowledged} bytes of input", "the job waits for the rest of its input"
+        return (
+            f" after {self.acknowledged} bytes of input",
+            f"job {self.job_id} waits for the rest of its input, or for a stop",
+        )
 
     def give(self, data: bytes) -> None:
         """Take what the source has next."""

@@ -63,6 +63,11 @@ class Call(NamedTuple, Generic[T]):
         """What is known when no answer comes."""
         if self.method == "Start":
             return " before the answer came", "the job may have started: see pjw list"
+        if self.method in ("Wait", "Stop"):
+            return (
+                " before the answer came",
+                f"see pjw get {self.job_id}",
+            )
         return " before the answer came", None
 
 
@@ -164,6 +169,8 @@ class LogsPosition:
         all_clients: bool,
         timestamps: bool = False,
     ) -> None:
+        if not -(2**63) <= offset < 2**63:
+            raise errors.OffsetError(f"cannot read output from byte {offset}: no output is as long")
         self.job_id: Final = job_id
         self.seen = 0
         # where the last lines begin is the server's to say, in its first answer
@@ -200,7 +207,7 @@ class LogsPosition:
         """How far it has got, and what to do when it gets no further."""
         return (
             f" after {self.seen} bytes of output",
-            "the job goes on without it; ask for its logs again later",
+            f"job {self.job_id} goes on without it: pjw logs {self.job_id}",
         )
 
 

@@ -24,7 +24,7 @@ from pjw.launcher.measure import measure
 from pjw.launcher.operator_files import open_operator_file
 from pjw.launcher.policy import Policy, check_job_id, check_signal, instance_name
 from pjw.launcher.pool import Init, Pool
-from pjw.launcher.processes import Watcher, find_init, has_ended, send_signal
+from pjw.launcher.processes import Watcher, collect, find_init, has_ended, send_signal
 from pjw.launcher.scratch import Scratch
 from pjw.launcher.spawn import Cloned, Execed, Failed, read_report, send_order
 from pjw.model import Usage
@@ -219,8 +219,6 @@ class Launcher:
         match read_report(init.report):
             case Cloned(pidfd):
                 init.pidfd = self._inits[init.job_id] = pidfd
-                # The parent of init is this process (CLONE_PARENT), so it must reap it.
-                self._watcher.reap_at_end(pidfd)
             case Execed(started_ns):
                 self._watcher.unwatch(init.report)
                 init.report.close()
@@ -314,7 +312,8 @@ class Launcher:
         cgroup = self._ended_cgroup(job_id)
         pidfd = self._inits.pop(job_id, None)
         if pidfd is not None:
-            self._watcher.collect(pidfd)
+            # our child (CLONE_PARENT), unless it was adopted
+            collect(pidfd)
         if self._scratch.remove_if_empty(job_id):
             return (_remove_cgroup(cgroup),)
 

@@ -3,9 +3,11 @@
 import fcntl
 import os
 import signal
+import sys
 from typing import Final, Never
 
 from pjw.errors import ConfigError, KernelError
+from pjw.launcher.processes import send_signal
 
 # A launcher whose server was killed ends as soon as it sees that; its successor may be
 # started before that.
@@ -15,31 +17,80 @@ WAIT_SECONDS: Final = 5
 def hold_lock(state_dir: str) -> None:
     """Lock the state directory until this process ends. Raises ConfigError when another has it.
 
-    The file lies in a directory that only root may write. Its descriptor stays open, close
-    on exec, so that no job inherits the lock.
+    The file lies in a directory that only root may write, and says which launcher has the lock, and which
+    server that has. Its descriptor stays open, close on exec, so that no job inherits the lock.
     """
     path = os.path.join(state_dir, "launcher.lock")
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         raise KernelError("open", path, error.errno or 0) from error
+    if not _locked(descriptor):
+        launcher, _, server = os.pread(descriptor, 64, 0).decode("ascii", "replace").strip().partition(" ")
+        if not (_end_orphan(descriptor, launcher, server) and _locked(descriptor)):
+            raise ConfigError(
+                f"the state directory {state_dir} is in use by another pjwd"
+                f" (its launcher is process {launcher})",
+                hint="stop that one, or give this one another --state-dir",
+            )
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, b"%d %d\n" % (os.getpid(), os.getppid()), 0)
+
+
+def _locked(descriptor: int) -> bool:
+    """Lock a file, unless another has it for so long."""
     # flock(2) has no deadline of its own; a handler that raises ends the wait
     former = signal.signal(signal.SIGALRM, _on_alarm)
     signal.alarm(WAIT_SECONDS)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     except TimeoutError:
-        holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
-        raise ConfigError(
-            f"the state directory {state_dir} is in use by another pjwd (its launcher is process {holder})",
-            hint="stop that one, or give this one another --state-dir",
-        ) from None
+        return False
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, former)
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
+    return True
 
 
 def _on_alarm(number: int, frame: object) -> Never:
     raise TimeoutError
+
+
+def _end_orphan(descriptor: int, launcher: str, server: str) -> bool:
+    """Kill the launcher that has the lock, if its server is gone: it hangs, or would have ended.
+
+    No job notices (docs/reliability.md).
+    """
+    try:
+        pidfd = os.pidfd_open(int(launcher))
+    except ProcessLookupError:
+        return True
+    except ValueError:
+        # one that has the lock, and has not said so yet
+        return False
+    try:
+        # Looked at behind the pidfd: it is of the process that we read of, or of none.
+        if not server or _parent_of(launcher) == server or not _has_lock(launcher, descriptor):
+            return False
+        send_signal(pidfd, signal.SIGKILL)
+    finally:
+        os.close(pidfd)
+    print(f"pjwd: launcher: killed launcher {launcher}, which hung without its server", file=sys.stderr)
+    return True
+
+
+def _has_lock(pid: str, descriptor: int) -> bool:
+    # as in `1: FLOCK  ADVISORY  WRITE 3641 fe:00:1573 0 EOF`
+    inode = os.fstat(descriptor).st_ino
+    with open("/proc/locks", encoding="ascii") as file:
+        locks = [line.split() for line in file]
+    return any(lock[1] == "FLOCK" and lock[4] == pid and lock[5].endswith(f":{inode}") for lock in locks)
+
+
+def _parent_of(pid: str) -> str:
+    try:
+        with open(f"/proc/{pid}/status", "rb") as file:
+            [parent] = [line.split()[1] for line in file if line.startswith(b"PPid:")]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+    return parent.decode()

@@ -18,7 +18,7 @@ from typing import Final
 from pjw.errors import KernelError, PjwError
 from pjw.launcher.cgroup import Cgroup, Hierarchy
 from pjw.launcher.policy import JOB_ID_MAX, Policy
-from pjw.launcher.processes import Watcher, has_ended, is_ready, wait_for
+from pjw.launcher.processes import Watcher, end, has_ended, is_ready, wait_for
 from pjw.launcher.scratch import Scratch
 from pjw.launcher.spawn import Cloned, read_report, spawn_init
 from pjw.model import Limits
@@ -99,7 +99,6 @@ class Pool:
         match read_report(init.report):
             case Cloned(pidfd):
                 init.pidfd = pidfd
-                self._watcher.reap_at_end(pidfd)
             case _:
                 # It could not be made, or somebody has killed it.
                 self.discard(self._waiting.pop(init.job_id))
@@ -129,7 +128,7 @@ class Pool:
             init.pidfd = self._pidfd_of(init.report)
         init.report.close()
         if init.pidfd >= 0:
-            self._watcher.end(init.pidfd)
+            end(init.pidfd)
         try:
             init.cgroup.remove()
         finally:

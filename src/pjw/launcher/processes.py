@@ -38,10 +38,18 @@ def send_signal(pidfd: int, number: int) -> None:
         signal.pidfd_send_signal(pidfd, number)
 
 
-def reap(pidfd: int) -> None:
-    """Collect an ended child; one that is not ours (adopted) has another who does."""
+def end(pidfd: int) -> None:
+    """Kill a child, collect it, and close its pidfd."""
+    send_signal(pidfd, signal.SIGKILL)
+    wait_for(pidfd)
+    collect(pidfd)
+
+
+def collect(pidfd: int) -> None:
+    """Collect an ended child, and close its pidfd; one that is not ours (adopted) has another who does."""
     with contextlib.suppress(ChildProcessError):
         os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+    os.close(pidfd)
 
 
 def find_init(pids: Callable[[], Collection[int]]) -> int | None:
@@ -88,44 +96,24 @@ class Watcher:
         with contextlib.suppress(KeyError):
             self._selector.unregister(source)
 
-    def reap_at_end(self, pidfd: int) -> None:
-        """Collect a child when it has ended; its pidfd stays open."""
-
-        def on_end() -> None:
-            self.unwatch(pidfd)
-            reap(pidfd)
-
-        self.watch(pidfd, on_end)
-
     def reap_helper(self, pid: int, then: Callable[[], None] = lambda: None) -> None:
         """Collect a child of which there is no pidfd yet, when it has ended, and go on with *then*."""
         # safe against reuse of the pid: a child keeps its pid until we reap it
         pidfd = os.pidfd_open(pid)
 
         def on_end() -> None:
-            self.collect(pidfd)
+            self.unwatch(pidfd)
+            collect(pidfd)
             then()
 
         self.watch(pidfd, on_end)
-
-    def end(self, pidfd: int) -> None:
-        """Kill a child, collect it, and close its pidfd."""
-        send_signal(pidfd, signal.SIGKILL)
-        wait_for(pidfd)
-        self.collect(pidfd)
-
-    def collect(self, pidfd: int) -> None:
-        """Collect a child that has ended, and close its pidfd."""
-        self.unwatch(pidfd)
-        reap(pidfd)
-        os.close(pidfd)
 
     def run_once(self, *, wait: bool) -> bool:
         """Call all who are due; without *wait* only those who are due now. Whether there was one."""
         ready = self._selector.select(None if wait else 0)
         for key, _ in ready:
-            # What one of them does may end the watch of another: a launch that failed reports
-            # that, and its init ends, at the same moment.
+            # What one of them does may end the watch of another: a request takes an init whose report
+            # is due as well.
             if self._selector.get_map().get(key.fd) == key:
                 key.data()
         return bool(ready)

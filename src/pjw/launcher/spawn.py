@@ -20,6 +20,8 @@ from pjw.launcher.protocol import Launch
 
 INIT_PROGRAM: Final = str(Path(__file__).with_name("pjw-init"))
 _REPORT_MAX_BYTES: Final = 256
+# 68 years, the most that init takes: a job with a longer limit has that one
+_TIME_MAX_SECONDS: Final = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,8 @@ def send_order(report: socket.socket, request: Launch, descriptors: Sequence[int
         *("--uid", str(request.uid), "--gid", str(request.uid)),
         # half of the memory, so that a full /tmp is ENOSPC before it is an OOM kill
         *("--tmp-bytes", str(limits.memory_max_bytes // 2)),
-        *("--output-max", str(limits.output_max_bytes), "--time-max", str(limits.time_max_seconds)),
+        *("--output-max", str(limits.output_max_bytes)),
+        *("--time-max", str(min(limits.time_max_seconds, _TIME_MAX_SECONDS))),
         *(("--split-stderr",) if request.split_stderr else ()),
         *(("--input",) if request.input else ()),
     )

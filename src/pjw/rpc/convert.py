@@ -1,6 +1,6 @@
 """Messages to model and back. Nothing here asks or decides."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Final
 
@@ -67,9 +67,9 @@ def job_from_message(message: pb.Job) -> Job:
 
 
 def spec_to_message(spec: JobSpec) -> pb.StartRequest:
-    """A request to start a job."""
+    """A request to start a job. Raises InvalidJobError for limits that no message has room for."""
     request = pb.StartRequest(
-        limits=pb.Limits(**spec.limits) if spec.limits else None,
+        limits=_limits_to_message(spec.limits) if spec.limits else None,
         name=spec.name,
         labels=spec.labels,
         env=spec.env,
@@ -109,6 +109,15 @@ def states_from_message(numbers: "Iterable[pb.JobState.ValueType]") -> frozenset
         return frozenset(_STATES_BACK[number] for number in numbers)
     except KeyError as unknown:
         raise InvalidJobError(f"no state of a job has the number {unknown}") from None
+
+
+def _limits_to_message(limits: Mapping[str, int]) -> pb.Limits:
+    try:
+        return pb.Limits(**limits)
+    except (TypeError, ValueError) as error:
+        # says which, in our words; a server may admit more than this client knows of, so not before
+        Limits().with_overrides(limits)
+        raise InvalidJobError(f"cannot ask for these limits: {error}") from error
 
 
 def limits_from_message(message: pb.Limits) -> dict[str, int]:

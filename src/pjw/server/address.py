@@ -1,10 +1,12 @@
-"""Where pjwd listens: what an address is, whether it can be had, and who could reach it."""
+"""Where pjwd listens and sends: what an address is, whether it can be had, and who could reach it."""
 
 import ipaddress
 import socket
+from importlib.util import find_spec
+from urllib.parse import urlsplit
 
 from pjw.errors import ConfigError
-from pjw.server.config import Metrics
+from pjw.server.config import Metrics, Traces
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -34,6 +36,35 @@ def metrics_address_of(metrics: Metrics) -> tuple[str, int] | None:
             hint="give a loopback address, such as 127.0.0.1:9464, or set metrics.allow_remote = true",
         )
     return host, port
+
+
+def traces_endpoint_of(traces: Traces) -> str | None:
+    """Who takes traces, if anybody. Raises ConfigError, also when what sends them is not installed."""
+    if traces.endpoint is None:
+        return None
+    what = f"traces.endpoint is {traces.endpoint!r}"
+    try:
+        url = urlsplit(traces.endpoint)
+        parse_address(url.netloc)
+    except (ValueError, ConfigError):
+        url = urlsplit("")
+    if url.scheme not in ("http", "https") or url.path.strip("/") or url.query or url.fragment:
+        raise ConfigError(
+            f"{what}, which is no URL for OTLP over gRPC", hint="for example http://127.0.0.1:4317"
+        )
+    if not _is_installed("opentelemetry.exporter.otlp.proto.grpc"):
+        raise ConfigError(
+            f"{what}, but OpenTelemetry is not installed beside pjwd", hint="pip install 'pjw[traces]'"
+        )
+    return traces.endpoint
+
+
+def _is_installed(module: str) -> bool:
+    # looked for, not imported: gRPC may not be yet
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _is_loopback(host: str) -> bool:

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Final, Protocol
@@ -44,7 +44,8 @@ class CallRecord:
     """What is known of a call, from its beginning on."""
 
     __slots__ = (
-        "_all_clients", "_began", "_job_id", "_peer", "_time", "bytes", "code", "error", "identity", "method",
+        "_all_clients", "_began", "_peer", "_time", "bytes", "code", "error", "identity", "job_id",
+        "metadata", "method",
     )  # fmt: skip
 
     def __init__(self, method: str, request: Message | None, peer: str) -> None:
@@ -52,23 +53,25 @@ class CallRecord:
         self.code = "OK"
         self.error: Exception | None = None
         self.bytes = 0
+        # what the call came with, for who asks
+        self.metadata: Callable[[], Iterable[tuple[str, str | bytes]] | None] = tuple
         self.method: Final = method
         self._time: Final = datetime.now(UTC)
         self._began: Final = time.monotonic()
         self._peer: Final = unquote(peer)  # gRPC escapes the brackets of an IPv6 address
-        self._job_id: int | None = getattr(request, "id", None)
+        self.job_id: int | None = getattr(request, "id", None)
         self._all_clients: Final[bool] = getattr(request, "all_clients", False)
 
     def asked(self, request: Message | None) -> None:
         """Note what one of a stream of requests adds: the id of the job in the first, the bytes of input."""
         if isinstance(request, pb.WriteInputRequest):
-            self._job_id = request.id if self._job_id is None else self._job_id
+            self.job_id = request.id if self.job_id is None else self.job_id
             self.bytes += len(request.data)
 
     def answered(self, answer: Message | bytes) -> None:
         """Note what an answer adds: the id of a new job, the bytes of output."""
         if isinstance(answer, pb.StartResponse):
-            self._job_id = answer.job.id
+            self.job_id = answer.job.id
         elif isinstance(answer, bytes):
             self.bytes += logs_response_bytes(answer)
         elif isinstance(answer, pb.LogsResponse):
@@ -99,7 +102,7 @@ class CallRecord:
             "client": who.client_name if who else None,
             "serial": _serial(who.serial) if who else None,
             "method": self.method,
-            "job_id": self._job_id,
+            "job_id": self.job_id,
             "all_clients": self._all_clients,
             "code": self.code,
             "peer": self._peer,

@@ -17,7 +17,13 @@ from pjw.certs.credentials import load_server_credentials
 from pjw.certs.files import key_exposure
 from pjw.certs.revocation import load_revocation_list
 from pjw.errors import ConfigError, PjwError, describe_errno
-from pjw.server.address import fault_of_address, metrics_address_of, parse_address, shown_address
+from pjw.server.address import (
+    fault_of_address,
+    metrics_address_of,
+    parse_address,
+    shown_address,
+    traces_endpoint_of,
+)
 from pjw.server.config import ServerConfig, load_config
 from pjw.server.start import hidden_paths, server_files, server_uid
 
@@ -53,6 +59,8 @@ def configuration_findings(path: str | None, options: Mapping[str, object]) -> I
         )
     if config.audit_log is not None:
         yield _audit_log(config.audit_log)
+    if config.traces.endpoint is not None:
+        yield from _attempt(lambda: f"traces to {traces_endpoint_of(config.traces)}")
     yield _disk_space(config.state_dir)
     yield from _ports(config)
 

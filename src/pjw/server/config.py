@@ -70,6 +70,15 @@ class Metrics(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ] = 20
 
 
+class Traces(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is told to an OpenTelemetry collector: docs/monitoring.md."""
+
+    endpoint: Annotated[
+        _Address | None,
+        Meta(description="the URL of who takes spans by OTLP over gRPC, for example http://127.0.0.1:4317"),
+    ] = None
+
+
 class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a configuration file may hold."""
 
@@ -111,6 +120,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     roles: Roles = Roles()
     clients: ClientLimits = ClientLimits()
     metrics: Metrics = Metrics()
+    traces: Traces = Traces()
     limits: Annotated[
         dict[str, int], Meta(description="what a job gets when its client asks for nothing")
     ] = {}

@@ -204,6 +204,7 @@ class Guard:
             yield record
             return
         record.identity = presented(context, self._client_name_oid)
+        record.metadata = context.invocation_metadata
         for each in self._observers:
             each.call_began(record)
         try:

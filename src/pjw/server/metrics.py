@@ -51,6 +51,8 @@ from pjw.server.reload import Reloader
 from pjw.worker import Worker
 from pjw.worker.numbers import ClientNumbers, WorkerNumbers
 
+# looked up when this is imported, while root: what is installed may lie where nobody else may look
+_VERSION: Final = version("pjw")
 SCRAPES_MAX: Final = 8
 SCRAPE_SECONDS: Final = 10
 # To ask, to wait for the answer and to read it.
@@ -185,10 +187,9 @@ class _State(Collector):
     def __init__(self, metrics: ServerMetrics, reloader: Reloader) -> None:
         self._metrics: Final = metrics
         self._reloader: Final = reloader
-        self._version: Final = version("pjw")
 
     def collect(self) -> Iterator[Metric]:
-        yield InfoMetricFamily("pjw", "The version of pjwd.", {"version": self._version})
+        yield InfoMetricFamily("pjw", "The version of pjwd.", {"version": _VERSION})
         yield from self._operator()
         try:
             numbers, under_way, streamed = self._metrics.numbers()

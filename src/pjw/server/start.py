@@ -21,7 +21,7 @@ from pjw.certs.files import ServerFiles, key_exposure
 from pjw.certs.revocation import NOBODY_REVOKED, load_revocation_list
 from pjw.certs.tls import require_tls13_environment
 from pjw.errors import ConfigError, PjwError, describe_errno
-from pjw.server.address import metrics_address_of, parse_address
+from pjw.server.address import metrics_address_of, parse_address, traces_endpoint_of
 from pjw.server.config import ServerConfig, load_config
 from pjw.server.logs import set_up_logging
 from pjw.worker.launcher_process import require_root, start_launcher
@@ -59,6 +59,7 @@ def serve(path: str | None, options: Mapping[str, object]) -> int:
 def _serve(config: ServerConfig, path: str | None, options: Mapping[str, object]) -> int:
     host, port = parse_address(config.listen)
     metrics_address = metrics_address_of(config.metrics)
+    traces_endpoint = traces_endpoint_of(config.traces)
     files = server_files(config, path)
     credentials = load_server_credentials(files.ca_crt, files.server_crt, files.server_key)
     if exposure := key_exposure(files.server_key, os.stat(files.server_key)):
@@ -82,6 +83,10 @@ def _serve(config: ServerConfig, path: str | None, options: Mapping[str, object]
     preload_modules()
     if metrics_address is not None:
         import_module("pjw.server.metrics")
+    if traces_endpoint is not None:
+        # the second is what gRPC imports for its first channel
+        for name in ("pjw.server.traces", "grpc._channel"):
+            import_module(name)
     drop_privilege(uid)
     serving = Serving(
         host, port, metrics_address, files, credentials, revoked, config, options, settings, audit

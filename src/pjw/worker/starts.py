@@ -152,16 +152,19 @@ class Starts:
             descriptors.append(_command_file(spec))
             descriptors.extend(self._state.create_job(job))
             request = Launch(job.id, uid, job.limits, job.split_stderr, job.input)
-            launch = asyncio.ensure_future(self._launcher.request_launch(request, spec, descriptors))
-            done, _ = await asyncio.wait({launch}, timeout=LAUNCH_SECONDS)
-            if not done:
-                # Stuck in the kernel, for example in the exec of a file on a dead NFS server. With
-                # its init killed the launcher answers that the launch failed.
-                await self._launcher.request_kill(job.id, init_too=True)
-            return await launch
+            stuck = asyncio.get_running_loop().call_later(LAUNCH_SECONDS, self._end_stuck, job.id)
+            try:
+                return await self._launcher.request_launch(request, spec, descriptors)
+            finally:
+                stuck.cancel()
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
+
+    def _end_stuck(self, job_id: int) -> None:
+        # Stuck in the kernel, for example in the exec of a file on a dead NFS server. With its init
+        # killed the launcher answers that the launch failed.
+        self._background.spawn(self._launcher.request_kill(job_id, init_too=True))
 
     def _undo(self, launch: asyncio.Future[Job]) -> None:
         if not launch.cancelled() and launch.exception() is None:
