@@ -11,6 +11,7 @@ from typing import Final
 from pjw.v1 import job_worker_pb2 as pb
 from tests.service import BIN, Running, Service, wait_for
 from tests.terminal import Terminal
+from tests.worker_harness import ASK
 
 STUBBORN: Final = "trap '' TERM; echo ready; while :; do sleep 0.1; done"
 # pjw, but for how long it waits for a server that went away
@@ -141,13 +142,14 @@ def test_ctrl_c_ends_the_wait_for_a_job_that_is_stopped_for_an_error(service: Se
 
 def test_a_terminal_that_is_closed_ends_the_job(service: Service) -> None:
     """As it would end what runs there; its shell's second SIGHUP is no order to kill."""
-    command = "trap 'sleep 0.5; exit 6' TERM; echo ready; while :; do sleep 0.1; done"
-    with service.popen("run", command) as run:
+    command = ASK + "trap 'read x <&3; exit 6' TERM; echo ready; sleep 300 & wait"
+    with service.popen("run", "--grace", "60", command) as run:
         assert run.stdout is not None and run.stderr is not None
         assert run.stdout.readline() == b"ready\n"
         run.send_signal(signal.SIGHUP)
-        stopping(service)
+        job = stopping(service)
         run.send_signal(signal.SIGHUP)
+        service.tell(job)
         assert (run.wait(30), run.stderr.read()) == (6, b"")
 
 

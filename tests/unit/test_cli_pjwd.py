@@ -1,6 +1,8 @@
 """pjwd without root: help, addresses, and the certificates it makes."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,28 @@ def test_certs_refuses_a_name_that_no_client_can_have(
     said = refused(capsys, "certs", "client", certs, name)
     assert said.startswith("pjwd: error: ")
     assert sorted(os.listdir(certs)) == before
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["config", "show"]])
+def test_what_cannot_be_printed_is_said_in_words(arguments: list[str]) -> None:
+    """A full disk under stdout is an error, and a reader who has gone is none."""
+    program = [sys.executable, "-c", "import sys; from pjw.server.main import main; sys.exit(main())"]
+    # without a buffer argparse would pass over what it cannot write
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    reader, writer = os.pipe()
+    os.close(reader)
+    full = os.open("/dev/full", os.O_WRONLY)
+    no_space = b"pjwd: error: cannot write to stdout: no space left on device (ENOSPC)\n"
+    for stdout, code, words in ((full, 1, no_space), (writer, 141, b"")):
+        done = subprocess.run(
+            [*program, *arguments],
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            env=environment,
+            check=False,
+        )
+        os.close(stdout)
+        assert (done.returncode, done.stderr) == (code, words)
 
 
 def test_help_tells_the_commands_and_options(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,8 +19,6 @@ EXIT_FAILED: Final = 125
 EXIT_NOT_EXECUTABLE: Final = 126
 EXIT_NOT_FOUND: Final = 127
 EXIT_INTERRUPTED: Final = 130
-# 128 + SIGPIPE, as of a program that the signal ended: the reader has gone, and wants no more.
-EXIT_CLOSED_PIPE: Final = 141
 # what a shell adds to the number of the signal that ended a program
 SIGNALLED: Final = 128
 

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import NoReturn
 
-from pjw.cli.exits import EXIT_CLOSED_PIPE, EXIT_FAILED, EXIT_INTERRUPTED, complain, say_notes
+from pjw.cli.exits import EXIT_INTERRUPTED, complain
 from pjw.cli.parser import build_parser
-from pjw.errors import ConfigError, PjwError, describe_errno
+from pjw.errors import ConfigError, PjwError
+from pjw.stdout import EXIT_CLOSED_PIPE, ReaderGoneError, checked_stdout
 
 
 def run() -> NoReturn:
@@ -30,33 +31,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sys.stderr is None:
         # or print() would take stdout in its place, and a number of 2 would be that of a connection
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
+    try:
+        with checked_stdout():
+            return _run(argv)
+    except PjwError as error:
+        return complain(error)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except ReaderGoneError:
+        return EXIT_CLOSED_PIPE
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser = build_parser()
     if "_ARGCOMPLETE" in os.environ:
         from pjw.cli.completion import complete
 
         complete(parser)
+    _prepare_stdout()
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if arguments.all and getattr(arguments, "starts", False):
         parser.error("--all is for jobs that are there; a job that you start is yours")
-    try:
-        _prepare_stdout()
-        code: int = arguments.run(arguments)
-        sys.stdout.flush()
-    except PjwError as error:
-        return complain(error)
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        _abandon_stdout()
-        return EXIT_CLOSED_PIPE
-    except OSError as error:
-        # all other system calls that fail are worded where they are made
-        print(f"pjw: error: cannot write to stdout: {describe_errno(error.errno or 0)}", file=sys.stderr)
-        say_notes(error)
-        _abandon_stdout()
-        return EXIT_FAILED
+    code: int = arguments.run(arguments)
     return code
 
 
@@ -66,11 +64,6 @@ def _prepare_stdout() -> None:
         raise ConfigError("cannot write to stdout: it is closed")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")
-
-
-def _abandon_stdout() -> None:
-    # The interpreter would complain about the same descriptor when it flushes at its end.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

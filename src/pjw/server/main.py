@@ -6,11 +6,13 @@ import shlex
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Final
 
 from pjw.certs.bundle import BUNDLE_SUFFIX
 from pjw.errors import PjwError
 from pjw.server.logs import FORMATS, LEVELS
+from pjw.stdout import EXIT_CLOSED_PIPE, ReaderGoneError, checked_stdout
 
 DEFAULT_LISTEN: Final = "localhost:50051"
 # what packaging/pjwd.service reads
@@ -25,9 +27,12 @@ OPTIONS: Final = ("listen", *PATHS, "log_level", "log_format")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
-    arguments = build_parser().parse_args(argv)
     try:
-        return int(arguments.run(arguments))
+        with checked_stdout():
+            arguments = build_parser().parse_args(argv)
+        # serve prints nothing, and an error that it does not word is a bug
+        with nullcontext() if arguments.run is _serve else checked_stdout():
+            return int(arguments.run(arguments))
     except PjwError as error:
         print(f"pjwd: error: {error}", file=sys.stderr)
         if error.hint:
@@ -35,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
     except KeyboardInterrupt:
         return 130
+    except ReaderGoneError:
+        return EXIT_CLOSED_PIPE
 
 
 def build_parser() -> argparse.ArgumentParser:
