@@ -151,7 +151,9 @@ def test_a_list_is_of_what_was_asked_for(service: Service, connect: Connect) -> 
     with connect(service) as client:
         label = {"run": str(id(client))}
         jobs = ids(client.call("start", JobSpec("true", labels=label)) for _ in range(4))
-        running = client.call("start", JobSpec("sleep 300", labels=label, name=f"n{id(client)}")).id
+        # no shell: one that is about to execute a command takes SIGINT, and then waits for the command's end
+        nap = JobSpec(["sleep", "300"], labels=label, name=f"n{id(client)}")
+        running = client.call("start", nap).id
         for job_id in jobs:
             client.call("wait", job_id)
         assert ids(client.call("list", labels=label)) == [*jobs, running]
@@ -160,7 +162,7 @@ def test_a_list_is_of_what_was_asked_for(service: Service, connect: Connect) -> 
         assert ids(client.call("list", labels=label, states=[JobState.EXITED])) == jobs
         assert ids(client.call("list", labels=label, states=[JobState.RUNNING])) == [running]
         assert ids(client.call("list", name=f"n{id(client)}")) == [running]
-        stopped = client.call("stop", running, grace=0.5, signal=signal.SIGINT)
+        stopped = client.call("stop", running, grace=60.5, signal=signal.SIGINT)
         assert (stopped.exit_status, stopped.reason) == (ExitStatus(signal=2), EndReason.STOPPED)
 
 
