@@ -3,6 +3,7 @@
 The date is that of SOURCE_DATE_EPOCH where it is set, so that a package is the same whenever it is built.
 """
 
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
@@ -70,6 +71,12 @@ def page(parser: Any, section: str, description: str) -> Manpage:  # noqa: ANN40
 def written(page: Manpage) -> str:
     """A page as text, with a date that mandoc(1) can read, and its commands under their name."""
     text = str(page).replace(DATE.replace("-", r"\-"), DATE, 1)
+    # argparse breaks lines for a terminal, roff for the page; what begins with a space it would not fill
+    text = re.sub(
+        r"^usage: .*(?:\n +\S.*)+", lambda usage: " ".join(usage[0].split()), text, flags=re.MULTILINE
+    )
+    # a group's title, and what is said of the group
+    text = re.sub(r"^(\w[^\n]*)\n(\w[^\n]*\n\n\.RS 7)$", r"\1\n.br\n\2", text, flags=re.MULTILINE)
     return text.replace(".SH\nPOSITIONAL ARGUMENTS", ".SH\nCOMMANDS")
 
 

@@ -77,6 +77,8 @@ def test_the_man_pages_say_all_that_help_says(pages: Path) -> None:
         assert f".SH {name}: {topic.title}".upper() in text
     assert '"1970-01-02"' in text.splitlines()[0]
     assert "pjwd serve" in (pages / "pjwd.8").read_text()
+    # what begins with a space is not filled
+    assert not re.search(r"^usage: .*\n ", text + (pages / "pjwd.8").read_text(), re.MULTILINE)
     keys = re.findall(r"^\| `([a-z_]+)` ", (ROOT / "docs" / "configuration.md").read_text(), re.MULTILINE)
     assert len(keys) > 10
     for key in keys:
