@@ -143,7 +143,14 @@ def test_ctrl_c_ends_the_wait_for_a_job_that_is_stopped_for_an_error(service: Se
 def test_a_terminal_that_is_closed_ends_the_job(service: Service) -> None:
     """As it would end what runs there; its shell's second SIGHUP is no order to kill."""
     command = ASK + "trap 'read x <&3; exit 6' TERM; echo ready; sleep 300 & wait"
-    with service.popen("run", "--grace", "60", command) as run:
+    with Running(
+        # the tests may run under nohup(1)
+        ["env", "--default-signal=HUP", str(BIN / "pjw"), "run", "--grace", "60", command],
+        env=service.environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as run:
         assert run.stdout is not None and run.stderr is not None
         assert run.stdout.readline() == b"ready\n"
         run.send_signal(signal.SIGHUP)
