@@ -5,6 +5,7 @@ import hashlib
 import os
 import signal
 import subprocess
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Final
@@ -194,6 +195,8 @@ def test_a_source_that_fails_ends_nothing_but_the_sending(service: Service, kind
         job, other = client.start(JobSpec(["cat"], input=True)), client.start(JobSpec("true"))
         with pytest.raises(OSError, match="broken"):
             client.write_input(job.id, broken())
+        # its call is over, or it would end the next one
+        assert f"pjw-input-{job.id}" not in {thread.name for thread in threading.enumerate()}
         client.write_input(job.id, [b"first ", b"second"])
         with pytest.raises(errors.JobStateError):
             client.write_input(other.id, [b""])

@@ -141,7 +141,9 @@ class Client(BaseClient):
         from pjw.client.upload import Upload
 
         upload = Upload(job_id)
-        thread = threading.Thread(target=self._upload, args=(upload, seen), daemon=True)
+        thread = threading.Thread(
+            target=self._upload, args=(upload, seen), name=f"pjw-input-{job_id}", daemon=True
+        )
         thread.start()
         try:
             if all(map(upload.give, data)):
@@ -149,6 +151,8 @@ class Client(BaseClient):
             return upload.result()
         finally:
             upload.end()
+            # or what it has begun would end what the caller writes next
+            thread.join()
 
     def usage_history(self, job_id: int) -> requests.UsageHistory:
         """What a job used over its life, in a bounded number of samples."""
