@@ -181,8 +181,12 @@ class Service:
 
     def popen(self, *arguments: str, client: str = "alice") -> "Running":
         """Start pjw; the caller ends it."""
+        return self.program([str(BIN / "pjw"), *arguments], client)
+
+    def program(self, command: list[str], client: str = "alice") -> "Running":
+        """Start a program that calls this service as a client; the caller ends it."""
         return Running(
-            [str(BIN / "pjw"), *arguments],
+            command,
             env=self.environment(client),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -32,18 +31,9 @@ def small_disk() -> Iterator[Path]:
 
 
 @pytest.fixture
-def open_directory() -> Iterator[Path]:
-    """A directory that jobs can look into."""
-    path = Path(tempfile.mkdtemp(prefix="pjw-test-audit-", dir="/var/lib"))
-    path.chmod(0o755)
-    yield path
-    shutil.rmtree(path)
-
-
-@pytest.fixture
-def audited(make_service: Callable[..., Service], open_directory: Path) -> Service:
+def audited(make_service: Callable[..., Service], visible: Path) -> Service:
     """A service with an audit log, an admin, and a limit of followers."""
-    path = open_directory / "audit.jsonl"
+    path = visible / "audit.jsonl"
     return make_service(
         clients=("alice", "bob", "ann"),
         config=f'audit_log = "{path}"\n[roles]\nadmins = ["ann"]\n[clients]\nfollowers_max = 1\n',

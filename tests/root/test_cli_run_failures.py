@@ -98,13 +98,7 @@ def test_a_connection_that_is_lost_for_good_leaves_the_job_and_says_so(
 ) -> None:
     """Nobody is there who could be asked to stop it; how to come back to it is said."""
     service = make_service().start()
-    with Running(
-        [sys.executable, "-c", IMPATIENT, "run", "echo ready; sleep 300"],
-        env=service.environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    ) as run:
+    with service.program([sys.executable, "-c", IMPATIENT, "run", "echo ready; sleep 300"]) as run:
         assert run.stdout is not None and run.stderr is not None
         assert run.stdout.readline() == b"ready\n"
         service.stop(signal.SIGKILL)
@@ -143,14 +137,9 @@ def test_ctrl_c_ends_the_wait_for_a_job_that_is_stopped_for_an_error(service: Se
 def test_a_terminal_that_is_closed_ends_the_job(service: Service) -> None:
     """As it would end what runs there; its shell's second SIGHUP is no order to kill."""
     command = ASK + "trap 'read x <&3; exit 6' TERM; echo ready; sleep 300 & wait"
-    with Running(
-        # the tests may run under nohup(1)
-        ["env", "--default-signal=HUP", str(BIN / "pjw"), "run", "--grace", "60", command],
-        env=service.environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    ) as run:
+    # the tests may run under nohup(1)
+    program = ["env", "--default-signal=HUP", str(BIN / "pjw"), "run", "--grace", "60", command]
+    with service.program(program) as run:
         assert run.stdout is not None and run.stderr is not None
         assert run.stdout.readline() == b"ready\n"
         run.send_signal(signal.SIGHUP)

@@ -7,7 +7,7 @@ import sys
 from typing import Final, Never
 
 from pjw.errors import ConfigError, KernelError
-from pjw.launcher.processes import send_signal
+from pjw.launcher.processes import send_signal, status_of
 
 # A launcher whose server was killed ends as soon as it sees that; its successor may be
 # started before that.
@@ -70,7 +70,8 @@ def _end_orphan(descriptor: int, launcher: str, server: str) -> bool:
         return False
     try:
         # Looked at behind the pidfd: it is of the process that we read of, or of none.
-        if not server or _parent_of(launcher) == server or not _has_lock(launcher, descriptor):
+        parent = status_of(launcher, b"PPid")
+        if not server or parent == [server.encode()] or not _has_lock(launcher, descriptor):
             return False
         send_signal(pidfd, signal.SIGKILL)
     finally:
@@ -85,12 +86,3 @@ def _has_lock(pid: str, descriptor: int) -> bool:
     with open("/proc/locks", encoding="ascii") as file:
         locks = [line.split() for line in file]
     return any(lock[1] == "FLOCK" and lock[4] == pid and lock[5].endswith(f":{inode}") for lock in locks)
-
-
-def _parent_of(pid: str) -> str:
-    try:
-        with open(f"/proc/{pid}/status", "rb") as file:
-            [parent] = [line.split()[1] for line in file if line.startswith(b"PPid:")]
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
-    return parent.decode()

@@ -59,22 +59,23 @@ def find_init(pids: Callable[[], Collection[int]]) -> int | None:
             pidfd = os.pidfd_open(pid)
         except ProcessLookupError:
             continue
-        if _is_namespace_init(pid) and pid in pids():
+        if status_of(pid, b"NSpid")[-1:] == [b"1"] and pid in pids():
             # Looked at again after the pidfd was there: it is still the process that we read of.
             return pidfd
         os.close(pidfd)
     return None
 
 
-def _is_namespace_init(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/status", "rb") as status:
-            for line in status:
-                if line.startswith(b"NSpid:"):
-                    return line.split()[-1] == b"1"
-    except (FileNotFoundError, ProcessLookupError):
-        pass
-    return False
+def status_of(pid: int | str, name: bytes) -> list[bytes]:
+    """The words of a line of /proc/PID/status (proc(5)); none of a process that is gone."""
+    with (
+        contextlib.suppress(FileNotFoundError, ProcessLookupError),
+        open(f"/proc/{pid}/status", "rb") as status,
+    ):
+        for line in status:
+            if line.startswith(name + b":"):
+                return line.split()[1:]
+    return []
 
 
 class Watcher:

@@ -79,15 +79,15 @@ class UsageSampler:
         batch: list[int] = []
         while self._due and self._due[0][0] <= now and len(batch) < MAX_MEASURED:
             _, job_id, began = heapq.heappop(self._due)
-            if self._runs(job_id):
+            if self._running(job_id) is not None:
                 batch.append(job_id)
                 self._push(job_id, began, now)
         return batch
 
-    def _runs(self, job_id: int) -> bool:
+    def _running(self, job_id: int) -> LiveJob | None:
         # one that has ended is live until its row is on the disk
         live = self._live.get(job_id)
-        return live is not None and not live.job.state.final
+        return None if live is None or live.job.state.final else live
 
     async def _until_due(self) -> None:
         self._earlier.clear()
@@ -109,8 +109,8 @@ class UsageSampler:
         for job_id in job_ids:
             # Looked at now, since the disk may have let us wait: of one that has ended nothing is written,
             # for it may be removed.
-            live = self._live.get(job_id)
-            if live is not None and not live.job.state.final and live.sample is not None:
+            live = self._running(job_id)
+            if live is not None and live.sample is not None:
                 self._state.append_usage(job_id, live.sample)
 
     async def _measure(self, job_ids: Sequence[int]) -> None:
