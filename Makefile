@@ -1,8 +1,8 @@
 # All of it works in a fresh clone: whatever a target needs, it installs into .venv first.
-# PYTHON=, CC=, TESTS=, TARGETS=, SUITES=, BENCH_ARGS= and what the scripts name at their heads can be given to make
+# PYTHON=, CC=, TESTS=, TARGETS=, SUITES=, BENCH_ARGS=, ROWS=, ATTACK_ARGS= and what the scripts name at their heads can be given to make
 # or be in the environment.
 
-.PHONY: help install demo test test-slow test-vm soak bench bench-check profile check docs sanitize fuzz coverage \
+.PHONY: help install demo test test-slow test-vm soak bench bench-check attack profile check docs sanitize fuzz coverage \
 	package deb test-package format lock clean
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo 'make soak         mixed load with random kills for SOAK_SECONDS=1800, and what it left'
 	@echo 'make bench        pjw beside its peers and the kernel, with plots (SUITES=start BENCH_ARGS=--quick); as root'
 	@echo 'make bench-check  fails when pjw is worse by half than in benchmarks/ratios.json; as root'
+	@echo 'make attack       attackers beside a victim on a real pjwd (ROWS="s1 s3" ATTACK_ARGS=--short); as root'
 	@echo 'make profile      where the processor time of a start goes, by perf(1); as root'
 	@echo 'make check        ruff, mypy, import-linter, generated code, shellcheck, buf'
 	@echo 'make docs         the site, into build/site; fails on a broken link'
@@ -60,6 +61,10 @@ bench-check: SUITES ?= start stream line history cli
 bench-check:
 	@scripts/install test
 	@.venv/bin/python -B -m benchmarks --quick --check $(BENCH_ARGS) $(SUITES)
+
+attack:
+	@scripts/install test
+	@.venv/bin/python -B -m benchmarks.attack $(ATTACK_ARGS) $(ROWS)
 
 profile:
 	@scripts/install test

@@ -5,6 +5,7 @@ quick), together with what the suites that did not run now found on the same day
 """
 
 import argparse
+import functools
 import importlib
 import os
 import sys
@@ -14,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-from benchmarks import check, document
+from benchmarks import against, check, document, scale
 from benchmarks.machine import describe
 from benchmarks.report import Figure, Held, Report, table
 
@@ -33,6 +34,10 @@ def main() -> int:
         return 1
     quick: bool = arguments.quick
     suites = [name for name in SUITES if name in (arguments.suite or SUITES)]
+    if arguments.jobs_max:
+        scale.jobs_max = arguments.jobs_max
+    if arguments.against:
+        return _compare(suites, arguments.against, quick=quick)
     figures = [figure for name in suites for figure in _run(name, quick=quick)]
     machine = describe() | {
         "samples": "few" if quick else "all",
@@ -67,13 +72,33 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--store", action="store_true", help="store the ratios that --check is to compare with"
     )
+    parser.add_argument(
+        "--against",
+        metavar="REVISION",
+        help="compare with the pjwd of that commit, in turns; store nothing",
+    )
+    parser.add_argument("--jobs-max", type=int, metavar="N", help="scale: at most so many jobs, and so many")
     arguments = parser.parse_args()
+    if arguments.against and (arguments.check or arguments.store or arguments.document):
+        parser.error("--against compares with a commit alone")
     if (arguments.check or arguments.store) and not arguments.quick:
         # the levels of a full run are others
         parser.error("the stored ratios are those of quick runs: give --quick as well")
     if arguments.document and arguments.quick:
         parser.error(f"{document.DOCUMENT} shows no quick runs")
     return arguments
+
+
+def _compare(suites: list[str], revision: str, *, quick: bool) -> int:
+    """Print what each suite finds beside an earlier commit; 1 where one is worse by more than the goal."""
+    commit, program = against.install(revision)
+    worse = 0
+    for name in suites:
+        suite = functools.partial(importlib.import_module(f"benchmarks.{name}").run, quick=quick)
+        found = against.run(suite, commit, program)
+        worse += sum(figure.met is False for figure in found)
+        print(f"\n{name}, in {against.TURNS} turns each\n{table(found)}", flush=True)
+    return 1 if worse else 0
 
 
 def _suite(name: str) -> str:

@@ -26,7 +26,8 @@ if __name__ == "__main__":
 import grpc
 
 from pjw.rpc.status import ADMITTED_KEY
-from pjw.server.serve import OPTIONS
+from pjw.server.connections import PortLimits
+from pjw.server.serve import options_of
 from pjw.server.service import SERVICE_NAME
 from pjw.v1 import job_worker_pb2 as pb
 
@@ -78,7 +79,7 @@ async def _serve(certs: Path, size: int) -> None:
         "Logs": grpc.unary_stream_rpc_method_handler(logs, request_deserializer=pb.LogsRequest.FromString),
         "Get": grpc.unary_unary_rpc_method_handler(get, request_deserializer=pb.GetRequest.FromString),
     }
-    server = grpc.aio.server(options=OPTIONS)
+    server = grpc.aio.server(options=options_of(PortLimits()))
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
     key, crt, ca = ((certs / name).read_bytes() for name in ("server.key", "server.crt", "ca.crt"))
     credentials = grpc.ssl_server_credentials([(key, crt)], ca, require_client_auth=True)

@@ -11,7 +11,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
-from tests.service import CALL_SECONDS, Service, end_all, wait_for
+from tests.service import BIN, CALL_SECONDS, Service, end_all, wait_for
 from tests.worker_harness import UIDS, uid_range
 
 # where a service would have its state: on a disk, from which programs can be executed; /tmp may be neither
@@ -21,14 +21,43 @@ CONFIG: Final = """
 [clients]
 starts_per_second = 0
 calls_max = 0
-followers_max = 0
+{calls}followers_max = 0
 followers_total_max = 0
 running_max = 0
 running_total_max = 0
 [job_users]
 uid_first = {uid_first}
 uid_count = {uid_count}
+{port}"""
+# Bounds that an earlier commit has not, and whose keys it would refuse.
+CALLS: Final = "calls_per_second = 0\nconnections_max = 0\n"
+PORT: Final = """
+[port]
+unproven_max = 4096
+unproven_per_address_max = 4096
+streams_per_connection_max = 1000
 """
+
+
+# The pjwd that is measured: this tree's, or for a while that of another commit (against.py).
+THIS: Final = BIN / "pjwd"
+_program = THIS
+
+
+def program() -> Path:
+    """The pjwd that is measured."""
+    return _program
+
+
+@contextmanager
+def measured(other: Path) -> Iterator[None]:
+    """Measure another pjwd, for as long as the context."""
+    global _program  # noqa: PLW0603 - suites have no argument for it, and need none
+    before, _program = _program, other
+    try:
+        yield
+    finally:
+        _program = before
 
 
 @contextmanager
@@ -44,9 +73,13 @@ def directory() -> Iterator[Path]:
 @contextmanager
 def running() -> Iterator[Service]:
     """A service of one client, alice; at the end, or after a failure, it and its jobs are gone."""
-    config = CONFIG.format(uid_first=uid_range(), uid_count=UIDS)
+    new = program() == THIS
+    config = CONFIG.format(
+        uid_first=uid_range(), uid_count=UIDS, calls=CALLS if new else "", port=PORT if new else ""
+    )
     with directory() as path:
         service = Service(path, ["alice"], config)
+        service.pjwd = program()
         try:
             yield service.start()
             _stop_jobs(service)

@@ -32,6 +32,10 @@ from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
 BIN: Final = Path(sys.executable).parent
 START_SECONDS: Final = 60
 CALL_SECONDS: Final = 60
+MEASURED: Final = (
+    "from pjw.server import sandbox; of = sandbox.rules;"
+    " sandbox.rules = lambda own: [*of(own), sandbox.Beneath(%r, sandbox.OWN)]"
+)
 # Every method of the service: (name, whether its answer is a stream), from the contract itself.
 METHODS: Final = [
     (method.name, method.server_streaming)
@@ -44,6 +48,8 @@ class Service:
 
     # a statement that changes a constant of the server's, before it starts
     change = ""
+    # the program that is started
+    pjwd = BIN / "pjwd"
 
     def __init__(
         self, directory: Path, clients: Sequence[str] = ("alice", "bob"), config: str | None = None
@@ -63,18 +69,22 @@ class Service:
     def command(self, *extra: str) -> list[str]:
         """The command line of `pjwd serve`."""
         certs = self.certs
-        command = [str(BIN / "pjwd"), "serve", "--listen", self.address, "--state-dir", str(self.state)]
+        command = [str(self.pjwd), "serve", "--listen", self.address, "--state-dir", str(self.state)]
         command += ["--ca-crt", str(certs / "ca.crt")]
         command += ["--server-crt", str(certs / "server.crt"), "--server-key", str(certs / "server.key")]
         if self.config is not None:
             path = self.directory / "pjwd.toml"
             path.write_text(self.config)
             command += ["--config", str(path)]
-        if self.change:
+        # `make coverage`: what the server has measured is written by itself, and it may write nowhere else
+        measured = os.environ.get("COVERAGE_FILE", "")
+        if change := "; ".join(
+            filter(None, (MEASURED % os.path.dirname(measured) if measured else "", self.change))
+        ):
             # as soon as the server's modules may be imported
             program = (
                 "import sys\nfrom pjw.server import main, start\noriginal = start.preload_modules\n"
-                f"def changed():\n    {self.change}\n    original()\n"
+                f"def changed():\n    {change}\n    original()\n"
                 "start.preload_modules = changed\nsys.exit(main.main())"
             )
             command[:1] = [sys.executable, "-c", program]
@@ -279,6 +289,20 @@ class Service:
         return next(pid for pid in pids if Path(f"/proc/{pid}/comm").read_text() == "pjw-init\n")
 
 
+def reloaded(service: Service, config: str) -> list[str]:
+    """Write another configuration and have it read; what the log says of it."""
+    start = service.log.stat().st_size
+    (service.directory / "pjwd.toml").write_text(config)
+    os.kill(service.pid, signal.SIGHUP)
+
+    def said() -> list[str]:
+        lines = service.log.read_bytes()[start:].decode().splitlines(keepends=True)
+        return [line.removeprefix("pjwd: ") for line in lines if line.endswith("\n")]
+
+    wait_for(lambda: "configuration" in "".join(said()))
+    return [line.rstrip() for line in said() if "certificates" not in line]
+
+
 def tell(state_dir: Path, job_id: int) -> None:
     """Send a line to a job that began with ASK (worker_harness.py), as soon as it has come so far."""
     ask = state_dir / "scratch" / str(job_id) / "ask"
@@ -302,23 +326,36 @@ def job_cgroups(state_dir: Path) -> list[Path]:
     """Every cgroup of a job that belongs to a state directory."""
     # before and after: one that waits may come, and go when the host mounts something
     waiting = waiting_ids(state_dir)
-    found = [path for parent in instance_cgroups(state_dir) for path in parent.iterdir() if path.is_dir()]
+    found = [path for parent in instance_cgroups(state_dir) for path in jobs_below(parent)]
     waiting |= waiting_ids(state_dir)
     return [path for path in found if path.name not in {f"job-{job_id}" for job_id in waiting}]
+
+
+def jobs_below(instance: Path) -> list[Path]:
+    """The cgroup of each job below an instance's, also of those that wait, whatever is between."""
+    return [Path(found) for found, _, _ in os.walk(instance) if os.path.basename(found).startswith("job-")]
 
 
 def job_scratch(state_dir: Path) -> list[Path]:
     """Every scratch directory of a job that belongs to a state directory."""
     waiting = waiting_ids(state_dir)
-    found = sorted((state_dir / "scratch").glob("*"))
+    found = sorted(path for place in scratch_places(state_dir) for path in place.glob("*"))
     waiting |= waiting_ids(state_dir)
     return [path for path in found if path.name not in {str(job_id) for job_id in waiting}]
+
+
+def scratch_places(state_dir: Path) -> list[Path]:
+    """Where scratch directories of a state directory may be: what its launcher has written down."""
+    known = state_dir / "scratch-dirs"
+    if not known.exists():
+        return [state_dir / "scratch"]
+    return [Path(os.fsdecode(path)) for path in known.read_bytes().split(b"\0") if path]
 
 
 def waiting_ids(state_dir: Path) -> set[int]:
     """The ids for which the launcher has an init that waits: their scratch directories are root's."""
     found = set()
-    for path in (state_dir / "scratch").glob("*"):
+    for path in (path for place in scratch_places(state_dir) for path in place.glob("*")):
         with suppress(FileNotFoundError):
             if path.lstat().st_uid == 0:
                 found.add(int(path.name))
@@ -336,7 +373,12 @@ def waiting_inits(state_dir: Path) -> dict[int, int]:
     found, instances = {}, instance_cgroups(state_dir)
     for job_id in waiting_ids(state_dir):
         # an init enters by itself on v1: when it is in all of them, it is there
-        groups = [instance / f"job-{job_id}" / "cgroup.procs" for instance in instances]
+        groups = [
+            path / "cgroup.procs"
+            for instance in instances
+            for path in jobs_below(instance)
+            if path.name == f"job-{job_id}"
+        ]
         pids = {path.read_text().strip() for path in groups if path.exists()}
         if len(pids) == 1 and pids != {""}:
             found[job_id] = int(pids.pop())
@@ -347,7 +389,7 @@ def end_all(state_dir: Path) -> None:
     """After a failure: leave no job on the machine, without pjw's help; server and launcher have ended."""
     instances = instance_cgroups(state_dir)
     # also those of inits that waited for a job when their launcher was killed
-    groups = [path for parent in instances for path in parent.iterdir() if path.is_dir()]
+    groups = [path for parent in instances for path in jobs_below(parent)]
     # all of them first: thousands end beside each other
     for group in groups:
         for pid in (group / "cgroup.procs").read_text().split():
@@ -357,7 +399,8 @@ def end_all(state_dir: Path) -> None:
         wait_for(lambda: not (group / "cgroup.procs").read_text())  # noqa: B023
         group.rmdir()
     for instance in instances:
-        instance.rmdir()
+        for path, _, _ in os.walk(instance, topdown=False):
+            os.rmdir(path)
 
 
 class Running(subprocess.Popen[bytes]):

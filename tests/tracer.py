@@ -39,16 +39,17 @@ _UNNOTICED: Final = frozenset(
 )
 # fmt: off
 CALLS: Final[dict[str, int]] = {
-    "write": 1, "close": 3, "pwrite64": 18, "socket": 41, "sendmsg": 46, "recvmsg": 47, "socketpair": 53,
-    "clone": 56, "vfork": 58, "execve": 59, "fsync": 74, "fdatasync": 75, "ftruncate": 77, "rename": 82,
-    "mkdir": 83, "rmdir": 84, "unlink": 87, "symlink": 88, "chown": 92, "fchown": 93, "lchown": 94,
-    "setsid": 112, "setgroups": 116, "setresuid": 117, "setresgid": 119, "setfsuid": 122, "capset": 126,
-    "mknod": 133, "prctl": 157, "setrlimit": 160, "mount": 165, "sethostname": 170, "keyctl": 250,
-    "openat": 257, "mkdirat": 258, "fchownat": 260, "unlinkat": 263, "unshare": 272,
-    "utimensat": 280, "timerfd_create": 283, "fallocate": 285, "timerfd_settime": 286, "signalfd4": 289,
-    "dup2": 33, "dup3": 292, "pipe2": 293, "prlimit64": 302, "memfd_create": 319, "pidfd_send_signal": 424,
-    "open_tree": 428, "move_mount": 429, "pidfd_open": 434, "clone3": 435, "close_range": 436,
-    "mount_setattr": 442, "exit_group": 231, "dup": 32, "epoll_ctl": 233, "inotify_add_watch": 254,
+    "write": 1, "close": 3, "fstat": 5, "pwrite64": 18, "socket": 41, "sendmsg": 46, "recvmsg": 47,
+    "socketpair": 53, "clone": 56, "vfork": 58, "execve": 59, "fsync": 74, "fdatasync": 75, "ftruncate": 77,
+    "rename": 82, "mkdir": 83, "rmdir": 84, "unlink": 87, "symlink": 88, "chown": 92, "fchown": 93,
+    "lchown": 94, "setsid": 112, "setgroups": 116, "setresuid": 117, "setresgid": 119, "setfsuid": 122,
+    "capset": 126, "mknod": 133, "prctl": 157, "setrlimit": 160, "mount": 165, "sethostname": 170,
+    "keyctl": 250, "openat": 257, "mkdirat": 258, "fchownat": 260, "newfstatat": 262, "unlinkat": 263,
+    "unshare": 272, "utimensat": 280, "timerfd_create": 283, "fallocate": 285, "timerfd_settime": 286,
+    "signalfd4": 289, "dup2": 33, "dup3": 292, "pipe2": 293, "prlimit64": 302, "memfd_create": 319,
+    "pidfd_send_signal": 424, "open_tree": 428, "move_mount": 429, "pidfd_open": 434, "clone3": 435,
+    "close_range": 436, "mount_setattr": 442, "exit_group": 231, "dup": 32, "epoll_ctl": 233,
+    "inotify_add_watch": 254,
 }
 # fmt: on
 

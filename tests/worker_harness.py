@@ -21,7 +21,6 @@ from typing import Any, Final
 from pjw.model import Job, JobSpec, Limits
 from pjw.output.inotify import Inotify
 from pjw.worker import Part, Worker, WorkerSettings
-from pjw.worker.settings import UID_FIRST
 from tests.service import instance_cgroups, job_cgroups, job_scratch, tell, wait_for
 
 MIB: Final = 1024**2
@@ -31,7 +30,7 @@ PROJECT: Final = Path(__file__).resolve().parents[1]
 # Each bench has users of its own, so that whatever still runs as one of them was its job's. Others
 # may run tests on this machine at the same time: hence the random first one.
 UIDS: Final = 1000
-_uid_ranges: Final = itertools.count(random.randrange(UID_FIRST + 10**6, UID_FIRST + 10**8, UIDS), UIDS)
+_uid_ranges: Final = itertools.count(random.randrange(1_901_000_000, 2_000_000_000, UIDS), UIDS)
 
 
 def uid_range() -> int:
@@ -161,9 +160,10 @@ async def _tear_down(bench: Bench) -> None:
         for pid in (cgroup / "cgroup.procs").read_text().split():
             with suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
-    for directory in (*bench.cgroups(), *bench._parents()):
-        with suppress(OSError):
-            directory.rmdir()
+    for parent in bench._parents():
+        for directory, _, _ in os.walk(parent, topdown=False):
+            with suppress(OSError):
+                os.rmdir(directory)
 
 
 def _members(settings: WorkerSettings) -> dict[str, Any]:
@@ -214,7 +214,14 @@ def open_descriptors() -> dict[str, str]:
 
 def check_no_new_descriptors(before: dict[str, str]) -> None:
     """Nothing is open that was not before, or is but a moment longer: threads of ours use files too."""
-    wait_for(lambda: open_descriptors().items() - before.items() == set())
+
+    def new() -> set[tuple[str, str]]:
+        return open_descriptors().items() - before.items()
+
+    try:
+        wait_for(lambda: not new())
+    except AssertionError:
+        raise AssertionError(f"descriptors are left open: {sorted(new())}") from None
 
 
 async def run(

@@ -6,9 +6,9 @@ from typing import Final
 
 import msgspec
 
-from pjw.model import Limits
+from pjw.model import SUM_MINIMUM, Limits
 from pjw.server.config import ServerConfig
-from pjw.worker.settings import NO_CEILING
+from pjw.worker.settings import FLOOR, NO_CEILING
 
 INTRODUCTION: Final = """\
 # All keys of the configuration
@@ -37,7 +37,11 @@ def _struct(table: str, struct: type[msgspec.Struct]) -> Iterator[str]:
         if isinstance(kind, msgspec.inspect.StructType):
             tables.append((name, kind.cls))
         elif isinstance(kind, msgspec.inspect.DictType):
-            tables.append((name, None))
+            value, _ = _plain(kind.value_type)
+            if isinstance(value, msgspec.inspect.StructType):
+                tables.append((f"{name}.NAME", value.cls))
+            else:
+                tables.append((name, None))
         else:
             yield f"| `{field.encode_name}` | {_type(field.type)} | {_default(field)} | {text} |"
     yield ""
@@ -47,11 +51,13 @@ def _struct(table: str, struct: type[msgspec.Struct]) -> Iterator[str]:
 
 def _limits(table: str) -> Iterator[str]:
     """A table whose keys are the names of limits."""
-    defaults = Limits() if table == "limits" else NO_CEILING
+    defaults = {"limits": Limits(), "ceilings": NO_CEILING, "floors": FLOOR}[table]
     yield f"## [{table}]\n"
     yield "| key | type | default |\n| --- | --- | --- |"
     for limit in dataclasses.fields(Limits):
-        yield f"| `{limit.name}` | integer, at least 0 | `{getattr(defaults, limit.name)}` |"
+        of_host = table == "ceilings" and limit.name in SUM_MINIMUM
+        default = "what the host can give" if of_host else f"`{getattr(defaults, limit.name)}`"
+        yield f"| `{limit.name}` | integer, at least 0 | {default} |"
     yield ""
 
 

@@ -6,7 +6,9 @@ attributes, so that nobody has to parse text. Worded as *what we were doing, to 
 
 import errno as errno_names
 import os
-from typing import Final
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import ClassVar, Final, Self
 
 # What the host lacks now and may have later: the same request may work then.
 RESOURCE_ERRNOS: Final = frozenset(
@@ -25,17 +27,49 @@ SHOWN_CHARACTERS: Final = 200
 class PjwError(Exception):
     """The root of the tree. `hint` is a next step for a person, where there is one."""
 
+    # the attributes that hold the facts of the message, with their types; each may be None
+    FACTS: ClassVar[Mapping[str, type]] = MappingProxyType({})
+
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
         self.hint: Final = hint
+
+    @classmethod
+    def restored(cls, message: str, hint: str | None, facts: Mapping[str, object]) -> Self:
+        """Make again an error that the server raised, with its message, its hint and its facts."""
+        error = cls.__new__(cls)
+        PjwError.__init__(error, message, hint=hint)
+        for name in cls.FACTS:
+            setattr(error, name, facts.get(name))
+        return error
 
 
 class InvalidJobError(PjwError):
     """The caller's fault: the request can never work (empty command, impossible limit)."""
 
 
+class LimitRangeError(InvalidJobError):
+    """The requested `value` of a limit is not between `least` and `most`; None: no bound on that side.
+
+    When `least` is larger than any limit can be, the limit can only be 0, "no limit".
+    """
+
+    FACTS = MappingProxyType({"limit": str, "value": int, "least": int, "most": int})
+
+    def __init__(
+        self, message: str, *, limit: str, value: int, least: int | None = None, most: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.limit: Final = limit
+        self.value: Final = value
+        self.least: Final = least
+        self.most: Final = most
+
+
 class JobNotFoundError(PjwError):
     """No such job, by id or name, or none that this caller may know of: the two are never told apart."""
+
+    FACTS = MappingProxyType({"job_id": int})
 
     def __init__(self, job_id: int | str) -> None:
         super().__init__(f"no job {job_id}")
@@ -51,11 +85,19 @@ class JobStateError(PjwError):
 
 
 class NameTakenError(PjwError):
-    """The name is that of another job of the caller's, which has not ended."""
+    """Another job of the caller's, `holder`, has the name and has not ended."""
+
+    FACTS = MappingProxyType({"holder": int})
+
+    def __init__(self, message: str, *, hint: str | None = None, holder: int | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.holder: Final = holder
 
 
 class LaunchError(PjwError):
     """The command could not be executed: missing, or not executable. Carries errno."""
+
+    FACTS = MappingProxyType({"program": str, "errno": int})
 
     def __init__(self, program: str, error: int) -> None:
         super().__init__(f"cannot execute {_shown(program)}: {describe_errno(error)}")
@@ -66,6 +108,8 @@ class LaunchError(PjwError):
 class WorkdirError(PjwError):
     """The command's working directory cannot be entered, by its user and as a job sees it. Carries errno."""
 
+    FACTS = MappingProxyType({"workdir": str, "errno": int})
+
     def __init__(self, workdir: str, error: int) -> None:
         super().__init__(f"cannot enter the working directory {_shown(workdir)}: {describe_errno(error)}")
         self.workdir: Final = workdir
@@ -73,7 +117,13 @@ class WorkdirError(PjwError):
 
 
 class OffsetError(PjwError):
-    """Output was asked for from beyond its end."""
+    """The requested offset is beyond the end of the output or input, which has `size` bytes."""
+
+    FACTS = MappingProxyType({"size": int})
+
+    def __init__(self, message: str, *, hint: str | None = None, size: int | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.size: Final = size
 
 
 class OutputLostError(PjwError):
@@ -83,12 +133,17 @@ class OutputLostError(PjwError):
 class LimitReachedError(PjwError):
     """Too many of something, or no space: the same request may work later.
 
-    `limit` is the key of the configuration that says how many, where it is one.
+    `limit` is the key of pjwd's configuration, if there is one; `most` is what it allows.
     """
 
-    def __init__(self, message: str, *, hint: str | None = None, limit: str | None = None) -> None:
+    FACTS = MappingProxyType({"limit": str, "most": int})
+
+    def __init__(
+        self, message: str, *, hint: str | None = None, limit: str | None = None, most: int | None = None
+    ) -> None:
         super().__init__(message, hint=hint)
         self.limit: Final = limit
+        self.most: Final = most
 
 
 class NotAuthenticatedError(PjwError):
@@ -99,19 +154,33 @@ class NotAllowedError(PjwError):
     """The caller is known, but its role lacks the method."""
 
 
-class LauncherGoneError(PjwError):
+class ServerUnreachableError(PjwError):
+    """No server answered, or the server closed the connection. The same call may work later."""
+
+
+class LauncherGoneError(ServerUnreachableError):
     """The launcher has died or the service is draining; running jobs go on."""
 
 
 class KernelError(PjwError):
-    """The kernel refused a step of a set-up. Names the operation, its subject and errno (0: none)."""
+    """The kernel refused a step of a set-up. Names the operation, its subject and errno (0: none).
 
-    def __init__(self, operation: str, subject: str, error: int, *, hint: str | None = None) -> None:
+    `for_client`: its words are nothing that a client's own job could not see, so the client is told.
+    """
+
+    FACTS = MappingProxyType({"operation": str, "subject": str, "errno": int})
+
+    for_client: bool = False
+
+    def __init__(
+        self, operation: str, subject: str, error: int, *, hint: str | None = None, for_client: bool = False
+    ) -> None:
         why = f": {describe_errno(error)}" if error else ""
         super().__init__(f"cannot {operation} {subject}{why}", hint=hint)
         self.operation: Final = operation
         self.subject: Final = subject
         self.errno: Final = error
+        self.for_client = for_client
 
 
 class ProtocolError(PjwError):
@@ -120,10 +189,6 @@ class ProtocolError(PjwError):
 
 class ConfigError(PjwError):
     """The operator's fault: a setting, a file or this host does not allow what was asked."""
-
-
-class ServerUnreachableError(PjwError):
-    """Seen by a client: no server answered, or it hung up. The same call may work later."""
 
 
 class ServerFailedError(PjwError):

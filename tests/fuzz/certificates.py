@@ -9,7 +9,8 @@ from typing import Any
 from cryptography.hazmat.primitives import serialization
 
 from pjw.certs.credentials import diagnose_client, load_server_credentials
-from pjw.certs.profile import CLIENT_NAME_OID, KEY_NAME_HEX_DIGITS, KEY_NAME_PREFIX, name_fault
+from pjw.certs.identity import NameRules
+from pjw.certs.profile import KEY_NAME_HEX_DIGITS, KEY_NAME_PREFIX, name_fault
 from pjw.certs.tls import TLS_VERSION
 from pjw.errors import ConfigError, NotAuthenticatedError
 from pjw.server.peer import authenticate
@@ -73,7 +74,7 @@ def one_input(data: bytes) -> None:
     pem = data if data.startswith(BEGIN) else _pem("CERTIFICATE", data)
     context: Any = Call(pem)
     try:
-        name = authenticate(context, CLIENT_NAME_OID).identity.client_name
+        name = authenticate(context, NameRules(in_common_name=True)).identity.client_name
     except NotAuthenticatedError as error:
         _printable(error)
     else:

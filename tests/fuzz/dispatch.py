@@ -7,6 +7,7 @@ their own; an audit hook sees every file that is opened, made or removed, and ev
 
 import array
 import contextlib
+import errno
 import os
 import socket
 import sys
@@ -20,7 +21,7 @@ from pjw.errors import JobStateError, ProtocolError
 from pjw.launcher import dispatch, protocol
 from pjw.launcher.dispatch import Launcher
 from pjw.launcher.policy import JOB_ID_MAX
-from pjw.model import LIMIT_MINIMUM, Limits, Usage, UsageSample
+from pjw.model import LIMIT_MINIMUM, WEIGHT_MAXIMUM, GroupUse, Limits, Share, Sums, Usage, UsageSample
 from tests.fuzz import protocol as messages
 
 UID_FIRST, UID_COUNT = 1_900_000_000, 10
@@ -48,16 +49,19 @@ class Cgroup:
         """No job has been launched here, so there is none to measure."""
         raise AssertionError("a job that was not launched was measured")
 
-    def remove(self) -> None:
+    def try_remove(self) -> bool:
         """It may be removed."""
+        return True
 
 
 class Hierarchy:
     """Jobs 1 and 2 are there, and have ended."""
 
-    def create(self, job_id: int, limits: Limits) -> Cgroup:
+    def create(self, job_id: int, limits: Limits, uid: int, share: Share) -> Cgroup:
         """What comes this far is what the policy allows, and is refused here: no job is ever started."""
         assert 1 <= job_id <= JOB_ID_MAX
+        assert UID_FIRST <= uid < UID_FIRST + UID_COUNT
+        assert 1 <= share.weight <= WEIGHT_MAXIMUM
         # without those that init keeps by itself
         assert limits.first_above(replace(CEILING, output_max_bytes=0, time_max_seconds=0)) is None
         raise JobStateError("this far and no further")
@@ -70,6 +74,27 @@ class Hierarchy:
     def job_ids(self) -> list[int]:
         """Both."""
         return [1, 2]
+
+    def set_sums(self, sums: Sums) -> list[str]:
+        """Those of the greeting."""
+        assert sums == Sums()
+        return []
+
+    def set_share(self, uid: int, share: Share) -> list[str]:
+        """Only of one who can be a client."""
+        assert UID_FIRST <= uid < UID_FIRST + UID_COUNT
+        assert 1 <= share.weight <= WEIGHT_MAXIMUM
+        return []
+
+    def share_of(self, uid: int) -> Share | None:
+        """None has a job."""
+        assert UID_FIRST <= uid < UID_FIRST + UID_COUNT
+        return None
+
+    def use_of(self, uid: int) -> GroupUse:
+        """So none uses anything."""
+        assert UID_FIRST <= uid < UID_FIRST + UID_COUNT
+        return GroupUse()
 
     def release(self) -> None:
         """Nothing was made."""
@@ -146,8 +171,10 @@ def one_input(data: bytes) -> None:
                 UID_FIRST,
                 UID_COUNT,
                 CEILING,
+                floor=Limits(**dict.fromkeys((name for name, _ in CEILING.items()), 0)),
                 waiting_inits=4,
                 hidden_paths=(),
+                visible_paths=(),
                 operator_files=OPERATOR_FILES,
             )
             _say(ours, launcher, protocol.encode(0, hello), ())
@@ -188,6 +215,11 @@ def _open_operator_file(path: str) -> int:
     return os.memfd_create("fuzz")
 
 
+def _spawn_count(instance: str, places: tuple[str, ...]) -> tuple[int, int]:
+    """As on a host without room for another process: here none may be started."""
+    raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+
 @contextlib.contextmanager
 def _stand_ins() -> Iterator[None]:
     # what takes privilege, or lasts as long as the process
@@ -195,7 +227,9 @@ def _stand_ins() -> Iterator[None]:
         "open_hierarchy": lambda *_, **__: Hierarchy(),
         "disks_under": lambda _: [],
         "hold_lock": lambda _: None,
+        "claim_users": lambda *_: (UID_FIRST, ""),
         "open_operator_file": _open_operator_file,
+        "spawn_count": _spawn_count,
     }
     real = {name: getattr(dispatch, name) for name in names}
     for name, stand_in in names.items():

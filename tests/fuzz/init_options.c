@@ -1,7 +1,8 @@
 /*
  * The command line and the command file of pjw-init: whatever they are, it refuses, or what comes out is in
  * bounds. An input is the words of the command line and then the bytes of the command, all divided by NULs, after
- * a first byte that says how many of them are words (its lower 6 bits) and whether the command is a pipe (bit 7).
+ * a first byte that says how many of them are words (its lower 6 bits), whether they are an order's (bit 6), and
+ * whether the command is a pipe (bit 7).
  *
  * options.c is compiled in here, with its mappings taken from the heap, where ASan guards them, and with an end
  * of the process turned into a jump. Descriptors 100 to 103 are there: a status file, the command, two more.
@@ -27,7 +28,7 @@ static int known_descriptor(int fd) {
 
 #define mmap(address, bytes, ...) heap_map(bytes)
 #define munmap(memory, bytes) heap_unmap(memory)
-#define fcntl(fd, command) known_descriptor(fd)
+#define fcntl(fd, ...) known_descriptor(fd)
 #include "options.c"
 #undef fcntl
 #undef munmap
@@ -74,6 +75,9 @@ static void check(const struct options *options) {
     must(options->hide_count >= 0 && options->hide_count <= HIDES_MAX);
     for (int i = 0; i < options->hide_count; i++)
         must(options->hides[i][0] == '/');
+    must(options->place_count >= 0 && options->place_count <= PLACES_MAX);
+    for (int i = 0; i < options->place_count; i++)
+        must(options->places[i].path[0] == '/');
     must(!options->scratch || options->scratch[0] == '/');
     must(options->cgroup_procs_count >= 0 && options->cgroup_procs_count <= CGROUPS_MAX);
     for (int i = 0; i < options->cgroup_procs_count; i++)
@@ -97,6 +101,17 @@ static void check(const struct options *options) {
     }
     bytes += (options->workdir ? strlen(options->workdir) : 0) + 2; /* that which ends the variables as well */
     must(!options->workdir || options->workdir == end - bytes);
+}
+
+/* What an init knew before its order stays as it was. */
+static void take_order(char *words, size_t length, size_t fd_count, struct options *options) {
+    char *line[] = {"pjw-init", "--report-fd", "102", "--wait", "--hostname", "job-1", "--scratch", "/scratch", NULL};
+    const int fds[ORDER_FDS_MAX] = {COMMAND, STATUS, STATUS, STATUS, STATUS, STATUS, STATUS};
+    parse_options((int)(sizeof line / sizeof *line) - 1, line, options);
+    parse_order(words, length, fds, fd_count, options);
+    must(options->report_fd == 102 && options->hostname == line[5] && options->scratch == line[7]);
+    must(options->hide_count == 0 && options->place_count == 0 && options->cgroup_fd < 0 && options->cgroup_procs_count == 0);
+    must(options->output_fds[0] == STATUS && options->status_fd == STATUS && options->times_fds[0] == STATUS);
 }
 
 static void open_descriptors(const char *command, size_t length, bool as_pipe) {
@@ -128,9 +143,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     size_t used = (size_t)(rest - text) < size - 1 ? (size_t)(rest - text) : size - 1;
     open_descriptors(text + used, size - 1 - used, data[0] & 128);
     struct options options;
-    optind = 0; /* has getopt_long(3) begin anew */
     if (setjmp(ended) == 0) {
-        parse_options(count, words, &options);
+        if (data[0] & 64)
+            take_order(text, used, ORDER_FDS + size % (ORDER_FDS_MAX - ORDER_FDS + 1), &options);
+        else
+            parse_options(count, words, &options);
         check(&options);
         release_command(&options);
     }

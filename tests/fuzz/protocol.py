@@ -6,7 +6,7 @@ from typing import Any
 from pjw.errors import ProtocolError
 from pjw.launcher import protocol
 from pjw.launcher.dispatch import ROUTES
-from pjw.model import Limits, Usage
+from pjw.model import GroupUse, Limits, Share, Sums, Usage
 
 _EXAMPLES: dict[Any, Any] = {
     int: 1,
@@ -17,6 +17,9 @@ _EXAMPLES: dict[Any, Any] = {
     tuple[protocol.Measurement, ...]: (protocol.Measurement(1, 2, 3, 4, 5, 6, 7),),
     Limits: Limits(),
     Usage: Usage(),
+    Share: Share(200, Sums(2**30, 100, 1000)),
+    Sums: Sums(2**30, 100, 1000),
+    GroupUse: GroupUse(1, 2, 3),
 }
 
 

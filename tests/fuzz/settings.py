@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pjw.cli.settings import find_settings
 from pjw.errors import ConfigError
-from pjw.launcher.protocol import Hello, decode_request, encode
+from pjw.launcher.protocol import Hello, SetShare, decode_request, encode
 from pjw.server.config import load_config
 from pjw.server.start import server_uid
 from tests.fuzz.memory_file import MemoryFile
@@ -34,6 +34,7 @@ def seeds() -> list[bytes]:
         b'user = "x"\nclient_name_oid = "1.2.3"\nstop_grace_seconds = 1.5\nhidden_paths = ["/a"]\n',
         b"[job_users]\nuid_count = 0x10\n[limits]\npids_max = 1_0\n[ceilings]\npids_max = 3\n",
         b'revoked = "/etc/pjw/revoked"\n',
+        b'memory_overcommit = 1.5\n[clients]\nweight = 7\n[clients.by_name."a.b"]\npids_max = 99\n',
         b"a = 1979-05-27T07:32:00Z\nb = [inf, nan, -1e9]\nc = {d = '\\', e.f = true}\n[[g]]\nh = '''\n'''\n",
     ]
 
@@ -45,7 +46,7 @@ def one_input(data: bytes) -> None:
     try:
         config = load_config(file.path)
         settings = config.worker_settings(hidden_paths=("/key",))
-        server_uid(config.user)
+        server_uid(config.user, config.state_dir)
     except ConfigError as error:
         _words(error)
     else:
@@ -54,12 +55,17 @@ def one_input(data: bytes) -> None:
             settings.uid_first,
             settings.uid_count,
             settings.ceiling,
+            settings.floor,
             waiting_inits=settings.waiting_inits,
             hidden_paths=settings.hidden_paths,
+            visible_paths=settings.visible_paths,
             operator_files=(config.revoked,) if config.revoked else (),
         )
         # the launcher ends when it is told what it cannot read
         assert decode_request(encode(1, hello)) == (1, hello)
+        for share in (settings.shares.default, *settings.shares.by_name.values()):
+            given = SetShare(settings.uid_first, share)
+            assert decode_request(encode(1, given)) == (1, given)
     os.environ["XDG_CONFIG_HOME"] = home.name
     nothing = argparse.Namespace(server=None, ca_crt=None, client_crt=None, client_key=None)
     try:

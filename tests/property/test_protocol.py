@@ -21,7 +21,17 @@ from pjw.launcher.protocol import (
     decode_request,
     encode,
 )
-from pjw.model import LIMIT_MAXIMUM, LIMIT_MINIMUM, Limits, Usage
+from pjw.model import (
+    LIMIT_MAXIMUM,
+    LIMIT_MINIMUM,
+    SUM_MINIMUM,
+    WEIGHT_MAXIMUM,
+    GroupUse,
+    Limits,
+    Share,
+    Sums,
+    Usage,
+)
 
 numbers = st.integers(0, 2**63 - 1)
 texts = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=200)
@@ -31,6 +41,9 @@ limits = st.builds(
 )
 measurements = st.builds(Measurement, **{f.name: numbers for f in fields(Measurement)})
 usages = st.builds(Usage, **{f.name: numbers for f in fields(Usage)})
+sums = st.builds(
+    Sums, **{name: st.just(0) | st.integers(least, LIMIT_MAXIMUM) for name, least in SUM_MINIMUM.items()}
+)
 BY_TYPE: dict[Any, st.SearchStrategy[Any]] = {
     int: numbers,
     str: texts,
@@ -40,6 +53,9 @@ BY_TYPE: dict[Any, st.SearchStrategy[Any]] = {
     tuple[Measurement, ...]: st.lists(measurements, max_size=MAX_MEASURED).map(tuple),
     Limits: limits,
     Usage: usages,
+    Sums: sums,
+    Share: st.builds(Share, weight=st.integers(1, WEIGHT_MAXIMUM), sums=sums),
+    GroupUse: st.builds(GroupUse, **{f.name: numbers for f in fields(GroupUse)}),
 }
 
 

@@ -12,6 +12,7 @@ WORDS = {
     "stopped": EndReason.STOPPED,
     "timed_out": EndReason.TIMED_OUT,
     "output_limit": EndReason.OUTPUT_LIMIT,
+    "output_failed": EndReason.OUTPUT_FAILED,
 }
 
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Final
 
+from pjw.launcher.processes import status_of
+
 SOURCES: Final = Path(__file__).resolve().parents[2] / "src/pjw/launcher/init"
 # The command that the head of init.h gives to whoever builds it by hand.
 BUILD: Final = (
@@ -28,6 +30,9 @@ DEADLINE_SECONDS: Final = 60.0
 ENVIRONMENT: Final = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/run/job"}
 # of this run alone: another may be under way on the same machine
 JOB_UID: Final = 300_000 + os.getpid()
+
+# Whether root may raise hard limits, and set the least of oom_score_adj: in some containers it may not.
+HAS_SYS_RESOURCE: Final = bool(int(status_of("self", b"CapEff")[0], 16) & 1 << 24)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -57,7 +62,10 @@ def wait_readable(fd: int, doing: str) -> None:
 
 @dataclass
 class Running:
-    """One init, from its clone to its end."""
+    """One init, from its clone to its end.
+
+    `reports` are in words, that of a failure without `operation`: what could not be done.
+    """
 
     report: socket.socket
     output_path: Path
@@ -67,6 +75,7 @@ class Running:
     reports: list[str] = field(default_factory=list)
     pidfd: int = -1
     exit_code: int | None = None
+    operation: str = ""
 
     def read_reports(self, at_clone: signal.Signals | None) -> None:
         """Read until init has closed the report socket: exec was confirmed, or a step failed.
@@ -76,12 +85,14 @@ class Running:
         while True:
             wait_readable(self.report.fileno(), "a report")
             try:
-                data, ancillary, _, _ = self.report.recvmsg(256, socket.CMSG_SPACE(4))
+                data, ancillary, _, _ = self.report.recvmsg(1024, socket.CMSG_SPACE(4))
             except ConnectionResetError:
                 return
             if not data:
                 return
-            self.reports.append(data.decode())
+            words = data.decode(errors="backslashreplace").split(" ", 3)
+            self.reports.append(" ".join(words[:3]))
+            self.operation = "".join(words[3:])
             for _, _, payload in ancillary:
                 (self.pidfd,) = array.array("i", payload)
                 if at_clone is not None:
@@ -208,6 +219,35 @@ class Harness:
             running.reports.append(errors.decode())
         return running
 
+    def order(self, *words: str, options: Sequence[str] = (), with_credentials: bool = False) -> Running:
+        """Start an init that waits, give it an order for `true`, and wait until that was executed, or not.
+
+        *options* are init's own. *with_credentials*: the kernel adds those of the sender (SO_PASSCRED in
+        unix(7)), and no descriptor comes along.
+        """
+        number = len(self._running)
+        files = [self.directory / f"{name}-{number}" for name in ("output", "status", "times", "stderr")]
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        running = Running(ours, files[0], files[1], files[2], files[3])
+        self._running.append(running)
+        fds = [os.memfd_create("command"), *(os.open(path, os.O_RDWR | os.O_CREAT) for path in files[:3])]
+        os.write(fds[0], command_file(["true"]))
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, with_credentials)
+        rights = [] if with_credentials else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+        ours.sendmsg([b"".join(word.encode() + b"\0" for word in words)], rights)
+        stage0 = subprocess.Popen(
+            [str(self.binary), "--report-fd", str(theirs.fileno()), "--wait", *options],
+            env=dict(ENVIRONMENT),
+            pass_fds=[theirs.fileno()],
+            stderr=subprocess.DEVNULL,
+        )
+        theirs.close()
+        for fd in fds:
+            os.close(fd)
+        running.read_reports(None)
+        stage0.wait(DEADLINE_SECONDS)
+        return running
+
     def run(self, *argv: str, **how: object) -> Running:
         """Start *argv* and wait for its end."""
         return self.start(*argv, **how).wait()  # type: ignore[arg-type]
@@ -281,17 +321,16 @@ def small_tmpfs(size_bytes: int) -> int:
 
 
 class Inotify:
-    """A watch of one file for IN_MODIFY."""
+    """A watch of one file for IN_MODIFY, or for another event."""
 
-    def __init__(self, path: Path) -> None:
-        in_modify = 0x2
+    def __init__(self, path: Path, event: int = 0x2) -> None:
         self.fd: Final = _checked(_libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK))
-        _checked(_libc.inotify_add_watch(self.fd, bytes(path), in_modify))
+        _checked(_libc.inotify_add_watch(self.fd, bytes(path), event))
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
         """Wait for *condition*, looking at it only at first and when an event has come."""
         while not condition():
-            wait_readable(self.fd, "an IN_MODIFY")
+            wait_readable(self.fd, "an event of inotify")
             os.read(self.fd, 65536)
 
     def close(self) -> None:

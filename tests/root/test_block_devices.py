@@ -45,7 +45,7 @@ def test_a_partition_gives_the_loop_device_that_has_it(loop_device: str) -> None
         assert devices.whole_disks(number_of(f"{name}/{name}p1")) == {whole}
         instance = f"test-{os.getpid()}-loop"
         hierarchy = cgroups.open_hierarchy(instance, io_devices=[whole])
-        hierarchy.create(1, Limits()).remove()
+        assert hierarchy.create(1, Limits(), 7).try_remove()
         for mount in files.read_mounts():
             parent = Path(mount.point, "pjw", instance)
             if mount.fs_type.startswith("cgroup") and parent.is_dir():

@@ -3,6 +3,7 @@
 import errno
 import itertools
 import os
+import re
 import select
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,17 +19,27 @@ import pytest
 from pjw.errors import ConfigError, JobStateError, KernelError
 from pjw.launcher import cgroup as cgroups
 from pjw.launcher.cgroup import Cgroup, Hierarchy, files, v1, v2
-from pjw.model import Limits
+from pjw.launcher.departures import Departures, Waiter
+from pjw.launcher.processes import Watcher
+from pjw.model import DEFAULT_SHARE, GroupUse, Limits, Share, Sums
+from tests.service import wait_for
 
 MIB = 1024**2
 UNLIMITED = Limits(0, 0, 0, 0, 0, 0, 0, 0, 0)
 DEADLINE_SECONDS = 60.0
+# of a client; nobody is it here
+UID = 1_900_000_007
 NUMBERS = itertools.count(1)
 
 
 def limits(**values: int) -> Limits:
     """No limits but these."""
     return UNLIMITED.with_overrides(values)
+
+
+def remove(cgroup: Cgroup) -> None:
+    """Remove it, when its last process has left it."""
+    wait_for(cgroup.try_remove)
 
 
 def directories(cgroup: Cgroup) -> list[Path]:
@@ -67,13 +78,10 @@ def instance() -> Iterator[str]:
     name = f"test-{os.getpid()}-{next(NUMBERS)}"
     assert instance_directories(name) == []
     yield name
-    left = [path for top in instance_directories(name) for path in top.iterdir() if path.is_dir()]
-    for top in instance_directories(name):
-        for path in left:
-            if path.parent == top:
-                path.rmdir()
-        top.rmdir()
-    assert left == []
+    found = [path for top in instance_directories(name) for path, _, _ in os.walk(top, topdown=False)]
+    for path in found:
+        os.rmdir(path)
+    assert [path for path in found if not path.endswith(name)] == []
 
 
 @pytest.fixture
@@ -89,14 +97,14 @@ def create(hierarchy: Hierarchy) -> Iterator[Callable[..., Cgroup]]:
     made: list[Cgroup] = []
 
     def create_one(**values: int) -> Cgroup:
-        made.append(hierarchy.create(next(ids), limits(**values)))
+        made.append(hierarchy.create(next(ids), limits(**values), UID))
         return made[-1]
 
     yield create_one
     for cgroup in made:
         if any(directory.is_dir() for directory in directories(cgroup)):
             cgroup.kill()
-            cgroup.remove()
+            remove(cgroup)
 
 
 @contextmanager
@@ -192,19 +200,19 @@ def test_the_least_limits_are_accepted(create: Callable[..., Cgroup]) -> None:
 
 def test_creating_a_job_twice_is_refused_and_leaves_the_first(hierarchy: Hierarchy) -> None:
     """The second request must not touch a job that may be running."""
-    first = hierarchy.create(1, limits(pids_max=9))
+    first = hierarchy.create(1, limits(pids_max=9), UID)
     with pytest.raises(JobStateError, match="job 1"):
-        hierarchy.create(1, limits(pids_max=5))
+        hierarchy.create(1, limits(pids_max=5), UID)
     assert value(first, "pids.max", "pids.max") == "9"
     assert hierarchy.job_ids() == [1]
-    first.remove()
+    remove(first)
 
 
 def test_a_failure_half_way_leaves_nothing(instance: str) -> None:
     """A limit that the kernel refuses names its file and job, and takes the directories back."""
     hierarchy = cgroups.open_hierarchy(instance, io_devices=["4095:77"])
-    with pytest.raises(KernelError, match=r"(io\.max|read_bps_device) of job 5: .* \(ENODEV\)"):
-        hierarchy.create(5, Limits())
+    with pytest.raises(KernelError, match=r"(io\.max|write_bps_device) of job 5: .* \(ENODEV\)"):
+        hierarchy.create(5, Limits(), UID)
     assert hierarchy.job_ids() == []
     assert hierarchy.find(5) is None
 
@@ -213,10 +221,10 @@ def test_an_io_limit_without_a_disk_is_refused(instance: str) -> None:
     """Never silently missing, and nothing is made for it."""
     hierarchy = cgroups.open_hierarchy(instance)
     with pytest.raises(ConfigError, match="cannot limit the disk IO of job 5: no disk was named") as caught:
-        hierarchy.create(5, limits(io_wiops_max=10))
+        hierarchy.create(5, limits(io_wiops_max=10), UID)
     assert caught.value.hint
     assert hierarchy.job_ids() == []
-    hierarchy.create(6, limits(pids_max=5)).remove()
+    remove(hierarchy.create(6, limits(pids_max=5), UID))
 
 
 def test_init_enters_by_the_descriptors(create: Callable[..., Cgroup]) -> None:
@@ -233,10 +241,13 @@ def test_init_enters_by_the_descriptors(create: Callable[..., Cgroup]) -> None:
     hold, release = os.pipe()
     hear, tell = os.pipe()
     with cgroup.init_arguments() as arguments:
-        descriptors = [int(number) for number in arguments[1::2]]
+        # --cgroup is the path at which the job is shown it, with cgroup v2
+        ways = [pair for pair in zip(arguments[::2], arguments[1::2], strict=True) if pair[0] != "--cgroup"]
+        words = [word for pair in ways for word in pair]
+        descriptors = [int(number) for _, number in ways]
         pid = os.posix_spawn(
             sys.executable,
-            [sys.executable, "-I", "-S", "-c", code, *arguments],
+            [sys.executable, "-I", "-S", "-c", code, *words],
             {},
             file_actions=[(os.POSIX_SPAWN_DUP2, hold, 0), (os.POSIX_SPAWN_DUP2, tell, 1)],
         )
@@ -330,36 +341,22 @@ def test_direct_io_is_throttled_and_counted(create: Callable[..., Cgroup], disk_
     assert 8 * MIB <= usage.io_read_bytes < 16 * MIB
 
 
-def test_remove_waits_for_a_dying_process(create: Callable[..., Cgroup]) -> None:
-    """EBUSY is no error while the last process is on its way out; a zombie does not count."""
-    cgroup = create()
-    with running(cgroup, "say('up'); time.sleep(1)") as process:
-        assert next_line(process) == "up"
-        assert cgroup.pids() == [process.pid]
-        cgroup.remove()
-        # waited for by remove, though nobody has reaped it yet
-        assert process.poll() == 0
-    assert not any(directory.exists() for directory in directories(cgroup))
-    cgroup.remove()
-
-
-def test_remove_of_a_living_job_fails_and_leaves_it(
-    create: Callable[..., Cgroup], hierarchy: Hierarchy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """After its deadline it says so; nothing was removed, and it works once the job is dead."""
-    monkeypatch.setattr(files, "SETTLE_SECONDS", 0.2)
+def test_a_cgroup_goes_with_its_last_process(create: Callable[..., Cgroup], hierarchy: Hierarchy) -> None:
+    """No error and nothing removed before; a zombie does not count; and what is gone can be removed again."""
     cgroup = create()
     with running(cgroup, "say('up'); time.sleep(1000)") as process:
         assert next_line(process) == "up"
-        with pytest.raises(KernelError, match=r"job 1: .* \(EBUSY\)"):
-            cgroup.remove()
+        assert cgroup.pids() == [process.pid]
+        assert not cgroup.try_remove()
         assert all(directory.is_dir() for directory in directories(cgroup))
         assert hierarchy.job_ids() == [1]
-        monkeypatch.undo()
         cgroup.kill()
-        cgroup.remove()
-        assert process.wait(DEADLINE_SECONDS) == -signal.SIGKILL
+        remove(cgroup)
+        # gone, though nobody has reaped it yet
+        assert process.poll() == -signal.SIGKILL
+    assert not any(directory.exists() for directory in directories(cgroup))
     assert hierarchy.find(1) is None
+    assert cgroup.try_remove()
 
 
 def test_kill_ends_a_fork_bomb_and_nothing_else(create: Callable[..., Cgroup]) -> None:
@@ -385,7 +382,7 @@ def test_kill_ends_a_fork_bomb_and_nothing_else(create: Callable[..., Cgroup]) -
         while len(bomb.pids()) < 50:
             assert time.monotonic() < deadline
         bomb.kill()
-        bomb.remove()
+        remove(bomb)
         assert bystander.poll() is None
         assert other.pids() == [bystander.pid]
 
@@ -394,7 +391,7 @@ def test_kill_of_an_empty_or_removed_cgroup_is_no_error(create: Callable[..., Cg
     """Whoever kills last comes too late, and that is fine."""
     cgroup = create()
     cgroup.kill()
-    cgroup.remove()
+    remove(cgroup)
     cgroup.kill()
     assert cgroup.pids() == []
 
@@ -402,7 +399,7 @@ def test_kill_of_an_empty_or_removed_cgroup_is_no_error(create: Callable[..., Cg
 def test_leftovers_are_found_and_removed(hierarchy: Hierarchy) -> None:
     """A create that a crash cut short is still a job to clean up; foreign names are not."""
     for job_id in (12, 3):
-        hierarchy.create(job_id, limits())
+        hierarchy.create(job_id, limits(), UID)
     cgroup = hierarchy.find(12)
     assert cgroup
     for directory in directories(cgroup)[:-1]:
@@ -419,15 +416,17 @@ def test_leftovers_are_found_and_removed(hierarchy: Hierarchy) -> None:
         found = hierarchy.find(job_id)
         assert found
         found.kill()
-        found.remove()
+        remove(found)
     assert hierarchy.job_ids() == []
     for path in foreign:
         path.rmdir()
+    # what is not ours has kept the directory of the client
+    foreign[0].parent.rmdir()
 
 
 def test_jobs_are_found_again_after_a_restart(hierarchy: Hierarchy, instance: str, disk_dir: Path) -> None:
     """Opening the same instance again finds its jobs running under their limits."""
-    cgroup = hierarchy.create(8, limits(pids_max=9))
+    cgroup = hierarchy.create(8, limits(pids_max=9), UID)
     with running(cgroup, "say('up'); time.sleep(1000)") as process:
         assert next_line(process) == "up"
         again = cgroups.open_hierarchy(instance, io_devices=cgroups.disks_under([str(disk_dir)]))
@@ -437,7 +436,300 @@ def test_jobs_are_found_again_after_a_restart(hierarchy: Hierarchy, instance: st
         assert found.pids() == [process.pid]
         assert value(found, "pids.max", "pids.max") == "9"
         found.kill()
-        found.remove()
+        remove(found)
+
+
+# --- departures: nobody waits for a cgroup but who wants to know
+
+
+class Told:
+    """What somebody who waits for a departure is told."""
+
+    def __init__(self, departures: Departures, job_id: int = 1) -> None:
+        self.words: list[str] = []
+        self.hint: str | None = None
+        departures.wait_for(job_id, Waiter(lambda: self.words.append("gone"), self._late))
+
+    def _late(self, error: KernelError) -> None:
+        self.words.append(str(error))
+        self.hint = error.hint
+
+
+@pytest.fixture
+def watcher() -> Iterator[Watcher]:
+    """What tells of ends and timers."""
+    watcher = Watcher()
+    yield watcher
+    watcher.close()
+
+
+def test_a_departure_that_is_late_goes_on(create: Callable[..., Cgroup], watcher: Watcher) -> None:
+    """Who waits is told what is in its way, then and later at once; and nothing is left at its end (S2)."""
+    cgroup, departures, order = create(), Departures(watcher), []
+    with running(cgroup, "say('up'); time.sleep(1000)") as process:
+        assert next_line(process) == "up"
+        departures.begin(1, cgroup, lambda: order.append("finish"), late_seconds=0.1)
+        departures.go_on(1)
+        first = Told(departures)
+        while not first.words:
+            watcher.run_once()
+        second = Told(departures)
+        for told in (first, second):
+            assert told.words == ["cannot remove the cgroup of job 1: device or resource busy (EBUSY)"]
+            assert re.fullmatch(rf"process {process.pid} \(python[\d.]*\) in state S.*", told.hint or "")
+        began = time.monotonic()
+        # what is late keeps no launcher from its end
+        departures.settle()
+        assert time.monotonic() - began < 1
+        cgroup.kill()
+        while 1 in departures:
+            watcher.run_once()
+        assert order == ["finish"]
+    assert Told(departures).words == ["gone"]
+
+
+def test_a_departure_tells_who_waits_when_it_is_over(create: Callable[..., Cgroup], watcher: Watcher) -> None:
+    """After whoever has begun it."""
+    cgroup, departures, order = create(), Departures(watcher), list[str]()
+    with running(cgroup, "say('up'); time.sleep(1000)") as process:
+        assert next_line(process) == "up"
+        departures.begin(1, cgroup, lambda: order.append("finish"))
+        departures.go_on(1)
+        departures.wait_for(1, Waiter(lambda: order.append("gone"), lambda error: order.append(str(error))))
+        assert order == []
+        cgroup.kill()
+        departures.settle()
+    assert order == ["finish", "gone"]
+
+
+def test_what_cannot_be_removed_is_tried_again(watcher: Watcher, tmp_path: Path) -> None:
+    """Whoever waits is told the error of now, not that of the first time."""
+    path, finished = tmp_path / "cgroup", list[str]()
+    path.symlink_to(tmp_path)
+    departures = Departures(watcher)
+    departures.begin(1, v2.V2Cgroup(1, str(path)), lambda: finished.append("finish"))
+    departures.go_on(1)
+    for _ in range(2):
+        [words] = Told(departures).words
+        assert words.startswith(f"cannot remove cgroup {path} of job 1: not a directory (ENOTDIR)")
+    path.unlink()
+    path.mkdir()
+    while 1 in departures:
+        watcher.run_once()
+    assert finished == ["finish"]
+
+
+# --- the three levels
+
+
+def old_place(instance: str, job_id: int) -> list[Path]:
+    """Where a version before this layout has a job's directories: not below a client's."""
+    return [path / f"job-{job_id}" for path in instance_directories(instance)]
+
+
+def test_a_job_is_below_its_client_which_goes_with_the_last(hierarchy: Hierarchy, instance: str) -> None:
+    """The client is a number there; its directory comes with its first job and goes with its last (S5)."""
+    first, second = (hierarchy.create(job_id, limits(), UID) for job_id in (1, 2))
+    other = hierarchy.create(3, limits(), UID + 1)
+    tops = instance_directories(instance)
+    assert {path.relative_to(path.parents[1]).as_posix() for path in directories(first)} == {
+        f"client-{UID}/job-1"
+    }
+    remove(first)
+    assert all((top / f"client-{UID}").is_dir() for top in tops)
+    remove(second)
+    assert not any((top / f"client-{UID}").exists() for top in tops)
+    assert hierarchy.job_ids() == [3]
+    remove(other)
+    assert not any(path.is_dir() for top in tops for path in top.iterdir())
+
+
+def test_a_create_that_fails_leaves_no_client(instance: str) -> None:
+    """Neither the job's directory nor that of its client, which has no other job."""
+    hierarchy = cgroups.open_hierarchy(instance, io_devices=["4095:77"])
+    with pytest.raises(KernelError):
+        hierarchy.create(5, Limits(), UID)
+    assert not any(path.is_dir() for top in instance_directories(instance) for path in top.iterdir())
+
+
+def test_a_job_of_the_version_before_is_where_it_was(hierarchy: Hierarchy, instance: str) -> None:
+    """Found, accounted, killed and removed there, beside clients' directories; its id is not given again."""
+    for path in old_place(instance, 4):
+        path.mkdir()
+    hierarchy.create(5, limits(), UID)
+    again = cgroups.open_hierarchy(instance)
+    old = again.find(4)
+    assert old
+    assert directories(old) == old_place(instance, 4)
+    with running(old, "say('up'); time.sleep(1000)") as process:
+        assert next_line(process) == "up"
+        assert old.pids() == [process.pid]
+        assert old.measure().pids == 1
+        with pytest.raises(JobStateError, match="job 4"):
+            again.create(4, limits(), UID)
+        old.kill()
+        assert process.wait(DEADLINE_SECONDS) == -signal.SIGKILL
+        assert old.usage().memory_peak_bytes >= 0
+        remove(old)
+    assert again.job_ids() == [5]
+    new = again.find(5)
+    assert new
+    remove(new)
+    assert again.job_ids() == []
+
+
+def test_an_empty_client_that_a_crash_has_left_goes(hierarchy: Hierarchy, instance: str) -> None:
+    """A launcher may be killed between the two directories; the next one looks."""
+    for path in instance_directories(instance):
+        (path / f"client-{UID}").mkdir()
+    cgroups.open_hierarchy(instance)
+    assert not any(path.is_dir() for top in instance_directories(instance) for path in top.iterdir())
+
+
+def group_value(hierarchy: Hierarchy, place: str, v1_name: str, v2_name: str) -> str:
+    """The value of a limit of the instance ('.') or of a client."""
+    controller, _, _ = v1_name.partition(".")
+    parent = hierarchy._parents[controller] if isinstance(hierarchy, v1.V1Hierarchy) else hierarchy._parent  # type: ignore[attr-defined]
+    name = v1_name if isinstance(hierarchy, v1.V1Hierarchy) else v2_name
+    return Path(parent, place, name).read_text(encoding="ascii").strip()
+
+
+def group_cpu(hierarchy: Hierarchy, place: str) -> int:
+    """The processor time of the instance or of a client, in thousandths; 0 is any."""
+    if isinstance(hierarchy, v1.V1Hierarchy):
+        quota = int(group_value(hierarchy, place, "cpu.cfs_quota_us", ""))
+        period = int(group_value(hierarchy, place, "cpu.cfs_period_us", ""))
+        return quota * 1000 // period if quota > 0 else 0
+    quota_word, period_word = group_value(hierarchy, place, "cpu.", "cpu.max").split()
+    return 0 if quota_word == "max" else int(quota_word) * 1000 // int(period_word)
+
+
+def test_sums_are_effective_for_all_jobs_and_for_a_client(hierarchy: Hierarchy) -> None:
+    """The kernel shows what was asked for, at both levels; 0 takes a bound away again (S5)."""
+    assert hierarchy.set_sums(Sums(512 * MIB, 400, 900)) == []
+    share = Share(300, Sums(128 * MIB, 50, 500))
+    job = hierarchy.create(1, limits(), UID, share)
+    client = f"client-{UID}"
+    for place, memory, pids, cpu in ((".", 512 * MIB, "400", 900), (client, 128 * MIB, "50", 500)):
+        assert group_value(hierarchy, place, "memory.limit_in_bytes", "memory.max") == str(memory)
+        assert group_value(hierarchy, place, "pids.max", "pids.max") == pids
+        assert group_cpu(hierarchy, place) == cpu
+    weight = group_value(hierarchy, client, "cpu.shares", "cpu.weight")
+    assert weight == ("3072" if hierarchy.version == 1 else "300")
+    assert hierarchy.share_of(UID) == share
+    assert hierarchy.set_share(UID, DEFAULT_SHARE) == []
+    assert group_value(hierarchy, client, "pids.max", "pids.max") == "max"
+    assert group_cpu(hierarchy, client) == 0
+    assert hierarchy.set_sums(Sums()) == []
+    assert group_cpu(hierarchy, ".") == 0
+    remove(job)
+    assert hierarchy.share_of(UID) is None
+    assert hierarchy.set_share(UID, share) == []
+
+
+def test_a_job_has_no_more_processor_time_than_those_above_it(hierarchy: Hierarchy) -> None:
+    """On v1 a quota above the parent's is EINVAL: such a job starts all the same, and has its parent's."""
+    assert hierarchy.set_sums(Sums(cpu_max_millicores=700)) == []
+    job = hierarchy.create(1, limits(cpu_max_millicores=1000), UID, Share(sums=Sums(cpu_max_millicores=900)))
+    other = hierarchy.create(2, limits(cpu_max_millicores=1000), UID + 1)
+    if hierarchy.version == 1:
+        assert group_cpu(hierarchy, f"client-{UID}") == 700
+        assert [value(each, "cpu.cfs_quota_us", "") for each in (job, other)] == ["70000", "70000"]
+    for each in (job, other):
+        remove(each)
+
+
+def test_a_sum_that_cannot_be_lowered_is_told(hierarchy: Hierarchy) -> None:
+    """Less processor time than a running job has (v1), less memory than is used: in words; nobody dies."""
+    job = hierarchy.create(1, limits(cpu_max_millicores=800), UID)
+    code = "data = b'x' * (64 << 20)\nsay('up'); time.sleep(1000)"
+    with running(job, code) as process:
+        assert next_line(process) == "up"
+        words = hierarchy.set_sums(Sums(memory_max_bytes=20 * MIB, cpu_max_millicores=200))
+        memory = next(text for text in words if "memory_max_bytes of all jobs" in text)
+        assert "are used" in memory
+        if hierarchy.version == 1:
+            assert any("cpu_max_millicores of all jobs to 200" in text for text in words)
+        assert process.poll() is None
+        job.kill()
+        remove(job)
+        process.wait(DEADLINE_SECONDS)
+    # the kernel forgets the quota of a cgroup that was removed only after a while
+    wait_for(lambda: hierarchy.set_sums(Sums(memory_max_bytes=20 * MIB, cpu_max_millicores=200)) == [])
+
+
+def test_the_instance_holds_the_sum_of_processes(hierarchy: Hierarchy) -> None:
+    """Jobs without limits, of two clients, have no more processes together than the sum says."""
+    assert hierarchy.set_sums(Sums(pids_max=20)) == []
+    jobs = [hierarchy.create(number, limits(), UID + number) for number in (1, 2)]
+    code = (
+        "count = 0\n"
+        "while count < 30:\n"
+        "    try:\n"
+        "        if not os.fork(): time.sleep(1000)\n"
+        "        count += 1\n"
+        "    except OSError: break\n"
+        "say(str(count)); time.sleep(1000)"
+    )
+    with running(jobs[0], "say('up'); time.sleep(1000)") as one, running(jobs[1], code) as other:
+        assert next_line(one) == "up"
+        assert next_line(other) in ("18", "19")
+        assert hierarchy.use_of(UID + 1).pids == 1
+        assert hierarchy.use_of(UID + 2).pids >= 19
+        for job in jobs:
+            job.kill()
+            remove(job)
+    assert hierarchy.use_of(UID + 2) == GroupUse()
+
+
+def test_six_jobs_of_one_client_weigh_as_much_as_one_of_another(hierarchy: Hierarchy) -> None:
+    """Busy loops on one processor: each client has half of it, and not a seventh (S5)."""
+    cpu = min(os.sched_getaffinity(0))
+    many = [hierarchy.create(number, limits(), UID) for number in range(1, 7)]
+    single = hierarchy.create(7, limits(), UID + 1)
+    code = f"os.sched_setaffinity(0, [{cpu}]); say('up')\nwhile True: pass"
+
+    def used() -> tuple[int, int]:
+        return hierarchy.use_of(UID).cpu_usage_usec, hierarchy.use_of(UID + 1).cpu_usage_usec
+
+    with ExitStack() as stack:
+        for job in (*many, single):
+            assert next_line(stack.enter_context(running(job, code))) == "up"
+        before = used()
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        # enough for the scheduler to be fair, however little of this processor the machine has for us
+        while sum(used()) - sum(before) < 2_000_000:
+            assert time.monotonic() < deadline
+            select.select([], [], [], 0.05)
+        of_many, of_single = (after - earlier for after, earlier in zip(used(), before, strict=True))
+        for job in (*many, single):
+            job.kill()
+            remove(job)
+    assert 0.7 < of_single / of_many < 1.4
+
+
+def test_a_client_with_twice_the_weight_has_twice_the_time(hierarchy: Hierarchy) -> None:
+    """The operator's weight is what the kernel shares a processor by."""
+    cpu = min(os.sched_getaffinity(0))
+    light = hierarchy.create(1, limits(), UID)
+    heavy = hierarchy.create(2, limits(), UID + 1, Share(300))
+    code = f"os.sched_setaffinity(0, [{cpu}]); say('up')\nwhile True: pass"
+    with running(light, code) as first, running(heavy, code) as second:
+        assert [next_line(first), next_line(second)] == ["up", "up"]
+        before = hierarchy.use_of(UID).cpu_usage_usec, hierarchy.use_of(UID + 1).cpu_usage_usec
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while hierarchy.use_of(UID).cpu_usage_usec - before[0] < 400_000:
+            assert time.monotonic() < deadline
+            select.select([], [], [], 0.05)
+        of_light = hierarchy.use_of(UID).cpu_usage_usec - before[0]
+        of_heavy = hierarchy.use_of(UID + 1).cpu_usage_usec - before[1]
+        for job in (light, heavy):
+            job.kill()
+            remove(job)
+    assert 2 < of_heavy / of_light < 4.5
+
+
+# --- the host
 
 
 def test_the_host_is_described(hierarchy: Hierarchy) -> None:

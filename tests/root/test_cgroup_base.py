@@ -12,6 +12,7 @@ import pytest
 
 from pjw.launcher import cgroup as cgroups
 from pjw.launcher.cgroup import files, v2
+from tests.service import wait_for
 
 DEADLINE_SECONDS = 60.0
 NUMBERS = itertools.count(1)
@@ -32,7 +33,7 @@ def top_level_cgroup() -> Iterator[Path]:
     finally:
         (top / "cgroup.kill").write_text("1", encoding="ascii")
         for directory, _, _ in os.walk(top, topdown=False):
-            v2.V2Cgroup(0, directory).remove()
+            wait_for(v2.V2Cgroup(0, directory).try_remove)
 
 
 def run_at(cgroup: Path, code: str, *, namespace: bool = False) -> subprocess.CompletedProcess[str]:
@@ -65,11 +66,11 @@ def test_we_make_room_for_jobs_at_the_root_of_a_namespace() -> None:
     code = (
         "from pjw.model import Limits\n"
         "open_again = lambda: cgroup.open_hierarchy('i-1', supervisor_pids=[os.getpid(), os.getppid()])\n"
-        "open_again().create(1, Limits(0, 64 << 20, 9, 0, 0, 0, 0))\n"
+        "open_again().create(1, Limits(0, 64 << 20, 9, 0, 0, 0, 0), 7)\n"
         "job = open_again().find(1)\n"
         "print(open('/proc/self/cgroup').read().strip())\n"
-        "print(open('/sys/fs/cgroup/pjw/i-1/job-1/pids.max').read())\n"
-        "job.remove()"
+        "print(open('/sys/fs/cgroup/pjw/i-1/client-7/job-1/pids.max').read())\n"
+        "job.try_remove()"
     )
     with top_level_cgroup() as top:
         done = run_at(top, code, namespace=True)

@@ -155,9 +155,15 @@ def test_options_win_over_environment_and_that_over_the_file(service: Service, t
 def test_a_missing_or_broken_file_is_named(service: Service, name: str, tmp_path: Path) -> None:
     """Each file that pjw needs: not given, not there, a directory, not PEM: always named."""
     option = "--" + name[4:].lower().replace("_", "-")
-    code, words = service.refused("list", **{name: ""})
-    assert (code, words.splitlines()[0]) == (125, f"pjw: error: no {option} is given")
-    assert words.splitlines()[1].startswith(f"hint: give {option} FILE, set {name}")
+    environment = {key: value for key, value in service.environment().items() if key != name}
+    done = subprocess.run(
+        [str(BIN / "pjw"), "list"], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr.splitlines()[0]) == (125, f"pjw: error: no {option} is given")
+    assert done.stderr.splitlines()[1].startswith(f"hint: give {option} FILE, set {name}")
+    assert service.refused("list", **{name: ""}) == (
+        125, f"pjw: error: the variable {name} is empty\nhint: leave it out, or give it a value\n"
+    )  # fmt: skip
     garbage = tmp_path / "garbage"
     garbage.write_bytes(b"\xff\x00 no PEM")
     garbage.chmod(0o600)
@@ -203,8 +209,8 @@ def test_what_is_not_pjwd_is_125_without_a_traceback(service: Service) -> None:
 def test_an_odd_server_address_is_no_crash(service: Service, server: str) -> None:
     """An address that is none ends in an error of one line or two, not in silence or a traceback."""
     done = subprocess.run(
-        [str(BIN / "pjw"), "--server", server or "::::", "list"],
-        env=service.environment(),
+        [str(BIN / "pjw"), "list"],
+        env=service.environment() | {"PJW_SERVER": server or "::::"},
         capture_output=True,
         timeout=90,
         check=False,

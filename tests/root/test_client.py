@@ -1,6 +1,7 @@
 """pjw.Client and pjw.AsyncClient with a real pjwd: every call, and connections lost at the worst moment."""
 
 import asyncio
+import errno
 import os
 import signal
 import threading
@@ -170,6 +171,9 @@ def test_a_list_is_of_what_was_asked_for(service: Service, connect: Connect) -> 
     ("call", "error"),
     [
         (("start", JobSpec(["nosuchprogram"])), errors.LaunchError),
+        # R5: as a Worker says them
+        (("start", JobSpec("true", workdir="/nonexistent")), errors.WorkdirError),
+        (("start", JobSpec("true", {"cpu_max_millicores": 2**40})), errors.LimitRangeError),
         (("get", 2**70), errors.JobNotFoundError),
         (("stop", 999_999), errors.JobNotFoundError),
         (("delete", 999_999), errors.JobNotFoundError),
@@ -180,9 +184,18 @@ def test_a_list_is_of_what_was_asked_for(service: Service, connect: Connect) -> 
 def test_refusals_are_errors_of_ours(
     service: Service, connect: Connect, call: tuple[Any, ...], error: type[Exception]
 ) -> None:
-    """Never gRPC's own."""
-    with connect(service) as client, pytest.raises(error):
+    """Never gRPC's own; with the facts of each."""
+    with connect(service) as client, pytest.raises(error) as caught:
         list(client.call(*call))
+    if isinstance(caught.value, errors.WorkdirError):
+        assert (caught.value.workdir, caught.value.errno) == ("/nonexistent", errno.ENOENT)
+    if isinstance(caught.value, errors.LimitRangeError):
+        assert (caught.value.limit, caught.value.value, caught.value.least) == (
+            "cpu_max_millicores",
+            2**40,
+            None,
+        )
+        assert 0 < (caught.value.most or 0) < 2**40
 
 
 def test_a_start_whose_answer_is_lost_starts_once(service: Service, connect: Connect) -> None:
@@ -333,3 +346,13 @@ def test_closing_ends_a_call_under_way(service: Service, connect: Connect) -> No
     assert isinstance(error, errors.ServerUnreachableError | CancelledError)
     with connect(service) as client:
         client.call("stop", job_id)
+
+
+def test_run_is_a_start_its_output_and_its_end(service: Service, connect: Connect) -> None:
+    """As subprocess.run: with input, both outputs, and an exit code that is no error."""
+    with connect(service) as client:
+        done = client.call("run", "cat; echo oops >&2; exit 3", input=b"words\n")
+        assert (done.output, done.stderr, done.job.exit_status) == (b"words\noops\n", b"", ExitStatus(3))
+        done = client.call("run", JobSpec("echo out; echo oops >&2", split_stderr=True))
+        assert (done.output, done.stderr, done.job.state) == (b"out\n", b"oops\n", JobState.EXITED)
+        assert client.call("run", ["true"], input=b"x" * 1000).output == b""

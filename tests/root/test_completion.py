@@ -61,7 +61,12 @@ def test_an_option_with_a_value(service: Service) -> None:
     """Its name is completed, also where nobody can know the value."""
     assert completions(service, "pjw run --me") == {"--memory"}
     assert {"--cpus", "--name", "--label", "--timeout"} <= completions(service, "pjw start --")
-    assert completions(service, "pjw list --limit ") == set()
+    assert completions(service, "pjw list --limit ") == {"all"}
+    assert completions(service, "pjw start --memory ") == set()
+    assert {"table", "jsonl"} <= completions(service, "pjw list --format ")
+    assert {"INT", "HUP"} <= completions(service, "pjw stop -s ")
+    assert {"run", "context", "limits"} <= completions(service, "pjw help ")
+    assert completions(service, "pjw help context a") == {"add"}
 
 
 def test_a_job_is_completed(name: str, shell: Terminal, service: Service) -> None:

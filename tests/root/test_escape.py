@@ -248,14 +248,16 @@ def listener(bench: Bench) -> Iterator[tuple[Path, Path]]:
         os.close(reader)
 
 
-async def test_a_service_that_is_hidden_cannot_be_talked_to(
+async def test_a_service_of_the_host_cannot_be_talked_to(
     bench: Bench, worker: Worker, listener: tuple[Path, Path]
 ) -> None:
-    """Read-only mounts keep no job from a socket or FIFO, which is what remains; hidden paths do."""
+    """S8: a job finds the path of a socket and of a FIFO, and nobody behind it; where hidden, no path."""
     program = f"""
-[attempt(socket.socket(socket.AF_UNIX).connect, '{listener[0]}'), attempt(write, '{listener[1]}', 'x')]
+connected = attempt(socket.socket(socket.AF_UNIX).connect, '{listener[0]}')
+[connected, attempt(os.open, '{listener[1]}', os.O_WRONLY | os.O_NONBLOCK)]
 """
-    assert await inside(worker, program) == [None, 1]
+    assert outside(program, bench.settings.uid_first)[0] is None
+    assert await inside(worker, program) == ["ECONNREFUSED", "ENXIO"]
     await bench.close(worker)
     worker = await bench.open(hidden_paths=(str(listener[0].parent),))
     assert await inside(worker, program) == ["EACCES", "EACCES"]

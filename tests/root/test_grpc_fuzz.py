@@ -1,17 +1,15 @@
 """A hostile network: whatever comes, with a certificate or without, pjwd goes on answering a good client.
 
-Methods and messages are taken from the contract. What gRPC's own client would not send is made by hand from
-frames of HTTP/2 (RFC 9113) over the standard library's TLS. `make fuzz` goes on for longer.
+Methods and messages are taken from the contract. What gRPC's own client would not send is made by hand
+(tests/http2.py). `make fuzz` goes on for longer.
 """
 
 import os
 import socket
-import ssl
 import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 import grpc
@@ -23,6 +21,27 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pjw.v1 import job_worker_pb2 as pb
+from tests.http2 import (
+    ACK,
+    CONTINUATION,
+    DATA,
+    END_HEADERS,
+    END_STREAM,
+    GOAWAY,
+    HEADERS,
+    PING,
+    PREFACE,
+    RST_STREAM,
+    SETTINGS,
+    WINDOW_UPDATE,
+    call_fields,
+    client_hello,
+    fields,
+    frame,
+    split_address,
+    tcp,
+    tls,
+)
 from tests.service import METHODS, Service, ask, wait_for
 
 MIB: Final = 1024**2
@@ -233,71 +252,7 @@ def test_any_method_and_metadata(hostile: Service) -> None:
 
 # --- bytes and frames
 
-PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 7, 8, 9
-ACK = END_STREAM = 1
-END_HEADERS: Final = 4
 ALL_DONE: Final = b"all done"
-
-
-def frame(
-    kind: int, flags: int = 0, stream: int = 0, payload: bytes = b"", length: int | None = None
-) -> bytes:
-    """A frame, whose length may be a lie."""
-    size = len(payload) if length is None else length
-    return struct.pack(">I", size)[1:] + struct.pack(">BBI", kind, flags, stream) + payload
-
-
-def number(value: int) -> bytes:
-    """A length in HPACK, with a prefix of 7 bits."""
-    if value < 127:
-        return bytes([value])
-    found, value = b"\x7f", value - 127
-    while value >= 128:
-        found, value = found + bytes([value % 128 + 128]), value // 128
-    return found + bytes([value])
-
-
-def fields(*pairs: tuple[bytes, bytes]) -> bytes:
-    """A block of header fields, none of which is indexed or compressed."""
-    return b"".join(b"\0" + number(len(k)) + k + number(len(v)) + v for k, v in pairs)
-
-
-def call_fields(method: bytes = b"List", *more: tuple[bytes, bytes]) -> bytes:
-    """Those of a call."""
-    return fields(
-        (b":method", b"POST"),
-        (b":scheme", b"https"),
-        (b":path", b"/" + SERVICE.full_name.encode() + b"/" + method),
-        (b":authority", b"localhost"),
-        (b"te", b"trailers"),
-        (b"content-type", b"application/grpc"),
-        *more,
-    )
-
-
-def port(service: Service) -> tuple[str, int]:
-    """Where it listens."""
-    host, _, number = service.address.rpartition(":")
-    return host, int(number)
-
-
-@contextmanager
-def tcp(service: Service) -> Iterator[socket.socket]:
-    """A connection without TLS; that the server ends it is what is expected."""
-    with socket.create_connection(port(service), ANSWER_SECONDS) as connection, suppress(OSError):
-        yield connection
-
-
-@contextmanager
-def tls(service: Service, client: str | None = "alice") -> Iterator[ssl.SSLSocket]:
-    """A connection with TLS, and with a certificate or without."""
-    context = ssl.create_default_context(cafile=str(service.certs / "ca.crt"))
-    context.set_alpn_protocols(["h2"])
-    if client:
-        context.load_cert_chain(service.certs / f"{client}.crt", service.certs / f"{client}.key")
-    with tcp(service) as plain, context.wrap_socket(plain, server_hostname="localhost") as connection:
-        yield connection
 
 
 def play_frames(
@@ -305,7 +260,7 @@ def play_frames(
 ) -> bytes:
     """Send frames; what comes back until all were read (or stream 1 is over), the end, or time is over."""
     got = b""
-    with tls(service) as connection:
+    with tls(service.address, service.certs) as connection:
         connection.settimeout(seconds)
         connection.sendall(PREFACE + frame(SETTINGS) + data + frame(PING, 0, 0, ALL_DONE))
         while not (stream_is_over(got) if answered else frame(PING, ACK, 0, ALL_DONE) in got):
@@ -332,15 +287,6 @@ def stream_is_over(got: bytes) -> bool:
     return False
 
 
-def client_hello() -> bytes:
-    """The first message of a handshake."""
-    context = ssl.create_default_context()
-    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-    with suppress(ssl.SSLWantReadError):
-        context.wrap_bio(incoming, outgoing, server_hostname="localhost").do_handshake()
-    return outgoing.read()
-
-
 def test_any_bytes_without_tls(hostile: Service) -> None:
     """Noise, plain HTTP/2, and handshakes that are cut short or changed, each left or reset."""
     hello = client_hello()
@@ -353,7 +299,7 @@ def test_any_bytes_without_tls(hostile: Service) -> None:
     @bounded
     @given(st.binary(max_size=2000) | cut | changed | plain, st.booleans())
     def play(data: bytes, reset: bool) -> None:
-        with tcp(hostile) as connection:
+        with tcp(hostile.address) as connection:
             if reset:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             connection.sendall(data)
@@ -367,7 +313,7 @@ def test_half_handshakes_that_stay(hostile: Service) -> None:
     held = []
     try:
         for part in (b"", hello[:20], hello[:-1], hello) * 25:
-            held.append(socket.create_connection(port(hostile), ANSWER_SECONDS))
+            held.append(socket.create_connection(split_address(hostile.address), ANSWER_SECONDS))
             held[-1].sendall(part)
         with hostile.stub("alice") as stub:
             assert stub.List(pb.ListRequest(), timeout=ANSWER_SECONDS).jobs
@@ -383,7 +329,7 @@ def test_a_call_without_a_certificate(hostile: Service) -> None:
     @given(st.binary(max_size=200))
     def play(noise: bytes) -> None:
         got = b""
-        with tls(hostile, client=None) as connection:
+        with tls(hostile.address, hostile.certs, client=None) as connection:
             connection.sendall(PREFACE + frame(SETTINGS) + frame(HEADERS, 5, 1, call_fields()) + noise)
             while more := connection.recv(65_536):
                 got += more

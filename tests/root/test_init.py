@@ -10,6 +10,7 @@ import os
 import select
 import shutil
 import signal
+import stat
 import subprocess
 import tempfile
 import termios
@@ -22,6 +23,7 @@ import pytest
 from tests.root.init_harness import (
     COMMAND_MAX_BYTES,
     ENVIRONMENT,
+    HAS_SYS_RESOURCE,
     JOB_UID,
     Harness,
     Inotify,
@@ -54,9 +56,10 @@ def test_reports_and_status_tell_the_whole_life(init: Harness) -> None:
 
 
 def test_every_exit_code_is_recorded(init: Harness) -> None:
-    """Each of the 256 exit codes arrives as itself."""
-    ends = [init.run("/bin/sh", "-c", f"exit {code}").end for code in range(256)]
-    assert ends == [f"exited {code} none" for code in range(256)]
+    """Each arrives as itself, in all of its eight bits; also those that shells and pjw have a meaning for."""
+    codes = [0, *(1 << bit for bit in range(8)), 125, 126, 127, 129, 130, 137, 143, 254, 255]
+    ends = [init.run("/bin/sh", "-c", f"exit {code}").end for code in codes]
+    assert ends == [f"exited {code} none" for code in codes]
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 6, 9, 11, 13, 15, 34, 64])
@@ -105,7 +108,19 @@ def test_a_failed_step_is_reported_by_name(init: Harness, tmp_path: Path) -> Non
     """A step of the set-up that fails says which one it was."""
     job = init.run("true", options=("--scratch", str(tmp_path / "missing")))
     assert job.reports == ["cloned", f"failed open-scratch {errno.ENOENT}"]
+    assert job.operation == f"open the scratch directory {tmp_path}/missing"
     assert job.exit_code == 125
+
+
+def test_a_failing_subject_may_be_any_bytes(init: Harness, tmp_path: Path) -> None:
+    """A path with spaces, newlines and no text in it is one subject (R2); a long one is cut short."""
+    odd = os.fsdecode(b"/a b\nfailed exec 2\xff")
+    job = init.run("true", options=("--scratch", odd))
+    assert job.reports == ["cloned", f"failed open-scratch {errno.ENOENT}"]
+    assert job.operation == "open the scratch directory /a b\nfailed exec 2\\xff"
+    long = init.run("true", options=("--scratch", "/long" * 500))
+    assert long.reports == ["cloned", f"failed open-scratch {errno.ENOENT}"]
+    assert 400 < len(long.operation) < 512
 
 
 def test_every_namespace_is_its_own(init: Harness) -> None:
@@ -214,7 +229,7 @@ def test_a_job_has_few_file_systems(init: Harness, scratch: Path) -> None:
 def test_home_is_the_scratch_directory(init: Harness, scratch: Path) -> None:
     """What a job writes at home is on the host's disk, in its scratch directory, and nowhere else."""
     job = init.sh("pwd; echo data > result; stat -c %U:%a .", options=("--scratch", str(scratch)))
-    assert job.text.split() == ["/run/job", "UNKNOWN:700"]
+    assert job.text.split() == ["/run/job", "pjw-job:700"]
     assert (scratch / "result").read_text() == "data\n"
     assert (scratch / "result").stat().st_uid == JOB_UID
 
@@ -244,6 +259,29 @@ def test_hidden_paths_are_unreadable(init: Harness, visible: Path, scratch: Path
     assert job.text.count("Permission denied") == 4
     assert (scratch / "ok").exists()
     assert (visible / "file").read_text() == "secret"
+
+
+def test_what_is_shown_and_what_is_covered(init: Harness, visible: Path) -> None:
+    """By an overlay, as it is, or not; in what is covered too; what is not there is passed over."""
+    for name in ("covered/shown", "covered/bound"):
+        (visible / name).mkdir(parents=True)
+        (visible / name / "file").write_text(f"{name} ")
+    options = ["--cover", f"{visible}/covered", "--bound", f"{visible}/covered/bound"]
+    options += [
+        "--visible",
+        f"{visible}/covered/shown",
+        "--visible",
+        f"{visible}/none",
+        "--cover",
+        "/none/such",
+    ]
+    job = init.sh(
+        f"cd {visible}/covered; echo *; cat */file; touch {{.,shown,bound}}/x 2>/dev/null || echo read-only;"
+        f" grep -c '{visible}/covered/shown .* - overlay ' /proc/self/mountinfo;"
+        f" grep -c '{visible}/covered/bound .* - overlay ' /proc/self/mountinfo",
+        options=options,
+    )
+    assert job.text == "bound shown\ncovered/bound covered/shown read-only\n1\n0\n"
 
 
 def test_a_user_namespace_uncovers_nothing(init: Harness, visible: Path) -> None:
@@ -359,6 +397,47 @@ def test_arguments_arrive_unchanged(init: Harness) -> None:
     assert job.text.split("\0")[:-1] == words
 
 
+LINE = f"pjw-job:x:{JOB_UID}:{JOB_UID}:Job of pjw:/run/job:/bin/sh\n"
+
+
+@pytest.mark.parametrize(
+    ("theirs", "mode", "shown"),
+    [
+        ("root:x:0:0::/:/bin/sh\n", 0o644, "root:x:0:0::/:/bin/sh\n"),
+        ("cut:x:1:1::/:/bin/sh", 0o644, "cut:x:1:1::/:/bin/sh\n"),
+        ("", 0o644, ""),
+        ("secret:hash:2:2::/:/bin/sh\n", 0o600, ""),
+        ("x" * 262_145, 0o644, ""),
+    ],
+    ids=["as usual", "without a newline", "empty", "closed to others", "large"],
+)
+def test_the_users_are_the_host_s_and_the_job_s(
+    init: Harness, scratch: Path, theirs: str, mode: int, shown: str
+) -> None:
+    """Whatever the host's passwd(5) is, and also when the host replaces it while the job runs."""
+    etc = init.directory / "etc"
+    etc.mkdir()
+    (etc / "passwd").write_text(theirs)
+    (etc / "passwd").chmod(mode)
+    os.mkfifo(scratch / "go")
+    os.chown(scratch / "go", JOB_UID, JOB_UID)
+    # the host is a mount namespace of our own, with another /etc
+    host = 'mount --bind "$1" /etc && shift && exec "$@"'
+    options = ("--visible", "/", "--visible", "/etc", "--scratch", str(scratch))
+    script = "cat /etc/passwd go /etc/passwd; ls /etc"
+    command = [
+        *("unshare", "--mount", "sh", "-c", host, "host", str(etc), str(init.binary), "--uid", str(JOB_UID)),
+        *("--gid", str(JOB_UID), *options, "--", "/bin/sh", "-c", script),
+    ]
+    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as host_process:
+        # who opens the FIFO waits for the job, which has shown the file by then
+        with (scratch / "go").open("w"):
+            (etc / "other").write_text("other:x:3:3::/:/bin/sh\n")
+            (etc / "other").rename(etc / "passwd")
+        assert host_process.stdout is not None
+        assert host_process.stdout.read() == (shown + LINE) * 2 + "passwd\n"
+
+
 def test_the_host_name_is_the_jobs(init: Harness) -> None:
     """--hostname names the job's own host."""
     ours = os.uname().nodename
@@ -367,13 +446,15 @@ def test_the_host_name_is_the_jobs(init: Harness) -> None:
 
 
 def test_oom_score_cannot_be_lowered(init: Harness) -> None:
-    """A command is at oom_score_adj 0 and cannot hide from the OOM killer."""
+    """S5: a command is at oom_score_adj 500, and cannot have the OOM killer take others first."""
     job = init.sh(
-        "cat /proc/self/oom_score_adj; for score in 100 0 -1; do echo $score > /proc/$$/oom_score_adj; done;"
+        "cat /proc/self/oom_score_adj;"
+        " for score in 600 500 499 0 -1; do echo $score > /proc/$$/oom_score_adj; done;"
         " cat /proc/$$/oom_score_adj"
     )
-    assert job.text.split()[0] == "0"
-    assert job.text.split()[-1] == "0"
+    assert job.text.split()[0] == "500"
+    # the least (oom_score_adj_min) can be set by CAP_SYS_RESOURCE alone
+    assert job.text.split()[-1] == ("500" if HAS_SYS_RESOURCE else "0")
 
 
 def test_init_is_out_of_the_jobs_reach(init: Harness) -> None:
@@ -468,6 +549,27 @@ def test_kill_ends_what_ignores_terminate(init: Harness) -> None:
     job.send(signal.SIGQUIT)
     assert job.wait().end == "signaled 9 stopped"
     assert job.exit_code == 0
+
+
+DEAF = "trap '' TERM; echo up; exec sleep 1000"
+
+
+@pytest.mark.parametrize("time_max", ["0", "1000"])
+def test_who_sends_sigterm_need_not_kill(init: Harness, time_max: str) -> None:
+    """As at a shutdown: a job that ignores SIGTERM is killed after its grace, and its end recorded."""
+    options = ("--grace", "1", "--time-max", time_max)
+    job = init.start("/bin/sh", "-c", DEAF, options=options)
+    job.wait_for_output("up")
+    job.send(signal.SIGTERM)
+    assert job.wait().end == "signaled 9 stopped"
+
+
+def test_a_time_limit_is_not_put_off(init: Harness) -> None:
+    """SIGTERM from outside gives a job no more time than it has."""
+    job = init.start("/bin/sh", "-c", DEAF, options=("--grace", "1000", "--time-max", "2"))
+    job.wait_for_output("up")
+    job.send(signal.SIGTERM)
+    assert job.wait().end.startswith("signaled 9 ")
 
 
 def test_a_stopped_job_terminates(init: Harness) -> None:
@@ -711,12 +813,17 @@ def test_a_full_disk_holds_the_job_back_and_loses_nothing(init: Harness) -> None
     """Without space the job waits; when space is freed it goes on; the end comes after the last byte."""
     size = 200_000
     with nearly_full_disk() as (output, filler):
+        mode = os.fstat(output).st_mode
         job = init.start("/bin/sh", "-c", f"seq 1 1000000 | head -c {size}; exit 4", output_fd=output)
-        watch = Inotify(Path(f"/proc/self/fd/{output}"))
-        wait_until_full(output, watch)
+        in_attrib = 0x4
+        watch = Inotify(Path(f"/proc/self/fd/{output}"), in_attrib)
+        # by its mode, which takes no space: it says so while it waits
+        watch.wait_until(lambda: bool(os.fstat(output).st_mode & stat.S_ISVTX))
         watch.close()
+        assert os.fstat(output).st_size == 131_072
         os.ftruncate(filler, 0)
         assert job.wait().end == "exited 4 none"
+        assert os.fstat(output).st_mode == mode
         expected = subprocess.run(["seq", "1", "1000000"], capture_output=True, check=True).stdout[:size]
         assert os.pread(output, size + 1, 0) == expected
 
@@ -893,6 +1000,7 @@ def test_cgroup_v2_is_cloned_into(init: Harness) -> None:
         (["--scratch", "relative"], b"not an absolute path"),
         (["--hide", "relative"], b"not an absolute path"),
         (["--hide", "/x"] * 65, b"too many of them"),
+        (["--visible", "/x"] * 129, b"too many of them"),
         (["--cgroup-procs-fd", "0"], b"out of range"),
         (["--command-fd", "0"], b"the command is given twice"),
     ],

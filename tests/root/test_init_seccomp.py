@@ -225,7 +225,36 @@ def test_only_local_and_internet_sockets(init: Harness, numbers: dict[str, int],
     )
     assert job.text == "[1, 2, 10, 16] EPERM EPERM\nb'x'\n"
     assert job.end == "exited 0 none"
-    assert [family for family in range(256) if verdict(socketpair, family) == ALLOW] == [1, 2, 10, 16]
+    assert [family for family in range(256) if verdict(socketpair, family) == ALLOW] == [1]
+
+
+def test_only_usual_protocols(init: Harness, numbers: dict[str, int], verdict: Filter) -> None:
+    """TCP, UDP and ICMP of the internet, routes of netlink; no uevents of the host's devices (S9)."""
+    number, high = numbers["socket"], 1 << 32
+    for family, protocols in ((2, [0, 1, 6, 17, 58]), (10, [0, 1, 6, 17, 58]), (16, [0])):
+        allowed = [each for each in range(512) if verdict(number, family | high, 1, each | high) == ALLOW]
+        assert allowed == protocols
+    assert {verdict(number, 1, kind, protocol) for kind in (1, 2, 5) for protocol in range(9)} == {ALLOW}
+    job = init.python(
+        f"{CALLS}\nimport socket\n"
+        f"print([call({number}, 16, 3, protocol) for protocol in (4, 9, 15)])\n"
+        "socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0).bind((0, 0)); socket.if_nameindex()\n"
+        "print(len(socket.getaddrinfo('127.0.0.1', 80)) > 0)"
+    )
+    assert job.text == "['EPERM', 'EPERM', 'EPERM']\nTrue\n"
+
+
+def test_a_file_stays_in_its_project(init: Harness, numbers: dict[str, int]) -> None:
+    """A job can set neither the project that a quota counts a file for, nor a file's flags (S6)."""
+    setflags, fssetxattr, getflags = 0x40086602, 0x401C5820, 0x80086601
+    job = init.python(
+        f"{CALLS}\n"
+        "file = os.open('/run/job', os.O_RDONLY)\n"
+        f"for command in {(setflags, fssetxattr, setflags | 1 << 32)}:\n"
+        f"    print(call({numbers['ioctl']}, file, command, ctypes.create_string_buffer(32)))\n"
+        f"print(call({numbers['ioctl']}, file, {getflags}, ctypes.create_string_buffer(32)) != 'EPERM')"
+    )
+    assert job.text.split() == ["ENOTSUP"] * 3 + ["True"]
 
 
 def test_nothing_can_be_typed_into_a_terminal(init: Harness, numbers: dict[str, int]) -> None:

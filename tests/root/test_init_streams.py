@@ -99,11 +99,11 @@ def test_each_line_after_a_pause_has_its_time(init: Harness, visible: Path) -> N
     go.chmod(0o644)
     script = (
         "import os, time\n"
-        f"for line in open({str(go)!r}):\n"
+        "for line in open('go'):\n"
         "    os.write(1, b'%d\\n' % time.clock_gettime_ns(time.CLOCK_REALTIME))\n"
     )
     before = time.time_ns()
-    job = init.start("/usr/bin/python3", "-I", "-S", "-c", script)
+    job = init.start("/usr/bin/python3", "-I", "-S", "-c", script, options=("--scratch", str(visible)))
     watch, recorded = Inotify(job.times_path), []
     with go.open("w") as asked:
         for number in range(1, 6):

@@ -1,7 +1,9 @@
 """What a job sees of the host, of other jobs and of pjw: nothing that it should not."""
 
+import errno
 import json
 import os
+import re
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 from pjw.launcher.policy import JOB_ENVIRONMENT
 from pjw.model import ExitStatus, JobState
 from pjw.worker import Worker
+from tests.root.init_harness import HAS_SYS_RESOURCE
 from tests.worker_harness import Bench, launchers_of, open_bench, python, run, start, start_said
 
 
@@ -44,6 +47,7 @@ print(json.dumps({expression}))
     return json.loads(output)
 
 
+CGROUP_V2 = Path("/sys/fs/cgroup/cgroup.controllers").exists()
 NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "uts")
 
 
@@ -87,6 +91,12 @@ async def test_init_is_out_of_reach(worker: Worker) -> None:
     assert await ask(worker, "[libc.ptrace(16, 1, 0, 0), ctypes.get_errno()]") == [-1, 1]
 
 
+async def test_terminals_are_few(worker: Worker) -> None:
+    """S7: a job has 16 at most, so that it can neither take the host's nor keep the kernel's threads busy."""
+    taken = await ask(worker, "[attempt(os.openpty) for _ in range(17)]")
+    assert ([type(pair) for pair in taken[:16]], taken[16]) == ([list] * 16, errno.ENOSPC)
+
+
 async def test_the_network_is_empty(worker: Worker) -> None:
     """One interface, the loopback, which is up; no way out, and the host's ports are not there."""
     assert await ask(worker, "sorted(os.listdir('/sys/class/net'))") == ["lo"]
@@ -118,6 +128,31 @@ async def test_the_host_name_is_the_job_s(worker: Worker) -> None:
     job, output = await run(worker, "hostname; hostname x 2>/dev/null || echo refused")
     assert output == b"job-%d\nrefused\n" % job.id
     assert socket.gethostname() != f"job-{job.id}"
+
+
+# the home is there and its own; its host has a name with a dot, which some programs ask for
+WHO = """
+import getpass, grp, os, pwd, socket
+entry = pwd.getpwuid(os.getuid())
+print(getpass.getuser(), entry.pw_name, grp.getgrgid(os.getgid()).gr_name, entry.pw_dir, entry.pw_gecos)
+print(pwd.getpwnam("root").pw_uid, pwd.getpwnam(entry.pw_name) == entry, os.path.samefile(entry.pw_dir, "."))
+name = socket.gethostname()
+print(socket.gethostbyname(name), socket.getaddrinfo(name, None, flags=socket.AI_CANONNAME)[0][3])
+"""
+
+
+async def test_the_user_and_the_host_of_a_job_have_names(worker: Worker) -> None:
+    """`whoami`, `git commit`, `initdb` and their like ask who they are, and where; no other job is named."""
+    job, output = await run(worker, ["/usr/bin/python3", "-c", WHO])
+    assert output.decode().splitlines() == [
+        "pjw-job pjw-job pjw-job /run/job Job of pjw",
+        "0 True True",
+        f"127.0.1.1 job-{job.id}.localdomain",
+    ]
+    _, output = await run(worker, "cat /etc/hosts; grep -c pjw-job: /etc/passwd /etc/group; : > /etc/passwd")
+    assert re.findall(rb"job-\d+", output) == [b"job-%d" % (job.id + 1)] * 2
+    assert output.count(b":1\n") == 2
+    assert b"cannot create /etc/passwd: Read-only file system" in output
 
 
 async def test_the_root_is_read_only(bench: Bench, worker: Worker) -> None:
@@ -271,7 +306,10 @@ async def test_other_jobs_are_out_of_reach(bench: Bench, worker: Worker) -> None
 
 async def test_limits_cannot_be_lifted(worker: Worker) -> None:
     """The job sees no cgroup file that it could write, neither its own nor any."""
-    assert await ask(worker, "os.path.exists('/sys/fs/cgroup')") is False
+    places = "glob.glob('/sys/fs/cgroup/*')"
+    outcomes = f"sorted({{attempt(write, path) for path in {places}}})"
+    # EROFS, whatever the modes are
+    assert await ask(worker, outcomes) == ([30] if CGROUP_V2 else [])
     assert await ask(worker, "glob.glob('/proc/*/cgroup.procs')") == []
     assert set(
         await ask(worker, "[line.split(':', 2)[2] for line in read('/proc/self/cgroup').splitlines()]")
@@ -280,8 +318,26 @@ async def test_limits_cannot_be_lifted(worker: Worker) -> None:
         *(line.rstrip("\n").split(":", 2)[2] for line in Path("/proc/self/cgroup").read_text().splitlines()),
     }
     assert await ask(worker, "attempt(write, '/proc/self/oom_score_adj', '-1000')") in (1, 13)
-    assert await ask(worker, "attempt(write, '/proc/self/oom_score_adj', '0')") is None
+    if HAS_SYS_RESOURCE:
+        assert await ask(worker, "attempt(write, '/proc/self/oom_score_adj', '499')") in (1, 13)
+    assert await ask(worker, "attempt(write, '/proc/self/oom_score_adj', '500')") is None
     assert await ask(worker, "attempt(os.nice, -5)") in (1, 13)
+
+
+@pytest.mark.skipif(not CGROUP_V2, reason="on cgroup v1 a job does not see its cgroups")
+async def test_a_job_sees_its_own_limits(worker: Worker) -> None:
+    """Its cgroup, and no other: as the root of the only hierarchy, where runtimes look for it."""
+    seen = await ask(
+        worker,
+        "[read('/proc/self/cgroup'), [read('/sys/fs/cgroup/' + name) for name in ('memory.max', 'cpu.max')],"
+        " os.listdir('/sys/fs/cgroup/..'), [name for name in os.listdir('/sys/fs/cgroup')"
+        " if os.path.isdir('/sys/fs/cgroup/' + name)],"
+        " [line.split()[3] for line in open('/proc/self/mountinfo') if ' /sys/fs/cgroup ' in line],"
+        " read('/sys/fs/cgroup/cgroup.procs').split()]",
+        memory_max_bytes=128 * 1024**2,
+        cpu_max_millicores=500,
+    )
+    assert seen == ["0::/\n", [f"{128 * 1024**2}\n", "50000 100000\n"], ["cgroup"], [], ["/"], ["1", "2"]]
 
 
 async def test_sys_and_proc_cannot_be_written(worker: Worker) -> None:

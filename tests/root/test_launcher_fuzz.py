@@ -36,6 +36,7 @@ from pjw.launcher.protocol import (
     Remove,
     Request,
 )
+from pjw.model import Share
 from tests.property.test_protocol import BY_TYPE, limits
 from tests.root.init_harness import command_file
 from tests.root.test_launcher_hostile import BAD, Peer
@@ -210,7 +211,7 @@ def launches(draw: st.DrawFn, bench: Bench) -> Launch:
     """One of three jobs, as it should be, or with one thing that it may not have."""
     first = bench.settings.uid_first
     uid = draw(st.integers(first, first + UIDS - 1))
-    launch = Launch(draw(st.integers(1, 3)), uid, CEILING, draw(st.booleans()))
+    launch = Launch(draw(st.integers(1, 3)), uid, CEILING, draw(st.booleans()), share=draw(BY_TYPE[Share]))
     match draw(st.sampled_from(["", "", "", "id", "uid", "limits"])):
         case "id":
             return replace(launch, job_id=draw(st.sampled_from(ODD_IDS)))
@@ -411,9 +412,13 @@ def clean_up(bench: Bench) -> None:
 def _orphans_are_ours() -> Iterator[None]:
     """What a launcher leaves is adopted by this process, which so sees all that a launcher ever started."""
     libc = ctypes.CDLL(None, use_errno=True)
+    before = set(children(os.getpid()))
     assert libc.prctl(PR_SET_CHILD_SUBREAPER, 1) == 0
     yield
     assert libc.prctl(PR_SET_CHILD_SUBREAPER, 0) == 0
+    # a launcher's helpers, which remove or count scratch directories, end by themselves
+    for pid in set(children(os.getpid())) - before:
+        os.waitpid(pid, 0)
 
 
 @pytest.mark.usefixtures("_orphans_are_ours")

@@ -28,6 +28,7 @@ from pjw.launcher.protocol import (
     Accounted,
     Adopt,
     Adopted,
+    ClientMeasured,
     Done,
     Hello,
     JobIdPage,
@@ -36,22 +37,30 @@ from pjw.launcher.protocol import (
     Launch,
     Launched,
     Measure,
+    MeasureClient,
     Measured,
     Opened,
     OpenFile,
     Ready,
     Refused,
+    Remaining,
+    Remains,
     Remove,
     Request,
+    SetShare,
+    ShareSet,
     Terminate,
 )
-from pjw.model import JobState, Usage
+from pjw.model import GroupUse, JobState, Share, Sums, Usage
 from pjw.worker.settings import WAITING_INITS
 from tests.root.init_harness import command_file
-from tests.service import wait_for, waiting_ids
+from tests.service import wait_for, waiting_ids, waiting_inits
+from tests.tracer import SUPPORTED, WHY_NOT, Tracer
 from tests.worker_harness import DEADLINE_SECONDS, NO_LIMITS, Bench, start
 
 Descriptors = list[int]
+# as it is on the wire
+SHARE: Final[dict[str, Any]] = {"weight": 1, "sums": dict(Sums().items())}
 
 
 class Peer:
@@ -85,14 +94,16 @@ class Peer:
                 self.uid,
                 10,
                 NO_LIMITS,
+                floor=NO_LIMITS,
                 waiting_inits=WAITING_INITS,
                 hidden_paths=(),
+                visible_paths=(),
                 operator_files=(),
             ),
             **policy,
         )
         if greet:
-            assert self.ask(self.hello) == Ready("", "")
+            assert self.ask(self.hello) == Ready("", "", self.uid)
 
     def send(self, data: bytes, descriptors: Sequence[int] = ()) -> None:
         """Send a datagram as it is."""
@@ -231,6 +242,12 @@ GARBAGE: Final = {
     "a path as a place": changed(OpenFile(0), place="/etc/shadow"),
     "a path beside a place": changed(OpenFile(0), path="/etc/shadow"),
     "a negative place": changed(OpenFile(0), place=-1),
+    "a weight of nothing": changed(SetShare(1, Share()), share=SHARE | {"weight": 0}),
+    "a weight above all": changed(SetShare(1, Share()), share=SHARE | {"weight": 10_001}),
+    "a sum below the least": changed(
+        SetShare(1, Share()), share=SHARE | {"sums": SHARE["sums"] | {"pids_max": 1}}
+    ),
+    "a sum more": changed(SetShare(1, Share()), share=SHARE | {"sums": {}}),
     "a negative user": changed(Launch(1, 1, NO_LIMITS), uid=-1),
 }
 
@@ -286,7 +303,6 @@ def test_a_second_greeting(peer: Peer) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"uid_first": 0},
         {"uid_count": 0},
         {"uid_first": 2**32 - 5, "uid_count": 10},
         {"uid_first": 2**62, "uid_count": 2**62},
@@ -307,6 +323,13 @@ def test_a_policy_that_cannot_be(connect: Callable[..., Peer], changes: dict[str
     assert isinstance(peer.ask(replace(peer.hello, **changes)), Refused)
     peer.send(protocol.encode(1, JobIds(0)))
     assert "out of phase" in peer.ended_by_us()
+
+
+def test_a_range_of_before_that_is_too_long_now(connect: Callable[..., Peer], bench: Bench) -> None:
+    """It is judged when its first user id is known: 2^32-1 would leave root (setresuid(2))."""
+    peer = connect(greet=False)
+    (bench.state / "job-users").write_text(f"{2**32 - 5} 4\n")
+    assert isinstance(peer.ask(replace(peer.hello, uid_first=0, uid_count=10)), Refused)
 
 
 @pytest.mark.parametrize("kind", ["link", "other owner", "writable", "file"])
@@ -560,6 +583,7 @@ def test_requests_for_what_is_not_there(peer: Peer) -> None:
     assert peer.ask(Kill(5, init_too=True)) == Done()
     assert peer.ask(Account(5)) == Accounted(known=False, usage=Usage())
     assert peer.ask(Measure((0, 5, 2**63 - 1))) == Measured(())
+    assert [peer.ask(Remains(job_id)) for job_id in (0, 5, 2**63 - 1)] == 3 * [Remaining("", killed=False)]
     assert peer.ask(Remove(5)) == Done()
     assert peer.ask(JobIds(0)) == JobIdPage(())
 
@@ -579,6 +603,7 @@ async def test_the_jobs_of_another_pjw_are_out_of_reach(bench: Bench, tmp_path: 
         ):
             assert peer.ask(request) == Done()
         assert peer.ask(Measure((job.id,))) == Measured(())
+        assert peer.ask(Remains(job.id)) == Remaining("", killed=False)
         assert peer.ask(Adopt(job.id)) == Adopted(alive=False, known=False)
         assert peer.ask(JobIds(0)) == JobIdPage(())
         assert isinstance(peer.launch(job.id), Launched)
@@ -609,6 +634,76 @@ def test_a_process_in_a_job_s_cgroup_that_is_no_init(bench: Bench, peer: Peer) -
         process.kill()
         process.wait()
     assert peer.ask(Remove(20)) == Done()
+
+
+# --- what fails for one request
+
+
+@pytest.mark.skipif(not SUPPORTED, reason=WHY_NOT)
+def test_a_file_that_its_file_system_says_nothing_of(peer: Peer) -> None:
+    """A descriptor of a launch may be of a file system that fails (ESTALE): only that start is refused."""
+    for place, name in enumerate(("command", "output", "status", "times"), start=1):
+        subject = f"the {name} descriptor of a launch"
+        with Tracer(peer.pid, place, errno.ESTALE, calls=("fstat", "newfstatat")) as tracer:
+            reply = peer.launch(1, ["true"])
+        assert tracer.hit
+        assert reply == Refused("kernel", "look at", subject, errno.ESTALE, "")
+    assert isinstance(peer.launch(1, ["true"]), Launched)
+
+
+@pytest.mark.skipif(not SUPPORTED, reason=WHY_NOT)
+def test_an_adoption_without_a_descriptor(peer: Peer) -> None:
+    """An init that no pidfd can be had for now (EMFILE): that is refused, and later not."""
+    cgroups = [parent / "job-20" for parent in peer.bench._parents()]
+    with subprocess.Popen(["unshare", "--pid", "--fork", "--kill-child", "sleep", "60"]) as process:
+        try:
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+            wait_for(children.read_text)
+            for cgroup in cgroups:
+                cgroup.mkdir()
+                (cgroup / "cgroup.procs").write_text(children.read_text().strip())
+            with Tracer(peer.pid, 1, errno.EMFILE, calls=("pidfd_open",)) as tracer:
+                reply = peer.ask(Adopt(20))
+            assert tracer.hit == "pidfd_open"
+            assert reply == Refused("kernel", "answer", "a request adopt", errno.EMFILE, "")
+        finally:
+            process.kill()
+    wait_for(lambda: not any((cgroup / "cgroup.procs").read_text() for cgroup in cgroups))
+    assert peer.ask(Adopt(20)) == Adopted(alive=False, known=True)
+    assert peer.ask(Remove(20)) == Done()
+
+
+@pytest.mark.skipif(not SUPPORTED, reason=WHY_NOT)
+def test_a_table_of_mounts_that_cannot_be_read(bench: Bench, peer: Peer) -> None:
+    """When the host mounts something and no descriptor is left: the launcher goes on, and looks again."""
+    point = bench.directory / "point"
+    point.mkdir()
+    assert isinstance(peer.launch(1, ["true"]), Launched)
+    wait_for(lambda: len(waiting_inits(bench.state)) == WAITING_INITS)
+    with Tracer(peer.pid, 1, errno.EMFILE, calls=("openat",)) as tracer:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "pjw-test", point], check=True)
+        try:
+            # a turn of the launcher's, in which it opens nothing else
+            assert peer.ask(Terminate(99)) == Done()
+        finally:
+            subprocess.run(["umount", point], check=True)
+    assert tracer.hit == "openat"
+    assert isinstance(peer.launch(2, ["true"]), Launched)
+
+
+# --- shares
+
+
+def test_a_share_for_whom_no_job_can_be(peer: Peer) -> None:
+    """Neither root's nor another instance's users have a place here to be given a share of."""
+    for uid in (0, peer.uid - 1, peer.uid + 10):
+        for request in (SetShare(uid, Share()), MeasureClient(uid)):
+            reply = peer.ask(request)
+            assert isinstance(reply, Refused)
+            assert reply.kind == "invalid"
+    # one that can have jobs, and has none: there is nothing to do, and nothing is made
+    assert peer.ask(SetShare(peer.uid, Share(200))) == ShareSet(())
+    assert peer.ask(MeasureClient(peer.uid)) == ClientMeasured(GroupUse())
 
 
 # --- inits that wait
@@ -728,7 +823,8 @@ def test_what_is_not_a_regular_file(connect: Callable[..., Peer], own: Path, kin
 
 
 @pytest.mark.parametrize(
-    "kind", ["the server's", "writable", "group", "list", "above", "behind a link", "sticky"]
+    "kind",
+    ["the server's", "writable", "group", "list", "above", "behind a link", "sticky", "a link in sticky"],
 )
 def test_a_directory_where_others_may_write(connect: Callable[..., Peer], own: Path, kind: str) -> None:
     """Whoever may exchange a link or a directory on the way could be handed any file of the host."""
@@ -740,6 +836,11 @@ def test_a_directory_where_others_may_write(connect: Callable[..., Peer], own: P
             own.chmod(0o707)
         case "sticky":
             own.chmod(0o1777)
+        case "a link in sticky":
+            # whoever makes it where it is missing, it may lead to a directory of root's
+            own.chmod(0o1777)
+            (own / "link").symlink_to("/etc")
+            path = own / "link" / "shadow"
         case "group":
             own.chmod(0o770)
         case "list":
@@ -763,6 +864,14 @@ def test_a_directory_where_others_may_write(connect: Callable[..., Peer], own: P
     assert isinstance(reply, Refused)
     assert reply.kind == "config"
     assert reply.operation.startswith(f"cannot open {path} again: others than root may change what is in ")
+
+
+def test_a_directory_of_root_s_in_a_sticky_one(connect: Callable[..., Peer], own: Path) -> None:
+    """As below /tmp: nobody else can move it, or put another one in its place (U6)."""
+    (own / "below").mkdir(mode=0o700)
+    path = (own / "key").rename(own / "below/key")
+    own.chmod(0o1777)
+    assert opened(connect(operator_files=(str(path),))) == ("key", os.O_RDONLY)
 
 
 # --- too much

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import logging
 import os
+import resource
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -41,7 +42,9 @@ async def test_cpu_is_limited_and_counted(worker: Worker) -> None:
     job, _ = await run(worker, python(script), cpu_max_millicores=300)
     assert loop.time() - begun > 0.75
     assert job.usage is not None
-    assert 300_000 <= job.usage.cpu_usage_usec < 600_000
+    assert job.usage.cpu_usage_usec >= 300_000
+    # user mode Linux counts what other programs of its host take from it
+    assert job.usage.cpu_usage_usec < 600_000 or "PJW_VM_GUEST" in os.environ
 
 
 EAT = python("x = bytearray(200_000_000)")
@@ -321,6 +324,17 @@ async def test_a_held_job_can_be_stopped(small: Bench) -> None:
     await small.close(worker)
     worker = await small.open()
     assert (await worker.get(job.id)).exit_status == ended.exit_status
+
+
+@pytest.mark.parametrize("end", ["exec sleep 1000", "exit 0"])
+async def test_output_that_can_never_be_written_ends_its_job(bench: Bench, worker: Worker, end: str) -> None:
+    """Where init may not write so long a file, the job does not wait for that for ever (B4)."""
+    job = await start_said(worker, ASK + f"echo ready; read x <&3; head -c 9000 /dev/zero; {end}", b"ready\n")
+    resource.prlimit(bench.init_pid(job.id), resource.RLIMIT_FSIZE, (8000, 8000))
+    bench.tell(job.id)
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        ended = await worker.wait(job.id)
+    assert (ended.reason, ended.output_bytes) == (EndReason.OUTPUT_FAILED, 8000)
 
 
 async def test_the_end_of_a_job_is_kept_on_a_full_disk(small: Bench) -> None:

@@ -40,7 +40,8 @@ def answers(service: Service, job_id: int, **how: object) -> list[pb.LogsRespons
     with service.stub() as stub:
         found = list(stub.Logs(pb.LogsRequest(id=job_id, **how), timeout=CALL_SECONDS))  # type: ignore[arg-type]
     empty = [answer for answer in found if not answer.data]
-    assert [answer.HasField("offset") for answer in empty] == [True] * ("tail_lines" in how)
+    sought = bool({"tail_lines", "since"} & how.keys())
+    assert [answer.HasField("offset") for answer in empty] == [True] * sought
     return [answer for answer in found if answer.data]
 
 
@@ -254,6 +255,29 @@ def test_times_from_an_offset_and_of_the_last_lines(service: Service) -> None:
         assert [(answer.data, nanoseconds(answer)) for answer in found] == expected[first:]
 
 
+def test_what_was_written_since_a_time(service: Service) -> None:
+    """`--since` is a time, `--offset` a number of bytes; where there are no times, it is refused (U13)."""
+    job_id = start(service, ASK + "for n in 1 2 3; do read x <&3; echo $n; done")
+    for number in (1, 2, 3):
+        say(service, job_id, number)
+    read(service, job_id)
+    second = answers(service, job_id, timestamps=True)[1]
+    for how in ({}, {"tail_lines": 3}):
+        found = answers(service, job_id, since=second.time, **how)
+        assert b"".join(answer.data for answer in found) == b"2\n3\n"
+    name = str(job_id)
+    assert service.ok("logs", "--since", second.time.ToJsonString(), name) == "2\n3\n"
+    assert service.ok("logs", "--since", "1h", name) == "1\n2\n3\n"
+    assert service.ok("logs", "--offset", "2", name) == "2\n3\n"
+    assert "'2' is not a time, such as 10m (ago)" in service.refused("logs", "--since", "2", name)[1]
+    files = service.state / "jobs" / name
+    wait_for(lambda: not (files / "status").exists())
+    (files / "times").unlink()
+    assert (
+        "cannot begin at a time: nobody wrote down when" in service.refused("logs", "--since", "1h", name)[1]
+    )
+
+
 def test_without_being_asked_for_there_is_no_time(service: Service) -> None:
     """The ordinary answer has bytes alone."""
     job_id = start(service, "echo words")
@@ -311,3 +335,15 @@ def test_a_follower_of_times_that_leaves(service: Service) -> None:
     wait_for(lambda: service.descriptors() <= before)
     with service.stub() as stub:
         stub.Stop(pb.StopRequest(id=job_id, grace=Duration()), timeout=CALL_SECONDS)
+
+
+def test_escape_sequences_at_a_terminal(service: Service) -> None:
+    """A terminal is given text and colours, and all with --raw and by `run`; a pipe has every byte."""
+    job_id = start(service, r"printf '\033[31mred\033[m \033[2J\033]0;title\007\n'")
+    raw = "\x1b[31mred\x1b[m \x1b[2J\x1b]0;title\x07"
+    shown = "\x1b[31mred\x1b[m \\x1b[2J\\x1b]0;title\\x07\r\n"
+    assert service.at_terminal("logs", str(job_id)) == shown
+    assert service.at_terminal("logs", "--timestamps", str(job_id)).partition(" ")[2] == shown
+    assert service.at_terminal("logs", "--raw", str(job_id)) == f"{raw}\r\n"
+    assert raw in service.at_terminal("run", "printf", r"\033[31mred\033[m \033[2J\033]0;title\007")
+    assert service.pjw("logs", str(job_id)).stdout == f"{raw}\n".encode()

@@ -13,8 +13,8 @@ import pytest
 from pjw.v1 import job_worker_pb2 as pb
 from tests.service import Service, instance_cgroups, wait_for
 
-NO_IO_LIMITS: Final = "[limits]\nio_rbps_max = 0\nio_wbps_max = 0\nio_riops_max = 0\nio_wiops_max = 0\n"
-HINT: Final = "put the state directory on a disk, or set the four io limits to 0"
+NO_IO_LIMITS: Final = "[limits]\nio_wbps_max = 0\nio_wiops_max = 0\n"
+HINT: Final = "put the state directory on a disk, or set the io limits to 0"
 
 
 @pytest.fixture

@@ -65,7 +65,7 @@ def check(seen: dict[str, dict[str, Any]]) -> None:
         signal.SIGTERM,
     )
     assert seen["get"]["job"] == stopped
-    assert "exit_code" not in stopped
+    assert stopped["exit_code"] == 128 + signal.SIGTERM
     assert stopped["output_bytes"] == "256"
 
     assert seen["delete of what runs"] == {

@@ -5,7 +5,6 @@ import os
 import random
 import re
 import select
-import signal
 import socket
 import subprocess
 import urllib.request
@@ -22,9 +21,10 @@ from grpc_reflection.v1alpha import reflection_pb2
 from prometheus_client.parser import text_string_to_metric_families
 
 from pjw.certs import authority
+from pjw.server import connections
 from pjw.server import metrics as metrics_module
 from pjw.v1 import job_worker_pb2 as pb
-from tests.service import Service, wait_for
+from tests.service import Service, reloaded, wait_for
 from tests.uploads import upload
 
 ROOT: Final = Path(__file__).parents[2]
@@ -237,6 +237,11 @@ def test_metrics_tell_what_happened(watched: Service, port: int) -> None:
         running = {key[1][0]: told[key] for key in told if key[0] == "pjw_client_running_jobs"}
         assert running == {"alice": 3, metrics_module.OTHERS: 1}
         assert told["pjw_client_stored_bytes", (metrics_module.OTHERS,)] == 7
+        assert (told["pjw_connections", ("called",)], told["pjw_connections", ("unproven",)]) == (2, 0)
+        assert told["pjw_connections_accepted_total", ()] >= 2
+        assert {key: told[key] for key in told if key[0] == "pjw_connections_closed_total"} == {
+            ("pjw_connections_closed_total", (cause,)): 0 for cause in connections.CAUSES
+        }
         assert told["pjw_limit", ("running_max",)] == 3
         assert told["pjw_launcher_up", ()] == 1
         assert 0 < told["pjw_disk_free_bytes", ()] <= told["pjw_disk_size_bytes", ()]
@@ -384,15 +389,61 @@ def test_check_judges_the_configuration(make_service: Callable[..., Service]) ->
     audit = service.directory / "audit.jsonl"
     service.config = f'audit_log = "{audit}"\nlisten = "127.0.0.1:{free_port()}"\n'
     code, text = checked(service)
+    assert f"warning  the key of the authority, {service.certs}/ca.key, is on this machine" in text
+    (service.certs / "ca.key").rename(service.directory / "moved")
+    assert "key of the authority" not in checked(service)[1]
     assert (code, "missing" in text, audit.exists(), service.state.exists()) == (0, False, False, False), text
-    for words in ("configuration ", "certificate ", "audit log ", "disk: ", "address 127.0.0.1:0: free"):
+    good = (
+        "configuration ",
+        "certificate ",
+        "audit log ",
+        "all jobs: ",
+        "disk: ",
+        "address 127.0.0.1:0: free",
+    )
+    for words in good:
         assert re.search(rf"^ok +{re.escape(words)}", text, re.MULTILINE), text
     service.start()
     code, text = checked(service)
-    assert (code, f"address {service.address}: address already in use; a pjwd serves" in text) == (0, True), (
-        text
-    )
+    assert (code, f"cannot listen on {service.address}: address already in use; a pjwd serves" in text) == (
+        0,
+        True,
+    ), text
     assert text.endswith("\nthis host can run pjwd\n")
+
+
+# A root directory that is no mount point, of what this host has.
+CHROOT: Final = """
+set -e
+mount --make-rprivate /
+mount -t tmpfs none "$1"
+mkdir "$1/root"
+for each in /*; do
+    if [ -L "$each" ]; then cp -a "$each" "$1/root"
+    elif [ -d "$each" ]; then mkdir "$1/root$each"; mount --rbind "$each" "$1/root$each"; fi
+done
+exec chroot "$1/root" "$2" check --state-dir /var/lib/pjw-test-none
+"""
+PLACES: Final = {
+    "a user namespace": (["unshare", "--user", "--map-root-user", "--mount"], "this is a user namespace"),
+    "a chroot": (["unshare", "--mount", "sh", "-c", CHROOT, "sh"], "the root directory is no mount point"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_check_says_where_no_job_can_be_made(service: Service, tmp_path: Path, place: str) -> None:
+    """B6: which step of a trial fails, and what to do."""
+    command, hint = PLACES[place]
+    rest = [str(tmp_path), str(service.pjwd)] if place == "a chroot" else [str(service.pjwd), "check"]
+    done = subprocess.run([*command, *rest], capture_output=True, text=True, timeout=SECONDS, check=False)
+    if "unshare failed" in done.stderr:
+        pytest.skip(done.stderr)
+    assert done.returncode == 1, done
+    found = re.search(
+        r"^missing  no job can be made here: pjw-init: cannot .*\n +hint: (.*)$", done.stdout, re.MULTILINE
+    )
+    assert found is not None, done
+    assert found[1].startswith(hint)
 
 
 BROKEN: Final[dict[str, tuple[str, str]]] = {
@@ -443,20 +494,6 @@ def test_check_looks_at_certificates_and_ports(make_service: Callable[..., Servi
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         code, text = checked(service, "--listen", address)
     assert (code, f"cannot listen on {address}: address already in use" in text) == (1, True)
-
-
-def reloaded(service: Service, config: str) -> list[str]:
-    """Write another configuration and have it read; what the log says of it."""
-    start = service.log.stat().st_size
-    (service.directory / "pjwd.toml").write_text(config)
-    os.kill(service.pid, signal.SIGHUP)
-
-    def said() -> list[str]:
-        lines = service.log.read_bytes()[start:].decode().splitlines(keepends=True)
-        return [line.removeprefix("pjwd: ") for line in lines if line.endswith("\n")]
-
-    wait_for(lambda: "configuration" in "".join(said()))
-    return [line.rstrip() for line in said() if "certificates" not in line]
 
 
 @pytest.fixture
@@ -545,7 +582,19 @@ def test_keys_that_take_a_restart_are_named(reloading: Service) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", ["a = ", "colour = 1", "[limits]\nnosuch = 1", "[roles]\nadmins = ['a b']"]
+    "config",
+    [
+        "a = ",
+        "colour = 1",
+        "[limits]\nnosuch = 1",
+        "[roles]\nadmins = ['a b']",
+        # U5: of keys that take a restart, which it would refuse
+        "[ceilings]\npids_max = 3",
+        "[metrics]\nlisten = '0.0.0.0:1'",
+        "[traces]\nendpoint = 'nonsense'",
+        "[job_users]\nuid_first = 4294967294",
+        "visible_paths = ['/tmp']",
+    ],
 )
 def test_a_configuration_that_cannot_be_changes_nothing(reloading: Service, config: str) -> None:
     """The log says why, and the old one holds."""

@@ -101,8 +101,9 @@ async def test_limits_that_init_keeps_itself(bench: Bench, worker: Worker) -> No
     await worker.stop(2, grace_seconds=0)
 
 
-async def test_what_the_host_mounts_the_next_job_sees(bench: Bench, worker: Worker, disk: Path) -> None:
-    """Also when its init would have waited since before that."""
+async def test_what_the_host_mounts_the_next_job_sees(bench: Bench, disk: Path) -> None:
+    """Also when its init would have waited since before that, where the disk is to be seen."""
+    worker = await bench.open(visible_paths=(str(disk),))
     await run(worker, ["true"])
     waiting(bench)
     mount_file(disk, "mounted since")
@@ -110,8 +111,9 @@ async def test_what_the_host_mounts_the_next_job_sees(bench: Bench, worker: Work
     assert (await run(worker, ["cat", str(disk / "file")]))[1] == b"mounted since"
 
 
-async def test_what_the_host_unmounts_is_let_go_of(bench: Bench, worker: Worker, disk: Path) -> None:
+async def test_what_the_host_unmounts_is_let_go_of(bench: Bench, disk: Path) -> None:
     """At once and not at the next start: the disk would stay busy."""
+    worker = await bench.open(visible_paths=(str(disk),))
     mount_file(disk, "")
     await run(worker, ["true"])
     pids = waiting(bench).values()

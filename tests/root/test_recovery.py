@@ -419,7 +419,7 @@ async def test_output_that_the_disk_did_not_have(bench: Bench) -> None:
 
 async def test_a_frozen_init_is_killed_in_the_end(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stop gets through even when init cannot act: the last resort kills it, and says what is known."""
-    monkeypatch.setattr("pjw.worker.worker.LAST_RESORT_SECONDS", 0.2)
+    monkeypatch.setattr("pjw.worker.stopping.LAST_RESORT_SECONDS", 0.2)
     worker = await bench.open()
     job = await start_said(worker, "echo words; exec sleep 60", b"words\n")
     os.kill(bench.init_pid(job.id), signal.SIGSTOP)

@@ -323,7 +323,7 @@ BROKEN: Final = {
     "expired": "server.crt: it expired on ",
     "other authority": "server.crt: it was not issued by the CA in ",
     "client's": "server.crt: it is not for serverAuth",
-    "cut short": "server.key: it is no private key that can be read",
+    "cut short": "server.key: it is cut short: its PRIVATE KEY has no end",
     "empty": "server.crt: it has no PEM certificate in it",
     "missing": "server.key: no such file or directory (ENOENT)",
     "directory": "ca.crt: it is not a regular file",
@@ -458,6 +458,51 @@ def test_the_list_holds_from_the_start(make_service: Callable[..., Service]) -> 
     assert service.ok("list") == ""
     path.write_bytes(b"")
     Reloading(service).reload()
+
+
+def test_what_no_reload_could_read_is_told(make_service: Callable[..., Service]) -> None:
+    """U6: such a list is refused, as nobody could be revoked by it; other files are warned of."""
+    service = make_service()
+    others = service.directory / "others"
+    others.mkdir(0o777)
+    others.chmod(0o777)
+    (others / "revoked").touch()
+    (others / "server.key").write_bytes((service.certs / "server.key").read_bytes())
+    service.config = f'revoked = "{others}/revoked"\n'
+    done = subprocess.run(service.command(), capture_output=True, timeout=60, check=False)
+    words = (
+        f"no reload could read the revocation list: cannot open {others}/revoked again: others than root may"
+    )
+    assert (done.returncode, words in done.stderr.decode()) == (1, True)
+    command = service.command()
+    command[1] = "check"
+    done = subprocess.run(command, capture_output=True, timeout=60, check=False)
+    assert (done.returncode, f"missing  {words}" in done.stdout.decode()) == (1, True)
+    service.config = f'server_key = "{others}/server.key"\n'
+    place = service.command().index("--server-key")
+    command = service.command()
+    command[1] = "check"
+    del command[place : place + 2]
+    done = subprocess.run(command, capture_output=True, timeout=60, check=False)
+    warned = f"warning  no reload can read {others}/server.key, only a restart: cannot open "
+    assert (done.returncode, warned in done.stdout.decode()) == (0, True), done.stdout
+
+
+def test_a_byte_order_mark_is_no_obstacle(reloading: Reloading) -> None:
+    """B5: gRPC gets what was checked, so "the certificates are new" is true."""
+    before = reloading.shown()
+    (reloading.service.certs / "server.crt").unlink()
+    (reloading.service.certs / "server.key").unlink()
+    authority.write_server(str(reloading.service.certs), ["localhost"])
+    for name in ("ca.crt", "server.crt", "server.key"):
+        path = reloading.service.certs / name
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert reloading.reload()[0] == "pjwd: INFO: reload: the certificates are new"
+    assert reloading.shown() != before
+    # and so does a start
+    reloading.service.stop()
+    reloading.service.start()
+    assert reloading.service.ok("list") == ""
 
 
 # --- the signal

@@ -223,7 +223,7 @@ async def test_a_quota_of_stored_bytes(bench: Bench) -> None:
     worker = await bench.open(quotas=Quotas(stored_bytes_max=2 * MIB))
     ended, _ = await run(worker, f"head -c {MIB} /dev/zero")
     running = await start_said(worker, f"head -c {MIB} /dev/zero; echo done; sleep 60", b"done\n")
-    with pytest.raises(LimitReachedError, match=f"have {2 * MIB + 5} bytes of output") as caught:
+    with pytest.raises(LimitReachedError, match=rf"have 2.0M \({2 * MIB + 5} bytes\) of output") as caught:
         await start(worker, ["true"])
     assert "pjw rm ID" in (caught.value.hint or "")
     await run(worker, "true", "other")

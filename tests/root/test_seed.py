@@ -37,7 +37,7 @@ from tests.service import BIN, METHODS, Service, ask, wait_for
 TESTS: Final = Path(__file__).parents[1]
 LIMIT_FILES: Final = (
     *("cpu.cfs_quota_us", "cpu.cfs_period_us", "memory.limit_in_bytes"),
-    *("blkio.throttle.read_bps_device", "blkio.throttle.write_iops_device"),
+    *("blkio.throttle.write_bps_device", "blkio.throttle.write_iops_device"),
     *("cpu.max", "memory.max", "io.max", "pids.max"),
 )
 TIME: Final = r'"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"'
@@ -92,7 +92,7 @@ def test_stop_returns_once_the_process_has_terminated(service: Service) -> None:
     assert (job["state"], job["reason"], job["exitCode"], job["signal"]) == (
         "exited",
         "stopped",
-        None,
+        143,
         signal.SIGTERM,
     )
     assert job["end"] is not None
@@ -150,6 +150,7 @@ def test_every_method_answers_over_grpc(service: Service) -> None:
         "Logs": pb.LogsRequest(id=job_id),
         "Wait": pb.WaitRequest(id=ended),
         "GetUsageHistory": pb.GetUsageHistoryRequest(id=ended),
+        "GetQuota": pb.GetQuotaRequest(),
         "Delete": pb.DeleteRequest(id=job_id),
     }
     # these two do not end by themselves: root/test_usage.py and root/test_input.py
@@ -193,13 +194,13 @@ def test_a_job_is_in_a_cgroup_with_all_its_limits(service: Service) -> None:
     if "memory.limit_in_bytes" in values:
         assert int(values["cpu.cfs_quota_us"]) == int(values["cpu.cfs_period_us"])
         assert values["memory.limit_in_bytes"] == f"{512 * 1024**2}\n"
-        assert values["blkio.throttle.read_bps_device"].split()[1] == f"{256 * 1024**2}"
+        assert values["blkio.throttle.write_bps_device"].split()[1] == f"{256 * 1024**2}"
         assert values["blkio.throttle.write_iops_device"].split()[1] == "10000"
     else:
         quota, period = values["cpu.max"].split()
         assert quota == period
         assert values["memory.max"] == f"{512 * 1024**2}\n"
-        assert re.search(rf"\d+:\d+ rbps={256 * 1024**2} .*wiops=10000", values["io.max"])
+        assert re.search(rf"\d+:\d+ rbps=max wbps={256 * 1024**2} .*wiops=10000", values["io.max"])
     assert values["pids.max"] == "512\n"
     assert json.loads(service.ok("get", str(job_id)))["limits"]["memoryMaxBytes"] == 512 * 1024**2
     service.ok("stop", str(job_id))

@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import stat
 import subprocess
 import sys
@@ -17,7 +18,9 @@ import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
+from pjw.certs import authority
 from pjw.v1 import job_worker_pb2 as pb
+from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
 from tests import certs_factory
 from tests.service import BIN, Service, wait_for
 from tests.worker_harness import ASK
@@ -59,7 +62,6 @@ def refused(words: str) -> str:
     [
         ("garbage", "'garbage' is not HOST:PORT"),
         ("localhost", "'localhost' is not HOST:PORT"),
-        ("", "'' is not HOST:PORT"),
         (":50051", "':50051' is not HOST:PORT"),
         ("localhost:", "'localhost:' is not HOST:PORT"),
         ("localhost:x", "'localhost:x' is not HOST:PORT"),
@@ -88,7 +90,11 @@ def test_a_second_pjwd_is_refused_the_port_and_the_state(service: Service, idle:
     words = f"cannot listen on {service.address}: address already in use"
     assert re.match(refused(words), pjwd(*with_option(idle, "--listen", service.address)))
     said = pjwd(*with_option(idle, "--state-dir", str(service.state)))
-    assert re.match(refused(f"{service.state}.* is in use by another pjwd"), said)
+    # at once, and not only when it has waited
+    first, _, rest = said.partition("\n")
+    in_use = f"{service.state}/jobs.sqlite is in use by another pjwd"
+    assert first == f"pjwd: WARNING: {in_use}; waiting 5 s for its end"
+    assert re.match(refused(f"the job table {in_use}"), rest)
     assert service.ok("logs", service.ok("start", "echo unharmed").strip()) == "unharmed\n"
 
 
@@ -155,7 +161,7 @@ def test_a_state_directory_that_cannot_be_used_is_named(idle: Service, tmp_path:
         ("[limits]\nmemory_max_bytes = -1", "limit memory_max_bytes must be a whole number"),
         ("[ceilings]\npids_max = 100", "the default limit pids_max is 512, above its ceiling of 100"),
         (
-            "[ceilings]\ntime_max_seconds = 5",
+            "[limits]\ntime_max_seconds = 0\n[ceilings]\ntime_max_seconds = 5",
             "the default limit time_max_seconds is 0, above its ceiling of 5",
         ),
         ("user = 'nosuchuser'", "no user is called 'nosuchuser' on this host"),
@@ -272,6 +278,7 @@ def test_check_tells_what_the_host_offers_in_plain_words(tmp_path: Path) -> None
         "namespaces: pid, mnt, net",
         "pjw-init at ",
         "cgroup v",
+        "file systems that jobs see: /",
         "disks for io",
         "user",
     ):
@@ -456,3 +463,36 @@ def test_a_killed_launcher_ends_the_server_and_no_job(make_service: Callable[...
     service.start()
     assert service.job(job_id).state == pb.JOB_STATE_RUNNING
     assert '"reason": "stopped"' in service.ok("stop", str(job_id))
+
+
+def test_a_name_is_served_at_each_of_its_addresses_or_not_at_all(
+    make_service: Callable[..., Service],
+) -> None:
+    """One port for all, for metrics too; where somebody has it at one of them, the refusal names that one."""
+    service = make_service(config='[metrics]\nlisten = "localhost:0"\n')
+    hosts = service.directory / "hosts"
+    hosts.write_text("127.0.0.1 localhost\n127.0.0.2 localhost\n")
+    command = service.command
+    inside = f'mount --bind {hosts} /etc/hosts; exec "$@"'
+    service.command = lambda *extra: ["unshare", "--mount", "sh", "-ec", inside, "sh", *command(*extra)]  # type: ignore[method-assign]
+    service.address = "localhost:0"
+    service.start("--log-level", "info")
+    port = int(service.address.rpartition(":")[2])
+    for address in ("127.0.0.1", "127.0.0.2"):
+        with service.channel(address=f"{address}:{port}") as channel:
+            JobWorkerServiceStub(channel).List(pb.ListRequest(), timeout=SECONDS)
+    for kind in ("crt", "key"):
+        (service.certs / f"server.{kind}").unlink()
+    authority.write_server(str(service.certs), ["localhost"])
+    os.kill(service.pid, signal.SIGHUP)
+    wait_for(lambda: "the certificates are new" in service.log.read_text())
+    shown = {ssl.get_server_certificate((address, port)) for address in ("127.0.0.1", "127.0.0.2")}
+    assert shown == {(service.certs / "server.crt").read_text()}
+    assert service.stop() == 0
+    with socket.create_server(("127.0.0.2", port)):
+        done = subprocess.run(service.command(), capture_output=True, timeout=SECONDS, check=False)
+    assert done.returncode == 1
+    assert (
+        f"cannot listen on localhost:{port}: address already in use: 127.0.0.2:{port}, one of"
+        in done.stderr.decode()
+    )

@@ -1,15 +1,23 @@
 """How a job is run and stopped, as a client asks for it: environment, working directory, any signal."""
 
+import asyncio
+import errno
 import signal
+import subprocess
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
+from pjw.model import JobSpec
 from pjw.rpc.status import ERRNO_KEY
 from pjw.v1 import job_worker_pb2 as pb
+from pjw.worker import Worker
 from tests.service import CALL_SECONDS, Service, wait_for
+from tests.tracer import SUPPORTED, WHY_NOT, Tracer
 
 
 def start(service: Service, command: str, **how: object) -> int:
@@ -66,6 +74,28 @@ def test_a_directory_that_cannot_be_entered(service: Service, workdir: str, why:
     assert ERRNO_KEY not in str(caught.value.trailing_metadata())
 
 
+def test_a_step_of_a_start_that_fails_is_named(make_service: Callable[..., Service]) -> None:
+    """Which, on what and why (R2), to the client and in the log: "internal error" would help neither."""
+    service = make_service(config="hidden_paths = ['/var/lib/pjw-test-loop']\n")
+    loop = Path("/var/lib/pjw-test-loop")
+    loop.symlink_to(loop)
+    try:
+        # B6: already its start says so, and a check
+        service.start()
+        said = service.log.read_text()
+        command = service.command()
+        command[1] = "check"
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        code, words = service.refused("start", "true")
+    finally:
+        loop.unlink()
+    trial = f"no job can be made here: pjw-init: cannot hide {loop}: too many levels of symbolic links"
+    assert (f"ERROR: {trial}" in said, f"missing  {trial}" in done.stdout) == (True, True), said + done.stdout
+    assert code == 125
+    assert "cannot hide /var/lib/pjw-test-loop for job 1: too many levels of symbolic links (ELOOP)" in words
+    assert "cannot hide /var/lib/pjw-test-loop for job 1" in service.log.read_text()
+
+
 def test_the_state_directory_cannot_be_entered(service: Service) -> None:
     """It is hidden from the job, and so from its working directory."""
     with service.stub() as stub, pytest.raises(grpc.RpcError) as caught:
@@ -93,6 +123,15 @@ def test_a_signal_that_is_survived_escalates(service: Service) -> None:
     assert "heard\n" in read(service, job_id)
 
 
+@pytest.mark.skipif(not SUPPORTED, reason=WHY_NOT)
+def test_a_signal_that_cannot_be_sent_escalates(service: Service) -> None:
+    """The launcher refuses the first one, as the kernel did: the kill follows all the same."""
+    job_id = start(service, "exec sleep 60")
+    with Tracer(service.launcher_pid(), 1, errno.EPERM, calls=("pidfd_send_signal",)) as tracer:
+        assert stop(service, job_id, grace=1).signal == signal.SIGKILL
+    assert tracer.hit == "pidfd_send_signal"
+
+
 def test_sigkill_needs_no_grace(service: Service) -> None:
     """A job that is deaf to the rest ends at once."""
     job_id = start(service, "trap '' TERM; echo ready; while :; do sleep 0.1; done")
@@ -113,3 +152,14 @@ def test_what_is_no_such_signal(service: Service, number: int) -> None:
     assert caught.value.details() == f"a job is stopped with a signal from 1 to 31, not {number}"
     assert service.job(job_id).state == pb.JOB_STATE_RUNNING
     stop(service, job_id, grace=0)
+
+
+async def test_many_starts_of_one_client_are_before_few_of_another(worker: Worker) -> None:
+    """S10: a burst of starts goes on in turn, so another client's one start is not behind all of them."""
+    burst = [asyncio.create_task(worker.start(JobSpec("true"), "alice")) for _ in range(100)]
+    await asyncio.sleep(0)
+    await worker.start(JobSpec("true"), "bob")
+    answered = sum(task.done() for task in burst)
+    for job in await asyncio.gather(*burst):
+        await worker.wait(job.id)
+    assert answered < 25

@@ -49,6 +49,15 @@ def test_top_shows_what_jobs_use(service: Service, jobs: list[str]) -> None:
         assert top.wait_for_end() == 0
 
 
+def test_top_shows_commands_at_80_columns(service: Service, jobs: list[str]) -> None:
+    """Plots and processes make room for them (U11)."""
+    with Terminal([str(BIN / "pjw"), "top"], service.environment(), columns=80, lines=30) as top:
+        top.wait_until(lambda text: "echo mark" in line_of(jobs[0], text))
+        assert "PIDS" not in top.text
+        top.type("q")
+        assert top.wait_for_end() == 0
+
+
 def test_top_stops_a_job_only_when_it_is_wanted(service: Service, jobs: list[str]) -> None:
     """The key asks first, and the cursor says which job is meant."""
     busy, writing = jobs

@@ -17,7 +17,7 @@ import pytest
 
 from pjw import errors
 from pjw.model import Identity
-from pjw.rpc.status import CODES
+from pjw.rpc.status import TABLE
 from pjw.server import audit as audit_module
 from pjw.server.audit import AuditLog, CallRecord
 from pjw.server.authz import Roles
@@ -103,7 +103,9 @@ def test_an_answer_adds_the_new_jobs_id_and_the_bytes_sent() -> None:
     assert b"secret" not in start.line() + logs.line()
 
 
-@pytest.mark.parametrize("kind", [*CODES, ValueError, asyncio.CancelledError], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind", [*(row.kind for row in TABLE), ValueError, asyncio.CancelledError], ids=lambda kind: kind.__name__
+)
 def test_every_error_is_a_code_without_its_words(tmp_path: Path, kind: type[BaseException]) -> None:
     """The name that the client is told, INTERNAL for a bug of ours, CANCELLED for who has gone."""
     made: dict[object, Callable[[], BaseException]] = {
@@ -111,6 +113,7 @@ def test_every_error_is_a_code_without_its_words(tmp_path: Path, kind: type[Base
         errors.LaunchError: lambda: errors.LaunchError("secret", 2),
         errors.WorkdirError: lambda: errors.WorkdirError("secret", 2),
         errors.KernelError: lambda: errors.KernelError("secret", "secret", 5),
+        errors.LimitRangeError: lambda: errors.LimitRangeError("secret", limit="secret", value=1),
     }
     error = made.get(kind, lambda: kind("secret"))()
     path = tmp_path / "audit"
@@ -119,7 +122,7 @@ def test_every_error_is_a_code_without_its_words(tmp_path: Path, kind: type[Base
         raise error
     with opened(path) as audit:
         audit.call_ended(record)
-    code = CODES.get(kind, grpc.StatusCode.INTERNAL).name  # type: ignore[arg-type]
+    code = next((row.code for row in TABLE if row.kind is kind), grpc.StatusCode.INTERNAL).name
     assert [line["code"] for line in lines(path)] == ["CANCELLED" if kind is asyncio.CancelledError else code]
     assert b"secret" not in path.read_bytes()
 

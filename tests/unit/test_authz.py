@@ -11,7 +11,7 @@ from pjw.v1 import job_worker_pb2 as pb
 
 ROLES = Roles(admins=frozenset({"alice", "key-0123456789abcdef"}), viewers=frozenset({"bob"}))
 METHODS = pb.DESCRIPTOR.services_by_name["JobWorkerService"].methods
-LOOKING = {"Get", "List", "Logs", "Wait", "GetUsageHistory", "WatchUsage"}
+LOOKING = {"Get", "List", "Logs", "Wait", "GetUsageHistory", "WatchUsage", "GetQuota"}
 # client, and the methods that it may use on the jobs of every client
 MAY = {
     "alice": {*LOOKING, "Stop", "Delete"},

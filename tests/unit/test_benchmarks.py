@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import check, document
+from benchmarks import against, check, document, pjwd
 from benchmarks.report import Figure, Held, Report
 
 STORED: check.Ratios = {
@@ -110,3 +110,24 @@ def test_figures_replace_what_is_between_the_marks(tmp_path: Path) -> None:
     path.write_text("no marks")
     with pytest.raises(ValueError, match="it has no marks"):
         document.write(Report({}, []), path)
+
+
+def test_an_earlier_commit_is_measured_in_turns(tmp_path: Path) -> None:
+    """Each number is beside that commit's, once, and what is never held to a ratio has no goal here."""
+    turns: list[bool] = []
+
+    def suite() -> list[Figure]:
+        mine = pjwd.program() == pjwd.THIS
+        turns.append(mine)
+        return start(time=3 if mine else 2, rate=0.5 if mine else 0.6)
+
+    found = {figure.name: figure for figure in against.run(suite, "abc", tmp_path / "pjwd")}
+    assert turns == [False, True, True, False, False, True]
+    assert pjwd.program() == pjwd.THIS
+    assert {name: (figure.value, figure.reference, figure.met) for name, figure in found.items()} == {
+        "time": (3, 2, False),
+        "rate": (0.5, 0.6, False),
+        "slowest": (300, 200, None),
+        "alone": (3, 2, None),
+    }
+    assert {figure.against for figure in found.values()} == {"abc"}

@@ -182,6 +182,10 @@ def test_unreadable_files_name_themselves(tmp_path: Path) -> None:
         read_certificates(put(tmp_path / "der", b"\x30\x82"))
     with pytest.raises(ConfigError, match="no PEM private key"):
         read_key(put(tmp_path / "crt", CERTIFICATE))
+    with pytest.raises(ConfigError, match="crt: it is cut short: its CERTIFICATE has no end"):
+        read_certificates(put(tmp_path / "crt", CERTIFICATE[:40]))
+    with pytest.raises(ConfigError, match="crt: what is in its CERTIFICATE is not base64"):
+        read_certificates(put(tmp_path / "crt", CERTIFICATE.replace(b"MA==", b"M!==")))
     with pytest.raises(ConfigError, match="longer than"):
         read_certificates(put(tmp_path / "long", CERTIFICATE * 30_000))
     for encrypted in (

@@ -1,5 +1,7 @@
 """Our checks and the handshakes of the real grpc agree on who connects, but for keys that are weak."""
 
+import re
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -103,3 +105,35 @@ def test_made_certificates_connect(tmp_path: Path) -> None:
     assert seen is not None
     assert identity_of(seen.encode()).client_name == "john"
     assert others == [None, None]
+
+
+ODD_TEXTS: dict[str, Callable[[bytes], bytes]] = {
+    "a byte order mark": lambda data: b"\xef\xbb\xbf" + data,
+    "text before": lambda data: b"Bag Attributes\n  localKeyID: 01 -----BEGIN\n" + data,
+    "CRLF": lambda data: data.replace(b"\n", b"\r\n"),
+    "CR": lambda data: data.replace(b"\n", b"\r"),
+    "spaces": lambda data: b"\n".join(b"  " + line + b" \t" for line in data.split(b"\n")),
+    "one line": lambda data: b"".join(
+        line if b"-----" in line else line.strip() for line in re.split(rb"(?<=-----\n)", data)
+    ),
+    "no newline at the end": lambda data: data.rstrip(),
+    "all in one file": lambda data: data,
+}
+
+
+def test_what_python_reads_grpc_reads(tmp_path: Path) -> None:
+    """B5: certificates, keys and authorities of odd files connect, as server and as client."""
+    ca = make_ca()
+    triples = []
+    for number, (name, change) in enumerate(ODD_TEXTS.items()):
+        for suffix, made in (("ca", ca), ("server", certs_factory.server(ca)), ("client", issue(ca))):
+            made.write(tmp_path, f"{number}{suffix}")
+            paths = [tmp_path / f"{number}{suffix}.{kind}" for kind in ("crt", "key")]
+            texts = [change(path.read_bytes()) for path in paths]
+            if name == "all in one file":
+                texts = [texts[1] + texts[0]] * 2
+            for path, text in zip(paths, texts, strict=True):
+                path.write_bytes(text)
+        triples.append(tuple(f"{tmp_path}/{number}{suffix}" for suffix in ("ca", "server", "client")))
+    seen = dict(zip(ODD_TEXTS, connect(*triples), strict=True))  # type: ignore[arg-type]
+    assert [name for name, certificate in seen.items() if certificate is None] == []

@@ -67,7 +67,7 @@ def test_seed_recipe_gives_two_names(seed_files: Path) -> None:
     assert len(subjects) == 1, "they are told apart by nothing but their keys"
     names = [identity_of(pem).client_name for pem in certificates]
     assert len(set(names)) == 3
-    assert all(re.fullmatch("key-[0-9a-f]{16}", name) for name in names)
+    assert all(re.fullmatch("key-[0-9a-f]{32}", name) for name in names)
 
 
 def test_seed_files_are_accepted(seed_files: Path) -> None:

@@ -9,6 +9,8 @@ import pytest
 
 from pjw.certs import authority
 from pjw.certs.bundle import read_bundle
+from pjw.certs.files import load_client_credentials
+from pjw.client.config import find_settings
 from pjw.errors import ConfigError
 from tests.service import BIN, CALL_SECONDS
 
@@ -93,12 +95,20 @@ def test_openssl_reads_a_bundle(user: User) -> None:
         assert "alice" in done.stdout or "valid" in done.stdout + done.stderr
 
 
+def test_a_bundle_that_an_editor_has_changed(user: User) -> None:
+    """B5: a byte order mark, and the ends of lines of Windows."""
+    bundle = read_bundle(str(user.bundle()))
+    user.bundle().write_bytes(b"\xef\xbb\xbf" + user.bundle().read_bytes().replace(b"\n", b"\r\n"))
+    assert read_bundle(str(user.bundle())) == bundle
+    assert load_client_credentials(*[str(user.bundle())] * 3) == bundle.credentials
+
+
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
         (b"server: localhost:1\n", b"", "no line `server: HOST:PORT`"),
         (b"authority:", b"somebody:", "or none `authority:`"),
-        (b"BEGIN PRIVATE KEY", b"BEGIN PUBLIC KEY", "it has 0 PEM private keys"),
+        (b"PRIVATE KEY", b"PUBLIC KEY", "it has 0 PEM private keys"),
         (b"BEGIN PRIVATE KEY", b"BEGIN ENCRYPTED PRIVATE KEY", "its key is encrypted"),
         (b"authority:\n-----BEGIN", b"authority:\n-----begin", "no PEM certificate of the authority"),
         (b"END PRIVATE KEY-----\n-----BEGIN", b"END PRIVATE KEY-----\n-----", "no PEM certificate of the cl"),
@@ -187,7 +197,7 @@ def test_nearer_settings_stand_before_a_context(user: User) -> None:
         (["context", "rm", "prod", "nope"], "no context 'nope' is in"),
         (["context", "show", "nope"], "hint: there are: prod"),
         (["--context", "nope", "list"], "no context 'nope' is in"),
-        (["context", "add", "prod", "BUNDLE"], "hint: remove it first: pjw context rm prod"),
+        (["context", "add", "prod", "BUNDLE"], "hint: give --replace, or remove it: pjw context rm prod"),
         (["context", "add", "../x", "BUNDLE"], "a name is up to 63 letters"),
         (["context", "add", "other", "/nonexistent"], "cannot read bundle /nonexistent: no such file"),
     ],
@@ -266,3 +276,43 @@ def test_two_that_add_at_once_lose_nothing(user: User) -> None:
     ]
     assert [process.wait(CALL_SECONDS) for process in added] == [0] * 6
     assert user.ok("context", "list").split() == [f"c{number}" for number in range(6)]
+
+
+def test_a_context_is_replaced(user: User) -> None:
+    """By one with a new certificate; what cannot be used leaves the old one as it was."""
+    user.ok("context", "add", "prod", str(user.bundle()))
+    user.ok("context", "add", "--replace", "prod", str(user.bundle("bob")))
+    assert "client:       bob" in user.ok("context", "show", "prod")
+    before = (user.config.read_bytes(), user.files())
+    broken = user.bundle().read_bytes().replace(b"\nserver:", b"\nno:")
+    (user.certs / "broken.pjw").write_bytes(broken)
+    user.refused("context", "add", "--replace", "prod", str(user.certs / "broken.pjw"))
+    assert (user.config.read_bytes(), user.files()) == before
+    user.ok("context", "add", "--replace", "new", str(user.bundle()))
+
+
+def test_a_bundle_comes_from_stdin(user: User) -> None:
+    """As a secret does that is in no file."""
+    command = [str(BIN / "pjw"), "context", "add", "prod", "-"]
+    environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "XDG_CONFIG_HOME": str(user.home)}
+    bundle = user.bundle().read_bytes()
+    done = subprocess.run(command, input=bundle, env=environment, capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (0, b"prod: localhost:1\n"), done
+    assert "client:       alice" in user.ok("context", "show", "prod")
+
+
+def test_a_bundle_takes_one_descriptor(user: User, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many clients a program makes of it."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(user.home))
+    monkeypatch.setenv("PJW_BUNDLE", user.bundle().read_text())
+    assert find_settings().client_key == find_settings().client_key
+
+
+def test_a_bundle_in_the_environment_is_a_context(user: User) -> None:
+    """Its path or its text; a variable of one setting stands before it, the current context behind."""
+    user.ok("context", "add", "prod", str(user.bundle()))
+    for value in (str(user.bundle("bob")), user.bundle("bob").read_text()):
+        words = "cannot connect to localhost:1: connection refused"
+        assert words in user.refused("list", PJW_BUNDLE=value)
+        assert "no such host" in user.refused("list", PJW_BUNDLE=value, PJW_SERVER="nosuch.invalid:1")
+    assert "cannot read bundle /nonexistent" in user.refused("list", PJW_BUNDLE="/nonexistent")

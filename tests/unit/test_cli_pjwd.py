@@ -20,7 +20,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return err
 
 
-@pytest.mark.parametrize("name", ["../x", "a/b", "", "key-0123456789abcdef", "a b", "x" * 65, "ca", "server"])
+@pytest.mark.parametrize("name", ["../x", "a/b", "key-0123456789abcdef", "a b", "x" * 65, "ca", "server"])
 def test_certs_refuses_a_name_that_no_client_can_have(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
@@ -78,7 +78,6 @@ def test_help_tells_the_commands_and_options(capsys: pytest.CaptureFixture[str])
         ("localhost:0", ("localhost", 0)),
         ("127.0.0.1:65535", ("127.0.0.1", 65535)),
         ("[::1]:50051", ("::1", 50051)),
-        ("::1:50051", ("::1", 50051)),
     ],
 )
 def test_an_address_is_host_and_port(text: str, address: tuple[str, int]) -> None:
@@ -87,12 +86,61 @@ def test_an_address_is_host_and_port(text: str, address: tuple[str, int]) -> Non
 
 
 @pytest.mark.parametrize(
-    "text", ["", ":", "x", "x:", ":1", "x:65536", "x:-1", "x:+1", "x: 1", "x:1_0", "x:１", "[]:1"]
+    "text",
+    [
+        "",
+        ":",
+        "x",
+        "x:",
+        ":1",
+        "x:65536",
+        "x:-1",
+        "x:+1",
+        "x: 1",
+        "x:1_0",
+        "x:１",
+        "[]:1",
+        "::1:1",
+        "x:" + "9" * 5000,
+    ],
 )
 def test_what_is_no_address_is_refused(text: str) -> None:
     """Each part must be there, and a port is digits up to 65535."""
     with pytest.raises(ConfigError, match="is not HOST:PORT"):
         parse_address(text)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(
+            ["check", f"--{option}", ""]
+            for option in ("state-dir", "listen", "ca-crt", "server-key", "config")
+        ),
+        ["certs", "init", "", "alice"],
+        ["certs", "client", "certs", "alice", ""],
+    ],
+)
+def test_nothing_may_be_empty(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    """As a path it would be the current directory (B9)."""
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "it is empty; leave it out, or give it a value" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("::1:50051", "an address of IPv6 is in brackets, for example [::1]:50051"),
+        ("localhost:70000", "a port is a number from 0 to 65535"),
+        ("localhost", "for example localhost:50051, or [::1]:0 for any free port"),
+    ],
+)
+def test_what_is_wrong_with_an_address_is_told(text: str, hint: str) -> None:
+    """The host ::1:50051 with a port that was forgotten, and ::1 with the port 50051, are the same text."""
+    with pytest.raises(ConfigError) as caught:
+        parse_address(text)
+    assert caught.value.hint == hint
 
 
 @pytest.mark.parametrize("days", ["0", "-1", "36501", "x", "1.5", "１"])

@@ -10,10 +10,12 @@ import pjw
 from pjw.certs import authority
 from pjw.certs.credentials import diagnose_client
 from pjw.certs.files import load_client_credentials
+from pjw.cli.main import main
 from pjw.cli.settings import find_settings
 from pjw.client.config import DEFAULT_SERVER, config_path
 from pjw.client.settings import ClientSettings
 from pjw.errors import ConfigError
+from pjw.worker.state_dir import StateDir
 
 KEYS = ("server", "ca_crt", "client_crt", "client_key")
 
@@ -51,14 +53,74 @@ def test_only_the_server_has_a_default() -> None:
 def test_a_missing_setting_is_named_with_every_way_to_give_it(
     missing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Option, variable and file are all in the hint; an empty variable is none."""
-    monkeypatch.setenv(f"PJW_{missing.upper()}", "")
+    """Option, variable and file are all in the hint."""
     with pytest.raises(ConfigError) as caught:
         find_settings(options(**{key: "x" for key in KEYS if key != missing}))
     option = "--" + missing.replace("_", "-")
     assert str(caught.value) == f"no {option} is given"
     assert caught.value.hint is not None
     assert all(word in caught.value.hint for word in (option, f"PJW_{missing.upper()}", str(config_path())))
+
+
+@pytest.mark.parametrize("variable", [*(f"PJW_{key.upper()}" for key in KEYS), "PJW_CONTEXT"])
+def test_an_empty_variable_is_refused(variable: str, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is what a script leaves that has not set another one: neither the next place nor this host (B9)."""
+    config.write_text("".join(f'{key} = "file"\n' for key in KEYS))
+    monkeypatch.setenv(variable, "")
+    with pytest.raises(ConfigError, match=f"^the variable {variable} is empty$"):
+        find_settings(options())
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ('server = ""', "server"),
+        ('current = ""', "current"),
+        ('[contexts.one]\nca_crt = ""', "context one: ca_crt"),
+    ],
+)
+def test_an_empty_setting_is_refused(config: Path, content: str, what: str) -> None:
+    """With the file and the name of the setting."""
+    config.write_text(content)
+    with pytest.raises(ConfigError, match=f"^{config}: {what} is empty$"):
+        find_settings(options(**dict.fromkeys(KEYS, "x")))
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_the_library_takes_no_empty_value(key: str) -> None:
+    """A program that passes on what it did not get."""
+    with pytest.raises(ConfigError, match=f"^{key} is empty$"):
+        pjw.Client(*("" if each == key else "x" for each in KEYS))
+    with pytest.raises(ConfigError, match=r"^the name of the context is empty$"):
+        pjw.Client.from_context("")
+    with pytest.raises(ConfigError, match=r"^the path of the state directory is empty$"):
+        StateDir("", os.getuid())
+
+
+def test_a_state_directory_whose_path_is_too_long(tmp_path: Path) -> None:
+    """SQLite would only say that it cannot open a file, and we that a disk is full or not to be written."""
+    name = str(tmp_path) + "/x" * 250
+    with pytest.raises(ConfigError, match=rf"its path is {len(name)} bytes long$"):
+        StateDir(name, os.getuid())
+    assert os.listdir(tmp_path) == ["pjw"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--server", "", "list"],
+        ["--context=", "list"],
+        ["start", "--name", "", "true"],
+        ["start", "--workdir=", "true"],
+        ["start", "--stdin=", "true"],
+        ["context", "add", "x", ""],
+    ],
+)
+def test_an_empty_option_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything is read or asked."""
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "is empty; leave it out, or give it a value" in capsys.readouterr().err
 
 
 def test_who_has_nothing_yet_is_told_of_bundles() -> None:
@@ -93,7 +155,7 @@ def test_without_a_home_the_file_is_simply_not_there(monkeypatch: pytest.MonkeyP
     """The file of a user whose home does not exist is no reason to fail."""
     monkeypatch.delenv("XDG_CONFIG_HOME")
     monkeypatch.setenv("HOME", "/nonexistent")
-    assert find_settings(options(**dict.fromkeys(KEYS, "x"))).server == "x"
+    assert find_settings(options(**dict.fromkeys(KEYS, "x"))).server == "x:50051"
 
 
 # --- the library

@@ -1,12 +1,14 @@
 """What a job used a second, from what it had used by then; and bars of it."""
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from pjw.cli.stats import stats_lines
 from pjw.cli.top import bars
 from pjw.cli.usage import nothing_at, reading, readings
-from pjw.model import UsageSample
+from pjw.model import Job, JobState, Limits, UsageSample
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -28,6 +30,18 @@ def test_a_clock_that_stood_still_or_went_back_is_no_rate(seconds: float) -> Non
     """Neither a division by zero nor a negative rate."""
     now = reading(nothing_at(START), sample(seconds, 1_000_000, 7, 10, 10))
     assert (now.cpu_percent, now.read_rate, now.write_rate, now.memory_bytes) == (0, 0, 0, 7)
+
+
+def test_a_short_job_has_no_average(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not 3195 %: what was used in less than a period is no rate (U8)."""
+    monkeypatch.setenv("COLUMNS", "80")
+    short = Job(1, "alice", "true", JobState.EXITED, Limits(), START, START + timedelta(milliseconds=1))
+    assert list(stats_lines(short, [sample(0.001, 31_950, 7)]))[1] == "CPU        32ms"
+    longer = replace(short, end=START + timedelta(seconds=1))
+    lines = list(
+        stats_lines(longer, [sample(0.001, 31_950, 7), sample(1, 531_950, 7), sample(1.001, 540_000, 7)])
+    )
+    assert lines[1] == "CPU        540ms; 54 % on average, 50 of 100 % at most"
 
 
 def test_a_counter_that_began_anew_is_no_rate() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,7 +11,7 @@ import pytest
 
 from pjw.certs import authority
 from pjw.client.sync import Client
-from pjw.errors import ServerUnreachableError
+from pjw.errors import ServerFailedError, ServerUnreachableError
 from pjw.rpc.status import ADMITTED_KEY
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceServicer, add_JobWorkerServiceServicer_to_server
@@ -68,3 +69,9 @@ def test_a_call_says_that_nobody_answered(client: Client) -> None:
     """Exit code 125 and not 1: nothing was refused."""
     with pytest.raises(ServerUnreachableError):
         client.get(1)
+
+
+def test_a_server_that_does_not_know_times_is_not_believed(client: Client) -> None:
+    """It sends all of the output; that is no answer to what was asked (U13)."""
+    with pytest.raises(ServerFailedError, match="this server is older than its client"):
+        next(client.logs(1, since=datetime.now(UTC)))

@@ -19,6 +19,8 @@ log_level = "info"
 listen = "localhost:1"
 [clients]
 running_max = 7
+[clients.by_name."a.b"]
+weight = 300
 [roles]
 viewers = ["bob", "alice"]
 [limits]
@@ -45,7 +47,8 @@ def test_origins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert told["log_format"] == ("text", "default")
     assert (told["clients.running_max"], told["clients.calls_max"]) == ((7, "file"), (256, "default"))
     assert told["roles.viewers"] == (["alice", "bob"], "file")
-    assert (told["limits.pids_max"], told["ceilings.pids_max"]) == ((9, "file"), (0, "default"))
+    assert told["clients.by_name"] == ({"a.b": {"weight": 300}}, "file")
+    assert (told["limits.pids_max"], told["ceilings.io_rbps_max"]) == ((9, "file"), (0, "default"))
     assert told["limits.cpu_max_millicores"] == (1000, "default")
 
 
@@ -60,7 +63,7 @@ def test_what_is_shown_is_a_configuration(tmp_path: Path, capsys: pytest.Capture
     again = tmp_path / "again.toml"
     again.write_text(out)
     one, two = load_config(str(path), {"state_dir": "/x"}), load_config(str(again))
-    whole = {"limits": two.limits, "ceilings": two.ceilings}
+    whole = {"limits": two.limits, "ceilings": two.ceilings, "floors": two.floors}
     assert two == msgspec.structs.replace(one, **whole)
     assert two.effective_limits() == one.effective_limits()
 
@@ -81,6 +84,15 @@ def test_paths_of_options_are_taken_from_here(
     """Those in the file are absolute; those on the command line need not be."""
     monkeypatch.chdir(tmp_path)
     assert f'ca_crt = "{tmp_path}/certs/ca.crt"  # option' in shown(capsys, "--ca-crt", "certs/ca.crt")
+
+
+def test_the_variable_of_a_unit_is_an_option(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """V2: a drop-in of before still says where to listen, an option goes before it."""
+    monkeypatch.setenv("PJWD_LISTEN", "0.0.0.0:7")
+    assert 'listen = "0.0.0.0:7"  # option' in shown(capsys)
+    assert 'listen = "localhost:8"  # option' in shown(capsys, "--listen", "localhost:8")
 
 
 def test_what_cannot_be_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

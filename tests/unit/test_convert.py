@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,6 +18,7 @@ from pjw.rpc.convert import (
     logs_response_head,
     sample_from_message,
     sample_to_message,
+    since_from_message,
     spec_from_message,
     spec_to_message,
 )
@@ -26,7 +28,7 @@ NUMBER = st.integers(0, 2**62)
 LIMIT = st.integers(2**21, 2**62)
 TIME = st.integers(0, 2**37).map(lambda seconds: datetime.fromtimestamp(seconds, UTC))
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
-STATUS = st.builds(ExitStatus, st.integers(0, 255)) | st.builds(ExitStatus, st.none(), st.integers(1, 64))
+STATUS = st.builds(ExitStatus, st.integers(0, 255)) | st.builds(ExitStatus, signal=st.integers(1, 64))
 JOB = st.builds(
     Job,
     id=st.integers(1, 2**63 - 1),
@@ -130,6 +132,16 @@ def test_a_running_job_has_no_end_and_no_code_on_the_wire() -> None:
     assert job_to_message(ended).HasField("exit_code")
 
 
+def test_a_killed_job_has_a_code_on_the_wire() -> None:
+    """128 + the signal, so that every client sees it; an older server sends the signal alone."""
+    now = datetime.now(UTC)
+    killed = Job(1, "a", "x", JobState.EXITED, Limits(), now, now, ExitStatus(signal=9))
+    message = job_to_message(killed)
+    assert (message.exit_code, message.signal) == (137, 9)
+    message.ClearField("exit_code")
+    assert job_from_message(message) == killed
+
+
 @pytest.mark.parametrize(
     "request_", [pb.StartRequest(), pb.StartRequest(limits=pb.Limits(pids_max=5))], ids=["empty", "limits"]
 )
@@ -143,6 +155,15 @@ def test_a_state_of_a_newer_server_is_an_error() -> None:
     """A state that this client does not know is not shown as another."""
     with pytest.raises(ValueError, match="unknown state 99 of job 5"):
         job_from_message(pb.Job(id=5, state=99))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bad", [{"seconds": 2**60}, {"seconds": -(2**60)}, {"nanos": -5}])
+def test_a_time_that_is_none_is_refused(bad: dict[str, int]) -> None:
+    """It is the caller's fault, and no bug of the server."""
+    assert since_from_message(pb.LogsRequest()) is None
+    assert since_from_message(pb.LogsRequest(since=Timestamp(seconds=1, nanos=5))) == 1_000_000_005
+    with pytest.raises(InvalidJobError, match="the time to begin at is none"):
+        since_from_message(pb.LogsRequest(since=Timestamp(**bad)))
 
 
 @pytest.mark.parametrize("count", [1, 2, 127, 128, 129, 16_383, 16_384, 65_536, 262_144, 2**21 - 1, 2**21])

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives import hashes
 
 from pjw import errors
 from pjw.certs.revocation import NOBODY_REVOKED, RevocationList
-from pjw.rpc.status import ADMITTED_KEY, INTERNAL_TEXT
+from pjw.rpc.status import ADMITTED_KEY, INTERNAL_TEXT, status_of
 from pjw.server import writer
 from pjw.server.authz import Caller, Roles
 from pjw.server.config import ServerConfig
@@ -152,7 +152,7 @@ def test_every_method_of_the_contract_has_its_handler() -> None:
         def __init__(self, method: str) -> None:
             self.method = f"/{SERVICE_NAME}/{method}"
 
-    assert len(methods) == 10
+    assert len(methods) == 11
     for method in methods:
         handler: Any = handlers.service(Call(method.name))  # type: ignore[arg-type]
         assert handler is not None, method.name
@@ -287,7 +287,7 @@ async def test_an_error_of_the_caller_is_told_and_not_logged(
     methods, context = Methods(), Context()
     methods.error = errors.JobNotFoundError(7)
     await call(kind, methods, context)
-    assert context.status == (grpc.StatusCode.NOT_FOUND, "no job 7", ())
+    assert context.status == status_of(errors.JobNotFoundError(7))
     assert caplog.text == ""
 
 
@@ -340,7 +340,7 @@ async def test_who_is_revoked_reaches_no_method(kind: str) -> None:
     await call(kind, methods, contexts[2], guard)
     assert guard.revoke(revoking(issue(CA).crt_pem)) == 0
     await call(kind, methods, contexts[3], guard)
-    revoked = (grpc.StatusCode.UNAUTHENTICATED, "the client certificate has been revoked", ())
+    revoked = status_of(errors.NotAuthenticatedError("the client certificate has been revoked"))
     assert [context.status for context in contexts] == [revoked, None, revoked, None]
     assert len(methods.callers) == 2
 
@@ -360,7 +360,7 @@ async def test_revoking_ends_the_calls_of_that_client_alone(kind: str) -> None:
     # taken back before the call has had its turn: it was ended all the same, and says why
     assert guard.revoke(NOBODY_REVOKED) == 0
     await tasks[0]
-    revoked = (grpc.StatusCode.UNAUTHENTICATED, "the client certificate has been revoked", ())
+    revoked = status_of(errors.NotAuthenticatedError("the client certificate has been revoked"))
     assert (contexts[0].status, methods[0].ended.is_set()) == (revoked, True)
     assert (contexts[1].status, methods[1].ended.is_set()) == (None, False)
     guard.drain()

@@ -4,6 +4,8 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from pjw.cli.help import commands_of
 from pjw.cli.parser import build_parser
 from pjw.cli.topics import TOPICS
+from pjw.model import EndReason, JobState
 from tests.service import BIN
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +35,13 @@ def test_help_alone_names_every_command_and_topic() -> None:
     text = pjw_help().stdout
     for word in (*commands_of(build_parser()), *TOPICS):
         assert re.search(rf"^ +{word}(  |$)", text, re.MULTILINE), word
+
+
+def test_every_state_and_reason_can_be_asked_for() -> None:
+    """The parser has its own list of them: the model's import would cost each command time."""
+    parser = build_parser()
+    assert parser.parse_args(["list", *(f"--reason={each}" for each in EndReason)]).reason == list(EndReason)
+    assert parser.parse_args(["list", *(f"--state={each}" for each in JobState)]).state == list(JobState)
 
 
 def test_every_command_has_help() -> None:
@@ -96,3 +106,23 @@ def test_groff_has_nothing_to_warn_of(pages: Path, page: str) -> None:
         check=True,
     )
     assert done.stderr == ""
+
+
+def test_make_man_takes_no_option_for_a_directory(tmp_path: Path) -> None:
+    """`--help` was once a directory of the repository (U7)."""
+    done = subprocess.run(
+        [ROOT / "scripts" / "make-man", "--help"], cwd=tmp_path, capture_output=True, check=False
+    )
+    assert (done.returncode, done.stderr, os.listdir(tmp_path)) == (2, b"usage: scripts/make-man [DIR]\n", [])
+
+
+@pytest.mark.parametrize("program", ["pjw", "pjwd"])
+def test_the_version_is_that_of_the_package(program: str) -> None:
+    """Without importlib.metadata, which takes longer to import than all else (U15)."""
+    code = (
+        "import sys; from pjw.version import version; print(version(), 'importlib.metadata' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [metadata.version("pjw"), "False"]
+    said = subprocess.run([BIN / program, "--version"], capture_output=True, text=True, check=True).stdout
+    assert said == f"{program} {metadata.version('pjw')}\n"

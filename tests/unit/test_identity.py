@@ -16,8 +16,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pjw.certs.credentials import check_leaf
-from pjw.certs.identity import check_client_name_oid, identity_of
-from pjw.certs.profile import CLIENT_NAME_OID, QUOTED_MAX_CHARACTERS, name_fault, quoted
+from pjw.certs.identity import OUR_RULES, NameRules, check_client_name_oid, identity_of
+from pjw.certs.profile import CLIENT_NAME_OID, QUOTED_MAX_CHARACTERS, is_short_key_name, name_fault, quoted
 from pjw.errors import ConfigError, NotAuthenticatedError
 from pjw.model import Identity
 from tests import certs_factory
@@ -29,15 +29,18 @@ pytestmark = pytest.mark.filterwarnings("ignore:Attribute's length must be:UserW
 CA: Final = make_ca()
 
 
-def named(subject: Subject, *sans: str, oid: str = CLIENT_NAME_OID) -> str:
+TAILS: Final = NameRules(in_common_name=True)
+
+
+def named(subject: Subject, *sans: str, rules: NameRules = OUR_RULES) -> str:
     """The client name that a subject gives."""
-    return identity_of(issue(CA, subject, sans=sans).crt_pem, oid).client_name
+    return identity_of(issue(CA, subject, sans=sans).crt_pem, rules).client_name
 
 
 def key_name(made: Made) -> str:
     """The name that is made of a key."""
     spki = made.key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    return "key-" + hashlib.sha256(spki).hexdigest()[:16]
+    return "key-" + hashlib.sha256(spki).hexdigest()[:32]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +57,7 @@ def test_openssl_can_say_the_name(tmp_path: Path, subject: str, config: str) -> 
     command = "openssl req -config cnf -x509 -newkey rsa:2048 -nodes -keyout key -out crt"
     extra = ["-subj", subject, "-addext", "subjectAltName=DNS:localhost"]
     subprocess.run([*command.split(), *extra], cwd=tmp_path, check=True, capture_output=True)
-    assert identity_of((tmp_path / "crt").read_bytes()).client_name == "john"
+    assert identity_of((tmp_path / "crt").read_bytes(), TAILS).client_name == "john"
 
 
 @pytest.mark.parametrize(
@@ -74,7 +77,23 @@ def test_openssl_can_say_the_name(tmp_path: Path, subject: str, config: str) -> 
 )
 def test_names_by_the_first_two_rules(subject: Subject, sans: list[str], name: str) -> None:
     """The clientName wins over the CN, and a CN that is no host of the certificate is the name."""
-    assert named(subject, *sans) == name
+    assert named(subject, *sans, rules=TAILS) == name
+
+
+def test_a_name_in_a_cn_is_the_operator_s_to_believe() -> None:
+    """Whoever may choose a CN would be anybody: refused by default, also beside an attribute."""
+    for subject in ([(CN, "localhost/clientName=john")], [(CN, "mary/clientName=john"), (OID, "john")]):
+        with pytest.raises(NotAuthenticatedError, match=r"its CN has a clientName.*client_name_in_cn"):
+            named(subject)
+
+
+def test_a_short_name_is_kept() -> None:
+    """Of a client that had one from a version before; another's key is not given its own short name."""
+    one, two = issue(CA, [(CN, "localhost")]), issue(CA, [(CN, "localhost")])
+    short = key_name(one)[: len("key-") + 16]
+    rules = NameRules(short_names=frozenset({short}))
+    assert [identity_of(made.crt_pem, rules).client_name for made in (one, two)] == [short, key_name(two)]
+    assert (is_short_key_name(short), is_short_key_name(key_name(one))) == (True, False)
 
 
 @pytest.mark.parametrize(
@@ -106,12 +125,13 @@ def test_key_name_outlives_the_certificate() -> None:
     assert one.serial != two.serial
 
 
+@pytest.mark.parametrize("rules", [OUR_RULES, TAILS], ids=["default", "tails"])
 @pytest.mark.parametrize("case", ODD_SUBJECTS)
-def test_odd_subject_is_refused(case: str) -> None:
+def test_odd_subject_is_refused(case: str, rules: NameRules) -> None:
     """A name that breaks the rule is refused, never replaced, and quoted so that a terminal survives it."""
     pem = issue(CA, ODD_SUBJECTS[case], sans=["localhost"]).crt_pem
     with pytest.raises(NotAuthenticatedError) as caught:
-        identity_of(pem)
+        identity_of(pem, rules)
     message = str(caught.value)
     assert message.isascii()
     assert message.isprintable()
@@ -144,7 +164,7 @@ def test_attribute_that_is_no_text_is_refused() -> None:
     )
     pem = builder.sign(key, SHA256()).public_bytes(Encoding.PEM)
     with pytest.raises(NotAuthenticatedError, match="malformed"):
-        identity_of(pem, NameOID.X500_UNIQUE_IDENTIFIER.dotted_string)
+        identity_of(pem, NameRules(NameOID.X500_UNIQUE_IDENTIFIER.dotted_string))
 
 
 def test_malformed_san_is_refused() -> None:
@@ -157,7 +177,7 @@ def test_malformed_san_is_refused() -> None:
 def test_oid_can_be_chosen() -> None:
     """Another attribute can carry the name, and then the usual one does not."""
     subject = [(CN, "localhost"), (OID, "john"), (NameOID.USER_ID, "mary")]
-    assert named(subject, "localhost", oid=NameOID.USER_ID.dotted_string) == "mary"
+    assert named(subject, "localhost", rules=NameRules(NameOID.USER_ID.dotted_string)) == "mary"
     assert named(subject, "localhost") == "john"
 
 
@@ -218,7 +238,7 @@ def test_damaged_certificate_is_refused_or_named(der: bytes, damage: list[tuple[
         data[position % len(data)] = value
     pem = b"-----BEGIN CERTIFICATE-----\n" + base64.encodebytes(bytes(data)) + b"-----END CERTIFICATE-----\n"
     name = refuses_or_names(pem)
-    assert name is None or re.fullmatch("key-[0-9a-f]{16}", name) or name_fault(name) is None
+    assert name is None or re.fullmatch("key-[0-9a-f]{32}", name) or name_fault(name) is None
 
 
 NAMES: Final = st.sampled_from(

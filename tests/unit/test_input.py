@@ -40,7 +40,7 @@ def path(tmp_path: Path) -> Iterator[Path]:
 def inputs_of(path: Path, bytes_max: int = 0) -> Inputs:
     """As a worker has them, for one job."""
     state: Any = State(path)
-    return Inputs(state, StoredBytes(state, {}, Quotas()), bytes_max)
+    return Inputs(state, StoredBytes(state, {}, {}, Quotas()), bytes_max)
 
 
 async def never() -> None:

@@ -1,4 +1,4 @@
-"""What the launcher loads: the standard library's quiet part, `pjw.errors`, `pjw.model`, and itself."""
+"""What the launcher loads: the standard library's quiet part, three pages of `pjw`, and itself."""
 
 import ast
 import json
@@ -59,15 +59,18 @@ def test_the_launcher_starts_no_program_but_init_and_rm() -> None:
     assert found == {
         ("spawn.py", "posix_spawn", "INIT_PROGRAM"),
         ("scratch.py", "posix_spawn", "RM_PROGRAM"),
+        # what counts scratch directories: a module of the launcher's own
+        ("scratch_use.py", "posix_spawn", "sys.executable"),
     }
 
 
-def test_of_pjw_it_loads_its_own_room_and_two_pages() -> None:
-    """`pjw` itself, `pjw.errors`, `pjw.model`; all else is `pjw.launcher`."""
+def test_of_pjw_it_loads_its_own_room_and_three_pages() -> None:
+    """`pjw` itself, `pjw.errors`, `pjw.inherited`, `pjw.model`; all else is `pjw.launcher`."""
     modules = {name for name in loaded("import pjw.launcher.__main__") if name.partition(".")[0] == "pjw"}
     assert {name for name in modules if not name.startswith("pjw.launcher")} == {
         "pjw",
         "pjw.errors",
+        "pjw.inherited",
         "pjw.model",
     }
 

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import socket
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -60,11 +61,11 @@ def test_json_is_an_object_in_a_line() -> None:
 def test_the_journal_is_told_the_priority(monkeypatch: pytest.MonkeyPatch, style: str) -> None:
     """Where stderr is what systemd says leads to the journal, each line has it; elsewhere none has."""
     ours, theirs = socket.socketpair()
-    with ours, theirs, theirs.makefile("w", buffering=1) as stderr:
-        monkeypatch.setattr("sys.stderr", stderr)
+    with ours, theirs:
+        monkeypatch.setattr("sys.stderr", sys.stderr)  # put back, whatever is in its place
         for name, begin in (("0:0", ("pjwd: W", '{"time')), (stream_of(theirs), ("<4>pjwd: W", '<4>{"time'))):
             monkeypatch.setenv("JOURNAL_STREAM", name)
-            set_up_logging("warning", style)
+            set_up_logging("warning", style, theirs.fileno()).start()
             logging.getLogger("pjw.x").info("not said")
             logging.getLogger("pjw.x").warning("said")
             assert ours.recv(1000).decode().startswith(begin)

@@ -18,6 +18,8 @@ from pjw.errors import (
     WorkdirError,
 )
 from pjw.server.audit import CANCELLED, CallRecord
+from pjw.server.connections import Connections
+from pjw.server.log_writer import LogWriter
 from pjw.server.metrics import ServerMetrics
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker import Worker
@@ -25,7 +27,7 @@ from pjw.worker import Worker
 
 def counted(record: CallRecord) -> list[str]:
     """The results that one start is counted as."""
-    metrics = ServerMetrics(cast("Worker", None))
+    metrics = ServerMetrics(cast("Worker", None), cast("Connections", None), cast("LogWriter", None))
     metrics.call_ended(record)
     [starts] = [family for family in metrics.registry.collect() if family.name == "pjw_starts"]
     return [sample.labels["result"] for sample in starts.samples if sample.value]

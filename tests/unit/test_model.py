@@ -10,10 +10,12 @@ from pjw.model import (
     ARGUMENTS_MAX_BYTES,
     LIMIT_MAXIMUM,
     LIMIT_MINIMUM,
+    NO_SUMS,
     ExitStatus,
     JobSpec,
     JobState,
     Limits,
+    Sums,
 )
 
 NAMES = [name for name, _ in Limits().items()]
@@ -83,7 +85,7 @@ def test_the_range_of_a_limit(name: str) -> None:
     least = LIMIT_MINIMUM.get(name, 1)
     for good in (0, least, LIMIT_MAXIMUM):
         assert getattr(Limits().with_overrides({name: good}), name) == good
-    for bad in (-1, LIMIT_MAXIMUM + 1, 2**64, True, 1.0, "1", None, *range(1, min(least, 3))):
+    for bad in (-1, LIMIT_MAXIMUM + 1, 2**64, True, 1.0, b"1", None, *range(1, min(least, 3))):
         with pytest.raises(InvalidJobError, match=f"^limit {name} must be "):
             Limits().with_overrides({name: bad})
     if least > 1:
@@ -114,11 +116,13 @@ def test_a_ceiling(name: str) -> None:
 
 
 def test_an_exit_status_is_one_thing() -> None:
-    """A code or a signal, never both and never neither."""
+    """A code or a signal, never both and never neither; a signal has a code of its own."""
     assert ExitStatus(code=0).signal is None
-    for code, signal in ((None, None), (0, 9)):
+    assert (ExitStatus(signal=15).code, ExitStatus(signal=9).code) == (143, 137)
+    assert ExitStatus(code=143) != ExitStatus(signal=15)
+    for arguments in ({}, {"code": 0, "signal": 9}):
         with pytest.raises(ValueError, match="a code or a signal"):
-            ExitStatus(code, signal)
+            ExitStatus(**arguments)
 
 
 def test_final_states() -> None:
@@ -131,3 +135,14 @@ def test_values_do_not_change() -> None:
     for value, name in ((Limits(), "pids_max"), (ExitStatus(0), "code"), (JobSpec("x"), "command")):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(value, name, 1)
+
+
+def test_the_lower_of_two_sums() -> None:
+    """No limit is above any number, and stays where neither has one."""
+    own, all_jobs = (
+        Sums(memory_max_bytes=2**30, pids_max=100),
+        Sums(memory_max_bytes=2**29, cpu_max_millicores=900),
+    )
+    assert own.within(all_jobs) == all_jobs.within(own) == Sums(2**29, 100, 900)
+    assert own.within(NO_SUMS) == own
+    assert NO_SUMS.within(NO_SUMS) == NO_SUMS

@@ -18,8 +18,10 @@ HELLO = Hello(
     1000,
     10,
     NO_LIMITS,
+    floor=NO_LIMITS,
     waiting_inits=4,
     hidden_paths=("/key",),
+    visible_paths=("/data",),
     operator_files=("/crt",),
 )
 LAUNCH = Launch(1, 1000, NO_LIMITS)
@@ -48,7 +50,7 @@ def test_ranges_of_users(first: int, count: int) -> None:
 
 @pytest.mark.parametrize(
     ("first", "count"),
-    [(0, 1), (1, 0), (0, 0), (2**32 - 1, 1), (2**32 - 2, 2), (1, 2**32 - 1), (2**32, 1), (2**62, 2**62)],
+    [(1, 0), (0, 0), (2**32 - 1, 1), (2**32 - 2, 2), (1, 2**32 - 1), (2**32, 1), (2**62, 2**62)],
 )
 def test_ranges_with_root_or_nobody(first: int, count: int) -> None:
     """0 is root, and 2^32-1 is "no change" to setresuid(2), which would leave root."""

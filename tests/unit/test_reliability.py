@@ -21,7 +21,17 @@ FAULTS: Final = (
         for process in ("the server", "the launcher", "init")
         for what in ("start", "stop")
     ),
-    *("SIGSTOP of the server", "SIGSTOP of the launcher", "ENOSPC", "EMFILE", "ENOMEM", "read-only state"),
+    *(
+        "SIGSTOP of the server",
+        "SIGSTOP of the launcher",
+        "ENOSPC",
+        "a full scratch file system",
+        "a hostile neighbour",
+        "a port under attack",
+        "EMFILE",
+        "ENOMEM",
+        "read-only state",
+    ),
     *("the clock jumps forward", "the clock jumps back", "lost inotify events (queue overflow)"),
     *("network cut in mid-stream", "slow reader", "client vanishing", "VM power cut"),
     "OOM of the server itself",

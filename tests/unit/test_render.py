@@ -55,10 +55,10 @@ def test_what_is_not_known_yet_is_null() -> None:
     assert {key for key, value in ended.items() if value is None} == {"signal"}
 
 
-def test_a_signal_is_no_exit_code() -> None:
-    """A job that a signal ended has no exit code: 137 would be a guess."""
+def test_a_killed_job_has_the_code_of_a_shell() -> None:
+    """null means that a job still runs (the seed), so one that a signal ended has 128 + the signal."""
     shown = json.loads(render.job_json(replace(ENDED, exit_status=ExitStatus(signal=9))))
-    assert (shown["exitCode"], shown["signal"]) == (None, 9)
+    assert (shown["exitCode"], shown["signal"]) == (137, 9)
 
 
 def test_every_limit_and_account_is_shown_in_camel_case() -> None:

@@ -7,20 +7,21 @@ import grpc
 import pytest
 
 from pjw import errors
-from pjw.rpc.status import CODES, ERRNO_KEY, HINT_KEY, INTERNAL_TEXT, error_of, status_of
+from pjw.rpc.status import ERRNO_KEY, ERROR_KEY, HINT_KEY, INTERNAL_TEXT, TABLE, error_of, status_of
+
+CODES = {row.kind: row.code for row in TABLE}
 
 
-def leaves(kind: type[errors.PjwError] = errors.PjwError) -> Iterator[type[errors.PjwError]]:
-    """Every class below *kind* that has none below itself, of those that errors.py defines."""
-    below = [each for each in kind.__subclasses__() if each.__module__ == "pjw.errors"]
-    for each in below:
-        yield from leaves(each)
-    if not below:
-        yield kind
+def kinds(of: type[errors.PjwError] = errors.PjwError) -> Iterator[type[errors.PjwError]]:
+    """Every class below *of* that errors.py defines."""
+    for each in of.__subclasses__():
+        if each.__module__ == "pjw.errors":
+            yield each
+            yield from kinds(each)
 
 
 def made(kind: type[errors.PjwError]) -> errors.PjwError:
-    """An error of that kind with a path in its words."""
+    """An error of that kind with a path in its words, and all of its facts."""
     if kind is errors.JobNotFoundError:
         return errors.JobNotFoundError(7)
     if kind is errors.LaunchError:
@@ -29,15 +30,35 @@ def made(kind: type[errors.PjwError]) -> errors.PjwError:
         return errors.WorkdirError("/secret/x", errno.EACCES)
     if kind is errors.KernelError:
         return errors.KernelError("mount", "/secret/x", errno.EPERM, hint="mount /secret")
+    if kind is errors.LimitRangeError:
+        return errors.LimitRangeError("too many", limit="pids_max", value=9, most=8)
+    if kind is errors.LimitReachedError:
+        return errors.LimitReachedError("full", hint="wait – a moment", limit="running_max", most=8)
+    if kind is errors.NameTakenError:
+        return errors.NameTakenError("taken", hint="pjw stop 3", holder=3)
+    if kind is errors.OffsetError:
+        return errors.OffsetError("beyond", size=3)
     return kind("cannot use /secret/x", hint="look there")
 
 
-def test_every_leaf_has_a_code() -> None:
-    """A new error must be given its code here, and none that is gone may stay."""
-    assert set(CODES) == set(leaves())
+def there_and_back(error: errors.PjwError, **asked: object) -> errors.PjwError:
+    """What a client raises that asked for this, when the server has raised *error*."""
+    code, text, metadata = status_of(error)
+    return error_of(code, text, dict(metadata), asked)
 
 
-@pytest.mark.parametrize("kind", list(leaves()))
+def facts(error: errors.PjwError) -> dict[str, object]:
+    """What it says beside its words."""
+    return {name: getattr(error, name) for name in error.FACTS}
+
+
+def test_every_error_has_a_code() -> None:
+    """A new error must be given its code here, and none that is gone may stay; no two have one reason."""
+    assert sorted(map(repr, CODES)) == sorted(map(repr, kinds()))
+    assert len({row.reason for row in TABLE}) == len(TABLE) == len(CODES)
+
+
+@pytest.mark.parametrize("kind", list(kinds()))
 def test_what_a_client_is_told(kind: type[errors.PjwError]) -> None:
     """Errors of the caller keep their words; those of the inside become one fixed text without metadata."""
     code, text, metadata = status_of(made(kind))
@@ -46,7 +67,19 @@ def test_what_a_client_is_told(kind: type[errors.PjwError]) -> None:
         assert (text, metadata) == (INTERNAL_TEXT, ())
     else:
         assert text == str(made(kind))
-        assert dict(metadata).get(HINT_KEY) == made(kind).hint
+        # HTTP/2 header values are ASCII: a hint beyond it has its place in the other key alone
+        hint = made(kind).hint
+        assert dict(metadata).get(HINT_KEY) == (hint if hint and hint.isascii() else None)
+        assert all(value.isascii() and value.isprintable() for _, value in metadata)
+
+
+def test_a_step_of_a_start_that_failed_is_told() -> None:
+    """Which step, on what and why: a job sees such paths too (R2)."""
+    error = errors.KernelError("hide /x for", "job 7", errno.ELOOP, for_client=True)
+    assert str(error).startswith("cannot hide /x for job 7: ")
+    assert status_of(error)[:2] == (grpc.StatusCode.INTERNAL, str(error))
+    back = there_and_back(error)
+    assert (type(back), str(back), facts(back)) == (errors.KernelError, str(error), facts(error))
 
 
 @pytest.mark.parametrize(
@@ -67,38 +100,79 @@ def test_a_subclass_without_a_code_of_its_own_is_internal() -> None:
     assert status_of(NewError("secret")) == (grpc.StatusCode.INTERNAL, INTERNAL_TEXT, ())
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        errors.InvalidJobError,
-        errors.JobStateError,
-        errors.OffsetError,
-        errors.LimitReachedError,
-        errors.NotAuthenticatedError,
-        errors.NotAllowedError,
-        errors.JobNotFoundError,
-    ],
-)
-def test_the_way_back_gives_the_same_error(kind: type[errors.PjwError]) -> None:
-    """What was raised in the server is raised in the client, with its words and its hint."""
+@pytest.mark.parametrize("kind", [row.kind for row in TABLE if row.code is not grpc.StatusCode.INTERNAL])
+def test_client_and_worker_raise_the_same(kind: type[errors.PjwError]) -> None:
+    """R5: what a Worker raises, a Client raises: the class, the words, the hint and every fact."""
     error = made(kind)
-    code, text, metadata = status_of(error)
-    back = error_of(code, text, dict(metadata).get(HINT_KEY), 7)
+    known = (
+        {"job_id": 7} if kind is errors.JobNotFoundError else {"program": "/secret/x", "workdir": "/secret/x"}
+    )
+    back = there_and_back(error, **known)
     assert (type(back), str(back), back.hint) == (kind, str(error), error.hint)
+    assert facts(back) == facts(error)
+
+
+def test_what_is_asked_for_comes_back_whole() -> None:
+    """A header is small: what is long in a fact is cut, but not for who has asked for it."""
+    long = "/" + "x" * 4000
+    code, text, metadata = status_of(errors.WorkdirError(long, errno.EACCES))
+    assert sum(len(value) for _, value in metadata) < 1000
+    back = error_of(code, text, dict(metadata), {"workdir": long})
+    assert isinstance(back, errors.WorkdirError)
+    assert (back.workdir, back.errno) == (long, errno.EACCES)
 
 
 @pytest.mark.parametrize("code", grpc.StatusCode)
 def test_every_code_is_an_error_of_ours(code: grpc.StatusCode) -> None:
-    """Whatever gRPC makes up, a client of pjw sees a PjwError in words."""
-    assert str(error_of(code, "words", None, 7))
+    """Whatever gRPC or a server of before says, a client of pjw sees a PjwError in words."""
+    assert str(error_of(code, "words", {}, {}))
 
 
-def test_exec_errno_travels_as_metadata() -> None:
-    """The command line tells 126 from 127 by a number, not by text."""
+OLD_SERVER: list[tuple[errors.PjwError, type[errors.PjwError]]] = [
+    (errors.InvalidJobError("limit pids_max must be at most 8", hint="less"), errors.InvalidJobError),
+    (errors.LaunchError("x", errno.EACCES), errors.LaunchError),
+    (errors.WorkdirError("/x", errno.EACCES), errors.JobStateError),
+    (errors.JobNotFoundError(7), errors.JobNotFoundError),
+    (errors.LauncherGoneError("drains"), errors.ServerUnreachableError),
+    (errors.KernelError("hide", "/x", 1, for_client=True), errors.ServerFailedError),
+]
+
+
+@pytest.mark.parametrize(("error", "seen"), OLD_SERVER)
+def test_a_server_of_before(error: errors.PjwError, seen: type[errors.PjwError]) -> None:
+    """It sends a code, a hint and an errno; that is what its errors are told by."""
+    code, text, metadata = status_of(error)
+    old = {key: value for key, value in metadata if key != ERROR_KEY}
+    back = error_of(code, text, old, {"program": "x", "job_id": 7})
+    assert (type(back), back.hint) == (seen, error.hint)
+    assert getattr(back, "errno", errno.EACCES) == errno.EACCES
+
+
+def test_a_client_of_before() -> None:
+    """It reads the hint as text, and tells 126 from 127 by a number."""
     _, _, metadata = status_of(errors.LaunchError("x", errno.EACCES))
     assert dict(metadata)[ERRNO_KEY] == str(errno.EACCES)
+    _, _, metadata = status_of(errors.InvalidJobError("x", hint="look there"))
+    assert dict(metadata)[HINT_KEY] == "look there"
 
 
-def test_a_hint_that_no_header_can_hold_is_left_out() -> None:
-    """HTTP/2 header values are ASCII: a hint beyond it, or of several lines, must not break the answer."""
-    assert status_of(errors.InvalidJobError("x", hint="grüße"))[2] == ()
+@pytest.mark.parametrize(
+    "told",
+    [
+        "",
+        "no JSON",
+        "[" * 100_000,
+        "[]",
+        '{"reason": "OF_A_LATER_VERSION", "limit": "pids_max"}',
+        # of another code than this one
+        '{"reason": "OFFSET"}',
+        '{"reason": ["LIMIT_RANGE"]}',
+        '{"reason": "LIMIT_RANGE", "limit": 7, "value": true, "most": "8", "hint": 3}',
+    ],
+)
+def test_nonsense_of_a_server(told: str) -> None:
+    """What cannot be, or comes from a later version, leaves the code: no exception, no wrong fact."""
+    back = error_of(grpc.StatusCode.INVALID_ARGUMENT, "words", {ERROR_KEY: told}, {})
+    assert isinstance(back, errors.InvalidJobError)
+    assert (str(back), back.hint) == ("words", None)
+    assert set(facts(back).values()) <= {None}

@@ -8,7 +8,6 @@ import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -74,6 +73,17 @@ async def test_what_is_written_is_read(store: JobStore) -> None:
     killed = replace(ended(killed), exit_status=ExitStatus(signal=9), reason=EndReason.STOPPED, usage=None)
     await store.finish(killed)
     assert await store.get(killed.id) == killed
+
+
+async def test_a_killed_job_is_written_as_before(path: Path) -> None:
+    """A version before this one refuses a row with both a code and a signal."""
+    store = JobStore(str(path))
+    job = await store.add("alice", JobSpec("x"), Limits())
+    await store.finish(replace(ended(job), exit_status=ExitStatus(signal=9)))
+    store.close()
+    with sqlite3.connect(path) as db:
+        assert db.execute("SELECT exit_code, signal FROM jobs").fetchall() == [(None, 9)]
+    db.close()
 
 
 async def test_it_outlives_the_process(path: Path) -> None:
@@ -159,13 +169,18 @@ def test_a_file_that_is_no_table(path: Path, content: bytes) -> None:
     assert path.read_bytes() == content
 
 
-def test_a_table_in_use(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_in_use(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """A second process is refused, and told that."""
     # it waits for a predecessor that is ending, and need not here
-    monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, timeout=0.1))
+    monkeypatch.setattr("pjw.worker.store.BUSY_SECONDS", 0.1)
     first = JobStore(str(path))
     with pytest.raises(ConfigError, match="is in use by another pjwd"):
         JobStore(str(path))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path} is in use by another pjwd; waiting 0 s for its end"
+    ]
     first.close()
     JobStore(str(path)).close()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pjw.output import Inotify, OutputLog, follow_with_times
+from pjw.output import Inotify, OutputLog, follow_with_times, start_of_time
 
 Record = tuple[int, int]
 
@@ -46,6 +46,27 @@ async def test_each_record_is_a_piece(tmp_path: Path, inotify: Inotify) -> None:
     assert await read(log, 4) == [(b"two\n", 20), (b"three\n", 30)]
     assert await read(log, 6) == [(b"o\n", 20), (b"three\n", 30)]
     assert await read(log, 14) == []
+
+
+async def test_what_was_written_since_a_time(tmp_path: Path, inotify: Inotify) -> None:
+    """It begins where the record before ends; nothing that was written since then is left out (U13)."""
+    log = written(tmp_path, inotify, b"one\ntwo\nthree\nnow", packed((10, 4), (20, 8), (30, 14)), ended=False)
+    assert [await start_of_time(log, ns) for ns in (0, 10, 11, 20, 30, 31)] == [0, 0, 4, 4, 8, 14]
+
+
+async def test_a_time_is_found_among_many(tmp_path: Path, inotify: Inotify) -> None:
+    """By bisection, which reads few of them."""
+    records = packed(*((2 * n, 100 * n) for n in range(1, 5_001)))
+    log = written(tmp_path, inotify, bytes(500_000), records, ended=True)
+    for number in (1, 2, 777, 5_000):
+        assert await start_of_time(log, 2 * number) == 100 * (number - 1)
+        assert await start_of_time(log, 2 * number + 1) == 100 * number
+
+
+async def test_a_time_without_records_is_not_guessed(tmp_path: Path, inotify: Inotify) -> None:
+    """An older init wrote none down; where there is no output, it begins at the first byte."""
+    assert await start_of_time(written(tmp_path, inotify, b"words\n", None, ended=True), 10) is None
+    assert await start_of_time(written(tmp_path, inotify, b"", None, ended=True), 10) == 0
 
 
 async def test_many_records_are_found_from_any_offset(tmp_path: Path, inotify: Inotify) -> None:

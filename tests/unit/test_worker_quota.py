@@ -2,74 +2,173 @@
 
 import asyncio
 from collections.abc import Awaitable
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
 
-from pjw.errors import LimitReachedError
-from pjw.worker.quota import LOOK_BYTES, RunningJobs, StoredBytes, check_bytes
-from pjw.worker.settings import Quotas
+from pjw.errors import InvalidJobError, LimitReachedError
+from pjw.model import Limits, Share, Sums
+from pjw.worker.host import resources
+from pjw.worker.quota import LOOK_BYTES, RunningJobs, StoredBytes, check_bytes, most_of_one_job
+from pjw.worker.settings import Quotas, Shares, WorkerSettings
+
+LIMITS = Limits()
+GIB = 1024**3
 
 
 def test_each_client_has_its_own_number() -> None:
     """A client at its quota is refused in words, and another is not; an end makes room."""
-    running = RunningJobs(Quotas(running_max=2))
+    running = RunningJobs(WorkerSettings(quotas=Quotas(running_max=2)))
     for name in ("alice", "alice", "bob"):
-        running.take(name)
+        running.take(name, LIMITS)
     with pytest.raises(LimitReachedError, match="2 jobs of alice are running, and no more may") as caught:
-        running.take("alice")
+        running.take("alice", LIMITS)
     assert "clients.running_max" in (caught.value.hint or "")
-    running.take("bob")
-    running.give_back("alice")
-    running.take("alice")
+    running.take("bob", LIMITS)
+    running.give_back("alice", LIMITS)
+    running.take("alice", LIMITS)
 
 
 def test_a_total_is_for_all() -> None:
     """Whoever comes last is refused."""
-    running = RunningJobs(Quotas(running_total_max=2))
-    running.take("alice")
-    running.take("bob")
+    running = RunningJobs(WorkerSettings(quotas=Quotas(running_total_max=2)))
+    running.take("alice", LIMITS)
+    running.take("bob", LIMITS)
     with pytest.raises(LimitReachedError, match="2 jobs are running on this server"):
-        running.take("carol")
-    running.give_back("alice")
-    running.take("carol")
+        running.take("carol", LIMITS)
+    running.give_back("alice", LIMITS)
+    running.take("carol", LIMITS)
 
 
 def test_jobs_that_run_already_are_counted() -> None:
     """After a restart with a lower quota they go on, and nothing is started until enough have ended."""
-    running = RunningJobs(Quotas(running_max=1))
-    running.adopt("alice")
-    running.adopt("alice")
-    running.give_back("alice")
+    running = RunningJobs(WorkerSettings(quotas=Quotas(running_max=1)))
+    running.adopt("alice", LIMITS)
+    running.adopt("alice", LIMITS)
+    running.give_back("alice", LIMITS)
     with pytest.raises(LimitReachedError):
-        running.take("alice")
-    running.give_back("alice")
-    running.take("alice")
+        running.take("alice", LIMITS)
+    running.give_back("alice", LIMITS)
+    running.take("alice", LIMITS)
 
 
 def test_a_client_without_jobs_costs_nothing() -> None:
     """Nothing is kept of who has none running, however many there have been."""
-    running = RunningJobs(Quotas())
+    running = RunningJobs(WorkerSettings(quotas=Quotas()))
     for number in range(1000):
-        running.take(f"client-{number}")
-        running.give_back(f"client-{number}")
+        running.take(f"client-{number}", LIMITS)
+        running.give_back(f"client-{number}", LIMITS)
     assert not running._running
+    assert not running._memory
+
+
+def of_memory(memory_max_bytes: int) -> Limits:
+    """The limits of a job with so much memory."""
+    return Limits(memory_max_bytes=memory_max_bytes)
+
+
+def overcommitted(factor: float, sums: Sums = Sums(memory_max_bytes=4 * GIB)) -> RunningJobs:  # noqa: B008  frozen
+    """With a sum for all, and half of that for alice."""
+    alice = Share(sums=Sums(memory_max_bytes=sums.memory_max_bytes // 2))
+    return RunningJobs(
+        WorkerSettings(sums=sums, memory_overcommit=factor, shares=Shares(by_name={"alice": alice}))
+    )
+
+
+def test_memory_is_promised_up_to_a_factor_of_the_sum() -> None:
+    """A start that does not fit is refused, without a word of what others have; an end makes room."""
+    running = overcommitted(1.5)
+    for _ in range(6):
+        running.take("bob", of_memory(GIB))
+    with pytest.raises(LimitReachedError) as caught:
+        running.take("carol", of_memory(2 * 1024**2))
+    assert str(caught.value) == (
+        "cannot start the job with a memory limit of 2M (2097152 bytes): this server has no room for that now"
+    )
+    assert caught.value.limit == "memory_overcommit"
+    running.give_back("bob", of_memory(GIB))
+    running.take("carol", of_memory(GIB))
+
+
+def test_a_client_s_own_sum_of_memory_is_multiplied_too() -> None:
+    """Though there is room for others."""
+    running = overcommitted(1)
+    running.take("alice", of_memory(GIB))
+    with pytest.raises(LimitReachedError, match=r"jobs of alice have 1G \(1073741824 bytes\) of the 2G "):
+        running.take("alice", of_memory(GIB + 1))
+    running.take("bob", of_memory(2 * GIB))
+    running.take("alice", of_memory(GIB))
+    with pytest.raises(LimitReachedError, match="this server has no room"):
+        running.take("bob", of_memory(GIB))
+
+
+def test_what_never_fits_is_another_error() -> None:
+    """To wait for the end of a job would be of no use."""
+    running = overcommitted(1)
+    with pytest.raises(InvalidJobError, match=r"all jobs of alice together may have 2G \(2147483648 bytes\)"):
+        running.take("alice", of_memory(2 * GIB + 1))
+    with pytest.raises(InvalidJobError, match="with no memory limit: all jobs of alice"):
+        running.take("alice", of_memory(0))
+    assert not running._running
+
+
+def test_without_a_limit_a_job_may_have_all_memory() -> None:
+    """It is promised that; without a sum what the host has is what can be promised."""
+    running = overcommitted(1)
+    running.take("bob", of_memory(0))
+    assert running.of("bob") == (1, 4 * GIB)
+    with pytest.raises(LimitReachedError):
+        running.take("bob", LIMITS)
+    running.give_back("bob", of_memory(0))
+    assert running.of("bob") == (0, 0)
+    assert overcommitted(2, Sums()).memory_max("bob") == (0, 2 * resources().memory_max_bytes)
+
+
+def test_no_factor_promises_any_memory() -> None:
+    """A thousand jobs with the default limit start on a small host. A reload sets a factor, or none."""
+    running = overcommitted(0)
+    for _ in range(1000):
+        running.take("alice", LIMITS)
+    running.settings = overcommitted(1).settings
+    with pytest.raises(LimitReachedError, match=r"have 500G \(536870912000 bytes\) of the 2G"):
+        running.take("alice", LIMITS)
+
+
+def test_one_job_has_no_more_than_all_of_its_client() -> None:
+    """What a client is told of a job's limits is what a job can have: not a ceiling above that."""
+    ceiling = Limits(memory_max_bytes=8 * GIB, pids_max=0, cpu_max_millicores=2000)
+    sums = Sums(memory_max_bytes=4 * GIB, pids_max=100, cpu_max_millicores=8000)
+    assert most_of_one_job(ceiling, sums, 2 * GIB) == replace(
+        ceiling, memory_max_bytes=2 * GIB, pids_max=100, cpu_max_millicores=2000
+    )
+    assert most_of_one_job(ceiling, Sums(), 0) == ceiling
+
+
+def test_adopted_jobs_are_promised_their_memory() -> None:
+    """After a restart what runs counts, though it is more than may be."""
+    running = overcommitted(1)
+    running.adopt("bob", of_memory(8 * GIB))
+    with pytest.raises(LimitReachedError):
+        running.take("carol", LIMITS)
 
 
 def test_zero_is_no_limit() -> None:
     """The library limits nobody unless it is told to."""
-    running = RunningJobs(Quotas())
+    running = RunningJobs(WorkerSettings(quotas=Quotas()))
     for _ in range(1000):
-        running.take("alice")
+        running.take("alice", LIMITS)
     check_bytes(Quotas(), "alice", 2**60, 2**60)
 
 
 def test_stored_bytes() -> None:
     """At the quota, not only beyond it; one's own and everybody's are told apart."""
     check_bytes(Quotas(stored_bytes_max=10, stored_bytes_total_max=20), "alice", 9, 19)
-    with pytest.raises(LimitReachedError, match="alice have 10 bytes of output and input, and at most 10"):
+    with pytest.raises(
+        LimitReachedError, match=r"alice have 10B \(10 bytes\) of output, input and scratch, and at most 10B"
+    ):
         check_bytes(Quotas(stored_bytes_max=10), "alice", 10, 10)
-    with pytest.raises(LimitReachedError, match="the output and input of all jobs are 20 bytes"):
+    with pytest.raises(LimitReachedError, match="this server has no room for more output, input and scratch"):
         check_bytes(Quotas(stored_bytes_max=10, stored_bytes_total_max=20), "alice", 0, 20)
 
 
@@ -108,7 +207,7 @@ def refusals(results: list[object]) -> int:
 async def test_inputs_at_once_never_exceed_a_quota(quotas: Quotas) -> None:
     """However many a client, or all of them, write at the same time; each fills what is left."""
     state = State()
-    stored = StoredBytes(cast("Any", state), {}, quotas)
+    stored = StoredBytes(cast("Any", state), {}, {}, quotas)
     uploads: list[Awaitable[None]] = [
         write(stored, state, ("alice", "bob")[number % 2 if quotas.stored_bytes_total_max else 0], 100, 7)
         for number in range(20)
@@ -120,7 +219,7 @@ async def test_inputs_at_once_never_exceed_a_quota(quotas: Quotas) -> None:
 async def test_a_quota_costs_no_look_for_each_chunk() -> None:
     """One for LOOK_BYTES; none at all without a quota, and a new one after a change of the quota."""
     state = State()
-    stored = StoredBytes(cast("Any", state), {}, Quotas(stored_bytes_max=10 * LOOK_BYTES))
+    stored = StoredBytes(cast("Any", state), {}, {}, Quotas(stored_bytes_max=10 * LOOK_BYTES))
     await write(stored, state, "alice", 128, LOOK_BYTES // 64)
     assert state.looks == 2
     stored.set_quotas(Quotas(stored_bytes_max=3 * LOOK_BYTES))

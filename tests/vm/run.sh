@@ -3,6 +3,11 @@
 # on cgroup v2, then pjwd as a service of systemd; or with before-power-cut what is to be cut off.
 set -euo pipefail
 
+# The module of the kernel that jobs need, and the one that tests of a dead file system need, where the others are not.
+for module in overlay.ko fuse.ko; do
+    [ ! -e $module ] || insmod $module
+done
+
 # Where packaging/pjwd.service looks for it. What only tests need lies there too.
 if [ ! -e /opt/pjw/installed ]; then
     python3 -m venv --without-pip /opt/pjw
@@ -10,10 +15,17 @@ if [ ! -e /opt/pjw/installed ]; then
         --root-user-action=ignore --no-index --find-links /wheels)
     "${install[@]}" --require-hashes --requirement requirements/vm.txt
     "${install[@]}" --no-deps pjw
+    # the earlier commit, with the same libraries, as scripts/install-revision does it
+    python3 -m venv --without-pip /opt/pjw-earlier
+    python3 -m pip --python /opt/pjw-earlier/bin/python --disable-pip-version-check install --quiet --no-compile \
+        --root-user-action=ignore --no-index --no-deps /wheels/earlier/pjw-*.whl
+    /opt/pjw/bin/python -c 'import site; print(site.getsitepackages()[0])' \
+        >"$(/opt/pjw-earlier/bin/python -c 'import site; print(site.getsitepackages()[0])')/libraries.pth"
     touch /opt/pjw/installed
     sync # it must be there after a power cut
 fi
 
+export PJW_EARLIER=/opt/pjw-earlier
 export PJW_VM_GUEST=1 # without it tests/vm is skipped
 PJW_INIT=$(/opt/pjw/bin/python -c 'from pjw.launcher.spawn import INIT_PROGRAM; print(INIT_PROGRAM)')
 export PJW_INIT # there is no compiler here: the one from the wheel
@@ -23,15 +35,17 @@ if [ "$*" = before-power-cut ]; then
     exec /opt/pjw/bin/python -B -m tests.vm.power_cut
 fi
 
-# All that touches the kernel: what is left out tests certificates, requests, roles, clients and documents, on any
-# host; reads the filter of system calls with a compiler, which is not here; or injects faults by the hundred,
-# which takes this machine too long.
-# Those of systemd come last: they install a service.
+# All that touches what is other here: cgroup v2, an older kernel, systemd. What is left out tests certificates, the port,
+# requests, roles, clients, output, the table, the server's own tasks and what the launcher refuses, on any host; reads
+# the filter of system calls with a compiler, which is not here; or injects faults by the hundred, which takes this
+# machine too long.
+# Those of systemd (tests/vm) have a machine of their own: they install a service.
 if [ $# = 0 ]; then
-    set -- tests/root tests/vm
-    for name in audit bad_input cli cli_run cli_stdin client completion documents faults_network faults_processes \
-        faults_resources faults_steps grpc_fuzz identity_scope init_seccomp launcher_fuzz library_document \
-        node_client operator quota reload requests roles tls top traces; do
+    set -- tests/root
+    for name in audit bad_input cli cli_jobs cli_run cli_run_failures cli_stdin client completion dead_tasks documents \
+        faults_network faults_processes faults_resources faults_steps grpc_fuzz identity_scope init_seccomp input \
+        launcher_fuzz launcher_hostile library_document log_blocked logs no_disk node_client operator port quota \
+        reload requests retention roles serve streaming tls top traces; do
         set -- "$@" --ignore "tests/root/test_$name.py"
     done
 fi

@@ -9,6 +9,7 @@ import select
 import shlex
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -21,6 +22,7 @@ from tests.vm.systemd_harness import get, pjw
 
 PACKAGES: Final = list(Path("/wheels").glob("pjw_*.deb"))
 CONFIGURATION: Final = host.ETC / "pjwd.toml"
+DROP_IN: Final = Path("/etc/systemd/system/pjwd.service.d/listen.conf")
 # Prints a number a second, and never ends by itself.
 COUNT: Final = "i=0; while :; do echo $i; i=$((i+1)); sleep 1; done"
 # what dpkg, systemd and useradd write about what they have done
@@ -46,6 +48,12 @@ def programs() -> Iterator[None]:
 def before() -> set[str]:
     """The files of the machine before the package came."""
     return files()
+
+
+def inits() -> list[str]:
+    """The inits of the package's service: they name its state directory. Other tests have some, too."""
+    lines = host.run("ps", "-ww", "-e", "-o", "comm,pid,args").splitlines()
+    return [line for line in lines if line.startswith("pjw-init") and f" {host.STATE}/" in line]
 
 
 def files() -> set[str]:
@@ -74,7 +82,8 @@ def higher_version(directory: Path) -> Path:
 def test_it_waits_for_certificates(before: set[str]) -> None:
     """Installed, enabled, and not failed: without certificates yet, and the package says what to do."""
     said = host.run("dpkg", "--install", PACKAGES[0])
-    assert "pjwd certs init /etc/pjw" in said
+    assert "pjwd certs init /root/pjw-ca john" in said
+    assert "move /root/pjw-ca to another machine" in said
     assert (host.shown("UnitFileState"), host.shown("ActiveState"), host.shown("Result")) == (
         "enabled",
         "inactive",
@@ -89,7 +98,10 @@ def test_it_can_be_used() -> None:
     """Two commands of root, and a user has jobs; nothing of it is from the machine's own Python libraries."""
     host.make_certificates()
     host.run("systemctl", "start", host.UNIT)
-    assert "ok" in host.run("/usr/bin/pjwd", "check")
+    # V2: of the service that runs, as the documents say it
+    said = host.run("/usr/bin/pjwd", "check", "--config", CONFIGURATION)
+    assert said.endswith("\nthis host can run pjwd")
+    assert f"a pjwd serves {host.STATE} now" in said
     job_id = pjw("start", "echo hello; exit 3")
     assert (pjw("logs", job_id), get(job_id)["exitCode"]) == ("hello", 3)
     assert "dist-packages" not in host.run(
@@ -133,8 +145,12 @@ def test_what_is_compiled_is_valid() -> None:
 
 def test_an_upgrade_leaves_jobs_running(tmp_path: Path) -> None:
     """A new server adopts them: no byte is missing, and the end of the one that ends meanwhile is known."""
-    with CONFIGURATION.open("a") as file:
-        file.write("# by hand\n")
+    # V2: by hand, and as it was when address, certificates and state directory were options of the unit
+    was = ("listen =", "ca_crt =", "server_crt =", "server_key =", "state_dir =")
+    lines = [line for line in CONFIGURATION.read_text().splitlines() if not line.startswith(was)]
+    CONFIGURATION.write_text("\n".join((*lines, "# by hand\n")))
+    DROP_IN.parent.mkdir()
+    DROP_IN.write_text("[Service]\nEnvironment=PJWD_LISTEN=127.0.0.1:50051\n")
     server, counting = host.server_pid(), pjw("start", COUNT)
     ending = pjw("start", "seq 1 1000; sleep 3; seq 1001 2000; exit 7")
     processes = host.processes_of(counting)
@@ -150,6 +166,9 @@ def test_an_upgrade_leaves_jobs_running(tmp_path: Path) -> None:
     assert pjw("logs", ending) == "\n".join(str(number) for number in range(1, 2001))
     assert (get(ending)["state"], get(ending)["exitCode"]) == ("exited", 7)
     assert CONFIGURATION.read_text().endswith("# by hand\n")
+    assert host.journal().rpartition("ready on ")[2].startswith("127.0.0.1:50051")
+    shutil.rmtree(DROP_IN.parent)
+    host.run("systemctl", "daemon-reload")
     pjw("stop", counting)
     assert get(counting)["reason"] == "stopped"
 
@@ -162,7 +181,7 @@ def test_a_removal_ends_what_runs() -> None:
         assert output.readline() == b"ready\n"
     inits = [os.pidfd_open(host.processes_of(job)[0]) for job in (job_id, stubborn)]
     said = host.run("dpkg", "--remove", "pjw")
-    assert "ending jobs that run: 2" in said
+    assert "jobs ended: 2" in said
     # a pidfd can be read when its process has ended
     assert select.select(inits, [], [], 0)[0] == inits
     for init in inits:
@@ -182,6 +201,7 @@ def test_a_removal_ends_what_runs() -> None:
 def test_a_purge_leaves_nothing(before: set[str]) -> None:
     """No file, user, unit, cgroup or process."""
     pjw("start", COUNT)
+    assert inits() != []
     host.run("dpkg", "--purge", "pjw")
     assert files() - before == set()
     with pytest.raises(KeyError):
@@ -189,4 +209,6 @@ def test_a_purge_leaves_nothing(before: set[str]) -> None:
     assert instance_cgroups(host.STATE) == []
     assert host.run("systemctl", "list-unit-files", "pjwd*", "--no-legend", check=False) == ""
     # those that waited were killed; a slow machine takes a moment to bury them
-    wait_for(lambda: "pjw-init" not in host.run("ps", "-e", "-o", "comm"))
+    with suppress(AssertionError):
+        wait_for(lambda: inits() == [])
+    assert inits() == []

@@ -14,8 +14,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from pjw.certs.bundle import BUNDLE_SUFFIX, Bundle, bundle_bytes
@@ -183,6 +185,23 @@ def _signer(
     return certificate, key
 
 
+def reissued(authority: Pair, old: x509.Certificate, *, days: int = LEAF_DAYS) -> bytes:
+    """A new certificate, as PEM, for the key, subject, purpose and names of an *old* one.
+
+    Raises ConfigError when the old certificate does not name its purpose.
+    """
+    try:
+        purpose, *_ = old.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+        names: x509.SubjectAlternativeName | None = None
+        if purpose == ExtendedKeyUsageOID.SERVER_AUTH:
+            names = old.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        key = old.public_key()
+    except (x509.ExtensionNotFound, ValueError, UnsupportedAlgorithm) as error:
+        raise ConfigError(f"cannot renew a certificate that is not one of `pjwd certs`: {error}") from error
+    certificate = _signed(authority, old.subject, purpose, days, names, key)
+    return certificate.public_bytes(serialization.Encoding.PEM)
+
+
 def _issue(
     authority: Pair,
     subject: x509.Name,
@@ -190,14 +209,25 @@ def _issue(
     days: int,
     names: x509.SubjectAlternativeName | None = None,
 ) -> Pair:
-    issuer, issuer_key = _signer(authority)
     key = ec.generate_private_key(ec.SECP256R1())
+    return _pair(_signed(authority, subject, purpose, days, names, key.public_key()), key)
+
+
+def _signed(
+    authority: Pair,
+    subject: x509.Name,
+    purpose: x509.ObjectIdentifier,
+    days: int,
+    names: x509.SubjectAlternativeName | None,
+    key: CertificatePublicKeyTypes,
+) -> x509.Certificate:
+    issuer, issuer_key = _signer(authority)
     start, end = _validity(days)
     builder = (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer.subject)
-        .public_key(key.public_key())
+        .public_key(key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(start)
         # what outlives its CA is of no use after that, and only hides when it ends
@@ -205,14 +235,14 @@ def _issue(
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(ca=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
         .add_extension(_authority_identifier(issuer, issuer_key), critical=False)
     )
     if names is not None:
         builder = builder.add_extension(names, critical=False)
     # Ed25519 brings its own hash
     algorithm = None if isinstance(issuer_key, ed25519.Ed25519PrivateKey) else hashes.SHA256()
-    return _pair(builder.sign(issuer_key, algorithm), key)
+    return builder.sign(issuer_key, algorithm)
 
 
 def _authority_identifier(issuer: x509.Certificate, key: SigningKey) -> x509.AuthorityKeyIdentifier:

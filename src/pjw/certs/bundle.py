@@ -12,22 +12,15 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-from pjw.certs.files import (
-    BUNDLE_MARK,
-    PEM_CERTIFICATE,
-    PEM_ENCRYPTED,
-    PEM_KEYS,
-    ClientCredentials,
-    read_path,
-)
+from pjw.certs import pem
+from pjw.certs.address import server_address
+from pjw.certs.files import BUNDLE_MARK, ClientCredentials, read_path
 from pjw.errors import ConfigError
 
 BUNDLE_SUFFIX: Final = ".pjw"
 
 _HEAD: Final = "pjw bundle: add it with `pjw context add NAME FILE`; it holds a private key\n"
 _SERVER: Final = re.compile(rb"^server: ([!-~]+)$", re.MULTILINE)
-# What stands between two blocks is for people.
-_BLOCK: Final = re.compile(rb"^-----BEGIN ([A-Z ]+)-----$.*?^-----END \1-----$", re.MULTILINE | re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,20 +49,19 @@ def read_bundle(path: str) -> Bundle:
             f"cannot read bundle {path}: it has no line `server: HOST:PORT`, or none `authority:`",
             hint="`pjwd certs client` writes bundles, as NAME.pjw",
         )
-    if any(text in own for text in PEM_ENCRYPTED):
+    if any(text in own for text in pem.ENCRYPTED):
         raise ConfigError(f"cannot use bundle {path}: its key is encrypted, and pjw asks for no passphrase")
-    keys = _blocks(own, *PEM_KEYS)
+    try:
+        keys = pem.blocks(own, pem.KEYS)
+        certificates, authorities = (pem.blocks(part, pem.CERTIFICATES) for part in (own, authority))
+    except ValueError as error:
+        raise ConfigError(f"cannot read bundle {path}: {error}") from None
     if len(keys) != 1:
         raise ConfigError(f"cannot read bundle {path}: it has {len(keys)} PEM private keys in it, not one")
-    certificates, authorities = (_blocks(part, PEM_CERTIFICATE) for part in (own, authority))
     for found, what in ((certificates, "of the client"), (authorities, "of the authority")):
         if not found:
             raise ConfigError(f"cannot read bundle {path}: it has no PEM certificate {what} in it")
     return Bundle(
-        server[1].decode(),
+        server_address(server[1].decode()),
         ClientCredentials(ca_pem=b"".join(authorities), crt_pem=b"".join(certificates), key_pem=keys[0]),
     )
-
-
-def _blocks(data: bytes, *begins: bytes) -> list[bytes]:
-    return [block[0] + b"\n" for block in _BLOCK.finditer(data) if block[0].startswith(begins)]

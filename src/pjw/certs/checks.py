@@ -6,7 +6,7 @@ client's certificate is seen here.
 """
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import Enum
 from typing import Final, TypeVar
 
@@ -23,6 +23,9 @@ from pjw.certs.profile import RSA_MIN_BITS, SIGNATURE_HASHES
 LEAF_CURVES: Final = frozenset({"secp256r1", "secp384r1"})
 CA_CURVES: Final = LEAF_CURVES | {"secp521r1"}
 
+# Early enough to hand out new certificates, and late enough that the log does not warn for months.
+EXPIRES_SOON: Final = timedelta(days=14)
+HostName = x509.DNSName | x509.IPAddress
 T = TypeVar("T", bound=x509.ExtensionType)
 
 
@@ -135,6 +138,26 @@ def _usage_fault(certificate: x509.Certificate, role: Role) -> str | None:
             "so TLS takes it for self-signed"
         )
     return None
+
+
+def is_of_server(certificate: x509.Certificate) -> bool:
+    """Whether its extended key usage is for servers."""
+    usage = _extension(certificate, x509.ExtendedKeyUsage)
+    return usage is not None and ExtendedKeyUsageOID.SERVER_AUTH in usage
+
+
+def names_of(certificate: x509.Certificate) -> list[str]:
+    """The host names and addresses that a server's certificate is for."""
+    names = _extension(certificate, x509.SubjectAlternativeName)
+    return [] if names is None else [str(each.value) for each in names if isinstance(each, HostName)]
+
+
+def is_for(certificate: x509.Certificate, host: str) -> bool:
+    """Whether a client may reach its server by this name or address; `*.` stands for one label (RFC 6125)."""
+    wild = f"*.{host.partition('.')[2]}".lower()
+    # gRPC checks a loopback address as the name localhost
+    own = {host.lower(), "localhost"} if host in ("127.0.0.1", "::1") else {host.lower()}
+    return any(name.lower() in own or name.lower() == wild for name in names_of(certificate))
 
 
 def _extension(certificate: x509.Certificate, kind: type[T]) -> T | None:

@@ -11,20 +11,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Final
 
+from pjw.certs import pem
 from pjw.errors import ConfigError, describe_errno
 
 # Far above any chain of certificates; a wrong path (a disk image, /dev/zero) ends here.
 FILE_MAX_BYTES: Final = 1024 * 1024
 
-PEM_CERTIFICATE: Final = b"-----BEGIN CERTIFICATE-----"
-PEM_KEYS: Final = (
-    b"-----BEGIN PRIVATE KEY-----",
-    b"-----BEGIN EC PRIVATE KEY-----",
-    b"-----BEGIN RSA PRIVATE KEY-----",
-)
 # between the client's own part of a bundle and the authority's
 BUNDLE_MARK: Final = b"\nauthority:"
-PEM_ENCRYPTED: Final = (b"-----BEGIN ENCRYPTED PRIVATE KEY-----", b"Proc-Type: 4,ENCRYPTED")
 
 # What is in the file at a path; the second argument is what errors call it.
 Read = Callable[[str, str], bytes]
@@ -82,13 +76,19 @@ def load_client_credentials(ca_crt: str, client_crt: str, client_key: str) -> Cl
     Only that: `pjw.certs.credentials.diagnose_client` finds out why a server closes the
     connection, when it does.
     """
-    ca_pem, crt_pem = read_certificates(ca_crt), read_certificates(client_crt)
     return ClientCredentials(
         # another file has no mark, and is as a whole what it is given for
-        ca_pem=ca_pem.partition(BUNDLE_MARK)[2] or ca_pem,
-        crt_pem=crt_pem.partition(BUNDLE_MARK)[0],
-        key_pem=read_key(client_key).partition(BUNDLE_MARK)[0],
+        ca_pem=read_certificates(ca_crt, lambda *file: _parted(*file)[1]),
+        crt_pem=read_certificates(client_crt, lambda *file: _parted(*file)[0]),
+        key_pem=read_key(client_key, lambda *file: _parted(*file)[0]),
     )
+
+
+def _parted(path: str, what: str) -> tuple[bytes, bytes]:
+    """The client's own part of a file, and the authority's."""
+    data = read_path(path, what)
+    own, _, authority = data.partition(BUNDLE_MARK)
+    return own, authority or data
 
 
 def read_path(path: str, what: str) -> bytes:
@@ -116,27 +116,38 @@ def read_descriptor(descriptor: int, path: str, what: str) -> bytes:
 
 
 def read_certificates(path: str, read: Read = read_path) -> bytes:
-    """The PEM text of one or more certificates. Raises ConfigError."""
-    data = read(path, "certificate")
-    if PEM_CERTIFICATE not in data:
+    """The certificates of a file, one or more, encoded anew as PEM. Raises ConfigError."""
+    found = _blocks(read(path, "certificate"), pem.CERTIFICATES, f"certificate {path}")
+    if not found:
         raise ConfigError(
             f"cannot read certificate {path}: it has no PEM certificate in it",
             hint="pjw reads PEM, which begins with -----BEGIN CERTIFICATE-----",
         )
-    return data
+    return b"".join(found)
 
 
 def read_key(path: str, read: Read = read_path) -> bytes:
-    """The PEM text of a private key. Raises ConfigError. Who else may read it: see key_exposure."""
+    """The first private key of a file, encoded anew as PEM. Raises ConfigError.
+
+    key_exposure says which other users may read the file.
+    """
     data = read(path, "private key")
-    if any(mark in data for mark in PEM_ENCRYPTED):
+    if any(mark in data for mark in pem.ENCRYPTED):
         raise ConfigError(
             f"cannot use private key {path}: it is encrypted, and pjw asks for no passphrase",
             hint=f"openssl pkey -in {path} writes it unencrypted",
         )
-    if not any(mark in data for mark in PEM_KEYS):
+    found = _blocks(data, pem.KEYS, f"private key {path}")
+    if not found:
         raise ConfigError(f"cannot read private key {path}: it has no PEM private key in it")
-    return data
+    return found[0]
+
+
+def _blocks(data: bytes, labels: Sequence[str], subject: str) -> list[bytes]:
+    try:
+        return pem.blocks(data, labels)
+    except ValueError as error:
+        raise ConfigError(f"cannot read {subject}: {error}") from None
 
 
 def key_exposure(path: str, status: os.stat_result) -> str | None:
@@ -172,6 +183,27 @@ def write_new(directory: str, files: Sequence[NewFile]) -> list[str]:
                     os.unlink(name, dir_fd=descriptor)
             raise
     return [os.path.join(directory, file.name) for file in files]
+
+
+def replace_file(path: str, data: bytes) -> None:
+    """Replace an existing file, and keep its mode and owner. Raises ConfigError."""
+    temporary = f"{path}.new"
+    try:
+        status = os.stat(path)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                os.fchown(descriptor, status.st_uid, status.st_gid)
+                os.fchmod(descriptor, stat.S_IMODE(status.st_mode))
+                file.write(data)
+                file.flush()
+                os.fsync(descriptor)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {describe_errno(error.errno or 0)}") from error
 
 
 @contextmanager

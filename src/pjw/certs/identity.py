@@ -7,6 +7,7 @@ same unless the CA said so.
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Final
@@ -20,6 +21,7 @@ from pjw.certs.profile import (
     CLIENT_NAME_TAIL,
     KEY_NAME_HEX_DIGITS,
     KEY_NAME_PREFIX,
+    SHORT_KEY_NAME_HEX_DIGITS,
     name_fault,
     quoted,
 )
@@ -31,33 +33,57 @@ CACHE_CERTIFICATES: Final = 1024
 LOCALHOST: Final = "localhost"
 
 
+@dataclass(frozen=True, slots=True)
+class NameRules:
+    """What the operator decides of names.
+
+    `in_common_name`: whether the tail of a CN is a name. That is for an authority which lets nobody choose
+    a CN. `short_names`: the names of 64 bits that keys were given by versions before, and keep.
+    """
+
+    oid: str = CLIENT_NAME_OID
+    in_common_name: bool = False
+    short_names: frozenset[str] = frozenset()
+
+
+OUR_RULES: Final = NameRules()
+
+
 @lru_cache(maxsize=CACHE_CERTIFICATES)
-def identity_of(pem: bytes, client_name_oid: str = CLIENT_NAME_OID) -> Identity:
+def identity_of(pem: bytes, rules: NameRules = OUR_RULES) -> Identity:
     """Name the owner of a verified certificate. Raises NotAuthenticatedError.
 
-    The name is (1) the subject's client name: an attribute with *client_name_oid*, or the
-    tail of a CN such as `localhost/clientName=john`; (2) else the CN, when it is not a host
+    The name is (1) the subject's client name: an attribute with the OID of *rules*, or, where they
+    allow it, the tail of a CN such as `localhost/clientName=john`; (2) else the CN, when it is not a host
     name that the same certificate claims; (3) else made of the certificate's key. A name
     that breaks the rule for names is refused, never passed over for the next rule. Only
     the first certificate of *pem* counts. Says nothing about the date: see `check_leaf`.
     """
-    oid = x509.ObjectIdentifier(client_name_oid)
+    oid = x509.ObjectIdentifier(rules.oid)
     try:
         certificate = x509.load_pem_x509_certificate(pem)
-        claims = _claimed_names(certificate, oid)
         common_names = _values(certificate, NameOID.COMMON_NAME)
+        tails = list(_tails(common_names))
+        claims = _values(certificate, oid) + tails
         hosts = list(_host_names(certificate))
         key_digest = hashlib.sha256(key_bytes(certificate.public_key())).hexdigest()
         serial = certificate.serial_number
     except Exception as error:  # the parser's errors are not documented as a closed set
         raise NotAuthenticatedError("cannot read the client certificate: it is malformed") from error
+    if tails and not rules.in_common_name:
+        raise NotAuthenticatedError(
+            "cannot name the client: its CN has a clientName, and this server takes none from there"
+            " (client_name_in_cn in its configuration)"
+        )
     if len(common_names) > 1 or len(claims) > 1:
         raise NotAuthenticatedError("cannot name the client: its certificate has more than one name for it")
     if claims:
         return Identity(_checked(claims[0]), serial)
     if common_names and not _is_host(common_names[0], hosts):
         return Identity(_checked(common_names[0]), serial)
-    return Identity(KEY_NAME_PREFIX + key_digest[:KEY_NAME_HEX_DIGITS], serial)
+    short = KEY_NAME_PREFIX + key_digest[:SHORT_KEY_NAME_HEX_DIGITS]
+    known = short in rules.short_names
+    return Identity(short if known else KEY_NAME_PREFIX + key_digest[:KEY_NAME_HEX_DIGITS], serial)
 
 
 def check_client_name_oid(oid: str) -> None:
@@ -71,14 +97,12 @@ def check_client_name_oid(oid: str) -> None:
         ) from None
 
 
-def _claimed_names(certificate: x509.Certificate, oid: x509.ObjectIdentifier) -> list[str]:
-    """Every name that the subject gives as a client's, in either form."""
-    names = _values(certificate, oid)
-    for common_name in _values(certificate, NameOID.COMMON_NAME):
+def _tails(common_names: list[str]) -> Iterator[str]:
+    """What CNs say behind `/clientName=`."""
+    for common_name in common_names:
         _, mark, tail = common_name.partition(CLIENT_NAME_TAIL)
         if mark:
-            names.append(tail)
-    return names
+            yield tail
 
 
 def _values(certificate: x509.Certificate, oid: x509.ObjectIdentifier) -> list[str]:

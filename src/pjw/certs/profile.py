@@ -14,7 +14,10 @@ CLIENT_NAME_TAIL: Final = "/clientName="
 # Names that are made of a key begin with this, so no other name may: who could be called
 # "key-1234…" by a CA would own the jobs of that key.
 KEY_NAME_PREFIX: Final = "key-"
-KEY_NAME_HEX_DIGITS: Final = 16
+KEY_NAME_HEX_DIGITS: Final = 32
+# what versions before made of a key, and its client keeps
+SHORT_KEY_NAME_HEX_DIGITS: Final = 16
+SHORT_KEY_NAME_PATTERN: Final = re.compile(f"{KEY_NAME_PREFIX}[0-9a-f]{{{SHORT_KEY_NAME_HEX_DIGITS}}}")
 KEY_NAME_PATTERN: Final = re.compile(f"{KEY_NAME_PREFIX}[0-9a-f]{{{KEY_NAME_HEX_DIGITS}}}")
 
 NAME_MAX_CHARACTERS: Final = 64
@@ -40,7 +43,13 @@ def name_fault(name: str) -> str | None:
 
 def identity_fault(name: str) -> str | None:
     """Why no client can be called *name*: as `name_fault`, but for the names that are made of keys."""
-    return None if KEY_NAME_PATTERN.fullmatch(name) else name_fault(name)
+    made_of_a_key = KEY_NAME_PATTERN.fullmatch(name) or is_short_key_name(name)
+    return None if made_of_a_key else name_fault(name)
+
+
+def is_short_key_name(name: str) -> bool:
+    """Whether a version before has made *name* of a key."""
+    return SHORT_KEY_NAME_PATTERN.fullmatch(name) is not None
 
 
 def quoted(text: str) -> str:

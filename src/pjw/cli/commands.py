@@ -6,12 +6,14 @@ What a command needs beyond the standard library's core is imported in it: `pjw 
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, TypeVar
 
 from pjw.cli.connection import JobName, connect, resolve
-from pjw.cli.exits import SIGNALLED, complain
-from pjw.errors import PjwError, ServerFailedError
+from pjw.cli.exits import EXIT_REFUSED, complain, say
+from pjw.cli.terminal import wrote
+from pjw.errors import ConfigError, PjwError, ServerFailedError, describe_errno
 
 if TYPE_CHECKING:
     from pjw.client.sync import Client
@@ -22,25 +24,21 @@ T = TypeVar("T")
 
 def list_jobs(arguments: Namespace) -> int:
     """The jobs that are asked for, in the order of their ids, in the format that is asked for."""
-    from pjw.model import JobState
+    from pjw.cli.choice import RECENT_MAX, listed, recent
 
     form = arguments.format or ("table" if sys.stdout.isatty() else "ids")
     with connect(arguments) as client:
-        jobs: Iterable[Job] = client.list(
-            states=[JobState(state) for state in arguments.state],
-            labels=dict(arguments.label),
-            name=arguments.name or "",
-            newest_first=arguments.limit is not None,
-            limit=arguments.limit,
-        )
-        if arguments.limit is not None:
-            # the newest ones, shown as all others are
-            jobs = reversed(list(jobs))
+        if form == "table" and sys.stdout.isatty() and arguments.limit is None:
+            jobs, more = recent(client, arguments)
+            _print_jobs(jobs, arguments, form)
+            if more:
+                say(f"only the {RECENT_MAX} newest jobs and all that run; `pjw list --limit all` shows all")
+            return 0
         if form == "ids":
-            for job in jobs:
+            for job in listed(client, arguments):
                 print(job.id)
         else:
-            _print_jobs(jobs, arguments, form)
+            _print_jobs(listed(client, arguments), arguments, form)
     return 0
 
 
@@ -95,11 +93,46 @@ def start_job(client: "Client", arguments: Namespace) -> "Job":
     """Start the job that is asked for. What is refused is refused in the words of the command line."""
     from pjw.cli.spec import in_options, spec_from
 
-    spec = spec_from(arguments)
+    spec, id_file = spec_from(arguments), getattr(arguments, "id_file", None)
+    with _id_file(id_file) as write_id:
+        try:
+            job = client.start(spec)
+        except PjwError as error:
+            raise in_options(error) from None
+        write_id(job.id)
+    return job
+
+
+@contextmanager
+def _id_file(path: str | None) -> "Iterator[Callable[[int], None]]":
+    """Make a new file before the job is started; give the function that writes the id into it.
+
+    The file is removed again when the start, or the writing, fails.
+    """
+    if path is None:
+        yield lambda _: None
+        return
+    words = f"cannot write --id-file {path}"
     try:
-        return client.start(spec)
-    except PjwError as error:
-        raise in_options(error) from None
+        file = open(path, "x")  # noqa: SIM115  closed below
+    except OSError as error:
+        raise ConfigError(f"{words}: {describe_errno(error.errno or 0)}") from error
+
+    def write(job_id: int) -> None:
+        try:
+            print(job_id, file=file, flush=True)
+        except OSError as error:
+            why = describe_errno(error.errno or 0)
+            raise ConfigError(f"{words}: {why}", hint=f"job {job_id} runs all the same") from error
+
+    try:
+        yield write
+    except BaseException:
+        os.unlink(path)
+        raise
+    finally:
+        with suppress(OSError):
+            file.close()
 
 
 def run(arguments: Namespace) -> int:
@@ -110,19 +143,47 @@ def run(arguments: Namespace) -> int:
     from pjw.cli.run import run_attached
 
     with stdin.opened(arguments.stdin) as descriptor, connect(arguments) as client:
-        return run_attached(client, arguments, descriptor)
+        code = run_attached(client, arguments, descriptor)
+    if descriptor is None and stdin.is_left():
+        say("the job did not read what is piped into pjw; -i passes it on")
+    return code
+
+
+def wait_for_end(
+    client: "Client", job_id: Callable[[], int], progress: Callable[[], AbstractContextManager[object]]
+) -> "Job":
+    """Wait for the end of a job, and say so when it cannot go on.
+
+    *progress* is shown while nothing else is said; to find the *job_id* may take a moment, too.
+    """
+    with progress():
+        job = client.wait(job_id(), or_stuck=True)
+    if not job.state.final:
+        say(f"job {job.id} {job.detail}")
+        with progress():
+            job = client.wait(job.id)
+    return job
 
 
 def wait(arguments: Namespace) -> int:
-    """The exit code of each job, a line each, when it has ended; 128+n for a signal."""
+    """Print the exit code of each job when it has ended, 128+n for a signal; return that of a single job."""
     from pjw.cli.progress import Progress
 
+    codes: list[int] = []
+
     def ended(job: JobName) -> int:
-        with Progress(lambda seconds: f"waiting for job {job} to end: {seconds:.0f} s"):
-            return exit_code_of_job(client.wait(resolve(client, job)))
+        def waiting(seconds: float) -> str:
+            return f"waiting for job {job} to end: {seconds:.0f} s"
+
+        return exit_code_of_job(wait_for_end(client, lambda: resolve(client, job), lambda: Progress(waiting)))
+
+    def show(code: int, _: JobName) -> None:
+        codes.append(code)
+        print(code, flush=True)
 
     with connect(arguments) as client:
-        return each(arguments.jobs, ended, lambda code, _: print(code, flush=True))
+        refused = each(arguments.jobs, ended, show)
+    return codes[0] if len(arguments.jobs) == 1 and codes else refused
 
 
 def exit_code_of_job(job: "Job") -> int:
@@ -130,37 +191,54 @@ def exit_code_of_job(job: "Job") -> int:
     status = job.exit_status
     if status is None:
         raise ServerFailedError(f"nobody knows how job {job.id} ended: {job.reason}")
-    return SIGNALLED + status.signal if status.signal is not None else status.code or 0
+    return status.code
 
 
 def stop(arguments: Namespace) -> int:
-    """Stop jobs at once; each as JSON when all have ended."""
+    """Stop jobs at once; when all have ended, print each as JSON, or at a terminal as a line."""
+    from pjw.cli.choice import ALIVE, named_or_fitting
     from pjw.cli.progress import Progress
 
-    with connect(arguments) as client, Progress(_stopping(arguments)):
-        jobs = arguments.jobs
-        stopping = _beside_each_other(
-            jobs,
-            lambda job: client.stop(resolve(client, job), grace=arguments.grace, signal=arguments.signal),
-        )
-        if len(jobs) == 1:
-            from pjw.cli.render import job_json
+    _require_jobs(arguments)
+    with connect(arguments) as client:
+        jobs = named_or_fitting(client, arguments, ALIVE)
+        with Progress(_stopping(jobs, arguments.grace)):
+            stopping = _beside_each_other(
+                jobs,
+                lambda job: client.stop(resolve(client, job), grace=arguments.grace, signal=arguments.signal),
+            )
+            if sys.stdout.isatty():
+                from pjw.cli.render import end_line
 
-            shown = job_json(stopping(jobs[0]))
-        else:
-            return _print_array(jobs, stopping)
-    print(shown)
-    return 0
+                lines: list[str] = []
+                code = each(jobs, stopping, lambda job, _: lines.append(end_line(job)))
+            elif len(arguments.jobs) == 1:
+                from pjw.cli.render import job_json
+
+                code, lines = 0, [job_json(stopping(jobs[0]))]
+            else:
+                return _print_array(jobs, stopping)
+    for line in lines:
+        print(line)
+    return code
 
 
-def _stopping(arguments: Namespace) -> Callable[[float], str]:
-    jobs = arguments.jobs
+def _require_jobs(arguments: Namespace) -> None:
+    """Refuse a command with neither jobs nor a filter, and one with both."""
+    filtered = bool(arguments.label or arguments.state)
+    if filtered and arguments.jobs:
+        arguments.parser.error("give either JOB, or --label and --state to select jobs, not both")
+    if not filtered and not arguments.jobs:
+        arguments.parser.error("the following arguments are required: JOB, or --label or --state")
+
+
+def _stopping(jobs: Sequence[JobName], grace: float | None) -> Callable[[float], str]:
     what = f"job {jobs[0]}" if len(jobs) == 1 else f"{len(jobs)} jobs"
 
     def words(seconds: float) -> str:
-        if arguments.grace is None:
+        if grace is None:
             return f"waiting for {what} to end: {seconds:.0f} s"
-        left = arguments.grace - seconds
+        left = grace - seconds
         return f"waiting for {what} to end: " + (
             f"SIGKILL in {left:.0f} s" if left > 0 else "SIGKILL was sent"
         )
@@ -168,9 +246,11 @@ def _stopping(arguments: Namespace) -> Callable[[float], str]:
     return words
 
 
-def _beside_each_other(jobs: list[JobName], ask: "Callable[[JobName], Job]") -> "Callable[[JobName], Job]":
+def _beside_each_other(
+    jobs: Sequence[JobName], ask: "Callable[[JobName], Job]"
+) -> "Callable[[JobName], Job]":
     """Ask for all jobs at once: what gives the answer for one of them."""
-    if len(jobs) == 1:
+    if len(jobs) <= 1:
         return ask
     from concurrent.futures import ThreadPoolExecutor
 
@@ -182,15 +262,34 @@ def _beside_each_other(jobs: list[JobName], ask: "Callable[[JobName], Job]") -> 
 
 def remove(arguments: Namespace) -> int:
     """Forget jobs; each, as it was typed, when it is gone."""
+    from pjw.cli.choice import ENDED, named_or_fitting
+
+    _require_jobs(arguments)
     with connect(arguments) as client:
-        return each(
-            arguments.jobs,
-            lambda job: client.delete(resolve(client, job)),
-            lambda _, job: print(job, flush=True),
-        )
+        return _forget(client, named_or_fitting(client, arguments, ENDED))
 
 
-def each(jobs: list[JobName], ask: Callable[[JobName], T], show: Callable[[T, JobName], None]) -> int:
+def prune(arguments: Namespace) -> int:
+    """Forget all jobs that have ended, once the user has confirmed it."""
+    from pjw.cli.choice import ENDED, confirmed
+
+    if not arguments.force and not (sys.stdin and sys.stdin.isatty()):
+        arguments.parser.error("cannot ask for confirmation without a terminal: give --force")
+    with connect(arguments) as client:
+        ended = client.list(states=ENDED, labels=dict(arguments.label))
+        before = arguments.before
+        jobs = [job.id for job in ended if before is None or (job.end is not None and job.end < before)]
+        what = "1 job that has ended" if len(jobs) == 1 else f"{len(jobs)} jobs that have ended"
+        if jobs and not arguments.force and not confirmed(f"forget {what}, with the output?"):
+            return EXIT_REFUSED
+        return _forget(client, jobs)
+
+
+def _forget(client: "Client", jobs: Sequence[JobName]) -> int:
+    return each(jobs, lambda job: client.delete(resolve(client, job)), lambda _, job: print(job, flush=True))
+
+
+def each(jobs: Sequence[JobName], ask: Callable[[JobName], T], show: Callable[[T, JobName], None]) -> int:
     """Ask for one job after the other, and show what comes; a refusal is told, and does not end it."""
     code = 0
     for job in jobs:
@@ -203,7 +302,7 @@ def each(jobs: list[JobName], ask: Callable[[JobName], T], show: Callable[[T, Jo
     return code
 
 
-def _print_array(jobs: list[JobName], ask: "Callable[[JobName], Job]") -> int:
+def _print_array(jobs: Sequence[JobName], ask: "Callable[[JobName], Job]") -> int:
     from pjw.cli.render import jobs_json
 
     found: list[Job] = []
@@ -213,23 +312,52 @@ def _print_array(jobs: list[JobName], ask: "Callable[[JobName], Job]") -> int:
 
 
 def logs(arguments: Namespace) -> int:
-    """The bytes of a job's output, and nothing else."""
+    """The bytes of a job's output, and nothing else; at a terminal none that steer it."""
     with connect(arguments) as client:
         job_id = resolve(client, arguments.job)
-        which = {"follow": arguments.follow, "tail": arguments.tail, "stderr": arguments.stderr}
+        which = {name: getattr(arguments, name) for name in ("follow", "tail", "since", "stderr")}
         if arguments.timestamps:
             from pjw.cli.stamps import stamped
 
-            pieces = stamped(client.timed_logs(job_id, arguments.since, **which))
+            pieces = stamped(client.timed_logs(job_id, arguments.offset, **which))
         else:
-            pieces = client.logs(job_id, arguments.since, **which)
-        write_all(pieces, sys.stdout.fileno())
+            pieces = client.logs(job_id, arguments.offset, **which)
+        if sys.stdout.isatty() and not arguments.raw:
+            from pjw.cli.plain import harmless
+
+            pieces = harmless(pieces)
+        with telling_if_stuck(client, job_id) if arguments.follow else nullcontext():
+            write_all(pieces, sys.stdout.fileno())
     return 0
+
+
+@contextmanager
+def telling_if_stuck(client: "Client", job_id: int) -> Iterator[None]:
+    """While the output of a job is followed: say on stderr when the job cannot go on."""
+    from threading import Timer
+
+    from pjw.cli.progress import QUIET_SECONDS
+
+    def tell() -> None:
+        # the follower of the output reports every failure, also a server that has gone
+        with suppress(Exception):
+            job = client.wait(job_id, or_stuck=True)
+            if not job.state.final:
+                say(f"job {job.id} {job.detail}")
+
+    timer = Timer(QUIET_SECONDS, tell)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def write_all(pieces: Iterator[bytes], descriptor: int) -> None:
     """Straight to the descriptor: no decoding, and each piece is out before we wait for the next."""
     for data in pieces:
+        wrote(data, descriptor)
         view = memoryview(data)
         while view:
             try:

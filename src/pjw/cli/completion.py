@@ -7,6 +7,7 @@ the answer: a shell has no place for words in the middle of a line.
 import argparse
 import asyncio
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final
@@ -15,6 +16,9 @@ from pjw.cli.settings import find_settings
 from pjw.errors import PjwError
 from pjw.model import Job, JobState
 
+FORMATS: Final = ("table", "ids", "json", "jsonl")
+# the last signal that a job may be sent; higher numbers are real-time signals
+LAST_SIGNAL: Final = 31
 SHELLS: Final = ("bash", "zsh", "fish")
 # Somebody waits with a finger on the key.
 DEADLINE_SECONDS: Final = 2.0
@@ -68,6 +72,16 @@ def _completer_of(action: argparse.Action) -> Completer:
             return complete_jobs
         case "CONTEXT":
             return complete_contexts
+        case "FORMAT":
+            return lambda **_: [*FORMATS, "template:"]
+        case "SIGNAL":
+            return lambda **_: [
+                each.name.removeprefix("SIG") for each in signal.Signals if each <= LAST_SIGNAL
+            ]
+        case "N|all":
+            return lambda **_: ["all"]
+        case "COMMAND|TOPIC":
+            return complete_help
         case "FILE" | "CMD":
             files: Completer = FilesCompleter()
             return files
@@ -82,6 +96,21 @@ def _completer_of(action: argparse.Action) -> Completer:
 def _complete_nothing(**_: object) -> tuple[str, ...]:
     """What nobody but the user knows: a name, a size, a time."""
     return ()
+
+
+def complete_help(prefix: str, parsed_args: argparse.Namespace, **_: object) -> list[str]:
+    """Complete `pjw help`: commands and topics, and after a command its subcommands."""
+    from pjw.cli.help import commands_of
+    from pjw.cli.parser import build_parser
+    from pjw.cli.topics import TOPICS
+
+    parser: argparse.ArgumentParser = build_parser()
+    words = getattr(parsed_args, "words", None) or []
+    for word in words:
+        if word not in commands_of(parser):
+            return []
+        parser = commands_of(parser)[word]
+    return [*commands_of(parser), *(() if words else TOPICS)]
 
 
 def complete_contexts(prefix: str, **_: object) -> list[str]:

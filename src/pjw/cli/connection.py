@@ -5,6 +5,7 @@ from argparse import ArgumentTypeError, Namespace
 from typing import TYPE_CHECKING
 
 from pjw.cli.settings import find_settings
+from pjw.errors import ConfigError
 
 if TYPE_CHECKING:
     from pjw.client.sync import Client
@@ -32,6 +33,16 @@ def job_name(text: str) -> JobName:
     if not is_name(text):
         raise ArgumentTypeError(f"{text[:40]!r} is neither a job's id, which is a whole number, nor its name")
     return text
+
+
+def server(text: str) -> str:
+    """HOST:PORT of a server, as a `type` of argparse."""
+    from pjw.certs.address import server_address
+
+    try:
+        return server_address(text)
+    except ConfigError as error:
+        raise ArgumentTypeError(f"{error}; {error.hint}") from None
 
 
 def resolve(client: "Client", job: JobName) -> int:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 from pjw.certs.bundle import read_bundle
 from pjw.certs.files import NewFile, key_exposure, write_new
-from pjw.client.config import ConfigFile, config_path, read_config
+from pjw.client.config import ConfigFile, chosen_context, config_path, in_memory, read_config
 from pjw.errors import ConfigError, describe_errno
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def list_contexts(arguments: argparse.Namespace) -> None:
     width = max(map(len, ("NAME", *names)))
     print(f"  {'NAME':<{width}}  SERVER")
     for name in names:
-        mark = "*" if name == _chosen(config) else " "
+        mark = "*" if name == (arguments.context or _chosen(config)) else " "
         print(f"{mark} {name:<{width}}  {_shown(config.contexts[name].get('server', ''))}")
 
 
@@ -62,19 +62,25 @@ def add_context(arguments: argparse.Namespace) -> None:
         raise ConfigError(
             f"cannot add context {name[:80]!r}: a name is up to 63 letters, digits, '_' and '-'"
         )
+    if path == "-":
+        if sys.stdin is None:
+            raise ConfigError("cannot read a bundle from stdin: it is closed")
+        path = in_memory(sys.stdin.buffer.read())
     bundle = read_bundle(path)
     if exposure := key_exposure(path, os.stat(path)):
         print(f"pjw: warning: {exposure}", file=sys.stderr)
     with _locked() as directory:
         config = read_config()
-        if name in config.contexts:
+        if name in config.contexts and not arguments.replace:
             raise ConfigError(
                 f"cannot add context {name}: it is there already",
-                hint=f"remove it first: pjw context rm {name}",
+                hint=f"give --replace, or remove it: pjw context rm {name}",
             )
-        place = _place(directory, name)
-        # without a table it is what an `add` or `rm` that was interrupted has left
-        _remove_tree(place)
+        place, made = _place(directory, name), _place(directory, f".{name}.new")
+        # remove what an interrupted `add` or `rm` left behind
+        _remove_tree(made)
+        if name not in config.contexts:
+            _remove_tree(place)
         credentials = bundle.credentials
         files = (
             NewFile(CLIENT_KEY, credentials.key_pem, 0o600),
@@ -83,9 +89,12 @@ def add_context(arguments: argparse.Namespace) -> None:
         )
         _make_directory(os.path.dirname(place))
         try:
-            write_new(place, files)
-            paths = [os.path.join(place, file) for file in (CA_CRT, CLIENT_CRT, CLIENT_KEY)]
-            _refuse_what_cannot_connect(path, paths)
+            write_new(made, files)
+            names = (CA_CRT, CLIENT_CRT, CLIENT_KEY)
+            _refuse_what_cannot_connect(path, [os.path.join(made, file) for file in names])
+            paths = [os.path.join(place, file) for file in names]
+            _remove_tree(place)
+            os.rename(made, place)
             document = _document()
             table = {"server": arguments.server or bundle.server}
             table |= zip(("ca_crt", "client_crt", "client_key"), paths, strict=True)
@@ -95,7 +104,9 @@ def add_context(arguments: argparse.Namespace) -> None:
                 document["current"] = name
             _write(document)
         except BaseException:
-            _remove_tree(place)
+            _remove_tree(made)
+            if name not in config.contexts:
+                _remove_tree(place)
             raise
     print(f"{name}: {table['server']}")
     if first:
@@ -106,10 +117,10 @@ def show_context(arguments: argparse.Namespace) -> None:
     """Print where a context connects to, as whom, until when, and its files."""
     from pjw.certs.checks import describe_time, parse_certificates
     from pjw.certs.files import read_certificates
-    from pjw.certs.identity import identity_of
+    from pjw.certs.identity import NameRules, identity_of
 
     config = read_config()
-    name = arguments.name or _chosen(config)
+    name = arguments.name or arguments.context or _chosen(config)
     if name is None:
         raise ConfigError("no context is the current one", hint="choose one: pjw context use NAME")
     context = config.context(name)
@@ -121,7 +132,7 @@ def show_context(arguments: argparse.Namespace) -> None:
         except ValueError as error:
             raise ConfigError(f"cannot read certificate {crt}: {error}") from error
         lines |= {
-            "client": identity_of(pem).client_name,
+            "client": identity_of(pem, NameRules(in_common_name=True)).client_name,
             "valid until": describe_time(certificate.not_valid_after_utc),
         }
     for key, value in lines.items():
@@ -159,7 +170,7 @@ def context_names() -> Sequence[str]:
 
 
 def _chosen(config: ConfigFile) -> str | None:
-    return os.environ.get("PJW_CONTEXT") or config.current
+    return chosen_context(config)
 
 
 def _tell_current(name: str) -> None:

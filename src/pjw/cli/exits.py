@@ -4,8 +4,10 @@ import errno
 import sys
 from typing import Final
 
+from pjw.cli.terminal import begin_line
 from pjw.errors import (
     ConfigError,
+    KernelError,
     LaunchError,
     PjwError,
     ProtocolError,
@@ -19,8 +21,6 @@ EXIT_FAILED: Final = 125
 EXIT_NOT_EXECUTABLE: Final = 126
 EXIT_NOT_FOUND: Final = 127
 EXIT_INTERRUPTED: Final = 130
-# what a shell adds to the number of the signal that ended a program
-SIGNALLED: Final = 128
 
 
 def exit_code_of(error: PjwError) -> int:
@@ -30,7 +30,7 @@ def exit_code_of(error: PjwError) -> int:
             return EXIT_NOT_FOUND
         case LaunchError():
             return EXIT_NOT_EXECUTABLE
-        case ServerUnreachableError() | ServerFailedError() | ConfigError() | ProtocolError():
+        case ServerUnreachableError() | ServerFailedError() | KernelError() | ConfigError() | ProtocolError():
             return EXIT_FAILED
         case _:
             return EXIT_REFUSED
@@ -38,6 +38,7 @@ def exit_code_of(error: PjwError) -> int:
 
 def complain(error: PjwError) -> int:
     """Say what went wrong, and what to do about it; the exit code for it."""
+    begin_line()
     print(f"pjw: error: {error}", file=sys.stderr)
     if error.hint:
         print(f"hint: {error.hint}", file=sys.stderr)
@@ -47,6 +48,7 @@ def complain(error: PjwError) -> int:
 
 def say(words: str) -> None:
     """Tell what is no error."""
+    begin_line()
     print(f"pjw: {words}", file=sys.stderr)
 
 

@@ -10,11 +10,14 @@ from typing import NoReturn
 from pjw.cli.exits import EXIT_INTERRUPTED, complain
 from pjw.cli.parser import build_parser
 from pjw.errors import ConfigError, PjwError
+from pjw.given import require_arguments
+from pjw.inherited import open_standard_descriptors, unblock_signals
 from pjw.stdout import EXIT_CLOSED_PIPE, ReaderGoneError, checked_stdout
 
 
 def run() -> NoReturn:
     """The program `pjw`: one command, and out."""
+    unblock_signals()
     code = main()
     for stream in (sys.stdout, sys.stderr):
         # a success has flushed its output already; what goes wrong after a failure changes nothing
@@ -28,9 +31,7 @@ def run() -> NoReturn:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
-    if sys.stderr is None:
-        # or print() would take stdout in its place, and a number of 2 would be that of a connection
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
+    open_standard_descriptors()
     try:
         with checked_stdout():
             return _run(argv)
@@ -52,6 +53,7 @@ def _run(argv: Sequence[str] | None) -> int:
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    require_arguments(parser, arguments)
     if arguments.all and getattr(arguments, "starts", False):
         parser.error("--all is for jobs that are there; a job that you start is yours")
     code: int = arguments.run(arguments)

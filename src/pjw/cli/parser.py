@@ -6,9 +6,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from pjw.cli import commands, units
-from pjw.cli.connection import job_name
+from pjw.cli.connection import job_name, server
 from pjw.cli.exits import EXIT_USAGE
-from pjw.cli.subcommands import add_commands
+from pjw.cli.subcommands import add_all, add_commands
 from pjw.cli.terminal import columns
 from pjw.client.config import DEFAULT_SERVER
 
@@ -17,12 +17,21 @@ if TYPE_CHECKING:
 
 _EPILOG: Final = """\
 exit codes: 0 done, 1 refused, 2 wrong usage, 125 pjw failed (no server, no certificate),
-126 not executable, 127 no such program, 130 interrupted; pjw run: that of its job, 128+n for signal n
+126 not executable, 127 no such program, 130 interrupted; pjw run, and pjw wait for one job: the job's own,
+128+n for signal n
 
-These options go before COMMAND. All but --all can also be set as PJW_SERVER, PJW_CA_CRT, PJW_CLIENT_CRT,
-PJW_CLIENT_KEY and PJW_CONTEXT, or in ~/.config/pjw/config.toml. A JOB is given by its id or its name.
+These options go before COMMAND; --all may also follow it. All but --all can also be set as PJW_SERVER,
+PJW_CA_CRT, PJW_CLIENT_CRT, PJW_CLIENT_KEY and PJW_CONTEXT, or in ~/.config/pjw/config.toml. PJW_BUNDLE is a
+bundle, by its path or its text.
+A JOB is given by its id or its name.
 """
 _STATES: Final = ("starting", "running", "stopping", "exited", "lost")
+_ENDED: Final = ("exited", "lost")
+_ALIVE: Final = ("starting", "running", "stopping")
+_REASONS: Final = (
+    "completed", "stopped", "timed_out", "output_limit", "oom_killed", "lost", "host_restarted",
+    "launch_interrupted", "disk_limit", "output_failed",
+)  # fmt: skip
 _FORMATS: Final = ("table", "ids", "json", "jsonl")
 
 
@@ -59,7 +68,7 @@ def build_parser() -> Parser:
         formatter=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action=_Version, help="show the version, and exit")
-    parser.add_argument("--server", metavar="HOST:PORT", help=f"default {DEFAULT_SERVER}")
+    parser.add_argument("--server", type=server, metavar="HOST[:PORT]", help=f"default {DEFAULT_SERVER}")
     parser.add_argument("--ca-crt", metavar="FILE", help="the authority of the server's certificate")
     parser.add_argument("--client-crt", metavar="FILE", help="your certificate")
     parser.add_argument("--client-key", metavar="FILE", help="your key")
@@ -70,7 +79,17 @@ def build_parser() -> Parser:
         help="the jobs of every client, not only yours; your operator must allow it",
     )
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_run, _add_start, _add_list, _add_get, _add_logs, _add_wait, _add_stop, _add_rm):
+    for add in (
+        _add_run,
+        _add_start,
+        _add_list,
+        _add_get,
+        _add_logs,
+        _add_wait,
+        _add_stop,
+        _add_rm,
+        _add_prune,
+    ):
         add(subparsers)
     add_commands(subparsers)
     return parser
@@ -87,6 +106,7 @@ def _add_run(subparsers: "Commands") -> None:
     )
     command.set_defaults(run=commands.run, starts=True)
     command.add_argument("-d", "--detach", action="store_true", help="print the id, and leave it running")
+    command.add_argument("--id-file", metavar="FILE", help="write the job's id into this new file")
     _add_grace(command)
     _add_job_options(command)
 
@@ -123,6 +143,7 @@ def _add_job_options(command: Parser) -> None:
     )
     job.add_argument("-w", "--workdir", metavar="DIR", help="begin there; an absolute path")
     job.add_argument("--stdin", metavar="FILE", help="what it reads; - for what pjw reads; default: nothing")
+    job.add_argument("-i", dest="stdin", action="store_const", const="-", help="the same as --stdin -")
     job.add_argument("--split-stderr", action="store_true", help="keep stderr apart from stdout")
     limits = command.add_argument_group(
         "its limits", "0 is no limit; your operator sets defaults and ceilings"
@@ -156,7 +177,19 @@ def _add_list(subparsers: "Commands") -> None:
     )
     _add_label_filter(command)
     command.add_argument("--name", metavar="NAME", help="only of this name")
-    command.add_argument("-n", "--limit", type=units.count, metavar="N", help="only the N newest")
+    command.add_argument("--failed", action="store_true", help="only those that failed or are lost")
+    command.add_argument(
+        "--reason", choices=_REASONS, action="append", default=[], metavar="REASON",
+        help=f"only those that ended for this reason: {', '.join(_REASONS)}",
+    )  # fmt: skip
+    command.add_argument(
+        "--since", type=units.moment, metavar="TIME", help="only those started since this time: 10m (ago)"
+    )
+    command.add_argument(
+        "-n", "--limit", type=_limit, metavar="N|all",
+        help="only the N newest; by default all, but at a terminal the newest 20 and all that run",
+    )  # fmt: skip
+    add_all(command)
 
 
 def _add_label_filter(command: Parser) -> None:
@@ -170,6 +203,7 @@ def _add_get(subparsers: "Commands") -> None:
     command = subparsers.add_parser("get", help="show a job as JSON; several as an array")
     command.set_defaults(run=commands.get)
     _add_jobs(command)
+    add_all(command)
 
 
 def _add_logs(subparsers: "Commands") -> None:
@@ -182,10 +216,13 @@ def _add_logs(subparsers: "Commands") -> None:
     command.add_argument("job", type=job_name, metavar="JOB")
     command.add_argument(
         "-f", "--follow", action=argparse.BooleanOptionalAction, default=True,
-        help="go on until the job ends, which is the default; or end with what is there",
+        help="go on until the job ends, which is the default; or end after the output so far",
     )  # fmt: skip
     command.add_argument("-n", "--tail", type=units.count, metavar="N", help="begin N lines before the end")
-    command.add_argument("--since", type=units.size, default=0, metavar="OFFSET", help="begin at this byte")
+    command.add_argument(
+        "--since", type=units.moment, metavar="TIME", help="begin with the output of this time: 10m (ago)"
+    )
+    command.add_argument("--offset", type=units.size, default=0, metavar="BYTES", help="begin at this byte")
     command.add_argument(
         "-t",
         "--timestamps",
@@ -193,6 +230,12 @@ def _add_logs(subparsers: "Commands") -> None:
         help="begin each line with the time of its writing",
     )
     command.add_argument("--stderr", action="store_true", help="the stderr of a job that keeps it apart")
+    command.add_argument(
+        "--raw",
+        action="store_true",
+        help="pass every byte to a terminal; without it pjw shows control characters as text",
+    )
+    add_all(command)
 
 
 def _add_wait(subparsers: "Commands") -> None:
@@ -200,10 +243,11 @@ def _add_wait(subparsers: "Commands") -> None:
         "wait",
         help="wait until jobs have ended; prints the exit code of each",
         description="Wait until jobs have ended, and print the exit code of each (128+n for signal n), a line"
-        " each in the order in which they are given.",
+        " each in the order in which they are given. For one job pjw also exits with that code.",
     )
     command.set_defaults(run=commands.wait)
     _add_jobs(command)
+    add_all(command)
 
 
 def _add_stop(subparsers: "Commands") -> None:
@@ -211,10 +255,11 @@ def _add_stop(subparsers: "Commands") -> None:
         "stop",
         help="stop a job, wait for its end, and show it as JSON",
         description="Stop jobs: SIGTERM, after the grace period SIGKILL. Waits until they have ended, and"
-        " shows one as JSON, several as an array.",
+        " prints one as JSON, several as an array; at a terminal it prints a line for each.",
     )
     command.set_defaults(run=commands.stop)
-    _add_jobs(command)
+    _add_jobs_or_filters(command, _ALIVE)
+    add_all(command)
     _add_grace(command)
     command.add_argument(
         "-s",
@@ -229,7 +274,30 @@ def _add_stop(subparsers: "Commands") -> None:
 def _add_rm(subparsers: "Commands") -> None:
     command = subparsers.add_parser("rm", help="forget ended jobs, with their output; prints each")
     command.set_defaults(run=commands.remove)
-    _add_jobs(command)
+    _add_jobs_or_filters(command, _ENDED)
+    add_all(command)
+
+
+def _add_prune(subparsers: "Commands") -> None:
+    command = subparsers.add_parser(
+        "prune",
+        help="forget all jobs that have ended, with their output; prints each",
+        description="Forget all of your jobs that have ended, with their output. Asks first, at a terminal.",
+    )
+    command.set_defaults(run=commands.prune)
+    _add_label_filter(command)
+    command.add_argument(
+        "--before", type=units.moment, metavar="TIME", help="only those that ended before this time: 7d (ago)"
+    )
+    command.add_argument("-f", "--force", action="store_true", help="do not ask")
+
+
+def _add_jobs_or_filters(command: Parser, states: tuple[str, ...]) -> None:
+    command.add_argument("jobs", type=job_name, nargs="*", metavar="JOB", help="a job's id, or its name")
+    _add_label_filter(command)
+    command.add_argument(
+        "--state", choices=states, action="append", default=[], help="all in this state, or one of several"
+    )
 
 
 def _add_jobs(command: Parser) -> None:
@@ -243,6 +311,11 @@ def _add_grace(command: Parser) -> None:
         metavar="TIME",
         help="from SIGTERM to SIGKILL; by default the server's, 10 s",
     )
+
+
+def _limit(text: str) -> int | str:
+    """How many jobs `list` shows: a number, or `all`."""
+    return text if text == "all" else units.count(text)
 
 
 def _list_format(text: str) -> object:
@@ -264,7 +337,7 @@ class _Version(argparse.Action):
         super().__init__(nargs=0, **options)
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from importlib.metadata import version
+        from pjw.version import version
 
-        print(f"pjw {version('pjw')}")
+        print(f"pjw {version()}")
         parser.exit()

@@ -1,6 +1,8 @@
 """The output of a job as text for a screen: whatever a job writes, it cannot steer the terminal."""
 
 import codecs
+import re
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 from pjw.cli.render import printable
@@ -33,3 +35,34 @@ class PlainText:
             pieces.append(shown)
             self._column += len(shown)
         return "".join(pieces)
+
+
+# A job may set colours and the like (SGR in ECMA-48). All else that steers a terminal is shown: control
+# characters except tab, newline and carriage return, and characters that turn the direction of text.
+_COLOUR: Final = r"\x1b\[[0-9;:]{0,40}m"
+_STEERING: Final = re.compile(
+    rf"{_COLOUR}|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+)
+# what may be the beginning of a colour
+_BEGUN: Final = re.compile(r"\x1b(?:\[[0-9;:]{0,40})?\Z")
+
+
+def harmless(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """The output of a job for a terminal, each piece at once: colours stay, all else that steers it is shown.
+
+    A character or an escape sequence may be cut between two pieces.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+    held = ""
+    for data in pieces:
+        text = held + decoder.decode(data)
+        begun = _BEGUN.search(text)
+        text, held = (text[: begun.start()], begun[0]) if begun else (text, "")
+        if text:
+            yield _STEERING.sub(_shown, text).encode()
+    if held := held + decoder.decode(b"", final=True):
+        yield _STEERING.sub(_shown, held).encode()
+
+
+def _shown(found: re.Match[str]) -> str:
+    return found[0] if len(found[0]) > 1 else printable(found[0])

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from pjw.cli.terminal import columns
 from pjw.cli.units import duration_in_words
-from pjw.model import Job, JobState
+from pjw.model import Job, JobState, Limits, Sums
 
 # What a name may take of a table's width.
 NAME_COLUMNS: Final = 24
@@ -33,14 +33,20 @@ def members(job: Job) -> dict[str, Any]:
         "reason": job.reason.value if job.reason else None,
         "signal": status.signal if status else None,
         "clientName": job.client_name,
-        "limits": {_camel(name): value for name, value in job.limits.items()},
+        "limits": limits_members(job.limits),
         "usage": _usage(job),
         "outputBytes": job.output_bytes,
         "name": job.name,
         "labels": dict(job.labels),
         "splitStderr": job.split_stderr,
         "input": job.input,
+        "detail": job.detail,
     }
+
+
+def limits_members(limits: Limits | Sums) -> dict[str, int]:
+    """The keys and values of the JSON of limits, or of sums."""
+    return {_camel(name): value for name, value in limits.items()}
 
 
 def _usage(job: Job) -> dict[str, int] | None:
@@ -108,7 +114,20 @@ def job_table(
     for job in chain(first, rest):
         line = line_of(job)
         used = len(line) - (len(_painted("", _colour(job))) if with_colours else 0)
-        yield line + printable(job.command)[: max(20, width - used)]
+        yield line + _cut(printable(job.command), max(20, width - used))
+        if job.detail:
+            yield printable(f"{'':>6}  {job.detail}")
+
+
+def end_line(job: Job) -> str:
+    """How a job has ended, on one line for a person."""
+    lasted = duration_in_words(((job.end or job.start) - job.start).total_seconds())
+    how = f"exit {_exit(job)}" if job.exit_status and job.exit_status.signal is None else _exit(job)
+    return printable(f"{job.id}{f' {job.name}' if job.name else ''}: {job.state} after {lasted}, {how}")
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def printable(text: str) -> str:

@@ -10,13 +10,12 @@ import sys
 import threading
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from queue import SimpleQueue
-from types import FrameType
 from typing import TYPE_CHECKING, Final
 
 from pjw.cli import stdin
-from pjw.cli.commands import exit_code_of_job, start_job, write_all
+from pjw.cli.commands import exit_code_of_job, start_job, telling_if_stuck, wait_for_end, write_all
 from pjw.cli.exits import EXIT_INTERRUPTED, complain, say
 from pjw.errors import PjwError, ServerUnreachableError
 from pjw.model import EndReason, Job
@@ -28,12 +27,14 @@ _WHY: Final = {
     EndReason.TIMED_OUT: "it reached its limit of time",
     EndReason.OUTPUT_LIMIT: "it reached its limit of output",
     EndReason.OOM_KILLED: "it reached its limit of memory",
+    EndReason.DISK_LIMIT: "the disk was about to be full, and it was your largest job there",
+    EndReason.OUTPUT_FAILED: "its output cannot be written where pjwd keeps it",
 }
 # Ctrl-C for the first time, for the second; the next one leaves the job to itself.
 _STOP, _KILL = 1, 2
 
 
-class _Interrupt:
+class Interrupt:
     """Somebody typed Ctrl-C, ended us with SIGTERM, or closed our terminal (SIGHUP)."""
 
     def __init__(self, signal_number: int) -> None:
@@ -62,13 +63,13 @@ class _Unstopped:
         self.error: Final = error
 
 
-Event = Job | _Interrupt | _Followed | _Sent | _Stopped | _Unstopped | Exception
+Event = Job | Interrupt | _Followed | _Sent | _Stopped | _Unstopped | Exception
 
 
 def run_attached(client: "Client", arguments: Namespace, stdin: int | None) -> int:
     """Start the job that is asked for, give it its input, and follow it to its end; its exit code."""
     events: SimpleQueue[Event] = SimpleQueue()
-    with _interrupts_into(events):
+    with interrupts_into(events):
         return _Attached(client, arguments, stdin, events).run()
 
 
@@ -93,7 +94,7 @@ class _Attached:
         self._in_thread(lambda: start_job(self._client, self._arguments))
         while True:
             match self._events.get():
-                case _Interrupt() as interrupt:
+                case Interrupt() as interrupt:
                     if self._interrupted(interrupt.signal_number):
                         return self._left()
                 case _Followed():
@@ -179,12 +180,15 @@ class _Attached:
 
     def _wait(self) -> Job:
         assert self._job is not None
-        return self._client.wait(self._job.id)
+        job_id = self._job.id
+        return wait_for_end(self._client, lambda: job_id, nullcontext)
 
     def _follow(self, job_id: int, descriptor: int, *, stderr: bool) -> None:
         def follow() -> _Followed:
             try:
-                write_all(self._client.logs(job_id, stderr=stderr), descriptor)
+                # the follower of stdout reports it, so that it is said once
+                with nullcontext() if stderr else telling_if_stuck(self._client, job_id):
+                    write_all(self._client.logs(job_id, stderr=stderr), descriptor)
             except Exception as error:  # noqa: BLE001  as in every thread
                 self._events.put(error)
             return _Followed()
@@ -242,17 +246,32 @@ def _tell(words: str) -> None:
 
 
 @contextmanager
-def _interrupts_into(events: "SimpleQueue[Event]") -> Iterator[None]:
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        # the one thing that is safe wherever the main thread is at this moment
-        events.put(_Interrupt(number))
+def interrupts_into(events: "SimpleQueue[Event]") -> Iterator[None]:
+    """Put an event into the queue for each signal that arrives.
 
+    Python's signal handler in C writes each signal to a pipe, and a thread reads them there. A handler in
+    Python runs only when the main thread runs. A signal does not always end the main thread's wait: the
+    signal may arrive just before the wait, or in another thread.
+    """
     # one that is ignored stays so: a shell starts what is in its background like that
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     caught = [n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, interrupt) for number in caught}
+    read, write = os.pipe2(os.O_CLOEXEC)
+    os.set_blocking(write, False)
+
+    def report() -> None:
+        while signals := os.read(read, 64):
+            for number in signals:
+                events.put(Interrupt(number))
+        os.close(read)
+
+    threading.Thread(target=report, daemon=True).start()
+    former = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    before = {number: signal.signal(number, lambda *_: None) for number in caught}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(former)
+        os.close(write)

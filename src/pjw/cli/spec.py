@@ -1,16 +1,13 @@
 """What `start` and `run` are told, as a JobSpec."""
 
 import os
-import re
 from argparse import Namespace
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from pjw.cli import units
-from pjw.errors import ConfigError, InvalidJobError, PjwError, describe_errno
-
-if TYPE_CHECKING:
-    from pjw.model import JobSpec
+from pjw.errors import ConfigError, InvalidJobError, LimitRangeError, PjwError, describe_errno
+from pjw.model import LIMIT_MAXIMUM, LIMIT_MINIMUM, JobSpec
 
 # Each option of a limit: where argparse puts it, the limits that it sets, how a value is worded.
 _LIMITS: Final = {
@@ -23,15 +20,15 @@ _LIMITS: Final = {
     "output": ("output_max_bytes",),
     "timeout": ("time_max_seconds",),
 }
+_OPTION_OF: Final = {
+    limit: "--" + option.replace("_", "-") for option, limits in _LIMITS.items() for limit in limits
+}
 # Far above what a command may be given; a wrong path (/dev/zero) ends here.
 _ENV_FILE_CHARACTERS_MAX: Final = 1024 * 1024
-_BEYOND: Final = r"limit (\w+) must be at (most|least) (\d+)"
 
 
-def spec_from(arguments: Namespace) -> "JobSpec":
+def spec_from(arguments: Namespace) -> JobSpec:
     """The job that is asked for. Raises InvalidJobError or ConfigError."""
-    from pjw.model import JobSpec
-
     words = arguments.command
     if words[:1] == ["--"]:
         words = words[1:]
@@ -54,32 +51,44 @@ def spec_from(arguments: Namespace) -> "JobSpec":
 
 def in_options(error: PjwError) -> PjwError:
     """An error about a limit, in the words of the option that asked for it; all others as they are."""
-    found = re.search(_BEYOND, str(error))
-    if not isinstance(error, InvalidJobError) or not found:
+    if not isinstance(error, LimitRangeError) or error.limit not in _OPTION_OF:
         return error
-    limit, bound, value = found[1], found[2], int(found[3])
-    option = "--" + next(name for name, limits in _LIMITS.items() if limit in limits).replace("_", "-")
-    said = _in_words(limit, value)
-    if bound == "most":
+    limit, least, most = error.limit, error.least, error.most
+    option = _OPTION_OF[limit]
+    if least is not None and least >= LIMIT_MAXIMUM:
+        return InvalidJobError(
+            f"cannot start the job: this server lets no client limit reads from disk ({option})",
+            hint=f"leave it out, and limit writes with --io-write; the operator allows it by floors.{limit}",
+        )
+    if most is not None:
+        said = units.limit_in_words(limit, most)
         return InvalidJobError(
             f"cannot start the job: {option} may be at most {said} on this server",
-            hint=f"give {option} {said} or less; the operator's ceiling for {limit} is {value}",
+            hint=f"give {option} {said} or less; the operator's ceiling for {limit} is {most}",
         )
-    return InvalidJobError(f"cannot start the job: {option} must be at least {said}, or 0 for no limit")
-
-
-def _in_words(limit: str, value: int) -> str:
-    if limit == "cpu_max_millicores":
-        return f"{value / 1000:g}"
-    if limit.endswith("seconds"):
-        return units.duration_in_words(value)
-    return units.size_in_words(value) if limit.endswith(("bytes", "bps_max")) else str(value)
+    if least is None:
+        return error
+    of_the_operator = least > LIMIT_MINIMUM.get(limit, 0)
+    return InvalidJobError(
+        f"cannot start the job: {option} must be at least {units.limit_in_words(limit, least)},"
+        " or 0 for no limit",
+        hint=f"the operator's floor for {limit} is {least}" if of_the_operator else None,
+    )
 
 
 def _environment(arguments: Namespace) -> dict[str, str]:
+    from pjw.model import is_variable
+
     found: dict[str, str] = {}
     for path in arguments.env_file:
-        _add(found, _lines(path))
+        for number, line in _lines(path):
+            key = line.partition("=")[0]
+            if not is_variable(key):
+                raise InvalidJobError(
+                    f"{path}, line {number}: {key[:80]!r} is no name of an environment variable",
+                    hint="a line is KEY=VALUE, KEY for the value that it has here, or begins with #",
+                )
+            _add(found, [line])
     _add(found, arguments.env)
     return found
 
@@ -94,7 +103,7 @@ def _add(found: dict[str, str], entries: Iterable[str]) -> None:
             found[key] = os.environ[key]
 
 
-def _lines(path: str) -> list[str]:
+def _lines(path: str) -> list[tuple[int, str]]:
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read(_ENV_FILE_CHARACTERS_MAX + 1)
@@ -106,5 +115,5 @@ def _lines(path: str) -> list[str]:
         raise ConfigError(
             f"cannot read --env-file {path}: it is longer than {_ENV_FILE_CHARACTERS_MAX} characters"
         )
-    lines = [line.strip() for line in text.split("\n")]
-    return [line for line in lines if line and not line.startswith("#")]
+    lines = ((number, line.strip()) for number, line in enumerate(text.split("\n"), 1))
+    return [(number, line) for number, line in lines if line and not line.startswith("#")]

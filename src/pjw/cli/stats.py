@@ -9,7 +9,7 @@ from pjw.cli.connection import connect, resolve
 from pjw.cli.render import json_text, members, printable
 from pjw.cli.terminal import columns, has_colours
 from pjw.cli.units import duration_in_words, size_in_words
-from pjw.cli.usage import Reading, readings
+from pjw.cli.usage import PERIOD_SECONDS, Reading, readings
 from pjw.model import Job, UsageSample
 
 if TYPE_CHECKING:
@@ -64,8 +64,7 @@ def _headline(job: Job, samples: Sequence[UsageSample]) -> str:
 
 def _totals(job: Job, last: UsageSample, rows: Sequence[Reading]) -> Iterator[str]:
     used = last.cpu_usage_usec / 1_000_000
-    lasted = (last.time - job.start).total_seconds()
-    average = 100 * used / lasted if lasted > 0 else 0.0
+    lasted = ((job.end or last.time) - job.start).total_seconds()
     highest = max(row.cpu_percent for row in rows)
     peak = max(row.memory_bytes for row in rows)
     if job.usage:
@@ -74,8 +73,10 @@ def _totals(job: Job, last: UsageSample, rows: Sequence[Reading]) -> Iterator[st
     limits = job.limits
     cpu_limit = f" of {limits.cpu_max_millicores / 10:.0f}" if limits.cpu_max_millicores else ""
     memory_limit = f" of {size_in_words(limits.memory_max_bytes)}" if limits.memory_max_bytes else ""
-    cpu = f"{average:.0f} % on average, {highest:.0f}{cpu_limit} % at most"
-    yield f"CPU        {duration_in_words(used)}; {cpu}"
+    cpu = f"{used * 1000:.0f}ms" if used < 1 else duration_in_words(used)
+    if lasted >= PERIOD_SECONDS:
+        cpu += f"; {100 * used / lasted:.0f} % on average, {highest:.0f}{cpu_limit} % at most"
+    yield f"CPU        {cpu}"
     yield f"memory     {size_in_words(peak)}{memory_limit} at most"
     yield f"disk       {size_in_words(last.io_read_bytes)} read, {size_in_words(last.io_write_bytes)} written"
     # counted while it runs alone: nobody looked at one that was over at once

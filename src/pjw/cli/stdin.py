@@ -37,6 +37,22 @@ def opened(path: str | None) -> Iterator[int | None]:
         os.close(descriptor)
 
 
+def is_left() -> bool:
+    """Whether the user at a terminal has piped data into pjw that pjw did not read."""
+    if sys.stdin is None or sys.stderr is None or not sys.stderr.isatty():
+        return False
+    import fcntl
+    import stat
+    import termios
+
+    with suppress(OSError):
+        descriptor = sys.stdin.fileno()
+        if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+            # the number of bytes that wait in the pipe (ioctl_tty(2))
+            return any(fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4)))
+    return False
+
+
 def send(client: "Client", job_id: int, descriptor: int, *, quietly: bool = False) -> None:
     """Send all that a descriptor gives; less, when the job reads no more, which is the job's affair."""
     sent = 0

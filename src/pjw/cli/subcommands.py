@@ -1,11 +1,11 @@
-"""The commands whose code is imported only when they run: context, help, completion, top, stats."""
+"""The commands whose code is imported only when they run: quota, context, help, completion, top, stats."""
 
 import argparse
 from functools import partial
 from importlib import import_module
 from typing import Any
 
-from pjw.cli.connection import job_name
+from pjw.cli.connection import job_name, server
 
 # argparse's own type for what a parser's commands are added to, with any parser class
 Commands = Any
@@ -15,6 +15,7 @@ def add_commands(commands: Commands) -> None:
     """Add them to the command tree."""
     _add_top(commands)
     _add_stats(commands)
+    _add_quota(commands)
     _add_context(commands)
     _add_help(commands)
     _add_completion(commands)
@@ -44,10 +45,14 @@ def _add_context(commands: Commands) -> None:
 
     action = add("add", "add_context", "make a context of a bundle, which your operator made: NAME.pjw")
     action.add_argument("name", metavar="NAME")
-    action.add_argument("bundle", metavar="FILE")
+    action.add_argument("bundle", metavar="FILE", help="- for stdin")
+    action.add_argument(
+        "--replace", action="store_true", help="replace a context of this name, for a new certificate"
+    )
     action.add_argument(
         "--server",
-        metavar="HOST:PORT",
+        type=server,
+        metavar="HOST[:PORT]",
         # the option of the same name before the command counts as well
         default=argparse.SUPPRESS,
         help="instead of the bundle's",
@@ -69,19 +74,34 @@ def _add_top(commands: Commands) -> None:
         " and k kills it (both ask), l or enter shows its output, o changes the order, q quits.",
     )
     _runs(command, "top.show_top")
-    _add_all(command)
+    add_all(command)
 
 
 def _add_stats(commands: Commands) -> None:
     command = commands.add_parser("stats", help="show what a job used over its life, with plots")
     _runs(command, "stats.show_stats")
     command.add_argument("job", type=job_name, metavar="JOB", help="a job's id, or its name")
+    add_all(command)
     command.add_argument(
         "--format", choices=("plot", "json"), default="plot", help="default plot; json has every sample"
     )
 
 
-def _add_all(command: argparse.ArgumentParser) -> None:
+def _add_quota(commands: Commands) -> None:
+    command = commands.add_parser(
+        "quota",
+        help="show your limits, what your jobs use now, and your share",
+        description="Show what your jobs may use one by one and together, what they use now, and your share"
+        " of the machine. With pjw --all show another client's, if your operator allows it.",
+    )
+    _runs(command, "quota.show_quota")
+    command.add_argument("client", nargs="?", default="", metavar="CLIENT", help="default: yourself")
+    add_all(command)
+    command.add_argument("--format", choices=("table", "json"), default="table", help="default table")
+
+
+def add_all(command: argparse.ArgumentParser) -> None:
+    """Add --all to the options of a command."""
     command.add_argument(
         "--all",
         action="store_true",

@@ -19,6 +19,25 @@ def columns() -> int:
         return DEFAULT_COLUMNS
 
 
+class _Cursor:
+    """Whether the last output on the terminal left its line unfinished."""
+
+    within_line = False
+
+
+def wrote(data: bytes, descriptor: int) -> None:
+    """Note output of a job, so that the next message of pjw begins a line of its own."""
+    if os.isatty(descriptor):
+        _Cursor.within_line = not data.endswith(b"\n")
+
+
+def begin_line() -> None:
+    """Begin a new line on stderr, if stderr is a terminal and output left a line unfinished there."""
+    if _Cursor.within_line and sys.stderr.isatty():
+        sys.stderr.write("\n")
+    _Cursor.within_line = False
+
+
 def has_colours() -> bool:
     """Whether stdout is a terminal that shows colours to somebody who wants them (no-color.org)."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"

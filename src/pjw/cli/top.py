@@ -13,6 +13,7 @@ from rich.text import Text
 from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
+from textual.events import Resize
 from textual.screen import ModalScreen
 from textual.widgets import DataTable, Footer, Label, Log, Sparkline, Static
 
@@ -85,10 +86,14 @@ class Row:
         """The newest reading."""
         return self.readings[-1]
 
-    def cells(self, now: datetime, *, with_client: bool) -> list[Text]:
+    def cells(self, now: datetime, *, with_client: bool, wide: bool) -> list[Text]:
         """What the table shows."""
         job, last = self.job, self.last
-        memory = [one.memory_bytes for one in self.readings]
+        cpu_plot = memory_plot = ""
+        if wide:
+            cpu_plot = " " + bars([one.cpu_percent for one in self.readings], 100)
+            memory = [one.memory_bytes for one in self.readings]
+            memory_plot = " " + bars(memory, job.limits.memory_max_bytes)
         texts = [str(job.id)]
         if with_client:
             texts.append(printable(job.client_name))
@@ -96,11 +101,11 @@ class Row:
             printable(job.name),
             job.state,
             duration_in_words((now - job.start).total_seconds()),
-            f"{last.cpu_percent:>4.0f} % {bars([one.cpu_percent for one in self.readings], 100)}",
-            f"{size_in_words(last.memory_bytes):>5} {bars(memory, job.limits.memory_max_bytes)}",
+            f"{last.cpu_percent:>4.0f} %{cpu_plot}",
+            f"{size_in_words(last.memory_bytes):>5}{memory_plot}",
             f"{size_in_words(round(last.read_rate)):>6}",
             f"{size_in_words(round(last.write_rate)):>7}",
-            str(last.pids),
+            *([str(last.pids)] if wide else []),
             printable(job.command[:COMMAND_MAX]),
         ]
         # Text, since a plain string would be taken for markup
@@ -108,6 +113,8 @@ class Row:
 
 
 COLUMNS: Final = ("ID", "NAME", "STATE", "AGE", "CPU", "MEM", "READ/s", "WRITE/s", "PIDS", "COMMAND")
+# On a narrower terminal the table has neither plots nor PIDS, to make room for the commands.
+WIDE_COLUMNS: Final = 110
 
 
 def bars(values: Iterable[float], full: float = 0) -> str:
@@ -174,6 +181,7 @@ class Top(App[PjwError]):
             name: deque[float](maxlen=TOTALS_HISTORY) for name in ("cpu", "memory", "disk")
         }
         self._order = 0
+        self._wide: bool | None = None
         self._heard = time.monotonic()
         self._followed: int | None = None
 
@@ -186,12 +194,22 @@ class Top(App[PjwError]):
                     yield Static(id=f"{name}-total")
                     yield Sparkline([], id=f"{name}-plot")
         table: DataTable[Text] = DataTable(id="jobs", cursor_type="row", zebra_stripes=True)
-        names = [*COLUMNS[:1], "CLIENT", *COLUMNS[1:]] if self._everybody else COLUMNS
-        for number, name in enumerate(names):
-            table.add_column(name, key=str(number))
         yield table
         yield Log(id="output", max_lines=FOLLOW_LINES)
         yield Footer()
+
+    def on_resize(self, event: Resize) -> None:
+        """Choose the columns that fit the terminal."""
+        wide = event.size.width >= WIDE_COLUMNS
+        if wide is self._wide:
+            return
+        self._wide, self._shown = wide, set()
+        table = self._table
+        table.clear(columns=True)
+        names = [*COLUMNS[:1], "CLIENT", *COLUMNS[1:]] if self._everybody else COLUMNS
+        for number, name in enumerate(name for name in names if wide or name != "PIDS"):
+            table.add_column(name, key=str(number))
+        self._show_jobs()
 
     def on_mount(self) -> None:
         """Begin to watch."""
@@ -221,6 +239,9 @@ class Top(App[PjwError]):
 
     def _show_jobs(self) -> None:
         table = self._table
+        if self._wide is None:
+            # the size of the terminal is not known yet
+            return
         _, key = ORDERS[self._order]
         ordered = sorted(self._rows.values(), key=key)[:ROWS_MAX]
         ids = {row.job.id for row in ordered}
@@ -228,7 +249,7 @@ class Top(App[PjwError]):
             table.remove_row(str(job_id))
         now = datetime.now(UTC)
         for row in ordered:
-            cells = row.cells(now, with_client=self._everybody)
+            cells = row.cells(now, with_client=self._everybody, wide=bool(self._wide))
             if row.job.id in self._shown:
                 for number, cell in enumerate(cells):
                     table.update_cell(str(row.job.id), str(number), cell, update_width=True)

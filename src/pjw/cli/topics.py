@@ -37,8 +37,9 @@ From then on `pjw list` is enough. The bundle is not needed any more.
 
 Without a bundle pjw wants three files, --ca-crt, --client-crt and
 --client-key. Certificates made with openssl work as well. A certificate ends
-(`pjw context show` says when); for a new bundle, remove the context and add
-it again.
+(`pjw context show` says when); with a new bundle, replace it:
+
+    pjw context add --replace prod alice.pjw
 """,
     ),
     "contexts": Topic(
@@ -67,7 +68,8 @@ Each of the four is taken from the first of these that has it:
 - the options --server, --ca-crt, --client-crt and --client-key
 - the context that --context names
 - the environment: PJW_SERVER, PJW_CA_CRT, PJW_CLIENT_CRT, PJW_CLIENT_KEY
-- the context that PJW_CONTEXT names, else the current one
+- the bundle in PJW_BUNDLE, its path or its text (without --context)
+- the context that PJW_CONTEXT names, else the current one (without PJW_BUNDLE)
 - the same keys in the file outside of any context
 """,
     ),
@@ -83,9 +85,9 @@ Each of the four is taken from the first of these that has it:
 - 130: interrupted (Ctrl-C)
 - 141: whoever read the output of pjw has gone
 
-A command that runs a job to its end ends as the job did: with its exit code,
-or with 128 plus the number of the signal that ended it. 126 and 127 are those
-of env(1), nohup(1) and the shells.
+`pjw run`, and `pjw wait` for one job, exit as the job did: with its exit
+code, or with 128 plus the number of the signal that ended it. 126 and 127 are
+those of env(1), nohup(1) and the shells.
 """,
     ),
     "jobs": Topic(
@@ -104,8 +106,9 @@ own processes, and no network. It begins in an empty directory, /run/job,
 which is its HOME too and is removed when it ends.
 
 `pjw get` says why a job has ended: completed, stopped, timed_out,
-output_limit, oom_killed. A job that is lost has ended without anybody to
-record how: the host went down, or its init was killed.
+output_limit, oom_killed, disk_limit, output_failed (its output can never be
+written). A job is lost when nobody could record how it ended: the host went
+down, or its init was killed.
 
 Jobs need nobody: neither your connection nor the service. Both can go and
 come back while a job runs.
@@ -128,9 +131,12 @@ as `limits`.
 - output: a job that writes more is killed, the reason is output_limit; what
   was written stays readable
 - time: a job that runs longer is killed, the reason is timed_out
+- disk: when the disk is about to be full, the largest job of the client with most
+  files there is killed, the reason is disk_limit
 
-`pjw top` shows what your jobs use now, `pjw stats ID` what one has used over
-its life.
+`pjw quota` shows what you may ask for, what all your jobs may have together,
+and your share of the machine beside other clients; `pjw top` what your jobs
+use now, `pjw stats ID` what one has used over its life.
 """,
     ),
     "output": Topic(
@@ -146,8 +152,12 @@ exact byte. If the host went down before its disk had all of the output,
 `logs` gives what there is and then fails: there is never a clean end to
 output that is not whole.
 
-Ended jobs are removed, with their output, by `pjw rm`, or when the operator's
-bounds of age and size are reached.
+To a terminal `logs` passes text and colours. Other escape sequences and control
+characters could steer the terminal, so `logs` shows them as text (`\\x1b[2J`);
+`--raw` passes them too. In a pipe or a file each byte is as the job wrote it.
+
+Ended jobs are removed, with their output, by `pjw rm` and `pjw prune`, or when
+the operator's bounds of age and size are reached.
 """,
     ),
 }

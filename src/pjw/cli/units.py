@@ -1,61 +1,79 @@
 """Sizes, durations and the like, as a person types and reads them.
 
-What is typed is parsed here alone; each function is a `type` of argparse, and its error says what would be
-right.
+Each function that parses is a `type` of argparse, and its error says what would be right.
 """
 
 import re
 from argparse import ArgumentTypeError
-from typing import Final
+from collections.abc import Callable
+from contextlib import suppress
+from functools import wraps
+from typing import TYPE_CHECKING, Final, TypeVar
 
-# compiled when first used: most commands parse none of these
-_SIZE: Final = r"(\d{1,18}(?:\.\d{1,18})?)([KMGTP]?)(?:I?B)?"
-_DURATION: Final = r"(?:(\d{1,9})d)?(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9}(?:\.\d{1,9})?)s?)?"
+from pjw import amounts
+from pjw.amounts import size_in_words
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+__all__ = [
+    "count", "duration_in_words", "key_and_value", "limit_in_words", "millicores", "moment", "seconds",
+    "signal_number", "size", "size_in_words", "whole_seconds",
+]  # fmt: skip
+
 _DECIMAL: Final = r"\d{1,9}(?:\.\d{1,9})?"
-_POWERS: Final = "KMGTP"
-_SHOWN_CHARACTERS: Final = 40
+T = TypeVar("T")
 
 
-def size(text: str) -> int:
-    """Bytes: `256M`, `1.5G`, `4096`; powers of 1024. 0 is no limit."""
-    found = re.fullmatch(_SIZE, text, re.ASCII | re.IGNORECASE)
-    if not found:
-        raise _wrong(text, "size", "256M or 1.5G")
-    power = _POWERS.find(found[2].upper()) + 1 if found[2] else 0
-    return _whole(found[1], 1024**power, text, "number of bytes")
+def _typed(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """Make a parser a `type` of argparse, which shows only the message of an ArgumentTypeError."""
+
+    @wraps(parse)
+    def typed(text: str) -> T:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise ArgumentTypeError(str(error)) from None
+
+    return typed
 
 
-def seconds(text: str) -> float:
-    """Seconds: `90`, `90s`, `1h30m`, `0.5s`."""
-    found = re.fullmatch(_DURATION, text, re.ASCII)
-    if not found or not text:
-        raise _wrong(text, "duration", "90s or 1h30m")
-    days, hours, minutes, rest = (float(part or 0) for part in found.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60 + rest
+size: Final = _typed(amounts.size)
+seconds: Final = _typed(amounts.seconds)
+whole_seconds: Final = _typed(amounts.whole_seconds)
 
 
-def whole_seconds(text: str) -> int:
-    """Whole seconds: `90`, `1h`. 0 is no limit."""
-    found = seconds(text)
-    if not found.is_integer():
-        raise ArgumentTypeError(f"{_shown(text)} is not a whole number of seconds")
-    return int(found)
+@_typed
+def moment(text: str) -> "datetime":
+    """A time: a duration before now (`10m`), or RFC 3339 (`2026-11-29T13:00:00Z`), local without a zone."""
+    from datetime import UTC, datetime, timedelta
+
+    # refuse a bare number: `logs --since` once took a number of bytes
+    if not text.isdecimal():
+        with suppress(ValueError, OverflowError):
+            return datetime.now(UTC) - timedelta(seconds=amounts.seconds(text))
+        with suppress(ValueError):
+            return datetime.fromisoformat(text).astimezone(UTC)
+    raise amounts.wrong(text, "time", "10m (ago) or 2026-11-29T13:00:00Z")
 
 
+@_typed
 def millicores(text: str) -> int:
     """Thousandths of a processor, from a number of processors: `0.5`, `2`. 0 is no limit."""
     if not re.fullmatch(_DECIMAL, text, re.ASCII):
-        raise _wrong(text, "number of processors", "0.5 or 2")
-    return _whole(text, 1000, text, "number of thousandths of a processor")
+        raise amounts.wrong(text, "number of processors", "0.5 or 2")
+    return amounts.whole(text, 1000, text, "number of thousandths of a processor")
 
 
+@_typed
 def count(text: str) -> int:
     """A whole number from 0 on."""
     if not text.isascii() or not text.isdecimal() or len(text) > 18:
-        raise _wrong(text, "whole number from 0 on", "100")
+        raise amounts.wrong(text, "whole number from 0 on", "100")
     return int(text)
 
 
+@_typed
 def signal_number(text: str) -> int:
     """A signal by its name, with or without SIG, or its number: `INT`, `SIGHUP`, `9`."""
     import signal
@@ -67,7 +85,7 @@ def signal_number(text: str) -> int:
         known = signal.Signals.__members__
         number = int(known.get(name) or known.get(f"SIG{name}") or 0)
     if not 1 <= number <= 31:
-        raise _wrong(text, "signal", "INT, HUP, USR1 or a number from 1 to 31")
+        raise amounts.wrong(text, "signal", "INT, HUP, USR1 or a number from 1 to 31")
     return number
 
 
@@ -75,18 +93,6 @@ def key_and_value(text: str) -> tuple[str, str]:
     """`KEY=VALUE`; without `=` the value is empty."""
     key, _, value = text.partition("=")
     return key, value
-
-
-def size_in_words(number: int) -> str:
-    """Bytes as `size` reads them: exact where one unit does it, else rounded."""
-    power = 0
-    while power < len(_POWERS) and number >= 1024 ** (power + 1):
-        power += 1
-    if not power:
-        return f"{number}B"
-    scaled = number / 1024**power
-    unit = _POWERS[power - 1]
-    return f"{scaled:.0f}{unit}" if scaled >= 100 or scaled.is_integer() else f"{scaled:.1f}{unit}"
 
 
 def duration_in_words(number: float) -> str:
@@ -102,19 +108,10 @@ def duration_in_words(number: float) -> str:
     return f"{whole}s"
 
 
-def _whole(number: str, factor: int, text: str, what: str) -> int:
-    # not float(): 0.1 processors are 100 thousandths exactly
-    whole, _, fraction = number.partition(".")
-    scaled = int(whole + fraction) * factor
-    divisor: int = 10 ** len(fraction)
-    if scaled % divisor:
-        raise ArgumentTypeError(f"{_shown(text)} is not a whole {what}")
-    return scaled // divisor
-
-
-def _wrong(text: str, what: str, example: str) -> ArgumentTypeError:
-    return ArgumentTypeError(f"{_shown(text)} is not a {what}, such as {example}")
-
-
-def _shown(text: str) -> str:
-    return repr(text[:_SHOWN_CHARACTERS])
+def limit_in_words(limit: str, value: int) -> str:
+    """The value of a limit, by its name, in the units that its option takes."""
+    if limit == "cpu_max_millicores":
+        return f"{value / 1000:g}"
+    if limit.endswith("seconds"):
+        return duration_in_words(value)
+    return size_in_words(value) if limit.endswith(("bytes", "bps_max")) else str(value)

@@ -3,8 +3,12 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Final
 
 from pjw.model import UsageSample
+
+# A rate over less time means nothing: the kernel grants and counts processor time in periods of this length.
+PERIOD_SECONDS: Final = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +28,7 @@ def reading(before: UsageSample, now: UsageSample) -> Reading:
     seconds = (now.time - before.time).total_seconds()
 
     def rate(count: int) -> float:
-        return max(0, count) / seconds if seconds > 0 else 0.0
+        return max(0, count) / max(seconds, PERIOD_SECONDS) if seconds > 0 else 0.0
 
     return Reading(
         time=now.time,

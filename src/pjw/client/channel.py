@@ -1,5 +1,6 @@
 """What a channel to pjwd is made of. Sets how gRPC is imported, so it comes before all that imports it."""
 
+import json
 import os
 from typing import Any, Final
 
@@ -12,6 +13,9 @@ from pjw.client.settings import ClientSettings
 
 Options = list[tuple[str, Any]]
 
+# Enough connections, of as many calls as pjwd allows over each, for all that one client may follow at once.
+CONNECTIONS_MAX: Final = 20
+
 _OPTIONS: Final[Options] = [
     # A job id is not sent through somebody's web proxy, and loopback has no use for one.
     ("grpc.enable_http_proxy", 0),
@@ -21,6 +25,13 @@ _OPTIONS: Final[Options] = [
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
     ("grpc.initial_reconnect_backoff_ms", 100),
+    # One connection bears as many calls as the server allows. For more gRPC makes another (gRFC A105):
+    # else calls would wait for each other, and a program that follows many jobs would never hear of some.
+    (
+        "grpc.service_config",
+        json.dumps({"connectionScaling": {"maxConnectionsPerSubchannel": CONNECTIONS_MAX}}),
+    ),
+    ("grpc.max_connections_per_subchannel_cap", CONNECTIONS_MAX),
 ]
 _LOOPBACK: Final = ("127.0.0.1:", "[::1]:")
 

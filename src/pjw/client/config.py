@@ -1,17 +1,20 @@
 """Where to connect to, and as whom, when nobody says it: the environment and the user's file.
 
 Each setting is taken from the nearest place that has it: an option, a context that is named, the variable
-PJW_NAME, the current context (PJW_CONTEXT, or `current` of the file), the file outside of any context. Never
-in a file of the server: a client and a server on one machine are strangers.
+PJW_NAME, a bundle (PJW_BUNDLE, its path or its text), the current context (PJW_CONTEXT, or `current` of the
+file), the file outside of any context. Never in a file of the server: a client and a server on one machine
+are strangers.
 """
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Final
 
 from pjw.client.settings import ClientSettings
 from pjw.errors import ConfigError
+from pjw.given import require_value, require_values
 
 DEFAULT_SERVER: Final = "localhost:50051"
 KEYS: Final = ("server", "ca_crt", "client_crt", "client_key")
@@ -46,15 +49,17 @@ def find_settings(
     Raises ConfigError that says which is missing and how to give it.
     """
     file = read_config()
-    environment = {key: os.environ.get(f"PJW_{key.upper()}") for key in KEYS}
-    chosen = os.environ.get("PJW_CONTEXT") or file.current
+    environment = {key: _variable(f"PJW_{key.upper()}") for key in KEYS}
+    chosen = chosen_context(file)
     # a context that is named is an option like the others
-    named = file.context(context) if context else {}
-    current = file.context(chosen) if chosen and not context else {}
+    named = file.context(require_value("the name of the context", context)) if context is not None else {}
+    bundle = {} if context is not None else _settings_of_bundle(_variable("PJW_BUNDLE"))
+    current = file.context(chosen) if chosen is not None and context is None and not bundle else {}
     found: dict[str, str] = {}
     for key in KEYS:
-        sources = (options or {}, named, environment, current, file.settings)
-        if value := next(filter(None, (source.get(key) for source in sources)), None):
+        sources = (options or {}, named, environment, bundle, current, file.settings)
+        given = (source[key] for source in sources if source.get(key) is not None)
+        if (value := next(given, None)) is not None:
             found[key] = value
     found.setdefault("server", DEFAULT_SERVER)
     for key in KEYS:
@@ -62,6 +67,39 @@ def find_settings(
             option = None if options is None else "--" + key.replace("_", "-")
             raise ConfigError(f"no {option or key} is given", hint=_how_to_give(key, option, found))
     return ClientSettings(**found)
+
+
+def chosen_context(file: ConfigFile) -> str | None:
+    """The name of the current context; None if there is none. Raises ConfigError."""
+    return _variable("PJW_CONTEXT") or file.current
+
+
+def _variable(name: str) -> str | None:
+    value = os.environ.get(name)
+    return None if value is None else require_value(f"the variable {name}", value)
+
+
+def _settings_of_bundle(value: str | None) -> Mapping[str, str]:
+    """The settings of a bundle. *value* is its path, or its text, as CI passes a secret to a job."""
+    if value is None:
+        return {}
+    from pjw.certs.bundle import read_bundle
+
+    path = in_memory(value.encode()) if "-----BEGIN" in value else value
+    return {"server": read_bundle(path).server, "ca_crt": path, "client_crt": path, "client_key": path}
+
+
+@cache
+def in_memory(data: bytes) -> str:
+    """The path of a file in memory that holds *data*. It is in no directory, and ends with this process.
+
+    The same data have one file: a program that makes many clients has no descriptors to spare.
+    """
+    descriptor = os.memfd_create("pjw-bundle")
+    os.fchmod(descriptor, 0o600)
+    with open(descriptor, "wb", closefd=False) as file:
+        file.write(data)
+    return f"/proc/self/fd/{descriptor}"
 
 
 def _how_to_give(key: str, option: str | None, found: Mapping[str, str]) -> str:
@@ -86,6 +124,7 @@ def read_config() -> ConfigFile:
     path = config_path()
     values = _read_toml(path)
     current, contexts = values.pop("current", None), values.pop("contexts", {})
+    require_values(path, {"current": current})
     if not isinstance(current, str | None):
         raise ConfigError(f"{path}: current is not the name of a context")
     if not isinstance(contexts, dict):
@@ -101,6 +140,7 @@ def read_config() -> ConfigFile:
 
 
 def _check_keys(place: str, values: Mapping[str, object], also: str | None = None) -> None:
+    require_values(place, values)
     for key, value in values.items():
         if key not in KEYS or not isinstance(value, str):
             raise ConfigError(

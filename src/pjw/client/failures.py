@@ -1,12 +1,14 @@
 """What a caller is told of a call that failed: pjw.errors, never grpc.RpcError."""
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 import grpc
 
 from pjw import errors
+from pjw.certs.address import host_of
 from pjw.client.settings import ClientSettings
-from pjw.rpc.status import ERRNO_KEY, HINT_KEY, error_of
+from pjw.rpc.status import ERROR_KEY, error_of
 
 CALL_SECONDS: Final = 60
 
@@ -14,6 +16,8 @@ CALL_SECONDS: Final = 60
 _GONE: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 NOT_FOUND: Final = grpc.StatusCode.NOT_FOUND
 _LOST_WRITE: Final = "Internal error from Core"
+# The limits of a client that soon allow the same call again.
+_OF_A_MOMENT: Final = ("starts_per_second", "calls_max")
 # How the core begins its words when a call never had a connection to go out on.
 _NEVER_CONNECTED: Final = ("failed to connect to all addresses", "DNS resolution failed", "errors resolving")
 
@@ -31,16 +35,23 @@ def never_connected(error: grpc.RpcError) -> bool:
     return error.code() is grpc.StatusCode.UNAVAILABLE and text.startswith(_NEVER_CONNECTED)
 
 
+def is_too_fast(error: grpc.RpcError) -> bool:
+    """Whether pjwd will take the same call when other calls of the client have ended, or a moment later."""
+    if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return False
+    refusal = error_of(error.code(), error.details() or "", _metadata(error), {})
+    return isinstance(refusal, errors.LimitReachedError) and refusal.limit in _OF_A_MOMENT
+
+
 def error_from(
-    error: grpc.RpcError, settings: ClientSettings, *, job_id: int = 0, program: str = ""
+    error: grpc.RpcError, settings: ClientSettings, asked: Mapping[str, object]
 ) -> errors.PjwError:
-    """The error of ours for one of gRPC's; *job_id* and *program* are what the call was about."""
+    """The pjw error for one of gRPC's; *asked* has the facts that the caller knows."""
     code, text, metadata = error.code(), error.details() or "", _metadata(error)
-    if is_gone(error) or code is grpc.StatusCode.DEADLINE_EXCEEDED:
+    gone = is_gone(error) or code is grpc.StatusCode.DEADLINE_EXCEEDED
+    if gone and ERROR_KEY not in metadata:
         return _unreachable(settings, code, text)
-    if program and ERRNO_KEY in metadata:
-        return errors.LaunchError(program, int(metadata[ERRNO_KEY]))
-    return error_of(code, text, metadata.get(HINT_KEY), job_id)
+    return error_of(code, text, metadata, asked)
 
 
 def _metadata(error: grpc.RpcError) -> dict[str, str]:
@@ -64,11 +75,8 @@ def _unreachable(settings: ClientSettings, code: grpc.StatusCode, text: str) -> 
         return errors.ServerUnreachableError(
             f"cannot connect to {server}: no such host", hint="see --server and PJW_SERVER"
         )
-    if "is not in peer certificate" in text:
-        return errors.ServerUnreachableError(
-            f"the certificate of {server} is for another host name",
-            hint="connect by a name that is in it (subjectAltName), for example localhost",
-        )
+    if "Hostname Verification Check failed" in text:
+        return _another_name(settings)
     if "CERTIFICATE_VERIFY_FAILED" in text:
         return errors.ServerUnreachableError(
             f"the certificate of {server} has expired, or is not one of the authority in {settings.ca_crt}",
@@ -84,3 +92,18 @@ def _unreachable(settings: ClientSettings, code: grpc.StatusCode, text: str) -> 
             hint=None if reason else "does it accept client certificates of this authority, and is it pjwd?",
         )
     return errors.ServerUnreachableError(f"cannot reach {server}: {text}")
+
+
+def _another_name(settings: ClientSettings) -> errors.ServerUnreachableError:
+    from pjw.certs.files import load_client_credentials
+    from pjw.certs.tls import names_of_server
+
+    server, host = settings.server, host_of(settings.server)
+    files = settings.ca_crt, settings.client_crt, settings.client_key
+    ca_pem = load_client_credentials(*files).ca_pem.decode()
+    names = names_of_server(host, int(server.rpartition(":")[2]), ca_pem)
+    return errors.ServerUnreachableError(
+        f"the certificate of {server} is for {', '.join(names) or 'another host name'}",
+        hint=f"connect by a name that is in it, or have the operator make one with {host} in it"
+        " (pjwd certs server DIR HOST...)",
+    )

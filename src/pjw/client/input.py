@@ -7,7 +7,7 @@ what is held is bounded.
 from collections import deque
 from typing import Final
 
-from pjw.client.requests import Reached, wire_id
+from pjw.client.requests import JobId, Reached, wire_id
 from pjw.v1 import job_worker_pb2 as pb
 
 WINDOW_BYTES: Final = 4 * 1024 * 1024
@@ -17,12 +17,12 @@ PIECE_BYTES: Final = 64 * 1024
 class Outgoing:
     """The input of one job from its first byte on; what the server has already is passed over."""
 
-    program: Final = ""
     gone_is_done: Final = False
 
-    def __init__(self, job_id: int) -> None:
-        self.job_id: Final = job_id
-        self.first: Final = pb.WriteInputRequest(id=wire_id(job_id))
+    def __init__(self, job_id: JobId) -> None:
+        self.job_id: Final = wire_id(job_id)
+        self.facts: Final = {"job_id": self.job_id}
+        self.first: Final = pb.WriteInputRequest(id=self.job_id)
         # what the source has given, and what the server has of it
         self.given = 0
         self.acknowledged = 0

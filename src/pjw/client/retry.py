@@ -1,17 +1,21 @@
-"""When a call is made again after a failure, and until when. Decides; neither calls nor sleeps.
+"""Decides when to make a call again after a failure, and for how long. Neither calls nor sleeps.
 
 Every call may be repeated: reading changes nothing, a job that has ended can be stopped again, and a Start
 bears a request id, by which the server knows it. What never reached a server is tried again only by a client
 that has been answered before: for a new one "connection refused" is the answer.
+
+A client that pjwd has answered before also tries again when its calls come too fast for the operator's limits
+(calls at once, starts a second). It reports every other limit (running jobs, bytes) at once.
 """
 
 import os
 import threading
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final, Protocol
 
 from pjw import errors
-from pjw.client.failures import NOT_FOUND, error_from, is_gone, never_connected
+from pjw.client.failures import NOT_FOUND, error_from, is_gone, is_too_fast, never_connected
 from pjw.client.settings import ClientSettings
 
 if TYPE_CHECKING:
@@ -21,6 +25,16 @@ if TYPE_CHECKING:
 RECONNECT_SECONDS: Final = 120
 FIRST_PAUSE_SECONDS: Final = 0.1
 LONGEST_PAUSE_SECONDS: Final = 1.0
+# How many calls a client object makes at once; further calls wait. Two programs of one client together stay
+# below pjwd's default (clients.calls_max, 256).
+CALLS_AT_ONCE: Final = 120
+# The same for calls that wait for the end of a job; pjwd's default is 1000 (clients.followers_max).
+WAITS_AT_ONCE: Final = 900
+# The same for stops, which last as long as their grace periods, or as a job that the kernel cannot end. Among
+# the other calls they would take all turns of a client that stops many jobs.
+STOPS_AT_ONCE: Final = 100
+# How long other calls of the client may hold a call back before it fails.
+TURN_SECONDS: Final = 60
 
 
 class Link:
@@ -37,12 +51,8 @@ class Asked(Protocol):
     """What has to be known of a call when it fails."""
 
     @property
-    def job_id(self) -> int:
-        """The job that it is about; 0: none."""
-
-    @property
-    def program(self) -> str:
-        """The program that it is about."""
+    def facts(self) -> Mapping[str, object]:
+        """The facts that the caller knows of an error of the call: `job_id`, `program`, `workdir`."""
 
     @property
     def gone_is_done(self) -> bool:
@@ -60,6 +70,7 @@ class Trouble:
         self._link: Final = link
         self._asked: Final = asked
         self._until: float | None = None
+        self._turn_until: float | None = None
         self._pause = FIRST_PAUSE_SECONDS
         self._began = time.monotonic()
         self._repeated = False
@@ -67,7 +78,7 @@ class Trouble:
     def is_over(self) -> None:
         """The server has answered: the next failure is the first of another row."""
         self._link.answered = True
-        self._until = None
+        self._until = self._turn_until = None
         self._pause = FIRST_PAUSE_SECONDS
 
     def is_done(self, error: "grpc.RpcError") -> bool:
@@ -77,6 +88,11 @@ class Trouble:
     def after(self, error: "grpc.RpcError") -> float:
         """How many seconds to pause before the next attempt. Raises what is to be told instead of one."""
         link, now = self._link, time.monotonic()
+        if is_too_fast(error) and link.answered and link.reconnect_seconds and not link.closed.is_set():
+            if self._turn_until is None:
+                self._turn_until = now + TURN_SECONDS
+            if now < self._turn_until:
+                return self._next_pause()
         may_return = is_gone(error) and not link.closed.is_set()
         if never_connected(error):
             may_return = may_return and link.answered
@@ -84,17 +100,12 @@ class Trouble:
             link.answered = True
             self._repeated = True
         if not may_return or not link.reconnect_seconds:
-            raise error_from(
-                error, link.settings, job_id=self._asked.job_id, program=self._asked.program
-            ) from None
+            raise error_from(error, link.settings, self._asked.facts) from None
         if self._until is None or now - self._began > link.reconnect_seconds:
             # a call that was under way for long has had its connection all the while
             self._until = now + link.reconnect_seconds
         self._began = now
-        # A server that is up and still refuses (it drains) must be asked neither in a tight loop nor by all
-        # of its clients at once.
-        pause = self._pause * (1 - os.urandom(1)[0] / 512)
-        self._pause = min(2 * self._pause, LONGEST_PAUSE_SECONDS)
+        pause = self._next_pause()
         if self._until <= now + pause:
             reached, hint = self._asked.reached
             raise errors.ServerUnreachableError(
@@ -102,6 +113,13 @@ class Trouble:
                 f" within {link.reconnect_seconds:g} s",
                 hint=hint,
             ) from None
+        return pause
+
+    def _next_pause(self) -> float:
+        # A server that is up and still refuses (it drains) must be asked neither in a tight loop nor by all
+        # of its clients at once.
+        pause = self._pause * (1 - os.urandom(1)[0] / 512)
+        self._pause = min(2 * self._pause, LONGEST_PAUSE_SECONDS)
         return pause
 
     def closed(self) -> errors.ServerUnreachableError:

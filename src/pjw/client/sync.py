@@ -2,6 +2,8 @@
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -11,9 +13,9 @@ import grpc
 
 from pjw.client import requests
 from pjw.client.base import BaseClient
-from pjw.client.retry import Trouble
-from pjw.errors import JobNotFoundError
-from pjw.model import Job, JobSpec, JobState
+from pjw.client.retry import CALLS_AT_ONCE, STOPS_AT_ONCE, WAITS_AT_ONCE, Trouble
+from pjw.errors import JobNotFoundError, JobStateError, PjwError
+from pjw.model import ClientQuota, Job, JobState
 from pjw.rpc.status import ADMITTED_KEY
 from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
 
@@ -33,6 +35,11 @@ class Client(BaseClient):
     def _connect(self, target: str, credentials: grpc.ChannelCredentials, options: Options) -> None:
         self._channel = grpc.secure_channel(target, credentials, options)
         self._stub = JobWorkerServiceStub(self._channel)
+        self._calls = threading.Semaphore(CALLS_AT_ONCE)
+        self._long = {
+            "Wait": threading.Semaphore(WAITS_AT_ONCE),
+            "Stop": threading.Semaphore(STOPS_AT_ONCE),
+        }
 
     def __enter__(self) -> Self:
         return self
@@ -47,15 +54,34 @@ class Client(BaseClient):
         self._link.closed.set()
         self._channel.close()
 
-    def start(self, spec: JobSpec) -> Job:
+    def start(self, spec: requests.Startable) -> Job:
         """Start a job. However often the connection is lost meanwhile, it starts once.
 
-        Raises LaunchError when its command cannot be executed.
+        A command alone is a spec without anything else. Raises LaunchError when it cannot be executed.
         """
         return self._call(requests.start(spec))
 
-    def get(self, job_id: int) -> Job:
-        """One job."""
+    def run(self, spec: requests.Startable, *, input: bytes | None = None) -> requests.Finished:  # noqa: A002
+        """Start a job, send its *input* and wait for its end: the job, with all of its output in memory.
+
+        As with subprocess.run(), whatever ends this call early (Ctrl-C, a lost connection) kills the job. An
+        exit code other than 0 is no error: see `job.exit_status`.
+        """
+        job = self.start(requests.with_input(spec, input))
+        try:
+            if input is not None:
+                with suppress(JobStateError):
+                    self.write_input(job.id, [input])
+            output = b"".join(self.logs(job.id))
+            stderr = b"".join(self.logs(job.id, stderr=True)) if job.split_stderr else b""
+            return requests.Finished(self.wait(job.id), output, stderr)
+        except BaseException:
+            with suppress(PjwError):
+                self.stop(job.id, grace=0)
+            raise
+
+    def get(self, job_id: requests.JobId) -> Job:
+        """One job, by its id, which is a number or text."""
         return self._call(requests.get(job_id, all_clients=self._all_clients))
 
     def find(self, name: str) -> Job:
@@ -67,7 +93,7 @@ class Client(BaseClient):
     def list(
         self,
         *,
-        states: Iterable[JobState] = (),
+        states: Iterable[JobState | str] = (),
         labels: Mapping[str, str] | None = None,
         name: str = "",
         newest_first: bool = False,
@@ -80,57 +106,72 @@ class Client(BaseClient):
         while call := pages.next:
             yield from self._call(call)
 
-    def wait(self, job_id: int) -> Job:
-        """One job when it has ended, however long that takes."""
-        return self._call(requests.wait(job_id, all_clients=self._all_clients))
+    def wait(self, job_id: requests.JobId, *, or_stuck: bool = False) -> Job:
+        """One job when it has ended, however long that takes.
 
-    def stop(self, job_id: int, *, grace: float | None = None, signal: int = 0) -> Job:
+        With *or_stuck* it also returns when the job cannot go on: the job was killed and does not end, or it
+        waits for the disk. `detail` says which.
+        """
+        return self._call(requests.wait(job_id, or_stuck=or_stuck, all_clients=self._all_clients))
+
+    def stop(self, job_id: requests.JobId, *, grace: float | None = None, signal: int = 0) -> Job:
         """Stop a job; its final state. After *grace* seconds (the server's default: 10) it is killed.
 
         It is sent *signal* instead of SIGTERM.
         """
         return self._call(requests.stop(job_id, grace, signal, all_clients=self._all_clients))
 
-    def delete(self, job_id: int) -> None:
+    def delete(self, job_id: requests.JobId) -> None:
         """Forget an ended job, with its output. Raises JobStateError when it has not ended."""
         self._call(requests.delete(job_id, all_clients=self._all_clients))
 
     def logs(
         self,
-        job_id: int,
+        job_id: requests.JobId,
         offset: int = 0,
         *,
         follow: bool = True,
         tail: int | None = None,
+        since: datetime | None = None,
         stderr: bool = False,
     ) -> Iterator[bytes]:
         """The output from *offset* on, or its last *tail* lines; to the end of the job, or of what is there.
+
+        With *since* it begins with the output of that time; a time without a time zone is local.
 
         A lost connection is made again, and the stream goes on at the exact byte. With *stderr*, that of a
         job that keeps it apart.
         """
         position = requests.LogsPosition(
-            job_id, offset, tail, follow=follow, stderr=stderr, all_clients=self._all_clients
+            job_id, offset, tail, since, follow=follow, stderr=stderr, all_clients=self._all_clients
         )
         return self._stream(position, position.take)
 
     def timed_logs(
         self,
-        job_id: int,
+        job_id: requests.JobId,
         offset: int = 0,
         *,
         follow: bool = True,
         tail: int | None = None,
+        since: datetime | None = None,
         stderr: bool = False,
     ) -> Iterator[requests.TimedOutput]:
         """As `logs`, each piece with the time at which the job wrote it."""
         position = requests.LogsPosition(
-            job_id, offset, tail, follow=follow, stderr=stderr, timestamps=True, all_clients=self._all_clients
+            job_id,
+            offset,
+            tail,
+            since,
+            follow=follow,
+            stderr=stderr,
+            timestamps=True,
+            all_clients=self._all_clients,
         )
         return self._stream(position, position.take_timed)
 
     def write_input(
-        self, job_id: int, data: Iterable[bytes], seen: Callable[[int], None] | None = None
+        self, job_id: requests.JobId, data: Iterable[bytes], seen: Callable[[int], None] | None = None
     ) -> int:
         """Send the whole input of a job that was started with `input`; how many bytes the server has taken.
 
@@ -154,9 +195,16 @@ class Client(BaseClient):
             # or what it has begun would end what the caller writes next
             thread.join()
 
-    def usage_history(self, job_id: int) -> requests.UsageHistory:
+    def usage_history(self, job_id: requests.JobId) -> requests.UsageHistory:
         """What a job used over its life, in a bounded number of samples."""
         return self._call(requests.usage_history(job_id, all_clients=self._all_clients))
+
+    def quota(self, client_name: str = "") -> ClientQuota:
+        """The limits of this client, what its jobs use now, and its share of the machine.
+
+        With *client_name* those of another client: this takes *all_clients*, and a role for it.
+        """
+        return self._call(requests.quota(client_name, all_clients=self._all_clients))
 
     def watch_usage(self, interval: float | None = None) -> Iterator[requests.UsageSnapshot]:
         """What all running jobs use, every *interval* seconds (the server's default: 2), without end."""
@@ -164,7 +212,13 @@ class Client(BaseClient):
         return self._stream(watch, watch.take)
 
     def _call(self, call: requests.Call[T]) -> T:
+        with self._long.get(call.method, self._calls):
+            return self._call_now(call)
+
+    def _call_now(self, call: requests.Call[T]) -> T:
         trouble = Trouble(self._link, call)
+        if self._link.closed.is_set():
+            raise trouble.closed()
         while True:
             try:
                 answer = getattr(self._stub, call.method)(call.request, timeout=call.timeout)

@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from pjw.client.input import Outgoing
+from pjw.client.requests import JobId
 from pjw.v1 import job_worker_pb2 as pb
 
 
 class Upload:
     """`Outgoing` for threads: who finds nothing to do waits."""
 
-    def __init__(self, job_id: int) -> None:
+    def __init__(self, job_id: JobId) -> None:
         self.outgoing: Final = Outgoing(job_id)
         self._changed: Final = threading.Condition()
         # which connection sends, and whether its server has said where to begin

@@ -8,9 +8,13 @@ import resource
 import signal
 import socket
 import sys
+import traceback
+from types import TracebackType
 from typing import Final
 
 from pjw.errors import PjwError, describe_errno
+from pjw.inherited import open_standard_descriptors, set_for_service
+from pjw.launcher.deadline import say
 from pjw.launcher.dispatch import Launcher
 
 REQUESTS_FD: Final = 3
@@ -18,29 +22,35 @@ REQUESTS_FD: Final = 3
 
 def main() -> int:
     """Serve the worker at the other end of descriptor 3; the exit code."""
+    open_standard_descriptors()
     os.closerange(REQUESTS_FD + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    set_for_service()
     # A job costs the launcher one descriptor while it runs.
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    os.umask(0o077)
     # Ctrl-C in a terminal reaches the whole foreground group; the launcher ends when its
     # worker does, and not before it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # So does the hang-up of the terminal, by which the server is told to reload.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.excepthook = _say_bug
     requests = socket.socket(fileno=REQUESTS_FD)
     requests.set_inheritable(False)
     try:
         Launcher(requests).run()
     except PjwError as error:
-        print(f"pjwd: launcher: {error}", file=sys.stderr, flush=True)
+        say(str(error))
         return 1
     except OSError as error:
         # What it cannot go on without, as when a child cannot be watched: the next launcher finds every job.
-        print(f"pjwd: launcher: {describe_errno(error.errno or 0)}", file=sys.stderr, flush=True)
+        say(describe_errno(error.errno or 0))
         return 1
     return 0
+
+
+def _say_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    say("a bug:\n" + "".join(traceback.format_exception(kind, error, trace)).rstrip())
 
 
 if __name__ == "__main__":

@@ -8,33 +8,54 @@ import array
 import errno
 import os
 import resource
+import select
 import signal
 import socket
+import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
+from functools import partial
 from typing import Any, Final
 
 from pjw.errors import ConfigError, InvalidJobError, JobStateError, KernelError, PjwError, ProtocolError
 from pjw.launcher import protocol
 from pjw.launcher.cgroup import Cgroup, Hierarchy, disks_under, open_hierarchy
+from pjw.launcher.departures import SETTLE_SECONDS, Departures, Waiter
+from pjw.launcher.job_users import claim_users
 from pjw.launcher.lock import hold_lock
 from pjw.launcher.measure import measure
 from pjw.launcher.operator_files import open_operator_file
 from pjw.launcher.policy import Policy, check_job_id, check_signal, instance_name
 from pjw.launcher.pool import Init, Pool
-from pjw.launcher.processes import Watcher, collect, find_init, has_ended, send_signal
+from pjw.launcher.processes import (
+    INIT_SIGNAL_FIRST,
+    Timer,
+    Watcher,
+    collect,
+    find_init,
+    has_ended,
+    is_ready,
+    send_signal,
+)
+from pjw.launcher.removals import Removals
 from pjw.launcher.scratch import Scratch
+from pjw.launcher.scratch_use import spawn_count
 from pjw.launcher.spawn import Cloned, Execed, Failed, read_report, send_order
+from pjw.launcher.stuck import describe
+from pjw.launcher.visible import check_visible
 from pjw.model import Usage
 
 # What a launch takes while it is under way; and what is kept for all else that must go on when a client
 # has taken the rest: to watch, account and remove, and to receive the next request.
 LAUNCH_DESCRIPTORS: Final = 3
-# What has init send signal N is this signal and N (init/init.h, SIGNAL_FIRST).
-INIT_SIGNAL_FIRST: Final = 33
 SPARE_DESCRIPTORS: Final = 32
+# A launch takes milliseconds. One that takes so long is stuck in what its client asked for, such as the exec
+# of a file on a dead NFS server, or its limits are too tight.
+LAUNCH_SECONDS: Final = 30.0
+# After so long a launch no longer keeps us from making inits ahead.
+FILL_AFTER_SECONDS: Final = 0.05
 
 
 class Phase(Enum):
@@ -46,10 +67,19 @@ class Phase(Enum):
 
 @dataclass(slots=True)
 class LaunchInProgress:
-    """A launch between its request and its answer."""
+    """A launch between its request and its answer, and while its failure leaves something behind."""
 
     seq: int
-    init: Init
+    request: protocol.Launch
+    since: float
+    # the descriptors of the request, until its init has its order
+    descriptors: list[int]
+    init: Init | None = None
+    timer: Timer | None = None
+    # whether it was refused, and a part of it does not end
+    is_left: bool = False
+    # the number of the request that waits for its end
+    awaited_by: int | None = None
 
 
 class Launcher:
@@ -63,11 +93,17 @@ class Launcher:
         self._policy: Policy
         self._hierarchy: Hierarchy
         self._scratch: Scratch
+        self._removals: Removals
         self._pool: Pool
+        # the name of our cgroups
+        self._instance: str
+        # whether scratch directories are being counted
+        self._counting = False
         # pidfds of the inits of jobs that have not been removed
         self._inits: Final[dict[int, int]] = {}
-        # jobs whose launch has not been answered; until then they are nothing but its own
-        self._launching: Final[set[int]] = set()
+        # jobs whose launch is not over; until then they are nothing but its own
+        self._launching: Final[dict[int, LaunchInProgress]] = {}
+        self._departures: Final = Departures(self._watcher)
 
     def run(self) -> None:
         """Answer until the other end closes. Raises ProtocolError for a broken or hostile peer.
@@ -78,18 +114,31 @@ class Launcher:
         self._watcher.watch(self._requests, self._on_request)
         try:
             while self._open:
-                # ahead of a start only when there is nothing else to do: not while one is under way
-                idle = self._phase is Phase.SERVING and self._pool.wants_more and not self._launching
-                if not self._watcher.run_once(wait=not idle) and idle:
+                seconds = self._seconds_to_fill()
+                if not self._watcher.run_once(seconds) and seconds == 0:
                     self._pool.fill()
         finally:
             self.close()
 
+    def _seconds_to_fill(self) -> float | None:
+        """How soon an init is made ahead: when there is nothing else to do, not while a start is under way.
+
+        But one that takes long does not count: else a client with slow programs would make all starts slow.
+        """
+        if self._phase is not Phase.SERVING or not self._pool.wants_more:
+            return None
+        if not self._launching:
+            return 0
+        youngest = next(reversed(self._launching.values()))
+        return max(0.0, youngest.since + FILL_AFTER_SECONDS - time.monotonic())
+
     def close(self) -> None:
         """Let go of all but the jobs."""
+        self._watcher.unwatch(self._requests)
         if self._phase is Phase.SERVING:
             self._pool.close()
             self._hierarchy.release()
+            self._scratch.close()
         self._watcher.close()
 
     def _on_request(self) -> None:
@@ -109,6 +158,8 @@ class Launcher:
         for level, kind, payload in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 descriptors.frombytes(payload[: len(payload) - len(payload) % descriptors.itemsize])
+        # closed here, except those that an answer takes out
+        held = list(descriptors)
         try:
             # Zero bytes are the end of the conversation; an empty datagram looks the same and
             # ends it as well.
@@ -129,16 +180,23 @@ class Launcher:
                 return
             if flags & socket.MSG_CTRUNC or len(descriptors) != expected:
                 raise ProtocolError(f"a request {request.op} came with {len(descriptors)} descriptors")
-            self._answer(seq, route, request, list(descriptors))
+            self._answer(seq, route, request, held)
         finally:
-            for descriptor in descriptors:
-                os.close(descriptor)
+            _close_all(held)
 
     def _answer(self, seq: int, route: "Route", request: protocol.Request, descriptors: list[int]) -> None:
         try:
             answer = route.answer(self, seq, request, descriptors)
         except PjwError as error:
             self._reply(seq, refusal_of(error))
+            return
+        except OSError as error:
+            # A process that was made and cannot be watched is more than one request's trouble, see main().
+            if route.makes_processes:
+                raise
+            self._reply(
+                seq, protocol.Refused("kernel", "answer", f"a request {request.op}", error.errno or 0, "")
+            )
             return
         if answer is not None:
             self._reply(seq, *answer)
@@ -156,22 +214,31 @@ class Launcher:
 
     def answer_hello(self, seq: int, request: protocol.Hello, descriptors: list[int]) -> "Answer":
         """Take the policy, the lock on the state directory and the cgroups; from here on serve."""
-        self._policy = Policy.from_hello(request)
+        Policy.from_hello(request)
+        check_visible(request.visible_paths)
         hold_lock(request.state_dir)
-        self._scratch = Scratch(request.state_dir)
-        # Jobs read the host's root and write below the state directory. Without io limits no
-        # disk need be there at all (a state directory on tmpfs or an overlay).
-        disks, ready = [], protocol.Ready("", "")
-        try:
-            disks = disks_under(["/", request.state_dir])
-        except ConfigError as error:
-            ready = protocol.Ready(str(error), error.hint or "")
-        self._hierarchy = open_hierarchy(
-            instance_name(request.state_dir), io_devices=disks, supervisor_pids=(os.getpid(), os.getppid())
+        uid_first, not_claimed = claim_users(request.state_dir, request.uid_first, request.uid_count)
+        # again, with the range that was found: its end may be beyond the last user id
+        self._policy = Policy.from_hello(replace(request, uid_first=uid_first))
+        self._scratch = Scratch(
+            request.state_dir, request.scratch_dir, request.scratch_bytes_max, request.scratch_inodes_max
         )
-        self._pool = Pool(self._watcher, self._policy, self._hierarchy, self._scratch)
+        self._removals = Removals(self._watcher, self._scratch)
+        # Jobs read the host's root and write to their scratch directories and, by init, to the state
+        # directory. Without io limits no disk need be there at all (directories on tmpfs or an overlay).
+        disks, no_disk, hint = [], "", ""
+        try:
+            disks = disks_under(["/", request.state_dir, self._scratch.directory])
+        except ConfigError as error:
+            no_disk, hint = str(error), error.hint or ""
+        self._instance = instance_name(request.state_dir)
+        self._hierarchy = open_hierarchy(
+            self._instance, io_devices=disks, supervisor_pids=(os.getpid(), os.getppid())
+        )
+        not_set = [*filter(None, [not_claimed]), *self._hierarchy.set_sums(request.sums)]
+        self._pool = Pool(self._watcher, self._policy, self._hierarchy, self._scratch, self._departures)
         self._phase = Phase.SERVING
-        return (ready,)
+        return protocol.Ready(no_disk, hint, uid_first, tuple(not_set)), self._scratch.descriptor
 
     def answer_launch(self, seq: int, request: protocol.Launch, descriptors: list[int]) -> "Answer":
         """Take an init that waits, or make one: cgroup, scratch directory, init; then give it its order."""
@@ -179,67 +246,114 @@ class Launcher:
         self._policy.check_launch(request, descriptors)
         if job_id in self._launching or job_id in self._inits:
             raise JobStateError(f"cannot launch job {job_id}: it is there already")
-        self._require_room(job_id)
-        try:
-            init = self._pool.take(job_id, request.limits)
-        except ConfigError as error:
-            # an io limit where there is no disk: not the defaults, so this client's wish
-            raise InvalidJobError(str(error)) from None
-        try:
-            self._scratch.give_to(job_id, request.uid)
-            # an init that failed already has said why, or its end says it
-            with suppress(BrokenPipeError, ConnectionResetError):
-                send_order(init.report, request, descriptors)
-        except (OSError, PjwError) as error:
-            self._pool.discard(init)
-            if isinstance(error, OSError):
-                raise KernelError(
-                    "give an order to the init of", f"job {job_id}", error.errno or 0
-                ) from error
-            raise
-        self._launching.add(job_id)
-        if init.pidfd >= 0:
-            self._inits[job_id] = init.pidfd
-        launch = LaunchInProgress(seq, init)
-        self._watcher.unwatch(init.report)
-        self._watcher.watch(init.report, lambda: self._on_report(launch))
+        self._require_room(job_id, len(descriptors))
+        # its files are the launch's from here on
+        launch = LaunchInProgress(seq, request, time.monotonic(), descriptors[:])
+        descriptors.clear()
+        self._launching[job_id] = launch
+        self._pool.take(job_id, request.limits, request.uid, request.share, partial(self._on_taken, launch))
         return None
 
-    def _require_room(self, job_id: int) -> None:
+    def _on_taken(self, launch: LaunchInProgress, init: Init | PjwError) -> None:
+        try:
+            if isinstance(init, PjwError):
+                del self._launching[launch.request.job_id]
+                self._reply(launch.seq, refusal_of(_in_clients_words(init)))
+            else:
+                self._order(launch, init)
+        finally:
+            _close_all(launch.descriptors)
+
+    def _order(self, launch: LaunchInProgress, init: Init) -> None:
+        launch.init = init
+        request = launch.request
+        try:
+            self._scratch.give_to(request.job_id, request.uid)
+            # an init that failed already has said why, or its end says it
+            with suppress(BrokenPipeError, ConnectionResetError):
+                send_order(init.report, request, launch.descriptors)
+        except OSError as error:
+            subject = f"job {request.job_id}"
+            self._fail(launch, KernelError("give an order to the init of", subject, error.errno or 0))
+            return
+        except PjwError as error:
+            self._fail(launch, error)
+            return
+        if init.pidfd >= 0:
+            self._inits[request.job_id] = init.pidfd
+        launch.timer = self._watcher.call_after(LAUNCH_SECONDS, lambda: self._on_late(launch, init))
+        self._watcher.unwatch(init.report)
+        self._watcher.watch(init.report, lambda: self._on_report(launch, init))
+
+    def _require_room(self, job_id: int, come: int) -> None:
         # A descriptor that cannot be had once init runs would end us, see main().
         room = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_DESCRIPTORS
-        if (
-            len(self._inits) + LAUNCH_DESCRIPTORS * (len(self._launching) + self._policy.waiting_inits + 1)
-            > room
-        ):
+        # a launch that waits for a wrongly guessed init to end keeps the descriptors that came with it
+        kept = sum(len(launch.descriptors) for launch in self._launching.values())
+        begun = len(self._launching) + self._policy.waiting_inits + 1
+        if len(self._inits) + len(self._departures) + kept + come + LAUNCH_DESCRIPTORS * begun > room:
             raise KernelError("launch", f"job {job_id}", errno.EMFILE)
 
-    def _on_report(self, launch: LaunchInProgress) -> None:
-        init = launch.init
+    def _on_report(self, launch: LaunchInProgress, init: Init) -> None:
         match read_report(init.report):
             case Cloned(pidfd):
                 init.pidfd = self._inits[init.job_id] = pidfd
             case Execed(started_ns):
                 self._watcher.unwatch(init.report)
                 init.report.close()
-                self._launching.discard(init.job_id)
+                del self._launching[init.job_id]
+                if launch.timer is not None:
+                    launch.timer.cancel()
                 self._reply(launch.seq, protocol.Launched(started_ns), init.pidfd)
             case Failed() as failed:
-                self._on_launch_failure(launch, failed)
+                # init ends by itself after its report; it is killed as well, for one that reported nothing
+                kind = failed.step if failed.step in ("exec", "workdir") else "setup"
+                subject = f"job {init.job_id}"
+                self._fail(launch, protocol.Refused(kind, failed.operation, subject, failed.errno, ""))
 
-    def _on_launch_failure(self, launch: LaunchInProgress, failed: Failed) -> None:
-        # init ends by itself after its report; it is killed as well, for one that reported nothing. Its
-        # cgroup's removal waits for what is still dying in it.
-        job_id = launch.init.job_id
-        self._launching.discard(job_id)
+    def _on_late(self, launch: LaunchInProgress, init: Init) -> None:
+        if is_ready(init.report.fileno(), select.POLLIN):
+            # then it is we who were slow
+            launch.timer = self._watcher.call_after(FILL_AFTER_SECONDS, lambda: self._on_late(launch, init))
+            return
+        subject = f"job {init.job_id}"
+        seconds = f"within {LAUNCH_SECONDS:.0f} s"
+        self._fail(launch, protocol.Refused("late", seconds, subject, 0, ""))
+
+    def _fail(self, launch: LaunchInProgress, why: PjwError | protocol.Refused) -> None:
+        """Take all back, then answer: at a deadline at the latest, though something of it may be left."""
+        assert launch.init is not None
+        job_id = launch.request.job_id
+        if launch.timer is not None:
+            launch.timer.cancel()
         self._inits.pop(job_id, None)
-        kind = failed.step if failed.step in ("exec", "workdir") else "kernel"
-        refusal = protocol.Refused(kind, failed.operation, f"job {job_id}", failed.errno, "")
-        try:
-            self._pool.discard(launch.init)
-        except KernelError as error:
-            refusal = refusal_of(error)
-        self._reply(launch.seq, refusal)
+        refusal = why if isinstance(why, protocol.Refused) else refusal_of(why)
+
+        def reply() -> None:
+            self._reply(launch.seq, refusal)
+
+        def reply_late(late: KernelError) -> None:
+            launch.is_left = True
+            self._reply(launch.seq, replace(refusal, hint=late.hint or refusal.hint, left=True))
+
+        def on_gone() -> None:
+            del self._launching[job_id]
+            if launch.awaited_by is not None:
+                self._reply(launch.awaited_by, protocol.Done())
+
+        self._pool.discard(launch.init, on_gone, SETTLE_SECONDS)
+        self._departures.wait_for(job_id, Waiter(reply, reply_late))
+
+    def answer_departed(self, seq: int, request: protocol.Departed, descriptors: list[int]) -> "Answer":
+        """Answer, maybe much later, when nothing is left of a refused launch."""
+        check_job_id(request.job_id)
+        launch = self._launching.get(request.job_id)
+        if launch is None:
+            return (protocol.Done(),)
+        if not launch.is_left or launch.awaited_by is not None:
+            raise JobStateError(f"job {request.job_id} is being launched")
+        launch.awaited_by = seq
+        return None
 
     def answer_adopt(self, seq: int, request: protocol.Adopt, descriptors: list[int]) -> "Answer":
         """Find the init of a job by its cgroup, which only root may write."""
@@ -250,7 +364,7 @@ class Launcher:
         if request.job_id not in self._inits:
             pidfd = find_init(cgroup.pids)
             if pidfd is None:
-                # processes without their init cannot be: the kernel ends them with it
+                # processes without their init cannot be: it ends after them all
                 return (protocol.Adopted(alive=False, known=True),)
             self._inits[request.job_id] = pidfd
         return protocol.Adopted(alive=True, known=True), self._inits[request.job_id]
@@ -267,23 +381,30 @@ class Launcher:
     def answer_terminate(self, seq: int, request: protocol.Terminate, descriptors: list[int]) -> "Answer":
         """Have init send a signal to every process of its job, at once, whatever they fork."""
         check_signal(request.signal)
-        # the usual one as itself: also the init of an older version, which has been adopted, knows it
-        usual = request.signal == signal.SIGTERM
-        self._signal_init(request.job_id, signal.SIGTERM if usual else INIT_SIGNAL_FIRST + request.signal)
+        # never SIGTERM itself: init takes that for the host's shutdown, and applies its own grace period
+        self._signal_init(request.job_id, INIT_SIGNAL_FIRST + request.signal)
         return (protocol.Done(),)
 
     def answer_kill(self, seq: int, request: protocol.Kill, descriptors: list[int]) -> "Answer":
         """Have init kill every process of its job and record the end; or kill init as well."""
-        if not request.init_too:
-            self._signal_init(request.job_id, signal.SIGQUIT)
-            return (protocol.Done(),)
-        check_job_id(request.job_id)
-        self._check_not_waiting(request.job_id)
-        self._signal_init(request.job_id, signal.SIGKILL)
-        cgroup = self._hierarchy.find(request.job_id)
+        if request.init_too:
+            check_job_id(request.job_id)
+            self._check_not_waiting(request.job_id)
+        cgroup = self._hierarchy.find(request.job_id) if request.job_id in self._inits else None
+        self._signal_init(request.job_id, signal.SIGKILL if request.init_too else signal.SIGQUIT)
         if cgroup is not None:
-            cgroup.kill()
+            try:
+                if request.init_too:
+                    cgroup.kill()
+            finally:
+                # init does so itself; not that of an older version, nor one that hangs
+                cgroup.lift_throttles()
         return (protocol.Done(),)
+
+    def answer_remains(self, seq: int, request: protocol.Remains, descriptors: list[int]) -> "Answer":
+        """Look at the processes of a job that does not end."""
+        cgroup = self._hierarchy.find(request.job_id) if request.job_id in self._inits else None
+        return (describe(cgroup.pids() if cgroup is not None else []),)
 
     def _signal_init(self, job_id: int, number: int) -> None:
         # Only what this launcher launched or adopted is in the table: no request reaches a
@@ -315,17 +436,61 @@ class Launcher:
             # our child (CLONE_PARENT), unless it was adopted
             collect(pidfd)
         if self._scratch.remove_if_empty(job_id):
-            return (_remove_cgroup(cgroup),)
+            self._remove_cgroup(seq, job_id, cgroup)
+            return None
 
         def on_removed() -> None:
             if self._scratch.remove_if_empty(job_id):
-                self._reply(seq, _remove_cgroup(cgroup))
+                self._remove_cgroup(seq, job_id, cgroup)
             else:
                 path = self._scratch.path(job_id)
                 self._reply(seq, protocol.Refused("kernel", "remove the scratch directory", path, 0, ""))
 
-        self._watcher.reap_helper(self._scratch.spawn_removal(job_id), on_removed)
+        self._removals.begin(job_id, on_removed)
         return None
+
+    def _remove_cgroup(self, seq: int, job_id: int, cgroup: Cgroup | None) -> None:
+        # It goes last: while it is there, a later launcher knows that something is left.
+        done = Waiter(
+            lambda: self._reply(seq, protocol.Done()), lambda late: self._reply(seq, refusal_of(late))
+        )
+        if cgroup is None or job_id in self._departures:
+            self._departures.wait_for(job_id, done)
+            return
+        self._departures.begin(job_id, cgroup)
+        self._departures.go_on(job_id)
+        self._departures.wait_for(job_id, done)
+
+    def answer_set_share(self, seq: int, request: protocol.SetShare, descriptors: list[int]) -> "Answer":
+        """Give a client another share of the host, beside the jobs that it has."""
+        self._policy.check_uid(request.uid)
+        return (protocol.ShareSet(tuple(self._pool.set_share(request.uid, request.share))),)
+
+    def answer_measure_client(
+        self, seq: int, request: protocol.MeasureClient, descriptors: list[int]
+    ) -> "Answer":
+        """Read what the jobs of a client use together."""
+        self._policy.check_uid(request.uid)
+        return (protocol.ClientMeasured(self._hierarchy.use_of(request.uid)),)
+
+    def answer_scratch_use(self, seq: int, request: protocol.ScratchUse, descriptors: list[int]) -> "Answer":
+        """Have a process count what jobs have in their scratch directories; one at a time."""
+        if self._counting:
+            raise JobStateError("scratch directories are being counted")
+        try:
+            pid, words = spawn_count(self._instance, self._scratch.places)
+        except OSError as error:
+            raise KernelError("count", "scratch directories", error.errno or 0) from error
+        self._counting = True
+        self._watcher.reap_helper(pid, self._on_counted)
+        try:
+            self._reply(seq, protocol.Opened(), words)
+        finally:
+            os.close(words)
+        return None
+
+    def _on_counted(self) -> None:
+        self._counting = False
 
     def answer_open_file(self, seq: int, request: protocol.OpenFile, descriptors: list[int]) -> "Answer":
         """Hand out a certificate, a key or the like that the operator has replaced; never by a path."""
@@ -364,36 +529,44 @@ Answer = tuple[protocol.Reply] | tuple[protocol.Reply, int] | None
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Who answers a request, and in which phase it may come."""
+    """Who answers a request, in which phase it may come, and whether that makes processes."""
 
     answer: Callable[[Launcher, int, Any, list[int]], Answer]
     allowed_in: Phase = Phase.SERVING
+    makes_processes: bool = False
 
 
 # The launcher's whole surface. Anything else, or anything early, ends it: such a peer is
 # broken or hostile.
 ROUTES: Final[dict[str, Route]] = {
     "hello": Route(Launcher.answer_hello, allowed_in=Phase.GREETING),
-    "launch": Route(Launcher.answer_launch),
+    "launch": Route(Launcher.answer_launch, makes_processes=True),
     "adopt": Route(Launcher.answer_adopt),
     "job_ids": Route(Launcher.answer_job_ids),
     "terminate": Route(Launcher.answer_terminate),
     "kill": Route(Launcher.answer_kill),
+    "remains": Route(Launcher.answer_remains),
     "measure": Route(Launcher.answer_measure),
     "account": Route(Launcher.answer_account),
-    "remove": Route(Launcher.answer_remove),
+    "remove": Route(Launcher.answer_remove, makes_processes=True),
+    "departed": Route(Launcher.answer_departed),
+    "scratch_use": Route(Launcher.answer_scratch_use, makes_processes=True),
     "open_file": Route(Launcher.answer_open_file),
+    "set_share": Route(Launcher.answer_set_share),
+    "measure_client": Route(Launcher.answer_measure_client),
 }
 
 
-def _remove_cgroup(cgroup: Cgroup | None) -> protocol.Reply:
-    # It goes last: while it is there, a later launcher knows that something is left.
-    try:
-        if cgroup is not None:
-            cgroup.remove()
-    except KernelError as error:
-        return refusal_of(error)
-    return protocol.Done()
+def _close_all(descriptors: list[int]) -> None:
+    while descriptors:
+        # Some file systems tell here of a write that failed (close(2)): it was the sender's.
+        with suppress(OSError):
+            os.close(descriptors.pop())
+
+
+def _in_clients_words(error: PjwError) -> PjwError:
+    # an io limit where there is no disk: not the defaults, so this client's wish
+    return InvalidJobError(str(error)) if isinstance(error, ConfigError) else error
 
 
 def refusal_of(error: PjwError) -> protocol.Refused:

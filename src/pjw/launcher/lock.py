@@ -3,15 +3,18 @@
 import fcntl
 import os
 import signal
-import sys
-from typing import Final, Never
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final
 
 from pjw.errors import ConfigError, KernelError
+from pjw.launcher.deadline import say, within
 from pjw.launcher.processes import send_signal, status_of
 
 # A launcher whose server was killed ends as soon as it sees that; its successor may be
 # started before that.
 WAIT_SECONDS: Final = 5
+LOCK_NAME: Final = "launcher.lock"
 
 
 def hold_lock(state_dir: str) -> None:
@@ -20,40 +23,40 @@ def hold_lock(state_dir: str) -> None:
     The file lies in a directory that only root may write, and says which launcher has the lock, and which
     server that has. Its descriptor stays open, close on exec, so that no job inherits the lock.
     """
-    path = os.path.join(state_dir, "launcher.lock")
+    path = os.path.join(state_dir, LOCK_NAME)
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         raise KernelError("open", path, error.errno or 0) from error
-    if not _locked(descriptor):
+
+    def lock() -> None:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+    with suppress(BlockingIOError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _note_holder(descriptor)
+        return
+    # tell the operator, at a terminal or in the log, why the start takes so long
+    say(f"the state directory {state_dir} is in use by another pjwd; waiting {WAIT_SECONDS} s for its end")
+    if not wait_for_lock(lock):
         launcher, _, server = os.pread(descriptor, 64, 0).decode("ascii", "replace").strip().partition(" ")
-        if not (_end_orphan(descriptor, launcher, server) and _locked(descriptor)):
+        if not (_end_orphan(descriptor, launcher, server) and wait_for_lock(lock)):
             raise ConfigError(
                 f"the state directory {state_dir} is in use by another pjwd"
                 f" (its launcher is process {launcher})",
                 hint="stop that one, or give this one another --state-dir",
             )
+    _note_holder(descriptor)
+
+
+def _note_holder(descriptor: int) -> None:
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, b"%d %d\n" % (os.getpid(), os.getppid()), 0)
 
 
-def _locked(descriptor: int) -> bool:
-    """Lock a file, unless another has it for so long."""
-    # flock(2) has no deadline of its own; a handler that raises ends the wait
-    former = signal.signal(signal.SIGALRM, _on_alarm)
-    signal.alarm(WAIT_SECONDS)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except TimeoutError:
-        return False
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, former)
-    return True
-
-
-def _on_alarm(number: int, frame: object) -> Never:
-    raise TimeoutError
+def wait_for_lock(lock: Callable[[], None]) -> bool:
+    """Call what waits for a lock; whether it came within WAIT_SECONDS."""
+    return within(WAIT_SECONDS, lock)
 
 
 def _end_orphan(descriptor: int, launcher: str, server: str) -> bool:
@@ -76,7 +79,7 @@ def _end_orphan(descriptor: int, launcher: str, server: str) -> bool:
         send_signal(pidfd, signal.SIGKILL)
     finally:
         os.close(pidfd)
-    print(f"pjwd: launcher: killed launcher {launcher}, which hung without its server", file=sys.stderr)
+    say(f"killed launcher {launcher}, which hung without its server")
     return True
 
 

@@ -1,8 +1,9 @@
 """Opens the operator's files as they are now: their paths were told in the greeting, by root.
 
 Who asks is no longer root, so the way to a file must be root's alone. Could the server's user
-exchange a directory or a link on it, it would be handed any file of the host. Opens only;
-what is in the files is never read here.
+exchange a directory or a link on it, it would be handed any file of the host. A sticky directory
+such as /tmp may be on the way, as for the state directory: other users can neither move a directory
+of root's there nor make one. Opens only; what is in the files is never read here.
 """
 
 import errno
@@ -41,8 +42,10 @@ def _walk(path: str) -> int:
     try:
         while True:
             step = steps.pop() or "."
-            _check_directory(here, path)
+            sticky = _check_directory(here, path)
             target = _link(step, here)
+            if sticky and (target is not None or not steps):
+                raise _changeable(here, path)
             if target is not None:
                 links += 1
                 if links > MAX_LINKS:
@@ -60,15 +63,22 @@ def _walk(path: str) -> int:
         os.close(here)
 
 
-def _check_directory(descriptor: int, path: str) -> None:
+def _check_directory(descriptor: int, path: str) -> bool:
+    """Whether others may add files to the directory. Raises ConfigError when they may change files in it."""
     status = os.fstat(descriptor)
     # of an access control list too: its mask is the group's bits
-    if status.st_uid != 0 or status.st_mode & 0o022:
-        raise ConfigError(
-            f"cannot open {path} again: others than root may change what is in"
-            f" {os.readlink(f'/proc/self/fd/{descriptor}')}",
-            hint="give root a directory of its own for these files, or restart pjwd to have them read",
-        )
+    writable = bool(status.st_mode & 0o022)
+    if status.st_uid != 0 or (writable and not status.st_mode & stat.S_ISVTX):
+        raise _changeable(descriptor, path)
+    return writable
+
+
+def _changeable(descriptor: int, path: str) -> ConfigError:
+    return ConfigError(
+        f"cannot open {path} again: others than root may change what is in"
+        f" {os.readlink(f'/proc/self/fd/{descriptor}')}",
+        hint="give root a directory of its own for these files, or restart pjwd to have them read",
+    )
 
 
 def _link(name: str, directory: int) -> str | None:

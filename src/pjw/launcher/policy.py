@@ -7,7 +7,7 @@ import stat
 from dataclasses import dataclass
 from typing import Final
 
-from pjw.errors import InvalidJobError
+from pjw.errors import InvalidJobError, KernelError
 from pjw.launcher.protocol import Hello, Launch
 from pjw.model import Limits
 
@@ -36,52 +36,76 @@ class Policy:
     uid_first: int
     uid_count: int
     ceiling: Limits
+    floor: Limits
     waiting_inits: int
     hidden_paths: tuple[str, ...]
+    visible_paths: tuple[str, ...]
     operator_files: tuple[str, ...]
+    grace_seconds: int
 
     @classmethod
     def from_hello(cls, hello: Hello) -> "Policy":
-        """Raises InvalidJobError for a range of users that has root in it."""
-        if hello.uid_first < 1 or hello.uid_count < 1 or hello.uid_first + hello.uid_count > 2**32 - 1:
+        """Raises InvalidJobError for a range of users that has root in it, and the like."""
+        # a first one of 0 is replaced before anything is served (job_users.py)
+        if hello.uid_count < 1 or hello.uid_first + hello.uid_count > 2**32 - 1:
             raise InvalidJobError("the range of user ids for jobs must lie between 1 and 2^32-2")
-        for path in (hello.state_dir, *hello.hidden_paths, *hello.operator_files):
+        if not 1 <= hello.grace_seconds < 2**31:
+            raise InvalidJobError("the grace period must be from 1 to 2^31-1 seconds")
+        own = (hello.state_dir, *((hello.scratch_dir,) if hello.scratch_dir else ()))
+        for path in (*own, *hello.hidden_paths, *hello.visible_paths, *hello.operator_files):
             if not os.path.isabs(path):
                 raise InvalidJobError(f"{path!r} is not an absolute path")
         return cls(
             uid_first=hello.uid_first,
             uid_count=hello.uid_count,
             ceiling=hello.ceiling,
+            floor=hello.floor,
             waiting_inits=hello.waiting_inits,
-            hidden_paths=(hello.state_dir, *hello.hidden_paths),
+            hidden_paths=(*own, *hello.hidden_paths),
+            visible_paths=hello.visible_paths,
             operator_files=hello.operator_files,
+            grace_seconds=hello.grace_seconds,
         )
 
     def check_launch(self, request: Launch, descriptors: list[int]) -> None:
-        """Raises InvalidJobError unless the launch is one that this policy allows."""
+        """Raises InvalidJobError unless this policy allows the launch, KernelError when nobody can tell."""
         check_job_id(request.job_id)
-        if not self.uid_first <= request.uid < self.uid_first + self.uid_count:
-            raise InvalidJobError(f"user id {request.uid} is not one for jobs")
+        self.check_uid(request.uid)
         if above := request.limits.first_above(self.ceiling):
             raise InvalidJobError(f"limit {above} is above its ceiling")
+        if below := request.limits.first_below(self.floor):
+            raise InvalidJobError(f"limit {below} is below its floor")
         if len(descriptors) != len(request.files):
             raise InvalidJobError(f"this launch needs {len(request.files)} descriptors: {request.files}")
-        # init writes to them as root: a descriptor of anything but a plain file (a device, a
-        # socket, a directory) could make that do more than store bytes.
-        for descriptor in descriptors:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise InvalidJobError("a descriptor of a launch is not a regular file")
-        # Only what the sender could open itself is read, written or touched for it.
         for name, descriptor in zip(request.files, descriptors, strict=True):
-            wrong, wanted = (os.O_WRONLY, "readable") if name in _READ else (os.O_RDONLY, "writable")
-            if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == wrong:
-                raise InvalidJobError(f"the {name} descriptor of a launch is not {wanted}")
+            _check_file(name, descriptor)
+
+    def check_uid(self, uid: int) -> None:
+        """Raises InvalidJobError for a user id that no client has."""
+        if not self.uid_first <= uid < self.uid_first + self.uid_count:
+            raise InvalidJobError(f"user id {uid} is not one for jobs")
 
     def operator_file(self, place: int) -> str:
         """The path at that place. Raises InvalidJobError where there is none."""
         if not 0 <= place < len(self.operator_files):
             raise InvalidJobError(f"{place} is not the place of an operator's file")
         return self.operator_files[place]
+
+
+def _check_file(name: str, descriptor: int) -> None:
+    """Raises InvalidJobError unless it may be one of a launch, KernelError when nobody can tell."""
+    try:
+        mode = os.fstat(descriptor).st_mode
+    except OSError as error:
+        raise KernelError("look at", f"the {name} descriptor of a launch", error.errno or 0) from error
+    # init writes to them as root: a descriptor of anything but a plain file (a device, a
+    # socket, a directory) could make that do more than store bytes.
+    if not stat.S_ISREG(mode):
+        raise InvalidJobError("a descriptor of a launch is not a regular file")
+    # Only what the sender could open itself is read, written or touched for it.
+    wrong, wanted = (os.O_WRONLY, "readable") if name in _READ else (os.O_RDONLY, "writable")
+    if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == wrong:
+        raise InvalidJobError(f"the {name} descriptor of a launch is not {wanted}")
 
 
 def check_signal(number: int) -> None:

@@ -1,27 +1,39 @@
 """Inits that wait for a job: in their cgroup and namespaces, with their mounts; only the order is missing.
 
-To make all that takes the kernel milliseconds, and most of it is the same for each job. What differs is
-guessed: ids are given one after the other, so the next job's is known, and its cgroup is limited as that of
-the last job was. A guess that was wrong costs a start what it would have cost without; it is never used.
+Making all that takes the kernel milliseconds, and most of it is the same for each job. The pool guesses the
+rest: ids follow one another, so it knows the next job's id; it takes the client and the limits of the last
+job. A wrong guess is never used: that start costs what it would have cost without a pool.
 
-What is made ahead is what a start would have made then. Its mounts are copies of the host's, so when those
-change all that wait are thrown away.
+An init that waits is what a start would make. When the host's mounts change, so that a job would be shown
+other file systems, the pool discards all inits that wait. It also replaces old ones, since an overlay goes on
+to show what was looked up in it before the host changed that (Documentation/filesystems/overlayfs.rst,
+"Changes to underlying filesystems").
 """
 
 import os
 import select
 import socket
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Final
 
-from pjw.errors import KernelError, PjwError
+from pjw.errors import ConfigError, JobStateError, KernelError, PjwError
 from pjw.launcher.cgroup import Cgroup, Hierarchy
+from pjw.launcher.departures import Departures, Waiter
 from pjw.launcher.policy import JOB_ID_MAX, Policy
-from pjw.launcher.processes import Watcher, end, has_ended, is_ready, wait_for
+from pjw.launcher.processes import Watcher, has_ended, is_ready
 from pjw.launcher.scratch import Scratch
 from pjw.launcher.spawn import Cloned, read_report, spawn_init
-from pjw.model import Limits
+from pjw.launcher.visible import MOUNTINFO, Place, places_of, read_mounts
+from pjw.model import Limits, Share
+
+# How long an init waits before a new one replaces it.
+OLDEST_SECONDS: Final = 60.0
+# How long a start waits for a wrong guess to go. Nothing blocks such an init, so only a very busy host makes
+# it late.
+GUESS_LATE_SECONDS: Final = 30.0
 
 
 @dataclass(slots=True, eq=False)
@@ -29,71 +41,154 @@ class Init:
     """One init before its job: `pidfd` is -1 until it has reported that it is there."""
 
     job_id: int
+    uid: int
     limits: Limits
     cgroup: Cgroup
     report: socket.socket
+    made_at: float
     pidfd: int = -1
 
 
 class Pool:
     """The inits that wait, by the ids of the jobs that they are for."""
 
-    def __init__(self, watcher: Watcher, policy: Policy, hierarchy: Hierarchy, scratch: Scratch) -> None:
+    def __init__(
+        self,
+        watcher: Watcher,
+        policy: Policy,
+        hierarchy: Hierarchy,
+        scratch: Scratch,
+        departures: Departures,
+        oldest_seconds: float = OLDEST_SECONDS,
+    ) -> None:
+        """Raises ConfigError for what cannot be shown to jobs."""
         self._watcher: Final = watcher
+        self._departures: Final = departures
+        # the ids of those that got no job and are not gone yet
+        self._discarded: Final[set[int]] = set()
+        self._open = True
         self._policy: Final = policy
         self._size: Final = policy.waiting_inits
         self._hierarchy: Final = hierarchy
         self._scratch: Final = scratch
         self._waiting: Final[dict[int, Init]] = {}
         self._wanted: list[int] = []
+        # the client, its share, and the limits that are guessed
+        self._uid = 0
+        self._share: Share
         self._limits: Limits
-        self._mounts: Final = _HostMounts(watcher, self._empty_if_stale)
+        self._oldest_seconds: Final = oldest_seconds
+        self._is_renewing = False
+        self._are_stale = False
+        self._mounts: Final = _HostMounts(watcher, self._on_mounts)
+        self._places = self._look()
+
+    def _look(self) -> tuple[Place, ...]:
+        return places_of(self._policy.visible_paths, self._policy.hidden_paths, read_mounts())
 
     def __contains__(self, job_id: int) -> bool:
-        return job_id in self._waiting
+        return job_id in self._waiting or job_id in self._discarded
 
     @property
     def wants_more(self) -> bool:
         """Whether `fill` has something to do, when there is time for it."""
-        return bool(self._wanted)
+        return self._next_wanted() is not None
 
-    def take(self, job_id: int, limits: Limits) -> Init:
-        """The init for a job, made now if none waits; guess from it what will be wanted next.
+    def _next_wanted(self) -> int | None:
+        # one that a wrong guess has the place of is wanted when that has gone
+        return next((job_id for job_id in reversed(self._wanted) if job_id not in self._discarded), None)
 
-        The caller has it: its report, its pidfd, its end. Raises PjwError; nothing was made then.
+    def take(
+        self, job_id: int, limits: Limits, uid: int, share: Share, then: Callable[[Init | PjwError], None]
+    ) -> None:
+        """Give *then* the init for a job, made now if none waits; guess from it what will be wanted next.
+
+        Later, where a wrong guess is in its way and has to go first. Who is called has the init: its report,
+        its pidfd, its end. An error: nothing was made.
         """
-        self._empty_if_stale()
+        limits = _of_cgroup(limits)
+        try:
+            self._empty_if_stale()
+            if self._hierarchy.share_of(uid) != share:
+                self.set_share(uid, share)
+        except ConfigError as error:
+            then(KernelError("show the host's file systems to", f"job {job_id}", 0, hint=str(error)))
+            return
+        except KernelError as error:
+            then(error)
+            return
         init = self._waiting.pop(job_id, None)
-        if init is not None and (init.limits != _of_cgroup(limits) or self._is_dead(init)):
+        if init is not None and ((init.uid, init.limits) != (uid, limits) or self._is_dead(init)):
             self.discard(init)
             init = None
-        if init is None:
-            init = self._make(job_id, _of_cgroup(limits))
-        self._guess(job_id, init.limits)
-        return init
+        if init is not None:
+            self._guess(init, share)
+            then(init)
+            return
+
+        def make() -> None:
+            # a reload may have given its client another meanwhile
+            share_now = self._hierarchy.share_of(uid) or share
+            try:
+                made = self._make(job_id, limits, uid, share_now)
+            except PjwError as error:
+                then(error)
+                return
+            self._guess(made, share_now)
+            then(made)
+
+        self._departures.wait_for(job_id, Waiter(make, then))
+
+    def set_share(self, uid: int, share: Share) -> list[str]:
+        """Give a client that has jobs another share; in words, what could not be set. Raises KernelError."""
+        # a quota of processor time that was guessed would keep its client's above it, on v1
+        for job_id in [init.job_id for init in self._waiting.values() if init.uid == uid]:
+            self.discard(self._waiting.pop(job_id))
+        if uid == self._uid:
+            self._share = share
+        return self._hierarchy.set_share(uid, share)
 
     def _is_dead(self, init: Init) -> bool:
         return init.pidfd >= 0 and has_ended(init.pidfd)
 
-    def _guess(self, job_id: int, limits: Limits) -> None:
+    def _guess(self, init: Init, share: Share) -> None:
+        job_id = init.job_id
         # Starts overtake each other, but not by much: what is far behind will not be asked for.
         for behind in [waiting for waiting in self._waiting if waiting < job_id - self._size]:
             self.discard(self._waiting.pop(behind))
-        self._limits = limits
+        self._uid, self._share, self._limits = init.uid, share, init.limits
         ahead = range(job_id + 1, min(job_id + self._size, JOB_ID_MAX) + 1)
         self._wanted = [number for number in reversed(ahead) if number not in self._waiting]
 
     def fill(self) -> None:
         """Make the next one that is wanted."""
-        job_id = self._wanted.pop()
+        if (job_id := self._next_wanted()) is None:
+            return
+        self._wanted.remove(job_id)
         try:
-            init = self._make(job_id, self._limits)
+            init = self._make(job_id, self._limits, self._uid, self._share)
         except PjwError:
             # Its start has overtaken the last one and was there first; or whoever starts it is told why it
             # cannot be made, if that is still so then.
             return
         self._waiting[job_id] = init
         self._watcher.watch(init.report, lambda: self._on_report(init))
+        if not self._is_renewing:
+            self._is_renewing = True
+            self._watcher.call_after(self._oldest_seconds, self._renew)
+
+    def _renew(self) -> None:
+        """Have others made for those that are too old; look again when the next one will be."""
+        self._is_renewing = False
+        too_old = time.monotonic() - self._oldest_seconds
+        for init in [init for init in self._waiting.values() if init.made_at <= too_old]:
+            self.discard(self._waiting.pop(init.job_id))
+            self._wanted.append(init.job_id)
+        self._wanted.sort(reverse=True)
+        if self._waiting:
+            self._is_renewing = True
+            oldest = min(init.made_at for init in self._waiting.values())
+            self._watcher.call_after(oldest - too_old, self._renew)
 
     def _on_report(self, init: Init) -> None:
         match read_report(init.report):
@@ -103,46 +198,89 @@ class Pool:
                 # It could not be made, or somebody has killed it.
                 self.discard(self._waiting.pop(init.job_id))
 
-    def _make(self, job_id: int, limits: Limits) -> Init:
+    def _make(self, job_id: int, limits: Limits, uid: int, share: Share) -> Init:
+        if not self._open:
+            raise JobStateError(f"cannot launch job {job_id}: the launcher ends")
         scratch = self._scratch.create(job_id)
         try:
-            cgroup = self._hierarchy.create(job_id, limits)
+            cgroup = self._hierarchy.create(job_id, limits, uid, share)
         except PjwError:
             self._scratch.remove_if_empty(job_id)
             raise
         try:
-            pid, report = spawn_init(job_id, self._policy, cgroup, scratch)
+            made_at = time.monotonic()
+            pid, report = spawn_init(job_id, self._policy, self._places, cgroup, scratch)
         except (OSError, PjwError) as error:
-            cgroup.remove()
-            self._scratch.remove_if_empty(job_id)
+            self._begin_departure(job_id, cgroup)
+            self._departures.go_on(job_id)
             if isinstance(error, OSError):
                 raise KernelError("spawn init of", f"job {job_id}", error.errno or 0) from error
             raise
         self._watcher.reap_helper(pid)
-        return Init(job_id, limits, cgroup, report)
+        return Init(job_id, uid, limits, cgroup, report, made_at)
 
-    def discard(self, init: Init) -> None:
-        """End an init that got no job, or failed to start it, and remove what was made for it."""
+    def discard(
+        self,
+        init: Init,
+        then: Callable[[], object] = lambda: None,
+        late_seconds: float = GUESS_LATE_SECONDS,
+    ) -> None:
+        """End an init that got no job, or failed to start it, remove what was made for it, and call *then*.
+
+        That may take its time: `Departures.wait_for` tells when it is over, or takes longer than that.
+        """
         self._watcher.unwatch(init.report)
+        self._begin_departure(init.job_id, init.cgroup, then, late_seconds)
         if init.pidfd < 0:
-            init.pidfd = self._pidfd_of(init.report)
-        init.report.close()
-        if init.pidfd >= 0:
-            end(init.pidfd)
-        try:
-            init.cgroup.remove()
-        finally:
-            self._scratch.remove_if_empty(init.job_id)
+            # its first report comes within a millisecond: what nobody can name, nobody can end
+            self._watcher.watch(init.report, lambda: self._on_named(init))
+        else:
+            init.report.close()
+            self._departures.end_init(init.job_id, init.pidfd)
 
-    @staticmethod
-    def _pidfd_of(report: socket.socket) -> int:
-        """Wait for the first report, a matter of a millisecond: what nobody can name, nobody can end."""
-        wait_for(report.fileno())
-        first = read_report(report)
-        return first.pidfd if isinstance(first, Cloned) else -1
+    def _begin_departure(
+        self,
+        job_id: int,
+        cgroup: Cgroup,
+        then: Callable[[], object] = lambda: None,
+        late_seconds: float = GUESS_LATE_SECONDS,
+    ) -> None:
+        def on_gone() -> None:
+            self._discarded.discard(job_id)
+            self._scratch.remove_if_empty(job_id)
+            then()
+
+        self._discarded.add(job_id)
+        # Half a cgroup, or a disk that was taken away, keeps nobody from the kill.
+        with suppress(KernelError):
+            cgroup.lift_throttles()
+        self._departures.begin(job_id, cgroup, on_gone, late_seconds)
+
+    def _on_named(self, init: Init) -> None:
+        self._watcher.unwatch(init.report)
+        first = read_report(init.report)
+        init.report.close()
+        if isinstance(first, Cloned):
+            self._departures.end_init(init.job_id, first.pidfd)
+        else:
+            self._departures.go_on(init.job_id)
+
+    def _on_mounts(self) -> None:
+        # the next start reports what is wrong with the mounts, or why they cannot be read
+        with suppress(ConfigError, KernelError):
+            self._empty_if_stale()
 
     def _empty_if_stale(self) -> None:
-        if self._mounts.have_changed():
+        """Discard all waiting inits when jobs are to see other file systems.
+
+        Raises ConfigError for a path that jobs cannot be shown, KernelError when the mounts cannot be read.
+        """
+        if not self._are_stale and not self._mounts.have_changed():
+            return
+        former, self._are_stale = self._places, True
+        self._places = self._look()
+        self._are_stale = False
+        if self._places != former:
             self.empty()
 
     def empty(self) -> None:
@@ -152,8 +290,10 @@ class Pool:
             self.discard(self._waiting.popitem()[1])
 
     def close(self) -> None:
-        """Leave nothing."""
+        """Leave nothing behind, except what does not end."""
+        self._open = False
         self.empty()
+        self._departures.settle()
         self._mounts.close()
 
 
@@ -164,8 +304,8 @@ class _HostMounts:
         # Each descriptor is told of a change once. One is asked, at a start that may follow a mount at once;
         # the other wakes us, lest a disk that was unmounted stays busy until the next start. It is always
         # readable, so only what an epoll(7) of its own says of it can be waited for.
-        self._asked: Final = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
-        self._waking: Final = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
+        self._asked: Final = os.open(MOUNTINFO, os.O_RDONLY | os.O_CLOEXEC)
+        self._waking: Final = os.open(MOUNTINFO, os.O_RDONLY | os.O_CLOEXEC)
         self._changes: Final = select.epoll()
         self._changes.register(self._waking, select.EPOLLPRI)
         self._on_change: Final = on_change

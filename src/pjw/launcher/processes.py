@@ -1,13 +1,19 @@
-"""Processes by their pidfds: finding them, whether they have ended, waiting for that, and collecting them."""
+"""Processes by their pidfds: finding them, whether they have ended, how they are, and collecting them."""
 
 import contextlib
+import heapq
+import itertools
 import os
 import select
 import selectors
 import signal
 import socket
-from collections.abc import Callable, Collection
+import time
+from collections.abc import Callable, Collection, Iterator
 from typing import Final
+
+# What has init send signal N to its job is this signal and N (init/init.h, SIGNAL_FIRST).
+INIT_SIGNAL_FIRST: Final = 33
 
 
 def has_ended(pidfd: int) -> bool:
@@ -15,34 +21,18 @@ def has_ended(pidfd: int) -> bool:
     return is_ready(pidfd, select.POLLIN)
 
 
-def wait_for(pidfd: int) -> None:
-    """Wait until a process that is ending has ended."""
-    _poll(pidfd, select.POLLIN, None)
-
-
 def is_ready(descriptor: int, events: int) -> bool:
     """Tell whether one of the events of poll(2) is there, without waiting for it."""
-    return _poll(descriptor, events, 0)
-
-
-def _poll(descriptor: int, events: int, timeout: int | None) -> bool:
     # not select(2): that takes no descriptor above 1023, and each job is one
     poll = select.poll()
     poll.register(descriptor, events)
-    return bool(poll.poll(timeout))
+    return bool(poll.poll(0))
 
 
 def send_signal(pidfd: int, number: int) -> None:
     """Send a signal; to a process that has ended already, none."""
     with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(pidfd, number)
-
-
-def end(pidfd: int) -> None:
-    """Kill a child, collect it, and close its pidfd."""
-    send_signal(pidfd, signal.SIGKILL)
-    wait_for(pidfd)
-    collect(pidfd)
 
 
 def collect(pidfd: int) -> None:
@@ -53,17 +43,39 @@ def collect(pidfd: int) -> None:
 
 
 def find_init(pids: Callable[[], Collection[int]]) -> int | None:
-    """A pidfd of that one of *pids*, of now, that is PID 1 of its own namespace (proc(5), NSpid)."""
-    for pid in pids():
+    """A pidfd of the init of a job of which *pids* are the processes of now; None when it has ended.
+
+    It may be none of them: an init that was killed leaves its cgroup and then waits for the others
+    (zap_pid_ns_processes of the kernel), which takes as long as one of them is stuck.
+    """
+    members = pids()
+    for pid in itertools.chain(members, _parents(members)):
+        if not _is_init(pid):
+            continue
         try:
             pidfd = os.pidfd_open(pid)
         except ProcessLookupError:
             continue
-        if status_of(pid, b"NSpid")[-1:] == [b"1"] and pid in pids():
-            # Looked at again after the pidfd was there: it is still the process that we read of.
+        found = False
+        try:
+            # Looked at again now that the pidfd is there: it is still the process that we read of.
+            members = pids()
+            found = _is_init(pid) and (pid in members or pid in _parents(members))
+        finally:
+            if not found:
+                os.close(pidfd)
+        if found:
             return pidfd
-        os.close(pidfd)
     return None
+
+
+def _is_init(pid: int) -> bool:
+    """Whether it is PID 1 of a namespace that lies in ours (proc(5), NSpid)."""
+    return status_of(pid, b"NSpid")[1:] == [b"1"]
+
+
+def _parents(pids: Collection[int]) -> Iterator[int]:
+    return (int(word) for pid in pids for word in status_of(pid, b"PPid"))
 
 
 def status_of(pid: int | str, name: bytes) -> list[bytes]:
@@ -78,11 +90,35 @@ def status_of(pid: int | str, name: bytes) -> list[bytes]:
     return []
 
 
+class Timer:
+    """A call to come, unless it is cancelled."""
+
+    def __init__(self, callback: Callable[[], None]) -> None:
+        self._callback: Callable[[], None] | None = callback
+
+    def cancel(self) -> None:
+        """Never call it."""
+        self._callback = None
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether it is not to be called any more."""
+        return self._callback is None
+
+    def fire(self) -> None:
+        """Call it now."""
+        if self._callback is not None:
+            self._callback()
+
+
 class Watcher:
     """What the launcher's one thread waits for, and who is called then."""
 
     def __init__(self) -> None:
         self._selector: Final = selectors.DefaultSelector()
+        # by when they are due; the number is for those that are due at the same moment
+        self._timers: Final[list[tuple[float, int, Timer]]] = []
+        self._numbers: Final = itertools.count()
 
     def close(self) -> None:
         """Watch nothing any more."""
@@ -97,6 +133,12 @@ class Watcher:
         with contextlib.suppress(KeyError):
             self._selector.unregister(source)
 
+    def call_after(self, seconds: float, callback: Callable[[], None]) -> Timer:
+        """Call *callback* once, so much later."""
+        timer = Timer(callback)
+        heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._numbers), timer))
+        return timer
+
     def reap_helper(self, pid: int, then: Callable[[], None] = lambda: None) -> None:
         """Collect a child of which there is no pidfd yet, when it has ended, and go on with *then*."""
         # safe against reuse of the pid: a child keeps its pid until we reap it
@@ -109,12 +151,24 @@ class Watcher:
 
         self.watch(pidfd, on_end)
 
-    def run_once(self, *, wait: bool) -> bool:
-        """Call all who are due; without *wait* only those who are due now. Whether there was one."""
-        ready = self._selector.select(None if wait else 0)
+    def run_once(self, seconds: float | None = None) -> bool:
+        """Call all who are due, within so many seconds or whenever one is. Whether a descriptor was."""
+        ready = self._selector.select(self._timeout(seconds))
         for key, _ in ready:
             # What one of them does may end the watch of another: a request takes an init whose report
             # is due as well.
             if self._selector.get_map().get(key.fd) == key:
                 key.data()
+        # What a descriptor says goes first: a deadline that has passed because we were held up is no news.
+        now = time.monotonic()
+        while self._timers and self._timers[0][0] <= now:
+            heapq.heappop(self._timers)[2].fire()
         return bool(ready)
+
+    def _timeout(self, seconds: float | None) -> float | None:
+        while self._timers and self._timers[0][2].cancelled:
+            heapq.heappop(self._timers)
+        if not self._timers:
+            return seconds
+        left = max(0.0, self._timers[0][0] - time.monotonic())
+        return left if seconds is None else min(left, seconds)

@@ -8,10 +8,10 @@ framing to get wrong. docs/launcher-protocol.md says which message carries which
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, get_args
 
 from pjw.errors import InvalidJobError, ProtocolError
-from pjw.model import Limits, Usage
+from pjw.model import DEFAULT_SHARE, NO_SUMS, GroupUse, Limits, Share, Sums, Usage
 
 MAX_DATAGRAM_BYTES: Final = 65_536
 MAX_DESCRIPTORS: Final = 7
@@ -27,12 +27,23 @@ class Hello:
 
     op: ClassVar = "hello"
     state_dir: str
+    # 0: that of the state directory
     uid_first: int
     uid_count: int
     ceiling: Limits
+    floor: Limits
     waiting_inits: int
     hidden_paths: tuple[str, ...]
+    visible_paths: tuple[str, ...]
     operator_files: tuple[str, ...]
+    sums: Sums = NO_SUMS
+    # where scratch directories are made; empty: in the state directory
+    scratch_dir: str = ""
+    # what a job may have there, by a project quota; 0 is no limit
+    scratch_bytes_max: int = 0
+    scratch_inodes_max: int = 0
+    # from SIGTERM to SIGKILL when another than the launcher, such as a shutdown, tells an init to end its job
+    grace_seconds: int = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +56,7 @@ class Launch:
     limits: Limits
     split_stderr: bool = False
     input: bool = False
+    share: Share = DEFAULT_SHARE
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -88,6 +100,14 @@ class Kill:
 
 
 @dataclass(frozen=True, slots=True)
+class Remains:
+    """Ask which processes of a killed job are still there."""
+
+    op: ClassVar = "remains"
+    job_id: int
+
+
+@dataclass(frozen=True, slots=True)
 class Measure:
     """What jobs that run use at this moment; at most MAX_MEASURED of them."""
 
@@ -112,6 +132,38 @@ class Remove:
 
 
 @dataclass(frozen=True, slots=True)
+class Departed:
+    """Wait, however long, until nothing is left of a launch that was refused with `Refused.left`."""
+
+    op: ClassVar = "departed"
+    job_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class SetShare:
+    """Give a client another share. Does nothing for one without jobs: its next launch brings the share."""
+
+    op: ClassVar = "set_share"
+    uid: int
+    share: Share
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureClient:
+    """What the jobs of a client use together at this moment."""
+
+    op: ClassVar = "measure_client"
+    uid: int
+
+
+@dataclass(frozen=True, slots=True)
+class ScratchUse:
+    """Count what each job has in its scratch directory; the answer is `Opened`, with a pipe that gives it."""
+
+    op: ClassVar = "scratch_use"
+
+
+@dataclass(frozen=True, slots=True)
 class OpenFile:
     """The operator's file at a place of `Hello.operator_files`, as it is now."""
 
@@ -128,11 +180,18 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The launcher serves. `no_disk` is why it can set no limit of disk IO; empty when it can."""
+    """The launcher serves. `no_disk` is why it can set no limit of disk IO; empty when it can.
+
+    `uid_first`: the first user id of jobs. `not_set`: what was wanted and cannot be had (sums, a claim on the
+    user ids), in words.
+    Descriptor: the directory of scratch directories, for fstatvfs(3) and nothing else (O_PATH).
+    """
 
     op: ClassVar = "ready"
     no_disk: str
     hint: str
+    uid_first: int
+    not_set: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,8 +250,36 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True)
+class Remaining:
+    """The processes of a job and what each waits in, as words; empty when it has none.
+
+    `killed`: whether it has others than its init, and all of them have their SIGKILL, so init did its part.
+    """
+
+    op: ClassVar = "remaining"
+    words: str
+    killed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ShareSet:
+    """The share is set, except the sums in `not_set`, in words."""
+
+    op: ClassVar = "share_set"
+    not_set: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ClientMeasured:
+    """What the jobs of a client use: nothing where it has none."""
+
+    op: ClassVar = "client_measured"
+    use: GroupUse
+
+
+@dataclass(frozen=True, slots=True)
 class Opened:
-    """Descriptor: the file that was asked for, for reading."""
+    """Descriptor: the file, or the pipe, that was asked for, for reading."""
 
     op: ClassVar = "opened"
 
@@ -201,7 +288,9 @@ class Opened:
 class Refused:
     """It was not done. `errno` is 0 when there is none.
 
-    `kind`: exec, workdir (it cannot be entered), kernel, invalid, state or config.
+    `kind`: exec, workdir (it cannot be entered), setup (another step of init), late (the command was not
+    executed in time: `operation` says in which), kernel, invalid, state or config.
+    `left`: a part of the launch does not end; `Departed` is answered when it has ended.
     """
 
     op: ClassVar = "refused"
@@ -210,17 +299,43 @@ class Refused:
     subject: str
     errno: int
     hint: str
+    left: bool = False
 
 
-Request = Hello | Launch | Adopt | JobIds | Terminate | Kill | Measure | Account | Remove | OpenFile
-Reply = Done | Ready | Launched | Adopted | JobIdPage | Measured | Accounted | Opened | Refused
+Request = (
+    Hello
+    | Launch
+    | Adopt
+    | JobIds
+    | Terminate
+    | Kill
+    | Remains
+    | Measure
+    | Account
+    | Remove
+    | Departed
+    | ScratchUse
+    | OpenFile
+    | SetShare
+    | MeasureClient
+)
+Reply = (
+    Done
+    | Ready
+    | Launched
+    | Adopted
+    | JobIdPage
+    | Remaining
+    | Measured
+    | Accounted
+    | Opened
+    | ShareSet
+    | ClientMeasured
+    | Refused
+)
 
-REQUESTS: Final[dict[str, type[Request]]] = {
-    c.op: c for c in (Hello, Launch, Adopt, JobIds, Terminate, Kill, Measure, Account, Remove, OpenFile)
-}
-REPLIES: Final[dict[str, type[Reply]]] = {
-    c.op: c for c in (Done, Ready, Launched, Adopted, JobIdPage, Measured, Accounted, Opened, Refused)
-}
+REQUESTS: Final[dict[str, type[Request]]] = {c.op: c for c in get_args(Request)}
+REPLIES: Final[dict[str, type[Reply]]] = {c.op: c for c in get_args(Reply)}
 
 
 def descriptors_of(request: Request) -> int:
@@ -245,7 +360,7 @@ _ENCODER: Final = json.JSONEncoder(separators=(",", ":"), default=_members)
 # the members of each class, and the type that each is declared with
 _TYPES: Final[dict[type, dict[str, Any]]] = {
     cls: {field.name: field.type for field in fields(cls)}
-    for cls in (*REQUESTS.values(), *REPLIES.values(), Limits, Usage, Measurement)
+    for cls in (*REQUESTS.values(), *REPLIES.values(), Limits, Usage, Measurement, Share, Sums, GroupUse)
 }
 
 
@@ -332,4 +447,7 @@ _READERS: Final[dict[Any, Callable[[object], Any]]] = {
     tuple[Measurement, ...]: _items(lambda value: _value(Measurement, value), MAX_MEASURED),
     Limits: lambda value: _value(Limits, value),
     Usage: lambda value: _value(Usage, value),
+    Share: lambda value: _value(Share, value),
+    Sums: lambda value: _value(Sums, value),
+    GroupUse: lambda value: _value(GroupUse, value),
 }

@@ -1,25 +1,65 @@
 """Scratch directories: one for each running job, in a directory that only root may write.
 
-So a hostile server cannot put a link where the launcher is about to make a directory.
+So a hostile server cannot put a link where the launcher is about to make a directory. That directory is the
+state directory's own, or one for this state directory where the operator has named another place: several
+pjwd may be given the same place.
 """
 
 import os
-from typing import Final
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
 
-from pjw.errors import KernelError
-from pjw.launcher.cgroup.files import job_ids_in
+from pjw.errors import ConfigError, KernelError
+from pjw.launcher.cgroup.files import job_ids_in, read_mounts
+from pjw.launcher.durable import replace_file
+from pjw.launcher.policy import instance_name
+from pjw.launcher.rooted import require_root_s
 
+if TYPE_CHECKING:
+    from pjw.launcher.project_quota import ProjectQuotas
+
+QUOTA_HINT: Final = (
+    "mount it with prjquota (ext4: mkfs.ext4 -O project,quota), or set scratch.bytes_max and"
+    " scratch.inodes_max to 0"
+)
 # a job reaches its own directory by a bind mount, not by way of this one
 _PARENT_MODE: Final = 0o700
 RM_PROGRAM: Final = "/bin/rm"
+# A removal must leave processors and disks to others. But it must also end while they are busy, since it
+# makes room. The IO priority follows: "io_nice = (cpu_nice + 20) / 5" (ioprio_set(2)).
+_REMOVAL_NICE: Final = 10
+
+
+def scratch_place(state_dir: str, scratch_dir: str) -> str:
+    """Where the scratch directories of a pjw are made."""
+    if scratch_dir:
+        return os.path.join(scratch_dir, instance_name(state_dir))
+    return os.path.join(state_dir, "scratch")
+
+
+def find_quotas(descriptor: int, instance: str) -> "ProjectQuotas | None":
+    """The project quotas of the file system of a descriptor; None when it has none."""
+    device = os.fstat(descriptor).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    if not any(mount.device == number and "prjquota" in mount.super_options for mount in read_mounts()):
+        return None
+    from pjw.launcher.project_quota import ProjectQuotas
+
+    return ProjectQuotas.find(descriptor, instance)
 
 
 class Scratch:
     """The directory of all scratch directories of one pjw."""
 
-    def __init__(self, state_dir: str) -> None:
-        """Make the directory if need be. Raises KernelError."""
-        self._path: Final = os.path.join(state_dir, "scratch")
+    def __init__(
+        self, state_dir: str, scratch_dir: str = "", bytes_max: int = 0, inodes_max: int = 0
+    ) -> None:
+        """Make the directory if need be.
+
+        Raises KernelError, and ConfigError for one that is not root's, and for limits of what a job may have
+        where the file system has no project quotas.
+        """
+        self._path: Final = scratch_place(state_dir, scratch_dir)
         try:
             os.makedirs(self._path, _PARENT_MODE, exist_ok=True)
             status = os.lstat(self._path)
@@ -32,22 +72,55 @@ class Scratch:
                 0,
                 hint="it must belong to root, and only root may write it",
             )
+        if scratch_dir:
+            require_root_s(scratch_dir, "scratch directory", "configure another scratch_dir")
+        self.places: Final = _remember(os.path.join(state_dir, "scratch-dirs"), self._path, state_dir)
+
+        # good for asking how full the file system is, and for nothing else
+        self.descriptor: Final = os.open(self._path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._quotas: Final = find_quotas(self.descriptor, instance_name(state_dir))
+        self._max: Final = (bytes_max, inodes_max)
+        if any(self._max) and self._quotas is None:
+            os.close(self.descriptor)
+            raise ConfigError(
+                f"cannot limit scratch directories: the file system of {self._path} has no project quotas",
+                hint=QUOTA_HINT,
+            )
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        os.close(self.descriptor)
+
+    @property
+    def directory(self) -> str:
+        """Where directories are made."""
+        return self._path
 
     def path(self, job_id: int) -> str:
-        """Where the scratch directory of a job is."""
+        """Where the scratch directory of a job is, or would be made."""
+        for place in self.places:
+            path = os.path.join(place, str(job_id))
+            if os.path.lexists(path):
+                return path
         return os.path.join(self._path, str(job_id))
 
     def job_ids(self) -> set[int]:
         """The jobs that have a directory; other names there are not ours. Raises KernelError."""
-        return job_ids_in(self._path, prefix="")
+        return set().union(*(job_ids_in(place, prefix="") for place in self.places))
 
     def create(self, job_id: int) -> str:
         """Make the directory of a job, still root's. Raises KernelError."""
-        path = self.path(job_id)
+        path = os.path.join(self._path, str(job_id))
         try:
             os.mkdir(path, 0o700)
         except OSError as error:
             raise KernelError("make the scratch directory", path, error.errno or 0) from error
+        if self._quotas is not None:
+            try:
+                self._quotas.begin(job_id, path, *self._max)
+            except KernelError:
+                os.rmdir(path)
+                raise
         return path
 
     def give_to(self, job_id: int, uid: int) -> None:
@@ -60,13 +133,25 @@ class Scratch:
 
     def remove_if_empty(self, job_id: int) -> bool:
         """Remove the directory unless something is in it: then false."""
+        path = self.path(job_id)
         try:
-            os.rmdir(self.path(job_id))
+            os.rmdir(path)
         except FileNotFoundError:
-            return True
+            pass  # by rm, or by whoever was here before us
         except OSError:
             return False
+        if self._quotas is not None and os.path.dirname(path) == self._path:
+            # A limit of nothing is no harm: the next job with this project has its own set.
+            with suppress(KernelError):
+                self._quotas.forget(job_id)
         return True
+
+    def owner(self, job_id: int) -> int:
+        """The user that the directory of a job belongs to; root where there is none (any more)."""
+        try:
+            return os.lstat(self.path(job_id)).st_uid
+        except OSError:
+            return 0
 
     def spawn_removal(self, job_id: int) -> int:
         """Begin to remove all of a job's directory; give the pid of the process that does.
@@ -76,4 +161,30 @@ class Scratch:
         --one-file-system, enters no mount.
         """
         argv = ["rm", "-rf", "--one-file-system", "--", self.path(job_id)]
-        return os.posix_spawn(RM_PROGRAM, argv, {})
+        pid = os.posix_spawn(RM_PROGRAM, argv, {})
+        # it may be done already
+        with suppress(ProcessLookupError):
+            os.setpriority(os.PRIO_PROCESS, pid, _REMOVAL_NICE)
+        return pid
+
+
+def _remember(file: str, here: str, state_dir: str) -> tuple[str, ...]:
+    """All places where jobs may have their directories: *here*, and those of before that are not empty.
+
+    *file* has them too, each ended by NUL. Raises KernelError.
+    """
+    try:
+        # without that file no other place was ever configured
+        former = [scratch_place(state_dir, "")]
+        with suppress(FileNotFoundError), open(file, "rb") as known:
+            former = [os.fsdecode(path) for path in known.read().split(b"\0") if path]
+        places = (here, *(place for place in former if place != here and _has_jobs(place)))
+        if list(places) != former:
+            replace_file(file, b"".join(os.fsencode(place) + b"\0" for place in places))
+    except OSError as error:
+        raise KernelError("remember the scratch directories in", file, error.errno or 0) from error
+    return places
+
+
+def _has_jobs(place: str) -> bool:
+    return os.path.isdir(place) and bool(job_ids_in(place, prefix=""))

@@ -1,14 +1,14 @@
 """Spawns pjw-init, tells it what to start, and listens to its report.
 
 The report is a few short datagrams in words: `cloned` with a pidfd of init, then
-`execed NANOSECONDS` or `failed STEP ERRNO`. After `execed`, or at its end, the socket closes.
+`execed NANOSECONDS` or `failed STEP ERRNO WORDS`. After `execed`, or at its end, the socket closes.
 The other way goes one datagram: the order, in the words of init's own options.
 """
 
 import array
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -17,9 +17,10 @@ from pjw.errors import ProtocolError
 from pjw.launcher.cgroup import Cgroup
 from pjw.launcher.policy import JOB_ENVIRONMENT, Policy
 from pjw.launcher.protocol import Launch
+from pjw.launcher.visible import Place
 
 INIT_PROGRAM: Final = str(Path(__file__).with_name("pjw-init"))
-_REPORT_MAX_BYTES: Final = 256
+_REPORT_MAX_BYTES: Final = 512  # as in init/report.c
 # 68 years, the most that init takes: a job with a longer limit has that one
 _TIME_MAX_SECONDS: Final = 2**31 - 1
 
@@ -40,18 +41,19 @@ class Execed:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A step before exec failed, by its name in init/init.h; "" when init vanished without a word."""
+    """A step before exec failed, by its name in init/init.h; "" when init vanished without a word.
+
+    `operation` is what could not be done, as it follows "cannot" and precedes the job; a path may be in it.
+    """
 
     step: str
     errno: int
-
-    @property
-    def operation(self) -> str:
-        """What could not be done, as it follows "cannot"."""
-        return f"do the step {self.step!r} of" if self.step else "hear from the init of"
+    operation: str
 
 
-def spawn_init(job_id: int, policy: Policy, cgroup: Cgroup, scratch: str) -> tuple[int, socket.socket]:
+def spawn_init(
+    job_id: int, policy: Policy, places: Sequence[Place], cgroup: Cgroup, scratch: str
+) -> tuple[int, socket.socket]:
     """Spawn an init that waits for its order; give its first stage's pid and the socket that it reports to.
 
     Raises OSError. posix_spawn(3) and not fork: a fork copies the interpreter's page tables,
@@ -67,6 +69,8 @@ def spawn_init(job_id: int, policy: Policy, cgroup: Cgroup, scratch: str) -> tup
                     *("--report-fd", str(theirs.fileno()), "--wait"),
                     *cgroup_options,
                     *("--hostname", f"job-{job_id}", "--scratch", scratch),
+                    *("--grace", str(policy.grace_seconds)),
+                    *place_words(places),
                     *(word for path in policy.hidden_paths for word in ("--hide", path)),
                 ],
                 {**JOB_ENVIRONMENT, "PJW_JOB_ID": str(job_id)},
@@ -79,6 +83,13 @@ def spawn_init(job_id: int, policy: Policy, cgroup: Cgroup, scratch: str) -> tup
         raise
     ours.setblocking(False)
     return pid, ours
+
+
+def place_words(places: Sequence[Place]) -> Iterator[str]:
+    """What init is told of places."""
+    for place in places:
+        yield f"--{place.view}"
+        yield place.path
 
 
 def send_order(report: socket.socket, request: Launch, descriptors: Sequence[int]) -> None:
@@ -108,15 +119,17 @@ def read_report(report: socket.socket) -> Cloned | Execed | Failed:
     for level, kind, payload in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(payload)
-    match data.split(), list(fds):
+    match data.split(b" ", 3), list(fds):
         case [b"cloned"], [pidfd]:
             return Cloned(pidfd)
         case [b"execed", ns], [] if ns.isdigit():
             return Execed(int(ns))
-        case [b"failed", step, error], [] if error.isdigit():
-            return Failed(step.decode("ascii", "replace"), int(error))
-        case [], []:
-            return Failed("", 0)
+        case [b"failed", step, error, words], [] if error.isdigit():
+            # a path is any bytes, and may have been cut in the middle of a character
+            operation = words.decode(errors="backslashreplace")
+            return Failed(step.decode("ascii", "replace"), int(error), f"{operation} for")
+        case [b""], []:
+            return Failed("", 0, "hear from the init of")
     for fd in fds:
         os.close(fd)
     raise ProtocolError(f"init sent an unknown report (flags {flags:#x})")

@@ -4,6 +4,15 @@ from pjw.output.follower import follow
 from pjw.output.inotify import Inotify
 from pjw.output.log import Head, OutputLog, no_head
 from pjw.output.tail import start_of_tail
-from pjw.output.times import follow_with_times
+from pjw.output.times import follow_with_times, start_of_time
 
-__all__ = ["Head", "Inotify", "OutputLog", "follow", "follow_with_times", "no_head", "start_of_tail"]
+__all__ = [
+    "Head",
+    "Inotify",
+    "OutputLog",
+    "follow",
+    "follow_with_times",
+    "no_head",
+    "start_of_tail",
+    "start_of_time",
+]

@@ -32,7 +32,7 @@ async def follow(
         # a job may write faster than anybody reads
         end = size if present_only else sys.maxsize
         if not 0 <= offset <= size:
-            raise OffsetError(f"cannot read output from byte {offset}: it has {size} bytes")
+            raise OffsetError(f"cannot read output from byte {offset}: it has {size} bytes", size=size)
         chunk_bytes = CHUNK_BYTES_MIN
         while True:
             # Look at `ended`, and clear the event, before the read. The job may write its

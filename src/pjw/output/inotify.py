@@ -10,7 +10,8 @@ from typing import Final
 
 from pjw.errors import KernelError
 
-_IN_MODIFY: Final = 0x2
+IN_MODIFY: Final = 0x2
+IN_ATTRIB: Final = 0x4
 _IN_Q_OVERFLOW: Final = 0x4000
 _EVENT: Final = struct.Struct("iIII")  # wd, mask, cookie, length of the name behind it
 _READ_BYTES: Final = 65_536
@@ -19,23 +20,24 @@ _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 
 class Inotify:
-    """One inotify instance for a whole process, read by the running event loop."""
+    """One inotify instance for one kind of change, read by the running event loop."""
 
-    def __init__(self) -> None:
-        """Raises KernelError, for example when the user has too many instances already."""
+    def __init__(self, kind: int = IN_MODIFY) -> None:
+        """*kind* is a mask of inotify(7). Raises KernelError, as when the user has too many instances."""
         self._fd: Final = self._call(
             "make", "an inotify instance", "inotify_init1", os.O_NONBLOCK | os.O_CLOEXEC
         )
+        self._kind: Final = kind
         self._callbacks: Final[dict[int, Callable[[], None]]] = {}
         self._loop: Final = asyncio.get_running_loop()
         self._loop.add_reader(self._fd, self._on_readable)
 
     def watch(self, path: str, callback: Callable[[], None]) -> int:
-        """Call *callback* after writes to *path*; give what `unwatch` takes. Raises KernelError.
+        """Call *callback* after changes of *path*; give what `unwatch` takes. Raises KernelError.
 
         One file is watched once: a second watch would replace the first one's callback.
         """
-        watch = self._call("watch", path, "inotify_add_watch", self._fd, os.fsencode(path), _IN_MODIFY)
+        watch = self._call("watch", path, "inotify_add_watch", self._fd, os.fsencode(path), self._kind)
         self._callbacks[watch] = callback
         return watch
 

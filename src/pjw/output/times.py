@@ -3,7 +3,7 @@
 import os
 import struct
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Final
 
@@ -35,6 +35,17 @@ async def follow_with_times(
                 for data, ns in await times.cut(chunk, offset):
                     yield data, time.time_ns() if ns is None and not ended else ns
                 offset += len(chunk)
+
+
+async def start_of_time(log: OutputLog, ns: int) -> int | None:
+    """The offset of the first byte that was written at *ns* or later, in nanoseconds since 1970.
+
+    Output that has no record yet counts as written now. None when nobody recorded the times.
+    """
+    with log.open() as output, log.open_times() as descriptor:
+        if not os.fstat(output).st_size:
+            return 0
+        return None if descriptor is None else await _Times(descriptor).first_since(ns)
 
 
 class _Times:
@@ -75,13 +86,23 @@ class _Times:
             if not self._records:
                 return None
 
+    async def first_since(self, ns: int) -> int:
+        """The offset where output of *ns* or later begins: the end of the record before it."""
+        number = await self._first(lambda record: record[0] >= ns)
+        before = await self._read(number - 1, 1) if number else []
+        return before[0][1] if before else 0
+
     async def _first_behind(self, offset: int) -> int:
-        """The number of the first record of what is behind *offset*, by bisection."""
+        """The number of the first record of the bytes after *offset*."""
+        return await self._first(lambda record: record[1] > offset) if offset else 0
+
+    async def _first(self, fits: Callable[[tuple[int, int]], bool]) -> int:
+        """The number of the first record that fits, by bisection; every record after it must fit too."""
         low, high = 0, os.fstat(self._descriptor).st_size // _RECORD.size
-        while offset and low < high:
+        while low < high:
             middle = (low + high) // 2
             record = await self._read(middle, 1)
-            if record and record[0][1] > offset:
+            if record and fits(record[0]):
                 high = middle
             else:
                 low = middle + 1

@@ -7,7 +7,20 @@ from typing import Final
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from pjw.errors import InvalidJobError
-from pjw.model import EndReason, ExitStatus, Job, JobSpec, JobState, Limits, Usage, UsageSample
+from pjw.model import (
+    ClientQuota,
+    EndReason,
+    ExitStatus,
+    GroupUse,
+    Job,
+    JobSpec,
+    JobState,
+    Limits,
+    Sums,
+    Usage,
+    UsageSample,
+    limit_numbers,
+)
 from pjw.v1 import job_worker_pb2 as pb
 
 _STATES: Final = {state: pb.JobState.Value(f"JOB_STATE_{state.name}") for state in JobState}
@@ -25,8 +38,8 @@ def job_to_message(job: Job) -> pb.Job:
         id=job.id,
         client_name=job.client_name,
         command=job.command,
-        start=_timestamp(job.start),
-        end=_timestamp(job.end) if job.end else None,
+        start=timestamp(job.start),
+        end=timestamp(job.end) if job.end else None,
         exit_code=status.code if status else None,
         state=_STATES[job.state],
         reason=_REASONS[job.reason] if job.reason else pb.END_REASON_UNSPECIFIED,
@@ -38,6 +51,7 @@ def job_to_message(job: Job) -> pb.Job:
         labels=job.labels,
         split_stderr=job.split_stderr,
         input=job.input,
+        detail=job.detail,
     )
 
 
@@ -55,7 +69,7 @@ def job_from_message(message: pb.Job) -> Job:
         limits=Limits(**limits_from_message(message.limits)),
         start=message.start.ToDatetime(UTC),
         end=message.end.ToDatetime(UTC) if message.HasField("end") else None,
-        exit_status=None if code is None and signal is None else ExitStatus(code, signal),
+        exit_status=ExitStatus.of(code, signal),
         reason=_REASONS_BACK.get(message.reason),
         usage=_usage_from_message(message.usage) if message.HasField("usage") else None,
         output_bytes=message.output_bytes if message.HasField("output_bytes") else None,
@@ -63,6 +77,7 @@ def job_from_message(message: pb.Job) -> Job:
         labels=dict(message.labels),
         split_stderr=message.split_stderr,
         input=message.input,
+        detail=message.detail,
     )
 
 
@@ -111,9 +126,10 @@ def states_from_message(numbers: "Iterable[pb.JobState.ValueType]") -> frozenset
         raise InvalidJobError(f"no state of a job has the number {unknown}") from None
 
 
-def _limits_to_message(limits: Mapping[str, int]) -> pb.Limits:
+def _limits_to_message(limits: Mapping[str, int | str]) -> pb.Limits:
+    numbers = limit_numbers(limits)
     try:
-        return pb.Limits(**limits)
+        return pb.Limits(**numbers)
     except (TypeError, ValueError) as error:
         # says which, in our words; a server may admit more than this client knows of, so not before
         Limits().with_overrides(limits)
@@ -127,7 +143,7 @@ def limits_from_message(message: pb.Limits) -> dict[str, int]:
 
 def timed_logs_response(data: bytes, time: datetime | None) -> pb.LogsResponse:
     """Output, and when it was written."""
-    return pb.LogsResponse(data=data, time=None if time is None else _timestamp(time))
+    return pb.LogsResponse(data=data, time=None if time is None else timestamp(time))
 
 
 def logs_response_head(count: int) -> bytes:
@@ -161,7 +177,7 @@ def _usage_to_message(usage: Usage) -> pb.Usage:
 def sample_to_message(sample: UsageSample) -> pb.UsageSample:
     """What a job had used at one moment, as it is sent."""
     return pb.UsageSample(
-        time=_timestamp(sample.time),
+        time=timestamp(sample.time),
         cpu_usage_usec=sample.cpu_usage_usec,
         memory_bytes=sample.memory_bytes,
         io_read_bytes=sample.io_read_bytes,
@@ -182,6 +198,45 @@ def sample_from_message(message: pb.UsageSample) -> UsageSample:
     )
 
 
+# what is the same in both, by name
+_QUOTA_NUMBERS: Final = (
+    "weight",
+    "total_weight",
+    "running",
+    "running_max",
+    "memory_promised_bytes",
+    "memory_promised_max_bytes",
+    "stored_bytes",
+    "stored_bytes_max",
+)
+
+
+def quota_to_message(quota: ClientQuota) -> pb.GetQuotaResponse:
+    """What a client may have and has, as it is sent."""
+    use = quota.use
+    return pb.GetQuotaResponse(
+        client_name=quota.client_name,
+        defaults=pb.Limits(**dict(quota.defaults.items())),
+        ceilings=pb.Limits(**dict(quota.ceilings.items())),
+        sums=pb.Sums(**dict(quota.sums.items())),
+        use=pb.GroupUse(memory_bytes=use.memory_bytes, pids=use.pids, cpu_usage_usec=use.cpu_usage_usec),
+        **{name: getattr(quota, name) for name in _QUOTA_NUMBERS},
+    )
+
+
+def quota_from_message(message: pb.GetQuotaResponse) -> ClientQuota:
+    """What a client may have and has, as it was sent."""
+    sums, use = message.sums, message.use
+    return ClientQuota(
+        client_name=message.client_name,
+        defaults=Limits(**limits_from_message(message.defaults)),
+        ceilings=Limits(**limits_from_message(message.ceilings)),
+        sums=Sums(sums.memory_max_bytes, sums.pids_max, sums.cpu_max_millicores),
+        use=GroupUse(use.memory_bytes, use.pids, use.cpu_usage_usec),
+        **{name: getattr(message, name) for name in _QUOTA_NUMBERS},
+    )
+
+
 def _usage_from_message(message: pb.Usage) -> Usage:
     return Usage(
         cpu_usage_usec=message.cpu_usage_usec,
@@ -192,7 +247,18 @@ def _usage_from_message(message: pb.Usage) -> Usage:
     )
 
 
-def _timestamp(time: datetime) -> Timestamp:
+def since_from_message(request: pb.LogsRequest) -> int | None:
+    """From when on output is asked for, in nanoseconds since 1970. Raises InvalidJobError."""
+    if not request.HasField("since"):
+        return None
+    try:
+        return request.since.ToNanoseconds()
+    except ValueError as error:
+        raise InvalidJobError(f"the time to begin at is none: {error}") from None
+
+
+def timestamp(time: datetime) -> Timestamp:
+    """A time in UTC as a message of protobuf."""
     message = Timestamp()
     message.FromDatetime(time)
     return message

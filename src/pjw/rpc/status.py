@@ -1,75 +1,121 @@
 """Errors to gRPC status and back: one table for both directions.
 
+A status has a code and a message. The trailing metadata `pjw-error` adds which error of pjw.errors it is, and
+its facts, so that no program must parse messages. A client that does not know this key, or does not get it,
+uses the code.
+
 gRPC itself never produces INVALID_ARGUMENT, NOT_FOUND, ALREADY_EXISTS, FAILED_PRECONDITION,
 OUT_OF_RANGE or DATA_LOSS: a client that sees one knows that we said it (grpc.io/docs/guides/status-codes).
 """
 
-from typing import Final
+import json
+from collections.abc import Mapping
+from typing import Final, NamedTuple
 
 import grpc
 
 from pjw import errors
 
-CODES: Final[dict[type[errors.PjwError], grpc.StatusCode]] = {
-    errors.InvalidJobError: grpc.StatusCode.INVALID_ARGUMENT,
-    errors.JobNotFoundError: grpc.StatusCode.NOT_FOUND,
-    errors.UnknownServiceError: grpc.StatusCode.NOT_FOUND,
-    errors.JobStateError: grpc.StatusCode.FAILED_PRECONDITION,
-    errors.NameTakenError: grpc.StatusCode.ALREADY_EXISTS,
-    errors.LaunchError: grpc.StatusCode.FAILED_PRECONDITION,
-    errors.WorkdirError: grpc.StatusCode.FAILED_PRECONDITION,
-    errors.OffsetError: grpc.StatusCode.OUT_OF_RANGE,
-    errors.OutputLostError: grpc.StatusCode.DATA_LOSS,
-    errors.LimitReachedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    errors.NotAuthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
-    errors.NotAllowedError: grpc.StatusCode.PERMISSION_DENIED,
-    errors.LauncherGoneError: grpc.StatusCode.UNAVAILABLE,
-    errors.KernelError: grpc.StatusCode.INTERNAL,
-    errors.ProtocolError: grpc.StatusCode.INTERNAL,
-    errors.ConfigError: grpc.StatusCode.INTERNAL,
-    errors.ServerUnreachableError: grpc.StatusCode.UNAVAILABLE,
-    errors.ServerFailedError: grpc.StatusCode.INTERNAL,
-}
-# The way back, for what a client can tell apart.
-_ERRORS: Final[dict[grpc.StatusCode, type[errors.PjwError]]] = {
-    grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidJobError,
-    grpc.StatusCode.FAILED_PRECONDITION: errors.JobStateError,
-    grpc.StatusCode.ALREADY_EXISTS: errors.NameTakenError,
-    grpc.StatusCode.OUT_OF_RANGE: errors.OffsetError,
-    grpc.StatusCode.DATA_LOSS: errors.OutputLostError,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: errors.LimitReachedError,
-    grpc.StatusCode.UNAUTHENTICATED: errors.NotAuthenticatedError,
-    grpc.StatusCode.PERMISSION_DENIED: errors.NotAllowedError,
-    grpc.StatusCode.UNAVAILABLE: errors.ServerUnreachableError,
-}
+
+class Row(NamedTuple):
+    """An error, its gRPC code, and its name on the wire, which never changes."""
+
+    kind: type[errors.PjwError]
+    code: grpc.StatusCode
+    reason: str
+
+
+# The first row of a code is the error for that code without metadata.
+TABLE: Final = (
+    Row(errors.InvalidJobError, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_JOB"),
+    Row(errors.LimitRangeError, grpc.StatusCode.INVALID_ARGUMENT, "LIMIT_RANGE"),
+    Row(errors.JobNotFoundError, grpc.StatusCode.NOT_FOUND, "JOB_NOT_FOUND"),
+    Row(errors.UnknownServiceError, grpc.StatusCode.NOT_FOUND, "UNKNOWN_SERVICE"),
+    Row(errors.NameTakenError, grpc.StatusCode.ALREADY_EXISTS, "NAME_TAKEN"),
+    Row(errors.JobStateError, grpc.StatusCode.FAILED_PRECONDITION, "JOB_STATE"),
+    Row(errors.LaunchError, grpc.StatusCode.FAILED_PRECONDITION, "LAUNCH"),
+    Row(errors.WorkdirError, grpc.StatusCode.FAILED_PRECONDITION, "WORKDIR"),
+    Row(errors.OffsetError, grpc.StatusCode.OUT_OF_RANGE, "OFFSET"),
+    Row(errors.OutputLostError, grpc.StatusCode.DATA_LOSS, "OUTPUT_LOST"),
+    Row(errors.LimitReachedError, grpc.StatusCode.RESOURCE_EXHAUSTED, "LIMIT_REACHED"),
+    Row(errors.NotAuthenticatedError, grpc.StatusCode.UNAUTHENTICATED, "NOT_AUTHENTICATED"),
+    Row(errors.NotAllowedError, grpc.StatusCode.PERMISSION_DENIED, "NOT_ALLOWED"),
+    Row(errors.ServerUnreachableError, grpc.StatusCode.UNAVAILABLE, "SERVER_UNREACHABLE"),
+    Row(errors.LauncherGoneError, grpc.StatusCode.UNAVAILABLE, "LAUNCHER_GONE"),
+    Row(errors.ServerFailedError, grpc.StatusCode.INTERNAL, "SERVER_FAILED"),
+    Row(errors.KernelError, grpc.StatusCode.INTERNAL, "KERNEL"),
+    Row(errors.ProtocolError, grpc.StatusCode.INTERNAL, "PROTOCOL"),
+    Row(errors.ConfigError, grpc.StatusCode.INTERNAL, "CONFIG"),
+)
+_BY_KIND: Final = {row.kind: row for row in TABLE}
+_BY_REASON: Final = {row.reason: row for row in TABLE}
+_BY_CODE: Final = {row.code: row for row in reversed(TABLE)}
 # What goes wrong inside is for our log; its words may hold paths of the host.
 INTERNAL_TEXT: Final = "internal error; the server's log has the details"
 # Initial metadata of a stream whose caller was let in: from then on it is worth resuming.
 ADMITTED_KEY: Final = "pjw-admitted"
-# Trailing metadata: the hint, and errno where exec failed.
+# Trailing metadata: JSON in ASCII, an object: `reason` as in the table, `hint`, and the error's facts.
+ERROR_KEY: Final = "pjw-error"
+# For clients older than ERROR_KEY, and for clients that read no JSON: the hint, and errno when exec failed.
 HINT_KEY: Final = "pjw-hint"
 ERRNO_KEY: Final = "pjw-exec-errno"
+# A header must be small, so longer facts are cut. The caller knows the full text of what it asked for.
+_FACT_CHARACTERS_MAX: Final = 512
 
 
 def status_of(error: Exception) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str], ...]]:
     """What a client is told of an error: code, text, trailing metadata."""
-    code = CODES.get(type(error), grpc.StatusCode.INTERNAL) if isinstance(error, errors.PjwError) else None
-    if code is None or code is grpc.StatusCode.INTERNAL:
+    row = _BY_KIND.get(type(error)) if isinstance(error, errors.PjwError) else None
+    of_the_inside = row is None or row.code is grpc.StatusCode.INTERNAL
+    if of_the_inside and not (isinstance(error, errors.KernelError) and error.for_client):
         return grpc.StatusCode.INTERNAL, INTERNAL_TEXT, ()
+    assert row is not None
     assert isinstance(error, errors.PjwError)
-    metadata = []
+    # the hint of an internal error is for the operator, and the log has it
+    hint = None if of_the_inside else error.hint
+    told: dict[str, object] = {"reason": row.reason}
+    if hint:
+        told["hint"] = hint
+    for name in error.FACTS:
+        value = getattr(error, name)
+        if value is not None:
+            told[name] = value[:_FACT_CHARACTERS_MAX] if isinstance(value, str) else value
+    metadata = [(ERROR_KEY, json.dumps(told))]
     # HTTP/2 header values are ASCII
-    if error.hint and error.hint.isascii():
-        metadata.append((HINT_KEY, error.hint))
+    if hint and hint.isascii():
+        metadata.append((HINT_KEY, hint))
     if isinstance(error, errors.LaunchError):
         metadata.append((ERRNO_KEY, str(error.errno)))
-    return code, str(error), tuple(metadata)
+    return row.code, str(error), tuple(metadata)
 
 
-def error_of(code: grpc.StatusCode, text: str, hint: str | None, job_id: int) -> errors.PjwError:
-    """What a client raises for a status; *job_id* is what was asked for."""
-    if code is grpc.StatusCode.NOT_FOUND:
-        return errors.JobNotFoundError(job_id)
-    if code in _ERRORS:
-        return _ERRORS[code](text, hint=hint)
-    return errors.ServerFailedError(f"the server failed: {text} ({code.name})")
+def error_of(
+    code: grpc.StatusCode, text: str, metadata: Mapping[str, str], asked: Mapping[str, object]
+) -> errors.PjwError:
+    """The error that a client raises for a status: the server's own, if the metadata names it.
+
+    *asked* has the facts that the caller knows: `job_id`, and for a start `program` and `workdir`.
+    """
+    told = _told(metadata)
+    hint = told.get("hint", metadata.get(HINT_KEY))
+    row = _BY_REASON.get(str(told.get("reason")))
+    if row is None and ERRNO_KEY in metadata and "program" in asked:
+        # a server older than ERROR_KEY
+        row, told = _BY_KIND[errors.LaunchError], {"errno": int(metadata[ERRNO_KEY])}
+    if row is None or row.code is not code:
+        row = _BY_CODE.get(code)
+    if row is None or row.kind is errors.ServerFailedError:
+        return errors.ServerFailedError(f"the server failed: {text} ({code.name})")
+    facts = {**told, **asked}
+    # compare types exactly: in Python a bool is an int, too
+    sound = {name: facts[name] for name, kind in row.kind.FACTS.items() if type(facts.get(name)) is kind}
+    return row.kind.restored(text, hint if isinstance(hint, str) else None, sound)
+
+
+def _told(metadata: Mapping[str, str]) -> dict[str, object]:
+    """The metadata of the error; empty if there is none, or if it is not a JSON object."""
+    try:
+        told = json.loads(metadata.get(ERROR_KEY, "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return told if isinstance(told, dict) else {}

@@ -28,6 +28,7 @@ ALL_CLIENTS: Final[dict[str, frozenset[Role]]] = {
     "Wait": frozenset({Role.VIEWER, Role.ADMIN}),
     "GetUsageHistory": frozenset({Role.VIEWER, Role.ADMIN}),
     "WatchUsage": frozenset({Role.VIEWER, Role.ADMIN}),
+    "GetQuota": frozenset({Role.VIEWER, Role.ADMIN}),
     "Stop": frozenset({Role.ADMIN}),
     "Delete": frozenset({Role.ADMIN}),
 }

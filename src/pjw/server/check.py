@@ -9,11 +9,16 @@ from typing import Final
 
 from pjw.errors import ConfigError, PjwError
 from pjw.launcher.cgroup import describe_host, disks_under
+from pjw.launcher.job_users import claimed_by, known_first, own_ranges, subordinate_ranges
+from pjw.launcher.rooted import require_root_s
+from pjw.launcher.scratch import QUOTA_HINT, find_quotas
 from pjw.launcher.spawn import INIT_PROGRAM
+from pjw.launcher.visible import check_visible, mounts_of
+from pjw.server import sandbox
 from pjw.server.check_config import Finding, configuration_findings, nearest
 from pjw.server.config import ServerConfig, load_config
-from pjw.server.start import DEFAULT_USER, FALLBACK_UID
-from pjw.worker.settings import UID_COUNT, UID_FIRST
+from pjw.server.start import DEFAULT_USER, server_uid
+from pjw.server.trial import trial_of
 
 # mount_setattr(2) came with 5.12; clone3 and CLONE_INTO_CGROUP with 5.7; cgroup.kill with 5.14
 KERNEL_MINIMUM: Final = (5, 14)
@@ -27,8 +32,8 @@ def check(path: str | None, options: Mapping[str, object]) -> int:
 
     With a configuration file or with certificates, also what serve needs of them.
     """
-    able, state_dir = True, load_state_dir(path, options)
-    found = host_findings(state_dir)
+    able = True
+    found = host_findings(_load(path, options))
     if path is not None or any(key in options for key in ("ca_crt", "server_crt", "server_key")):
         found = chain(found, configuration_findings(path, options))
     for good, text, hint in found:
@@ -40,15 +45,15 @@ def check(path: str | None, options: Mapping[str, object]) -> int:
     return 0 if able else 1
 
 
-def load_state_dir(path: str | None, options: Mapping[str, object]) -> str:
-    """The state directory; the default's where the configuration cannot be read, which is a finding then."""
+def _load(path: str | None, options: Mapping[str, object]) -> ServerConfig:
+    """The configuration; the default where it cannot be read, which is a finding then."""
     try:
-        return load_config(path, options).state_dir
+        return load_config(path, options)
     except ConfigError:
-        return ServerConfig().state_dir
+        return ServerConfig()
 
 
-def host_findings(state_dir: str) -> Iterator[Finding]:
+def host_findings(config: ServerConfig) -> Iterator[Finding]:
     """Each thing that pjwd needs of the host: whether it is there, in words, and what to do."""
     release = platform.release()
     numbers = tuple(int(part) for part in release.split("-")[0].split(".")[:2] if part.isdecimal())
@@ -64,8 +69,11 @@ def host_findings(state_dir: str) -> Iterator[Finding]:
     if host.missing:
         text += f"; missing: {', '.join(host.missing)}"
     yield not host.missing, text, host.hint
-    yield _disks(state_dir)
-    yield from _users()
+    yield from _view(config)
+    yield _disks(*filter(None, (config.state_dir, config.scratch_dir)))
+    yield from _directories(config)
+    yield from _users(config)
+    yield from sandbox.status()
 
 
 def _namespaces() -> Finding:
@@ -81,28 +89,89 @@ def _init() -> Finding:
     return False, f"no pjw-init at {INIT_PROGRAM}", "install pjw as a package: make install, or pip install"
 
 
-def _disks(state_dir: str) -> Finding:
-    there = nearest(state_dir)
+def _view(config: ServerConfig) -> Iterator[Finding]:
+    """Which of the host's file systems jobs see: this makes a job, and looks from within it."""
+    if os.geteuid() != 0:
+        return
     try:
-        disks = disks_under(["/", there])
+        check_visible(config.visible_paths)
+        trial = trial_of(config, server_uid(None, config.state_dir))
+        seen = mounts_of(trial.finish())
+    except PjwError as error:
+        yield False, str(error), error.hint
+        return
+    paths = [place.path for place in trial.places if place.view != "cover" and place.path in seen]
+    bound = [path for path in paths if seen[path].type != b"overlay"]
+    yield True, f"file systems that jobs see: {', '.join(paths)}", None
+    if bound:
+        shared = "locks, events, sockets and FIFOs there are the host's own"
+        hint = "put directories that jobs must not share into hidden_paths (docs/security.md)"
+        yield None, f"no overlay is made of {', '.join(bound)}: {shared}", hint
+
+
+def _disks(*directories: str) -> Finding:
+    there = [nearest(directory) for directory in directories]
+    try:
+        disks = disks_under(["/", *there])
     except ConfigError as error:
         return False, str(error), error.hint
     except PjwError as error:
         return False, str(error), None
-    return True, f"disks for io limits: {', '.join(disks)} (under / and {there})", None
+    return True, f"disks for io limits: {', '.join(disks)} (under / and {' and '.join(there)})", None
 
 
-def _users() -> Iterator[Finding]:
+def _directories(config: ServerConfig) -> Iterator[Finding]:
+    for directory, called in (
+        (config.state_dir, "state directory"),
+        (config.scratch_dir, "scratch directory"),
+    ):
+        if directory is None:
+            continue
+        try:
+            require_root_s(nearest(directory), called, "configure another")
+        except ConfigError as error:
+            yield False, str(error), error.hint
+    if config.scratch.bytes_max or config.scratch.inodes_max:
+        yield _quotas(nearest(config.scratch_dir or config.state_dir))
+
+
+def _quotas(directory: str) -> Finding:
+    descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        found = find_quotas(descriptor, "")
+    finally:
+        os.close(descriptor)
+    if found is None:
+        return False, f"scratch.bytes_max and inodes_max: no project quotas under {directory}", QUOTA_HINT
+    return True, f"project quotas under {directory}", None
+
+
+def _users(config: ServerConfig) -> Iterator[Finding]:
     try:
         entry = pwd.getpwnam(DEFAULT_USER)
         yield True, f"server user {DEFAULT_USER} ({entry.pw_uid})", None
     except KeyError:
-        text = f"server user: no user {DEFAULT_USER}, so uid {FALLBACK_UID}, which is nobody's"
+        uid = server_uid(None, config.state_dir)
+        text = f"server user: no user {DEFAULT_USER}, so uid {uid}, which belongs to no user"
         yield True, text, f"useradd --system --shell /usr/sbin/nologin {DEFAULT_USER} gives it a name"
-    last = UID_FIRST + UID_COUNT - 1
-    taken = [entry.pw_name for entry in pwd.getpwall() if UID_FIRST <= entry.pw_uid <= last]
-    text = f"user ids for jobs: {UID_FIRST} to {last}"
-    if taken:
-        yield False, f"{text}; taken by {', '.join(taken)}", "configure another range (job_users)"
-    else:
-        yield True, text, None
+    yield _job_users(
+        os.path.realpath(config.state_dir), config.job_users.uid_first or 0, config.job_users.uid_count
+    )
+
+
+def _job_users(state_dir: str, first: int, count: int) -> Finding:
+    try:
+        first = first or known_first(state_dir)
+        # as a launcher would take the first one that is free
+        first = first or next(each for each in own_ranges(state_dir, count) if not claimed_by(each, count))
+    except ConfigError as error:
+        return False, str(error), error.hint
+    last = first + count - 1
+    text, hint = f"user ids for jobs: {first} to {last}", "configure another range (job_users)"
+    if taken := [entry.pw_name for entry in pwd.getpwall() if first <= entry.pw_uid <= last]:
+        return False, f"{text}; taken by {', '.join(taken)}", hint
+    if (claim := claimed_by(first, count)) and claim.state_dir != state_dir:
+        return False, f"{text}; taken by the pjwd of {claim.state_dir or 'another state directory'}", hint
+    if any(first <= other.first + other.count - 1 and other.first <= last for other in subordinate_ranges()):
+        return None, f"{text}; some may be a user's for containers (/etc/subuid, /etc/subgid)", hint
+    return True, text, None

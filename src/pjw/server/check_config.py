@@ -12,20 +12,17 @@ from typing import Final
 
 from cryptography import x509
 
+from pjw.certs.authority import CA_KEY
 from pjw.certs.checks import describe_time
 from pjw.certs.credentials import load_server_credentials
-from pjw.certs.files import key_exposure
+from pjw.certs.files import ServerFiles, key_exposure
 from pjw.certs.revocation import load_revocation_list
 from pjw.errors import ConfigError, PjwError, describe_errno
-from pjw.server.address import (
-    fault_of_address,
-    metrics_address_of,
-    parse_address,
-    shown_address,
-    traces_endpoint_of,
-)
+from pjw.server.address import held_addresses, require_exporter, shown_address
 from pjw.server.config import ServerConfig, load_config
-from pjw.server.start import hidden_paths, server_files, server_uid
+from pjw.server.plan import RELOAD_HINT, check_reloads, plan_of
+from pjw.server.start import server_uid
+from pjw.worker.host import resources
 
 # good, to be looked at (None), or missing; in words; what to do
 Finding = tuple[bool | None, str, str | None]
@@ -38,13 +35,13 @@ def configuration_findings(path: str | None, options: Mapping[str, object]) -> I
     """Each thing of a configuration that serve needs."""
     try:
         config = load_config(path, options)
-        files = server_files(config, os.path.abspath(path) if path else None)
-        config.worker_settings(hidden_paths(config, files))
+        plan = plan_of(config, os.path.abspath(path) if path else None)
     except ConfigError as error:
         yield False, str(error), error.hint
         return
+    files = plan.files
     yield True, f"configuration {path}" if path else "configuration: options and defaults", None
-    yield from _attempt(lambda: f"server user: uid {server_uid(config.user)}")
+    yield from _attempt(lambda: f"server user: uid {server_uid(config.user, config.state_dir)}")
     try:
         credentials = load_server_credentials(files.ca_crt, files.server_crt, files.server_key)
     except ConfigError as error:
@@ -53,16 +50,15 @@ def configuration_findings(path: str | None, options: Mapping[str, object]) -> I
         yield from _certificates((files.server_crt, credentials.crt_pem), (files.ca_crt, credentials.ca_pem))
         if exposure := key_exposure(files.server_key, os.stat(files.server_key)):
             yield None, exposure, None
-    if revoked := config.revoked:
-        yield from _attempt(
-            lambda: f"revocation list {revoked}: {len(load_revocation_list(revoked))} certificates"
-        )
+    yield from _authority_key(files.ca_crt)
+    yield from _read_again(files)
     if config.audit_log is not None:
         yield _audit_log(config.audit_log)
-    if config.traces.endpoint is not None:
-        yield from _attempt(lambda: f"traces to {traces_endpoint_of(config.traces)}")
-    yield _disk_space(config.state_dir)
-    yield from _ports(config)
+    if plan.traces is not None:
+        yield from _traces(plan.traces)
+    yield _sums(config)
+    yield from map(_disk_space, filter(None, (config.state_dir, config.scratch_dir)))
+    yield from _ports(config.state_dir, plan.listen, plan.metrics)
 
 
 def _attempt(look: Callable[[], str]) -> Iterator[Finding]:
@@ -78,6 +74,40 @@ def _certificates(*files: tuple[str, bytes]) -> Iterator[Finding]:
         text = f"certificate {path}, valid until {describe_time(end)}"
         soon = end - datetime.now(UTC) < EXPIRES_SOON
         yield (None, text, "make a new one soon; a reload (SIGHUP) takes it") if soon else (True, text, None)
+
+
+def _authority_key(ca_crt: str) -> Iterator[Finding]:
+    path = os.path.join(os.path.dirname(ca_crt), CA_KEY)
+    if os.path.lexists(path):
+        yield (
+            None,
+            f"the key of the authority, {path}, is on this machine: whoever has it can be any client",
+            "move it to the machine where you make certificates, and keep no copy here",
+        )
+
+
+def _read_again(files: ServerFiles) -> Iterator[Finding]:
+    """Findings about the revocation list, and about the files that a reload can read."""
+    try:
+        count = len(load_revocation_list(files.revoked)) if files.revoked else 0
+        # only root can open files as the launcher does
+        unread = check_reloads(files) if os.geteuid() == 0 else None
+    except ConfigError as error:
+        yield False, str(error), error.hint
+        return
+    if files.revoked:
+        yield True, f"revocation list {files.revoked}: {count} certificates", None
+    if unread:
+        yield None, unread, RELOAD_HINT
+
+
+def _traces(endpoint: str) -> Iterator[Finding]:
+    try:
+        require_exporter()
+    except ConfigError as error:
+        yield False, str(error), error.hint
+    else:
+        yield True, f"traces to {endpoint}", None
 
 
 def _audit_log(path: str) -> Finding:
@@ -100,6 +130,35 @@ def _audit_log(path: str) -> Finding:
     return True, f"audit log {path}", None
 
 
+def _sums(config: ServerConfig) -> Finding:
+    """What all jobs may use, what one client may use by default, and which of it has no bound."""
+    sums, whole = config.host.sums(), resources()
+    limits, _, _ = config.effective_limits()
+    jobs = config.clients.running_max
+    own = config.clients.shares().default.sums
+    memory = min(filter(None, (limits.memory_max_bytes * jobs, own.memory_max_bytes)), default=0)
+    pids = min(filter(None, (limits.pids_max * jobs, own.pids_max)), default=0)
+    text = (
+        f"all jobs: {_gib(sums.memory_max_bytes)} of {_gib(whole.memory_max_bytes)} memory,"
+        f" {sums.pids_max or 'any number'} of {whole.pids_max} processes;"
+        f" one client by default: {_gib(memory)}, {pids or 'any number'}"
+    )
+    if config.memory_overcommit:
+        text += f"; memory is promised {config.memory_overcommit:g} times"
+    unbounded = [
+        name
+        for name, promised in (("memory_max_bytes", memory), ("pids_max", pids))
+        if not getattr(sums, name) and not 0 < promised <= getattr(whole, name)
+    ]
+    if unbounded:
+        return None, text, f"one client may take all of the host: set {' and '.join(unbounded)} below [host]"
+    return True, text, None
+
+
+def _gib(count: int) -> str:
+    return f"{count / 1024**3:.1f} GiB" if count else "any"
+
+
 def _disk_space(state_dir: str) -> Finding:
     there = nearest(state_dir)
     disk = os.statvfs(there)
@@ -110,24 +169,20 @@ def _disk_space(state_dir: str) -> Finding:
     return True, text, None
 
 
-def _ports(config: ServerConfig) -> Iterator[Finding]:
-    try:
-        addresses = [parse_address(config.listen), metrics_address_of(config.metrics)]
-    except ConfigError as error:
-        yield False, str(error), error.hint
-        return
-    running = _is_served(config.state_dir)
+def _ports(state_dir: str, *addresses: tuple[str, int] | None) -> Iterator[Finding]:
+    running = _is_served(state_dir)
     for address in addresses:
         if address is None:
             continue
         text = shown_address(*address)
-        fault = None if address[1] == 0 else fault_of_address(*address)
-        if fault is None:
-            yield True, f"address {text}: free", None
-        elif running:
-            yield True, f"address {text}: {fault}; a pjwd serves {config.state_dir} now", None
-        else:
-            yield False, f"cannot listen on {text}: {fault}", "ss -ltnp tells who does; or configure another"
+        try:
+            with held_addresses(*address):
+                yield True, f"address {text}: free", None
+        except ConfigError as error:
+            if running:
+                yield True, f"{error}; a pjwd serves {state_dir} now", None
+            else:
+                yield False, str(error), error.hint or "`ss -ltnp` shows who has it; or use another"
 
 
 def _is_served(state_dir: str) -> bool:

@@ -4,39 +4,72 @@ Each key says what it is in its own description, once: `pjwd config show` and th
 from there.
 """
 
+import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, get_type_hints
 
 import msgspec
 from msgspec import Meta
 
-from pjw.certs.identity import check_client_name_oid
-from pjw.certs.profile import CLIENT_NAME_OID
+from pjw.certs.identity import NameRules, check_client_name_oid
+from pjw.certs.profile import CLIENT_NAME_OID, identity_fault
 from pjw.errors import ConfigError, InvalidJobError
-from pjw.model import Limits
+from pjw.given import require_values
+from pjw.model import Limits, Sums
 from pjw.server.authz import Roles
+from pjw.server.connections import PortLimits
 from pjw.server.quota import ClientLimits, Count
-from pjw.worker.settings import NO_CEILING, UID_COUNT, UID_FIRST, WAITING_INITS, Retention, WorkerSettings
+from pjw.worker.host import default_ceiling, default_sums
+from pjw.worker.settings import (
+    FLOOR,
+    UID_COUNT,
+    WAITING_INITS,
+    DiskMarks,
+    Retention,
+    WorkerSettings,
+)
 
 # What the system takes as a name, and the launcher as a path and a user id: it ends when it is told nonsense.
 _Name = Annotated[str, Meta(pattern=r"\A[^\0]+\Z")]
 _Path = Annotated[str, Meta(pattern=r"\A/[^\0]*\Z", max_length=4096)]
 _Address = Annotated[str, Meta(max_length=300)]
 _UserId = Annotated[int, Meta(ge=1, lt=2**32 - 1)]
-# init takes 64, and the state directory, the server's key, this file and the audit log are among them
-_HIDDEN_MAX = 60
+# init takes 64, and the directories of state and scratch, the server's key, this file and the audit log are
+# among them
+_HIDDEN_MAX = 59
+# of the 128 places that init takes, which are the mounts in these
+_VISIBLE_MAX = 60
 
 # What a running pjwd takes from a file that has changed. The rest is what the launcher was told as its
 # policy, what was opened as root, and where is listened: all of that is done once.
-RELOADED: Final = ("clients", "limits", "log_level", "retention", "roles", "stop_grace_seconds")
+RELOADED: Final = (
+    "allowed_clients",
+    "clients",
+    "disk",
+    "limits",
+    "log_level",
+    "memory_overcommit",
+    "retention",
+    "roles",
+    "stop_grace_seconds",
+)
+
+
+# The default names of a service's files, in the directory of its configuration.
+CERTIFICATE_FILES: Final = {"ca_crt": "ca.crt", "server_crt": "server.crt", "server_key": "server.key"}
 
 
 class JobUsers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The range of user ids that clients are given, one each, never to another."""
 
-    uid_first: Annotated[_UserId, Meta(description="the first user id for jobs")] = UID_FIRST
+    uid_first: Annotated[
+        _UserId | None,
+        Meta(description="the first user id for jobs; without it the state directory has a range of its own"),
+    ] = None
     uid_count: Annotated[_UserId, Meta(description="how many there are: one for each client")] = UID_COUNT
 
 
@@ -50,6 +83,56 @@ class KeptJobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ] = 100 * 1024**3
     jobs_total: Annotated[Count, Meta(description="ended jobs of all clients")] = 0
     bytes_total: Annotated[Count, Meta(description="bytes of output that all ended jobs have")] = 0
+
+
+class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What all jobs may use together. A missing number is a part of what this host has (worker/host.py)."""
+
+    memory_max_bytes: Annotated[
+        Count | None, Meta(description="memory of all jobs together; without it four fifths of the host's")
+    ] = None
+    pids_max: Annotated[
+        Count | None,
+        Meta(
+            description="processes and threads of all jobs; without it four fifths of what the host can have"
+        ),
+    ] = None
+    cpu_max_millicores: Annotated[
+        Count | None,
+        Meta(description="thousandths of a processor of all jobs; without it nine tenths of all processors"),
+    ] = None
+
+    def sums(self) -> Sums:
+        """The numbers that take effect. Raises ConfigError."""
+        given = {name: value for name, value in msgspec.structs.asdict(self).items() if value is not None}
+        try:
+            return replace(default_sums(), **given)
+        except InvalidJobError as error:
+            raise ConfigError(f"[host]: {error}") from None
+
+
+class ScratchLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a job may have in its scratch directory."""
+
+    bytes_max: Annotated[
+        Count, Meta(description="bytes of a job's scratch, by a project quota of its file system")
+    ] = 0
+    inodes_max: Annotated[Count, Meta(description="inodes of a job's scratch, likewise")] = 0
+
+
+class Disk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What stays free of each file system that jobs write to: `worker.settings.DiskMarks`."""
+
+    free_bytes_min: Annotated[
+        Count | None,
+        Meta(
+            description="when fewer bytes are free, pjwd ends a job with much scratch; without it a twentieth"
+        ),
+    ] = None
+    free_inodes_min: Annotated[
+        Count | None,
+        Meta(description="the same when fewer inodes are free; without it a twentieth"),
+    ] = None
 
 
 class Metrics(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -85,10 +168,21 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     listen: Annotated[_Address, Meta(description="HOST:PORT of the service; port 0 is any free one")] = (
         "localhost:50051"
     )
-    ca_crt: Annotated[_Path | None, Meta(description="the authority whose clients are let in")] = None
-    server_crt: Annotated[_Path | None, Meta(description="the server's certificate")] = None
-    server_key: Annotated[_Path | None, Meta(description="its private key")] = None
+    ca_crt: Annotated[
+        _Path | None,
+        Meta(description="the authority whose clients are let in; without it ca.crt beside this file"),
+    ] = None
+    server_crt: Annotated[
+        _Path | None, Meta(description="the server's certificate; without it server.crt beside this file")
+    ] = None
+    server_key: Annotated[
+        _Path | None, Meta(description="its private key; without it server.key beside this file")
+    ] = None
     state_dir: Annotated[_Path, Meta(description="jobs and their output")] = "/var/lib/pjw"
+    scratch_dir: Annotated[
+        _Path | None,
+        Meta(description="where jobs have their scratch directories; without it in the state directory"),
+    ] = None
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Meta(description="what is logged, from this level on")
     ] = "warning"
@@ -102,14 +196,39 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     client_name_oid: Annotated[
         str, Meta(description="the attribute of a certificate's subject that holds the client's name")
     ] = CLIENT_NAME_OID
+    client_name_in_cn: Annotated[
+        bool,
+        Meta(
+            description="whether a client's name may stand behind /clientName= in the CN of its certificate"
+        ),
+    ] = False
+    allowed_clients: Annotated[
+        frozenset[str] | None,
+        Meta(description="the names of the only clients that are let in; without it all of the authority's"),
+    ] = None
     stop_grace_seconds: Annotated[
         float, Meta(description="from SIGTERM to SIGKILL when a job is stopped")
     ] = 10
     waiting_inits: Annotated[
         int, Meta(ge=0, le=1000, description="inits that are kept ready for the next jobs")
     ] = WAITING_INITS
+    memory_overcommit: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=1_000_000,
+            description="how many times the sum of memory running jobs' limits may come to; 0: any",
+        ),
+    ] = 0
     hidden_paths: Annotated[
         tuple[_Path, ...], Meta(max_length=_HIDDEN_MAX, description="files and directories that no job sees")
+    ] = ()
+    visible_paths: Annotated[
+        tuple[_Path, ...],
+        Meta(
+            max_length=_VISIBLE_MAX,
+            description="directories that jobs see beside /, /usr, /etc and /opt, with what is mounted there",
+        ),
     ] = ()
     revoked: Annotated[_Path | None, Meta(description="the list of certificates that are not let in")] = None
     audit_log: Annotated[_Path | None, Meta(description="a file that gets a line of JSON for each call")] = (
@@ -119,35 +238,70 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     retention: KeptJobs = KeptJobs()
     roles: Roles = Roles()
     clients: ClientLimits = ClientLimits()
+    port: PortLimits = PortLimits()
+    host: Host = Host()
+    disk: Disk = Disk()
+    scratch: ScratchLimits = ScratchLimits()
     metrics: Metrics = Metrics()
     traces: Traces = Traces()
     limits: Annotated[
         dict[str, int], Meta(description="what a job gets when its client asks for nothing")
     ] = {}
-    ceilings: Annotated[dict[str, int], Meta(description="what a client may ask for at most")] = {}
+    ceilings: Annotated[dict[str, int], Meta(description="the most that a client may ask for")] = {}
+    floors: Annotated[
+        dict[str, int], Meta(description="the least that a client may ask for, if it asks for a limit")
+    ] = {}
+
+    def __post_init__(self) -> None:
+        for name in sorted(self.allowed_clients or ()):
+            if fault := identity_fault(name):
+                raise ValueError(fault)
+
+    def name_rules(self, short_names: frozenset[str]) -> NameRules:
+        """How clients are named; *short_names* are names of 64 bits that an older version gave."""
+        return NameRules(self.client_name_oid, self.client_name_in_cn, short_names)
 
     def worker_settings(self, hidden_paths: tuple[str, ...]) -> WorkerSettings:
         """What the worker needs of it. Raises ConfigError."""
         check_client_name_oid(self.client_name_oid)
         if not 0 <= self.stop_grace_seconds <= 86_400:
             raise ConfigError("stop_grace_seconds must be from 0 to 86400")
-        limits, ceiling = self.effective_limits()
+        limits, ceiling, floor = self.effective_limits()
         return WorkerSettings(
             default_limits=limits,
             ceiling=ceiling,
-            uid_first=self.job_users.uid_first,
+            floor=floor,
+            sums=self.host.sums(),
+            shares=self.clients.shares(),
+            memory_overcommit=self.memory_overcommit,
+            uid_first=self.job_users.uid_first or 0,
             uid_count=self.job_users.uid_count,
             hidden_paths=(*self.hidden_paths, *hidden_paths),
+            scratch_dir=self.scratch_dir or "",
+            scratch_bytes_max=self.scratch.bytes_max,
+            scratch_inodes_max=self.scratch.inodes_max,
+            visible_paths=self.visible_paths,
             stop_grace_seconds=self.stop_grace_seconds,
             waiting_inits=self.waiting_inits,
             retention=Retention(**msgspec.structs.asdict(self.retention)),
             quotas=self.clients.quotas(),
+            disk=DiskMarks(**msgspec.structs.asdict(self.disk)),
         )
 
-    def effective_limits(self) -> tuple[Limits, Limits]:
-        """The limits of a job whose client asks for nothing, and what it may ask for. Raises ConfigError."""
+    def effective_limits(self) -> tuple[Limits, Limits, Limits]:
+        """The limits of a job whose client asks for nothing, the ceilings and the floors.
+
+        Raises ConfigError.
+        """
         try:
-            return Limits().with_overrides(self.limits), NO_CEILING.with_overrides(self.ceilings)
+            # "no limit" is above a ceiling that the file gives, and the default is then the ceiling
+            bounded = {name: self.ceilings.get(name, 0) for name, value in Limits().items() if value == 0}
+            limits = Limits().with_overrides({**bounded, **self.limits})
+            return (
+                limits,
+                default_ceiling(self.host.sums(), limits).with_overrides(self.ceilings),
+                FLOOR.with_overrides(self.floors),
+            )
         except InvalidJobError as error:
             raise ConfigError(str(error)) from None
 
@@ -164,11 +318,53 @@ def config_of(
     path: str | None, values: Mapping[str, object], options: Mapping[str, object] | None = None
 ) -> ServerConfig:
     """Judge what a file, by its path, and the command line say. Raises ConfigError."""
+    require_values(f"the configuration {path}" if path else "the options", {**values, **(options or {})})
+    beside: dict[str, object] = {}
+    if path is not None:
+        directory = os.path.dirname(os.path.abspath(path))
+        beside = {key: os.path.join(directory, name) for key, name in CERTIFICATE_FILES.items()}
     try:
-        return msgspec.convert({**values, **(options or {})}, ServerConfig)
+        return msgspec.convert({**beside, **values, **(options or {})}, ServerConfig)
     except msgspec.ValidationError as error:
         named = f"configuration {path}" if path else "configuration"
-        raise ConfigError(f"the {named} is not valid: {error}") from error
+        raise ConfigError(f"the {named} is not valid: {error}", hint=_perhaps(values)) from error
+
+
+def _perhaps(values: Mapping[str, object]) -> str | None:
+    """A hint with the key that the first unknown key may have meant."""
+    known = list(_keys(ServerConfig))
+    names = {key: key.rpartition(".")[2] for key in known}
+    tables = {key.rpartition(".")[0] for key in known}
+    for key in _given(values, tables):
+        if key in known:
+            continue
+        table, _, name = key.rpartition(".")
+        if isinstance(values.get(key), Mapping):
+            likely = [f"[{each}]" for each in get_close_matches(key, tables, 1)]
+        else:
+            near = get_close_matches(name, set(names.values()), 1, 0.7)
+            likely = [each for each in known if names[each] in near]
+            # prefer a key of the same table
+            likely = [each for each in likely if each.rpartition(".")[0] == table] or likely
+        return f"perhaps {' or '.join(likely)}" if likely else "`pjwd config show` prints every key"
+    return None
+
+
+def _keys(struct: type[msgspec.Struct], table: str = "") -> Iterator[str]:
+    """Each key, after its table's name."""
+    for name, kind in get_type_hints(struct).items():
+        if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+            yield from _keys(kind, f"{name}.")
+        else:
+            yield f"{table}{name}"
+
+
+def _given(values: Mapping[str, object], tables: set[str]) -> Iterator[str]:
+    for key, value in values.items():
+        if key in tables and isinstance(value, Mapping):
+            yield from (f"{key}.{name}" for name in value)
+        else:
+            yield key
 
 
 def read_values(path: str | None) -> dict[str, object]:

@@ -42,8 +42,8 @@ def settings_of(
     """Every key of a configuration that was made from these."""
     descriptions = describe_keys()
     values = msgspec.to_builtins(config, order="deterministic")
-    limits, ceilings = config.effective_limits()
-    values["limits"], values["ceilings"] = dict(limits.items()), dict(ceilings.items())
+    for table, limits in zip(("limits", "ceilings", "floors"), config.effective_limits(), strict=True):
+        values[table] = dict(limits.items())
     return [
         Setting(key, value, _origin(key, in_file, options), descriptions[key]) for key, value in _flat(values)
     ]
@@ -68,10 +68,11 @@ def _origin(key: str, in_file: Mapping[str, object], options: Mapping[str, objec
 def describe_keys() -> dict[str, str]:
     """What each key means, by its name with its table's in front."""
     found = dict(_described(ServerConfig))
-    del found["limits"], found["ceilings"]
+    del found["limits"], found["ceilings"], found["floors"]
     for name in LIMITS:
         found[f"limits.{name}"] = f"what a job gets unless its client asks for another: {LIMITS[name]}"
-        found[f"ceilings.{name}"] = f"what a client may ask for at most: {LIMITS[name]}"
+        found[f"ceilings.{name}"] = f"the most that a client may ask for: {LIMITS[name]}"
+        found[f"floors.{name}"] = f"the least that a client may ask for: {LIMITS[name]}"
     return found
 
 
@@ -116,5 +117,7 @@ def as_json(settings: list[Setting]) -> str:
 def _toml(value: object) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_toml(key)} = {_toml(each)}' for key, each in value.items())}}}"
     # JSON's forms of a number, a truth and a string are TOML's, but for one character
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 import grpc
 from google.protobuf.message import DecodeError, Message
 
+from pjw.certs.identity import OUR_RULES, NameRules
 from pjw.certs.revocation import NOBODY_REVOKED, RevocationList
 from pjw.errors import (
     InvalidJobError,
@@ -29,7 +31,9 @@ from pjw.rpc.status import ADMITTED_KEY, status_of
 from pjw.server.audit import CANCELLED, CallObserver, CallRecord
 from pjw.server.authz import Caller
 from pjw.server.config import ServerConfig
+from pjw.server.connections import Told
 from pjw.server.peer import Peer, authenticate, presented
+from pjw.server.port import Port
 from pjw.server.quota import Quota
 from pjw.server.writer import ReaderGoneError, Writer
 
@@ -56,9 +60,14 @@ class Guard:
         config: ServerConfig = DEFAULT_CONFIG,
         *observers: CallObserver,
         revoked: RevocationList = NOBODY_REVOKED,
+        port: Port | None = None,
+        names: NameRules = OUR_RULES,
     ) -> None:
+        self._port: Final = port
         self._revoked = revoked
-        self._client_name_oid: Final = config.client_name_oid
+        self._names: Final = names
+        self._allowed = config.allowed_clients
+        self._refused: Final = Told()
         self._roles = config.roles
         self._quota: Final = Quota(config.clients)
         self._observers: Final = observers
@@ -80,14 +89,18 @@ class Guard:
         return len(ended)
 
     def reconfigure(self, config: ServerConfig) -> None:
-        """From now on, what this says of roles and of what each client may ask for.
+        """Take allowed clients, roles and the limits of clients from another configuration.
 
-        A call that its role does not allow any more ends: some last for as long as their caller likes.
+        A call that is not allowed any more ends: some last for as long as their caller likes.
         """
+        self._allowed = config.allowed_clients
         self._roles = config.roles
         self._quota.set_limits(config.clients)
+        if self._port is not None:
+            self._port.reconfigure(config.clients)
         for call in self._running:
             try:
+                self._require_allowed(call.peer.identity.client_name)
                 self._caller(call.peer.identity.client_name, call.method, call.request)
             except NotAllowedError as error:
                 call.end(error)
@@ -203,7 +216,7 @@ class Guard:
         if not self._observers:
             yield record
             return
-        record.identity = presented(context, self._client_name_oid)
+        record.identity = presented(context, self._names)
         record.metadata = context.invocation_metadata
         for each in self._observers:
             each.call_began(record)
@@ -221,10 +234,13 @@ class Guard:
         """Let the caller in until its certificate expires or is revoked, or the server drains."""
         if self._draining:
             raise LauncherGoneError(_DRAINING)
-        peer = authenticate(context, self._client_name_oid)
+        peer = authenticate(context, self._names)
         # On every call: neither an open connection nor a resumed session asks for it again.
         if peer.is_revoked(self._revoked):
             raise NotAuthenticatedError(_REVOKED)
+        self._require_allowed(peer.identity.client_name)
+        if self._port is not None:
+            self._port.connections.require_room(context.peer())
         timeout = asyncio.timeout(peer.seconds_left())
         call = _Call(peer, timeout, method, request)
         client_name = peer.identity.client_name
@@ -243,6 +259,22 @@ class Guard:
             if peer.seconds_left() <= 0:
                 raise NotAuthenticatedError("the client certificate has expired during the call") from None
             raise
+
+    def _require_allowed(self, client_name: str) -> None:
+        """Raises NotAllowedError, and says so in the log, for a client that the operator has not named."""
+        if self._allowed is None or client_name in self._allowed:
+            return
+        if count := self._refused.count(1, time.monotonic()):
+            log.warning(
+                "client %r is refused: it is not among allowed_clients; calls refused for this since the last"
+                " such message: %d",
+                client_name,
+                count,
+            )
+        raise NotAllowedError(
+            f"{client_name} is not among the clients of this server",
+            hint="the operator names them, in the configuration of pjwd",
+        )
 
     def _caller(self, client_name: str, method: str, request: Message | None) -> Caller:
         return self._roles.caller(client_name, method, all_clients=getattr(request, "all_clients", False))

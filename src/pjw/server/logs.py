@@ -1,15 +1,18 @@
-"""What pjwd says on stderr: one line for each record, as text or as JSON.
+"""pjwd's log on stderr: one line for each record, as text or as JSON. A call that logs never waits.
 
 A line is ours from its first byte on: what comes from outside is escaped, so nobody can write a line that
 looks like another record. Under systemd each line begins with its priority (sd-daemon(3)).
 """
 
+import atexit
 import json
 import logging
 import os
 import sys
 from datetime import UTC, datetime
 from typing import Final
+
+from pjw.server.log_writer import LogWriter
 
 FORMATS: Final = ("text", "json")
 LEVELS: Final = ("debug", "info", "warning", "error")
@@ -25,12 +28,19 @@ _PRIORITY: Final = {
 PLAIN: Final = {"plain": True}
 
 
-def set_up_logging(level: str, style: str) -> None:
-    """Have everything that is logged said on stderr."""
+def set_up_logging(level: str, style: str, descriptor: int = 2) -> LogWriter:
+    """Have log records, and everything else for stderr, written to a copy of *descriptor*.
+
+    The caller starts the writer's thread. At the end of the process the writer writes what still waits.
+    """
     formatter: logging.Formatter = JsonFormatter() if style == "json" else TextFormatter()
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Journal(formatter) if _is_journal(sys.stderr.fileno()) else formatter)
+    writer = LogWriter(os.dup(descriptor))
+    atexit.register(writer.end)
+    sys.stderr = writer
+    handler = logging.StreamHandler(writer)
+    handler.setFormatter(_Journal(formatter) if _is_journal(descriptor) else formatter)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    return writer
 
 
 def set_level(level: str) -> None:

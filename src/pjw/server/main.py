@@ -1,4 +1,4 @@
-"""pjwd: serve, check, config, certs. The command tree, and errors to exit codes."""
+"""pjwd: serve, check, config, end-jobs, certs. The command tree, and errors to exit codes."""
 
 import argparse
 import os
@@ -11,10 +11,14 @@ from typing import Final
 
 from pjw.certs.bundle import BUNDLE_SUFFIX
 from pjw.errors import PjwError
+from pjw.given import require_arguments
+from pjw.inherited import open_standard_descriptors
 from pjw.server.logs import FORMATS, LEVELS
 from pjw.stdout import EXIT_CLOSED_PIPE, ReaderGoneError, checked_stdout
 
 DEFAULT_LISTEN: Final = "localhost:50051"
+# the environment variable that takes the place of --listen
+LISTEN_VARIABLE: Final = "PJWD_LISTEN"
 # what packaging/pjwd.service reads
 _UNIT_CONFIG: Final = "/etc/pjw/pjwd.toml"
 EXIT_FAILED: Final = 1
@@ -27,9 +31,12 @@ OPTIONS: Final = ("listen", *PATHS, "log_level", "log_format")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
+    open_standard_descriptors()
     try:
         with checked_stdout():
-            arguments = build_parser().parse_args(argv)
+            parser = build_parser()
+            arguments = parser.parse_args(argv)
+            require_arguments(parser, arguments)
         # serve prints nothing, and an error that it does not word is a bug
         with nullcontext() if arguments.run is _serve else checked_stdout():
             return int(arguments.run(arguments))
@@ -78,7 +85,24 @@ def build_parser() -> argparse.ArgumentParser:
     show.add_argument("--format", default="toml", choices=["toml", "json"], help="default %(default)s")
     _add_options(show)
 
-    certs = commands.add_parser("certs", help="make certificates")
+    end_jobs = commands.add_parser(
+        "end-jobs",
+        help="end the jobs of a pjwd that has been stopped; needs root",
+        description="End the jobs that go on after pjwd was stopped: send SIGTERM, later SIGKILL, to every"
+        " process of each. A pjwd that starts again finds them stopped. Refuses while a pjwd serves them.",
+    )
+    end_jobs.set_defaults(run=_end_jobs)
+    _add_config(end_jobs)
+    _add_state_dir(end_jobs)
+    end_jobs.add_argument(
+        "--grace",
+        type=_seconds,
+        default=10,
+        metavar="SECONDS",
+        help="how long jobs have until SIGKILL; default %(default)s",
+    )
+
+    certs = commands.add_parser("certs", help="make, show, renew and revoke certificates")
     kinds = certs.add_subparsers(required=True, metavar="KIND")
     for kind, text, names in (
         (
@@ -93,20 +117,53 @@ def build_parser() -> argparse.ArgumentParser:
             kind, help=text, description=f"Make {text}, in DIR. Nothing is ever overwritten."
         )
         maker.set_defaults(run=_certs, kind=kind)
-        maker.add_argument(
-            "--days", type=_days, default=LEAF_DAYS, metavar="N", help="valid so long; default %(default)s"
-        )
+        _add_days(maker)
         if kind != "server":
             maker.add_argument(
                 "--server",
                 type=_address,
                 default=DEFAULT_SERVER,
-                metavar="HOST:PORT",
-                help="where clients connect to, for their bundles; default %(default)s",
+                metavar="HOST[:PORT]",
+                help="where clients connect to, for their bundles"
+                + (" and the server's certificate" if kind == "init" else "")
+                + "; default %(default)s",
             )
         maker.add_argument("directory", metavar="DIR")
         maker.add_argument("names", nargs="+", metavar=names)
+    _add_upkeep(kinds)
     return parser
+
+
+def _add_days(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--days", type=_days, default=LEAF_DAYS, metavar="N", help="valid so long; default %(default)s"
+    )
+
+
+def _add_upkeep(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    renew = kinds.add_parser(
+        "renew",
+        help="new certificates for the keys of the server or of clients",
+        description="Replace the certificates of `server` or of clients by new ones, for the same keys and"
+        " names, and make the bundles anew. The old ones stay beside them as NAME.SERIAL.crt, still valid.",
+    )
+    renew.set_defaults(run=_certs_renew)
+    _add_days(renew)
+    revoke = kinds.add_parser(
+        "revoke",
+        help="add the certificates of clients to a revocation list",
+        description="Add all certificates of these clients in DIR to a revocation list. It"
+        " counts once `revoked` in the configuration names it and pjwd has read it: systemctl reload pjwd.",
+    )
+    revoke.set_defaults(run=_certs_revoke)
+    shown = kinds.add_parser("list", help="show the certificates in a directory, with owner and end")
+    shown.set_defaults(run=_certs_list)
+    for command in (revoke, shown):
+        command.add_argument("--list", metavar="FILE", help="the revocation list; default DIR/revoked")
+    for command in (renew, revoke, shown):
+        command.add_argument("directory", metavar="DIR")
+    for command in (renew, revoke):
+        command.add_argument("names", nargs="+", metavar="NAME")
 
 
 class _Version(argparse.Action):
@@ -118,22 +175,30 @@ class _Version(argparse.Action):
         values: object,
         option_string: str | None = None,
     ) -> None:
-        from importlib.metadata import version
+        from pjw.version import version
 
-        print(f"pjwd {version('pjw')}")
+        print(f"pjwd {version()}")
         parser.exit()
 
 
-def _add_options(command: argparse.ArgumentParser) -> None:
+def _add_config(command: argparse.ArgumentParser) -> None:
     command.add_argument("--config", metavar="FILE", help="limits, users and more, in TOML")
+
+
+def _add_state_dir(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--state-dir", metavar="DIR", help="jobs and their output; default /var/lib/pjw")
+
+
+def _add_options(command: argparse.ArgumentParser) -> None:
+    _add_config(command)
     for name, metavar, text in (
         ("listen", "HOST:PORT", f"default {DEFAULT_LISTEN}; port 0 picks a free one"),
         ("ca-crt", "FILE", "the authority whose clients are let in"),
         ("server-crt", "FILE", "the server's certificate"),
         ("server-key", "FILE", "its private key"),
-        ("state-dir", "DIR", "jobs and their output; default /var/lib/pjw"),
     ):
         command.add_argument(f"--{name}", metavar=metavar, help=text)
+    _add_state_dir(command)
     command.add_argument("--log-level", choices=LEVELS, help="default warning")
     command.add_argument("--log-format", choices=FORMATS, help="lines for people, or JSON; default text")
 
@@ -142,7 +207,10 @@ def _options(arguments: argparse.Namespace) -> dict[str, object]:
     """The keys of the configuration that the command line gives; paths are taken from here."""
     options: dict[str, object] = {}
     for key in OPTIONS:
-        value = getattr(arguments, key)
+        value = getattr(arguments, key, None)
+        if key == "listen" and value is None:
+            # drop-ins of older packages set the address this way
+            value = os.environ.get(LISTEN_VARIABLE)
         if value is not None:
             options[key] = os.path.abspath(value) if key in PATHS else value
     return options
@@ -154,14 +222,23 @@ def _days(text: str) -> int:
     return int(text)
 
 
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1
+    if not 0 <= seconds <= 86_400:
+        raise argparse.ArgumentTypeError("must be a number of seconds from 0 to 86400")
+    return seconds
+
+
 def _address(text: str) -> str:
-    from pjw.server.address import parse_address
+    from pjw.certs.address import server_address
 
     try:
-        parse_address(text)
+        return server_address(text)
     except PjwError as error:
-        raise argparse.ArgumentTypeError(f"{error}, {error.hint}") from None
-    return text
+        raise argparse.ArgumentTypeError(f"{error}; {error.hint}") from None
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -195,28 +272,92 @@ def _config_show(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _end_jobs(arguments: argparse.Namespace) -> int:
+    from pjw.server.config import load_config
+    from pjw.server.end_jobs import end_jobs
+
+    config = load_config(arguments.config, _options(arguments))
+    print(f"jobs ended: {end_jobs(config.state_dir, arguments.grace)}")
+    return 0
+
+
 def _certs(arguments: argparse.Namespace) -> int:
     from pjw.certs import authority
+    from pjw.certs.address import host_of
 
     directory, names, days = arguments.directory, arguments.names, arguments.days
     match arguments.kind:
         case "init":
-            made = authority.init_set(
-                directory, _own_names(), names, days=days, bundle_server=arguments.server
-            )
+            hosts = list(dict.fromkeys([*_own_names(), host_of(arguments.server)]))
+            made = authority.init_set(directory, hosts, names, days=days, bundle_server=arguments.server)
         case "server":
             made = authority.write_server(directory, names, days=days)
         case _:
             made = []
             for name in names:
                 made += authority.write_client(directory, name, days=days, bundle_server=arguments.server)
+            _warn_of_another_name(directory, arguments.server)
     for path in made:
         print(path)
     _tell_clients([path for path in made if path.endswith(BUNDLE_SUFFIX)])
     return 0
 
 
-def _tell_clients(bundles: Sequence[str]) -> None:
+def _certs_renew(arguments: argparse.Namespace) -> int:
+    from pjw.certs import upkeep
+
+    made = upkeep.renew(arguments.directory, arguments.names, days=arguments.days)
+    for path in made:
+        print(path)
+    _tell_clients([path for path in made if path.endswith(BUNDLE_SUFFIX)], "--replace ")
+    if upkeep.SERVER in arguments.names:
+        print("pjwd takes the new certificate after: systemctl reload pjwd", file=sys.stderr)
+    return 0
+
+
+def _certs_revoke(arguments: argparse.Namespace) -> int:
+    from pjw.certs import upkeep
+
+    path, count = upkeep.revoke(arguments.directory, arguments.names, arguments.list)
+    print(path)
+    what = "1 certificate" if count == 1 else f"{count} certificates"
+    print(
+        f"pjwd: added {what}; it counts on the server once `revoked` in its configuration names this list,"
+        " after: systemctl reload pjwd",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _certs_list(arguments: argparse.Namespace) -> int:
+    from pjw.certs import upkeep
+
+    for line in upkeep.listed(arguments.directory, arguments.list):
+        print(line)
+    return 0
+
+
+def _warn_of_another_name(directory: str, server: str) -> None:
+    """Warn when the server's certificate in *directory* lacks the host that the bundles name."""
+    from pjw.certs.address import host_of
+    from pjw.certs.checks import is_for, names_of, parse_certificates
+    from pjw.certs.files import read_certificates
+
+    crt = os.path.join(directory, "server.crt")
+    try:
+        certificate, *_ = parse_certificates(read_certificates(crt))
+    except (PjwError, ValueError):
+        return
+    if not is_for(certificate, host_of(server)):
+        names = ", ".join(names_of(certificate)) or "no host"
+        print(
+            f"pjwd: warning: {crt} is for {names}, not for {host_of(server)}, where the bundles lead to:"
+            " see --server, or make another with `pjwd certs server`",
+            file=sys.stderr,
+        )
+
+
+def _tell_clients(bundles: Sequence[str], option: str = "") -> None:
     """What a client does with its bundle; on stderr, since stdout has the paths and nothing else."""
     for path in bundles:
         file = os.path.basename(path)
@@ -225,7 +366,7 @@ def _tell_clients(bundles: Sequence[str]) -> None:
             f"\nfor {client}: copy {shlex.quote(path)} to where {client} works, unread by others",
             file=sys.stderr,
         )
-        print(f"  then there: pjw context add default {shlex.quote(file)}", file=sys.stderr)
+        print(f"  then there: pjw context add {option}default {shlex.quote(file)}", file=sys.stderr)
 
 
 def _own_names() -> list[str]:

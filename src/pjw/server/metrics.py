@@ -13,14 +13,13 @@ import threading
 from collections import Counter as Tally
 from collections.abc import Iterable, Iterator
 from concurrent.futures import CancelledError
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from socketserver import TCPServer, ThreadingMixIn
 from typing import Final
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 import grpc
-from cryptography import x509
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -44,9 +43,13 @@ from pjw.errors import (
     describe_errno,
 )
 from pjw.model import EndReason, JobState
-from pjw.server.address import shown_address
+from pjw.server.address import held_addresses, shown_address
 from pjw.server.audit import CANCELLED, CallRecord
-from pjw.server.quota import ClientLimits
+from pjw.server.connections import ConnectionNumbers, Connections
+from pjw.server.expiry import first_end
+from pjw.server.log_writer import LogWriter
+from pjw.server.logs import PLAIN
+from pjw.server.quota import ClientLimits, NamedClient
 from pjw.server.reload import Reloader
 from pjw.worker import Worker
 from pjw.worker.numbers import ClientNumbers, WorkerNumbers
@@ -75,19 +78,25 @@ _REJECTIONS: Final[dict[type[Exception], str]] = {
     LimitReachedError: "no_resources",
 }
 
-# Below [clients] the burst alone is not a limit of its own: it goes with starts_per_second.
-_LIMITS: Final = [name for name in ClientLimits.__struct_fields__ if name != "starts_burst"]
+_NUMBERS: Final = [name for name in ClientLimits.__struct_fields__ if name != "by_name"]
+# A burst is no limit of its own, calls beyond their rate are held, and a share refuses nothing.
+_NOT_REFUSED: Final = {"starts_burst", "calls_per_second", "calls_burst", *NamedClient.__struct_fields__}
+_LIMITS: Final = [*(name for name in _NUMBERS if name not in _NOT_REFUSED), "memory_overcommit"]
 
 _Request = socket.socket | tuple[bytes, socket.socket]
 
 log: Final = logging.getLogger(__name__)
+# the logger whose records are written at every level, see serve.py
+ready: Final = logging.getLogger("pjw.ready")
 
 
 class ServerMetrics:
     """Counts calls as the guard tells of them, and serves what is counted."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, connections: Connections, log_writer: LogWriter) -> None:
         self._worker: Final = worker
+        self._connections: Final = connections
+        self.log_writer: Final = log_writer
         self._loop: Final = asyncio.get_running_loop()
         self._under_way: Final[set[CallRecord]] = set()
         # when a counter began is no news: that is when pjwd did
@@ -107,7 +116,7 @@ class ServerMetrics:
         )
         self._rejected: Final = Counter(
             "pjw_calls_rejected",
-            "Calls that were refused; reason is a limit below [clients], or what was wrong.",
+            "Calls that were refused; reason is a limit that was reached, or what was wrong.",
             ["reason"],
             registry=self.registry,
         )
@@ -151,25 +160,24 @@ class ServerMetrics:
     def serve(self, address: tuple[str, int], reloader: Reloader) -> Iterator[None]:
         """Answer at *address* until the end of the block. Raises ConfigError."""
         self.registry.register(_State(self, reloader))
-        try:
-            server = _Server(address)
-        except OSError as error:
-            why = (error.strerror or str(error)).lower()
-            raise ConfigError(f"cannot listen on {shown_address(*address)} for metrics: {why}") from error
-        server.set_app(make_wsgi_app(self.registry))
-        thread = threading.Thread(target=server.run, name="pjw-metrics", daemon=True)
-        thread.start()
-        log.info("metrics on %s", shown_address(address[0], server.server_port))
-        try:
+        with ExitStack() as stack:
+            with held_addresses(*address, " for metrics") as addresses:
+                servers = [stack.enter_context(_serving(each, self.registry)) for each in addresses]
+            # when the operator asks for any free port, say at every level which one it is
+            asked = ready.info if address[1] == 0 else log.info
+            asked("metrics on %s", shown_address(address[0], servers[0].server_port), extra=PLAIN)
             yield
-        finally:
-            server.end()
-            thread.join()
-            server.server_close()
 
     def numbers(self) -> tuple[WorkerNumbers, dict[str, int], Tally[str]]:
         """From any thread: the worker's numbers, calls under way and bytes, both by method."""
         return asyncio.run_coroutine_threadsafe(self._look(), self._loop).result(SCRAPE_SECONDS)
+
+    def connections(self) -> ConnectionNumbers:
+        """From any thread: the connections to the port."""
+        return asyncio.run_coroutine_threadsafe(self._look_at_port(), self._loop).result(SCRAPE_SECONDS)
+
+    async def _look_at_port(self) -> ConnectionNumbers:
+        return self._connections.numbers()
 
     async def _look(self) -> tuple[WorkerNumbers, dict[str, int], Tally[str]]:
         numbers = await self._worker.numbers()
@@ -179,6 +187,24 @@ class ServerMetrics:
             under_way[record.method] = under_way.get(record.method, 0) + 1
             streamed[record.method] += record.bytes
         return numbers, under_way, streamed
+
+
+@contextmanager
+def _serving(address: tuple[str, int], registry: CollectorRegistry) -> Iterator["_Server"]:
+    try:
+        server = _Server(address)
+    except OSError as error:
+        why = (error.strerror or str(error)).lower()
+        raise ConfigError(f"cannot listen on {shown_address(*address)} for metrics: {why}") from error
+    server.set_app(make_wsgi_app(registry))
+    thread = threading.Thread(target=server.run, name="pjw-metrics", daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.end()
+        thread.join()
+        server.server_close()
 
 
 class _State(Collector):
@@ -192,6 +218,7 @@ class _State(Collector):
         yield InfoMetricFamily("pjw", "The version of pjwd.", {"version": _VERSION})
         yield from self._operator()
         try:
+            yield from _port(self._metrics.connections())
             numbers, under_way, streamed = self._metrics.numbers()
         except (PjwError, TimeoutError, CancelledError) as error:
             # what is known without the worker is told all the same
@@ -210,12 +237,14 @@ class _State(Collector):
         yield _one("pjw_launcher_up", "Whether the launcher lives.", numbers.launcher_up)
 
     def _operator(self) -> Iterator[Metric]:
+        lost = self._metrics.log_writer.lost_lines
+        yield _total("pjw_log_lost_lines", "Lines of the log that nothing read in time.", lost)
         quotas = self._reloader.config.clients
         yield _by(
             "pjw_limit",
             "What the configuration allows, below [clients]; 0 is no limit.",
             "limit",
-            [(name, float(getattr(quotas, name))) for name in quotas.__struct_fields__],
+            [(name, float(getattr(quotas, name))) for name in _NUMBERS],
         )
         reloads = CounterMetricFamily("pjw_reloads", "Reloads of files.", labels=("files", "result"))
         for (what, result), count in sorted(self._reloader.counts.items()):
@@ -227,8 +256,24 @@ class _State(Collector):
             "pjw_certificate_expiry_timestamp_seconds",
             "When the first certificate of a file expires.",
             "certificate",
-            [(name, _first_end(pem)) for name, pem in ends],
+            [(name, first_end(pem).timestamp()) for name, pem in ends],
         )
+
+
+def _port(numbers: ConnectionNumbers) -> Iterator[Metric]:
+    yield _total("pjw_connections_accepted", "Handshakes that were begun at the port.", numbers.accepted)
+    yield _by(
+        "pjw_connections",
+        "Connections to the port, by whether a call has come over them.",
+        "state",
+        [("called", numbers.open - numbers.unproven), ("unproven", numbers.unproven)],
+    )
+    closed = CounterMetricFamily(
+        "pjw_connections_closed", "Connections that pjwd has closed, by why.", labels=("reason",)
+    )
+    for cause, count in numbers.closed.items():
+        closed.add_metric((cause,), count)
+    yield closed
 
 
 def _jobs(numbers: WorkerNumbers) -> Iterator[Metric]:
@@ -243,6 +288,7 @@ def _jobs(numbers: WorkerNumbers) -> Iterator[Metric]:
         "Output of the ended jobs that are kept.",
         sum(each.stored_bytes for each in clients),
     )
+    yield _one("pjw_jobs_output_held", "Jobs whose output waits for the disk.", numbers.output_held)
     ends = CounterMetricFamily("pjw_jobs_ended", "Jobs that have ended, by reason.", labels=("reason",))
     for reason in EndReason:
         ends.add_metric((reason.value,), numbers.ends.get(reason, 0))
@@ -282,10 +328,6 @@ def _by(name: str, text: str, label: str, values: Iterable[tuple[str, float]]) -
     for key, value in values:
         family.add_metric((key,), value)
     return family
-
-
-def _first_end(pem: bytes) -> float:
-    return min(each.not_valid_after_utc for each in x509.load_pem_x509_certificates(pem)).timestamp()
 
 
 def _rejection(error: Exception | None) -> str | None:
@@ -328,9 +370,8 @@ class _Server(ThreadingMixIn, WSGIServer):
     def __init__(self, address: tuple[str, int]) -> None:
         self._free: Final = threading.BoundedSemaphore(SCRAPES_MAX)
         self._ending: Final = threading.Event()
-        family, *_, resolved = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
-        self.address_family = family
-        super().__init__((str(resolved[0]), address[1]), _Handler)
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        super().__init__(address, _Handler)
 
     def run(self) -> None:
         """Answer until `end`. Not serve_forever(), which spins when descriptors are out, and ends late."""

@@ -12,7 +12,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.hashes import SHA256
 
 from pjw.certs.credentials import check_leaf
-from pjw.certs.identity import CACHE_CERTIFICATES, identity_of
+from pjw.certs.identity import CACHE_CERTIFICATES, NameRules, identity_of
 from pjw.certs.revocation import RevocationList
 from pjw.certs.tls import TLS_VERSION
 from pjw.errors import NotAuthenticatedError
@@ -36,7 +36,7 @@ class Peer:
         return revoked.revokes(self.identity.serial, self.fingerprint)
 
 
-def authenticate(context: grpc.aio.ServicerContext[Any, Any], client_name_oid: str) -> Peer:
+def authenticate(context: grpc.aio.ServicerContext[Any, Any], rules: NameRules) -> Peer:
     """The caller, looked at on every call. Raises NotAuthenticatedError.
 
     The handshake alone does not do: a resumed TLS session presents no certificate, even
@@ -48,24 +48,24 @@ def authenticate(context: grpc.aio.ServicerContext[Any, Any], client_name_oid: s
     pem = next(iter(properties.get("x509_pem_cert", ())), None)
     if pem is None:
         raise NotAuthenticatedError("a client certificate is required")
-    peer = _peer_of(pem, client_name_oid)
+    peer = _peer_of(pem, rules)
     if peer.seconds_left() <= 0:
         raise NotAuthenticatedError("the client certificate has expired")
     return peer
 
 
-def presented(context: grpc.aio.ServicerContext[Any, Any], client_name_oid: str) -> Identity | None:
+def presented(context: grpc.aio.ServicerContext[Any, Any], rules: NameRules) -> Identity | None:
     """Whom the certificate names, whether it is acceptable or not: for the audit log alone."""
     pem = next(iter(context.auth_context().get("x509_pem_cert", ())), None)
     try:
-        return identity_of(pem, client_name_oid) if pem else None
+        return identity_of(pem, rules) if pem else None
     except NotAuthenticatedError:
         return None
 
 
 @lru_cache(maxsize=CACHE_CERTIFICATES)  # a call costs 300 us; to parse anew would add 50
-def _peer_of(pem: bytes, client_name_oid: str) -> Peer:
-    identity = identity_of(pem, client_name_oid)
+def _peer_of(pem: bytes, rules: NameRules) -> Peer:
+    identity = identity_of(pem, rules)
     certificate = x509.load_pem_x509_certificate(pem)
     check_leaf(certificate)
     return Peer(identity, certificate.fingerprint(SHA256()), certificate.not_valid_after_utc)

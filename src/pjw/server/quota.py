@@ -13,9 +13,10 @@ from typing import Annotated, Final
 
 import msgspec
 
-from pjw.errors import LimitReachedError
-from pjw.model import LIMIT_MAXIMUM
-from pjw.worker.settings import Quotas
+from pjw.certs.profile import identity_fault
+from pjw.errors import ConfigError, InvalidJobError, LimitReachedError
+from pjw.model import LIMIT_MAXIMUM, WEIGHT_DEFAULT, WEIGHT_MAXIMUM, Share, Sums
+from pjw.worker.settings import Quotas, Shares
 
 # What one client gets of them, however many it asks for at once: at 0.4 ms each, 4 % of a processor.
 REFUSALS_PER_SECOND: Final = 100
@@ -27,6 +28,24 @@ WAITING_METHOD: Final = "Wait"
 FORGET_ABOVE: Final = 64
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=LIMIT_MAXIMUM)]
+
+
+Weight = Annotated[int, msgspec.Meta(ge=1, le=WEIGHT_MAXIMUM)]
+
+
+class NamedClient(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The weight and sums of one client, where they are not those of all."""
+
+    weight: Annotated[
+        Weight | None, msgspec.Meta(description="of its jobs together, beside those of other clients")
+    ] = None
+    memory_max_bytes: Annotated[Count | None, msgspec.Meta(description="memory of its jobs together")] = None
+    pids_max: Annotated[
+        Count | None, msgspec.Meta(description="processes and threads of its jobs together")
+    ] = None
+    cpu_max_millicores: Annotated[
+        Count | None, msgspec.Meta(description="thousandths of a processor of its jobs together")
+    ] = None
 
 
 class ClientLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -44,12 +63,47 @@ class ClientLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     running_max: Annotated[Count, msgspec.Meta(description="jobs of one client that have not ended")] = 1000
     running_total_max: Annotated[Count, msgspec.Meta(description="jobs that have not ended")] = 10_000
     stored_bytes_max: Annotated[
-        Count, msgspec.Meta(description="bytes of output and input of one client's jobs")
+        Count, msgspec.Meta(description="bytes of output, input and scratch of one client's jobs")
     ] = 0
     stored_bytes_total_max: Annotated[
-        Count, msgspec.Meta(description="bytes of output and input of all jobs")
+        Count, msgspec.Meta(description="bytes of output, input and scratch of all jobs")
     ] = 0
     input_bytes_max: Annotated[Count, msgspec.Meta(description="bytes of input of one job")] = 10 * 1024**3
+    calls_per_second: Annotated[
+        float, msgspec.Meta(ge=0, le=1e6, description="calls that a client may begin a second; more wait")
+    ] = 1000
+    calls_burst: Annotated[
+        int, msgspec.Meta(ge=1, description="calls that a client may begin at once, after a rest")
+    ] = 200
+    connections_max: Annotated[Count, msgspec.Meta(description="connections of a client at once")] = 64
+    weight: Annotated[
+        Weight, msgspec.Meta(description="of a client's jobs together, beside those of other clients")
+    ] = WEIGHT_DEFAULT
+    memory_max_bytes: Annotated[Count, msgspec.Meta(description="memory of a client's jobs together")] = 0
+    pids_max: Annotated[
+        Count, msgspec.Meta(description="processes and threads of a client's jobs together")
+    ] = 0
+    cpu_max_millicores: Annotated[
+        Count, msgspec.Meta(description="thousandths of a processor of a client's jobs together")
+    ] = 0
+    by_name: Annotated[
+        dict[str, NamedClient],
+        msgspec.Meta(description="other weights or sums for single clients, by their names"),
+    ] = {}
+
+    def __post_init__(self) -> None:
+        for name in sorted(self.by_name):
+            if fault := identity_fault(name):
+                raise ValueError(fault)
+
+    def shares(self) -> Shares:
+        """Each client's part of the host. Raises ConfigError."""
+        default = {name: getattr(self, name) for name in NamedClient.__struct_fields__}
+        by_name = {}
+        for client_name, named in self.by_name.items():
+            own = {name: value for name, value in msgspec.structs.asdict(named).items() if value is not None}
+            by_name[client_name] = _share(f"clients.by_name.{client_name}", {**default, **own})
+        return Shares(_share("clients", default), by_name)
 
     def quotas(self) -> Quotas:
         """Those that are the worker's to keep."""
@@ -102,15 +156,21 @@ class Quota:
     def _stream_refusal(self, client_name: str) -> LimitReachedError | None:
         each, total = self._limits.followers_max, self._limits.followers_total_max
         if each and self._followers[client_name] >= each:
-            return _refusal("followers_max", f"a client may follow {each} jobs at once")
+            return _refusal("followers_max", f"a client may follow {each} jobs at once", each)
         if total and self._followers.total() >= total:
-            return _refusal("followers_total_max", f"{total} jobs may be followed at once on this server")
+            return _refusal(
+                "followers_total_max", f"{total} jobs may be followed at once on this server", total
+            )
         return None
 
     def _refusal(self, client_name: str, method: str) -> LimitReachedError | None:
         limits = self._limits
         if limits.calls_max and self._calls[client_name] >= limits.calls_max:
-            return _refusal("calls_max", f"a client may have {limits.calls_max} calls under way at once")
+            return _refusal(
+                "calls_max",
+                f"a client may have {limits.calls_max} calls under way at once",
+                limits.calls_max,
+            )
         if method == "Start" and limits.starts_per_second and not self._take_start(client_name):
             rate, burst = limits.starts_per_second, limits.starts_burst
             return _refusal(
@@ -133,6 +193,13 @@ class Quota:
         return True
 
 
+def _share(table: str, values: dict[str, int]) -> Share:
+    try:
+        return Share(values.pop("weight"), Sums(**values))
+    except InvalidJobError as error:
+        raise ConfigError(f"[{table}]: {error}") from None
+
+
 @contextmanager
 def _counted(counter: Counter[str], client_name: str) -> Iterator[None]:
     counter[client_name] += 1
@@ -144,7 +211,7 @@ def _counted(counter: Counter[str], client_name: str) -> Iterator[None]:
             del counter[client_name]
 
 
-def _refusal(limit: str, words: str) -> LimitReachedError:
+def _refusal(limit: str, words: str, most: int | None = None) -> LimitReachedError:
     return LimitReachedError(
-        words, hint=f"try again later, or ask the operator for more (clients.{limit})", limit=limit
+        words, hint=f"try again later, or ask the operator for more (clients.{limit})", limit=limit, most=most
     )

@@ -22,9 +22,12 @@ from pjw.certs.files import ServerCredentials, ServerFiles, key_exposure, read_d
 from pjw.certs.revocation import load_revocation_list
 from pjw.errors import LauncherGoneError, PjwError
 from pjw.server.config import RELOADED, ServerConfig, config_of, parse_values
+from pjw.server.expiry import warn_of_ends
 from pjw.server.guard import Guard
 from pjw.server.logs import set_level
 from pjw.server.notify import Notifier
+from pjw.server.plan import plan_of
+from pjw.server.sandbox import descriptors_for
 from pjw.worker import Worker, WorkerSettings
 
 log: Final = logging.getLogger(__name__)
@@ -45,7 +48,9 @@ class Reloader:
         guard: Guard,
         worker: Worker,
         notifier: Notifier,
+        accepted: Callable[[], None],
     ) -> None:
+        self._accepted: Final = accepted
         self._files: Final = files
         self._options: Final = options
         self._guard: Final = guard
@@ -69,24 +74,27 @@ class Reloader:
         self.config = config
         self.credentials = credentials
         self._settings = settings
-        self._handed = self._configuration = _configuration(credentials)
+        self._configuration = _configuration(credentials)
 
     def tls(self) -> grpc.ServerCredentials:
-        """What to listen with: each handshake is done with the certificates of that moment."""
+        """The credentials for one address: each handshake uses the newest certificates."""
+        handed = self._configuration
+
+        def fetch() -> grpc.ServerCertificateConfiguration | None:
+            # A thread of gRPC's calls this at the beginning of each handshake, never twice at once.
+            nonlocal handed
+            self._accepted()
+            if handed is self._configuration:
+                return None
+            handed = self._configuration
+            return handed
+
         # the stubs do not know that None may be fetched: "as before"
         return grpc.dynamic_ssl_server_credentials(
-            self._configuration,
-            self._fetch,  # type: ignore[arg-type]
+            handed,
+            fetch,  # type: ignore[arg-type]
             require_client_authentication=True,
         )
-
-    def _fetch(self) -> grpc.ServerCertificateConfiguration | None:
-        # Called by a thread of gRPC's, which does one handshake at a time.
-        current = self._configuration
-        if current is self._handed:
-            return None
-        self._handed = current
-        return current
 
     def ask(self) -> None:
         """Have the files read again; asked during a reload, once more after it."""
@@ -142,10 +150,13 @@ class Reloader:
         self.credentials = credentials
         self._configuration = _configuration(credentials)
         log.info("reload: the certificates are new")
+        warn_of_ends(credentials)
 
     async def _reload_config(self, path: str) -> None:
         data = await self._read(path, "configuration")
         new = config_of(path, parse_values(path, data), self._options)
+        # judge all keys, as a start does, also those that a reload does not take
+        plan_of(new, path)
         old = self.config
         changed = [key for key in new.__struct_fields__ if getattr(new, key) != getattr(old, key)]
         taken = {key: getattr(new, key) for key in changed if key in RELOADED}
@@ -158,11 +169,19 @@ class Reloader:
             stop_grace_seconds=wanted.stop_grace_seconds,
             retention=wanted.retention,
             quotas=wanted.quotas,
+            disk=wanted.disk,
+            shares=wanted.shares,
+            memory_overcommit=wanted.memory_overcommit,
         )
         self._worker.reconfigure(settings)
         self._guard.reconfigure(config)
         set_level(config.log_level)
         self.config, self._settings = config, settings
+        # Last, as it waits for the launcher: nobody who is not let in any more has that long.
+        for words in await self._worker.give_shares():
+            log.warning("reload: %s", words)
+        if descriptors_for(config) > descriptors_for(old):
+            log.warning("reload: more descriptors, for these clients and jobs, take a restart")
         if left := [key for key in changed if key not in RELOADED]:
             log.warning("reload: these keys take a restart: %s", ", ".join(left))
         if taken:

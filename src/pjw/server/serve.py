@@ -2,45 +2,59 @@
 
 import asyncio
 import logging
+import resource
 import signal
-from collections.abc import Mapping
-from contextlib import AsyncExitStack
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Final
 
 import grpc
 
 from pjw.certs.files import ServerCredentials, ServerFiles
+from pjw.certs.profile import is_short_key_name
 from pjw.certs.revocation import RevocationList
 from pjw.certs.tls import probe_tls12
 from pjw.errors import ConfigError
 from pjw.server.accept import make_server
-from pjw.server.address import fault_of_address, shown_address
+from pjw.server.address import held_addresses, shown_address
 from pjw.server.audit import AuditLog
 from pjw.server.config import ServerConfig
+from pjw.server.connections import PortLimits
+from pjw.server.expiry import warn_each_day
 from pjw.server.guard import Guard
 from pjw.server.health import HEALTH_NAME, Health
+from pjw.server.log_writer import LogWriter
 from pjw.server.logs import PLAIN
 from pjw.server.notify import Notifier
+from pjw.server.port import Port
 from pjw.server.reflection import reflection_handlers
 from pjw.server.reload import Reloader
 from pjw.server.service import SERVICE_NAME, JobWorkerService
 from pjw.server.signals import Signals
 from pjw.worker import Worker, WorkerSettings
+from pjw.worker.background import Background
 from pjw.worker.launcher_process import LauncherProcess
 from pjw.worker.state_dir import StateDir
 
 # How long running calls may take to end when the server drains; followers end at once.
 DRAIN_SECONDS: Final = 5
 
+# The names of threads that pjwd needs for as long as it runs begin with this.
+OWN_THREADS: Final = "pjw-"
+
 # gRPC's own defaults leave dead followers for two hours, reject bursts of streams at random,
 # and let a second server bind the same port (docs/architecture.md, "Server options").
-OPTIONS: Final[list[tuple[str, int]]] = [
+_OPTIONS: Final[list[tuple[str, int]]] = [
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", 4 * 1024 * 1024),
-    ("grpc.max_concurrent_streams", 1000),
     ("grpc.server.max_pending_requests", 20_000),
     ("grpc.server.max_pending_requests_hard_limit", 50_000),
+    # By default gRPC widens the window of a fast client without end: one upload took 100 MB of the server's
+    # memory. With this fixed window an upload reaches 20 MB/s over a network with a round trip of 50 ms.
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 1024**2),
     # A follower that is gone without a word is noticed after 20 + 10 s.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
@@ -49,6 +63,9 @@ OPTIONS: Final[list[tuple[str, int]]] = [
     # Clients may ping every 10 s, with or without data under way.
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
 ]
+
+# Connections may have this part of the descriptors: the rest is for output, starts and the table.
+CONNECTIONS_SHARE: Final = 2
 
 log: Final = logging.getLogger(__name__)
 # What everybody waits for who starts a service is told at every level.
@@ -73,6 +90,7 @@ class Serving:
     settings: WorkerSettings
     # the descriptor of the audit log, where there is one
     audit: int | None
+    log: LogWriter
 
 
 def run(serving: Serving, state: StateDir, launcher: LauncherProcess) -> int:
@@ -89,11 +107,14 @@ async def _run(serving: Serving, state: StateDir, launcher: LauncherProcess) -> 
         audit = AuditLog(serving.audit) if serving.audit is not None else None
         if audit is not None:
             stack.callback(audit.close)
+        known = [name for name, _, _ in await state.store.totals()]
+        names = serving.config.name_rules(frozenset(filter(is_short_key_name, known)))
+        port = Port(serving.config.port, serving.config.clients, names)
         metrics = None
         if serving.metrics is not None:
             from pjw.server.metrics import ServerMetrics
 
-            metrics = ServerMetrics(worker)
+            metrics = ServerMetrics(worker, port.connections, serving.log)
         traces = None
         if (endpoint := serving.config.traces.endpoint) is not None:
             from pjw.server.traces import Traces
@@ -101,7 +122,7 @@ async def _run(serving: Serving, state: StateDir, launcher: LauncherProcess) -> 
             traces = Traces(endpoint)
             stack.callback(traces.close)
         observers = [each for each in (audit, metrics, traces) if each is not None]
-        guard = Guard(serving.config, *observers, revoked=serving.revoked)
+        guard = Guard(serving.config, *observers, revoked=serving.revoked, port=port, names=names)
         health, notifier = Health(), Notifier()
         reloader = Reloader(
             serving.files,
@@ -112,8 +133,12 @@ async def _run(serving: Serving, state: StateDir, launcher: LauncherProcess) -> 
             guard,
             worker,
             notifier,
+            port.connections.accepted,
         )
-        server = make_server(OPTIONS)
+        background = Background()
+        stack.push_async_callback(background.close)
+        stack.enter_context(_threads_watched(background))
+        server = make_server(options_of(serving.config.port), port)
         server.add_generic_rpc_handlers(
             (
                 JobWorkerService(worker).handlers(guard),
@@ -121,63 +146,117 @@ async def _run(serving: Serving, state: StateDir, launcher: LauncherProcess) -> 
                 *reflection_handlers(guard, (SERVICE_NAME, HEALTH_NAME)),
             )
         )
-        port = _listen(server, host, serving.port, reloader.tls())
-        address = shown_address(host, port)
+        addresses = _listen(server, host, serving.port, reloader.tls)
+        number = addresses[0][1]
+        port.connections.listens_on(number)
+        address = shown_address(host, number)
         await server.start()
         # before anybody is told that we are ready, and sends one
         asked = asyncio.Event()
         signals.handle(signal.SIGHUP, reloader.ask)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signals.handle(number, asked.set)
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signals.handle(each, asked.set)
         try:
-            await _refuse_tls12(host, port)
+            await _refuse_tls12(addresses)
             if serving.metrics is not None and metrics is not None:
                 stack.enter_context(metrics.serve(serving.metrics, reloader))
-            stack.callback(asyncio.ensure_future(reloader.run(lambda: _status(address, worker))).cancel)
+            background.keep("taking calls", server.wait_for_termination())
+            background.keep("warnings of certificates", warn_each_day(lambda: reloader.credentials))
+            background.keep("reloads", reloader.run(lambda: _status(address, worker)))
             ready.info("ready on %s", address, extra=PLAIN)
             notifier.ready(_status(address, worker))
             watch = notifier.watch(worker.launcher_answers, lambda: _status(address, worker))
-            stack.callback(asyncio.ensure_future(watch).cancel)
-            return await _until_end(worker, asked)
+            background.keep("word to the watchdog", watch)
+            return await _until_end(worker, background, asked)
         finally:
             notifier.stopping()
             await health.drain()
             # Followers are told first: stop() alone would let them run into its grace period.
             guard.drain()
+            port.turns.open()
             await server.stop(DRAIN_SECONDS)
+
+
+def options_of(limits: PortLimits) -> list[tuple[str, int]]:
+    """The options of gRPC, which has no bounds of its own."""
+    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return [
+        *_OPTIONS,
+        ("grpc.server_handshake_timeout_ms", round(limits.handshake_seconds * 1000)),
+        # beyond, a connection is closed as it is accepted
+        (
+            "grpc.max_allowed_incoming_connections",
+            min(limits.connections_max, descriptors // CONNECTIONS_SHARE),
+        ),
+        ("grpc.max_concurrent_streams", limits.streams_per_connection_max),
+    ]
 
 
 def _status(address: str, worker: Worker) -> str:
     return f"serving on {address}; jobs that have not ended: {worker.live_count}"
 
 
-def _listen(server: grpc.aio.Server, host: str, port: int, tls: grpc.ServerCredentials) -> int:
-    address = shown_address(host, port)
+def _listen(
+    server: grpc.aio.Server, host: str, port: int, tls: Callable[[], grpc.ServerCredentials]
+) -> list[tuple[str, int]]:
+    """Have the server listen on every address of a name, all at one port. Raises ConfigError."""
+    with held_addresses(host, port) as addresses:
+        for each in addresses:
+            try:
+                # One by one: of several addresses gRPC silently leaves out those that it cannot have.
+                server.add_secure_port(shown_address(*each), tls())
+            except RuntimeError:
+                # gRPC does not say why
+                raise ConfigError(
+                    f"cannot listen on {shown_address(*each)}: gRPC refuses the address, or the certificate"
+                ) from None
+        return addresses
+
+
+async def _refuse_tls12(addresses: Sequence[tuple[str, int]]) -> None:
+    # We have bound these addresses, so no other process can be there. A name could lead to another host.
+    for host, port in addresses:
+        target = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  the operator's choice
+        if await asyncio.to_thread(probe_tls12, target, port):
+            raise ConfigError(
+                "this server would speak TLS 1.2, so it does not serve",
+                hint="this build of gRPC ignores its cipher setting",
+            )
+
+
+@contextmanager
+def _threads_watched(background: Background) -> Iterator[None]:
+    """Have a thread of pjwd's own that dies by a bug end pjwd, as a task does."""
+    loop = asyncio.get_running_loop()
+
+    def on_death(death: threading.ExceptHookArgs) -> None:
+        name = death.thread.name if death.thread is not None else "a thread"
+        log.critical("%s has died", name, exc_info=death.exc_value)
+        if name.startswith(OWN_THREADS):
+            loop.call_soon_threadsafe(background.failed.set)
+
+    before, threading.excepthook = threading.excepthook, on_death
     try:
-        return server.add_secure_port(address, tls)
-    except RuntimeError:
-        # gRPC does not say why
-        why = fault_of_address(host, port) or "gRPC refuses the address, or the certificate"
-        raise ConfigError(f"cannot listen on {address}: {why}") from None
+        yield
+    finally:
+        threading.excepthook = before
 
 
-async def _refuse_tls12(host: str, port: int) -> None:
-    target = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  the operator's choice
-    if await asyncio.to_thread(probe_tls12, target, port):
-        raise ConfigError(
-            "this server would speak TLS 1.2, so it does not serve",
-            hint="this build of gRPC ignores its cipher setting",
-        )
-
-
-async def _until_end(worker: Worker, asked: asyncio.Event) -> int:
-    end = asyncio.ensure_future(asked.wait())
-    gone = asyncio.ensure_future(worker.launcher_gone())
-    await asyncio.wait({end, gone}, return_when=asyncio.FIRST_COMPLETED)
-    end.cancel()
-    gone.cancel()
-    if not asked.is_set():
+async def _until_end(worker: Worker, background: Background, asked: asyncio.Event) -> int:
+    ends = [
+        asyncio.ensure_future(end)
+        for end in (asked.wait(), worker.launcher_gone(), worker.failed(), background.failed.wait())
+    ]
+    _, gone, *_ = ends
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    has_gone = gone.done()
+    for end in ends:
+        end.cancel()
+    if asked.is_set():
+        log.info("stopping; %d jobs go on", worker.live_count)
+        return 0
+    if has_gone:
         log.error("the launcher has died; running jobs go on, start pjwd again to reach them")
-        return 1
-    log.info("stopping; %d jobs go on", worker.live_count)
-    return 0
+    else:
+        log.error("pjwd ends by a fault of its own; running jobs go on, start pjwd again to reach them")
+    return 1

@@ -7,11 +7,14 @@ from typing import Final
 
 import grpc
 
-from pjw.errors import InvalidJobError
+from pjw.certs.profile import identity_fault
+from pjw.errors import InvalidJobError, NotAllowedError
 from pjw.rpc.convert import (
     job_to_message,
     logs_response_head,
+    quota_to_message,
     sample_to_message,
+    since_from_message,
     spec_from_message,
     timed_logs_response,
 )
@@ -52,6 +55,7 @@ class JobWorkerService:
                 "Logs": guard.stream(self.logs, pb.LogsRequest),
                 "Delete": guard.unary(self.delete, pb.DeleteRequest),
                 "GetUsageHistory": guard.unary(self.get_usage_history, pb.GetUsageHistoryRequest),
+                "GetQuota": guard.unary(self.get_quota, pb.GetQuotaRequest),
                 "WatchUsage": guard.stream(self.watch_usage, pb.WatchUsageRequest),
             },
         )
@@ -104,8 +108,9 @@ class JobWorkerService:
         return pb.ListResponse(jobs=[job_to_message(job) for job in page.jobs], next_page_token=token)
 
     async def wait(self, request: pb.WaitRequest, caller: Caller) -> pb.WaitResponse:
-        """Answer when a job of the caller has ended."""
-        return pb.WaitResponse(job=job_to_message(await self._worker.wait(request.id, caller.owner)))
+        """Answer when a job of the caller has ended, or does not when it should."""
+        job = await self._worker.wait(request.id, caller.owner, or_stuck=request.or_stuck)
+        return pb.WaitResponse(job=job_to_message(job))
 
     async def stop(self, request: pb.StopRequest, caller: Caller) -> pb.StopResponse:
         """Stop a job of the caller."""
@@ -128,9 +133,10 @@ class JobWorkerService:
             stderr=request.stream == pb.OUTPUT_STREAM_STDERR,
             follow=not request.no_follow,
             tail_lines=request.tail_lines if request.HasField("tail_lines") else None,
+            since_ns=since_from_message(request),
         )
         reading = await self._worker.read_logs(request.id, part, caller.owner)
-        if part.tail_lines is not None:
+        if part.is_sought:
             # at once: the job may be silent, and the connection lost before it says the next word
             yield pb.LogsResponse(offset=reading.offset)
         if request.timestamps:
@@ -155,6 +161,18 @@ class JobWorkerService:
         return pb.GetUsageHistoryResponse(
             job=job_to_message(job), samples=[sample_to_message(sample) for sample in samples]
         )
+
+    async def get_quota(self, request: pb.GetQuotaRequest, caller: Caller) -> pb.GetQuotaResponse:
+        """Show the limits, use and share of the caller, or of another client."""
+        client_name = request.client_name or caller.client_name
+        if caller.owner not in (None, client_name):
+            raise NotAllowedError(
+                f"{caller.client_name} may not see the quota of another client",
+                hint="a viewer or an admin asks for it on the jobs of every client: pjw --all quota CLIENT",
+            )
+        if fault := identity_fault(client_name):
+            raise InvalidJobError(fault)
+        return quota_to_message(await self._worker.quota(client_name))
 
     async def watch_usage(
         self, request: pb.WatchUsageRequest, caller: Caller

@@ -6,33 +6,39 @@ while root, since the interpreter may live where only root can read it (a venv o
 /root). Privilege is gone before anything listens.
 """
 
-import ctypes
+import hashlib
 import logging
 import os
 import pwd
 import resource
 import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import import_module
 from typing import Final
 
 from pjw.certs.credentials import load_server_credentials
-from pjw.certs.files import ServerFiles, key_exposure
+from pjw.certs.files import key_exposure
 from pjw.certs.revocation import NOBODY_REVOKED, load_revocation_list
 from pjw.certs.tls import require_tls13_environment
 from pjw.errors import ConfigError, PjwError, describe_errno
-from pjw.server.address import metrics_address_of, parse_address, traces_endpoint_of
+from pjw.inherited import set_for_service
+from pjw.server.address import require_exporter
 from pjw.server.config import ServerConfig, load_config
+from pjw.server.grpc_log import relay, take_stderr
+from pjw.server.log_writer import LogWriter
 from pjw.server.logs import set_up_logging
+from pjw.server.plan import check_reloads, plan_of
+from pjw.server.sandbox import Sandbox, descriptors_for, enter
+from pjw.server.trial import Trial, trial_of
 from pjw.worker.launcher_process import require_root, start_launcher
-from pjw.worker.settings import UID_FIRST
 from pjw.worker.state_dir import StateDir
 
 DEFAULT_USER: Final = "pjw"
-# Where no user pjw exists: a user id that belongs to nobody, just below those of jobs.
-FALLBACK_UID: Final = UID_FIRST - 1
-
-_PR_SET_NO_NEW_PRIVS: Final = 38
+# Where no user pjw exists, each state directory has one of the user ids that systemd gives to nobody
+# (systemd.io/UIDS-GIDS). Where an older version has run, it is the one that this version took everywhere.
+FORMER_UID: Final = 1_899_999_999
+NOBODYS_UIDS: Final = range(0x7FFF_0000, 0x8000_0000)
 
 log: Final = logging.getLogger(__name__)
 
@@ -44,9 +50,11 @@ def serve(path: str | None, options: Mapping[str, object]) -> int:
     """
     require_root()
     config = load_config(path, options)
-    set_up_logging(config.log_level, config.log_format)
+    path = os.path.abspath(path) if path else None
+    set_for_service()
+    writer = set_up_logging(config.log_level, config.log_format)
     try:
-        return _serve(config, os.path.abspath(path) if path else None, options)
+        return _serve(config, path, options, writer)
     except PjwError as error:
         if config.log_format == "text":
             raise
@@ -54,68 +62,77 @@ def serve(path: str | None, options: Mapping[str, object]) -> int:
         if error.hint:
             log.error("hint: %s", error.hint)
         return 1
+    finally:
+        # also when the start failed before it came to this
+        with suppress(RuntimeError):
+            writer.start()
 
 
-def _serve(config: ServerConfig, path: str | None, options: Mapping[str, object]) -> int:
-    host, port = parse_address(config.listen)
-    metrics_address = metrics_address_of(config.metrics)
-    traces_endpoint = traces_endpoint_of(config.traces)
-    files = server_files(config, path)
+def _serve(config: ServerConfig, path: str | None, options: Mapping[str, object], writer: LogWriter) -> int:
+    plan = plan_of(config, path)
+    files, settings = plan.files, plan.settings
+    if plan.traces is not None:
+        require_exporter()
     credentials = load_server_credentials(files.ca_crt, files.server_crt, files.server_key)
     if exposure := key_exposure(files.server_key, os.stat(files.server_key)):
         log.warning("%s", exposure)
     audit = open_audit_log(config.audit_log) if config.audit_log is not None else None
-    settings = config.worker_settings(hidden_paths(config, files))
     revoked = load_revocation_list(config.revoked) if config.revoked is not None else NOBODY_REVOKED
-    uid = server_uid(config.user)
+    if unread := check_reloads(files):
+        log.warning("%s", unread)
+    uid = server_uid(config.user, config.state_dir)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    os.umask(0o077)
 
     state = StateDir(config.state_dir, uid)
+    # before gRPC is imported: with its threads a child would die before its exec
+    trial = trial_of(config, uid)
     launcher = start_launcher(state.path, settings, files.paths)
 
+    forget_grpc_settings()
     require_tls13_environment()
     os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
     os.environ.setdefault("GRPC_VERBOSITY", "INFO" if config.log_level in ("info", "debug") else "ERROR")
+    their_lines = take_stderr()
     from pjw.server.serve import Serving, run
 
     preload_modules()
-    if metrics_address is not None:
+    if plan.metrics is not None:
         import_module("pjw.server.metrics")
-    if traces_endpoint is not None:
+    if plan.traces is not None:
         # the second is what gRPC imports for its first channel
         for name in ("pjw.server.traces", "grpc._channel"):
             import_module(name)
-    drop_privilege(uid)
+    _finish(trial)
+    sandbox = Sandbox(state.descriptor, listening_ports(plan.listen, plan.metrics), descriptors_for(config))
+    enter(sandbox, uid)
+    # only now: a thread started before would keep its privileges
+    writer.start()
+    relay(their_lines)
     serving = Serving(
-        host, port, metrics_address, files, credentials, revoked, config, options, settings, audit
+        *plan.listen, plan.metrics, files, credentials, revoked, config, options, settings, audit, writer
     )
     return run(serving, state, launcher)
 
 
-def server_files(config: ServerConfig, path: str | None) -> ServerFiles:
-    """The operator's files. Raises ConfigError for one that nobody has named."""
-    for key in ("ca_crt", "server_crt", "server_key"):
-        if getattr(config, key) is None:
-            option = f"--{key.replace('_', '-')}"
-            raise ConfigError(
-                f"no {key} is configured",
-                hint=f"give {option} FILE, or {key} in the configuration; `pjwd certs init` makes the files",
-            )
-    return ServerFiles(
-        ca_crt=config.ca_crt or "",
-        server_crt=config.server_crt or "",
-        server_key=config.server_key or "",
-        revoked=config.revoked,
-        config=path,
-    )
+def forget_grpc_settings() -> None:
+    """Remove gRPC's settings from the environment, except those of its log.
+
+    pjwd was tested with gRPC's own poller, experiments, roots and so on; operators must not change them.
+    """
+    for name in [name for name in os.environ if name.startswith("GRPC_")]:
+        if name not in ("GRPC_TRACE", "GRPC_VERBOSITY"):
+            del os.environ[name]
 
 
-def hidden_paths(config: ServerConfig, files: ServerFiles) -> tuple[str, ...]:
-    """What no job may see, whatever its mode: the key, the configuration, and who does what."""
-    secret = (files.server_key, files.config, config.audit_log)
-    return tuple(os.path.realpath(path) for path in secret if path)
+def _finish(trial: Trial) -> None:
+    """Log an error when no job can be made. pjwd serves all the same, for the jobs that exist."""
+    try:
+        trial.finish()
+    except ConfigError as error:
+        log.error("%s", error)
+        if error.hint:
+            log.error("hint: %s", error.hint)
 
 
 def open_audit_log(path: str) -> int:
@@ -135,8 +152,11 @@ def open_audit_log(path: str) -> int:
     return descriptor
 
 
-def server_uid(user: str | None) -> int:
-    """The unprivileged user that the network process becomes. Raises ConfigError."""
+def server_uid(user: str | None, state_dir: str) -> int:
+    """The unprivileged user that the network process becomes. Raises ConfigError.
+
+    Where there is none, a user id that no other pjwd has: that of the state directory.
+    """
     try:
         uid = pwd.getpwnam(user or DEFAULT_USER).pw_uid
     except KeyError:
@@ -145,31 +165,25 @@ def server_uid(user: str | None) -> int:
                 f"no user is called {user!r} on this host",
                 hint=f"useradd --system --shell /usr/sbin/nologin {user}",
             ) from None
-        return FALLBACK_UID
+        return _nobodys_uid(os.path.realpath(state_dir))
     if uid == 0:
         raise ConfigError("the server must not run as root", hint="name another user in the configuration")
     return uid
 
 
-def drop_privilege(uid: int) -> None:
-    """Become *uid* for good: no groups, no capabilities, nothing to be gained by an exec."""
-    try:
-        os.setgroups([])
-        os.setresgid(uid, uid, uid)
-        os.setresuid(uid, uid, uid)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot become user {uid}: {describe_errno(error.errno or 0)}",
-            hint="this takes the capabilities CAP_SETUID and CAP_SETGID",
-        ) from error
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
-        raise ConfigError(f"cannot set no_new_privs: {os.strerror(ctypes.get_errno())}")
-    try:
-        os.setresuid(0, 0, 0)
-    except PermissionError:
-        return
-    raise ConfigError("cannot drop root: it could be taken back")
+def _nobodys_uid(state_dir: str) -> int:
+    with suppress(OSError):
+        owner = os.stat(os.path.join(state_dir, "jobs")).st_uid
+        if owner == FORMER_UID:
+            return owner
+    digest = hashlib.sha256(os.fsencode(state_dir)).digest()
+    return NOBODYS_UIDS[int.from_bytes(digest[:8]) % len(NOBODYS_UIDS)]
+
+
+def listening_ports(*addresses: tuple[str, int] | None) -> list[int] | None:
+    """The only ports to listen on; None when one of them is not known before."""
+    ports = [address[1] for address in addresses if address is not None]
+    return ports if all(ports) else None
 
 
 def preload_modules() -> None:

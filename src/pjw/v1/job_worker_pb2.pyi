@@ -84,6 +84,10 @@ class _EndReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EndReason.V
     """The host went down while the job ran."""
     END_REASON_LAUNCH_INTERRUPTED: _EndReason.ValueType  # 8
     """The service was killed while it set the job up; the command may have run for a moment."""
+    END_REASON_DISK_LIMIT: _EndReason.ValueType  # 9
+    """A file system that jobs write to was about to be full, and this job was the largest of the client with most there."""
+    END_REASON_OUTPUT_FAILED: _EndReason.ValueType  # 10
+    """The output could not be written, and never will be: beyond a limit of the size of files, for example."""
 
 class EndReason(_EndReason, metaclass=_EndReasonEnumTypeWrapper):
     """EndReason is why a job ended."""
@@ -105,6 +109,10 @@ END_REASON_HOST_RESTARTED: EndReason.ValueType  # 7
 """The host went down while the job ran."""
 END_REASON_LAUNCH_INTERRUPTED: EndReason.ValueType  # 8
 """The service was killed while it set the job up; the command may have run for a moment."""
+END_REASON_DISK_LIMIT: EndReason.ValueType  # 9
+"""A file system that jobs write to was about to be full, and this job was the largest of the client with most there."""
+END_REASON_OUTPUT_FAILED: EndReason.ValueType  # 10
+"""The output could not be written, and never will be: beyond a limit of the size of files, for example."""
 Global___EndReason: _TypeAlias = EndReason  # noqa: Y015
 
 class _OutputStream:
@@ -290,12 +298,13 @@ class Job(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     SPLIT_STDERR_FIELD_NUMBER: _builtins.int
     INPUT_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     client_name: _builtins.str
     command: _builtins.str
     """The command as it was given, or its argv quoted for a shell."""
     exit_code: _builtins.int
-    """Absent while the job runs, and when a signal ended the command."""
+    """Absent while the job runs, and when it is lost. 128 + the signal when a signal ended the command."""
     state: Global___JobState.ValueType
     reason: Global___EndReason.ValueType
     signal: _builtins.int
@@ -308,6 +317,8 @@ class Job(_message.Message):
     """Whether stderr is kept apart from stdout."""
     input: _builtins.bool
     """Whether the command reads what WriteInput sends; otherwise its stdin is empty."""
+    detail: _builtins.str
+    """For a person to read: while a killed job does not end, or a job waits for the disk, why."""
     @_builtins.property
     def start(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -341,10 +352,11 @@ class Job(_message.Message):
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         split_stderr: _builtins.bool = ...,
         input: _builtins.bool = ...,
+        detail: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "_output_bytes", b"_output_bytes", "_signal", b"_signal", "end", b"end", "exit_code", b"exit_code", "limits", b"limits", "output_bytes", b"output_bytes", "signal", b"signal", "start", b"start", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "_output_bytes", b"_output_bytes", "_signal", b"_signal", "client_name", b"client_name", "command", b"command", "end", b"end", "exit_code", b"exit_code", "id", b"id", "input", b"input", "labels", b"labels", "limits", b"limits", "name", b"name", "output_bytes", b"output_bytes", "reason", b"reason", "signal", b"signal", "split_stderr", b"split_stderr", "start", b"start", "state", b"state", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "_output_bytes", b"_output_bytes", "_signal", b"_signal", "client_name", b"client_name", "command", b"command", "detail", b"detail", "end", b"end", "exit_code", b"exit_code", "id", b"id", "input", b"input", "labels", b"labels", "limits", b"limits", "name", b"name", "output_bytes", b"output_bytes", "reason", b"reason", "signal", b"signal", "split_stderr", b"split_stderr", "start", b"start", "state", b"state", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__exit_code: _TypeAlias = _typing.Literal["exit_code"]  # noqa: Y015
     _WhichOneofArgType__exit_code: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code"]  # noqa: Y015
@@ -768,18 +780,24 @@ class WaitRequest(_message.Message):
 
     ID_FIELD_NUMBER: _builtins.int
     ALL_CLIENTS_FIELD_NUMBER: _builtins.int
+    OR_STUCK_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     all_clients: _builtins.bool
     """Whether the job may be another client's: for viewers and admins."""
+    or_stuck: _builtins.bool
+    """Answer also when the job cannot go on: it was killed and does not end, or its output waits for the disk. Then
+    `detail` says why, and `state` is not final.
+    """
     def __init__(
         self,
         *,
         id: _builtins.int = ...,
         all_clients: _builtins.bool = ...,
+        or_stuck: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_clients", b"all_clients", "id", b"id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_clients", b"all_clients", "id", b"id", "or_stuck", b"or_stuck"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -816,6 +834,7 @@ class LogsRequest(_message.Message):
     NO_FOLLOW_FIELD_NUMBER: _builtins.int
     TAIL_LINES_FIELD_NUMBER: _builtins.int
     TIMESTAMPS_FIELD_NUMBER: _builtins.int
+    SINCE_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     offset: _builtins.int
     """Where to begin, in bytes from the first one. A client that lost its connection goes on
@@ -833,6 +852,12 @@ class LogsRequest(_message.Message):
     """
     timestamps: _builtins.bool
     """Tell with each answer when the job wrote what is in it."""
+    @_builtins.property
+    def since(self) -> _timestamp_pb2.Timestamp:
+        """Begin with what the job wrote at this time (and not before offset, nor before the last lines that are asked
+        for); absent: at offset. FAILED_PRECONDITION: nobody wrote down when the job wrote its output.
+        """
+
     def __init__(
         self,
         *,
@@ -843,10 +868,11 @@ class LogsRequest(_message.Message):
         no_follow: _builtins.bool = ...,
         tail_lines: _builtins.int | None = ...,
         timestamps: _builtins.bool = ...,
+        since: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_tail_lines", b"_tail_lines", "tail_lines", b"tail_lines"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_tail_lines", b"_tail_lines", "since", b"since", "tail_lines", b"tail_lines"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tail_lines", b"_tail_lines", "all_clients", b"all_clients", "id", b"id", "no_follow", b"no_follow", "offset", b"offset", "stream", b"stream", "tail_lines", b"tail_lines", "timestamps", b"timestamps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tail_lines", b"_tail_lines", "all_clients", b"all_clients", "id", b"id", "no_follow", b"no_follow", "offset", b"offset", "since", b"since", "stream", b"stream", "tail_lines", b"tail_lines", "timestamps", b"timestamps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__tail_lines: _TypeAlias = _typing.Literal["tail_lines"]  # noqa: Y015
     _WhichOneofArgType__tail_lines: _TypeAlias = _typing.Literal["_tail_lines", b"_tail_lines"]  # noqa: Y015
@@ -940,6 +966,160 @@ class GetUsageHistoryResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetUsageHistoryResponse: _TypeAlias = GetUsageHistoryResponse  # noqa: Y015
+
+@_typing.final
+class GetQuotaRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLIENT_NAME_FIELD_NUMBER: _builtins.int
+    ALL_CLIENTS_FIELD_NUMBER: _builtins.int
+    client_name: _builtins.str
+    """Whose quota; empty: the caller's own. PERMISSION_DENIED for another client's without all_clients."""
+    all_clients: _builtins.bool
+    """Whether the quota may be another client's: for viewers and admins."""
+    def __init__(
+        self,
+        *,
+        client_name: _builtins.str = ...,
+        all_clients: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_clients", b"all_clients", "client_name", b"client_name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetQuotaRequest: _TypeAlias = GetQuotaRequest  # noqa: Y015
+
+@_typing.final
+class GetQuotaResponse(_message.Message):
+    """GetQuotaResponse has 0 for "no limit" in each bound."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLIENT_NAME_FIELD_NUMBER: _builtins.int
+    DEFAULTS_FIELD_NUMBER: _builtins.int
+    CEILINGS_FIELD_NUMBER: _builtins.int
+    SUMS_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    TOTAL_WEIGHT_FIELD_NUMBER: _builtins.int
+    RUNNING_FIELD_NUMBER: _builtins.int
+    RUNNING_MAX_FIELD_NUMBER: _builtins.int
+    MEMORY_PROMISED_BYTES_FIELD_NUMBER: _builtins.int
+    MEMORY_PROMISED_MAX_BYTES_FIELD_NUMBER: _builtins.int
+    STORED_BYTES_FIELD_NUMBER: _builtins.int
+    STORED_BYTES_MAX_FIELD_NUMBER: _builtins.int
+    USE_FIELD_NUMBER: _builtins.int
+    client_name: _builtins.str
+    weight: _builtins.int
+    """When all clients with jobs want more than the machine has, this one gets weight / total_weight of it."""
+    total_weight: _builtins.int
+    """The weights of all clients with jobs that have not ended, and of this one, together."""
+    running: _builtins.int
+    """Jobs that have not ended."""
+    running_max: _builtins.int
+    memory_promised_bytes: _builtins.int
+    """The sum of those jobs' memory limits, and its bound: pjwd refuses a start that would exceed it."""
+    memory_promised_max_bytes: _builtins.int
+    stored_bytes: _builtins.int
+    """The output of all jobs, and the input and scratch of those that have not ended, as last counted."""
+    stored_bytes_max: _builtins.int
+    @_builtins.property
+    def defaults(self) -> Global___Limits:
+        """The limits of a job that asks for nothing."""
+
+    @_builtins.property
+    def ceilings(self) -> Global___Limits:
+        """The most that a job may ask for."""
+
+    @_builtins.property
+    def sums(self) -> Global___Sums:
+        """What all jobs of the client may use together: the lower of its own sums and those of all clients."""
+
+    @_builtins.property
+    def use(self) -> Global___GroupUse: ...
+    def __init__(
+        self,
+        *,
+        client_name: _builtins.str = ...,
+        defaults: Global___Limits | None = ...,
+        ceilings: Global___Limits | None = ...,
+        sums: Global___Sums | None = ...,
+        weight: _builtins.int = ...,
+        total_weight: _builtins.int = ...,
+        running: _builtins.int = ...,
+        running_max: _builtins.int = ...,
+        memory_promised_bytes: _builtins.int = ...,
+        memory_promised_max_bytes: _builtins.int = ...,
+        stored_bytes: _builtins.int = ...,
+        stored_bytes_max: _builtins.int = ...,
+        use: Global___GroupUse | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ceilings", b"ceilings", "defaults", b"defaults", "sums", b"sums", "use", b"use"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ceilings", b"ceilings", "client_name", b"client_name", "defaults", b"defaults", "memory_promised_bytes", b"memory_promised_bytes", "memory_promised_max_bytes", b"memory_promised_max_bytes", "running", b"running", "running_max", b"running_max", "stored_bytes", b"stored_bytes", "stored_bytes_max", b"stored_bytes_max", "sums", b"sums", "total_weight", b"total_weight", "use", b"use", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetQuotaResponse: _TypeAlias = GetQuotaResponse  # noqa: Y015
+
+@_typing.final
+class Sums(_message.Message):
+    """Sums is what jobs may use together; 0 is "no limit"."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEMORY_MAX_BYTES_FIELD_NUMBER: _builtins.int
+    PIDS_MAX_FIELD_NUMBER: _builtins.int
+    CPU_MAX_MILLICORES_FIELD_NUMBER: _builtins.int
+    memory_max_bytes: _builtins.int
+    pids_max: _builtins.int
+    """Processes and threads."""
+    cpu_max_millicores: _builtins.int
+    """Processor time, in thousandths of a processor."""
+    def __init__(
+        self,
+        *,
+        memory_max_bytes: _builtins.int = ...,
+        pids_max: _builtins.int = ...,
+        cpu_max_millicores: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_max_millicores", b"cpu_max_millicores", "memory_max_bytes", b"memory_max_bytes", "pids_max", b"pids_max"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Sums: _TypeAlias = Sums  # noqa: Y015
+
+@_typing.final
+class GroupUse(_message.Message):
+    """GroupUse is what the jobs of a client that have not ended use together."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    PIDS_FIELD_NUMBER: _builtins.int
+    CPU_USAGE_USEC_FIELD_NUMBER: _builtins.int
+    memory_bytes: _builtins.int
+    pids: _builtins.int
+    """Processes and threads, each job's init included."""
+    cpu_usage_usec: _builtins.int
+    """Counted since a job of the client began while the client had no other."""
+    def __init__(
+        self,
+        *,
+        memory_bytes: _builtins.int = ...,
+        pids: _builtins.int = ...,
+        cpu_usage_usec: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_usage_usec", b"cpu_usage_usec", "memory_bytes", b"memory_bytes", "pids", b"pids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GroupUse: _TypeAlias = GroupUse  # noqa: Y015
 
 @_typing.final
 class WatchUsageRequest(_message.Message):
@@ -1070,8 +1250,8 @@ class LogsResponse(_message.Message):
     data: _builtins.bytes
     """The next bytes of the output; empty only where `offset` is told."""
     offset: _builtins.int
-    """Where in the output the next `data` begins: in the first answer to a request with tail_lines, which comes at
-    once, so that a client that loses its connection can go on from there.
+    """Where in the output the next `data` begins: in the first answer to a request with tail_lines or since, which
+    comes at once, so that a client that loses its connection can go on from there.
     """
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp:

@@ -80,6 +80,11 @@ class JobWorkerServiceStub:
                 request_serializer=pjw_dot_v1_dot_job__worker__pb2.GetUsageHistoryRequest.SerializeToString,
                 response_deserializer=pjw_dot_v1_dot_job__worker__pb2.GetUsageHistoryResponse.FromString,
                 _registered_method=True)
+        self.GetQuota = channel.unary_unary(
+                '/pjw.v1.JobWorkerService/GetQuota',
+                request_serializer=pjw_dot_v1_dot_job__worker__pb2.GetQuotaRequest.SerializeToString,
+                response_deserializer=pjw_dot_v1_dot_job__worker__pb2.GetQuotaResponse.FromString,
+                _registered_method=True)
         self.WatchUsage = channel.unary_stream(
                 '/pjw.v1.JobWorkerService/WatchUsage',
                 request_serializer=pjw_dot_v1_dot_job__worker__pb2.WatchUsageRequest.SerializeToString,
@@ -135,6 +140,7 @@ class JobWorkerServiceServicer:
     def Stop(self, request, context):
         """Stop sends SIGTERM, or the signal that is asked for, to every process of a job, after a grace
         period SIGKILL, and answers when the job has ended. To stop a job that has ended is success.
+        FAILED_PRECONDITION: the job was killed, and the kernel cannot end it yet.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -157,6 +163,13 @@ class JobWorkerServiceServicer:
 
     def GetUsageHistory(self, request, context):
         """GetUsageHistory shows what a job used over its life, in a bounded number of samples.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetQuota(self, request, context):
+        """GetQuota shows the limits of the caller, what its jobs use now, and its share of the machine.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -216,6 +229,11 @@ def add_JobWorkerServiceServicer_to_server(servicer, server):
                     servicer.GetUsageHistory,
                     request_deserializer=pjw_dot_v1_dot_job__worker__pb2.GetUsageHistoryRequest.FromString,
                     response_serializer=pjw_dot_v1_dot_job__worker__pb2.GetUsageHistoryResponse.SerializeToString,
+            ),
+            'GetQuota': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetQuota,
+                    request_deserializer=pjw_dot_v1_dot_job__worker__pb2.GetQuotaRequest.FromString,
+                    response_serializer=pjw_dot_v1_dot_job__worker__pb2.GetQuotaResponse.SerializeToString,
             ),
             'WatchUsage': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchUsage,
@@ -467,6 +485,33 @@ class JobWorkerService:
             '/pjw.v1.JobWorkerService/GetUsageHistory',
             pjw_dot_v1_dot_job__worker__pb2.GetUsageHistoryRequest.SerializeToString,
             pjw_dot_v1_dot_job__worker__pb2.GetUsageHistoryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetQuota(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pjw.v1.JobWorkerService/GetQuota',
+            pjw_dot_v1_dot_job__worker__pb2.GetQuotaRequest.SerializeToString,
+            pjw_dot_v1_dot_job__worker__pb2.GetQuotaResponse.FromString,
             options,
             channel_credentials,
             insecure,

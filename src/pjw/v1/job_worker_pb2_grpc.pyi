@@ -60,6 +60,7 @@ class JobWorkerServiceStub:
     Stop: _grpc.UnaryUnaryMultiCallable[_job_worker_pb2.StopRequest, _job_worker_pb2.StopResponse]
     """Stop sends SIGTERM, or the signal that is asked for, to every process of a job, after a grace
     period SIGKILL, and answers when the job has ended. To stop a job that has ended is success.
+    FAILED_PRECONDITION: the job was killed, and the kernel cannot end it yet.
     """
     Logs: _grpc.UnaryStreamMultiCallable[_job_worker_pb2.LogsRequest, _job_worker_pb2.LogsResponse]
     """Logs streams a job's output from an offset on, and ends when the job has ended. DATA_LOSS
@@ -69,6 +70,8 @@ class JobWorkerServiceStub:
     """Delete forgets a job that has ended, with its output. FAILED_PRECONDITION: it has not ended."""
     GetUsageHistory: _grpc.UnaryUnaryMultiCallable[_job_worker_pb2.GetUsageHistoryRequest, _job_worker_pb2.GetUsageHistoryResponse]
     """GetUsageHistory shows what a job used over its life, in a bounded number of samples."""
+    GetQuota: _grpc.UnaryUnaryMultiCallable[_job_worker_pb2.GetQuotaRequest, _job_worker_pb2.GetQuotaResponse]
+    """GetQuota shows the limits of the caller, what its jobs use now, and its share of the machine."""
     WatchUsage: _grpc.UnaryStreamMultiCallable[_job_worker_pb2.WatchUsageRequest, _job_worker_pb2.WatchUsageResponse]
     """WatchUsage streams what the caller's running jobs use, a snapshot of all of them at a time."""
 
@@ -98,6 +101,7 @@ class JobWorkerServiceAsyncStub(JobWorkerServiceStub):
     Stop: _aio.UnaryUnaryMultiCallable[_job_worker_pb2.StopRequest, _job_worker_pb2.StopResponse]  # type: ignore[assignment]
     """Stop sends SIGTERM, or the signal that is asked for, to every process of a job, after a grace
     period SIGKILL, and answers when the job has ended. To stop a job that has ended is success.
+    FAILED_PRECONDITION: the job was killed, and the kernel cannot end it yet.
     """
     Logs: _aio.UnaryStreamMultiCallable[_job_worker_pb2.LogsRequest, _job_worker_pb2.LogsResponse]  # type: ignore[assignment]
     """Logs streams a job's output from an offset on, and ends when the job has ended. DATA_LOSS
@@ -107,6 +111,8 @@ class JobWorkerServiceAsyncStub(JobWorkerServiceStub):
     """Delete forgets a job that has ended, with its output. FAILED_PRECONDITION: it has not ended."""
     GetUsageHistory: _aio.UnaryUnaryMultiCallable[_job_worker_pb2.GetUsageHistoryRequest, _job_worker_pb2.GetUsageHistoryResponse]  # type: ignore[assignment]
     """GetUsageHistory shows what a job used over its life, in a bounded number of samples."""
+    GetQuota: _aio.UnaryUnaryMultiCallable[_job_worker_pb2.GetQuotaRequest, _job_worker_pb2.GetQuotaResponse]  # type: ignore[assignment]
+    """GetQuota shows the limits of the caller, what its jobs use now, and its share of the machine."""
     WatchUsage: _aio.UnaryStreamMultiCallable[_job_worker_pb2.WatchUsageRequest, _job_worker_pb2.WatchUsageResponse]  # type: ignore[assignment]
     """WatchUsage streams what the caller's running jobs use, a snapshot of all of them at a time."""
 
@@ -169,6 +175,7 @@ class JobWorkerServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_job_worker_pb2.StopResponse, _abc.Awaitable[_job_worker_pb2.StopResponse]]:
         """Stop sends SIGTERM, or the signal that is asked for, to every process of a job, after a grace
         period SIGKILL, and answers when the job has ended. To stop a job that has ended is success.
+        FAILED_PRECONDITION: the job was killed, and the kernel cannot end it yet.
         """
 
     @_abc_1.abstractmethod
@@ -196,6 +203,14 @@ class JobWorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_job_worker_pb2.GetUsageHistoryResponse, _abc.Awaitable[_job_worker_pb2.GetUsageHistoryResponse]]:
         """GetUsageHistory shows what a job used over its life, in a bounded number of samples."""
+
+    @_abc_1.abstractmethod
+    def GetQuota(
+        self,
+        request: _job_worker_pb2.GetQuotaRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_job_worker_pb2.GetQuotaResponse, _abc.Awaitable[_job_worker_pb2.GetQuotaResponse]]:
+        """GetQuota shows the limits of the caller, what its jobs use now, and its share of the machine."""
 
     @_abc_1.abstractmethod
     def WatchUsage(

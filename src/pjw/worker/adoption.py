@@ -1,17 +1,28 @@
 """After a restart: the jobs of the worker before us, those that still run and those that ended meanwhile."""
 
 import asyncio
+import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
+from pjw.errors import LauncherGoneError, PjwError
 from pjw.output import Inotify
+from pjw.worker.background import Background
 from pjw.worker.endings import Endings
 from pjw.worker.job import LiveJob
-from pjw.worker.launcher_client import LauncherClient, readable
+from pjw.worker.launcher_client import LauncherClient
 from pjw.worker.logs import live_job
 from pjw.worker.quota import RunningJobs
 from pjw.worker.record import parse_record
 from pjw.worker.state_dir import StateDir
+from pjw.worker.stopping import within
+
+# How long we wait for the removal of jobs that are in no table; then we serve while it goes on.
+STRAYS_SECONDS: Final = 5
+
+log: Final = logging.getLogger(__name__)
 
 
 async def adopt(
@@ -21,6 +32,7 @@ async def adopt(
     live_jobs: dict[int, LiveJob],
     running: RunningJobs,
     endings: Endings,
+    background: Background,
 ) -> None:
     """Take over what still runs, write down what ended, and remove what nobody asks for any more.
 
@@ -32,7 +44,7 @@ async def adopt(
     for job in await state.store.alive():
         live = live_jobs[job.id] = live_job(state, inotify, job)
         live.launch_over.set()
-        running.adopt(job.client_name)
+        running.adopt(job.client_name, job.limits)
         _, pidfd = await launcher.request_adopt(job.id)
         if pidfd is None:
             ended.append(live)
@@ -40,23 +52,54 @@ async def adopt(
         live.exec_seen(parse_record(state.read_status(job.id)).started_ns)
         endings.watch(live, pidfd)
     await asyncio.gather(*(endings.finish(live, rebooted=rebooted) for live in ended))
-    for job_id in await launcher.request_job_ids():
-        if job_id not in live_jobs:
-            await _remove_stray(launcher, job_id)
+    await _remove_strays(launcher, live_jobs, background)
     # Only now: whoever is killed before this has not told yet which jobs the last boot took.
     await state.store.set_boot_id(boot_id)
 
 
-async def _remove_stray(launcher: LauncherClient, job_id: int) -> None:
+async def _remove_strays(
+    launcher: LauncherClient, live_jobs: Mapping[int, LiveJob], background: Background
+) -> None:
+    """Remove what nobody asks for any more; what takes long keeps nobody waiting."""
+    over = asyncio.get_running_loop().time() + STRAYS_SECONDS
+    for job_id in await launcher.request_job_ids():
+        if job_id not in live_jobs:
+            removed = asyncio.Event()
+            background.spawn(_remove_stray(launcher, job_id, removed))
+            await within(max(0.0, over - asyncio.get_running_loop().time()), removed)
+
+
+async def _remove_stray(launcher: LauncherClient, job_id: int, removed: asyncio.Event) -> None:
     # A cgroup or scratch directory without an unfinished row: its job ended and was written
     # down, and only the removal is missing (or a power cut undid it); or the table was taken
     # away, and then nobody can ask for the job.
-    _, pidfd = await launcher.request_adopt(job_id)
-    if pidfd is not None:
-        await launcher.request_kill(job_id, init_too=True)
-        with os.fdopen(pidfd, "rb", closefd=True):
-            await readable(pidfd)
-    await launcher.request_remove(job_id)
+    try:
+        _, pidfd = await launcher.request_adopt(job_id)
+        if pidfd is not None:
+            with os.fdopen(pidfd, "rb", closefd=True):
+                await launcher.request_kill(job_id, init_too=True)
+                await _ended(launcher, job_id, pidfd)
+        await launcher.request_remove(job_id)
+    except LauncherGoneError:
+        raise
+    except PjwError as error:
+        log.error("cannot remove what is left of job %d, of which no table knows: %s", job_id, error)
+    finally:
+        removed.set()
+
+
+async def _ended(launcher: LauncherClient, job_id: int, pidfd: int) -> None:
+    """Return when a job that was killed has ended; say so when that takes long."""
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_reader(pidfd, ended.set)
+    try:
+        if not await within(STRAYS_SECONDS, ended):
+            words = (await launcher.request_remaining(job_id)).words
+            log.error("job %d, of which no table knows, was killed and does not end: %s", job_id, words)
+            await ended.wait()
+    finally:
+        loop.remove_reader(pidfd)
 
 
 def _boot_id() -> str:

@@ -1,26 +1,36 @@
-"""Tasks that nobody waits for: held until they end, and told of when they fail."""
+"""Tasks that nobody waits for: held until they end, and never dead without a word.
+
+A task of one job, or of one call, that fails is an error in the log, and the rest goes on. A task that
+everything needs all along is another matter: without it pjwd would keep jobs for ever, or measure nothing,
+and look well. When such a task dies by a bug, the program that runs it ends: `failed`.
+"""
 
 import asyncio
 import logging
 from collections.abc import Coroutine
+from functools import partial
 from typing import Any, Final
 
-from pjw.errors import LauncherGoneError
+from pjw.errors import LauncherGoneError, PjwError
 
 log: Final = logging.getLogger(__name__)
 
 
 class Background:
-    """The background tasks of one worker."""
+    """Background tasks, and whether one has died that pjw needs."""
 
     def __init__(self) -> None:
-        self._tasks: Final[set[asyncio.Task[None]]] = set()
+        self._tasks: Final[set[asyncio.Task[object]]] = set()
+        # set when a task that is kept has died
+        self.failed: Final = asyncio.Event()
 
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        """Run in the background."""
-        task = asyncio.ensure_future(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._on_end)
+        """Run in the background; an error is logged."""
+        self._hold(coroutine).add_done_callback(log_failure)
+
+    def keep(self, what: str, coroutine: Coroutine[Any, Any, object]) -> None:
+        """Run in the background *what* everything needs: any error but the launcher's end sets `failed`."""
+        self._hold(coroutine).add_done_callback(partial(self._on_end, what))
 
     async def close(self) -> None:
         """Cancel all, and wait until they have ended."""
@@ -28,8 +38,27 @@ class Background:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _on_end(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
+    def _hold(self, coroutine: Coroutine[Any, Any, object]) -> asyncio.Task[object]:
+        task = asyncio.ensure_future(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _on_end(self, what: str, task: asyncio.Task[object]) -> None:
         error = None if task.cancelled() else task.exception()
         if error is not None and not isinstance(error, LauncherGoneError):
-            log.error("a background task failed", exc_info=error)
+            log.critical("%s: the task has died, and pjw cannot go on without it", what, exc_info=error)
+            self.failed.set()
+
+
+def log_failure(task: asyncio.Future[Any]) -> None:
+    """Log what ended a task that nobody waits for, unless it was cancelled, or is the end of all."""
+    error = None if task.cancelled() else task.exception()
+    if error is not None and not isinstance(error, LauncherGoneError):
+        log.error("a background task failed", exc_info=error)
+
+
+def log_bug(task: asyncio.Future[Any]) -> None:
+    """Log an error only when it is a bug: others are told elsewhere, or need not be."""
+    if not task.cancelled() and not isinstance(task.exception(), PjwError):
+        log_failure(task)

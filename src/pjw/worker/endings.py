@@ -8,12 +8,15 @@ from typing import Final
 from pjw.errors import LauncherGoneError, PjwError
 from pjw.model import EndReason, Job, JobState, Usage
 from pjw.worker.background import Background
+from pjw.worker.disk import DiskSampler
+from pjw.worker.held import HeldOutputs
 from pjw.worker.job import LiveJob
 from pjw.worker.launcher_client import LauncherClient
 from pjw.worker.quota import RunningJobs
 from pjw.worker.record import parse_record
 from pjw.worker.retention import Pruner
 from pjw.worker.state_dir import StateDir
+from pjw.worker.stopping import Stopping
 from pjw.worker.usage_sampler import UsageSampler
 
 _SAVE_RETRY_SECONDS: Final = 2
@@ -32,6 +35,9 @@ class Endings:
         running: RunningJobs,
         pruner: Pruner,
         sampler: UsageSampler,
+        disk: DiskSampler,
+        stopping: Stopping,
+        held: HeldOutputs,
         background: Background,
     ) -> None:
         self._state: Final = state
@@ -40,6 +46,9 @@ class Endings:
         self._running: Final = running
         self._pruner: Final = pruner
         self._sampler: Final = sampler
+        self._disk: Final = disk
+        self._stopping: Final = stopping
+        self._held: Final = held
         self._background: Final = background
         # jobs that have ended since this worker began
         self.by_reason: Final[Counter[EndReason]] = Counter()
@@ -47,7 +56,10 @@ class Endings:
     def watch(self, live: LiveJob, pidfd: int) -> None:
         """Own the pidfd of a job's init, and finish the job when that ends; take samples until then."""
         live.watch(pidfd, lambda: self._background.spawn(self.finish(live)))
+        self._stopping.watch_time_limit(live)
+        self._held.add(live)
         self._sampler.add(live)
+        self._disk.job_began()
 
     async def finish(self, live: LiveJob, *, rebooted: bool = False) -> None:
         """init has ended, and with it every process of the job; write the end down, then tell it.
@@ -55,6 +67,7 @@ class Endings:
         *rebooted*: the host went down since the job was started.
         """
         job_id = live.job.id
+        self._held.remove(job_id)
         try:
             usage = await self._launcher.request_account(job_id)
         except LauncherGoneError:
@@ -80,7 +93,7 @@ class Endings:
         removal = asyncio.ensure_future(self._remove_traces(job_id))
         await self._sync(job_id)
         del self._live[job_id]
-        self._running.give_back(live.job.client_name)
+        self._running.give_back(live.job.client_name, live.job.limits)
         live.announce_end()
         self._pruner.job_ended()
         self._background.spawn(self._settle(live.job))
@@ -90,6 +103,7 @@ class Endings:
     def _apply_end(self, live: LiveJob, usage: Usage | None, *, rebooted: bool) -> None:
         record = parse_record(self._state.read_status(live.job.id))
         output_bytes = self._state.output_size(live.job)
+        live.disk_limit = self._state.is_ended_for_disk(live.job.id)
         if record.end is not None:
             if live.job.state is JobState.STARTING:
                 live.exec_seen(record.started_ns)

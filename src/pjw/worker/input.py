@@ -22,6 +22,7 @@ from pjw.errors import (
     PjwError,
 )
 from pjw.model import Job
+from pjw.worker.background import log_bug
 from pjw.worker.quota import StoredBytes
 from pjw.worker.state_dir import StateDir, disk_error
 
@@ -132,7 +133,7 @@ class InputWriter:
                 # once more: but the number of the descriptor may not become another file's under a thread
                 cancelled = error
         if self._writing is not None:
-            self._writing.exception()  # who was cancelled is not told; how far it came is in the file
+            log_bug(self._writing)  # who was cancelled is not told; how far it came is in the file
         if self._descriptor >= 0:
             os.close(self._descriptor)
         if cancelled is not None:
@@ -162,7 +163,8 @@ class InputWriter:
             )
         if offset > self.offset:
             raise OffsetError(
-                f"cannot write input of job {self._job_id} from byte {offset}: it has {self.offset} bytes"
+                f"cannot write input of job {self._job_id} from byte {offset}: it has {self.offset} bytes",
+                size=self.offset,
             )
         if self.ended:
             if behind > self.offset:
@@ -174,6 +176,7 @@ class InputWriter:
                 " and no more is taken on this server",
                 hint="the operator sets clients.input_bytes_max",
                 limit="input_bytes_max",
+                most=self._bytes_max,
             )
         # It goes on when we are cancelled, and `close` waits for it.
         rest = memoryview(data)[self.offset - offset :]

@@ -14,6 +14,9 @@ from pjw.worker.record import End
 from pjw.worker.rows import from_ns
 from pjw.worker.states import JobEvent, transition
 
+# the detail of a job whose output waits
+OUTPUT_HELD: Final = "waits: the disk of pjwd takes no more of its output"
+
 
 class LiveJob:
     """Applies events to one job. `job` is always a whole snapshot, replaced at once."""
@@ -28,15 +31,24 @@ class LiveJob:
         self.removed: Final = asyncio.Event()
         # set when the launch was answered, one way or the other
         self.launch_over: Final = asyncio.Event()
+        # set when it was killed and does not end: `job.detail` says why
+        self.stuck: Final = asyncio.Event()
+        # set while the job's output waits; `job.detail` says so then
+        self.held: Final = asyncio.Event()
         # whether the last resort was used: its init was killed, so no record can be expected
         self.init_killed = False
+        # whether it was ended because it had most of a file system that was about to be full
+        self.disk_limit = False
         # what it used when that was last measured, and the time of the event loop then
         self.sample: UsageSample | None = None
         self.sampled_at = -math.inf
+        self._why_stuck = ""
         self._pidfd = -1
 
     def _apply(self, event: JobEvent, **changes: object) -> None:
-        self.job = replace(self.job, state=transition(self.job.state, event), **changes)  # type: ignore[arg-type]
+        state = transition(self.job.state, event)
+        detail = "" if state.final else self.job.detail
+        self.job = replace(self.job, state=state, detail=detail, **changes)  # type: ignore[arg-type]
 
     def exec_seen(self, started_ns: int | None) -> None:
         """The command was executed; None when only that is known, not when."""
@@ -46,6 +58,25 @@ class LiveJob:
     def stop_asked(self) -> None:
         """Somebody asked for the job's end."""
         self._apply(JobEvent.STOP_ASKED)
+
+    def stuck_seen(self, detail: str) -> None:
+        """It was killed, and is there all the same; *detail* is said until its end."""
+        self._why_stuck = detail
+        self.stuck.set()
+        self._tell()
+
+    def output_held(self, *, held: bool) -> None:
+        """Note whether the job's output waits for the disk now."""
+        if held:
+            self.held.set()
+        else:
+            self.held.clear()
+        self._tell()
+
+    def _tell(self) -> None:
+        if not self.job.state.final:
+            detail = self._why_stuck or (OUTPUT_HELD if self.held.is_set() else "")
+            self.job = replace(self.job, detail=detail)
 
     def end_seen(self, end: End, usage: Usage | None, output_bytes: int) -> None:
         """The command ended, and init recorded how."""
@@ -58,6 +89,8 @@ class LiveJob:
             and end.exit_status.code != 0
         ):
             reason = EndReason.OOM_KILLED
+        if reason is EndReason.STOPPED and self.disk_limit:
+            reason = EndReason.DISK_LIMIT
         self._apply(
             JobEvent.END_SEEN,
             end=from_ns(end.ended_ns),
@@ -74,7 +107,7 @@ class LiveJob:
             JobEvent.END_SEEN,
             end=datetime.now(UTC),
             exit_status=status,
-            reason=EndReason.STOPPED,
+            reason=EndReason.DISK_LIMIT if self.disk_limit else EndReason.STOPPED,
             usage=usage,
             output_bytes=output_bytes,
         )

@@ -24,13 +24,22 @@ from pjw.errors import (
     describe_errno,
 )
 from pjw.launcher import protocol
-from pjw.model import JobSpec, Usage, UsageSample
-from pjw.worker.launcher_process import LauncherProcess
+from pjw.model import GroupUse, JobSpec, Share, Usage, UsageSample
+from pjw.worker.launcher_process import LauncherProcess, collect
 from pjw.worker.rows import from_ns
 
 # What a start takes at its height (14), and those that are under way beside it; the rest of the server
 # (connections, readers) may have taken the others.
 SPARE_DESCRIPTORS: Final = 32
+
+
+class LaunchLeftError(Exception):
+    """The launcher refused a launch, a part of which does not end; `request_departed` waits for its end."""
+
+    def __init__(self, refusal: PjwError) -> None:
+        """*refusal* is the error for the caller that asked for the launch."""
+        super().__init__(str(refusal))
+        self.refusal: Final = refusal
 
 
 class LauncherClient:
@@ -65,8 +74,7 @@ class LauncherClient:
     async def join(self) -> None:
         """After `close`: wait until the launcher has ended, and collect it."""
         await readable(self._pidfd)
-        os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)  # noqa: ASYNC222  it has ended
-        os.close(self._pidfd)
+        collect(self._pidfd)
 
     def require_descriptors(self) -> None:
         """Raises LimitReachedError when a launch might run out of descriptors half way."""
@@ -85,14 +93,12 @@ class LauncherClient:
         """Start a job; give a pidfd of its init, which the caller owns, and the time of exec in ns.
 
         Raises LaunchError when the program cannot be executed, WorkdirError when its directory cannot be
-        entered, KernelError for another step.
+        entered, KernelError for another step; LaunchLeftError with one of these when something is left.
         """
-        try:
-            reply, fds = await self._request(launch, descriptors)
-        except _ExecRefusedError as error:
-            raise LaunchError(spec.argv[0], error.errno) from None
-        except _WorkdirRefusedError as error:
-            raise WorkdirError(spec.workdir, error.errno) from None
+        reply, fds = await self._ask(launch, descriptors)
+        if isinstance(reply, protocol.Refused):
+            error = _launch_error_of(reply, spec)
+            raise LaunchLeftError(error) if reply.left else error
         if not isinstance(reply, protocol.Launched) or len(fds) != 1:
             raise ProtocolError("the launcher answered a launch with something else")
         return fds[0], reply.started_ns
@@ -127,6 +133,13 @@ class LauncherClient:
         """SIGKILL to every process of the job; its init records the end unless killed too."""
         await self._request(protocol.Kill(job_id, init_too))
 
+    async def request_remaining(self, job_id: int) -> protocol.Remaining:
+        """What processes a job has that was killed: see protocol.Remaining."""
+        reply, _ = await self._request(protocol.Remains(job_id))
+        if not isinstance(reply, protocol.Remaining):
+            raise ProtocolError("the launcher answered a question for what remains with something else")
+        return reply
+
     async def request_measure(self, job_ids: Sequence[int]) -> dict[int, UsageSample]:
         """What jobs use at this moment, by their ids; those that have ended are left out.
 
@@ -158,6 +171,33 @@ class LauncherClient:
         """Remove the cgroup and the scratch directory of an ended job."""
         await self._request(protocol.Remove(job_id))
 
+    async def request_departed(self, job_id: int) -> None:
+        """Return when nothing is left of a launch that raised LaunchLeftError, however long that takes."""
+        await self._request(protocol.Departed(job_id))
+
+    async def request_set_share(self, uid: int, share: Share) -> tuple[str, ...]:
+        """Give a client another share, if it has jobs; in words, what of it could not be set."""
+        reply, _ = await self._request(protocol.SetShare(uid, share))
+        if not isinstance(reply, protocol.ShareSet):
+            raise ProtocolError("the launcher answered a request for a share with something else")
+        return reply.not_set
+
+    async def request_measure_client(self, uid: int) -> GroupUse:
+        """What the jobs of a client use together at this moment."""
+        reply, _ = await self._request(protocol.MeasureClient(uid))
+        if not isinstance(reply, protocol.ClientMeasured):
+            raise ProtocolError("the launcher answered a question for a client with something else")
+        return reply.use
+
+    async def request_scratch_use(self) -> int:
+        """Have scratch directories counted; a pipe, the caller's, that gives a line for each job."""
+        reply, fds = await self._request(protocol.ScratchUse())
+        if not isinstance(reply, protocol.Opened) or len(fds) != 1:
+            raise ProtocolError(
+                "the launcher answered a question for scratch directories with something else"
+            )
+        return fds[0]
+
     async def request_open_file(self, place: int) -> int:
         """The operator's file at that place, open for reading; the caller owns it.
 
@@ -168,8 +208,14 @@ class LauncherClient:
             raise ProtocolError("the launcher answered a request for a file with something else")
         return fds[0]
 
-    async def _request(
-        self, request: protocol.Request, descriptors: list[int] | None = None
+    async def _request(self, request: protocol.Request) -> tuple[protocol.Reply, list[int]]:
+        reply, fds = await self._ask(request)
+        if isinstance(reply, protocol.Refused):
+            raise _error_of(reply)
+        return reply, fds
+
+    async def _ask(
+        self, request: protocol.Request, descriptors: Sequence[int] = ()
     ) -> tuple[protocol.Reply, list[int]]:
         if self.gone.is_set():
             raise LauncherGoneError("the launcher has gone; running jobs go on")
@@ -178,7 +224,7 @@ class LauncherClient:
         data = protocol.encode(seq, request)
         waiting = self._waiting[seq] = self._loop.create_future()
         # Copies, since the caller may close its own when it is cancelled before they are sent.
-        self._unsent.append((data, [os.dup(fd) for fd in descriptors or []]))
+        self._unsent.append((data, [os.dup(fd) for fd in descriptors]))
         self._send_unsent()
         try:
             reply, fds = await waiting
@@ -188,8 +234,6 @@ class LauncherClient:
                 self._waiting[seq] = waiting = self._loop.create_future()
             waiting.add_done_callback(_drop_reply)
             raise
-        if isinstance(reply, protocol.Refused):
-            raise _error_of(reply)
         return reply, fds
 
     def _send_unsent(self) -> None:
@@ -236,34 +280,32 @@ class LauncherClient:
         waiting.set_result((reply, fds))
 
 
-class _ExecRefusedError(PjwError):
-    """The launch got as far as exec, which failed."""
-
-    def __init__(self, error: int) -> None:
-        super().__init__("exec failed")
-        self.errno: Final = error
-
-
-class _WorkdirRefusedError(PjwError):
-    """The launch got as far as the client's working directory, which cannot be entered."""
-
-    def __init__(self, error: int) -> None:
-        super().__init__("chdir failed")
-        self.errno: Final = error
+def _launch_error_of(refused: protocol.Refused, spec: JobSpec) -> PjwError:
+    match refused.kind:
+        case "exec":
+            return LaunchError(spec.argv[0], refused.errno)
+        case "workdir":
+            return WorkdirError(spec.workdir, refused.errno)
+        case _:
+            return _error_of(refused)
 
 
 def _error_of(refused: protocol.Refused) -> PjwError:
     hint = refused.hint or None
     match refused.kind:
-        case "exec":
-            return _ExecRefusedError(refused.errno)
-        case "workdir":
-            return _WorkdirRefusedError(refused.errno)
-        case "kernel" if refused.errno in RESOURCE_ERRNOS:
-            error = KernelError(refused.operation, refused.subject, refused.errno, hint=hint)
-            return LimitReachedError(str(error), hint=hint)
-        case "kernel":
-            return KernelError(refused.operation, refused.subject, refused.errno, hint=hint)
+        case "kernel" | "setup" as kind:
+            # A job sees the paths of its set-up in its table of mounts.
+            for_client = kind == "setup"
+            error = KernelError(
+                refused.operation, refused.subject, refused.errno, hint=hint, for_client=for_client
+            )
+            return LimitReachedError(str(error), hint=hint) if error.errno in RESOURCE_ERRNOS else error
+        case "late":
+            left = f", and does not end: {hint}" if hint else ""
+            return LimitReachedError(
+                f"cannot start {refused.subject}: its command was not executed {refused.operation}{left}",
+                hint="the job's limits may be too tight for that, or the file system of its program too slow",
+            )
         case "invalid":
             return InvalidJobError(refused.operation, hint=hint)
         case "state":

@@ -1,8 +1,11 @@
 """Starts the launcher, and greets it while still root."""
 
+import logging
+import math
 import os
 import socket
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,6 +18,8 @@ _REQUESTS_FD: Final = 3
 # Set-up takes milliseconds; the wait for a predecessor's lock at most 5 s.
 _GREETING_SECONDS: Final = 20
 
+log: Final = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class LauncherProcess:
@@ -23,6 +28,8 @@ class LauncherProcess:
     requests: socket.socket
     pidfd: int
     ready: protocol.Ready
+    # the directory of scratch directories, to ask how full its file system is
+    scratch: int
 
 
 def require_root() -> None:
@@ -52,19 +59,38 @@ def start_launcher(
             [sys.executable, "-I", "-m", "pjw.launcher"],
             {},
             file_actions=[
+                # first, as without standard descriptors the socket may have one of their numbers
+                (os.POSIX_SPAWN_DUP2, theirs.fileno(), _REQUESTS_FD),
                 (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
                 (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
-                (os.POSIX_SPAWN_DUP2, theirs.fileno(), _REQUESTS_FD),
             ],
         )
     try:
-        ready = _greet(ours, state_dir, settings, operator_files)
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        ours.close()
+        raise ProtocolError("the launcher ended before it was ready") from None
+    scratch = -1
+    try:
+        ready, scratch = _greet(ours, state_dir, settings, operator_files)
         check_limits(ready, settings.default_limits)
+        for words in ready.not_set:
+            log.warning("%s", words)
     except BaseException:
         ours.close()
-        os.waitpid(pid, 0)  # it ends when we hang up
+        if scratch >= 0:
+            os.close(scratch)
+        collect(pidfd)  # the launcher ends when our socket closes
         raise
-    return LauncherProcess(ours, os.pidfd_open(pid), ready)
+    return LauncherProcess(ours, pidfd, ready, scratch)
+
+
+def collect(pidfd: int) -> None:
+    """Wait for the end of the launcher, and close its pidfd."""
+    # A program that ignores SIGCHLD, or waits for any child in some thread, may have collected it already.
+    with suppress(ChildProcessError):
+        os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+    os.close(pidfd)
 
 
 def check_limits(ready: protocol.Ready, limits: Limits) -> None:
@@ -73,30 +99,44 @@ def check_limits(ready: protocol.Ready, limits: Limits) -> None:
         raise ConfigError(ready.no_disk, hint=ready.hint)
 
 
-def _greet(
-    requests: socket.socket, state_dir: str, settings: WorkerSettings, operator_files: tuple[str, ...]
-) -> protocol.Ready:
-    hello = protocol.Hello(
+def hello_of(state_dir: str, settings: WorkerSettings, operator_files: tuple[str, ...]) -> protocol.Hello:
+    """The first message to a launcher, with its policy."""
+    return protocol.Hello(
         state_dir=state_dir,
         uid_first=settings.uid_first,
         uid_count=settings.uid_count,
         ceiling=settings.ceiling,
+        floor=settings.floor,
         waiting_inits=settings.waiting_inits,
         hidden_paths=settings.hidden_paths,
+        visible_paths=settings.visible_paths,
         operator_files=operator_files,
+        scratch_dir=os.path.realpath(settings.scratch_dir) if settings.scratch_dir else "",
+        scratch_bytes_max=settings.scratch_bytes_max,
+        scratch_inodes_max=settings.scratch_inodes_max,
+        sums=settings.sums,
+        grace_seconds=max(1, math.ceil(settings.stop_grace_seconds)),
     )
+
+
+def _greet(
+    requests: socket.socket, state_dir: str, settings: WorkerSettings, operator_files: tuple[str, ...]
+) -> tuple[protocol.Ready, int]:
+    hello = hello_of(state_dir, settings, operator_files)
     requests.settimeout(_GREETING_SECONDS)
     requests.send(protocol.encode(0, hello))
     try:
-        data = requests.recv(protocol.MAX_DATAGRAM_BYTES)
+        data, descriptors, _, _ = socket.recv_fds(
+            requests, protocol.MAX_DATAGRAM_BYTES, 1, socket.MSG_CMSG_CLOEXEC
+        )
     except TimeoutError:
         raise ProtocolError(f"the launcher did not answer within {_GREETING_SECONDS} s") from None
     if not data:
         raise ProtocolError("the launcher ended before it was ready")
     _, reply = protocol.decode_reply(data)
     match reply:
-        case protocol.Ready():
-            return reply
+        case protocol.Ready() if len(descriptors) == 1:
+            return reply, descriptors[0]
         case protocol.Refused(kind="kernel"):
             raise KernelError(reply.operation, reply.subject, reply.errno, hint=reply.hint or None)
         case protocol.Refused():

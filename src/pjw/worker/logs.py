@@ -9,7 +9,16 @@ from typing import Final
 
 from pjw.errors import InvalidJobError, JobStateError, OutputLostError
 from pjw.model import Job
-from pjw.output import Head, Inotify, OutputLog, follow, follow_with_times, no_head, start_of_tail
+from pjw.output import (
+    Head,
+    Inotify,
+    OutputLog,
+    follow,
+    follow_with_times,
+    no_head,
+    start_of_tail,
+    start_of_time,
+)
 from pjw.worker.job import LiveJob
 from pjw.worker.rows import from_ns
 from pjw.worker.state_dir import StateDir
@@ -19,19 +28,25 @@ from pjw.worker.state_dir import StateDir
 class Part:
     """Which part of a job's output.
 
-    It begins at byte `offset`, or so many lines before the end of what is there, but not before `offset`; it
-    ends with the job, or without `follow` at the end of what is there. `stderr` is only there where it is
-    kept apart.
+    It begins at byte `offset`, `tail_lines` lines before the end of the output so far, or with the output of
+    `since_ns` (nanoseconds since 1970), whichever comes last. It ends with the job, or without `follow` at
+    the end of the output so far. `stderr` works only for a job that keeps stderr apart.
     """
 
     offset: int = 0
     tail_lines: int | None = None
+    since_ns: int | None = None
     stderr: bool = False
     follow: bool = True
 
     def __post_init__(self) -> None:
         if self.tail_lines is not None and self.tail_lines < 0:
             raise InvalidJobError(f"the number of last lines must be 0 or more, not {self.tail_lines}")
+
+    @property
+    def is_sought(self) -> bool:
+        """Whether the offset where it begins must be looked up in the output."""
+        return self.tail_lines is not None or self.since_ns is not None
 
 
 ALL_OUTPUT: Final = Part()
@@ -45,8 +60,19 @@ class Output:
     lost: OutputLostError | None = None
 
     async def reading(self, part: Part, turns: asyncio.Lock) -> "Reading":
-        """A part of it, whose beginning is known; *turns* are of all who look for theirs."""
+        """A part of the output, with its beginning looked up; one lookup in *turns* at a time.
+
+        Raises JobStateError for a part that begins at a time when the job's init recorded no times.
+        """
         offset = part.offset
+        if part.since_ns is not None:
+            first = await start_of_time(self.log, part.since_ns)
+            if first is None:
+                raise JobStateError(
+                    "cannot begin at a time: nobody wrote down when the job wrote its output",
+                    hint="begin at a byte (--offset), or with the last lines (--tail)",
+                )
+            offset = max(offset, first)
         if part.tail_lines is not None:
             offset = await start_of_tail(self.log, part.tail_lines, offset, turns)
         return Reading(self, offset, follow=part.follow)

@@ -22,7 +22,10 @@ class ClientNumbers:
 
 @dataclass(frozen=True, slots=True)
 class WorkerNumbers:
-    """Jobs by state, ends by reason since the start, what each client has, and the state directory's disk.
+    """What there is of jobs and of space.
+
+    Jobs by state, ends by reason since the start, what each client has, the state directory's disk, and the
+    number of jobs whose output waits for that disk.
 
     Bytes are the output of ended jobs: that of those which run is known when they have ended.
     """
@@ -32,11 +35,16 @@ class WorkerNumbers:
     clients: Mapping[str, ClientNumbers]
     disk_bytes: int
     disk_free_bytes: int
+    output_held: int
     launcher_up: bool
 
 
 async def count_all(
-    state: StateDir, live: Mapping[int, LiveJob], ends: Mapping[EndReason, int], launcher: LauncherClient
+    state: StateDir,
+    live: Mapping[int, LiveJob],
+    ends: Mapping[EndReason, int],
+    held: int,
+    launcher: LauncherClient,
 ) -> WorkerNumbers:
     """Count; it costs the same however many jobs are kept."""
     totals = {name: (jobs, stored) for name, jobs, stored in await state.store.totals()}
@@ -52,5 +60,6 @@ async def count_all(
         },
         disk_bytes=disk.f_frsize * disk.f_blocks,
         disk_free_bytes=disk.f_frsize * disk.f_bavail,
+        output_held=held,
         launcher_up=not launcher.gone.is_set(),
     )

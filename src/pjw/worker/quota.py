@@ -1,68 +1,157 @@
-"""What a client may have at once: running jobs, and bytes of output."""
+"""What a client may have at once: running jobs, the memory of their limits, and bytes on the disk."""
 
+import asyncio
+import math
 import sys
 from collections import Counter
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from typing import Final
 
-from pjw.errors import LimitReachedError
+from pjw.amounts import exact_size
+from pjw.errors import InvalidJobError, LimitReachedError
+from pjw.model import Limits, Sums
+from pjw.worker.disk import ScratchUse
+from pjw.worker.host import memory_of
 from pjw.worker.job import LiveJob
-from pjw.worker.settings import Quotas
+from pjw.worker.settings import Quotas, WorkerSettings
 from pjw.worker.state_dir import StateDir
 
 # So much input a client may write between two looks at what is stored, or as much as its quota leaves. A look
 # asks the table, and the kernel about each running job; in between input is counted, and output is not.
 LOOK_BYTES: Final = 64 * 1024**2
+LOOK_SECONDS: Final = 1
 # What is left to more clients than these is forgotten: that costs each a look.
 _LEFT_MAX: Final = 1000
 
 
 class RunningJobs:
-    """Counts jobs from before their start to after their end, so that no burst gets past the quota."""
+    """Counts jobs, and the memory that their limits promise, from before their start to after their end.
 
-    def __init__(self, quotas: Quotas) -> None:
-        self.quotas = quotas
+    So no burst of starts gets past what is allowed. New settings change the bounds, not what is counted.
+    """
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self.settings = settings
+        self._whole_memory: Final = memory_of(settings.sums)
         self._running: Final[Counter[str]] = Counter()
+        self._memory: Final[Counter[str]] = Counter()
 
-    def take(self, client_name: str) -> None:
-        """Count a job that is to be started. Raises LimitReachedError at a quota."""
-        most, total = self.quotas.running_max, self.quotas.running_total_max
+    def take(self, client_name: str, limits: Limits) -> None:
+        """Count a job that is to be started.
+
+        Raises LimitReachedError at a quota or without room for its memory; InvalidJobError without room ever.
+        """
+        quotas = self.settings.quotas
+        most, total = quotas.running_max, quotas.running_total_max
         if most and self._running[client_name] >= most:
             raise LimitReachedError(
                 f"{most} jobs of {client_name} are running, and no more may",
                 hint="wait for one to end, or stop one; the operator sets clients.running_max",
                 limit="running_max",
+                most=most,
             )
         if total and self._running.total() >= total:
             raise LimitReachedError(
                 f"{total} jobs are running on this server, and no more may",
                 hint="try again later; the operator sets clients.running_total_max",
                 limit="running_total_max",
+                most=total,
             )
-        self.adopt(client_name)
+        own, every = self.memory_max(client_name)
+        wanted = self._promise(limits)
+        what = f"a memory limit of {exact_size(wanted)}" if limits.memory_max_bytes else "no memory limit"
+        for most, whose in ((own, f"jobs of {client_name}"), (every, "jobs of this server")):
+            if most and wanted > most:
+                raise InvalidJobError(
+                    f"cannot start the job with {what}: all {whose} together may have {exact_size(most)}",
+                    hint="ask for less memory; the operator sets memory_overcommit",
+                )
+        promised = self._memory[client_name]
+        if own and promised + wanted > own:
+            raise _no_room(
+                f"{what}: running jobs of {client_name} have {exact_size(promised)} of the"
+                f" {exact_size(own)} that they may have together",
+                own,
+            )
+        # do not tell a client what others have
+        if every and self._memory.total() + wanted > every:
+            raise _no_room(f"{what}: this server has no room for that now")
+        self.adopt(client_name, limits)
 
-    def adopt(self, client_name: str) -> None:
-        """Count a job that runs already, whatever the quota has become since."""
+    def _promise(self, limits: Limits) -> int:
+        return limits.memory_max_bytes or self._whole_memory
+
+    def memory_max(self, client_name: str) -> tuple[int, int]:
+        """What the memory limits of a client's running jobs, and of all, may be together; 0 is any number."""
+        factor = self.settings.memory_overcommit
+        own = self.settings.shares.of(client_name).sums.memory_max_bytes
+        return int(factor * own), int(factor * self._whole_memory)
+
+    def adopt(self, client_name: str, limits: Limits) -> None:
+        """Count a job that runs already, whatever is allowed since."""
         self._running[client_name] += 1
+        self._memory[client_name] += self._promise(limits)
 
-    def give_back(self, client_name: str) -> None:
+    def give_back(self, client_name: str, limits: Limits) -> None:
         """A job has ended, or did not come to be."""
         self._running[client_name] -= 1
+        self._memory[client_name] -= self._promise(limits)
         if not self._running[client_name]:
-            del self._running[client_name]
+            del self._running[client_name], self._memory[client_name]
+
+    def clients(self) -> list[str]:
+        """Who has running jobs."""
+        return list(self._running)
+
+    def of(self, client_name: str) -> tuple[int, int]:
+        """A client's running jobs, and what their memory limits are together in bytes."""
+        return self._running[client_name], self._memory[client_name]
+
+
+def _no_room(why: str, most: int | None = None) -> LimitReachedError:
+    return LimitReachedError(
+        f"cannot start the job with {why}",
+        hint="ask for less memory, or wait for a job to end; the operator sets memory_overcommit",
+        limit="memory_overcommit",
+        most=most,
+    )
+
+
+def most_of_one_job(ceiling: Limits, sums: Sums, memory_promised_max_bytes: int) -> Limits:
+    """The limits that a job can have at most, as it has no more than all jobs of its client together."""
+    together = dict(sums.items())
+    together["memory_max_bytes"] = min(
+        filter(None, (sums.memory_max_bytes, memory_promised_max_bytes)), default=0
+    )
+    return ceiling.with_overrides(
+        {
+            name: min(filter(None, (getattr(ceiling, name), most)), default=0)
+            for name, most in together.items()
+        }
+    )
 
 
 class StoredBytes:
     """Knows what clients have stored, running jobs too, and bounds what they store as input."""
 
-    def __init__(self, state: StateDir, live: Mapping[int, LiveJob], quotas: Quotas) -> None:
+    def __init__(
+        self,
+        state: StateDir,
+        live: Mapping[int, LiveJob],
+        scratch: Mapping[int, ScratchUse],
+        quotas: Quotas,
+    ) -> None:
         self._state: Final = state
         self._live: Final = live
+        # as it was last counted
+        self._scratch: Final = scratch
         self._quotas = quotas
         # what may be written until the next look: by each client, and by all
         self._left: Final[Counter[str]] = Counter()
         self._left_of_all = 0
+        # when each client's were last looked at by whoever only wants to know, and what there was
+        self._looks: Final[dict[str, tuple[float, int]]] = {}
         # what is being written, and perhaps not in the files yet
         self._under_way: Final[Counter[str]] = Counter()
 
@@ -73,13 +162,13 @@ class StoredBytes:
 
     async def check(self, client_name: str) -> None:
         """Raises LimitReachedError when a client, or all of them, have stored what they may."""
-        if self._bounded:
+        if self.bounded:
             check_bytes(self._quotas, client_name, *await self._look(client_name))
 
     @asynccontextmanager
     async def taken(self, client_name: str, count: int) -> AsyncGenerator[None, None]:
         """Count bytes of input while they are written. Raises LimitReachedError when they are too many."""
-        if not self._bounded:
+        if not self.bounded:
             yield
             return
         if count > min(self._left[client_name], self._left_of_all):
@@ -101,8 +190,20 @@ class StoredBytes:
                 del self._under_way[client_name]
 
     @property
-    def _bounded(self) -> bool:
+    def bounded(self) -> bool:
+        """Whether there is a quota."""
         return bool(self._quotas.stored_bytes_max or self._quotas.stored_bytes_total_max)
+
+    async def of(self, client_name: str) -> int:
+        """How many bytes a client has stored, by a look that is at most LOOK_SECONDS old: each costs."""
+        now = asyncio.get_running_loop().time()
+        looked, own = self._looks.get(client_name, (-math.inf, 0))
+        if now - looked > LOOK_SECONDS:
+            own, _ = await self._look(client_name)
+            if len(self._looks) > _LEFT_MAX:
+                self._looks.clear()
+            self._looks[client_name] = now, own
+        return own
 
     async def _look(self, client_name: str) -> tuple[int, int]:
         """The bytes of one client, and those of all where there is a quota for them."""
@@ -112,6 +213,8 @@ class StoredBytes:
         for live in self._live.values():
             if self._quotas.stored_bytes_total_max or live.job.client_name == client_name:
                 size = self._state.output_size(live.job) + self._state.input_size(live.job)
+                if (scratch := self._scratch.get(live.job.id)) is not None:
+                    size += scratch.bytes
                 total += size
                 own += size if live.job.client_name == client_name else 0
         return own, total
@@ -128,14 +231,16 @@ def check_bytes(
     most, total = quotas.stored_bytes_max, quotas.stored_bytes_total_max
     if most and own_bytes + more_bytes > most:
         raise LimitReachedError(
-            f"the jobs of {client_name} have {own_bytes} bytes of output and input, and at most {most}"
-            " may be stored",
+            f"the jobs of {client_name} have {exact_size(own_bytes)} of output, input and scratch,"
+            f" and at most {exact_size(most)} may be stored",
             hint="remove ended jobs: pjw rm ID; the operator sets clients.stored_bytes_max",
             limit="stored_bytes_max",
+            most=most,
         )
     if total and total_bytes + more_bytes > total:
         raise LimitReachedError(
-            f"the output and input of all jobs are {total_bytes} bytes, and at most {total} may be stored",
+            "this server has no room for more output, input and scratch now",
             hint="remove ended jobs: pjw rm ID; the operator sets clients.stored_bytes_total_max",
             limit="stored_bytes_total_max",
+            most=total,
         )

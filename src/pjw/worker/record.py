@@ -13,7 +13,7 @@ RECORD_BYTES: Final = 4096
 
 _STARTED: Final = re.compile(rb"started (\d{1,19})\n")
 _ENDED: Final = re.compile(
-    rb"ended (\d{1,19}) (exited|signaled) (\d{1,3}) (none|stopped|timed_out|output_limit)\n"
+    rb"ended (\d{1,19}) (exited|signaled) (\d{1,3}) (none|stopped|timed_out|output_limit|output_failed)\n"
 )
 # What can be: init writes a 64-bit time, and what wait(2) says.
 _NS_MAX: Final = 2**63 - 1
@@ -23,6 +23,7 @@ _REASONS: Final = {
     b"stopped": EndReason.STOPPED,
     b"timed_out": EndReason.TIMED_OUT,
     b"output_limit": EndReason.OUTPUT_LIMIT,
+    b"output_failed": EndReason.OUTPUT_FAILED,
 }
 
 

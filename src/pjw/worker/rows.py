@@ -46,7 +46,6 @@ def job_of(row: Row) -> Job:
         *rest,
     ) = row
     name, labels, split_stderr, has_input = rest
-    ended = code is not None or signal is not None
     return Job(
         id=job_id,
         client_name=client_name,
@@ -55,7 +54,7 @@ def job_of(row: Row) -> Job:
         limits=Limits(**json.loads(limits)),
         start=from_ns(start_ns),
         end=from_ns(end_ns) if end_ns is not None else None,
-        exit_status=ExitStatus(code, signal) if ended else None,
+        exit_status=ExitStatus.of(code, signal),
         reason=EndReason(reason) if reason else None,
         usage=Usage(**json.loads(usage)) if usage else None,
         output_bytes=size,

@@ -1,14 +1,12 @@
 """What the operator decides for a worker."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from pjw.errors import ConfigError
-from pjw.model import Limits
+from pjw.model import DEFAULT_SHARE, LIMIT_MAXIMUM, NO_SUMS, Limits, Share, Sums
 
-# Above every range that systemd, useradd and container tools hand out
-# (systemd.io/UIDS-GIDS), so that no account of the host has one of these.
-UID_FIRST: Final = 1_900_000_000
 UID_COUNT: Final = 65_536
 
 # Enough for a client that starts one job after the other while the next is being made; each is a process of
@@ -16,6 +14,17 @@ UID_COUNT: Final = 65_536
 WAITING_INITS: Final = 4
 
 NO_CEILING: Final = Limits(**dict.fromkeys((name for name, _ in Limits().items()), 0))
+# A floor so high that a client can ask for nothing but "no limit".
+NO_LIMIT_ONLY: Final = LIMIT_MAXIMUM
+# A read that is throttled, at any rate, holds locks of the page cache, which the whole host shares: whoever
+# else wants that part of the file, root too, waits for as long. So only the operator limits reads.
+FLOOR: Final = replace(
+    NO_CEILING,
+    io_rbps_max=NO_LIMIT_ONLY,
+    io_riops_max=NO_LIMIT_ONLY,
+    io_wbps_max=1024**2,
+    io_wiops_max=100,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +43,8 @@ class Quotas:
     """What clients may have at once; at it, a start is refused. 0 is "no limit" in every field.
 
     Each but the last has a total for all clients. Stored bytes are the output of all jobs, ended or not, and
-    the input of those that have not. Input is not taken beyond them; output is not held back.
+    the input and the scratch of those that have not, the latter as last counted: once a minute. Input is not
+    taken beyond them; output and scratch are not held back.
     `input_bytes_max` is for one job, of which more input is not taken.
     """
 
@@ -46,19 +56,71 @@ class Quotas:
 
 
 @dataclass(frozen=True, slots=True)
+class Shares:
+    """Each client's part of the host: its own by name, or that of all others."""
+
+    default: Share = DEFAULT_SHARE
+    by_name: Mapping[str, Share] = field(default_factory=dict)
+
+    def of(self, client_name: str) -> Share:
+        """The share of one client."""
+        return self.by_name.get(client_name, self.default)
+
+
+# Without marks of the operator's a twentieth of a file system is kept free, and at most so much.
+_FREE_BYTES_MIN: Final = 1024**3
+_FREE_INODES_MIN: Final = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class DiskMarks:
+    """How much of each file system that jobs write to stays free, or a job is ended: worker/disk.py.
+
+    0 is "do not look", None a twentieth, at most 1 GiB and 100,000 inodes.
+    """
+
+    free_bytes_min: int | None = None
+    free_inodes_min: int | None = None
+
+    def bytes_of(self, total: int) -> int:
+        """The mark of a file system of so many bytes."""
+        return min(total // 20, _FREE_BYTES_MIN) if self.free_bytes_min is None else self.free_bytes_min
+
+    def inodes_of(self, total: int) -> int:
+        """The mark of a file system of so many inodes; 0 where they are not counted."""
+        return min(total // 20, _FREE_INODES_MIN) if self.free_inodes_min is None else self.free_inodes_min
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerSettings:
     """Limits, users and manners. Raises ConfigError when they contradict each other."""
 
     default_limits: Limits = field(default_factory=Limits)
     ceiling: Limits = NO_CEILING
-    uid_first: int = UID_FIRST
+    # what may be asked for at least; a default limit or a ceiling that is lower goes before it
+    floor: Limits = FLOOR
+    # what all jobs may use together
+    sums: Sums = NO_SUMS
+    shares: Shares = Shares()
+    # The memory limits of running jobs together are at most so many times the sum of memory, or what the host
+    # has where there is none; 0 is any number of times.
+    memory_overcommit: float = 0
+    # the user ids that clients are given; 0: a range of the state directory's own (launcher/job_users.py)
+    uid_first: int = 0
     uid_count: int = UID_COUNT
     hidden_paths: tuple[str, ...] = ()
+    visible_paths: tuple[str, ...] = ()
+    # where jobs have their scratch directories; empty: in the state directory
+    scratch_dir: str = ""
+    # what a job may have there, where the file system has project quotas; 0 is no limit
+    scratch_bytes_max: int = 0
+    scratch_inodes_max: int = 0
     stop_grace_seconds: float = 10
     # how many inits the launcher keeps ready for the next jobs
     waiting_inits: int = WAITING_INITS
     retention: Retention = Retention()
     quotas: Quotas = Quotas()
+    disk: DiskMarks = DiskMarks()
 
     def __post_init__(self) -> None:
         if above := self.default_limits.first_above(self.ceiling):
@@ -66,3 +128,5 @@ class WorkerSettings:
                 f"the default limit {above} is {getattr(self.default_limits, above)},"
                 f" above its ceiling of {getattr(self.ceiling, above)} (0 is no limit)"
             )
+        # frozen; a client may always ask for a default limit, and for a ceiling
+        object.__setattr__(self, "floor", self.floor.lowered_to(self.default_limits).lowered_to(self.ceiling))

@@ -2,24 +2,25 @@
 
 import asyncio
 import os
+from contextlib import AsyncExitStack
 from functools import partial
+from signal import SIGKILL
 from typing import Final
 
 from pjw.errors import JobNotFoundError, LauncherGoneError
 from pjw.launcher.protocol import Launch
 from pjw.model import Job, JobSpec, Limits
 from pjw.output import Inotify
-from pjw.worker.background import Background
+from pjw.worker.background import Background, log_bug
 from pjw.worker.endings import Endings
 from pjw.worker.job import LiveJob
-from pjw.worker.launcher_client import LauncherClient
+from pjw.worker.launch_turns import LaunchTurns
+from pjw.worker.launcher_client import LauncherClient, LaunchLeftError
 from pjw.worker.logs import live_job
 from pjw.worker.quota import RunningJobs, StoredBytes
 from pjw.worker.state_dir import StateDir
+from pjw.worker.stopping import Stopping
 from pjw.worker.users import Users
-
-# A launch takes milliseconds.
-LAUNCH_SECONDS: Final = 30
 
 # a client's name, and what it called its request
 _Request = tuple[str, str]
@@ -37,6 +38,7 @@ class Starts:
         running: RunningJobs,
         stored: StoredBytes,
         endings: Endings,
+        stopping: Stopping,
         users: Users,
         background: Background,
     ) -> None:
@@ -47,8 +49,10 @@ class Starts:
         self._running: Final = running
         self._stored: Final = stored
         self._endings: Final = endings
+        self._stopping: Final = stopping
         self._users: Final = users
         self._background: Final = background
+        self._turns: Final = LaunchTurns()
         self._tasks: Final[set[asyncio.Task[Job]]] = set()
         self._requests: Final[dict[_Request, asyncio.Task[Job]]] = {}
 
@@ -58,8 +62,7 @@ class Starts:
 
     async def start(self, spec: JobSpec, client_name: str, limits: Limits) -> Job:
         """Start a job, as `Worker.start` says, with all of its limits."""
-        if self._launcher.gone.is_set():
-            raise LauncherGoneError("the launcher has gone; running jobs go on")
+        self._require_launcher()
         request = (client_name, spec.request_id) if spec.request_id else None
         task = self._requests.get(request) if request is not None else None
         if task is None:
@@ -69,9 +72,14 @@ class Starts:
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
+            task.add_done_callback(log_bug)
             if request is None:
                 task.add_done_callback(self._undo)
             raise
+
+    def _require_launcher(self) -> None:
+        if self._launcher.gone.is_set():
+            raise LauncherGoneError("the launcher has gone; running jobs go on")
 
     def _begin(
         self, spec: JobSpec, client_name: str, limits: Limits, request: _Request | None
@@ -95,7 +103,7 @@ class Starts:
             job_id = await self._state.store.of_request(client_name, spec.request_id)
             if job_id is not None:
                 return await self._started(job_id)
-        self._running.take(client_name)
+        self._running.take(client_name, limits)
         return await self._add_and_launch(spec, client_name, limits)
 
     async def _started(self, job_id: int) -> Job:
@@ -106,21 +114,27 @@ class Starts:
         return job
 
     async def _add_and_launch(self, spec: JobSpec, client_name: str, limits: Limits) -> Job:
-        try:
-            await self._stored.check(client_name)
-            uid = await self._users.of(client_name)
-            job = await self._state.store.add(client_name, spec, limits)
-        except BaseException:
-            self._running.give_back(client_name)
-            raise
-        # The row is there, so whatever happens to us, the next worker can find the process. Its
-        # way to the disk and the launch go side by side.
-        synced = asyncio.ensure_future(self._state.store.sync())
-        try:
-            job = await self._launch(job, spec, uid)
-        finally:
-            await asyncio.wait({synced})
-            unsynced = synced.exception()
+        async with AsyncExitStack() as turn:
+            try:
+                # before the row, so that ids are launched in their order, as the launcher guesses
+                await turn.enter_async_context(self._turns.turn(client_name))
+                self._require_launcher()
+                await self._stored.check(client_name)
+                uid = await self._users.of(client_name)
+                job = await self._state.store.add(client_name, spec, limits)
+            except BaseException:
+                self._running.give_back(client_name, limits)
+                raise
+            # The row is there, so whatever happens to us, the next worker can find the process. Its
+            # way to the disk and the launch go side by side.
+            synced = asyncio.ensure_future(self._state.store.sync())
+            try:
+                job = await self._launch(job, spec, uid)
+            finally:
+                # the next one need not wait for this row
+                await turn.aclose()
+                await asyncio.wait({synced})
+                unsynced = synced.exception()
         if unsynced is not None:
             self._background.spawn(self._end_and_discard(job.id))
             raise unsynced
@@ -133,11 +147,14 @@ class Starts:
         except LauncherGoneError:
             # Whether it was launched, nobody can tell now; the next worker will.
             raise
+        except LaunchLeftError as error:
+            # Without this, a client with a stuck file system could collect inits that no limit counts.
+            self._background.spawn(self._give_back_when_departed(job))
+            await self._forget(job.id)
+            raise error.refusal from None
         except BaseException:
-            del self._live[job.id]
-            self._running.give_back(job.client_name)
-            self._state.remove_job(job.id)
-            await self._state.store.discard(job.id)
+            self._running.give_back(job.client_name, job.limits)
+            await self._forget(job.id)
             raise
         finally:
             live.launch_over.set()
@@ -145,35 +162,37 @@ class Starts:
         self._endings.watch(live, pidfd)
         return live.job
 
+    async def _forget(self, job_id: int) -> None:
+        """Remove a job that was not launched."""
+        del self._live[job_id]
+        self._state.remove_job(job_id)
+        await self._state.store.discard(job_id)
+
+    async def _give_back_when_departed(self, job: Job) -> None:
+        await self._launcher.request_departed(job.id)
+        self._running.give_back(job.client_name, job.limits)
+
     async def _ask_for_launch(self, job: Job, spec: JobSpec, uid: int) -> tuple[int, int]:
         self._launcher.require_descriptors()
         descriptors: list[int] = []
         try:
             descriptors.append(_command_file(spec))
             descriptors.extend(self._state.create_job(job))
-            request = Launch(job.id, uid, job.limits, job.split_stderr, job.input)
-            stuck = asyncio.get_running_loop().call_later(LAUNCH_SECONDS, self._end_stuck, job.id)
-            try:
-                return await self._launcher.request_launch(request, spec, descriptors)
-            finally:
-                stuck.cancel()
+            share = self._running.settings.shares.of(job.client_name)
+            request = Launch(job.id, uid, job.limits, job.split_stderr, job.input, share)
+            return await self._launcher.request_launch(request, spec, descriptors)
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
-
-    def _end_stuck(self, job_id: int) -> None:
-        # Stuck in the kernel, for example in the exec of a file on a dead NFS server. With its init
-        # killed the launcher answers that the launch failed.
-        self._background.spawn(self._launcher.request_kill(job_id, init_too=True))
 
     def _undo(self, launch: asyncio.Future[Job]) -> None:
         if not launch.cancelled() and launch.exception() is None:
             self._background.spawn(self._end_and_discard(launch.result().id))
 
     async def _end_and_discard(self, job_id: int) -> None:
-        await self._launcher.request_kill(job_id)
         live = self._live.get(job_id)
         if live is not None:
+            self._stopping.begin(live, 0, SIGKILL)
             await live.ended.wait()
         self._state.remove_job(job_id)
         await self._state.store.discard(job_id)

@@ -5,7 +5,9 @@ jobs.sqlite        root's, 0600: the job table; opened before privilege is dropp
 jobs/ID/           the server's own, 0700: `output`, `status`, `times` and `usage` of each job, where stderr
                    is kept apart `stderr` and `stderr_times` as well, where it has input `input`; when
                    it has ended no `status` and no `input`, and nothing but `usage` when it wrote no output
-scratch/ID/        made by the launcher: the job's own, while it runs
+scratch/ID/        made by the launcher: the job's own, while it runs; elsewhere with `scratch_dir`
+job-users          the launcher's: the range of user ids that jobs have
+scratch-dirs       the launcher's: where jobs have their scratch directories, or had them before that changed
 launcher.lock      held by the launcher
 
 STATE and every directory above it can be written by root alone: whoever may rename one of them, or put a link
@@ -24,13 +26,20 @@ from functools import partial
 from typing import Final, ParamSpec, TypeVar
 
 from pjw.errors import RESOURCE_ERRNOS, ConfigError, KernelError, LimitReachedError, describe_errno
+from pjw.given import require_value
+from pjw.launcher.rooted import require_root_s
 from pjw.model import Job, UsageSample
 from pjw.worker.record import RECORD_BYTES
 from pjw.worker.store import JobStore
 from pjw.worker.usage import append_sample, read_samples
 
+# SQLite takes a path of 512 bytes, including what it adds to the name of its file ("-journal")
+PATH_BYTES_MAX: Final = 512 - len("/jobs.sqlite-journal")
 # of a job whose stderr is kept apart and that has input
 _FILES: Final = ("output", "status", "times", "stderr", "stderr_times", "input")
+
+# the mode of the status of a job that is ended for what it has on the disk
+_ENDED_FOR_DISK: Final = 0o700
 
 # kept for a job that has written nothing as well
 _USAGE: Final = "usage"
@@ -44,11 +53,17 @@ class StateDir:
 
     def __init__(self, path: str, owner: int) -> None:
         """Make or open the directory, for user *owner*. Raises ConfigError."""
+        require_value("the path of the state directory", path)
         self.path: Final = os.path.realpath(path)
+        if (size := len(os.fsencode(self.path))) > PATH_BYTES_MAX:
+            raise ConfigError(
+                f"cannot use the state directory {path}: its path is {size} bytes long",
+                hint=f"give one of {PATH_BYTES_MAX} bytes at most with --state-dir: SQLite takes no more",
+            )
         jobs = os.path.join(self.path, "jobs")
         try:
             os.makedirs(self.path, 0o711, exist_ok=True)
-            _require_root_s(self.path)
+            require_root_s(self.path, "state directory", "give another directory with --state-dir")
             os.makedirs(jobs, 0o700, exist_ok=True)
             self._jobs_fd: Final = os.open(jobs, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             os.fchown(self._jobs_fd, owner, owner)
@@ -127,11 +142,33 @@ class StateDir:
         except OSError as error:
             raise KernelError("read the status of", f"job {job_id}", error.errno or 0) from error
 
+    def note_end_for_disk(self, job_id: int) -> None:
+        """Note that a job is about to be ended for what it has on the disk.
+
+        The note outlives the kill of any process. It is a mode, since that takes no space.
+        """
+        try:
+            os.chmod(f"{self._jobs}/{job_id}/status", _ENDED_FOR_DISK)
+        except FileNotFoundError:
+            pass  # it has ended
+        except OSError as error:
+            raise KernelError("note the end of", f"job {job_id}", error.errno or 0) from error
+
+    def is_ended_for_disk(self, job_id: int) -> bool:
+        """Whether that was noted."""
+        try:
+            return stat.S_IMODE(os.stat(f"{self._jobs}/{job_id}/status").st_mode) == _ENDED_FOR_DISK
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise KernelError("look at the status of", f"job {job_id}", error.errno or 0) from error
+
     def output_size(self, job: Job) -> int:
         """How many bytes of output a job has, stderr included; 0 without a file."""
-        return sum(self._size(path) for path in self._outputs(job))
+        return sum(self._size(path) for path in self.outputs(job))
 
-    def _outputs(self, job: Job) -> list[str]:
+    def outputs(self, job: Job) -> list[str]:
+        """The paths of the files of a job's output, for use in this process only."""
         return [
             self.output_paths(job.id, stderr=stderr)[0]
             for stderr in ((False, True) if job.split_stderr else (False,))
@@ -167,7 +204,7 @@ class StateDir:
             self._remove(job.id, _FILES)
             return
         try:
-            for path in self._outputs(job):
+            for path in self.outputs(job):
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 try:
                     os.fsync(descriptor)  # not fdatasync(2): this brings the file's name along
@@ -219,23 +256,6 @@ class StateDir:
         return await asyncio.get_running_loop().run_in_executor(
             self._threads, partial(function, *args, **kwargs)
         )
-
-
-def _require_root_s(state_dir: str) -> None:
-    """Raises ConfigError when anybody but root can put something into the directory, or in its place."""
-    path = state_dir
-    while True:
-        status = os.lstat(path)
-        # above it a sticky directory will do, such as /tmp: nobody else renames there what is root's
-        safe = status.st_mode & stat.S_ISVTX and path != state_dir
-        if status.st_uid != 0 or (status.st_mode & 0o022 and not safe):
-            raise ConfigError(
-                f"cannot use the state directory {state_dir}: others than root may write {path}",
-                hint=f"chown root {path} && chmod go-w {path}, or give another directory with --state-dir",
-            )
-        if path == "/":
-            return
-        path = os.path.dirname(path)
 
 
 def _create_input(path: str) -> int:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import sqlite3
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,11 @@ from pjw.worker.rows import COLUMNS, job_of, to_ns
 from pjw.worker.schema import migrate
 from pjw.worker.settings import Retention
 from pjw.worker.wal import WalSync
+
+# A pjwd that is ending releases the table in less time.
+BUSY_SECONDS: Final = 5.0
+
+log: Final = logging.getLogger(__name__)
 
 # Which job goes first when more is kept than may be, by the member of Retention that says so;
 # `:most` is its value. A total is brought down at the cost of the client who has most: nobody
@@ -63,8 +69,18 @@ class JobStore:
             raise
 
     def _open(self) -> sqlite3.Connection:
+        try:
+            return self._open_within(0)
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
+                raise
+        # tell the operator, at a terminal or in the log, why the start takes so long
+        log.warning("%s is in use by another pjwd; waiting %d s for its end", self._path, BUSY_SECONDS)
+        return self._open_within(BUSY_SECONDS)
+
+    def _open_within(self, seconds: float) -> sqlite3.Connection:
         # check_same_thread: opened here, then used only by the one thread of the executor
-        db = sqlite3.connect(self._path, check_same_thread=False)
+        db = sqlite3.connect(self._path, timeout=seconds, check_same_thread=False)
         try:
             self._prepare(db)
         except BaseException:
@@ -88,6 +104,10 @@ class JobStore:
         self._thread.shutdown()
         self._wal.close()
         self._db.close()
+
+    def reserve(self) -> None:
+        """Have space for what must be written on a full disk, if it was full when this was opened."""
+        self._wal.reserve()
 
     async def sync(self) -> None:
         """Return when all that was written before this call will survive a power cut. Raises KernelError."""
@@ -137,6 +157,7 @@ class JobStore:
             raise NameTakenError(
                 f"cannot start a job called {spec.name}: job {bearer} is called that, and has not ended",
                 hint=f"pjw stop {bearer}; or choose another name",
+                holder=bearer,
             ) from None
         assert cursor.lastrowid is not None
         return Job(
@@ -188,7 +209,8 @@ class JobStore:
                     to_ns(job.start),
                     job.state,
                     to_ns(job.end) if job.end else None,
-                    status.code if status else None,
+                    # older versions read a code or a signal, never both
+                    status.code if status and status.signal is None else None,
                     status.signal if status else None,
                     job.reason,
                     json.dumps(asdict(job.usage)) if job.usage else None,

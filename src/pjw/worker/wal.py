@@ -25,10 +25,8 @@ class WalSync:
         self._path: Final = f"{database_path}-wal"
         try:
             self._fd: Final = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
-            # Space that is ours when the disk is full: ends can be written down, and jobs removed,
-            # which makes room. Zeros behind the last frame are no frame to SQLite.
-            with suppress(OSError):
-                os.posix_fallocate(self._fd, 0, _RESERVED_BYTES)
+            self._reserved = False
+            self.reserve()
             # the names of both files: SQLite has no reason to do it before it wants to depend on them
             directory = os.open(os.path.dirname(database_path) or ".", os.O_RDONLY | os.O_DIRECTORY)
             try:
@@ -40,6 +38,17 @@ class WalSync:
         self._thread: Final = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pjw-sync")
         self._running: asyncio.Task[None] | None = None
         self._next: asyncio.Task[None] | None = None
+
+    def reserve(self) -> None:
+        """Have space that is ours when the disk is full, unless it is full now.
+
+        Ends can be written down then, and jobs removed, which makes room.
+        """
+        if not self._reserved:
+            # Zeros behind the last frame are no frame to SQLite.
+            with suppress(OSError):
+                os.posix_fallocate(self._fd, 0, _RESERVED_BYTES)
+                self._reserved = True
 
     def close(self) -> None:
         """Close the log; what was not synced is left to the kernel."""

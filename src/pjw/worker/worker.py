@@ -9,17 +9,23 @@ from signal import SIGKILL, SIGTERM
 from typing import Final, Self
 
 from pjw.errors import (
+    ConfigError,
     InvalidJobError,
     JobNotFoundError,
     JobStateError,
+    KernelError,
     LauncherGoneError,
+    LimitRangeError,
+    LimitReachedError,
     PjwError,
 )
-from pjw.model import Job, JobSpec, UsageSample
+from pjw.model import ClientQuota, GroupUse, Job, JobSpec, UsageSample
 from pjw.output import Inotify
 from pjw.worker.adoption import adopt
 from pjw.worker.background import Background
+from pjw.worker.disk import DiskSampler, ScratchUse
 from pjw.worker.endings import Endings
+from pjw.worker.held import HeldOutputs
 from pjw.worker.input import Inputs, InputWriter, ended_error, require_input
 from pjw.worker.job import LiveJob
 from pjw.worker.launcher_client import LauncherClient
@@ -27,11 +33,12 @@ from pjw.worker.launcher_process import LauncherProcess, check_limits, require_r
 from pjw.worker.logs import ALL_OUTPUT, Output, Part, Reading, check_stream, output_of_ended
 from pjw.worker.numbers import WorkerNumbers, count_all
 from pjw.worker.pages import ALL_JOBS, JobFilter, Page
-from pjw.worker.quota import RunningJobs, StoredBytes
+from pjw.worker.quota import RunningJobs, StoredBytes, most_of_one_job
 from pjw.worker.retention import Pruner
-from pjw.worker.settings import WorkerSettings
+from pjw.worker.settings import NO_LIMIT_ONLY, WorkerSettings
 from pjw.worker.starts import Starts
 from pjw.worker.state_dir import StateDir
+from pjw.worker.stopping import Stopping
 from pjw.worker.usage import with_end
 from pjw.worker.usage_sampler import UsageSampler
 from pjw.worker.users import Users
@@ -40,9 +47,6 @@ LOCAL_CLIENT: Final = "local"
 PAGE_MAX: Final = 1000
 # the last one before the real-time signals
 SIGNAL_MAX: Final = 31
-# From SIGKILL to every process until init itself is killed: long, since only a command
-# stuck in the kernel comes so far.
-LAST_RESORT_SECONDS: Final = 5
 
 log: Final = logging.getLogger(__name__)
 
@@ -63,13 +67,26 @@ class Worker:
         self._launcher: Final = LauncherClient(launcher)
         self._inotify: Final = Inotify()
         self._live: Final[dict[int, LiveJob]] = {}
-        self._running: Final = RunningJobs(settings.quotas)
-        self._stored: Final = StoredBytes(state, self._live, settings.quotas)
+        self._running: Final = RunningJobs(settings)
+        scratch_used: dict[int, ScratchUse] = {}
+        self._stored: Final = StoredBytes(state, self._live, scratch_used, settings.quotas)
         self._inputs: Final = Inputs(state, self._stored, settings.quotas.input_bytes_max)
         self._tails: Final = asyncio.Lock()
         self._pruner: Final = Pruner(state, settings.retention)
         self._background: Final = Background()
+        self._stopping: Final = Stopping(self._launcher, self._background)
         self._sampler: Final = UsageSampler(state, self._launcher, self._live)
+        self._disk: Final = DiskSampler(
+            state,
+            launcher.scratch,
+            self._launcher,
+            self._live,
+            scratch_used,
+            settings.disk,
+            self._end_for_disk,
+        )
+        self._disk.counts = self._stored.bounded
+        self._held: Final = HeldOutputs(state)
         self._endings: Final = Endings(
             state,
             self._launcher,
@@ -77,8 +94,12 @@ class Worker:
             self._running,
             self._pruner,
             self._sampler,
+            self._disk,
+            self._stopping,
+            self._held,
             self._background,
         )
+        self._users: Final = Users(state.store, launcher.ready.uid_first, settings.uid_count)
         self._starts: Final = Starts(
             state,
             self._launcher,
@@ -87,7 +108,8 @@ class Worker:
             self._running,
             self._stored,
             self._endings,
-            Users(state.store, settings),
+            self._stopping,
+            self._users,
             self._background,
         )
 
@@ -115,9 +137,20 @@ class Worker:
 
     async def adopt(self) -> None:
         """Take over the jobs of the worker before us. Call it once, before anything else; `open` does."""
-        await adopt(self._state, self._launcher, self._inotify, self._live, self._running, self._endings)
-        self._background.spawn(self._pruner.run())
-        self._background.spawn(self._sampler.run())
+        await adopt(
+            self._state,
+            self._launcher,
+            self._inotify,
+            self._live,
+            self._running,
+            self._endings,
+            self._background,
+        )
+        for words in await self.give_shares():
+            log.warning("%s", words)
+        self._background.keep("removal of ended jobs", self._pruner.run())
+        self._background.keep("samples of running jobs", self._sampler.run())
+        self._background.keep("marks of free space", self._disk.run())
 
     async def __aenter__(self) -> Self:
         return self
@@ -140,6 +173,8 @@ class Worker:
             log.error("%s", error)
         await self._launcher.join()
         self._inotify.close()
+        self._held.close()
+        self._disk.close()
         self._state.close()
 
     @property
@@ -148,16 +183,41 @@ class Worker:
         return len(self._live)
 
     def reconfigure(self, settings: WorkerSettings) -> None:
-        """Take other default limits, grace period, retention and quotas; the rest the launcher was told.
+        """Take other limits, grace period, marks, retention, quotas and shares.
 
-        Raises ConfigError, and takes nothing, for limits of disk IO where there was no disk at the start.
+        Running jobs have their shares by `give_shares`. The launcher got the rest at its start. Raises
+        ConfigError, and takes nothing, for limits of disk IO where there was no disk at the start, and for a
+        default limit below the floor of the start.
         """
         check_limits(self._ready, settings.default_limits)
+        if below := settings.default_limits.first_below(self._settings.floor):
+            raise ConfigError(
+                f"the default limit {below} is below the floor that the launcher got at the start",
+                hint="restart pjwd",
+            )
         self._settings = settings
-        self._running.quotas = settings.quotas
+        self._running.settings = settings
         self._stored.set_quotas(settings.quotas)
+        self._disk.marks, self._disk.counts = settings.disk, self._stored.bounded
         self._inputs.set_bytes_max(settings.quotas.input_bytes_max)
         self._pruner.keep(settings.retention)
+
+    async def give_shares(self) -> list[str]:
+        """Set the share of each client with jobs again; give in words what could not be set beside them.
+
+        One of them may have more processor time (v1), or too much memory is in use.
+        """
+        not_set: list[str] = []
+        for client_name in self._running.clients():
+            share = self._settings.shares.of(client_name)
+            try:
+                uid = await self._users.of(client_name)
+                words = await self._launcher.request_set_share(uid, share)
+            except (KernelError, LimitReachedError) as error:
+                # one client's trouble, not the others'
+                words = (str(error),)
+            not_set += [f"share of {client_name}: {each}" for each in words]
+        return not_set
 
     async def launcher_answers(self) -> None:
         """Return when the launcher has answered a question. Raises LauncherGoneError when it cannot."""
@@ -165,11 +225,20 @@ class Worker:
 
     async def numbers(self) -> WorkerNumbers:
         """How much of everything there is, for who watches over it."""
-        return await count_all(self._state, self._live, self._endings.by_reason, self._launcher)
+        return await count_all(
+            self._state, self._live, self._endings.by_reason, len(self._held), self._launcher
+        )
 
     async def launcher_gone(self) -> None:
         """Return when the launcher has died; nothing can be started or stopped then."""
         await self._launcher.gone.wait()
+
+    async def failed(self) -> None:
+        """Return when a bug has killed a task that this worker needs all along; the log says which.
+
+        Close it then, and open another: jobs go on meanwhile.
+        """
+        await self._background.failed.wait()
 
     async def open_operator_file(self, place: int) -> int:
         """A file that the launcher was told of at its start, open for reading; the caller owns it."""
@@ -189,9 +258,21 @@ class Worker:
         """
         limits = self._settings.default_limits.with_overrides(spec.limits)
         if above := limits.first_above(self._settings.ceiling):
-            raise InvalidJobError(
-                f"limit {above} must be at most {getattr(self._settings.ceiling, above)} on this server,"
-                f" not {getattr(limits, above) or 'unlimited'}"
+            most, value = getattr(self._settings.ceiling, above), getattr(limits, above)
+            raise LimitRangeError(
+                f"limit {above} must be at most {most} on this server, not {value or 'unlimited'}",
+                limit=above,
+                value=value,
+                most=most,
+            )
+        if below := limits.first_below(self._settings.floor):
+            least, value = getattr(self._settings.floor, below), getattr(limits, below)
+            bound = "0, no limit," if least == NO_LIMIT_ONLY else f"at least {least}"
+            raise LimitRangeError(
+                f"limit {below} must be {bound} on this server, not {value}",
+                limit=below,
+                value=value,
+                least=least,
             )
         return await self._starts.start(spec, client_name, limits)
 
@@ -208,32 +289,24 @@ class Worker:
 
         Returns the final snapshot when nothing is left of the job but its row and its output; a
         job that has ended already is success. Goes on when the caller is cancelled. Raises
-        JobNotFoundError, and InvalidJobError for what is no such signal.
+        JobNotFoundError, InvalidJobError for what is no such signal, and JobStateError for a job that
+        was killed and that the kernel cannot end yet.
         """
         if not 1 <= signal <= SIGNAL_MAX:
             raise InvalidJobError(f"a job is stopped with a signal from 1 to {SIGNAL_MAX}, not {signal}")
         live = await self._launched(job_id, owner)
         if live is None or live.ended.is_set():
             return await self.get(job_id, owner)
-        if not live.job.state.final:
-            live.stop_asked()
         grace = self._settings.stop_grace_seconds if grace_seconds is None else grace_seconds
-        self._background.spawn(self._escalate(live, grace, signal))
-        await self._wait_for(live.ended)
+        self._stopping.begin(live, grace, signal)
+        await self._wait_for(live.ended, live.stuck)
+        if not live.ended.is_set():
+            raise JobStateError(f"job {job_id} {live.job.detail}", hint=f"pjw wait {job_id} tells of its end")
         await self._wait_for(live.removed)
         return live.job
 
-    async def _escalate(self, live: LiveJob, grace_seconds: float, signal: int) -> None:
-        job_id = live.job.id
-        if signal != SIGKILL:
-            await self._launcher.request_terminate(job_id, signal)
-            if await _within(grace_seconds, live.ended):
-                return
-        await self._launcher.request_kill(job_id)
-        if await _within(LAST_RESORT_SECONDS, live.ended):
-            return
-        live.init_killed = True
-        await self._launcher.request_kill(job_id, init_too=True)
+    def _end_for_disk(self, live: LiveJob) -> None:
+        self._stopping.begin(live, 0, SIGKILL)
 
     async def delete(self, job_id: int, owner: str | None = None) -> None:
         """Forget an ended job, with its output; who reads it right now may read on.
@@ -296,12 +369,16 @@ class Worker:
             jobs = [job for job in jobs if job.state in wanted.states]
         return Page(jobs, page.next_after)
 
-    async def wait(self, job_id: int, owner: str | None = None) -> Job:
-        """Wait until a job has ended; its final snapshot. Raises JobNotFoundError."""
+    async def wait(self, job_id: int, owner: str | None = None, *, or_stuck: bool = False) -> Job:
+        """Wait until a job has ended; its final snapshot. Raises JobNotFoundError.
+
+        With *or_stuck* it also returns when the job was killed and does not end, or when its output waits for
+        the disk. Its `detail` says which.
+        """
         live = await self._launched(job_id, owner)
         if live is None:
             return await self.get(job_id, owner)
-        await self._wait_for(live.ended)
+        await self._wait_for(live.ended, *([live.stuck, live.held] if or_stuck else []))
         return live.job
 
     async def usage_history(self, job_id: int, owner: str | None = None) -> tuple[Job, Sequence[UsageSample]]:
@@ -321,6 +398,36 @@ class Worker:
         not there yet.
         """
         return await self._sampler.now(owner, fresh_seconds, within_seconds)
+
+    async def quota(self, client_name: str = LOCAL_CLIENT) -> ClientQuota:
+        """The limits, use and share of a client. Raises KernelError."""
+        settings, running = self._settings, self._running
+        count, promised = running.of(client_name)
+        # a client without jobs need not have a user id
+        use = (
+            await self._launcher.request_measure_client(await self._users.of(client_name))
+            if count
+            else GroupUse()
+        )
+        share = settings.shares.of(client_name)
+        sums = share.sums.within(settings.sums)
+        promised_max = min(filter(None, running.memory_max(client_name)), default=0)
+        weights = [settings.shares.of(name).weight for name in {client_name, *running.clients()}]
+        return ClientQuota(
+            client_name=client_name,
+            defaults=settings.default_limits,
+            ceilings=most_of_one_job(settings.ceiling, sums, promised_max),
+            sums=sums,
+            weight=share.weight,
+            total_weight=sum(weights),
+            running=count,
+            running_max=settings.quotas.running_max,
+            memory_promised_bytes=promised,
+            memory_promised_max_bytes=promised_max,
+            stored_bytes=await self._stored.of(client_name),
+            stored_bytes_max=settings.quotas.stored_bytes_max,
+            use=use,
+        )
 
     async def logs(
         self, job_id: int, part: Part = ALL_OUTPUT, owner: str | None = None
@@ -366,22 +473,12 @@ class Worker:
         await live.launch_over.wait()
         return self._live_of(job_id, owner)
 
-    async def _wait_for(self, event: asyncio.Event) -> None:
-        happened = asyncio.ensure_future(event.wait())
-        gone = asyncio.ensure_future(self._launcher.gone.wait())
+    async def _wait_for(self, *events: asyncio.Event) -> None:
+        waits = [asyncio.ensure_future(event.wait()) for event in (*events, self._launcher.gone)]
         try:
-            await asyncio.wait({happened, gone}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            happened.cancel()
-            gone.cancel()
-        if not event.is_set():
+            for wait in waits:
+                wait.cancel()
+        if not any(event.is_set() for event in events):
             raise LauncherGoneError("the launcher has gone; the job goes on")
-
-
-async def _within(seconds: float, event: asyncio.Event) -> bool:
-    try:
-        async with asyncio.timeout(seconds):
-            await event.wait()
-    except TimeoutError:
-        return False
-    return True

@@ -1,7 +1,8 @@
 """The cgroups of jobs: create, limit, enter, account, kill, remove. One interface, v1 and v2.
 
-The directories are the registry of jobs: `job-<id>` exists = the job exists. They outlive
-the launcher, so finding them there at a start is normal.
+There are three levels: `pjw/INSTANCE` holds the sum of all jobs, `client-UID` that of one client with its
+weight beside others, `job-ID` one job. The directories are the registry of jobs: `job-ID` exists = the job
+exists. They outlive the launcher, so finding them there at a start is normal.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from typing import Protocol
 from pjw.errors import ConfigError
 from pjw.launcher.cgroup import files, v1, v2
 from pjw.launcher.cgroup.devices import disks_under
-from pjw.model import Limits, Usage, UsageSample
+from pjw.model import DEFAULT_SHARE, GroupUse, Limits, Share, Sums, Usage, UsageSample
 
 __all__ = ["Cgroup", "Hierarchy", "HostDescription", "describe_host", "disks_under", "open_hierarchy"]
 
@@ -31,11 +32,14 @@ class Cgroup(Protocol):
     def pids(self) -> list[int]:
         """The live processes, by their pids here, sorted."""
 
-    def kill(self) -> None:
-        """SIGKILL every process: the last resort, when init does not do it.
+    def lift_throttles(self) -> None:
+        """Take its limits of disk IO away, so that what waits in one can end. Goes with every kill.
 
-        v1 returns when none is left (KernelError after 5 s), v2 at once.
+        Raises KernelError; the kill goes on.
         """
+
+    def kill(self) -> None:
+        """SIGKILL every process, without waiting for its end: the last resort, when init does not do it."""
 
     def usage(self) -> Usage:
         """What the job has used until now; a counter that this kernel lacks is 0."""
@@ -43,10 +47,10 @@ class Cgroup(Protocol):
     def measure(self) -> UsageSample:
         """What the job uses at this moment. KernelError (ENOENT, ENODEV) when it has ended."""
 
-    def remove(self) -> None:
-        """Remove it, when need be waiting for the last process to be gone.
+    def try_remove(self) -> bool:
+        """Remove it, unless a process is in it, or still about to leave it: then false.
 
-        It need not exist any more. KernelError (EBUSY) when it is not empty after 5 s.
+        It need not exist any more.
         """
 
 
@@ -57,8 +61,8 @@ class Hierarchy(Protocol):
     def version(self) -> int:
         """1 or 2."""
 
-    def create(self, job_id: int, limits: Limits) -> Cgroup:
-        """Make a cgroup with every limit set, or leave nothing behind.
+    def create(self, job_id: int, limits: Limits, uid: int, share: Share = DEFAULT_SHARE) -> Cgroup:
+        """Make a cgroup with every limit set, in that of its client with this share, or leave nothing behind.
 
         JobStateError when it exists; ConfigError for io limits without a disk; KernelError
         naming the file for all that the kernel refuses.
@@ -69,6 +73,18 @@ class Hierarchy(Protocol):
 
     def job_ids(self) -> list[int]:
         """Every job that has a cgroup, sorted; half-made ones too."""
+
+    def set_sums(self, sums: Sums) -> list[str]:
+        """Bound what all jobs use together; in words, what could not be set. Raises KernelError."""
+
+    def set_share(self, uid: int, share: Share) -> list[str]:
+        """The same for a client that has jobs; nothing happens to another. Raises KernelError."""
+
+    def share_of(self, uid: int) -> Share | None:
+        """The share that a client was given by this launcher; None for one without jobs since."""
+
+    def use_of(self, uid: int) -> GroupUse:
+        """What the jobs of a client use together: nothing where it has none. Raises KernelError."""
 
     def release(self) -> None:
         """Remove those parents that are empty, at the launcher's end; a living job's stay."""

@@ -10,7 +10,7 @@ from typing import Final
 from pjw.errors import ConfigError
 from pjw.launcher.cgroup import files
 
-HINT: Final = "put the state directory on a disk, or set the four io limits to 0"
+HINT: Final = "put the state directory on a disk, or set the io limits to 0"
 
 
 def disks_under(paths: Iterable[str], sysfs: str = "/sys") -> list[str]:

@@ -1,14 +1,12 @@
 """What both drivers share: mounts, single-value files, and processes that must end.
 
-A pid is no identity: whatever signals or waits here holds a pidfd while it does so.
+A pid is no identity: whatever signals here holds a pidfd while it does so.
 """
 
 import errno
 import fcntl
 import os
-import select
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,13 +15,15 @@ from typing import Final
 
 from pjw.errors import KernelError
 
-# How long a process that was killed may take to be gone before that is an error.
-SETTLE_SECONDS: Final = 5.0
+# A cgroup that lets nobody fork has shown all of its processes after two.
+KILL_PASSES: Final = 4
 
 # So many pidfds are open at once at most; the usual soft limit of open files is 1024.
 PIDFDS_AT_ONCE: Final = 128
 
 CPU_PERIOD_USEC: Final = 100_000
+# Of what a client's jobs, or all jobs, use together: what is throttled here holds up many, so briefly.
+SUM_PERIOD_USEC: Final = 20_000
 
 # Above these the kernel refuses or truncates a value. All of them are beyond what any
 # machine has, so that a limit this high limits nothing and the highest value says the same.
@@ -47,8 +47,14 @@ class Mount:
 
 def read_mounts(path: str = "/proc/self/mountinfo") -> list[Mount]:
     """Every mount that this process sees, in the kernel's order."""
+    return parse_mounts(read_text(path, path))
+
+
+def parse_mounts(table: str) -> list[Mount]:
+    """Every mount of a table, in its order (proc_pid_mountinfo(5))."""
     mounts = []
-    for line in read_text(path, path).splitlines():
+    # not splitlines(): the kernel escapes newlines, and no other character that ends a line for Python
+    for line in filter(None, table.split("\n")):
         left, _, right = line.partition(" - ")
         mount_id, _parent, device, root, point, *_options = left.split(" ")
         fs_type, source, super_options = right.split(" ")[:3]
@@ -138,6 +144,11 @@ def make_parent(path: str, hint: str | None = None) -> None:
         raise KernelError("make cgroup", path, error.errno or errno.EIO, hint=hint) from error
 
 
+def not_set(name: str, value: int, subject: str, why: str) -> str:
+    """Say that a sum is not what was asked for."""
+    return f"cannot set {name} of {subject} to {value}: {why}"
+
+
 def remove_parents(instance: str) -> None:
     """Remove an instance's directory and `pjw` above it, as far as they are empty."""
     parent = os.path.dirname(instance)
@@ -157,17 +168,13 @@ def locked(directory: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-def kill_processes(list_pids: Callable[[], list[int]], subject: str) -> None:
-    """SIGKILL each process of a cgroup until none is left.
-
-    A fork that was under way shows only after the list was read, but before the process
-    that forked has ended: so wait for those, and then read again.
-    """
-    deadline = time.monotonic() + SETTLE_SECONDS
-    while pids := list_pids():
-        if time.monotonic() >= deadline:
-            raise KernelError("kill", subject, errno.ETIMEDOUT)
-        # All of them before the first wait: they die side by side.
+def kill_processes(list_pids: Callable[[], list[int]]) -> None:
+    """SIGKILL each process of a cgroup, and those that show only then: forks that were under way."""
+    killed: set[int] = set()
+    for _ in range(KILL_PASSES):
+        pids = [pid for pid in list_pids() if pid not in killed]
+        if not pids:
+            return
         for start in range(0, len(pids), PIDFDS_AT_ONCE):
             with _pidfds(pids[start : start + PIDFDS_AT_ONCE]) as pidfds:
                 # Read again now that the pidfds are held. A pid that was recycled before is no
@@ -175,15 +182,20 @@ def kill_processes(list_pids: Callable[[], list[int]], subject: str) -> None:
                 still_there = set(list_pids())
                 for pid in pidfds.keys() & still_there:
                     _kill(pidfds[pid])
-        wait_for_exit(pids, deadline)
+        killed.update(pids)
 
 
-def wait_for_exit(pids: list[int], deadline: float) -> None:
-    """Return when all *pids* have ended, or at *deadline* (of time.monotonic)."""
-    for pid in pids:
-        with _pidfds([pid]) as pidfds:
-            for pidfd in pidfds.values():
-                _wait(pidfd, deadline)
+def try_rmdir(directory: str, subject: str) -> bool:
+    """Remove a cgroup's directory, unless something is in it: then false."""
+    try:
+        os.rmdir(directory)
+    except FileNotFoundError:
+        return True
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            return False
+        raise KernelError("remove cgroup", f"{directory} of {subject}", error.errno or errno.EIO) from error
+    return True
 
 
 @contextmanager
@@ -206,12 +218,6 @@ def _pidfds(pids: list[int]) -> Iterator[dict[int, int]]:
 def _kill(pidfd: int) -> None:
     with suppress(ProcessLookupError):
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-
-
-def _wait(pidfd: int, deadline: float) -> None:
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
 
 
 @contextmanager

@@ -5,16 +5,15 @@ v1 throttles reads and direct writes only: a buffered write is charged to no job
 
 import errno
 import os
-import select
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Final
 
 from pjw.errors import ConfigError, JobStateError, KernelError
-from pjw.launcher.cgroup import devices, files
-from pjw.model import Limits, Usage, UsageSample
+from pjw.launcher.cgroup import devices, files, throttles
+from pjw.launcher.cgroup.places import Places, client_place
+from pjw.model import DEFAULT_SHARE, WEIGHT_DEFAULT, GroupUse, Limits, Share, Sums, Usage, UsageSample
 
 CONTROLLERS: Final = ("cpu", "cpuacct", "memory", "pids")
 IO_CONTROLLER: Final = "blkio"
@@ -51,18 +50,27 @@ class V1Hierarchy:
     def __init__(self, parents: Mapping[str, str], io_devices: Sequence[str]) -> None:
         self._parents: Final = dict(parents)
         self._io_devices: Final = tuple(io_devices)
+        self._places: Final = Places(parents.values())
+        self._shares: Final[dict[int, Share]] = {}
+        # the processor time that the kernel has for all jobs and for each client, in thousandths; 0 is any
+        self._cpu: Final[dict[str, int]] = {}
 
-    def create(self, job_id: int, limits: Limits) -> "V1Cgroup":
+    def create(self, job_id: int, limits: Limits, uid: int, share: Share = DEFAULT_SHARE) -> "V1Cgroup":
         subject = f"job {job_id}"
-        settings = list(self._settings(limits, subject))
+        if self.find(job_id) is not None:
+            raise JobStateError(f"cannot create the cgroup of {subject}: it exists")
+        new_client = uid not in self._places
+        cgroup = self._cgroup(job_id, self._places.add(job_id, uid), throttled=throttles.are_set(limits))
         made: list[str] = []
         try:
-            cgroup = self._cgroup(job_id)
+            if new_client:
+                self._make_client(uid)
+            if self.share_of(uid) != share:
+                self.set_share(uid, share)
+            settings = list(self._settings(limits, uid, share, subject))
             for directory in cgroup.directories:
                 try:
                     os.mkdir(directory, 0o755)
-                except FileExistsError:
-                    raise JobStateError(f"cannot create the cgroup of {subject}: it exists") from None
                 except OSError as error:
                     raise KernelError(
                         "make cgroup", f"{directory} of {subject}", error.errno or errno.EIO
@@ -73,26 +81,123 @@ class V1Hierarchy:
         except BaseException:
             for directory in reversed(made):
                 os.rmdir(directory)
+            self._forget(job_id)
             raise
         return cgroup
 
     def find(self, job_id: int) -> "V1Cgroup | None":
-        cgroup = self._cgroup(job_id)
+        cgroup = self._cgroup(job_id, self._places.of(job_id))
         return cgroup if any(os.path.isdir(directory) for directory in cgroup.directories) else None
 
     def job_ids(self) -> list[int]:
-        return sorted(set().union(*(files.job_ids_in(parent) for parent in self._parents.values())))
+        return sorted(self._places.job_ids())
+
+    def set_sums(self, sums: Sums) -> list[str]:
+        return self._set_sums(".", sums, "all jobs")
+
+    def set_share(self, uid: int, share: Share) -> list[str]:
+        if uid not in self._places:
+            return []
+        place, subject = client_place(uid), f"client {uid}"
+        self._write("cpu", place, "cpu.shares", str(max(2, share.weight * 1024 // WEIGHT_DEFAULT)), subject)
+        self._weigh_io(place, share.weight)
+        not_set = self._set_sums(place, share.sums, subject)
+        self._shares[uid] = share
+        return not_set
+
+    def share_of(self, uid: int) -> Share | None:
+        return self._shares.get(uid)
+
+    def use_of(self, uid: int) -> GroupUse:
+        if uid not in self._places:
+            return GroupUse()
+        place = client_place(uid)
+        return GroupUse(
+            memory_bytes=int(self._read("memory", place, "memory.usage_in_bytes")),
+            pids=int(self._read("pids", place, "pids.current")),
+            cpu_usage_usec=int(self._read("cpuacct", place, "cpuacct.usage")) // 1000,
+        )
 
     def release(self) -> None:
         for parent in dict.fromkeys(self._parents.values()):
             files.remove_parents(parent)
 
-    def _cgroup(self, job_id: int) -> "V1Cgroup":
-        return V1Cgroup(job_id, {name: f"{parent}/job-{job_id}" for name, parent in self._parents.items()})
+    def _cgroup(self, job_id: int, place: str, *, throttled: bool = False) -> "V1Cgroup":
+        directories = {name: f"{parent}/{place}" for name, parent in self._parents.items()}
+        disks = self._io_devices if throttled else ()
+        return V1Cgroup(job_id, directories, lambda: self._forget(job_id), disks)
 
-    def _settings(self, limits: Limits, subject: str) -> Iterator[tuple[str, str, str]]:
+    def _forget(self, job_id: int) -> None:
+        uid = self._places.forget(job_id)
+        if uid not in self._places:
+            self._shares.pop(uid, None)
+            self._cpu.pop(client_place(uid), None)
+
+    def _make_client(self, uid: int) -> None:
+        for parent in dict.fromkeys(self._parents.values()):
+            files.make_parent(f"{parent}/{client_place(uid)}")
+
+    def _set_sums(self, place: str, sums: Sums, subject: str) -> list[str]:
+        """Bound what is below *place*; in words, what the kernel does not take now."""
+        pids = str(sums.pids_max) if 0 < sums.pids_max < files.PIDS_MAX else "max"
+        self._write("pids", place, "pids.max", pids, subject)
+        not_set = []
+        try:
+            self._write("memory", place, "memory.limit_in_bytes", str(sums.memory_max_bytes or -1), subject)
+        except KernelError as error:
+            # memory that is in use and cannot be taken back
+            if error.errno != errno.EBUSY:
+                raise
+            used = int(self._read("memory", place, "memory.usage_in_bytes"))
+            not_set.append(
+                files.not_set("memory_max_bytes", sums.memory_max_bytes, subject, f"{used} are used")
+            )
+        cpu = sums.cpu_max_millicores
+        if cpu and place != ".":
+            cpu = self._clamped(cpu, ".")
+        quota = min(cpu * files.SUM_PERIOD_USEC // 1000, files.CPU_QUOTA_MAX_USEC) or -1
+        try:
+            self._write("cpu", place, "cpu.cfs_period_us", str(files.SUM_PERIOD_USEC), subject)
+            self._write("cpu", place, "cpu.cfs_quota_us", str(quota), subject)
+        except KernelError as error:
+            # No quota of a child may be above its parent's (Documentation/scheduler/sched-bwc.rst).
+            if error.errno != errno.EINVAL:
+                raise
+            not_set.append(files.not_set("cpu_max_millicores", cpu, subject, "a running job may use more"))
+        self._cpu[place] = self._cpu_millicores(place)
+        return not_set
+
+    def _clamped(self, millicores: int, *places: str) -> int:
+        """So much processor time, or what those above have: v1 refuses more than that (EINVAL)."""
+        return min(millicores, *(self._cpu.get(place) or millicores for place in places))
+
+    def _cpu_millicores(self, place: str) -> int:
+        quota = int(self._read("cpu", place, "cpu.cfs_quota_us"))
+        period = int(self._read("cpu", place, "cpu.cfs_period_us"))
+        return quota * 1000 // period if quota > 0 else 0
+
+    def _weigh_io(self, place: str, weight: int) -> None:
+        # Only BFQ has weights on v1, from 1 to 1000, and only where a disk uses it is the file there.
+        path = f"{self._parents.get(IO_CONTROLLER, '')}/{place}/blkio.bfq.weight"
+        if os.path.exists(path):
+            files.write_text(path, str(min(weight, 1000)), f"blkio.bfq.weight of {place}")
+
+    def _write(self, controller: str, place: str, name: str, value: str, subject: str) -> None:
+        files.write_text(f"{self._parents[controller]}/{place}/{name}", value, f"{name} of {subject}")
+
+    def _read(self, controller: str, place: str, name: str) -> str:
+        return files.read_text(f"{self._parents[controller]}/{place}/{name}", f"{name} of {place}")
+
+    def _settings(
+        self, limits: Limits, uid: int, share: Share, subject: str
+    ) -> Iterator[tuple[str, str, str]]:
         if limits.cpu_max_millicores:
-            quota = limits.cpu_max_millicores * files.CPU_PERIOD_USEC // 1000
+            # also what its client is to have and cannot yet, or the next job would keep it from that again
+            wanted = min(
+                limits.cpu_max_millicores, share.sums.cpu_max_millicores or limits.cpu_max_millicores
+            )
+            cpu = self._clamped(wanted, client_place(uid), ".")
+            quota = cpu * files.CPU_PERIOD_USEC // 1000
             yield "cpu", "cpu.cfs_period_us", str(files.CPU_PERIOD_USEC)
             yield "cpu", "cpu.cfs_quota_us", str(min(quota, files.CPU_QUOTA_MAX_USEC))
         # memsw bounds memory and swap together, so alone it would leave a job free to swap.
@@ -121,20 +226,38 @@ class V1Hierarchy:
 class V1Cgroup:
     """One job's directories. Any of them may be missing in what a crash has left."""
 
-    def __init__(self, job_id: int, by_controller: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        job_id: int,
+        by_controller: Mapping[str, str],
+        on_removed: Callable[[], None],
+        throttled_disks: Sequence[str] = (),
+    ) -> None:
         self.by_controller: Final = dict(by_controller)
         self.directories: Final = tuple(dict.fromkeys(by_controller.values()))
+        self._throttled_disks: Final = throttled_disks
         self._subject: Final = f"job {job_id}"
+        self._on_removed: Final = on_removed
 
     @contextmanager
     def init_arguments(self) -> Iterator[list[str]]:
         paths = [f"{directory}/cgroup.procs" for directory in self.directories]
-        with files.inheritable(paths, os.O_WRONLY, self._subject) as descriptors:
-            yield [word for number in descriptors for word in ("--cgroup-procs-fd", str(number))]
+        blkio = self.by_controller.get(IO_CONTROLLER, "")
+        with ExitStack() as stack:
+            descriptors = stack.enter_context(files.inheritable(paths, os.O_WRONLY, self._subject))
+            lifts = stack.enter_context(throttles.lift_options(blkio, self._throttled_disks, self._subject))
+            yield [*(word for number in descriptors for word in ("--cgroup-procs-fd", str(number))), *lifts]
 
     def pids(self) -> list[int]:
         # init enters one hierarchy after the other, and may die between two of them
         return sorted(set().union(*(files.read_pids(directory) for directory in self.directories)))
+
+    def lift_throttles(self) -> None:
+        try:
+            self._lift_quota()
+        finally:
+            if IO_CONTROLLER in self.by_controller:
+                throttles.lift(self.by_controller[IO_CONTROLLER])
 
     def kill(self) -> None:
         try:
@@ -143,7 +266,7 @@ class V1Cgroup:
         except KernelError as error:
             if error.errno != errno.ENOENT:
                 raise
-        files.kill_processes(self.pids, self._subject)
+        files.kill_processes(self.pids)
 
     def usage(self) -> Usage:
         read, written = devices.sum_io(self._read("blkio", "blkio.throttle.io_service_bytes"), _parse_io_line)
@@ -169,29 +292,19 @@ class V1Cgroup:
             pids=int(self._read_now("pids", "pids.current")),
         )
 
-    def remove(self) -> None:
-        deadline = time.monotonic() + files.SETTLE_SECONDS
-        for directory in self.directories:
-            while not self._try_remove(directory, deadline):
-                files.wait_for_exit(files.read_pids(directory), deadline)
-
-    def _try_remove(self, directory: str, deadline: float) -> bool:
-        pause = select.poll()
-        try:
-            os.rmdir(directory)
-        except FileNotFoundError:
-            return True
-        except OSError as error:
-            if error.errno != errno.EBUSY or time.monotonic() >= deadline:
-                raise KernelError(
-                    "remove cgroup", f"{directory} of {self._subject}", error.errno or errno.EIO
-                ) from error
-            if not files.read_pids(directory):
-                # The last process has ended for pidfds and not yet for its cgroup (kernels
-                # from 6.19 on): v1 tells nobody when that is over, so look again in 1 ms.
-                pause.poll(1)
+    def try_remove(self) -> bool:
+        # one that cannot be lifted keeps nobody from the removal
+        with suppress(KernelError):
+            self._lift_quota()
+        if not all(files.try_rmdir(directory, self._subject) for directory in self.directories):
             return False
+        self._on_removed()
         return True
+
+    def _lift_quota(self) -> None:
+        # While it is there its client's may not be less (EINVAL, sched-bwc.rst); it outlives its directory.
+        if os.path.exists(quota := f"{self.by_controller['cpu']}/cpu.cfs_quota_us"):
+            files.write_text(quota, "-1", f"cpu.cfs_quota_us of {self._subject}")
 
     def _read_now(self, controller: str, name: str) -> str:
         return files.read_text(f"{self.by_controller[controller]}/{name}", f"{name} of {self._subject}")

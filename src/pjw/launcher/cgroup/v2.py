@@ -2,16 +2,15 @@
 
 import errno
 import os
-import select
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from typing import Final
 
 from pjw.errors import ConfigError, JobStateError, KernelError
-from pjw.launcher.cgroup import devices, files
-from pjw.model import Limits, Usage, UsageSample
+from pjw.launcher.cgroup import devices, files, throttles
+from pjw.launcher.cgroup.places import Places, client_place
+from pjw.model import DEFAULT_SHARE, GroupUse, Limits, Share, Sums, Usage, UsageSample
 
 CONTROLLERS: Final = ("cpu", "memory", "pids")
 IO_CONTROLLER: Final = "io"
@@ -63,7 +62,7 @@ def open_hierarchy(
             parent = f"{parent}/{name}"
             files.make_parent(parent, hint=f"run as root, with {base} writable")
         _enable(parent, controllers)
-    return V2Hierarchy(parent, io_devices)
+    return V2Hierarchy(parent, controllers, io_devices)
 
 
 def _is_delegated(directory: str) -> bool:
@@ -113,42 +112,127 @@ class V2Hierarchy:
 
     version: Final = 2
 
-    def __init__(self, parent: str, io_devices: Sequence[str]) -> None:
+    def __init__(self, parent: str, controllers: Sequence[str], io_devices: Sequence[str]) -> None:
         self._parent: Final = parent
+        self._controllers: Final = tuple(controllers)
         self._io_devices: Final = tuple(io_devices)
+        self._places: Final = Places([parent])
+        self._shares: Final[dict[int, Share]] = {}
 
-    def create(self, job_id: int, limits: Limits) -> "V2Cgroup":
+    def create(self, job_id: int, limits: Limits, uid: int, share: Share = DEFAULT_SHARE) -> "V2Cgroup":
         subject = f"job {job_id}"
-        cgroup = V2Cgroup(job_id, f"{self._parent}/job-{job_id}")
+        if self.find(job_id) is not None:
+            raise JobStateError(f"cannot create the cgroup of {subject}: it exists")
         settings = list(self._settings(limits, subject))
+        new_client = uid not in self._places
+        cgroup = self._cgroup(job_id, self._places.add(job_id, uid), throttled=throttles.are_set(limits))
+        made = False
         try:
-            os.mkdir(cgroup.directory, 0o755)
-        except FileExistsError:
-            raise JobStateError(f"cannot create the cgroup of {subject}: it exists") from None
-        except OSError as error:
-            raise KernelError(
-                "make cgroup", f"{cgroup.directory} of {subject}", error.errno or errno.EIO
-            ) from error
-        try:
+            if new_client:
+                self._make_client(uid)
+            if self.share_of(uid) != share:
+                self.set_share(uid, share)
+            try:
+                os.mkdir(cgroup.directory)
+                made = True
+                # The job runs as another user and may read its cgroup; on the host, parents keep others out.
+                os.chmod(cgroup.directory, 0o755)  # noqa: S103
+            except OSError as error:
+                raise KernelError(
+                    "make cgroup", f"{cgroup.directory} of {subject}", error.errno or errno.EIO
+                ) from error
             # Swap off; the file is missing where the kernel does not account swap.
             if os.path.exists(f"{cgroup.directory}/memory.swap.max"):
                 settings.append(("memory.swap.max", "0"))
             for name, value in settings:
                 files.write_text(f"{cgroup.directory}/{name}", value, f"{name} of {subject}")
         except BaseException:
-            os.rmdir(cgroup.directory)
+            if made:
+                os.rmdir(cgroup.directory)
+            self._forget(job_id)
             raise
         return cgroup
 
     def find(self, job_id: int) -> "V2Cgroup | None":
-        cgroup = V2Cgroup(job_id, f"{self._parent}/job-{job_id}")
+        cgroup = self._cgroup(job_id, self._places.of(job_id))
         return cgroup if os.path.isdir(cgroup.directory) else None
 
     def job_ids(self) -> list[int]:
-        return sorted(files.job_ids_in(self._parent))
+        return sorted(self._places.job_ids())
+
+    def set_sums(self, sums: Sums) -> list[str]:
+        return self._set_sums(".", sums, "all jobs")
+
+    def set_share(self, uid: int, share: Share) -> list[str]:
+        if uid not in self._places:
+            return []
+        place, subject = client_place(uid), f"client {uid}"
+        self._write(place, "cpu.weight", str(share.weight), subject)
+        self._weigh_io(place, share.weight)
+        not_set = self._set_sums(place, share.sums, subject)
+        self._shares[uid] = share
+        return not_set
+
+    def share_of(self, uid: int) -> Share | None:
+        return self._shares.get(uid)
+
+    def use_of(self, uid: int) -> GroupUse:
+        if uid not in self._places:
+            return GroupUse()
+        place = client_place(uid)
+        return GroupUse(
+            memory_bytes=int(self._read(place, "memory.current")),
+            pids=int(self._read(place, "pids.current")),
+            cpu_usage_usec=files.read_fields(self._read(place, "cpu.stat"))["usage_usec"],
+        )
 
     def release(self) -> None:
         files.remove_parents(self._parent)
+
+    def _cgroup(self, job_id: int, place: str, *, throttled: bool = False) -> "V2Cgroup":
+        disks = self._io_devices if throttled else ()
+        return V2Cgroup(job_id, f"{self._parent}/{place}", lambda: self._forget(job_id), disks)
+
+    def _forget(self, job_id: int) -> None:
+        uid = self._places.forget(job_id)
+        if uid not in self._places:
+            self._shares.pop(uid, None)
+
+    def _make_client(self, uid: int) -> None:
+        directory = f"{self._parent}/{client_place(uid)}"
+        files.make_parent(directory)
+        _enable(directory, self._controllers)
+
+    def _set_sums(self, place: str, sums: Sums, subject: str) -> list[str]:
+        """Bound what is below *place*; in words, what would not bound it now but kill."""
+        pids = str(sums.pids_max) if 0 < sums.pids_max < files.PIDS_MAX else "max"
+        self._write(place, "pids.max", pids, subject)
+        cpu = min(sums.cpu_max_millicores * files.SUM_PERIOD_USEC // 1000, files.CPU_QUOTA_MAX_USEC) or "max"
+        self._write(place, "cpu.max", f"{cpu} {files.SUM_PERIOD_USEC}", subject)
+        # The kernel would kill jobs until the rest fits (admin-guide/cgroup-v2.rst, memory.max).
+        used = self._memory_in_use(place)
+        if 0 < sums.memory_max_bytes < used:
+            return [files.not_set("memory_max_bytes", sums.memory_max_bytes, subject, f"{used} are used")]
+        self._write(place, "memory.max", str(sums.memory_max_bytes or "max"), subject)
+        return []
+
+    def _memory_in_use(self, place: str) -> int:
+        """Without the cache of files, which the kernel takes back."""
+        stat = files.read_fields(self._read(place, "memory.stat"))
+        cache = stat["active_file"] + stat["inactive_file"]
+        return int(self._read(place, "memory.current")) - cache
+
+    def _weigh_io(self, place: str, weight: int) -> None:
+        # The first is there where io.cost is on, the second, from 1 to 1000, where a disk has BFQ.
+        for name, value in (("io.weight", weight), ("io.bfq.weight", min(weight, 1000))):
+            if os.path.exists(f"{self._parent}/{place}/{name}"):
+                self._write(place, name, str(value), place)
+
+    def _write(self, place: str, name: str, value: str, subject: str) -> None:
+        files.write_text(f"{self._parent}/{place}/{name}", value, f"{name} of {subject}")
+
+    def _read(self, place: str, name: str) -> str:
+        return files.read_text(f"{self._parent}/{place}/{name}", f"{name} of {place}")
 
     def _settings(self, limits: Limits, subject: str) -> Iterator[tuple[str, str]]:
         if limits.cpu_max_millicores:
@@ -176,18 +260,34 @@ class V2Hierarchy:
 class V2Cgroup:
     """One job's directory."""
 
-    def __init__(self, job_id: int, directory: str) -> None:
+    def __init__(
+        self,
+        job_id: int,
+        directory: str,
+        on_removed: Callable[[], None] = lambda: None,
+        throttled_disks: Sequence[str] = (),
+    ) -> None:
         self.directory: Final = directory
+        self._throttled_disks: Final = throttled_disks
         self._subject: Final = f"job {job_id}"
+        self._on_removed: Final = on_removed
 
     @contextmanager
     def init_arguments(self) -> Iterator[list[str]]:
         flags = os.O_RDONLY | os.O_DIRECTORY
-        with files.inheritable([self.directory], flags, self._subject) as descriptors:
-            yield ["--cgroup-fd", str(descriptors[0])]
+        with ExitStack() as stack:
+            descriptors = stack.enter_context(files.inheritable([self.directory], flags, self._subject))
+            lifts = throttles.lift_options(self.directory, self._throttled_disks, self._subject)
+            yield [
+                *("--cgroup-fd", str(descriptors[0]), "--cgroup", self.directory),
+                *stack.enter_context(lifts),
+            ]
 
     def pids(self) -> list[int]:
         return files.read_pids(self.directory)
+
+    def lift_throttles(self) -> None:
+        throttles.lift(self.directory)
 
     def kill(self) -> None:
         try:
@@ -196,7 +296,7 @@ class V2Cgroup:
             if error.errno != errno.ENOENT:
                 raise
             # No such file before Linux 5.14, or no such job any more.
-            files.kill_processes(self.pids, self._subject)
+            files.kill_processes(self.pids)
 
     def usage(self) -> Usage:
         cpu = files.read_fields(self._read("cpu.stat"))
@@ -222,37 +322,11 @@ class V2Cgroup:
             pids=int(self._read("pids.current")),
         )
 
-    def remove(self) -> None:
-        deadline = time.monotonic() + files.SETTLE_SECONDS
-        try:
-            events = os.open(f"{self.directory}/cgroup.events", os.O_RDONLY)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise KernelError(
-                "open", f"cgroup.events of {self._subject}", error.errno or errno.EIO
-            ) from error
-        try:
-            poll = select.poll()
-            poll.register(events, select.POLLPRI)
-            # Reading arms the poll: a change between this look and the poll wakes it at once.
-            while b"populated 1" in os.pread(events, 4096, 0):
-                remaining = deadline - time.monotonic()
-                if remaining <= 0 or not poll.poll(remaining * 1000):
-                    break
-            self._rmdir()
-        finally:
-            os.close(events)
-
-    def _rmdir(self) -> None:
-        try:
-            os.rmdir(self.directory)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise KernelError(
-                "remove cgroup", f"{self.directory} of {self._subject}", error.errno or errno.EIO
-            ) from error
+    def try_remove(self) -> bool:
+        if not files.try_rmdir(self.directory, self._subject):
+            return False
+        self._on_removed()
+        return True
 
     def _io(self) -> tuple[int, int]:
         has_io = os.path.exists(f"{self.directory}/io.stat")

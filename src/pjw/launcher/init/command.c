@@ -5,9 +5,9 @@
 #include <fcntl.h>
 #include <limits.h>
 #include <signal.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -77,15 +77,12 @@ static enum step execute(const struct options *options, int stdin_fd, int stdout
         return STEP_STDIO;
     if (setsid() < 0)
         return STEP_SESSION;
-    /* While privileged: then 0 is also the least that the command may ask for later (oom_score_adj_min). */
-    if (set_oom_score_adj("0") < 0)
-        return STEP_OOM_SCORE;
     /*
-     * 1 and not 0: where kernel.core_pattern names a program, the kernel starts it, as root and on the host, for
-     * every crash but those of a process with a limit of just 1 (core(5)). No core file is that small either.
+     * When the host runs out of memory, the kernel kills jobs before other processes. Set while privileged, this is
+     * also the least that the command may ask for later (oom_score_adj_min, fs/proc/base.c).
      */
-    if (setrlimit(RLIMIT_CORE, &(struct rlimit){1, 1}) < 0)
-        return STEP_CORE_LIMIT;
+    if (set_oom_score_adj("500") < 0)
+        return STEP_OOM_SCORE;
     umask(022);
     enum step failed = become_user(options->uid, options->gid);
     if (failed)
@@ -114,11 +111,36 @@ static enum step execute(const struct options *options, int stdin_fd, int stdout
     return STEP_EXEC;
 }
 
+/*
+ * Whether a child has executed a program, though it may have ended since; 0, or -1 and errno. The end of the pipe does
+ * not tell, since it also comes when the child is killed. The flags of the process do (proc_pid_stat(5)), also those of
+ * a zombie: PF_FORKNOEXEC of linux/sched.h, "forked but didn't exec" to ps(1) and AFORK to acct(5). The kernel clears
+ * it just before it closes the close-on-exec descriptors (begin_new_exec() in fs/exec.c).
+ */
+static int check_executed(pid_t pid) {
+    enum { FLAGS_FIELD = 9, NAME_FIELD = 2, FORKED_NO_EXEC = 0x40 };
+    char text[512];
+    snprintf(text, sizeof text, "/proc/%d/stat", (int)pid);
+    int fd = open(text, O_RDONLY | O_CLOEXEC);
+    ssize_t got = fd < 0 ? -1 : read(fd, text, sizeof text - 1);
+    int error = errno;
+    if (fd >= 0)
+        close(fd);
+    text[got > 0 ? got : 0] = '\0';
+    char *field = strrchr(text, ')'); /* the last one ends the name, which may have others in it */
+    for (int i = NAME_FIELD; field && i < FLAGS_FIELD; i++)
+        field = strchr(field + 1, ' ');
+    bool executed = field && !(strtoul(field + 1, NULL, 10) & FORKED_NO_EXEC);
+    errno = got < 0 ? error : ESRCH;
+    return executed ? 0 : -1;
+}
+
 pid_t start_command(const struct options *options, int stdin_fd, int stdout_fd, int stderr_fd) {
     int errors[2];
     struct failure failure;
     if (pipe2(errors, O_CLOEXEC) < 0)
         fail(STEP_FORK, NULL);
+    begin(options, STEP_EXEC, options->argv[0]);
 #ifdef __SANITIZE_ADDRESS__
     pid_t pid = fork(); /* a sanitizer's own bookkeeping does not survive shared memory */
 #else
@@ -143,5 +165,7 @@ pid_t start_command(const struct options *options, int stdin_fd, int stdout_fd, 
                                                           : NULL);
     }
     close(errors[0]);
+    if (check_executed(pid) < 0)
+        fail(STEP_EXECUTED, NULL);
     return pid;
 }

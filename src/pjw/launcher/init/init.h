@@ -16,12 +16,13 @@
 #include <stdint.h>
 #include <sys/types.h>
 
-enum { HIDES_MAX = 64, CGROUPS_MAX = 16, COMMAND_MAX_BYTES = (1 << 20) + (1 << 16), ORDER_MAX_BYTES = 512, STREAMS_MAX = 2 };
+enum { HIDES_MAX = 64, PLACES_MAX = 128, CGROUPS_MAX = 16, LIFTS_MAX = 64, COMMAND_MAX_BYTES = (1 << 20) + (1 << 16), ORDER_MAX_BYTES = 512, STREAMS_MAX = 2 };
 
-/* Every step that can fail: its name in a report, and its words in "pjw-init: cannot ...". */
+/* Every step that can fail: its name, and its words, which follow "cannot". Both are in a report. */
 #define STEPS(X)                                                        \
     X(OPTIONS, "options", "understand the options")                     \
     X(COMMAND, "command", "read the command")                           \
+    X(LIMITS, "limits", "set the resource limits")                      \
     X(CLONE, "clone", "clone into new namespaces")                      \
     X(STAGE0, "stage0", "hear from the first stage")                    \
     X(CGROUP, "enter-cgroup", "enter the cgroup")                       \
@@ -31,7 +32,8 @@ enum { HIDES_MAX = 64, CGROUPS_MAX = 16, COMMAND_MAX_BYTES = (1 << 20) + (1 << 1
     X(HOSTNAME, "hostname", "set the host name")                        \
     X(LOOPBACK, "loopback", "bring up the loopback interface")          \
     X(SCRATCH, "open-scratch", "open the scratch directory")            \
-    X(READ_ONLY, "read-only-root", "make the host's root read-only")    \
+    X(ROOT, "root", "make the root of the job")                         \
+    X(SHOW, "show", "show")                                             \
     X(MOUNT_BASE, "mount-base", "mount the base of the rest at")        \
     X(MOUNT_RUN, "mount-run", "mount /run")                             \
     X(MOUNT_SCRATCH, "mount-scratch", "mount the scratch directory at") \
@@ -40,6 +42,7 @@ enum { HIDES_MAX = 64, CGROUPS_MAX = 16, COMMAND_MAX_BYTES = (1 << 20) + (1 << 1
     X(DEVICE, "make-device", "make")                                    \
     X(MOUNT_PROC, "mount-proc", "mount /proc")                          \
     X(MOUNT_SYS, "mount-sys", "mount /sys")                             \
+    X(NAMES, "names", "make the job's own")                             \
     X(HIDE, "hide", "hide")                                             \
     X(SIGNALFD, "signalfd", "make a signalfd")                          \
     X(TIMER, "timer", "set the timer")                                  \
@@ -50,7 +53,6 @@ enum { HIDES_MAX = 64, CGROUPS_MAX = 16, COMMAND_MAX_BYTES = (1 << 20) + (1 << 1
     X(FORK, "fork", "start a process")                                  \
     X(SESSION, "setsid", "start a session")                             \
     X(OOM_SCORE, "oom-score", "set oom_score_adj")                      \
-    X(CORE_LIMIT, "core-limit", "set the core file limit")              \
     X(BOUNDING_SET, "bounding-set", "drop the capability bounding set") \
     X(GROUPS, "setgroups", "drop the supplementary groups")             \
     X(GID, "setgid", "set the group id")                                \
@@ -63,6 +65,7 @@ enum { HIDES_MAX = 64, CGROUPS_MAX = 16, COMMAND_MAX_BYTES = (1 << 20) + (1 << 1
     X(WORKDIR, "workdir", "enter")                                      \
     X(SECCOMP, "seccomp", "install the system call filter")             \
     X(EXEC, "exec", "execute")                                          \
+    X(EXECUTED, "executed", "see the command reach its exec")           \
     X(STATUS, "status", "write the status file")
 
 enum step {
@@ -72,10 +75,18 @@ enum step {
 #undef STEP_NAME
 };
 
-enum reason { REASON_NONE, REASON_STOPPED, REASON_TIMED_OUT, REASON_OUTPUT_LIMIT };
+enum reason { REASON_NONE, REASON_STOPPED, REASON_TIMED_OUT, REASON_OUTPUT_LIMIT, REASON_OUTPUT_FAILED };
+
+/* A path of the host's: shown by an overlay or by a bind mount, or covered by an empty directory. */
+struct place {
+    char *path;
+    enum view { VIEW_OVERLAY, VIEW_BIND, VIEW_COVER } view;
+    int fd; /* root.c's */
+};
 
 /* options.c; a descriptor that was not given is -1, a number 0, a string NULL */
 struct options {
+    bool tells; /* name on stderr each step that may wait for a file system, before it begins */
     bool waits; /* for an order with what is not known yet: the user, the limits, the command, the files */
     int report_fd, status_fd, cgroup_fd;
     int output_fds[STREAMS_MAX], times_fds[STREAMS_MAX]; /* of stdout, and of stderr where that is kept apart */
@@ -84,17 +95,25 @@ struct options {
     int input_fd;
     int cgroup_procs_fds[CGROUPS_MAX];
     int cgroup_procs_count;
+    int lift_fds[LIFTS_MAX];       /* the files of the cgroup that hold its limits of disk IO, one disk a line */
+    const char *lifts[LIFTS_MAX];  /* what is written to each of them to lift one disk's */
+    int lift_fds_count, lifts_count;
     uid_t uid;
     gid_t gid;
     const char *hostname, *scratch;
-    const char *hides[HIDES_MAX];
+    char *cgroup; /* the job's cgroup directory, which the job sees; NULL with cgroup v1 */
+    char *hides[HIDES_MAX];
     int hide_count;
+    struct place places[PLACES_MAX]; /* parents before what lies in them; the root is shown without it, too */
+    int place_count;
     uint64_t tmp_bytes, output_max, time_max;
+    uint64_t grace; /* seconds from SIGTERM to SIGKILL, when the SIGTERM is not the launcher's */
     char **argv, **environment;
     const char *workdir;         /* NULL: /run/job */
     size_t command_mapped_bytes; /* of argv when --command-fd gave it; the other pointers, and the strings, follow */
 };
 void parse_options(int argc, char **argv, struct options *options);
+void forget_paths(struct options *options); /* also for whoever reads our command line in /proc */
 /*
  * The words of an order, each ended by NUL, and the descriptors that came with it: command, output, status,
  * times; where stderr is kept apart its own output and times; where there is input, that.
@@ -108,11 +127,16 @@ void report_to(int fd);
 void await_order(struct options *options);
 void report_cloned(int pidfd);
 void report_execed(int64_t realtime_ns);
-/* Report the step with errno, or say it on stderr with its subject (may be NULL), and _exit. */
+/* With --tell, name on stderr the step that init is about to take, so that a reader sees where init hangs. */
+void begin(const struct options *options, enum step step, const char *subject);
+/* Report the step with errno and its subject (may be NULL), or say it on stderr, and _exit. */
 _Noreturn void fail(enum step step, const char *subject);
 int64_t realtime_ns(void);
 void record_start(int status_fd, int64_t ns);
 void record_end(int status_fd, int64_t ns, int wait_status, enum reason reason);
+
+/* inherited.c */
+void set_inherited(void);
 
 /* namespaces.c */
 int clone_init(const struct options *options, int *pidfd);
@@ -120,8 +144,8 @@ int enter_cgroups(const struct options *options); /* gives an errno, 0 when in *
 void enter_namespaces(const struct options *options);
 
 /* mounts.c; the second when the order is known */
-void make_mounts(const struct options *options);
-void finish_mounts(const struct options *options);
+void make_mounts(struct options *options);
+void finish_mounts(struct options *options);
 
 /* privilege.c */
 int set_oom_score_adj(const char *value);
@@ -163,12 +187,15 @@ enum flow {
     FLOW_FULL,  /* the reader of our output (a pipe, a terminal) has to catch up */
     FLOW_HELD,  /* the file takes no more for now: no space */
     FLOW_OVER,  /* the job has written more than it may */
+    FLOW_FAILED, /* the file can never be written again */
     FLOW_END,   /* nobody can write to the pipe any more */
 };
 struct output {
     int pipe, file;
     uid_t owner;
     bool regular;          /* the file: it has an end to write from, and never makes us wait for a reader */
+    mode_t mode;           /* of the file, without the sticky bit that notes that output waits */
+    bool held;             /* whether the sticky bit is set */
     bool over;             /* the job has written more than it may; nothing is read after that */
     uint64_t *left;        /* bytes that the job may still write, to any of its streams */
     char *buffer;
@@ -200,9 +227,11 @@ void open_input(struct input *input, const struct options *options, int *read_en
 void feed_input(struct input *input);
 
 /*
- * reap.c. The signals that init is sent: SIGTERM and SIGQUIT, which end the job with SIGTERM and SIGKILL; and
+ * reap.c. The signals that init is sent. By the launcher: SIGQUIT, which ends the job with SIGKILL, and
  * SIGNAL_FIRST + n, which does so with signal n (1 to 31), since a signal carries no number that Python could
- * give it. No process of the job may send one: it is of another user than init, and without capabilities.
+ * give it. By others, such as systemd when the host goes down: SIGTERM, which ends the job with SIGTERM, and
+ * with SIGKILL after a grace period. No process of the job may send a signal to init: it is of another user, and
+ * has no capabilities.
  */
 enum { SIGNAL_FIRST = 33, SIGNAL_LAST = SIGNAL_FIRST + 31 };
 struct ending {
@@ -211,7 +240,8 @@ struct ending {
     enum reason reason;
 };
 int open_signals(void);
-struct ending run_job(struct outputs *outputs, struct input *input, int signals, int timer, pid_t command);
+struct ending run_job(const struct options *options, struct outputs *outputs, struct input *input, int signals,
+                      int timer, pid_t command);
 int open_timer(uint64_t seconds);
 
 #endif

@@ -88,7 +88,7 @@ static _Noreturn void be_init(struct options *options, int go) {
     report_execed(started_ns);
     release_command(options);
 
-    struct ending ending = run_job(&outputs, &input, signals, timer, command);
+    struct ending ending = run_job(options, &outputs, &input, signals, timer, command);
     record_end(options->status_fd, ending.ended_ns, ending.wait_status, ending.reason);
     _exit(options->report_fd >= 0 ? 0 : exit_code(ending.wait_status));
 }
@@ -111,6 +111,7 @@ int main(int argc, char **argv) {
     reset_signals();
     parse_options(argc, argv, &options);
     tidy_standard_fds(&options);
+    set_inherited();
     /* Before the clone, in the host's /proc. It takes CAP_SYS_RESOURCE, which a container may lack. */
     if (set_oom_score_adj("-1000") < 0 && errno != EACCES && errno != EPERM)
         fail(STEP_OOM_SCORE, NULL);

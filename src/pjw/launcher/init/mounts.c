@@ -1,9 +1,10 @@
 /*
- * What a job sees of the host: everything that its uid may read, nothing writable, and /run, /tmp, /dev,
- * /proc and /sys of its own. What the host has mounted below those stays under ours: to unmount takes a
- * capability that no job has, and in a user namespace of its own a job's copies of our mounts are locked.
+ * What a job sees: of the host what root.c shows, nothing writable, and /run, /tmp, /dev, /proc and /sys of its
+ * own. What these cover stays covered: to unmount takes a capability that no job has, and in a user namespace of
+ * its own a job's copies of our mounts are locked.
  */
 #include "init.h"
+#include "mounts.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -15,24 +16,10 @@
 #include <sys/sysmacros.h>
 #include <unistd.h>
 
-/* Not from linux/mount.h, which clashes with sys/mount.h in glibc 2.36; the numbers are for every machine. */
-#ifndef SYS_open_tree
-#define SYS_open_tree 428
-#define SYS_move_mount 429
-#endif
-#ifndef SYS_mount_setattr
-#define SYS_mount_setattr 442
-#endif
-enum { ATTR_RDONLY = 1, ATTR_NOSUID = 2, ATTR_NODEV = 4, ATTR_NOEXEC = 8 };
-enum { TREE_CLONE = 1, MOVE_FROM_EMPTY_PATH = 4 };
-struct attributes {
-    uint64_t set, clear, propagation, userns_fd;
-};
-
 static const unsigned long INERT = MS_NOSUID | MS_NODEV | MS_NOEXEC;
 static const char HIDDEN_FILE[] = "/run/.hidden", HIDDEN_DIRECTORY[] = "/run/.hidden-directory";
 
-static int set_attributes(int fd, const char *path, unsigned flags, struct attributes attributes) {
+int set_attributes(int fd, const char *path, unsigned flags, struct attributes attributes) {
     return (int)syscall(SYS_mount_setattr, fd, path, flags, &attributes, sizeof attributes);
 }
 
@@ -65,10 +52,10 @@ static void bind(enum step step, const char *from, const char *to) {
  * the end; they are root's alone, should there ever be a way to them.
  */
 static void mount_base(void) {
-    mount_tmpfs(STEP_MOUNT_BASE, "/tmp", MS_NOSUID, "mode=0700,size=65536");
-    make_directory(STEP_MOUNT_BASE, "/tmp/run", 0755);
-    make_directory(STEP_MOUNT_BASE, "/tmp/dev", 0755);
-    make_directory(STEP_MOUNT_BASE, "/tmp/sys", 0755);
+    mount_tmpfs(STEP_MOUNT_BASE, BASE, MS_NOSUID, "mode=0700,size=1m");
+    static const char *const parts[] = {BASE "/root", BASE "/covers", EMPTY, BASE "/run", BASE "/dev", BASE "/sys"};
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
+        make_directory(STEP_MOUNT_BASE, parts[i], 0755);
 }
 
 static void finish_part(enum step step, const char *path, uint64_t flags) {
@@ -76,21 +63,17 @@ static void finish_part(enum step step, const char *path, uint64_t flags) {
         fail(step, NULL);
 }
 
-/*
- * The one place of the host that a job may write to, as a mount of its own: taken before all else is made
- * read-only and before its path is covered.
- */
-static int clone_scratch(const char *path) {
-    unsigned flags = TREE_CLONE | O_CLOEXEC;
-    int tree = (int)syscall(SYS_open_tree, AT_FDCWD, path, flags);
-    struct attributes attributes = {.set = ATTR_NOSUID | ATTR_NODEV, .propagation = MS_PRIVATE};
+/* Clone a directory of the host as a mount of its own, while init still has the host's tree. */
+static int clone_directory(enum step step, const char *path, uint64_t flags) {
+    int tree = (int)syscall(SYS_open_tree, AT_FDCWD, path, TREE_CLONE | O_CLOEXEC);
+    struct attributes attributes = {.set = flags, .propagation = MS_PRIVATE};
     if (tree < 0 || set_attributes(tree, "", AT_EMPTY_PATH, attributes) < 0)
-        fail(STEP_SCRATCH, path);
+        fail(step, path);
     return tree;
 }
 
 static void mount_run(int scratch) {
-    bind(STEP_MOUNT_RUN, "/tmp/run", "/run");
+    bind(STEP_MOUNT_RUN, BASE "/run", "/run");
     int fd = open(HIDDEN_FILE, O_CREAT | O_EXCL | O_WRONLY | O_CLOEXEC, 0);
     if (fd < 0)
         fail(STEP_MOUNT_RUN, HIDDEN_FILE);
@@ -118,7 +101,7 @@ static void mount_dev(void) {
         {"/proc/self/fd", "/dev/fd"}, {"fd/0", "/dev/stdin"},   {"fd/1", "/dev/stdout"},
         {"fd/2", "/dev/stderr"},      {"pts/ptmx", "/dev/ptmx"},
     };
-    bind(STEP_MOUNT_DEV, "/tmp/dev", "/dev");
+    bind(STEP_MOUNT_DEV, BASE "/dev", "/dev");
     for (size_t i = 0; i < sizeof devices / sizeof *devices; i++)
         if (mknod(devices[i].path, S_IFCHR | 0666, makedev(1, devices[i].minor)) < 0)
             fail(STEP_DEVICE, devices[i].path);
@@ -129,14 +112,18 @@ static void mount_dev(void) {
             fail(STEP_DEVICE, links[i].path);
     make_directory(STEP_MOUNT_DEV, "/dev/shm", 0755);
     make_directory(STEP_MOUNT_DEV, "/dev/pts", 0755);
-    static const char pts[] = "newinstance,ptmxmode=0666,mode=0600";
+    /*
+     * A host has some thousands of terminals for everybody. Threads of the kernel move what is written to one, and that
+     * time is charged to nobody. So a job may have a few, enough for a screen and its panes.
+     */
+    static const char pts[] = "newinstance,ptmxmode=0666,mode=0600,max=16";
     if (mount("devpts", "/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, pts) < 0)
         fail(STEP_MOUNT_DEV, "/dev/pts");
     finish_part(STEP_MOUNT_DEV, "/dev", ATTR_NOEXEC);
 }
 
 /* Only what is not there is passed over; anything else that keeps a path from being hidden ends the job. */
-static void hide(const char *path) {
+void hide(const char *path) {
     struct stat status;
     if (stat(path, &status) < 0) {
         if (errno == ENOENT)
@@ -189,7 +176,20 @@ static void make_directories(const char *path) {
     make_directory(STEP_MOUNT_SYS, path, 0755);
 }
 
-static void mount_sys(void) {
+/*
+ * Show the job its own cgroup, from which runtimes learn how many processors and how much memory they have. It is bound, as a
+ * new mount would be one more file system; the namespace makes it the root all the same (cgroup_namespaces(7)). It is
+ * read-only, because the kernel lets everybody write some of its files.
+ */
+static void show_cgroup(int cgroup) {
+    static const char path[] = "/sys/fs/cgroup";
+    make_directories(path);
+    if (syscall(SYS_move_mount, cgroup, "", AT_FDCWD, path, MOVE_FROM_EMPTY_PATH) < 0)
+        fail(STEP_MOUNT_SYS, path);
+    close(cgroup);
+}
+
+static void mount_sys(int cgroup) {
     int trees[SHOWN_COUNT];
     if (mount("sysfs", "/sys", "sysfs", INERT | MS_RDONLY, NULL) < 0)
         fail(STEP_MOUNT_SYS, NULL);
@@ -198,7 +198,7 @@ static void mount_sys(void) {
         if (trees[i] < 0 && errno != ENOENT)
             fail(STEP_MOUNT_SYS, SHOWN[i]);
     }
-    bind(STEP_MOUNT_SYS, "/tmp/sys", "/sys");
+    bind(STEP_MOUNT_SYS, BASE "/sys", "/sys");
     for (int i = 0; i < SHOWN_COUNT; i++) {
         if (trees[i] < 0)
             continue;
@@ -207,6 +207,8 @@ static void mount_sys(void) {
             fail(STEP_MOUNT_SYS, SHOWN[i]);
         close(trees[i]);
     }
+    if (cgroup >= 0)
+        show_cgroup(cgroup);
     finish_part(STEP_MOUNT_SYS, "/sys", ATTR_NODEV | ATTR_NOEXEC);
 }
 
@@ -225,26 +227,38 @@ static void mount_tmp(bool with_home) {
         fail(STEP_MOUNT_TMP, "/var/tmp");
 }
 
-void make_mounts(const struct options *options) {
+void make_mounts(struct options *options) {
     umask(0);
-    int scratch = options->scratch ? clone_scratch(options->scratch) : -1;
-    struct attributes read_only = {.set = ATTR_RDONLY | ATTR_NOSUID | ATTR_NODEV, .propagation = MS_PRIVATE};
-    if (set_attributes(AT_FDCWD, "/", AT_RECURSIVE, read_only) < 0)
-        fail(STEP_READ_ONLY, NULL);
+    int scratch = -1, cgroup = -1;
+    if (options->scratch) /* the one place of the host that a job may write to */
+        scratch = clone_directory(STEP_SCRATCH, options->scratch, ATTR_NOSUID | ATTR_NODEV);
+    if (options->cgroup)
+        cgroup = clone_directory(STEP_MOUNT_SYS, options->cgroup, ATTR_RDONLY | ATTR_NOSUID | ATTR_NODEV | ATTR_NOEXEC);
+    open_places(options);
+    if (mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) < 0)
+        fail(STEP_ROOT, NULL);
     mount_base();
+    int host = enter_root(options);
     mount_run(scratch);
+    show_places(options);
+    leave_host(host);
+    make_names(options->hostname);
     mount_dev();
     mount_proc();
-    mount_sys();
+    mount_sys(cgroup);
     mount_tmp(!options->scratch);
 }
 
-void finish_mounts(const struct options *options) {
+void finish_mounts(struct options *options) {
     if (options->tmp_bytes)
         resize_tmpfs(options->tmp_bytes);
     if (!options->scratch && chown("/run/job", options->uid, options->gid) < 0)
         fail(STEP_MOUNT_SCRATCH, "/run/job");
+    finish_names(options->uid, options->gid);
     /* Last, so that a path is looked up as the job would: one that our own mounts cover is gone already. */
-    for (int i = 0; i < options->hide_count; i++)
+    for (int i = 0; i < options->hide_count; i++) {
+        begin(options, STEP_HIDE, options->hides[i]);
         hide(options->hides[i]);
+    }
+    forget_paths(options);
 }

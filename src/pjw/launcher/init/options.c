@@ -14,31 +14,42 @@
 enum option_id {
     REPORT_FD = 1, STATUS_FD, OUTPUT_FD, COMMAND_FD, CGROUP_FD, CGROUP_PROCS_FD, USER_ID, GROUP_ID, HOSTNAME,
     SCRATCH, HIDE, TMP_BYTES, OUTPUT_MAX, TIME_MAX, WAIT, SPLIT_STDERR, TIMES_FD, STDERR_FD, STDERR_TIMES_FD,
-    INPUT, INPUT_FD,
+    INPUT, INPUT_FD, LIFT_FD, LIFT, VISIBLE, BOUND, COVER, TELL, GRACE, CGROUP,
 };
 
+/* Where an option may come: an order says what was not known before the job, and nothing about the host. */
+enum phase { LINE = 256, ORDER = 512 };
+
 static const struct option OPTIONS[] = {
-    {"report-fd", required_argument, NULL, REPORT_FD},
-    {"status-fd", required_argument, NULL, STATUS_FD},
-    {"output-fd", required_argument, NULL, OUTPUT_FD},
-    {"command-fd", required_argument, NULL, COMMAND_FD},
-    {"cgroup-fd", required_argument, NULL, CGROUP_FD},
-    {"cgroup-procs-fd", required_argument, NULL, CGROUP_PROCS_FD},
-    {"uid", required_argument, NULL, USER_ID},
-    {"gid", required_argument, NULL, GROUP_ID},
-    {"hostname", required_argument, NULL, HOSTNAME},
-    {"scratch", required_argument, NULL, SCRATCH},
-    {"hide", required_argument, NULL, HIDE},
-    {"tmp-bytes", required_argument, NULL, TMP_BYTES},
-    {"output-max", required_argument, NULL, OUTPUT_MAX},
-    {"time-max", required_argument, NULL, TIME_MAX},
-    {"wait", no_argument, NULL, WAIT},
-    {"split-stderr", no_argument, NULL, SPLIT_STDERR},
-    {"times-fd", required_argument, NULL, TIMES_FD},
-    {"stderr-fd", required_argument, NULL, STDERR_FD},
-    {"stderr-times-fd", required_argument, NULL, STDERR_TIMES_FD},
-    {"input", no_argument, NULL, INPUT},
-    {"input-fd", required_argument, NULL, INPUT_FD},
+    {"report-fd", required_argument, NULL, REPORT_FD | LINE},
+    {"status-fd", required_argument, NULL, STATUS_FD | LINE},
+    {"output-fd", required_argument, NULL, OUTPUT_FD | LINE},
+    {"command-fd", required_argument, NULL, COMMAND_FD | LINE},
+    {"cgroup-fd", required_argument, NULL, CGROUP_FD | LINE},
+    {"cgroup", required_argument, NULL, CGROUP | LINE},
+    {"cgroup-procs-fd", required_argument, NULL, CGROUP_PROCS_FD | LINE},
+    {"uid", required_argument, NULL, USER_ID | LINE | ORDER},
+    {"gid", required_argument, NULL, GROUP_ID | LINE | ORDER},
+    {"hostname", required_argument, NULL, HOSTNAME | LINE},
+    {"scratch", required_argument, NULL, SCRATCH | LINE},
+    {"hide", required_argument, NULL, HIDE | LINE},
+    {"visible", required_argument, NULL, VISIBLE | LINE},
+    {"bound", required_argument, NULL, BOUND | LINE},
+    {"cover", required_argument, NULL, COVER | LINE},
+    {"tmp-bytes", required_argument, NULL, TMP_BYTES | LINE | ORDER},
+    {"output-max", required_argument, NULL, OUTPUT_MAX | LINE | ORDER},
+    {"time-max", required_argument, NULL, TIME_MAX | LINE | ORDER},
+    {"grace", required_argument, NULL, GRACE | LINE},
+    {"wait", no_argument, NULL, WAIT | LINE},
+    {"split-stderr", no_argument, NULL, SPLIT_STDERR | LINE | ORDER},
+    {"times-fd", required_argument, NULL, TIMES_FD | LINE},
+    {"stderr-fd", required_argument, NULL, STDERR_FD | LINE},
+    {"stderr-times-fd", required_argument, NULL, STDERR_TIMES_FD | LINE},
+    {"input", no_argument, NULL, INPUT | ORDER},
+    {"input-fd", required_argument, NULL, INPUT_FD | LINE},
+    {"lift-fd", required_argument, NULL, LIFT_FD | LINE},
+    {"lift", required_argument, NULL, LIFT | LINE},
+    {"tell", no_argument, NULL, TELL | LINE},
     {NULL, 0, NULL, 0},
 };
 
@@ -70,10 +81,16 @@ static int descriptor(const char *option, const char *text, int least) {
     return fd;
 }
 
-static const char *path(const char *option, const char *text) {
+static char *path(const char *option, char *text) {
     if (text[0] != '/')
         refuse(option, text, "not an absolute path");
     return text;
+}
+
+static void add_place(struct options *options, const char *option, enum view view) {
+    if (options->place_count == PLACES_MAX)
+        refuse(option, optarg, "too many of them");
+    options->places[options->place_count++] = (struct place){path(option, optarg), view, -1};
 }
 
 static _Noreturn void refuse_command(int error) {
@@ -172,13 +189,15 @@ void release_command(struct options *options) {
 }
 
 /* Gives the descriptor of the command, or -1; what is behind the options begins at `optind`. */
-static int take_options(int argc, char **argv, struct options *options) {
+static int take_options(int argc, char **argv, enum phase phase, struct options *options) {
     int command_fd = -1, id, index = 0;
     optind = 0; /* getopt_long(3) begins anew */
     /* "+": the first word that is no option belongs to the command, whatever it looks like */
     while ((id = getopt_long(argc, argv, "+", OPTIONS, &index)) != -1) {
         const char *name = id == '?' ? "" : OPTIONS[index].name;
-        switch (id) {
+        if (id != '?' && !(id & phase))
+            refuse(name, optarg ? optarg : "(none)", phase == ORDER ? "not in an order" : "only in an order");
+        switch (id & ~(LINE | ORDER)) {
         case REPORT_FD: report_to(options->report_fd = descriptor(name, optarg, 0)); break;
         case STATUS_FD: options->status_fd = descriptor(name, optarg, 0); break;
         case OUTPUT_FD: options->output_fds[0] = descriptor(name, optarg, 0); break;
@@ -188,6 +207,7 @@ static int take_options(int argc, char **argv, struct options *options) {
         case COMMAND_FD: command_fd = descriptor(name, optarg, 0); break;
         /* not 0 to 2, which tidy_standard_fds() may close */
         case CGROUP_FD: options->cgroup_fd = descriptor(name, optarg, 3); break;
+        case CGROUP: options->cgroup = path(name, optarg); break;
         case CGROUP_PROCS_FD:
             if (options->cgroup_procs_count == CGROUPS_MAX)
                 refuse(name, optarg, "too many of them");
@@ -203,12 +223,28 @@ static int take_options(int argc, char **argv, struct options *options) {
                 refuse(name, optarg, "too many of them");
             options->hides[options->hide_count++] = path(name, optarg);
             break;
+        case VISIBLE: add_place(options, name, VIEW_OVERLAY); break;
+        case BOUND: add_place(options, name, VIEW_BIND); break;
+        case COVER: add_place(options, name, VIEW_COVER); break;
         case TMP_BYTES: options->tmp_bytes = number(name, optarg, 0, INT64_MAX); break;
         case OUTPUT_MAX: options->output_max = number(name, optarg, 0, INT64_MAX); break;
         case TIME_MAX: options->time_max = number(name, optarg, 0, INT32_MAX); break;
+        case GRACE: options->grace = number(name, optarg, 1, INT32_MAX); break;
         case WAIT: options->waits = true; break;
+        case TELL: options->tells = true; break;
         case SPLIT_STDERR: options->split_stderr = true; break;
         case INPUT: options->input = true; break;
+        case LIFT_FD:
+            if (options->lift_fds_count == LIFTS_MAX)
+                refuse(name, optarg, "too many of them");
+            options->lift_fds[options->lift_fds_count] = descriptor(name, optarg, 3);
+            (void)fcntl(options->lift_fds[options->lift_fds_count++], F_SETFD, FD_CLOEXEC);
+            break;
+        case LIFT:
+            if (options->lifts_count == LIFTS_MAX)
+                refuse(name, optarg, "too many of them");
+            options->lifts[options->lifts_count++] = optarg;
+            break;
         case INPUT_FD: options->input_fd = descriptor(name, optarg, 3); break;
         default: /* getopt_long(3) has said what is wrong */
             errno = EINVAL;
@@ -231,9 +267,10 @@ void parse_options(int argc, char **argv, struct options *options) {
         .output_fds = {STDOUT_FILENO, -1},
         .times_fds = {-1, -1},
         .input_fd = -1,
+        .grace = 10,
         .environment = environ,
     };
-    int command_fd = take_options(argc, argv, options);
+    int command_fd = take_options(argc, argv, LINE, options);
     if (options->waits) {
         if (options->report_fd < 0 || command_fd >= 0 || optind < argc)
             refuse("wait", "(none)", "the command comes by --report-fd");
@@ -251,6 +288,17 @@ void parse_options(int argc, char **argv, struct options *options) {
         refuse("command-fd", "(none)", "no command is given");
 }
 
+void forget_paths(struct options *options) {
+    for (int i = 0; i < options->place_count; i++)
+        memset(options->places[i].path, 0, strlen(options->places[i].path));
+    for (int i = 0; i < options->hide_count; i++)
+        memset(options->hides[i], 0, strlen(options->hides[i]));
+    if (options->cgroup)
+        memset(options->cgroup, 0, strlen(options->cgroup));
+    options->cgroup = NULL;
+    options->place_count = options->hide_count = 0;
+}
+
 void parse_order(char *words, size_t length, const int *fds, size_t fd_count, struct options *options) {
     enum { WORDS_MAX = 16 };
     char *argv[WORDS_MAX + 2] = {"order"};
@@ -262,7 +310,7 @@ void parse_order(char *words, size_t length, const int *fds, size_t fd_count, st
             refuse("wait", "(order)", "too many words");
         argv[count++] = word;
     }
-    if (take_options(count, argv, options) >= 0 || optind < count)
+    if (take_options(count, argv, ORDER, options) >= 0 || optind < count)
         refuse("wait", "(order)", "the command comes by a descriptor");
     require_user(options);
     if (fd_count != ORDER_FDS + 2U * options->split_stderr + options->input)

@@ -36,6 +36,7 @@ static int open_output(struct output *output, int file, int times, const struct 
     output->file = file;
     output->owner = status.st_uid;
     output->regular = regular;
+    output->mode = status.st_mode & 0777;
     output->flow = FLOW_EMPTY;
     output->times = open_times(times, (uint64_t)end);
     if (pipe2(ends, O_CLOEXEC) < 0)
@@ -83,12 +84,55 @@ static ssize_t write_some(const struct output *output) {
     return write(output->file, output->buffer + output->start, most);
 }
 
+/*
+ * What a failed write(2) means. FLOW_FULL: the file takes more when its reader catches up. FLOW_HELD: it takes more when
+ * somebody has made space, or repaired a disk or a network; nothing is lost. FLOW_FAILED: it never takes more, such as
+ * beyond a limit of the size of files; a job that waited would wait for ever.
+ */
+static enum flow flow_after(int error) {
+    switch (error) {
+    case EAGAIN:
+    case EINTR:
+        return FLOW_FULL;
+    case EPIPE:
+        return FLOW_END;
+    case ENOSPC:
+    case EDQUOT:
+    case ENOMEM:
+    case ENOBUFS:
+    case EIO:
+    case EROFS: /* also after an error of the disk */
+    case ETIMEDOUT:
+    case EHOSTDOWN:
+    case EHOSTUNREACH:
+    case ENETDOWN:
+    case ENETUNREACH:
+    case ENOLINK:
+    case ECONNRESET:
+    case ECONNREFUSED:
+        return FLOW_HELD;
+    default: /* EFBIG, EBADF, EINVAL, EPERM, ESTALE, ENXIO, ... */
+        return FLOW_FAILED;
+    }
+}
+
 /* A job that has written exactly what it may is not over its limit until it writes more. */
 static void count(struct output *output, size_t got) {
     output->over = got > *output->left;
     output->start = 0;
     output->pending = output->over ? (size_t)*output->left : got;
     *output->left -= output->pending;
+}
+
+/*
+ * Note in the sticky bit, which has no meaning for a file, whether output waits. A change of the mode takes no space on
+ * the disk, and a server that starts later finds it. A running server watches it (IN_ATTRIB in inotify(7)).
+ */
+static void note_held(struct output *output, bool held) {
+    if (!output->regular || output->held == held)
+        return;
+    output->held = held;
+    (void)fchmod(output->file, output->mode | (held ? S_ISVTX : 0));
 }
 
 /* Move what is there, up to a buffer; what the file does not take is held, and tried again by the next call. */
@@ -104,13 +148,16 @@ enum flow move_output(struct output *output) {
     }
     while (output->pending) {
         ssize_t put = write_some(output);
-        if (put < 0 && errno == EPIPE)
-            return FLOW_END;
-        if (put < 0) /* ENOSPC, EDQUOT, EIO: nothing is lost */
-            return errno == EAGAIN || errno == EINTR ? FLOW_FULL : FLOW_HELD;
+        if (put < 0) {
+            enum flow flow = flow_after(errno);
+            if (flow == FLOW_HELD)
+                note_held(output, true);
+            return flow;
+        }
         output->start += (size_t)put;
         output->pending -= (size_t)put;
         note_time(&output->times, output->read_ns, (size_t)put);
     }
+    note_held(output, false);
     return output->over ? FLOW_OVER : FLOW_MORE;
 }

@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <poll.h>
 #include <signal.h>
+#include <string.h>
 #include <sys/ptrace.h>
 #include <sys/signalfd.h>
 #include <sys/timerfd.h>
@@ -15,6 +16,7 @@
 enum { HELD_RETRY_MS = 250 };
 
 struct job {
+    const struct options *options;
     struct outputs *outputs;
     struct input *input;
     int signals, timer;
@@ -51,13 +53,28 @@ int open_timer(uint64_t seconds) {
     return fd;
 }
 
+/*
+ * SIGKILL, and lift the throttles of the job's disk IO: a process that waits in one sees no signal before that. The
+ * kernel checked privilege when the launcher opened the files. A file or disk that is gone throttles nothing.
+ */
+static void kill_all(const struct options *options) {
+    kill(-1, SIGKILL);
+    for (int i = 0; i < options->lift_fds_count; i++)
+        for (int disk = 0; disk < options->lifts_count; disk++)
+            if (write(options->lift_fds[i], options->lifts[disk], strlen(options->lifts[disk])) < 0)
+                continue;
+}
+
 /* The first cause is the reason. kill(2) of -1 is every process of our namespace but ourselves, at once. */
 static void end_all(struct job *job, enum reason reason, int signal) {
     if (job->ending.reason == REASON_NONE)
         job->ending.reason = reason;
+    if (signal == SIGKILL) {
+        kill_all(job->options);
+        return;
+    }
     kill(-1, signal);
-    if (signal != SIGKILL)
-        kill(-1, SIGCONT); /* a stopped process would not see it */
+    kill(-1, SIGCONT); /* a stopped process would not see it */
 }
 
 /* Gives whether children are left. */
@@ -80,6 +97,21 @@ static bool reap(struct job *job, int options) {
     return pid == 0;
 }
 
+/*
+ * The sender of SIGTERM, such as a shutdown, later sends SIGKILL to every process that is left. That would kill init, and
+ * nobody would record the end. So init kills the job before that, by the timer of the job's limit, unless that limit ends
+ * sooner.
+ */
+static void end_within_grace(struct job *job) {
+    struct itimerspec left, grace = {.it_value.tv_sec = (time_t)job->options->grace};
+    end_all(job, REASON_STOPPED, SIGTERM);
+    if (job->timer < 0 || timerfd_gettime(job->timer, &left) < 0)
+        return;
+    bool unset = !left.it_value.tv_sec && !left.it_value.tv_nsec;
+    if (unset || left.it_value.tv_sec >= grace.it_value.tv_sec)
+        (void)timerfd_settime(job->timer, 0, &grace, NULL);
+}
+
 static void read_signals(struct job *job) {
     struct signalfd_siginfo info;
     while (read(job->signals, &info, sizeof info) == sizeof info) {
@@ -90,8 +122,10 @@ static void read_signals(struct job *job) {
             job->killed_after_end |= number == SIGQUIT;
         else if (number == SIGQUIT)
             end_all(job, REASON_STOPPED, SIGKILL);
+        else if (number == SIGTERM)
+            end_within_grace(job);
         else
-            end_all(job, REASON_STOPPED, number > SIGNAL_FIRST ? number - SIGNAL_FIRST : SIGTERM);
+            end_all(job, REASON_STOPPED, number - SIGNAL_FIRST);
     }
 }
 
@@ -99,13 +133,17 @@ static int sooner(int one_ms, int other_ms) {
     return one_ms < 0 || (other_ms >= 0 && other_ms < one_ms) ? other_ms : one_ms;
 }
 
+static enum reason reason_of(enum flow flow) {
+    return flow == FLOW_OVER ? REASON_OUTPUT_LIMIT : flow == FLOW_FAILED ? REASON_OUTPUT_FAILED : REASON_NONE;
+}
+
 static void move(struct job *job, struct output *output) {
     enum flow before = output->flow;
     output->flow = move_output(output);
     if (output->flow == before)
         return;
-    if (output->flow == FLOW_OVER && !job->ended)
-        end_all(job, REASON_OUTPUT_LIMIT, SIGKILL);
+    if ((output->flow == FLOW_OVER || output->flow == FLOW_FAILED) && !job->ended)
+        end_all(job, reason_of(output->flow), SIGKILL);
     else if (output->flow == FLOW_END)
         close(output->pipe); /* nobody reads any more: a job that goes on writing gets SIGPIPE */
 }
@@ -161,20 +199,25 @@ static void drain(struct job *job, struct output *output) {
         else
             break;
     }
-    if (output->flow == FLOW_OVER && job->ending.reason == REASON_NONE)
-        job->ending.reason = REASON_OUTPUT_LIMIT;
+    if (job->ending.reason == REASON_NONE)
+        job->ending.reason = reason_of(output->flow);
     write_held_time(&output->times, true);
 }
 
-struct ending run_job(struct outputs *outputs, struct input *input, int signals, int timer, pid_t command) {
-    struct job job = {
-        .outputs = outputs, .input = input, .signals = signals, .timer = timer, .command = command};
+struct ending run_job(const struct options *options, struct outputs *outputs, struct input *input, int signals,
+                      int timer, pid_t command) {
+    struct job job = {.options = options,
+                      .outputs = outputs,
+                      .input = input,
+                      .signals = signals,
+                      .timer = timer,
+                      .command = command};
     while (!job.ended)
         await(&job);
     /* Orphans become our children at once, so without a child there is nobody left, and kill(2) of -1 need
      * not look through every process of the host. */
     if (reap(&job, WNOHANG)) {
-        kill(-1, SIGKILL);
+        kill_all(options);
         /* Blocking, until there is none: they all have SIGKILL pending, so none waits for us to read. */
         reap(&job, 0);
     }

@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 enum { EXIT_SETUP = 125, EXIT_NOT_EXECUTABLE = 126, EXIT_NOT_FOUND = 127 };
+enum { REPORT_MAX_BYTES = 512 }; /* spawn.py reads as many; a longer subject is cut short */
 
 static const struct {
     const char *name, *words;
@@ -21,7 +22,7 @@ static const struct {
 #undef STEP_ROW
 };
 
-static const char *const REASON_NAMES[] = {"none", "stopped", "timed_out", "output_limit"};
+static const char *const REASON_NAMES[] = {"none", "stopped", "timed_out", "output_limit", "output_failed"};
 
 static int report_fd = -1;
 static off_t status_offset;
@@ -45,12 +46,17 @@ void await_order(struct options *options) {
     while ((length = recvmsg(report_fd, &message, MSG_CMSG_CLOEXEC)) < 0 && errno == EINTR) {}
     if (length == 0)
         _exit(0);
-    if (length > 0)
-        errno = EBADMSG;
-    if (length < 0 || message.msg_flags & (MSG_TRUNC | MSG_CTRUNC) || message.msg_controllen < CMSG_LEN(0))
+    if (length < 0)
         fail(STEP_ORDER, NULL);
-    size_t fds_bytes = control.header.cmsg_len - CMSG_LEN(0);
-    memcpy(fds, CMSG_DATA(&control.header), fds_bytes);
+    /* Descriptors, once: what else a socket may bring (credentials, unix(7)) would be read as their numbers. */
+    struct cmsghdr *rights = CMSG_FIRSTHDR(&message);
+    if (message.msg_flags & (MSG_TRUNC | MSG_CTRUNC) || !rights || rights->cmsg_level != SOL_SOCKET ||
+        rights->cmsg_type != SCM_RIGHTS || CMSG_NXTHDR(&message, rights)) {
+        errno = EBADMSG;
+        fail(STEP_ORDER, NULL);
+    }
+    size_t fds_bytes = rights->cmsg_len - CMSG_LEN(0);
+    memcpy(fds, CMSG_DATA(rights), fds_bytes);
     parse_order(words, (size_t)length, fds, fds_bytes / sizeof *fds, options);
 }
 
@@ -93,11 +99,18 @@ void report_execed(int64_t ns) {
     report_fd = -1;
 }
 
+void begin(const struct options *options, enum step step, const char *subject) {
+    if (options->tells)
+        dprintf(STDERR_FILENO, "pjw-init: about to %s%s%s\n", STEP_TABLE[step].words, subject ? " " : "",
+                subject ? subject : "");
+}
+
 void fail(enum step step, const char *subject) {
     int error = errno;
     if (report_fd >= 0) {
-        char text[96];
-        snprintf(text, sizeof text, "failed %s %d", STEP_TABLE[step].name, error);
+        char text[REPORT_MAX_BYTES];
+        snprintf(text, sizeof text, "failed %s %d %s%s%s", STEP_TABLE[step].name, error, STEP_TABLE[step].words,
+                 subject ? " " : "", subject ? subject : "");
         send_report(text, -1);
     } else {
         const char *why = strerror(error);

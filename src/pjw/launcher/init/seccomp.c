@@ -34,8 +34,11 @@
 #include <errno.h>
 #include <linux/audit.h>
 #include <linux/filter.h>
+#include <linux/fs.h>
+#include <linux/netlink.h>
 #include <linux/sched.h>
 #include <linux/seccomp.h>
+#include <netinet/in.h>
 #include <sys/ioctl.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
@@ -100,12 +103,28 @@ static const struct sock_filter FILTER[] = {
     ABOVE(NEWEST, 2, 0), ABOVE(FIRST_NEW - 1, 2, 0), ABOVE(LAST_OLD, 0, 1), FAIL(ENOSYS),
 
     /* Looked at each time, as their arguments differ, and common: so first. */
-    ON(__NR_ioctl, 5), /* typing into a terminal that is not ours alone */
-        LOAD_LOW(1), EQUAL(TIOCSTI, 1, 0), EQUAL(TIOCLINUX, 0, 1), FAIL(EPERM), ALLOW,
-    /* AF_VSOCK talks to the hypervisor, in no namespace; AF_ALG and the rest load little-read modules */
-    EQUAL(__NR_socket, 1, 0), ON(__NR_socketpair, 7),
-        LOAD_LOW(0), EQUAL(AF_UNIX, 4, 0), EQUAL(AF_INET, 3, 0), EQUAL(AF_INET6, 2, 0),
-        EQUAL(AF_NETLINK, 1, 0), FAIL(EPERM), ALLOW,
+    /*
+     * Typing into a terminal that is not ours alone. And what a file is beside its contents: its project, by which a
+     * quota counts it, and flags that keep root from removing it. EOPNOTSUPP is what programs that copy flags expect
+     * of a file system that has none. file_setattr(2) does the same and is above NEWEST.
+     */
+    ON(__NR_ioctl, 8),
+        LOAD_LOW(1), EQUAL(TIOCSTI, 4, 0), EQUAL(TIOCLINUX, 3, 0),
+        EQUAL(FS_IOC_SETFLAGS, 3, 0), EQUAL(FS_IOC_FSSETXATTR, 2, 0), ALLOW,
+        FAIL(EPERM), FAIL(EOPNOTSUPP),
+    /*
+     * AF_VSOCK talks to the hypervisor, in no namespace; AF_ALG and the rest load little-read modules, as do protocols
+     * of the internet but for the usual ones. Of netlink only routes, which libc asks for addresses: uevents tell of
+     * the host's devices in every network namespace of the first user namespace.
+     */
+    ON(__NR_socket, 16),
+        LOAD_LOW(0), EQUAL(AF_UNIX, 13, 0), EQUAL(AF_INET, 5, 0), EQUAL(AF_INET6, 4, 0),
+        EQUAL(AF_NETLINK, 1, 0), FAIL(EPERM),
+        LOAD_LOW(2), EQUAL(NETLINK_ROUTE, 7, 6),
+        LOAD_LOW(2), EQUAL(IPPROTO_IP, 5, 0), EQUAL(IPPROTO_TCP, 4, 0), EQUAL(IPPROTO_UDP, 3, 0),
+        EQUAL(IPPROTO_ICMP, 2, 0), EQUAL(IPPROTO_ICMPV6, 1, 0), FAIL(EPERM), ALLOW,
+    ON(__NR_socketpair, 4), /* only AF_UNIX has pairs that are of use */
+        LOAD_LOW(0), EQUAL(AF_UNIX, 0, 1), ALLOW, FAIL(EPERM),
     ON(__NR_clone, 4),
         LOAD_LOW(0), ANY_BIT(NEW_NAMESPACES, 0, 1), FAIL(EPERM), ALLOW,
     ON(CLONE3, 1), FAIL(ENOSYS), /* its flags are in memory, which no filter can read: libc takes clone */
@@ -113,7 +132,7 @@ static const struct sock_filter FILTER[] = {
         LOAD_HIGH(0), EQUAL(0, 0, 2), LOAD_LOW(0), ANY_BIT(~UNSHARABLE, 0, 1), FAIL(EPERM), ALLOW,
     ON(__NR_personality, 5),
         LOAD_LOW(0), EQUAL(GET_PERSONALITY, 2, 0), ANY_BIT(~PERSONALITIES, 0, 1), FAIL(EPERM), ALLOW,
-    /* The limit of core files stays 1, see command.c. No error: gpg and ssh-agent end when they cannot set 0. */
+    /* The limit of core files stays 1, see inherited.c. No error: gpg and ssh-agent end when they cannot set 0. */
     ON(__NR_prlimit64, 8),
         LOAD_LOW(1), EQUAL(RLIMIT_CORE, 0, 5), LOAD_LOW(2), EQUAL(0, 0, 2), LOAD_HIGH(2), EQUAL(0, 1, 0),
         FAIL(0), ALLOW,

@@ -1,0 +1,169 @@
+"""Runs attacks on a real pjwd with a victim beside them, as root: `make attack`.
+
+    python -m benchmarks.attack [--short | --deadlines] [--json FILE] [--revision COMMIT] [ROW]...
+
+Each row is measured in turns: the victim beside a busy loop of the attacker's client, and beside the attack.
+A ratio is that of the two. It ends with 1 when a goal is missed.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import grpc
+
+from benchmarks import against, pjwd
+from benchmarks.attack.rows import OPEN, ROWS, Row
+from benchmarks.attack.stage import Stage, open_stage
+from benchmarks.attack.verdict import DEADLINES, FULL, HEADINGS, SHORT, WIDTH, Goals, Result
+from benchmarks.attack.victim import why
+from benchmarks.machine import describe
+
+CALL_SECONDS: Final = 10.0
+# a machine without hardware of its own is slower by as much
+SLOW_CALL_SECONDS: Final = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How often, and what is asked of it."""
+
+    goals: Goals
+    turns: int
+    # in each turn, in each state
+    count: int
+    deadline: float
+    # whether what the victim takes while nobody does anything is measured for each row
+    quiet: bool = False
+    kernel_only: bool = False
+
+
+PLANS: Final = {
+    "full": Plan(FULL, turns=5, count=40, deadline=CALL_SECONDS, quiet=True),
+    "short": Plan(SHORT, turns=2, count=6, deadline=CALL_SECONDS),
+    "deadlines": Plan(DEADLINES, turns=1, count=3, deadline=SLOW_CALL_SECONDS, kernel_only=True),
+}
+
+
+def main() -> int:
+    """Run the rows; the exit code."""
+    arguments = _arguments()
+    if os.geteuid() != 0:
+        print("attacks need root: they start jobs", file=sys.stderr)
+        return 1
+    name = "deadlines" if arguments.deadlines else "short" if arguments.short else "full"
+    plan = PLANS[name]
+    rows = [row for row in ROWS if _chosen(row, arguments.row, plan)]
+    machine = describe()
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    samples = plan.turns * plan.count
+    print(f"{name}: {samples} samples; goals: {plan.goals}; each call within {plan.deadline:.0f} s")
+    commit, program = against.install(arguments.revision) if arguments.revision else ("", pjwd.THIS)
+    if commit:
+        print(f"attacked is the pjwd of {commit}", flush=True)
+    if left := [row.name for row in ROWS if row.name in OPEN and row not in rows]:
+        print(f"not run, as they do not hold yet: {', '.join(left)} (benchmarks/attack/rows.py, OPEN)")
+    with pjwd.measured(program):
+        results = run(rows, plan)
+    missed = [result.name for result in results if result.misses(plan.goals) and not _excused(result)]
+    if arguments.json:
+        _save(arguments.json, name, plan, machine, results)
+    print(
+        f"\n{len(results) - len(missed)} of {len(results)} held"
+        + (f"; missed: {', '.join(missed)}" if missed else "")
+    )
+    return 1 if missed else 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.attack", description=__doc__)
+    names = ", ".join(row.name for row in ROWS)
+    parser.add_argument("row", nargs="*", help=f"which, by the beginnings of names: {names}; default: all")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--short", action="store_true", help="few samples and looser ratios, for CI")
+    how.add_argument("--deadlines", action="store_true", help="only what touches the kernel; no ratios")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
+    parser.add_argument("--revision", metavar="COMMIT", help="attack the pjwd of that commit")
+    arguments = parser.parse_args()
+    for wanted in arguments.row:
+        if not any(row.name.startswith(wanted) for row in ROWS):
+            parser.error(f"{wanted!r} begins none of {names}")
+    return arguments
+
+
+def _chosen(row: Row, wanted: list[str], plan: Plan) -> bool:
+    if wanted:
+        return any(row.name.startswith(prefix) for prefix in wanted)
+    if row.name in OPEN and plan.goals is not FULL:
+        return False
+    return row.kernel or not plan.kernel_only
+
+
+def run(rows: list[Row], plan: Plan) -> list[Result]:
+    """Each row in turn, on one service while each leaves it clean and the next asks for no other."""
+    print(f"\n{HEADINGS}\n{'-' * WIDTH}", flush=True)
+    results = []
+    with ExitStack() as stack:
+        stage: Stage | None = None
+        kept = stack.enter_context(ExitStack())
+        for row in rows:
+            began = time.monotonic()
+            if stage is None or row.stage:
+                kept.close()
+                stage = kept.enter_context(open_stage(plan.deadline, **row.stage))
+            result = _measure(row, stage, plan)
+            results.append(result)
+            print("\n".join(result.lines(plan.goals)), f"({time.monotonic() - began:.0f} s)\n", flush=True)
+            if row.stage or result.failures or not stage.is_clean():
+                kept.close()
+                stage = None
+    return results
+
+
+def _measure(row: Row, stage: Stage, plan: Plan) -> Result:
+    result = Result(row.name, row.entry, row.what, row.only)
+    if plan.quiet and row.beside:
+        result.quiet.add(stage.victim.work(plan.count * plan.turns))
+    try:
+        for turn in range(plan.turns):
+            if row.beside:
+                with row.beside(stage):
+                    result.beside.add(stage.victim.work(plan.count))
+            with row.attack(stage):
+                if row.beside:
+                    result.attack.add(stage.victim.work(plan.count))
+                if turn == plan.turns - 1:
+                    result.facts += row.facts(stage)
+            if result.attack.failures or stage.failures:
+                break
+    except (grpc.RpcError, RuntimeError) as error:
+        result.failures.append(f"the attack ended: a call {why(error)}")
+    result.failures += stage.failures
+    return result
+
+
+def _excused(result: Result) -> bool:
+    """Whether this machine is none of those on which it can be held."""
+    version = "v2" if Path("/sys/fs/cgroup/cgroup.controllers").exists() else "v1"
+    return bool(result.only) and not result.only.startswith(version)
+
+
+def _save(path: Path, name: str, plan: Plan, machine: dict[str, str], results: list[Result]) -> None:
+    data: dict[str, Any] = {
+        "machine": machine,
+        "form": name,
+        "samples": plan.turns * plan.count,
+        "rows": [result.data(plan.goals) for result in results],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""`pjw quota`: a client's limits, what its jobs use now, and its share of the machine."""
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+from pjw.cli.connection import connect
+from pjw.cli.render import json_text, limits_members, printable
+from pjw.cli.units import duration_in_words, limit_in_words, size_in_words
+from pjw.model import ClientQuota
+
+
+def show_quota(arguments: argparse.Namespace) -> None:
+    """Print it as a table, or as JSON."""
+    with connect(arguments) as client:
+        quota = client.quota(arguments.client)
+    if arguments.format == "json":
+        print(json_text(members(quota), indent=2))
+        return
+    for line in quota_lines(quota):
+        print(line)
+
+
+def quota_lines(quota: ClientQuota) -> Iterator[str]:
+    """At most 80 columns, which is what names and numbers of any size fit into."""
+    percent = 100 * quota.weight / quota.total_weight
+    yield f"client  {printable(quota.client_name)}"
+    busy = "of the processors while all clients with jobs are busy"
+    yield f"weight  {quota.weight}: {percent:.3g} % {busy}"
+    at_most = f", at most {quota.running_max}" if quota.running_max else ""
+    yield f"jobs    {quota.running} running{at_most}"
+    at_most = f", at most {size_in_words(quota.stored_bytes_max)}" if quota.stored_bytes_max else ""
+    yield f"stored  {size_in_words(quota.stored_bytes)}{at_most}"
+    yield ""
+    yield _row("", "NOW", "ALL JOBS", "ONE JOB", "UNASKED")
+    use = quota.use
+    yield _of_all(quota, "memory_max_bytes", "memory", size_in_words(use.memory_bytes))
+    promised = size_in_words(quota.memory_promised_bytes)
+    yield _row("promised", promised, _limit("memory_max_bytes", quota.memory_promised_max_bytes), "", "")
+    yield _of_all(quota, "pids_max", "processes", str(use.pids))
+    yield _of_all(quota, "cpu_max_millicores", "processors", "")
+    yield _row("their time", duration_in_words(use.cpu_usage_usec / 1_000_000), "", "", "")
+    for name, words in (
+        ("io_rbps_max", "read/s"),
+        ("io_wbps_max", "written/s"),
+        ("io_riops_max", "reads/s"),
+        ("io_wiops_max", "writes/s"),
+        ("output_max_bytes", "output"),
+        ("time_max_seconds", "time"),
+    ):
+        yield _row(words, "", "", *_of_one(quota, name))
+
+
+def _of_all(quota: ClientQuota, name: str, words: str, now: str) -> str:
+    return _row(words, now, _limit(name, getattr(quota.sums, name)), *_of_one(quota, name))
+
+
+def _of_one(quota: ClientQuota, name: str) -> Iterator[str]:
+    return (_limit(name, getattr(limits, name)) for limits in (quota.ceilings, quota.defaults))
+
+
+def _row(name: str, *cells: str) -> str:
+    return f"{name:<10}{''.join(f'{cell:>12}' for cell in cells)}".rstrip()
+
+
+def _limit(name: str, value: int) -> str:
+    return limit_in_words(name, value) if value else "any"
+
+
+def members(quota: ClientQuota) -> dict[str, Any]:
+    """The keys and values of its JSON; 0 is "no limit"."""
+    return {
+        "clientName": quota.client_name,
+        "weight": quota.weight,
+        "totalWeight": quota.total_weight,
+        "running": quota.running,
+        "runningMax": quota.running_max,
+        "storedBytes": quota.stored_bytes,
+        "storedBytesMax": quota.stored_bytes_max,
+        "memoryPromisedBytes": quota.memory_promised_bytes,
+        "memoryPromisedMaxBytes": quota.memory_promised_max_bytes,
+        "use": {
+            "memoryBytes": quota.use.memory_bytes,
+            "pids": quota.use.pids,
+            "cpuUsageUsec": quota.use.cpu_usage_usec,
+        },
+        "sums": limits_members(quota.sums),
+        "ceilings": limits_members(quota.ceilings),
+        "defaults": limits_members(quota.defaults),
+    }

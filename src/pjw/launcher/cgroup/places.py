@@ -1,0 +1,81 @@
+"""Where each job's cgroup is below its instance's: in `client-UID/job-ID`.
+
+A job of a version before this layout is in `job-ID`, and stays there. The directories are the registry;
+what is held in memory is an index of them, so that a job is found without a look at every client.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Final
+
+from pjw.launcher.cgroup import files
+
+_CLIENT: Final = "client-"
+# the client of a job that an older version made
+_NOBODY: Final = 0
+
+
+class Places:
+    """The jobs of one instance. *tops* are its directories: one on v2, one for each hierarchy on v1."""
+
+    def __init__(self, tops: Iterable[str]) -> None:
+        self._tops: Final = tuple(dict.fromkeys(tops))
+        self._client_of: Final[dict[int, int]] = {}
+        self._jobs_of: Final[Counter[int]] = Counter()
+        for uid in self._clients() - {_NOBODY}:
+            for job_id in self._jobs_in(client_place(uid)):
+                self.add(job_id, uid)
+            if uid not in self:
+                # a crash has left it
+                self._remove_client(uid)
+
+    def __contains__(self, uid: int) -> bool:
+        """Whether this client has a job, and so a directory."""
+        return uid in self._jobs_of
+
+    def job_ids(self) -> set[int]:
+        """Every job that has a directory in any hierarchy, by a look at all of them."""
+        return set().union(*(self._jobs_in(client_place(uid)) for uid in self._clients()))
+
+    def of(self, job_id: int) -> str:
+        """Where this job is, relative to each top; for an unknown one, where an older version made it."""
+        return _job_place(self._client_of.get(job_id, _NOBODY), job_id)
+
+    def add(self, job_id: int, uid: int) -> str:
+        """A job is about to have a directory in that of its client, which is there; where."""
+        self._client_of[job_id] = uid
+        self._jobs_of[uid] += 1
+        return _job_place(uid, job_id)
+
+    def forget(self, job_id: int) -> int:
+        """A job's directories are gone; with those of its last job go its client's. Give the client."""
+        uid = self._client_of.pop(job_id, _NOBODY)
+        if uid != _NOBODY:
+            self._jobs_of[uid] -= 1
+            if not self._jobs_of[uid]:
+                del self._jobs_of[uid]
+                self._remove_client(uid)
+        return uid
+
+    def _remove_client(self, uid: int) -> None:
+        # one that is not empty after all stays, and goes at the next start
+        for top in self._tops:
+            with suppress(OSError):
+                os.rmdir(f"{top}/{client_place(uid)}")
+
+    def _clients(self) -> set[int]:
+        return {_NOBODY}.union(*(files.job_ids_in(top, prefix=_CLIENT) for top in self._tops))
+
+    def _jobs_in(self, place: str) -> set[int]:
+        return set().union(*(files.job_ids_in(f"{top}/{place}") for top in self._tops))
+
+
+def client_place(uid: int) -> str:
+    """Where a client's directory is, relative to its instance's: by a number, never by the client's name."""
+    return f"{_CLIENT}{uid}" if uid != _NOBODY else "."
+
+
+def _job_place(uid: int, job_id: int) -> str:
+    return f"job-{job_id}" if uid == _NOBODY else f"{_CLIENT}{uid}/job-{job_id}"

@@ -1,0 +1,78 @@
+"""Limits of disk IO, and how they are lifted: no signal ends a process that waits in a throttle.
+
+A bio that is held back there is charged to a process in an uninterruptible sleep, which SIGKILL does not end
+(state D): at two bytes a second that takes days. So whoever kills a job lifts its throttles as well.
+"""
+
+import errno
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Final
+
+from pjw.errors import KernelError
+from pjw.launcher.cgroup import files
+from pjw.model import Limits
+
+# The files of v1 and of v2 that hold a limit for each disk, and what means "none" there.
+NO_THROTTLE: Final = {
+    "blkio.throttle.read_bps_device": "0",
+    "blkio.throttle.write_bps_device": "0",
+    "blkio.throttle.read_iops_device": "0",
+    "blkio.throttle.write_iops_device": "0",
+    "io.max": "rbps=max wbps=max riops=max wiops=max",
+}
+# Init lifts the limits of at most so many disks (init/init.h, LIFTS_MAX); the launcher lifts all.
+DISKS_MAX: Final = 64
+# half made or half removed; ENODEV: between the open and the write, or a disk that was taken away
+_GONE: Final = (errno.ENOENT, errno.ENODEV)
+
+
+def are_set(limits: Limits) -> bool:
+    """Tell whether a job with these limits is held back at all."""
+    return any((limits.io_rbps_max, limits.io_wbps_max, limits.io_riops_max, limits.io_wiops_max))
+
+
+def lift(directory: str) -> None:
+    """Take every limit of disk IO off a cgroup, of whichever version.
+
+    Raises KernelError for the first limit that it cannot take off, after it has tried all others.
+    """
+    failed: KernelError | None = None
+    for name, none in NO_THROTTLE.items():
+        path = f"{directory}/{name}"
+        try:
+            # a line for each disk that has a limit: `254:0 1048576`, `254:0 rbps=1048576 wbps=max …`
+            disks = [line.split()[0] for line in files.read_text(path, path).splitlines()]
+        except KernelError as error:
+            failed = failed or _unless_gone(error)
+            continue
+        for disk in disks:
+            try:
+                files.write_text(path, f"{disk} {none}", path)
+            except KernelError as error:
+                failed = failed or _unless_gone(error)
+    if failed is not None:
+        raise failed
+
+
+def _unless_gone(error: KernelError) -> KernelError | None:
+    return None if error.errno in _GONE else error
+
+
+@contextmanager
+def lift_options(directory: str, disks: Sequence[str], subject: str) -> Iterator[list[str]]:
+    """The options of init that let it lift the limits itself, when the launcher is not there.
+
+    They name descriptors that are open, and inheritable under these numbers, only within the context. The
+    kernel asks who opened a file of a cgroup, not who writes to it: init may, without any capability.
+    """
+    if not disks:
+        yield []
+        return
+    names = [name for name in NO_THROTTLE if os.path.exists(f"{directory}/{name}")]
+    with files.inheritable([f"{directory}/{name}" for name in names], os.O_WRONLY, subject) as descriptors:
+        yield [
+            *(word for number in descriptors for word in ("--lift-fd", str(number))),
+            *(word for disk in disks[:DISKS_MAX] for word in ("--lift", f"{disk} {NO_THROTTLE[names[0]]}")),
+        ]

@@ -1,0 +1,40 @@
+/* What mounts.c and root.c share. */
+#ifndef PJW_INIT_MOUNTS_H
+#define PJW_INIT_MOUNTS_H
+
+#include <stdint.h>
+#include <sys/types.h>
+
+/* Not from linux/mount.h, which clashes with sys/mount.h in glibc 2.36; the numbers are for every machine. */
+#ifndef SYS_open_tree
+#define SYS_open_tree 428
+#define SYS_move_mount 429
+#endif
+#ifndef SYS_mount_setattr
+#define SYS_mount_setattr 442
+#endif
+enum { ATTR_RDONLY = 1, ATTR_NOSUID = 2, ATTR_NODEV = 4, ATTR_NOEXEC = 8 };
+enum { TREE_CLONE = 1, MOVE_FROM_EMPTY_PATH = 4 };
+struct attributes {
+    uint64_t set, clear, propagation, userns_fd;
+};
+
+/* Here a tmpfs has most of the directories that a job has of its own; in the end the job's /tmp covers it. */
+#define BASE "/tmp"
+#define EMPTY BASE "/empty"
+
+/* mounts.c */
+int set_attributes(int fd, const char *path, unsigned flags, struct attributes attributes);
+void hide(const char *path);
+
+/* root.c, in this order: */
+void open_places(struct options *options); /* while the host's tree is ours */
+int enter_root(struct options *options);   /* BASE moves along; gives the host's root, for leave_host() */
+void show_places(struct options *options);
+void leave_host(int host);
+
+/* names.c: make_names runs in the job's tree while BASE is mounted, finish_names when the user is known */
+void make_names(const char *hostname);
+void finish_names(uid_t uid, gid_t gid);
+
+#endif

@@ -1,0 +1,209 @@
+/*
+ * The job's root: the host's file systems, as far as they are to be seen, each as an overlay of its own. An
+ * overlay has inodes of its own, so a job can neither lock the host's files nor watch them with inotify, nor reach
+ * a socket or a FIFO by its path. Two jobs have two overlays, so they share none of that either. With one overlay for
+ * all jobs they would, and files that the host replaced would stay old (both tried).
+ *
+ * What the host has mounted elsewhere is in no mount namespace of a job, so no job keeps a disk busy.
+ */
+#include "init.h"
+#include "mounts.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/openat2.h>
+#include <sched.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mount.h>
+#include <sys/stat.h>
+#include <sys/statvfs.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#ifndef SYS_openat2
+#define SYS_openat2 437
+#endif
+/* missing in <sys/mount.h> and <sys/statvfs.h> of older versions of glibc */
+#ifndef MS_NOSYMFOLLOW
+#define MS_NOSYMFOLLOW 256
+#endif
+#ifndef ST_NOSYMFOLLOW
+#define ST_NOSYMFOLLOW 0x2000 /* linux/statfs.h */
+#endif
+
+static const unsigned long SEEN = MS_RDONLY | MS_NOSUID | MS_NODEV;
+static const char NEW_ROOT[] = BASE "/root", COVERS[] = BASE "/covers";
+/*
+ * Without an upper layer there must be two lower ones: the second is empty. The first is ".", where we are then:
+ * so no path need be escaped, and the job's table of mounts names none. The rest is as the kernel's defaults can
+ * be on any machine (Documentation/filesystems/overlayfs.rst); "xino=on" would have each mount write to the kernel's log.
+ */
+static const char LAYERS[] =
+    "lowerdir=.:" EMPTY ",xino=off,index=off,metacopy=off,nfs_export=off,redirect_dir=nofollow";
+
+/* An overlay is a mount of its own, so it must repeat what its lower mount forbids beside SEEN. */
+static unsigned long forbidden(int directory, const char *target) {
+    struct statvfs status;
+    if (fstatvfs(directory, &status) < 0)
+        fail(STEP_SHOW, target);
+    return (status.f_flag & ST_NOEXEC ? MS_NOEXEC : 0) | (status.f_flag & ST_NOSYMFOLLOW ? MS_NOSYMFOLLOW : 0);
+}
+
+/* False for a file, for some file systems, and where overlayfs is missing or may not be used. */
+static bool overlay(int directory, const char *target) {
+    unsigned long flags = SEEN | forbidden(directory, target);
+    if (fchdir(directory) == 0 && mount("overlay", target, "overlay", flags, LAYERS) == 0)
+        return true;
+    if (errno != EINVAL && errno != ENOTDIR && errno != ENODEV && errno != EOPNOTSUPP && errno != EPERM &&
+        errno != EACCES)
+        fail(STEP_SHOW, target);
+    return false;
+}
+
+static bool differ_in_kind(int fd, const char *path) {
+    struct stat from, to;
+    return fstat(fd, &from) == 0 && stat(path, &to) == 0 && S_ISDIR(from.st_mode) != S_ISDIR(to.st_mode);
+}
+
+/*
+ * Where an overlay cannot or must not show a file system: the host's own, read-only. A file cannot be shown upon a
+ * directory (EINVAL): whoever owns the directory that it is in may have put it there, and that place is missing. Asked
+ * only then, as a server that is gone would not answer.
+ */
+static void bind_read_only(int from, const char *target) {
+    struct attributes attributes = {.set = ATTR_RDONLY | ATTR_NOSUID | ATTR_NODEV, .propagation = MS_PRIVATE};
+    int tree = (int)syscall(SYS_open_tree, from, "", AT_EMPTY_PATH | TREE_CLONE | O_CLOEXEC);
+    if (tree < 0 || set_attributes(tree, "", AT_EMPTY_PATH, attributes) < 0 ||
+        (syscall(SYS_move_mount, tree, "", AT_FDCWD, target, MOVE_FROM_EMPTY_PATH) < 0 &&
+         !(errno == EINVAL && differ_in_kind(from, target))))
+        fail(STEP_SHOW, target);
+    close(tree);
+}
+
+/*
+ * Opens the places in the host's tree, which init still has, and skips missing ones. The launcher has already followed
+ * the operator's links. A link that is there now was made since, maybe by a user whose directory the operator shows, and
+ * could lead to a directory that the operator does not show. So a place with a link counts as missing.
+ */
+void open_places(struct options *options) {
+    for (int i = 0; i < options->place_count; i++) {
+        struct place *place = &options->places[i];
+        if (place->view == VIEW_COVER)
+            continue;
+        begin(options, STEP_SHOW, place->path);
+        struct open_how how = {.flags = O_PATH | O_CLOEXEC, .resolve = RESOLVE_NO_SYMLINKS};
+        place->fd = (int)syscall(SYS_openat2, AT_FDCWD, place->path, &how, sizeof how);
+        if (place->fd < 0 && errno != ENOENT && errno != ENOTDIR && errno != ELOOP)
+            fail(STEP_SHOW, place->path);
+    }
+}
+
+static bool is_root(const struct place *place) {
+    return strcmp(place->path, "/") == 0;
+}
+
+int enter_root(struct options *options) {
+    bool bound = options->place_count && is_root(options->places) && options->places[0].view == VIEW_BIND;
+    int host = open("/", O_PATH | O_DIRECTORY | O_CLOEXEC), base = open(BASE, O_PATH | O_DIRECTORY | O_CLOEXEC);
+    if (host < 0 || base < 0)
+        fail(STEP_ROOT, NULL);
+    begin(options, STEP_ROOT, NULL);
+    if (bound || !overlay(host, NEW_ROOT))
+        bind_read_only(host, NEW_ROOT);
+    /* the host's root comes to lie upon the new one, from where leave_host() takes it away (pivot_root(2)) */
+    if (chdir(NEW_ROOT) < 0)
+        fail(STEP_ROOT, NULL);
+    if (syscall(SYS_pivot_root, ".", ".") < 0) {
+        /* no mount point (a chroot), or the kernel's first root: that one stays, below ours and out of reach */
+        if (errno != EINVAL || mount(".", "/", NULL, MS_MOVE, NULL) < 0 || chroot(".") < 0)
+            fail(STEP_ROOT, NULL);
+        close(host);
+        host = -1;
+    }
+    if (fchdir(base) < 0 || mount(".", BASE, NULL, MS_MOVE, NULL) < 0)
+        fail(STEP_ROOT, BASE);
+    close(base);
+    return host;
+}
+
+/* It may be there already; and in what is shown read-only none is made. */
+static void make_directory(const char *path, mode_t mode) {
+    if (mkdir(path, mode) < 0 && errno != EEXIST && errno != EROFS && errno != ENOENT && errno != ENOTDIR &&
+        errno != EACCES && errno != EPERM)
+        fail(STEP_SHOW, path);
+}
+
+/* A place within a covered directory has no mount point yet; elsewhere none can be made. */
+static void make_mount_point(char *path) {
+    if (access(path, F_OK) == 0)
+        return;
+    for (char *end = strchr(path + 1, '/'); end; end = strchr(end + 1, '/')) {
+        *end = '\0';
+        make_directory(path, 0755);
+        *end = '/';
+    }
+    make_directory(path, 0755);
+}
+
+static void show(const struct place *place) {
+    if (place->fd < 0)
+        return;
+    if (!is_root(place)) {
+        make_mount_point(place->path);
+        if (access(place->path, F_OK) == 0 && (place->view == VIEW_BIND || !overlay(place->fd, place->path)))
+            bind_read_only(place->fd, place->path);
+    }
+    close(place->fd);
+}
+
+/* An empty directory; one for each cover, as something may be shown in it. */
+static void cover(struct place *place, int number) {
+    char path[sizeof COVERS + 16];
+    struct stat status;
+    if (stat(place->path, &status) < 0) {
+        if (errno == ENOENT || errno == ENOTDIR)
+            return;
+        fail(STEP_HIDE, place->path);
+    }
+    if (!S_ISDIR(status.st_mode)) {
+        hide(place->path);
+        return;
+    }
+    snprintf(path, sizeof path, "%s/%d", COVERS, number);
+    if (mkdir(path, 0755) < 0 || mount(path, place->path, NULL, MS_BIND, NULL) < 0)
+        fail(STEP_HIDE, place->path);
+    place->fd = open(place->path, O_PATH | O_DIRECTORY | O_CLOEXEC);
+    if (place->fd < 0)
+        fail(STEP_HIDE, place->path);
+}
+
+void show_places(struct options *options) {
+    for (int i = 0; i < options->place_count; i++) {
+        struct place *place = &options->places[i];
+        begin(options, place->view == VIEW_COVER ? STEP_HIDE : STEP_SHOW, place->path);
+        if (place->view == VIEW_COVER)
+            cover(place, i);
+        else
+            show(place);
+    }
+    make_directory("/var/tmp", 01777); /* where /var is covered, or shown without it: there is one in that case, or none */
+    for (int i = 0; i < options->place_count; i++) {
+        struct place *place = &options->places[i];
+        if (place->view != VIEW_COVER || place->fd < 0)
+            continue;
+        struct attributes attributes = {.set = ATTR_RDONLY | ATTR_NOSUID | ATTR_NODEV};
+        if (set_attributes(place->fd, "", AT_EMPTY_PATH, attributes) < 0)
+            fail(STEP_HIDE, place->path);
+        close(place->fd);
+    }
+}
+
+void leave_host(int host) {
+    if (host >= 0 && (fchdir(host) < 0 || umount2(".", MNT_DETACH) < 0))
+        fail(STEP_ROOT, NULL);
+    if (chdir("/") < 0)
+        fail(STEP_ROOT, NULL);
+    if (host >= 0)
+        close(host);
+}

@@ -1,0 +1,195 @@
+"""What scratch directories hold: bytes and inodes of each job, counted by a process of its own.
+
+A hostile job's tree may be endless, so the process counts for SECONDS, and all jobs take turns: a job with
+very many inodes has the highest count, finished or not.
+"""
+
+import os
+import re
+import resource
+import signal
+import stat
+import sys
+import time
+from collections.abc import Generator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Final
+
+from pjw.launcher.cgroup.files import job_ids_in
+from pjw.launcher.scratch import find_quotas
+
+SECONDS: Final = 3.0
+# then the process ends, if nobody reads what it counted
+_LIFE_SECONDS: Final = 30
+# entries of one job before the next one's turn
+_TURN: Final = 1000
+# Counted for a tree with more levels than this process may have descriptors: no program makes such a tree by
+# chance.
+_TOO_DEEP: Final = 2**60
+
+# A directory that is being read: its descriptor, and what os.scandir() gives, which has no public type.
+_Level = tuple[int, Any]
+_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+@dataclass(slots=True)
+class Use:
+    """What one job has, as far as it was counted."""
+
+    bytes: float = 0
+    inodes: float = 0
+
+    def add(self, status: os.stat_result) -> None:
+        """Count one name of an inode: all its names are in this one's directory."""
+        names = max(status.st_nlink, 1) if not stat.S_ISDIR(status.st_mode) else 1
+        self.bytes += status.st_blocks * 512 / names
+        self.inodes += 1 / names
+
+
+def spawn_count(instance: str, places: tuple[str, ...]) -> tuple[int, int]:
+    """Begin to count what jobs have below *places*; the pid of the process that does, and its words.
+
+    The words are a line for each job, with its id, bytes and inodes. Raises OSError.
+    """
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    try:
+        argv = [sys.executable, "-I", "-m", __name__, instance, *places]
+        pid = os.posix_spawn(sys.executable, argv, {}, file_actions=[(os.POSIX_SPAWN_DUP2, writing, 1)])
+    except BaseException:
+        os.close(reading)
+        raise
+    finally:
+        os.close(writing)
+    return pid, reading
+
+
+def count(instance: str, places: list[str], seconds: float = SECONDS) -> dict[int, Use]:
+    """What each job has, as far as it could be counted in so long."""
+    deadline = time.monotonic() + seconds
+    uses: dict[int, Use] = {}
+    walked: dict[int, Use] = {}
+    walks: list[Generator[None, None, None]] = []
+    devices: set[int] = set()
+    for place in places:
+        try:
+            descriptor = os.open(place, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue
+        quotas = find_quotas(descriptor, instance)
+        for job_id in job_ids_in(place, prefix=""):
+            path = os.path.join(place, str(job_id))
+            counted = quotas.use(job_id, path) if quotas is not None else None
+            uses[job_id] = Use(*(counted or (0, 0)))
+            if counted is None:
+                devices.add(os.fstat(descriptor).st_dev)
+                walked[job_id] = uses[job_id]
+                walks.append(_walk(path, uses[job_id]))
+        os.close(descriptor)
+    # the kernel has counted the others' already
+    walks.append(_walk_open(instance.encode(), devices, walked))
+    while walks and time.monotonic() < deadline:
+        walks = [walk for walk in walks if _goes_on(walk, deadline)]
+    for walk in walks:
+        walk.close()
+    return uses
+
+
+def _goes_on(walk: Generator[None, None, None], deadline: float) -> bool:
+    """Give a walk its turn; whether it has more to do."""
+    if time.monotonic() > deadline:
+        return True
+    return all(next(walk, walk) is None for _ in range(_TURN))
+
+
+def _walk(path: str, use: Use) -> Generator[None, None, None]:
+    """Count what is below a directory, a step for each name; no link is followed, and no mount entered."""
+    # By descriptors, since the job renames as it likes meanwhile.
+    levels: list[_Level] = []
+    try:
+        _enter(levels, path, None)
+        device = os.fstat(levels[0][0]).st_dev
+        while levels:
+            here, entries = levels[-1]
+            entry = next(entries, None)
+            if entry is None:
+                _leave(levels)
+                continue
+            with suppress(FileNotFoundError, NotADirectoryError):
+                status = entry.stat(follow_symlinks=False)
+                use.add(status)
+                if stat.S_ISDIR(status.st_mode) and status.st_dev == device:
+                    _enter(levels, entry.name, here)
+            yield
+    except FileNotFoundError:
+        return  # removed meanwhile
+    except OSError:
+        use.bytes = use.inodes = _TOO_DEEP
+    finally:
+        while levels:
+            _leave(levels)
+
+
+def _leave(levels: list[_Level]) -> None:
+    descriptor, entries = levels.pop()
+    entries.close()
+    os.close(descriptor)
+
+
+def _enter(levels: list[_Level], name: str, parent: int | None) -> None:
+    descriptor = os.open(name, _DIRECTORY, dir_fd=parent)
+    try:
+        levels.append((descriptor, os.scandir(descriptor)))
+    except OSError:
+        os.close(descriptor)
+        raise
+
+
+def _walk_open(instance: bytes, devices: set[int], uses: dict[int, Use]) -> Generator[None, None, None]:
+    """Count files that have no name any more, and that processes of jobs have open or mapped.
+
+    One that is on its way through a socket alone is not found.
+    """
+    job_of_cgroup = re.compile(
+        b"/" + re.escape(instance) + rb"/(?:[^\n]*/)?job-([1-9]\d{0,15})(?:/|$)", re.MULTILINE
+    )
+    seen: set[tuple[int, int]] = set()
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        yield
+        # gone meanwhile; or not ours to look into (ptrace(2), CAP_SYS_PTRACE)
+        with suppress(OSError):
+            with open(f"/proc/{pid}/cgroup", "rb") as cgroups:
+                found = job_of_cgroup.search(cgroups.read())
+            use = uses.get(int(found[1])) if found else None
+            if use is None:
+                continue
+            for directory in (f"/proc/{pid}/fd", f"/proc/{pid}/map_files"):
+                for name in os.listdir(directory):
+                    yield
+                    with suppress(FileNotFoundError):
+                        status = os.stat(f"{directory}/{name}")
+                        which = (status.st_dev, status.st_ino)
+                        if status.st_nlink == 0 and status.st_dev in devices and which not in seen:
+                            seen.add(which)
+                            use.add(status)
+
+
+def main() -> int:
+    """Count, and print a line for each job."""
+    # by the kernel, whatever we hang in
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(_LIFE_SECONDS)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    instance, *places = sys.argv[1:]
+    uses = count(instance, places).items()
+    words = b"".join(b"%d %d %d\n" % (job_id, round(use.bytes), round(use.inodes)) for job_id, use in uses)
+    # not by sys.stdout, which complains when nobody reads
+    with suppress(BrokenPipeError):
+        while words:
+            words = words[os.write(1, words) :]
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""Which of the host's file systems a job is shown and how, and what is covered in those that it is shown.
+
+A job always sees the root file system. An overlay shows one file system and nothing that is mounted in it, so
+each other file system takes an overlay of its own. At every other mount point a job would see what lies
+beneath the mount, which the operator may have masked by it: all these are covered.
+"""
+
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from pjw.errors import ConfigError, KernelError
+from pjw.launcher.cgroup.files import parse_mounts
+
+# with what is mounted in them; beside the root's own file system
+VISIBLE: Final = ("/etc", "/opt", "/usr")
+NOT_VISIBLE: Final = ("/home", "/srv")
+# what a job has of its own, whatever the host has there
+OWN: Final = ("/dev", "/proc", "/run", "/sys", "/tmp", "/var/tmp")  # noqa: S108 - the host's, never opened
+# These do not go by the mode of a file alone. An overlay would read them as root, who mounts it.
+_ASK_OTHERS: Final = (
+    b"9p afs ceph cifs coda fuse fuseblk gfs2 gpfs lustre nfs nfs4 ocfs2 orangefs smb3 smbfs virtiofs".split()
+)
+MOUNTINFO: Final = "/proc/self/mountinfo"
+# as many as the kernel follows (path_resolution(7))
+_LINKS_MAX: Final = 40
+
+# Each is a mount for every job: of more of them, those that lie side by side are covered by their parents.
+_COVERS_MAX: Final = 32
+# what init takes (init/init.h, PLACES_MAX)
+_PLACES_MAX: Final = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """A line of a table of mounts: the id of the mount, the device and the type of its file system."""
+
+    number: bytes
+    device: bytes
+    type: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A path where a job is shown a file system of the host, or an empty directory."""
+
+    path: str
+    # an option of init's: by an overlay, as it is, or not
+    view: Literal["visible", "bound", "cover"]
+    # lest another mount at the path is taken for it; None for a covered path
+    mount: Mount | None = None
+
+
+def check_visible(paths: Iterable[str]) -> None:
+    """Raises ConfigError for a path that cannot be shown; one that is not there may come to be."""
+    mounts = mounts_of(read_mounts())
+    for path in paths:
+        real = _real(path, mounts)
+        if _is_within(real, OWN):
+            raise ConfigError(
+                f"cannot show {path} to jobs: each has a directory of its own there",
+                hint=f"visible_paths may not lie in {', '.join(OWN)}",
+            )
+        if not _asks_others(real, mounts) and os.path.exists(real) and not os.path.isdir(real):
+            raise ConfigError(
+                f"cannot show {path} to jobs: it is no directory", hint="add the directory that it lies in"
+            )
+
+
+def read_mounts() -> bytes:
+    """The host's table of mounts, as this process sees it. Raises KernelError."""
+    try:
+        with open(MOUNTINFO, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise KernelError("read", MOUNTINFO, error.errno or 0) from error
+
+
+def places_of(visible: Sequence[str], hidden: Sequence[str], table: bytes) -> tuple[Place, ...]:
+    """What init is told, parents first; *table* is that of proc_pid_mountinfo(5). Raises ConfigError."""
+    mounts = mounts_of(table)
+    asked = {_real(path, mounts) for path in (*VISIBLE, *visible)}
+    gone = {_real(path, mounts) for path in hidden}
+    there = {
+        path for path in mounts if path != "/" and not _is_within(path, OWN) and not _is_within(path, gone)
+    }
+    shown = {path for path in there if _is_within(path, asked)}
+    homes = {_real(path, mounts) for path in NOT_VISIBLE}
+    covered = _fold({path for path in there | homes if not _is_within(path, asked)})
+    # a directory of what is covered, which has no mount of its own
+    shown |= {path for path in asked if _is_within(path, covered) and _may_be_shown(path, mounts)}
+    if 1 + len(shown) + len(covered) > _PLACES_MAX:
+        raise ConfigError(
+            f"{len(shown)} file systems lie in the visible paths, and {len(covered)} are to be covered:"
+            f" a job takes {_PLACES_MAX}",
+            hint="name directories in visible_paths that have fewer mounts in them",
+        )
+    places = [
+        Place(path, "bound" if _asks_others(path, mounts) else "visible", mounts.get(path))
+        for path in {"/", *shown}
+    ]
+    places += [Place(path, "cover") for path in covered]
+    return tuple(sorted(places, key=lambda place: [name for name in place.path.split("/") if name]))
+
+
+def _real(path: str, mounts: Mapping[str, Mount]) -> str:
+    """*path* without links, but for those in a file system that asks others.
+
+    Unlike os.path.realpath this asks no such file system: a server that is gone answers nobody, and the
+    launcher would wait for it.
+    """
+    real, left, links = "/", path.split("/"), 0
+    while left:
+        name = left.pop(0)
+        next_path = os.path.normpath(os.path.join(real, name))
+        # without its root file system a host does nothing at all
+        if next_path != "/" and next_path in mounts and _asks_others(next_path, mounts):
+            return os.path.normpath(os.path.join(next_path, *left))
+        target = "" if name in ("", "..") or next_path in mounts else _link(next_path)
+        if not target:
+            real = next_path
+            continue
+        links += 1
+        if links > _LINKS_MAX:
+            return os.path.normpath(os.path.join(next_path, *left))
+        left[:0] = target.split("/")
+        if target.startswith("/"):
+            real = "/"
+    return real
+
+
+def _link(path: str) -> str:
+    """Where a link leads to; nothing for what is none, or is not there."""
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""
+
+
+def _may_be_shown(path: str, mounts: Mapping[str, Mount]) -> bool:
+    # what is not asked here is told by init, which may wait
+    return _asks_others(path, mounts) or os.path.isdir(path)
+
+
+def _asks_others(path: str, mounts: Mapping[str, Mount]) -> bool:
+    """Whether the file system that *path* lies in asks others; where nothing is known of it, no."""
+    while path != "/" and path not in mounts:
+        path = os.path.dirname(path)
+    mount = mounts.get(path)
+    return mount is not None and mount.type.split(b".")[0] in _ASK_OTHERS
+
+
+def mounts_of(table: bytes) -> dict[str, Mount]:
+    """Of each mount point the mount that is seen there; *table* is that of proc_pid_mountinfo(5)."""
+    return {
+        mount.point: Mount(b"%d" % mount.id, mount.device.encode(), mount.fs_type.encode())
+        for mount in parse_mounts(os.fsdecode(table))
+    }
+
+
+def _is_within(path: str, tops: Collection[str]) -> bool:
+    """Whether it is one of *tops*, or lies in one."""
+    while path not in tops:
+        if path == "/":
+            return False
+        path = os.path.dirname(path)
+    return True
+
+
+def _outermost(paths: set[str]) -> set[str]:
+    return {path for path in paths if not _is_within(os.path.dirname(path), paths)}
+
+
+def _fold(paths: set[str]) -> set[str]:
+    """At most so many: the deepest give way to the directories that they lie in, which show nothing else."""
+    paths = _outermost(paths)
+    while len(paths) > _COVERS_MAX:
+        parents = {path: os.path.dirname(path) for path in paths}
+        parents = {
+            path: parent
+            for path, parent in parents.items()
+            if parent != "/" and not any(_is_within(each, (parent,)) for each in OWN)
+        }
+        if not parents:
+            break
+        depth = max(path.count("/") for path in parents)
+        deepest = {path: parent for path, parent in parents.items() if path.count("/") == depth}
+        paths = _outermost((paths - deepest.keys()) | set(deepest.values()))
+    return paths

@@ -1,0 +1,178 @@
+"""What the network process keeps when it gives root up, and so all that an attacker within it has.
+
+The order matters. The bounding set is emptied while root, which takes CAP_SETPCAP. Landlock comes before any
+thread, since it holds for the calling one and its children. The filter of system calls comes last: it would
+stop the steps before it. The launcher was spawned long before, so none of this is its own.
+"""
+
+import ctypes
+import os
+import platform
+import resource
+import struct
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from pjw.errors import ConfigError, KernelError, describe_errno
+from pjw.server.config import ServerConfig
+from pjw.server.landlock import OWN, READ, READ_FILE, WRITE_FILE, Beneath, landlock_abi, restrict_files
+from pjw.server.syscalls import architecture_of, filter_system_calls
+
+# linux/prctl.h, linux/capability.h
+_PR_SET_DUMPABLE, _PR_CAPBSET_READ, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 4, 23, 24, 38
+_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
+_CAPABILITY_VERSION_3: Final = 0x20080522
+_SECCOMP_ACTIONS: Final = "/proc/sys/kernel/seccomp/actions_avail"
+
+# What the server reads after it has given root up. Every user may read these; homes, data and other mounts
+# are not among them. A library that talks to a device, say, would need another entry here.
+READABLE: Final = (
+    # the resolver's files, each replaced by a rename now and then, so that a rule for one would not last
+    "/etc",
+    # libraries that libc loads when a name is first looked up; time zones; a traceback's lines
+    "/usr",
+    "/lib",
+    "/lib64",
+    sys.prefix,
+    sys.base_prefix,
+    # its own numbers, for metrics; how many processors there are
+    "/proc",
+    "/sys/devices/system",
+    "/dev/urandom",
+)
+_RESOLVER: Final = "/etc/resolv.conf"
+# Descriptors of the network process: a follower has two, a running job one, a connection one. The rest is for
+# launches under way, and for files that are open for a moment.
+_DESCRIPTORS_SPARE: Final = 4096
+# environment variables that name files for the exporter of traces
+_TRACES_FILES: Final = ("CERTIFICATE", "CLIENT_KEY")
+
+
+@dataclass(frozen=True, slots=True)
+class Sandbox:
+    """What one server needs: the directory of its own files, where it listens, how many descriptors."""
+
+    own_directory: int
+    # None: any port, since one of them is the kernel's choice
+    ports: Sequence[int] | None
+    descriptors: int
+
+
+def enter(sandbox: Sandbox, uid: int) -> None:
+    """Become *uid* for good, with nothing but what *sandbox* says. Raises ConfigError or KernelError."""
+    _require_one_thread()
+    _empty_bounding_set()
+    _become(uid)
+    _clear_capabilities()
+    _prctl("set no_new_privs on", _PR_SET_NO_NEW_PRIVS, 1)
+    # a core file, or whoever attaches as the same user, would have the private key
+    _prctl("keep others out of", _PR_SET_DUMPABLE, 0)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limit_descriptors(sandbox.descriptors)
+    restrict_files(rules(sandbox.own_directory), sandbox.ports)
+    filter_system_calls()
+
+
+def descriptors_for(config: ServerConfig) -> int:
+    """How many descriptors the network process may have: enough for its limits, far fewer than the launcher.
+
+    Where the configuration has no limit, neither has this.
+    """
+    streams, jobs = config.clients.followers_total_max, config.clients.running_total_max
+    if not streams or not jobs:
+        return 2**31 - 1
+    return _DESCRIPTORS_SPARE + config.port.connections_max + 2 * streams + jobs
+
+
+def limit_descriptors(wanted: int) -> None:
+    """Lower the limit of descriptors, for good; one that is lower already stays."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    limit = min(wanted, hard) if hard != resource.RLIM_INFINITY else wanted
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+
+
+def rules(own_directory: int) -> list[Beneath]:
+    """Which files may be opened."""
+    # The resolver's file may be a link to where a service keeps it.
+    resolver = os.path.dirname(os.path.realpath(_RESOLVER))
+    traces = [
+        value
+        for name, value in os.environ.items()
+        if name.startswith("OTEL_EXPORTER_OTLP_") and name.endswith(_TRACES_FILES)
+    ]
+    return [
+        Beneath(own_directory, OWN),
+        *(Beneath(path, READ) for path in dict.fromkeys((*READABLE, resolver)) if path != "/"),
+        *(Beneath(path, READ_FILE) for path in traces),
+        Beneath(os.devnull, READ_FILE | WRITE_FILE),
+    ]
+
+
+def status() -> Iterator[tuple[bool | None, str, str | None]]:
+    """Which parts of the sandbox this host offers: whether it is there, in words, and what to do."""
+    try:
+        architecture_of(platform.machine())
+    except ConfigError as error:
+        yield False, str(error), error.hint
+    else:
+        there = os.path.exists(_SECCOMP_ACTIONS)
+        text = "sandbox of the server: " + ("system calls are filtered" if there else "no seccomp filter")
+        yield there, text, None if there else "this kernel was built without CONFIG_SECCOMP_FILTER"
+    if abi := landlock_abi():
+        yield True, f"sandbox of the server: files by Landlock, ABI {abi}", None
+    else:
+        yield (
+            None,
+            "sandbox of the server: no Landlock, so it may read what every user may read",
+            "Linux has it since 5.13 (CONFIG_SECURITY_LANDLOCK); landlock must be in lsm= at boot",
+        )
+
+
+def _require_one_thread() -> None:
+    if len(threads := os.listdir("/proc/self/task")) != 1:
+        raise ConfigError(f"cannot confine the server: it has {len(threads)} threads already")
+
+
+def _empty_bounding_set() -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    number = 0
+    # the kernel knows where its list ends
+    while (held := libc.prctl(_PR_CAPBSET_READ, number, 0, 0, 0)) >= 0:
+        if held and libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0) != 0:
+            raise ConfigError(
+                f"cannot empty the bounding set: {describe_errno(ctypes.get_errno())}",
+                hint="this takes the capability CAP_SETPCAP",
+            )
+        number += 1
+
+
+def _become(uid: int) -> None:
+    try:
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot become user {uid}: {describe_errno(error.errno or 0)}",
+            hint="this takes the capabilities CAP_SETUID and CAP_SETGID",
+        ) from error
+    try:
+        os.setresuid(0, 0, 0)
+    except PermissionError:
+        return
+    raise ConfigError("cannot drop root: it could be taken back")
+
+
+def _clear_capabilities() -> None:
+    # The kernel takes the others with the last user id of root, but not what could be inherited.
+    header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
+    if ctypes.CDLL(None, use_errno=True).capset(header, bytes(24)) != 0:
+        raise KernelError("clear the capabilities of", "the server", ctypes.get_errno())
+    _prctl("clear the ambient capabilities of", _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
+
+
+def _prctl(operation: str, option: int, argument: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).prctl(option, argument, 0, 0, 0) != 0:
+        raise KernelError(operation, "the server", ctypes.get_errno())

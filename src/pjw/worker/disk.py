@@ -1,0 +1,240 @@
+"""Keeps some of the disk free: ends the largest job of the client with most, before a file system is full."""
+
+import asyncio
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final
+
+from pjw.errors import JobStateError, LauncherGoneError, PjwError
+from pjw.model import JobState
+from pjw.worker.job import LiveJob
+from pjw.worker.launcher_client import LauncherClient, readable
+from pjw.worker.settings import DiskMarks
+from pjw.worker.state_dir import StateDir
+
+LOOK_SECONDS: Final = 1.0
+# How often scratch is counted where the operator bounds what clients store.
+COUNT_SECONDS: Final = 60
+# The launcher's process counts for 3 s.
+_ANSWER_SECONDS: Final = 15
+# When the end of a job has freed nothing for so long, another job is ended as well.
+_RELIEF_SECONDS: Final = 10
+# Ending a job of a client that has less than this part of the mark would be of no use.
+_WORTH: Final = 100
+# how often the log repeats what nothing can be done about
+_SAY_AGAIN_SECONDS: Final = 600
+
+log: Final = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ScratchUse:
+    """What a job has in its scratch directory."""
+
+    bytes: int
+    inodes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Shortage:
+    """Too little of something (`bytes` or `inodes`) is free on a file system."""
+
+    of: str
+    free: int
+    mark: int
+
+
+class DiskSampler:
+    """Samples the free space of the file systems that jobs write to, once a second while there are jobs.
+
+    The kernel has no event for free space. Below a mark this finds the client with most scratch, and ends the
+    largest of its jobs: so no client can have others' jobs ended by having many small ones.
+    """
+
+    def __init__(
+        self,
+        state: StateDir,
+        scratch: int,
+        launcher: LauncherClient,
+        live: Mapping[int, LiveJob],
+        used: dict[int, ScratchUse],
+        marks: DiskMarks,
+        end: Callable[[LiveJob], None],
+    ) -> None:
+        """Take over the descriptor *scratch*; *used* is what was last counted; *end* ends a job by force."""
+        self.marks = marks
+        # whether scratch is counted also while there is enough space
+        self.counts = False
+        self._state: Final = state
+        self._scratch: Final = scratch
+        self._launcher: Final = launcher
+        self._live: Final = live
+        self._used: Final = used
+        self._end: Final = end
+        self._begun: Final = asyncio.Event()
+        self._counted_at = float("-inf")
+        self._said_at = float("-inf")
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        os.close(self._scratch)
+
+    def job_began(self) -> None:
+        """There is a job to look after."""
+        self._begun.set()
+
+    async def run(self) -> None:
+        """Look for ever."""
+        for live in list(self._live.values()):
+            # what a worker before us had begun
+            if self._state.is_ended_for_disk(live.job.id):
+                self._end(live)
+        while True:
+            if not self._live:
+                self._begun.clear()
+                await self._begun.wait()
+            try:
+                await self._look()
+            except LauncherGoneError:
+                raise
+            except (PjwError, OSError) as error:
+                self._say("cannot look after the free space of the disk: %s", error)
+            await asyncio.sleep(LOOK_SECONDS)
+
+    async def _look(self) -> None:
+        self._state.store.reserve()
+        for descriptor in self._file_systems():
+            shortage = _shortage(os.fstatvfs(descriptor), self.marks)
+            if shortage is not None:
+                await self._relieve(descriptor, shortage)
+                return
+        if self.counts and asyncio.get_running_loop().time() - self._counted_at > COUNT_SECONDS:
+            await self._count()
+
+    def _file_systems(self) -> Iterator[int]:
+        yield self._scratch
+        if not self._shared:
+            yield self._state.descriptor
+
+    @property
+    def _shared(self) -> bool:
+        return os.fstat(self._scratch).st_dev == os.fstat(self._state.descriptor).st_dev
+
+    async def _relieve(self, descriptor: int, shortage: _Shortage) -> None:
+        await self._count()
+        freed = {job_id: self._freed(live, descriptor, shortage.of) for job_id, live in self._endable()}
+        live = self._largest(freed, shortage.mark // _WORTH)
+        if live is None:
+            self._say(
+                "a file system that jobs write to has %d %s free where %d should be, and no job has"
+                " enough of it to be ended",
+                shortage.free,
+                shortage.of,
+                shortage.mark,
+            )
+            return
+        self._state.note_end_for_disk(live.job.id)
+        log.warning(
+            "ended job %d of %s, which has %d %s on a file system with %d free where %d should be",
+            live.job.id,
+            live.job.client_name,
+            freed[live.job.id],
+            shortage.of,
+            shortage.free,
+            shortage.mark,
+        )
+        self._end(live)
+        await self._wait_for_relief(live, descriptor, shortage)
+
+    def _largest(self, freed: Mapping[int, int], least: int) -> LiveJob | None:
+        """The largest job of the client that has most; None when that is less than *least*, or nothing."""
+        by_client: Counter[str] = Counter()
+        for job_id, amount in freed.items():
+            by_client[self._live[job_id].job.client_name] += amount
+        if not by_client:
+            return None
+        [(client, most)] = by_client.most_common(1)
+        if most < max(least, 1):
+            return None
+        own = (job_id for job_id in freed if self._live[job_id].job.client_name == client)
+        return self._live[max(own, key=freed.__getitem__)]
+
+    async def _wait_for_relief(self, live: LiveJob, descriptor: int, shortage: _Shortage) -> None:
+        """Wait for the removal of what an ended job had, as long as that gives something back."""
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_RELIEF_SECONDS):
+                    await live.removed.wait()
+                return
+            # millions of files take minutes
+            now = _shortage(os.fstatvfs(descriptor), self.marks)
+            if now is None or now.of != shortage.of or now.free <= shortage.free:
+                return
+            shortage = now
+
+    def _endable(self) -> list[tuple[int, LiveJob]]:
+        return [
+            (job_id, live)
+            for job_id, live in self._live.items()
+            if live.job.state in (JobState.RUNNING, JobState.STOPPING)
+            and not self._state.is_ended_for_disk(job_id)
+        ]
+
+    def _freed(self, live: LiveJob, descriptor: int, what: str) -> int:
+        """What the end of a job gives back to a file system. Its output is kept."""
+        freed = 0
+        if descriptor == self._scratch:
+            freed += getattr(self._used.get(live.job.id, ScratchUse(0, 0)), what)
+        if what == "bytes" and (descriptor != self._scratch or self._shared):
+            freed += self._state.input_size(live.job)
+        return freed
+
+    def _say(self, words: str, *arguments: object) -> None:
+        now = asyncio.get_running_loop().time()
+        if now - self._said_at > _SAY_AGAIN_SECONDS:
+            self._said_at = now
+            log.error(words, *arguments)
+
+    async def _count(self) -> None:
+        try:
+            words = await self._launcher.request_scratch_use()
+        except JobStateError:
+            return  # one of before still counts
+        try:
+            os.set_blocking(words, False)
+            async with asyncio.timeout(_ANSWER_SECONDS):
+                text = await _read_all(words)
+        except TimeoutError:
+            return
+        finally:
+            os.close(words)
+        self._counted_at = asyncio.get_running_loop().time()
+        self._used.clear()
+        for line in text.splitlines():
+            job_id, size, inodes = map(int, line.split())
+            self._used[job_id] = ScratchUse(size, inodes)
+
+
+async def _read_all(descriptor: int) -> bytes:
+    chunks: list[bytes] = []
+    while True:
+        await readable(descriptor)
+        chunk = os.read(descriptor, 65_536)
+        if not chunk:
+            return b"".join(chunks)
+        chunks.append(chunk)
+
+
+def _shortage(status: os.statvfs_result, marks: DiskMarks) -> _Shortage | None:
+    free, mark = status.f_bavail * status.f_frsize, marks.bytes_of(status.f_blocks * status.f_frsize)
+    if free < mark:
+        return _Shortage("bytes", free, mark)
+    mark = marks.inodes_of(status.f_files)
+    # some file systems have no number of inodes
+    if status.f_files and status.f_favail < mark:
+        return _Shortage("inodes", status.f_favail, mark)
+    return None
