@@ -49,4 +49,4 @@ if [ $# = 0 ]; then
         set -- "$@" --ignore "tests/root/test_$name.py"
     done
 fi
-exec /opt/pjw/bin/python -B -m pytest -p no:cacheprovider --root --junitxml=/out/junit.xml --durations=10 "$@"
+PJW_PYTHON=/opt/pjw/bin/python exec scripts/run-tests --junitxml=/out/junit.xml --durations=10 "$@"
