@@ -111,6 +111,13 @@ class Service:
         finally:
             os.close(pidfd)
 
+    def await_log(self, words: str) -> None:
+        """Wait until its log has *words*: a thread writes it, at times after the call has been answered."""
+        try:
+            wait_for(lambda: words in self.log.read_text())
+        except AssertionError:
+            raise AssertionError(f"no {words!r} in the log:\n{self.log.read_text()}") from None
+
     @property
     def pid(self) -> int:
         """The server's pid."""

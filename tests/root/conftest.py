@@ -5,9 +5,10 @@ import shutil
 import signal
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
@@ -15,7 +16,7 @@ from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker import Worker
 from tests.root.init_harness import JOB_UID, Harness, build_init, processes_of
 from tests.scene import Scene, config_of
-from tests.service import Service, instance_cgroups, wait_for
+from tests.service import Service, end_all, instance_cgroups, wait_for
 from tests.worker_harness import Bench, open_bench, uid_range
 
 
@@ -63,12 +64,11 @@ def make_service() -> Iterator[Callable[..., Service]]:
         return service
 
     yield make
-    try:
-        for service in made:
-            finish(service)
-    finally:
+    with ExitStack() as stack:
         for directory in directories:
-            shutil.rmtree(directory)
+            stack.callback(shutil.rmtree, directory)
+        for service in made:
+            stack.callback(finish, service)
 
 
 @pytest.fixture
@@ -96,13 +96,13 @@ def finish(service: Service) -> None:
     """Stop every job and the service; nothing of them may be left, and the log shows no bug of ours."""
     if service.process is None:
         return
-    for crt in service.certs.glob("*.crt"):
-        if crt.stem in ("ca", "server"):
-            continue
-        with service.stub(crt.stem) as stub:
-            for job in stub.List(pb.ListRequest()).jobs:
-                if not job.HasField("end"):
-                    stub.Stop(pb.StopRequest(id=job.id, grace=Duration()), timeout=30)
+    try:
+        _stop_jobs(service)
+    except grpc.RpcError:
+        # a test that failed half way: the next one must not find what it left
+        service.stop()
+        end_all(service.state)
+        raise
     # some tests have clients of their own, whose last job may be about to end
     with suppress(AssertionError):
         wait_for(lambda: not service.job_cgroups() and not service.scratch(), 30)
@@ -115,6 +115,16 @@ def finish(service: Service) -> None:
     assert (left, scratch, code) == ([], [], 0), log
     assert os.listdir(service.state / "scratch") == []
     assert "Traceback" not in log, log
+
+
+def _stop_jobs(service: Service) -> None:
+    for crt in service.certs.glob("*.crt"):
+        if crt.stem in ("ca", "server"):
+            continue
+        with service.stub(crt.stem) as stub:
+            for job in stub.List(pb.ListRequest()).jobs:
+                if not job.HasField("end"):
+                    stub.Stop(pb.StopRequest(id=job.id, grace=Duration()), timeout=30)
 
 
 @pytest.fixture(scope="session")

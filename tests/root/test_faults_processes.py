@@ -76,7 +76,7 @@ def test_the_launcher_stopped_for_good(scene: Scene) -> None:
         scene.kill(scene.service.pid)
         scene.restart()
         assert select.select([launcher], [], [], 0)[0]
-        assert f"killed launcher {pid}, which hung" in scene.service.log.read_text()
+        scene.service.await_log(f"killed launcher {pid}, which hung")
     finally:
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(launcher, signal.SIGCONT)

@@ -113,7 +113,7 @@ def test_who_is_let_in_is_the_operator_s_to_say(make_service: Callable[..., Serv
         grpc.StatusCode.PERMISSION_DENIED,
         "mallory is not among the clients of this server",
     )
-    assert "client 'mallory' is refused: it is not among allowed_clients" in own.log.read_text()
+    own.await_log("client 'mallory' is refused: it is not among allowed_clients")
     job_id = own.start_job("exec sleep 1000")
     with own.stub("alice") as stub:
         follower = stub.Logs(pb.LogsRequest(id=job_id))

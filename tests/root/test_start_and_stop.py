@@ -93,7 +93,7 @@ def test_a_step_of_a_start_that_fails_is_named(make_service: Callable[..., Servi
     assert (f"ERROR: {trial}" in said, f"missing  {trial}" in done.stdout) == (True, True), said + done.stdout
     assert code == 125
     assert "cannot hide /var/lib/pjw-test-loop for job 1: too many levels of symbolic links (ELOOP)" in words
-    assert "cannot hide /var/lib/pjw-test-loop for job 1" in service.log.read_text()
+    service.await_log("cannot hide /var/lib/pjw-test-loop for job 1")
 
 
 def test_the_state_directory_cannot_be_entered(service: Service) -> None:

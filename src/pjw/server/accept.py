@@ -38,8 +38,8 @@ class Gate(Protocol):
 
 def make_server(options: Sequence[tuple[str, int]], gate: Gate | None = None) -> grpc.aio.Server:
     """A grpc.aio server for methods that are known by name before it starts."""
-    if not any(isinstance(one, _ForeignText) for one in _grpc_log.filters):
-        _grpc_log.addFilter(_ForeignText())
+    if not any(isinstance(one, _DoneByCallers) for one in _grpc_log.filters):
+        _grpc_log.addFilter(_DoneByCallers())
     return cast("grpc.aio.Server", _Server(options, gate))
 
 
@@ -142,8 +142,13 @@ def _look_at_end(task: asyncio.Task[None]) -> None:
         log.error("a call of no method failed", exc_info=error)
 
 
-class _ForeignText(logging.Filter):
-    """gRPC logs a traceback for metadata that is no UTF-8: a client could fill the log with them."""
+class _DoneByCallers(logging.Filter):
+    """Drops the tracebacks that gRPC logs for what a caller did: any client could fill the log with them.
+
+    They are of metadata that is no UTF-8, and of an answer whose caller hung up as gRPC began to send it.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and isinstance(record.exc_info[1], cygrpc.ExecuteBatchError):
+            return False
         return not str(record.msg).startswith("Invalid encoding on")
