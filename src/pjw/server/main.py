@@ -261,13 +261,15 @@ def _name_the_unread(path: str | None) -> None:
 
 
 def _config_show(arguments: argparse.Namespace) -> int:
-    from pjw.server.config import config_of, read_values
+    from pjw.server.config import config_of, read_values, removed_keys
     from pjw.server.effective import as_json, as_toml, settings_of
 
     path, options = arguments.config, _options(arguments)
     _name_the_unread(path)
     values = read_values(path)
     settings = settings_of(config_of(path, values, options), values, options)
+    for words in removed_keys(values):
+        print(f"pjwd: warning: {words}", file=sys.stderr)
     print(as_json(settings) if arguments.format == "json" else as_toml(settings, path), end="")
     return 0
 
