@@ -22,6 +22,7 @@ LISTEN_VARIABLE: Final = "PJWD_LISTEN"
 # what packaging/pjwd.service reads
 _UNIT_CONFIG: Final = "/etc/pjw/pjwd.toml"
 EXIT_FAILED: Final = 1
+EXIT_INTERRUPTED: Final = 130
 DEFAULT_SERVER: Final = "localhost:50051"
 LEAF_DAYS: Final = 365
 # options that are keys of the configuration, too
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"hint: {error.hint}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
-        return 130
+        return EXIT_INTERRUPTED
     except ReaderGoneError:
         return EXIT_CLOSED_PIPE
 

@@ -42,7 +42,7 @@ from pjw.errors import (
     PjwError,
     describe_errno,
 )
-from pjw.model import EndReason, JobState
+from pjw.model import KNOWN_STATES, EndReason
 from pjw.server.address import held_addresses, shown_address
 from pjw.server.audit import CANCELLED, CallRecord
 from pjw.server.connections import ConnectionNumbers, Connections
@@ -280,7 +280,7 @@ def _port(numbers: ConnectionNumbers) -> Iterator[Metric]:
 
 def _jobs(numbers: WorkerNumbers) -> Iterator[Metric]:
     clients = numbers.clients.values()
-    live = [(state.value, numbers.live.get(state, 0)) for state in JobState if not state.final]
+    live = [(state.value, numbers.live.get(state, 0)) for state in KNOWN_STATES if not state.final]
     stored = sum(client.stored_jobs for client in clients)
     yield _by(
         "pjw_jobs", "Jobs by state; ended ones are those that are kept.", "state", [*live, ("ended", stored)]
