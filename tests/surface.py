@@ -54,6 +54,7 @@ from pjw.server import config as server_config
 from pjw.server import main as pjwd
 from pjw.server.connections import CAUSES, ConnectionNumbers
 from pjw.v1 import job_worker_pb2 as pb
+from pjw.worker import Part
 from pjw.worker.input import InputWriter
 from pjw.worker.numbers import ClientNumbers, WorkerNumbers
 
@@ -64,13 +65,14 @@ _NOW: Final = datetime(2026, 1, 1, tzinfo=UTC)
 
 # --- Python
 
-# Of these classes, which serve pjwd too, the methods that programs may call.
+# Of these classes, which serve pjwd too, the members that programs may use.
 _FOR_PROGRAMS: Final[Mapping[type, frozenset[str]]] = {
     pjw.Worker: frozenset(
         {"close", "delete", "get", "list", "logs", "open", "quota", "start", "stop", "usage_history", "wait"}
         | {"write_input"}
     ),
     InputWriter: frozenset({"write"}),
+    Part: frozenset(),
 }
 
 

@@ -101,9 +101,9 @@ def make_client(authority: Pair, name: str, *, days: int = LEAF_DAYS) -> Pair:
     return _issue(authority, subject, ExtendedKeyUsageOID.CLIENT_AUTH, days)
 
 
-def init_directory(directory: str, *, days: int = CA_DAYS) -> list[str]:
+def init_directory(directory: str) -> list[str]:
     """Write a new CA to *directory*, as ca.crt and ca.key; return the paths."""
-    return write_new(directory, _files("ca", make_authority(days=days)))
+    return write_new(directory, _files("ca", make_authority()))
 
 
 def init_set(
@@ -112,14 +112,13 @@ def init_set(
     names: Sequence[str],
     *,
     days: int = LEAF_DAYS,
-    ca_days: int = CA_DAYS,
     bundle_server: str | None = None,
 ) -> list[str]:
     """Write a new CA with a server's and some clients' certificates, all or none; return the paths.
 
     With *bundle_server*, where clients connect to, each client's also as a bundle.
     """
-    authority = make_authority(days=ca_days)
+    authority = make_authority()
     files = _files("ca", authority) + _files("server", make_server(authority, hosts, days=days))
     for name in dict.fromkeys(names):
         _check_file_name(name)
