@@ -480,7 +480,7 @@ BROKEN: Final[dict[str, tuple[str, str]]] = {
     ),
     "no list": ('revoked = "/nosuch"', "cannot read revocation list /nosuch"),
     "a limit above its ceiling": ("[ceilings]\npids_max = 3", "above its ceiling"),
-    "metrics for all": ('[metrics]\nlisten = "0.0.0.0:1"', "which other hosts may reach"),
+    "no address of metrics": ("[metrics]\nlisten = '[::1:9464'", "is not HOST:PORT"),
 }
 
 
