@@ -49,18 +49,28 @@ _REQUEST_ID: Final = re.compile(r"[!-~]{1,64}")
 
 
 class JobState(StrEnum):
-    """Where in its life a job is. EXITED and LOST are final."""
+    """Where in its life a job is. EXITED and LOST are final.
+
+    UNKNOWN is what a client calls a state that only a newer server knows; such a job has not ended.
+    """
 
     STARTING = "starting"
     RUNNING = "running"
     STOPPING = "stopping"
     EXITED = "exited"
     LOST = "lost"
+    UNKNOWN = "unknown"
 
     @property
     def final(self) -> bool:
         """Whether nothing can happen to the job any more."""
         return self in (JobState.EXITED, JobState.LOST)
+
+
+# those that this version knows, in the order of the contract
+KNOWN_STATES: Final[tuple[JobState, ...]] = tuple(
+    state for state in JobState if state is not JobState.UNKNOWN
+)
 
 
 class EndReason(StrEnum):

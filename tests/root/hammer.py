@@ -34,7 +34,7 @@ class Hammer:
         """Ask for ever."""
         while True:
             try:
-                self._stub.Start(pb.StartRequest(command="true"))
+                self._stub.Start(pb.StartRequest(command="sleep 1000"))
             except grpc.RpcError as error:
                 if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
                     raise

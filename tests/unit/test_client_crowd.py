@@ -19,6 +19,7 @@ from pjw.client.sync import Client
 from pjw.errors import LimitReachedError, ServerUnreachableError
 from pjw.model import Job, JobSpec, JobState, Limits
 from pjw.rpc.convert import job_to_message
+from pjw.server import quota
 from pjw.server.authz import Caller
 from pjw.server.config import ServerConfig
 from pjw.server.guard import Guard
@@ -141,9 +142,12 @@ async def test_a_start_goes_past_jobs_that_do_not_end(certs: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [AsyncClient, Client])
-async def test_starts_go_on_at_the_rate_that_is_granted(certs: Path, kind: type[Any]) -> None:
+async def test_starts_go_on_at_the_rate_that_is_granted(
+    certs: Path, kind: type[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A client that has been let in waits for its turn; one that never was is told at once (U1)."""
-    slow = ClientLimits(starts_per_second=100, starts_burst=10)
+    monkeypatch.setattr(quota, "STARTS_REST_SECONDS", 0.1)
+    slow = ClientLimits(starts_per_second=100)
     async with crowd(certs, 1, slow) as (server, connect):
         if kind is AsyncClient:
             async with connect(AsyncClient) as client:
@@ -156,7 +160,7 @@ async def test_starts_go_on_at_the_rate_that_is_granted(certs: Path, kind: type[
                 starts = [loop.run_in_executor(threads, client.start, JobSpec("true")) for _ in range(30)]
                 await asyncio.gather(*starts)
         assert server.answered == 31
-    async with crowd(certs, 1, ClientLimits(starts_per_second=0.001, starts_burst=1)) as (_, connect):
+    async with crowd(certs, 1, ClientLimits(starts_per_second=0.001)) as (_, connect):
         async with connect(AsyncClient) as client:
             await client.start(JobSpec("true"))
         async with connect(AsyncClient) as client:

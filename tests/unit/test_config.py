@@ -11,7 +11,16 @@ import pytest
 from pjw.errors import ConfigError
 from pjw.model import Limits, Share, Sums
 from pjw.server.authz import Roles
-from pjw.server.config import JobUsers, KeptJobs, Metrics, ServerConfig, Traces, load_config
+from pjw.server.config import (
+    REMOVED,
+    JobUsers,
+    KeptJobs,
+    Metrics,
+    ServerConfig,
+    load_config,
+    read_values,
+    removed_keys,
+)
 from pjw.server.quota import ClientLimits
 from pjw.worker.host import default_ceiling, default_sums, resources
 from pjw.worker.settings import FLOOR, NO_LIMIT_ONLY, Quotas, Retention, Shares, WorkerSettings
@@ -54,7 +63,6 @@ stored_bytes_max = 8
 stored_bytes_total_max = 9
 input_bytes_max = 10
 starts_per_second = 0.5
-starts_burst = 1
 calls_max = 2
 followers_max = 3
 followers_total_max = 4
@@ -68,10 +76,6 @@ cpu_max_millicores = 0
 pids_max = 100
 [metrics]
 listen = "localhost:9464"
-allow_remote = true
-clients_max = 3
-[traces]
-endpoint = "http://[::1]:4317"
 [host]
 memory_max_bytes = 4_294_967_296
 pids_max = 0
@@ -147,12 +151,11 @@ def test_every_key_is_taken(tmp_path: Path) -> None:
     assert (config.listen, config.ca_crt, config.server_crt) == ("[::1]:7", "/a", "/b")
     assert (config.server_key, config.state_dir) == ("/c", "/d")
     assert (config.log_level, config.log_format) == ("debug", "json")
-    assert config.metrics == Metrics("localhost:9464", True, 3)
-    assert config.traces == Traces("http://[::1]:4317")
+    assert config.metrics == Metrics("localhost:9464")
     assert config.roles == Roles(frozenset({"alice", "key-0123456789abcdef"}), frozenset({"bob"}))
     assert config.audit_log == "/var/log/pjw/audit.jsonl"
-    rates = ("starts_per_second", "starts_burst", "calls_max", "followers_max", "followers_total_max")
-    assert [getattr(config.clients, name) for name in rates] == [0.5, 1, 2, 3, 4]
+    rates = ("starts_per_second", "calls_max", "followers_max", "followers_total_max")
+    assert [getattr(config.clients, name) for name in rates] == [0.5, 2, 3, 4]
     settings = config.worker_settings(("/key",))
     assert settings.default_limits == Limits(memory_max_bytes=2**30)
     assert settings.ceiling.memory_max_bytes == 2**31
@@ -237,6 +240,27 @@ def test_an_unknown_key_is_answered_with_one_that_is_known(tmp_path: Path, text:
     assert str(caught.value.hint).startswith(hint) if hint else caught.value.hint is None
 
 
+def test_a_removed_key_is_warned_of_and_ignored(tmp_path: Path) -> None:
+    """Whatever its value is: pjwd starts with the file of before an upgrade."""
+    text = (
+        '[clients]\nstarts_burst = 0\ncalls_burst = "x"\nrunning_max = 7\n'
+        '[metrics]\nallow_remote = ""\nclients_max = []\n[traces]\nendpoint = "http://127.0.0.1:4317"\n'
+    )
+    path = written(tmp_path, text)
+    assert load_config(path).clients.running_max == 7
+    words = removed_keys(read_values(path))
+    assert sorted(each.partition(" was removed in ")[0] for each in words) == sorted(REMOVED)
+    assert all("; delete it: " in each for each in words)
+    assert removed_keys(read_values(written(tmp_path, WHOLE))) == []
+
+
+@pytest.mark.parametrize("text", ["metrics = 5", "[clients]\nstarts_bust = 1", "[clients.traces]\nx = 1"])
+def test_what_was_never_a_key_is_refused_still(tmp_path: Path, text: str) -> None:
+    """A removed key excuses no other mistake."""
+    with pytest.raises(ConfigError):
+        load_config(written(tmp_path, text))
+
+
 def test_certificates_lie_beside_the_configuration(tmp_path: Path) -> None:
     """V2: where nobody says where they are. As for a file of before, whose unit said it."""
     config = load_config(written(tmp_path, "server_crt = '/other'"), {"server_key": "/option"})
@@ -311,7 +335,6 @@ def test_every_key_and_default_is_documented() -> None:
         ("job_users", JobUsers),
         ("roles", Roles),
         ("metrics", Metrics),
-        ("traces", Traces),
     ):
         for field in msgspec.structs.fields(struct):
             assert f"`{table}.{field.name}`" in text

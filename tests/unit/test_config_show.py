@@ -107,6 +107,19 @@ def test_what_cannot_be_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
         assert words in capsys.readouterr().err
 
 
+def test_a_removed_key_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is not shown, and the operator sees what to delete."""
+    path = tmp_path / "pjwd.toml"
+    path.write_text("[clients]\nstarts_burst = 5\nrunning_max = 7\n")
+    assert main(["config", "show", "--config", str(path)]) == 0
+    out, err = capsys.readouterr()
+    assert "starts_burst" not in out
+    assert "running_max = 7 " in out
+    assert err.startswith(
+        "pjwd: warning: clients.starts_burst was removed in 0.1.0 and has no effect; delete it: "
+    )
+
+
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     """`pjwd --version`."""
     with pytest.raises(SystemExit) as caught:

@@ -17,19 +17,21 @@ from pjw.errors import (
     ProtocolError,
     WorkdirError,
 )
+from pjw.server import metrics
 from pjw.server.audit import CANCELLED, CallRecord
 from pjw.server.connections import Connections
 from pjw.server.log_writer import LogWriter
-from pjw.server.metrics import ServerMetrics
+from pjw.server.metrics import CLIENTS_SHOWN, OTHERS, ServerMetrics
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker import Worker
+from pjw.worker.numbers import ClientNumbers, WorkerNumbers
 
 
 def counted(record: CallRecord) -> list[str]:
     """The results that one start is counted as."""
-    metrics = ServerMetrics(cast("Worker", None), cast("Connections", None), cast("LogWriter", None))
-    metrics.call_ended(record)
-    [starts] = [family for family in metrics.registry.collect() if family.name == "pjw_starts"]
+    server_metrics = ServerMetrics(cast("Worker", None), cast("Connections", None), cast("LogWriter", None))
+    server_metrics.call_ended(record)
+    [starts] = [family for family in server_metrics.registry.collect() if family.name == "pjw_starts"]
     return [sample.labels["result"] for sample in starts.samples if sample.value]
 
 
@@ -64,3 +66,16 @@ async def test_who_did_not_wait_has_started_nothing() -> None:
     assert counted(record) == ["started"]
     record.code = CANCELLED
     assert counted(record) == ["cancelled"]
+
+
+def test_clients_beyond_the_busiest_are_one() -> None:
+    """A Prometheus gets so many series, and the numbers of all clients."""
+    clients = {f"client-{number:03}": ClientNumbers(number, 1, 10) for number in range(CLIENTS_SHOWN + 2)}
+    numbers = WorkerNumbers({}, {}, clients, 0, 0, 0, launcher_up=True)
+    running, stored, stored_bytes = (
+        {sample.labels["client"]: sample.value for sample in family.samples}
+        for family in metrics._clients(numbers)
+    )
+    assert len(running) == CLIENTS_SHOWN + 1
+    assert {"client-000", "client-001"}.isdisjoint(running)
+    assert (running[OTHERS], stored[OTHERS], stored_bytes[OTHERS]) == (0 + 1, 2, 20)

@@ -28,15 +28,6 @@ def test_what_pjw_depends_on(path: Path) -> None:
         assert versions.get(canonicalize_name(wanted.name), "none") in wanted.specifier, text
 
 
-@pytest.mark.parametrize("name", ["dev", "test"])
-def test_what_is_optional_is_tested(name: str) -> None:
-    """What checks and tests are run with has it all."""
-    versions = locked(ROOT / f"requirements/{name}.txt")
-    for texts in PROJECT["optional-dependencies"].values():
-        for wanted in map(Requirement, texts):
-            assert versions.get(canonicalize_name(wanted.name), "none") in wanted.specifier, wanted
-
-
 @pytest.mark.parametrize("path", SETS, ids=lambda path: path.stem)
 def test_one_version_for_all(path: Path) -> None:
     """What was tested is what is installed: all take their versions from dev.txt."""

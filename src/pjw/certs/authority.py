@@ -89,23 +89,21 @@ def make_server(authority: Pair, hosts: Sequence[str], *, days: int = LEAF_DAYS)
     )
 
 
-def make_client(
-    authority: Pair, name: str, *, days: int = LEAF_DAYS, client_name_oid: str = CLIENT_NAME_OID
-) -> Pair:
+def make_client(authority: Pair, name: str, *, days: int = LEAF_DAYS) -> Pair:
     """Issue a certificate to the client *name*."""
     _check_name(name)
     subject = x509.Name(
         [
             x509.NameAttribute(NameOID.COMMON_NAME, name),
-            x509.NameAttribute(x509.ObjectIdentifier(client_name_oid), name),
+            x509.NameAttribute(x509.ObjectIdentifier(CLIENT_NAME_OID), name),
         ]
     )
     return _issue(authority, subject, ExtendedKeyUsageOID.CLIENT_AUTH, days)
 
 
-def init_directory(directory: str, *, days: int = CA_DAYS) -> list[str]:
+def init_directory(directory: str) -> list[str]:
     """Write a new CA to *directory*, as ca.crt and ca.key; return the paths."""
-    return write_new(directory, _files("ca", make_authority(days=days)))
+    return write_new(directory, _files("ca", make_authority()))
 
 
 def init_set(
@@ -114,14 +112,13 @@ def init_set(
     names: Sequence[str],
     *,
     days: int = LEAF_DAYS,
-    ca_days: int = CA_DAYS,
     bundle_server: str | None = None,
 ) -> list[str]:
     """Write a new CA with a server's and some clients' certificates, all or none; return the paths.
 
     With *bundle_server*, where clients connect to, each client's also as a bundle.
     """
-    authority = make_authority(days=ca_days)
+    authority = make_authority()
     files = _files("ca", authority) + _files("server", make_server(authority, hosts, days=days))
     for name in dict.fromkeys(names):
         _check_file_name(name)
@@ -135,12 +132,7 @@ def write_server(directory: str, hosts: Sequence[str], *, days: int = LEAF_DAYS)
 
 
 def write_client(
-    directory: str,
-    name: str,
-    *,
-    days: int = LEAF_DAYS,
-    client_name_oid: str = CLIENT_NAME_OID,
-    bundle_server: str | None = None,
+    directory: str, name: str, *, days: int = LEAF_DAYS, bundle_server: str | None = None
 ) -> list[str]:
     """Write NAME.crt and NAME.key, issued by the CA in *directory*; return the paths.
 
@@ -148,7 +140,7 @@ def write_client(
     """
     _check_file_name(name)
     authority = load_authority(directory)
-    pair = make_client(authority, name, days=days, client_name_oid=client_name_oid)
+    pair = make_client(authority, name, days=days)
     return write_new(directory, _client_files(name, pair, authority, bundle_server))
 
 

@@ -19,7 +19,6 @@ from pjw.model import Job, JobState
 FORMATS: Final = ("table", "ids", "json", "jsonl")
 # the last signal that a job may be sent; higher numbers are real-time signals
 LAST_SIGNAL: Final = 31
-SHELLS: Final = ("bash", "zsh", "fish")
 # Somebody waits with a finger on the key.
 DEADLINE_SECONDS: Final = 2.0
 JOBS_MAX: Final = 100

@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 
 from pjw import errors
 from pjw.client.failures import CALL_SECONDS
-from pjw.model import ClientQuota, Job, JobSpec, JobState, UsageSample
+from pjw.model import KNOWN_STATES, ClientQuota, Job, JobSpec, JobState, UsageSample
 from pjw.rpc.convert import (
     job_from_message,
     quota_from_message,
@@ -298,7 +298,8 @@ def _job(message: pb.Job) -> Job:
         return job_from_message(message)
     except ValueError as error:
         raise errors.ServerFailedError(
-            f"cannot understand the answer of the server: {error}", hint="is it newer than this client?"
+            f"cannot understand the answer of the server: {error}",
+            hint="is it newer than this client?",
         ) from error
 
 
@@ -308,12 +309,11 @@ def _each(states: Iterable[JobState | str]) -> Iterable[JobState | str]:
 
 
 def _state(state: JobState | str) -> JobState:
-    try:
-        return JobState(state)
-    except ValueError:
+    if state not in KNOWN_STATES:
         raise errors.InvalidJobError(
-            f"no state of a job is called {state!r:.80}; there are {', '.join(JobState)}"
-        ) from None
+            f"no state of a job is called {state!r:.80}; there are {', '.join(KNOWN_STATES)}"
+        )
+    return JobState(state)
 
 
 def _checked_labels(labels: Mapping[str, str] | None) -> Mapping[str, str] | None:

@@ -8,6 +8,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from pjw.errors import InvalidJobError
 from pjw.model import (
+    KNOWN_STATES,
     ClientQuota,
     EndReason,
     ExitStatus,
@@ -23,7 +24,7 @@ from pjw.model import (
 )
 from pjw.v1 import job_worker_pb2 as pb
 
-_STATES: Final = {state: pb.JobState.Value(f"JOB_STATE_{state.name}") for state in JobState}
+_STATES: Final = {state: pb.JobState.Value(f"JOB_STATE_{state.name}") for state in KNOWN_STATES}
 _STATES_BACK: Final = {number: state for state, number in _STATES.items()}
 _REASONS: Final = {reason: pb.EndReason.Value(f"END_REASON_{reason.name}") for reason in EndReason}
 _REASONS_BACK: Final = {number: reason for reason, number in _REASONS.items()}
@@ -56,16 +57,17 @@ def job_to_message(job: Job) -> pb.Job:
 
 
 def job_from_message(message: pb.Job) -> Job:
-    """A job as it was sent. Raises ValueError for a state that this version does not know."""
+    """A job as it was sent. A state that only a newer server knows is UNKNOWN, such a reason None.
+
+    Raises ValueError for a message that no server sends.
+    """
     code = message.exit_code if message.HasField("exit_code") else None
     signal = message.signal if message.HasField("signal") else None
-    if message.state not in _STATES_BACK:
-        raise ValueError(f"unknown state {message.state} of job {message.id}")
     return Job(
         id=message.id,
         client_name=message.client_name,
         command=message.command,
-        state=_STATES_BACK[message.state],
+        state=_STATES_BACK.get(message.state, JobState.UNKNOWN),
         limits=Limits(**limits_from_message(message.limits)),
         start=message.start.ToDatetime(UTC),
         end=message.end.ToDatetime(UTC) if message.HasField("end") else None,

@@ -1,16 +1,13 @@
-"""Where pjwd listens and sends: what an address is, whether it can be had, and who could reach it."""
+"""Where pjwd listens: what an address is, whether it can be had, and who could reach it."""
 
 import errno
 import ipaddress
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from importlib.util import find_spec
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 from pjw.errors import ConfigError
-from pjw.server.config import Metrics, Traces
 
 # How many ports are tried for one that is free at every address of a name.
 PORTS_TRIED: Final = 16
@@ -42,51 +39,14 @@ def shown_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def metrics_address_of(metrics: Metrics) -> tuple[str, int] | None:
-    """Where metrics can be had, if they can. Raises ConfigError for what others reach, unless they may."""
-    if metrics.listen is None:
+def metrics_exposure(host: str, port: int) -> str | None:
+    """A warning when other hosts may reach the address of metrics."""
+    if _is_loopback(host):
         return None
-    host, port = parse_address(metrics.listen)
-    if not metrics.allow_remote and not _is_loopback(host):
-        raise ConfigError(
-            f"metrics.listen is {metrics.listen!r}, which other hosts may reach, without TLS",
-            hint="give a loopback address, such as 127.0.0.1:9464, or set metrics.allow_remote = true",
-        )
-    return host, port
-
-
-def traces_endpoint_of(traces: Traces) -> str | None:
-    """The endpoint for traces; None if there is none. Raises ConfigError."""
-    if traces.endpoint is None:
-        return None
-    what = f"traces.endpoint is {traces.endpoint!r}"
-    try:
-        url = urlsplit(traces.endpoint)
-        parse_address(url.netloc)
-    except (ValueError, ConfigError):
-        url = urlsplit("")
-    if url.scheme not in ("http", "https") or url.path.strip("/") or url.query or url.fragment:
-        raise ConfigError(
-            f"{what}, which is no URL for OTLP over gRPC", hint="for example http://127.0.0.1:4317"
-        )
-    return traces.endpoint
-
-
-def require_exporter() -> None:
-    """Raises ConfigError when OpenTelemetry, which sends traces, is not installed."""
-    if not _is_installed("opentelemetry.exporter.otlp.proto.grpc"):
-        raise ConfigError(
-            "traces.endpoint is set, but OpenTelemetry is not installed beside pjwd",
-            hint="pip install 'pjw[traces]'",
-        )
-
-
-def _is_installed(module: str) -> bool:
-    # looked for, not imported: gRPC may not be yet
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
+    return (
+        f"other hosts may reach the metrics at {shown_address(host, port)}, without TLS or a password;"
+        " names of clients are among them"
+    )
 
 
 def _is_loopback(host: str) -> bool:

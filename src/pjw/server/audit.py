@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Final, Protocol
@@ -45,7 +45,7 @@ class CallRecord:
 
     __slots__ = (
         "_all_clients", "_began", "_peer", "_time", "bytes", "code", "error", "identity", "job_id",
-        "metadata", "method",
+        "method",
     )  # fmt: skip
 
     def __init__(self, method: str, request: Message | None, peer: str) -> None:
@@ -53,8 +53,6 @@ class CallRecord:
         self.code = "OK"
         self.error: Exception | None = None
         self.bytes = 0
-        # what the call came with, for who asks
-        self.metadata: Callable[[], Iterable[tuple[str, str | bytes]] | None] = tuple
         self.method: Final = method
         self._time: Final = datetime.now(UTC)
         self._began: Final = time.monotonic()

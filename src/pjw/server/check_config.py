@@ -18,8 +18,8 @@ from pjw.certs.credentials import load_server_credentials
 from pjw.certs.files import ServerFiles, key_exposure
 from pjw.certs.revocation import load_revocation_list
 from pjw.errors import ConfigError, PjwError, describe_errno
-from pjw.server.address import held_addresses, require_exporter, shown_address
-from pjw.server.config import ServerConfig, load_config
+from pjw.server.address import held_addresses, metrics_exposure, shown_address
+from pjw.server.config import ServerConfig, config_of, read_values, removed_keys
 from pjw.server.plan import RELOAD_HINT, check_reloads, plan_of
 from pjw.server.start import server_uid
 from pjw.worker.host import resources
@@ -34,13 +34,15 @@ DISK_FREE_MINIMUM: Final = 1024**3
 def configuration_findings(path: str | None, options: Mapping[str, object]) -> Iterator[Finding]:
     """Each thing of a configuration that serve needs."""
     try:
-        config = load_config(path, options)
+        values = read_values(path)
+        config = config_of(path, values, options)
         plan = plan_of(config, os.path.abspath(path) if path else None)
     except ConfigError as error:
         yield False, str(error), error.hint
         return
     files = plan.files
     yield True, f"configuration {path}" if path else "configuration: options and defaults", None
+    yield from ((None, words, None) for words in removed_keys(values))
     yield from _attempt(lambda: f"server user: uid {server_uid(config.user, config.state_dir)}")
     try:
         credentials = load_server_credentials(files.ca_crt, files.server_crt, files.server_key)
@@ -54,8 +56,8 @@ def configuration_findings(path: str | None, options: Mapping[str, object]) -> I
     yield from _read_again(files)
     if config.audit_log is not None:
         yield _audit_log(config.audit_log)
-    if plan.traces is not None:
-        yield from _traces(plan.traces)
+    if plan.metrics is not None and (exposure := metrics_exposure(*plan.metrics)):
+        yield None, exposure, "listen on a loopback address, such as 127.0.0.1:9464"
     yield _sums(config)
     yield from map(_disk_space, filter(None, (config.state_dir, config.scratch_dir)))
     yield from _ports(config.state_dir, plan.listen, plan.metrics)
@@ -99,15 +101,6 @@ def _read_again(files: ServerFiles) -> Iterator[Finding]:
         yield True, f"revocation list {files.revoked}: {count} certificates", None
     if unread:
         yield None, unread, RELOAD_HINT
-
-
-def _traces(endpoint: str) -> Iterator[Finding]:
-    try:
-        require_exporter()
-    except ConfigError as error:
-        yield False, str(error), error.hint
-    else:
-        yield True, f"traces to {endpoint}", None
 
 
 def _audit_log(path: str) -> Finding:

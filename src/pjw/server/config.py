@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Final, Literal, get_type_hints
 
 import msgspec
@@ -58,6 +59,19 @@ RELOADED: Final = (
     "stop_grace_seconds",
 )
 
+
+# Keys and tables that pjwd no longer has, each with what holds instead. pjwd ignores such a key and warns of
+# it, since it must start with the file of before an upgrade. The next minor version refuses it as unknown.
+REMOVED_IN: Final = "0.1.0"
+REMOVED: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "clients.calls_burst": "a client may begin 200 calls at once, whatever its rate",
+        "clients.starts_burst": "after a rest a client may start as many jobs at once as in ten seconds",
+        "metrics.allow_remote": "an address in metrics.listen that other hosts reach needs no second key",
+        "metrics.clients_max": "the 100 busiest clients have metrics of their own",
+        "traces": "the audit log has a line for each call",
+    }
+)
 
 # The default names of a service's files, in the directory of its configuration.
 CERTIFICATE_FILES: Final = {"ca_crt": "ca.crt", "server_crt": "server.crt", "server_key": "server.key"}
@@ -142,24 +156,6 @@ class Metrics(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         _Address | None,
         Meta(description="HOST:PORT where metrics can be had by HTTP, for example 127.0.0.1:9464"),
     ] = None
-    allow_remote: Annotated[
-        bool, Meta(description="whether that may be an address that other hosts reach")
-    ] = False
-    clients_max: Annotated[
-        int,
-        Meta(
-            ge=0, le=1000, description="clients that have metrics of their own, the busiest; the rest are one"
-        ),
-    ] = 20
-
-
-class Traces(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is told to an OpenTelemetry collector: docs/monitoring.md."""
-
-    endpoint: Annotated[
-        _Address | None,
-        Meta(description="the URL of who takes spans by OTLP over gRPC, for example http://127.0.0.1:4317"),
-    ] = None
 
 
 class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -243,7 +239,6 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     disk: Disk = Disk()
     scratch: ScratchLimits = ScratchLimits()
     metrics: Metrics = Metrics()
-    traces: Traces = Traces()
     limits: Annotated[
         dict[str, int], Meta(description="what a job gets when its client asks for nothing")
     ] = {}
@@ -318,6 +313,7 @@ def config_of(
     path: str | None, values: Mapping[str, object], options: Mapping[str, object] | None = None
 ) -> ServerConfig:
     """Judge what a file, by its path, and the command line say. Raises ConfigError."""
+    values = _without_removed(values)
     require_values(f"the configuration {path}" if path else "the options", {**values, **(options or {})})
     beside: dict[str, object] = {}
     if path is not None:
@@ -328,6 +324,28 @@ def config_of(
     except msgspec.ValidationError as error:
         named = f"configuration {path}" if path else "configuration"
         raise ConfigError(f"the {named} is not valid: {error}", hint=_perhaps(values)) from error
+
+
+def removed_keys(values: Mapping[str, object]) -> list[str]:
+    """A warning for each key in *values* that pjwd no longer has."""
+    tables = {key.rpartition(".")[0] for key in REMOVED}
+    return [
+        f"{key} was removed in {REMOVED_IN} and has no effect; delete it: {REMOVED[key]}"
+        for key in _given(values, tables)
+        if key in REMOVED
+    ]
+
+
+def _without_removed(values: Mapping[str, object]) -> dict[str, object]:
+    kept: dict[str, object] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            kept[key] = {name: each for name, each in value.items() if f"{key}.{name}" not in REMOVED}
+        else:
+            kept[key] = value
+        if key in REMOVED:
+            del kept[key]
+    return kept
 
 
 def _perhaps(values: Mapping[str, object]) -> str | None:

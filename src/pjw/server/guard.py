@@ -217,7 +217,6 @@ class Guard:
             yield record
             return
         record.identity = presented(context, self._names)
-        record.metadata = context.invocation_metadata
         for each in self._observers:
             each.call_began(record)
         try:

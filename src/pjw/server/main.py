@@ -22,6 +22,7 @@ LISTEN_VARIABLE: Final = "PJWD_LISTEN"
 # what packaging/pjwd.service reads
 _UNIT_CONFIG: Final = "/etc/pjw/pjwd.toml"
 EXIT_FAILED: Final = 1
+EXIT_INTERRUPTED: Final = 130
 DEFAULT_SERVER: Final = "localhost:50051"
 LEAF_DAYS: Final = 365
 # options that are keys of the configuration, too
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"hint: {error.hint}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
-        return 130
+        return EXIT_INTERRUPTED
     except ReaderGoneError:
         return EXIT_CLOSED_PIPE
 
@@ -261,13 +262,15 @@ def _name_the_unread(path: str | None) -> None:
 
 
 def _config_show(arguments: argparse.Namespace) -> int:
-    from pjw.server.config import config_of, read_values
+    from pjw.server.config import config_of, read_values, removed_keys
     from pjw.server.effective import as_json, as_toml, settings_of
 
     path, options = arguments.config, _options(arguments)
     _name_the_unread(path)
     values = read_values(path)
     settings = settings_of(config_of(path, values, options), values, options)
+    for words in removed_keys(values):
+        print(f"pjwd: warning: {words}", file=sys.stderr)
     print(as_json(settings) if arguments.format == "json" else as_toml(settings, path), end="")
     return 0
 

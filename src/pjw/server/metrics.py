@@ -42,7 +42,7 @@ from pjw.errors import (
     PjwError,
     describe_errno,
 )
-from pjw.model import EndReason, JobState
+from pjw.model import KNOWN_STATES, EndReason
 from pjw.server.address import held_addresses, shown_address
 from pjw.server.audit import CANCELLED, CallRecord
 from pjw.server.connections import ConnectionNumbers, Connections
@@ -62,6 +62,8 @@ SCRAPE_SECONDS: Final = 10
 CONNECTION_SECONDS: Final = SCRAPE_SECONDS + 5
 # Nothing tells when a descriptor is free again.
 _RETRY_SECONDS: Final = 1
+# Clients that have metrics of their own, the busiest. Each is three series, and a Prometheus keeps them.
+CLIENTS_SHOWN: Final = 100
 # What stands for the clients beyond the busiest: no client can be called so.
 OTHERS: Final = "(other)"
 # These take as long as their callers like, which says nothing of us.
@@ -79,8 +81,8 @@ _REJECTIONS: Final[dict[type[Exception], str]] = {
 }
 
 _NUMBERS: Final = [name for name in ClientLimits.__struct_fields__ if name != "by_name"]
-# A burst is no limit of its own, calls beyond their rate are held, and a share refuses nothing.
-_NOT_REFUSED: Final = {"starts_burst", "calls_per_second", "calls_burst", *NamedClient.__struct_fields__}
+# Calls beyond their rate are held, and a share refuses nothing.
+_NOT_REFUSED: Final = {"calls_per_second", *NamedClient.__struct_fields__}
 _LIMITS: Final = [*(name for name in _NUMBERS if name not in _NOT_REFUSED), "memory_overcommit"]
 
 _Request = socket.socket | tuple[bytes, socket.socket]
@@ -231,7 +233,7 @@ class _State(Collector):
         )
         yield _total("pjw_output_streamed_bytes", "Bytes of output that clients were sent.", streamed["Logs"])
         yield _total("pjw_input_received_bytes", "Bytes of input that clients sent.", streamed["WriteInput"])
-        yield from _clients(numbers, self._reloader.config.metrics.clients_max)
+        yield from _clients(numbers)
         yield _one("pjw_disk_size_bytes", "The file system of the state directory.", numbers.disk_bytes)
         yield _one("pjw_disk_free_bytes", "What is free of it.", numbers.disk_free_bytes)
         yield _one("pjw_launcher_up", "Whether the launcher lives.", numbers.launcher_up)
@@ -278,7 +280,7 @@ def _port(numbers: ConnectionNumbers) -> Iterator[Metric]:
 
 def _jobs(numbers: WorkerNumbers) -> Iterator[Metric]:
     clients = numbers.clients.values()
-    live = [(state.value, numbers.live.get(state, 0)) for state in JobState if not state.final]
+    live = [(state.value, numbers.live.get(state, 0)) for state in KNOWN_STATES if not state.final]
     stored = sum(client.stored_jobs for client in clients)
     yield _by(
         "pjw_jobs", "Jobs by state; ended ones are those that are kept.", "state", [*live, ("ended", stored)]
@@ -295,12 +297,12 @@ def _jobs(numbers: WorkerNumbers) -> Iterator[Metric]:
     yield ends
 
 
-def _clients(numbers: WorkerNumbers, most: int) -> Iterator[Metric]:
+def _clients(numbers: WorkerNumbers) -> Iterator[Metric]:
     ranked = sorted(
         numbers.clients.items(), key=lambda item: (item[1].running, item[1].stored_bytes), reverse=True
     )
-    shown = ranked[:most]
-    if rest := [client for _, client in ranked[most:]]:
+    shown = ranked[:CLIENTS_SHOWN]
+    if rest := [client for _, client in ranked[CLIENTS_SHOWN:]]:
         together = ClientNumbers(
             sum(client.running for client in rest),
             sum(client.stored_jobs for client in rest),

@@ -13,7 +13,7 @@ from pjw.errors import ConfigError, InvalidJobError, PjwError
 from pjw.launcher.operator_files import open_operator_file
 from pjw.launcher.policy import Policy
 from pjw.launcher.visible import check_visible
-from pjw.server.address import metrics_address_of, parse_address, traces_endpoint_of
+from pjw.server.address import parse_address
 from pjw.server.config import ServerConfig
 from pjw.worker import WorkerSettings
 from pjw.worker.launcher_process import hello_of
@@ -26,9 +26,8 @@ class Plan:
     """The addresses, files and settings of the worker that a configuration comes to."""
 
     listen: tuple[str, int]
-    # the address of metrics and the endpoint of traces, if there are any
+    # the address of metrics, if there is one
     metrics: tuple[str, int] | None
-    traces: str | None
     files: ServerFiles
     settings: WorkerSettings
 
@@ -44,8 +43,7 @@ def plan_of(config: ServerConfig, path: str | None) -> Plan:
     check_visible(settings.visible_paths)
     return Plan(
         listen=parse_address(config.listen),
-        metrics=metrics_address_of(config.metrics),
-        traces=traces_endpoint_of(config.traces),
+        metrics=parse_address(config.metrics.listen) if config.metrics.listen is not None else None,
         files=files,
         settings=settings,
     )

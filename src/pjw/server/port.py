@@ -14,6 +14,8 @@ from pjw.server.turns import Deliver, Turns
 
 # Clients whose certificate names nobody: the guard refuses their calls, and here they count as one client.
 NOBODY: Final = ""
+# Calls that a client may begin at once, after a rest.
+CALLS_AT_ONCE: Final = 200
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -27,9 +29,7 @@ class Port:
         self._clients = clients
         self._names: Final = names
         self.connections: Final = Connections(limits, lambda: self._clients.connections_max)
-        self.turns: Final = Turns(
-            lambda: (self._clients.calls_per_second, self._clients.calls_burst), self._cut_off
-        )
+        self.turns: Final = Turns(lambda: (self._clients.calls_per_second, CALLS_AT_ONCE), self._cut_off)
         self._told: Final = Told()
 
     def reconfigure(self, clients: ClientLimits) -> None:

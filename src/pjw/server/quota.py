@@ -18,6 +18,8 @@ from pjw.errors import ConfigError, InvalidJobError, LimitReachedError
 from pjw.model import LIMIT_MAXIMUM, WEIGHT_DEFAULT, WEIGHT_MAXIMUM, Share, Sums
 from pjw.worker.settings import Quotas, Shares
 
+# What a client's starts may save up while it rests. A burst is a client that begins its work, not an attack.
+STARTS_REST_SECONDS: Final = 10
 # What one client gets of them, however many it asks for at once: at 0.4 ms each, 4 % of a processor.
 REFUSALS_PER_SECOND: Final = 100
 # Refused calls of one client that wait for their turn, about 20 KiB each; what is above is told at once.
@@ -52,9 +54,13 @@ class ClientLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What each client may have; 0 is "no limit"."""
 
     starts_per_second: Annotated[
-        float, msgspec.Meta(ge=0, le=1e6, description="jobs that a client may start a second, for good")
+        float,
+        msgspec.Meta(
+            ge=0,
+            le=1e6,
+            description="jobs that a client may start a second; ten times as many at once, after a rest",
+        ),
     ] = 100
-    starts_burst: Annotated[int, msgspec.Meta(ge=1, description="and at once, after a rest")] = 1000
     calls_max: Annotated[
         Count, msgspec.Meta(description="calls of a client under way at once, streams not counted")
     ] = 256
@@ -72,9 +78,6 @@ class ClientLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     calls_per_second: Annotated[
         float, msgspec.Meta(ge=0, le=1e6, description="calls that a client may begin a second; more wait")
     ] = 1000
-    calls_burst: Annotated[
-        int, msgspec.Meta(ge=1, description="calls that a client may begin at once, after a rest")
-    ] = 200
     connections_max: Annotated[Count, msgspec.Meta(description="connections of a client at once")] = 64
     weight: Annotated[
         Weight, msgspec.Meta(description="of a client's jobs together, beside those of other clients")
@@ -95,6 +98,11 @@ class ClientLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for name in sorted(self.by_name):
             if fault := identity_fault(name):
                 raise ValueError(fault)
+
+    @property
+    def starts_at_once(self) -> int:
+        """How many jobs a client may start at once, after a rest."""
+        return max(1, round(STARTS_REST_SECONDS * self.starts_per_second))
 
     def shares(self) -> Shares:
         """Each client's part of the host. Raises ConfigError."""
@@ -172,7 +180,7 @@ class Quota:
                 limits.calls_max,
             )
         if method == "Start" and limits.starts_per_second and not self._take_start(client_name):
-            rate, burst = limits.starts_per_second, limits.starts_burst
+            rate, burst = limits.starts_per_second, limits.starts_at_once
             return _refusal(
                 "starts_per_second", f"a client may start {rate:g} jobs a second, and {burst} after a rest"
             )
@@ -182,7 +190,7 @@ class Quota:
         now = self._clock_ns()
         step = round(1e9 / self._limits.starts_per_second)
         full_at = max(now, self._full_at.get(client_name, 0)) + step
-        if full_at - now > self._limits.starts_burst * step:
+        if full_at - now > self._limits.starts_at_once * step:
             return False
         self._full_at[client_name] = full_at
         if len(self._full_at) > self._forget_above:

@@ -21,7 +21,7 @@ from pjw.certs.credentials import load_server_credentials
 from pjw.certs.files import ServerCredentials, ServerFiles, key_exposure, read_descriptor
 from pjw.certs.revocation import load_revocation_list
 from pjw.errors import LauncherGoneError, PjwError
-from pjw.server.config import RELOADED, ServerConfig, config_of, parse_values
+from pjw.server.config import RELOADED, ServerConfig, config_of, parse_values, removed_keys
 from pjw.server.expiry import warn_of_ends
 from pjw.server.guard import Guard
 from pjw.server.logs import set_level
@@ -154,9 +154,12 @@ class Reloader:
 
     async def _reload_config(self, path: str) -> None:
         data = await self._read(path, "configuration")
-        new = config_of(path, parse_values(path, data), self._options)
+        values = parse_values(path, data)
+        new = config_of(path, values, self._options)
         # judge all keys, as a start does, also those that a reload does not take
         plan_of(new, path)
+        for words in removed_keys(values):
+            log.warning("reload: %s", words)
         old = self.config
         changed = [key for key in new.__struct_fields__ if getattr(new, key) != getattr(old, key)]
         taken = {key: getattr(new, key) for key in changed if key in RELOADED}

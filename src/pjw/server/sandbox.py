@@ -46,8 +46,6 @@ _RESOLVER: Final = "/etc/resolv.conf"
 # Descriptors of the network process: a follower has two, a running job one, a connection one. The rest is for
 # launches under way, and for files that are open for a moment.
 _DESCRIPTORS_SPARE: Final = 4096
-# environment variables that name files for the exporter of traces
-_TRACES_FILES: Final = ("CERTIFICATE", "CLIENT_KEY")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,15 +95,9 @@ def rules(own_directory: int) -> list[Beneath]:
     """Which files may be opened."""
     # The resolver's file may be a link to where a service keeps it.
     resolver = os.path.dirname(os.path.realpath(_RESOLVER))
-    traces = [
-        value
-        for name, value in os.environ.items()
-        if name.startswith("OTEL_EXPORTER_OTLP_") and name.endswith(_TRACES_FILES)
-    ]
     return [
         Beneath(own_directory, OWN),
         *(Beneath(path, READ) for path in dict.fromkeys((*READABLE, resolver)) if path != "/"),
-        *(Beneath(path, READ_FILE) for path in traces),
         Beneath(os.devnull, READ_FILE | WRITE_FILE),
     ]
 

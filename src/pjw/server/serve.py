@@ -115,13 +115,7 @@ async def _run(serving: Serving, state: StateDir, launcher: LauncherProcess) -> 
             from pjw.server.metrics import ServerMetrics
 
             metrics = ServerMetrics(worker, port.connections, serving.log)
-        traces = None
-        if (endpoint := serving.config.traces.endpoint) is not None:
-            from pjw.server.traces import Traces
-
-            traces = Traces(endpoint)
-            stack.callback(traces.close)
-        observers = [each for each in (audit, metrics, traces) if each is not None]
+        observers = [each for each in (audit, metrics) if each is not None]
         guard = Guard(serving.config, *observers, revoked=serving.revoked, port=port, names=names)
         health, notifier = Health(), Notifier()
         reloader = Reloader(

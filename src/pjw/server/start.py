@@ -23,8 +23,8 @@ from pjw.certs.revocation import NOBODY_REVOKED, load_revocation_list
 from pjw.certs.tls import require_tls13_environment
 from pjw.errors import ConfigError, PjwError, describe_errno
 from pjw.inherited import set_for_service
-from pjw.server.address import require_exporter
-from pjw.server.config import ServerConfig, load_config
+from pjw.server.address import metrics_exposure
+from pjw.server.config import ServerConfig, config_of, read_values, removed_keys
 from pjw.server.grpc_log import relay, take_stderr
 from pjw.server.log_writer import LogWriter
 from pjw.server.logs import set_up_logging
@@ -49,10 +49,13 @@ def serve(path: str | None, options: Mapping[str, object]) -> int:
     *path* is the configuration file, *options* the keys that the command line gives.
     """
     require_root()
-    config = load_config(path, options)
+    values = read_values(path)
+    config = config_of(path, values, options)
     path = os.path.abspath(path) if path else None
     set_for_service()
     writer = set_up_logging(config.log_level, config.log_format)
+    for words in removed_keys(values):
+        log.warning("configuration %s: %s", path, words)
     try:
         return _serve(config, path, options, writer)
     except PjwError as error:
@@ -71,10 +74,10 @@ def serve(path: str | None, options: Mapping[str, object]) -> int:
 def _serve(config: ServerConfig, path: str | None, options: Mapping[str, object], writer: LogWriter) -> int:
     plan = plan_of(config, path)
     files, settings = plan.files, plan.settings
-    if plan.traces is not None:
-        require_exporter()
     credentials = load_server_credentials(files.ca_crt, files.server_crt, files.server_key)
     if exposure := key_exposure(files.server_key, os.stat(files.server_key)):
+        log.warning("%s", exposure)
+    if plan.metrics is not None and (exposure := metrics_exposure(*plan.metrics)):
         log.warning("%s", exposure)
     audit = open_audit_log(config.audit_log) if config.audit_log is not None else None
     revoked = load_revocation_list(config.revoked) if config.revoked is not None else NOBODY_REVOKED
@@ -99,10 +102,6 @@ def _serve(config: ServerConfig, path: str | None, options: Mapping[str, object]
     preload_modules()
     if plan.metrics is not None:
         import_module("pjw.server.metrics")
-    if plan.traces is not None:
-        # the second is what gRPC imports for its first channel
-        for name in ("pjw.server.traces", "grpc._channel"):
-            import_module(name)
     _finish(trial)
     sandbox = Sandbox(state.descriptor, listening_ports(plan.listen, plan.metrics), descriptors_for(config))
     enter(sandbox, uid)

@@ -46,7 +46,9 @@ class _JobStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_JobState.Val
     """The job has ended, and nobody could record how: see reason."""
 
 class JobState(_JobState, metaclass=_JobStateEnumTypeWrapper):
-    """JobState is where in its life a job is."""
+    """JobState is where in its life a job is. A job has ended when it is EXITED or LOST, and then it has an `end`. A state
+    that a client does not know is that of a job that has not ended.
+    """
 
 JOB_STATE_UNSPECIFIED: JobState.ValueType  # 0
 JOB_STATE_STARTING: JobState.ValueType  # 1
@@ -90,7 +92,7 @@ class _EndReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EndReason.V
     """The output could not be written, and never will be: beyond a limit of the size of files, for example."""
 
 class EndReason(_EndReason, metaclass=_EndReasonEnumTypeWrapper):
-    """EndReason is why a job ended."""
+    """EndReason is why a job ended. A client goes by the exit code when it does not know the reason."""
 
 END_REASON_UNSPECIFIED: EndReason.ValueType  # 0
 END_REASON_COMPLETED: EndReason.ValueType  # 1
