@@ -180,8 +180,13 @@ def _request(program: str | Sequence[str], limits: pb.Limits | None) -> pb.Start
 
 
 @contextmanager
-def open_stage(deadline: float, *, disk_megabytes: int = 0, files_max: int = 0) -> Iterator[Stage]:
-    """A service of its own: with scratch, or all of its state, on a small disk, or with few open files."""
+def open_stage(
+    deadline: float, *, disk_megabytes: int = 0, files_max: int = 0, clients: str = ""
+) -> Iterator[Stage]:
+    """A service of its own: with scratch, or all of its state, on a small disk, or with few open files.
+
+    *clients*: lines for that table of the configuration.
+    """
     with ExitStack() as stack:
         directory = Path(tempfile.mkdtemp(prefix="pjw-attack-", dir=DIRECTORY))
         stack.callback(shutil.rmtree, directory)
@@ -194,7 +199,7 @@ def open_stage(deadline: float, *, disk_megabytes: int = 0, files_max: int = 0) 
             disk = stack.enter_context(small_disk(disk_megabytes, reserved_percent=5))
         own_scratch = disk is not None and "scratch_dir" in described
         config = f'scratch_dir = "{disk}"\n' if own_scratch else ""
-        service = _LimitedService(directory / "pjwd", [VICTIM, ATTACKER], _config(config, described))
+        service = _LimitedService(directory / "pjwd", [VICTIM, ATTACKER], _config(config, described, clients))
         service.files_max = files_max
         service.pjwd = pjwd.program()
         if disk is not None and not own_scratch:
@@ -210,10 +215,10 @@ def open_stage(deadline: float, *, disk_megabytes: int = 0, files_max: int = 0) 
         yield stage
 
 
-def _config(more: str, described: str) -> str:
+def _config(more: str, described: str, clients: str) -> str:
     host = "".join(f"{key} = {value}\n" for key, value in HOST.items() if f"host.{key}" in described)
     text = BASE_CONFIG.format(more=more, first=uid_range(), count=UIDS)
-    return text + (f"[host]\n{host}" if host else "")
+    return text + (f"[host]\n{host}" if host else "") + (f"[clients]\n{clients}" if clients else "")
 
 
 class _LimitedService(Service):
