@@ -30,6 +30,8 @@ _WHY: Final = {
     EndReason.DISK_LIMIT: "the disk was about to be full, and it was your largest job there",
     EndReason.OUTPUT_FAILED: "its output cannot be written where pjwd keeps it",
 }
+# Windows has none
+_HANGUP: Final = getattr(signal, "SIGHUP", None)
 # Ctrl-C for the first time, for the second; the next one leaves the job to itself.
 _STOP, _KILL = 1, 2
 
@@ -198,7 +200,7 @@ class _Attached:
 
     def _interrupted(self, signal_number: int) -> bool:
         """Stop the job, or kill it; whether to leave it."""
-        if signal_number == signal.SIGHUP and self._interrupts:
+        if signal_number == _HANGUP and self._interrupts:
             # a terminal that closes sends it, and the shell that ends there sends it again
             return False
         self._interrupts += 1
@@ -254,10 +256,12 @@ def interrupts_into(events: "SimpleQueue[Event]") -> Iterator[None]:
     signal may arrive just before the wait, or in another thread.
     """
     # one that is ignored stays so: a shell starts what is in its background like that
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    caught = [n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN]
-    read, write = os.pipe2(os.O_CLOEXEC)
-    os.set_blocking(write, False)
+    numbers = (signal.SIGINT, signal.SIGTERM, _HANGUP)
+    caught = [n for n in numbers if n is not None and signal.getsignal(n) is not signal.SIG_IGN]
+    read, write = os.pipe()
+    # Python demands it, but for Windows, where version 3.11 has no such function
+    if hasattr(os, "set_blocking"):
+        os.set_blocking(write, False)
 
     def report() -> None:
         while signals := os.read(read, 64):
