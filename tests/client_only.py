@@ -25,7 +25,8 @@ for name in ("fcntl", "grp", "pty", "pwd", "readline", "resource", "syslog", "te
     sys.modules[name] = None
 for name in (
     "O_CLOEXEC", "O_DIRECTORY", "O_NOFOLLOW", "O_NONBLOCK", "fchmod", "fchown", "getegid", "geteuid",
-    "getgid", "getgroups", "getuid", "memfd_create", "mkfifo", "openpty", "pidfd_open", "pipe2", "set_blocking",
+    "getgid", "getgroups", "getuid", "memfd_create", "mkfifo", "openpty", "pidfd_open", "pipe2",
+    "set_blocking",
 ):
     delattr(os, name)
 os.supports_dir_fd.clear()
