@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+from pjw.certs.address import DEFAULT_ADDRESS
 from pjw.errors import ConfigError
 from pjw.server.config import Metrics, Traces
 
@@ -30,7 +31,7 @@ def parse_address(text: str) -> tuple[str, int]:
     host = host.removeprefix("[").removesuffix("]")
     if not colon or not host or not port.isascii() or not port.isdecimal():
         raise ConfigError(
-            f"{text!r} is not HOST:PORT", hint="for example localhost:50051, or [::1]:0 for any free port"
+            f"{text!r} is not HOST:PORT", hint=f"for example {DEFAULT_ADDRESS}, or [::1]:0 for any free port"
         )
     if len(port) > len("65535") or int(port) > 65_535:
         raise ConfigError(f"{text!r} is not HOST:PORT", hint="a port is a number from 0 to 65535")
