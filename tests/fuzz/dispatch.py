@@ -229,6 +229,7 @@ def _stand_ins() -> Iterator[None]:
         "hold_lock": lambda _: None,
         "claim_users": lambda *_: (UID_FIRST, ""),
         "open_operator_file": _open_operator_file,
+        "open_audit_log": _open_operator_file,
         "spawn_count": _spawn_count,
     }
     real = {name: getattr(dispatch, name) for name in names}

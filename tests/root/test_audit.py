@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import stat
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,6 +15,7 @@ import pytest
 
 from pjw.certs.identity import identity_of
 from pjw.v1 import job_worker_pb2 as pb
+from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
 from tests.service import METHODS, Service, ask, wait_for
 
 SECRET: Final = "hunter2"
@@ -189,3 +192,46 @@ def test_an_audit_log_that_cannot_be_opened_keeps_pjwd_from_starting(
         f"pjwd: error: cannot open the audit log {path}: too many levels of symbolic links (ELOOP)",
         "hint: its directory must be there, and it must be no link",
     ]
+
+
+def test_a_log_that_is_rotated_loses_no_line(audited: Service) -> None:
+    """Each call is in the old file or in the new one, once: with the `create` of logrotate and without."""
+    path = log_of(audited)
+    audited.ok("start", "true")
+    ids: list[int] = []
+    for number in range(4):
+        with audited.channel() as channel:
+            stub = JobWorkerServiceStub(channel)
+            before = [stub.Get.future(pb.GetRequest(id=1), timeout=60) for _ in range(50)]
+            path.rename(f"{path}.{number}")
+            if number % 2:
+                os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o640))
+            os.kill(audited.pid, signal.SIGHUP)
+            after = [stub.Get.future(pb.GetRequest(id=1), timeout=60) for _ in range(50)]
+            ids += [call.result().job.id for call in (*before, *after)]
+        opened = b"the audit log was opened again"
+        wait_for(lambda: audited.log.read_bytes().count(opened) == number + 1)  # noqa: B023
+        audited.ok("get", "1")
+        wait_for(lambda: path.exists() and any(each["method"] == "Get" for each in lines(path)))
+    assert audited.stop() == 0
+    files = [path, *path.parent.glob(f"{path.name}.?")]
+    assert len(files) == 5
+    found = [each for file in files for each in lines(file) if each["method"] == "Get"]
+    assert len(found) == len(ids) + 4
+    assert stat.S_IMODE(Path(f"{path}.2").stat().st_mode) == 0o640
+    assert stat.S_IMODE(Path(f"{path}.3").stat().st_mode) == 0o600
+
+
+def test_a_log_that_cannot_be_opened_again_stays(make_service: Callable[..., Service], visible: Path) -> None:
+    """And the log of pjwd says why: a link in its place is nobody's but an attacker's."""
+    path = visible / "audit.jsonl"
+    service = make_service(config=f'audit_log = "{path}"\n').start()
+    path.rename(visible / "old")
+    path.symlink_to("elsewhere")
+    os.kill(service.pid, signal.SIGHUP)
+    wait_for(lambda: b"kept the old audit log" in service.log.read_bytes())
+    assert f"cannot open {path}: too many levels of symbolic links" in service.log.read_text()
+    service.ok("list")
+    assert service.stop() == 0
+    assert [each["method"] for each in lines(visible / "old")] == ["List"]
+    assert not (visible / "elsewhere").exists()

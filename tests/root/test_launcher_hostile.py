@@ -39,6 +39,7 @@ from pjw.launcher.protocol import (
     Measure,
     MeasureClient,
     Measured,
+    OpenAuditLog,
     Opened,
     OpenFile,
     Ready,
@@ -388,6 +389,7 @@ def test_a_launch_with_the_wrong_number_of_descriptors(
         Account(1),
         Remove(1),
         OpenFile(0),
+        OpenAuditLog(),
     ],
     ids=lambda request: request.op,
 )
@@ -783,8 +785,35 @@ def test_a_file_that_root_did_not_name(connect: Callable[..., Peer], own: Path, 
 
 
 def test_the_library_has_no_files_to_open(peer: Peer) -> None:
-    """Without a list nothing is ever opened."""
+    """Without a list nothing is ever opened, and without an audit log none is made."""
     assert isinstance(peer.ask(OpenFile(0)), Refused)
+    assert isinstance(peer.ask(OpenAuditLog()), Refused)
+
+
+@pytest.mark.parametrize("place", ["own/log", "link/log", "others/log", "own/link", "own/fifo"])
+def test_an_audit_log_is_made_where_root_alone_may(
+    connect: Callable[..., Peer], own: Path, place: str
+) -> None:
+    """Nowhere that the server's user could have prepared; for appending, and for root alone."""
+    base = own.parent
+    (base / "link").symlink_to(own)
+    (base / "others").mkdir()
+    (base / "others").chmod(0o777)
+    (own / "link").symlink_to(own / "elsewhere")
+    os.mkfifo(own / "fifo")
+    peer = connect(audit_log=str(base / place))
+    peer.send(protocol.encode(7, OpenAuditLog()))
+    data, descriptors, _, _ = socket.recv_fds(peer.socket, protocol.MAX_DATAGRAM_BYTES, 3)
+    _, reply = protocol.decode_reply(data)
+    if place.endswith("/log") and not place.startswith("others"):
+        with open(descriptors[0], "ab") as file:
+            flags = fcntl.fcntl(file, fcntl.F_GETFL) & (os.O_ACCMODE | os.O_APPEND)
+            assert flags == os.O_WRONLY | os.O_APPEND
+        assert stat.S_IMODE((own / "log").stat().st_mode) == 0o600
+    else:
+        assert (isinstance(reply, Refused), descriptors) == (True, [])
+        assert not (base / "others/log").exists()
+        assert not (own / "elsewhere").exists()
 
 
 @pytest.mark.parametrize("kind", ["missing", "directory", "fifo", "socket", "device", "loop", "below a file"])

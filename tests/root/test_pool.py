@@ -63,6 +63,16 @@ async def test_the_next_start_takes_an_init_that_waits(bench: Bench, worker: Wor
         await worker.stop(job_id, grace_seconds=0)
 
 
+async def test_an_operator_can_tell_who_waits(bench: Bench, worker: Worker) -> None:
+    """V8: by the name that ps and systemd-cgls show; with a job it says that it runs."""
+    await run(worker, ["true"])
+    init = waiting(bench)[2]
+    shown = Path(f"/proc/{init}/cmdline")
+    assert shown.read_bytes().startswith(b"pjw-init: waiting\0--report-fd\0")
+    await start(worker, ["sleep", "60"])
+    assert shown.read_bytes().startswith(b"pjw-init: running\0--report-fd\0")
+
+
 async def test_none_waits_before_the_first_start(bench: Bench, worker: Worker) -> None:
     """A service that nobody uses keeps no processes ready."""
     assert waiting_ids(bench.state) == set()

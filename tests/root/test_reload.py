@@ -1,5 +1,6 @@
 """SIGHUP on a real pjwd: new certificates for who comes, revoked clients out at once, nobody else harmed."""
 
+import json
 import os
 import select
 import signal
@@ -21,9 +22,10 @@ from cryptography import x509
 
 from pjw.certs import authority
 from pjw.v1 import job_worker_pb2 as pb
+from pjw.worker.settings import WAITING_INITS
 from tests import certs_factory
 from tests.certs_factory import CN, Made, issue
-from tests.service import Service, wait_for
+from tests.service import Service, reloaded, wait_for, waiting_inits
 
 REVOKED: Final = "the client certificate has been revoked"
 FILES: Final = ("ca.crt", "server.crt", "server.key")
@@ -484,7 +486,7 @@ def test_what_no_reload_could_read_is_told(make_service: Callable[..., Service])
     command[1] = "check"
     del command[place : place + 2]
     done = subprocess.run(command, capture_output=True, timeout=60, check=False)
-    warned = f"warning  no reload can read {others}/server.key, only a restart: cannot open "
+    warned = f"warning  no reload can open {others}/server.key, only a restart: cannot open "
     assert (done.returncode, warned in done.stdout.decode()) == (0, True), done.stdout
 
 
@@ -623,3 +625,19 @@ def test_what_pjwd_certs_makes_later_is_taken(reloading: Reloading) -> None:
     authority.write_server(str(certs), ["localhost", "127.0.0.1"])
     assert "the certificates are new" in reloading.reload()[0]
     assert reloading.service.ok("list") == ""
+
+
+def test_a_new_grace_period_holds_for_a_shutdown(make_service: Callable[..., Service]) -> None:
+    """Of a job that starts after the reload, also with an init that has waited since before it."""
+    service = make_service(config="stop_grace_seconds = 600\n").start()
+    service.ok("wait", service.ok("start", "true").strip())
+    wait_for(lambda: len(waiting_inits(service.state)) == WAITING_INITS)
+    assert any("stop_grace_seconds" in line for line in reloaded(service, "stop_grace_seconds = 1\n"))
+    job_id = service.start_job("trap '' TERM; echo up; while :; do sleep 0.05; done")
+    with service.popen("logs", str(job_id)) as reader:
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == b"up\n"
+        # as systemd does when the host goes down
+        os.kill(service.init_pid(job_id), signal.SIGTERM)
+        assert reader.wait(30) == 0
+    assert json.loads(service.ok("get", str(job_id)))["reason"] == "stopped"

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from pjw.errors import InvalidJobError
+from pjw.launcher.processes import find_init
 from pjw.launcher.protocol import Done, Kill, Launched, Remove
 from pjw.model import EndReason, ExitStatus, Job, JobSpec, JobState
-from pjw.server.end_jobs import inits_in
+from pjw.server.end_jobs import instance_cgroups
 from pjw.worker import Worker
 from pjw.worker.settings import FLOOR, NO_CEILING, NO_LIMIT_ONLY
 from tests.root.test_launcher_hostile import Peer
@@ -178,7 +179,7 @@ async def test_end_jobs_ends_a_throttled_job(bench: Bench) -> None:
     await bench.open()
 
 
-async def test_end_jobs_has_a_grace_period_of_its_own(bench: Bench, tmp_path: Path) -> None:
+async def test_end_jobs_has_a_grace_period_of_its_own(bench: Bench) -> None:
     """Not init's for a host that goes down; and what ends meanwhile hides no job (V5)."""
     worker = await bench.open(stop_grace_seconds=1)
     late = "trap 'sleep 1.2; exit 7' TERM; echo up; while :; do sleep 0.02; done"
@@ -186,12 +187,27 @@ async def test_end_jobs_has_a_grace_period_of_its_own(bench: Bench, tmp_path: Pa
     await bench.wait_for_output(job.id, b"up\n")
     await bench.close(worker)
     init = bench.init_pid(job.id)
-    listed = tmp_path / "cgroup.procs"
-    listed.write_text(f"{2**22 + 1}\n{init}\n")
-    assert inits_in(listed) == [init]
+    pidfd = find_init(lambda: [2**22 + 1, init])
+    assert pidfd is not None
+    os.close(pidfd)
     assert end_jobs(bench, "20") == (0, "jobs ended: 1\n")
     ended = await (await bench.open()).get(job.id)
     assert (ended.reason, ended.exit_status) == (EndReason.STOPPED, ExitStatus(7))
+
+
+def test_end_jobs_looks_where_pjwd_makes_cgroups(tmp_path: Path) -> None:
+    """`pjw/INSTANCE`, wherever pjwd was started, and root's: not what users call so in their own."""
+    for path in (
+        "pjw/i-1/client-1/job-1",
+        "pjwd.service/pjw/i-1",
+        "pjw/i-2",
+        "elsewhere/i-1",
+        "user/pjw/i-1",
+    ):
+        (tmp_path / path).mkdir(parents=True)
+    os.chown(tmp_path / "user/pjw/i-1", 1000, 1000)
+    found = {str(path.relative_to(tmp_path)) for path in instance_cgroups(tmp_path, "i-1")}
+    assert found == {"pjw/i-1", "pjwd.service/pjw/i-1"}
 
 
 # --- floors

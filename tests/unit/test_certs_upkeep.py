@@ -85,6 +85,26 @@ def test_a_renewal_that_was_interrupted_is_made_again(certs: Path) -> None:
     assert serial(certs / "alice.crt") != serial(kept)
 
 
+def test_a_bundle_that_cannot_be_read_renews_nothing(certs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rather than that the certificate is new and the bundle has the old one."""
+    before = (certs / "alice.crt").read_bytes()
+    (certs / "alice.pjw").write_text("nonsense")
+    assert main(["certs", "renew", str(certs), "bob", "alice"]) == 1
+    assert f"cannot read bundle {certs}/alice.pjw" in capsys.readouterr().err
+    assert (certs / "alice.crt").read_bytes() == before
+    assert not list(certs.glob("*.????????.crt"))
+
+
+def test_what_a_killed_renewal_left_blocks_no_other(certs: Path) -> None:
+    """Its file beside the certificate is replaced."""
+    before = serial(certs / "alice.crt")
+    for name in ("alice.crt", "alice.pjw"):
+        (certs / f"{name}.new").write_text("half")
+    assert main(["certs", "renew", str(certs), "alice"]) == 0
+    assert serial(certs / "alice.crt") != before
+    assert not list(certs.glob("*.new"))
+
+
 def test_a_revocation_finds_all_certificates_of_a_client(
     certs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -167,3 +167,12 @@ def test_a_configuration_that_is_not_read_is_named(
         assert main(["config", "show", *arguments]) == 0
         said.append(capsys.readouterr().err)
     assert said == [f"pjwd: {unit} is not read: --config {unit} does\n", ""]
+
+
+def test_check_names_what_a_start_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """After an upgrade: a key that is empty, which an older version took, and what to do about it."""
+    file = tmp_path / "pjwd.toml"
+    file.write_text('listen = "localhost:1"\n[roles]\nadmins = [""]\n')
+    assert main(["check", "--config", str(file)]) == 1
+    words = f"missing  the configuration {file}: roles.admins[0] is empty\n         hint: leave it out"
+    assert words in capsys.readouterr().out

@@ -8,11 +8,12 @@ import pytest
 
 import pjw
 from pjw.certs import authority
+from pjw.certs.address import DEFAULT_ADDRESS
 from pjw.certs.credentials import diagnose_client
 from pjw.certs.files import load_client_credentials
 from pjw.cli.main import main
 from pjw.cli.settings import find_settings
-from pjw.client.config import DEFAULT_SERVER, config_path
+from pjw.client.config import config_path
 from pjw.client.settings import ClientSettings
 from pjw.errors import ConfigError
 from pjw.worker.state_dir import StateDir
@@ -46,7 +47,7 @@ def test_the_nearest_setting_counts(config: Path, monkeypatch: pytest.MonkeyPatc
 def test_only_the_server_has_a_default() -> None:
     """Without a word about the server it is the one on this machine."""
     given = options(ca_crt="a", client_crt="b", client_key="c")
-    assert find_settings(given) == ClientSettings(DEFAULT_SERVER, "a", "b", "c")
+    assert find_settings(given) == ClientSettings(DEFAULT_ADDRESS, "a", "b", "c")
 
 
 @pytest.mark.parametrize("missing", ["ca_crt", "client_crt", "client_key"])

@@ -68,6 +68,16 @@ def test_users_of_a_launch(descriptors: list[int]) -> None:
             policy.check_launch(replace(LAUNCH, uid=uid), descriptors[:4])
 
 
+def test_grace_periods_of_a_launch(descriptors: list[int]) -> None:
+    """What init takes, which refuses anything else."""
+    policy = Policy.from_hello(HELLO)
+    for seconds in (1, 2**31 - 1):
+        policy.check_launch(replace(LAUNCH, grace_seconds=seconds), descriptors[:4])
+    for seconds in (0, -1, 2**31):
+        with pytest.raises(InvalidJobError, match="the grace period must be"):
+            policy.check_launch(replace(LAUNCH, grace_seconds=seconds), descriptors[:4])
+
+
 def test_limits_of_a_launch(descriptors: list[int]) -> None:
     """Up to the ceiling."""
     policy = Policy.from_hello(replace(HELLO, ceiling=NO_LIMITS.with_overrides({"pids_max": 10})))

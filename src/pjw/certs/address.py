@@ -7,6 +7,8 @@ from pjw.errors import ConfigError
 from pjw.given import require_value
 
 DEFAULT_PORT: Final = 50051
+# where pjwd listens, and clients connect to, when nobody says it
+DEFAULT_ADDRESS: Final = f"localhost:{DEFAULT_PORT}"
 # a name, an address of IPv4, or one of IPv6 in brackets, with its zone (fe80::1%eth0)
 _ADDRESS: Final = re.compile(r"(\[[0-9A-Fa-f:.]+(?:%[\w.-]+)?\]|[A-Za-z0-9_.-]+)(?::([0-9]{1,5}))?", re.ASCII)
 
@@ -28,5 +30,5 @@ def _hint(text: str) -> str:
     if "://" in text:
         return f"leave out {text.partition('://')[0][:20]}://"
     if text.count(":") > 1 and "[" not in text:
-        return "an address of IPv6 is in brackets: [::1]:50051"
-    return f"for example jobs.example.org:50051, or jobs.example.org for the port {DEFAULT_PORT}"
+        return f"an address of IPv6 is in brackets: [::1]:{DEFAULT_PORT}"
+    return f"for example jobs.example.org:{DEFAULT_PORT}, or jobs.example.org for the port {DEFAULT_PORT}"

@@ -23,7 +23,9 @@ from pjw.certs.profile import RSA_MIN_BITS, SIGNATURE_HASHES
 LEAF_CURVES: Final = frozenset({"secp256r1", "secp384r1"})
 CA_CURVES: Final = LEAF_CURVES | {"secp521r1"}
 
-# Early enough to hand out new certificates, and late enough that the log does not warn for months.
+# Early enough to hand out new certificates, and late enough that nobody is warned for months.
+# All that warns uses this: pjw, the library, pjwd's log, `pjwd check`, `pjwd certs list`. The rules in
+# packaging/prometheus repeat it.
 EXPIRES_SOON: Final = timedelta(days=14)
 HostName = x509.DNSName | x509.IPAddress
 T = TypeVar("T", bound=x509.ExtensionType)
@@ -43,6 +45,16 @@ def parse_certificates(pem: bytes) -> list[x509.Certificate]:
         return x509.load_pem_x509_certificates(pem)
     except Exception as error:  # the parser's errors are not documented as a closed set
         raise ValueError("it is no X.509 certificate") from error
+
+
+def first_end(pem: bytes) -> datetime:
+    """When the first certificate of a PEM text to expire does so. Raises ValueError when one is broken."""
+    return min(each.not_valid_after_utc for each in parse_certificates(pem))
+
+
+def ends_soon(end: datetime) -> bool:
+    """Whether it is time to renew a certificate that expires then, or has expired."""
+    return end - datetime.now(UTC) < EXPIRES_SOON
 
 
 def parse_key(pem: bytes) -> PrivateKeyTypes:

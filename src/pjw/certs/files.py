@@ -214,6 +214,9 @@ def replace_file(path: str, data: bytes) -> None:
     temporary = f"{path}.new"
     try:
         status = os.stat(path)
+        # of a replacement that was killed
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             with os.fdopen(descriptor, "wb") as file:

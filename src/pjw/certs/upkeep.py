@@ -14,7 +14,7 @@ from cryptography import x509
 
 from pjw.certs.authority import CA_CRT, LEAF_DAYS, load_authority, reissued
 from pjw.certs.bundle import BUNDLE_SUFFIX, Bundle, bundle_bytes, read_bundle
-from pjw.certs.checks import EXPIRES_SOON, describe_time, is_of_server, names_of, parse_certificates
+from pjw.certs.checks import describe_time, ends_soon, is_of_server, names_of, parse_certificates
 from pjw.certs.files import ClientCredentials, NewFile, read_certificates, replace_file, write_new
 from pjw.certs.identity import NameRules, identity_of
 from pjw.certs.revocation import NOBODY_REVOKED, RevocationList, load_revocation_list
@@ -45,7 +45,7 @@ class Issued:
             return "revoked"
         if now > end:
             return "expired"
-        return f"ends in {(end - now).days} days" if end - now < EXPIRES_SOON else "ok"
+        return f"ends in {(end - now).days} days" if ends_soon(end) else "ok"
 
 
 def issued(directory: str, revoked: RevocationList = NOBODY_REVOKED) -> list[Issued]:
@@ -99,18 +99,20 @@ def renew(directory: str, names: Sequence[str], *, days: int = LEAF_DAYS) -> lis
                 f"cannot renew {name}: {directory} has no {name}{_SUFFIX} that this authority could make",
                 hint="`pjwd certs list` shows what there is; a new authority is a new directory",
             )
-        plans.append((name, path, found[path], reissued(authority, found[path].certificate, days=days)))
+        bundle_path = os.path.join(directory, name + BUNDLE_SUFFIX)
+        # read now: a bundle that cannot be read must not be left behind its certificate
+        bundle = read_bundle(bundle_path) if os.path.lexists(bundle_path) else None
+        pem = reissued(authority, found[path].certificate, days=days)
+        plans.append((name, path, found[path], pem, bundle_path, bundle))
     made = []
-    for name, path, old, pem in plans:
+    for name, path, old, pem, bundle_path, bundle in plans:
         kept = f"{name}.{old.certificate.serial_number:X}"[: len(name) + 1 + _SERIAL_DIGITS] + _SUFFIX
         # of a renewal that was interrupted it is there already
         if not any(each.certificate == old.certificate for each in found.values() if each is not old):
             write_new(directory, [NewFile(kept, old.pem, 0o644)])
         replace_file(path, pem)
         made.append(path)
-        bundle_path = os.path.join(directory, name + BUNDLE_SUFFIX)
-        if os.path.exists(bundle_path):
-            bundle = read_bundle(bundle_path)
+        if bundle is not None:
             credentials = ClientCredentials(authority.crt_pem, pem, bundle.credentials.key_pem)
             replace_file(bundle_path, bundle_bytes(Bundle(bundle.server, credentials)))
             made.append(bundle_path)

@@ -4,6 +4,7 @@ import gc
 from argparse import ArgumentTypeError, Namespace
 from typing import TYPE_CHECKING
 
+from pjw.cli.expiry import warn_of_ends
 from pjw.cli.settings import find_settings
 from pjw.errors import ConfigError
 
@@ -17,6 +18,7 @@ JobName = int | str
 def connect(arguments: Namespace) -> "Client":
     """A client with the settings that were found; a context manager. Raises ConfigError."""
     settings = find_settings(arguments)
+    warn_of_ends(settings)
     files = settings.ca_crt, settings.client_crt, settings.client_key
     return _client_class()(settings.server, *files, all_clients=arguments.all)
 

@@ -5,12 +5,12 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
+from pjw.certs.address import DEFAULT_ADDRESS
 from pjw.cli import commands, units
 from pjw.cli.connection import job_name, server
 from pjw.cli.exits import EXIT_USAGE
 from pjw.cli.subcommands import add_all, add_commands
 from pjw.cli.terminal import columns
-from pjw.client.config import DEFAULT_SERVER
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction["Parser"]  # noqa: SLF001  it has no other name
@@ -68,7 +68,7 @@ def build_parser() -> Parser:
         formatter=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action=_Version, help="show the version, and exit")
-    parser.add_argument("--server", type=server, metavar="HOST[:PORT]", help=f"default {DEFAULT_SERVER}")
+    parser.add_argument("--server", type=server, metavar="HOST[:PORT]", help=f"default {DEFAULT_ADDRESS}")
     parser.add_argument("--ca-crt", metavar="FILE", help="the authority of the server's certificate")
     parser.add_argument("--client-crt", metavar="FILE", help="your certificate")
     parser.add_argument("--client-key", metavar="FILE", help="your key")

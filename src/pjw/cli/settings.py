@@ -2,11 +2,13 @@
 
 import argparse
 
-from pjw.client import config
+from pjw.client import config, expiry
 from pjw.client.settings import ClientSettings
 
 
 def find_settings(arguments: argparse.Namespace) -> ClientSettings:
     """Gather the settings. Raises ConfigError that says which is missing and how to give it."""
+    # pjw warns in its own way (cli/expiry.py)
+    expiry.log.disabled = True
     options = {key: getattr(arguments, key) for key in config.KEYS}
     return config.find_settings(getattr(arguments, "context", None), options)

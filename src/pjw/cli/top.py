@@ -16,6 +16,7 @@ from textual.events import Resize
 from textual.screen import ModalScreen
 from textual.widgets import DataTable, Footer, Label, Log, Sparkline, Static
 
+from pjw.cli.expiry import warn_of_ends
 from pjw.cli.plain import PlainText
 from pjw.cli.render import printable
 from pjw.cli.settings import find_settings
@@ -53,6 +54,7 @@ def show_top(arguments: argparse.Namespace) -> None:
             "cannot show top: stdin and stdout are not a terminal", hint="`pjw list` writes to anything"
         )
     settings = find_settings(arguments)
+    warn_of_ends(settings)
     files = settings.ca_crt, settings.client_crt, settings.client_key
     everybody = bool(arguments.all)
 

@@ -71,6 +71,9 @@ Each of the four is taken from the first of these that has it:
 - the bundle in PJW_BUNDLE, its path or its text (without --context)
 - the context that PJW_CONTEXT names, else the current one (without PJW_BUNDLE)
 - the same keys in the file outside of any context
+
+In the last two weeks of a certificate pjw warns at a terminal, once a day.
+PJW_EXPIRY_WARNING=off hides that.
 """,
     ),
     "exit-codes": Topic(

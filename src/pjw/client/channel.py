@@ -9,6 +9,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC reads it once, when impo
 import grpc
 
 from pjw.certs.files import load_client_credentials
+from pjw.client.expiry import log_ends
 from pjw.client.settings import ClientSettings
 
 Options = list[tuple[str, Any]]
@@ -39,6 +40,7 @@ _LOOPBACK: Final = ("127.0.0.1:", "[::1]:")
 def channel_arguments(settings: ClientSettings) -> tuple[str, grpc.ChannelCredentials, Options]:
     """Target, credentials and options of a channel. Raises ConfigError for files that cannot be read."""
     credentials = load_client_credentials(settings.ca_crt, settings.client_crt, settings.client_key)
+    log_ends(credentials)
     options = list(_OPTIONS)
     if settings.server.startswith(_LOOPBACK):
         # A loopback address is localhost by definition (RFC 6761, 6.3); the seed's recipe and

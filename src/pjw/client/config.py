@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from pjw.certs.address import DEFAULT_ADDRESS
 from pjw.client.settings import ClientSettings
 from pjw.errors import ConfigError
 from pjw.given import require_value, require_values
 
-DEFAULT_SERVER: Final = "localhost:50051"
 KEYS: Final = ("server", "ca_crt", "client_crt", "client_key")
 
 
@@ -60,7 +60,7 @@ def find_settings(
         given = (source[key] for source in sources if source.get(key) is not None)
         if (value := next(given, None)) is not None:
             found[key] = value
-    found.setdefault("server", DEFAULT_SERVER)
+    found.setdefault("server", DEFAULT_ADDRESS)
     for key in KEYS:
         if key not in found:
             option = None if options is None else "--" + key.replace("_", "-")

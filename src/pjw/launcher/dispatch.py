@@ -26,7 +26,7 @@ from pjw.launcher.departures import SETTLE_SECONDS, Departures, Waiter
 from pjw.launcher.job_users import claim_users
 from pjw.launcher.lock import hold_lock
 from pjw.launcher.measure import measure
-from pjw.launcher.operator_files import open_operator_file
+from pjw.launcher.operator_files import open_audit_log, open_operator_file
 from pjw.launcher.policy import Policy, check_job_id, check_signal, instance_name
 from pjw.launcher.pool import Init, Pool
 from pjw.launcher.processes import (
@@ -494,7 +494,17 @@ class Launcher:
 
     def answer_open_file(self, seq: int, request: protocol.OpenFile, descriptors: list[int]) -> "Answer":
         """Hand out a certificate, a key or the like that the operator has replaced; never by a path."""
-        descriptor = open_operator_file(self._policy.operator_file(request.place))
+        return self._hand_out(seq, open_operator_file(self._policy.operator_file(request.place)))
+
+    def answer_open_audit_log(
+        self, seq: int, request: protocol.OpenAuditLog, descriptors: list[int]
+    ) -> "Answer":
+        """Hand out the audit log for appending, after the operator has moved the old one."""
+        if not self._policy.audit_log:
+            raise InvalidJobError("there is no audit log")
+        return self._hand_out(seq, open_audit_log(self._policy.audit_log))
+
+    def _hand_out(self, seq: int, descriptor: int) -> "Answer":
         try:
             self._reply(seq, protocol.Opened(), descriptor)
         finally:
@@ -552,6 +562,7 @@ ROUTES: Final[dict[str, Route]] = {
     "departed": Route(Launcher.answer_departed),
     "scratch_use": Route(Launcher.answer_scratch_use, makes_processes=True),
     "open_file": Route(Launcher.answer_open_file),
+    "open_audit_log": Route(Launcher.answer_open_audit_log),
     "set_share": Route(Launcher.answer_set_share),
     "measure_client": Route(Launcher.answer_measure_client),
 }

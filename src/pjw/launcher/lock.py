@@ -49,6 +49,22 @@ def hold_lock(state_dir: str) -> None:
     _note_holder(descriptor)
 
 
+def is_locked(state_dir: str) -> bool:
+    """Whether a launcher, and so a pjwd, holds the state directory."""
+    path = os.path.join(state_dir, LOCK_NAME)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def _note_holder(descriptor: int) -> None:
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, b"%d %d\n" % (os.getpid(), os.getppid()), 0)

@@ -18,7 +18,9 @@ MAX_LINKS: Final = 40
 
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # O_NONBLOCK: a FIFO in the file's place must not hang us
-_FILE: Final = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE: Final = os.O_NONBLOCK | os.O_NOCTTY | os.O_NOFOLLOW | os.O_CLOEXEC
+_READ: Final = os.O_RDONLY | _FILE
+_APPEND: Final = os.O_WRONLY | os.O_APPEND | os.O_CREAT | _FILE
 
 
 def open_operator_file(path: str) -> int:
@@ -28,12 +30,23 @@ def open_operator_file(path: str) -> int:
     way that others than root may write to.
     """
     try:
-        return _walk(path)
+        return _walk(path, _READ)
     except OSError as error:
         raise KernelError("open", path, error.errno or 0) from error
 
 
-def _walk(path: str) -> int:
+def open_audit_log(path: str) -> int:
+    """A descriptor for appending to the regular file that is at *path* now, or is made there for root alone.
+
+    Raises what `open_operator_file` raises, and KernelError for a link in the place of the file.
+    """
+    try:
+        return _walk(path, _APPEND)
+    except OSError as error:
+        raise KernelError("open", path, error.errno or 0) from error
+
+
+def _walk(path: str, flags: int) -> int:
     # Step by step, each from the directory that was looked at: with one open() of the whole
     # path, what it leads through could be another thing than what was looked at.
     here = os.open("/", _DIRECTORY)
@@ -43,7 +56,8 @@ def _walk(path: str) -> int:
         while True:
             step = steps.pop() or "."
             sticky = _check_directory(here, path)
-            target = _link(step, here)
+            # who appends follows no link to the file
+            target = _link(step, here) if steps or flags == _READ else None
             if sticky and (target is not None or not steps):
                 raise _changeable(here, path)
             if target is not None:
@@ -55,7 +69,7 @@ def _walk(path: str) -> int:
                     continue
                 step = "/"
             elif not steps:
-                return _opened(step, here, path)
+                return _opened(step, here, path, flags)
             there = os.open(step, _DIRECTORY, dir_fd=here)
             os.close(here)
             here = there
@@ -90,8 +104,8 @@ def _link(name: str, directory: int) -> str | None:
         raise
 
 
-def _opened(name: str, directory: int, path: str) -> int:
-    descriptor = os.open(name, _FILE, dir_fd=directory)
+def _opened(name: str, directory: int, path: str, flags: int) -> int:
+    descriptor = os.open(name, flags, 0o600, dir_fd=directory)
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return descriptor
     os.close(descriptor)

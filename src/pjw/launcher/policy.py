@@ -41,7 +41,7 @@ class Policy:
     hidden_paths: tuple[str, ...]
     visible_paths: tuple[str, ...]
     operator_files: tuple[str, ...]
-    grace_seconds: int
+    audit_log: str
 
     @classmethod
     def from_hello(cls, hello: Hello) -> "Policy":
@@ -49,10 +49,9 @@ class Policy:
         # a first one of 0 is replaced before anything is served (job_users.py)
         if hello.uid_count < 1 or hello.uid_first + hello.uid_count > 2**32 - 1:
             raise InvalidJobError("the range of user ids for jobs must lie between 1 and 2^32-2")
-        if not 1 <= hello.grace_seconds < 2**31:
-            raise InvalidJobError("the grace period must be from 1 to 2^31-1 seconds")
         own = (hello.state_dir, *((hello.scratch_dir,) if hello.scratch_dir else ()))
-        for path in (*own, *hello.hidden_paths, *hello.visible_paths, *hello.operator_files):
+        files = (*hello.operator_files, *((hello.audit_log,) if hello.audit_log else ()))
+        for path in (*own, *hello.hidden_paths, *hello.visible_paths, *files):
             if not os.path.isabs(path):
                 raise InvalidJobError(f"{path!r} is not an absolute path")
         return cls(
@@ -64,7 +63,7 @@ class Policy:
             hidden_paths=(*own, *hello.hidden_paths),
             visible_paths=hello.visible_paths,
             operator_files=hello.operator_files,
-            grace_seconds=hello.grace_seconds,
+            audit_log=hello.audit_log,
         )
 
     def check_launch(self, request: Launch, descriptors: list[int]) -> None:
@@ -75,6 +74,8 @@ class Policy:
             raise InvalidJobError(f"limit {above} is above its ceiling")
         if below := request.limits.first_below(self.floor):
             raise InvalidJobError(f"limit {below} is below its floor")
+        if not 1 <= request.grace_seconds < 2**31:
+            raise InvalidJobError("the grace period must be from 1 to 2^31-1 seconds")
         if len(descriptors) != len(request.files):
             raise InvalidJobError(f"this launch needs {len(request.files)} descriptors: {request.files}")
         for name, descriptor in zip(request.files, descriptors, strict=True):

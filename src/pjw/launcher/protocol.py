@@ -42,8 +42,8 @@ class Hello:
     # what a job may have there, by a project quota; 0 is no limit
     scratch_bytes_max: int = 0
     scratch_inodes_max: int = 0
-    # from SIGTERM to SIGKILL when another than the launcher, such as a shutdown, tells an init to end its job
-    grace_seconds: int = 10
+    # a file that the server appends to; empty: there is none
+    audit_log: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,8 @@ class Launch:
     split_stderr: bool = False
     input: bool = False
     share: Share = DEFAULT_SHARE
+    # from SIGTERM to SIGKILL when another than the launcher, such as a shutdown, has its init end the job
+    grace_seconds: int = 10
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -169,6 +171,13 @@ class OpenFile:
 
     op: ClassVar = "open_file"
     place: int
+
+
+@dataclass(frozen=True, slots=True)
+class OpenAuditLog:
+    """`Hello.audit_log` for appending, made where it is missing: the operator has moved the old one."""
+
+    op: ClassVar = "open_audit_log"
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,6 +325,7 @@ Request = (
     | Departed
     | ScratchUse
     | OpenFile
+    | OpenAuditLog
     | SetShare
     | MeasureClient
 )

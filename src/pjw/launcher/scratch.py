@@ -24,6 +24,8 @@ QUOTA_HINT: Final = (
 )
 # a job reaches its own directory by a bind mount, not by way of this one
 _PARENT_MODE: Final = 0o700
+# the file of the state directory that says where scratch directories are, and were
+PLACES_NAME: Final = "scratch-dirs"
 RM_PROGRAM: Final = "/bin/rm"
 # A removal must leave processors and disks to others. But it must also end while they are busy, since it
 # makes room. The IO priority follows: "io_nice = (cpu_nice + 20) / 5" (ioprio_set(2)).
@@ -74,7 +76,7 @@ class Scratch:
             )
         if scratch_dir:
             require_root_s(scratch_dir, "scratch directory", "configure another scratch_dir")
-        self.places: Final = _remember(os.path.join(state_dir, "scratch-dirs"), self._path, state_dir)
+        self.places: Final = _remember(os.path.join(state_dir, PLACES_NAME), self._path, state_dir)
 
         # good for asking how full the file system is, and for nothing else
         self.descriptor: Final = os.open(self._path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

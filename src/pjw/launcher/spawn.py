@@ -65,11 +65,11 @@ def spawn_init(
             pid = os.posix_spawn(
                 INIT_PROGRAM,
                 [
-                    "pjw-init",
+                    # init says "running" in its place when it has a job (init/main.c)
+                    "pjw-init: waiting",
                     *("--report-fd", str(theirs.fileno()), "--wait"),
                     *cgroup_options,
                     *("--hostname", f"job-{job_id}", "--scratch", scratch),
-                    *("--grace", str(policy.grace_seconds)),
                     *place_words(places),
                     *(word for path in policy.hidden_paths for word in ("--hide", path)),
                 ],
@@ -101,6 +101,7 @@ def send_order(report: socket.socket, request: Launch, descriptors: Sequence[int
         *("--tmp-bytes", str(limits.memory_max_bytes // 2)),
         *("--output-max", str(limits.output_max_bytes)),
         *("--time-max", str(min(limits.time_max_seconds, _TIME_MAX_SECONDS))),
+        *("--grace", str(request.grace_seconds)),
         *(("--split-stderr",) if request.split_stderr else ()),
         *(("--input",) if request.input else ()),
     )

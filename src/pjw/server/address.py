@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 
+from pjw.certs.address import DEFAULT_ADDRESS
 from pjw.errors import ConfigError
 
 # How many ports are tried for one that is free at every address of a name.
@@ -27,7 +28,7 @@ def parse_address(text: str) -> tuple[str, int]:
     host = host.removeprefix("[").removesuffix("]")
     if not colon or not host or not port.isascii() or not port.isdecimal():
         raise ConfigError(
-            f"{text!r} is not HOST:PORT", hint="for example localhost:50051, or [::1]:0 for any free port"
+            f"{text!r} is not HOST:PORT", hint=f"for example {DEFAULT_ADDRESS}, or [::1]:0 for any free port"
         )
     if len(port) > len("65535") or int(port) > 65_535:
         raise ConfigError(f"{text!r} is not HOST:PORT", hint="a port is a number from 0 to 65535")

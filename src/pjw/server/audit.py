@@ -125,7 +125,9 @@ class AuditLog:
     """Appends lines to a file, in a thread of its own, so that a slow disk holds no event loop up."""
 
     def __init__(self, descriptor: int) -> None:
-        self._descriptor: Final = descriptor
+        self._descriptor = descriptor
+        # the file that later lines go to, from the next line on
+        self._next: int | None = None
         self._changed: Final = threading.Condition()
         self._lines: Final[deque[bytes]] = deque()
         self._lost = 0
@@ -152,6 +154,16 @@ class AuditLog:
             if self._lost == 1:
                 log.error("the audit log loses lines: %d wait to be written", QUEUE_MAX)
 
+    def reopen(self, descriptor: int) -> None:
+        """Write to another file from the next line on, and own its descriptor.
+
+        Each line goes to one of the two files, as a whole.
+        """
+        with self._changed:
+            replaced, self._next = self._next, descriptor
+        if replaced is not None:
+            os.close(replaced)
+
     def close(self) -> None:
         """Write what waits, as far as the disk takes it, and close."""
         with self._changed:
@@ -161,11 +173,13 @@ class AuditLog:
         if unwritten := len(self._lines) + self._lost:
             log.error("the audit log ends without %d lines", unwritten)
         if not self._thread.is_alive():
+            self._take_next()
             os.close(self._descriptor)
 
     def _run(self) -> None:
         failing = False
         while self._wait_for_line():
+            self._take_next()
             fault = self._write(self._lines[0])
             if fault is None:
                 self._lines.popleft()
@@ -179,6 +193,13 @@ class AuditLog:
                 if self._closing:
                     return
                 self._changed.wait_for(lambda: self._closing, RETRY_SECONDS)
+
+    def _take_next(self) -> None:
+        with self._changed:
+            if self._next is None:
+                return
+            old, self._descriptor, self._next = self._descriptor, self._next, None
+        os.close(old)
 
     def _wait_for_line(self) -> bool:
         with self._changed:

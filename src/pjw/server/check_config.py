@@ -3,21 +3,18 @@
 Judged by what serve itself uses. Nothing is made, opened for writing or listened on for longer than a moment.
 """
 
-import fcntl
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from datetime import UTC, datetime, timedelta
 from typing import Final
 
-from cryptography import x509
-
 from pjw.certs.authority import CA_KEY
-from pjw.certs.checks import describe_time
+from pjw.certs.checks import describe_time, ends_soon, first_end
 from pjw.certs.credentials import load_server_credentials
 from pjw.certs.files import ServerFiles, key_exposure
 from pjw.certs.revocation import load_revocation_list
 from pjw.errors import ConfigError, PjwError, describe_errno
+from pjw.launcher.lock import is_locked
 from pjw.server.address import held_addresses, metrics_exposure, shown_address
 from pjw.server.config import ServerConfig, config_of, read_values, removed_keys
 from pjw.server.plan import RELOAD_HINT, check_reloads, plan_of
@@ -27,7 +24,6 @@ from pjw.worker.host import resources
 # good, to be looked at (None), or missing; in words; what to do
 Finding = tuple[bool | None, str, str | None]
 
-EXPIRES_SOON: Final = timedelta(days=30)
 DISK_FREE_MINIMUM: Final = 1024**3
 
 
@@ -53,7 +49,7 @@ def configuration_findings(path: str | None, options: Mapping[str, object]) -> I
         if exposure := key_exposure(files.server_key, os.stat(files.server_key)):
             yield None, exposure, None
     yield from _authority_key(files.ca_crt)
-    yield from _read_again(files)
+    yield from _read_again(files, config.audit_log)
     if config.audit_log is not None:
         yield _audit_log(config.audit_log)
     if plan.metrics is not None and (exposure := metrics_exposure(*plan.metrics)):
@@ -72,10 +68,10 @@ def _attempt(look: Callable[[], str]) -> Iterator[Finding]:
 
 def _certificates(*files: tuple[str, bytes]) -> Iterator[Finding]:
     for path, pem in files:
-        end = min(each.not_valid_after_utc for each in x509.load_pem_x509_certificates(pem))
+        end = first_end(pem)
         text = f"certificate {path}, valid until {describe_time(end)}"
-        soon = end - datetime.now(UTC) < EXPIRES_SOON
-        yield (None, text, "make a new one soon; a reload (SIGHUP) takes it") if soon else (True, text, None)
+        hint = "make a new one soon; a reload (SIGHUP) takes it"
+        yield (None, text, hint) if ends_soon(end) else (True, text, None)
 
 
 def _authority_key(ca_crt: str) -> Iterator[Finding]:
@@ -88,12 +84,12 @@ def _authority_key(ca_crt: str) -> Iterator[Finding]:
         )
 
 
-def _read_again(files: ServerFiles) -> Iterator[Finding]:
+def _read_again(files: ServerFiles, audit_log: str | None) -> Iterator[Finding]:
     """Findings about the revocation list, and about the files that a reload can read."""
     try:
         count = len(load_revocation_list(files.revoked)) if files.revoked else 0
         # only root can open files as the launcher does
-        unread = check_reloads(files) if os.geteuid() == 0 else None
+        unread = check_reloads(files, audit_log) if os.geteuid() == 0 else None
     except ConfigError as error:
         yield False, str(error), error.hint
         return
@@ -163,7 +159,7 @@ def _disk_space(state_dir: str) -> Finding:
 
 
 def _ports(state_dir: str, *addresses: tuple[str, int] | None) -> Iterator[Finding]:
-    running = _is_served(state_dir)
+    running = is_locked(state_dir)
     for address in addresses:
         if address is None:
             continue
@@ -176,23 +172,6 @@ def _ports(state_dir: str, *addresses: tuple[str, int] | None) -> Iterator[Findi
                 yield True, f"{error}; a pjwd serves {state_dir} now", None
             else:
                 yield False, str(error), error.hint or "`ss -ltnp` shows who has it; or use another"
-
-
-def _is_served(state_dir: str) -> bool:
-    """Whether a launcher holds the state directory."""
-    try:
-        descriptor = os.open(
-            os.path.join(state_dir, "launcher.lock"), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
-        )
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
 
 
 def nearest(path: str) -> str:

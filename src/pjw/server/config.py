@@ -16,6 +16,7 @@ from typing import Annotated, Final, Literal, get_type_hints
 import msgspec
 from msgspec import Meta
 
+from pjw.certs.address import DEFAULT_ADDRESS
 from pjw.certs.identity import NameRules, check_client_name_oid
 from pjw.certs.profile import CLIENT_NAME_OID, identity_fault
 from pjw.errors import ConfigError, InvalidJobError
@@ -162,7 +163,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a configuration file may hold."""
 
     listen: Annotated[_Address, Meta(description="HOST:PORT of the service; port 0 is any free one")] = (
-        "localhost:50051"
+        DEFAULT_ADDRESS
     )
     ca_crt: Annotated[
         _Path | None,

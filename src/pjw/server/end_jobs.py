@@ -8,15 +8,17 @@ import os
 import select
 import signal
 import time
+from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from pjw.errors import ConfigError, KernelError
-from pjw.launcher.cgroup import throttles
+from pjw.launcher.cgroup import files, throttles
 from pjw.launcher.lock import hold_lock
 from pjw.launcher.policy import instance_name
-from pjw.launcher.processes import INIT_SIGNAL_FIRST, status_of
+from pjw.launcher.processes import INIT_SIGNAL_FIRST, find_init
 from pjw.worker.launcher_process import require_root
 
 CGROUPS: Final = Path("/sys/fs/cgroup")
@@ -33,16 +35,8 @@ def end_jobs(state_dir: str, grace_seconds: float) -> int:
     if os.path.isdir(state_dir):
         # held until this process ends, so that no pjwd starts another job meanwhile
         hold_lock(state_dir)
-    parents = [
-        Path(path) for path, _, _ in os.walk(CGROUPS) if os.path.basename(path) == instance_name(state_dir)
-    ]
-    inits = {
-        pid for parent in parents for path in parent.glob("**/job-*/cgroup.procs") for pid in inits_in(path)
-    }
-    pidfds = []
-    for pid in inits:
-        with suppress(ProcessLookupError):
-            pidfds.append(os.pidfd_open(pid))
+    parents = instance_cgroups(CGROUPS, instance_name(state_dir))
+    pidfds = inits_of(parents)
     count = len(pidfds)
     # Init passes it on to every process of its job; SIGTERM as itself would bring init's own grace period.
     # For SIGQUIT it kills them.
@@ -74,15 +68,39 @@ def lift_throttles(parents: list[Path]) -> None:
                 throttles.lift(str(directory))
 
 
-def inits_in(path: Path) -> list[int]:
-    """The processes of a cgroup.procs that are PID 1 of a job."""
+def instance_cgroups(top: Path, instance: str) -> list[Path]:
+    """The cgroups of an instance, one in each hierarchy: `pjw/INSTANCE`, where pjwd was started, and root's.
+
+    A user to whom systemd has delegated a cgroup may make directories of any name there: the user's.
+    """
+    found = []
+    for path, names, _ in os.walk(top):
+        if os.path.basename(path) == "pjw" and instance in names:
+            parent = Path(path, instance)
+            # it may go away meanwhile
+            with suppress(FileNotFoundError):
+                if all(each.stat().st_uid == 0 for each in (parent, parent.parent)):
+                    found.append(parent)
+    return found
+
+
+def inits_of(parents: Sequence[Path]) -> list[int]:
+    """A pidfd of the init of each job below *parents*; of an init that waits for a job, too."""
+    pidfds: dict[str, int] = {}
+    for parent in parents:
+        for job in parent.glob("**/job-*/"):
+            # with cgroup v1 a job has one in each hierarchy
+            if job.name not in pidfds and (pidfd := find_init(partial(_pids_in, job))) is not None:
+                pidfds[job.name] = pidfd
+    return list(pidfds.values())
+
+
+def _pids_in(cgroup: Path) -> list[int]:
     try:
-        pids = path.read_text().split()
-    except OSError:
+        return files.read_pids(str(cgroup))
+    except KernelError:
         # the cgroup has gone
         return []
-    # a process that has ended meanwhile has no status, and hides no init behind it
-    return [int(pid) for pid in pids if status_of(pid, b"NSpid")[1:] == [b"1"]]
 
 
 def end(pidfds: list[int], number: int, seconds: float) -> list[int]:

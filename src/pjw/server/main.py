@@ -1,4 +1,4 @@
-"""pjwd: serve, check, config, end-jobs, certs. The command tree, and errors to exit codes."""
+"""pjwd: serve, check, config, backup, end-jobs, certs. The command tree, and errors to exit codes."""
 
 import argparse
 import os
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Final
 
+from pjw.certs.address import DEFAULT_ADDRESS
 from pjw.certs.bundle import BUNDLE_SUFFIX
 from pjw.errors import PjwError
 from pjw.given import require_arguments
@@ -16,14 +17,12 @@ from pjw.inherited import open_standard_descriptors
 from pjw.server.logs import FORMATS, LEVELS
 from pjw.stdout import EXIT_CLOSED_PIPE, ReaderGoneError, checked_stdout
 
-DEFAULT_LISTEN: Final = "localhost:50051"
 # the environment variable that takes the place of --listen
 LISTEN_VARIABLE: Final = "PJWD_LISTEN"
 # what packaging/pjwd.service reads
 _UNIT_CONFIG: Final = "/etc/pjw/pjwd.toml"
 EXIT_FAILED: Final = 1
 EXIT_INTERRUPTED: Final = 130
-DEFAULT_SERVER: Final = "localhost:50051"
 LEAF_DAYS: Final = 365
 # options that are keys of the configuration, too
 PATHS: Final = ("ca_crt", "server_crt", "server_key", "state_dir")
@@ -86,6 +85,19 @@ def build_parser() -> argparse.ArgumentParser:
     show.add_argument("--format", default="toml", choices=["toml", "json"], help="default %(default)s")
     _add_options(show)
 
+    backup = commands.add_parser(
+        "backup",
+        help="copy the state directory, while pjwd runs or is stopped; needs root",
+        description="Copy the jobs and their output to DIR, which is new or empty. A pjwd can start from"
+        " such a copy. Jobs that run now are lost then; the copy has their output until now. Not in it: the"
+        " configuration, certificates and keys, since they are secrets and change seldom; the audit log; and"
+        " the scratch directories and input of running jobs.",
+    )
+    backup.set_defaults(run=_backup)
+    _add_config(backup)
+    _add_state_dir(backup)
+    backup.add_argument("directory", metavar="DIR")
+
     end_jobs = commands.add_parser(
         "end-jobs",
         help="end the jobs of a pjwd that has been stopped; needs root",
@@ -123,7 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
             maker.add_argument(
                 "--server",
                 type=_address,
-                default=DEFAULT_SERVER,
+                default=DEFAULT_ADDRESS,
                 metavar="HOST[:PORT]",
                 help="where clients connect to, for their bundles"
                 + (" and the server's certificate" if kind == "init" else "")
@@ -193,7 +205,7 @@ def _add_state_dir(command: argparse.ArgumentParser) -> None:
 def _add_options(command: argparse.ArgumentParser) -> None:
     _add_config(command)
     for name, metavar, text in (
-        ("listen", "HOST:PORT", f"default {DEFAULT_LISTEN}; port 0 picks a free one"),
+        ("listen", "HOST:PORT", f"default {DEFAULT_ADDRESS}; port 0 picks a free one"),
         ("ca-crt", "FILE", "the authority whose clients are let in"),
         ("server-crt", "FILE", "the server's certificate"),
         ("server-key", "FILE", "its private key"),
@@ -272,6 +284,21 @@ def _config_show(arguments: argparse.Namespace) -> int:
     for words in removed_keys(values):
         print(f"pjwd: warning: {words}", file=sys.stderr)
     print(as_json(settings) if arguments.format == "json" else as_toml(settings, path), end="")
+    return 0
+
+
+def _backup(arguments: argparse.Namespace) -> int:
+    from pjw.server.backup import back_up
+    from pjw.server.config import load_config
+
+    config = load_config(arguments.config, _options(arguments))
+    made = back_up(config.state_dir, arguments.directory)
+    print(made.path)
+    print(
+        f"pjwd: {made.jobs} jobs, {made.running} of them without an end; not in it: configuration,"
+        " certificates, keys, audit log",
+        file=sys.stderr,
+    )
     return 0
 
 

@@ -31,6 +31,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from pjw.certs.checks import first_end
 from pjw.errors import (
     ConfigError,
     InvalidJobError,
@@ -46,7 +47,6 @@ from pjw.model import KNOWN_STATES, EndReason
 from pjw.server.address import held_addresses, shown_address
 from pjw.server.audit import CANCELLED, CallRecord
 from pjw.server.connections import ConnectionNumbers, Connections
-from pjw.server.expiry import first_end
 from pjw.server.log_writer import LogWriter
 from pjw.server.logs import PLAIN
 from pjw.server.quota import ClientLimits, NamedClient

@@ -10,7 +10,7 @@ from typing import Final
 
 from pjw.certs.files import ServerFiles
 from pjw.errors import ConfigError, InvalidJobError, PjwError
-from pjw.launcher.operator_files import open_operator_file
+from pjw.launcher.operator_files import open_audit_log, open_operator_file
 from pjw.launcher.policy import Policy
 from pjw.launcher.visible import check_visible
 from pjw.server.address import parse_address
@@ -37,7 +37,7 @@ def plan_of(config: ServerConfig, path: str | None) -> Plan:
     files = _files(config, path)
     settings = config.worker_settings(_hidden_paths(config, files))
     try:
-        Policy.from_hello(hello_of(config.state_dir, settings, files.paths))
+        Policy.from_hello(hello_of(config.state_dir, settings, files.paths, config.audit_log or ""))
     except InvalidJobError as error:
         raise ConfigError(str(error)) from None
     check_visible(settings.visible_paths)
@@ -72,8 +72,8 @@ def _hidden_paths(config: ServerConfig, files: ServerFiles) -> tuple[str, ...]:
     return tuple(os.path.realpath(path) for path in secret if path)
 
 
-def check_reloads(files: ServerFiles) -> str | None:
-    """A warning about the files that no reload can read. Opens them as root, as the launcher will.
+def check_reloads(files: ServerFiles, audit_log: str | None) -> str | None:
+    """A warning about the files that no reload can open. Opens them as root, as the launcher will.
 
     Raises ConfigError for the revocation list: in an emergency the operator would trust a new one.
     """
@@ -83,8 +83,14 @@ def check_reloads(files: ServerFiles) -> str | None:
             os.close(open_operator_file(path))
         except PjwError as error:
             unread[path] = error
+    # one that is not there would be made
+    if audit_log is not None and os.path.lexists(audit_log):
+        try:
+            os.close(open_audit_log(audit_log))
+        except PjwError as error:
+            unread[audit_log] = error
     if (refused := unread.get(files.revoked or "")) is not None:
         raise ConfigError(f"no reload could read the revocation list: {refused}", hint=RELOAD_HINT)
     if not unread:
         return None
-    return f"no reload can read {', '.join(unread)}, only a restart: {next(iter(unread.values()))}"
+    return f"no reload can open {', '.join(unread)}, only a restart: {next(iter(unread.values()))}"

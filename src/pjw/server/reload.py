@@ -1,7 +1,8 @@
 """SIGHUP: the operator's files are read again, judged, and taken whole or not at all.
 
 Certificates are one thing, the configuration another and the revocation list a third: a certificate
-that has expired must not keep a revocation from its effect. Connections and streams go on; a new handshake
+that has expired must not keep a revocation from its effect. The audit log is opened anew, since the operator
+may have moved it away. Connections and streams go on; a new handshake
 sees the new certificates, the next call of anybody the new list.
 """
 
@@ -21,6 +22,7 @@ from pjw.certs.credentials import load_server_credentials
 from pjw.certs.files import ServerCredentials, ServerFiles, key_exposure, read_descriptor
 from pjw.certs.revocation import load_revocation_list
 from pjw.errors import LauncherGoneError, PjwError
+from pjw.server.audit import AuditLog
 from pjw.server.config import RELOADED, ServerConfig, config_of, parse_values, removed_keys
 from pjw.server.expiry import warn_of_ends
 from pjw.server.guard import Guard
@@ -49,25 +51,28 @@ class Reloader:
         worker: Worker,
         notifier: Notifier,
         accepted: Callable[[], None],
+        audit: AuditLog | None = None,
     ) -> None:
         self._accepted: Final = accepted
+        self._audit: Final = audit
         self._files: Final = files
         self._options: Final = options
         self._guard: Final = guard
         self._worker: Final = worker
         self._notifier: Final = notifier
         self._asked: Final = asyncio.Event()
-        # How often each of the three was reloaded, with which result. All that can come is there from the
+        # How often each of them was reloaded, with which result. All that can come is there from the
         # start: who watches a counter sees no increase in one that begins at 1.
         self.counts: Final[Counter[tuple[str, str]]] = Counter(
             {
                 (what, result): 0
-                for what, path in (
+                for what, there in (
                     ("certificates", files.server_crt),
                     ("configuration", files.config),
                     ("revocation_list", files.revoked),
+                    ("audit_log", audit),
                 )
-                if path
+                if there
                 for result in ("ok", "failed")
             }
         )
@@ -111,6 +116,8 @@ class Reloader:
                 await self._attempt("configuration", partial(self._reload_config, path))
             if revoked := self._files.revoked:
                 await self._attempt("revocation list", partial(self._reload_revoked, revoked))
+            if self._audit is not None:
+                await self._attempt("audit log", partial(self._reopen_audit_log, self._audit))
             self._notifier.ready(status())
 
     async def _attempt(self, what: str, reload: Callable[[], Awaitable[None]]) -> None:
@@ -197,6 +204,10 @@ class Reloader:
         revoked = load_revocation_list(path, lambda *_: data)
         ended = self._guard.revoke(revoked)
         log.info("reload: %d certificates are revoked; running calls ended: %d", len(revoked), ended)
+
+    async def _reopen_audit_log(self, audit: AuditLog) -> None:
+        audit.reopen(await self._worker.open_audit_log())
+        log.info("reload: the audit log was opened again")
 
     async def _read(self, path: str, what: str) -> bytes:
         # We are not root any more, and keys are root's; the launcher opens what it was told of then.

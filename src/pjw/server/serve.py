@@ -20,6 +20,7 @@ from pjw.errors import ConfigError
 from pjw.server.accept import make_server
 from pjw.server.address import held_addresses, shown_address
 from pjw.server.audit import AuditLog
+from pjw.server.backup_port import BackupPort
 from pjw.server.config import ServerConfig
 from pjw.server.connections import PortLimits
 from pjw.server.expiry import warn_each_day
@@ -91,6 +92,7 @@ class Serving:
     # the descriptor of the audit log, where there is one
     audit: int | None
     log: LogWriter
+    backups: BackupPort
 
 
 def run(serving: Serving, state: StateDir, launcher: LauncherProcess) -> int:
@@ -102,6 +104,7 @@ async def _run(serving: Serving, state: StateDir, launcher: LauncherProcess) -> 
     host = serving.host
     async with AsyncExitStack() as stack:
         signals = stack.enter_context(Signals())
+        stack.callback(serving.backups.close)
         worker = await stack.enter_async_context(Worker(state, launcher, serving.settings))
         await worker.adopt()
         audit = AuditLog(serving.audit) if serving.audit is not None else None
@@ -128,6 +131,7 @@ async def _run(serving: Serving, state: StateDir, launcher: LauncherProcess) -> 
             worker,
             notifier,
             port.connections.accepted,
+            audit,
         )
         background = Background()
         stack.push_async_callback(background.close)
@@ -156,6 +160,7 @@ async def _run(serving: Serving, state: StateDir, launcher: LauncherProcess) -> 
                 stack.enter_context(metrics.serve(serving.metrics, reloader))
             background.keep("taking calls", server.wait_for_termination())
             background.keep("warnings of certificates", warn_each_day(lambda: reloader.credentials))
+            background.keep("copies for backups", serving.backups.serve())
             background.keep("reloads", reloader.run(lambda: _status(address, worker)))
             ready.info("ready on %s", address, extra=PLAIN)
             notifier.ready(_status(address, worker))

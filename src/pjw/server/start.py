@@ -24,6 +24,7 @@ from pjw.certs.tls import require_tls13_environment
 from pjw.errors import ConfigError, PjwError, describe_errno
 from pjw.inherited import set_for_service
 from pjw.server.address import metrics_exposure
+from pjw.server.backup_port import BackupPort
 from pjw.server.config import ServerConfig, config_of, read_values, removed_keys
 from pjw.server.grpc_log import relay, take_stderr
 from pjw.server.log_writer import LogWriter
@@ -81,16 +82,19 @@ def _serve(config: ServerConfig, path: str | None, options: Mapping[str, object]
         log.warning("%s", exposure)
     audit = open_audit_log(config.audit_log) if config.audit_log is not None else None
     revoked = load_revocation_list(config.revoked) if config.revoked is not None else NOBODY_REVOKED
-    if unread := check_reloads(files):
+    if unread := check_reloads(files, config.audit_log):
         log.warning("%s", unread)
     uid = server_uid(config.user, config.state_dir)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
     state = StateDir(config.state_dir, uid)
-    # before gRPC is imported: with its threads a child would die before its exec
+    backups = BackupPort(state)
+    launcher = start_launcher(state.path, settings, files.paths, config.audit_log or "")
+    # Behind the launcher, which moves this process into a leaf where cgroup v2 wants that: a trial init in
+    # the old place would keep it from handing controllers on. Before gRPC is imported: with gRPC's threads
+    # a child would die before its exec.
     trial = trial_of(config, uid)
-    launcher = start_launcher(state.path, settings, files.paths)
 
     forget_grpc_settings()
     require_tls13_environment()
@@ -109,7 +113,17 @@ def _serve(config: ServerConfig, path: str | None, options: Mapping[str, object]
     writer.start()
     relay(their_lines)
     serving = Serving(
-        *plan.listen, plan.metrics, files, credentials, revoked, config, options, settings, audit, writer
+        *plan.listen,
+        plan.metrics,
+        files,
+        credentials,
+        revoked,
+        config,
+        options,
+        settings,
+        audit,
+        writer,
+        backups,
     )
     return run(serving, state, launcher)
 

@@ -1,8 +1,8 @@
 """Starts one init to find out whether a job can be made on this host, and what it would see.
 
-The init has the mounts and the kind of user of a job, but no cgroup and no scratch directory. `pjwd check`
-shows the result. `pjwd serve` runs the trial while its launcher starts and gRPC is imported, so it costs no
-time.
+The init has the mounts and the kind of user of a job, but no scratch directory and no cgroup of its own: it
+is in that of pjwd, and executes nothing but cat(1). `pjwd check` shows the result. `pjwd serve` runs the
+trial while gRPC is imported, so it costs no time.
 """
 
 import os

@@ -203,7 +203,14 @@ class LauncherClient:
 
         Raises KernelError or ConfigError when it cannot be opened.
         """
-        reply, fds = await self._request(protocol.OpenFile(place))
+        return await self._opened(protocol.OpenFile(place))
+
+    async def request_audit_log(self) -> int:
+        """The audit log, open for appending; the caller owns it. Raises KernelError or ConfigError."""
+        return await self._opened(protocol.OpenAuditLog())
+
+    async def _opened(self, request: protocol.Request) -> int:
+        reply, fds = await self._request(request)
         if not isinstance(reply, protocol.Opened) or len(fds) != 1:
             raise ProtocolError("the launcher answered a request for a file with something else")
         return fds[0]

@@ -1,7 +1,6 @@
 """Starts the launcher, and greets it while still root."""
 
 import logging
-import math
 import os
 import socket
 import sys
@@ -42,7 +41,7 @@ def require_root() -> None:
 
 
 def start_launcher(
-    state_dir: str, settings: WorkerSettings, operator_files: tuple[str, ...] = ()
+    state_dir: str, settings: WorkerSettings, operator_files: tuple[str, ...] = (), audit_log: str = ""
 ) -> LauncherProcess:
     """Start the launcher and tell it its policy, and what it may open again for who is not root.
 
@@ -72,7 +71,7 @@ def start_launcher(
         raise ProtocolError("the launcher ended before it was ready") from None
     scratch = -1
     try:
-        ready, scratch = _greet(ours, state_dir, settings, operator_files)
+        ready, scratch = _greet(ours, hello_of(state_dir, settings, operator_files, audit_log))
         check_limits(ready, settings.default_limits)
         for words in ready.not_set:
             log.warning("%s", words)
@@ -99,7 +98,9 @@ def check_limits(ready: protocol.Ready, limits: Limits) -> None:
         raise ConfigError(ready.no_disk, hint=ready.hint)
 
 
-def hello_of(state_dir: str, settings: WorkerSettings, operator_files: tuple[str, ...]) -> protocol.Hello:
+def hello_of(
+    state_dir: str, settings: WorkerSettings, operator_files: tuple[str, ...], audit_log: str = ""
+) -> protocol.Hello:
     """The first message to a launcher, with its policy."""
     return protocol.Hello(
         state_dir=state_dir,
@@ -115,14 +116,11 @@ def hello_of(state_dir: str, settings: WorkerSettings, operator_files: tuple[str
         scratch_bytes_max=settings.scratch_bytes_max,
         scratch_inodes_max=settings.scratch_inodes_max,
         sums=settings.sums,
-        grace_seconds=max(1, math.ceil(settings.stop_grace_seconds)),
+        audit_log=audit_log,
     )
 
 
-def _greet(
-    requests: socket.socket, state_dir: str, settings: WorkerSettings, operator_files: tuple[str, ...]
-) -> tuple[protocol.Ready, int]:
-    hello = hello_of(state_dir, settings, operator_files)
+def _greet(requests: socket.socket, hello: protocol.Hello) -> tuple[protocol.Ready, int]:
     requests.settimeout(_GREETING_SECONDS)
     requests.send(protocol.encode(0, hello))
     try:

@@ -1,6 +1,7 @@
 """Starts: from a request to the executed command, or back to nothing; one for each request id."""
 
 import asyncio
+import math
 import os
 from contextlib import AsyncExitStack
 from functools import partial
@@ -178,8 +179,10 @@ class Starts:
         try:
             descriptors.append(_command_file(spec))
             descriptors.extend(self._state.create_job(job))
-            share = self._running.settings.shares.of(job.client_name)
-            request = Launch(job.id, uid, job.limits, job.split_stderr, job.input, share)
+            settings = self._running.settings
+            share = settings.shares.of(job.client_name)
+            grace = max(1, math.ceil(settings.stop_grace_seconds))
+            request = Launch(job.id, uid, job.limits, job.split_stderr, job.input, share, grace)
             return await self._launcher.request_launch(request, spec, descriptors)
         finally:
             for descriptor in descriptors:

@@ -9,6 +9,7 @@ scratch/ID/        made by the launcher: the job's own, while it runs; elsewhere
 job-users          the launcher's: the range of user ids that jobs have
 scratch-dirs       the launcher's: where jobs have their scratch directories, or had them before that changed
 launcher.lock      held by the launcher
+backup.sock        root's, 0600: where `pjwd backup` asks for a copy of the table
 
 STATE and every directory above it can be written by root alone: whoever may rename one of them, or put a link
 in its place, decides where root makes files and directories.
@@ -35,6 +36,8 @@ from pjw.worker.usage import append_sample, read_samples
 
 # SQLite takes a path of 512 bytes, including what it adds to the name of its file ("-journal")
 PATH_BYTES_MAX: Final = 512 - len("/jobs.sqlite-journal")
+JOBS: Final = "jobs"
+TABLE: Final = "jobs.sqlite"
 # of a job whose stderr is kept apart and that has input
 _FILES: Final = ("output", "status", "times", "stderr", "stderr_times", "input")
 
@@ -43,6 +46,8 @@ _ENDED_FOR_DISK: Final = 0o700
 
 # kept for a job that has written nothing as well
 _USAGE: Final = "usage"
+# All that is left of an ended job; and the status, which knows of an end a moment before the table.
+BACKED_UP: Final = ("output", "times", "stderr", "stderr_times", "status", _USAGE)
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -60,7 +65,7 @@ class StateDir:
                 f"cannot use the state directory {path}: its path is {size} bytes long",
                 hint=f"give one of {PATH_BYTES_MAX} bytes at most with --state-dir: SQLite takes no more",
             )
-        jobs = os.path.join(self.path, "jobs")
+        jobs = os.path.join(self.path, JOBS)
         try:
             os.makedirs(self.path, 0o711, exist_ok=True)
             require_root_s(self.path, "state directory", "give another directory with --state-dir")
@@ -77,7 +82,7 @@ class StateDir:
         # By descriptor: its owner may not be able to reach it by name (a parent of mode 0700).
         self._jobs: Final = f"/proc/self/fd/{self._jobs_fd}"
         try:
-            self.store: Final = JobStore(_private_file(os.path.join(self.path, "jobs.sqlite")))
+            self.store: Final = JobStore(_private_file(os.path.join(self.path, TABLE)))
         except BaseException as error:
             os.close(self._jobs_fd)
             if isinstance(error, KernelError | LimitReachedError):

@@ -21,6 +21,10 @@ from pjw.worker.wal import WalSync
 
 # A pjwd that is ending releases the table in less time.
 BUSY_SECONDS: Final = 5.0
+# A copy of the table takes so many pages at once, about a millisecond, and lets others use the table then.
+_COPY_PAGES: Final = 256
+# how long it waits for the end of a transaction
+_COPY_WAIT_SECONDS: Final = 0.005
 
 log: Final = logging.getLogger(__name__)
 
@@ -112,6 +116,14 @@ class JobStore:
     async def sync(self) -> None:
         """Return when all that was written before this call will survive a power cut. Raises KernelError."""
         await self._wal.sync()
+
+    def copy_to(self, target: sqlite3.Connection) -> None:
+        """Copy the table as it is at one moment; call it from any thread, while others use the table.
+
+        What is written meanwhile reaches the copy, too: SQLite sees to that, as it goes through the same
+        connection.
+        """
+        self._guarded(self._db.backup, target, pages=_COPY_PAGES, sleep=_COPY_WAIT_SECONDS)
 
     async def client_number(self, name: str) -> int:
         """The number of a client, from 0 on, given at its first job and never to another."""

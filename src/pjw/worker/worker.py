@@ -244,6 +244,10 @@ class Worker:
         """A file that the launcher was told of at its start, open for reading; the caller owns it."""
         return await self._launcher.request_open_file(place)
 
+    async def open_audit_log(self) -> int:
+        """The file that the launcher was told of at its start, open for appending; the caller owns it."""
+        return await self._launcher.request_audit_log()
+
     # --- start
 
     async def start(self, spec: JobSpec, client_name: str = LOCAL_CLIENT) -> Job:

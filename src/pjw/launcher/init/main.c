@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
+#include <string.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -52,7 +53,16 @@ static int exit_code(int wait_status) {
     return WIFSIGNALED(wait_status) ? 128 + WTERMSIG(wait_status) : WEXITSTATUS(wait_status);
 }
 
-static _Noreturn void be_init(struct options *options, int go) {
+/* In lists of processes (ps, systemd-cgls) an init that waits for a job would look like one that has a job. The
+ * launcher calls it "pjw-init: waiting"; the kernel shows what is there now. */
+static void tell_lists(char *name) {
+    static const char WAITING[] = "waiting", RUNNING[] = "running";
+    char *state = strstr(name, WAITING);
+    if (state)
+        memcpy(state, RUNNING, sizeof RUNNING - 1);
+}
+
+static _Noreturn void be_init(struct options *options, int go, char *name) {
     char byte;
     int error = enter_cgroups(options);
     /* the launcher must hear of the clone before it hears anything from the clone */
@@ -66,8 +76,10 @@ static _Noreturn void be_init(struct options *options, int go) {
     make_mounts(options);
     int read_end, write_ends[STREAMS_MAX], signals = open_signals();
     bound_to_kill();
-    if (options->waits)
+    if (options->waits) {
         await_order(options);
+        tell_lists(name);
+    }
 
     struct outputs outputs;
     struct input input;
@@ -122,7 +134,7 @@ int main(int argc, char **argv) {
         fail(STEP_CLONE, NULL);
     if (init == 0) {
         close(go[1]);
-        be_init(&options, go[0]);
+        be_init(&options, go[0], argv[0]);
     }
     report_cloned(pidfd);
     if (write(go[1], "", 1) != 1)

@@ -39,7 +39,7 @@ static const struct option OPTIONS[] = {
     {"tmp-bytes", required_argument, NULL, TMP_BYTES | LINE | ORDER},
     {"output-max", required_argument, NULL, OUTPUT_MAX | LINE | ORDER},
     {"time-max", required_argument, NULL, TIME_MAX | LINE | ORDER},
-    {"grace", required_argument, NULL, GRACE | LINE},
+    {"grace", required_argument, NULL, GRACE | LINE | ORDER},
     {"wait", no_argument, NULL, WAIT | LINE},
     {"split-stderr", no_argument, NULL, SPLIT_STDERR | LINE | ORDER},
     {"times-fd", required_argument, NULL, TIMES_FD | LINE},

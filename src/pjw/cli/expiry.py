@@ -1,0 +1,59 @@
+"""Warns somebody at a terminal, at most once a day for each certificate, before it expires.
+
+The day is that of an empty file, by its time. It saves the look at the certificate as well, which takes a
+third of a whole `pjw get`.
+"""
+
+import os
+import sys
+import time
+from contextlib import suppress
+from typing import Final
+
+from pjw.certs.files import load_client_credentials, read_path
+from pjw.cli.exits import say
+from pjw.client.expiry import ends_of
+from pjw.client.settings import ClientSettings
+from pjw.errors import PjwError
+
+# the environment variable that turns the warning off
+VARIABLE: Final = "PJW_EXPIRY_WARNING"
+OFF: Final = "off"
+DAY_SECONDS: Final = 86_400
+
+
+def warn_of_ends(settings: ClientSettings) -> None:
+    """Say so on stderr, if that is a terminal."""
+    if not sys.stderr.isatty() or os.environ.get(VARIABLE) == OFF:
+        return
+    # whatever goes wrong here is none of the command's business, or fails it a moment later
+    with suppress(PjwError, OSError):
+        stamp = _stamp(settings.client_crt)
+        if not _is_of_today(stamp):
+            files = settings.ca_crt, settings.client_crt, settings.client_key
+            for words in ends_of(load_client_credentials(*files)):
+                say(f"warning: {words} ({VARIABLE}={OFF} hides this)")
+            _touch(stamp)
+
+
+def _stamp(client_crt: str) -> str:
+    """The file for a certificate, in the user's directory for what programs remember."""
+    import hashlib
+
+    home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    digest = hashlib.sha256(read_path(client_crt, "certificate")).hexdigest()
+    return os.path.join(home, "pjw", f"expiry-{digest[:32]}")
+
+
+def _is_of_today(stamp: str) -> bool:
+    try:
+        # a time in the future is of a clock that was set back
+        return 0 <= time.time() - os.stat(stamp).st_mtime < DAY_SECONDS
+    except FileNotFoundError:
+        return False
+
+
+def _touch(stamp: str) -> None:
+    os.makedirs(os.path.dirname(stamp), mode=0o700, exist_ok=True)
+    os.close(os.open(stamp, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    os.utime(stamp)

@@ -1,0 +1,310 @@
+"""pjwd backup: a copy of the state directory that a pjwd can start from, while pjwd runs or is stopped.
+
+It is whole or not there: it is written beside its place, synced and renamed. It has the job table as it was
+at one moment, and after that what there was of each job in it. Files in the directories of jobs are the
+server's, which is not root: they are opened step by step, and never through a link.
+"""
+
+import ctypes
+import fcntl
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import stat
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Final
+from urllib.parse import quote
+
+from pjw.errors import ConfigError, describe_errno
+from pjw.launcher.job_users import RECORD
+from pjw.launcher.lock import hold_lock, is_locked
+from pjw.launcher.rooted import require_root_s
+from pjw.launcher.scratch import PLACES_NAME
+from pjw.server.backup_port import COPIED, FAILED, MESSAGE_MAX, SOCKET_NAME
+from pjw.worker.launcher_process import require_root
+from pjw.worker.state_dir import BACKED_UP, JOBS, TABLE
+
+# After a restore the next job's id is so much above the last one in the backup: so no id is given again that
+# was given between the backup and the loss.
+IDS_LEFT_OUT: Final = 1_000_000
+# what the launcher keeps: which user ids jobs have, and where their scratch directories were
+_LAUNCHERS: Final = (RECORD, PLACES_NAME)
+_PIECE_BYTES: Final = 16 * 1024 * 1024
+_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# the version of the table from which on it knows how many bytes of output an ended job has
+_VERSION_WITH_BYTES: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Backup:
+    """What is in a backup: the number of jobs, and how many of them had not ended."""
+
+    path: str
+    jobs: int
+    running: int
+
+
+def back_up(state_dir: str, target: str) -> Backup:
+    """Copy a state directory to *target*, which is not there, or an empty directory. Needs root.
+
+    Raises ConfigError; then there is nothing at *target* that was not there before. When no pjwd serves the
+    state directory, none can start until this process ends.
+    """
+    require_root()
+    state_dir, target = os.path.realpath(state_dir), os.path.abspath(target)
+    if not os.path.exists(os.path.join(state_dir, TABLE)):
+        raise ConfigError(
+            f"cannot back up {state_dir}: it has no job table, {TABLE}",
+            hint="name the state directory with --state-dir, or the configuration of pjwd with --config",
+        )
+    _require_free(target, state_dir)
+    parent = os.path.dirname(os.path.realpath(target))
+    if not os.path.isdir(parent):
+        raise ConfigError(f"cannot back up to {target}: there is no directory {parent}", hint="make it first")
+    # whoever may exchange directories there could have all of it
+    require_root_s(parent, "directory for backups", "give another directory")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # so that what is half written is removed
+        signal.signal(number, signal.default_int_handler)
+    try:
+        with _unfinished(target) as directory:
+            _copy_table(state_dir, directory)
+            jobs, running = _copy_jobs(state_dir, directory)
+            for name in _LAUNCHERS:
+                source = os.open(state_dir, _DIRECTORY)
+                with _closing(source):
+                    _copy_file(source, directory, name)
+            _sync(directory)
+    except OSError as error:
+        what = f": {error.filename}" if error.filename else ""
+        raise ConfigError(
+            f"cannot back up {state_dir} to {target}{what}: {describe_errno(error.errno or 0)}"
+        ) from error
+    except sqlite3.Error as error:
+        raise ConfigError(f"cannot back up the job table of {state_dir} to {target}: {error}") from error
+    return Backup(target, jobs, running)
+
+
+def _require_free(target: str, state_dir: str) -> None:
+    if os.path.commonpath((os.path.realpath(target), state_dir)) == state_dir:
+        raise ConfigError(
+            f"cannot back up to {target}: it lies in the state directory, and would be lost with it",
+            hint="give a directory elsewhere, best on another disk",
+        )
+    try:
+        there = os.listdir(target)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ConfigError(f"cannot back up to {target}: {describe_errno(error.errno or 0)}") from error
+    if there:
+        raise ConfigError(
+            f"cannot back up to {target}: it is not empty", hint="give a new directory for each backup"
+        )
+    if os.path.ismount(target):
+        raise ConfigError(
+            f"cannot back up to {target}: it is a mount point, which nothing can be renamed to",
+            hint=f"give a directory in it, such as {os.path.join(target, 'pjw')}",
+        )
+
+
+@contextmanager
+def _unfinished(target: str) -> Iterator[int]:
+    """An open, new directory beside *target*, which takes the name of that when all went well."""
+    path = f"{target}.partial"
+    _remove_leftover(path, target)
+    os.mkdir(path, 0o700)
+    directory = os.open(path, _DIRECTORY)
+    with _closing(directory):
+        try:
+            # says that this is no leftover
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield directory
+            os.rename(path, target)
+            parent = os.open(os.path.dirname(target), _DIRECTORY)
+            with _closing(parent):
+                os.fsync(parent)
+        except BaseException:
+            shutil.rmtree(path, ignore_errors=True)
+            raise
+
+
+def _remove_leftover(path: str, target: str) -> None:
+    """Remove what a backup that was killed has left."""
+    try:
+        directory = os.open(path, _DIRECTORY)
+    except FileNotFoundError:
+        return
+    with _closing(directory):
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"cannot back up to {target}: another `pjwd backup` is writing {path}"
+            ) from None
+        shutil.rmtree(path)
+
+
+def _copy_table(state_dir: str, directory: int) -> None:
+    """Copy the table as it is at one moment, as a file of mode 0600."""
+    descriptor = os.open(TABLE, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=directory)
+    with _closing(descriptor), _connection(state_dir) as server:
+        if server is not None:
+            _send(_received(server, state_dir), descriptor)
+            return
+    hold_lock(state_dir)
+    source = f"file:{quote(os.path.join(state_dir, TABLE))}?mode=rw"
+    with (
+        closing(sqlite3.connect(source, timeout=0, uri=True)) as table,
+        closing(sqlite3.connect(_path(directory, TABLE))) as copy,
+    ):
+        # without a file of shared memory
+        table.execute("PRAGMA locking_mode = EXCLUSIVE")
+        table.backup(copy)
+
+
+@contextmanager
+def _connection(state_dir: str) -> Iterator[socket.socket | None]:
+    """A connection to the pjwd that serves a state directory; None when none does. Raises ConfigError."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
+        parent = os.open(state_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        with _closing(parent):
+            try:
+                server.connect(f"/proc/self/fd/{parent}/{SOCKET_NAME}")
+            except (FileNotFoundError, ConnectionRefusedError):
+                if is_locked(state_dir):
+                    raise ConfigError(
+                        f"cannot back up {state_dir}: the pjwd that serves it gives no copy of its job table",
+                        hint="restart it when it is of an older version (its jobs go on), or stop it",
+                    ) from None
+                yield None
+                return
+        yield server
+
+
+def _received(server: socket.socket, state_dir: str) -> int:
+    """The descriptor that the server sends, the caller's to close."""
+    message, descriptors, _, _ = socket.recv_fds(server, MESSAGE_MAX, 1)
+    if message == COPIED and len(descriptors) == 1:
+        return descriptors[0]
+    for each in descriptors:
+        os.close(each)
+    words = message.removeprefix(FAILED).decode(errors="replace")
+    said = f"pjwd says: {words}" if words else "pjwd went away"
+    raise ConfigError(f"cannot back up {state_dir}: {said}")
+
+
+def _copy_jobs(state_dir: str, directory: int) -> tuple[int, int]:
+    """Copy what there is of each job of the copied table; how many there are, how many without an end."""
+    source = os.open(os.path.join(state_dir, JOBS), _DIRECTORY)
+    with _closing(source), closing(sqlite3.connect(_path(directory, TABLE))) as table:
+        # one file, without a log beside it
+        table.execute("PRAGMA journal_mode = DELETE")
+        if (found := table.execute("PRAGMA quick_check(1)").fetchone()) != ("ok",):
+            raise ConfigError(f"cannot back up {state_dir}: its job table is damaged: {found[0]}")
+        (version,) = table.execute("PRAGMA user_version").fetchone()
+        rows = table.execute(
+            "SELECT id, state IS NULL, output_bytes > 0 FROM jobs ORDER BY id"
+            if version >= _VERSION_WITH_BYTES
+            else "SELECT id, state IS NULL, NULL FROM jobs ORDER BY id"
+        ).fetchall()
+        os.mkdir(JOBS, 0o700, dir_fd=directory)
+        target = os.open(JOBS, _DIRECTORY, dir_fd=directory)
+        with _closing(target):
+            # a job that has written something has this file for as long as it is kept
+            lacking = [
+                job_id
+                for job_id, _, has_output in rows
+                if "output" not in _copy_job(source, target, str(job_id)) and has_output
+            ]
+            # pjwd has removed these after it copied the table; another lack is the state directory's own
+            there = set(os.listdir(source))
+            removed = [job_id for job_id in lacking if str(job_id) not in there]
+            for job_id in removed:
+                with suppress(FileNotFoundError):
+                    shutil.rmtree(str(job_id), dir_fd=target)
+            _as(source, target)
+        with table:
+            table.executemany("DELETE FROM jobs WHERE id = ?", [(job_id,) for job_id in removed])
+            if not table.execute(
+                "UPDATE sqlite_sequence SET seq = seq + ? WHERE name = 'jobs'", (IDS_LEFT_OUT,)
+            ).rowcount:
+                table.execute("INSERT INTO sqlite_sequence VALUES ('jobs', ?)", (IDS_LEFT_OUT,))
+    return len(rows) - len(removed), sum(alive for _, alive, _ in rows)
+
+
+def _copy_job(source: int, target: int, name: str) -> set[str]:
+    """Copy the files of a job; the names of those that were there."""
+    copied: set[str] = set()
+    with suppress(FileNotFoundError):
+        there = os.open(name, _DIRECTORY, dir_fd=source)
+        with _closing(there):
+            os.mkdir(name, 0o700, dir_fd=target)
+            here = os.open(name, _DIRECTORY, dir_fd=target)
+            with _closing(here):
+                copied.update(file for file in BACKED_UP if _copy_file(there, here, file))
+                _as(there, here)
+    return copied
+
+
+def _copy_file(source: int, target: int, name: str) -> bool:
+    """Copy a file as it is now, with its owner and mode; whether it was there."""
+    try:
+        # O_NONBLOCK: a FIFO in the file's place must not hang us
+        there = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=source)
+    except FileNotFoundError:
+        return False
+    with _closing(there):
+        here = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=target)
+        with _closing(here):
+            _send(os.dup(there), here)
+            _as(there, here)
+    return True
+
+
+def _send(source: int, target: int) -> None:
+    """Copy one open file, which is closed, into another."""
+    with _closing(source):
+        status = os.fstat(source)
+        if not stat.S_ISREG(status.st_mode):
+            raise ConfigError(
+                f"cannot copy {os.readlink(f'/proc/self/fd/{source}')}: it is not a regular file"
+            )
+        offset = 0
+        try:
+            while offset < status.st_size and (
+                sent := os.sendfile(target, source, offset, min(_PIECE_BYTES, status.st_size - offset))
+            ):
+                offset += sent
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, os.readlink(f"/proc/self/fd/{target}")) from error
+
+
+def _as(source: int, target: int) -> None:
+    """Give *target* the owner and mode of *source*."""
+    status = os.fstat(source)
+    os.fchown(target, status.st_uid, status.st_gid)
+    os.fchmod(target, stat.S_IMODE(status.st_mode))
+
+
+def _path(directory: int, name: str) -> str:
+    """SQLite takes no descriptors; the directory is root's own, and nobody can put another in its place."""
+    return os.path.join(os.readlink(f"/proc/self/fd/{directory}"), name)
+
+
+def _sync(directory: int) -> None:
+    # one call for all files, each of which would wait for the disk by itself
+    if ctypes.CDLL(None, use_errno=True).syncfs(directory) != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+@contextmanager
+def _closing(descriptor: int) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,90 @@
+"""Where `pjwd backup`, on this host and as root, asks a running pjwd for a copy of its job table.
+
+A socket in the state directory. The answer is one message: `copied` with the descriptor of the copy, or
+`failed` with the reason. The asker hangs up when it has read the copy, which frees its space.
+"""
+
+import asyncio
+import logging
+import os
+import socket
+from contextlib import suppress
+from typing import Final
+
+from pjw.errors import KernelError, PjwError
+from pjw.worker.state_dir import StateDir
+from pjw.worker.table_copy import TableCopy
+
+SOCKET_NAME: Final = "backup.sock"
+COPIED: Final = b"copied"
+FAILED: Final = b"failed "
+MESSAGE_MAX: Final = 4096
+# when there is no descriptor for a connection, nothing tells when there is one again
+_RETRY_SECONDS: Final = 1
+
+log: Final = logging.getLogger(__name__)
+
+
+class BackupPort:
+    """Answers one asker after the other."""
+
+    def __init__(self, state: StateDir) -> None:
+        """Listen; as root, and before privilege is dropped. Raises KernelError."""
+        self._state: Final = state
+        self._copy: Final = TableCopy(state.path)
+        self._listener: Final = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        try:
+            # the path of a socket has 107 bytes at most, that of a state directory may have more
+            directory = os.open(state.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                path = f"/proc/self/fd/{directory}/{SOCKET_NAME}"
+                with suppress(FileNotFoundError):
+                    os.unlink(path)
+                self._listener.bind(path)
+                # before it listens: nobody but root may connect
+                os.chmod(path, 0o600)
+                self._listener.listen()
+            finally:
+                os.close(directory)
+        except OSError as error:
+            self.close()
+            path = os.path.join(state.path, SOCKET_NAME)
+            raise KernelError("listen on", path, error.errno or 0) from error
+
+    def close(self) -> None:
+        """Listen no more."""
+        self._listener.close()
+        self._copy.close()
+
+    async def serve(self) -> None:
+        """Answer whoever asks, until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                connection, _ = await loop.sock_accept(self._listener)
+            except OSError as error:
+                log.error("cannot take a connection of `pjwd backup`: %s", os.strerror(error.errno or 0))
+                await asyncio.sleep(_RETRY_SECONDS)
+                continue
+            with connection:
+                connection.setblocking(False)
+                await self._answer(connection)
+
+    async def _answer(self, connection: socket.socket) -> None:
+        try:
+            try:
+                descriptor = await self._state.in_thread(self._copy.take, self._state.store)
+            except PjwError as error:
+                log.error("cannot copy the job table for a backup: %s", error)
+                message, descriptors = FAILED + str(error).encode()[: MESSAGE_MAX - len(FAILED)], []
+            else:
+                message, descriptors = COPIED, [descriptor]
+            # who asked may have gone
+            with suppress(OSError):
+                socket.send_fds(connection, [message], descriptors)
+                await asyncio.get_running_loop().sock_recv(connection, 1)
+        finally:
+            try:
+                self._copy.clear()
+            except PjwError as error:
+                log.error("%s", error)

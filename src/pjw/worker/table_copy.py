@@ -1,0 +1,64 @@
+"""A copy of the job table as it is at one moment, while the table is in use.
+
+Nobody else can read the table while a worker has it: it is locked (store.py). So the worker copies it itself,
+with SQLite's backup API, and hands out a descriptor. SQLite opens files by their paths, and a server that has
+given root up may be unable to reach its own state directory by path, so the file is opened before that.
+"""
+
+import os
+import sqlite3
+from contextlib import suppress
+from typing import Final
+
+from pjw.errors import KernelError
+from pjw.worker.store import JobStore
+
+_NAME: Final = "table-copy"
+
+
+class TableCopy:
+    """A file without a name in the state directory, which holds one copy at a time."""
+
+    def __init__(self, state_dir: str) -> None:
+        """Open it; as root, and before privilege is dropped. Raises KernelError."""
+        path = os.path.join(state_dir, _NAME)
+        try:
+            # what a crash between here and the end of this block has left
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+            self._descriptor: Final = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                self._db: Final = sqlite3.connect(path, check_same_thread=False)
+                # a copy that breaks off is thrown away, and who asks for one syncs what it makes of it
+                self._db.execute("PRAGMA journal_mode = OFF")
+                self._db.execute("PRAGMA synchronous = OFF")
+            except BaseException:
+                os.close(self._descriptor)
+                raise
+            finally:
+                os.unlink(path)
+        except OSError as error:
+            raise KernelError("make", path, error.errno or 0) from error
+        except sqlite3.Error as error:
+            raise KernelError("make", f"{path} ({error})", 0) from error
+
+    def take(self, store: JobStore) -> int:
+        """Copy the table; the descriptor of the copy, ours to close. Blocks for as long as the disk takes.
+
+        Raises LimitReachedError when the disk is full, and KernelError.
+        """
+        store.copy_to(self._db)
+        return self._descriptor
+
+    def clear(self) -> None:
+        """Free the space of the copy. Raises KernelError."""
+        try:
+            # SQLite takes an empty file for an empty table
+            os.ftruncate(self._descriptor, 0)
+        except OSError as error:
+            raise KernelError("empty", "the copy of the job table", error.errno or 0) from error
+
+    def close(self) -> None:
+        """Close the file, and so remove it."""
+        self._db.close()
+        os.close(self._descriptor)
