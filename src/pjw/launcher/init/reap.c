@@ -211,6 +211,7 @@ static void drain(struct job *job, struct output *output) {
     }
     if (job->ending.reason == REASON_NONE)
         job->ending.reason = reason_of(output->flow);
+    check_end(output);
     write_held_time(&output->times, true);
 }
 
