@@ -21,7 +21,7 @@ __all__ = [
     "signal_number", "size", "size_in_words", "whole_seconds",
 ]  # fmt: skip
 
-_DECIMAL: Final = r"\d{1,9}(?:\.\d{1,9})?"
+_DECIMAL: Final = r"\d{1,9}(?:\.\d{1,9})?|\.\d{1,9}"
 T = TypeVar("T")
 
 
