@@ -4,6 +4,7 @@ However many jobs run, what it costs stays the same: with more of them samples a
 """
 
 import asyncio
+import errno
 import heapq
 import logging
 import math
@@ -11,9 +12,10 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Final
 
-from pjw.errors import LauncherGoneError, PjwError
+from pjw.errors import KernelError, LauncherGoneError, PjwError
 from pjw.launcher.protocol import MAX_MEASURED
 from pjw.model import Job, UsageSample
+from pjw.worker.held import HeldOutputs
 from pjw.worker.job import LiveJob
 from pjw.worker.launcher_client import LauncherClient
 from pjw.worker.state_dir import StateDir
@@ -37,8 +39,11 @@ log: Final = logging.getLogger(__name__)
 class UsageSampler:
     """Samples the jobs of one worker, from their start or their adoption to their end."""
 
-    def __init__(self, state: StateDir, launcher: LauncherClient, live: dict[int, LiveJob]) -> None:
+    def __init__(
+        self, state: StateDir, launcher: LauncherClient, live: dict[int, LiveJob], held: HeldOutputs
+    ) -> None:
         self._state: Final = state
+        self._held: Final = held
         self._launcher: Final = launcher
         self._live: Final = live
         # (when a job is due, its id, when it began), the first one first; ended ones go when they are due
@@ -67,6 +72,7 @@ class UsageSampler:
         while True:
             if batch := self._take_due():
                 wait_seconds = max(_PAUSE_SECONDS, len(batch) / HISTORY_PER_SECOND)
+                failed = 0
                 try:
                     await self._write_samples(batch)
                 except LauncherGoneError:
@@ -74,6 +80,9 @@ class UsageSampler:
                 except PjwError as error:
                     log.error("%s", error)
                     wait_seconds = _RETRY_SECONDS
+                    failed = error.errno if isinstance(error, KernelError) else 0
+                # ext4 need not say of itself that it has become read-only, after an error of the disk
+                self._held.set_read_only(self, read_only=failed == errno.EROFS)
                 await asyncio.sleep(wait_seconds)
             else:
                 await self._until_due()

@@ -76,7 +76,8 @@ class Worker:
         self._pruner: Final = Pruner(state, settings.retention)
         self._background: Final = Background()
         self._stopping: Final = Stopping(self._launcher, self._background)
-        self._sampler: Final = UsageSampler(state, self._launcher, self._live)
+        self._held: Final = HeldOutputs(state)
+        self._sampler: Final = UsageSampler(state, self._launcher, self._live, self._held)
         self._disk: Final = DiskSampler(
             state,
             launcher.scratch,
@@ -85,9 +86,9 @@ class Worker:
             scratch_used,
             settings.disk,
             self._end_for_disk,
+            self._held,
         )
         self._disk.counts = self._stored.bounded
-        self._held: Final = HeldOutputs(state)
         self._endings: Final = Endings(
             state,
             self._launcher,
