@@ -15,7 +15,7 @@ from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker import Worker
 from tests.root.init_harness import JOB_UID, Harness, build_init, processes_of
 from tests.scene import Scene, config_of
-from tests.service import Service, instance_cgroups, wait_for
+from tests.service import Service, end_all, instance_cgroups, wait_for
 from tests.worker_harness import Bench, open_bench, uid_range
 
 
@@ -95,6 +95,10 @@ def service() -> Iterator[Service]:
 def finish(service: Service) -> None:
     """Stop every job and the service; nothing of them may be left, and the log shows no bug of ours."""
     if service.process is None:
+        # its launcher tidies up when it sees that the server was killed, unless it was killed as well
+        with suppress(AssertionError):
+            wait_for(lambda: not instance_cgroups(service.state), 5)
+        end_all(service.state)
         return
     for crt in service.certs.glob("*.crt"):
         if crt.stem in ("ca", "server"):
