@@ -138,14 +138,15 @@ static void note_held(struct output *output, bool held) {
 }
 
 /*
- * Where the file ends is not where it should, as it takes what is appended (O_APPEND): somebody has cut it short. Bytes are
- * lost, so note that in its mode, which takes no space on the disk; whoever reads the output tells it. The records of when
- * it was written begin anew.
+ * What the job writes is appended (O_APPEND). When the file ends before it should, somebody has cut it short, and bytes are
+ * lost. Note that in its mode, which takes no space on the disk, so that its readers are told. The records of when it was
+ * written begin anew.
  */
 static void note_cut(struct output *output, off_t end, off_t written) {
-    if (end == output->end)
-        return;
+    bool cut = end < output->end; /* by hand, others may append to the same file */
     output->end = end;
+    if (!cut)
+        return;
     output->mode |= S_IXUSR;
     (void)fchmod(output->file, output->mode | (output->held ? S_ISVTX : 0));
     forget_times(&output->times, (uint64_t)(end - written));
