@@ -32,7 +32,6 @@ install:
 	@scripts/install
 
 demo:
-	@scripts/install
 	@scripts/demo
 
 test:
@@ -95,6 +94,7 @@ coverage:
 	@scripts/coverage
 
 package:
+	@scripts/package check
 	@scripts/install package
 	@scripts/package
 

@@ -12,6 +12,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure() -> None:
+    """Make files as most users do: jobs and other users read some of those that tests make."""
+    os.umask(0o022)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip what needs root unless it was asked for; asked for without root, fail."""
     wanted = config.getoption("--root")

@@ -4,8 +4,8 @@ import re
 from typing import Final
 
 # compiled when first used: most commands parse none of these
-_SIZE: Final = r"(\d{1,18}(?:\.\d{1,18})?)([KMGTP]?)(?:I?B)?"
-_DURATION: Final = r"(?:(\d{1,9})d)?(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9}(?:\.\d{1,9})?)s?)?"
+_SIZE: Final = r"(\d{1,18}(?:\.\d{1,18})?|\.\d{1,18})([KMGTP]?)(?:I?B)?"
+_DURATION: Final = r"(?:(\d{1,9})d)?(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9}(?:\.\d{1,9})?|\.\d{1,9})s?)?"
 POWERS: Final = "KMGTP"
 _SHOWN_CHARACTERS: Final = 40
 

@@ -127,7 +127,7 @@ class OffsetError(PjwError):
 
 
 class OutputLostError(PjwError):
-    """A part of a job's output is gone: the host went down before the disk had it all."""
+    """A part of a job's output is gone: the host went down before the disk had it, or its file was cut."""
 
 
 class LimitReachedError(PjwError):

@@ -31,6 +31,8 @@ LIMIT_MAXIMUM: Final = 2**62
 LABELS_MAX: Final = 32
 LABEL_VALUE_MAX_CHARACTERS: Final = 255
 PATH_MAX_BYTES: Final = 4095
+# where a command begins that asks for no other directory, as the job sees it: its scratch directory
+JOB_DIRECTORY: Final = "/run/job"
 # Sums, of one client's jobs or of all jobs, have higher minimums than one job. With less processor time
 # the quota would be under the kernel's minimum of 1 ms in the shorter period that sums have.
 SUM_MINIMUM: Final[Mapping[str, int]] = {
@@ -486,7 +488,9 @@ class Job:
     """One job at one moment: a snapshot that does not change. Times are in UTC.
 
     `output_bytes`, stderr included, is known when the job has ended. `detail` is for a person: why a job that
-    was killed does not end, or that its output waits for the disk, for as long as that is so.
+    was killed does not end, or that its output waits for the disk, for as long as that is so. `workdir` is
+    where the command began; empty for a job that an older pjw started. `usage_now` is what a running job
+    uses, in the answer of `get`; None elsewhere, and when it could not be measured.
     """
 
     id: int
@@ -505,6 +509,8 @@ class Job:
     split_stderr: bool = False
     input: bool = False
     detail: str = ""
+    workdir: str = ""
+    usage_now: UsageSample | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,12 @@ class ReaderGoneError(Exception):
     """Nobody reads what is printed."""
 
 
+def require_stdout() -> None:
+    """Raises ConfigError when stdout is closed, before anything is done whose answer would be lost."""
+    if sys.stdout is None:
+        raise ConfigError("cannot write to stdout: it is closed")
+
+
 @contextmanager
 def checked_stdout() -> Iterator[None]:
     """Write what was printed, also when argparse ends the program.

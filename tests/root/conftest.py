@@ -95,6 +95,10 @@ def service() -> Iterator[Service]:
 def finish(service: Service) -> None:
     """Stop every job and the service; nothing of them may be left, and the log shows no bug of ours."""
     if service.process is None:
+        # its launcher tidies up when it sees that the server was killed, unless it was killed as well
+        with suppress(AssertionError):
+            wait_for(lambda: not instance_cgroups(service.state), 5)
+        end_all(service.state)
         return
     try:
         _stop_jobs(service)

@@ -98,7 +98,7 @@ class Running:
                 if at_clone is not None:
                     self.send(at_clone)
 
-    def send(self, number: signal.Signals) -> None:
+    def send(self, number: int) -> None:
         signal.pidfd_send_signal(self.pidfd, number)
 
     def wait(self) -> "Running":

@@ -7,11 +7,12 @@ import subprocess
 import termios
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pjw.v1 import job_worker_pb2 as pb
-from tests.service import BIN, CALL_SECONDS, Service
+from tests.service import BIN, CALL_SECONDS, Service, wait_for
 from tests.terminal import Terminal
 
 LABEL = "--label=test=many"
@@ -43,6 +44,34 @@ def test_a_terminal_shows_what_runs_and_what_is_new(service: Service, crowd: lis
     assert shown(service.at_terminal("list", LABEL, "--limit", "all")) == crowd
     assert shown(service.at_terminal("list", LABEL, "--state", "exited")) == crowd[-20:]
     assert service.ok("list", LABEL).split() == [str(each) for each in crowd]
+
+
+def test_get_shows_what_a_running_job_uses_and_where_it_began(service: Service) -> None:
+    """Beside `usage`, which stays null until it is final; `list` measures nothing."""
+    start = ("start", "--workdir", "/usr", "head -c 64M /dev/zero >/tmp/x; echo up; sleep 300")
+    job = service.ok(*start).strip()
+    with service.popen("logs", job) as logs:
+        assert logs.stdout is not None
+        assert logs.stdout.readline() == b"up\n"
+        logs.terminate()
+
+    def shown() -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(service.ok("get", job))
+        return found
+
+    # a sample of the moment before may be a second old
+    wait_for(lambda: shown()["usageNow"]["memoryBytes"] > 64 * 1024**2)
+    running = shown()
+    assert (running["workdir"], running["usage"], running["usageNow"]["pids"]) == ("/usr", None, 3)
+    assert running["usageNow"]["cpuUsageUsec"] > 0
+    [listed] = json.loads(service.ok("list", "--format", "json", "--limit", "1"))
+    assert (listed["workdir"], listed["usageNow"]) == ("/usr", None)
+    service.ok("stop", job)
+    ended = shown()
+    assert (ended["workdir"], ended["usageNow"]) == ("/usr", None)
+    assert ended["usage"]["cpuUsageUsec"] >= running["usageNow"]["cpuUsageUsec"]
+    other = service.ok("start", "true").strip()
+    assert json.loads(service.ok("get", other))["workdir"] == "/run/job"
 
 
 def test_jobs_are_listed_by_how_they_ended_and_when_they_began(service: Service, crowd: list[int]) -> None:

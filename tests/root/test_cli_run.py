@@ -35,15 +35,23 @@ def newest(service: Service) -> pb.Job:
     [
         (["exit 0"], 0),
         (["exit 3"], 3),
-        (["kill -KILL $$"], 137),
-        (["kill -TERM $$"], 143),
+        (["exit 137"], 137),
         (["false", "x"], 1),
     ],
 )
 def test_the_exit_code_is_the_jobs(service: Service, command: list[str], code: int) -> None:
-    """128+n for a signal; and nothing is said of it."""
+    """And nothing is said of it."""
     done = service.pjw("run", *command)
     assert (done.returncode, done.stdout, done.stderr) == (code, b"", b"")
+
+
+@pytest.mark.parametrize(("name", "code"), [("KILL", 137), ("TERM", 143)])
+def test_a_signal_from_within_the_job_is_said(service: Service, name: str, code: int) -> None:
+    """As a shell says "Killed": 128+n may also be a code of the command's own."""
+    done = service.pjw("run", f"kill -{name} $$")
+    assert (done.returncode, done.stdout) == (code, b"")
+    said = f"pjw: job {newest(service).id} was ended by signal {code - 128} (SIG{name})\n"
+    assert done.stderr.decode() == said
 
 
 def test_the_output_is_the_jobs_to_the_byte(service: Service) -> None:
@@ -266,10 +274,46 @@ def test_wait_prints_the_code_of_each_in_the_order_asked_for(service: Service) -
     slow, killed = service.start_job("sleep 0.3; exit 3"), service.start_job("kill -KILL $$")
     done = service.pjw("wait", str(slow), "999999", str(killed))
     assert done.stdout == b"3\n137\n"
-    assert (done.returncode, done.stderr) == (1, b"pjw: error: no job 999999\n")
+    assert done.returncode == 1
+    assert done.stderr.decode().splitlines() == [
+        "pjw: error: no job 999999",
+        f"pjw: job {killed} was ended by signal 9 (SIGKILL)",
+    ]
     # of one job it is pjw's own as well: `pjw wait A && ...` goes on when A did
     done = service.pjw("wait", str(slow))
     assert (done.stdout, done.returncode, done.stderr) == (b"3\n", 3, b"")
+
+
+def test_a_script_tells_one_137_from_another(service: Service) -> None:
+    """A limit, a stop and a signal from within have one exit code; words and `reason` tell them apart."""
+    with service.stub() as stub:
+        asked = pb.StartRequest(command="sleep 300", limits=pb.Limits(time_max_seconds=1))
+        timed_out = stub.Start(asked).job.id
+    stopped, own = service.start_job("sleep 300"), service.start_job("kill -KILL $$")
+    service.ok("stop", "--signal", "KILL", str(stopped))
+    form = "template:{exitCode} {reason} {signal}"
+    for job, line, words in (
+        (timed_out, "137 timed_out 9", "was killed: it reached its limit of time"),
+        (stopped, "137 stopped 9", "was stopped"),
+        (own, "137 completed 9", "was ended by signal 9 (SIGKILL)"),
+    ):
+        done = service.pjw("wait", "--format", form, str(job))
+        assert (done.returncode, done.stdout.decode()) == (137, f"{line}\n")
+        assert done.stderr.decode() == f"pjw: job {job} {words}\n"
+    lines = service.pjw("wait", "--format", "jsonl", str(stopped), str(own)).stdout.decode().splitlines()
+    assert [json.loads(line)["reason"] for line in lines] == ["stopped", "completed"]
+    code, words = service.refused("wait", "--format", "table", str(own))
+    assert (code, "neither jsonl nor template" in words) == (2, True)
+
+
+def test_run_says_that_another_stopped_its_job(service: Service) -> None:
+    """The code is the job's own, and may be any."""
+    with service.popen("run", "trap 'exit 0' TERM; echo up; sleep 300 & wait") as run:
+        assert run.stdout is not None and run.stderr is not None
+        assert run.stdout.readline() == b"up\n"
+        job_id = newest(service).id
+        service.ok("stop", str(job_id))
+        assert (run.wait(60), run.stderr.read()) == (0, f"pjw: job {job_id} was stopped\n".encode())
 
 
 def test_waiting_is_seen_at_a_terminal_and_leaves_nothing_there(service: Service) -> None:

@@ -51,12 +51,16 @@ def test_start_sends_a_file_and_prints_the_id(service: Service, tmp_path: Path) 
     assert service.ok("logs", job_id.strip()) == "from a file\n"
 
 
-@pytest.mark.parametrize("path", ["/nonexistent/x", "/"])
-def test_a_file_that_cannot_be_read_is_named_and_starts_nothing(service: Service, path: str) -> None:
-    """Before a job waits for what never comes; a directory is found out a moment later, and said as well."""
+@pytest.mark.parametrize(("path", "why"), [("/nonexistent/x", "no such file"), ("/", "is a directory")])
+def test_a_file_that_cannot_be_read_is_named_and_starts_nothing(
+    service: Service, path: str, why: str
+) -> None:
+    """Before a job waits for what never comes."""
+    before = service.ok("list")
     code, words = service.refused("run", "--stdin", path, "cat", "-")
     assert code == 125
-    assert words.startswith("pjw: error: cannot read --stdin")
+    assert words.startswith(f"pjw: error: cannot read --stdin {path}: {why}")
+    assert service.ok("list") == before
 
 
 def test_a_job_that_reads_no_more_ends_the_sending(service: Service) -> None:

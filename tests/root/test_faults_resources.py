@@ -13,6 +13,7 @@ import grpc
 import pytest
 
 from pjw.v1 import job_worker_pb2 as pb
+from pjw.worker.job import OUTPUT_HELD
 from pjw.worker.settings import WAITING_INITS
 from tests.disks import fill, free_bytes, small_disk
 from tests.scene import OTHERS_SECONDS, Scene, config_of
@@ -205,8 +206,8 @@ def test_a_job_that_fills_the_disk(on_disk: Scene, script: str) -> None:
 def test_a_disk_that_becomes_read_only(on_disk: Scene, point: Path) -> None:
     """As after an error of the disk (ext4, errors=remount-ro): starts are refused, the rest is answered.
 
-    Jobs are held back as on a full disk, and can be stopped. Once the disk is repaired and pjwd started
-    again nothing of them is left; what nobody could write down is lost, and not a guess.
+    Jobs are held back as on a full disk, which is said of them, and can be stopped. Once the disk is repaired
+    and pjwd started again nothing of them is left; what nobody could write down is lost, and not a guess.
     """
     scene, service = on_disk, on_disk.service
     done = scene.stub("bob").Start(pb.StartRequest(command="echo kept; exit 4")).job.id
@@ -223,6 +224,8 @@ def test_a_disk_that_becomes_read_only(on_disk: Scene, point: Path) -> None:
     logs = scene.stub("bob").Logs(pb.LogsRequest(id=done), timeout=OTHERS_SECONDS)
     assert b"".join(response.data for response in logs) == b"kept\n"
     steady = ((scene.job, "alice"), (scene.other, "bob"))
+    # no init can note it there; pjwd finds it when it writes a sample
+    wait_for(lambda: {scene.job_of(*job).detail for job in steady} == {OUTPUT_HELD}, 90)
     for job_id, client in steady:
         assert scene.job_of(job_id, client).state == pb.JOB_STATE_RUNNING
         request = pb.StopRequest(id=job_id)

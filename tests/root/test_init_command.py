@@ -89,7 +89,7 @@ def test_no_descriptor_leads_out(init: Harness, visible: Path) -> None:
 def test_a_job_is_ended_by_the_signal_that_is_asked_for(init: Harness, number: int) -> None:
     """init sends the one whose number follows from its own, to every process, and records a stop."""
     job = init.start("/bin/sh", "-c", "sleep 1000 & exec sleep 1000")
-    job.send(FIRST + number)  # type: ignore[arg-type]
+    job.send(FIRST + number)
     assert job.wait().end == f"signaled {number} stopped"
 
 
@@ -106,7 +106,7 @@ def test_every_process_gets_the_signal(init: Harness) -> None:
     )
     job = init.start("/usr/bin/python3", "-I", "-S", "-c", script)
     job.wait_for_output("ready\nready\n")
-    job.send(FIRST + signal.SIGUSR2)  # type: ignore[arg-type]
+    job.send(FIRST + signal.SIGUSR2)
     assert job.wait().end == "exited 7 stopped"
     assert 1 <= job.text.count("got 12\n") <= 2
 
@@ -122,8 +122,8 @@ def test_a_signal_that_ends_nothing(init: Harness, number: int) -> None:
     )
     job = init.start("/usr/bin/python3", "-I", "-S", "-c", script)
     job.wait_for_output("ready\n")
-    job.send(FIRST + number)  # type: ignore[arg-type]
-    job.send(FIRST + signal.SIGUSR1)  # type: ignore[arg-type]
+    job.send(FIRST + number)
+    job.send(FIRST + signal.SIGUSR1)
     job.wait_for_output("still here\n")
     job.send(signal.SIGQUIT)
     assert job.wait().end == "signaled 9 stopped"

@@ -102,7 +102,7 @@ def test_input_that_has_not_ended_holds_the_job(init: Harness, file: Path) -> No
     append(file, b"half")
     job = start(init, file, "cat; echo end")
     job.wait_for_output("half")
-    job.send(15)  # type: ignore[arg-type]
+    job.send(15)
     assert job.wait().end == "signaled 15 stopped"
     assert job.text == "half"
 
@@ -116,7 +116,7 @@ def test_a_job_that_closes_its_stdin(init: Harness, file: Path) -> None:
         job = start(init, input_file, "head -c 1 >/dev/null; exec <&-; echo closed; exec sleep 300")
         job.wait_for_output("closed\n")
         wait_for(lambda: not is_read(input_file))  # noqa: B023
-        job.send(15)  # type: ignore[arg-type]
+        job.send(15)
         job.wait()
 
 
@@ -128,7 +128,7 @@ def test_input_is_let_go_of_at_its_end(init: Harness, file: Path) -> None:
     end(file)
     wait_for(lambda: not is_read(file))
     job.wait_for_output("all\n")
-    job.send(15)  # type: ignore[arg-type]
+    job.send(15)
     assert job.wait().text == "all\n"
 
 

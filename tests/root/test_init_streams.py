@@ -1,6 +1,8 @@
 """pjw-init and what a job writes: stderr kept apart, the limit of both, and when it was written."""
 
 import os
+import signal
+import stat
 import subprocess
 import time
 from pathlib import Path
@@ -16,6 +18,43 @@ from tests.root.init_harness import (
 from tests.service import wait_for
 
 INTERVAL_NS = 4_000_000
+
+
+# --- a file that somebody cuts short
+
+
+def test_an_output_that_is_cut_short_has_no_hole(init: Harness) -> None:
+    """What comes next follows what is left; the mode says that bytes are gone, and the times begin anew."""
+    path = init.directory / "cut"
+    output = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+    watch = Inotify(path)
+    script = "trap 'echo after; exit 0' TERM; echo before; sleep 1000 & wait"
+    job = init.start("/bin/sh", "-c", script, output_fd=output)
+    watch.wait_until(lambda: path.read_bytes() == b"before\n")
+    watch.close()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    os.ftruncate(output, 3)
+    os.close(output)
+    job.send(signal.SIGTERM)
+    assert job.wait().end == "exited 0 stopped"
+    assert path.read_bytes() == b"befafter\n"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o700
+    assert [end for _, end in job.times] == [9]
+
+
+def test_an_output_that_is_cut_short_at_its_end(init: Harness) -> None:
+    """The job writes nothing more, and its end says that bytes are gone."""
+    path = init.directory / "cut"
+    output = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+    watch = Inotify(path)
+    job = init.start("/bin/sh", "-c", "echo before; sleep 1000", output_fd=output)
+    watch.wait_until(lambda: path.read_bytes() == b"before\n")
+    watch.close()
+    os.ftruncate(output, 0)
+    os.close(output)
+    job.send(signal.SIGQUIT)
+    assert job.wait().end == "signaled 9 stopped"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o700
 
 
 # --- stderr

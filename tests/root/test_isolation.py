@@ -12,10 +12,20 @@ from typing import Any
 import pytest
 
 from pjw.launcher.policy import JOB_ENVIRONMENT
-from pjw.model import ExitStatus, JobState
+from pjw.model import ExitStatus, JobSpec, JobState
 from pjw.worker import Worker
 from tests.root.init_harness import HAS_SYS_RESOURCE
-from tests.worker_harness import Bench, launchers_of, open_bench, python, run, start, start_said
+from tests.worker_harness import (
+    MIB,
+    Bench,
+    launchers_of,
+    open_bench,
+    python,
+    read_all,
+    run,
+    start,
+    start_said,
+)
 
 
 @pytest.fixture
@@ -263,6 +273,15 @@ async def test_the_environment_is_the_documented_one(worker: Worker, monkeypatch
     expected = {**JOB_ENVIRONMENT, "PJW_JOB_ID": "1"}
     _, output = await run(worker, ["env", "-0"])
     assert dict(word.split("=", 1) for word in output.decode().rstrip("\0").split("\0")) == expected
+
+
+async def test_temporary_files_are_on_the_disk(worker: Worker) -> None:
+    """More of them than /tmp, which is memory, could hold; a client's own TMPDIR wins."""
+    script = "f=$(mktemp); head -c 40M /dev/zero >$f; echo ${f%/*}; stat -c %s $f; echo >/tmp/x || :"
+    job = await worker.start(JobSpec(script, {"memory_max_bytes": 64 * MIB}))
+    assert (await read_all(worker, job.id)).decode().split() == ["/run/job", str(40 * MIB)]
+    job = await worker.start(JobSpec(("mktemp", "-u"), env={"TMPDIR": "/var/tmp"}))
+    assert (await read_all(worker, job.id)).startswith(b"/var/tmp/")
 
 
 async def test_the_state_is_invisible(bench: Bench, worker: Worker) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import sqlite3
-from contextlib import suppress
+from contextlib import aclosing, suppress
 
 import pytest
 
@@ -408,12 +408,33 @@ async def test_output_that_the_disk_did_not_have(bench: Bench) -> None:
     worker = await bench.open()
     assert await worker.get(job.id) == job
     got = []
-    with pytest.raises(OutputLostError, match="of 6 bytes 3 were on its disk"):  # noqa: PT012  a loop
+    with pytest.raises(OutputLostError, match="of 6 bytes 3 are on the server's disk"):  # noqa: PT012  a loop
         async for chunk in worker.logs(job.id):
             got.append(chunk)  # noqa: PERF401  what came before the error counts
     assert got == [b"wor"]
     (bench.state / "jobs" / str(job.id) / "output").unlink()
-    with pytest.raises(OutputLostError, match="of 6 bytes 0 were on its disk"):
+    with pytest.raises(OutputLostError, match="of 6 bytes 0 are on the server's disk"):
+        await read_all(worker, job.id)
+
+
+async def test_an_output_that_is_cut_short_while_its_job_runs(bench: Bench) -> None:
+    """Readers get no NULs in the place of what is gone, and no end that looks whole."""
+    worker = await bench.open()
+    script = "trap 'echo after; exit 0' TERM; echo before; sleep 1000 & wait"
+    job = await start_said(worker, script, b"before\n")
+    output = bench.state / "jobs" / str(job.id) / "output"
+    async with aclosing(worker.logs(job.id)) as chunks:
+        assert await anext(chunks) == b"before\n"
+        os.truncate(output, 0)
+        with pytest.raises(OutputLostError, match="cut its file short; 0 bytes are left"):
+            await anext(chunks)
+    async with aclosing(worker.logs(job.id)) as chunks:
+        ended = asyncio.ensure_future(worker.stop(job.id))
+        assert await anext(chunks) == b"after\n"
+        with pytest.raises(OutputLostError, match="6 bytes are left"):
+            await anext(chunks)
+    assert (await ended).output_bytes == 6
+    with pytest.raises(OutputLostError, match="6 bytes are left"):
         await read_all(worker, job.id)
 
 

@@ -242,7 +242,7 @@ def test_who_waits_may_go_and_is_sent_away_by_a_drain(make_service: Callable[...
 
 
 def test_calls_that_wait_take_nobody_s_place(make_service: Callable[..., Service]) -> None:
-    """They are counted among the followers: who waits for many jobs can still ask for one."""
+    """They are counted by themselves: a client that waits for many jobs can still ask for one."""
     service = make_service(config="[clients]\ncalls_max = 1\nfollowers_max = 3\n").start()
     job_id = service.start_job("sleep 300")
     with service.stub() as stub:

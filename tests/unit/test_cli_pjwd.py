@@ -56,6 +56,15 @@ def test_what_cannot_be_printed_is_said_in_words(arguments: list[str]) -> None:
         assert (done.returncode, done.stderr) == (code, words)
 
 
+@pytest.mark.parametrize("arguments", [["--version"], ["config", "show"], ["certs", "list", "nowhere"]])
+def test_a_closed_stdout_is_said_before_anything_is_done(arguments: list[str]) -> None:
+    """Its answer would be lost without a word."""
+    program = "import sys; from pjw.server.main import main; sys.exit(main())"
+    command = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (1, b"pjwd: error: cannot write to stdout: it is closed\n")
+
+
 def test_help_tells_the_commands_and_options(capsys: pytest.CaptureFixture[str]) -> None:
     """`pjwd --help` and each command's own."""
     for arguments, words in (

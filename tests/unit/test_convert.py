@@ -45,6 +45,13 @@ JOB = st.builds(
     labels=st.dictionaries(TEXT, TEXT),
     split_stderr=st.booleans(),
     input=st.booleans(),
+    workdir=TEXT,
+    usage_now=st.none()
+    | st.builds(
+        UsageSample,
+        time=TIME,
+        **{field.name: NUMBER for field in fields(UsageSample) if field.name != "time"},
+    ),
 )
 
 

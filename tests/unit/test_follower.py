@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pjw.errors import KernelError, LauncherGoneError, OffsetError
+from pjw.errors import KernelError, LauncherGoneError, OffsetError, OutputLostError
 from pjw.output import Head, Inotify, OutputLog, follow
 from pjw.output.follower import CHUNK_BYTES_MAX, CHUNK_BYTES_MIN
 from pjw.output.log import read_at
@@ -83,6 +83,28 @@ async def test_an_offset_beyond(tmp_path: Path, inotify: Inotify, offset: int) -
             await read(log, offset)
     assert descriptors(tmp_path / "output") == 0
     assert inotify._callbacks == {}
+
+
+async def test_a_file_that_was_cut_short_has_no_clean_end(growing: Growing) -> None:
+    """Its readers get what is left, then an error: init notes in the mode that bytes are gone."""
+    growing.append(b"left")
+    growing.path.chmod(0o700)
+    growing.log.mark_ended()
+    for present_only in (False, True):
+        chunks = follow(growing.log, present_only=present_only)
+        assert await anext(chunks) == b"left"
+        with pytest.raises(OutputLostError, match="cut its file short; 4 bytes are left"):
+            await anext(chunks)
+
+
+async def test_a_reader_whose_bytes_were_cut_off_is_told_at_once(growing: Growing) -> None:
+    """It would wait for bytes at an offset that belongs to others now."""
+    growing.append(b"0123456789")
+    async with asyncio.timeout(DEADLINE_SECONDS), aclosing(follow(growing.log)) as chunks:
+        assert await anext(chunks) == b"0123456789"
+        os.truncate(growing.path, 3)
+        with pytest.raises(OutputLostError, match="3 bytes are left"):
+            await anext(chunks)
 
 
 async def test_a_head_before_each_chunk(

@@ -153,5 +153,5 @@ def test_instances_are_told_apart() -> None:
 
 
 def test_the_environment_of_a_job() -> None:
-    """Four variables (PJW_JOB_ID is the fifth), none of which comes from anybody's environment."""
-    assert JOB_ENVIRONMENT.keys() == {"PATH", "HOME", "SHELL", "LANG"}
+    """Five variables (PJW_JOB_ID is the sixth), none of which comes from anybody's environment."""
+    assert JOB_ENVIRONMENT.keys() == {"PATH", "HOME", "TMPDIR", "SHELL", "LANG"}

@@ -49,7 +49,7 @@ async def starts(quota: Quota, client: str = "alice") -> int:
 
 def kept(quota: Quota) -> int:
     """How many clients are remembered for anything."""
-    return len({*quota._calls, *quota._followers, *quota._paused, *quota._full_at})
+    return len({*quota._calls, *quota._followers, *quota._waiters, *quota._paused, *quota._full_at})
 
 
 @pytest.mark.parametrize(
@@ -120,6 +120,25 @@ async def test_the_total_is_for_all_and_the_rest_for_each() -> None:
         await stack.enter_async_context(quota.call("carol", "Get", stream=False))
         with pytest.raises(LimitReachedError, match="on this server"):
             await stack.enter_async_context(quota.call("carol", "Logs", stream=True))
+
+
+async def test_waits_are_counted_by_themselves() -> None:
+    """`pjw logs` follows a job and waits for it: it takes one place of each."""
+    quota = Quota(ClientLimits(followers_max=2, followers_total_max=3), Clock())
+    async with AsyncExitStack() as stack:
+        for _ in range(2):
+            await stack.enter_async_context(quota.call("alice", "Logs", stream=True))
+            await stack.enter_async_context(quota.call("alice", "Wait", stream=False))
+        for method, stream, own, all_clients in (
+            ("Logs", True, "a client may follow 2 jobs", "3 jobs may be followed"),
+            ("Wait", False, "a client may wait for 2 jobs", "3 jobs may be waited for"),
+        ):
+            with pytest.raises(LimitReachedError, match=own):
+                await stack.enter_async_context(quota.call("alice", method, stream=stream))
+            await stack.enter_async_context(quota.call("bob", method, stream=stream))
+            with pytest.raises(LimitReachedError, match=all_clients):
+                await stack.enter_async_context(quota.call("bob", method, stream=stream))
+    assert kept(quota) == 0
 
 
 async def test_nought_is_no_limit() -> None:

@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pjw.cli import render
-from pjw.model import EndReason, ExitStatus, Job, JobState, Limits, Usage
+from pjw.model import EndReason, ExitStatus, Job, JobState, Limits, Usage, UsageSample
 
 START = datetime(2026, 11, 23, 23, 59, 58, 999_999, UTC)
 RUNNING = Job(1, "alice", 'echo "hello world"', JobState.RUNNING, Limits(), START)
@@ -51,8 +51,24 @@ def test_what_is_not_known_yet_is_null() -> None:
         "signal",
         "usage",
         "outputBytes",
+        "usageNow",
     }
-    assert {key for key, value in ended.items() if value is None} == {"signal"}
+    assert {key for key, value in ended.items() if value is None} == {"signal", "usageNow"}
+
+
+def test_what_a_running_job_uses() -> None:
+    """A member of its own: `usage` stays null until it is final."""
+    sample = UsageSample(START, 1, 2, 3, 4, 5)
+    shown = json.loads(render.job_json(replace(RUNNING, usage_now=sample, workdir="/usr")))
+    assert (shown["usage"], shown["workdir"]) == (None, "/usr")
+    assert shown["usageNow"] == {
+        "time": "2026-11-23T23:59:58Z",
+        "cpuUsageUsec": 1,
+        "memoryBytes": 2,
+        "ioReadBytes": 3,
+        "ioWriteBytes": 4,
+        "pids": 5,
+    }
 
 
 def test_a_killed_job_has_the_code_of_a_shell() -> None:

@@ -1,18 +1,21 @@
 """By which name a server is reached, and for which names its certificate is (U3, U10, U12)."""
 
 import os
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 
-from pjw.certs import authority
+from pjw.certs import authority, tls
 from pjw.certs.address import server_address
 from pjw.certs.bundle import read_bundle
 from pjw.certs.checks import is_for, names_of, parse_certificates
 from pjw.cli import main as pjw
+from pjw.client.aio import AsyncClient
 from pjw.client.sync import Client
 from pjw.errors import ConfigError, ServerUnreachableError
 from pjw.server import main as pjwd
@@ -114,6 +117,26 @@ def test_another_name_is_told_with_those_of_the_certificate(port: int, tmp_path:
             client.get(1)
         said = f"the certificate of localhost:{port} is for jobs.example.org, 10.9.8.7"
         assert (str(caught.value), "pjwd certs server" in str(caught.value.hint)) == (said, True)
+
+
+async def test_the_names_are_asked_for_beside_the_event_loop(
+    port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That takes a connection of its own, and up to 2 s."""
+    threads: list[threading.Thread] = []
+    real = tls.names_of_server
+
+    def names(*arguments: Any) -> list[str]:
+        threads.append(threading.current_thread())
+        return real(*arguments)
+
+    monkeypatch.setattr(tls, "names_of_server", names)
+    files = [str(tmp_path / "certs" / name) for name in ("ca.crt", "alice.crt", "alice.key")]
+    async with AsyncClient(f"localhost:{port}", *files) as client:
+        with pytest.raises(ServerUnreachableError, match=r"is for jobs\.example\.org"):
+            await client.get(1)
+    assert len(threads) == 1
+    assert threads[0] is not threading.current_thread()
 
 
 def test_context_show_is_of_the_context_that_is_named(

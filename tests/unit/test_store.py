@@ -238,6 +238,29 @@ async def test_a_table_of_version_2(path: Path) -> None:
     store.close()
 
 
+async def test_a_table_of_version_3(path: Path) -> None:
+    """Its jobs keep names, labels and request ids; where they began, nobody knows."""
+    with sqlite3.connect(path) as db:
+        db.executescript((DATA / "jobs_v3.sql").read_text())
+    db.close()
+    store = JobStore(str(path))
+    first, second, alive = (await store.page(None, 0, 10)).jobs
+    assert (first.name, first.labels, first.split_stderr, first.input) == (
+        "web",
+        {"team": "blue"},
+        True,
+        False,
+    )
+    assert (second.name, second.labels, second.split_stderr, second.input) == ("", {}, False, True)
+    assert await store.alive() == [alive]
+    assert await store.of_request("alice", "r-1") == 1
+    assert {job.workdir for job in (first, second, alive)} == {""}
+    new = [await store.add("alice", JobSpec("x", workdir=workdir), Limits()) for workdir in ("", "/usr")]
+    assert [job.workdir for job in new] == ["/run/job", "/usr"]
+    assert [await store.get(job.id) for job in new] == new
+    store.close()
+
+
 async def test_a_name_is_its_job_s_until_that_has_ended(store: JobStore) -> None:
     """Another of the same client is refused, and told of whom; another client, and no name, are free."""
     first = await store.add("alice", JobSpec("x", name="web"), Limits())

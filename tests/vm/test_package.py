@@ -31,7 +31,9 @@ NOTES: Final = (
     *(f"/etc/{name}-" for name in ("passwd", "group", "shadow", "gshadow", "subuid", "subgid")),
 )
 
-pytestmark = pytest.mark.skipif(not PACKAGES, reason="made on another Debian than this one")
+pytestmark = pytest.mark.skipif(
+    not PACKAGES, reason="scripts/test-vm makes a Debian package for this Debian 12 on a Debian 12 only"
+)
 
 
 @pytest.fixture(scope="module", autouse=True)

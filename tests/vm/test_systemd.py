@@ -209,7 +209,7 @@ def test_a_job_sees_nothing_of_the_service() -> None:
     )
     lines = set(pjw("logs", pjw("start", script)).splitlines())
     names = {line.partition("=")[0] for line in lines if "=" in line} - {"_", "PWD", "OLDPWD", "SHLVL"}
-    assert names == {"PATH", "HOME", "SHELL", "LANG", "PJW_JOB_ID"}
+    assert names == {"PATH", "HOME", "TMPDIR", "SHELL", "LANG", "PJW_JOB_ID"}
     assert {line for line in lines if "=" not in line} == {"CapBnd:\t0000000000000000"}
 
 

@@ -8,10 +8,10 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from pjw.cli.connection import JobName, connect, resolve
-from pjw.cli.exits import EXIT_REFUSED, complain, say
+from pjw.cli.exits import EXIT_FAILED, EXIT_REFUSED, complain, say
 from pjw.cli.terminal import wrote
 from pjw.errors import ConfigError, PjwError, ServerFailedError, describe_errno
 
@@ -171,19 +171,50 @@ def wait(arguments: Namespace) -> int:
 
     codes: list[int] = []
 
-    def ended(job: JobName) -> int:
+    def ended(name: JobName) -> tuple[str, int]:
         def waiting(seconds: float) -> str:
-            return f"waiting for job {job} to end: {seconds:.0f} s"
+            return f"waiting for job {name} to end: {seconds:.0f} s"
 
-        return exit_code_of_job(wait_for_end(client, lambda: resolve(client, job), lambda: Progress(waiting)))
+        job = wait_for_end(client, lambda: resolve(client, name), lambda: Progress(waiting))
+        if words := why_ended(job):
+            say(words)
+        if arguments.format is None:
+            code = exit_code_of_job(job)
+            return str(code), code
+        return arguments.format(job), job.exit_status.code if job.exit_status else EXIT_FAILED
 
-    def show(code: int, _: JobName) -> None:
+    def show(answer: tuple[str, int], _: JobName) -> None:
+        line, code = answer
         codes.append(code)
-        print(code, flush=True)
+        print(line, flush=True)
 
     with connect(arguments) as client:
         refused = each(arguments.jobs, ended, show)
     return codes[0] if len(arguments.jobs) == 1 and codes else refused
+
+
+# 128 + the signal is the exit code of all these ends and of others, so words say which it was
+_KILLED: Final = {
+    "timed_out": "it reached its limit of time",
+    "output_limit": "it reached its limit of output",
+    "oom_killed": "it reached its limit of memory",
+    "disk_limit": "the disk was about to be full, and it was your largest job there",
+    "output_failed": "its output cannot be written where pjwd keeps it",
+}
+
+
+def why_ended(job: "Job") -> str | None:
+    """Why a job ended, on a line for a person; None when its command just ended, or when nobody knows."""
+    if job.reason in _KILLED:
+        return f"job {job.id} was killed: {_KILLED[job.reason]}"
+    if job.reason == "stopped":
+        return f"job {job.id} was stopped"
+    if job.exit_status is not None and (number := job.exit_status.signal) is not None:
+        import signal
+
+        name = f" ({signal.Signals(number).name})" if number in set(signal.Signals) else ""
+        return f"job {job.id} was ended by signal {number}{name}"
+    return None
 
 
 def exit_code_of_job(job: "Job") -> int:

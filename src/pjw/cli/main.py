@@ -9,10 +9,10 @@ from typing import NoReturn
 
 from pjw.cli.exits import EXIT_INTERRUPTED, complain
 from pjw.cli.parser import build_parser
-from pjw.errors import ConfigError, PjwError
+from pjw.errors import PjwError
 from pjw.given import require_arguments
 from pjw.inherited import open_standard_descriptors, unblock_signals
-from pjw.stdout import EXIT_CLOSED_PIPE, ReaderGoneError, checked_stdout
+from pjw.stdout import EXIT_CLOSED_PIPE, ReaderGoneError, checked_stdout, require_stdout
 
 
 def run() -> NoReturn:
@@ -62,8 +62,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 def _prepare_stdout() -> None:
     """Refuse a closed stdout before anything is started or stopped; JSON is UTF-8 in any locale."""
-    if sys.stdout is None:
-        raise ConfigError("cannot write to stdout: it is closed")
+    require_stdout()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")
 

@@ -247,6 +247,10 @@ def _add_wait(subparsers: "Commands") -> None:
     )
     command.set_defaults(run=commands.wait)
     _add_jobs(command)
+    command.add_argument(
+        "--format", type=_line_format, metavar="FORMAT",
+        help="print of each job, instead of its exit code, jsonl or template:…, as `list` does",
+    )  # fmt: skip
     add_all(command)
 
 
@@ -328,6 +332,19 @@ def _list_format(text: str) -> object:
     from pjw.cli.template import Template
 
     return Template(template)
+
+
+def _line_format(text: str) -> object:
+    """A format of `wait`: what gives the line of a job."""
+    if text != "jsonl" and not text.startswith("template:"):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is neither jsonl nor template:…")
+    form = _list_format(text)
+    from pjw.cli import render
+
+    if form == "jsonl":
+        return render.job_line
+    shown = render.printable if sys.stdout.isatty() else str
+    return lambda job: form.fill(job, shown)  # type: ignore[attr-defined]
 
 
 class _Version(argparse.Action):

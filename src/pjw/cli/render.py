@@ -41,6 +41,8 @@ def members(job: Job) -> dict[str, Any]:
         "splitStderr": job.split_stderr,
         "input": job.input,
         "detail": job.detail,
+        "workdir": job.workdir,
+        "usageNow": _usage_now(job),
     }
 
 
@@ -59,6 +61,20 @@ def _usage(job: Job) -> dict[str, int] | None:
         "ioReadBytes": usage.io_read_bytes,
         "ioWriteBytes": usage.io_write_bytes,
         "oomKills": usage.oom_kills,
+    }
+
+
+def _usage_now(job: Job) -> dict[str, int | str] | None:
+    sample = job.usage_now
+    if sample is None:
+        return None
+    return {
+        "time": _time(sample.time),
+        "cpuUsageUsec": sample.cpu_usage_usec,
+        "memoryBytes": sample.memory_bytes,
+        "ioReadBytes": sample.io_read_bytes,
+        "ioWriteBytes": sample.io_write_bytes,
+        "pids": sample.pids,
     }
 
 

@@ -16,7 +16,14 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Final
 
 from pjw.cli import stdin
-from pjw.cli.commands import exit_code_of_job, start_job, telling_if_stuck, wait_for_end, write_all
+from pjw.cli.commands import (
+    exit_code_of_job,
+    start_job,
+    telling_if_stuck,
+    wait_for_end,
+    why_ended,
+    write_all,
+)
 from pjw.cli.exits import EXIT_INTERRUPTED, complain, say
 from pjw.errors import PjwError, ServerUnreachableError
 from pjw.model import EndReason, Job
@@ -24,13 +31,6 @@ from pjw.model import EndReason, Job
 if TYPE_CHECKING:
     from pjw.client.sync import Client
 
-_WHY: Final = {
-    EndReason.TIMED_OUT: "it reached its limit of time",
-    EndReason.OUTPUT_LIMIT: "it reached its limit of output",
-    EndReason.OOM_KILLED: "it reached its limit of memory",
-    EndReason.DISK_LIMIT: "the disk was about to be full, and it was your largest job there",
-    EndReason.OUTPUT_FAILED: "its output cannot be written where pjwd keeps it",
-}
 # Windows has none
 _HANGUP: Final = getattr(signal, "SIGHUP", None)
 # Ctrl-C for the first time, for the second; the next one leaves the job to itself.
@@ -170,8 +170,9 @@ class _Attached:
             if job.reason is EndReason.STOPPED:
                 self._failure.add_note(f"job {job.id} was stopped")
             raise self._failure
-        if job.reason in _WHY:
-            say(f"job {job.id} was killed: {_WHY[job.reason]}")
+        # whoever has typed Ctrl-C knows
+        if (words := why_ended(job)) and not (job.reason is EndReason.STOPPED and self._interrupts):
+            say(words)
         return exit_code_of_job(job)
 
     def _send(self, job_id: int, descriptor: int) -> None:

@@ -1,5 +1,6 @@
 """What `--stdin` names, sent to the job that reads it."""
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -33,6 +34,9 @@ def opened(path: str | None) -> Iterator[int | None]:
     except OSError as error:
         raise ConfigError(f"cannot read --stdin {path}: {describe_errno(error.errno or 0)}") from error
     try:
+        # open(2) takes a directory, and only read(2) would refuse it, when the job runs already
+        if os.path.isdir(descriptor):
+            raise ConfigError(f"cannot read --stdin {path}: {describe_errno(errno.EISDIR)}")
         yield descriptor
     finally:
         os.close(descriptor)

@@ -106,7 +106,7 @@ One argument is a shell command, run by /bin/sh -c; several are a program and
 its arguments. The command runs as a user of its own, without privileges, in
 namespaces of its own: it sees the files of the host (it can write none), its
 own processes, and no network. It begins in an empty directory, /run/job,
-which is its HOME too and is removed when it ends.
+which is its HOME and TMPDIR too and is removed when it ends.
 
 `pjw get` says why a job has ended: completed, stopped, timed_out,
 output_limit, oom_killed, disk_limit, output_failed (its output can never be
@@ -127,7 +127,8 @@ as `limits`.
 - processor time: a job at this limit runs slower
 - memory: at this limit the kernel kills the largest process of the job; if
   the command fails for it, the reason is oom_killed. What the job writes to
-  /tmp is memory as well; swap there is none
+  /tmp is memory as well, at most half of the limit; TMPDIR is on the disk.
+  There is no swap
 - processes and threads: at this limit fork fails
 - bytes and operations a second, read from disk and written to it: they take
   longer

@@ -29,7 +29,7 @@ _NAMES: Final = (
 )  # fmt: skip
 SIGNALS: Final = {name: number for number, name in enumerate(_NAMES, 1)}
 _ALIASES: Final = {"IOT": 6, "CLD": 17, "POLL": 29}
-_DECIMAL: Final = r"\d{1,9}(?:\.\d{1,9})?"
+_DECIMAL: Final = r"\d{1,9}(?:\.\d{1,9})?|\.\d{1,9}"
 T = TypeVar("T")
 
 

@@ -266,7 +266,8 @@ class AsyncClient(BaseClient):
         return False
 
     async def _pause(self, trouble: Trouble, error: grpc.RpcError) -> None:
-        await asyncio.sleep(trouble.after(error))
+        # in a thread: to say what is wrong with a connection takes reads of files, or a connection of its own
+        await asyncio.sleep(await asyncio.to_thread(trouble.after, error))
         if self._link.closed.is_set():
             raise trouble.closed()
 

@@ -3,7 +3,10 @@
 Who asks is no longer root, so the way to a file must be root's alone. Could the server's user
 exchange a directory or a link on it, it would be handed any file of the host. A sticky directory
 such as /tmp may be on the way, as for the state directory: other users can neither move a directory
-of root's there nor make one. Opens only; what is in the files is never read here.
+of root's there nor make one. When root's directory has gone from there, as after a cleaner of /tmp, others
+can put only what is theirs in its place, or move a directory of root's that they may write to; both are
+refused, and so is a file or a link in the sticky directory itself. Opens only; what is in the files is never
+read here.
 """
 
 import errno

@@ -9,7 +9,7 @@ from typing import Final
 
 from pjw.errors import InvalidJobError, KernelError
 from pjw.launcher.protocol import Hello, Launch
-from pjw.model import Limits
+from pjw.model import JOB_DIRECTORY, Limits
 
 # ids of jobs become names of directories: 2^53 is enough for a million jobs a second for 285 years
 JOB_ID_MAX: Final = 2**53
@@ -23,7 +23,9 @@ _READ: Final = ("command", "input")
 # launcher's ever reaches a job. docs/architecture.md lists it for users.
 JOB_ENVIRONMENT: Final = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-    "HOME": "/run/job",
+    "HOME": JOB_DIRECTORY,
+    # on disk: /tmp is memory, and as large as half of the job's limit of memory
+    "TMPDIR": JOB_DIRECTORY,
     "SHELL": "/bin/sh",
     "LANG": "C.UTF-8",
 }

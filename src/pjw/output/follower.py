@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 from typing import Final
 
 from pjw.errors import LauncherGoneError, OffsetError
-from pjw.output.log import Head, OutputLog, no_head, read_at
+from pjw.output.log import Head, OutputLog, check_whole, no_head, read_at
 
 # A stalled stream holds about 4 chunks in gRPC and the kernel, so a reader begins with small
 # ones and earns larger ones (the best size for one stream here) by keeping up.
@@ -22,9 +22,9 @@ async def follow(
     """Yield every byte from *offset* on, each chunk behind its head; return once the output has ended.
 
     With *present_only* return at the end of what is there when it is called, ended or not.
-    Raises OffsetError when *offset* lies beyond the end of what is there, and LauncherGoneError
-    when the worker closes before the end. No polling: waits on inotify. A slow reader costs
-    nobody anything: bytes stay in the file until it asks.
+    Raises OffsetError when *offset* lies beyond the end of what is there, OutputLostError when somebody has
+    cut the file short, and LauncherGoneError when the worker closes before the end. No polling: waits on
+    inotify. A slow reader costs nobody anything: bytes stay in the file until it asks.
     """
     loop = asyncio.get_running_loop()
     with log.open() as descriptor, log.changes() as changed:
@@ -52,7 +52,10 @@ async def follow(
                 elif count == chunk_bytes:
                     chunk_bytes = min(2 * chunk_bytes, CHUNK_BYTES_MAX)
             if ended:
+                check_whole(descriptor, offset)
                 return
+            if os.fstat(descriptor).st_size < offset:
+                check_whole(descriptor, offset)
             if log.abandoned:
                 raise LauncherGoneError("the worker was closed; the job goes on")
             await changed.wait()

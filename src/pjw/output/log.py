@@ -3,12 +3,13 @@
 import asyncio
 import errno
 import os
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from pjw.errors import KernelError
+from pjw.errors import KernelError, OutputLostError
 from pjw.output.inotify import Inotify
 
 # What a reader puts in front of each chunk, made from how many bytes it has: it spares it a copy of them.
@@ -122,6 +123,28 @@ class OutputLog:
             if not self._ended:
                 raise
             return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def check_whole(descriptor: int, offset: int) -> None:
+    """Look whether somebody has cut an open output short while its job ran; *offset* is how far it was read.
+
+    Raises OutputLostError. The job's init appends, and notes in the mode of the file that bytes of it are
+    gone: see `note_cut` in launcher/init/output.c.
+    """
+    status = os.fstat(descriptor)
+    if status.st_mode & stat.S_IXUSR or (stat.S_ISREG(status.st_mode) and status.st_size < offset):
+        raise OutputLostError(
+            "a part of the output is lost: somebody on the server has cut its file short;"
+            f" {status.st_size} bytes are left"
+        )
+
+
+def is_cut_short(path: str) -> bool:
+    """Whether somebody has cut an output short; see `check_whole`."""
+    try:
+        return bool(os.stat(path).st_mode & stat.S_IXUSR)
+    except OSError:
+        return False
 
 
 def no_head(count: int) -> bytes:

@@ -53,6 +53,8 @@ def job_to_message(job: Job) -> pb.Job:
         split_stderr=job.split_stderr,
         input=job.input,
         detail=job.detail,
+        workdir=job.workdir,
+        usage_now=sample_to_message(job.usage_now) if job.usage_now else None,
     )
 
 
@@ -80,6 +82,8 @@ def job_from_message(message: pb.Job) -> Job:
         split_stderr=message.split_stderr,
         input=message.input,
         detail=message.detail,
+        workdir=message.workdir,
+        usage_now=sample_from_message(message.usage_now) if message.HasField("usage_now") else None,
     )
 
 

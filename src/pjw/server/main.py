@@ -15,7 +15,7 @@ from pjw.errors import PjwError
 from pjw.given import require_arguments
 from pjw.inherited import open_standard_descriptors
 from pjw.server.logs import FORMATS, LEVELS
-from pjw.stdout import EXIT_CLOSED_PIPE, ReaderGoneError, checked_stdout
+from pjw.stdout import EXIT_CLOSED_PIPE, ReaderGoneError, checked_stdout, require_stdout
 
 # the environment variable that takes the place of --listen
 LISTEN_VARIABLE: Final = "PJWD_LISTEN"
@@ -37,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser = build_parser()
             arguments = parser.parse_args(argv)
             require_arguments(parser, arguments)
+        if arguments.run is not _serve:
+            require_stdout()
         # serve prints nothing, and an error that it does not word is a bug
         with nullcontext() if arguments.run is _serve else checked_stdout():
             return int(arguments.run(arguments))
@@ -190,6 +192,7 @@ class _Version(argparse.Action):
     ) -> None:
         from pjw.version import version
 
+        require_stdout()
         print(f"pjwd {version()}")
         parser.exit()
 

@@ -24,7 +24,8 @@ STARTS_REST_SECONDS: Final = 10
 REFUSALS_PER_SECOND: Final = 100
 # Refused calls of one client that wait for their turn, about 20 KiB each; what is above is told at once.
 PAUSED_MAX: Final = 1000
-# A call that lasts as a stream does: who waits for many jobs must still be able to ask for one.
+# A call that lasts as a stream does: who waits for many jobs must still be able to ask for one. Counted by
+# itself, with the same bounds: `pjw logs` follows a job and waits for it, so as to tell when it cannot go on.
 WAITING_METHOD: Final = "Wait"
 # Below so many, clients whose starts are all theirs again are not looked for.
 FORGET_ABOVE: Final = 64
@@ -64,8 +65,13 @@ class ClientLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     calls_max: Annotated[
         Count, msgspec.Meta(description="calls of a client under way at once, streams not counted")
     ] = 256
-    followers_max: Annotated[Count, msgspec.Meta(description="streams of a client at once")] = 1000
-    followers_total_max: Annotated[Count, msgspec.Meta(description="streams of all clients at once")] = 10_000
+    followers_max: Annotated[
+        Count, msgspec.Meta(description="streams of a client at once, and as many calls that wait for an end")
+    ] = 1000
+    followers_total_max: Annotated[
+        Count,
+        msgspec.Meta(description="streams of all clients at once, and as many calls that wait for an end"),
+    ] = 10_000
     running_max: Annotated[Count, msgspec.Meta(description="jobs of one client that have not ended")] = 1000
     running_total_max: Annotated[Count, msgspec.Meta(description="jobs that have not ended")] = 10_000
     stored_bytes_max: Annotated[
@@ -132,6 +138,7 @@ class Quota:
         self._clock_ns: Final = clock_ns
         self._calls: Final[Counter[str]] = Counter()
         self._followers: Final[Counter[str]] = Counter()
+        self._waiters: Final[Counter[str]] = Counter()
         self._paused: Final[Counter[str]] = Counter()
         # A token bucket is one number: when it is full again. Whole numbers, because many
         # small steps of a float do not add up to the burst.
@@ -149,11 +156,17 @@ class Quota:
         So does what the call itself raises of that kind: at a limit of running jobs, for example.
         """
         try:
-            follows = stream or method == WAITING_METHOD
-            refusal = self._stream_refusal(client_name) if follows else self._refusal(client_name, method)
+            if stream:
+                counter = self._followers
+                refusal = self._lasting_refusal(client_name, counter, "follow", "followed")
+            elif method == WAITING_METHOD:
+                counter = self._waiters
+                refusal = self._lasting_refusal(client_name, counter, "wait for", "waited for")
+            else:
+                counter, refusal = self._calls, self._refusal(client_name, method)
             if refusal is not None:
                 raise refusal
-            with _counted(self._followers if follows else self._calls, client_name):
+            with _counted(counter, client_name):
                 yield
         except LimitReachedError:
             if self._paused[client_name] < PAUSED_MAX:
@@ -161,13 +174,15 @@ class Quota:
                     await asyncio.sleep(self._paused[client_name] / REFUSALS_PER_SECOND)
             raise
 
-    def _stream_refusal(self, client_name: str) -> LimitReachedError | None:
+    def _lasting_refusal(
+        self, client_name: str, counter: Counter[str], verb: str, participle: str
+    ) -> LimitReachedError | None:
         each, total = self._limits.followers_max, self._limits.followers_total_max
-        if each and self._followers[client_name] >= each:
-            return _refusal("followers_max", f"a client may follow {each} jobs at once", each)
-        if total and self._followers.total() >= total:
+        if each and counter[client_name] >= each:
+            return _refusal("followers_max", f"a client may {verb} {each} jobs at once", each)
+        if total and counter.total() >= total:
             return _refusal(
-                "followers_total_max", f"{total} jobs may be followed at once on this server", total
+                "followers_total_max", f"{total} jobs may be {participle} at once on this server", total
             )
         return None
 

@@ -96,7 +96,7 @@ class JobWorkerService:
 
     async def get(self, request: pb.GetRequest, caller: Caller) -> pb.GetResponse:
         """Show a job of the caller."""
-        return pb.GetResponse(job=job_to_message(await self._worker.get(request.id, caller.owner)))
+        return pb.GetResponse(job=job_to_message(await self._worker.get_with_usage(request.id, caller.owner)))
 
     async def list(self, request: pb.ListRequest, caller: Caller) -> pb.ListResponse:
         """Show a page of the caller's jobs."""

@@ -301,6 +301,8 @@ class Job(_message.Message):
     SPLIT_STDERR_FIELD_NUMBER: _builtins.int
     INPUT_FIELD_NUMBER: _builtins.int
     DETAIL_FIELD_NUMBER: _builtins.int
+    WORKDIR_FIELD_NUMBER: _builtins.int
+    USAGE_NOW_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     client_name: _builtins.str
     command: _builtins.str
@@ -321,6 +323,8 @@ class Job(_message.Message):
     """Whether the command reads what WriteInput sends; otherwise its stdin is empty."""
     detail: _builtins.str
     """For a person to read: while a killed job does not end, or a job waits for the disk, why."""
+    workdir: _builtins.str
+    """Where the command began, as the job sees it; empty for jobs that an older version started."""
     @_builtins.property
     def start(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -335,6 +339,12 @@ class Job(_message.Message):
 
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    @_builtins.property
+    def usage_now(self) -> Global___UsageSample:
+        """What a job that has not ended uses, measured at most a second before. Only in the answer to Get, and absent
+        where nobody could measure it.
+        """
+
     def __init__(
         self,
         *,
@@ -355,10 +365,12 @@ class Job(_message.Message):
         split_stderr: _builtins.bool = ...,
         input: _builtins.bool = ...,
         detail: _builtins.str = ...,
+        workdir: _builtins.str = ...,
+        usage_now: Global___UsageSample | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "_output_bytes", b"_output_bytes", "_signal", b"_signal", "end", b"end", "exit_code", b"exit_code", "limits", b"limits", "output_bytes", b"output_bytes", "signal", b"signal", "start", b"start", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "_output_bytes", b"_output_bytes", "_signal", b"_signal", "end", b"end", "exit_code", b"exit_code", "limits", b"limits", "output_bytes", b"output_bytes", "signal", b"signal", "start", b"start", "usage", b"usage", "usage_now", b"usage_now"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "_output_bytes", b"_output_bytes", "_signal", b"_signal", "client_name", b"client_name", "command", b"command", "detail", b"detail", "end", b"end", "exit_code", b"exit_code", "id", b"id", "input", b"input", "labels", b"labels", "limits", b"limits", "name", b"name", "output_bytes", b"output_bytes", "reason", b"reason", "signal", b"signal", "split_stderr", b"split_stderr", "start", b"start", "state", b"state", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "_output_bytes", b"_output_bytes", "_signal", b"_signal", "client_name", b"client_name", "command", b"command", "detail", b"detail", "end", b"end", "exit_code", b"exit_code", "id", b"id", "input", b"input", "labels", b"labels", "limits", b"limits", "name", b"name", "output_bytes", b"output_bytes", "reason", b"reason", "signal", b"signal", "split_stderr", b"split_stderr", "start", b"start", "state", b"state", "usage", b"usage", "usage_now", b"usage_now", "workdir", b"workdir"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__exit_code: _TypeAlias = _typing.Literal["exit_code"]  # noqa: Y015
     _WhichOneofArgType__exit_code: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code"]  # noqa: Y015

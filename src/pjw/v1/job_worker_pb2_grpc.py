@@ -117,7 +117,7 @@ class JobWorkerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Get(self, request, context):
-        """Get shows one job.
+        """Get shows one job, and what it uses now.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -52,7 +52,7 @@ class JobWorkerServiceStub:
     takes no input, has ended, or does not read any more.
     """
     Get: _grpc.UnaryUnaryMultiCallable[_job_worker_pb2.GetRequest, _job_worker_pb2.GetResponse]
-    """Get shows one job."""
+    """Get shows one job, and what it uses now."""
     List: _grpc.UnaryUnaryMultiCallable[_job_worker_pb2.ListRequest, _job_worker_pb2.ListResponse]
     """List shows the caller's jobs, or those of every client, in the order of their ids, a page at a time."""
     Wait: _grpc.UnaryUnaryMultiCallable[_job_worker_pb2.WaitRequest, _job_worker_pb2.WaitResponse]
@@ -93,7 +93,7 @@ class JobWorkerServiceAsyncStub(JobWorkerServiceStub):
     takes no input, has ended, or does not read any more.
     """
     Get: _aio.UnaryUnaryMultiCallable[_job_worker_pb2.GetRequest, _job_worker_pb2.GetResponse]  # type: ignore[assignment]
-    """Get shows one job."""
+    """Get shows one job, and what it uses now."""
     List: _aio.UnaryUnaryMultiCallable[_job_worker_pb2.ListRequest, _job_worker_pb2.ListResponse]  # type: ignore[assignment]
     """List shows the caller's jobs, or those of every client, in the order of their ids, a page at a time."""
     Wait: _aio.UnaryUnaryMultiCallable[_job_worker_pb2.WaitRequest, _job_worker_pb2.WaitResponse]  # type: ignore[assignment]
@@ -149,7 +149,7 @@ class JobWorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _job_worker_pb2.GetRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_job_worker_pb2.GetResponse, _abc.Awaitable[_job_worker_pb2.GetResponse]]:
-        """Get shows one job."""
+        """Get shows one job, and what it uses now."""
 
     @_abc_1.abstractmethod
     def List(

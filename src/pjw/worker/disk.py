@@ -11,6 +11,7 @@ from typing import Final
 
 from pjw.errors import JobStateError, LauncherGoneError, PjwError
 from pjw.model import JobState
+from pjw.worker.held import HeldOutputs
 from pjw.worker.job import LiveJob
 from pjw.worker.launcher_client import LauncherClient, readable
 from pjw.worker.settings import DiskMarks
@@ -64,6 +65,7 @@ class DiskSampler:
         used: dict[int, ScratchUse],
         marks: DiskMarks,
         end: Callable[[LiveJob], None],
+        held: HeldOutputs,
     ) -> None:
         """Take over the descriptor *scratch*; *used* is what was last counted; *end* ends a job by force."""
         self.marks = marks
@@ -75,6 +77,7 @@ class DiskSampler:
         self._live: Final = live
         self._used: Final = used
         self._end: Final = end
+        self._held: Final = held
         self._begun: Final = asyncio.Event()
         self._counted_at = float("-inf")
         self._said_at = float("-inf")
@@ -106,6 +109,8 @@ class DiskSampler:
             await asyncio.sleep(LOOK_SECONDS)
 
     async def _look(self) -> None:
+        flags = os.fstatvfs(self._state.descriptor).f_flag
+        self._held.set_read_only(self, read_only=bool(flags & os.ST_RDONLY))
         self._state.store.reserve()
         for descriptor in self._file_systems():
             shortage = _shortage(os.fstatvfs(descriptor), self.marks)

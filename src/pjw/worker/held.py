@@ -30,6 +30,9 @@ class HeldOutputs:
         # an instance of its own: a follower watches the same files for other changes
         self._inotify: Final = Inotify(IN_ATTRIB)
         self._watches: Final[dict[int, list[int]]] = {}
+        self._live: Final[dict[int, LiveJob]] = {}
+        # who has found that the file system is read-only
+        self._read_only: Final[set[object]] = set()
         self._held: Final[set[int]] = set()
         self._said_at = float("-inf")
 
@@ -42,7 +45,12 @@ class HeldOutputs:
         return len(self._held)
 
     def add(self, live: LiveJob) -> None:
-        """Watch a job's output from now on; a note from before counts as well."""
+        """Watch a job's output from now on; a note from before counts as well.
+
+        Looks at the files on the event loop: this process has just made them, or found them at its start, so
+        the kernel has them in its cache.
+        """
+        self._live[live.job.id] = live
         watches = self._watches.setdefault(live.job.id, [])
         try:
             for path in self._state.outputs(live.job):
@@ -56,10 +64,22 @@ class HeldOutputs:
         """Stop watching a job that has ended."""
         for watch in self._watches.pop(job_id, ()):
             self._inotify.unwatch(watch)
+        self._live.pop(job_id, None)
         self._no_longer(job_id)
 
+    def set_read_only(self, finder: object, *, read_only: bool) -> None:
+        """Note whether *finder* finds the file system read-only: no init can note there that output waits."""
+        if read_only == (finder in self._read_only):
+            return
+        if read_only:
+            self._read_only.add(finder)
+        else:
+            self._read_only.remove(finder)
+        for live in self._live.values():
+            self._look(live)
+
     def _look(self, live: LiveJob) -> None:
-        held = any(_is_noted(path) for path in self._state.outputs(live.job))
+        held = bool(self._read_only) or any(_is_noted(path) for path in self._state.outputs(live.job))
         if held == live.held.is_set():
             return
         live.output_held(held=held)

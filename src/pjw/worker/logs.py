@@ -83,7 +83,7 @@ class Reading:
     """A part of a job's output, from the byte `offset` on; it is opened when it is read.
 
     Both ways to read raise OffsetError for an offset beyond what is there, and OutputLostError, at the end of
-    what is there, when the host went down before the disk had all of it.
+    what is there, when the host went down before the disk had all of it, or when somebody cut the file short.
     """
 
     output: Output
@@ -131,8 +131,8 @@ def output_of_ended(state: StateDir, inotify: Inotify, job: Job, *, stderr: bool
     lost = None
     if size < expected:
         lost = OutputLostError(
-            f"the output of job {job.id} is cut short: the host went down, and of {expected} bytes"
-            f" {size} were on its disk"
+            f"the output of job {job.id} is cut short: of {expected} bytes {size} are on the server's disk;"
+            " the host went down before the rest was, or somebody has cut the file short"
         )
     return Output(_log_of(state, inotify, job, stderr=stderr), lost)
 

@@ -8,12 +8,12 @@ from pjw.model import EndReason, ExitStatus, Job, JobState, Limits, Usage
 
 COLUMNS: Final = (
     "id, client_name, command, limits, start_ns, state, end_ns, exit_code, signal, reason, usage,"
-    " output_bytes, name, labels, split_stderr, input"
+    " output_bytes, name, labels, split_stderr, input, workdir"
 )
 _Number = int | None
 _Text = str | None
 Row = tuple[
-    int, str, str, str, int, _Text, _Number, _Number, _Number, _Text, _Text, _Number, str, str, int, int
+    int, str, str, str, int, _Text, _Number, _Number, _Number, _Text, _Text, _Number, str, str, int, int, str
 ]
 
 
@@ -45,7 +45,7 @@ def job_of(row: Row) -> Job:
         size,
         *rest,
     ) = row
-    name, labels, split_stderr, has_input = rest
+    name, labels, split_stderr, has_input, workdir = rest
     return Job(
         id=job_id,
         client_name=client_name,
@@ -62,4 +62,5 @@ def job_of(row: Row) -> Job:
         labels=json.loads(str(labels)),
         split_stderr=bool(split_stderr),
         input=bool(has_input),
+        workdir=str(workdir),
     )

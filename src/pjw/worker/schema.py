@@ -66,6 +66,10 @@ CREATE UNIQUE INDEX jobs_alive_of_name ON jobs (client_name, name) WHERE state I
 CREATE INDEX jobs_of_name ON jobs (client_name, name, id) WHERE name <> '';
 CREATE UNIQUE INDEX jobs_of_request ON jobs (client_name, request_id) WHERE request_id IS NOT NULL;
 """,
+    # Where the command began; empty for jobs from before.
+    """
+ALTER TABLE jobs ADD COLUMN workdir TEXT NOT NULL DEFAULT '';
+""",
 )
 SCHEMA_VERSION: Final = len(MIGRATIONS)
 

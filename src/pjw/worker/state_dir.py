@@ -30,6 +30,7 @@ from pjw.errors import RESOURCE_ERRNOS, ConfigError, KernelError, LimitReachedEr
 from pjw.given import require_value
 from pjw.launcher.rooted import require_root_s
 from pjw.model import Job, UsageSample
+from pjw.output import is_cut_short
 from pjw.worker.record import RECORD_BYTES
 from pjw.worker.store import JobStore
 from pjw.worker.usage import append_sample, read_samples
@@ -117,6 +118,8 @@ class StateDir:
         directory = f"{self._jobs}/{job.id}"
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         descriptors: list[int] = []
+        # When somebody cuts an output short, the next bytes follow what is left: no hole lies between.
+        appended = ("output", "stderr")
         try:
             try:
                 os.mkdir(directory, 0o700)
@@ -126,7 +129,8 @@ class StateDir:
                 os.mkdir(directory, 0o700)
             for name in _FILES[:5] if job.split_stderr else _FILES[:3]:
                 # one by one, so that the first is closed when the second cannot be made
-                descriptors.append(os.open(f"{directory}/{name}", flags, 0o600))  # noqa: PERF401
+                more = os.O_APPEND if name in appended else 0
+                descriptors.append(os.open(f"{directory}/{name}", flags | more, 0o600))
             os.posix_fallocate(descriptors[1], 0, RECORD_BYTES)
             if job.input:
                 descriptors.append(_create_input(self.input_path(job.id)))
@@ -205,7 +209,8 @@ class StateDir:
 
         Blocks for as long as the disk takes. The times of the output reach the disk when the kernel likes.
         """
-        if not job.output_bytes:
+        # a file that was cut short says so to its readers, also when it is empty
+        if not job.output_bytes and not any(is_cut_short(path) for path in self.outputs(job)):
             self._remove(job.id, _FILES)
             return
         try:

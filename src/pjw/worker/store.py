@@ -12,7 +12,7 @@ from typing import Final, ParamSpec, TypeVar
 from weakref import WeakValueDictionary
 
 from pjw.errors import ConfigError, KernelError, LimitReachedError, NameTakenError
-from pjw.model import Job, JobSpec, JobState, Limits
+from pjw.model import JOB_DIRECTORY, Job, JobSpec, JobState, Limits
 from pjw.worker.pages import ALL_JOBS, JobFilter, Page, read_page
 from pjw.worker.rows import COLUMNS, job_of, to_ns
 from pjw.worker.schema import migrate
@@ -145,11 +145,12 @@ class JobStore:
 
     def _add(self, client_name: str, spec: JobSpec, limits: Limits) -> Job:
         now = datetime.now(UTC)
+        workdir = spec.workdir or JOB_DIRECTORY
         try:
             with self._db:
                 cursor = self._db.execute(
                     "INSERT INTO jobs (client_name, command, limits, start_ns, name, labels, split_stderr,"
-                    " input, request_id) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    " input, request_id, workdir) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     (
                         client_name,
                         spec.display,
@@ -160,6 +161,7 @@ class JobStore:
                         spec.split_stderr,
                         spec.input,
                         spec.request_id or None,
+                        workdir,
                     ),
                 )
         except sqlite3.IntegrityError:
@@ -183,6 +185,7 @@ class JobStore:
             labels=spec.labels,
             split_stderr=spec.split_stderr,
             input=spec.input,
+            workdir=workdir,
         )
 
     def _bearer(self, client_name: str, name: str) -> int | None:

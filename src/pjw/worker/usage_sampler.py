@@ -4,6 +4,7 @@ However many jobs run, what it costs stays the same: with more of them samples a
 """
 
 import asyncio
+import errno
 import heapq
 import logging
 import math
@@ -11,9 +12,10 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Final
 
-from pjw.errors import LauncherGoneError, PjwError
+from pjw.errors import KernelError, LauncherGoneError, PjwError
 from pjw.launcher.protocol import MAX_MEASURED
 from pjw.model import Job, UsageSample
+from pjw.worker.held import HeldOutputs
 from pjw.worker.job import LiveJob
 from pjw.worker.launcher_client import LauncherClient
 from pjw.worker.state_dir import StateDir
@@ -21,10 +23,13 @@ from pjw.worker.usage import interval_seconds
 
 # Of all jobs together, for their histories; each takes about 0.15 ms of processor time.
 HISTORY_PER_SECOND: Final = 40
-# The same while somebody watches.
+# The same while somebody watches, and for jobs that are asked for one by one.
 WATCHED_PER_SECOND: Final = 500
 # Jobs that were started within so long share a request.
 _PAUSE_SECONDS: Final = 0.1
+# Of one job that is asked for: how old its sample may be, and how long the answer may wait for a new one.
+_FRESH_SECONDS: Final = 1.0
+_WITHIN_SECONDS: Final = 0.2
 # Nothing tells when a disk has space again.
 _RETRY_SECONDS: Final = 60
 
@@ -34,8 +39,11 @@ log: Final = logging.getLogger(__name__)
 class UsageSampler:
     """Samples the jobs of one worker, from their start or their adoption to their end."""
 
-    def __init__(self, state: StateDir, launcher: LauncherClient, live: dict[int, LiveJob]) -> None:
+    def __init__(
+        self, state: StateDir, launcher: LauncherClient, live: dict[int, LiveJob], held: HeldOutputs
+    ) -> None:
         self._state: Final = state
+        self._held: Final = held
         self._launcher: Final = launcher
         self._live: Final = live
         # (when a job is due, its id, when it began), the first one first; ended ones go when they are due
@@ -44,6 +52,7 @@ class UsageSampler:
         self._earlier: Final = asyncio.Event()
         self._one_at_a_time: Final = asyncio.Lock()
         self._rested_at = 0.0
+        self._single_rested_at = 0.0
 
     def add(self, live: LiveJob) -> None:
         """Sample a job from now on."""
@@ -63,6 +72,7 @@ class UsageSampler:
         while True:
             if batch := self._take_due():
                 wait_seconds = max(_PAUSE_SECONDS, len(batch) / HISTORY_PER_SECOND)
+                failed = 0
                 try:
                     await self._write_samples(batch)
                 except LauncherGoneError:
@@ -70,6 +80,9 @@ class UsageSampler:
                 except PjwError as error:
                     log.error("%s", error)
                     wait_seconds = _RETRY_SECONDS
+                    failed = error.errno if isinstance(error, KernelError) else 0
+                # ext4 need not say of itself that it has become read-only, after an error of the disk
+                self._held.set_read_only(self, read_only=failed == errno.EROFS)
                 await asyncio.sleep(wait_seconds)
             else:
                 await self._until_due()
@@ -122,6 +135,27 @@ class UsageSampler:
                 # tried, whether there was something to measure or not
                 live.sampled_at = now
                 live.sample = found.get(job_id, live.sample)
+
+    async def of_job(self, job_id: int) -> UsageSample | None:
+        """What one job uses, measured a second ago at most; None when it has ended or cannot be measured.
+
+        An older sample when the launcher is busy, or when single jobs are asked for too fast: a question
+        about a job hardly waits for its usage.
+        """
+        now = asyncio.get_running_loop().time()
+        live = self._running(job_id)
+        if (
+            live is not None
+            and live.sampled_at < now - _FRESH_SECONDS
+            and self._single_rested_at < now + _PAUSE_SECONDS
+        ):
+            self._single_rested_at = max(now, self._single_rested_at) + 1 / WATCHED_PER_SECOND
+            try:
+                async with asyncio.timeout(_WITHIN_SECONDS):
+                    await self._measure([job_id])
+            except (TimeoutError, PjwError) as error:
+                log.debug("cannot measure job %d: %s", job_id, error)
+        return None if live is None else live.sample
 
     async def now(
         self, owner: str | None, fresh_seconds: float, within_seconds: float

@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from signal import SIGKILL, SIGTERM
 from typing import Final, Self
 
@@ -19,7 +20,7 @@ from pjw.errors import (
     LimitReachedError,
     PjwError,
 )
-from pjw.model import ClientQuota, GroupUse, Job, JobSpec, UsageSample
+from pjw.model import ClientQuota, GroupUse, Job, JobSpec, JobState, UsageSample
 from pjw.output import Inotify
 from pjw.worker.adoption import adopt
 from pjw.worker.background import Background
@@ -75,7 +76,8 @@ class Worker:
         self._pruner: Final = Pruner(state, settings.retention)
         self._background: Final = Background()
         self._stopping: Final = Stopping(self._launcher, self._background)
-        self._sampler: Final = UsageSampler(state, self._launcher, self._live)
+        self._held: Final = HeldOutputs(state)
+        self._sampler: Final = UsageSampler(state, self._launcher, self._live, self._held)
         self._disk: Final = DiskSampler(
             state,
             launcher.scratch,
@@ -84,9 +86,9 @@ class Worker:
             scratch_used,
             settings.disk,
             self._end_for_disk,
+            self._held,
         )
         self._disk.counts = self._stored.bounded
-        self._held: Final = HeldOutputs(state)
         self._endings: Final = Endings(
             state,
             self._launcher,
@@ -352,6 +354,15 @@ class Worker:
         if job is None:
             raise JobNotFoundError(job_id)
         return job
+
+    async def get_with_usage(self, job_id: int, owner: str | None = None) -> Job:
+        """One job as it is now, with what it uses when its command runs. Raises JobNotFoundError."""
+        live = self._live_of(job_id, owner)
+        if live is None or live.job.state is JobState.STARTING:
+            return await self.get(job_id, owner)
+        sample = await self._sampler.of_job(job_id)
+        # it may have ended meanwhile
+        return live.job if live.job.state.final else replace(live.job, usage_now=sample)
 
     async def list(self, owner: str | None = None, after: int = 0, count: int = PAGE_MAX) -> Sequence[Job]:
         """The jobs behind id *after*, in the order of their ids: *count*, or fewer when they are long."""

@@ -176,6 +176,8 @@ struct times {
 };
 struct times open_times(int fd, uint64_t end);
 void note_time(struct times *times, int64_t ns, size_t bytes);
+/* Drop all records: those of what comes are of a file with so many bytes. */
+void forget_times(struct times *times, uint64_t end);
 /* Milliseconds until `write_held_time` has something to do; -1: nothing is held. */
 int held_time_ms(const struct times *times);
 void write_held_time(struct times *times, bool at_once);
@@ -194,6 +196,7 @@ struct output {
     int pipe, file;
     uid_t owner;
     bool regular;          /* the file: it has an end to write from, and never makes us wait for a reader */
+    off_t end;             /* of a regular file: where the next byte goes */
     mode_t mode;           /* of the file, without the sticky bit that notes that output waits */
     bool held;             /* whether the sticky bit is set */
     bool over;             /* the job has written more than it may; nothing is read after that */
@@ -211,6 +214,8 @@ struct outputs {
 };
 void open_outputs(struct outputs *outputs, const struct options *options, int write_ends[STREAMS_MAX]);
 enum flow move_output(struct output *output);
+/* Note whether somebody has cut the file short, for a job that writes nothing more. */
+void check_end(struct output *output);
 
 /* input.c */
 enum feed {

@@ -36,6 +36,7 @@ static int open_output(struct output *output, int file, int times, const struct 
     output->file = file;
     output->owner = status.st_uid;
     output->regular = regular;
+    output->end = end;
     output->mode = status.st_mode & 0777;
     output->flow = FLOW_EMPTY;
     output->times = open_times(times, (uint64_t)end);
@@ -126,13 +127,35 @@ static void count(struct output *output, size_t got) {
 
 /*
  * Note in the sticky bit, which has no meaning for a file, whether output waits. A change of the mode takes no space on
- * the disk, and a server that starts later finds it. A running server watches it (IN_ATTRIB in inotify(7)).
+ * the disk, and a server that starts later finds it. A running server watches it (IN_ATTRIB in inotify(7)). On a file
+ * system that has become read-only this fails; a server sees that by itself.
  */
 static void note_held(struct output *output, bool held) {
     if (!output->regular || output->held == held)
         return;
     output->held = held;
     (void)fchmod(output->file, output->mode | (held ? S_ISVTX : 0));
+}
+
+/*
+ * What the job writes is appended (O_APPEND). When the file ends before it should, somebody has cut it short, and bytes are
+ * lost. Note that in its mode, which takes no space on the disk, so that its readers are told. The records of when it was
+ * written begin anew.
+ */
+static void note_cut(struct output *output, off_t end, off_t written) {
+    bool cut = end < output->end; /* by hand, others may append to the same file */
+    output->end = end;
+    if (!cut)
+        return;
+    output->mode |= S_IXUSR;
+    (void)fchmod(output->file, output->mode | (output->held ? S_ISVTX : 0));
+    forget_times(&output->times, (uint64_t)(end - written));
+}
+
+void check_end(struct output *output) {
+    struct stat status;
+    if (output->regular && fstat(output->file, &status) == 0)
+        note_cut(output, status.st_size, 0);
 }
 
 /* Move what is there, up to a buffer; what the file does not take is held, and tried again by the next call. */
@@ -156,6 +179,9 @@ enum flow move_output(struct output *output) {
         }
         output->start += (size_t)put;
         output->pending -= (size_t)put;
+        output->end += put;
+        if (output->regular)
+            note_cut(output, lseek(output->file, 0, SEEK_CUR), put);
         note_time(&output->times, output->read_ns, (size_t)put);
     }
     note_held(output, false);

@@ -112,21 +112,31 @@ static void end_within_grace(struct job *job) {
         (void)timerfd_settime(job->timer, 0, &grace, NULL);
 }
 
+/*
+ * The kernel gives the signals that are pending in the order of their numbers, so SIGQUIT comes first. Whoever stops a job
+ * sends it last: if init was held up for longer than the grace period, both are pending. So init passes on what was asked
+ * for first, and the command ends by that signal where it does not handle it.
+ */
 static void read_signals(struct job *job) {
     struct signalfd_siginfo info;
+    bool ended_before = job->ended, quit = false;
     while (read(job->signals, &info, sizeof info) == sizeof info) {
         int number = (int)info.ssi_signo;
         if (number == SIGCHLD)
             reap(job, WNOHANG);
-        else if (job->ended)
-            job->killed_after_end |= number == SIGQUIT;
         else if (number == SIGQUIT)
-            end_all(job, REASON_STOPPED, SIGKILL);
+            quit = true;
+        else if (job->ended)
+            continue;
         else if (number == SIGTERM)
             end_within_grace(job);
         else
             end_all(job, REASON_STOPPED, number - SIGNAL_FIRST);
     }
+    if (quit && ended_before)
+        job->killed_after_end = true;
+    else if (quit)
+        end_all(job, REASON_STOPPED, SIGKILL);
 }
 
 static int sooner(int one_ms, int other_ms) {
@@ -201,6 +211,7 @@ static void drain(struct job *job, struct output *output) {
     }
     if (job->ending.reason == REASON_NONE)
         job->ending.reason = reason_of(output->flow);
+    check_end(output);
     write_held_time(&output->times, true);
 }
 

@@ -63,3 +63,9 @@ void note_time(struct times *times, int64_t ns, size_t bytes) {
     if (!due_in_ns(times, ns))
         write_held_time(times, true);
 }
+
+void forget_times(struct times *times, uint64_t end) {
+    if (times->fd >= 0 && ftruncate(times->fd, 0) < 0)
+        times->fd = -1; /* rather no times than wrong ones */
+    *times = open_times(times->fd, end);
+}
