@@ -41,7 +41,7 @@ def test_what_is_in_it(deb: Path) -> None:
     ):
         assert f"./{name}" in files
     conffiles = subprocess.check_output(["dpkg-deb", "--info", str(deb), "conffiles"], text=True)
-    assert conffiles.split() == ["/etc/logrotate.d/pjw", "/etc/pjw/pjwd.toml"]
+    assert sorted(conffiles.split()) == ["/etc/logrotate.d/pjw", "/etc/pjw/pjwd.toml"]
 
 
 def test_its_files_are_those_of_the_wheels(
