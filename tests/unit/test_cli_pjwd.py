@@ -167,3 +167,15 @@ def test_a_configuration_that_is_not_read_is_named(
         assert main(["config", "show", *arguments]) == 0
         said.append(capsys.readouterr().err)
     assert said == [f"pjwd: {unit} is not read: --config {unit} does\n", ""]
+
+
+def test_a_check_is_of_the_user_that_is_configured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that is missing was `ok` above, as the default user, and `missing` below."""
+    path = tmp_path / "pjwd.toml"
+    path.write_text('user = "nosuchuser"\n')
+    assert main(["check", "--config", str(path)]) == 1
+    said = capsys.readouterr().out
+    assert "missing  no user is called 'nosuchuser' on this host" in said
+    assert "ok       server user" not in said
