@@ -105,12 +105,21 @@ def _pattern(line: str) -> str:
 
 
 class Terminal:
-    """A shell at a terminal of its own; a command may take *seconds*."""
+    """A shell at a terminal of its own, with so many *columns*; a command may take *seconds*."""
 
-    def __init__(self, shell: list[str], cwd: Path, env: dict[str, str], seconds: float = SECONDS) -> None:
+    def __init__(
+        self,
+        shell: list[str],
+        cwd: Path,
+        env: dict[str, str],
+        *,
+        columns: int = COLUMNS,
+        seconds: float = SECONDS,
+    ) -> None:
+        self._columns: Final = columns
         self._seconds: Final = seconds
         self._ours, theirs = pty.openpty()
-        termios.tcsetwinsize(theirs, (LINES, COLUMNS))
+        termios.tcsetwinsize(theirs, (LINES, columns))
         env = {"HOME": str(cwd), **env, "PS1": PROMPT, "PS2": "", "TERM": "xterm"}
         self._shell = subprocess.Popen(shell, cwd=cwd, env=env, stdin=theirs, stdout=theirs, stderr=theirs)
         os.close(theirs)
@@ -132,7 +141,7 @@ class Terminal:
 
     def lines(self) -> list[str]:
         """What the command has put on the screen, as a person sees it."""
-        screen = pyte.Screen(COLUMNS, LINES)
+        screen = pyte.Screen(self._columns, LINES)
         pyte.ByteStream(screen).feed(DONE.sub(b"", self._seen[self._echo :]))
         lines = [line.rstrip() for line in screen.display]
         while lines and not lines[-1]:

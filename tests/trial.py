@@ -28,6 +28,8 @@ ADDRESSES: Final = {"server": "10.77.0.1", "laptop": "10.77.0.2"}
 SYSTEM_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # an installation from nothing, over a network that may be slow
 SECONDS: Final = 600
+# no line of the document is cut or goes on in the next one
+COLUMNS: Final = 250
 
 
 def main() -> None:
@@ -90,7 +92,7 @@ def terminal_of(where: str, pids: dict[str, int]) -> documents.Terminal:
         *("bash", "--norc", "--noediting"),
     ]
     env = {"HOME": str(home), "USER": user, "PATH": SYSTEM_PATH, "LANG": "C.UTF-8", "NO_COLOR": "1"}
-    return documents.Terminal(shell, Path("/"), env, SECONDS)
+    return documents.Terminal(shell, Path("/"), env, columns=COLUMNS, seconds=SECONDS)
 
 
 def run(*command: object) -> None:
