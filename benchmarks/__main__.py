@@ -21,7 +21,7 @@ from benchmarks.report import Figure, Held, Report, table
 
 # In this order. The last has thousands of jobs, and each mounts file systems; the kernel gives every new
 # memory cgroup room for as many as there ever were at once, until it boots. So starts are dearer after it.
-SUITES: Final = ("start", "parts", "stream", "line", "history", "cli", "memory", "scale")
+SUITES: Final = ("start", "parts", "stream", "line", "history", "cli", "install", "memory", "scale")
 OUTPUT: Final = Path("build/bench")
 PLOTS: Final = Path("docs/performance")
 

@@ -39,7 +39,7 @@ def run(*, quick: bool) -> list[Figure]:
         # the first round warms the cache, and is not counted
         for number in range((QUICK_ROUNDS if quick else ROUNDS) + 1):
             for name, contestant in contestants.items():
-                wall, cpu = _run(contestant.command, environment, said)
+                wall, cpu = timed(contestant.command, environment, said)
                 _check_answer(name, said.read_bytes(), job_id)
                 if number:
                     contestant.wall.append(wall)
@@ -61,7 +61,7 @@ def _contestants(service: Service, job_id: int) -> dict[str, Contestant]:
     return found
 
 
-def _run(command: Sequence[str], environment: Mapping[str, str], said: Path) -> tuple[float, float]:
+def timed(command: Sequence[str], environment: Mapping[str, str], said: Path) -> tuple[float, float]:
     """Wall and processor time of a process, from before its start until it is reaped; it must succeed."""
     began = time.perf_counter()
     pid = os.posix_spawn(

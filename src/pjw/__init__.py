@@ -1,7 +1,8 @@
 """pjw: run commands on a Linux machine, isolated and limited, with their output streamed.
 
 The names below are loaded when first asked for. Importing the package itself must stay
-free of cost and of dependencies: the privileged launcher imports it too.
+free of cost and of dependencies: the privileged launcher imports it too. `Worker` is in the
+wheel pjw, all else in pjw-client.
 """
 
 from typing import TYPE_CHECKING
@@ -21,4 +22,9 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_MODULES.get(name, "pjw.model")), name)
+    try:
+        return getattr(import_module(_MODULES.get(name, "pjw.model")), name)
+    except ModuleNotFoundError as error:
+        if error.name != "pjw.worker":
+            raise
+        raise ImportError("pjw.Worker needs the package pjw: pip install pjw", name=error.name) from None

@@ -5,20 +5,12 @@ its own code for it: launcher/init/inherited.c.
 """
 
 import os
-import resource
 import signal
 import sys
 from typing import Final
 
-# Each of these limits would end or hinder a service in the middle of its work.
-_LIFTED: Final = (
-    resource.RLIMIT_AS,
-    resource.RLIMIT_CPU,
-    resource.RLIMIT_DATA,
-    resource.RLIMIT_FSIZE,
-    resource.RLIMIT_NPROC,
-    resource.RLIMIT_RTTIME,
-)
+# Each of these limits of `resource` would end or hinder a service in the middle of its work.
+_LIFTED: Final = ("RLIMIT_AS", "RLIMIT_CPU", "RLIMIT_DATA", "RLIMIT_FSIZE", "RLIMIT_NPROC", "RLIMIT_RTTIME")
 
 
 def open_standard_descriptors() -> None:
@@ -35,7 +27,9 @@ def open_standard_descriptors() -> None:
 
 def unblock_signals() -> None:
     """Unblock every signal: a blocked one, such as Ctrl-C, would wait for ever."""
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    # Windows blocks none
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 def set_for_service() -> None:
@@ -52,7 +46,11 @@ def set_for_service() -> None:
     os.chdir("/")
 
 
-def _lift(limit: int) -> None:
+def _lift(name: str) -> None:
+    # not at the top: the client's programs import this module on systems that have no `resource`
+    import resource
+
+    limit = getattr(resource, name)
     hard = resource.getrlimit(limit)[1]
     for value in (resource.RLIM_INFINITY, hard):
         try:

@@ -3,7 +3,8 @@
 import os
 from typing import Final
 
-_PREFIX: Final = "pjw-"
+# not that of pjw, which a client may lack
+_PREFIX: Final = "pjw_client-"
 _SUFFIX: Final = ".dist-info"
 
 
@@ -18,4 +19,4 @@ def version() -> str:
             return name.removeprefix(_PREFIX).removesuffix(_SUFFIX)
     from importlib import metadata
 
-    return metadata.version("pjw")
+    return metadata.version("pjw-client")

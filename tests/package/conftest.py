@@ -29,8 +29,15 @@ def dist() -> Path:
 
 @pytest.fixture(scope="session")
 def wheel(dist: Path) -> Path:
-    """The wheel."""
-    [path] = dist.glob("*.whl")
+    """The wheel of pjw."""
+    [path] = dist.glob("pjw-*.whl")
+    return path
+
+
+@pytest.fixture(scope="session")
+def client_wheel(dist: Path) -> Path:
+    """The wheel of pjw-client."""
+    [path] = dist.glob("pjw_client-*.whl")
     return path
 
 

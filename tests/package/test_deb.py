@@ -44,14 +44,17 @@ def test_what_is_in_it(deb: Path) -> None:
     assert conffiles.split() == ["/etc/pjw/pjwd.toml"]
 
 
-def test_its_files_are_those_of_the_wheel(deb: Path, wheel: Path, tmp_path: Path) -> None:
-    """What was tested as a wheel is what the package installs; and nothing names where it was made."""
+def test_its_files_are_those_of_the_wheels(
+    deb: Path, wheel: Path, client_wheel: Path, tmp_path: Path
+) -> None:
+    """What was tested as wheels is what the package installs; and nothing names where it was made."""
     subprocess.run(["dpkg-deb", "--extract", str(deb), str(tmp_path)], check=True)
     [site] = tmp_path.glob("usr/lib/pjw/lib/python3.*/site-packages")
-    with zipfile.ZipFile(wheel) as archive:
-        for name in archive.namelist():
-            if not name.endswith(("/", "/RECORD")):
-                assert (site / name).read_bytes() == archive.read(name), name
+    for path in (wheel, client_wheel):
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if not name.endswith(("/", "/RECORD")):
+                    assert (site / name).read_bytes() == archive.read(name), name
     for path in tmp_path.rglob("*"):
         if path.is_file() and not path.is_symlink():
             data = path.read_bytes()

@@ -2,7 +2,9 @@
 
 import os
 import subprocess
+import sys
 import tomllib
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from pjw.certs import authority
 from pjw.certs.bundle import read_bundle
 from pjw.certs.files import load_client_credentials
+from pjw.cli import contexts
 from pjw.client.config import find_settings
 from pjw.errors import ConfigError
 from tests.service import BIN, CALL_SECONDS
@@ -135,6 +138,7 @@ def test_the_first_context_is_the_current_one_and_private(user: User) -> None:
         "pjw": 0o700,
         "pjw/config.toml": 0o600,
         "pjw/contexts": 0o700,
+        "pjw/contexts.lock": 0o600,
         place: 0o700,
         **{f"{place}/{name}": 0o600 for name in ("ca.crt", "client.crt", "client.key")},
     }
@@ -278,6 +282,32 @@ def test_two_that_add_at_once_lose_nothing(user: User) -> None:
     assert user.ok("context", "list").split() == [f"c{number}" for number in range(6)]
 
 
+HOLD = """\
+import sqlite3, sys
+lock = sqlite3.connect(sys.argv[1], isolation_level=None)
+lock.execute("BEGIN EXCLUSIVE")
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_who_waits_too_long_is_told(user: User, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lock that is held is named; it ends with its process, however that ends."""
+    user.ok("context", "add", "prod", str(user.bundle()))
+    lock = str(user.directory / contexts.LOCK)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(user.home))
+    monkeypatch.setattr(contexts, "LOCK_SECONDS", 0)
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(ConfigError, match=f"^cannot lock {lock}: another pjw has held it for 0 s$"):
+            contexts.use_context(Namespace(name="prod"))
+        holder.kill()
+    contexts.use_context(Namespace(name="prod"))
+
+
 def test_a_context_is_replaced(user: User) -> None:
     """By one with a new certificate; what cannot be used leaves the old one as it was."""
     user.ok("context", "add", "prod", str(user.bundle()))
@@ -301,11 +331,22 @@ def test_a_bundle_comes_from_stdin(user: User) -> None:
     assert "client:       alice" in user.ok("context", "show", "prod")
 
 
-def test_a_bundle_takes_one_descriptor(user: User, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many clients a program makes of it."""
+def test_a_bundle_in_memory_is_in_no_file(user: User, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes no descriptor either, and shows its key to nobody."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(user.home))
     monkeypatch.setenv("PJW_BUNDLE", user.bundle().read_text())
-    assert find_settings().client_key == find_settings().client_key
+    before = os.listdir("/proc/self/fd")
+    settings = find_settings()
+    assert os.listdir("/proc/self/fd") == before
+    assert "PRIVATE" not in repr(settings)
+    files = settings.ca_crt, settings.client_crt, settings.client_key
+    assert load_client_credentials(*files) == read_bundle(str(user.bundle())).credentials
+
+
+def test_a_bundle_that_is_in_no_file_has_a_name(user: User) -> None:
+    """Errors say where it came from."""
+    said = user.refused("list", PJW_BUNDLE="-----BEGIN NOTHING-----")
+    assert said.startswith("pjw: error: cannot read bundle PJW_BUNDLE: it has no line")
 
 
 def test_a_bundle_in_the_environment_is_a_context(user: User) -> None:

@@ -1,5 +1,6 @@
 """Sizes, durations and the like: what is typed, what is wrong with it, and what is read."""
 
+import signal
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 
@@ -65,6 +66,17 @@ def test_what_is_wrong_is_said(parse: Callable[[str], object], text: str, words:
     """With what would be right beside it."""
     with pytest.raises(ArgumentTypeError, match=words):
         parse(text)
+
+
+def test_signals_are_those_of_linux() -> None:
+    """A job gets them: pjw knows them without the system that it runs on."""
+    names = {each.name.removeprefix("SIG"): int(each) for each in signal.Signals if each < signal.SIGRTMIN}
+    assert names == units.SIGNALS
+    assert [units.signal_number(name) for name in ("sigiot", "CLD", "SIGPOLL")] == [
+        signal.SIGIOT,
+        signal.SIGCLD,
+        signal.SIGPOLL,
+    ]
 
 
 @given(st.text())

@@ -123,6 +123,6 @@ def test_the_version_is_that_of_the_package(program: str) -> None:
         "import sys; from pjw.version import version; print(version(), 'importlib.metadata' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [metadata.version("pjw"), "False"]
+    assert done.stdout.split() == [metadata.version("pjw-client"), "False"]
     said = subprocess.run([BIN / program, "--version"], capture_output=True, text=True, check=True).stdout
     assert said == f"{program} {metadata.version('pjw')}\n"

@@ -1,5 +1,5 @@
 #!/bin/bash
-# What scripts/test-vm runs in the machine, as root, in /work: install the wheel, then the tests of the kernel
+# What scripts/test-vm runs in the machine, as root, in /work: install the wheels, then the tests of the kernel
 # on cgroup v2, then pjwd as a service of systemd; or with before-power-cut what is to be cut off.
 set -euo pipefail
 
@@ -14,11 +14,11 @@ if [ ! -e /opt/pjw/installed ]; then
     install=(python3 -m pip --python /opt/pjw/bin/python --disable-pip-version-check install --quiet --no-compile
         --root-user-action=ignore --no-index --find-links /wheels)
     "${install[@]}" --require-hashes --requirement requirements/vm.txt
-    "${install[@]}" --no-deps pjw
+    "${install[@]}" --no-deps pjw pjw-client
     # the earlier commit, with the same libraries, as scripts/install-revision does it
     python3 -m venv --without-pip /opt/pjw-earlier
     python3 -m pip --python /opt/pjw-earlier/bin/python --disable-pip-version-check install --quiet --no-compile \
-        --root-user-action=ignore --no-index --no-deps /wheels/earlier/pjw-*.whl
+        --root-user-action=ignore --no-index --no-deps /wheels/earlier/pjw*.whl
     /opt/pjw/bin/python -c 'import site; print(site.getsitepackages()[0])' \
         >"$(/opt/pjw-earlier/bin/python -c 'import site; print(site.getsitepackages()[0])')/libraries.pth"
     touch /opt/pjw/installed

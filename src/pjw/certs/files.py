@@ -9,7 +9,7 @@ import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Self
 
 from pjw.certs import pem
 from pjw.errors import ConfigError, describe_errno
@@ -17,8 +17,27 @@ from pjw.errors import ConfigError, describe_errno
 # Far above any chain of certificates; a wrong path (a disk image, /dev/zero) ends here.
 FILE_MAX_BYTES: Final = 1024 * 1024
 
+# Windows has neither: it opens no directory, and a file there has an owner of another kind.
+_OPENS_DIRECTORIES: Final = hasattr(os, "O_DIRECTORY")
+_HAS_MODES: Final = hasattr(os, "getuid")
+
 # between the client's own part of a bundle and the authority's
 BUNDLE_MARK: Final = b"\nauthority:"
+
+
+class InMemory(str):
+    """What stands for a path where there is no file: what errors call it, and its bytes."""
+
+    __slots__ = ("data",)
+
+    data: bytes
+
+    def __new__(cls, name: str, data: bytes) -> Self:
+        """Call *data* by a name."""
+        found = super().__new__(cls, name)
+        found.data = data
+        return found
+
 
 # What is in the file at a path; the second argument is what errors call it.
 Read = Callable[[str, str], bytes]
@@ -93,9 +112,11 @@ def _parted(path: str, what: str) -> tuple[bytes, bytes]:
 
 def read_path(path: str, what: str) -> bytes:
     """What is in the regular file at *path*; errors call it *what*. Raises ConfigError."""
+    if isinstance(path, InMemory):
+        return path.data
     try:
-        # O_NONBLOCK: a FIFO in the file's place must not hang us
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        # O_NONBLOCK, which Windows lacks: a FIFO in the file's place must not hang us
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     except OSError as error:
         raise ConfigError(f"cannot read {what} {path}: {describe_errno(error.errno or 0)}") from error
     return read_descriptor(descriptor, path, what)
@@ -157,6 +178,8 @@ def key_exposure(path: str, status: os.stat_result) -> str | None:
     service that does not start teaches nobody. A key of root may be readable by its group,
     which is how a service that is not root gets at a key that it cannot replace.
     """
+    if not _HAS_MODES:
+        return None
     if not status.st_mode & (0o027 if status.st_uid == 0 else 0o077):
         return None
     mode = f"{stat.S_IMODE(status.st_mode):04o}"
@@ -175,7 +198,8 @@ def write_new(directory: str, files: Sequence[NewFile]) -> list[str]:
         try:
             for file in files:
                 _write(directory, descriptor, file, made)
-            os.fsync(descriptor)
+            if descriptor is not None:
+                os.fsync(descriptor)
         except BaseException:
             # an interrupt too must leave no key without its certificate
             for name in made:
@@ -207,8 +231,11 @@ def replace_file(path: str, data: bytes) -> None:
 
 
 @contextmanager
-def _directory(path: str) -> Iterator[int]:
-    """An open directory, which is removed again if it was made here and what follows fails."""
+def _directory(path: str) -> Iterator[int | None]:
+    """A directory, which is removed again if it was made here and what follows fails.
+
+    It is open, so that nobody puts another in its place meanwhile; None on a system that opens none.
+    """
     made = False
     try:
         try:
@@ -216,7 +243,7 @@ def _directory(path: str) -> Iterator[int]:
             made = True
         except FileExistsError:
             pass
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY) if _OPENS_DIRECTORIES else None
     except OSError as error:
         raise ConfigError(f"cannot use directory {path}: {describe_errno(error.errno or 0)}") from error
     try:
@@ -227,15 +254,17 @@ def _directory(path: str) -> Iterator[int]:
                 os.rmdir(path)
         raise
     finally:
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
-def _write(directory: str, descriptor: int, file: NewFile, made: list[str]) -> None:
+def _write(directory: str, descriptor: int | None, file: NewFile, made: list[str]) -> None:
     path = os.path.join(directory, file.name)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    name = path if descriptor is None else file.name
     try:
-        target = os.open(file.name, flags, file.mode, dir_fd=descriptor)
-        made.append(file.name)
+        # O_EXCL follows no link
+        target = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, file.mode, dir_fd=descriptor)
+        made.append(name)
         with os.fdopen(target, "wb") as stream:
             stream.write(file.data)
             stream.flush()

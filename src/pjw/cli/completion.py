@@ -7,18 +7,16 @@ the answer: a shell has no place for words in the middle of a line.
 import argparse
 import asyncio
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final
 
 from pjw.cli.settings import find_settings
+from pjw.cli.units import SIGNALS
 from pjw.errors import PjwError
 from pjw.model import Job, JobState
 
 FORMATS: Final = ("table", "ids", "json", "jsonl")
-# the last signal that a job may be sent; higher numbers are real-time signals
-LAST_SIGNAL: Final = 31
 SHELLS: Final = ("bash", "zsh", "fish")
 # Somebody waits with a finger on the key.
 DEADLINE_SECONDS: Final = 2.0
@@ -75,9 +73,7 @@ def _completer_of(action: argparse.Action) -> Completer:
         case "FORMAT":
             return lambda **_: [*FORMATS, "template:"]
         case "SIGNAL":
-            return lambda **_: [
-                each.name.removeprefix("SIG") for each in signal.Signals if each <= LAST_SIGNAL
-            ]
+            return lambda **_: list(SIGNALS)
         case "N|all":
             return lambda **_: ["all"]
         case "COMMAND|TOPIC":

@@ -6,19 +6,18 @@ what was written into it by hand stays.
 """
 
 import argparse
-import fcntl
 import os
 import re
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 from pjw.certs.bundle import read_bundle
-from pjw.certs.files import NewFile, key_exposure, write_new
-from pjw.client.config import ConfigFile, chosen_context, config_path, in_memory, read_config
+from pjw.certs.files import InMemory, NewFile, key_exposure, write_new
+from pjw.client.config import ConfigFile, chosen_context, config_path, read_config
 from pjw.errors import ConfigError, describe_errno
 
 if TYPE_CHECKING:
@@ -29,6 +28,9 @@ _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 CA_CRT: Final = "ca.crt"
 CLIENT_CRT: Final = "client.crt"
 CLIENT_KEY: Final = "client.key"
+LOCK: Final = "contexts.lock"
+# far longer than a change takes
+LOCK_SECONDS: Final = 30
 
 
 def list_contexts(arguments: argparse.Namespace) -> None:
@@ -65,9 +67,9 @@ def add_context(arguments: argparse.Namespace) -> None:
     if path == "-":
         if sys.stdin is None:
             raise ConfigError("cannot read a bundle from stdin: it is closed")
-        path = in_memory(sys.stdin.buffer.read())
+        path = InMemory("-", sys.stdin.buffer.read())
     bundle = read_bundle(path)
-    if exposure := key_exposure(path, os.stat(path)):
+    if not isinstance(path, InMemory) and (exposure := key_exposure(path, os.stat(path))):
         print(f"pjw: warning: {exposure}", file=sys.stderr)
     with _locked() as directory:
         config = read_config()
@@ -204,7 +206,7 @@ def _document() -> "TOMLDocument":
     import tomlkit  # keeps the comments of the file
 
     try:
-        with open(config_path()) as file:
+        with open(config_path(), encoding="utf-8") as file:
             return tomlkit.parse(file.read())
     except FileNotFoundError:
         return tomlkit.document()
@@ -212,18 +214,28 @@ def _document() -> "TOMLDocument":
 
 @contextmanager
 def _locked() -> Iterator[str]:
-    """The directory of the user's file, for one change at a time."""
+    """The directory of the user's file, for one change at a time.
+
+    The lock is SQLite's, the only one in the standard library for every system. It ends with its process.
+    """
+    import sqlite3
+
     directory = os.path.dirname(config_path())
     _make_directory(directory)
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    path = os.path.join(directory, LOCK)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield directory
+        # made here, so that a failure has an errno, and no other user can open it
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        with closing(sqlite3.connect(path, timeout=LOCK_SECONDS, isolation_level=None)) as lock:
+            lock.execute("BEGIN EXCLUSIVE")
+            yield directory
+    except sqlite3.Error as error:
+        busy = error.sqlite_errorcode == sqlite3.SQLITE_BUSY
+        why = f"another pjw has held it for {LOCK_SECONDS} s" if busy else error
+        raise ConfigError(f"cannot lock {path}: {why}") from error
     except OSError as error:
         path = error.filename or directory
         raise ConfigError(f"cannot write {path}: {describe_errno(error.errno or 0)}") from error
-    finally:
-        os.close(descriptor)
 
 
 def _make_directory(path: str) -> None:
@@ -252,7 +264,7 @@ def _write(document: "TOMLDocument") -> None:
     path = os.path.realpath(config_path())
     descriptor, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".config.toml.")
     try:
-        with os.fdopen(descriptor, "w") as file:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(tomlkit.dumps(document))
             file.flush()
             os.fsync(file.fileno())

@@ -6,6 +6,7 @@ Nobody else was told the id of the job. So whatever fails here: it is stopped, o
 
 import os
 import signal
+import socket
 import sys
 import threading
 from argparse import Namespace
@@ -30,6 +31,8 @@ _WHY: Final = {
     EndReason.DISK_LIMIT: "the disk was about to be full, and it was your largest job there",
     EndReason.OUTPUT_FAILED: "its output cannot be written where pjwd keeps it",
 }
+# Windows has none
+_HANGUP: Final = getattr(signal, "SIGHUP", None)
 # Ctrl-C for the first time, for the second; the next one leaves the job to itself.
 _STOP, _KILL = 1, 2
 
@@ -198,7 +201,7 @@ class _Attached:
 
     def _interrupted(self, signal_number: int) -> bool:
         """Stop the job, or kill it; whether to leave it."""
-        if signal_number == signal.SIGHUP and self._interrupts:
+        if signal_number == _HANGUP and self._interrupts:
             # a terminal that closes sends it, and the shell that ends there sends it again
             return False
         self._interrupts += 1
@@ -249,24 +252,25 @@ def _tell(words: str) -> None:
 def interrupts_into(events: "SimpleQueue[Event]") -> Iterator[None]:
     """Put an event into the queue for each signal that arrives.
 
-    Python's signal handler in C writes each signal to a pipe, and a thread reads them there. A handler in
+    Python's signal handler in C writes each signal to a socket, and a thread reads them there. A handler in
     Python runs only when the main thread runs. A signal does not always end the main thread's wait: the
     signal may arrive just before the wait, or in another thread.
     """
     # one that is ignored stays so: a shell starts what is in its background like that
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    caught = [n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN]
-    read, write = os.pipe2(os.O_CLOEXEC)
-    os.set_blocking(write, False)
+    numbers = (signal.SIGINT, signal.SIGTERM, _HANGUP)
+    caught = [n for n in numbers if n is not None and signal.getsignal(n) is not signal.SIG_IGN]
+    # not a pipe, which not every system can set so that a write does not wait
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
 
     def report() -> None:
-        while signals := os.read(read, 64):
-            for number in signals:
-                events.put(Interrupt(number))
-        os.close(read)
+        with reader:
+            while signals := reader.recv(64):
+                for number in signals:
+                    events.put(Interrupt(number))
 
     threading.Thread(target=report, daemon=True).start()
-    former = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    former = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     before = {number: signal.signal(number, lambda *_: None) for number in caught}
     try:
         yield
@@ -274,4 +278,4 @@ def interrupts_into(events: "SimpleQueue[Event]") -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(former)
-        os.close(write)
+        writer.close()

@@ -6,7 +6,9 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from pjw.cli.connection import connect, resolve
+from pjw.cli.exits import say
 from pjw.cli.render import json_text, members, printable
+from pjw.cli.subcommands import INSTALL_TOP
 from pjw.cli.terminal import columns, has_colours
 from pjw.cli.units import duration_in_words, size_in_words
 from pjw.cli.usage import PERIOD_SECONDS, Reading, readings
@@ -27,8 +29,13 @@ def show_stats(arguments: argparse.Namespace) -> None:
     if arguments.format == "json":
         print(_json(history))
         return
-    for line in stats_lines(history.job, history.samples):
-        print(line)
+    try:
+        for line in stats_lines(history.job, history.samples):
+            print(line)
+    except ModuleNotFoundError as error:
+        if error.name != "plotext":
+            raise
+        say(f"without plots: the package plotext is not installed; {INSTALL_TOP}")
 
 
 def stats_lines(job: Job, samples: Sequence[UsageSample]) -> Iterator[str]:

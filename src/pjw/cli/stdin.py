@@ -28,7 +28,8 @@ def opened(path: str | None) -> Iterator[int | None]:
         yield sys.stdin.fileno()
         return
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # O_BINARY, which only Windows has: the bytes as they are
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     except OSError as error:
         raise ConfigError(f"cannot read --stdin {path}: {describe_errno(error.errno or 0)}") from error
     try:
@@ -41,10 +42,14 @@ def is_left() -> bool:
     """Whether the user at a terminal has piped data into pjw that pjw did not read."""
     if sys.stdin is None or sys.stderr is None or not sys.stderr.isatty():
         return False
-    import fcntl
     import stat
-    import termios
 
+    try:
+        import fcntl
+        import termios
+    except ImportError:
+        # Windows does not tell
+        return False
     with suppress(OSError):
         descriptor = sys.stdin.fileno()
         if stat.S_ISFIFO(os.fstat(descriptor).st_mode):

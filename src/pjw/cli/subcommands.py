@@ -3,10 +3,14 @@
 import argparse
 from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import Any, Final
 
 from pjw.cli.connection import job_name, server
+from pjw.errors import ConfigError
 
+INSTALL_TOP: Final = "pip install 'pjw-client[top]'"
+# textual brings rich
+_OF_TOP: Final = ("rich", "textual")
 # argparse's own type for what a parser's commands are added to, with any parser class
 Commands = Any
 
@@ -28,7 +32,15 @@ def _runs(parser: argparse.ArgumentParser, function: str) -> None:
 
 def _run(function: str, arguments: argparse.Namespace) -> int:
     module, _, name = function.rpartition(".")
-    getattr(import_module(f"pjw.cli.{module}"), name)(arguments)
+    try:
+        found = import_module(f"pjw.cli.{module}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _OF_TOP:
+            raise
+        raise ConfigError(
+            f"cannot show {module}: the package textual is not installed", hint=INSTALL_TOP
+        ) from None
+    getattr(found, name)(arguments)
     return 0
 
 

@@ -1,7 +1,6 @@
 """`pjw top`: the jobs that run, what they use, and keys to stop and to follow them, on the whole terminal."""
 
 import argparse
-import signal
 import sys
 import time
 from collections import deque
@@ -20,7 +19,7 @@ from textual.widgets import DataTable, Footer, Label, Log, Sparkline, Static
 from pjw.cli.plain import PlainText
 from pjw.cli.render import printable
 from pjw.cli.settings import find_settings
-from pjw.cli.units import duration_in_words, size_in_words
+from pjw.cli.units import SIGNALS, duration_in_words, size_in_words
 from pjw.cli.usage import Reading, nothing_at, reading
 from pjw.client.aio import AsyncClient
 from pjw.client.requests import JobUsage, UsageSnapshot
@@ -323,7 +322,7 @@ class Top(App[PjwError]):
 
     async def _end(self, job: Job, *, kill: bool) -> None:
         try:
-            await self._client.stop(job.id, signal=signal.SIGKILL if kill else 0)
+            await self._client.stop(job.id, signal=SIGNALS["KILL"] if kill else 0)
         except PjwError as error:
             self.notify(printable(str(error)), severity="error", markup=False)
         else:

@@ -17,10 +17,18 @@ if TYPE_CHECKING:
     from datetime import datetime
 
 __all__ = [
-    "count", "duration_in_words", "key_and_value", "limit_in_words", "millicores", "moment", "seconds",
-    "signal_number", "size", "size_in_words", "whole_seconds",
+    "SIGNALS", "count", "duration_in_words", "key_and_value", "limit_in_words", "millicores", "moment",
+    "seconds", "signal_number", "size", "size_in_words", "whole_seconds",
 ]  # fmt: skip
 
+# Those of Linux, from 1 on: a job gets them, and the system that pjw runs on may have others.
+_NAMES: Final = (
+    "HUP", "INT", "QUIT", "ILL", "TRAP", "ABRT", "BUS", "FPE", "KILL", "USR1", "SEGV", "USR2", "PIPE",
+    "ALRM", "TERM", "STKFLT", "CHLD", "CONT", "STOP", "TSTP", "TTIN", "TTOU", "URG", "XCPU", "XFSZ",
+    "VTALRM", "PROF", "WINCH", "IO", "PWR", "SYS",
+)  # fmt: skip
+SIGNALS: Final = {name: number for number, name in enumerate(_NAMES, 1)}
+_ALIASES: Final = {"IOT": 6, "CLD": 17, "POLL": 29}
 _DECIMAL: Final = r"\d{1,9}(?:\.\d{1,9})?"
 T = TypeVar("T")
 
@@ -76,15 +84,11 @@ def count(text: str) -> int:
 @_typed
 def signal_number(text: str) -> int:
     """A signal by its name, with or without SIG, or its number: `INT`, `SIGHUP`, `9`."""
-    import signal
-
     if text.isascii() and text.isdecimal() and len(text) < 3:
         number = int(text)
     else:
-        name = text.upper()
-        known = signal.Signals.__members__
-        number = int(known.get(name) or known.get(f"SIG{name}") or 0)
-    if not 1 <= number <= 31:
+        number = (SIGNALS | _ALIASES).get(text.upper().removeprefix("SIG"), 0)
+    if not 1 <= number <= len(_NAMES):
         raise amounts.wrong(text, "signal", "INT, HUP, USR1 or a number from 1 to 31")
     return number
 

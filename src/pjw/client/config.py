@@ -9,7 +9,6 @@ are strangers.
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Final
 
 from pjw.client.settings import ClientSettings
@@ -84,22 +83,10 @@ def _settings_of_bundle(value: str | None) -> Mapping[str, str]:
     if value is None:
         return {}
     from pjw.certs.bundle import read_bundle
+    from pjw.certs.files import InMemory
 
-    path = in_memory(value.encode()) if "-----BEGIN" in value else value
+    path = InMemory("PJW_BUNDLE", value.encode()) if "-----BEGIN" in value else value
     return {"server": read_bundle(path).server, "ca_crt": path, "client_crt": path, "client_key": path}
-
-
-@cache
-def in_memory(data: bytes) -> str:
-    """The path of a file in memory that holds *data*. It is in no directory, and ends with this process.
-
-    The same data have one file: a program that makes many clients has no descriptors to spare.
-    """
-    descriptor = os.memfd_create("pjw-bundle")
-    os.fchmod(descriptor, 0o600)
-    with open(descriptor, "wb", closefd=False) as file:
-        file.write(data)
-    return f"/proc/self/fd/{descriptor}"
 
 
 def _how_to_give(key: str, option: str | None, found: Mapping[str, str]) -> str:
@@ -151,7 +138,7 @@ def _check_keys(place: str, values: Mapping[str, object], also: str | None = Non
 
 def _read_toml(path: str) -> dict[str, Any]:
     try:
-        with open(path) as file:
+        with open(path, encoding="utf-8") as file:
             text = file.read()
     except FileNotFoundError:
         return {}
