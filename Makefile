@@ -2,15 +2,18 @@
 # PYTHON=, CC=, TESTS=, TARGETS=, SUITES=, BENCH_ARGS=, ROWS=, ATTACK_ARGS= and what the scripts name at their heads can be given to make
 # or be in the environment.
 
-.PHONY: help install demo test test-slow test-vm soak bench bench-check attack profile check docs sanitize fuzz coverage \
-	package deb test-package format lock clean
+.PHONY: help install demo trial test test-slow test-vm test-roots soak bench bench-check attack profile check docs sanitize fuzz \
+	coverage package deb test-package format lock clean
 
 help:
 	@echo 'make install      pjw and pjwd into .venv/bin'
 	@echo 'make demo         a service, certificates and a session with them, from nothing and back'
+	@echo 'make trial        types each command of docs/trial.md on two new machines; as root'
 	@echo 'make test         all tests; as root those of the kernel too (TESTS=tests/unit: only those)'
 	@echo 'make test-slow    the tests that take minutes'
 	@echo 'make test-vm      the tests of the kernel and of systemd on cgroup v2, in the virtual machine $$PJW_VM'
+	@echo 'make test-roots   make demo, make test and make package from nothing on new Debians; as root'
+	@echo '                  (ROOTS="12 13" STEPS="demo test package" TESTS=tests/unit)'
 	@echo 'make soak         mixed load with random kills for SOAK_SECONDS=1800, and what it left'
 	@echo 'make bench        pjw beside its peers and the kernel, with plots (SUITES=start BENCH_ARGS=--quick); as root'
 	@echo 'make bench-check  fails when pjw is worse by half than in benchmarks/ratios.json; as root'
@@ -34,6 +37,11 @@ install:
 demo:
 	@scripts/demo
 
+trial:
+	@scripts/install test
+	@scripts/install package
+	@scripts/trial
+
 test:
 	@scripts/install test
 	@scripts/run-tests $(TESTS)
@@ -46,6 +54,9 @@ test-vm:
 	@scripts/install test
 	@scripts/install package
 	@scripts/test-vm
+
+test-roots:
+	@ROOTS="$(ROOTS)" STEPS="$(STEPS)" TESTS="$(TESTS)" scripts/test-roots
 
 soak:
 	@scripts/install test

@@ -4,8 +4,9 @@ A block of ```console is a session: `$ ` or `# ` begins a command, which goes on
 backslash, and in a here document (<<'END'); what follows is what a person sees. There `…` stands for anything
 within a line, and for any lines where it is alone; `^C` is Ctrl-C, typed when all before it is on the screen.
 A comment above a block, <!-- terminal: NAME -->, has it typed at another terminal, whose last command may go
-on beside the others.
-Each document has a network of its own, so that its pjwd has the default port.
+on beside the others; a block there that begins without a command is what that command shows further on.
+`NAME# ` and `NAME$ ` are root's terminal and a user's on the machine of that name.
+A document without machines has a network of its own, so that its pjwd has the default port.
 """
 
 import os
@@ -16,7 +17,7 @@ import signal
 import subprocess
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ LINES: Final = 500
 SECONDS: Final = 60
 ANYTHING: Final = "…"
 CTRL_C: Final = "^C"
+COMMAND: Final = re.compile(r"(?P<machine>[a-z]+(?=[$#]))?(?P<sign>[$#]) (?P<typed>.*)")
 # what no command prints: that one has ended
 PROMPT: Final = "\x1e"
 DONE: Final = re.compile(rb"\x1e\Z")
@@ -36,9 +38,13 @@ DONE: Final = re.compile(rb"\x1e\Z")
 
 @dataclass
 class Command:
-    """What is typed, and what is to be seen."""
+    """What is typed, where, and what is to be seen. Nothing is typed where *typed* is empty.
+
+    *machine* has the sign of the prompt: `server#`; it is empty in a document of one machine.
+    """
 
     typed: str
+    machine: str
     terminal: str
     document: str
     line: int
@@ -48,18 +54,25 @@ class Command:
 def commands_of(document: Path) -> list[Command]:
     """Every command of a document's sessions, in its order."""
     found: list[Command] = []
-    terminal, inside = "", False
+    terminal, inside, begun = "", False, False
     for number, line in enumerate(document.read_text().splitlines(), 1):
         if line.startswith("```"):
             inside = not inside and line == "```console"
             # a name is for one block
             terminal = terminal if inside else ""
+            begun = False
         elif name := re.fullmatch(r"<!-- terminal: (\w+) -->", line):
             terminal = name[1]
-        elif inside and line.startswith(("$ ", "# ")):
-            found.append(Command(line[2:], terminal, document.name, number))
-        elif inside and (found[-1].typed.endswith("\\") or _in_here_document(found[-1].typed)):
+        elif inside and begun and _goes_on(found[-1].typed):
             found[-1].typed += f"\n{line}"
+        elif inside and (typed := COMMAND.fullmatch(line)):
+            machine = f"{typed['machine']}{typed['sign']}" if typed["machine"] else ""
+            found.append(Command(typed["typed"], machine, terminal, document.name, number))
+            begun = True
+        elif inside and not begun:
+            before = next(one for one in reversed(found) if terminal and one.terminal == terminal)
+            found.append(Command("", before.machine, terminal, document.name, number, [*before.shown, line]))
+            begun = True
         elif inside:
             found[-1].shown.append(line)
     return found
@@ -70,9 +83,9 @@ def line_of(document: Path, text: str) -> int:
     return document.read_text().splitlines().index(text) + 1
 
 
-def _in_here_document(typed: str) -> bool:
-    begun = re.search(r"<<'(\w+)'", typed)
-    return begun is not None and not typed.endswith(f"\n{begun[1]}")
+def _goes_on(typed: str) -> bool:
+    here = re.search(r"<<'(\w+)'", typed)
+    return typed.endswith("\\") or (here is not None and not typed.endswith(f"\n{here[1]}"))
 
 
 def matches(shown: list[str], seen: list[str]) -> bool:
@@ -92,12 +105,22 @@ def _pattern(line: str) -> str:
 
 
 class Terminal:
-    """A shell at a terminal of its own."""
+    """A shell at a terminal of its own, with so many *columns*; a command may take *seconds*."""
 
-    def __init__(self, shell: list[str], cwd: Path, env: dict[str, str]) -> None:
+    def __init__(
+        self,
+        shell: list[str],
+        cwd: Path,
+        env: dict[str, str],
+        *,
+        columns: int = COLUMNS,
+        seconds: float = SECONDS,
+    ) -> None:
+        self._columns: Final = columns
+        self._seconds: Final = seconds
         self._ours, theirs = pty.openpty()
-        termios.tcsetwinsize(theirs, (LINES, COLUMNS))
-        env = {**env, "PS1": PROMPT, "PS2": "", "TERM": "xterm", "HOME": str(cwd)}
+        termios.tcsetwinsize(theirs, (LINES, columns))
+        env = {"HOME": str(cwd), **env, "PS1": PROMPT, "PS2": "", "TERM": "xterm"}
         self._shell = subprocess.Popen(shell, cwd=cwd, env=env, stdin=theirs, stdout=theirs, stderr=theirs)
         os.close(theirs)
         self._seen = b""
@@ -118,7 +141,7 @@ class Terminal:
 
     def lines(self) -> list[str]:
         """What the command has put on the screen, as a person sees it."""
-        screen = pyte.Screen(COLUMNS, LINES)
+        screen = pyte.Screen(self._columns, LINES)
         pyte.ByteStream(screen).feed(DONE.sub(b"", self._seen[self._echo :]))
         lines = [line.rstrip() for line in screen.display]
         while lines and not lines[-1]:
@@ -127,7 +150,7 @@ class Terminal:
 
     def until(self, shown: list[str] | None) -> bool:
         """Wait for the screen to show *shown*, or without that for the command's end; whether it came."""
-        deadline = time.monotonic() + SECONDS
+        deadline = time.monotonic() + self._seconds
         while not (DONE.search(self._seen) if shown is None else matches(shown, self.lines())):
             ended = DONE.search(self._seen)
             if ended or not select.select([self._ours], [], [], max(0, deadline - time.monotonic()))[0]:
@@ -166,31 +189,44 @@ def own_network() -> Iterator[int]:
 
 
 def run(commands: list[Command], cwd: Path, env: dict[str, str]) -> None:
-    """Type commands; raise AssertionError at the first one that shows something else."""
-    terminals: dict[str, Terminal] = {}
+    """Type the commands of a document without machines, in *cwd*; AssertionError as of `play`."""
     with own_network() as pid:
         shell = ["nsenter", f"--net=/proc/{pid}/ns/net", "setsid", "--ctty", "bash", "--norc", "--noediting"]
-        try:
-            for command in commands:
-                if command.terminal not in terminals:
-                    terminals[command.terminal] = Terminal(shell, cwd, env)
-                if not _play(terminals[command.terminal], command):
-                    screens = ["\n".join([f"[{name}]", *one.lines()]) for name, one in terminals.items()]
-                    where = f"{command.document}:{command.line}: {command.typed}"
-                    raise AssertionError("\n".join([where, *screens]))
-        finally:
-            # the last one first: those who talk to a service before the service
-            for terminal in reversed(terminals.values()):
-                terminal.close()
+        play(commands, lambda _: Terminal(shell, cwd, env))
 
 
-def _play(terminal: Terminal, command: Command) -> bool:
-    """Type a command; whether it shows what it should."""
-    terminal.type(command.typed)
+def play(commands: list[Command], terminal_of: Callable[[str], Terminal]) -> None:
+    """Type commands; raise AssertionError at the first one that shows something else.
+
+    *terminal_of* opens a terminal on the machine that a command names.
+    """
+    terminals: dict[str, Terminal] = {}
+    last = {command.terminal: command for command in commands if command.terminal and command.typed}
+    try:
+        for command in commands:
+            name = command.terminal or command.machine
+            if name not in terminals:
+                terminals[name] = terminal_of(command.machine)
+            beside = not command.typed or command is last.get(command.terminal)
+            beside = beside and CTRL_C not in command.shown
+            if not _play(terminals[name], command, beside=beside):
+                screens = ["\n".join([f"[{name}]", *one.lines()]) for name, one in terminals.items()]
+                where = f"{command.document}:{command.line}: {command.typed}"
+                raise AssertionError("\n".join([where, *screens]))
+    finally:
+        # the last one first: those who talk to a service before the service
+        for terminal in reversed(terminals.values()):
+            terminal.close()
+
+
+def _play(terminal: Terminal, command: Command, *, beside: bool) -> bool:
+    """Type a command; whether it shows what it should. One that goes on *beside* the others need not end."""
+    if command.typed:
+        terminal.type(command.typed)
     for number, line in enumerate(command.shown):
         if line == CTRL_C:
             if not terminal.until(command.shown[:number]):
                 return False
             terminal.interrupt()
-    ended = terminal.until(command.shown if command.terminal else None)
-    return ended and matches(command.shown, terminal.lines())
+    came = terminal.until(command.shown if beside else None)
+    return came and matches(command.shown, terminal.lines())

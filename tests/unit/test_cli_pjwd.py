@@ -185,3 +185,15 @@ def test_check_names_what_a_start_refuses(tmp_path: Path, capsys: pytest.Capture
     assert main(["check", "--config", str(file)]) == 1
     words = f"missing  the configuration {file}: roles.admins[0] is empty\n         hint: leave it out"
     assert words in capsys.readouterr().out
+
+
+def test_a_check_is_of_the_user_that_is_configured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that is missing was `ok` above, as the default user, and `missing` below."""
+    path = tmp_path / "pjwd.toml"
+    path.write_text('user = "nosuchuser"\n')
+    assert main(["check", "--config", str(path)]) == 1
+    said = capsys.readouterr().out
+    assert "missing  no user is called 'nosuchuser' on this host" in said
+    assert "ok       server user" not in said

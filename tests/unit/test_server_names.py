@@ -95,7 +95,9 @@ def test_a_wildcard_is_one_label() -> None:
 def port(tmp_path: Path) -> Iterator[int]:
     """A server on localhost whose certificate is for others."""
     certs = tmp_path / "certs"
-    authority.init_set(str(certs), ["jobs.example.org", "10.9.8.7"], ["alice"], bundle_server="localhost:1")
+    authority.init_set(
+        str(certs), ["jobs.example.org", "10.9.8.7", "::7"], ["alice"], bundle_server="localhost:1"
+    )
     pem = {name: (certs / name).read_bytes() for name in ("ca.crt", "server.crt", "server.key")}
     credentials = grpc.ssl_server_credentials(
         [(pem["server.key"], pem["server.crt"])], pem["ca.crt"], require_client_auth=True
@@ -115,7 +117,7 @@ def test_another_name_is_told_with_those_of_the_certificate(port: int, tmp_path:
     for files in (separate, [str(certs / "alice.pjw")] * 3):
         with Client(f"localhost:{port}", *files) as client, pytest.raises(ServerUnreachableError) as caught:
             client.get(1)
-        said = f"the certificate of localhost:{port} is for jobs.example.org, 10.9.8.7"
+        said = f"the certificate of localhost:{port} is for jobs.example.org, 10.9.8.7, ::7"
         assert (str(caught.value), "pjwd certs server" in str(caught.value.hint)) == (said, True)
 
 

@@ -6,6 +6,7 @@ call.
 """
 
 import errno
+import ipaddress
 import os
 import socket
 import ssl
@@ -82,7 +83,9 @@ def names_of_server(host: str, port: int, ca_pem: str, timeout_seconds: float = 
     except (OSError, ValueError):
         return []
     names: Any = certificate.get("subjectAltName", ())
-    return [str(name) for kind, name in names if kind in ("DNS", "IP Address")]
+    # OpenSSL writes ::1 as 0:0:0:0:0:0:0:1
+    shown = {"DNS": str, "IP Address": lambda address: str(ipaddress.ip_address(address))}
+    return [shown[kind](name) for kind, name in names if kind in shown]
 
 
 def _client_hello() -> bytes:

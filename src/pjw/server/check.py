@@ -147,16 +147,22 @@ def _quotas(directory: str) -> Finding:
 
 
 def _users(config: ServerConfig) -> Iterator[Finding]:
-    try:
-        entry = pwd.getpwnam(DEFAULT_USER)
-        yield True, f"server user {DEFAULT_USER} ({entry.pw_uid})", None
-    except KeyError:
-        uid = server_uid(None, config.state_dir)
-        text = f"server user: no user {DEFAULT_USER}, so uid {uid}, which belongs to no user"
-        yield True, text, f"useradd --system --shell /usr/sbin/nologin {DEFAULT_USER} gives it a name"
+    # a user that the configuration names is among the findings about the configuration
+    if config.user is None:
+        yield _default_user(config.state_dir)
     yield _job_users(
         os.path.realpath(config.state_dir), config.job_users.uid_first or 0, config.job_users.uid_count
     )
+
+
+def _default_user(state_dir: str) -> Finding:
+    try:
+        entry = pwd.getpwnam(DEFAULT_USER)
+    except KeyError:
+        uid = server_uid(None, state_dir)
+        text = f"server user: no user {DEFAULT_USER}, so uid {uid}, which belongs to no user"
+        return True, text, f"useradd --system --shell /usr/sbin/nologin {DEFAULT_USER} gives it a name"
+    return True, f"server user {DEFAULT_USER} ({entry.pw_uid})", None
 
 
 def _job_users(state_dir: str, first: int, count: int) -> Finding:

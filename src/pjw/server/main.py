@@ -344,7 +344,12 @@ def _certs_renew(arguments: argparse.Namespace) -> int:
         print(path)
     _tell_clients([path for path in made if path.endswith(BUNDLE_SUFFIX)], "--replace ")
     if upkeep.SERVER in arguments.names:
-        print("pjwd takes the new certificate after: systemctl reload pjwd", file=sys.stderr)
+        crt = os.path.join(arguments.directory, f"{upkeep.SERVER}.crt")
+        print(
+            f"pjwd: copy {crt} to where `server_crt` in pjwd's configuration says;"
+            " it counts on the server after: systemctl reload pjwd",
+            file=sys.stderr,
+        )
     return 0
 
 

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
+from pjw.amounts import size_in_words
 from pjw.errors import JobStateError, LauncherGoneError, PjwError
 from pjw.model import JobState
 from pjw.worker.held import HeldOutputs
@@ -47,6 +48,13 @@ class _Shortage:
     of: str
     free: int
     mark: int
+
+    def __str__(self) -> str:
+        return f"{self.amount(self.free)} free, less than {self.amount(self.mark)} (disk.free_{self.of}_min)"
+
+    def amount(self, number: int) -> str:
+        """So much of it in words."""
+        return size_in_words(number) if self.of == "bytes" else f"{number} {self.of}"
 
 
 class DiskSampler:
@@ -135,22 +143,19 @@ class DiskSampler:
         live = self._largest(freed, shortage.mark // _WORTH)
         if live is None:
             self._say(
-                "a file system that jobs write to has %d %s free where %d should be, and no job has"
-                " enough of it to be ended",
-                shortage.free,
-                shortage.of,
-                shortage.mark,
+                "the file system of %s has %s, and no job has enough of it to be ended",
+                os.readlink(f"/proc/self/fd/{descriptor}"),
+                shortage,
             )
             return
         self._state.note_end_for_disk(live.job.id)
         log.warning(
-            "ended job %d of %s, which has %d %s on a file system with %d free where %d should be",
+            "ended job %d of %s, which has %s: the file system of %s has %s",
             live.job.id,
             live.job.client_name,
-            freed[live.job.id],
-            shortage.of,
-            shortage.free,
-            shortage.mark,
+            shortage.amount(freed[live.job.id]),
+            os.readlink(f"/proc/self/fd/{descriptor}"),
+            shortage,
         )
         self._end(live)
         await self._wait_for_relief(live, descriptor, shortage)
