@@ -84,8 +84,11 @@ def names_of_server(host: str, port: int, ca_pem: str, timeout_seconds: float = 
         return []
     names: Any = certificate.get("subjectAltName", ())
     # OpenSSL writes ::1 as 0:0:0:0:0:0:0:1
-    shown = {"DNS": str, "IP Address": lambda address: str(ipaddress.ip_address(address))}
-    return [shown[kind](name) for kind, name in names if kind in shown]
+    return [
+        str(ipaddress.ip_address(name) if kind == "IP Address" else name)
+        for kind, name in names
+        if kind in ("DNS", "IP Address")
+    ]
 
 
 def _client_hello() -> bytes:
