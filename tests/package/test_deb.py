@@ -44,6 +44,15 @@ def test_what_is_in_it(deb: Path) -> None:
     assert sorted(conffiles.split()) == ["/etc/logrotate.d/pjw", "/etc/pjw/pjwd.toml"]
 
 
+def test_its_unit_has_only_what_its_systemd_knows(deb: Path) -> None:
+    """V10: systemd 252 warns of DelegateSubgroup at each daemon-reload."""
+    unit = "./lib/systemd/system/pjwd.service"
+    archive = subprocess.check_output(["dpkg-deb", "--fsys-tarfile", str(deb)])
+    text = subprocess.check_output(["tar", "--extract", "--to-stdout", unit], input=archive).decode()
+    old = "VERSION_CODENAME=bookworm\n" in Path("/etc/os-release").read_text()
+    assert ("\nDelegateSubgroup=" in text) != old
+
+
 def test_its_files_are_those_of_the_wheels(
     deb: Path, wheel: Path, client_wheel: Path, tmp_path: Path
 ) -> None:

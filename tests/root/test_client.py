@@ -5,6 +5,7 @@ import errno
 import os
 import signal
 import threading
+import time
 from collections.abc import AsyncIterable, Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future
 from contextlib import AbstractContextManager, contextmanager
@@ -15,7 +16,7 @@ import pytest
 
 import pjw
 from pjw import errors
-from pjw.client.retry import RECONNECT_SECONDS
+from pjw.client.retry import LONGEST_PAUSE_SECONDS, RECONNECT_SECONDS, RESTART_SECONDS
 from pjw.model import EndReason, ExitStatus, JobSpec, JobState
 from pjw.v1 import job_worker_pb2 as pb
 from tests.relay import Relay
@@ -315,12 +316,30 @@ def test_a_client_that_was_answered_waits_for_a_restart(
         assert getting.result(30).id == job_id
 
 
+def test_the_first_start_of_a_client_outlasts_a_restart(
+    make_service: Callable[..., Service], connect: Connect
+) -> None:
+    """V10: a script that starts a job while pjwd restarts has its job, once."""
+    service = make_service().start()
+    assert service.stop() == 0
+    with connect(service) as client:
+        starting = in_thread(lambda: client.call("start", JobSpec("true")))
+        with pytest.raises(TimeoutError):
+            starting.result(0.5)
+        service.start()
+        job_id = starting.result(30).id
+        assert [job.id for job in client.call("list")] == [job_id]
+
+
 def test_a_server_that_was_never_there_is_told_at_once(service: Service, connect: Connect) -> None:
-    """However long a lost one would be waited for."""
+    """However long a lost one would be waited for; a start is told in some seconds, which a restart takes."""
     with connect(service, "127.0.0.1:1") as client:
         for call in (("get", 1), ("start", JobSpec("true")), ("logs", 1), ("wait", 1)):
+            began = time.monotonic()
             with pytest.raises(errors.ServerUnreachableError, match="connection refused"):
                 list(client.call(*call))
+            seconds = time.monotonic() - began
+            assert (seconds >= RESTART_SECONDS - LONGEST_PAUSE_SECONDS) == (call[0] == "start"), call
 
 
 def test_a_server_that_does_not_come_back_is_given_up(

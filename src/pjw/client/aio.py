@@ -212,7 +212,7 @@ class AsyncClient(BaseClient):
             return await self._call_now(call)
 
     async def _call_now(self, call: requests.Call[T]) -> T:
-        trouble = Trouble(self._link, call)
+        trouble = Trouble(self._link, call, outlasts_restart=call.outlasts_restart)
         if self._link.closed.is_set():
             raise trouble.closed()
         while True:

@@ -35,6 +35,11 @@ def never_connected(error: grpc.RpcError) -> bool:
     return error.code() is grpc.StatusCode.UNAVAILABLE and text.startswith(_NEVER_CONNECTED)
 
 
+def is_refused(error: grpc.RpcError) -> bool:
+    """Whether the host of the server answered, and nobody listens there: also so while pjwd restarts."""
+    return never_connected(error) and "Connection refused" in (error.details() or "")
+
+
 def is_too_fast(error: grpc.RpcError) -> bool:
     """Whether pjwd will take the same call when other calls of the client have ended, or a moment later."""
     if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:

@@ -78,6 +78,11 @@ class Call(NamedTuple, Generic[T]):
     gone_is_done: bool = False
 
     @property
+    def outlasts_restart(self) -> bool:
+        """Whether a client that was never answered waits for a server that restarts."""
+        return self.method == "Start"
+
+    @property
     def facts(self) -> Mapping[str, object]:
         """The facts that the caller knows of an error of this call."""
         if self.spec is not None:

@@ -2,7 +2,8 @@
 
 Every call may be repeated: reading changes nothing, a job that has ended can be stopped again, and a Start
 bears a request id, by which the server knows it. What never reached a server is tried again only by a client
-that has been answered before: for a new one "connection refused" is the answer.
+that has been answered before: for a new one "connection refused" is the answer. A Start alone waits some
+seconds for a port on which nobody listens: scripts start jobs also while pjwd restarts.
 
 A client that pjwd has answered before also tries again when its calls come too fast for the operator's limits
 (calls at once, starts a second). It reports every other limit (running jobs, bytes) at once.
@@ -15,7 +16,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final, Protocol
 
 from pjw import errors
-from pjw.client.failures import NOT_FOUND, error_from, is_gone, is_too_fast, never_connected
+from pjw.client.failures import NOT_FOUND, error_from, is_gone, is_refused, is_too_fast, never_connected
 from pjw.client.settings import ClientSettings
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 # How long a server that went away is waited for: a restart with room to spare.
 RECONNECT_SECONDS: Final = 120
+# How long the first Start of a client waits for one: systemd starts pjwd again after a second.
+RESTART_SECONDS: Final = 3
 FIRST_PAUSE_SECONDS: Final = 0.1
 LONGEST_PAUSE_SECONDS: Final = 1.0
 # How many calls a client object makes at once; further calls wait. Two programs of one client together stay
@@ -66,7 +69,9 @@ class Asked(Protocol):
 class Trouble:
     """The failures of one call in a row."""
 
-    def __init__(self, link: Link, asked: Asked) -> None:
+    def __init__(self, link: Link, asked: Asked, *, outlasts_restart: bool = False) -> None:
+        """*outlasts_restart*: whether a client that was never answered waits for a restart, too."""
+        self._outlasts_restart: Final = outlasts_restart
         self._link: Final = link
         self._asked: Final = asked
         self._until: float | None = None
@@ -93,6 +98,14 @@ class Trouble:
                 self._turn_until = now + TURN_SECONDS
             if now < self._turn_until:
                 return self._next_pause()
+        if (
+            is_refused(error)
+            and self._outlasts_restart
+            and not (link.answered or link.closed.is_set())
+            and link.reconnect_seconds
+            and now - self._began < RESTART_SECONDS
+        ):
+            return self._next_pause()
         may_return = is_gone(error) and not link.closed.is_set()
         if never_connected(error):
             may_return = may_return and link.answered
