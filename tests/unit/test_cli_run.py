@@ -25,6 +25,8 @@ def test_a_signal_that_does_not_wake_the_main_thread_is_seen() -> None:
         finally:
             os.close(write)
 
+    # a shell that starts the tests in its background has it ignored
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     handler = signal.getsignal(signal.SIGINT)
     with interrupts_into(events):
         thread = threading.Thread(target=interrupt)
@@ -36,3 +38,4 @@ def test_a_signal_that_does_not_wake_the_main_thread_is_seen() -> None:
     assert isinstance(event, Interrupt)
     assert event.signal_number == signal.SIGINT
     assert signal.getsignal(signal.SIGINT) is handler
+    signal.signal(signal.SIGINT, inherited)

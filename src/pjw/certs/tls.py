@@ -80,15 +80,15 @@ def names_of_server(host: str, port: int, ca_pem: str, timeout_seconds: float = 
             context.wrap_socket(connection, server_hostname=None) as tls,
         ):
             certificate = tls.getpeercert() or {}
+        names: Any = certificate.get("subjectAltName", ())
+        # OpenSSL writes ::1 as 0:0:0:0:0:0:0:1
+        return [
+            str(ipaddress.ip_address(name) if kind == "IP Address" else name)
+            for kind, name in names
+            if kind in ("DNS", "IP Address")
+        ]
     except (OSError, ValueError):
         return []
-    names: Any = certificate.get("subjectAltName", ())
-    # OpenSSL writes ::1 as 0:0:0:0:0:0:0:1
-    return [
-        str(ipaddress.ip_address(name) if kind == "IP Address" else name)
-        for kind, name in names
-        if kind in ("DNS", "IP Address")
-    ]
 
 
 def _client_hello() -> bytes:

@@ -37,6 +37,8 @@ class Background:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        # for the callbacks of a task that had ended already: from Python 3.12 on gather leaves them waiting
+        await asyncio.sleep(0)
 
     def _hold(self, coroutine: Coroutine[Any, Any, object]) -> asyncio.Task[object]:
         task = asyncio.ensure_future(coroutine)
