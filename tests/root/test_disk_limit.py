@@ -86,7 +86,7 @@ async def test_the_job_with_most_is_ended(
             ExitStatus(signal=signal.SIGKILL),
         )
         assert f"ended job {filler.id} of alice, which used " in caplog.text
-        assert f"the file system of {disk}{'' if shared else '/scratch'} has " in caplog.text
+        assert f"the file system of {disk}/{'state/scratch has ' if shared else 'i-'}" in caplog.text
         assert f" (disk.free_{what}_min)" in caplog.text
         again = await starts_again(worker, "bob")
         assert [each.id for each in await worker.list()][:2] == [little.id, filler.id]
@@ -144,7 +144,7 @@ async def test_others_fill_the_disk(disk: Path, caplog: pytest.LogCaptureFixture
         (disk / "foreign").unlink()
         assert (await worker.get(job.id)).state is JobState.RUNNING
         assert caplog.text.count("no job uses so much of it that its end would help") == 1
-        assert f"the file system of {disk}/scratch has " in caplog.text
+        assert f"the file system of {disk}/state/scratch has " in caplog.text
 
 
 async def test_marks_that_are_off(disk: Path, bench: Bench) -> None:
