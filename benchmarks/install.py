@@ -1,6 +1,6 @@
-"""What an installation of the client alone takes beside one of everything: room, packages, time of a command.
+"""Compares an installation of the client alone with one of all: disk space, packages, time of commands.
 
-pip makes both anew, of the wheels of this tree and the locked libraries, which it fetches or has kept.
+pip makes both anew, from the wheels of this tree and the locked libraries, which it fetches or has cached.
 """
 
 import os

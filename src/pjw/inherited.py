@@ -47,7 +47,7 @@ def set_for_service() -> None:
 
 
 def _lift(name: str) -> None:
-    # not at the top: the client's programs import this module on systems that have no `resource`
+    # not at the top: the client imports this module on systems that lack `resource`, too
     import resource
 
     limit = getattr(resource, name)

@@ -31,7 +31,7 @@ LIMIT_MAXIMUM: Final = 2**62
 LABELS_MAX: Final = 32
 LABEL_VALUE_MAX_CHARACTERS: Final = 255
 PATH_MAX_BYTES: Final = 4095
-# where a command begins that asks for no other directory, as the job sees it: its scratch directory
+# the default working directory, as the job sees it: its scratch directory
 JOB_DIRECTORY: Final = "/run/job"
 # Sums, of one client's jobs or of all jobs, have higher minimums than one job. With less processor time
 # the quota would be under the kernel's minimum of 1 ms in the shorter period that sums have.
@@ -53,7 +53,7 @@ _REQUEST_ID: Final = re.compile(r"[!-~]{1,64}")
 class JobState(StrEnum):
     """Where in its life a job is. EXITED and LOST are final.
 
-    UNKNOWN is what a client calls a state that only a newer server knows; such a job has not ended.
+    UNKNOWN stands at a client for a state that only a newer server knows; such a job has not ended.
     """
 
     STARTING = "starting"
@@ -69,7 +69,7 @@ class JobState(StrEnum):
         return self in (JobState.EXITED, JobState.LOST)
 
 
-# those that this version knows, in the order of the contract
+# the states that this version knows, in the order of the contract
 KNOWN_STATES: Final[tuple[JobState, ...]] = tuple(
     state for state in JobState if state is not JobState.UNKNOWN
 )

@@ -17,7 +17,7 @@ class ReaderGoneError(Exception):
 
 
 def require_stdout() -> None:
-    """Raises ConfigError when stdout is closed, before anything is done whose answer would be lost."""
+    """Raise ConfigError when stdout is closed, before we do anything whose answer would be lost."""
     if sys.stdout is None:
         raise ConfigError("cannot write to stdout: it is closed")
 

@@ -3,7 +3,7 @@
 import os
 from typing import Final
 
-# not that of pjw, which a client may lack
+# not pjw's: a client may have only pjw-client
 _PREFIX: Final = "pjw_client-"
 _SUFFIX: Final = ".dist-info"
 

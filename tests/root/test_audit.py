@@ -209,7 +209,7 @@ def test_a_log_that_is_rotated_loses_no_line(audited: Service) -> None:
             os.kill(audited.pid, signal.SIGHUP)
             after = [stub.Get.future(pb.GetRequest(id=1), timeout=60) for _ in range(50)]
             ids += [call.result().job.id for call in (*before, *after)]
-        opened = b"the audit log was opened again"
+        opened = b"the audit log is open again"
         wait_for(lambda: audited.log.read_bytes().count(opened) == number + 1)  # noqa: B023
         audited.ok("get", "1")
         wait_for(lambda: path.exists() and any(each["method"] == "Get" for each in lines(path)))

@@ -93,7 +93,8 @@ def test_a_lost_state_directory_is_restored(service: Service, target: Path) -> N
 
         done = backup(service, target)
         assert (done.returncode, done.stdout) == (0, f"{target}\n"), done.stderr
-        assert "4 jobs, 1 of them without an end; not in it: configuration, certificates, keys" in done.stderr
+        words = "4 jobs, 1 of which have not ended; not in the backup: configuration, certificates, keys"
+        assert words in done.stderr
         later = service.ok("start", "echo later").strip()
         service.ok("wait", later)
     assert service.stop() == 0

@@ -85,8 +85,8 @@ async def test_the_job_with_most_is_ended(
             EndReason.DISK_LIMIT,
             ExitStatus(signal=signal.SIGKILL),
         )
-        assert f"ended job {filler.id} of alice, which has " in caplog.text
-        assert f"the file system of {disk}/" in caplog.text
+        assert f"ended job {filler.id} of alice, which used " in caplog.text
+        assert f"the file system of {disk}/{'state/scratch has ' if shared else 'i-'}" in caplog.text
         assert f" (disk.free_{what}_min)" in caplog.text
         again = await starts_again(worker, "bob")
         assert [each.id for each in await worker.list()][:2] == [little.id, filler.id]
@@ -139,11 +139,11 @@ async def test_others_fill_the_disk(disk: Path, caplog: pytest.LogCaptureFixture
         job = await start_said(worker, f"head -c 2000 /dev/zero >some; echo written; {IDLE}", b"written")
         fill(disk / "foreign", leave=MIB // 2)
         async with asyncio.timeout(DEADLINE_SECONDS):
-            while "no job has enough of it to be ended" not in caplog.text:
+            while "no job uses so much of it that its end would help" not in caplog.text:
                 await asyncio.sleep(0.1)
         (disk / "foreign").unlink()
         assert (await worker.get(job.id)).state is JobState.RUNNING
-        assert caplog.text.count("no job has enough of it to be ended") == 1
+        assert caplog.text.count("no job uses so much of it that its end would help") == 1
         assert f"the file system of {disk}/state/scratch has " in caplog.text
 
 

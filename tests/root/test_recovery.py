@@ -408,12 +408,12 @@ async def test_output_that_the_disk_did_not_have(bench: Bench) -> None:
     worker = await bench.open()
     assert await worker.get(job.id) == job
     got = []
-    with pytest.raises(OutputLostError, match="of 6 bytes 3 are on the server's disk"):  # noqa: PT012  a loop
+    with pytest.raises(OutputLostError, match="3 of 6 bytes are on the server's disk"):  # noqa: PT012  a loop
         async for chunk in worker.logs(job.id):
             got.append(chunk)  # noqa: PERF401  what came before the error counts
     assert got == [b"wor"]
     (bench.state / "jobs" / str(job.id) / "output").unlink()
-    with pytest.raises(OutputLostError, match="of 6 bytes 0 are on the server's disk"):
+    with pytest.raises(OutputLostError, match="0 of 6 bytes are on the server's disk"):
         await read_all(worker, job.id)
 
 

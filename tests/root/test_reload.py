@@ -486,7 +486,7 @@ def test_what_no_reload_could_read_is_told(make_service: Callable[..., Service])
     command[1] = "check"
     del command[place : place + 2]
     done = subprocess.run(command, capture_output=True, timeout=60, check=False)
-    warned = f"warning  no reload can open {others}/server.key, only a restart: cannot open "
+    warned = f"warning  a restart can open {others}/server.key, but no reload can: cannot open "
     assert (done.returncode, warned in done.stdout.decode()) == (0, True), done.stdout
 
 

@@ -50,7 +50,7 @@ def test_a_renewed_client_is_the_same_one(certs: Path, capsys: pytest.CaptureFix
     said = capsys.readouterr()
     assert said.out.split() == [str(certs / name) for name in ("alice.crt", "alice.pjw", "server.crt")]
     assert "pjw context add --replace default alice.pjw" in said.err
-    assert f"copy {certs}/server.crt to where `server_crt` in pjwd's configuration says" in said.err
+    assert f"copy {certs}/server.crt to the path that `server_crt` in pjwd's configuration names" in said.err
     assert "systemctl reload pjwd" in said.err
     [new], [before] = parse_certificates((certs / "alice.crt").read_bytes()), parse_certificates(old)
     assert (new.subject, new.serial_number == before.serial_number) == (before.subject, False)

@@ -7,7 +7,7 @@ from pjw.errors import ConfigError
 from pjw.given import require_value
 
 DEFAULT_PORT: Final = 50051
-# where pjwd listens, and clients connect to, when nobody says it
+# the default address: pjwd listens there, and clients connect to it
 DEFAULT_ADDRESS: Final = f"localhost:{DEFAULT_PORT}"
 # a name, an address of IPv4, or one of IPv6 in brackets, with its zone (fe80::1%eth0)
 _ADDRESS: Final = re.compile(r"(\[[0-9A-Fa-f:.]+(?:%[\w.-]+)?\]|[A-Za-z0-9_.-]+)(?::([0-9]{1,5}))?", re.ASCII)

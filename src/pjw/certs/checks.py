@@ -24,7 +24,7 @@ LEAF_CURVES: Final = frozenset({"secp256r1", "secp384r1"})
 CA_CURVES: Final = LEAF_CURVES | {"secp521r1"}
 
 # Early enough to hand out new certificates, and late enough that nobody is warned for months.
-# All that warns uses this: pjw, the library, pjwd's log, `pjwd check`, `pjwd certs list`. The rules in
+# Every warning uses this: pjw's, the library's, pjwd's log, `pjwd check` and `pjwd certs list`. The rules in
 # packaging/prometheus repeat it.
 EXPIRES_SOON: Final = timedelta(days=14)
 HostName = x509.DNSName | x509.IPAddress
@@ -48,12 +48,12 @@ def parse_certificates(pem: bytes) -> list[x509.Certificate]:
 
 
 def first_end(pem: bytes) -> datetime:
-    """When the first certificate of a PEM text to expire does so. Raises ValueError when one is broken."""
+    """The earliest end among the certificates of a PEM text. Raises ValueError when one is broken."""
     return min(each.not_valid_after_utc for each in parse_certificates(pem))
 
 
 def ends_soon(end: datetime) -> bool:
-    """Whether it is time to renew a certificate that expires then, or has expired."""
+    """Whether a certificate with this end has expired, or will soon, so that it is time to renew it."""
     return end - datetime.now(UTC) < EXPIRES_SOON
 
 

@@ -17,7 +17,7 @@ from pjw.errors import ConfigError, describe_errno
 # Far above any chain of certificates; a wrong path (a disk image, /dev/zero) ends here.
 FILE_MAX_BYTES: Final = 1024 * 1024
 
-# Windows has neither: it opens no directory, and a file there has an owner of another kind.
+# Windows has neither: it cannot open a directory, and its files have no owner and mode of this kind.
 _OPENS_DIRECTORIES: Final = hasattr(os, "O_DIRECTORY")
 _HAS_MODES: Final = hasattr(os, "getuid")
 
@@ -26,7 +26,7 @@ BUNDLE_MARK: Final = b"\nauthority:"
 
 
 class InMemory(str):
-    """What stands for a path where there is no file: what errors call it, and its bytes."""
+    """Bytes that stand for a file at a path. As a string it is the name that errors give to the bytes."""
 
     __slots__ = ("data",)
 
@@ -214,7 +214,7 @@ def replace_file(path: str, data: bytes) -> None:
     temporary = f"{path}.new"
     try:
         status = os.stat(path)
-        # of a replacement that was killed
+        # left by a killed replacement
         with suppress(FileNotFoundError):
             os.unlink(temporary)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -235,9 +235,9 @@ def replace_file(path: str, data: bytes) -> None:
 
 @contextmanager
 def _directory(path: str) -> Iterator[int | None]:
-    """A directory, which is removed again if it was made here and what follows fails.
+    """A directory. If this function made it and the block fails, it is removed again.
 
-    It is open, so that nobody puts another in its place meanwhile; None on a system that opens none.
+    It is open, so that nobody can put another in its place meanwhile; None on a system that cannot open one.
     """
     made = False
     try:

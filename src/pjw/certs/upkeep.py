@@ -100,7 +100,7 @@ def renew(directory: str, names: Sequence[str], *, days: int = LEAF_DAYS) -> lis
                 hint="`pjwd certs list` shows what there is; a new authority is a new directory",
             )
         bundle_path = os.path.join(directory, name + BUNDLE_SUFFIX)
-        # read now: a bundle that cannot be read must not be left behind its certificate
+        # read it before any change: else an unreadable bundle would keep the old certificate
         bundle = read_bundle(bundle_path) if os.path.lexists(bundle_path) else None
         pem = reissued(authority, found[path].certificate, days=days)
         plans.append((name, path, found[path], pem, bundle_path, bundle))

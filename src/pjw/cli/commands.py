@@ -193,7 +193,7 @@ def wait(arguments: Namespace) -> int:
     return codes[0] if len(arguments.jobs) == 1 and codes else refused
 
 
-# 128 + the signal is the exit code of all these ends and of others, so words say which it was
+# The exit code, 128 + the signal, does not tell these ends apart, so words do.
 _KILLED: Final = {
     "timed_out": "it reached its limit of time",
     "output_limit": "it reached its limit of output",
@@ -204,7 +204,7 @@ _KILLED: Final = {
 
 
 def why_ended(job: "Job") -> str | None:
-    """Why a job ended, on a line for a person; None when its command just ended, or when nobody knows."""
+    """A line for a person: why a job ended. None when its command ended by itself, or when nobody knows."""
     if job.reason in _KILLED:
         return f"job {job.id} was killed: {_KILLED[job.reason]}"
     if job.reason == "stopped":

@@ -216,7 +216,7 @@ def _document() -> "TOMLDocument":
 def _locked() -> Iterator[str]:
     """The directory of the user's file, for one change at a time.
 
-    The lock is SQLite's, the only one in the standard library for every system. It ends with its process.
+    The lock is SQLite's, the only one in the standard library for every system. It ends with the process.
     """
     import sqlite3
 
@@ -224,7 +224,7 @@ def _locked() -> Iterator[str]:
     _make_directory(directory)
     path = os.path.join(directory, LOCK)
     try:
-        # made here, so that a failure has an errno, and no other user can open it
+        # we make the file, so that a failure has an errno and no other user can open it
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         with closing(sqlite3.connect(path, timeout=LOCK_SECONDS, isolation_level=None)) as lock:
             lock.execute("BEGIN EXCLUSIVE")

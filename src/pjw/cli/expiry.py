@@ -1,7 +1,7 @@
-"""Warns somebody at a terminal, at most once a day for each certificate, before it expires.
+"""Warns a user at a terminal before a certificate expires, at most once a day for each.
 
-The day is that of an empty file, by its time. It saves the look at the certificate as well, which takes a
-third of a whole `pjw get`.
+An empty file has the day of the last check as its modification time. On that day we do not parse the
+certificate again, which would take a third of the time of a `pjw get`.
 """
 
 import os
@@ -23,10 +23,10 @@ DAY_SECONDS: Final = 86_400
 
 
 def warn_of_ends(settings: ClientSettings) -> None:
-    """Say so on stderr, if that is a terminal."""
+    """Warn on stderr, if it is a terminal, of each certificate that expires soon."""
     if not sys.stderr.isatty() or os.environ.get(VARIABLE) == OFF:
         return
-    # whatever goes wrong here is none of the command's business, or fails it a moment later
+    # an error here does not matter to the command, or the command meets it itself a moment later
     with suppress(PjwError, OSError):
         stamp = _stamp(settings.client_crt)
         if not _is_of_today(stamp):
@@ -37,7 +37,7 @@ def warn_of_ends(settings: ClientSettings) -> None:
 
 
 def _stamp(client_crt: str) -> str:
-    """The file for a certificate, in the user's directory for what programs remember."""
+    """The path of the empty file for a certificate, in the user's directory for the state of programs."""
     import hashlib
 
     home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
@@ -47,7 +47,7 @@ def _stamp(client_crt: str) -> str:
 
 def _is_of_today(stamp: str) -> bool:
     try:
-        # a time in the future is of a clock that was set back
+        # a time in the future comes from a clock that was set back since
         return 0 <= time.time() - os.stat(stamp).st_mtime < DAY_SECONDS
     except FileNotFoundError:
         return False

@@ -249,7 +249,7 @@ def _add_wait(subparsers: "Commands") -> None:
     _add_jobs(command)
     command.add_argument(
         "--format", type=_line_format, metavar="FORMAT",
-        help="print of each job, instead of its exit code, jsonl or template:…, as `list` does",
+        help="print each job as jsonl or template:…, as `list` does, instead of its exit code",
     )  # fmt: skip
     add_all(command)
 
@@ -335,7 +335,7 @@ def _list_format(text: str) -> object:
 
 
 def _line_format(text: str) -> object:
-    """A format of `wait`: what gives the line of a job."""
+    """A format of `wait`: a function that makes the line of a job."""
     if text != "jsonl" and not text.startswith("template:"):
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is neither jsonl nor template:…")
     form = _list_format(text)
@@ -348,7 +348,7 @@ def _line_format(text: str) -> object:
 
 
 class _Version(argparse.Action):
-    """Says the version of the package, which only who asks for it pays to look up."""
+    """Prints the version of the package, and looks it up only for this."""
 
     def __init__(self, **options: Any) -> None:  # noqa: ANN401  argparse's own
         super().__init__(nargs=0, **options)

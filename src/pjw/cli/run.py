@@ -170,7 +170,7 @@ class _Attached:
             if job.reason is EndReason.STOPPED:
                 self._failure.add_note(f"job {job.id} was stopped")
             raise self._failure
-        # whoever has typed Ctrl-C knows
+        # a user who typed Ctrl-C knows
         if (words := why_ended(job)) and not (job.reason is EndReason.STOPPED and self._interrupts):
             say(words)
         return exit_code_of_job(job)
@@ -260,7 +260,7 @@ def interrupts_into(events: "SimpleQueue[Event]") -> Iterator[None]:
     # one that is ignored stays so: a shell starts what is in its background like that
     numbers = (signal.SIGINT, signal.SIGTERM, _HANGUP)
     caught = [n for n in numbers if n is not None and signal.getsignal(n) is not signal.SIG_IGN]
-    # not a pipe, which not every system can set so that a write does not wait
+    # not a pipe: not every system can make its writes non-blocking
     reader, writer = socket.socketpair()
     writer.setblocking(False)
 

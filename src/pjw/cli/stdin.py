@@ -34,7 +34,7 @@ def opened(path: str | None) -> Iterator[int | None]:
     except OSError as error:
         raise ConfigError(f"cannot read --stdin {path}: {describe_errno(error.errno or 0)}") from error
     try:
-        # open(2) takes a directory, and only read(2) would refuse it, when the job runs already
+        # open(2) accepts a directory; read(2) would refuse it only when the job already runs
         if os.path.isdir(descriptor):
             raise ConfigError(f"cannot read --stdin {path}: {describe_errno(errno.EISDIR)}")
         yield descriptor
@@ -52,7 +52,7 @@ def is_left() -> bool:
         import fcntl
         import termios
     except ImportError:
-        # Windows does not tell
+        # Windows cannot tell
         return False
     with suppress(OSError):
         descriptor = sys.stdin.fileno()

@@ -72,8 +72,8 @@ Each of the four is taken from the first of these that has it:
 - the context that PJW_CONTEXT names, else the current one (without PJW_BUNDLE)
 - the same keys in the file outside of any context
 
-In the last two weeks of a certificate pjw warns at a terminal, once a day.
-PJW_EXPIRY_WARNING=off hides that.
+In the two weeks before a certificate expires, pjw warns at a terminal, once a
+day. PJW_EXPIRY_WARNING=off hides the warning.
 """,
     ),
     "exit-codes": Topic(
@@ -126,9 +126,8 @@ as `limits`.
 
 - processor time: a job at this limit runs slower
 - memory: at this limit the kernel kills the largest process of the job; if
-  the command fails for it, the reason is oom_killed. What the job writes to
-  /tmp is memory as well, at most half of the limit; TMPDIR is on the disk.
-  There is no swap
+  the command fails for it, the reason is oom_killed. /tmp is in memory, too,
+  and holds at most half of the limit; TMPDIR is on the disk. There is no swap
 - processes and threads: at this limit fork fails
 - bytes and operations a second, read from disk and written to it: they take
   longer

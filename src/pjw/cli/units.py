@@ -21,7 +21,7 @@ __all__ = [
     "seconds", "signal_number", "size", "size_in_words", "whole_seconds",
 ]  # fmt: skip
 
-# Those of Linux, from 1 on: a job gets them, and the system that pjw runs on may have others.
+# Linux's signals, from 1 on: jobs run on Linux, while pjw's own system may have other signals.
 _NAMES: Final = (
     "HUP", "INT", "QUIT", "ILL", "TRAP", "ABRT", "BUS", "FPE", "KILL", "USR1", "SEGV", "USR2", "PIPE",
     "ALRM", "TERM", "STKFLT", "CHLD", "CONT", "STOP", "TSTP", "TTIN", "TTOU", "URG", "XCPU", "XFSZ",

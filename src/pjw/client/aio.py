@@ -266,7 +266,7 @@ class AsyncClient(BaseClient):
         return False
 
     async def _pause(self, trouble: Trouble, error: grpc.RpcError) -> None:
-        # in a thread: to say what is wrong with a connection takes reads of files, or a connection of its own
+        # in a thread: to find out what is wrong with a connection, this may read files or connect by itself
         await asyncio.sleep(await asyncio.to_thread(trouble.after, error))
         if self._link.closed.is_set():
             raise trouble.closed()

@@ -1,7 +1,7 @@
-"""Warns before the client's certificate or its authority expires: then no call gets through any more.
+"""Warns before the client's certificate or the server's authority expires: after that no call gets through.
 
-A program hears of it by a line in its log, from the logger `pjw.client.expiry`; `pjw` has its own way
-(cli/expiry.py), and turns that logger off.
+A program gets the warning as a line in its log, from the logger `pjw.client.expiry`. The command line warns
+in its own way (cli/expiry.py), and turns this logger off.
 """
 
 import logging
@@ -12,13 +12,13 @@ from pjw.certs.files import ClientCredentials
 
 log: Final = logging.getLogger(__name__)
 
-# the certificates that the log has been told of
+# the certificates that we have checked for the log
 _told: Final[set[bytes]] = set()
 
 
 def ends_of(credentials: ClientCredentials) -> Iterator[str]:
-    """In words, what of a client's certificates expires soon, and what to do about it."""
-    # for `pjw` this import is a third of a call
+    """A sentence for each of a client's certificates that expires soon: when, and what to do about it."""
+    # this import takes a third of the time of a `pjw get`
     from pjw.certs.checks import describe_time, ends_soon, first_end
 
     for what, pem in (
@@ -28,7 +28,7 @@ def ends_of(credentials: ClientCredentials) -> Iterator[str]:
         try:
             end = first_end(pem)
         except ValueError:
-            # whoever connects with it is told what is wrong
+            # the connection will report what is wrong with it
             continue
         if ends_soon(end):
             yield (
@@ -38,7 +38,7 @@ def ends_of(credentials: ClientCredentials) -> Iterator[str]:
 
 
 def log_ends(credentials: ClientCredentials) -> None:
-    """Log a warning of each, once in the life of this process."""
+    """Log a warning for each certificate that expires soon, once in the life of this process."""
     if not log.isEnabledFor(logging.WARNING) or credentials.crt_pem in _told:
         return
     _told.add(credentials.crt_pem)

@@ -3,10 +3,10 @@
 Who asks is no longer root, so the way to a file must be root's alone. Could the server's user
 exchange a directory or a link on it, it would be handed any file of the host. A sticky directory
 such as /tmp may be on the way, as for the state directory: other users can neither move a directory
-of root's there nor make one. When root's directory has gone from there, as after a cleaner of /tmp, others
-can put only what is theirs in its place, or move a directory of root's that they may write to; both are
-refused, and so is a file or a link in the sticky directory itself. Opens only; what is in the files is never
-read here.
+of root's there nor make one. When root's directory is gone, for example because a cleaner of /tmp removed it,
+others can put only a directory of their own in its place, or move there a directory of root's that they may
+write to. We refuse both, and also a file or a link in the sticky directory itself. This module only opens
+files; it never reads them.
 """
 
 import errno
@@ -39,7 +39,7 @@ def open_operator_file(path: str) -> int:
 
 
 def open_audit_log(path: str) -> int:
-    """A descriptor for appending to the regular file that is at *path* now, or is made there for root alone.
+    """A descriptor for appending to the regular file at *path*; if it is missing, make it for root alone.
 
     Raises what `open_operator_file` raises, and KernelError for a link in the place of the file.
     """
@@ -59,7 +59,7 @@ def _walk(path: str, flags: int) -> int:
         while True:
             step = steps.pop() or "."
             sticky = _check_directory(here, path)
-            # who appends follows no link to the file
+            # for appending we follow no link to the file
             target = _link(step, here) if steps or flags == _READ else None
             if sticky and (target is not None or not steps):
                 raise _changeable(here, path)

@@ -24,7 +24,7 @@ _READ: Final = ("command", "input")
 JOB_ENVIRONMENT: Final = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "HOME": JOB_DIRECTORY,
-    # on disk: /tmp is memory, and as large as half of the job's limit of memory
+    # on disk: /tmp is in memory, and holds at most half of the job's memory limit
     "TMPDIR": JOB_DIRECTORY,
     "SHELL": "/bin/sh",
     "LANG": "C.UTF-8",

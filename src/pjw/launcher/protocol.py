@@ -57,7 +57,7 @@ class Launch:
     split_stderr: bool = False
     input: bool = False
     share: Share = DEFAULT_SHARE
-    # from SIGTERM to SIGKILL when another than the launcher, such as a shutdown, has its init end the job
+    # from SIGTERM to SIGKILL when a shutdown, or anything but the launcher, has init end the job
     grace_seconds: int = 10
 
     @property

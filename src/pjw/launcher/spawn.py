@@ -65,7 +65,7 @@ def spawn_init(
             pid = os.posix_spawn(
                 INIT_PROGRAM,
                 [
-                    # init says "running" in its place when it has a job (init/main.c)
+                    # init changes this to "running" when it gets its job (init/main.c)
                     "pjw-init: waiting",
                     *("--report-fd", str(theirs.fileno()), "--wait"),
                     *cgroup_options,

@@ -126,10 +126,10 @@ class OutputLog:
 
 
 def check_whole(descriptor: int, offset: int) -> None:
-    """Look whether somebody has cut an open output short while its job ran; *offset* is how far it was read.
+    """Raise OutputLostError if somebody cut an open output short while its job ran.
 
-    Raises OutputLostError. The job's init appends, and notes in the mode of the file that bytes of it are
-    gone: see `note_cut` in launcher/init/output.c.
+    *offset* is how far the reader has come. The job's init appends to the file, and notes in its mode that
+    bytes are gone: see `note_cut` in launcher/init/output.c.
     """
     status = os.fstat(descriptor)
     if status.st_mode & stat.S_IXUSR or (stat.S_ISREG(status.st_mode) and status.st_size < offset):

@@ -143,9 +143,9 @@ def _look_at_end(task: asyncio.Task[None]) -> None:
 
 
 class _DoneByCallers(logging.Filter):
-    """Drops the tracebacks that gRPC logs for what a caller did: any client could fill the log with them.
+    """Drops tracebacks that callers cause, since any client could fill the log with them.
 
-    They are of metadata that is no UTF-8, and of an answer whose caller hung up as gRPC began to send it.
+    gRPC logs one for metadata that is not UTF-8, and one when a caller hangs up as gRPC begins to answer.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:

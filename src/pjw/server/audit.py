@@ -126,7 +126,7 @@ class AuditLog:
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
-        # the file that later lines go to, from the next line on
+        # the file for the next line and all later ones
         self._next: int | None = None
         self._changed: Final = threading.Condition()
         self._lines: Final[deque[bytes]] = deque()

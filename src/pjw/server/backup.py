@@ -1,8 +1,8 @@
-"""pjwd backup: a copy of the state directory that a pjwd can start from, while pjwd runs or is stopped.
+"""pjwd backup: copies the state directory of a running or stopped pjwd. A pjwd can start from the copy.
 
-It is whole or not there: it is written beside its place, synced and renamed. It has the job table as it was
-at one moment, and after that what there was of each job in it. Files in the directories of jobs are the
-server's, which is not root: they are opened step by step, and never through a link.
+A backup is complete or absent: we write it beside its place, sync it, and rename it. First we copy the job
+table as it is at one moment, and then the files of each job in it. The files of jobs belong to the server,
+which is not root: we open them step by step, and follow no link.
 """
 
 import ctypes
@@ -28,20 +28,20 @@ from pjw.server.backup_port import COPIED, FAILED, MESSAGE_MAX, SOCKET_NAME
 from pjw.worker.launcher_process import require_root
 from pjw.worker.state_dir import BACKED_UP, JOBS, TABLE
 
-# After a restore the next job's id is so much above the last one in the backup: so no id is given again that
-# was given between the backup and the loss.
+# After a restore the next job's id is this far above the last one in the backup. So pjwd gives no id again
+# that it gave between the backup and the loss.
 IDS_LEFT_OUT: Final = 1_000_000
-# what the launcher keeps: which user ids jobs have, and where their scratch directories were
+# files of the launcher: which user ids jobs have, and where their scratch directories were
 _LAUNCHERS: Final = (RECORD, PLACES_NAME)
 _PIECE_BYTES: Final = 16 * 1024 * 1024
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-# the version of the table from which on it knows how many bytes of output an ended job has
+# the first version of the table with the number of bytes of an ended job's output
 _VERSION_WITH_BYTES: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Backup:
-    """What is in a backup: the number of jobs, and how many of them had not ended."""
+    """The place of a backup, the number of jobs in it, and how many of them had not ended."""
 
     path: str
     jobs: int
@@ -49,10 +49,10 @@ class Backup:
 
 
 def back_up(state_dir: str, target: str) -> Backup:
-    """Copy a state directory to *target*, which is not there, or an empty directory. Needs root.
+    """Copy a state directory to *target*, a new or an empty directory. Needs root.
 
-    Raises ConfigError; then there is nothing at *target* that was not there before. When no pjwd serves the
-    state directory, none can start until this process ends.
+    Raises ConfigError; then *target* is as before. When no pjwd serves the state directory, none can start
+    until this process ends.
     """
     require_root()
     state_dir, target = os.path.realpath(state_dir), os.path.abspath(target)
@@ -65,10 +65,10 @@ def back_up(state_dir: str, target: str) -> Backup:
     parent = os.path.dirname(os.path.realpath(target))
     if not os.path.isdir(parent):
         raise ConfigError(f"cannot back up to {target}: there is no directory {parent}", hint="make it first")
-    # whoever may exchange directories there could have all of it
+    # a user who may exchange directories there could read the whole backup
     require_root_s(parent, "directory for backups", "give another directory")
     for number in (signal.SIGTERM, signal.SIGHUP):
-        # so that what is half written is removed
+        # as an exception, so that we remove an unfinished backup
         signal.signal(number, signal.default_int_handler)
     try:
         with _unfinished(target) as directory:
@@ -107,21 +107,21 @@ def _require_free(target: str, state_dir: str) -> None:
         )
     if os.path.ismount(target):
         raise ConfigError(
-            f"cannot back up to {target}: it is a mount point, which nothing can be renamed to",
+            f"cannot back up to {target}: it is a mount point, and no backup can be renamed onto one",
             hint=f"give a directory in it, such as {os.path.join(target, 'pjw')}",
         )
 
 
 @contextmanager
 def _unfinished(target: str) -> Iterator[int]:
-    """An open, new directory beside *target*, which takes the name of that when all went well."""
+    """An open, new directory beside *target*, renamed to *target* if the block succeeds, else removed."""
     path = f"{target}.partial"
     _remove_leftover(path, target)
     os.mkdir(path, 0o700)
     directory = os.open(path, _DIRECTORY)
     with _closing(directory):
         try:
-            # says that this is no leftover
+            # the lock tells another backup that this is no leftover
             fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield directory
             os.rename(path, target)
@@ -134,7 +134,7 @@ def _unfinished(target: str) -> Iterator[int]:
 
 
 def _remove_leftover(path: str, target: str) -> None:
-    """Remove what a backup that was killed has left."""
+    """Remove what a killed backup has left."""
     try:
         directory = os.open(path, _DIRECTORY)
     except FileNotFoundError:
@@ -179,7 +179,7 @@ def _connection(state_dir: str) -> Iterator[socket.socket | None]:
                 if is_locked(state_dir):
                     raise ConfigError(
                         f"cannot back up {state_dir}: the pjwd that serves it gives no copy of its job table",
-                        hint="restart it when it is of an older version (its jobs go on), or stop it",
+                        hint="restart pjwd if its version is older (its jobs go on), or stop it",
                     ) from None
                 yield None
                 return
@@ -199,10 +199,10 @@ def _received(server: socket.socket, state_dir: str) -> int:
 
 
 def _copy_jobs(state_dir: str, directory: int) -> tuple[int, int]:
-    """Copy what there is of each job of the copied table; how many there are, how many without an end."""
+    """Copy the files of each job in the copied table; the number of jobs, and how many have not ended."""
     source = os.open(os.path.join(state_dir, JOBS), _DIRECTORY)
     with _closing(source), closing(sqlite3.connect(_path(directory, TABLE))) as table:
-        # one file, without a log beside it
+        # keeps the copy one file, without a log beside it
         table.execute("PRAGMA journal_mode = DELETE")
         if (found := table.execute("PRAGMA quick_check(1)").fetchone()) != ("ok",):
             raise ConfigError(f"cannot back up {state_dir}: its job table is damaged: {found[0]}")
@@ -215,13 +215,13 @@ def _copy_jobs(state_dir: str, directory: int) -> tuple[int, int]:
         os.mkdir(JOBS, 0o700, dir_fd=directory)
         target = os.open(JOBS, _DIRECTORY, dir_fd=directory)
         with _closing(target):
-            # a job that has written something has this file for as long as it is kept
+            # pjwd keeps the output of a job that has written something as long as the job
             lacking = [
                 job_id
                 for job_id, _, has_output in rows
                 if "output" not in _copy_job(source, target, str(job_id)) and has_output
             ]
-            # pjwd has removed these after it copied the table; another lack is the state directory's own
+            # pjwd has removed these since it copied the table; other files were missing before
             there = set(os.listdir(source))
             removed = [job_id for job_id in lacking if str(job_id) not in there]
             for job_id in removed:
@@ -238,7 +238,7 @@ def _copy_jobs(state_dir: str, directory: int) -> tuple[int, int]:
 
 
 def _copy_job(source: int, target: int, name: str) -> set[str]:
-    """Copy the files of a job; the names of those that were there."""
+    """Copy the files of a job; return the names of the files that existed."""
     copied: set[str] = set()
     with suppress(FileNotFoundError):
         there = os.open(name, _DIRECTORY, dir_fd=source)
@@ -252,7 +252,7 @@ def _copy_job(source: int, target: int, name: str) -> set[str]:
 
 
 def _copy_file(source: int, target: int, name: str) -> bool:
-    """Copy a file as it is now, with its owner and mode; whether it was there."""
+    """Copy a file as it is now, with its owner and mode; return whether it existed."""
     try:
         # O_NONBLOCK: a FIFO in the file's place must not hang us
         there = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=source)
@@ -267,7 +267,7 @@ def _copy_file(source: int, target: int, name: str) -> bool:
 
 
 def _send(source: int, target: int) -> None:
-    """Copy one open file, which is closed, into another."""
+    """Copy the open file *source* into *target*, and close *source*."""
     with _closing(source):
         status = os.fstat(source)
         if not stat.S_ISREG(status.st_mode):
@@ -292,12 +292,12 @@ def _as(source: int, target: int) -> None:
 
 
 def _path(directory: int, name: str) -> str:
-    """SQLite takes no descriptors; the directory is root's own, and nobody can put another in its place."""
+    """A path for SQLite, which takes no descriptors. Only root can put something else at this path."""
     return os.path.join(os.readlink(f"/proc/self/fd/{directory}"), name)
 
 
 def _sync(directory: int) -> None:
-    # one call for all files, each of which would wait for the disk by itself
+    # one call for all files: with a call for each file, each would wait for the disk
     if ctypes.CDLL(None, use_errno=True).syncfs(directory) != 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 

@@ -1,7 +1,7 @@
-"""Where `pjwd backup`, on this host and as root, asks a running pjwd for a copy of its job table.
+"""The socket in the state directory where `pjwd backup`, as root, asks pjwd for a copy of its job table.
 
-A socket in the state directory. The answer is one message: `copied` with the descriptor of the copy, or
-`failed` with the reason. The asker hangs up when it has read the copy, which frees its space.
+The answer is one message: `copied` with the descriptor of the copy, or `failed` with the reason. `pjwd
+backup` hangs up when it has read the copy. Then pjwd frees the copy's space.
 """
 
 import asyncio
@@ -19,14 +19,14 @@ SOCKET_NAME: Final = "backup.sock"
 COPIED: Final = b"copied"
 FAILED: Final = b"failed "
 MESSAGE_MAX: Final = 4096
-# when there is no descriptor for a connection, nothing tells when there is one again
+# nothing tells us when a descriptor for a connection is free again
 _RETRY_SECONDS: Final = 1
 
 log: Final = logging.getLogger(__name__)
 
 
 class BackupPort:
-    """Answers one asker after the other."""
+    """Answers one backup after the other."""
 
     def __init__(self, state: StateDir) -> None:
         """Listen; as root, and before privilege is dropped. Raises KernelError."""
@@ -34,14 +34,14 @@ class BackupPort:
         self._copy: Final = TableCopy(state.path)
         self._listener: Final = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         try:
-            # the path of a socket has 107 bytes at most, that of a state directory may have more
+            # a socket's path has at most 107 bytes; a state directory's may have more
             directory = os.open(state.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 path = f"/proc/self/fd/{directory}/{SOCKET_NAME}"
                 with suppress(FileNotFoundError):
                     os.unlink(path)
                 self._listener.bind(path)
-                # before it listens: nobody but root may connect
+                # before it listens: only root may connect
                 os.chmod(path, 0o600)
                 self._listener.listen()
             finally:
@@ -52,12 +52,12 @@ class BackupPort:
             raise KernelError("listen on", path, error.errno or 0) from error
 
     def close(self) -> None:
-        """Listen no more."""
+        """Stop listening."""
         self._listener.close()
         self._copy.close()
 
     async def serve(self) -> None:
-        """Answer whoever asks, until cancelled."""
+        """Answer each connection, until cancelled."""
         loop = asyncio.get_running_loop()
         while True:
             try:
@@ -79,7 +79,7 @@ class BackupPort:
                 message, descriptors = FAILED + str(error).encode()[: MESSAGE_MAX - len(FAILED)], []
             else:
                 message, descriptors = COPIED, [descriptor]
-            # who asked may have gone
+            # the other side may have hung up
             with suppress(OSError):
                 socket.send_fds(connection, [message], descriptors)
                 await asyncio.get_running_loop().sock_recv(connection, 1)

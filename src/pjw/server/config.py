@@ -62,12 +62,12 @@ RELOADED: Final = (
 
 
 # Keys and tables that pjwd no longer has, each with what holds instead. pjwd ignores such a key and warns of
-# it, since it must start with the file of before an upgrade. The next minor version refuses it as unknown.
+# it, since after an upgrade it must start with the old file. The next minor version refuses it as unknown.
 REMOVED_IN: Final = "0.1.0"
 REMOVED: Final[Mapping[str, str]] = MappingProxyType(
     {
         "clients.calls_burst": "a client may begin 200 calls at once, whatever its rate",
-        "clients.starts_burst": "after a rest a client may start as many jobs at once as in ten seconds",
+        "clients.starts_burst": "after a rest a client may start ten times starts_per_second jobs at once",
         "metrics.allow_remote": "an address in metrics.listen that other hosts reach needs no second key",
         "metrics.clients_max": "the 100 busiest clients have metrics of their own",
         "traces": "the audit log has a line for each call",

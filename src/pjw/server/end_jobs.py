@@ -69,15 +69,15 @@ def lift_throttles(parents: list[Path]) -> None:
 
 
 def instance_cgroups(top: Path, instance: str) -> list[Path]:
-    """The cgroups of an instance, one in each hierarchy: `pjw/INSTANCE`, where pjwd was started, and root's.
+    """Root's cgroups of an instance, one in each hierarchy: `pjw/INSTANCE`, where pjwd was started.
 
-    A user to whom systemd has delegated a cgroup may make directories of any name there: the user's.
+    A user with a cgroup delegated by systemd may make directories of any name there, but owns them.
     """
     found = []
     for path, names, _ in os.walk(top):
         if os.path.basename(path) == "pjw" and instance in names:
             parent = Path(path, instance)
-            # it may go away meanwhile
+            # the cgroup may vanish meanwhile
             with suppress(FileNotFoundError):
                 if all(each.stat().st_uid == 0 for each in (parent, parent.parent)):
                     found.append(parent)
@@ -85,11 +85,11 @@ def instance_cgroups(top: Path, instance: str) -> list[Path]:
 
 
 def inits_of(parents: Sequence[Path]) -> list[int]:
-    """A pidfd of the init of each job below *parents*; of an init that waits for a job, too."""
+    """A pidfd of each init below *parents*: of each job, and of each init that waits for a job."""
     pidfds: dict[str, int] = {}
     for parent in parents:
         for job in parent.glob("**/job-*/"):
-            # with cgroup v1 a job has one in each hierarchy
+            # with cgroup v1 a job has a cgroup in each hierarchy
             if job.name not in pidfds and (pidfd := find_init(partial(_pids_in, job))) is not None:
                 pidfds[job.name] = pidfd
     return list(pidfds.values())

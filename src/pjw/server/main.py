@@ -91,9 +91,9 @@ def build_parser() -> argparse.ArgumentParser:
         "backup",
         help="copy the state directory, while pjwd runs or is stopped; needs root",
         description="Copy the jobs and their output to DIR, which is new or empty. A pjwd can start from"
-        " such a copy. Jobs that run now are lost then; the copy has their output until now. Not in it: the"
-        " configuration, certificates and keys, since they are secrets and change seldom; the audit log; and"
-        " the scratch directories and input of running jobs.",
+        " this backup. Then jobs that run now are lost; the backup has their output until now. The backup"
+        " has no configuration, certificates or keys, since some are secret and all change seldom. Nor does"
+        " it have the audit log, or the scratch directories and input of running jobs.",
     )
     backup.set_defaults(run=_backup)
     _add_config(backup)
@@ -298,7 +298,7 @@ def _backup(arguments: argparse.Namespace) -> int:
     made = back_up(config.state_dir, arguments.directory)
     print(made.path)
     print(
-        f"pjwd: {made.jobs} jobs, {made.running} of them without an end; not in it: configuration,"
+        f"pjwd: {made.jobs} jobs, {made.running} of which have not ended; not in the backup: configuration,"
         " certificates, keys, audit log",
         file=sys.stderr,
     )
@@ -346,8 +346,8 @@ def _certs_renew(arguments: argparse.Namespace) -> int:
     if upkeep.SERVER in arguments.names:
         crt = os.path.join(arguments.directory, f"{upkeep.SERVER}.crt")
         print(
-            f"pjwd: copy {crt} to where `server_crt` in pjwd's configuration says;"
-            " it counts on the server after: systemctl reload pjwd",
+            f"pjwd: copy {crt} to the path that `server_crt` in pjwd's configuration names;"
+            " then run: systemctl reload pjwd",
             file=sys.stderr,
         )
     return 0

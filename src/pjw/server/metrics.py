@@ -62,7 +62,7 @@ SCRAPE_SECONDS: Final = 10
 CONNECTION_SECONDS: Final = SCRAPE_SECONDS + 5
 # Nothing tells when a descriptor is free again.
 _RETRY_SECONDS: Final = 1
-# Clients that have metrics of their own, the busiest. Each is three series, and a Prometheus keeps them.
+# How many clients, the busiest, have metrics of their own. Each is three series that Prometheus keeps.
 CLIENTS_SHOWN: Final = 100
 # What stands for the clients beyond the busiest: no client can be called so.
 OTHERS: Final = "(other)"
@@ -81,7 +81,7 @@ _REJECTIONS: Final[dict[type[Exception], str]] = {
 }
 
 _NUMBERS: Final = [name for name in ClientLimits.__struct_fields__ if name != "by_name"]
-# Calls beyond their rate are held, and a share refuses nothing.
+# pjwd holds calls beyond their rate, and a share refuses nothing.
 _NOT_REFUSED: Final = {"calls_per_second", *NamedClient.__struct_fields__}
 _LIMITS: Final = [*(name for name in _NUMBERS if name not in _NOT_REFUSED), "memory_overcommit"]
 

@@ -83,7 +83,7 @@ def check_reloads(files: ServerFiles, audit_log: str | None) -> str | None:
             os.close(open_operator_file(path))
         except PjwError as error:
             unread[path] = error
-    # one that is not there would be made
+    # a reload makes a missing one
     if audit_log is not None and os.path.lexists(audit_log):
         try:
             os.close(open_audit_log(audit_log))
@@ -93,4 +93,4 @@ def check_reloads(files: ServerFiles, audit_log: str | None) -> str | None:
         raise ConfigError(f"no reload could read the revocation list: {refused}", hint=RELOAD_HINT)
     if not unread:
         return None
-    return f"no reload can open {', '.join(unread)}, only a restart: {next(iter(unread.values()))}"
+    return f"a restart can open {', '.join(unread)}, but no reload can: {next(iter(unread.values()))}"

@@ -18,14 +18,15 @@ from pjw.errors import ConfigError, InvalidJobError, LimitReachedError
 from pjw.model import LIMIT_MAXIMUM, WEIGHT_DEFAULT, WEIGHT_MAXIMUM, Share, Sums
 from pjw.worker.settings import Quotas, Shares
 
-# What a client's starts may save up while it rests. A burst is a client that begins its work, not an attack.
+# For how long a resting client may save up starts. A burst is a client that begins its work, not an attack.
 STARTS_REST_SECONDS: Final = 10
 # What one client gets of them, however many it asks for at once: at 0.4 ms each, 4 % of a processor.
 REFUSALS_PER_SECOND: Final = 100
 # Refused calls of one client that wait for their turn, about 20 KiB each; what is above is told at once.
 PAUSED_MAX: Final = 1000
-# A call that lasts as a stream does: who waits for many jobs must still be able to ask for one. Counted by
-# itself, with the same bounds: `pjw logs` follows a job and waits for it, so as to tell when it cannot go on.
+# This call lasts as long as a stream: a client that waits for many jobs must still be able to ask for one.
+# We count it apart, with the same bounds: `pjw logs` follows a job and also waits for it, to tell when the
+# job is stuck.
 WAITING_METHOD: Final = "Wait"
 # Below so many, clients whose starts are all theirs again are not looked for.
 FORGET_ABOVE: Final = 64
@@ -59,18 +60,19 @@ class ClientLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         msgspec.Meta(
             ge=0,
             le=1e6,
-            description="jobs that a client may start a second; ten times as many at once, after a rest",
+            description="jobs that a client may start a second; after a rest, ten times as many at once",
         ),
     ] = 100
     calls_max: Annotated[
         Count, msgspec.Meta(description="calls of a client under way at once, streams not counted")
     ] = 256
     followers_max: Annotated[
-        Count, msgspec.Meta(description="streams of a client at once, and as many calls that wait for an end")
+        Count,
+        msgspec.Meta(description="streams of a client at once; and, apart, calls that wait for an end"),
     ] = 1000
     followers_total_max: Annotated[
         Count,
-        msgspec.Meta(description="streams of all clients at once, and as many calls that wait for an end"),
+        msgspec.Meta(description="streams of all clients at once; and, apart, calls that wait for an end"),
     ] = 10_000
     running_max: Annotated[Count, msgspec.Meta(description="jobs of one client that have not ended")] = 1000
     running_total_max: Annotated[Count, msgspec.Meta(description="jobs that have not ended")] = 10_000

@@ -1,8 +1,8 @@
 """SIGHUP: the operator's files are read again, judged, and taken whole or not at all.
 
 Certificates are one thing, the configuration another and the revocation list a third: a certificate
-that has expired must not keep a revocation from its effect. The audit log is opened anew, since the operator
-may have moved it away. Connections and streams go on; a new handshake
+that has expired must not keep a revocation from its effect. We reopen the audit log, since the operator may
+have moved it away. Connections and streams go on; a new handshake
 sees the new certificates, the next call of anybody the new list.
 """
 
@@ -61,8 +61,8 @@ class Reloader:
         self._worker: Final = worker
         self._notifier: Final = notifier
         self._asked: Final = asyncio.Event()
-        # How often each of them was reloaded, with which result. All that can come is there from the
-        # start: who watches a counter sees no increase in one that begins at 1.
+        # How often each of them was reloaded, with which result. Every series exists from the start: a
+        # monitor sees no increase in a counter that begins at 1.
         self.counts: Final[Counter[tuple[str, str]]] = Counter(
             {
                 (what, result): 0
@@ -207,7 +207,7 @@ class Reloader:
 
     async def _reopen_audit_log(self, audit: AuditLog) -> None:
         audit.reopen(await self._worker.open_audit_log())
-        log.info("reload: the audit log was opened again")
+        log.info("reload: the audit log is open again")
 
     async def _read(self, path: str, what: str) -> bytes:
         # We are not root any more, and keys are root's; the launcher opens what it was told of then.

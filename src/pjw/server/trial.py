@@ -1,7 +1,7 @@
 """Starts one init to find out whether a job can be made on this host, and what it would see.
 
-The init has the mounts and the kind of user of a job, but no scratch directory and no cgroup of its own: it
-is in that of pjwd, and executes nothing but cat(1). `pjwd check` shows the result. `pjwd serve` runs the
+The init has the mounts and the kind of user of a job, but no scratch directory, and it runs in pjwd's cgroup.
+It executes nothing but cat(1). `pjwd check` shows the result. `pjwd serve` runs the
 trial while gRPC is imported, so it costs no time.
 """
 

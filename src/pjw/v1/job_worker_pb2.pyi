@@ -342,7 +342,7 @@ class Job(_message.Message):
     @_builtins.property
     def usage_now(self) -> Global___UsageSample:
         """What a job that has not ended uses, measured at most a second before. Only in the answer to Get, and absent
-        where nobody could measure it.
+        when pjwd could not measure it.
         """
 
     def __init__(

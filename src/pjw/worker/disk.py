@@ -53,7 +53,7 @@ class _Shortage:
         return f"{self.amount(self.free)} free, less than {self.amount(self.mark)} (disk.free_{self.of}_min)"
 
     def amount(self, number: int) -> str:
-        """So much of it in words."""
+        """An amount of bytes or inodes, in words."""
         return size_in_words(number) if self.of == "bytes" else f"{number} {self.of}"
 
 
@@ -143,14 +143,14 @@ class DiskSampler:
         live = self._largest(freed, shortage.mark // _WORTH)
         if live is None:
             self._say(
-                "the file system of %s has %s, and no job has enough of it to be ended",
+                "the file system of %s has %s, and no job uses so much of it that its end would help",
                 os.readlink(f"/proc/self/fd/{descriptor}"),
                 shortage,
             )
             return
         self._state.note_end_for_disk(live.job.id)
         log.warning(
-            "ended job %d of %s, which has %s: the file system of %s has %s",
+            "ended job %d of %s, which used %s: the file system of %s has %s",
             live.job.id,
             live.job.client_name,
             shortage.amount(freed[live.job.id]),

@@ -31,7 +31,7 @@ class HeldOutputs:
         self._inotify: Final = Inotify(IN_ATTRIB)
         self._watches: Final[dict[int, list[int]]] = {}
         self._live: Final[dict[int, LiveJob]] = {}
-        # who has found that the file system is read-only
+        # the finders that have found the file system read-only
         self._read_only: Final[set[object]] = set()
         self._held: Final[set[int]] = set()
         self._said_at = float("-inf")
@@ -45,10 +45,10 @@ class HeldOutputs:
         return len(self._held)
 
     def add(self, live: LiveJob) -> None:
-        """Watch a job's output from now on; a note from before counts as well.
+        """Watch a job's output from now on; an earlier note counts as well.
 
-        Looks at the files on the event loop: this process has just made them, or found them at its start, so
-        the kernel has them in its cache.
+        Looks at the files on the event loop: this process has just made them, or has found them at its start,
+        so the kernel has them in its cache.
         """
         self._live[live.job.id] = live
         watches = self._watches.setdefault(live.job.id, [])
@@ -68,7 +68,7 @@ class HeldOutputs:
         self._no_longer(job_id)
 
     def set_read_only(self, finder: object, *, read_only: bool) -> None:
-        """Note whether *finder* finds the file system read-only: no init can note there that output waits."""
+        """Note whether *finder* finds the file system read-only: then no init can note that output waits."""
         if read_only == (finder in self._read_only):
             return
         if read_only:

@@ -131,8 +131,8 @@ def output_of_ended(state: StateDir, inotify: Inotify, job: Job, *, stderr: bool
     lost = None
     if size < expected:
         lost = OutputLostError(
-            f"the output of job {job.id} is cut short: of {expected} bytes {size} are on the server's disk;"
-            " the host went down before the rest was, or somebody has cut the file short"
+            f"the output of job {job.id} is cut short: {size} of {expected} bytes are on the server's disk;"
+            " the host went down before the disk had the rest, or somebody has cut the file short"
         )
     return Output(_log_of(state, inotify, job, stderr=stderr), lost)
 

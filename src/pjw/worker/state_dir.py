@@ -47,7 +47,7 @@ _ENDED_FOR_DISK: Final = 0o700
 
 # kept for a job that has written nothing as well
 _USAGE: Final = "usage"
-# All that is left of an ended job; and the status, which knows of an end a moment before the table.
+# All files of an ended job, and the status, which has the end of a job a moment before the table.
 BACKED_UP: Final = ("output", "times", "stderr", "stderr_times", "status", _USAGE)
 
 _P = ParamSpec("_P")
@@ -118,7 +118,7 @@ class StateDir:
         directory = f"{self._jobs}/{job.id}"
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         descriptors: list[int] = []
-        # When somebody cuts an output short, the next bytes follow what is left: no hole lies between.
+        # When somebody cuts an output short, the next bytes follow what is left, without a hole.
         appended = ("output", "stderr")
         try:
             try:
@@ -209,7 +209,7 @@ class StateDir:
 
         Blocks for as long as the disk takes. The times of the output reach the disk when the kernel likes.
         """
-        # a file that was cut short says so to its readers, also when it is empty
+        # keep a file that was cut short, even an empty one: its mode tells readers
         if not job.output_bytes and not any(is_cut_short(path) for path in self.outputs(job)):
             self._remove(job.id, _FILES)
             return

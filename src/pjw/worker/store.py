@@ -21,9 +21,9 @@ from pjw.worker.wal import WalSync
 
 # A pjwd that is ending releases the table in less time.
 BUSY_SECONDS: Final = 5.0
-# A copy of the table takes so many pages at once, about a millisecond, and lets others use the table then.
+# A copy of the table holds it for this many pages at a time, about a millisecond. In between others use it.
 _COPY_PAGES: Final = 256
-# how long it waits for the end of a transaction
+# how long a copy waits between these, and for the end of a transaction
 _COPY_WAIT_SECONDS: Final = 0.005
 
 log: Final = logging.getLogger(__name__)
@@ -120,8 +120,7 @@ class JobStore:
     def copy_to(self, target: sqlite3.Connection) -> None:
         """Copy the table as it is at one moment; call it from any thread, while others use the table.
 
-        What is written meanwhile reaches the copy, too: SQLite sees to that, as it goes through the same
-        connection.
+        The copy also gets what others write meanwhile: SQLite sees to that, as they use the same connection.
         """
         self._guarded(self._db.backup, target, pages=_COPY_PAGES, sleep=_COPY_WAIT_SECONDS)
 

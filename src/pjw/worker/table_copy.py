@@ -1,8 +1,8 @@
 """A copy of the job table as it is at one moment, while the table is in use.
 
-Nobody else can read the table while a worker has it: it is locked (store.py). So the worker copies it itself,
-with SQLite's backup API, and hands out a descriptor. SQLite opens files by their paths, and a server that has
-given root up may be unable to reach its own state directory by path, so the file is opened before that.
+A worker locks the table (store.py), so no other process can read it. So the worker copies it itself, with
+SQLite's backup API, and hands out a descriptor. SQLite opens files by their paths. A server that has given
+root up may be unable to reach its own state directory by path, so the file is opened before.
 """
 
 import os
@@ -23,13 +23,13 @@ class TableCopy:
         """Open it; as root, and before privilege is dropped. Raises KernelError."""
         path = os.path.join(state_dir, _NAME)
         try:
-            # what a crash between here and the end of this block has left
+            # left by a crash between here and the end of this block
             with suppress(FileNotFoundError):
                 os.unlink(path)
             self._descriptor: Final = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
                 self._db: Final = sqlite3.connect(path, check_same_thread=False)
-                # a copy that breaks off is thrown away, and who asks for one syncs what it makes of it
+                # nobody uses a copy that breaks off, and `pjwd backup` syncs its own file
                 self._db.execute("PRAGMA journal_mode = OFF")
                 self._db.execute("PRAGMA synchronous = OFF")
             except BaseException:

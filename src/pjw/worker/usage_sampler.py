@@ -23,11 +23,11 @@ from pjw.worker.usage import interval_seconds
 
 # Of all jobs together, for their histories; each takes about 0.15 ms of processor time.
 HISTORY_PER_SECOND: Final = 40
-# The same while somebody watches, and for jobs that are asked for one by one.
+# The same while somebody watches, and for requests for single jobs.
 WATCHED_PER_SECOND: Final = 500
 # Jobs that were started within so long share a request.
 _PAUSE_SECONDS: Final = 0.1
-# Of one job that is asked for: how old its sample may be, and how long the answer may wait for a new one.
+# For a request for one job: how old its sample may be, and how long the answer may wait for a new one.
 _FRESH_SECONDS: Final = 1.0
 _WITHIN_SECONDS: Final = 0.2
 # Nothing tells when a disk has space again.
@@ -81,7 +81,7 @@ class UsageSampler:
                     log.error("%s", error)
                     wait_seconds = _RETRY_SECONDS
                     failed = error.errno if isinstance(error, KernelError) else 0
-                # ext4 need not say of itself that it has become read-only, after an error of the disk
+                # after an error of the disk, ext4 may refuse writes without a read-only flag
                 self._held.set_read_only(self, read_only=failed == errno.EROFS)
                 await asyncio.sleep(wait_seconds)
             else:
@@ -137,10 +137,10 @@ class UsageSampler:
                 live.sample = found.get(job_id, live.sample)
 
     async def of_job(self, job_id: int) -> UsageSample | None:
-        """What one job uses, measured a second ago at most; None when it has ended or cannot be measured.
+        """The usage of one job, measured at most a second ago; None when it has ended or cannot be measured.
 
-        An older sample when the launcher is busy, or when single jobs are asked for too fast: a question
-        about a job hardly waits for its usage.
+        The sample is older when the launcher is busy, or when requests for single jobs come too fast: a
+        question about a job hardly waits for its usage.
         """
         now = asyncio.get_running_loop().time()
         live = self._running(job_id)

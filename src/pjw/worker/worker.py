@@ -247,7 +247,7 @@ class Worker:
         return await self._launcher.request_open_file(place)
 
     async def open_audit_log(self) -> int:
-        """The file that the launcher was told of at its start, open for appending; the caller owns it."""
+        """The audit log that the launcher's policy names, open for appending; the caller owns it."""
         return await self._launcher.request_audit_log()
 
     # --- start
@@ -356,7 +356,7 @@ class Worker:
         return job
 
     async def get_with_usage(self, job_id: int, owner: str | None = None) -> Job:
-        """One job as it is now, with what it uses when its command runs. Raises JobNotFoundError."""
+        """One job as it is now, with its usage while its command runs. Raises JobNotFoundError."""
         live = self._live_of(job_id, owner)
         if live is None or live.job.state is JobState.STARTING:
             return await self.get(job_id, owner)

@@ -176,7 +176,7 @@ struct times {
 };
 struct times open_times(int fd, uint64_t end);
 void note_time(struct times *times, int64_t ns, size_t bytes);
-/* Drop all records: those of what comes are of a file with so many bytes. */
+/* Drop all records. Later records are for a file that has *end* bytes now. */
 void forget_times(struct times *times, uint64_t end);
 /* Milliseconds until `write_held_time` has something to do; -1: nothing is held. */
 int held_time_ms(const struct times *times);
@@ -214,7 +214,7 @@ struct outputs {
 };
 void open_outputs(struct outputs *outputs, const struct options *options, int write_ends[STREAMS_MAX]);
 enum flow move_output(struct output *output);
-/* Note whether somebody has cut the file short, for a job that writes nothing more. */
+/* Note whether somebody has cut the file short; for the end, when the job writes nothing more. */
 void check_end(struct output *output);
 
 /* input.c */

@@ -53,8 +53,8 @@ static int exit_code(int wait_status) {
     return WIFSIGNALED(wait_status) ? 128 + WTERMSIG(wait_status) : WEXITSTATUS(wait_status);
 }
 
-/* In lists of processes (ps, systemd-cgls) an init that waits for a job would look like one that has a job. The
- * launcher calls it "pjw-init: waiting"; the kernel shows what is there now. */
+/* Without this, ps and systemd-cgls would show an init that waits for a job like one that has a job. The launcher
+ * starts init under the name "pjw-init: waiting"; the kernel shows the text that is in memory now. */
 static void tell_lists(char *name) {
     static const char WAITING[] = "waiting", RUNNING[] = "running";
     char *state = strstr(name, WAITING);

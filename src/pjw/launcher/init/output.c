@@ -128,7 +128,7 @@ static void count(struct output *output, size_t got) {
 /*
  * Note in the sticky bit, which has no meaning for a file, whether output waits. A change of the mode takes no space on
  * the disk, and a server that starts later finds it. A running server watches it (IN_ATTRIB in inotify(7)). On a file
- * system that has become read-only this fails; a server sees that by itself.
+ * system that has become read-only this fails; the server detects such a file system by itself.
  */
 static void note_held(struct output *output, bool held) {
     if (!output->regular || output->held == held)
@@ -138,9 +138,9 @@ static void note_held(struct output *output, bool held) {
 }
 
 /*
- * What the job writes is appended (O_APPEND). When the file ends before it should, somebody has cut it short, and bytes are
- * lost. Note that in its mode, which takes no space on the disk, so that its readers are told. The records of when it was
- * written begin anew.
+ * Init appends the job's output (O_APPEND). When the file ends before it should, somebody has cut it short, and bytes are
+ * lost. Note that in the file's mode, which takes no space on the disk, so that readers learn of it. The records of times
+ * begin anew.
  */
 static void note_cut(struct output *output, off_t end, off_t written) {
     bool cut = end < output->end; /* by hand, others may append to the same file */

@@ -113,9 +113,9 @@ static void end_within_grace(struct job *job) {
 }
 
 /*
- * The kernel gives the signals that are pending in the order of their numbers, so SIGQUIT comes first. Whoever stops a job
- * sends it last: if init was held up for longer than the grace period, both are pending. So init passes on what was asked
- * for first, and the command ends by that signal where it does not handle it.
+ * The kernel delivers pending signals in the order of their numbers, so SIGQUIT comes first. A client that stops a job and
+ * then kills it asks for SIGQUIT last: if init was held up for longer than the grace period, both signals are pending. So
+ * init passes the other one on first, and a command that does not handle that signal ends by it.
  */
 static void read_signals(struct job *job) {
     struct signalfd_siginfo info;

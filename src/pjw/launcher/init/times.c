@@ -66,6 +66,6 @@ void note_time(struct times *times, int64_t ns, size_t bytes) {
 
 void forget_times(struct times *times, uint64_t end) {
     if (times->fd >= 0 && ftruncate(times->fd, 0) < 0)
-        times->fd = -1; /* rather no times than wrong ones */
+        times->fd = -1; /* no times are better than wrong ones */
     *times = open_times(times->fd, end);
 }
