@@ -9,6 +9,7 @@ import socket
 import sqlite3
 import stat
 import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -187,6 +188,19 @@ def test_backups_while_jobs_come_and_go(service: Service, target: Path) -> None:
         for each_load in loads:
             each_load.kill()
             each_load.communicate()
+
+
+def test_a_link_on_the_way_to_a_backup_decides_nothing(service: Service, target: Path) -> None:
+    """All is made where the link leads, which was judged, and nothing beside the link, which others may change."""
+    target.mkdir()
+    with tempfile.TemporaryDirectory(dir="/tmp") as shared:
+        link = Path(shared, "link")
+        link.symlink_to(target)
+        link.parent.chmod(0o777)
+        done = backup(service, link)
+        assert (done.returncode, done.stdout) == (0, f"{target}\n"), done.stderr
+        assert list(Path(shared).iterdir()) == [link]
+    assert (target / "jobs.sqlite").exists()
 
 
 def test_what_cannot_be_backed_up_is_said(service: Service, target: Path, visible: Path) -> None:

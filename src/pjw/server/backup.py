@@ -55,14 +55,15 @@ def back_up(state_dir: str, target: str) -> Backup:
     state directory, none can start until this process ends.
     """
     require_root()
-    state_dir, target = os.path.realpath(state_dir), os.path.abspath(target)
+    # Real paths: a link on the way could lead elsewhere than what was looked at.
+    state_dir, target = os.path.realpath(state_dir), os.path.realpath(target)
     if not os.path.exists(os.path.join(state_dir, TABLE)):
         raise ConfigError(
             f"cannot back up {state_dir}: it has no job table, {TABLE}",
             hint="name the state directory with --state-dir, or the configuration of pjwd with --config",
         )
     _require_free(target, state_dir)
-    parent = os.path.dirname(os.path.realpath(target))
+    parent = os.path.dirname(target)
     if not os.path.isdir(parent):
         raise ConfigError(f"cannot back up to {target}: there is no directory {parent}", hint="make it first")
     # whoever may exchange directories there could have all of it
@@ -90,7 +91,7 @@ def back_up(state_dir: str, target: str) -> Backup:
 
 
 def _require_free(target: str, state_dir: str) -> None:
-    if os.path.commonpath((os.path.realpath(target), state_dir)) == state_dir:
+    if os.path.commonpath((target, state_dir)) == state_dir:
         raise ConfigError(
             f"cannot back up to {target}: it lies in the state directory, and would be lost with it",
             hint="give a directory elsewhere, best on another disk",
