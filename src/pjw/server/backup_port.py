@@ -85,6 +85,7 @@ class BackupPort:
                 await asyncio.get_running_loop().sock_recv(connection, 1)
         finally:
             try:
-                self._copy.clear()
+                # to free hundreds of megabytes takes the kernel long
+                await self._state.in_thread(self._copy.clear)
             except PjwError as error:
                 log.error("%s", error)
