@@ -213,6 +213,11 @@ def _copy_jobs(state_dir: str, directory: int) -> tuple[int, int]:
             if version >= _VERSION_WITH_BYTES
             else "SELECT id, state IS NULL, NULL FROM jobs ORDER BY id"
         ).fetchall()
+        # they become names of directories, and a server that was taken over can write to the table
+        if not all(isinstance(job_id, int) for job_id, _, _ in rows):
+            raise ConfigError(
+                f"cannot back up {state_dir}: its job table is damaged: the id of a job is no number"
+            )
         os.mkdir(JOBS, 0o700, dir_fd=directory)
         target = os.open(JOBS, _DIRECTORY, dir_fd=directory)
         with _closing(target):
