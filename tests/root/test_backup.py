@@ -191,7 +191,7 @@ def test_backups_while_jobs_come_and_go(service: Service, target: Path) -> None:
 
 
 def test_a_link_on_the_way_to_a_backup_decides_nothing(service: Service, target: Path) -> None:
-    """All is made where the link leads, which was judged, and nothing beside the link, which others may change."""
+    """All is made where the link leads, which was judged; nothing is made beside the link."""
     target.mkdir()
     with tempfile.TemporaryDirectory(dir="/tmp") as shared:
         link = Path(shared, "link")
@@ -259,7 +259,7 @@ def test_a_backup_that_breaks_off_leaves_nothing(service: Service, visible: Path
 
 
 def test_a_table_that_names_other_directories_is_refused(service: Service, target: Path) -> None:
-    """A server that was taken over can write to it: root makes, reads and removes nothing outside of the backup."""
+    """A server that was taken over can write to it; root touches nothing outside of the backup."""
     service.ok("wait", service.ok("start", "echo one").strip())
     service.stop()
     with sqlite3.connect(service.state / "jobs.sqlite") as table:

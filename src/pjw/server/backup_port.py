@@ -76,7 +76,10 @@ class BackupPort:
                 descriptor = await self._state.in_thread(self._copy.take, self._state.store)
             except PjwError as error:
                 log.error("cannot copy the job table for a backup: %s", error)
-                message, descriptors = FAILED + str(error).encode(errors="replace")[: MESSAGE_MAX - len(FAILED)], []
+                message, descriptors = (
+                    FAILED + str(error).encode(errors="replace")[: MESSAGE_MAX - len(FAILED)],
+                    [],
+                )
             else:
                 message, descriptors = COPIED, [descriptor]
             # who asked may have gone
