@@ -123,7 +123,7 @@ async def test_who_watches_at_once_shares_what_is_measured(
 async def test_who_asks_for_single_jobs_leaves_a_busy_launcher_alone(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One question that it does not answer in time is enough: more would wait in front of a start or a stop."""
+    """One question that it does not answer in time is enough: more would hold up a start or a stop."""
     # for its history it is measured as well
     monkeypatch.setattr(usage_sampler, "interval_seconds", lambda _: 3600)
     job = await start(worker, "sleep 1000")
