@@ -9,6 +9,7 @@ import socket
 import sqlite3
 import stat
 import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -190,6 +191,19 @@ def test_backups_while_jobs_come_and_go(service: Service, target: Path) -> None:
             each_load.communicate()
 
 
+def test_a_link_on_the_way_to_a_backup_decides_nothing(service: Service, target: Path) -> None:
+    """All is made where the link leads, which was judged; nothing is made beside the link."""
+    target.mkdir()
+    with tempfile.TemporaryDirectory(dir="/tmp") as shared:
+        link = Path(shared, "link")
+        link.symlink_to(target)
+        link.parent.chmod(0o777)
+        done = backup(service, link)
+        assert (done.returncode, done.stdout) == (0, f"{target}\n"), done.stderr
+        assert list(Path(shared).iterdir()) == [link]
+    assert (target / "jobs.sqlite").exists()
+
+
 def test_what_cannot_be_backed_up_is_said(service: Service, target: Path, visible: Path) -> None:
     """And leaves nothing behind."""
     target.mkdir()
@@ -243,6 +257,21 @@ def test_a_backup_that_breaks_off_leaves_nothing(service: Service, visible: Path
     os.close(descriptor)
     assert backup(service, visible / "backup").returncode == 0
     assert [each.name for each in visible.iterdir()] == ["backup"]
+
+
+def test_a_table_that_names_other_directories_is_refused(service: Service, target: Path) -> None:
+    """A server that was taken over can write to it; root touches nothing outside of the backup."""
+    service.ok("wait", service.ok("start", "echo one").strip())
+    service.stop()
+    with sqlite3.connect(service.state / "jobs.sqlite") as table:
+        table.execute("ALTER TABLE jobs RENAME TO real_jobs")
+        table.execute("CREATE VIEW jobs AS SELECT '../../old' id, 'exited' state, 1 output_bytes")
+    table.close()
+    old = target.with_name("old")
+    old.mkdir()
+    words = refused(service, target)
+    assert list(target.parent.iterdir()) == [old]
+    assert f"cannot back up {service.state}: its job table is damaged: the id of a job is no number" in words
 
 
 def test_nobody_but_root_asks_for_a_copy(service: Service) -> None:

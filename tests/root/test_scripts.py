@@ -42,6 +42,22 @@ def test_what_root_has_installed_is_said_with_a_way_on(clone: Path) -> None:
     ]
 
 
+def test_what_root_installs_belongs_to_the_owner_of_the_tree(clone: Path) -> None:
+    """Also when it has built the wheels; and no directory of them stays behind. Here Python does nothing."""
+    for path in (".venv/bin", "requirements", "packaging/client", "src", "temporary"):
+        (clone / path).mkdir(parents=True)
+    for path in ("pyproject.toml", "meson.build", "requirements/install.txt"):
+        (clone / path).touch()
+    for path in (".venv/bin/python", "scripts/system-packages"):
+        (clone / path).write_text("#!/bin/sh\n")
+        (clone / path).chmod(0o755)
+    temporary = {**os.environ, "TMPDIR": str(clone / "temporary")}
+    subprocess.run([clone / "scripts/install"], env=temporary, stdout=subprocess.PIPE, check=True)
+    assert (clone / ".venv/pjw.sum").read_text()
+    assert {each.lstat().st_uid for each in (clone / ".venv", *(clone / ".venv").rglob("*"))} == {NOBODY}
+    assert list((clone / "temporary").iterdir()) == []
+
+
 def test_a_package_needs_a_commit_and_says_so_first(clone: Path) -> None:
     """In git's own words: no repository, or one of another user's."""
     code, [said, hint] = as_nobody(clone, "scripts/package", "check")

@@ -120,6 +120,26 @@ async def test_who_watches_at_once_shares_what_is_measured(
 # --- history
 
 
+async def test_who_asks_for_single_jobs_leaves_a_busy_launcher_alone(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One question that it does not answer in time is enough: more would hold up a start or a stop."""
+    # for its history it is measured as well
+    monkeypatch.setattr(usage_sampler, "interval_seconds", lambda _: 3600)
+    job = await start(worker, "sleep 1000")
+    asked: list[Sequence[int]] = []
+
+    async def never(job_ids: Sequence[int]) -> dict[int, UsageSample]:
+        asked.append(job_ids)
+        return await asyncio.Future()
+
+    monkeypatch.setattr(worker._launcher, "request_measure", never)
+    worker._live[job.id].sampled_at = float("-inf")
+    for _ in range(20):
+        assert (await worker.get_with_usage(job.id)).id == job.id
+    assert asked == [[job.id]]
+
+
 async def test_a_history_grows_and_ends_with_the_accounts(worker: Worker, bench: Bench) -> None:
     """About a sample a second; no file before the first; the end is the last one; it goes with the job."""
     job = await start_said(worker, BUSY, b"up\n")

@@ -55,14 +55,15 @@ def back_up(state_dir: str, target: str) -> Backup:
     until this process ends.
     """
     require_root()
-    state_dir, target = os.path.realpath(state_dir), os.path.abspath(target)
+    # Real paths: a link on the way could lead elsewhere than what was looked at.
+    state_dir, target = os.path.realpath(state_dir), os.path.realpath(target)
     if not os.path.exists(os.path.join(state_dir, TABLE)):
         raise ConfigError(
             f"cannot back up {state_dir}: it has no job table, {TABLE}",
             hint="name the state directory with --state-dir, or the configuration of pjwd with --config",
         )
     _require_free(target, state_dir)
-    parent = os.path.dirname(os.path.realpath(target))
+    parent = os.path.dirname(target)
     if not os.path.isdir(parent):
         raise ConfigError(f"cannot back up to {target}: there is no directory {parent}", hint="make it first")
     # a user who may exchange directories there could read the whole backup
@@ -90,7 +91,7 @@ def back_up(state_dir: str, target: str) -> Backup:
 
 
 def _require_free(target: str, state_dir: str) -> None:
-    if os.path.commonpath((os.path.realpath(target), state_dir)) == state_dir:
+    if os.path.commonpath((target, state_dir)) == state_dir:
         raise ConfigError(
             f"cannot back up to {target}: it lies in the state directory, and would be lost with it",
             hint="give a directory elsewhere, best on another disk",
@@ -212,6 +213,11 @@ def _copy_jobs(state_dir: str, directory: int) -> tuple[int, int]:
             if version >= _VERSION_WITH_BYTES
             else "SELECT id, state IS NULL, NULL FROM jobs ORDER BY id"
         ).fetchall()
+        # they become names of directories, and a server that was taken over can write to the table
+        if not all(isinstance(job_id, int) for job_id, _, _ in rows):
+            raise ConfigError(
+                f"cannot back up {state_dir}: its job table is damaged: the id of a job is no number"
+            )
         os.mkdir(JOBS, 0o700, dir_fd=directory)
         target = os.open(JOBS, _DIRECTORY, dir_fd=directory)
         with _closing(target):

@@ -76,7 +76,10 @@ class BackupPort:
                 descriptor = await self._state.in_thread(self._copy.take, self._state.store)
             except PjwError as error:
                 log.error("cannot copy the job table for a backup: %s", error)
-                message, descriptors = FAILED + str(error).encode()[: MESSAGE_MAX - len(FAILED)], []
+                message, descriptors = (
+                    FAILED + str(error).encode(errors="replace")[: MESSAGE_MAX - len(FAILED)],
+                    [],
+                )
             else:
                 message, descriptors = COPIED, [descriptor]
             # the other side may have hung up
@@ -85,6 +88,7 @@ class BackupPort:
                 await asyncio.get_running_loop().sock_recv(connection, 1)
         finally:
             try:
-                self._copy.clear()
+                # to free hundreds of megabytes takes the kernel long
+                await self._state.in_thread(self._copy.clear)
             except PjwError as error:
                 log.error("%s", error)

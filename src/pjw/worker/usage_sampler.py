@@ -142,7 +142,8 @@ class UsageSampler:
         The sample is older when the launcher is busy, or when requests for single jobs come too fast: a
         question about a job hardly waits for its usage.
         """
-        now = asyncio.get_running_loop().time()
+        loop = asyncio.get_running_loop()
+        now = loop.time()
         live = self._running(job_id)
         if (
             live is not None
@@ -153,7 +154,10 @@ class UsageSampler:
             try:
                 async with asyncio.timeout(_WITHIN_SECONDS):
                     await self._measure([job_id])
-            except (TimeoutError, PjwError) as error:
+            except TimeoutError:
+                # It is busy, and will answer this one all the same: more would only keep it from the rest.
+                self._single_rested_at = loop.time() + _FRESH_SECONDS
+            except PjwError as error:
                 log.debug("cannot measure job %d: %s", job_id, error)
         return None if live is None else live.sample
 
