@@ -157,7 +157,7 @@ def test_a_full_disk_holds_no_call_up_and_loses_no_line(
     subprocess.run(["mount", "-o", "remount,size=1m", small_disk], check=True)
     wait_for(lambda: len(lines(path)) == 120)
     wait_for(lambda: "is written again" in service.log.read_text())
-    failed, again = [line for line in service.log.read_text().splitlines() if "audit" in line]
+    failed, again = [line for line in service.log.read_text().splitlines() if " ERROR: " in line]
     assert failed.startswith("pjwd: ERROR: cannot write the audit log: no space ")
     assert again == "pjwd: ERROR: the audit log is written again; 0 lines were lost"
     assert service.stop() == 0
