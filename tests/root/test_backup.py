@@ -259,19 +259,28 @@ def test_a_backup_that_breaks_off_leaves_nothing(service: Service, visible: Path
     assert [each.name for each in visible.iterdir()] == ["backup"]
 
 
-def test_a_table_that_names_other_directories_is_refused(service: Service, target: Path) -> None:
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        ("VIEW jobs AS", "'jobs' is a view, and pjwd makes none"),
+        ("TABLE jobs AS", "the id of a job is no number"),
+    ],
+)
+def test_a_table_that_names_other_directories_is_refused(
+    service: Service, target: Path, schema: str, words: str
+) -> None:
     """A server that was taken over can write to it; root touches nothing outside of the backup."""
     service.ok("wait", service.ok("start", "echo one").strip())
     service.stop()
     with sqlite3.connect(service.state / "jobs.sqlite") as table:
         table.execute("ALTER TABLE jobs RENAME TO real_jobs")
-        table.execute("CREATE VIEW jobs AS SELECT '../../old' id, 'exited' state, 1 output_bytes")
+        table.execute(f"CREATE {schema} SELECT '../../old' id, 'exited' state, 1 output_bytes")
     table.close()
     old = target.with_name("old")
     old.mkdir()
-    words = refused(service, target)
+    said = refused(service, target)
     assert list(target.parent.iterdir()) == [old]
-    assert f"cannot back up {service.state}: its job table is damaged: the id of a job is no number" in words
+    assert f"cannot back up {service.state}: its job table is damaged: {words}" in said
 
 
 def test_nobody_but_root_asks_for_a_copy(service: Service) -> None:

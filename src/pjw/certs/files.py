@@ -115,8 +115,8 @@ def read_path(path: str, what: str) -> bytes:
     if isinstance(path, InMemory):
         return path.data
     try:
-        # O_NONBLOCK, which Windows lacks: a FIFO in the file's place must not hang us
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        # Windows lacks O_NONBLOCK, without which a FIFO in the file's place hangs us, and alone has O_BINARY
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except OSError as error:
         raise ConfigError(f"cannot read {what} {path}: {describe_errno(error.errno or 0)}") from error
     return read_descriptor(descriptor, path, what)

@@ -203,6 +203,15 @@ def _copy_jobs(state_dir: str, directory: int) -> tuple[int, int]:
     """Copy the files of each job in the copied table; the number of jobs, and how many have not ended."""
     source = os.open(os.path.join(state_dir, JOBS), _DIRECTORY)
     with _closing(source), closing(sqlite3.connect(_path(directory, TABLE))) as table:
+        # who has taken the server over may have put any schema into the table that root reads here
+        table.execute("PRAGMA trusted_schema = OFF")
+        if (
+            view := table.execute("SELECT name FROM sqlite_schema WHERE type = 'view'").fetchone()
+        ) is not None:
+            raise ConfigError(
+                f"cannot back up {state_dir}: its job table is damaged: {view[0]!r} is a view,"
+                " and pjwd makes none"
+            )
         # keeps the copy one file, without a log beside it
         table.execute("PRAGMA journal_mode = DELETE")
         if (found := table.execute("PRAGMA quick_check(1)").fetchone()) != ("ok",):
