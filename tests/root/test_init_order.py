@@ -8,8 +8,8 @@ import pytest
 from tests.root.init_harness import JOB_UID, SOURCES, Harness
 
 USER = ("--uid", str(JOB_UID), "--gid", str(JOB_UID))
-# what is known only with the job
-ORDERED = {"uid", "gid", "tmp-bytes", "output-max", "time-max", "split-stderr", "input"}
+# what is known only with the job, or may have changed by a reload since init began to wait
+ORDERED = {"uid", "gid", "tmp-bytes", "output-max", "time-max", "grace", "split-stderr", "input"}
 ROWS = re.findall(r'{"([a-z-]+)", (required|no)_argument', (SOURCES / "options.c").read_text())
 VALUES = {"hostname": "x", "scratch": "/etc", "hide": "/etc", "report-fd": "0"}
 REFUSED = [f"failed options {errno.EINVAL}"]
@@ -17,7 +17,9 @@ REFUSED = [f"failed options {errno.EINVAL}"]
 
 def test_the_words_of_an_order_start_a_job(init: Harness) -> None:
     """An order with all that every order has."""
-    job = init.order(*USER, "--tmp-bytes", "65536", "--output-max", "1000", "--time-max", "60").wait()
+    job = init.order(
+        *USER, "--tmp-bytes", "65536", "--output-max", "1000", "--time-max", "60", "--grace", "5"
+    ).wait()
     assert (job.reports[0], job.reports[1].split()[0], job.end) == ("cloned", "execed", "exited 0 none")
 
 
