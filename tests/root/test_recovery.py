@@ -147,7 +147,7 @@ async def test_killed_in_mid_launch(bench: Bench, answered: int, both: bool) -> 
 async def test_killed_in_mid_stop(bench: Bench, both: bool) -> None:
     """A stop dies with the worker: the job, deaf to SIGTERM, goes on until the next worker stops it."""
     first = WorkerProcess(bench)
-    job_id = first.start("trap 'echo heard' TERM; echo ready; while :; do sleep 60; done")
+    job_id = first.start("trap 'echo heard' TERM; echo ready; while :; do sleep 60 & wait; done")
     await bench.wait_for_output(job_id, b"ready\n")
     first.write(do="stop", id=job_id, grace=60)
     await bench.wait_for_output(job_id, b"heard\n")

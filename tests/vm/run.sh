@@ -42,10 +42,10 @@ fi
 # Those of systemd (tests/vm) have a machine of their own: they install a service.
 if [ $# = 0 ]; then
     set -- tests/root
-    for name in audit bad_input cli cli_jobs cli_run cli_run_failures cli_stdin client completion dead_tasks documents \
-        faults_network faults_processes faults_resources faults_steps grpc_fuzz identity_scope init_seccomp input \
-        launcher_fuzz launcher_hostile library_document log_blocked logs no_disk node_client operator port quota \
-        reload requests retention roles serve streaming tls top; do
+    for name in audit backup bad_input cli cli_jobs cli_run cli_run_failures cli_stdin client client_only completion \
+        dead_tasks documents faults_network faults_processes faults_resources faults_steps grpc_fuzz identity_scope \
+        init_seccomp input launcher_fuzz launcher_hostile library_document log_blocked logs no_disk node_client operator \
+        port quota reload requests retention roles scripts serve streaming tls top; do
         set -- "$@" --ignore "tests/root/test_$name.py"
     done
 fi
