@@ -10,6 +10,7 @@ It ends with 1 at the first line of the document that is not as shown, and names
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -34,6 +35,8 @@ COLUMNS: Final = 250
 
 def main() -> None:
     """Make the machines, and type."""
+    # a shell starts what is in its background with SIGINT ignored, and the terminals would inherit that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     commands = documents.commands_of(DOCUMENT)
     with ExitStack() as stack:
         ROOTS.mkdir(exist_ok=True)
