@@ -165,7 +165,12 @@ class Terminal:
                 self.interrupt()
                 assert self.until(None), self.lines()
             os.write(self._ours, b"exit\n")
-            self._shell.wait(SECONDS)
+            try:
+                self._shell.wait(SECONDS)
+            except subprocess.TimeoutExpired:
+                while select.select([self._ours], [], [], 0)[0]:
+                    self._seen += os.read(self._ours, 65536)
+                raise AssertionError("\n".join(["the shell did not end:", *self.lines()])) from None
         finally:
             if self._shell.poll() is None:
                 with suppress(ProcessLookupError):
