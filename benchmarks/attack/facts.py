@@ -33,9 +33,8 @@ UNSTOPPABLE_JOBS: Final = 6
 SHARE_SECONDS: Final = 2.0
 # of what equal parts would be
 SHARE_LEAST: Final = 0.6
-# Of a processor, beside what the rest of the machine has them do. What a job writes to terminals takes the
-# kernel as long again as the job, which has one processor (docs/security.md, "What remains").
-KERNEL_SHARE: Final = 1.25
+# of a processor, beside what the rest of the machine has them do
+KERNEL_SHARE: Final = 0.5
 SMALL_MEMORY: Final = 64 * 1024**2
 
 
