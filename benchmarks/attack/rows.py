@@ -325,7 +325,7 @@ OPEN: Final = {
     "s2-fsync": "in one of two short runs start was 4.1 x and stop 5.5 x: the disk is busy with the syncs",
     "s5-hundred": _BEGIN,
     "s5-bombs": "one stop of two hundred took longer than 10 s, in each of two runs",
-    "s7-writers": "sixteen terminals keep the kernel as busy as a hundred; start was 3.5 x, threads 1.7 processors",
+    "s7-writers": "sixteen terminals keep the kernel as busy as a hundred: 1.7 processors; start was 3.5 x",
     "followers": "the p99 of Get was 12 x",
     "storm": "start was 2.4 x, stop 3.8 x",
     "outputs": "stop was 4.3 to 6 x",
