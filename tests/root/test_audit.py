@@ -156,13 +156,13 @@ def test_a_full_disk_holds_no_call_up_and_loses_no_line(
     with service.stub() as stub:
         for _ in range(60):
             stub.List(pb.ListRequest())
-        wait_for(lambda: "cannot write the audit log" in service.log.read_text())
+        service.await_log("cannot write the audit log")
         assert 5 < len(lines(path)) < 60
         for _ in range(60):
             stub.List(pb.ListRequest())
     subprocess.run(["mount", "-o", "remount,size=1m", small_disk], check=True)
     wait_for(lambda: len(lines(path)) == 120)
-    wait_for(lambda: "is written again" in service.log.read_text())
+    service.await_log("is written again")
     failed, again = [line for line in service.log.read_text().splitlines() if " ERROR: " in line]
     assert failed.startswith("pjwd: ERROR: cannot write the audit log: no space ")
     assert again == "pjwd: ERROR: the audit log is written again; 0 lines were lost"
@@ -178,7 +178,7 @@ def test_pjwd_ends_on_a_full_disk_and_says_what_is_lost(
     with service.stub() as stub:
         for _ in range(60):
             stub.List(pb.ListRequest())
-    wait_for(lambda: "cannot write the audit log" in service.log.read_text())
+    service.await_log("cannot write the audit log")
     assert service.stop() == 0
     assert (
         f"pjwd: ERROR: the audit log ends without {60 - len(lines(path))} lines\n" in service.log.read_text()

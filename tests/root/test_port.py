@@ -115,7 +115,7 @@ def test_an_idle_flood_is_thinned_out(make_service: Callable[..., Service]) -> N
     assert metrics is not None
     held = [socket.create_connection(http2.split_address(service.address), 5) for _ in range(100)]
     try:
-        wait_for(lambda: "show no certificate" in service.log.read_text())
+        service.await_log("show no certificate")
         wait_for(lambda: service.descriptors() <= before + 25)
         with urllib.request.urlopen(f"http://{metrics[1]}/metrics", timeout=SECONDS) as answer:
             closed = re.search(rb'connections_closed_total\{reason="unproven"\} (\S+)', answer.read())

@@ -514,7 +514,7 @@ def test_without_a_list_nothing_is_said_of_one(make_service: Callable[..., Servi
     """A service with no list configured reloads its certificates alone."""
     service = make_service().start()
     os.kill(service.pid, signal.SIGHUP)
-    wait_for(lambda: "the certificates are the same as before\n" in service.log.read_text())
+    service.await_log("the certificates are the same as before\n")
     assert "revo" not in service.log.read_text()
 
 
@@ -582,7 +582,7 @@ def test_a_terminal_that_hangs_up_ends_nothing(make_service: Callable[..., Servi
             stderr=log,
         )
         os.close(theirs)
-        wait_for(lambda: "pjwd: ready on " in service.log.read_text())
+        service.await_log("pjwd: ready on ")
         service.address = service.log.read_text().split("pjwd: ready on ")[1].strip()
         launcher = service.launcher_pid()
         assert os.getpgid(launcher) == os.getsid(service.pid) == service.pid

@@ -485,7 +485,7 @@ def test_a_name_is_served_at_each_of_its_addresses_or_not_at_all(
         (service.certs / f"server.{kind}").unlink()
     authority.write_server(str(service.certs), ["localhost"])
     os.kill(service.pid, signal.SIGHUP)
-    wait_for(lambda: "the certificates are new" in service.log.read_text())
+    service.await_log("the certificates are new")
     shown = {ssl.get_server_certificate((address, port)) for address in ("127.0.0.1", "127.0.0.2")}
     assert shown == {(service.certs / "server.crt").read_text()}
     assert service.stop() == 0
