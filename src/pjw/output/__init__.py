@@ -2,7 +2,7 @@
 
 from pjw.output.follower import follow
 from pjw.output.inotify import Inotify
-from pjw.output.log import Head, OutputLog, is_cut_short, no_head
+from pjw.output.log import Head, OutputLog, describe_job_file, is_cut_short, no_head
 from pjw.output.tail import start_of_tail
 from pjw.output.times import follow_with_times, start_of_time
 
@@ -10,6 +10,7 @@ __all__ = [
     "Head",
     "Inotify",
     "OutputLog",
+    "describe_job_file",
     "follow",
     "follow_with_times",
     "is_cut_short",

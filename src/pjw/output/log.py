@@ -95,7 +95,7 @@ class OutputLog:
         try:
             descriptor = self._open()
         except OSError as error:
-            raise KernelError("open the output", self._path, error.errno or 0) from error
+            raise KernelError("open", describe_job_file(self._path), error.errno or 0) from error
         try:
             yield descriptor
         finally:
@@ -109,7 +109,7 @@ class OutputLog:
         except FileNotFoundError:
             descriptor = None
         except OSError as error:
-            raise KernelError("open the times of", self._path, error.errno or 0) from error
+            raise KernelError("open the times of", describe_job_file(self._path), error.errno or 0) from error
         try:
             yield descriptor
         finally:
@@ -123,6 +123,12 @@ class OutputLog:
             if not self._ended:
                 raise
             return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def describe_job_file(path: str) -> str:
+    """A file of a job in words. Its path is for this process only: it begins with one of its descriptors."""
+    directory, name = os.path.split(path)
+    return f"the {name} of job {os.path.basename(directory)}"
 
 
 def check_whole(descriptor: int, offset: int) -> None:

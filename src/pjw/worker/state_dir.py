@@ -30,7 +30,7 @@ from pjw.errors import RESOURCE_ERRNOS, ConfigError, KernelError, LimitReachedEr
 from pjw.given import require_value
 from pjw.launcher.rooted import require_root_s
 from pjw.model import Job, UsageSample
-from pjw.output import is_cut_short
+from pjw.output import describe_job_file, is_cut_short
 from pjw.worker.record import RECORD_BYTES
 from pjw.worker.store import JobStore
 from pjw.worker.usage import append_sample, read_samples
@@ -194,7 +194,7 @@ class StateDir:
         except FileNotFoundError:
             return 0
         except OSError as error:
-            raise KernelError("look at", path, error.errno or 0) from error
+            raise KernelError("look at", describe_job_file(path), error.errno or 0) from error
 
     def remove_input(self, job_id: int) -> None:
         """Remove the input of a job, which nobody reads any more. Takes the kernel long when it is large."""
