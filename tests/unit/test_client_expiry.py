@@ -93,8 +93,10 @@ def test_who_wants_no_warning_has_none(tmp_path: Path, env: dict[str, str]) -> N
     assert (done.stdout, b"expires" in done.stderr) == (b"", False)
     assert "expires" not in at_terminal({**env, VARIABLE: OFF})[0]
     assert not (tmp_path / "home").exists()
-    for _ in range(2):
-        assert ALICE in at_terminal({**env, "XDG_STATE_HOME": "/proc/none"})[0]
+    # no directory, or none that a user without HOME would find again
+    for home in ("/proc/none", "/proc/none", "relative", "relative"):
+        assert ALICE in at_terminal({**env, "XDG_STATE_HOME": home})[0]
+    assert not Path("relative").exists()
 
 
 @pytest.fixture

@@ -29,18 +29,23 @@ def warn_of_ends(settings: ClientSettings) -> None:
     # an error here does not matter to the command, or the command meets it itself a moment later
     with suppress(PjwError, OSError):
         stamp = _stamp(settings.client_crt)
-        if not _is_of_today(stamp):
+        if stamp is None or not _is_of_today(stamp):
             files = settings.ca_crt, settings.client_crt, settings.client_key
             for words in ends_of(load_client_credentials(*files)):
                 say(f"warning: {words} ({VARIABLE}={OFF} hides this)")
-            _touch(stamp)
+            if stamp is not None:
+                _touch(stamp)
 
 
-def _stamp(client_crt: str) -> str:
+def _stamp(client_crt: str) -> str | None:
     """The path of the empty file for a certificate, in the user's directory for the state of programs."""
     import hashlib
 
     home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    if not os.path.isabs(home):
+        # A user without a home directory: we warn each time. The XDG Base Directory Specification has
+        # programs ignore a relative XDG_STATE_HOME.
+        return None
     digest = hashlib.sha256(read_path(client_crt, "certificate")).hexdigest()
     return os.path.join(home, "pjw", f"expiry-{digest[:32]}")
 
