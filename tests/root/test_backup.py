@@ -151,6 +151,15 @@ def test_a_backup_has_what_it_should_and_nothing_else(service: Service, target: 
     assert held
 
 
+def test_a_copy_leaves_free_what_jobs_need(make_service: Callable[..., Service], target: Path) -> None:
+    """With less free space pjwd would end a job for a backup."""
+    service = make_service(config="[disk]\nfree_bytes_min = 1_000_000_000_000_000\n").start()
+    words = refused(service, target)
+    assert "pjwd says: the copy of the job table takes " in words
+    assert "of which 909T stay free (disk.free_bytes_min)" in words
+    assert not target.exists()
+
+
 def test_a_stopped_pjwd_is_backed_up(service: Service, target: Path) -> None:
     """Also one that was killed, whose table has its latest rows in SQLite's log."""
     first = service.ok("start", "echo one").strip()

@@ -33,6 +33,8 @@ from pjw.worker.state_dir import BACKED_UP, JOBS, TABLE
 IDS_LEFT_OUT: Final = 1_000_000
 # files of the launcher: which user ids jobs have, and where their scratch directories were
 _LAUNCHERS: Final = (RECORD, PLACES_NAME)
+# how long pjwd may take to copy its table, which is gigabytes at most
+_COPY_SECONDS: Final = 300
 _PIECE_BYTES: Final = 16 * 1024 * 1024
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # the first version of the table with the number of bytes of an ended job's output
@@ -189,7 +191,14 @@ def _connection(state_dir: str) -> Iterator[socket.socket | None]:
 
 def _received(server: socket.socket, state_dir: str) -> int:
     """The descriptor that the server sends, the caller's to close."""
-    message, descriptors, _, _ = socket.recv_fds(server, MESSAGE_MAX, 1)
+    server.settimeout(_COPY_SECONDS)
+    try:
+        message, descriptors, _, _ = socket.recv_fds(server, MESSAGE_MAX, 1)
+    except TimeoutError:
+        raise ConfigError(
+            f"cannot back up {state_dir}: pjwd has sent no copy of its job table for {_COPY_SECONDS} s",
+            hint="its disk or pjwd hangs: see the log of pjwd",
+        ) from None
     if message == COPIED and len(descriptors) == 1:
         return descriptors[0]
     for each in descriptors:

@@ -8,10 +8,12 @@ import asyncio
 import logging
 import os
 import socket
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
 from pjw.errors import KernelError, PjwError
+from pjw.worker.settings import DiskMarks
 from pjw.worker.state_dir import StateDir
 from pjw.worker.table_copy import TableCopy
 
@@ -56,8 +58,8 @@ class BackupPort:
         self._listener.close()
         self._copy.close()
 
-    async def serve(self) -> None:
-        """Answer each connection, until cancelled."""
+    async def serve(self, marks: Callable[[], DiskMarks]) -> None:
+        """Answer each connection, until cancelled. A copy leaves as much of the disk free as *marks* say."""
         loop = asyncio.get_running_loop()
         while True:
             try:
@@ -68,12 +70,12 @@ class BackupPort:
                 continue
             with connection:
                 connection.setblocking(False)
-                await self._answer(connection)
+                await self._answer(connection, marks())
 
-    async def _answer(self, connection: socket.socket) -> None:
+    async def _answer(self, connection: socket.socket, marks: DiskMarks) -> None:
         try:
             try:
-                descriptor = await self._state.in_thread(self._copy.take, self._state.store)
+                descriptor = await self._state.in_thread(self._copy.take, self._state.store, marks)
             except PjwError as error:
                 log.error("cannot copy the job table for a backup: %s", error)
                 message, descriptors = (

@@ -160,7 +160,7 @@ async def _run(serving: Serving, state: StateDir, launcher: LauncherProcess) -> 
                 stack.enter_context(metrics.serve(serving.metrics, reloader))
             background.keep("taking calls", server.wait_for_termination())
             background.keep("warnings of certificates", warn_each_day(lambda: reloader.credentials))
-            background.keep("copies for backups", serving.backups.serve())
+            background.keep("copies for backups", serving.backups.serve(lambda: worker.disk_marks))
             background.keep("reloads", reloader.run(lambda: _status(address, worker)))
             ready.info("ready on %s", address, extra=PLAIN)
             notifier.ready(_status(address, worker))

@@ -124,6 +124,15 @@ class JobStore:
         """
         self._guarded(self._db.backup, target, pages=_COPY_PAGES, sleep=_COPY_WAIT_SECONDS)
 
+    def size_bytes(self) -> int:
+        """How large a copy of the table is; call it from any thread."""
+        return self._guarded(self._size_bytes)
+
+    def _size_bytes(self) -> int:
+        ((pages,),) = self._db.execute("PRAGMA page_count")
+        ((page_bytes,),) = self._db.execute("PRAGMA page_size")
+        return int(pages * page_bytes)
+
     async def client_number(self, name: str) -> int:
         """The number of a client, from 0 on, given at its first job and never to another."""
         return await self._run(self._client_number, name)

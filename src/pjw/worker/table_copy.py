@@ -10,7 +10,9 @@ import sqlite3
 from contextlib import suppress
 from typing import Final
 
-from pjw.errors import KernelError
+from pjw.amounts import size_in_words
+from pjw.errors import KernelError, LimitReachedError
+from pjw.worker.settings import DiskMarks
 from pjw.worker.store import JobStore
 
 _NAME: Final = "table-copy"
@@ -42,13 +44,26 @@ class TableCopy:
         except sqlite3.Error as error:
             raise KernelError("make", f"{path} ({error})", 0) from error
 
-    def take(self, store: JobStore) -> int:
+    def take(self, store: JobStore, marks: DiskMarks) -> int:
         """Copy the table; the descriptor of the copy, ours to close. Blocks for as long as the disk takes.
 
-        Raises LimitReachedError when the disk is full, and KernelError.
+        Raises LimitReachedError when the disk is full, or would have less free than *marks* say; and
+        KernelError.
         """
+        self._require_space(store.size_bytes(), marks)
         store.copy_to(self._db)
         return self._descriptor
+
+    def _require_space(self, needed: int, marks: DiskMarks) -> None:
+        # with less free space pjwd would end a client's job (disk.py)
+        status = os.fstatvfs(self._descriptor)
+        free, mark = status.f_bavail * status.f_frsize, marks.bytes_of(status.f_blocks * status.f_frsize)
+        if free - needed < mark:
+            raise LimitReachedError(
+                f"the copy of the job table takes {size_in_words(needed)}, and the file system of the state"
+                f" directory has {size_in_words(free)} free, of which {size_in_words(mark)} stay free"
+                " (disk.free_bytes_min)"
+            )
 
     def clear(self) -> None:
         """Free the space of the copy. Raises KernelError."""

@@ -36,7 +36,7 @@ from pjw.worker.numbers import WorkerNumbers, count_all
 from pjw.worker.pages import ALL_JOBS, JobFilter, Page
 from pjw.worker.quota import RunningJobs, StoredBytes, most_of_one_job
 from pjw.worker.retention import Pruner
-from pjw.worker.settings import NO_LIMIT_ONLY, WorkerSettings
+from pjw.worker.settings import NO_LIMIT_ONLY, DiskMarks, WorkerSettings
 from pjw.worker.starts import Starts
 from pjw.worker.state_dir import StateDir
 from pjw.worker.stopping import Stopping
@@ -178,6 +178,11 @@ class Worker:
         self._held.close()
         self._disk.close()
         self._state.close()
+
+    @property
+    def disk_marks(self) -> DiskMarks:
+        """How much of each file system that jobs write to stays free."""
+        return self._disk.marks
 
     @property
     def live_count(self) -> int:
