@@ -4,7 +4,13 @@ import asyncio
 
 import pytest
 
-from pjw.worker.launch_turns import AT_ONCE_OF_ONE, LaunchTurns
+from pjw.worker import launch_turns
+from pjw.worker.launch_turns import (
+    AT_ONCE_ALONE,
+    AT_ONCE_BESIDE_OTHERS,
+    RECENT_SECONDS,
+    LaunchTurns,
+)
 
 
 async def test_a_client_has_so_many_at_a_time_in_order() -> None:
@@ -20,14 +26,14 @@ async def test_a_client_has_so_many_at_a_time_in_order() -> None:
 
     tasks = [asyncio.create_task(launch(number)) for number in range(10)]
     await settled()
-    assert begun == list(range(AT_ONCE_OF_ONE))
+    assert begun == list(range(AT_ONCE_ALONE))
     over[0].set()
     over[1].set()
     tasks[2].cancel()
     # one that waits
-    tasks[AT_ONCE_OF_ONE].cancel()
+    tasks[AT_ONCE_ALONE].cancel()
     await settled()
-    assert begun == [number for number in range(AT_ONCE_OF_ONE + 4) if number != AT_ONCE_OF_ONE]
+    assert begun == [number for number in range(AT_ONCE_ALONE + 4) if number != AT_ONCE_ALONE]
     for event in over:
         event.set()
     with pytest.raises(OSError, match="told"):
@@ -49,6 +55,61 @@ async def test_another_is_not_behind_them() -> None:
     async with asyncio.timeout(1), turns.turn("bob"):
         over.set()
     await asyncio.wait(tasks)
+
+
+async def test_beside_others_a_client_has_fewer_at_a_time() -> None:
+    """Until nobody else has launched for a while; then as many as before go on."""
+    now, begun = 0.0, list[int]()
+    turns, over = LaunchTurns(lambda: now), [asyncio.Event() for _ in range(20)]
+
+    async def launch(number: int) -> None:
+        async with turns.turn("alice"):
+            begun.append(number)
+            await over[number].wait()
+
+    async def end(number: int) -> int:
+        """End one launch; how many are under way then."""
+        over[number].set()
+        await settled()
+        return len(begun) - sum(event.is_set() for event in over)
+
+    tasks = [asyncio.create_task(launch(number)) for number in range(20)]
+    await settled()
+    assert len(begun) == AT_ONCE_ALONE
+    async with turns.turn("bob"):
+        pass
+    under_way = [await end(number) for number in range(AT_ONCE_ALONE)]
+    assert under_way == [max(AT_ONCE_BESIDE_OTHERS, AT_ONCE_ALONE - number) for number in range(1, 5)]
+    assert begun == list(range(len(begun)))
+    now += RECENT_SECONDS + 0.1
+    assert await end(AT_ONCE_ALONE) == AT_ONCE_ALONE
+    for event in over:
+        event.set()
+    await asyncio.wait(tasks)
+    assert turns._lines == {}
+
+
+async def test_a_launch_that_takes_long_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for a disk, say. But a client never has more at a time than one that is alone."""
+    monkeypatch.setattr(launch_turns, "SLOW_SECONDS", 0.01)
+    turns, begun, over = LaunchTurns(), asyncio.Queue[int](), asyncio.Event()
+
+    async def launch(number: int) -> None:
+        async with turns.turn("alice"):
+            begun.put_nowait(number)
+            await over.wait()
+
+    async with turns.turn("bob"):
+        pass
+    tasks = [asyncio.create_task(launch(number)) for number in range(AT_ONCE_ALONE + 2)]
+    async with asyncio.timeout(1):
+        assert [await begun.get() for _ in range(AT_ONCE_ALONE)] == list(range(AT_ONCE_ALONE))
+    # the timers of all of them are over
+    await asyncio.sleep(0.02)
+    assert begun.empty()
+    over.set()
+    await asyncio.wait(tasks)
+    assert turns._lines == {}
 
 
 async def settled() -> None:

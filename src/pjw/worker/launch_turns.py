@@ -1,41 +1,106 @@
 """Launches under way: so many of a client at a time, the others in turn.
 
 The launcher takes requests as they come. So what one client has before another's start is a few launches,
-however many starts it asks for at once (S10).
+however many starts it asks for at once (S10). It has fewer beside other clients than alone.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from typing import Final
 
 # Enough to keep launcher and processors busy: a launch is mostly the kernel's work, beside the next one.
-AT_ONCE_OF_ONE: Final = 4
+AT_ONCE_ALONE: Final = 4
+# Each launch keeps a processor busy: beside two at a time of one client, another's stop took 3.3 times as long
+# as beside a client that starts and stops one job after the other, and beside one at a time 2.0 times.
+AT_ONCE_BESIDE_OTHERS: Final = 1
+# how long a client counts after its last launch
+RECENT_SECONDS: Final = 1.0
+# A launch that takes longer waits for something else than a processor, such as a disk: the next need not wait.
+SLOW_SECONDS: Final = 0.25
 
 
 class _Line:
     """The starts of one client."""
 
     def __init__(self) -> None:
-        self.free: Final = asyncio.Semaphore(AT_ONCE_OF_ONE)
-        self.users = 0
+        self.under_way = 0
+        # of these, how many take long
+        self.slow = 0
+        self.waiting: Final[deque[asyncio.Future[None]]] = deque()
 
 
 class LaunchTurns:
     """Who may launch now."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock: Final = clock
         self._lines: Final[dict[str, _Line]] = {}
+        # when each client last had a turn, in that order; those that are not recent any more are forgotten
+        self._recent: Final[dict[str, float]] = {}
 
     @asynccontextmanager
     async def turn(self, client_name: str) -> AsyncGenerator[None, None]:
         """Wait for a client's turn, and have it for as long as the context lasts."""
         line = self._lines.setdefault(client_name, _Line())
-        line.users += 1
+        if line.waiting or not self._has_room(client_name, line):
+            await self._wait(client_name, line)
+        else:
+            line.under_way += 1
+        self._note(client_name)
+        slow = False
+
+        def note_slow() -> None:
+            nonlocal slow
+            slow = True
+            line.slow += 1
+            self._go_on(client_name, line)
+
+        timer = asyncio.get_running_loop().call_later(SLOW_SECONDS, note_slow)
         try:
-            async with line.free:
-                yield
+            yield
         finally:
-            line.users -= 1
-            if not line.users:
-                del self._lines[client_name]
+            timer.cancel()
+            self._note(client_name)
+            line.under_way -= 1
+            line.slow -= slow
+            self._go_on(client_name, line)
+
+    async def _wait(self, client_name: str, line: _Line) -> None:
+        turn = asyncio.get_running_loop().create_future()
+        line.waiting.append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            # the turn may have come in the same round of the loop
+            if turn.done() and not turn.cancelled():
+                line.under_way -= 1
+            self._go_on(client_name, line)
+            raise
+
+    def _go_on(self, client_name: str, line: _Line) -> None:
+        """Give turns to those that have waited longest."""
+        while line.waiting and (line.waiting[0].done() or self._has_room(client_name, line)):
+            turn = line.waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                line.under_way += 1
+        if not line.under_way and not line.waiting:
+            del self._lines[client_name]
+
+    def _has_room(self, client_name: str, line: _Line) -> bool:
+        if line.under_way >= AT_ONCE_ALONE:
+            return False
+        return line.under_way - line.slow < AT_ONCE_BESIDE_OTHERS or self._is_alone(client_name)
+
+    def _is_alone(self, client_name: str) -> bool:
+        before = self._clock() - RECENT_SECONDS
+        while self._recent and self._recent[oldest := next(iter(self._recent))] < before:
+            del self._recent[oldest]
+        return not self._recent or (len(self._recent) == 1 and client_name in self._recent)
+
+    def _note(self, client_name: str) -> None:
+        self._recent.pop(client_name, None)
+        self._recent[client_name] = self._clock()
