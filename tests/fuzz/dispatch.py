@@ -34,6 +34,10 @@ STARTING = frozenset({"os.posix_spawn", "os.exec", "os.fork", "os.system", "subp
 class Cgroup:
     """The cgroup of an ended job."""
 
+    def make_equal(self) -> None:
+        """No job has been launched here."""
+        raise AssertionError("a job that was not launched has got its weight")
+
     def pids(self) -> list[int]:
         """Nothing runs in it."""
         return []

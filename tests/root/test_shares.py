@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -12,7 +13,8 @@ import pytest
 
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
-from tests.service import CALL_SECONDS, Service, instance_cgroups, reloaded, wait_for
+from pjw.worker.settings import WAITING_INITS
+from tests.service import CALL_SECONDS, Service, instance_cgroups, reloaded, wait_for, waiting_ids
 
 MIB: Final = 1024**2
 BURN: Final = "while :; do :; done"
@@ -86,6 +88,30 @@ def test_clients_weigh_what_the_operator_says_however_many_jobs_they_have(
         service.config = "[clients]\nweight = 200\n"
         service.start()
         assert client_value(service, {"cpu.shares", "cpu.weight"}) in ({2048}, {200})
+
+
+def test_an_init_is_quick_beside_busy_jobs_and_its_job_is_like_the_others(
+    make_service: Callable[..., Service],
+) -> None:
+    """A launch holds locks of the kernel that the launches of all other clients wait for (S5)."""
+    service = make_service(config="").start()
+    number = service.start_job("exec sleep 1000")
+    wait_for(lambda: len(waiting_ids(service.state)) == WAITING_INITS)
+    [path] = [
+        path
+        for top in instance_cgroups(service.state)
+        for name in ("cpu.shares", "cpu.weight")
+        for path in top.glob(f"client-*/job-{number}/{name}")
+    ]
+    weights = {int(each.read_text()) for each in path.parent.parent.glob(f"job-*/{path.name}")}
+    usual, most = (1024, 262_144) if path.name == "cpu.shares" else (100, 10_000)
+    assert weights == {usual, most}
+    assert int(path.read_text()) == usual
+    # as it is when the launcher is killed between the command's exec and this
+    path.write_text(str(most))
+    service.stop(signal.SIGKILL)
+    service.start()
+    assert int(path.read_text()) == usual
 
 
 def test_a_client_s_sum_of_memory_ends_its_own_job(make_service: Callable[..., Service]) -> None:

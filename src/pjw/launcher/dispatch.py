@@ -299,6 +299,11 @@ class Launcher:
             case Cloned(pidfd):
                 init.pidfd = self._inits[init.job_id] = pidfd
             case Execed(started_ns):
+                try:
+                    init.cgroup.make_equal()
+                except KernelError as error:
+                    self._fail(launch, error)
+                    return
                 self._watcher.unwatch(init.report)
                 init.report.close()
                 del self._launching[init.job_id]
@@ -366,6 +371,8 @@ class Launcher:
             if pidfd is None:
                 # processes without their init cannot be: it ends after them all
                 return (protocol.Adopted(alive=False, known=True),)
+            # a launcher that was killed may have left that to us
+            cgroup.make_equal()
             self._inits[request.job_id] = pidfd
         return protocol.Adopted(alive=True, known=True), self._inits[request.job_id]
 

@@ -29,6 +29,15 @@ class Cgroup(Protocol):
         the context: spawn init there.
         """
 
+    def make_equal(self) -> None:
+        """Give it the weight of processor time that each job of a client has; `create` gave it far more.
+
+        While init makes the job's namespaces and mounts, it holds locks of the kernel that every other launch
+        waits for. Beside a hundred busy jobs of its client it would hold them for seconds.
+
+        Raises KernelError.
+        """
+
     def pids(self) -> list[int]:
         """The live processes, by their pids here, sorted."""
 

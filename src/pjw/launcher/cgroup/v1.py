@@ -17,6 +17,9 @@ from pjw.model import DEFAULT_SHARE, WEIGHT_DEFAULT, GroupUse, Limits, Share, Su
 
 CONTROLLERS: Final = ("cpu", "cpuacct", "memory", "pids")
 IO_CONTROLLER: Final = "blkio"
+# the most that the kernel takes, and its default: MAX_SHARES and NICE_0_LOAD in kernel/sched
+_SHARES_MAX: Final = 262_144
+_SHARES_DEFAULT: Final = 1024
 
 
 def mounted_controllers(mounts: Sequence[files.Mount]) -> dict[str, str]:
@@ -99,7 +102,9 @@ class V1Hierarchy:
         if uid not in self._places:
             return []
         place, subject = client_place(uid), f"client {uid}"
-        self._write("cpu", place, "cpu.shares", str(max(2, share.weight * 1024 // WEIGHT_DEFAULT)), subject)
+        self._write(
+            "cpu", place, "cpu.shares", str(max(2, share.weight * _SHARES_DEFAULT // WEIGHT_DEFAULT)), subject
+        )
         self._weigh_io(place, share.weight)
         not_set = self._set_sums(place, share.sums, subject)
         self._shares[uid] = share
@@ -191,6 +196,7 @@ class V1Hierarchy:
     def _settings(
         self, limits: Limits, uid: int, share: Share, subject: str
     ) -> Iterator[tuple[str, str, str]]:
+        yield "cpu", "cpu.shares", str(_SHARES_MAX)
         if limits.cpu_max_millicores:
             # also what its client is to have and cannot yet, or the next job would keep it from that again
             wanted = min(
@@ -247,6 +253,10 @@ class V1Cgroup:
             descriptors = stack.enter_context(files.inheritable(paths, os.O_WRONLY, self._subject))
             lifts = stack.enter_context(throttles.lift_options(blkio, self._throttled_disks, self._subject))
             yield [*(word for number in descriptors for word in ("--cgroup-procs-fd", str(number))), *lifts]
+
+    def make_equal(self) -> None:
+        path = f"{self.by_controller['cpu']}/cpu.shares"
+        files.write_text(path, str(_SHARES_DEFAULT), f"cpu.shares of {self._subject}")
 
     def pids(self) -> list[int]:
         # init enters one hierarchy after the other, and may die between two of them

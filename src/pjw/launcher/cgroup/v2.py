@@ -107,6 +107,11 @@ def _enable(directory: str, controllers: Sequence[str]) -> None:
         ) from error
 
 
+# the most that the kernel takes, and its default (admin-guide/cgroup-v2.rst, cpu.weight)
+_WEIGHT_MAX: Final = 10_000
+_WEIGHT_DEFAULT: Final = 100
+
+
 class V2Hierarchy:
     """The jobs of one instance."""
 
@@ -235,6 +240,7 @@ class V2Hierarchy:
         return files.read_text(f"{self._parent}/{place}/{name}", f"{name} of {place}")
 
     def _settings(self, limits: Limits, subject: str) -> Iterator[tuple[str, str]]:
+        yield "cpu.weight", str(_WEIGHT_MAX)
         if limits.cpu_max_millicores:
             quota = limits.cpu_max_millicores * files.CPU_PERIOD_USEC // 1000
             yield "cpu.max", f"{min(quota, files.CPU_QUOTA_MAX_USEC)} {files.CPU_PERIOD_USEC}"
@@ -282,6 +288,10 @@ class V2Cgroup:
                 *("--cgroup-fd", str(descriptors[0]), "--cgroup", self.directory),
                 *stack.enter_context(lifts),
             ]
+
+    def make_equal(self) -> None:
+        path = f"{self.directory}/cpu.weight"
+        files.write_text(path, str(_WEIGHT_DEFAULT), f"cpu.weight of {self._subject}")
 
     def pids(self) -> list[int]:
         return files.read_pids(self.directory)
