@@ -241,12 +241,14 @@ class V1Cgroup:
 
     @contextmanager
     def init_arguments(self) -> Iterator[list[str]]:
-        paths = [f"{directory}/cgroup.procs" for directory in self.directories]
+        # Not cgroup.procs: to move all threads of a process the kernel first waits for every fork of the host
+        # (cgroup_threadgroup_rwsem), for milliseconds. Init has one thread, and moves that.
+        paths = [f"{directory}/tasks" for directory in self.directories]
         blkio = self.by_controller.get(IO_CONTROLLER, "")
         with ExitStack() as stack:
             descriptors = stack.enter_context(files.inheritable(paths, os.O_WRONLY, self._subject))
             lifts = stack.enter_context(throttles.lift_options(blkio, self._throttled_disks, self._subject))
-            yield [*(word for number in descriptors for word in ("--cgroup-procs-fd", str(number))), *lifts]
+            yield [*(word for number in descriptors for word in ("--cgroup-tasks-fd", str(number))), *lifts]
 
     def pids(self) -> list[int]:
         # init enters one hierarchy after the other, and may die between two of them

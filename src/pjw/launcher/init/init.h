@@ -93,8 +93,8 @@ struct options {
     bool split_stderr;
     bool input; /* the order comes with a descriptor of the input */
     int input_fd;
-    int cgroup_procs_fds[CGROUPS_MAX];
-    int cgroup_procs_count;
+    int cgroup_tasks_fds[CGROUPS_MAX];
+    int cgroup_tasks_count;
     int lift_fds[LIFTS_MAX];       /* the files of the cgroup that hold its limits of disk IO, one disk a line */
     const char *lifts[LIFTS_MAX];  /* what is written to each of them to lift one disk's */
     int lift_fds_count, lifts_count;

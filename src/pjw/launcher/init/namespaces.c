@@ -41,13 +41,13 @@ int clone_init(const struct options *options, int *pidfd) {
 /*
  * cgroup v1 has no CLONE_INTO_CGROUP. init enters by itself, before anything else, and not the first stage
  * before the clone: that would count in the job's pids as well until the launcher reaps it, and a job with
- * pids_max 2 could not start.
+ * pids_max 2 could not start. The files are `tasks`, which take one thread: we have no other.
  */
 int enter_cgroups(const struct options *options) {
-    for (int i = 0; i < options->cgroup_procs_count; i++) {
-        if (write(options->cgroup_procs_fds[i], "0", 1) != 1)
+    for (int i = 0; i < options->cgroup_tasks_count; i++) {
+        if (write(options->cgroup_tasks_fds[i], "0", 1) != 1)
             return errno;
-        close(options->cgroup_procs_fds[i]);
+        close(options->cgroup_tasks_fds[i]);
     }
     if (options->cgroup_fd >= 0)
         close(options->cgroup_fd);

@@ -12,7 +12,7 @@
 #include <unistd.h>
 
 enum option_id {
-    REPORT_FD = 1, STATUS_FD, OUTPUT_FD, COMMAND_FD, CGROUP_FD, CGROUP_PROCS_FD, USER_ID, GROUP_ID, HOSTNAME,
+    REPORT_FD = 1, STATUS_FD, OUTPUT_FD, COMMAND_FD, CGROUP_FD, CGROUP_TASKS_FD, USER_ID, GROUP_ID, HOSTNAME,
     SCRATCH, HIDE, TMP_BYTES, OUTPUT_MAX, TIME_MAX, WAIT, SPLIT_STDERR, TIMES_FD, STDERR_FD, STDERR_TIMES_FD,
     INPUT, INPUT_FD, LIFT_FD, LIFT, VISIBLE, BOUND, COVER, TELL, GRACE, CGROUP,
 };
@@ -27,7 +27,7 @@ static const struct option OPTIONS[] = {
     {"command-fd", required_argument, NULL, COMMAND_FD | LINE},
     {"cgroup-fd", required_argument, NULL, CGROUP_FD | LINE},
     {"cgroup", required_argument, NULL, CGROUP | LINE},
-    {"cgroup-procs-fd", required_argument, NULL, CGROUP_PROCS_FD | LINE},
+    {"cgroup-tasks-fd", required_argument, NULL, CGROUP_TASKS_FD | LINE},
     {"uid", required_argument, NULL, USER_ID | LINE | ORDER},
     {"gid", required_argument, NULL, GROUP_ID | LINE | ORDER},
     {"hostname", required_argument, NULL, HOSTNAME | LINE},
@@ -208,10 +208,10 @@ static int take_options(int argc, char **argv, enum phase phase, struct options 
         /* not 0 to 2, which tidy_standard_fds() may close */
         case CGROUP_FD: options->cgroup_fd = descriptor(name, optarg, 3); break;
         case CGROUP: options->cgroup = path(name, optarg); break;
-        case CGROUP_PROCS_FD:
-            if (options->cgroup_procs_count == CGROUPS_MAX)
+        case CGROUP_TASKS_FD:
+            if (options->cgroup_tasks_count == CGROUPS_MAX)
                 refuse(name, optarg, "too many of them");
-            options->cgroup_procs_fds[options->cgroup_procs_count++] = descriptor(name, optarg, 3);
+            options->cgroup_tasks_fds[options->cgroup_tasks_count++] = descriptor(name, optarg, 3);
             break;
         /* (uid_t)-1 is "leave it" to setresuid(2): root */
         case USER_ID: options->uid = (uid_t)number(name, optarg, 1, UINT32_MAX - 1); break;
