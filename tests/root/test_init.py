@@ -950,7 +950,7 @@ def test_cgroup_v1_is_entered(init: Harness, scratch: Path) -> None:
         paths = [stack.enter_context(own_cgroup(mount)) for mount in dict.fromkeys(mounts.values())]
         (mounts["pids"] / f"pjw/test-{os.getpid()}/pids.max").write_text("2")
         fds = [os.open(path / "tasks", os.O_WRONLY | os.O_CLOEXEC) for path in paths]
-        options = [word for fd in fds for word in ("--cgroup-tasks-fd", str(fd))]
+        options = [word for fd in fds for word in ("--cgroup-procs-fd", str(fd))]
         options += ["--scratch", str(scratch)]
         os.mkfifo(scratch / "go")
         os.chown(scratch / "go", JOB_UID, JOB_UID)
@@ -1015,7 +1015,7 @@ def test_cgroup_v2_is_cloned_into(init: Harness) -> None:
         (["--hide", "relative"], b"not an absolute path"),
         (["--hide", "/x"] * 65, b"too many of them"),
         (["--visible", "/x"] * 129, b"too many of them"),
-        (["--cgroup-tasks-fd", "0"], b"out of range"),
+        (["--cgroup-procs-fd", "0"], b"out of range"),
         (["--command-fd", "0"], b"the command is given twice"),
     ],
 )
