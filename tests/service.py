@@ -132,6 +132,10 @@ class Service:
         ]
         return launcher
 
+    def spawner_pid(self) -> int | None:
+        """The pid of the process that clones inits: a child of the launcher's; None before the first init."""
+        return spawner_of(self.launcher_pid())
+
     def stop(self, number: int = signal.SIGTERM) -> int:
         """End pjwd with a signal; its exit code."""
         assert self.process is not None
@@ -294,6 +298,14 @@ class Service:
         group = next(group for group in self.job_cgroups() if group.name == f"job-{job_id}")
         pids = [int(pid) for pid in (group / "cgroup.procs").read_text().split()]
         return next(pid for pid in pids if Path(f"/proc/{pid}/comm").read_text() == "pjw-init\n")
+
+
+def spawner_of(launcher: int) -> int | None:
+    """The process that clones inits for a launcher, if it has one."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    # a new init still has its command line; it is younger
+    lines = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
+    return next((pid for pid, line in lines.items() if line.startswith(b"pjw-init: spawner\0")), None)
 
 
 def reloaded(service: Service, config: str) -> list[str]:

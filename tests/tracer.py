@@ -130,7 +130,7 @@ class _Following:
             return
         if event in _EVENT_FORKS:
             self._on_fork(tid)
-        elif event == _EVENT_EXEC and self._generation[tid] == self._wanted == 3:
+        elif event == _EVENT_EXEC and self._generation[tid] == self._wanted == 2:
             sys.exit()  # from here on it is the job's own
         elif event == _EVENT_STOP and number in (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN):
             _ptrace(_LISTEN, tid)

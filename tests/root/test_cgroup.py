@@ -243,8 +243,10 @@ def test_init_enters_by_the_descriptors(create: Callable[..., Cgroup]) -> None:
     with cgroup.init_arguments() as arguments:
         # --cgroup is the path at which the job is shown it, with cgroup v2
         ways = [pair for pair in zip(arguments[::2], arguments[1::2], strict=True) if pair[0] != "--cgroup"]
-        words = [word for pair in ways for word in pair]
+        words = [str(word) for pair in ways for word in pair]
         descriptors = [int(number) for _, number in ways]
+        for number in descriptors:
+            os.set_inheritable(number, True)
         pid = os.posix_spawn(
             sys.executable,
             [sys.executable, "-I", "-S", "-c", code, *words],

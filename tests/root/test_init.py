@@ -949,7 +949,7 @@ def test_cgroup_v1_is_entered(init: Harness, scratch: Path) -> None:
     with contextlib.ExitStack() as stack:
         paths = [stack.enter_context(own_cgroup(mount)) for mount in dict.fromkeys(mounts.values())]
         (mounts["pids"] / f"pjw/test-{os.getpid()}/pids.max").write_text("2")
-        fds = [os.open(path / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC) for path in paths]
+        fds = [os.open(path / "tasks", os.O_WRONLY | os.O_CLOEXEC) for path in paths]
         options = [word for fd in fds for word in ("--cgroup-procs-fd", str(fd))]
         options += ["--scratch", str(scratch)]
         os.mkfifo(scratch / "go")

@@ -130,7 +130,7 @@ class Surroundings:
             if program is None or not status:
                 continue  # it has just ended
             uids = {int(uid) for uid in status["Uid"].split()[:3]}
-            if uids == {0} and launched:
+            if uids == {0} and (launched or is_spawner(pid)):
                 assert program.endswith("/pjw/launcher/pjw-init"), (pid, program)
             else:
                 assert all(first <= uid < first + UIDS for uid in uids), (pid, program, uids)
@@ -183,6 +183,11 @@ def program_of(pid: int) -> str | None:
         return os.readlink(f"/proc/{pid}/exe")
     except (FileNotFoundError, ProcessLookupError):
         return None
+
+
+def is_spawner(pid: int) -> bool:
+    """Whether it is the process that clones inits, which stays also when no job has come of it."""
+    return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"pjw-init: spawner\0")
 
 
 def children(pid: int) -> list[int]:

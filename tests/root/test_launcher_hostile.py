@@ -459,12 +459,12 @@ def test_a_launch_with_a_descriptor_of_the_wrong_kind(
 
 def test_refused_launches_leave_no_descriptor(bench: Bench, peer: Peer) -> None:
     """However many descriptors come with refused requests, the launcher keeps none."""
-    # two for each init that will wait
-    before = peer.open_descriptors() + 2 * WAITING_INITS
+    # two for each init that will wait, and for the spawner
+    before = peer.open_descriptors() + 2 * WAITING_INITS + 2
     for _ in range(20):
         assert isinstance(peer.launch(1, uid=0), Refused)
         assert isinstance(peer.launch(1, argv=["/nonexistent"]), Refused)
-    # the first stage of the last launch may still be ending; each request gives the launcher a turn
+    # the last launch may still be ending; each request gives the launcher a turn
     deadline = time.monotonic() + DEADLINE_SECONDS
     while peer.open_descriptors() != before:
         assert time.monotonic() < deadline
@@ -986,8 +986,8 @@ def test_requests_in_mid_launch(bench: Bench, peer: Peer) -> None:
         Terminate(1),
         Launch(1, peer.uid + 1, NO_LIMITS),
     ]
-    # two for each init that will wait
-    before = peer.open_descriptors() + 2 * WAITING_INITS
+    # two for each init that will wait, and for the spawner
+    before = peer.open_descriptors() + 2 * WAITING_INITS + 2
     for turn in range(40):
         # from one that comes right after the launch to one that comes when it is nearly over
         requests: list[Request] = [Launch(1, peer.uid, NO_LIMITS), *[JobIds(0)] * turn, *later]
@@ -1006,7 +1006,7 @@ def test_requests_in_mid_launch(bench: Bench, peer: Peer) -> None:
         while peer.ask(Remove(1)) != Done():
             peer.ask(Kill(1, init_too=True))
         assert bench.cgroups() == bench.scratch() == []
-    # the first stage of the last launch may still be ending; each request gives the launcher a turn
+    # the last launch may still be ending; each request gives the launcher a turn
     deadline = time.monotonic() + DEADLINE_SECONDS
     while peer.open_descriptors() != before:
         assert time.monotonic() < deadline

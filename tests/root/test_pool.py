@@ -68,9 +68,9 @@ async def test_an_operator_can_tell_who_waits(bench: Bench, worker: Worker) -> N
     await run(worker, ["true"])
     init = waiting(bench)[2]
     shown = Path(f"/proc/{init}/cmdline")
-    assert shown.read_bytes().startswith(b"pjw-init: waiting\0--report-fd\0")
+    assert shown.read_bytes().startswith(b"pjw-init: waiting\0--hostname\0job-2\0--scratch\0")
     await start(worker, ["sleep", "60"])
-    assert shown.read_bytes().startswith(b"pjw-init: running\0--report-fd\0")
+    assert shown.read_bytes().startswith(b"pjw-init: running\0--hostname\0job-2\0--scratch\0")
 
 
 async def test_none_waits_before_the_first_start(bench: Bench, worker: Worker) -> None:

@@ -68,6 +68,7 @@ class Faults(threading.Thread):
             "server stopped for a while": 3,
             "launcher stopped for a while": 3,
             "kill of inits": 6,
+            "kill of the spawner": 3,
         }
         next_fault = time.monotonic() + 3
         while not self._ledger.stop.wait(0.5):
@@ -104,6 +105,10 @@ class Faults(threading.Thread):
                 self._service.start()
             case "kill of inits":
                 self._kill_inits()
+            case "kill of the spawner":
+                spawner = self._service.spawner_pid()
+                if spawner is not None:
+                    os.kill(spawner, signal.SIGKILL)
             case _:
                 pid = server if kind.startswith("server") else launcher
                 os.kill(pid, signal.SIGSTOP)

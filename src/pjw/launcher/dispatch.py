@@ -49,7 +49,7 @@ from pjw.model import Usage
 
 # What a launch takes while it is under way; and what is kept for all else that must go on when a client
 # has taken the rest: to watch, account and remove, and to receive the next request.
-LAUNCH_DESCRIPTORS: Final = 3
+LAUNCH_DESCRIPTORS: Final = 2
 SPARE_DESCRIPTORS: Final = 32
 # A launch takes milliseconds. One that takes so long is stuck in what its client asked for, such as the exec
 # of a file on a dead NFS server, or its limits are too tight.
@@ -282,8 +282,7 @@ class Launcher:
         if init.pidfd >= 0:
             self._inits[request.job_id] = init.pidfd
         launch.timer = self._watcher.call_after(LAUNCH_SECONDS, lambda: self._on_late(launch, init))
-        self._watcher.unwatch(init.report)
-        self._watcher.watch(init.report, lambda: self._on_report(launch, init))
+        self._watcher.watch_instead(init.report, lambda: self._on_report(launch, init))
 
     def _require_room(self, job_id: int, come: int) -> None:
         # A descriptor that cannot be had once init runs would end us, see main().

@@ -25,7 +25,7 @@ from pjw.launcher.departures import Departures, Waiter
 from pjw.launcher.policy import JOB_ID_MAX, Policy
 from pjw.launcher.processes import Watcher, has_ended, is_ready
 from pjw.launcher.scratch import Scratch
-from pjw.launcher.spawn import Cloned, read_report, spawn_init
+from pjw.launcher.spawn import Cloned, Spawner, read_report
 from pjw.launcher.visible import MOUNTINFO, Place, places_of, read_mounts
 from pjw.model import Limits, Share
 
@@ -71,6 +71,7 @@ class Pool:
         self._size: Final = policy.waiting_inits
         self._hierarchy: Final = hierarchy
         self._scratch: Final = scratch
+        self._spawner: Final = Spawner(watcher, policy, scratch.directory)
         self._waiting: Final[dict[int, Init]] = {}
         self._wanted: list[int] = []
         # the client, its share, and the limits that are guessed
@@ -209,14 +210,13 @@ class Pool:
             raise
         try:
             made_at = time.monotonic()
-            pid, report = spawn_init(job_id, self._policy, self._places, cgroup, scratch)
+            report = self._spawner.spawn(job_id, self._places, cgroup, scratch)
         except (OSError, PjwError) as error:
             self._begin_departure(job_id, cgroup)
             self._departures.go_on(job_id)
             if isinstance(error, OSError):
                 raise KernelError("spawn init of", f"job {job_id}", error.errno or 0) from error
             raise
-        self._watcher.reap_helper(pid)
         return Init(job_id, uid, limits, cgroup, report, made_at)
 
     def discard(
@@ -294,6 +294,7 @@ class Pool:
         self._open = False
         self.empty()
         self._departures.settle()
+        self._spawner.close()
         self._mounts.close()
 
 

@@ -128,6 +128,14 @@ class Watcher:
         """Call *callback* whenever *source* is readable, until `unwatch`."""
         self._selector.register(source, selectors.EVENT_READ, callback)
 
+    def watch_instead(self, source: socket.socket, callback: Callable[[], None]) -> None:
+        """The same, in the place of another callback if there is one; *source* has been open since then."""
+        try:
+            # spares the kernel an end and a beginning
+            self._selector.modify(source, selectors.EVENT_READ, callback)
+        except KeyError:
+            self.watch(source, callback)
+
     def unwatch(self, source: socket.socket | int) -> None:
         """Do not any more; nothing happens where it was not watched."""
         with contextlib.suppress(KeyError):
@@ -149,7 +157,11 @@ class Watcher:
             collect(pidfd)
             then()
 
-        self.watch(pidfd, on_end)
+        try:
+            self.watch(pidfd, on_end)
+        except OSError:
+            os.close(pidfd)
+            raise
 
     def run_once(self, seconds: float | None = None) -> bool:
         """Call all who are due, within so many seconds or whenever one is. Whether a descriptor was."""

@@ -126,8 +126,8 @@ class Scratch:
         return path
 
     def give_to(self, job_id: int, uid: int) -> None:
-        """Make the directory of a job its owner's alone. Raises KernelError."""
-        path = self.path(job_id)
+        """Make the directory of a job, which `create` has made, its owner's alone. Raises KernelError."""
+        path = os.path.join(self._path, str(job_id))
         try:
             os.chown(path, uid, uid, follow_symlinks=False)
         except OSError as error:

@@ -1,26 +1,37 @@
-"""Spawns pjw-init, tells it what to start, and listens to its report.
+"""Has inits spawned, tells each what to start, and listens to its report.
 
-The report is a few short datagrams in words: `cloned` with a pidfd of init, then
+The spawner is pjw-init in another role: a process that clones inits as it is told to.
+
+The report of an init is a few short datagrams in words: `cloned` with a pidfd of init, then
 `execed NANOSECONDS` or `failed STEP ERRNO WORDS`. After `execed`, or at its end, the socket closes.
 The other way goes one datagram: the order, in the words of init's own options.
 """
 
 import array
+import itertools
 import os
 import socket
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from pjw.errors import ProtocolError
 from pjw.launcher.cgroup import Cgroup
-from pjw.launcher.policy import JOB_ENVIRONMENT, Policy
+from pjw.launcher.policy import JOB_ENVIRONMENT, JOB_ID_MAX, Policy
+from pjw.launcher.processes import Watcher
 from pjw.launcher.protocol import Launch
 from pjw.launcher.visible import Place
 
 INIT_PROGRAM: Final = str(Path(__file__).with_name("pjw-init"))
 _REPORT_MAX_BYTES: Final = 512  # as in init/report.c
+# as in init/spawner.c: where it hears us, and the number that the first descriptor of a request has there
+_REQUESTS_FD: Final = 3
+_FIRST_FD: Final = 4
+# Room for requests that wait while the spawner has no processor; by default there is room for some hundred.
+_REQUESTS_BYTES: Final = 1 << 20
+_SO_SNDBUFFORCE: Final = 32  # asm-generic/socket.h, which x86-64 and AArch64 use
 # 68 years, the most that init takes: a job with a longer limit has that one
 _TIME_MAX_SECONDS: Final = 2**31 - 1
 
@@ -51,38 +62,102 @@ class Failed:
     operation: str
 
 
-def spawn_init(
-    job_id: int, policy: Policy, places: Sequence[Place], cgroup: Cgroup, scratch: str
-) -> tuple[int, socket.socket]:
-    """Spawn an init that waits for its order; give its first stage's pid and the socket that it reports to.
+class Spawner:
+    """The process that clones inits, our child: started when the first init is wanted, or when it was killed.
 
-    Raises OSError. posix_spawn(3) and not fork: a fork copies the interpreter's page tables,
-    4 to 5 times the cost, and runs Python between fork and exec.
+    It decides nothing. An init is our own child, and does not notice the end of the spawner.
     """
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    try:
-        with theirs, cgroup.init_arguments() as cgroup_options:
-            pid = os.posix_spawn(
-                INIT_PROGRAM,
-                [
-                    # init changes this to "running" when it gets its job (init/main.c)
-                    "pjw-init: waiting",
-                    *("--report-fd", str(theirs.fileno()), "--wait"),
+
+    def __init__(self, watcher: Watcher, policy: Policy, scratch: str) -> None:
+        """*scratch* is the directory of all scratch directories."""
+        self._watcher: Final = watcher
+        self._hidden: Final = policy.hidden_paths
+        self._scratch: Final = scratch
+        self._requests: socket.socket | None = None
+
+    def spawn(self, job_id: int, places: Sequence[Place], cgroup: Cgroup, scratch: str) -> socket.socket:
+        """Have an init spawned that waits for its order; give the socket that it reports to.
+
+        What goes wrong from here on is reported. Raises OSError.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            with theirs, cgroup.init_arguments() as cgroup_options:
+                words: list[str | int] = [
+                    *("--report-fd", theirs.fileno(), "--wait"),
                     *cgroup_options,
                     *("--hostname", f"job-{job_id}", "--scratch", scratch),
+                    *("--variable", f"PJW_JOB_ID={job_id}"),
                     *place_words(places),
-                    *(word for path in policy.hidden_paths for word in ("--hide", path)),
-                ],
-                {**JOB_ENVIRONMENT, "PJW_JOB_ID": str(job_id)},
-                # dup2 of a descriptor to itself only clears its close-on-exec flag (posix_spawn
-                # in glibc since 2.29); every other descriptor of ours has that flag.
-                file_actions=[(os.POSIX_SPAWN_DUP2, theirs.fileno(), theirs.fileno())],
-            )
-    except BaseException:
-        ours.close()
-        raise
-    ours.setblocking(False)
-    return pid, ours
+                    *(word for path in self._hidden for word in ("--hide", path)),
+                ]
+                self._request(words)
+        except BaseException:
+            ours.close()
+            raise
+        ours.setblocking(False)
+        return ours
+
+    def _request(self, words: Sequence[str | int]) -> None:
+        """Send a request; a number is a descriptor, which has another number in the spawner."""
+        descriptors = [word for word in words if isinstance(word, int)]
+        numbers = itertools.count(_FIRST_FD)
+        texts = (str(next(numbers)) if isinstance(word, int) else word for word in words)
+        data = b"".join(os.fsencode(text) + b"\0" for text in texts)
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
+        try:
+            self._started().sendmsg([data], rights)
+        except (BrokenPipeError, ConnectionResetError):
+            # it was killed, and we have not heard of its end yet
+            self.close()
+            self._started().sendmsg([data], rights)
+
+    def _started(self) -> socket.socket:
+        if self._requests is None:
+            self._requests = self._start()
+        return self._requests
+
+    def _start(self) -> socket.socket:
+        # posix_spawn(3) and not fork: a fork copies the interpreter's page tables, 4 to 5 times the cost, and
+        # runs Python between fork and exec
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            with theirs:
+                pid = os.posix_spawn(
+                    INIT_PROGRAM,
+                    # an init shows itself in the place of this command line, so it is as long as any of them
+                    [
+                        *("pjw-init: spawner", "--spawner", "--hostname", f"job-{JOB_ID_MAX}"),
+                        *("--scratch", f"{self._scratch}/{JOB_ID_MAX}"),
+                    ],
+                    JOB_ENVIRONMENT,
+                    file_actions=[(os.POSIX_SPAWN_DUP2, theirs.fileno(), _REQUESTS_FD)],
+                )
+            try:
+                self._watcher.reap_helper(pid, lambda: self._on_end(ours))
+            except OSError:
+                # it ends with its requests
+                ours.close()
+                os.waitpid(pid, 0)
+                raise
+        except BaseException:
+            ours.close()
+            raise
+        ours.setblocking(False)
+        # it takes CAP_NET_ADMIN, which a container may lack
+        with suppress(PermissionError):
+            ours.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _REQUESTS_BYTES)
+        return ours
+
+    def _on_end(self, requests: socket.socket) -> None:
+        if self._requests is requests:
+            self.close()
+
+    def close(self) -> None:
+        """Have the spawner end; what it was asked for goes on."""
+        if self._requests is not None:
+            self._requests.close()
+            self._requests = None
 
 
 def place_words(places: Sequence[Place]) -> Iterator[str]:

@@ -22,11 +22,10 @@ __all__ = ["Cgroup", "Hierarchy", "HostDescription", "describe_host", "disks_und
 class Cgroup(Protocol):
     """One job's cgroup."""
 
-    def init_arguments(self) -> AbstractContextManager[list[str]]:
+    def init_arguments(self) -> AbstractContextManager[list[str | int]]:
         """The options with which pjw-init enters this cgroup.
 
-        They name descriptors that are open, and inheritable under these numbers, only within
-        the context: spawn init there.
+        A number among them is a descriptor, which is open only within the context: spawn init there.
         """
 
     def make_equal(self) -> None:

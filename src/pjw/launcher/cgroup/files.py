@@ -221,8 +221,8 @@ def _kill(pidfd: int) -> None:
 
 
 @contextmanager
-def inheritable(paths: list[str], flags: int, subject: str) -> Iterator[list[int]]:
-    """Open *paths*, to be inherited by what is spawned meanwhile; close them at the end."""
+def opened(paths: list[str], flags: int, subject: str) -> Iterator[list[int]]:
+    """Open *paths*; close them at the end."""
     descriptors: list[int] = []
     try:
         for path in paths:
@@ -230,7 +230,6 @@ def inheritable(paths: list[str], flags: int, subject: str) -> Iterator[list[int
                 descriptors.append(os.open(path, flags))
             except OSError as error:
                 raise KernelError("open the cgroup of", subject, error.errno or errno.EIO) from error
-            os.set_inheritable(descriptors[-1], True)
         yield descriptors
     finally:
         for descriptor in descriptors:

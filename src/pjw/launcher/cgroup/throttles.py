@@ -61,18 +61,18 @@ def _unless_gone(error: KernelError) -> KernelError | None:
 
 
 @contextmanager
-def lift_options(directory: str, disks: Sequence[str], subject: str) -> Iterator[list[str]]:
+def lift_options(directory: str, disks: Sequence[str], subject: str) -> Iterator[list[str | int]]:
     """The options of init that let it lift the limits itself, when the launcher is not there.
 
-    They name descriptors that are open, and inheritable under these numbers, only within the context. The
+    A number among them is a descriptor, which is open only within the context. The
     kernel asks who opened a file of a cgroup, not who writes to it: init may, without any capability.
     """
     if not disks:
         yield []
         return
     names = [name for name in NO_THROTTLE if os.path.exists(f"{directory}/{name}")]
-    with files.inheritable([f"{directory}/{name}" for name in names], os.O_WRONLY, subject) as descriptors:
+    with files.opened([f"{directory}/{name}" for name in names], os.O_WRONLY, subject) as descriptors:
         yield [
-            *(word for number in descriptors for word in ("--lift-fd", str(number))),
+            *(word for number in descriptors for word in ("--lift-fd", number)),
             *(word for disk in disks[:DISKS_MAX] for word in ("--lift", f"{disk} {NO_THROTTLE[names[0]]}")),
         ]

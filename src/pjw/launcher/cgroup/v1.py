@@ -246,13 +246,15 @@ class V1Cgroup:
         self._on_removed: Final = on_removed
 
     @contextmanager
-    def init_arguments(self) -> Iterator[list[str]]:
-        paths = [f"{directory}/cgroup.procs" for directory in self.directories]
+    def init_arguments(self) -> Iterator[list[str | int]]:
+        # Not cgroup.procs: to move all threads of a process the kernel first waits for every fork of the host
+        # (cgroup_threadgroup_rwsem), for milliseconds. Init has one thread, and moves that.
+        paths = [f"{directory}/tasks" for directory in self.directories]
         blkio = self.by_controller.get(IO_CONTROLLER, "")
         with ExitStack() as stack:
-            descriptors = stack.enter_context(files.inheritable(paths, os.O_WRONLY, self._subject))
+            descriptors = stack.enter_context(files.opened(paths, os.O_WRONLY, self._subject))
             lifts = stack.enter_context(throttles.lift_options(blkio, self._throttled_disks, self._subject))
-            yield [*(word for number in descriptors for word in ("--cgroup-procs-fd", str(number))), *lifts]
+            yield [*(word for number in descriptors for word in ("--cgroup-procs-fd", number)), *lifts]
 
     def make_equal(self) -> None:
         path = f"{self.by_controller['cpu']}/cpu.shares"
@@ -313,8 +315,13 @@ class V1Cgroup:
 
     def _lift_quota(self) -> None:
         # While it is there its client's may not be less (EINVAL, sched-bwc.rst); it outlives its directory.
-        if os.path.exists(quota := f"{self.by_controller['cpu']}/cpu.cfs_quota_us"):
+        quota = f"{self.by_controller['cpu']}/cpu.cfs_quota_us"
+        try:
             files.write_text(quota, "-1", f"cpu.cfs_quota_us of {self._subject}")
+        except KernelError as error:
+            # the directory, or this file where the kernel has no such limits
+            if error.errno != errno.ENOENT:
+                raise
 
     def _read_now(self, controller: str, name: str) -> str:
         return files.read_text(f"{self.by_controller[controller]}/{name}", f"{name} of {self._subject}")
@@ -322,9 +329,14 @@ class V1Cgroup:
     def _read(self, controller: str, name: str) -> str:
         """Nothing from a directory that is missing: such a job used nothing there."""
         directory = self.by_controller.get(controller)
-        if directory is None or not os.path.isdir(directory):
+        if directory is None:
             return ""
-        return self._read_now(controller, name)
+        try:
+            return self._read_now(controller, name)
+        except KernelError as error:
+            if error.errno != errno.ENOENT or os.path.isdir(directory):
+                raise
+            return ""
 
 
 def _parse_io_line(line: str) -> tuple[str, int, int]:

@@ -279,13 +279,13 @@ class V2Cgroup:
         self._on_removed: Final = on_removed
 
     @contextmanager
-    def init_arguments(self) -> Iterator[list[str]]:
+    def init_arguments(self) -> Iterator[list[str | int]]:
         flags = os.O_RDONLY | os.O_DIRECTORY
         with ExitStack() as stack:
-            descriptors = stack.enter_context(files.inheritable([self.directory], flags, self._subject))
+            descriptors = stack.enter_context(files.opened([self.directory], flags, self._subject))
             lifts = throttles.lift_options(self.directory, self._throttled_disks, self._subject)
             yield [
-                *("--cgroup-fd", str(descriptors[0]), "--cgroup", self.directory),
+                *("--cgroup-fd", descriptors[0], "--cgroup", self.directory),
                 *stack.enter_context(lifts),
             ]
 

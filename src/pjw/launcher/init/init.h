@@ -17,6 +17,7 @@
 #include <sys/types.h>
 
 enum { HIDES_MAX = 64, PLACES_MAX = 128, CGROUPS_MAX = 16, LIFTS_MAX = 64, COMMAND_MAX_BYTES = (1 << 20) + (1 << 16), ORDER_MAX_BYTES = 512, STREAMS_MAX = 2 };
+enum { REQUEST_MAX_BYTES = 1 << 20, REQUEST_FDS_MAX = 1 + CGROUPS_MAX + LIFTS_MAX };
 
 /* Every step that can fail: its name, and its words, which follow "cannot". Both are in a report. */
 #define STEPS(X)                                                        \
@@ -26,6 +27,7 @@ enum { HIDES_MAX = 64, PLACES_MAX = 128, CGROUPS_MAX = 16, LIFTS_MAX = 64, COMMA
     X(CLONE, "clone", "clone into new namespaces")                      \
     X(STAGE0, "stage0", "hear from the first stage")                    \
     X(CGROUP, "enter-cgroup", "enter the cgroup")                       \
+    X(REQUEST, "request", "read the request")                           \
     X(ORDER, "order", "read the order")                                 \
     X(CGROUP_NS, "unshare-cgroup", "make a cgroup namespace")           \
     X(KEYRING, "session-keyring", "make a session keyring")             \
@@ -87,6 +89,7 @@ struct place {
 /* options.c; a descriptor that was not given is -1, a number 0, a string NULL */
 struct options {
     bool tells; /* name on stderr each step that may wait for a file system, before it begins */
+    bool spawner; /* not for an init: be the process that clones them (spawner.c) */
     bool waits; /* for an order with what is not known yet: the user, the limits, the command, the files */
     int report_fd, status_fd, cgroup_fd;
     int output_fds[STREAMS_MAX], times_fds[STREAMS_MAX]; /* of stdout, and of stderr where that is kept apart */
@@ -101,6 +104,7 @@ struct options {
     uid_t uid;
     gid_t gid;
     const char *hostname, *scratch;
+    char *variable; /* NAME=VALUE, beside our own environment */
     char *cgroup; /* the job's cgroup directory, which the job sees; NULL with cgroup v1 */
     char *hides[HIDES_MAX];
     int hide_count;
@@ -114,6 +118,8 @@ struct options {
 };
 void parse_options(int argc, char **argv, struct options *options);
 void forget_paths(struct options *options); /* also for whoever reads our command line in /proc */
+/* The words of a request to the spawner, each ended by NUL: the command line of an init that waits. */
+void parse_request(char *words, size_t length, struct options *options);
 /*
  * The words of an order, each ended by NUL, and the descriptors that came with it: command, output, status,
  * times; where stderr is kept apart its own output and times; where there is input, that.
@@ -124,16 +130,32 @@ void release_command(struct options *options);
 
 /* report.c */
 void report_to(int fd);
+/*
+ * One datagram into *bytes*; gives its length, 0 when the other end is gone. Descriptors come along, at least one, and
+ * nothing else. Fails with *step*.
+ */
+size_t receive(enum step step, int socket, char *bytes, size_t bytes_max, int *fds, size_t fds_max, size_t *fd_count);
 void await_order(struct options *options);
 void report_cloned(int pidfd);
 void report_execed(int64_t realtime_ns);
 /* With --tell, name on stderr the step that init is about to take, so that a reader sees where init hangs. */
 void begin(const struct options *options, enum step step, const char *subject);
-/* Report the step with errno and its subject (may be NULL), or say it on stderr, and _exit. */
+/* Report the step with errno and its subject (may be NULL), or say it on stderr. */
+void report_failed(enum step step, const char *subject);
+/* The same, and _exit. */
 _Noreturn void fail(enum step step, const char *subject);
 int64_t realtime_ns(void);
 void record_start(int status_fd, int64_t ns);
 void record_end(int status_fd, int64_t ns, int wait_status, enum reason reason);
+
+/* main.c: make this process what an init is to inherit; and clone an init, whose pid it gives, or -1 and errno */
+void prepare(const struct options *options);
+pid_t spawn_init(struct options *options);
+
+/* spawner.c; an init that was cloned by a spawner drops what is the spawner's, and shows a state to ps(1) */
+_Noreturn void spawn_inits(int argc, char **argv);
+void leave_spawner(const struct options *options);
+void show_state(const struct options *options, const char *state);
 
 /* inherited.c */
 void set_inherited(void);

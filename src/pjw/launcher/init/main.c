@@ -1,4 +1,7 @@
-/* Two stages: the first clones init and is gone; init is PID 1 of the job until the job's end. */
+/*
+ * Two stages: the first clones init; init is PID 1 of the job until the job's end. Under the launcher the first stage is
+ * the spawner, which clones one init after the other. By hand it waits for its only one.
+ */
 #include "init.h"
 
 #include <errno.h>
@@ -53,16 +56,7 @@ static int exit_code(int wait_status) {
     return WIFSIGNALED(wait_status) ? 128 + WTERMSIG(wait_status) : WEXITSTATUS(wait_status);
 }
 
-/* Without this, ps and systemd-cgls would show an init that waits for a job like one that has a job. The launcher
- * starts init under the name "pjw-init: waiting"; the kernel shows the text that is in memory now. */
-static void tell_lists(char *name) {
-    static const char WAITING[] = "waiting", RUNNING[] = "running";
-    char *state = strstr(name, WAITING);
-    if (state)
-        memcpy(state, RUNNING, sizeof RUNNING - 1);
-}
-
-static _Noreturn void be_init(struct options *options, int go, char *name) {
+static _Noreturn void be_init(struct options *options, int go) {
     char byte;
     int error = enter_cgroups(options);
     /* the launcher must hear of the clone before it hears anything from the clone */
@@ -75,10 +69,9 @@ static _Noreturn void be_init(struct options *options, int go, char *name) {
     enter_namespaces(options);
     make_mounts(options);
     int read_end, write_ends[STREAMS_MAX], signals = open_signals();
-    bound_to_kill();
     if (options->waits) {
         await_order(options);
-        tell_lists(name);
+        show_state(options, "running");
     }
 
     struct outputs outputs;
@@ -117,27 +110,40 @@ static int wait_for_init(pid_t init) {
     return exit_code(status);
 }
 
-int main(int argc, char **argv) {
-    struct options options;
-    int go[2], pidfd = -1;
-    reset_signals();
-    parse_options(argc, argv, &options);
-    tidy_standard_fds(&options);
+void prepare(const struct options *options) {
+    tidy_standard_fds(options);
     set_inherited();
     /* Before the clone, in the host's /proc. It takes CAP_SYS_RESOURCE, which a container may lack. */
     if (set_oom_score_adj("-1000") < 0 && errno != EACCES && errno != EPERM)
         fail(STEP_OOM_SCORE, NULL);
+    bound_to_kill();
+}
+
+pid_t spawn_init(struct options *options) {
+    int go[2], pidfd = -1;
     if (pipe2(go, O_CLOEXEC) < 0)
-        fail(STEP_CLONE, NULL);
-    int init = clone_init(&options, &pidfd);
+        return -1;
+    pid_t init = clone_init(options, &pidfd);
     if (init < 0)
-        fail(STEP_CLONE, NULL);
+        return -1;
     if (init == 0) {
         close(go[1]);
-        be_init(&options, go[0], argv[0]);
+        leave_spawner(options);
+        be_init(options, go[0]);
     }
     report_cloned(pidfd);
-    if (write(go[1], "", 1) != 1)
+    return write(go[1], "", 1) == 1 ? init : -1;
+}
+
+int main(int argc, char **argv) {
+    struct options options;
+    reset_signals();
+    parse_options(argc, argv, &options);
+    if (options.spawner)
+        spawn_inits(argc, argv);
+    prepare(&options);
+    pid_t init = spawn_init(&options);
+    if (init < 0)
         fail(STEP_CLONE, NULL);
     return options.report_fd >= 0 ? 0 : wait_for_init(init);
 }

@@ -19,7 +19,7 @@ enum { KEYCTL_JOIN_SESSION_KEYRING = 1 }; /* from linux/keyctl.h, which not ever
 
 /*
  * With a launcher to report to, init becomes the launcher's own child (CLONE_PARENT; exit_signal must be 0
- * then and is inherited). By hand it is ours to wait for.
+ * then and is inherited): whatever becomes of the spawner, its end is seen and collected. By hand it is ours to wait for.
  */
 int clone_init(const struct options *options, int *pidfd) {
     bool reported = options->report_fd >= 0;
@@ -40,8 +40,8 @@ int clone_init(const struct options *options, int *pidfd) {
 
 /*
  * cgroup v1 has no CLONE_INTO_CGROUP. init enters by itself, before anything else, and not the first stage
- * before the clone: that would count in the job's pids as well until the launcher reaps it, and a job with
- * pids_max 2 could not start.
+ * before the clone: that is no process of the job, and would count in its pids. By a file `tasks`, or `cgroup.procs`: the
+ * former takes one thread, and we have no other.
  */
 int enter_cgroups(const struct options *options) {
     for (int i = 0; i < options->cgroup_procs_count; i++) {

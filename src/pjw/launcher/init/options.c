@@ -14,7 +14,7 @@
 enum option_id {
     REPORT_FD = 1, STATUS_FD, OUTPUT_FD, COMMAND_FD, CGROUP_FD, CGROUP_PROCS_FD, USER_ID, GROUP_ID, HOSTNAME,
     SCRATCH, HIDE, TMP_BYTES, OUTPUT_MAX, TIME_MAX, WAIT, SPLIT_STDERR, TIMES_FD, STDERR_FD, STDERR_TIMES_FD,
-    INPUT, INPUT_FD, LIFT_FD, LIFT, VISIBLE, BOUND, COVER, TELL, GRACE, CGROUP,
+    INPUT, INPUT_FD, LIFT_FD, LIFT, VISIBLE, BOUND, COVER, TELL, GRACE, CGROUP, SPAWNER, VARIABLE,
 };
 
 /* Where an option may come: an order says what was not known before the job, and nothing about the host. */
@@ -50,6 +50,8 @@ static const struct option OPTIONS[] = {
     {"lift-fd", required_argument, NULL, LIFT_FD | LINE},
     {"lift", required_argument, NULL, LIFT | LINE},
     {"tell", no_argument, NULL, TELL | LINE},
+    {"spawner", no_argument, NULL, SPAWNER | LINE},
+    {"variable", required_argument, NULL, VARIABLE | LINE},
     {NULL, 0, NULL, 0},
 };
 
@@ -144,7 +146,7 @@ static bool is_among(const char *variable, char *const *others, size_t count) {
 }
 
 /*
- * The working directory (or ""), the variables that are added to our environment, "", the argv. One mapping, the
+ * The working directory (or ""), the variables that are added to our environment (and --variable), "", the argv. One mapping, the
  * pointers before the strings, so that release_command() gives every page of it back.
  */
 static void read_command(int fd, struct options *options) {
@@ -159,7 +161,7 @@ static void read_command(int fd, struct options *options) {
         arguments++;
     while (environ[defaults])
         defaults++;
-    size_t pointers_bytes = (arguments + 1 + variables + defaults + 1) * sizeof(char *);
+    size_t pointers_bytes = (arguments + 1 + variables + defaults + !!options->variable + 1) * sizeof(char *);
     options->command_mapped_bytes = pointers_bytes + length;
     options->argv = map(options->command_mapped_bytes);
     string = memcpy((char *)options->argv + pointers_bytes, text, length);
@@ -174,6 +176,8 @@ static void read_command(int fd, struct options *options) {
     for (size_t i = 0; i < defaults; i++)
         if (!is_among(environ[i], options->environment, variables))
             *variable++ = environ[i];
+    if (options->variable && !is_among(options->variable, options->environment, variables))
+        *variable++ = options->variable;
     string++;
     for (size_t i = 0; i < arguments; i++, string = after(string))
         options->argv[i] = string;
@@ -232,6 +236,12 @@ static int take_options(int argc, char **argv, enum phase phase, struct options 
         case GRACE: options->grace = number(name, optarg, 1, INT32_MAX); break;
         case WAIT: options->waits = true; break;
         case TELL: options->tells = true; break;
+        case SPAWNER: options->spawner = true; break;
+        case VARIABLE:
+            if (!strchr(optarg, '=') || *optarg == '=')
+                refuse(name, optarg, "not NAME=VALUE");
+            options->variable = optarg;
+            break;
         case SPLIT_STDERR: options->split_stderr = true; break;
         case INPUT: options->input = true; break;
         case LIFT_FD:
@@ -271,6 +281,11 @@ void parse_options(int argc, char **argv, struct options *options) {
         .environment = environ,
     };
     int command_fd = take_options(argc, argv, LINE, options);
+    if (options->spawner) {
+        if (options->waits || command_fd >= 0 || optind < argc)
+            refuse("spawner", "(none)", "what it spawns is told in requests");
+        return;
+    }
     if (options->waits) {
         if (options->report_fd < 0 || command_fd >= 0 || optind < argc)
             refuse("wait", "(none)", "the command comes by --report-fd");
@@ -282,6 +297,8 @@ void parse_options(int argc, char **argv, struct options *options) {
         refuse("command-fd", argv[optind], "the command is given twice");
     if (command_fd >= 0)
         read_command(command_fd, options);
+    else if (options->variable)
+        refuse("variable", options->variable, "only with a command that comes by a descriptor");
     else if (optind < argc && argv[optind][0])
         options->argv = argv + optind;
     else
@@ -299,17 +316,32 @@ void forget_paths(struct options *options) {
     options->place_count = options->hide_count = 0;
 }
 
+/* Into *argv*, behind its first; it has room for *words_max* more and NULL. Gives their number. */
+static int split(const char *option, char *words, size_t length, char **argv, int words_max) {
+    int count = 1;
+    if (!length || words[length - 1])
+        refuse(option, "(words)", "they are cut short");
+    for (char *word = words; word < words + length; word += strlen(word) + 1) {
+        if (count > words_max)
+            refuse(option, "(words)", "too many of them");
+        argv[count++] = word;
+    }
+    argv[count] = NULL;
+    return count;
+}
+
+void parse_request(char *words, size_t length, struct options *options) {
+    enum { WORDS_MAX = 1024 };
+    static char *argv[WORDS_MAX + 2] = {"request"};
+    parse_options(split("spawner", words, length, argv, WORDS_MAX), argv, options);
+    if (!options->waits)
+        refuse("spawner", "(words)", "an init of the launcher's waits for its order");
+}
+
 void parse_order(char *words, size_t length, const int *fds, size_t fd_count, struct options *options) {
     enum { WORDS_MAX = 16 };
     char *argv[WORDS_MAX + 2] = {"order"};
-    int count = 1;
-    if (!length || words[length - 1])
-        refuse("wait", "(order)", "it is cut short");
-    for (char *word = words; word < words + length; word += strlen(word) + 1) {
-        if (count > WORDS_MAX)
-            refuse("wait", "(order)", "too many words");
-        argv[count++] = word;
-    }
+    int count = split("wait", words, length, argv, WORDS_MAX);
     if (take_options(count, argv, ORDER, options) >= 0 || optind < count)
         refuse("wait", "(order)", "the command comes by a descriptor");
     require_user(options);

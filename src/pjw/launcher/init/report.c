@@ -31,33 +31,44 @@ void report_to(int fd) {
     report_fd = fd;
 }
 
-/* One datagram. A launcher that is gone before it has ordered anything wants nothing any more. */
-void await_order(struct options *options) {
-    char words[ORDER_MAX_BYTES];
-    int fds[ORDER_FDS_MAX];
-    struct iovec data = {.iov_base = words, .iov_len = sizeof words};
+size_t receive(enum step step, int socket, char *bytes, size_t bytes_max, int *fds, size_t fds_max, size_t *fd_count) {
+    struct iovec data = {.iov_base = bytes, .iov_len = bytes_max};
     union {
         struct cmsghdr header;
-        char space[CMSG_SPACE(sizeof fds)];
+        char space[CMSG_SPACE(sizeof(int) * REQUEST_FDS_MAX)];
     } control = {0};
-    struct msghdr message = {
-        .msg_iov = &data, .msg_iovlen = 1, .msg_control = control.space, .msg_controllen = sizeof control.space};
+    /* CMSG_SPACE would have room for one descriptor too many */
+    struct msghdr message = {.msg_iov = &data,
+                             .msg_iovlen = 1,
+                             .msg_control = control.space,
+                             .msg_controllen = CMSG_LEN(sizeof(int) * fds_max)};
     ssize_t length;
-    while ((length = recvmsg(report_fd, &message, MSG_CMSG_CLOEXEC)) < 0 && errno == EINTR) {}
+    while ((length = recvmsg(socket, &message, MSG_CMSG_CLOEXEC)) < 0 && errno == EINTR) {}
     if (length == 0)
-        _exit(0);
+        return 0;
     if (length < 0)
-        fail(STEP_ORDER, NULL);
+        fail(step, NULL);
     /* Descriptors, once: what else a socket may bring (credentials, unix(7)) would be read as their numbers. */
     struct cmsghdr *rights = CMSG_FIRSTHDR(&message);
     if (message.msg_flags & (MSG_TRUNC | MSG_CTRUNC) || !rights || rights->cmsg_level != SOL_SOCKET ||
         rights->cmsg_type != SCM_RIGHTS || CMSG_NXTHDR(&message, rights)) {
         errno = EBADMSG;
-        fail(STEP_ORDER, NULL);
+        fail(step, NULL);
     }
     size_t fds_bytes = rights->cmsg_len - CMSG_LEN(0);
     memcpy(fds, CMSG_DATA(rights), fds_bytes);
-    parse_order(words, (size_t)length, fds, fds_bytes / sizeof *fds, options);
+    *fd_count = fds_bytes / sizeof *fds;
+    return (size_t)length;
+}
+
+/* A launcher that is gone before it has ordered anything wants nothing any more. */
+void await_order(struct options *options) {
+    char words[ORDER_MAX_BYTES];
+    int fds[ORDER_FDS_MAX];
+    size_t fd_count, length = receive(STEP_ORDER, report_fd, words, sizeof words, fds, ORDER_FDS_MAX, &fd_count);
+    if (!length)
+        _exit(0);
+    parse_order(words, length, fds, fd_count, options);
 }
 
 /* A launcher that is gone is no reason to stop: its successor finds the job by its cgroup. */
@@ -105,7 +116,7 @@ void begin(const struct options *options, enum step step, const char *subject) {
                 subject ? subject : "");
 }
 
-void fail(enum step step, const char *subject) {
+void report_failed(enum step step, const char *subject) {
     int error = errno;
     if (report_fd >= 0) {
         char text[REPORT_MAX_BYTES];
@@ -117,9 +128,14 @@ void fail(enum step step, const char *subject) {
         dprintf(STDERR_FILENO, "pjw-init: cannot %s%s%s: %c%s\n", STEP_TABLE[step].words, subject ? " " : "",
                 subject ? subject : "", tolower((unsigned char)why[0]), why + 1);
     }
+    errno = error;
+}
+
+void fail(enum step step, const char *subject) {
+    report_failed(step, subject);
     if (step != STEP_EXEC)
         _exit(EXIT_SETUP);
-    _exit(error == ENOENT ? EXIT_NOT_FOUND : EXIT_NOT_EXECUTABLE);
+    _exit(errno == ENOENT ? EXIT_NOT_FOUND : EXIT_NOT_EXECUTABLE);
 }
 
 int64_t realtime_ns(void) {
