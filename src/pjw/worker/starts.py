@@ -13,6 +13,7 @@ from pjw.launcher.protocol import Launch
 from pjw.model import Job, JobSpec, Limits
 from pjw.output import Inotify
 from pjw.worker.background import Background, log_bug
+from pjw.worker.descriptors import Descriptors
 from pjw.worker.endings import Endings
 from pjw.worker.job import LiveJob
 from pjw.worker.launch_turns import LaunchTurns
@@ -53,6 +54,7 @@ class Starts:
         self._stopping: Final = stopping
         self._users: Final = users
         self._background: Final = background
+        self._descriptors: Final = Descriptors()
         self._turns: Final = LaunchTurns()
         self._tasks: Final[set[asyncio.Task[Job]]] = set()
         self._requests: Final[dict[_Request, asyncio.Task[Job]]] = {}
@@ -174,7 +176,7 @@ class Starts:
         self._running.give_back(job.client_name, job.limits)
 
     async def _ask_for_launch(self, job: Job, spec: JobSpec, uid: int) -> tuple[int, int]:
-        self._launcher.require_descriptors()
+        self._descriptors.require()
         descriptors: list[int] = []
         try:
             descriptors.append(_command_file(spec))
@@ -206,8 +208,13 @@ def _command_file(spec: JobSpec) -> int:
 
     The working directory; what is added to the environment; an empty one; the argv.
     """
-    descriptor = os.memfd_create("pjw-command", os.MFD_CLOEXEC)
     strings = (spec.workdir, *(f"{name}={value}" for name, value in spec.env.items()), "", *spec.argv)
-    with open(descriptor, "wb", closefd=False) as file:
-        file.write(b"".join(string.encode() + b"\0" for string in strings))
+    left = memoryview(b"".join(string.encode() + b"\0" for string in strings))
+    descriptor = os.memfd_create("pjw-command", os.MFD_CLOEXEC)
+    try:
+        while left:
+            left = left[os.write(descriptor, left) :]
+    except BaseException:
+        os.close(descriptor)
+        raise
     return descriptor

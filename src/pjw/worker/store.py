@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 from pjw.errors import ConfigError, KernelError, LimitReachedError, NameTakenError
 from pjw.model import JOB_DIRECTORY, Job, JobSpec, JobState, Limits
 from pjw.worker.pages import ALL_JOBS, JobFilter, Page, read_page
-from pjw.worker.rows import COLUMNS, job_of, to_ns
+from pjw.worker.rows import COLUMNS, job_of, limits_text, to_ns
 from pjw.worker.schema import migrate
 from pjw.worker.settings import Retention
 from pjw.worker.wal import WalSync
@@ -153,7 +153,7 @@ class JobStore:
                     (
                         client_name,
                         spec.display,
-                        json.dumps(asdict(limits)),
+                        limits_text(limits),
                         to_ns(now),
                         spec.name,
                         json.dumps(dict(spec.labels)),
