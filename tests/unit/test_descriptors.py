@@ -83,9 +83,8 @@ def test_another_limit_is_noticed(limit: int) -> None:
     """An operator may lower it while pjwd runs (prlimit)."""
     descriptors = Descriptors()
     descriptors.require()
-    highest = max(int(name) for name in os.listdir("/proc/self/fd"))
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 2, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (SPARE_DESCRIPTORS - 1, hard))
     with pytest.raises(LimitReachedError):
         descriptors.require()
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

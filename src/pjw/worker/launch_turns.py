@@ -27,6 +27,11 @@ class LaunchTurns:
     def __init__(self) -> None:
         self._lines: Final[dict[str, _Line]] = {}
 
+    def is_busy(self, client_name: str) -> bool:
+        """Whether a client's next launch would have to wait for its turn."""
+        line = self._lines.get(client_name)
+        return line is not None and line.free.locked()
+
     @asynccontextmanager
     async def turn(self, client_name: str) -> AsyncGenerator[None, None]:
         """Wait for a client's turn, and have it for as long as the context lasts."""
