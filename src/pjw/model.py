@@ -158,7 +158,7 @@ class Limits:
 
     def items(self) -> list[tuple[str, int]]:
         """Every limit as (name, value), in the order of the fields."""
-        return [(f.name, getattr(self, f.name)) for f in fields(self)]
+        return [(name, getattr(self, name)) for name in _LIMIT_NAMES]
 
     def first_above(self, ceiling: "Limits") -> str | None:
         """Name the first limit that *ceiling* does not allow; "no limit" is above any number."""
@@ -182,13 +182,18 @@ class Limits:
 
     def with_overrides(self, overrides: Mapping[str, int | str]) -> Self:
         """These limits with some replaced; an unknown name is an InvalidJobError."""
-        known = [f.name for f in fields(self)]
-        unknown = set(overrides) - set(known)
+        if not overrides:
+            return self
+        unknown = set(overrides) - set(_LIMIT_NAMES)
         if unknown:
             raise InvalidJobError(
-                f"no limit is called {min(unknown, key=str)!r}", hint=f"there are: {', '.join(known)}"
+                f"no limit is called {min(unknown, key=str)!r}", hint=f"there are: {', '.join(_LIMIT_NAMES)}"
             )
         return replace(self, **limit_numbers(overrides))
+
+
+# looked up once: each start looks at every limit several times
+_LIMIT_NAMES: Final = tuple(f.name for f in fields(Limits))
 
 
 def limit_numbers(limits: Mapping[str, int | str]) -> dict[str, int]:

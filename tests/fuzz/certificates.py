@@ -74,7 +74,7 @@ def one_input(data: bytes) -> None:
     pem = data if data.startswith(BEGIN) else _pem("CERTIFICATE", data)
     context: Any = Call(pem)
     try:
-        name = authenticate(context, NameRules(in_common_name=True)).identity.client_name
+        name = authenticate(context.auth_context(), NameRules(in_common_name=True)).identity.client_name
     except NotAuthenticatedError as error:
         _printable(error)
     else:

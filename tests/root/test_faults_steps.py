@@ -26,7 +26,18 @@ from tests.worker_harness import uid_range
 FATAL: Final = ("pidfd_open", "epoll_ctl")
 # What the server does for a job; what it does for its readers meanwhile is endless.
 SERVER_CALLS: Final = (
-    *("mkdir", "openat", "fallocate", "pwrite64", "memfd_create", "dup", "close", "unlink", "rmdir"),
+    *(
+        "mkdir",
+        "mkdirat",
+        "openat",
+        "fallocate",
+        "pwrite64",
+        "memfd_create",
+        "dup",
+        "close",
+        "unlink",
+        "rmdir",
+    ),
     *("ftruncate", "fdatasync", "unlinkat"),
 )
 # Each of these steps is gone through, or, without -m slow, one of so many.

@@ -1,15 +1,17 @@
 """What is removed: ended jobs that somebody removes, or that are more than the operator keeps; no others."""
 
 import asyncio
+import os
 import sqlite3
 from contextlib import aclosing
 
 import pytest
 
 from pjw.errors import JobNotFoundError, JobStateError, LimitReachedError
-from pjw.model import JobState
+from pjw.model import JobSpec, JobState
 from pjw.worker import Worker
 from pjw.worker.settings import Quotas, Retention
+from tests.service import wait_for
 from tests.worker_harness import ASK, MIB, Bench, read_all, run, start, start_said
 
 
@@ -39,6 +41,27 @@ async def test_a_removed_job_is_gone(bench: Bench) -> None:
         await read_all(worker, job.id)
     assert files(bench) == [str(kept.id)]
     assert (await run(worker, "true"))[0].id == job.id + 1
+
+
+@pytest.mark.parametrize("split", [False, True])
+async def test_a_silent_job_is_removed_by_the_names_of_its_files(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, *, split: bool
+) -> None:
+    """One call for each file that it has: those that it may have had would cost each job as much again."""
+    worker = await bench.open()
+    unlinked: list[str] = []
+    unlink = os.unlink
+
+    def noted(path: str, *, dir_fd: int | None = None) -> None:
+        unlinked.append(path)
+        unlink(path, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "unlink", noted)
+    job = await worker.start(JobSpec("true", split_stderr=split))
+    await worker.wait(job.id)
+    await asyncio.to_thread(wait_for, lambda: files(bench) == [])
+    names = ["output", "status", "times", *(["stderr", "stderr_times"] if split else [])]
+    assert unlinked == [f"{job.id}/{name}" for name in names]
 
 
 async def test_a_job_that_runs_is_not_removed(bench: Bench) -> None:

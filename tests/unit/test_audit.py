@@ -118,8 +118,8 @@ def test_every_error_is_a_code_without_its_words(tmp_path: Path, kind: type[Base
     error = made.get(kind, lambda: kind("secret"))()
     path = tmp_path / "audit"
     record = CallRecord("Get", pb.GetRequest(id=7), "")
-    with pytest.raises(kind), record.ended():
-        raise error
+    assert isinstance(error, Exception | asyncio.CancelledError)
+    record.failed(error)
     with opened(path) as audit:
         audit.call_ended(record)
     code = next((row.code for row in TABLE if row.kind is kind), grpc.StatusCode.INTERNAL).name

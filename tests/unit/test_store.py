@@ -19,7 +19,7 @@ from pjw.worker.pages import JobFilter, Page
 from pjw.worker.rows import from_ns, to_ns
 from pjw.worker.schema import SCHEMA_VERSION
 from pjw.worker.settings import Retention
-from pjw.worker.store import JobStore
+from pjw.worker.store import AlreadyStartedError, JobStore
 
 DATA = Path(__file__).parents[1] / "data"
 END = datetime(2026, 5, 17, 12, 0, 0, 123_456, UTC)
@@ -290,6 +290,32 @@ async def test_a_request_id_is_its_client_s_for_as_long_as_the_job_is_kept(store
     assert await store.of_request("alice", "r") == job.id
     await store.remove(job.id)
     assert await store.of_request("alice", "r") is None
+
+
+async def test_a_request_that_has_started_a_job_starts_no_other(store: JobStore) -> None:
+    """By the index alone, without a look before each start; that uses no id up, and no name is the reason."""
+    job = await store.add("alice", JobSpec("x", request_id="r", name="n"), Limits())
+    for _ in range(2):
+        with pytest.raises(AlreadyStartedError) as caught:
+            await store.add("alice", JobSpec("x", request_id="r", name="n"), Limits())
+        assert caught.value.job_id == job.id
+    assert (await store.add("bob", JobSpec("x", request_id="r"), Limits())).id == job.id + 1
+
+
+async def test_a_row_whose_job_cannot_be_made_is_deleted_again(store: JobStore) -> None:
+    """Its row is there while the files are made, in the table's thread; its id stays used."""
+    threads: list[str] = []
+
+    def made(job: Job) -> None:
+        threads.append(threading.current_thread().name)
+        assert store._get(job.id, None) == job
+        raise LimitReachedError("no space")
+
+    with pytest.raises(LimitReachedError, match="no space"):
+        await store.add("alice", JobSpec("x"), Limits(), made)
+    assert threads == ["pjw-store"]
+    assert await store.alive() == []
+    assert (await store.add("alice", JobSpec("x"), Limits())).id == 2
 
 
 def test_each_version_is_whole_or_not_at_all(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

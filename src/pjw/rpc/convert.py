@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Final
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -45,7 +46,7 @@ def job_to_message(job: Job) -> pb.Job:
         state=_STATES[job.state],
         reason=_REASONS[job.reason] if job.reason else pb.END_REASON_UNSPECIFIED,
         signal=status.signal if status else None,
-        limits=pb.Limits(**dict(job.limits.items())),
+        limits=_limits_message(job.limits),
         usage=_usage_to_message(job.usage) if job.usage else None,
         output_bytes=job.output_bytes,
         name=job.name,
@@ -142,6 +143,12 @@ def _limits_to_message(limits: Mapping[str, int | str]) -> pb.Limits:
         raise InvalidJobError(f"cannot ask for these limits: {error}") from error
 
 
+# Most jobs have the default limits, or those of another job. Who gets a message copies it into another.
+@lru_cache(maxsize=64)
+def _limits_message(limits: Limits) -> pb.Limits:
+    return pb.Limits(**dict(limits.items()))
+
+
 def limits_from_message(message: pb.Limits) -> dict[str, int]:
     """The limits that are set, by name."""
     return {field.name: value for field, value in message.ListFields()}
@@ -222,8 +229,8 @@ def quota_to_message(quota: ClientQuota) -> pb.GetQuotaResponse:
     use = quota.use
     return pb.GetQuotaResponse(
         client_name=quota.client_name,
-        defaults=pb.Limits(**dict(quota.defaults.items())),
-        ceilings=pb.Limits(**dict(quota.ceilings.items())),
+        defaults=_limits_message(quota.defaults),
+        ceilings=_limits_message(quota.ceilings),
         sums=pb.Sums(**dict(quota.sums.items())),
         use=pb.GroupUse(memory_bytes=use.memory_bytes, pids=use.pids, cpu_usage_usec=use.cpu_usage_usec),
         **{name: getattr(quota, name) for name in _QUOTA_NUMBERS},

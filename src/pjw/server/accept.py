@@ -49,54 +49,57 @@ class _Server(aio_server.Server):
         self._loop = cygrpc.get_working_loop()
         channel_options = aio_server._augment_channel_arguments(options, None)
         self._server = _CoreServer(self._loop, None, (), (), channel_options, None)
-        self._server.gate = gate
+        self._server.gate, self._server.handlers, self._server.answering = gate, {}, set()
 
     def add_generic_rpc_handlers(self, generic_rpc_handlers: Sequence[grpc.GenericRpcHandler]) -> None:
         """Register the methods of a table: what method_handlers_generic_handler() makes."""
         for handler in generic_rpc_handlers:
             self._server.add_registered_method_handlers(handler._method_handlers)
+            self._server.handlers.update(handler._method_handlers)
 
 
 class _CoreServer(cygrpc.AioServer):
-    # between calls that gRPC's core has, and the loop that makes tasks of them
-    gate: Gate | None = None
+    # between calls that gRPC's core has, and the tasks that answer them
+    gate: Gate | None
+    # by the names of their methods
+    handlers: dict[str, object]
+    # kept: the event loop itself keeps none of its tasks
+    answering: set[asyncio.Task[None]]
 
     def _make_request_call_future(self, method: bytes | None) -> asyncio.Future[Any]:
-        if method is None:
-            return asyncio.ensure_future(self._refuse_unknown())
-        if self.gate is None:
-            return super()._make_request_call_future(method)
-        return asyncio.ensure_future(self._admitted(method))
+        """Take all calls of a method, and not only the next one; the future is done when the server ends.
 
-    async def _admitted(self, method: bytes) -> object:
-        """The next call of a method that is let go on."""
-        queues: dict[bytes, asyncio.Queue[Any]] = self.__dict__.setdefault("_queues", {})
-        if method not in queues:
-            queues[method] = asyncio.Queue()
-            # kept: the event loop itself keeps none of its tasks
-            taker = asyncio.ensure_future(self._take(method, queues[method]))
-            self.__dict__.setdefault("_takers", []).append(taker)
-            taker.add_done_callback(partial(_hand_on_death, queues[method]))
-        call = await queues[method].get()
-        if isinstance(call, Exception):
-            raise call
-        return call
+        The base would wait for all methods anew after each call.
+        A bug that ends the future ends the server, and with it pjwd.
+        """
+        return asyncio.ensure_future(self._take(method))
 
-    async def _take(self, method: bytes, queue: asyncio.Queue[Any]) -> None:
-        """Take calls from the core as they come, until the server shuts down."""
+    async def _take(self, method: bytes | None) -> None:
+        """Take calls of a method from the core as they come; None is for those of no registered name."""
         loop = asyncio.get_running_loop()
+        # a name that is not the call's own: there is no way to the right one that cannot raise
+        name, handlers = ("", {}) if method is None else (method.decode(), self.handlers)
+        resolver = cygrpc._MethodResolver([], handlers)
         while True:
             try:
-                call = await self._request_registered_call(method)
-            except Exception as error:  # noqa: BLE001  it goes to whoever takes the call
-                queue.put_nowait(error)
-                if not (self.is_running() and isinstance(error, cygrpc._RequestCallError)):
-                    return
-                continue
+                call = await (
+                    self._request_call() if method is None else self._request_registered_call(method)
+                )
+            except cygrpc._RequestCallError:
+                if self.is_running():
+                    continue
+                raise
             context = cygrpc._ServicerContext(call, None, None, loop)
-            self._pass_gate(method, context, partial(queue.put_nowait, call))
+            self._pass_gate(method or b"", context, partial(self._answer, call, name, resolver, loop))
             # dropped here, and by the gate, it is cancelled
             del call, context
+
+    def _answer(self, call: object, name: str, resolver: object, loop: asyncio.AbstractEventLoop) -> None:
+        answer = cygrpc._handle_rpc(name, resolver, (), call, loop, False)
+        task = loop.create_task(cygrpc._schedule_rpc_coro(answer, call, loop, name))
+        self.answering.add(task)
+        task.add_done_callback(self.answering.discard)
+        task.add_done_callback(_look_at_end)
 
     def _pass_gate(
         self, method: bytes, context: grpc.aio.ServicerContext[Any, Any], deliver: Callable[[], None]
@@ -110,36 +113,12 @@ class _CoreServer(cygrpc.AioServer):
             # a bug of ours must not end the loop that takes calls
             log.exception("a call was not let in")
 
-    async def _refuse_unknown(self) -> None:
-        """Answer what is called by no registered name, until the server shuts down."""
-        loop, nothing = asyncio.get_running_loop(), cygrpc._MethodResolver([], {})
-        running: set[asyncio.Task[None]] = set()
-
-        def refuse(call: object) -> None:
-            # a name that is not its own: there is no way to the right one that cannot raise
-            task = loop.create_task(cygrpc._handle_rpc("", nothing, (), call, loop, False))
-            running.add(task)
-            task.add_done_callback(running.discard)
-            task.add_done_callback(_look_at_end)
-
-        while True:
-            call = await self._request_call()
-            context = cygrpc._ServicerContext(call, None, None, loop)
-            self._pass_gate(b"", context, partial(refuse, call))
-            del call, context
-
-
-def _hand_on_death(queue: asyncio.Queue[Any], taker: asyncio.Task[None]) -> None:
-    """Tell the one who waits for calls that none will come: gRPC's server ends for that, and with it pjwd."""
-    if not taker.cancelled() and (error := taker.exception()) is not None:
-        queue.put_nowait(error)
-
 
 def _look_at_end(task: asyncio.Task[None]) -> None:
     error = None if task.cancelled() else task.exception()
     # BaseError: gRPC's word for a caller that has gone
     if error is not None and not isinstance(error, grpc.aio.BaseError):
-        log.error("a call of no method failed", exc_info=error)
+        log.error("a call failed outside of its method", exc_info=error)
 
 
 class _DoneByCallers(logging.Filter):

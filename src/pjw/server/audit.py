@@ -11,8 +11,6 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Final, Protocol
 from urllib.parse import unquote
@@ -54,9 +52,9 @@ class CallRecord:
         self.error: Exception | None = None
         self.bytes = 0
         self.method: Final = method
-        self._time: Final = datetime.now(UTC)
+        self._time: Final = time.time()
         self._began: Final = time.monotonic()
-        self._peer: Final = unquote(peer)  # gRPC escapes the brackets of an IPv6 address
+        self._peer: Final = peer
         self.job_id: int | None = getattr(request, "id", None)
         self._all_clients: Final[bool] = getattr(request, "all_clients", False)
 
@@ -75,18 +73,13 @@ class CallRecord:
         elif isinstance(answer, pb.LogsResponse):
             self.bytes += len(answer.data)
 
-    @contextmanager
-    def ended(self) -> Iterator[None]:
-        """Note how the call ends."""
-        try:
-            yield
-        except asyncio.CancelledError:
+    def failed(self, error: Exception | asyncio.CancelledError) -> None:
+        """Note that the call ends with an error, or that its caller did not wait for its end."""
+        if isinstance(error, asyncio.CancelledError):
             self.code = CANCELLED
-            raise
-        except Exception as error:
-            self.code = status_of(error)[0].name
-            self.error = error
-            raise
+            return
+        self.code = status_of(error)[0].name
+        self.error = error
 
     def seconds(self) -> float:
         """How long ago the call began."""
@@ -94,16 +87,16 @@ class CallRecord:
 
     def line(self) -> bytes:
         """The call as a line, when it is over."""
-        who = self.identity
+        who, began = self.identity, datetime.fromtimestamp(self._time, UTC)
         members: dict[str, object] = {
-            "time": self._time.isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z",
+            "time": began.isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z",
             "client": who.client_name if who else None,
             "serial": _serial(who.serial) if who else None,
             "method": self.method,
             "job_id": self.job_id,
             "all_clients": self._all_clients,
             "code": self.code,
-            "peer": self._peer,
+            "peer": unquote(self._peer),  # gRPC escapes the brackets of an IPv6 address
             "duration_ms": round(self.seconds() * 1000, 3),
         }
         if self.method in _WITH_BYTES:

@@ -22,6 +22,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated, Final
 from urllib.parse import unquote
 
@@ -329,6 +330,8 @@ def _slow_down(ours: socket.socket) -> None:
     ours.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, 1)
 
 
+# a connection has the same text for each of its calls
+@lru_cache(maxsize=1024)
 def key_of(peer: str) -> bytes | None:
     """The key of a connection by gRPC's text for its peer: `ipv4:1.2.3.4:5`, `ipv6:%5B::1%5D:5`."""
     family, _, place = peer.partition(":")

@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
 import grpc
@@ -30,9 +31,10 @@ from pjw.errors import (
 from pjw.rpc.status import ADMITTED_KEY, status_of
 from pjw.server.audit import CANCELLED, CallObserver, CallRecord
 from pjw.server.authz import Caller
+from pjw.server.calls import Call, Calls
 from pjw.server.config import ServerConfig
 from pjw.server.connections import Told
-from pjw.server.peer import Peer, authenticate, presented
+from pjw.server.peer import authenticate, presented
 from pjw.server.port import Port
 from pjw.server.quota import Quota
 from pjw.server.writer import ReaderGoneError, Writer
@@ -44,12 +46,26 @@ Req = TypeVar("Req", bound=Message)
 Res = TypeVar("Res", bound=Message | bytes)
 # sends one of a stream of answers
 Answer = Callable[[Res], Awaitable[None]]
+# answers a call that was let in, with its request (an empty one for a stream of them); gives its only answer
+Body = Callable[[CallRecord, Any, Caller, "Context"], Awaitable[Any]]
 
 _DRAINING: Final = "the server is shutting down; running jobs go on"
 _REVOKED: Final = "the client certificate has been revoked"
 DEFAULT_CONFIG: Final = ServerConfig()
 
 log: Final = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Arrived:
+    """A call that has come, and what answers it if it is let in."""
+
+    context: Context
+    method: str
+    # None: what came is no valid message
+    request: Message | None
+    body: Body
+    stream: bool
 
 
 class Guard:
@@ -72,7 +88,7 @@ class Guard:
         self._quota: Final = Quota(config.clients)
         self._observers: Final = observers
         self._draining = False
-        self._running: Final[set[_Call]] = set()
+        self._running: Final = Calls()
 
     def drain(self) -> None:
         """Refuse new calls and end the running ones with UNAVAILABLE, so that clients come back."""
@@ -114,15 +130,13 @@ class Guard:
         """The handler of a method with one answer."""
         name = name or _method_of(request_class)
 
-        async def handle(request: Req | None, context: Context) -> Res:
-            try:
-                with self._recorded(context, name, request) as record:
-                    async with self._admitted(context, name, request, stream=False) as caller:
-                        answer = await method(_decoded(request), caller)
-                        record.answered(answer)
-                        return answer
-            except Exception as error:
-                await _abort(context, error)
+        async def body(record: CallRecord, request: Req, caller: Caller, _context: Context) -> Res:
+            answer = await method(request, caller)
+            record.answered(answer)
+            return answer
+
+        async def handle(request: Req | None, context: Context) -> Any:  # noqa: ANN401  Res, as body gives it
+            return await self._handle(_Arrived(context, name, request, body, stream=False), request)
 
         return grpc.unary_unary_rpc_method_handler(
             handle,
@@ -139,13 +153,15 @@ class Guard:
         """The handler of a method with a stream of answers."""
         name = name or _method_of(request_class)
 
-        async def handle(request: Req | None, context: Context) -> None:
-            async def body(record: CallRecord, caller: Caller, answer: Answer[Res]) -> None:
-                async with aclosing(method(_decoded(request), caller)) as answers:
-                    async for each in answers:
-                        await answer(each)
+        async def answer_all(answer: Answer[Res], request: Req, caller: Caller) -> None:
+            async with aclosing(method(request, caller)) as answers:
+                async for each in answers:
+                    await answer(each)
 
-            await self._stream(context, name, request, request, body)
+        body = partial(_answer_in_stream, answer_all)
+
+        async def handle(request: Req | None, context: Context) -> None:
+            await self._handle(_Arrived(context, name, request, body, stream=True), request)
 
         return grpc.unary_stream_rpc_method_handler(
             handle,
@@ -166,17 +182,20 @@ class Guard:
         name = name or _method_of(request_class)
 
         async def handle(requests: AsyncIterator[Req | None], context: Context) -> None:
-            async def body(record: CallRecord, caller: Caller, answer: Answer[Res]) -> None:
+            async def body(record: CallRecord, empty: Req, caller: Caller, context: Context) -> None:
                 async def decoded() -> AsyncGenerator[Req, None]:
                     async for request in requests:
                         record.asked(request)
                         yield _decoded(request)
 
-                async with aclosing(decoded()) as asked:
-                    await method(asked, caller, answer)
+                async def answer_all(answer: Answer[Res], _: Req, caller: Caller) -> None:
+                    async with aclosing(decoded()) as asked:
+                        await method(asked, caller, answer)
 
-            # a method of this kind is for one's own jobs alone: no request of it asks for more
-            await self._stream(context, name, None, request_class(), body)
+                await _answer_in_stream(answer_all, record, empty, caller, context)
+
+            # An empty request: a method of this kind is for one's own jobs alone, so none asks for more.
+            await self._handle(_Arrived(context, name, request_class(), body, stream=True), None)
 
         return grpc.stream_stream_rpc_method_handler(
             handle,
@@ -184,80 +203,65 @@ class Guard:
             response_serializer=_serialize,
         )
 
-    async def _stream(
-        self,
-        context: Context,
-        name: str,
-        first: Message | None,
-        request: Message | None,
-        body: Callable[[CallRecord, Caller, Answer[Res]], Awaitable[None]],
-    ) -> None:
+    # Every call goes through the next three. They have no generator for each thing that is counted or noted,
+    # since these cost more than what they did.
+
+    async def _handle(self, arrived: _Arrived, first: Message | None) -> Any:  # noqa: ANN401  what the body gives
+        """Answer a call, or end it with an error. *first* is the request as the record notes it."""
+        context = arrived.context
         try:
-            with self._recorded(context, name, first) as record:
-                try:
-                    async with self._admitted(context, name, request, stream=True) as caller:
-                        await _say_admitted(context)
-                        async with Writer(context) as writer:
-
-                            async def answer(message: Res) -> None:
-                                await writer.write(message)
-                                record.answered(message)
-
-                            await body(record, caller, answer)
-                except ReaderGoneError:
-                    record.code = CANCELLED
+            properties = context.auth_context()
+            record = CallRecord(arrived.method, first, context.peer())
+            record.identity = presented(properties, self._names)
+            return await self._observed(arrived, record, properties)
         except Exception as error:
             await _abort(context, error)
 
-    @contextmanager
-    def _recorded(self, context: Context, method: str, request: Message | None) -> Iterator[CallRecord]:
-        """Tell the observers of the call when it is over, let in or not."""
-        record = CallRecord(method, request, context.peer())
-        if not self._observers:
-            yield record
-            return
-        record.identity = presented(context, self._names)
+    async def _observed(
+        self, arrived: _Arrived, record: CallRecord, properties: Mapping[str, Iterable[bytes]]
+    ) -> Any:  # noqa: ANN401
+        """Tell the observers of the call when it begins, and when it is over, let in or not."""
         for each in self._observers:
             each.call_began(record)
         try:
-            with record.ended():
-                yield record
+            return await self._let_in(arrived, record, properties)
+        except ReaderGoneError:
+            record.code = CANCELLED
+            return None
+        except (asyncio.CancelledError, Exception) as error:
+            record.failed(error)
+            raise
         finally:
             for each in self._observers:
                 each.call_ended(record)
 
-    @asynccontextmanager
-    async def _admitted(
-        self, context: Context, method: str, request: Message | None, *, stream: bool
-    ) -> AsyncGenerator[Caller, None]:
+    async def _let_in(
+        self, arrived: _Arrived, record: CallRecord, properties: Mapping[str, Iterable[bytes]]
+    ) -> Any:  # noqa: ANN401
         """Let the caller in until its certificate expires or is revoked, or the server drains."""
         if self._draining:
             raise LauncherGoneError(_DRAINING)
-        peer = authenticate(context, self._names)
+        peer = authenticate(properties, self._names)
         # On every call: neither an open connection nor a resumed session asks for it again.
         if peer.is_revoked(self._revoked):
             raise NotAuthenticatedError(_REVOKED)
-        self._require_allowed(peer.identity.client_name)
+        client_name, method, request = peer.identity.client_name, arrived.method, arrived.request
+        self._require_allowed(client_name)
         if self._port is not None:
-            self._port.connections.require_room(context.peer())
-        timeout = asyncio.timeout(peer.seconds_left())
-        call = _Call(peer, timeout, method, request)
-        client_name = peer.identity.client_name
+            self._port.connections.require_room(arrived.context.peer())
+        call = Call(peer, method, request)
+        self._running.add(call)
         try:
-            async with timeout:
-                self._running.add(call)
-                try:
-                    async with self._quota.call(client_name, method, stream=stream):
-                        _decoded(request)
-                        yield self._caller(client_name, method, request)
-                finally:
-                    self._running.discard(call)
-        except TimeoutError:
-            if call.ended_by is not None:
-                raise call.ended_by from None
-            if peer.seconds_left() <= 0:
-                raise NotAuthenticatedError("the client certificate has expired during the call") from None
-            raise
+            async with self._quota.call(client_name, method, stream=arrived.stream):
+                asked = _decoded(request)
+                caller = self._caller(client_name, method, request)
+                return await arrived.body(record, asked, caller, arrived.context)
+        except asyncio.CancelledError:
+            if (error := call.take_end()) is None:
+                raise
+            raise error from None
+        finally:
+            self._running.remove(call)
 
     def _require_allowed(self, client_name: str) -> None:
         """Raises NotAllowedError, and says so in the log, for a client that the operator has not named."""
@@ -279,21 +283,22 @@ class Guard:
         return self._roles.caller(client_name, method, all_clients=getattr(request, "all_clients", False))
 
 
-@dataclass(eq=False, slots=True)
-class _Call:
-    """A call that runs, and why it was ended if it was."""
+async def _answer_in_stream(
+    answer_all: Callable[[Answer[Any], Any, Caller], Awaitable[None]],
+    record: CallRecord,
+    request: Message,
+    caller: Caller,
+    context: Context,
+) -> None:
+    """Say that the caller was let in, then send all answers."""
+    await _say_admitted(context)
+    async with Writer(context) as writer:
 
-    peer: Peer
-    timeout: asyncio.Timeout
-    method: str
-    request: Message | None
-    ended_by: PjwError | None = None
+        async def answer(message: Message | bytes) -> None:
+            await writer.write(message)
+            record.answered(message)
 
-    def end(self, error: PjwError) -> None:
-        """End it with *error*; one that is ending already is left to that."""
-        if not self.timeout.expired():
-            self.ended_by = self.ended_by or error
-            self.timeout.reschedule(asyncio.get_running_loop().time())
+        await answer_all(answer, request, caller)
 
 
 async def _say_admitted(context: Context) -> None:

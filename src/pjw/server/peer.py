@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Any
 
-import grpc
 from cryptography import x509
 from cryptography.hazmat.primitives.hashes import SHA256
 
@@ -36,13 +35,12 @@ class Peer:
         return revoked.revokes(self.identity.serial, self.fingerprint)
 
 
-def authenticate(context: grpc.aio.ServicerContext[Any, Any], rules: NameRules) -> Peer:
-    """The caller, looked at on every call. Raises NotAuthenticatedError.
+def authenticate(properties: Mapping[str, Iterable[bytes]], rules: NameRules) -> Peer:
+    """The caller by what gRPC knows of its connection, looked at on every call. Raises NotAuthenticatedError.
 
     The handshake alone does not do: a resumed TLS session presents no certificate, even
     after it has expired, and gRPC for Python has no setting that requires TLS 1.3.
     """
-    properties = context.auth_context()
     if list(properties.get("ssl_tls_version", ())) != [TLS_VERSION]:
         raise NotAuthenticatedError("TLS 1.3 is required")
     pem = next(iter(properties.get("x509_pem_cert", ())), None)
@@ -54,9 +52,9 @@ def authenticate(context: grpc.aio.ServicerContext[Any, Any], rules: NameRules) 
     return peer
 
 
-def presented(context: grpc.aio.ServicerContext[Any, Any], rules: NameRules) -> Identity | None:
-    """Whom the certificate names, whether it is acceptable or not: for the audit log alone."""
-    pem = next(iter(context.auth_context().get("x509_pem_cert", ())), None)
+def presented(properties: Mapping[str, Iterable[bytes]], rules: NameRules) -> Identity | None:
+    """Whom the certificate names, whether it is acceptable or not: for the audit log and the port alone."""
+    pem = next(iter(properties.get("x509_pem_cert", ())), None)
     try:
         return identity_of(pem, rules) if pem else None
     except NotAuthenticatedError:

@@ -38,7 +38,7 @@ class Port:
 
     def admit(self, method: bytes, context: Context, deliver: Deliver) -> None:
         """A call came: have it delivered in its turn, or hang up on a client that makes too many."""
-        identity = presented(context, self._names)
+        identity = presented(context.auth_context(), self._names)
         client = identity.client_name if identity else NOBODY
         connection = self.connections.call_came(context.peer(), client)
         if self.turns.is_banned(client):

@@ -7,8 +7,7 @@ limits, since to refuse costs the server as much as a cheap answer.
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable
 from typing import Annotated, Final
 
 import msgspec
@@ -151,30 +150,36 @@ class Quota:
         """From now on these; what a client has already, it keeps."""
         self._limits = limits
 
-    @asynccontextmanager
-    async def call(self, client_name: str, method: str, *, stream: bool) -> AsyncGenerator[None, None]:
+    def call(self, client_name: str, method: str, *, stream: bool) -> "_Counted":
         """Count a call for as long as it lasts. Raises LimitReachedError at a limit, when its turn comes.
 
         So does what the call itself raises of that kind: at a limit of running jobs, for example.
         """
-        try:
-            if stream:
-                counter = self._followers
-                refusal = self._lasting_refusal(client_name, counter, "follow", "followed")
-            elif method == WAITING_METHOD:
-                counter = self._waiters
-                refusal = self._lasting_refusal(client_name, counter, "wait for", "waited for")
-            else:
-                counter, refusal = self._calls, self._refusal(client_name, method)
-            if refusal is not None:
-                raise refusal
-            with _counted(counter, client_name):
-                yield
-        except LimitReachedError:
-            if self._paused[client_name] < PAUSED_MAX:
-                with _counted(self._paused, client_name):
-                    await asyncio.sleep(self._paused[client_name] / REFUSALS_PER_SECOND)
-            raise
+        return _Counted(self, client_name, method, stream=stream)
+
+    def take(self, client_name: str, method: str, *, stream: bool) -> Counter[str]:
+        """Count a call; where. Raises LimitReachedError at a limit."""
+        if stream:
+            counter = self._followers
+            refusal = self._lasting_refusal(client_name, counter, "follow", "followed")
+        elif method == WAITING_METHOD:
+            counter = self._waiters
+            refusal = self._lasting_refusal(client_name, counter, "wait for", "waited for")
+        else:
+            counter, refusal = self._calls, self._refusal(client_name, method)
+        if refusal is not None:
+            raise refusal
+        counter[client_name] += 1
+        return counter
+
+    async def pause(self, client_name: str) -> None:
+        """Wait until it is the turn of a refused call to be answered."""
+        if self._paused[client_name] < PAUSED_MAX:
+            self._paused[client_name] += 1
+            try:
+                await asyncio.sleep(self._paused[client_name] / REFUSALS_PER_SECOND)
+            finally:
+                _give_back(self._paused, client_name)
 
     def _lasting_refusal(
         self, client_name: str, counter: Counter[str], verb: str, participle: str
@@ -225,15 +230,36 @@ def _share(table: str, values: dict[str, int]) -> Share:
         raise ConfigError(f"[{table}]: {error}") from None
 
 
-@contextmanager
-def _counted(counter: Counter[str], client_name: str) -> Iterator[None]:
-    counter[client_name] += 1
-    try:
-        yield
-    finally:
-        counter[client_name] -= 1
-        if not counter[client_name]:
-            del counter[client_name]
+class _Counted:
+    """A call, as an asynchronous context manager: one for each call, so it has no generator."""
+
+    __slots__ = ("_client_name", "_counter", "_method", "_quota", "_stream")
+
+    def __init__(self, quota: Quota, client_name: str, method: str, *, stream: bool) -> None:
+        self._quota: Final = quota
+        self._client_name: Final = client_name
+        self._method: Final = method
+        self._stream: Final = stream
+        self._counter: Counter[str] | None = None
+
+    async def __aenter__(self) -> None:
+        try:
+            self._counter = self._quota.take(self._client_name, self._method, stream=self._stream)
+        except LimitReachedError:
+            await self._quota.pause(self._client_name)
+            raise
+
+    async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        assert self._counter is not None
+        _give_back(self._counter, self._client_name)
+        if isinstance(error, LimitReachedError):
+            await self._quota.pause(self._client_name)
+
+
+def _give_back(counter: Counter[str], client_name: str) -> None:
+    counter[client_name] -= 1
+    if not counter[client_name]:
+        del counter[client_name]
 
 
 def _refusal(limit: str, words: str, most: int | None = None) -> LimitReachedError:

@@ -41,6 +41,11 @@ class LaunchTurns:
         # when each client last had a turn, in that order; those that are not recent any more are forgotten
         self._recent: Final[dict[str, float]] = {}
 
+    def is_busy(self, client_name: str) -> bool:
+        """Whether a client's next launch would have to wait for its turn."""
+        line = self._lines.get(client_name)
+        return line is not None and line.free.locked()
+
     @asynccontextmanager
     async def turn(self, client_name: str) -> AsyncGenerator[None, None]:
         """Wait for a client's turn, and have it for as long as the context lasts."""

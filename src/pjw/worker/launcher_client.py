@@ -1,6 +1,5 @@
 """Asks the launcher: one method for each request; the answering ends are in launcher/dispatch.py."""
 
-import array
 import asyncio
 import contextlib
 import os
@@ -21,16 +20,11 @@ from pjw.errors import (
     PjwError,
     ProtocolError,
     WorkdirError,
-    describe_errno,
 )
 from pjw.launcher import protocol
 from pjw.model import GroupUse, JobSpec, Share, Usage, UsageSample
 from pjw.worker.launcher_process import LauncherProcess, collect
 from pjw.worker.rows import from_ns
-
-# What a start takes at its height (14), and those that are under way beside it; the rest of the server
-# (connections, readers) may have taken the others.
-SPARE_DESCRIPTORS: Final = 32
 
 
 class LaunchLeftError(Exception):
@@ -75,17 +69,6 @@ class LauncherClient:
         """After `close`: wait until the launcher has ended, and collect it."""
         await readable(self._pidfd)
         collect(self._pidfd)
-
-    def require_descriptors(self) -> None:
-        """Raises LimitReachedError when a launch might run out of descriptors half way."""
-        taken: list[int] = []
-        try:
-            for _ in range(SPARE_DESCRIPTORS):
-                taken.append(os.dup(self._pidfd))  # noqa: PERF401  those that could be had are closed
-        except OSError as error:
-            raise LimitReachedError(f"cannot start a job: {describe_errno(error.errno or 0)}") from None
-        finally:
-            _close_all(taken)
 
     async def request_launch(
         self, launch: protocol.Launch, spec: JobSpec, descriptors: list[int]
@@ -230,9 +213,10 @@ class LauncherClient:
         seq = self._seq
         data = protocol.encode(seq, request)
         waiting = self._waiting[seq] = self._loop.create_future()
-        # Copies, since the caller may close its own when it is cancelled before they are sent.
-        self._unsent.append((data, [os.dup(fd) for fd in descriptors]))
-        self._send_unsent()
+        if self._unsent or not self._send(data, descriptors):
+            # Copies, since the caller may close its own when it is cancelled before they are sent.
+            self._unsent.append((data, [os.dup(fd) for fd in descriptors]))
+            self._loop.add_writer(self._socket, self._send_unsent)
         try:
             reply, fds = await waiting
         except asyncio.CancelledError:
@@ -243,23 +227,29 @@ class LauncherClient:
             raise
         return reply, fds
 
+    def _send(self, data: bytes, descriptors: Sequence[int]) -> bool:
+        """Send a request, or hang up when that cannot be; False when the socket takes no more now."""
+        try:
+            if descriptors:
+                socket.send_fds(self._socket, [data], descriptors)
+            else:
+                self._socket.send(data)
+        except BlockingIOError:
+            return False
+        except OSError:
+            self.close()
+        return True
+
     def _send_unsent(self) -> None:
         while self._unsent:
             data, descriptors = self._unsent[0]
-            ancillary = (
-                [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
-            )
-            try:
-                self._socket.sendmsg([data], ancillary)
-            except BlockingIOError:
-                self._loop.add_writer(self._socket, self._send_unsent)
+            if not self._send(data, descriptors):
                 return
-            except OSError:
-                self.close()
-                return
-            self._unsent.popleft()
-            _close_all(descriptors)
-        self._loop.remove_writer(self._socket)
+            if self._unsent:  # else we have hung up
+                self._unsent.popleft()
+                _close_all(descriptors)
+        if not self.gone.is_set():
+            self._loop.remove_writer(self._socket)
 
     def _on_readable(self) -> None:
         try:

@@ -1,7 +1,9 @@
 """Rows of the table of jobs to values."""
 
 import json
+from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Final
 
 from pjw.model import EndReason, ExitStatus, Job, JobState, Limits, Usage
@@ -28,6 +30,18 @@ def from_ns(ns: int) -> datetime:
     return datetime.fromtimestamp(seconds, UTC).replace(microsecond=rest // 1000)
 
 
+# Most jobs have the default limits, or those of another job.
+@lru_cache(maxsize=64)
+def limits_text(limits: Limits) -> str:
+    """Limits as a row has them."""
+    return json.dumps(asdict(limits))
+
+
+@lru_cache(maxsize=64)
+def _limits_of(text: str) -> Limits:
+    return Limits(**json.loads(text))
+
+
 def job_of(row: Row) -> Job:
     """The job of a row; one that has not ended is STARTING, for the table does not know more."""
     (
@@ -51,7 +65,7 @@ def job_of(row: Row) -> Job:
         client_name=client_name,
         command=command,
         state=JobState(state) if state else JobState.STARTING,
-        limits=Limits(**json.loads(limits)),
+        limits=_limits_of(limits),
         start=from_ns(start_ns),
         end=from_ns(end_ns) if end_ns is not None else None,
         exit_status=ExitStatus.of(code, signal),

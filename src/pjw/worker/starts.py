@@ -8,11 +8,12 @@ from functools import partial
 from signal import SIGKILL
 from typing import Final
 
-from pjw.errors import JobNotFoundError, LauncherGoneError
+from pjw.errors import JobNotFoundError, LauncherGoneError, PjwError
 from pjw.launcher.protocol import Launch
 from pjw.model import Job, JobSpec, Limits
 from pjw.output import Inotify
 from pjw.worker.background import Background, log_bug
+from pjw.worker.descriptors import Descriptors
 from pjw.worker.endings import Endings
 from pjw.worker.job import LiveJob
 from pjw.worker.launch_turns import LaunchTurns
@@ -21,6 +22,7 @@ from pjw.worker.logs import live_job
 from pjw.worker.quota import RunningJobs, StoredBytes
 from pjw.worker.state_dir import StateDir
 from pjw.worker.stopping import Stopping
+from pjw.worker.store import AlreadyStartedError
 from pjw.worker.users import Users
 
 # a client's name, and what it called its request
@@ -53,6 +55,7 @@ class Starts:
         self._stopping: Final = stopping
         self._users: Final = users
         self._background: Final = background
+        self._descriptors: Final = Descriptors()
         self._turns: Final = LaunchTurns()
         self._tasks: Final[set[asyncio.Task[Job]]] = set()
         self._requests: Final[dict[_Request, asyncio.Task[Job]]] = {}
@@ -100,29 +103,26 @@ class Starts:
             task.exception()
 
     async def _start_once(self, spec: JobSpec, client_name: str, limits: Limits) -> Job:
-        if spec.request_id:
-            job_id = await self._state.store.of_request(client_name, spec.request_id)
-            if job_id is not None:
-                return await self._started(job_id)
-        self._running.take(client_name, limits)
-        return await self._add_and_launch(spec, client_name, limits)
-
-    async def _started(self, job_id: int) -> Job:
-        live = self._live.get(job_id)
-        job = live.job if live is not None else await self._state.store.get(job_id)
-        if job is None:
-            raise JobNotFoundError(job_id)
-        return job
-
-    async def _add_and_launch(self, spec: JobSpec, client_name: str, limits: Limits) -> Job:
+        if self._turns.is_busy(client_name) and (known := await self._known(spec, client_name)) is not None:
+            # not behind launches that may take long, for an answer that is there
+            return known
         async with AsyncExitStack() as turn:
             try:
-                # before the row, so that ids are launched in their order, as the launcher guesses
-                await turn.enter_async_context(self._turns.turn(client_name))
-                self._require_launcher()
-                await self._stored.check(client_name)
-                uid = await self._users.of(client_name)
-                job = await self._state.store.add(client_name, spec, limits)
+                uid = await self._take_room(client_name, limits, turn)
+            except PjwError:
+                # A job that the same request has started before is the answer, whatever holds for new ones.
+                # To look for it before each start would cost all the others, which are nearly all that come.
+                if (known := await self._known(spec, client_name)) is None:
+                    raise
+                return known
+            descriptors: list[int] = []
+            try:
+                job = await self._state.store.add(
+                    client_name, spec, limits, partial(self._make_files, spec, descriptors)
+                )
+            except AlreadyStartedError as before:
+                self._running.give_back(client_name, limits)
+                return await self._job(before.job_id)
             except BaseException:
                 self._running.give_back(client_name, limits)
                 raise
@@ -130,7 +130,7 @@ class Starts:
             # way to the disk and the launch go side by side.
             synced = asyncio.ensure_future(self._state.store.sync())
             try:
-                job = await self._launch(job, spec, uid)
+                job = await self._launch(job, spec, uid, descriptors)
             finally:
                 # the next one need not wait for this row
                 await turn.aclose()
@@ -141,10 +141,53 @@ class Starts:
             raise unsynced
         return job
 
-    async def _launch(self, job: Job, spec: JobSpec, uid: int) -> Job:
+    async def _known(self, spec: JobSpec, client_name: str) -> Job | None:
+        """The job that the same request has started before; None when it has started none."""
+        if not spec.request_id:
+            return None
+        job_id = await self._state.store.of_request(client_name, spec.request_id)
+        return None if job_id is None else await self._job(job_id)
+
+    async def _job(self, job_id: int) -> Job:
+        live = self._live.get(job_id)
+        job = live.job if live is not None else await self._state.store.get(job_id)
+        if job is None:
+            raise JobNotFoundError(job_id)
+        return job
+
+    async def _take_room(self, client_name: str, limits: Limits, turn: AsyncExitStack) -> int:
+        """Count a job that is to be started, and wait for its turn; the user id that it has.
+
+        Raises LimitReachedError, InvalidJobError without room for its memory ever, and LauncherGoneError.
+        """
+        self._running.take(client_name, limits)
+        try:
+            # before the row, so that ids are launched in their order, as the launcher guesses
+            await turn.enter_async_context(self._turns.turn(client_name))
+            self._require_launcher()
+            await self._stored.check(client_name)
+            return await self._users.of(client_name)
+        except BaseException:
+            self._running.give_back(client_name, limits)
+            raise
+
+    def _make_files(self, spec: JobSpec, descriptors: list[int], job: Job) -> None:
+        """Make the command for init and the files of the job; add their descriptors, for the launcher.
+
+        In the thread of the table: to make a file may take as long as the disk likes.
+        """
+        self._descriptors.require()
+        command = _command_file(spec)
+        try:
+            descriptors += [command, *self._state.create_job(job)]
+        except BaseException:
+            os.close(command)
+            raise
+
+    async def _launch(self, job: Job, spec: JobSpec, uid: int, descriptors: list[int]) -> Job:
         live = self._live[job.id] = live_job(self._state, self._inotify, job)
         try:
-            pidfd, started_ns = await self._ask_for_launch(job, spec, uid)
+            pidfd, started_ns = await self._ask_for_launch(job, spec, uid, descriptors)
         except LauncherGoneError:
             # Whether it was launched, nobody can tell now; the next worker will.
             raise
@@ -166,19 +209,17 @@ class Starts:
     async def _forget(self, job_id: int) -> None:
         """Remove a job that was not launched."""
         del self._live[job_id]
-        self._state.remove_job(job_id)
+        await asyncio.to_thread(self._state.remove_job, job_id)
         await self._state.store.discard(job_id)
 
     async def _give_back_when_departed(self, job: Job) -> None:
         await self._launcher.request_departed(job.id)
         self._running.give_back(job.client_name, job.limits)
 
-    async def _ask_for_launch(self, job: Job, spec: JobSpec, uid: int) -> tuple[int, int]:
-        self._launcher.require_descriptors()
-        descriptors: list[int] = []
+    async def _ask_for_launch(
+        self, job: Job, spec: JobSpec, uid: int, descriptors: list[int]
+    ) -> tuple[int, int]:
         try:
-            descriptors.append(_command_file(spec))
-            descriptors.extend(self._state.create_job(job))
             settings = self._running.settings
             share = settings.shares.of(job.client_name)
             grace = max(1, math.ceil(settings.stop_grace_seconds))
@@ -197,7 +238,7 @@ class Starts:
         if live is not None:
             self._stopping.begin(live, 0, SIGKILL)
             await live.ended.wait()
-        self._state.remove_job(job_id)
+        await asyncio.to_thread(self._state.remove_job, job_id)
         await self._state.store.discard(job_id)
 
 
@@ -206,8 +247,13 @@ def _command_file(spec: JobSpec) -> int:
 
     The working directory; what is added to the environment; an empty one; the argv.
     """
-    descriptor = os.memfd_create("pjw-command", os.MFD_CLOEXEC)
     strings = (spec.workdir, *(f"{name}={value}" for name, value in spec.env.items()), "", *spec.argv)
-    with open(descriptor, "wb", closefd=False) as file:
-        file.write(b"".join(string.encode() + b"\0" for string in strings))
+    left = memoryview(b"".join(string.encode() + b"\0" for string in strings))
+    descriptor = os.memfd_create("pjw-command", os.MFD_CLOEXEC)
+    try:
+        while left:
+            left = left[os.write(descriptor, left) :]
+    except BaseException:
+        os.close(descriptor)
+        raise
     return descriptor

@@ -39,8 +39,10 @@ from pjw.worker.usage import append_sample, read_samples
 PATH_BYTES_MAX: Final = 512 - len("/jobs.sqlite-journal")
 JOBS: Final = "jobs"
 TABLE: Final = "jobs.sqlite"
-# of a job whose stderr is kept apart and that has input
-_FILES: Final = ("output", "status", "times", "stderr", "stderr_times", "input")
+# of every job; of one whose stderr is kept apart; and of one with input while it runs
+_FILES: Final = ("output", "status", "times")
+_STDERR_FILES: Final = ("stderr", "stderr_times")
+_INPUT: Final = "input"
 
 # the mode of the status of a job that is ended for what it has on the disk
 _ENDED_FOR_DISK: Final = 0o700
@@ -108,29 +110,30 @@ class StateDir:
 
     def input_path(self, job_id: int) -> str:
         """Where the input of a job is that has not ended, for this process alone."""
-        return f"{self._jobs}/{job_id}/input"
+        return f"{self._jobs}/{job_id}/{_INPUT}"
 
     def create_job(self, job: Job) -> list[int]:
         """Make a job's directory; give descriptors of its files, in their order, the caller's to close.
 
         Raises LimitReachedError when the disk is full, and KernelError; nothing stays behind then.
         """
-        directory = f"{self._jobs}/{job.id}"
+        directory = str(job.id)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         descriptors: list[int] = []
         # When somebody cuts an output short, the next bytes follow what is left, without a hole.
         appended = ("output", "stderr")
         try:
             try:
-                os.mkdir(directory, 0o700)
+                os.mkdir(directory, 0o700, dir_fd=self._jobs_fd)
             except FileExistsError:
                 # Of a start that a power cut took: its row was not on the disk, and its id was never told.
                 self.remove_job(job.id)
-                os.mkdir(directory, 0o700)
-            for name in _FILES[:5] if job.split_stderr else _FILES[:3]:
+                os.mkdir(directory, 0o700, dir_fd=self._jobs_fd)
+            for name in _names_of(job):
                 # one by one, so that the first is closed when the second cannot be made
                 more = os.O_APPEND if name in appended else 0
-                descriptors.append(os.open(f"{directory}/{name}", flags | more, 0o600))
+                path = f"{directory}/{name}"
+                descriptors.append(os.open(path, flags | more, 0o600, dir_fd=self._jobs_fd))
             os.posix_fallocate(descriptors[1], 0, RECORD_BYTES)
             if job.input:
                 descriptors.append(_create_input(self.input_path(job.id)))
@@ -144,8 +147,11 @@ class StateDir:
     def read_status(self, job_id: int) -> bytes:
         """The status record; empty when there is none."""
         try:
-            with open(f"{self._jobs}/{job_id}/status", "rb") as status:
-                return status.read(RECORD_BYTES)
+            descriptor = os.open(f"{job_id}/status", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._jobs_fd)
+            try:
+                return os.read(descriptor, RECORD_BYTES)
+            finally:
+                os.close(descriptor)
         except FileNotFoundError:
             return b""
         except OSError as error:
@@ -166,7 +172,8 @@ class StateDir:
     def is_ended_for_disk(self, job_id: int) -> bool:
         """Whether that was noted."""
         try:
-            return stat.S_IMODE(os.stat(f"{self._jobs}/{job_id}/status").st_mode) == _ENDED_FOR_DISK
+            status = os.stat(f"{job_id}/status", dir_fd=self._jobs_fd)
+            return stat.S_IMODE(status.st_mode) == _ENDED_FOR_DISK
         except FileNotFoundError:
             return False
         except OSError as error:
@@ -211,7 +218,7 @@ class StateDir:
         """
         # keep a file that was cut short, even an empty one: its mode tells readers
         if not job.output_bytes and not any(is_cut_short(path) for path in self.outputs(job)):
-            self._remove(job.id, _FILES)
+            self._remove_silent(job)
             return
         try:
             for path in self.outputs(job):
@@ -243,29 +250,61 @@ class StateDir:
             raise KernelError("read the usage of", f"job {job_id}", error.errno or 0) from error
 
     def remove_job(self, job_id: int) -> None:
-        """Remove a job's directory, if there is one."""
-        self._remove(job_id, (*_FILES, _USAGE))
-
-    def _remove(self, job_id: int, names: Sequence[str]) -> None:
-        directory = f"{self._jobs}/{job_id}"
+        """Remove a job's directory, if there is one, with all that is in it. Raises KernelError."""
+        directory = str(job_id)
         try:
-            # One by one, as one may be gone: what is there is known, and `settle` may be at it too.
-            for name in names:
-                with suppress(FileNotFoundError):
-                    os.unlink(f"{directory}/{name}")
-            with suppress(FileNotFoundError):
-                os.rmdir(directory)
-        except OSError as error:
-            # a history is kept, and with it the directory
-            if error.errno == errno.ENOTEMPTY and _USAGE not in names:
+            # that of a job without output went at its end
+            if self._remove_directory(directory):
                 return
-            raise KernelError("remove the directory of", f"job {job_id}", error.errno or 0) from error
+            for name in os.listdir(f"{self._jobs}/{directory}"):
+                self._unlink(f"{directory}/{name}")
+            if not self._remove_directory(directory):
+                raise OSError(errno.ENOTEMPTY, "")
+        except FileNotFoundError:
+            pass  # it was removed meanwhile: `settle` may be at it too
+        except OSError as error:
+            raise _removal_error(job_id, error) from error
+
+    def _remove_silent(self, job: Job) -> None:
+        """Remove what is left of an ended job without output, but for its history with the directory."""
+        try:
+            for name in (*_names_of(job), _INPUT) if job.input else _names_of(job):
+                self._unlink(f"{job.id}/{name}")
+            self._remove_directory(str(job.id))
+        except OSError as error:
+            raise _removal_error(job.id, error) from error
+
+    def _unlink(self, path: str) -> None:
+        # one by one, as one may be gone
+        with suppress(FileNotFoundError):
+            os.unlink(path, dir_fd=self._jobs_fd)
+
+    def _remove_directory(self, directory: str) -> bool:
+        """Remove an empty directory; False when there is something in it."""
+        try:
+            os.rmdir(directory, dir_fd=self._jobs_fd)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY:
+                raise
+            return False
+        return True
 
     async def in_thread(self, function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
         """Call what waits for the disk without holding the event loop up."""
         return await asyncio.get_running_loop().run_in_executor(
             self._threads, partial(function, *args, **kwargs)
         )
+
+
+def _names_of(job: Job) -> Sequence[str]:
+    """The files that a job has from its start on, beside its input."""
+    return (*_FILES, *_STDERR_FILES) if job.split_stderr else _FILES
+
+
+def _removal_error(job_id: int, error: OSError) -> KernelError:
+    return KernelError("remove the directory of", f"job {job_id}", error.errno or 0)
 
 
 def _create_input(path: str) -> int:

@@ -4,8 +4,8 @@ import asyncio
 import json
 import logging
 import sqlite3
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Final, ParamSpec, TypeVar
@@ -13,8 +13,9 @@ from weakref import WeakValueDictionary
 
 from pjw.errors import ConfigError, KernelError, LimitReachedError, NameTakenError
 from pjw.model import JOB_DIRECTORY, Job, JobSpec, JobState, Limits
+from pjw.worker.one_thread import OneThread
 from pjw.worker.pages import ALL_JOBS, JobFilter, Page, read_page
-from pjw.worker.rows import COLUMNS, job_of, to_ns
+from pjw.worker.rows import COLUMNS, job_of, limits_text, to_ns
 from pjw.worker.schema import migrate
 from pjw.worker.settings import Retention
 from pjw.worker.wal import WalSync
@@ -52,6 +53,15 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
+class AlreadyStartedError(Exception):
+    """A client has asked with this request id before, and got a job then."""
+
+    def __init__(self, job_id: int) -> None:
+        """*job_id* is that job."""
+        super().__init__(f"the request has started job {job_id}")
+        self.job_id: Final = job_id
+
+
 class JobStore:
     """The table, used from one thread of its own, so that a slow disk holds no event loop up.
 
@@ -61,7 +71,7 @@ class JobStore:
     def __init__(self, path: str) -> None:
         """Open or create the table. Raises ConfigError when it is in use, or a newer pjw wrote it."""
         self._path: Final = path
-        self._thread: Final = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pjw-store")
+        self._thread: Final = OneThread("pjw-store")
         self._filtering: Final = asyncio.Lock()
         # those of the clients that wait for it, by name; None is who asks for the jobs of all
         self._filtering_of: Final[WeakValueDictionary[str | None, asyncio.Lock]] = WeakValueDictionary()
@@ -83,8 +93,10 @@ class JobStore:
         return self._open_within(BUSY_SECONDS)
 
     def _open_within(self, seconds: float) -> sqlite3.Connection:
-        # check_same_thread: opened here, then used only by the one thread of the executor
-        db = sqlite3.connect(self._path, timeout=seconds, check_same_thread=False)
+        # check_same_thread: opened here, then used only by the one thread. isolation_level: a statement is a
+        # transaction by itself. With a BEGIN and a COMMIT around each, the thread would wait four times more
+        # for the interpreter's lock.
+        db = sqlite3.connect(self._path, timeout=seconds, check_same_thread=False, isolation_level=None)
         try:
             self._prepare(db)
         except BaseException:
@@ -105,7 +117,7 @@ class JobStore:
 
     def close(self) -> None:
         """Write what is pending and close."""
-        self._thread.shutdown()
+        self._thread.close()
         self._wal.close()
         self._db.close()
 
@@ -113,9 +125,9 @@ class JobStore:
         """Have space for what must be written on a full disk, if it was full when this was opened."""
         self._wal.reserve()
 
-    async def sync(self) -> None:
-        """Return when all that was written before this call will survive a power cut. Raises KernelError."""
-        await self._wal.sync()
+    def sync(self) -> asyncio.Future[None]:
+        """Done when all that was written before this call will survive a power cut. Raises KernelError."""
+        return self._wal.sync()
 
     def copy_to(self, target: sqlite3.Connection) -> None:
         """Copy the table as it is at one moment; call it from any thread, while others use the table.
@@ -138,41 +150,62 @@ class JobStore:
         return await self._run(self._client_number, name)
 
     def _client_number(self, name: str) -> int:
-        with self._db:
-            self._db.execute(
-                "INSERT OR IGNORE INTO clients (name, number)"
-                " SELECT ?, coalesce(max(number) + 1, 0) FROM clients",
-                (name,),
-            )
+        self._db.execute(
+            "INSERT OR IGNORE INTO clients (name, number)"
+            " SELECT ?, coalesce(max(number) + 1, 0) FROM clients",
+            (name,),
+        )
         row: tuple[int] = self._db.execute("SELECT number FROM clients WHERE name = ?", (name,)).fetchone()
         return row[0]
 
-    async def add(self, client_name: str, spec: JobSpec, limits: Limits) -> Job:
-        """Insert a job that is about to start. Raises NameTakenError while another bears its name."""
-        return await self._run(self._add, client_name, spec, limits)
+    async def add(
+        self,
+        client_name: str,
+        spec: JobSpec,
+        limits: Limits,
+        made: Callable[[Job], None] = lambda _: None,
+    ) -> Job:
+        """Insert a job that is about to start, then call *made* with it, in the table's thread.
+
+        When that raises, the row is deleted again. Raises NameTakenError while another job bears its name,
+        and AlreadyStartedError when the same request has started a job before.
+        """
+        return await self._run(self._add_and_make, client_name, spec, limits, made)
+
+    def _add_and_make(
+        self, client_name: str, spec: JobSpec, limits: Limits, made: Callable[[Job], None]
+    ) -> Job:
+        job = self._add(client_name, spec, limits)
+        try:
+            made(job)
+        except BaseException:
+            self._discard(job.id)
+            raise
+        return job
 
     def _add(self, client_name: str, spec: JobSpec, limits: Limits) -> Job:
         now = datetime.now(UTC)
         workdir = spec.workdir or JOB_DIRECTORY
         try:
-            with self._db:
-                cursor = self._db.execute(
-                    "INSERT INTO jobs (client_name, command, limits, start_ns, name, labels, split_stderr,"
-                    " input, request_id, workdir) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    (
-                        client_name,
-                        spec.display,
-                        json.dumps(asdict(limits)),
-                        to_ns(now),
-                        spec.name,
-                        json.dumps(dict(spec.labels)),
-                        spec.split_stderr,
-                        spec.input,
-                        spec.request_id or None,
-                        workdir,
-                    ),
-                )
+            cursor = self._db.execute(
+                "INSERT INTO jobs (client_name, command, limits, start_ns, name, labels, split_stderr,"
+                " input, request_id, workdir) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    client_name,
+                    spec.display,
+                    limits_text(limits),
+                    to_ns(now),
+                    spec.name,
+                    json.dumps(dict(spec.labels)) if spec.labels else "{}",
+                    spec.split_stderr,
+                    spec.input,
+                    spec.request_id or None,
+                    workdir,
+                ),
+            )
         except sqlite3.IntegrityError:
+            if spec.request_id and (started := self._of_request(client_name, spec.request_id)) is not None:
+                raise AlreadyStartedError(started) from None
             bearer = self._bearer(client_name, spec.name)
             if bearer is None:
                 raise
@@ -215,8 +248,7 @@ class JobStore:
         await self._run(self._discard, job_id)
 
     def _discard(self, job_id: int) -> None:
-        with self._db:
-            self._db.execute("DELETE FROM jobs WHERE id = ?", (job_id,))
+        self._db.execute("DELETE FROM jobs WHERE id = ?", (job_id,))
 
     async def finish(self, job: Job) -> None:
         """Write down how a job ended."""
@@ -224,23 +256,22 @@ class JobStore:
 
     def _finish(self, job: Job) -> None:
         status = job.exit_status
-        with self._db:
-            self._db.execute(
-                "UPDATE jobs SET start_ns = ?, state = ?, end_ns = ?, exit_code = ?, signal = ?, reason = ?,"
-                " usage = ?, output_bytes = ? WHERE id = ?",
-                (
-                    to_ns(job.start),
-                    job.state,
-                    to_ns(job.end) if job.end else None,
-                    # older versions read a code or a signal, never both
-                    status.code if status and status.signal is None else None,
-                    status.signal if status else None,
-                    job.reason,
-                    json.dumps(asdict(job.usage)) if job.usage else None,
-                    job.output_bytes,
-                    job.id,
-                ),
-            )
+        self._db.execute(
+            "UPDATE jobs SET start_ns = ?, state = ?, end_ns = ?, exit_code = ?, signal = ?, reason = ?,"
+            " usage = ?, output_bytes = ? WHERE id = ?",
+            (
+                to_ns(job.start),
+                job.state,
+                to_ns(job.end) if job.end else None,
+                # older versions read a code or a signal, never both
+                status.code if status and status.signal is None else None,
+                status.signal if status else None,
+                job.reason,
+                json.dumps(asdict(job.usage)) if job.usage else None,
+                job.output_bytes,
+                job.id,
+            ),
+        )
 
     async def get(self, job_id: int, client_name: str | None = None) -> Job | None:
         """One job, of one client or of any; None when there is none."""
@@ -289,7 +320,7 @@ class JobStore:
         await self._run(self._remove, job_id)
 
     def _remove(self, job_id: int) -> None:
-        with self._db:
+        with self._transaction():
             self._move_to_removals(job_id)
 
     def _move_to_removals(self, job_id: int) -> None:
@@ -302,7 +333,7 @@ class JobStore:
 
     def _prune(self, retention: Retention, now_ns: int, count: int) -> list[int]:
         pruned: list[int] = []
-        with self._db:
+        with self._transaction():
             while len(pruned) < count:
                 job_id = self._first_to_prune(retention, now_ns)
                 if job_id is None:
@@ -331,7 +362,7 @@ class JobStore:
         await self._run(self._removed, job_ids)
 
     def _removed(self, job_ids: Sequence[int]) -> None:
-        with self._db:
+        with self._transaction():
             self._db.executemany("DELETE FROM removals WHERE id = ?", [(job_id,) for job_id in job_ids])
 
     async def first_end_ns(self) -> int | None:
@@ -371,14 +402,25 @@ class JobStore:
         await self._run(self._set_boot_id, boot_id)
 
     def _set_boot_id(self, boot_id: str) -> None:
-        with self._db:
+        with self._transaction():
             self._db.execute("DELETE FROM host")
             self._db.execute("INSERT INTO host VALUES (?)", (boot_id,))
 
     async def _run(self, function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        return await asyncio.get_running_loop().run_in_executor(
-            self._thread, lambda: self._guarded(function, *args, **kwargs)
-        )
+        return await self._thread.run(lambda: self._guarded(function, *args, **kwargs))
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """Several changes, all of them or none."""
+        self._db.execute("BEGIN")
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            # SQLite itself has rolled back after some errors, such as a full disk
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
 
     def _guarded(self, function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
         try:

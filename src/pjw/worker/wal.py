@@ -2,11 +2,13 @@
 
 import asyncio
 import os
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Final
 
 from pjw.errors import KernelError
+from pjw.worker.one_thread import OneThread
 
 # SQLite begins the log anew at 1000 pages (wal_autocheckpoint); a transaction of ours is some more.
 _RESERVED_BYTES: Final = 1000 * 4096 + 512 * 1024
@@ -35,9 +37,10 @@ class WalSync:
                 os.close(directory)
         except OSError as error:
             raise KernelError("open the log of the job table", self._path, error.errno or 0) from error
-        self._thread: Final = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pjw-sync")
-        self._running: asyncio.Task[None] | None = None
-        self._next: asyncio.Task[None] | None = None
+        self._thread: Final = OneThread("pjw-sync")
+        self._is_running = False
+        # who waits for the next one
+        self._next: list[asyncio.Future[None]] = []
 
     def reserve(self) -> None:
         """Have space that is ours when the disk is full, unless it is full now.
@@ -52,21 +55,34 @@ class WalSync:
 
     def close(self) -> None:
         """Close the log; what was not synced is left to the kernel."""
-        self._thread.shutdown()
+        self._thread.close()
         os.close(self._fd)
 
-    async def sync(self) -> None:
-        """Return when all that was committed before this call is on the disk. Raises KernelError."""
+    def sync(self) -> asyncio.Future[None]:
+        """Done when all that was committed before this call is on the disk. Fails with KernelError."""
+        waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         # One that runs began too early for us; the next one serves all who come while it runs.
-        if self._next is None:
-            self._next = asyncio.ensure_future(self._after(self._running))
-        await asyncio.shield(self._next)
+        self._next.append(waiting)
+        if not self._is_running:
+            self._begin()
+        return waiting
 
-    async def _after(self, running: asyncio.Task[None] | None) -> None:
-        if running is not None:
-            await asyncio.wait({running})
-        self._running, self._next = self._next, None
-        try:
-            await asyncio.get_running_loop().run_in_executor(self._thread, os.fdatasync, self._fd)
-        except OSError as error:
-            raise KernelError("sync the job table", self._path, error.errno or 0) from error
+    def _begin(self) -> None:
+        served, self._next = self._next, []
+        self._is_running = True
+        self._thread.call(partial(os.fdatasync, self._fd), partial(self._over, served))
+
+    def _over(self, served: Sequence[asyncio.Future[None]], _: object, error: BaseException | None) -> None:
+        self._is_running = False
+        if self._next:
+            self._begin()
+        for waiting in served:
+            if waiting.done():
+                continue
+            if error is None:
+                waiting.set_result(None)
+            else:
+                number = error.errno or 0 if isinstance(error, OSError) else 0
+                waiting.set_exception(KernelError("sync the job table", self._path, number))
+                # whoever began it may have gone
+                waiting.exception()
