@@ -44,7 +44,7 @@ class LaunchTurns:
     def is_busy(self, client_name: str) -> bool:
         """Whether a client's next launch would have to wait for its turn."""
         line = self._lines.get(client_name)
-        return line is not None and line.free.locked()
+        return line is not None and (bool(line.waiting) or not self._has_room(client_name, line))
 
     @asynccontextmanager
     async def turn(self, client_name: str) -> AsyncGenerator[None, None]:
