@@ -17,6 +17,8 @@ from tests.service import wait_for
 SOURCE: Final = Path(__file__).with_name("floor.c")
 # What a job gets: every namespace but that of users.
 NAMESPACES: Final = "pmniuc"
+# All but that of the network, which takes the kernel longer than the others together.
+WITHOUT_NET: Final = NAMESPACES.replace("n", "")
 # Instead of letters for namespaces: a start is the first byte that the command writes.
 TOLD: Final = "o"
 # The limits of a job by their files, in the order in which they can be written (memsw is never below memory).

@@ -24,6 +24,8 @@ from benchmarks.floor import TOLD, Floor, Run
 from pjw.model import Limits
 
 NAME: Final = f"pjw-bench-{os.getpid()}"
+BWRAP: Final = "bwrap --unshare-all"
+NSPAWN: Final = "systemd-nspawn"
 # Debian's crun refuses a host with cgroup v1 that has v2 mounted beside it, so it gets a view without that.
 _UNIFIED: Final = "/sys/fs/cgroup/unified"
 _WITHOUT_UNIFIED: Final = ["unshare", "--mount", "sh", "-c", f'umount {_UNIFIED} && exec "$@"', "sh"]
@@ -45,22 +47,39 @@ class Peer:
 
 
 @contextmanager
-def open_peers(directory: Path, floor: Path, told: Path) -> Iterator[list[Peer]]:
-    """Every peer that can be had here; one that cannot is named on stderr."""
+def open_peers(directory: Path, floor: Path, told: Path, *only: str) -> Iterator[list[Peer]]:
+    """Every peer that can be had here, or *only* those; one that cannot is named on stderr."""
     with ExitStack() as stack:
         runtimes = {f"{tool} run": stack.enter_context(_oci(tool, directory)) for tool in ("crun", "runc")}
+        nspawn = {NSPAWN: lambda command: _nspawn(directory, command)}
         peers = []
-        for name, command_line in {**runtimes, **_SIMPLE}.items():
-            if why := _missing(name.split()[0]):
+        for name, command_line in {**runtimes, **_SIMPLE, **nspawn}.items():
+            if only and name not in only:
+                continue
+            tool = name.split()[0]
+            why = _missing(tool)
+            if why is None:
+                within = _within(tool)
+                telling, whole = map(command_line, (str(told), shutil.which("true") or "/bin/true"))
+                why = why_not([*within, *whole])
+            if why is not None:
                 print(f"no {name} beside pjw: {why}", file=sys.stderr)
                 continue
-            within = _within(name.split()[0])
-            telling, whole = (
-                stack.enter_context(Floor(floor, letters, command_line(command), within=within))
-                for letters, command in ((TOLD, str(told)), ("-", shutil.which("true") or "/bin/true"))
+            floors = (
+                stack.enter_context(Floor(floor, letters, words, within=within))
+                for letters, words in ((TOLD, telling), ("-", whole))
             )
-            peers.append(Peer(name, telling, whole))
+            peers.append(Peer(name, *floors))
         yield peers
+
+
+def why_not(command: Sequence[str]) -> str | None:
+    """Why a peer that is installed cannot run here, in its own words; None when it can."""
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    if done.returncode == 0:
+        return None
+    words = (done.stderr or done.stdout).decode(errors="replace").strip().splitlines()
+    return words[-1] if words else f"it ends with {done.returncode}"
 
 
 def _missing(tool: str) -> str | None:
@@ -74,10 +93,14 @@ def _within(tool: str) -> Sequence[str]:
 
 
 _SIMPLE: Final[dict[str, CommandLine]] = {
-    "bwrap --unshare-all": lambda command: [
+    BWRAP: lambda command: [
         *("bwrap", "--unshare-all", "--ro-bind", "/", "/", "--proc", "/proc", "--dev", "/dev", command),
     ],
     "unshare -pmniuC": lambda command: ["unshare", "-pmniuC", "--fork", "--mount-proc", command],
+    "firejail --net=none": lambda command: [
+        *("firejail", "--quiet", "--noprofile", "--net=none", "--ipc-namespace", "--read-only=/"),
+        *("--caps.drop=all", "--nonewprivs", command),
+    ],
     "systemd-run --wait": lambda command: [
         *("systemd-run", "--wait", "--pipe", "--collect", "--quiet", "--property=ProtectSystem=strict"),
         *("--property=PrivateNetwork=yes", "--property=PrivateIPC=yes", "--property=PrivateTmp=yes"),
@@ -106,7 +129,12 @@ def _oci(tool: str, directory: Path) -> Iterator[CommandLine]:
 
 
 def _write_bundle(bundle: Path, command: str, name: str) -> None:
-    rootfs = bundle / "rootfs"
+    inside = _write_root(bundle / "rootfs", command)
+    (bundle / "config.json").write_text(json.dumps(_config(inside, name)))
+
+
+def _write_root(rootfs: Path, command: str) -> str:
+    """Make a root for a command, with a place for each mount; the command's path in it."""
     for place in ("usr", "proc", "dev", "tmp", "bench"):
         (rootfs / place).mkdir(parents=True)
     for link in ("bin", "lib", "lib64"):
@@ -116,7 +144,17 @@ def _write_bundle(bundle: Path, command: str, name: str) -> None:
     inside = command if command.startswith(("/usr/", "/bin/")) else f"/bench/{Path(command).name}"
     if inside != command:
         shutil.copy(command, rootfs / "bench")
-    (bundle / "config.json").write_text(json.dumps(_config(inside, name)))
+    return inside
+
+
+def _nspawn(directory: Path, command: str) -> list[str]:
+    """systemd-nspawn without the bus of systemd, with a root for the command."""
+    root = directory / f"{NSPAWN}-{Path(command).name}"
+    inside = _write_root(root, command)
+    return [
+        *("systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--console=pipe", "--private-network"),
+        *("--directory", str(root), "--read-only", "--bind-ro=/usr", f"--machine={NAME}", inside),
+    ]
 
 
 def _config(command: str, name: str) -> dict[str, Any]:
