@@ -15,9 +15,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 from benchmarks.floor import TOLD, Floor, Run
@@ -29,6 +30,10 @@ NSPAWN: Final = "systemd-nspawn"
 # Debian's crun refuses a host with cgroup v1 that has v2 mounted beside it, so it gets a view without that.
 _UNIFIED: Final = "/sys/fs/cgroup/unified"
 _WITHOUT_UNIFIED: Final = ["unshare", "--mount", "sh", "-c", f'umount {_UNIFIED} && exec "$@"', "sh"]
+
+# systemd's tools say at each run what they do not clean up here
+QUIET: Final = MappingProxyType({"SYSTEMD_LOG_LEVEL": "crit"})
+_PROPAGATED: Final = Path("/run/systemd/nspawn/propagate", NAME)
 
 CommandLine = Callable[[str], list[str]]
 
@@ -51,22 +56,25 @@ def open_peers(directory: Path, floor: Path, told: Path, *only: str) -> Iterator
     """Every peer that can be had here, or *only* those; one that cannot is named on stderr."""
     with ExitStack() as stack:
         runtimes = {f"{tool} run": stack.enter_context(_oci(tool, directory)) for tool in ("crun", "runc")}
-        nspawn = {NSPAWN: lambda command: _nspawn(directory, command)}
+        stack.callback(_forget_nspawn)
+        nspawn: dict[str, CommandLine] = {NSPAWN: lambda command: _nspawn(directory, command)}
         peers = []
         for name, command_line in {**runtimes, **_SIMPLE, **nspawn}.items():
             if only and name not in only:
                 continue
             tool = name.split()[0]
-            why = _missing(tool)
-            if why is None:
-                within = _within(tool)
-                telling, whole = map(command_line, (str(told), shutil.which("true") or "/bin/true"))
-                why = why_not([*within, *whole])
-            if why is not None:
+            if why := _missing(tool):
+                print(f"no {name} beside pjw: {why}", file=sys.stderr)
+                continue
+            within = _within(tool)
+            telling, whole = (
+                command_line(command) for command in (str(told), shutil.which("true") or "/bin/true")
+            )
+            if why := why_not([*within, *whole]):
                 print(f"no {name} beside pjw: {why}", file=sys.stderr)
                 continue
             floors = (
-                stack.enter_context(Floor(floor, letters, words, within=within))
+                stack.enter_context(Floor(floor, letters, words, within=within, environment=QUIET))
                 for letters, words in ((TOLD, telling), ("-", whole))
             )
             peers.append(Peer(name, *floors))
@@ -151,10 +159,20 @@ def _nspawn(directory: Path, command: str) -> list[str]:
     """systemd-nspawn without the bus of systemd, with a root for the command."""
     root = directory / f"{NSPAWN}-{Path(command).name}"
     inside = _write_root(root, command)
+    # where it mounts something, and could not make a directory in what is only read
+    for place in ("run", "sys", "etc", "var", "root"):
+        (root / place).mkdir()
     return [
-        *("systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--console=pipe", "--private-network"),
-        *("--directory", str(root), "--read-only", "--bind-ro=/usr", f"--machine={NAME}", inside),
+        *(NSPAWN, "--quiet", "--register=no", "--keep-unit", "--console=pipe", "--private-network"),
+        *("--directory", str(root), "--read-only", "--bind-ro=/usr", "--timezone=off", "--resolv-conf=off"),
+        *(f"--machine={NAME}", inside),
     ]
+
+
+def _forget_nspawn() -> None:
+    # it removes this itself only from a tmpfs
+    with suppress(FileNotFoundError):
+        _PROPAGATED.rmdir()
 
 
 def _config(command: str, name: str) -> dict[str, Any]:

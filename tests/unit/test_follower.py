@@ -189,20 +189,15 @@ async def test_a_write_between_read_and_wait(growing: Growing, monkeypatch: pyte
     assert await read(growing.log) == b"one"
 
 
-async def test_a_write_between_look_and_wait(growing: Growing, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same, where the size has said that all was read."""
-    words, look = [b"one", b"two", b"three", b"four"], os.fstat
-
-    def look_then_write(descriptor: int) -> os.stat_result:
-        status = look(descriptor)
-        if words:
-            growing.append(words.pop(0))
-            if not words:
-                growing.log.mark_ended()
-        return status
-
-    monkeypatch.setattr(os, "fstat", look_then_write)
-    assert await read(growing.log) == b"onetwothreefour"
+async def test_a_write_between_look_and_wait(growing: Growing) -> None:
+    """The same, where the size has said that all was read, and the reader took its time with that."""
+    async with asyncio.timeout(DEADLINE_SECONDS), aclosing(follow(growing.log)) as chunks:
+        with growing.log.changes() as changed:
+            for word in (b"one", b"two", b"three"):
+                changed.clear()
+                growing.append(word)
+                await changed.wait()
+                assert await anext(chunks) == word
 
 
 async def test_a_line_is_read_once_for_all(growing: Growing, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,6 +228,18 @@ async def test_a_line_is_read_once_for_all(growing: Growing, monkeypatch: pytest
         growing.append(b"three\n")
         assert [chunk async for chunk in present] == [b"two\nthree\n"]
     assert growing.log._shared is None
+
+
+async def test_a_line_is_shared_until_the_next_change(growing: Growing) -> None:
+    """Who took its size for the end after that would wait for ever."""
+    growing.append(b"one")
+    async with asyncio.timeout(DEADLINE_SECONDS), aclosing(follow(growing.log)) as early:
+        with growing.log.changes() as changed:
+            assert await anext(early) == b"one"
+            growing.append(b"two")
+            await changed.wait()
+            async with aclosing(follow(growing.log)) as late:
+                assert await anext(late) == b"onetwo"
 
 
 async def test_what_is_larger_than_a_line_is_not_kept(growing: Growing) -> None:

@@ -47,14 +47,14 @@ async def follow(
                     count, chunk = await read_at(descriptor, offset, most, head)
                     piece = Piece(offset, head, count, chunk, os.fstat(descriptor).st_size)
                     log.share(piece)
-                if not piece.count:
+                if not piece.length:
                     break
-                offset += piece.count
+                offset += piece.length
                 yielded = loop.time()
                 yield piece.chunk
                 if loop.time() - yielded > KEEPS_UP_SECONDS:
                     chunk_bytes = CHUNK_BYTES_MIN
-                elif piece.count == chunk_bytes:
+                elif piece.length == chunk_bytes:
                     chunk_bytes = min(2 * chunk_bytes, CHUNK_BYTES_MAX)
                 # not a short read, which is not always one up to the end
                 if piece.size <= offset:

@@ -36,11 +36,11 @@ _BUFFER: Final = _Buffer()
 
 
 class Piece(NamedTuple):
-    """What a follower has read: *count* bytes at *offset*, behind a head; of how many in all."""
+    """What a follower has read: *length* bytes at *offset*, behind a head; of how many in all."""
 
     offset: int
     head: Head
-    count: int
+    length: int
     chunk: bytes
     size: int
 
@@ -108,13 +108,13 @@ class OutputLog:
     def shared(self, offset: int, count_max: int, head: Head) -> Piece | None:
         """What another follower has read there since the last change: at most *count_max* bytes."""
         piece = self._shared
-        if piece is None or piece.offset != offset or piece.count > count_max or piece.head is not head:
+        if piece is None or piece.offset != offset or piece.length > count_max or piece.head is not head:
             return None
         return piece
 
     def share(self, piece: Piece) -> None:
         """Keep what a follower has read for the others, who want it next, if it is a line."""
-        if 0 < piece.count <= SHARED_BYTES_MAX and len(self._followers) > 1:
+        if 0 < piece.length <= SHARED_BYTES_MAX and len(self._followers) > 1:
             self._shared = piece
 
     @contextmanager
@@ -184,7 +184,7 @@ def no_head(count: int) -> bytes:
 
 
 async def read_at(descriptor: int, offset: int, count: int, head: Head = no_head) -> tuple[int, bytes]:
-    """Read up to *count* bytes at *offset*: how many there are (0 at the end), and they behind a head.
+    """Read up to *length* bytes at *offset*: how many there are (0 at the end), and they behind a head.
 
     Bytes in the page cache are read at once, others in a thread: a slow disk must not hold
     the event loop up (preadv2(2), RWF_NOWAIT). They are copied once after that.
