@@ -58,7 +58,7 @@ def run(*, quick: bool) -> list[Figure]:
         several = followers.running(service.address, service.pid, service.certs, MANY)
         together = of_many(service, stack.enter_context(several), count_of_many)
         stack.close()
-        fanned, bare = fan_out(service, count_of_many, turns=1 if quick else 3)
+        fanned, bare = fan_out(service, 12 if quick else 40, turns=1 if quick else 3)
     return [
         *_figures("1 follower", alone, pipe, goal=1),
         *_figures(f"1 of {MANY}, the others on silent jobs", among, pipe),
