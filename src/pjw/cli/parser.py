@@ -63,7 +63,7 @@ class Parser(argparse.ArgumentParser):
 def build_parser(words: Sequence[str] = ()) -> Parser:
     """The parser of all commands; `run` of what it gives is the function that carries it out.
 
-    For *words* that begin with a command it has that command alone: to make all takes 4 % of a `pjw get`.
+    For *words* that begin with a command it has that command alone: to make all takes 3 % of a `pjw get`.
     """
     parser = Parser(
         prog="pjw",
