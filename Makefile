@@ -16,6 +16,7 @@ help:
 	@echo '                  (ROOTS="12 13" STEPS="demo test package" TESTS=tests/unit)'
 	@echo 'make soak         mixed load with random kills for SOAK_SECONDS=1800, and what it left'
 	@echo 'make bench        pjw beside its peers and the kernel, with plots (SUITES=start BENCH_ARGS=--quick); as root'
+	@echo '                  (SUITES=goals: the goals of a start and a job, beside earlier commits)'
 	@echo 'make bench-check  fails when pjw is worse by half than in benchmarks/ratios.json; as root'
 	@echo 'make attack       attackers beside a victim on a real pjwd (ROWS="s1 s3" ATTACK_ARGS=--short); as root'
 	@echo 'make profile      where the processor time of a start goes, by perf(1); as root'

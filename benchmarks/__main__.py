@@ -15,13 +15,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-from benchmarks import against, check, document, scale
+from benchmarks import against, check, document, goals, scale
 from benchmarks.machine import describe
 from benchmarks.report import Figure, Held, Report, table
 
 # In this order. The last has thousands of jobs, and each mounts file systems; the kernel gives every new
 # memory cgroup room for as many as there ever were at once, until it boots. So starts are dearer after it.
 SUITES: Final = ("start", "parts", "stream", "line", "history", "cli", "install", "memory", "scale")
+# Alone, and only when it is named: what others measure as well, beside earlier commits.
+GOALS: Final = goals.SUITE
 OUTPUT: Final = Path("build/bench")
 PLOTS: Final = Path("docs/performance")
 
@@ -36,13 +38,13 @@ def main() -> int:
     suites = [name for name in SUITES if name in (arguments.suite or SUITES)]
     if arguments.jobs_max:
         scale.jobs_max = arguments.jobs_max
+    if arguments.suite == [GOALS]:
+        commits = dict(map(against.install, arguments.against or goals.COMMITS))
+        return _judge(commits, quick=quick, into_document=arguments.document)
     if arguments.against:
-        return _compare(suites, arguments.against, quick=quick)
+        return _compare(suites, dict(map(against.install, arguments.against)), quick=quick)
     figures = [figure for name in suites for figure in _run(name, quick=quick)]
-    machine = describe() | {
-        "samples": "few" if quick else "all",
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-    }
+    machine = _machine(quick=quick)
     path = OUTPUT / ("quick.json" if quick else "figures.json")
     report = Report(machine, figures)
     # what another version of these benchmarks has written may be anything
@@ -63,7 +65,10 @@ def main() -> int:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
-        "suite", nargs="*", type=_suite, help=f"{', '.join(SUITES)}; without one, all of them"
+        "suite",
+        nargs="*",
+        type=_suite,
+        help=f"{', '.join(SUITES)}; without one, all of these; or {GOALS}: this tree beside earlier commits",
     )
     parser.add_argument("--quick", action="store_true", help="take fewer samples")
     parser.add_argument("--plots", action="store_true", help=f"draw them into {PLOTS}; {OUTPUT} when quick")
@@ -75,12 +80,17 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--against",
         metavar="REVISION",
-        help="compare with the pjwd of that commit, in turns; store nothing",
+        action="append",
+        help="compare with the pjwd of that commit, in turns; store nothing; may be repeated",
     )
     parser.add_argument("--jobs-max", type=int, metavar="N", help="scale: at most so many jobs, and so many")
     arguments = parser.parse_args()
-    if arguments.against and (arguments.check or arguments.store or arguments.document):
-        parser.error("--against compares with a commit alone")
+    if GOALS in arguments.suite and len(arguments.suite) > 1:
+        parser.error(f"the suite {GOALS} has a table of its own: name no other suite beside it")
+    if (arguments.check or arguments.store) and (arguments.against or arguments.suite == [GOALS]):
+        parser.error("ratios are stored and checked of this tree alone, without --against")
+    if arguments.against and arguments.document and arguments.suite != [GOALS]:
+        parser.error(f"beside earlier commits only the suite {GOALS} has a table in {document.DOCUMENT}")
     if (arguments.check or arguments.store) and not arguments.quick:
         # the levels of a full run are others
         parser.error("the stored ratios are those of quick runs: give --quick as well")
@@ -89,21 +99,38 @@ def _arguments() -> argparse.Namespace:
     return arguments
 
 
-def _compare(suites: list[str], revision: str, *, quick: bool) -> int:
-    """Print what each suite finds beside an earlier commit; 1 where one is worse by more than the goal."""
-    commit, program = against.install(revision)
+def _judge(commits: dict[str, Path], *, quick: bool, into_document: bool) -> int:
+    """Print each goal beside what was measured, and write it into the document; 1 where one is missed."""
+    found, missed = goals.compare(commits, quick=quick)
+    machine = ", ".join(f"{key} {value}" for key, value in _machine(quick=quick).items())
+    text = f"{machine}\n\n{found}"
+    print(f"\n{text}")
+    if into_document:
+        document.replace(text, document.GOALS)
+    return 1 if missed else 0
+
+
+def _machine(*, quick: bool) -> dict[str, str]:
+    return describe() | {
+        "samples": "few" if quick else "all",
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def _compare(suites: list[str], commits: dict[str, Path], *, quick: bool) -> int:
+    """Print what each suite finds beside earlier commits; 1 where one is worse by more than the goal."""
     worse = 0
     for name in suites:
         suite = functools.partial(importlib.import_module(f"benchmarks.{name}").run, quick=quick)
-        found = against.run(suite, commit, program)
+        found = against.run(suite, commits)
         worse += sum(figure.met is False for figure in found)
         print(f"\n{name}, in {against.TURNS} turns each\n{table(found)}", flush=True)
     return 1 if worse else 0
 
 
 def _suite(name: str) -> str:
-    if name not in SUITES:
-        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(SUITES)}")
+    if name not in (*SUITES, GOALS):
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(SUITES)}, {GOALS}")
     return name
 
 

@@ -1,11 +1,11 @@
-"""Measures an earlier commit's pjwd beside this tree's: whole suites in turns, on one machine, in one run.
+"""Measures the pjw of earlier commits beside this tree's: whole suites in turns, on one machine, in one run.
 
 What it compares is the service, with the libraries and the clients of this tree: `scripts/install-revision`
 builds the commit's own wheel below build/revisions.
 """
 
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +16,11 @@ ROOT: Final = Path(__file__).parents[1]
 # What a change may cost, beside the commit.
 GOAL: Final = 1.1
 TURNS: Final = 3
+# How this tree's is called among commits.
+OURS: Final = "this tree"
+
+# Of each pjwd, what each turn has found, by the key of the figure.
+Found = dict[str, dict[str, list[Figure]]]
 
 
 def install(revision: str) -> tuple[str, Path]:
@@ -28,25 +33,31 @@ def install(revision: str) -> tuple[str, Path]:
     return short.strip(), ROOT / "build/revisions" / commit.strip() / "bin/pjwd"
 
 
-def run(suite: Callable[[], list[Figure]], commit: str, program: Path) -> list[Figure]:
-    """A suite in turns on both; each of its numbers beside what the commit's was."""
-    ours: dict[str, list[Figure]] = {}
-    theirs: dict[str, list[Figure]] = {}
-    for turn in range(TURNS):
-        # either is first as often as it can be: the machine may grow slower meanwhile
-        for mine in (True, False) if turn % 2 else (False, True):
-            with pjwd.measured(pjwd.THIS if mine else program):
-                # one number may be beside several references
-                once = {figure.name: figure for figure in reversed(suite())}
-            for name, figure in reversed(once.items()):
-                (ours if mine else theirs).setdefault(name, []).append(figure)
-    return list(_compared(ours, theirs, commit))
+def measure(suite: Callable[[], list[Figure]], commits: Mapping[str, Path], turns: int = TURNS) -> Found:
+    """A suite in turns on the pjwd of each commit, by its name, and on this tree's."""
+    programs = {**commits, OURS: pjwd.THIS}
+    found: Found = {name: {} for name in programs}
+    for turn in range(turns):
+        # each is first as often as it can be: the machine may grow slower meanwhile
+        for name in reversed(programs) if turn % 2 else programs:
+            with pjwd.measured(programs[name]):
+                for figure in suite():
+                    found[name].setdefault(figure.key, []).append(figure)
+    return found
+
+
+def run(suite: Callable[[], list[Figure]], commits: Mapping[str, Path]) -> list[Figure]:
+    """A suite in turns on all of them; each of its numbers beside what each commit's was."""
+    found = measure(suite, commits)
+    return [figure for commit in commits for figure in _compared(found[OURS], found[commit], commit)]
 
 
 def _compared(
     ours: dict[str, list[Figure]], theirs: dict[str, list[Figure]], commit: str
 ) -> Iterator[Figure]:
-    for name, figures in ours.items():
+    # one number may be beside several references, of which the first is as good as any
+    once = {figures[0].name: (key, figures) for key, figures in reversed(ours.items())}
+    for name, (key, figures) in reversed(once.items()):
         one = figures[0]
         # what no later run is held to is no steadier here
         goal = None if one.held is Held.NEVER or one.ratio is None else GOAL
@@ -56,7 +67,7 @@ def _compared(
             median([figure.value for figure in figures]),
             one.unit,
             commit,
-            median([figure.value for figure in theirs.get(name, [])] or [0.0]),
+            median([figure.value for figure in theirs.get(key, [])] or [0.0]),
             1 / goal if goal and one.more_is_better else goal,
             one.more_is_better,
         )

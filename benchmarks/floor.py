@@ -6,10 +6,10 @@ One C program times all that is no service, so that none of them has Python's ow
 import os
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Final, NamedTuple, Self
 
 from tests.service import wait_for
@@ -17,6 +17,8 @@ from tests.service import wait_for
 SOURCE: Final = Path(__file__).with_name("floor.c")
 # What a job gets: every namespace but that of users.
 NAMESPACES: Final = "pmniuc"
+# All but that of the network, which takes the kernel longer than the others together.
+WITHOUT_NET: Final = NAMESPACES.replace("n", "")
 # Instead of letters for namespaces: a start is the first byte that the command writes.
 TOLD: Final = "o"
 # The limits of a job by their files, in the order in which they can be written (memsw is never below memory).
@@ -53,8 +55,12 @@ class Floor:
         *,
         cgroups: Sequence[str] = (),
         within: Sequence[str] = (),
+        environment: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """See floor.c for *letters* and *cgroups*; *within* is a command line that executes another one."""
+        """See floor.c for *letters* and *cgroups*; *within* is a command line that executes another one.
+
+        *environment* is added to ours.
+        """
         self._command: Final = command
         self._cgroups: Final = [word for word in cgroups if word.startswith("/")]
         self._process: Final = subprocess.Popen(
@@ -62,6 +68,7 @@ class Floor:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
+            env={**os.environ, **environment},
         )
         assert self._process.stdout is not None
         self._lines: Final = os.fdopen(os.dup(self._process.stdout.fileno()), "r")

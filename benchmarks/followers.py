@@ -76,10 +76,14 @@ class Followers:
         """Have some of them follow, take *size* bytes and then nothing more, until the process ends."""
         self._ask(Order("hold", job_id, 0, size, first=first, last=last))
 
-    def lines(self, job_id: int) -> list[list[int]]:
-        """Have all of them follow a job that writes stamps; for each, how late each line came, in ns."""
-        late: list[list[int]] = self._ask(Order("lines", job_id))["late"]
-        return late
+    def lines(self, job_id: int, offset: int = 0) -> tuple[list[list[int]], float]:
+        """Have all of them follow a job that writes stamps.
+
+        For each, how late each line came, in ns; and the server's processor time for all of it, in seconds.
+        """
+        before = cpu_seconds(self._server_pid)
+        late: list[list[int]] = self._ask(Order("lines", job_id, offset))["late"]
+        return late, cpu_seconds(self._server_pid) - before
 
     def _ask(self, order: Order) -> dict[str, Any]:
         assert self._process.stdin is not None

@@ -3,7 +3,8 @@
     python -m benchmarks.grpc_source CERTS SIZE
 
 It has pjwd's TLS and server options, its method and its messages, but sends them ready-made: nothing is read,
-built or serialized, and nobody asks who calls. LogsRequest.id 0 is followed like a silent job: for ever.
+built or serialized, and nobody asks who calls. LogsRequest.id 0 is followed like a silent job: for ever. A
+negative id is one that writes lines: as many as the request's offset says, to all who follow that id.
 Get answers with a job of that id and nothing more: what a call takes that does nothing.
 """
 
@@ -12,6 +13,7 @@ import itertools
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +39,9 @@ if TYPE_CHECKING:
 MESSAGE_BYTES: Final = 256 * 1024
 # so many different messages are larger than any cache of the processor, as a file is
 MESSAGES: Final = 256
+# so long it takes all followers of lines to come, and so long a pause is before each line
+LINES_DELAY_SECONDS: Final = 6.0
+LINE_PAUSE_SECONDS: Final = 0.4
 
 
 @contextmanager
@@ -56,13 +61,45 @@ def _message(number: int) -> bytes:
     return pb.LogsResponse(data=data * (MESSAGE_BYTES // len(data))).SerializeToString()
 
 
+class _Lines:
+    """What a job would write, as messages, to all who follow it."""
+
+    def __init__(self, count: int) -> None:
+        self._count: Final = count
+        self._messages: Final[list[bytes]] = []
+        self._written = asyncio.Event()
+        self._writer: Final = asyncio.create_task(self._write())
+
+    async def _write(self) -> None:
+        await asyncio.sleep(LINES_DELAY_SECONDS)
+        for _ in range(self._count):
+            await asyncio.sleep(LINE_PAUSE_SECONDS)
+            line = b"%d\n" % time.monotonic_ns()
+            self._messages.append(pb.LogsResponse(data=line).SerializeToString())
+            written, self._written = self._written, asyncio.Event()
+            written.set()
+
+    async def follow(self, context: "Context") -> None:
+        """Send each of them."""
+        for number in range(self._count):
+            while len(self._messages) <= number:
+                await self._written.wait()
+            await context.write(self._messages[number])
+
+
 async def _serve(certs: Path, size: int) -> None:
     messages = [_message(number) for number in range(MESSAGES)]
+    lines: dict[int, _Lines] = {}
 
     async def logs(request: pb.LogsRequest, context: "Context") -> None:
         await context.send_initial_metadata(((ADMITTED_KEY, "1"),))
         if not request.id:
             await asyncio.Event().wait()
+        if request.id < 0:
+            if request.id not in lines:
+                lines[request.id] = _Lines(request.offset)
+            await lines[request.id].follow(context)
+            return
         left = size - request.offset
         for message in itertools.cycle(messages):
             if left < MESSAGE_BYTES:

@@ -4,13 +4,16 @@ The writer puts the time into each line, and the reader looks at the same clock 
 time namespace of its own). It pauses at random, so that it does not beat in time with anybody's timers.
 """
 
+import itertools
 import subprocess
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Final
 
-from benchmarks import followers, pjwd
+from benchmarks import followers, grpc_source, pjwd
 from benchmarks.followers import Followers, stamps
+from benchmarks.grpc_source import LINE_PAUSE_SECONDS, LINES_DELAY_SECONDS
 from benchmarks.report import Figure, Held, median, percentile
 from pjw.v1 import job_worker_pb2 as pb
 from tests.service import Service
@@ -28,10 +31,9 @@ for _ in range(count):
 PYTHON: Final = "/usr/bin/python3"
 PAUSE_SECONDS: Final = 0.004
 MANY: Final = 1000
-# Each line goes to all of them, which takes the server some 50 ms.
-MANY_PAUSE_SECONDS: Final = 0.4
-# so long it takes that many to join
-MANY_DELAY_SECONDS: Final = 3.0
+# The processor time of lines is that of so many more of them: to join takes some too.
+FEW_LINES: Final = 2
+FANNED: Final = 900
 
 
 def run(*, quick: bool) -> list[Figure]:
@@ -55,10 +57,13 @@ def run(*, quick: bool) -> list[Figure]:
         stack.close()
         several = followers.running(service.address, service.pid, service.certs, MANY)
         together = of_many(service, stack.enter_context(several), count_of_many)
+        stack.close()
+        fanned, bare = fan_out(service, 12 if quick else 40, turns=1 if quick else 3)
     return [
         *_figures("1 follower", alone, pipe, goal=1),
         *_figures(f"1 of {MANY}, the others on silent jobs", among, pipe),
         *_figures(f"all of {MANY} on the same job", together, pipe),
+        Figure("line", f"to each of {FANNED}, server CPU", fanned * 1e6, "us", "grpcio", bare * 1e6),
     ]
 
 
@@ -107,11 +112,44 @@ def through_job(service: Service, count: int) -> list[int]:
 
 def of_many(service: Service, crowd: Followers, count: int) -> list[int]:
     """How late each line came to each of many followers of one job, in ns."""
-    job_id = pjwd.start(service, _command(count, MANY_PAUSE_SECONDS, MANY_DELAY_SECONDS))
+    job_id = pjwd.start(service, _command(count, LINE_PAUSE_SECONDS, LINES_DELAY_SECONDS))
     late: list[int] = []
-    for one in crowd.lines(job_id):
+    for one in crowd.lines(job_id)[0]:
         late += _checked(one, count, count, 0)
     return late
+
+
+def fan_out(service: Service, count: int, turns: int) -> tuple[float, float]:
+    """The server's processor time for a line to one of many followers, in seconds: pjwd's, bare gRPC's."""
+    found: dict[str, list[float]] = {"pjwd": [], "bare": []}
+    ids = itertools.count(-1, -1)
+    with ExitStack() as stack:
+        source, source_pid = stack.enter_context(grpc_source.running(service.certs, 0))
+        ours, theirs = (
+            stack.enter_context(followers.running(address, pid, service.certs, FANNED))
+            for address, pid in ((service.address, service.pid), (source, source_pid))
+        )
+
+        def through_pjwd(lines: int) -> float:
+            command = _command(lines, LINE_PAUSE_SECONDS, LINES_DELAY_SECONDS)
+            return _cpu_of(ours, pjwd.start(service, command), 0, lines)
+
+        def through_source(lines: int) -> float:
+            return _cpu_of(theirs, next(ids), lines, lines)
+
+        contestants: dict[str, Callable[[int], float]] = {"pjwd": through_pjwd, "bare": through_source}
+        for _ in range(turns):
+            for name, through in contestants.items():
+                few, many = through(FEW_LINES), through(FEW_LINES + count)
+                found[name].append((many - few) / count / FANNED)
+    return median(found["pjwd"]), median(found["bare"])
+
+
+def _cpu_of(crowd: Followers, job_id: int, offset: int, lines: int) -> float:
+    late, seconds = crowd.lines(job_id, offset)
+    if not all(late):
+        raise RuntimeError(f"of {lines} lines none came to some of {FANNED} followers")
+    return seconds
 
 
 def _checked(late: list[int], lines: int, count: int, code: int) -> list[int]:

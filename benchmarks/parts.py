@@ -46,11 +46,11 @@ def run(*, quick: bool) -> list[Figure]:
         service = stack.enter_context(pjwd.running())
         stub = stack.enter_context(service.stub())
         job_id = pjwd.start(service, [TRUE])
-        nothing = stack.enter_context(_nothing(service))
+        idle = stack.enter_context(nothing(service))
         parts: dict[str, Callable[[], float]] = {
             FLOOR: lambda: floor.run().start,
-            NOTHING: lambda: _timed(nothing, job_id),
-            "Get": lambda: _timed(stub, job_id),
+            NOTHING: lambda: timed(idle, job_id),
+            "Get": lambda: timed(stub, job_id),
             "Start": lambda: run_once(stub).start,
             "the library's start": library.start,
         }
@@ -71,14 +71,16 @@ def run(*, quick: bool) -> list[Figure]:
     ]
 
 
-def _timed(stub: JobWorkerServiceStub, job_id: int) -> float:
+def timed(stub: JobWorkerServiceStub, job_id: int) -> float:
+    """The seconds that a Get takes."""
     began = time.perf_counter()
     assert stub.Get(pb.GetRequest(id=job_id)).job.id == job_id
     return time.perf_counter() - began
 
 
 @contextmanager
-def _nothing(service: Service) -> Iterator[JobWorkerServiceStub]:
+def nothing(service: Service) -> Iterator[JobWorkerServiceStub]:
+    """A connection to a bare grpc.aio server, whose Get does nothing."""
     with (
         grpc_source.running(service.certs, 0) as (address, _),
         service.channel(address=address) as channel,

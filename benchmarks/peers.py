@@ -15,18 +15,25 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 from benchmarks.floor import TOLD, Floor, Run
 from pjw.model import Limits
 
 NAME: Final = f"pjw-bench-{os.getpid()}"
+BWRAP: Final = "bwrap --unshare-all"
+NSPAWN: Final = "systemd-nspawn"
 # Debian's crun refuses a host with cgroup v1 that has v2 mounted beside it, so it gets a view without that.
 _UNIFIED: Final = "/sys/fs/cgroup/unified"
 _WITHOUT_UNIFIED: Final = ["unshare", "--mount", "sh", "-c", f'umount {_UNIFIED} && exec "$@"', "sh"]
+
+# systemd's tools say at each run what they do not clean up here
+QUIET: Final = MappingProxyType({"SYSTEMD_LOG_LEVEL": "crit"})
+_PROPAGATED: Final = Path("/run/systemd/nspawn/propagate", NAME)
 
 CommandLine = Callable[[str], list[str]]
 
@@ -45,22 +52,42 @@ class Peer:
 
 
 @contextmanager
-def open_peers(directory: Path, floor: Path, told: Path) -> Iterator[list[Peer]]:
-    """Every peer that can be had here; one that cannot is named on stderr."""
+def open_peers(directory: Path, floor: Path, told: Path, *only: str) -> Iterator[list[Peer]]:
+    """Every peer that can be had here, or *only* those; one that cannot is named on stderr."""
     with ExitStack() as stack:
         runtimes = {f"{tool} run": stack.enter_context(_oci(tool, directory)) for tool in ("crun", "runc")}
+        stack.callback(_forget_nspawn)
+        nspawn: dict[str, CommandLine] = {NSPAWN: lambda command: _nspawn(directory, command)}
         peers = []
-        for name, command_line in {**runtimes, **_SIMPLE}.items():
-            if why := _missing(name.split()[0]):
+        for name, command_line in {**runtimes, **_SIMPLE, **nspawn}.items():
+            if only and name not in only:
+                continue
+            tool = name.split()[0]
+            if why := _missing(tool):
                 print(f"no {name} beside pjw: {why}", file=sys.stderr)
                 continue
-            within = _within(name.split()[0])
+            within = _within(tool)
             telling, whole = (
-                stack.enter_context(Floor(floor, letters, command_line(command), within=within))
-                for letters, command in ((TOLD, str(told)), ("-", shutil.which("true") or "/bin/true"))
+                command_line(command) for command in (str(told), shutil.which("true") or "/bin/true")
             )
-            peers.append(Peer(name, telling, whole))
+            if why := why_not([*within, *whole]):
+                print(f"no {name} beside pjw: {why}", file=sys.stderr)
+                continue
+            floors = (
+                stack.enter_context(Floor(floor, letters, words, within=within, environment=QUIET))
+                for letters, words in ((TOLD, telling), ("-", whole))
+            )
+            peers.append(Peer(name, *floors))
         yield peers
+
+
+def why_not(command: Sequence[str]) -> str | None:
+    """Why a peer that is installed cannot run here, in its own words; None when it can."""
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    if done.returncode == 0:
+        return None
+    words = (done.stderr or done.stdout).decode(errors="replace").strip().splitlines()
+    return words[-1] if words else f"it ends with {done.returncode}"
 
 
 def _missing(tool: str) -> str | None:
@@ -74,10 +101,14 @@ def _within(tool: str) -> Sequence[str]:
 
 
 _SIMPLE: Final[dict[str, CommandLine]] = {
-    "bwrap --unshare-all": lambda command: [
+    BWRAP: lambda command: [
         *("bwrap", "--unshare-all", "--ro-bind", "/", "/", "--proc", "/proc", "--dev", "/dev", command),
     ],
     "unshare -pmniuC": lambda command: ["unshare", "-pmniuC", "--fork", "--mount-proc", command],
+    "firejail --net=none": lambda command: [
+        *("firejail", "--quiet", "--noprofile", "--net=none", "--ipc-namespace", "--read-only=/"),
+        *("--caps.drop=all", "--nonewprivs", command),
+    ],
     "systemd-run --wait": lambda command: [
         *("systemd-run", "--wait", "--pipe", "--collect", "--quiet", "--property=ProtectSystem=strict"),
         *("--property=PrivateNetwork=yes", "--property=PrivateIPC=yes", "--property=PrivateTmp=yes"),
@@ -106,7 +137,12 @@ def _oci(tool: str, directory: Path) -> Iterator[CommandLine]:
 
 
 def _write_bundle(bundle: Path, command: str, name: str) -> None:
-    rootfs = bundle / "rootfs"
+    inside = _write_root(bundle / "rootfs", command)
+    (bundle / "config.json").write_text(json.dumps(_config(inside, name)))
+
+
+def _write_root(rootfs: Path, command: str) -> str:
+    """Make a root for a command, with a place for each mount; the command's path in it."""
     for place in ("usr", "proc", "dev", "tmp", "bench"):
         (rootfs / place).mkdir(parents=True)
     for link in ("bin", "lib", "lib64"):
@@ -116,7 +152,27 @@ def _write_bundle(bundle: Path, command: str, name: str) -> None:
     inside = command if command.startswith(("/usr/", "/bin/")) else f"/bench/{Path(command).name}"
     if inside != command:
         shutil.copy(command, rootfs / "bench")
-    (bundle / "config.json").write_text(json.dumps(_config(inside, name)))
+    return inside
+
+
+def _nspawn(directory: Path, command: str) -> list[str]:
+    """systemd-nspawn without the bus of systemd, with a root for the command."""
+    root = directory / f"{NSPAWN}-{Path(command).name}"
+    inside = _write_root(root, command)
+    # where it mounts something, and could not make a directory in what is only read
+    for place in ("run", "sys", "etc", "var", "root"):
+        (root / place).mkdir()
+    return [
+        *(NSPAWN, "--quiet", "--register=no", "--keep-unit", "--console=pipe", "--private-network"),
+        *("--directory", str(root), "--read-only", "--bind-ro=/usr", "--timezone=off", "--resolv-conf=off"),
+        *(f"--machine={NAME}", inside),
+    ]
+
+
+def _forget_nspawn() -> None:
+    # it removes this itself only from a tmpfs
+    with suppress(FileNotFoundError):
+        _PROPAGATED.rmdir()
 
 
 def _config(command: str, name: str) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """A real pjwd for a benchmark: installed, with its defaults, but no limit on what a client may ask for."""
 
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -21,21 +23,26 @@ CONFIG: Final = """
 [clients]
 starts_per_second = 0
 calls_max = 0
-{calls}followers_max = 0
+followers_max = 0
 followers_total_max = 0
 running_max = 0
 running_total_max = 0
+{calls}
 [job_users]
 uid_first = {uid_first}
 uid_count = {uid_count}
 {port}"""
-# Bounds that an earlier commit has not, and whose keys it would refuse.
-CALLS: Final = "calls_per_second = 0\nconnections_max = 0\n"
+# Bounds that an early commit has not: it would refuse these keys.
+CALLS: Final = "calls_per_second = 0\nconnections_max = 0"
 PORT: Final = """
 [port]
 unproven_max = 4096
 unproven_per_address_max = 4096
 streams_per_connection_max = 1000
+"""
+_KEYS: Final = """
+from pjw.server.config import ServerConfig
+print(*ServerConfig.__struct_fields__, *ServerConfig().clients.__struct_fields__)
 """
 
 
@@ -60,6 +67,24 @@ def measured(other: Path) -> Iterator[None]:
         _program = before
 
 
+@cache
+def keys(other: Path) -> frozenset[str]:
+    """The keys of the configuration of a pjwd, and those below [clients]."""
+    python = other.with_name("python")
+    return frozenset(subprocess.check_output([python, "-c", _KEYS], text=True).split())
+
+
+def config() -> str:
+    """A configuration for the pjwd that is measured, without bounds."""
+    known = keys(_program)
+    return CONFIG.format(
+        uid_first=uid_range(),
+        uid_count=UIDS,
+        calls=CALLS if "calls_per_second" in known else "",
+        port=PORT if "port" in known else "",
+    )
+
+
 @contextmanager
 def directory() -> Iterator[Path]:
     """An empty directory on a disk, for as long as the context."""
@@ -73,12 +98,8 @@ def directory() -> Iterator[Path]:
 @contextmanager
 def running() -> Iterator[Service]:
     """A service of one client, alice; at the end, or after a failure, it and its jobs are gone."""
-    new = program() == THIS
-    config = CONFIG.format(
-        uid_first=uid_range(), uid_count=UIDS, calls=CALLS if new else "", port=PORT if new else ""
-    )
     with directory() as path:
-        service = Service(path, ["alice"], config)
+        service = Service(path, ["alice"], config())
         service.pjwd = program()
         try:
             yield service.start()

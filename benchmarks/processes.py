@@ -14,12 +14,17 @@ KIB: Final = 1024
 KERNEL_FIELDS: Final = ("Slab", "KernelStack", "PageTables", "Percpu")
 
 
+def own_cpu_seconds(pid: int) -> float:
+    """The processor time of a process and all its threads."""
+    # clock_getcpuclockid(3) has no binding; /proc/PID/stat counts in hundredths of a second
+    return time.clock_gettime((~pid << 3) | 2)
+
+
 def cpu_seconds(*pids: int) -> float:
     """The processor time of these processes, all their threads, and all children that they have collected."""
     seconds = 0.0
     for pid in pids:
-        # clock_getcpuclockid(3) has no binding; /proc/PID/stat counts in hundredths of a second
-        seconds += time.clock_gettime((~pid << 3) | 2)
+        seconds += own_cpu_seconds(pid)
         # behind the name, which may hold anything: state is the first, cutime and cstime are 14 and 15
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         seconds += sum(map(int, fields[13:15])) / os.sysconf("SC_CLK_TCK")

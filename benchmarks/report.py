@@ -59,7 +59,7 @@ class Figure:
 
 def table(figures: Iterable[Figure]) -> str:
     """A table in Markdown, which reads well at a terminal too."""
-    rows = [("what", "measured", "against", "ratio", "goal", "")]
+    rows: list[Sequence[str]] = [("what", "measured", "against", "ratio", "goal", "")]
     for figure in figures:
         ratio, goal = figure.ratio, figure.goal
         sign = "≥" if figure.more_is_better else "≤"
@@ -73,11 +73,16 @@ def table(figures: Iterable[Figure]) -> str:
                 {None: "", True: "met", False: "missed"}[figure.met],
             )
         )
+    return markdown(rows)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of as many cells, the first of them the head, as a table."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    rows.insert(1, tuple("-" * width for width in widths))  # type: ignore[arg-type]
+    head, *others = rows
     return "\n".join(
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in rows
+        for row in (head, ["-" * width for width in widths], *others)
     )
 
 

@@ -27,6 +27,7 @@ from tests.service import Service, wait_for, waiting_ids
 LEVELS: Final = (10, 100, 1000, 5000)
 QUICK_LEVELS: Final = (10, 100, 300)
 BWRAP_COUNT: Final = 100
+REST_SECONDS: Final = 0.2
 STARTS: Final = 30
 WARM_UP: Final = 32
 CONCURRENT: Final = 16
@@ -38,7 +39,7 @@ BWRAP: Final = (
     *"bwrap --unshare-all --die-with-parent --ro-bind / / --proc /proc --dev /dev".split(),  # noqa: SIM905
     *SLEEP,
 )
-# Two processes of each job, and what else a machine runs.
+# An init and a command of each job, and what else a machine runs.
 PROCESSES_PER_JOB: Final = 2
 SPARE_PROCESSES: Final = 2000
 # pjwd holds a pidfd of each job, and raises its soft limit to the hard one by itself.
@@ -57,7 +58,7 @@ IDLE_GOAL: Final = 0.01
 
 def run(*, quick: bool) -> list[Figure]:
     """Jobs that sleep: more at each level, and at the end none."""
-    levels = [level for level in _levels(quick=quick) if _fits(level)]
+    levels = [level for level in _levels(quick=quick) if fits(level)]
     bwrap = _bwrap_memory()
     with (
         pjwd.running() as service,
@@ -65,7 +66,7 @@ def run(*, quick: bool) -> list[Figure]:
         pjwd.running() as small,
         small.stub() as small_stub,
     ):
-        _start_many(small_stub, levels[0])
+        start_many(small_stub, levels[0])
         idle_seconds = QUICK_IDLE_SECONDS if quick else IDLE_SECONDS
         return _climb(service, stub, small_stub, levels, idle_seconds, bwrap)
 
@@ -75,7 +76,7 @@ def _levels(*, quick: bool) -> tuple[int, ...]:
     return (*(level for level in levels if level < jobs_max), jobs_max) if jobs_max else levels
 
 
-def _fits(level: int) -> bool:
+def fits(level: int) -> bool:
     """Whether the machine can have so many jobs at all; says so where it cannot."""
     for name, limit, need in (
         (
@@ -104,15 +105,15 @@ def _climb(
     bwrap: Memory | None,
 ) -> list[Figure]:
     # once as below: what a server keeps of its first calls is no job's
-    _stop_many(stub, _start_many(stub, WARM_UP))
-    _starts(stub, small)
-    before = _undisturbed(lambda: Memory.now(_processes(service, 0)))
+    stop_many(stub, start_many(stub, WARM_UP))
+    start_times(stub, small)
+    rest, before = undisturbed(lambda: _rest(service))
     figures: list[Figure] = []
     jobs: list[int] = []
     starts: dict[int, tuple[list[float], ...]] = {}
     for level in levels:
-        jobs += _start_many(stub, level - len(jobs))
-        memory, busy = _undisturbed(lambda: _look(service, level, idle_seconds))  # noqa: B023
+        jobs += start_many(stub, level - len(jobs))
+        memory, busy = undisturbed(lambda: _look(service, rest, level, idle_seconds))  # noqa: B023
         each = memory.each(before, level)
         figures += _memory_figures(level, each, bwrap if level == BWRAP_COUNT else None)
         figures.append(
@@ -127,14 +128,14 @@ def _climb(
                 held=Held.NEVER,
             )
         )
-        starts[level] = _starts(stub, small)
+        starts[level] = start_times(stub, small)
     # Once more beside the few of the first level: so what the machine did meanwhile is in both.
     first = levels[0]
-    _stop_many(stub, jobs[first:])
-    for times, more in zip(starts[first], _starts(stub, small), strict=True):
+    stop_many(stub, jobs[first:])
+    for times, more in zip(starts[first], start_times(stub, small), strict=True):
         times.extend(more)
-    _stop_many(stub, jobs[:first])
-    _require_nothing_left(service, stub, len(jobs))
+    stop_many(stub, jobs[:first])
+    _require_nothing_left(service, stub, rest, len(jobs))
     few = median(starts[first][0]) * 1e3
     for level, (own, in_turns) in starts.items():
         name, value = f"start beside {level} jobs", median(own) * 1e3
@@ -161,13 +162,19 @@ def _memory_figures(level: int, each: Memory, bwrap: Memory | None) -> list[Figu
     return figures
 
 
-def _look(service: Service, jobs: int, idle_seconds: float) -> tuple[Memory, float]:
+def _rest(service: Service) -> tuple[int, Memory]:
+    """How many processes a pjwd without a job has, and their memory."""
+    pids = at_rest(service)
+    return len(pids), Memory.now(pids)
+
+
+def _look(service: Service, rest: int, jobs: int, idle_seconds: float) -> tuple[Memory, float]:
     """The memory of all processes, and what they use of a processor while nobody asks for anything."""
-    pids = _processes(service, jobs)
+    pids = beside_jobs(service, rest, jobs)
     return Memory.now(pids), _idle_share(pids, idle_seconds)
 
 
-def _undisturbed(look: Callable[[], Found]) -> Found:
+def undisturbed(look: Callable[[], Found]) -> Found:
     """Look again when a process has gone: inits that wait are made anew when the host mounts something."""
     for _ in range(ATTEMPTS - 1):
         with suppress(FileNotFoundError, ProcessLookupError):
@@ -175,12 +182,23 @@ def _undisturbed(look: Callable[[], Found]) -> Found:
     return look()
 
 
-def _processes(service: Service, jobs: int) -> list[int]:
-    """Server, launcher, an init and a command of each job, and the inits that wait for the next ones."""
+def at_rest(service: Service) -> list[int]:
+    """All processes of a pjwd without a job: its own, and the inits that wait for the next jobs."""
     # always as many of those, so that they are in no difference
     wait_for(lambda: len(waiting_ids(service.state)) == POOL)
-    expected = 2 + POOL + PROCESSES_PER_JOB * jobs
-    # an init has its scratch directory before it is there itself
+    found = with_descendants([service.pid])
+    while True:
+        # an init has its scratch directory before it is there itself
+        time.sleep(REST_SECONDS)
+        before, found = found, with_descendants([service.pid])
+        if before == found:
+            return found
+
+
+def beside_jobs(service: Service, rest: int, jobs: int) -> list[int]:
+    """All processes of a pjwd that has so many *at rest*: these, and an init and a command of each job."""
+    wait_for(lambda: len(waiting_ids(service.state)) == POOL)
+    expected = rest + PROCESSES_PER_JOB * jobs
     wait_for(lambda: len(with_descendants([service.pid])) == expected)
     return with_descendants([service.pid])
 
@@ -190,12 +208,13 @@ def _start(stub: JobWorkerServiceStub) -> int:
     return stub.Start(request, timeout=CALL_SECONDS).job.id
 
 
-def _start_many(stub: JobWorkerServiceStub, count: int) -> list[int]:
+def start_many(stub: JobWorkerServiceStub, count: int) -> list[int]:
+    """Start so many jobs that sleep; their ids."""
     with ThreadPoolExecutor(CONCURRENT) as threads:
         return list(threads.map(lambda _: _start(stub), range(count)))
 
 
-def _starts(*stubs: JobWorkerServiceStub) -> tuple[list[float], ...]:
+def start_times(*stubs: JobWorkerServiceStub) -> tuple[list[float], ...]:
     """How long starts take at each server, in turns; the jobs are gone again."""
     jobs: tuple[list[int], ...] = tuple([] for _ in stubs)
     seconds: tuple[list[float], ...] = tuple([] for _ in stubs)
@@ -205,11 +224,13 @@ def _starts(*stubs: JobWorkerServiceStub) -> tuple[list[float], ...]:
             ids.append(_start(stub))
             times.append(time.perf_counter() - began)
     for stub, ids in zip(stubs, jobs, strict=True):
-        _stop_many(stub, ids)
+        stop_many(stub, ids)
     return seconds
 
 
-def _stop_many(stub: JobWorkerServiceStub, jobs: Sequence[int]) -> None:
+def stop_many(stub: JobWorkerServiceStub, jobs: Sequence[int]) -> None:
+    """Kill these jobs."""
+
     def stop(job_id: int) -> None:
         job = pjwd.stop(stub, job_id)
         assert job.reason == pb.END_REASON_STOPPED, job
@@ -228,8 +249,8 @@ def _idle_share(pids: Sequence[int], seconds: float) -> float:
     return (cpu_seconds(*pids) - used) / (ended - began)
 
 
-def _require_nothing_left(service: Service, stub: JobWorkerServiceStub, at_least: int) -> None:
-    _processes(service, 0)
+def _require_nothing_left(service: Service, stub: JobWorkerServiceStub, rest: int, at_least: int) -> None:
+    beside_jobs(service, rest, 0)
     assert service.job_cgroups() == []
     assert service.scratch() == []
     states = [job.state for job in pjwd.jobs(stub)]

@@ -3,8 +3,9 @@
 pjw's numbers are those of a client over mutual TLS: from the call of Start to its answer, which comes when
 the command has been executed with every namespace and limit; and on to the end of a Logs stream, which is
 what a client waits for. Beside it in each round run the kernel's floor (floor.c: clone with the same
-namespaces, exec, wait), the floor with a cgroup in each of a job's hierarchies under the same limits, a bare
-posix_spawn, and in some rounds the peers (peers.py). All execute the same `true`.
+namespaces, exec, wait), the floor without a namespace of the network, which is the dearest, the floor with a
+cgroup in each of a job's hierarchies under the same limits, a bare posix_spawn, and in some rounds the peers
+(peers.py). All execute the same `true`.
 
 The order in a round is left to chance, because it matters: on cgroup v1 the first to enter a cgroup after a
 pause waits for a grace period of RCU, 10 ms or so, and whoever comes soon after does not.
@@ -16,13 +17,14 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from benchmarks import pjwd
+from benchmarks import accounts, pjwd
+from benchmarks.accounts import Accounts, Used
 from benchmarks.clients import TRUE, run_many, run_once
-from benchmarks.floor import NAMESPACES, SOURCE, Floor, Run, build, cgroups_like, run_all
+from benchmarks.floor import NAMESPACES, SOURCE, WITHOUT_NET, Floor, Run, build, cgroups_like, run_all
 from benchmarks.peers import NAME, Peer, open_peers
 from benchmarks.processes import cpu_seconds
 from benchmarks.report import Figure, Held, median, percentile
@@ -37,6 +39,7 @@ RATE_GOAL: Final = 0.6
 CPU_GOAL: Final = 1.5
 SUITE: Final = "start"
 FLOOR: Final = "kernel's floor"
+FLOOR_WITHOUT_NET: Final = "floor without net"
 FLOOR_WITH_CGROUPS: Final = "floor with cgroups"
 SPAWN: Final = "posix_spawn"
 
@@ -45,28 +48,36 @@ def run(*, quick: bool) -> list[Figure]:
     """Measure all of it."""
     with ExitStack() as stack:
         service = stack.enter_context(pjwd.running())
+        floors, peers = stack.enter_context(beside(service))
+        single = one_by_one(service, floors, peers, rounds=100 if quick else 500)
+        rate = at_once(service, floors, rounds=4 if quick else 3, count=96 if quick else 512)
+        return single + rate
+
+
+@contextmanager
+def beside(service: Service, *only: str) -> Iterator[tuple["Floors", list[Peer]]]:
+    """The kernel's floors and the peers, or *only* those of them, ready to run in turns with a pjwd."""
+    with ExitStack() as stack:
         directory = stack.enter_context(pjwd.directory())
         # the user of an OCI container has to find its root
         directory.chmod(0o755)
         program = build(directory)
         told = build(directory, SOURCE.with_name("told.c"))
-        peers = stack.enter_context(open_peers(directory, program, told))
-        floors = stack.enter_context(_floors(service, program))
-        single = _one_by_one(service, floors, peers, rounds=100 if quick else 500)
-        rate = _at_once(service, floors, rounds=4 if quick else 3, count=96 if quick else 512)
-        return single + rate
+        peers = stack.enter_context(open_peers(directory, program, told, *only))
+        yield stack.enter_context(_floors(service, program)), peers
 
 
 @dataclass(frozen=True, slots=True)
-class _Floors:
-    """The floor, as two processes, and one with cgroups."""
+class Floors:
+    """The floor and that without a namespace of the network, as two processes each, and one with cgroups."""
 
     pair: tuple[Floor, Floor]
+    without_net: tuple[Floor, Floor]
     with_cgroups: Floor
 
 
 @contextmanager
-def _floors(service: Service, program: Path) -> Iterator[_Floors]:
+def _floors(service: Service, program: Path) -> Iterator[Floors]:
     job_id = pjwd.start(service, ["sleep", "600"])
     cgroups = cgroups_like(service.job_cgroups(), NAME)
     with service.stub() as stub:
@@ -74,21 +85,25 @@ def _floors(service: Service, program: Path) -> Iterator[_Floors]:
     with (
         Floor(program, NAMESPACES, [TRUE]) as first,
         Floor(program, NAMESPACES, [TRUE]) as second,
+        Floor(program, WITHOUT_NET, [TRUE]) as third,
+        Floor(program, WITHOUT_NET, [TRUE]) as fourth,
         Floor(program, NAMESPACES, [TRUE], cgroups=cgroups) as with_cgroups,
     ):
-        yield _Floors((first, second), with_cgroups)
+        yield Floors((first, second), (third, fourth), with_cgroups)
 
 
 # --- one at a time
 
 
-def _one_by_one(service: Service, floors: _Floors, peers: Sequence[Peer], rounds: int) -> list[Figure]:
+def one_by_one(service: Service, floors: Floors, peers: Sequence[Peer], rounds: int) -> list[Figure]:
+    """What a start and a whole life take when nobody else asks for one."""
     starts: dict[str, list[float]] = {}
     lives: dict[str, list[float]] = {}
     with service.stub() as stub:
         always: dict[str, Callable[[], Run]] = {
             "pjw": lambda: run_once(stub),
             FLOOR: floors.pair[0].run,
+            FLOOR_WITHOUT_NET: floors.without_net[0].run,
             FLOOR_WITH_CGROUPS: floors.with_cgroups.run,
             SPAWN: _posix_spawn,
         }
@@ -152,10 +167,10 @@ def _posix_spawn() -> Run:
 
 @dataclass(slots=True)
 class _Tally:
-    """What some turns came to."""
+    """What some turns came to; of the floor all time is that of `spawning`."""
 
     seconds: float = 0
-    cpu_seconds: float = 0
+    used: Used = field(default_factory=Used)
     count: int = 0
 
     @property
@@ -166,35 +181,51 @@ class _Tally:
     @property
     def cpu_ms(self) -> float:
         """Processor time of one."""
-        return self.cpu_seconds / self.count * 1e3
+        return self.used.total / self.count * 1e3
 
 
-def _at_once(service: Service, floors: _Floors, rounds: int, count: int) -> list[Figure]:
-    pjw, floor = ({clients: _Tally() for clients in CLIENTS} for _ in range(2))
-    for _ in range(rounds):
-        for clients in CLIENTS:
-            _pjw_turn(service, clients, count, pjw[clients])
-            _floor_turn(floors.pair, count, floor[clients])
+def at_once(
+    service: Service, floors: Floors, rounds: int, count: int, numbers: Sequence[int] = CLIENTS
+) -> list[Figure]:
+    """What *count* lives take when so many clients ask for them at once, for each of these *numbers*."""
+    pjw, floor, without_net = ({clients: _Tally() for clients in numbers} for _ in range(3))
+    with accounts.opened(service) as account:
+        for _ in range(rounds):
+            for clients in numbers:
+                _pjw_turn(service, account, clients, count, pjw[clients])
+                _floor_turn(floors.pair, count, floor[clients])
+                _floor_turn(floors.without_net, count, without_net[clients])
     figures = []
-    for clients in CLIENTS:
+    for clients in numbers:
         who = f"{clients} client" + ("s" if clients > 1 else "")
         ours, theirs = pjw[clients], floor[clients]
-        against = f"{FLOOR}, 2 processes"
+        against, cpu = f"{FLOOR}, 2 processes", f"CPU of one, {who}"
         figures += [
             Figure(SUITE, f"rate, {who}", ours.rate, "/s", against, theirs.rate, RATE_GOAL, True),
-            Figure(SUITE, f"CPU of one, {who}", ours.cpu_ms, "ms", against, theirs.cpu_ms, CPU_GOAL),
+            Figure(SUITE, cpu, ours.cpu_ms, "ms", against, theirs.cpu_ms, CPU_GOAL),
+            Figure(SUITE, cpu, ours.cpu_ms, "ms", FLOOR_WITHOUT_NET, without_net[clients].cpu_ms),
+            *(
+                Figure(
+                    SUITE,
+                    f"{cpu}: {whose}",
+                    seconds / ours.count * 1e3,
+                    "ms",
+                    "all",
+                    ours.cpu_ms,
+                    held=Held.NEVER,
+                )
+                for whose, seconds in ours.used.parts().items()
+            ),
         ]
     return figures
 
 
-def _pjw_turn(service: Service, clients: int, count: int, tally: _Tally) -> None:
-    # inits and commands are among the launcher's children, whom it has collected when their ends are told
-    pids = service.pid, service.launcher_pid()
-    before = cpu_seconds(*pids)
+def _pjw_turn(service: Service, account: Accounts, clients: int, count: int, tally: _Tally) -> None:
+    before = account.now()
     tally.seconds += asyncio.run(run_many(service, clients, count))
     # what the server still does then for a job without output: its directory goes
     wait_for(lambda: not os.listdir(service.state / "jobs"))
-    tally.cpu_seconds += cpu_seconds(*pids) - before
+    tally.used += account.now() - before
     tally.count += count
 
 
@@ -202,5 +233,5 @@ def _floor_turn(pair: Sequence[Floor], count: int, tally: _Tally) -> None:
     pids = [floor.pid for floor in pair]
     before = cpu_seconds(*pids)
     tally.seconds += run_all(pair, count // len(pair))
-    tally.cpu_seconds += cpu_seconds(*pids) - before
+    tally.used += Used(spawning=cpu_seconds(*pids) - before)
     tally.count += count

@@ -1,7 +1,6 @@
 """What a job is, as frozen values that check themselves. No I/O."""
 
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
@@ -434,6 +433,9 @@ class JobSpec:
     @property
     def display(self) -> str:
         """The command on one line, as it could be typed into a shell."""
+        # of the client only `start` needs it
+        import shlex
+
         return self.command if isinstance(self.command, str) else shlex.join(self.command)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import against, check, document, pjwd
+from benchmarks import accounts, against, check, document, goals, peers, pjwd
 from benchmarks.report import Figure, Held, Report
 
 STORED: check.Ratios = {
@@ -96,12 +96,12 @@ def test_suites_of_one_day_and_machine_stand_in_one_report(tmp_path: Path) -> No
 def test_figures_replace_what_is_between_the_marks(tmp_path: Path) -> None:
     """And nothing else in the document."""
     path = tmp_path / "performance.md"
-    path.write_text(f"above\n\n{document.BEGIN}old\n{document.END}\nbelow\n")
+    path.write_text(f"above\n\n{document.FIGURES.begin}old\n{document.FIGURES.end}\nbelow\n")
     document.write(Report({"kernel": "6.1"}, start()), path)
     once = path.read_text()
     head, _, tail = once.partition("kernel 6.1\n\n| what ")
-    assert (head, "old" in once, tail.endswith(f"|\n\n{document.END}\nbelow\n")) == (
-        f"above\n\n{document.BEGIN}\n",
+    assert (head, "old" in once, tail.endswith(f"|\n\n{document.FIGURES.end}\nbelow\n")) == (
+        f"above\n\n{document.FIGURES.begin}\n",
         False,
         True,
     )
@@ -121,7 +121,7 @@ def test_an_earlier_commit_is_measured_in_turns(tmp_path: Path) -> None:
         turns.append(mine)
         return start(time=3 if mine else 2, rate=0.5 if mine else 0.6)
 
-    found = {figure.name: figure for figure in against.run(suite, "abc", tmp_path / "pjwd")}
+    found = {figure.name: figure for figure in against.run(suite, {"abc": tmp_path / "pjwd"})}
     assert turns == [False, True, True, False, False, True]
     assert pjwd.program() == pjwd.THIS
     assert {name: (figure.value, figure.reference, figure.met) for name, figure in found.items()} == {
@@ -131,3 +131,82 @@ def test_an_earlier_commit_is_measured_in_turns(tmp_path: Path) -> None:
         "alone": (3, 2, None),
     }
     assert {figure.against for figure in found.values()} == {"abc"}
+
+
+def test_several_commits_are_measured_in_turns(tmp_path: Path) -> None:
+    """Neither of them, nor this tree, is always the first or the last."""
+    turns: list[str] = []
+
+    def suite() -> list[Figure]:
+        turns.append(pjwd.program().name)
+        return start(time=len(turns))
+
+    found = against.measure(suite, {"new": tmp_path / "new", "old": tmp_path / "old"}, turns=2)
+    assert turns == ["new", "old", "pjwd", "pjwd", "old", "new"]
+    assert {
+        name: [figure.value for figure in figures["start: time / floor"]] for name, figures in found.items()
+    } == {
+        "new": [1, 6],
+        "old": [2, 5],
+        "this tree": [3, 4],
+    }
+
+
+def measured(cpu: float, life: float, crun: float | None = None) -> dict[str, list[Figure]]:
+    """What two turns have found of one pjwd: the second was on a machine that had become half as fast."""
+    keys = {goal.name: goal.key for goal in goals.GOALS}
+    found = {
+        keys["CPU of a life, 8 clients"]: [Figure("start", goals.CPU, cpu, "ms", "floor", 1)] * 2,
+        keys["whole life"]: [
+            Figure("start", "whole life", life * slower, "ms", "kernel's floor", slower) for slower in (1, 2)
+        ],
+    }
+    found |= {f"start: {goals.CPU}: server / all": [Figure("start", "server", cpu / 2, "ms", "all", cpu)]}
+    return found
+
+
+def test_each_goal_stands_beside_its_ratio() -> None:
+    """Either to the first commit, or to what ran beside it in the same turn; for the commits as well."""
+    found = {"old": measured(8, 6), "before": measured(9, 7), "this tree": measured(4, 4.6)}
+    text, missed = goals.table(found, ["old", "before"])
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    rows = {name: cells for name, *cells in table}
+    assert rows["what"] == ["this tree", "old", "before", "beside", "ratio", "goal", ""]
+    assert rows["CPU of a life, 8 clients"] == [
+        *("4.00 ms (0.50)", "8.00 ms (1.00)", "9.00 ms (1.12)", "old", "0.50", "≤ 0.6", "met"),
+    ]
+    # 4.6 and 9.2 ms beside 1 and 2 ms
+    assert rows["whole life"] == [
+        *("6.90 ms (4.60)", "9.00 ms (6.00)", "10.5 ms (7.00)"),
+        *("kernel's floor: 1.50 ms", "4.60", "≤ 4.5", "missed"),
+    ]
+    # nothing passes by having vanished
+    assert rows["stop of a tree"][-1] == "not measured"
+    assert missed == len(goals.GOALS) - 1
+    cells = [cell.strip() for cell in goals.parts(found).splitlines()[-1].split("|")[1:-1]]
+    assert cells == ["server", "4.00 ms", "4.50 ms", "2.00 ms"]
+
+
+def test_every_goal_is_about_a_figure() -> None:
+    """No two goals are about the same ratio, and a rate is the only one of which more is better."""
+    assert len({goal.key for goal in goals.GOALS}) == len(goals.GOALS)
+    assert [goal.name for goal in goals.GOALS if goal.more_is_better] == ["starts a second, 8 clients"]
+
+
+def test_time_is_read_from_either_kind_of_cgroup(tmp_path: Path) -> None:
+    """In nanoseconds or in microseconds; another hierarchy of v1 counts no time."""
+    one, two, none = (tmp_path / name for name in ("v1", "v2", "cpu"))
+    for directory in (one, two, none):
+        directory.mkdir()
+    (one / "cpuacct.usage").write_text("1500000000\n")
+    (two / "cpu.stat").write_text("usage_usec 2500000\nuser_usec 2000000\n")
+    (none / "cpu.stat").write_text("nr_periods 0\nnr_throttled 0\n")
+    assert [accounts.cgroup_seconds(path) for path in (one, two)] == [1.5, 2.5]
+    assert [accounts.counts_time(path) for path in (one, two, none)] == [True, True, False]
+
+
+def test_a_peer_that_cannot_run_says_why() -> None:
+    """In its own last words: `make bench` goes on without it."""
+    assert peers.why_not(["true"]) is None
+    assert peers.why_not(["sh", "-c", "echo first >&2; echo 'no such thing' >&2; exit 1"]) == "no such thing"
+    assert peers.why_not(["false"]) == "it ends with 1"

@@ -5,7 +5,7 @@ import errno
 import os
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, suppress
+from contextlib import AsyncExitStack, aclosing, suppress
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ import pytest
 from pjw.errors import KernelError, LauncherGoneError, OffsetError, OutputLostError
 from pjw.output import Head, Inotify, OutputLog, follow
 from pjw.output.follower import CHUNK_BYTES_MAX, CHUNK_BYTES_MIN
-from pjw.output.log import read_at
+from pjw.output.log import SHARED_BYTES_MAX, read_at
 
 DEADLINE_SECONDS = 10
 
@@ -176,18 +176,82 @@ async def test_the_last_bytes_before_the_end(growing: Growing) -> None:
 
 async def test_a_write_between_read_and_wait(growing: Growing, monkeypatch: pytest.MonkeyPatch) -> None:
     """The lost wake-up: bytes that come just after a read found nothing are not left lying."""
-    words = [b"one", b"two", b"three"]
+    words = [b"one"]
 
     async def read_then_write(descriptor: int, offset: int, count: int, head: Head) -> tuple[int, bytes]:
         got, chunk = await read_at(descriptor, offset, count, head)
         if not got and words:
-            growing.append(words.pop(0))
-            if not words:
-                growing.log.mark_ended()
+            growing.append(words.pop())
+            growing.log.mark_ended()
         return got, chunk
 
     monkeypatch.setattr("pjw.output.follower.read_at", read_then_write)
-    assert await read(growing.log) == b"onetwothree"
+    assert await read(growing.log) == b"one"
+
+
+async def test_a_write_between_look_and_wait(growing: Growing) -> None:
+    """The same, where the size has said that all was read, and the reader took its time with that."""
+    async with asyncio.timeout(DEADLINE_SECONDS), aclosing(follow(growing.log)) as chunks:
+        with growing.log.changes() as changed:
+            for word in (b"one", b"two", b"three"):
+                changed.clear()
+                growing.append(word)
+                await changed.wait()
+                assert await anext(chunks) == word
+
+
+async def test_a_line_is_read_once_for_all(growing: Growing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its followers share one piece of memory; one that wants another head has its own."""
+    reads: list[int] = []
+
+    async def counted(descriptor: int, offset: int, count: int, head: Head) -> tuple[int, bytes]:
+        reads.append(offset)
+        return await read_at(descriptor, offset, count, head)
+
+    monkeypatch.setattr("pjw.output.follower.read_at", counted)
+    async with asyncio.timeout(DEADLINE_SECONDS), AsyncExitStack() as stack:
+        several = [await stack.enter_async_context(aclosing(follow(growing.log))) for _ in range(20)]
+        for line in (b"one\n", b"two\n"):
+            wanted = [asyncio.ensure_future(anext(chunks)) for chunks in several]
+            await asyncio.sleep(0)
+            reads.clear()
+            growing.append(line)
+            first, *others = await asyncio.gather(*wanted)
+            assert first == line
+            assert all(chunk is first for chunk in others)
+            assert len(reads) == 1
+        headed = await stack.enter_async_context(
+            aclosing(follow(growing.log, 4, lambda count: b"%d:" % count))
+        )
+        assert await anext(headed) == b"4:two\n"
+        present = follow(growing.log, 4, present_only=True)
+        growing.append(b"three\n")
+        assert [chunk async for chunk in present] == [b"two\nthree\n"]
+    assert growing.log._shared is None
+
+
+async def test_a_line_is_shared_until_the_next_change(growing: Growing) -> None:
+    """Who took its size for the end after that would wait for ever."""
+    growing.append(b"one")
+    async with asyncio.timeout(DEADLINE_SECONDS), aclosing(follow(growing.log)) as early:
+        with growing.log.changes() as changed:
+            assert await anext(early) == b"one"
+            growing.append(b"two")
+            await changed.wait()
+            async with aclosing(follow(growing.log)) as late:
+                assert await anext(late) == b"onetwo"
+
+
+async def test_what_is_larger_than_a_line_is_not_kept(growing: Growing) -> None:
+    """Nor is a line that one follower alone reads: the page cache has both."""
+    async with asyncio.timeout(DEADLINE_SECONDS), aclosing(follow(growing.log)) as one:
+        growing.append(b"x")
+        assert await anext(one) == b"x"
+        assert growing.log._shared is None
+        async with aclosing(follow(growing.log, 1)) as other:
+            growing.append(bytes(SHARED_BYTES_MAX + 1))
+            assert [len(await anext(chunks)) for chunks in (one, other)] == [SHARED_BYTES_MAX + 1] * 2
+            assert growing.log._shared is None
 
 
 async def test_a_wake_up_during_a_read(growing: Growing, monkeypatch: pytest.MonkeyPatch) -> None:

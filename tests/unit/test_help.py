@@ -37,6 +37,16 @@ def test_help_alone_names_every_command_and_topic() -> None:
         assert re.search(rf"^ +{word}(  |$)", text, re.MULTILINE), word
 
 
+def test_a_command_that_comes_first_is_parsed_by_itself() -> None:
+    """As it is among all of them; they are all there when it does not come first, or when there is none."""
+    every = commands_of(build_parser())
+    for name, command in every.items():
+        [(alone, parser)] = commands_of(build_parser([name, "--all"])).items()
+        assert (alone, parser.format_help()) == (name, command.format_help())
+    for words in ([], ["--all", "get"], ["gte"], ["--help"]):
+        assert [*commands_of(build_parser(words))] == [*every]
+
+
 def test_every_state_and_reason_can_be_asked_for() -> None:
     """The parser has its own list of them: the model's import would cost each command time."""
     parser = build_parser()

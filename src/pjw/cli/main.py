@@ -44,13 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    parser = build_parser()
     if "_ARGCOMPLETE" in os.environ:
         from pjw.cli.completion import complete
 
-        complete(parser)
+        complete(build_parser())
+    words = sys.argv[1:] if argv is None else argv
+    parser = build_parser(words)
     _prepare_stdout()
-    arguments, unknown = parser.parse_known_args(argv)
+    arguments, unknown = parser.parse_known_args(words)
     if unknown:
         arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     require_arguments(parser, arguments)

@@ -15,16 +15,6 @@ _OF_TOP: Final = ("rich", "textual")
 Commands = Any
 
 
-def add_commands(commands: Commands) -> None:
-    """Add them to the command tree."""
-    _add_top(commands)
-    _add_stats(commands)
-    _add_quota(commands)
-    _add_context(commands)
-    _add_help(commands)
-    _add_completion(commands)
-
-
 def _runs(parser: argparse.ArgumentParser, function: str) -> None:
     """Have a command run `module.function`."""
     parser.set_defaults(run=partial(_run, function))
@@ -138,3 +128,14 @@ def _add_completion(commands: Commands) -> None:
     )
     _runs(command, "completion.print_script")
     command.add_argument("shell", choices=("bash", "zsh", "fish"))
+
+
+# what adds each of them to the command tree
+ADDERS: Final = {
+    "top": _add_top,
+    "stats": _add_stats,
+    "quota": _add_quota,
+    "context": _add_context,
+    "help": _add_help,
+    "completion": _add_completion,
+}

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 from typing import Final
 
 from pjw.errors import LauncherGoneError, OffsetError
-from pjw.output.log import Head, OutputLog, check_whole, no_head, read_at
+from pjw.output.log import Head, OutputLog, Piece, check_whole, no_head, read_at
 
 # A stalled stream holds about 4 chunks in gRPC and the kernel, so a reader begins with small
 # ones and earns larger ones (the best size for one stream here) by keeping up.
@@ -37,24 +37,32 @@ async def follow(
         while True:
             # Look at `ended`, and clear the event, before the read. The job may write its
             # last bytes while we read; this order makes the read after the look a complete
-            # one, and a write after the read sets the event again.
+            # one, and a write after the read, or after its size was seen, sets the event again.
             ended = log.ended or present_only
             changed.clear()
             while True:
-                count, chunk = await read_at(descriptor, offset, min(chunk_bytes, end - offset), head)
-                if not count:
+                most = min(chunk_bytes, end - offset)
+                piece = log.shared(offset, most, head)
+                if piece is None:
+                    count, chunk = await read_at(descriptor, offset, most, head)
+                    piece = Piece(offset, head, count, chunk, os.fstat(descriptor).st_size)
+                    log.share(piece)
+                if not piece.length:
                     break
-                offset += count
+                offset += piece.length
                 yielded = loop.time()
-                yield chunk
+                yield piece.chunk
                 if loop.time() - yielded > KEEPS_UP_SECONDS:
                     chunk_bytes = CHUNK_BYTES_MIN
-                elif count == chunk_bytes:
+                elif piece.length == chunk_bytes:
                     chunk_bytes = min(2 * chunk_bytes, CHUNK_BYTES_MAX)
+                # not a short read, which is not always one up to the end
+                if piece.size <= offset:
+                    break
             if ended:
                 check_whole(descriptor, offset)
                 return
-            if os.fstat(descriptor).st_size < offset:
+            if piece.size < offset:
                 check_whole(descriptor, offset)
             if log.abandoned:
                 raise LauncherGoneError("the worker was closed; the job goes on")

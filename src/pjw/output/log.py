@@ -7,7 +7,7 @@ import stat
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import Final, NamedTuple
 
 from pjw.errors import KernelError, OutputLostError
 from pjw.output.inotify import Inotify
@@ -16,6 +16,9 @@ from pjw.output.inotify import Inotify
 Head = Callable[[int], bytes]
 HEAD_BYTES_MAX: Final = 16
 READ_BYTES_MAX: Final = 256 * 1024
+# A line goes to all followers at once, and to read it takes as long as all else that we do for one of them.
+# What is larger is not worth its memory.
+SHARED_BYTES_MAX: Final = 4096
 
 
 class _Buffer(threading.local):
@@ -32,10 +35,21 @@ class _Buffer(threading.local):
 _BUFFER: Final = _Buffer()
 
 
+class Piece(NamedTuple):
+    """What a follower has read: *length* bytes at *offset*, behind a head; of how many in all."""
+
+    offset: int
+    head: Head
+    length: int
+    chunk: bytes
+    size: int
+
+
 class OutputLog:
     """The file that a job's init appends to: its bytes, its end, and news of changes.
 
-    Nothing of it is held in memory: the page cache is the buffer, shared by all followers.
+    Nothing of it is held in memory but the last line, for as long as somebody follows: the page cache is the
+    buffer, shared by all followers.
     """
 
     def __init__(self, path: str, inotify: Inotify, *, ended: bool, times_path: str | None = None) -> None:
@@ -44,6 +58,7 @@ class OutputLog:
         self._inotify: Final = inotify
         self._followers: Final[set[asyncio.Event]] = set()
         self._watch = -1
+        self._shared: Piece | None = None
         self._ended = ended
         self._abandoned = False
 
@@ -68,6 +83,8 @@ class OutputLog:
         self._wake()
 
     def _wake(self) -> None:
+        # there may be more now than its size says, and who waits after a look at that would wait for ever
+        self._shared = None
         for changed in self._followers:
             changed.set()
 
@@ -82,9 +99,23 @@ class OutputLog:
             yield changed
         finally:
             self._followers.remove(changed)
-            if not self._followers and self._watch >= 0:
-                self._inotify.unwatch(self._watch)
-                self._watch = -1
+            if not self._followers:
+                self._shared = None
+                if self._watch >= 0:
+                    self._inotify.unwatch(self._watch)
+                    self._watch = -1
+
+    def shared(self, offset: int, count_max: int, head: Head) -> Piece | None:
+        """What another follower has read there since the last change: at most *count_max* bytes."""
+        piece = self._shared
+        if piece is None or piece.offset != offset or piece.length > count_max or piece.head is not head:
+            return None
+        return piece
+
+    def share(self, piece: Piece) -> None:
+        """Keep what a follower has read for the others, who want it next, if it is a line."""
+        if 0 < piece.length <= SHARED_BYTES_MAX and len(self._followers) > 1:
+            self._shared = piece
 
     @contextmanager
     def open(self) -> Iterator[int]:
@@ -159,7 +190,7 @@ def no_head(count: int) -> bytes:
 
 
 async def read_at(descriptor: int, offset: int, count: int, head: Head = no_head) -> tuple[int, bytes]:
-    """Read up to *count* bytes at *offset*: how many there are (0 at the end), and they behind a head.
+    """Read up to *length* bytes at *offset*: how many there are (0 at the end), and they behind a head.
 
     Bytes in the page cache are read at once, others in a thread: a slow disk must not hold
     the event loop up (preadv2(2), RWF_NOWAIT). They are copied once after that.

@@ -90,12 +90,15 @@ class Reading:
     offset: int
     follow: bool
 
-    async def chunks(self, head: Head = no_head) -> AsyncGenerator[bytes, None]:
+    def chunks(self, head: Head = no_head) -> AsyncGenerator[bytes, None]:
         """Its bytes, as they come. *head* makes what each chunk begins with from how many bytes it has."""
+        chunks = follow(self.output.log, self.offset, head, present_only=not self.follow)
+        # most are whole, and one more generator is a part of what a line to many followers costs
+        return self._checked(chunks) if self.output.lost else chunks
+
+    async def _checked(self, chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
         # aclosing: a generator that is left to the garbage collector would keep its watch
-        async with aclosing(
-            follow(self.output.log, self.offset, head, present_only=not self.follow)
-        ) as chunks:
+        async with aclosing(chunks):
             async for chunk in chunks:
                 yield chunk
         self._check_whole()
