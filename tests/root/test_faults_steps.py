@@ -300,8 +300,8 @@ def test_each_step_of_a_start_refused(cold: Scene, number: int, generation: int)
                 assert job is grpc.StatusCode.UNAVAILABLE
                 scene.restart()
         else:
-            # Of the exec itself the kernel's answer is passed on as it is. A new spawner that nobody can watch
-            # is ended, and the start refused.
+            # Of the exec itself the kernel's answer is passed on as it is. A new spawner that nobody can
+            # watch is ended, and the start refused.
             executed = (generation, tracer.hit) == (COMMAND, "execve")
             expected = grpc.StatusCode.FAILED_PRECONDITION if executed else grpc.StatusCode.RESOURCE_EXHAUSTED
             assert (job, scene.jobs_of("alice")) == (expected, before), tracer.hit
