@@ -16,7 +16,7 @@ from pjw.worker.background import Background, log_bug
 from pjw.worker.endings import Endings
 from pjw.worker.job import LiveJob
 from pjw.worker.launch_turns import LaunchTurns
-from pjw.worker.launcher_client import LauncherClient, LaunchLeftError
+from pjw.worker.launcher_client import LauncherClient, LaunchLeftError, RunningInit
 from pjw.worker.logs import live_job
 from pjw.worker.quota import RunningJobs, StoredBytes
 from pjw.worker.state_dir import StateDir
@@ -144,7 +144,7 @@ class Starts:
     async def _launch(self, job: Job, spec: JobSpec, uid: int) -> Job:
         live = self._live[job.id] = live_job(self._state, self._inotify, job)
         try:
-            pidfd, started_ns = await self._ask_for_launch(job, spec, uid)
+            init, started_ns = await self._ask_for_launch(job, spec, uid)
         except LauncherGoneError:
             # Whether it was launched, nobody can tell now; the next worker will.
             raise
@@ -160,7 +160,7 @@ class Starts:
         finally:
             live.launch_over.set()
         live.exec_seen(started_ns)
-        self._endings.watch(live, pidfd)
+        self._endings.watch(live, init)
         return live.job
 
     async def _forget(self, job_id: int) -> None:
@@ -173,7 +173,7 @@ class Starts:
         await self._launcher.request_departed(job.id)
         self._running.give_back(job.client_name, job.limits)
 
-    async def _ask_for_launch(self, job: Job, spec: JobSpec, uid: int) -> tuple[int, int]:
+    async def _ask_for_launch(self, job: Job, spec: JobSpec, uid: int) -> tuple[RunningInit, int]:
         self._launcher.require_descriptors()
         descriptors: list[int] = []
         try:
