@@ -97,6 +97,10 @@ class Bench:
         """The scratch directories of jobs."""
         return job_scratch(self.state)
 
+    def scratch_of(self, job_id: int) -> list[Path]:
+        """The scratch directory of a job, if it has one."""
+        return [path for path in self.scratch() if path.name == str(job_id)]
+
     def processes(self) -> list[int]:
         """Every process on this host with a user id of this bench's jobs, zombies too."""
         first = self.settings.uid_first

@@ -43,4 +43,4 @@ def test_what_init_writes_is_read(
 def test_any_bytes(data: bytes) -> None:
     """They are a record or none; nothing is raised."""
     record = parse_record(data)
-    assert record.end is None or record.started_ns is not None
+    assert (record.end, record.usage) == (None, None) or record.started_ns is not None

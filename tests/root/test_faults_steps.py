@@ -1,4 +1,4 @@
-"""kill -9 of each process at each step of a start and of a stop; and each step of a start refused.
+"""kill -9 of each process at each step of a start, of a stop and of an end; and each step of a start refused.
 
 Where inits wait for the next jobs (pool.py) a start has few steps, and the others come when nobody waits.
 So all of them are gone through with none that wait, and those of a start that takes one beside that.
@@ -9,6 +9,7 @@ each takes a new pjwd, a sample of the steps is gone through, and with -m slow a
 
 import errno
 import itertools
+import signal
 from collections.abc import Callable, Iterator
 from typing import Final
 
@@ -267,6 +268,55 @@ def test_killed_at_each_step_of_a_stop(scene: Scene, victim: str, stride: int) -
         settle(scene)
     assert step > 5
     finish(scene)
+
+
+# What the launcher does at the end of a job, but for reading: keep the accounts, remove, tell.
+END_CALLS: Final = ("pwrite64", "rmdir", "sendmsg")
+# It leaves no files, so the launcher removes all of it unasked; and its reason is in its accounts alone.
+HUNGRY_BYTES: Final = 16 * 1024**2
+HUNGRY: Final = "mkfifo ask; exec 3<>ask; read x <&3; rm ask; exec tail /dev/zero"
+
+
+@pytest.mark.parametrize(
+    ("victim", "stride"), [("launcher", 1), ("server", 13), pytest.param("server", 1, marks=EVERY_STEP)]
+)
+def test_killed_at_each_step_of_an_end(scene: Scene, victim: str, stride: int) -> None:
+    """Accounts and reason are what they would have been, and nothing of the job is left."""
+    request = pb.StartRequest(command=HUNGRY, limits=pb.Limits(memory_max_bytes=HUNGRY_BYTES))
+    for step in itertools.count(1, stride):
+        job_id = scene.stub("alice").Start(request, timeout=OTHERS_SECONDS).job.id
+        pid = scene.service.launcher_pid() if victim == "launcher" else scene.service.pid
+        calls = END_CALLS if victim == "launcher" else SERVER_CALLS
+        with Tracer(pid, step, "kill", calls=calls) as tracer:
+            scene.service.tell(job_id)
+            wait_for(lambda: has_ended(scene) or is_told(scene, job_id))  # noqa: B023  called at once
+        if tracer.hit:
+            scene.restart()
+        wait_for(lambda: is_told(scene, job_id))  # noqa: B023  called at once
+        job = scene.job_of(job_id, "alice")
+        assert (job.reason, job.exit_code) == (pb.END_REASON_OOM_KILLED, 128 + signal.SIGKILL)
+        assert job.usage.oom_kills == 1
+        assert job.usage.memory_peak_bytes > HUNGRY_BYTES // 2
+        assert job.usage.cpu_usage_usec > 0
+        scene.goes_on()
+        settle(scene)
+        if not tracer.hit:
+            break
+    assert step > 5
+    finish(scene)
+
+
+def has_ended(scene: Scene) -> bool:
+    """Whether the server has."""
+    return scene.service.process is not None and scene.service.process.poll() is not None
+
+
+def is_told(scene: Scene, job_id: int) -> bool:
+    """Whether the service tells the end of a job of alice's now."""
+    try:
+        return scene.stub("alice").Get(pb.GetRequest(id=job_id), timeout=OTHERS_SECONDS).job.HasField("end")
+    except grpc.RpcError:
+        return False
 
 
 # How often a step must leave a start whole until that counts as a failure which nobody noticed.

@@ -27,6 +27,8 @@ from pjw.launcher.policy import JOB_ID_MAX
 from pjw.launcher.protocol import (
     REQUESTS,
     Adopt,
+    Adopted,
+    Ended,
     Hello,
     JobIdPage,
     JobIds,
@@ -318,6 +320,8 @@ class Conversation:
         self._greeted: Final = greet
         self._peer: Final = Peer(bench, greet=greet, ceiling=CEILING, uid_count=UIDS)
         self._unanswered: Final[list[tuple[int, bool]]] = []
+        # the numbers of launches and adoptions, by which ends are told
+        self._running: Final[set[int]] = set()
         self.launched: Final[set[int]] = set()
 
     def play(self, steps: list[Step]) -> None:
@@ -362,6 +366,11 @@ class Conversation:
                 os.close(descriptor)
             assert data, self._peer.words()
             seq, reply = protocol.decode_reply(data)
+            if isinstance(reply, Ended):
+                assert seq in self._running, reply
+                continue
+            if isinstance(reply, Launched) or (isinstance(reply, Adopted) and reply.alive):
+                self._running.add(seq)
             # with one seq on several requests, a launch that may succeed is the one that did
             found = sorted(entry for entry in self._unanswered if entry[0] == seq)
             assert found, reply

@@ -30,6 +30,7 @@ from pjw.launcher.protocol import (
     Adopted,
     ClientMeasured,
     Done,
+    Ended,
     Hello,
     JobIdPage,
     JobIds,
@@ -53,6 +54,7 @@ from pjw.launcher.protocol import (
     Terminate,
 )
 from pjw.model import GroupUse, JobState, Share, Sums, Usage
+from pjw.worker.record import RECORD_BYTES, parse_record
 from pjw.worker.settings import WAITING_INITS
 from tests.root.init_harness import command_file
 from tests.service import wait_for, waiting_ids, waiting_inits
@@ -114,14 +116,20 @@ class Peer:
         self.socket.sendmsg([data], ancillary)
 
     def ask(self, request: Request, descriptors: Sequence[int] = ()) -> protocol.Reply:
-        """Send a request; the reply, whose descriptor is closed."""
+        """Send a request; the reply, whose descriptor is closed. Passes over ends that come meanwhile."""
         self.send(protocol.encode(7, request), descriptors)
+        while isinstance(reply := self.hear(), Ended):
+            pass
+        return reply
+
+    def hear(self) -> protocol.Reply:
+        """What the launcher says next, to a request of ours."""
         data, received, _, _ = socket.recv_fds(self.socket, protocol.MAX_DATAGRAM_BYTES, 3)
         for descriptor in received:
             os.close(descriptor)
         assert data, self.words()
         seq, reply = protocol.decode_reply(data)
-        assert seq == 7
+        assert seq == 7 or isinstance(reply, Ended)
         return reply
 
     def launch(self, job_id: int, argv: Sequence[str] = ("sleep", "60"), **changes: Any) -> protocol.Reply:
@@ -166,6 +174,12 @@ class Peer:
     def open_descriptors(self) -> int:
         """How many the launcher has."""
         return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    def hang_up(self) -> None:
+        """Leave all that was launched to the next one."""
+        self._jobs.clear()
+        self.socket.close()
+        assert self.end() == 0, self.words()
 
     def close(self) -> None:
         """End what was launched, and hang up."""
@@ -546,6 +560,76 @@ def test_the_greatest_id(bench: Bench, peer: Peer) -> None:
     assert isinstance(peer.launch(JOB_ID_MAX), Launched)
     assert peer.ask(JobIds(0)) == JobIdPage((JOB_ID_MAX,))
     assert peer.ask(JobIds(JOB_ID_MAX)) == JobIdPage(())
+
+
+# --- ends
+
+
+def test_the_end_of_a_job_that_left_nothing(bench: Bench, peer: Peer) -> None:
+    """It is told once, with what the job used, by the number of its launch; nothing is left, unasked."""
+    with ExitStack() as stack:
+        descriptors = peer.descriptors(stack, command_file(["sh", "-c", "echo words"]))
+        assert isinstance(peer.ask(Launch(1, peer.uid, NO_LIMITS), descriptors), Launched)
+        ended = peer.hear()
+        assert isinstance(ended, Ended)
+        assert (ended.known, ended.removed) == (True, True)
+        assert ended.usage.cpu_usage_usec > 0
+        record = parse_record(os.pread(descriptors[2], RECORD_BYTES, 0))
+    assert (record.usage, record.end is not None) == (ended.usage, True)
+    assert bench.cgroups(1) == bench.scratch_of(1) == []
+    assert peer.ask(Account(1)) == Accounted(known=False, usage=Usage())
+    assert peer.ask(Remove(1)) == Done()
+    assert peer.ask(JobIds(0)) == JobIdPage(())
+
+
+def test_the_end_of_a_job_that_left_files(bench: Bench, peer: Peer) -> None:
+    """All of it stays until it is asked for, and the accounts are the same twice."""
+    assert isinstance(peer.launch(1, ["sh", "-c", "echo words >file"]), Launched)
+    ended = peer.hear()
+    assert isinstance(ended, Ended)
+    assert (ended.known, ended.removed) == (True, False)
+    assert peer.ask(Adopt(1)) == Adopted(alive=False, known=True)
+    assert peer.ask(Account(1)) == Accounted(known=True, usage=ended.usage)
+    assert bench.cgroups(1) != []
+    assert peer.ask(Remove(1)) == Done()
+    assert bench.cgroups(1) == bench.scratch_of(1) == []
+
+
+def test_accounts_that_cannot_be_kept(bench: Bench, peer: Peer) -> None:
+    """A status file that takes nothing: then they stay in the cgroup."""
+    with ExitStack() as stack:
+        descriptors = peer.descriptors(stack, command_file(["cat"]), count=5)
+        input_file = bench.directory / "input"
+        input_file.touch()
+        descriptors[4] = os.open(input_file, os.O_RDONLY)
+        stack.callback(os.close, descriptors[4])
+        status = os.memfd_create("status", os.MFD_ALLOW_SEALING)
+        stack.callback(os.close, status)
+        os.write(status, bytes(RECORD_BYTES))
+        descriptors[2] = status
+        assert isinstance(peer.ask(Launch(1, peer.uid, NO_LIMITS, input=True), descriptors), Launched)
+        fcntl.fcntl(status, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+        assert peer.ask(Terminate(1)) == Done()
+        ended = peer.hear()
+    assert isinstance(ended, Ended)
+    assert (ended.known, ended.removed) == (True, False)
+    assert peer.ask(Account(1)) == Accounted(known=True, usage=ended.usage)
+    assert peer.ask(Remove(1)) == Done()
+
+
+def test_the_end_of_an_adopted_job(bench: Bench, connect: Callable[..., Peer]) -> None:
+    """It is told by the number of its adoption, and all stays: this launcher has no status file of it."""
+    first = connect()
+    assert isinstance(first.launch(1), Launched)
+    first.hang_up()
+    heir = connect()
+    assert heir.ask(Adopt(1)) == Adopted(alive=True, known=True)
+    assert heir.ask(Terminate(1)) == Done()
+    ended = heir.hear()
+    assert isinstance(ended, Ended)
+    assert (ended.known, ended.removed) == (True, False)
+    assert heir.ask(Remove(1)) == Done()
+    assert bench.cgroups(1) == bench.scratch_of(1) == []
 
 
 # --- other jobs

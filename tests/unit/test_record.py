@@ -1,8 +1,11 @@
 """The status record that init leaves."""
 
+import os
+
 import pytest
 
-from pjw.model import EndReason, ExitStatus
+from pjw.launcher.accounts import ACCOUNTS_OFFSET, keep_accounts
+from pjw.model import EndReason, ExitStatus, Usage
 from pjw.worker.record import RECORD_BYTES, End, Record, parse_record
 
 STARTED = b"started 1700000000000000000\n"
@@ -70,3 +73,50 @@ def test_a_record_that_is_cut(length: int) -> None:
 def test_an_end_that_is_none(ended: bytes) -> None:
     """Anything but init's own words is not an end."""
     assert parse_record(STARTED + ended).end is None
+
+
+USAGE = Usage(1, 2**63 - 1, 3, 0, 5)
+
+
+@pytest.mark.parametrize("init", [STARTED + ENDED, STARTED])
+def test_accounts_are_read_as_they_were_kept(init: bytes) -> None:
+    """They stand behind what init has written, whether it could write the end or not."""
+    status = os.memfd_create("status")
+    os.write(status, init.ljust(RECORD_BYTES, b"\0"))
+    try:
+        assert keep_accounts(status, USAGE)
+        data = os.pread(status, RECORD_BYTES, 0)
+    finally:
+        os.close(status)
+    assert len(data) == RECORD_BYTES
+    assert parse_record(data).usage == USAGE
+    # a version before this one reads the rest as it was
+    assert data.startswith(init + b"\0")
+
+
+def test_accounts_that_cannot_be_kept() -> None:
+    """That is told, and raises nothing."""
+    status = os.open(os.devnull, os.O_RDONLY)
+    try:
+        assert not keep_accounts(status, USAGE)
+    finally:
+        os.close(status)
+
+
+@pytest.mark.parametrize(
+    "used",
+    [
+        b"",
+        b"used 1 2 3 4 5",
+        b"used 1 2 3 4\n",
+        b"used 1 2 3 4 5 6\n",
+        b"used 1 2 3 4 -5\n",
+        b"used 1 2 3 4 9223372036854775808\n",
+        b" used 1 2 3 4 5\n",
+    ],
+)
+def test_accounts_that_are_none(used: bytes) -> None:
+    """Anything but the launcher's own line is no account, and takes nothing from the end."""
+    record = parse_record((STARTED + ENDED).ljust(ACCOUNTS_OFFSET, b"\0") + used)
+    assert record.usage is None
+    assert record.end is not None

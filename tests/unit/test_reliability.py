@@ -21,6 +21,7 @@ FAULTS: Final = (
         for process in ("the server", "the launcher", "init")
         for what in ("start", "stop")
     ),
+    *(f"kill -9 of {process} at each step of an end" for process in ("the server", "the launcher")),
     *(
         "SIGSTOP of the server",
         "SIGSTOP of the launcher",

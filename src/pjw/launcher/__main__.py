@@ -25,7 +25,7 @@ def main() -> int:
     open_standard_descriptors()
     os.closerange(REQUESTS_FD + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     set_for_service()
-    # A job costs the launcher one descriptor while it runs.
+    # A job costs the launcher two descriptors while it runs.
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     # Ctrl-C in a terminal reaches the whole foreground group; the launcher ends when its

@@ -21,6 +21,7 @@ from typing import Any, Final
 
 from pjw.errors import ConfigError, InvalidJobError, JobStateError, KernelError, PjwError, ProtocolError
 from pjw.launcher import protocol
+from pjw.launcher.accounts import keep_accounts
 from pjw.launcher.cgroup import Cgroup, Hierarchy, disks_under, open_hierarchy
 from pjw.launcher.departures import SETTLE_SECONDS, Departures, Waiter
 from pjw.launcher.job_users import claim_users
@@ -47,9 +48,11 @@ from pjw.launcher.stuck import describe
 from pjw.launcher.visible import check_visible
 from pjw.model import Usage
 
-# What a launch takes while it is under way; and what is kept for all else that must go on when a client
-# has taken the rest: to watch, account and remove, and to receive the next request.
-LAUNCH_DESCRIPTORS: Final = 2
+# What a launch takes while it is under way; what a job takes until its end (the pidfd of its init, its status
+# file); and what is kept for all else that must go on when a client has taken the rest: to watch, account and
+# remove, and to receive the next request.
+LAUNCH_DESCRIPTORS: Final = 3
+JOB_DESCRIPTORS: Final = 2
 SPARE_DESCRIPTORS: Final = 32
 # A launch takes milliseconds. One that takes so long is stuck in what its client asked for, such as the exec
 # of a file on a dead NFS server, or its limits are too tight.
@@ -66,6 +69,19 @@ class Phase(Enum):
 
 
 @dataclass(slots=True)
+class Running:
+    """A job whose init has its order, or was adopted, until its removal."""
+
+    # of its init
+    pidfd: int
+    cgroup: Cgroup
+    # the number of the request that its end is told under: its launch, or its adoption
+    seq: int
+    # of its status file, for its accounts; -1: they stay in its cgroup until the worker has them
+    status: int = -1
+
+
+@dataclass(slots=True)
 class LaunchInProgress:
     """A launch between its request and its answer, and while its failure leaves something behind."""
 
@@ -74,6 +90,8 @@ class LaunchInProgress:
     since: float
     # the descriptors of the request, until its init has its order
     descriptors: list[int]
+    # one of them that stays open until the job's end
+    status: int = -1
     init: Init | None = None
     timer: Timer | None = None
     # whether it was refused, and a part of it does not end
@@ -99,8 +117,8 @@ class Launcher:
         self._instance: str
         # whether scratch directories are being counted
         self._counting = False
-        # pidfds of the inits of jobs that have not been removed
-        self._inits: Final[dict[int, int]] = {}
+        # jobs that have not been removed
+        self._jobs: Final[dict[int, Running]] = {}
         # jobs whose launch is not over; until then they are nothing but its own
         self._launching: Final[dict[int, LaunchInProgress]] = {}
         self._departures: Final = Departures(self._watcher)
@@ -244,7 +262,7 @@ class Launcher:
         """Take an init that waits, or make one: cgroup, scratch directory, init; then give it its order."""
         job_id = request.job_id
         self._policy.check_launch(request, descriptors)
-        if job_id in self._launching or job_id in self._inits:
+        if job_id in self._launching or job_id in self._jobs:
             raise JobStateError(f"cannot launch job {job_id}: it is there already")
         self._require_room(job_id, len(descriptors))
         # its files are the launch's from here on
@@ -272,6 +290,7 @@ class Launcher:
             # an init that failed already has said why, or its end says it
             with suppress(BrokenPipeError, ConnectionResetError):
                 send_order(init.report, request, launch.descriptors)
+            launch.status = launch.descriptors.pop(request.files.index("status"))
         except OSError as error:
             subject = f"job {request.job_id}"
             self._fail(launch, KernelError("give an order to the init of", subject, error.errno or 0))
@@ -280,7 +299,7 @@ class Launcher:
             self._fail(launch, error)
             return
         if init.pidfd >= 0:
-            self._inits[request.job_id] = init.pidfd
+            self._jobs[request.job_id] = Running(init.pidfd, init.cgroup, launch.seq)
         launch.timer = self._watcher.call_after(LAUNCH_SECONDS, lambda: self._on_late(launch, init))
         self._watcher.watch_instead(init.report, lambda: self._on_report(launch, init))
 
@@ -290,13 +309,15 @@ class Launcher:
         # a launch that waits for a wrongly guessed init to end keeps the descriptors that came with it
         kept = sum(len(launch.descriptors) for launch in self._launching.values())
         begun = len(self._launching) + self._policy.waiting_inits + 1
-        if len(self._inits) + len(self._departures) + kept + come + LAUNCH_DESCRIPTORS * begun > room:
+        held = JOB_DESCRIPTORS * len(self._jobs) + len(self._departures) + kept
+        if held + come + LAUNCH_DESCRIPTORS * begun > room:
             raise KernelError("launch", f"job {job_id}", errno.EMFILE)
 
     def _on_report(self, launch: LaunchInProgress, init: Init) -> None:
         match read_report(init.report):
             case Cloned(pidfd):
-                init.pidfd = self._inits[init.job_id] = pidfd
+                init.pidfd = pidfd
+                self._jobs[init.job_id] = Running(pidfd, init.cgroup, launch.seq)
             case Execed(started_ns):
                 try:
                     init.cgroup.make_equal()
@@ -308,7 +329,10 @@ class Launcher:
                 del self._launching[init.job_id]
                 if launch.timer is not None:
                     launch.timer.cancel()
-                self._reply(launch.seq, protocol.Launched(started_ns), init.pidfd)
+                job = self._jobs[init.job_id]
+                job.status, launch.status = launch.status, -1
+                self._watcher.watch(job.pidfd, partial(self._on_end, init.job_id, job))
+                self._reply(launch.seq, protocol.Launched(started_ns), job.pidfd)
             case Failed() as failed:
                 # init ends by itself after its report; it is killed as well, for one that reported nothing
                 kind = failed.step if failed.step in ("exec", "workdir") else "setup"
@@ -330,7 +354,9 @@ class Launcher:
         job_id = launch.request.job_id
         if launch.timer is not None:
             launch.timer.cancel()
-        self._inits.pop(job_id, None)
+        self._jobs.pop(job_id, None)
+        if launch.status >= 0:
+            _close_all([launch.status])
         refusal = why if isinstance(why, protocol.Refused) else refusal_of(why)
 
         def reply() -> None:
@@ -365,15 +391,20 @@ class Launcher:
         cgroup = self._hierarchy.find(request.job_id)
         if cgroup is None:
             return (protocol.Adopted(alive=False, known=False),)
-        if request.job_id not in self._inits:
+        job = self._jobs.get(request.job_id)
+        if job is not None and has_ended(job.pidfd):
+            return (protocol.Adopted(alive=False, known=True),)
+        if job is None:
             pidfd = find_init(cgroup.pids)
             if pidfd is None:
                 # processes without their init cannot be: it ends after them all
                 return (protocol.Adopted(alive=False, known=True),)
             # a launcher that was killed may have left that to us
             cgroup.make_equal()
-            self._inits[request.job_id] = pidfd
-        return protocol.Adopted(alive=True, known=True), self._inits[request.job_id]
+            job = self._jobs[request.job_id] = Running(pidfd, cgroup, seq)
+            self._watcher.watch(pidfd, partial(self._on_end, request.job_id, job))
+        job.seq = seq
+        return protocol.Adopted(alive=True, known=True), job.pidfd
 
     def answer_job_ids(self, seq: int, request: protocol.JobIds, descriptors: list[int]) -> "Answer":
         """List the jobs of which anything is left: a cgroup, or a scratch directory.
@@ -396,35 +427,65 @@ class Launcher:
         if request.init_too:
             check_job_id(request.job_id)
             self._check_not_waiting(request.job_id)
-        cgroup = self._hierarchy.find(request.job_id) if request.job_id in self._inits else None
+        job = self._jobs.get(request.job_id)
         self._signal_init(request.job_id, signal.SIGKILL if request.init_too else signal.SIGQUIT)
-        if cgroup is not None:
+        if job is not None:
             try:
                 if request.init_too:
-                    cgroup.kill()
+                    job.cgroup.kill()
             finally:
                 # init does so itself; not that of an older version, nor one that hangs
-                cgroup.lift_throttles()
+                job.cgroup.lift_throttles()
         return (protocol.Done(),)
 
     def answer_remains(self, seq: int, request: protocol.Remains, descriptors: list[int]) -> "Answer":
         """Look at the processes of a job that does not end."""
-        cgroup = self._hierarchy.find(request.job_id) if request.job_id in self._inits else None
-        return (describe(cgroup.pids() if cgroup is not None else []),)
+        job = self._jobs.get(request.job_id)
+        return (describe(job.cgroup.pids() if job is not None else []),)
 
     def _signal_init(self, job_id: int, number: int) -> None:
         # Only what this launcher launched or adopted is in the table: no request reaches a
         # process that is not the init of a job.
-        pidfd = self._inits.get(job_id)
-        if pidfd is not None:
-            send_signal(pidfd, number)
+        job = self._jobs.get(job_id)
+        if job is not None:
+            send_signal(job.pidfd, number)
 
     def answer_measure(self, seq: int, request: protocol.Measure, descriptors: list[int]) -> "Answer":
         """Read what jobs use that this launcher has launched or adopted."""
         if len(request.job_ids) > protocol.MAX_MEASURED:
             raise InvalidJobError(f"at most {protocol.MAX_MEASURED} jobs are measured at once")
-        wanted = [job_id for job_id in request.job_ids if job_id in self._inits]
-        return (measure(self._hierarchy, [job_id for job_id in wanted if job_id not in self._launching]),)
+        running = [(job_id, self._jobs.get(job_id)) for job_id in request.job_ids]
+        wanted = [(job_id, job.cgroup) for job_id, job in running if job and job_id not in self._launching]
+        return (measure(wanted),)
+
+    def _on_end(self, job_id: int, job: Running) -> None:
+        """Tell the end of a job's init, with its accounts; first remove the job where that is safe and quick.
+
+        Safe: the accounts are where no crash loses them before the cgroup goes. Quick: the job left no files.
+        Else all stays as it is until the worker has written the end down, and asks for the removal.
+        """
+        self._watcher.unwatch(job.pidfd)
+        known, removed, usage = False, False, Usage()
+        # What cannot be done now the worker asks for, and so learns why.
+        with suppress(KernelError, OSError):
+            usage = job.cgroup.usage()
+            known = True
+            if job.status >= 0 and keep_accounts(job.status, usage):
+                removed = self._scratch.remove_if_empty(job_id) and job.cgroup.try_remove()
+        if removed:
+            self._let_go(job_id)
+        self._reply(job.seq, protocol.Ended(known, usage, removed))
+
+    def _let_go(self, job_id: int) -> None:
+        """Close what is kept of a job that has ended."""
+        job = self._jobs.pop(job_id, None)
+        if job is None:
+            return
+        self._watcher.unwatch(job.pidfd)
+        # our child (CLONE_PARENT), unless it was adopted
+        collect(job.pidfd)
+        if job.status >= 0:
+            _close_all([job.status])
 
     def answer_account(self, seq: int, request: protocol.Account, descriptors: list[int]) -> "Answer":
         """Read what an ended job has used."""
@@ -437,10 +498,7 @@ class Launcher:
         """Remove what an ended job leaves; answered later when its scratch directory is full."""
         job_id = request.job_id
         cgroup = self._ended_cgroup(job_id)
-        pidfd = self._inits.pop(job_id, None)
-        if pidfd is not None:
-            # our child (CLONE_PARENT), unless it was adopted
-            collect(pidfd)
+        self._let_go(job_id)
         if self._scratch.remove_if_empty(job_id):
             self._remove_cgroup(seq, job_id, cgroup)
             return None
@@ -532,9 +590,9 @@ class Launcher:
 
     def _ended_cgroup(self, job_id: int) -> Cgroup | None:
         self._check_not_launching(job_id)
-        pidfd = self._inits.get(job_id)
+        job = self._jobs.get(job_id)
         cgroup = self._hierarchy.find(job_id)
-        alive = not has_ended(pidfd) if pidfd is not None else cgroup is not None and cgroup.pids()
+        alive = not has_ended(job.pidfd) if job is not None else cgroup is not None and cgroup.pids()
         if alive:
             raise JobStateError(f"job {job_id} has not ended")
         return cgroup

@@ -6,19 +6,16 @@ from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from pjw.errors import KernelError
-from pjw.launcher.cgroup import Hierarchy
+from pjw.launcher.cgroup import Cgroup
 from pjw.launcher.protocol import Measured, Measurement
 
 _EPOCH: Final = datetime.fromtimestamp(0, UTC)
 
 
-def measure(hierarchy: Hierarchy, job_ids: Iterable[int]) -> Measured:
+def measure(jobs: Iterable[tuple[int, Cgroup]]) -> Measured:
     """Measure jobs of this launcher; what has ended meanwhile is left out. Raises KernelError."""
     found = []
-    for job_id in job_ids:
-        cgroup = hierarchy.find(job_id)
-        if cgroup is None:
-            continue
+    for job_id, cgroup in jobs:
         try:
             sample = cgroup.measure()
         except KernelError as error:

@@ -221,6 +221,20 @@ class Adopted:
 
 
 @dataclass(frozen=True, slots=True)
+class Ended:
+    """The second answer to a launch or an adoption, when the job's init has ended: what the job has used.
+
+    `known` is false when that cannot be read now. `removed`: nothing of the job is left, and its accounts are
+    in its status file; else all is left as it is until `remove`.
+    """
+
+    op: ClassVar = "ended"
+    known: bool
+    usage: Usage
+    removed: bool
+
+
+@dataclass(frozen=True, slots=True)
 class JobIdPage:
     """At most MAX_JOB_IDS ids, ascending; a full page may have another behind it."""
 
@@ -334,6 +348,7 @@ Reply = (
     | Ready
     | Launched
     | Adopted
+    | Ended
     | JobIdPage
     | Remaining
     | Measured

@@ -12,7 +12,7 @@ from pjw.output import Inotify
 from pjw.worker.background import Background
 from pjw.worker.endings import Endings
 from pjw.worker.job import LiveJob
-from pjw.worker.launcher_client import LauncherClient
+from pjw.worker.launcher_client import Ended, LauncherClient
 from pjw.worker.logs import live_job
 from pjw.worker.quota import RunningJobs
 from pjw.worker.record import parse_record
@@ -45,12 +45,12 @@ async def adopt(
         live = live_jobs[job.id] = live_job(state, inotify, job)
         live.launch_over.set()
         running.adopt(job.client_name, job.limits)
-        _, pidfd = await launcher.request_adopt(job.id)
-        if pidfd is None:
+        init = await launcher.request_adopt(job.id)
+        if init is None:
             ended.append(live)
             continue
         live.exec_seen(parse_record(state.read_status(job.id)).started_ns)
-        endings.watch(live, pidfd)
+        endings.watch(live, init)
     await asyncio.gather(*(endings.finish(live, rebooted=rebooted) for live in ended))
     await _remove_strays(launcher, live_jobs, background)
     # Only now: whoever is killed before this has not told yet which jobs the last boot took.
@@ -74,11 +74,11 @@ async def _remove_stray(launcher: LauncherClient, job_id: int, removed: asyncio.
     # down, and only the removal is missing (or a power cut undid it); or the table was taken
     # away, and then nobody can ask for the job.
     try:
-        _, pidfd = await launcher.request_adopt(job_id)
-        if pidfd is not None:
-            with os.fdopen(pidfd, "rb", closefd=True):
-                await launcher.request_kill(job_id, init_too=True)
-                await _ended(launcher, job_id, pidfd)
+        init = await launcher.request_adopt(job_id)
+        if init is not None:
+            os.close(init.pidfd)
+            await launcher.request_kill(job_id, init_too=True)
+            await _wait_for_end(launcher, job_id, init.ended)
         await launcher.request_remove(job_id)
     except LauncherGoneError:
         raise
@@ -88,18 +88,13 @@ async def _remove_stray(launcher: LauncherClient, job_id: int, removed: asyncio.
         removed.set()
 
 
-async def _ended(launcher: LauncherClient, job_id: int, pidfd: int) -> None:
+async def _wait_for_end(launcher: LauncherClient, job_id: int, ended: Ended) -> None:
     """Return when a job that was killed has ended; say so when that takes long."""
-    ended = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    loop.add_reader(pidfd, ended.set)
-    try:
-        if not await within(STRAYS_SECONDS, ended):
-            words = (await launcher.request_remaining(job_id)).words
-            log.error("job %d, of which no table knows, was killed and does not end: %s", job_id, words)
-            await ended.wait()
-    finally:
-        loop.remove_reader(pidfd)
+    _, late = await asyncio.wait({ended}, timeout=STRAYS_SECONDS)
+    if late:
+        words = (await launcher.request_remaining(job_id)).words
+        log.error("job %d, of which no table knows, was killed and does not end: %s", job_id, words)
+        await asyncio.wait({ended})
 
 
 def _boot_id() -> str:

@@ -3,17 +3,19 @@
 import asyncio
 import logging
 from collections import Counter
+from functools import partial
 from typing import Final
 
 from pjw.errors import LauncherGoneError, PjwError
+from pjw.launcher import protocol
 from pjw.model import EndReason, Job, JobState, Usage
 from pjw.worker.background import Background
 from pjw.worker.disk import DiskSampler
 from pjw.worker.held import HeldOutputs
 from pjw.worker.job import LiveJob
-from pjw.worker.launcher_client import LauncherClient
+from pjw.worker.launcher_client import Ended, LauncherClient, RunningInit
 from pjw.worker.quota import RunningJobs
-from pjw.worker.record import parse_record
+from pjw.worker.record import Record, parse_record
 from pjw.worker.retention import Pruner
 from pjw.worker.state_dir import StateDir
 from pjw.worker.stopping import Stopping
@@ -53,55 +55,81 @@ class Endings:
         # jobs that have ended since this worker began
         self.by_reason: Final[Counter[EndReason]] = Counter()
 
-    def watch(self, live: LiveJob, pidfd: int) -> None:
-        """Own the pidfd of a job's init, and finish the job when that ends; take samples until then."""
-        live.watch(pidfd, lambda: self._background.spawn(self.finish(live)))
+    def watch(self, live: LiveJob, init: RunningInit) -> None:
+        """Finish a job when its init ends; take samples until then."""
+        live.hold(init.pidfd)
+        init.ended.add_done_callback(partial(self._on_end, live))
         self._stopping.watch_time_limit(live)
         self._held.add(live)
         self._sampler.add(live)
         self._disk.job_began()
 
-    async def finish(self, live: LiveJob, *, rebooted: bool = False) -> None:
+    def _on_end(self, live: LiveJob, ended: Ended) -> None:
+        if ended.cancelled():
+            # The launcher has gone. The next worker finishes the job; its followers still get all output.
+            live.watch()
+        else:
+            live.let_go()
+            self._background.spawn(self.finish(live, ended.result()))
+
+    async def finish(
+        self, live: LiveJob, ended: protocol.Ended | None = None, *, rebooted: bool = False
+    ) -> None:
         """init has ended, and with it every process of the job; write the end down, then tell it.
 
+        *ended* is what the launcher told of it; None for a job that ended while no worker was there.
         *rebooted*: the host went down since the job was started.
         """
         job_id = live.job.id
         self._held.remove(job_id)
+        record = parse_record(self._state.read_status(job_id))
         try:
-            usage = await self._launcher.request_account(job_id)
+            usage = await self._usage_of(job_id, ended, record)
         except LauncherGoneError:
             # The next worker finds the record, and the cgroup with its accounts. The output is whole.
             live.mark_output_ended()
             return
-        except PjwError as error:
-            log.error("cannot read the usage of job %d: %s", job_id, error)
-            usage = None
-        self._apply_end(live, usage, rebooted=rebooted)
+        self._apply_end(live, record, usage, rebooted=rebooted)
         if live.job.input:
             await self._remove_input(job_id)
         if live.job.reason is not None:
             self.by_reason[live.job.reason] += 1
-        # Row before removal: the accounts are only in the cgroup until then. And who is told of an
-        # end can rely on it, so the row is synced before that. But not the removal: no process is
-        # left, and to remove a cgroup takes the kernel up to 15 ms.
+        # Row before removal, where the launcher has left that to us: the accounts may be only in the cgroup.
+        # And who is told of an end can rely on it, so the row is synced before that. But not the removal: no
+        # process is left, and the job's files may be many.
         if not await self._save(live):
             # nobody is kept waiting for a disk
             live.announce_end()
             live.removed.set()
             await self._save_later(live)
-        removal = asyncio.ensure_future(self._remove_traces(job_id))
+        is_removed = ended is not None and ended.removed
+        removal = None if is_removed else asyncio.ensure_future(self._remove_traces(job_id))
         await self._sync(job_id)
         del self._live[job_id]
         self._running.give_back(live.job.client_name, live.job.limits)
         live.announce_end()
         self._pruner.job_ended()
         self._background.spawn(self._settle(live.job))
-        await removal
+        if removal is not None:
+            await removal
         live.removed.set()
 
-    def _apply_end(self, live: LiveJob, usage: Usage | None, *, rebooted: bool) -> None:
-        record = parse_record(self._state.read_status(live.job.id))
+    async def _usage_of(self, job_id: int, ended: protocol.Ended | None, record: Record) -> Usage | None:
+        """What an ended job has used; None when nobody can tell. Raises LauncherGoneError."""
+        if ended is not None and ended.known:
+            return ended.usage
+        if record.usage is not None:
+            # And not what its cgroup says: a crash may have left a part of that.
+            return record.usage
+        try:
+            return await self._launcher.request_account(job_id)
+        except LauncherGoneError:
+            raise
+        except PjwError as error:
+            log.error("cannot read the usage of job %d: %s", job_id, error)
+            return None
+
+    def _apply_end(self, live: LiveJob, record: Record, usage: Usage | None, *, rebooted: bool) -> None:
         output_bytes = self._state.output_size(live.job)
         live.disk_limit = self._state.is_ended_for_disk(live.job.id)
         if record.end is not None:

@@ -3,7 +3,6 @@
 import asyncio
 import math
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Final
@@ -142,17 +141,21 @@ class LiveJob:
         if self.stderr is not None:
             self.stderr.abandon()
 
-    def watch(self, pidfd: int, on_end: Callable[[], None]) -> None:
-        """Own the pidfd of the job's init, and call *on_end* once when init ends."""
+    def hold(self, pidfd: int) -> None:
+        """Own the pidfd of the job's init, for the case that nobody else can tell its end."""
         self._pidfd = pidfd
-        asyncio.get_running_loop().add_reader(pidfd, self._on_pidfd, on_end)
 
-    def _on_pidfd(self, on_end: Callable[[], None]) -> None:
-        self.unwatch()
-        on_end()
+    def watch(self) -> None:
+        """Say that the output is whole when init ends; nothing happens when its pidfd was let go of."""
+        if self._pidfd >= 0:
+            asyncio.get_running_loop().add_reader(self._pidfd, self._on_pidfd)
 
-    def unwatch(self) -> None:
-        """Let go of the pidfd; the job itself goes on."""
+    def _on_pidfd(self) -> None:
+        self.let_go()
+        self.mark_output_ended()
+
+    def let_go(self) -> None:
+        """Close the pidfd; the job itself goes on."""
         if self._pidfd >= 0:
             asyncio.get_running_loop().remove_reader(self._pidfd)
             os.close(self._pidfd)

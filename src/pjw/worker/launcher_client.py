@@ -6,6 +6,7 @@ import os
 import socket
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from pjw.errors import (
@@ -36,8 +37,32 @@ class LaunchLeftError(Exception):
         self.refusal: Final = refusal
 
 
+# Done when the init of a job has ended; cancelled when the launcher goes before that.
+Ended = asyncio.Future[protocol.Ended]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A reply and its descriptors; of a launch or an adoption also what tells the end of that job."""
+
+    reply: protocol.Reply
+    descriptors: list[int]
+    ended: Ended | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunningInit:
+    """The init of a job that runs: a pidfd, which is the caller's to close, and what tells its end."""
+
+    pidfd: int
+    ended: Ended
+
+
 class LauncherClient:
-    """The worker's end of the socket. Requests may overlap; replies find theirs by number."""
+    """The worker's end of the socket. Requests may overlap; replies find theirs by number.
+
+    A launch and an adoption have a second reply, when the job's init has ended.
+    """
 
     def __init__(self, launcher: LauncherProcess) -> None:
         """Take a launcher over; call from a running event loop."""
@@ -46,7 +71,9 @@ class LauncherClient:
         self._pidfd: Final = launcher.pidfd
         self._loop: Final = asyncio.get_running_loop()
         self._seq = 0
-        self._waiting: Final[dict[int, asyncio.Future[tuple[protocol.Reply, list[int]]]]] = {}
+        self._waiting: Final[dict[int, asyncio.Future[Answer]]] = {}
+        # of running jobs, by the number of their launch or adoption
+        self._ends: Final[dict[int, Ended]] = {}
         self._unsent: Final[deque[tuple[bytes, list[int]]]] = deque()
         self.gone: Final = asyncio.Event()
         self._loop.add_reader(self._socket, self._on_readable)
@@ -64,6 +91,9 @@ class LauncherClient:
             if not waiting.done():
                 waiting.set_exception(LauncherGoneError("the launcher has gone; running jobs go on"))
         self._waiting.clear()
+        for ended in self._ends.values():
+            ended.cancel()
+        self._ends.clear()
 
     async def join(self) -> None:
         """After `close`: wait until the launcher has ended, and collect it."""
@@ -72,32 +102,34 @@ class LauncherClient:
 
     async def request_launch(
         self, launch: protocol.Launch, spec: JobSpec, descriptors: list[int]
-    ) -> tuple[int, int]:
-        """Start a job; give a pidfd of its init, which the caller owns, and the time of exec in ns.
+    ) -> tuple[RunningInit, int]:
+        """Start a job; give its init and the time of exec in ns.
 
         Raises LaunchError when the program cannot be executed, WorkdirError when its directory cannot be
         entered, KernelError for another step; LaunchLeftError with one of these when something is left.
         """
-        reply, fds = await self._ask(launch, descriptors)
+        answer = await self._ask(launch, descriptors)
+        reply, fds = answer.reply, answer.descriptors
         if isinstance(reply, protocol.Refused):
             error = _launch_error_of(reply, spec)
             raise LaunchLeftError(error) if reply.left else error
-        if not isinstance(reply, protocol.Launched) or len(fds) != 1:
+        if not isinstance(reply, protocol.Launched) or len(fds) != 1 or answer.ended is None:
             raise ProtocolError("the launcher answered a launch with something else")
-        return fds[0], reply.started_ns
+        return RunningInit(fds[0], answer.ended), reply.started_ns
 
-    async def request_adopt(self, job_id: int) -> tuple[bool, int | None]:
-        """Tell whether the job has a cgroup; give a pidfd of its init while that lives."""
-        reply, fds = await self._request(protocol.Adopt(job_id))
+    async def request_adopt(self, job_id: int) -> RunningInit | None:
+        """The init of a job that still runs; None when it has ended."""
+        answer = await self._request(protocol.Adopt(job_id))
+        reply, fds = answer.reply, answer.descriptors
         if not isinstance(reply, protocol.Adopted) or len(fds) != reply.alive:
             raise ProtocolError("the launcher answered an adoption with something else")
-        return reply.known, fds[0] if fds else None
+        return RunningInit(fds[0], answer.ended) if answer.ended is not None else None
 
     async def request_job_ids(self) -> list[int]:
         """The ids of all jobs of which a cgroup or a scratch directory is there."""
         job_ids: list[int] = []
         while True:
-            reply, _ = await self._request(protocol.JobIds(job_ids[-1] if job_ids else 0))
+            reply = (await self._request(protocol.JobIds(job_ids[-1] if job_ids else 0))).reply
             if not isinstance(reply, protocol.JobIdPage):
                 raise ProtocolError("the launcher answered a question for job ids with something else")
             job_ids += reply.job_ids
@@ -118,7 +150,7 @@ class LauncherClient:
 
     async def request_remaining(self, job_id: int) -> protocol.Remaining:
         """What processes a job has that was killed: see protocol.Remaining."""
-        reply, _ = await self._request(protocol.Remains(job_id))
+        reply = (await self._request(protocol.Remains(job_id))).reply
         if not isinstance(reply, protocol.Remaining):
             raise ProtocolError("the launcher answered a question for what remains with something else")
         return reply
@@ -128,7 +160,7 @@ class LauncherClient:
 
         At most protocol.MAX_MEASURED at a time.
         """
-        reply, _ = await self._request(protocol.Measure(tuple(job_ids)))
+        reply = (await self._request(protocol.Measure(tuple(job_ids)))).reply
         if not isinstance(reply, protocol.Measured):
             raise ProtocolError("the launcher answered a question for measurements with something else")
         return {
@@ -145,7 +177,7 @@ class LauncherClient:
 
     async def request_account(self, job_id: int) -> Usage | None:
         """What an ended job has used; None when its cgroup is gone."""
-        reply, _ = await self._request(protocol.Account(job_id))
+        reply = (await self._request(protocol.Account(job_id))).reply
         if not isinstance(reply, protocol.Accounted):
             raise ProtocolError("the launcher answered a question for usage with something else")
         return reply.usage if reply.known else None
@@ -160,26 +192,21 @@ class LauncherClient:
 
     async def request_set_share(self, uid: int, share: Share) -> tuple[str, ...]:
         """Give a client another share, if it has jobs; in words, what of it could not be set."""
-        reply, _ = await self._request(protocol.SetShare(uid, share))
+        reply = (await self._request(protocol.SetShare(uid, share))).reply
         if not isinstance(reply, protocol.ShareSet):
             raise ProtocolError("the launcher answered a request for a share with something else")
         return reply.not_set
 
     async def request_measure_client(self, uid: int) -> GroupUse:
         """What the jobs of a client use together at this moment."""
-        reply, _ = await self._request(protocol.MeasureClient(uid))
+        reply = (await self._request(protocol.MeasureClient(uid))).reply
         if not isinstance(reply, protocol.ClientMeasured):
             raise ProtocolError("the launcher answered a question for a client with something else")
         return reply.use
 
     async def request_scratch_use(self) -> int:
         """Have scratch directories counted; a pipe, the caller's, that gives a line for each job."""
-        reply, fds = await self._request(protocol.ScratchUse())
-        if not isinstance(reply, protocol.Opened) or len(fds) != 1:
-            raise ProtocolError(
-                "the launcher answered a question for scratch directories with something else"
-            )
-        return fds[0]
+        return await self._opened(protocol.ScratchUse())
 
     async def request_open_file(self, place: int) -> int:
         """The operator's file at that place, open for reading; the caller owns it.
@@ -193,39 +220,37 @@ class LauncherClient:
         return await self._opened(protocol.OpenAuditLog())
 
     async def _opened(self, request: protocol.Request) -> int:
-        reply, fds = await self._request(request)
-        if not isinstance(reply, protocol.Opened) or len(fds) != 1:
+        answer = await self._request(request)
+        if not isinstance(answer.reply, protocol.Opened) or len(answer.descriptors) != 1:
             raise ProtocolError("the launcher answered a request for a file with something else")
-        return fds[0]
+        return answer.descriptors[0]
 
-    async def _request(self, request: protocol.Request) -> tuple[protocol.Reply, list[int]]:
-        reply, fds = await self._ask(request)
-        if isinstance(reply, protocol.Refused):
-            raise _error_of(reply)
-        return reply, fds
+    async def _request(self, request: protocol.Request) -> Answer:
+        answer = await self._ask(request)
+        if isinstance(answer.reply, protocol.Refused):
+            raise _error_of(answer.reply)
+        return answer
 
-    async def _ask(
-        self, request: protocol.Request, descriptors: Sequence[int] = ()
-    ) -> tuple[protocol.Reply, list[int]]:
+    async def _ask(self, request: protocol.Request, descriptors: Sequence[int] = ()) -> Answer:
         if self.gone.is_set():
             raise LauncherGoneError("the launcher has gone; running jobs go on")
         self._seq += 1
         seq = self._seq
         data = protocol.encode(seq, request)
-        waiting = self._waiting[seq] = self._loop.create_future()
+        waiting: asyncio.Future[Answer] = self._loop.create_future()
+        self._waiting[seq] = waiting
         if self._unsent or not self._send(data, descriptors):
             # Copies, since the caller may close its own when it is cancelled before they are sent.
             self._unsent.append((data, [os.dup(fd) for fd in descriptors]))
             self._loop.add_writer(self._socket, self._send_unsent)
         try:
-            reply, fds = await waiting
+            return await waiting
         except asyncio.CancelledError:
             # The reply is there already, or will come; either may carry a descriptor.
             if seq in self._waiting:
                 self._waiting[seq] = waiting = self._loop.create_future()
             waiting.add_done_callback(_drop_reply)
             raise
-        return reply, fds
 
     def _send(self, data: bytes, descriptors: Sequence[int]) -> bool:
         """Send a request, or hang up when that cannot be; False when the socket takes no more now."""
@@ -267,14 +292,29 @@ class LauncherClient:
             if not data or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
                 raise ProtocolError("the launcher hung up, or its reply was cut short")
             seq, reply = protocol.decode_reply(data)
-            waiting = self._waiting.pop(seq, None)
-            if waiting is None or waiting.done():
-                raise ProtocolError("the launcher answered what nobody asked")
+            if isinstance(reply, protocol.Ended):
+                self._on_ended(seq, reply)
+            else:
+                self._on_reply(seq, reply, fds)
         except ProtocolError:
             _close_all(fds)
             self.close()
-            return
-        waiting.set_result((reply, fds))
+
+    def _on_reply(self, seq: int, reply: protocol.Reply, fds: list[int]) -> None:
+        waiting = self._waiting.pop(seq, None)
+        if waiting is None or waiting.done():
+            raise ProtocolError("the launcher answered what nobody asked")
+        ended = None
+        if isinstance(reply, protocol.Launched) or (isinstance(reply, protocol.Adopted) and reply.alive):
+            # made now, as the end may be the next thing that is read
+            ended = self._ends[seq] = self._loop.create_future()
+        waiting.set_result(Answer(reply, fds, ended))
+
+    def _on_ended(self, seq: int, reply: protocol.Ended) -> None:
+        ended = self._ends.pop(seq, None)
+        if ended is None:
+            raise ProtocolError("the launcher told the end of what it had not launched")
+        ended.set_result(reply)
 
 
 def _launch_error_of(refused: protocol.Refused, spec: JobSpec) -> PjwError:
@@ -324,9 +364,9 @@ async def readable(descriptor: int) -> None:
         loop.remove_reader(descriptor)
 
 
-def _drop_reply(future: asyncio.Future[tuple[protocol.Reply, list[int]]]) -> None:
+def _drop_reply(future: asyncio.Future[Answer]) -> None:
     if not future.cancelled() and future.exception() is None:
-        _close_all(future.result()[1])
+        _close_all(future.result().descriptors)
 
 
 def _close_all(descriptors: list[int]) -> None:

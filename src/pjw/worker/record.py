@@ -1,11 +1,12 @@
-"""Reads the status record that a job's init wrote: when it began, and how it ended."""
+"""Reads a job's status record: when it began and how it ended, by init; what it used, by the launcher."""
 
 import re
 import signal
 from dataclasses import dataclass
 from typing import Final
 
-from pjw.model import EndReason, ExitStatus
+from pjw.launcher.accounts import ACCOUNTS_OFFSET
+from pjw.model import EndReason, ExitStatus, Usage
 
 # Room for the record is allocated before the job starts, so that even on a full disk its
 # end can be written down.
@@ -15,8 +16,9 @@ _STARTED: Final = re.compile(rb"started (\d{1,19})\n")
 _ENDED: Final = re.compile(
     rb"ended (\d{1,19}) (exited|signaled) (\d{1,3}) (none|stopped|timed_out|output_limit|output_failed)\n"
 )
+_USED: Final = re.compile(rb"used" + 5 * rb" (\d{1,19})" + rb"\n")
 # What can be: init writes a 64-bit time, and what wait(2) says.
-_NS_MAX: Final = 2**63 - 1
+_NUMBER_MAX: Final = 2**63 - 1
 _NUMBERS: Final = {b"exited": range(256), b"signaled": range(1, signal.NSIG)}
 _REASONS: Final = {
     b"none": EndReason.COMPLETED,
@@ -38,20 +40,33 @@ class End:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What init has recorded so far."""
+    """What has been recorded so far: by init, and when that has ended by the launcher."""
 
     started_ns: int | None = None
     end: End | None = None
+    usage: Usage | None = None
 
 
 def parse_record(data: bytes) -> Record:
     """Read a record; what is not whole, as after a crash of the host, counts as not written."""
     started = _STARTED.match(data)
-    if started is None or int(started[1]) > _NS_MAX:
+    if started is None or int(started[1]) > _NUMBER_MAX:
         return Record()
-    ended = _ENDED.match(data, started.end())
-    if ended is None or int(ended[1]) > _NS_MAX or int(ended[3]) not in _NUMBERS[ended[2]]:
-        return Record(started_ns=int(started[1]))
+    return Record(int(started[1]), _parse_end(data, started.end()), _parse_usage(data))
+
+
+def _parse_end(data: bytes, start: int) -> End | None:
+    ended = _ENDED.match(data, start)
+    if ended is None or int(ended[1]) > _NUMBER_MAX or int(ended[3]) not in _NUMBERS[ended[2]]:
+        return None
     number = int(ended[3])
     status = ExitStatus(code=number) if ended[2] == b"exited" else ExitStatus(signal=number)
-    return Record(started_ns=int(started[1]), end=End(int(ended[1]), status, _REASONS[ended[4]]))
+    return End(int(ended[1]), status, _REASONS[ended[4]])
+
+
+def _parse_usage(data: bytes) -> Usage | None:
+    used = _USED.match(data, ACCOUNTS_OFFSET)
+    if used is None:
+        return None
+    numbers = [int(number) for number in used.groups()]
+    return Usage(*numbers) if max(numbers) <= _NUMBER_MAX else None

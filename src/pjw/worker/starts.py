@@ -17,7 +17,7 @@ from pjw.worker.descriptors import Descriptors
 from pjw.worker.endings import Endings
 from pjw.worker.job import LiveJob
 from pjw.worker.launch_turns import LaunchTurns
-from pjw.worker.launcher_client import LauncherClient, LaunchLeftError
+from pjw.worker.launcher_client import LauncherClient, LaunchLeftError, RunningInit
 from pjw.worker.logs import live_job
 from pjw.worker.quota import RunningJobs, StoredBytes
 from pjw.worker.state_dir import StateDir
@@ -187,7 +187,7 @@ class Starts:
     async def _launch(self, job: Job, spec: JobSpec, uid: int, descriptors: list[int]) -> Job:
         live = self._live[job.id] = live_job(self._state, self._inotify, job)
         try:
-            pidfd, started_ns = await self._ask_for_launch(job, spec, uid, descriptors)
+            init, started_ns = await self._ask_for_launch(job, spec, uid, descriptors)
         except LauncherGoneError:
             # Whether it was launched, nobody can tell now; the next worker will.
             raise
@@ -203,7 +203,7 @@ class Starts:
         finally:
             live.launch_over.set()
         live.exec_seen(started_ns)
-        self._endings.watch(live, pidfd)
+        self._endings.watch(live, init)
         return live.job
 
     async def _forget(self, job_id: int) -> None:
@@ -218,7 +218,7 @@ class Starts:
 
     async def _ask_for_launch(
         self, job: Job, spec: JobSpec, uid: int, descriptors: list[int]
-    ) -> tuple[int, int]:
+    ) -> tuple[RunningInit, int]:
         try:
             settings = self._running.settings
             share = settings.shares.of(job.client_name)

@@ -163,7 +163,7 @@ class Worker:
     async def close(self) -> None:
         """Let go of everything. Jobs go on; who waits for one or follows it gets LauncherGoneError."""
         for live in self._live.values():
-            live.unwatch()
+            live.let_go()
             live.abandon_output()
         self._launcher.close()
         # launches under way end by that, and may still want the table

@@ -91,6 +91,18 @@ def read_text(path: str, subject: str) -> str:
         raise KernelError("read", subject, error.errno or errno.EIO) from error
 
 
+def read_number(path: str, subject: str) -> int:
+    """The number in a file of the kernel that holds nothing else, by a single read."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return int(os.read(descriptor, 64))
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise KernelError("read", subject, error.errno or errno.EIO) from error
+
+
 def write_text(path: str, value: str, subject: str) -> None:
     """Write *value* with one write(2), as kernel files want it; never create the file."""
     try:

@@ -8,12 +8,14 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
-from typing import Final
+from typing import Final, TypeVar
 
 from pjw.errors import ConfigError, JobStateError, KernelError
 from pjw.launcher.cgroup import devices, files, throttles
 from pjw.launcher.cgroup.places import Places, client_place
 from pjw.model import DEFAULT_SHARE, WEIGHT_DEFAULT, GroupUse, Limits, Share, Sums, Usage, UsageSample
+
+_T = TypeVar("_T")
 
 CONTROLLERS: Final = ("cpu", "cpuacct", "memory", "pids")
 IO_CONTROLLER: Final = "blkio"
@@ -283,8 +285,8 @@ class V1Cgroup:
     def usage(self) -> Usage:
         read, written = devices.sum_io(self._read("blkio", "blkio.throttle.io_service_bytes"), _parse_io_line)
         return Usage(
-            cpu_usage_usec=int(self._read("cpuacct", "cpuacct.usage") or 0) // 1000,
-            memory_peak_bytes=int(self._read("memory", "memory.max_usage_in_bytes") or 0),
+            cpu_usage_usec=self._number("cpuacct", "cpuacct.usage") // 1000,
+            memory_peak_bytes=self._number("memory", "memory.max_usage_in_bytes"),
             io_read_bytes=read,
             io_write_bytes=written,
             oom_kills=files.read_fields(self._read("memory", "memory.oom_control")).get("oom_kill", 0),
@@ -297,11 +299,11 @@ class V1Cgroup:
         read, written = devices.sum_io(io_stat, _parse_io_line)
         return UsageSample(
             time=datetime.now(UTC),
-            cpu_usage_usec=int(self._read_now("cpuacct", "cpuacct.usage")) // 1000,
-            memory_bytes=int(self._read_now("memory", "memory.usage_in_bytes")),
+            cpu_usage_usec=self._number_now("cpuacct", "cpuacct.usage") // 1000,
+            memory_bytes=self._number_now("memory", "memory.usage_in_bytes"),
             io_read_bytes=read,
             io_write_bytes=written,
-            pids=int(self._read_now("pids", "pids.current")),
+            pids=self._number_now("pids", "pids.current"),
         )
 
     def try_remove(self) -> bool:
@@ -326,17 +328,25 @@ class V1Cgroup:
     def _read_now(self, controller: str, name: str) -> str:
         return files.read_text(f"{self.by_controller[controller]}/{name}", f"{name} of {self._subject}")
 
+    def _number_now(self, controller: str, name: str) -> int:
+        return files.read_number(f"{self.by_controller[controller]}/{name}", f"{name} of {self._subject}")
+
     def _read(self, controller: str, name: str) -> str:
-        """Nothing from a directory that is missing: such a job used nothing there."""
-        directory = self.by_controller.get(controller)
-        if directory is None:
-            return ""
+        return self._unless_missing(self._read_now, controller, name, "")
+
+    def _number(self, controller: str, name: str) -> int:
+        return self._unless_missing(self._number_now, controller, name, 0)
+
+    def _unless_missing(self, read: Callable[[str, str], _T], controller: str, name: str, nothing: _T) -> _T:
+        """*nothing* from a directory that is missing: such a job used nothing there."""
+        if controller not in self.by_controller:
+            return nothing
         try:
-            return self._read_now(controller, name)
+            return read(controller, name)
         except KernelError as error:
-            if error.errno != errno.ENOENT or os.path.isdir(directory):
+            if error.errno != errno.ENOENT or os.path.isdir(self.by_controller[controller]):
                 raise
-            return ""
+            return nothing
 
 
 def _parse_io_line(line: str) -> tuple[str, int, int]:

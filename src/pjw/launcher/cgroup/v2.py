@@ -311,11 +311,11 @@ class V2Cgroup:
     def usage(self) -> Usage:
         cpu = files.read_fields(self._read("cpu.stat"))
         memory = files.read_fields(self._read("memory.events"))
-        peak = self._read("memory.peak") if os.path.exists(f"{self.directory}/memory.peak") else "0"
+        peak = self._number("memory.peak") if os.path.exists(f"{self.directory}/memory.peak") else 0
         read, written = self._io()
         return Usage(
             cpu_usage_usec=cpu["usage_usec"],
-            memory_peak_bytes=int(peak),
+            memory_peak_bytes=peak,
             io_read_bytes=read,
             io_write_bytes=written,
             oom_kills=memory["oom_kill"],
@@ -326,10 +326,10 @@ class V2Cgroup:
         return UsageSample(
             time=datetime.now(UTC),
             cpu_usage_usec=files.read_fields(self._read("cpu.stat"))["usage_usec"],
-            memory_bytes=int(self._read("memory.current")),
+            memory_bytes=self._number("memory.current"),
             io_read_bytes=read,
             io_write_bytes=written,
-            pids=int(self._read("pids.current")),
+            pids=self._number("pids.current"),
         )
 
     def try_remove(self) -> bool:
@@ -344,6 +344,9 @@ class V2Cgroup:
 
     def _read(self, name: str) -> str:
         return files.read_text(f"{self.directory}/{name}", f"{name} of {self._subject}")
+
+    def _number(self, name: str) -> int:
+        return files.read_number(f"{self.directory}/{name}", f"{name} of {self._subject}")
 
 
 def _parse_io_line(line: str) -> tuple[str, int, int]:
