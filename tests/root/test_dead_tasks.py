@@ -26,8 +26,11 @@ CHANGES = {
     ),
     "reloads": "from pjw.server.reload import Reloader; Reloader._attempt = None",
     "taking calls": (
-        "from pjw.server import accept\n    async def die(self):\n        await self._request_call()\n"
-        "        raise RuntimeError('a bug')\n    accept._CoreServer._refuse_unknown = die"
+        "from pjw.server import accept\n    real = accept._CoreServer._take\n"
+        "    async def take(self, method):\n        if method is None:\n"
+        "            await self._request_call()\n            raise RuntimeError('a bug')\n"
+        "        await real(self, method)\n"
+        "    accept._CoreServer._take = take"
     ),
     "taking calls, of one method": (
         "from pjw.server import accept\n    real = accept._CoreServer._pass_gate\n"

@@ -89,10 +89,15 @@ def test_no_descriptors(scene: Scene, victim: str) -> None:
 
 
 def test_the_launcher_without_memory(scene: Scene) -> None:
-    """Not a page more (RLIMIT_AS): once no init waits, starts are refused, or it ends; jobs go on."""
+    """Not a page more (RLIMIT_AS), and no spawner: once no init waits, starts are refused, or it ends."""
     pid = scene.service.launcher_pid()
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
     limit(pid, "as", pages * os.sysconf("SC_PAGE_SIZE"))
+    # it starts another, which takes memory; to have an init cloned takes none of the launcher's
+    spawner = scene.service.spawner_pid()
+    assert spawner is not None
+    os.kill(spawner, signal.SIGKILL)
+    wait_for(lambda: scene.service.spawner_pid() is None)
     codes = set()
     for _ in range(WAITING_INITS + 5):
         codes.add(start_code(scene, "true #" + "x" * 100_000))

@@ -196,7 +196,7 @@ def test_the_server_killed_at_each_step_of_a_start(scene: Scene, stride: int) ->
     def trace(step: int) -> Tracer:
         return Tracer(scene.service.pid, step, "kill", calls=SERVER_CALLS)
 
-    assert kill_in_starts(scene, trace, steps) > 30
+    assert kill_in_starts(scene, trace, steps) > 15
     finish(scene)
 
 

@@ -150,6 +150,8 @@ class Client(_Thread):
         try:
             stub.Start(request, timeout=CALL_SECONDS)
         except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.CANCELLED:
+                raise  # as of any call
             if error.code() not in (expected, *_LOST):
                 self.ledger.find(f"a bad request was answered {error.code()}: {error.details()}")
             self.ledger.count("bad requests")
