@@ -20,7 +20,7 @@ from tests.service import Service, instance_cgroups
 class Used:
     """Processor time, in seconds."""
 
-    # the network process, and the one that decides what is started
+    # pjwd's two processes: the server has the network, the launcher has root
     server: float = 0.0
     launcher: float = 0.0
     # all else, until it enters the cgroup of a job: a spawner, if there is one, and new inits
@@ -34,7 +34,7 @@ class Used:
         return self.server + self.launcher + self.spawning + self.jobs
 
     def parts(self) -> dict[str, float]:
-        """Each with words for whose it is."""
+        """The parts by the names that tables give them."""
         return {
             "server": self.server,
             "launcher": self.launcher,
@@ -70,7 +70,7 @@ class Accounts:
         self._jobs: Final = jobs
 
     def now(self) -> Used:
-        """What was used until now; only differences mean something."""
+        """The time used until now. Only the difference of two such times means something."""
         server, launcher = own_cpu_seconds(self._server), own_cpu_seconds(self._launcher)
         own = cgroup_seconds(self._own)
         return Used(server, launcher, own - server - launcher, cgroup_seconds(self._jobs))
@@ -94,7 +94,7 @@ def opened(service: Service) -> Iterator[Accounts]:
 
 
 def cgroup_seconds(cgroup: Path) -> float:
-    """The processor time of all who were ever in a cgroup, or in one below it."""
+    """The processor time of all processes that were ever in this cgroup, or in a cgroup below it."""
     # v1 in nanoseconds, v2 in microseconds among other things
     if (usage := cgroup / "cpuacct.usage").exists():
         return int(usage.read_text()) / 1e9

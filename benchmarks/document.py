@@ -9,7 +9,7 @@ DOCUMENT: Final = Path("docs/performance.md")
 
 
 class Marks(NamedTuple):
-    """The lines before and behind what is written."""
+    """The lines of the document between which a run writes its figures."""
 
     begin: str
     end: str
@@ -30,7 +30,7 @@ def write(report: Report, path: Path = DOCUMENT) -> None:
 
 
 def replace(text: str, marks: Marks, path: Path = DOCUMENT) -> None:
-    """Replace what is between these marks. Raises ValueError without them."""
+    """Replace the text between two marks. Raises ValueError if the document lacks a mark."""
     head, begin, rest = path.read_text().partition(marks.begin)
     _, end, tail = rest.partition(marks.end)
     if not begin or not end:

@@ -33,7 +33,7 @@ TINY_IO: Final = 2
 FLOOR_BYTES: Final = 1024**2
 FLOOR_OPERATIONS: Final = 100
 STOP_SECONDS: Final = 15.0
-# a hundred launches of one client, which share its processor time with what they have launched
+# A client launches a hundred jobs. The jobs that run already take processor time from the later launches.
 LAUNCH_SECONDS: Final = 180.0
 # Sums so small that what exceeds them endangers no machine that this runs on; only where pjwd has such sums.
 HOST_MEMORY: Final = min(1024**3, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4)

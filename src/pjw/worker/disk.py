@@ -240,7 +240,7 @@ async def _read_all(descriptor: int) -> bytes:
 
 
 def _shortage(status: os.statvfs_result, marks: DiskMarks) -> _Shortage | None:
-    free, mark = status.f_bavail * status.f_frsize, marks.bytes_of(status.f_blocks * status.f_frsize)
+    free, mark = marks.free_and_mark(status)
     if free < mark:
         return _Shortage("bytes", free, mark)
     mark = marks.inodes_of(status.f_files)

@@ -1,5 +1,6 @@
 """What the operator decides for a worker."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -85,6 +86,10 @@ class DiskMarks:
     def bytes_of(self, total: int) -> int:
         """The mark of a file system of so many bytes."""
         return min(total // 20, _FREE_BYTES_MIN) if self.free_bytes_min is None else self.free_bytes_min
+
+    def free_and_mark(self, status: os.statvfs_result) -> tuple[int, int]:
+        """The bytes that a file system has free, and the mark that they should not fall below."""
+        return status.f_bavail * status.f_frsize, self.bytes_of(status.f_blocks * status.f_frsize)
 
     def inodes_of(self, total: int) -> int:
         """The mark of a file system of so many inodes; 0 where they are not counted."""

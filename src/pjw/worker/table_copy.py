@@ -56,8 +56,7 @@ class TableCopy:
 
     def _require_space(self, needed: int, marks: DiskMarks) -> None:
         # with less free space pjwd would end a client's job (disk.py)
-        status = os.fstatvfs(self._descriptor)
-        free, mark = status.f_bavail * status.f_frsize, marks.bytes_of(status.f_blocks * status.f_frsize)
+        free, mark = marks.free_and_mark(os.fstatvfs(self._descriptor))
         if free - needed < mark:
             raise LimitReachedError(
                 f"the copy of the job table takes {size_in_words(needed)}, and the file system of the state"
