@@ -16,12 +16,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Final
 
 import pytest
 
 from pjw.launcher import protocol
+from pjw.launcher.phases import PERMITTED, InitPhase
 from pjw.launcher.policy import JOB_ID_MAX
 from pjw.launcher.protocol import (
     Account,
@@ -29,6 +31,7 @@ from pjw.launcher.protocol import (
     Adopt,
     Adopted,
     ClientMeasured,
+    Departed,
     Done,
     Ended,
     Hello,
@@ -64,6 +67,18 @@ from tests.worker_harness import DEADLINE_SECONDS, NO_LIMITS, Bench, start
 Descriptors = list[int]
 # as it is on the wire
 SHARE: Final[dict[str, Any]] = {"weight": 1, "sums": dict(Sums().items())}
+
+
+# the requests about a job, but for its launch: those that change it come last
+ABOUT_JOB: Final[dict[str, Callable[[int], Request]]] = {
+    "adopt": Adopt,
+    "terminate": partial(Terminate, signal=signal.SIGWINCH),
+    "remains": Remains,
+    "account": Account,
+    "departed": Departed,
+    "kill": partial(Kill, init_too=True),
+    "remove": Remove,
+}
 
 
 class Peer:
@@ -546,11 +561,10 @@ def test_a_limit_above_its_ceiling(connect: Callable[..., Peer], bench: Bench, n
 
 @pytest.mark.parametrize("job_id", [0, JOB_ID_MAX + 1, 2**63 - 1])
 def test_an_id_that_cannot_be_one(bench: Bench, peer: Peer, job_id: int) -> None:
-    """It is refused, or answered as one that nobody has; never does it become a name."""
+    """It is refused in every request; never does it become a name."""
     assert isinstance(peer.launch(job_id), Refused)
-    for request in (Adopt(job_id), Account(job_id), Remove(job_id), Kill(job_id, init_too=True)):
-        assert isinstance(peer.ask(request), Refused)
-    assert peer.ask(Terminate(job_id)) == Done()
+    for make in ABOUT_JOB.values():
+        assert isinstance(peer.ask(make(job_id)), Refused)
     assert bench.cgroups() == []
     assert bench.scratch() == []
 
@@ -669,7 +683,7 @@ def test_requests_for_what_is_not_there(peer: Peer) -> None:
     assert peer.ask(Kill(5, init_too=True)) == Done()
     assert peer.ask(Account(5)) == Accounted(known=False, usage=Usage())
     assert peer.ask(Measure((0, 5, 2**63 - 1))) == Measured(())
-    assert [peer.ask(Remains(job_id)) for job_id in (0, 5, 2**63 - 1)] == 3 * [Remaining("", killed=False)]
+    assert peer.ask(Remains(5)) == Remaining("", killed=False)
     assert peer.ask(Remove(5)) == Done()
     assert peer.ask(JobIds(0)) == JobIdPage(())
 
@@ -799,15 +813,34 @@ def test_requests_for_a_job_that_has_not_been_launched(bench: Bench, peer: Peer)
     """An init waits for it, and nothing but its launch reaches that."""
     assert isinstance(peer.launch(1), Launched)
     wait_for(lambda: len(waiting_ids(bench.state)) == WAITING_INITS)
-    for request in (Adopt(2), Account(2), Remove(2), Kill(2, init_too=True)):
-        reply = peer.ask(request)
-        assert isinstance(reply, Refused)
-        assert reply.kind == "state"
+    assert_permitted(peer, 2, InitPhase.WAITING)
     assert peer.ask(Measure((2,))) == Measured(())
-    assert peer.ask(Terminate(2)) == Done()
-    assert peer.ask(Kill(2, init_too=False)) == Done()
     assert peer.ask(JobIds(after=0)) == JobIdPage((1,))
     assert isinstance(peer.launch(2), Launched)
+
+
+def test_requests_in_each_phase(bench: Bench, peer: Peer) -> None:
+    """What the table of phases permits is answered, and nothing else is."""
+    assert isinstance(peer.launch(1), Launched)
+    assert_permitted(peer, 50, InitPhase.ABSENT)
+    # it leaves a file, so its cgroup stays
+    assert isinstance(peer.launch(60, ["sh", "-c", "echo words >file"]), Launched)
+    assert isinstance(peer.hear(), Ended)
+    assert_permitted(peer, 60, InitPhase.ENDED)
+    assert_permitted(peer, 1, InitPhase.RUNNING)
+
+
+def assert_permitted(peer: Peer, job_id: int, phase: InitPhase) -> None:
+    """Ask all that may be asked about a job."""
+    # a kill changes what runs, and a removal what has ended
+    last = "kill" if phase is InitPhase.RUNNING else "remove"
+    for op in sorted(ABOUT_JOB, key=lambda op: op == last):
+        reply = peer.ask(ABOUT_JOB[op](job_id))
+        if phase in PERMITTED[op]:
+            assert not isinstance(reply, Refused), reply
+        else:
+            words = f"cannot answer the request {op}: the init of job {job_id} is {phase}"
+            assert reply == Refused("state", words, "", 0, "")
 
 
 def test_ids_that_are_left_out(bench: Bench, peer: Peer) -> None:

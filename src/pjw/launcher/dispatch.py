@@ -28,6 +28,7 @@ from pjw.launcher.job_users import claim_users
 from pjw.launcher.lock import hold_lock
 from pjw.launcher.measure import measure
 from pjw.launcher.operator_files import open_audit_log, open_operator_file
+from pjw.launcher.phases import InitPhase, require_permitted
 from pjw.launcher.policy import Policy, check_job_id, check_signal, instance_name
 from pjw.launcher.pool import Init, Pool
 from pjw.launcher.processes import (
@@ -94,8 +95,7 @@ class LaunchInProgress:
     status: int = -1
     init: Init | None = None
     timer: Timer | None = None
-    # whether it was refused, and a part of it does not end
-    is_left: bool = False
+    phase: InitPhase = InitPhase.LAUNCHING
     # the number of the request that waits for its end
     awaited_by: int | None = None
 
@@ -204,6 +204,9 @@ class Launcher:
 
     def _answer(self, seq: int, route: "Route", request: protocol.Request, descriptors: list[int]) -> None:
         try:
+            if isinstance(request, protocol.AboutJob):
+                check_job_id(request.job_id)
+                require_permitted(request.op, request.job_id, self._phase_of(request.job_id))
             answer = route.answer(self, seq, request, descriptors)
         except PjwError as error:
             self._reply(seq, refusal_of(error))
@@ -218,6 +221,15 @@ class Launcher:
             return
         if answer is not None:
             self._reply(seq, *answer)
+
+    def _phase_of(self, job_id: int) -> InitPhase:
+        """Where the init of a job is now. What is kept of it is in the one container that is asked here."""
+        if (launch := self._launching.get(job_id)) is not None:
+            return launch.phase
+        if (job := self._jobs.get(job_id)) is not None:
+            # at once, and not only when its end has been told
+            return InitPhase.ENDED if has_ended(job.pidfd) else InitPhase.RUNNING
+        return self._pool.phase_of(job_id)
 
     def _reply(self, seq: int, reply: protocol.Reply, *descriptors: int) -> None:
         ancillary = (
@@ -262,8 +274,6 @@ class Launcher:
         """Take an init that waits, or make one: cgroup, scratch directory, init; then give it its order."""
         job_id = request.job_id
         self._policy.check_launch(request, descriptors)
-        if job_id in self._launching or job_id in self._jobs:
-            raise JobStateError(f"cannot launch job {job_id}: it is there already")
         self._require_room(job_id, len(descriptors))
         # its files are the launch's from here on
         launch = LaunchInProgress(seq, request, time.monotonic(), descriptors[:])
@@ -352,6 +362,7 @@ class Launcher:
         """Take all back, then answer: at a deadline at the latest, though something of it may be left."""
         assert launch.init is not None
         job_id = launch.request.job_id
+        launch.phase = InitPhase.REFUSED
         if launch.timer is not None:
             launch.timer.cancel()
         self._jobs.pop(job_id, None)
@@ -363,7 +374,7 @@ class Launcher:
             self._reply(launch.seq, refusal)
 
         def reply_late(late: KernelError) -> None:
-            launch.is_left = True
+            launch.phase = InitPhase.LEFT
             self._reply(launch.seq, replace(refusal, hint=late.hint or refusal.hint, left=True))
 
         def on_gone() -> None:
@@ -376,18 +387,16 @@ class Launcher:
 
     def answer_departed(self, seq: int, request: protocol.Departed, descriptors: list[int]) -> "Answer":
         """Answer, maybe much later, when nothing is left of a refused launch."""
-        check_job_id(request.job_id)
         launch = self._launching.get(request.job_id)
         if launch is None:
             return (protocol.Done(),)
-        if not launch.is_left or launch.awaited_by is not None:
-            raise JobStateError(f"job {request.job_id} is being launched")
+        if launch.awaited_by is not None:
+            raise JobStateError(f"the end of job {request.job_id} is waited for already")
         launch.awaited_by = seq
         return None
 
     def answer_adopt(self, seq: int, request: protocol.Adopt, descriptors: list[int]) -> "Answer":
         """Find the init of a job by its cgroup, which only root may write."""
-        self._check_not_launching(request.job_id)
         cgroup = self._hierarchy.find(request.job_id)
         if cgroup is None:
             return (protocol.Adopted(alive=False, known=False),)
@@ -412,7 +421,11 @@ class Launcher:
         The second may be alone: a host that goes down forgets cgroups, and the last removals.
         """
         left = {*self._hierarchy.job_ids(), *self._scratch.job_ids()}
-        found = sorted(job_id for job_id in left if job_id > request.after and job_id not in self._pool)
+        found = sorted(
+            job_id
+            for job_id in left
+            if job_id > request.after and self._pool.phase_of(job_id) is InitPhase.ABSENT
+        )
         return (protocol.JobIdPage(tuple(found[: protocol.MAX_JOB_IDS])),)
 
     def answer_terminate(self, seq: int, request: protocol.Terminate, descriptors: list[int]) -> "Answer":
@@ -424,9 +437,6 @@ class Launcher:
 
     def answer_kill(self, seq: int, request: protocol.Kill, descriptors: list[int]) -> "Answer":
         """Have init kill every process of its job and record the end; or kill init as well."""
-        if request.init_too:
-            check_job_id(request.job_id)
-            self._check_not_waiting(request.job_id)
         job = self._jobs.get(request.job_id)
         self._signal_init(request.job_id, signal.SIGKILL if request.init_too else signal.SIGQUIT)
         if job is not None:
@@ -575,25 +585,10 @@ class Launcher:
             os.close(descriptor)
         return None
 
-    def _check_not_launching(self, job_id: int) -> None:
-        # Its cgroup may have no process yet, or no longer, and its init is not in the table yet: it
-        # would look like a job that has ended, while the launch goes on.
-        check_job_id(job_id)
-        if job_id in self._launching:
-            raise JobStateError(f"job {job_id} is being launched")
-        self._check_not_waiting(job_id)
-
-    def _check_not_waiting(self, job_id: int) -> None:
-        # It has a cgroup and an init, and is no job yet.
-        if job_id in self._pool:
-            raise JobStateError(f"job {job_id} has not been launched")
-
     def _ended_cgroup(self, job_id: int) -> Cgroup | None:
-        self._check_not_launching(job_id)
-        job = self._jobs.get(job_id)
         cgroup = self._hierarchy.find(job_id)
-        alive = not has_ended(job.pidfd) if job is not None else cgroup is not None and cgroup.pids()
-        if alive:
+        # an earlier launcher's, which was not adopted
+        if job_id not in self._jobs and cgroup is not None and cgroup.pids():
             raise JobStateError(f"job {job_id} has not ended")
         return cgroup
 

@@ -22,6 +22,7 @@ from typing import Final
 from pjw.errors import ConfigError, JobStateError, KernelError, PjwError
 from pjw.launcher.cgroup import Cgroup, Hierarchy
 from pjw.launcher.departures import Departures, Waiter
+from pjw.launcher.phases import InitPhase
 from pjw.launcher.policy import JOB_ID_MAX, Policy
 from pjw.launcher.processes import Watcher, has_ended, is_ready
 from pjw.launcher.scratch import Scratch
@@ -87,8 +88,11 @@ class Pool:
     def _look(self) -> tuple[Place, ...]:
         return places_of(self._policy.visible_paths, self._policy.hidden_paths, read_mounts())
 
-    def __contains__(self, job_id: int) -> bool:
-        return job_id in self._waiting or job_id in self._discarded
+    def phase_of(self, job_id: int) -> InitPhase:
+        """WAITING, DISCARDED, or ABSENT where the pool knows nothing of an init for the job."""
+        if job_id in self._waiting:
+            return InitPhase.WAITING
+        return InitPhase.DISCARDED if job_id in self._discarded else InitPhase.ABSENT
 
     @property
     def wants_more(self) -> bool:

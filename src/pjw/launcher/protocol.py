@@ -359,6 +359,9 @@ Reply = (
     | Refused
 )
 
+# requests about one job, each of which names it in `job_id`
+AboutJob = Launch | Adopt | Terminate | Kill | Remains | Account | Remove | Departed
+
 REQUESTS: Final[dict[str, type[Request]]] = {c.op: c for c in get_args(Request)}
 REPLIES: Final[dict[str, type[Reply]]] = {c.op: c for c in get_args(Reply)}
 
