@@ -36,7 +36,12 @@ def name(request: pytest.FixtureRequest) -> str:
 def shell(name: str, service: Service, tmp_path: Path) -> Iterator[Terminal]:
     """Each shell, at its prompt."""
     command, setup = SHELLS[name]
-    environment = service.environment() | {"HOME": str(tmp_path), "PATH": f"{BIN}:{os.environ['PATH']}"}
+    environment = service.environment() | {
+        "HOME": str(tmp_path),
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        # fish 4 asks the terminal for a keyboard protocol in a sequence that pyte shows as text
+        "fish_features": "no-keyboard-protocols",
+    }
     with Terminal(command, environment) as terminal:
         terminal.type(f"{setup}\n")
         # alone in its line: what is typed has it too
