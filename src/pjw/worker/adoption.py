@@ -11,6 +11,7 @@ from pjw.errors import LauncherGoneError, PjwError
 from pjw.output import Inotify
 from pjw.worker.background import Background
 from pjw.worker.endings import Endings
+from pjw.worker.flag import Flag
 from pjw.worker.job import LiveJob
 from pjw.worker.launcher_client import Ended, LauncherClient
 from pjw.worker.logs import live_job
@@ -64,12 +65,12 @@ async def _remove_strays(
     over = asyncio.get_running_loop().time() + STRAYS_SECONDS
     for job_id in await launcher.request_job_ids():
         if job_id not in live_jobs:
-            removed = asyncio.Event()
+            removed = Flag()
             background.spawn(_remove_stray(launcher, job_id, removed))
             await within(max(0.0, over - asyncio.get_running_loop().time()), removed)
 
 
-async def _remove_stray(launcher: LauncherClient, job_id: int, removed: asyncio.Event) -> None:
+async def _remove_stray(launcher: LauncherClient, job_id: int, removed: Flag) -> None:
     # A cgroup or scratch directory without an unfinished row: its job ended and was written
     # down, and only the removal is missing (or a power cut undid it); or the table was taken
     # away, and then nobody can ask for the job.

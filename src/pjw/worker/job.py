@@ -9,6 +9,7 @@ from typing import Final
 
 from pjw.model import EndReason, ExitStatus, Job, Usage, UsageSample
 from pjw.output import OutputLog
+from pjw.worker.flag import Flag
 from pjw.worker.record import End
 from pjw.worker.rows import from_ns
 from pjw.worker.states import JobEvent, transition
@@ -25,15 +26,15 @@ class LiveJob:
         self.output: Final = output
         # where it is kept apart
         self.stderr: Final = stderr
-        self.ended: Final = asyncio.Event()
+        self.ended: Final = Flag()
         # set when its cgroup and its scratch directory are gone too
-        self.removed: Final = asyncio.Event()
+        self.removed: Final = Flag()
         # set when the launch was answered, one way or the other
-        self.launch_over: Final = asyncio.Event()
+        self.launch_over: Final = Flag()
         # set when it was killed and does not end: `job.detail` says why
-        self.stuck: Final = asyncio.Event()
+        self.stuck: Final = Flag()
         # set while the job's output waits; `job.detail` says so then
-        self.held: Final = asyncio.Event()
+        self.held: Final = Flag()
         # whether the last resort was used: its init was killed, so no record can be expected
         self.init_killed = False
         # whether it was ended because it had most of a file system that was about to be full

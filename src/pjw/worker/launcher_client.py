@@ -24,6 +24,7 @@ from pjw.errors import (
 )
 from pjw.launcher import protocol
 from pjw.model import GroupUse, JobSpec, Share, Usage, UsageSample
+from pjw.worker.flag import Flag
 from pjw.worker.launcher_process import LauncherProcess, collect
 from pjw.worker.rows import from_ns
 
@@ -75,7 +76,7 @@ class LauncherClient:
         # of running jobs, by the number of their launch or adoption
         self._ends: Final[dict[int, Ended]] = {}
         self._unsent: Final[deque[tuple[bytes, list[int]]]] = deque()
-        self.gone: Final = asyncio.Event()
+        self.gone: Final = Flag()
         self._loop.add_reader(self._socket, self._on_readable)
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from typing import Final, TypeVar
 from pjw.errors import LauncherGoneError, PjwError
 from pjw.launcher.protocol import Remaining
 from pjw.worker.background import Background
+from pjw.worker.flag import Flag
 from pjw.worker.job import LiveJob
 from pjw.worker.launcher_client import LauncherClient
 
@@ -125,11 +126,11 @@ def _in_words(processes: str) -> str:
     return f"was killed and does not end: {processes}"
 
 
-async def within(seconds: float, event: asyncio.Event) -> bool:
-    """Whether the event happens in time."""
+async def within(seconds: float, flag: Flag) -> bool:
+    """Whether the flag is set in time."""
     try:
         async with asyncio.timeout(seconds):
-            await event.wait()
+            await flag.wait()
     except TimeoutError:
         return False
     return True

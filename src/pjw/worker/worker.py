@@ -26,6 +26,7 @@ from pjw.worker.adoption import adopt
 from pjw.worker.background import Background
 from pjw.worker.disk import DiskSampler, ScratchUse
 from pjw.worker.endings import Endings
+from pjw.worker.flag import Flag, first_of
 from pjw.worker.held import HeldOutputs
 from pjw.worker.input import Inputs, InputWriter, ended_error, require_input
 from pjw.worker.job import LiveJob
@@ -493,12 +494,7 @@ class Worker:
         await live.launch_over.wait()
         return self._live_of(job_id, owner)
 
-    async def _wait_for(self, *events: asyncio.Event) -> None:
-        waits = [asyncio.ensure_future(event.wait()) for event in (*events, self._launcher.gone)]
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
-        if not any(event.is_set() for event in events):
+    async def _wait_for(self, *flags: Flag) -> None:
+        await first_of(*flags, self._launcher.gone)
+        if not any(flag.is_set() for flag in flags):
             raise LauncherGoneError("the launcher has gone; the job goes on")
