@@ -53,7 +53,7 @@ from pjw.model import Usage
 # remove, and to receive the next request.
 LAUNCH_DESCRIPTORS: Final = 3
 JOB_DESCRIPTORS: Final = 2
-SPARE_DESCRIPTORS: Final = 32
+SPARE_DESCRIPTORS: Final = 40
 # A launch takes milliseconds. One that takes so long is stuck in what its client asked for, such as the exec
 # of a file on a dead NFS server, or its limits are too tight.
 LAUNCH_SECONDS: Final = 30.0
