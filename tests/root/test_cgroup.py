@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import json
 import os
 import re
 import select
@@ -85,9 +86,11 @@ def instance() -> Iterator[str]:
 
 
 @pytest.fixture
-def hierarchy(instance: str, disk_dir: Path) -> Hierarchy:
+def hierarchy(instance: str, disk_dir: Path) -> Iterator[Hierarchy]:
     """Limits of io go to the disk under `disk_dir`."""
-    return cgroups.open_hierarchy(instance, io_devices=cgroups.disks_under([str(disk_dir)]))
+    hierarchy = cgroups.open_hierarchy(instance, io_devices=cgroups.disks_under([str(disk_dir)]))
+    yield hierarchy
+    hierarchy.release()
 
 
 @pytest.fixture
@@ -225,6 +228,40 @@ def test_an_io_limit_without_a_disk_is_refused(instance: str) -> None:
     assert caught.value.hint
     assert hierarchy.job_ids() == []
     remove(hierarchy.create(6, limits(pids_max=5), UID))
+
+
+# Prints what a job's cgroup has the kernel open, make and remove, from its beginning to its end.
+OF_ONE_LIFE = """
+import json, sys
+from pjw.launcher import cgroup
+from pjw.model import Limits
+instance, disk_dir, uid = sys.argv[1], sys.argv[2], int(sys.argv[3])
+hierarchy = cgroup.open_hierarchy(instance, io_devices=cgroup.disks_under([disk_dir]))
+other = hierarchy.create(1, Limits(), uid)
+found = {"open": [], "os.mkdir": [], "os.rmdir": []}
+sys.addaudithook(lambda name, arguments: found[name].append(arguments[0]) if name in found else None)
+job = hierarchy.create(2, Limits(), uid)
+with job.init_arguments():
+    pass
+job.make_equal()
+job.usage()
+assert job.try_remove()
+print(json.dumps(found))
+assert other.try_remove()
+"""
+
+
+def test_a_life_costs_no_more_calls_than_it_needs(
+    hierarchy: Hierarchy, instance: str, disk_dir: Path
+) -> None:
+    """Each takes the launcher microseconds: no file is opened in vain, and none by its whole path."""
+    words = [sys.executable, "-I", "-c", OF_ONE_LIFE, instance, str(disk_dir), str(UID)]
+    found = json.loads(subprocess.check_output(words))
+    places = 1 if isinstance(hierarchy, v2.V2Hierarchy) else len(instance_directories(instance))
+    assert len(found["os.mkdir"]) == len(found["os.rmdir"]) == places
+    assert len(found["open"]) <= (13 if isinstance(hierarchy, v2.V2Hierarchy) else 15 + places)
+    paths = [path for each in found.values() for path in each]
+    assert {os.path.commonpath([path, f"client-{UID}/job-2"]) for path in paths} == {f"client-{UID}/job-2"}
 
 
 def test_init_enters_by_the_descriptors(create: Callable[..., Cgroup]) -> None:
@@ -580,6 +617,22 @@ def test_a_job_of_the_version_before_is_where_it_was(hierarchy: Hierarchy, insta
     assert again.job_ids() == []
 
 
+def test_a_client_that_an_older_version_made_does_not_swap(hierarchy: Hierarchy, instance: str) -> None:
+    """V1: a job has this of its client's directory, which older versions made without it."""
+    if not isinstance(hierarchy, v1.V1Hierarchy):
+        pytest.skip("on v2 each job has a limit of swap")
+    hierarchy.create(1, limits(), UID)
+    [client] = [path / f"client-{UID}" for path in instance_directories(instance) if "/memory/" in str(path)]
+    (client / "memory.swappiness").write_text("60")
+    again = cgroups.open_hierarchy(instance)
+    jobs = [again.create(2, limits(), UID), again.create(3, limits(), UID + 1)]
+    assert [value(job, "memory.swappiness", "") for job in jobs] == ["0", "0"]
+    old = again.find(1)
+    assert old
+    for job in (old, *jobs):
+        remove(job)
+
+
 def test_an_empty_client_that_a_crash_has_left_goes(hierarchy: Hierarchy, instance: str) -> None:
     """A launcher may be killed between the two directories; the next one looks."""
     for path in instance_directories(instance):
@@ -591,9 +644,9 @@ def test_an_empty_client_that_a_crash_has_left_goes(hierarchy: Hierarchy, instan
 def group_value(hierarchy: Hierarchy, place: str, v1_name: str, v2_name: str) -> str:
     """The value of a limit of the instance ('.') or of a client."""
     controller, _, _ = v1_name.partition(".")
-    parent = hierarchy._parents[controller] if isinstance(hierarchy, v1.V1Hierarchy) else hierarchy._parent  # type: ignore[attr-defined]
+    top = hierarchy._tops[controller] if isinstance(hierarchy, v1.V1Hierarchy) else hierarchy._top  # type: ignore[attr-defined]
     name = v1_name if isinstance(hierarchy, v1.V1Hierarchy) else v2_name
-    return Path(parent, place, name).read_text(encoding="ascii").strip()
+    return Path(top.path, place, name).read_text(encoding="ascii").strip()
 
 
 def group_cpu(hierarchy: Hierarchy, place: str) -> int:

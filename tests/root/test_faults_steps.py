@@ -52,11 +52,14 @@ pytestmark = pytest.mark.skipif(not SUPPORTED, reason=WHY_NOT)
 # What fails for want of memory, of space, of descriptors.
 WANTS: Final = {
     errno.ENOMEM: (
-        *("openat", "mkdir", "write", "socketpair", "pidfd_open", "clone", "vfork", "clone3", "epoll_ctl"),
+        *("openat", "mkdir", "mkdirat", "write", "socketpair", "pidfd_open", "clone", "vfork", "clone3"),
+        "epoll_ctl",
         *("execve", "unshare", "mount", "open_tree", "move_mount", "mount_setattr", "socket", "pipe2"),
         *("mknod", "symlink", "signalfd4", "timerfd_create", "capset", "setresuid"),
     ),
-    errno.ENOSPC: ("openat", "mkdir", "write", "mount", "mknod", "symlink", "epoll_ctl", "pwrite64"),
+    errno.ENOSPC: (
+        *("openat", "mkdir", "mkdirat", "write", "mount", "mknod", "symlink", "epoll_ctl", "pwrite64"),
+    ),
     errno.EMFILE: (
         *("openat", "socketpair", "pidfd_open", "pipe2", "socket", "signalfd4", "timerfd_create", "dup2"),
         *("open_tree", "clone3"),
@@ -271,7 +274,7 @@ def test_killed_at_each_step_of_a_stop(scene: Scene, victim: str, stride: int) -
 
 
 # What the launcher does at the end of a job, but for reading: keep the accounts, remove, tell.
-END_CALLS: Final = ("pwrite64", "rmdir", "sendmsg")
+END_CALLS: Final = ("pwrite64", "rmdir", "unlinkat", "sendmsg")
 # It leaves no files, so the launcher removes all of it unasked; and its reason is in its accounts alone.
 HUNGRY_BYTES: Final = 16 * 1024**2
 HUNGRY: Final = "mkfifo ask; exec 3<>ask; read x <&3; rm ask; exec tail /dev/zero"

@@ -278,13 +278,14 @@ async def test_a_step_of_the_launcher_that_fails(bench: Bench, worker: Worker) -
 
 async def test_a_cgroup_that_is_there_already(bench: Bench, worker: Worker) -> None:
     """A cgroup of the next id, which a table that was taken away may leave: refused, and not used."""
-    parents = bench._parents()
-    for parent in parents:
-        (parent / "job-1").mkdir()
+    clients = [parent / f"client-{bench.settings.uid_first}" for parent in bench._parents()]
+    for client in clients:
+        (client / "job-1").mkdir(parents=True)
     with pytest.raises(Exception, match="cannot create the cgroup of job 1: it exists"):
         await start(worker, ["true"])
-    for parent in parents:
-        (parent / "job-1").rmdir()
+    for client in clients:
+        (client / "job-1").rmdir()
+        client.rmdir()
     assert nothing_made(bench) == []
     assert await worker.list() == []
 

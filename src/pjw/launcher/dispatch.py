@@ -54,7 +54,7 @@ from pjw.model import Usage
 # remove, and to receive the next request.
 LAUNCH_DESCRIPTORS: Final = 3
 JOB_DESCRIPTORS: Final = 2
-SPARE_DESCRIPTORS: Final = 32
+SPARE_DESCRIPTORS: Final = 40
 # A launch takes milliseconds. One that takes so long is stuck in what its client asked for, such as the exec
 # of a file on a dead NFS server, or its limits are too tight.
 LAUNCH_SECONDS: Final = 30.0
@@ -311,7 +311,7 @@ class Launcher:
         if init.pidfd >= 0:
             self._jobs[request.job_id] = Running(init.pidfd, init.cgroup, launch.seq)
         launch.timer = self._watcher.call_after(LAUNCH_SECONDS, lambda: self._on_late(launch, init))
-        self._watcher.watch_instead(init.report, lambda: self._on_report(launch, init))
+        self._watcher.watch(init.report, lambda: self._on_report(launch, init))
 
     def _require_room(self, job_id: int, come: int) -> None:
         # A descriptor that cannot be had once init runs would end us, see main().

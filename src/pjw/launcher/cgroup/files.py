@@ -7,13 +7,13 @@ import errno
 import fcntl
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from pjw.errors import KernelError
+from pjw.errors import JobStateError, KernelError
 
 # A cgroup that lets nobody fork has shown all of its processes after two.
 KILL_PASSES: Final = 4
@@ -21,6 +21,7 @@ KILL_PASSES: Final = 4
 # So many pidfds are open at once at most; the usual soft limit of open files is 1024.
 PIDFDS_AT_ONCE: Final = 128
 
+# of a job: the kernel's default, which a new cgroup has
 CPU_PERIOD_USEC: Final = 100_000
 # Of what a client's jobs, or all jobs, use together: what is throttled here holds up many, so briefly.
 SUM_PERIOD_USEC: Final = 20_000
@@ -43,6 +44,34 @@ class Mount:
     fs_type: str
     source: str
     super_options: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Top:
+    """A directory above cgroups: its path, and a descriptor by which the kernel finds what is below it.
+
+    From the root on, to find a file of a job takes the kernel longer than to write it.
+    """
+
+    path: str
+    descriptor: int | None
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+
+
+# where paths begin that are given whole
+ROOT: Final = Top("/", None)
+
+
+def open_top(path: str) -> Top:
+    """Hold a directory open; whoever has it closes it. Raises KernelError."""
+    try:
+        return Top(path, os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+    except OSError as error:
+        raise KernelError("open", path, error.errno or errno.EIO) from error
 
 
 def read_mounts(path: str = "/proc/self/mountinfo") -> list[Mount]:
@@ -78,11 +107,11 @@ def _unescape(field: str) -> str:
     return first + "".join(chr(int(part[:3], 8)) + part[3:] for part in rest)
 
 
-def read_text(path: str, subject: str) -> str:
-    """The whole of a small file of the kernel; *subject* is its name in errors."""
+def read_text(path: str, subject: str, top: Top = ROOT) -> str:
+    """The whole of a small file of the kernel, below *top*; *subject* is its name in errors."""
     # not open(): its buffers and its look at the file are five more system calls
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=top.descriptor)
         try:
             return b"".join(iter(partial(os.read, descriptor, 65_536), b"")).decode(errors="surrogateescape")
         finally:
@@ -91,10 +120,10 @@ def read_text(path: str, subject: str) -> str:
         raise KernelError("read", subject, error.errno or errno.EIO) from error
 
 
-def read_number(path: str, subject: str) -> int:
+def read_number(path: str, subject: str, top: Top = ROOT) -> int:
     """The number in a file of the kernel that holds nothing else, by a single read."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=top.descriptor)
         try:
             return int(os.read(descriptor, 64))
         finally:
@@ -103,10 +132,10 @@ def read_number(path: str, subject: str) -> int:
         raise KernelError("read", subject, error.errno or errno.EIO) from error
 
 
-def write_text(path: str, value: str, subject: str) -> None:
+def write_text(path: str, value: str, subject: str, top: Top = ROOT) -> None:
     """Write *value* with one write(2), as kernel files want it; never create the file."""
     try:
-        descriptor = os.open(path, os.O_WRONLY)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC, dir_fd=top.descriptor)
         try:
             os.write(descriptor, value.encode())
         finally:
@@ -197,15 +226,32 @@ def kill_processes(list_pids: Callable[[], list[int]]) -> None:
         killed.update(pids)
 
 
-def try_rmdir(directory: str, subject: str) -> bool:
-    """Remove a cgroup's directory, unless something is in it: then false."""
+def it_exists(subject: str) -> JobStateError:
+    """Make the refusal of a second cgroup for one job."""
+    return JobStateError(f"cannot create the cgroup of {subject}: it exists")
+
+
+def make_cgroup(place: str, subject: str, top: Top) -> None:
+    """Make a cgroup's directory below *top*. JobStateError when it is there."""
     try:
-        os.rmdir(directory)
+        os.mkdir(place, 0o755, dir_fd=top.descriptor)
+    except FileExistsError:
+        raise it_exists(subject) from None
+    except OSError as error:
+        directory = os.path.join(top.path, place)
+        raise KernelError("make cgroup", f"{directory} of {subject}", error.errno or errno.EIO) from error
+
+
+def try_rmdir(place: str, subject: str, top: Top) -> bool:
+    """Remove a cgroup's directory below *top*, unless something is in it: then false."""
+    try:
+        os.rmdir(place, dir_fd=top.descriptor)
     except FileNotFoundError:
         return True
     except OSError as error:
         if error.errno == errno.EBUSY:
             return False
+        directory = os.path.join(top.path, place)
         raise KernelError("remove cgroup", f"{directory} of {subject}", error.errno or errno.EIO) from error
     return True
 
@@ -233,13 +279,13 @@ def _kill(pidfd: int) -> None:
 
 
 @contextmanager
-def opened(paths: list[str], flags: int, subject: str) -> Iterator[list[int]]:
-    """Open *paths*; close them at the end."""
+def opened(paths: Iterable[tuple[Top, str]], flags: int, subject: str) -> Iterator[list[int]]:
+    """Open *paths*, each below its top; close them at the end."""
     descriptors: list[int] = []
     try:
-        for path in paths:
+        for top, path in paths:
             try:
-                descriptors.append(os.open(path, flags))
+                descriptors.append(os.open(path, flags | os.O_CLOEXEC, dir_fd=top.descriptor))
             except OSError as error:
                 raise KernelError("open the cgroup of", subject, error.errno or errno.EIO) from error
         yield descriptors

@@ -24,9 +24,9 @@ class Places:
         self._tops: Final = tuple(dict.fromkeys(tops))
         self._client_of: Final[dict[int, int]] = {}
         self._jobs_of: Final[Counter[int]] = Counter()
-        for uid in self._clients() - {_NOBODY}:
+        for uid in self._clients():
             for job_id in self._jobs_in(client_place(uid)):
-                self.add(job_id, uid)
+                self._add(job_id, uid)
             if uid not in self:
                 # a crash has left it
                 self._remove_client(uid)
@@ -34,6 +34,10 @@ class Places:
     def __contains__(self, uid: int) -> bool:
         """Whether this client has a job, and so a directory."""
         return uid in self._jobs_of
+
+    def clients(self) -> set[int]:
+        """The clients that have jobs, and so directories."""
+        return self._jobs_of.keys() - {_NOBODY}
 
     def job_ids(self) -> set[int]:
         """Every job that has a directory in any hierarchy, by a look at all of them."""
@@ -44,24 +48,30 @@ class Places:
         return _job_place(self._client_of.get(job_id, _NOBODY), job_id)
 
     def add(self, job_id: int, uid: int) -> str:
-        """A job is about to have a directory in that of its client, which is there; where."""
+        """A job is about to have a directory in that of its client; where. JobStateError when it has one."""
+        if job_id in self._client_of:
+            raise files.it_exists(f"job {job_id}")
+        self._add(job_id, uid)
+        return _job_place(uid, job_id)
+
+    def _add(self, job_id: int, uid: int) -> None:
         self._client_of[job_id] = uid
         self._jobs_of[uid] += 1
-        return _job_place(uid, job_id)
 
     def forget(self, job_id: int) -> int:
         """A job's directories are gone; with those of its last job go its client's. Give the client."""
-        uid = self._client_of.pop(job_id, _NOBODY)
-        if uid != _NOBODY:
-            self._jobs_of[uid] -= 1
-            if not self._jobs_of[uid]:
-                del self._jobs_of[uid]
-                self._remove_client(uid)
+        uid = self._client_of.pop(job_id, None)
+        if uid is None:
+            return _NOBODY
+        self._jobs_of[uid] -= 1
+        if not self._jobs_of[uid]:
+            del self._jobs_of[uid]
+            self._remove_client(uid)
         return uid
 
     def _remove_client(self, uid: int) -> None:
         # one that is not empty after all stays, and goes at the next start
-        for top in self._tops:
+        for top in self._tops if uid != _NOBODY else ():
             with suppress(OSError):
                 os.rmdir(f"{top}/{client_place(uid)}")
 

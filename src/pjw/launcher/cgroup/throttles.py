@@ -5,14 +5,11 @@ A bio that is held back there is charged to a process in an uninterruptible slee
 """
 
 import errno
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Final
 
 from pjw.errors import KernelError
 from pjw.launcher.cgroup import files
-from pjw.model import Limits
 
 # The files of v1 and of v2 that hold a limit for each disk, and what means "none" there.
 NO_THROTTLE: Final = {
@@ -26,11 +23,6 @@ NO_THROTTLE: Final = {
 DISKS_MAX: Final = 64
 # half made or half removed; ENODEV: between the open and the write, or a disk that was taken away
 _GONE: Final = (errno.ENOENT, errno.ENODEV)
-
-
-def are_set(limits: Limits) -> bool:
-    """Tell whether a job with these limits is held back at all."""
-    return any((limits.io_rbps_max, limits.io_wbps_max, limits.io_riops_max, limits.io_wiops_max))
 
 
 def lift(directory: str) -> None:
@@ -60,19 +52,16 @@ def _unless_gone(error: KernelError) -> KernelError | None:
     return None if error.errno in _GONE else error
 
 
-@contextmanager
-def lift_options(directory: str, disks: Sequence[str], subject: str) -> Iterator[list[str | int]]:
+def lift_words(names: Sequence[str], descriptors: Sequence[int], disks: Sequence[str]) -> list[str | int]:
     """The options of init that let it lift the limits itself, when the launcher is not there.
 
-    A number among them is a descriptor, which is open only within the context. The
-    kernel asks who opened a file of a cgroup, not who writes to it: init may, without any capability.
+    *names* are the files of one version that hold the limits, *descriptors* the same files, open for writing.
+    The kernel asks who opened a file of a cgroup, not who writes to it: init may, without any capability.
     """
-    if not disks:
-        yield []
-        return
-    names = [name for name in NO_THROTTLE if os.path.exists(f"{directory}/{name}")]
-    with files.opened([f"{directory}/{name}" for name in names], os.O_WRONLY, subject) as descriptors:
-        yield [
-            *(word for number in descriptors for word in ("--lift-fd", number)),
-            *(word for disk in disks[:DISKS_MAX] for word in ("--lift", f"{disk} {NO_THROTTLE[names[0]]}")),
-        ]
+    if not names:
+        return []
+    none = NO_THROTTLE[names[0]]
+    return [
+        *(word for descriptor in descriptors for word in ("--lift-fd", descriptor)),
+        *(word for disk in disks[:DISKS_MAX] for word in ("--lift", f"{disk} {none}")),
+    ]

@@ -6,11 +6,11 @@ v1 throttles reads and direct writes only: a buffered write is charged to no job
 import errno
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Final, TypeVar
 
-from pjw.errors import ConfigError, JobStateError, KernelError
+from pjw.errors import ConfigError, KernelError
 from pjw.launcher.cgroup import devices, files, throttles
 from pjw.launcher.cgroup.places import Places, client_place
 from pjw.model import DEFAULT_SHARE, WEIGHT_DEFAULT, GroupUse, Limits, Share, Sums, Usage, UsageSample
@@ -44,7 +44,9 @@ def open_hierarchy(instance: str, points: Mapping[str, str], io_devices: Sequenc
             files.make_parent(f"{point}/pjw", hint=f"run as root, with {point} writable")
             parents[controller] = f"{point}/pjw/{instance}"
             files.make_parent(parents[controller])
-    return V1Hierarchy(parents, io_devices)
+    hierarchy = V1Hierarchy(parents, io_devices)
+    hierarchy.forbid_swapping()
+    return hierarchy
 
 
 class V1Hierarchy:
@@ -53,42 +55,50 @@ class V1Hierarchy:
     version: Final = 1
 
     def __init__(self, parents: Mapping[str, str], io_devices: Sequence[str]) -> None:
-        self._parents: Final = dict(parents)
+        tops = {path: files.open_top(path) for path in dict.fromkeys(parents.values())}
+        self._tops: Final = {controller: tops[path] for controller, path in parents.items()}
+        self._every_top: Final = tuple(tops.values())
         self._io_devices: Final = tuple(io_devices)
-        self._places: Final = Places(parents.values())
+        self._places: Final = Places(tops)
         self._shares: Final[dict[int, Share]] = {}
         # the processor time that the kernel has for all jobs and for each client, in thousandths; 0 is any
         self._cpu: Final[dict[str, int]] = {}
+        # whether the kernel accounts swap
+        self._bounds_swap: Final = os.path.exists(f"{parents['memory']}/memory.memsw.limit_in_bytes")
+
+    def forbid_swapping(self) -> None:
+        """Have jobs that are made from now on stay in memory. Raises KernelError.
+
+        A new cgroup has what the one above it has, and that of a client may be an older version's. A limit of
+        memory and swap together, which jobs have, would alone leave them free to swap.
+        """
+        for place in (".", *map(client_place, self._places.clients())):
+            self._write("memory", place, "memory.swappiness", "0", place)
 
     def create(self, job_id: int, limits: Limits, uid: int, share: Share = DEFAULT_SHARE) -> "V1Cgroup":
         subject = f"job {job_id}"
-        if self.find(job_id) is not None:
-            raise JobStateError(f"cannot create the cgroup of {subject}: it exists")
         new_client = uid not in self._places
-        cgroup = self._cgroup(job_id, self._places.add(job_id, uid), throttled=throttles.are_set(limits))
-        made: list[str] = []
+        place = self._places.add(job_id, uid)
+        made: list[files.Top] = []
         try:
             if new_client:
                 self._make_client(uid)
             if self.share_of(uid) != share:
                 self.set_share(uid, share)
             settings = list(self._settings(limits, uid, share, subject))
-            for directory in cgroup.directories:
-                try:
-                    os.mkdir(directory, 0o755)
-                except OSError as error:
-                    raise KernelError(
-                        "make cgroup", f"{directory} of {subject}", error.errno or errno.EIO
-                    ) from error
-                made.append(directory)
+            for top in self._every_top:
+                files.make_cgroup(place, subject, top)
+                made.append(top)
             for controller, name, value in settings:
-                files.write_text(f"{cgroup.by_controller[controller]}/{name}", value, f"{name} of {subject}")
+                self._write(controller, place, name, value, subject)
         except BaseException:
-            for directory in reversed(made):
-                os.rmdir(directory)
+            for top in reversed(made):
+                os.rmdir(place, dir_fd=top.descriptor)
             self._forget(job_id)
             raise
-        return cgroup
+        return self._cgroup(
+            job_id, place, [name for controller, name, _ in settings if controller == IO_CONTROLLER]
+        )
 
     def find(self, job_id: int) -> "V1Cgroup | None":
         cgroup = self._cgroup(job_id, self._places.of(job_id))
@@ -126,13 +136,12 @@ class V1Hierarchy:
         )
 
     def release(self) -> None:
-        for parent in dict.fromkeys(self._parents.values()):
-            files.remove_parents(parent)
+        for top in self._every_top:
+            top.close()
+            files.remove_parents(top.path)
 
-    def _cgroup(self, job_id: int, place: str, *, throttled: bool = False) -> "V1Cgroup":
-        directories = {name: f"{parent}/{place}" for name, parent in self._parents.items()}
-        disks = self._io_devices if throttled else ()
-        return V1Cgroup(job_id, directories, lambda: self._forget(job_id), disks)
+    def _cgroup(self, job_id: int, place: str, throttled: Sequence[str] = ()) -> "V1Cgroup":
+        return V1Cgroup(job_id, self._tops, place, lambda: self._forget(job_id), throttled, self._io_devices)
 
     def _forget(self, job_id: int) -> None:
         uid = self._places.forget(job_id)
@@ -141,8 +150,8 @@ class V1Hierarchy:
             self._cpu.pop(client_place(uid), None)
 
     def _make_client(self, uid: int) -> None:
-        for parent in dict.fromkeys(self._parents.values()):
-            files.make_parent(f"{parent}/{client_place(uid)}")
+        for top in self._every_top:
+            files.make_parent(f"{top.path}/{client_place(uid)}")
 
     def _set_sums(self, place: str, sums: Sums, subject: str) -> list[str]:
         """Bound what is below *place*; in words, what the kernel does not take now."""
@@ -185,15 +194,16 @@ class V1Hierarchy:
 
     def _weigh_io(self, place: str, weight: int) -> None:
         # Only BFQ has weights on v1, from 1 to 1000, and only where a disk uses it is the file there.
-        path = f"{self._parents.get(IO_CONTROLLER, '')}/{place}/blkio.bfq.weight"
-        if os.path.exists(path):
-            files.write_text(path, str(min(weight, 1000)), f"blkio.bfq.weight of {place}")
+        name = "blkio.bfq.weight"
+        top = self._tops.get(IO_CONTROLLER)
+        if top is not None and os.path.exists(f"{top.path}/{place}/{name}"):
+            self._write(IO_CONTROLLER, place, name, str(min(weight, 1000)), place)
 
     def _write(self, controller: str, place: str, name: str, value: str, subject: str) -> None:
-        files.write_text(f"{self._parents[controller]}/{place}/{name}", value, f"{name} of {subject}")
+        files.write_text(f"{place}/{name}", value, f"{name} of {subject}", self._tops[controller])
 
     def _read(self, controller: str, place: str, name: str) -> str:
-        return files.read_text(f"{self._parents[controller]}/{place}/{name}", f"{name} of {place}")
+        return files.read_text(f"{place}/{name}", f"{name} of {place}", self._tops[controller])
 
     def _settings(
         self, limits: Limits, uid: int, share: Share, subject: str
@@ -206,14 +216,12 @@ class V1Hierarchy:
             )
             cpu = self._clamped(wanted, client_place(uid), ".")
             quota = cpu * files.CPU_PERIOD_USEC // 1000
-            yield "cpu", "cpu.cfs_period_us", str(files.CPU_PERIOD_USEC)
+            # of the period that a new cgroup has: to set either, the kernel looks at all cgroups of the host
             yield "cpu", "cpu.cfs_quota_us", str(min(quota, files.CPU_QUOTA_MAX_USEC))
-        # memsw bounds memory and swap together, so alone it would leave a job free to swap.
-        yield "memory", "memory.swappiness", "0"
         if limits.memory_max_bytes:
             # memsw may never be below the limit of memory: that one goes first.
             yield "memory", "memory.limit_in_bytes", str(limits.memory_max_bytes)
-            if os.path.exists(f"{self._parents['memory']}/memory.memsw.limit_in_bytes"):
+            if self._bounds_swap:
                 yield "memory", "memory.memsw.limit_in_bytes", str(limits.memory_max_bytes)
         if 0 < limits.pids_max < files.PIDS_MAX:
             yield "pids", "pids.max", str(limits.pids_max)
@@ -237,30 +245,48 @@ class V1Cgroup:
     def __init__(
         self,
         job_id: int,
-        by_controller: Mapping[str, str],
+        tops: Mapping[str, files.Top],
+        place: str,
         on_removed: Callable[[], None],
-        throttled_disks: Sequence[str] = (),
+        throttled: Sequence[str],
+        disks: Sequence[str],
     ) -> None:
-        self.by_controller: Final = dict(by_controller)
-        self.directories: Final = tuple(dict.fromkeys(by_controller.values()))
-        self._throttled_disks: Final = throttled_disks
+        """It is at *place* below each of *tops*, which are by their controllers.
+
+        *throttled*: the files that hold limits of disk IO, a line for each of *disks*.
+        """
+        self._tops: Final = tops
+        self._place: Final = place
+        self._throttled: Final = tuple(dict.fromkeys(throttled))
+        self._disks: Final = disks
         self._subject: Final = f"job {job_id}"
         self._on_removed: Final = on_removed
+
+    @property
+    def by_controller(self) -> dict[str, str]:
+        """The directory that has each controller's files."""
+        return {controller: f"{top.path}/{self._place}" for controller, top in self._tops.items()}
+
+    @property
+    def directories(self) -> tuple[str, ...]:
+        """All of them."""
+        return tuple(dict.fromkeys(self.by_controller.values()))
 
     @contextmanager
     def init_arguments(self) -> Iterator[list[str | int]]:
         # Not cgroup.procs: to move all threads of a process the kernel first waits for every fork of the host
         # (cgroup_threadgroup_rwsem), for milliseconds. Init has one thread, and moves that.
-        paths = [f"{directory}/tasks" for directory in self.directories]
-        blkio = self.by_controller.get(IO_CONTROLLER, "")
-        with ExitStack() as stack:
-            descriptors = stack.enter_context(files.opened(paths, os.O_WRONLY, self._subject))
-            lifts = stack.enter_context(throttles.lift_options(blkio, self._throttled_disks, self._subject))
-            yield [*(word for number in descriptors for word in ("--cgroup-procs-fd", number)), *lifts]
+        entries = [(top, f"{self._place}/tasks") for top in dict.fromkeys(self._tops.values())]
+        lifts = [(self._tops[IO_CONTROLLER], f"{self._place}/{name}") for name in self._throttled]
+        with files.opened([*entries, *lifts], os.O_WRONLY, self._subject) as descriptors:
+            enter, lift = descriptors[: len(entries)], descriptors[len(entries) :]
+            yield [
+                *(word for number in enter for word in ("--cgroup-procs-fd", number)),
+                *throttles.lift_words(self._throttled, lift, self._disks),
+            ]
 
     def make_equal(self) -> None:
-        path = f"{self.by_controller['cpu']}/cpu.shares"
-        files.write_text(path, str(_SHARES_DEFAULT), f"cpu.shares of {self._subject}")
+        self._write("cpu", "cpu.shares", str(_SHARES_DEFAULT))
 
     def pids(self) -> list[int]:
         # init enters one hierarchy after the other, and may die between two of them
@@ -270,13 +296,13 @@ class V1Cgroup:
         try:
             self._lift_quota()
         finally:
-            if IO_CONTROLLER in self.by_controller:
+            if IO_CONTROLLER in self._tops:
                 throttles.lift(self.by_controller[IO_CONTROLLER])
 
     def kill(self) -> None:
         try:
             # No new process from now on: a fork bomb cannot outrun the loop.
-            files.write_text(f"{self.by_controller['pids']}/pids.max", "0", f"pids.max of {self._subject}")
+            self._write("pids", "pids.max", "0")
         except KernelError as error:
             if error.errno != errno.ENOENT:
                 raise
@@ -294,7 +320,7 @@ class V1Cgroup:
 
     def measure(self) -> UsageSample:
         io_stat = ""
-        if "blkio" in self.by_controller:
+        if "blkio" in self._tops:
             io_stat = self._read_now("blkio", "blkio.throttle.io_service_bytes")
         read, written = devices.sum_io(io_stat, _parse_io_line)
         return UsageSample(
@@ -310,26 +336,32 @@ class V1Cgroup:
         # one that cannot be lifted keeps nobody from the removal
         with suppress(KernelError):
             self._lift_quota()
-        if not all(files.try_rmdir(directory, self._subject) for directory in self.directories):
+        if not all(
+            files.try_rmdir(self._place, self._subject, top) for top in dict.fromkeys(self._tops.values())
+        ):
             return False
         self._on_removed()
         return True
 
     def _lift_quota(self) -> None:
         # While it is there its client's may not be less (EINVAL, sched-bwc.rst); it outlives its directory.
-        quota = f"{self.by_controller['cpu']}/cpu.cfs_quota_us"
         try:
-            files.write_text(quota, "-1", f"cpu.cfs_quota_us of {self._subject}")
+            self._write("cpu", "cpu.cfs_quota_us", "-1")
         except KernelError as error:
             # the directory, or this file where the kernel has no such limits
             if error.errno != errno.ENOENT:
                 raise
 
+    def _write(self, controller: str, name: str, value: str) -> None:
+        files.write_text(f"{self._place}/{name}", value, f"{name} of {self._subject}", self._tops[controller])
+
     def _read_now(self, controller: str, name: str) -> str:
-        return files.read_text(f"{self.by_controller[controller]}/{name}", f"{name} of {self._subject}")
+        return files.read_text(f"{self._place}/{name}", f"{name} of {self._subject}", self._tops[controller])
 
     def _number_now(self, controller: str, name: str) -> int:
-        return files.read_number(f"{self.by_controller[controller]}/{name}", f"{name} of {self._subject}")
+        return files.read_number(
+            f"{self._place}/{name}", f"{name} of {self._subject}", self._tops[controller]
+        )
 
     def _read(self, controller: str, name: str) -> str:
         return self._unless_missing(self._read_now, controller, name, "")
@@ -339,7 +371,7 @@ class V1Cgroup:
 
     def _unless_missing(self, read: Callable[[str, str], _T], controller: str, name: str, nothing: _T) -> _T:
         """*nothing* from a directory that is missing: such a job used nothing there."""
-        if controller not in self.by_controller:
+        if controller not in self._tops:
             return nothing
         try:
             return read(controller, name)

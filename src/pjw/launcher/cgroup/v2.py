@@ -3,17 +3,20 @@
 import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Final
 
-from pjw.errors import ConfigError, JobStateError, KernelError
+from pjw.errors import ConfigError, KernelError
 from pjw.launcher.cgroup import devices, files, throttles
 from pjw.launcher.cgroup.places import Places, client_place
 from pjw.model import DEFAULT_SHARE, GroupUse, Limits, Share, Sums, Usage, UsageSample
 
 CONTROLLERS: Final = ("cpu", "memory", "pids")
 IO_CONTROLLER: Final = "io"
+
+# of a job, a line for each disk
+IO_LIMITS: Final = "io.max"
 
 # The leaf in which we and our server live, where the base may hold no process.
 SUPERVISOR: Final = "supervisor"
@@ -118,45 +121,42 @@ class V2Hierarchy:
     version: Final = 2
 
     def __init__(self, parent: str, controllers: Sequence[str], io_devices: Sequence[str]) -> None:
-        self._parent: Final = parent
+        self._top: Final = files.open_top(parent)
         self._controllers: Final = tuple(controllers)
         self._io_devices: Final = tuple(io_devices)
         self._places: Final = Places([parent])
         self._shares: Final[dict[int, Share]] = {}
+        # whether the kernel accounts swap
+        self._bounds_swap: Final = os.path.exists(f"{parent}/memory.swap.max")
 
     def create(self, job_id: int, limits: Limits, uid: int, share: Share = DEFAULT_SHARE) -> "V2Cgroup":
         subject = f"job {job_id}"
-        if self.find(job_id) is not None:
-            raise JobStateError(f"cannot create the cgroup of {subject}: it exists")
         settings = list(self._settings(limits, subject))
         new_client = uid not in self._places
-        cgroup = self._cgroup(job_id, self._places.add(job_id, uid), throttled=throttles.are_set(limits))
+        place = self._places.add(job_id, uid)
         made = False
         try:
             if new_client:
                 self._make_client(uid)
             if self.share_of(uid) != share:
                 self.set_share(uid, share)
+            files.make_cgroup(place, subject, self._top)
+            made = True
             try:
-                os.mkdir(cgroup.directory)
-                made = True
                 # The job runs as another user and may read its cgroup; on the host, parents keep others out.
-                os.chmod(cgroup.directory, 0o755)  # noqa: S103
+                os.chmod(place, 0o755, dir_fd=self._top.descriptor)  # noqa: S103
             except OSError as error:
                 raise KernelError(
-                    "make cgroup", f"{cgroup.directory} of {subject}", error.errno or errno.EIO
+                    "make readable", f"the cgroup of {subject}", error.errno or errno.EIO
                 ) from error
-            # Swap off; the file is missing where the kernel does not account swap.
-            if os.path.exists(f"{cgroup.directory}/memory.swap.max"):
-                settings.append(("memory.swap.max", "0"))
             for name, value in settings:
-                files.write_text(f"{cgroup.directory}/{name}", value, f"{name} of {subject}")
+                self._write(place, name, value, subject)
         except BaseException:
             if made:
-                os.rmdir(cgroup.directory)
+                os.rmdir(place, dir_fd=self._top.descriptor)
             self._forget(job_id)
             raise
-        return cgroup
+        return self._cgroup(job_id, place, [name for name, _ in settings if name == IO_LIMITS])
 
     def find(self, job_id: int) -> "V2Cgroup | None":
         cgroup = self._cgroup(job_id, self._places.of(job_id))
@@ -192,11 +192,11 @@ class V2Hierarchy:
         )
 
     def release(self) -> None:
-        files.remove_parents(self._parent)
+        self._top.close()
+        files.remove_parents(self._top.path)
 
-    def _cgroup(self, job_id: int, place: str, *, throttled: bool = False) -> "V2Cgroup":
-        disks = self._io_devices if throttled else ()
-        return V2Cgroup(job_id, f"{self._parent}/{place}", lambda: self._forget(job_id), disks)
+    def _cgroup(self, job_id: int, place: str, throttled: Sequence[str] = ()) -> "V2Cgroup":
+        return V2Cgroup(job_id, place, lambda: self._forget(job_id), self._top, throttled, self._io_devices)
 
     def _forget(self, job_id: int) -> None:
         uid = self._places.forget(job_id)
@@ -204,7 +204,7 @@ class V2Hierarchy:
             self._shares.pop(uid, None)
 
     def _make_client(self, uid: int) -> None:
-        directory = f"{self._parent}/{client_place(uid)}"
+        directory = f"{self._top.path}/{client_place(uid)}"
         files.make_parent(directory)
         _enable(directory, self._controllers)
 
@@ -230,14 +230,14 @@ class V2Hierarchy:
     def _weigh_io(self, place: str, weight: int) -> None:
         # The first is there where io.cost is on, the second, from 1 to 1000, where a disk has BFQ.
         for name, value in (("io.weight", weight), ("io.bfq.weight", min(weight, 1000))):
-            if os.path.exists(f"{self._parent}/{place}/{name}"):
+            if os.path.exists(f"{self._top.path}/{place}/{name}"):
                 self._write(place, name, str(value), place)
 
     def _write(self, place: str, name: str, value: str, subject: str) -> None:
-        files.write_text(f"{self._parent}/{place}/{name}", value, f"{name} of {subject}")
+        files.write_text(f"{place}/{name}", value, f"{name} of {subject}", self._top)
 
     def _read(self, place: str, name: str) -> str:
-        return files.read_text(f"{self._parent}/{place}/{name}", f"{name} of {place}")
+        return files.read_text(f"{place}/{name}", f"{name} of {place}", self._top)
 
     def _settings(self, limits: Limits, subject: str) -> Iterator[tuple[str, str]]:
         yield "cpu.weight", str(_WEIGHT_MAX)
@@ -248,6 +248,9 @@ class V2Hierarchy:
         # left of a job that lost a process may well handle that, as a shell does.
         if limits.memory_max_bytes:
             yield "memory.max", str(limits.memory_max_bytes)
+        # not by a limit of all jobs: a job sees its own
+        if self._bounds_swap:
+            yield "memory.swap.max", "0"
         if 0 < limits.pids_max < files.PIDS_MAX:
             yield "pids.max", str(limits.pids_max)
         io_limits = {
@@ -260,7 +263,7 @@ class V2Hierarchy:
         if words and not self._io_devices:
             raise ConfigError(f"cannot limit the disk IO of {subject}: no disk was named", hint=devices.HINT)
         for device in self._io_devices if words else ():
-            yield "io.max", f"{device} {words}"
+            yield IO_LIMITS, f"{device} {words}"
 
 
 class V2Cgroup:
@@ -269,29 +272,43 @@ class V2Cgroup:
     def __init__(
         self,
         job_id: int,
-        directory: str,
+        place: str,
         on_removed: Callable[[], None] = lambda: None,
-        throttled_disks: Sequence[str] = (),
+        top: files.Top = files.ROOT,
+        throttled: Sequence[str] = (),
+        disks: Sequence[str] = (),
     ) -> None:
-        self.directory: Final = directory
-        self._throttled_disks: Final = throttled_disks
+        """It is at *place* below *top*.
+
+        *throttled*: the files that hold limits of disk IO, a line for each of *disks*.
+        """
+        self._top: Final = top
+        self._place: Final = place
+        self._throttled: Final = tuple(dict.fromkeys(throttled))
+        self._disks: Final = disks
         self._subject: Final = f"job {job_id}"
         self._on_removed: Final = on_removed
 
+    @property
+    def directory(self) -> str:
+        """Its path."""
+        return os.path.join(self._top.path, self._place)
+
     @contextmanager
     def init_arguments(self) -> Iterator[list[str | int]]:
-        flags = os.O_RDONLY | os.O_DIRECTORY
-        with ExitStack() as stack:
-            descriptors = stack.enter_context(files.opened([self.directory], flags, self._subject))
-            lifts = throttles.lift_options(self.directory, self._throttled_disks, self._subject)
+        lifts = [(self._top, f"{self._place}/{name}") for name in self._throttled]
+        own = [(self._top, self._place)]
+        with (
+            files.opened(own, os.O_RDONLY | os.O_DIRECTORY, self._subject) as [directory],
+            files.opened(lifts, os.O_WRONLY, self._subject) as lift,
+        ):
             yield [
-                *("--cgroup-fd", descriptors[0], "--cgroup", self.directory),
-                *stack.enter_context(lifts),
+                *("--cgroup-fd", directory, "--cgroup", self.directory),
+                *throttles.lift_words(self._throttled, lift, self._disks),
             ]
 
     def make_equal(self) -> None:
-        path = f"{self.directory}/cpu.weight"
-        files.write_text(path, str(_WEIGHT_DEFAULT), f"cpu.weight of {self._subject}")
+        self._write("cpu.weight", str(_WEIGHT_DEFAULT))
 
     def pids(self) -> list[int]:
         return files.read_pids(self.directory)
@@ -301,7 +318,7 @@ class V2Cgroup:
 
     def kill(self) -> None:
         try:
-            files.write_text(f"{self.directory}/cgroup.kill", "1", f"cgroup.kill of {self._subject}")
+            self._write("cgroup.kill", "1")
         except KernelError as error:
             if error.errno != errno.ENOENT:
                 raise
@@ -311,7 +328,8 @@ class V2Cgroup:
     def usage(self) -> Usage:
         cpu = files.read_fields(self._read("cpu.stat"))
         memory = files.read_fields(self._read("memory.events"))
-        peak = self._number("memory.peak") if os.path.exists(f"{self.directory}/memory.peak") else 0
+        # no such file before Linux 5.19
+        peak = int(self._read_if_any("memory.peak") or "0")
         read, written = self._io()
         return Usage(
             cpu_usage_usec=cpu["usage_usec"],
@@ -333,20 +351,32 @@ class V2Cgroup:
         )
 
     def try_remove(self) -> bool:
-        if not files.try_rmdir(self.directory, self._subject):
+        if not files.try_rmdir(self._place, self._subject, self._top):
             return False
         self._on_removed()
         return True
 
     def _io(self) -> tuple[int, int]:
-        has_io = os.path.exists(f"{self.directory}/io.stat")
-        return devices.sum_io(self._read("io.stat") if has_io else "", _parse_io_line)
+        # no such file where no disk was named
+        return devices.sum_io(self._read_if_any("io.stat"), _parse_io_line)
+
+    def _write(self, name: str, value: str) -> None:
+        files.write_text(f"{self._place}/{name}", value, f"{name} of {self._subject}", self._top)
 
     def _read(self, name: str) -> str:
-        return files.read_text(f"{self.directory}/{name}", f"{name} of {self._subject}")
+        return files.read_text(f"{self._place}/{name}", f"{name} of {self._subject}", self._top)
+
+    def _read_if_any(self, name: str) -> str:
+        """The same; nothing where this kernel, or this cgroup, has no such file."""
+        try:
+            return self._read(name)
+        except KernelError as error:
+            if error.errno != errno.ENOENT or not os.path.isdir(self.directory):
+                raise
+            return ""
 
     def _number(self, name: str) -> int:
-        return files.read_number(f"{self.directory}/{name}", f"{name} of {self._subject}")
+        return files.read_number(f"{self._place}/{name}", f"{name} of {self._subject}", self._top)
 
 
 def _parse_io_line(line: str) -> tuple[str, int, int]:
