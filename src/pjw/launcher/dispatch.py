@@ -301,7 +301,7 @@ class Launcher:
         if init.pidfd >= 0:
             self._jobs[request.job_id] = Running(init.pidfd, init.cgroup, launch.seq)
         launch.timer = self._watcher.call_after(LAUNCH_SECONDS, lambda: self._on_late(launch, init))
-        self._watcher.watch_instead(init.report, lambda: self._on_report(launch, init))
+        self._watcher.watch(init.report, lambda: self._on_report(launch, init))
 
     def _require_room(self, job_id: int, come: int) -> None:
         # A descriptor that cannot be had once init runs would end us, see main().

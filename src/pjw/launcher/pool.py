@@ -16,7 +16,8 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from operator import attrgetter
 from typing import Final
 
 from pjw.errors import ConfigError, JobStateError, KernelError, PjwError
@@ -82,10 +83,13 @@ class Pool:
         self._is_renewing = False
         self._are_stale = False
         self._mounts: Final = _HostMounts(watcher, self._on_mounts)
-        self._places = self._look()
+        self._places: tuple[Place, ...] = ()
+        self._look()
 
-    def _look(self) -> tuple[Place, ...]:
-        return places_of(self._policy.visible_paths, self._policy.hidden_paths, read_mounts())
+    def _look(self) -> None:
+        """Have inits show what the host's mounts are now. Raises ConfigError, KernelError."""
+        self._places = places_of(self._policy.visible_paths, self._policy.hidden_paths, read_mounts())
+        self._spawner.show(self._places)
 
     def __contains__(self, job_id: int) -> bool:
         return job_id in self._waiting or job_id in self._discarded
@@ -107,7 +111,6 @@ class Pool:
         Later, where a wrong guess is in its way and has to go first. Who is called has the init: its report,
         its pidfd, its end. An error: nothing was made.
         """
-        limits = _of_cgroup(limits)
         try:
             self._empty_if_stale()
             if self._hierarchy.share_of(uid) != share:
@@ -119,7 +122,7 @@ class Pool:
             then(error)
             return
         init = self._waiting.pop(job_id, None)
-        if init is not None and ((init.uid, init.limits) != (uid, limits) or self._is_dead(init)):
+        if init is not None and not (init.uid == uid and _are_alike(init.limits, limits) and _is_alive(init)):
             self.discard(init)
             init = None
         if init is not None:
@@ -148,9 +151,6 @@ class Pool:
         if uid == self._uid:
             self._share = share
         return self._hierarchy.set_share(uid, share)
-
-    def _is_dead(self, init: Init) -> bool:
-        return init.pidfd >= 0 and has_ended(init.pidfd)
 
     def _guess(self, init: Init, share: Share) -> None:
         job_id = init.job_id
@@ -210,7 +210,7 @@ class Pool:
             raise
         try:
             made_at = time.monotonic()
-            report = self._spawner.spawn(job_id, self._places, cgroup, scratch)
+            report = self._spawner.spawn(job_id, cgroup, scratch)
         except (OSError, PjwError) as error:
             self._begin_departure(job_id, cgroup)
             self._departures.go_on(job_id)
@@ -278,7 +278,7 @@ class Pool:
         if not self._are_stale and not self._mounts.have_changed():
             return
         former, self._are_stale = self._places, True
-        self._places = self._look()
+        self._look()
         self._are_stale = False
         if self._places != former:
             self.empty()
@@ -327,6 +327,16 @@ class _HostMounts:
         return is_ready(self._asked, select.POLLPRI)
 
 
-def _of_cgroup(limits: Limits) -> Limits:
-    """Without those that init is told in its order."""
-    return replace(limits, output_max_bytes=0, time_max_seconds=0)
+def _is_alive(init: Init) -> bool:
+    return init.pidfd < 0 or not has_ended(init.pidfd)
+
+
+# all but those that init is told in its order
+_OF_CGROUP: Final = attrgetter(
+    *(name for name, _ in Limits().items() if name not in ("output_max_bytes", "time_max_seconds"))
+)
+
+
+def _are_alike(one: Limits, other: Limits) -> bool:
+    """Whether a cgroup for one is a cgroup for the other."""
+    return bool(_OF_CGROUP(one) == _OF_CGROUP(other))

@@ -5,7 +5,6 @@ import heapq
 import itertools
 import os
 import select
-import selectors
 import signal
 import socket
 import time
@@ -14,6 +13,8 @@ from typing import Final
 
 # What has init send signal N to its job is this signal and N (init/init.h, SIGNAL_FIRST).
 INIT_SIGNAL_FIRST: Final = 33
+# The kernel gives the others the next time. Python makes room for so many each time.
+_EVENTS_AT_ONCE: Final = 16
 
 
 def has_ended(pidfd: int) -> bool:
@@ -115,31 +116,31 @@ class Watcher:
     """What the launcher's one thread waits for, and who is called then."""
 
     def __init__(self) -> None:
-        self._selector: Final = selectors.DefaultSelector()
+        # not selectors: what it keeps beside this takes longer than the kernel's part
+        self._epoll: Final = select.epoll()
+        self._callbacks: Final[dict[int, Callable[[], None]]] = {}
         # by when they are due; the number is for those that are due at the same moment
         self._timers: Final[list[tuple[float, int, Timer]]] = []
         self._numbers: Final = itertools.count()
 
     def close(self) -> None:
         """Watch nothing any more."""
-        self._selector.close()
+        self._epoll.close()
 
     def watch(self, source: socket.socket | int, callback: Callable[[], None]) -> None:
-        """Call *callback* whenever *source* is readable, until `unwatch`."""
-        self._selector.register(source, selectors.EVENT_READ, callback)
-
-    def watch_instead(self, source: socket.socket, callback: Callable[[], None]) -> None:
-        """The same, in the place of another callback if there is one; *source* has been open since then."""
-        try:
-            # spares the kernel an end and a beginning
-            self._selector.modify(source, selectors.EVENT_READ, callback)
-        except KeyError:
-            self.watch(source, callback)
+        """Call *callback* whenever *source* is readable, until `unwatch`; in the place of another, if any."""
+        descriptor = _number_of(source)
+        with contextlib.suppress(FileExistsError):
+            self._epoll.register(descriptor, select.EPOLLIN)
+        self._callbacks[descriptor] = callback
 
     def unwatch(self, source: socket.socket | int) -> None:
-        """Do not any more; nothing happens where it was not watched."""
-        with contextlib.suppress(KeyError):
-            self._selector.unregister(source)
+        """Do not any more, before it is closed; nothing happens where it was not watched."""
+        descriptor = _number_of(source)
+        if self._callbacks.pop(descriptor, None) is not None:
+            # closed already: the kernel has forgotten it, unless another process has it, too
+            with contextlib.suppress(OSError):
+                self._epoll.unregister(descriptor)
 
     def call_after(self, seconds: float, callback: Callable[[], None]) -> Timer:
         """Call *callback* once, so much later."""
@@ -165,12 +166,13 @@ class Watcher:
 
     def run_once(self, seconds: float | None = None) -> bool:
         """Call all who are due, within so many seconds or whenever one is. Whether a descriptor was."""
-        ready = self._selector.select(self._timeout(seconds))
-        for key, _ in ready:
+        events = self._epoll.poll(self._timeout(seconds), _EVENTS_AT_ONCE)
+        ready = [(descriptor, self._callbacks[descriptor]) for descriptor, _ in events]
+        for descriptor, callback in ready:
             # What one of them does may end the watch of another: a request takes an init whose report
             # is due as well.
-            if self._selector.get_map().get(key.fd) == key:
-                key.data()
+            if self._callbacks.get(descriptor) is callback:
+                callback()
         # What a descriptor says goes first: a deadline that has passed because we were held up is no news.
         now = time.monotonic()
         while self._timers and self._timers[0][0] <= now:
@@ -184,3 +186,7 @@ class Watcher:
             return seconds
         left = max(0.0, self._timers[0][0] - time.monotonic())
         return left if seconds is None else min(left, seconds)
+
+
+def _number_of(source: socket.socket | int) -> int:
+    return source if isinstance(source, int) else source.fileno()

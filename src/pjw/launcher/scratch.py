@@ -135,14 +135,15 @@ class Scratch:
 
     def remove_if_empty(self, job_id: int) -> bool:
         """Remove the directory unless something is in it: then false."""
-        path = self.path(job_id)
-        try:
-            os.rmdir(path)
-        except FileNotFoundError:
-            pass  # by rm, or by whoever was here before us
-        except OSError:
-            return False
-        if self._quotas is not None and os.path.dirname(path) == self._path:
+        for place in self.places:
+            try:
+                os.rmdir(os.path.join(place, str(job_id)))
+                break
+            except FileNotFoundError:
+                pass  # in another place; or removed by rm, or by whoever was here before us
+            except OSError:
+                return False
+        if self._quotas is not None:
             # A limit of nothing is no harm: the next job with this project has its own set.
             with suppress(KernelError):
                 self._quotas.forget(job_id)

@@ -74,8 +74,15 @@ class Spawner:
         self._hidden: Final = policy.hidden_paths
         self._scratch: Final = scratch
         self._requests: socket.socket | None = None
+        # what all inits are told alike
+        self._places = b""
 
-    def spawn(self, job_id: int, places: Sequence[Place], cgroup: Cgroup, scratch: str) -> socket.socket:
+    def show(self, places: Sequence[Place]) -> None:
+        """Have inits show the host's file systems so from now on."""
+        hide = (word for path in self._hidden for word in ("--hide", path))
+        self._places = b"".join(map(_encoded, (*place_words(places), *hide)))
+
+    def spawn(self, job_id: int, cgroup: Cgroup, scratch: str) -> socket.socket:
         """Have an init spawned that waits for its order; give the socket that it reports to.
 
         What goes wrong from here on is reported. Raises OSError.
@@ -88,8 +95,6 @@ class Spawner:
                     *cgroup_options,
                     *("--hostname", f"job-{job_id}", "--scratch", scratch),
                     *("--variable", f"PJW_JOB_ID={job_id}"),
-                    *place_words(places),
-                    *(word for path in self._hidden for word in ("--hide", path)),
                 ]
                 self._request(words)
         except BaseException:
@@ -102,8 +107,8 @@ class Spawner:
         """Send a request; a number is a descriptor, which has another number in the spawner."""
         descriptors = [word for word in words if isinstance(word, int)]
         numbers = itertools.count(_FIRST_FD)
-        texts = (str(next(numbers)) if isinstance(word, int) else word for word in words)
-        data = b"".join(os.fsencode(text) + b"\0" for text in texts)
+        texts = [str(next(numbers)) if isinstance(word, int) else word for word in words]
+        data = b"".join(map(_encoded, texts)) + self._places
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
         try:
             self._started().sendmsg([data], rights)
@@ -158,6 +163,10 @@ class Spawner:
         if self._requests is not None:
             self._requests.close()
             self._requests = None
+
+
+def _encoded(word: str) -> bytes:
+    return os.fsencode(word) + b"\0"
 
 
 def place_words(places: Sequence[Place]) -> Iterator[str]:
