@@ -44,7 +44,7 @@ def number_of(path: str) -> str:
 def set_partition(device: str, operation: int) -> None:
     """Tell the kernel of partition 1, or that it is no more (linux/blkpg.h).
 
-    Not by a table on the disk: not every kernel reads the same tables. Nor by addpart(8), which Debian 13 lacks.
+    Not by a table on the disk: not every kernel reads the same tables. Debian 13 has no addpart(8).
     """
     # struct blkpg_partition: start and length in bytes, number, two names, padding
     partition = ctypes.create_string_buffer(struct.pack("@qqi64s64s4x", MIB, 32 * MIB, 1, b"", b""))

@@ -305,7 +305,8 @@ def test_killed_at_each_step_of_an_end(scene: Scene, victim: str, stride: int) -
         settle(scene)
         if not tracer.hit:
             break
-    assert step > 5
+    # the server has only the row to write and to sync, and the files to remove: the launcher did the rest
+    assert step > (5 if victim == "launcher" else 3)
     finish(scene)
 
 
