@@ -157,8 +157,9 @@ def compare(commits: Mapping[str, Path], *, quick: bool) -> tuple[str, int]:
     """Measure this tree and these commits in turns: two tables, and how many goals are not met."""
     many = next(filter(scale.fits, QUICK_LEVELS if quick else LEVELS))
     found = against.measure(lambda: lives(quick=quick), commits)
-    # minutes each, and starts are dearer for all that come later
-    for name, figures in against.measure(lambda: crowd(many), commits, turns=1).items():
+    # Of this tree alone: it takes minutes, starts are dearer for all that come later, and an earlier commit
+    # refused its 1,045th start for want of descriptors.
+    for name, figures in against.measure(lambda: crowd(many), {}, turns=1).items():
         found[name] |= figures
     text, missed = table(found, list(commits))
     return f'{text}\n\n"Many" are {many:,} jobs.\n\n{parts(found)}', missed
