@@ -17,9 +17,9 @@ class InitPhase(StrEnum):
     DISCARDED = "discarded"
     # A launch has given it an order, or waits until the init of a wrong guess has gone.
     LAUNCHING = "launching"
-    # Its launch has failed, and what was made for it is on its way out.
+    # Its launch has failed. The launcher removes the init, its cgroup and its scratch directory.
     REFUSED = "refused"
-    # The worker has the refusal of its launch, and a part of what was made does not end.
+    # Its launch has failed, and the worker knows. The init, or another process in its cgroup, does not end.
     LEFT = "left"
     # Its command was executed, or the init was adopted.
     RUNNING = "running"

@@ -335,7 +335,7 @@ def _is_alive(init: Init) -> bool:
     return init.pidfd < 0 or not has_ended(init.pidfd)
 
 
-# all but those that init is told in its order
+# The limits that a cgroup holds. Init gets the other two in its order.
 _OF_CGROUP: Final = attrgetter(
     *(name for name, _ in Limits().items() if name not in ("output_max_bytes", "time_max_seconds"))
 )

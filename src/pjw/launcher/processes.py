@@ -116,7 +116,7 @@ class Watcher:
     """What the launcher's one thread waits for, and who is called then."""
 
     def __init__(self) -> None:
-        # not selectors: what it keeps beside this takes longer than the kernel's part
+        # Not selectors: its own bookkeeping takes longer than the system calls.
         self._epoll: Final = select.epoll()
         self._callbacks: Final[dict[int, Callable[[], None]]] = {}
         # by when they are due; the number is for those that are due at the same moment

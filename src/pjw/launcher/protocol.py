@@ -359,7 +359,7 @@ Reply = (
     | Refused
 )
 
-# requests about one job, each of which names it in `job_id`
+# The requests about one job. Each has the job's id in `job_id`.
 AboutJob = Launch | Adopt | Terminate | Kill | Remains | Account | Remove | Departed
 
 REQUESTS: Final[dict[str, type[Request]]] = {c.op: c for c in get_args(Request)}

@@ -140,7 +140,7 @@ class Scratch:
                 os.rmdir(os.path.join(place, str(job_id)))
                 break
             except FileNotFoundError:
-                pass  # in another place; or removed by rm, or by whoever was here before us
+                pass  # it is in another place, or rm or an earlier launcher has removed it
             except OSError:
                 return False
         if self._quotas is not None:

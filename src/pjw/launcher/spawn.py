@@ -74,7 +74,7 @@ class Spawner:
         self._hidden: Final = policy.hidden_paths
         self._scratch: Final = scratch
         self._requests: socket.socket | None = None
-        # what all inits are told alike
+        # the options that all inits have in common, encoded
         self._places = b""
 
     def show(self, places: Sequence[Place]) -> None:

@@ -1,7 +1,7 @@
 """Flags that one coroutine waits for, several at a time.
 
-asyncio.Event is for one: whoever waits for the first of several needs a task for each, and three turns of the
-event loop from `set` to the end of the wait. While others keep the loop busy each turn takes milliseconds.
+A coroutine that waits for the first of several asyncio.Events needs a task for each event. From `set` to the
+end of the wait it takes three turns of the event loop. On a busy loop each turn takes milliseconds.
 """
 
 import asyncio
@@ -20,25 +20,19 @@ class Flag:
         return self._is_set
 
     def set(self) -> None:
-        """Set it, and wake all who wait."""
+        """Set the flag, and wake all coroutines that wait for it."""
         self._is_set = True
         for future in self._waiting:
             if not future.done():
                 future.set_result(None)
 
     def clear(self) -> None:
-        """Take it back. Those who wait since before go on all the same."""
+        """Take the flag back. A coroutine that `set` has woken goes on all the same."""
         self._is_set = False
 
     async def wait(self) -> None:
         """Wait until it is set."""
         await first_of(self)
-
-    def _add(self, future: asyncio.Future[None]) -> None:
-        self._waiting.add(future)
-
-    def _remove(self, future: asyncio.Future[None]) -> None:
-        self._waiting.discard(future)
 
 
 async def first_of(*flags: Flag) -> None:
@@ -48,8 +42,8 @@ async def first_of(*flags: Flag) -> None:
     future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     try:
         for flag in flags:
-            flag._add(future)  # noqa: SLF001  of this module
+            flag._waiting.add(future)  # noqa: SLF001  of this module
         await future
     finally:
         for flag in flags:
-            flag._remove(future)  # noqa: SLF001
+            flag._waiting.discard(future)  # noqa: SLF001

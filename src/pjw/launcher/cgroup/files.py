@@ -48,9 +48,9 @@ class Mount:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Top:
-    """A directory above cgroups: its path, and a descriptor by which the kernel finds what is below it.
+    """A directory above cgroups: its path, and a descriptor of it.
 
-    From the root on, to find a file of a job takes the kernel longer than to write it.
+    Paths are looked up from the descriptor: a lookup from the root takes the kernel longer than the write.
     """
 
     path: str
@@ -62,12 +62,12 @@ class Top:
             os.close(self.descriptor)
 
 
-# where paths begin that are given whole
+# for absolute paths
 ROOT: Final = Top("/", None)
 
 
 def open_top(path: str) -> Top:
-    """Hold a directory open; whoever has it closes it. Raises KernelError."""
+    """Open a directory as a top. The caller closes it. Raises KernelError."""
     try:
         return Top(path, os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
     except OSError as error:

@@ -70,8 +70,10 @@ class Places:
         return uid
 
     def _remove_client(self, uid: int) -> None:
+        if uid == _NOBODY:
+            return
         # one that is not empty after all stays, and goes at the next start
-        for top in self._tops if uid != _NOBODY else ():
+        for top in self._tops:
             with suppress(OSError):
                 os.rmdir(f"{top}/{client_place(uid)}")
 

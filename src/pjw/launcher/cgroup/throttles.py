@@ -56,7 +56,8 @@ def lift_words(names: Sequence[str], descriptors: Sequence[int], disks: Sequence
     """The options of init that let it lift the limits itself, when the launcher is not there.
 
     *names* are the files of one version that hold the limits, *descriptors* the same files, open for writing.
-    The kernel asks who opened a file of a cgroup, not who writes to it: init may, without any capability.
+    The kernel checks the rights of the process that opened a file of a cgroup. So init may write to it
+    without any capability.
     """
     if not names:
         return []
