@@ -21,7 +21,22 @@ from benchmarks.report import Figure, Held, Report, table
 
 # In this order. The last has thousands of jobs, and each mounts file systems; the kernel gives every new
 # memory cgroup room for as many as there ever were at once, until it boots. So starts are dearer after it.
-SUITES: Final = ("start", "parts", "stream", "line", "history", "cli", "install", "memory", "scale")
+SUITES: Final = (
+    *(
+        "start",
+        "parts",
+        "queue",
+        "exec",
+        "files",
+        "stream",
+        "line",
+        "history",
+        "cli",
+        "install",
+        "memory",
+        "scale",
+    ),
+)
 # Alone, and only when it is named: what others measure as well, beside earlier commits.
 GOALS: Final = goals.SUITE
 OUTPUT: Final = Path("build/bench")

@@ -54,7 +54,7 @@ async def run_many(service: Service, clients: int, count: int) -> float:
             job_ids.append(job_id)
 
     async with AsyncExitStack() as stack:
-        stubs = [await stack.enter_async_context(_connected(service)) for _ in range(clients)]
+        stubs = [await stack.enter_async_context(connected(service)) for _ in range(clients)]
         began = time.perf_counter()
         async with asyncio.TaskGroup() as tasks:
             for stub in stubs:
@@ -68,8 +68,9 @@ async def run_many(service: Service, clients: int, count: int) -> float:
 
 
 @asynccontextmanager
-async def _connected(service: Service) -> AsyncIterator["JobWorkerServiceAsyncStub"]:
-    async with secure_channel(service.address, service.certs) as channel:
+async def connected(service: Service, client: str = "alice") -> AsyncIterator["JobWorkerServiceAsyncStub"]:
+    """A connection of its own to a service, as one of its clients."""
+    async with secure_channel(service.address, service.certs, client) as channel:
         await channel.channel_ready()
         yield JobWorkerServiceStub(channel)
 

@@ -1,4 +1,4 @@
-"""Connections of alice to a pjwd of the benchmarks, by grpc.aio."""
+"""Connections of clients to a pjwd of the benchmarks, by grpc.aio."""
 
 from pathlib import Path
 from typing import Final
@@ -14,7 +14,7 @@ OPTIONS: Final = [
 ]
 
 
-def secure_channel(address: str, certs: Path) -> grpc.aio.Channel:
-    """A channel with a connection of its own; close it."""
-    ca, key, crt = ((certs / name).read_bytes() for name in ("ca.crt", "alice.key", "alice.crt"))
+def secure_channel(address: str, certs: Path, client: str = "alice") -> grpc.aio.Channel:
+    """A channel with a connection of its own, as a client; close it."""
+    ca, key, crt = ((certs / name).read_bytes() for name in ("ca.crt", f"{client}.key", f"{client}.crt"))
     return grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(ca, key, crt), OPTIONS)

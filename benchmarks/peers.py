@@ -81,6 +81,27 @@ def open_peers(directory: Path, floor: Path, told: Path, *only: str) -> Iterator
         yield peers
 
 
+@contextmanager
+def open_exec(directory: Path, floor: Path, command: str) -> Iterator[Floor | None]:
+    """`crun exec` of a command in a container that runs; None, and why on stderr, where it cannot be had."""
+    name, bundle = f"{NAME}-exec", directory / "crun-exec"
+    crun = [*_within("crun"), "crun", "--root", str(directory / "crun-exec-state")]
+    with ExitStack() as stack:
+        why = _missing("crun")
+        if why is None:
+            _write_bundle(bundle, shutil.which("sleep") or "/bin/sleep", name, "3600")
+            stack.callback(
+                subprocess.run, [*crun, "delete", "--force", name], capture_output=True, check=False
+            )
+            why = _why_not_detached([*crun, "run", "--detach", "--bundle", str(bundle), name], directory)
+        if why is not None:
+            print(f"no crun exec beside pjw: {why}", file=sys.stderr)
+            yield None
+            return
+        words = [*crun[len(_within("crun")) :], "exec", name, command]
+        yield stack.enter_context(Floor(floor, "-", words, within=_within("crun"), environment=QUIET))
+
+
 def why_not(command: Sequence[str]) -> str | None:
     """Why a peer that is installed cannot run here, in its own words; None when it can."""
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
@@ -88,6 +109,16 @@ def why_not(command: Sequence[str]) -> str | None:
         return None
     words = (done.stderr or done.stdout).decode(errors="replace").strip().splitlines()
     return words[-1] if words else f"it ends with {done.returncode}"
+
+
+def _why_not_detached(command: Sequence[str], directory: Path) -> str | None:
+    """The same for one that leaves a container behind, which would hold a pipe open."""
+    path = directory / "detached.log"
+    with path.open("wb") as log:
+        code = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False
+        ).returncode
+    return None if code == 0 else (path.read_text().strip().splitlines() or [f"it ends with {code}"])[-1]
 
 
 def _missing(tool: str) -> str | None:
@@ -136,9 +167,9 @@ def _oci(tool: str, directory: Path) -> Iterator[CommandLine]:
             subprocess.run([*_within(tool), *arguments, "delete", "--force", name], check=False)
 
 
-def _write_bundle(bundle: Path, command: str, name: str) -> None:
+def _write_bundle(bundle: Path, command: str, name: str, *arguments: str) -> None:
     inside = _write_root(bundle / "rootfs", command)
-    (bundle / "config.json").write_text(json.dumps(_config(inside, name)))
+    (bundle / "config.json").write_text(json.dumps(_config([inside, *arguments], name)))
 
 
 def _write_root(rootfs: Path, command: str) -> str:
@@ -175,7 +206,7 @@ def _forget_nspawn() -> None:
         _PROPAGATED.rmdir()
 
 
-def _config(command: str, name: str) -> dict[str, Any]:
+def _config(argv: Sequence[str], name: str) -> dict[str, Any]:
     limits = Limits()
     quiet = ["nosuid", "nodev"]
     return {
@@ -183,7 +214,7 @@ def _config(command: str, name: str) -> dict[str, Any]:
         "process": {
             "terminal": False,
             "user": {"uid": 65534, "gid": 65534},
-            "args": [command],
+            "args": [*argv],
             "env": ["PATH=/usr/bin:/bin"],
             "cwd": "/",
             "noNewPrivileges": True,

@@ -96,10 +96,10 @@ def directory() -> Iterator[Path]:
 
 
 @contextmanager
-def running() -> Iterator[Service]:
-    """A service of one client, alice; at the end, or after a failure, it and its jobs are gone."""
+def running(clients: Sequence[str] = ("alice",), more: str = "") -> Iterator[Service]:
+    """A service of these clients, with *more* configuration; at the end, or after a failure, all is gone."""
     with directory() as path:
-        service = Service(path, ["alice"], config())
+        service = Service(path, list(clients), config() + more)
         service.pjwd = program()
         try:
             yield service.start()

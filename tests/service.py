@@ -24,8 +24,10 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import grpc
 
+from pjw import Client
 from pjw.certs import authority
 from pjw.launcher.policy import instance_name
+from pjw.launcher.processes import status_of
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
 
@@ -144,15 +146,36 @@ class Service:
         self.process = None
         return code
 
+    def kill(self, what: str) -> None:
+        """kill -9 of "server", "launcher" or "both", and wait for the server's end; `start` may follow."""
+        launcher, server = self.launcher_pid(), self.process
+        assert server is not None
+        if what != "server":
+            os.kill(launcher, signal.SIGKILL)
+        if what != "launcher":
+            server.kill()
+        server.wait(CALL_SECONDS)
+        self.process = None
+
+    def files(self, client: str = "alice") -> tuple[str, str, str]:
+        """What the library needs of a client: the authority, its certificate, its key."""
+        ca, crt, key = (str(self.certs / name) for name in ("ca.crt", f"{client}.crt", f"{client}.key"))
+        return ca, crt, key
+
+    def client(self, name: str = "alice", *, all_clients: bool = False) -> Client:
+        """A client of the library."""
+        return Client(self.address, *self.files(name), all_clients=all_clients)
+
     def environment(self, client: str = "alice") -> dict[str, str]:
         """What pjw needs to know, as environment variables."""
+        ca, crt, key = self.files(client)
         return {
             "PATH": os.environ["PATH"],
             "HOME": str(self.directory),
             "PJW_SERVER": self.address,
-            "PJW_CA_CRT": str(self.certs / "ca.crt"),
-            "PJW_CLIENT_CRT": str(self.certs / f"{client}.crt"),
-            "PJW_CLIENT_KEY": str(self.certs / f"{client}.key"),
+            "PJW_CA_CRT": ca,
+            "PJW_CLIENT_CRT": crt,
+            "PJW_CLIENT_KEY": key,
         }
 
     def pjw(
@@ -276,7 +299,8 @@ class Service:
             with self.stub(client) as stub:
                 ids += [job.id for job in stub.List(pb.ListRequest()).jobs]
         # what a job that is listed has may go at any time: its end is told before the last removals
-        jobs = [name for name in os.listdir(self.state / "jobs") if int(name) not in ids]
+        found = set(os.listdir(self.state / "jobs")) - {"sessions"}
+        jobs = [name for name in found if int(name) not in ids]
         scratch = [path.name for path in self.scratch() if int(path.name) not in ids]
         cgroups = [path for path in self.job_cgroups() if int(path.name.removeprefix("job-")) not in ids]
         return ids, jobs, scratch, cgroups
@@ -294,18 +318,22 @@ class Service:
         return job_scratch(self.state)
 
     def init_pid(self, job_id: int) -> int:
-        """The pid, outside, of a job's init; not always the lowest, as the kernel begins anew at the last."""
+        """The pid, outside, of a job's init, which is PID 1 of the job; sessions have the same name."""
         group = next(group for group in self.job_cgroups() if group.name == f"job-{job_id}")
-        pids = [int(pid) for pid in (group / "cgroup.procs").read_text().split()]
-        return next(pid for pid in pids if Path(f"/proc/{pid}/comm").read_text() == "pjw-init\n")
+        pids = (group / "cgroup.procs").read_text().split()
+        return next(int(pid) for pid in pids if status_of(pid, b"NSpid")[1:] == [b"1"])
 
 
 def spawner_of(launcher: int) -> int | None:
     """The process that clones inits for a launcher, if it has one."""
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
     # a new init still has its command line; it is younger
-    lines = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
-    return next((pid for pid, line in lines.items() if line.startswith(b"pjw-init: spawner\0")), None)
+    for pid in children:
+        # an init may end at any moment
+        with suppress(FileNotFoundError, ProcessLookupError):
+            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"pjw-init: spawner\0"):
+                return int(pid)
+    return None
 
 
 def reloaded(service: Service, config: str) -> list[str]:
@@ -339,6 +367,13 @@ def tell(state_dir: Path, job_id: int) -> None:
         return True
 
     wait_for(told)
+
+
+def packs(pid: int) -> bool:
+    """Whether a process is the program for archives, and no longer the init that it was made by."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"pjw-archive\0")
+    return False
 
 
 def job_cgroups(state_dir: Path) -> list[Path]:

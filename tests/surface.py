@@ -32,7 +32,7 @@ from google.protobuf.descriptor import FieldDescriptor
 import pjw
 from pjw import errors, stdout, worker
 from pjw.certs import authority
-from pjw.cli import exits, parser, quota, render, stats
+from pjw.cli import events, exits, parser, quota, render, stats
 from pjw.client import config as client_config
 from pjw.client.requests import UsageHistory
 from pjw.model import (
@@ -42,6 +42,7 @@ from pjw.model import (
     GroupUse,
     Identity,
     Job,
+    JobChange,
     JobState,
     Limits,
     Sums,
@@ -68,8 +69,9 @@ _NOW: Final = datetime(2026, 1, 1, tzinfo=UTC)
 # Of these classes, which serve pjwd too, the members that programs may use.
 _FOR_PROGRAMS: Final[Mapping[type, frozenset[str]]] = {
     pjw.Worker: frozenset(
-        {"close", "delete", "get", "list", "logs", "open", "quota", "start", "stop", "usage_history", "wait"}
-        | {"write_input"}
+        {"close", "delete", "get", "hold", "list", "logs", "open", "quota", "release", "start", "stop"}
+        | {"submit", "usage_history", "wait", "write_input"}
+        | {"connect", "exec", "resize", "wait_session", "stop_session"}
     ),
     InputWriter: frozenset({"write"}),
     Part: frozenset(),
@@ -305,8 +307,10 @@ def variables() -> Iterator[str]:
 
 def json_keys() -> Iterator[str]:
     """The members of what the programs print as JSON, with the types that their values can have."""
-    some, other = _jobs()
-    yield from _members("job", [render.members(some), render.members(other)])
+    some, other, waiting = _jobs()
+    yield from _members("job", [render.members(each) for each in (some, other, waiting)])
+    changes = (JobChange(some), JobChange(some, 1, _NOW, removed=True))
+    yield from _members("event", [{**json.loads(events.json_line(each)), "job": {}} for each in changes])
     sample = UsageSample(_NOW, 1, 1, 1, 1, 1)
     told = [json.loads(stats._json(UsageHistory(each, [sample]))) for each in (some, other)]
     yield from _members("stats", [{**each, "job": {}} for each in told])
@@ -324,14 +328,15 @@ def json_keys() -> Iterator[str]:
     yield from (f"reason {reason}" for reason in EndReason)
 
 
-def _jobs() -> tuple[Job, Job]:
-    """A job that has ended, with all that one can have, and one that has just begun."""
+def _jobs() -> tuple[Job, ...]:
+    """A job that has ended, with all that one can have, one that has just begun, and one that waits."""
     usage = Usage(1, 1, 1, 1, 1)
     ended = Job(
         1, "alice", "x", JobState.EXITED, Limits(), _NOW, _NOW, ExitStatus.of(None, 15), EndReason.STOPPED,
-        usage, 1, "name", {"KEY": "value"}, split_stderr=True, input=True, detail="words",
+        usage, 1, "name", {"KEY": "value"}, split_stderr=True, input=True, detail="words", queued=_NOW,
     )  # fmt: skip
-    return ended, Job(2, "alice", "x", JobState.STARTING, Limits(), _NOW)
+    waiting = Job(3, "alice", "x", JobState.QUEUED, Limits(), _NOW, queued=_NOW, not_before=_NOW, held=True)
+    return ended, Job(2, "alice", "x", JobState.STARTING, Limits(), _NOW), waiting
 
 
 def _audit_lines() -> list[Any]:

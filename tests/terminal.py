@@ -23,6 +23,8 @@ class Terminal:
     ) -> None:
         self.command: Final = command
         self.screen: Final = pyte.Screen(columns, lines)
+        # all that it was sent
+        self.bytes: Final = bytearray()
         self._stream: Final = pyte.ByteStream(self.screen)
         self._descriptor, theirs = os.openpty()
         termios.tcsetwinsize(theirs, (lines, columns))
@@ -55,6 +57,16 @@ class Terminal:
         """Press keys."""
         os.write(self._descriptor, keys.encode())
 
+    def resize(self, columns: int, lines: int) -> None:
+        """Make the window another size."""
+        self.screen.resize(lines, columns)
+        termios.tcsetwinsize(self._descriptor, (lines, columns))
+
+    @property
+    def settings(self) -> list[object]:
+        """How the terminal is set: raw, or as a shell likes it."""
+        return termios.tcgetattr(self._descriptor)
+
     def wait_for(self, *words: str) -> str:
         """Wait until all of these words are on the screen; what is there then."""
         return self.wait_until(lambda text: all(word in text for word in words), f"{words} to be there")
@@ -83,5 +95,6 @@ class Terminal:
         # EIO is a terminal's word for "all have hung up"
         with suppress(OSError):
             data = os.read(self._descriptor, 65536)
+        self.bytes.extend(data)
         self._stream.feed(data)
         return bool(data)

@@ -5,8 +5,9 @@ A step is a system call that others can notice. As a program, it follows a proce
     tracer.py PID GENERATION NTH ACTION [CALL,...]
 
 GENERATION 0 is the process itself, with all its threads; 1 the first process that it starts, 2 the first that
-this one starts. ACTION is `kill`, or the number of an error, which a step of CALLs alone may have. It says
-`ready`, then `hit CALL` just before it acts, and ends: whoever it followed goes on as if nothing had been.
+this one starts. ACTION is `kill`; `kill-first`, which kills the process itself when another one comes to the
+step; or the number of an error, which a step of CALLs alone may have. It says `ready`, then `hit CALL` just
+before it acts, and ends: whoever it followed goes on as if nothing had been.
 """
 
 import ctypes
@@ -130,7 +131,7 @@ class _Following:
             return
         if event in _EVENT_FORKS:
             self._on_fork(tid)
-        elif event == _EVENT_EXEC and self._generation[tid] == self._wanted == 2:
+        elif event == _EVENT_EXEC and self._generation[tid] == self._wanted >= 2:
             sys.exit()  # from here on it is the job's own
         elif event == _EVENT_STOP and number in (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN):
             _ptrace(_LISTEN, tid)
@@ -168,8 +169,8 @@ class _Following:
         if self._left:
             return
         print("hit", next((name for name, n in CALLS.items() if n == call), call), flush=True)
-        if self._action == "kill":
-            os.kill(_tgid(tid), signal.SIGKILL)
+        if self._action in ("kill", "kill-first"):
+            os.kill(_tgid(tid) if self._action == "kill" else self._chosen[0], signal.SIGKILL)
             sys.exit()
         self._failing = tid
         _ptrace(_POKEUSER, tid, _ORIG_RAX, 2**64 - 1)

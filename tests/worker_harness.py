@@ -18,7 +18,7 @@ from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
-from pjw.model import Job, JobSpec, Limits
+from pjw.model import ExitStatus, Job, JobSpec, Limits
 from pjw.output.inotify import Inotify
 from pjw.worker import Part, Worker, WorkerSettings
 from tests.service import instance_cgroups, job_cgroups, job_scratch, tell, wait_for
@@ -49,10 +49,15 @@ class Bench:
 
     async def open(self, **settings: Any) -> Worker:
         """Open a worker; *settings* replace some of this bench's, for later ones too."""
-        self.settings = WorkerSettings(**{**_members(self.settings), **settings})
+        self.changed(**settings)
         worker = await Worker.open(str(self.state), self.settings)
         self._open.append(worker)
         return worker
+
+    def changed(self, **settings: Any) -> WorkerSettings:
+        """The settings of this bench from now on."""
+        self.settings = WorkerSettings(**{**_members(self.settings), **settings})
+        return self.settings
 
     async def close(self, worker: Worker) -> None:
         """Close a worker."""
@@ -236,6 +241,20 @@ async def run(
         job = await worker.start(JobSpec(command, limits), client)
         output = await read_all(worker, job.id)
         return await worker.wait(job.id), output
+
+
+async def run_in_session(
+    worker: Worker, command: str | Sequence[str], client: str = "local"
+) -> tuple[ExitStatus | None, bytes, bytes]:
+    """Run a command in a job of its own that only sleeps; how it ended, and both its outputs."""
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        job = await worker.start(JobSpec(["sleep", "600"]), client)
+        session = await worker.exec(job.id, JobSpec(command), client)
+        parts = [Part(session=session.number, stderr=stderr) for stderr in (False, True)]
+        outputs = [b"".join([data async for data in worker.logs(job.id, part)]) for part in parts]
+        ended = await worker.wait_session(job.id, session.number)
+        await worker.stop(job.id, 0)
+        return ended.exit_status, outputs[0], outputs[1]
 
 
 async def start(worker: Worker, command: str | Sequence[str], client: str = "local", **limits: int) -> Job:

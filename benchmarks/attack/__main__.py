@@ -1,6 +1,7 @@
 """Runs attacks on a real pjwd with a victim beside them, as root: `make attack`.
 
-    python -m benchmarks.attack [--short | --deadlines] [--json FILE] [--revision COMMIT] [ROW]...
+    python -m benchmarks.attack [--short | --deadlines] [--queue NAME=VALUE]... [--json FILE]
+                                [--revision COMMIT] [ROW]...
 
 Each row is measured in turns: the victim beside a busy loop of the attacker's client, and beside the attack.
 A ratio is that of the two. It ends with 1 when a goal is missed.
@@ -20,14 +21,17 @@ import grpc
 
 from benchmarks import against, pjwd
 from benchmarks.attack.rows import OPEN, ROWS, Row
-from benchmarks.attack.stage import Stage, open_stage
+from benchmarks.attack.stage import DIRECTORY, Stage, open_stage
 from benchmarks.attack.verdict import DEADLINES, FULL, HEADINGS, SHORT, WIDTH, Goals, Result
 from benchmarks.attack.victim import why
 from benchmarks.machine import describe
+from tests.disks import disk_with_queue
 
 CALL_SECONDS: Final = 10.0
 # a machine without hardware of its own is slower by as much
 SLOW_CALL_SECONDS: Final = 30.0
+# of a disk with settings of its own; sparse
+DISK_MEGABYTES: Final = 6144
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +75,13 @@ def main() -> int:
         print(f"attacked is the pjwd of {commit}", flush=True)
     if left := [row.name for row in ROWS if row.name in OPEN and row not in rows]:
         print(f"not run, as they do not hold yet: {', '.join(left)} (benchmarks/attack/rows.py, OPEN)")
-    with pjwd.measured(program):
-        results = run(rows, plan)
+    with pjwd.measured(program), ExitStack() as stack:
+        base = DIRECTORY
+        if arguments.queue:
+            settings = dict(each.split("=", 1) for each in arguments.queue)
+            base = stack.enter_context(disk_with_queue(DISK_MEGABYTES, settings))
+            print(f"the service and all files are on a disk of their own with {', '.join(arguments.queue)}")
+        results = run(rows, plan, base)
     missed = [result.name for result in results if result.misses(plan.goals) and not _excused(result)]
     if arguments.json:
         _save(arguments.json, name, plan, machine, results)
@@ -91,8 +100,19 @@ def _arguments() -> argparse.Namespace:
     how.add_argument("--short", action="store_true", help="few samples and looser ratios, for CI")
     how.add_argument("--deadlines", action="store_true", help="only what touches the kernel; no ratios")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
+    parser.add_argument(
+        "--queue",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="on a disk (a loop device) with this setting of its queue, such as scheduler=bfq or"
+        " wbt_lat_usec=2000 (several; /sys/block/DISK/queue); default: on the disk of /var/lib",
+    )
     parser.add_argument("--revision", metavar="COMMIT", help="attack the pjwd of that commit")
     arguments = parser.parse_args()
+    for setting in arguments.queue:
+        if "=" not in setting:
+            parser.error(f"--queue takes NAME=VALUE, not {setting!r}")
     for wanted in arguments.row:
         if not any(row.name.startswith(wanted) for row in ROWS):
             parser.error(f"{wanted!r} begins none of {names}")
@@ -107,7 +127,7 @@ def _chosen(row: Row, wanted: list[str], plan: Plan) -> bool:
     return row.kernel or not plan.kernel_only
 
 
-def run(rows: list[Row], plan: Plan) -> list[Result]:
+def run(rows: list[Row], plan: Plan, base: Path = DIRECTORY) -> list[Result]:
     """Each row in turn, on one service while each leaves it clean and the next asks for no other."""
     print(f"\n{HEADINGS}\n{'-' * WIDTH}", flush=True)
     results = []
@@ -120,7 +140,7 @@ def run(rows: list[Row], plan: Plan) -> list[Result]:
             began = time.monotonic()
             if stage is None or row.stage:
                 kept.close()
-                stage = kept.enter_context(open_stage(plan.deadline, **row.stage))
+                stage = kept.enter_context(open_stage(plan.deadline, base, **row.stage))
             result = _measure(row, stage, plan)
             print("\n".join(result.lines(plan.goals)), f"({time.monotonic() - began:.0f} s)\n", flush=True)
             if row.stage or result.failures or not stage.is_clean():

@@ -23,7 +23,7 @@ from tests.service import Service, end_all, instance_cgroups, wait_for
 from tests.worker_harness import PROJECT, UIDS, uid_range
 
 # where a service would have its state: on a disk whose files jobs can execute
-DIRECTORY: Final = "/var/lib"
+DIRECTORY: Final = Path("/var/lib")
 VICTIM: Final = "victim"
 ATTACKER: Final = "attacker"
 PYTHON: Final = ("/usr/bin/python3", "-I", "-S", "-c")
@@ -182,14 +182,19 @@ def _request(program: str | Sequence[str], limits: pb.Limits | None) -> pb.Start
 
 @contextmanager
 def open_stage(
-    deadline: float, *, disk_megabytes: int = 0, files_max: int = 0, clients: str = ""
+    deadline: float,
+    base: Path = DIRECTORY,
+    *,
+    disk_megabytes: int = 0,
+    files_max: int = 0,
+    clients: str = "",
 ) -> Iterator[Stage]:
-    """A service of its own: with scratch, or all of its state, on a small disk, or with few open files.
+    """A service below *base*: with scratch, or all of its state, on a small disk, or with few open files.
 
     *clients*: lines for that table of the configuration.
     """
     with ExitStack() as stack:
-        directory = Path(tempfile.mkdtemp(prefix="pjw-attack-", dir=DIRECTORY))
+        directory = Path(tempfile.mkdtemp(prefix="pjw-attack-", dir=base))
         stack.callback(shutil.rmtree, directory)
         directory.chmod(0o755)
         (directory / "pjwd").mkdir()

@@ -1,7 +1,9 @@
-"""Draw top.svg and session.svg: a real pjwd on loopback, real jobs, and what pjw shows of them."""
+"""Draw top.svg, session.svg, programs.svg: a real pjwd on loopback, real jobs, what pjw shows of them."""
 
 import asyncio
+import os
 import shlex
+import subprocess
 import sys
 import tempfile
 from io import StringIO
@@ -13,7 +15,7 @@ from rich.text import Text
 
 from pjw.cli.top import Top
 from pjw.client.aio import AsyncClient
-from tests.service import Service
+from tests.service import BIN, Service, wait_for
 
 HERE: Final = Path(__file__).parent
 COLUMNS: Final = 100
@@ -32,14 +34,22 @@ SESSION: Final = (
     "pjw list",
     "pjw stop web | head -n 7",
 )
+# In a job: a program that draws the screen, what is typed into it, and words that it shows then.
+PROGRAMS: Final = (
+    (("top", "-d", "1"), (), "sleep"),
+    (("less", "/usr/share/common-licenses/Apache-2.0"), (" ",), ":"),
+    (("vi", "notes"), ("i", "step 3 waits for the lock", "Enter", "of step 2"), "of step 2"),
+)
+PROGRAM_LINES: Final = 11
 
 
 def main() -> None:
-    """Draw both."""
+    """Draw all."""
     with tempfile.TemporaryDirectory(prefix="pjw-screens-", dir="/var/lib") as directory:
         service = Service(Path(directory), clients=("alice",)).start()
         try:
             draw_session(service)
+            draw_programs(service)
             for job in JOBS:
                 service.ok(*job)
             asyncio.run(draw_top(service))
@@ -60,6 +70,39 @@ def draw_session(service: Service) -> None:
             shown = "".join(shown.splitlines(keepends=True)[:7])
         console.print(Text.from_ansi(shown.rstrip("\n")))
     console.save_svg(str(HERE / "session.svg"), title="pjw")
+
+
+def draw_programs(service: Service) -> None:
+    """Programs at terminals in a job, as tmux has them."""
+    console = Console(record=True, width=COLUMNS, file=StringIO(), force_terminal=True, legacy_windows=False)
+    service.ok("start", "--name", "build", "while :; do sleep 1; done")
+    for command, keys, words in PROGRAMS:
+        line = ["pjw", "exec", "-it", "build", *command]
+        console.print(Text.assemble(("$ ", "bold green"), shlex.join(line)))
+        console.print(Text.from_ansi(screen_of([str(BIN / "pjw"), *line[1:]], keys, words, service)))
+    service.ok("stop", "--grace", "0", "build")
+    console.save_svg(str(HERE / "programs.svg"), title="programs in a job")
+
+
+def screen_of(command: list[str], keys: tuple[str, ...], words: str, service: Service) -> str:
+    """What a terminal shows, with its colours, when *keys* were typed and *words* are there."""
+    tmux = ["tmux", "-L", f"pjw-screens-{os.getpid()}", "-f", os.devnull]
+    env = service.environment() | {"TERM": "xterm-256color", "LANG": "C.UTF-8"}
+
+    def shown(*how: str) -> str:
+        return subprocess.check_output([*tmux, "capture-pane", "-p", *how], text=True, env=env)
+
+    size = ("-x", str(COLUMNS), "-y", str(PROGRAM_LINES))
+    subprocess.run([*tmux, "new-session", "-d", *size, shlex.join(command)], check=True, env=env)
+    try:
+        subprocess.run([*tmux, "set", "status", "off"], check=True, env=env)
+        wait_for(lambda: shown().strip())
+        for key in keys:
+            subprocess.run([*tmux, "send-keys", key], check=True, env=env)
+        wait_for(lambda: words in shown())
+        return shown("-e").rstrip("\n")
+    finally:
+        subprocess.run([*tmux, "kill-server"], check=False, env=env)
 
 
 async def draw_top(service: Service) -> None:

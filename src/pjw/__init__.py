@@ -10,10 +10,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pjw.client.aio import AsyncClient
     from pjw.client.sync import Client
-    from pjw.model import Job, JobSpec, JobState, Limits
+    from pjw.model import Job, JobSpec, JobState, Limits, QueueSpec, TerminalSize
     from pjw.worker import Worker
 
-__all__ = ["AsyncClient", "Client", "Job", "JobSpec", "JobState", "Limits", "Worker"]
+__all__ = [
+    "AsyncClient",
+    "Client",
+    "Job",
+    "JobSpec",
+    "JobState",
+    "Limits",
+    "QueueSpec",
+    "TerminalSize",
+    "Worker",
+]
 _MODULES = {"AsyncClient": "pjw.client.aio", "Client": "pjw.client.sync", "Worker": "pjw.worker"}
 
 

@@ -76,12 +76,52 @@ class JobNotFoundError(PjwError):
         self.job_id: Final = job_id
 
 
+class SessionNotFoundError(PjwError):
+    """No such session of a job, or none any more, or none that this caller may know of."""
+
+    FACTS = MappingProxyType({"job_id": int, "session": int})
+
+    def __init__(self, job_id: int, session: int) -> None:
+        super().__init__(
+            f"no session {session} of job {job_id}", hint="one that has ended is forgotten after two minutes"
+        )
+        self.job_id: Final = job_id
+        self.session: Final = session
+
+
 class UnknownServiceError(PjwError):
     """A health check asked for a service that this server does not have."""
 
 
 class JobStateError(PjwError):
     """A real job at the wrong moment."""
+
+
+class CopyError(PjwError):
+    """Files could not be copied into or out of a job: what the job has, or has sent, does not allow it."""
+
+
+class WorkspaceBusyError(PjwError):
+    """A workspace is used by `holder`, another job (None: one that is being started), or is being removed."""
+
+    FACTS = MappingProxyType({"workspace": str, "holder": int})
+
+    def __init__(
+        self, message: str, *, hint: str | None = None, workspace: str, holder: int | None = None
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.workspace: Final = workspace
+        self.holder: Final = holder
+
+
+class WorkspaceNotFoundError(PjwError):
+    """The caller has no such workspace."""
+
+    FACTS = MappingProxyType({"workspace": str})
+
+    def __init__(self, workspace: str) -> None:
+        super().__init__(f"no workspace {_shown(workspace)}", hint="pjw workspace ls")
+        self.workspace: Final = workspace
 
 
 class NameTakenError(PjwError):
@@ -124,6 +164,16 @@ class OffsetError(PjwError):
     def __init__(self, message: str, *, hint: str | None = None, size: int | None = None) -> None:
         super().__init__(message, hint=hint)
         self.size: Final = size
+
+
+class SequenceError(PjwError):
+    """Changes of jobs cannot be told from that number on: those up to `oldest` are not kept any more."""
+
+    FACTS = MappingProxyType({"oldest": int})
+
+    def __init__(self, message: str, *, hint: str | None = None, oldest: int | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.oldest: Final = oldest
 
 
 class OutputLostError(PjwError):

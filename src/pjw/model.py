@@ -32,6 +32,11 @@ LABEL_VALUE_MAX_CHARACTERS: Final = 255
 PATH_MAX_BYTES: Final = 4095
 # the default working directory, as the job sees it: its scratch directory
 JOB_DIRECTORY: Final = "/run/job"
+# where a job has its workspace, as it sees it; the directory that outlives it
+WORKSPACE_DIRECTORY: Final = "/run/workspace"
+# Counted, as bytes and as inodes, for a tree with more levels than a process may have descriptors: no program
+# makes such a tree by chance.
+TOO_DEEP: Final = 2**60
 # Sums, of one client's jobs or of all jobs, have higher minimums than one job. With less processor time
 # the quota would be under the kernel's minimum of 1 ms in the shorter period that sums have.
 SUM_MINIMUM: Final[Mapping[str, int]] = {
@@ -42,15 +47,33 @@ SUM_MINIMUM: Final[Mapping[str, int]] = {
 # as cpu.weight and io.weight of cgroup v2 have it
 WEIGHT_DEFAULT: Final = 100
 WEIGHT_MAXIMUM: Final = 10_000
+PRIORITY_MAXIMUM: Final = 1000
+AFTER_MAX: Final = 100
+RETRIES_MAX: Final = 100
+BACKOFF_SECONDS_MAX: Final = 3600
+# of a job that is lost again and again, which may be what loses it
+LOST_RETRIES_MAX: Final = 3
+
+# as struct winsize of the kernel has it
+TERMINAL_MAXIMUM: Final = 65_535
+# of TCP
+PORT_MAX: Final = 65_535
+# So many jobs are put into the queue at once. The table stores them in one transaction, and for 45 ms nobody
+# else can use the table.
+SUBMITTED_MAX: Final = 500
+
+OUTPUTS_MAX: Final = 32
+OUTPUT_MAX_BYTES: Final = 1024
 
 _NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,62}")
 _LABEL_KEY: Final = re.compile(r"[A-Za-z][A-Za-z0-9._/-]{0,62}")
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_UPLOAD: Final = re.compile(r"[0-9A-Za-z_-]{1,64}")
 _REQUEST_ID: Final = re.compile(r"[!-~]{1,64}")
 
 
 class JobState(StrEnum):
-    """Where in its life a job is. EXITED and LOST are final.
+    """Where in its life a job is. EXITED and LOST are final. A QUEUED job waits to be started.
 
     UNKNOWN stands at a client for a state that only a newer server knows; such a job has not ended.
     """
@@ -60,6 +83,7 @@ class JobState(StrEnum):
     STOPPING = "stopping"
     EXITED = "exited"
     LOST = "lost"
+    QUEUED = "queued"
     UNKNOWN = "unknown"
 
     @property
@@ -79,7 +103,9 @@ class EndReason(StrEnum):
 
     LOST, HOST_RESTARTED and LAUNCH_INTERRUPTED are what is known of one that is LOST. DISK_LIMIT: a file
     system that jobs write to was about to be full, and this job was the largest of the client with most.
-    OUTPUT_FAILED: the output can never be written.
+    OUTPUT_FAILED: the output can never be written. CANCELLED: the job left the queue without a start.
+    START_FAILED: its turn came, and its command could not be executed. `Job.detail` says why of these two.
+    ARTIFACTS_MISSING: the command ended by itself with exit code 0, and files that had to be kept are not.
     """
 
     COMPLETED = "completed"
@@ -92,7 +118,13 @@ class EndReason(StrEnum):
     LAUNCH_INTERRUPTED = "launch_interrupted"
     DISK_LIMIT = "disk_limit"
     OUTPUT_FAILED = "output_failed"
+    CANCELLED = "cancelled"
+    START_FAILED = "start_failed"
+    ARTIFACTS_MISSING = "artifacts_missing"
 
+
+# the ends of jobs out of the queue whose commands were never executed
+WITHOUT_START: Final = frozenset({EndReason.CANCELLED, EndReason.START_FAILED})
 
 # a shell adds this to the number of the signal that ended a program
 SIGNALLED: Final = 128
@@ -295,6 +327,9 @@ class ClientQuota:
     stored_bytes: int
     stored_bytes_max: int
     use: GroupUse
+    # jobs in the queue
+    queued: int = 0
+    queued_max: int = 0
 
 
 def _said(value: object) -> str:
@@ -335,15 +370,240 @@ class UsageSample:
     pids: int
 
 
+class Condition(StrEnum):
+    """How a job has to end for one that waits for it: by itself with exit code 0; otherwise; or either."""
+
+    OK = "ok"
+    FAILED = "failed"
+    ANY = "any"
+
+
+@dataclass(frozen=True, slots=True)
+class After:
+    """A job that another one waits for, and how it has to end. Raises InvalidJobError.
+
+    It is named by its id; or, in a submission of several jobs, `earlier` is its place among them, from 0 on.
+    Of an array, `element` is the index of the one element that is waited for.
+    """
+
+    job_id: int = 0
+    condition: Condition = Condition.OK
+    earlier: int | None = None
+    element: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.earlier is None:
+            if type(self.job_id) is not int or not 0 < self.job_id < 2**63:
+                raise InvalidJobError(
+                    f"a job waits for another by its id, a whole number, not {self.job_id!r:.80}"
+                )
+        elif type(self.earlier) is not int or not 0 <= self.earlier < 2**31 or self.job_id:
+            raise InvalidJobError(
+                f"a job waits for another by its id, or by its place from 0 on, not {self.earlier!r:.80}"
+            )
+        if self.element is not None and (type(self.element) is not int or not 0 <= self.element < 2**63):
+            raise InvalidJobError(f"an element of an array has an index from 0 on, not {self.element!r:.80}")
+        if self.condition not in list(Condition):
+            raise InvalidJobError(
+                f"a job waits for an end that is {', '.join(Condition)}, not {self.condition!r:.80}"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.job_id}:{self.condition}"
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """Further attempts of a job that fails: so many `times` at most. Raises InvalidJobError.
+
+    With `codes` only after one of these exit codes, with `oom` and `timeout` after these ends; without any of
+    the three after every failure of the command. The first attempt waits `backoff_seconds`, each further one
+    twice as long, up to an hour. `if_lost` is for a job that is lost: it may have done anything until then.
+    A job that was stopped is not tried again.
+    """
+
+    times: int = 0
+    codes: frozenset[int] = frozenset()
+    oom: bool = False
+    timeout: bool = False
+    backoff_seconds: float = 5
+    if_lost: bool = False
+
+    def __post_init__(self) -> None:
+        if type(self.times) is not int or not 0 <= self.times <= RETRIES_MAX:
+            raise InvalidJobError(
+                f"a job is tried again from 0 to {RETRIES_MAX} times, not {self.times!r:.80}"
+            )
+        if not self.times and not self.if_lost:
+            raise InvalidJobError("a job that is tried again needs a number of times")
+        # frozen; equal however it was given
+        object.__setattr__(self, "codes", frozenset(self.codes))
+        if not all(type(code) is int and 1 <= code <= 255 for code in self.codes):
+            raise InvalidJobError(f"exit codes of failures are from 1 to 255, not {sorted(self.codes)!r:.80}")
+        if not 0 <= self.backoff_seconds <= BACKOFF_SECONDS_MAX:
+            raise InvalidJobError(
+                f"a pause before an attempt is from 0 to {BACKOFF_SECONDS_MAX} seconds,"
+                f" not {self.backoff_seconds!r:.80}"
+            )
+
+    def pause_after(self, job: "Job") -> float | None:
+        """How many seconds the next attempt waits after the end of this one; None: there is none."""
+        if job.state is JobState.LOST:
+            return 0.0 if self.if_lost and job.attempt <= max(self.times, LOST_RETRIES_MAX) else None
+        if job.attempt > self.times or not self._fits(job):
+            return None
+        return min(self.backoff_seconds * 2.0 ** (job.attempt - 1), float(BACKOFF_SECONDS_MAX))
+
+    def _fits(self, job: "Job") -> bool:
+        status = job.exit_status
+        if status is None or job.succeeded or job.reason in (EndReason.STOPPED, EndReason.DISK_LIMIT):
+            return False
+        if not (self.codes or self.oom or self.timeout):
+            return True
+        if job.reason in (EndReason.OOM_KILLED, EndReason.TIMED_OUT):
+            return self.oom if job.reason is EndReason.OOM_KILLED else self.timeout
+        return job.reason is EndReason.COMPLETED and status.code in self.codes
+
+
+@dataclass(frozen=True, slots=True)
+class QueueSpec:
+    """How a job waits in the queue. Raises InvalidJobError.
+
+    Of one client's jobs those with a higher `priority` go first (-1000 to 1000), among equals the older one.
+    `not_before` is a time, local without a time zone. A job that is `held` waits until it is released.
+    `after` are jobs of the same client whose ends it waits for; when one ends otherwise, it is cancelled.
+    With `array` it is started once for each of these indices: `1-100`, `1,3,7`, `0-20:5`; of `1-100%8` at
+    most 8 run at once.
+    """
+
+    priority: int = 0
+    not_before: datetime | None = None
+    held: bool = False
+    after: Sequence[After] = ()
+    retry: Retry | None = None
+    array: str = ""
+
+    def __post_init__(self) -> None:
+        if type(self.array) is not str:
+            raise InvalidJobError(f"the indices of an array are text, not {self.array!r:.80}")
+        if self.array:
+            # imported here, so that the launcher, which is root, does not load it
+            from pjw.arrays import Array
+
+            object.__setattr__(self, "array", str(Array.of(self.array)))
+        if self.retry is not None and not isinstance(self.retry, Retry):
+            raise InvalidJobError(f"retry is a Retry, not {self.retry!r:.80}")
+        if type(self.priority) is not int or not -PRIORITY_MAXIMUM <= self.priority <= PRIORITY_MAXIMUM:
+            raise InvalidJobError(
+                f"a priority must be a whole number from -{PRIORITY_MAXIMUM} to {PRIORITY_MAXIMUM},"
+                f" not {_said(self.priority)[:80]}"
+            )
+        if self.not_before is not None and not isinstance(self.not_before, datetime):
+            raise InvalidJobError(f"not_before is a time (a datetime), not {self.not_before!r:.80}")
+        if not all(isinstance(each, After) for each in self.after):
+            raise InvalidJobError(f"after names jobs by After(id), not {self.after!r:.80}")
+        if len(self.after) > AFTER_MAX:
+            raise InvalidJobError(f"a job waits for at most {AFTER_MAX} others, not {len(self.after)}")
+        if len({(each.job_id, each.earlier, each.element) for each in self.after}) < len(self.after):
+            raise InvalidJobError("a job waits for another one by one condition, not by several")
+        # frozen; equal however it was given
+        object.__setattr__(self, "after", tuple(self.after))
+
+
+@dataclass(frozen=True, slots=True)
+class TerminalSize:
+    """The size of a terminal, in rows and columns of characters. Raises InvalidJobError."""
+
+    rows: int
+    columns: int
+
+    def __post_init__(self) -> None:
+        for value in (self.rows, self.columns):
+            if type(value) is not int or not 1 <= value <= TERMINAL_MAXIMUM:
+                raise InvalidJobError(
+                    f"a terminal has from 1 to {TERMINAL_MAXIMUM} rows and columns, not {_said(value)}"
+                )
+
+
+def check_outputs(patterns: Sequence[str]) -> tuple[str, ...]:
+    """Patterns of files that are kept, without what says nothing. Raises InvalidJobError."""
+    if len(patterns) > OUTPUTS_MAX:
+        raise InvalidJobError(
+            f"a job has at most {OUTPUTS_MAX} patterns of files to keep, not {len(patterns)}"
+        )
+    checked = []
+    for pattern in patterns:
+        if _checked_size(pattern, "a pattern of files to keep") > OUTPUT_MAX_BYTES:
+            raise InvalidJobError(f"a pattern of files to keep is longer than {OUTPUT_MAX_BYTES} bytes")
+        parts = [part for part in pattern.split("/") if part not in ("", ".")]
+        if not pattern or pattern.startswith("/") or ".." in parts:
+            raise InvalidJobError(
+                f"cannot keep {pattern[:80]!r}: it is not in the job's workspace or own directory",
+                hint="give a pattern such as 'dist/**', which begins there",
+            )
+        checked.append("/".join(parts) or "**")
+    return tuple(checked)
+
+
+def check_upload(name: str) -> None:
+    """Raises InvalidJobError for what is no name of an upload."""
+    if not _UPLOAD.fullmatch(name):
+        raise InvalidJobError("the name of an upload is 1 to 64 letters, digits, _ and -")
+
+
+@dataclass(frozen=True, slots=True)
+class Archive:
+    """A tar archive of a file or a directory in a job, or one that is unpacked there. Raises InvalidJobError.
+
+    A `path` that is not absolute begins in the job's workspace, or else in its own directory. In the archive
+    of `a/b` every name begins with `b`. With `unpack` an archive is made into files: in the directory `path`,
+    which is made where it is missing; with a `name`, which every name in the archive has to begin with, as
+    `path/name`, or as `path` itself where that is no directory.
+    """
+
+    path: str
+    unpack: bool = False
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        for value, what in ((self.path, "a path in a job"), (self.name, "a name in an archive")):
+            if not isinstance(value, str):
+                raise InvalidJobError(f"{what} is text, not {value!r:.80}")
+            if _checked_size(value, what) > PATH_MAX_BYTES:
+                raise InvalidJobError(f"{what} is longer than {PATH_MAX_BYTES} bytes")
+        if not self.path:
+            raise InvalidJobError("a path in a job is empty", hint="its own directory is .")
+        if self.name and not self.unpack:
+            raise InvalidJobError("only what is unpacked has a name")
+        if "/" in self.name or self.name in (".", ".."):
+            raise InvalidJobError(f"{self.name[:80]!r} is no name of a file")
+
+    @property
+    def argv(self) -> tuple[str, ...]:
+        """The command of the program that does it."""
+        if self.unpack:
+            return ("pjw-archive", "unpack", self.name, self.path)
+        return ("pjw-archive", "pack", self.path)
+
+
 @dataclass(frozen=True, slots=True)
 class JobSpec:
     """What is asked for: a shell command (one string) or an argv (a sequence), and how to run it.
 
     A string is run by `/bin/sh -c`; a sequence is executed as it is. `limits` replaces single defaults,
     within the operator's ceilings; sizes and times are numbers of bytes and seconds, or text: "64M", "1h30m".
-    `env` is added to the job's environment; `workdir` is where the command begins, as the job sees it. With
-    `input` the command reads what is streamed to the job. Two starts of one client with the same `request_id`
-    are one. Raises InvalidJobError.
+    `env` is added to the job's environment, and so are `secrets`, which no other call tells and which are
+    stored only while the job waits in the queue, or may be tried again. `workdir` is where the command
+    begins, as the job sees it. With `input` the command reads what is streamed to the job. With a `terminal`
+    its stdin, stdout and stderr are one of that size, into which what is streamed is typed. `workspace` is
+    a directory of the client's own by its name, made when it is first named: it outlives jobs, and the
+    command begins there. An `exclusive` job is in it alone. Two starts of
+    one client with the same `request_id` are one. With `queue` the job waits for its turn in the queue,
+    instead of being started or refused at once. `upload` names files that were sent before (`Client.upload`),
+    and that are unpacked in the job's workspace, or else its own directory, before the command starts.
+    `outputs` are patterns of files there that are kept when the command has ended (`Job.artifacts`): `*`, `?`
+    and `[...]` within a name, `**` for any directories; a directory that matches is kept whole. With
+    `output_required` a job that ends without them has not succeeded. Raises InvalidJobError.
     """
 
     command: str | Sequence[str]
@@ -355,6 +615,14 @@ class JobSpec:
     split_stderr: bool = False
     input: bool = False
     request_id: str = ""
+    terminal: TerminalSize | None = None
+    queue: QueueSpec | None = None
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
+    upload: str = ""
+    workspace: str = ""
+    exclusive: bool = False
+    outputs: Sequence[str] = ()
+    output_required: bool = False
 
     @classmethod
     def of(cls, spec: "Self | str | Sequence[str]") -> "JobSpec":
@@ -366,13 +634,25 @@ class JobSpec:
         self._check_command()
         check_name(self.name)
         check_labels(self.labels)
+        if self.workspace:
+            check_workspace(self.workspace)
+        elif self.exclusive:
+            raise InvalidJobError("an exclusive job is alone in its workspace, and this one has none")
         self._check_env()
         if self.workdir and not self.workdir.startswith("/"):
             raise InvalidJobError(f"the working directory {self.workdir!r} is not an absolute path")
         if _checked_size(self.workdir, "the working directory") > PATH_MAX_BYTES:
             raise InvalidJobError(f"the working directory is longer than {PATH_MAX_BYTES} bytes")
+        if self.terminal is not None and self.split_stderr:
+            raise InvalidJobError("a terminal has one output: stderr cannot be kept apart from it")
         if self.request_id and not _REQUEST_ID.fullmatch(self.request_id):
             raise InvalidJobError("a request id is 1 to 64 printable characters of ASCII without spaces")
+        if self.upload:
+            check_upload(self.upload)
+        if self.outputs:
+            object.__setattr__(self, "outputs", check_outputs(self.outputs))
+        elif self.output_required:
+            raise InvalidJobError("no output is required: say which, as in 'dist/**'")
 
     def _check_types(self) -> None:
         """Refuse wrong types with a message, for programs that no type checker has seen."""
@@ -385,18 +665,39 @@ class JobSpec:
             for key, each in value.items():
                 if not isinstance(key, str) or (name != "limits" and not isinstance(each, str)):
                     raise InvalidJobError(f"the {name} of a job are text, not {key!r:.80}: {each!r:.80}")
-        for name in ("name", "workdir", "request_id"):
+        # without a value in the words
+        secrets: object = self.secrets
+        if not isinstance(secrets, Mapping) or not all(
+            isinstance(text, str) for each in secrets.items() for text in each
+        ):
+            raise InvalidJobError("the secrets of a job are names with values (a dict), both of them text")
+        for name in ("name", "workdir", "request_id", "upload", "workspace"):
             if not isinstance(value := getattr(self, name), str):
                 raise InvalidJobError(f"the {name} of a job is text, not {value!r:.80}")
+        outputs: object = self.outputs
+        if (
+            isinstance(outputs, str)
+            or not isinstance(outputs, Sequence)
+            or not all(isinstance(each, str) for each in outputs)
+        ):
+            raise InvalidJobError(f"the outputs of a job are a list of text, not {outputs!r:.80}")
         command: object = self.command
         if not isinstance(command, Sequence) or not all(isinstance(word, str) for word in command):
             raise InvalidJobError(
                 f"a command is text, or a list of a program and its arguments, not {command!r:.80}"
             )
+        if self.queue is not None and not isinstance(self.queue, QueueSpec):
+            raise InvalidJobError(f"the queue of a job is a QueueSpec, not {self.queue!r:.80}")
+        if self.input and self.queue is not None and self.queue.retry is not None:
+            raise InvalidJobError("a job that is tried again has no input: an attempt would have used it up")
+        if self.input and self.queue is not None and self.queue.array:
+            raise InvalidJobError("an array has no input: its first element would have used it up")
 
     def _check_env(self) -> None:
         total = 0
-        for name, value in self.env.items():
+        if both := sorted(self.env.keys() & self.secrets.keys()):
+            raise InvalidJobError(f"{both[0]} is given both as a variable and as a secret")
+        for name, value in (*self.env.items(), *self.secrets.items()):
             if not is_variable(name):
                 raise InvalidJobError(
                     f"{name[:80]!r} is no name of an environment variable: letters, digits and _"
@@ -431,12 +732,22 @@ class JobSpec:
         return tuple(self.command)
 
     @property
+    def directory(self) -> str:
+        """Where the command begins, as the job sees it."""
+        return self.workdir or base_of(self.workspace)
+
+    @property
     def display(self) -> str:
         """The command on one line, as it could be typed into a shell."""
         # of the client only `start` needs it
         import shlex
 
         return self.command if isinstance(self.command, str) else shlex.join(self.command)
+
+
+def base_of(workspace: str) -> str:
+    """Where paths of a job begin that are relative, as the job sees it: in its workspace, if it has one."""
+    return WORKSPACE_DIRECTORY if workspace else JOB_DIRECTORY
 
 
 def is_name(text: str) -> bool:
@@ -454,6 +765,20 @@ def check_name(name: str) -> None:
     if name and not is_name(name):
         raise InvalidJobError(
             f"{name[:80]!r} is no name for a job: up to 63 letters, digits, '.', '_' and '-',"
+            " the first a letter"
+        )
+
+
+def is_workspace(text: str) -> bool:
+    """Whether a workspace can have this name: one of a job. It is a name of a directory, too."""
+    return is_name(text)
+
+
+def check_workspace(name: str) -> None:
+    """Raises InvalidJobError for what is no name of a workspace."""
+    if not is_workspace(name):
+        raise InvalidJobError(
+            f"{name[:80]!r} is no name for a workspace: up to 63 letters, digits, '.', '_' and '-',"
             " the first a letter"
         )
 
@@ -491,6 +816,55 @@ def _checked_size(text: str, what: str) -> int:
 
 
 @dataclass(frozen=True, slots=True)
+class ArrayCounts:
+    """What has become of the `count` elements of an array; `indices` as in QueueSpec.
+
+    `succeeded` are those that ended by themselves with exit code 0, `failed` all others whose start had
+    begun, `cancelled` those that ended without a start.
+    """
+
+    indices: str
+    count: int
+    waiting: int = 0
+    succeeded: int = 0
+    failed: int = 0
+    cancelled: int = 0
+
+    @property
+    def running(self) -> int:
+        """How many have been started, and have not ended."""
+        return self.count - self.waiting - self.succeeded - self.failed - self.cancelled
+
+
+class ArtifactsState(StrEnum):
+    """What has become of the files that are to be kept. PENDING: the job has not ended.
+
+    EMPTY: no file matched. FAILED: they could not be kept, or not all of them. UNKNOWN stands at a client for
+    a state that only a newer server knows.
+    """
+
+    PENDING = "pending"
+    KEPT = "kept"
+    EMPTY = "empty"
+    FAILED = "failed"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Artifacts:
+    """Files of a job that are kept after its end: `bytes` as an archive.
+
+    `detail` is for a person: why there are none, or what was left out.
+    """
+
+    state: ArtifactsState = ArtifactsState.PENDING
+    bytes: int = 0
+    detail: str = ""
+    # whether the job succeeds only with them
+    required: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """One job at one moment: a snapshot that does not change. Times are in UTC.
 
@@ -498,6 +872,17 @@ class Job:
     was killed does not end, or that its output waits for the disk, for as long as that is so. `workdir` is
     where the command began; empty for a job that an older pjw started. `usage_now` is what a running job
     uses, in the answer of `get`; None elsewhere, and when it could not be measured.
+
+    `queued` is when the job was put into the queue, None for one that was started at once. A job that has
+    not been started has `queued` as its `start`, too: see `was_started`. `detail` of a QUEUED job says why it
+    waits, and of one that ended without a start why it did. `not_before` is None when that time has come.
+    `after` has the jobs that it was to wait for, `unmet` says for how many of them it still does. Each
+    attempt of a job that is tried again is a job of its own; `wait` and `stop` of an earlier one go on with
+    the newest.
+
+    An array has `array`. It is QUEUED while an element waits, then RUNNING until all have ended; its exit
+    code is the highest one of its elements. An element has the id of its array, and an `id` of its own from
+    its turn on; until then that is 0.
     """
 
     id: int
@@ -518,6 +903,103 @@ class Job:
     detail: str = ""
     workdir: str = ""
     usage_now: UsageSample | None = None
+    queued: datetime | None = None
+    priority: int = 0
+    not_before: datetime | None = None
+    held: bool = False
+    after: Sequence[After] = ()
+    unmet: int = 0
+    # which attempt this is, from 1 on, of a job that may be tried again; 0 of all others
+    attempt: int = 0
+    # the job that is the next attempt
+    retried_as: int | None = None
+    array: ArrayCounts | None = None
+    # of an element
+    array_id: int | None = None
+    array_index: int | None = None
+    # the directory that outlives it, by its name; empty: none
+    workspace: str = ""
+    # whether it is alone there
+    exclusive: bool = False
+    # None of a job that keeps no files
+    artifacts: Artifacts | None = None
+
+    @property
+    def ref(self) -> str:
+        """How a person names the job: an element as `17_5`, any other by its id."""
+        return str(self.id) if self.array_id is None else f"{self.array_id}_{self.array_index}"
+
+    @property
+    def was_started(self) -> bool:
+        """Whether the job's start has begun, and was not taken back."""
+        return self.state is not JobState.QUEUED and self.reason not in WITHOUT_START
+
+    @property
+    def asked(self) -> datetime:
+        """When the job was asked for: put into the queue, or started at once."""
+        return self.queued or self.start
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether the command ended by itself, with exit code 0."""
+        return self.reason is EndReason.COMPLETED and self.exit_status == ExitStatus(0)
+
+    def meets(self, condition: Condition) -> bool:
+        """Whether the end of this job, which has ended, is one that another job waits for."""
+        return condition is Condition.ANY or (condition is Condition.OK) is self.succeeded
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """A directory of a client that outlives jobs, at one moment. Times are in UTC.
+
+    `used` is when a job was last started in it or ended there. `bytes` and `inodes` are as last counted:
+    after each end of a job there, and once a minute while jobs use it. `jobs` are those that have not ended.
+    """
+
+    name: str
+    made: datetime
+    used: datetime
+    bytes: int = 0
+    inodes: int = 0
+    jobs: int = 0
+    client_name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class JobChange:
+    """A change of a job's state: the job as it was then, with 256 characters of its command at most.
+
+    `sequence` is the number to resume behind; it and `time` are None for a job that is told as it was at the
+    beginning. A job that was `removed` has the state in which it ended.
+    """
+
+    job: Job
+    sequence: int | None = None
+    time: datetime | None = None
+    removed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """Another command in a job that runs, at one moment: a snapshot that does not change. Times are in UTC.
+
+    `number` counts the sessions of the job from 1 on. `exit_status` is missing while it runs, and of one that
+    is LOST: then nobody could record how it ended. Whichever its job's end has killed has ended by signal 9.
+    `detached`: it stays when its client goes. `terminal`: its stdin, stdout and stderr are one.
+    """
+
+    job_id: int
+    number: int
+    command: str
+    state: JobState
+    start: datetime
+    end: datetime | None = None
+    exit_status: ExitStatus | None = None
+    reason: EndReason | None = None
+    input: bool = False
+    detached: bool = False
+    terminal: bool = False
 
 
 @dataclass(frozen=True, slots=True)

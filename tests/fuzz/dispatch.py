@@ -3,28 +3,47 @@
 An input is a conversation: a line for each datagram, after a digit that says which descriptors come along.
 The cgroups are stand-ins that check what they are asked for; scratch directories are real, in a directory of
 their own; an audit hook sees every file that is opened, made or removed, and every process that is started.
+Jobs 1 and 2 have ended. Job 3 runs, and is the first user's: what would enter it checks who may, and refuses.
 """
 
 import array
 import contextlib
 import errno
 import os
+import signal
 import socket
 import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from datetime import UTC, datetime
 from functools import cache
-from typing import Any
+from typing import Any, Final
 
 from pjw.errors import JobStateError, ProtocolError
 from pjw.launcher import dispatch, protocol
-from pjw.launcher.dispatch import Launcher
+from pjw.launcher.dispatch import Launcher, Running
 from pjw.launcher.policy import JOB_ID_MAX
-from pjw.model import LIMIT_MINIMUM, WEIGHT_MAXIMUM, GroupUse, Limits, Share, Sums, Usage, UsageSample
+from pjw.launcher.processes import ENTERED_SIGNAL, INIT_SIGNAL_FIRST
+from pjw.launcher.workspaces import Workspaces
+from pjw.model import (
+    LIMIT_MINIMUM,
+    PORT_MAX,
+    WEIGHT_MAXIMUM,
+    GroupUse,
+    Limits,
+    Share,
+    Sums,
+    Usage,
+    UsageSample,
+    is_workspace,
+)
 from tests.fuzz import protocol as messages
 
 UID_FIRST, UID_COUNT = 1_900_000_000, 10
+RUNNING_JOB = 3
+# what the launcher may send to the init of a job, besides the signals that a client names
+SIGNALS = {ENTERED_SIGNAL, signal.SIGQUIT, signal.SIGKILL}
 OPERATOR_FILES = ("/operator/crt", "/operator/key")
 CEILING = Limits(**{f.name: max(1000, LIMIT_MINIMUM.get(f.name, 0)) for f in fields(Limits)})
 CHANGING = frozenset({"open", "os.mkdir", "os.rmdir", "os.remove", "os.rename", "os.link", "os.symlink"})
@@ -58,8 +77,44 @@ class Cgroup:
         return True
 
 
+class RunningCgroup(Cgroup):
+    """The cgroup of the job that runs."""
+
+    def pids(self) -> list[int]:
+        """It has none to look into."""
+        return []
+
+    def measure(self) -> UsageSample:
+        """It uses something."""
+        return UsageSample(datetime.now(UTC), 1, 2, 3, 4, 5)
+
+    def lift_throttles(self) -> None:
+        """It has none."""
+
+    def try_remove(self) -> bool:
+        """Nothing removes what runs."""
+        raise AssertionError("the cgroup of a job that runs was to be removed")
+
+
+class Entries:
+    """In the place of the pool, for who enters a job: only its own client does, and only a job that runs."""
+
+    def enter(self, job_id: int, init: int, cgroup: Cgroup, tool: int | None) -> socket.socket:
+        """No session is ever made."""
+        assert (job_id, type(cgroup)) == (RUNNING_JOB, RunningCgroup)
+        raise JobStateError("this far and no further")
+
+    def connect(self, job_id: int, init: int, cgroup: Cgroup, uid: int, port: int) -> socket.socket:
+        """Nor a connection."""
+        assert (job_id, uid, type(cgroup)) == (RUNNING_JOB, UID_FIRST, RunningCgroup)
+        assert 1 <= port <= PORT_MAX
+        raise JobStateError("this far and no further")
+
+
 class Hierarchy:
     """Jobs 1 and 2 are there, and have ended."""
+
+    shown: Final = ()
 
     def create(self, job_id: int, limits: Limits, uid: int, share: Share) -> Cgroup:
         """What comes this far is what the policy allows, and is refused here: no job is ever started."""
@@ -73,11 +128,11 @@ class Hierarchy:
     def find(self, job_id: int) -> Cgroup | None:
         """Only an id that can be one may become a name."""
         assert 1 <= job_id <= JOB_ID_MAX
-        return Cgroup() if job_id <= 2 else None
+        return RunningCgroup() if job_id == RUNNING_JOB else Cgroup() if job_id < RUNNING_JOB else None
 
     def job_ids(self) -> list[int]:
-        """Both."""
-        return [1, 2]
+        """All of them."""
+        return [1, 2, RUNNING_JOB]
 
     def set_sums(self, sums: Sums) -> list[str]:
         """Those of the greeting."""
@@ -158,9 +213,32 @@ def seeds() -> list[bytes]:
         b"5" + protocol.encode(1, replace(launch, input=True)),
         b"4" + protocol.encode(1, launch),
         b"4" + protocol.encode(2, replace(launch, uid=0)),
+        b"4" + protocol.encode(3, replace(launch, workspace="work")),
+        b"4" + protocol.encode(3, replace(launch, workspace="../work")),
     ]
     later = [line for line in lines if b'"hello"' not in line]
-    return [*lines, b"\n".join(later), b"3" + later[0], b"5" + lines[-2], b"7" + lines[-2]]
+    odd = [b"3" + later[0], b"5" + lines[-2], b"7" + lines[-2]]
+    return [*lines, b"\n".join(later), *odd, *_entries()]
+
+
+def _entries() -> Iterator[bytes]:
+    """Sessions and connections in the job that runs: with each option, and as who may not have them."""
+    session = protocol.Exec(RUNNING_JOB, UID_FIRST, 1000)
+    for request in (
+        session,
+        replace(session, split_stderr=True, input=True),
+        replace(session, input=True, terminal=True),
+        replace(session, split_stderr=True, terminal=True),
+        replace(session, uid=UID_FIRST + 1),
+        replace(session, output_max_bytes=0),
+        replace(session, grace_seconds=0),
+        replace(session, job_id=1),
+        protocol.Connect(RUNNING_JOB, UID_FIRST, 80),
+        protocol.Connect(RUNNING_JOB, UID_FIRST, 0),
+        protocol.Connect(RUNNING_JOB, UID_FIRST + 1, 80),
+        protocol.Connect(RUNNING_JOB + 1, UID_FIRST, 80),
+    ):
+        yield b"%d%s" % (protocol.descriptors_of(request), protocol.encode(1, request))
 
 
 def one_input(data: bytes) -> None:
@@ -169,7 +247,11 @@ def one_input(data: bytes) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs, _stand_ins():
         launcher = Launcher(theirs)
-        with contextlib.closing(launcher), contextlib.suppress(ProtocolError):
+        with (
+            contextlib.closing(launcher),
+            contextlib.ExitStack() as stack,
+            contextlib.suppress(ProtocolError),
+        ):
             hello = protocol.Hello(
                 _directory().name,
                 UID_FIRST,
@@ -182,10 +264,34 @@ def one_input(data: bytes) -> None:
                 operator_files=OPERATOR_FILES,
             )
             _say(ours, launcher, protocol.encode(0, hello), ())
+            stack.enter_context(_running_job(launcher))
             for line in data.split(b"\n"):
                 with _descriptors(line[:1]) as descriptors:
                     _say(ours, launcher, line[1:], descriptors)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@contextlib.contextmanager
+def _running_job(launcher: Launcher) -> Iterator[None]:
+    """Have the launcher know a job that runs; nobody may send anything to the process that stands for it."""
+    pidfd = os.pidfd_open(os.getpid())
+    launcher._jobs[RUNNING_JOB] = Running(pidfd, RunningCgroup(), 0)  # type: ignore[arg-type]
+    entries = Entries()
+    launcher._pool.enter, launcher._pool.connect = entries.enter, entries.connect  # type: ignore[assignment,method-assign]
+    launcher._scratch.owner = lambda job_id: UID_FIRST if job_id == RUNNING_JOB else 0  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        job = launcher._jobs.pop(RUNNING_JOB)
+        # no request lets go of what runs
+        assert job.pidfd == pidfd
+        os.close(pidfd)
+
+
+def _send_signal(pidfd: int, number: int) -> None:
+    """What the launcher would send, and never does."""
+    assert "pidfd" in os.readlink(f"/proc/self/fd/{pidfd}")
+    assert number in SIGNALS or 1 <= number - INIT_SIGNAL_FIRST <= 31
 
 
 def _say(ours: socket.socket, launcher: Launcher, data: bytes, descriptors: tuple[int, ...]) -> None:
@@ -224,6 +330,22 @@ def _spawn_count(instance: str, places: tuple[str, ...]) -> tuple[int, int]:
     raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
 
+class _Workspaces(Workspaces):
+    """Real directories; but what comes this far is a word and a client's user."""
+
+    def path(self, uid: int, name: str) -> str:
+        assert UID_FIRST <= uid < UID_FIRST + UID_COUNT
+        assert is_workspace(name)
+        return super().path(uid, name)
+
+    def spawn_removal(self, uid: int, name: str) -> int:
+        raise AssertionError("there is none to remove")
+
+    def spawn_count(self, uid: int, name: str) -> tuple[int, int]:
+        self.path(uid, name)
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+
 @contextlib.contextmanager
 def _stand_ins() -> Iterator[None]:
     # what takes privilege, or lasts as long as the process
@@ -235,6 +357,8 @@ def _stand_ins() -> Iterator[None]:
         "open_operator_file": _open_operator_file,
         "open_audit_log": _open_operator_file,
         "spawn_count": _spawn_count,
+        "Workspaces": _Workspaces,
+        "send_signal": _send_signal,
     }
     real = {name: getattr(dispatch, name) for name in names}
     for name, stand_in in names.items():

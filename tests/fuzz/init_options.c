@@ -1,8 +1,9 @@
 /*
  * The command line and the command file of pjw-init: whatever they are, it refuses, or what comes out is in
  * bounds. An input is the words of the command line and then the bytes of the command, all divided by NULs, after
- * a first byte that says how many of them are words (its lower 6 bits), whether they are an order's (bit 6), and
- * whether the command is a pipe (bit 7).
+ * two bytes. The first says how many of them are words (its lower 6 bits), whether they are an order's (bit 6), and
+ * whether the command is a pipe (bit 7); the second how many descriptors come with an order (its lower 3 bits), and
+ * whether that is a session's (bit 3).
  *
  * options.c is compiled in here, with its mappings taken from the heap, where ASan guards them, and with an end
  * of the process turned into a jump. Descriptors 100 to 103 are there: a status file, the command, two more.
@@ -78,6 +79,9 @@ static void check(const struct options *options) {
     must(options->place_count >= 0 && options->place_count <= PLACES_MAX);
     for (int i = 0; i < options->place_count; i++)
         must(options->places[i].path[0] == '/');
+    must(options->mount_count >= 0 && options->mount_count <= MOUNTS_MAX);
+    for (int i = 0; i < options->mount_count; i++)
+        must(i ? options->mounts[i][0] == '/' : strcmp(options->mounts[i], "/") == 0);
     must(!options->scratch || options->scratch[0] == '/');
     must(options->cgroup_procs_count >= 0 && options->cgroup_procs_count <= CGROUPS_MAX);
     for (int i = 0; i < options->cgroup_procs_count; i++)
@@ -86,6 +90,7 @@ static void check(const struct options *options) {
     must(options->argv && options->argv[0] && options->argv[0][0]);
     must(options->input_fd == -1 || options->input_fd >= STATUS);
     must(!options->workdir || options->workdir[0] == '/');
+    must(!options->terminal || (options->control_fd >= STATUS && !options->split_stderr));
     size_t words = 0, bytes = 0; /* ASan sees a string that is none */
     for (char **word = options->argv; *word; word++, words++)
         bytes += strlen(*word) + 1;
@@ -103,15 +108,32 @@ static void check(const struct options *options) {
     must(!options->workdir || options->workdir == end - bytes);
 }
 
-/* What an init knew before its order stays as it was. */
-static void take_order(char *words, size_t length, size_t fd_count, struct options *options) {
-    char *line[] = {"pjw-init", "--report-fd", "102", "--wait", "--hostname", "job-1", "--scratch", "/scratch", NULL};
-    const int fds[ORDER_FDS_MAX] = {COMMAND, STATUS, STATUS, STATUS, STATUS, STATUS, STATUS};
-    parse_options((int)(sizeof line / sizeof *line) - 1, line, options);
+bool is_session(const struct options *options) {
+    return options->enter_fd >= 0;
+}
+
+/* What an init, or a session, knew before its order stays as it was. */
+static void take_order(char *words, size_t length, size_t fd_count, bool session, struct options *options) {
+    char *line[] = {"pjw-init", "--report-fd", "102", "--wait", "--hostname", "job-1", "--scratch", "/scratch",
+                    "--enter-fd", "103", NULL};
+    const int fds[ORDER_FDS_MAX] = {COMMAND, STATUS, STATUS, STATUS, STATUS, STATUS,
+                                    STATUS,  STATUS, STATUS, STATUS, STATUS, STATUS};
+    int count = (int)(sizeof line / sizeof *line) - 1 - (session ? 0 : 2);
+    line[count] = NULL;
+    parse_options(count, line, options);
     parse_order(words, length, fds, fd_count, options);
     must(options->report_fd == 102 && options->hostname == line[5] && options->scratch == line[7]);
+    must(options->enter_fd == (session ? LAST : -1) && !options->connect_port);
     must(options->hide_count == 0 && options->place_count == 0 && options->cgroup_fd < 0 && options->cgroup_procs_count == 0);
-    must(options->output_fds[0] == STATUS && options->status_fd == STATUS && options->times_fds[0] == STATUS);
+    must(options->output_fds[0] == STATUS && options->status_fd == STATUS);
+    must(options->times_fds[0] == (session ? -1 : STATUS));
+    must(options->control_fd == (options->control ? STATUS : -1) && options->input_fd == (options->input ? STATUS : -1));
+    must(options->artifacts_fd == (options->keep ? STATUS : -1) && options->patterns_fd == options->artifacts_fd);
+    must(options->archive_fd == (options->keep || options->upload ? STATUS : -1) && options->tool_fd < 0);
+    must(options->output_fds[1] == (options->split_stderr ? STATUS : -1));
+    must(!session || (!options->upload && !options->keep && !options->workspace));
+    must(options->upload_fd == (options->upload ? STATUS : -1));
+    must(options->workspace_fd == (options->workspace ? STATUS : -1));
 }
 
 static void open_descriptors(const char *command, size_t length, bool as_pipe) {
@@ -130,25 +152,29 @@ static void open_descriptors(const char *command, size_t length, bool as_pipe) {
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     char *words[WORDS_MAX + 2] = {"pjw-init"};
     int count = 1;
-    if (size == 0)
+    if (size < 2)
         return 0;
-    char *text = malloc(size); /* the first byte makes room for a last NUL */
-    memcpy(text, data + 1, size - 1);
+    const uint8_t what = *data++, order = *data++;
+    size -= 1;
+    char *text = malloc(size); /* the second byte makes room for a last NUL */
+    memcpy(text, data, size - 1);
     text[size - 1] = '\0';
     char *rest = text;
-    for (int left = data[0] & 63; left > 0 && rest < text + size - 1; left--) {
+    for (int left = what & 63; left > 0 && rest < text + size - 1; left--) {
         words[count++] = rest;
         rest += strlen(rest) + 1;
     }
     size_t used = (size_t)(rest - text) < size - 1 ? (size_t)(rest - text) : size - 1;
-    open_descriptors(text + used, size - 1 - used, data[0] & 128);
+    open_descriptors(text + used, size - 1 - used, what & 128);
     struct options options;
     if (setjmp(ended) == 0) {
-        if (data[0] & 64)
-            take_order(text, used, ORDER_FDS + size % (ORDER_FDS_MAX - ORDER_FDS + 1), &options);
+        if (what & 64)
+            take_order(text, used, order & ORDER_FDS_MAX, order & 8, &options);
         else
             parse_options(count, words, &options);
-        if (data[0] & 64 || (!options.waits && !options.spawner))
+        /* who connects becomes the job's user at once, and has no order */
+        must(!options.waits || !options.connect_port || (options.enter_fd >= STATUS && options.uid && options.gid));
+        if (what & 64 || (!options.waits && !options.spawner))
             check(&options);
         release_command(&options);
     }

@@ -13,7 +13,7 @@ import pytest
 
 from tests.package.conftest import ROOT
 
-PROGRAM = "pjw/launcher/pjw-init"
+PROGRAMS = {"pjw/launcher/pjw-archive", "pjw/launcher/pjw-init"}
 
 
 def test_its_name_says_what_it_runs_on(wheel: Path) -> None:
@@ -32,7 +32,7 @@ def test_its_name_says_what_it_runs_on(wheel: Path) -> None:
 
 
 def test_what_is_in_it(wheel: Path, tmp_path: Path) -> None:
-    """The package, what is told of it, and nothing else; pjw-init is a static program."""
+    """The package, what is told of it, and nothing else; its programs are static."""
     files = contents(wheel)
     assert {name.split("/")[0].rpartition(".")[2] for name in files} == {"pjw", "dist-info"}
     assert {Path(name).suffix for name in files if name.startswith("pjw/")} == {".py", ""}
@@ -40,9 +40,10 @@ def test_what_is_in_it(wheel: Path, tmp_path: Path) -> None:
     assert files[licence] == (ROOT / "LICENSE").read_bytes()
     with zipfile.ZipFile(wheel) as archive:
         modes = {info.filename: info.external_attr >> 16 & 0o777 for info in archive.infolist()}
-    assert {name for name, mode in modes.items() if mode & 0o111 and not name.endswith("/")} == {PROGRAM}
-    (tmp_path / "init").write_bytes(files[PROGRAM])
-    assert "INTERP" not in run("readelf", "--wide", "--program-headers", str(tmp_path / "init"))
+    assert {name for name, mode in modes.items() if mode & 0o111 and not name.endswith("/")} == PROGRAMS
+    for name in PROGRAMS:
+        (tmp_path / "program").write_bytes(files[name])
+        assert "INTERP" not in run("readelf", "--wide", "--program-headers", str(tmp_path / "program"))
 
 
 def test_what_is_in_the_client_s(client_wheel: Path, wheel: Path) -> None:

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Final
 
 import grpc
 import pytest
@@ -19,22 +20,25 @@ from tests.scene import Scene, config_of
 from tests.service import Service, end_all, instance_cgroups, wait_for
 from tests.worker_harness import Bench, open_bench, uid_range
 
+# The marks of tests that run only when -m names them. CI runs the slow ones, but not the long ones.
+ASKED_FOR: Final = {"slow": "a minute or more", "long": "many minutes"}
+
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Name the mark of tests that take minutes; make Ctrl-C testable."""
-    config.addinivalue_line("markers", "slow: takes minutes; runs only when asked for with -m slow")
+    """Name the marks of tests that take long; make Ctrl-C testable."""
+    for mark, takes in ASKED_FOR.items():
+        config.addinivalue_line("markers", f"{mark}: takes {takes}; runs only when asked for with -m {mark}")
     # a shell starts what is in its background with SIGINT ignored, and our children would inherit that
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what is slow unless the marks that were asked for name it."""
-    if "slow" in config.option.markexpr:
-        return
+    """Skip the tests that take long, unless -m names their mark."""
     for item in items:
-        if item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.skip(reason="slow: ask for it with -m slow"))
+        for mark in ASKED_FOR:
+            if item.get_closest_marker(mark) and mark not in config.option.markexpr:
+                item.add_marker(pytest.mark.skip(reason=f"{mark}: ask for it with -m {mark}"))
 
 
 @pytest.fixture
@@ -90,6 +94,13 @@ def service() -> Iterator[Service]:
         finish(service)
     finally:
         shutil.rmtree(directory)
+
+
+@pytest.fixture
+def idle_service(service: Service) -> Service:
+    """The same service, without running jobs that other tests have left."""
+    _stop_jobs(service)
+    return service
 
 
 def finish(service: Service) -> None:

@@ -219,11 +219,19 @@ class Harness:
             running.reports.append(errors.decode())
         return running
 
-    def order(self, *words: str, options: Sequence[str] = (), with_credentials: bool = False) -> Running:
-        """Start an init that waits, give it an order for `true`, and wait until that was executed, or not.
+    def order(
+        self,
+        *words: str,
+        script: str = "",
+        more_fds: Sequence[int] = (),
+        options: Sequence[str] = (),
+        with_credentials: bool = False,
+    ) -> Running:
+        """Start an init that waits, give it an order for a script, and wait until that was executed, or not.
 
-        *options* are init's own. *with_credentials*: the kernel adds those of the sender (SO_PASSCRED in
-        unix(7)), and no descriptor comes along.
+        *more_fds* come behind the descriptors that every order has. *options* are init's own.
+        *with_credentials*: the kernel adds those of the sender (SO_PASSCRED in unix(7)), and no descriptor
+        comes along.
         """
         number = len(self._running)
         files = [self.directory / f"{name}-{number}" for name in ("output", "status", "times", "stderr")]
@@ -231,9 +239,13 @@ class Harness:
         running = Running(ours, files[0], files[1], files[2], files[3])
         self._running.append(running)
         fds = [os.memfd_create("command"), *(os.open(path, os.O_RDWR | os.O_CREAT) for path in files[:3])]
-        os.write(fds[0], command_file(["true"]))
+        os.write(fds[0], command_file(["/bin/sh", "-c", script]))
         theirs.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, with_credentials)
-        rights = [] if with_credentials else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+        rights = (
+            []
+            if with_credentials
+            else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [*fds, *more_fds]))]
+        )
         ours.sendmsg([b"".join(word.encode() + b"\0" for word in words)], rights)
         stage0 = subprocess.Popen(
             [str(self.binary), "--report-fd", str(theirs.fileno()), "--wait", *options],

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from pjw.server.backup import IDS_LEFT_OUT
+from pjw.server.backup import CHANGES_LEFT_OUT, IDS_LEFT_OUT
 from pjw.worker.state_dir import BACKED_UP
 from tests.service import BIN, Service, wait_for
 
@@ -119,6 +119,52 @@ def test_a_lost_state_directory_is_restored(service: Service, target: Path) -> N
     assert output(service, new) == b"new\n"
     # and it can be backed up again
     assert backup(service, target.with_name("second")).returncode == 0
+
+
+def test_what_waits_is_held_after_a_restore(make_service: Callable[..., Service], target: Path) -> None:
+    """It may have run since the backup, so it runs again only when its client says so."""
+    service = make_service(config="[queue]\nrunning_max = 1\n").start()
+    blocker = service.ok("start", "--queue", "sleep 300").strip()
+    wait_for(lambda: job(service, blocker)["state"] == "running")
+    waiting = service.ok("start", "--queue", "--priority", "3", "--env", "A=b", "echo $A").strip()
+    assert waiting == str(int(blocker) + 1)
+    assert backup(service, target).returncode == 0
+    assert not job(service, waiting)["held"]
+    assert service.stop() == 0
+    shutil.rmtree(service.state)
+    end_jobs(service)
+    restore(service, target)
+    service.start()
+    assert job(service, blocker)["state"] == "lost"
+    held = job(service, waiting)
+    assert (held["state"], held["held"], held["priority"]) == ("queued", True, 3)
+    assert service.ok("release", waiting) == f"{waiting}\n"
+    assert service.ok("wait", waiting) == "0\n"
+
+
+def test_the_numbers_of_changes_after_a_restore(service: Service, target: Path) -> None:
+    """They go on far above: whoever has one from after the backup is told to begin anew."""
+    kept = service.ok("start", "true").strip()
+    service.ok("wait", kept)
+    assert backup(service, target).returncode == 0
+    service.ok("wait", service.ok("start", "true").strip())
+    [last] = [json.loads(line) for line in service.ok("events", "--no-follow", "--since", "3").splitlines()]
+    assert service.stop() == 0
+    shutil.rmtree(service.state)
+    restore(service, target)
+    service.start()
+    code, words = service.refused("events", "--since", last["sequence"], "--no-follow")
+    assert (code, f"cannot resume behind change {last['sequence']}" in words, "--list" in words) == (
+        1,
+        True,
+        True,
+    )
+    [first] = service.ok("events", "--list", "--no-follow").splitlines()
+    assert json.loads(first)["job"]["id"] == kept
+    again = service.ok("start", "true").strip()
+    service.ok("wait", again)
+    lines = service.ok("events", "--since", str(2 + CHANGES_LEFT_OUT), "--no-follow").splitlines()
+    assert [int(json.loads(line)["sequence"]) - CHANGES_LEFT_OUT for line in lines] == [3, 4]
 
 
 def test_a_backup_has_what_it_should_and_nothing_else(service: Service, target: Path) -> None:

@@ -232,7 +232,7 @@ def test_an_id_of_no_job_is_not_found(service: Service, command: str, method: st
 
 
 @pytest.mark.parametrize(
-    "text", ["", " ", "1.0", "1e3", "0x1", "+1", "1_0", "--1", "-", "１", "٣", "1 2", "x/y", "9" * 101]
+    "text", ["", " ", "1.0", "1e3", "0x1", "+1", "1__0", "1_", "--1", "-", "１", "٣", "1 2", "x/y", "9" * 101]
 )
 def test_what_is_neither_an_id_nor_a_name_is_wrong_usage(service: Service, text: str) -> None:
     """A mistyped id is caught before any connection; only the digits 0 to 9 are digits."""
@@ -257,6 +257,28 @@ def test_an_offset_outside_the_output_is_out_of_range(service: Service, offset: 
 def test_an_unknown_method_is_unimplemented(service: Service) -> None:
     """A newer client learns that this server is older."""
     assert service.answer("Frobnicate", b"")[1] is grpc.StatusCode.UNIMPLEMENTED
+
+
+@pytest.mark.parametrize(
+    ("method", "request_"),
+    [
+        ("Start", pb.StartRequest(command="true")),
+        ("Submit", pb.SubmitRequest(jobs=[pb.QueuedJob(start=pb.StartRequest(command="true"))])),
+        ("Exec", pb.ExecRequest(id=1, command="true")),
+    ],
+)
+def test_a_job_of_a_newer_client_is_not_made_another(
+    service: Service, method: str, request_: pb.StartRequest | pb.SubmitRequest | pb.ExecRequest
+) -> None:
+    """A setting that this server does not know is not left out in silence."""
+    newer = request_.SerializeToString() + b"\x98\x3f\x01"
+    messages, code, said, *_ = service.answer(method, newer)
+    name = f"{method}Request"
+    assert (messages, code, said) == (
+        [],
+        grpc.StatusCode.INVALID_ARGUMENT,
+        f"this server does not know field 1011 of {name}",
+    )
 
 
 def test_a_page_size_of_any_kind_is_answered(service: Service) -> None:

@@ -47,7 +47,7 @@ def test_help_names_every_command_option_and_exit_code(service: Service) -> None
         [],
         ["frobnicate"],
         ["get"],
-        ["get", "1_0"],
+        ["get", "1__0"],
         ["list", "x"],
         ["rm"],
         ["--frob", "list"],

@@ -8,7 +8,7 @@ from tests.service import BIN, Service
 
 OURS: Final = frozenset(
     """
-pjw pjw.amounts pjw.errors pjw.given pjw.inherited pjw.model pjw.stdout
+pjw pjw.amounts pjw.arrays pjw.errors pjw.given pjw.inherited pjw.model pjw.stdout
 pjw.certs pjw.certs.address pjw.certs.files pjw.certs.pem
 pjw.cli pjw.cli.commands pjw.cli.connection pjw.cli.exits pjw.cli.expiry pjw.cli.main pjw.cli.parser
 pjw.cli.render pjw.cli.settings pjw.cli.subcommands pjw.cli.terminal pjw.cli.units

@@ -136,7 +136,6 @@ def test_input_goes_on_when_the_server_is_killed(make_service: Callable[..., Ser
 def test_input_goes_on_after_a_cut(service: Service, kind: str) -> None:
     """Both clients, in the middle of it."""
     pieces = [os.urandom(MIB) for _ in range(8)]
-    files = [str(service.certs / name) for name in ("ca.crt", "alice.crt", "alice.key")]
     told: list[int] = []
     with Relay(service.address) as relay:
 
@@ -152,7 +151,7 @@ def test_input_goes_on_after_a_cut(service: Service, kind: str) -> None:
                 await asyncio.sleep(0)
 
         async def send() -> tuple[int, bytes]:
-            async with pjw.AsyncClient(relay.address, *files) as client:
+            async with pjw.AsyncClient(relay.address, *service.files()) as client:
                 job = await client.start(JobSpec(["sha256sum"], input=True))
                 sent = await client.write_input(job.id, source_of_async(), told.append)
                 return sent, b"".join([data async for data in client.logs(job.id)])
@@ -160,7 +159,7 @@ def test_input_goes_on_after_a_cut(service: Service, kind: str) -> None:
         if kind == "AsyncClient":
             sent, said = asyncio.run(send())
         else:
-            with pjw.Client(relay.address, *files) as client:
+            with pjw.Client(relay.address, *service.files()) as client:
                 job = client.start(JobSpec(["sha256sum"], input=True))
                 sent = client.write_input(job.id, source(), told.append)
                 said = b"".join(client.logs(job.id))
@@ -172,7 +171,6 @@ def test_input_goes_on_after_a_cut(service: Service, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["Client", "AsyncClient"])
 def test_a_source_that_fails_ends_nothing_but_the_sending(service: Service, kind: str) -> None:
     """Its error is the caller's; the job waits for the rest, which may come later."""
-    files = [str(service.certs / name) for name in ("ca.crt", "alice.crt", "alice.key")]
 
     def broken() -> Iterator[bytes]:
         yield b"first "
@@ -183,7 +181,7 @@ def test_a_source_that_fails_ends_nothing_but_the_sending(service: Service, kind
             yield piece
 
     async def send() -> bytes:
-        async with pjw.AsyncClient(service.address, *files) as client:
+        async with pjw.AsyncClient(service.address, *service.files()) as client:
             job, other = await client.start(JobSpec(["cat"], input=True)), await client.start(JobSpec("true"))
             with pytest.raises(OSError, match="broken"):
                 await client.write_input(job.id, async_of(broken()))
@@ -195,7 +193,7 @@ def test_a_source_that_fails_ends_nothing_but_the_sending(service: Service, kind
     if kind == "AsyncClient":
         assert asyncio.run(send()) == b"first second"
         return
-    with pjw.Client(service.address, *files) as client:
+    with pjw.Client(service.address, *service.files()) as client:
         job, other = client.start(JobSpec(["cat"], input=True)), client.start(JobSpec("true"))
         with pytest.raises(OSError, match="broken"):
             client.write_input(job.id, broken())

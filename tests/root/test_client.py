@@ -105,8 +105,7 @@ def connect(request: pytest.FixtureRequest, loop: asyncio.AbstractEventLoop) -> 
     def open_client(
         service: Service, address: str | None = None, reconnect_seconds: float = RECONNECT_SECONDS
     ) -> Iterator[Blocking]:
-        files = (str(service.certs / name) for name in ("ca.crt", "alice.crt", "alice.key"))
-        kind = getattr(pjw, request.param)
+        kind, files = getattr(pjw, request.param), service.files()
         client = Blocking(loop, kind, address or service.address, *files, reconnect_seconds=reconnect_seconds)
         try:
             yield client

@@ -23,7 +23,16 @@ import pytest
 from pjw.model import ExitStatus
 from pjw.worker import Worker
 from tests.root.init_harness import Inotify
-from tests.worker_harness import Bench, launchers_of, open_bench, python, run, start, start_said
+from tests.worker_harness import (
+    Bench,
+    launchers_of,
+    open_bench,
+    python,
+    run,
+    run_in_session,
+    start,
+    start_said,
+)
 
 # Begins every program: what an attempt gives is its result, or the name of the error.
 PRELUDE: Final = """
@@ -46,6 +55,7 @@ def checked(result):
 """
 DENIED: Final = {"EPERM", "EACCES"}
 HOSTILE: Final = "mallory"
+WAY: Final = {"inside": "job"}
 
 
 @pytest.fixture
@@ -65,11 +75,27 @@ async def worker(bench: Bench) -> Worker:
     return worker
 
 
+@pytest.fixture(params=["job", "session"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where `inside` is: in a job's own command, or in a session of a job of the same client."""
+    monkeypatch.setitem(WAY, "inside", request.param)
+    return str(request.param)
+
+
 async def inside(worker: Worker, program: str) -> Any:
-    """What a program finds as a job of the hostile client: the value of its last line."""
-    job, output = await run(worker, python(PRELUDE + printed(program)), HOSTILE)
-    assert job.exit_status == ExitStatus(code=0), output
+    """What a program finds as a job of the hostile client, or in one: the value of its last line."""
+    status, output = await run_inside(worker, python(PRELUDE + printed(program)))
+    assert status == ExitStatus(code=0), output
     return json.loads(output)
+
+
+async def run_inside(worker: Worker, command: str | list[str]) -> tuple[ExitStatus | None, bytes]:
+    """How a command of the hostile client ends there, and what it writes."""
+    if WAY["inside"] == "job":
+        job, output = await run(worker, command, HOSTILE)
+        return job.exit_status, output
+    status, output, words = await run_in_session(worker, command, HOSTILE)
+    return status, output + words
 
 
 def outside(program: str, uid: int) -> Any:
@@ -96,15 +122,18 @@ def printed(program: str) -> str:
 # --- other processes
 
 
-async def test_no_other_process_has_a_number(bench: Bench, worker: Worker) -> None:
-    """Of all numbers only init's and its own name a process, to kill(2) and to pidfd_open(2)."""
+async def test_no_other_process_has_a_number(bench: Bench, worker: Worker, way: str) -> None:
+    """Of all numbers only init's and its own name a process, to kill(2) and to pidfd_open(2).
+
+    In a session those of the job's command, and of what waits for the session's, too; 3 has made that.
+    """
     victim = await start(worker, ["sleep", "60"], HOSTILE)
     [pid] = bench.processes()
     program = f"""
 def there(pid): return attempt(os.kill, pid, 0) != 'ESRCH' or attempt(os.pidfd_open, pid) != 'ESRCH'
 [pid for pid in {{1, {pid}, *range(2, min(100_000, int(read('/proc/sys/kernel/pid_max'))))}} if there(pid)]
 """
-    assert await inside(worker, program) == [1, 2]
+    assert await inside(worker, program) == ([1, 2] if way == "job" else [1, 2, 4, 5])
     assert {1, pid} <= set(outside(program, bench.settings.uid_first))
     await worker.stop(victim.id, 0)
 
@@ -227,8 +256,8 @@ async def test_file_capabilities_give_nothing(bench: Bench, worker: Worker) -> N
     closed.write_text("secret")
     closed.chmod(0o600)
     command = [str(program), str(closed)]
-    job, output = await run(worker, command, HOSTILE)
-    assert (b"secret" in output, job.exit_status) == (False, ExitStatus(code=1))
+    status, output = await run_inside(worker, command)
+    assert (b"secret" in output, status) == (False, ExitStatus(code=1))
     assert on_the_host(command, bench.settings.uid_first) == (0, b"secret")
 
 
@@ -385,8 +414,8 @@ async def test_a_crash_starts_nothing_on_the_host(bench: Bench, worker: Worker, 
     uid, watch = bench.settings.uid_first, Inotify(seen)
     core_pattern.write_text(f"|{handler} %u")
     for script in (crash, f"{limits}\n{crash}"):
-        job, output = await run(worker, python(script), HOSTILE)
-        assert job.exit_status == ExitStatus(signal=11), output
+        status, output = await run_inside(worker, python(script))
+        assert status == ExitStatus(signal=11), output
     assert on_the_host(python(f"{limits}\n{crash}"), uid + 1) == (-11, b"")
     watch.wait_until(lambda: f"{uid + 1}\n" in seen.read_text())
     watch.close()
@@ -397,7 +426,7 @@ async def test_a_crash_leaves_no_core_file(bench: Bench, worker: Worker, core_pa
     """Neither in the job's own directory nor elsewhere, whatever limit it asks for."""
     core_pattern.write_text("core-of-a-test")
     script = "ulimit -c unlimited; sh -c 'kill -SEGV $$'; ls"
-    assert b"core-of-a-test" not in (await run(worker, script, HOSTILE))[1]
+    assert b"core-of-a-test" not in (await run_inside(worker, script))[1]
     directory = bench.directory / "open"
     directory.mkdir()
     directory.chmod(0o777)

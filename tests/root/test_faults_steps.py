@@ -4,7 +4,7 @@ Where inits wait for the next jobs (pool.py) a start has few steps, and the othe
 So all of them are gone through with none that wait, and those of a start that takes one beside that.
 
 A step is a system call that others can notice (tests/tracer.py): between two of them lies nothing new. Where
-each takes a new pjwd, a sample of the steps is gone through, and with -m slow all of them.
+each takes a new pjwd, a sample of the steps is gone through; with -m slow a larger one, with -m long all.
 """
 
 import errno
@@ -41,10 +41,15 @@ SERVER_CALLS: Final = (
     ),
     *("ftruncate", "fdatasync", "unlinkat"),
 )
-# Each of these steps is gone through, or, without -m slow, one of so many.
-EVERY_STEP: Final = (pytest.mark.slow, pytest.mark.timeout(1200))
-SAMPLED: Final = pytest.mark.parametrize("stride", [13, pytest.param(1, marks=EVERY_STEP)])
+# One of so many of these steps is gone through. 5 and 13 have no common factor: the samples share few steps.
+SOME_STEPS: Final = pytest.mark.slow
+EVERY_STEP: Final = (pytest.mark.long, pytest.mark.timeout(1200))
+SAMPLED: Final = pytest.mark.parametrize(
+    "stride", [13, pytest.param(5, marks=SOME_STEPS), pytest.param(1, marks=EVERY_STEP)]
+)
 SPAWNER, INIT, COMMAND = 0, 1, 2  # generations from the spawner on
+# the same of a session: two processes in between (init/session.c), what waits for its command, and that
+SESSION: Final = {"spawner": 0, "first between": 1, "second between": 2, "session": 3, "command": 4}
 LAUNCHER: Final = -1
 
 pytestmark = pytest.mark.skipif(not SUPPORTED, reason=WHY_NOT)
@@ -175,6 +180,40 @@ def kill_inits_in_starts(scene: Scene, trace: Callable[[int], Tracer], *, refuse
     raise AssertionError("unreachable")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", SESSION)
+def test_killed_at_each_step_of_an_exec(cold: Scene, victim: str) -> None:
+    """The session is refused or has an end; its job goes on, and whatever is left of it holds up no end."""
+    for step in itertools.count(1):
+        job = start(cold, "exec sleep 600")
+        assert isinstance(job, pb.Job)
+        with Tracer(spawner(cold), step, "kill", generation=SESSION[victim]) as tracer:
+            session = enter(cold, job.id, "echo begun; exec sleep 0.01")
+        if isinstance(session, pb.Session):
+            # once a session was answered, only its command may be killed
+            assert session.number
+        else:
+            assert session is grpc.StatusCode.INTERNAL
+        assert cold.jobs_of("alice")[job.id].state == pb.JOB_STATE_RUNNING
+        ended = stop(cold, job.id)
+        assert isinstance(ended, pb.Job)
+        assert (ended.state, ended.signal) == (pb.JOB_STATE_EXITED, signal.SIGTERM)
+        settle(cold)
+        if not tracer.hit:
+            break
+    assert step > {"session": 20, "command": 5}.get(victim, 3)
+    finish(cold)
+
+
+def enter(scene: Scene, job_id: int, command: str) -> pb.Session | grpc.StatusCode:
+    """Start a session in a job as alice, or give the code of the refusal."""
+    try:
+        request = pb.ExecRequest(id=job_id, command=command)
+        return scene.stub("alice").Exec(request, timeout=OTHERS_SECONDS).session
+    except grpc.RpcError as error:
+        return answered(error)
+
+
 @SAMPLED
 @pytest.mark.parametrize("scene_name", ["cold", "scene"])
 def test_the_launcher_killed_at_each_step_of_a_start(
@@ -281,7 +320,13 @@ HUNGRY: Final = "mkfifo ask; exec 3<>ask; read x <&3; rm ask; exec tail /dev/zer
 
 
 @pytest.mark.parametrize(
-    ("victim", "stride"), [("launcher", 1), ("server", 13), pytest.param("server", 1, marks=EVERY_STEP)]
+    ("victim", "stride"),
+    [
+        ("launcher", 1),
+        ("server", 13),
+        pytest.param("server", 5, marks=SOME_STEPS),
+        pytest.param("server", 1, marks=EVERY_STEP),
+    ],
 )
 def test_killed_at_each_step_of_an_end(scene: Scene, victim: str, stride: int) -> None:
     """Accounts and reason are what they would have been, and nothing of the job is left."""
@@ -358,7 +403,16 @@ def test_each_step_of_a_start_refused(cold: Scene, number: int, generation: int)
             # watch is ended, and the start refused.
             executed = (generation, tracer.hit) == (COMMAND, "execve")
             expected = grpc.StatusCode.FAILED_PRECONDITION if executed else grpc.StatusCode.RESOURCE_EXHAUSTED
-            assert (job, scene.jobs_of("alice")) == (expected, before), tracer.hit
+            now = scene.jobs_of("alice")
+            assert (job, now) == (expected, before), (
+                step,
+                tracer.hit,
+                {
+                    k: (before.get(k), now.get(k))
+                    for k in before.keys() | now.keys()
+                    if before.get(k) != now.get(k)
+                },
+            )
         settle(scene)
     settle(scene)
     finish(scene)

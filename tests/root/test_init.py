@@ -222,7 +222,7 @@ def test_a_job_has_few_file_systems(init: Harness, scratch: Path) -> None:
         "/sys/class/net": "/class/net",
     }
     assert len({tuple(state[:2]) for state in seen.values()}) == len(seen) - 1
-    assert seen["/run"][2] == [".hidden", ".hidden-directory", "job"]
+    assert seen["/run"][2] == [".hidden", ".hidden-directory", "job", "workspace"]
     assert [seen[path][2] for path in ("/tmp", "/var/tmp", "/dev/shm")] == [[], [], []]
     assert set(seen["/sys"][2]) <= {"class", "devices", "kernel"}
 
@@ -298,7 +298,7 @@ def test_a_user_namespace_uncovers_nothing(init: Harness, visible: Path) -> None
     visible.chmod(0o777)
     job = init.start("sleep", "1000", options=("--hide", str(visible)))
     script = (
-        f"umount {visible}; umount -l {visible}; umount /proc; umount /run;"
+        f"umount {visible}; umount -l {visible}; umount /proc; umount /run; umount -l /;"
         f" mkdir /tmp/m; mount --bind /var /tmp/m; mount --bind /var/lib /tmp/m; mount -o remount,rw /;"
         f" mount -o remount,bind,rw {visible}; cat {visible}/key;"
         f" cat /tmp/m/lib/{visible.name}/key /tmp/m/{visible.name}/key;"
@@ -317,6 +317,23 @@ def test_a_user_namespace_uncovers_nothing(init: Harness, visible: Path) -> None
     assert "secret" not in done.stdout
     assert done.stdout == "done as 0\n", done.stderr
     assert list(visible.iterdir()) == [visible / "key"]
+
+
+def test_nothing_of_the_host_lies_below_the_root(init: Harness) -> None:
+    """Whoever may change its root finds no way to the template, which stays below a job's root.
+
+    No process of a job may. This is what holds without: root without a filter, who joins the job's mounts.
+    """
+    job = init.start("sleep", "1000", options=("--visible", "/", "--visible", "/usr"))
+    climb = (
+        "import os\n"
+        "top = os.open('/', os.O_RDONLY); os.chroot('/tmp'); os.fchdir(top)\n"
+        "for _ in range(20): os.chdir('..')\n"
+        "print(os.path.samestat(os.stat('.'), os.fstat(top)))"
+    )
+    enter = ["nsenter", f"--target={job.pid}", "--mount", "/usr/bin/python3", "-I", "-S", "-c", climb]
+    done = subprocess.run(enter, env=ENVIRONMENT, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "True\n"
 
 
 def test_no_descriptor_leaks_into_the_job(init: Harness) -> None:

@@ -350,15 +350,24 @@ def test_a_ceiling_and_a_quota(make_service: Callable[..., Service]) -> None:
             call.write(bytes(1000), 0)
         with Upload(stub, second) as call:
             call.write(bytes(200), 0)
-            with refused(Code.RESOURCE_EXHAUSTED, r"have 1.2K \(1200 bytes\) of output, input and scratch"):
+            with refused(
+                Code.RESOURCE_EXHAUSTED,
+                r"have 1.2K \(1200 bytes\) of output, artifacts, input, scratch and workspaces",
+            ):
                 call.write(bytes(301), 200)
         assert file_of(service, second).stat().st_size == 200
         with Upload(stub, second) as call:
             # what is there is passed over, and counts once
             call.write(bytes(500), 0)
-        with refused(Code.RESOURCE_EXHAUSTED, r"have 1.5K \(1500 bytes\) of output, input and scratch"):
+        with refused(
+            Code.RESOURCE_EXHAUSTED,
+            r"have 1.5K \(1500 bytes\) of output, artifacts, input, scratch and workspaces",
+        ):
             Upload(stub, second)
-        with refused(Code.RESOURCE_EXHAUSTED, r"have 1.5K \(1500 bytes\) of output, input and scratch"):
+        with refused(
+            Code.RESOURCE_EXHAUSTED,
+            r"have 1.5K \(1500 bytes\) of output, artifacts, input, scratch and workspaces",
+        ):
             start(stub, "true")
         stop(stub, first)
         assert upload(stub, second, bytes(800)).ended

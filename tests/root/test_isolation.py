@@ -23,6 +23,7 @@ from tests.worker_harness import (
     python,
     read_all,
     run,
+    run_in_session,
     start,
     start_said,
 )
@@ -37,7 +38,20 @@ async def bench() -> AsyncIterator[Bench]:
         yield bench
 
 
-async def ask(worker: Worker, expression: str, **how: Any) -> Any:
+WAY = {"inside": "job"}
+
+
+@pytest.fixture(params=["job", "session"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where `ask` asks: in a job's own command, or in a session of a job."""
+    monkeypatch.setitem(WAY, "inside", request.param)
+    return str(request.param)
+
+
+BOTH = pytest.mark.usefixtures("way")
+
+
+async def ask(worker: Worker, expression: str, client: str = "local", **limits: int) -> Any:
     """What an expression of Python is inside a job; errors of the system are their errno."""
     script = f"""
 import ctypes, glob, json, os, resource, signal, socket, stat, sys
@@ -52,8 +66,13 @@ def write(path, text='x'):
     with open(path, 'w') as file: file.write(text)
 print(json.dumps({expression}))
 """
-    job, output = await run(worker, python(script), **how)
-    assert job.exit_status == ExitStatus(code=0), output
+    if WAY["inside"] == "job":
+        job, output = await run(worker, python(script), client, **limits)
+        assert job.exit_status == ExitStatus(code=0), output
+    else:
+        assert not limits, "those of a session are its job's"
+        status, output, words = await run_in_session(worker, python(script), client)
+        assert status == ExitStatus(code=0), words
     return json.loads(output)
 
 
@@ -61,6 +80,7 @@ CGROUP_V2 = Path("/sys/fs/cgroup/cgroup.controllers").exists()
 NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "uts")
 
 
+@BOTH
 async def test_every_namespace_is_the_job_s_own(worker: Worker) -> None:
     """Six namespaces, none of which is the host's."""
     job = await ask(worker, f"{{name: os.readlink(f'/proc/self/ns/{{name}}') for name in {NAMESPACES}}}")
@@ -88,6 +108,7 @@ async def test_the_processes_of_the_host_are_not_there(worker: Worker) -> None:
     assert await ask(worker, "read('/proc/1/comm')") == "pjw-init\n"
 
 
+@BOTH
 async def test_init_is_out_of_reach(worker: Worker) -> None:
     """A job can neither signal nor trace nor look into its init, which is root's."""
     assert await ask(worker, "[attempt(os.kill, 1, n) for n in (0, 2, 9, 15, 18, 19)]") == [1] * 6
@@ -101,12 +122,14 @@ async def test_init_is_out_of_reach(worker: Worker) -> None:
     assert await ask(worker, "[libc.ptrace(16, 1, 0, 0), ctypes.get_errno()]") == [-1, 1]
 
 
+@BOTH
 async def test_terminals_are_few(worker: Worker) -> None:
     """S7: a job has 16 at most, so that it can neither take the host's nor keep the kernel's threads busy."""
     taken = await ask(worker, "[attempt(os.openpty) for _ in range(17)]")
     assert ([type(pair) for pair in taken[:16]], taken[16]) == ([list] * 16, errno.ENOSPC)
 
 
+@BOTH
 async def test_the_network_is_empty(worker: Worker) -> None:
     """One interface, the loopback, which is up; no way out, and the host's ports are not there."""
     assert await ask(worker, "sorted(os.listdir('/sys/class/net'))") == ["lo"]
@@ -121,6 +144,7 @@ async def test_the_network_is_empty(worker: Worker) -> None:
         socket.create_connection(server.getsockname()).close()
 
 
+@BOTH
 async def test_sockets_of_the_host_are_not_there(bench: Bench, worker: Worker) -> None:
     """Abstract sockets belong to the network namespace: the host's cannot be reached."""
     with socket.socket(socket.AF_UNIX) as server:
@@ -165,6 +189,7 @@ async def test_the_user_and_the_host_of_a_job_have_names(worker: Worker) -> None
     assert b"cannot create /etc/passwd: Read-only file system" in output
 
 
+@BOTH
 async def test_the_root_is_read_only(bench: Bench, worker: Worker) -> None:
     """Nothing of the host can be written, also where everybody may: every mount is read-only."""
     open_to_all = bench.directory / "open"
@@ -178,6 +203,7 @@ async def test_the_root_is_read_only(bench: Bench, worker: Worker) -> None:
     assert all({"nosuid"} & set(mount[5].split(",")) for mount in mounts)
 
 
+@BOTH
 async def test_home_and_tmp_are_the_job_s_own(bench: Bench, worker: Worker) -> None:
     """Both may be written and begin empty; no other job sees what is in them, not even the same client's."""
     job = await start_said(
@@ -192,6 +218,7 @@ async def test_home_and_tmp_are_the_job_s_own(bench: Bench, worker: Worker) -> N
     assert not Path("/dev/shm/shm").exists()
 
 
+@BOTH
 async def test_dev_is_minimal(worker: Worker) -> None:
     """A few harmless devices, no disk, no memory, no console; and none can be made."""
     names = await ask(worker, "sorted(os.listdir('/dev'))")
@@ -217,6 +244,7 @@ async def test_dev_is_minimal(worker: Worker) -> None:
     assert await ask(worker, "attempt(write, '/dev/full')") == 28
 
 
+@BOTH
 async def test_users(bench: Bench, worker: Worker) -> None:
     """Two clients have two users, one client one; none is root, has groups, or can become another."""
     look = "[os.getresuid(), os.getresgid(), os.getgroups()]"
@@ -228,6 +256,7 @@ async def test_users(bench: Bench, worker: Worker) -> None:
         assert await ask(worker, f"attempt({attempt})", client="one") == 1
 
 
+@BOTH
 async def test_privileges_are_gone(worker: Worker) -> None:
     """No capability in any set, no_new_privs, no core files, and setuid programs have no effect."""
     status = dict(
@@ -284,6 +313,7 @@ async def test_temporary_files_are_on_the_disk(worker: Worker) -> None:
     assert (await read_all(worker, job.id)).startswith(b"/var/tmp/")
 
 
+@BOTH
 async def test_the_state_is_invisible(bench: Bench, worker: Worker) -> None:
     """Nothing in the state directory, not even a name, whoever asks; nor by way of a link."""
     (bench.directory / "link").symlink_to(bench.state)
@@ -294,6 +324,7 @@ async def test_the_state_is_invisible(bench: Bench, worker: Worker) -> None:
             assert await ask(worker, f"attempt(read, '{path}/{name}')") == 13
 
 
+@BOTH
 async def test_hidden_paths_are_hidden(bench: Bench) -> None:
     """A key, readable for all by mistake, and a directory: neither can be read or listed in a job."""
     key, directory = bench.directory / "server.key", bench.directory / "keys"
@@ -311,6 +342,7 @@ async def test_hidden_paths_are_hidden(bench: Bench) -> None:
     assert key.read_text() == "secret"
 
 
+@BOTH
 async def test_other_jobs_are_out_of_reach(bench: Bench, worker: Worker) -> None:
     """No job, another client's or the same one's, can be signalled; kill -1 ends only oneself."""
     victims = [await start(worker, ["sleep", "60"], client=client) for client in ("same", "other")]
@@ -323,6 +355,7 @@ async def test_other_jobs_are_out_of_reach(bench: Bench, worker: Worker) -> None
         assert (await worker.get(victim.id)).state is JobState.RUNNING
 
 
+@BOTH
 async def test_limits_cannot_be_lifted(worker: Worker) -> None:
     """The job sees no cgroup file that it could write, neither its own nor any."""
     places = "glob.glob('/sys/fs/cgroup/*')"
@@ -359,6 +392,7 @@ async def test_a_job_sees_its_own_limits(worker: Worker) -> None:
     assert seen == ["0::/\n", [f"{128 * 1024**2}\n", "50000 100000\n"], ["cgroup"], [], ["/"], ["1", "2"]]
 
 
+@BOTH
 async def test_sys_and_proc_cannot_be_written(worker: Worker) -> None:
     """/sys is read-only; what of /proc/sys is writable for root is not for the job."""
     for path in ("/proc/sys/kernel/core_pattern", "/proc/sysrq-trigger", "/proc/sys/kernel/hostname"):

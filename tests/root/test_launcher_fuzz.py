@@ -29,6 +29,8 @@ from pjw.launcher.protocol import (
     Adopt,
     Adopted,
     Ended,
+    Entered,
+    Exec,
     Hello,
     JobIdPage,
     JobIds,
@@ -53,6 +55,7 @@ CEILING: Final = NO_LIMITS.with_overrides(
 )
 # not a range of numbers, whose ends hypothesis likes best
 SELDOM: Final = (False, False, False, False, False, True)
+ODD_WORKSPACES: Final = ("..", ".", "/etc", "../../canaries", "1/work", "canaries/1", "a\n")
 ODD_IDS: Final = (0, JOB_ID_MAX, JOB_ID_MAX + 1, 2**63 - 1)
 PR_SET_CHILD_SUBREAPER: Final = 36
 
@@ -90,6 +93,7 @@ class Surroundings:
     def __init__(self, bench: Bench, stack: ExitStack) -> None:
         self._bench: Final = bench
         self.launched = 0
+        self.entered = 0
         self.canaries: Final = bench.directory / "canaries"
         self.theirs: Final = bench.directory / "theirs"
         (self.canaries / "1").mkdir(parents=True)
@@ -217,15 +221,24 @@ def descendants(pid: int, but: frozenset[int]) -> list[int]:
 def launches(draw: st.DrawFn, bench: Bench) -> Launch:
     """One of three jobs, as it should be, or with one thing that it may not have."""
     first = bench.settings.uid_first
-    uid = draw(st.integers(first, first + UIDS - 1))
-    launch = Launch(draw(st.integers(1, 3)), uid, CEILING, draw(st.booleans()), share=draw(BY_TYPE[Share]))
-    match draw(st.sampled_from(["", "", "", "id", "uid", "limits"])):
+    uid = draw(st.just(first) | st.integers(first, first + UIDS - 1))
+    launch = Launch(
+        draw(st.integers(1, 3)),
+        uid,
+        CEILING,
+        draw(st.booleans()),
+        share=draw(BY_TYPE[Share]),
+        workspace=draw(st.sampled_from(["", "", "work", "other"])),
+    )
+    match draw(st.sampled_from(["", "", "", "id", "uid", "limits", "workspace"])):
         case "id":
             return replace(launch, job_id=draw(st.sampled_from(ODD_IDS)))
         case "uid":
             return replace(launch, uid=draw(st.sampled_from([0, 1, first - 1, first + UIDS, 2**32 + first])))
         case "limits":
             return replace(launch, limits=draw(st.just(NO_LIMITS) | limits))
+        case "workspace":
+            return replace(launch, workspace=draw(st.sampled_from(ODD_WORKSPACES)))
         case _:
             return launch
 
@@ -233,16 +246,33 @@ def launches(draw: st.DrawFn, bench: Bench) -> Launch:
 def requests(bench: Bench) -> st.SearchStrategy[Request]:
     """Any request but the greeting: mostly of the same three jobs, so that they meet."""
     ids = st.sampled_from([1, 2, 3]) | st.sampled_from([1, 2, 3, *ODD_IDS])
-    paths = ["", ".", "..", "/", "/etc/passwd", "../canaries/file", "output", "1", "1/output"]
+    paths = [
+        "",
+        "work",
+        "other",
+        ".",
+        "..",
+        "/",
+        "/etc/passwd",
+        "../canaries/file",
+        "output",
+        "1",
+        "1/output",
+    ]
     by_type = {**BY_TYPE, int: ids, str: st.sampled_from(paths) | BY_TYPE[str]}
     others = st.one_of(
         *(
             st.builds(cls, **{f.name: by_type[f.type] for f in fields(cls)})
             for cls in REQUESTS.values()
-            if cls not in (Hello, Launch)
+            if cls not in (Hello, Launch, Exec)
         )
     )
-    return st.booleans().flatmap(lambda launch: launches(bench) if launch else others)
+    first = bench.settings.uid_first
+    # the user of most jobs, and others
+    uids = st.just(first) | st.sampled_from([*range(first, first + UIDS), 0, first - 1])
+    flags = {name: st.booleans() for name in ("split_stderr", "input", "terminal")}
+    sessions = st.builds(Exec, st.integers(1, 3), uids, st.just(0), grace_seconds=st.integers(1, 10), **flags)
+    return st.integers(0, 4).flatmap(lambda n: launches(bench) if n < 2 else sessions if n == 2 else others)
 
 
 def commands(surroundings: Surroundings) -> st.SearchStrategy[bytes]:
@@ -319,7 +349,10 @@ class Conversation:
         self._surroundings: Final = surroundings
         self._greeted: Final = greet
         self._peer: Final = Peer(bench, greet=greet, ceiling=CEILING, uid_count=UIDS)
-        self._unanswered: Final[list[tuple[int, bool]]] = []
+        # a number, and what it may begin, if anything
+        self._unanswered: Final[list[tuple[int, str]]] = []
+        # the users who may have a job of this id
+        self._uids: Final[dict[int, set[int]]] = {}
         # the numbers of launches and adoptions, by which ends are told
         self._running: Final[set[int]] = set()
         self.launched: Final[set[int]] = set()
@@ -336,10 +369,11 @@ class Conversation:
                 self._must_have_ended()
                 return
             seq, _ = protocol.decode_request(step.data)
-            allowed = isinstance(request, Launch) and self._allowed(request, step)
+            allowed = isinstance(request, Launch | Exec) and self._allowed(request, step)
             if isinstance(request, Launch) and allowed:
                 self.launched.add(request.job_id)
-            self._unanswered.append((seq, allowed))
+                self._uids.setdefault(request.job_id, set()).add(request.uid)
+            self._unanswered.append((seq, request.op if allowed else ""))
             if step.wait:
                 self._hear_all()
         self._hear_all()
@@ -371,17 +405,25 @@ class Conversation:
                 continue
             if isinstance(reply, Launched) or (isinstance(reply, Adopted) and reply.alive):
                 self._running.add(seq)
-            # with one seq on several requests, a launch that may succeed is the one that did
+            # with one seq on several requests, one that may succeed is the one that did
             found = sorted(entry for entry in self._unanswered if entry[0] == seq)
             assert found, reply
-            if isinstance(reply, Launched):
-                assert found[-1][1], reply
-                self._surroundings.launched += 1
-                self._unanswered.remove(found[-1])
+            if isinstance(reply, Launched | Entered):
+                began = (seq, Launch.op if isinstance(reply, Launched) else Exec.op)
+                assert began in found, reply
+                self._surroundings.launched += isinstance(reply, Launched)
+                self._surroundings.entered += isinstance(reply, Entered)
+                self._unanswered.remove(began)
             else:
                 self._unanswered.remove(found[0])
 
-    def _allowed(self, request: Launch, step: Step) -> bool:
+    def _allowed(self, request: Launch | Exec, step: Step) -> bool:
+        if isinstance(request, Exec):
+            # what comes behind status is another file than in a launch
+            first_three = enumerate(step.descriptors[:3])
+            return request.uid in self._uids.get(request.job_id, ()) and all(
+                kind == "right" or place not in BAD[kind][0] for place, kind in first_three
+            )
         first = self._bench.settings.uid_first
         return (
             first <= request.uid < first + UIDS
@@ -456,5 +498,7 @@ def test_any_conversation(bench: Bench) -> None:
         while count == 0 or time.monotonic() < deadline:
             play()
             count += CONVERSATIONS
-        print(f"{count} conversations, {surroundings.launched} launches")
+        print(f"{count} conversations, {surroundings.launched} launches, {surroundings.entered} sessions")
         assert surroundings.launched
+        # a session takes a job that runs just then: one round may have none
+        assert surroundings.entered or count == CONVERSATIONS

@@ -31,9 +31,12 @@ from pjw.launcher.protocol import (
     Adopt,
     Adopted,
     ClientMeasured,
+    Connect,
     Departed,
     Done,
     Ended,
+    Entered,
+    Exec,
     Hello,
     JobIdPage,
     JobIds,
@@ -51,6 +54,7 @@ from pjw.launcher.protocol import (
     Remaining,
     Remains,
     Remove,
+    RemoveWorkspace,
     Request,
     SetShare,
     ShareSet,
@@ -156,15 +160,23 @@ class Peer:
             self._jobs.append(job_id)
         return reply
 
+    def exec(self, job_id: int, argv: Sequence[str] = ("sleep", "60"), **changes: Any) -> protocol.Reply:
+        """Ask for a session with descriptors as they should be."""
+        with ExitStack() as stack:
+            request = replace(Exec(job_id, self.uid), **changes)
+            files = self.descriptors(stack, command_file(argv), count=len(request.files))
+            return self.ask(request, files)
+
     def descriptors(self, stack: ExitStack, command: bytes = b"\0\0true\0", count: int = 4) -> Descriptors:
         """Those of a launch."""
         memory = os.memfd_create("command")
         os.write(memory, command)
         files = [os.open(self.bench.directory, os.O_TMPFILE | os.O_RDWR) for _ in range(count - 1)]
-        os.write(files[1], bytes(4096))
+        if len(files) > 1:
+            os.write(files[1], bytes(4096))
         for descriptor in (memory, *files):
             stack.callback(os.close, descriptor)
-        return [memory, *files]
+        return [memory, *files][:count]
 
     def words(self) -> str:
         """What the launcher has said."""
@@ -251,7 +263,7 @@ GARBAGE: Final = {
     "no seq": b'{"op":"job_ids","after":0}',
     "an op that is a list": b'{"op":[],"seq":1}',
     "a reply": protocol.encode(1, Done()),
-    "an unknown op": b'{"op":"exec","seq":1}',
+    "an unknown op": b'{"op":"shell","seq":1}',
     "an op of Python": b'{"op":"__class__","seq":1}',
     "a negative seq": changed(Adopt(1), seq=-1),
     "a seq that is true": changed(Adopt(1), seq=True),
@@ -278,6 +290,11 @@ GARBAGE: Final = {
         SetShare(1, Share()), share=SHARE | {"sums": SHARE["sums"] | {"pids_max": 1}}
     ),
     "a sum more": changed(SetShare(1, Share()), share=SHARE | {"sums": {}}),
+    "a session without a user": changed(Exec(1, 1), uid=None),
+    "a workspace that is a list": changed(Launch(1, 1, NO_LIMITS), workspace=["work"]),
+    "a workspace with a path": changed(RemoveWorkspace(1, "work"), path="/etc"),
+    "a workspace without a user": changed(RemoveWorkspace(1, "work"), uid=None),
+    "a session with a path": changed(Exec(1, 1), workdir="/"),
     "a negative user": changed(Launch(1, 1, NO_LIMITS), uid=-1),
 }
 
@@ -310,7 +327,7 @@ def test_an_empty_datagram_is_the_end(peer: Peer) -> None:
 
 @pytest.mark.parametrize(
     "request_",
-    [Launch(1, 1, NO_LIMITS), Kill(1, init_too=True), Remove(1), JobIds(0), OpenFile(0)],
+    [Launch(1, 1, NO_LIMITS), Kill(1, init_too=True), Remove(1), JobIds(0), OpenFile(0), Exec(1, 1)],
     ids=str,
 )
 def test_before_the_greeting(connect: Callable[..., Peer], bench: Bench, request_: Request) -> None:
@@ -318,7 +335,8 @@ def test_before_the_greeting(connect: Callable[..., Peer], bench: Bench, request
     peer = connect(greet=False)
     with ExitStack() as stack:
         peer.send(
-            protocol.encode(1, request_), peer.descriptors(stack) if isinstance(request_, Launch) else ()
+            protocol.encode(1, request_),
+            peer.descriptors(stack, count=protocol.descriptors_of(request_)),
         )
         assert "out of phase" in peer.ended_by_us()
     assert bench.remains() == []
@@ -391,17 +409,18 @@ def test_a_scratch_directory_of_somebody_else(connect: Callable[..., Peer], benc
 @pytest.mark.parametrize(
     ("count", "changes"),
     [
-        *((count, {}) for count in (0, 1, 3, 5, 6, 10)),
+        *((count, {}) for count in (0, 1, 3, 5, 6, 12)),
         *((count, {"split_stderr": True}) for count in (4, 5, 7)),
         *((count, {"input": True}) for count in (4, 6)),
+        *((count, {"artifacts": True}) for count in (4, 5, 7)),
     ],
 )
 def test_a_launch_with_the_wrong_number_of_descriptors(
     bench: Bench, peer: Peer, count: int, changes: dict[str, Any]
 ) -> None:
-    """Four, two more where stderr is kept apart, one more for input; no more and no fewer."""
+    """Four, two more for a stderr of its own, one more for input, two more for artifacts; no others."""
     with ExitStack() as stack:
-        descriptors = peer.descriptors(stack, count=10)[:count]
+        descriptors = peer.descriptors(stack, count=12)[:count]
         peer.send(protocol.encode(1, Launch(1, peer.uid, NO_LIMITS, **changes)), descriptors)
         peer.ended_by_us()
     assert bench.remains() == []
@@ -451,8 +470,8 @@ def _pipe(stack: ExitStack, directory: Path) -> int:
 
 # the places of what comes with a launch
 EVERY: Final = tuple(range(protocol.MAX_DESCRIPTORS))
-WRITTEN: Final = EVERY[1:-1]
-READ: Final = (EVERY[0], EVERY[-1])
+WRITTEN: Final = (*EVERY[1:6], EVERY[7])
+READ: Final = (EVERY[0], EVERY[6], *EVERY[8:])
 BAD: Final[dict[str, tuple[tuple[int, ...], Callable[[ExitStack, Path], int]]]] = {
     "socket": (EVERY, _socket),
     "pipe": (EVERY, _pipe),
@@ -478,7 +497,8 @@ def test_a_launch_with_a_descriptor_of_the_wrong_kind(
     with ExitStack() as stack:
         descriptors = peer.descriptors(stack, count=protocol.MAX_DESCRIPTORS)
         descriptors[place] = BAD[kind][1](stack, bench.directory)
-        reply = peer.ask(Launch(1, peer.uid, NO_LIMITS, split_stderr=True, input=True), descriptors)
+        launch = Launch(1, peer.uid, NO_LIMITS, split_stderr=True, input=True, upload=True, artifacts=True)
+        reply = peer.ask(launch, descriptors)
     assert isinstance(reply, Refused)
     assert reply.kind == "invalid"
     assert bench.remains() == []
@@ -531,6 +551,161 @@ def test_a_command_that_is_none(bench: Bench, peer: Peer, command: bytes, error:
     assert isinstance(reply, Refused)
     assert error is None or (reply.kind, reply.errno) == ("exec", error)
     assert bench.remains() == []
+
+
+# --- sessions
+
+
+@pytest.mark.parametrize(
+    ("count", "changes"),
+    [
+        *((count, {}) for count in (0, 1, 3, 5, 7)),
+        *((count, {"split_stderr": True}) for count in (4, 6)),
+        *((count, {"split_stderr": True, "input": True}) for count in (4, 5, 7)),
+    ],
+)
+def test_a_session_with_the_wrong_number_of_descriptors(
+    bench: Bench, peer: Peer, count: int, changes: dict[str, Any]
+) -> None:
+    """Four, one more where stderr is kept apart, one more for input."""
+    with ExitStack() as stack:
+        descriptors = peer.descriptors(stack, count=10)[:count]
+        peer.send(protocol.encode(1, Exec(1, peer.uid, **changes)), descriptors)
+        peer.ended_by_us()
+    assert bench.remains() == []
+
+
+@pytest.mark.parametrize(
+    ("place", "kind"),
+    [(place, kind) for kind, (places, _) in BAD.items() for place in range(6) if place in places],
+)
+def test_a_session_with_a_descriptor_of_the_wrong_kind(
+    bench: Bench, peer: Peer, place: int, kind: str
+) -> None:
+    """As with a launch; what the session is told it reads alone."""
+    if kind == "write only" or (place in (4, 5) and kind in ("read only", "path", "passwd")):
+        place = 4 if kind == "write only" else 3
+    assert isinstance(peer.launch(1), Launched)
+    with ExitStack() as stack:
+        descriptors = peer.descriptors(stack, count=6)
+        descriptors[place] = BAD[kind][1](stack, bench.directory)
+        reply = peer.ask(Exec(1, peer.uid, split_stderr=True, input=True), descriptors)
+    assert isinstance(reply, Refused)
+    assert reply.kind == "invalid"
+    assert isinstance(peer.exec(1), Entered)
+
+
+@pytest.mark.parametrize("offset", [1, 9, -1, 10, None])
+def test_a_session_of_another_user(peer: Peer, offset: int | None) -> None:
+    """Neither root, nor nobody's, nor another client's: only that of the user whose job it is."""
+    assert isinstance(peer.launch(1), Launched)
+    for uid in [0, 2**32, 2**32 + peer.uid] if offset is None else [peer.uid + offset]:
+        reply = peer.exec(1, uid=uid)
+        assert isinstance(reply, Refused)
+        assert reply.kind == "invalid"
+    assert isinstance(peer.exec(1), Entered)
+
+
+def test_a_session_in_no_running_job(bench: Bench, peer: Peer) -> None:
+    """None that is waited for, none that has ended, none that was never there, no stray."""
+    assert isinstance(peer.launch(1), Launched)
+    wait_for(lambda: 2 in waiting_inits(bench.state))
+    for job_id in (2, 5, JOB_ID_MAX):
+        reply = peer.exec(job_id)
+        assert isinstance(reply, Refused)
+        assert reply.kind == "state"
+    for job_id in (0, JOB_ID_MAX + 1):
+        assert isinstance(peer.exec(job_id), Refused)
+    # nor one whose init has its order, and has not executed the command yet
+    init = waiting_inits(bench.state)[2]
+    os.kill(init, signal.SIGSTOP)
+    with ExitStack() as stack:
+        launch = Launch(2, peer.uid, NO_LIMITS)
+        peer.send(protocol.encode(7, launch), peer.descriptors(stack, command_file(["sleep", "60"])))
+    peer._jobs.append(2)
+    reply = peer.exec(2)
+    assert isinstance(reply, Refused)
+    assert reply.kind == "state"
+    os.kill(init, signal.SIGCONT)
+    assert isinstance(peer.hear(), Launched)
+    assert isinstance(peer.exec(2), Entered)
+    assert isinstance(peer.launch(3, ["sh", "-c", "echo >file"]), Launched)
+    assert isinstance(peer.hear(), Ended)
+    reply = peer.exec(3)
+    assert isinstance(reply, Refused)
+    assert reply.kind == "state"
+
+
+def test_a_session_in_a_job_of_another_pjw(bench: Bench, connect: Callable[..., Peer]) -> None:
+    """A launcher that has neither launched nor adopted a job has no session in it."""
+    first = connect()
+    assert isinstance(first.launch(1), Launched)
+    first.hang_up()
+    heir = connect()
+    reply = heir.exec(1)
+    assert isinstance(reply, Refused)
+    assert reply.kind == "state"
+    assert heir.ask(Adopt(1)) == Adopted(alive=True, known=True)
+    assert isinstance(heir.exec(1), Entered)
+    heir.ask(Kill(1, init_too=True))
+    while heir.ask(Remove(1)) != Done():
+        pass
+
+
+def test_what_a_session_may_not_have(connect: Callable[..., Peer], bench: Bench) -> None:
+    """More output than the ceiling, more sessions than there may be; and no descriptor stays behind."""
+    peer = connect(ceiling=NO_LIMITS.with_overrides({"output_max_bytes": 1000}))
+    assert isinstance(peer.launch(1, limits=NO_LIMITS.with_overrides({"output_max_bytes": 10})), Launched)
+    for most in (0, 1001, 2**62):
+        reply = peer.exec(1, output_max_bytes=most)
+        assert isinstance(reply, Refused)
+        assert reply.kind == "invalid"
+    for seconds in (0, 2**31):
+        assert isinstance(peer.exec(1, output_max_bytes=10, grace_seconds=seconds), Refused)
+    # a terminal has one output
+    assert isinstance(peer.exec(1, output_max_bytes=10, terminal=True, split_stderr=True), Refused)
+    assert isinstance(peer.launch(9, terminal=True, split_stderr=True), Refused)
+    wait_for(lambda: len(waiting_ids(bench.state)) == WAITING_INITS)
+    before = peer.open_descriptors()
+    for _ in range(5):
+        assert isinstance(peer.exec(1, ["/nonexistent"], output_max_bytes=10), Refused)
+    for _ in range(16):
+        assert isinstance(peer.exec(1, output_max_bytes=10), Entered)
+    reply = peer.exec(1, output_max_bytes=10)
+    assert isinstance(reply, Refused)
+    assert reply.kind == "state"
+    # an init that waits may have reported its pidfd since
+    assert before + 16 <= peer.open_descriptors() <= before + 16 + WAITING_INITS
+    # init and its command, a session's two processes each
+    assert len((bench.cgroups(1)[0] / "cgroup.procs").read_text().split()) == 2 + 2 * 16
+
+
+def test_a_connection_of_another_user(bench: Bench, peer: Peer) -> None:
+    """As with a session: only that of the job's user, only in a job that runs; and only to what is a port."""
+    listen = "import socket,time; s=socket.create_server(('127.0.0.1', 8080)); time.sleep(60)"
+    assert isinstance(peer.launch(1, ["/usr/bin/python3", "-c", listen]), Launched)
+    for uid in (0, peer.uid + 1, peer.uid - 1, 2**32 + peer.uid):
+        reply = peer.ask(Connect(1, uid, 8080))
+        assert isinstance(reply, Refused)
+        assert reply.kind == "invalid"
+    for port in (0, 65_536, 2**32 + 8080):
+        reply = peer.ask(Connect(1, peer.uid, port))
+        assert isinstance(reply, Refused)
+        assert reply.kind == "invalid"
+    wait_for(lambda: 2 in waiting_ids(bench.state))
+    for job_id in (2, 5):
+        reply = peer.ask(Connect(job_id, peer.uid, 8080))
+        assert isinstance(reply, Refused)
+        assert reply.kind == "state"
+    wait_for(lambda: len(waiting_ids(bench.state)) == WAITING_INITS)
+    before = peer.open_descriptors()
+    for _ in range(20):
+        reply = peer.ask(Connect(1, peer.uid, 9))
+        assert isinstance(reply, Refused)
+        assert (reply.kind, reply.errno) == ("connect", errno.ECONNREFUSED)
+    wait_for(lambda: isinstance(peer.ask(Connect(1, peer.uid, 8080)), Opened))
+    # an init that waits may have reported its pidfd since
+    assert peer.open_descriptors() <= before + WAITING_INITS
 
 
 # --- more than the policy

@@ -58,6 +58,20 @@ def check(seen: dict[str, dict[str, Any]]) -> None:
     assert isinstance(job["id"], str)
     assert job["id"].isdecimal()
     assert bytes.fromhex(seen["logs"]["hex"]) == bytes(range(256))
+    entered = seen["exec"]
+    assert entered["output"].endswith("44 102\r\ngot words\r\n")
+    assert (entered["session"]["exit_code"], entered["session"]["state"]) == (3, "JOB_STATE_EXITED")
+    assert seen["exec of what is not there"]["details"].startswith("cannot execute /no/such: ")
+    left, back = seen["attach"]["first"], seen["attach"]["second"]
+    # what was typed, and what was shown, before and after: nothing twice, and nothing missing
+    assert [(each["offset"], each["output"]) for each in (left, back)] == [
+        ("0", "got one\r\n"),
+        ("4", "44 102\r\nthen two\r\n"),
+    ]
+    assert seen["attach"]["session"]["exit_code"] == 4
+    assert seen["forward"] == {"output": "WORDS"}
+    assert seen["forward to nobody"]["code"] == "FAILED_PRECONDITION"
+    assert "connection refused" in seen["forward to nobody"]["details"]
     stopped = seen["stop"]["job"]
     assert (stopped["state"], stopped["reason"], stopped["signal"]) == (
         "JOB_STATE_EXITED",
@@ -65,9 +79,26 @@ def check(seen: dict[str, dict[str, Any]]) -> None:
         signal.SIGTERM,
     )
     assert seen["get"]["job"] == stopped
+    changes = seen["changes"]
+    assert [each["job"]["state"] for each in changes["all"]] == ["JOB_STATE_QUEUED", "JOB_STATE_EXITED"]
+    assert changes["rest"] == changes["all"][1:]
+    assert isinstance(changes["rest"][0]["sequence"], str)
     assert stopped["exit_code"] == 128 + signal.SIGTERM
     assert stopped["output_bytes"] == "256"
 
+    held = seen["submit"]["job"]
+    assert (held["state"], held["priority"], held["held"]) == ("JOB_STATE_QUEUED", 7, True)
+    assert held.get("start") is None
+    assert seen["hold"]["job"] == held
+    cancelled = seen["stop in the queue"]["job"]
+    assert (cancelled["state"], cancelled["reason"]) == ("JOB_STATE_EXITED", "END_REASON_CANCELLED")
+    assert cancelled.get("start") is None
+    assert "exit_code" not in cancelled
+    assert seen["release of what has ended"] == {
+        "code": "FAILED_PRECONDITION",
+        "details": f"cannot release job {held['id']}: it does not wait in the queue (any more)",
+        "hint": [],
+    }
     assert seen["delete of what runs"] == {
         "code": "FAILED_PRECONDITION",
         "details": f"cannot remove job {job['id']}: it has not ended",
@@ -83,7 +114,7 @@ def check(seen: dict[str, dict[str, Any]]) -> None:
 
 
 def test_a_session_by_the_proto(service: Service) -> None:
-    """Start, logs, stop, get, every byte and every error, with nothing but the .proto file."""
+    """Start, exec, attach, forward, logs, stop, get, bytes and errors, by nothing but the .proto file."""
     check(session(service, "proto", str(ROOT / "src")))
 
 

@@ -25,6 +25,7 @@ from pjw.certs import authority
 from pjw.server import connections
 from pjw.server import metrics as metrics_module
 from pjw.v1 import job_worker_pb2 as pb
+from tests.disks import disk_with_queue
 from tests.service import Service, reloaded, wait_for
 from tests.uploads import upload
 
@@ -405,6 +406,19 @@ def checked(service: Service, *extra: str) -> tuple[int, str]:
     done = subprocess.run(command, capture_output=True, timeout=SECONDS, check=False)
     assert done.stderr == b""
     return done.returncode, done.stdout.decode()
+
+
+@pytest.mark.parametrize(("usec", "warned"), [(75_000, True), (2000, False)])
+def test_check_warns_of_long_write_back(
+    make_service: Callable[..., Service], usec: int, *, warned: bool
+) -> None:
+    """Where the kernel queues writes for so long that they hold up the service; it names the setting."""
+    with disk_with_queue(64, {"wbt_lat_usec": str(usec)}) as disk:
+        text = checked(make_service(config=f'scratch_dir = "{disk}"\n'))[1]
+        number = disk.stat().st_dev
+        device = os.path.basename(os.path.realpath(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}"))
+        assert (f"disk {device}: jobs' writes may hold up" in text) is warned, text
+        assert (f"echo 2000 > /sys/block/{device}/queue/wbt_lat_usec" in text) is warned, text
 
 
 def test_check_judges_the_configuration(make_service: Callable[..., Service]) -> None:

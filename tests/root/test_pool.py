@@ -45,6 +45,11 @@ def unmount(path: Path) -> None:
     subprocess.run(["umount", path], check=True)
 
 
+def forbid_programs(path: Path) -> None:
+    """Change the mount there."""
+    subprocess.run(["mount", "-o", "remount,bind,noexec", path], check=True)
+
+
 def mount_file(path: Path, words: str) -> None:
     """Mount a file system there with a file that any user may read."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "pjw-test", path], check=True)
@@ -130,6 +135,20 @@ async def test_what_the_host_unmounts_is_let_go_of(bench: Bench, disk: Path) -> 
     assert all(str(disk) in mounts_of(pid) for pid in pids)
     unmount(disk)
     wait_for(lambda: not any(str(disk) in mounts_of(pid) for pid in pids))
+
+
+async def test_what_the_host_forbids_of_a_mount_is_forbidden_to_the_next_job(
+    bench: Bench, disk: Path
+) -> None:
+    """A mount that is changed is another one, for inits that wait and for the template of the next."""
+    worker = await bench.open(visible_paths=(str(disk),))
+    mount_file(disk, "#!/bin/sh\n")
+    (disk / "file").chmod(0o755)
+    bench.directory.chmod(0o755)
+    assert (await run(worker, f"{disk}/file; echo $?"))[1] == b"0\n"
+    waiting(bench)
+    forbid_programs(disk)
+    assert (await run(worker, f"{disk}/file 2>/dev/null; echo $?"))[1] == b"126\n"
 
 
 async def test_an_init_that_was_killed_while_it_waited(bench: Bench, worker: Worker) -> None:

@@ -164,9 +164,7 @@ async def test_one_client_follows_more_than_a_connection_bears(make_service: Cal
     """Streams for each connection are few, and the library makes as many connections as it needs."""
     service = make_service(config="[port]\nstreams_per_connection_max = 10\n").start()
     job_id = service.start_job("echo hello; sleep 1000")
-    certs = service.certs
-    files = [str(certs / name) for name in ("ca.crt", "alice.crt", "alice.key")]
-    async with AsyncClient(service.address, *files) as client:
+    async with AsyncClient(service.address, *service.files()) as client:
         streams = [client.logs(job_id) for _ in range(50)]
         for stream in streams:
             assert await anext(stream) == b"hello\n"

@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from pjw.errors import LaunchError, LimitReachedError, NameTakenError
-from pjw.model import KNOWN_STATES, EndReason, JobSpec, JobState
+from pjw.model import KNOWN_STATES, EndReason, JobSpec, JobState, QueueSpec
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker import Worker
 from pjw.worker.pages import JobFilter
@@ -181,6 +181,7 @@ async def test_states_are_those_of_the_moment(worker: Worker) -> None:
     stop = asyncio.ensure_future(worker.stop(stopping.id, grace_seconds=300))
     go.clear()
     starting = asyncio.ensure_future(start(worker, NAP))
+    waiting = await worker.start(JobSpec(NAP, queue=QueueSpec(held=True)))
     async with asyncio.timeout(20):
         while (await worker.get(stopping.id)).state is not JobState.STOPPING or worker.live_count != 3:
             await asyncio.sleep(0.01)
@@ -193,11 +194,12 @@ async def test_states_are_those_of_the_moment(worker: Worker) -> None:
     await worker.stop(stopping.id, grace_seconds=0)
     await stop
     assert found == {
-        JobState.STARTING: [stopping.id + 1],
+        JobState.STARTING: [(await starting).id],
         JobState.RUNNING: [running.id],
         JobState.STOPPING: [stopping.id],
         JobState.EXITED: [ended.id],
         JobState.LOST: [],
+        JobState.QUEUED: [waiting.id],
     }
 
 

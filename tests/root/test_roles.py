@@ -6,6 +6,7 @@ from typing import Any, Final
 import grpc
 import pytest
 
+from pjw.model import JobSpec
 from pjw.v1 import job_worker_pb2 as pb
 from tests.service import Service, ask
 
@@ -47,6 +48,25 @@ def test_a_viewer_looks_and_an_admin_also_stops(staffed: Service) -> None:
     assert staffed.refused("--all", "rm", job_id, client="vic") == (1, DENIED.format("vic", "Delete"))
     assert staffed.ok("--all", "rm", job_id, client="ann") == f"{job_id}\n"
     assert staffed.refused("get", job_id) == (1, f"pjw: error: no job {job_id}\n")
+
+
+def test_workspaces_of_every_client(staffed: Service) -> None:
+    """A role shows names and sizes; it neither removes them nor opens them to jobs of its own."""
+    for client in ("alice", "bob", "vic"):
+        with staffed.client(client) as library:
+            library.wait(library.start(JobSpec("echo secret > file", workspace="work")).id)
+    for client in ("vic", "ann"):
+        listed = staffed.ok("--all", "workspace", "ls", client=client)
+        assert listed == "alice/work\nbob/work\nvic/work\n"
+    assert '"clientName": "bob"' in staffed.ok("--all", "workspace", "ls", "--format", "json", client="ann")
+    assert staffed.ok("workspace", "ls", client="vic") == "work\n"
+    assert staffed.ok("workspace", "ls", client="ann") == ""
+    assert staffed.refused("--all", "workspace", "ls") == (1, DENIED.format("alice", "ListWorkspaces"))
+    assert staffed.refused("--all", "workspace", "rm", "work", client="ann")[1] == (
+        "pjw: error: no workspace work\nhint: pjw workspace ls\n"
+    )
+    assert staffed.ok("run", "--workspace", "work", "ls", client="ann") == ""
+    assert staffed.ok("workspace", "ls") == "work\n"
 
 
 def test_a_role_that_is_not_asked_for_is_none(staffed: Service) -> None:

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Final
 
 from pjw.v1 import job_worker_pb2 as pb
-from tests.service import BIN, METHODS, Service, ask, wait_for
+from tests.service import BIN, CALL_SECONDS, METHODS, Service, ask, wait_for
 
 TESTS: Final = Path(__file__).parents[1]
 LIMIT_FILES: Final = (
@@ -142,8 +142,16 @@ def test_certificates_are_given_as_options(service: Service) -> None:
 def test_every_method_answers_over_grpc(service: Service) -> None:
     """Each method works with nothing but a certificate: no token, no header."""
     job_id, ended = service.start_job("echo hello; sleep 300"), service.start_job("true")
+    service.ok("run", "--workspace", "kept", "true")
+    held = pb.SubmitRequest(jobs=[pb.QueuedJob(start=pb.StartRequest(command="true"), held=True)])
+    with service.stub() as stub:
+        waiting = stub.Submit(held, timeout=CALL_SECONDS).jobs[0].id
     requests = {
         "Start": pb.StartRequest(command="true"),
+        "Submit": held,
+        "Hold": pb.HoldRequest(id=waiting),
+        "Release": pb.ReleaseRequest(id=waiting),
+        "Exec": pb.ExecRequest(id=job_id, command="true"),
         "Get": pb.GetRequest(id=job_id),
         "List": pb.ListRequest(),
         "Stop": pb.StopRequest(id=job_id),
@@ -151,10 +159,14 @@ def test_every_method_answers_over_grpc(service: Service) -> None:
         "Wait": pb.WaitRequest(id=ended),
         "GetUsageHistory": pb.GetUsageHistoryRequest(id=ended),
         "GetQuota": pb.GetQuotaRequest(),
+        "ListWorkspaces": pb.ListWorkspacesRequest(),
+        "RemoveWorkspace": pb.RemoveWorkspaceRequest(name="kept"),
         "Delete": pb.DeleteRequest(id=job_id),
     }
-    # these two do not end by themselves: root/test_usage.py and root/test_input.py
-    assert {*requests, "WatchUsage", "WriteInput"} == {name for name, _ in METHODS}
+    # some do not end by themselves, some need more than a job: test_usage.py, test_watch.py, test_input.py,
+    # test_terminals.py, test_forward.py, test_queue_service.py
+    others = {"WatchUsage", "WatchJobs", "WriteInput", "Resize", "Forward", "Submit", "Hold", "Release"}
+    assert {*requests, *others} == {name for name, _ in METHODS}
     with service.channel() as channel:
         answers = {
             name: ask(channel, name, requests[name].SerializeToString())

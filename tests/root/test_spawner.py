@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -53,11 +54,11 @@ class Spawner:
         )
         self.requests.sendmsg([words], rights)
 
-    def init(self) -> tuple[socket.socket, list[int]]:
+    def init(self, more: bytes = b"") -> tuple[socket.socket, list[int]]:
         """Have an init made; its report socket, and a pidfd of it, which it reports."""
         report, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            self.request(WAITING, [theirs.fileno()])
+            self.request(WAITING + more, [theirs.fileno()])
         wait_readable(report.fileno(), "a report")
         words, descriptors, _, _ = socket.recv_fds(report, 512, 1)
         assert words.split()[0] in (b"cloned", b"failed"), words
@@ -99,6 +100,11 @@ def launchers_spawner() -> int:
     found = spawner_of(launcher)
     assert found is not None
     return found
+
+
+def do(*command: str) -> None:
+    """Run a program as root on the host."""
+    subprocess.run(command, check=True)
 
 
 @contextmanager
@@ -166,6 +172,33 @@ async def test_an_init_has_nothing_of_its_spawner_s(bench: Bench, worker: Worker
     await worker.stop(job.id, grace_seconds=0)
 
 
+async def test_it_has_the_mounts_that_jobs_are_shown(bench: Bench) -> None:
+    """And no other disk of the host, which stays free to go; one that has gone it lets go of at once."""
+    points = [bench.directory / name for name in ("shown", "other")]
+    disks = []
+    try:
+        for point in points:
+            point.mkdir()
+            do("mount", "-t", "tmpfs", "-o", "size=64k", "pjw-test", str(point))
+            device = point.stat().st_dev
+            disks.append(f" {os.major(device)}:{os.minor(device)} ")
+        worker = await bench.open(visible_paths=(str(points[0]),))
+        await run(worker, ["true"])
+        first = launchers_spawner()
+        table = Path(f"/proc/{first}/mountinfo").read_text()
+        assert disks[0] in table
+        assert disks[1] not in table
+        do("umount", str(points.pop(0)))
+        wait_for(lambda: not Path(f"/proc/{first}").exists())
+        await run(worker, ["true"])
+        # not by its device: the next file system may have that number again
+        assert " pjw-test " not in Path(f"/proc/{launchers_spawner()}/mountinfo").read_text()
+        await bench.close(worker)
+    finally:
+        for point in points:
+            do("umount", str(point))
+
+
 async def test_it_ends_with_its_launcher(bench: Bench) -> None:
     """A launcher that ends, in whatever way, has its socket closed."""
     worker = await bench.open()
@@ -228,6 +261,30 @@ def test_what_is_no_request_ends_it(spawner: Spawner, words: bytes, descriptors:
         theirs.close()
         # when it could be told on what: never that an init was cloned
         assert not report.recv(512).startswith(b"cloned")
+
+
+def test_it_has_one_template(spawner: Spawner, tmp_path: Path) -> None:
+    """Inits are made in what the first request says; for other mounts the launcher starts another spawner."""
+    mounts = b"--mount\0/\0"
+    for _ in range(2):
+        report, (pidfd,) = spawner.init(mounts)
+        report.close()
+        assert collect(pidfd) == 0
+    # the template's own root, and the host's in it
+    points = [line.split()[4] for line in Path(f"/proc/{spawner.pid}/mountinfo").read_text().splitlines()]
+    assert sorted(points) == ["/", "/host/0"]
+    report, _ = spawner.init(mounts + b"--mount\0" + bytes(tmp_path) + b"\0")
+    report.close()
+    assert spawner.end() == EXIT_SETUP
+
+
+@pytest.mark.parametrize("told", ["/etc", "etc"])
+def test_the_root_of_a_template_comes_first(spawner: Spawner, told: str) -> None:
+    """Without it no path of the host's could be found."""
+    report, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with report, theirs:
+        spawner.request(WAITING + b"--mount\0" + told.encode() + b"\0", [theirs.fileno()])
+        assert spawner.end() == EXIT_SETUP
 
 
 def test_credentials_are_no_descriptors(binary: Path) -> None:

@@ -123,9 +123,15 @@ def test_followers_that_join_at_any_time_see_the_same_bytes(service: Service, co
     follow_at_any_time(service, size, count, sha256_of(size), 60)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("count", [1, 8, 50])
+@pytest.mark.parametrize(
+    "count",
+    [
+        pytest.param(1, marks=pytest.mark.slow),
+        pytest.param(8, marks=pytest.mark.slow),
+        pytest.param(50, marks=pytest.mark.long),
+    ],
+)
 def test_a_gigabyte_is_exact_for_one_eight_and_fifty(
     make_service: Callable[..., Service], count: int
 ) -> None:

@@ -23,12 +23,12 @@ def open_top(service: Service, *arguments: str, client: str = "alice", **env: st
 
 
 @pytest.fixture
-def jobs(service: Service) -> Iterator[list[str]]:
-    """Two jobs of alice's: one that computes, one that writes; their ids."""
-    ids = [service.ok("start", command).strip() for command in (BUSY, WRITES)]
+def jobs(idle_service: Service) -> Iterator[list[str]]:
+    """The only jobs of alice's that run: one that computes, one that writes; their ids."""
+    ids = [idle_service.ok("start", command).strip() for command in (BUSY, WRITES)]
     yield ids
     for job_id in ids:
-        service.ok("stop", job_id)
+        idle_service.ok("stop", job_id)
 
 
 def line_of(job_id: str, screen: str) -> str:
@@ -56,6 +56,22 @@ def test_top_shows_commands_at_80_columns(service: Service, jobs: list[str]) -> 
         assert "PIDS" not in top.text
         top.type("q")
         assert top.wait_for_end() == 0
+
+
+def test_top_shows_what_waits(make_service: Callable[..., Service]) -> None:
+    """Jobs of the queue have a state and no usage, and are counted apart."""
+    service = make_service().start()
+    runs = service.ok("start", "echo mark; sleep 300").strip()
+    waits = service.ok("start", "--hold", "echo later").strip()
+    with open_top(service) as top:
+        screen = top.wait_until(lambda text: " 1 jobs, 1 in the queue" in text and line_of(waits, text))
+        assert re.search(r" queued +\d+s +echo later", line_of(waits, screen))
+        assert re.search(r" running .* % ", line_of(runs, screen))
+        service.ok("release", waits)
+        top.wait_until(lambda text: not line_of(waits, text) and "in the queue" not in text)
+        top.type("q")
+        assert top.wait_for_end() == 0
+    service.ok("stop", runs)
 
 
 def test_top_stops_a_job_only_when_it_is_wanted(service: Service, jobs: list[str]) -> None:
@@ -93,6 +109,61 @@ def test_top_follows_the_output_of_a_job(service: Service, jobs: list[str]) -> N
         top.wait_until(lambda text: "round 2\n" not in text)
         top.type("q")
         assert top.wait_for_end() == 0
+
+
+def has_prompt(screen: str) -> bool:
+    """Whether a shell waits. What top has drawn may still be beside its prompt: pyte has no second screen."""
+    return re.search(r"[$#]( |$)", screen, re.MULTILINE) is not None
+
+
+@pytest.mark.parametrize("shell", ["/opt/elsewhere/bash", "/no/such/shell", ""])
+def test_top_opens_a_shell_in_a_job(service: Service, jobs: list[str], shell: str) -> None:
+    """One's own by its name, or /bin/sh, of the terminal's size; afterwards top is there again (issue 15)."""
+    _, writing = jobs
+    environment = service.environment() | ({"SHELL": shell} if shell else {})
+    with Terminal([str(BIN / "pjw"), "top"], environment, columns=80, lines=30) as top:
+        # the keys fit into 80 columns
+        top.wait_until(lambda text: line_of(writing, text) and text.endswith("e shell  o order  q quit"))
+        before = top.settings
+        top.type("\x1b[B")
+        top.type("e")
+        top.wait_until(has_prompt)
+        top.type("stty size; echo in job $PJW_JOB_ID; tr '\\0' ' ' </proc/$$/cmdline\r")
+        top.wait_for("30 80", f"in job {writing}", "bash " if "bash" in shell else "sh ")
+        top.type("exit 3\r")
+        # all is drawn anew
+        top.wait_until(
+            lambda text: f"in job {writing}" not in text and line_of(writing, text) and "e shell" in text
+        )
+        assert top.settings == before
+        # keys are top's own again
+        top.type("k")
+        top.wait_until(lambda text: f"Kill job {writing}: " in text)
+        top.type("n")
+        top.wait_until(lambda text: "[y/n]" not in text)
+        top.type("q")
+        assert top.wait_for_end() == 0
+
+
+def test_top_says_why_it_opens_no_shell(service: Service) -> None:
+    """And stays. Whoever leaves a shell, which goes on, comes back as well."""
+    job_id = service.ok("start", "--pids", "4", "exec sleep 600").strip()
+    try:
+        with open_top(service) as top:
+            top.wait_until(lambda text: line_of(job_id, text))
+            top.type("e")
+            top.wait_until(has_prompt)
+            top.type("echo in ''job\r")
+            top.wait_for("in job")
+            top.type("~.")
+            top.wait_until(lambda text: "in job" not in text and line_of(job_id, text))
+            # there is room for no more processes now
+            top.type("e")
+            top.wait_for("no shell: cannot ")
+            top.type("q")
+            assert top.wait_for_end() == 0
+    finally:
+        service.ok("stop", job_id)
 
 
 def test_nothing_that_a_job_is_called_or_writes_steers_the_terminal(service: Service) -> None:

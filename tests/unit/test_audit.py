@@ -110,6 +110,8 @@ def test_every_error_is_a_code_without_its_words(tmp_path: Path, kind: type[Base
     """The name that the client is told, INTERNAL for a bug of ours, CANCELLED for who has gone."""
     made: dict[object, Callable[[], BaseException]] = {
         errors.JobNotFoundError: lambda: errors.JobNotFoundError(7),
+        errors.SessionNotFoundError: lambda: errors.SessionNotFoundError(7, 1),
+        errors.WorkspaceBusyError: lambda: errors.WorkspaceBusyError("secret", workspace="secret"),
         errors.LaunchError: lambda: errors.LaunchError("secret", 2),
         errors.WorkdirError: lambda: errors.WorkdirError("secret", 2),
         errors.KernelError: lambda: errors.KernelError("secret", "secret", 5),

@@ -11,11 +11,22 @@ from pjw.v1 import job_worker_pb2 as pb
 
 ROLES = Roles(admins=frozenset({"alice", "key-0123456789abcdef"}), viewers=frozenset({"bob"}))
 METHODS = pb.DESCRIPTOR.services_by_name["JobWorkerService"].methods
-LOOKING = {"Get", "List", "Logs", "Wait", "GetUsageHistory", "WatchUsage", "GetQuota"}
+LOOKING = {
+    "Get",
+    "List",
+    "Logs",
+    "Wait",
+    "GetUsageHistory",
+    "WatchUsage",
+    "WatchJobs",
+    "GetQuota",
+    "ListWorkspaces",
+}
+CHANGING = {"Stop", "Delete", "Hold", "Release"}
 # client, and the methods that it may use on the jobs of every client
 MAY = {
-    "alice": {*LOOKING, "Stop", "Delete"},
-    "key-0123456789abcdef": {*LOOKING, "Stop", "Delete"},
+    "alice": {*LOOKING, *CHANGING},
+    "key-0123456789abcdef": {*LOOKING, *CHANGING},
     "bob": LOOKING,
     "carol": set(),
     "Alice": set(),
@@ -52,12 +63,22 @@ def test_without_a_configuration_nobody_has_a_role() -> None:
 def test_every_method_on_jobs_is_in_the_table() -> None:
     """A method that names or lists jobs has the field all_clients and a row.
 
-    Start has neither; nor has WriteInput: what a job reads is its owner's matter alone.
+    Start and Submit have neither; nor have WriteInput, Exec, Resize and Forward: what a job reads and runs is
+    its owner's alone. So is the removal of a workspace.
     """
     assert {method.name for method in METHODS if "all_clients" in method.input_type.fields_by_name} == set(
         ALL_CLIENTS
     )
-    assert set(ALL_CLIENTS) == {method.name for method in METHODS} - {"Start", "WriteInput"}
+    owners = {
+        "Start",
+        "Submit",
+        "WriteInput",
+        "Exec",
+        "Resize",
+        "Forward",
+        "RemoveWorkspace",
+    }
+    assert set(ALL_CLIENTS) == {method.name for method in METHODS} - owners
     assert all(Role.ADMIN in roles for roles in ALL_CLIENTS.values())
 
 

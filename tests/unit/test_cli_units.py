@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pjw.cli import units
+from pjw.cli.subcommands import size_or_pattern
 
 
 @pytest.mark.parametrize(
@@ -46,6 +47,11 @@ from pjw.cli import units
         (units.signal_number, "SIGUSR1", 10),
         (units.key_and_value, "a=b=c", ("a", "b=c")),
         (units.key_and_value, "a", ("a", "")),
+        (size_or_pattern, "10B", 10),
+        (size_or_pattern, ".5M", 512 * 1024),
+        (size_or_pattern, "./.5M", ".5M"),
+        (size_or_pattern, "./5M/", "5M"),
+        (size_or_pattern, "dist/**", "dist/**"),
     ],
 )
 def test_what_is_typed_has_its_value(parse: Callable[[str], object], text: str, value: object) -> None:
@@ -66,6 +72,8 @@ def test_what_is_typed_has_its_value(parse: Callable[[str], object], text: str, 
         *((units.millicores, text, "0.5 or 2") for text in ("", "half", "-1", "1.", ".", "1e3", "٣")),
         (units.millicores, "0.0001", "is not a whole number of thousandths"),
         *((units.count, text, "100") for text in ("", "-1", "1.5", "²", "many", "9" * 19)),
+        (size_or_pattern, "10Q", "256M or 1.5G; a pattern of files would be ./10Q"),
+        (size_or_pattern, "../x", "not in the job's workspace or own directory"),
         *((units.signal_number, text, "INT") for text in ("", "0", "32", "TERMINATE", "RTMIN", "-9", "²")),
     ],
 )

@@ -20,11 +20,11 @@ PARTS: Final = sorted(
     path.removesuffix(".py")
     for path in CLIENT["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"].values()
 )
-# Every module of the client but `pjw.cli.top`, which needs what the extra brings.
+# Every module of the client but `pjw.cli.top` and `pjw.cli.agents`, which need what the extras bring.
 IMPORT_ALL: Final = """\
 import importlib, pkgutil, sys, pjw
 for module in pkgutil.walk_packages(pjw.__path__, "pjw."):
-    if module.name not in ("pjw.cli.top", "pjw.cli.stats"):
+    if module.name not in ("pjw.cli.top", "pjw.cli.stats", "pjw.cli.agents"):
         importlib.import_module(module.name)
 import pjw.cli.stats
 print(*sorted({name.partition(".")[0] for name in sys.modules} - sys.stdlib_module_names))
@@ -45,10 +45,11 @@ def test_each_file_is_in_one_wheel() -> None:
         for path in (ROOT / "src/pjw").rglob("*")
         if path.is_file()
         and "__pycache__" not in path.parts
+        and not path.is_relative_to(ROOT / "src/pjw/launcher/archive")
         and not path.is_relative_to(ROOT / "src/pjw/launcher/init")
     }
     assert pjw & client == set()
-    assert pjw | client == source | {"pjw/launcher/pjw-init"}
+    assert pjw | client == source | {"pjw/launcher/pjw-archive", "pjw/launcher/pjw-init"}
 
 
 def test_the_client_is_pure() -> None:
@@ -95,6 +96,9 @@ def test_it_needs_none_of_the_libraries_of_the_service() -> None:
         "typing_extensions",
     }
     assert {"textual", "plotext"} <= {package.name for package in client_only.packages("top")}
+    # what tests install
+    [needed] = [needed for needed in PROJECT["dependency-groups"]["test"] if "mcp" in needed]
+    assert CLIENT["project"]["optional-dependencies"]["mcp"] == [needed]
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["here", "as on Windows"])
@@ -120,7 +124,7 @@ def test_every_module_is_importable(programs: Path, tmp_path: Path) -> None:
     done = run(programs / "python", "-c", IMPORT_ALL, home=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert {"grpc", "cryptography", "pjw"} <= set(done.stdout.split())
-    assert not {"prometheus_client", "msgspec", "textual", "plotext", "grpc_reflection"} & set(
+    assert not {"prometheus_client", "msgspec", "textual", "plotext", "grpc_reflection", "mcp"} & set(
         done.stdout.split()
     )
 
@@ -137,12 +141,16 @@ def test_it_starts(programs: Path, tmp_path: Path) -> None:
 
 def test_what_is_not_installed_is_named(programs: Path, tmp_path: Path) -> None:
     """With the command that installs it."""
-    done = run(programs / "pjw", "top", home=tmp_path)
-    assert done.returncode == 125
-    assert done.stderr == (
-        "pjw: error: cannot show top: the package textual is not installed\n"
-        "hint: pip install 'pjw-client[top]'\n"
-    )
+    for command, what, package, extra in (
+        ("top", "show top", "textual", "top"),
+        ("mcp", "serve agents", "mcp", "mcp"),
+    ):
+        done = run(programs / "pjw", command, home=tmp_path)
+        assert (done.returncode, done.stdout) == (125, "")
+        assert done.stderr == (
+            f"pjw: error: cannot {what}: the package {package} is not installed\n"
+            f"hint: pip install 'pjw-client[{extra}]'\n"
+        )
     for code in ("from pjw import Worker", "import pjw; pjw.Worker"):
         done = run(programs / "python", "-c", code, home=tmp_path)
         assert done.stderr.splitlines()[-1] == (

@@ -23,7 +23,7 @@ from pjw.server.config import (
 )
 from pjw.server.quota import ClientLimits
 from pjw.worker.host import default_ceiling, default_sums, resources
-from pjw.worker.settings import FLOOR, NO_LIMIT_ONLY, Quotas, Retention, Shares, WorkerSettings
+from pjw.worker.settings import FLOOR, NO_LIMIT_ONLY, QueueSlots, Quotas, Retention, Shares, WorkerSettings
 
 ROOT = Path(__file__).parents[2]
 WHOLE = """\
@@ -56,12 +56,19 @@ jobs_per_client = 2
 bytes_per_client = 3
 jobs_total = 4
 bytes_total = 5
+workspace_age_seconds = 6
 [clients]
 running_max = 6
 running_total_max = 7
 stored_bytes_max = 8
 stored_bytes_total_max = 9
 input_bytes_max = 10
+queued_max = 11
+queued_total_max = 12
+queued_bytes_max = 13
+queued_bytes_total_max = 14
+workspaces_max = 15
+workspace_bytes_max = 16
 starts_per_second = 0.5
 calls_max = 2
 followers_max = 3
@@ -79,6 +86,13 @@ listen = "localhost:9464"
 [host]
 memory_max_bytes = 4_294_967_296
 pids_max = 0
+[queue]
+running_max = 4
+cpu_max_millicores = 8000
+memory_max_bytes = 8_589_934_592
+client_running_max = 2
+client_cpu_max_millicores = 4000
+client_memory_max_bytes = 4_294_967_296
 [limits]
 memory_max_bytes = 1_073_741_824
 [ceilings]
@@ -110,7 +124,16 @@ def test_no_file_is_all_defaults() -> None:
         for (_, value), (_, whole) in zip(settings.sums.items(), resources().items(), strict=True)
     )
     assert settings.retention == Retention(2_592_000, 100_000, 107_374_182_400)
-    assert settings.quotas == Quotas(1_000, 10_000, input_bytes_max=10 * 1024**3)
+    assert settings.quotas == Quotas(
+        running_max=1_000,
+        running_total_max=10_000,
+        input_bytes_max=10 * 1024**3,
+        queued_max=100_000,
+        queued_total_max=1_000_000,
+        queued_bytes_max=256 * 1024**2,
+        queued_bytes_total_max=1024**3,
+        workspaces_max=100,
+    )
 
 
 def test_ceilings_are_what_the_host_can_give(tmp_path: Path) -> None:
@@ -174,8 +197,9 @@ def test_every_key_is_taken(tmp_path: Path) -> None:
     assert settings.waiting_inits == 7
     assert settings.sums == replace(default_sums(), memory_max_bytes=2**32, pids_max=0)
     assert settings.hidden_paths == ("/etc/shadow", "/key")
-    assert settings.retention == Retention(1, 2, 3, 4, 5)
-    assert settings.quotas == Quotas(6, 7, 8, 9, 10)
+    assert settings.retention == Retention(1, 2, 3, 4, 5, 6)
+    assert settings.quotas == Quotas(6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16)
+    assert settings.queue == QueueSlots(4, 8000, 2**33, 2, 4000, 2**32)
 
 
 @pytest.mark.parametrize(

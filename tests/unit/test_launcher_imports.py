@@ -59,7 +59,7 @@ def test_the_launcher_starts_no_program_but_init_and_rm() -> None:
     assert found == {
         ("spawn.py", "posix_spawn", "INIT_PROGRAM"),
         ("scratch.py", "posix_spawn", "RM_PROGRAM"),
-        # what counts scratch directories: a module of the launcher's own
+        # what counts scratch directories and workspaces: modules of the launcher's own
         ("scratch_use.py", "posix_spawn", "sys.executable"),
     }
 

@@ -69,12 +69,12 @@ async def test_who_did_not_wait_has_started_nothing() -> None:
 
 def test_clients_beyond_the_busiest_are_one() -> None:
     """A Prometheus gets so many series, and the numbers of all clients."""
-    clients = {f"client-{number:03}": ClientNumbers(number, 1, 10) for number in range(CLIENTS_SHOWN + 2)}
+    clients = {f"client-{number:03}": ClientNumbers(number, 1, 10, 3) for number in range(CLIENTS_SHOWN + 2)}
     numbers = WorkerNumbers({}, {}, clients, 0, 0, 0, launcher_up=True)
-    running, stored, stored_bytes = (
+    running, stored, stored_bytes, queued = (
         {sample.labels["client"]: sample.value for sample in family.samples}
         for family in metrics._clients(numbers)
     )
     assert len(running) == CLIENTS_SHOWN + 1
     assert {"client-000", "client-001"}.isdisjoint(running)
-    assert (running[OTHERS], stored[OTHERS], stored_bytes[OTHERS]) == (0 + 1, 2, 20)
+    assert (running[OTHERS], stored[OTHERS], stored_bytes[OTHERS], queued[OTHERS]) == (0 + 1, 2, 20, 6)

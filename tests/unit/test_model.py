@@ -16,6 +16,7 @@ from pjw.model import (
     JobState,
     Limits,
     Sums,
+    check_workspace,
 )
 
 NAMES = [name for name, _ in Limits().items()]
@@ -77,6 +78,24 @@ def test_the_longest_command() -> None:
     JobSpec(fits)
     with pytest.raises(InvalidJobError, match="is 524289 bytes long with all its arguments; at most 524288"):
         JobSpec([*fits, ""])
+
+
+@pytest.mark.parametrize(
+    "name", ["..", ".", "a/b", "/etc", "../1/work", "a b", "", "1", "ä", "a" * 64, "a\n", "-a"]
+)
+def test_names_of_workspaces_with_odd_characters(name: str) -> None:
+    """A name is a word, and else refused before anything is done."""
+    with pytest.raises(InvalidJobError, match="is no name for a workspace"):
+        check_workspace(name)
+    if name:
+        with pytest.raises(InvalidJobError, match="is no name for a workspace"):
+            JobSpec("true", workspace=name)
+
+
+def test_exclusive_needs_a_workspace() -> None:
+    """To be alone in nothing makes no sense."""
+    with pytest.raises(InvalidJobError, match="alone in its workspace, and this one has none"):
+        JobSpec("true", exclusive=True)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -146,3 +165,23 @@ def test_the_lower_of_two_sums() -> None:
     assert own.within(all_jobs) == all_jobs.within(own) == Sums(2**29, 100, 900)
     assert own.within(NO_SUMS) == own
     assert NO_SUMS.within(NO_SUMS) == NO_SUMS
+
+
+def test_patterns_of_files_to_keep() -> None:
+    """Without what says nothing; in the job's own directory, and bounded."""
+    given = ["dist/", "./*.log", "a//./b", "."]
+    assert JobSpec("x", outputs=given).outputs == ("dist", "*.log", "a/b", "**")
+    for wrong, words in (
+        (["/etc"], "not in the job's workspace or own directory"),
+        (["a/../.."], "not in the job's workspace or own directory"),
+        ([""], "not in the job's workspace or own directory"),
+        (["a\0b"], "a NUL"),
+        (["x" * 1025], "longer than 1024 bytes"),
+        (["x"] * 33, "at most 32 patterns"),
+        ("dist", "a list of text"),
+        ([1], "a list of text"),
+    ):
+        with pytest.raises(InvalidJobError, match=words):
+            JobSpec("x", outputs=wrong)  # type: ignore[arg-type]
+    with pytest.raises(InvalidJobError, match="no output is required"):
+        JobSpec("x", output_required=True)

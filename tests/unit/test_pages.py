@@ -14,12 +14,14 @@ from pjw.server.paging import after_token, filter_from_message, token_after
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker import pages
 from pjw.worker.pages import ALL_JOBS, JobFilter
+from pjw.worker.settings import Quotas
 from pjw.worker.store import JobStore
 
 END = datetime(2026, 5, 17, 12, 0, 0, 0, UTC)
 ENDED = frozenset({JobState.EXITED})
 LOST = frozenset({JobState.LOST})
 ALIVE = frozenset({JobState.RUNNING, JobState.STARTING})
+QUEUED = frozenset({JobState.QUEUED})
 
 
 @pytest.fixture
@@ -128,6 +130,11 @@ async def test_a_page_looks_at_so_many_rows_and_no_more(
         ("alice", ALL_JOBS, "jobs_of_client"),
         ("alice", JobFilter(name="x"), "jobs_of_name"),
         (None, JobFilter(ALIVE), "jobs_alive"),
+        (None, JobFilter(QUEUED), "jobs_queued "),
+        ("alice", JobFilter(QUEUED), "jobs_queued_of_client"),
+        ("alice", JobFilter(QUEUED, {"third": "yes"}), "jobs_queued_of_client"),
+        (None, JobFilter(QUEUED | ALIVE), "jobs_queued "),
+        (None, JobFilter(QUEUED | ALIVE), "jobs_alive"),
     ],
 )
 async def test_an_index_is_used(store: JobStore, client: str | None, wanted: JobFilter, index: str) -> None:
@@ -139,6 +146,33 @@ async def test_an_index_is_used(store: JobStore, client: str | None, wanted: Job
     plan = " ".join(str(row) for query in asked for row in store._db.execute(f"EXPLAIN QUERY PLAN {query}"))
     assert index in plan
     assert "TEMP B-TREE" not in plan
+
+
+async def test_jobs_that_wait_beside_jobs_that_run(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the pages fall, in both directions, with a filter and without, alone and together."""
+    for number in range(13, 22):
+        client = ("bob", "alice")[number % 2]
+        if number in (14, 17):
+            await store.add(client, JobSpec("x"), Limits())
+            continue
+        labels = {"third": "yes"} if number % 3 == 0 else {}
+        await store.client_number(client)
+        await store.enqueue(client, [(JobSpec("x", labels=labels), Limits())], Quotas())
+    waits = [13, 15, 16, 18, 19, 20, 21]
+    both = [7, 8, 9, 10, 11, 12, *range(13, 22)]
+    for looked_at in (2000, 2):
+        monkeypatch.setattr(pages, "ROWS_LOOKED_AT", looked_at)
+        for count in (1, 2, 3, 100):
+            assert flat(await walk(store, None, JobFilter(QUEUED), count)) == waits
+            assert flat(await walk(store, "alice", JobFilter(QUEUED), count)) == [13, 15, 19, 21]
+            assert flat(await walk(store, None, JobFilter(QUEUED | ALIVE), count)) == both
+            assert (
+                flat(await walk(store, None, JobFilter(QUEUED | ALIVE), count, newest_first=True))
+                == both[::-1]
+            )
+            thirds = await walk(store, None, JobFilter(QUEUED | ALIVE, {"third": "yes"}), count)
+            assert flat(thirds) == [9, 12, 15, 18, 21]
+    assert flat(await walk(store, None, ALL_JOBS, 100)) == list(range(1, 22))
 
 
 async def test_long_labels_fill_a_page_too(store: JobStore) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from pjw.launcher.accounts import ACCOUNTS_OFFSET, keep_accounts
 from pjw.model import EndReason, ExitStatus, Usage
-from pjw.worker.record import RECORD_BYTES, End, Record, parse_record
+from pjw.worker.record import RECORD_BYTES, End, Kept, Packing, Record, parse_record
 
 STARTED = b"started 1700000000000000000\n"
 ENDED = b"ended 1700000001000000000 exited 3 none\n"
@@ -54,6 +54,31 @@ def test_a_record_that_is_cut(length: int) -> None:
         assert parse_record(data) == (
             Record() if length < len(STARTED) else Record(1_700_000_000_000_000_000)
         )
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        (b"artifacts whole \n", Kept(Packing.WHOLE, "")),
+        (b"artifacts nothing \n", Kept(Packing.NOTHING, "")),
+        (b"artifacts stopped \nartifacts whole \n", Kept(Packing.STOPPED, "")),
+        (b"artifacts late \n", Kept(Packing.LATE, "")),
+        (b"artifacts killed \n", Kept(Packing.KILLED, "")),
+        (
+            b"artifacts failed cannot read \xff\x1b[2J: why\n",
+            Kept(Packing.FAILED, r"cannot read \xff\x1b[2J: why"),
+        ),
+        (b"artifacts whole", None),
+        (b"artifacts whole " + b"x" * 401 + b"\n", None),
+        (b"artifacts some \n", None),
+        (b"", None),
+    ],
+)
+def test_what_has_become_of_artifacts(words: bytes, kept: Kept | None) -> None:
+    """It comes behind the end; names are in it, which the job has chosen."""
+    record = parse_record(STARTED + ENDED + words + bytes(100))
+    assert record.kept == kept and record.end is not None
+    assert parse_record(STARTED + words).kept is None
 
 
 @pytest.mark.parametrize(

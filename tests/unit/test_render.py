@@ -52,8 +52,51 @@ def test_what_is_not_known_yet_is_null() -> None:
         "usage",
         "outputBytes",
         "usageNow",
+        "queued",
+        "notBefore",
+        "retriedAs",
+        "array",
+        "arrayId",
+        "arrayIndex",
+        "artifacts",
     }
-    assert {key for key, value in ended.items() if value is None} == {"signal", "usageNow"}
+    assert {key for key, value in ended.items() if value is None} == {
+        "signal",
+        "usageNow",
+        "queued",
+        "notBefore",
+        "retriedAs",
+        "array",
+        "arrayId",
+        "arrayIndex",
+        "artifacts",
+    }
+
+
+def test_a_job_that_was_not_started() -> None:
+    """It has no start in JSON; tables say how long it waits, and that it ended without a start."""
+    waiting = replace(
+        RUNNING,
+        state=JobState.QUEUED,
+        queued=START,
+        not_before=START,
+        held=True,
+        priority=7,
+        detail="waits until it is released",
+    )
+    shown = json.loads(render.job_json(waiting))
+    assert shown["start"] is None
+    assert (shown["queued"], shown["notBefore"]) == ("2026-11-23T23:59:58Z", "2026-11-23T23:59:58Z")
+    assert (shown["priority"], shown["held"], shown["state"]) == (7, True, "queued")
+    _, line, why = render.job_table([waiting])
+    assert line.split()[:2] == ["1", "queued"]
+    assert why.strip() == waiting.detail
+    _, line, why = render.queue_table([waiting])
+    assert line.split()[:2] == ["1", "7"]
+    assert why.strip() == waiting.detail
+    cancelled = replace(waiting, state=JobState.EXITED, end=START, reason=EndReason.CANCELLED)
+    assert json.loads(render.job_json(cancelled))["start"] is None
+    assert render.end_line(cancelled) == "1: exited without a start"
 
 
 def test_what_a_running_job_uses() -> None:

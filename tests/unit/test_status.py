@@ -24,6 +24,8 @@ def made(kind: type[errors.PjwError]) -> errors.PjwError:
     """An error of that kind with a path in its words, and all of its facts."""
     if kind is errors.JobNotFoundError:
         return errors.JobNotFoundError(7)
+    if kind is errors.SessionNotFoundError:
+        return errors.SessionNotFoundError(7, 1)
     if kind is errors.LaunchError:
         return errors.LaunchError("/secret/x", errno.ENOENT)
     if kind is errors.WorkdirError:
@@ -38,6 +40,10 @@ def made(kind: type[errors.PjwError]) -> errors.PjwError:
         return errors.NameTakenError("taken", hint="pjw stop 3", holder=3)
     if kind is errors.OffsetError:
         return errors.OffsetError("beyond", size=3)
+    if kind is errors.WorkspaceNotFoundError:
+        return errors.WorkspaceNotFoundError("work")
+    if kind is errors.WorkspaceBusyError:
+        return errors.WorkspaceBusyError("used", hint="pjw stop 3", workspace="work", holder=3)
     return kind("cannot use /secret/x", hint="look there")
 
 
@@ -105,7 +111,9 @@ def test_client_and_worker_raise_the_same(kind: type[errors.PjwError]) -> None:
     """R5: what a Worker raises, a Client raises: the class, the words, the hint and every fact."""
     error = made(kind)
     known = (
-        {"job_id": 7} if kind is errors.JobNotFoundError else {"program": "/secret/x", "workdir": "/secret/x"}
+        {"job_id": 7}
+        if kind in (errors.JobNotFoundError, errors.SessionNotFoundError)
+        else {"program": "/secret/x", "workdir": "/secret/x"}
     )
     back = there_and_back(error, **known)
     assert (type(back), str(back), back.hint) == (kind, str(error), error.hint)

@@ -5,6 +5,7 @@ import errno
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -13,13 +14,27 @@ from pathlib import Path
 import pytest
 
 from pjw.errors import ConfigError, KernelError, LimitReachedError, NameTakenError
-from pjw.model import EndReason, ExitStatus, Job, JobSpec, JobState, Limits, Usage
+from pjw.model import (
+    After,
+    ArrayCounts,
+    EndReason,
+    ExitStatus,
+    Job,
+    JobSpec,
+    JobState,
+    Limits,
+    QueueSpec,
+    Retry,
+    Usage,
+)
 from pjw.worker import schema
 from pjw.worker.pages import JobFilter, Page
+from pjw.worker.queue_rows import Head
 from pjw.worker.rows import from_ns, to_ns
 from pjw.worker.schema import SCHEMA_VERSION
-from pjw.worker.settings import Retention
-from pjw.worker.store import AlreadyStartedError, JobStore
+from pjw.worker.secret_files import SecretFiles
+from pjw.worker.settings import Quotas, Retention
+from pjw.worker.store import AlreadyStartedError, JobStore, NotQueuedError
 
 DATA = Path(__file__).parents[1] / "data"
 END = datetime(2026, 5, 17, 12, 0, 0, 123_456, UTC)
@@ -261,6 +276,251 @@ async def test_a_table_of_version_3(path: Path) -> None:
     store.close()
 
 
+async def test_a_table_of_version_4(path: Path) -> None:
+    """Its jobs were all started at once; from now on jobs may wait in it, beside one that runs."""
+    with sqlite3.connect(path) as db:
+        db.executescript((DATA / "jobs_v4.sql").read_text())
+    db.close()
+    store = JobStore(str(path))
+    jobs = (await store.page(None, 0, 10)).jobs
+    assert [job.workdir for job in jobs] == ["/run/job", "", "/usr"]
+    assert {(job.queued, job.priority, job.held, job.detail, job.was_started) for job in jobs} == {
+        (None, 0, False, "", True)
+    }
+    assert await store.alive() == [jobs[2]]
+    assert (await store.queued_of_clients(), await store.admitted()) == ({}, set())
+    [waiting], _ = await store.enqueue("alice", [(JobSpec("x"), Limits())], Quotas())
+    assert waiting.state is JobState.QUEUED
+    assert await store.alive() == [jobs[2]]
+    assert await store.queued_of_clients() == {"alice": 1}
+    store.close()
+
+
+async def test_a_table_of_version_6(path: Path) -> None:
+    """What waits in its queue waits on, for the same jobs."""
+    with sqlite3.connect(path) as db:
+        for number, script in enumerate(schema.MIGRATIONS[:6], 1):
+            db.executescript(f"{script} PRAGMA user_version = {number};")
+        db.executescript(
+            "INSERT INTO clients (name, number) VALUES ('alice', 0);"
+            "INSERT INTO jobs (client_name, command, limits, start_ns, queued_ns, unmet, waits_for) VALUES"
+            " ('alice', 'x', '{}', 1000, NULL, 0, ''), ('alice', 'x', '{}', 0, 1000, 1, '1:ok');"
+            "INSERT INTO specs VALUES (2, 'alice', 7, '{}');"
+            "INSERT INTO dependencies VALUES (1, 2, 'ok');"
+        )
+    db.close()
+    store = JobStore(str(path))
+    running, waiting = (await store.page(None, 0, 10)).jobs
+    assert (waiting.state, waiting.unmet, waiting.attempt) == (JobState.QUEUED, 1, 0)
+    assert await store.awaited() == {1: False}
+    assert await store.queued_of_clients() == {"alice": 1}
+    await store.finish(replace(ended(running), exit_status=ExitStatus(0)))
+    assert (await store.take_effect(1)).clients == ["alice"]
+    assert (await store.first_ready("alice") or (0,))[0] == 2
+    store.close()
+
+
+async def test_a_table_from_before_arrays(path: Path) -> None:
+    """Its jobs and its changes are as they were, also what was removed; then it takes arrays."""
+    arrays = next(
+        number for number, script in enumerate(schema.MIGRATIONS) if "CREATE TABLE arrays" in script
+    )
+    with sqlite3.connect(path) as db:
+        for number, script in enumerate(schema.MIGRATIONS[:arrays], 1):
+            db.executescript(f"{script} PRAGMA user_version = {number};")
+        db.executescript(
+            "INSERT INTO clients (name, number) VALUES ('alice', 0);"
+            "INSERT INTO jobs (client_name, command, limits, start_ns, queued_ns, told) VALUES"
+            " ('alice', 'runs', '{}', 1000, NULL, 'running'), ('alice', 'waits', '{}', 0, 1000, ''),"
+            " ('alice', 'went', '{}', 0, 1000, '');"
+            "INSERT INTO specs VALUES (2, 'alice', 7, '{\"command\": \"waits\"}', 0, 'secret');"
+            "DELETE FROM jobs WHERE id = 3;"
+        )
+    db.close()
+    store = JobStore(str(path))
+    store.secrets = SecretFiles(str(path.parent))
+    runs, waits = (await store.page(None, 0, 10)).jobs
+    assert [(job.state, job.array, job.array_id, job.ref) for job in (runs, waits)] == [
+        (JobState.STARTING, None, None, "1"),
+        (JobState.QUEUED, None, None, "2"),
+    ]
+    assert await store.queued_of_clients() == await store.waiting_of_clients() == {"alice": 1}
+    assert (await store.first_ready("alice") or (0,))[0] == 2
+    changes, last = await store.changes({"alice"}, 0, 10)
+    assert [(each.job.command, str(each.job.state), each.removed) for each in changes] == [
+        ("waits", "queued", False),
+        ("went", "queued", False),
+        ("went", "queued", True),
+    ]
+    spec = JobSpec("x", queue=QueueSpec(array="1-3"))
+    [array], _ = await store.enqueue("alice", [(spec, Limits())], Quotas())
+    assert await store.waiting_of_clients() == {"alice": 4}
+    drawn = await store.draw(array.id, ())
+    assert drawn == (array.id + 1, 1)
+    found = await store.waiting(drawn[0])
+    assert (found.spec().command, found.spec().env["PJW_ARRAY_INDEX"]) == ("x", "1")
+    await store.admit(drawn[0], Limits())
+    changes, _ = await store.changes({"alice"}, last, 10)
+    assert [(each.job.ref, str(each.job.state)) for each in changes] == [
+        (f"{array.id}", "queued"),
+        (f"{array.id}_1", "queued"),
+        (f"{array.id}_1", "starting"),
+    ]
+    assert await store.cancel_array(array.id, "stopped") == []
+    await store.finish(replace(ended(found.job), exit_status=ExitStatus(0)))
+    await store.remove(array.id)
+    changes, _ = await store.changes({"alice"}, last + 3, 10)
+    assert [(each.job.ref, str(each.job.state), each.removed) for each in changes] == [
+        (f"{array.id}", "running", False),
+        (f"{array.id}_1", "exited", False),
+        (f"{array.id}", "exited", False),
+        (f"{array.id}", "exited", True),
+    ]
+    # what is told of a removed array still has its counts
+    assert changes[-1].job.array == ArrayCounts("1-3", 3, 0, 1, 0, 2)
+    store.close()
+
+
+async def test_a_job_that_is_tried_again(store: JobStore) -> None:
+    """Its next attempt takes its place with its end: the name, the command, and what waits for it."""
+    await store.client_number("alice")
+    spec = JobSpec(("false",), name="n", queue=QueueSpec(3, retry=Retry(1, backoff_seconds=100)))
+    (first, waiting), awaited = await store.enqueue(
+        "alice",
+        [(spec, Limits()), (JobSpec("x", queue=QueueSpec(after=[After(earlier=0)])), Limits())],
+        Quotas(),
+    )
+    assert awaited == {first.id}
+    running = await store.admit(first.id, Limits())
+    await store.settled(first.id)
+    # it runs, and waits no more; what it executes is kept
+    assert (await store.queued_of_clients(), await store.admitted()) == ({"alice": 1}, set())
+    following = await store.finish_attempt(ended(running), was_stopped=False)
+    assert following is not None
+    assert (following.state, following.attempt, following.name, following.priority) == (
+        JobState.QUEUED,
+        2,
+        "n",
+        3,
+    )
+    assert following.not_before is not None
+    before = await store.get(first.id)
+    assert before is not None
+    assert (before.state, before.retried_as) == (JobState.EXITED, following.id)
+    assert await store.queued_of_clients() == {"alice": 2}
+    assert await store.awaited() == {following.id: False}
+    await store.let_due(to_ns(following.not_before) + 1000)
+    found = await store.waiting(following.id)
+    assert (found.spec().command, found.spec().env) == (("false",), {"PJW_ATTEMPT": "2"})
+    last = await store.admit(following.id, Limits())
+    await store.settled(following.id)
+    assert await store.finish_attempt(ended(last), was_stopped=False) is None
+    assert await store.queued_of_clients() == {"alice": 1}
+    assert (await store.take_effect(following.id)).cancelled == [(waiting.id, "alice")]
+    assert await store.queued_of_clients() == {}
+
+
+async def test_a_job_in_the_queue(store: JobStore) -> None:
+    """It is there until it is admitted; what it is to execute until that has happened, or it has ended."""
+    await store.client_number("alice")
+    spec = JobSpec(
+        ("echo", "ü 'x'"), {"pids_max": 7}, env={"A": "\n"}, workdir="/usr", name="n", queue=QueueSpec(3)
+    )
+    [waiting], _ = await store.enqueue("alice", [(spec, Limits(pids_max=7))], Quotas())
+    assert (waiting.state, waiting.priority, waiting.start) == (JobState.QUEUED, 3, waiting.queued)
+    assert await store.get(waiting.id, "alice") == waiting
+    head = await store.first_ready("alice")
+    assert head == Head(waiting.id, "alice", Limits(pids_max=7), 3)
+    found = await store.waiting(waiting.id)
+    assert (found.job, found.spec()) == (waiting, replace(spec, queue=None))
+    assert await store.first_ready("alice", [waiting.id]) is None
+    assert await store.first_ready("bob") is None
+    with pytest.raises(NameTakenError):
+        await store.add("alice", JobSpec("x", name="n"), Limits())
+    admitted = await store.admit(waiting.id, Limits(pids_max=5))
+    assert (admitted.state, admitted.limits.pids_max) == (JobState.STARTING, 5)
+    assert (await store.alive(), await store.admitted()) == ([admitted], {waiting.id})
+    with pytest.raises(NotQueuedError):
+        await store.admit(waiting.id, Limits())
+    with pytest.raises(NotQueuedError):
+        await store.waiting(waiting.id)
+    assert await store.end_without_start(waiting.id, EndReason.CANCELLED, "") is None
+    await store.put_back(waiting.id)
+    assert await store.first_ready("alice") is not None
+    await store.admit(waiting.id, Limits())
+    await store.settled(waiting.id)
+    assert (await store.admitted(), await store.queued_of_clients()) == (set(), {})
+    assert await store.end_without_start(waiting.id, EndReason.START_FAILED, "") is None
+
+
+async def test_ends_without_a_start(store: JobStore) -> None:
+    """They count among the ended jobs, and are pruned as these are; the client's queue is shorter by them."""
+    await store.client_number("alice")
+    specs = [(JobSpec("x", queue=QueueSpec(held=True)), Limits())] * 2
+    (first, second), _ = await store.enqueue("alice", specs, Quotas())
+    cancelled = await store.end_without_start(first.id, EndReason.CANCELLED, "why")
+    assert cancelled is not None
+    assert (cancelled.state, cancelled.reason, cancelled.detail) == (
+        JobState.EXITED,
+        EndReason.CANCELLED,
+        "why",
+    )
+    assert (cancelled.was_started, cancelled.held, cancelled.output_bytes) == (False, False, 0)
+    failed = await store.end_without_start(second.id, EndReason.START_FAILED, "why")
+    assert failed is not None
+    assert failed.reason is EndReason.START_FAILED
+    assert await store.totals() == [("alice", 2, 0)]
+    assert await store.queued_of_clients() == {}
+    assert await store.prune(Retention(jobs_per_client=1), 0, 10) == [first.id]
+
+
+async def test_the_queue_s_order(store: JobStore) -> None:
+    """By priority, then age, without those that are held or whose time has not come."""
+    await store.client_number("alice")
+    now = datetime.now(UTC)
+    hour = timedelta(hours=1)
+    asked = [
+        QueueSpec(),
+        QueueSpec(priority=1, held=True),
+        QueueSpec(priority=2, not_before=now + hour),
+        QueueSpec(priority=2),
+        QueueSpec(not_before=now - hour),
+    ]
+    jobs, _ = await store.enqueue("alice", [(JobSpec("x", queue=each), Limits()) for each in asked], Quotas())
+
+    async def drained() -> list[int]:
+        found = []
+        while (head := await store.first_ready("alice")) is not None:
+            found.append(head.id)
+            await store.admit(head.id, Limits())
+        return found
+
+    first_due = int((now + hour).timestamp() * 1e9)
+    assert await store.let_due(time.time_ns()) == ([], to_ns(now + hour))
+    assert await drained() == [jobs[3].id, jobs[0].id, jobs[4].id]
+    assert await store.let_due(first_due + 1000) == (["alice"], None)
+    assert await store.set_held(jobs[1].id, held=False)
+    assert await drained() == [jobs[2].id, jobs[1].id]
+    assert await store.set_held(jobs[1].id, held=True) is None
+
+
+async def test_all_of_a_submission_or_nothing(store: JobStore) -> None:
+    """A job that is refused, or a bound, takes the others back; ids that were given are not used again."""
+    await store.client_number("alice")
+    quotas = Quotas(queued_max=2)
+    asked = [(JobSpec("x", name="a"), Limits()), (JobSpec("x", name="a"), Limits())]
+    with pytest.raises(NameTakenError):
+        await store.enqueue("alice", asked, quotas)
+    with pytest.raises(LimitReachedError):
+        await store.enqueue("alice", [(JobSpec("x"), Limits())] * 3, quotas)
+    assert (await store.page(None, 0, 10)).jobs == []
+    assert await store.queued_of_clients() == {}
+    jobs, _ = await store.enqueue("alice", [(JobSpec("x"), Limits())] * 2, quotas)
+    await store.unqueue([job.id for job in jobs])
+    assert (await store.page(None, 0, 10)).jobs == []
+    assert await store.queued_of_clients() == {}
+
+
 async def test_a_name_is_its_job_s_until_that_has_ended(store: JobStore) -> None:
     """Another of the same client is refused, and told of whom; another client, and no name, are free."""
     first = await store.add("alice", JobSpec("x", name="web"), Limits())
@@ -434,6 +694,71 @@ async def test_a_sync_serves_all_who_wait_and_none_too_early(
     assert count == 2
     await store.sync()
     assert count == 3
+
+
+async def test_the_log_s_space_was_written_before(store: JobStore, path: Path) -> None:
+    """Space that is only reserved counts as a hole, and the first sync of each part of it takes 4 ms."""
+    descriptor = os.open(f"{path}-wal", os.O_RDONLY)
+    try:
+        assert os.lseek(descriptor, 0, os.SEEK_HOLE) == os.fstat(descriptor).st_size > 1000 * 4096
+    finally:
+        os.close(descriptor)
+
+
+async def test_zeros_are_written_behind_what_a_killed_server_has_left(path: Path) -> None:
+    """And not upon it: a log that is found there has rows that are nowhere else."""
+    killed = JobStore(str(path))
+    job = await killed.add("alice", JobSpec("true"), Limits())
+    copy = path.with_name("copy.sqlite")
+    log = Path(f"{path}-wal").read_bytes()
+    # a head of 32 bytes; and of each frame 24, and a page
+    frames = 32 - (32 - len(log.rstrip(b"\0"))) // 4120 * 4120
+    copy.write_bytes(path.read_bytes())
+    Path(f"{copy}-wal").write_bytes(log[:frames])
+    killed.close()
+    store = JobStore(str(copy))
+    assert await store.get(job.id) == job
+    store.close()
+
+
+async def test_an_end_and_its_sync_in_one(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sync begins when the row is written. Its error is given, and that of the row is raised."""
+    jobs = [await store.add("alice", JobSpec("true"), Limits()) for _ in range(3)]
+    assert await store.finish_and_sync(ended(jobs[0])) is None
+    seen: list[int] = []
+
+    def fails(descriptor: int) -> None:
+        seen.append(store._db.execute("SELECT count(*) FROM jobs WHERE state IS NOT NULL").fetchone()[0])
+        raise OSError(errno.EIO, "x")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fdatasync", fails)
+        assert isinstance(await store.finish_and_sync(ended(jobs[1])), KernelError)
+    assert seen == [2]
+    store._db.execute("PRAGMA query_only = ON")
+    with pytest.raises(KernelError, match="readonly"):
+        await store.finish_and_sync(ended(jobs[2]))
+    assert await store.get(jobs[2].id) == jobs[2]
+
+
+async def test_jobs_that_ended_last_are_in_memory(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are as their rows are, their owner's alone, so many at most, and gone when their rows are."""
+    monkeypatch.setattr("pjw.worker.store._RECENT_MAX", 3)
+    await store.client_number("alice")
+    jobs = [ended(await store.add("alice", JobSpec("true"), Limits())) for _ in range(5)]
+    long = ended(await store.add("alice", JobSpec("x" * 2000), Limits()))
+    for job in (*jobs, long):
+        await store.finish_and_sync(job)
+    rows = {job.id: await store._run(store._get, job.id, None) for job in jobs}
+    assert store._recent == {job.id: rows[job.id] for job in jobs[2:]}
+    assert await store.get(jobs[4].id, "alice") is jobs[4]
+    assert await store.get(jobs[4].id, "mallory") is None
+    await store.remove(jobs[4].id)
+    await store.discard(jobs[3].id)
+    pruned = await store.prune(Retention(age_seconds=1), to_ns(END) + 2 * 10**9, 100)
+    assert sorted(pruned) == [*(job.id for job in jobs[:3]), long.id]
+    assert store._recent == {}
+    assert [await store.get(job.id) for job in jobs] == [None] * 5
 
 
 async def test_a_disk_that_fails_to_sync(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import os
 import struct
+import time
 from collections.abc import Sequence
 from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
@@ -125,6 +126,11 @@ class Fake:
         self.asked.append((owner, fresh, within))
         return self.usages
 
+    async def queued_now(self, owner: str | None, most: int) -> tuple[int, list[Job]]:
+        """None."""
+        del owner, most
+        return 0, []
+
 
 async def first(fake: Fake, request: pb.WatchUsageRequest | None = None) -> pb.WatchUsageResponse:
     """The first snapshot."""
@@ -189,8 +195,13 @@ async def test_an_interval_is_kept(slept: list[float], asked: float | None, kept
     assert fake.asked[1:] == [(None, kept / 2, kept)] * 2
 
 
-async def test_many_jobs_and_many_watchers_cost_no_more(slept: list[float]) -> None:
+async def test_many_jobs_and_many_watchers_cost_no_more(
+    slept: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where messages take long to make, they are further apart: a twentieth of a processor for all."""
+    ticks = itertools.count()
+    # each part of a message takes a second
+    monkeypatch.setattr(time, "thread_time", lambda: float(next(ticks)))
     fake = Fake(10_000)
     watchers = UsageWatchers(fake)  # type: ignore[arg-type]
     async with aclosing(watchers.watch(pb.WatchUsageRequest(interval=Duration(seconds=1)), None)) as one:

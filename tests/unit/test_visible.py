@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pjw.errors import ConfigError
-from pjw.launcher.visible import Mount, check_visible, mounts_of, places_of
+from pjw.launcher.visible import Mount, check_visible, mounts_of, places_of, template_of
 
 HOMES = ["-/home", "-/srv"]
 
@@ -50,6 +50,16 @@ def test_what_is_shown(
 ) -> None:
     """Each case: mount points, what the operator shows and hides, what init is told."""
     assert places(*points, visible=visible, hidden=hidden) == expected
+
+
+def test_the_template_has_what_something_for_jobs_lies_in() -> None:
+    """The root always; no mount that is covered and holds nothing that is shown."""
+    host = table("/boot", "/data", "/data/sub", "/usr", "/var")
+    shown = places_of(("/data/sub", "/var/lib"), (), host)
+    found = template_of(shown, ("/var/lib/pjw", "/data/none"), host)
+    assert [place.path for place in found] == ["/", "/data", "/data/sub", "/usr", "/var"]
+    assert {place.view for place in found} == {"mount"}
+    assert [place.path for place in template_of(shown[:1], (), host)] == ["/"]
 
 
 def test_a_part_of_what_is_covered_may_be_shown() -> None:
@@ -109,7 +119,7 @@ def test_a_table_is_read_as_the_kernel_writes_it() -> None:
     assert mounts_of(
         b"20 1 8:1 / /a\\040b\\134 rw - ext4 /dev/sda1 rw\n"
         b"21 1 0:5 /x /a\\040b\\134 rw shared:1 master:2 - fuse.sshfs y rw\n"
-    ) == {"/a b\\": Mount(b"21", b"0:5", b"fuse.sshfs")}
+    ) == {"/a b\\": Mount(b"21", b"0:5", b"fuse.sshfs", b"rw")}
 
 
 @pytest.mark.parametrize("name", ["a\rb", "a\x0bb", "a\u2028b", "a#b"])

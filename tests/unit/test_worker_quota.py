@@ -3,12 +3,14 @@
 import asyncio
 from collections.abc import Awaitable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from pjw.errors import InvalidJobError, LimitReachedError
-from pjw.model import Limits, Share, Sums
+from pjw.model import TOO_DEEP, Limits, Share, Sums
+from pjw.worker.disk import ScratchUse
 from pjw.worker.host import resources
 from pjw.worker.quota import LOOK_BYTES, RunningJobs, StoredBytes, check_bytes, most_of_one_job
 from pjw.worker.settings import Quotas, Shares, WorkerSettings
@@ -165,11 +167,26 @@ def test_stored_bytes() -> None:
     """At the quota, not only beyond it; one's own and everybody's are told apart."""
     check_bytes(Quotas(stored_bytes_max=10, stored_bytes_total_max=20), "alice", 9, 19)
     with pytest.raises(
-        LimitReachedError, match=r"alice have 10B \(10 bytes\) of output, input and scratch, and at most 10B"
+        LimitReachedError,
+        match=r"alice have 10B \(10 bytes\) of output, artifacts, input, scratch and workspaces,",
     ):
         check_bytes(Quotas(stored_bytes_max=10), "alice", 10, 10)
-    with pytest.raises(LimitReachedError, match="this server has no room for more output, input and scratch"):
+    with pytest.raises(
+        LimitReachedError,
+        match="this server has no room for more output, artifacts, input, scratch and workspaces",
+    ):
         check_bytes(Quotas(stored_bytes_max=10, stored_bytes_total_max=20), "alice", 0, 20)
+
+
+async def test_what_nobody_can_count_is_in_no_other_s_way() -> None:
+    """A tree that is too deep is too much for its client, and not for the sum of all."""
+    live = {1: SimpleNamespace(job=SimpleNamespace(id=1, client_name="alice"))}
+    quotas = Quotas(stored_bytes_max=100, stored_bytes_total_max=1000)
+    scratch = {1: ScratchUse(TOO_DEEP, TOO_DEEP)}
+    stored = StoredBytes(cast("Any", State()), cast("Any", live), scratch, quotas)
+    await stored.check("bob")
+    with pytest.raises(LimitReachedError, match="the jobs of alice have"):
+        await stored.check("alice")
 
 
 class State:
@@ -182,6 +199,11 @@ class State:
     @property
     def store(self) -> "State":
         return self
+
+    def output_size(self, _: object) -> int:
+        return 0
+
+    artifacts_size = input_size = output_size
 
     async def ended_bytes(self, client_name: str) -> tuple[int, int]:
         self.looks += 1

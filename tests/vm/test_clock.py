@@ -9,6 +9,8 @@ from pathlib import Path
 
 import grpc
 import pytest
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from pjw.v1 import job_worker_pb2 as pb
 from tests.scene import OTHERS_SECONDS, Scene, config_of
@@ -93,6 +95,39 @@ def test_the_date_jumps_past_every_certificate(scene: Scene) -> None:
         assert caught.value.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNAVAILABLE)
         scene.goes_on()
     scene.others_unharmed()
+    scene.end_known()
+    scene.output_whole()
+    scene.nothing_left()
+
+
+def put(scene: Scene, command: str, **waits: object) -> pb.Job:
+    """Put a job of alice's into the queue."""
+    job = pb.QueuedJob(start=pb.StartRequest(command=command), **waits)  # type: ignore[arg-type]
+    [queued] = scene.stub("alice").Submit(pb.SubmitRequest(jobs=[job]), timeout=OTHERS_SECONDS).jobs
+    return queued
+
+
+def test_the_date_is_set_while_jobs_wait(scene: Scene) -> None:
+    """A pause before an attempt is seconds that pass; a time not to be started before is by the clock."""
+    later = put(scene, "true", not_before=Timestamp(seconds=int(time.time()) + 600))
+    failed = put(scene, "[ $PJW_ATTEMPT = 2 ]", retry=pb.Retry(times=1, backoff=Duration(seconds=5)))
+    wait_for(lambda: scene.job_of(failed.id, "alice").HasField("retried_as"))
+    retried_as = scene.job_of(failed.id, "alice").retried_as
+    with clock_moved(-HOUR):
+        began = time.monotonic()
+        wait_for(lambda: scene.job_of(retried_as, "alice").HasField("end"), 60)
+        assert time.monotonic() - began > 2
+        assert scene.job_of(retried_as, "alice").exit_code == 0
+        # jobs that wait for nothing but their turn have it, and so they have after a restart
+        scene.service.stop()
+        scene.service.start()
+        now = put(scene, "true")
+        wait_for(lambda: scene.job_of(now.id, "alice").HasField("end"), 60)
+        assert scene.job_of(later.id, "alice").state == pb.JOB_STATE_QUEUED
+    with clock_moved(HOUR):
+        # within a minute by itself; a look at the queue is what comes with a job
+        put(scene, "true")
+        wait_for(lambda: scene.job_of(later.id, "alice").HasField("end"), 60)
     scene.end_known()
     scene.output_whole()
     scene.nothing_left()

@@ -74,6 +74,7 @@ def test_a_user_starts_reads_and_stops_jobs() -> None:
     assert get(job_id)["exitCode"] == 3
     other = pjw("start", "sleep 1000")
     assert other in pjw("list").split()
+    assert pjw("exec", other, "hostname") == f"job-{other}"
     pjw("stop", other)
     assert get(other)["reason"] == "stopped"
 
@@ -267,6 +268,46 @@ def test_hardening_breaks_no_ordinary_job() -> None:
     )
     job_id = pjw("start", "--", "/usr/bin/python3", "-c", script)
     assert (pjw("logs", job_id), get(job_id)["exitCode"]) == ("thread", 0)
+
+
+def test_a_pipeline_every_night() -> None:
+    """The units of docs/queue.md as they are written: the timer fires, the steps run, in their order."""
+    document = (ROOT / "docs/queue.md").read_text()
+    written = re.findall(r"^```(?:ini|toml)\n# (/\S+)\n(.*?)^```", document, re.MULTILINE | re.DOTALL)
+    assert len(written) == 3
+    for path, text in written:
+        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).write_text(text.replace("alice", host.CLIENT))
+    for step in ("fetch", "build", "report"):
+        path = Path("/opt/nightly", step)
+        path.write_text(f"#!/bin/sh\necho {step}\n")
+        path.chmod(0o755)
+    settings = Path(f"/home/{host.CLIENT}/.config/pjw/config.toml")
+    settings.parent.mkdir(parents=True)
+    files = {"ca_crt": "ca.crt", "client_crt": f"{host.CLIENT}.crt", "client_key": f"{host.CLIENT}.key"}
+    settings.write_text("".join(f'{key} = "{host.CERTS / name}"\n' for key, name in files.items()))
+    Path("/usr/local/bin/pjw").symlink_to(host.BIN / "pjw")
+    host.run("systemctl", "daemon-reload")
+    host.run("systemctl", "enable", "--now", "nightly.timer")
+    show = ("systemctl", "show", "--property", "NextElapseUSecRealtime", "--value", "nightly.timer")
+    assert " 02:30:00 " in host.run(*show)
+    # not the clock: at another date the timers of the whole machine fire
+    drop_in = Path("/run/systemd/system/nightly.timer.d/soon.conf")
+    drop_in.parent.mkdir(parents=True)
+    drop_in.write_text("[Timer]\nOnCalendar=\nOnActiveSec=1s\nAccuracySec=1s\n")
+    before = pjw("list").split()
+    host.run("systemctl", "daemon-reload")
+    host.run("systemctl", "restart", "nightly.timer")
+    wait_for(lambda: pjw("list").split() != before, 60)
+    fetch, build, report = pjw("list").split()[len(before) :]
+    assert pjw("wait", report) == "0"
+    assert [pjw("logs", job) for job in (fetch, build, report)] == ["fetch", "build", "report"]
+    host.run("systemctl", "disable", "--now", "nightly.timer")
+    waits = pjw("start", "--hold", "--name", "nightly-build", "true")
+    host.run("systemctl", "start", "nightly.service", check=False)
+    assert "failed" in host.run("systemctl", "is-failed", "nightly.service")
+    assert f"nightly-build: job {waits}" in host.run("journalctl", "--unit", "nightly.service", "--no-pager")
+    pjw("stop", waits)
 
 
 def test_the_journal_has_no_traceback() -> None:

@@ -7,6 +7,7 @@ from itertools import islice, takewhile
 from typing import TYPE_CHECKING, Final
 
 from pjw.cli.connection import JobName
+from pjw.cli.render import is_failure
 from pjw.model import Job, JobState
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 # How many jobs `list` shows at a terminal, beside those that run: so many fit on a screen.
 RECENT_MAX: Final = 20
 ALIVE: Final = (JobState.STARTING, JobState.RUNNING, JobState.STOPPING)
+STOPPABLE: Final = (JobState.QUEUED, *ALIVE)
 ENDED: Final = (JobState.EXITED, JobState.LOST)
 
 
@@ -43,12 +45,13 @@ def named_or_fitting(client: "Client", arguments: Namespace, states: Sequence[Jo
     if arguments.jobs:
         return list(arguments.jobs)
     wanted = [state for state in states if state in arguments.state or not arguments.state]
-    return [job.id for job in client.list(states=wanted, labels=dict(arguments.label))]
+    jobs = client.list(states=wanted, labels=dict(arguments.label))
+    return [job.id for job in (elements_first(jobs) if states == ENDED else jobs)]
 
 
-def is_failure(job: Job) -> bool:
-    """Whether a job has ended with another exit code than 0, or is lost."""
-    return job.state.final and (job.exit_status is None or job.exit_status.code != 0)
+def elements_first(jobs: Iterable[Job]) -> Sequence[Job]:
+    """Jobs to be forgotten: elements before their arrays, which would take them along."""
+    return sorted(jobs, key=lambda job: job.array_id is None)
 
 
 def confirmed(question: str) -> bool:
@@ -62,7 +65,7 @@ def _newest(client: "Client", arguments: Namespace, limit: int | None) -> Iterat
     asked = None if arguments.failed or arguments.reason else limit
     jobs = _fitting(client, arguments, arguments.state, newest_first=True, limit=asked)
     if arguments.since is not None:
-        jobs = takewhile(lambda job: job.start >= arguments.since, jobs)
+        jobs = takewhile(lambda job: job.asked >= arguments.since, jobs)
     return islice(jobs, limit)
 
 
@@ -80,6 +83,7 @@ def _fitting(
         name=arguments.name or "",
         newest_first=newest_first,
         limit=limit,
+        array_id=arguments.array,
     ):
         if arguments.failed and not is_failure(job):
             continue

@@ -8,12 +8,13 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from pjw.cli.connection import JobName, connect, resolve
 from pjw.cli.exits import EXIT_FAILED, EXIT_REFUSED, complain, say
 from pjw.cli.terminal import wrote
-from pjw.errors import ConfigError, PjwError, ServerFailedError, describe_errno
+from pjw.errors import ConfigError, JobStateError, PjwError, ServerFailedError, describe_errno
 
 if TYPE_CHECKING:
     from pjw.client.sync import Client
@@ -82,11 +83,25 @@ def start(arguments: Namespace) -> int:
     from pjw.cli import stdin
 
     with stdin.opened(arguments.stdin) as descriptor, connect(arguments) as client:
+        send_upload(client, arguments)
         job = start_job(client, arguments)
         print(job.id, flush=True)
-        if descriptor is not None:
+        # what is typed comes by `pjw attach`
+        if descriptor is not None and not arguments.terminal:
             stdin.send(client, job.id, descriptor)
     return 0
+
+
+def send_upload(client: "Client", arguments: Namespace) -> None:
+    """Send the files of the job that is asked for. Nothing is started yet: Ctrl-C just ends this."""
+    arguments.upload_name = ""
+    if arguments.upload:
+        from pjw.cli.copy import upload
+        from pjw.cli.spec import spec_from
+
+        # what is wrong with the job is told before gigabytes are sent
+        spec_from(arguments)
+        arguments.upload_name = upload(client, arguments.upload)
 
 
 def start_job(client: "Client", arguments: Namespace) -> "Job":
@@ -96,10 +111,12 @@ def start_job(client: "Client", arguments: Namespace) -> "Job":
     spec, id_file = spec_from(arguments), getattr(arguments, "id_file", None)
     with _id_file(id_file) as write_id:
         try:
-            job = client.start(spec)
+            job = client.start(replace(spec, upload=arguments.upload_name))
         except PjwError as error:
             raise in_options(error) from None
         write_id(job.id)
+    if spec.outputs and job.artifacts is None and job.array is None:
+        say(f"this server is older than its client: it will keep no files of job {job.id}")
     return job
 
 
@@ -137,20 +154,65 @@ def _id_file(path: str | None) -> "Iterator[Callable[[int], None]]":
 
 def run(arguments: Namespace) -> int:
     """Start a job, be its terminal, and end as it does."""
+    if arguments.output_dir is not None and not arguments.outputs:
+        arguments.parser.error("--output-dir needs --output GLOB: which files are to be kept")
     if arguments.detach:
+        if arguments.output_dir is not None:
+            arguments.parser.error("with -d nobody waits for the files: pjw cp JOB:. DIR copies them later")
         return start(arguments)
+    if arguments.array is not None:
+        arguments.parser.error(
+            "pjw run shows the output of one job: start an array with pjw start, or with -d"
+        )
     from pjw.cli import stdin
     from pjw.cli.run import run_attached
 
+    if arguments.terminal and arguments.stdin == "-":
+        from pjw.cli import interactive, local_terminal
+
+        local_terminal.require_terminal()
+        with connect(arguments) as client:
+            send_upload(client, arguments)
+            job = start_job(client, arguments)
+            if job.state == "queued":
+                say(f"job {job.id} {job.detail}")
+            code = interactive.at_job(client, job.id, arguments.escape)
+            if arguments.outputs:
+                from pjw.cli.artifacts import fetch
+
+                fetch(client, client.get(job.id), arguments.output_dir)
+            return code
     with stdin.opened(arguments.stdin) as descriptor, connect(arguments) as client:
+        send_upload(client, arguments)
         code = run_attached(client, arguments, descriptor)
     if descriptor is None and stdin.is_left():
         say("the job did not read what is piped into pjw; -i passes it on")
     return code
 
 
+def execute(arguments: Namespace) -> int:
+    """Run another command in a job, and end as it does."""
+    from pjw.cli.execute import execute
+
+    return execute(arguments)
+
+
+def attach(arguments: Namespace) -> int:
+    """Come back to the terminal of a job, or of a session."""
+    from pjw.cli.interactive import attach
+
+    return attach(arguments)
+
+
+def forward(arguments: Namespace) -> int:
+    """Let a port of this machine lead to one within a job."""
+    from pjw.cli.forward import forward
+
+    return forward(arguments)
+
+
 def wait_for_end(
-    client: "Client", job_id: Callable[[], int], progress: Callable[[], AbstractContextManager[object]]
+    client: "Client", job_id: Callable[[], JobName], progress: Callable[[], AbstractContextManager[object]]
 ) -> "Job":
     """Wait for the end of a job, and say so when it cannot go on.
 
@@ -159,7 +221,7 @@ def wait_for_end(
     with progress():
         job = client.wait(job_id(), or_stuck=True)
     if not job.state.final:
-        say(f"job {job.id} {job.detail}")
+        say(f"job {job.ref} {job.detail}")
         with progress():
             job = client.wait(job.id)
     return job
@@ -181,7 +243,7 @@ def wait(arguments: Namespace) -> int:
         if arguments.format is None:
             code = exit_code_of_job(job)
             return str(code), code
-        return arguments.format(job), job.exit_status.code if job.exit_status else EXIT_FAILED
+        return arguments.format(job), exit_code_of_job(job) if job.exit_status else EXIT_FAILED
 
     def show(answer: tuple[str, int], _: JobName) -> None:
         line, code = answer
@@ -206,33 +268,46 @@ _KILLED: Final = {
 def why_ended(job: "Job") -> str | None:
     """A line for a person: why a job ended. None when its command ended by itself, or when nobody knows."""
     if job.reason in _KILLED:
-        return f"job {job.id} was killed: {_KILLED[job.reason]}"
+        return f"job {job.ref} was killed: {_KILLED[job.reason]}"
+    if job.array is not None and job.array.succeeded < job.array.count and job.was_started:
+        failed, cancelled = job.array.failed, job.array.cancelled
+        return (
+            f"of the {job.array.count} elements of array {job.id} {failed} failed, {cancelled} were cancelled"
+        )
+    if job.reason == "artifacts_missing" and job.artifacts is not None:
+        return f"job {job.ref} has no artifacts, as it must: {job.artifacts.detail}"
     if job.reason == "stopped":
-        return f"job {job.id} was stopped"
+        return f"job {job.ref} was stopped"
     if job.exit_status is not None and (number := job.exit_status.signal) is not None:
         import signal
 
         name = f" ({signal.Signals(number).name})" if number in set(signal.Signals) else ""
-        return f"job {job.id} was ended by signal {number}{name}"
+        return f"job {job.ref} was ended by signal {number}{name}"
     return None
 
 
 def exit_code_of_job(job: "Job") -> int:
-    """The exit code of a job as a shell would tell it. Raises ServerFailedError when nobody knows it."""
+    """The exit code of a job as a shell would tell it. Raises ServerFailedError when nobody knows it.
+
+    And JobStateError when there is none, as the job was not started.
+    """
     status = job.exit_status
+    if status is None and not job.was_started:
+        raise JobStateError(f"job {job.ref} was never started: {job.detail}")
     if status is None:
-        raise ServerFailedError(f"nobody knows how job {job.id} ended: {job.reason}")
-    return status.code
+        raise ServerFailedError(f"nobody knows how job {job.ref} ended: {job.reason}")
+    # its command has done its part, and yet it has not succeeded
+    return EXIT_REFUSED if job.reason == "artifacts_missing" else status.code
 
 
 def stop(arguments: Namespace) -> int:
     """Stop jobs at once; when all have ended, print each as JSON, or at a terminal as a line."""
-    from pjw.cli.choice import ALIVE, named_or_fitting
+    from pjw.cli.choice import STOPPABLE, named_or_fitting
     from pjw.cli.progress import Progress
 
     _require_jobs(arguments)
     with connect(arguments) as client:
-        jobs = named_or_fitting(client, arguments, ALIVE)
+        jobs = named_or_fitting(client, arguments, STOPPABLE)
         with Progress(_stopping(jobs, arguments.grace)):
             stopping = _beside_each_other(
                 jobs,
@@ -291,6 +366,49 @@ def _beside_each_other(
     return lambda job: asked[job].result()
 
 
+def hold(arguments: Namespace) -> int:
+    """Keep jobs of the queue from being started; each, as it was typed."""
+    with connect(arguments) as client:
+        return each(arguments.jobs, lambda job: client.hold(resolve(client, job)), _show_name)
+
+
+def release(arguments: Namespace) -> int:
+    """Let held jobs of the queue be started; each, as it was typed."""
+    with connect(arguments) as client:
+        return each(arguments.jobs, lambda job: client.release(resolve(client, job)), _show_name)
+
+
+def _show_name(_: object, job: JobName) -> None:
+    print(job, flush=True)
+
+
+def _waits_for_more(job: "Job") -> bool:
+    """Whether a job waits for something beside its turn."""
+    return job.held or job.not_before is not None or job.unmet > 0
+
+
+def show_queue(arguments: Namespace) -> int:
+    """The jobs that wait, of each client in the order of their turns."""
+    from pjw.cli.render import jobs_json, queue_table
+
+    with connect(arguments) as client:
+        # what waits for something else than its turn comes after what does not
+        jobs = sorted(
+            client.list(states=["queued"]),
+            key=lambda job: (job.client_name, _waits_for_more(job), -job.priority, job.id),
+        )
+    form = arguments.format or ("table" if sys.stdout.isatty() else "ids")
+    if form == "json":
+        lines: Iterable[str] = ["".join(jobs_json(jobs))]
+    elif form == "table":
+        lines = queue_table(jobs, with_clients=arguments.all)
+    else:
+        lines = (str(job.id) for job in jobs)
+    for line in lines:
+        print(line)
+    return 0
+
+
 def remove(arguments: Namespace) -> int:
     """Forget jobs; each, as it was typed, when it is gone."""
     from pjw.cli.choice import ENDED, named_or_fitting
@@ -302,14 +420,15 @@ def remove(arguments: Namespace) -> int:
 
 def prune(arguments: Namespace) -> int:
     """Forget all jobs that have ended, once the user has confirmed it."""
-    from pjw.cli.choice import ENDED, confirmed
+    from pjw.cli.choice import ENDED, confirmed, elements_first
 
     if not arguments.force and not (sys.stdin and sys.stdin.isatty()):
         arguments.parser.error("cannot ask for confirmation without a terminal: give --force")
     with connect(arguments) as client:
         ended = client.list(states=ENDED, labels=dict(arguments.label))
         before = arguments.before
-        jobs = [job.id for job in ended if before is None or (job.end is not None and job.end < before)]
+        old = (job for job in ended if before is None or (job.end is not None and job.end < before))
+        jobs = [job.id for job in elements_first(old)]
         what = "1 job that has ended" if len(jobs) == 1 else f"{len(jobs)} jobs that have ended"
         if jobs and not arguments.force and not confirmed(f"forget {what}, with the output?"):
             return EXIT_REFUSED
@@ -317,7 +436,7 @@ def prune(arguments: Namespace) -> int:
 
 
 def _forget(client: "Client", jobs: Sequence[JobName]) -> int:
-    return each(jobs, lambda job: client.delete(resolve(client, job)), lambda _, job: print(job, flush=True))
+    return each(jobs, lambda job: client.delete(resolve(client, job)), _show_name)
 
 
 def each(jobs: Sequence[JobName], ask: Callable[[JobName], T], show: Callable[[T, JobName], None]) -> int:
@@ -363,7 +482,7 @@ def logs(arguments: Namespace) -> int:
 
 
 @contextmanager
-def telling_if_stuck(client: "Client", job_id: int) -> Iterator[None]:
+def telling_if_stuck(client: "Client", job_id: JobName) -> Iterator[None]:
     """While the output of a job is followed: say on stderr when the job cannot go on."""
     from threading import Timer
 
@@ -374,7 +493,7 @@ def telling_if_stuck(client: "Client", job_id: int) -> Iterator[None]:
         with suppress(Exception):
             job = client.wait(job_id, or_stuck=True)
             if not job.state.final:
-                say(f"job {job.id} {job.detail}")
+                say(f"job {job.ref} {job.detail}")
 
     timer = Timer(QUIET_SECONDS, tell)
     timer.daemon = True

@@ -8,13 +8,17 @@ import argparse
 import asyncio
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Final
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Final
 
 from pjw.cli.settings import find_settings
 from pjw.cli.units import SIGNALS
 from pjw.errors import PjwError
 from pjw.model import Job, JobState
+
+if TYPE_CHECKING:
+    from pjw.client.aio import AsyncClient
 
 FORMATS: Final = ("table", "ids", "json", "jsonl")
 # Somebody waits with a finger on the key.
@@ -25,8 +29,13 @@ DESCRIPTION_MAX: Final = 60
 _RUNNING: Final = (JobState.STARTING, JobState.RUNNING, JobState.STOPPING)
 # Only those jobs that the command can do something to.
 _STATES: Final[Mapping[str, tuple[JobState, ...]]] = {
-    "stop": (JobState.RUNNING, JobState.STOPPING),
-    "wait": _RUNNING,
+    "exec": (JobState.RUNNING,),
+    "attach": (JobState.RUNNING,),
+    "forward": (JobState.RUNNING,),
+    "stop": (JobState.QUEUED, JobState.RUNNING, JobState.STOPPING),
+    "wait": (JobState.QUEUED, *_RUNNING),
+    "hold": (JobState.QUEUED,),
+    "release": (JobState.QUEUED,),
     "rm": (JobState.EXITED, JobState.LOST),
 }
 
@@ -67,6 +76,8 @@ def _completer_of(action: argparse.Action) -> Completer:
     match action.metavar:
         case "JOB":
             return complete_jobs
+        case "WORKSPACE":
+            return complete_workspaces
         case "CONTEXT":
             return complete_contexts
         case "FORMAT":
@@ -118,6 +129,33 @@ def complete_contexts(prefix: str, **_: object) -> list[str]:
         return []
 
 
+def complete_workspaces(parsed_args: argparse.Namespace, **_: object) -> list[str]:
+    """The names of our workspaces."""
+    try:
+        return asyncio.run(_list_workspaces(parsed_args))
+    except (PjwError, OSError, TimeoutError):
+        return []
+
+
+async def _list_workspaces(arguments: argparse.Namespace) -> list[str]:
+    async with _connected(arguments) as client:
+        return [each.name for each in await client.workspaces()]
+
+
+@asynccontextmanager
+async def _connected(
+    arguments: argparse.Namespace, *, everybody: bool = False
+) -> "AsyncIterator[AsyncClient]":
+    """A client that a person who waits for a word has patience for."""
+    from pjw.client.aio import AsyncClient
+
+    settings = find_settings(arguments)
+    files = settings.ca_crt, settings.client_crt, settings.client_key
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        async with AsyncClient(settings.server, *files, all_clients=everybody, reconnect_seconds=0) as client:
+            yield client
+
+
 def complete_jobs(prefix: str, parsed_args: argparse.Namespace, **_: object) -> dict[str, str]:
     """The newest jobs: by id with what they are, or by name when a name was begun."""
     from pjw.cli.render import printable
@@ -138,12 +176,5 @@ def complete_jobs(prefix: str, parsed_args: argparse.Namespace, **_: object) -> 
 
 
 async def _list(arguments: argparse.Namespace, states: Iterable[JobState]) -> list[Job]:
-    from pjw.client.aio import AsyncClient
-
-    settings = find_settings(arguments)
-    files = settings.ca_crt, settings.client_crt, settings.client_key
-    everybody = bool(getattr(arguments, "all", False))
-    async with asyncio.timeout(DEADLINE_SECONDS):
-        async with AsyncClient(settings.server, *files, all_clients=everybody, reconnect_seconds=0) as client:
-            jobs = client.list(states=states, newest_first=True, limit=JOBS_MAX)
-            return [job async for job in jobs]
+    async with _connected(arguments, everybody=bool(getattr(arguments, "all", False))) as client:
+        return [job async for job in client.list(states=states, newest_first=True, limit=JOBS_MAX)]

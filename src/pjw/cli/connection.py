@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 from pjw.cli.expiry import warn_of_ends
 from pjw.cli.settings import find_settings
-from pjw.errors import ConfigError
+from pjw.errors import ConfigError, JobStateError
 
 if TYPE_CHECKING:
+    from pjw.client.aio import AsyncClient
     from pjw.client.sync import Client
 
 # A job as it is typed: its id, or its name.
@@ -23,14 +24,27 @@ def connect(arguments: Namespace) -> "Client":
     return _client_class()(settings.server, *files, all_clients=arguments.all)
 
 
+def connect_async(arguments: Namespace) -> "AsyncClient":
+    """The same for asyncio; an asynchronous context manager."""
+    from pjw.client.aio import AsyncClient
+
+    settings = find_settings(arguments)
+    files = settings.ca_crt, settings.client_crt, settings.client_key
+    return AsyncClient(settings.server, *files)
+
+
 def job_name(text: str) -> JobName:
-    """What names a job, as a `type` of argparse: a whole number is an id, all else a name."""
+    """What names a job, as a `type` of argparse: a number is an id, `17_5` an element, all else a name."""
     # int() alone would take "1_0", " 1 " and digits of other scripts
     digits = text.removeprefix("-")
     if digits.isascii() and digits.isdecimal() and len(digits) <= 100:
         return int(text)
-    # the client imports it in any case
+    # the client imports them in any case
+    from pjw.arrays import Element
     from pjw.model import is_name
+
+    if Element.of(text) is not None:
+        return text
 
     if not is_name(text):
         raise ArgumentTypeError(f"{text[:40]!r} is neither a job's id, which is a whole number, nor its name")
@@ -47,9 +61,25 @@ def server(text: str) -> str:
         raise ArgumentTypeError(f"{error}; {error.hint}") from None
 
 
-def resolve(client: "Client", job: JobName) -> int:
-    """The id of a job. Raises JobNotFoundError for a name that no job bears."""
-    return job if isinstance(job, int) else client.find(job).id
+def resolve(client: "Client", job: JobName) -> JobName:
+    """What names a job to the client: its id, or an element as it is.
+
+    Raises JobNotFoundError for a name that no job bears.
+    """
+    if isinstance(job, int) or job[:1].isdecimal():
+        return job
+    return client.find(job).id
+
+
+def resolve_id(client: "Client", job: JobName) -> int:
+    """The id of a job, also of an element. Raises JobStateError for an element that has none (yet)."""
+    found = resolve(client, job)
+    if isinstance(found, int):
+        return found
+    element = client.get(found)
+    if not element.id:
+        raise JobStateError(f"element {found} has not been started")
+    return element.id
 
 
 def _client_class() -> "type[Client]":

@@ -15,7 +15,6 @@ _ELSEWHERE: Final = {
     "inspect": "get",
     "describe": "get",
     "exec": "run",
-    "submit": "start",
     "add": "start",
     "tail": "logs",
     "log": "logs",

@@ -10,7 +10,7 @@ from pjw.certs.address import DEFAULT_ADDRESS
 from pjw.cli import commands, units
 from pjw.cli.connection import job_name, server
 from pjw.cli.exits import EXIT_USAGE
-from pjw.cli.subcommands import ADDERS, add_all
+from pjw.cli.subcommands import ADDERS, STATES, add_all, add_outputs, add_secrets, add_upload
 from pjw.cli.terminal import columns
 
 if TYPE_CHECKING:
@@ -24,14 +24,14 @@ exit codes: 0 done, 1 refused, 2 wrong usage, 125 pjw failed (no server, no cert
 These options go before COMMAND; --all may also follow it. All but --all can also be set as PJW_SERVER,
 PJW_CA_CRT, PJW_CLIENT_CRT, PJW_CLIENT_KEY and PJW_CONTEXT, or in ~/.config/pjw/config.toml. PJW_BUNDLE is a
 bundle, by its path or its text.
-A JOB is given by its id or its name.
+A JOB is given by its id or its name, an element of an array as 17_5.
 """
-_STATES: Final = ("starting", "running", "stopping", "exited", "lost")
 _ENDED: Final = ("exited", "lost")
-_ALIVE: Final = ("starting", "running", "stopping")
+_STOPPABLE: Final = ("queued", "starting", "running", "stopping")
 _REASONS: Final = (
     "completed", "stopped", "timed_out", "output_limit", "oom_killed", "lost", "host_restarted",
-    "launch_interrupted", "disk_limit", "output_failed",
+    "launch_interrupted", "disk_limit", "output_failed", "cancelled", "start_failed",
+    "artifacts_missing",
 )  # fmt: skip
 _FORMATS: Final = ("table", "ids", "json", "jsonl")
 
@@ -86,6 +86,9 @@ def build_parser(words: Sequence[str] = ()) -> Parser:
     adders = {
         "run": _add_run,
         "start": _add_start,
+        "exec": _add_exec,
+        "attach": _add_attach,
+        "forward": _add_forward,
         "list": _add_list,
         "get": _add_get,
         "logs": _add_logs,
@@ -93,6 +96,9 @@ def build_parser(words: Sequence[str] = ()) -> Parser:
         "stop": _add_stop,
         "rm": _add_rm,
         "prune": _add_prune,
+        "queue": _add_queue,
+        "hold": _add_hold,
+        "release": _add_release,
         **ADDERS,
     }
     only = adders.get(words[0]) if words else None
@@ -112,8 +118,12 @@ def _add_run(subparsers: "Commands") -> None:
     )
     command.set_defaults(run=commands.run, starts=True)
     command.add_argument("-d", "--detach", action="store_true", help="print the id, and leave it running")
+    _add_escape(command)
     command.add_argument("--id-file", metavar="FILE", help="write the job's id into this new file")
     _add_grace(command)
+    command.add_argument(
+        "--output-dir", metavar="DIR", help="copy what --output has kept into DIR when it has ended"
+    )
     _add_job_options(command)
 
 
@@ -129,6 +139,31 @@ def _add_start(subparsers: "Commands") -> None:
     _add_job_options(command)
 
 
+def _add_exec(subparsers: "Commands") -> None:
+    command = subparsers.add_parser(
+        "exec",
+        help="run another command in a job that runs, and exit as it does",
+        usage="pjw exec [OPTION]... JOB CMD | pjw exec [OPTION]... JOB [--] PROGRAM ARG...",
+        description="Run another command in a job that runs: as its user, with its files, its network and its"
+        " limits. Show its output, and exit with its exit code (128+n for signal n). Ctrl-C hangs it up, a"
+        " second one leaves it to itself. One argument is a shell command, several are a program with"
+        " arguments.",
+    )
+    command.set_defaults(run=commands.execute, starts=True)
+    command.add_argument(
+        "-d", "--detach", action="store_true", help="leave it running until the job ends; print JOB/NUMBER"
+    )
+    _add_environment(command)
+    command.add_argument(
+        "--stdin", metavar="FILE", help="what it reads; - for what pjw reads; default: nothing"
+    )
+    command.add_argument("-i", dest="stdin", action="store_const", const="-", help="the same as --stdin -")
+    _add_terminal(command)
+    _add_escape(command)
+    command.add_argument("job", type=job_name, metavar="JOB", help="a job's id, or its name")
+    command.add_argument("command", nargs=argparse.REMAINDER, metavar="CMD")
+
+
 def _add_job_options(command: Parser) -> None:
     job = command.add_argument_group("the job")
     job.add_argument("--name", metavar="NAME", help="call it by this; no two that run bear the same")
@@ -140,17 +175,56 @@ def _add_job_options(command: Parser) -> None:
         metavar="KEY=VALUE",
         help="to find it by",
     )
-    job.add_argument(
-        "-e", "--env", action="append", default=[], metavar="KEY[=VALUE]",
-        help="set a variable, or pass on the one that is set here",
-    )  # fmt: skip
-    job.add_argument(
-        "--env-file", action="append", default=[], metavar="FILE", help="the same, a line each; # comments"
-    )
-    job.add_argument("-w", "--workdir", metavar="DIR", help="begin there; an absolute path")
+    _add_environment(job)
+    add_secrets(job)
+    add_upload(job)
+    add_outputs(job, sizes=True)
     job.add_argument("--stdin", metavar="FILE", help="what it reads; - for what pjw reads; default: nothing")
     job.add_argument("-i", dest="stdin", action="store_const", const="-", help="the same as --stdin -")
+    _add_terminal(job)
+    job.add_argument(
+        "--workspace",
+        metavar="WORKSPACE",
+        help="a directory of yours that stays, at /run/workspace; begin there",
+    )
+    job.add_argument("--exclusive", action="store_true", help="no other job is in its workspace meanwhile")
     job.add_argument("--split-stderr", action="store_true", help="keep stderr apart from stdout")
+    queue = command.add_argument_group("its place in the queue", "each of these puts the job into the queue")
+    queue.add_argument(
+        "--queue", action="store_true", help="wait for a turn, instead of being started or refused at once"
+    )
+    queue.add_argument(
+        "--priority",
+        type=units.priority,
+        metavar="N",
+        help="before your other jobs: -1000 to 1000, default 0",
+    )
+    queue.add_argument(
+        "--not-before", type=units.coming, metavar="TIME", help="not before: 2h (from now), 22:30"
+    )
+    queue.add_argument(
+        "--after", type=units.after, action="append", metavar="ID[:ok|failed|any]",
+        help="not before this job of yours has ended well (ok, the default), otherwise, or however",
+    )  # fmt: skip
+    queue.add_argument(
+        "--array", type=units.array, metavar="INDICES[%N]",
+        help="once for each index, at most N at once: 1-100%%8, 1,3,7, 0-20:5; it has PJW_ARRAY_INDEX",
+    )  # fmt: skip
+    queue.add_argument(
+        "--retry", type=units.count, metavar="N", help="try again, up to so many times, when it fails"
+    )
+    queue.add_argument(
+        "--retry-on", type=units.ends, metavar="ENDS",
+        help="only after these: exit codes, oom, timeout, separated by commas",
+    )  # fmt: skip
+    queue.add_argument(
+        "--backoff",
+        type=units.seconds,
+        metavar="TIME",
+        help="before the first retry, then doubled; default 5s",
+    )
+    queue.add_argument("--rerun-if-lost", action="store_true", help="also when nobody knows how it ended")
+    queue.add_argument("--hold", action="store_true", help="not before pjw release")
     limits = command.add_argument_group(
         "its limits", "0 is no limit; your operator sets defaults and ceilings"
     )
@@ -160,11 +234,96 @@ def _add_job_options(command: Parser) -> None:
     limits.add_argument("--io-read", type=units.size, metavar="SIZE", help="bytes a second read")
     limits.add_argument("--io-write", type=units.size, metavar="SIZE", help="bytes a second written")
     limits.add_argument("--iops", type=units.count, metavar="N", help="reads a second, and writes a second")
-    limits.add_argument("--output", type=units.size, metavar="SIZE", help="output; then it is killed")
     limits.add_argument(
         "--timeout", type=units.whole_seconds, metavar="TIME", help="time: 90s, 1h30m; then it is killed"
     )
     command.add_argument("command", nargs=argparse.REMAINDER, metavar="CMD")
+
+
+def _add_environment(group: "argparse._ActionsContainer") -> None:
+    group.add_argument(
+        "-e", "--env", action="append", default=[], metavar="KEY[=VALUE]",
+        help="set a variable, or pass on the one that is set here",
+    )  # fmt: skip
+    group.add_argument(
+        "--env-file", action="append", default=[], metavar="FILE", help="the same, a line each; # comments"
+    )
+    group.add_argument("-w", "--workdir", metavar="DIR", help="begin there; an absolute path")
+
+
+def _add_attach(subparsers: "Commands") -> None:
+    command = subparsers.add_parser(
+        "attach",
+        help="come back to the terminal of a job or of a session",
+        description="Be the terminal of a job that was started with -it, or of a session (JOB/NUMBER): show"
+        " its last lines, and type into it. Whoever did so before can do so no more.",
+    )
+    command.set_defaults(run=commands.attach, starts=True)
+    command.add_argument(
+        "terminal",
+        type=_terminal,
+        metavar="JOB[/NUMBER]",
+        help="a job's id or name, and a session's number",
+    )
+    _add_escape(command)
+
+
+def _add_forward(subparsers: "Commands") -> None:
+    command = subparsers.add_parser(
+        "forward",
+        help="let a port of this machine lead to one within a job",
+        description="Listen on a port of this machine (127.0.0.1), and carry each connection to a TCP port"
+        " within a job that runs, until the job ends, or pjw does.",
+    )
+    command.set_defaults(run=commands.forward, starts=True)
+    command.add_argument("job", type=job_name, metavar="JOB", help="a job's id, or its name")
+    command.add_argument(
+        "ports", type=_ports, metavar="PORT[:PORT]", help="the port here, 0 for any, and that of the job"
+    )
+
+
+def _ports(text: str) -> tuple[int, int]:
+    local, colon, remote = text.partition(":")
+    words = (local, remote) if colon else (local, local)
+    if not all(word.isascii() and word.isdecimal() and int(word) < 65_536 for word in words) or not int(
+        words[1]
+    ):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is neither a port nor two: 8080, 8080:80, 0:80")
+    return int(words[0]), int(words[1])
+
+
+def _add_terminal(group: "argparse._ActionsContainer") -> None:
+    group.add_argument(
+        "-t",
+        "--terminal",
+        action="store_true",
+        help="give it a terminal, of the size of yours; with -i yours is that",
+    )
+
+
+def _add_escape(command: Parser) -> None:
+    command.add_argument(
+        "--escape",
+        type=_escape,
+        default="~",
+        metavar="CHAR",
+        help="with -it: CHAR and . at the beginning of a line leave; default ~; none turns it off",
+    )
+
+
+def _escape(text: str) -> str | None:
+    if text == "none":
+        return None
+    if len(text) != 1 or not text.isascii() or not text.isprintable():
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is neither a character of ASCII nor none")
+    return text
+
+
+def _terminal(text: str) -> tuple[int | str, int]:
+    name, slash, number = text.partition("/")
+    if slash and not (number.isascii() and number.isdecimal() and 0 < int(number) < 2**31):
+        raise argparse.ArgumentTypeError(f"{number[:40]!r} is not the number of a session")
+    return job_name(name), int(number) if slash else 0
 
 
 def _add_list(subparsers: "Commands") -> None:
@@ -179,10 +338,13 @@ def _add_list(subparsers: "Commands") -> None:
         "--format", type=_list_format, metavar="FORMAT", help=f"{', '.join(_FORMATS)} or template:…"
     )
     command.add_argument(
-        "--state", choices=_STATES, action="append", default=[], help="only in this state, or one of several"
+        "--state", choices=STATES, action="append", default=[], help="only in this state, or one of several"
     )
     _add_label_filter(command)
     command.add_argument("--name", metavar="NAME", help="only of this name")
+    command.add_argument(
+        "--array", type=units.count, metavar="ID", help="only elements of this array that had their turn"
+    )
     command.add_argument("--failed", action="store_true", help="only those that failed or are lost")
     command.add_argument(
         "--reason", choices=_REASONS, action="append", default=[], metavar="REASON",
@@ -268,7 +430,7 @@ def _add_stop(subparsers: "Commands") -> None:
         " prints one as JSON, several as an array; at a terminal it prints a line for each.",
     )
     command.set_defaults(run=commands.stop)
-    _add_jobs_or_filters(command, _ALIVE)
+    _add_jobs_or_filters(command, _STOPPABLE)
     add_all(command)
     _add_grace(command)
     command.add_argument(
@@ -300,6 +462,34 @@ def _add_prune(subparsers: "Commands") -> None:
         "--before", type=units.moment, metavar="TIME", help="only those that ended before this time: 7d (ago)"
     )
     command.add_argument("-f", "--force", action="store_true", help="do not ask")
+
+
+def _add_queue(subparsers: "Commands") -> None:
+    command = subparsers.add_parser(
+        "queue",
+        help="show your jobs that wait in the queue, in the order of their turns, and why",
+        description="Show your jobs that wait in the queue, in the order of their turns, and why they wait:"
+        " their ids, or a table at a terminal.",
+    )
+    command.set_defaults(run=commands.show_queue)
+    command.add_argument(
+        "--format", choices=("table", "ids", "json"), help="default table at a terminal, else ids"
+    )
+    add_all(command)
+
+
+def _add_hold(subparsers: "Commands") -> None:
+    command = subparsers.add_parser("hold", help="keep jobs of the queue from being started; prints each")
+    command.set_defaults(run=commands.hold)
+    _add_jobs(command)
+    add_all(command)
+
+
+def _add_release(subparsers: "Commands") -> None:
+    command = subparsers.add_parser("release", help="let held jobs of the queue be started; prints each")
+    command.set_defaults(run=commands.release)
+    _add_jobs(command)
+    add_all(command)
 
 
 def _add_jobs_or_filters(command: Parser, states: tuple[str, ...]) -> None:

@@ -29,6 +29,9 @@ def quota_lines(quota: ClientQuota) -> Iterator[str]:
     yield f"weight  {quota.weight}: {percent:.3g} % {busy}"
     at_most = f", at most {quota.running_max}" if quota.running_max else ""
     yield f"jobs    {quota.running} running{at_most}"
+    if quota.queued:
+        at_most = f", at most {quota.queued_max}" if quota.queued_max else ""
+        yield f"queue   {quota.queued} waiting{at_most}"
     at_most = f", at most {size_in_words(quota.stored_bytes_max)}" if quota.stored_bytes_max else ""
     yield f"stored  {size_in_words(quota.stored_bytes)}{at_most}"
     yield ""
@@ -75,6 +78,8 @@ def members(quota: ClientQuota) -> dict[str, Any]:
         "totalWeight": quota.total_weight,
         "running": quota.running,
         "runningMax": quota.running_max,
+        "queued": quota.queued,
+        "queuedMax": quota.queued_max,
         "storedBytes": quota.stored_bytes,
         "storedBytesMax": quota.stored_bytes_max,
         "memoryPromisedBytes": quota.memory_promised_bytes,

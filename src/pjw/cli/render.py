@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from pjw.cli.terminal import columns
 from pjw.cli.units import duration_in_words
-from pjw.model import Job, JobState, Limits, Sums
+from pjw.model import ArrayCounts, EndReason, Job, JobState, Limits, Sums
 
 # What a name may take of a table's width.
 NAME_COLUMNS: Final = 24
@@ -26,8 +26,8 @@ def members(job: Job) -> dict[str, Any]:
     return {
         "id": str(job.id),  # an int64 is a string in protobuf's JSON mapping, and in the seed
         "command": job.command,
-        "start": _time(job.start),
-        "end": _time(job.end) if job.end else None,
+        "start": time_text(job.start) if job.was_started else None,
+        "end": time_text(job.end) if job.end else None,
         "exitCode": status.code if status else None,
         "state": job.state.value,
         "reason": job.reason.value if job.reason else None,
@@ -36,6 +36,7 @@ def members(job: Job) -> dict[str, Any]:
         "limits": limits_members(job.limits),
         "usage": _usage(job),
         "outputBytes": job.output_bytes,
+        "artifacts": _artifacts(job),
         "name": job.name,
         "labels": dict(job.labels),
         "splitStderr": job.split_stderr,
@@ -43,12 +44,64 @@ def members(job: Job) -> dict[str, Any]:
         "detail": job.detail,
         "workdir": job.workdir,
         "usageNow": _usage_now(job),
+        "queued": time_text(job.queued) if job.queued else None,
+        "priority": job.priority,
+        "notBefore": time_text(job.not_before) if job.not_before else None,
+        "held": job.held,
+        "after": list(map(str, job.after)),
+        "unmet": job.unmet,
+        "attempt": job.attempt,
+        "retriedAs": None if job.retried_as is None else str(job.retried_as),
+        "array": _array(job),
+        "arrayId": None if job.array_id is None else str(job.array_id),
+        "arrayIndex": job.array_index,
+        "workspace": job.workspace,
+        "exclusive": job.exclusive,
+    }
+
+
+def _artifacts(job: Job) -> dict[str, str | bool] | None:
+    artifacts = job.artifacts
+    if artifacts is None:
+        return None
+    return {
+        "state": artifacts.state.value,
+        "bytes": str(artifacts.bytes),
+        "detail": artifacts.detail,
+        "required": artifacts.required,
     }
 
 
 def limits_members(limits: Limits | Sums) -> dict[str, int]:
     """The keys and values of the JSON of limits, or of sums."""
     return {_camel(name): value for name, value in limits.items()}
+
+
+def _array(job: Job) -> dict[str, int | str] | None:
+    array = job.array
+    if array is None:
+        return None
+    return {
+        "indices": array.indices,
+        "count": array.count,
+        "waiting": array.waiting,
+        "running": array.running,
+        "succeeded": array.succeeded,
+        "failed": array.failed,
+        "cancelled": array.cancelled,
+    }
+
+
+def array_counts(array: ArrayCounts) -> str:
+    """What has become of the elements of an array, on a line for a person."""
+    named = {
+        "wait": array.waiting,
+        "run": array.running,
+        "ok": array.succeeded,
+        "failed": array.failed,
+        "cancelled": array.cancelled,
+    }
+    return f"array {array.indices}: " + ", ".join(f"{count} {name}" for name, count in named.items() if count)
 
 
 def _usage(job: Job) -> dict[str, int] | None:
@@ -69,7 +122,7 @@ def _usage_now(job: Job) -> dict[str, int | str] | None:
     if sample is None:
         return None
     return {
-        "time": _time(sample.time),
+        "time": time_text(sample.time),
         "cpuUsageUsec": sample.cpu_usage_usec,
         "memoryBytes": sample.memory_bytes,
         "ioReadBytes": sample.io_read_bytes,
@@ -113,7 +166,7 @@ def job_table(
     whose_width = min(NAME_COLUMNS, max([6, *(len(printable(job.client_name)) for job in first)]))
 
     def line_of(job: Job | None) -> str:
-        cells = [f"{job.id if job else 'ID':>6}"]
+        cells = [f"{job.ref if job else 'ID':>6}"]
         if with_clients:
             cells.append(f"{printable(job.client_name) if job else 'CLIENT':<{whose_width}}")
         if name_width:
@@ -121,8 +174,8 @@ def job_table(
         cells += [
             _painted(f"{job.state if job else 'STATE':<8}", _colour(job) if with_colours else ""),
             f"{_age(now, job.start) if job else 'AGE':>5}",
-            f"{duration_in_words(duration(job, now)) if job else 'DURATION':>8}",
-            f"{_exit(job) if job else 'EXIT':<12}",
+            f"{lasted(job, now) if job else 'DURATION':>8}",
+            f"{exit_words(job) if job else 'EXIT':<12}",
         ]
         return "  ".join(cells) + "  "
 
@@ -130,19 +183,41 @@ def job_table(
     for job in chain(first, rest):
         line = line_of(job)
         used = len(line) - (len(_painted("", _colour(job))) if with_colours else 0)
-        yield line + _cut(printable(job.command), max(20, width - used))
+        yield line + cut(printable(job.command), max(20, width - used))
+        if job.array is not None:
+            yield f"{'':>6}  {array_counts(job.array)}"
         if job.detail:
             yield printable(f"{'':>6}  {job.detail}")
 
 
+def queue_table(jobs: Iterable[Job], *, with_clients: bool = False) -> Iterator[str]:
+    """Jobs that wait, as the lines of a table for a terminal: how long, with which priority, and why."""
+    width, now = columns(), datetime.now(UTC)
+    head = f"{'ID':>6}  " + (f"{'CLIENT':<{NAME_COLUMNS}}  " if with_clients else "")
+    yield f"{head}{'PRIORITY':>8}  {'WAITS':>6}  COMMAND"
+    for job in jobs:
+        line = f"{job.ref:>6}  "
+        if with_clients:
+            line += f"{cut(printable(job.client_name), NAME_COLUMNS):<{NAME_COLUMNS}}  "
+        line += f"{job.priority:>8}  {_age(now, job.asked):>6}  "
+        named = f"{job.name}: {job.command}" if job.name else job.command
+        yield line + cut(printable(named), max(20, width - len(line)))
+        if job.array is not None:
+            yield f"{'':>6}  {array_counts(job.array)}"
+        yield printable(f"{'':>6}  {job.detail}")
+
+
 def end_line(job: Job) -> str:
     """How a job has ended, on one line for a person."""
-    lasted = duration_in_words(((job.end or job.start) - job.start).total_seconds())
-    how = f"exit {_exit(job)}" if job.exit_status and job.exit_status.signal is None else _exit(job)
-    return printable(f"{job.id}{f' {job.name}' if job.name else ''}: {job.state} after {lasted}, {how}")
+    if not job.was_started:
+        return printable(f"{job.ref}{f' {job.name}' if job.name else ''}: {job.state} without a start")
+    after = duration_in_words(((job.end or job.start) - job.start).total_seconds())
+    how = f"exit {exit_words(job)}" if job.exit_status and job.exit_status.signal is None else exit_words(job)
+    return printable(f"{job.ref}{f' {job.name}' if job.name else ''}: {job.state} after {after}, {how}")
 
 
-def _cut(text: str, width: int) -> str:
+def cut(text: str, width: int) -> str:
+    """Text that fits into so many columns."""
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
@@ -153,9 +228,20 @@ def printable(text: str) -> str:
     )
 
 
+def lasted(job: Job, now: datetime) -> str:
+    """How long a job has run, in words; empty when it was not started."""
+    return duration_in_words(duration(job, now)) if job.was_started else ""
+
+
 def duration(job: Job, now: datetime) -> float:
     """How many seconds a job has run."""
     return ((job.end or now) - job.start).total_seconds()
+
+
+def is_failure(job: Job) -> bool:
+    """Whether a job is lost, or has ended with an exit code but 0 or without files that it must keep."""
+    missing = job.reason is EndReason.ARTIFACTS_MISSING
+    return job.state.final and (missing or job.exit_status is None or job.exit_status.code != 0)
 
 
 def _colour(job: Job | None) -> str:
@@ -163,16 +249,15 @@ def _colour(job: Job | None) -> str:
         return "1"
     if not job.state.final:
         return _GREEN if job.state is JobState.RUNNING else _YELLOW
-    if job.exit_status is not None and job.exit_status.code == 0:
-        return _DIM
-    return _RED
+    return _RED if is_failure(job) else _DIM
 
 
 def _painted(text: str, colour: str) -> str:
     return f"\x1b[{colour}m{text}\x1b[0m" if colour else text
 
 
-def _exit(job: Job) -> str:
+def exit_words(job: Job) -> str:
+    """How a job ended: its exit code, its signal, or why it has neither."""
     if job.exit_status is None:
         return job.reason or ""
     ended = (
@@ -189,7 +274,7 @@ def _age(now: datetime, start: datetime) -> str:
     return f"{seconds}s"
 
 
-def _time(time: datetime) -> str:
+def time_text(time: datetime) -> str:
     """RFC 3339 in UTC, to the second, as in the seed."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ")
 

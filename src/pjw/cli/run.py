@@ -13,7 +13,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from pjw.cli import stdin
 from pjw.cli.commands import (
@@ -26,7 +26,7 @@ from pjw.cli.commands import (
 )
 from pjw.cli.exits import EXIT_INTERRUPTED, complain, say
 from pjw.errors import PjwError, ServerUnreachableError
-from pjw.model import EndReason, Job
+from pjw.model import EndReason, Job, JobState
 
 if TYPE_CHECKING:
     from pjw.client.sync import Client
@@ -66,14 +66,28 @@ class _Unstopped:
         self.error: Final = error
 
 
-Event = Job | Interrupt | _Followed | _Sent | _Stopped | _Unstopped | Exception
+class _Retried:
+    """The job has failed, and goes on as another one."""
+
+    def __init__(self, job: Job) -> None:
+        self.job: Final = job
+
+
+Event = Job | Interrupt | _Followed | _Sent | _Stopped | _Unstopped | _Retried | Exception
 
 
 def run_attached(client: "Client", arguments: Namespace, stdin: int | None) -> int:
     """Start the job that is asked for, give it its input, and follow it to its end; its exit code."""
     events: SimpleQueue[Event] = SimpleQueue()
+    attached = _Attached(client, arguments, stdin, events)
     with interrupts_into(events):
-        return _Attached(client, arguments, stdin, events).run()
+        code = attached.run()
+    # signals end us as usual from here on: the job has ended
+    if attached.ended is not None and attached.ended.artifacts is not None:
+        from pjw.cli.artifacts import fetch
+
+        fetch(client, attached.ended, arguments.output_dir)
+    return code
 
 
 class _Attached:
@@ -88,13 +102,14 @@ class _Attached:
         self._events: Final = events
         self._interrupts = 0
         self._job: Job | None = None
-        self._ended: Job | None = None
+        # the job, when it has
+        self.ended: Job | None = None
         self._followed_by = 0
         self._failure: Exception | None = None
 
     def run(self) -> int:
         """Go by what happens until the job has ended, or we are to leave it."""
-        self._in_thread(lambda: start_job(self._client, self._arguments))
+        in_thread(self._events, lambda: start_job(self._client, self._arguments))
         while True:
             match self._events.get():
                 case Interrupt() as interrupt:
@@ -102,25 +117,29 @@ class _Attached:
                         return self._left()
                 case _Followed():
                     self._followed_by -= 1
-                    if not self._followed_by and self._ended is None:
-                        self._in_thread(self._wait)
+                    if not self._followed_by and self.ended is None:
+                        in_thread(self._events, self._wait)
                 case _Sent():
                     pass
                 case _Unstopped() as refused:
                     self._not_stopped(refused.error)
+                case _Retried() as retried:
+                    self._again(retried.job)
                 case Exception() as error:
                     self._failed(error)
                 case Job() as job if self._job is None:
                     self._started(job)
                 case Job() as job:
-                    self._ended = job
+                    self.ended = job
                 case _Stopped() as stopped:
-                    self._ended = stopped.job
-            if self._ended is not None and not self._followed_by:
-                return self._end(self._ended)
+                    self.ended = stopped.job
+            if self.ended is not None and not self._followed_by:
+                return self._end(self.ended)
 
     def _started(self, job: Job) -> None:
         self._job = job
+        if job.state is JobState.QUEUED:
+            say(f"job {job.id} {job.detail}")
         self._follow(job.id, sys.stdout.fileno(), stderr=False)
         if job.split_stderr:
             self._follow(job.id, sys.stderr.fileno(), stderr=True)
@@ -128,6 +147,12 @@ class _Attached:
             self._send(job.id, self._stdin)
         if self._interrupts:
             self._stop(job.id)
+
+    def _again(self, job: Job) -> None:
+        """Follow the next attempt."""
+        assert self._job is not None
+        say(f"job {self._job.id} failed; attempt {job.attempt} is job {job.id}")
+        self._started(job)
 
     def _failed(self, error: Exception) -> None:
         """Stop the job: nobody gets all of it any more, and what runs here would end by that too.
@@ -167,10 +192,12 @@ class _Attached:
     def _end(self, job: Job) -> int:
         """The exit code of an ended job. Raises what has kept us from showing all of it."""
         if self._failure is not None:
-            if job.reason is EndReason.STOPPED:
+            if job.reason in (EndReason.STOPPED, EndReason.CANCELLED):
                 self._failure.add_note(f"job {job.id} was stopped")
             raise self._failure
         # a user who typed Ctrl-C knows
+        if job.reason is EndReason.CANCELLED and self._interrupts:
+            return EXIT_INTERRUPTED
         if (words := why_ended(job)) and not (job.reason is EndReason.STOPPED and self._interrupts):
             say(words)
         return exit_code_of_job(job)
@@ -180,12 +207,18 @@ class _Attached:
             stdin.send(self._client, job_id, descriptor, quietly=sys.stdout.isatty())
             return _Sent()
 
-        self._in_thread(send)
+        in_thread(self._events, send)
 
-    def _wait(self) -> Job:
+    def _wait(self) -> Job | _Retried:
         assert self._job is not None
-        job_id = self._job.id
-        return wait_for_end(self._client, lambda: job_id, nullcontext)
+        job_id, may_be_retried = self._job.id, self._job.attempt > 0
+        job = self._client.get(job_id) if may_be_retried else self._job
+        if not job.state.final:
+            job = wait_for_end(self._client, lambda: job_id, nullcontext)
+        if may_be_retried and job.id != job_id:
+            # the newest attempt has ended, and we have not shown the next one
+            job = self._client.get(job_id)
+        return job if job.retried_as is None else _Retried(self._client.get(job.retried_as))
 
     def _follow(self, job_id: int, descriptor: int, *, stderr: bool) -> None:
         def follow() -> _Followed:
@@ -198,7 +231,7 @@ class _Attached:
             return _Followed()
 
         self._followed_by += 1
-        self._in_thread(follow)
+        in_thread(self._events, follow)
 
     def _interrupted(self, signal_number: int) -> bool:
         """Stop the job, or kill it; whether to leave it."""
@@ -230,17 +263,7 @@ class _Attached:
             except PjwError as error:
                 return _Unstopped(error)
 
-        self._in_thread(stop)
-
-    def _in_thread(self, work: Callable[[], Event]) -> None:
-        def report() -> None:
-            try:
-                self._events.put(work())
-            except Exception as error:  # noqa: BLE001  raised again, by the main thread
-                self._events.put(error)
-
-        # daemons: whoever leaves does not wait for them
-        threading.Thread(target=report, daemon=True).start()
+        in_thread(self._events, stop)
 
 
 def _tell(words: str) -> None:
@@ -249,16 +272,29 @@ def _tell(words: str) -> None:
         os.write(sys.stderr.fileno(), f"\npjw: {words}\n".encode())
 
 
+def in_thread(events: "SimpleQueue[Any]", work: Callable[[], object]) -> None:
+    """Have *work* done, and put what it gives into the queue, or the error that it raises."""
+
+    def report() -> None:
+        try:
+            events.put(work())
+        except Exception as error:  # noqa: BLE001  raised again, by the main thread
+            events.put(error)
+
+    # daemons: whoever leaves does not wait for them
+    threading.Thread(target=report, daemon=True).start()
+
+
 @contextmanager
-def interrupts_into(events: "SimpleQueue[Event]") -> Iterator[None]:
-    """Put an event into the queue for each signal that arrives.
+def interrupts_into(events: "SimpleQueue[Any]", *more: int | None) -> Iterator[None]:
+    """Put an event into the queue for each signal that arrives; for *more* than those that end programs.
 
     Python's signal handler in C writes each signal to a socket, and a thread reads them there. A handler in
     Python runs only when the main thread runs. A signal does not always end the main thread's wait: the
     signal may arrive just before the wait, or in another thread.
     """
     # one that is ignored stays so: a shell starts what is in its background like that
-    numbers = (signal.SIGINT, signal.SIGTERM, _HANGUP)
+    numbers = (signal.SIGINT, signal.SIGTERM, _HANGUP, *more)
     caught = [n for n in numbers if n is not None and signal.getsignal(n) is not signal.SIG_IGN]
     # not a pipe: not every system can make its writes non-blocking
     reader, writer = socket.socketpair()

@@ -7,10 +7,10 @@ from typing import Final
 
 from pjw.cli import units
 from pjw.errors import ConfigError, InvalidJobError, LimitRangeError, PjwError, describe_errno
-from pjw.model import LIMIT_MAXIMUM, LIMIT_MINIMUM, JobSpec
+from pjw.model import LIMIT_MAXIMUM, LIMIT_MINIMUM, JobSpec, QueueSpec, Retry, TerminalSize
 
 # Each option of a limit: where argparse puts it, the limits that it sets, how a value is worded.
-_LIMITS: Final = {
+LIMITS: Final = {
     "cpus": ("cpu_max_millicores",),
     "memory": ("memory_max_bytes",),
     "pids": ("pids_max",),
@@ -21,7 +21,7 @@ _LIMITS: Final = {
     "timeout": ("time_max_seconds",),
 }
 _OPTION_OF: Final = {
-    limit: "--" + option.replace("_", "-") for option, limits in _LIMITS.items() for limit in limits
+    limit: "--" + option.replace("_", "-") for option, limits in LIMITS.items() for limit in limits
 }
 # Far above what a command may be given; a wrong path (/dev/zero) ends here.
 _ENV_FILE_CHARACTERS_MAX: Final = 1024 * 1024
@@ -29,23 +29,66 @@ _ENV_FILE_CHARACTERS_MAX: Final = 1024 * 1024
 
 def spec_from(arguments: Namespace) -> JobSpec:
     """The job that is asked for. Raises InvalidJobError or ConfigError."""
-    words = arguments.command
-    if words[:1] == ["--"]:
-        words = words[1:]
     limits: dict[str, int] = {}
-    for option, names in _LIMITS.items():
+    for option, names in LIMITS.items():
         value = getattr(arguments, option)
         if value is not None:
             limits |= dict.fromkeys(names, value)
+    terminal = terminal_size(arguments)
     return JobSpec(
-        words[0] if len(words) == 1 else words,
+        words_of(arguments.command),
         limits,
         name=arguments.name or "",
         labels=dict(arguments.label),
-        env=_environment(arguments),
+        env=environment(arguments, terminal),
         workdir=arguments.workdir or "",
         split_stderr=arguments.split_stderr,
+        outputs=arguments.outputs,
+        output_required=arguments.output_required,
         input=arguments.stdin is not None,
+        terminal=terminal,
+        queue=_queue(arguments),
+        secrets=secrets(arguments),
+        workspace=arguments.workspace or "",
+        exclusive=arguments.exclusive,
+    )
+
+
+def _queue(arguments: Namespace) -> QueueSpec | None:
+    """How the job waits in the queue; None when it is to be started at once. One option implies the queue."""
+    given = {
+        "priority": arguments.priority,
+        "not_before": arguments.not_before,
+        "held": arguments.hold or None,
+        "after": arguments.after,
+        "array": arguments.array,
+        "retry": retry_from(
+            arguments.retry,
+            arguments.retry_on or frozenset(),
+            arguments.backoff,
+            if_lost=arguments.rerun_if_lost,
+        ),
+    }
+    asked = {name: value for name, value in given.items() if value is not None}
+    return QueueSpec(**asked) if asked or arguments.queue else None
+
+
+def retry_from(
+    times: int | None, ends: frozenset[str], backoff_seconds: float | None, *, if_lost: bool
+) -> Retry | None:
+    """Further attempts of a job, if there are any. Raises InvalidJobError."""
+    if times is None and not if_lost:
+        if ends or backoff_seconds is not None:
+            raise InvalidJobError("--retry-on and --backoff need --retry", hint="--retry 3")
+        return None
+    backoff = {} if backoff_seconds is None else {"backoff_seconds": backoff_seconds}
+    return Retry(
+        times or 0,
+        frozenset(int(each) for each in ends if each.isdecimal()),
+        oom="oom" in ends,
+        timeout="timeout" in ends,
+        if_lost=if_lost,
+        **backoff,
     )
 
 
@@ -76,7 +119,23 @@ def in_options(error: PjwError) -> PjwError:
     )
 
 
-def _environment(arguments: Namespace) -> dict[str, str]:
+def words_of(command: list[str]) -> str | list[str]:
+    """A shell command, which is one word, or a program with its arguments."""
+    words = command[1:] if command[:1] == ["--"] else command
+    return words[0] if len(words) == 1 else words
+
+
+def terminal_size(arguments: Namespace) -> TerminalSize | None:
+    """The size of the terminal that is asked for: that of ours. None without one."""
+    if not arguments.terminal:
+        return None
+    from pjw.cli.local_terminal import size
+
+    return size()
+
+
+def environment(arguments: Namespace, terminal: TerminalSize | None = None) -> dict[str, str]:
+    """The variables that are asked for, and our kind of terminal. Raises InvalidJobError or ConfigError."""
     from pjw.model import is_variable
 
     found: dict[str, str] = {}
@@ -90,6 +149,32 @@ def _environment(arguments: Namespace) -> dict[str, str]:
                 )
             _add(found, [line])
     _add(found, arguments.env)
+    if terminal is not None and "TERM" in os.environ:
+        found.setdefault("TERM", os.environ["TERM"])
+    return found
+
+
+def secrets(arguments: Namespace) -> dict[str, str]:
+    """The secrets that are asked for. Raises InvalidJobError or ConfigError, in whose words there is none."""
+    from pjw.model import is_variable
+
+    given = [("--secret", entry) for entry in arguments.secret]
+    for path in arguments.secret_file:
+        given = [
+            *((f"{path}, line {number}", line) for number, line in _lines(path, "--secret-file")),
+            *given,
+        ]
+    found: dict[str, str] = {}
+    for where, entry in given:
+        key, equals, value = entry.partition("=")
+        if not is_variable(key):
+            raise InvalidJobError(
+                f"{where}: that is no environment variable",
+                hint="a secret is KEY=VALUE, or KEY for the value here",
+            )
+        if not equals and key not in os.environ:
+            raise InvalidJobError(f"{where}: the variable {key} is not set here, so the job would lack it")
+        found[key] = value if equals else os.environ[key]
     return found
 
 
@@ -103,17 +188,17 @@ def _add(found: dict[str, str], entries: Iterable[str]) -> None:
             found[key] = os.environ[key]
 
 
-def _lines(path: str) -> list[tuple[int, str]]:
+def _lines(path: str, option: str = "--env-file") -> list[tuple[int, str]]:
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read(_ENV_FILE_CHARACTERS_MAX + 1)
     except OSError as error:
-        raise ConfigError(f"cannot read --env-file {path}: {describe_errno(error.errno or 0)}") from error
+        raise ConfigError(f"cannot read {option} {path}: {describe_errno(error.errno or 0)}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"cannot read --env-file {path}: it is not UTF-8") from error
+        raise ConfigError(f"cannot read {option} {path}: it is not UTF-8") from error
     if len(text) > _ENV_FILE_CHARACTERS_MAX:
         raise ConfigError(
-            f"cannot read --env-file {path}: it is longer than {_ENV_FILE_CHARACTERS_MAX} characters"
+            f"cannot read {option} {path}: it is longer than {_ENV_FILE_CHARACTERS_MAX} characters"
         )
     lines = ((number, line.strip()) for number, line in enumerate(text.split("\n"), 1))
     return [(number, line) for number, line in lines if line and not line.startswith("#")]

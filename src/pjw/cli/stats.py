@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
-from pjw.cli.connection import connect, resolve
+from pjw.cli.connection import connect, resolve_id
 from pjw.cli.exits import say
 from pjw.cli.render import json_text, members, printable
 from pjw.cli.subcommands import INSTALL_TOP
@@ -25,7 +25,7 @@ TICKS: Final = 5
 def show_stats(arguments: argparse.Namespace) -> None:
     """Print a job's totals and plots, or all samples as JSON."""
     with connect(arguments) as client:
-        history = client.usage_history(resolve(client, arguments.job))
+        history = client.usage_history(resolve_id(client, arguments.job))
     if arguments.format == "json":
         print(_json(history))
         return
@@ -66,7 +66,7 @@ def _headline(job: Job, samples: Sequence[UsageSample]) -> str:
     lasted = f" after {duration_in_words((until - job.start).total_seconds())}" if until else ""
     name = f" {job.name}" if job.name else ""
     state = f"{job.state}{lasted}" + (f", {job.reason}" if job.reason else "")
-    return f"job {job.id}{name}: {state}: {printable(job.command)}"[: max(PLOT_COLUMNS_MIN, columns())]
+    return f"job {job.ref}{name}: {state}: {printable(job.command)}"[: max(PLOT_COLUMNS_MIN, columns())]
 
 
 def _totals(job: Job, last: UsageSample, rows: Sequence[Reading]) -> Iterator[str]:

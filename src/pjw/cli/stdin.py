@@ -5,16 +5,15 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from pjw.cli.progress import Progress
 from pjw.cli.units import size_in_words
+from pjw.client.input import PIECE_BYTES
 from pjw.errors import ConfigError, JobStateError, describe_errno
 
 if TYPE_CHECKING:
     from pjw.client.sync import Client
-
-_PIECE_BYTES: Final = 256 * 1024
 
 
 @contextmanager
@@ -77,13 +76,14 @@ def send(client: "Client", job_id: int, descriptor: int, *, quietly: bool = Fals
     # where somebody types the input, or looks at the output, a line of ours would be in the way
     shown = not quietly and not os.isatty(descriptor)
     with Progress(words) if shown else nullcontext(), suppress(JobStateError):
-        client.write_input(job_id, _pieces(descriptor), seen)
+        client.write_input(job_id, pieces(descriptor), seen)
 
 
-def _pieces(descriptor: int) -> Iterator[bytes]:
+def pieces(descriptor: int) -> Iterator[bytes]:
+    """What a descriptor gives, as it comes. Raises ConfigError."""
     while True:
         try:
-            data = os.read(descriptor, _PIECE_BYTES)
+            data = os.read(descriptor, PIECE_BYTES)
         except OSError as error:
             raise ConfigError(f"cannot read --stdin: {describe_errno(error.errno or 0)}") from error
         if not data:

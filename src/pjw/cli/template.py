@@ -12,7 +12,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from pjw.cli.render import duration, members
+from pjw.cli.render import lasted, members
 from pjw.cli.units import duration_in_words
 from pjw.model import Job, JobState, Limits, Usage
 
@@ -51,7 +51,7 @@ class Template:
         now = datetime.now(UTC)
         values = members(job)
         values["age"] = duration_in_words((now - job.start).total_seconds())
-        values["duration"] = duration_in_words(duration(job, now))
+        values["duration"] = lasted(job, now)
         line = ""
         for literal, name, spec in self._parts:
             line += literal

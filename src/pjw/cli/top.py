@@ -1,10 +1,12 @@
 """`pjw top`: the jobs that run, what they use, and keys to stop and to follow them, on the whole terminal."""
 
 import argparse
+import os
+import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from typing import ClassVar, Final
 
@@ -16,16 +18,17 @@ from textual.events import Resize
 from textual.screen import ModalScreen
 from textual.widgets import DataTable, Footer, Label, Log, Sparkline, Static
 
+from pjw.cli import local_terminal
 from pjw.cli.expiry import warn_of_ends
 from pjw.cli.plain import PlainText
-from pjw.cli.render import printable
-from pjw.cli.settings import find_settings
+from pjw.cli.render import array_counts, printable
+from pjw.cli.settings import find_settings, options_of
 from pjw.cli.units import SIGNALS, duration_in_words, size_in_words
 from pjw.cli.usage import Reading, nothing_at, reading
 from pjw.client.aio import AsyncClient
 from pjw.client.requests import JobUsage, UsageSnapshot
 from pjw.errors import ConfigError, PjwError
-from pjw.model import Job, UsageSample
+from pjw.model import Job, JobSpec, JobState, UsageSample
 
 INTERVAL_SECONDS: Final = 2.0
 # Somebody looks at the screen and decides when to give up.
@@ -37,6 +40,11 @@ TOTALS_HISTORY: Final = 80
 FOLLOW_LINES: Final = 1000
 COMMAND_MAX: Final = 200
 BARS: Final = "▁▂▃▄▅▆▇█"
+# The shell that somebody has here, where the job has it too. By its name: it may be elsewhere there.
+SHELL: Final = 'command -v -- "$0" >/dev/null && exec "$0"; exec /bin/sh'
+
+# of a job that waits in the queue
+NOTHING: Final = Reading(datetime.min.replace(tzinfo=UTC), 0.0, 0, 0.0, 0.0, 0)
 
 Order = tuple[str, Callable[["Row"], float]]
 ORDERS: Final[tuple[Order, ...]] = (
@@ -63,7 +71,9 @@ def show_top(arguments: argparse.Namespace) -> None:
             settings.server, *files, all_clients=everybody, reconnect_seconds=RECONNECT_SECONDS
         )
 
-    failure = Top(connect, settings.server, everybody=everybody).run()
+    # by a process of its own: it reads keys as long as it lives, and then they are ours again
+    pjw = [sys.executable, "-P", "-m", "pjw.cli.main", *options_of(arguments)]
+    failure = Top(connect, settings.server, everybody=everybody, pjw=pjw).run()
     if failure is not None:
         raise failure
 
@@ -84,18 +94,20 @@ class Row:
 
     @property
     def last(self) -> Reading:
-        """The newest reading."""
-        return self.readings[-1]
+        """The newest reading; of a job that waits that of nothing."""
+        return self.readings[-1] if self.readings else NOTHING
 
     def cells(self, now: datetime, *, with_client: bool, wide: bool) -> list[Text]:
         """What the table shows."""
         job, last = self.job, self.last
+        if job.state is JobState.QUEUED:
+            return self._cells_of_waiting(now, with_client=with_client, wide=wide)
         cpu_plot = memory_plot = ""
         if wide:
             cpu_plot = " " + bars([one.cpu_percent for one in self.readings], 100)
             memory = [one.memory_bytes for one in self.readings]
             memory_plot = " " + bars(memory, job.limits.memory_max_bytes)
-        texts = [str(job.id)]
+        texts = [job.ref]
         if with_client:
             texts.append(printable(job.client_name))
         texts += [
@@ -112,6 +124,16 @@ class Row:
         # Text, since a plain string would be taken for markup
         return [Text(text, no_wrap=True) for text in texts]
 
+    def _cells_of_waiting(self, now: datetime, *, with_client: bool, wide: bool) -> list[Text]:
+        job = self.job
+        texts = [job.ref, *([printable(job.client_name)] if with_client else []), printable(job.name)]
+        texts += [job.state, duration_in_words((now - job.asked).total_seconds()), "", "", "", ""]
+        command = job.command[:COMMAND_MAX]
+        if job.array is not None:
+            command = f"{array_counts(job.array)}: {command}"
+        texts += [*([""] if wide else []), printable(command)]
+        return [Text(text, no_wrap=True) for text in texts]
+
 
 COLUMNS: Final = ("ID", "NAME", "STATE", "AGE", "CPU", "MEM", "READ/s", "WRITE/s", "PIDS", "COMMAND")
 # On a narrower terminal the table has neither plots nor PIDS, to make room for the commands.
@@ -123,6 +145,17 @@ def bars(values: Iterable[float], full: float = 0) -> str:
     found = list(values)
     top = max(*found, full, 1)
     return "".join(BARS[min(len(BARS) - 1, int(value / top * len(BARS)))] for value in found).rjust(HISTORY)
+
+
+def shell_spec() -> JobSpec:
+    """A shell at a terminal like ours."""
+    shell = os.path.basename(os.environ.get("SHELL", "")) or "sh"
+    return JobSpec(
+        ["/bin/sh", "-c", SHELL, shell],
+        env={"TERM": os.environ["TERM"]} if "TERM" in os.environ else {},
+        input=True,
+        terminal=local_terminal.size(),
+    )
 
 
 class Confirm(ModalScreen[bool]):
@@ -165,18 +198,29 @@ class Top(App[PjwError]):
         Binding("s", "end(False)", "stop"),
         Binding("k", "end(True)", "kill"),
         Binding("l,enter", "follow", "output", priority=False),
+        Binding("e", "enter", "shell"),
         Binding("escape", "unfollow", "close output", show=False),
         Binding("o", "order", "order"),
         Binding("q,ctrl+c", "quit", "quit"),
     ]
 
-    def __init__(self, connect: Callable[[], AsyncClient], server: str, *, everybody: bool) -> None:
+    def __init__(
+        self,
+        connect: Callable[[], AsyncClient],
+        server: str,
+        *,
+        everybody: bool,
+        pjw: Sequence[str] = ("pjw",),
+    ) -> None:
+        """*pjw* is a command line that runs pjw as we connect."""
         super().__init__()
+        self._pjw: Final = pjw
         self._connect: Final = connect
         self._client: AsyncClient
         self._server: Final = server
         self._everybody: Final = everybody
         self._rows: dict[int, Row] = {}
+        self._queued = 0
         self._shown: set[int] = set()
         self._totals: Final = {
             name: deque[float](maxlen=TOTALS_HISTORY) for name in ("cpu", "memory", "disk")
@@ -230,10 +274,17 @@ class Top(App[PjwError]):
             self.exit(error)
 
     def _take(self, snapshot: UsageSnapshot) -> None:
-        rows = {usage.job.id: self._rows.get(usage.job.id) or Row(usage.job) for usage in snapshot}
+        rows: dict[int, Row] = {}
+        for usage in snapshot:
+            before = self._rows.get(usage.job.id)
+            rows[usage.job.id] = before if before is not None and before.readings else Row(usage.job)
         for usage in snapshot:
             rows[usage.job.id].take(usage)
-        self._rows = rows
+        self._rows, self._queued = rows, snapshot.queued
+        for job in snapshot.waiting:
+            # between two looks it may have begun
+            if job.id not in rows:
+                rows[job.id] = Row(job)
         self._show_jobs()
         self._show_totals()
         self._show_state()
@@ -282,8 +333,10 @@ class Top(App[PjwError]):
     def _show_state(self) -> None:
         order, _ = ORDERS[self._order]
         whose = "jobs of all clients" if self._everybody else "jobs"
-        count = len(self._rows)
+        count = sum(row.job.state is not JobState.QUEUED for row in self._rows.values())
         shown = f", {ROWS_MAX} of them shown" if count > ROWS_MAX else ""
+        if self._queued:
+            shown += f", {self._queued} in the queue"
         silent = time.monotonic() - self._heard
         text = Text(f"pjw top  {self._server}  {count} {whose}{shown}, by {order}")
         if silent > 2 * INTERVAL_SECONDS + 1:
@@ -320,7 +373,7 @@ class Top(App[PjwError]):
             if yes:
                 self.run_worker(self._end(job, kill=kill))
 
-        self.push_screen(Confirm(f"{verb} job {job.id}: {printable(job.command[:60])}?"), answered)
+        self.push_screen(Confirm(f"{verb} job {job.ref}: {printable(job.command[:60])}?"), answered)
 
     async def _end(self, job: Job, *, kill: bool) -> None:
         try:
@@ -328,7 +381,26 @@ class Top(App[PjwError]):
         except PjwError as error:
             self.notify(printable(str(error)), severity="error", markup=False)
         else:
-            self.notify(f"job {job.id} has ended", markup=False)
+            self.notify(f"job {job.ref} has ended", markup=False)
+
+    def action_enter(self) -> None:
+        """Open a shell in the chosen job, on the whole terminal; come back when it ends or is left."""
+        if job := self._chosen():
+            self.run_worker(self._enter(job), group="enter", exclusive=True)
+
+    async def _enter(self, job: Job) -> None:
+        try:
+            local_terminal.require_terminal()
+            session = await self._client.exec(job.id, shell_spec())
+        except PjwError as error:
+            self.notify(printable(f"no shell: {error}"), severity="error", markup=False)
+            return
+        with self.suspend():
+            command = [*self._pjw, "attach", f"{job.id}/{session.number}"]
+            # the event loop has to wait: it would write to the terminal
+            subprocess.run(command, check=False)  # noqa: ASYNC221
+        # nobody listened meanwhile
+        self._heard = time.monotonic()
 
     def on_data_table_row_selected(self) -> None:
         """Enter on a row."""
@@ -343,7 +415,7 @@ class Top(App[PjwError]):
         self._followed = job.id
         log = self.query_one("#output", Log)
         log.clear()
-        log.border_title = f"job {job.id}"
+        log.border_title = f"job {job.ref}"
         log.display = True
         # one at a time: who is followed no more is let go of
         self.run_worker(self._follow(job, log), group="follow", exclusive=True)
@@ -353,7 +425,7 @@ class Top(App[PjwError]):
         try:
             async for data in self._client.logs(job.id, tail=FOLLOW_LINES):
                 log.write(plain.feed(data))
-            log.border_title = f"job {job.id}, ended"
+            log.border_title = f"job {job.ref}, ended"
         except PjwError as error:
             log.write_line(printable(f"pjw: error: {error}"))
 

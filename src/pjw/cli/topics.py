@@ -102,6 +102,8 @@ A job is one run of one command, with a number that is never given again.
                    |
                    +-> stopping -> exited
 
+With --queue a job is queued before that, see pjw help queue.
+
 One argument is a shell command, run by /bin/sh -c; several are a program and
 its arguments. The command runs as a user of its own, without privileges, in
 namespaces of its own: it sees the files of the host (it can write none), its
@@ -110,8 +112,10 @@ which is its HOME and TMPDIR too and is removed when it ends.
 
 `pjw get` says why a job has ended: completed, stopped, timed_out,
 output_limit, oom_killed, disk_limit, output_failed (its output can never be
-written). A job is lost when nobody could record how it ended: the host went
-down, or its init was killed.
+written), artifacts_missing (--output-required, and nothing could be kept). One
+out of the queue may end without a start: cancelled, start_failed.
+A job is lost when nobody could record how it ended: the host went down, or its
+init was killed.
 
 Jobs need nobody: neither your connection nor the service. Both can go and
 come back while a job runs.
@@ -140,6 +144,38 @@ as `limits`.
 `pjw quota` shows what you may ask for, what all your jobs may have together,
 and your share of the machine beside other clients; `pjw top` what your jobs
 use now, `pjw stats ID` what one has used over its life.
+""",
+    ),
+    "queue": Topic(
+        "jobs that wait for their turn",
+        """\
+`pjw start` starts a job at once, or refuses. With --queue the job waits for its
+turn, and nothing of yours has to wait with it: its id is there at once, and
+`pjw wait`, `pjw logs` and `pjw stop` work from then on.
+
+    pjw start --queue make -C /usr/src/thing
+    pjw start --queue --priority 10 ./urgent
+    pjw start --queue --not-before 22:30 ./nightly
+    pjw start --queue --hold ./later        waits for: pjw release ID
+    pjw start --after 7 ./next              when job 7 has ended well
+    pjw start --array 1-100%8 ./train       a hundred times, at most eight at once
+    pjw submit FILE                         many, or none, see its --help
+    pjw start --retry 3 ./flaky             again, up to three times, when it fails
+    pjw queue                               what waits, in which order, and why
+
+The operator says how many jobs of the queue run at once, and what their
+limits may come to, in all and for each client. A free slot goes to the client
+that has least of them; of your jobs the one with the highest priority is
+first, then the oldest.
+
+An array is started once for each index, which its command has in
+PJW_ARRAY_INDEX. `17_5` is an element of it wherever a job is named, and 17 is
+all of them: pjw wait 17, pjw stop 17, pjw logs 17_5, pjw list --array 17.
+
+What waits outlives restarts of the service, and each job is started once. One
+that is stopped while it waits ends as cancelled; one whose command cannot be
+executed when its turn comes, as start_failed. Neither has an exit code, and
+`detail` in the JSON of pjw get says why.
 """,
     ),
     "output": Topic(

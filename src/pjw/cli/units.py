@@ -16,9 +16,12 @@ from pjw.amounts import size_in_words
 if TYPE_CHECKING:
     from datetime import datetime
 
+    from pjw.model import After
+
 __all__ = [
-    "SIGNALS", "count", "duration_in_words", "key_and_value", "limit_in_words", "millicores", "moment",
-    "seconds", "signal_number", "size", "size_in_words", "whole_seconds",
+    "SIGNALS", "after", "array", "coming", "count", "duration_in_words", "ends", "key_and_value",
+    "limit_in_words", "millicores", "moment", "priority", "seconds", "signal_number", "size", "size_in_words",
+    "whole_seconds",
 ]  # fmt: skip
 
 # Linux's signals, from 1 on: jobs run on Linux, while pjw's own system may have other signals.
@@ -63,6 +66,68 @@ def moment(text: str) -> "datetime":
         with suppress(ValueError):
             return datetime.fromisoformat(text).astimezone(UTC)
     raise amounts.wrong(text, "time", "10m (ago) or 2026-11-29T13:00:00Z")
+
+
+@_typed
+def coming(text: str) -> "datetime":
+    """A time: a duration from now (`2h`), a time of day (`22:30`) or RFC 3339, local without a zone."""
+    from datetime import UTC, datetime, timedelta
+
+    now = datetime.now(UTC)
+    if re.fullmatch(r"[0-2][0-9]:[0-5][0-9]", text):
+        with suppress(ValueError):
+            hour, minute = map(int, text.split(":"))
+            then = now.astimezone().replace(hour=hour, minute=minute, second=0, microsecond=0, tzinfo=None)
+            # the next day by the calendar: a day may have 23 hours
+            days = 0 if then.astimezone() > now else 1
+            return (then + timedelta(days=days)).astimezone(UTC)
+    if not text.isdecimal():
+        with suppress(ValueError, OverflowError):
+            return now + timedelta(seconds=amounts.seconds(text))
+        with suppress(ValueError, OverflowError):
+            return datetime.fromisoformat(text).astimezone(UTC)
+    raise amounts.wrong(text, "time", "2h (from now), 22:30 or 2026-11-29T13:00:00Z")
+
+
+@_typed
+def ends(text: str) -> frozenset[str]:
+    """Ends after which a job is tried again: `75,oom,timeout`."""
+    found = frozenset(text.split(","))
+    if not all(re.fullmatch(r"oom|timeout|[0-9]{1,3}", each) for each in found):
+        raise amounts.wrong(text, "list of ends", "75,oom,timeout")
+    return found
+
+
+@_typed
+def after(text: str) -> "After":
+    """A job to wait for, and how it has to end: `7`, `7:failed`; `7_5` is an element of an array."""
+    from pjw.model import After, Condition
+
+    found = re.fullmatch(r"([0-9]{1,18})(?:_([0-9]{1,10}))?(?::(ok|failed|any))?", text)
+    if found is None or int(found[1]) == 0:
+        raise amounts.wrong(text, "job to wait for", "7, 7:failed, 7:any or 7_5")
+    element = None if found[2] is None else int(found[2])
+    return After(int(found[1]), Condition(found[3] or "ok"), element=element)
+
+
+@_typed
+def array(text: str) -> str:
+    """The indices of an array: `1-100`, `1-100%8`, `1,3,7`, `0-20:5`."""
+    from pjw.arrays import Array
+    from pjw.errors import InvalidJobError
+
+    try:
+        return str(Array.of(text))
+    except InvalidJobError as error:
+        raise ValueError(f"{error}; right are {error.hint}" if error.hint else str(error)) from None
+
+
+@_typed
+def priority(text: str) -> int:
+    """A whole number, which may be below 0."""
+    if not re.fullmatch(r"-?[0-9]{1,9}", text):
+        raise amounts.wrong(text, "whole number", "10 or -10")
+    return int(text)
 
 
 @_typed

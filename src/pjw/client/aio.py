@@ -2,10 +2,10 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Mapping
-from contextlib import suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from datetime import datetime
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from pjw.client.channel import Options  # isort: skip  it sets how gRPC is imported
 
@@ -14,11 +14,18 @@ import grpc.aio
 from pjw.client import requests
 from pjw.client.async_upload import AsyncUpload
 from pjw.client.base import BaseClient
+from pjw.client.failures import error_from
 from pjw.client.retry import CALLS_AT_ONCE, STOPS_AT_ONCE, WAITS_AT_ONCE, Trouble
-from pjw.errors import JobNotFoundError, JobStateError, PjwError
-from pjw.model import ClientQuota, Job, JobState
+from pjw.errors import JobNotFoundError, JobStateError, PjwError, ServerUnreachableError
+from pjw.model import Archive, ClientQuota, Job, JobState, Session, TerminalSize, base_of
 from pjw.rpc.status import ADMITTED_KEY
+from pjw.v1 import job_worker_pb2 as pb
 from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
+
+if TYPE_CHECKING:
+    from pjw.client.artifacts import Artifact
+    from pjw.client.copies import Copied
+    from pjw.client.watch import AsyncJobWatch
 
 T = TypeVar("T")
 
@@ -51,9 +58,50 @@ class AsyncClient(BaseClient):
     async def start(self, spec: requests.Startable) -> Job:
         """Start a job. However often the connection is lost meanwhile, it starts once.
 
-        A command alone is a spec without anything else. Raises LaunchError when it cannot be executed.
+        A command alone is a spec without anything else. Raises LaunchError when it cannot be executed. With
+        `queue` the job is put into the queue instead, and the answer does not wait for its turn.
         """
         return await self._call(requests.start(spec))
+
+    async def submit(self, specs: Iterable[requests.Startable]) -> requests.Jobs:
+        """Put up to 500 jobs into the queue, all or none; each is started when its turn comes.
+
+        Raises LimitReachedError when the queue takes no more of them.
+        """
+        return await self._call(requests.submit(specs))
+
+    async def run_many(self, specs: Iterable[requests.Startable]) -> requests.FinishedJobs:
+        """Put jobs into the queue and wait for all of them: each with all of its output, in the same order.
+
+        Whatever ends this call early stops those that have not ended. A job that failed is no error.
+        """
+        jobs: list[Job] = []
+        try:
+            for call in requests.submissions(specs):
+                made = await self._call(call)
+                jobs += made
+            finished = []
+            for job in jobs:
+                output = b"".join([data async for data in self.logs(job.id)])
+                stderr = b""
+                if job.split_stderr:
+                    stderr = b"".join([data async for data in self.logs(job.id, stderr=True)])
+                finished.append(requests.Finished(await self.wait(job.id), output, stderr))
+            return finished
+        except BaseException:
+            # what waits first, or it would begin as the others end
+            for job in reversed(jobs):
+                with suppress(PjwError):
+                    await self.stop(job.id, grace=0)
+            raise
+
+    async def hold(self, job_id: requests.JobId) -> Job:
+        """Keep a job of the queue from being started. Raises JobStateError when it does not wait there."""
+        return await self._call(requests.hold(job_id, all_clients=self._all_clients))
+
+    async def release(self, job_id: requests.JobId) -> Job:
+        """Let a held job of the queue be started. Raises JobStateError when it does not wait there."""
+        return await self._call(requests.release(job_id, all_clients=self._all_clients))
 
     async def run(self, spec: requests.Startable, *, input: bytes | None = None) -> requests.Finished:  # noqa: A002
         """Start a job, send its *input* and wait for its end: the job, with all of its output in memory.
@@ -76,6 +124,203 @@ class AsyncClient(BaseClient):
                 await self.stop(job.id, grace=0)
             raise
 
+    async def exec(
+        self, job_id: requests.JobId, command: requests.Startable, *, detach: bool = False
+    ) -> Session:
+        """Start another command in a job of ours that runs: a session, in the job's limits and namespaces.
+
+        Of a spec the command, `env`, `workdir`, `input` and `request_id` count. `logs`, `write_input`,
+        `wait_session` and `stop_session` take its number. When none of these is under way for two minutes it
+        is hung up, unless it is to *detach*. Raises LaunchError when the command cannot be executed.
+        """
+        return await self._call(requests.execute(job_id, command, detach=detach))
+
+    async def run_in(
+        self,
+        job_id: requests.JobId,
+        command: requests.Startable,
+        *,
+        input: bytes | None = None,  # noqa: A002
+    ) -> requests.FinishedSession:
+        """Run another command in a job, as `run` does a job: with its *input*, and all output in memory."""
+        session = await self.exec(job_id, requests.with_input(command, input))
+        try:
+            if input is not None:
+                with suppress(JobStateError):
+                    await self.write_input(job_id, _once(input), session=session.number)
+            output = b"".join([data async for data in self.logs(job_id, session=session.number)])
+            stderr = b"".join([data async for data in self.logs(job_id, session=session.number, stderr=True)])
+            return requests.FinishedSession(await self.wait_session(job_id, session.number), output, stderr)
+        except BaseException:
+            with suppress(PjwError):
+                await self.stop_session(job_id, session.number)
+            raise
+
+    async def resize(self, job_id: requests.JobId, size: TerminalSize, *, session: int = 0) -> None:
+        """Give the terminal of a job, or of a session of it, another size."""
+        await self._call(requests.resize(job_id, size, session))
+
+    async def copy_to(
+        self,
+        job_id: requests.JobId,
+        source: str,
+        path: str = ".",
+        seen: Callable[[int], None] | None = None,
+    ) -> "Copied":
+        """As `Client.copy_to`; files are read in threads."""
+        from pjw.client.copies import Copied, Packer, in_threads
+
+        packer = await asyncio.to_thread(Packer, source)
+        count = 0
+
+        def count_and_tell(sent: int) -> None:
+            nonlocal count
+            count = sent
+            if seen is not None:
+                seen(sent)
+
+        archive = Archive(path, unpack=True, name=packer.name)
+        pieces = in_threads(packer.pieces())
+        left_out = await self._unpack_in(job_id, archive, pieces, count_and_tell)
+        return Copied(count, packer.notes.lines + left_out)
+
+    async def copy_from(
+        self,
+        job_id: requests.JobId,
+        path: str,
+        target: str,
+        seen: Callable[[int], None] | None = None,
+    ) -> "Copied":
+        """As `Client.copy_from`; files are written in threads."""
+        from pjw.client.copies import Copied, Unpacker, name_of
+
+        unpacker = await asyncio.to_thread(Unpacker, target, name_of(path), requests.copying(job_id, path))
+        left_out: list[str] = []
+        count = 0
+        try:
+            async with aclosing(self._packed(job_id, path, left_out)) as pieces:
+                async for piece in pieces:
+                    await asyncio.to_thread(unpacker.feed, piece)
+                    count += len(piece)
+                    if seen is not None:
+                        seen(count)
+            await asyncio.to_thread(unpacker.finish)
+        finally:
+            await asyncio.to_thread(unpacker.abandon)
+        return Copied(count, left_out + unpacker.notes.lines)
+
+    async def read_archive(self, job_id: requests.JobId, path: str) -> AsyncGenerator[bytes, None]:
+        """As `Client.read_archive`."""
+        async with aclosing(self._packed(job_id, path, [])) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    async def _packed(
+        self, job_id: requests.JobId, path: str, left_out: list[str]
+    ) -> AsyncGenerator[bytes, None]:
+        try:
+            session = await self._call(requests.archive(job_id, Archive(path)))
+        except JobStateError:
+            job = await self.get(job_id)
+            if job.artifacts is None or not job.state.final:
+                raise
+            async with aclosing(self._selected(job_id, base_of(job.workspace), path)) as pieces:
+                async for piece in pieces:
+                    yield piece
+            return
+        async with self._archive(session):
+            async with aclosing(self.logs(job_id, session=session.number)) as pieces:
+                async for piece in pieces:
+                    yield piece
+            left_out += await self._archive_end(session, path)
+
+    async def _selected(self, job_id: requests.JobId, base: str, path: str) -> AsyncGenerator[bytes, None]:
+        from pjw.client.artifacts import Selection
+
+        selection = Selection(path, base, requests.copying(job_id, path))
+        async with aclosing(self.read_artifacts(job_id)) as pieces:
+            async for piece in pieces:
+                yield selection.feed(piece)
+        yield selection.finish()
+
+    def read_artifacts(self, job_id: requests.JobId) -> AsyncGenerator[bytes, None]:
+        """As `Client.read_artifacts`."""
+        position = requests.artifacts(job_id, all_clients=self._all_clients)
+        return self._stream(position, position.take)
+
+    async def artifacts(self, job_id: requests.JobId) -> "AsyncGenerator[Artifact, None]":
+        """As `Client.artifacts`."""
+        from pjw.client.artifacts import Listing
+
+        listing = Listing(requests.listing(job_id))
+        async with aclosing(self.read_artifacts(job_id)) as pieces:
+            async for piece in pieces:
+                for each in listing.feed(piece):
+                    yield each
+        listing.finish()
+
+    async def write_archive(
+        self,
+        job_id: requests.JobId,
+        data: AsyncIterable[bytes],
+        path: str = ".",
+        seen: Callable[[int], None] | None = None,
+    ) -> requests.LeftOut:
+        """As `Client.write_archive`, from an asynchronous iterable."""
+        return await self._unpack_in(job_id, Archive(path, unpack=True), data, seen)
+
+    async def _unpack_in(
+        self,
+        job_id: requests.JobId,
+        archive: Archive,
+        data: AsyncIterable[bytes],
+        seen: Callable[[int], None] | None,
+    ) -> requests.LeftOut:
+        session = await self._call(requests.archive(job_id, archive))
+        async with self._archive(session):
+            # it has ended: it says why
+            with suppress(JobStateError):
+                await self.write_input(job_id, data, seen, session=session.number)
+            return await self._archive_end(session, archive.path)
+
+    @asynccontextmanager
+    async def _archive(self, session: Session) -> AsyncGenerator[None, None]:
+        """Have the server forget it at the end, whatever that is."""
+        try:
+            yield
+        except ServerUnreachableError:
+            # nobody to ask; it ends by its lease
+            raise
+        except BaseException:
+            with suppress(PjwError):
+                await self.stop_session(session.job_id, session.number)
+            raise
+        with suppress(PjwError):
+            await self.stop_session(session.job_id, session.number)
+
+    async def _archive_end(self, session: Session, path: str) -> requests.LeftOut:
+        """What was left out. Raises CopyError, or another, when it failed."""
+        from pjw.client.copies import judge
+
+        said = b""
+        async for piece in self.logs(session.job_id, session=session.number, stderr=True):
+            said += piece
+            if len(said) > requests.SAID_BYTES_MAX:
+                break
+        ended = await self.wait_session(session.job_id, session.number)
+        notes, why = judge(said, ended.exit_status.code if ended.exit_status else None)
+        if why is not None:
+            raise requests.archive_failure(requests.copying(session.job_id, path), ended, why)
+        return notes
+
+    async def wait_session(self, job_id: requests.JobId, session: int) -> Session:
+        """A session when it has ended, however long that takes. Raises SessionNotFoundError."""
+        return await self._call(requests.wait_session(job_id, session))
+
+    async def stop_session(self, job_id: requests.JobId, session: int) -> Session:
+        """End a session: SIGHUP, after the server's grace period SIGKILL; its final state."""
+        return await self._call(requests.stop_session(job_id, session))
+
     async def get(self, job_id: requests.JobId) -> Job:
         """One job, by its id, which is a number or text."""
         return await self._call(requests.get(job_id, all_clients=self._all_clients))
@@ -94,10 +339,17 @@ class AsyncClient(BaseClient):
         name: str = "",
         newest_first: bool = False,
         limit: int | None = None,
+        array_id: requests.JobId | None = None,
     ) -> AsyncGenerator[Job, None]:
         """The jobs in one of these states, with all of these labels, of that name, in order of their ids."""
         pages = requests.Pages(
-            states, labels, name, limit, newest_first=newest_first, all_clients=self._all_clients
+            states,
+            labels,
+            name,
+            limit,
+            newest_first=newest_first,
+            all_clients=self._all_clients,
+            array_id=array_id,
         )
         while call := pages.next:
             for job in await self._call(call):
@@ -131,16 +383,24 @@ class AsyncClient(BaseClient):
         tail: int | None = None,
         since: datetime | None = None,
         stderr: bool = False,
+        session: int = 0,
     ) -> AsyncGenerator[bytes, None]:
         """The output from *offset* on, or its last *tail* lines; to the end of the job, or of what is there.
 
         With *since* it begins with the output of that time; a time without a time zone is local.
 
         A lost connection is made again, and the stream goes on at the exact byte. With *stderr*, that of a
-        job that keeps it apart.
+        job that keeps it apart; with *session*, that of a session of the job.
         """
         position = requests.LogsPosition(
-            job_id, offset, tail, since, follow=follow, stderr=stderr, all_clients=self._all_clients
+            job_id,
+            offset,
+            tail,
+            since,
+            follow=follow,
+            stderr=stderr,
+            session=session,
+            all_clients=self._all_clients,
         )
         return self._stream(position, position.take)
 
@@ -168,10 +428,31 @@ class AsyncClient(BaseClient):
         return self._stream(position, position.take_timed)
 
     async def write_input(
-        self, job_id: requests.JobId, data: AsyncIterable[bytes], seen: Callable[[int], None] | None = None
+        self,
+        job_id: requests.JobId,
+        data: AsyncIterable[bytes],
+        seen: Callable[[int], None] | None = None,
+        *,
+        session: int = 0,
+        append: bool = False,
     ) -> int:
         """As `Client.write_input`, from an asynchronous iterable."""
-        upload = AsyncUpload(job_id)
+        return await self._write(AsyncUpload(job_id, session, append=append), data, seen)
+
+    async def upload(
+        self, sources: requests.UploadSources, seen: Callable[[int], None] | None = None
+    ) -> requests.Uploaded:
+        """As `Client.upload`; files are read in threads."""
+        from pjw.client.copies import UploadPacker, in_threads
+
+        packer = await asyncio.to_thread(UploadPacker, sources)
+        name = requests.upload_name()
+        count = await self._write(AsyncUpload(0, upload=name), in_threads(packer.pieces()), seen)
+        return requests.Uploaded(name, count, packer.left_out)
+
+    async def _write(
+        self, upload: AsyncUpload, data: AsyncIterable[bytes], seen: Callable[[int], None] | None
+    ) -> int:
         trouble = Trouble(self._link, upload.outgoing)
 
         async def send_all() -> None:
@@ -191,6 +472,23 @@ class AsyncClient(BaseClient):
             await asyncio.wait({giving, sending})
         return upload.outgoing.acknowledged
 
+    async def connect(
+        self, job_id: requests.JobId, port: int, data: AsyncIterable[bytes]
+    ) -> AsyncGenerator[bytes, None]:
+        """As `Client.connect`, from an asynchronous iterable."""
+        first = requests.connection(job_id, port)
+        call = self._stub.Forward(_messages(first, data))
+        try:
+            async for answer in call:
+                if answer.data:
+                    yield answer.data
+                if answer.end:
+                    return
+        except grpc.RpcError as error:
+            raise error_from(error, self._link.settings, {"job_id": first.id}) from None
+        finally:
+            call.cancel()
+
     async def usage_history(self, job_id: requests.JobId) -> requests.UsageHistory:
         """What a job used over its life, in a bounded number of samples."""
         return await self._call(requests.usage_history(job_id, all_clients=self._all_clients))
@@ -202,10 +500,55 @@ class AsyncClient(BaseClient):
         """
         return await self._call(requests.quota(client_name, all_clients=self._all_clients))
 
+    async def workspaces(self) -> requests.Workspaces:
+        """As Client.workspaces."""
+        pages = requests.WorkspacePages(all_clients=self._all_clients)
+        found: requests.Workspaces = []
+        while call := pages.next:
+            page = await self._call(call)
+            found += page
+        return found
+
+    async def remove_workspace(self, name: str) -> None:
+        """As Client.remove_workspace."""
+        await self._call(requests.remove_workspace(name))
+
     def watch_usage(self, interval: float | None = None) -> AsyncGenerator[requests.UsageSnapshot, None]:
         """What all running jobs use, every *interval* seconds (the server's default: 2), without end."""
         watch = requests.UsageWatch(interval, all_clients=self._all_clients)
         return self._stream(watch, watch.take)
+
+    def watch_jobs(
+        self,
+        since: int | None = None,
+        *,
+        ids: Iterable[requests.JobId] = (),
+        states: Iterable[JobState | str] = (),
+        labels: Mapping[str, str] | None = None,
+        name: str = "",
+        snapshot: bool = True,
+        follow: bool = True,
+    ) -> "AsyncJobWatch":
+        """Changes of the states of our jobs, each once and in order; without *follow* those until now.
+
+        They begin behind the change *since*; without it with the jobs as they are, or without a *snapshot*
+        with the next change. A lost connection is made again, and the changes go on where they were: so they
+        do for another program that begins behind the `sequence` of the last one. Raises SequenceError when
+        that is too long ago.
+        """
+        from pjw.client.watch import AsyncJobWatch, WatchPosition
+
+        position = WatchPosition(
+            since,
+            ids,
+            states,
+            labels,
+            name,
+            snapshot=snapshot,
+            follow=follow,
+            all_clients=self._all_clients,
+        )
+        return AsyncJobWatch(position, self._stream(position, position.take))
 
     async def _call(self, call: requests.Call[T]) -> T:
         async with self._long.get(call.method, self._calls):
@@ -243,6 +586,7 @@ class AsyncClient(BaseClient):
                 failure = error
             finally:
                 call.cancel()
+            stream.lost()
             await self._pause(trouble, failure)
 
     async def _send(self, upload: AsyncUpload, trouble: Trouble, seen: Callable[[int], None] | None) -> bool:
@@ -274,3 +618,12 @@ class AsyncClient(BaseClient):
 
 async def _once(data: bytes) -> AsyncGenerator[bytes, None]:
     yield data
+
+
+async def _messages(
+    first: pb.ForwardRequest, data: AsyncIterable[bytes]
+) -> AsyncGenerator[pb.ForwardRequest, None]:
+    yield first
+    async for piece in data:
+        yield pb.ForwardRequest(data=piece)
+    yield pb.ForwardRequest(end=True)

@@ -12,8 +12,8 @@ from pjw.v1 import job_worker_pb2 as pb
 class AsyncUpload:
     """`Outgoing` for tasks: who finds nothing to do waits."""
 
-    def __init__(self, job_id: JobId) -> None:
-        self.outgoing: Final = Outgoing(job_id)
+    def __init__(self, job_id: JobId, session: int = 0, *, append: bool = False, upload: str = "") -> None:
+        self.outgoing: Final = Outgoing(job_id, session, append=append, upload=upload)
         self._changed: Final = asyncio.Condition()
         # which connection sends, and whether its server has said where to begin
         self._connection = 0

@@ -56,6 +56,11 @@ def error_from(
     gone = is_gone(error) or code is grpc.StatusCode.DEADLINE_EXCEEDED
     if gone and ERROR_KEY not in metadata:
         return _unreachable(settings, code, text)
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        return errors.ServerFailedError(
+            f"{settings.server} does not know this call: it is older than this client",
+            hint="ask the operator to upgrade pjwd",
+        )
     return error_of(code, text, metadata, asked)
 
 

@@ -11,7 +11,8 @@ from pjw.client.requests import JobId, Reached, wire_id
 from pjw.v1 import job_worker_pb2 as pb
 
 WINDOW_BYTES: Final = 4 * 1024 * 1024
-PIECE_BYTES: Final = 64 * 1024
+# The most that pjwd takes in a message: half of what 256 KiB cost is for the message.
+PIECE_BYTES: Final = 1024 * 1024
 
 
 class Outgoing:
@@ -19,13 +20,18 @@ class Outgoing:
 
     gone_is_done: Final = False
 
-    def __init__(self, job_id: JobId) -> None:
-        self.job_id: Final = wire_id(job_id)
-        self.facts: Final = {"job_id": self.job_id}
-        self.first: Final = pb.WriteInputRequest(id=self.job_id)
+    def __init__(self, job_id: JobId, session: int = 0, *, append: bool = False, upload: str = "") -> None:
+        """With *append* it comes behind what the server has when it is first asked.
+
+        With the name of an *upload* it is that, and of no job.
+        """
+        self.job_id: Final = 0 if upload else wire_id(job_id)
+        self.facts: Final = {} if upload else {"job_id": self.job_id}
+        self.first: Final = pb.WriteInputRequest(id=self.job_id, session=session, upload=upload)
         # what the source has given, and what the server has of it
         self.given = 0
         self.acknowledged = 0
+        self._appends = append
         self._complete = False
         self._pieces: Final[deque[bytes]] = deque()
 
@@ -37,6 +43,8 @@ class Outgoing:
     @property
     def reached(self) -> Reached:
         """How far it has got, and a next step."""
+        if self.first.upload:
+            return f" after {self.acknowledged} bytes of the upload", "nothing has been started: try again"
         return (
             f" after {self.acknowledged} bytes of input",
             f"job {self.job_id} waits for the rest of its input, or for a stop",
@@ -57,6 +65,11 @@ class Outgoing:
 
     def acknowledge(self, answer: pb.WriteInputResponse) -> None:
         """The server has so much: that is kept no longer."""
+        if self._appends:
+            self._appends = False
+            self.given += answer.offset
+            self.acknowledged = answer.offset
+            return
         ahead = answer.offset - self.acknowledged
         while self._pieces and ahead >= len(self._pieces[0]):
             ahead -= len(self._pieces.popleft())

@@ -2,32 +2,60 @@
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any, Final, Generic, NamedTuple, TypeVar
+from itertools import islice
+from typing import Any, Final, Generic, NamedTuple, NotRequired, Protocol, TypedDict, TypeVar
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
 from pjw import errors
+from pjw.arrays import Element
 from pjw.client.failures import CALL_SECONDS
-from pjw.model import KNOWN_STATES, ClientQuota, Job, JobSpec, JobState, UsageSample
+from pjw.model import (
+    KNOWN_STATES,
+    PORT_MAX,
+    SUBMITTED_MAX,
+    After,
+    Archive,
+    ClientQuota,
+    EndReason,
+    Job,
+    JobSpec,
+    JobState,
+    Session,
+    TerminalSize,
+    UsageSample,
+    Workspace,
+    check_workspace,
+)
 from pjw.rpc.convert import (
+    archive_to_message,
+    exec_to_message,
     job_from_message,
+    queued_to_message,
     quota_from_message,
     sample_from_message,
+    session_from_message,
     spec_to_message,
+    terminal_to_message,
     timestamp,
+    workspace_from_message,
 )
 from pjw.v1 import job_worker_pb2 as pb
 
 T = TypeVar("T")
 # A job's spec, or its command alone: text for the shell, or a program and its arguments.
 Startable = JobSpec | str | Sequence[str]
-# A number, or text, as in the JSON of a job.
+# A number, or text, as in the JSON of a job; of an element of an array "17_5" in what asks for one job.
 JobId = int | str
 PAGE_MAX: Final = 1000
+# of Linux, where jobs run
+SIGKILL: Final = 9
+# the calls that make jobs
+_MAKING: Final = ("Start", "Submit")
 # How far a call has got, and a next step: for when its connection is lost for good.
 Reached = tuple[str, str | None]
 
@@ -47,6 +75,14 @@ class Finished(NamedTuple):
     stderr: bytes
 
 
+class FinishedSession(NamedTuple):
+    """A session that has ended, and all of its output."""
+
+    session: Session
+    output: bytes
+    stderr: bytes
+
+
 class UsageHistory(NamedTuple):
     """A job, and what it used over its life."""
 
@@ -61,7 +97,19 @@ class JobUsage(NamedTuple):
     sample: UsageSample
 
 
-UsageSnapshot = list[JobUsage]
+class UsageSnapshot(list[JobUsage]):
+    """What jobs use that have begun; `queued` is how many are in the queue, `waiting` the oldest of them."""
+
+    def __init__(self, usages: Iterable[JobUsage] = (), queued: int = 0, waiting: Sequence[Job] = ()) -> None:
+        super().__init__(usages)
+        self.queued: Final = queued
+        self.waiting: Final = waiting
+
+
+Jobs = list[Job]
+FinishedJobs = list[Finished]
+# a class with a method `list` cannot name the type
+Workspaces = list[Workspace]
 
 
 # not a dataclass, which takes half a millisecond to make: every `pjw get` would pay it
@@ -80,13 +128,14 @@ class Call(NamedTuple, Generic[T]):
     @property
     def outlasts_restart(self) -> bool:
         """Whether a client that was never answered waits for a server that restarts."""
-        return self.method == "Start"
+        return self.method in _MAKING
 
     @property
     def facts(self) -> Mapping[str, object]:
         """The facts that the caller knows of an error of this call."""
         if self.spec is not None:
-            return {"program": self.spec.argv[0], "workdir": self.spec.workdir}
+            asked: dict[str, object] = {"program": self.spec.argv[0], "workdir": self.spec.workdir}
+            return {**asked, "job_id": self.job_id} if self.job_id else asked
         return {"job_id": self.job_id} if self.job_id else {}
 
     @property
@@ -94,6 +143,10 @@ class Call(NamedTuple, Generic[T]):
         """What is known when no answer comes."""
         if self.method == "Start":
             return " before the answer came", "the job may have started: see pjw list"
+        if self.method == "Exec":
+            return " before the answer came", "the command may have started; it is hung up after two minutes"
+        if self.method == "Submit":
+            return " before the answer came", "the jobs may be in the queue: see pjw queue"
         if self.method in ("Wait", "Stop"):
             return (
                 " before the answer came",
@@ -104,11 +157,61 @@ class Call(NamedTuple, Generic[T]):
 
 def start(asked: Startable) -> Call[Job]:
     """Start a job. A request id makes the call repeatable: it is made up where none is given."""
-    spec = JobSpec.of(asked)
-    if not spec.request_id:
-        # as many random bits as a UUID has, and then some, without the import of its module
-        spec = replace(spec, request_id=os.urandom(16).hex())
+    spec = _repeatable(JobSpec.of(asked))
+    if spec.queue is not None:
+        request = pb.SubmitRequest(jobs=[queued_to_message(spec)])
+        return Call("Submit", request, lambda answer: _job(answer.jobs[0]), spec=spec)
     return Call("Start", spec_to_message(spec), _job_of_answer, spec=spec)
+
+
+def submit(asked: Iterable[Startable]) -> Call[Jobs]:
+    """Put jobs into the queue, all or none; repeatable as `start`."""
+    jobs = [queued_to_message(_repeatable(JobSpec.of(each))) for each in asked]
+    return Call("Submit", pb.SubmitRequest(jobs=jobs), lambda answer: list(map(_job, answer.jobs)))
+
+
+def submissions(asked: Iterable[Startable]) -> Iterator[Call[Jobs]]:
+    """As many calls as jobs take, each of them all or none."""
+    rest = iter(asked)
+    first = True
+    while some := [JobSpec.of(each) for each in islice(rest, SUBMITTED_MAX)]:
+        if any(spec.queue and spec.queue.array for spec in some):
+            raise errors.InvalidJobError(
+                "an array has no output of its own: run_many cannot return it",
+                hint="submit() it, then wait()",
+            )
+        if not first and any(
+            spec.queue and any(_is_placed(each) for each in spec.queue.after) for spec in some
+        ):
+            raise errors.InvalidJobError(
+                f"jobs that wait for earlier ones by their place are at most {SUBMITTED_MAX}",
+                hint="submit them in parts, and name jobs of another part by their ids",
+            )
+        yield submit(some)
+        first = False
+
+
+def _is_placed(after: After) -> bool:
+    return after.earlier is not None
+
+
+def _repeatable(spec: JobSpec) -> JobSpec:
+    if spec.request_id:
+        return spec
+    # as many random bits as a UUID has, and then some, without the import of its module
+    return replace(spec, request_id=os.urandom(16).hex())
+
+
+def hold(job_id: JobId, *, all_clients: bool) -> Call[Job]:
+    """Keep a job in the queue."""
+    job = wire_ref(job_id)
+    return Call("Hold", pb.HoldRequest(**job, all_clients=all_clients), _job_of_answer, job["id"])
+
+
+def release(job_id: JobId, *, all_clients: bool) -> Call[Job]:
+    """Let a held job be started."""
+    job = wire_ref(job_id)
+    return Call("Release", pb.ReleaseRequest(**job, all_clients=all_clients), _job_of_answer, job["id"])
 
 
 def with_input(asked: Startable, data: bytes | None) -> JobSpec:
@@ -117,33 +220,122 @@ def with_input(asked: Startable, data: bytes | None) -> JobSpec:
     return spec if data is None else replace(spec, input=True)
 
 
+def execute(job_id: JobId, asked: Startable, *, detach: bool) -> Call[Session]:
+    """Start another command in a job that runs; repeatable as a start is."""
+    number = wire_id(job_id)
+    spec = _repeatable(JobSpec.of(asked))
+    return Call("Exec", exec_to_message(number, spec, detached=detach), _session_of_answer, number, spec)
+
+
+def archive(job_id: JobId, archive: Archive) -> Call[Session]:
+    """Pack or unpack files in a job that runs; repeatable as a start is."""
+    number = wire_id(job_id)
+    request = archive_to_message(number, archive, os.urandom(16).hex())
+    return Call("Exec", request, _session_of_answer, number)
+
+
+LeftOut = list[str]
+
+
+# directories and files of this machine, each alone or with a path in the job's own directory
+UploadSources = Iterable[str | tuple[str, str]]
+
+
+class Uploaded(NamedTuple):
+    """Files for a job that is to be started: what `JobSpec.upload` calls them, and what was left out."""
+
+    name: str
+    bytes: int
+    left_out: list[str]
+
+
+def upload_name() -> str:
+    """A name that no other upload has."""
+    return os.urandom(16).hex()
+
+
+def copying(job_id: JobId, path: str) -> str:
+    """What failed, of a copy into or out of a job."""
+    place = path if path.isprintable() else ascii(path)[1:-1]
+    return f"cannot copy {place} of job {job_id}"
+
+
+def listing(job_id: JobId) -> str:
+    """What failed, of a list of a job's artifacts."""
+    return f"cannot list the artifacts of job {job_id}"
+
+
+# What the program that packs and unpacks may say: more is the job's own doing.
+SAID_BYTES_MAX: Final = 64 * 1024
+
+
+def archive_failure(what: str, session: Session, why: str) -> errors.PjwError:
+    """The error of an archive that was not made, or not made into files."""
+    if session.reason is EndReason.OUTPUT_LIMIT:
+        return errors.LimitReachedError(
+            f"{what}: the archive is larger than the job's limit of output",
+            hint="copy a part of it, or start the job with a higher --output",
+        )
+    if session.exit_status is not None and session.exit_status.signal == SIGKILL:
+        return errors.CopyError(f"{what}: what does it was killed, by the job's end or its limit of memory")
+    return errors.CopyError(f"{what}: {why}")
+
+
+def wait_session(job_id: JobId, session: int) -> Call[Session]:
+    """A session when it has ended, however long that takes."""
+    number = wire_id(job_id)
+    request = pb.WaitRequest(id=number, session=session)
+    return Call("Wait", request, _session_of_answer, number, timeout=None)
+
+
+def stop_session(job_id: JobId, session: int) -> Call[Session]:
+    """End a session."""
+    number = wire_id(job_id)
+    request = pb.StopRequest(id=number, session=session)
+    return Call("Stop", request, _session_of_answer, number, timeout=None)
+
+
+def resize(job_id: JobId, size: TerminalSize, session: int) -> Call[None]:
+    """Give a terminal another size."""
+    number = wire_id(job_id)
+    request = pb.ResizeRequest(id=number, session=session, terminal=terminal_to_message(size))
+    return Call("Resize", request, lambda _: None, number)
+
+
+def connection(job_id: JobId, port: int) -> pb.ForwardRequest:
+    """The first request for a connection to a port of a job. Raises InvalidJobError for what is no port."""
+    if not 1 <= port <= PORT_MAX:
+        raise errors.InvalidJobError(f"a port is a number from 1 to {PORT_MAX}, not {port}")
+    return pb.ForwardRequest(id=wire_id(job_id), port=port)
+
+
 def get(job_id: JobId, *, all_clients: bool) -> Call[Job]:
     """One job."""
-    number = wire_id(job_id)
-    return Call("Get", pb.GetRequest(id=number, all_clients=all_clients), _job_of_answer, number)
+    job = wire_ref(job_id)
+    return Call("Get", pb.GetRequest(**job, all_clients=all_clients), _job_of_answer, job["id"])
 
 
 def wait(job_id: JobId, *, or_stuck: bool, all_clients: bool) -> Call[Job]:
     """One job when it has ended, however long that takes; with *or_stuck* also when it does not end."""
-    number = wire_id(job_id)
-    request = pb.WaitRequest(id=number, or_stuck=or_stuck, all_clients=all_clients)
-    return Call("Wait", request, _job_of_answer, number, timeout=None)
+    job = wire_ref(job_id)
+    request = pb.WaitRequest(**job, or_stuck=or_stuck, all_clients=all_clients)
+    return Call("Wait", request, _job_of_answer, job["id"], timeout=None)
 
 
 def stop(job_id: JobId, grace: float | None, signal: int, *, all_clients: bool) -> Call[Job]:
     """Stop a job. Without a deadline: its grace period is the server's matter."""
-    number = wire_id(job_id)
-    request = pb.StopRequest(id=number, all_clients=all_clients, signal=signal)
+    job = wire_ref(job_id)
+    request = pb.StopRequest(**job, all_clients=all_clients, signal=signal)
     if grace is not None:
         request.grace.CopyFrom(_duration(grace, "the grace period"))
-    return Call("Stop", request, _job_of_answer, number, timeout=None)
+    return Call("Stop", request, _job_of_answer, job["id"], timeout=None)
 
 
 def delete(job_id: JobId, *, all_clients: bool) -> Call[None]:
     """Forget an ended job."""
-    number = wire_id(job_id)
-    request = pb.DeleteRequest(id=number, all_clients=all_clients)
-    return Call("Delete", request, lambda _: None, number, gone_is_done=True)
+    job = wire_ref(job_id)
+    request = pb.DeleteRequest(**job, all_clients=all_clients)
+    return Call("Delete", request, lambda _: None, job["id"], gone_is_done=True)
 
 
 def usage_history(job_id: JobId, *, all_clients: bool) -> Call[UsageHistory]:
@@ -159,6 +351,27 @@ def quota(client_name: str, *, all_clients: bool) -> Call[ClientQuota]:
     return Call("GetQuota", request, quota_from_message)
 
 
+def remove_workspace(name: str) -> Call[None]:
+    """Remove a workspace. Without a deadline: it may have millions of files. Raises InvalidJobError."""
+    check_workspace(name)
+    request = pb.RemoveWorkspaceRequest(name=name)
+    return Call("RemoveWorkspace", request, lambda _: None, timeout=None, gone_is_done=True)
+
+
+class WorkspacePages:
+    """Our workspaces, or those of every client, page by page: `next` is the next call, None without one."""
+
+    def __init__(self, *, all_clients: bool) -> None:
+        self._request: Final = pb.ListWorkspacesRequest(all_clients=all_clients)
+        self.next: Call[Workspaces] | None = Call("ListWorkspaces", self._request, self._take)
+
+    def _take(self, answer: pb.ListWorkspacesResponse) -> Workspaces:
+        self._request.page_token = answer.next_page_token
+        if not answer.next_page_token:
+            self.next = None
+        return list(map(workspace_from_message, answer.workspaces))
+
+
 class Pages:
     """A list, page by page: `next` is the next call; its result is the jobs that go on it."""
 
@@ -171,14 +384,16 @@ class Pages:
         *,
         newest_first: bool,
         all_clients: bool,
+        array_id: JobId | None = None,
     ) -> None:
         self._left = limit
         self._request: Final = pb.ListRequest(
-            states=[pb.JobState.Value(f"JOB_STATE_{_state(state).name}") for state in _each(states)],
-            labels=_checked_labels(labels),
+            states=wire_states(states),
+            labels=checked_labels(labels),
             name=name,
             newest_first=newest_first,
             all_clients=all_clients,
+            array_id=None if array_id is None else wire_id(array_id),
         )
         self._more = limit is None or limit > 0
 
@@ -217,22 +432,27 @@ class LogsPosition:
         stderr: bool,
         all_clients: bool,
         timestamps: bool = False,
+        session: int = 0,
+        artifacts: bool = False,
     ) -> None:
         if not -(2**63) <= offset < 2**63:
             raise errors.OffsetError(f"cannot read output from byte {offset}: no output is as long")
-        self.job_id: Final = wire_id(job_id)
+        job = wire_ref(job_id)
+        self.job_id: Final = job["id"]
         self.facts: Final = {"job_id": self.job_id}
         self.seen = 0
         # the server's first answer says at which offset the last lines, or the time, begin
         self._placed = tail is None and since is None
         self.request: Final = pb.LogsRequest(
-            id=self.job_id,
+            **job,
             offset=offset,
             all_clients=all_clients,
             stream=pb.OUTPUT_STREAM_STDERR if stderr else pb.OUTPUT_STREAM_UNSPECIFIED,
             no_follow=not follow,
             tail_lines=tail,
             timestamps=timestamps,
+            session=session,
+            artifacts=artifacts,
             since=None if since is None else timestamp(since.astimezone(UTC)),
         )
 
@@ -259,13 +479,25 @@ class LogsPosition:
         data = self.take(answer)
         return None if data is None else TimedOutput(time, data)
 
+    def lost(self) -> None:
+        """The request says where to go on."""
+
     @property
     def reached(self) -> Reached:
         """How far it has got, and what to do when it gets no further."""
+        if self.request.artifacts:
+            return f" after {self.seen} bytes of artifacts", "the server keeps them: try again"
         return (
             f" after {self.seen} bytes of output",
             f"job {self.job_id} goes on without it: pjw logs {self.job_id}",
         )
+
+
+def artifacts(job_id: JobId, *, all_clients: bool) -> LogsPosition:
+    """The artifacts of a job, from their first byte."""
+    return LogsPosition(
+        job_id, 0, None, None, follow=False, stderr=False, all_clients=all_clients, artifacts=True
+    )
 
 
 class UsageWatch:
@@ -276,6 +508,9 @@ class UsageWatch:
     gone_is_done: Final = False
     reached: Final[Reached] = ("", None)
 
+    def lost(self) -> None:
+        """Nothing of it is told twice."""
+
     def __init__(self, interval: float | None, *, all_clients: bool) -> None:
         self.request: Final = pb.WatchUsageRequest(all_clients=all_clients)
         if interval is not None:
@@ -284,10 +519,42 @@ class UsageWatch:
     @staticmethod
     def take(answer: pb.WatchUsageResponse) -> UsageSnapshot:
         """The jobs of an answer."""
-        return [JobUsage(_job(usage.job), sample_from_message(usage.sample)) for usage in answer.jobs]
+        usages = (JobUsage(_job(usage.job), sample_from_message(usage.sample)) for usage in answer.jobs)
+        return UsageSnapshot(usages, answer.queued, list(map(_job, answer.waiting)))
 
 
-Stream = LogsPosition | UsageWatch
+class Stream(Protocol):
+    """A call with a stream of answers, which is made again when its connection is lost."""
+
+    @property
+    def method(self) -> str:
+        """Which call."""
+
+    @property
+    def request(self) -> Message:
+        """What is asked, the first time or to go on."""
+
+    @property
+    def facts(self) -> Mapping[str, object]:
+        """As of a `retry.Asked`."""
+
+    @property
+    def gone_is_done(self) -> bool:
+        """As of a `retry.Asked`."""
+
+    @property
+    def reached(self) -> Reached:
+        """As of a `retry.Asked`."""
+
+    def lost(self) -> None:
+        """The connection was lost."""
+
+
+def _session_of_answer(answer: Any) -> Session:  # noqa: ANN401  every answer with one session
+    try:
+        return session_from_message(answer.session)
+    except ValueError as error:
+        raise not_understood(error) from error
 
 
 def _job_of_answer(answer: Any) -> Job:  # noqa: ANN401  every answer with one job
@@ -302,10 +569,19 @@ def _job(message: pb.Job) -> Job:
     try:
         return job_from_message(message)
     except ValueError as error:
-        raise errors.ServerFailedError(
-            f"cannot understand the answer of the server: {error}",
-            hint="is it newer than this client?",
-        ) from error
+        raise not_understood(error) from error
+
+
+def not_understood(error: ValueError) -> errors.ServerFailedError:
+    """The error for an answer that only a newer server sends."""
+    return errors.ServerFailedError(
+        f"cannot understand the answer of the server: {error}", hint="is it newer than this client?"
+    )
+
+
+def wire_states(states: Iterable[JobState | str]) -> "list[pb.JobState.ValueType]":
+    """States as they are sent; a single one may be given alone. Raises InvalidJobError."""
+    return [pb.JobState.Value(f"JOB_STATE_{_state(state).name}") for state in _each(states)]
 
 
 def _each(states: Iterable[JobState | str]) -> Iterable[JobState | str]:
@@ -321,7 +597,8 @@ def _state(state: JobState | str) -> JobState:
     return JobState(state)
 
 
-def _checked_labels(labels: Mapping[str, str] | None) -> Mapping[str, str] | None:
+def checked_labels(labels: Mapping[str, str] | None) -> Mapping[str, str] | None:
+    """Labels as they are sent. Raises InvalidJobError."""
     if labels is not None and not isinstance(labels, Mapping):
         raise errors.InvalidJobError(f"labels are names with values (a dict), not {labels!r:.80}")
     return labels
@@ -333,6 +610,21 @@ def _duration(seconds: float, what: str) -> Duration:
     duration = Duration()
     duration.FromNanoseconds(round(seconds * 1e9))
     return duration
+
+
+class WireRef(TypedDict):
+    """What names a job, or an element of an array, in a message."""
+
+    id: int
+    element: NotRequired[int]
+
+
+def wire_ref(job_id: JobId) -> WireRef:
+    """What names a job, or an element of an array ("17_5"), in a message. Raises as `wire_id`."""
+    element = Element.of(job_id) if isinstance(job_id, str) else None
+    if element is None:
+        return {"id": wire_id(job_id)}
+    return {"id": element.array_id, "element": element.index}
 
 
 def wire_id(job_id: JobId) -> int:

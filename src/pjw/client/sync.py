@@ -1,8 +1,8 @@
 """The client that blocks: `Client`. One may be shared by threads."""
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -13,14 +13,19 @@ import grpc
 
 from pjw.client import requests
 from pjw.client.base import BaseClient
+from pjw.client.failures import error_from
 from pjw.client.retry import CALLS_AT_ONCE, STOPS_AT_ONCE, WAITS_AT_ONCE, Trouble
-from pjw.errors import JobNotFoundError, JobStateError, PjwError
-from pjw.model import ClientQuota, Job, JobState
+from pjw.errors import JobNotFoundError, JobStateError, PjwError, ServerUnreachableError
+from pjw.model import Archive, ClientQuota, Job, JobState, Session, TerminalSize, base_of
 from pjw.rpc.status import ADMITTED_KEY
+from pjw.v1 import job_worker_pb2 as pb
 from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
 
 if TYPE_CHECKING:
+    from pjw.client.artifacts import Artifact
+    from pjw.client.copies import Copied
     from pjw.client.upload import Upload
+    from pjw.client.watch import JobWatch
 
 T = TypeVar("T")
 
@@ -57,9 +62,50 @@ class Client(BaseClient):
     def start(self, spec: requests.Startable) -> Job:
         """Start a job. However often the connection is lost meanwhile, it starts once.
 
-        A command alone is a spec without anything else. Raises LaunchError when it cannot be executed.
+        A command alone is a spec without anything else. Raises LaunchError when it cannot be executed. With
+        `queue` the job is put into the queue instead, and the answer does not wait for its turn.
         """
         return self._call(requests.start(spec))
+
+    def submit(self, specs: Iterable[requests.Startable]) -> requests.Jobs:
+        """Put up to 500 jobs into the queue, all or none; each is started when its turn comes.
+
+        Raises LimitReachedError when the queue takes no more of them.
+        """
+        return self._call(requests.submit(specs))
+
+    def run_many(self, specs: Iterable[requests.Startable]) -> requests.FinishedJobs:
+        """Put jobs into the queue and wait for all of them: each with all of its output, in the same order.
+
+        Whatever ends this call early stops those that have not ended. A job that failed is no error.
+        """
+        jobs: list[Job] = []
+        try:
+            for call in requests.submissions(specs):
+                made = self._call(call)
+                jobs += made
+            finished = []
+            for job in jobs:
+                output = b"".join(self.logs(job.id))
+                stderr = b""
+                if job.split_stderr:
+                    stderr = b"".join(self.logs(job.id, stderr=True))
+                finished.append(requests.Finished(self.wait(job.id), output, stderr))
+            return finished
+        except BaseException:
+            # what waits first, or it would begin as the others end
+            for job in reversed(jobs):
+                with suppress(PjwError):
+                    self.stop(job.id, grace=0)
+            raise
+
+    def hold(self, job_id: requests.JobId) -> Job:
+        """Keep a job of the queue from being started. Raises JobStateError when it does not wait there."""
+        return self._call(requests.hold(job_id, all_clients=self._all_clients))
+
+    def release(self, job_id: requests.JobId) -> Job:
+        """Let a held job of the queue be started. Raises JobStateError when it does not wait there."""
+        return self._call(requests.release(job_id, all_clients=self._all_clients))
 
     def run(self, spec: requests.Startable, *, input: bytes | None = None) -> requests.Finished:  # noqa: A002
         """Start a job, send its *input* and wait for its end: the job, with all of its output in memory.
@@ -80,6 +126,213 @@ class Client(BaseClient):
                 self.stop(job.id, grace=0)
             raise
 
+    def exec(self, job_id: requests.JobId, command: requests.Startable, *, detach: bool = False) -> Session:
+        """Start another command in a job of ours that runs: a session, in the job's limits and namespaces.
+
+        Of a spec the command, `env`, `workdir`, `input` and `request_id` count. `logs`, `write_input`,
+        `wait_session` and `stop_session` take its number. When none of these is under way for two minutes it
+        is hung up, unless it is to *detach*. Raises LaunchError when the command cannot be executed.
+        """
+        return self._call(requests.execute(job_id, command, detach=detach))
+
+    def run_in(
+        self,
+        job_id: requests.JobId,
+        command: requests.Startable,
+        *,
+        input: bytes | None = None,  # noqa: A002
+    ) -> requests.FinishedSession:
+        """Run another command in a job, as `run` does a job: with its *input*, and all output in memory."""
+        session = self.exec(job_id, requests.with_input(command, input))
+        try:
+            if input is not None:
+                with suppress(JobStateError):
+                    self.write_input(job_id, [input], session=session.number)
+            output = b"".join(self.logs(job_id, session=session.number))
+            stderr = b"".join(self.logs(job_id, session=session.number, stderr=True))
+            return requests.FinishedSession(self.wait_session(job_id, session.number), output, stderr)
+        except BaseException:
+            with suppress(PjwError):
+                self.stop_session(job_id, session.number)
+            raise
+
+    def resize(self, job_id: requests.JobId, size: TerminalSize, *, session: int = 0) -> None:
+        """Give the terminal of a job, or of a session of it, another size."""
+        self._call(requests.resize(job_id, size, session))
+
+    def copy_to(
+        self,
+        job_id: requests.JobId,
+        source: str,
+        path: str = ".",
+        seen: Callable[[int], None] | None = None,
+    ) -> "Copied":
+        """Copy a file or a directory of this machine into a job that runs, as cp(1) would with a new name.
+
+        Where *path* is a directory it comes to be in that, by its own name; else *path* is its new name. A
+        *source* that ends with `/.` is its contents. A relative *path* begins in the job's workspace, or else
+        in its own directory. *seen* is told how many bytes the server has. Raises ConfigError for what cannot
+        be read, CopyError for what cannot be made there.
+        """
+        from pjw.client.copies import Copied, Packer
+
+        packer = Packer(source)
+        count = 0
+
+        def count_and_tell(sent: int) -> None:
+            nonlocal count
+            count = sent
+            if seen is not None:
+                seen(sent)
+
+        archive = Archive(path, unpack=True, name=packer.name)
+        left_out = self._unpack_in(job_id, archive, packer.pieces(), count_and_tell)
+        return Copied(count, packer.notes.lines + left_out)
+
+    def copy_from(
+        self,
+        job_id: requests.JobId,
+        path: str,
+        target: str,
+        seen: Callable[[int], None] | None = None,
+    ) -> "Copied":
+        """Copy a file or a directory of a job to this machine, as `copy_to` does the other way.
+
+        Of a job that has ended, one that is among its artifacts.
+        Nothing is at its place before all of it came. Files are executable or not, as in the job; links that
+        lead out of what is copied are left out. Raises ConfigError for what cannot be written, CopyError for
+        what is not there, and for an archive that is not one, or not of that.
+        """
+        from pjw.client.copies import Copied, Unpacker, name_of
+
+        unpacker = Unpacker(target, name_of(path), requests.copying(job_id, path))
+        left_out: list[str] = []
+        count = 0
+        try:
+            with closing(self._packed(job_id, path, left_out)) as pieces:
+                for piece in pieces:
+                    unpacker.feed(piece)
+                    count += len(piece)
+                    if seen is not None:
+                        seen(count)
+            unpacker.finish()
+        finally:
+            unpacker.abandon()
+        return Copied(count, left_out + unpacker.notes.lines)
+
+    def read_archive(self, job_id: requests.JobId, path: str) -> Iterator[bytes]:
+        """A file or directory of a job, as a tar archive. Raises CopyError, also at its end.
+
+        Of a job that has ended, one that is among its artifacts. The job may have made up every byte of it:
+        unpack it as you would one of a stranger.
+        """
+        return self._packed(job_id, path, [])
+
+    def _packed(self, job_id: requests.JobId, path: str, left_out: list[str]) -> Generator[bytes, None, None]:
+        """A file or directory of a job; what was left out is added to *left_out*."""
+        try:
+            session = self._call(requests.archive(job_id, Archive(path)))
+        except JobStateError:
+            job = self.get(job_id)
+            if job.artifacts is None or not job.state.final:
+                raise
+            yield from self._selected(job_id, base_of(job.workspace), path)
+            return
+        with self._archive(session):
+            yield from self.logs(job_id, session=session.number)
+            left_out += self._archive_end(session, path)
+
+    def _selected(self, job_id: requests.JobId, base: str, path: str) -> Iterator[bytes]:
+        from pjw.client.artifacts import Selection
+
+        selection = Selection(path, base, requests.copying(job_id, path))
+        for piece in self.read_artifacts(job_id):
+            yield selection.feed(piece)
+        yield selection.finish()
+
+    def read_artifacts(self, job_id: requests.JobId) -> Iterator[bytes]:
+        """All that was kept of a job's files, as a tar archive, when the job has ended.
+
+        A lost connection is made again, and it goes on at the exact byte. The job may have made up every byte
+        of it. Raises JobStateError before the job's end, and CopyError when nothing was kept.
+        """
+        position = requests.artifacts(job_id, all_clients=self._all_clients)
+        return self._stream(position, position.take)
+
+    def artifacts(self, job_id: requests.JobId) -> "Iterator[Artifact]":
+        """What was kept of a job's files, one by one as it comes. Raises what `read_artifacts` does."""
+        from pjw.client.artifacts import Listing
+
+        listing = Listing(requests.listing(job_id))
+        for piece in self.read_artifacts(job_id):
+            yield from listing.feed(piece)
+        listing.finish()
+
+    def write_archive(
+        self,
+        job_id: requests.JobId,
+        data: Iterable[bytes],
+        path: str = ".",
+        seen: Callable[[int], None] | None = None,
+    ) -> requests.LeftOut:
+        """Unpack a tar archive in a directory of a job that runs; what was left out of it, in words.
+
+        It is made where it is missing. Raises CopyError.
+        """
+        return self._unpack_in(job_id, Archive(path, unpack=True), data, seen)
+
+    def _unpack_in(
+        self,
+        job_id: requests.JobId,
+        archive: Archive,
+        data: Iterable[bytes],
+        seen: Callable[[int], None] | None,
+    ) -> requests.LeftOut:
+        session = self._call(requests.archive(job_id, archive))
+        with self._archive(session):
+            # it has ended: it says why
+            with suppress(JobStateError):
+                self.write_input(job_id, data, seen, session=session.number)
+            return self._archive_end(session, archive.path)
+
+    @contextmanager
+    def _archive(self, session: Session) -> Iterator[None]:
+        """Have the server forget it at the end, whatever that is."""
+        try:
+            yield
+        except ServerUnreachableError:
+            # nobody to ask; it ends by its lease
+            raise
+        except BaseException:
+            with suppress(PjwError):
+                self.stop_session(session.job_id, session.number)
+            raise
+        with suppress(PjwError):
+            self.stop_session(session.job_id, session.number)
+
+    def _archive_end(self, session: Session, path: str) -> requests.LeftOut:
+        """What was left out. Raises CopyError, or another, when it failed."""
+        from pjw.client.copies import judge
+
+        said = b""
+        for piece in self.logs(session.job_id, session=session.number, stderr=True):
+            said += piece
+            if len(said) > requests.SAID_BYTES_MAX:
+                break
+        ended = self.wait_session(session.job_id, session.number)
+        notes, why = judge(said, ended.exit_status.code if ended.exit_status else None)
+        if why is not None:
+            raise requests.archive_failure(requests.copying(session.job_id, path), ended, why)
+        return notes
+
+    def wait_session(self, job_id: requests.JobId, session: int) -> Session:
+        """A session when it has ended, however long that takes. Raises SessionNotFoundError."""
+        return self._call(requests.wait_session(job_id, session))
+
+    def stop_session(self, job_id: requests.JobId, session: int) -> Session:
+        """End a session: SIGHUP, after the server's grace period SIGKILL; its final state."""
+        return self._call(requests.stop_session(job_id, session))
+
     def get(self, job_id: requests.JobId) -> Job:
         """One job, by its id, which is a number or text."""
         return self._call(requests.get(job_id, all_clients=self._all_clients))
@@ -98,10 +351,17 @@ class Client(BaseClient):
         name: str = "",
         newest_first: bool = False,
         limit: int | None = None,
+        array_id: requests.JobId | None = None,
     ) -> Iterator[Job]:
         """The jobs in one of these states, with all of these labels, of that name, in order of their ids."""
         pages = requests.Pages(
-            states, labels, name, limit, newest_first=newest_first, all_clients=self._all_clients
+            states,
+            labels,
+            name,
+            limit,
+            newest_first=newest_first,
+            all_clients=self._all_clients,
+            array_id=array_id,
         )
         while call := pages.next:
             yield from self._call(call)
@@ -134,16 +394,24 @@ class Client(BaseClient):
         tail: int | None = None,
         since: datetime | None = None,
         stderr: bool = False,
+        session: int = 0,
     ) -> Iterator[bytes]:
         """The output from *offset* on, or its last *tail* lines; to the end of the job, or of what is there.
 
         With *since* it begins with the output of that time; a time without a time zone is local.
 
         A lost connection is made again, and the stream goes on at the exact byte. With *stderr*, that of a
-        job that keeps it apart.
+        job that keeps it apart; with *session*, that of a session of the job.
         """
         position = requests.LogsPosition(
-            job_id, offset, tail, since, follow=follow, stderr=stderr, all_clients=self._all_clients
+            job_id,
+            offset,
+            tail,
+            since,
+            follow=follow,
+            stderr=stderr,
+            session=session,
+            all_clients=self._all_clients,
         )
         return self._stream(position, position.take)
 
@@ -171,19 +439,46 @@ class Client(BaseClient):
         return self._stream(position, position.take_timed)
 
     def write_input(
-        self, job_id: requests.JobId, data: Iterable[bytes], seen: Callable[[int], None] | None = None
+        self,
+        job_id: requests.JobId,
+        data: Iterable[bytes],
+        seen: Callable[[int], None] | None = None,
+        *,
+        session: int = 0,
+        append: bool = False,
     ) -> int:
         """Send the whole input of a job that was started with `input`; how many bytes the server has taken.
 
         A lost connection is made again, and the input goes on at the exact byte; what the server has already
-        is passed over. *seen* is told how many bytes it has by then. Raises JobStateError when the job ends,
-        or its command reads no more, before that.
+        is passed over. *seen* is told how many bytes it has by then. With *session* it is the input of a
+        session of the job; with *append* it comes behind what the server has already. Raises JobStateError
+        when the job ends, or its command reads no more, before that.
         """
         from pjw.client.upload import Upload
 
-        upload = Upload(job_id)
+        return self._write(Upload(job_id, session, append=append), data, seen)
+
+    def upload(
+        self, sources: requests.UploadSources, seen: Callable[[int], None] | None = None
+    ) -> requests.Uploaded:
+        """Send files for a job that is to be started with `JobSpec.upload`, the `name` of what this gives.
+
+        *sources* are directories and files of this machine, each alone or with a path in the job's own
+        directory, as `("src", "lib")`: what is in a directory goes there, a file goes there by its name. A
+        lost connection is made again. What no job was started with is gone after two minutes. Raises
+        ConfigError for what cannot be read, and LimitReachedError.
+        """
+        from pjw.client.copies import UploadPacker
+        from pjw.client.upload import Upload
+
+        packer = UploadPacker(sources)
+        name = requests.upload_name()
+        count = self._write(Upload(0, upload=name), packer.pieces(), seen)
+        return requests.Uploaded(name, count, packer.left_out)
+
+    def _write(self, upload: "Upload", data: Iterable[bytes], seen: Callable[[int], None] | None) -> int:
         thread = threading.Thread(
-            target=self._upload, args=(upload, seen), name=f"pjw-input-{job_id}", daemon=True
+            target=self._upload, args=(upload, seen), name=f"pjw-input-{upload.outgoing.job_id}", daemon=True
         )
         thread.start()
         try:
@@ -194,6 +489,25 @@ class Client(BaseClient):
             upload.end()
             # or what it has begun would end what the caller writes next
             thread.join()
+
+    def connect(self, job_id: requests.JobId, port: int, data: Iterable[bytes] = ()) -> Iterator[bytes]:
+        """Connect to a TCP port within a job that runs: send *data*, and yield what the job answers.
+
+        *data* is taken in a thread, at most 1 MiB at a time; its end is told to the job. A connection that is
+        lost is not made again. Raises JobStateError where nobody listens.
+        """
+        first = requests.connection(job_id, port)
+        call = self._stub.Forward(_messages(first, data))
+        try:
+            for answer in call:
+                if answer.data:
+                    yield answer.data
+                if answer.end:
+                    return
+        except grpc.RpcError as error:
+            raise error_from(error, self._link.settings, {"job_id": first.id}) from None
+        finally:
+            call.cancel()
 
     def usage_history(self, job_id: requests.JobId) -> requests.UsageHistory:
         """What a job used over its life, in a bounded number of samples."""
@@ -206,10 +520,61 @@ class Client(BaseClient):
         """
         return self._call(requests.quota(client_name, all_clients=self._all_clients))
 
+    def workspaces(self) -> requests.Workspaces:
+        """Our workspaces, by their names: directories that outlive jobs (`JobSpec.workspace`).
+
+        With *all_clients*, and a role for it, those of every client.
+        """
+        pages = requests.WorkspacePages(all_clients=self._all_clients)
+        found: requests.Workspaces = []
+        while call := pages.next:
+            page = self._call(call)
+            found += page
+        return found
+
+    def remove_workspace(self, name: str) -> None:
+        """Remove a workspace with all that is in it, however long that takes.
+
+        Raises WorkspaceNotFoundError, and WorkspaceBusyError while a job uses it or is queued for it.
+        """
+        self._call(requests.remove_workspace(name))
+
     def watch_usage(self, interval: float | None = None) -> Iterator[requests.UsageSnapshot]:
         """What all running jobs use, every *interval* seconds (the server's default: 2), without end."""
         watch = requests.UsageWatch(interval, all_clients=self._all_clients)
         return self._stream(watch, watch.take)
+
+    def watch_jobs(
+        self,
+        since: int | None = None,
+        *,
+        ids: Iterable[requests.JobId] = (),
+        states: Iterable[JobState | str] = (),
+        labels: Mapping[str, str] | None = None,
+        name: str = "",
+        snapshot: bool = True,
+        follow: bool = True,
+    ) -> "JobWatch":
+        """Changes of the states of our jobs, each once and in order; without *follow* those until now.
+
+        They begin behind the change *since*; without it with the jobs as they are, or without a *snapshot*
+        with the next change. A lost connection is made again, and the changes go on where they were: so they
+        do for another program that begins behind the `sequence` of the last one. Raises SequenceError when
+        that is too long ago.
+        """
+        from pjw.client.watch import JobWatch, WatchPosition
+
+        position = WatchPosition(
+            since,
+            ids,
+            states,
+            labels,
+            name,
+            snapshot=snapshot,
+            follow=follow,
+            all_clients=self._all_clients,
+        )
+        return JobWatch(position, self._stream(position, position.take))
 
     def _call(self, call: requests.Call[T]) -> T:
         with self._long.get(call.method, self._calls):
@@ -230,7 +595,7 @@ class Client(BaseClient):
                 trouble.is_over()
                 return call.result(answer)
 
-    def _stream(self, stream: requests.Stream, take: Callable[[Any], T | None]) -> Iterator[T]:
+    def _stream(self, stream: requests.Stream, take: Callable[[Any], T | None]) -> Generator[T, None, None]:
         trouble = Trouble(self._link, stream)
         while True:
             call = getattr(self._stub, stream.method)(stream.request)
@@ -245,6 +610,7 @@ class Client(BaseClient):
                 failure = error
             finally:
                 call.cancel()
+            stream.lost()
             self._pause(trouble, failure)
 
     def _upload(self, upload: "Upload", seen: Callable[[int], None] | None) -> None:
@@ -284,3 +650,10 @@ class Client(BaseClient):
         # after it has become ready, and dies with a traceback when the channel is closed in that moment.
         if self._link.closed.wait(trouble.after(error)):
             raise trouble.closed()
+
+
+def _messages(first: pb.ForwardRequest, data: Iterable[bytes]) -> Iterator[pb.ForwardRequest]:
+    yield first
+    for piece in data:
+        yield pb.ForwardRequest(data=piece)
+    yield pb.ForwardRequest(end=True)

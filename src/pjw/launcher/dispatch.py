@@ -14,7 +14,7 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from functools import partial
 from typing import Any, Final
@@ -22,6 +22,7 @@ from typing import Any, Final
 from pjw.errors import ConfigError, InvalidJobError, JobStateError, KernelError, PjwError, ProtocolError
 from pjw.launcher import protocol
 from pjw.launcher.accounts import keep_accounts
+from pjw.launcher.archive_program import ArchiveProgram
 from pjw.launcher.cgroup import Cgroup, Hierarchy, disks_under, open_hierarchy
 from pjw.launcher.departures import SETTLE_SECONDS, Departures, Waiter
 from pjw.launcher.job_users import claim_users
@@ -32,6 +33,7 @@ from pjw.launcher.phases import InitPhase, require_permitted
 from pjw.launcher.policy import Policy, check_job_id, check_signal, instance_name
 from pjw.launcher.pool import Init, Pool
 from pjw.launcher.processes import (
+    ENTERED_SIGNAL,
     INIT_SIGNAL_FIRST,
     Timer,
     Watcher,
@@ -41,12 +43,14 @@ from pjw.launcher.processes import (
     is_ready,
     send_signal,
 )
+from pjw.launcher.protocol import LAUNCH_SECONDS, SESSIONS_MAX
 from pjw.launcher.removals import Removals
 from pjw.launcher.scratch import Scratch
 from pjw.launcher.scratch_use import spawn_count
-from pjw.launcher.spawn import Cloned, Execed, Failed, read_report, send_order
+from pjw.launcher.spawn import Cloned, Connected, Execed, Failed, read_report, send_order
 from pjw.launcher.stuck import describe
 from pjw.launcher.visible import check_visible
+from pjw.launcher.workspaces import Workspaces
 from pjw.model import Usage
 
 # What a launch takes while it is under way; what a job takes until its end (the pidfd of its init, its status
@@ -55,11 +59,15 @@ from pjw.model import Usage
 LAUNCH_DESCRIPTORS: Final = 3
 JOB_DESCRIPTORS: Final = 2
 SPARE_DESCRIPTORS: Final = 40
-# A launch takes milliseconds. One that takes so long is stuck in what its client asked for, such as the exec
-# of a file on a dead NFS server, or its limits are too tight.
-LAUNCH_SECONDS: Final = 30.0
+# How many workspaces are counted at once: the worker has two counted, but does not wait for each to the end.
+COUNTED_AT_ONCE: Final = 4
 # After so long a launch no longer keeps us from making inits ahead.
 FILL_AFTER_SECONDS: Final = 0.05
+# So long after a launch there is no hurry to make the next init ahead: meanwhile the server answers its
+# client, and the job begins. Both share the processors with us.
+REST_SECONDS: Final = 0.003
+# its report, and the pidfd of who waits for its command
+SESSION_DESCRIPTORS: Final = 2
 
 
 class Phase(Enum):
@@ -80,6 +88,20 @@ class Running:
     seq: int
     # of its status file, for its accounts; -1: they stay in its cgroup until the worker has them
     status: int = -1
+    # that were started by this launcher and have not ended
+    sessions: list["Session"] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """Another command in a job that runs, by the process that waits for it."""
+
+    # the number of the request that is answered when the command was executed
+    seq: int
+    report: socket.socket
+    timer: Timer | None = None
+    # -1 until it has reported that it is there
+    pidfd: int = -1
 
 
 @dataclass(slots=True)
@@ -111,17 +133,25 @@ class Launcher:
         self._policy: Policy
         self._hierarchy: Hierarchy
         self._scratch: Scratch
+        self._workspaces: Workspaces
         self._removals: Removals
         self._pool: Pool
         # the name of our cgroups
         self._instance: str
         # whether scratch directories are being counted
         self._counting = False
+        # how many workspaces are
+        self._counting_workspaces = 0
         # jobs that have not been removed
         self._jobs: Final[dict[int, Running]] = {}
         # jobs whose launch is not over; until then they are nothing but its own
         self._launching: Final[dict[int, LaunchInProgress]] = {}
         self._departures: Final = Departures(self._watcher)
+        # of all jobs
+        self._sessions = 0
+        self._archive_program: Final = ArchiveProgram()
+        # when a launch was last answered
+        self._launched_at = 0.0
 
     def run(self) -> None:
         """Answer until the other end closes. Raises ProtocolError for a broken or hostile peer.
@@ -146,7 +176,8 @@ class Launcher:
         if self._phase is not Phase.SERVING or not self._pool.wants_more:
             return None
         if not self._launching:
-            return 0
+            rest = self._launched_at + REST_SECONDS - time.monotonic() if self._pool.is_half_full else 0.0
+            return max(0.0, rest)
         youngest = next(reversed(self._launching.values()))
         return max(0.0, youngest.since + FILL_AFTER_SECONDS - time.monotonic())
 
@@ -157,6 +188,7 @@ class Launcher:
             self._pool.close()
             self._hierarchy.release()
             self._scratch.close()
+        self._archive_program.close()
         self._watcher.close()
 
     def _on_request(self) -> None:
@@ -253,6 +285,7 @@ class Launcher:
         self._scratch = Scratch(
             request.state_dir, request.scratch_dir, request.scratch_bytes_max, request.scratch_inodes_max
         )
+        self._workspaces = Workspaces(request.state_dir, uid_first, request.workspace_bytes_max)
         self._removals = Removals(self._watcher, self._scratch)
         # Jobs read the host's root and write to their scratch directories and, by init, to the state
         # directory. Without io limits no disk need be there at all (directories on tmpfs or an overlay).
@@ -297,9 +330,16 @@ class Launcher:
         request = launch.request
         try:
             self._scratch.give_to(request.job_id, request.uid)
-            # an init that failed already has said why, or its end says it
-            with suppress(BrokenPipeError, ConnectionResetError):
-                send_order(init.report, request, launch.descriptors)
+            workspace = self._open_workspace(request)
+            try:
+                # an init that failed already has said why, or its end says it
+                with suppress(BrokenPipeError, ConnectionResetError):
+                    needs_tool = request.upload or request.artifacts
+                    tool = [self._archive_program.descriptor()] if needs_tool else []
+                    send_order(init.report, request, [*launch.descriptors, *tool], workspace)
+            finally:
+                if workspace >= 0:
+                    os.close(workspace)
             launch.status = launch.descriptors.pop(request.files.index("status"))
         except OSError as error:
             subject = f"job {request.job_id}"
@@ -310,8 +350,16 @@ class Launcher:
             return
         if init.pidfd >= 0:
             self._jobs[request.job_id] = Running(init.pidfd, init.cgroup, launch.seq)
-        launch.timer = self._watcher.call_after(LAUNCH_SECONDS, lambda: self._on_late(launch, init))
+        launch.timer = self._watcher.call_after(request.seconds_max, lambda: self._on_late(launch, init))
         self._watcher.watch(init.report, lambda: self._on_report(launch, init))
+
+    def _open_workspace(self, request: protocol.Launch) -> int:
+        """A mount for a job with a workspace; -1 for one without. Raises JobStateError and KernelError."""
+        if not request.workspace:
+            return -1
+        if (request.uid, request.workspace) in self._removals:
+            raise JobStateError(f"the workspace {request.workspace} is being removed")
+        return self._workspaces.tree(request.uid, request.workspace)
 
     def _require_room(self, job_id: int, come: int) -> None:
         # A descriptor that cannot be had once init runs would end us, see main().
@@ -320,6 +368,7 @@ class Launcher:
         kept = sum(len(launch.descriptors) for launch in self._launching.values())
         begun = len(self._launching) + self._policy.waiting_inits + 1
         held = JOB_DESCRIPTORS * len(self._jobs) + len(self._departures) + kept
+        held += SESSION_DESCRIPTORS * (self._sessions + 1)
         if held + come + LAUNCH_DESCRIPTORS * begun > room:
             raise KernelError("launch", f"job {job_id}", errno.EMFILE)
 
@@ -343,9 +392,10 @@ class Launcher:
                 job.status, launch.status = launch.status, -1
                 self._watcher.watch(job.pidfd, partial(self._on_end, init.job_id, job))
                 self._reply(launch.seq, protocol.Launched(started_ns), job.pidfd)
+                self._launched_at = time.monotonic()
             case Failed() as failed:
                 # init ends by itself after its report; it is killed as well, for one that reported nothing
-                kind = failed.step if failed.step in ("exec", "workdir") else "setup"
+                kind = failed.step if failed.step in ("exec", "workdir", "unpack") else "setup"
                 subject = f"job {init.job_id}"
                 self._fail(launch, protocol.Refused(kind, failed.operation, subject, failed.errno, ""))
 
@@ -355,7 +405,7 @@ class Launcher:
             launch.timer = self._watcher.call_after(FILL_AFTER_SECONDS, lambda: self._on_late(launch, init))
             return
         subject = f"job {init.job_id}"
-        seconds = f"within {LAUNCH_SECONDS:.0f} s"
+        seconds = f"within {launch.request.seconds_max:.0f} s"
         self._fail(launch, protocol.Refused("late", seconds, subject, 0, ""))
 
     def _fail(self, launch: LaunchInProgress, why: PjwError | protocol.Refused) -> None:
@@ -384,6 +434,108 @@ class Launcher:
 
         self._pool.discard(launch.init, on_gone, SETTLE_SECONDS)
         self._departures.wait_for(job_id, Waiter(reply, reply_late))
+
+    def answer_exec(self, seq: int, request: protocol.Exec, descriptors: list[int]) -> "Answer":
+        """Start another command in a job that runs, as its user and in its cgroup; answer when executed."""
+        job_id = request.job_id
+        job = self._jobs[job_id]
+        self._policy.check_exec(request, self._scratch.owner(job_id), descriptors)
+        self._admit_session(job_id, job, len(descriptors))
+        tool = self._archive_program.descriptor() if request.archive else None
+        session = self._begin_session(job_id, job, seq, self._pool.enter(job_id, job.pidfd, job.cgroup, tool))
+        try:
+            # one that failed already has said why
+            with suppress(BrokenPipeError, ConnectionResetError):
+                send_order(session.report, request, descriptors)
+        except OSError as error:
+            failed = KernelError("give an order to", f"a session of job {job_id}", error.errno or 0)
+            self._refuse_session(job, session, refusal_of(failed))
+        return None
+
+    def answer_connect(self, seq: int, request: protocol.Connect, descriptors: list[int]) -> "Answer":
+        """Connect to a port of a job that runs, within its network; answer with the socket."""
+        job_id = request.job_id
+        job = self._jobs[job_id]
+        self._policy.check_connect(request, self._scratch.owner(job_id))
+        self._admit_session(job_id, job, 1)
+        report = self._pool.connect(job_id, job.pidfd, job.cgroup, request.uid, request.port)
+        self._begin_session(job_id, job, seq, report)
+        return None
+
+    def _admit_session(self, job_id: int, job: Running, come: int) -> None:
+        """Have room for one more session, with which so many descriptors *come*.
+
+        Raises JobStateError and KernelError.
+        """
+        # we know only those of our own
+        if len(job.sessions) >= SESSIONS_MAX:
+            raise JobStateError(f"job {job_id} has {SESSIONS_MAX} sessions, and no more may be")
+        self._require_room(job_id, come)
+        # before there is one, so that its init has heard of it at its end
+        send_signal(job.pidfd, ENTERED_SIGNAL)
+
+    def _begin_session(self, job_id: int, job: Running, seq: int, report: socket.socket) -> Session:
+        session = Session(seq, report)
+        job.sessions.append(session)
+        self._sessions += 1
+        session.timer = self._watcher.call_after(
+            LAUNCH_SECONDS, lambda: self._on_late_session(job_id, job, session)
+        )
+        self._watcher.watch(report, lambda: self._on_session_report(job_id, job, session))
+        return session
+
+    def _on_session_report(self, job_id: int, job: Running, session: Session) -> None:
+        match read_report(session.report):
+            case Cloned(pidfd):
+                session.pidfd = pidfd
+            case Connected(connected):
+                self._end_report(session)
+                self._drop(job, session)
+                self._hand_out(session.seq, connected)
+            case Execed(started_ns):
+                self._end_report(session)
+                self._watcher.watch(session.pidfd, lambda: self._drop(job, session))
+                self._reply(session.seq, protocol.Entered(started_ns))
+            case Failed() as failed:
+                if has_ended(job.pidfd):
+                    ended = JobStateError(f"job {job_id} has ended")
+                    self._refuse_session(job, session, refusal_of(ended))
+                    return
+                kind = failed.step if failed.step in ("exec", "workdir", "connect") else "setup"
+                subject = f"a session of job {job_id}"
+                self._refuse_session(
+                    job, session, protocol.Refused(kind, failed.operation, subject, failed.errno, "")
+                )
+
+    def _on_late_session(self, job_id: int, job: Running, session: Session) -> None:
+        subject = f"a session of job {job_id}"
+        self._refuse_session(
+            job, session, protocol.Refused("late", f"within {LAUNCH_SECONDS:.0f} s", subject, 0, "")
+        )
+
+    def _refuse_session(self, job: Running, session: Session, refusal: protocol.Refused) -> None:
+        self._end_report(session)
+        if session.pidfd >= 0:
+            # one that reported nothing may be there; a part of the job, it ends with that at the latest
+            send_signal(session.pidfd, signal.SIGKILL)
+        self._drop(job, session)
+        self._reply(session.seq, refusal)
+
+    def _end_report(self, session: Session) -> None:
+        if session.timer is not None:
+            session.timer.cancel()
+        self._watcher.unwatch(session.report)
+        session.report.close()
+
+    def _drop(self, job: Running, session: Session) -> None:
+        """Forget a session that has ended, or did not come to be."""
+        if session.pidfd >= 0:
+            self._watcher.unwatch(session.pidfd)
+            os.close(session.pidfd)
+            session.pidfd = -1
+        if session in job.sessions:
+            job.sessions.remove(session)
+            self._sessions -= 1
 
     def answer_departed(self, seq: int, request: protocol.Departed, descriptors: list[int]) -> "Answer":
         """Answer, maybe much later, when nothing is left of a refused launch."""
@@ -566,6 +718,50 @@ class Launcher:
     def _on_counted(self) -> None:
         self._counting = False
 
+    def answer_workspace_names(
+        self, seq: int, request: protocol.WorkspaceNames, descriptors: list[int]
+    ) -> "Answer":
+        """List the directories of workspaces, a page at a time."""
+        return (protocol.WorkspacePage(self._workspaces.page(request.after)),)
+
+    def answer_workspace_use(
+        self, seq: int, request: protocol.WorkspaceUse, descriptors: list[int]
+    ) -> "Answer":
+        """Have a process count what a workspace has; some at a time, as one may have told all."""
+        self._policy.check_workspace(request)
+        if self._counting_workspaces >= COUNTED_AT_ONCE:
+            raise JobStateError(f"{COUNTED_AT_ONCE} workspaces are being counted, and no more may be")
+        try:
+            pid, words = self._workspaces.spawn_count(request.uid, request.name)
+        except OSError as error:
+            raise KernelError("count", f"the workspace {request.name}", error.errno or 0) from error
+        self._counting_workspaces += 1
+        self._watcher.reap_helper(pid, self._on_workspace_counted)
+        return self._hand_out(seq, words)
+
+    def _on_workspace_counted(self) -> None:
+        self._counting_workspaces -= 1
+
+    def answer_remove_workspace(
+        self, seq: int, request: protocol.RemoveWorkspace, descriptors: list[int]
+    ) -> "Answer":
+        """Remove a workspace, in its turn beside what jobs leave; which jobs use it the worker knows."""
+        self._policy.check_workspace(request)
+        uid, name = request.uid, request.name
+        if (uid, name) not in self._removals and self._workspaces.remove_if_empty(uid, name):
+            return (protocol.Done(),)
+
+        def on_removed() -> None:
+            if self._workspaces.remove_if_empty(uid, name):
+                self._reply(seq, protocol.Done())
+            else:
+                path = self._workspaces.path(uid, name)
+                self._reply(seq, protocol.Refused("kernel", "remove the workspace", path, 0, ""))
+
+        spawn = partial(self._workspaces.spawn_removal, uid, name)
+        self._removals.begin_workspace(uid, name, spawn, on_removed)
+        return None
+
     def answer_open_file(self, seq: int, request: protocol.OpenFile, descriptors: list[int]) -> "Answer":
         """Hand out a certificate, a key or the like that the operator has replaced; never by a path."""
         return self._hand_out(seq, open_operator_file(self._policy.operator_file(request.place)))
@@ -618,8 +814,13 @@ ROUTES: Final[dict[str, Route]] = {
     "measure": Route(Launcher.answer_measure),
     "account": Route(Launcher.answer_account),
     "remove": Route(Launcher.answer_remove, makes_processes=True),
+    "exec": Route(Launcher.answer_exec, makes_processes=True),
+    "connect": Route(Launcher.answer_connect, makes_processes=True),
     "departed": Route(Launcher.answer_departed),
     "scratch_use": Route(Launcher.answer_scratch_use, makes_processes=True),
+    "workspace_names": Route(Launcher.answer_workspace_names),
+    "workspace_use": Route(Launcher.answer_workspace_use, makes_processes=True),
+    "remove_workspace": Route(Launcher.answer_remove_workspace, makes_processes=True),
     "open_file": Route(Launcher.answer_open_file),
     "open_audit_log": Route(Launcher.answer_open_audit_log),
     "set_share": Route(Launcher.answer_set_share),

@@ -35,6 +35,8 @@ _HAS_HAD_A_LAUNCH: Final = frozenset(_P) - {_P.WAITING, _P.DISCARDED}
 # its cgroup has no process yet, or no longer, while a launch goes on.
 PERMITTED: Final[dict[str, frozenset[InitPhase]]] = {
     "launch": frozenset({_P.ABSENT, _P.WAITING, _P.DISCARDED}),
+    "exec": frozenset({_P.RUNNING}),
+    "connect": frozenset({_P.RUNNING}),
     "departed": frozenset(_P) - {_P.LAUNCHING, _P.REFUSED},
     "adopt": _NO_LAUNCH_UNDER_WAY,
     # nothing to signal is success: the job may have ended meanwhile

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from pjw.errors import InvalidJobError, KernelError
-from pjw.launcher.protocol import Hello, Launch
-from pjw.model import JOB_DIRECTORY, Limits
+from pjw.launcher.protocol import Connect, Exec, Hello, Launch, RemoveWorkspace, WorkspaceUse
+from pjw.model import JOB_DIRECTORY, PORT_MAX, Limits, check_workspace
 
 # ids of jobs become names of directories: 2^53 is enough for a million jobs a second for 285 years
 JOB_ID_MAX: Final = 2**53
@@ -17,8 +17,8 @@ JOB_ID_MAX: Final = 2**53
 # the last one before the real-time signals
 SIGNAL_MAX: Final = 31
 
-# of the files of a launch, what init reads; it writes to all others
-_READ: Final = ("command", "input")
+# of the files of a launch or of a session, what init reads; it writes to all others
+_READ: Final = ("command", "input", "control", "upload", "patterns")
 # What every job finds in its environment, beside what its client adds: neither the server's nor the
 # launcher's ever reaches a job. docs/architecture.md lists it for users.
 JOB_ENVIRONMENT: Final = {
@@ -76,12 +76,35 @@ class Policy:
             raise InvalidJobError(f"limit {above} is above its ceiling")
         if below := request.limits.first_below(self.floor):
             raise InvalidJobError(f"limit {below} is below its floor")
-        if not 1 <= request.grace_seconds < 2**31:
-            raise InvalidJobError("the grace period must be from 1 to 2^31-1 seconds")
-        if len(descriptors) != len(request.files):
-            raise InvalidJobError(f"this launch needs {len(request.files)} descriptors: {request.files}")
-        for name, descriptor in zip(request.files, descriptors, strict=True):
-            _check_file(name, descriptor)
+        if request.workspace:
+            check_workspace(request.workspace)
+        _check_rest(request, descriptors)
+
+    def check_exec(self, request: Exec, owner: int, descriptors: list[int]) -> None:
+        """The same for a session in a job of the user *owner*: it must be that user's, too."""
+        self._check_owner(request, owner)
+        most = self.ceiling.output_max_bytes
+        if most and not 0 < request.output_max_bytes <= most:
+            raise InvalidJobError("limit output_max_bytes is above its ceiling")
+        if request.archive and request.terminal:
+            raise InvalidJobError("an archive has no terminal")
+        _check_rest(request, descriptors)
+
+    def check_connect(self, request: Connect, owner: int) -> None:
+        """Raises InvalidJobError unless the job, which is *owner*'s, is the client's and the port is one."""
+        self._check_owner(request, owner)
+        if not 1 <= request.port <= PORT_MAX:
+            raise InvalidJobError(f"{request.port} is not a port from 1 to {PORT_MAX}")
+
+    def _check_owner(self, request: Exec | Connect, owner: int) -> None:
+        self.check_uid(request.uid)
+        if request.uid != owner:
+            raise InvalidJobError(f"job {request.job_id} is not one of user id {request.uid}")
+
+    def check_workspace(self, request: WorkspaceUse | RemoveWorkspace) -> None:
+        """Raises InvalidJobError unless it is about what may be a workspace."""
+        self.check_uid(request.uid)
+        check_workspace(request.name)
 
     def check_uid(self, uid: int) -> None:
         """Raises InvalidJobError for a user id that no client has."""
@@ -93,6 +116,17 @@ class Policy:
         if not 0 <= place < len(self.operator_files):
             raise InvalidJobError(f"{place} is not the place of an operator's file")
         return self.operator_files[place]
+
+
+def _check_rest(request: Launch | Exec, descriptors: list[int]) -> None:
+    if not 1 <= request.grace_seconds < 2**31:
+        raise InvalidJobError("the grace period must be from 1 to 2^31-1 seconds")
+    if request.terminal and request.split_stderr:
+        raise InvalidJobError("a terminal has one output")
+    if len(descriptors) != len(request.files):
+        raise InvalidJobError(f"this request needs {len(request.files)} descriptors: {request.files}")
+    for name, descriptor in zip(request.files, descriptors, strict=True):
+        _check_file(name, descriptor)
 
 
 def _check_file(name: str, descriptor: int) -> None:

@@ -28,7 +28,7 @@ from pjw.launcher.policy import JOB_ID_MAX, Policy
 from pjw.launcher.processes import Watcher, has_ended, is_ready
 from pjw.launcher.scratch import Scratch
 from pjw.launcher.spawn import Cloned, Spawner, read_report
-from pjw.launcher.visible import MOUNTINFO, Place, places_of, read_mounts
+from pjw.launcher.visible import MOUNTINFO, Place, places_of, read_mounts, template_of
 from pjw.model import Limits, Share
 
 # How long an init waits before a new one replaces it.
@@ -73,7 +73,9 @@ class Pool:
         self._size: Final = policy.waiting_inits
         self._hierarchy: Final = hierarchy
         self._scratch: Final = scratch
-        self._spawner: Final = Spawner(watcher, policy, scratch.directory)
+        # init looks paths up in a template, where a link leads nowhere
+        self._scratch_directory: Final = os.path.realpath(scratch.directory)
+        self._spawner: Final = Spawner(watcher, policy, self._scratch_directory)
         self._waiting: Final[dict[int, Init]] = {}
         self._wanted: list[int] = []
         # the client, its share, and the limits that are guessed
@@ -89,8 +91,14 @@ class Pool:
 
     def _look(self) -> None:
         """Have inits show what the host's mounts are now. Raises ConfigError, KernelError."""
-        self._places = places_of(self._policy.visible_paths, self._policy.hidden_paths, read_mounts())
-        self._spawner.show(self._places)
+        table = read_mounts()
+        places = places_of(self._policy.visible_paths, self._policy.hidden_paths, table)
+        # the host's own directories that init takes for a job
+        taken = (self._scratch_directory, *self._hierarchy.shown)
+        places += template_of(places, taken, table)
+        if places != self._places:
+            self._places = places
+            self._spawner.show(places)
 
     def phase_of(self, job_id: int) -> InitPhase:
         """WAITING, DISCARDED, or ABSENT where the pool knows nothing of an init for the job."""
@@ -102,6 +110,11 @@ class Pool:
     def wants_more(self) -> bool:
         """Whether `fill` has something to do, when there is time for it."""
         return self._next_wanted() is not None
+
+    @property
+    def is_half_full(self) -> bool:
+        """Whether the next start will hardly have to wait for `fill`."""
+        return 2 * len(self._waiting) >= self._size
 
     def _next_wanted(self) -> int | None:
         # one that a wrong guess has the place of is wanted when that has gone
@@ -206,7 +219,7 @@ class Pool:
     def _make(self, job_id: int, limits: Limits, uid: int, share: Share) -> Init:
         if not self._open:
             raise JobStateError(f"cannot launch job {job_id}: the launcher ends")
-        scratch = self._scratch.create(job_id)
+        self._scratch.create(job_id)
         try:
             cgroup = self._hierarchy.create(job_id, limits, uid, share)
         except PjwError:
@@ -214,7 +227,7 @@ class Pool:
             raise
         try:
             made_at = time.monotonic()
-            report = self._spawner.spawn(job_id, cgroup, scratch)
+            report = self._spawner.spawn(job_id, cgroup)
         except (OSError, PjwError) as error:
             self._begin_departure(job_id, cgroup)
             self._departures.go_on(job_id)
@@ -222,6 +235,20 @@ class Pool:
                 raise KernelError("spawn init of", f"job {job_id}", error.errno or 0) from error
             raise
         return Init(job_id, uid, limits, cgroup, report, made_at)
+
+    def enter(self, job_id: int, init: int, cgroup: Cgroup, tool: int | None) -> socket.socket:
+        """Have a session made in a job that runs; the socket that it reports to. Raises KernelError."""
+        try:
+            return self._spawner.spawn_session(job_id, init, cgroup, tool)
+        except OSError as error:
+            raise KernelError("spawn a session of", f"job {job_id}", error.errno or 0) from error
+
+    def connect(self, job_id: int, init: int, cgroup: Cgroup, uid: int, port: int) -> socket.socket:
+        """Have somebody connect to a port in a job; the socket that reports it. Raises KernelError."""
+        try:
+            return self._spawner.spawn_connection(job_id, init, cgroup, uid, port)
+        except OSError as error:
+            raise KernelError("spawn a connection of", f"job {job_id}", error.errno or 0) from error
 
     def discard(
         self,

@@ -13,6 +13,8 @@ from typing import Final
 
 # What has init send signal N to its job is this signal and N (init/init.h, SIGNAL_FIRST).
 INIT_SIGNAL_FIRST: Final = 33
+# What tells an init that a session may be in its job (init/init.h, ENTERED).
+ENTERED_SIGNAL: Final = signal.SIGUSR1
 # The kernel gives the others the next time. Python makes room for so many each time.
 _EVENTS_AT_ONCE: Final = 16
 

@@ -20,6 +20,9 @@ from pjw.errors import KernelError
 FIRST: Final = 2**31
 _INSTANCES: Final = 2**6
 _JOBS: Final = 2**24
+# behind those of jobs: as many clients of each pjwd, less one, as the last id of all is none
+_FIRST_OF_CLIENTS: Final = FIRST + _INSTANCES * _JOBS
+_CLIENTS: Final = 2**24 - 1
 
 # linux/fs.h: struct fsxattr is flags, extent size, extents, project, extent size of copies, 8 bytes
 _FSXATTR: Final = struct.Struct("5I8x")
@@ -42,6 +45,11 @@ _QUOTACTL_FD: Final = 443
 def project_of(instance: str, job_id: int) -> int:
     """The project id of a job; *instance* ends in hexadecimal digits."""
     return FIRST + int(instance[-8:], 16) % _INSTANCES * _JOBS + job_id % _JOBS
+
+
+def project_of_client(instance: str, uid: int) -> int:
+    """The project id of the workspaces of a client, by its user id."""
+    return _FIRST_OF_CLIENTS + int(instance[-8:], 16) % _INSTANCES * _CLIENTS + uid % _CLIENTS
 
 
 class ProjectQuotas:
@@ -77,14 +85,28 @@ class ProjectQuotas:
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
-                flags, *rest = _FSXATTR.unpack(fcntl.ioctl(descriptor, _FSGETXATTR, bytes(_FSXATTR.size)))
-                rest[2] = project
-                fcntl.ioctl(descriptor, _FSSETXATTR, _FSXATTR.pack(flags | _PROJECT_INHERIT, *rest))
+                self._join(descriptor, project)
             finally:
                 os.close(descriptor)
             self._set(project, bytes_max, inodes_max)
         except OSError as error:
             raise KernelError("set a project quota for", path, error.errno or 0) from error
+
+    def begin_client(self, uid: int, descriptor: int, path: str, bytes_max: int) -> None:
+        """The same for an open workspace of a client, of which all have one bound. Raises KernelError."""
+        project = project_of_client(self._instance, uid)
+        try:
+            self._join(descriptor, project)
+            self._set(project, bytes_max, 0)
+        except OSError as error:
+            raise KernelError("set a project quota for", path, error.errno or 0) from error
+
+    def _join(self, descriptor: int, project: int) -> None:
+        flags, *rest = _FSXATTR.unpack(fcntl.ioctl(descriptor, _FSGETXATTR, bytes(_FSXATTR.size)))
+        if (rest[2], flags & _PROJECT_INHERIT) == (project, _PROJECT_INHERIT):
+            return
+        rest[2] = project
+        fcntl.ioctl(descriptor, _FSSETXATTR, _FSXATTR.pack(flags | _PROJECT_INHERIT, *rest))
 
     def _set(self, project: int, bytes_max: int, inodes_max: int) -> None:
         blocks = -(-bytes_max // _BLOCK_BYTES)

@@ -14,11 +14,20 @@ from pjw.errors import InvalidJobError, ProtocolError
 from pjw.model import DEFAULT_SHARE, NO_SUMS, GroupUse, Limits, Share, Sums, Usage
 
 MAX_DATAGRAM_BYTES: Final = 65_536
-MAX_DESCRIPTORS: Final = 7
+MAX_DESCRIPTORS: Final = 10
 # So many jobs are measured for one request: the launcher does nothing else for 2 ms then.
 MAX_MEASURED: Final = 16
 # As many job ids as fit into a datagram at their longest.
 MAX_JOB_IDS: Final = 2_000
+# As many names as fit into a datagram, and all that a list of texts may have.
+MAX_WORKSPACES: Final = 500
+# A launch takes milliseconds. One that takes so long is stuck in what its client asked for, such as the exec
+# of a file on a dead NFS server, or its limits are too tight. Then the launcher ends it.
+LAUNCH_SECONDS: Final = 30.0
+# So much longer may one take whose files are unpacked first.
+UNPACK_SECONDS: Final = 600.0
+# How many sessions a job may have at once. The worker looks first, the launcher again.
+SESSIONS_MAX: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +53,8 @@ class Hello:
     scratch_inodes_max: int = 0
     # a file that the server appends to; empty: there is none
     audit_log: str = ""
+    # what the workspaces of one client may have, by a project quota where there are some; 0 is no limit
+    workspace_bytes_max: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +70,68 @@ class Launch:
     share: Share = DEFAULT_SHARE
     # from SIGTERM to SIGKILL when a shutdown, or anything but the launcher, has init end the job
     grace_seconds: int = 10
+    # whether its stdin, stdout and stderr are a terminal, whose size is in `control`
+    terminal: bool = False
+    # whether an archive is unpacked in the job's directory before the command is executed
+    upload: bool = False
+    # the name of a directory of the client's, made where it is missing; empty: none
+    workspace: str = ""
+    # whether what matches `patterns` of the job's files is packed into `artifacts` after its end
+    artifacts: bool = False
 
     @property
     def files(self) -> tuple[str, ...]:
         """What comes along, in this order: what to run, where init writes, what it reads for the command."""
         apart = ("stderr", "stderr_times") if self.split_stderr else ()
-        return ("command", "output", "status", "times", *apart, *(("input",) if self.input else ()))
+        told = ("control",) if self.terminal else ()
+        own = (*(("input",) if self.input else ()), *(("artifacts",) if self.artifacts else ()))
+        sent = (*(("upload",) if self.upload else ()), *(("patterns",) if self.artifacts else ()))
+        return ("command", "output", "status", "times", *apart, *told, *own, *sent)
+
+    @property
+    def seconds_max(self) -> float:
+        """How long it may take."""
+        return LAUNCH_SECONDS + (UNPACK_SECONDS if self.upload else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Exec:
+    """Start another command in a job that runs: a session. Its descriptors are `files`.
+
+    It runs as the job's user, who must be *uid*, and within the job's limits.
+    """
+
+    op: ClassVar = "exec"
+    job_id: int
+    uid: int
+    # of each of its outputs together; 0 is no limit
+    output_max_bytes: int = 0
+    split_stderr: bool = False
+    input: bool = False
+    # from SIGHUP to SIGKILL when it is hung up
+    grace_seconds: int = 10
+    terminal: bool = False
+    # whether the launcher's own program for archives is executed, whatever the first word of the command is
+    archive: bool = False
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """What comes along, in this order: as for a launch, and what the session is told while it runs."""
+        apart = ("stderr",) if self.split_stderr else ()
+        return ("command", "output", "status", *apart, "control", *(("input",) if self.input else ()))
+
+
+@dataclass(frozen=True, slots=True)
+class Connect:
+    """Connect to a port within a job that runs; the answer is `Opened`, with the socket.
+
+    *uid* must be the job's user.
+    """
+
+    op: ClassVar = "connect"
+    job_id: int
+    uid: int
+    port: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +233,32 @@ class ScratchUse:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkspaceNames:
+    """Which workspaces there are, from that behind `after` on; as `WorkspacePage` has them."""
+
+    op: ClassVar = "workspace_names"
+    after: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkspaceUse:
+    """Count what a workspace has; the answer is `Opened`, with a pipe that gives bytes and inodes."""
+
+    op: ClassVar = "workspace_use"
+    uid: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveWorkspace:
+    """Remove a workspace with all that is in it; answered when it is gone."""
+
+    op: ClassVar = "remove_workspace"
+    uid: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class OpenFile:
     """The operator's file at a place of `Hello.operator_files`, as it is now."""
 
@@ -212,6 +305,14 @@ class Launched:
 
 
 @dataclass(frozen=True, slots=True)
+class Entered:
+    """The command of a session was executed at `started_ns` (CLOCK_REALTIME)."""
+
+    op: ClassVar = "entered"
+    started_ns: int
+
+
+@dataclass(frozen=True, slots=True)
 class Adopted:
     """Whether the job still runs (descriptor: pidfd of its init) and whether it has a cgroup."""
 
@@ -240,6 +341,17 @@ class JobIdPage:
 
     op: ClassVar = "job_id_page"
     job_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkspacePage:
+    """At most MAX_WORKSPACES workspaces in their order: each the user id of its client, a slash and its name.
+
+    A full page may have another behind it.
+    """
+
+    op: ClassVar = "workspace_page"
+    names: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,8 +423,9 @@ class Opened:
 class Refused:
     """It was not done. `errno` is 0 when there is none.
 
-    `kind`: exec, workdir (it cannot be entered), setup (another step of init), late (the command was not
-    executed in time: `operation` says in which), kernel, invalid, state or config.
+    `kind`: exec, workdir (it cannot be entered), unpack (the upload cannot be), setup (another step of init),
+    late (the command was not executed in time: `operation` says in which), kernel, invalid, state or
+    config.
     `left`: a part of the launch does not end; `Departed` is answered when it has ended.
     """
 
@@ -328,6 +441,8 @@ class Refused:
 Request = (
     Hello
     | Launch
+    | Exec
+    | Connect
     | Adopt
     | JobIds
     | Terminate
@@ -338,6 +453,9 @@ Request = (
     | Remove
     | Departed
     | ScratchUse
+    | WorkspaceNames
+    | WorkspaceUse
+    | RemoveWorkspace
     | OpenFile
     | OpenAuditLog
     | SetShare
@@ -347,9 +465,11 @@ Reply = (
     Done
     | Ready
     | Launched
+    | Entered
     | Adopted
     | Ended
     | JobIdPage
+    | WorkspacePage
     | Remaining
     | Measured
     | Accounted
@@ -360,7 +480,7 @@ Reply = (
 )
 
 # The requests about one job. Each has the job's id in `job_id`.
-AboutJob = Launch | Adopt | Terminate | Kill | Remains | Account | Remove | Departed
+AboutJob = Launch | Exec | Connect | Adopt | Terminate | Kill | Remains | Account | Remove | Departed
 
 REQUESTS: Final[dict[str, type[Request]]] = {c.op: c for c in get_args(Request)}
 REPLIES: Final[dict[str, type[Reply]]] = {c.op: c for c in get_args(Reply)}
@@ -368,7 +488,7 @@ REPLIES: Final[dict[str, type[Reply]]] = {c.op: c for c in get_args(Reply)}
 
 def descriptors_of(request: Request) -> int:
     """How many descriptors come with a request."""
-    return len(request.files) if isinstance(request, Launch) else 0
+    return len(request.files) if isinstance(request, Launch | Exec) else 0
 
 
 def encode(seq: int, message: Request | Reply) -> bytes:
@@ -471,7 +591,7 @@ _READERS: Final[dict[Any, Callable[[object], Any]]] = {
     str: _text,
     bool: _truth,
     tuple[int, ...]: _items(_whole_number, MAX_JOB_IDS),
-    tuple[str, ...]: _items(_text, 64),
+    tuple[str, ...]: _items(_text, MAX_WORKSPACES),
     tuple[Measurement, ...]: _items(lambda value: _value(Measurement, value), MAX_MEASURED),
     Limits: lambda value: _value(Limits, value),
     Usage: lambda value: _value(Usage, value),

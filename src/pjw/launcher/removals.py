@@ -1,4 +1,4 @@
-"""Removals of scratch directories: some at a time, and clients take turns.
+"""Removals of scratch directories and workspaces: some at a time, and clients take turns.
 
 A job may leave millions of files or thousands of levels of directories, so a removal may take minutes. It
 must hold up no other client's removal, and all of them together must not keep the disk from others.
@@ -17,6 +17,11 @@ from pjw.launcher.scratch import Scratch
 AT_ONCE: Final = 4
 AT_ONCE_OF_ONE: Final = 2
 
+# What is removed: the scratch of a job, by its id, or a workspace, by its user and its name.
+Key = int | tuple[int, str]
+# Begins to remove a directory, and gives the pid of the process that does.
+Spawn = Callable[[], int]
+
 
 class Removals:
     """The directories that are being removed, and those that wait for their turn."""
@@ -24,11 +29,14 @@ class Removals:
     def __init__(self, watcher: Watcher, scratch: Scratch) -> None:
         self._watcher: Final = watcher
         self._scratch: Final = scratch
-        # who is told of the end, by the job
-        self._then: Final[dict[int, Callable[[], None]]] = {}
+        # who is told of the end
+        self._then: Final[dict[Key, Callable[[], None]]] = {}
         # by their users, the one first who has waited for a turn longest
-        self._waiting: Final[dict[int, deque[int]]] = {}
-        self._running: Final[dict[int, set[int]]] = {}
+        self._waiting: Final[dict[int, deque[tuple[Key, Spawn]]]] = {}
+        self._running: Final[dict[int, set[Key]]] = {}
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._then
 
     def begin(self, job_id: int, then: Callable[[], None]) -> None:
         """Remove a job's directory when its turn has come, and go on with *then*, whether it is gone or not.
@@ -37,8 +45,17 @@ class Removals:
         """
         if job_id in self._then:
             raise JobStateError(f"what job {job_id} left is being removed")
-        self._then[job_id] = then
-        self._waiting.setdefault(self._scratch.owner(job_id), deque()).append(job_id)
+        self._add(job_id, self._scratch.owner(job_id), partial(self._scratch.spawn_removal, job_id), then)
+
+    def begin_workspace(self, uid: int, name: str, spawn: Spawn, then: Callable[[], None]) -> None:
+        """The same for a workspace, whose removal is begun by *spawn*."""
+        if (uid, name) in self._then:
+            raise JobStateError(f"the workspace {name} is being removed")
+        self._add((uid, name), uid, spawn, then)
+
+    def _add(self, key: Key, uid: int, spawn: Spawn, then: Callable[[], None]) -> None:
+        self._then[key] = then
+        self._waiting.setdefault(uid, deque()).append((key, spawn))
         self._spawn_next()
 
     def _spawn_next(self) -> None:
@@ -48,21 +65,20 @@ class Removals:
             if uid is None or self._running_of(uid) == AT_ONCE_OF_ONE:
                 return
             waiting = self._waiting.pop(uid)
-            job_id = waiting.popleft()
+            key, spawn = waiting.popleft()
             if waiting:
                 # behind the others
                 self._waiting[uid] = waiting
-            self._running.setdefault(uid, set()).add(job_id)
-            pid = self._scratch.spawn_removal(job_id)
-            self._watcher.reap_helper(pid, partial(self._on_end, uid, job_id))
+            self._running.setdefault(uid, set()).add(key)
+            self._watcher.reap_helper(spawn(), partial(self._on_end, uid, key))
 
     def _running_of(self, uid: int) -> int:
         return len(self._running.get(uid, ()))
 
-    def _on_end(self, uid: int, job_id: int) -> None:
-        self._running[uid].discard(job_id)
+    def _on_end(self, uid: int, key: Key) -> None:
+        self._running[uid].discard(key)
         if not self._running[uid]:
             del self._running[uid]
-        then = self._then.pop(job_id)
+        then = self._then.pop(key)
         self._spawn_next()
         then()

@@ -2,8 +2,28 @@
 
 import os
 import stat
+from typing import Final
 
-from pjw.errors import ConfigError
+from pjw.errors import ConfigError, KernelError
+
+# whoever may reach what is below reaches it by a mount, not by way of this one
+_MODE: Final = 0o700
+
+
+def make_root_s(directory: str, called: str) -> None:
+    """Make a directory that only root may enter, if it is not there. Raises KernelError.
+
+    *called* is what an operator calls it.
+    """
+    try:
+        os.makedirs(directory, _MODE, exist_ok=True)
+        status = os.lstat(directory)
+    except OSError as error:
+        raise KernelError(f"make the {called}", directory, error.errno or 0) from error
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise KernelError(
+            f"use the {called}", directory, 0, hint="it must belong to root, and only root may write it"
+        )
 
 
 def require_root_s(directory: str, called: str, remedy: str) -> None:

@@ -13,7 +13,7 @@ from pjw.errors import ConfigError, KernelError
 from pjw.launcher.cgroup.files import job_ids_in, read_mounts
 from pjw.launcher.durable import replace_file
 from pjw.launcher.policy import instance_name
-from pjw.launcher.rooted import require_root_s
+from pjw.launcher.rooted import make_root_s, require_root_s
 
 if TYPE_CHECKING:
     from pjw.launcher.project_quota import ProjectQuotas
@@ -22,8 +22,6 @@ QUOTA_HINT: Final = (
     "mount it with prjquota (ext4: mkfs.ext4 -O project,quota), or set scratch.bytes_max and"
     " scratch.inodes_max to 0"
 )
-# a job reaches its own directory by a bind mount, not by way of this one
-_PARENT_MODE: Final = 0o700
 # the file of the state directory that says where scratch directories are, and were
 PLACES_NAME: Final = "scratch-dirs"
 RM_PROGRAM: Final = "/bin/rm"
@@ -62,18 +60,7 @@ class Scratch:
         where the file system has no project quotas.
         """
         self._path: Final = scratch_place(state_dir, scratch_dir)
-        try:
-            os.makedirs(self._path, _PARENT_MODE, exist_ok=True)
-            status = os.lstat(self._path)
-        except OSError as error:
-            raise KernelError("make the scratch directory", self._path, error.errno or 0) from error
-        if status.st_uid != os.geteuid() or status.st_mode & 0o022:
-            raise KernelError(
-                "use the scratch directory",
-                self._path,
-                0,
-                hint="it must belong to root, and only root may write it",
-            )
+        make_root_s(self._path, "scratch directory")
         if scratch_dir:
             require_root_s(scratch_dir, "scratch directory", "configure another scratch_dir")
         self.places: Final = _remember(os.path.join(state_dir, PLACES_NAME), self._path, state_dir)
@@ -157,18 +144,22 @@ class Scratch:
             return 0
 
     def spawn_removal(self, job_id: int) -> int:
-        """Begin to remove all of a job's directory; give the pid of the process that does.
+        """Begin to remove all of a job's directory; give the pid of the process that does."""
+        return spawn_removal(self.path(job_id))
 
-        Its own process, since a job may leave millions of files, and the launcher has one
-        thread. rm(1) walks by directory descriptors, follows no link and, with
-        --one-file-system, enters no mount.
-        """
-        argv = ["rm", "-rf", "--one-file-system", "--", self.path(job_id)]
-        pid = os.posix_spawn(RM_PROGRAM, argv, {})
-        # it may be done already
-        with suppress(ProcessLookupError):
-            os.setpriority(os.PRIO_PROCESS, pid, _REMOVAL_NICE)
-        return pid
+
+def spawn_removal(path: str) -> int:
+    """Begin to remove a directory and all that is in it; give the pid of the process that does.
+
+    Its own process, since a job may leave millions of files, and the launcher has one
+    thread. rm(1) walks by directory descriptors, follows no link and, with
+    --one-file-system, enters no mount.
+    """
+    pid = os.posix_spawn(RM_PROGRAM, ["rm", "-rf", "--one-file-system", "--", path], {})
+    # it may be done already
+    with suppress(ProcessLookupError):
+        os.setpriority(os.PRIO_PROCESS, pid, _REMOVAL_NICE)
+    return pid
 
 
 def _remember(file: str, here: str, state_dir: str) -> tuple[str, ...]:

@@ -18,15 +18,13 @@ from typing import Any, Final
 
 from pjw.launcher.cgroup.files import job_ids_in
 from pjw.launcher.scratch import find_quotas
+from pjw.model import TOO_DEEP
 
 SECONDS: Final = 3.0
 # then the process ends, if nobody reads what it counted
 _LIFE_SECONDS: Final = 30
 # entries of one job before the next one's turn
 _TURN: Final = 1000
-# Counted for a tree with more levels than this process may have descriptors: no program makes such a tree by
-# chance.
-_TOO_DEEP: Final = 2**60
 
 # A directory that is being read: its descriptor, and what os.scandir() gives, which has no public type.
 _Level = tuple[int, Any]
@@ -52,9 +50,14 @@ def spawn_count(instance: str, places: tuple[str, ...]) -> tuple[int, int]:
 
     The words are a line for each job, with its id, bytes and inodes. Raises OSError.
     """
+    return spawn_counter("pjw.launcher.scratch_use", instance, *places)
+
+
+def spawn_counter(module: str, *arguments: str) -> tuple[int, int]:
+    """Run a module that counts; the pid of its process, and a pipe with its words. Raises OSError."""
     reading, writing = os.pipe2(os.O_CLOEXEC)
     try:
-        argv = [sys.executable, "-I", "-m", __name__, instance, *places]
+        argv = [sys.executable, "-I", "-m", module, *arguments]
         pid = os.posix_spawn(sys.executable, argv, {}, file_actions=[(os.POSIX_SPAWN_DUP2, writing, 1)])
     except BaseException:
         os.close(reading)
@@ -84,25 +87,25 @@ def count(instance: str, places: list[str], seconds: float = SECONDS) -> dict[in
             if counted is None:
                 devices.add(os.fstat(descriptor).st_dev)
                 walked[job_id] = uses[job_id]
-                walks.append(_walk(path, uses[job_id]))
+                walks.append(walk(path, uses[job_id]))
         os.close(descriptor)
     # the kernel has counted the others' already
     walks.append(_walk_open(instance.encode(), devices, walked))
     while walks and time.monotonic() < deadline:
-        walks = [walk for walk in walks if _goes_on(walk, deadline)]
-    for walk in walks:
-        walk.close()
+        walks = [each for each in walks if _goes_on(each, deadline)]
+    for each in walks:
+        each.close()
     return uses
 
 
-def _goes_on(walk: Generator[None, None, None], deadline: float) -> bool:
+def _goes_on(walking: Generator[None, None, None], deadline: float) -> bool:
     """Give a walk its turn; whether it has more to do."""
     if time.monotonic() > deadline:
         return True
-    return all(next(walk, walk) is None for _ in range(_TURN))
+    return all(next(walking, walking) is None for _ in range(_TURN))
 
 
-def _walk(path: str, use: Use) -> Generator[None, None, None]:
+def walk(path: str, use: Use) -> Generator[None, None, None]:
     """Count what is below a directory, a step for each name; no link is followed, and no mount entered."""
     # By descriptors, since the job renames as it likes meanwhile.
     levels: list[_Level] = []
@@ -124,7 +127,7 @@ def _walk(path: str, use: Use) -> Generator[None, None, None]:
     except FileNotFoundError:
         return  # removed meanwhile
     except OSError:
-        use.bytes = use.inodes = _TOO_DEEP
+        use.bytes = use.inodes = TOO_DEEP
     finally:
         while levels:
             _leave(levels)
@@ -184,11 +187,15 @@ def main() -> int:
     instance, *places = sys.argv[1:]
     uses = count(instance, places).items()
     words = b"".join(b"%d %d %d\n" % (job_id, round(use.bytes), round(use.inodes)) for job_id, use in uses)
-    # not by sys.stdout, which complains when nobody reads
+    print_words(words)
+    return 0
+
+
+def print_words(words: bytes) -> None:
+    """Write to stdout. Not by sys.stdout, which complains when nobody reads."""
     with suppress(BrokenPipeError):
         while words:
             words = words[os.write(1, words) :]
-    return 0
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import itertools
 import os
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -21,7 +21,7 @@ from pjw.errors import ProtocolError
 from pjw.launcher.cgroup import Cgroup
 from pjw.launcher.policy import JOB_ENVIRONMENT, JOB_ID_MAX, Policy
 from pjw.launcher.processes import Watcher
-from pjw.launcher.protocol import Launch
+from pjw.launcher.protocol import Exec, Launch
 from pjw.launcher.visible import Place
 
 INIT_PROGRAM: Final = str(Path(__file__).with_name("pjw-init"))
@@ -51,6 +51,13 @@ class Execed:
 
 
 @dataclass(frozen=True, slots=True)
+class Connected:
+    """A socket that is connected within a job."""
+
+    socket: int
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """A step before exec failed, by its name in init/init.h; "" when init vanished without a word.
 
@@ -65,11 +72,13 @@ class Failed:
 class Spawner:
     """The process that clones inits, our child: started when the first init is wanted, or when it was killed.
 
-    It decides nothing. An init is our own child, and does not notice the end of the spawner.
+    It decides nothing. An init is our own child, and does not notice the end of the spawner. Of the host's
+    mounts it has those alone that inits need, as they were when it began (init/template.c): when they change,
+    another takes its place.
     """
 
     def __init__(self, watcher: Watcher, policy: Policy, scratch: str) -> None:
-        """*scratch* is the directory of all scratch directories."""
+        """*scratch* is the directory of all scratch directories, without links."""
         self._watcher: Final = watcher
         self._hidden: Final = policy.hidden_paths
         self._scratch: Final = scratch
@@ -78,37 +87,65 @@ class Spawner:
         self._places = b""
 
     def show(self, places: Sequence[Place]) -> None:
-        """Have inits show the host's file systems so from now on."""
+        """Have inits show the host's file systems so from now on, and be made in a template of its mounts."""
         hide = (word for path in self._hidden for word in ("--hide", path))
         self._places = b"".join(map(_encoded, (*place_words(places), *hide)))
+        self.close()
 
-    def spawn(self, job_id: int, cgroup: Cgroup, scratch: str) -> socket.socket:
+    def spawn(self, job_id: int, cgroup: Cgroup) -> socket.socket:
         """Have an init spawned that waits for its order; give the socket that it reports to.
 
         What goes wrong from here on is reported. Raises OSError.
         """
+        words = ("--hostname", f"job-{job_id}", "--scratch", f"{self._scratch}/{job_id}")
+        return self._spawn(job_id, cgroup.init_arguments(), words, self._places)
+
+    def spawn_session(self, job_id: int, init: int, cgroup: Cgroup, tool: int | None) -> socket.socket:
+        """The same for a session in a job that runs, whose *init* is known by its pidfd.
+
+        A *tool* is a descriptor of the program that it executes instead of one that its command names.
+        """
+        more: list[str | int] = ["--enter-fd", init, *(() if tool is None else ("--tool-fd", tool))]
+        return self._spawn(job_id, cgroup.session_arguments(), more)
+
+    def spawn_connection(self, job_id: int, init: int, cgroup: Cgroup, uid: int, port: int) -> socket.socket:
+        """Have a process connect to a port within a job, and hand the socket over by its report."""
+        user = ("--uid", str(uid), "--gid", str(uid))
+        more: list[str | int] = ["--enter-fd", init, *user, "--connect", str(port)]
+        return self._spawn(job_id, cgroup.session_arguments(), more)
+
+    def _spawn(
+        self,
+        job_id: int,
+        enter: AbstractContextManager[list[str | int]],
+        more: Sequence[str | int],
+        shown: bytes = b"",
+    ) -> socket.socket:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            with theirs, cgroup.init_arguments() as cgroup_options:
+            with theirs, enter as cgroup_options:
                 words: list[str | int] = [
                     *("--report-fd", theirs.fileno(), "--wait"),
                     *cgroup_options,
-                    *("--hostname", f"job-{job_id}", "--scratch", scratch),
                     *("--variable", f"PJW_JOB_ID={job_id}"),
+                    *more,
                 ]
-                self._request(words)
+                self._request(words, shown)
         except BaseException:
             ours.close()
             raise
         ours.setblocking(False)
         return ours
 
-    def _request(self, words: Sequence[str | int]) -> None:
-        """Send a request; a number is a descriptor, which has another number in the spawner."""
+    def _request(self, words: Sequence[str | int], shown: bytes) -> None:
+        """Send a request; a number is a descriptor, which has another number in the spawner.
+
+        *shown* are further options, encoded.
+        """
         descriptors = [word for word in words if isinstance(word, int)]
         numbers = itertools.count(_FIRST_FD)
         texts = [str(next(numbers)) if isinstance(word, int) else word for word in words]
-        data = b"".join(map(_encoded, texts)) + self._places
+        data = b"".join(map(_encoded, texts)) + shown
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
         try:
             self._started().sendmsg([data], rights)
@@ -176,24 +213,47 @@ def place_words(places: Sequence[Place]) -> Iterator[str]:
         yield place.path
 
 
-def send_order(report: socket.socket, request: Launch, descriptors: Sequence[int]) -> None:
-    """Have an init start its job; *descriptors* are its files. Raises OSError."""
-    limits = request.limits
+def send_order(
+    report: socket.socket, request: Launch | Exec, descriptors: Sequence[int], workspace: int = -1
+) -> None:
+    """Have an init start its job, or a session its command; *descriptors* are its files. Raises OSError.
+
+    Behind the files of a launch with an upload, or with artifacts, comes the program for archives.
+    *workspace* is the descriptor of a mount, if there is one, and the last of all.
+    """
+    own = _words_of_launch(request) if isinstance(request, Launch) else _words_of_session(request)
     words = (
         *("--uid", str(request.uid), "--gid", str(request.uid)),
+        *own,
+        *("--grace", str(request.grace_seconds)),
+        *(("--split-stderr",) if request.split_stderr else ()),
+        *(("--terminal",) if request.terminal else ()),
+        *(("--control",) if "control" in request.files else ()),
+        *(("--input",) if request.input else ()),
+        *(("--upload",) if isinstance(request, Launch) and request.upload else ()),
+        *(("--workspace",) if workspace >= 0 else ()),
+        *(("--keep",) if isinstance(request, Launch) and request.artifacts else ()),
+    )
+    passed = [*descriptors, *((workspace,) if workspace >= 0 else ())]
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", passed))]
+    report.sendmsg([b"".join(word.encode() + b"\0" for word in words)], rights)
+
+
+def _words_of_launch(request: Launch) -> tuple[str, ...]:
+    limits = request.limits
+    return (
         # half of the memory, so that a full /tmp is ENOSPC before it is an OOM kill
         *("--tmp-bytes", str(limits.memory_max_bytes // 2)),
         *("--output-max", str(limits.output_max_bytes)),
         *("--time-max", str(min(limits.time_max_seconds, _TIME_MAX_SECONDS))),
-        *("--grace", str(request.grace_seconds)),
-        *(("--split-stderr",) if request.split_stderr else ()),
-        *(("--input",) if request.input else ()),
     )
-    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
-    report.sendmsg([b"".join(word.encode() + b"\0" for word in words)], rights)
 
 
-def read_report(report: socket.socket) -> Cloned | Execed | Failed:
+def _words_of_session(request: Exec) -> tuple[str, ...]:
+    return ("--output-max", str(request.output_max_bytes))
+
+
+def read_report(report: socket.socket) -> Cloned | Execed | Connected | Failed:
     """Read the next report; the socket is ready. Raises ProtocolError for anything unknown."""
     try:
         data, ancillary, flags, _ = report.recvmsg(_REPORT_MAX_BYTES, socket.CMSG_SPACE(4))
@@ -207,6 +267,8 @@ def read_report(report: socket.socket) -> Cloned | Execed | Failed:
     match data.split(b" ", 3), list(fds):
         case [b"cloned"], [pidfd]:
             return Cloned(pidfd)
+        case [b"connected"], [connected]:
+            return Connected(connected)
         case [b"execed", ns], [] if ns.isdigit():
             return Execed(int(ns))
         case [b"failed", step, error, words], [] if error.isdigit():

@@ -34,20 +34,24 @@ _PLACES_MAX: Final = 128
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """A line of a table of mounts: the id of the mount, the device and the type of its file system."""
+    """A line of a table of mounts: its id, the device and the type of its file system, its flags."""
 
     number: bytes
     device: bytes
     type: bytes
+    flags: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A path where a job is shown a file system of the host, or an empty directory."""
+    """A path where a job is shown a file system of the host, or an empty directory.
+
+    Or a mount of the host that such a path lies in.
+    """
 
     path: str
-    # an option of init's: by an overlay, as it is, or not
-    view: Literal["visible", "bound", "cover"]
+    # an option of init's: by an overlay, as it is, or not; or what the template has (init/template.c)
+    view: Literal["visible", "bound", "cover", "mount"]
     # lest another mount at the path is taken for it; None for a covered path
     mount: Mount | None = None
 
@@ -104,6 +108,14 @@ def places_of(visible: Sequence[str], hidden: Sequence[str], table: bytes) -> tu
     return tuple(sorted(places, key=lambda place: [name for name in place.path.split("/") if name]))
 
 
+def template_of(places: Iterable[Place], others: Iterable[str], table: bytes) -> tuple[Place, ...]:
+    """The mounts that what is shown and *others* lie in, the root first; *others* are paths without links."""
+    mounts = mounts_of(table)
+    paths = ["/", *(place.path for place in places if place.view != "cover"), *others]
+    points = {_mount_point(path, mounts) for path in paths}
+    return tuple(Place(point, "mount", mounts.get(point)) for point in sorted(points))
+
+
 def _real(path: str, mounts: Mapping[str, Mount]) -> str:
     """*path* without links, but for those in a file system that asks others.
 
@@ -145,16 +157,23 @@ def _may_be_shown(path: str, mounts: Mapping[str, Mount]) -> bool:
 
 def _asks_others(path: str, mounts: Mapping[str, Mount]) -> bool:
     """Whether the file system that *path* lies in asks others; where nothing is known of it, no."""
+    mount = mounts.get(_mount_point(path, mounts))
+    return mount is not None and mount.type.split(b".")[0] in _ASK_OTHERS
+
+
+def _mount_point(path: str, mounts: Mapping[str, Mount]) -> str:
+    """Where the file system is mounted that *path* lies in; the root, where nothing is known of it."""
     while path != "/" and path not in mounts:
         path = os.path.dirname(path)
-    mount = mounts.get(path)
-    return mount is not None and mount.type.split(b".")[0] in _ASK_OTHERS
+    return path
 
 
 def mounts_of(table: bytes) -> dict[str, Mount]:
     """Of each mount point the mount that is seen there; *table* is that of proc_pid_mountinfo(5)."""
     return {
-        mount.point: Mount(b"%d" % mount.id, mount.device.encode(), mount.fs_type.encode())
+        mount.point: Mount(
+            b"%d" % mount.id, mount.device.encode(), mount.fs_type.encode(), mount.options.encode()
+        )
         for mount in parse_mounts(os.fsdecode(table))
     }
 

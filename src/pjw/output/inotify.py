@@ -12,11 +12,13 @@ from pjw.errors import KernelError
 
 IN_MODIFY: Final = 0x2
 IN_ATTRIB: Final = 0x4
+IN_CLOSE_WRITE: Final = 0x8
 _IN_Q_OVERFLOW: Final = 0x4000
 _EVENT: Final = struct.Struct("iIII")  # wd, mask, cookie, length of the name behind it
 _READ_BYTES: Final = 65_536
 
-_libc: Final = ctypes.CDLL(None, use_errno=True)
+# PyDLL: it is quicker to keep the interpreter's lock for calls that wait for nothing.
+_libc: Final = ctypes.PyDLL(None, use_errno=True)
 
 
 class Inotify:

@@ -1,6 +1,7 @@
 """Messages to model and back. Nothing here asks or decides."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Final
@@ -10,17 +11,29 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from pjw.errors import InvalidJobError
 from pjw.model import (
     KNOWN_STATES,
+    After,
+    Archive,
+    ArrayCounts,
+    Artifacts,
+    ArtifactsState,
     ClientQuota,
+    Condition,
     EndReason,
     ExitStatus,
     GroupUse,
     Job,
+    JobChange,
     JobSpec,
     JobState,
     Limits,
+    QueueSpec,
+    Retry,
+    Session,
     Sums,
+    TerminalSize,
     Usage,
     UsageSample,
+    Workspace,
     limit_numbers,
 )
 from pjw.v1 import job_worker_pb2 as pb
@@ -29,6 +42,22 @@ _STATES: Final = {state: pb.JobState.Value(f"JOB_STATE_{state.name}") for state 
 _STATES_BACK: Final = {number: state for state, number in _STATES.items()}
 _REASONS: Final = {reason: pb.EndReason.Value(f"END_REASON_{reason.name}") for reason in EndReason}
 _REASONS_BACK: Final = {number: reason for reason, number in _REASONS.items()}
+_ARTIFACTS: "Final[dict[ArtifactsState, pb.ArtifactsState.ValueType]]" = {
+    state: pb.ArtifactsState.Value(f"ARTIFACTS_STATE_{state.name}")
+    for state in ArtifactsState
+    if state is not ArtifactsState.UNKNOWN
+}
+_ARTIFACTS_BACK: Final = {number: state for state, number in _ARTIFACTS.items()}
+_CONDITIONS: Final = {
+    condition: pb.DependencyCondition.Value(f"DEPENDENCY_CONDITION_{condition.name}")
+    for condition in Condition
+}
+_CONDITIONS_BACK: Final = {
+    pb.DEPENDENCY_CONDITION_UNSPECIFIED: Condition.OK,
+    **{number: condition for condition, number in _CONDITIONS.items()},
+}
+# what is the same in both, by name
+_ARRAY: Final = ("indices", "count", "waiting", "succeeded", "failed", "cancelled")
 # the field, and that a length and so many bytes follow
 _LOGS_RESPONSE_TAG: Final = bytes([pb.LogsResponse.DATA_FIELD_NUMBER << 3 | 2])
 
@@ -40,7 +69,7 @@ def job_to_message(job: Job) -> pb.Job:
         id=job.id,
         client_name=job.client_name,
         command=job.command,
-        start=timestamp(job.start),
+        start=timestamp(job.start) if job.was_started or job.queued is None else None,
         end=timestamp(job.end) if job.end else None,
         exit_code=status.code if status else None,
         state=_STATES[job.state],
@@ -49,6 +78,7 @@ def job_to_message(job: Job) -> pb.Job:
         limits=_limits_message(job.limits),
         usage=_usage_to_message(job.usage) if job.usage else None,
         output_bytes=job.output_bytes,
+        artifacts=_artifacts_to_message(job.artifacts) if job.artifacts else None,
         name=job.name,
         labels=job.labels,
         split_stderr=job.split_stderr,
@@ -56,7 +86,40 @@ def job_to_message(job: Job) -> pb.Job:
         detail=job.detail,
         workdir=job.workdir,
         usage_now=sample_to_message(job.usage_now) if job.usage_now else None,
+        queued=timestamp(job.queued) if job.queued else None,
+        priority=job.priority,
+        not_before=timestamp(job.not_before) if job.not_before else None,
+        held=job.held,
+        after=map(_after_to_message, job.after),
+        unmet=job.unmet,
+        attempt=job.attempt,
+        retried_as=job.retried_as,
+        array=pb.Array(**{name: getattr(job.array, name) for name in _ARRAY}) if job.array else None,
+        array_id=job.array_id,
+        array_index=job.array_index,
+        workspace=job.workspace,
+        exclusive=job.exclusive,
     )
+
+
+def _artifacts_to_message(artifacts: Artifacts) -> pb.Artifacts:
+    return pb.Artifacts(
+        state=_ARTIFACTS[artifacts.state],
+        bytes=artifacts.bytes,
+        detail=artifacts.detail,
+        required=artifacts.required,
+    )
+
+
+def _artifacts_from_message(message: pb.Artifacts) -> Artifacts:
+    state = _ARTIFACTS_BACK.get(message.state, ArtifactsState.UNKNOWN)
+    return Artifacts(state, message.bytes, message.detail, message.required)
+
+
+def _exit_status_of(message: pb.Job | pb.Session) -> ExitStatus | None:
+    code = message.exit_code if message.HasField("exit_code") else None
+    signal = message.signal if message.HasField("signal") else None
+    return ExitStatus.of(code, signal)
 
 
 def job_from_message(message: pb.Job) -> Job:
@@ -64,20 +127,21 @@ def job_from_message(message: pb.Job) -> Job:
 
     Raises ValueError for a message that no server sends.
     """
-    code = message.exit_code if message.HasField("exit_code") else None
-    signal = message.signal if message.HasField("signal") else None
+    queued = message.queued.ToDatetime(UTC) if message.HasField("queued") else None
+    start = message.start.ToDatetime(UTC)
     return Job(
         id=message.id,
         client_name=message.client_name,
         command=message.command,
         state=_STATES_BACK.get(message.state, JobState.UNKNOWN),
         limits=Limits(**limits_from_message(message.limits)),
-        start=message.start.ToDatetime(UTC),
+        start=start if queued is None or message.HasField("start") else queued,
         end=message.end.ToDatetime(UTC) if message.HasField("end") else None,
-        exit_status=ExitStatus.of(code, signal),
+        exit_status=_exit_status_of(message),
         reason=_REASONS_BACK.get(message.reason),
         usage=_usage_from_message(message.usage) if message.HasField("usage") else None,
         output_bytes=message.output_bytes if message.HasField("output_bytes") else None,
+        artifacts=_artifacts_from_message(message.artifacts) if message.HasField("artifacts") else None,
         name=message.name,
         labels=dict(message.labels),
         split_stderr=message.split_stderr,
@@ -85,6 +149,67 @@ def job_from_message(message: pb.Job) -> Job:
         detail=message.detail,
         workdir=message.workdir,
         usage_now=sample_from_message(message.usage_now) if message.HasField("usage_now") else None,
+        queued=queued,
+        priority=message.priority,
+        not_before=message.not_before.ToDatetime(UTC) if message.HasField("not_before") else None,
+        held=message.held,
+        after=tuple(map(_after_from_message, message.after)),
+        unmet=message.unmet,
+        attempt=message.attempt,
+        retried_as=message.retried_as if message.HasField("retried_as") else None,
+        array=ArrayCounts(**{name: getattr(message.array, name) for name in _ARRAY})
+        if message.HasField("array")
+        else None,
+        array_id=message.array_id if message.HasField("array_id") else None,
+        array_index=message.array_index if message.HasField("array_id") else None,
+        workspace=message.workspace,
+        exclusive=message.exclusive,
+    )
+
+
+def change_to_message(change: JobChange) -> pb.JobChange:
+    """A change of a job's state as it is sent."""
+    return pb.JobChange(
+        sequence=change.sequence,
+        time=timestamp(change.time) if change.time else None,
+        job=job_to_message(change.job),
+        removed=change.removed,
+    )
+
+
+def change_from_message(message: pb.JobChange) -> JobChange:
+    """A change of a job's state as it was sent. Raises ValueError, as `job_from_message`."""
+    return JobChange(
+        job_from_message(message.job),
+        message.sequence if message.HasField("sequence") else None,
+        message.time.ToDatetime(UTC) if message.HasField("time") else None,
+        message.removed,
+    )
+
+
+def workspace_to_message(workspace: Workspace) -> pb.Workspace:
+    """A workspace as it is sent."""
+    return pb.Workspace(
+        name=workspace.name,
+        made=timestamp(workspace.made),
+        used=timestamp(workspace.used),
+        bytes=workspace.bytes,
+        inodes=workspace.inodes,
+        jobs=workspace.jobs,
+        client_name=workspace.client_name,
+    )
+
+
+def workspace_from_message(message: pb.Workspace) -> Workspace:
+    """A workspace as it was sent."""
+    return Workspace(
+        message.name,
+        message.made.ToDatetime(UTC),
+        message.used.ToDatetime(UTC),
+        message.bytes,
+        message.inodes,
+        message.jobs,
+        message.client_name,
     )
 
 
@@ -97,32 +222,206 @@ def spec_to_message(spec: JobSpec) -> pb.StartRequest:
         env=spec.env,
         workdir=spec.workdir,
         split_stderr=spec.split_stderr,
+        outputs=spec.outputs,
+        output_required=spec.output_required,
         input=spec.input,
         request_id=spec.request_id,
+        terminal=terminal_to_message(spec.terminal),
+        secrets=spec.secrets,
+        upload=spec.upload,
+        workspace=spec.workspace,
+        exclusive=spec.exclusive,
     )
+    _set_command(request, spec)
+    return request
+
+
+def _set_command(request: pb.StartRequest | pb.ExecRequest, spec: JobSpec) -> None:
     if isinstance(spec.command, str):
         request.command = spec.command
     else:
         request.argv.arguments.extend(spec.command)
-    return request
+
+
+def _command_of(message: pb.StartRequest | pb.ExecRequest) -> str | tuple[str, ...]:
+    program = message.WhichOneof("program")
+    if program is None:
+        raise InvalidJobError("the command is empty")
+    return message.command if program == "command" else tuple(message.argv.arguments)
+
+
+def terminal_to_message(size: TerminalSize | None) -> pb.Terminal | None:
+    """The size of a terminal as it is sent."""
+    return None if size is None else pb.Terminal(rows=size.rows, columns=size.columns)
+
+
+def terminal_from_message(message: pb.Terminal) -> TerminalSize:
+    """The size of a terminal as it was sent. Raises InvalidJobError."""
+    return TerminalSize(message.rows, message.columns)
 
 
 def spec_from_message(message: pb.StartRequest) -> JobSpec:
     """What is asked for. Raises InvalidJobError."""
-    program = message.WhichOneof("program")
-    if program is None:
-        raise InvalidJobError("the command is empty")
     return JobSpec(
-        message.command if program == "command" else tuple(message.argv.arguments),
+        _command_of(message),
         limits_from_message(message.limits),
         name=message.name,
         labels=dict(message.labels),
         env=dict(message.env),
         workdir=message.workdir,
         split_stderr=message.split_stderr,
+        outputs=tuple(message.outputs),
+        output_required=message.output_required,
         input=message.input,
         request_id=message.request_id,
+        terminal=terminal_from_message(message.terminal) if message.HasField("terminal") else None,
+        secrets=dict(message.secrets),
+        upload=message.upload,
+        workspace=message.workspace,
+        exclusive=message.exclusive,
     )
+
+
+def exec_to_message(job_id: int, spec: JobSpec, *, detached: bool) -> pb.ExecRequest:
+    """A request to start another command in a job."""
+    request = pb.ExecRequest(
+        id=job_id,
+        env=spec.env,
+        workdir=spec.workdir,
+        input=spec.input,
+        detach=detached,
+        request_id=spec.request_id,
+        terminal=terminal_to_message(spec.terminal),
+    )
+    _set_command(request, spec)
+    return request
+
+
+def archive_to_message(job_id: int, archive: Archive, request_id: str) -> pb.ExecRequest:
+    """A request to pack or unpack files in a job."""
+    message = pb.Archive(path=archive.path, unpack=archive.unpack, name=archive.name)
+    return pb.ExecRequest(id=job_id, archive=message, request_id=request_id)
+
+
+def archive_from_message(message: pb.Archive) -> Archive:
+    """What is to be packed or unpacked. Raises InvalidJobError."""
+    return Archive(message.path, message.unpack, message.name)
+
+
+def exec_from_message(message: pb.ExecRequest) -> JobSpec:
+    """What is asked for. Raises InvalidJobError."""
+    return JobSpec(
+        _command_of(message),
+        env=dict(message.env),
+        workdir=message.workdir,
+        input=message.input,
+        request_id=message.request_id,
+        terminal=terminal_from_message(message.terminal) if message.HasField("terminal") else None,
+    )
+
+
+def session_to_message(session: Session) -> pb.Session:
+    """A session as it is sent."""
+    status = session.exit_status
+    return pb.Session(
+        job_id=session.job_id,
+        number=session.number,
+        command=session.command,
+        start=timestamp(session.start),
+        end=timestamp(session.end) if session.end else None,
+        exit_code=status.code if status else None,
+        state=_STATES[session.state],
+        reason=_REASONS[session.reason] if session.reason else pb.END_REASON_UNSPECIFIED,
+        signal=status.signal if status else None,
+        input=session.input,
+        detached=session.detached,
+        terminal=session.terminal,
+    )
+
+
+def session_from_message(message: pb.Session) -> Session:
+    """A session as it was sent. Raises ValueError for a message that no server sends."""
+    return Session(
+        job_id=message.job_id,
+        number=message.number,
+        command=message.command,
+        state=_STATES_BACK.get(message.state, JobState.UNKNOWN),
+        start=message.start.ToDatetime(UTC),
+        end=message.end.ToDatetime(UTC) if message.HasField("end") else None,
+        exit_status=_exit_status_of(message),
+        reason=_REASONS_BACK.get(message.reason),
+        input=message.input,
+        detached=message.detached,
+        terminal=message.terminal,
+    )
+
+
+def queued_to_message(spec: JobSpec) -> pb.QueuedJob:
+    """A request to put a job into the queue. Raises InvalidJobError, as `spec_to_message`."""
+    queue = spec.queue or QueueSpec()
+    not_before = None if queue.not_before is None else timestamp(queue.not_before.astimezone(UTC))
+    return pb.QueuedJob(
+        start=spec_to_message(spec),
+        priority=queue.priority,
+        not_before=not_before,
+        held=queue.held,
+        after=map(_after_to_message, queue.after),
+        retry=_retry_to_message(queue.retry) if queue.retry is not None else None,
+        array=queue.array,
+    )
+
+
+def queued_from_message(message: pb.QueuedJob) -> JobSpec:
+    """What is asked for, with how it waits. Raises InvalidJobError."""
+    try:
+        not_before = message.not_before.ToDatetime(UTC) if message.HasField("not_before") else None
+    except (ValueError, OverflowError) as error:
+        raise InvalidJobError(f"the time before which the job is not started is none: {error}") from None
+    after = tuple(map(_after_from_message, message.after))
+    retry = _retry_from_message(message.retry) if message.HasField("retry") else None
+    queue = QueueSpec(message.priority, not_before, message.held, after, retry, message.array)
+    return replace(spec_from_message(message.start), queue=queue)
+
+
+def _retry_to_message(retry: Retry) -> pb.Retry:
+    message = pb.Retry(
+        times=retry.times,
+        exit_codes=sorted(retry.codes),
+        oom=retry.oom,
+        timeout=retry.timeout,
+        if_lost=retry.if_lost,
+    )
+    message.backoff.FromNanoseconds(round(retry.backoff_seconds * 1e9))
+    return message
+
+
+def _retry_from_message(message: pb.Retry) -> Retry:
+    backoff = {}
+    if message.HasField("backoff"):
+        backoff["backoff_seconds"] = message.backoff.seconds + message.backoff.nanos / 1e9
+    return Retry(
+        message.times,
+        frozenset(message.exit_codes),
+        oom=message.oom,
+        timeout=message.timeout,
+        if_lost=message.if_lost,
+        **backoff,
+    )
+
+
+def _after_to_message(after: After) -> pb.Dependency:
+    return pb.Dependency(
+        id=after.job_id, condition=_CONDITIONS[after.condition], earlier=after.earlier, element=after.element
+    )
+
+
+def _after_from_message(message: pb.Dependency) -> After:
+    try:
+        earlier = message.earlier if message.HasField("earlier") else None
+        element = message.element if message.HasField("element") else None
+        return After(message.id, _CONDITIONS_BACK[message.condition], earlier, element)
+    except KeyError:
+        raise InvalidJobError(f"no condition of an end has the number {message.condition}") from None
 
 
 def states_from_message(numbers: "Iterable[pb.JobState.ValueType]") -> frozenset[JobState]:
@@ -221,6 +520,8 @@ _QUOTA_NUMBERS: Final = (
     "memory_promised_max_bytes",
     "stored_bytes",
     "stored_bytes_max",
+    "queued",
+    "queued_max",
 )
 
 

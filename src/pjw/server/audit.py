@@ -33,7 +33,7 @@ CLOSE_SECONDS: Final = 5.0
 CANCELLED: Final = "CANCELLED"
 
 # the methods that move bytes of jobs
-_WITH_BYTES: Final = ("Logs", "WriteInput")
+_WITH_BYTES: Final = ("Logs", "WriteInput", "Forward")
 
 log: Final = logging.getLogger(__name__)
 
@@ -42,8 +42,8 @@ class CallRecord:
     """What is known of a call, from its beginning on."""
 
     __slots__ = (
-        "_all_clients", "_began", "_peer", "_time", "bytes", "code", "error", "identity", "job_id",
-        "method",
+        "_all_clients", "_began", "_element", "_peer", "_time", "bytes", "code", "error", "identity",
+        "job_id", "method",
     )  # fmt: skip
 
     def __init__(self, method: str, request: Message | None, peer: str) -> None:
@@ -56,11 +56,12 @@ class CallRecord:
         self._began: Final = time.monotonic()
         self._peer: Final = peer
         self.job_id: int | None = getattr(request, "id", None)
+        self._element: Final = _element_of(request)
         self._all_clients: Final[bool] = getattr(request, "all_clients", False)
 
     def asked(self, request: Message | None) -> None:
         """Note what one of a stream of requests adds: the id of the job in the first, the bytes of input."""
-        if isinstance(request, pb.WriteInputRequest):
+        if isinstance(request, pb.WriteInputRequest | pb.ForwardRequest):
             self.job_id = request.id if self.job_id is None else self.job_id
             self.bytes += len(request.data)
 
@@ -68,9 +69,12 @@ class CallRecord:
         """Note what an answer adds: the id of a new job, the bytes of output."""
         if isinstance(answer, pb.StartResponse):
             self.job_id = answer.job.id
+        elif isinstance(answer, pb.SubmitResponse):
+            # of several the first one; the others follow it, but for those of an earlier request
+            self.job_id = answer.jobs[0].id
         elif isinstance(answer, bytes):
             self.bytes += logs_response_bytes(answer)
-        elif isinstance(answer, pb.LogsResponse):
+        elif isinstance(answer, pb.LogsResponse | pb.ForwardResponse):
             self.bytes += len(answer.data)
 
     def failed(self, error: Exception | asyncio.CancelledError) -> None:
@@ -99,9 +103,18 @@ class CallRecord:
             "peer": unquote(self._peer),  # gRPC escapes the brackets of an IPv6 address
             "duration_ms": round(self.seconds() * 1000, 3),
         }
+        if self._element is not None:
+            members["element"] = self._element
         if self.method in _WITH_BYTES:
             members["bytes"] = self.bytes
         return json.dumps(members).encode() + b"\n"
+
+
+def _element_of(request: Message | None) -> int | None:
+    """Which element of an array a call names; None where it names a job by its id alone."""
+    if request is None or "element" not in request.DESCRIPTOR.fields_by_name:
+        return None
+    return request.element if request.HasField("element") else None  # type: ignore[attr-defined]
 
 
 class CallObserver(Protocol):

@@ -28,8 +28,12 @@ ALL_CLIENTS: Final[dict[str, frozenset[Role]]] = {
     "Wait": frozenset({Role.VIEWER, Role.ADMIN}),
     "GetUsageHistory": frozenset({Role.VIEWER, Role.ADMIN}),
     "WatchUsage": frozenset({Role.VIEWER, Role.ADMIN}),
+    "WatchJobs": frozenset({Role.VIEWER, Role.ADMIN}),
     "GetQuota": frozenset({Role.VIEWER, Role.ADMIN}),
+    "ListWorkspaces": frozenset({Role.VIEWER, Role.ADMIN}),
     "Stop": frozenset({Role.ADMIN}),
+    "Hold": frozenset({Role.ADMIN}),
+    "Release": frozenset({Role.ADMIN}),
     "Delete": frozenset({Role.ADMIN}),
 }
 

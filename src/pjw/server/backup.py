@@ -25,12 +25,15 @@ from pjw.launcher.lock import hold_lock, is_locked
 from pjw.launcher.rooted import require_root_s
 from pjw.launcher.scratch import PLACES_NAME
 from pjw.server.backup_port import COPIED, FAILED, MESSAGE_MAX, SOCKET_NAME
+from pjw.worker.change_rows import BASE
 from pjw.worker.launcher_process import require_root
 from pjw.worker.state_dir import BACKED_UP, JOBS, TABLE
 
 # After a restore the next job's id is this far above the last one in the backup. So pjwd gives no id again
 # that it gave between the backup and the loss.
 IDS_LEFT_OUT: Final = 1_000_000
+# The same of the numbers of changes: whoever has one from before the loss is told to begin anew.
+CHANGES_LEFT_OUT: Final = 1_000_000_000_000
 # files of the launcher: which user ids jobs have, and where their scratch directories were
 _LAUNCHERS: Final = (RECORD, PLACES_NAME)
 # how long pjwd may take to copy its table, which is gigabytes at most
@@ -39,6 +42,7 @@ _PIECE_BYTES: Final = 16 * 1024 * 1024
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # the first version of the table with the number of bytes of an ended job's output
 _VERSION_WITH_BYTES: Final = 2
+_VERSION_WITH_QUEUE: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +262,29 @@ def _copy_jobs(state_dir: str, directory: int) -> tuple[int, int]:
                 "UPDATE sqlite_sequence SET seq = seq + ? WHERE name = 'jobs'", (IDS_LEFT_OUT,)
             ).rowcount:
                 table.execute("INSERT INTO sqlite_sequence VALUES ('jobs', ?)", (IDS_LEFT_OUT,))
+            if version >= _VERSION_WITH_QUEUE:
+                # Where this is restored, what waits now may have run since: its client decides. What has left
+                # the queue is like any other job that runs.
+                table.execute("UPDATE jobs SET held = 1 WHERE state IS NULL AND start_ns = 0")
+                table.execute(
+                    "DELETE FROM specs WHERE id IN (SELECT id FROM jobs WHERE state IS NULL AND start_ns > 0)"
+                )
+            if table.execute("SELECT 1 FROM sqlite_schema WHERE name = 'change_floor'").fetchone():
+                _leave_out_changes(table)
     return len(rows) - len(removed), sum(alive for _, alive, _ in rows)
+
+
+def _leave_out_changes(table: sqlite3.Connection) -> None:
+    """Have the numbers of changes go on far above the last one."""
+    table.execute(
+        "UPDATE change_floor SET seq = max(seq, (SELECT coalesce(max(seq), 0) FROM changes)) + ?",
+        (CHANGES_LEFT_OUT,),
+    )
+    table.execute("DELETE FROM changes")
+    table.execute(
+        "INSERT INTO changes (seq, job_id, client_name, state) SELECT seq, 0, '', ? FROM change_floor",
+        (BASE,),
+    )
 
 
 def _copy_job(source: int, target: int, name: str) -> set[str]:
@@ -285,8 +311,9 @@ def _copy_file(source: int, target: int, name: str) -> bool:
     with _closing(there):
         here = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=target)
         with _closing(here):
-            _send(os.dup(there), here)
+            # first: what is called whole by its mode is so before it is read
             _as(there, here)
+            _send(os.dup(there), here)
     return True
 
 

@@ -22,6 +22,8 @@ from pjw.server.trial import trial_of
 
 # mount_setattr(2) came with 5.12; clone3 and CLONE_INTO_CGROUP with 5.7; cgroup.kill with 5.14
 KERNEL_MINIMUM: Final = (5, 14)
+# the kernel's default for a disk without moving parts; it is 75,000 for others, and for many virtual disks
+_WRITE_BACK_USEC_MAX: Final = 2000
 NAMESPACES: Final = ("pid", "mnt", "net", "ipc", "uts", "cgroup")
 
 _MARKS: Final = {True: "ok     ", None: "warning", False: "missing"}
@@ -71,6 +73,7 @@ def host_findings(config: ServerConfig) -> Iterator[Finding]:
     yield not host.missing, text, host.hint
     yield from _view(config)
     yield _disks(*filter(None, (config.state_dir, config.scratch_dir)))
+    yield from _write_back(*filter(None, (config.state_dir, config.scratch_dir)))
     yield from _directories(config)
     yield from _users(config)
     yield from sandbox.status()
@@ -118,6 +121,29 @@ def _disks(*directories: str) -> Finding:
     except PjwError as error:
         return False, str(error), None
     return True, f"disks for io limits: {', '.join(disks)} (under / and {' and '.join(there)})", None
+
+
+def _write_back(*directories: str) -> Iterator[Finding]:
+    """Disks on which the kernel lets jobs' writes hold up pjwd's reads and syncs for long.
+
+    wbt_lat_usec is how long a read may take before the kernel queues fewer writes; 0 where the kernel never
+    does so, as with bfq (Documentation/ABI/stable/sysfs-block).
+    """
+    try:
+        disks = disks_under(map(nearest, directories))
+    except PjwError:
+        return  # the finding about disks says why
+    for disk in disks:
+        name = os.path.basename(os.path.realpath(f"/sys/dev/block/{disk}"))
+        file = f"/sys/block/{name}/queue/wbt_lat_usec"
+        try:
+            with open(file, encoding="ascii") as setting:
+                usec = int(setting.read())
+        except OSError:
+            continue  # this kernel has no such bound
+        if usec > _WRITE_BACK_USEC_MAX:
+            held = f"jobs' writes may hold up pjwd's reads and syncs for {usec / 1000:g} ms at a time"
+            yield None, f"disk {name}: {held}", f"echo {_WRITE_BACK_USEC_MAX} > {file} (docs/security.md)"
 
 
 def _directories(config: ServerConfig) -> Iterator[Finding]:

@@ -31,6 +31,7 @@ from pjw.worker.settings import (
     UID_COUNT,
     WAITING_INITS,
     DiskMarks,
+    QueueSlots,
     Retention,
     WorkerSettings,
 )
@@ -55,6 +56,7 @@ RELOADED: Final = (
     "limits",
     "log_level",
     "memory_overcommit",
+    "queue",
     "retention",
     "roles",
     "stop_grace_seconds",
@@ -98,6 +100,9 @@ class KeptJobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ] = 100 * 1024**3
     jobs_total: Annotated[Count, Meta(description="ended jobs of all clients")] = 0
     bytes_total: Annotated[Count, Meta(description="bytes of output that all ended jobs have")] = 0
+    workspace_age_seconds: Annotated[
+        Count, Meta(description="a workspace is removed when no job has used it for so long; 0: never")
+    ] = 0
 
 
 class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -124,6 +129,26 @@ class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return replace(default_sums(), **given)
         except InvalidJobError as error:
             raise ConfigError(f"[host]: {error}") from None
+
+
+class Slots(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What jobs out of the queue may have at once: `worker.settings.QueueSlots`. 0 is "no limit"."""
+
+    running_max: Annotated[Count, Meta(description="jobs out of the queue that run at once")] = 0
+    cpu_max_millicores: Annotated[
+        Count | None,
+        Meta(
+            description="thousandths of a processor that their limits come to; without it all of the host's"
+        ),
+    ] = None
+    memory_max_bytes: Annotated[
+        Count | None, Meta(description="memory that their limits come to; without it what all jobs may have")
+    ] = None
+    client_running_max: Annotated[Count, Meta(description="the same of one client: jobs that run")] = 0
+    client_cpu_max_millicores: Annotated[
+        Count, Meta(description="the same of one client: thousandths of a processor")
+    ] = 0
+    client_memory_max_bytes: Annotated[Count, Meta(description="the same of one client: memory")] = 0
 
 
 class ScratchLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -238,6 +263,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     port: PortLimits = PortLimits()
     host: Host = Host()
     disk: Disk = Disk()
+    queue: Slots = Slots()
     scratch: ScratchLimits = ScratchLimits()
     metrics: Metrics = Metrics()
     limits: Annotated[
@@ -282,6 +308,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             retention=Retention(**msgspec.structs.asdict(self.retention)),
             quotas=self.clients.quotas(),
             disk=DiskMarks(**msgspec.structs.asdict(self.disk)),
+            queue=QueueSlots(**msgspec.structs.asdict(self.queue)),
         )
 
     def effective_limits(self) -> tuple[Limits, Limits, Limits]:

@@ -43,7 +43,7 @@ from pjw.errors import (
     PjwError,
     describe_errno,
 )
-from pjw.model import KNOWN_STATES, EndReason
+from pjw.model import KNOWN_STATES, EndReason, JobState
 from pjw.server.address import held_addresses, shown_address
 from pjw.server.audit import CANCELLED, CallRecord
 from pjw.server.connections import ConnectionNumbers, Connections
@@ -62,12 +62,14 @@ SCRAPE_SECONDS: Final = 10
 CONNECTION_SECONDS: Final = SCRAPE_SECONDS + 5
 # Nothing tells when a descriptor is free again.
 _RETRY_SECONDS: Final = 1
-# How many clients, the busiest, have metrics of their own. Each is three series that Prometheus keeps.
+# How many clients, the busiest, have metrics of their own. Each is four series that Prometheus keeps.
 CLIENTS_SHOWN: Final = 100
 # What stands for the clients beyond the busiest: no client can be called so.
 OTHERS: Final = "(other)"
 # These take as long as their callers like, which says nothing of us.
-LASTING: Final = frozenset({"Logs", "Wait", "WriteInput", "WatchUsage", "HealthWatch", "Reflect"})
+LASTING: Final = frozenset(
+    {"Logs", "Wait", "WriteInput", "Forward", "WatchUsage", "WatchJobs", "HealthWatch", "Reflect"}
+)
 # From a cached answer to a stop with a long grace period.
 CALL_BUCKETS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60)
 START_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5, 30)
@@ -236,6 +238,14 @@ class _State(Collector):
         yield from _clients(numbers)
         yield _one("pjw_disk_size_bytes", "The file system of the state directory.", numbers.disk_bytes)
         yield _one("pjw_disk_free_bytes", "What is free of it.", numbers.disk_free_bytes)
+        waiting = sum(client.queued for client in numbers.clients.values())
+        yield _one("pjw_queue_jobs", "Jobs that wait in the queue, or are being started from it.", waiting)
+        yield _one(
+            "pjw_queue_oldest_seconds",
+            "How long the job has waited that waits longest for nothing but its turn; 0 when none does.",
+            numbers.oldest_queued_seconds,
+        )
+        yield _total("pjw_queue_admissions", "Jobs that were started from the queue.", numbers.admissions)
         yield _one("pjw_launcher_up", "Whether the launcher lives.", numbers.launcher_up)
 
     def _operator(self) -> Iterator[Metric]:
@@ -280,7 +290,9 @@ def _port(numbers: ConnectionNumbers) -> Iterator[Metric]:
 
 def _jobs(numbers: WorkerNumbers) -> Iterator[Metric]:
     clients = numbers.clients.values()
-    live = [(state.value, numbers.live.get(state, 0)) for state in KNOWN_STATES if not state.final]
+    # what waits is apart: a sum over states is of what runs
+    running = [state for state in KNOWN_STATES if not state.final and state is not JobState.QUEUED]
+    live = [(state.value, numbers.live.get(state, 0)) for state in running]
     stored = sum(client.stored_jobs for client in clients)
     yield _by(
         "pjw_jobs", "Jobs by state; ended ones are those that are kept.", "state", [*live, ("ended", stored)]
@@ -299,7 +311,9 @@ def _jobs(numbers: WorkerNumbers) -> Iterator[Metric]:
 
 def _clients(numbers: WorkerNumbers) -> Iterator[Metric]:
     ranked = sorted(
-        numbers.clients.items(), key=lambda item: (item[1].running, item[1].stored_bytes), reverse=True
+        numbers.clients.items(),
+        key=lambda item: (item[1].running, item[1].queued, item[1].stored_bytes),
+        reverse=True,
     )
     shown = ranked[:CLIENTS_SHOWN]
     if rest := [client for _, client in ranked[CLIENTS_SHOWN:]]:
@@ -307,12 +321,14 @@ def _clients(numbers: WorkerNumbers) -> Iterator[Metric]:
             sum(client.running for client in rest),
             sum(client.stored_jobs for client in rest),
             sum(client.stored_bytes for client in rest),
+            sum(client.queued for client in rest),
         )
         shown = [*shown, (OTHERS, together)]
     for name, member, text in (
         ("pjw_client_running_jobs", "running", "Jobs of a client that have not ended."),
         ("pjw_client_stored_jobs", "stored_jobs", "Ended jobs of a client that are kept."),
         ("pjw_client_stored_bytes", "stored_bytes", "Output of those."),
+        ("pjw_client_queued_jobs", "queued", "Jobs of a client in the queue."),
     ):
         yield _by(name, text, "client", [(who, getattr(client, member)) for who, client in shown])
 

@@ -5,7 +5,7 @@ import re
 from typing import Final
 
 from pjw.errors import InvalidJobError
-from pjw.model import check_labels, check_name
+from pjw.model import Workspace, check_labels, check_name, is_workspace
 from pjw.rpc.convert import states_from_message
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker.pages import JobFilter
@@ -18,7 +18,8 @@ def filter_from_message(request: pb.ListRequest) -> JobFilter:
     check_name(request.name)
     labels = dict(request.labels)
     check_labels(labels)
-    return JobFilter(states_from_message(request.states), labels, request.name)
+    array_id = request.array_id if request.HasField("array_id") else None
+    return JobFilter(states_from_message(request.states), labels, request.name, array_id)
 
 
 def after_token(request: pb.ListRequest) -> int:
@@ -45,5 +46,19 @@ def _mark_of(request: pb.ListRequest) -> str:
         labels=request.labels,
         name=request.name,
         newest_first=request.newest_first,
+        array_id=request.array_id if request.HasField("array_id") else None,
     ).SerializeToString(deterministic=True)
     return f"-{hashlib.sha256(asked).hexdigest()[:16]}" if asked else ""
+
+
+def after_workspace(request: pb.ListWorkspacesRequest) -> tuple[str, str]:
+    """Behind which client and name the page begins. Raises InvalidJobError for what is no token."""
+    client_name, slash, name = request.page_token.partition("/")
+    if request.page_token and not (slash and is_workspace(name)):
+        raise InvalidJobError("the page token is not one that this server gave")
+    return client_name, name
+
+
+def token_after_workspace(workspace: Workspace) -> str:
+    """The token of the page that begins behind a workspace."""
+    return f"{workspace.client_name}/{workspace.name}"

@@ -5,6 +5,7 @@ limits, since to refuse costs the server as much as a cheap answer.
 """
 
 import asyncio
+import dataclasses
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -27,6 +28,10 @@ PAUSED_MAX: Final = 1000
 # We count it apart, with the same bounds: `pjw logs` follows a job and also waits for it, to tell when the
 # job is stuck.
 WAITING_METHOD: Final = "Wait"
+# what makes a process
+_STARTING: Final = ("Start", "Exec", "Forward")
+# An answer with all of a client's has a megabyte then.
+WORKSPACES_MAX: Final = 10_000
 # Below so many, clients whose starts are all theirs again are not looked for.
 FORGET_ABOVE: Final = 64
 
@@ -76,12 +81,34 @@ class ClientLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     running_max: Annotated[Count, msgspec.Meta(description="jobs of one client that have not ended")] = 1000
     running_total_max: Annotated[Count, msgspec.Meta(description="jobs that have not ended")] = 10_000
     stored_bytes_max: Annotated[
-        Count, msgspec.Meta(description="bytes of output, input and scratch of one client's jobs")
+        Count,
+        msgspec.Meta(description="bytes of output, artifacts, input, scratch and workspaces of one client"),
     ] = 0
     stored_bytes_total_max: Annotated[
-        Count, msgspec.Meta(description="bytes of output, input and scratch of all jobs")
+        Count,
+        msgspec.Meta(description="bytes of output, artifacts, input, scratch and workspaces of all clients"),
     ] = 0
     input_bytes_max: Annotated[Count, msgspec.Meta(description="bytes of input of one job")] = 10 * 1024**3
+    queued_max: Annotated[Count, msgspec.Meta(description="jobs of one client in the queue")] = 100_000
+    queued_total_max: Annotated[Count, msgspec.Meta(description="jobs of all clients in the queue")] = (
+        1_000_000
+    )
+    queued_bytes_max: Annotated[
+        Count, msgspec.Meta(description="bytes of commands and variables of one client's jobs in the queue")
+    ] = 256 * 1024**2
+    queued_bytes_total_max: Annotated[
+        Count, msgspec.Meta(description="bytes of commands and variables of all jobs in the queue")
+    ] = 1024**3
+    workspaces_max: Annotated[
+        int, msgspec.Meta(ge=0, le=WORKSPACES_MAX, description="workspaces of one client")
+    ] = 100
+    workspace_bytes_max: Annotated[
+        Count,
+        msgspec.Meta(
+            description="bytes of one client's workspaces together; enforced where the file system of the"
+            " state directory has project quotas, else no job may be started in one"
+        ),
+    ] = 0
     calls_per_second: Annotated[
         float, msgspec.Meta(ge=0, le=1e6, description="calls that a client may begin a second; more wait")
     ] = 1000
@@ -122,13 +149,7 @@ class ClientLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def quotas(self) -> Quotas:
         """Those that are the worker's to keep."""
-        return Quotas(
-            self.running_max,
-            self.running_total_max,
-            self.stored_bytes_max,
-            self.stored_bytes_total_max,
-            self.input_bytes_max,
-        )
+        return Quotas(**{each.name: getattr(self, each.name) for each in dataclasses.fields(Quotas)})
 
 
 class Quota:
@@ -162,6 +183,8 @@ class Quota:
         if stream:
             counter = self._followers
             refusal = self._lasting_refusal(client_name, counter, "follow", "followed")
+            if refusal is None:
+                refusal = self._start_refusal(client_name, method)
         elif method == WAITING_METHOD:
             counter = self._waiters
             refusal = self._lasting_refusal(client_name, counter, "wait for", "waited for")
@@ -201,7 +224,11 @@ class Quota:
                 f"a client may have {limits.calls_max} calls under way at once",
                 limits.calls_max,
             )
-        if method == "Start" and limits.starts_per_second and not self._take_start(client_name):
+        return self._start_refusal(client_name, method)
+
+    def _start_refusal(self, client_name: str, method: str) -> LimitReachedError | None:
+        limits = self._limits
+        if method in _STARTING and limits.starts_per_second and not self._take_start(client_name):
             rate, burst = limits.starts_per_second, limits.starts_at_once
             return _refusal(
                 "starts_per_second", f"a client may start {rate:g} jobs a second, and {burst} after a rest"

@@ -180,6 +180,7 @@ class Reloader:
             retention=wanted.retention,
             quotas=wanted.quotas,
             disk=wanted.disk,
+            queue=wanted.queue,
             shares=wanted.shares,
             memory_overcommit=wanted.memory_overcommit,
         )

@@ -1,27 +1,44 @@
 """JobWorkerService: convert, ask the worker, convert. Every call sees the jobs of `caller.owner` only."""
 
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing
 from signal import SIGTERM
 from typing import Final
 
 import grpc
 
+from pjw.arrays import Element
 from pjw.certs.profile import identity_fault
 from pjw.errors import InvalidJobError, NotAllowedError
+from pjw.model import SUBMITTED_MAX
 from pjw.rpc.convert import (
+    archive_from_message,
+    exec_from_message,
     job_to_message,
     logs_response_head,
+    queued_from_message,
     quota_to_message,
     sample_to_message,
+    session_to_message,
     since_from_message,
     spec_from_message,
+    terminal_from_message,
     timed_logs_response,
+    workspace_to_message,
 )
+from pjw.rpc.known import require_known
 from pjw.server.authz import Caller
+from pjw.server.forward import carry
 from pjw.server.guard import Answer, Guard
-from pjw.server.paging import after_token, filter_from_message, token_after
+from pjw.server.paging import (
+    after_token,
+    after_workspace,
+    filter_from_message,
+    token_after,
+    token_after_workspace,
+)
 from pjw.server.usage import UsageWatchers
+from pjw.server.watch import JobWatchers
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker import Part, Worker
 from pjw.worker.input import InputWriter
@@ -40,6 +57,7 @@ class JobWorkerService:
     def __init__(self, worker: Worker) -> None:
         self._worker: Final = worker
         self._watchers: Final = UsageWatchers(worker)
+        self._job_watchers: Final = JobWatchers(worker)
 
     def handlers(self, guard: Guard) -> grpc.GenericRpcHandler:
         """The table of all methods, each behind the guard."""
@@ -47,7 +65,13 @@ class JobWorkerService:
             SERVICE_NAME,
             {
                 "Start": guard.unary(self.start, pb.StartRequest),
+                "Submit": guard.unary(self.submit, pb.SubmitRequest),
+                "Hold": guard.unary(self.hold, pb.HoldRequest),
+                "Release": guard.unary(self.release, pb.ReleaseRequest),
                 "WriteInput": guard.bidi(self.write_input, pb.WriteInputRequest),
+                "Exec": guard.unary(self.exec, pb.ExecRequest),
+                "Resize": guard.unary(self.resize, pb.ResizeRequest),
+                "Forward": guard.bidi(self.forward, pb.ForwardRequest),
                 "Get": guard.unary(self.get, pb.GetRequest),
                 "List": guard.unary(self.list, pb.ListRequest),
                 "Wait": guard.unary(self.wait, pb.WaitRequest),
@@ -57,13 +81,38 @@ class JobWorkerService:
                 "GetUsageHistory": guard.unary(self.get_usage_history, pb.GetUsageHistoryRequest),
                 "GetQuota": guard.unary(self.get_quota, pb.GetQuotaRequest),
                 "WatchUsage": guard.stream(self.watch_usage, pb.WatchUsageRequest),
+                "WatchJobs": guard.stream(self.watch_jobs, pb.WatchJobsRequest),
+                "ListWorkspaces": guard.unary(self.list_workspaces, pb.ListWorkspacesRequest),
+                "RemoveWorkspace": guard.unary(self.remove_workspace, pb.RemoveWorkspaceRequest),
             },
         )
 
     async def start(self, request: pb.StartRequest, caller: Caller) -> pb.StartResponse:
         """Start a job for the caller."""
+        require_known(request)
         job = await self._worker.start(spec_from_message(request), caller.client_name)
         return pb.StartResponse(job=job_to_message(job))
+
+    async def submit(self, request: pb.SubmitRequest, caller: Caller) -> pb.SubmitResponse:
+        """Put jobs of the caller into the queue."""
+        require_known(request)
+        if not 1 <= len(request.jobs) <= SUBMITTED_MAX:
+            raise InvalidJobError(
+                f"from 1 to {SUBMITTED_MAX} jobs are put into the queue at once, not {len(request.jobs)}"
+            )
+        specs = [queued_from_message(job) for job in request.jobs]
+        jobs = await self._worker.submit(specs, caller.client_name)
+        return pb.SubmitResponse(jobs=[job_to_message(job) for job in jobs])
+
+    async def hold(self, request: pb.HoldRequest, caller: Caller) -> pb.HoldResponse:
+        """Keep a job of the caller in the queue."""
+        return pb.HoldResponse(job=job_to_message(await self._worker.hold(_job_of(request), caller.owner)))
+
+    async def release(self, request: pb.ReleaseRequest, caller: Caller) -> pb.ReleaseResponse:
+        """Let a job of the caller be started that was held."""
+        return pb.ReleaseResponse(
+            job=job_to_message(await self._worker.release(_job_of(request), caller.owner))
+        )
 
     async def write_input(
         self,
@@ -75,11 +124,20 @@ class JobWorkerService:
         first = await anext(requests, None)
         if first is None:
             raise InvalidJobError("the first message of WriteInput must say which job")
-        async with self._worker.write_input(first.id, caller.owner) as writer:
+        async with self._written(first, caller) as writer:
             await answer(pb.WriteInputResponse(offset=writer.offset, ended=writer.ended))
             await self._write(writer, first, answer)
             while not writer.ended and (request := await anext(requests, None)) is not None:
                 await self._write(writer, request, answer)
+
+    def _written(
+        self, first: pb.WriteInputRequest, caller: Caller
+    ) -> AbstractAsyncContextManager[InputWriter]:
+        if not first.upload:
+            return self._worker.write_input(first.id, caller.owner, first.session)
+        if first.id or first.session:
+            raise InvalidJobError("an upload is of no job yet: give no id with it")
+        return self._worker.write_upload(first.upload, caller.client_name)
 
     @staticmethod
     async def _write(
@@ -94,9 +152,43 @@ class JobWorkerService:
         await writer.write(request.offset, request.data, end=request.end)
         await answer(pb.WriteInputResponse(offset=writer.offset, ended=writer.ended))
 
+    async def exec(self, request: pb.ExecRequest, caller: Caller) -> pb.ExecResponse:
+        """Start another command in a job of the caller, or pack or unpack files there."""
+        require_known(request)
+        if request.HasField("archive"):
+            archive = archive_from_message(request.archive)
+            session = await self._worker.archive(
+                request.id, archive, caller.client_name, request_id=request.request_id
+            )
+            return pb.ExecResponse(session=session_to_message(session))
+        spec = exec_from_message(request)
+        session = await self._worker.exec(request.id, spec, caller.client_name, detached=request.detach)
+        return pb.ExecResponse(session=session_to_message(session))
+
+    async def resize(self, request: pb.ResizeRequest, caller: Caller) -> pb.ResizeResponse:
+        """Give a terminal of the caller's another size."""
+        size = terminal_from_message(request.terminal)
+        await self._worker.resize(request.id, size, caller.owner, request.session)
+        return pb.ResizeResponse()
+
+    async def forward(
+        self,
+        requests: AsyncIterator[pb.ForwardRequest],
+        caller: Caller,
+        answer: Answer[pb.ForwardResponse],
+    ) -> None:
+        """Carry a connection to a port within a job of the caller."""
+        first = await anext(requests, None)
+        if first is None:
+            raise InvalidJobError("the first message of Forward must say which job")
+        with await self._worker.connect(first.id, first.port, caller.client_name) as connection:
+            await carry(connection, first, requests, answer)
+
     async def get(self, request: pb.GetRequest, caller: Caller) -> pb.GetResponse:
         """Show a job of the caller."""
-        return pb.GetResponse(job=job_to_message(await self._worker.get_with_usage(request.id, caller.owner)))
+        return pb.GetResponse(
+            job=job_to_message(await self._worker.get_with_usage(_job_of(request), caller.owner))
+        )
 
     async def list(self, request: pb.ListRequest, caller: Caller) -> pb.ListResponse:
         """Show a page of the caller's jobs."""
@@ -108,18 +200,28 @@ class JobWorkerService:
         return pb.ListResponse(jobs=[job_to_message(job) for job in page.jobs], next_page_token=token)
 
     async def wait(self, request: pb.WaitRequest, caller: Caller) -> pb.WaitResponse:
-        """Answer when a job of the caller has ended, or does not when it should."""
-        job = await self._worker.wait(request.id, caller.owner, or_stuck=request.or_stuck)
+        """Answer when a job of the caller has ended, or does not when it should; or when a session has."""
+        if request.session:
+            owner = _owner_of_session(caller)
+            session = await self._worker.wait_session(request.id, request.session, owner)
+            return pb.WaitResponse(session=session_to_message(session))
+        job = await self._worker.wait(_job_of(request), caller.owner, or_stuck=request.or_stuck)
         return pb.WaitResponse(job=job_to_message(job))
 
     async def stop(self, request: pb.StopRequest, caller: Caller) -> pb.StopResponse:
-        """Stop a job of the caller."""
+        """Stop a job of the caller, or a session."""
+        if request.session:
+            owner = _owner_of_session(caller)
+            session = await self._worker.stop_session(request.id, request.session, owner)
+            return pb.StopResponse(session=session_to_message(session))
         grace_seconds = None
         if request.HasField("grace"):
             grace_seconds = request.grace.seconds + request.grace.nanos / 1e9
             if not 0 <= grace_seconds <= _GRACE_SECONDS_MAX:
                 raise InvalidJobError(f"the grace period must be from 0 to {_GRACE_SECONDS_MAX} seconds")
-        job = await self._worker.stop(request.id, grace_seconds, caller.owner, request.signal or SIGTERM)
+        job = await self._worker.stop(
+            _job_of(request), grace_seconds, caller.owner, request.signal or SIGTERM
+        )
         return pb.StopResponse(job=job_to_message(job))
 
     async def logs(
@@ -134,8 +236,11 @@ class JobWorkerService:
             follow=not request.no_follow,
             tail_lines=request.tail_lines if request.HasField("tail_lines") else None,
             since_ns=since_from_message(request),
+            session=request.session,
+            artifacts=request.artifacts,
         )
-        reading = await self._worker.read_logs(request.id, part, caller.owner)
+        owner = _owner_of_session(caller) if request.session else caller.owner
+        reading = await self._worker.read_logs(_job_of(request), part, owner)
         if part.is_sought:
             # at once: the job may be silent, and the connection lost before it says the next word
             yield pb.LogsResponse(offset=reading.offset)
@@ -150,7 +255,7 @@ class JobWorkerService:
 
     async def delete(self, request: pb.DeleteRequest, caller: Caller) -> pb.DeleteResponse:
         """Forget an ended job of the caller."""
-        await self._worker.delete(request.id, caller.owner)
+        await self._worker.delete(_job_of(request), caller.owner)
         return pb.DeleteResponse()
 
     async def get_usage_history(
@@ -181,3 +286,49 @@ class JobWorkerService:
         async with aclosing(self._watchers.watch(request, caller.owner)) as snapshots:
             async for snapshot in snapshots:
                 yield snapshot
+
+    async def watch_jobs(
+        self, request: pb.WatchJobsRequest, caller: Caller
+    ) -> AsyncGenerator[pb.WatchJobsResponse, None]:
+        """Stream changes of the states of the caller's jobs."""
+        async with aclosing(self._job_watchers.watch(request, caller.owner)) as responses:
+            async for response in responses:
+                yield response
+
+    async def list_workspaces(
+        self, request: pb.ListWorkspacesRequest, caller: Caller
+    ) -> pb.ListWorkspacesResponse:
+        """Show a page of the caller's workspaces."""
+        found = await self._worker.workspaces(caller.owner, after_workspace(request), PAGE_MAX)
+        token = token_after_workspace(found[-1]) if len(found) == PAGE_MAX else ""
+        return pb.ListWorkspacesResponse(workspaces=map(workspace_to_message, found), next_page_token=token)
+
+    async def remove_workspace(
+        self, request: pb.RemoveWorkspaceRequest, caller: Caller
+    ) -> pb.RemoveWorkspaceResponse:
+        """Remove a workspace of the caller."""
+        await self._worker.remove_workspace(request.name, caller.client_name)
+        return pb.RemoveWorkspaceResponse()
+
+
+_OfAJob = (
+    pb.HoldRequest
+    | pb.ReleaseRequest
+    | pb.GetRequest
+    | pb.WaitRequest
+    | pb.StopRequest
+    | pb.LogsRequest
+    | pb.DeleteRequest
+)
+
+
+def _job_of(request: _OfAJob) -> int | Element:
+    """The job that is asked for, or the element of an array."""
+    return Element(request.id, request.element) if request.HasField("element") else request.id
+
+
+def _owner_of_session(caller: Caller) -> str:
+    """Whose sessions a call may look at: what somebody types is nobody else's, whatever their role."""
+    if caller.owner is None:
+        raise NotAllowedError("a session is its owner's alone", hint="ask without all_clients (pjw --all)")
+    return caller.owner

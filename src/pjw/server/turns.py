@@ -22,6 +22,7 @@ QUICK: Final = frozenset(
         b"/pjw.v1.JobWorkerService/List",
         b"/pjw.v1.JobWorkerService/GetUsageHistory",
         b"/pjw.v1.JobWorkerService/GetQuota",
+        b"/pjw.v1.JobWorkerService/ListWorkspaces",
         b"/grpc.health.v1.Health/Check",
     }
 )

@@ -19,6 +19,8 @@ _FIRST_SECONDS: Final = 0.3
 # All watchers together may take a twentieth of a processor for their messages: with thousands of jobs, or
 # watchers, snapshots are further apart than was asked for.
 _SHARE: Final = 20
+# More of those that wait nobody reads.
+_WAITING_MAX: Final = 50
 # So many jobs are converted before others get their turn.
 _JOBS_AT_ONCE: Final = 50
 # Of commands and labels there is only so much in a snapshot, which has to fit into the 4 MiB that gRPC's
@@ -48,6 +50,8 @@ class UsageWatchers:
                 # half: a sample that another watcher has just asked for is as good as one of our own
                 usages = await self._worker.usage_now(owner, interval / 2, within)
                 snapshot, taken = await _snapshot(usages)
+                snapshot.queued, waiting = await self._worker.queued_now(owner, _WAITING_MAX)
+                snapshot.waiting.extend(_cut(job, _CHARACTERS_OF_JOB) for job in waiting)
                 yield snapshot
                 within = interval
                 await asyncio.sleep(began + max(interval, taken * _SHARE * self._count) - loop.time())
@@ -81,8 +85,13 @@ async def _snapshot(usages: Sequence[tuple[Job, UsageSample | None]]) -> tuple[p
 
 
 def _job_usage(job: Job, sample: UsageSample | None, characters: int) -> pb.JobUsage:
+    message = _cut(job, characters)
+    return pb.JobUsage(job=message, sample=sample_to_message(sample) if sample is not None else None)
+
+
+def _cut(job: Job, characters: int) -> pb.Job:
     message = job_to_message(job)
     message.command = message.command[:characters]
     if sum(len(key) + len(value) for key, value in job.labels.items()) > characters:
         message.labels.clear()
-    return pb.JobUsage(job=message, sample=sample_to_message(sample) if sample is not None else None)
+    return message

@@ -44,6 +44,8 @@ class _JobStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_JobState.Val
     """The command has ended: see exit_code, signal and reason."""
     JOB_STATE_LOST: _JobState.ValueType  # 5
     """The job has ended, and nobody could record how: see reason."""
+    JOB_STATE_QUEUED: _JobState.ValueType  # 6
+    """The job waits in the queue: see detail."""
 
 class JobState(_JobState, metaclass=_JobStateEnumTypeWrapper):
     """JobState is where in its life a job is. A job has ended when it is EXITED or LOST, and then it has an `end`. A state
@@ -61,6 +63,8 @@ JOB_STATE_EXITED: JobState.ValueType  # 4
 """The command has ended: see exit_code, signal and reason."""
 JOB_STATE_LOST: JobState.ValueType  # 5
 """The job has ended, and nobody could record how: see reason."""
+JOB_STATE_QUEUED: JobState.ValueType  # 6
+"""The job waits in the queue: see detail."""
 Global___JobState: _TypeAlias = JobState  # noqa: Y015
 
 class _EndReason:
@@ -90,6 +94,16 @@ class _EndReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EndReason.V
     """A file system that jobs write to was about to be full, and this job was the largest of the client with most there."""
     END_REASON_OUTPUT_FAILED: _EndReason.ValueType  # 10
     """The output could not be written, and never will be: beyond a limit of the size of files, for example."""
+    END_REASON_CANCELLED: _EndReason.ValueType  # 11
+    """The job left the queue without a start, and has no exit code: somebody stopped it, or a job that it waited for
+    did not end as it should. See detail.
+    """
+    END_REASON_START_FAILED: _EndReason.ValueType  # 12
+    """The turn of a job in the queue came, and its command could not be executed: see detail. It has no exit code."""
+    END_REASON_ARTIFACTS_MISSING: _EndReason.ValueType  # 41
+    """The command ended by itself, with exit code 0, but what StartRequest.output_required asks for is not there: see
+    Job.artifacts.
+    """
 
 class EndReason(_EndReason, metaclass=_EndReasonEnumTypeWrapper):
     """EndReason is why a job ended. A client goes by the exit code when it does not know the reason."""
@@ -115,6 +129,16 @@ END_REASON_DISK_LIMIT: EndReason.ValueType  # 9
 """A file system that jobs write to was about to be full, and this job was the largest of the client with most there."""
 END_REASON_OUTPUT_FAILED: EndReason.ValueType  # 10
 """The output could not be written, and never will be: beyond a limit of the size of files, for example."""
+END_REASON_CANCELLED: EndReason.ValueType  # 11
+"""The job left the queue without a start, and has no exit code: somebody stopped it, or a job that it waited for
+did not end as it should. See detail.
+"""
+END_REASON_START_FAILED: EndReason.ValueType  # 12
+"""The turn of a job in the queue came, and its command could not be executed: see detail. It has no exit code."""
+END_REASON_ARTIFACTS_MISSING: EndReason.ValueType  # 41
+"""The command ended by itself, with exit code 0, but what StartRequest.output_required asks for is not there: see
+Job.artifacts.
+"""
 Global___EndReason: _TypeAlias = EndReason  # noqa: Y015
 
 class _OutputStream:
@@ -134,6 +158,64 @@ OUTPUT_STREAM_UNSPECIFIED: OutputStream.ValueType  # 0
 """stdout, with stderr in it unless that is kept apart."""
 OUTPUT_STREAM_STDERR: OutputStream.ValueType  # 1
 Global___OutputStream: _TypeAlias = OutputStream  # noqa: Y015
+
+class _ArtifactsState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ArtifactsStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ArtifactsState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ARTIFACTS_STATE_UNSPECIFIED: _ArtifactsState.ValueType  # 0
+    ARTIFACTS_STATE_PENDING: _ArtifactsState.ValueType  # 1
+    """The job has not ended."""
+    ARTIFACTS_STATE_KEPT: _ArtifactsState.ValueType  # 2
+    """All that matched, whole: Logs with `artifacts` has it, until the job is deleted."""
+    ARTIFACTS_STATE_EMPTY: _ArtifactsState.ValueType  # 3
+    """Nothing matched."""
+    ARTIFACTS_STATE_FAILED: _ArtifactsState.ValueType  # 4
+    """There are none: see detail."""
+
+class ArtifactsState(_ArtifactsState, metaclass=_ArtifactsStateEnumTypeWrapper):
+    """ArtifactsState is what has become of the files of a job that are to be kept. A state that a client does not know is one
+    without artifacts.
+    """
+
+ARTIFACTS_STATE_UNSPECIFIED: ArtifactsState.ValueType  # 0
+ARTIFACTS_STATE_PENDING: ArtifactsState.ValueType  # 1
+"""The job has not ended."""
+ARTIFACTS_STATE_KEPT: ArtifactsState.ValueType  # 2
+"""All that matched, whole: Logs with `artifacts` has it, until the job is deleted."""
+ARTIFACTS_STATE_EMPTY: ArtifactsState.ValueType  # 3
+"""Nothing matched."""
+ARTIFACTS_STATE_FAILED: ArtifactsState.ValueType  # 4
+"""There are none: see detail."""
+Global___ArtifactsState: _TypeAlias = ArtifactsState  # noqa: Y015
+
+class _DependencyCondition:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DependencyConditionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DependencyCondition.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DEPENDENCY_CONDITION_UNSPECIFIED: _DependencyCondition.ValueType  # 0
+    """The same as OK."""
+    DEPENDENCY_CONDITION_OK: _DependencyCondition.ValueType  # 1
+    """The command ended by itself, with exit code 0."""
+    DEPENDENCY_CONDITION_FAILED: _DependencyCondition.ValueType  # 2
+    """Any other end, also one without a start."""
+    DEPENDENCY_CONDITION_ANY: _DependencyCondition.ValueType  # 3
+
+class DependencyCondition(_DependencyCondition, metaclass=_DependencyConditionEnumTypeWrapper):
+    """DependencyCondition is how a job has to end for another one that waits for it."""
+
+DEPENDENCY_CONDITION_UNSPECIFIED: DependencyCondition.ValueType  # 0
+"""The same as OK."""
+DEPENDENCY_CONDITION_OK: DependencyCondition.ValueType  # 1
+"""The command ended by itself, with exit code 0."""
+DEPENDENCY_CONDITION_FAILED: DependencyCondition.ValueType  # 2
+"""Any other end, also one without a start."""
+DEPENDENCY_CONDITION_ANY: DependencyCondition.ValueType  # 3
+Global___DependencyCondition: _TypeAlias = DependencyCondition  # noqa: Y015
 
 @_typing.final
 class Limits(_message.Message):
@@ -303,6 +385,20 @@ class Job(_message.Message):
     DETAIL_FIELD_NUMBER: _builtins.int
     WORKDIR_FIELD_NUMBER: _builtins.int
     USAGE_NOW_FIELD_NUMBER: _builtins.int
+    QUEUED_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    NOT_BEFORE_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
+    UNMET_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    RETRIED_AS_FIELD_NUMBER: _builtins.int
+    ARRAY_FIELD_NUMBER: _builtins.int
+    ARRAY_ID_FIELD_NUMBER: _builtins.int
+    ARRAY_INDEX_FIELD_NUMBER: _builtins.int
+    ARTIFACTS_FIELD_NUMBER: _builtins.int
+    WORKSPACE_FIELD_NUMBER: _builtins.int
+    EXCLUSIVE_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     client_name: _builtins.str
     command: _builtins.str
@@ -322,11 +418,35 @@ class Job(_message.Message):
     input: _builtins.bool
     """Whether the command reads what WriteInput sends; otherwise its stdin is empty."""
     detail: _builtins.str
-    """For a person to read: while a killed job does not end, or a job waits for the disk, why."""
+    """For a person to read: while a killed job does not end, or a job waits for the disk or in the queue, why; of a
+    job that ended without a start, why it did.
+    """
     workdir: _builtins.str
     """Where the command began, as the job sees it; empty for jobs that an older version started."""
+    priority: _builtins.int
+    """Of one client's jobs in the queue those with a higher one go first, among equals the older one."""
+    held: _builtins.bool
+    """Whether the job waits for Release."""
+    unmet: _builtins.int
+    """For how many of these it still waits."""
+    attempt: _builtins.int
+    """Which attempt this is, from 1 on, of a job that may be tried again; 0 of all others."""
+    retried_as: _builtins.int
+    """The job that is the next attempt; absent when there is none. Wait and Stop go on with the newest one."""
+    array_id: _builtins.int
+    """The array that this job is an element of; absent for all others. An element has an id of its own from its turn
+    on; until then it is 0.
+    """
+    array_index: _builtins.int
+    """Which element."""
+    workspace: _builtins.str
+    """The directory of the client's that outlives the job, by its name; empty when it has none."""
+    exclusive: _builtins.bool
+    """Whether the job is alone in its workspace."""
     @_builtins.property
-    def start(self) -> _timestamp_pb2.Timestamp: ...
+    def start(self) -> _timestamp_pb2.Timestamp:
+        """Absent while the job waits in the queue, and when it ended without a start."""
+
     @_builtins.property
     def end(self) -> _timestamp_pb2.Timestamp:
         """Absent while the job runs."""
@@ -344,6 +464,28 @@ class Job(_message.Message):
         """What a job that has not ended uses, measured at most a second before. Only in the answer to Get, and absent
         when pjwd could not measure it.
         """
+
+    @_builtins.property
+    def queued(self) -> _timestamp_pb2.Timestamp:
+        """When the job was put into the queue; absent for a job that was started at once."""
+
+    @_builtins.property
+    def not_before(self) -> _timestamp_pb2.Timestamp:
+        """The job is not started before this time; absent when the time has come, or there is none."""
+
+    @_builtins.property
+    def after(self) -> _containers.RepeatedCompositeFieldContainer[Global___Dependency]:
+        """The jobs that this one was to wait for."""
+
+    @_builtins.property
+    def array(self) -> Global___Array:
+        """Of an array. It is QUEUED while one of its elements waits, then RUNNING until all have ended. Its exit code is the
+        highest one of its elements, where any other end than COMPLETED counts as 1 at least.
+        """
+
+    @_builtins.property
+    def artifacts(self) -> Global___Artifacts:
+        """What is kept of the job's files; absent for a job without StartRequest.outputs."""
 
     def __init__(
         self,
@@ -367,25 +509,125 @@ class Job(_message.Message):
         detail: _builtins.str = ...,
         workdir: _builtins.str = ...,
         usage_now: Global___UsageSample | None = ...,
+        queued: _timestamp_pb2.Timestamp | None = ...,
+        priority: _builtins.int = ...,
+        not_before: _timestamp_pb2.Timestamp | None = ...,
+        held: _builtins.bool = ...,
+        after: _abc.Iterable[Global___Dependency] | None = ...,
+        unmet: _builtins.int = ...,
+        attempt: _builtins.int = ...,
+        retried_as: _builtins.int | None = ...,
+        array: Global___Array | None = ...,
+        array_id: _builtins.int | None = ...,
+        array_index: _builtins.int | None = ...,
+        artifacts: Global___Artifacts | None = ...,
+        workspace: _builtins.str = ...,
+        exclusive: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "_output_bytes", b"_output_bytes", "_signal", b"_signal", "end", b"end", "exit_code", b"exit_code", "limits", b"limits", "output_bytes", b"output_bytes", "signal", b"signal", "start", b"start", "usage", b"usage", "usage_now", b"usage_now"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_array_id", b"_array_id", "_array_index", b"_array_index", "_exit_code", b"_exit_code", "_output_bytes", b"_output_bytes", "_retried_as", b"_retried_as", "_signal", b"_signal", "array", b"array", "array_id", b"array_id", "array_index", b"array_index", "artifacts", b"artifacts", "end", b"end", "exit_code", b"exit_code", "limits", b"limits", "not_before", b"not_before", "output_bytes", b"output_bytes", "queued", b"queued", "retried_as", b"retried_as", "signal", b"signal", "start", b"start", "usage", b"usage", "usage_now", b"usage_now"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "_output_bytes", b"_output_bytes", "_signal", b"_signal", "client_name", b"client_name", "command", b"command", "detail", b"detail", "end", b"end", "exit_code", b"exit_code", "id", b"id", "input", b"input", "labels", b"labels", "limits", b"limits", "name", b"name", "output_bytes", b"output_bytes", "reason", b"reason", "signal", b"signal", "split_stderr", b"split_stderr", "start", b"start", "state", b"state", "usage", b"usage", "usage_now", b"usage_now", "workdir", b"workdir"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_array_id", b"_array_id", "_array_index", b"_array_index", "_exit_code", b"_exit_code", "_output_bytes", b"_output_bytes", "_retried_as", b"_retried_as", "_signal", b"_signal", "after", b"after", "array", b"array", "array_id", b"array_id", "array_index", b"array_index", "artifacts", b"artifacts", "attempt", b"attempt", "client_name", b"client_name", "command", b"command", "detail", b"detail", "end", b"end", "exclusive", b"exclusive", "exit_code", b"exit_code", "held", b"held", "id", b"id", "input", b"input", "labels", b"labels", "limits", b"limits", "name", b"name", "not_before", b"not_before", "output_bytes", b"output_bytes", "priority", b"priority", "queued", b"queued", "reason", b"reason", "retried_as", b"retried_as", "signal", b"signal", "split_stderr", b"split_stderr", "start", b"start", "state", b"state", "unmet", b"unmet", "usage", b"usage", "usage_now", b"usage_now", "workdir", b"workdir", "workspace", b"workspace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__array_id: _TypeAlias = _typing.Literal["array_id"]  # noqa: Y015
+    _WhichOneofArgType__array_id: _TypeAlias = _typing.Literal["_array_id", b"_array_id"]  # noqa: Y015
+    _WhichOneofReturnType__array_index: _TypeAlias = _typing.Literal["array_index"]  # noqa: Y015
+    _WhichOneofArgType__array_index: _TypeAlias = _typing.Literal["_array_index", b"_array_index"]  # noqa: Y015
     _WhichOneofReturnType__exit_code: _TypeAlias = _typing.Literal["exit_code"]  # noqa: Y015
     _WhichOneofArgType__exit_code: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code"]  # noqa: Y015
     _WhichOneofReturnType__output_bytes: _TypeAlias = _typing.Literal["output_bytes"]  # noqa: Y015
     _WhichOneofArgType__output_bytes: _TypeAlias = _typing.Literal["_output_bytes", b"_output_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__retried_as: _TypeAlias = _typing.Literal["retried_as"]  # noqa: Y015
+    _WhichOneofArgType__retried_as: _TypeAlias = _typing.Literal["_retried_as", b"_retried_as"]  # noqa: Y015
     _WhichOneofReturnType__signal: _TypeAlias = _typing.Literal["signal"]  # noqa: Y015
     _WhichOneofArgType__signal: _TypeAlias = _typing.Literal["_signal", b"_signal"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__array_id) -> _WhichOneofReturnType__array_id | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__array_index) -> _WhichOneofReturnType__array_index | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__exit_code) -> _WhichOneofReturnType__exit_code | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__output_bytes) -> _WhichOneofReturnType__output_bytes | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__retried_as) -> _WhichOneofReturnType__retried_as | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__signal) -> _WhichOneofReturnType__signal | None: ...
 
 Global___Job: _TypeAlias = Job  # noqa: Y015
+
+@_typing.final
+class Artifacts(_message.Message):
+    """Artifacts are files of a job that are kept after its end."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    REQUIRED_FIELD_NUMBER: _builtins.int
+    state: Global___ArtifactsState.ValueType
+    bytes: _builtins.int
+    """As a tar archive. They count in what the client has stored."""
+    detail: _builtins.str
+    """For a person to read: why there are none, or what was left out."""
+    required: _builtins.bool
+    """As in StartRequest."""
+    def __init__(
+        self,
+        *,
+        state: Global___ArtifactsState.ValueType = ...,
+        bytes: _builtins.int = ...,
+        detail: _builtins.str = ...,
+        required: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "detail", b"detail", "required", b"required", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Artifacts: _TypeAlias = Artifacts  # noqa: Y015
+
+@_typing.final
+class Array(_message.Message):
+    """Array is a job that is started once for each of its indices."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDICES_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    SUCCEEDED_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    CANCELLED_FIELD_NUMBER: _builtins.int
+    indices: _builtins.str
+    """As in QueuedJob."""
+    count: _builtins.int
+    """How many elements it has. Those that neither wait nor have ended run."""
+    waiting: _builtins.int
+    succeeded: _builtins.int
+    """Those that ended by themselves with exit code 0."""
+    failed: _builtins.int
+    """All others whose start had begun."""
+    cancelled: _builtins.int
+    """Those that ended without a start."""
+    def __init__(
+        self,
+        *,
+        indices: _builtins.str = ...,
+        count: _builtins.int = ...,
+        waiting: _builtins.int = ...,
+        succeeded: _builtins.int = ...,
+        failed: _builtins.int = ...,
+        cancelled: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "count", b"count", "failed", b"failed", "indices", b"indices", "succeeded", b"succeeded", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Array: _TypeAlias = Array  # noqa: Y015
 
 @_typing.final
 class Argv(_message.Message):
@@ -455,6 +697,26 @@ class StartRequest(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class SecretsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     COMMAND_FIELD_NUMBER: _builtins.int
     ARGV_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
@@ -465,6 +727,13 @@ class StartRequest(_message.Message):
     SPLIT_STDERR_FIELD_NUMBER: _builtins.int
     INPUT_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TERMINAL_FIELD_NUMBER: _builtins.int
+    SECRETS_FIELD_NUMBER: _builtins.int
+    UPLOAD_FIELD_NUMBER: _builtins.int
+    OUTPUTS_FIELD_NUMBER: _builtins.int
+    OUTPUT_REQUIRED_FIELD_NUMBER: _builtins.int
+    WORKSPACE_FIELD_NUMBER: _builtins.int
+    EXCLUSIVE_FIELD_NUMBER: _builtins.int
     command: _builtins.str
     """A shell command, run by /bin/sh -c."""
     name: _builtins.str
@@ -472,7 +741,7 @@ class StartRequest(_message.Message):
     that has not ended bears a name.
     """
     workdir: _builtins.str
-    """Where the command begins, an absolute path as the job sees it; empty: its own directory."""
+    """Where the command begins, an absolute path as the job sees it; empty: its workspace, or else its own directory."""
     split_stderr: _builtins.bool
     """Keep stderr apart from stdout: Logs asks for either."""
     input: _builtins.bool
@@ -482,6 +751,19 @@ class StartRequest(_message.Message):
     first, for as long as that is kept: for a client that does not know whether its call came through
     (AIP-155). Up to 64 printable characters of ASCII; a UUID is the usual one.
     """
+    upload: _builtins.str
+    """Unpack the upload of this name before the command starts, as the job's user and within the job: in its workspace,
+    or else in its own directory. See WriteInputRequest. It is gone when the job has started, or was refused.
+    FAILED_PRECONDITION: there is none, or it cannot be unpacked.
+    """
+    output_required: _builtins.bool
+    """A job whose command ends with exit code 0 has the reason ARTIFACTS_MISSING without artifacts."""
+    workspace: _builtins.str
+    """A directory of the client's that outlives jobs, by its name, as `name` may be; made when it is first named. The
+    job has it at /run/workspace, and begins there unless there is a workdir. Jobs of one client share it.
+    """
+    exclusive: _builtins.bool
+    """Be alone in the workspace. FAILED_PRECONDITION: another job uses it; a job in the queue waits instead."""
     @_builtins.property
     def argv(self) -> Global___Argv:
         """A program and its arguments, executed as they are."""
@@ -498,6 +780,24 @@ class StartRequest(_message.Message):
     def env(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Added to the job's environment; replaces what has the same name there."""
 
+    @_builtins.property
+    def terminal(self) -> Global___Terminal:
+        """The command's stdin, stdout and stderr are a terminal of this size, into which WriteInput types."""
+
+    @_builtins.property
+    def secrets(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Added to the environment as well, for this job and its next attempts alone: no call tells them again. They are
+        stored, without the rest, only while the job waits in the queue or may be tried again, and are in no backup.
+        """
+
+    @_builtins.property
+    def outputs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Keep what these patterns match when the command has ended, in the job's workspace, or else in its own directory: see
+        Job.artifacts. Within a name `*`, `?` and `[...]`, `**` for any directories; a directory that matches is kept whole. Up
+        to 32 of 1024 bytes. The job is RUNNING until all is packed, as its user and within the job, for ten minutes at most;
+        Stop ends that. Its exit code does not depend on it.
+        """
+
     def __init__(
         self,
         *,
@@ -511,16 +811,47 @@ class StartRequest(_message.Message):
         split_stderr: _builtins.bool = ...,
         input: _builtins.bool = ...,
         request_id: _builtins.str = ...,
+        terminal: Global___Terminal | None = ...,
+        secrets: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        upload: _builtins.str = ...,
+        outputs: _abc.Iterable[_builtins.str] | None = ...,
+        output_required: _builtins.bool = ...,
+        workspace: _builtins.str = ...,
+        exclusive: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["argv", b"argv", "command", b"command", "limits", b"limits", "program", b"program"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["argv", b"argv", "command", b"command", "limits", b"limits", "program", b"program", "terminal", b"terminal"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["argv", b"argv", "command", b"command", "env", b"env", "input", b"input", "labels", b"labels", "limits", b"limits", "name", b"name", "program", b"program", "request_id", b"request_id", "split_stderr", b"split_stderr", "workdir", b"workdir"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["argv", b"argv", "command", b"command", "env", b"env", "exclusive", b"exclusive", "input", b"input", "labels", b"labels", "limits", b"limits", "name", b"name", "output_required", b"output_required", "outputs", b"outputs", "program", b"program", "request_id", b"request_id", "secrets", b"secrets", "split_stderr", b"split_stderr", "terminal", b"terminal", "upload", b"upload", "workdir", b"workdir", "workspace", b"workspace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_program: _TypeAlias = _typing.Literal["command", "argv"]  # noqa: Y015
     _WhichOneofArgType_program: _TypeAlias = _typing.Literal["program", b"program"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_program) -> _WhichOneofReturnType_program | None: ...
 
 Global___StartRequest: _TypeAlias = StartRequest  # noqa: Y015
+
+@_typing.final
+class Terminal(_message.Message):
+    """Terminal is the size of a terminal: from 1 to 65535 rows and columns of characters."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROWS_FIELD_NUMBER: _builtins.int
+    COLUMNS_FIELD_NUMBER: _builtins.int
+    rows: _builtins.int
+    columns: _builtins.int
+    def __init__(
+        self,
+        *,
+        rows: _builtins.int = ...,
+        columns: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["columns", b"columns", "rows", b"rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Terminal: _TypeAlias = Terminal  # noqa: Y015
 
 @_typing.final
 class StartResponse(_message.Message):
@@ -543,6 +874,292 @@ class StartResponse(_message.Message):
 Global___StartResponse: _TypeAlias = StartResponse  # noqa: Y015
 
 @_typing.final
+class SubmitRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOBS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def jobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___QueuedJob]:
+        """From 1 to 500. A request id that has made a job before is answered with that job."""
+
+    def __init__(
+        self,
+        *,
+        jobs: _abc.Iterable[Global___QueuedJob] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["jobs", b"jobs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SubmitRequest: _TypeAlias = SubmitRequest  # noqa: Y015
+
+@_typing.final
+class QueuedJob(_message.Message):
+    """QueuedJob says what to run, and how it waits for that."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    NOT_BEFORE_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
+    RETRY_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
+    ARRAY_FIELD_NUMBER: _builtins.int
+    priority: _builtins.int
+    """From -1000 to 1000."""
+    held: _builtins.bool
+    """Whether the job waits for Release, whatever else holds."""
+    array: _builtins.str
+    """The job is an array, started once for each of these indices, from 0 to 2147483647, in this order: "1-100", "1,3,7",
+    "0-20:5" (every fifth); "1-100%8": at most 8 of them at once. At most 1000 characters and 1,000,000 elements. The
+    command has PJW_ARRAY_ID and PJW_ARRAY_INDEX, and of the array PJW_ARRAY_COUNT, PJW_ARRAY_MIN and PJW_ARRAY_MAX.
+    """
+    @_builtins.property
+    def start(self) -> Global___StartRequest: ...
+    @_builtins.property
+    def not_before(self) -> _timestamp_pb2.Timestamp:
+        """Absent: from now on."""
+
+    @_builtins.property
+    def retry(self) -> Global___Retry:
+        """Further attempts of a job that fails; absent: none."""
+
+    @_builtins.property
+    def after(self) -> _containers.RepeatedCompositeFieldContainer[Global___Dependency]:
+        """Up to 100 jobs of the caller's that this one waits for: NOT_FOUND for any other. When one of them does not end as
+        its condition says, or has not, this job is cancelled, and so are those that wait for it to end well.
+        """
+
+    def __init__(
+        self,
+        *,
+        start: Global___StartRequest | None = ...,
+        priority: _builtins.int = ...,
+        not_before: _timestamp_pb2.Timestamp | None = ...,
+        held: _builtins.bool = ...,
+        retry: Global___Retry | None = ...,
+        after: _abc.Iterable[Global___Dependency] | None = ...,
+        array: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["not_before", b"not_before", "retry", b"retry", "start", b"start"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "array", b"array", "held", b"held", "not_before", b"not_before", "priority", b"priority", "retry", b"retry", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QueuedJob: _TypeAlias = QueuedJob  # noqa: Y015
+
+@_typing.final
+class Retry(_message.Message):
+    """Retry is about further attempts of a job that fails. Each is a job of its own. A job that was stopped is not tried
+    again.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIMES_FIELD_NUMBER: _builtins.int
+    EXIT_CODES_FIELD_NUMBER: _builtins.int
+    OOM_FIELD_NUMBER: _builtins.int
+    TIMEOUT_FIELD_NUMBER: _builtins.int
+    BACKOFF_FIELD_NUMBER: _builtins.int
+    IF_LOST_FIELD_NUMBER: _builtins.int
+    times: _builtins.int
+    """How many at most, up to 100."""
+    oom: _builtins.bool
+    timeout: _builtins.bool
+    if_lost: _builtins.bool
+    """Also when the job is lost. It may have done anything until then."""
+    @_builtins.property
+    def exit_codes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """With any of the next three only after these ends; without them after every failure of the command."""
+
+    @_builtins.property
+    def backoff(self) -> _duration_pb2.Duration:
+        """How long the first of them waits, each further one twice as long, up to an hour; absent: 5 s."""
+
+    def __init__(
+        self,
+        *,
+        times: _builtins.int = ...,
+        exit_codes: _abc.Iterable[_builtins.int] | None = ...,
+        oom: _builtins.bool = ...,
+        timeout: _builtins.bool = ...,
+        backoff: _duration_pb2.Duration | None = ...,
+        if_lost: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["backoff", b"backoff"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backoff", b"backoff", "exit_codes", b"exit_codes", "if_lost", b"if_lost", "oom", b"oom", "timeout", b"timeout", "times", b"times"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Retry: _TypeAlias = Retry  # noqa: Y015
+
+@_typing.final
+class Dependency(_message.Message):
+    """Dependency is a job that another one waits for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    CONDITION_FIELD_NUMBER: _builtins.int
+    EARLIER_FIELD_NUMBER: _builtins.int
+    ELEMENT_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    condition: Global___DependencyCondition.ValueType
+    earlier: _builtins.int
+    """Instead of the id, in a SubmitRequest: the place among its jobs, from 0 on, of one before this one."""
+    element: _builtins.int
+    """Of that job, which is an array, the element with this index; absent: the job itself. It goes before elements that
+    no job waits for. Job.after has its own id.
+    """
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        condition: Global___DependencyCondition.ValueType = ...,
+        earlier: _builtins.int | None = ...,
+        element: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_earlier", b"_earlier", "_element", b"_element", "earlier", b"earlier", "element", b"element"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_earlier", b"_earlier", "_element", b"_element", "condition", b"condition", "earlier", b"earlier", "element", b"element", "id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__earlier: _TypeAlias = _typing.Literal["earlier"]  # noqa: Y015
+    _WhichOneofArgType__earlier: _TypeAlias = _typing.Literal["_earlier", b"_earlier"]  # noqa: Y015
+    _WhichOneofReturnType__element: _TypeAlias = _typing.Literal["element"]  # noqa: Y015
+    _WhichOneofArgType__element: _TypeAlias = _typing.Literal["_element", b"_element"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__earlier) -> _WhichOneofReturnType__earlier | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__element) -> _WhichOneofReturnType__element | None: ...
+
+Global___Dependency: _TypeAlias = Dependency  # noqa: Y015
+
+@_typing.final
+class SubmitResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOBS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def jobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Job]:
+        """In the order of the request."""
+
+    def __init__(
+        self,
+        *,
+        jobs: _abc.Iterable[Global___Job] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["jobs", b"jobs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SubmitResponse: _TypeAlias = SubmitResponse  # noqa: Y015
+
+@_typing.final
+class HoldRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    ALL_CLIENTS_FIELD_NUMBER: _builtins.int
+    ELEMENT_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    all_clients: _builtins.bool
+    """Whether the job may be another client's: for admins."""
+    element: _builtins.int
+    """Of the array with this id, the element with this index, in its newest attempt; absent: the job itself."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        all_clients: _builtins.bool = ...,
+        element: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_element", b"_element", "element", b"element"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_element", b"_element", "all_clients", b"all_clients", "element", b"element", "id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__element: _TypeAlias = _typing.Literal["element"]  # noqa: Y015
+    _WhichOneofArgType__element: _TypeAlias = _typing.Literal["_element", b"_element"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__element) -> _WhichOneofReturnType__element | None: ...
+
+Global___HoldRequest: _TypeAlias = HoldRequest  # noqa: Y015
+
+@_typing.final
+class HoldResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def job(self) -> Global___Job: ...
+    def __init__(
+        self,
+        *,
+        job: Global___Job | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HoldResponse: _TypeAlias = HoldResponse  # noqa: Y015
+
+@_typing.final
+class ReleaseRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    ALL_CLIENTS_FIELD_NUMBER: _builtins.int
+    ELEMENT_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    all_clients: _builtins.bool
+    """Whether the job may be another client's: for admins."""
+    element: _builtins.int
+    """Of the array with this id, the element with this index, in its newest attempt; absent: the job itself."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        all_clients: _builtins.bool = ...,
+        element: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_element", b"_element", "element", b"element"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_element", b"_element", "all_clients", b"all_clients", "element", b"element", "id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__element: _TypeAlias = _typing.Literal["element"]  # noqa: Y015
+    _WhichOneofArgType__element: _TypeAlias = _typing.Literal["_element", b"_element"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__element) -> _WhichOneofReturnType__element | None: ...
+
+Global___ReleaseRequest: _TypeAlias = ReleaseRequest  # noqa: Y015
+
+@_typing.final
+class ReleaseResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def job(self) -> Global___Job: ...
+    def __init__(
+        self,
+        *,
+        job: Global___Job | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleaseResponse: _TypeAlias = ReleaseResponse  # noqa: Y015
+
+@_typing.final
 class WriteInputRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -550,6 +1167,8 @@ class WriteInputRequest(_message.Message):
     OFFSET_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     END_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    UPLOAD_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     """In the first message."""
     offset: _builtins.int
@@ -560,6 +1179,13 @@ class WriteInputRequest(_message.Message):
     """At most 1 MiB. A message with neither data nor an end has no answer, but for the first one."""
     end: _builtins.bool
     """Whether the input ends behind `data`."""
+    session: _builtins.int
+    """In the first message: to this session of the job, instead of to the job's own command."""
+    upload: _builtins.str
+    """In the first message, without an id: write an upload of this name, a tar archive of files for a job that is to be
+    started with it (StartRequest.upload). It is made where there is none. Up to 64 letters, digits, `_` and `-`; a UUID
+    is the usual one. Two minutes after its last byte it is gone, unless a job of the queue is to have it.
+    """
     def __init__(
         self,
         *,
@@ -567,10 +1193,12 @@ class WriteInputRequest(_message.Message):
         offset: _builtins.int = ...,
         data: _builtins.bytes = ...,
         end: _builtins.bool = ...,
+        session: _builtins.int = ...,
+        upload: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "end", b"end", "id", b"id", "offset", b"offset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "end", b"end", "id", b"id", "offset", b"offset", "session", b"session", "upload", b"upload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -601,25 +1229,338 @@ class WriteInputResponse(_message.Message):
 Global___WriteInputResponse: _TypeAlias = WriteInputResponse  # noqa: Y015
 
 @_typing.final
+class Session(_message.Message):
+    """Session is another command in a job that runs, at one moment. Its members are those of a Job."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    COMMAND_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    EXIT_CODE_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    SIGNAL_FIELD_NUMBER: _builtins.int
+    INPUT_FIELD_NUMBER: _builtins.int
+    DETACHED_FIELD_NUMBER: _builtins.int
+    TERMINAL_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.int
+    number: _builtins.int
+    """Which session of the job, from 1 on."""
+    command: _builtins.str
+    exit_code: _builtins.int
+    """137 for one that its job's end has killed."""
+    state: Global___JobState.ValueType
+    """RUNNING, EXITED, or LOST: nobody could record how it ended."""
+    reason: Global___EndReason.ValueType
+    signal: _builtins.int
+    input: _builtins.bool
+    detached: _builtins.bool
+    """Whether it stays when no call looks at it."""
+    terminal: _builtins.bool
+    @_builtins.property
+    def start(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def end(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.int = ...,
+        number: _builtins.int = ...,
+        command: _builtins.str = ...,
+        start: _timestamp_pb2.Timestamp | None = ...,
+        end: _timestamp_pb2.Timestamp | None = ...,
+        exit_code: _builtins.int | None = ...,
+        state: Global___JobState.ValueType = ...,
+        reason: Global___EndReason.ValueType = ...,
+        signal: _builtins.int | None = ...,
+        input: _builtins.bool = ...,
+        detached: _builtins.bool = ...,
+        terminal: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "_signal", b"_signal", "end", b"end", "exit_code", b"exit_code", "signal", b"signal", "start", b"start"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "_signal", b"_signal", "command", b"command", "detached", b"detached", "end", b"end", "exit_code", b"exit_code", "input", b"input", "job_id", b"job_id", "number", b"number", "reason", b"reason", "signal", b"signal", "start", b"start", "state", b"state", "terminal", b"terminal"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__exit_code: _TypeAlias = _typing.Literal["exit_code"]  # noqa: Y015
+    _WhichOneofArgType__exit_code: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code"]  # noqa: Y015
+    _WhichOneofReturnType__signal: _TypeAlias = _typing.Literal["signal"]  # noqa: Y015
+    _WhichOneofArgType__signal: _TypeAlias = _typing.Literal["_signal", b"_signal"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__exit_code) -> _WhichOneofReturnType__exit_code | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__signal) -> _WhichOneofReturnType__signal | None: ...
+
+Global___Session: _TypeAlias = Session  # noqa: Y015
+
+@_typing.final
+class ExecRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class EnvEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    ID_FIELD_NUMBER: _builtins.int
+    COMMAND_FIELD_NUMBER: _builtins.int
+    ARGV_FIELD_NUMBER: _builtins.int
+    ARCHIVE_FIELD_NUMBER: _builtins.int
+    ENV_FIELD_NUMBER: _builtins.int
+    WORKDIR_FIELD_NUMBER: _builtins.int
+    INPUT_FIELD_NUMBER: _builtins.int
+    DETACH_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TERMINAL_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    """Of the job."""
+    command: _builtins.str
+    """A shell command, run by /bin/sh -c."""
+    workdir: _builtins.str
+    """Where the command begins, an absolute path as the job sees it; empty: the job's workspace, or else its own
+    directory.
+    """
+    input: _builtins.bool
+    """The command reads what WriteInput sends."""
+    detach: _builtins.bool
+    """Never hang it up."""
+    request_id: _builtins.str
+    """As in StartRequest, for the sessions of this job."""
+    @_builtins.property
+    def argv(self) -> Global___Argv:
+        """A program and its arguments, executed as they are."""
+
+    @_builtins.property
+    def archive(self) -> Global___Archive:
+        """Copy files: pjwd's own program packs them into its stdout, or unpacks them from its input. It needs no program
+        in the job, and says on stderr what it left out (lines that begin with "note: ") and why it failed ("error: ").
+        """
+
+    @_builtins.property
+    def env(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Added to the environment that every job has; that of the job's own command is not known."""
+
+    @_builtins.property
+    def terminal(self) -> Global___Terminal:
+        """As in StartRequest. Without it stderr is kept apart."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        command: _builtins.str = ...,
+        argv: Global___Argv | None = ...,
+        archive: Global___Archive | None = ...,
+        env: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        workdir: _builtins.str = ...,
+        input: _builtins.bool = ...,
+        detach: _builtins.bool = ...,
+        request_id: _builtins.str = ...,
+        terminal: Global___Terminal | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["archive", b"archive", "argv", b"argv", "command", b"command", "program", b"program", "terminal", b"terminal"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["archive", b"archive", "argv", b"argv", "command", b"command", "detach", b"detach", "env", b"env", "id", b"id", "input", b"input", "program", b"program", "request_id", b"request_id", "terminal", b"terminal", "workdir", b"workdir"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_program: _TypeAlias = _typing.Literal["command", "argv", "archive"]  # noqa: Y015
+    _WhichOneofArgType_program: _TypeAlias = _typing.Literal["program", b"program"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_program) -> _WhichOneofReturnType_program | None: ...
+
+Global___ExecRequest: _TypeAlias = ExecRequest  # noqa: Y015
+
+@_typing.final
+class Archive(_message.Message):
+    """Archive is a tar archive of files in a job."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    UNPACK_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """A file or a directory; unless it is absolute it begins in the job's workspace, or else in its own directory."""
+    unpack: _builtins.bool
+    """Unpack what WriteInput sends, in the directory `path`; it is made where it is missing."""
+    name: _builtins.str
+    """Only with unpack: what every name in the archive begins with. It becomes path/name, or `path` itself where that is
+    no directory.
+    """
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        unpack: _builtins.bool = ...,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "path", b"path", "unpack", b"unpack"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Archive: _TypeAlias = Archive  # noqa: Y015
+
+@_typing.final
+class ExecResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def session(self) -> Global___Session: ...
+    def __init__(
+        self,
+        *,
+        session: Global___Session | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["session", b"session"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session", b"session"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExecResponse: _TypeAlias = ExecResponse  # noqa: Y015
+
+@_typing.final
+class ResizeRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    TERMINAL_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    """Of the job."""
+    session: _builtins.int
+    """Of this session of the job, instead of the job's own command."""
+    @_builtins.property
+    def terminal(self) -> Global___Terminal: ...
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        session: _builtins.int = ...,
+        terminal: Global___Terminal | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["terminal", b"terminal"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "session", b"session", "terminal", b"terminal"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResizeRequest: _TypeAlias = ResizeRequest  # noqa: Y015
+
+@_typing.final
+class ResizeResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResizeResponse: _TypeAlias = ResizeResponse  # noqa: Y015
+
+@_typing.final
+class ForwardRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    PORT_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    """Of the job; in the first message."""
+    port: _builtins.int
+    """From 1 to 65535; in the first message."""
+    data: _builtins.bytes
+    """At most 1 MiB."""
+    end: _builtins.bool
+    """No more comes behind `data`: the job sees the end of the stream, and may still answer."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        port: _builtins.int = ...,
+        data: _builtins.bytes = ...,
+        end: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "end", b"end", "id", b"id", "port", b"port"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForwardRequest: _TypeAlias = ForwardRequest  # noqa: Y015
+
+@_typing.final
+class ForwardResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    end: _builtins.bool
+    """The job sends no more. The call is over when the client has no more either."""
+    def __init__(
+        self,
+        *,
+        data: _builtins.bytes = ...,
+        end: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "end", b"end"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForwardResponse: _TypeAlias = ForwardResponse  # noqa: Y015
+
+@_typing.final
 class GetRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ID_FIELD_NUMBER: _builtins.int
     ALL_CLIENTS_FIELD_NUMBER: _builtins.int
+    ELEMENT_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     all_clients: _builtins.bool
     """Whether the job may be another client's: for viewers and admins."""
+    element: _builtins.int
+    """Of the array with this id, the element with this index, in its newest attempt; absent: the job itself."""
     def __init__(
         self,
         *,
         id: _builtins.int = ...,
         all_clients: _builtins.bool = ...,
+        element: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_element", b"_element", "element", b"element"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_clients", b"all_clients", "id", b"id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_element", b"_element", "all_clients", b"all_clients", "element", b"element", "id", b"id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__element: _TypeAlias = _typing.Literal["element"]  # noqa: Y015
+    _WhichOneofArgType__element: _TypeAlias = _typing.Literal["_element", b"_element"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__element) -> _WhichOneofReturnType__element | None: ...
 
 Global___GetRequest: _TypeAlias = GetRequest  # noqa: Y015
 
@@ -674,6 +1615,7 @@ class ListRequest(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     NEWEST_FIRST_FIELD_NUMBER: _builtins.int
+    ARRAY_ID_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """At most so many jobs; 0 and anything above 1000 is 1000."""
     page_token: _builtins.str
@@ -684,6 +1626,8 @@ class ListRequest(_message.Message):
     """Only jobs of this name; empty: of any, or of none."""
     newest_first: _builtins.bool
     """In descending order of the ids."""
+    array_id: _builtins.int
+    """Only elements of this array, of those that have an id; absent: any jobs."""
     @_builtins.property
     def states(self) -> _containers.RepeatedScalarFieldContainer[Global___JobState.ValueType]:
         """Only jobs in one of these states; empty: in any."""
@@ -702,12 +1646,15 @@ class ListRequest(_message.Message):
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         name: _builtins.str = ...,
         newest_first: _builtins.bool = ...,
+        array_id: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_array_id", b"_array_id", "array_id", b"array_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_clients", b"all_clients", "labels", b"labels", "name", b"name", "newest_first", b"newest_first", "page_size", b"page_size", "page_token", b"page_token", "states", b"states"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_array_id", b"_array_id", "all_clients", b"all_clients", "array_id", b"array_id", "labels", b"labels", "name", b"name", "newest_first", b"newest_first", "page_size", b"page_size", "page_token", b"page_token", "states", b"states"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__array_id: _TypeAlias = _typing.Literal["array_id"]  # noqa: Y015
+    _WhichOneofArgType__array_id: _TypeAlias = _typing.Literal["_array_id", b"_array_id"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__array_id) -> _WhichOneofReturnType__array_id | None: ...
 
 Global___ListRequest: _TypeAlias = ListRequest  # noqa: Y015
 
@@ -743,11 +1690,19 @@ class StopRequest(_message.Message):
     GRACE_FIELD_NUMBER: _builtins.int
     ALL_CLIENTS_FIELD_NUMBER: _builtins.int
     SIGNAL_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    ELEMENT_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     all_clients: _builtins.bool
     """Whether the job may be another client's: for admins."""
     signal: _builtins.int
     """The signal instead of SIGTERM, by its number (signal(7)), from 1 to 31; 0: SIGTERM."""
+    session: _builtins.int
+    """End this session of the caller's job, instead of the job: SIGHUP to the process group of its command, and
+    SIGKILL after the server's own grace period. An archive is forgotten then, with what is stored of it.
+    """
+    element: _builtins.int
+    """Of the array with this id, the element with this index, in its newest attempt; absent: the job itself."""
     @_builtins.property
     def grace(self) -> _duration_pb2.Duration:
         """How long the job may take to end after SIGTERM; absent: the server's default, 10 s."""
@@ -759,12 +1714,16 @@ class StopRequest(_message.Message):
         grace: _duration_pb2.Duration | None = ...,
         all_clients: _builtins.bool = ...,
         signal: _builtins.int = ...,
+        session: _builtins.int = ...,
+        element: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["grace", b"grace"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_element", b"_element", "element", b"element", "grace", b"grace"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_clients", b"all_clients", "grace", b"grace", "id", b"id", "signal", b"signal"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_element", b"_element", "all_clients", b"all_clients", "element", b"element", "grace", b"grace", "id", b"id", "session", b"session", "signal", b"signal"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__element: _TypeAlias = _typing.Literal["element"]  # noqa: Y015
+    _WhichOneofArgType__element: _TypeAlias = _typing.Literal["_element", b"_element"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__element) -> _WhichOneofReturnType__element | None: ...
 
 Global___StopRequest: _TypeAlias = StopRequest  # noqa: Y015
 
@@ -773,16 +1732,22 @@ class StopResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def job(self) -> Global___Job: ...
+    @_builtins.property
+    def session(self) -> Global___Session:
+        """When a session was to be ended, and then no job."""
+
     def __init__(
         self,
         *,
         job: Global___Job | None = ...,
+        session: Global___Session | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "session", b"session"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -795,6 +1760,8 @@ class WaitRequest(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     ALL_CLIENTS_FIELD_NUMBER: _builtins.int
     OR_STUCK_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    ELEMENT_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     all_clients: _builtins.bool
     """Whether the job may be another client's: for viewers and admins."""
@@ -802,18 +1769,26 @@ class WaitRequest(_message.Message):
     """Answer also when the job cannot go on: it was killed and does not end, or its output waits for the disk. Then
     `detail` says why, and `state` is not final.
     """
+    session: _builtins.int
+    """For the end of this session of the caller's job, instead of the job's: the answer has a session, and no job."""
+    element: _builtins.int
+    """Of the array with this id, the element with this index, in its newest attempt; absent: the job itself."""
     def __init__(
         self,
         *,
         id: _builtins.int = ...,
         all_clients: _builtins.bool = ...,
         or_stuck: _builtins.bool = ...,
+        session: _builtins.int = ...,
+        element: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_element", b"_element", "element", b"element"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_clients", b"all_clients", "id", b"id", "or_stuck", b"or_stuck"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_element", b"_element", "all_clients", b"all_clients", "element", b"element", "id", b"id", "or_stuck", b"or_stuck", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__element: _TypeAlias = _typing.Literal["element"]  # noqa: Y015
+    _WhichOneofArgType__element: _TypeAlias = _typing.Literal["_element", b"_element"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__element) -> _WhichOneofReturnType__element | None: ...
 
 Global___WaitRequest: _TypeAlias = WaitRequest  # noqa: Y015
 
@@ -822,16 +1797,20 @@ class WaitResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def job(self) -> Global___Job: ...
+    @_builtins.property
+    def session(self) -> Global___Session: ...
     def __init__(
         self,
         *,
         job: Global___Job | None = ...,
+        session: Global___Session | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "session", b"session"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -849,6 +1828,9 @@ class LogsRequest(_message.Message):
     TAIL_LINES_FIELD_NUMBER: _builtins.int
     TIMESTAMPS_FIELD_NUMBER: _builtins.int
     SINCE_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    ELEMENT_FIELD_NUMBER: _builtins.int
+    ARTIFACTS_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     offset: _builtins.int
     """Where to begin, in bytes from the first one. A client that lost its connection goes on
@@ -866,6 +1848,14 @@ class LogsRequest(_message.Message):
     """
     timestamps: _builtins.bool
     """Tell with each answer when the job wrote what is in it."""
+    session: _builtins.int
+    """The output of this session of the caller's job, instead of the job's; nobody writes down when a session wrote."""
+    element: _builtins.int
+    """Of the array with this id, the element with this index, in its newest attempt; absent: the job itself."""
+    artifacts: _builtins.bool
+    """The artifacts of a job that has ended, instead of its output: a tar archive, which the job may have made up.
+    FAILED_PRECONDITION: it has not ended, or has none.
+    """
     @_builtins.property
     def since(self) -> _timestamp_pb2.Timestamp:
         """Begin with what the job wrote at this time (and not before offset, nor before the last lines that are asked
@@ -883,13 +1873,21 @@ class LogsRequest(_message.Message):
         tail_lines: _builtins.int | None = ...,
         timestamps: _builtins.bool = ...,
         since: _timestamp_pb2.Timestamp | None = ...,
+        session: _builtins.int = ...,
+        element: _builtins.int | None = ...,
+        artifacts: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_tail_lines", b"_tail_lines", "since", b"since", "tail_lines", b"tail_lines"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_element", b"_element", "_tail_lines", b"_tail_lines", "element", b"element", "since", b"since", "tail_lines", b"tail_lines"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tail_lines", b"_tail_lines", "all_clients", b"all_clients", "id", b"id", "no_follow", b"no_follow", "offset", b"offset", "since", b"since", "stream", b"stream", "tail_lines", b"tail_lines", "timestamps", b"timestamps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_element", b"_element", "_tail_lines", b"_tail_lines", "all_clients", b"all_clients", "artifacts", b"artifacts", "element", b"element", "id", b"id", "no_follow", b"no_follow", "offset", b"offset", "session", b"session", "since", b"since", "stream", b"stream", "tail_lines", b"tail_lines", "timestamps", b"timestamps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__element: _TypeAlias = _typing.Literal["element"]  # noqa: Y015
+    _WhichOneofArgType__element: _TypeAlias = _typing.Literal["_element", b"_element"]  # noqa: Y015
     _WhichOneofReturnType__tail_lines: _TypeAlias = _typing.Literal["tail_lines"]  # noqa: Y015
     _WhichOneofArgType__tail_lines: _TypeAlias = _typing.Literal["_tail_lines", b"_tail_lines"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__element) -> _WhichOneofReturnType__element | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__tail_lines) -> _WhichOneofReturnType__tail_lines | None: ...
 
 Global___LogsRequest: _TypeAlias = LogsRequest  # noqa: Y015
@@ -900,20 +1898,26 @@ class DeleteRequest(_message.Message):
 
     ID_FIELD_NUMBER: _builtins.int
     ALL_CLIENTS_FIELD_NUMBER: _builtins.int
+    ELEMENT_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     all_clients: _builtins.bool
     """The job may be any client's; for admins."""
+    element: _builtins.int
+    """Of the array with this id, the element with this index, in its newest attempt; absent: the job itself."""
     def __init__(
         self,
         *,
         id: _builtins.int = ...,
         all_clients: _builtins.bool = ...,
+        element: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_element", b"_element", "element", b"element"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_clients", b"all_clients", "id", b"id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_element", b"_element", "all_clients", b"all_clients", "element", b"element", "id", b"id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__element: _TypeAlias = _typing.Literal["element"]  # noqa: Y015
+    _WhichOneofArgType__element: _TypeAlias = _typing.Literal["_element", b"_element"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__element) -> _WhichOneofReturnType__element | None: ...
 
 Global___DeleteRequest: _TypeAlias = DeleteRequest  # noqa: Y015
 
@@ -1024,6 +2028,8 @@ class GetQuotaResponse(_message.Message):
     STORED_BYTES_FIELD_NUMBER: _builtins.int
     STORED_BYTES_MAX_FIELD_NUMBER: _builtins.int
     USE_FIELD_NUMBER: _builtins.int
+    QUEUED_FIELD_NUMBER: _builtins.int
+    QUEUED_MAX_FIELD_NUMBER: _builtins.int
     client_name: _builtins.str
     weight: _builtins.int
     """When all clients with jobs want more than the machine has, this one gets weight / total_weight of it."""
@@ -1038,6 +2044,9 @@ class GetQuotaResponse(_message.Message):
     stored_bytes: _builtins.int
     """The output of all jobs, and the input and scratch of those that have not ended, as last counted."""
     stored_bytes_max: _builtins.int
+    queued: _builtins.int
+    """Jobs in the queue."""
+    queued_max: _builtins.int
     @_builtins.property
     def defaults(self) -> Global___Limits:
         """The limits of a job that asks for nothing."""
@@ -1068,10 +2077,12 @@ class GetQuotaResponse(_message.Message):
         stored_bytes: _builtins.int = ...,
         stored_bytes_max: _builtins.int = ...,
         use: Global___GroupUse | None = ...,
+        queued: _builtins.int = ...,
+        queued_max: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ceilings", b"ceilings", "defaults", b"defaults", "sums", b"sums", "use", b"use"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ceilings", b"ceilings", "client_name", b"client_name", "defaults", b"defaults", "memory_promised_bytes", b"memory_promised_bytes", "memory_promised_max_bytes", b"memory_promised_max_bytes", "running", b"running", "running_max", b"running_max", "stored_bytes", b"stored_bytes", "stored_bytes_max", b"stored_bytes_max", "sums", b"sums", "total_weight", b"total_weight", "use", b"use", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ceilings", b"ceilings", "client_name", b"client_name", "defaults", b"defaults", "memory_promised_bytes", b"memory_promised_bytes", "memory_promised_max_bytes", b"memory_promised_max_bytes", "queued", b"queued", "queued_max", b"queued_max", "running", b"running", "running_max", b"running_max", "stored_bytes", b"stored_bytes", "stored_bytes_max", b"stored_bytes_max", "sums", b"sums", "total_weight", b"total_weight", "use", b"use", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1166,18 +2177,28 @@ class WatchUsageResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     JOBS_FIELD_NUMBER: _builtins.int
+    QUEUED_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    queued: _builtins.int
+    """How many jobs wait in the queue, or are being started from it."""
     @_builtins.property
     def jobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___JobUsage]:
         """Of every job that has not ended. With thousands of them some samples are older than the interval."""
+
+    @_builtins.property
+    def waiting(self) -> _containers.RepeatedCompositeFieldContainer[Global___Job]:
+        """The oldest 50 of them, cut as those above."""
 
     def __init__(
         self,
         *,
         jobs: _abc.Iterable[Global___JobUsage] | None = ...,
+        queued: _builtins.int = ...,
+        waiting: _abc.Iterable[Global___Job] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["jobs", b"jobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["jobs", b"jobs", "queued", b"queued", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1253,6 +2274,283 @@ class UsageSample(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UsageSample: _TypeAlias = UsageSample  # noqa: Y015
+
+@_typing.final
+class WatchJobsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    ALL_CLIENTS_FIELD_NUMBER: _builtins.int
+    SINCE_FIELD_NUMBER: _builtins.int
+    NO_SNAPSHOT_FIELD_NUMBER: _builtins.int
+    NO_FOLLOW_FIELD_NUMBER: _builtins.int
+    IDS_FIELD_NUMBER: _builtins.int
+    STATES_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    all_clients: _builtins.bool
+    """The jobs of every client instead of the caller's own: for viewers and admins."""
+    since: _builtins.int
+    """Begin behind the change with this number; absent: with the jobs as they are now."""
+    no_snapshot: _builtins.bool
+    """Without `since`: begin with the next change, and not with the jobs as they are now."""
+    no_follow: _builtins.bool
+    """End when all that has happened until now was told."""
+    name: _builtins.str
+    """Only jobs of this name; empty: of any, or of none."""
+    @_builtins.property
+    def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Only jobs with one of these ids, at most 500; empty: with any."""
+
+    @_builtins.property
+    def states(self) -> _containers.RepeatedScalarFieldContainer[Global___JobState.ValueType]:
+        """Only changes to one of these states; empty: to any, and removals."""
+
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Only jobs with all of these labels."""
+
+    def __init__(
+        self,
+        *,
+        all_clients: _builtins.bool = ...,
+        since: _builtins.int | None = ...,
+        no_snapshot: _builtins.bool = ...,
+        no_follow: _builtins.bool = ...,
+        ids: _abc.Iterable[_builtins.int] | None = ...,
+        states: _abc.Iterable[Global___JobState.ValueType] | None = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_since", b"_since", "since", b"since"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_since", b"_since", "all_clients", b"all_clients", "ids", b"ids", "labels", b"labels", "name", b"name", "no_follow", b"no_follow", "no_snapshot", b"no_snapshot", "since", b"since", "states", b"states"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__since: _TypeAlias = _typing.Literal["since"]  # noqa: Y015
+    _WhichOneofArgType__since: _TypeAlias = _typing.Literal["_since", b"_since"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__since) -> _WhichOneofReturnType__since | None: ...
+
+Global___WatchJobsRequest: _TypeAlias = WatchJobsRequest  # noqa: Y015
+
+@_typing.final
+class WatchJobsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHANGES_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.int
+    """Resume behind this number once the changes are dealt with. 0 before the last of the jobs as they were at the
+    beginning: a client that loses its connection there begins again.
+    """
+    @_builtins.property
+    def changes(self) -> _containers.RepeatedCompositeFieldContainer[Global___JobChange]:
+        """In their order. None where only `sequence` has moved on."""
+
+    def __init__(
+        self,
+        *,
+        changes: _abc.Iterable[Global___JobChange] | None = ...,
+        sequence: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changes", b"changes", "sequence", b"sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchJobsResponse: _TypeAlias = WatchJobsResponse  # noqa: Y015
+
+@_typing.final
+class JobChange(_message.Message):
+    """JobChange is a change of a job's state."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    JOB_FIELD_NUMBER: _builtins.int
+    REMOVED_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.int
+    """Absent of a job as it was at the beginning."""
+    removed: _builtins.bool
+    """The job was removed: its state is the one in which it ended."""
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """When it was written down; absent of a job as it was at the beginning."""
+
+    @_builtins.property
+    def job(self) -> Global___Job:
+        """As it was after the change, but what does not change the state (held, unmet) as it is now. At most 256 characters
+        of its command. A job that was started at once is told of when its command runs. What was removed since has
+        neither its usage nor labels of more than 1000 characters.
+        """
+
+    def __init__(
+        self,
+        *,
+        sequence: _builtins.int | None = ...,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        job: Global___Job | None = ...,
+        removed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_sequence", b"_sequence", "job", b"job", "sequence", b"sequence", "time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_sequence", b"_sequence", "job", b"job", "removed", b"removed", "sequence", b"sequence", "time", b"time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__sequence: _TypeAlias = _typing.Literal["sequence"]  # noqa: Y015
+    _WhichOneofArgType__sequence: _TypeAlias = _typing.Literal["_sequence", b"_sequence"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sequence) -> _WhichOneofReturnType__sequence | None: ...
+
+Global___JobChange: _TypeAlias = JobChange  # noqa: Y015
+
+@_typing.final
+class ListWorkspacesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ALL_CLIENTS_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    all_clients: _builtins.bool
+    """Those of every client instead of the caller's own: for viewers and admins."""
+    page_token: _builtins.str
+    """Empty, or the next_page_token of the page before."""
+    def __init__(
+        self,
+        *,
+        all_clients: _builtins.bool = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_clients", b"all_clients", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListWorkspacesRequest: _TypeAlias = ListWorkspacesRequest  # noqa: Y015
+
+@_typing.final
+class ListWorkspacesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKSPACES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """For the next page; empty when there is none."""
+    @_builtins.property
+    def workspaces(self) -> _containers.RepeatedCompositeFieldContainer[Global___Workspace]:
+        """By their clients and names, 1000 at most; none that is being removed."""
+
+    def __init__(
+        self,
+        *,
+        workspaces: _abc.Iterable[Global___Workspace] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "workspaces", b"workspaces"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListWorkspacesResponse: _TypeAlias = ListWorkspacesResponse  # noqa: Y015
+
+@_typing.final
+class Workspace(_message.Message):
+    """Workspace is a directory of a client's that outlives jobs, at one moment."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    MADE_FIELD_NUMBER: _builtins.int
+    USED_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    INODES_FIELD_NUMBER: _builtins.int
+    JOBS_FIELD_NUMBER: _builtins.int
+    CLIENT_NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    bytes: _builtins.int
+    """As last counted: after each end of a job there, and once a minute while jobs use it."""
+    inodes: _builtins.int
+    jobs: _builtins.int
+    """Jobs that have not ended and use it, or wait in the queue for it."""
+    client_name: _builtins.str
+    """Whose it is."""
+    @_builtins.property
+    def made(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def used(self) -> _timestamp_pb2.Timestamp:
+        """When a job was last started in it, or ended there."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        made: _timestamp_pb2.Timestamp | None = ...,
+        used: _timestamp_pb2.Timestamp | None = ...,
+        bytes: _builtins.int = ...,
+        inodes: _builtins.int = ...,
+        jobs: _builtins.int = ...,
+        client_name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["made", b"made", "used", b"used"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "client_name", b"client_name", "inodes", b"inodes", "jobs", b"jobs", "made", b"made", "name", b"name", "used", b"used"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Workspace: _TypeAlias = Workspace  # noqa: Y015
+
+@_typing.final
+class RemoveWorkspaceRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoveWorkspaceRequest: _TypeAlias = RemoveWorkspaceRequest  # noqa: Y015
+
+@_typing.final
+class RemoveWorkspaceResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoveWorkspaceResponse: _TypeAlias = RemoveWorkspaceResponse  # noqa: Y015
 
 @_typing.final
 class LogsResponse(_message.Message):

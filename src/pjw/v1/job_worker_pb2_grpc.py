@@ -40,10 +40,40 @@ class JobWorkerServiceStub:
                 request_serializer=pjw_dot_v1_dot_job__worker__pb2.StartRequest.SerializeToString,
                 response_deserializer=pjw_dot_v1_dot_job__worker__pb2.StartResponse.FromString,
                 _registered_method=True)
+        self.Submit = channel.unary_unary(
+                '/pjw.v1.JobWorkerService/Submit',
+                request_serializer=pjw_dot_v1_dot_job__worker__pb2.SubmitRequest.SerializeToString,
+                response_deserializer=pjw_dot_v1_dot_job__worker__pb2.SubmitResponse.FromString,
+                _registered_method=True)
+        self.Hold = channel.unary_unary(
+                '/pjw.v1.JobWorkerService/Hold',
+                request_serializer=pjw_dot_v1_dot_job__worker__pb2.HoldRequest.SerializeToString,
+                response_deserializer=pjw_dot_v1_dot_job__worker__pb2.HoldResponse.FromString,
+                _registered_method=True)
+        self.Release = channel.unary_unary(
+                '/pjw.v1.JobWorkerService/Release',
+                request_serializer=pjw_dot_v1_dot_job__worker__pb2.ReleaseRequest.SerializeToString,
+                response_deserializer=pjw_dot_v1_dot_job__worker__pb2.ReleaseResponse.FromString,
+                _registered_method=True)
         self.WriteInput = channel.stream_stream(
                 '/pjw.v1.JobWorkerService/WriteInput',
                 request_serializer=pjw_dot_v1_dot_job__worker__pb2.WriteInputRequest.SerializeToString,
                 response_deserializer=pjw_dot_v1_dot_job__worker__pb2.WriteInputResponse.FromString,
+                _registered_method=True)
+        self.Exec = channel.unary_unary(
+                '/pjw.v1.JobWorkerService/Exec',
+                request_serializer=pjw_dot_v1_dot_job__worker__pb2.ExecRequest.SerializeToString,
+                response_deserializer=pjw_dot_v1_dot_job__worker__pb2.ExecResponse.FromString,
+                _registered_method=True)
+        self.Resize = channel.unary_unary(
+                '/pjw.v1.JobWorkerService/Resize',
+                request_serializer=pjw_dot_v1_dot_job__worker__pb2.ResizeRequest.SerializeToString,
+                response_deserializer=pjw_dot_v1_dot_job__worker__pb2.ResizeResponse.FromString,
+                _registered_method=True)
+        self.Forward = channel.stream_stream(
+                '/pjw.v1.JobWorkerService/Forward',
+                request_serializer=pjw_dot_v1_dot_job__worker__pb2.ForwardRequest.SerializeToString,
+                response_deserializer=pjw_dot_v1_dot_job__worker__pb2.ForwardResponse.FromString,
                 _registered_method=True)
         self.Get = channel.unary_unary(
                 '/pjw.v1.JobWorkerService/Get',
@@ -90,6 +120,21 @@ class JobWorkerServiceStub:
                 request_serializer=pjw_dot_v1_dot_job__worker__pb2.WatchUsageRequest.SerializeToString,
                 response_deserializer=pjw_dot_v1_dot_job__worker__pb2.WatchUsageResponse.FromString,
                 _registered_method=True)
+        self.WatchJobs = channel.unary_stream(
+                '/pjw.v1.JobWorkerService/WatchJobs',
+                request_serializer=pjw_dot_v1_dot_job__worker__pb2.WatchJobsRequest.SerializeToString,
+                response_deserializer=pjw_dot_v1_dot_job__worker__pb2.WatchJobsResponse.FromString,
+                _registered_method=True)
+        self.ListWorkspaces = channel.unary_unary(
+                '/pjw.v1.JobWorkerService/ListWorkspaces',
+                request_serializer=pjw_dot_v1_dot_job__worker__pb2.ListWorkspacesRequest.SerializeToString,
+                response_deserializer=pjw_dot_v1_dot_job__worker__pb2.ListWorkspacesResponse.FromString,
+                _registered_method=True)
+        self.RemoveWorkspace = channel.unary_unary(
+                '/pjw.v1.JobWorkerService/RemoveWorkspace',
+                request_serializer=pjw_dot_v1_dot_job__worker__pb2.RemoveWorkspaceRequest.SerializeToString,
+                response_deserializer=pjw_dot_v1_dot_job__worker__pb2.RemoveWorkspaceResponse.FromString,
+                _registered_method=True)
 
 
 class JobWorkerServiceServicer:
@@ -105,12 +150,62 @@ class JobWorkerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Submit(self, request, context):
+        """Submit puts jobs into the queue, all of them or none, and answers when they are stored: each job is started when
+        its turn comes, also after a restart of the service. INVALID_ARGUMENT (a job can never be started),
+        RESOURCE_EXHAUSTED (the queue takes no more of the client's jobs), ALREADY_EXISTS (as for Start), NOT_FOUND (a job
+        that one of them is to wait for).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Hold(self, request, context):
+        """Hold keeps a job of the queue from being started until Release. FAILED_PRECONDITION: it waits no more.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Release(self, request, context):
+        """Release lets a held job be started. FAILED_PRECONDITION: it waits no more.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WriteInput(self, request_iterator, context):
         """WriteInput streams to a job that was started with `input`. The first answer says how many
         bytes of it the server has, and each later one how many it has by then: a client that lost
         its connection goes on there. Input that breaks off has not ended: the job waits for the rest.
         Only the newest call for a job writes. FAILED_PRECONDITION: another one has begun, or the job
         takes no input, has ended, or does not read any more.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Exec(self, request, context):
+        """Exec starts another command in a job of the caller's that runs, and answers when it has been executed, or
+        with the reason why not, as Start does. It is a session: it runs as the job's user, in the job's cgroup
+        and namespaces, and ends with the job at the latest. Logs, WriteInput and Wait take its number beside the
+        job's id. One that no call has looked at for two minutes is hung up, and forgotten when it has ended.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Resize(self, request, context):
+        """Resize gives the terminal of a job of the caller's, or of a session, another size. FAILED_PRECONDITION: it has
+        none, or has ended.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Forward(self, request_iterator, context):
+        """Forward is a connection to a TCP port within a job of the caller's that runs, at its loopback interface. The
+        first answer, which is empty, says that it is there. FAILED_PRECONDITION: nobody listens, or it broke.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -139,7 +234,8 @@ class JobWorkerServiceServicer:
 
     def Stop(self, request, context):
         """Stop sends SIGTERM, or the signal that is asked for, to every process of a job, after a grace
-        period SIGKILL, and answers when the job has ended. To stop a job that has ended is success.
+        period SIGKILL, and answers when the job has ended. To stop a job that has ended is success. A job
+        that waits in the queue is ended without a start: END_REASON_CANCELLED.
         FAILED_PRECONDITION: the job was killed, and the kernel cannot end it yet.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -182,6 +278,30 @@ class JobWorkerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchJobs(self, request, context):
+        """WatchJobs streams changes of the states of the caller's jobs, each once and in order, from any number on that is
+        kept: numbers go on when the service restarts. OUT_OF_RANGE: what comes behind `since` is not kept any more, or
+        it is no number of this server's: begin without it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListWorkspaces(self, request, context):
+        """ListWorkspaces shows the caller's workspaces, directories of its own that outlive jobs, or those of every client.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveWorkspace(self, request, context):
+        """RemoveWorkspace removes a workspace of the caller's with all that is in it, and answers when it is gone.
+        FAILED_PRECONDITION: a job uses it, or waits in the queue for it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_JobWorkerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -190,10 +310,40 @@ def add_JobWorkerServiceServicer_to_server(servicer, server):
                     request_deserializer=pjw_dot_v1_dot_job__worker__pb2.StartRequest.FromString,
                     response_serializer=pjw_dot_v1_dot_job__worker__pb2.StartResponse.SerializeToString,
             ),
+            'Submit': grpc.unary_unary_rpc_method_handler(
+                    servicer.Submit,
+                    request_deserializer=pjw_dot_v1_dot_job__worker__pb2.SubmitRequest.FromString,
+                    response_serializer=pjw_dot_v1_dot_job__worker__pb2.SubmitResponse.SerializeToString,
+            ),
+            'Hold': grpc.unary_unary_rpc_method_handler(
+                    servicer.Hold,
+                    request_deserializer=pjw_dot_v1_dot_job__worker__pb2.HoldRequest.FromString,
+                    response_serializer=pjw_dot_v1_dot_job__worker__pb2.HoldResponse.SerializeToString,
+            ),
+            'Release': grpc.unary_unary_rpc_method_handler(
+                    servicer.Release,
+                    request_deserializer=pjw_dot_v1_dot_job__worker__pb2.ReleaseRequest.FromString,
+                    response_serializer=pjw_dot_v1_dot_job__worker__pb2.ReleaseResponse.SerializeToString,
+            ),
             'WriteInput': grpc.stream_stream_rpc_method_handler(
                     servicer.WriteInput,
                     request_deserializer=pjw_dot_v1_dot_job__worker__pb2.WriteInputRequest.FromString,
                     response_serializer=pjw_dot_v1_dot_job__worker__pb2.WriteInputResponse.SerializeToString,
+            ),
+            'Exec': grpc.unary_unary_rpc_method_handler(
+                    servicer.Exec,
+                    request_deserializer=pjw_dot_v1_dot_job__worker__pb2.ExecRequest.FromString,
+                    response_serializer=pjw_dot_v1_dot_job__worker__pb2.ExecResponse.SerializeToString,
+            ),
+            'Resize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Resize,
+                    request_deserializer=pjw_dot_v1_dot_job__worker__pb2.ResizeRequest.FromString,
+                    response_serializer=pjw_dot_v1_dot_job__worker__pb2.ResizeResponse.SerializeToString,
+            ),
+            'Forward': grpc.stream_stream_rpc_method_handler(
+                    servicer.Forward,
+                    request_deserializer=pjw_dot_v1_dot_job__worker__pb2.ForwardRequest.FromString,
+                    response_serializer=pjw_dot_v1_dot_job__worker__pb2.ForwardResponse.SerializeToString,
             ),
             'Get': grpc.unary_unary_rpc_method_handler(
                     servicer.Get,
@@ -240,6 +390,21 @@ def add_JobWorkerServiceServicer_to_server(servicer, server):
                     request_deserializer=pjw_dot_v1_dot_job__worker__pb2.WatchUsageRequest.FromString,
                     response_serializer=pjw_dot_v1_dot_job__worker__pb2.WatchUsageResponse.SerializeToString,
             ),
+            'WatchJobs': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchJobs,
+                    request_deserializer=pjw_dot_v1_dot_job__worker__pb2.WatchJobsRequest.FromString,
+                    response_serializer=pjw_dot_v1_dot_job__worker__pb2.WatchJobsResponse.SerializeToString,
+            ),
+            'ListWorkspaces': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListWorkspaces,
+                    request_deserializer=pjw_dot_v1_dot_job__worker__pb2.ListWorkspacesRequest.FromString,
+                    response_serializer=pjw_dot_v1_dot_job__worker__pb2.ListWorkspacesResponse.SerializeToString,
+            ),
+            'RemoveWorkspace': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveWorkspace,
+                    request_deserializer=pjw_dot_v1_dot_job__worker__pb2.RemoveWorkspaceRequest.FromString,
+                    response_serializer=pjw_dot_v1_dot_job__worker__pb2.RemoveWorkspaceResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'pjw.v1.JobWorkerService', rpc_method_handlers)
@@ -280,6 +445,87 @@ class JobWorkerService:
             _registered_method=True)
 
     @staticmethod
+    def Submit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pjw.v1.JobWorkerService/Submit',
+            pjw_dot_v1_dot_job__worker__pb2.SubmitRequest.SerializeToString,
+            pjw_dot_v1_dot_job__worker__pb2.SubmitResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Hold(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pjw.v1.JobWorkerService/Hold',
+            pjw_dot_v1_dot_job__worker__pb2.HoldRequest.SerializeToString,
+            pjw_dot_v1_dot_job__worker__pb2.HoldResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Release(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pjw.v1.JobWorkerService/Release',
+            pjw_dot_v1_dot_job__worker__pb2.ReleaseRequest.SerializeToString,
+            pjw_dot_v1_dot_job__worker__pb2.ReleaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def WriteInput(request_iterator,
             target,
             options=(),
@@ -296,6 +542,87 @@ class JobWorkerService:
             '/pjw.v1.JobWorkerService/WriteInput',
             pjw_dot_v1_dot_job__worker__pb2.WriteInputRequest.SerializeToString,
             pjw_dot_v1_dot_job__worker__pb2.WriteInputResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Exec(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pjw.v1.JobWorkerService/Exec',
+            pjw_dot_v1_dot_job__worker__pb2.ExecRequest.SerializeToString,
+            pjw_dot_v1_dot_job__worker__pb2.ExecResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pjw.v1.JobWorkerService/Resize',
+            pjw_dot_v1_dot_job__worker__pb2.ResizeRequest.SerializeToString,
+            pjw_dot_v1_dot_job__worker__pb2.ResizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Forward(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/pjw.v1.JobWorkerService/Forward',
+            pjw_dot_v1_dot_job__worker__pb2.ForwardRequest.SerializeToString,
+            pjw_dot_v1_dot_job__worker__pb2.ForwardResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -539,6 +866,87 @@ class JobWorkerService:
             '/pjw.v1.JobWorkerService/WatchUsage',
             pjw_dot_v1_dot_job__worker__pb2.WatchUsageRequest.SerializeToString,
             pjw_dot_v1_dot_job__worker__pb2.WatchUsageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchJobs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/pjw.v1.JobWorkerService/WatchJobs',
+            pjw_dot_v1_dot_job__worker__pb2.WatchJobsRequest.SerializeToString,
+            pjw_dot_v1_dot_job__worker__pb2.WatchJobsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListWorkspaces(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pjw.v1.JobWorkerService/ListWorkspaces',
+            pjw_dot_v1_dot_job__worker__pb2.ListWorkspacesRequest.SerializeToString,
+            pjw_dot_v1_dot_job__worker__pb2.ListWorkspacesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveWorkspace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pjw.v1.JobWorkerService/RemoveWorkspace',
+            pjw_dot_v1_dot_job__worker__pb2.RemoveWorkspaceRequest.SerializeToString,
+            pjw_dot_v1_dot_job__worker__pb2.RemoveWorkspaceResponse.FromString,
             options,
             channel_credentials,
             insecure,

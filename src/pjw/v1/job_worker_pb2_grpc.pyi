@@ -44,12 +44,36 @@ class JobWorkerServiceStub:
     INVALID_ARGUMENT (it never can be), FAILED_PRECONDITION (no such program, or not
     executable), RESOURCE_EXHAUSTED (not now), ALREADY_EXISTS (a job of that name has not ended).
     """
+    Submit: _grpc.UnaryUnaryMultiCallable[_job_worker_pb2.SubmitRequest, _job_worker_pb2.SubmitResponse]
+    """Submit puts jobs into the queue, all of them or none, and answers when they are stored: each job is started when
+    its turn comes, also after a restart of the service. INVALID_ARGUMENT (a job can never be started),
+    RESOURCE_EXHAUSTED (the queue takes no more of the client's jobs), ALREADY_EXISTS (as for Start), NOT_FOUND (a job
+    that one of them is to wait for).
+    """
+    Hold: _grpc.UnaryUnaryMultiCallable[_job_worker_pb2.HoldRequest, _job_worker_pb2.HoldResponse]
+    """Hold keeps a job of the queue from being started until Release. FAILED_PRECONDITION: it waits no more."""
+    Release: _grpc.UnaryUnaryMultiCallable[_job_worker_pb2.ReleaseRequest, _job_worker_pb2.ReleaseResponse]
+    """Release lets a held job be started. FAILED_PRECONDITION: it waits no more."""
     WriteInput: _grpc.StreamStreamMultiCallable[_job_worker_pb2.WriteInputRequest, _job_worker_pb2.WriteInputResponse]
     """WriteInput streams to a job that was started with `input`. The first answer says how many
     bytes of it the server has, and each later one how many it has by then: a client that lost
     its connection goes on there. Input that breaks off has not ended: the job waits for the rest.
     Only the newest call for a job writes. FAILED_PRECONDITION: another one has begun, or the job
     takes no input, has ended, or does not read any more.
+    """
+    Exec: _grpc.UnaryUnaryMultiCallable[_job_worker_pb2.ExecRequest, _job_worker_pb2.ExecResponse]
+    """Exec starts another command in a job of the caller's that runs, and answers when it has been executed, or
+    with the reason why not, as Start does. It is a session: it runs as the job's user, in the job's cgroup
+    and namespaces, and ends with the job at the latest. Logs, WriteInput and Wait take its number beside the
+    job's id. One that no call has looked at for two minutes is hung up, and forgotten when it has ended.
+    """
+    Resize: _grpc.UnaryUnaryMultiCallable[_job_worker_pb2.ResizeRequest, _job_worker_pb2.ResizeResponse]
+    """Resize gives the terminal of a job of the caller's, or of a session, another size. FAILED_PRECONDITION: it has
+    none, or has ended.
+    """
+    Forward: _grpc.StreamStreamMultiCallable[_job_worker_pb2.ForwardRequest, _job_worker_pb2.ForwardResponse]
+    """Forward is a connection to a TCP port within a job of the caller's that runs, at its loopback interface. The
+    first answer, which is empty, says that it is there. FAILED_PRECONDITION: nobody listens, or it broke.
     """
     Get: _grpc.UnaryUnaryMultiCallable[_job_worker_pb2.GetRequest, _job_worker_pb2.GetResponse]
     """Get shows one job, and what it uses now."""
@@ -59,7 +83,8 @@ class JobWorkerServiceStub:
     """Wait answers when a job has ended. Without a deadline it may take as long as the job."""
     Stop: _grpc.UnaryUnaryMultiCallable[_job_worker_pb2.StopRequest, _job_worker_pb2.StopResponse]
     """Stop sends SIGTERM, or the signal that is asked for, to every process of a job, after a grace
-    period SIGKILL, and answers when the job has ended. To stop a job that has ended is success.
+    period SIGKILL, and answers when the job has ended. To stop a job that has ended is success. A job
+    that waits in the queue is ended without a start: END_REASON_CANCELLED.
     FAILED_PRECONDITION: the job was killed, and the kernel cannot end it yet.
     """
     Logs: _grpc.UnaryStreamMultiCallable[_job_worker_pb2.LogsRequest, _job_worker_pb2.LogsResponse]
@@ -74,6 +99,17 @@ class JobWorkerServiceStub:
     """GetQuota shows the limits of the caller, what its jobs use now, and its share of the machine."""
     WatchUsage: _grpc.UnaryStreamMultiCallable[_job_worker_pb2.WatchUsageRequest, _job_worker_pb2.WatchUsageResponse]
     """WatchUsage streams what the caller's running jobs use, a snapshot of all of them at a time."""
+    WatchJobs: _grpc.UnaryStreamMultiCallable[_job_worker_pb2.WatchJobsRequest, _job_worker_pb2.WatchJobsResponse]
+    """WatchJobs streams changes of the states of the caller's jobs, each once and in order, from any number on that is
+    kept: numbers go on when the service restarts. OUT_OF_RANGE: what comes behind `since` is not kept any more, or
+    it is no number of this server's: begin without it.
+    """
+    ListWorkspaces: _grpc.UnaryUnaryMultiCallable[_job_worker_pb2.ListWorkspacesRequest, _job_worker_pb2.ListWorkspacesResponse]
+    """ListWorkspaces shows the caller's workspaces, directories of its own that outlive jobs, or those of every client."""
+    RemoveWorkspace: _grpc.UnaryUnaryMultiCallable[_job_worker_pb2.RemoveWorkspaceRequest, _job_worker_pb2.RemoveWorkspaceResponse]
+    """RemoveWorkspace removes a workspace of the caller's with all that is in it, and answers when it is gone.
+    FAILED_PRECONDITION: a job uses it, or waits in the queue for it.
+    """
 
 @_typing.type_check_only
 class JobWorkerServiceAsyncStub(JobWorkerServiceStub):
@@ -85,12 +121,36 @@ class JobWorkerServiceAsyncStub(JobWorkerServiceStub):
     INVALID_ARGUMENT (it never can be), FAILED_PRECONDITION (no such program, or not
     executable), RESOURCE_EXHAUSTED (not now), ALREADY_EXISTS (a job of that name has not ended).
     """
+    Submit: _aio.UnaryUnaryMultiCallable[_job_worker_pb2.SubmitRequest, _job_worker_pb2.SubmitResponse]  # type: ignore[assignment]
+    """Submit puts jobs into the queue, all of them or none, and answers when they are stored: each job is started when
+    its turn comes, also after a restart of the service. INVALID_ARGUMENT (a job can never be started),
+    RESOURCE_EXHAUSTED (the queue takes no more of the client's jobs), ALREADY_EXISTS (as for Start), NOT_FOUND (a job
+    that one of them is to wait for).
+    """
+    Hold: _aio.UnaryUnaryMultiCallable[_job_worker_pb2.HoldRequest, _job_worker_pb2.HoldResponse]  # type: ignore[assignment]
+    """Hold keeps a job of the queue from being started until Release. FAILED_PRECONDITION: it waits no more."""
+    Release: _aio.UnaryUnaryMultiCallable[_job_worker_pb2.ReleaseRequest, _job_worker_pb2.ReleaseResponse]  # type: ignore[assignment]
+    """Release lets a held job be started. FAILED_PRECONDITION: it waits no more."""
     WriteInput: _aio.StreamStreamMultiCallable[_job_worker_pb2.WriteInputRequest, _job_worker_pb2.WriteInputResponse]  # type: ignore[assignment]
     """WriteInput streams to a job that was started with `input`. The first answer says how many
     bytes of it the server has, and each later one how many it has by then: a client that lost
     its connection goes on there. Input that breaks off has not ended: the job waits for the rest.
     Only the newest call for a job writes. FAILED_PRECONDITION: another one has begun, or the job
     takes no input, has ended, or does not read any more.
+    """
+    Exec: _aio.UnaryUnaryMultiCallable[_job_worker_pb2.ExecRequest, _job_worker_pb2.ExecResponse]  # type: ignore[assignment]
+    """Exec starts another command in a job of the caller's that runs, and answers when it has been executed, or
+    with the reason why not, as Start does. It is a session: it runs as the job's user, in the job's cgroup
+    and namespaces, and ends with the job at the latest. Logs, WriteInput and Wait take its number beside the
+    job's id. One that no call has looked at for two minutes is hung up, and forgotten when it has ended.
+    """
+    Resize: _aio.UnaryUnaryMultiCallable[_job_worker_pb2.ResizeRequest, _job_worker_pb2.ResizeResponse]  # type: ignore[assignment]
+    """Resize gives the terminal of a job of the caller's, or of a session, another size. FAILED_PRECONDITION: it has
+    none, or has ended.
+    """
+    Forward: _aio.StreamStreamMultiCallable[_job_worker_pb2.ForwardRequest, _job_worker_pb2.ForwardResponse]  # type: ignore[assignment]
+    """Forward is a connection to a TCP port within a job of the caller's that runs, at its loopback interface. The
+    first answer, which is empty, says that it is there. FAILED_PRECONDITION: nobody listens, or it broke.
     """
     Get: _aio.UnaryUnaryMultiCallable[_job_worker_pb2.GetRequest, _job_worker_pb2.GetResponse]  # type: ignore[assignment]
     """Get shows one job, and what it uses now."""
@@ -100,7 +160,8 @@ class JobWorkerServiceAsyncStub(JobWorkerServiceStub):
     """Wait answers when a job has ended. Without a deadline it may take as long as the job."""
     Stop: _aio.UnaryUnaryMultiCallable[_job_worker_pb2.StopRequest, _job_worker_pb2.StopResponse]  # type: ignore[assignment]
     """Stop sends SIGTERM, or the signal that is asked for, to every process of a job, after a grace
-    period SIGKILL, and answers when the job has ended. To stop a job that has ended is success.
+    period SIGKILL, and answers when the job has ended. To stop a job that has ended is success. A job
+    that waits in the queue is ended without a start: END_REASON_CANCELLED.
     FAILED_PRECONDITION: the job was killed, and the kernel cannot end it yet.
     """
     Logs: _aio.UnaryStreamMultiCallable[_job_worker_pb2.LogsRequest, _job_worker_pb2.LogsResponse]  # type: ignore[assignment]
@@ -115,6 +176,17 @@ class JobWorkerServiceAsyncStub(JobWorkerServiceStub):
     """GetQuota shows the limits of the caller, what its jobs use now, and its share of the machine."""
     WatchUsage: _aio.UnaryStreamMultiCallable[_job_worker_pb2.WatchUsageRequest, _job_worker_pb2.WatchUsageResponse]  # type: ignore[assignment]
     """WatchUsage streams what the caller's running jobs use, a snapshot of all of them at a time."""
+    WatchJobs: _aio.UnaryStreamMultiCallable[_job_worker_pb2.WatchJobsRequest, _job_worker_pb2.WatchJobsResponse]  # type: ignore[assignment]
+    """WatchJobs streams changes of the states of the caller's jobs, each once and in order, from any number on that is
+    kept: numbers go on when the service restarts. OUT_OF_RANGE: what comes behind `since` is not kept any more, or
+    it is no number of this server's: begin without it.
+    """
+    ListWorkspaces: _aio.UnaryUnaryMultiCallable[_job_worker_pb2.ListWorkspacesRequest, _job_worker_pb2.ListWorkspacesResponse]  # type: ignore[assignment]
+    """ListWorkspaces shows the caller's workspaces, directories of its own that outlive jobs, or those of every client."""
+    RemoveWorkspace: _aio.UnaryUnaryMultiCallable[_job_worker_pb2.RemoveWorkspaceRequest, _job_worker_pb2.RemoveWorkspaceResponse]  # type: ignore[assignment]
+    """RemoveWorkspace removes a workspace of the caller's with all that is in it, and answers when it is gone.
+    FAILED_PRECONDITION: a job uses it, or waits in the queue for it.
+    """
 
 class JobWorkerServiceServicer(metaclass=_abc_1.ABCMeta):
     """JobWorkerService starts, shows and stops jobs, and streams their output."""
@@ -131,6 +203,34 @@ class JobWorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def Submit(
+        self,
+        request: _job_worker_pb2.SubmitRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_job_worker_pb2.SubmitResponse, _abc.Awaitable[_job_worker_pb2.SubmitResponse]]:
+        """Submit puts jobs into the queue, all of them or none, and answers when they are stored: each job is started when
+        its turn comes, also after a restart of the service. INVALID_ARGUMENT (a job can never be started),
+        RESOURCE_EXHAUSTED (the queue takes no more of the client's jobs), ALREADY_EXISTS (as for Start), NOT_FOUND (a job
+        that one of them is to wait for).
+        """
+
+    @_abc_1.abstractmethod
+    def Hold(
+        self,
+        request: _job_worker_pb2.HoldRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_job_worker_pb2.HoldResponse, _abc.Awaitable[_job_worker_pb2.HoldResponse]]:
+        """Hold keeps a job of the queue from being started until Release. FAILED_PRECONDITION: it waits no more."""
+
+    @_abc_1.abstractmethod
+    def Release(
+        self,
+        request: _job_worker_pb2.ReleaseRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_job_worker_pb2.ReleaseResponse, _abc.Awaitable[_job_worker_pb2.ReleaseResponse]]:
+        """Release lets a held job be started. FAILED_PRECONDITION: it waits no more."""
+
+    @_abc_1.abstractmethod
     def WriteInput(
         self,
         request_iterator: _MaybeAsyncIterator[_job_worker_pb2.WriteInputRequest],
@@ -141,6 +241,38 @@ class JobWorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         its connection goes on there. Input that breaks off has not ended: the job waits for the rest.
         Only the newest call for a job writes. FAILED_PRECONDITION: another one has begun, or the job
         takes no input, has ended, or does not read any more.
+        """
+
+    @_abc_1.abstractmethod
+    def Exec(
+        self,
+        request: _job_worker_pb2.ExecRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_job_worker_pb2.ExecResponse, _abc.Awaitable[_job_worker_pb2.ExecResponse]]:
+        """Exec starts another command in a job of the caller's that runs, and answers when it has been executed, or
+        with the reason why not, as Start does. It is a session: it runs as the job's user, in the job's cgroup
+        and namespaces, and ends with the job at the latest. Logs, WriteInput and Wait take its number beside the
+        job's id. One that no call has looked at for two minutes is hung up, and forgotten when it has ended.
+        """
+
+    @_abc_1.abstractmethod
+    def Resize(
+        self,
+        request: _job_worker_pb2.ResizeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_job_worker_pb2.ResizeResponse, _abc.Awaitable[_job_worker_pb2.ResizeResponse]]:
+        """Resize gives the terminal of a job of the caller's, or of a session, another size. FAILED_PRECONDITION: it has
+        none, or has ended.
+        """
+
+    @_abc_1.abstractmethod
+    def Forward(
+        self,
+        request_iterator: _MaybeAsyncIterator[_job_worker_pb2.ForwardRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_job_worker_pb2.ForwardResponse], _abc.AsyncIterator[_job_worker_pb2.ForwardResponse]]:
+        """Forward is a connection to a TCP port within a job of the caller's that runs, at its loopback interface. The
+        first answer, which is empty, says that it is there. FAILED_PRECONDITION: nobody listens, or it broke.
         """
 
     @_abc_1.abstractmethod
@@ -174,7 +306,8 @@ class JobWorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_job_worker_pb2.StopResponse, _abc.Awaitable[_job_worker_pb2.StopResponse]]:
         """Stop sends SIGTERM, or the signal that is asked for, to every process of a job, after a grace
-        period SIGKILL, and answers when the job has ended. To stop a job that has ended is success.
+        period SIGKILL, and answers when the job has ended. To stop a job that has ended is success. A job
+        that waits in the queue is ended without a start: END_REASON_CANCELLED.
         FAILED_PRECONDITION: the job was killed, and the kernel cannot end it yet.
         """
 
@@ -219,5 +352,34 @@ class JobWorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_job_worker_pb2.WatchUsageResponse], _abc.AsyncIterator[_job_worker_pb2.WatchUsageResponse]]:
         """WatchUsage streams what the caller's running jobs use, a snapshot of all of them at a time."""
+
+    @_abc_1.abstractmethod
+    def WatchJobs(
+        self,
+        request: _job_worker_pb2.WatchJobsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_job_worker_pb2.WatchJobsResponse], _abc.AsyncIterator[_job_worker_pb2.WatchJobsResponse]]:
+        """WatchJobs streams changes of the states of the caller's jobs, each once and in order, from any number on that is
+        kept: numbers go on when the service restarts. OUT_OF_RANGE: what comes behind `since` is not kept any more, or
+        it is no number of this server's: begin without it.
+        """
+
+    @_abc_1.abstractmethod
+    def ListWorkspaces(
+        self,
+        request: _job_worker_pb2.ListWorkspacesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_job_worker_pb2.ListWorkspacesResponse, _abc.Awaitable[_job_worker_pb2.ListWorkspacesResponse]]:
+        """ListWorkspaces shows the caller's workspaces, directories of its own that outlive jobs, or those of every client."""
+
+    @_abc_1.abstractmethod
+    def RemoveWorkspace(
+        self,
+        request: _job_worker_pb2.RemoveWorkspaceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_job_worker_pb2.RemoveWorkspaceResponse, _abc.Awaitable[_job_worker_pb2.RemoveWorkspaceResponse]]:
+        """RemoveWorkspace removes a workspace of the caller's with all that is in it, and answers when it is gone.
+        FAILED_PRECONDITION: a job uses it, or waits in the queue for it.
+        """
 
 def add_JobWorkerServiceServicer_to_server(servicer: JobWorkerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -4,21 +4,24 @@ import asyncio
 import logging
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from pjw.errors import LauncherGoneError, PjwError
+from pjw.errors import KernelError, LauncherGoneError, PjwError
+from pjw.launcher.protocol import LAUNCH_SECONDS
 from pjw.output import Inotify
 from pjw.worker.background import Background
 from pjw.worker.endings import Endings
 from pjw.worker.flag import Flag
 from pjw.worker.job import LiveJob
-from pjw.worker.launcher_client import Ended, LauncherClient
+from pjw.worker.launcher_client import Ended, LauncherClient, RunningInit
 from pjw.worker.logs import live_job
 from pjw.worker.quota import RunningJobs
 from pjw.worker.record import parse_record
 from pjw.worker.state_dir import StateDir
 from pjw.worker.stopping import within
+from pjw.worker.workspaces import Workspaces
 
 # How long we wait for the removal of jobs that are in no table; then we serve while it goes on.
 STRAYS_SECONDS: Final = 5
@@ -32,6 +35,7 @@ async def adopt(
     inotify: Inotify,
     live_jobs: dict[int, LiveJob],
     running: RunningJobs,
+    workspaces: Workspaces,
     endings: Endings,
     background: Background,
 ) -> None:
@@ -39,14 +43,22 @@ async def adopt(
 
     Call it once, before anything else.
     """
+    await state.store.forget_secrets()
     boot_id = _boot_id()
     rebooted = await state.store.boot_id() not in (None, boot_id)
+    admitted = await state.store.admitted()
     ended: list[LiveJob] = []
     for job in await state.store.alive():
+        init = await launcher.request_adopt(job.id)
+        if job.id in admitted:
+            if not await _is_executed(state, inotify, job.id, init, rebooted=rebooted):
+                await _put_back(state, launcher, job.id, init)
+                continue
+            await state.store.settled(job.id)
         live = live_jobs[job.id] = live_job(state, inotify, job)
         live.launch_over.set()
         running.adopt(job.client_name, job.limits)
-        init = await launcher.request_adopt(job.id)
+        workspaces.adopt(job)
         if init is None:
             ended.append(live)
             continue
@@ -56,6 +68,62 @@ async def adopt(
     await _remove_strays(launcher, live_jobs, background)
     # Only now: whoever is killed before this has not told yet which jobs the last boot took.
     await state.store.set_boot_id(boot_id)
+
+
+async def _is_executed(
+    state: StateDir, inotify: Inotify, job_id: int, init: RunningInit | None, *, rebooted: bool
+) -> bool:
+    """Whether the command of a job that was admitted from the queue was executed, or may have been.
+
+    Its init writes that down at once, and no kill of pjwd takes it back. After a power cut nobody can tell.
+    """
+    if rebooted:
+        return True
+    if init is not None and not _has_begun(state, job_id):
+        # It has its order, and is about to execute the command; or it has none, and ends with its launcher.
+        await _begun_or_ended(state, inotify, job_id, init)
+        if not init.ended.done():
+            return True
+    return _has_begun(state, job_id)
+
+
+def _has_begun(state: StateDir, job_id: int) -> bool:
+    return parse_record(state.read_status(job_id)).started_ns is not None
+
+
+async def _begun_or_ended(state: StateDir, inotify: Inotify, job_id: int, init: RunningInit) -> None:
+    """Return when an init has executed its command, or has ended, and after LAUNCH_SECONDS at the latest."""
+    changed = asyncio.Event()
+    init.ended.add_done_callback(lambda _: changed.set())
+    watch = None
+    # without it: the files of a job are made before its init can have an order, so it ends
+    with suppress(KernelError):
+        watch = inotify.watch(state.status_path(job_id), changed.set)
+    try:
+        async with asyncio.timeout(LAUNCH_SECONDS):
+            while not (init.ended.done() or _has_begun(state, job_id)):
+                await changed.wait()
+                changed.clear()
+    except TimeoutError:
+        log.warning("job %d, which was being started from the queue, has neither begun nor ended", job_id)
+    finally:
+        if watch is not None:
+            inotify.unwatch(watch)
+
+
+async def _put_back(state: StateDir, launcher: LauncherClient, job_id: int, init: RunningInit | None) -> None:
+    """Put a job back into the queue that was admitted and not executed; what was made for it goes first."""
+    if init is not None:
+        os.close(init.pidfd)
+    try:
+        await launcher.request_remove(job_id)
+    except LauncherGoneError:
+        raise
+    except PjwError as error:
+        log.error("cannot remove what was made for job %d of the queue: %s", job_id, error)
+    await state.in_thread(state.remove_job, job_id)
+    await state.store.put_back(job_id)
+    log.info("job %d is in the queue again: pjwd ended before its command was executed", job_id)
 
 
 async def _remove_strays(

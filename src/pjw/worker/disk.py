@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Container, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
@@ -35,7 +35,7 @@ log: Final = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ScratchUse:
-    """What a job has in its scratch directory."""
+    """What a job has in its scratch directory, or a client in a workspace."""
 
     bytes: int
     inodes: int
@@ -86,6 +86,8 @@ class DiskSampler:
         self._used: Final = used
         self._end: Final = end
         self._held: Final = held
+        # gives a job in a workspace that makes the disk full: Workspaces.growing
+        self.growing: Callable[[str, int, int, Container[int]], Awaitable[int | None]] = _nobody
         self._begun: Final = asyncio.Event()
         self._counted_at = float("-inf")
         self._said_at = float("-inf")
@@ -140,38 +142,47 @@ class DiskSampler:
     async def _relieve(self, descriptor: int, shortage: _Shortage) -> None:
         await self._count()
         freed = {job_id: self._freed(live, descriptor, shortage.of) for job_id, live in self._endable()}
-        live = self._largest(freed, shortage.mark // _WORTH)
-        if live is None:
+        least = max(shortage.mark // _WORTH, 1)
+        chosen, most = self._largest(freed, least)
+        used = "" if chosen is None else shortage.amount(freed[chosen])
+        if descriptor != self._scratch or self._shared:
+            # Its end gives nothing back, since a workspace stays. But that one grows no more.
+            in_workspace = await self.growing(shortage.of, least, most, freed)
+            if in_workspace is not None:
+                chosen, used = in_workspace, "a workspace that has grown"
+        if chosen is None:
             self._say(
                 "the file system of %s has %s, and no job uses so much of it that its end would help",
                 os.readlink(f"/proc/self/fd/{descriptor}"),
                 shortage,
             )
             return
+        live = self._live.get(chosen)
+        if live is None:
+            # it has ended meanwhile
+            return
         self._state.note_end_for_disk(live.job.id)
         log.warning(
             "ended job %d of %s, which used %s: the file system of %s has %s",
             live.job.id,
             live.job.client_name,
-            shortage.amount(freed[live.job.id]),
+            used,
             os.readlink(f"/proc/self/fd/{descriptor}"),
             shortage,
         )
         self._end(live)
         await self._wait_for_relief(live, descriptor, shortage)
 
-    def _largest(self, freed: Mapping[int, int], least: int) -> LiveJob | None:
-        """The largest job of the client that has most; None when that is less than *least*, or nothing."""
+    def _largest(self, freed: Mapping[int, int], least: int) -> tuple[int | None, int]:
+        """The largest job of the client that has most, if that is *least* or more; and how much it is."""
         by_client: Counter[str] = Counter()
         for job_id, amount in freed.items():
             by_client[self._live[job_id].job.client_name] += amount
-        if not by_client:
-            return None
-        [(client, most)] = by_client.most_common(1)
-        if most < max(least, 1):
-            return None
+        [(client, most)] = by_client.most_common(1) or [("", 0)]
+        if most < least:
+            return None, most
         own = (job_id for job_id in freed if self._live[job_id].job.client_name == client)
-        return self._live[max(own, key=freed.__getitem__)]
+        return max(own, key=freed.__getitem__), most
 
     async def _wait_for_relief(self, live: LiveJob, descriptor: int, shortage: _Shortage) -> None:
         """Wait for the removal of what an ended job had, as long as that gives something back."""
@@ -195,12 +206,12 @@ class DiskSampler:
         ]
 
     def _freed(self, live: LiveJob, descriptor: int, what: str) -> int:
-        """What the end of a job gives back to a file system. Its output is kept."""
+        """What the end of a job gives back to a file system. Its output is kept, and no artifacts are."""
         freed = 0
         if descriptor == self._scratch:
             freed += getattr(self._used.get(live.job.id, ScratchUse(0, 0)), what)
         if what == "bytes" and (descriptor != self._scratch or self._shared):
-            freed += self._state.input_size(live.job)
+            freed += self._state.input_size(live.job) + self._state.artifacts_size(live.job)
         return freed
 
     def _say(self, words: str, *arguments: object) -> None:
@@ -217,7 +228,7 @@ class DiskSampler:
         try:
             os.set_blocking(words, False)
             async with asyncio.timeout(_ANSWER_SECONDS):
-                text = await _read_all(words)
+                text = await read_all(words)
         except TimeoutError:
             return
         finally:
@@ -229,7 +240,8 @@ class DiskSampler:
             self._used[job_id] = ScratchUse(size, inodes)
 
 
-async def _read_all(descriptor: int) -> bytes:
+async def read_all(descriptor: int) -> bytes:
+    """What comes out of a pipe that does not block, until its end."""
     chunks: list[bytes] = []
     while True:
         await readable(descriptor)
@@ -237,6 +249,10 @@ async def _read_all(descriptor: int) -> bytes:
         if not chunk:
             return b"".join(chunks)
         chunks.append(chunk)
+
+
+async def _nobody(*_: object) -> int | None:
+    return None
 
 
 def _shortage(status: os.statvfs_result, marks: DiskMarks) -> _Shortage | None:

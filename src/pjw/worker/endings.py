@@ -3,12 +3,15 @@
 import asyncio
 import logging
 from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Final
 
 from pjw.errors import LauncherGoneError, PjwError
 from pjw.launcher import protocol
 from pjw.model import EndReason, Job, JobState, Usage
+from pjw.worker.artifacts import Keeping
 from pjw.worker.background import Background
 from pjw.worker.disk import DiskSampler
 from pjw.worker.held import HeldOutputs
@@ -20,8 +23,12 @@ from pjw.worker.retention import Pruner
 from pjw.worker.state_dir import StateDir
 from pjw.worker.stopping import Stopping
 from pjw.worker.usage_sampler import UsageSampler
+from pjw.worker.workspaces import Workspaces
 
 _SAVE_RETRY_SECONDS: Final = 2
+# How long what is left of jobs without output waits to be removed together: to wake a thread for each of
+# them cost more than to remove it.
+_TOGETHER_SECONDS: Final = 0.05
 
 log: Final = logging.getLogger(__name__)
 
@@ -35,32 +42,45 @@ class Endings:
         launcher: LauncherClient,
         live: dict[int, LiveJob],
         running: RunningJobs,
+        workspaces: Workspaces,
         pruner: Pruner,
         sampler: UsageSampler,
         disk: DiskSampler,
         stopping: Stopping,
         held: HeldOutputs,
         background: Background,
+        keeping: Keeping,
     ) -> None:
         self._state: Final = state
         self._launcher: Final = launcher
         self._live: Final = live
         self._running: Final = running
+        self._workspaces: Final = workspaces
         self._pruner: Final = pruner
         self._sampler: Final = sampler
         self._disk: Final = disk
         self._stopping: Final = stopping
         self._held: Final = held
         self._background: Final = background
+        self._keeping: Final = keeping
+        # called when the room that a job had is free again
+        self.ended: Final[list[Callable[[Job], None]]] = []
+        # called with a job that has ended, and its next attempt
+        self.retried: Final[list[Callable[[Job, Job], None]]] = []
+        # jobs without output that have ended, and whose files are still there
+        self._silent: list[Job] = []
+        self._silent_timer: asyncio.TimerHandle | None = None
         # jobs that have ended since this worker began
         self.by_reason: Final[Counter[EndReason]] = Counter()
 
     def watch(self, live: LiveJob, init: RunningInit) -> None:
         """Finish a job when its init ends; take samples until then."""
+        self._state.store.note(live.job)
         live.hold(init.pidfd)
         init.ended.add_done_callback(partial(self._on_end, live))
         self._stopping.watch_time_limit(live)
         self._held.add(live)
+        self._keeping.add(live)
         self._sampler.add(live)
         self._disk.job_began()
 
@@ -82,6 +102,7 @@ class Endings:
         """
         job_id = live.job.id
         self._held.remove(job_id)
+        self._keeping.remove(job_id)
         record = parse_record(self._state.read_status(job_id))
         try:
             usage = await self._usage_of(job_id, ended, record)
@@ -89,6 +110,8 @@ class Endings:
             # The next worker finds the record, and the cgroup with its accounts. The output is whole.
             live.mark_output_ended()
             return
+        await self._keeping.settle(live, record.kept, usage)
+        was_stopped = live.job.state is JobState.STOPPING
         self._apply_end(live, record, usage, rebooted=rebooted)
         if live.job.input:
             await self._remove_input(job_id)
@@ -96,20 +119,28 @@ class Endings:
             self.by_reason[live.job.reason] += 1
         # Row before removal, where the launcher has left that to us: the accounts may be only in the cgroup.
         # And who is told of an end can rely on it, so the row is synced before that. But not the removal: no
-        # process is left, and the job's files may be many.
-        if not await self._save(live):
-            # nobody is kept waiting for a disk
-            live.announce_end()
-            live.removed.set()
-            await self._save_later(live)
+        # process is left, and the job's files may be many. Where nothing is left to remove, row and sync are
+        # one step.
         is_removed = ended is not None and ended.removed
-        removal = None if is_removed else asyncio.ensure_future(self._remove_traces(job_id))
-        await self._sync(job_id)
+        is_synced = is_removed and not live.job.attempt
+        if not await self._save(live, was_stopped=was_stopped, synced=is_synced):
+            is_synced = False
+            # nobody is kept waiting for a disk, but for whether there is another attempt
+            if not live.job.attempt:
+                live.announce_end()
+                live.removed.set()
+            await self._save_later(live, was_stopped=was_stopped)
+        removal = None if is_removed else asyncio.ensure_future(self.remove_traces(job_id))
+        if not is_synced:
+            await self._sync(job_id)
         del self._live[job_id]
         self._running.give_back(live.job.client_name, live.job.limits)
+        self._workspaces.give_back_of(job_id)
+        for each in self.ended:
+            each(live.job)
         live.announce_end()
         self._pruner.job_ended()
-        self._background.spawn(self._settle(live.job))
+        self._settle(live.job)
         if removal is not None:
             await removal
         live.removed.set()
@@ -153,27 +184,45 @@ class Endings:
         except PjwError as error:
             log.error("%s", error)
 
-    async def _save(self, live: LiveJob) -> bool:
+    async def _save(self, live: LiveJob, *, was_stopped: bool, synced: bool = False) -> bool:
+        """Write the end down, *synced* where there is no next attempt; whether that was possible."""
         try:
-            await self._state.store.finish(live.job)
+            if live.job.attempt:
+                await self._save_attempt(live, was_stopped=was_stopped)
+            elif not synced:
+                await self._state.store.finish(live.job)
+            elif (unsynced := await self._state.store.finish_and_sync(live.job)) is not None:
+                self._say_unsynced(live.job.id, unsynced)
         except PjwError as error:
             log.error("cannot write down the end of job %d: %s", live.job.id, error)
             return False
         return True
 
-    async def _save_later(self, live: LiveJob) -> None:
+    async def _save_attempt(self, live: LiveJob, *, was_stopped: bool) -> None:
+        following = await self._state.store.finish_attempt(live.job, was_stopped=was_stopped)
+        if following is not None:
+            live.job = replace(live.job, retried_as=following.id)
+            for each in self.retried:
+                each(live.job, following)
+
+    async def _save_later(self, live: LiveJob, *, was_stopped: bool) -> None:
         # Until then the job is held in memory, and the record of its end is safe in its status
         # file. A timer, since nothing tells when space returns to a disk.
-        while not await self._save(live):  # noqa: ASYNC110
+        while not await self._save(live, was_stopped=was_stopped):  # noqa: ASYNC110
             await asyncio.sleep(_SAVE_RETRY_SECONDS)
 
     async def _sync(self, job_id: int) -> None:
         try:
             await self._state.store.sync()
         except PjwError as error:
-            log.error("the end of job %d may not survive a power cut: %s", job_id, error)
+            self._say_unsynced(job_id, error)
 
-    async def _remove_traces(self, job_id: int) -> None:
+    @staticmethod
+    def _say_unsynced(job_id: int, error: PjwError) -> None:
+        log.error("the end of job %d may not survive a power cut: %s", job_id, error)
+
+    async def remove_traces(self, job_id: int) -> None:
+        """Have the launcher remove what a job, or a launch that failed, left; a failure is logged."""
         try:
             await self._launcher.request_remove(job_id)
         except LauncherGoneError:
@@ -181,10 +230,34 @@ class Endings:
         except PjwError as error:
             log.error("cannot remove what job %d left: %s", job_id, error)
 
-    async def _settle(self, job: Job) -> None:
+    def _settle(self, job: Job) -> None:
         # After the announcement, since to sync gigabytes takes seconds. What a power cut takes of
         # them until then is noticed: the row says how many bytes there were.
-        try:
-            await self._state.in_thread(self._state.settle, job)
-        except PjwError as error:
-            log.error("%s", error)
+        if job.output_bytes:
+            self._background.spawn(self._settle_all([job]))
+            return
+        if not self._silent:
+            loop = asyncio.get_running_loop()
+            self._silent_timer = loop.call_later(_TOGETHER_SECONDS, self._settle_silent)
+        self._silent.append(job)
+
+    def _settle_silent(self) -> None:
+        jobs, self._silent = self._silent, []
+        self._background.spawn(self._settle_all(jobs))
+
+    async def _settle_all(self, jobs: Sequence[Job]) -> None:
+        await self._state.in_thread(self._settle_each, jobs)
+
+    def _settle_each(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            try:
+                self._state.settle(job)
+            except PjwError as error:
+                log.error("%s", error)
+
+    def close(self) -> None:
+        """Before the background: remove what still waits for that. Blocks for as long as the disk takes."""
+        if self._silent_timer is not None:
+            self._silent_timer.cancel()
+        jobs, self._silent = self._silent, []
+        self._settle_each(jobs)

@@ -24,9 +24,7 @@ from pjw.errors import (
 from pjw.model import Job
 from pjw.worker.background import log_bug
 from pjw.worker.quota import StoredBytes
-from pjw.worker.state_dir import StateDir, disk_error
-
-_WHOLE_MODE: Final = 0o400
+from pjw.worker.state_dir import WHOLE_MODE, StateDir, disk_error
 
 
 class Inputs:
@@ -37,33 +35,40 @@ class Inputs:
         self._state: Final = state
         self._stored: Final = stored
         self._bytes_max = bytes_max
-        self._turns: Final[dict[int, _Turn]] = {}
+        # by what they are the input of
+        self._turns: Final[dict[str, _Turn]] = {}
 
     def set_bytes_max(self, bytes_max: int) -> None:
         """From now on so much; who writes already goes on as it began."""
         self._bytes_max = bytes_max
 
-    @asynccontextmanager
-    async def writer(
+    def writer(
         self, job_id: int, client_name: str, job_ended: Callable[[], Awaitable[None]]
+    ) -> AbstractAsyncContextManager["InputWriter"]:
+        """Write to the input of a job: see `writer_of`."""
+        return self.writer_of(f"job {job_id}", self._state.input_path(job_id), client_name, job_ended)
+
+    @asynccontextmanager
+    async def writer_of(
+        self, subject: str, path: str, client_name: str, ended: Callable[[], Awaitable[None]]
     ) -> AsyncGenerator["InputWriter", None]:
-        """Write to the input of a job until that has ended; whoever did so before gets a JobStateError.
+        """Write to an input until whatever it is of has ended; the writer before gets a JobStateError.
 
         The newest wins because it may be the same client, whose old connection nobody has seen end.
         """
-        turn = self._turns.setdefault(job_id, _Turn())
+        turn = self._turns.setdefault(subject, _Turn())
         turn.writers += 1
         if turn.latest is not None:
-            turn.latest.end(JobStateError(f"somebody else has begun to write to the input of job {job_id}"))
+            turn.latest.end(JobStateError(f"somebody else has begun to write to the input of {subject}"))
         timeout = asyncio.timeout(None)
         writer = turn.latest = InputWriter(
-            job_id, timeout, self._bytes_max, partial(self._stored.taken, client_name)
+            subject, timeout, self._bytes_max, partial(self._stored.taken, client_name)
         )
-        ending = asyncio.ensure_future(_end_with(job_ended, writer, job_id))
+        ending = asyncio.ensure_future(_end_with(ended, writer, subject))
         try:
             async with timeout, turn.lock:
                 try:
-                    writer.open(self._state.input_path(job_id))
+                    writer.open(path)
                     yield writer
                 finally:
                     await writer.close()
@@ -78,7 +83,7 @@ class Inputs:
             turn.writers -= 1
             # not with the latest one: the one before it may still be about to let go
             if not turn.writers:
-                del self._turns[job_id]
+                del self._turns[subject]
 
 
 class _Turn:
@@ -96,7 +101,7 @@ class InputWriter:
 
     def __init__(
         self,
-        job_id: int,
+        subject: str,
         timeout: asyncio.Timeout,
         bytes_max: int,
         taken: Callable[[int], AbstractAsyncContextManager[None]],
@@ -104,7 +109,7 @@ class InputWriter:
         self.offset = 0
         self.ended = False
         self.ended_by: PjwError | None = None
-        self._job_id: Final = job_id
+        self._subject: Final = subject
         self._timeout: Final = timeout
         self._bytes_max: Final = bytes_max
         self._taken: Final = taken
@@ -114,11 +119,11 @@ class InputWriter:
     def open(self, path: str) -> None:
         """Find what is there already. Raises JobStateError when the job has ended."""
         try:
-            self.ended = stat.S_IMODE(os.stat(path).st_mode) == _WHOLE_MODE
+            self.ended = stat.S_IMODE(os.stat(path).st_mode) == WHOLE_MODE
             flags = os.O_RDONLY if self.ended else os.O_WRONLY | os.O_APPEND
             self._descriptor = os.open(path, flags | os.O_CLOEXEC)
         except FileNotFoundError:
-            raise ended_error(self._job_id) from None
+            raise ended_error(self._subject) from None
         except OSError as error:
             raise self._failed(error) from error
         self.offset = os.fstat(self._descriptor).st_size
@@ -156,23 +161,23 @@ class InputWriter:
         """
         behind = offset + len(data)
         if offset < 0:
-            raise InvalidJobError(f"the input of job {self._job_id} has no byte {offset}")
+            raise InvalidJobError(f"the input of {self._subject} has no byte {offset}")
         if end and behind < self.offset:
             raise InvalidJobError(
-                f"the input of job {self._job_id} cannot end at byte {behind}: {self.offset} are there"
+                f"the input of {self._subject} cannot end at byte {behind}: {self.offset} are there"
             )
         if offset > self.offset:
             raise OffsetError(
-                f"cannot write input of job {self._job_id} from byte {offset}: it has {self.offset} bytes",
+                f"cannot write input of {self._subject} from byte {offset}: it has {self.offset} bytes",
                 size=self.offset,
             )
         if self.ended:
             if behind > self.offset:
-                raise JobStateError(f"the input of job {self._job_id} has ended at byte {self.offset}")
+                raise JobStateError(f"the input of {self._subject} has ended at byte {self.offset}")
             return
         if self._bytes_max and behind > self._bytes_max:
             raise LimitReachedError(
-                f"the input of job {self._job_id} is longer than {self._bytes_max} bytes,"
+                f"the input of {self._subject} is longer than {self._bytes_max} bytes,"
                 " and no more is taken on this server",
                 hint="the operator sets clients.input_bytes_max",
                 limit="input_bytes_max",
@@ -191,14 +196,14 @@ class InputWriter:
     def _append(self, data: memoryview, *, end: bool) -> None:
         try:
             if self._reader_has_gone():
-                raise JobStateError(f"the command of job {self._job_id} does not read its input any more")
+                raise JobStateError(f"the command of {self._subject} does not read its input any more")
             while data:
                 written = os.write(self._descriptor, data)
                 self.offset += written
                 data = data[written:]
             # Data before the end, which init looks for before it reads.
             if end:
-                os.fchmod(self._descriptor, _WHOLE_MODE)
+                os.fchmod(self._descriptor, WHOLE_MODE)
                 self.ended = True
         except OSError as error:
             raise self._failed(error) from error
@@ -212,18 +217,18 @@ class InputWriter:
         return True
 
     def _failed(self, error: OSError) -> PjwError:
-        return disk_error("write the input of", f"job {self._job_id}", error)
+        return disk_error("write the input of", self._subject, error)
 
 
-async def _end_with(job_ended: Callable[[], Awaitable[None]], writer: InputWriter, job_id: int) -> None:
+async def _end_with(ended: Callable[[], Awaitable[None]], writer: InputWriter, subject: str) -> None:
     try:
-        await job_ended()
+        await ended()
     except LauncherGoneError as error:
         writer.end(error)
     else:
         # who has just brought all of it is to hear that, not that nobody wants any more
         if not writer.ended:
-            writer.end(ended_error(job_id))
+            writer.end(ended_error(subject))
 
 
 def require_input(job: Job) -> None:
@@ -234,6 +239,6 @@ def require_input(job: Job) -> None:
         )
 
 
-def ended_error(job_id: int) -> JobStateError:
+def ended_error(subject: str) -> JobStateError:
     """The error for input that comes too late."""
-    return JobStateError(f"job {job_id} has ended, and reads no input any more")
+    return JobStateError(f"{subject} has ended, and reads no input any more")

@@ -7,7 +7,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Final
 
-from pjw.model import EndReason, ExitStatus, Job, Usage, UsageSample
+from pjw.model import Artifacts, ArtifactsState, EndReason, ExitStatus, Job, Usage, UsageSample
 from pjw.output import OutputLog
 from pjw.worker.flag import Flag
 from pjw.worker.record import End
@@ -16,6 +16,8 @@ from pjw.worker.states import JobEvent, transition
 
 # the detail of a job whose output waits
 OUTPUT_HELD: Final = "waits: the disk of pjwd takes no more of its output"
+# and of one whose command has ended
+KEEPING: Final = "its command has ended; it keeps its artifacts"
 
 
 class LiveJob:
@@ -35,6 +37,8 @@ class LiveJob:
         self.stuck: Final = Flag()
         # set while the job's output waits; `job.detail` says so then
         self.held: Final = Flag()
+        # whether its command has ended, and its artifacts are being packed; `job.detail` says so then
+        self.keeping = False
         # whether the last resort was used: its init was killed, so no record can be expected
         self.init_killed = False
         # whether it was ended because it had most of a file system that was about to be full
@@ -43,6 +47,7 @@ class LiveJob:
         self.sample: UsageSample | None = None
         self.sampled_at = -math.inf
         self._why_stuck = ""
+        self._packing_killed = False
         self._pidfd = -1
 
     def _apply(self, event: JobEvent, **changes: object) -> None:
@@ -73,9 +78,24 @@ class LiveJob:
             self.held.clear()
         self._tell()
 
+    def keeping_seen(self) -> None:
+        """The command has ended, and its end is recorded."""
+        self.keeping = True
+        self._tell()
+
+    def artifacts_seen(self, artifacts: Artifacts, *, killed: bool) -> None:
+        """Its init has ended, and with it what has become of its artifacts is known.
+
+        *killed*: SIGKILL has ended their packing.
+        """
+        self._packing_killed = killed
+        required = self.job.artifacts is not None and self.job.artifacts.required
+        self.job = replace(self.job, artifacts=replace(artifacts, required=required))
+
     def _tell(self) -> None:
         if not self.job.state.final:
-            detail = self._why_stuck or (OUTPUT_HELD if self.held.is_set() else "")
+            otherwise = KEEPING if self.keeping else ""
+            detail = self._why_stuck or (OUTPUT_HELD if self.held.is_set() else otherwise)
             self.job = replace(self.job, detail=detail)
 
     def end_seen(self, end: End, usage: Usage | None, output_bytes: int) -> None:
@@ -85,12 +105,22 @@ class LiveJob:
         if (
             reason is EndReason.COMPLETED
             and usage is not None
-            and usage.oom_kills
+            # when the packing was killed for its memory, that is not the command's end
+            and usage.oom_kills > self._packing_killed
             and end.exit_status.code != 0
         ):
             reason = EndReason.OOM_KILLED
         if reason is EndReason.STOPPED and self.disk_limit:
             reason = EndReason.DISK_LIMIT
+        artifacts = self.job.artifacts
+        if (
+            reason is EndReason.COMPLETED
+            and end.exit_status.code == 0
+            and artifacts is not None
+            and artifacts.required
+            and artifacts.state is not ArtifactsState.KEPT
+        ):
+            reason = EndReason.ARTIFACTS_MISSING
         self._apply(
             JobEvent.END_SEEN,
             end=from_ns(end.ended_ns),

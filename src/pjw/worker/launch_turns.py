@@ -7,8 +7,7 @@ however many starts it asks for at once (S10). It has fewer beside other clients
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from typing import Final
 
 # Enough to keep launcher and processors busy: a launch is mostly the kernel's work, beside the next one.
@@ -32,6 +31,47 @@ class _Line:
         self.waiting: Final[deque[asyncio.Future[None]]] = deque()
 
 
+class Turn:
+    """One turn of a client, as an asynchronous context manager or by `begin` and `end`.
+
+    One for each start, so it has no generator.
+    """
+
+    __slots__ = ("_client_name", "_line", "_slow", "_timer", "_turns")
+
+    def __init__(self, turns: "LaunchTurns", client_name: str) -> None:
+        self._turns: Final = turns
+        self._client_name: Final = client_name
+        # while it lasts
+        self._line: _Line | None = None
+        self._slow = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def begin(self) -> None:
+        """Wait until it comes."""
+        self._line = await self._turns.begin(self._client_name)
+        self._timer = asyncio.get_running_loop().call_later(SLOW_SECONDS, self._note_slow)
+
+    def end(self) -> None:
+        """End it, if it lasts."""
+        if self._timer is not None:
+            self._timer.cancel()
+        line, self._line = self._line, None
+        if line is not None:
+            self._turns.end(self._client_name, line, slow=self._slow)
+
+    async def __aenter__(self) -> None:
+        await self.begin()
+
+    async def __aexit__(self, *exception: object) -> None:
+        self.end()
+
+    def _note_slow(self) -> None:
+        if self._line is not None:
+            self._slow = True
+            self._turns.note_slow(self._client_name, self._line)
+
+
 class LaunchTurns:
     """Who may launch now."""
 
@@ -46,32 +86,31 @@ class LaunchTurns:
         line = self._lines.get(client_name)
         return line is not None and (bool(line.waiting) or not self._has_room(client_name, line))
 
-    @asynccontextmanager
-    async def turn(self, client_name: str) -> AsyncGenerator[None, None]:
-        """Wait for a client's turn, and have it for as long as the context lasts."""
+    def turn(self, client_name: str) -> "Turn":
+        """A client's next turn, which is to be waited for."""
+        return Turn(self, client_name)
+
+    async def begin(self, client_name: str) -> _Line:
+        """Wait for a client's turn; its line. For a Turn."""
         line = self._lines.setdefault(client_name, _Line())
         if line.waiting or not self._has_room(client_name, line):
             await self._wait(client_name, line)
         else:
             line.under_way += 1
         self._note(client_name)
-        slow = False
+        return line
 
-        def note_slow() -> None:
-            nonlocal slow
-            slow = True
-            line.slow += 1
-            self._go_on(client_name, line)
+    def note_slow(self, client_name: str, line: _Line) -> None:
+        """A launch takes long: the client's next may begin. For a Turn."""
+        line.slow += 1
+        self._go_on(client_name, line)
 
-        timer = asyncio.get_running_loop().call_later(SLOW_SECONDS, note_slow)
-        try:
-            yield
-        finally:
-            timer.cancel()
-            self._note(client_name)
-            line.under_way -= 1
-            line.slow -= slow
-            self._go_on(client_name, line)
+    def end(self, client_name: str, line: _Line, *, slow: bool) -> None:
+        """A turn is over. For a Turn."""
+        self._note(client_name)
+        line.under_way -= 1
+        line.slow -= slow
+        self._go_on(client_name, line)
 
     async def _wait(self, client_name: str, line: _Line) -> None:
         turn = asyncio.get_running_loop().create_future()

@@ -12,6 +12,7 @@ from typing import Final
 from pjw.errors import (
     RESOURCE_ERRNOS,
     ConfigError,
+    CopyError,
     InvalidJobError,
     JobStateError,
     KernelError,
@@ -21,6 +22,7 @@ from pjw.errors import (
     PjwError,
     ProtocolError,
     WorkdirError,
+    describe_errno,
 )
 from pjw.launcher import protocol
 from pjw.model import GroupUse, JobSpec, Share, Usage, UsageSample
@@ -29,13 +31,17 @@ from pjw.worker.launcher_process import LauncherProcess, collect
 from pjw.worker.rows import from_ns
 
 
-class LaunchLeftError(Exception):
-    """The launcher refused a launch, a part of which does not end; `request_departed` waits for its end."""
+class LaunchBrokenOffError(Exception):
+    """The launcher refused a launch whose init had its order, and may have executed the command.
 
-    def __init__(self, refusal: PjwError) -> None:
+    Where `is_left`, a part of it does not end; `request_departed` waits for that.
+    """
+
+    def __init__(self, refusal: PjwError, *, is_left: bool) -> None:
         """*refusal* is the error for the caller that asked for the launch."""
         super().__init__(str(refusal))
         self.refusal: Final = refusal
+        self.is_left: Final = is_left
 
 
 # Done when the init of a job has ended; cancelled when the launcher goes before that.
@@ -104,19 +110,50 @@ class LauncherClient:
     async def request_launch(
         self, launch: protocol.Launch, spec: JobSpec, descriptors: list[int]
     ) -> tuple[RunningInit, int]:
-        """Start a job; give its init and the time of exec in ns.
+        """Start a job; give its init and the time of exec in ns. Owns the descriptors, and empties the list.
 
         Raises LaunchError when the program cannot be executed, WorkdirError when its directory cannot be
-        entered, KernelError for another step; LaunchLeftError with one of these when something is left.
+        entered, KernelError for another step; LaunchBrokenOffError with one of these when it is not certain
+        that the program was not executed.
         """
         answer = await self._ask(launch, descriptors)
         reply, fds = answer.reply, answer.descriptors
         if isinstance(reply, protocol.Refused):
             error = _launch_error_of(reply, spec)
-            raise LaunchLeftError(error) if reply.left else error
+            if reply.left or reply.kind in ("late", "setup"):
+                raise LaunchBrokenOffError(error, is_left=reply.left)
+            raise error
         if not isinstance(reply, protocol.Launched) or len(fds) != 1 or answer.ended is None:
             raise ProtocolError("the launcher answered a launch with something else")
         return RunningInit(fds[0], answer.ended), reply.started_ns
+
+    async def request_exec(self, request: protocol.Exec, spec: JobSpec, descriptors: list[int]) -> int:
+        """Start a session in a job that runs; the time of exec in ns. Raises what a launch does.
+
+        Owns the descriptors, and empties the list.
+        """
+        answer = await self._ask(request, descriptors)
+        if isinstance(answer.reply, protocol.Refused):
+            raise _launch_error_of(answer.reply, spec)
+        if not isinstance(answer.reply, protocol.Entered):
+            raise ProtocolError("the launcher answered a request for a session with something else")
+        return answer.reply.started_ns
+
+    async def request_connect(self, job_id: int, uid: int, port: int) -> int:
+        """A socket that is connected to a port within a job; the caller owns it.
+
+        Raises JobStateError where nobody listens, and KernelError.
+        """
+        answer = await self._ask(protocol.Connect(job_id, uid, port))
+        reply = answer.reply
+        if isinstance(reply, protocol.Refused):
+            if reply.kind == "connect":
+                why = describe_errno(reply.errno)
+                raise JobStateError(f"cannot connect to port {port} of job {job_id}: {why}")
+            raise _error_of(reply)
+        if not isinstance(reply, protocol.Opened) or len(answer.descriptors) != 1:
+            raise ProtocolError("the launcher answered a request for a connection with something else")
+        return answer.descriptors[0]
 
     async def request_adopt(self, job_id: int) -> RunningInit | None:
         """The init of a job that still runs; None when it has ended."""
@@ -188,7 +225,7 @@ class LauncherClient:
         await self._request(protocol.Remove(job_id))
 
     async def request_departed(self, job_id: int) -> None:
-        """Return when nothing is left of a launch that raised LaunchLeftError, however long that takes."""
+        """Return when nothing is left of a launch that left something, however long that takes."""
         await self._request(protocol.Departed(job_id))
 
     async def request_set_share(self, uid: int, share: Share) -> tuple[str, ...]:
@@ -208,6 +245,28 @@ class LauncherClient:
     async def request_scratch_use(self) -> int:
         """Have scratch directories counted; a pipe, the caller's, that gives a line for each job."""
         return await self._opened(protocol.ScratchUse())
+
+    async def request_workspaces(self) -> list[tuple[int, str]]:
+        """All workspaces that have a directory: the user ids of their clients, and their names."""
+        found: list[tuple[int, str]] = []
+        after = ""
+        while True:
+            reply = (await self._request(protocol.WorkspaceNames(after))).reply
+            if not isinstance(reply, protocol.WorkspacePage):
+                raise ProtocolError("the launcher answered a question for workspaces with something else")
+            for after in reply.names:
+                uid, _, name = after.partition("/")
+                found.append((int(uid), name))
+            if len(reply.names) < protocol.MAX_WORKSPACES:
+                return found
+
+    async def request_workspace_use(self, uid: int, name: str) -> int:
+        """Have a workspace counted; a pipe, the caller's, that gives its bytes and inodes."""
+        return await self._opened(protocol.WorkspaceUse(uid, name))
+
+    async def request_remove_workspace(self, uid: int, name: str) -> None:
+        """Remove a workspace with all that is in it. Raises KernelError when something stays."""
+        await self._request(protocol.RemoveWorkspace(uid, name))
 
     async def request_open_file(self, place: int) -> int:
         """The operator's file at that place, open for reading; the caller owns it.
@@ -232,18 +291,24 @@ class LauncherClient:
             raise _error_of(answer.reply)
         return answer
 
-    async def _ask(self, request: protocol.Request, descriptors: Sequence[int] = ()) -> Answer:
+    async def _ask(self, request: protocol.Request, descriptors: list[int] | None = None) -> Answer:
+        # Ours now. They are closed when they are sent, while the launcher works, and not after its answer.
+        owned = [] if descriptors is None else descriptors[:]
+        if descriptors:
+            descriptors.clear()
         if self.gone.is_set():
+            _close_all(owned)
             raise LauncherGoneError("the launcher has gone; running jobs go on")
         self._seq += 1
         seq = self._seq
         data = protocol.encode(seq, request)
         waiting: asyncio.Future[Answer] = self._loop.create_future()
         self._waiting[seq] = waiting
-        if self._unsent or not self._send(data, descriptors):
-            # Copies, since the caller may close its own when it is cancelled before they are sent.
-            self._unsent.append((data, [os.dup(fd) for fd in descriptors]))
+        if self._unsent or not self._send(data, owned):
+            self._unsent.append((data, owned))
             self._loop.add_writer(self._socket, self._send_unsent)
+        else:
+            _close_all(owned)
         try:
             return await waiting
         except asyncio.CancelledError:
@@ -324,6 +389,10 @@ def _launch_error_of(refused: protocol.Refused, spec: JobSpec) -> PjwError:
             return LaunchError(spec.argv[0], refused.errno)
         case "workdir":
             return WorkdirError(spec.workdir, refused.errno)
+        case "unpack":
+            # "unpack the upload: WHY for": a name in it is the client's own
+            words = f"cannot {refused.operation.removesuffix(' for')}"
+            return CopyError(words if words.isprintable() else ascii(words)[1:-1])
         case _:
             return _error_of(refused)
 

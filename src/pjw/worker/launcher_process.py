@@ -117,6 +117,7 @@ def hello_of(
         scratch_inodes_max=settings.scratch_inodes_max,
         sums=settings.sums,
         audit_log=audit_log,
+        workspace_bytes_max=settings.quotas.workspace_bytes_max,
     )
 
 

@@ -1,14 +1,14 @@
 """What is read of a job's output: which stream, from where on, and what is missing at its end."""
 
 import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractContextManager, aclosing, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
 from pjw.errors import InvalidJobError, JobStateError, OutputLostError
-from pjw.model import Job
+from pjw.model import Job, JobState
 from pjw.output import (
     Head,
     Inotify,
@@ -19,6 +19,7 @@ from pjw.output import (
     start_of_tail,
     start_of_time,
 )
+from pjw.worker.artifacts import require_kept
 from pjw.worker.job import LiveJob
 from pjw.worker.rows import from_ns
 from pjw.worker.state_dir import StateDir
@@ -38,8 +39,14 @@ class Part:
     since_ns: int | None = None
     stderr: bool = False
     follow: bool = True
+    # of a session of the job instead of the job's own; 0 is the latter
+    session: int = 0
+    # what was kept of the job's files after its end, instead of its output: an archive
+    artifacts: bool = False
 
     def __post_init__(self) -> None:
+        if self.artifacts and (self.stderr or self.session or self.is_sought):
+            raise InvalidJobError("artifacts are one archive: they begin at a byte, and have no stderr")
         if self.tail_lines is not None and self.tail_lines < 0:
             raise InvalidJobError(f"the number of last lines must be 0 or more, not {self.tail_lines}")
 
@@ -89,18 +96,21 @@ class Reading:
     output: Output
     offset: int
     follow: bool
+    # what lasts as long as it is read
+    within: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def chunks(self, head: Head = no_head) -> AsyncGenerator[bytes, None]:
         """Its bytes, as they come. *head* makes what each chunk begins with from how many bytes it has."""
         chunks = follow(self.output.log, self.offset, head, present_only=not self.follow)
         # most are whole, and one more generator is a part of what a line to many followers costs
-        return self._checked(chunks) if self.output.lost else chunks
+        return self._checked(chunks) if self.output.lost or self.within is not nullcontext else chunks
 
     async def _checked(self, chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
         # aclosing: a generator that is left to the garbage collector would keep its watch
-        async with aclosing(chunks):
-            async for chunk in chunks:
-                yield chunk
+        with self.within():
+            async with aclosing(chunks):
+                async for chunk in chunks:
+                    yield chunk
         self._check_whole()
 
     async def timed(self) -> AsyncGenerator[tuple[bytes, datetime | None], None]:
@@ -125,7 +135,9 @@ def live_job(state: StateDir, inotify: Inotify, job: Job) -> LiveJob:
 
 def _log_of(state: StateDir, inotify: Inotify, job: Job, *, stderr: bool = False) -> OutputLog:
     path, times_path = state.output_paths(job.id, stderr=stderr)
-    return OutputLog(path, inotify, ended=job.state.final, times_path=times_path)
+    # of one that waits in the queue there is none yet
+    ended = job.state.final or job.state is JobState.QUEUED
+    return OutputLog(path, inotify, ended=ended, times_path=times_path)
 
 
 def output_of_ended(state: StateDir, inotify: Inotify, job: Job, *, stderr: bool) -> Output:
@@ -138,6 +150,23 @@ def output_of_ended(state: StateDir, inotify: Inotify, job: Job, *, stderr: bool
             " the host went down before the disk had the rest, or somebody has cut the file short"
         )
     return Output(_log_of(state, inotify, job, stderr=stderr), lost)
+
+
+def artifacts_of(state: StateDir, inotify: Inotify, job: Job) -> Output:
+    """The artifacts of a job, as an archive.
+
+    Raises JobStateError before its end, CopyError when there are none, and KernelError.
+    """
+    expected = require_kept(job).bytes
+    # None: somebody has removed the file, or a backup was restored without it
+    size = state.whole_artifacts(job.id)
+    lost = None
+    if size != expected:
+        lost = OutputLostError(
+            f"the artifacts of job {job.id} are not whole: {size or 0} of {expected} bytes are on the"
+            " server's disk; somebody has changed or removed the file"
+        )
+    return Output(OutputLog(state.artifacts_path(job.id), inotify, ended=True), lost)
 
 
 def check_stream(job: Job, part: Part) -> None:

@@ -1,6 +1,7 @@
 """How much of everything a worker has, at one moment."""
 
 import os
+import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from pjw.model import EndReason, JobState
 from pjw.worker.job import LiveJob
 from pjw.worker.launcher_client import LauncherClient
+from pjw.worker.queue import Queue
 from pjw.worker.state_dir import StateDir
 
 
@@ -18,14 +20,17 @@ class ClientNumbers:
     running: int = 0
     stored_jobs: int = 0
     stored_bytes: int = 0
+    queued: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerNumbers:
     """What there is of jobs and of space.
 
-    Jobs by state, ends by reason since the start, what each client has, the state directory's disk, and the
-    number of jobs whose output waits for that disk.
+    Jobs by state, ends by reason since the start, what each client has, the state directory's disk, the
+    number of jobs whose output waits for that disk, and of the queue how many jobs were started from it and
+    since when the oldest waits that waits for nothing but its turn (seconds). In the queue each element of
+    an array counts.
 
     Bytes are the output of ended jobs: that of those which run is known when they have ended.
     """
@@ -37,6 +42,8 @@ class WorkerNumbers:
     disk_free_bytes: int
     output_held: int
     launcher_up: bool
+    admissions: int = 0
+    oldest_queued_seconds: float = 0.0
 
 
 async def count_all(
@@ -45,21 +52,26 @@ async def count_all(
     ends: Mapping[EndReason, int],
     held: int,
     launcher: LauncherClient,
+    queue: Queue,
 ) -> WorkerNumbers:
     """Count; it costs the same however many jobs are kept."""
     totals = {name: (jobs, stored) for name, jobs, stored in await state.store.totals()}
     disk = os.fstatvfs(state.descriptor)
     jobs = [each.job for each in live.values()]
     running = Counter(job.client_name for job in jobs)
+    queued = Counter(await state.store.waiting_of_clients())
+    oldest_ns = await state.store.oldest_ready_ns()
     return WorkerNumbers(
         live=Counter(job.state for job in jobs),
         ends=dict(ends),
         clients={
-            name: ClientNumbers(running[name], *totals.get(name, (0, 0)))
+            name: ClientNumbers(running[name], *totals.get(name, (0, 0)), queued[name])
             for name in sorted(totals.keys() | running.keys())
         },
         disk_bytes=disk.f_frsize * disk.f_blocks,
         disk_free_bytes=disk.f_frsize * disk.f_bavail,
         output_held=held,
         launcher_up=not launcher.gone.is_set(),
+        admissions=queue.admissions,
+        oldest_queued_seconds=0.0 if oldest_ns is None else max(0.0, (time.time_ns() - oldest_ns) / 1e9),
     )

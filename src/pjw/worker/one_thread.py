@@ -14,6 +14,8 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 # is told on the event loop how a call went: what it gave, or what it raised
 _Done = Callable[[Any, BaseException | None], None]
+# What a call gives when somebody else will tell that it is over.
+TOLD_LATER: Final = object()
 
 
 class OneThread:
@@ -28,7 +30,7 @@ class OneThread:
         self._thread: threading.Thread | None = None
 
     def call(self, function: Callable[[], object], done: _Done) -> None:
-        """Have *function* called, and then *done* by the running event loop."""
+        """Have *function* called, and then *done* by the running event loop, unless it gives TOLD_LATER."""
         if self._thread is None:
             # a daemon: where nobody calls `close`, it keeps no process from ending
             self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
@@ -70,8 +72,9 @@ class OneThread:
                 result = function()
             except BaseException as raised:  # noqa: BLE001  it goes to whoever called
                 error = raised
-            # RuntimeError: the loop has ended, and nobody waits
-            with suppress(RuntimeError):
-                loop.call_soon_threadsafe(done, result, error)
+            if result is not TOLD_LATER:
+                # RuntimeError: the loop has ended, and nobody waits
+                with suppress(RuntimeError):
+                    loop.call_soon_threadsafe(done, result, error)
             # not held until the next call comes
             del call, loop, function, done, result, error

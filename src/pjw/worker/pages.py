@@ -3,7 +3,7 @@
 import sqlite3
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from pjw.model import Job, JobState
@@ -21,7 +21,7 @@ _ID_MAX: Final = 2**63 - 1
 
 @dataclass(frozen=True, slots=True)
 class JobFilter:
-    """Which jobs are wanted: in one of these states, with all of these labels, of this name.
+    """Which jobs are wanted: in one of these states, with all of these labels, of this name, of this array.
 
     What is empty says nothing.
     """
@@ -29,15 +29,15 @@ class JobFilter:
     states: frozenset[JobState] = frozenset()
     labels: Mapping[str, str] = field(default_factory=dict)
     name: str = ""
+    array_id: int | None = None
 
-    @property
-    def ended(self) -> bool | None:
-        """Whether only jobs that have ended can fit (True), or only those that have not (False)."""
-        final = {state.final for state in self.states}
-        return final.pop() if len(final) == 1 else None
+    def fits(self, job: Job) -> bool:
+        """Whether a job has the labels and the name, whatever its state."""
+        return self.name in ("", job.name) and self.labels.items() <= dict(job.labels).items()
 
 
 ALL_JOBS: Final = JobFilter()
+_QUEUED: Final = frozenset({JobState.QUEUED})
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,24 +60,41 @@ def read_page(
     newest_first: bool,  # noqa: FBT001  called by position, from another thread
 ) -> Page:
     """At most *count* jobs that fit, of one client or of all, behind id *after* (0: from the first on)."""
-    query = _Query(newest_first, after)
-    if client_name is not None:
-        query.add("client_name = ?", client_name)
+    begun = wanted.states - _QUEUED
+    if begun != wanted.states and begun and not any(state.final for state in begun):
+        # each of the two has an index of its own
+        parts = [
+            read_page(db, client_name, after, count, replace(wanted, states=states), newest_first)
+            for states in (_QUEUED, begun)
+        ]
+        return _merged(parts, count, newest_first)
+    # the page, and the rows among which it looks
+    query, looked_at = (_Query(newest_first, after, client_name) for _ in range(2))
     last: int | None = None
+    if wanted.array_id is not None:
+        # its elements have an index of their own, and there are as many as ran
+        query.add("array_id = ?", wanted.array_id)
     if wanted.name:
         # says the index of names what it wants to hear
         query.add("name = ? AND name <> ''", wanted.name)
-    bounded = bool(wanted.labels or wanted.states or (wanted.name and client_name is None))
-    if wanted.ended is False:
+    bounded = bool(
+        wanted.labels or wanted.states or wanted.array_id is not None or (wanted.name and client_name is None)
+    )
+    if wanted.states == _QUEUED:
+        bounded = bool(wanted.labels or wanted.name or wanted.array_id is not None)
+        for each in (query, looked_at):
+            each.source = f"jobs INDEXED BY jobs_queued{'' if client_name is None else '_of_client'}"
+            each.add("state IS NULL AND start_ns = 0")
+    elif wanted.states and not any(state.final for state in wanted.states):
         # few, and in an index of their own
         query.source, bounded = "jobs INDEXED BY jobs_alive", False
-        query.add("state IS NULL")
-    elif bounded and (last := _last_to_look_at(db, client_name, after, newest_first)) is not None:
-        query.add(f"id {query.until} ?", last)
-    if wanted.states and wanted.ended is not False:
+        query.add("state IS NULL AND start_ns > 0")
+    elif wanted.states:
         # NULL: one that has ended may not have been written down
         marks = ", ".join("?" * len(wanted.states))
         query.add(f"(state IN ({marks}) OR state IS NULL)", *sorted(wanted.states))
+    if bounded and (last := _last_to_look_at(db, looked_at)) is not None:
+        query.add(f"id {query.until} ?", last)
     for key, value in wanted.labels.items():
         query.add("json_extract(labels, ?) = ?", f'$."{key}"', value)
     jobs: list[Job] = []
@@ -93,13 +110,28 @@ def read_page(
     return Page(jobs, last)
 
 
+def _merged(parts: Sequence[Page], count: int, newest_first: bool) -> Page:  # noqa: FBT001
+    """One page of two, behind neither of which a job is left out that comes before a job of the other."""
+    ends = [part.next_after for part in parts if part.next_after is not None]
+    last = (max if newest_first else min)(ends, default=None)
+    jobs = sorted((job for part in parts for job in part.jobs), key=lambda job: job.id, reverse=newest_first)
+    if last is not None:
+        jobs = [job for job in jobs if (job.id >= last if newest_first else job.id <= last)]
+    if len(jobs) > count:
+        jobs = jobs[:count]
+        last = jobs[-1].id
+    return Page(jobs, last)
+
+
 class _Query:
-    def __init__(self, newest_first: bool, after: int) -> None:  # noqa: FBT001
+    def __init__(self, newest_first: bool, after: int, client_name: str | None) -> None:  # noqa: FBT001
         self.source = "jobs"
         self.until: Final = ">=" if newest_first else "<="
         self._order: Final = "id DESC" if newest_first else "id"
         self._conditions: Final = ["id < ?" if newest_first else "id > ?"]
         self.arguments: Final[list[str | int]] = [after or _ID_MAX if newest_first else after]
+        if client_name is not None:
+            self.add("client_name = ?", client_name)
 
     def add(self, condition: str, *arguments: str | int) -> None:
         self._conditions.append(condition)
@@ -111,16 +143,8 @@ class _Query:
         return f"SELECT {columns} FROM {self.source} WHERE {conditions} {order}"  # noqa: S608  all ours
 
 
-def _last_to_look_at(
-    db: sqlite3.Connection,
-    client_name: str | None,
-    after: int,
-    newest_first: bool,  # noqa: FBT001
-) -> int | None:
+def _last_to_look_at(db: sqlite3.Connection, query: _Query) -> int | None:
     """The row at which a page ends however few fit; None when so many rows are not there any more."""
-    query = _Query(newest_first, after)
-    if client_name is not None:
-        query.add("client_name = ?", client_name)
     row = db.execute(f"{query.select('id')} OFFSET ?", (*query.arguments, 1, ROWS_LOOKED_AT - 1)).fetchone()
     return row[0] if row else None
 

@@ -4,13 +4,13 @@ import asyncio
 import math
 import sys
 from collections import Counter
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Final
 
 from pjw.amounts import exact_size
 from pjw.errors import InvalidJobError, LimitReachedError
-from pjw.model import Limits, Sums
+from pjw.model import TOO_DEEP, Limits, Sums
 from pjw.worker.disk import ScratchUse
 from pjw.worker.host import memory_of
 from pjw.worker.job import LiveJob
@@ -58,15 +58,10 @@ class RunningJobs:
                 limit="running_total_max",
                 most=total,
             )
+        self.require_possible(client_name, limits)
         own, every = self.memory_max(client_name)
         wanted = self._promise(limits)
-        what = f"a memory limit of {exact_size(wanted)}" if limits.memory_max_bytes else "no memory limit"
-        for most, whose in ((own, f"jobs of {client_name}"), (every, "jobs of this server")):
-            if most and wanted > most:
-                raise InvalidJobError(
-                    f"cannot start the job with {what}: all {whose} together may have {exact_size(most)}",
-                    hint="ask for less memory; the operator sets memory_overcommit",
-                )
+        what = _in_words(wanted, limits)
         promised = self._memory[client_name]
         if own and promised + wanted > own:
             raise _no_room(
@@ -78,6 +73,18 @@ class RunningJobs:
         if every and self._memory.total() + wanted > every:
             raise _no_room(f"{what}: this server has no room for that now")
         self.adopt(client_name, limits)
+
+    def require_possible(self, client_name: str, limits: Limits) -> None:
+        """Raises InvalidJobError for a job for whose memory there is no room ever."""
+        own, every = self.memory_max(client_name)
+        wanted = self._promise(limits)
+        for most, whose in ((own, f"jobs of {client_name}"), (every, "jobs of this server")):
+            if most and wanted > most:
+                raise InvalidJobError(
+                    f"cannot start the job with {_in_words(wanted, limits)}: all {whose} together may have"
+                    f" {exact_size(most)}",
+                    hint="ask for less memory; the operator sets memory_overcommit",
+                )
 
     def _promise(self, limits: Limits) -> int:
         return limits.memory_max_bytes or self._whole_memory
@@ -107,6 +114,10 @@ class RunningJobs:
     def of(self, client_name: str) -> tuple[int, int]:
         """A client's running jobs, and what their memory limits are together in bytes."""
         return self._running[client_name], self._memory[client_name]
+
+
+def _in_words(wanted: int, limits: Limits) -> str:
+    return f"a memory limit of {exact_size(wanted)}" if limits.memory_max_bytes else "no memory limit"
 
 
 def _no_room(why: str, most: int | None = None) -> LimitReachedError:
@@ -147,6 +158,10 @@ class StoredBytes:
         # as it was last counted
         self._scratch: Final = scratch
         self._quotas = quotas
+        # what the sessions of a job have, by its id
+        self.sessions: Callable[[int], int] = lambda _: 0
+        # what uploads of a client have, or with None of all
+        self.uploads: Callable[[str | None], int] = lambda _: 0
         # what may be written until the next look: by each client, and by all
         self._left: Final[Counter[str]] = Counter()
         self._left_of_all = 0
@@ -189,6 +204,18 @@ class StoredBytes:
             if not self._under_way[client_name]:
                 del self._under_way[client_name]
 
+    async def check_kept(self, live: LiveJob) -> None:
+        """Raises LimitReachedError when the artifacts of a job that has ended are more than may be stored.
+
+        What else it had goes with it, but for its output.
+        """
+        if not self.bounded:
+            return
+        own, total = await self._look(live.job.client_name)
+        scratch = self._scratch.get(live.job.id)
+        goes = self._state.input_size(live.job) + (0 if scratch is None else scratch.bytes)
+        check_bytes(self._quotas, live.job.client_name, own - goes, total - goes, 0)
+
     @property
     def bounded(self) -> bool:
         """Whether there is a quota."""
@@ -208,14 +235,16 @@ class StoredBytes:
     async def _look(self, client_name: str) -> tuple[int, int]:
         """The bytes of one client, and those of all where there is a quota for them."""
         own, total = await self._state.store.ended_bytes(client_name)
-        own += self._under_way[client_name]
-        total += self._under_way.total()
+        own += self._under_way[client_name] + self.uploads(client_name)
+        total += self._under_way.total() + self.uploads(None)
         for live in self._live.values():
             if self._quotas.stored_bytes_total_max or live.job.client_name == client_name:
                 size = self._state.output_size(live.job) + self._state.input_size(live.job)
+                size += self._state.artifacts_size(live.job) + self.sessions(live.job.id)
                 if (scratch := self._scratch.get(live.job.id)) is not None:
                     size += scratch.bytes
-                total += size
+                # what is too deep to be counted is in nobody's way but its client's
+                total += size if size < TOO_DEEP else 0
                 own += size if live.job.client_name == client_name else 0
         return own, total
 
@@ -231,15 +260,16 @@ def check_bytes(
     most, total = quotas.stored_bytes_max, quotas.stored_bytes_total_max
     if most and own_bytes + more_bytes > most:
         raise LimitReachedError(
-            f"the jobs of {client_name} have {exact_size(own_bytes)} of output, input and scratch,"
-            f" and at most {exact_size(most)} may be stored",
-            hint="remove ended jobs: pjw rm ID; the operator sets clients.stored_bytes_max",
+            f"the jobs of {client_name} have {exact_size(own_bytes)} of output, artifacts, input, scratch and"
+            f" workspaces, and at most {exact_size(most)} may be stored",
+            hint="remove ended jobs (pjw rm ID) or workspaces (pjw workspace rm NAME); the operator sets"
+            " clients.stored_bytes_max",
             limit="stored_bytes_max",
             most=most,
         )
     if total and total_bytes + more_bytes > total:
         raise LimitReachedError(
-            "this server has no room for more output, input and scratch now",
+            "this server has no room for more output, artifacts, input, scratch and workspaces now",
             hint="remove ended jobs: pjw rm ID; the operator sets clients.stored_bytes_total_max",
             limit="stored_bytes_total_max",
             most=total,

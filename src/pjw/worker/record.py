@@ -3,6 +3,7 @@
 import re
 import signal
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Final
 
 from pjw.launcher.accounts import ACCOUNTS_OFFSET
@@ -16,6 +17,7 @@ _STARTED: Final = re.compile(rb"started (\d{1,19})\n")
 _ENDED: Final = re.compile(
     rb"ended (\d{1,19}) (exited|signaled) (\d{1,3}) (none|stopped|timed_out|output_limit|output_failed)\n"
 )
+_ARTIFACTS: Final = re.compile(rb"artifacts (whole|nothing|failed|stopped|late|killed) ([^\n]{0,400})\n")
 _USED: Final = re.compile(rb"used" + 5 * rb" (\d{1,19})" + rb"\n")
 # What can be: init writes a 64-bit time, and what wait(2) says.
 _NUMBER_MAX: Final = 2**63 - 1
@@ -38,6 +40,25 @@ class End:
     reason: EndReason
 
 
+class Packing(StrEnum):
+    """What has become of the artifacts of a job, as its init records it."""
+
+    WHOLE = "whole"
+    NOTHING = "nothing"
+    FAILED = "failed"
+    STOPPED = "stopped"
+    LATE = "late"
+    KILLED = "killed"
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The same, with words for a person: why not, or what was left out; empty where there are none."""
+
+    packing: Packing
+    words: str
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """What has been recorded so far: by init, and when that has ended by the launcher."""
@@ -45,6 +66,7 @@ class Record:
     started_ns: int | None = None
     end: End | None = None
     usage: Usage | None = None
+    kept: Kept | None = None
 
 
 def parse_record(data: bytes) -> Record:
@@ -52,16 +74,28 @@ def parse_record(data: bytes) -> Record:
     started = _STARTED.match(data)
     if started is None or int(started[1]) > _NUMBER_MAX:
         return Record()
-    return Record(int(started[1]), _parse_end(data, started.end()), _parse_usage(data))
+    ended = _ENDED.match(data, started.end())
+    end = _parse_end(ended)
+    kept = None if ended is None or end is None else _parse_kept(data, ended.end())
+    return Record(int(started[1]), end, _parse_usage(data), kept)
 
 
-def _parse_end(data: bytes, start: int) -> End | None:
-    ended = _ENDED.match(data, start)
+def _parse_end(ended: re.Match[bytes] | None) -> End | None:
     if ended is None or int(ended[1]) > _NUMBER_MAX or int(ended[3]) not in _NUMBERS[ended[2]]:
         return None
     number = int(ended[3])
     status = ExitStatus(code=number) if ended[2] == b"exited" else ExitStatus(signal=number)
     return End(int(ended[1]), status, _REASONS[ended[4]])
+
+
+def _parse_kept(data: bytes, start: int) -> Kept | None:
+    found = _ARTIFACTS.match(data, start)
+    if found is None:
+        return None
+    # names are in it, which the job has chosen
+    words = found[2].decode("utf-8", "backslashreplace")
+    shown = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in words)
+    return Kept(Packing(found[1].decode()), shown)
 
 
 def _parse_usage(data: bytes) -> Usage | None:

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from pjw.errors import PjwError
@@ -27,6 +27,8 @@ class Pruner:
         self._state: Final = state
         self._retention = retention
         self._due: Final = asyncio.Event()
+        # called when jobs have been removed
+        self.removed: Final[list[Callable[[], None]]] = []
 
     def job_ended(self) -> None:
         """There is one more to keep."""
@@ -82,3 +84,5 @@ class Pruner:
         for job_id in job_ids:
             await self._state.in_thread(self._state.remove_job, job_id)
         await self._state.store.removed(job_ids)
+        for each in self.removed:
+            each()

@@ -37,16 +37,20 @@ class Retention:
     bytes_per_client: int = 0
     jobs_total: int = 0
     bytes_total: int = 0
+    # a workspace that no job has used for so long is removed
+    workspace_age_seconds: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Quotas:
     """What clients may have at once; at it, a start is refused. 0 is "no limit" in every field.
 
-    Each but the last has a total for all clients. Stored bytes are the output of all jobs, ended or not, and
-    the input and the scratch of those that have not, the latter as last counted: once a minute. Input is not
-    taken beyond them; output and scratch are not held back.
-    `input_bytes_max` is for one job, of which more input is not taken.
+    All but input and workspaces have a total for all clients. Stored bytes are the output of all jobs, ended
+    or not, the workspaces, and the input and the scratch of those that have not ended; workspaces and
+    scratch as last counted: once a minute. Input is not taken beyond them; output, scratch and workspaces are
+    not held back.
+    `input_bytes_max` is for one job, of which more input is not taken. Queued are jobs that wait in the
+    queue, or are being started from there; the bytes are those of their commands and variables.
     """
 
     running_max: int = 0
@@ -54,6 +58,28 @@ class Quotas:
     stored_bytes_max: int = 0
     stored_bytes_total_max: int = 0
     input_bytes_max: int = 0
+    queued_max: int = 0
+    queued_total_max: int = 0
+    queued_bytes_max: int = 0
+    queued_bytes_total_max: int = 0
+    workspaces_max: int = 0
+    workspace_bytes_max: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class QueueSlots:
+    """What jobs out of the queue may have at once: so many may run, and so much may their limits promise.
+
+    The first three are for all clients, the others for each. 0 is "no limit", None what the host has: all of
+    its processors, and the sum of memory that jobs have. A job with a higher limit, or none, takes all of it.
+    """
+
+    running_max: int = 0
+    cpu_max_millicores: int | None = None
+    memory_max_bytes: int | None = None
+    client_running_max: int = 0
+    client_cpu_max_millicores: int = 0
+    client_memory_max_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +152,7 @@ class WorkerSettings:
     retention: Retention = Retention()
     quotas: Quotas = Quotas()
     disk: DiskMarks = DiskMarks()
+    queue: QueueSlots = QueueSlots()
 
     def __post_init__(self) -> None:
         if above := self.default_limits.first_above(self.ceiling):

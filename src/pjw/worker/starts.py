@@ -1,32 +1,50 @@
 """Starts: from a request to the executed command, or back to nothing; one for each request id."""
 
 import asyncio
+import logging
 import math
 import os
-from contextlib import AsyncExitStack
+from collections.abc import Awaitable, Callable
 from functools import partial
 from signal import SIGKILL
 from typing import Final
 
-from pjw.errors import JobNotFoundError, LauncherGoneError, PjwError
+from pjw.errors import (
+    CopyError,
+    JobNotFoundError,
+    KernelError,
+    LauncherGoneError,
+    LimitReachedError,
+    PjwError,
+)
 from pjw.launcher.protocol import Launch
-from pjw.model import Job, JobSpec, Limits
+from pjw.model import EndReason, Job, JobSpec, Limits
 from pjw.output import Inotify
+from pjw.worker.artifacts import patterns_file
 from pjw.worker.background import Background, log_bug
+from pjw.worker.command_file import command_file
 from pjw.worker.descriptors import Descriptors
 from pjw.worker.endings import Endings
 from pjw.worker.job import LiveJob
-from pjw.worker.launch_turns import LaunchTurns
-from pjw.worker.launcher_client import LauncherClient, LaunchLeftError, RunningInit
+from pjw.worker.launch_turns import LaunchTurns, Turn
+from pjw.worker.launcher_client import LaunchBrokenOffError, LauncherClient, RunningInit
 from pjw.worker.logs import live_job
+from pjw.worker.queue_rows import SERVER_FAILED
 from pjw.worker.quota import RunningJobs, StoredBytes
+from pjw.worker.record import parse_record
 from pjw.worker.state_dir import StateDir
 from pjw.worker.stopping import Stopping
 from pjw.worker.store import AlreadyStartedError
+from pjw.worker.uploads import Uploads
 from pjw.worker.users import Users
+from pjw.worker.workspaces import Use, Workspaces
+
+log: Final = logging.getLogger(__name__)
 
 # a client's name, and what it called its request
 _Request = tuple[str, str]
+# Makes undone what there is of a job whose launch failed for a reason.
+_Undo = Callable[[Job, BaseException], Awaitable[None]]
 
 
 class Starts:
@@ -43,7 +61,10 @@ class Starts:
         endings: Endings,
         stopping: Stopping,
         users: Users,
+        workspaces: Workspaces,
+        turns: LaunchTurns,
         background: Background,
+        uploads: Uploads,
     ) -> None:
         self._state: Final = state
         self._launcher: Final = launcher
@@ -54,9 +75,11 @@ class Starts:
         self._endings: Final = endings
         self._stopping: Final = stopping
         self._users: Final = users
+        self._workspaces: Final = workspaces
         self._background: Final = background
+        self._uploads: Final = uploads
         self._descriptors: Final = Descriptors()
-        self._turns: Final = LaunchTurns()
+        self._turns: Final = turns
         self._tasks: Final[set[asyncio.Task[Job]]] = set()
         self._requests: Final[dict[_Request, asyncio.Task[Job]]] = {}
 
@@ -79,6 +102,19 @@ class Starts:
             task.add_done_callback(log_bug)
             if request is None:
                 task.add_done_callback(self._undo)
+            raise
+
+    async def start_queued(self, job_id: int, spec: JobSpec, client_name: str, limits: Limits) -> Job:
+        """Start a job of the queue, as `queue.Backend` says, with all of its limits."""
+        self._require_launcher()
+        task = asyncio.ensure_future(self._start_queued(job_id, spec, client_name, limits))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        # the launch goes on when the queue ends with its worker, and the job is the next worker's
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(log_bug)
             raise
 
     def _require_launcher(self) -> None:
@@ -106,40 +142,140 @@ class Starts:
         if self._turns.is_busy(client_name) and (known := await self._known(spec, client_name)) is not None:
             # not behind launches that may take long, for an answer that is there
             return known
-        async with AsyncExitStack() as turn:
-            try:
-                uid = await self._take_room(client_name, limits, turn)
-            except PjwError:
-                # A job that the same request has started before is the answer, whatever holds for new ones.
-                # To look for it before each start would cost all the others, which are nearly all that come.
-                if (known := await self._known(spec, client_name)) is None:
-                    raise
-                return known
-            descriptors: list[int] = []
-            try:
-                job = await self._state.store.add(
-                    client_name, spec, limits, partial(self._make_files, spec, descriptors)
-                )
-            except AlreadyStartedError as before:
-                self._running.give_back(client_name, limits)
-                return await self._job(before.job_id)
-            except BaseException:
-                self._running.give_back(client_name, limits)
+        turn = self._turns.turn(client_name)
+        try:
+            return await self._start_in_turn(spec, client_name, limits, turn)
+        finally:
+            turn.end()
+            if spec.upload:
+                await self._uploads.release(client_name, spec.upload)
+
+    async def _start_in_turn(self, spec: JobSpec, client_name: str, limits: Limits, turn: Turn) -> Job:
+        try:
+            uid, use = await self._take_room(spec, client_name, limits, turn)
+        except PjwError:
+            # A job that the same request has started before is the answer, whatever holds for new ones.
+            # To look for it before each start would cost all the others, which are nearly all that come.
+            if (known := await self._known(spec, client_name)) is None:
                 raise
-            # The row is there, so whatever happens to us, the next worker can find the process. Its
-            # way to the disk and the launch go side by side.
-            synced = asyncio.ensure_future(self._state.store.sync())
-            try:
-                job = await self._launch(job, spec, uid, descriptors)
-            finally:
-                # the next one need not wait for this row
-                await turn.aclose()
+            return known
+        descriptors: list[int] = []
+        try:
+            job = await self._state.store.add(
+                client_name, spec, limits, partial(self._make_files, spec, descriptors)
+            )
+        except AlreadyStartedError as before:
+            self._give_back(client_name, limits, use)
+            return await self._job(before.job_id)
+        except BaseException:
+            self._give_back(client_name, limits, use)
+            raise
+        self._workspaces.begun(use, job.id)
+        # The row is there, so whatever happens to us, the next worker can find the process. Its
+        # way to the disk and the launch go side by side.
+        synced = self._state.store.sync()
+        try:
+            job = await self._launch(job, spec, uid, descriptors, self._discard)
+        finally:
+            # the next one need not wait for this row
+            turn.end()
+            # which is there by now, nearly always
+            if not synced.done():
                 await asyncio.wait({synced})
-                unsynced = synced.exception()
+            unsynced = synced.exception()
         if unsynced is not None:
             self._background.spawn(self._end_and_discard(job.id))
             raise unsynced
         return job
+
+    async def _start_queued(self, job_id: int, spec: JobSpec, client_name: str, limits: Limits) -> Job:
+        job, uid, use = await self._admit(job_id, spec, client_name, limits)
+        self._workspaces.begun(use, job_id)
+        descriptors: list[int] = []
+        ended: Job | None = None
+
+        async def undo(job: Job, error: BaseException) -> None:
+            nonlocal ended
+            ended = await self._put_back_or_end(job, error)
+
+        turn = self._turns.turn(client_name)
+        try:
+            try:
+                # Before the launch, not beside it: after a power cut nothing that was executed may be queued.
+                await self._state.store.sync()
+                await turn.begin()
+                self._require_launcher()
+                await self._state.store.in_turn(partial(self._make_files, spec, descriptors, job))
+            except LauncherGoneError:
+                # the next worker puts it back
+                raise
+            except CopyError as error:
+                # its files are gone, and do not come again
+                self._give_back(client_name, limits, use)
+                ended = await self._state.store.end_without_start(job_id, EndReason.START_FAILED, str(error))
+                if ended is None:
+                    raise
+                return ended
+            except BaseException:
+                self._give_back(client_name, limits, use)
+                await self._state.store.put_back(job_id)
+                raise
+            try:
+                job = await self._launch(job, spec, uid, descriptors, undo)
+            except PjwError:
+                if ended is None:
+                    raise
+                return ended
+        finally:
+            turn.end()
+        try:
+            await self._state.store.settled(job_id)
+        except PjwError as error:
+            # the next worker sees that it was executed
+            log.error("%s", error)
+        if spec.upload:
+            await self._uploads.release(client_name, spec.upload)
+        return job
+
+    async def _admit(
+        self, job_id: int, spec: JobSpec, client_name: str, limits: Limits
+    ) -> tuple[Job, int, Use | None]:
+        """Take a job out of the queue, and count it; the job, its user id, and its use of a workspace."""
+        self._running.take(client_name, limits)
+        use: Use | None = None
+        try:
+            use = await self._workspaces.take(client_name, spec)
+            await self._stored.check(client_name)
+            uid = await self._users.of(client_name)
+            return await self._state.store.admit(job_id, limits), uid, use
+        except BaseException:
+            self._give_back(client_name, limits, use)
+            raise
+
+    def _give_back(self, client_name: str, limits: Limits, use: Use | None) -> None:
+        """A job that was counted did not come to be."""
+        self._running.give_back(client_name, limits)
+        self._workspaces.give_back(use)
+
+    def _give_back_of(self, job: Job) -> None:
+        self._running.give_back(job.client_name, job.limits)
+        self._workspaces.give_back_of(job.id)
+
+    async def _put_back_or_end(self, job: Job, error: BaseException) -> Job | None:
+        """Put a job whose launch failed back into the queue, if it can be started later; else its end.
+
+        It can be when its command was certainly not executed, and the reason is not the job's own.
+        """
+        was_executed = parse_record(self._state.read_status(job.id)).started_ns is not None
+        await self._remove(job.id)
+        is_of_the_host = isinstance(error, LimitReachedError | KernelError | asyncio.CancelledError)
+        if is_of_the_host and not was_executed:
+            await self._state.store.put_back(job.id)
+            return None
+        why = error.refusal if isinstance(error, LaunchBrokenOffError) else error
+        is_internal = not isinstance(why, PjwError) or (isinstance(why, KernelError) and not why.for_client)
+        detail = SERVER_FAILED if is_internal else str(why)
+        return await self._state.store.end_without_start(job.id, EndReason.START_FAILED, detail)
 
     async def _known(self, spec: JobSpec, client_name: str) -> Job | None:
         """The job that the same request has started before; None when it has started none."""
@@ -155,20 +291,26 @@ class Starts:
             raise JobNotFoundError(job_id)
         return job
 
-    async def _take_room(self, client_name: str, limits: Limits, turn: AsyncExitStack) -> int:
-        """Count a job that is to be started, and wait for its turn; the user id that it has.
+    async def _take_room(
+        self, spec: JobSpec, client_name: str, limits: Limits, turn: Turn
+    ) -> tuple[int, Use | None]:
+        """Count a job that is to be started, and wait for its turn; its user id, and its use of a workspace.
 
-        Raises LimitReachedError, InvalidJobError without room for its memory ever, and LauncherGoneError.
+        Raises LimitReachedError, InvalidJobError without room for its memory ever, WorkspaceBusyError and
+        LauncherGoneError.
         """
         self._running.take(client_name, limits)
+        use: Use | None = None
         try:
+            if spec.workspace:
+                use = await self._workspaces.take(client_name, spec)
             # before the row, so that ids are launched in their order, as the launcher guesses
-            await turn.enter_async_context(self._turns.turn(client_name))
+            await turn.begin()
             self._require_launcher()
             await self._stored.check(client_name)
-            return await self._users.of(client_name)
+            return await self._users.of(client_name), use
         except BaseException:
-            self._running.give_back(client_name, limits)
+            self._give_back(client_name, limits, use)
             raise
 
     def _make_files(self, spec: JobSpec, descriptors: list[int], job: Job) -> None:
@@ -177,28 +319,41 @@ class Starts:
         In the thread of the table: to make a file may take as long as the disk likes.
         """
         self._descriptors.require()
-        command = _command_file(spec)
+        sent: list[int] = []
+        command = -1
         try:
-            descriptors += [command, *self._state.create_job(job)]
+            if spec.upload:
+                sent.append(self._uploads.open(job.client_name, spec.upload))
+            if spec.outputs:
+                sent.append(patterns_file(tuple(spec.outputs)))
+            command = command_file(spec)
+            descriptors += [command, *self._state.create_job(job, spec.terminal), *sent]
         except BaseException:
-            os.close(command)
+            for descriptor in (*sent, *((command,) if command >= 0 else ())):
+                os.close(descriptor)
             raise
 
-    async def _launch(self, job: Job, spec: JobSpec, uid: int, descriptors: list[int]) -> Job:
+    async def _launch(self, job: Job, spec: JobSpec, uid: int, descriptors: list[int], undo: _Undo) -> Job:
         live = self._live[job.id] = live_job(self._state, self._inotify, job)
         try:
             init, started_ns = await self._ask_for_launch(job, spec, uid, descriptors)
         except LauncherGoneError:
             # Whether it was launched, nobody can tell now; the next worker will.
             raise
-        except LaunchLeftError as error:
-            # Without this, a client with a stuck file system could collect inits that no limit counts.
-            self._background.spawn(self._give_back_when_departed(job))
-            await self._forget(job.id)
+        except LaunchBrokenOffError as error:
+            if error.is_left:
+                # Without this, a client with a stuck file system could collect inits that no limit counts.
+                self._background.spawn(self._give_back_when_departed(job))
+            else:
+                self._give_back_of(job)
+            await undo(job, error)
             raise error.refusal from None
-        except BaseException:
-            self._running.give_back(job.client_name, job.limits)
-            await self._forget(job.id)
+        except BaseException as error:
+            self._give_back_of(job)
+            if isinstance(error, CopyError):
+                # what was unpacked before that failed: no other launch leaves files
+                await self._endings.remove_traces(job.id)
+            await undo(job, error)
             raise
         finally:
             live.launch_over.set()
@@ -206,28 +361,41 @@ class Starts:
         self._endings.watch(live, init)
         return live.job
 
-    async def _forget(self, job_id: int) -> None:
+    async def _discard(self, job: Job, _: BaseException) -> None:
         """Remove a job that was not launched."""
+        await self._remove(job.id)
+        await self._state.store.discard(job.id)
+
+    async def _remove(self, job_id: int) -> None:
+        """Remove all of a job that was not launched but its row."""
         del self._live[job_id]
         await asyncio.to_thread(self._state.remove_job, job_id)
-        await self._state.store.discard(job_id)
 
     async def _give_back_when_departed(self, job: Job) -> None:
         await self._launcher.request_departed(job.id)
-        self._running.give_back(job.client_name, job.limits)
+        self._give_back_of(job)
 
     async def _ask_for_launch(
         self, job: Job, spec: JobSpec, uid: int, descriptors: list[int]
     ) -> tuple[RunningInit, int]:
-        try:
-            settings = self._running.settings
-            share = settings.shares.of(job.client_name)
-            grace = max(1, math.ceil(settings.stop_grace_seconds))
-            request = Launch(job.id, uid, job.limits, job.split_stderr, job.input, share, grace)
-            return await self._launcher.request_launch(request, spec, descriptors)
-        finally:
-            for descriptor in descriptors:
-                os.close(descriptor)
+        settings = self._running.settings
+        share = settings.shares.of(job.client_name)
+        grace = max(1, math.ceil(settings.stop_grace_seconds))
+        terminal = spec.terminal is not None
+        request = Launch(
+            job.id,
+            uid,
+            job.limits,
+            job.split_stderr,
+            job.input,
+            share,
+            grace,
+            terminal,
+            upload=bool(spec.upload),
+            workspace=job.workspace,
+            artifacts=bool(spec.outputs),
+        )
+        return await self._launcher.request_launch(request, spec, descriptors)
 
     def _undo(self, launch: asyncio.Future[Job]) -> None:
         if not launch.cancelled() and launch.exception() is None:
@@ -240,20 +408,3 @@ class Starts:
             await live.ended.wait()
         await asyncio.to_thread(self._state.remove_job, job_id)
         await self._state.store.discard(job_id)
-
-
-def _command_file(spec: JobSpec) -> int:
-    """What init is to run, in a file of memory that the launcher never reads: strings, each ended by NUL.
-
-    The working directory; what is added to the environment; an empty one; the argv.
-    """
-    strings = (spec.workdir, *(f"{name}={value}" for name, value in spec.env.items()), "", *spec.argv)
-    left = memoryview(b"".join(string.encode() + b"\0" for string in strings))
-    descriptor = os.memfd_create("pjw-command", os.MFD_CLOEXEC)
-    try:
-        while left:
-            left = left[os.write(descriptor, left) :]
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor

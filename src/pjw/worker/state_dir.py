@@ -2,8 +2,12 @@
 
 STATE/               root, 0711
 jobs.sqlite        root's, 0600: the job table; opened before privilege is dropped
+jobs/sessions/     the server's own: the files of sessions, see session_files.py
+jobs/secrets/      the server's own, 0700: the secrets of jobs in the queue, see secret_files.py
+jobs/uploads/      the server's own, 0700: files for jobs that are to be started, see uploads.py
 jobs/ID/           the server's own, 0700: `output`, `status`, `times` and `usage` of each job, where stderr
-                   is kept apart `stderr` and `stderr_times` as well, where it has input `input`; when
+                   is kept apart `stderr` and `stderr_times` as well, where it has input `input`,
+                   with a terminal `control`, with files that are kept `artifacts` (artifacts.py); when
                    it has ended no `status` and no `input`, and nothing but `usage` when it wrote no output
 scratch/ID/        made by the launcher: the job's own, while it runs; elsewhere with `scratch_dir`
 job-users          the launcher's: the range of user ids that jobs have
@@ -29,9 +33,11 @@ from typing import Final, ParamSpec, TypeVar
 from pjw.errors import RESOURCE_ERRNOS, ConfigError, KernelError, LimitReachedError, describe_errno
 from pjw.given import require_value
 from pjw.launcher.rooted import require_root_s
-from pjw.model import Job, UsageSample
+from pjw.model import Job, JobSpec, TerminalSize, UsageSample
 from pjw.output import describe_job_file, is_cut_short
+from pjw.worker.orders import create_orders
 from pjw.worker.record import RECORD_BYTES
+from pjw.worker.secret_files import SecretFiles
 from pjw.worker.store import JobStore
 from pjw.worker.usage import append_sample, read_samples
 
@@ -43,14 +49,21 @@ TABLE: Final = "jobs.sqlite"
 _FILES: Final = ("output", "status", "times")
 _STDERR_FILES: Final = ("stderr", "stderr_times")
 _INPUT: Final = "input"
+# of one with a terminal
+_CONTROL: Final = "control"
+# of one with files that are kept after its end
+_ARTIFACTS: Final = "artifacts"
 
 # the mode of the status of a job that is ended for what it has on the disk
 _ENDED_FOR_DISK: Final = 0o700
 
+# Of what is whole and is not written any more; init/keep.c sets it as well.
+WHOLE_MODE: Final = 0o400
+
 # kept for a job that has written nothing as well
 _USAGE: Final = "usage"
 # All files of an ended job, and the status, which has the end of a job a moment before the table.
-BACKED_UP: Final = ("output", "times", "stderr", "stderr_times", "status", _USAGE)
+BACKED_UP: Final = ("output", "times", "stderr", "stderr_times", "status", _USAGE, _ARTIFACTS)
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -86,6 +99,7 @@ class StateDir:
         self._jobs: Final = f"/proc/self/fd/{self._jobs_fd}"
         try:
             self.store: Final = JobStore(_private_file(os.path.join(self.path, TABLE)))
+            self.store.secrets = SecretFiles(self._jobs)
         except BaseException as error:
             os.close(self._jobs_fd)
             if isinstance(error, KernelError | LimitReachedError):
@@ -103,6 +117,11 @@ class StateDir:
         """An open directory of it."""
         return self._jobs_fd
 
+    @property
+    def jobs_path(self) -> str:
+        """Where the directories of jobs are, for this process alone."""
+        return self._jobs
+
     def output_paths(self, job_id: int, *, stderr: bool = False) -> tuple[str, str]:
         """Where a job's output (or its stderr) and the times of it are, for this process alone."""
         output, times = ("stderr", "stderr_times") if stderr else ("output", "times")
@@ -112,7 +131,15 @@ class StateDir:
         """Where the input of a job is that has not ended, for this process alone."""
         return f"{self._jobs}/{job_id}/{_INPUT}"
 
-    def create_job(self, job: Job) -> list[int]:
+    def control_path(self, job_id: int) -> str:
+        """Where a job with a terminal is told its size, for this process alone."""
+        return f"{self._jobs}/{job_id}/{_CONTROL}"
+
+    def status_path(self, job_id: int) -> str:
+        """Where the status record of a job is, for this process alone."""
+        return f"{self._jobs}/{job_id}/status"
+
+    def create_job(self, job: Job, terminal: TerminalSize | None = None) -> list[int]:
         """Make a job's directory; give descriptors of its files, in their order, the caller's to close.
 
         Raises LimitReachedError when the disk is full, and KernelError; nothing stays behind then.
@@ -135,8 +162,13 @@ class StateDir:
                 path = f"{directory}/{name}"
                 descriptors.append(os.open(path, flags | more, 0o600, dir_fd=self._jobs_fd))
             os.posix_fallocate(descriptors[1], 0, RECORD_BYTES)
+            if terminal is not None:
+                descriptors.append(create_orders(self.control_path(job.id), terminal))
             if job.input:
-                descriptors.append(_create_input(self.input_path(job.id)))
+                descriptors.append(create_input(self.input_path(job.id)))
+            if job.artifacts is not None:
+                path = f"{directory}/{_ARTIFACTS}"
+                descriptors.append(os.open(path, flags, 0o600, dir_fd=self._jobs_fd))
         except OSError as error:
             for descriptor in descriptors:
                 os.close(descriptor)
@@ -211,6 +243,31 @@ class StateDir:
         except OSError as error:
             raise KernelError("remove the input of", f"job {job_id}", error.errno or 0) from error
 
+    def artifacts_path(self, job_id: int) -> str:
+        """Where the artifacts of a job are, for this process alone."""
+        return f"{self._jobs}/{job_id}/{_ARTIFACTS}"
+
+    def artifacts_size(self, job: Job) -> int:
+        """How many bytes of artifacts a job has, whole or not; 0 without a file."""
+        return self._size(self.artifacts_path(job.id)) if job.artifacts is not None else 0
+
+    def whole_artifacts(self, job_id: int) -> int | None:
+        """The size of the artifacts of a job whose init has ended; None when they are not whole."""
+        try:
+            status = os.stat(self.artifacts_path(job_id))
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise KernelError("look at the artifacts of", f"job {job_id}", error.errno or 0) from error
+        return status.st_size if stat.S_IMODE(status.st_mode) == WHOLE_MODE else None
+
+    def remove_artifacts(self, job_id: int) -> None:
+        """Remove what there is of a job's artifacts."""
+        try:
+            self._unlink(f"{job_id}/{_ARTIFACTS}")
+        except OSError as error:
+            raise KernelError("remove the artifacts of", f"job {job_id}", error.errno or 0) from error
+
     def settle(self, job: Job) -> None:
         """Bring the output of a job whose end was written down to the disk; the record of that is not kept.
 
@@ -268,9 +325,12 @@ class StateDir:
     def _remove_silent(self, job: Job) -> None:
         """Remove what is left of an ended job without output, but for its history with the directory."""
         try:
-            for name in (*_names_of(job), _INPUT) if job.input else _names_of(job):
+            for name in (*_names_of(job), *((_INPUT,) if job.input else ())):
                 self._unlink(f"{job.id}/{name}")
-            self._remove_directory(str(job.id))
+            # of one with a terminal, or with a history that stays
+            if not self._remove_directory(str(job.id)):
+                self._unlink(f"{job.id}/{_CONTROL}")
+                self._remove_directory(str(job.id))
         except OSError as error:
             raise _removal_error(job.id, error) from error
 
@@ -291,6 +351,18 @@ class StateDir:
             return False
         return True
 
+    async def keep_secrets(self, specs: Sequence[JobSpec]) -> dict[int, str]:
+        """Store the secrets of jobs for the queue; the name of the file with those of each, by its place.
+
+        Raises LimitReachedError (the disk is full) and KernelError; nothing stays behind then.
+        """
+        if not any(spec.secrets for spec in specs):
+            return {}
+        try:
+            return await self.in_thread(self.store.secrets.keep, specs)
+        except OSError as error:
+            raise disk_error("store the secrets of", "a job", error) from error
+
     async def in_thread(self, function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
         """Call what waits for the disk without holding the event loop up."""
         return await asyncio.get_running_loop().run_in_executor(
@@ -307,7 +379,7 @@ def _removal_error(job_id: int, error: OSError) -> KernelError:
     return KernelError("remove the directory of", f"job {job_id}", error.errno or 0)
 
 
-def _create_input(path: str) -> int:
+def create_input(path: str) -> int:
     """Make an input; give a descriptor for its reader, whose lock tells `InputWriter` that there is one."""
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

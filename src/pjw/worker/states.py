@@ -10,6 +10,10 @@ from pjw.model import JobState
 class JobEvent(StrEnum):
     """What can happen to a job."""
 
+    ADMITTED = "admitted"
+    PUT_BACK = "put_back"
+    CANCELLED = "cancelled"
+    START_FAILED = "start_failed"
     EXEC_SEEN = "exec_seen"
     STOP_ASKED = "stop_asked"
     END_SEEN = "end_seen"
@@ -21,9 +25,15 @@ _E = JobEvent
 
 # A pair that is not here cannot happen. Deliberate, though they look odd: a job may be
 # stopped twice, and one that is asked to stop may end by itself first. A job that was never
-# seen to exec can only be lost (the host or both our processes went down in between); a
-# launch that fails leaves no job at all.
+# seen to exec can only be lost (the host or both our processes went down in between). A
+# launch that fails leaves no job at all, unless the job came out of the queue: then it is
+# put back, where its command was certainly not executed and may be later, or it has ended.
 TRANSITIONS: Final[dict[tuple[JobState, JobEvent], JobState]] = {
+    (_S.QUEUED, _E.ADMITTED): _S.STARTING,
+    (_S.QUEUED, _E.CANCELLED): _S.EXITED,
+    (_S.QUEUED, _E.START_FAILED): _S.EXITED,
+    (_S.STARTING, _E.PUT_BACK): _S.QUEUED,
+    (_S.STARTING, _E.START_FAILED): _S.EXITED,
     (_S.STARTING, _E.EXEC_SEEN): _S.RUNNING,
     (_S.STARTING, _E.END_UNKNOWN): _S.LOST,
     (_S.RUNNING, _E.STOP_ASKED): _S.STOPPING,

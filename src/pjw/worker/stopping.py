@@ -3,12 +3,13 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from signal import SIGKILL
 from typing import Final, TypeVar
 
 from pjw.errors import LauncherGoneError, PjwError
 from pjw.launcher.protocol import Remaining
+from pjw.model import Job
 from pjw.worker.background import Background
 from pjw.worker.flag import Flag
 from pjw.worker.job import LiveJob
@@ -30,8 +31,10 @@ log: Final = logging.getLogger(__name__)
 class Stopping:
     """Ends jobs, and knows of those that do not end."""
 
-    def __init__(self, launcher: LauncherClient, background: Background) -> None:
+    def __init__(self, launcher: LauncherClient, background: Background, note: Callable[[Job], None]) -> None:
+        """*note* is told of each job that somebody has asked to end."""
         self._launcher: Final = launcher
+        self._note: Final = note
         self._background: Final = background
         # jobs that have their SIGKILL, until they have ended or nobody looks any more
         self._being_killed: Final[set[int]] = set()
@@ -40,6 +43,7 @@ class Stopping:
         """Send *signal* to every process of a job, and SIGKILL after the grace period."""
         if not live.job.state.final:
             live.stop_asked()
+            self._note(live.job)
         self._background.spawn(self._escalate(live, grace_seconds, signal))
 
     def watch_time_limit(self, live: LiveJob) -> None:

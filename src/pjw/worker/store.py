@@ -3,27 +3,47 @@
 import asyncio
 import json
 import logging
+import os
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from typing import Final, ParamSpec, TypeVar
+from functools import partial
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 from weakref import WeakValueDictionary
 
-from pjw.errors import ConfigError, KernelError, LimitReachedError, NameTakenError
-from pjw.model import JOB_DIRECTORY, Job, JobSpec, JobState, Limits
-from pjw.worker.one_thread import OneThread
+from pjw.arrays import Element
+from pjw.errors import (
+    ConfigError,
+    KernelError,
+    LimitReachedError,
+    NameTakenError,
+    PjwError,
+    describe_errno,
+)
+from pjw.model import Artifacts, ArtifactsState, EndReason, Job, JobChange, JobSpec, JobState, Limits
+from pjw.worker import array_rows, change_rows, queue_rows, workspace_rows
+from pjw.worker.one_thread import TOLD_LATER, OneThread
 from pjw.worker.pages import ALL_JOBS, JobFilter, Page, read_page
 from pjw.worker.rows import COLUMNS, job_of, limits_text, to_ns
 from pjw.worker.schema import migrate
-from pjw.worker.settings import Retention
+from pjw.worker.secret_files import SecretFiles
+from pjw.worker.settings import Quotas, Retention
 from pjw.worker.wal import WalSync
+from pjw.worker.workspace_rows import NOTHING_BUSY
 
 # A pjwd that is ending releases the table in less time.
 BUSY_SECONDS: Final = 5.0
+# So long a change that nothing needs may wait until it is written down with others.
+_NOTE_SECONDS: Final = 0.05
 # A copy of the table holds it for this many pages at a time, about a millisecond. In between others use it.
 _COPY_PAGES: Final = 256
+# So many of the jobs that ended last are kept in memory, each of so few characters of command and labels: who
+# has followed a job asks for it then, and needs no turn of the table's thread.
+_RECENT_MAX: Final = 64
+_RECENT_CHARACTERS_MAX: Final = 1024
 # how long a copy waits between these, and for the end of a transaction
 _COPY_WAIT_SECONDS: Final = 0.005
 
@@ -38,12 +58,12 @@ _TO_PRUNE: Final = {
     " ORDER BY end_ns LIMIT 1",
     "jobs_per_client": "SELECT id FROM jobs WHERE state IS NOT NULL AND client_name ="
     " (SELECT name FROM clients WHERE ended_jobs > :most LIMIT 1) ORDER BY end_ns LIMIT 1",
-    "bytes_per_client": "SELECT id FROM jobs WHERE output_bytes > 0 AND client_name ="
+    "bytes_per_client": "SELECT id FROM jobs WHERE output_bytes + artifact_bytes > 0 AND client_name ="
     " (SELECT name FROM clients WHERE ended_bytes > :most LIMIT 1) ORDER BY end_ns LIMIT 1",
     "jobs_total": "SELECT id FROM jobs WHERE state IS NOT NULL AND client_name ="
     " (SELECT name FROM clients WHERE (SELECT sum(ended_jobs) FROM clients) > :most"
     " ORDER BY ended_jobs DESC LIMIT 1) ORDER BY end_ns LIMIT 1",
-    "bytes_total": "SELECT id FROM jobs WHERE output_bytes > 0 AND client_name ="
+    "bytes_total": "SELECT id FROM jobs WHERE output_bytes + artifact_bytes > 0 AND client_name ="
     " (SELECT name FROM clients WHERE (SELECT sum(ended_bytes) FROM clients) > :most"
     " ORDER BY ended_bytes DESC LIMIT 1) ORDER BY end_ns LIMIT 1",
 }
@@ -51,6 +71,11 @@ _TO_PRUNE: Final = {
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+
+
+_NO_SECRETS: Final[Mapping[int, str]] = {}
+# columns of a new job that a plain start leaves as they are
+_NO_COLUMNS: Final[Mapping[str, int | str]] = {}
 
 
 class AlreadyStartedError(Exception):
@@ -62,6 +87,18 @@ class AlreadyStartedError(Exception):
         self.job_id: Final = job_id
 
 
+class _NotWrittenError(Exception):
+    """What was to be synced could not be written."""
+
+    def __init__(self, why: BaseException) -> None:
+        super().__init__(str(why))
+        self.why: Final = why
+
+
+class NotQueuedError(Exception):
+    """A job that was to be started is not in the queue any more, or is held."""
+
+
 class JobStore:
     """The table, used from one thread of its own, so that a slow disk holds no event loop up.
 
@@ -71,7 +108,18 @@ class JobStore:
     def __init__(self, path: str) -> None:
         """Open or create the table. Raises ConfigError when it is in use, or a newer pjw wrote it."""
         self._path: Final = path
+        # beside the table until the state directory says where
+        self.secrets = SecretFiles(os.path.dirname(path))
+        # whether there may be some
+        self._has_secrets = False
         self._thread: Final = OneThread("pjw-store")
+        # jobs that have begun to run or to stop, until that is written down
+        self._notes: dict[int, list[change_rows.Note]] = {}
+        self._is_timed = False
+        # called in the table's thread when something has changed; None: nobody wants to know
+        self.changed: Callable[[], object] | None = None
+        # Rows of ended jobs as they are about to be, or are; belongs to the event loop.
+        self._recent: Final[dict[int, Job]] = {}
         self._filtering: Final = asyncio.Lock()
         # those of the clients that wait for it, by name; None is who asks for the jobs of all
         self._filtering_of: Final[WeakValueDictionary[str | None, asyncio.Lock]] = WeakValueDictionary()
@@ -118,6 +166,8 @@ class JobStore:
     def close(self) -> None:
         """Write what is pending and close."""
         self._thread.close()
+        with suppress(PjwError):
+            self._guarded(self._note_all, self._notes)
         self._wal.close()
         self._db.close()
 
@@ -185,22 +235,54 @@ class JobStore:
 
     def _add(self, client_name: str, spec: JobSpec, limits: Limits) -> Job:
         now = datetime.now(UTC)
-        workdir = spec.workdir or JOB_DIRECTORY
+        own = workspace_rows.columns_of(spec) if spec.workspace else _NO_COLUMNS
+        job_id = self._insert(client_name, spec, limits, to_ns(now), own)
+        return Job(
+            job_id,
+            client_name,
+            spec.display,
+            JobState.STARTING,
+            limits,
+            now,
+            name=spec.name,
+            labels=spec.labels,
+            split_stderr=spec.split_stderr,
+            input=spec.input,
+            workdir=spec.directory,
+            workspace=spec.workspace,
+            exclusive=spec.exclusive,
+            artifacts=Artifacts(required=spec.output_required) if spec.outputs else None,
+        )
+
+    def _insert(
+        self,
+        client_name: str,
+        spec: JobSpec,
+        limits: Limits,
+        start_ns: int,
+        more: Mapping[str, int | str] = _NO_COLUMNS,
+    ) -> int:
+        """Insert a job; its id. Raises NameTakenError and AlreadyStartedError."""
+        if spec.outputs:
+            required = int(spec.output_required)
+            more = {**more, "artifacts": ArtifactsState.PENDING, "artifacts_required": required}
         try:
             cursor = self._db.execute(
                 "INSERT INTO jobs (client_name, command, limits, start_ns, name, labels, split_stderr,"
-                " input, request_id, workdir) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                f" input, request_id, workdir{''.join(f', {name}' for name in more)})"
+                f" VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?{', ?' * len(more)})",
                 (
                     client_name,
                     spec.display,
                     limits_text(limits),
-                    to_ns(now),
+                    start_ns,
                     spec.name,
                     json.dumps(dict(spec.labels)) if spec.labels else "{}",
                     spec.split_stderr,
                     spec.input,
                     spec.request_id or None,
-                    workdir,
+                    spec.directory,
+                    *more.values(),
                 ),
             )
         except sqlite3.IntegrityError:
@@ -215,19 +297,7 @@ class JobStore:
                 holder=bearer,
             ) from None
         assert cursor.lastrowid is not None
-        return Job(
-            cursor.lastrowid,
-            client_name,
-            spec.display,
-            JobState.STARTING,
-            limits,
-            now,
-            name=spec.name,
-            labels=spec.labels,
-            split_stderr=spec.split_stderr,
-            input=spec.input,
-            workdir=workdir,
-        )
+        return cursor.lastrowid
 
     def _bearer(self, client_name: str, name: str) -> int | None:
         query = "SELECT id FROM jobs WHERE client_name = ? AND name = ? AND name <> '' AND state IS NULL"
@@ -245,6 +315,7 @@ class JobStore:
 
     async def discard(self, job_id: int) -> None:
         """Delete a job that never came to be; its id stays used."""
+        self._recent.pop(job_id, None)
         await self._run(self._discard, job_id)
 
     def _discard(self, job_id: int) -> None:
@@ -252,14 +323,102 @@ class JobStore:
 
     async def finish(self, job: Job) -> None:
         """Write down how a job ended."""
-        await self._run(self._finish, job)
+        await self._with_notes(job, self._finish_last, job)
 
-    def _finish(self, job: Job) -> None:
+    async def finish_and_sync(self, job: Job) -> KernelError | None:
+        """`finish`, then `sync`: the thread of one wakes that of the other. Gives the error of the sync."""
+        synced = self._wal.prepare()
+        notes = self._notes.pop(job.id, [])
+        # Now, and not when that is done: a removal may come before. Until then the job is among the living,
+        # where everybody looks first.
+        self._keep(job)
+
+        def finish() -> object:
+            self._call(self._finish_last, notes, job)
+            self._wal.begin(synced)
+            return TOLD_LATER
+
+        def failed(_: object, error: BaseException | None) -> None:
+            if error is not None and not synced.done():
+                synced.set_exception(_NotWrittenError(error))
+
+        self._thread.call(finish, failed)
+        try:
+            await synced
+        except _NotWrittenError as error:
+            self._recent.pop(job.id, None)
+            # to be tried again
+            self._notes[job.id] = notes
+            raise error.why from None
+        except KernelError as error:
+            return error
+        return None
+
+    def _keep(self, job: Job) -> None:
+        labels = sum(len(key) + len(value) for key, value in job.labels.items())
+        if len(job.command) + labels > _RECENT_CHARACTERS_MAX:
+            return
+        if len(self._recent) >= _RECENT_MAX:
+            del self._recent[next(iter(self._recent))]
+        self._recent[job.id] = job
+
+    def _finish_last(self, notes: list[change_rows.Note], job: Job) -> None:
+        """Write down the end of a job that is not tried again."""
+        if job.array_id is None:
+            # one statement, which is a transaction by itself
+            self._finish(notes, job)
+            return
+        with self._transaction():
+            self._finish(notes, job)
+            self._count_element(job)
+
+    def _count_element(self, job: Job) -> None:
+        if job.array_id is not None:
+            code = job.exit_status.code if job.exit_status else None
+            array_rows.element_ended(self._db, job.array_id, job.reason, code, time.time_ns())
+
+    async def finish_attempt(self, job: Job, *, was_stopped: bool) -> Job | None:
+        """Write down how an attempt ended, and put the next one, if there is one, into the queue."""
+        return await self._with_notes(job, self._finish_attempt, job, was_stopped)
+
+    async def _with_notes(
+        self,
+        job: Job,
+        function: Callable[..., _R],
+        *arguments: Any,  # noqa: ANN401  as the function has them
+    ) -> _R:
+        """Write down an end, and what was noted of the job and is not on its way to the table yet."""
+        notes = self._notes.pop(job.id, [])
+        try:
+            return await self._run(function, notes, *arguments)
+        except PjwError:
+            # to be tried again
+            self._notes[job.id] = notes
+            raise
+
+    def _finish_attempt(
+        self,
+        notes: list[change_rows.Note],
+        job: Job,
+        was_stopped: bool,  # noqa: FBT001  by position
+    ) -> Job | None:
+        with self._transaction():
+            self._finish(notes, job)
+            following = queue_rows.retry(self._db, job, time.time_ns(), was_stopped=was_stopped)
+            if following is None:
+                self._count_element(job)
+            return following
+
+    def _finish(self, notes: list[change_rows.Note], job: Job) -> None:
         status = job.exit_status
+        if len(notes) > 1:
+            change_rows.note(self._db, notes)
         self._db.execute(
-            "UPDATE jobs SET start_ns = ?, state = ?, end_ns = ?, exit_code = ?, signal = ?, reason = ?,"
-            " usage = ?, output_bytes = ? WHERE id = ?",
+            "UPDATE jobs SET told = coalesce(?, told), start_ns = ?, state = ?, end_ns = ?, exit_code = ?,"
+            " signal = ?, reason = ?, usage = ?, output_bytes = ?, artifacts = ?, artifact_bytes = ?,"
+            " artifacts_detail = ? WHERE id = ?",
             (
+                notes[-1].state if notes else None,
                 to_ns(job.start),
                 job.state,
                 to_ns(job.end) if job.end else None,
@@ -269,12 +428,370 @@ class JobStore:
                 job.reason,
                 json.dumps(asdict(job.usage)) if job.usage else None,
                 job.output_bytes,
+                job.artifacts.state if job.artifacts else "",
+                job.artifacts.bytes if job.artifacts else 0,
+                job.artifacts.detail if job.artifacts else "",
                 job.id,
             ),
         )
 
+    # --- the queue
+
+    async def enqueue(
+        self,
+        client_name: str,
+        asked: Sequence[tuple[JobSpec, Limits]],
+        quotas: Quotas,
+        tokens: Mapping[int, str] = _NO_SECRETS,
+    ) -> tuple[list[Job], set[int]]:
+        """Put jobs of a client with a number into the queue, all or none.
+
+        Gives jobs, in the same order, and the ids of those whose ends they wait for. A request id that has
+        made a job before gives that job. *tokens* has the files with secrets of the jobs at these places; one
+        that no job has after this is removed. A job that waits for what has ended otherwise is cancelled.
+        Raises NameTakenError as `add`; JobNotFoundError for what is no job of the client to wait for; and
+        LimitReachedError when the client, or all of them, would have more in the queue than *quotas* allow.
+        """
+        return await self._run(self._enqueue_with_secrets, client_name, asked, quotas, tokens)
+
+    def _enqueue_with_secrets(
+        self,
+        client_name: str,
+        asked: Sequence[tuple[JobSpec, Limits]],
+        quotas: Quotas,
+        tokens: Mapping[int, str],
+    ) -> tuple[list[Job], set[int]]:
+        try:
+            return self._enqueue(client_name, asked, quotas, tokens)
+        finally:
+            for token in set(tokens.values()):
+                self._has_secrets = True
+                if not queue_rows.has_secrets(self._db, token):
+                    self._remove_secrets(token)
+
+    def _enqueue(
+        self,
+        client_name: str,
+        asked: Sequence[tuple[JobSpec, Limits]],
+        quotas: Quotas,
+        tokens: Mapping[int, str],
+    ) -> tuple[list[Job], set[int]]:
+        now, awaited, before = time.time_ns(), set[int](), self._db.total_changes
+        with self._transaction():
+            job_ids: list[int] = []
+            for place, (spec, limits) in enumerate(asked):
+                placed = queue_rows.placed(self._db, client_name, spec, job_ids)
+                token = tokens.get(place)
+                job_ids.append(self._enqueue_one(client_name, placed, limits, quotas, token, now, awaited))
+            if self._db.total_changes > before:
+                queue_rows.check_quotas(self._db, client_name, quotas)
+            jobs = [self._get(job_id, client_name) for job_id in job_ids]
+        return [job for job in jobs if job is not None], awaited
+
+    def _enqueue_one(
+        self,
+        client_name: str,
+        spec: JobSpec,
+        limits: Limits,
+        quotas: Quotas,
+        token: str | None,
+        now_ns: int,
+        awaited: set[int],
+    ) -> int:
+        columns = {**queue_rows.columns_of(spec, now_ns), **workspace_rows.columns_of(spec)}
+        try:
+            job_id = self._insert(client_name, spec, limits, 0, columns)
+        except AlreadyStartedError as before:
+            return before.job_id
+        if spec.workspace:
+            workspace_rows.name(self._db, client_name, spec.workspace, now_ns, quotas)
+        queue_rows.keep_spec(self._db, job_id, client_name, spec, token)
+        if spec.queue is not None and spec.queue.array:
+            array_rows.make(self._db, job_id, client_name, spec.queue.array)
+        if spec.queue is not None and spec.queue.after:
+            more, in_vain = queue_rows.depend(self._db, job_id, client_name, spec.queue.after)
+            awaited |= more
+            if in_vain:
+                queue_rows.end_without_start(self._db, job_id, EndReason.CANCELLED, in_vain, now_ns)
+        return job_id
+
+    async def unqueue(self, job_ids: Sequence[int]) -> None:
+        """Take back jobs that were just put into the queue, and that nobody was told of."""
+        await self._run(self._unqueue, job_ids)
+
+    def _unqueue(self, job_ids: Sequence[int]) -> None:
+        with self._transaction():
+            for job_id in job_ids:
+                queue_rows.delete(self._db, job_id)
+
+    async def first_ready(
+        self, client_name: str, without: Sequence[int] = (), busy: Mapping[str, bool] = NOTHING_BUSY
+    ) -> queue_rows.Head | None:
+        """The job of a client that goes first of those that wait for nothing but their turn.
+
+        No job that waits for a workspace: for those that are *busy* see workspace_rows.is_free.
+        """
+        return await self._run(queue_rows.first_ready, self._db, client_name, without, busy)
+
+    async def waiting(self, job_id: int) -> queue_rows.WaitingJob:
+        """A job that waits for nothing but its turn, with what it is to execute.
+
+        Raises NotQueuedError, and InvalidJobError when its secrets are gone.
+        """
+        found = await self._run(self._waiting, job_id)
+        if found is None:
+            raise NotQueuedError
+        return found
+
+    def _waiting(self, job_id: int) -> queue_rows.WaitingJob | None:
+        found = queue_rows.waiting(self._db, job_id)
+        if found is None or found.token is None:
+            return found
+        return replace(found, secrets=self.secrets.read(found.token))
+
+    async def uploads(self) -> set[tuple[str, str]]:
+        """The uploads that jobs of the queue are to have: their clients and names."""
+        return await self._run(queue_rows.uploads, self._db)
+
+    async def forget_secrets(self) -> None:
+        """Remove secrets that a crash has left, and that no job has."""
+        await self._run(self._forget_secrets)
+
+    def _forget_secrets(self) -> None:
+        found = self.secrets.found()
+        self._has_secrets = bool(found)
+        for token in found:
+            if not queue_rows.has_secrets(self._db, token):
+                self._remove_secrets(token)
+
+    def _remove_spent_secrets(self) -> None:
+        for token in queue_rows.spent_secrets(self._db):
+            self._remove_secrets(token)
+            self._db.execute("DELETE FROM spent_secrets WHERE name = ?", (token,))
+
+    def _remove_secrets(self, token: str) -> None:
+        try:
+            self.secrets.remove(token)
+        except OSError as error:
+            log.error("cannot remove secrets that no job has any more: %s", describe_errno(error.errno or 0))
+
+    async def queued_of_clients(self) -> dict[str, int]:
+        """How many jobs each client has in the queue, an array as one; with those that are being started."""
+        return {name: jobs for name, jobs, _ in await self._run(queue_rows.of_clients, self._db)}
+
+    async def waiting_of_clients(self) -> dict[str, int]:
+        """The same, where each element of an array is one."""
+        return {name: jobs for name, _, jobs in await self._run(queue_rows.of_clients, self._db)}
+
+    async def oldest_ready_ns(self) -> int | None:
+        """When the job was put into the queue that has waited longest for its turn; None when none waits."""
+        return await self._run(queue_rows.oldest_ready_ns, self._db)
+
+    async def let_due(self, now_ns: int) -> tuple[list[str], int | None]:
+        """Let jobs be started whose time has come; their clients, and when the next one's will have."""
+        return await self._run(self._let_due, now_ns)
+
+    def _let_due(self, now_ns: int) -> tuple[list[str], int | None]:
+        with self._transaction():
+            return queue_rows.let_due(self._db, now_ns)
+
+    async def shift_pauses(self, shift_ns: int, now_ns: int) -> int | None:
+        """Let attempts wait as long as they were to, though the clock was set; when the next job is due."""
+        return await self._run(queue_rows.shift_pauses, self._db, shift_ns, now_ns)
+
+    async def set_held(self, job_id: int, *, held: bool) -> Job | None:
+        """Hold a job of the queue, or release it; None when it does not wait there any more."""
+        return await self._run(self._set_held, job_id, held)
+
+    def _set_held(self, job_id: int, held: bool) -> Job | None:  # noqa: FBT001  by position
+        with self._transaction():
+            return queue_rows.set_held(self._db, job_id, held)
+
+    # --- arrays
+
+    async def draw(self, array_id: int, without: Sequence[int]) -> tuple[int, int] | None:
+        """The id and the index of the element of an array whose turn it is; None when none can be started."""
+        return await self._run(self._draw, array_id, without)
+
+    def _draw(self, array_id: int, without: Sequence[int]) -> tuple[int, int] | None:
+        with self._transaction():
+            return array_rows.draw(self._db, array_id, without)
+
+    async def element(self, element: Element, client_name: str | None) -> Job | None:
+        """An element of an array of a client, or of any; without an id until its turn. None: no such."""
+        return await self._run(array_rows.find, self._db, element, client_name)
+
+    async def hold_element(self, element: Element, quotas: Quotas) -> Job | None:
+        """Hold an element that had no turn yet; None when it does not wait without a row any more.
+
+        Raises LimitReachedError when too many of them are.
+        """
+        return await self._run(self._hold_element, element, quotas)
+
+    def _hold_element(self, element: Element, quotas: Quotas) -> Job | None:
+        with self._transaction():
+            job = queue_rows.hold_element(self._db, element)
+            if job is not None:
+                queue_rows.check_quotas(self._db, job.client_name, quotas)
+            return job
+
+    async def cancel_element(self, element: Element, detail: str) -> Job | None:
+        """End an element that had no turn yet; None when it does not wait without a row any more.
+
+        Raises LimitReachedError when too many of them were ended so.
+        """
+        return await self._run(self._cancel_element, element, detail)
+
+    def _cancel_element(self, element: Element, detail: str) -> Job | None:
+        with self._transaction():
+            return queue_rows.cancel_element(self._db, element, detail, time.time_ns())
+
+    async def cancel_array(self, array_id: int, detail: str) -> list[int]:
+        """Cancel the elements of an array that wait: all without a row, and some of the others.
+
+        Gives the ids of these, and none when none is left.
+        """
+        return await self._run(self._cancel_array, array_id, detail)
+
+    def _cancel_array(self, array_id: int, detail: str) -> list[int]:
+        with self._transaction():
+            return queue_rows.cancel_array(self._db, array_id, detail, time.time_ns())
+
+    async def being_stopped(self) -> list[int]:
+        """Arrays that were stopped, and of which an element waits all the same."""
+        return await self._run(array_rows.being_stopped, self._db)
+
+    async def elements(self, array_id: int, most: int) -> list[int]:
+        """The ids of elements of an array that have a row: *most* of them, or all."""
+        return await self._run(array_rows.rows_of, self._db, array_id, most)
+
+    # --- from the queue to its start
+
+    async def admit(self, job_id: int, limits: Limits) -> Job:
+        """Take a job out of the queue, to be started with *limits*. Raises NotQueuedError.
+
+        What is to be executed stays stored until `settled`: a crash before that may have left it undone.
+        """
+        job = await self._run(queue_rows.admit, self._db, job_id, limits, time.time_ns())
+        if job is None:
+            raise NotQueuedError
+        return job
+
+    async def put_back(self, job_id: int) -> None:
+        """Put a job back into the queue that was admitted, and whose command was not executed."""
+        await self._run(self._put_back, job_id)
+
+    def _put_back(self, job_id: int) -> None:
+        with self._transaction():
+            queue_rows.put_back(self._db, job_id, time.time_ns())
+
+    async def settled(self, job_id: int) -> None:
+        """Forget what an admitted job was to execute, as that has happened, unless it may be tried again."""
+        await self._run(queue_rows.settle, self._db, job_id)
+
+    async def end_without_start(self, job_id: int, reason: EndReason, detail: str) -> Job | None:
+        """End a job that was not executed; None when it is not where such an end may come.
+
+        CANCELLED comes in the queue, START_FAILED there or when the job was admitted.
+        """
+        return await self._run(self._end_without_start, job_id, reason, detail)
+
+    def _end_without_start(self, job_id: int, reason: EndReason, detail: str) -> Job | None:
+        with self._transaction():
+            return queue_rows.end_without_start(self._db, job_id, reason, detail, time.time_ns())
+
+    async def take_effect(self, job_id: int) -> queue_rows.Effects:
+        """Have the end of a job its effect on some of those that wait for it."""
+        return await self._run(self._take_effect, job_id)
+
+    def _take_effect(self, job_id: int) -> queue_rows.Effects:
+        with self._transaction():
+            return queue_rows.take_effect(self._db, job_id, time.time_ns())
+
+    async def awaited(self) -> dict[int, bool]:
+        """The jobs whose ends others wait for, each with whether it has ended."""
+        return dict(await self._run(queue_rows.awaited, self._db))
+
+    async def admitted(self) -> set[int]:
+        """The jobs that were admitted, and of which it is not written down that they were executed."""
+        return set(await self._run(queue_rows.admitted, self._db))
+
+    async def of_workspaces(
+        self, function: Callable[Concatenate[sqlite3.Connection, _P], _R], *args: _P.args, **kwargs: _P.kwargs
+    ) -> _R:
+        """Call a function of workspace_rows; what it changes is one transaction."""
+        return await self._run(self._in_transaction, partial(function, self._db, *args, **kwargs))
+
+    def _in_transaction(self, function: Callable[[], _R]) -> _R:
+        with self._transaction():
+            return function()
+
+    async def in_turn(self, function: Callable[[], _R]) -> _R:
+        """Call what touches files in the table's thread, as `add` does."""
+        return await self._run(function)
+
+    # --- changes of state
+
+    def note(self, job: Job) -> None:
+        """Have it written down soon that a job runs, or is being stopped.
+
+        With what else there is to note then, or with the job's end: so a start pays for no transaction more.
+        What a crash loses of it the next worker notes again.
+        """
+        if not self._is_timed:
+            self._is_timed = True
+            asyncio.get_running_loop().call_later(_NOTE_SECONDS, self._write_notes_in_time)
+        self._notes.setdefault(job.id, []).append(change_rows.Note(job.state, to_ns(job.start), job.id))
+
+    def _write_notes_in_time(self) -> None:
+        self._is_timed = False
+        self._write_notes()
+
+    def _write_notes(self) -> None:
+        if self._notes:
+            notes, self._notes = self._notes, {}
+            self._thread.call(partial(self._call, self._note_all, notes), partial(self._noted, notes))
+
+    def _note_all(self, notes: dict[int, list[change_rows.Note]]) -> None:
+        with self._transaction():
+            change_rows.note(self._db, [each for of_job in notes.values() for each in of_job])
+
+    def _noted(
+        self, notes: dict[int, list[change_rows.Note]], _: object, error: BaseException | None
+    ) -> None:
+        if error is not None:
+            # a full disk: with the next ones, or with the ends of their jobs
+            self._notes = {**notes, **self._notes}
+
+    async def kept_changes(self, owner: str | None) -> change_rows.Kept:
+        """Which changes there are of one client's jobs, or of all."""
+        self._write_notes()
+        return await self._run(change_rows.kept, self._db, owner)
+
+    async def changes(
+        self, owners: Collection[str | None], since: int, count: int
+    ) -> tuple[list[JobChange], int]:
+        """Changes behind *since*, and up to which that is all: see change_rows. Raises SequenceError."""
+        self._write_notes()
+        return await self._run(change_rows.read_changes, self._db, owners, since, count)
+
+    async def snapshot(
+        self, owner: str | None, after: int, count: int, wanted: JobFilter, ids: Collection[int]
+    ) -> change_rows.SnapshotPage:
+        """Jobs as the changes until now have them: see change_rows."""
+        # in turn, as `page`
+        async with self._filtering_of.setdefault(owner, asyncio.Lock()), self._filtering:
+            self._write_notes()
+            return await self._run(change_rows.read_snapshot, self._db, owner, after, count, wanted, ids)
+
+    # --- what there is
+
     async def get(self, job_id: int, client_name: str | None = None) -> Job | None:
         """One job, of one client or of any; None when there is none."""
+        recent = self._recent.get(job_id)
+        # another's is looked for in the table, like one that never was
+        if recent is not None and client_name in (None, recent.client_name):
+            return recent
         return await self._run(self._get, job_id, client_name)
 
     def _get(self, job_id: int, client_name: str | None) -> Job | None:
@@ -306,39 +823,52 @@ class JobStore:
             return await self._run(read_page, self._db, client_name, after, count, wanted, newest_first)
 
     async def alive(self) -> list[Job]:
-        """The jobs whose end has not been written down."""
+        """The jobs that were begun, and whose end has not been written down."""
         return await self._run(self._alive)
 
     def _alive(self) -> list[Job]:
         return [
             job_of(row)
-            for row in self._db.execute(f"SELECT {COLUMNS} FROM jobs WHERE state IS NULL ORDER BY id")
+            for row in self._db.execute(
+                f"SELECT {COLUMNS} FROM jobs INDEXED BY jobs_alive WHERE state IS NULL AND start_ns > 0"
+                " AND id NOT IN (SELECT id FROM arrays) ORDER BY id"
+            )
         ]
 
     async def remove(self, job_id: int) -> None:
         """Delete the row of an ended job. Its files are next: it is among the `removals` until `removed`."""
+        self._recent.pop(job_id, None)
         await self._run(self._remove, job_id)
 
     def _remove(self, job_id: int) -> None:
         with self._transaction():
             self._move_to_removals(job_id)
 
-    def _move_to_removals(self, job_id: int) -> None:
-        if self._db.execute("DELETE FROM jobs WHERE id = ? AND state IS NOT NULL", (job_id,)).rowcount:
-            self._db.execute("INSERT INTO removals VALUES (?)", (job_id,))
+    def _move_to_removals(self, job_id: int) -> bool:
+        """Whether it was there, and could go: one whose end has had no effect on others yet stays."""
+        query = (
+            "DELETE FROM jobs WHERE id = ? AND state IS NOT NULL"
+            " AND NOT EXISTS (SELECT 1 FROM dependencies WHERE after_id = jobs.id)"
+        )
+        if not self._db.execute(query, (job_id,)).rowcount:
+            return False
+        self._db.execute("INSERT INTO removals VALUES (?)", (job_id,))
+        return True
 
     async def prune(self, retention: Retention, now_ns: int, count: int) -> list[int]:
         """Remove, as `remove` does, at most *count* ended jobs that are more than may be kept; their ids."""
-        return await self._run(self._prune, retention, now_ns, count)
+        pruned = await self._run(self._prune, retention, now_ns, count)
+        for job_id in pruned:
+            self._recent.pop(job_id, None)
+        return pruned
 
     def _prune(self, retention: Retention, now_ns: int, count: int) -> list[int]:
         pruned: list[int] = []
         with self._transaction():
             while len(pruned) < count:
                 job_id = self._first_to_prune(retention, now_ns)
-                if job_id is None:
+                if job_id is None or not self._move_to_removals(job_id):
                     break
-                self._move_to_removals(job_id)
                 pruned.append(job_id)
         return pruned
 
@@ -374,13 +904,14 @@ class JobStore:
         return row[0] if row else None
 
     async def ended_bytes(self, client_name: str) -> tuple[int, int]:
-        """The output that the ended jobs of a client, and of all clients, have: bytes."""
+        """The output that the ended jobs of a client, and of all clients, have, and workspaces: bytes."""
         return await self._run(self._ended_bytes, client_name)
 
     def _ended_bytes(self, client_name: str) -> tuple[int, int]:
         query = "SELECT total(ended_bytes * (name = ?)), total(ended_bytes) FROM clients"
         own, everybodys = self._db.execute(query, (client_name,)).fetchone()
-        return int(own), int(everybodys)
+        in_workspaces, all_workspaces = workspace_rows.total_bytes(self._db, client_name)
+        return int(own) + in_workspaces, int(everybodys) + all_workspaces
 
     async def totals(self) -> list[tuple[str, int, int]]:
         """Of each client its ended jobs, and the bytes of output that they have."""
@@ -407,7 +938,18 @@ class JobStore:
             self._db.execute("INSERT INTO host VALUES (?)", (boot_id,))
 
     async def _run(self, function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        return await self._thread.run(lambda: self._guarded(function, *args, **kwargs))
+        return await self._thread.run(lambda: self._call(function, *args, **kwargs))
+
+    def _call(self, function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        before = self._db.total_changes
+        try:
+            result = self._guarded(function, *args, **kwargs)
+            if self._has_secrets and self._db.total_changes != before:
+                self._guarded(self._remove_spent_secrets)
+            return result
+        finally:
+            if self.changed is not None and self._db.total_changes != before:
+                self.changed()
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:

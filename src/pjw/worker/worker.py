@@ -3,14 +3,19 @@
 import asyncio
 import logging
 import os
+import socket
+import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from signal import SIGKILL, SIGTERM
 from typing import Final, Self
 
+from pjw.arrays import Element
 from pjw.errors import (
     ConfigError,
+    CopyError,
     InvalidJobError,
     JobNotFoundError,
     JobStateError,
@@ -20,35 +25,59 @@ from pjw.errors import (
     LimitReachedError,
     PjwError,
 )
-from pjw.model import ClientQuota, GroupUse, Job, JobSpec, JobState, UsageSample
+from pjw.model import (
+    PORT_MAX,
+    Archive,
+    ClientQuota,
+    GroupUse,
+    Job,
+    JobSpec,
+    JobState,
+    Limits,
+    Session,
+    TerminalSize,
+    UsageSample,
+    Workspace,
+)
 from pjw.output import Inotify
 from pjw.worker.adoption import adopt
+from pjw.worker.artifacts import Keeping
 from pjw.worker.background import Background
+from pjw.worker.changes import Batch, Changes, Watched
 from pjw.worker.disk import DiskSampler, ScratchUse
 from pjw.worker.endings import Endings
 from pjw.worker.flag import Flag, first_of
 from pjw.worker.held import HeldOutputs
 from pjw.worker.input import Inputs, InputWriter, ended_error, require_input
 from pjw.worker.job import LiveJob
+from pjw.worker.launch_turns import LaunchTurns
 from pjw.worker.launcher_client import LauncherClient
 from pjw.worker.launcher_process import LauncherProcess, check_limits, require_root, start_launcher
-from pjw.worker.logs import ALL_OUTPUT, Output, Part, Reading, check_stream, output_of_ended
+from pjw.worker.logs import ALL_OUTPUT, Output, Part, Reading, artifacts_of, check_stream, output_of_ended
 from pjw.worker.numbers import WorkerNumbers, count_all
+from pjw.worker.orders import order_size
 from pjw.worker.pages import ALL_JOBS, JobFilter, Page
+from pjw.worker.queue import Queue
+from pjw.worker.queue_rows import WaitingJob
 from pjw.worker.quota import RunningJobs, StoredBytes, most_of_one_job
-from pjw.worker.retention import Pruner
+from pjw.worker.retention import BATCH, Pruner
+from pjw.worker.rows import to_ns
+from pjw.worker.sessions import Sessions
 from pjw.worker.settings import NO_LIMIT_ONLY, DiskMarks, WorkerSettings
 from pjw.worker.starts import Starts
 from pjw.worker.state_dir import StateDir
 from pjw.worker.stopping import Stopping
+from pjw.worker.uploads import Uploads
 from pjw.worker.usage import with_end
 from pjw.worker.usage_sampler import UsageSampler
 from pjw.worker.users import Users
+from pjw.worker.workspaces import Workspaces
 
 LOCAL_CLIENT: Final = "local"
 PAGE_MAX: Final = 1000
 # the last one before the real-time signals
 SIGNAL_MAX: Final = 31
+ALL_CHANGES: Final = Watched()
 
 log: Final = logging.getLogger(__name__)
 
@@ -56,7 +85,8 @@ log: Final = logging.getLogger(__name__)
 class Worker:
     """Runs jobs on this machine.
 
-    Methods that take an `owner` know only that client's jobs; None is all of them. Close it
+    Methods that take an `owner` know only that client's jobs; None is all of them. Those that take an Element
+    know an element of an array by its index, also before it has an id. Close it
     with `close()`, or use it as an async context manager; jobs go on, and the next worker on
     the same state directory finds them.
     """
@@ -76,7 +106,7 @@ class Worker:
         self._tails: Final = asyncio.Lock()
         self._pruner: Final = Pruner(state, settings.retention)
         self._background: Final = Background()
-        self._stopping: Final = Stopping(self._launcher, self._background)
+        self._stopping: Final = Stopping(self._launcher, self._background, state.store.note)
         self._held: Final = HeldOutputs(state)
         self._sampler: Final = UsageSampler(state, self._launcher, self._live, self._held)
         self._disk: Final = DiskSampler(
@@ -90,19 +120,40 @@ class Worker:
             self._held,
         )
         self._disk.counts = self._stored.bounded
+        self._users: Final = Users(state.store, launcher.ready.uid_first, settings.uid_count)
+        self._workspaces: Final = Workspaces(
+            state.store, self._launcher, self._users, settings, self._background
+        )
+        self._disk.growing = self._workspaces.growing
         self._endings: Final = Endings(
             state,
             self._launcher,
             self._live,
             self._running,
+            self._workspaces,
             self._pruner,
             self._sampler,
             self._disk,
             self._stopping,
             self._held,
             self._background,
+            Keeping(state, self._inotify, self._stored),
         )
-        self._users: Final = Users(state.store, launcher.ready.uid_first, settings.uid_count)
+        turns = LaunchTurns()
+        self._sessions: Final = Sessions(
+            state,
+            self._launcher,
+            self._inotify,
+            self._live,
+            self._stored,
+            self._inputs,
+            self._users,
+            turns,
+            self._background,
+        )
+        self._stored.sessions = self._sessions.bytes_of
+        self._uploads: Final = Uploads(state, self._stored, self._inputs)
+        self._stored.uploads = self._uploads.bytes_of
         self._starts: Final = Starts(
             state,
             self._launcher,
@@ -113,8 +164,19 @@ class Worker:
             self._endings,
             self._stopping,
             self._users,
+            self._workspaces,
+            turns,
             self._background,
+            self._uploads,
         )
+        self._queue: Final = Queue(state.store, self, self._background, settings)
+        self._changes: Final = Changes(state.store, self._background, self._launcher.gone, self._queue.shown)
+        self._endings.ended.append(self._queue.job_ended)
+        self._endings.retried.append(self._queue.retried)
+        self._pruner.removed.append(self._queue.room_was_made)
+        self._queue.busy, self._queue.holder = self._workspaces.busy, self._workspaces.holder
+        self._workspaces.freed.append(self._queue.workspace_freed)
+        self._workspaces.counted.append(self._queue.room_was_made)
 
     @classmethod
     async def open(cls, state_dir: str, settings: WorkerSettings | None = None) -> Self:
@@ -146,14 +208,22 @@ class Worker:
             self._inotify,
             self._live,
             self._running,
+            self._workspaces,
             self._endings,
             self._background,
         )
+        await self._workspaces.begin(self._ready.uid_first)
+        await self._sessions.adopt()
+        await self._uploads.adopt()
+        await self._queue.begin([live.job for live in self._live.values()])
         for words in await self.give_shares():
             log.warning("%s", words)
         self._background.keep("removal of ended jobs", self._pruner.run())
         self._background.keep("samples of running jobs", self._sampler.run())
         self._background.keep("marks of free space", self._disk.run())
+        self._background.keep("queue", self._queue.run())
+        self._background.keep("removal of uploads", self._uploads.run())
+        self._background.keep("workspaces", self._workspaces.run())
 
     async def __aenter__(self) -> Self:
         return self
@@ -166,10 +236,14 @@ class Worker:
         for live in self._live.values():
             live.let_go()
             live.abandon_output()
+        self._sessions.close()
         self._launcher.close()
+        self._endings.close()
         # launches under way end by that, and may still want the table
         await self._background.close()
         await self._starts.over()
+        await self._sessions.over()
+        await self._workspaces.over()
         try:
             await self._state.store.sync()
         except PjwError as error:
@@ -209,6 +283,8 @@ class Worker:
         self._disk.marks, self._disk.counts = settings.disk, self._stored.bounded
         self._inputs.set_bytes_max(settings.quotas.input_bytes_max)
         self._pruner.keep(settings.retention)
+        self._workspaces.reconfigure(settings)
+        self._queue.reconfigure(settings)
 
     async def give_shares(self) -> list[str]:
         """Set the share of each client with jobs again; give in words what could not be set beside them.
@@ -234,7 +310,7 @@ class Worker:
     async def numbers(self) -> WorkerNumbers:
         """How much of everything there is, for who watches over it."""
         return await count_all(
-            self._state, self._live, self._endings.by_reason, len(self._held), self._launcher
+            self._state, self._live, self._endings.by_reason, len(self._held), self._launcher, self._queue
         )
 
     async def launcher_gone(self) -> None:
@@ -262,12 +338,21 @@ class Worker:
         """Start a job; return when its command was executed.
 
         Its row is on the disk then: not even a power cut makes pjw forget a job that was told of.
-        Raises InvalidJobError, NameTakenError, LaunchError (no such program, not executable), WorkdirError,
-        LimitReachedError (a quota, no space, no processes) or KernelError; then no job came to be.
+        Raises InvalidJobError, NameTakenError, WorkspaceBusyError, LaunchError (not executable),
+        WorkdirError, LimitReachedError (a quota, no space, no processes) or KernelError; then no job came to
+        be.
         A caller who is cancelled before the answer gets no job either, unless the spec has a request id,
         with which it will ask again: that gets the job of the first time. LauncherGoneError may come when
-        the job was started: the next worker knows.
+        the job was started: the next worker knows. A spec with a `queue` is submitted, as by `submit`.
         """
+        if spec.queue is not None:
+            [job] = await self.submit([spec], client_name)
+            return job
+        limits = self._limits_of(spec)
+        return await self._starts.start(spec, client_name, limits)
+
+    def _limits_of(self, spec: JobSpec) -> Limits:
+        """All limits of a job that is asked for. Raises InvalidJobError for what is not allowed."""
         limits = self._settings.default_limits.with_overrides(spec.limits)
         if above := limits.first_above(self._settings.ceiling):
             most, value = getattr(self._settings.ceiling, above), getattr(limits, above)
@@ -286,13 +371,129 @@ class Worker:
                 value=value,
                 least=least,
             )
-        return await self._starts.start(spec, client_name, limits)
+        return limits
+
+    # --- the queue
+
+    async def submit(self, specs: Sequence[JobSpec], client_name: str = LOCAL_CLIENT) -> Sequence[Job]:
+        """Put jobs into the queue, all or none: each is started when its turn comes, by whichever worker.
+
+        They are on the disk when this returns. Raises InvalidJobError, NameTakenError, JobNotFoundError (a
+        job to wait for), LimitReachedError (the queue takes no more) or KernelError; then none came to be. A
+        caller who is cancelled before the answer may find them in the queue all the same. A spec with a
+        request id makes one job.
+        """
+        asked = [(spec, self._limits_of(spec)) for spec in specs]
+        for _, limits in asked:
+            self._running.require_possible(client_name, limits)
+        await self._users.of(client_name)
+        for spec in specs:
+            await self._require_upload(spec, client_name)
+        # to its end, as whoever is cancelled cannot know how far it has come
+        return await asyncio.shield(self._submit(asked, client_name))
+
+    async def _submit(self, asked: Sequence[tuple[JobSpec, Limits]], client_name: str) -> Sequence[Job]:
+        # times of a job are cut to microseconds
+        before = time.time_ns() - 1000
+        tokens = await self._state.keep_secrets([spec for spec, _ in asked])
+        jobs, awaited = await self._state.store.enqueue(client_name, asked, self._settings.quotas, tokens)
+        self._queue.awaits(awaited)
+        try:
+            await self._state.store.sync()
+        except PjwError:
+            # nobody was told of them; of one of an earlier request its caller was
+            await self._state.store.unqueue([job.id for job in jobs if to_ns(job.asked) >= before])
+            raise
+        self._queue.added(jobs)
+        return [self._shown(job) for job in jobs]
+
+    async def _require_upload(self, spec: JobSpec, client_name: str) -> None:
+        if not spec.upload:
+            return
+        try:
+            await self._uploads.renew(client_name, spec.upload)
+        except CopyError:
+            # a job that the same request has made before may have had it
+            request_id = spec.request_id
+            if not request_id or await self._state.store.of_request(client_name, request_id) is None:
+                raise
+
+    async def hold(self, job_id: int | Element, owner: str | None = None) -> Job:
+        """Keep a job from being started until `release`: of an array all elements that wait.
+
+        Raises JobNotFoundError, JobStateError for a job that does not wait in the queue, and
+        LimitReachedError when too many elements are held one by one.
+        """
+        job = await self.get(job_id, owner)
+        if isinstance(job_id, Element):
+            if not job.id and (held := await self._queue.hold_element(job_id)) is not None:
+                return self._shown(held)
+            job = await self._with_id(job_id, owner, "hold")
+        return self._shown(await self._queue.hold(job.id))
+
+    async def release(self, job_id: int | Element, owner: str | None = None) -> Job:
+        """Let a held job be started: of an array all its elements, also those that were held one by one.
+
+        Raises as `hold`.
+        """
+        job = await self.get(job_id, owner)
+        if isinstance(job_id, Element) and not job.id and job.state is JobState.QUEUED:
+            # nobody holds it by itself
+            return job
+        if isinstance(job_id, Element):
+            job = await self._with_id(job_id, owner, "release")
+        return self._shown(await self._queue.release(job.id))
+
+    # --- elements of arrays
+
+    async def _with_id(self, element: Element, owner: str | None, verb: str) -> Job:
+        """An element that has an id. Raises JobStateError for one that has none, and gets none any more."""
+        job = await self.get(element, owner)
+        if not job.id:
+            raise JobStateError(f"cannot {verb} job {element}: it was never started")
+        return job
+
+    async def _drawn(self, element: Element, owner: str | None) -> Job:
+        """An element, when it has an id or gets none any more. Raises JobNotFoundError."""
+        while True:
+            change = self._queue.change_of(element)
+            job = await self.get(element, owner)
+            if job.id or job.state.final:
+                return job
+            await self._wait_for(change)
+
+    async def _stop_element(
+        self, element: Element, grace_seconds: float | None, owner: str | None, signal: int
+    ) -> Job:
+        while True:
+            job = await self.get(element, owner)
+            if job.id:
+                return await self.stop(job.id, grace_seconds, owner, signal)
+            if job.state.final:
+                return job
+            if (cancelled := await self._queue.cancel_element(element)) is not None:
+                return cancelled
+
+    async def _stop_array(self, array_id: int, grace_seconds: float | None, signal: int) -> Job:
+        await self._queue.cancel_array(array_id)
+        stops = (self.stop(job_id, grace_seconds, None, signal) for job_id in self._queue.elements(array_id))
+        for each in await asyncio.gather(*stops, return_exceptions=True):
+            # one that has been forgotten has ended
+            if isinstance(each, BaseException) and not isinstance(each, JobNotFoundError):
+                raise each
+        return await self._wait_for_end(array_id, None, or_stuck=False)
+
+    async def start_queued(self, waiting: WaitingJob) -> Job:
+        """Start a job of the queue; only the queue calls this, see queue.Backend."""
+        spec, client_name = waiting.spec(), waiting.job.client_name
+        # again, as the operator may have changed what is allowed
+        return await self._starts.start_queued(waiting.job.id, spec, client_name, self._limits_of(spec))
 
     # --- stop
 
     async def stop(
         self,
-        job_id: int,
+        job_id: int | Element,
         grace_seconds: float | None = None,
         owner: str | None = None,
         signal: int = SIGTERM,
@@ -302,13 +503,23 @@ class Worker:
         Returns the final snapshot when nothing is left of the job but its row and its output; a
         job that has ended already is success. Goes on when the caller is cancelled. Raises
         JobNotFoundError, InvalidJobError for what is no such signal, and JobStateError for a job that
-        was killed and that the kernel cannot end yet.
+        was killed and that the kernel cannot end yet. A job that waits in the queue is ended without a start;
+        of an array all elements are stopped.
         """
         if not 1 <= signal <= SIGNAL_MAX:
             raise InvalidJobError(f"a job is stopped with a signal from 1 to {SIGNAL_MAX}, not {signal}")
-        live = await self._launched(job_id, owner)
-        if live is None or live.ended.is_set():
-            return await self.get(job_id, owner)
+        if isinstance(job_id, Element):
+            return await self._stop_element(job_id, grace_seconds, owner, signal)
+        if self._live_of(job_id, owner) is None:
+            job = await self.get(job_id, owner)
+            if job.array is not None and not job.state.final:
+                # to its end, though the caller be cancelled
+                return await asyncio.shield(self._stop_array(job_id, grace_seconds, signal))
+        live = await self._begun(job_id, owner, cancel=True)
+        if isinstance(live, Job) or live.ended.is_set():
+            job = live if isinstance(live, Job) else live.job
+            # it has ended, and goes on as another one
+            return await self.stop(job.retried_as, grace_seconds, owner, signal) if job.retried_as else job
         grace = self._settings.stop_grace_seconds if grace_seconds is None else grace_seconds
         self._stopping.begin(live, grace, signal)
         await self._wait_for(live.ended, live.stuck)
@@ -320,49 +531,189 @@ class Worker:
     def _end_for_disk(self, live: LiveJob) -> None:
         self._stopping.begin(live, 0, SIGKILL)
 
-    async def delete(self, job_id: int, owner: str | None = None) -> None:
+    async def delete(self, job_id: int | Element, owner: str | None = None) -> None:
         """Forget an ended job, with its output; who reads it right now may read on.
 
-        Raises JobNotFoundError, and JobStateError for a job that has not ended.
+        With an array go its elements. Raises JobNotFoundError, and JobStateError for a job that has not
+        ended.
         """
         job = await self.get(job_id, owner)
-        if job_id in self._live or not job.state.final:
+        if job.id in self._live or not job.state.final:
             raise JobStateError(f"cannot remove job {job_id}: it has not ended", hint=f"pjw stop {job_id}")
+        if not job.id:
+            # an element that never had a row: its array remembers it
+            return
+        if job.array is not None:
+            while elements := await self._state.store.elements(job.id, BATCH):
+                for element in elements:
+                    await self._forget(element)
+        await self._forget(job.id)
+
+    async def _forget(self, job_id: int) -> None:
+        await self._queue.settle(job_id)
         await self._pruner.remove(job_id)
+
+    # --- terminals and sessions
+
+    async def resize(
+        self, job_id: int, size: TerminalSize, owner: str | None = None, session: int = 0
+    ) -> None:
+        """Give the terminal of a job, or of a session of it, another size.
+
+        Raises JobNotFoundError, SessionNotFoundError, and JobStateError where there is no terminal.
+        """
+        if session:
+            await self._sessions.resize(self._sessions.find(job_id, session, owner), size)
+            return
+        if await self._launched(job_id, owner) is None:
+            job = await self.get(job_id, owner)
+            raise JobStateError(f"job {job_id} has {'ended' if job.state.final else 'not begun'}")
+        path = self._state.control_path(job_id)
+        await self._state.in_thread(order_size, path, size, f"job {job_id}")
+
+    async def exec(
+        self, job_id: int, spec: JobSpec, client_name: str = LOCAL_CLIENT, *, detached: bool = False
+    ) -> Session:
+        """Start another command in a client's job that runs; return when it was executed.
+
+        It runs as the job's user and within the limits of the job, ends with that at the latest, and has its
+        stderr apart. Of the spec the name, the labels and the limits count for nothing. When no call has
+        looked at the session for two minutes it is hung up (SIGHUP, then SIGKILL), unless it is *detached*;
+        one that has ended is forgotten then. Raises JobNotFoundError, JobStateError for a job that does not
+        run, LaunchError, WorkdirError, LimitReachedError for too many sessions, and KernelError.
+        """
+        live = await self._require_running(job_id, client_name)
+        # it begins where the job did, if that has a workspace
+        spec = replace(spec, workspace=live.job.workspace)
+        return await self._sessions.start(live, spec, self._settings, detached=detached)
+
+    async def archive(
+        self, job_id: int, archive: Archive, client_name: str = LOCAL_CLIENT, *, request_id: str = ""
+    ) -> Session:
+        """Pack files of a client's job that runs into an archive, or unpack one: a session, as by `exec`.
+
+        The archive is its output, or what is written to its input. Its stderr has what was left out ("note: "
+        begins the line) and why it failed ("error: "). It is forgotten when it is stopped, also when that is
+        after its end.
+        """
+        live = await self._require_running(job_id, client_name)
+        spec = JobSpec(
+            archive.argv, input=archive.unpack, request_id=request_id, workspace=live.job.workspace
+        )
+        return await self._sessions.start(live, spec, self._settings, detached=False, archive=True)
+
+    async def connect(self, job_id: int, port: int, client_name: str = LOCAL_CLIENT) -> socket.socket:
+        """Connect to a TCP port of a client's job that runs, within its network: 127.0.0.1, or else ::1.
+
+        The socket does not block, and is the caller's to close. Raises JobNotFoundError, InvalidJobError for
+        what is no port, JobStateError where nobody listens or the job does not run, LimitReachedError and
+        KernelError.
+        """
+        if not 1 <= port <= PORT_MAX:
+            raise InvalidJobError(f"a port is a number from 1 to {PORT_MAX}, not {port}")
+        return await self._sessions.connect(await self._require_running(job_id, client_name), port)
+
+    async def _require_running(self, job_id: int, client_name: str) -> LiveJob:
+        live = await self._launched(job_id, client_name)
+        job = live.job if live is not None else await self.get(job_id, client_name)
+        if live is not None and live.keeping:
+            raise JobStateError(f"cannot enter job {job_id}: {job.detail}")
+        if live is None or live.ended.is_set() or job.state is not JobState.RUNNING:
+            raise JobStateError(f"cannot enter job {job_id}: it is {job.state}")
+        return live
+
+    async def wait_session(self, job_id: int, number: int, owner: str | None = None) -> Session:
+        """Wait until a session has ended; its final snapshot. Raises SessionNotFoundError."""
+        return await self._sessions.wait(self._sessions.find(job_id, number, owner), self._wait_for)
+
+    async def stop_session(self, job_id: int, number: int, owner: str | None = None) -> Session:
+        """Hang a session up, and wait for its end; its final snapshot. Raises SessionNotFoundError."""
+        return await self._sessions.stop(self._sessions.find(job_id, number, owner), self._wait_for)
+
+    # --- workspaces
+
+    async def workspaces(
+        self, owner: str | None = LOCAL_CLIENT, after: tuple[str, str] = ("", ""), count: int = -1
+    ) -> Sequence[Workspace]:
+        """The workspaces of one client, or with None of all, by their clients and names.
+
+        No more than *count*, but for -1, from behind the one with this client and name.
+        """
+        return await self._workspaces.listed(owner, after, count)
+
+    async def remove_workspace(self, name: str, client_name: str = LOCAL_CLIENT) -> None:
+        """Remove a workspace of a client, with all that is in it; return when it is gone.
+
+        Raises WorkspaceNotFoundError, WorkspaceBusyError while a job uses it or waits in the queue for it,
+        and KernelError.
+        """
+        await self._workspaces.remove(client_name, name)
 
     # --- input
 
     @asynccontextmanager
-    async def write_input(self, job_id: int, owner: str | None = None) -> AsyncGenerator[InputWriter, None]:
+    async def write_input(
+        self, job_id: int, owner: str | None = None, session: int = 0
+    ) -> AsyncGenerator[InputWriter, None]:
         """Write to the input of a job that was started with `input`, from where the one before has stopped.
 
         To leave it is no end: the command waits for the rest, whoever brings it. Raises JobNotFoundError;
         JobStateError for a job without input or that has ended, also in the middle, or when another has
-        begun to write to it; LimitReachedError at a quota of stored bytes.
+        begun to write to it; LimitReachedError at a quota of stored bytes. With *session* it is the input of
+        that session of the job.
         """
-        live = await self._launched(job_id, owner)
-        require_input(live.job if live is not None else await self.get(job_id, owner))
-        if live is None or live.ended.is_set():
-            raise ended_error(job_id)
+        if session:
+            found = self._sessions.find(job_id, session, owner)
+            await self._stored.check(found.client_name)
+            async with self._sessions.input_of(found, self._wait_for) as writer:
+                yield writer
+            return
+        if self._live_of(job_id, owner) is None:
+            # at once, and not when it has been started
+            require_input(await self.get(job_id, owner))
+        live = await self._begun(job_id, owner)
+        require_input(live if isinstance(live, Job) else live.job)
+        if isinstance(live, Job) or live.ended.is_set():
+            raise ended_error(f"job {job_id}")
         client_name = live.job.client_name
         await self._stored.check(client_name)
         async with self._inputs.writer(job_id, client_name, lambda: self._wait_for(live.ended)) as writer:
             yield writer
 
+    @asynccontextmanager
+    async def write_upload(
+        self, name: str, client_name: str = LOCAL_CLIENT
+    ) -> AsyncGenerator[InputWriter, None]:
+        """Write an archive of files for a job of a client's that is to be started, as `write_input` does.
+
+        It goes with the start of the job whose `JobSpec.upload` is its *name*, or a while after it came.
+        Raises InvalidJobError, JobStateError when another has begun to write it, and LimitReachedError.
+        """
+        async with self._uploads.writer(client_name, name, self._wait_for) as writer:
+            yield writer
+
     # --- look
 
-    async def get(self, job_id: int, owner: str | None = None) -> Job:
+    async def get(self, job_id: int | Element, owner: str | None = None) -> Job:
         """One job as it is now. Raises JobNotFoundError."""
+        if isinstance(job_id, Element):
+            element = await self._state.store.element(job_id, owner) if job_id.array_id < 2**63 else None
+            if element is None:
+                raise JobNotFoundError(str(job_id))
+            return self._shown(element)
         live = self._live_of(job_id, owner)
         if live is not None:
             return live.job
         job = await self._state.store.get(job_id, owner) if 0 < job_id < 2**63 else None
         if job is None:
             raise JobNotFoundError(job_id)
-        return job
+        return self._queue.shown(job)
 
-    async def get_with_usage(self, job_id: int, owner: str | None = None) -> Job:
+    async def get_with_usage(self, job_id: int | Element, owner: str | None = None) -> Job:
         """One job as it is now, with its usage while its command runs. Raises JobNotFoundError."""
+        if isinstance(job_id, Element):
+            job = await self.get(job_id, owner)
+            return await self.get_with_usage(job.id, owner) if job.id in self._live else job
         live = self._live_of(job_id, owner)
         if live is None or live.job.state is JobState.STARTING:
             return await self.get(job_id, owner)
@@ -385,20 +736,36 @@ class Worker:
     ) -> Page:
         """Jobs behind id *after* that fit: *count* at most, and perhaps none though there is a next page."""
         page = await self._state.store.page(owner, after, count, wanted, newest_first=newest_first)
-        jobs = [self._live[job.id].job if job.id in self._live else job for job in page.jobs]
+        jobs = [self._shown(job) for job in page.jobs]
         if wanted.states:
             jobs = [job for job in jobs if job.state in wanted.states]
         return Page(jobs, page.next_after)
 
-    async def wait(self, job_id: int, owner: str | None = None, *, or_stuck: bool = False) -> Job:
+    async def wait(self, job_id: int | Element, owner: str | None = None, *, or_stuck: bool = False) -> Job:
         """Wait until a job has ended; its final snapshot. Raises JobNotFoundError.
 
-        With *or_stuck* it also returns when the job was killed and does not end, or when its output waits for
-        the disk. Its `detail` says which.
+        Of a job that is tried again it is the newest attempt that has to end. With *or_stuck* it also returns
+        when the job was killed and does not end, or when its output waits for the disk. Its `detail` says
+        which.
         """
-        live = await self._launched(job_id, owner)
-        if live is None:
-            return await self.get(job_id, owner)
+        if isinstance(job_id, Element):
+            job = await self._drawn(job_id, owner)
+            if not job.id:
+                return job
+            job_id = job.id
+        job = await self._wait_for_end(job_id, owner, or_stuck=or_stuck)
+        while job.retried_as is not None:
+            job = await self._wait_for_end(job.retried_as, owner, or_stuck=or_stuck)
+        return job
+
+    async def ended(self, job_id: int) -> None:
+        """Return when a job has ended; only the queue calls this, see queue.Backend."""
+        await self._wait_for_end(job_id, None, or_stuck=False)
+
+    async def _wait_for_end(self, job_id: int, owner: str | None, *, or_stuck: bool) -> Job:
+        live = await self._begun(job_id, owner)
+        if isinstance(live, Job):
+            return live
         await self._wait_for(live.ended, *([live.stuck, live.held] if or_stuck else []))
         return live.job
 
@@ -419,6 +786,31 @@ class Worker:
         not there yet.
         """
         return await self._sampler.now(owner, fresh_seconds, within_seconds)
+
+    async def queued_now(self, owner: str | None = None, most: int = PAGE_MAX) -> tuple[int, Sequence[Job]]:
+        """How many jobs are in the queue, and the oldest of those that wait there."""
+        by_client = await self._state.store.queued_of_clients()
+        count = sum(by_client.values()) if owner is None else by_client.get(owner, 0)
+        if not count:
+            return 0, ()
+        return count, (await self.page(owner, 0, most, JobFilter(frozenset({JobState.QUEUED})))).jobs
+
+    def watch_jobs(
+        self,
+        owner: str | None = None,
+        watched: Watched = ALL_CHANGES,
+        since: int | None = None,
+        *,
+        snapshot: bool = True,
+        follow: bool = True,
+    ) -> AsyncGenerator[Batch, None]:
+        """Changes of the states of jobs in their order, for ever, or without *follow* those until now.
+
+        They begin behind the change *since*, without it with the jobs as they are, and without a *snapshot*
+        with the next change. A plain start is a change when its command runs. Each is on the disk when it is
+        told, and numbers go on after a restart. Raises SequenceError when those behind *since* are not kept.
+        """
+        return self._changes.watch(owner, watched, since, snapshot=snapshot, follow=follow)
 
     async def quota(self, client_name: str = LOCAL_CLIENT) -> ClientQuota:
         """The limits, use and share of a client. Raises KernelError."""
@@ -448,10 +840,12 @@ class Worker:
             stored_bytes=await self._stored.of(client_name),
             stored_bytes_max=settings.quotas.stored_bytes_max,
             use=use,
+            queued=(await self._state.store.queued_of_clients()).get(client_name, 0),
+            queued_max=settings.quotas.queued_max,
         )
 
     async def logs(
-        self, job_id: int, part: Part = ALL_OUTPUT, owner: str | None = None
+        self, job_id: int | Element, part: Part = ALL_OUTPUT, owner: str | None = None
     ) -> AsyncGenerator[bytes, None]:
         """Yield a part of a job's output, as it comes; end when the job has ended.
 
@@ -462,29 +856,77 @@ class Worker:
             async for chunk in chunks:
                 yield chunk
 
-    async def read_logs(self, job_id: int, part: Part = ALL_OUTPUT, owner: str | None = None) -> Reading:
+    async def read_logs(
+        self, job_id: int | Element, part: Part = ALL_OUTPUT, owner: str | None = None
+    ) -> Reading:
         """A part of a job's output that is about to be read: where it begins is known.
 
-        Raises JobNotFoundError, and JobStateError for a stderr that is not kept apart.
+        Raises JobNotFoundError, and JobStateError for a stderr that is not kept apart, and for an array. Of
+        artifacts, JobStateError before the end, and CopyError when there are none.
         """
+        if part.artifacts:
+            job = await self.get(job_id, owner)
+            return await artifacts_of(self._state, self._inotify, job).reading(part, self._tails)
+        if isinstance(job_id, Element):
+            job = await (self._drawn if part.follow else self.get)(job_id, owner)
+            if not job.id:
+                output = output_of_ended(self._state, self._inotify, job, stderr=part.stderr)
+                return await output.reading(part, self._tails)
+            job_id = job.id
+        if part.session:
+            found = self._sessions.find(job_id, part.session, owner)
+            reading = await self._sessions.output_of(found, part).reading(part, self._tails)
+            return replace(reading, within=partial(self._sessions.attached, found))
         output = await self._output(job_id, part, owner)
         return await output.reading(part, self._tails)
 
     async def _output(self, job_id: int, part: Part, owner: str | None) -> Output:
-        live = await self._launched(job_id, owner)
-        job = live.job if live is not None else await self.get(job_id, owner)
-        if live is None and not job.state.final:
+        if self._live_of(job_id, owner) is None:
+            job = await self.get(job_id, owner)
+            require_no_array(job)
+            check_stream(job, part)
+            if job.state is JobState.QUEUED and not part.follow:
+                return output_of_ended(self._state, self._inotify, job, stderr=part.stderr)
+        live = await self._begun(job_id, owner)
+        if isinstance(live, LiveJob):
+            check_stream(live.job, part)
+            return Output(live.stderr if part.stderr and live.stderr else live.output)
+        if not live.state.final:
             # its row is there, and its start is just about to be
             raise JobNotFoundError(job_id)
-        check_stream(job, part)
-        if live is None:
-            return output_of_ended(self._state, self._inotify, job, stderr=part.stderr)
-        return Output(live.stderr if part.stderr and live.stderr else live.output)
+        check_stream(live, part)
+        return output_of_ended(self._state, self._inotify, live, stderr=part.stderr)
 
     def _live_of(self, job_id: int, owner: str | None) -> LiveJob | None:
         # Another's is none, here as well as in the table, and looked for there like one that never was.
         live = self._live.get(job_id)
         return live if live is not None and owner in (None, live.job.client_name) else None
+
+    def _shown(self, job: Job) -> Job:
+        """A job of the table as it is now."""
+        live = self._live.get(job.id)
+        return self._queue.shown(job) if live is None else live.job
+
+    async def _begun(self, job_id: int, owner: str | None, *, cancel: bool = False) -> LiveJob | Job:
+        """The owner's live job, once its launch is over, or the job that has ended.
+
+        One that is in the queue is waited for, or with *cancel* ended there. Raises JobNotFoundError.
+        """
+        while True:
+            if (live := await self._launched(job_id, owner)) is not None:
+                return live
+            # whatever comes from here on is heard
+            change = self._queue.change_of(job_id)
+            job = await self.get(job_id, owner)
+            if job.state.final:
+                return job
+            if job.state is JobState.QUEUED and cancel:
+                await self._queue.cancel(job_id)
+            elif job.state is JobState.QUEUED or job.array is not None or self._queue.is_starting(job):
+                await self._wait_for(change)
+            elif self._live_of(job_id, owner) is None:
+                # of a plain start, whose row is there
+                return job
 
     async def _launched(self, job_id: int, owner: str | None) -> LiveJob | None:
         """The owner's live job, once its launch is over; None when there is none (any more)."""
@@ -498,3 +940,12 @@ class Worker:
         await first_of(*flags, self._launcher.gone)
         if not any(flag.is_set() for flag in flags):
             raise LauncherGoneError("the launcher has gone; the job goes on")
+
+
+def require_no_array(job: Job) -> None:
+    """Raises JobStateError for an array, whose output is that of its elements."""
+    if job.array is not None:
+        raise JobStateError(
+            f"job {job.id} is an array, and has no output of its own",
+            hint=f"name one of its elements, {job.array.indices}: {job.id}_INDEX",
+        )

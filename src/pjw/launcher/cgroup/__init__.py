@@ -28,6 +28,9 @@ class Cgroup(Protocol):
         A number among them is a descriptor, which is open only within the context: spawn init there.
         """
 
+    def session_arguments(self) -> AbstractContextManager[list[str | int]]:
+        """The same for a session, which enters while the job runs."""
+
     def make_equal(self) -> None:
         """Give it the weight of processor time that each job of a client has; `create` gave it far more.
 
@@ -68,6 +71,10 @@ class Hierarchy(Protocol):
     @property
     def version(self) -> int:
         """1 or 2."""
+
+    @property
+    def shown(self) -> Sequence[str]:
+        """The directory that all cgroups lie in, where each job is shown its own; else nothing."""
 
     def create(self, job_id: int, limits: Limits, uid: int, share: Share = DEFAULT_SHARE) -> Cgroup:
         """Make a cgroup with every limit set, in that of its client with this share, or leave nothing behind.

@@ -41,6 +41,7 @@ class Mount:
     device: str
     root: str
     point: str
+    options: str
     fs_type: str
     source: str
     super_options: frozenset[str]
@@ -85,7 +86,7 @@ def parse_mounts(table: str) -> list[Mount]:
     # not splitlines(): the kernel escapes newlines, and no other character that ends a line for Python
     for line in filter(None, table.split("\n")):
         left, _, right = line.partition(" - ")
-        mount_id, _parent, device, root, point, *_options = left.split(" ")
+        mount_id, _parent, device, root, point, options, *_propagation = left.split(" ")
         fs_type, source, super_options = right.split(" ")[:3]
         mounts.append(
             Mount(
@@ -93,6 +94,7 @@ def parse_mounts(table: str) -> list[Mount]:
                 device=device,
                 root=_unescape(root),
                 point=_unescape(point),
+                options=options,
                 fs_type=fs_type,
                 source=_unescape(source),
                 super_options=frozenset(super_options.split(",")),

@@ -53,6 +53,7 @@ class V1Hierarchy:
     """The jobs of one instance."""
 
     version: Final = 1
+    shown: Final = ()
 
     def __init__(self, parents: Mapping[str, str], io_devices: Sequence[str]) -> None:
         tops = {path: files.open_top(path) for path in dict.fromkeys(parents.values())}
@@ -274,16 +275,17 @@ class V1Cgroup:
 
     @contextmanager
     def init_arguments(self) -> Iterator[list[str | int]]:
+        lifts = [(self._tops[IO_CONTROLLER], f"{self._place}/{name}") for name in self._throttled]
+        with self.session_arguments() as enter, files.opened(lifts, os.O_WRONLY, self._subject) as lift:
+            yield [*enter, *throttles.lift_words(self._throttled, lift, self._disks)]
+
+    @contextmanager
+    def session_arguments(self) -> Iterator[list[str | int]]:
         # Not cgroup.procs: to move all threads of a process the kernel first waits for every fork of the host
         # (cgroup_threadgroup_rwsem), for milliseconds. Init has one thread, and moves that.
         entries = [(top, f"{self._place}/tasks") for top in dict.fromkeys(self._tops.values())]
-        lifts = [(self._tops[IO_CONTROLLER], f"{self._place}/{name}") for name in self._throttled]
-        with files.opened([*entries, *lifts], os.O_WRONLY, self._subject) as descriptors:
-            enter, lift = descriptors[: len(entries)], descriptors[len(entries) :]
-            yield [
-                *(word for number in enter for word in ("--cgroup-procs-fd", number)),
-                *throttles.lift_words(self._throttled, lift, self._disks),
-            ]
+        with files.opened(entries, os.O_WRONLY, self._subject) as descriptors:
+            yield [word for number in descriptors for word in ("--cgroup-procs-fd", number)]
 
     def make_equal(self) -> None:
         self._write("cpu", "cpu.shares", str(_SHARES_DEFAULT))

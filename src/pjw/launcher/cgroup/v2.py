@@ -128,6 +128,7 @@ class V2Hierarchy:
         self._shares: Final[dict[int, Share]] = {}
         # whether the kernel accounts swap
         self._bounds_swap: Final = os.path.exists(f"{parent}/memory.swap.max")
+        self.shown: Final = (parent,)
 
     def create(self, job_id: int, limits: Limits, uid: int, share: Share = DEFAULT_SHARE) -> "V2Cgroup":
         subject = f"job {job_id}"
@@ -297,15 +298,15 @@ class V2Cgroup:
     @contextmanager
     def init_arguments(self) -> Iterator[list[str | int]]:
         lifts = [(self._top, f"{self._place}/{name}") for name in self._throttled]
+        with self.session_arguments() as enter, files.opened(lifts, os.O_WRONLY, self._subject) as lift:
+            words = throttles.lift_words(self._throttled, lift, self._disks)
+            yield [*enter, "--cgroup", self.directory, *words]
+
+    @contextmanager
+    def session_arguments(self) -> Iterator[list[str | int]]:
         own = [(self._top, self._place)]
-        with (
-            files.opened(own, os.O_RDONLY | os.O_DIRECTORY, self._subject) as [directory],
-            files.opened(lifts, os.O_WRONLY, self._subject) as lift,
-        ):
-            yield [
-                *("--cgroup-fd", directory, "--cgroup", self.directory),
-                *throttles.lift_words(self._throttled, lift, self._disks),
-            ]
+        with files.opened(own, os.O_RDONLY | os.O_DIRECTORY, self._subject) as [directory]:
+            yield ["--cgroup-fd", directory]
 
     def make_equal(self) -> None:
         self._write("cpu.weight", str(_WEIGHT_DEFAULT))

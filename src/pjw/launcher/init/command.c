@@ -8,6 +8,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -15,7 +17,7 @@
 #ifndef SYS_close_range
 #define SYS_close_range 436
 #endif
-enum { ERRORS_FD = 3 };
+enum { ERRORS_FD = 3, TOOL_FD };
 
 struct failure {
     enum step step;
@@ -77,12 +79,18 @@ static enum step execute(const struct options *options, int stdin_fd, int stdout
         return STEP_STDIO;
     if (setsid() < 0)
         return STEP_SESSION;
+    if (options->terminal && ioctl(0, TIOCSCTTY, 0) < 0)
+        return STEP_CONTROLLING;
     /*
      * When the host runs out of memory, the kernel kills jobs before other processes. Set while privileged, this is
      * also the least that the command may ask for later (oom_score_adj_min, fs/proc/base.c).
      */
     if (set_oom_score_adj("500") < 0)
         return STEP_OOM_SCORE;
+    /* not even the command can raise it again */
+    struct rlimit files = {options->file_bytes_max, options->file_bytes_max};
+    if (options->file_bytes_max && setrlimit(RLIMIT_FSIZE, &files) < 0)
+        return STEP_LIMITS;
     umask(022);
     enum step failed = become_user(options->uid, options->gid);
     if (failed)
@@ -94,7 +102,10 @@ static enum step execute(const struct options *options, int stdin_fd, int stdout
     if (dup3(*errors_fd, ERRORS_FD, O_CLOEXEC) < 0) /* never the same: it is the higher one of two above 2 */
         return STEP_DESCRIPTORS;
     *errors_fd = ERRORS_FD;
-    if (syscall(SYS_close_range, ERRORS_FD + 1U, ~0U, 0U) < 0)
+    bool has_tool = options->tool_fd >= 0;
+    if (has_tool && options->tool_fd != TOOL_FD && dup3(options->tool_fd, TOOL_FD, O_CLOEXEC) < 0)
+        return STEP_DESCRIPTORS;
+    if (syscall(SYS_close_range, ERRORS_FD + 1U + has_tool, ~0U, 0U) < 0)
         return STEP_DESCRIPTORS;
     /* also before the client's own: /proc/self/cwd would be where the launcher was started */
     if (chdir("/run/job") < 0)
@@ -107,7 +118,10 @@ static enum step execute(const struct options *options, int stdin_fd, int stdout
         return STEP_SIGNALS;
     if (filter_system_calls() < 0) /* from here on only execve(2), and the write(2) that says why it failed */
         return STEP_SECCOMP;
-    search_and_execute(options->argv, options->environment);
+    if (has_tool) /* by its descriptor: the job may see no program at all, and not the directory that ours is in */
+        syscall(SYS_execveat, TOOL_FD, "", options->argv, options->environment, AT_EMPTY_PATH);
+    else
+        search_and_execute(options->argv, options->environment);
     return STEP_EXEC;
 }
 

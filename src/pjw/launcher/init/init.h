@@ -14,9 +14,12 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <signal.h>
 #include <sys/types.h>
 
-enum { HIDES_MAX = 64, PLACES_MAX = 128, CGROUPS_MAX = 16, LIFTS_MAX = 64, COMMAND_MAX_BYTES = (1 << 20) + (1 << 16), ORDER_MAX_BYTES = 512, STREAMS_MAX = 2 };
+enum { HIDES_MAX = 64, PLACES_MAX = 128, MOUNTS_MAX = PLACES_MAX + 3, CGROUPS_MAX = 16, LIFTS_MAX = 64, COMMAND_MAX_BYTES = (1 << 20) + (1 << 16), ORDER_MAX_BYTES = 512, STREAMS_MAX = 2 };
+/* where a job has its workspace, if it has one */
+#define WORKSPACE_DIRECTORY "/run/workspace"
 enum { REQUEST_MAX_BYTES = 1 << 20, REQUEST_FDS_MAX = 1 + CGROUPS_MAX + LIFTS_MAX };
 
 /* Every step that can fail: its name, and its words, which follow "cannot". Both are in a report. */
@@ -29,6 +32,7 @@ enum { REQUEST_MAX_BYTES = 1 << 20, REQUEST_FDS_MAX = 1 + CGROUPS_MAX + LIFTS_MA
     X(CGROUP, "enter-cgroup", "enter the cgroup")                       \
     X(REQUEST, "request", "read the request")                           \
     X(ORDER, "order", "read the order")                                 \
+    X(ENTER, "enter", "enter the namespaces")                           \
     X(CGROUP_NS, "unshare-cgroup", "make a cgroup namespace")           \
     X(KEYRING, "session-keyring", "make a session keyring")             \
     X(HOSTNAME, "hostname", "set the host name")                        \
@@ -39,6 +43,7 @@ enum { REQUEST_MAX_BYTES = 1 << 20, REQUEST_FDS_MAX = 1 + CGROUPS_MAX + LIFTS_MA
     X(MOUNT_BASE, "mount-base", "mount the base of the rest at")        \
     X(MOUNT_RUN, "mount-run", "mount /run")                             \
     X(MOUNT_SCRATCH, "mount-scratch", "mount the scratch directory at") \
+    X(MOUNT_WORKSPACE, "mount-workspace", "mount the workspace at")     \
     X(MOUNT_TMP, "mount-tmp", "mount a private")                        \
     X(MOUNT_DEV, "mount-dev", "mount /dev")                             \
     X(DEVICE, "make-device", "make")                                    \
@@ -50,10 +55,13 @@ enum { REQUEST_MAX_BYTES = 1 << 20, REQUEST_FDS_MAX = 1 + CGROUPS_MAX + LIFTS_MA
     X(TIMER, "timer", "set the timer")                                  \
     X(OUTPUT, "output", "use the output descriptor")                    \
     X(INPUT, "input", "watch the input descriptor")                     \
+    X(CONTROL, "control", "watch the control descriptor")               \
     X(PIPE, "pipe", "make a pipe")                                      \
+    X(TERMINAL, "terminal", "make a terminal")                          \
     X(STDIO, "stdio", "set up standard input and output")               \
     X(FORK, "fork", "start a process")                                  \
     X(SESSION, "setsid", "start a session")                             \
+    X(CONTROLLING, "controlling-terminal", "take the terminal")         \
     X(OOM_SCORE, "oom-score", "set oom_score_adj")                      \
     X(BOUNDING_SET, "bounding-set", "drop the capability bounding set") \
     X(GROUPS, "setgroups", "drop the supplementary groups")             \
@@ -66,8 +74,10 @@ enum { REQUEST_MAX_BYTES = 1 << 20, REQUEST_FDS_MAX = 1 + CGROUPS_MAX + LIFTS_MA
     X(CHDIR, "chdir", "enter /run/job")                                 \
     X(WORKDIR, "workdir", "enter")                                      \
     X(SECCOMP, "seccomp", "install the system call filter")             \
+    X(UNPACK, "unpack", "unpack the upload:")                           \
     X(EXEC, "exec", "execute")                                          \
     X(EXECUTED, "executed", "see the command reach its exec")           \
+    X(CONNECT, "connect", "connect to the port")                        \
     X(STATUS, "status", "write the status file")
 
 enum step {
@@ -96,6 +106,20 @@ struct options {
     bool split_stderr;
     bool input; /* the order comes with a descriptor of the input */
     int input_fd;
+    int enter_fd; /* a pidfd of the init of a job that runs: what is to be made is a session in that job (session.c) */
+    bool terminal; /* the command's stdin, stdout and stderr are a terminal; its size is in the control file */
+    int tool_fd; /* the program that is executed, whatever the command's first word is; -1: that */
+    bool upload; /* the order comes with an archive of files for the job */
+    int upload_fd;
+    bool workspace; /* the order comes with a mount of it */
+    int workspace_fd;
+    bool keep; /* the order comes with patterns of files that are kept after the end, and with a file for their archive */
+    int patterns_fd, artifacts_fd;
+    int archive_fd; /* the program that unpacks the one and packs the other; -1 where there is neither */
+    uint64_t file_bytes_max; /* what a file may have that the command writes; 0: any */
+    uint16_t connect_port; /* not for a command: connect to it in the job's network, and hand the socket over */
+    bool control; /* the order comes with a descriptor of the control file */
+    int control_fd;
     int cgroup_procs_fds[CGROUPS_MAX];
     int cgroup_procs_count;
     int lift_fds[LIFTS_MAX];       /* the files of the cgroup that hold its limits of disk IO, one disk a line */
@@ -110,6 +134,8 @@ struct options {
     int hide_count;
     struct place places[PLACES_MAX]; /* parents before what lies in them; the root is shown without it, too */
     int place_count;
+    char *mounts[MOUNTS_MAX]; /* all mounts of the host that places, scratch or cgroup lie in; the root first */
+    int mount_count;
     uint64_t tmp_bytes, output_max, time_max;
     uint64_t grace; /* seconds from SIGTERM to SIGKILL, when the SIGTERM is not the launcher's */
     char **argv, **environment;
@@ -122,9 +148,11 @@ void forget_paths(struct options *options); /* also for whoever reads our comman
 void parse_request(char *words, size_t length, struct options *options);
 /*
  * The words of an order, each ended by NUL, and the descriptors that came with it: command, output, status,
- * times; where stderr is kept apart its own output and times; where there is input, that.
+ * times; where stderr is kept apart its own output and times; with --control that file; where there is input, that; with
+ * --keep the file for artifacts; with --upload the archive; with --keep the patterns; with one of these two the program for
+ * archives; last, with --workspace, a mount of it. A session has no times, and no workspace but that of its job.
  */
-enum { ORDER_FDS = 4, ORDER_FDS_MAX = 7 };
+enum { ORDER_FDS_MAX = 12 };
 void parse_order(char *words, size_t length, const int *fds, size_t fd_count, struct options *options);
 void release_command(struct options *options);
 
@@ -138,6 +166,7 @@ size_t receive(enum step step, int socket, char *bytes, size_t bytes_max, int *f
 void await_order(struct options *options);
 void report_cloned(int pidfd);
 void report_execed(int64_t realtime_ns);
+void report_connected(int socket);
 /* With --tell, name on stderr the step that init is about to take, so that a reader sees where init hangs. */
 void begin(const struct options *options, enum step step, const char *subject);
 /* Report the step with errno and its subject (may be NULL), or say it on stderr. */
@@ -147,6 +176,10 @@ _Noreturn void fail(enum step step, const char *subject);
 int64_t realtime_ns(void);
 void record_start(int status_fd, int64_t ns);
 void record_end(int status_fd, int64_t ns, int wait_status, enum reason reason);
+/* What has become of the artifacts, in a word, and words for a person, which may be empty. */
+void record_artifacts(int status_fd, const char *outcome, const char *words);
+/* From now on a step that fails is the reason why there are no artifacts: fail() records it as that. */
+void record_failures(int status_fd);
 
 /* main.c: make this process what an init is to inherit; and clone an init, whose pid it gives, or -1 and errno */
 void prepare(const struct options *options);
@@ -161,9 +194,36 @@ void show_state(const struct options *options, const char *state);
 void set_inherited(void);
 
 /* namespaces.c */
+struct clone_args;
+/* clone3(2) as it is told, into the cgroup of the options where cgroups have a descriptor (v2) */
+int clone_into_cgroup(struct clone_args *args, const struct options *options);
 int clone_init(const struct options *options, int *pidfd);
 int enter_cgroups(const struct options *options); /* gives an errno, 0 when in */
+void join_keyring(void);
 void enter_namespaces(const struct options *options);
+
+/* session.c: another command in a job that runs */
+bool is_session(const struct options *options);
+pid_t clone_session(const struct options *options, int *pidfd);
+void enter_job(const struct options *options);
+/* What init is told while it runs: the file that the server writes, as a whole. */
+struct orders {
+    uint16_t rows, columns, width, height; /* of a terminal: struct winsize of ioctl_tty(2) */
+    uint32_t hang_up;                      /* whether the session is to end */
+};
+struct control {
+    int file, watch; /* watch: of changes of the file; -1 where there is none */
+    struct orders orders;
+    bool hung_up;    /* whether that order was obeyed */
+};
+void open_control(struct control *control, const struct options *options);
+void read_orders(struct control *control);
+_Noreturn void hand_over_connection(const struct options *options);
+
+/* template.c; the spawner enters one for all its inits, and an init by hand makes its own mount namespace into one */
+void enter_template(const struct options *options);
+void make_template(const struct options *options);
+bool is_in_template(void);
 
 /* mounts.c; the second when the order is known */
 void make_mounts(struct options *options);
@@ -172,11 +232,32 @@ void finish_mounts(struct options *options);
 /* privilege.c */
 int set_oom_score_adj(const char *value);
 void bound_to_kill(void);                            /* the bounding set, while still privileged */
-void keep_only_kill(uid_t output_owner);             /* what init itself lives on with */
+/* What init itself lives on with. When it is to start another program at the end, it can take back what that takes, once. */
+void keep_only_kill(uid_t output_owner, bool starts_another);
+void take_back(void);
 enum step become_user(uid_t uid, gid_t gid);         /* the command: gives the step that failed */
 
 /* seccomp.c; after no_new_privs, and last before the exec: what comes later must pass the filter */
 int filter_system_calls(void);
+
+/*
+ * archive.c: the program for archives, as the job's user and within the job. It says on *said_fd*, a file or a pipe, what it
+ * left out and why it failed. Gives its pid.
+ */
+pid_t start_archive_program(const struct options *options, char **argv, int stdin_fd, int stdout_fd, int said_fd,
+                            uint64_t file_bytes_max);
+enum { SAID_BYTES_MAX = 8192 };
+/* Into *words*: what it said last of its failure or, where it did not fail, of what it left out. Changes *said*. */
+void judge_archive(char *said, int wait_status, char *words, size_t words_bytes);
+
+/* upload.c: unpack what was uploaded, as the job's user and within the job; what fails is reported, and ends init */
+void unpack_upload(const struct options *options);
+
+/*
+ * keep.c: after the end was recorded, pack what is to be kept of the job's files. Nothing that happens here changes the end.
+ */
+struct ending;
+void keep_artifacts(const struct options *options, const struct ending *ended, int signals, uid_t owner);
 
 /* command.c; gives the command's pid, which has been executed; a stdin of -1 is an empty one */
 pid_t start_command(const struct options *options, int stdin_fd, int stdout_fd, int stderr_fd);
@@ -216,6 +297,7 @@ enum flow {
 };
 struct output {
     int pipe, file;
+    int slave; /* of a terminal, whose master `pipe` is then: open until the command has ended, lest that look closed before */
     uid_t owner;
     bool regular;          /* the file: it has an end to write from, and never makes us wait for a reader */
     off_t end;             /* of a regular file: where the next byte goes */
@@ -229,12 +311,16 @@ struct output {
     int64_t read_ns;       /* when that was read */
     struct times times;
 };
+enum { PIPE_BYTES = 1 << 20 }; /* what an output pipe takes at most */
 struct outputs {
     int count;
     uint64_t left;
     struct output streams[STREAMS_MAX];
 };
 void open_outputs(struct outputs *outputs, const struct options *options, int write_ends[STREAMS_MAX]);
+/* terminal.c: gives the master, and the end for the command */
+int open_terminal(const struct options *options, int *slave);
+void resize_terminal(int master, const struct orders *orders);
 enum flow move_output(struct output *output);
 /* Note whether somebody has cut the file short; for the end, when the job writes nothing more. */
 void check_end(struct output *output);
@@ -248,27 +334,33 @@ enum feed {
 };
 struct input {
     int file, watch, pipe; /* watch: of changes of the file */
+    bool terminal;         /* what the pipe is: see type_input() */
+    off_t typed;
+    char last;
     enum feed feed;
 };
-void open_input(struct input *input, const struct options *options, int *read_end);
+void open_input(struct input *input, const struct options *options, const struct output *output, int *read_end);
 void feed_input(struct input *input);
+/* Watch a file for changes, by an inotify instance that counts as *uid*'s; -1 and errno. */
+int watch_file(int file, uid_t uid);
 
 /*
  * reap.c. The signals that init is sent. By the launcher: SIGQUIT, which ends the job with SIGKILL, and
  * SIGNAL_FIRST + n, which does so with signal n (1 to 31), since a signal carries no number that Python could
  * give it. By others, such as systemd when the host goes down: SIGTERM, which ends the job with SIGTERM, and
  * with SIGKILL after a grace period. No process of the job may send a signal to init: it is of another user, and
- * has no capabilities.
+ * has no capabilities. ENTERED says that a session may be in the job from now on: its processes are none of init's children.
  */
-enum { SIGNAL_FIRST = 33, SIGNAL_LAST = SIGNAL_FIRST + 31 };
+enum { SIGNAL_FIRST = 33, SIGNAL_LAST = SIGNAL_FIRST + 31, ENTERED = SIGUSR1 };
 struct ending {
     int wait_status;
     int64_t ended_ns;
     enum reason reason;
+    bool killed_after_end; /* somebody who waits for the job's end, and for nothing that it has to tell */
 };
-int open_signals(void);
-struct ending run_job(const struct options *options, struct outputs *outputs, struct input *input, int signals,
-                      int timer, pid_t command);
+int open_signals(const struct options *options);
+struct ending run_job(const struct options *options, struct outputs *outputs, struct input *input,
+                      struct control *control, int signals, int timer, pid_t command);
 int open_timer(uint64_t seconds);
 
 #endif

@@ -29,6 +29,7 @@ static void reset_signals(void) {
     sigaddset(&ours, SIGTERM);
     sigaddset(&ours, SIGQUIT);
     sigaddset(&ours, SIGINT);
+    sigaddset(&ours, ENTERED);
     for (int number = SIGNAL_FIRST + 1; number <= SIGNAL_LAST; number++)
         sigaddset(&ours, number);
     sigprocmask(SIG_SETMASK, &ours, NULL); /* init inherits it, see open_signals() */
@@ -66,35 +67,54 @@ static _Noreturn void be_init(struct options *options, int go) {
     errno = error;
     if (error)
         fail(STEP_CGROUP, NULL);
-    enter_namespaces(options);
-    make_mounts(options);
-    int read_end, write_ends[STREAMS_MAX], signals = open_signals();
+    bool session = is_session(options);
+    if (session) {
+        enter_job(options);
+        if (options->connect_port)
+            hand_over_connection(options);
+    } else {
+        enter_namespaces(options);
+        if (!is_in_template())
+            make_template(options);
+        make_mounts(options);
+    }
+    int read_end, write_ends[STREAMS_MAX], signals = open_signals(options);
     if (options->waits) {
         await_order(options);
-        show_state(options, "running");
+        show_state(options, session ? "session" : "running");
     }
 
     struct outputs outputs;
     struct input input;
-    finish_mounts(options);
+    struct control control;
+    if (!session)
+        finish_mounts(options);
     open_outputs(&outputs, options, write_ends);
-    open_input(&input, options, &read_end);
+    open_input(&input, options, &outputs.streams[0], &read_end);
+    open_control(&control, options);
+    if (options->upload)
+        unpack_upload(options);
+    if (!options->keep && options->archive_fd >= 0)
+        close(options->archive_fd);
     pid_t command = start_command(options, read_end, write_ends[0], write_ends[outputs.count - 1]);
     if (read_end >= 0)
         close(read_end); /* or nobody could tell that the job has closed its own */
     for (int i = 0; i < outputs.count; i++)
-        close(write_ends[i]); /* or the pipe would never end */
+        if (outputs.streams[i].slave < 0)
+            close(write_ends[i]); /* or the pipe would never end */
     int64_t started_ns = realtime_ns();
     int timer = open_timer(options->time_max);
-    keep_only_kill(outputs.streams[0].owner);
+    keep_only_kill(outputs.streams[0].owner, options->keep);
     if (options->report_fd < 0)
         prctl(PR_SET_PDEATHSIG, SIGKILL); /* nobody else would end us; now, as a new fsuid clears it */
     record_start(options->status_fd, started_ns);
     report_execed(started_ns);
     release_command(options);
 
-    struct ending ending = run_job(options, &outputs, &input, signals, timer, command);
+    struct ending ending = run_job(options, &outputs, &input, &control, signals, timer, command);
     record_end(options->status_fd, ending.ended_ns, ending.wait_status, ending.reason);
+    if (options->keep)
+        keep_artifacts(options, &ending, signals, outputs.streams[0].owner);
     _exit(options->report_fd >= 0 ? 0 : exit_code(ending.wait_status));
 }
 
@@ -123,7 +143,7 @@ pid_t spawn_init(struct options *options) {
     int go[2], pidfd = -1;
     if (pipe2(go, O_CLOEXEC) < 0)
         return -1;
-    pid_t init = clone_init(options, &pidfd);
+    pid_t init = is_session(options) ? clone_session(options, &pidfd) : clone_init(options, &pidfd);
     if (init < 0)
         return -1;
     if (init == 0) {
@@ -131,7 +151,8 @@ pid_t spawn_init(struct options *options) {
         leave_spawner(options);
         be_init(options, go[0]);
     }
-    report_cloned(pidfd);
+    if (pidfd >= 0)
+        report_cloned(pidfd);
     return write(go[1], "", 1) == 1 ? init : -1;
 }
 

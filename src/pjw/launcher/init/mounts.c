@@ -63,15 +63,6 @@ static void finish_part(enum step step, const char *path, uint64_t flags) {
         fail(step, NULL);
 }
 
-/* Clone a directory of the host as a mount of its own, while init still has the host's tree. */
-static int clone_directory(enum step step, const char *path, uint64_t flags) {
-    int tree = (int)syscall(SYS_open_tree, AT_FDCWD, path, TREE_CLONE | O_CLOEXEC);
-    struct attributes attributes = {.set = flags, .propagation = MS_PRIVATE};
-    if (tree < 0 || set_attributes(tree, "", AT_EMPTY_PATH, attributes) < 0)
-        fail(step, path);
-    return tree;
-}
-
 static void mount_run(int scratch) {
     bind(STEP_MOUNT_RUN, BASE "/run", "/run");
     int fd = open(HIDDEN_FILE, O_CREAT | O_EXCL | O_WRONLY | O_CLOEXEC, 0);
@@ -80,6 +71,7 @@ static void mount_run(int scratch) {
     close(fd);
     make_directory(STEP_MOUNT_RUN, HIDDEN_DIRECTORY, 0);
     make_directory(STEP_MOUNT_RUN, "/run/job", 0700);
+    make_directory(STEP_MOUNT_RUN, WORKSPACE_DIRECTORY, 0);
     if (scratch >= 0) {
         if (syscall(SYS_move_mount, scratch, "", AT_FDCWD, "/run/job", MOVE_FROM_EMPTY_PATH) < 0)
             fail(STEP_MOUNT_SCRATCH, "/run/job");
@@ -227,6 +219,13 @@ static void mount_tmp(bool with_home) {
         fail(STEP_MOUNT_TMP, "/var/tmp");
 }
 
+/* A directory that outlives the job: a mount of it, which the launcher has made. */
+static void mount_workspace(int tree) {
+    if (syscall(SYS_move_mount, tree, "", AT_FDCWD, WORKSPACE_DIRECTORY, MOVE_FROM_EMPTY_PATH) < 0)
+        fail(STEP_MOUNT_WORKSPACE, WORKSPACE_DIRECTORY);
+    close(tree);
+}
+
 void make_mounts(struct options *options) {
     umask(0);
     int scratch = -1, cgroup = -1;
@@ -235,13 +234,10 @@ void make_mounts(struct options *options) {
     if (options->cgroup)
         cgroup = clone_directory(STEP_MOUNT_SYS, options->cgroup, ATTR_RDONLY | ATTR_NOSUID | ATTR_NODEV | ATTR_NOEXEC);
     open_places(options);
-    if (mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) < 0)
-        fail(STEP_ROOT, NULL);
     mount_base();
-    int host = enter_root(options);
+    enter_root(options);
     mount_run(scratch);
     show_places(options);
-    leave_host(host);
     make_names(options->hostname);
     mount_dev();
     mount_proc();
@@ -255,6 +251,8 @@ void finish_mounts(struct options *options) {
     if (!options->scratch && chown("/run/job", options->uid, options->gid) < 0)
         fail(STEP_MOUNT_SCRATCH, "/run/job");
     finish_names(options->uid, options->gid);
+    if (options->workspace)
+        mount_workspace(options->workspace_fd);
     /* Last, so that a path is looked up as the job would: one that our own mounts cover is gone already. */
     for (int i = 0; i < options->hide_count; i++) {
         begin(options, STEP_HIDE, options->hides[i]);

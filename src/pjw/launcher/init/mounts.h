@@ -27,11 +27,15 @@ struct attributes {
 int set_attributes(int fd, const char *path, unsigned flags, struct attributes attributes);
 void hide(const char *path);
 
+/* template.c: what init takes from the template, by paths of the host's */
+int open_root(void);
+void open_places(struct options *options);
+/* a mount of its own, which is attached nowhere */
+int clone_directory(enum step step, const char *path, uint64_t flags);
+
 /* root.c, in this order: */
-void open_places(struct options *options); /* while the host's tree is ours */
-int enter_root(struct options *options);   /* BASE moves along; gives the host's root, for leave_host() */
+void enter_root(struct options *options); /* BASE moves along */
 void show_places(struct options *options);
-void leave_host(int host);
 
 /* names.c: make_names runs in the job's tree while BASE is mounted, finish_names when the user is known */
 void make_names(const char *hostname);

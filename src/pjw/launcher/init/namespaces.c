@@ -17,6 +17,15 @@
 #endif
 enum { KEYCTL_JOIN_SESSION_KEYRING = 1 }; /* from linux/keyctl.h, which not every libc-dev has */
 
+int clone_into_cgroup(struct clone_args *args, const struct options *options) {
+    if (options->cgroup_fd >= 0) {
+        args->flags |= CLONE_INTO_CGROUP;
+        args->cgroup = (uint64_t)options->cgroup_fd;
+    }
+    /* a fork to libc: no shared memory, and we call nothing that asks it for our thread id */
+    return (int)syscall(SYS_clone3, args, sizeof *args);
+}
+
 /*
  * With a launcher to report to, init becomes the launcher's own child (CLONE_PARENT; exit_signal must be 0
  * then and is inherited): whatever becomes of the spawner, its end is seen and collected. By hand it is ours to wait for.
@@ -30,12 +39,7 @@ int clone_init(const struct options *options, int *pidfd) {
     };
     if (reported)
         args.flags |= CLONE_PARENT;
-    if (options->cgroup_fd >= 0) {
-        args.flags |= CLONE_INTO_CGROUP;
-        args.cgroup = (uint64_t)options->cgroup_fd;
-    }
-    /* a fork to libc: no shared memory, and we call nothing that asks it for our thread id */
-    return (int)syscall(SYS_clone3, &args, sizeof args);
+    return clone_into_cgroup(&args, options);
 }
 
 /*
@@ -63,13 +67,17 @@ static void bring_up_loopback(void) {
     close(fd);
 }
 
+/* Keyrings are in no namespace: without this the job would possess the launcher's session keyring. */
+void join_keyring(void) {
+    if (syscall(SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, NULL) < 0 && errno != ENOSYS && errno != EPERM)
+        fail(STEP_KEYRING, NULL);
+}
+
 void enter_namespaces(const struct options *options) {
     /* Not in the clone3: there the new namespace would be rooted in our parent's cgroup. */
     if (unshare(CLONE_NEWCGROUP) < 0)
         fail(STEP_CGROUP_NS, NULL);
-    /* Keyrings are in no namespace: without this the job would possess the launcher's session keyring. */
-    if (syscall(SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, NULL) < 0 && errno != ENOSYS && errno != EPERM)
-        fail(STEP_KEYRING, NULL);
+    join_keyring();
     if (options->hostname && sethostname(options->hostname, strlen(options->hostname)) < 0)
         fail(STEP_HOSTNAME, NULL);
     bring_up_loopback();

@@ -14,7 +14,8 @@
 enum option_id {
     REPORT_FD = 1, STATUS_FD, OUTPUT_FD, COMMAND_FD, CGROUP_FD, CGROUP_PROCS_FD, USER_ID, GROUP_ID, HOSTNAME,
     SCRATCH, HIDE, TMP_BYTES, OUTPUT_MAX, TIME_MAX, WAIT, SPLIT_STDERR, TIMES_FD, STDERR_FD, STDERR_TIMES_FD,
-    INPUT, INPUT_FD, LIFT_FD, LIFT, VISIBLE, BOUND, COVER, TELL, GRACE, CGROUP, SPAWNER, VARIABLE,
+    INPUT, INPUT_FD, LIFT_FD, LIFT, VISIBLE, BOUND, COVER, TELL, GRACE, CGROUP, SPAWNER, VARIABLE, ENTER_FD, CONTROL,
+    TERMINAL, CONNECT, TOOL_FD, UPLOAD, MOUNT, WORKSPACE, KEEP,
 };
 
 /* Where an option may come: an order says what was not known before the job, and nothing about the host. */
@@ -36,6 +37,7 @@ static const struct option OPTIONS[] = {
     {"visible", required_argument, NULL, VISIBLE | LINE},
     {"bound", required_argument, NULL, BOUND | LINE},
     {"cover", required_argument, NULL, COVER | LINE},
+    {"mount", required_argument, NULL, MOUNT | LINE},
     {"tmp-bytes", required_argument, NULL, TMP_BYTES | LINE | ORDER},
     {"output-max", required_argument, NULL, OUTPUT_MAX | LINE | ORDER},
     {"time-max", required_argument, NULL, TIME_MAX | LINE | ORDER},
@@ -52,6 +54,14 @@ static const struct option OPTIONS[] = {
     {"tell", no_argument, NULL, TELL | LINE},
     {"spawner", no_argument, NULL, SPAWNER | LINE},
     {"variable", required_argument, NULL, VARIABLE | LINE},
+    {"enter-fd", required_argument, NULL, ENTER_FD | LINE},
+    {"connect", required_argument, NULL, CONNECT | LINE},
+    {"tool-fd", required_argument, NULL, TOOL_FD | LINE},
+    {"control", no_argument, NULL, CONTROL | ORDER},
+    {"terminal", no_argument, NULL, TERMINAL | ORDER},
+    {"upload", no_argument, NULL, UPLOAD | ORDER},
+    {"workspace", no_argument, NULL, WORKSPACE | ORDER},
+    {"keep", no_argument, NULL, KEEP | ORDER},
     {NULL, 0, NULL, 0},
 };
 
@@ -230,6 +240,13 @@ static int take_options(int argc, char **argv, enum phase phase, struct options 
         case VISIBLE: add_place(options, name, VIEW_OVERLAY); break;
         case BOUND: add_place(options, name, VIEW_BIND); break;
         case COVER: add_place(options, name, VIEW_COVER); break;
+        case MOUNT:
+            if (options->mount_count == MOUNTS_MAX)
+                refuse(name, optarg, "too many of them");
+            if (!options->mount_count && strcmp(optarg, "/") != 0)
+                refuse(name, optarg, "the root comes first");
+            options->mounts[options->mount_count++] = path(name, optarg);
+            break;
         case TMP_BYTES: options->tmp_bytes = number(name, optarg, 0, INT64_MAX); break;
         case OUTPUT_MAX: options->output_max = number(name, optarg, 0, INT64_MAX); break;
         case TIME_MAX: options->time_max = number(name, optarg, 0, INT32_MAX); break;
@@ -256,6 +273,21 @@ static int take_options(int argc, char **argv, enum phase phase, struct options 
             options->lifts[options->lifts_count++] = optarg;
             break;
         case INPUT_FD: options->input_fd = descriptor(name, optarg, 3); break;
+        case ENTER_FD:
+            options->enter_fd = descriptor(name, optarg, 3);
+            (void)fcntl(options->enter_fd, F_SETFD, FD_CLOEXEC);
+            break;
+        /* not 3, where the command's errors go */
+        case TOOL_FD:
+            options->tool_fd = descriptor(name, optarg, 4);
+            (void)fcntl(options->tool_fd, F_SETFD, FD_CLOEXEC);
+            break;
+        case CONNECT: options->connect_port = (uint16_t)number(name, optarg, 1, UINT16_MAX); break;
+        case CONTROL: options->control = true; break;
+        case TERMINAL: options->terminal = true; break;
+        case UPLOAD: options->upload = true; break;
+        case WORKSPACE: options->workspace = true; break;
+        case KEEP: options->keep = true; break;
         default: /* getopt_long(3) has said what is wrong */
             errno = EINVAL;
             fail(STEP_OPTIONS, NULL);
@@ -277,6 +309,14 @@ void parse_options(int argc, char **argv, struct options *options) {
         .output_fds = {STDOUT_FILENO, -1},
         .times_fds = {-1, -1},
         .input_fd = -1,
+        .enter_fd = -1,
+        .tool_fd = -1,
+        .upload_fd = -1,
+        .patterns_fd = -1,
+        .artifacts_fd = -1,
+        .archive_fd = -1,
+        .control_fd = -1,
+        .workspace_fd = -1,
         .grace = 10,
         .environment = environ,
     };
@@ -289,9 +329,15 @@ void parse_options(int argc, char **argv, struct options *options) {
     if (options->waits) {
         if (options->report_fd < 0 || command_fd >= 0 || optind < argc)
             refuse("wait", "(none)", "the command comes by --report-fd");
+        if (options->connect_port && (!is_session(options) || !options->uid || !options->gid))
+            refuse("connect", "(none)", "only in a job, and as its user");
+        if (options->tool_fd >= 0 && !is_session(options))
+            refuse("tool-fd", "(none)", "only in a job that runs");
         options->output_fds[0] = options->output_fds[1] = -1;
         return;
     }
+    if (is_session(options))
+        refuse("enter-fd", "(none)", "a session waits for its order");
     require_user(options);
     if (command_fd >= 0 && optind < argc)
         refuse("command-fd", argv[optind], "the command is given twice");
@@ -310,10 +356,12 @@ void forget_paths(struct options *options) {
         memset(options->places[i].path, 0, strlen(options->places[i].path));
     for (int i = 0; i < options->hide_count; i++)
         memset(options->hides[i], 0, strlen(options->hides[i]));
+    for (int i = 0; i < options->mount_count; i++)
+        memset(options->mounts[i], 0, strlen(options->mounts[i]));
     if (options->cgroup)
         memset(options->cgroup, 0, strlen(options->cgroup));
     options->cgroup = NULL;
-    options->place_count = options->hide_count = 0;
+    options->place_count = options->hide_count = options->mount_count = 0;
 }
 
 /* Into *argv*, behind its first; it has room for *words_max* more and NULL. Gives their number. */
@@ -339,22 +387,45 @@ void parse_request(char *words, size_t length, struct options *options) {
 }
 
 void parse_order(char *words, size_t length, const int *fds, size_t fd_count, struct options *options) {
-    enum { WORDS_MAX = 16 };
+    enum { WORDS_MAX = 24 };
     char *argv[WORDS_MAX + 2] = {"order"};
     int count = split("wait", words, length, argv, WORDS_MAX);
     if (take_options(count, argv, ORDER, options) >= 0 || optind < count)
         refuse("wait", "(order)", "the command comes by a descriptor");
     require_user(options);
-    if (fd_count != ORDER_FDS + 2U * options->split_stderr + options->input)
+    if (options->terminal && (options->split_stderr || !options->control))
+        refuse("terminal", "(order)", "it has one output, and a control file");
+    bool timed = !is_session(options);
+    if ((options->upload || options->keep) && is_session(options))
+        refuse(options->upload ? "upload" : "keep", "(order)", "only of a job");
+    if (options->workspace && is_session(options))
+        refuse("workspace", "(order)", "a session has that of its job");
+    bool archives = options->upload || options->keep;
+    if (fd_count != 3U + timed + (1U + timed) * options->split_stderr + options->control + options->input +
+                        options->upload + 2U * options->keep + archives + options->workspace)
         refuse("wait", "(order)", "not the descriptors that it should have");
-    options->output_fds[0] = fds[1];
-    options->status_fd = fds[2];
-    options->times_fds[0] = fds[3];
-    if (options->split_stderr) {
-        options->output_fds[1] = fds[4];
-        options->times_fds[1] = fds[5];
-    }
+    int command = *fds++;
+    options->output_fds[0] = *fds++;
+    options->status_fd = *fds++;
+    if (timed)
+        options->times_fds[0] = *fds++;
+    if (options->split_stderr)
+        options->output_fds[1] = *fds++;
+    if (options->split_stderr && timed)
+        options->times_fds[1] = *fds++;
+    if (options->control)
+        options->control_fd = *fds++;
     if (options->input)
-        options->input_fd = fds[fd_count - 1];
-    read_command(fds[0], options);
+        options->input_fd = *fds++;
+    if (options->keep)
+        options->artifacts_fd = *fds++;
+    if (options->upload)
+        options->upload_fd = *fds++;
+    if (options->keep)
+        options->patterns_fd = *fds++;
+    if (archives)
+        options->archive_fd = *fds++;
+    if (options->workspace)
+        options->workspace_fd = *fds;
+    read_command(command, options);
 }

@@ -14,7 +14,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-enum { PIPE_BYTES = 1 << 20, BUFFER_BYTES = 128 << 10 };
+enum { BUFFER_BYTES = 128 << 10 };
 
 /* Not in struct output: what the job never fills is never touched, and takes nothing of its memory limit. */
 static char buffers[STREAMS_MAX][BUFFER_BYTES];
@@ -40,6 +40,11 @@ static int open_output(struct output *output, int file, int times, const struct 
     output->mode = status.st_mode & 0777;
     output->flow = FLOW_EMPTY;
     output->times = open_times(times, (uint64_t)end);
+    output->slave = -1;
+    if (options->terminal) {
+        output->pipe = open_terminal(options, &output->slave);
+        return output->slave;
+    }
     if (pipe2(ends, O_CLOEXEC) < 0)
         fail(STEP_PIPE, NULL);
     /* only our end: whether the job's end blocks is the job's affair */
@@ -164,6 +169,8 @@ enum flow move_output(struct output *output) {
         ssize_t got = read(output->pipe, output->buffer, BUFFER_BYTES);
         if (got == 0)
             return FLOW_END;
+        if (got < 0 && errno == EIO && output->slave < 0 && isatty(output->pipe))
+            return FLOW_END; /* nobody has the terminal open, and all was read (n_tty_read() of the kernel) */
         if (got < 0) /* EFAULT: no memory is left for the buffer */
             return errno == EAGAIN || errno == EINTR ? FLOW_EMPTY : FLOW_HELD;
         count(output, (size_t)got);

@@ -22,11 +22,14 @@ int set_oom_score_adj(const char *value) {
     return written < 0 ? -1 : 0;
 }
 
-static int set_capabilities(uint32_t first_word) {
+static int set_capabilities(uint32_t effective, uint32_t permitted) {
     struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
-    struct __user_cap_data_struct data[2] = {{.effective = first_word, .permitted = first_word}};
+    struct __user_cap_data_struct data[2] = {{.effective = effective, .permitted = permitted}};
     return (int)syscall(SYS_capset, &header, data);
 }
+
+/* What become_user() takes. */
+static const uint32_t TO_BECOME_ANOTHER = 1U << CAP_KILL | 1U << CAP_SETUID | 1U << CAP_SETGID | 1U << CAP_SETPCAP;
 
 /* The bounding set only matters to an exec, and init never does one: this is for the command, see below. */
 void bound_to_kill(void) {
@@ -45,12 +48,20 @@ void bound_to_kill(void) {
  * Towards file systems it is the owner of the output file, so that job output cannot eat the blocks reserved
  * for root.
  */
-void keep_only_kill(uid_t output_owner) {
+void keep_only_kill(uid_t output_owner, bool starts_another) {
     setfsuid(output_owner);
-    if (set_capabilities(1U << CAP_KILL) < 0 || prctl(PR_SET_DUMPABLE, 0) < 0)
+    uint32_t kill = 1U << CAP_KILL;
+    if (set_capabilities(kill, starts_another ? TO_BECOME_ANOTHER : kill) < 0 || prctl(PR_SET_DUMPABLE, 0) < 0)
         fail(STEP_CAPABILITIES, NULL);
     if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
         fail(STEP_NO_NEW_PRIVS, NULL);
+}
+
+/* The fsuid as well: oom_score_adj of an undumpable process is root's. */
+void take_back(void) {
+    setfsuid(0);
+    if (set_capabilities(TO_BECOME_ANOTHER, TO_BECOME_ANOTHER) < 0)
+        fail(STEP_CAPABILITIES, NULL);
 }
 
 /*
@@ -68,7 +79,7 @@ enum step become_user(uid_t uid, gid_t gid) {
     if (syscall(SYS_setresuid, uid, uid, uid) < 0)
         return STEP_UID;
     /* setresuid(2) has emptied the permitted set, but an inherited "inheritable" set would have survived */
-    if (set_capabilities(0) < 0 || prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) < 0)
+    if (set_capabilities(0, 0) < 0 || prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) < 0)
         return STEP_CAPABILITIES;
     if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
         return STEP_NO_NEW_PRIVS;

@@ -5,6 +5,7 @@
 #include <poll.h>
 #include <signal.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/ptrace.h>
 #include <sys/signalfd.h>
 #include <sys/timerfd.h>
@@ -19,9 +20,11 @@ struct job {
     const struct options *options;
     struct outputs *outputs;
     struct input *input;
+    struct control *control;
     int signals, timer;
     pid_t command;
-    bool ended, killed_after_end;
+    bool ended;
+    bool entered; /* somebody may be in the job who is none of our children: who makes a session */
     struct ending ending;
 };
 
@@ -30,14 +33,17 @@ struct job {
  * kept, because its disposition may change before it is unblocked. So blocked signals do reach a signalfd.
  * main() blocked these before the clone: there is no moment at which one is lost.
  */
-int open_signals(void) {
+int open_signals(const struct options *options) {
     sigset_t set;
     sigemptyset(&set);
     sigaddset(&set, SIGCHLD);
-    sigaddset(&set, SIGTERM);
-    sigaddset(&set, SIGQUIT);
-    for (int number = SIGNAL_FIRST + 1; number <= SIGNAL_LAST; number++)
-        sigaddset(&set, number);
+    if (!is_session(options)) {
+        sigaddset(&set, SIGTERM);
+        sigaddset(&set, SIGQUIT);
+        sigaddset(&set, ENTERED);
+        for (int number = SIGNAL_FIRST + 1; number <= SIGNAL_LAST; number++)
+            sigaddset(&set, number);
+    }
     int fd = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
     if (fd < 0)
         fail(STEP_SIGNALFD, NULL);
@@ -65,10 +71,26 @@ static void kill_all(const struct options *options) {
                 continue;
 }
 
-/* The first cause is the reason. kill(2) of -1 is every process of our namespace but ourselves, at once. */
+static void end_group(pid_t group, int signal) {
+    kill(-group, signal);
+    kill(-group, SIGCONT);
+}
+
+/*
+ * The first cause is the reason. kill(2) of -1 is every process of our namespace but ourselves, at once. Of a session it is
+ * the process group of its command: what that has put elsewhere belongs to the job.
+ */
 static void end_all(struct job *job, enum reason reason, int signal) {
+    pid_t foreground;
     if (job->ending.reason == REASON_NONE)
         job->ending.reason = reason;
+    if (is_session(job->options)) {
+        end_group(job->command, signal);
+        /* a shell has given its terminal to another one */
+        if (job->options->terminal && ioctl(job->outputs->streams[0].pipe, TIOCGPGRP, &foreground) == 0 && foreground > 0)
+            end_group(foreground, signal);
+        return;
+    }
     if (signal == SIGKILL) {
         kill_all(job->options);
         return;
@@ -100,11 +122,11 @@ static bool reap(struct job *job, int options) {
 /*
  * The sender of SIGTERM, such as a shutdown, later sends SIGKILL to every process that is left. That would kill init, and
  * nobody would record the end. So init kills the job before that, by the timer of the job's limit, unless that limit ends
- * sooner.
+ * sooner. A session that is hung up ends in the same way.
  */
-static void end_within_grace(struct job *job) {
+static void end_within_grace(struct job *job, int signal) {
     struct itimerspec left, grace = {.it_value.tv_sec = (time_t)job->options->grace};
-    end_all(job, REASON_STOPPED, SIGTERM);
+    end_all(job, REASON_STOPPED, signal);
     if (job->timer < 0 || timerfd_gettime(job->timer, &left) < 0)
         return;
     bool unset = !left.it_value.tv_sec && !left.it_value.tv_nsec;
@@ -124,19 +146,35 @@ static void read_signals(struct job *job) {
         int number = (int)info.ssi_signo;
         if (number == SIGCHLD)
             reap(job, WNOHANG);
+        else if (number == ENTERED)
+            job->entered = true;
         else if (number == SIGQUIT)
             quit = true;
         else if (job->ended)
             continue;
         else if (number == SIGTERM)
-            end_within_grace(job);
+            end_within_grace(job, SIGTERM);
         else
             end_all(job, REASON_STOPPED, number - SIGNAL_FIRST);
     }
     if (quit && ended_before)
-        job->killed_after_end = true;
+        job->ending.killed_after_end = true;
     else if (quit)
         end_all(job, REASON_STOPPED, SIGKILL);
+}
+
+/* Whoever has left a session may not come back: then it is to end, and what its output waits for is not waited for. */
+static void obey(struct job *job) {
+    read_orders(job->control);
+    if (job->options->terminal && !job->ended)
+        resize_terminal(job->outputs->streams[0].pipe, &job->control->orders);
+    if (!job->control->orders.hang_up || job->control->hung_up)
+        return;
+    job->control->hung_up = true;
+    if (job->ended)
+        job->ending.killed_after_end = true;
+    else
+        end_within_grace(job, SIGHUP);
 }
 
 static int sooner(int one_ms, int other_ms) {
@@ -160,13 +198,14 @@ static void move(struct job *job, struct output *output) {
 
 /* Wait for whatever is next. How a stream stands says which of its two ends we wait for, if any. */
 static void await(struct job *job) {
-    enum { SIGNALS, TIMER, STDIN, INPUT, FIRST_STREAM };
+    enum { SIGNALS, TIMER, STDIN, INPUT, CONTROL, FIRST_STREAM };
     struct pollfd fds[FIRST_STREAM + STREAMS_MAX] = {
         [SIGNALS] = {.fd = job->signals, .events = POLLIN},
         [TIMER] = {.fd = job->timer, .events = POLLIN},
         /* also when it is not to be written to: that nobody reads it any more is told always */
         [STDIN] = {.fd = job->input->pipe, .events = job->input->feed == FEED_MORE ? POLLOUT : 0},
         [INPUT] = {.fd = job->input->feed == FEED_DRY ? job->input->watch : -1, .events = POLLIN},
+        [CONTROL] = {.fd = job->control->watch, .events = POLLIN},
     };
     int timeout_ms = job->input->feed == FEED_HELD ? HELD_RETRY_MS : -1;
     for (int i = 0; i < job->outputs->count; i++) {
@@ -188,6 +227,8 @@ static void await(struct job *job) {
     }
     if (fds[STDIN].revents || fds[INPUT].revents || job->input->feed == FEED_HELD)
         feed_input(job->input);
+    if (fds[CONTROL].revents)
+        obey(job);
     if (fds[SIGNALS].revents)
         read_signals(job);
     if (fds[TIMER].revents) {
@@ -197,14 +238,23 @@ static void await(struct job *job) {
     }
 }
 
-/* All writers are dead: what is in the pipe is all there will ever be. Only a full disk can delay its end. */
+/*
+ * All writers are dead: what is in the pipe is all there will ever be. Only a full disk can delay its end. But a session may
+ * leave processes to its job that go on writing: then what a pipe holds is more than all that its command has written.
+ */
 static void drain(struct job *job, struct output *output) {
+    if (output->slave >= 0)
+        close(output->slave);
+    output->slave = -1;
+    uint64_t left_least = is_session(job->options) && *output->left > PIPE_BYTES ? *output->left - PIPE_BYTES : 0;
     if (output->flow == FLOW_EMPTY)
         output->flow = FLOW_MORE; /* it was empty when we last looked */
     for (;;) {
+        if (output->flow == FLOW_MORE && *output->left < left_least)
+            break;
         if (output->flow == FLOW_MORE)
             move(job, output);
-        else if ((output->flow == FLOW_HELD || output->flow == FLOW_FULL) && !job->killed_after_end)
+        else if ((output->flow == FLOW_HELD || output->flow == FLOW_FULL) && !job->ending.killed_after_end)
             await(job);
         else
             break;
@@ -215,23 +265,36 @@ static void drain(struct job *job, struct output *output) {
     write_held_time(&output->times, true);
 }
 
-struct ending run_job(const struct options *options, struct outputs *outputs, struct input *input, int signals,
-                      int timer, pid_t command) {
+/*
+ * Orphans become our children at once, and sessions are, so without a child there is nobody left, and kill(2) of -1 need not
+ * look through every process of the host; but for who may be making a session at this moment.
+ */
+static void end_rest(struct job *job) {
+    read_signals(job); /* a session may have come since */
+    if (!reap(job, WNOHANG) && !job->entered)
+        return;
+    kill_all(job->options);
+    /* Blocking, until there is none: they all have SIGKILL pending, so none waits for us to read. */
+    reap(job, 0);
+}
+
+struct ending run_job(const struct options *options, struct outputs *outputs, struct input *input,
+                      struct control *control, int signals, int timer, pid_t command) {
     struct job job = {.options = options,
                       .outputs = outputs,
                       .input = input,
+                      .control = control,
                       .signals = signals,
                       .timer = timer,
-                      .command = command};
+                      .command = command,
+                      /* whoever comes while artifacts are packed must not keep the file of these: look in any case */
+                      .entered = !outputs->count};
+    if (control->watch >= 0)
+        obey(&job); /* what was written before we watched */
     while (!job.ended)
         await(&job);
-    /* Orphans become our children at once, so without a child there is nobody left, and kill(2) of -1 need
-     * not look through every process of the host. */
-    if (reap(&job, WNOHANG)) {
-        kill_all(options);
-        /* Blocking, until there is none: they all have SIGKILL pending, so none waits for us to read. */
-        reap(&job, 0);
-    }
+    if (!is_session(options))
+        end_rest(&job);
     for (int i = 0; i < outputs->count; i++)
         drain(&job, &outputs->streams[i]);
     return job.ending;

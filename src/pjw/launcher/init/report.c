@@ -25,6 +25,7 @@ static const struct {
 static const char *const REASON_NAMES[] = {"none", "stopped", "timed_out", "output_limit", "output_failed"};
 
 static int report_fd = -1;
+static int failures_fd = -1; /* the status file, while artifacts are packed */
 static off_t status_offset;
 
 void report_to(int fd) {
@@ -100,6 +101,10 @@ void report_cloned(int pidfd) {
         send_report("cloned", pidfd);
 }
 
+void report_connected(int socket) {
+    send_report("connected", socket);
+}
+
 void report_execed(int64_t ns) {
     if (report_fd < 0)
         return;
@@ -123,6 +128,11 @@ void report_failed(enum step step, const char *subject) {
         snprintf(text, sizeof text, "failed %s %d %s%s%s", STEP_TABLE[step].name, error, STEP_TABLE[step].words,
                  subject ? " " : "", subject ? subject : "");
         send_report(text, -1);
+    } else if (failures_fd >= 0) {
+        char text[REPORT_MAX_BYTES];
+        const char *why = strerror(error);
+        snprintf(text, sizeof text, "cannot %s: %c%s", STEP_TABLE[step].words, tolower((unsigned char)why[0]), why + 1);
+        record_artifacts(failures_fd, "failed", text);
     } else {
         const char *why = strerror(error);
         dprintf(STDERR_FILENO, "pjw-init: cannot %s%s%s: %c%s\n", STEP_TABLE[step].words, subject ? " " : "",
@@ -174,4 +184,14 @@ void record_end(int status_fd, int64_t ns, int wait_status, enum reason reason) 
     snprintf(text, sizeof text, "ended %lld %s %d %s\n", (long long)ns, signaled ? "signaled" : "exited",
              signaled ? WTERMSIG(wait_status) : WEXITSTATUS(wait_status), REASON_NAMES[reason]);
     record(status_fd, text); /* no one is left to tell of a failure; a missing record says "lost" */
+}
+
+void record_failures(int status_fd) {
+    failures_fd = status_fd;
+}
+
+void record_artifacts(int status_fd, const char *outcome, const char *words) {
+    char text[512];
+    snprintf(text, sizeof text, "artifacts %s %s\n", outcome, words);
+    record(status_fd, text); /* without it the file alone says whether there are any */
 }

@@ -11,8 +11,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/openat2.h>
-#include <sched.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mount.h>
@@ -21,9 +19,6 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#ifndef SYS_openat2
-#define SYS_openat2 437
-#endif
 /* missing in <sys/mount.h> and <sys/statvfs.h> of older versions of glibc */
 #ifndef MS_NOSYMFOLLOW
 #define MS_NOSYMFOLLOW 256
@@ -81,50 +76,28 @@ static void bind_read_only(int from, const char *target) {
     close(tree);
 }
 
-/*
- * Opens the places in the host's tree, which init still has, and skips missing ones. The launcher has already followed
- * the operator's links. A link that is there now was made since, maybe by a user whose directory the operator shows, and
- * could lead to a directory that the operator does not show. So a place with a link counts as missing.
- */
-void open_places(struct options *options) {
-    for (int i = 0; i < options->place_count; i++) {
-        struct place *place = &options->places[i];
-        if (place->view == VIEW_COVER)
-            continue;
-        begin(options, STEP_SHOW, place->path);
-        struct open_how how = {.flags = O_PATH | O_CLOEXEC, .resolve = RESOLVE_NO_SYMLINKS};
-        place->fd = (int)syscall(SYS_openat2, AT_FDCWD, place->path, &how, sizeof how);
-        if (place->fd < 0 && errno != ENOENT && errno != ENOTDIR && errno != ELOOP)
-            fail(STEP_SHOW, place->path);
-    }
-}
-
 static bool is_root(const struct place *place) {
     return strcmp(place->path, "/") == 0;
 }
 
-int enter_root(struct options *options) {
+void enter_root(struct options *options) {
     bool bound = options->place_count && is_root(options->places) && options->places[0].view == VIEW_BIND;
-    int host = open("/", O_PATH | O_DIRECTORY | O_CLOEXEC), base = open(BASE, O_PATH | O_DIRECTORY | O_CLOEXEC);
-    if (host < 0 || base < 0)
+    int host = open_root(), base = open(BASE, O_PATH | O_DIRECTORY | O_CLOEXEC);
+    if (base < 0)
         fail(STEP_ROOT, NULL);
     begin(options, STEP_ROOT, NULL);
     if (bound || !overlay(host, NEW_ROOT))
         bind_read_only(host, NEW_ROOT);
-    /* the host's root comes to lie upon the new one, from where leave_host() takes it away (pivot_root(2)) */
-    if (chdir(NEW_ROOT) < 0)
+    close(host);
+    /*
+     * Not pivot_root(2), which looks at all threads of the host. The template stays, below ours and out of reach: ".." of what
+     * lies upon the namespace's own root is the same directory, and in a user namespace of a job's own none of our mounts comes off.
+     */
+    if (chdir(NEW_ROOT) < 0 || mount(".", "/", NULL, MS_MOVE, NULL) < 0 || chroot(".") < 0)
         fail(STEP_ROOT, NULL);
-    if (syscall(SYS_pivot_root, ".", ".") < 0) {
-        /* no mount point (a chroot), or the kernel's first root: that one stays, below ours and out of reach */
-        if (errno != EINVAL || mount(".", "/", NULL, MS_MOVE, NULL) < 0 || chroot(".") < 0)
-            fail(STEP_ROOT, NULL);
-        close(host);
-        host = -1;
-    }
-    if (fchdir(base) < 0 || mount(".", BASE, NULL, MS_MOVE, NULL) < 0)
+    if (fchdir(base) < 0 || mount(".", BASE, NULL, MS_MOVE, NULL) < 0 || chdir("/") < 0)
         fail(STEP_ROOT, BASE);
     close(base);
-    return host;
 }
 
 /* It may be there already; and in what is shown read-only none is made. */
@@ -197,13 +170,4 @@ void show_places(struct options *options) {
             fail(STEP_HIDE, place->path);
         close(place->fd);
     }
-}
-
-void leave_host(int host) {
-    if (host >= 0 && (fchdir(host) < 0 || umount2(".", MNT_DETACH) < 0))
-        fail(STEP_ROOT, NULL);
-    if (chdir("/") < 0)
-        fail(STEP_ROOT, NULL);
-    if (host >= 0)
-        close(host);
 }

@@ -42,6 +42,7 @@ void leave_spawner(const struct options *options) {
         return;
     close(REQUESTS_FD);
     signal(SIGPIPE, SIG_DFL);
+    signal(SIGCHLD, SIG_DFL);
     show_state(options, "waiting");
 }
 
@@ -75,6 +76,7 @@ void spawn_inits(int argc, char **argv) {
     shown = argv[0];
     shown_bytes = (size_t)(argv[argc - 1] + strlen(argv[argc - 1]) + 1 - shown);
     signal(SIGPIPE, SIG_IGN); /* an init may be killed before it reads that it may go on */
+    signal(SIGCHLD, SIG_IGN); /* the kernel collects what makes sessions (session.c) */
     setsid();                 /* no signal of a terminal is for us; it fails for one who is alone already */
     close_descriptors();
     for (size_t length; (length = read_request()) != 0;) {
@@ -84,6 +86,8 @@ void spawn_inits(int argc, char **argv) {
         if (!prepared)
             prepare(&options);
         prepared = true;
+        if (options.mount_count)
+            enter_template(&options);
         if (is_wanted(&options) && spawn_init(&options) < 0)
             report_failed(STEP_CLONE, NULL);
         report_to(-1);

@@ -1,0 +1,259 @@
+"""Other commands in a job that runs: what it takes to enter, and how soon a key comes back.
+
+To enter is beside `crun exec`, which does the same work in a container with the same limits: the processor
+time of all who work for it but the server, whose part (gRPC, TLS) crun has not. The whole has a row, too.
+
+A key goes from a terminal through the client that a person has, `pjw exec -it`, to a program that gives it
+back, and to that terminal again; beside it goes a key through `ssh` to an sshd of this machine, on a port of
+its own. Both are timed in turns.
+"""
+
+import itertools
+import os
+import pty
+import select
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import tty
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Final
+
+from benchmarks import accounts, pjwd
+from benchmarks.accounts import Used
+from benchmarks.clients import TRUE
+from benchmarks.floor import build
+from benchmarks.peers import open_exec
+from benchmarks.processes import cpu_seconds
+from benchmarks.report import Figure, Held, median, percentile
+from pjw.v1 import job_worker_pb2 as pb
+from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
+from tests.service import BIN, CALL_SECONDS, Service, wait_for
+
+SUITE: Final = "exec"
+CPU_GOAL: Final = 0.5
+KEY_GOAL: Final = 2.0
+# gives every key back, and says when it begins to
+ECHO: Final = "stty raw -echo; echo ready; exec cat"
+READY: Final = b"ready\n"
+KEY_SECONDS: Final = 30.0
+# between two keys; somebody who types fast has 100 ms
+PAUSE_SECONDS: Final = 0.02
+
+
+def run(*, quick: bool) -> list[Figure]:
+    """Measure both."""
+    with pjwd.running() as service:
+        job_id = pjwd.start(service, ["sleep", "3600"])
+        return [
+            *entering(service, job_id, rounds=4 if quick else 10, count=15 if quick else 50),
+            *keys(service, job_id, rounds=3 if quick else 10, count=20 if quick else 50),
+        ]
+
+
+# --- to enter
+
+
+def entering(service: Service, job_id: int, rounds: int, count: int) -> list[Figure]:
+    """What a `true` in a job takes, from the call until its end is known."""
+    used, lives = Used(), list[float]()
+    crun_cpu, crun_lives = 0.0, list[float]()
+    with ExitStack() as stack:
+        directory = stack.enter_context(pjwd.directory())
+        directory.chmod(0o755)
+        stub = stack.enter_context(service.stub())
+        crun = stack.enter_context(open_exec(directory, build(directory), TRUE))
+        account = stack.enter_context(accounts.opened(service))
+        # caches, and connections
+        _enter(stub, job_id)
+        for _ in range(rounds):
+            before = account.now()
+            lives += [_enter(stub, job_id) for _ in range(count)]
+            used += account.now() - before
+            if crun is not None:
+                before_crun = cpu_seconds(crun.pid)
+                crun_lives += [crun.run().end for _ in range(count)]
+                crun_cpu += cpu_seconds(crun.pid) - before_crun
+    each = 1e3 / (rounds * count)
+    against = ("", 0.0) if crun is None else ("crun exec", crun_cpu * each)
+    wall = ("", 0.0) if crun is None else ("crun exec", median(crun_lives) * 1e3)
+    entered = (used.total - used.server) * each
+    return [
+        Figure(SUITE, "CPU to enter", entered, "ms", *against, CPU_GOAL, held=Held.IF_THERE),
+        Figure(
+            SUITE, "CPU of an exec, with the server's", used.total * each, "ms", *against, held=Held.IF_THERE
+        ),
+        *(
+            Figure(
+                SUITE,
+                f"CPU of an exec: {whose}",
+                seconds * each,
+                "ms",
+                "all",
+                used.total * each,
+                held=Held.NEVER,
+            )
+            for whose, seconds in used.parts().items()
+        ),
+        Figure(SUITE, "until its end is known", median(lives) * 1e3, "ms", *wall, held=Held.IF_THERE),
+    ]
+
+
+def _enter(stub: JobWorkerServiceStub, job_id: int) -> float:
+    began = time.perf_counter()
+    request = pb.ExecRequest(id=job_id, argv=pb.Argv(arguments=[TRUE]))
+    session = stub.Exec(request, timeout=CALL_SECONDS).session
+    ended = stub.Wait(pb.WaitRequest(id=job_id, session=session.number), timeout=CALL_SECONDS).session
+    seconds = time.perf_counter() - began
+    if not ended.HasField("exit_code") or ended.exit_code != 0:
+        raise RuntimeError(f"true in a job did not end as it should: {ended}")
+    return seconds
+
+
+# --- keys
+
+
+class Typist:
+    """A client at a terminal of its own, with a program at the other end that gives back what is typed."""
+
+    def __init__(self, command: Sequence[str], environment: dict[str, str]) -> None:
+        self._keys: Final = itertools.cycle(bytes([key]) for key in range(ord("a"), ord("z") + 1))
+        self._ours, theirs = pty.openpty()
+        tty.setraw(theirs)
+        self._process: Final = subprocess.Popen(
+            ["setsid", "--ctty", *command], env=environment, stdin=theirs, stdout=theirs, stderr=theirs
+        )
+        os.close(theirs)
+        self._until(READY)
+
+    def close(self) -> None:
+        """End the client; what it has started ends with that, or with its job."""
+        self._process.kill()
+        self._process.wait()
+        os.close(self._ours)
+
+    def key(self) -> float:
+        """Type one key; the seconds until it is shown."""
+        key = next(self._keys)
+        began = time.perf_counter()
+        os.write(self._ours, key)
+        self._until(key)
+        return time.perf_counter() - began
+
+    def _until(self, text: bytes) -> None:
+        seen, deadline = b"", time.monotonic() + KEY_SECONDS
+        while text not in seen:
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([self._ours], [], [], left)[0]:
+                raise RuntimeError(f"waited for {text!r} and saw {seen!r}")
+            try:
+                seen += os.read(self._ours, 4096)
+            except OSError:
+                raise RuntimeError(f"waited for {text!r}, and the client ended: {seen!r}") from None
+
+
+def keys(service: Service, job_id: int, rounds: int, count: int) -> list[Figure]:
+    """What a key takes to the other end and back, each in its turn."""
+    found: dict[str, list[float]] = {}
+    command = [str(BIN / "pjw"), "exec", "-it", str(job_id), ECHO]
+    with ExitStack() as stack:
+        typists = {}
+        if (ssh := stack.enter_context(_ssh())) is not None:
+            typists["ssh localhost"] = ssh
+        typists["pjw"] = Typist(command, {**service.environment(), "TERM": "dumb"})
+        stack.callback(typists["pjw"].close)
+        for number in range(-1, rounds):
+            for name, typist in typists.items():
+                for _ in range(count):
+                    seconds = typist.key()
+                    # the first turn is for caches
+                    if number >= 0:
+                        found.setdefault(name, []).append(seconds)
+                    time.sleep(PAUSE_SECONDS)
+    ours, theirs = found["pjw"], found.get("ssh localhost")
+    against = [("", 0.0)] * 2
+    if theirs is not None:
+        against = [("ssh localhost", seconds * 1e3) for seconds in (median(theirs), percentile(theirs, 0.99))]
+    return [
+        Figure(
+            SUITE, "a key and back, p50", median(ours) * 1e3, "ms", *against[0], KEY_GOAL, held=Held.IF_THERE
+        ),
+        Figure(
+            SUITE, "a key and back, p99", percentile(ours, 0.99) * 1e3, "ms", *against[1], held=Held.NEVER
+        ),
+    ]
+
+
+@contextmanager
+def _ssh() -> Iterator[Typist | None]:
+    """A typist at `ssh` to this machine; None, and why on stderr, where that cannot be had."""
+    sshd = find_sshd()
+    with ExitStack() as stack:
+        typist = None
+        if sshd is None:
+            print("no ssh beside pjw: openssh-server or openssh-client is not installed", file=sys.stderr)
+        else:
+            directory = stack.enter_context(pjwd.directory())
+            try:
+                command = [*open_sshd(stack, sshd, directory, "-tt"), ECHO]
+                typist = Typist(command, {"PATH": os.environ["PATH"], "TERM": "dumb"})
+            except RuntimeError as error:
+                log = (directory / "log").read_text().strip().splitlines()
+                print(f"no ssh beside pjw: {error}; sshd says {log[-3:]}", file=sys.stderr)
+            else:
+                stack.callback(typist.close)
+        yield typist
+
+
+def find_sshd() -> Path | None:
+    """The sshd of this machine, where there is an ssh as well."""
+    sshd = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
+    return Path(sshd) if sshd is not None and shutil.which("ssh") else None
+
+
+def open_sshd(stack: ExitStack, sshd: Path, directory: Path, *options: str) -> list[str]:
+    """Start an sshd on a port of its own, with keys of its own; the command line that leads to it.
+
+    Options are those of ssh; the command comes behind the line. Raises RuntimeError.
+    """
+    for name in ("host", "user"):
+        make = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(directory / name)]
+        subprocess.run(make, check=True)
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        port = found.getsockname()[1]
+    (directory / "config").write_text(
+        f"ListenAddress 127.0.0.1:{port}\nHostKey {directory}/host\nAuthorizedKeysFile {directory}/user.pub\n"
+        "PasswordAuthentication no\nKbdInteractiveAuthentication no\nPermitRootLogin prohibit-password\n"
+        "StrictModes no\nUsePAM no\nPidFile none\nPrintMotd no\nPrintLastLog no\nUseDNS no\n"
+    )
+    host = (directory / "host.pub").read_text()
+    (directory / "known").write_text(f"[127.0.0.1]:{port} {host}")
+    # where Debian's sshd empties itself of all else; systemd makes it, or nobody
+    empty = Path("/run/sshd")
+    if not empty.exists():
+        empty.mkdir(0o755)
+        stack.callback(empty.rmdir)
+    with (directory / "log").open("wb") as log:
+        # by its whole path, as it executes itself again
+        server = subprocess.Popen(
+            [sshd.resolve(), "-D", "-e", "-f", str(directory / "config")],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+    stack.callback(server.wait)
+    stack.callback(server.kill)
+    wait_for(lambda: "listening" in (directory / "log").read_text() or server.poll() is not None)
+    if server.poll() is not None:
+        raise RuntimeError(f"sshd ended with {server.returncode}")
+    return [
+        *("ssh", "-F", "none", *options, "-q", "-i", str(directory / "user"), "-p", str(port), "-e", "none"),
+        *("-o", f"UserKnownHostsFile={directory}/known", "-o", "IdentitiesOnly=yes", "-o", "BatchMode=yes"),
+        # or it would send keys by the clock, every 20 ms
+        *("-o", "IgnoreUnknown=ObscureKeystrokeTiming", "-o", "ObscureKeystrokeTiming=no"),
+        "root@127.0.0.1",
+    ]

@@ -1,0 +1,297 @@
+"""What an agent can do, in words that a model reads; agents.py makes tools of it. Knows nothing of MCP.
+
+Each answer is bounded in time and in bytes. A call that is cancelled stops the command that it has started.
+"""
+
+import asyncio
+import codecs
+from base64 import b64decode, b64encode
+from collections.abc import Coroutine, Mapping
+from contextlib import aclosing, suppress
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from pjw.cli import agent_files
+from pjw.cli.commands import why_ended
+from pjw.cli.execute import why_session_ended
+from pjw.cli.render import printable
+from pjw.cli.units import duration_in_words
+from pjw.errors import InvalidJobError, OffsetError, PjwError
+from pjw.model import LIMIT_MAXIMUM, Job, JobSpec, JobState, Session
+
+if TYPE_CHECKING:
+    from pjw.client.aio import AsyncClient
+
+# How long the state of a job is waited for when the time of an answer is over already.
+_STATE_SECONDS: Final = 5
+# How long a stop is waited for; pjwd goes on with it by itself.
+_STOP_SECONDS: Final = 60
+_COMMAND_CHARACTERS: Final = 200
+# of a file, in one call
+PUT_BYTES_MAX: Final = 1024 * 1024
+
+
+class Command(NamedTuple):
+    """A job, or another command that runs in one; as text `17` or `17/2`."""
+
+    job_id: int
+    session: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.job_id}/{self.session}" if self.session else str(self.job_id)
+
+
+class Answer(NamedTuple):
+    """Our words, and apart from them what a command wrote, so that it cannot pass for ours."""
+
+    words: str
+    output: str = ""
+
+
+class AgentJobs:
+    """The commands of an agent."""
+
+    def __init__(self, client: "AsyncClient") -> None:
+        self._client: Final = client
+        # those whose ids nobody has been told yet
+        self._untold: Final[set[Command | None]] = set()
+
+    async def run(
+        self, asked: Mapping[str, Any], limits: Mapping[str, str | int], *, seconds: float, bytes_max: int
+    ) -> Answer:
+        """Start a job and follow it to its end, for at most so many seconds; *asked* is of a JobSpec.
+
+        A limit that is empty is the operator's default.
+        """
+        given = {name: value for name, value in limits.items() if value}
+        return await self._run(self._started(JobSpec(limits=given, **asked)), seconds, bytes_max)
+
+    async def run_inside(
+        self, name: str, asked: Mapping[str, Any], *, seconds: float, bytes_max: int
+    ) -> Answer:
+        """Run another shell command in a job, as `run` does a job; *asked* has no more than `exec` takes."""
+        job_id = await self._job_id(name)
+        # both outputs in one, as a job has them
+        spec = JobSpec(**{**asked, "command": f"exec 2>&1\n{asked['command']}"})
+        return await self._run(self._started_inside(job_id, spec), seconds, bytes_max)
+
+    async def _run(self, start: Coroutine[Any, Any, Command], seconds: float, bytes_max: int) -> Answer:
+        starting = asyncio.ensure_future(start)
+        command = None
+        try:
+            # a start that is under way cannot be taken back: the command may run already
+            command = await asyncio.shield(starting)
+            return await self._follow(command, 0, seconds, bytes_max)
+        except asyncio.CancelledError:
+            with suppress(PjwError):
+                command = await starting
+                await self._stop(command, None)
+            raise
+        except PjwError as error:
+            if command is not None:
+                error.add_note(f"{_title(command)} may go on. {_waiting(command, 0)}")
+            raise
+        finally:
+            self._untold.discard(command)
+
+    async def poll(self, name: str, offset: int, seconds: float, bytes_max: int) -> Answer:
+        """The output from *offset* on, below 0 from so many bytes before the end, and the state."""
+        command = await self._found(name)
+        if offset < 0:
+            offset = max(0, await self._size(command) + offset)
+        return await self._follow(command, offset, seconds, bytes_max)
+
+    async def stop(self, name: str, grace_seconds: float | None) -> Answer:
+        """Have a command end, and wait for that."""
+        command = await self._found(name)
+        try:
+            async with asyncio.timeout(_STOP_SECONDS + (grace_seconds or 0)):
+                return Answer(await self._stop(command, grace_seconds))
+        except TimeoutError:
+            return Answer(
+                f"{_title(command)} is being stopped, and has not ended yet. {_waiting(command, 0)}"
+            )
+
+    async def stop_untold(self) -> None:
+        """Stop the commands of calls that were not answered yet."""
+        stops = [self._stop(command, None) for command in self._untold if command]
+        await asyncio.gather(*stops, return_exceptions=True)
+
+    async def list(self, limit: int, *, running: bool) -> Answer:
+        """The newest jobs, a line for each."""
+        states = [JobState.QUEUED, JobState.STARTING, JobState.RUNNING, JobState.STOPPING] if running else []
+        jobs = self._client.list(states=states, newest_first=True, limit=limit)
+        lines = [_line(job) async for job in jobs]
+        what = "jobs that have not ended" if running else "jobs"
+        if not lines:
+            return Answer(f"There are no {what}.")
+        head = f"The {limit} newest {what}; there may be more" if len(lines) == limit else f"All {what}"
+        return Answer(f"{head}, newest first:", "\n".join(lines))
+
+    async def put(self, name: str, path: str, content: str, *, base64: bool, executable: bool) -> Answer:
+        """Make a file of a running job, or replace it."""
+        job_id = await self._job_id(name)
+        try:
+            data = b64decode(content, validate=True) if base64 else content.encode()
+        except ValueError as error:
+            raise InvalidJobError(f"cannot put {path}: the content is not base64: {error}") from None
+        if len(data) > PUT_BYTES_MAX:
+            raise InvalidJobError(
+                f"cannot put {path}: {len(data)} bytes; at most {PUT_BYTES_MAX} go at once",
+                hint="put it in parts, and join them with cat in the job",
+            )
+        await agent_files.put(self._client, job_id, path, data, executable=executable)
+        return Answer(f"Put {path} into job {job_id}: {len(data)} bytes.")
+
+    async def get(self, name: str, path: str, offset: int, bytes_max: int, *, base64: bool) -> Answer:
+        """A part of a file of a running job."""
+        job_id = await self._job_id(name)
+        data, size = await agent_files.get(self._client, job_id, path, offset, bytes_max)
+        if base64:
+            text, length = b64encode(data).decode(), len(data)
+        else:
+            try:
+                text, length = _decoded(data, whole=offset + len(data) >= size, errors="strict")
+            except UnicodeDecodeError:
+                raise InvalidJobError(
+                    f"cannot get {path} as text: it is not UTF-8", hint="get it with base64=true"
+                ) from None
+        end = offset + length
+        words = f"{path} of job {job_id} has {size} bytes; bytes {offset} to {end} are what follows."
+        if end < size:
+            words += f" offset={end} goes on."
+        return Answer(words, text)
+
+    async def _job_id(self, name: str) -> int:
+        command = await self._found(name)
+        if command.session:
+            raise InvalidJobError(f"{command} is a command in a job: give the job, {command.job_id}")
+        return command.job_id
+
+    async def _found(self, text: str) -> Command:
+        name, slash, number = text.strip().partition("/")
+        session = int(number) if number.isascii() and number.isdecimal() and len(number) < 10 else 0
+        if not name or (slash and not session):
+            raise InvalidJobError(
+                f"{text[:40]!r} is no job",
+                hint='a job is given by its id, "17", or its name; list shows both',
+            )
+        if name.isascii() and name.isdecimal() and len(name) < 20:
+            return Command(int(name), session)
+        return Command((await self._client.find(name)).id, session)
+
+    async def _started(self, spec: JobSpec) -> Command:
+        command = Command((await self._client.start(spec)).id)
+        self._untold.add(command)
+        return command
+
+    async def _started_inside(self, job_id: int, spec: JobSpec) -> Command:
+        # a model may take long between two calls: it is not hung up for that
+        session = await self._client.exec(job_id, spec, detach=True)
+        command = Command(job_id, session.number)
+        self._untold.add(command)
+        return command
+
+    async def _follow(self, command: Command, offset: int, seconds: float, bytes_max: int) -> Answer:
+        """The output from *offset* on until it ends, or the time is over, or the answer is full."""
+        data = bytearray()
+        ended = False
+        output = self._client.logs(command.job_id, offset, session=command.session)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds), aclosing(output):
+                async for piece in output:
+                    data += piece
+                    if len(data) >= bytes_max:
+                        break
+                else:
+                    ended = True
+        full = len(data) >= bytes_max
+        text, length = _decoded(bytes(data[:bytes_max]), whole=ended and not full)
+        end = offset + length
+        if ended and not full:
+            state = await self._ended(command)
+        else:
+            state = f"{await self._state(command)} {_waiting(command, end, full=full)}"
+        if not length:
+            return Answer(f"{state}\nNo {'further ' if offset else ''}output.")
+        return Answer(f"{state}\nIts output, bytes {offset} to {end}, is what follows.", text)
+
+    async def _size(self, command: Command) -> int:
+        """How many bytes of output there are: the server's word for an offset that no output reaches."""
+        output = self._client.logs(command.job_id, LIMIT_MAXIMUM, follow=False, session=command.session)
+        try:
+            async with aclosing(output):
+                async for _ in output:
+                    pass
+        except OffsetError as error:
+            return error.size or 0
+        return 0
+
+    async def _ended(self, command: Command) -> str:
+        if command.session:
+            return _session_in_words(await self._client.wait_session(command.job_id, command.session))
+        job = await self._client.get(command.job_id)
+        return _job_in_words(job if job.state.final else await self._client.wait(job.id))
+
+    async def _state(self, command: Command) -> str:
+        """What is known of a command whose output has not ended."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_STATE_SECONDS):
+                if not command.session:
+                    return _job_in_words(await self._client.get(command.job_id))
+        return f"{_title(command)} has more output, or has not ended."
+
+    async def _stop(self, command: Command, grace_seconds: float | None) -> str:
+        if command.session:
+            return _session_in_words(await self._client.stop_session(command.job_id, command.session))
+        return _job_in_words(await self._client.stop(command.job_id, grace=grace_seconds))
+
+
+def words_of(error: PjwError) -> str:
+    """An error, with what to do about it."""
+    notes = getattr(error, "__notes__", ())
+    return "\n".join([f"error: {error}", *([f"hint: {error.hint}"] if error.hint else []), *notes])
+
+
+def _decoded(data: bytes, *, whole: bool, errors: str = "replace") -> tuple[str, int]:
+    """Text, and how many bytes it is of: the beginning of a character is left for the next answer."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors)
+    text = decoder.decode(data, final=whole)
+    return text, len(data) - len(decoder.getstate()[0])
+
+
+def _title(command: Command) -> str:
+    return f"Command {command}" if command.session else f"Job {command}"
+
+
+def _waiting(command: Command, end: int, *, full: bool = False) -> str:
+    on = f'poll(job="{command}", offset={end})'
+    if full:
+        return f'There is more output: {on} goes on, poll(job="{command}", offset=-4000) shows the end.'
+    return f'{on} waits for more, stop(job="{command}") stops it.'
+
+
+def _job_in_words(job: Job) -> str:
+    named = f"Job {job.id}{f' ({job.name})' if job.name else ''}"
+    detail = f" ({printable(job.detail)})" if job.detail else ""
+    if not job.state.final:
+        return f"{named} has not ended: {job.state}{detail}."
+    if job.exit_status is None:
+        return f"{named} has no exit code: {job.reason or job.state}{detail}."
+    after = duration_in_words(((job.end or job.start) - job.start).total_seconds())
+    why = why_ended(job)
+    return f"{named} ended after {after}: exit code {job.exit_status.code}{f', {why}' if why else ''}."
+
+
+def _session_in_words(session: Session) -> str:
+    named = _title(Command(session.job_id, session.number))
+    if session.exit_status is None:
+        return f"{named} has no exit code: nobody knows how it ended."
+    why = why_session_ended(session)
+    return f"{named} ended: exit code {session.exit_status.code}{f', {why}' if why else ''}."
+
+
+def _line(job: Job) -> str:
+    command = printable(job.command)
+    if len(command) > _COMMAND_CHARACTERS:
+        command = command[: _COMMAND_CHARACTERS - 1] + "…"
+    return f"{_job_in_words(job)} Command: {command}"

@@ -1,0 +1,134 @@
+"""`pjw cp`: files between this machine and a job; `-` is a tar archive on stdin or stdout."""
+
+import os
+import re
+import sys
+from argparse import ArgumentTypeError, Namespace
+from typing import TYPE_CHECKING, NamedTuple
+
+from pjw.cli import stdin
+from pjw.cli.commands import write_all
+from pjw.cli.connection import JobName, connect, job_name, resolve_id
+from pjw.cli.exits import say
+from pjw.cli.progress import Progress
+from pjw.cli.units import size_in_words
+from pjw.errors import ConfigError, InvalidJobError
+
+if TYPE_CHECKING:
+    from pjw.client.sync import Client
+
+# what is before the colon; a path of this machine that has one begins with ./
+_IN_JOB = re.compile(r"([^/:\\]+):(.*)", re.DOTALL)
+
+
+class Place(NamedTuple):
+    """A path in a job, or one of this machine, of which `job` is None."""
+
+    job: JobName | None
+    path: str
+
+
+def place(text: str) -> Place:
+    """What is copied, or where to, as a `type` of argparse: JOB:PATH, a path of this machine, or `-`."""
+    found = _IN_JOB.fullmatch(text)
+    # C:\file, which is of this machine
+    if found is None or (sys.platform == "win32" and len(found[1]) == 1):
+        if not text:
+            raise ArgumentTypeError("a path is empty")
+        return Place(None, text)
+    # as with scp, its own directory
+    return Place(job_name(found[1]), found[2] or ".")
+
+
+class Source(NamedTuple):
+    """What is uploaded, and where in the job's own directory it goes."""
+
+    path: str
+    place: str
+
+
+def source(text: str) -> Source:
+    """What is uploaded, as a `type` of argparse: DIR, or DIR:PATH with the last colon between both."""
+    from pjw.client.copies import upload_place
+
+    path, colon, into = text.rpartition(":")
+    if not colon or os.path.lexists(text):
+        path, into = text, ""
+    if not path:
+        raise ArgumentTypeError("a path is empty")
+    try:
+        return Source(path, upload_place(into))
+    except InvalidJobError as error:
+        raise ArgumentTypeError(str(error)) from None
+
+
+def upload(client: "Client", sources: list[Source]) -> str:
+    """Send what a job is to be started with; its name for JobSpec.upload, and tell what was left out."""
+    seen = Count("the upload")
+    with Progress(seen.words):
+        uploaded = client.upload(sources, seen)
+    tell_left_out(uploaded.left_out)
+    return uploaded.name
+
+
+def copy(arguments: Namespace) -> int:
+    """Copy in the direction that is asked for; tell what was left out."""
+    source, target = arguments.source, arguments.target
+    if (source.job is None) == (target.job is None):
+        arguments.parser.error("one of both is in a job, as in 7:src or NAME:/tmp/x, and the other is not")
+    if source.job is None:
+        return _copy_in(arguments, source.path, target)
+    return _copy_out(arguments, source, target.path)
+
+
+class Count:
+    """How much was copied, for a person who waits."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._bytes = 0
+
+    def __call__(self, count: int) -> None:
+        """So many bytes were copied by now."""
+        self._bytes = count
+
+    def words(self, seconds: float) -> str:
+        """How far it is, after so many seconds."""
+        rate = size_in_words(int(self._bytes / seconds)) if seconds else "0B"
+        return f"{self._what}: {size_in_words(self._bytes)} copied, {rate}/s"
+
+
+def _copy_in(arguments: Namespace, source: str, target: Place) -> int:
+    seen = Count(source)
+    assert target.job is not None
+    with stdin.opened("-" if source == "-" else None) as descriptor, connect(arguments) as client:
+        job_id = resolve_id(client, target.job)
+        with Progress(seen.words):
+            if descriptor is not None:
+                left_out = client.write_archive(job_id, stdin.pieces(descriptor), target.path, seen)
+            else:
+                left_out = client.copy_to(job_id, source, target.path, seen).left_out
+    tell_left_out(left_out)
+    return 0
+
+
+def _copy_out(arguments: Namespace, source: Place, target: str) -> int:
+    seen = Count(source.path)
+    assert source.job is not None
+    if target == "-" and sys.stdout.isatty():
+        raise ConfigError("cannot write an archive to a terminal", hint="redirect it: > FILE, or | tar t")
+    with connect(arguments) as client:
+        job_id = resolve_id(client, source.job)
+        if target == "-":
+            write_all(client.read_archive(job_id, source.path), sys.stdout.fileno())
+            return 0
+        with Progress(seen.words):
+            left_out = client.copy_from(job_id, source.path, target, seen).left_out
+    tell_left_out(left_out)
+    return 0
+
+
+def tell_left_out(left_out: list[str]) -> None:
+    """Say what was not copied."""
+    for each in left_out:
+        say(f"left out {each}")

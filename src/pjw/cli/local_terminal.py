@@ -1,0 +1,98 @@
+"""The terminal that pjw itself has: its size, its raw mode, and its way back from that."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Final
+
+from pjw.errors import ConfigError
+from pjw.model import TERMINAL_MAXIMUM, TerminalSize
+
+# for a terminal that does not know its own, such as a serial line
+_DEFAULT_SIZE: Final = TerminalSize(24, 80)
+# What waits beside us, so that also a kill of pjw leaves a terminal that works. A shell, as it costs 2 ms.
+# Its stdin ends with us; a line says that all is well. Without one the terminal gets what `show_usual` shows,
+# too: a program there cannot undo any more what it has turned on.
+_GUARD: Final = 'read line || { stty "$1" && printf "%s" "$3"; } <>"$2" >&0'
+# What programs such as editors turn on and we may have left in the midst of: another screen, no cursor, the
+# mouse, pasting in brackets, colours.
+_USUAL: Final = b"\x1b[?1049l\x1b[?25h\x1b[?1000l\x1b[?1002l\x1b[?1006l\x1b[?2004l\x1b[0m"
+
+
+def require_terminal(hint: str = "without -t, -i passes on what is piped in") -> None:
+    """Raises ConfigError with that hint where nobody could type."""
+    try:
+        import termios  # noqa: F401
+    except ImportError:
+        raise ConfigError("cannot use this terminal: pjw cannot pass on its keys on this system") from None
+    if sys.stdin is None or not sys.stdin.isatty() or not sys.stdout.isatty():
+        raise ConfigError(
+            "cannot use this terminal: stdin or stdout is no terminal",
+            hint=hint,
+        )
+
+
+def size() -> TerminalSize:
+    """The size of our terminal."""
+    for stream in (sys.stdout, sys.stdin, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):
+            found = os.get_terminal_size(stream.fileno())
+            if 0 < found.lines <= TERMINAL_MAXIMUM and 0 < found.columns <= TERMINAL_MAXIMUM:
+                return TerminalSize(found.lines, found.columns)
+    return _DEFAULT_SIZE
+
+
+@contextmanager
+def raw() -> Iterator[None]:
+    """Pass on every key as it is typed; at the end, or at ours, all is as it was."""
+    # Windows has neither
+    import termios
+    import tty
+
+    descriptor = sys.stdin.fileno()
+    before = termios.tcgetattr(descriptor)
+    with _guarded(descriptor):
+        try:
+            tty.setraw(descriptor, termios.TCSADRAIN)
+            yield
+        finally:
+            termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+
+
+def show_usual() -> None:
+    """Have the terminal show what a shell expects: a program that we have left may have changed that."""
+    os.write(sys.stdout.fileno(), _USUAL)
+
+
+@contextmanager
+def _guarded(descriptor: int) -> Iterator[None]:
+    try:
+        command = ["stty", "-g"]
+        saved = subprocess.run(command, stdin=descriptor, capture_output=True, check=True, text=True)
+        guard = subprocess.Popen(
+            ["/bin/sh", "-c", _GUARD, "pjw", saved.stdout.strip(), os.ttyname(descriptor), _USUAL],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            # nothing that ends the others at this terminal may end it
+            start_new_session=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        # without stty(1) only we ourselves put it right
+        yield
+        return
+    assert guard.stdin is not None
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            guard.stdin.write(b"\n")
+            guard.stdin.close()
+        guard.wait()
+
+
+# Windows has none
+RESIZED: Final = getattr(signal, "SIGWINCH", None)

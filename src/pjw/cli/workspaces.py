@@ -1,0 +1,72 @@
+"""`pjw workspace`: the directories that outlive jobs."""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from pjw.cli.connection import connect
+from pjw.cli.render import json_text, printable, time_text
+from pjw.cli.units import duration_in_words, size_in_words
+from pjw.errors import PjwError
+from pjw.model import Workspace
+
+
+def list_workspaces(arguments: argparse.Namespace) -> None:
+    """Print their names; at a terminal also what they have, and when they were used."""
+    with connect(arguments) as client:
+        found = client.workspaces()
+    form = arguments.format or ("table" if sys.stdout.isatty() else "names")
+    if form == "json":
+        print(json_text(list(map(members, found)), indent=2))
+        return
+    names = [_name(each, with_client=arguments.all) for each in found]
+    for line in table(found, names) if form == "table" else names:
+        print(line)
+
+
+def _name(workspace: Workspace, *, with_client: bool) -> str:
+    """What a list calls it: a client's name has no slash."""
+    return f"{printable(workspace.client_name)}/{workspace.name}" if with_client else workspace.name
+
+
+def remove_workspaces(arguments: argparse.Namespace) -> None:
+    """Remove them one by one, and print each name; the others although one cannot be removed."""
+    failure: PjwError | None = None
+    with connect(arguments) as client:
+        for name in arguments.names:
+            try:
+                client.remove_workspace(name)
+            except PjwError as error:
+                if failure is not None:
+                    print(f"pjw: error: {failure}", file=sys.stderr)
+                failure = error
+            else:
+                print(name, flush=True)
+    if failure is not None:
+        raise failure
+
+
+def table(found: Sequence[Workspace], names: Sequence[str]) -> Iterator[str]:
+    """A line each, with these names, under a heading."""
+    now = datetime.now(UTC)
+    width = max(map(len, ("NAME", *names)))
+    yield f"{'NAME':<{width}} {'SIZE':>8} {'FILES':>9} {'JOBS':>6}  USED"
+    for each, name in zip(found, names, strict=True):
+        ago = duration_in_words(max(0.0, (now - each.used).total_seconds()))
+        size = size_in_words(each.bytes)
+        yield f"{name:<{width}} {size:>8} {each.inodes:>9} {each.jobs:>6}  {ago} ago"
+
+
+def members(workspace: Workspace) -> dict[str, Any]:
+    """The keys and values of its JSON."""
+    return {
+        "name": workspace.name,
+        "made": time_text(workspace.made),
+        "used": time_text(workspace.used),
+        "bytes": workspace.bytes,
+        "inodes": workspace.inodes,
+        "jobs": workspace.jobs,
+        "clientName": workspace.client_name,
+    }

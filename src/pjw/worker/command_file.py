@@ -1,0 +1,32 @@
+"""The command of a job or session, as its init reads it: docs/launcher-protocol.md has the format."""
+
+import os
+from collections.abc import Iterable
+
+from pjw.model import WORKSPACE_DIRECTORY, JobSpec
+
+
+def command_file(spec: JobSpec) -> int:
+    """What init is to run, in a file of memory that the launcher never reads: strings, each ended by NUL.
+
+    The working directory; what is added to the environment, secrets included; an empty one; the argv.
+    """
+    own = {"PJW_WORKSPACE": WORKSPACE_DIRECTORY} if spec.workspace else {}
+    variables = {**own, **spec.env, **spec.secrets}
+    # init knows the default
+    workdir = spec.directory if spec.workspace else spec.workdir
+    strings = (workdir, *(f"{name}={value}" for name, value in variables.items()), "", *spec.argv)
+    return memory_file("pjw-command", strings)
+
+
+def memory_file(name: str, strings: Iterable[str]) -> int:
+    """A file of memory with strings, each ended by NUL; *name* is for whoever looks into /proc."""
+    left = memoryview(b"".join(string.encode() + b"\0" for string in strings))
+    descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
+    try:
+        while left:
+            left = left[os.write(descriptor, left) :]
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor

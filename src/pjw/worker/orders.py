@@ -1,0 +1,51 @@
+"""What an init, or a session, is told while it runs: a small file that the server writes and that is watched.
+
+What it says outlives the server, and needs no launcher (init/init.h, struct orders).
+"""
+
+import os
+import struct
+from typing import Final
+
+from pjw.errors import JobStateError, KernelError
+from pjw.model import TerminalSize
+
+# rows, columns, width and height in pixels of a terminal; whether to hang up
+_SIZE: Final = struct.Struct("=4H")
+_HANG_UP: Final = struct.Struct("=I")
+
+
+def create_orders(path: str, size: TerminalSize | None) -> int:
+    """Make the file; give a descriptor for who reads it. Raises OSError."""
+    rows, columns = (size.rows, size.columns) if size is not None else (0, 0)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(descriptor, _SIZE.pack(rows, columns, 0, 0) + _HANG_UP.pack(0))
+    finally:
+        os.close(descriptor)
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def order_size(path: str, size: TerminalSize, subject: str) -> None:
+    """Give a terminal another size. Raises JobStateError where there is none."""
+    _write(path, 0, _SIZE.pack(size.rows, size.columns, 0, 0), subject)
+
+
+def order_hang_up(path: str, subject: str) -> None:
+    """Have a session end: SIGHUP, and SIGKILL after a grace period."""
+    _write(path, _SIZE.size, _HANG_UP.pack(1), subject)
+
+
+def _write(path: str, offset: int, data: bytes, subject: str) -> None:
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise JobStateError(f"{subject} has no terminal, or has ended") from None
+    except OSError as error:
+        raise KernelError("tell something to", subject, error.errno or 0) from error
+    try:
+        os.pwrite(descriptor, data, offset)
+    except OSError as error:
+        raise KernelError("tell something to", subject, error.errno or 0) from error
+    finally:
+        os.close(descriptor)
