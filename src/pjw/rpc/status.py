@@ -59,6 +59,8 @@ _BY_CODE: Final = {row.code: row for row in reversed(TABLE)}
 INTERNAL_TEXT: Final = "internal error; the server's log has the details"
 # Initial metadata of a stream whose caller was let in: from then on it is worth resuming.
 ADMITTED_KEY: Final = "pjw-admitted"
+# Metadata of a call of a gateway's: the client that it calls for.
+FOR_CLIENT_KEY: Final = "pjw-for-client"
 # Trailing metadata: JSON in ASCII, an object: `reason` as in the table, `hint`, and the error's facts.
 ERROR_KEY: Final = "pjw-error"
 # For clients older than ERROR_KEY, and for clients that read no JSON: the hint, and errno when exec failed.

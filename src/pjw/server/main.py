@@ -127,13 +127,14 @@ def build_parser() -> argparse.ArgumentParser:
         ),
         ("server", "a server certificate for the given host names and addresses", "HOST"),
         ("client", "a certificate for each client that is named", "NAME"),
+        ("node", "a certificate for a node of a cluster, good for the given hosts too", "HOST"),
     ):
         maker = kinds.add_parser(
             kind, help=text, description=f"Make {text}, in DIR. Nothing is ever overwritten."
         )
         maker.set_defaults(run=_certs, kind=kind)
         _add_days(maker)
-        if kind != "server":
+        if kind in ("init", "client"):
             maker.add_argument(
                 "--server",
                 type=_address,
@@ -144,7 +145,9 @@ def build_parser() -> argparse.ArgumentParser:
                 + "; default %(default)s",
             )
         maker.add_argument("directory", metavar="DIR")
-        maker.add_argument("names", nargs="+", metavar=names)
+        if kind == "node":
+            maker.add_argument("node", metavar="NAME")
+        maker.add_argument("names", nargs="*" if kind == "node" else "+", metavar=names)
     _add_upkeep(kinds)
     return parser
 
@@ -325,6 +328,8 @@ def _certs(arguments: argparse.Namespace) -> int:
             made = authority.init_set(directory, hosts, names, days=days, bundle_server=arguments.server)
         case "server":
             made = authority.write_server(directory, names, days=days)
+        case "node":
+            made = authority.write_node(directory, arguments.node, names, days=days)
         case _:
             made = []
             for name in names:

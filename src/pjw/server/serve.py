@@ -20,6 +20,7 @@ from pjw.errors import ConfigError
 from pjw.server.accept import make_server
 from pjw.server.address import held_addresses, shown_address
 from pjw.server.audit import AuditLog
+from pjw.server.backend import Backend
 from pjw.server.backup_port import BackupPort
 from pjw.server.config import ServerConfig
 from pjw.server.connections import PortLimits
@@ -164,7 +165,7 @@ async def _run(serving: Serving, state: StateDir, launcher: LauncherProcess) -> 
             background.keep("reloads", reloader.run(lambda: _status(address, worker)))
             ready.info("ready on %s", address, extra=PLAIN)
             notifier.ready(_status(address, worker))
-            watch = notifier.watch(worker.launcher_answers, lambda: _status(address, worker))
+            watch = notifier.watch(worker.answers, lambda: _status(address, worker))
             background.keep("word to the watchdog", watch)
             return await _until_end(worker, background, asked)
         finally:
@@ -191,8 +192,8 @@ def options_of(limits: PortLimits) -> list[tuple[str, int]]:
     ]
 
 
-def _status(address: str, worker: Worker) -> str:
-    return f"serving on {address}; jobs that have not ended: {worker.live_count}"
+def _status(address: str, backend: Backend) -> str:
+    return f"serving on {address}; jobs that have not ended: {backend.live_count}"
 
 
 def _listen(
@@ -241,10 +242,10 @@ def _threads_watched(background: Background) -> Iterator[None]:
         threading.excepthook = before
 
 
-async def _until_end(worker: Worker, background: Background, asked: asyncio.Event) -> int:
+async def _until_end(worker: Backend, background: Background, asked: asyncio.Event) -> int:
     ends = [
         asyncio.ensure_future(end)
-        for end in (asked.wait(), worker.launcher_gone(), worker.failed(), background.failed.wait())
+        for end in (asked.wait(), worker.gone(), worker.failed(), background.failed.wait())
     ]
     _, gone, *_ = ends
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)

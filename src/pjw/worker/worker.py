@@ -303,7 +303,7 @@ class Worker:
             not_set += [f"share of {client_name}: {each}" for each in words]
         return not_set
 
-    async def launcher_answers(self) -> None:
+    async def answers(self) -> None:
         """Return when the launcher has answered a question. Raises LauncherGoneError when it cannot."""
         await self._launcher.request_nothing()
 
@@ -313,7 +313,7 @@ class Worker:
             self._state, self._live, self._endings.by_reason, len(self._held), self._launcher, self._queue
         )
 
-    async def launcher_gone(self) -> None:
+    async def gone(self) -> None:
         """Return when the launcher has died; nothing can be started or stopped then."""
         await self._launcher.gone.wait()
 
