@@ -17,12 +17,19 @@ CONFIG: Final = '[roles]\nadmins = ["ann"]\ngateways = ["gate"]\n'
 @pytest.fixture
 def node(make_service: Callable[..., Service]) -> Service:
     """A service with a gateway, an admin and two clients; its authority has made a node, too."""
-    service = make_service(clients=("alice", "bob", "ann", "gate"), config=CONFIG).start()
+    service = make_service(clients=("alice", "bob", "ann"), config=CONFIG).start()
     authority.write_node(str(service.certs), "n1")
+    authority.write_client(str(service.certs), "gate")
     # where the other clients' files are, and not among them
-    for kind in ("crt", "key"):
-        (service.certs / f"node-n1.{kind}").rename(service.directory / f"node-n1.{kind}")
+    for name in ("node-n1", "gate"):
+        for kind in ("crt", "key"):
+            (service.certs / f"{name}.{kind}").rename(service.directory / f"{name}.{kind}")
     return service
+
+
+def files_of(node: Service, name: str) -> tuple[str, str]:
+    """The certificate and key of the gateway, or of the node."""
+    return str(node.directory / f"{name}.crt"), str(node.directory / f"{name}.key")
 
 
 def called_for(client: str) -> tuple[tuple[str, str], ...]:
@@ -39,9 +46,9 @@ def refused(call: Callable[..., Any], request: object, client: str | None) -> tu
 
 
 def test_a_gateway_has_the_jobs_of_the_client_that_it_names(node: Service) -> None:
-    """It sees, reads, waits for, stops and removes that client's; another's is none; and it starts nothing."""
+    """It reads, waits for, stops and removes that client's; another's is none; and it starts nothing."""
     job_id = node.start_job("echo mine; sleep 300")
-    with node.stub("gate") as stub:
+    with node.stub(files_of(node, "gate")) as stub:
         for_alice: dict[str, Any] = {"metadata": called_for("alice"), "timeout": CALL_SECONDS}
         assert stub.Get(pb.GetRequest(id=job_id), **for_alice).job.client_name == "alice"
         logs = stub.Logs(pb.LogsRequest(id=job_id), **for_alice)
@@ -78,8 +85,7 @@ def test_nobody_else_calls_for_a_client(node: Service) -> None:
                 grpc.StatusCode.PERMISSION_DENIED,
                 f"{client} may not call for another client: it is no gateway of this server",
             )
-    files = (str(node.directory / "node-n1.crt"), str(node.directory / "node-n1.key"))
-    with node.stub(files) as stub:
+    with node.stub(files_of(node, "node-n1")) as stub:
         for asked in ("alice", None):
             assert refused(stub.Get, request, asked) == (
                 grpc.StatusCode.UNAUTHENTICATED,

@@ -81,7 +81,9 @@ def test_a_gateway_calls_for_the_client_that_it_names(method: str) -> None:
 def test_nobody_else_calls_for_a_client(client: str) -> None:
     """Neither an admin nor a client, not even for itself."""
     for asked in ("alice", "bob", ""):
-        with pytest.raises(NotAllowedError, match=f"{client} may not call for another client: it is no gateway"):
+        with pytest.raises(
+            NotAllowedError, match=f"{client} may not call for another client: it is no gateway"
+        ):
             GATEWAYS.caller(client, "Get", all_clients=False, for_client=asked)
 
 

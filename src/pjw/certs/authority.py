@@ -1,7 +1,7 @@
 """A development CA: its own certificate, and those that it issues to servers and clients.
 
 ECDSA P-256 with SHA-256 throughout. A certificate is for one end only: a server's cannot
-be used as a client's, nor the other way round. That of a node is for both: it serves its gateway, and calls it.
+be used as a client's, nor the other way round. A node's is for both: it serves its gateway, and calls it.
 """
 
 import ipaddress

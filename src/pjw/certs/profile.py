@@ -29,8 +29,8 @@ NAME_RULE: Final = f"1 to {NAME_MAX_CHARACTERS} of A-Z a-z 0-9 . _ @ + -, the fi
 # What makes a certificate that of a node of a cluster: a URI among its names. A client whose name is n1 is no
 # node for that.
 NODE_URI_PREFIX: Final = "pjw:node:"
-# And the host name under which a gateway reaches that node, whatever its address: TLS itself sees to it that no
-# other one answers. Nobody looks it up.
+# And the host name under which a gateway reaches that node, whatever its address: TLS itself sees to it that
+# no other one answers. Nobody looks it up.
 NODE_HOST_SUFFIX: Final = ".node.pjw.internal"
 # a label of a host name
 NODE_NAME_MAX_CHARACTERS: Final = 40
@@ -56,7 +56,11 @@ def name_fault(name: str) -> str | None:
 
 def node_name_fault(name: str) -> str | None:
     """Why *name* cannot be a node's name; None when it can."""
-    return None if NODE_NAME_PATTERN.fullmatch(name) else f"{quoted(name)} is no name of a node ({NODE_NAME_RULE})"
+    return (
+        None
+        if NODE_NAME_PATTERN.fullmatch(name)
+        else f"{quoted(name)} is no name of a node ({NODE_NAME_RULE})"
+    )
 
 
 def identity_fault(name: str) -> str | None:

@@ -84,7 +84,7 @@ def listed(directory: str, list_path: str | None = None) -> Iterator[str]:
 
 
 def renew(directory: str, names: Sequence[str], *, days: int = LEAF_DAYS) -> list[str]:
-    """Make new certificates for the keys and names of the server, nodes or clients; return the new files' paths.
+    """Make new certificates for the keys and names of servers, nodes or clients; return the new files' paths.
 
     The key stays, so a certificate and its key fit together at every moment. A client's bundle, if there is
     one, is made anew. Raises ConfigError before it writes anything.

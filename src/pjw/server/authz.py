@@ -96,21 +96,21 @@ class Roles(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             )
         return Caller(client_name, None)
 
-    def _for_client(
-        self, gateway: str, method: str, client_name: str | None, *, all_clients: bool
-    ) -> Caller:
+    def _for_client(self, gateway: str, method: str, client_name: str | None, *, all_clients: bool) -> Caller:
         if gateway not in self.gateways:
             raise NotAllowedError(
                 f"{gateway} may not call for another client: it is no gateway of this server",
                 hint="the operator names gateways, in the configuration of pjwd (roles.gateways)",
             )
-        if client_name is None and method in _FOR_NOBODY:
+        if client_name is None and method in _FOR_NOBODY and not all_clients:
             return Caller(gateway, gateway)
         if client_name is None or method not in FOR_A_CLIENT:
             whom = "for itself" if client_name is None else "for a client"
             raise NotAllowedError(f"{gateway} is a gateway: it may not use {method} {whom}")
         if all_clients:
-            raise NotAllowedError(f"{gateway} is a gateway: it may not use {method} on the jobs of every client")
+            raise NotAllowedError(
+                f"{gateway} is a gateway: it may not use {method} on the jobs of every client"
+            )
         if fault := identity_fault(client_name):
             raise NotAllowedError(f"{gateway} may not call for nobody: {fault}")
         return Caller(client_name, client_name)

@@ -82,7 +82,9 @@ class Jobs(Protocol):
     def write_upload(self, name: str, client_name: str = ...) -> AbstractAsyncContextManager[Written]:
         """Write an archive of files for a job that is to be started."""
 
-    async def exec(self, job_id: int, spec: JobSpec, client_name: str = ..., *, detached: bool = ...) -> Session:
+    async def exec(
+        self, job_id: int, spec: JobSpec, client_name: str = ..., *, detached: bool = ...
+    ) -> Session:
         """Start another command in a job."""
 
     async def archive(
@@ -130,17 +132,13 @@ class Jobs(Protocol):
     async def stop_session(self, job_id: int, number: int, owner: str | None = ...) -> Session:
         """Hang a session up."""
 
-    async def read_logs(
-        self, job_id: int | Element, part: Part = ..., owner: str | None = ...
-    ) -> Reading:
+    async def read_logs(self, job_id: int | Element, part: Part = ..., owner: str | None = ...) -> Reading:
         """A part of a job's output."""
 
     async def delete(self, job_id: int | Element, owner: str | None = ...) -> None:
         """Forget an ended job."""
 
-    async def usage_history(
-        self, job_id: int, owner: str | None = ...
-    ) -> tuple[Job, Sequence[UsageSample]]:
+    async def usage_history(self, job_id: int, owner: str | None = ...) -> tuple[Job, Sequence[UsageSample]]:
         """A job, and what it had used at moments of its life."""
 
     async def usage_now(
@@ -204,4 +202,3 @@ class Backend(Jobs, Protocol):
 
     async def open_audit_log(self) -> int:
         """The audit log, open for appending."""
-

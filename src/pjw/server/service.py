@@ -130,9 +130,7 @@ class JobWorkerService:
             while not writer.ended and (request := await anext(requests, None)) is not None:
                 await self._write(writer, request, answer)
 
-    def _written(
-        self, first: pb.WriteInputRequest, caller: Caller
-    ) -> AbstractAsyncContextManager[Written]:
+    def _written(self, first: pb.WriteInputRequest, caller: Caller) -> AbstractAsyncContextManager[Written]:
         if not first.upload:
             return self._worker.write_input(first.id, caller.owner, first.session)
         if first.id or first.session:
