@@ -99,6 +99,7 @@ def job_to_message(job: Job) -> pb.Job:
         array_index=job.array_index,
         workspace=job.workspace,
         exclusive=job.exclusive,
+        node=job.node,
     )
 
 
@@ -164,6 +165,7 @@ def job_from_message(message: pb.Job) -> Job:
         array_index=message.array_index if message.HasField("array_id") else None,
         workspace=message.workspace,
         exclusive=message.exclusive,
+        node=message.node,
     )
 
 
