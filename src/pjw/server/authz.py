@@ -39,6 +39,13 @@ ALL_CLIENTS: Final[dict[str, frozenset[Role]]] = {
     "Delete": frozenset({Role.ADMIN}),
 }
 
+# Which roles may use a method of ClusterService, whoever's jobs there are.
+OF_A_CLUSTER: Final[dict[str, frozenset[Role]]] = {
+    "ListNodes": frozenset({Role.VIEWER, Role.ADMIN}),
+    "DrainNode": frozenset({Role.ADMIN}),
+    "ResumeNode": frozenset({Role.ADMIN}),
+}
+
 # What a gateway may use for the client that it names. It starts nothing so: a job comes to a node by a claim,
 # which brings the client's number along.
 FOR_A_CLIENT: Final = frozenset(
@@ -95,6 +102,14 @@ class Roles(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 hint="the operator gives roles, in the configuration of pjwd",
             )
         return Caller(client_name, None)
+
+    def require(self, client_name: str, method: str) -> None:
+        """Raises NotAllowedError for a method of a cluster that this client's role lacks."""
+        if not self._of(client_name) & OF_A_CLUSTER[method]:
+            raise NotAllowedError(
+                f"{client_name} may not use {method}",
+                hint="the operator gives roles, in the configuration of the gateway",
+            )
 
     def _for_client(self, gateway: str, method: str, client_name: str | None, *, all_clients: bool) -> Caller:
         if gateway not in self.gateways:

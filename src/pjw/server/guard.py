@@ -82,7 +82,7 @@ class Guard:
         self._port: Final = port
         self._revoked = revoked
         self._names: Final = names
-        self._allowed = config.allowed_clients
+        self._allowed = config.let_in
         self._refused: Final = Told()
         self._roles = config.roles
         self._quota: Final = Quota(config.clients)
@@ -104,12 +104,21 @@ class Guard:
             call.end(NotAuthenticatedError(_REVOKED))
         return len(ended)
 
+    @property
+    def revoked(self) -> RevocationList:
+        """The certificates of nobody who is let in."""
+        return self._revoked
+
+    def require_role(self, client_name: str, method: str) -> None:
+        """Raises NotAllowedError for a method that takes a role which this client does not have."""
+        self._roles.require(client_name, method)
+
     def reconfigure(self, config: ServerConfig) -> None:
         """Take allowed clients, roles and the limits of clients from another configuration.
 
         A call that is not allowed any more ends: some last for as long as their caller likes.
         """
-        self._allowed = config.allowed_clients
+        self._allowed = config.let_in
         self._roles = config.roles
         self._quota.set_limits(config.clients)
         if self._port is not None:

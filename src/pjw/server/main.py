@@ -7,6 +7,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from importlib import import_module
 from typing import Final
 
 from pjw.certs.address import DEFAULT_ADDRESS
@@ -37,10 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser = build_parser()
             arguments = parser.parse_args(argv)
             require_arguments(parser, arguments)
-        if arguments.run is not _serve:
+        serves = arguments.run in (_serve, _gateway)
+        if not serves:
             require_stdout()
         # serve prints nothing, and an error that it does not word is a bug
-        with nullcontext() if arguments.run is _serve else checked_stdout():
+        with nullcontext() if serves else checked_stdout():
             return int(arguments.run(arguments))
     except PjwError as error:
         print(f"pjwd: error: {error}", file=sys.stderr)
@@ -64,6 +66,15 @@ def build_parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", help="start the service, in the foreground; needs root")
     serve.set_defaults(run=_serve)
     _add_options(serve)
+
+    gateway = commands.add_parser(
+        "gateway",
+        help="start the gateway of a cluster, in the foreground; needs no root",
+        description="Serve the jobs of many machines, each of which runs pjwd as a node of this gateway"
+        " (cluster.gateway in its configuration). It runs no jobs itself.",
+    )
+    gateway.set_defaults(run=_gateway)
+    _add_options(gateway)
 
     check = commands.add_parser(
         "check",
@@ -264,6 +275,12 @@ def _serve(arguments: argparse.Namespace) -> int:
     from pjw.server.start import serve
 
     return serve(arguments.config, _options(arguments))
+
+
+def _gateway(arguments: argparse.Namespace) -> int:
+    # by name: it stands above this room, and is loaded for nothing else
+    serve = import_module("pjw.gateway.start").serve
+    return int(serve(arguments.config, _options(arguments)))
 
 
 def _check(arguments: argparse.Namespace) -> int:

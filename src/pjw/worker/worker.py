@@ -5,7 +5,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -316,6 +316,15 @@ class Worker:
     async def gone(self) -> None:
         """Return when the launcher has died; nothing can be started or stopped then."""
         await self._launcher.gone.wait()
+
+    @property
+    def uid_first(self) -> int:
+        """The first of the user ids of jobs, one for each client."""
+        return self._ready.uid_first
+
+    def on_end(self, tell: Callable[[Job], None]) -> None:
+        """Have *tell* called with each job that has ended from now on, when its end was written down."""
+        self._endings.ended.append(tell)
 
     async def failed(self) -> None:
         """Return when a bug has killed a task that this worker needs all along; the log says which.
