@@ -74,12 +74,17 @@ class Cluster:
             directory,
             self.gateway.certs,
             name,
-            f'[cluster]\ngateway = "{gateway or self.gateway.address}"\n[roles]\ngateways = ["gate"]\n'
+            f'[cluster]\ngateway = "{gateway or self._named(name)}"\n[roles]\ngateways = ["gate"]\n'
             f"[job_users]\nuid_first = {self.uid_first}\nuid_count = {UIDS}\n[queue]\nrunning_max = 0\n"
             "cpu_max_millicores = 3000\n",
         )
         node.start()
         return node
+
+    def _named(self, name: str) -> str:
+        """Where a node finds the gateway: by its address, or by a name that has to be looked up."""
+        address = self.gateway.address
+        return address.replace("127.0.0.1", "localhost") if name == "n2" else address
 
     @contextmanager
     def operator(self, client: str = "ann") -> Iterator[ClusterServiceStub]:

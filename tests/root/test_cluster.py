@@ -79,6 +79,8 @@ def test_getting_started_through_a_gateway(two: Cluster) -> None:
     assert gateway.ok("--all", "list", client="ann") == "1\n2\n3\n"
     assert gateway.ok("rm", "1", "2", "3") == "1\n2\n3\n"
     assert gateway.ok("list") == ""
+    # nor are they on the nodes any more, with what they wrote
+    wait_for(lambda: not any(_rows_of(node.state) for node in two.nodes.values()))
 
 
 def test_jobs_are_on_both_nodes_and_wait_for_room(two: Cluster) -> None:
@@ -98,6 +100,31 @@ def test_jobs_are_on_both_nodes_and_wait_for_room(two: Cluster) -> None:
     more = int(gateway.ok("start", "--cpus", "2", "true"))
     gateway.ok("stop", str(ids[0]))
     assert json.loads(gateway.ok("wait", "--format", "jsonl", str(more)))["exitCode"] == 0
+
+
+def test_changes_and_usage_are_told(two: Cluster) -> None:
+    """As on one machine: each change of a state once and in order, and what running jobs use now."""
+    gateway = two.gateway
+    with gateway.stub() as stub:
+        begin = next(stub.WatchJobs(pb.WatchJobsRequest(no_snapshot=True), timeout=CALL_SECONDS)).sequence
+        job_id = gateway.start_job("sleep 300")
+        two.node_of(job_id)
+        for snapshot in stub.WatchUsage(pb.WatchUsageRequest(), timeout=CALL_SECONDS):
+            if [each.job.id for each in snapshot.jobs if each.sample.pids >= 2] == [job_id]:
+                break
+        gateway.ok("stop", str(job_id))
+        states: list[int] = []
+        for response in stub.WatchJobs(pb.WatchJobsRequest(since=begin), timeout=CALL_SECONDS):
+            states += [change.job.state for change in response.changes if change.job.id == job_id]
+            if pb.JOB_STATE_EXITED in states:
+                break
+    assert states == [
+        pb.JOB_STATE_QUEUED,
+        pb.JOB_STATE_STARTING,
+        pb.JOB_STATE_RUNNING,
+        pb.JOB_STATE_STOPPING,
+        pb.JOB_STATE_EXITED,
+    ]
 
 
 def test_what_a_command_leaves_is_told_as_on_one_machine(two: Cluster) -> None:
@@ -341,7 +368,7 @@ def test_a_configuration_that_is_no_gateways_or_no_nodes(two: Cluster, tmp_path:
 
 
 def test_a_gateway_needs_no_root(two: Cluster) -> None:
-    """Started as nobody it serves; it has nobody else's rights to give up."""
+    """Started as nobody it serves, without any capability, and reads its files again when it is told to."""
     directory = Path(tempfile.mkdtemp(prefix="pjw-test-", dir="/var/lib"))
     try:
         shutil.copytree(two.gateway.certs, directory / "certs")
@@ -370,6 +397,17 @@ def test_a_gateway_needs_no_root(two: Cluster) -> None:
             with two.gateway.channel("ann", line.split()[-1]) as channel:
                 stub = ClusterServiceStub(channel)
                 assert not stub.ListNodes(cpb.ListNodesRequest(), timeout=CALL_SECONDS).nodes
+                # a role that is taken away is gone with a reload, which the gateway does by itself
+                config.write_text(config.read_text().replace('"ann"', '"bob"'))
+                process.send_signal(signal.SIGHUP)
+                lines = [process.stderr.readline().decode() for _ in range(2)]
+                assert lines == [
+                    "pjwd: INFO: reload: the certificates are the same as before\n",
+                    "pjwd: INFO: reload: the configuration is new: roles\n",
+                ]
+                with pytest.raises(grpc.RpcError) as caught:
+                    stub.ListNodes(cpb.ListNodesRequest(), timeout=CALL_SECONDS)
+                assert caught.value.code() is REFUSED
             process.terminate()
             assert process.wait(CALL_SECONDS) == 0
     finally:

@@ -354,6 +354,10 @@ class GatewayBackend:
         there = await self._where(job.id)
         if there is None:
             return job, ()
+        if there.node.session is None:
+            raise JobStateError(
+                f"node {there.node.row.name}, which has the usage of job {job.id}, is not connected"
+            )
         request = pb.GetUsageHistoryRequest(id=there.node_job_id)
         answer = await self._dial.call(there.node, "GetUsageHistory", request, job.client_name, 60)
         return await self.get(job_id, owner), [sample_from_message(each) for each in answer.samples]

@@ -70,11 +70,12 @@ class ProxyReading:
     async def seek(self) -> None:
         """Look up where it begins, when that is asked for by lines or by time.
 
-        Raises what the node answers, and ServerUnreachableError when it goes away meanwhile.
+        Raises what the node answers, ServerUnreachableError when it goes away meanwhile, and OutputLostError
+        when it is lost.
         """
         if not self._part.is_sought:
             return
-        there = await self._where()
+        there = await self._connected()
         if there is None:
             self.offset = 0
             return

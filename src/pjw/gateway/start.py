@@ -9,7 +9,7 @@ import fcntl
 import logging
 import os
 import resource
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
@@ -110,11 +110,15 @@ def _serve(config: ServerConfig, path: str | None, options: Mapping[str, object]
     preload_modules()
     if plan.metrics is not None:
         import_module("pjw.server.metrics")
-    sandbox = Sandbox(state.descriptor, listening_ports(plan.listen, plan.metrics), descriptors_for(config))
+    # a reload reads these again, and nobody does it for us
+    readable = sorted({os.path.dirname(os.path.realpath(path)) for path in files.paths})
+    ports = listening_ports(plan.listen, plan.metrics)
+    sandbox = Sandbox(state.descriptor, ports, descriptors_for(config), readable)
     if uid is not None:
         enter(sandbox, uid)
     else:
         enter_as_we_are(sandbox)
+    _check_reloads(state, files.paths, config.revoked)
     writer.start()
     relay(their_lines)
     settings = settings_of(config, plan)
@@ -137,6 +141,21 @@ def _serve(config: ServerConfig, path: str | None, options: Mapping[str, object]
     finally:
         state.close()
         os.close(lock)
+
+
+def _check_reloads(state: GatewayState, paths: Sequence[str], revoked: str | None) -> None:
+    """Warn of the files that no reload can read. Raises ConfigError for the revocation list."""
+    for place, path in enumerate(paths):
+        try:
+            os.close(state.open_operator_file(place))
+        except ConfigError as error:
+            if path == revoked:
+                # in an emergency the operator would trust a new one
+                raise ConfigError(
+                    f"no reload could read the revocation list: {error}",
+                    hint="let the user of the gateway read it",
+                ) from None
+            log.warning("a restart can read %s, but no reload can: %s", path, error)
 
 
 def _locked(state_dir: str, uid: int | None) -> int:

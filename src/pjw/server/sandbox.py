@@ -56,6 +56,8 @@ class Sandbox:
     # None: any port, since one of them is the kernel's choice
     ports: Sequence[int] | None
     descriptors: int
+    # directories that it reads besides, as far as its user may
+    readable: Sequence[str] = ()
 
 
 def enter(sandbox: Sandbox, uid: int) -> None:
@@ -80,7 +82,8 @@ def _confine(sandbox: Sandbox) -> None:
     _prctl("keep others out of", _PR_SET_DUMPABLE, 0)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     limit_descriptors(sandbox.descriptors)
-    restrict_files(rules(sandbox.own_directory), sandbox.ports)
+    more = [Beneath(path, READ) for path in sandbox.readable]
+    restrict_files([*rules(sandbox.own_directory), *more], sandbox.ports)
     filter_system_calls()
 
 
