@@ -76,7 +76,8 @@ class Cluster:
             name,
             f'[cluster]\ngateway = "{gateway or self._named(name)}"\n[roles]\ngateways = ["gate"]\n'
             f"[job_users]\nuid_first = {self.uid_first}\nuid_count = {UIDS}\n[queue]\nrunning_max = 0\n"
-            "cpu_max_millicores = 3000\n",
+            # whatever the host has
+            "cpu_max_millicores = 3000\n[ceilings]\ncpu_max_millicores = 0\n",
         )
         node.start()
         return node

@@ -22,7 +22,6 @@ from pjw.v1 import job_worker_pb2 as pb
 from tests.cluster import LOST_AFTER_SECONDS, Cluster, cluster
 from tests.service import CALL_SECONDS, Running, Service, wait_for
 
-TIME: Final = r'"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"'
 # what the command below has written when it was told to end
 LINES: Final = 150
 # A line every few milliseconds, each with its number; then it waits for a file that the test makes.

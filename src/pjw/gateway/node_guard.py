@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import aclosing
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
@@ -66,9 +67,12 @@ class NodeGuard:
 
             try:
                 name = self.admit(context).identity.client_name
-                answers = method(decoded(), name, lambda: _ignored(self.admit(context)))
-                async for answer in answers:
-                    await context.write(answer)
+                # aclosing: what is left to the garbage collector would be a session that is not over
+                async with aclosing(
+                    method(decoded(), name, lambda: _ignored(self.admit(context)))
+                ) as answers:
+                    async for answer in answers:
+                        await context.write(answer)
             except grpc.aio.BaseError:
                 # the node has gone while we wrote
                 return

@@ -94,15 +94,15 @@ class Pool:
 
     def session_over(self, node: Node) -> None:
         """See `Engine`."""
+        back: dict[str, _Waiting] = {}
         for uuid, shape in list(node.jobs.items()):
             if uuid not in self._claimed:
-                client_name, _ = self._placed[uuid]
+                back[uuid] = _Waiting(self._placed[uuid][0], shape)
                 self._release(uuid)
-                # it is older than what has come since
-                rest = dict(self._waiting)
-                self._waiting.clear()
-                self._waiting[uuid] = _Waiting(client_name, shape)
-                self._waiting.update(rest)
+        # they are older than what has come since
+        rest = dict(self._waiting)
+        self._waiting.clear()
+        self._waiting.update(back | rest)
         self.look()
 
     def look(self) -> None:

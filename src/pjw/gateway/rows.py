@@ -148,7 +148,8 @@ def started(db: sqlite3.Connection, job_id: int, node_job: Job) -> Job | None:
     if not _move(db, job_id, PlacementEvent.STARTED, ", node_job_id = ?", node_job.id):
         return None
     db.execute(
-        "UPDATE jobs SET start_ns = ?, told = 'running', workdir = ? WHERE id = ? AND state IS NULL",
+        "UPDATE jobs SET start_ns = ?, told = iif(told = 'stopping', told, 'running'), workdir = ?"
+        " WHERE id = ? AND state IS NULL",
         (to_ns(node_job.start), node_job.workdir, job_id),
     )
     queue_rows.settle(db, job_id)
@@ -226,12 +227,6 @@ def keep_late_end(db: sqlite3.Connection, job_id: int, node_job_id: int, text: s
         "UPDATE placements SET late_end = ?, node_job_id = ? WHERE job_id = ? AND state = 'lost'",
         (text, node_job_id, job_id),
     )
-
-
-def late_end(db: sqlite3.Connection, job_id: int) -> str:
-    """What is kept like that; empty where there is none."""
-    row = db.execute("SELECT late_end FROM placements WHERE job_id = ?", (job_id,)).fetchone()
-    return row[0] if row else ""
 
 
 def ask_stop(db: sqlite3.Connection, job_id: int, signal: int, grace: float | None) -> None:

@@ -11,13 +11,11 @@ from google.protobuf.json_format import MessageToJson
 from pjw.cluster.v1 import cluster_pb2 as pb
 from pjw.errors import InvalidJobError, JobStateError, NotAllowedError
 from pjw.gateway import rows
-from pjw.gateway.engine import Engine
 from pjw.gateway.jobs import Placed, Placements
 from pjw.gateway.node_guard import NodeGuard
 from pjw.gateway.nodes import Node, Nodes, Session
 from pjw.gateway.states import PlacementEvent, PlacementState
 from pjw.rpc.convert import job_from_message, spec_to_message
-from pjw.worker.background import Background
 from pjw.worker.queue_rows import WaitingJob
 from pjw.worker.store import JobStore
 
@@ -36,15 +34,11 @@ class Sessions:
         store: JobStore,
         nodes: Nodes,
         placements: Placements,
-        engine: Engine,
-        background: Background,
         run_here: Callable[[Placed, Node], None],
     ) -> None:
         self._store: Final = store
         self._nodes: Final = nodes
         self._placements: Final = placements
-        self._engine: Final = engine
-        self._background: Final = background
         # called with a job that a node has, when there may be something to tell the node of it
         self._run_here: Final = run_here
 
