@@ -42,6 +42,8 @@ def made(kind: type[errors.PjwError]) -> errors.PjwError:
         return errors.OffsetError("beyond", size=3)
     if kind is errors.WorkspaceNotFoundError:
         return errors.WorkspaceNotFoundError("work")
+    if kind is errors.ImageNotFoundError:
+        return errors.ImageNotFoundError("thing")
     if kind is errors.WorkspaceBusyError:
         return errors.WorkspaceBusyError("used", hint="pjw stop 3", workspace="work", holder=3)
     return kind("cannot use /secret/x", hint="look there")
