@@ -56,6 +56,7 @@ CEILING: Final = NO_LIMITS.with_overrides(
 # not a range of numbers, whose ends hypothesis likes best
 SELDOM: Final = (False, False, False, False, False, True)
 ODD_WORKSPACES: Final = ("..", ".", "/etc", "../../canaries", "1/work", "canaries/1", "a\n")
+ODD_IMAGES: Final = ("@0123456789abcdef", "@..", f"sha256-{'0' * 64}", "sha256-../..", "table")
 ODD_IDS: Final = (0, JOB_ID_MAX, JOB_ID_MAX + 1, 2**63 - 1)
 PR_SET_CHILD_SUBREAPER: Final = 36
 
@@ -229,8 +230,9 @@ def launches(draw: st.DrawFn, bench: Bench) -> Launch:
         draw(st.booleans()),
         share=draw(BY_TYPE[Share]),
         workspace=draw(st.sampled_from(["", "", "work", "other"])),
+        read_only=draw(st.booleans()),
     )
-    match draw(st.sampled_from(["", "", "", "id", "uid", "limits", "workspace"])):
+    match draw(st.sampled_from(["", "", "", "id", "uid", "limits", "workspace", "image"])):
         case "id":
             return replace(launch, job_id=draw(st.sampled_from(ODD_IDS)))
         case "uid":
@@ -239,6 +241,8 @@ def launches(draw: st.DrawFn, bench: Bench) -> Launch:
             return replace(launch, limits=draw(st.just(NO_LIMITS) | limits))
         case "workspace":
             return replace(launch, workspace=draw(st.sampled_from(ODD_WORKSPACES)))
+        case "image":
+            return replace(launch, image=draw(st.sampled_from([*ODD_WORKSPACES, *ODD_IMAGES])))
         case _:
             return launch
 

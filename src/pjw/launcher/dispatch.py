@@ -25,6 +25,8 @@ from pjw.launcher.accounts import keep_accounts
 from pjw.launcher.archive_program import ArchiveProgram
 from pjw.launcher.cgroup import Cgroup, Hierarchy, disks_under, open_hierarchy
 from pjw.launcher.departures import SETTLE_SECONDS, Departures, Waiter
+from pjw.launcher.image_store import ImageStore
+from pjw.launcher.images import Images
 from pjw.launcher.job_users import claim_users
 from pjw.launcher.lock import hold_lock
 from pjw.launcher.measure import measure
@@ -51,7 +53,7 @@ from pjw.launcher.spawn import Cloned, Connected, Execed, Failed, read_report, s
 from pjw.launcher.stuck import describe
 from pjw.launcher.visible import check_visible
 from pjw.launcher.workspaces import Workspaces
-from pjw.model import Usage
+from pjw.model import Usage, is_image_key
 
 # What a launch takes while it is under way; what a job takes until its end (the pidfd of its init, its status
 # file); and what is kept for all else that must go on when a client has taken the rest: to watch, account and
@@ -66,6 +68,8 @@ FILL_AFTER_SECONDS: Final = 0.05
 # So long after a launch there is no hurry to make the next init ahead: meanwhile the server answers its
 # client, and the job begins. Both share the processors with us.
 REST_SECONDS: Final = 0.003
+# The steps of init whose failure is not the host's alone, and what kind of refusal each is.
+KINDS: Final = {step: step for step in ("exec", "workdir", "unpack", "image")} | {"overlay": "image"}
 # its report, and the pidfd of who waits for its command
 SESSION_DESCRIPTORS: Final = 2
 
@@ -135,6 +139,8 @@ class Launcher:
         self._scratch: Scratch
         self._workspaces: Workspaces
         self._removals: Removals
+        self._image_store: ImageStore
+        self._images: Images
         self._pool: Pool
         # the name of our cgroups
         self._instance: str
@@ -187,6 +193,7 @@ class Launcher:
         if self._phase is Phase.SERVING:
             self._pool.close()
             self._hierarchy.release()
+            self._images.close()
             self._scratch.close()
         self._archive_program.close()
         self._watcher.close()
@@ -299,7 +306,13 @@ class Launcher:
             self._instance, io_devices=disks, supervisor_pids=(os.getpid(), os.getppid())
         )
         not_set = [*filter(None, [not_claimed]), *self._hierarchy.set_sums(request.sums)]
-        self._pool = Pool(self._watcher, self._policy, self._hierarchy, self._scratch, self._departures)
+        self._image_store = ImageStore(request.state_dir, self._scratch.places)
+        self._images = Images(self._image_store, self._workspaces, self._scratch)
+        self._pool = Pool(
+            self._watcher, self._policy, self._hierarchy, self._scratch, self._departures, self._images
+        )
+        self._scratch.left = self._on_image_left
+        self._sweep_images()
         self._phase = Phase.SERVING
         return protocol.Ready(no_disk, hint, uid_first, tuple(not_set)), self._scratch.descriptor
 
@@ -312,7 +325,7 @@ class Launcher:
         launch = LaunchInProgress(seq, request, time.monotonic(), descriptors[:])
         descriptors.clear()
         self._launching[job_id] = launch
-        self._pool.take(job_id, request.limits, request.uid, request.share, partial(self._on_taken, launch))
+        self._pool.take(request, partial(self._on_taken, launch))
         return None
 
     def _on_taken(self, launch: LaunchInProgress, init: Init | PjwError) -> None:
@@ -334,7 +347,7 @@ class Launcher:
             try:
                 # an init that failed already has said why, or its end says it
                 with suppress(BrokenPipeError, ConnectionResetError):
-                    needs_tool = request.upload or request.artifacts
+                    needs_tool = request.upload or request.artifacts or request.archive
                     tool = [self._archive_program.descriptor()] if needs_tool else []
                     send_order(init.report, request, [*launch.descriptors, *tool], workspace)
             finally:
@@ -395,7 +408,7 @@ class Launcher:
                 self._launched_at = time.monotonic()
             case Failed() as failed:
                 # init ends by itself after its report; it is killed as well, for one that reported nothing
-                kind = failed.step if failed.step in ("exec", "workdir", "unpack") else "setup"
+                kind = KINDS.get(failed.step, "setup")
                 subject = f"job {init.job_id}"
                 self._fail(launch, protocol.Refused(kind, failed.operation, subject, failed.errno, ""))
 
@@ -762,6 +775,20 @@ class Launcher:
         self._removals.begin_workspace(uid, name, spawn, on_removed)
         return None
 
+    def _on_image_left(self, image: str) -> None:
+        # an operator may have removed it while the job ran; the worker removes what a client has loaded
+        with suppress(KernelError):
+            if not is_image_key(image) and not self._image_store.is_named(image):
+                self._sweep_images()
+
+    def _sweep_images(self) -> None:
+        for pid in self._images.sweep():
+            self._watcher.reap_helper(pid, lambda: None)
+
+    def answer_image_table(self, seq: int, request: protocol.ImageTable, descriptors: list[int]) -> "Answer":
+        """Hand out the table of the operator's images: their names, and how jobs begin in each."""
+        return self._hand_out(seq, self._image_store.open_table())
+
     def answer_open_file(self, seq: int, request: protocol.OpenFile, descriptors: list[int]) -> "Answer":
         """Hand out a certificate, a key or the like that the operator has replaced; never by a path."""
         return self._hand_out(seq, open_operator_file(self._policy.operator_file(request.place)))
@@ -821,6 +848,7 @@ ROUTES: Final[dict[str, Route]] = {
     "workspace_names": Route(Launcher.answer_workspace_names),
     "workspace_use": Route(Launcher.answer_workspace_use, makes_processes=True),
     "remove_workspace": Route(Launcher.answer_remove_workspace, makes_processes=True),
+    "image_table": Route(Launcher.answer_image_table),
     "open_file": Route(Launcher.answer_open_file),
     "open_audit_log": Route(Launcher.answer_open_audit_log),
     "set_share": Route(Launcher.answer_set_share),

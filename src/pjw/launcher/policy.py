@@ -9,7 +9,7 @@ from typing import Final
 
 from pjw.errors import InvalidJobError, KernelError
 from pjw.launcher.protocol import Connect, Exec, Hello, Launch, RemoveWorkspace, WorkspaceUse
-from pjw.model import JOB_DIRECTORY, PORT_MAX, Limits, check_workspace
+from pjw.model import JOB_DIRECTORY, PORT_MAX, Limits, check_workspace, is_image_digest, is_image_key
 
 # ids of jobs become names of directories: 2^53 is enough for a million jobs a second for 285 years
 JOB_ID_MAX: Final = 2**53
@@ -77,7 +77,11 @@ class Policy:
         if below := request.limits.first_below(self.floor):
             raise InvalidJobError(f"limit {below} is below its floor")
         if request.workspace:
-            check_workspace(request.workspace)
+            _check_directory(request.workspace)
+        if request.image and not (is_image_key(request.image) or is_image_digest(request.image)):
+            raise InvalidJobError("an image is named by its digest, or by a key")
+        if request.archive and (request.terminal or request.upload or request.artifacts):
+            raise InvalidJobError("a job of the program for archives has no other files, and no terminal")
         _check_rest(request, descriptors)
 
     def check_exec(self, request: Exec, owner: int, descriptors: list[int]) -> None:
@@ -104,7 +108,7 @@ class Policy:
     def check_workspace(self, request: WorkspaceUse | RemoveWorkspace) -> None:
         """Raises InvalidJobError unless it is about what may be a workspace."""
         self.check_uid(request.uid)
-        check_workspace(request.name)
+        _check_directory(request.name)
 
     def check_uid(self, uid: int) -> None:
         """Raises InvalidJobError for a user id that no client has."""
@@ -116,6 +120,12 @@ class Policy:
         if not 0 <= place < len(self.operator_files):
             raise InvalidJobError(f"{place} is not the place of an operator's file")
         return self.operator_files[place]
+
+
+def _check_directory(name: str) -> None:
+    """Raises InvalidJobError for what is neither the name of a workspace nor the key of a client's image."""
+    if not is_image_key(name):
+        check_workspace(name)
 
 
 def _check_rest(request: Launch | Exec, descriptors: list[int]) -> None:

@@ -69,7 +69,9 @@ static void copy_lines(const char *path, int to) {
 }
 
 /* Bind it over the host's file, if there is one: a read-only view takes no new file. */
-static void show_file(const char *own, const char *path) {
+static void show_file(const struct options *options, const char *own, const char *path) {
+    if (options->image && !is_plain(path, false))
+        return; /* a link could have us cover something else */
     if (mount(own, path, NULL, MS_BIND, NULL) == 0) {
         if (set_attributes(AT_FDCWD, path, 0,
                            (struct attributes){.set = ATTR_RDONLY | ATTR_NOSUID | ATTR_NODEV | ATTR_NOEXEC}) < 0)
@@ -79,7 +81,8 @@ static void show_file(const char *own, const char *path) {
 }
 
 /* The first name of an address is the canonical one, and programs such as git(1) want a dot in it. */
-static void make_hosts(const char *hostname) {
+static void make_hosts(const struct options *options) {
+    const char *hostname = options->hostname;
     char text[256];
     int fd = create(BASE "/hosts");
     int length = snprintf(text, sizeof text,
@@ -88,18 +91,18 @@ static void make_hosts(const char *hostname) {
                           hostname, hostname);
     write_all(fd, text, (size_t)length, "/etc/hosts");
     close(fd);
-    show_file(BASE "/hosts", "/etc/hosts");
+    show_file(options, BASE "/hosts", "/etc/hosts");
 }
 
-void make_names(const char *hostname) {
+void make_names(const struct options *options) {
     static const char *const own[USER_FILES] = {BASE "/passwd", BASE "/group"};
     for (int i = 0; i < USER_FILES; i++) {
         user_fds[i] = create(own[i]);
         copy_lines(USER_PATHS[i], user_fds[i]);
-        show_file(own[i], USER_PATHS[i]);
+        show_file(options, own[i], USER_PATHS[i]);
     }
-    if (hostname)
-        make_hosts(hostname);
+    if (options->hostname)
+        make_hosts(options);
 }
 
 void finish_names(uid_t uid, gid_t gid) {

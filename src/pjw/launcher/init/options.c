@@ -15,7 +15,7 @@ enum option_id {
     REPORT_FD = 1, STATUS_FD, OUTPUT_FD, COMMAND_FD, CGROUP_FD, CGROUP_PROCS_FD, USER_ID, GROUP_ID, HOSTNAME,
     SCRATCH, HIDE, TMP_BYTES, OUTPUT_MAX, TIME_MAX, WAIT, SPLIT_STDERR, TIMES_FD, STDERR_FD, STDERR_TIMES_FD,
     INPUT, INPUT_FD, LIFT_FD, LIFT, VISIBLE, BOUND, COVER, TELL, GRACE, CGROUP, SPAWNER, VARIABLE, ENTER_FD, CONTROL,
-    TERMINAL, CONNECT, TOOL_FD, UPLOAD, MOUNT, WORKSPACE, KEEP,
+    TERMINAL, CONNECT, TOOL_FD, UPLOAD, MOUNT, WORKSPACE, KEEP, IMAGE_FD, IMAGE_READ_ONLY, TOOL,
 };
 
 /* Where an option may come: an order says what was not known before the job, and nothing about the host. */
@@ -62,6 +62,9 @@ static const struct option OPTIONS[] = {
     {"upload", no_argument, NULL, UPLOAD | ORDER},
     {"workspace", no_argument, NULL, WORKSPACE | ORDER},
     {"keep", no_argument, NULL, KEEP | ORDER},
+    {"image-fd", required_argument, NULL, IMAGE_FD | LINE},
+    {"image-read-only", no_argument, NULL, IMAGE_READ_ONLY | LINE},
+    {"tool", no_argument, NULL, TOOL | ORDER},
     {NULL, 0, NULL, 0},
 };
 
@@ -288,6 +291,15 @@ static int take_options(int argc, char **argv, enum phase phase, struct options 
         case UPLOAD: options->upload = true; break;
         case WORKSPACE: options->workspace = true; break;
         case KEEP: options->keep = true; break;
+        case TOOL: options->tool = true; break;
+        case IMAGE_FD:
+            if (options->image_count == IMAGE_FDS_MAX)
+                refuse(name, optarg, "too many of them");
+            options->image_fds[options->image_count] = descriptor(name, optarg, 3);
+            (void)fcntl(options->image_fds[options->image_count++], F_SETFD, FD_CLOEXEC);
+            options->image = true;
+            break;
+        case IMAGE_READ_ONLY: options->image_read_only = true; break;
         default: /* getopt_long(3) has said what is wrong */
             errno = EINVAL;
             fail(STEP_OPTIONS, NULL);
@@ -400,7 +412,9 @@ void parse_order(char *words, size_t length, const int *fds, size_t fd_count, st
         refuse(options->upload ? "upload" : "keep", "(order)", "only of a job");
     if (options->workspace && is_session(options))
         refuse("workspace", "(order)", "a session has that of its job");
-    bool archives = options->upload || options->keep;
+    if (options->tool && (is_session(options) || options->upload || options->keep))
+        refuse("tool", "(order)", "only of a job, without files of its own to unpack or to keep");
+    bool archives = options->upload || options->keep || options->tool;
     if (fd_count != 3U + timed + (1U + timed) * options->split_stderr + options->control + options->input +
                         options->upload + 2U * options->keep + archives + options->workspace)
         refuse("wait", "(order)", "not the descriptors that it should have");
@@ -425,6 +439,9 @@ void parse_order(char *words, size_t length, const int *fds, size_t fd_count, st
         options->patterns_fd = *fds++;
     if (archives)
         options->archive_fd = *fds++;
+    /* not 3, where the command's errors go */
+    if (options->tool && (options->tool_fd = fcntl(options->archive_fd, F_DUPFD_CLOEXEC, 4)) < 0)
+        fail(STEP_ORDER, NULL);
     if (options->workspace)
         options->workspace_fd = *fds;
     read_command(command, options);
