@@ -52,6 +52,7 @@ _VISIBLE_MAX = 60
 RELOADED: Final = (
     "allowed_clients",
     "clients",
+    "default_image",
     "disk",
     "limits",
     "log_level",
@@ -102,6 +103,9 @@ class KeptJobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bytes_total: Annotated[Count, Meta(description="bytes of output that all ended jobs have")] = 0
     workspace_age_seconds: Annotated[
         Count, Meta(description="a workspace is removed when no job has used it for so long; 0: never")
+    ] = 0
+    image_age_seconds: Annotated[
+        Count, Meta(description="an image that a client has loaded is removed when no job had it for so long")
     ] = 0
 
 
@@ -252,6 +256,10 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             description="directories that jobs see beside /, /usr, /etc and /opt, with what is mounted there",
         ),
     ] = ()
+    default_image: Annotated[
+        _Name | None,
+        Meta(description="the image of a job that names none; without it such a job sees the host's files"),
+    ] = None
     revoked: Annotated[_Path | None, Meta(description="the list of certificates that are not let in")] = None
     audit_log: Annotated[_Path | None, Meta(description="a file that gets a line of JSON for each call")] = (
         None
@@ -309,6 +317,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             quotas=self.clients.quotas(),
             disk=DiskMarks(**msgspec.structs.asdict(self.disk)),
             queue=QueueSlots(**msgspec.structs.asdict(self.queue)),
+            default_image=self.default_image or "",
         )
 
     def effective_limits(self) -> tuple[Limits, Limits, Limits]:

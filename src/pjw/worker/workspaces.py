@@ -84,6 +84,8 @@ class Workspaces:
         self._due: Final = asyncio.Event()
         # called with the client's name when a job has left a workspace, or one is gone
         self.freed: Final[list[Callable[[str], None]]] = []
+        # called with the id of a job that has ended, or did not come to be
+        self.left: Final[list[Callable[[int], None]]] = []
         # called when a workspace was counted, or is gone: its client may have less than before
         self.counted: Final[list[Callable[[], None]]] = []
 
@@ -169,6 +171,8 @@ class Workspaces:
 
     def give_back_of(self, job_id: int) -> None:
         """A job that had an id has ended, or did not come to be."""
+        for each in self.left:
+            each(job_id)
         use = self._of_job.get(job_id)
         if use is None:
             return
