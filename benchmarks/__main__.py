@@ -28,6 +28,7 @@ SUITES: Final = (
         "queue",
         "exec",
         "files",
+        "images",
         "stream",
         "line",
         "history",
