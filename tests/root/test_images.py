@@ -445,6 +445,19 @@ async def test_a_restart_finds_jobs_in_images(bench: Bench, root: Path, tmp_path
     await worker.stop(job.id, 0)
 
 
+async def test_an_image_without_files_is_none(bench: Bench, tmp_path: Path) -> None:
+    """After the restore of a backup, which has none, the next start of pjwd knows it no more."""
+    worker = await bench.open()
+    await load(worker, tmp_path, "lost")
+    await bench.close(worker)
+    [place] = bench.state.glob("workspaces/*/@*")
+    shutil.rmtree(place)
+    worker = await bench.open()
+    assert [image.name for image in await worker.images()] == ["small"]
+    await load(worker, tmp_path, "lost")
+    await worker.remove_image("lost")
+
+
 async def test_a_load_that_nobody_waits_for_leaves_nothing(bench: Bench, tmp_path: Path) -> None:
     """Its client is gone, or pjwd is: the job is ended, and what it has unpacked goes."""
     worker = await bench.open()

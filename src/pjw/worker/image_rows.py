@@ -74,6 +74,11 @@ def _take_name(db: sqlite3.Connection, client_name: str, name: str) -> str | Non
     return row[0] if row else None
 
 
+def lose(db: sqlite3.Connection, client_name: str, key: str) -> None:
+    """Take the name from an image whose directory is missing, as after the restore of a backup."""
+    db.execute("UPDATE images SET name = '' WHERE client_name = ? AND key = ?", (client_name, key))
+
+
 def gone(db: sqlite3.Connection, client_name: str, key: str) -> None:
     """An image was removed."""
     db.execute("DELETE FROM images WHERE client_name = ? AND key = ?", (client_name, key))

@@ -64,8 +64,9 @@ class Images:
         # jobs that have one, or are about to
         self._uses: Final[Counter[_Key]] = Counter()
         self._of_job: Final[dict[int, _Key]] = {}
-        # which have no name any more
+        # which have no name any more, and which of these are being removed
         self._nameless: Final[set[_Key]] = set()
+        self._going: Final[set[_Key]] = set()
         self._due: Final = asyncio.Event()
         # the operator's table as it was last read, and how to tell whether it still is so
         self._table: tuple[tuple[int, int, int], dict[str, Any]] = ((0, 0, 0), {"names": {}, "images": {}})
@@ -215,7 +216,9 @@ class Images:
             self._remove_if_unused(use)
 
     def _remove_if_unused(self, use: _Key) -> None:
-        if use in self._nameless and use not in self._uses and use[1] not in self._workspaces.busy(use[0]):
+        is_used = use in self._uses or use[1] in self._workspaces.busy(use[0])
+        if use in self._nameless and use not in self._going and not is_used:
+            self._going.add(use)
             self._background.spawn(self._remove_or_log(use))
 
     async def _remove_or_log(self, use: _Key) -> None:
@@ -231,6 +234,10 @@ class Images:
             raise
         except PjwError as error:
             log.error("cannot remove an image of %s: %s", client_name, error)
+            # the next event, or the next worker, tries again
+            self._going.discard(use)
+        else:
+            self._going.discard(use)
 
     async def _is_named_by_job(self, use: _Key) -> bool:
         """Remove the directory of an image; true while a job that has ended has a row that says otherwise."""
@@ -247,6 +254,8 @@ class Images:
         """
         for job_id, client_name, key in await self._store.of_workspaces(image_rows.running):
             self.begun(client_name, key, job_id)
+        for lost in self._workspaces.missing:
+            await self._store.of_workspaces(image_rows.lose, *lost)
         unpacking = []
         for client_name, key, unpacked_by in await self._store.of_workspaces(image_rows.nameless):
             if unpacked_by is not None:
