@@ -117,7 +117,7 @@ static void take_order(char *words, size_t length, size_t fd_count, bool session
     char *line[] = {"pjw-init", "--report-fd", "102", "--wait", "--hostname", "job-1", "--scratch", "/scratch",
                     "--enter-fd", "103", NULL};
     const int fds[ORDER_FDS_MAX] = {COMMAND, STATUS, STATUS, STATUS, STATUS, STATUS,
-                                    STATUS,  STATUS, STATUS, STATUS, STATUS, STATUS};
+                                    STATUS,  STATUS, STATUS, STATUS, STATUS, STATUS, STATUS};
     int count = (int)(sizeof line / sizeof *line) - 1 - (session ? 0 : 2);
     line[count] = NULL;
     parse_options(count, line, options);
@@ -134,6 +134,9 @@ static void take_order(char *words, size_t length, size_t fd_count, bool session
     must(!session || (!options->upload && !options->keep && !options->workspace));
     must(options->upload_fd == (options->upload ? STATUS : -1));
     must(options->workspace_fd == (options->workspace ? STATUS : -1));
+    must(options->link_fd == (options->link ? STATUS : -1));
+    must(!session || (!options->link && !options->listener_count));
+    must(options->listener_count >= 0 && options->listener_count <= LISTENERS_MAX);
 }
 
 static void open_descriptors(const char *command, size_t length, bool as_pipe) {
@@ -169,7 +172,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     struct options options;
     if (setjmp(ended) == 0) {
         if (what & 64)
-            take_order(text, used, order & ORDER_FDS_MAX, order & 8, &options);
+            take_order(text, used, (order & 7) + (order >> 4), order & 8, &options);
         else
             parse_options(count, words, &options);
         /* who connects becomes the job's user at once, and has no order */

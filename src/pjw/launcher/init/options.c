@@ -1,6 +1,7 @@
 /* Reads the command line and the command. Anything odd is refused: our caller is a program. */
 #include "init.h"
 
+#include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <getopt.h>
@@ -15,7 +16,7 @@ enum option_id {
     REPORT_FD = 1, STATUS_FD, OUTPUT_FD, COMMAND_FD, CGROUP_FD, CGROUP_PROCS_FD, USER_ID, GROUP_ID, HOSTNAME,
     SCRATCH, HIDE, TMP_BYTES, OUTPUT_MAX, TIME_MAX, WAIT, SPLIT_STDERR, TIMES_FD, STDERR_FD, STDERR_TIMES_FD,
     INPUT, INPUT_FD, LIFT_FD, LIFT, VISIBLE, BOUND, COVER, TELL, GRACE, CGROUP, SPAWNER, VARIABLE, ENTER_FD, CONTROL,
-    TERMINAL, CONNECT, TOOL_FD, UPLOAD, MOUNT, WORKSPACE, KEEP,
+    TERMINAL, CONNECT, TOOL_FD, UPLOAD, MOUNT, WORKSPACE, KEEP, LISTEN, LINK,
 };
 
 /* Where an option may come: an order says what was not known before the job, and nothing about the host. */
@@ -62,6 +63,8 @@ static const struct option OPTIONS[] = {
     {"upload", no_argument, NULL, UPLOAD | ORDER},
     {"workspace", no_argument, NULL, WORKSPACE | ORDER},
     {"keep", no_argument, NULL, KEEP | ORDER},
+    {"listen", required_argument, NULL, LISTEN | LINE | ORDER},
+    {"link", no_argument, NULL, LINK | ORDER},
     {NULL, 0, NULL, 0},
 };
 
@@ -103,6 +106,25 @@ static void add_place(struct options *options, const char *option, enum view vie
     if (options->place_count == PLACES_MAX)
         refuse(option, optarg, "too many of them");
     options->places[options->place_count++] = (struct place){path(option, optarg), view, -1};
+}
+
+/* ADDRESS:PORT, and /HOST behind it where it stands for a host. */
+static void add_listener(struct options *options, const char *option, char *text) {
+    if (options->listener_count == LISTENERS_MAX)
+        refuse(option, text, "too many of them");
+    struct listener *listener = &options->listeners[options->listener_count++];
+    struct in_addr address;
+    char *colon = strchr(text, ':'), *slash = strchr(text, '/');
+    if (!colon || (slash && slash < colon) || (slash && strlen(slash + 1) > HOST_MAX_BYTES))
+        refuse(option, text, "not ADDRESS:PORT or ADDRESS:PORT/HOST");
+    *colon = '\0';
+    if (slash)
+        *slash = '\0';
+    if (inet_pton(AF_INET, text, &address) != 1)
+        refuse(option, text, "not an address");
+    listener->address = address.s_addr;
+    listener->port = htons((uint16_t)number(option, colon + 1, 1, UINT16_MAX));
+    strcpy(listener->host, slash ? slash + 1 : ""); /* the order's words are gone before it is used */
 }
 
 static _Noreturn void refuse_command(int error) {
@@ -288,6 +310,8 @@ static int take_options(int argc, char **argv, enum phase phase, struct options 
         case UPLOAD: options->upload = true; break;
         case WORKSPACE: options->workspace = true; break;
         case KEEP: options->keep = true; break;
+        case LISTEN: add_listener(options, name, optarg); break;
+        case LINK: options->link = true; break;
         default: /* getopt_long(3) has said what is wrong */
             errno = EINVAL;
             fail(STEP_OPTIONS, NULL);
@@ -317,6 +341,7 @@ void parse_options(int argc, char **argv, struct options *options) {
         .archive_fd = -1,
         .control_fd = -1,
         .workspace_fd = -1,
+        .link_fd = -1,
         .grace = 10,
         .environment = environ,
     };
@@ -331,6 +356,8 @@ void parse_options(int argc, char **argv, struct options *options) {
             refuse("wait", "(none)", "the command comes by --report-fd");
         if (options->connect_port && (!is_session(options) || !options->uid || !options->gid))
             refuse("connect", "(none)", "only in a job, and as its user");
+        if (options->listener_count && !is_session(options))
+            refuse("listen", "(none)", "a job that does not run yet is told in its order");
         if (options->tool_fd >= 0 && !is_session(options))
             refuse("tool-fd", "(none)", "only in a job that runs");
         options->output_fds[0] = options->output_fds[1] = -1;
@@ -387,7 +414,7 @@ void parse_request(char *words, size_t length, struct options *options) {
 }
 
 void parse_order(char *words, size_t length, const int *fds, size_t fd_count, struct options *options) {
-    enum { WORDS_MAX = 24 };
+    enum { WORDS_MAX = 26 + 2 * LISTENERS_MAX };
     char *argv[WORDS_MAX + 2] = {"order"};
     int count = split("wait", words, length, argv, WORDS_MAX);
     if (take_options(count, argv, ORDER, options) >= 0 || optind < count)
@@ -400,9 +427,11 @@ void parse_order(char *words, size_t length, const int *fds, size_t fd_count, st
         refuse(options->upload ? "upload" : "keep", "(order)", "only of a job");
     if (options->workspace && is_session(options))
         refuse("workspace", "(order)", "a session has that of its job");
+    if ((options->listener_count || options->link) && is_session(options))
+        refuse(options->link ? "link" : "listen", "(order)", "a session has the network of its job");
     bool archives = options->upload || options->keep;
     if (fd_count != 3U + timed + (1U + timed) * options->split_stderr + options->control + options->input +
-                        options->upload + 2U * options->keep + archives + options->workspace)
+                        options->upload + 2U * options->keep + archives + options->workspace + options->link)
         refuse("wait", "(order)", "not the descriptors that it should have");
     int command = *fds++;
     options->output_fds[0] = *fds++;
@@ -426,6 +455,8 @@ void parse_order(char *words, size_t length, const int *fds, size_t fd_count, st
     if (archives)
         options->archive_fd = *fds++;
     if (options->workspace)
-        options->workspace_fd = *fds;
+        options->workspace_fd = *fds++;
+    if (options->link)
+        options->link_fd = *fds;
     read_command(command, options);
 }
