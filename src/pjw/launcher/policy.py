@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from pjw.errors import InvalidJobError, KernelError
-from pjw.launcher.protocol import Connect, Exec, Hello, Launch, RemoveWorkspace, WorkspaceUse
-from pjw.model import JOB_DIRECTORY, PORT_MAX, Limits, check_workspace
+from pjw.launcher.protocol import Adopt, Connect, Exec, Hello, Launch, RemoveWorkspace, WorkspaceUse
+from pjw.model import JOB_DIRECTORY, PORT_MAX, Limits, check_link, check_workspace
+from pjw.network import Allowed, check_allow, is_offered
 
 # ids of jobs become names of directories: 2^53 is enough for a million jobs a second for 285 years
 JOB_ID_MAX: Final = 2**53
@@ -44,6 +45,11 @@ class Policy:
     visible_paths: tuple[str, ...]
     operator_files: tuple[str, ...]
     audit_log: str
+    egress_uid: int
+    egress_hosts: tuple[Allowed, ...]
+    egress_private: tuple[str, ...]
+    egress_connections_max: int
+    egress_connections_total_max: int
 
     @classmethod
     def from_hello(cls, hello: Hello) -> "Policy":
@@ -56,6 +62,8 @@ class Policy:
         for path in (*own, *hello.hidden_paths, *hello.visible_paths, *files):
             if not os.path.isabs(path):
                 raise InvalidJobError(f"{path!r} is not an absolute path")
+        if hello.uid_first <= hello.egress_uid < hello.uid_first + hello.uid_count and hello.uid_first:
+            raise InvalidJobError(f"the user id of pjwd-egress, {hello.egress_uid}, is one of those for jobs")
         return cls(
             uid_first=hello.uid_first,
             uid_count=hello.uid_count,
@@ -66,12 +74,18 @@ class Policy:
             visible_paths=hello.visible_paths,
             operator_files=hello.operator_files,
             audit_log=hello.audit_log,
+            egress_uid=hello.egress_uid,
+            egress_hosts=tuple(map(Allowed.of, hello.egress_hosts)),
+            egress_private=hello.egress_private,
+            egress_connections_max=hello.egress_connections_max,
+            egress_connections_total_max=hello.egress_connections_total_max,
         )
 
     def check_launch(self, request: Launch, descriptors: list[int]) -> None:
         """Raises InvalidJobError unless this policy allows the launch, KernelError when nobody can tell."""
         check_job_id(request.job_id)
         self.check_uid(request.uid)
+        self.check_network(request)
         if above := request.limits.first_above(self.ceiling):
             raise InvalidJobError(f"limit {above} is above its ceiling")
         if below := request.limits.first_below(self.floor):
@@ -79,6 +93,16 @@ class Policy:
         if request.workspace:
             check_workspace(request.workspace)
         _check_rest(request, descriptors)
+
+    def check_network(self, request: Launch | Adopt) -> None:
+        """Raises InvalidJobError for names that the operator offers to nobody, and for what is no link."""
+        if request.allow and check_allow(request.allow) != request.allow:
+            raise InvalidJobError("names on the network are not written as they are compared")
+        for name in request.allow:
+            if not is_offered(Allowed.of(name), self.egress_hosts):
+                raise InvalidJobError(f"{name} is not offered to any client")
+        if request.link:
+            check_link(request.link)
 
     def check_exec(self, request: Exec, owner: int, descriptors: list[int]) -> None:
         """The same for a session in a job of the user *owner*: it must be that user's, too."""

@@ -55,6 +55,14 @@ class Hello:
     audit_log: str = ""
     # what the workspaces of one client may have, by a project quota where there are some; 0 is no limit
     workspace_bytes_max: int = 0
+    # the user of pjwd-egress; 0: there is none
+    egress_uid: int = 0
+    # the names on the network that jobs may reach, and ranges of addresses that are none of the internet's
+    egress_hosts: tuple[str, ...] = ()
+    egress_private: tuple[str, ...] = ()
+    # how many connections a job may have, and all jobs
+    egress_connections_max: int = 0
+    egress_connections_total_max: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +86,12 @@ class Launch:
     workspace: str = ""
     # whether what matches `patterns` of the job's files is packed into `artifacts` after its end
     artifacts: bool = False
+    # the names on the network that it may reach (network.py)
+    allow: tuple[str, ...] = ()
+    # who asks for them, for the log
+    client: str = ""
+    # the network that it shares with other jobs of its user, by its name; empty: it has its own
+    link: str = ""
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -140,6 +154,17 @@ class Adopt:
 
     op: ClassVar = "adopt"
     job_id: int
+    # as in Launch
+    allow: tuple[str, ...] = ()
+    client: str = ""
+    link: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Egress:
+    """Start pjwd-egress; once, and before jobs that reach names. It comes with a socket for its reports."""
+
+    op: ClassVar = "egress"
 
 
 @dataclass(frozen=True, slots=True)
@@ -458,6 +483,7 @@ Request = (
     | RemoveWorkspace
     | OpenFile
     | OpenAuditLog
+    | Egress
     | SetShare
     | MeasureClient
 )
@@ -488,6 +514,8 @@ REPLIES: Final[dict[str, type[Reply]]] = {c.op: c for c in get_args(Reply)}
 
 def descriptors_of(request: Request) -> int:
     """How many descriptors come with a request."""
+    if isinstance(request, Egress):
+        return 1
     return len(request.files) if isinstance(request, Launch | Exec) else 0
 
 
