@@ -601,6 +601,8 @@ class JobSpec:
     one client with the same `request_id` are one. With `queue` the job waits for its turn in the queue,
     instead of being started or refused at once. `upload` names files that were sent before (`Client.upload`),
     and that are unpacked in the job's workspace, or else its own directory, before the command starts.
+    `allow` are names on the network that the job may reach, as far as the operator offers them: `pypi.org`,
+    `*.example.org`, `db.example.org:5432`. Jobs of one client with the same `link` share a network.
     `outputs` are patterns of files there that are kept when the command has ended (`Job.artifacts`): `*`, `?`
     and `[...]` within a name, `**` for any directories; a directory that matches is kept whole. With
     `output_required` a job that ends without them has not succeeded. Raises InvalidJobError.
@@ -623,6 +625,8 @@ class JobSpec:
     exclusive: bool = False
     outputs: Sequence[str] = ()
     output_required: bool = False
+    allow: Sequence[str] = ()
+    link: str = ""
 
     @classmethod
     def of(cls, spec: "Self | str | Sequence[str]") -> "JobSpec":
@@ -653,6 +657,13 @@ class JobSpec:
             object.__setattr__(self, "outputs", check_outputs(self.outputs))
         elif self.output_required:
             raise InvalidJobError("no output is required: say which, as in 'dist/**'")
+        if self.allow:
+            # imported here, as most jobs have no network
+            from pjw.network import check_allow
+
+            object.__setattr__(self, "allow", check_allow(self.allow))
+        if self.link:
+            check_link(self.link)
 
     def _check_types(self) -> None:
         """Refuse wrong types with a message, for programs that no type checker has seen."""
@@ -671,16 +682,17 @@ class JobSpec:
             isinstance(text, str) for each in secrets.items() for text in each
         ):
             raise InvalidJobError("the secrets of a job are names with values (a dict), both of them text")
-        for name in ("name", "workdir", "request_id", "upload", "workspace"):
+        for name in ("name", "workdir", "request_id", "upload", "workspace", "link"):
             if not isinstance(value := getattr(self, name), str):
                 raise InvalidJobError(f"the {name} of a job is text, not {value!r:.80}")
-        outputs: object = self.outputs
-        if (
-            isinstance(outputs, str)
-            or not isinstance(outputs, Sequence)
-            or not all(isinstance(each, str) for each in outputs)
-        ):
-            raise InvalidJobError(f"the outputs of a job are a list of text, not {outputs!r:.80}")
+        for name in ("outputs", "allow"):
+            listed: object = getattr(self, name)
+            if (
+                isinstance(listed, str)
+                or not isinstance(listed, Sequence)
+                or not all(isinstance(each, str) for each in listed)
+            ):
+                raise InvalidJobError(f"the {name} of a job are a list of text, not {listed!r:.80}")
         command: object = self.command
         if not isinstance(command, Sequence) or not all(isinstance(word, str) for word in command):
             raise InvalidJobError(
@@ -779,6 +791,15 @@ def check_workspace(name: str) -> None:
     if not is_workspace(name):
         raise InvalidJobError(
             f"{name[:80]!r} is no name for a workspace: up to 63 letters, digits, '.', '_' and '-',"
+            " the first a letter"
+        )
+
+
+def check_link(link: str) -> None:
+    """Raises InvalidJobError for what is no name of a network that jobs share; it is one as those of jobs."""
+    if not is_name(link):
+        raise InvalidJobError(
+            f"{link[:80]!r} is no name for a link: up to 63 letters, digits, '.', '_' and '-',"
             " the first a letter"
         )
 
@@ -923,6 +944,10 @@ class Job:
     exclusive: bool = False
     # None of a job that keeps no files
     artifacts: Artifacts | None = None
+    # the names on the network that it may reach
+    allow: Sequence[str] = ()
+    # the network that it shares with other jobs of its client, by its name; empty: it has its own
+    link: str = ""
 
     @property
     def ref(self) -> str:

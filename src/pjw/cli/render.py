@@ -57,6 +57,8 @@ def members(job: Job) -> dict[str, Any]:
         "arrayIndex": job.array_index,
         "workspace": job.workspace,
         "exclusive": job.exclusive,
+        "allow": list(job.allow),
+        "link": job.link,
     }
 
 

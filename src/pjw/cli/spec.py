@@ -51,6 +51,8 @@ def spec_from(arguments: Namespace) -> JobSpec:
         secrets=secrets(arguments),
         workspace=arguments.workspace or "",
         exclusive=arguments.exclusive,
+        allow=arguments.allow,
+        link=arguments.link or "",
     )
 
 

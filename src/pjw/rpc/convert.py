@@ -99,6 +99,8 @@ def job_to_message(job: Job) -> pb.Job:
         array_index=job.array_index,
         workspace=job.workspace,
         exclusive=job.exclusive,
+        allow=job.allow,
+        link=job.link,
     )
 
 
@@ -164,6 +166,8 @@ def job_from_message(message: pb.Job) -> Job:
         array_index=message.array_index if message.HasField("array_id") else None,
         workspace=message.workspace,
         exclusive=message.exclusive,
+        allow=tuple(message.allow),
+        link=message.link,
     )
 
 
@@ -231,6 +235,8 @@ def spec_to_message(spec: JobSpec) -> pb.StartRequest:
         upload=spec.upload,
         workspace=spec.workspace,
         exclusive=spec.exclusive,
+        allow=spec.allow,
+        link=spec.link,
     )
     _set_command(request, spec)
     return request
@@ -279,6 +285,8 @@ def spec_from_message(message: pb.StartRequest) -> JobSpec:
         upload=message.upload,
         workspace=message.workspace,
         exclusive=message.exclusive,
+        allow=tuple(message.allow),
+        link=message.link,
     )
 
 

@@ -246,6 +246,12 @@ class _State(Collector):
             numbers.oldest_queued_seconds,
         )
         yield _total("pjw_queue_admissions", "Jobs that were started from the queue.", numbers.admissions)
+        made = CounterMetricFamily(
+            "pjw_egress_connections", "Connections of jobs to names on the network.", labels=("result",)
+        )
+        for result, count in numbers.connections.items():
+            made.add_metric((result,), count)
+        yield made
         yield _one("pjw_launcher_up", "Whether the launcher lives.", numbers.launcher_up)
 
     def _operator(self) -> Iterator[Metric]:

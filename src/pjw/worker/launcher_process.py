@@ -118,6 +118,11 @@ def hello_of(
         sums=settings.sums,
         audit_log=audit_log,
         workspace_bytes_max=settings.quotas.workspace_bytes_max,
+        egress_uid=settings.network.uid,
+        egress_hosts=settings.network.offered,
+        egress_private=tuple(settings.network.private),
+        egress_connections_max=settings.network.connections_max,
+        egress_connections_total_max=settings.network.connections_total_max,
     )
 
 

@@ -7,6 +7,7 @@ from typing import Final
 
 from pjw.errors import ConfigError
 from pjw.model import DEFAULT_SHARE, LIMIT_MAXIMUM, NO_SUMS, Limits, Share, Sums
+from pjw.worker.network import Network
 
 UID_COUNT: Final = 65_536
 
@@ -153,6 +154,7 @@ class WorkerSettings:
     quotas: Quotas = Quotas()
     disk: DiskMarks = DiskMarks()
     queue: QueueSlots = QueueSlots()
+    network: Network = Network()
 
     def __post_init__(self) -> None:
         if above := self.default_limits.first_above(self.ceiling):

@@ -326,7 +326,7 @@ class Starts:
                 sent.append(self._uploads.open(job.client_name, spec.upload))
             if spec.outputs:
                 sent.append(patterns_file(tuple(spec.outputs)))
-            command = command_file(spec)
+            command = command_file(spec, job)
             descriptors += [command, *self._state.create_job(job, spec.terminal), *sent]
         except BaseException:
             for descriptor in (*sent, *((command,) if command >= 0 else ())):
@@ -394,6 +394,9 @@ class Starts:
             upload=bool(spec.upload),
             workspace=job.workspace,
             artifacts=bool(spec.outputs),
+            allow=tuple(job.allow),
+            client=job.client_name if job.allow else "",
+            link=job.link,
         )
         return await self._launcher.request_launch(request, spec, descriptors)
 

@@ -252,6 +252,8 @@ class JobStore:
             workspace=spec.workspace,
             exclusive=spec.exclusive,
             artifacts=Artifacts(required=spec.output_required) if spec.outputs else None,
+            allow=spec.allow,
+            link=spec.link,
         )
 
     def _insert(
@@ -266,6 +268,8 @@ class JobStore:
         if spec.outputs:
             required = int(spec.output_required)
             more = {**more, "artifacts": ArtifactsState.PENDING, "artifacts_required": required}
+        if spec.allow or spec.link:
+            more = {**more, "allow": " ".join(spec.allow), "link": spec.link}
         try:
             cursor = self._db.execute(
                 "INSERT INTO jobs (client_name, command, limits, start_ns, name, labels, split_stderr,"
