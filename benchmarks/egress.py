@@ -1,4 +1,4 @@
-"""Names on the network: how fast bytes go from a host into a job, and what jobs cost that have names and use none.
+"""Names on the network: how fast bytes go from a host into a job, and what jobs with names cost that rest.
 
 Beside it go the same bytes from the same host over loopback alone, to the same program. Both are timed in
 turns, by the program, from its first byte to its last.
@@ -31,7 +31,7 @@ proxy, port, size = os.environ.get("http_proxy"), int(os.environ["HOST_PORT"]), 
 if proxy:
     there, _, number = proxy.removeprefix("http://").partition(":")
     connection = socket.create_connection((there, int(number)))
-    connection.sendall(b"CONNECT {HOST}:%d HTTP/1.1\\r\\n\\r\\n" % port)
+    connection.sendall(b"CONNECT {HOST}:%d HTTP/1.0\\r\\n\\r\\n" % port)
     assert connection.recv(39) == b"HTTP/1.1 200 Connection established\\r\\n\\r\\n"
 else:
     connection = socket.create_connection(("{HOST}", port))
@@ -57,9 +57,7 @@ def run(*, quick: bool) -> list[Figure]:
 
 def _rate(client: Client, port: int, size: int, rounds: int) -> Figure:
     environment = {"HOST_PORT": str(port), "HOST_BYTES": str(size)}
-    spec = JobSpec(
-        PYTHON, allow=[f"{HOST}:{port}"], env=environment, limits={"cpu_max_millicores": 0}
-    )
+    spec = JobSpec(PYTHON, allow=[f"{HOST}:{port}"], env=environment, limits={"cpu_max_millicores": 0})
     by_proxy, alone = [], []
     for _ in range(rounds):
         done = client.run(spec)

@@ -327,7 +327,7 @@ _ASK: Final = f"""
 import socket, time
 began = time.monotonic()
 with socket.create_connection(("127.0.0.1", 3128), 20) as connection:
-    connection.sendall(b"CONNECT {PROXIED}:443 HTTP/1.1\\r\\n\\r\\n")
+    connection.sendall(b"CONNECT {PROXIED}:443 HTTP/1.0\\r\\n\\r\\n")
     said = connection.recv(12).decode()
 print("ready", said.split()[1], round(time.monotonic() - began, 3), flush=True)
 """

@@ -126,7 +126,7 @@ for number in range({PROXY_ASKERS}):
                         connection.sendall(b"GET http://{facts.PROXIED}/ HTTP/1.1\\r\\nX: ")
                         while True:
                             connection.sendall(b"x" * 4096)
-                    connection.sendall(b"CONNECT {facts.PROXIED}:443 HTTP/1.1\\r\\n\\r\\n")
+                    connection.sendall(b"CONNECT {facts.PROXIED}:443 HTTP/1.0\\r\\n\\r\\n")
                     while connection.recv(65536):
                         pass
             except OSError:

@@ -211,7 +211,9 @@ def open_stage(
             disk = stack.enter_context(small_disk(disk_megabytes, reserved_percent=5))
         own_scratch = disk is not None and "scratch_dir" in described
         config = f'scratch_dir = "{disk}"\n' if own_scratch else ""
-        service = _LimitedService(directory / "pjwd", [VICTIM, ATTACKER], _config(config, described, clients, network))
+        service = _LimitedService(
+            directory / "pjwd", [VICTIM, ATTACKER], _config(config, described, clients, network)
+        )
         service.files_max = files_max
         service.pjwd = pjwd.program()
         if disk is not None and not own_scratch:

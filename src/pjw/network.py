@@ -1,4 +1,4 @@
-"""Names on the network: what a client asks for a job, what an operator offers, and where the job finds them. No I/O.
+"""Names on the network: what a client asks for, what an operator offers, where a job finds them. No I/O.
 
 A name is a host, `*.SUFFIX` for all hosts below a suffix, `*` for any, or an address as it is written
 canonically; with a port or, without one, with those of the web.
@@ -108,7 +108,9 @@ def _is_below(host: str, pattern: str) -> bool:
     if pattern == "*":
         # an address is no name: it has to be listed
         return not is_address(host)
-    return host == pattern or (pattern.startswith("*.") and host.endswith(pattern[1:]) and not is_address(host))
+    return host == pattern or (
+        pattern.startswith("*.") and host.endswith(pattern[1:]) and not is_address(host)
+    )
 
 
 def split_port(text: str) -> tuple[str, str | None]:

@@ -1,4 +1,4 @@
-"""What a job sends to its proxy: any bytes are a request to a host that is written canonically, or a refusal."""
+"""What a job sends to its proxy: any bytes are a request to a host that is written in one way, or refused."""
 
 import h11
 
@@ -17,7 +17,7 @@ def seeds() -> list[bytes]:
         b"CONNECT [2001:db8::1]:443 HTTP/1.0\r\n\r\n",
         b"GET http://good.test:8080/a?b#c HTTP/1.1\r\nHost: x\r\nConnection: x-own\r\nX-Own: 1\r\n\r\n",
         b"GET HTTP://1.2.3.4?q HTTP/1.1\r\nHost: x\r\nProxy-Authorization: y\r\n\r\n",
-        b"POST http://a/ HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST http://a/ HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
         b"GET http://a@b/ HTTP/1.1\r\nHost: a\r\n\r\n",
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     ]

@@ -1,4 +1,4 @@
-"""Names on the network: which ways of writing them count, what an offer covers, and where a job finds them."""
+"""Names on the network: which ways of writing them count, what an offer covers, where a job finds them."""
 
 import pytest
 
@@ -58,7 +58,21 @@ def test_what_may_be_allowed(text: str, shown: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["a:0", "a:65536", "a:x", "a:", "a:080", "a:+80", "*.", "*.1.2.3.4", "a*.org", "[a]:80", "[::1", "[::1]80", ":80"],
+    [
+        "a:0",
+        "a:65536",
+        "a:x",
+        "a:",
+        "a:080",
+        "a:+80",
+        "*.",
+        "*.1.2.3.4",
+        "a*.org",
+        "[a]:80",
+        "[::1",
+        "[::1]80",
+        ":80",
+    ],
 )
 def test_what_may_not_be_allowed(text: str) -> None:
     """In words, and of the job itself too."""
@@ -99,7 +113,9 @@ def test_the_offers_of_a_client() -> None:
     """Those of all clients and its own; a refusal names what there is."""
     network = Network(["pypi.org"], {"bob": ["db.test:5432"]})
     network.require("bob", ["pypi.org", "db.test:5432"])
-    with pytest.raises(InvalidJobError, match=r"cannot allow db\.test:5432: this server does not offer it to al") as e:
+    with pytest.raises(
+        InvalidJobError, match=r"cannot allow db\.test:5432: this server does not offer it to al"
+    ) as e:
         network.require("alice", ["pypi.org", "db.test:5432"])
     assert e.value.hint == "it offers pypi.org; the operator decides ([network] in the configuration)"
     with pytest.raises(InvalidJobError) as e:
@@ -120,7 +136,7 @@ def test_how_many_a_job_may_have() -> None:
 
 
 def test_where_a_job_finds_them() -> None:
-    """The proxy first, then each name with a port, by an address of the name's own; apart when it is linked."""
+    """The proxy first, then each name with a port, by an address of its own; apart when it is linked."""
     names = ["db.test:5432", "*.x.org:80", "pypi.org", "db.test:22", "1.2.3.4:5", "b.test:5432"]
     alone = listeners_of(7, names, is_linked=False)
     assert list(map(str, alone)) == [

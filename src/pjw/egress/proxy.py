@@ -19,7 +19,7 @@ import h11
 
 from pjw.egress import relay
 from pjw.egress.failure import Failure
-from pjw.egress.requests import Headers, Wanted, passed_on, request_for, wanted_of
+from pjw.egress.requests import Wanted, passed_on, request_for, wanted_of
 from pjw.egress.targets import Targets
 from pjw.network import Allowed
 
@@ -72,7 +72,7 @@ class Proxy:
         allow: Sequence[str],
         listeners: Sequence[tuple[socket.socket, str, int]],
     ) -> None:
-        """Accept what comes from a job: to its proxy, which is the listener without a host, and the others."""
+        """Accept what comes from a job: to its proxy, the listener without a host, and the others."""
         self.remove(job_id)
         job = self._jobs[job_id] = Job(job_id, client, [Allowed.of(each) for each in allow])
         for listener, host, port in listeners:
@@ -142,7 +142,7 @@ class Proxy:
             )
 
     async def _serve(self, job: Job, peer: socket.socket, wanted: Wanted | None) -> None:
-        with peer, suppress(ConnectionError, h11.ProtocolError):
+        with peer, suppress(OSError, h11.ProtocolError):
             try:
                 if wanted is not None:
                     with await self._connect(job, wanted) as upstream:
@@ -159,7 +159,9 @@ class Proxy:
         try:
             if not job.may_reach(wanted):
                 name = Allowed(wanted.host, wanted.port)
-                words = f"this job may not reach {name}; start it with --allow {name}, if your operator offers it"
+                words = (
+                    f"this job may not reach {name}; start it with --allow {name}, if your operator offers it"
+                )
                 raise Failure("not_allowed", 403, words)
             return await self._targets.connect(wanted.host, wanted.port)
         except Failure as failure:
@@ -196,6 +198,7 @@ class Proxy:
             loop = asyncio.get_running_loop()
             if wanted.path:
                 await _pass_on(connection, request, wanted, peer, upstream)
+                await _linger(peer)
                 return
             await loop.sock_sendall(peer, _ESTABLISHED)
             if early := connection.trailing_data[0]:
@@ -206,7 +209,9 @@ class Proxy:
         self._report(job.id, job.client, "", 0, result)
 
 
-async def _next_event(connection: h11.Connection, source: socket.socket, size: int = _RECEIVED_AT_ONCE) -> object:
+async def _next_event(
+    connection: h11.Connection, source: socket.socket, size: int = _RECEIVED_AT_ONCE
+) -> object:
     """The next event of a connection. Raises h11.RemoteProtocolError and OSError."""
     loop = asyncio.get_running_loop()
     while (event := connection.next_event()) is h11.NEED_DATA:
@@ -231,7 +236,8 @@ async def _pass_on(
             if isinstance(event, h11.Data):
                 await send(theirs, upstream, h11.Data(data=event.data))
             elif isinstance(event, h11.EndOfMessage):
-                await send(theirs, upstream, h11.EndOfMessage(headers=list(event.headers.raw_items())))
+                # trailers are for the proxy, too
+                await send(theirs, upstream, h11.EndOfMessage())
                 return
             else:
                 raise ConnectionAbortedError("the job has hung up")
@@ -244,14 +250,14 @@ async def _pass_on(
             event = await _next_event(theirs, upstream)
             match event:
                 case h11.InformationalResponse() if event.status_code != http.HTTPStatus.SWITCHING_PROTOCOLS:
-                    await send(ours, peer, h11.InformationalResponse(**_status_of(event)))
+                    await send(ours, peer, _informational(event))
                 case h11.Response():
                     is_answered = True
-                    await send(ours, peer, h11.Response(**_status_of(event)))
+                    await send(ours, peer, _response(event))
                 case h11.Data():
                     await send(ours, peer, h11.Data(data=event.data))
                 case h11.EndOfMessage():
-                    await send(ours, peer, h11.EndOfMessage(headers=list(event.headers.raw_items())))
+                    await send(ours, peer, h11.EndOfMessage())
                     return
                 case _:
                     raise h11.RemoteProtocolError("an answer that nobody asked for")
@@ -264,9 +270,15 @@ async def _pass_on(
         await asyncio.gather(uploading, return_exceptions=True)
 
 
-def _status_of(event: h11.Response | h11.InformationalResponse) -> dict[str, object]:
-    headers: Headers = passed_on(event.headers) if isinstance(event, h11.Response) else list(event.headers)
-    return {"status_code": event.status_code, "headers": headers, "reason": event.reason}
+def _informational(event: h11.InformationalResponse) -> h11.InformationalResponse:
+    return h11.InformationalResponse(
+        status_code=event.status_code, headers=list(event.headers), reason=event.reason
+    )
+
+
+def _response(event: h11.Response) -> h11.Response:
+    headers = passed_on(event.headers)
+    return h11.Response(status_code=event.status_code, headers=headers, reason=event.reason)
 
 
 def _answer(status: int, words: str) -> bytes:
@@ -279,12 +291,19 @@ def _answer(status: int, words: str) -> bytes:
 
 
 async def _say(peer: socket.socket, failure: Failure) -> None:
-    """Answer with a failure; and let who asked read that, though there may be more of its own to come."""
-    loop = asyncio.get_running_loop()
-    with suppress(OSError, TimeoutError):
+    """Answer with a failure."""
+    with suppress(OSError):
         async with asyncio.timeout(LINGER_SECONDS):
-            await loop.sock_sendall(peer, _answer(failure.status, str(failure)))
-            peer.shutdown(socket.SHUT_WR)
+            await asyncio.get_running_loop().sock_sendall(peer, _answer(failure.status, str(failure)))
+        await _linger(peer)
+
+
+async def _linger(peer: socket.socket) -> None:
+    """Let who asked read the answer: a close with something of its own unread would take that back."""
+    loop = asyncio.get_running_loop()
+    with suppress(OSError):
+        peer.shutdown(socket.SHUT_WR)
+        async with asyncio.timeout(LINGER_SECONDS):
             left = LINGER_BYTES
             while left > 0 and (data := await loop.sock_recv(peer, _RECEIVED_AT_ONCE)):
                 left -= len(data)
@@ -293,4 +312,3 @@ async def _say(peer: socket.socket, failure: Failure) -> None:
 def descriptors_for(total_max: int) -> int:
     """How many descriptors all connections take; jobs' listeners come to it."""
     return (2 + relay.DESCRIPTORS) * total_max
-

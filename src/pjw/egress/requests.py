@@ -79,7 +79,10 @@ def request_for(request: h11.Request, wanted: Wanted) -> h11.Request:
     named = f"[{wanted.host}]" if ":" in wanted.host else wanted.host
     authority = named if wanted.port == 80 else f"{named}:{wanted.port}"
     # the host that was judged, whatever the header says
-    headers = [(b"host", authority.encode()), *(each for each in passed_on(request.headers) if each[0] != b"host")]
+    headers = [
+        (b"host", authority.encode()),
+        *(each for each in passed_on(request.headers) if each[0] != b"host"),
+    ]
     return h11.Request(method=request.method, target=wanted.path, headers=headers)
 
 

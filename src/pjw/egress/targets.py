@@ -1,4 +1,4 @@
-"""From a name to the addresses that a job may be connected to: resolved once, judged, and used as they are."""
+"""From a name to the addresses that a job may be connected to: resolved once, judged, used as they are."""
 
 import asyncio
 import ipaddress
@@ -67,7 +67,7 @@ class Targets:
 
 
 def _is_own(address: Address) -> bool:
-    """Whether it is one of this host: only these can be bound to (ip(7)); where any can, all count as such."""
+    """Whether it is one of this host: only these can be bound to; where any can, all count as such."""
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:

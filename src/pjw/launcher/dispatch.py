@@ -405,18 +405,18 @@ class Launcher:
         return next((job.pidfd for job in mates if not has_ended(job.pidfd)), -1)
 
     def _mate_to_be(self, request: protocol.Launch) -> LaunchInProgress | None:
-        """A launch whose network this one is to share, and whose init has not said yet which process it is."""
+        """A launch whose network this one is to share, and whose init is not known yet."""
         if not request.link:
             return None
         for other in self._launching.values():
-            is_unknown = other.init is not None and other.init.pidfd < 0 and other.phase is InitPhase.LAUNCHING
+            is_unknown = (
+                other.init is not None and other.init.pidfd < 0 and other.phase is InitPhase.LAUNCHING
+            )
             if is_unknown and (other.request.uid, other.request.link) == (request.uid, request.link):
                 return other
         return None
 
-    def _listen(
-        self, job_id: int, request: protocol.Launch | protocol.Adopt, sockets: list[int]
-    ) -> None:
+    def _listen(self, job_id: int, request: protocol.Launch | protocol.Adopt, sockets: list[int]) -> None:
         """Have the connections of a job accepted; takes the sockets."""
         self._egress.add(job_id, request.client, request.allow, listeners_for(request), sockets)
         sockets.clear()

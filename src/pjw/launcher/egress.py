@@ -68,7 +68,7 @@ class Egress:
         return job_id in self._jobs
 
     def begin(self, reports: int) -> None:
-        """Start it; it tells of connections by that socket, which is ours from here on. Raises KernelError."""
+        """Start it; it tells of connections by that socket, which is ours now. Raises KernelError."""
         self._reports = reports
         try:
             self._start()

@@ -48,9 +48,7 @@ class NetworkOffers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Annotated[str, Meta(pattern=r"\A[^\0]+\Z")] | None,
         Meta(description="whom pjwd-egress becomes, never root; without it pjw-egress, or nobody"),
     ] = None
-    connections_max: Annotated[
-        int, Meta(ge=1, le=10_000, description="connections of one job at once")
-    ] = 64
+    connections_max: Annotated[int, Meta(ge=1, le=10_000, description="connections of one job at once")] = 64
     connections_total_max: Annotated[
         int, Meta(ge=2, le=50_000, description="connections of all jobs at once, and twice those of a client")
     ] = 1024

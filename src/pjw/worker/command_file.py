@@ -8,7 +8,7 @@ from pjw.network import proxy_variables
 
 
 def command_file(spec: JobSpec, job: Job) -> int:
-    """What init is to run in a job, in a file of memory that the launcher never reads: strings, each ended by NUL.
+    """What init is to run in a job, in a file of memory that the launcher never reads: strings, ended by NUL.
 
     The working directory; what is added to the environment, secrets included; an empty one; the argv.
     """

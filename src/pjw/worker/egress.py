@@ -105,7 +105,9 @@ def _connection_of(data: bytes) -> Connection:
     said = json.loads(data.decode())
     found = Connection(said["job"], said["client"], said["host"], said["port"], said["result"])
     numbers = all(type(each) is int and 0 <= each < 2**63 for each in (found.job_id, found.port))
-    texts = all(isinstance(each, str) and each.isprintable() for each in (found.client_name, found.host))
+    texts = all(
+        isinstance(said[name], str) and said[name].isprintable() for name in ("client", "host", "result")
+    )
     if not numbers or not texts or found.result not in RESULTS:
         raise ValueError("no report of a connection")
     return found

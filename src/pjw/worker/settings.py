@@ -154,7 +154,7 @@ class WorkerSettings:
     quotas: Quotas = Quotas()
     disk: DiskMarks = DiskMarks()
     queue: QueueSlots = QueueSlots()
-    network: Network = Network()
+    network: Network = field(default_factory=Network)
 
     def __post_init__(self) -> None:
         if above := self.default_limits.first_above(self.ceiling):

@@ -316,7 +316,12 @@ class Worker:
     async def numbers(self) -> WorkerNumbers:
         """How much of everything there is, for who watches over it."""
         return await count_all(
-            self._state, self._live, self._endings.by_reason, len(self._held), self._launcher, self._queue,
+            self._state,
+            self._live,
+            self._endings.by_reason,
+            len(self._held),
+            self._launcher,
+            self._queue,
             self.connections.counts,
         )
 
