@@ -112,7 +112,7 @@ class World:
             f'audit_log = "{self.directory}/audit.jsonl"\nlog_level = "info"\n'
             f"[job_users]\nuid_first = {uid_range()}\nuid_count = {UIDS}\n"
             f'[network]\nhosts = {json.dumps(offered)}\nprivate = ["127.1.0.0/16"]\nconnections_max = 8\n'
-            '[network.by_name]\nbob = ["only-bob.test"]\n'
+            '[network.by_name.bob]\nhosts = ["only-bob.test"]\n'
         )
 
     @property

@@ -171,6 +171,8 @@ def test_another_command_comes_back_as_it_was(
     exclusive=st.booleans(),
     outputs=st.sampled_from([(), ("dist/**",), ("a b", "*.[ch]", "ü")]),
     output_required=st.booleans(),
+    allow=st.sampled_from([(), ("pypi.org",), ("*.example.org:8443", "[2001:db8::1]:22")]),
+    link=st.just("") | NAME,
 )
 def test_a_spec_comes_back_as_it_was(**members: Any) -> None:
     """A shell command stays one, an argv stays one, and only the limits that were set are set."""
@@ -280,7 +282,7 @@ def test_a_client_says_what_to_run_and_no_more() -> None:
     """No user, device or namespace comes from a client; of all else root reads the workspace, a word."""
     session = {"command", "env", "workdir", "input", "request_id", "terminal"}
     said = {*session, "limits", "name", "labels", "split_stderr", "secrets", "upload"}
-    said |= {"workspace", "exclusive", "outputs", "output_required"}
+    said |= {"workspace", "exclusive", "outputs", "output_required", "allow", "link"}
     assert {field.name for field in fields(JobSpec)} == {"queue", *said}
     assert {field.name for field in pb.StartRequest.DESCRIPTOR.fields} == {"argv", *said}
     assert {field.name for field in pb.ExecRequest.DESCRIPTOR.fields} == {

@@ -52,6 +52,7 @@ from pjw.server.logs import PLAIN
 from pjw.server.quota import ClientLimits, NamedClient
 from pjw.server.reload import Reloader
 from pjw.worker import Worker
+from pjw.worker.egress import RESULTS
 from pjw.worker.numbers import ClientNumbers, WorkerNumbers
 
 # looked up when this is imported, while root: what is installed may lie where nobody else may look
@@ -249,8 +250,8 @@ class _State(Collector):
         made = CounterMetricFamily(
             "pjw_egress_connections", "Connections of jobs to names on the network.", labels=("result",)
         )
-        for result, count in numbers.connections.items():
-            made.add_metric((result,), count)
+        for result in RESULTS:
+            made.add_metric((result,), numbers.connections.get(result, 0))
         yield made
         yield _one("pjw_launcher_up", "Whether the launcher lives.", numbers.launcher_up)
 

@@ -22,19 +22,24 @@ _PRIVATE_MAX: Final = 100
 _Names = Annotated[tuple[str, ...], Meta(max_length=_OFFERED_MAX)]
 
 
+class NamedNetwork(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What jobs of one client may reach beside what those of all may."""
+
+    hosts: Annotated[_Names, Meta(description="what its jobs may reach as well")] = ()
+
+
 class NetworkOffers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Names that jobs may reach when their clients ask for them; without any no job has a network."""
 
     hosts: Annotated[
-        tuple[str, ...],
+        _Names,
         Meta(
-            max_length=_OFFERED_MAX,
             description="what jobs of every client may reach: HOST[:PORT] and *.SUFFIX[:PORT];"
-            " without a port 80 and 443",
+            " without a port 80 and 443"
         ),
     ] = ()
     by_name: Annotated[
-        dict[str, _Names], Meta(description="what jobs of single clients may reach as well, by their names")
+        dict[str, NamedNetwork], Meta(description="more names for single clients, by their names")
     ] = {}
     private: Annotated[
         tuple[str, ...],
@@ -77,7 +82,7 @@ class NetworkOffers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """What the worker needs of it. Raises ConfigError."""
         return Network(
             self.hosts,
-            self.by_name,
+            {name: named.hosts for name, named in self.by_name.items()},
             self.private,
             connections_max=self.connections_max,
             connections_total_max=self.connections_total_max,
