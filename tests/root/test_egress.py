@@ -422,7 +422,7 @@ def test_the_fields_are_told(world: World, client: Client) -> None:
     assert (shown["allow"], shown["link"]) == (list(world.job.allow), "")
     assert list(world.job.allow) == world.allow
     queued = client.start(
-        JobSpec("true", allow=["good.test"], link="x", queue=QueueSpec(array="1-2", held=True))
+        JobSpec("true", allow=["good.test"], link="x", queue=QueueSpec(array="1-16", held=True))
     )
     assert (queued.allow, queued.link) == (("good.test",), "x")
     client.release(queued.id)

@@ -44,6 +44,7 @@ from pjw.launcher.processes import (
     find_init,
     has_ended,
     is_ready,
+    network_of,
     send_signal,
 )
 from pjw.launcher.protocol import LAUNCH_SECONDS, SESSIONS_MAX
@@ -363,18 +364,16 @@ class Launcher:
         request = launch.request
         try:
             self._scratch.give_to(request.job_id, request.uid)
-            workspace = self._open_workspace(request)
+            workspace, link = self._open_workspace(request), self._linked(request)
+            launch.is_joining = link >= 0
             try:
                 # an init that failed already has said why, or its end says it
                 with suppress(BrokenPipeError, ConnectionResetError):
                     needs_tool = request.upload or request.artifacts
                     tool = [self._archive_program.descriptor()] if needs_tool else []
-                    link = self._linked(request)
-                    launch.is_joining = link >= 0
                     send_order(init.report, request, [*launch.descriptors, *tool], workspace, link)
             finally:
-                if workspace >= 0:
-                    os.close(workspace)
+                _close_all([each for each in (workspace, link) if each >= 0])
             launch.status = launch.descriptors.pop(request.files.index("status"))
         except OSError as error:
             subject = f"job {request.job_id}"
@@ -394,7 +393,7 @@ class Launcher:
         return Running(init.pidfd, init.cgroup, launch.seq, link=link, is_joining=launch.is_joining)
 
     def _linked(self, request: protocol.Launch) -> int:
-        """The pidfd of the init whose network a job is to share; -1 for its own, which others may share then.
+        """The network namespace that a job is to share; -1 for its own, which others may share then.
 
         Only of a job of the same user, as our own records have it.
         """
@@ -402,7 +401,7 @@ class Launcher:
             return -1
         link = (request.uid, request.link)
         mates = (job for job in self._jobs.values() if job.link == link and not job.is_joining)
-        return next((job.pidfd for job in mates if not has_ended(job.pidfd)), -1)
+        return next((network for job in mates if (network := network_of(job.pidfd)) >= 0), -1)
 
     def _mate_to_be(self, request: protocol.Launch) -> LaunchInProgress | None:
         """A launch whose network this one is to share, and whose init is not known yet."""

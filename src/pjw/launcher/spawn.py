@@ -239,8 +239,8 @@ def send_order(
     """Have an init start its job, or a session its command; *descriptors* are its files. Raises OSError.
 
     Behind the files of a launch with an upload, or with artifacts, comes the program for archives.
-    *workspace* is the descriptor of a mount, if there is one. *link* is the pidfd of the init of a job whose
-    network this one shares, if it does, and the last of all.
+    *workspace* is the descriptor of a mount, if there is one. *link* is the network namespace that it shares
+    with another job, if it does, and the last of all.
     """
     own = _words_of_launch(request) if isinstance(request, Launch) else _words_of_session(request)
     words = (

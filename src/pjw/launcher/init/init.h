@@ -131,7 +131,7 @@ struct options {
     uint16_t connect_port; /* not for a command: connect to it in the job's network, and hand the socket over */
     struct listener listeners[LISTENERS_MAX];
     int listener_count;
-    bool link; /* the order comes with a pidfd of the init of another job, whose network this one shares */
+    bool link; /* the order comes with the network namespace of another job, which this one shares */
     int link_fd;
     bool control; /* the order comes with a descriptor of the control file */
     int control_fd;
@@ -165,7 +165,7 @@ void parse_request(char *words, size_t length, struct options *options);
  * The words of an order, each ended by NUL, and the descriptors that came with it: command, output, status,
  * times; where stderr is kept apart its own output and times; with --control that file; where there is input, that; with
  * --keep the file for artifacts; with --upload the archive; with --keep the patterns; with one of these two the program for
- * archives; with --workspace a mount of it; last, with --link, a pidfd. A session has no times, and no workspace but that of its job.
+ * archives; with --workspace a mount of it; last, with --link, a network namespace. A session has no times, and no workspace but that of its job.
  */
 enum { ORDER_FDS_MAX = 13 };
 void parse_order(char *words, size_t length, const int *fds, size_t fd_count, struct options *options);
