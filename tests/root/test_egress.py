@@ -461,6 +461,29 @@ def test_the_process_is_nobody(world: World) -> None:
     assert not any(link.startswith(str(world.service.state)) for link in links)
 
 
+@pytest.mark.parametrize(
+    ("more", "code", "words"),
+    [
+        ("", 0, "ok       names on the network: 1, for which pjwd-egress connects as uid "),
+        ('user = "no-such-user"', 1, "missing  no user is called 'no-such-user' on this host"),
+        ('user = "root"', 1, "missing  pjwd-egress must not run as user id 0, which is root"),
+    ],
+)
+def test_check_says_who_connects(tmp_path: Path, more: str, code: int, words: str) -> None:
+    """Or what is missing for that; without an offer nothing."""
+    file = tmp_path / "pjwd.toml"
+    file.write_text(f'[network]\nhosts = ["pypi.org"]\n{more}\n')
+    options = [f"--{name}={tmp_path}/{name}" for name in ("ca-crt", "server-crt", "server-key")]
+    done = subprocess.run(
+        [BIN / "pjwd", "check", "--config", file, f"--state-dir={tmp_path}", *options],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert any(line.startswith(words) for line in done.stdout.splitlines()), done.stdout
+    assert code <= done.returncode
+
+
 # --- deaths
 
 

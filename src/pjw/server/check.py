@@ -184,13 +184,18 @@ def _users(config: ServerConfig) -> Iterator[Finding]:
 
 def _egress(config: ServerConfig) -> Iterator[Finding]:
     """Who connects jobs to names on the network, where the configuration offers some."""
+    count = len(config.network.offers().offered)
+    if not count:
+        return
     try:
-        uid = egress_uid_of(config, server_uid(config.user, config.state_dir))
+        server = server_uid(config.user, config.state_dir)
+    except ConfigError:
+        return  # the finding about the configuration says why
+    try:
+        uid = egress_uid_of(config, server)
     except ConfigError as error:
         yield False, str(error), error.hint
-        return
-    if uid:
-        count = len(config.network.offers().offered)
+    else:
         yield True, f"names on the network: {count}, for which pjwd-egress connects as uid {uid}", None
 
 
