@@ -6,6 +6,7 @@ to the job's proxy as `pjw forward` does, so no program need be in the job for t
 """
 
 import contextlib
+import functools
 import hashlib
 import http.server
 import json
@@ -494,7 +495,7 @@ def test_the_proxy_is_killed(world: World) -> None:
         os.kill(former, signal.SIGKILL)
         began = time.monotonic()
         assert world.status() == 200
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < promised()
     assert world.egress() not in (0, former)
     with world.service.client() as client:
         assert not client.get(world.job.id).state.final
@@ -510,7 +511,7 @@ def test_pjwd_is_killed_or_restarted(world: World, what: str) -> None:
     world.service.start()
     began = time.monotonic()
     wait_for(world.answers)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < promised()
     with world.service.client() as client:
         tunnel = [*python(CONNECT), "good.test", str(world.echo_port), "hello"]
         assert client.run_in(world.job.id, JobSpec(tunnel)).output == b"hello\n"
@@ -530,6 +531,14 @@ def test_the_end_of_a_job_is_that_of_its_connections(world: World, client: Clien
     wait_for(lambda: len(os.listdir(directory)) == count)
     with contextlib.suppress(errors.PjwError):
         list(answers)
+
+
+@functools.cache
+def promised() -> float:
+    """Two seconds; on a machine where an interpreter alone takes long to start, some times as long as that."""
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-I", "-c", "import asyncio, h11, pjw.egress.proxy"], check=True)
+    return max(2.0, 8 * (time.monotonic() - began))
 
 
 def _then_wait(pieces: Iterator[bytes]) -> Iterator[bytes]:
