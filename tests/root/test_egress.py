@@ -535,7 +535,7 @@ def test_the_end_of_a_job_is_that_of_its_connections(world: World, client: Clien
 
 @functools.cache
 def promised() -> float:
-    """Two seconds; on a machine where an interpreter alone takes long to start, some times as long as that."""
+    """Two seconds; where an interpreter alone takes long to start, some times as long as that."""
     began = time.monotonic()
     subprocess.run([sys.executable, "-I", "-c", "import asyncio, h11, pjw.egress.proxy"], check=True)
     return max(2.0, 8 * (time.monotonic() - began))

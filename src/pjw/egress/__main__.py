@@ -42,10 +42,14 @@ def main() -> int:
         # the launcher's end is ours, and a terminal's keys reach us both
         signal.signal(number, signal.SIG_IGN)
     requests, reports = (socket.socket(fileno=number) for number in (_REQUESTS_FD, _REPORTS_FD))
-    policy = json.loads(requests.recv(_REQUEST_BYTES_MAX) or "null")
+    try:
+        policy = json.loads(requests.recv(_REQUEST_BYTES_MAX) or "null")
+        requests.send(b".")
+    except OSError:
+        policy = None
     if policy is None:
+        # the launcher has gone already
         return 0
-    requests.send(b".")
     _give_up_root(policy["uid"], policy["connections_total_max"])
     asyncio.run(_serve(requests, reports, policy))
     return 0
