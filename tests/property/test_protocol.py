@@ -22,6 +22,7 @@ from pjw.launcher.protocol import (
     encode,
 )
 from pjw.model import (
+    MountSource,
     LIMIT_MAXIMUM,
     LIMIT_MINIMUM,
     SUM_MINIMUM,
@@ -50,6 +51,16 @@ BY_TYPE: dict[Any, st.SearchStrategy[Any]] = {
     bool: st.booleans(),
     tuple[int, ...]: st.lists(numbers, max_size=50).map(tuple),
     tuple[str, ...]: st.lists(texts, max_size=10).map(tuple),
+    tuple[MountSource, ...]: st.lists(
+        st.builds(
+            MountSource,
+            st.from_regex(r"[A-Za-z][A-Za-z0-9_-]{0,62}", fullmatch=True),
+            st.from_regex(r"(/[^/.\0]{1,20}){1,5}", fullmatch=True),
+            st.booleans(),
+            st.lists(st.sampled_from(["*", "alice", "team-*"]), max_size=3).map(tuple),
+        ),
+        max_size=3,
+    ).map(tuple),
     tuple[Measurement, ...]: st.lists(measurements, max_size=MAX_MEASURED).map(tuple),
     Limits: limits,
     Usage: usages,

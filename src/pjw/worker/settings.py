@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from pjw.errors import ConfigError
-from pjw.model import DEFAULT_SHARE, LIMIT_MAXIMUM, NO_SUMS, Limits, Share, Sums
+from pjw.model import DEFAULT_SHARE, LIMIT_MAXIMUM, NO_SUMS, Limits, MountSource, Share, Sums
 
 UID_COUNT: Final = 65_536
 
@@ -141,6 +141,8 @@ class WorkerSettings:
     uid_count: int = UID_COUNT
     hidden_paths: tuple[str, ...] = ()
     visible_paths: tuple[str, ...] = ()
+    # directories of the host that jobs may ask for
+    mounts: tuple[MountSource, ...] = ()
     # where jobs have their scratch directories; empty: in the state directory
     scratch_dir: str = ""
     # what a job may have there, where the file system has project quotas; 0 is no limit
