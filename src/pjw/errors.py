@@ -130,9 +130,7 @@ class MountNotFoundError(PjwError):
     FACTS = MappingProxyType({"mount": str})
 
     def __init__(self, mount: str) -> None:
-        super().__init__(
-            f"no mount {_shown(mount)}", hint="`pjw quota` shows what your operator offers you"
-        )
+        super().__init__(f"no mount {_shown(mount)}", hint="`pjw quota` shows what your operator offers you")
         self.mount: Final = mount
 
 

@@ -423,8 +423,8 @@ def check_mounts(mounts: Sequence[str]) -> tuple[str, ...]:
             )
         if not _is_plain_path(path) or _checked_size(path, "the path of a mount") > MOUNT_PATH_MAX_BYTES:
             raise InvalidJobError(
-                f"cannot mount {name} at {path[:80]!r}: that is not an absolute path without '.', '..' and '/'"
-                f" at its end, of at most {MOUNT_PATH_MAX_BYTES} bytes"
+                f"cannot mount {name} at {path[:80]!r}: that is not an absolute path without '.', '..' and"
+                f" '/' at its end, of at most {MOUNT_PATH_MAX_BYTES} bytes"
             )
         if _is_the_jobs_own(path):
             raise InvalidJobError(
@@ -440,8 +440,8 @@ def check_mounts(mounts: Sequence[str]) -> tuple[str, ...]:
 
 def _is_plain_path(path: str) -> bool:
     """Whether it is absolute, not the root, and no part of it has another meaning than its name."""
-    first, *parts = path.split("/")
-    return not first and all(part not in ("", ".", "..") and "\0" not in part for part in parts)
+    parts = path.split("/")[1:]
+    return path.startswith("/") and all(part not in ("", ".", "..") and "\0" not in part for part in parts)
 
 
 def lies_in(path: str, directory: str) -> bool:

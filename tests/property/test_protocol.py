@@ -22,13 +22,13 @@ from pjw.launcher.protocol import (
     encode,
 )
 from pjw.model import (
-    MountSource,
     LIMIT_MAXIMUM,
     LIMIT_MINIMUM,
     SUM_MINIMUM,
     WEIGHT_MAXIMUM,
     GroupUse,
     Limits,
+    MountSource,
     Share,
     Sums,
     Usage,

@@ -357,9 +357,7 @@ class Conversation:
         self._bench: Final = bench
         self._surroundings: Final = surroundings
         self._greeted: Final = greet
-        self._peer: Final = Peer(
-            bench, greet=greet, ceiling=CEILING, uid_count=UIDS, mounts=MOUNTS
-        )
+        self._peer: Final = Peer(bench, greet=greet, ceiling=CEILING, uid_count=UIDS, mounts=MOUNTS)
         # a number, and what it may begin, if anything
         self._unanswered: Final[list[tuple[int, str]]] = []
         # the users who may have a job of this id

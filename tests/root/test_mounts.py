@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -15,12 +16,12 @@ import pytest
 
 from pjw.client.sync import Client
 from pjw.errors import InvalidJobError, MountError, MountNotFoundError
-from pjw.launcher.protocol import Done, Kill, Launched, Refused, ReloadMounts
-from pjw.model import EndReason, Job, JobSpec, JobState, Limits, Mount, MountSource, QueueSpec, Retry
+from pjw.launcher.protocol import Launched, Refused, ReloadMounts
+from pjw.model import EndReason, Job, JobSpec, JobState, Mount, MountSource, QueueSpec, Retry
 from tests.fuse import SUPPORTED, WHY_NOT, DeadFileSystem
 from tests.root.conftest import finish
 from tests.root.test_launcher_hostile import Peer, connect, peer
-from tests.service import Service, reloaded, wait_for
+from tests.service import Service, reloaded, wait_for, waiting_inits
 from tests.worker_harness import Bench
 
 __all__ = ["connect", "peer"]
@@ -129,9 +130,7 @@ def test_other_places(alice: Client) -> None:
     places = ("/opt", "/run/job/a/b", "/tmp/c", "/mnt/d/e", "/run/workspace/f")
     mounts = [f"{name}:{place}" for name, place in zip(["data"] * 4 + ["own"], places, strict=True)]
     script = "cat " + " ".join(f"{place}/file" for place in places) + "; echo x > a/x; stat -c %u a /mnt/d"
-    job, output, _ = alice.run(
-        JobSpec(f"cd; exec 2>&1; {script}; id -u", mounts=mounts, workspace="work")
-    )
+    job, output, _ = alice.run(JobSpec(f"cd; exec 2>&1; {script}; id -u", mounts=mounts, workspace="work"))
     *seen, of_a, of_mnt, uid = output.decode().split()
     assert seen == ["data"] * 4 + ["own"]
     # what was made in the job's own directory is the job's
@@ -146,7 +145,7 @@ def test_other_places(alice: Client) -> None:
     [("/etc/passwd", errno.ENOTDIR), ("/usr/nowhere", errno.EROFS), ("/proc/self/root", 0)],
 )
 def test_places_that_cannot_be(lent: Service, alice: Client, path: str, error: int) -> None:
-    """A file, what cannot be made, a link: the start is refused with the path, and nothing of the job is left."""
+    """A file, what cannot be made, what is the job's own: refused with the path, and nothing is left."""
     before = lent.made()
     with pytest.raises((MountError, InvalidJobError), match=path) as caught:
         alice.run(JobSpec("true", mounts=[f"data:{path}"]))
@@ -261,7 +260,7 @@ def deaf(lent: Service) -> Iterator[DeadFileSystem]:
 
 @pytest.mark.skipif(not SUPPORTED, reason=WHY_NOT)
 def test_a_dead_file_server_holds_up_nobody_else(lent: Service, alice: Client) -> None:
-    """Nor does the launcher: the start that asked for it waits, and is refused when the server is given up."""
+    """Nor does the launcher: that start alone waits, and is refused when the server is given up."""
     with deaf(lent) as dead:
         pjw = lent.popen("run", "--mount", "deaf", "true")
         wait_for(lambda: dead.held)
@@ -292,7 +291,9 @@ def test_jobs_of_the_queue_have_them(alice: Client) -> None:
     again = ended(
         alice,
         JobSpec(
-            'cat /mnt/data/file; test "$PJW_ATTEMPT" = 2', mounts=["data"], queue=QueueSpec(retry=Retry(1, backoff_seconds=0))
+            'cat /mnt/data/file; test "$PJW_ATTEMPT" = 2',
+            mounts=["data"],
+            queue=QueueSpec(retry=Retry(1, backoff_seconds=0)),
         ),
     )
     assert (again.attempt, again.succeeded, again.mounts) == (2, True, ("data:/mnt/data",))
@@ -344,10 +345,10 @@ def test_the_command_line(lent: Service) -> None:
     assert lent.ok("logs", job_id) == "data\n"
     assert json.loads(lent.ok("get", job_id))["mounts"] == ["data:/mnt/data"]
     assert "mount   data, read-only\nmount   cache\n" in lent.ok("quota", "--format", "table")
-    assert json.loads(lent.ok("quota"))["mounts"][0] == {"name": "data", "readOnly": True}
+    assert json.loads(lent.ok("quota", "--format", "json"))["mounts"][0] == {"name": "data", "readOnly": True}
     code, words = lent.refused("run", "--mount", "nothing", "true")
     assert (code, words) == (
-        125,
+        1,
         "pjw: error: no mount nothing\nhint: `pjw quota` shows what your operator offers you\n",
     )
 
@@ -399,15 +400,20 @@ def test_the_launcher_asks_its_own_table(connect: Callable[..., Peer]) -> None:
     peer = connect(mounts=(OFFERED,))
     for client, name in (("bob", "data"), ("", "data"), ("alice", "other")):
         refused = peer.launch(1, mounts=(f"{name}:/mnt/x",), client_name=client)
-        assert refused == Refused(
-            "mount", "", name, 0, "`pjw quota` shows what your operator offers you"
-        )
+        assert refused == Refused("mount", "", name, 0, "`pjw quota` shows what your operator offers you")
     assert isinstance(peer.ask(ReloadMounts()), Refused)
-    before = peer.open_descriptors()
-    assert isinstance(peer.launch(1, mounts=("data:/mnt/data",), client_name="alice"), Launched)
-    assert peer.ask(Kill(1, init_too=True)) == Done()
-    # the mounts are the job's alone, and who opened them has gone
-    wait_for(lambda: peer.open_descriptors() <= before + 2)
+
+
+def test_the_launcher_keeps_nothing_of_a_mount(bench: Bench, connect: Callable[..., Peer]) -> None:
+    """The mount is the job's alone, and who opened it has gone: as many descriptors as for any other job."""
+    peer = connect(mounts=(OFFERED,), waiting_inits=1)
+    counts = []
+    for job_id, mounts in enumerate(((), (), (), ("data:/mnt/data",), ("data:/opt", "data:/mnt/x")), 1):
+        assert isinstance(peer.launch(job_id, mounts=mounts, client_name="alice"), Launched)
+        wait_for(lambda: len(waiting_inits(bench.state)) == 1)
+        counts.append(peer.open_descriptors())
+    # from the second job on: the first one brings what all need
+    assert {after - before for before, after in pairwise(counts[1:])} == {counts[2] - counts[1]}
 
 
 def test_a_greeting_that_would_show_what_is_hidden(bench: Bench, connect: Callable[..., Peer]) -> None:

@@ -279,9 +279,7 @@ def test_message_and_model_have_the_same_fields(
 
 
 def test_a_client_says_what_to_run_and_no_more() -> None:
-    """No user, device or namespace comes from a client; root reads the workspace and names of mounts, words,
-    and where these are to be in the job.
-    """
+    """No user, device or namespace is a client's; root reads words, and where mounts are to be in the job."""
     session = {"command", "env", "workdir", "input", "request_id", "terminal"}
     said = {*session, "limits", "name", "labels", "split_stderr", "secrets", "upload"}
     said |= {"workspace", "exclusive", "outputs", "output_required", "mounts"}

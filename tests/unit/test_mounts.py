@@ -35,9 +35,25 @@ def test_what_a_job_may_ask_for(mount: str, path: str) -> None:
     "mount",
     [
         *("", ":/mnt/x", "/etc", "../data", "da.ta", "data/x", "1data", "d" * 64, "da\0ta"),
-        *("data:opt", "data:/", "data://", "data:/a//b", "data:/a/", "data:/a/../b", "data:/./a", "data:/a\0b"),
+        *(
+            "data:opt",
+            "data:/",
+            "data://",
+            "data:/a//b",
+            "data:/a/",
+            "data:/a/../b",
+            "data:/./a",
+            "data:/a\0b",
+        ),
         *("data:/dev", "data:/dev/shm", "data:/proc", "data:/proc/1/root", "data:/sys/fs", "data:/run"),
-        *("data:/run/job", "data:/run/workspace", "data:/run/other", "data:/tmp", "data:/var", "data:/var/tmp"),
+        *(
+            "data:/run/job",
+            "data:/run/workspace",
+            "data:/run/other",
+            "data:/tmp",
+            "data:/var",
+            "data:/var/tmp",
+        ),
         "data:/" + "x" * 255,
         "data:/\udcff",
     ],
@@ -85,7 +101,7 @@ read_only = false
 clients = ["alice", "team-*"]
 """
 WRONG = {
-    "no path": '[mounts.data]\nread_only = true',
+    "no path": "[mounts.data]\nread_only = true",
     "relative": '[mounts.data]\npath = "srv"',
     "dots": '[mounts.data]\npath = "/srv/../etc"',
     "the root": '[mounts.data]\npath = "/"',
@@ -95,9 +111,9 @@ WRONG = {
     "a client": '[mounts.data]\npath = "/srv"\nclients = ["a b"]',
     "clients": '[mounts.data]\npath = "/srv"\nclients = "alice"',
     "read_only": '[mounts.data]\npath = "/srv"\nread_only = 1',
-    "a number": '[mounts.data]\npath = 3',
+    "a number": "[mounts.data]\npath = 3",
     "numbers": '[mounts.data]\npath = "/srv"\nclients = [3]',
-    "no table": 'mounts = 3',
+    "no table": "mounts = 3",
     "a list": '[[mounts]]\npath = "/srv"',
     "many": "\n".join(f'[mounts.m{number}]\npath = "/srv"' for number in range(65)),
 }

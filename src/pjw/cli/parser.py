@@ -190,6 +190,7 @@ def _add_job_options(command: Parser) -> None:
     job.add_argument("--exclusive", action="store_true", help="no other job is in its workspace meanwhile")
     job.add_argument(
         "--mount",
+        dest="mounts",
         action="append",
         default=[],
         metavar="NAME[:PATH]",

@@ -369,9 +369,7 @@ class Launcher:
                 with suppress(BrokenPipeError, ConnectionResetError):
                     needs_tool = request.upload or request.artifacts
                     tool = [self._archive_program.descriptor()] if needs_tool else []
-                    send_order(
-                        init.report, request, [*launch.descriptors, *tool], workspace, launch.mounts
-                    )
+                    send_order(init.report, request, [*launch.descriptors, *tool], workspace, launch.mounts)
             finally:
                 if workspace >= 0:
                     os.close(workspace)
@@ -877,7 +875,7 @@ ROUTES: Final[dict[str, Route]] = {
 
 
 def _kept_of(request: protocol.Launch, descriptors: list[int]) -> int:
-    """How many descriptors a launch keeps until its init has its order: with its mounts, and who opens them."""
+    """How many descriptors a launch keeps until its init has its order, with those of its mounts."""
     mounts = len(request.mounts) + 2 if request.mounts else 0
     return len(descriptors) + mounts if descriptors else 0
 

@@ -2,8 +2,8 @@
 
 Which directory a word stands for is the launcher's own knowledge: from the greeting, or from the operator's
 configuration, which only root can change. The launcher never walks to such a directory itself: a file server
-that is gone would hold up everybody's starts. A process does (init/offered.c), and this module waits for it as
-for all else.
+that is gone would hold up everybody's starts. A process does (init/offered.c), and this module waits for it
+as for all else.
 """
 
 import errno
@@ -27,7 +27,7 @@ OPENERS_MAX: Final = 64
 _CONFIGURATION_BYTES_MAX: Final = 4 * 1024**2
 _PIECE_BYTES: Final = 1024**2
 
-# Gets the descriptors of the mounts, in the order of the sources and owned from then on; or why there are none.
+# Gets the descriptors of the mounts, in the order of the sources and its own from then on; or an error.
 Then = Callable[[list[int] | PjwError], None]
 
 
@@ -54,7 +54,7 @@ class Mounts:
         self._processes = 0
 
     def open(self, sources: Sequence[MountSource], then: Then) -> None:
-        """Make a mount of each directory that is mounted nowhere yet; *then* is called once, maybe at once."""
+        """Make a mount of each directory, which is mounted nowhere yet; *then* is called once, maybe now."""
         if self._processes >= OPENERS_MAX:
             then(MountError.of_source(sources[0].name, errno.EAGAIN))
             return

@@ -93,7 +93,9 @@ class Policy:
         if len({source.name for source in sources}) < len(sources):
             raise InvalidJobError("two mounts have one name")
         for source in sources:
-            within = [path for path in self.hidden_paths if path != source.path and lies_in(path, source.path)]
+            within = [
+                path for path in self.hidden_paths if path != source.path and lies_in(path, source.path)
+            ]
             within += [path for path in self.own_paths if lies_in(source.path, path)]
             if within:
                 raise InvalidJobError(

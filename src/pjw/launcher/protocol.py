@@ -449,8 +449,9 @@ class Refused:
     """It was not done. `errno` is 0 when there is none.
 
     `kind`: exec, workdir (it cannot be entered), unpack (the upload cannot be), setup (another step of init),
-    late (the command was not executed in time: `operation` says in which), mount (that of the name in `subject`
-    cannot be had, or without an errno is not offered), mount-at (nor at its path), kernel, invalid, state or config.
+    late (the command was not executed in time: `operation` says in which), mount (that of the name in
+    `subject` cannot be had, or without an errno is not offered), mount-at (not at its path), kernel, invalid,
+    state or config.
     `left`: a part of the launch does not end; `Departed` is answered when it has ended.
     """
 

@@ -252,8 +252,8 @@ def send_order(
     """Have an init start its job, or a session its command; *descriptors* are its files. Raises OSError.
 
     Behind the files of a launch with an upload, or with artifacts, comes the program for archives.
-    *workspace* is the descriptor of a mount, if there is one; *mounts* are those of the operator's directories,
-    and the last of all.
+    *workspace* is the descriptor of a mount, if there is one; *mounts*, the last of all, are those of the
+    operator's directories.
     """
     own = _words_of_launch(request) if isinstance(request, Launch) else _words_of_session(request)
     words = (

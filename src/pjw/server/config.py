@@ -179,9 +179,11 @@ class Disk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class OfferedMount(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A directory of the host that jobs may ask for by its name."""
 
-    path: _Path
-    read_only: bool = True
-    clients: tuple[str, ...] = ("*",)
+    path: Annotated[_Path, Meta(description="the directory, without a link in its path")]
+    read_only: Annotated[bool, Meta(description="whether jobs can only read it")] = True
+    clients: Annotated[
+        tuple[str, ...], Meta(description="whose jobs may have it: names, in which * is any characters")
+    ] = ("*",)
 
 
 class Metrics(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -265,6 +267,13 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     audit_log: Annotated[_Path | None, Meta(description="a file that gets a line of JSON for each call")] = (
         None
     )
+    mounts: Annotated[
+        dict[str, OfferedMount],
+        Meta(
+            max_length=OFFERED_MAX,
+            description="directories that jobs may ask for by these names: path, read_only, clients",
+        ),
+    ] = {}
     job_users: JobUsers = JobUsers()
     retention: KeptJobs = KeptJobs()
     roles: Roles = Roles()
@@ -275,13 +284,6 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     queue: Slots = Slots()
     scratch: ScratchLimits = ScratchLimits()
     metrics: Metrics = Metrics()
-    mounts: Annotated[
-        dict[str, OfferedMount],
-        Meta(
-            max_length=OFFERED_MAX,
-            description="directories that jobs of these clients may ask for by their names: path, read_only, clients",
-        ),
-    ] = {}
     limits: Annotated[
         dict[str, int], Meta(description="what a job gets when its client asks for nothing")
     ] = {}

@@ -58,7 +58,7 @@ def settings_of(
 
 def _flat(values: Mapping[str, object]) -> Iterator[tuple[str, object]]:
     for key, value in values.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             yield from ((f"{key}.{inner}", each) for inner, each in value.items())
         else:
             yield key, value

@@ -141,8 +141,6 @@ class WorkerSettings:
     uid_count: int = UID_COUNT
     hidden_paths: tuple[str, ...] = ()
     visible_paths: tuple[str, ...] = ()
-    # directories of the host that jobs may ask for
-    mounts: tuple[MountSource, ...] = ()
     # where jobs have their scratch directories; empty: in the state directory
     scratch_dir: str = ""
     # what a job may have there, where the file system has project quotas; 0 is no limit
@@ -155,6 +153,8 @@ class WorkerSettings:
     quotas: Quotas = Quotas()
     disk: DiskMarks = DiskMarks()
     queue: QueueSlots = QueueSlots()
+    # directories of the host that jobs may ask for
+    mounts: tuple[MountSource, ...] = ()
 
     def __post_init__(self) -> None:
         if above := self.default_limits.first_above(self.ceiling):
