@@ -133,7 +133,7 @@ def test_mounts_are_shown_as_they_are_given(tmp_path: Path, capsys: pytest.Captu
     path = tmp_path / "pjwd.toml"
     path.write_text('[mounts.data]\npath = "/srv/data"\n')
     out = shown(capsys, "--config", str(path))
-    words = '{clients = ["*"], path = "/srv/data", read_only = true}'
+    words = '{"path" = "/srv/data", "read_only" = true, "clients" = ["*"]}'
     assert f"\n[mounts]\ndata = {words}  # file {path}: directories that jobs may ask for" in out
     assert tomllib.loads(out)["mounts"]["data"]["path"] == "/srv/data"
     assert tomllib.loads(shown(capsys))["mounts"] == {}
