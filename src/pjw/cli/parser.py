@@ -188,6 +188,14 @@ def _add_job_options(command: Parser) -> None:
         help="a directory of yours that stays, at /run/workspace; begin there",
     )
     job.add_argument("--exclusive", action="store_true", help="no other job is in its workspace meanwhile")
+    job.add_argument(
+        "--mount",
+        dest="mounts",
+        action="append",
+        default=[],
+        metavar="NAME[:PATH]",
+        help="a directory that your operator offers (pjw quota), at PATH; default /mnt/NAME",
+    )
     job.add_argument("--split-stderr", action="store_true", help="keep stderr apart from stdout")
     queue = command.add_argument_group("its place in the queue", "each of these puts the job into the queue")
     queue.add_argument(

@@ -11,7 +11,17 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Final, get_args
 
 from pjw.errors import InvalidJobError, ProtocolError
-from pjw.model import DEFAULT_SHARE, NO_SUMS, GroupUse, Limits, Share, Sums, Usage
+from pjw.model import (
+    DEFAULT_SHARE,
+    NO_SUMS,
+    OFFERED_MAX,
+    GroupUse,
+    Limits,
+    MountSource,
+    Share,
+    Sums,
+    Usage,
+)
 
 MAX_DATAGRAM_BYTES: Final = 65_536
 MAX_DESCRIPTORS: Final = 10
@@ -55,6 +65,10 @@ class Hello:
     audit_log: str = ""
     # what the workspaces of one client may have, by a project quota where there are some; 0 is no limit
     workspace_bytes_max: int = 0
+    # directories that jobs may be given by their names
+    mounts: tuple[MountSource, ...] = ()
+    # one of `operator_files`, from which `ReloadMounts` takes them anew; empty: there is none
+    configuration: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +92,10 @@ class Launch:
     workspace: str = ""
     # whether what matches `patterns` of the job's files is packed into `artifacts` after its end
     artifacts: bool = False
+    # directories of the operator's, each as NAME:PATH
+    mounts: tuple[str, ...] = ()
+    # to whom they must be offered; empty without mounts
+    client_name: str = ""
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -259,6 +277,13 @@ class RemoveWorkspace:
 
 
 @dataclass(frozen=True, slots=True)
+class ReloadMounts:
+    """Take the operator's mounts from `Hello.configuration`, as it is now; for launches from now on."""
+
+    op: ClassVar = "reload_mounts"
+
+
+@dataclass(frozen=True, slots=True)
 class OpenFile:
     """The operator's file at a place of `Hello.operator_files`, as it is now."""
 
@@ -424,8 +449,9 @@ class Refused:
     """It was not done. `errno` is 0 when there is none.
 
     `kind`: exec, workdir (it cannot be entered), unpack (the upload cannot be), setup (another step of init),
-    late (the command was not executed in time: `operation` says in which), kernel, invalid, state or
-    config.
+    late (the command was not executed in time: `operation` says in which), mount (that of the name in
+    `subject` cannot be had, or without an errno is not offered), mount-at (not at its path), kernel, invalid,
+    state or config.
     `left`: a part of the launch does not end; `Departed` is answered when it has ended.
     """
 
@@ -456,6 +482,7 @@ Request = (
     | WorkspaceNames
     | WorkspaceUse
     | RemoveWorkspace
+    | ReloadMounts
     | OpenFile
     | OpenAuditLog
     | SetShare
@@ -508,7 +535,10 @@ _ENCODER: Final = json.JSONEncoder(separators=(",", ":"), default=_members)
 # the members of each class, and the type that each is declared with
 _TYPES: Final[dict[type, dict[str, Any]]] = {
     cls: {field.name: field.type for field in fields(cls)}
-    for cls in (*REQUESTS.values(), *REPLIES.values(), Limits, Usage, Measurement, Share, Sums, GroupUse)
+    for cls in (
+        *(*REQUESTS.values(), *REPLIES.values()),
+        *(Limits, Usage, Measurement, Share, Sums, GroupUse, MountSource),
+    )
 }
 
 
@@ -592,6 +622,7 @@ _READERS: Final[dict[Any, Callable[[object], Any]]] = {
     bool: _truth,
     tuple[int, ...]: _items(_whole_number, MAX_JOB_IDS),
     tuple[str, ...]: _items(_text, MAX_WORKSPACES),
+    tuple[MountSource, ...]: _items(lambda value: _value(MountSource, value), OFFERED_MAX),
     tuple[Measurement, ...]: _items(lambda value: _value(Measurement, value), MAX_MEASURED),
     Limits: lambda value: _value(Limits, value),
     Usage: lambda value: _value(Usage, value),

@@ -23,6 +23,7 @@ from pjw.launcher.policy import JOB_ENVIRONMENT, JOB_ID_MAX, Policy
 from pjw.launcher.processes import Watcher
 from pjw.launcher.protocol import Exec, Launch
 from pjw.launcher.visible import Place
+from pjw.model import MountSource, split_mount
 
 INIT_PROGRAM: Final = str(Path(__file__).with_name("pjw-init"))
 _REPORT_MAX_BYTES: Final = 512  # as in init/report.c
@@ -55,6 +56,13 @@ class Connected:
     """A socket that is connected within a job."""
 
     socket: int
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A mount of a directory, which is mounted nowhere yet, by its descriptor."""
+
+    tree: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,13 +221,39 @@ def place_words(places: Sequence[Place]) -> Iterator[str]:
         yield place.path
 
 
+def spawn_opener(sources: Sequence[MountSource]) -> tuple[int, socket.socket]:
+    """Have a process open directories of the host's; its pid, and the socket that it reports to.
+
+    For each, in their order, comes `Opened`, or `Failed` for the first that cannot be. Raises OSError.
+    """
+    paths = (("--open" if each.read_only else "--open-writable", each.path) for each in sources)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        with theirs:
+            pid = os.posix_spawn(
+                INIT_PROGRAM,
+                ["pjw-init: opener", "--report-fd", str(_REQUESTS_FD), *itertools.chain(*paths)],
+                JOB_ENVIRONMENT,
+                file_actions=[(os.POSIX_SPAWN_DUP2, theirs.fileno(), _REQUESTS_FD)],
+            )
+    except BaseException:
+        ours.close()
+        raise
+    return pid, ours
+
+
 def send_order(
-    report: socket.socket, request: Launch | Exec, descriptors: Sequence[int], workspace: int = -1
+    report: socket.socket,
+    request: Launch | Exec,
+    descriptors: Sequence[int],
+    workspace: int = -1,
+    mounts: Sequence[int] = (),
 ) -> None:
     """Have an init start its job, or a session its command; *descriptors* are its files. Raises OSError.
 
     Behind the files of a launch with an upload, or with artifacts, comes the program for archives.
-    *workspace* is the descriptor of a mount, if there is one, and the last of all.
+    *workspace* is the descriptor of a mount, if there is one; *mounts*, the last of all, are those of the
+    operator's directories.
     """
     own = _words_of_launch(request) if isinstance(request, Launch) else _words_of_session(request)
     words = (
@@ -233,8 +267,9 @@ def send_order(
         *(("--upload",) if isinstance(request, Launch) and request.upload else ()),
         *(("--workspace",) if workspace >= 0 else ()),
         *(("--keep",) if isinstance(request, Launch) and request.artifacts else ()),
+        *(_words_of_mounts(request) if isinstance(request, Launch) else ()),
     )
-    passed = [*descriptors, *((workspace,) if workspace >= 0 else ())]
+    passed = [*descriptors, *((workspace,) if workspace >= 0 else ()), *mounts]
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", passed))]
     report.sendmsg([b"".join(word.encode() + b"\0" for word in words)], rights)
 
@@ -249,11 +284,17 @@ def _words_of_launch(request: Launch) -> tuple[str, ...]:
     )
 
 
+def _words_of_mounts(request: Launch) -> Iterator[str]:
+    for _, path in map(split_mount, request.mounts):
+        yield "--mount-at"
+        yield path
+
+
 def _words_of_session(request: Exec) -> tuple[str, ...]:
     return ("--output-max", str(request.output_max_bytes))
 
 
-def read_report(report: socket.socket) -> Cloned | Execed | Connected | Failed:
+def read_report(report: socket.socket) -> Cloned | Execed | Connected | Opened | Failed:
     """Read the next report; the socket is ready. Raises ProtocolError for anything unknown."""
     try:
         data, ancillary, flags, _ = report.recvmsg(_REPORT_MAX_BYTES, socket.CMSG_SPACE(4))
@@ -269,6 +310,8 @@ def read_report(report: socket.socket) -> Cloned | Execed | Connected | Failed:
             return Cloned(pidfd)
         case [b"connected"], [connected]:
             return Connected(connected)
+        case [b"opened"], [tree]:
+            return Opened(tree)
         case [b"execed", ns], [] if ns.isdigit():
             return Execed(int(ns))
         case [b"failed", step, error, words], [] if error.isdigit():

@@ -102,6 +102,7 @@ class WaitingJob:
             exclusive=self.job.exclusive,
             outputs=tuple(stored.get("outputs", ())),
             output_required=stored.get("output_required", False),
+            mounts=self.job.mounts,
         )
 
 
@@ -543,7 +544,7 @@ def retry(db: sqlite3.Connection, job: Job, now_ns: int, *, was_stopped: bool) -
         return None
     kept = (
         "client_name, command, limits, name, labels, split_stderr, input, workdir, priority, waits_for,"
-        " array_id, array_index, workspace, exclusive, artifacts_required"
+        " array_id, array_index, workspace, exclusive, artifacts_required, mounts"
     )
     next_id = db.execute(
         f"INSERT INTO jobs ({kept}, start_ns, queued_ns, not_before_ns, attempt, artifacts)"

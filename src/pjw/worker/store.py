@@ -252,6 +252,7 @@ class JobStore:
             workspace=spec.workspace,
             exclusive=spec.exclusive,
             artifacts=Artifacts(required=spec.output_required) if spec.outputs else None,
+            mounts=spec.mounts,
         )
 
     def _insert(
@@ -266,6 +267,8 @@ class JobStore:
         if spec.outputs:
             required = int(spec.output_required)
             more = {**more, "artifacts": ArtifactsState.PENDING, "artifacts_required": required}
+        if spec.mounts:
+            more = {**more, "mounts": json.dumps(list(spec.mounts), ensure_ascii=False)}
         try:
             cursor = self._db.execute(
                 "INSERT INTO jobs (client_name, command, limits, start_ns, name, labels, split_stderr,"

@@ -64,7 +64,7 @@ size_t receive(enum step step, int socket, char *bytes, size_t bytes_max, int *f
 
 /* A launcher that is gone before it has ordered anything wants nothing any more. */
 void await_order(struct options *options) {
-    char words[ORDER_MAX_BYTES];
+    static char words[ORDER_MAX_BYTES];
     int fds[ORDER_FDS_MAX];
     size_t fd_count, length = receive(STEP_ORDER, report_fd, words, sizeof words, fds, ORDER_FDS_MAX, &fd_count);
     if (!length)
@@ -103,6 +103,10 @@ void report_cloned(int pidfd) {
 
 void report_connected(int socket) {
     send_report("connected", socket);
+}
+
+void report_opened(int tree) {
+    send_report("opened", tree);
 }
 
 void report_execed(int64_t ns) {
