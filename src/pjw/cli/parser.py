@@ -189,6 +189,14 @@ def _add_job_options(command: Parser) -> None:
     )
     job.add_argument("--exclusive", action="store_true", help="no other job is in its workspace meanwhile")
     job.add_argument(
+        "--mount",
+        dest="mounts",
+        action="append",
+        default=[],
+        metavar="NAME[:PATH]",
+        help="a directory that your operator offers (pjw quota), at PATH; default /mnt/NAME",
+    )
+    job.add_argument(
         "--allow", action="append", default=[], metavar="HOST[:PORT]",
         help="let it reach this host, or *.SUFFIX, by a proxy; with a port by its name too",
     )  # fmt: skip

@@ -57,6 +57,7 @@ def members(job: Job) -> dict[str, Any]:
         "arrayIndex": job.array_index,
         "workspace": job.workspace,
         "exclusive": job.exclusive,
+        "mounts": list(job.mounts),
         "allow": list(job.allow),
         "link": job.link,
     }

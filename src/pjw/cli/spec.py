@@ -51,6 +51,7 @@ def spec_from(arguments: Namespace) -> JobSpec:
         secrets=secrets(arguments),
         workspace=arguments.workspace or "",
         exclusive=arguments.exclusive,
+        mounts=arguments.mounts,
         allow=arguments.allow,
         link=arguments.link or "",
     )

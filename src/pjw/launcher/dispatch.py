@@ -20,7 +20,16 @@ from enum import Enum, auto
 from functools import partial
 from typing import Any, Final
 
-from pjw.errors import ConfigError, InvalidJobError, JobStateError, KernelError, PjwError, ProtocolError
+from pjw.errors import (
+    ConfigError,
+    InvalidJobError,
+    JobStateError,
+    KernelError,
+    MountError,
+    MountNotFoundError,
+    PjwError,
+    ProtocolError,
+)
 from pjw.launcher import protocol
 from pjw.launcher.accounts import keep_accounts
 from pjw.launcher.archive_program import ArchiveProgram
@@ -31,6 +40,7 @@ from pjw.launcher.egress import Egress
 from pjw.launcher.job_users import claim_users
 from pjw.launcher.lock import hold_lock
 from pjw.launcher.measure import measure
+from pjw.launcher.mounts import Mounts, read_mounts_of
 from pjw.launcher.operator_files import open_audit_log, open_operator_file
 from pjw.launcher.phases import InitPhase, require_permitted
 from pjw.launcher.policy import Policy, check_job_id, check_signal, instance_name
@@ -64,7 +74,7 @@ from pjw.launcher.spawn import (
 from pjw.launcher.stuck import describe
 from pjw.launcher.visible import check_visible
 from pjw.launcher.workspaces import Workspaces
-from pjw.model import Usage
+from pjw.model import Usage, offered
 
 # What a launch takes while it is under way; what a job takes until its end (the pidfd of its init, its status
 # file); and what is kept for all else that must go on when a client has taken the rest: to watch, account and
@@ -136,6 +146,8 @@ class LaunchInProgress:
     descriptors: list[int]
     # one of them that stays open until the job's end
     status: int = -1
+    # mounts of the operator's directories, until then too
+    mounts: list[int] = field(default_factory=list)
     init: Init | None = None
     timer: Timer | None = None
     phase: InitPhase = InitPhase.LAUNCHING
@@ -160,6 +172,7 @@ class Launcher:
         self._hierarchy: Hierarchy
         self._scratch: Scratch
         self._workspaces: Workspaces
+        self._mounts: Mounts
         self._removals: Removals
         self._pool: Pool
         self._egress: Egress
@@ -212,6 +225,7 @@ class Launcher:
         """Let go of all but the jobs."""
         self._watcher.unwatch(self._requests)
         if self._phase is Phase.SERVING:
+            self._mounts.close()
             self._egress.close()
             self._pool.close()
             self._hierarchy.release()
@@ -314,6 +328,7 @@ class Launcher:
             request.state_dir, request.scratch_dir, request.scratch_bytes_max, request.scratch_inodes_max
         )
         self._workspaces = Workspaces(request.state_dir, uid_first, request.workspace_bytes_max)
+        self._mounts = Mounts(self._watcher, self._policy.mounts)
         self._removals = Removals(self._watcher, self._scratch)
         # Jobs read the host's root and write to their scratch directories and, by init, to the state
         # directory. Without io limits no disk need be there at all (directories on tmpfs or an overlay).
@@ -338,13 +353,30 @@ class Launcher:
         self._policy.check_launch(request, descriptors)
         if request.allow and not self._egress.has_begun:
             raise JobStateError("pjwd-egress, which connects jobs to names on the network, was not started")
-        self._require_room(job_id, len(descriptors) + len(listeners_for(request)))
+        sources = offered(self._mounts.sources, request.client_name, request.mounts)
+        self._require_room(job_id, _kept_of(request, descriptors) + len(listeners_for(request)))
         # its files are the launch's from here on
         launch = LaunchInProgress(seq, request, time.monotonic(), descriptors[:])
         descriptors.clear()
         self._launching[job_id] = launch
-        self._pool.take(job_id, request.limits, request.uid, request.share, partial(self._on_taken, launch))
+        if sources:
+            self._mounts.open(sources, partial(self._on_opened, launch))
+        else:
+            self._take_init(launch)
         return None
+
+    def _on_opened(self, launch: LaunchInProgress, mounts: list[int] | PjwError) -> None:
+        if isinstance(mounts, PjwError):
+            self._on_taken(launch, mounts)
+            return
+        launch.mounts = mounts
+        self._take_init(launch)
+
+    def _take_init(self, launch: LaunchInProgress) -> None:
+        request = launch.request
+        self._pool.take(
+            request.job_id, request.limits, request.uid, request.share, partial(self._on_taken, launch)
+        )
 
     def _on_taken(self, launch: LaunchInProgress, init: Init | PjwError) -> None:
         if isinstance(init, Init) and (mate := self._mate_to_be(launch.request)) is not None:
@@ -358,6 +390,7 @@ class Launcher:
                 self._order(launch, init)
         finally:
             _close_all(launch.descriptors)
+            _close_all(launch.mounts)
 
     def _order(self, launch: LaunchInProgress, init: Init) -> None:
         launch.init = init
@@ -371,7 +404,9 @@ class Launcher:
                 with suppress(BrokenPipeError, ConnectionResetError):
                     needs_tool = request.upload or request.artifacts
                     tool = [self._archive_program.descriptor()] if needs_tool else []
-                    send_order(init.report, request, [*launch.descriptors, *tool], workspace, link)
+                    send_order(
+                        init.report, request, [*launch.descriptors, *tool], workspace, launch.mounts, link
+                    )
             finally:
                 _close_all([each for each in (workspace, link) if each >= 0])
             launch.status = launch.descriptors.pop(request.files.index("status"))
@@ -417,7 +452,7 @@ class Launcher:
 
     def _listen(self, job_id: int, request: protocol.Launch | protocol.Adopt, sockets: list[int]) -> None:
         """Have the connections of a job accepted; takes the sockets."""
-        self._egress.add(job_id, request.client, request.allow, listeners_for(request), sockets)
+        self._egress.add(job_id, request.client_name, request.allow, listeners_for(request), sockets)
         sockets.clear()
 
     def _open_workspace(self, request: protocol.Launch) -> int:
@@ -431,8 +466,8 @@ class Launcher:
     def _require_room(self, job_id: int, come: int) -> None:
         # A descriptor that cannot be had once init runs would end us, see main().
         room = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_DESCRIPTORS
-        # a launch that waits for a wrongly guessed init to end keeps the descriptors that came with it
-        kept = sum(len(launch.descriptors) for launch in self._launching.values())
+        # a launch that waits for its mounts, or for a wrongly guessed init to end, keeps its descriptors
+        kept = sum(_kept_of(launch.request, launch.descriptors) for launch in self._launching.values())
         begun = len(self._launching) + self._policy.waiting_inits + 1
         held = JOB_DESCRIPTORS * len(self._jobs) + len(self._departures) + kept
         held += SESSION_DESCRIPTORS * (self._sessions + 1) + self._egress.descriptors
@@ -468,7 +503,7 @@ class Launcher:
                 self._launched_at = time.monotonic()
             case Failed() as failed:
                 # init ends by itself after its report; it is killed as well, for one that reported nothing
-                kind = failed.step if failed.step in ("exec", "workdir", "unpack") else "setup"
+                kind = failed.step if failed.step in ("exec", "workdir", "unpack", "mount-at") else "setup"
                 subject = f"job {init.job_id}"
                 self._fail(launch, protocol.Refused(kind, failed.operation, subject, failed.errno, ""))
 
@@ -892,6 +927,18 @@ class Launcher:
         self._removals.begin_workspace(uid, name, spawn, on_removed)
         return None
 
+    def answer_reload_mounts(
+        self, seq: int, request: protocol.ReloadMounts, descriptors: list[int]
+    ) -> "Answer":
+        """Take the operator's mounts anew, from the file that root named in the greeting, and root owns."""
+        path = self._policy.configuration
+        if not path:
+            raise InvalidJobError("there is no configuration")
+        sources = read_mounts_of(open_operator_file(path), path)
+        self._policy.check_sources(sources)
+        self._mounts.sources = sources
+        return (protocol.Done(),)
+
     def answer_open_file(self, seq: int, request: protocol.OpenFile, descriptors: list[int]) -> "Answer":
         """Hand out a certificate, a key or the like that the operator has replaced; never by a path."""
         return self._hand_out(seq, open_operator_file(self._policy.operator_file(request.place)))
@@ -951,12 +998,19 @@ ROUTES: Final[dict[str, Route]] = {
     "workspace_names": Route(Launcher.answer_workspace_names),
     "workspace_use": Route(Launcher.answer_workspace_use, makes_processes=True),
     "remove_workspace": Route(Launcher.answer_remove_workspace, makes_processes=True),
+    "reload_mounts": Route(Launcher.answer_reload_mounts),
     "open_file": Route(Launcher.answer_open_file),
     "open_audit_log": Route(Launcher.answer_open_audit_log),
     "egress": Route(Launcher.answer_egress, makes_processes=True),
     "set_share": Route(Launcher.answer_set_share),
     "measure_client": Route(Launcher.answer_measure_client),
 }
+
+
+def _kept_of(request: protocol.Launch, descriptors: list[int]) -> int:
+    """How many descriptors a launch keeps until its init has its order, with those of its mounts."""
+    mounts = len(request.mounts) + 2 if request.mounts else 0
+    return len(descriptors) + mounts if descriptors else 0
 
 
 def _close_all(descriptors: list[int]) -> None:
@@ -982,6 +1036,10 @@ def refusal_of(error: PjwError) -> protocol.Refused:
     match error:
         case KernelError(operation=operation, subject=subject, errno=number):
             return protocol.Refused("kernel", operation, subject, number, hint)
+        case MountError(mount=str(name), errno=int(number)):
+            return protocol.Refused("mount", "", name, number, hint)
+        case MountNotFoundError(mount=name):
+            return protocol.Refused("mount", "", name, 0, hint)
         case InvalidJobError():
             return protocol.Refused("invalid", str(error), "", 0, hint)
         case JobStateError():

@@ -11,7 +11,17 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Final, get_args
 
 from pjw.errors import InvalidJobError, ProtocolError
-from pjw.model import DEFAULT_SHARE, NO_SUMS, GroupUse, Limits, Share, Sums, Usage
+from pjw.model import (
+    DEFAULT_SHARE,
+    NO_SUMS,
+    OFFERED_MAX,
+    GroupUse,
+    Limits,
+    MountSource,
+    Share,
+    Sums,
+    Usage,
+)
 
 MAX_DATAGRAM_BYTES: Final = 65_536
 MAX_DESCRIPTORS: Final = 10
@@ -55,6 +65,10 @@ class Hello:
     audit_log: str = ""
     # what the workspaces of one client may have, by a project quota where there are some; 0 is no limit
     workspace_bytes_max: int = 0
+    # directories that jobs may be given by their names
+    mounts: tuple[MountSource, ...] = ()
+    # one of `operator_files`, from which `ReloadMounts` takes them anew; empty: there is none
+    configuration: str = ""
     # the user of pjwd-egress; 0: there is none
     egress_uid: int = 0
     # the names on the network that jobs may reach, and ranges of addresses that are none of the internet's
@@ -86,10 +100,12 @@ class Launch:
     workspace: str = ""
     # whether what matches `patterns` of the job's files is packed into `artifacts` after its end
     artifacts: bool = False
+    # directories of the operator's, each as NAME:PATH
+    mounts: tuple[str, ...] = ()
+    # to whom they must be offered; empty without mounts; and who asks for names on the network, for the log
+    client_name: str = ""
     # the names on the network that it may reach (network.py)
     allow: tuple[str, ...] = ()
-    # who asks for them, for the log
-    client: str = ""
     # the network that it shares with other jobs of its user, by its name; empty: it has its own
     link: str = ""
 
@@ -156,7 +172,7 @@ class Adopt:
     job_id: int
     # as in Launch
     allow: tuple[str, ...] = ()
-    client: str = ""
+    client_name: str = ""
     link: str = ""
 
 
@@ -281,6 +297,13 @@ class RemoveWorkspace:
     op: ClassVar = "remove_workspace"
     uid: int
     name: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReloadMounts:
+    """Take the operator's mounts from `Hello.configuration`, as it is now; for launches from now on."""
+
+    op: ClassVar = "reload_mounts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -449,8 +472,9 @@ class Refused:
     """It was not done. `errno` is 0 when there is none.
 
     `kind`: exec, workdir (it cannot be entered), unpack (the upload cannot be), setup (another step of init),
-    late (the command was not executed in time: `operation` says in which), kernel, invalid, state or
-    config.
+    late (the command was not executed in time: `operation` says in which), mount (that of the name in
+    `subject` cannot be had, or without an errno is not offered), mount-at (not at its path), kernel, invalid,
+    state or config.
     `left`: a part of the launch does not end; `Departed` is answered when it has ended.
     """
 
@@ -481,6 +505,7 @@ Request = (
     | WorkspaceNames
     | WorkspaceUse
     | RemoveWorkspace
+    | ReloadMounts
     | OpenFile
     | OpenAuditLog
     | Egress
@@ -536,7 +561,10 @@ _ENCODER: Final = json.JSONEncoder(separators=(",", ":"), default=_members)
 # the members of each class, and the type that each is declared with
 _TYPES: Final[dict[type, dict[str, Any]]] = {
     cls: {field.name: field.type for field in fields(cls)}
-    for cls in (*REQUESTS.values(), *REPLIES.values(), Limits, Usage, Measurement, Share, Sums, GroupUse)
+    for cls in (
+        *(*REQUESTS.values(), *REPLIES.values()),
+        *(Limits, Usage, Measurement, Share, Sums, GroupUse, MountSource),
+    )
 }
 
 
@@ -620,6 +648,7 @@ _READERS: Final[dict[Any, Callable[[object], Any]]] = {
     bool: _truth,
     tuple[int, ...]: _items(_whole_number, MAX_JOB_IDS),
     tuple[str, ...]: _items(_text, MAX_WORKSPACES),
+    tuple[MountSource, ...]: _items(lambda value: _value(MountSource, value), OFFERED_MAX),
     tuple[Measurement, ...]: _items(lambda value: _value(Measurement, value), MAX_MEASURED),
     Limits: lambda value: _value(Limits, value),
     Usage: lambda value: _value(Usage, value),

@@ -23,6 +23,7 @@ from pjw.launcher.policy import JOB_ENVIRONMENT, JOB_ID_MAX, Policy
 from pjw.launcher.processes import Watcher
 from pjw.launcher.protocol import Adopt, Exec, Launch
 from pjw.launcher.visible import Place
+from pjw.model import MountSource, split_mount
 from pjw.network import NAMED_MAX, Listener, listeners_of
 
 INIT_PROGRAM: Final = str(Path(__file__).with_name("pjw-init"))
@@ -57,6 +58,13 @@ class Connected:
     """A socket that is connected within a job."""
 
     socket: int
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A mount of a directory, which is mounted nowhere yet, by its descriptor."""
+
+    tree: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,18 +237,40 @@ def place_words(places: Sequence[Place]) -> Iterator[str]:
         yield place.path
 
 
+def spawn_opener(sources: Sequence[MountSource]) -> tuple[int, socket.socket]:
+    """Have a process open directories of the host's; its pid, and the socket that it reports to.
+
+    For each, in their order, comes `Opened`, or `Failed` for the first that cannot be. Raises OSError.
+    """
+    paths = (("--open" if each.read_only else "--open-writable", each.path) for each in sources)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        with theirs:
+            pid = os.posix_spawn(
+                INIT_PROGRAM,
+                ["pjw-init: opener", "--report-fd", str(_REQUESTS_FD), *itertools.chain(*paths)],
+                JOB_ENVIRONMENT,
+                file_actions=[(os.POSIX_SPAWN_DUP2, theirs.fileno(), _REQUESTS_FD)],
+            )
+    except BaseException:
+        ours.close()
+        raise
+    return pid, ours
+
+
 def send_order(
     report: socket.socket,
     request: Launch | Exec,
     descriptors: Sequence[int],
     workspace: int = -1,
+    mounts: Sequence[int] = (),
     link: int = -1,
 ) -> None:
     """Have an init start its job, or a session its command; *descriptors* are its files. Raises OSError.
 
     Behind the files of a launch with an upload, or with artifacts, comes the program for archives.
-    *workspace* is the descriptor of a mount, if there is one. *link* is the network namespace that it shares
-    with another job, if it does, and the last of all.
+    *workspace* is the descriptor of a mount, if there is one; *mounts* are those of the operator's
+    directories. *link* is the network namespace that it shares with another job, if it does, and the last.
     """
     own = _words_of_launch(request) if isinstance(request, Launch) else _words_of_session(request)
     words = (
@@ -254,9 +284,11 @@ def send_order(
         *(("--upload",) if isinstance(request, Launch) and request.upload else ()),
         *(("--workspace",) if workspace >= 0 else ()),
         *(("--keep",) if isinstance(request, Launch) and request.artifacts else ()),
+        *(_words_of_mounts(request) if isinstance(request, Launch) else ()),
         *(("--link",) if link >= 0 else ()),
     )
-    passed = [*descriptors, *(each for each in (workspace, link) if each >= 0)]
+    workspaces, links = ([each] if each >= 0 else [] for each in (workspace, link))
+    passed = [*descriptors, *workspaces, *mounts, *links]
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", passed))]
     report.sendmsg([b"".join(word.encode() + b"\0" for word in words)], rights)
 
@@ -272,6 +304,12 @@ def _words_of_launch(request: Launch) -> tuple[str, ...]:
     )
 
 
+def _words_of_mounts(request: Launch) -> Iterator[str]:
+    for _, path in map(split_mount, request.mounts):
+        yield "--mount-at"
+        yield path
+
+
 def listeners_for(request: Launch | Adopt) -> Sequence[Listener]:
     """Where a job has what accepts its connections to names on the network; nowhere without names."""
     if not request.allow:
@@ -283,7 +321,7 @@ def _words_of_session(request: Exec) -> tuple[str, ...]:
     return ("--output-max", str(request.output_max_bytes))
 
 
-def read_report(report: socket.socket) -> Cloned | Execed | Connected | Listening | Failed:
+def read_report(report: socket.socket) -> Cloned | Execed | Connected | Opened | Listening | Failed:
     """Read the next report; the socket is ready. Raises ProtocolError for anything unknown."""
     try:
         data, ancillary, flags, _ = report.recvmsg(_REPORT_MAX_BYTES, _REPORT_RIGHTS_BYTES)
@@ -299,6 +337,8 @@ def read_report(report: socket.socket) -> Cloned | Execed | Connected | Listenin
             return Cloned(pidfd)
         case [b"connected"], [connected]:
             return Connected(connected)
+        case [b"opened"], [tree]:
+            return Opened(tree)
         case [b"listening"], [_, *_] as sockets:
             return Listening(tuple(sockets))
         case [b"execed", ns], [] if ns.isdigit():

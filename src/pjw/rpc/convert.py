@@ -26,6 +26,7 @@ from pjw.model import (
     JobSpec,
     JobState,
     Limits,
+    Mount,
     QueueSpec,
     Retry,
     Session,
@@ -99,6 +100,7 @@ def job_to_message(job: Job) -> pb.Job:
         array_index=job.array_index,
         workspace=job.workspace,
         exclusive=job.exclusive,
+        mounts=job.mounts,
         allow=job.allow,
         link=job.link,
     )
@@ -166,6 +168,7 @@ def job_from_message(message: pb.Job) -> Job:
         array_index=message.array_index if message.HasField("array_id") else None,
         workspace=message.workspace,
         exclusive=message.exclusive,
+        mounts=tuple(message.mounts),
         allow=tuple(message.allow),
         link=message.link,
     )
@@ -235,6 +238,7 @@ def spec_to_message(spec: JobSpec) -> pb.StartRequest:
         upload=spec.upload,
         workspace=spec.workspace,
         exclusive=spec.exclusive,
+        mounts=spec.mounts,
         allow=spec.allow,
         link=spec.link,
     )
@@ -285,6 +289,7 @@ def spec_from_message(message: pb.StartRequest) -> JobSpec:
         upload=message.upload,
         workspace=message.workspace,
         exclusive=message.exclusive,
+        mounts=tuple(message.mounts),
         allow=tuple(message.allow),
         link=message.link,
     )
@@ -542,6 +547,7 @@ def quota_to_message(quota: ClientQuota) -> pb.GetQuotaResponse:
         ceilings=_limits_message(quota.ceilings),
         sums=pb.Sums(**dict(quota.sums.items())),
         use=pb.GroupUse(memory_bytes=use.memory_bytes, pids=use.pids, cpu_usage_usec=use.cpu_usage_usec),
+        mounts=[pb.Mount(name=mount.name, read_only=mount.read_only) for mount in quota.mounts],
         **{name: getattr(quota, name) for name in _QUOTA_NUMBERS},
     )
 
@@ -555,6 +561,7 @@ def quota_from_message(message: pb.GetQuotaResponse) -> ClientQuota:
         ceilings=Limits(**limits_from_message(message.ceilings)),
         sums=Sums(sums.memory_max_bytes, sums.pids_max, sums.cpu_max_millicores),
         use=GroupUse(use.memory_bytes, use.pids, use.cpu_usage_usec),
+        mounts=tuple(Mount(mount.name, mount.read_only) for mount in message.mounts),
         **{name: getattr(message, name) for name in _QUOTA_NUMBERS},
     )
 

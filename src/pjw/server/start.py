@@ -93,7 +93,7 @@ def _serve(config: ServerConfig, path: str | None, options: Mapping[str, object]
 
     state = StateDir(config.state_dir, uid)
     backups = BackupPort(state)
-    launcher = start_launcher(state.path, settings, files.paths, config.audit_log or "")
+    launcher = start_launcher(state.path, settings, files.paths, config.audit_log or "", files.config or "")
     # After the launcher, which moves this process into a leaf where cgroup v2 wants that: a trial init in the
     # old cgroup would keep the launcher from delegating controllers. Before the import of gRPC: with gRPC's
     # threads a child would die before its exec.

@@ -19,6 +19,8 @@ from pjw.errors import (
     LauncherGoneError,
     LaunchError,
     LimitReachedError,
+    MountError,
+    MountNotFoundError,
     PjwError,
     ProtocolError,
     WorkdirError,
@@ -172,7 +174,7 @@ class LauncherClient:
         request = protocol.Adopt(job_id)
         if job is not None and (job.allow or job.link):
             client = job.client_name if job.allow else ""
-            request = protocol.Adopt(job_id, allow=tuple(job.allow), client=client, link=job.link)
+            request = protocol.Adopt(job_id, allow=tuple(job.allow), client_name=client, link=job.link)
         answer = await self._request(request)
         reply, fds = answer.reply, answer.descriptors
         if not isinstance(reply, protocol.Adopted) or len(fds) != reply.alive:
@@ -283,6 +285,10 @@ class LauncherClient:
     async def request_remove_workspace(self, uid: int, name: str) -> None:
         """Remove a workspace with all that is in it. Raises KernelError when something stays."""
         await self._request(protocol.RemoveWorkspace(uid, name))
+
+    async def request_reload_mounts(self) -> None:
+        """Have the operator's mounts read again. Raises KernelError or ConfigError."""
+        await self._request(protocol.ReloadMounts())
 
     async def request_open_file(self, place: int) -> int:
         """The operator's file at that place, open for reading; the caller owns it.
@@ -409,6 +415,13 @@ def _launch_error_of(refused: protocol.Refused, spec: JobSpec) -> PjwError:
             # "unpack the upload: WHY for": a name in it is the client's own
             words = f"cannot {refused.operation.removesuffix(' for')}"
             return CopyError(words if words.isprintable() else ascii(words)[1:-1])
+        case "mount-at":
+            words = f"cannot {refused.operation.removesuffix(' for')}"
+            return MountError(
+                f"{words if words.isprintable() else ascii(words)[1:-1]}: {describe_errno(refused.errno)}",
+                hint="mount it at an existing directory of the job's, or leave the path out",
+                errno=refused.errno,
+            )
         case _:
             return _error_of(refused)
 
@@ -431,6 +444,10 @@ def _error_of(refused: protocol.Refused) -> PjwError:
             )
         case "invalid":
             return InvalidJobError(refused.operation, hint=hint)
+        case "mount":
+            # the name of a mount; without an errno the client has none of this name
+            name = refused.subject
+            return MountError.of_source(name, refused.errno) if refused.errno else MountNotFoundError(name)
         case "state":
             return JobStateError(refused.operation, hint=hint)
         case "config":

@@ -365,6 +365,10 @@ END;
 DROP INDEX jobs_with_output;
 CREATE INDEX jobs_with_output ON jobs (client_name, end_ns) WHERE output_bytes + artifact_bytes > 0;
 """,
+    # Mounts of the operator's that a job has, as a list in JSON; empty for none.
+    """
+ALTER TABLE jobs ADD COLUMN mounts TEXT NOT NULL DEFAULT '';
+""",
     # The names on the network that a job may reach, with spaces between them, and the network that it shares.
     """
 ALTER TABLE jobs ADD COLUMN allow TEXT NOT NULL DEFAULT '';

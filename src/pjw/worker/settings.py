@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from pjw.errors import ConfigError
-from pjw.model import DEFAULT_SHARE, LIMIT_MAXIMUM, NO_SUMS, Limits, Share, Sums
+from pjw.model import DEFAULT_SHARE, LIMIT_MAXIMUM, NO_SUMS, Limits, MountSource, Share, Sums
 from pjw.worker.network import Network
 
 UID_COUNT: Final = 65_536
@@ -154,6 +154,8 @@ class WorkerSettings:
     quotas: Quotas = Quotas()
     disk: DiskMarks = DiskMarks()
     queue: QueueSlots = QueueSlots()
+    # directories of the host that jobs may ask for
+    mounts: tuple[MountSource, ...] = ()
     network: Network = field(default_factory=Network)
 
     def __post_init__(self) -> None:

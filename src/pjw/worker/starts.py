@@ -18,7 +18,7 @@ from pjw.errors import (
     PjwError,
 )
 from pjw.launcher.protocol import Launch
-from pjw.model import EndReason, Job, JobSpec, Limits
+from pjw.model import EndReason, Job, JobSpec, Limits, offered
 from pjw.output import Inotify
 from pjw.worker.artifacts import patterns_file
 from pjw.worker.background import Background, log_bug
@@ -302,6 +302,7 @@ class Starts:
         self._running.take(client_name, limits)
         use: Use | None = None
         try:
+            offered(self._running.settings.mounts, client_name, spec.mounts)
             if spec.workspace:
                 use = await self._workspaces.take(client_name, spec)
             # before the row, so that ids are launched in their order, as the launcher guesses
@@ -394,8 +395,9 @@ class Starts:
             upload=bool(spec.upload),
             workspace=job.workspace,
             artifacts=bool(spec.outputs),
+            mounts=tuple(spec.mounts),
+            client_name=job.client_name if spec.mounts or job.allow else "",
             allow=tuple(job.allow),
-            client=job.client_name if job.allow else "",
             link=job.link,
         )
         return await self._launcher.request_launch(request, spec, descriptors)

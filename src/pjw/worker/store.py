@@ -252,6 +252,7 @@ class JobStore:
             workspace=spec.workspace,
             exclusive=spec.exclusive,
             artifacts=Artifacts(required=spec.output_required) if spec.outputs else None,
+            mounts=spec.mounts,
             allow=spec.allow,
             link=spec.link,
         )
@@ -268,6 +269,8 @@ class JobStore:
         if spec.outputs:
             required = int(spec.output_required)
             more = {**more, "artifacts": ArtifactsState.PENDING, "artifacts_required": required}
+        if spec.mounts:
+            more = {**more, "mounts": json.dumps(list(spec.mounts), ensure_ascii=False)}
         if spec.allow or spec.link:
             more = {**more, "allow": " ".join(spec.allow), "link": spec.link}
         try:

@@ -23,6 +23,7 @@ from pjw.errors import (
     LauncherGoneError,
     LimitRangeError,
     LimitReachedError,
+    MountNotFoundError,
     PjwError,
 )
 from pjw.model import (
@@ -38,6 +39,7 @@ from pjw.model import (
     TerminalSize,
     UsageSample,
     Workspace,
+    offered,
 )
 from pjw.output import Inotify
 from pjw.worker.adoption import adopt
@@ -336,6 +338,13 @@ class Worker:
         """
         await self._background.failed.wait()
 
+    async def reload_mounts(self) -> None:
+        """Have the launcher take the operator's mounts from the configuration as it is now.
+
+        Raises KernelError or ConfigError when it cannot; then it keeps those that it has.
+        """
+        await self._launcher.request_reload_mounts()
+
     async def open_operator_file(self, place: int) -> int:
         """A file that the launcher was told of at its start, open for reading; the caller owns it."""
         return await self._launcher.request_open_file(place)
@@ -403,7 +412,7 @@ class Worker:
             self._running.require_possible(client_name, limits)
         await self._users.of(client_name)
         for spec in specs:
-            await self._require_upload(spec, client_name)
+            await self._require_what_is_named(spec, client_name)
         # to its end, as whoever is cancelled cannot know how far it has come
         return await asyncio.shield(self._submit(asked, client_name))
 
@@ -422,12 +431,13 @@ class Worker:
         self._queue.added(jobs)
         return [self._shown(job) for job in jobs]
 
-    async def _require_upload(self, spec: JobSpec, client_name: str) -> None:
-        if not spec.upload:
-            return
+    async def _require_what_is_named(self, spec: JobSpec, client_name: str) -> None:
+        """Raises CopyError for an upload, and MountNotFoundError for a mount, that there is not."""
         try:
-            await self._uploads.renew(client_name, spec.upload)
-        except CopyError:
+            offered(self._settings.mounts, client_name, spec.mounts)
+            if spec.upload:
+                await self._uploads.renew(client_name, spec.upload)
+        except (CopyError, MountNotFoundError):
             # a job that the same request has made before may have had it
             request_id = spec.request_id
             if not request_id or await self._state.store.of_request(client_name, request_id) is None:
@@ -858,6 +868,7 @@ class Worker:
             use=use,
             queued=(await self._state.store.queued_of_clients()).get(client_name, 0),
             queued_max=settings.quotas.queued_max,
+            mounts=tuple(each.shown for each in settings.mounts if each.is_for(client_name)),
         )
 
     async def logs(

@@ -18,6 +18,8 @@
 #include <sys/types.h>
 
 enum { HIDES_MAX = 64, PLACES_MAX = 128, MOUNTS_MAX = PLACES_MAX + 3, CGROUPS_MAX = 16, LIFTS_MAX = 64, COMMAND_MAX_BYTES = (1 << 20) + (1 << 16), ORDER_MAX_BYTES = 8192, STREAMS_MAX = 2 };
+/* of the operator's directories: of one job; and bytes of a path where it has one */
+enum { JOB_MOUNTS_MAX = 8, TARGET_MAX_BYTES = 255 };
 /* where a job has its workspace, if it has one */
 #define WORKSPACE_DIRECTORY "/run/workspace"
 /* of a job with names on the network: that of the proxy, and of each name with a port */
@@ -48,6 +50,8 @@ enum { REQUEST_MAX_BYTES = 1 << 20, REQUEST_FDS_MAX = 1 + CGROUPS_MAX + LIFTS_MA
     X(MOUNT_RUN, "mount-run", "mount /run")                             \
     X(MOUNT_SCRATCH, "mount-scratch", "mount the scratch directory at") \
     X(MOUNT_WORKSPACE, "mount-workspace", "mount the workspace at")     \
+    X(MOUNT_SOURCE, "mount-source", "open the directory of the mount")  \
+    X(MOUNT_AT, "mount-at", "mount the operator's directory at")        \
     X(MOUNT_TMP, "mount-tmp", "mount a private")                        \
     X(MOUNT_DEV, "mount-dev", "mount /dev")                             \
     X(DEVICE, "make-device", "make")                                    \
@@ -100,6 +104,12 @@ struct place {
     int fd; /* root.c's */
 };
 
+/* A directory that the operator offers. */
+struct source {
+    const char *path;
+    bool writable;
+};
+
 /* Where connections come from within the job, for who makes them outside. */
 struct listener {
     uint32_t address; /* in the order of the network, as the port */
@@ -124,6 +134,10 @@ struct options {
     int upload_fd;
     bool workspace; /* the order comes with a mount of it */
     int workspace_fd;
+    const char *targets[JOB_MOUNTS_MAX]; /* where the job has directories of the operator's; the order comes with mounts of them */
+    int target_fds[JOB_MOUNTS_MAX], target_count;
+    struct source sources[JOB_MOUNTS_MAX]; /* not for an init: open these, and hand over mounts of them */
+    int source_count;
     bool keep; /* the order comes with patterns of files that are kept after the end, and with a file for their archive */
     int patterns_fd, artifacts_fd;
     int archive_fd; /* the program that unpacks the one and packs the other; -1 where there is neither */
@@ -165,9 +179,10 @@ void parse_request(char *words, size_t length, struct options *options);
  * The words of an order, each ended by NUL, and the descriptors that came with it: command, output, status,
  * times; where stderr is kept apart its own output and times; with --control that file; where there is input, that; with
  * --keep the file for artifacts; with --upload the archive; with --keep the patterns; with one of these two the program for
- * archives; with --workspace a mount of it; last, with --link, a network namespace. A session has no times, and no workspace but that of its job.
+ * archives; with --workspace a mount of it; for each --mount-at a mount of that; last, with --link, a network namespace. A session has no times, and no mounts but
+ * those of its job.
  */
-enum { ORDER_FDS_MAX = 13 };
+enum { ORDER_FDS_MAX = 13 + JOB_MOUNTS_MAX };
 void parse_order(char *words, size_t length, const int *fds, size_t fd_count, struct options *options);
 void release_command(struct options *options);
 
@@ -182,6 +197,7 @@ void await_order(struct options *options);
 void report_cloned(int pidfd);
 void report_execed(int64_t realtime_ns);
 void report_connected(int socket);
+void report_opened(int tree);
 void report_listening(const int *sockets, size_t count);
 /* With --tell, name on stderr the step that init is about to take, so that a reader sees where init hangs. */
 void begin(const struct options *options, enum step step, const char *subject);
@@ -248,6 +264,10 @@ bool is_in_template(void);
 /* mounts.c; the second when the order is known */
 void make_mounts(struct options *options);
 void finish_mounts(struct options *options);
+
+/* offered.c: the operator's directories, opened by a process that does nothing else, and attached in a job */
+_Noreturn void hand_over_sources(const struct options *options);
+void mount_offered(const struct options *options);
 
 /* privilege.c */
 int set_oom_score_adj(const char *value);

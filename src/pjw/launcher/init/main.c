@@ -171,6 +171,8 @@ int main(int argc, char **argv) {
     parse_options(argc, argv, &options);
     if (options.spawner)
         spawn_inits(argc, argv);
+    if (options.source_count)
+        hand_over_sources(&options);
     prepare(&options);
     pid_t init = spawn_init(&options);
     if (init < 0)

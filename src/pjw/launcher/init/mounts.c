@@ -253,6 +253,8 @@ void finish_mounts(struct options *options) {
     finish_names(options);
     if (options->workspace)
         mount_workspace(options->workspace_fd);
+    if (options->target_count)
+        mount_offered(options);
     /* Last, so that a path is looked up as the job would: one that our own mounts cover is gone already. */
     for (int i = 0; i < options->hide_count; i++) {
         begin(options, STEP_HIDE, options->hides[i]);

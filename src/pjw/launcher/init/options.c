@@ -16,7 +16,7 @@ enum option_id {
     REPORT_FD = 1, STATUS_FD, OUTPUT_FD, COMMAND_FD, CGROUP_FD, CGROUP_PROCS_FD, USER_ID, GROUP_ID, HOSTNAME,
     SCRATCH, HIDE, TMP_BYTES, OUTPUT_MAX, TIME_MAX, WAIT, SPLIT_STDERR, TIMES_FD, STDERR_FD, STDERR_TIMES_FD,
     INPUT, INPUT_FD, LIFT_FD, LIFT, VISIBLE, BOUND, COVER, TELL, GRACE, CGROUP, SPAWNER, VARIABLE, ENTER_FD, CONTROL,
-    TERMINAL, CONNECT, TOOL_FD, UPLOAD, MOUNT, WORKSPACE, KEEP, LISTEN, LINK,
+    TERMINAL, CONNECT, TOOL_FD, UPLOAD, MOUNT, WORKSPACE, KEEP, MOUNT_AT, OPEN, OPEN_WRITABLE, LISTEN, LINK,
 };
 
 /* Where an option may come: an order says what was not known before the job, and nothing about the host. */
@@ -63,6 +63,9 @@ static const struct option OPTIONS[] = {
     {"upload", no_argument, NULL, UPLOAD | ORDER},
     {"workspace", no_argument, NULL, WORKSPACE | ORDER},
     {"keep", no_argument, NULL, KEEP | ORDER},
+    {"mount-at", required_argument, NULL, MOUNT_AT | ORDER},
+    {"open", required_argument, NULL, OPEN | LINE},
+    {"open-writable", required_argument, NULL, OPEN_WRITABLE | LINE},
     {"listen", required_argument, NULL, LISTEN | LINE | ORDER},
     {"link", no_argument, NULL, LINK | ORDER},
     {NULL, 0, NULL, 0},
@@ -106,6 +109,20 @@ static void add_place(struct options *options, const char *option, enum view vie
     if (options->place_count == PLACES_MAX)
         refuse(option, optarg, "too many of them");
     options->places[options->place_count++] = (struct place){path(option, optarg), view, -1};
+}
+
+static void add_source(struct options *options, const char *option, bool writable) {
+    if (options->source_count == JOB_MOUNTS_MAX)
+        refuse(option, optarg, "too many of them");
+    options->sources[options->source_count++] = (struct source){path(option, optarg), writable};
+}
+
+static void add_target(struct options *options, const char *option) {
+    if (options->target_count == JOB_MOUNTS_MAX)
+        refuse(option, optarg, "too many of them");
+    if (strlen(optarg) > TARGET_MAX_BYTES)
+        refuse(option, optarg, "too long");
+    options->targets[options->target_count++] = path(option, optarg);
 }
 
 /* ADDRESS:PORT, and /HOST behind it where it stands for a host. */
@@ -310,6 +327,9 @@ static int take_options(int argc, char **argv, enum phase phase, struct options 
         case UPLOAD: options->upload = true; break;
         case WORKSPACE: options->workspace = true; break;
         case KEEP: options->keep = true; break;
+        case MOUNT_AT: add_target(options, name); break;
+        case OPEN: add_source(options, name, false); break;
+        case OPEN_WRITABLE: add_source(options, name, true); break;
         case LISTEN: add_listener(options, name, optarg); break;
         case LINK: options->link = true; break;
         default: /* getopt_long(3) has said what is wrong */
@@ -346,6 +366,11 @@ void parse_options(int argc, char **argv, struct options *options) {
         .environment = environ,
     };
     int command_fd = take_options(argc, argv, LINE, options);
+    if (options->source_count) {
+        if (options->report_fd < 0 || options->waits || options->spawner || command_fd >= 0 || optind < argc)
+            refuse("open", "(none)", "only with --report-fd");
+        return;
+    }
     if (options->spawner) {
         if (options->waits || command_fd >= 0 || optind < argc)
             refuse("spawner", "(none)", "what it spawns is told in requests");
@@ -414,7 +439,7 @@ void parse_request(char *words, size_t length, struct options *options) {
 }
 
 void parse_order(char *words, size_t length, const int *fds, size_t fd_count, struct options *options) {
-    enum { WORDS_MAX = 26 + 2 * LISTENERS_MAX };
+    enum { WORDS_MAX = 26 + 2 * JOB_MOUNTS_MAX + 2 * LISTENERS_MAX };
     char *argv[WORDS_MAX + 2] = {"order"};
     int count = split("wait", words, length, argv, WORDS_MAX);
     if (take_options(count, argv, ORDER, options) >= 0 || optind < count)
@@ -429,9 +454,12 @@ void parse_order(char *words, size_t length, const int *fds, size_t fd_count, st
         refuse("workspace", "(order)", "a session has that of its job");
     if ((options->listener_count || options->link) && is_session(options))
         refuse(options->link ? "link" : "listen", "(order)", "a session has the network of its job");
+    if (options->target_count && is_session(options))
+        refuse("mount-at", "(order)", "a session has those of its job");
     bool archives = options->upload || options->keep;
     if (fd_count != 3U + timed + (1U + timed) * options->split_stderr + options->control + options->input +
-                        options->upload + 2U * options->keep + archives + options->workspace + options->link)
+                        options->upload + 2U * options->keep + archives + options->workspace + (unsigned)options->target_count +
+                        options->link)
         refuse("wait", "(order)", "not the descriptors that it should have");
     int command = *fds++;
     options->output_fds[0] = *fds++;
@@ -456,6 +484,8 @@ void parse_order(char *words, size_t length, const int *fds, size_t fd_count, st
         options->archive_fd = *fds++;
     if (options->workspace)
         options->workspace_fd = *fds++;
+    for (int i = 0; i < options->target_count; i++)
+        options->target_fds[i] = *fds++;
     if (options->link)
         options->link_fd = *fds;
     read_command(command, options);

@@ -64,7 +64,7 @@ size_t receive(enum step step, int socket, char *bytes, size_t bytes_max, int *f
 
 /* A launcher that is gone before it has ordered anything wants nothing any more. */
 void await_order(struct options *options) {
-    char words[ORDER_MAX_BYTES];
+    static char words[ORDER_MAX_BYTES];
     int fds[ORDER_FDS_MAX];
     size_t fd_count, length = receive(STEP_ORDER, report_fd, words, sizeof words, fds, ORDER_FDS_MAX, &fd_count);
     if (!length)
@@ -108,6 +108,10 @@ void report_connected(int socket) {
 void report_listening(const int *sockets, size_t count) {
     if (report_fd >= 0)
         send_report("listening", sockets, count);
+}
+
+void report_opened(int tree) {
+    send_report("opened", &tree, 1);
 }
 
 void report_execed(int64_t ns) {
