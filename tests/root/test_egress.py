@@ -97,8 +97,9 @@ class World:
             self.name(name, address)
         self.service: Final = Service(directory, config=self.config())
         self.service.pjwd = self.directory / "pjwd"
-        # in a mount namespace of its own, where /etc/hosts is our file
-        script = f'mount --bind {self.names} /etc/hosts && exec {BIN}/pjwd "$@"'
+        # in a mount namespace of its own, where /etc/hosts is our file; and without what the unit leaves out
+        less = "setpriv --bounding-set=-net_bind_service"
+        script = f'mount --bind {self.names} /etc/hosts && exec {less} {BIN}/pjwd "$@"'
         self.service.pjwd.write_text(f"#!/bin/sh\nexec unshare --mount sh -c '{script}' pjwd \"$@\"\n")
         self.service.pjwd.chmod(0o755)
         self.service.start()
@@ -272,6 +273,13 @@ def test_a_host_by_its_name(world: World, client: Client) -> None:
     """For a program that knows no proxy: a name with a port, at an address of the job's own; and no other."""
     port = str(world.echo_port)
     assert say(client, world.spec([*python(CONNECT), "good.test", port, "hello"])) == "hello\n"
+    # one that takes privilege elsewhere
+    low = JobSpec(
+        [*python(CONNECT), "good.test", "80", "GET /hello HTTP/1.0\r\n\r\n"], allow=["good.test:80"]
+    )
+    assert say(client, low).endswith("hello from the internet\n\n")
+    port_start = "cat /proc/sys/net/ipv4/ip_unprivileged_port_start"
+    assert say(client, JobSpec(port_start, allow=["good.test:80"])) == "1024\n"
     for host, where in (("good.test", "80"), (world.address, port), ("11.0.0.1", "80")):
         said = say(client, world.spec([*python(CONNECT), host, where, "hello"]))
         assert "Error" in said, (host, where, said)

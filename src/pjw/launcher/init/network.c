@@ -6,8 +6,11 @@
 #include "init.h"
 
 #include <arpa/inet.h>
+#include <errno.h>
+#include <fcntl.h>
 #include <sched.h>
 #include <stdio.h>
+#include <string.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -15,6 +18,29 @@ void join_network(const struct options *options) {
     if (setns(options->link_fd, CLONE_NEWNET) < 0)
         fail(STEP_LINK, NULL);
     close(options->link_fd);
+}
+
+/*
+ * A port below 1024 takes CAP_NET_BIND_SERVICE, which pjwd has no other need of, or a network that gives them to anybody: this
+ * one does for a moment. In the job's own /proc, as that of the host may be read-only.
+ */
+static void set_first_free_port(const char *number) {
+    int fd = open("/proc/sys/net/ipv4/ip_unprivileged_port_start", O_WRONLY | O_CLOEXEC);
+    if (fd < 0 || write(fd, number, strlen(number)) < 0)
+        fail(STEP_LISTEN, "a port below 1024");
+    close(fd);
+}
+
+static int bind_to(int fd, const struct sockaddr_in *address) {
+    int bound = bind(fd, (const struct sockaddr *)address, sizeof *address);
+    if (bound == 0 || errno != EACCES)
+        return bound;
+    set_first_free_port("0");
+    bound = bind(fd, (const struct sockaddr *)address, sizeof *address);
+    int error = errno;
+    set_first_free_port("1024");
+    errno = error;
+    return bound;
 }
 
 static int listen_at(const struct listener *listener) {
@@ -26,7 +52,7 @@ static int listen_at(const struct listener *listener) {
     int fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
     /* connections of before may still be there when a later launcher has this made again */
     if (fd < 0 || setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &(int){1}, sizeof(int)) < 0 ||
-        bind(fd, (struct sockaddr *)&address, sizeof address) < 0 || listen(fd, SOMAXCONN) < 0)
+        bind_to(fd, &address) < 0 || listen(fd, SOMAXCONN) < 0)
         fail(STEP_LISTEN, subject);
     return fd;
 }
