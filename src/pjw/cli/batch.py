@@ -29,12 +29,13 @@ _TYPED: Final[Mapping[str, Callable[[str], int]]] = {
     "output": units.size,
     "timeout": units.whole_seconds,
 }
-_TEXTS: Final = ("name", "workdir", "workspace", "image")
+_TEXTS: Final = ("name", "workdir", "workspace", "image", "link")
 _FLAGS: Final = ("split_stderr", "hold", "rerun_if_lost", "exclusive", "output_required", "read_only")
 _RETRY: Final = ("retry", "retry_on", "backoff")
 _WAITS: Final = ("priority", "not_before", "after", "array")
 _TABLES: Final = ("env", "labels")
-KEYS: Final = ("command", "outputs", *_TEXTS, *_FLAGS, *_TABLES, *_WAITS, *_RETRY, *_TYPED)
+_LISTS: Final = ("outputs", "mounts", "allow")
+KEYS: Final = ("command", *_LISTS, *_TEXTS, *_FLAGS, *_TABLES, *_WAITS, *_RETRY, *_TYPED)
 
 
 def submit_file(arguments: argparse.Namespace) -> None:
@@ -145,12 +146,12 @@ def _spec(job: object, named: Mapping[str, int]) -> JobSpec:
     return JobSpec(
         job.get("command", ()),
         limits,
-        **{name: job[name] for name in (*_TEXTS, *_TABLES) if name in job},
+        **{name: job[name] for name in (*_TEXTS, *_TABLES, *_LISTS) if name in job},
         split_stderr=job.get("split_stderr", False),
         exclusive=job.get("exclusive", False),
         read_only=job.get("read_only", False),
-        outputs=job.get("outputs", ()),
         output_required=job.get("output_required", False),
+        allow=job.get("allow", ()),
         queue=queue,
     )
 

@@ -59,6 +59,9 @@ def members(job: Job) -> dict[str, Any]:
         "exclusive": job.exclusive,
         "image": job.image,
         "readOnly": job.read_only,
+        "mounts": list(job.mounts),
+        "allow": list(job.allow),
+        "link": job.link,
     }
 
 

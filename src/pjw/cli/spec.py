@@ -53,6 +53,9 @@ def spec_from(arguments: Namespace) -> JobSpec:
         exclusive=arguments.exclusive,
         image=arguments.image or "",
         read_only=arguments.read_only,
+        mounts=arguments.mounts,
+        allow=arguments.allow,
+        link=arguments.link or "",
     )
 
 

@@ -28,6 +28,7 @@ from pjw.model import (
     JobSpec,
     JobState,
     Limits,
+    Mount,
     QueueSpec,
     Retry,
     Session,
@@ -104,6 +105,9 @@ def job_to_message(job: Job) -> pb.Job:
         exclusive=job.exclusive,
         image=job.image,
         read_only=job.read_only,
+        mounts=job.mounts,
+        allow=job.allow,
+        link=job.link,
     )
 
 
@@ -171,6 +175,9 @@ def job_from_message(message: pb.Job) -> Job:
         exclusive=message.exclusive,
         image=message.image,
         read_only=message.read_only,
+        mounts=tuple(message.mounts),
+        allow=tuple(message.allow),
+        link=message.link,
     )
 
 
@@ -282,6 +289,9 @@ def spec_to_message(spec: JobSpec) -> pb.StartRequest:
         exclusive=spec.exclusive,
         image=spec.image,
         read_only=spec.read_only,
+        mounts=spec.mounts,
+        allow=spec.allow,
+        link=spec.link,
     )
     _set_command(request, spec)
     return request
@@ -336,6 +346,9 @@ def spec_from_message(message: pb.StartRequest) -> JobSpec:
         exclusive=message.exclusive,
         image=message.image,
         read_only=message.read_only,
+        mounts=tuple(message.mounts),
+        allow=tuple(message.allow),
+        link=message.link,
     )
 
 
@@ -591,6 +604,7 @@ def quota_to_message(quota: ClientQuota) -> pb.GetQuotaResponse:
         ceilings=_limits_message(quota.ceilings),
         sums=pb.Sums(**dict(quota.sums.items())),
         use=pb.GroupUse(memory_bytes=use.memory_bytes, pids=use.pids, cpu_usage_usec=use.cpu_usage_usec),
+        mounts=[pb.Mount(name=mount.name, read_only=mount.read_only) for mount in quota.mounts],
         **{name: getattr(quota, name) for name in _QUOTA_NUMBERS},
     )
 
@@ -604,6 +618,7 @@ def quota_from_message(message: pb.GetQuotaResponse) -> ClientQuota:
         ceilings=Limits(**limits_from_message(message.ceilings)),
         sums=Sums(sums.memory_max_bytes, sums.pids_max, sums.cpu_max_millicores),
         use=GroupUse(use.memory_bytes, use.pids, use.cpu_usage_usec),
+        mounts=tuple(Mount(mount.name, mount.read_only) for mount in message.mounts),
         **{name: getattr(message, name) for name in _QUOTA_NUMBERS},
     )
 

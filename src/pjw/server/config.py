@@ -21,9 +21,10 @@ from pjw.certs.identity import NameRules, check_client_name_oid
 from pjw.certs.profile import CLIENT_NAME_OID, identity_fault
 from pjw.errors import ConfigError, InvalidJobError
 from pjw.given import require_values
-from pjw.model import Limits, Sums
+from pjw.model import OFFERED_MAX, Limits, MountSource, Sums
 from pjw.server.authz import Roles
 from pjw.server.connections import PortLimits
+from pjw.server.network import NetworkOffers
 from pjw.server.quota import ClientLimits, Count
 from pjw.worker.host import default_ceiling, default_sums
 from pjw.worker.settings import (
@@ -57,6 +58,7 @@ RELOADED: Final = (
     "limits",
     "log_level",
     "memory_overcommit",
+    "mounts",
     "queue",
     "retention",
     "roles",
@@ -179,6 +181,16 @@ class Disk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ] = None
 
 
+class OfferedMount(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A directory of the host that jobs may ask for by its name."""
+
+    path: Annotated[_Path, Meta(description="the directory, without a link in its path")]
+    read_only: Annotated[bool, Meta(description="whether jobs can only read it")] = True
+    clients: Annotated[
+        tuple[str, ...], Meta(description="whose jobs may have it: names, in which * is any characters")
+    ] = ("*",)
+
+
 class Metrics(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What is told to a Prometheus, without TLS: docs/monitoring.md."""
 
@@ -264,6 +276,13 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     audit_log: Annotated[_Path | None, Meta(description="a file that gets a line of JSON for each call")] = (
         None
     )
+    mounts: Annotated[
+        dict[str, OfferedMount],
+        Meta(
+            max_length=OFFERED_MAX,
+            description="directories that jobs may ask for by these names: path, read_only, clients",
+        ),
+    ] = {}
     job_users: JobUsers = JobUsers()
     retention: KeptJobs = KeptJobs()
     roles: Roles = Roles()
@@ -273,6 +292,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     disk: Disk = Disk()
     queue: Slots = Slots()
     scratch: ScratchLimits = ScratchLimits()
+    network: NetworkOffers = NetworkOffers()
     metrics: Metrics = Metrics()
     limits: Annotated[
         dict[str, int], Meta(description="what a job gets when its client asks for nothing")
@@ -311,6 +331,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             scratch_bytes_max=self.scratch.bytes_max,
             scratch_inodes_max=self.scratch.inodes_max,
             visible_paths=self.visible_paths,
+            mounts=self._mounts(),
             stop_grace_seconds=self.stop_grace_seconds,
             waiting_inits=self.waiting_inits,
             retention=Retention(**msgspec.structs.asdict(self.retention)),
@@ -318,7 +339,21 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             disk=DiskMarks(**msgspec.structs.asdict(self.disk)),
             queue=QueueSlots(**msgspec.structs.asdict(self.queue)),
             default_image=self.default_image or "",
+            network=self.network.offers(),
         )
+
+    def _mounts(self) -> tuple[MountSource, ...]:
+        """What is offered to whom. Raises ConfigError."""
+        sources = []
+        for name, mount in self.mounts.items():
+            try:
+                sources.append(MountSource(name, **msgspec.structs.asdict(mount)))
+            except InvalidJobError as error:
+                raise ConfigError(f"[mounts]: {error}") from None
+            for client in mount.clients:
+                if "*" not in client and (fault := identity_fault(client)):
+                    raise ConfigError(f"[mounts.{name}]: {fault}")
+        return tuple(sources)
 
     def effective_limits(self) -> tuple[Limits, Limits, Limits]:
         """The limits of a job whose client asks for nothing, the ceilings and the floors.

@@ -401,6 +401,9 @@ class Job(_message.Message):
     EXCLUSIVE_FIELD_NUMBER: _builtins.int
     IMAGE_FIELD_NUMBER: _builtins.int
     READ_ONLY_FIELD_NUMBER: _builtins.int
+    MOUNTS_FIELD_NUMBER: _builtins.int
+    ALLOW_FIELD_NUMBER: _builtins.int
+    LINK_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     client_name: _builtins.str
     command: _builtins.str
@@ -449,6 +452,8 @@ class Job(_message.Message):
     """The image whose files are the job's root, by its name; empty when it has the host's."""
     read_only: _builtins.bool
     """Whether the job can write nothing there."""
+    link: _builtins.str
+    """The network that the job shares with others, by its name; empty when it has its own."""
     @_builtins.property
     def start(self) -> _timestamp_pb2.Timestamp:
         """Absent while the job waits in the queue, and when it ended without a start."""
@@ -493,6 +498,14 @@ class Job(_message.Message):
     def artifacts(self) -> Global___Artifacts:
         """What is kept of the job's files; absent for a job without StartRequest.outputs."""
 
+    @_builtins.property
+    def mounts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The operator's directories that the job has, each as NAME:PATH."""
+
+    @_builtins.property
+    def allow(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The names on the network that the job may reach: see StartRequest."""
+
     def __init__(
         self,
         *,
@@ -531,10 +544,13 @@ class Job(_message.Message):
         exclusive: _builtins.bool = ...,
         image: _builtins.str = ...,
         read_only: _builtins.bool = ...,
+        mounts: _abc.Iterable[_builtins.str] | None = ...,
+        allow: _abc.Iterable[_builtins.str] | None = ...,
+        link: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_array_id", b"_array_id", "_array_index", b"_array_index", "_exit_code", b"_exit_code", "_output_bytes", b"_output_bytes", "_retried_as", b"_retried_as", "_signal", b"_signal", "array", b"array", "array_id", b"array_id", "array_index", b"array_index", "artifacts", b"artifacts", "end", b"end", "exit_code", b"exit_code", "limits", b"limits", "not_before", b"not_before", "output_bytes", b"output_bytes", "queued", b"queued", "retried_as", b"retried_as", "signal", b"signal", "start", b"start", "usage", b"usage", "usage_now", b"usage_now"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_array_id", b"_array_id", "_array_index", b"_array_index", "_exit_code", b"_exit_code", "_output_bytes", b"_output_bytes", "_retried_as", b"_retried_as", "_signal", b"_signal", "after", b"after", "array", b"array", "array_id", b"array_id", "array_index", b"array_index", "artifacts", b"artifacts", "attempt", b"attempt", "client_name", b"client_name", "command", b"command", "detail", b"detail", "end", b"end", "exclusive", b"exclusive", "exit_code", b"exit_code", "held", b"held", "id", b"id", "image", b"image", "input", b"input", "labels", b"labels", "limits", b"limits", "name", b"name", "not_before", b"not_before", "output_bytes", b"output_bytes", "priority", b"priority", "queued", b"queued", "read_only", b"read_only", "reason", b"reason", "retried_as", b"retried_as", "signal", b"signal", "split_stderr", b"split_stderr", "start", b"start", "state", b"state", "unmet", b"unmet", "usage", b"usage", "usage_now", b"usage_now", "workdir", b"workdir", "workspace", b"workspace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_array_id", b"_array_id", "_array_index", b"_array_index", "_exit_code", b"_exit_code", "_output_bytes", b"_output_bytes", "_retried_as", b"_retried_as", "_signal", b"_signal", "after", b"after", "allow", b"allow", "array", b"array", "array_id", b"array_id", "array_index", b"array_index", "artifacts", b"artifacts", "attempt", b"attempt", "client_name", b"client_name", "command", b"command", "detail", b"detail", "end", b"end", "exclusive", b"exclusive", "exit_code", b"exit_code", "held", b"held", "id", b"id", "image", b"image", "input", b"input", "labels", b"labels", "limits", b"limits", "link", b"link", "mounts", b"mounts", "name", b"name", "not_before", b"not_before", "output_bytes", b"output_bytes", "priority", b"priority", "queued", b"queued", "read_only", b"read_only", "reason", b"reason", "retried_as", b"retried_as", "signal", b"signal", "split_stderr", b"split_stderr", "start", b"start", "state", b"state", "unmet", b"unmet", "usage", b"usage", "usage_now", b"usage_now", "workdir", b"workdir", "workspace", b"workspace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__array_id: _TypeAlias = _typing.Literal["array_id"]  # noqa: Y015
     _WhichOneofArgType__array_id: _TypeAlias = _typing.Literal["_array_id", b"_array_id"]  # noqa: Y015
@@ -744,6 +760,9 @@ class StartRequest(_message.Message):
     EXCLUSIVE_FIELD_NUMBER: _builtins.int
     IMAGE_FIELD_NUMBER: _builtins.int
     READ_ONLY_FIELD_NUMBER: _builtins.int
+    MOUNTS_FIELD_NUMBER: _builtins.int
+    ALLOW_FIELD_NUMBER: _builtins.int
+    LINK_FIELD_NUMBER: _builtins.int
     command: _builtins.str
     """A shell command, run by /bin/sh -c."""
     name: _builtins.str
@@ -780,6 +799,10 @@ class StartRequest(_message.Message):
     """
     read_only: _builtins.bool
     """Write nothing to them."""
+    link: _builtins.str
+    """Share the network of the client's running jobs with the same link, as `name` may be: what listens at 127.0.0.1 in one
+    of them is there for all. Each has its own names on the network.
+    """
     @_builtins.property
     def argv(self) -> Global___Argv:
         """A program and its arguments, executed as they are."""
@@ -814,6 +837,22 @@ class StartRequest(_message.Message):
         Stop ends that. Its exit code does not depend on it.
         """
 
+    @_builtins.property
+    def mounts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Directories that the operator offers (see GetQuotaResponse), each as NAME, which is at /mnt/NAME, or as NAME:PATH. Up
+        to 8. PATH is absolute, of at most 255 bytes, and made where that can be. Neither may it cover what each job has of its
+        own (/dev, /proc, /run, /sys, /tmp) nor lie there, except in /run/job, /run/workspace and /tmp.
+        NOT_FOUND: the operator offers the caller none of this name. FAILED_PRECONDITION: it cannot be had now, or not at PATH.
+        """
+
+    @_builtins.property
+    def allow(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names on the network that the job may reach by the proxy that its environment names (HTTP_PROXY and the like): a host,
+        `*.SUFFIX` for all hosts below one, or `*`; with a port, or else with 80 and 443. A host with a port is in the job's
+        /etc/hosts too, for programs that know no proxy. Up to 32, 16 of them hosts with a port. INVALID_ARGUMENT: the operator
+        does not offer one of them to the client. Without any the job has a loopback interface alone.
+        """
+
     def __init__(
         self,
         *,
@@ -836,10 +875,13 @@ class StartRequest(_message.Message):
         exclusive: _builtins.bool = ...,
         image: _builtins.str = ...,
         read_only: _builtins.bool = ...,
+        mounts: _abc.Iterable[_builtins.str] | None = ...,
+        allow: _abc.Iterable[_builtins.str] | None = ...,
+        link: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["argv", b"argv", "command", b"command", "limits", b"limits", "program", b"program", "terminal", b"terminal"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["argv", b"argv", "command", b"command", "env", b"env", "exclusive", b"exclusive", "image", b"image", "input", b"input", "labels", b"labels", "limits", b"limits", "name", b"name", "output_required", b"output_required", "outputs", b"outputs", "program", b"program", "read_only", b"read_only", "request_id", b"request_id", "secrets", b"secrets", "split_stderr", b"split_stderr", "terminal", b"terminal", "upload", b"upload", "workdir", b"workdir", "workspace", b"workspace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow", b"allow", "argv", b"argv", "command", b"command", "env", b"env", "exclusive", b"exclusive", "image", b"image", "input", b"input", "labels", b"labels", "limits", b"limits", "link", b"link", "mounts", b"mounts", "name", b"name", "output_required", b"output_required", "outputs", b"outputs", "program", b"program", "read_only", b"read_only", "request_id", b"request_id", "secrets", b"secrets", "split_stderr", b"split_stderr", "terminal", b"terminal", "upload", b"upload", "workdir", b"workdir", "workspace", b"workspace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_program: _TypeAlias = _typing.Literal["command", "argv"]  # noqa: Y015
     _WhichOneofArgType_program: _TypeAlias = _typing.Literal["program", b"program"]  # noqa: Y015
@@ -2048,6 +2090,7 @@ class GetQuotaResponse(_message.Message):
     USE_FIELD_NUMBER: _builtins.int
     QUEUED_FIELD_NUMBER: _builtins.int
     QUEUED_MAX_FIELD_NUMBER: _builtins.int
+    MOUNTS_FIELD_NUMBER: _builtins.int
     client_name: _builtins.str
     weight: _builtins.int
     """When all clients with jobs want more than the machine has, this one gets weight / total_weight of it."""
@@ -2079,6 +2122,10 @@ class GetQuotaResponse(_message.Message):
 
     @_builtins.property
     def use(self) -> Global___GroupUse: ...
+    @_builtins.property
+    def mounts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Mount]:
+        """What the operator offers jobs of the client: see StartRequest.mounts."""
+
     def __init__(
         self,
         *,
@@ -2097,14 +2144,39 @@ class GetQuotaResponse(_message.Message):
         use: Global___GroupUse | None = ...,
         queued: _builtins.int = ...,
         queued_max: _builtins.int = ...,
+        mounts: _abc.Iterable[Global___Mount] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ceilings", b"ceilings", "defaults", b"defaults", "sums", b"sums", "use", b"use"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ceilings", b"ceilings", "client_name", b"client_name", "defaults", b"defaults", "memory_promised_bytes", b"memory_promised_bytes", "memory_promised_max_bytes", b"memory_promised_max_bytes", "queued", b"queued", "queued_max", b"queued_max", "running", b"running", "running_max", b"running_max", "stored_bytes", b"stored_bytes", "stored_bytes_max", b"stored_bytes_max", "sums", b"sums", "total_weight", b"total_weight", "use", b"use", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ceilings", b"ceilings", "client_name", b"client_name", "defaults", b"defaults", "memory_promised_bytes", b"memory_promised_bytes", "memory_promised_max_bytes", b"memory_promised_max_bytes", "mounts", b"mounts", "queued", b"queued", "queued_max", b"queued_max", "running", b"running", "running_max", b"running_max", "stored_bytes", b"stored_bytes", "stored_bytes_max", b"stored_bytes_max", "sums", b"sums", "total_weight", b"total_weight", "use", b"use", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetQuotaResponse: _TypeAlias = GetQuotaResponse  # noqa: Y015
+
+@_typing.final
+class Mount(_message.Message):
+    """Mount is a directory that the operator lends to jobs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    READ_ONLY_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    read_only: _builtins.bool
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        read_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "read_only", b"read_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Mount: _TypeAlias = Mount  # noqa: Y015
 
 @_typing.final
 class Sums(_message.Message):

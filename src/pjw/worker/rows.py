@@ -26,7 +26,7 @@ COLUMNS: Final = (
     " artifacts, artifact_bytes, artifacts_detail, artifacts_required,"
     " output_bytes, name, labels, split_stderr, input, workdir, queued_ns, priority, not_before_ns, held,"
     " detail, waits_for, unmet, attempt, retried_as, array_id, array_index, workspace, exclusive,"
-    " image, read_only,"
+    " image, read_only, mounts, allow, link,"
     " (SELECT json_array(indices, count, waiting, succeeded, failed, cancelled) FROM arrays"
     " WHERE arrays.id = jobs.id)"
 )
@@ -106,6 +106,9 @@ def job_of(row: Row) -> Job:
         exclusive,
         image,
         read_only,
+        mounts,
+        allow,
+        link,
         array,
     ) = row
     without_end = JobState.QUEUED
@@ -151,6 +154,9 @@ def job_of(row: Row) -> Job:
         exclusive=bool(exclusive),
         image=image,
         read_only=bool(read_only),
+        mounts=tuple(json.loads(mounts)) if mounts else (),
+        allow=tuple(allow.split()),
+        link=link,
     )
 
 

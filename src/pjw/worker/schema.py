@@ -365,6 +365,15 @@ END;
 DROP INDEX jobs_with_output;
 CREATE INDEX jobs_with_output ON jobs (client_name, end_ns) WHERE output_bytes + artifact_bytes > 0;
 """,
+    # Mounts of the operator's that a job has, as a list in JSON; empty for none.
+    """
+ALTER TABLE jobs ADD COLUMN mounts TEXT NOT NULL DEFAULT '';
+""",
+    # The names on the network that a job may reach, with spaces between them, and the network that it shares.
+    """
+ALTER TABLE jobs ADD COLUMN allow TEXT NOT NULL DEFAULT '';
+ALTER TABLE jobs ADD COLUMN link TEXT NOT NULL DEFAULT '';
+""",
     # Images. `image` is what its client calls it, `image_key` what it is: a digest of the operator's, or in
     # `images` the key of one that a client has loaded. That lies where the client's workspaces do, and has a
     # row there by its key. Without a name it is on its way out, with the last job that has it.

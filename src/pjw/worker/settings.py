@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from pjw.errors import ConfigError, InvalidJobError
-from pjw.model import DEFAULT_SHARE, LIMIT_MAXIMUM, NO_SUMS, Limits, Share, Sums, check_image
+from pjw.model import DEFAULT_SHARE, LIMIT_MAXIMUM, NO_SUMS, Limits, MountSource, Share, Sums, check_image
+from pjw.worker.network import Network
 
 UID_COUNT: Final = 65_536
 
@@ -158,6 +159,9 @@ class WorkerSettings:
     queue: QueueSlots = QueueSlots()
     # the image of a job that names none; empty: it has the host's files
     default_image: str = ""
+    # directories of the host that jobs may ask for
+    mounts: tuple[MountSource, ...] = ()
+    network: Network = field(default_factory=Network)
 
     def __post_init__(self) -> None:
         if above := self.default_limits.first_above(self.ceiling):

@@ -20,7 +20,7 @@ from pjw.errors import (
     PjwError,
 )
 from pjw.launcher.protocol import Launch
-from pjw.model import EndReason, Job, JobSpec, Limits, is_image_key
+from pjw.model import EndReason, Job, JobSpec, Limits, is_image_key, offered
 from pjw.output import Inotify
 from pjw.worker.artifacts import patterns_file
 from pjw.worker.background import Background, log_bug
@@ -322,6 +322,7 @@ class Starts:
         self._running.take(client_name, limits)
         use: Use | None = None
         try:
+            offered(self._running.settings.mounts, client_name, spec.mounts)
             if spec.workspace:
                 use = await self._workspaces.take(client_name, spec)
             # before the row, so that ids are launched in their order, as the launcher guesses
@@ -346,7 +347,7 @@ class Starts:
                 sent.append(self._uploads.open(job.client_name, spec.upload))
             if spec.outputs:
                 sent.append(patterns_file(tuple(spec.outputs)))
-            command = command_file(spec)
+            command = command_file(spec, job)
             if image:
                 # before the launch: the next worker must know what the job has
                 self._state.store.have_image(job.id, image)
@@ -422,6 +423,10 @@ class Starts:
             archive=loads,
             image=self._images.of(job.id),
             read_only=job.read_only,
+            mounts=tuple(spec.mounts),
+            client_name=job.client_name if spec.mounts or job.allow else "",
+            allow=tuple(job.allow),
+            link=job.link,
         )
         return await self._launcher.request_launch(request, spec, descriptors)
 

@@ -23,6 +23,7 @@ from pjw.errors import (
     LauncherGoneError,
     LimitRangeError,
     LimitReachedError,
+    MountNotFoundError,
     PjwError,
 )
 from pjw.model import (
@@ -40,6 +41,7 @@ from pjw.model import (
     TerminalSize,
     UsageSample,
     Workspace,
+    offered,
 )
 from pjw.output import Inotify
 from pjw.worker.adoption import adopt
@@ -47,6 +49,7 @@ from pjw.worker.artifacts import Keeping
 from pjw.worker.background import Background
 from pjw.worker.changes import Batch, Changes, Watched
 from pjw.worker.disk import DiskSampler, ScratchUse
+from pjw.worker.egress import Connections
 from pjw.worker.endings import Endings
 from pjw.worker.flag import Flag, first_of
 from pjw.worker.held import HeldOutputs
@@ -108,6 +111,8 @@ class Worker:
         self._inputs: Final = Inputs(state, self._stored, settings.quotas.input_bytes_max)
         self._tails: Final = asyncio.Lock()
         self._pruner: Final = Pruner(state, settings.retention)
+        # of jobs, to names on the network
+        self.connections: Final = Connections()
         self._background: Final = Background()
         self._stopping: Final = Stopping(self._launcher, self._background, state.store.note)
         self._held: Final = HeldOutputs(state)
@@ -209,6 +214,8 @@ class Worker:
 
     async def adopt(self) -> None:
         """Take over the jobs of the worker before us. Call it once, before anything else; `open` does."""
+        if self._settings.network.offered:
+            await self.connections.begin(self._launcher)
         await adopt(
             self._state,
             self._launcher,
@@ -247,6 +254,7 @@ class Worker:
             live.let_go()
             live.abandon_output()
         self._sessions.close()
+        self.connections.close()
         self._launcher.close()
         self._endings.close()
         # launches under way end by that, and may still want the table
@@ -321,7 +329,13 @@ class Worker:
     async def numbers(self) -> WorkerNumbers:
         """How much of everything there is, for who watches over it."""
         return await count_all(
-            self._state, self._live, self._endings.by_reason, len(self._held), self._launcher, self._queue
+            self._state,
+            self._live,
+            self._endings.by_reason,
+            len(self._held),
+            self._launcher,
+            self._queue,
+            self.connections.counts,
         )
 
     async def launcher_gone(self) -> None:
@@ -334,6 +348,13 @@ class Worker:
         Close it then, and open another: jobs go on meanwhile.
         """
         await self._background.failed.wait()
+
+    async def reload_mounts(self) -> None:
+        """Have the launcher take the operator's mounts from the configuration as it is now.
+
+        Raises KernelError or ConfigError when it cannot; then it keeps those that it has.
+        """
+        await self._launcher.request_reload_mounts()
 
     async def open_operator_file(self, place: int) -> int:
         """A file that the launcher was told of at its start, open for reading; the caller owns it."""
@@ -359,6 +380,7 @@ class Worker:
         if spec.queue is not None:
             [job] = await self.submit([spec], client_name)
             return job
+        self._settings.network.require(client_name, spec.allow)
         limits = self._limits_of(spec)
         return await self._starts.start(spec, client_name, limits)
 
@@ -394,12 +416,14 @@ class Worker:
         caller who is cancelled before the answer may find them in the queue all the same. A spec with a
         request id makes one job.
         """
+        for spec in specs:
+            self._settings.network.require(client_name, spec.allow)
         asked = [(spec, self._limits_of(spec)) for spec in specs]
         for _, limits in asked:
             self._running.require_possible(client_name, limits)
         await self._users.of(client_name)
         for spec in specs:
-            await self._require_upload(spec, client_name)
+            await self._require_what_is_named(spec, client_name)
         # to its end, as whoever is cancelled cannot know how far it has come
         return await asyncio.shield(self._submit(asked, client_name))
 
@@ -418,12 +442,13 @@ class Worker:
         self._queue.added(jobs)
         return [self._shown(job) for job in jobs]
 
-    async def _require_upload(self, spec: JobSpec, client_name: str) -> None:
-        if not spec.upload:
-            return
+    async def _require_what_is_named(self, spec: JobSpec, client_name: str) -> None:
+        """Raises CopyError for an upload, and MountNotFoundError for a mount, that there is not."""
         try:
-            await self._uploads.renew(client_name, spec.upload)
-        except CopyError:
+            offered(self._settings.mounts, client_name, spec.mounts)
+            if spec.upload:
+                await self._uploads.renew(client_name, spec.upload)
+        except (CopyError, MountNotFoundError):
             # a job that the same request has made before may have had it
             request_id = spec.request_id
             if not request_id or await self._state.store.of_request(client_name, request_id) is None:
@@ -498,6 +523,7 @@ class Worker:
         """Start a job of the queue; only the queue calls this, see queue.Backend."""
         spec, client_name = waiting.spec(), waiting.job.client_name
         # again, as the operator may have changed what is allowed
+        self._settings.network.require(client_name, spec.allow)
         return await self._starts.start_queued(waiting.job.id, spec, client_name, self._limits_of(spec))
 
     # --- stop
@@ -917,6 +943,7 @@ class Worker:
             use=use,
             queued=(await self._state.store.queued_of_clients()).get(client_name, 0),
             queued_max=settings.quotas.queued_max,
+            mounts=tuple(each.shown for each in settings.mounts if each.is_for(client_name)),
         )
 
     async def logs(

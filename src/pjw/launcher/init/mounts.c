@@ -255,9 +255,11 @@ void finish_mounts(struct options *options) {
         resize_tmpfs(options->tmp_bytes);
     if (!options->scratch && chown("/run/job", options->uid, options->gid) < 0)
         fail(STEP_MOUNT_SCRATCH, "/run/job");
-    finish_names(options->uid, options->gid);
+    finish_names(options);
     if (options->workspace)
         mount_workspace(options->workspace_fd);
+    if (options->target_count)
+        mount_offered(options);
     /* Last, so that a path is looked up as the job would: one that our own mounts cover is gone already. They are the host's. */
     for (int i = 0; i < options->hide_count && !options->image; i++) {
         begin(options, STEP_HIDE, options->hides[i]);
