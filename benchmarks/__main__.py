@@ -27,6 +27,7 @@ SUITES: Final = (
         "parts",
         "queue",
         "exec",
+        "egress",
         "files",
         "stream",
         "line",

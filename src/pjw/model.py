@@ -728,6 +728,8 @@ class JobSpec:
     one client with the same `request_id` are one. With `queue` the job waits for its turn in the queue,
     instead of being started or refused at once. `upload` names files that were sent before (`Client.upload`),
     and that are unpacked in the job's workspace, or else its own directory, before the command starts.
+    `allow` are names on the network that the job may reach, as far as the operator offers them: `pypi.org`,
+    `*.example.org`, `db.example.org:5432`. Jobs of one client with the same `link` share a network.
     `outputs` are patterns of files there that are kept when the command has ended (`Job.artifacts`): `*`, `?`
     and `[...]` within a name, `**` for any directories; a directory that matches is kept whole. With
     `output_required` a job that ends without them has not succeeded. `mounts` are directories that the
@@ -752,6 +754,8 @@ class JobSpec:
     outputs: Sequence[str] = ()
     output_required: bool = False
     mounts: Sequence[str] = ()
+    allow: Sequence[str] = ()
+    link: str = ""
 
     @classmethod
     def of(cls, spec: "Self | str | Sequence[str]") -> "JobSpec":
@@ -784,6 +788,13 @@ class JobSpec:
             raise InvalidJobError("no output is required: say which, as in 'dist/**'")
         if self.mounts:
             object.__setattr__(self, "mounts", check_mounts(self.mounts))
+        if self.allow:
+            # imported here, as most jobs have no network
+            from pjw.network import check_allow
+
+            object.__setattr__(self, "allow", check_allow(self.allow))
+        if self.link:
+            check_link(self.link)
 
     def _check_types(self) -> None:
         """Refuse wrong types with a message, for programs that no type checker has seen."""
@@ -802,10 +813,10 @@ class JobSpec:
             isinstance(text, str) for each in secrets.items() for text in each
         ):
             raise InvalidJobError("the secrets of a job are names with values (a dict), both of them text")
-        for name in ("name", "workdir", "request_id", "upload", "workspace"):
+        for name in ("name", "workdir", "request_id", "upload", "workspace", "link"):
             if not isinstance(value := getattr(self, name), str):
                 raise InvalidJobError(f"the {name} of a job is text, not {value!r:.80}")
-        for name in ("outputs", "mounts"):
+        for name in ("outputs", "mounts", "allow"):
             listed: object = getattr(self, name)
             if (
                 isinstance(listed, str)
@@ -911,6 +922,15 @@ def check_workspace(name: str) -> None:
     if not is_workspace(name):
         raise InvalidJobError(
             f"{name[:80]!r} is no name for a workspace: up to 63 letters, digits, '.', '_' and '-',"
+            " the first a letter"
+        )
+
+
+def check_link(link: str) -> None:
+    """Raises InvalidJobError for what is no name of a network that jobs share; it is one as those of jobs."""
+    if not is_name(link):
+        raise InvalidJobError(
+            f"{link[:80]!r} is no name for a link: up to 63 letters, digits, '.', '_' and '-',"
             " the first a letter"
         )
 
@@ -1057,6 +1077,10 @@ class Job:
     artifacts: Artifacts | None = None
     # the operator's directories that it has, each as NAME:PATH
     mounts: Sequence[str] = ()
+    # the names on the network that it may reach
+    allow: Sequence[str] = ()
+    # the network that it shares with other jobs of its client, by its name; empty: it has its own
+    link: str = ""
 
     @property
     def ref(self) -> str:

@@ -173,6 +173,8 @@ def test_another_command_comes_back_as_it_was(
     outputs=st.sampled_from([(), ("dist/**",), ("a b", "*.[ch]", "ü")]),
     output_required=st.booleans(),
     mounts=st.sampled_from([(), ("data",), ("data:/opt", "a-b:/mnt/ü x")]),
+    allow=st.sampled_from([(), ("pypi.org",), ("*.example.org:8443", "[2001:db8::1]:22")]),
+    link=st.just("") | NAME,
 )
 def test_a_spec_comes_back_as_it_was(**members: Any) -> None:
     """A shell command stays one, an argv stays one, and only the limits that were set are set."""
@@ -282,7 +284,7 @@ def test_a_client_says_what_to_run_and_no_more() -> None:
     """No user, device or namespace is a client's; root reads words, and where mounts are to be in the job."""
     session = {"command", "env", "workdir", "input", "request_id", "terminal"}
     said = {*session, "limits", "name", "labels", "split_stderr", "secrets", "upload"}
-    said |= {"workspace", "exclusive", "outputs", "output_required", "mounts"}
+    said |= {"workspace", "exclusive", "outputs", "output_required", "mounts", "allow", "link"}
     assert {field.name for field in fields(JobSpec)} == {"queue", *said}
     assert {field.name for field in pb.StartRequest.DESCRIPTOR.fields} == {"argv", *said}
     assert {field.name for field in pb.ExecRequest.DESCRIPTOR.fields} == {

@@ -29,12 +29,12 @@ _TYPED: Final[Mapping[str, Callable[[str], int]]] = {
     "output": units.size,
     "timeout": units.whole_seconds,
 }
-_TEXTS: Final = ("name", "workdir", "workspace")
+_TEXTS: Final = ("name", "workdir", "workspace", "link")
 _FLAGS: Final = ("split_stderr", "hold", "rerun_if_lost", "exclusive", "output_required")
 _RETRY: Final = ("retry", "retry_on", "backoff")
 _WAITS: Final = ("priority", "not_before", "after", "array")
 _TABLES: Final = ("env", "labels")
-_LISTS: Final = ("outputs", "mounts")
+_LISTS: Final = ("outputs", "mounts", "allow")
 KEYS: Final = ("command", *_LISTS, *_TEXTS, *_FLAGS, *_TABLES, *_WAITS, *_RETRY, *_TYPED)
 
 
@@ -150,6 +150,7 @@ def _spec(job: object, named: Mapping[str, int]) -> JobSpec:
         split_stderr=job.get("split_stderr", False),
         exclusive=job.get("exclusive", False),
         output_required=job.get("output_required", False),
+        allow=job.get("allow", ()),
         queue=queue,
     )
 

@@ -196,6 +196,13 @@ def _add_job_options(command: Parser) -> None:
         metavar="NAME[:PATH]",
         help="a directory that your operator offers (pjw quota), at PATH; default /mnt/NAME",
     )
+    job.add_argument(
+        "--allow", action="append", default=[], metavar="HOST[:PORT]",
+        help="let it reach this host, or *.SUFFIX, by a proxy; with a port by its name too",
+    )  # fmt: skip
+    job.add_argument(
+        "--link", metavar="NAME", help="share the network of your running jobs with the same link"
+    )
     job.add_argument("--split-stderr", action="store_true", help="keep stderr apart from stdout")
     queue = command.add_argument_group("its place in the queue", "each of these puts the job into the queue")
     queue.add_argument(

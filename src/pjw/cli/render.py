@@ -58,6 +58,8 @@ def members(job: Job) -> dict[str, Any]:
         "workspace": job.workspace,
         "exclusive": job.exclusive,
         "mounts": list(job.mounts),
+        "allow": list(job.allow),
+        "link": job.link,
     }
 
 

@@ -52,6 +52,8 @@ def spec_from(arguments: Namespace) -> JobSpec:
         workspace=arguments.workspace or "",
         exclusive=arguments.exclusive,
         mounts=arguments.mounts,
+        allow=arguments.allow,
+        link=arguments.link or "",
     )
 
 

@@ -9,16 +9,18 @@ from dataclasses import dataclass
 from typing import Final
 
 from pjw.errors import InvalidJobError, KernelError
-from pjw.launcher.protocol import Connect, Exec, Hello, Launch, RemoveWorkspace, WorkspaceUse
+from pjw.launcher.protocol import Adopt, Connect, Exec, Hello, Launch, RemoveWorkspace, WorkspaceUse
 from pjw.model import (
     JOB_DIRECTORY,
     PORT_MAX,
     Limits,
     MountSource,
+    check_link,
     check_mounts,
     check_workspace,
     lies_in,
 )
+from pjw.network import Allowed, check_allow, is_offered
 
 # ids of jobs become names of directories: 2^53 is enough for a million jobs a second for 285 years
 JOB_ID_MAX: Final = 2**53
@@ -57,6 +59,11 @@ class Policy:
     configuration: str
     # directories of pjw's own, which lie in no mount
     own_paths: tuple[str, ...]
+    egress_uid: int
+    egress_hosts: tuple[Allowed, ...]
+    egress_private: tuple[str, ...]
+    egress_connections_max: int
+    egress_connections_total_max: int
 
     @classmethod
     def from_hello(cls, hello: Hello) -> "Policy":
@@ -69,6 +76,8 @@ class Policy:
         for path in (*own, *hello.hidden_paths, *hello.visible_paths, *files):
             if not os.path.isabs(path):
                 raise InvalidJobError(f"{path!r} is not an absolute path")
+        if hello.uid_first <= hello.egress_uid < hello.uid_first + hello.uid_count and hello.uid_first:
+            raise InvalidJobError(f"the user id of pjwd-egress, {hello.egress_uid}, is one of those for jobs")
         if hello.configuration and hello.configuration not in hello.operator_files:
             raise InvalidJobError("the configuration is not among the operator's files")
         policy = cls(
@@ -84,6 +93,11 @@ class Policy:
             mounts=hello.mounts,
             configuration=hello.configuration,
             own_paths=own,
+            egress_uid=hello.egress_uid,
+            egress_hosts=tuple(map(Allowed.of, hello.egress_hosts)),
+            egress_private=hello.egress_private,
+            egress_connections_max=hello.egress_connections_max,
+            egress_connections_total_max=hello.egress_connections_total_max,
         )
         policy.check_sources(hello.mounts)
         return policy
@@ -107,6 +121,7 @@ class Policy:
         """Raises InvalidJobError unless this policy allows the launch, KernelError when nobody can tell."""
         check_job_id(request.job_id)
         self.check_uid(request.uid)
+        self.check_network(request)
         if above := request.limits.first_above(self.ceiling):
             raise InvalidJobError(f"limit {above} is above its ceiling")
         if below := request.limits.first_below(self.floor):
@@ -116,6 +131,16 @@ class Policy:
         if check_mounts(request.mounts) != request.mounts:
             raise InvalidJobError("a mount of a launch is NAME:PATH")
         _check_rest(request, descriptors)
+
+    def check_network(self, request: Launch | Adopt) -> None:
+        """Raises InvalidJobError for names that the operator offers to nobody, and for what is no link."""
+        if request.allow and check_allow(request.allow) != request.allow:
+            raise InvalidJobError("names on the network are not written as they are compared")
+        for name in request.allow:
+            if not is_offered(Allowed.of(name), self.egress_hosts):
+                raise InvalidJobError(f"{name} is not offered to any client")
+        if request.link:
+            check_link(request.link)
 
     def check_exec(self, request: Exec, owner: int, descriptors: list[int]) -> None:
         """The same for a session in a job of the user *owner*: it must be that user's, too."""

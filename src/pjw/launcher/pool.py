@@ -14,7 +14,7 @@ import os
 import select
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from operator import attrgetter
@@ -30,6 +30,7 @@ from pjw.launcher.scratch import Scratch
 from pjw.launcher.spawn import Cloned, Spawner, read_report
 from pjw.launcher.visible import MOUNTINFO, Place, places_of, read_mounts, template_of
 from pjw.model import Limits, Share
+from pjw.network import Listener
 
 # How long an init waits before a new one replaces it.
 OLDEST_SECONDS: Final = 60.0
@@ -249,6 +250,13 @@ class Pool:
             return self._spawner.spawn_connection(job_id, init, cgroup, uid, port)
         except OSError as error:
             raise KernelError("spawn a connection of", f"job {job_id}", error.errno or 0) from error
+
+    def listen(self, job_id: int, init: int, cgroup: Cgroup, listeners: Sequence[Listener]) -> socket.socket:
+        """Have somebody listen in a job that runs; the socket that reports it. Raises KernelError."""
+        try:
+            return self._spawner.spawn_listeners(job_id, init, cgroup, listeners)
+        except OSError as error:
+            raise KernelError("spawn listeners of", f"job {job_id}", error.errno or 0) from error
 
     def discard(
         self,

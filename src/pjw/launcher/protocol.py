@@ -69,6 +69,14 @@ class Hello:
     mounts: tuple[MountSource, ...] = ()
     # one of `operator_files`, from which `ReloadMounts` takes them anew; empty: there is none
     configuration: str = ""
+    # the user of pjwd-egress; 0: there is none
+    egress_uid: int = 0
+    # the names on the network that jobs may reach, and ranges of addresses that are none of the internet's
+    egress_hosts: tuple[str, ...] = ()
+    egress_private: tuple[str, ...] = ()
+    # how many connections a job may have, and all jobs
+    egress_connections_max: int = 0
+    egress_connections_total_max: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +102,12 @@ class Launch:
     artifacts: bool = False
     # directories of the operator's, each as NAME:PATH
     mounts: tuple[str, ...] = ()
-    # to whom they must be offered; empty without mounts
+    # to whom they must be offered; empty without mounts; and who asks for names on the network, for the log
     client_name: str = ""
+    # the names on the network that it may reach (network.py)
+    allow: tuple[str, ...] = ()
+    # the network that it shares with other jobs of its user, by its name; empty: it has its own
+    link: str = ""
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -158,6 +170,17 @@ class Adopt:
 
     op: ClassVar = "adopt"
     job_id: int
+    # as in Launch
+    allow: tuple[str, ...] = ()
+    client_name: str = ""
+    link: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Egress:
+    """Start pjwd-egress; once, and before jobs that reach names. It comes with a socket for its reports."""
+
+    op: ClassVar = "egress"
 
 
 @dataclass(frozen=True, slots=True)
@@ -485,6 +508,7 @@ Request = (
     | ReloadMounts
     | OpenFile
     | OpenAuditLog
+    | Egress
     | SetShare
     | MeasureClient
 )
@@ -515,6 +539,8 @@ REPLIES: Final[dict[str, type[Reply]]] = {c.op: c for c in get_args(Reply)}
 
 def descriptors_of(request: Request) -> int:
     """How many descriptors come with a request."""
+    if isinstance(request, Egress):
+        return 1
     return len(request.files) if isinstance(request, Launch | Exec) else 0
 
 

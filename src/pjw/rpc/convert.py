@@ -101,6 +101,8 @@ def job_to_message(job: Job) -> pb.Job:
         workspace=job.workspace,
         exclusive=job.exclusive,
         mounts=job.mounts,
+        allow=job.allow,
+        link=job.link,
     )
 
 
@@ -167,6 +169,8 @@ def job_from_message(message: pb.Job) -> Job:
         workspace=message.workspace,
         exclusive=message.exclusive,
         mounts=tuple(message.mounts),
+        allow=tuple(message.allow),
+        link=message.link,
     )
 
 
@@ -235,6 +239,8 @@ def spec_to_message(spec: JobSpec) -> pb.StartRequest:
         workspace=spec.workspace,
         exclusive=spec.exclusive,
         mounts=spec.mounts,
+        allow=spec.allow,
+        link=spec.link,
     )
     _set_command(request, spec)
     return request
@@ -284,6 +290,8 @@ def spec_from_message(message: pb.StartRequest) -> JobSpec:
         workspace=message.workspace,
         exclusive=message.exclusive,
         mounts=tuple(message.mounts),
+        allow=tuple(message.allow),
+        link=message.link,
     )
 
 

@@ -17,7 +17,7 @@ from pjw.launcher.visible import check_visible, mounts_of
 from pjw.server import sandbox
 from pjw.server.check_config import Finding, configuration_findings, nearest
 from pjw.server.config import ServerConfig, load_config
-from pjw.server.start import DEFAULT_USER, server_uid
+from pjw.server.start import DEFAULT_USER, egress_uid_of, server_uid
 from pjw.server.trial import trial_of
 
 # mount_setattr(2) came with 5.12; clone3 and CLONE_INTO_CGROUP with 5.7; cgroup.kill with 5.14
@@ -76,6 +76,7 @@ def host_findings(config: ServerConfig) -> Iterator[Finding]:
     yield from _write_back(*filter(None, (config.state_dir, config.scratch_dir)))
     yield from _directories(config)
     yield from _users(config)
+    yield from _egress(config)
     yield from sandbox.status()
 
 
@@ -179,6 +180,23 @@ def _users(config: ServerConfig) -> Iterator[Finding]:
     yield _job_users(
         os.path.realpath(config.state_dir), config.job_users.uid_first or 0, config.job_users.uid_count
     )
+
+
+def _egress(config: ServerConfig) -> Iterator[Finding]:
+    """Who connects jobs to names on the network, where the configuration offers some."""
+    count = len(config.network.offers().offered)
+    if not count:
+        return
+    try:
+        server = server_uid(config.user, config.state_dir)
+    except ConfigError:
+        return  # the finding about the configuration says why
+    try:
+        uid = egress_uid_of(config, server)
+    except ConfigError as error:
+        yield False, str(error), error.hint
+    else:
+        yield True, f"names on the network: {count}, for which pjwd-egress connects as uid {uid}", None
 
 
 def _default_user(state_dir: str) -> Finding:

@@ -24,6 +24,7 @@ from pjw.given import require_values
 from pjw.model import OFFERED_MAX, Limits, MountSource, Sums
 from pjw.server.authz import Roles
 from pjw.server.connections import PortLimits
+from pjw.server.network import NetworkOffers
 from pjw.server.quota import ClientLimits, Count
 from pjw.worker.host import default_ceiling, default_sums
 from pjw.worker.settings import (
@@ -283,6 +284,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     disk: Disk = Disk()
     queue: Slots = Slots()
     scratch: ScratchLimits = ScratchLimits()
+    network: NetworkOffers = NetworkOffers()
     metrics: Metrics = Metrics()
     limits: Annotated[
         dict[str, int], Meta(description="what a job gets when its client asks for nothing")
@@ -328,6 +330,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             quotas=self.clients.quotas(),
             disk=DiskMarks(**msgspec.structs.asdict(self.disk)),
             queue=QueueSlots(**msgspec.structs.asdict(self.queue)),
+            network=self.network.offers(),
         )
 
     def _mounts(self) -> tuple[MountSource, ...]:

@@ -400,6 +400,8 @@ class Job(_message.Message):
     WORKSPACE_FIELD_NUMBER: _builtins.int
     EXCLUSIVE_FIELD_NUMBER: _builtins.int
     MOUNTS_FIELD_NUMBER: _builtins.int
+    ALLOW_FIELD_NUMBER: _builtins.int
+    LINK_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     client_name: _builtins.str
     command: _builtins.str
@@ -444,6 +446,8 @@ class Job(_message.Message):
     """The directory of the client's that outlives the job, by its name; empty when it has none."""
     exclusive: _builtins.bool
     """Whether the job is alone in its workspace."""
+    link: _builtins.str
+    """The network that the job shares with others, by its name; empty when it has its own."""
     @_builtins.property
     def start(self) -> _timestamp_pb2.Timestamp:
         """Absent while the job waits in the queue, and when it ended without a start."""
@@ -492,6 +496,10 @@ class Job(_message.Message):
     def mounts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The operator's directories that the job has, each as NAME:PATH."""
 
+    @_builtins.property
+    def allow(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The names on the network that the job may reach: see StartRequest."""
+
     def __init__(
         self,
         *,
@@ -529,10 +537,12 @@ class Job(_message.Message):
         workspace: _builtins.str = ...,
         exclusive: _builtins.bool = ...,
         mounts: _abc.Iterable[_builtins.str] | None = ...,
+        allow: _abc.Iterable[_builtins.str] | None = ...,
+        link: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_array_id", b"_array_id", "_array_index", b"_array_index", "_exit_code", b"_exit_code", "_output_bytes", b"_output_bytes", "_retried_as", b"_retried_as", "_signal", b"_signal", "array", b"array", "array_id", b"array_id", "array_index", b"array_index", "artifacts", b"artifacts", "end", b"end", "exit_code", b"exit_code", "limits", b"limits", "not_before", b"not_before", "output_bytes", b"output_bytes", "queued", b"queued", "retried_as", b"retried_as", "signal", b"signal", "start", b"start", "usage", b"usage", "usage_now", b"usage_now"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_array_id", b"_array_id", "_array_index", b"_array_index", "_exit_code", b"_exit_code", "_output_bytes", b"_output_bytes", "_retried_as", b"_retried_as", "_signal", b"_signal", "after", b"after", "array", b"array", "array_id", b"array_id", "array_index", b"array_index", "artifacts", b"artifacts", "attempt", b"attempt", "client_name", b"client_name", "command", b"command", "detail", b"detail", "end", b"end", "exclusive", b"exclusive", "exit_code", b"exit_code", "held", b"held", "id", b"id", "input", b"input", "labels", b"labels", "limits", b"limits", "mounts", b"mounts", "name", b"name", "not_before", b"not_before", "output_bytes", b"output_bytes", "priority", b"priority", "queued", b"queued", "reason", b"reason", "retried_as", b"retried_as", "signal", b"signal", "split_stderr", b"split_stderr", "start", b"start", "state", b"state", "unmet", b"unmet", "usage", b"usage", "usage_now", b"usage_now", "workdir", b"workdir", "workspace", b"workspace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_array_id", b"_array_id", "_array_index", b"_array_index", "_exit_code", b"_exit_code", "_output_bytes", b"_output_bytes", "_retried_as", b"_retried_as", "_signal", b"_signal", "after", b"after", "allow", b"allow", "array", b"array", "array_id", b"array_id", "array_index", b"array_index", "artifacts", b"artifacts", "attempt", b"attempt", "client_name", b"client_name", "command", b"command", "detail", b"detail", "end", b"end", "exclusive", b"exclusive", "exit_code", b"exit_code", "held", b"held", "id", b"id", "input", b"input", "labels", b"labels", "limits", b"limits", "link", b"link", "mounts", b"mounts", "name", b"name", "not_before", b"not_before", "output_bytes", b"output_bytes", "priority", b"priority", "queued", b"queued", "reason", b"reason", "retried_as", b"retried_as", "signal", b"signal", "split_stderr", b"split_stderr", "start", b"start", "state", b"state", "unmet", b"unmet", "usage", b"usage", "usage_now", b"usage_now", "workdir", b"workdir", "workspace", b"workspace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__array_id: _TypeAlias = _typing.Literal["array_id"]  # noqa: Y015
     _WhichOneofArgType__array_id: _TypeAlias = _typing.Literal["_array_id", b"_array_id"]  # noqa: Y015
@@ -741,6 +751,8 @@ class StartRequest(_message.Message):
     WORKSPACE_FIELD_NUMBER: _builtins.int
     EXCLUSIVE_FIELD_NUMBER: _builtins.int
     MOUNTS_FIELD_NUMBER: _builtins.int
+    ALLOW_FIELD_NUMBER: _builtins.int
+    LINK_FIELD_NUMBER: _builtins.int
     command: _builtins.str
     """A shell command, run by /bin/sh -c."""
     name: _builtins.str
@@ -771,6 +783,10 @@ class StartRequest(_message.Message):
     """
     exclusive: _builtins.bool
     """Be alone in the workspace. FAILED_PRECONDITION: another job uses it; a job in the queue waits instead."""
+    link: _builtins.str
+    """Share the network of the client's running jobs with the same link, as `name` may be: what listens at 127.0.0.1 in one
+    of them is there for all. Each has its own names on the network.
+    """
     @_builtins.property
     def argv(self) -> Global___Argv:
         """A program and its arguments, executed as they are."""
@@ -813,6 +829,14 @@ class StartRequest(_message.Message):
         NOT_FOUND: the operator offers the caller none of this name. FAILED_PRECONDITION: it cannot be had now, or not at PATH.
         """
 
+    @_builtins.property
+    def allow(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names on the network that the job may reach by the proxy that its environment names (HTTP_PROXY and the like): a host,
+        `*.SUFFIX` for all hosts below one, or `*`; with a port, or else with 80 and 443. A host with a port is in the job's
+        /etc/hosts too, for programs that know no proxy. Up to 32, 16 of them hosts with a port. INVALID_ARGUMENT: the operator
+        does not offer one of them to the client. Without any the job has a loopback interface alone.
+        """
+
     def __init__(
         self,
         *,
@@ -834,10 +858,12 @@ class StartRequest(_message.Message):
         workspace: _builtins.str = ...,
         exclusive: _builtins.bool = ...,
         mounts: _abc.Iterable[_builtins.str] | None = ...,
+        allow: _abc.Iterable[_builtins.str] | None = ...,
+        link: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["argv", b"argv", "command", b"command", "limits", b"limits", "program", b"program", "terminal", b"terminal"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["argv", b"argv", "command", b"command", "env", b"env", "exclusive", b"exclusive", "input", b"input", "labels", b"labels", "limits", b"limits", "mounts", b"mounts", "name", b"name", "output_required", b"output_required", "outputs", b"outputs", "program", b"program", "request_id", b"request_id", "secrets", b"secrets", "split_stderr", b"split_stderr", "terminal", b"terminal", "upload", b"upload", "workdir", b"workdir", "workspace", b"workspace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow", b"allow", "argv", b"argv", "command", b"command", "env", b"env", "exclusive", b"exclusive", "input", b"input", "labels", b"labels", "limits", b"limits", "link", b"link", "mounts", b"mounts", "name", b"name", "output_required", b"output_required", "outputs", b"outputs", "program", b"program", "request_id", b"request_id", "secrets", b"secrets", "split_stderr", b"split_stderr", "terminal", b"terminal", "upload", b"upload", "workdir", b"workdir", "workspace", b"workspace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_program: _TypeAlias = _typing.Literal["command", "argv"]  # noqa: Y015
     _WhichOneofArgType_program: _TypeAlias = _typing.Literal["program", b"program"]  # noqa: Y015

@@ -369,6 +369,11 @@ CREATE INDEX jobs_with_output ON jobs (client_name, end_ns) WHERE output_bytes +
     """
 ALTER TABLE jobs ADD COLUMN mounts TEXT NOT NULL DEFAULT '';
 """,
+    # The names on the network that a job may reach, with spaces between them, and the network that it shares.
+    """
+ALTER TABLE jobs ADD COLUMN allow TEXT NOT NULL DEFAULT '';
+ALTER TABLE jobs ADD COLUMN link TEXT NOT NULL DEFAULT '';
+""",
 )
 SCHEMA_VERSION: Final = len(MIGRATIONS)
 

@@ -7,6 +7,7 @@ from typing import Final
 
 from pjw.errors import ConfigError
 from pjw.model import DEFAULT_SHARE, LIMIT_MAXIMUM, NO_SUMS, Limits, MountSource, Share, Sums
+from pjw.worker.network import Network
 
 UID_COUNT: Final = 65_536
 
@@ -155,6 +156,7 @@ class WorkerSettings:
     queue: QueueSlots = QueueSlots()
     # directories of the host that jobs may ask for
     mounts: tuple[MountSource, ...] = ()
+    network: Network = field(default_factory=Network)
 
     def __post_init__(self) -> None:
         if above := self.default_limits.first_above(self.ceiling):

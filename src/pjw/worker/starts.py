@@ -327,7 +327,7 @@ class Starts:
                 sent.append(self._uploads.open(job.client_name, spec.upload))
             if spec.outputs:
                 sent.append(patterns_file(tuple(spec.outputs)))
-            command = command_file(spec)
+            command = command_file(spec, job)
             descriptors += [command, *self._state.create_job(job, spec.terminal), *sent]
         except BaseException:
             for descriptor in (*sent, *((command,) if command >= 0 else ())):
@@ -396,7 +396,9 @@ class Starts:
             workspace=job.workspace,
             artifacts=bool(spec.outputs),
             mounts=tuple(spec.mounts),
-            client_name=job.client_name if spec.mounts else "",
+            client_name=job.client_name if spec.mounts or job.allow else "",
+            allow=tuple(job.allow),
+            link=job.link,
         )
         return await self._launcher.request_launch(request, spec, descriptors)
 

@@ -253,6 +253,8 @@ class JobStore:
             exclusive=spec.exclusive,
             artifacts=Artifacts(required=spec.output_required) if spec.outputs else None,
             mounts=spec.mounts,
+            allow=spec.allow,
+            link=spec.link,
         )
 
     def _insert(
@@ -269,6 +271,8 @@ class JobStore:
             more = {**more, "artifacts": ArtifactsState.PENDING, "artifacts_required": required}
         if spec.mounts:
             more = {**more, "mounts": json.dumps(list(spec.mounts), ensure_ascii=False)}
+        if spec.allow or spec.link:
+            more = {**more, "allow": " ".join(spec.allow), "link": spec.link}
         try:
             cursor = self._db.execute(
                 "INSERT INTO jobs (client_name, command, limits, start_ns, name, labels, split_stderr,"

@@ -47,6 +47,7 @@ from pjw.worker.artifacts import Keeping
 from pjw.worker.background import Background
 from pjw.worker.changes import Batch, Changes, Watched
 from pjw.worker.disk import DiskSampler, ScratchUse
+from pjw.worker.egress import Connections
 from pjw.worker.endings import Endings
 from pjw.worker.flag import Flag, first_of
 from pjw.worker.held import HeldOutputs
@@ -107,6 +108,8 @@ class Worker:
         self._inputs: Final = Inputs(state, self._stored, settings.quotas.input_bytes_max)
         self._tails: Final = asyncio.Lock()
         self._pruner: Final = Pruner(state, settings.retention)
+        # of jobs, to names on the network
+        self.connections: Final = Connections()
         self._background: Final = Background()
         self._stopping: Final = Stopping(self._launcher, self._background, state.store.note)
         self._held: Final = HeldOutputs(state)
@@ -204,6 +207,8 @@ class Worker:
 
     async def adopt(self) -> None:
         """Take over the jobs of the worker before us. Call it once, before anything else; `open` does."""
+        if self._settings.network.offered:
+            await self.connections.begin(self._launcher)
         await adopt(
             self._state,
             self._launcher,
@@ -239,6 +244,7 @@ class Worker:
             live.let_go()
             live.abandon_output()
         self._sessions.close()
+        self.connections.close()
         self._launcher.close()
         self._endings.close()
         # launches under way end by that, and may still want the table
@@ -312,7 +318,13 @@ class Worker:
     async def numbers(self) -> WorkerNumbers:
         """How much of everything there is, for who watches over it."""
         return await count_all(
-            self._state, self._live, self._endings.by_reason, len(self._held), self._launcher, self._queue
+            self._state,
+            self._live,
+            self._endings.by_reason,
+            len(self._held),
+            self._launcher,
+            self._queue,
+            self.connections.counts,
         )
 
     async def launcher_gone(self) -> None:
@@ -357,6 +369,7 @@ class Worker:
         if spec.queue is not None:
             [job] = await self.submit([spec], client_name)
             return job
+        self._settings.network.require(client_name, spec.allow)
         limits = self._limits_of(spec)
         return await self._starts.start(spec, client_name, limits)
 
@@ -392,6 +405,8 @@ class Worker:
         caller who is cancelled before the answer may find them in the queue all the same. A spec with a
         request id makes one job.
         """
+        for spec in specs:
+            self._settings.network.require(client_name, spec.allow)
         asked = [(spec, self._limits_of(spec)) for spec in specs]
         for _, limits in asked:
             self._running.require_possible(client_name, limits)
@@ -497,6 +512,7 @@ class Worker:
         """Start a job of the queue; only the queue calls this, see queue.Backend."""
         spec, client_name = waiting.spec(), waiting.job.client_name
         # again, as the operator may have changed what is allowed
+        self._settings.network.require(client_name, spec.allow)
         return await self._starts.start_queued(waiting.job.id, spec, client_name, self._limits_of(spec))
 
     # --- stop

@@ -17,11 +17,13 @@
 #include <signal.h>
 #include <sys/types.h>
 
-enum { HIDES_MAX = 64, PLACES_MAX = 128, MOUNTS_MAX = PLACES_MAX + 3, CGROUPS_MAX = 16, LIFTS_MAX = 64, COMMAND_MAX_BYTES = (1 << 20) + (1 << 16), ORDER_MAX_BYTES = 4096, STREAMS_MAX = 2 };
+enum { HIDES_MAX = 64, PLACES_MAX = 128, MOUNTS_MAX = PLACES_MAX + 3, CGROUPS_MAX = 16, LIFTS_MAX = 64, COMMAND_MAX_BYTES = (1 << 20) + (1 << 16), ORDER_MAX_BYTES = 8192, STREAMS_MAX = 2 };
 /* of the operator's directories: of one job; and bytes of a path where it has one */
 enum { JOB_MOUNTS_MAX = 8, TARGET_MAX_BYTES = 255 };
 /* where a job has its workspace, if it has one */
 #define WORKSPACE_DIRECTORY "/run/workspace"
+/* of a job with names on the network: that of the proxy, and of each name with a port */
+enum { LISTENERS_MAX = 17, HOST_MAX_BYTES = 253 };
 enum { REQUEST_MAX_BYTES = 1 << 20, REQUEST_FDS_MAX = 1 + CGROUPS_MAX + LIFTS_MAX };
 
 /* Every step that can fail: its name, and its words, which follow "cannot". Both are in a report. */
@@ -39,6 +41,8 @@ enum { REQUEST_MAX_BYTES = 1 << 20, REQUEST_FDS_MAX = 1 + CGROUPS_MAX + LIFTS_MA
     X(KEYRING, "session-keyring", "make a session keyring")             \
     X(HOSTNAME, "hostname", "set the host name")                        \
     X(LOOPBACK, "loopback", "bring up the loopback interface")          \
+    X(LINK, "link", "join the network of the job that it is linked to") \
+    X(LISTEN, "listen", "listen at")                                    \
     X(SCRATCH, "open-scratch", "open the scratch directory")            \
     X(ROOT, "root", "make the root of the job")                         \
     X(SHOW, "show", "show")                                             \
@@ -106,6 +110,13 @@ struct source {
     bool writable;
 };
 
+/* Where connections come from within the job, for who makes them outside. */
+struct listener {
+    uint32_t address; /* in the order of the network, as the port */
+    uint16_t port;
+    char host[HOST_MAX_BYTES + 1]; /* whose address this is for the job; empty: the proxy's */
+};
+
 /* options.c; a descriptor that was not given is -1, a number 0, a string NULL */
 struct options {
     bool tells; /* name on stderr each step that may wait for a file system, before it begins */
@@ -132,6 +143,10 @@ struct options {
     int archive_fd; /* the program that unpacks the one and packs the other; -1 where there is neither */
     uint64_t file_bytes_max; /* what a file may have that the command writes; 0: any */
     uint16_t connect_port; /* not for a command: connect to it in the job's network, and hand the socket over */
+    struct listener listeners[LISTENERS_MAX];
+    int listener_count;
+    bool link; /* the order comes with the network namespace of another job, which this one shares */
+    int link_fd;
     bool control; /* the order comes with a descriptor of the control file */
     int control_fd;
     int cgroup_procs_fds[CGROUPS_MAX];
@@ -164,10 +179,10 @@ void parse_request(char *words, size_t length, struct options *options);
  * The words of an order, each ended by NUL, and the descriptors that came with it: command, output, status,
  * times; where stderr is kept apart its own output and times; with --control that file; where there is input, that; with
  * --keep the file for artifacts; with --upload the archive; with --keep the patterns; with one of these two the program for
- * archives; with --workspace a mount of it; last, for each --mount-at, a mount of that. A session has no times, and no mounts but
+ * archives; with --workspace a mount of it; for each --mount-at a mount of that; last, with --link, a network namespace. A session has no times, and no mounts but
  * those of its job.
  */
-enum { ORDER_FDS_MAX = 12 + JOB_MOUNTS_MAX };
+enum { ORDER_FDS_MAX = 13 + JOB_MOUNTS_MAX };
 void parse_order(char *words, size_t length, const int *fds, size_t fd_count, struct options *options);
 void release_command(struct options *options);
 
@@ -183,6 +198,7 @@ void report_cloned(int pidfd);
 void report_execed(int64_t realtime_ns);
 void report_connected(int socket);
 void report_opened(int tree);
+void report_listening(const int *sockets, size_t count);
 /* With --tell, name on stderr the step that init is about to take, so that a reader sees where init hangs. */
 void begin(const struct options *options, enum step step, const char *subject);
 /* Report the step with errno and its subject (may be NULL), or say it on stderr. */
@@ -217,6 +233,10 @@ int clone_init(const struct options *options, int *pidfd);
 int enter_cgroups(const struct options *options); /* gives an errno, 0 when in */
 void join_keyring(void);
 void enter_namespaces(const struct options *options);
+
+/* network.c: share the network of another job; listen, and hand the sockets over by the report */
+void join_network(const struct options *options);
+void hand_over_listeners(const struct options *options);
 
 /* session.c: another command in a job that runs */
 bool is_session(const struct options *options);

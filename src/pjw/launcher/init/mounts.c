@@ -250,7 +250,7 @@ void finish_mounts(struct options *options) {
         resize_tmpfs(options->tmp_bytes);
     if (!options->scratch && chown("/run/job", options->uid, options->gid) < 0)
         fail(STEP_MOUNT_SCRATCH, "/run/job");
-    finish_names(options->uid, options->gid);
+    finish_names(options);
     if (options->workspace)
         mount_workspace(options->workspace_fd);
     if (options->target_count)

@@ -39,6 +39,6 @@ void show_places(struct options *options);
 
 /* names.c: make_names runs in the job's tree while BASE is mounted, finish_names when the user is known */
 void make_names(const char *hostname);
-void finish_names(uid_t uid, gid_t gid);
+void finish_names(const struct options *options);
 
 #endif

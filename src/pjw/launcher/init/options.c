@@ -1,6 +1,7 @@
 /* Reads the command line and the command. Anything odd is refused: our caller is a program. */
 #include "init.h"
 
+#include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <getopt.h>
@@ -15,7 +16,7 @@ enum option_id {
     REPORT_FD = 1, STATUS_FD, OUTPUT_FD, COMMAND_FD, CGROUP_FD, CGROUP_PROCS_FD, USER_ID, GROUP_ID, HOSTNAME,
     SCRATCH, HIDE, TMP_BYTES, OUTPUT_MAX, TIME_MAX, WAIT, SPLIT_STDERR, TIMES_FD, STDERR_FD, STDERR_TIMES_FD,
     INPUT, INPUT_FD, LIFT_FD, LIFT, VISIBLE, BOUND, COVER, TELL, GRACE, CGROUP, SPAWNER, VARIABLE, ENTER_FD, CONTROL,
-    TERMINAL, CONNECT, TOOL_FD, UPLOAD, MOUNT, WORKSPACE, KEEP, MOUNT_AT, OPEN, OPEN_WRITABLE,
+    TERMINAL, CONNECT, TOOL_FD, UPLOAD, MOUNT, WORKSPACE, KEEP, MOUNT_AT, OPEN, OPEN_WRITABLE, LISTEN, LINK,
 };
 
 /* Where an option may come: an order says what was not known before the job, and nothing about the host. */
@@ -65,6 +66,8 @@ static const struct option OPTIONS[] = {
     {"mount-at", required_argument, NULL, MOUNT_AT | ORDER},
     {"open", required_argument, NULL, OPEN | LINE},
     {"open-writable", required_argument, NULL, OPEN_WRITABLE | LINE},
+    {"listen", required_argument, NULL, LISTEN | LINE | ORDER},
+    {"link", no_argument, NULL, LINK | ORDER},
     {NULL, 0, NULL, 0},
 };
 
@@ -120,6 +123,25 @@ static void add_target(struct options *options, const char *option) {
     if (strlen(optarg) > TARGET_MAX_BYTES)
         refuse(option, optarg, "too long");
     options->targets[options->target_count++] = path(option, optarg);
+}
+
+/* ADDRESS:PORT, and /HOST behind it where it stands for a host. */
+static void add_listener(struct options *options, const char *option, char *text) {
+    if (options->listener_count == LISTENERS_MAX)
+        refuse(option, text, "too many of them");
+    struct listener *listener = &options->listeners[options->listener_count++];
+    struct in_addr address;
+    char *colon = strchr(text, ':'), *slash = strchr(text, '/');
+    if (!colon || (slash && slash < colon) || (slash && strlen(slash + 1) > HOST_MAX_BYTES))
+        refuse(option, text, "not ADDRESS:PORT or ADDRESS:PORT/HOST");
+    *colon = '\0';
+    if (slash)
+        *slash = '\0';
+    if (inet_pton(AF_INET, text, &address) != 1)
+        refuse(option, text, "not an address");
+    listener->address = address.s_addr;
+    listener->port = htons((uint16_t)number(option, colon + 1, 1, UINT16_MAX));
+    strcpy(listener->host, slash ? slash + 1 : ""); /* the order's words are gone before it is used */
 }
 
 static _Noreturn void refuse_command(int error) {
@@ -308,6 +330,8 @@ static int take_options(int argc, char **argv, enum phase phase, struct options 
         case MOUNT_AT: add_target(options, name); break;
         case OPEN: add_source(options, name, false); break;
         case OPEN_WRITABLE: add_source(options, name, true); break;
+        case LISTEN: add_listener(options, name, optarg); break;
+        case LINK: options->link = true; break;
         default: /* getopt_long(3) has said what is wrong */
             errno = EINVAL;
             fail(STEP_OPTIONS, NULL);
@@ -337,6 +361,7 @@ void parse_options(int argc, char **argv, struct options *options) {
         .archive_fd = -1,
         .control_fd = -1,
         .workspace_fd = -1,
+        .link_fd = -1,
         .grace = 10,
         .environment = environ,
     };
@@ -356,6 +381,8 @@ void parse_options(int argc, char **argv, struct options *options) {
             refuse("wait", "(none)", "the command comes by --report-fd");
         if (options->connect_port && (!is_session(options) || !options->uid || !options->gid))
             refuse("connect", "(none)", "only in a job, and as its user");
+        if (options->listener_count && !is_session(options))
+            refuse("listen", "(none)", "a job that does not run yet is told in its order");
         if (options->tool_fd >= 0 && !is_session(options))
             refuse("tool-fd", "(none)", "only in a job that runs");
         options->output_fds[0] = options->output_fds[1] = -1;
@@ -412,7 +439,7 @@ void parse_request(char *words, size_t length, struct options *options) {
 }
 
 void parse_order(char *words, size_t length, const int *fds, size_t fd_count, struct options *options) {
-    enum { WORDS_MAX = 24 + 2 * JOB_MOUNTS_MAX };
+    enum { WORDS_MAX = 26 + 2 * JOB_MOUNTS_MAX + 2 * LISTENERS_MAX };
     char *argv[WORDS_MAX + 2] = {"order"};
     int count = split("wait", words, length, argv, WORDS_MAX);
     if (take_options(count, argv, ORDER, options) >= 0 || optind < count)
@@ -425,11 +452,14 @@ void parse_order(char *words, size_t length, const int *fds, size_t fd_count, st
         refuse(options->upload ? "upload" : "keep", "(order)", "only of a job");
     if (options->workspace && is_session(options))
         refuse("workspace", "(order)", "a session has that of its job");
+    if ((options->listener_count || options->link) && is_session(options))
+        refuse(options->link ? "link" : "listen", "(order)", "a session has the network of its job");
     if (options->target_count && is_session(options))
         refuse("mount-at", "(order)", "a session has those of its job");
     bool archives = options->upload || options->keep;
     if (fd_count != 3U + timed + (1U + timed) * options->split_stderr + options->control + options->input +
-                        options->upload + 2U * options->keep + archives + options->workspace + (unsigned)options->target_count)
+                        options->upload + 2U * options->keep + archives + options->workspace + (unsigned)options->target_count +
+                        options->link)
         refuse("wait", "(order)", "not the descriptors that it should have");
     int command = *fds++;
     options->output_fds[0] = *fds++;
@@ -456,5 +486,7 @@ void parse_order(char *words, size_t length, const int *fds, size_t fd_count, st
         options->workspace_fd = *fds++;
     for (int i = 0; i < options->target_count; i++)
         options->target_fds[i] = *fds++;
+    if (options->link)
+        options->link_fd = *fds;
     read_command(command, options);
 }
