@@ -29,6 +29,7 @@ SUITES: Final = (
         "exec",
         "egress",
         "files",
+        "images",
         "stream",
         "line",
         "history",

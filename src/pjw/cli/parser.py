@@ -187,6 +187,12 @@ def _add_job_options(command: Parser) -> None:
         metavar="WORKSPACE",
         help="a directory of yours that stays, at /run/workspace; begin there",
     )
+    job.add_argument(
+        "--image",
+        metavar="IMAGE",
+        help="see the files of this image, and none of the machine's; without CMD run the image's own",
+    )
+    job.add_argument("--read-only", action="store_true", help="write nothing to the image's files")
     job.add_argument("--exclusive", action="store_true", help="no other job is in its workspace meanwhile")
     job.add_argument(
         "--mount",

@@ -37,6 +37,8 @@ from pjw.launcher.cgroup import Cgroup, Hierarchy, disks_under, open_hierarchy
 from pjw.launcher.deadline import say
 from pjw.launcher.departures import SETTLE_SECONDS, Departures, Waiter
 from pjw.launcher.egress import Egress
+from pjw.launcher.image_store import ImageStore
+from pjw.launcher.images import Images
 from pjw.launcher.job_users import claim_users
 from pjw.launcher.lock import hold_lock
 from pjw.launcher.measure import measure
@@ -74,7 +76,7 @@ from pjw.launcher.spawn import (
 from pjw.launcher.stuck import describe
 from pjw.launcher.visible import check_visible
 from pjw.launcher.workspaces import Workspaces
-from pjw.model import Usage, offered
+from pjw.model import Usage, is_image_key, offered
 
 # What a launch takes while it is under way; what a job takes until its end (the pidfd of its init, its status
 # file); and what is kept for all else that must go on when a client has taken the rest: to watch, account and
@@ -89,6 +91,10 @@ FILL_AFTER_SECONDS: Final = 0.05
 # So long after a launch there is no hurry to make the next init ahead: meanwhile the server answers its
 # client, and the job begins. Both share the processors with us.
 REST_SECONDS: Final = 0.003
+# The steps of init whose failure is not the host's alone, and what kind of refusal each is.
+KINDS: Final = {step: step for step in ("exec", "workdir", "unpack", "image", "mount-at")} | {
+    "overlay": "image"
+}
 # its report, and the pidfd of who waits for its command
 SESSION_DESCRIPTORS: Final = 2
 # How often, and after which pause, listeners of an adopted job are made again: the process that had those of
@@ -174,6 +180,8 @@ class Launcher:
         self._workspaces: Workspaces
         self._mounts: Mounts
         self._removals: Removals
+        self._image_store: ImageStore
+        self._images: Images
         self._pool: Pool
         self._egress: Egress
         # the name of our cgroups
@@ -229,6 +237,7 @@ class Launcher:
             self._egress.close()
             self._pool.close()
             self._hierarchy.release()
+            self._images.close()
             self._scratch.close()
         self._archive_program.close()
         self._watcher.close()
@@ -342,7 +351,13 @@ class Launcher:
             self._instance, io_devices=disks, supervisor_pids=(os.getpid(), os.getppid())
         )
         not_set = [*filter(None, [not_claimed]), *self._hierarchy.set_sums(request.sums)]
-        self._pool = Pool(self._watcher, self._policy, self._hierarchy, self._scratch, self._departures)
+        self._image_store = ImageStore(request.state_dir, self._scratch.places)
+        self._images = Images(self._image_store, self._workspaces, self._scratch)
+        self._pool = Pool(
+            self._watcher, self._policy, self._hierarchy, self._scratch, self._departures, self._images
+        )
+        self._scratch.left = self._on_image_left
+        self._sweep_images()
         self._egress = Egress(self._watcher, self._policy)
         self._phase = Phase.SERVING
         return protocol.Ready(no_disk, hint, uid_first, tuple(not_set)), self._scratch.descriptor
@@ -373,10 +388,7 @@ class Launcher:
         self._take_init(launch)
 
     def _take_init(self, launch: LaunchInProgress) -> None:
-        request = launch.request
-        self._pool.take(
-            request.job_id, request.limits, request.uid, request.share, partial(self._on_taken, launch)
-        )
+        self._pool.take(launch.request, partial(self._on_taken, launch))
 
     def _on_taken(self, launch: LaunchInProgress, init: Init | PjwError) -> None:
         if isinstance(init, Init) and (mate := self._mate_to_be(launch.request)) is not None:
@@ -402,7 +414,7 @@ class Launcher:
             try:
                 # an init that failed already has said why, or its end says it
                 with suppress(BrokenPipeError, ConnectionResetError):
-                    needs_tool = request.upload or request.artifacts
+                    needs_tool = request.upload or request.artifacts or request.archive
                     tool = [self._archive_program.descriptor()] if needs_tool else []
                     send_order(
                         init.report, request, [*launch.descriptors, *tool], workspace, launch.mounts, link
@@ -503,7 +515,7 @@ class Launcher:
                 self._launched_at = time.monotonic()
             case Failed() as failed:
                 # init ends by itself after its report; it is killed as well, for one that reported nothing
-                kind = failed.step if failed.step in ("exec", "workdir", "unpack", "mount-at") else "setup"
+                kind = KINDS.get(failed.step, "setup")
                 subject = f"job {init.job_id}"
                 self._fail(launch, protocol.Refused(kind, failed.operation, subject, failed.errno, ""))
 
@@ -927,6 +939,20 @@ class Launcher:
         self._removals.begin_workspace(uid, name, spawn, on_removed)
         return None
 
+    def _on_image_left(self, image: str) -> None:
+        # an operator may have removed it while the job ran; the worker removes what a client has loaded
+        with suppress(KernelError):
+            if not is_image_key(image) and not self._image_store.is_named(image):
+                self._sweep_images()
+
+    def _sweep_images(self) -> None:
+        for pid in self._images.sweep():
+            self._watcher.reap_helper(pid, lambda: None)
+
+    def answer_image_table(self, seq: int, request: protocol.ImageTable, descriptors: list[int]) -> "Answer":
+        """Hand out the table of the operator's images: their names, and how jobs begin in each."""
+        return self._hand_out(seq, self._image_store.open_table())
+
     def answer_reload_mounts(
         self, seq: int, request: protocol.ReloadMounts, descriptors: list[int]
     ) -> "Answer":
@@ -998,6 +1024,7 @@ ROUTES: Final[dict[str, Route]] = {
     "workspace_names": Route(Launcher.answer_workspace_names),
     "workspace_use": Route(Launcher.answer_workspace_use, makes_processes=True),
     "remove_workspace": Route(Launcher.answer_remove_workspace, makes_processes=True),
+    "image_table": Route(Launcher.answer_image_table),
     "reload_mounts": Route(Launcher.answer_reload_mounts),
     "open_file": Route(Launcher.answer_open_file),
     "open_audit_log": Route(Launcher.answer_open_audit_log),

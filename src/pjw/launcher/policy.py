@@ -18,6 +18,8 @@ from pjw.model import (
     check_link,
     check_mounts,
     check_workspace,
+    is_image_digest,
+    is_image_key,
     lies_in,
 )
 from pjw.network import Allowed, check_allow, is_offered
@@ -127,7 +129,11 @@ class Policy:
         if below := request.limits.first_below(self.floor):
             raise InvalidJobError(f"limit {below} is below its floor")
         if request.workspace:
-            check_workspace(request.workspace)
+            _check_directory(request.workspace)
+        if request.image and not (is_image_key(request.image) or is_image_digest(request.image)):
+            raise InvalidJobError("an image is named by its digest, or by a key")
+        if request.archive and (request.terminal or request.upload or request.artifacts):
+            raise InvalidJobError("a job of the program for archives has no other files, and no terminal")
         if check_mounts(request.mounts) != request.mounts:
             raise InvalidJobError("a mount of a launch is NAME:PATH")
         _check_rest(request, descriptors)
@@ -166,7 +172,7 @@ class Policy:
     def check_workspace(self, request: WorkspaceUse | RemoveWorkspace) -> None:
         """Raises InvalidJobError unless it is about what may be a workspace."""
         self.check_uid(request.uid)
-        check_workspace(request.name)
+        _check_directory(request.name)
 
     def check_uid(self, uid: int) -> None:
         """Raises InvalidJobError for a user id that no client has."""
@@ -178,6 +184,12 @@ class Policy:
         if not 0 <= place < len(self.operator_files):
             raise InvalidJobError(f"{place} is not the place of an operator's file")
         return self.operator_files[place]
+
+
+def _check_directory(name: str) -> None:
+    """Raises InvalidJobError for what is neither the name of a workspace nor the key of a client's image."""
+    if not is_image_key(name):
+        check_workspace(name)
 
 
 def _check_rest(request: Launch | Exec, descriptors: list[int]) -> None:

@@ -100,6 +100,12 @@ class Launch:
     workspace: str = ""
     # whether what matches `patterns` of the job's files is packed into `artifacts` after its end
     artifacts: bool = False
+    # whether the launcher's own program for archives is executed, whatever the first word of the command is
+    archive: bool = False
+    # the root of the job: the digest of an image of the operator's, or the key of one of the client's own;
+    # empty: the host's
+    image: str = ""
+    read_only: bool = False
     # directories of the operator's, each as NAME:PATH
     mounts: tuple[str, ...] = ()
     # to whom they must be offered; empty without mounts; and who asks for names on the network, for the log
@@ -322,6 +328,13 @@ class OpenAuditLog:
 
 
 @dataclass(frozen=True, slots=True)
+class ImageTable:
+    """The table of the operator's images, as it is now (image_store.py); the answer is `Opened`."""
+
+    op: ClassVar = "image_table"
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
     """It was done."""
 
@@ -471,10 +484,10 @@ class Opened:
 class Refused:
     """It was not done. `errno` is 0 when there is none.
 
-    `kind`: exec, workdir (it cannot be entered), unpack (the upload cannot be), setup (another step of init),
-    late (the command was not executed in time: `operation` says in which), mount (that of the name in
-    `subject` cannot be had, or without an errno is not offered), mount-at (not at its path), kernel, invalid,
-    state or config.
+    `kind`: exec, workdir (it cannot be entered), unpack (the upload cannot be), image (it has something else
+    where pjw mounts), setup (another step of init), late (the command was not executed in time: `operation`
+    says in which), mount (that of the name in `subject` cannot be had, or without an errno is not offered),
+    mount-at (not at its path), kernel, invalid, state or config.
     `left`: a part of the launch does not end; `Departed` is answered when it has ended.
     """
 
@@ -511,6 +524,7 @@ Request = (
     | Egress
     | SetShare
     | MeasureClient
+    | ImageTable
 )
 Reply = (
     Done

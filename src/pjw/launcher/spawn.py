@@ -109,12 +109,18 @@ class Spawner:
         self._places = b"".join(map(_encoded, (*place_words(places), *hide)))
         self.close()
 
-    def spawn(self, job_id: int, cgroup: Cgroup) -> socket.socket:
+    def spawn(
+        self, job_id: int, cgroup: Cgroup, trees: Sequence[int] = (), *, read_only: bool = False
+    ) -> socket.socket:
         """Have an init spawned that waits for its order; give the socket that it reports to.
 
-        What goes wrong from here on is reported. Raises OSError.
+        *trees* are mounts of an image, which is the job's root instead of the host's (Images.trees). What
+        goes wrong from here on is reported. Raises OSError.
         """
-        words = ("--hostname", f"job-{job_id}", "--scratch", f"{self._scratch}/{job_id}")
+        own = f"{self._scratch}/{job_id}"
+        words: list[str | int] = ["--hostname", f"job-{job_id}", "--scratch", f"{own}/job" if trees else own]
+        words += [word for tree in trees for word in ("--image-fd", tree)]
+        words += ["--image-read-only"] if trees and read_only else []
         return self._spawn(job_id, cgroup.init_arguments(), words, self._places)
 
     def spawn_session(self, job_id: int, init: int, cgroup: Cgroup, tool: int | None) -> socket.socket:
@@ -194,7 +200,7 @@ class Spawner:
                     # an init shows itself in the place of this command line, so it is as long as any of them
                     [
                         *("pjw-init: spawner", "--spawner", "--hostname", f"job-{JOB_ID_MAX}"),
-                        *("--scratch", f"{self._scratch}/{JOB_ID_MAX}"),
+                        *("--scratch", f"{self._scratch}/{JOB_ID_MAX}/job"),
                     ],
                     JOB_ENVIRONMENT,
                     file_actions=[(os.POSIX_SPAWN_DUP2, theirs.fileno(), _REQUESTS_FD)],
@@ -268,7 +274,7 @@ def send_order(
 ) -> None:
     """Have an init start its job, or a session its command; *descriptors* are its files. Raises OSError.
 
-    Behind the files of a launch with an upload, or with artifacts, comes the program for archives.
+    Behind the files of a launch that needs it comes the program for archives.
     *workspace* is the descriptor of a mount, if there is one; *mounts* are those of the operator's
     directories. *link* is the network namespace that it shares with another job, if it does, and the last.
     """
@@ -284,6 +290,7 @@ def send_order(
         *(("--upload",) if isinstance(request, Launch) and request.upload else ()),
         *(("--workspace",) if workspace >= 0 else ()),
         *(("--keep",) if isinstance(request, Launch) and request.artifacts else ()),
+        *(("--tool",) if isinstance(request, Launch) and request.archive else ()),
         *(_words_of_mounts(request) if isinstance(request, Launch) else ()),
         *(("--link",) if link >= 0 else ()),
     )

@@ -286,6 +286,10 @@ class LauncherClient:
         """Remove a workspace with all that is in it. Raises KernelError when something stays."""
         await self._request(protocol.RemoveWorkspace(uid, name))
 
+    async def request_image_table(self) -> int:
+        """The table of the operator's images, open for reading; the caller owns it. Raises KernelError."""
+        return await self._opened(protocol.ImageTable())
+
     async def request_reload_mounts(self) -> None:
         """Have the operator's mounts read again. Raises KernelError or ConfigError."""
         await self._request(protocol.ReloadMounts())
@@ -415,6 +419,14 @@ def _launch_error_of(refused: protocol.Refused, spec: JobSpec) -> PjwError:
             # "unpack the upload: WHY for": a name in it is the client's own
             words = f"cannot {refused.operation.removesuffix(' for')}"
             return CopyError(words if words.isprintable() else ascii(words)[1:-1])
+        case "image":
+            # its words end with " for", as those above
+            words = f"cannot {refused.operation.removesuffix(' for')}"
+            if refused.operation.startswith("use"):
+                return JobStateError(words, hint="make the image anew")
+            return JobStateError(
+                f"{words}: {describe_errno(refused.errno)}", hint="ask the operator: pjwd check"
+            )
         case "mount-at":
             words = f"cannot {refused.operation.removesuffix(' for')}"
             return MountError(

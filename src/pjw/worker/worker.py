@@ -6,7 +6,7 @@ import os
 import socket
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from signal import SIGKILL, SIGTERM
@@ -31,6 +31,8 @@ from pjw.model import (
     Archive,
     ClientQuota,
     GroupUse,
+    Image,
+    ImageConfig,
     Job,
     JobSpec,
     JobState,
@@ -51,6 +53,7 @@ from pjw.worker.egress import Connections
 from pjw.worker.endings import Endings
 from pjw.worker.flag import Flag, first_of
 from pjw.worker.held import HeldOutputs
+from pjw.worker.images import Images
 from pjw.worker.input import Inputs, InputWriter, ended_error, require_input
 from pjw.worker.job import LiveJob
 from pjw.worker.launch_turns import LaunchTurns
@@ -129,6 +132,9 @@ class Worker:
         self._workspaces: Final = Workspaces(
             state.store, self._launcher, self._users, settings, self._background
         )
+        self._images: Final = Images(
+            state.store, self._launcher, self._workspaces, settings, self._background
+        )
         self._disk.growing = self._workspaces.growing
         self._endings: Final = Endings(
             state,
@@ -170,6 +176,7 @@ class Worker:
             self._stopping,
             self._users,
             self._workspaces,
+            self._images,
             turns,
             self._background,
             self._uploads,
@@ -220,6 +227,8 @@ class Worker:
             self._background,
         )
         await self._workspaces.begin(self._ready.uid_first)
+        for job_id, client_name, key in await self._images.begin():
+            self._background.spawn(self._give_up_load(job_id, client_name, key))
         await self._sessions.adopt()
         await self._uploads.adopt()
         await self._queue.begin([live.job for live in self._live.values()])
@@ -231,6 +240,7 @@ class Worker:
         self._background.keep("queue", self._queue.run())
         self._background.keep("removal of uploads", self._uploads.run())
         self._background.keep("workspaces", self._workspaces.run())
+        self._background.keep("images", self._images.run())
 
     async def __aenter__(self) -> Self:
         return self
@@ -292,6 +302,7 @@ class Worker:
         self._inputs.set_bytes_max(settings.quotas.input_bytes_max)
         self._pruner.keep(settings.retention)
         self._workspaces.reconfigure(settings)
+        self._images.reconfigure(settings)
         self._queue.reconfigure(settings)
 
     async def give_shares(self) -> list[str]:
@@ -611,6 +622,9 @@ class Worker:
         live = await self._require_running(job_id, client_name)
         # it begins where the job did, if that has a workspace
         spec = replace(spec, workspace=live.job.workspace)
+        if self._images.of(job_id):
+            config = await self._images.config_of(job_id)
+            spec = replace(spec, env={**config.env, **spec.env})
         return await self._sessions.start(live, spec, self._settings, detached=detached)
 
     async def archive(
@@ -674,6 +688,67 @@ class Worker:
         and KernelError.
         """
         await self._workspaces.remove(client_name, name)
+
+    # --- images
+
+    async def images(self, owner: str | None = LOCAL_CLIENT) -> Sequence[Image]:
+        """The images of one client, or with None of all, and the operator's; by their clients and names."""
+        return await self._images.listed(owner)
+
+    async def remove_image(self, name: str, client_name: str = LOCAL_CLIENT) -> None:
+        """Take the name from an image of a client's own; its files go with the last job that has it.
+
+        Raises ImageNotFoundError.
+        """
+        await self._images.remove(client_name, name)
+
+    async def load_image(
+        self,
+        name: str,
+        upload: str,
+        config: ImageConfig | None = None,
+        digest: str = "",
+        client_name: str = LOCAL_CLIENT,
+    ) -> Image:
+        """Make an image of a client's own from an upload, which a job of the client's unpacks.
+
+        The one that had the name goes with the last job that has it. Whoever is cancelled leaves nothing.
+        Raises CopyError for an upload that is not there or cannot be unpacked, and what a start raises.
+        """
+        spec = JobSpec(
+            Archive(".", unpack=True).argv,
+            labels={"pjw.image": name},
+            upload=upload,
+            workspace=await self._images.begin_load(client_name, name),
+        )
+        job: Job | None = None
+        try:
+            await self._uploads.renew(client_name, upload)
+            job = await self.start(spec, client_name)
+            job = await self.wait(job.id, client_name)
+            if not job.succeeded:
+                raise CopyError(f"cannot load the image {name}: {await self._why_not_unpacked(job)}")
+            return await self._images.keep(client_name, spec.workspace, name, digest, config or ImageConfig())
+        except BaseException:
+            if job is None or job.state.final:
+                self._images.drop(client_name, spec.workspace)
+            else:
+                self._background.spawn(self._give_up_load(job.id, client_name, spec.workspace))
+            raise
+
+    async def _give_up_load(self, job_id: int, client_name: str, key: str) -> None:
+        with suppress(JobNotFoundError):
+            await self.stop(job_id, 0, client_name)
+        self._images.drop(client_name, key)
+
+    async def _why_not_unpacked(self, job: Job) -> str:
+        """What the job said last, for whoever loads an image."""
+        reading = await self.read_logs(job.id, Part(follow=False, tail_lines=1), job.client_name)
+        said = b"".join([piece async for piece in reading.chunks()])
+        words = said.decode(errors="replace").strip().removeprefix("error: ")
+        if not words:
+            return f"job {job.id} ended as {job.reason}"
+        return words if words.isprintable() else ascii(words)[1:-1]
 
     # --- input
 

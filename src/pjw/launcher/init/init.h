@@ -17,14 +17,14 @@
 #include <signal.h>
 #include <sys/types.h>
 
-enum { HIDES_MAX = 64, PLACES_MAX = 128, MOUNTS_MAX = PLACES_MAX + 3, CGROUPS_MAX = 16, LIFTS_MAX = 64, COMMAND_MAX_BYTES = (1 << 20) + (1 << 16), ORDER_MAX_BYTES = 8192, STREAMS_MAX = 2 };
+enum { IMAGE_FDS_MAX = 2, HIDES_MAX = 64, PLACES_MAX = 128, MOUNTS_MAX = PLACES_MAX + 3, CGROUPS_MAX = 16, LIFTS_MAX = 64, COMMAND_MAX_BYTES = (1 << 20) + (1 << 16), ORDER_MAX_BYTES = 8192, STREAMS_MAX = 2 };
 /* of the operator's directories: of one job; and bytes of a path where it has one */
 enum { JOB_MOUNTS_MAX = 8, TARGET_MAX_BYTES = 255 };
 /* where a job has its workspace, if it has one */
 #define WORKSPACE_DIRECTORY "/run/workspace"
 /* of a job with names on the network: that of the proxy, and of each name with a port */
 enum { LISTENERS_MAX = 17, HOST_MAX_BYTES = 253 };
-enum { REQUEST_MAX_BYTES = 1 << 20, REQUEST_FDS_MAX = 1 + CGROUPS_MAX + LIFTS_MAX };
+enum { REQUEST_MAX_BYTES = 1 << 20, REQUEST_FDS_MAX = 1 + IMAGE_FDS_MAX + CGROUPS_MAX + LIFTS_MAX };
 
 /* Every step that can fail: its name, and its words, which follow "cannot". Both are in a report. */
 #define STEPS(X)                                                        \
@@ -50,6 +50,8 @@ enum { REQUEST_MAX_BYTES = 1 << 20, REQUEST_FDS_MAX = 1 + CGROUPS_MAX + LIFTS_MA
     X(MOUNT_RUN, "mount-run", "mount /run")                             \
     X(MOUNT_SCRATCH, "mount-scratch", "mount the scratch directory at") \
     X(MOUNT_WORKSPACE, "mount-workspace", "mount the workspace at")     \
+    X(OVERLAY, "overlay", "mount the overlay of the image")             \
+    X(IMAGE, "image", "use the image: it needs a directory, and no link, at") \
     X(MOUNT_SOURCE, "mount-source", "open the directory of the mount")  \
     X(MOUNT_AT, "mount-at", "mount the operator's directory at")        \
     X(MOUNT_TMP, "mount-tmp", "mount a private")                        \
@@ -141,6 +143,10 @@ struct options {
     bool keep; /* the order comes with patterns of files that are kept after the end, and with a file for their archive */
     int patterns_fd, artifacts_fd;
     int archive_fd; /* the program that unpacks the one and packs the other; -1 where there is neither */
+    bool tool; /* the order comes with that program, and the command is its */
+    bool image; /* the job has a root of its own, and nothing of the host's */
+    int image_fds[IMAGE_FDS_MAX], image_count; /* mounts of it: one that maps users, if there is one, and one that does not */
+    bool image_read_only;
     uint64_t file_bytes_max; /* what a file may have that the command writes; 0: any */
     uint16_t connect_port; /* not for a command: connect to it in the job's network, and hand the socket over */
     struct listener listeners[LISTENERS_MAX];
@@ -178,9 +184,9 @@ void parse_request(char *words, size_t length, struct options *options);
 /*
  * The words of an order, each ended by NUL, and the descriptors that came with it: command, output, status,
  * times; where stderr is kept apart its own output and times; with --control that file; where there is input, that; with
- * --keep the file for artifacts; with --upload the archive; with --keep the patterns; with one of these two the program for
- * archives; with --workspace a mount of it; for each --mount-at a mount of that; last, with --link, a network namespace. A session has no times, and no mounts but
- * those of its job.
+ * --keep the file for artifacts; with --upload the archive; with --keep the patterns; with one of these two, or with --tool, the
+ * program for archives; with --workspace a mount of it; for each --mount-at a mount of that; last, with --link, a network
+ * namespace. A session has no times, and no mounts but those of its job.
  */
 enum { ORDER_FDS_MAX = 13 + JOB_MOUNTS_MAX };
 void parse_order(char *words, size_t length, const int *fds, size_t fd_count, struct options *options);

@@ -71,7 +71,9 @@ static void copy_lines(const char *path, int to) {
 }
 
 /* Bind it over the host's file, if there is one: a read-only view takes no new file. */
-static void show_file(const char *own, const char *path) {
+static void show_file(const struct options *options, const char *own, const char *path) {
+    if (options->image && !is_plain(path, false))
+        return; /* a link could have us cover something else */
     if (mount(own, path, NULL, MS_BIND, NULL) == 0) {
         if (set_attributes(AT_FDCWD, path, 0,
                            (struct attributes){.set = ATTR_RDONLY | ATTR_NOSUID | ATTR_NODEV | ATTR_NOEXEC}) < 0)
@@ -81,7 +83,8 @@ static void show_file(const char *own, const char *path) {
 }
 
 /* The first name of an address is the canonical one, and programs such as git(1) want a dot in it. */
-static void make_hosts(const char *hostname) {
+static void make_hosts(const struct options *options) {
+    const char *hostname = options->hostname;
     char text[256];
     hosts_fd = create(BASE "/hosts");
     int length = snprintf(text, sizeof text,
@@ -89,18 +92,18 @@ static void make_hosts(const char *hostname) {
                           "127.0.1.1\t%.64s.localdomain %.64s\n",
                           hostname, hostname);
     write_all(hosts_fd, text, (size_t)length, "/etc/hosts");
-    show_file(BASE "/hosts", "/etc/hosts");
+    show_file(options, BASE "/hosts", "/etc/hosts");
 }
 
-void make_names(const char *hostname) {
+void make_names(const struct options *options) {
     static const char *const own[USER_FILES] = {BASE "/passwd", BASE "/group"};
     for (int i = 0; i < USER_FILES; i++) {
         user_fds[i] = create(own[i]);
         copy_lines(USER_PATHS[i], user_fds[i]);
-        show_file(own[i], USER_PATHS[i]);
+        show_file(options, own[i], USER_PATHS[i]);
     }
-    if (hostname)
-        make_hosts(hostname);
+    if (options->hostname)
+        make_hosts(options);
 }
 
 /* Several listeners of one host have one address, and follow each other. */

@@ -16,7 +16,8 @@ enum option_id {
     REPORT_FD = 1, STATUS_FD, OUTPUT_FD, COMMAND_FD, CGROUP_FD, CGROUP_PROCS_FD, USER_ID, GROUP_ID, HOSTNAME,
     SCRATCH, HIDE, TMP_BYTES, OUTPUT_MAX, TIME_MAX, WAIT, SPLIT_STDERR, TIMES_FD, STDERR_FD, STDERR_TIMES_FD,
     INPUT, INPUT_FD, LIFT_FD, LIFT, VISIBLE, BOUND, COVER, TELL, GRACE, CGROUP, SPAWNER, VARIABLE, ENTER_FD, CONTROL,
-    TERMINAL, CONNECT, TOOL_FD, UPLOAD, MOUNT, WORKSPACE, KEEP, MOUNT_AT, OPEN, OPEN_WRITABLE, LISTEN, LINK,
+    TERMINAL, CONNECT, TOOL_FD, UPLOAD, MOUNT, WORKSPACE, KEEP, IMAGE_FD, IMAGE_READ_ONLY, TOOL, MOUNT_AT, OPEN, OPEN_WRITABLE,
+    LISTEN, LINK,
 };
 
 /* Where an option may come: an order says what was not known before the job, and nothing about the host. */
@@ -63,6 +64,9 @@ static const struct option OPTIONS[] = {
     {"upload", no_argument, NULL, UPLOAD | ORDER},
     {"workspace", no_argument, NULL, WORKSPACE | ORDER},
     {"keep", no_argument, NULL, KEEP | ORDER},
+    {"image-fd", required_argument, NULL, IMAGE_FD | LINE},
+    {"image-read-only", no_argument, NULL, IMAGE_READ_ONLY | LINE},
+    {"tool", no_argument, NULL, TOOL | ORDER},
     {"mount-at", required_argument, NULL, MOUNT_AT | ORDER},
     {"open", required_argument, NULL, OPEN | LINE},
     {"open-writable", required_argument, NULL, OPEN_WRITABLE | LINE},
@@ -327,6 +331,15 @@ static int take_options(int argc, char **argv, enum phase phase, struct options 
         case UPLOAD: options->upload = true; break;
         case WORKSPACE: options->workspace = true; break;
         case KEEP: options->keep = true; break;
+        case TOOL: options->tool = true; break;
+        case IMAGE_FD:
+            if (options->image_count == IMAGE_FDS_MAX)
+                refuse(name, optarg, "too many of them");
+            options->image_fds[options->image_count] = descriptor(name, optarg, 3);
+            (void)fcntl(options->image_fds[options->image_count++], F_SETFD, FD_CLOEXEC);
+            options->image = true;
+            break;
+        case IMAGE_READ_ONLY: options->image_read_only = true; break;
         case MOUNT_AT: add_target(options, name); break;
         case OPEN: add_source(options, name, false); break;
         case OPEN_WRITABLE: add_source(options, name, true); break;
@@ -439,7 +452,7 @@ void parse_request(char *words, size_t length, struct options *options) {
 }
 
 void parse_order(char *words, size_t length, const int *fds, size_t fd_count, struct options *options) {
-    enum { WORDS_MAX = 26 + 2 * JOB_MOUNTS_MAX + 2 * LISTENERS_MAX };
+    enum { WORDS_MAX = 27 + 2 * JOB_MOUNTS_MAX + 2 * LISTENERS_MAX };
     char *argv[WORDS_MAX + 2] = {"order"};
     int count = split("wait", words, length, argv, WORDS_MAX);
     if (take_options(count, argv, ORDER, options) >= 0 || optind < count)
@@ -452,11 +465,13 @@ void parse_order(char *words, size_t length, const int *fds, size_t fd_count, st
         refuse(options->upload ? "upload" : "keep", "(order)", "only of a job");
     if (options->workspace && is_session(options))
         refuse("workspace", "(order)", "a session has that of its job");
+    if (options->tool && (is_session(options) || options->upload || options->keep))
+        refuse("tool", "(order)", "only of a job, without files of its own to unpack or to keep");
     if ((options->listener_count || options->link) && is_session(options))
         refuse(options->link ? "link" : "listen", "(order)", "a session has the network of its job");
     if (options->target_count && is_session(options))
         refuse("mount-at", "(order)", "a session has those of its job");
-    bool archives = options->upload || options->keep;
+    bool archives = options->upload || options->keep || options->tool;
     if (fd_count != 3U + timed + (1U + timed) * options->split_stderr + options->control + options->input +
                         options->upload + 2U * options->keep + archives + options->workspace + (unsigned)options->target_count +
                         options->link)
@@ -482,6 +497,9 @@ void parse_order(char *words, size_t length, const int *fds, size_t fd_count, st
         options->patterns_fd = *fds++;
     if (archives)
         options->archive_fd = *fds++;
+    /* not 3, where the command's errors go */
+    if (options->tool && (options->tool_fd = fcntl(options->archive_fd, F_DUPFD_CLOEXEC, 4)) < 0)
+        fail(STEP_ORDER, NULL);
     if (options->workspace)
         options->workspace_fd = *fds++;
     for (int i = 0; i < options->target_count; i++)
