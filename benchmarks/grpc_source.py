@@ -5,7 +5,8 @@
 It has pjwd's TLS and server options, its method and its messages, but sends them ready-made: nothing is read,
 built or serialized, and nobody asks who calls. LogsRequest.id 0 is followed like a silent job: for ever. A
 negative id is one that writes lines: as many as the request's offset says, to all who follow that id.
-Get answers with a job of that id and nothing more: what a call takes that does nothing.
+Get answers with a job of that id and nothing more: what a call takes that does nothing. WriteInput answers
+each message at once and writes nothing: what a message takes on a stream that is open.
 """
 
 import asyncio
@@ -14,7 +15,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -112,9 +113,16 @@ async def _serve(certs: Path, size: int) -> None:
     async def get(request: pb.GetRequest, context: "Context") -> bytes:
         return pb.GetResponse(job=pb.Job(id=request.id)).SerializeToString()
 
+    async def write_input(requests: AsyncIterator[pb.WriteInputRequest], context: "Context") -> None:
+        async for request in requests:
+            await context.write(pb.WriteInputResponse(offset=request.offset).SerializeToString())
+
     handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
         "Logs": grpc.unary_stream_rpc_method_handler(logs, request_deserializer=pb.LogsRequest.FromString),
         "Get": grpc.unary_unary_rpc_method_handler(get, request_deserializer=pb.GetRequest.FromString),
+        "WriteInput": grpc.stream_stream_rpc_method_handler(
+            write_input, request_deserializer=pb.WriteInputRequest.FromString
+        ),
     }
     server = grpc.aio.server(options=options_of(PortLimits()))
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))

@@ -383,7 +383,7 @@ def _keys(table: str, struct: type[msgspec.Struct]) -> Iterator[str]:
     for name, hint in typing.get_type_hints(struct).items():
         if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
             yield from _keys(f"{table}{name}.", hint)
-        elif name == "by_name":
+        elif name in ("by_name", "mounts"):
             yield from _keys(f"{table}{name}.NAME.", typing.get_args(hint)[1])
         elif typing.get_origin(hint) is not dict:
             yield f"{table}{name}: {_type(hint, [])}"

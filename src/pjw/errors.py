@@ -134,6 +134,49 @@ class NodeNotFoundError(PjwError):
         self.node: Final = node
 
 
+class ImageNotFoundError(PjwError):
+    """The caller has no such image, and the operator offers none by this name."""
+
+    FACTS = MappingProxyType({"image": str})
+
+    def __init__(self, image: str) -> None:
+        super().__init__(f"no image {_shown(image)}", hint="pjw image ls")
+        self.image: Final = image
+
+
+class MountNotFoundError(PjwError):
+    """The operator offers the caller no mount of this name: there is none, or it is for others."""
+
+    FACTS = MappingProxyType({"mount": str})
+
+    def __init__(self, mount: str) -> None:
+        super().__init__(f"no mount {_shown(mount)}", hint="`pjw quota` shows what your operator offers you")
+        self.mount: Final = mount
+
+
+class MountError(PjwError):
+    """A mount that the operator offers cannot be had now, or not at the path that was asked for."""
+
+    FACTS = MappingProxyType({"mount": str, "errno": int})
+
+    def __init__(
+        self, message: str, *, hint: str | None = None, mount: str | None = None, errno: int | None = None
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.mount: Final = mount
+        self.errno: Final = errno
+
+    @classmethod
+    def of_source(cls, mount: str, error: int) -> "MountError":
+        """The error for a directory of the operator's that cannot be mounted; its path is not told."""
+        return cls(
+            f"cannot mount {_shown(mount)}: the operator's directory: {describe_errno(error)}",
+            hint="tell your operator, whom `pjwd check` tells more",
+            mount=mount,
+            errno=error,
+        )
+
+
 class NameTakenError(PjwError):
     """Another job of the caller's, `holder`, has the name and has not ended."""
 

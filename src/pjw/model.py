@@ -1,13 +1,13 @@
 """What a job is, as frozen values that check themselves. No I/O."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from enum import StrEnum
 from typing import Final, Self
 
-from pjw.errors import InvalidJobError, LimitRangeError
+from pjw.errors import InvalidJobError, LimitRangeError, MountNotFoundError
 
 # execve(2): one argument holds at most MAX_ARG_STRLEN bytes, its NUL included. The bound
 # on all of them is ours: far below ARG_MAX, far above any command that a person types.
@@ -34,6 +34,12 @@ PATH_MAX_BYTES: Final = 4095
 JOB_DIRECTORY: Final = "/run/job"
 # where a job has its workspace, as it sees it; the directory that outlives it
 WORKSPACE_DIRECTORY: Final = "/run/workspace"
+# where a job has a mount of the operator's unless it asks for another place, by the mount's name
+MOUNT_DIRECTORY: Final = "/mnt"
+# of one job, and of one operator: each is a descriptor of a launch, and part of the launcher's first message
+MOUNTS_MAX: Final = 8
+OFFERED_MAX: Final = 64
+MOUNT_PATH_MAX_BYTES: Final = 255
 # Counted, as bytes and as inodes, for a tree with more levels than a process may have descriptors: no program
 # makes such a tree by chance.
 TOO_DEEP: Final = 2**60
@@ -62,12 +68,22 @@ PORT_MAX: Final = 65_535
 # else can use the table.
 SUBMITTED_MAX: Final = 500
 
+# what is shown as the command of a job that is to have that of its image, until it begins
+IMAGES_OWN_COMMAND: Final = "(of the image)"
 OUTPUTS_MAX: Final = 32
 OUTPUT_MAX_BYTES: Final = 1024
 
 _NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,62}")
+_IMAGE_KEY: Final = re.compile(r"@[0-9a-f]{16}")
+_IMAGE_DIGEST: Final = re.compile(r"sha256-[0-9a-f]{64}")
 _LABEL_KEY: Final = re.compile(r"[A-Za-z][A-Za-z0-9._/-]{0,62}")
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+# no '.', which divides the keys of a configuration
+_MOUNT_NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,62}")
+# a client's name (certs/profile.py), or a pattern of some
+_CLIENTS: Final = re.compile(r"[A-Za-z0-9*][A-Za-z0-9._@+*-]{0,63}")
+# where a job may have no mount, but in its own directory and its workspace
+_SYSTEM: Final = ("/dev", "/proc", "/run", "/sys")
 _UPLOAD: Final = re.compile(r"[0-9A-Za-z_-]{1,64}")
 _REQUEST_ID: Final = re.compile(r"[!-~]{1,64}")
 
@@ -332,6 +348,121 @@ class ClientQuota:
     # jobs in the queue
     queued: int = 0
     queued_max: int = 0
+    # what its jobs may have of the operator's directories
+    mounts: Sequence["Mount"] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """A directory that the operator lends to jobs of a client, by its name."""
+
+    name: str
+    read_only: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class MountSource:
+    """The operator's side of a mount: which directory it is, and whose jobs may have it.
+
+    `clients` are names of clients, in which `*` stands for any characters. Raises InvalidJobError.
+    """
+
+    name: str
+    path: str
+    read_only: bool = True
+    clients: tuple[str, ...] = ("*",)
+
+    def __post_init__(self) -> None:
+        if not _MOUNT_NAME.fullmatch(self.name):
+            raise InvalidJobError(
+                f"{self.name[:80]!r} is no name for a mount: up to 63 letters, digits, '_' and '-', the first"
+                " a letter"
+            )
+        if not _is_plain_path(self.path) or len(self.path.encode()) > PATH_MAX_BYTES:
+            raise InvalidJobError(
+                f"the path of the mount {self.name}, {self.path[:80]!r}, is not an absolute path without"
+                " '.', '..' and '/' at its end"
+            )
+        for each in self.clients:
+            if not _CLIENTS.fullmatch(each):
+                raise InvalidJobError(f"the mount {self.name} is for {each[:80]!r}, which is no client")
+
+    def is_for(self, client_name: str) -> bool:
+        """Whether jobs of this client may have it."""
+        return any(
+            re.fullmatch(".*".join(map(re.escape, each.split("*"))), client_name) for each in self.clients
+        )
+
+    @property
+    def shown(self) -> Mount:
+        """What a client is told of it."""
+        return Mount(self.name, self.read_only)
+
+
+def split_mount(mount: str) -> tuple[str, str]:
+    """The name of a mount that is asked for, and where the job is to have it: of `NAME` or `NAME:PATH`."""
+    name, _, path = mount.partition(":")
+    return name, path or f"{MOUNT_DIRECTORY}/{name}"
+
+
+def offered(sources: Iterable[MountSource], client_name: str, mounts: Iterable[str]) -> list[MountSource]:
+    """What a client asks for, in its order. Raises MountNotFoundError for what it is not offered."""
+    there = {source.name: source for source in sources if source.is_for(client_name)}
+    found = []
+    for name, _ in map(split_mount, mounts):
+        if name not in there:
+            raise MountNotFoundError(name)
+        found.append(there[name])
+    return found
+
+
+def check_mounts(mounts: Sequence[str]) -> tuple[str, ...]:
+    """What a job asks for, each as `NAME:PATH`. Raises InvalidJobError."""
+    if len(mounts) > MOUNTS_MAX:
+        raise InvalidJobError(f"a job has at most {MOUNTS_MAX} mounts, not {len(mounts)}")
+    checked: dict[str, str] = {}
+    for mount in mounts:
+        name, path = split_mount(mount)
+        if not _MOUNT_NAME.fullmatch(name):
+            raise InvalidJobError(
+                f"{name[:80]!r} is no name of a mount", hint="a mount is NAME or NAME:PATH; see `pjw quota`"
+            )
+        if not _is_plain_path(path) or _checked_size(path, "the path of a mount") > MOUNT_PATH_MAX_BYTES:
+            raise InvalidJobError(
+                f"cannot mount {name} at {path[:80]!r}: that is not an absolute path without '.', '..' and"
+                f" '/' at its end, of at most {MOUNT_PATH_MAX_BYTES} bytes"
+            )
+        if _is_the_jobs_own(path):
+            raise InvalidJobError(
+                f"cannot mount {name} at {path}: each job has its own there",
+                hint=f"leave the path out, which is {MOUNT_DIRECTORY}/{name} then",
+            )
+        for other in checked:
+            if lies_in(path, other) or lies_in(other, path):
+                raise InvalidJobError(f"cannot mount {name} at {path}: another one is mounted at {other}")
+        checked[path] = name
+    return tuple(f"{name}:{path}" for path, name in checked.items())
+
+
+def _is_plain_path(path: str) -> bool:
+    """Whether it is absolute, not the root, and no part of it has another meaning than its name."""
+    parts = path.split("/")[1:]
+    return path.startswith("/") and all(part not in ("", ".", "..") and "\0" not in part for part in parts)
+
+
+def lies_in(path: str, directory: str) -> bool:
+    """Whether it is the directory, or lies in it."""
+    return path == directory or path.startswith(directory.rstrip("/") + "/")
+
+
+def _is_the_jobs_own(path: str) -> bool:
+    """Whether a mount would cover what each job has of its own, or lie in what is not a job's to change."""
+    if any(lies_in(own, path) for own in (*_SYSTEM, "/tmp", "/var/tmp")):  # noqa: S108  a job's
+        return True
+    inside = (JOB_DIRECTORY, WORKSPACE_DIRECTORY)
+    return any(lies_in(path, each) for each in _SYSTEM) and not any(
+        lies_in(path, each) and path != each for each in inside
+    )
 
 
 def _said(value: object) -> str:
@@ -603,9 +734,15 @@ class JobSpec:
     one client with the same `request_id` are one. With `queue` the job waits for its turn in the queue,
     instead of being started or refused at once. `upload` names files that were sent before (`Client.upload`),
     and that are unpacked in the job's workspace, or else its own directory, before the command starts.
+    `allow` are names on the network that the job may reach, as far as the operator offers them: `pypi.org`,
+    `*.example.org`, `db.example.org:5432`. Jobs of one client with the same `link` share a network.
     `outputs` are patterns of files there that are kept when the command has ended (`Job.artifacts`): `*`, `?`
     and `[...]` within a name, `**` for any directories; a directory that matches is kept whole. With
-    `output_required` a job that ends without them has not succeeded. Raises InvalidJobError.
+    `output_required` a job that ends without them has not succeeded. `image` is the name of an image, whose
+    files are the job's instead of the host's; what the job writes there goes with it, and if it is
+    `read_only` it writes nothing there. Then the command may be empty: that of the image. `mounts` are
+    directories that the operator offers, each as `NAME` (at /mnt/NAME) or `NAME:PATH`. Raises
+    InvalidJobError.
     """
 
     command: str | Sequence[str]
@@ -625,6 +762,11 @@ class JobSpec:
     exclusive: bool = False
     outputs: Sequence[str] = ()
     output_required: bool = False
+    image: str = ""
+    read_only: bool = False
+    mounts: Sequence[str] = ()
+    allow: Sequence[str] = ()
+    link: str = ""
 
     @classmethod
     def of(cls, spec: "Self | str | Sequence[str]") -> "JobSpec":
@@ -636,8 +778,14 @@ class JobSpec:
         self._check_command()
         check_name(self.name)
         check_labels(self.labels)
+        if self.image:
+            check_image(self.image)
+        elif self.read_only:
+            raise InvalidJobError("a job without an image writes nothing outside its own directory anyway")
         if self.workspace:
-            check_workspace(self.workspace)
+            # a job that loads an image has the image's directory as its workspace (worker/images.py)
+            if not is_image_key(self.workspace):
+                check_workspace(self.workspace)
         elif self.exclusive:
             raise InvalidJobError("an exclusive job is alone in its workspace, and this one has none")
         self._check_env()
@@ -655,6 +803,15 @@ class JobSpec:
             object.__setattr__(self, "outputs", check_outputs(self.outputs))
         elif self.output_required:
             raise InvalidJobError("no output is required: say which, as in 'dist/**'")
+        if self.mounts:
+            object.__setattr__(self, "mounts", check_mounts(self.mounts))
+        if self.allow:
+            # imported here, as most jobs have no network
+            from pjw.network import check_allow
+
+            object.__setattr__(self, "allow", check_allow(self.allow))
+        if self.link:
+            check_link(self.link)
 
     def _check_types(self) -> None:
         """Refuse wrong types with a message, for programs that no type checker has seen."""
@@ -673,16 +830,17 @@ class JobSpec:
             isinstance(text, str) for each in secrets.items() for text in each
         ):
             raise InvalidJobError("the secrets of a job are names with values (a dict), both of them text")
-        for name in ("name", "workdir", "request_id", "upload", "workspace"):
+        for name in ("name", "workdir", "request_id", "upload", "workspace", "image", "link"):
             if not isinstance(value := getattr(self, name), str):
                 raise InvalidJobError(f"the {name} of a job is text, not {value!r:.80}")
-        outputs: object = self.outputs
-        if (
-            isinstance(outputs, str)
-            or not isinstance(outputs, Sequence)
-            or not all(isinstance(each, str) for each in outputs)
-        ):
-            raise InvalidJobError(f"the outputs of a job are a list of text, not {outputs!r:.80}")
+        for name in ("outputs", "mounts", "allow"):
+            listed: object = getattr(self, name)
+            if (
+                isinstance(listed, str)
+                or not isinstance(listed, Sequence)
+                or not all(isinstance(each, str) for each in listed)
+            ):
+                raise InvalidJobError(f"the {name} of a job are a list of text, not {listed!r:.80}")
         command: object = self.command
         if not isinstance(command, Sequence) or not all(isinstance(word, str) for word in command):
             raise InvalidJobError(
@@ -714,6 +872,8 @@ class JobSpec:
         if isinstance(self.command, str):
             if not self.command.strip():
                 raise InvalidJobError("the command is empty")
+        elif self.image and not self.command:
+            return
         elif not self.command or not self.command[0]:
             raise InvalidJobError("the command is empty")
         total = 0
@@ -741,6 +901,8 @@ class JobSpec:
     @property
     def display(self) -> str:
         """The command on one line, as it could be typed into a shell."""
+        if not self.command:
+            return IMAGES_OWN_COMMAND
         # of the client only `start` needs it
         import shlex
 
@@ -783,6 +945,34 @@ def check_workspace(name: str) -> None:
             f"{name[:80]!r} is no name for a workspace: up to 63 letters, digits, '.', '_' and '-',"
             " the first a letter"
         )
+
+
+def check_image(name: str) -> None:
+    """Raises InvalidJobError for what is no name of an image."""
+    if not is_name(name):
+        raise InvalidJobError(
+            f"{name[:80]!r} is no name for an image: up to 63 letters, digits, '.', '_' and '-',"
+            " the first a letter"
+        )
+
+
+def check_link(link: str) -> None:
+    """Raises InvalidJobError for what is no name of a network that jobs share; it is one as those of jobs."""
+    if not is_name(link):
+        raise InvalidJobError(
+            f"{link[:80]!r} is no name for a link: up to 63 letters, digits, '.', '_' and '-',"
+            " the first a letter"
+        )
+
+
+def is_image_key(text: str) -> bool:
+    """Whether this is how pjwd itself calls the directory of an image that a client has loaded."""
+    return _IMAGE_KEY.fullmatch(text) is not None
+
+
+def is_image_digest(text: str) -> bool:
+    """Whether this is the digest of an image of the operator's."""
+    return _IMAGE_DIGEST.fullmatch(text) is not None
 
 
 def check_labels(labels: Mapping[str, str]) -> None:
@@ -927,6 +1117,16 @@ class Job:
     artifacts: Artifacts | None = None
     # of a cluster, the node that runs it, or ran it
     node: str = ""
+    # whose files are its root, by its name; empty: the host's are
+    image: str = ""
+    # whether it can write nothing there
+    read_only: bool = False
+    # the operator's directories that it has, each as NAME:PATH
+    mounts: Sequence[str] = ()
+    # the names on the network that it may reach
+    allow: Sequence[str] = ()
+    # the network that it shares with other jobs of its client, by its name; empty: it has its own
+    link: str = ""
 
     @property
     def ref(self) -> str:
@@ -968,6 +1168,60 @@ class Workspace:
     inodes: int = 0
     jobs: int = 0
     client_name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageConfig:
+    """How jobs begin in an image: what is added to their environment, where, and with which command.
+
+    Raises InvalidJobError for what no job could have.
+    """
+
+    env: Mapping[str, str] = field(default_factory=dict)
+    workdir: str = ""
+    entrypoint: Sequence[str] = ()
+    command: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        # as it would be in a job's own spec
+        JobSpec([*self.entrypoint, *self.command] or "true", env=self.env, workdir=self.workdir)
+
+    def applied_to(self, spec: JobSpec) -> JobSpec:
+        """What is executed for a spec in an image with this config. Raises InvalidJobError."""
+        argv = (*self.entrypoint, *(spec.argv if spec.command else self.command))
+        if not argv:
+            raise InvalidJobError(f"the image {spec.image} has no command of its own", hint="give one")
+        given = {*spec.env, *spec.secrets}
+        env = {**{name: value for name, value in self.env.items() if name not in given}, **spec.env}
+        # files that are sent or kept are in the job's own directory, and so the command is to begin there
+        elsewhere = spec.workdir or spec.workspace or spec.upload or spec.outputs
+        return replace(
+            spec,
+            # a shell's command stays one, as it is shown to people
+            command=spec.command if argv == spec.argv and spec.command else argv,
+            env=env,
+            workdir=spec.workdir if elsewhere else self.workdir,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """An image that jobs can have, at one moment. Times are in UTC.
+
+    It is the operator's, for every client, unless it has a `client_name`. `digest` is of all that is in it,
+    as whoever has made it says. `used` is when a job was last started with it; of the operator's it is when
+    it was made.
+    """
+
+    name: str
+    digest: str
+    made: datetime
+    used: datetime
+    bytes: int = 0
+    inodes: int = 0
+    jobs: int = 0
+    client_name: str = ""
+    config: ImageConfig = field(default_factory=ImageConfig)
 
 
 @dataclass(frozen=True, slots=True)

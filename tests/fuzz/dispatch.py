@@ -14,15 +14,17 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+import tomllib  # noqa: F401  which the launcher imports late, and that opens files
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from datetime import UTC, datetime
 from functools import cache
 from typing import Any, Final
 
-from pjw.errors import JobStateError, ProtocolError
+from pjw.errors import JobStateError, MountError, ProtocolError
 from pjw.launcher import dispatch, protocol
 from pjw.launcher.dispatch import Launcher, Running
+from pjw.launcher.mounts import Mounts, Then
 from pjw.launcher.policy import JOB_ID_MAX
 from pjw.launcher.processes import ENTERED_SIGNAL, INIT_SIGNAL_FIRST
 from pjw.launcher.workspaces import Workspaces
@@ -32,10 +34,12 @@ from pjw.model import (
     WEIGHT_MAXIMUM,
     GroupUse,
     Limits,
+    MountSource,
     Share,
     Sums,
     Usage,
     UsageSample,
+    is_image_key,
     is_workspace,
 )
 from tests.fuzz import protocol as messages
@@ -180,6 +184,9 @@ class Watch:
             return
         assert event not in STARTING, (event, arguments)
         if event in CHANGING:
+            if isinstance(arguments[0], int):
+                # a file object of a descriptor, which was opened by a path that was seen here
+                return
             path = os.fsdecode(arguments[0])
             if (event, path) == ("open", "/proc/self/mountinfo"):
                 return
@@ -215,6 +222,12 @@ def seeds() -> list[bytes]:
         b"4" + protocol.encode(2, replace(launch, uid=0)),
         b"4" + protocol.encode(3, replace(launch, workspace="work")),
         b"4" + protocol.encode(3, replace(launch, workspace="../work")),
+        b"4" + protocol.encode(3, replace(launch, image="@0123456789abcdef", read_only=True)),
+        b"4" + protocol.encode(3, replace(launch, image="../images", workspace="@0123456789abcdef")),
+        b"5" + protocol.encode(3, replace(launch, input=True, workspace="@0123456789abcdef", archive=True)),
+        b"4" + protocol.encode(3, replace(launch, mounts=("data:/mnt/data",), client_name="alice")),
+        b"4" + protocol.encode(3, replace(launch, mounts=("data:/mnt/../x",), client_name="alice")),
+        b"0" + protocol.encode(3, protocol.ReloadMounts()),
     ]
     later = [line for line in lines if b'"hello"' not in line]
     odd = [b"3" + later[0], b"5" + lines[-2], b"7" + lines[-2]]
@@ -262,6 +275,8 @@ def one_input(data: bytes) -> None:
                 hidden_paths=(),
                 visible_paths=(),
                 operator_files=OPERATOR_FILES,
+                mounts=(MountSource("data", "/data", clients=("alice",)),),
+                configuration=OPERATOR_FILES[0],
             )
             _say(ours, launcher, protocol.encode(0, hello), ())
             stack.enter_context(_running_job(launcher))
@@ -335,7 +350,7 @@ class _Workspaces(Workspaces):
 
     def path(self, uid: int, name: str) -> str:
         assert UID_FIRST <= uid < UID_FIRST + UID_COUNT
-        assert is_workspace(name)
+        assert is_workspace(name) or is_image_key(name)
         return super().path(uid, name)
 
     def spawn_removal(self, uid: int, name: str) -> int:
@@ -344,6 +359,14 @@ class _Workspaces(Workspaces):
     def spawn_count(self, uid: int, name: str) -> tuple[int, int]:
         self.path(uid, name)
         raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+
+class _Mounts(Mounts):
+    """What comes this far is the operator's."""
+
+    def open(self, sources: Sequence[MountSource], then: Then) -> None:
+        assert [source.path for source in sources] == ["/data"]
+        then(MountError.of_source("data", errno.EAGAIN))
 
 
 @contextlib.contextmanager
@@ -358,6 +381,7 @@ def _stand_ins() -> Iterator[None]:
         "open_audit_log": _open_operator_file,
         "spawn_count": _spawn_count,
         "Workspaces": _Workspaces,
+        "Mounts": _Mounts,
         "send_signal": _send_signal,
     }
     real = {name: getattr(dispatch, name) for name in names}

@@ -2,8 +2,8 @@
  * The command line and the command file of pjw-init: whatever they are, it refuses, or what comes out is in
  * bounds. An input is the words of the command line and then the bytes of the command, all divided by NULs, after
  * two bytes. The first says how many of them are words (its lower 6 bits), whether they are an order's (bit 6), and
- * whether the command is a pipe (bit 7); the second how many descriptors come with an order (its lower 3 bits), and
- * whether that is a session's (bit 3).
+ * whether the command is a pipe (bit 7); the second how many descriptors come with an order (its lower 3 bits, and
+ * bits 4 and 5 above these), and whether that is a session's (bit 3).
  *
  * options.c is compiled in here, with its mappings taken from the heap, where ASan guards them, and with an end
  * of the process turned into a jump. Descriptors 100 to 103 are there: a status file, the command, two more.
@@ -116,8 +116,9 @@ bool is_session(const struct options *options) {
 static void take_order(char *words, size_t length, size_t fd_count, bool session, struct options *options) {
     char *line[] = {"pjw-init", "--report-fd", "102", "--wait", "--hostname", "job-1", "--scratch", "/scratch",
                     "--enter-fd", "103", NULL};
-    const int fds[ORDER_FDS_MAX] = {COMMAND, STATUS, STATUS, STATUS, STATUS, STATUS,
-                                    STATUS,  STATUS, STATUS, STATUS, STATUS, STATUS};
+    int fds[ORDER_FDS_MAX];
+    for (int i = 0; i < ORDER_FDS_MAX; i++)
+        fds[i] = i ? STATUS : COMMAND;
     int count = (int)(sizeof line / sizeof *line) - 1 - (session ? 0 : 2);
     line[count] = NULL;
     parse_options(count, line, options);
@@ -134,6 +135,13 @@ static void take_order(char *words, size_t length, size_t fd_count, bool session
     must(!session || (!options->upload && !options->keep && !options->workspace));
     must(options->upload_fd == (options->upload ? STATUS : -1));
     must(options->workspace_fd == (options->workspace ? STATUS : -1));
+    must(options->source_count == 0 && (!session || options->target_count == 0));
+    must(options->target_count >= 0 && options->target_count <= JOB_MOUNTS_MAX);
+    for (int i = 0; i < options->target_count; i++)
+        must(options->targets[i][0] == '/' && strlen(options->targets[i]) <= TARGET_MAX_BYTES && options->target_fds[i] == STATUS);
+    must(options->link_fd == (options->link ? STATUS : -1));
+    must(!session || (!options->link && !options->listener_count));
+    must(options->listener_count >= 0 && options->listener_count <= LISTENERS_MAX);
 }
 
 static void open_descriptors(const char *command, size_t length, bool as_pipe) {
@@ -169,12 +177,13 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     struct options options;
     if (setjmp(ended) == 0) {
         if (what & 64)
-            take_order(text, used, order & ORDER_FDS_MAX, order & 8, &options);
+            take_order(text, used, (size_t)((order & 7) | (order & 48) >> 1) % (ORDER_FDS_MAX + 1), order & 8, &options);
         else
             parse_options(count, words, &options);
         /* who connects becomes the job's user at once, and has no order */
         must(!options.waits || !options.connect_port || (options.enter_fd >= STATUS && options.uid && options.gid));
-        if (what & 64 || (!options.waits && !options.spawner))
+        must(!options.source_count || (options.report_fd >= STATUS && !options.waits && !options.spawner));
+        if (what & 64 || (!options.waits && !options.spawner && !options.source_count))
             check(&options);
         release_command(&options);
     }

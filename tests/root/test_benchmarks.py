@@ -25,7 +25,8 @@ def test_all_processor_time_is_in_an_account(service: Service) -> None:
         wait_for(lambda: f"job-{job_id}" not in [path.name for path in service.job_cgroups()])
         used = account.now() - start
     own = service.job(job_id).usage.cpu_usage_usec / 1e6
-    assert own <= used.jobs < 1.5 * own
+    # an init that was made ahead had used some of its own before
+    assert 0.99 * own <= used.jobs < 1.5 * own
     assert min(used.server, used.launcher, used.spawning) > 0
     assert used.total == sum(used.parts().values())
     assert cgroups_of(service) == before

@@ -40,7 +40,7 @@ from pjw.launcher.protocol import (
     Remove,
     Request,
 )
-from pjw.model import Share
+from pjw.model import MountSource, Share
 from tests.property.test_protocol import BY_TYPE, limits
 from tests.root.init_harness import command_file
 from tests.root.test_launcher_hostile import BAD, Peer
@@ -55,7 +55,13 @@ CEILING: Final = NO_LIMITS.with_overrides(
 )
 # not a range of numbers, whose ends hypothesis likes best
 SELDOM: Final = (False, False, False, False, False, True)
+MOUNTS: Final = (
+    MountSource("data", "/usr/share", clients=("alice",)),
+    MountSource("gone", "/usr/share/nowhere"),
+)
+ODD_MOUNTS: Final = ("data", "canaries:/mnt/x", "data:/mnt/../x", "data:/", "data:/proc", "/etc:/mnt/x")
 ODD_WORKSPACES: Final = ("..", ".", "/etc", "../../canaries", "1/work", "canaries/1", "a\n")
+ODD_IMAGES: Final = ("@0123456789abcdef", "@..", f"sha256-{'0' * 64}", "sha256-../..", "table")
 ODD_IDS: Final = (0, JOB_ID_MAX, JOB_ID_MAX + 1, 2**63 - 1)
 PR_SET_CHILD_SUBREAPER: Final = 36
 
@@ -229,16 +235,23 @@ def launches(draw: st.DrawFn, bench: Bench) -> Launch:
         draw(st.booleans()),
         share=draw(BY_TYPE[Share]),
         workspace=draw(st.sampled_from(["", "", "work", "other"])),
+        read_only=draw(st.booleans()),
+        mounts=draw(st.sampled_from([(), (), ("data:/mnt/data",), ("gone:/mnt/x",)])),
+        client_name=draw(st.sampled_from(["alice", "bob"])),
     )
-    match draw(st.sampled_from(["", "", "", "id", "uid", "limits", "workspace"])):
+    match draw(st.sampled_from(["", "", "", "id", "uid", "limits", "workspace", "image", "mounts"])):
         case "id":
             return replace(launch, job_id=draw(st.sampled_from(ODD_IDS)))
         case "uid":
             return replace(launch, uid=draw(st.sampled_from([0, 1, first - 1, first + UIDS, 2**32 + first])))
         case "limits":
             return replace(launch, limits=draw(st.just(NO_LIMITS) | limits))
+        case "mounts":
+            return replace(launch, mounts=(draw(st.sampled_from(ODD_MOUNTS)),))
         case "workspace":
             return replace(launch, workspace=draw(st.sampled_from(ODD_WORKSPACES)))
+        case "image":
+            return replace(launch, image=draw(st.sampled_from([*ODD_WORKSPACES, *ODD_IMAGES])))
         case _:
             return launch
 
@@ -348,7 +361,7 @@ class Conversation:
         self._bench: Final = bench
         self._surroundings: Final = surroundings
         self._greeted: Final = greet
-        self._peer: Final = Peer(bench, greet=greet, ceiling=CEILING, uid_count=UIDS)
+        self._peer: Final = Peer(bench, greet=greet, ceiling=CEILING, uid_count=UIDS, mounts=MOUNTS)
         # a number, and what it may begin, if anything
         self._unanswered: Final[list[tuple[int, str]]] = []
         # the users who may have a job of this id

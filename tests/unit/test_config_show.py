@@ -126,3 +126,14 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--version"])
     assert caught.value.code == 0
     assert capsys.readouterr().out.startswith("pjwd 0.")
+
+
+def test_mounts_are_shown_as_they_are_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line for each, which is a file again; without any the key is there all the same."""
+    path = tmp_path / "pjwd.toml"
+    path.write_text('[mounts.data]\npath = "/srv/data"\n')
+    out = shown(capsys, "--config", str(path))
+    words = '{"path" = "/srv/data", "read_only" = true, "clients" = ["*"]}'
+    assert f"\n[mounts]\ndata = {words}  # file {path}: directories that jobs may ask for" in out
+    assert tomllib.loads(out)["mounts"]["data"]["path"] == "/srv/data"
+    assert tomllib.loads(shown(capsys))["mounts"] == {}

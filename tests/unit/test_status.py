@@ -44,6 +44,12 @@ def made(kind: type[errors.PjwError]) -> errors.PjwError:
         return errors.WorkspaceNotFoundError("work")
     if kind is errors.NodeNotFoundError:
         return errors.NodeNotFoundError("n3")
+    if kind is errors.ImageNotFoundError:
+        return errors.ImageNotFoundError("thing")
+    if kind is errors.MountNotFoundError:
+        return errors.MountNotFoundError("data")
+    if kind is errors.MountError:
+        return errors.MountError.of_source("data", errno.ENOENT)
     if kind is errors.WorkspaceBusyError:
         return errors.WorkspaceBusyError("used", hint="pjw stop 3", workspace="work", holder=3)
     return kind("cannot use /secret/x", hint="look there")

@@ -34,6 +34,8 @@ def quota_lines(quota: ClientQuota) -> Iterator[str]:
         yield f"queue   {quota.queued} waiting{at_most}"
     at_most = f", at most {size_in_words(quota.stored_bytes_max)}" if quota.stored_bytes_max else ""
     yield f"stored  {size_in_words(quota.stored_bytes)}{at_most}"
+    for each in quota.mounts:
+        yield f"mount   {printable(each.name)}{', read-only' if each.read_only else ''}"
     yield ""
     yield _row("", "NOW", "ALL JOBS", "ONE JOB", "UNASKED")
     use = quota.use
@@ -92,4 +94,5 @@ def members(quota: ClientQuota) -> dict[str, Any]:
         "sums": limits_members(quota.sums),
         "ceilings": limits_members(quota.ceilings),
         "defaults": limits_members(quota.defaults),
+        "mounts": [{"name": each.name, "readOnly": each.read_only} for each in quota.mounts],
     }

@@ -58,6 +58,11 @@ def members(job: Job) -> dict[str, Any]:
         "workspace": job.workspace,
         "exclusive": job.exclusive,
         "node": job.node,
+        "image": job.image,
+        "readOnly": job.read_only,
+        "mounts": list(job.mounts),
+        "allow": list(job.allow),
+        "link": job.link,
     }
 
 

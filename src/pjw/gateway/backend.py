@@ -11,7 +11,7 @@ import socket
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from signal import SIGTERM
@@ -42,6 +42,8 @@ from pjw.model import (
     Archive,
     ClientQuota,
     GroupUse,
+    Image,
+    ImageConfig,
     Job,
     JobSpec,
     JobState,
@@ -58,6 +60,7 @@ from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker import Part, WorkerSettings
 from pjw.worker.background import Background
 from pjw.worker.changes import Batch, Changes, Watched
+from pjw.worker.egress import Connection
 from pjw.worker.flag import Flag, first_of
 from pjw.worker.numbers import ClientNumbers, WorkerNumbers
 from pjw.worker.pages import ALL_JOBS, JobFilter, Page
@@ -483,7 +486,32 @@ class GatewayBackend:
         """Refused."""
         raise not_yet("a workspace")
 
+    async def load_image(
+        self,
+        name: str,
+        upload: str,
+        config: ImageConfig | None = None,
+        digest: str = "",
+        client_name: str = LOCAL_CLIENT,
+    ) -> Image:
+        """Refused."""
+        raise not_yet("an image")
+
+    async def images(self, owner: str | None = LOCAL_CLIENT) -> Sequence[Image]:
+        """None: they do not work through a gateway yet."""
+        return ()
+
+    async def remove_image(self, name: str, client_name: str = LOCAL_CLIENT) -> None:
+        """Refused."""
+        raise not_yet("an image")
+
     # --- of the server
+
+    async def reload_mounts(self) -> None:
+        """Nothing: a gateway mounts nothing."""
+
+    def on_connection(self, tell: Callable[[Connection], None]) -> None:
+        """Nothing: the jobs' connections are their nodes'."""
 
     @property
     def live_count(self) -> int:

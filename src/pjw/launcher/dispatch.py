@@ -11,6 +11,7 @@ import resource
 import select
 import signal
 import socket
+import stat
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,15 +20,29 @@ from enum import Enum, auto
 from functools import partial
 from typing import Any, Final
 
-from pjw.errors import ConfigError, InvalidJobError, JobStateError, KernelError, PjwError, ProtocolError
+from pjw.errors import (
+    ConfigError,
+    InvalidJobError,
+    JobStateError,
+    KernelError,
+    MountError,
+    MountNotFoundError,
+    PjwError,
+    ProtocolError,
+)
 from pjw.launcher import protocol
 from pjw.launcher.accounts import keep_accounts
 from pjw.launcher.archive_program import ArchiveProgram
 from pjw.launcher.cgroup import Cgroup, Hierarchy, disks_under, open_hierarchy
+from pjw.launcher.deadline import say
 from pjw.launcher.departures import SETTLE_SECONDS, Departures, Waiter
+from pjw.launcher.egress import Egress
+from pjw.launcher.image_store import ImageStore
+from pjw.launcher.images import Images
 from pjw.launcher.job_users import claim_users
 from pjw.launcher.lock import hold_lock
 from pjw.launcher.measure import measure
+from pjw.launcher.mounts import Mounts, read_mounts_of
 from pjw.launcher.operator_files import open_audit_log, open_operator_file
 from pjw.launcher.phases import InitPhase, require_permitted
 from pjw.launcher.policy import Policy, check_job_id, check_signal, instance_name
@@ -41,17 +56,27 @@ from pjw.launcher.processes import (
     find_init,
     has_ended,
     is_ready,
+    network_of,
     send_signal,
 )
 from pjw.launcher.protocol import LAUNCH_SECONDS, SESSIONS_MAX
 from pjw.launcher.removals import Removals
 from pjw.launcher.scratch import Scratch
 from pjw.launcher.scratch_use import spawn_count
-from pjw.launcher.spawn import Cloned, Connected, Execed, Failed, read_report, send_order
+from pjw.launcher.spawn import (
+    Cloned,
+    Connected,
+    Execed,
+    Failed,
+    Listening,
+    listeners_for,
+    read_report,
+    send_order,
+)
 from pjw.launcher.stuck import describe
 from pjw.launcher.visible import check_visible
 from pjw.launcher.workspaces import Workspaces
-from pjw.model import Usage
+from pjw.model import Usage, is_image_key, offered
 
 # What a launch takes while it is under way; what a job takes until its end (the pidfd of its init, its status
 # file); and what is kept for all else that must go on when a client has taken the rest: to watch, account and
@@ -66,8 +91,16 @@ FILL_AFTER_SECONDS: Final = 0.05
 # So long after a launch there is no hurry to make the next init ahead: meanwhile the server answers its
 # client, and the job begins. Both share the processors with us.
 REST_SECONDS: Final = 0.003
+# The steps of init whose failure is not the host's alone, and what kind of refusal each is.
+KINDS: Final = {step: step for step in ("exec", "workdir", "unpack", "image", "mount-at")} | {
+    "overlay": "image"
+}
 # its report, and the pidfd of who waits for its command
 SESSION_DESCRIPTORS: Final = 2
+# How often, and after which pause, listeners of an adopted job are made again: the process that had those of
+# before may just be about to end.
+LISTEN_TRIES: Final = 10
+LISTEN_PAUSE_SECONDS: Final = 0.2
 
 
 class Phase(Enum):
@@ -90,6 +123,10 @@ class Running:
     status: int = -1
     # that were started by this launcher and have not ended
     sessions: list["Session"] = field(default_factory=list)
+    # its user, and the name of the network that it shares; None: its own
+    link: tuple[int, str] | None = None
+    # whether it is on its way into that: until then its init has another
+    is_joining: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -115,11 +152,18 @@ class LaunchInProgress:
     descriptors: list[int]
     # one of them that stays open until the job's end
     status: int = -1
+    # mounts of the operator's directories, until then too
+    mounts: list[int] = field(default_factory=list)
     init: Init | None = None
     timer: Timer | None = None
     phase: InitPhase = InitPhase.LAUNCHING
     # the number of the request that waits for its end
     awaited_by: int | None = None
+    # what listens in the job, until its command was executed
+    listeners: list[int] = field(default_factory=list)
+    is_joining: bool = False
+    # who waits until it is known which process its init is, or that it comes to nothing
+    followers: list[Callable[[], None]] = field(default_factory=list)
 
 
 class Launcher:
@@ -134,8 +178,12 @@ class Launcher:
         self._hierarchy: Hierarchy
         self._scratch: Scratch
         self._workspaces: Workspaces
+        self._mounts: Mounts
         self._removals: Removals
+        self._image_store: ImageStore
+        self._images: Images
         self._pool: Pool
+        self._egress: Egress
         # the name of our cgroups
         self._instance: str
         # whether scratch directories are being counted
@@ -185,8 +233,11 @@ class Launcher:
         """Let go of all but the jobs."""
         self._watcher.unwatch(self._requests)
         if self._phase is Phase.SERVING:
+            self._mounts.close()
+            self._egress.close()
             self._pool.close()
             self._hierarchy.release()
+            self._images.close()
             self._scratch.close()
         self._archive_program.close()
         self._watcher.close()
@@ -286,6 +337,7 @@ class Launcher:
             request.state_dir, request.scratch_dir, request.scratch_bytes_max, request.scratch_inodes_max
         )
         self._workspaces = Workspaces(request.state_dir, uid_first, request.workspace_bytes_max)
+        self._mounts = Mounts(self._watcher, self._policy.mounts)
         self._removals = Removals(self._watcher, self._scratch)
         # Jobs read the host's root and write to their scratch directories and, by init, to the state
         # directory. Without io limits no disk need be there at all (directories on tmpfs or an overlay).
@@ -299,7 +351,14 @@ class Launcher:
             self._instance, io_devices=disks, supervisor_pids=(os.getpid(), os.getppid())
         )
         not_set = [*filter(None, [not_claimed]), *self._hierarchy.set_sums(request.sums)]
-        self._pool = Pool(self._watcher, self._policy, self._hierarchy, self._scratch, self._departures)
+        self._image_store = ImageStore(request.state_dir, self._scratch.places)
+        self._images = Images(self._image_store, self._workspaces, self._scratch)
+        self._pool = Pool(
+            self._watcher, self._policy, self._hierarchy, self._scratch, self._departures, self._images
+        )
+        self._scratch.left = self._on_image_left
+        self._sweep_images()
+        self._egress = Egress(self._watcher, self._policy)
         self._phase = Phase.SERVING
         return protocol.Ready(no_disk, hint, uid_first, tuple(not_set)), self._scratch.descriptor
 
@@ -307,15 +366,34 @@ class Launcher:
         """Take an init that waits, or make one: cgroup, scratch directory, init; then give it its order."""
         job_id = request.job_id
         self._policy.check_launch(request, descriptors)
-        self._require_room(job_id, len(descriptors))
+        if request.allow and not self._egress.has_begun:
+            raise JobStateError("pjwd-egress, which connects jobs to names on the network, was not started")
+        sources = offered(self._mounts.sources, request.client_name, request.mounts)
+        self._require_room(job_id, _kept_of(request, descriptors) + len(listeners_for(request)))
         # its files are the launch's from here on
         launch = LaunchInProgress(seq, request, time.monotonic(), descriptors[:])
         descriptors.clear()
         self._launching[job_id] = launch
-        self._pool.take(job_id, request.limits, request.uid, request.share, partial(self._on_taken, launch))
+        if sources:
+            self._mounts.open(sources, partial(self._on_opened, launch))
+        else:
+            self._take_init(launch)
         return None
 
+    def _on_opened(self, launch: LaunchInProgress, mounts: list[int] | PjwError) -> None:
+        if isinstance(mounts, PjwError):
+            self._on_taken(launch, mounts)
+            return
+        launch.mounts = mounts
+        self._take_init(launch)
+
+    def _take_init(self, launch: LaunchInProgress) -> None:
+        self._pool.take(launch.request, partial(self._on_taken, launch))
+
     def _on_taken(self, launch: LaunchInProgress, init: Init | PjwError) -> None:
+        if isinstance(init, Init) and (mate := self._mate_to_be(launch.request)) is not None:
+            mate.followers.append(lambda: self._on_taken(launch, init))
+            return
         try:
             if isinstance(init, PjwError):
                 del self._launching[launch.request.job_id]
@@ -324,22 +402,25 @@ class Launcher:
                 self._order(launch, init)
         finally:
             _close_all(launch.descriptors)
+            _close_all(launch.mounts)
 
     def _order(self, launch: LaunchInProgress, init: Init) -> None:
         launch.init = init
         request = launch.request
         try:
             self._scratch.give_to(request.job_id, request.uid)
-            workspace = self._open_workspace(request)
+            workspace, link = self._open_workspace(request), self._linked(request)
+            launch.is_joining = link >= 0
             try:
                 # an init that failed already has said why, or its end says it
                 with suppress(BrokenPipeError, ConnectionResetError):
-                    needs_tool = request.upload or request.artifacts
+                    needs_tool = request.upload or request.artifacts or request.archive
                     tool = [self._archive_program.descriptor()] if needs_tool else []
-                    send_order(init.report, request, [*launch.descriptors, *tool], workspace)
+                    send_order(
+                        init.report, request, [*launch.descriptors, *tool], workspace, launch.mounts, link
+                    )
             finally:
-                if workspace >= 0:
-                    os.close(workspace)
+                _close_all([each for each in (workspace, link) if each >= 0])
             launch.status = launch.descriptors.pop(request.files.index("status"))
         except OSError as error:
             subject = f"job {request.job_id}"
@@ -349,9 +430,42 @@ class Launcher:
             self._fail(launch, error)
             return
         if init.pidfd >= 0:
-            self._jobs[request.job_id] = Running(init.pidfd, init.cgroup, launch.seq)
+            self._jobs[request.job_id] = self._running(launch, init)
         launch.timer = self._watcher.call_after(request.seconds_max, lambda: self._on_late(launch, init))
         self._watcher.watch(init.report, lambda: self._on_report(launch, init))
+
+    def _running(self, launch: LaunchInProgress, init: Init) -> Running:
+        request = launch.request
+        link = (request.uid, request.link) if request.link else None
+        return Running(init.pidfd, init.cgroup, launch.seq, link=link, is_joining=launch.is_joining)
+
+    def _linked(self, request: protocol.Launch) -> int:
+        """The network namespace that a job is to share; -1 for its own, which others may share then.
+
+        Only of a job of the same user, as our own records have it.
+        """
+        if not request.link:
+            return -1
+        link = (request.uid, request.link)
+        mates = (job for job in self._jobs.values() if job.link == link and not job.is_joining)
+        return next((network for job in mates if (network := network_of(job.pidfd)) >= 0), -1)
+
+    def _mate_to_be(self, request: protocol.Launch) -> LaunchInProgress | None:
+        """A launch whose network this one is to share, and whose init is not known yet."""
+        if not request.link:
+            return None
+        for other in self._launching.values():
+            is_unknown = (
+                other.init is not None and other.init.pidfd < 0 and other.phase is InitPhase.LAUNCHING
+            )
+            if is_unknown and (other.request.uid, other.request.link) == (request.uid, request.link):
+                return other
+        return None
+
+    def _listen(self, job_id: int, request: protocol.Launch | protocol.Adopt, sockets: list[int]) -> None:
+        """Have the connections of a job accepted; takes the sockets."""
+        self._egress.add(job_id, request.client_name, request.allow, listeners_for(request), sockets)
+        sockets.clear()
 
     def _open_workspace(self, request: protocol.Launch) -> int:
         """A mount for a job with a workspace; -1 for one without. Raises JobStateError and KernelError."""
@@ -364,11 +478,11 @@ class Launcher:
     def _require_room(self, job_id: int, come: int) -> None:
         # A descriptor that cannot be had once init runs would end us, see main().
         room = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_DESCRIPTORS
-        # a launch that waits for a wrongly guessed init to end keeps the descriptors that came with it
-        kept = sum(len(launch.descriptors) for launch in self._launching.values())
+        # a launch that waits for its mounts, or for a wrongly guessed init to end, keeps its descriptors
+        kept = sum(_kept_of(launch.request, launch.descriptors) for launch in self._launching.values())
         begun = len(self._launching) + self._policy.waiting_inits + 1
         held = JOB_DESCRIPTORS * len(self._jobs) + len(self._departures) + kept
-        held += SESSION_DESCRIPTORS * (self._sessions + 1)
+        held += SESSION_DESCRIPTORS * (self._sessions + 1) + self._egress.descriptors
         if held + come + LAUNCH_DESCRIPTORS * begun > room:
             raise KernelError("launch", f"job {job_id}", errno.EMFILE)
 
@@ -376,7 +490,10 @@ class Launcher:
         match read_report(init.report):
             case Cloned(pidfd):
                 init.pidfd = pidfd
-                self._jobs[init.job_id] = Running(pidfd, init.cgroup, launch.seq)
+                self._jobs[init.job_id] = self._running(launch, init)
+                _call_all(launch.followers)
+            case Listening(sockets):
+                launch.listeners = list(sockets)
             case Execed(started_ns):
                 try:
                     init.cgroup.make_equal()
@@ -390,12 +507,15 @@ class Launcher:
                     launch.timer.cancel()
                 job = self._jobs[init.job_id]
                 job.status, launch.status = launch.status, -1
+                job.is_joining = False
+                if launch.listeners:
+                    self._listen(init.job_id, launch.request, launch.listeners)
                 self._watcher.watch(job.pidfd, partial(self._on_end, init.job_id, job))
                 self._reply(launch.seq, protocol.Launched(started_ns), job.pidfd)
                 self._launched_at = time.monotonic()
             case Failed() as failed:
                 # init ends by itself after its report; it is killed as well, for one that reported nothing
-                kind = failed.step if failed.step in ("exec", "workdir", "unpack") else "setup"
+                kind = KINDS.get(failed.step, "setup")
                 subject = f"job {init.job_id}"
                 self._fail(launch, protocol.Refused(kind, failed.operation, subject, failed.errno, ""))
 
@@ -416,6 +536,8 @@ class Launcher:
         if launch.timer is not None:
             launch.timer.cancel()
         self._jobs.pop(job_id, None)
+        _close_all(launch.listeners)
+        _call_all(launch.followers)
         if launch.status >= 0:
             _close_all([launch.status])
         refusal = why if isinstance(why, protocol.Refused) else refusal_of(why)
@@ -549,6 +671,7 @@ class Launcher:
 
     def answer_adopt(self, seq: int, request: protocol.Adopt, descriptors: list[int]) -> "Answer":
         """Find the init of a job by its cgroup, which only root may write."""
+        self._policy.check_network(request)
         cgroup = self._hierarchy.find(request.job_id)
         if cgroup is None:
             return (protocol.Adopted(alive=False, known=False),)
@@ -563,9 +686,62 @@ class Launcher:
             # a launcher that was killed may have left that to us
             cgroup.make_equal()
             job = self._jobs[request.job_id] = Running(pidfd, cgroup, seq)
+            if request.link:
+                job.link = (self._scratch.owner(request.job_id), request.link)
             self._watcher.watch(pidfd, partial(self._on_end, request.job_id, job))
         job.seq = seq
+        if request.allow and request.job_id not in self._egress and self._egress.has_begun:
+            self._listen_again(job, request, LISTEN_TRIES)
         return protocol.Adopted(alive=True, known=True), job.pidfd
+
+    def _listen_again(self, job: Running, request: protocol.Adopt, tries: int) -> None:
+        """Have the listeners of an adopted job made again, by a process that enters it for that."""
+        job_id = request.job_id
+        if self._jobs.get(job_id) is not job or has_ended(job.pidfd):
+            return
+
+        def again(why: str) -> None:
+            if tries > 1:
+                self._watcher.call_after(
+                    LISTEN_PAUSE_SECONDS, lambda: self._listen_again(job, request, tries - 1)
+                )
+            elif not has_ended(job.pidfd):
+                say(f"job {job_id} reaches no names on the network any more: cannot {why}")
+
+        send_signal(job.pidfd, ENTERED_SIGNAL)
+        try:
+            report = self._pool.listen(job_id, job.pidfd, job.cgroup, listeners_for(request))
+        except KernelError as error:
+            again(str(error))
+            return
+
+        def on_report() -> None:
+            match read_report(report):
+                case Cloned(pidfd):
+                    os.close(pidfd)
+                    return
+                case Listening(sockets):
+                    found = list(sockets)
+                    if self._jobs.get(job_id) is job:
+                        self._listen(job_id, request, found)
+                    _close_all(found)
+                case Failed() as failed:
+                    again(f"{failed.operation} it ({errno.errorcode.get(failed.errno, 'no reason')})")
+            self._watcher.unwatch(report)
+            report.close()
+
+        self._watcher.watch(report, on_report)
+
+    def answer_egress(self, seq: int, request: protocol.Egress, descriptors: list[int]) -> "Answer":
+        """Start the process that connects jobs to names on the network, and keep it going."""
+        if not self._policy.egress_hosts or not self._policy.egress_uid:
+            raise InvalidJobError("the operator offers no names on the network")
+        if self._egress.has_begun:
+            raise JobStateError("pjwd-egress was started before")
+        if not stat.S_ISSOCK(os.fstat(descriptors[0]).st_mode):
+            raise InvalidJobError("what pjwd-egress is to tell of connections by is no socket")
+        self._egress.begin(descriptors.pop())
+        return (protocol.Done(),)
 
     def answer_job_ids(self, seq: int, request: protocol.JobIds, descriptors: list[int]) -> "Answer":
         """List the jobs of which anything is left: a cgroup, or a scratch directory.
@@ -627,6 +803,7 @@ class Launcher:
         Else all stays as it is until the worker has written the end down, and asks for the removal.
         """
         self._watcher.unwatch(job.pidfd)
+        self._egress.remove(job_id)
         known, removed, usage = False, False, Usage()
         # What cannot be done now the worker asks for, and so learns why.
         with suppress(KernelError, OSError):
@@ -762,6 +939,32 @@ class Launcher:
         self._removals.begin_workspace(uid, name, spawn, on_removed)
         return None
 
+    def _on_image_left(self, image: str) -> None:
+        # an operator may have removed it while the job ran; the worker removes what a client has loaded
+        with suppress(KernelError):
+            if not is_image_key(image) and not self._image_store.is_named(image):
+                self._sweep_images()
+
+    def _sweep_images(self) -> None:
+        for pid in self._images.sweep():
+            self._watcher.reap_helper(pid, lambda: None)
+
+    def answer_image_table(self, seq: int, request: protocol.ImageTable, descriptors: list[int]) -> "Answer":
+        """Hand out the table of the operator's images: their names, and how jobs begin in each."""
+        return self._hand_out(seq, self._image_store.open_table())
+
+    def answer_reload_mounts(
+        self, seq: int, request: protocol.ReloadMounts, descriptors: list[int]
+    ) -> "Answer":
+        """Take the operator's mounts anew, from the file that root named in the greeting, and root owns."""
+        path = self._policy.configuration
+        if not path:
+            raise InvalidJobError("there is no configuration")
+        sources = read_mounts_of(open_operator_file(path), path)
+        self._policy.check_sources(sources)
+        self._mounts.sources = sources
+        return (protocol.Done(),)
+
     def answer_open_file(self, seq: int, request: protocol.OpenFile, descriptors: list[int]) -> "Answer":
         """Hand out a certificate, a key or the like that the operator has replaced; never by a path."""
         return self._hand_out(seq, open_operator_file(self._policy.operator_file(request.place)))
@@ -821,11 +1024,20 @@ ROUTES: Final[dict[str, Route]] = {
     "workspace_names": Route(Launcher.answer_workspace_names),
     "workspace_use": Route(Launcher.answer_workspace_use, makes_processes=True),
     "remove_workspace": Route(Launcher.answer_remove_workspace, makes_processes=True),
+    "image_table": Route(Launcher.answer_image_table),
+    "reload_mounts": Route(Launcher.answer_reload_mounts),
     "open_file": Route(Launcher.answer_open_file),
     "open_audit_log": Route(Launcher.answer_open_audit_log),
+    "egress": Route(Launcher.answer_egress, makes_processes=True),
     "set_share": Route(Launcher.answer_set_share),
     "measure_client": Route(Launcher.answer_measure_client),
 }
+
+
+def _kept_of(request: protocol.Launch, descriptors: list[int]) -> int:
+    """How many descriptors a launch keeps until its init has its order, with those of its mounts."""
+    mounts = len(request.mounts) + 2 if request.mounts else 0
+    return len(descriptors) + mounts if descriptors else 0
 
 
 def _close_all(descriptors: list[int]) -> None:
@@ -833,6 +1045,11 @@ def _close_all(descriptors: list[int]) -> None:
         # Some file systems tell here of a write that failed (close(2)): it was the sender's.
         with suppress(OSError):
             os.close(descriptors.pop())
+
+
+def _call_all(callbacks: list[Callable[[], None]]) -> None:
+    while callbacks:
+        callbacks.pop(0)()
 
 
 def _in_clients_words(error: PjwError) -> PjwError:
@@ -846,6 +1063,10 @@ def refusal_of(error: PjwError) -> protocol.Refused:
     match error:
         case KernelError(operation=operation, subject=subject, errno=number):
             return protocol.Refused("kernel", operation, subject, number, hint)
+        case MountError(mount=str(name), errno=int(number)):
+            return protocol.Refused("mount", "", name, number, hint)
+        case MountNotFoundError(mount=name):
+            return protocol.Refused("mount", "", name, 0, hint)
         case InvalidJobError():
             return protocol.Refused("invalid", str(error), "", 0, hint)
         case JobStateError():

@@ -11,7 +11,17 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Final, get_args
 
 from pjw.errors import InvalidJobError, ProtocolError
-from pjw.model import DEFAULT_SHARE, NO_SUMS, GroupUse, Limits, Share, Sums, Usage
+from pjw.model import (
+    DEFAULT_SHARE,
+    NO_SUMS,
+    OFFERED_MAX,
+    GroupUse,
+    Limits,
+    MountSource,
+    Share,
+    Sums,
+    Usage,
+)
 
 MAX_DATAGRAM_BYTES: Final = 65_536
 MAX_DESCRIPTORS: Final = 10
@@ -55,6 +65,18 @@ class Hello:
     audit_log: str = ""
     # what the workspaces of one client may have, by a project quota where there are some; 0 is no limit
     workspace_bytes_max: int = 0
+    # directories that jobs may be given by their names
+    mounts: tuple[MountSource, ...] = ()
+    # one of `operator_files`, from which `ReloadMounts` takes them anew; empty: there is none
+    configuration: str = ""
+    # the user of pjwd-egress; 0: there is none
+    egress_uid: int = 0
+    # the names on the network that jobs may reach, and ranges of addresses that are none of the internet's
+    egress_hosts: tuple[str, ...] = ()
+    egress_private: tuple[str, ...] = ()
+    # how many connections a job may have, and all jobs
+    egress_connections_max: int = 0
+    egress_connections_total_max: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +100,20 @@ class Launch:
     workspace: str = ""
     # whether what matches `patterns` of the job's files is packed into `artifacts` after its end
     artifacts: bool = False
+    # whether the launcher's own program for archives is executed, whatever the first word of the command is
+    archive: bool = False
+    # the root of the job: the digest of an image of the operator's, or the key of one of the client's own;
+    # empty: the host's
+    image: str = ""
+    read_only: bool = False
+    # directories of the operator's, each as NAME:PATH
+    mounts: tuple[str, ...] = ()
+    # to whom they must be offered; empty without mounts; and who asks for names on the network, for the log
+    client_name: str = ""
+    # the names on the network that it may reach (network.py)
+    allow: tuple[str, ...] = ()
+    # the network that it shares with other jobs of its user, by its name; empty: it has its own
+    link: str = ""
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -140,6 +176,17 @@ class Adopt:
 
     op: ClassVar = "adopt"
     job_id: int
+    # as in Launch
+    allow: tuple[str, ...] = ()
+    client_name: str = ""
+    link: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Egress:
+    """Start pjwd-egress; once, and before jobs that reach names. It comes with a socket for its reports."""
+
+    op: ClassVar = "egress"
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +306,13 @@ class RemoveWorkspace:
 
 
 @dataclass(frozen=True, slots=True)
+class ReloadMounts:
+    """Take the operator's mounts from `Hello.configuration`, as it is now; for launches from now on."""
+
+    op: ClassVar = "reload_mounts"
+
+
+@dataclass(frozen=True, slots=True)
 class OpenFile:
     """The operator's file at a place of `Hello.operator_files`, as it is now."""
 
@@ -271,6 +325,13 @@ class OpenAuditLog:
     """`Hello.audit_log` for appending, made where it is missing: the operator has moved the old one."""
 
     op: ClassVar = "open_audit_log"
+
+
+@dataclass(frozen=True, slots=True)
+class ImageTable:
+    """The table of the operator's images, as it is now (image_store.py); the answer is `Opened`."""
+
+    op: ClassVar = "image_table"
 
 
 @dataclass(frozen=True, slots=True)
@@ -423,9 +484,10 @@ class Opened:
 class Refused:
     """It was not done. `errno` is 0 when there is none.
 
-    `kind`: exec, workdir (it cannot be entered), unpack (the upload cannot be), setup (another step of init),
-    late (the command was not executed in time: `operation` says in which), kernel, invalid, state or
-    config.
+    `kind`: exec, workdir (it cannot be entered), unpack (the upload cannot be), image (it has something else
+    where pjw mounts), setup (another step of init), late (the command was not executed in time: `operation`
+    says in which), mount (that of the name in `subject` cannot be had, or without an errno is not offered),
+    mount-at (not at its path), kernel, invalid, state or config.
     `left`: a part of the launch does not end; `Departed` is answered when it has ended.
     """
 
@@ -456,10 +518,13 @@ Request = (
     | WorkspaceNames
     | WorkspaceUse
     | RemoveWorkspace
+    | ReloadMounts
     | OpenFile
     | OpenAuditLog
+    | Egress
     | SetShare
     | MeasureClient
+    | ImageTable
 )
 Reply = (
     Done
@@ -488,6 +553,8 @@ REPLIES: Final[dict[str, type[Reply]]] = {c.op: c for c in get_args(Reply)}
 
 def descriptors_of(request: Request) -> int:
     """How many descriptors come with a request."""
+    if isinstance(request, Egress):
+        return 1
     return len(request.files) if isinstance(request, Launch | Exec) else 0
 
 
@@ -508,7 +575,10 @@ _ENCODER: Final = json.JSONEncoder(separators=(",", ":"), default=_members)
 # the members of each class, and the type that each is declared with
 _TYPES: Final[dict[type, dict[str, Any]]] = {
     cls: {field.name: field.type for field in fields(cls)}
-    for cls in (*REQUESTS.values(), *REPLIES.values(), Limits, Usage, Measurement, Share, Sums, GroupUse)
+    for cls in (
+        *(*REQUESTS.values(), *REPLIES.values()),
+        *(Limits, Usage, Measurement, Share, Sums, GroupUse, MountSource),
+    )
 }
 
 
@@ -592,6 +662,7 @@ _READERS: Final[dict[Any, Callable[[object], Any]]] = {
     bool: _truth,
     tuple[int, ...]: _items(_whole_number, MAX_JOB_IDS),
     tuple[str, ...]: _items(_text, MAX_WORKSPACES),
+    tuple[MountSource, ...]: _items(lambda value: _value(MountSource, value), OFFERED_MAX),
     tuple[Measurement, ...]: _items(lambda value: _value(Measurement, value), MAX_MEASURED),
     Limits: lambda value: _value(Limits, value),
     Usage: lambda value: _value(Usage, value),

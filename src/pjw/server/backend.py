@@ -7,7 +7,7 @@ that where serve.py hands it over.
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import datetime
 from typing import Protocol
@@ -16,6 +16,8 @@ from pjw.arrays import Element
 from pjw.model import (
     Archive,
     ClientQuota,
+    Image,
+    ImageConfig,
     Job,
     JobSpec,
     Session,
@@ -26,6 +28,7 @@ from pjw.model import (
 from pjw.output import Head
 from pjw.worker import Part, WorkerSettings
 from pjw.worker.changes import Batch, Watched
+from pjw.worker.egress import Connection
 from pjw.worker.numbers import WorkerNumbers
 from pjw.worker.pages import JobFilter, Page
 
@@ -171,6 +174,22 @@ class Jobs(Protocol):
     async def remove_workspace(self, name: str, client_name: str = ...) -> None:
         """Remove a workspace."""
 
+    async def load_image(
+        self,
+        name: str,
+        upload: str,
+        config: ImageConfig | None = ...,
+        digest: str = ...,
+        client_name: str = ...,
+    ) -> Image:
+        """Make an image of a client's own."""
+
+    async def images(self, owner: str | None = ...) -> Sequence[Image]:
+        """The images that jobs of a client can have."""
+
+    async def remove_image(self, name: str, client_name: str = ...) -> None:
+        """Take the name from an image."""
+
 
 class Backend(Jobs, Protocol):
     """The same, and what the server itself asks for: its health, its numbers, its reloads."""
@@ -193,6 +212,12 @@ class Backend(Jobs, Protocol):
 
     def reconfigure(self, settings: WorkerSettings) -> None:
         """Take other settings. Raises ConfigError, and takes nothing then."""
+
+    async def reload_mounts(self) -> None:
+        """Take the operator's mounts from the configuration. Raises KernelError or ConfigError."""
+
+    def on_connection(self, tell: Callable[[Connection], None]) -> None:
+        """Have *tell* hear of each connection that a job has made to a name on the network."""
 
     async def give_shares(self) -> Sequence[str]:
         """Set the share of each client with jobs again; in words what could not be set."""

@@ -54,6 +54,7 @@ def configuration_findings(path: str | None, options: Mapping[str, object]) -> I
         yield _audit_log(config.audit_log)
     if plan.metrics is not None and (exposure := metrics_exposure(*plan.metrics)):
         yield None, exposure, "listen on a loopback address, such as 127.0.0.1:9464"
+    yield from _mounts(config)
     yield _sums(config)
     yield from map(_disk_space, filter(None, (config.state_dir, config.scratch_dir)))
     yield from _ports(config.state_dir, plan.listen, plan.metrics)
@@ -117,6 +118,25 @@ def _audit_log(path: str) -> Finding:
     if not regular:
         return False, f"cannot open the audit log {path}: it is no regular file", None
     return True, f"audit log {path}", None
+
+
+def _mounts(config: ServerConfig) -> Iterator[Finding]:
+    """What the operator offers; a path that is not there may come to be, and keeps no pjwd from its work."""
+    for name, mount in config.mounts.items():
+        text = f"mount {name}: {mount.path}"
+        real = os.path.realpath(mount.path)
+        try:
+            there = stat.S_ISDIR(os.stat(mount.path).st_mode)
+        except OSError as error:
+            yield None, f"{text}: {describe_errno(error.errno or 0)}", "no job can have it until it is there"
+            continue
+        if not there:
+            yield None, f"{text} is no directory", "no job can have it"
+        elif real != mount.path:
+            yield None, f"{text} leads through a link, so no job can have it", f'path = "{real}"'
+        else:
+            how = "read-only" if mount.read_only else "writable"
+            yield True, f"{text}, {how}, for {', '.join(mount.clients) or 'nobody'}", None
 
 
 def _sums(config: ServerConfig) -> Finding:

@@ -21,9 +21,10 @@ from pjw.certs.identity import NameRules, check_client_name_oid
 from pjw.certs.profile import CLIENT_NAME_OID, identity_fault
 from pjw.errors import ConfigError, InvalidJobError
 from pjw.given import require_values
-from pjw.model import Limits, Sums
+from pjw.model import OFFERED_MAX, Limits, MountSource, Sums
 from pjw.server.authz import Roles
 from pjw.server.connections import PortLimits
+from pjw.server.network import NetworkOffers
 from pjw.server.quota import ClientLimits, Count
 from pjw.worker.host import default_ceiling, default_sums
 from pjw.worker.settings import (
@@ -52,10 +53,12 @@ _VISIBLE_MAX = 60
 RELOADED: Final = (
     "allowed_clients",
     "clients",
+    "default_image",
     "disk",
     "limits",
     "log_level",
     "memory_overcommit",
+    "mounts",
     "queue",
     "retention",
     "roles",
@@ -102,6 +105,9 @@ class KeptJobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bytes_total: Annotated[Count, Meta(description="bytes of output that all ended jobs have")] = 0
     workspace_age_seconds: Annotated[
         Count, Meta(description="a workspace is removed when no job has used it for so long; 0: never")
+    ] = 0
+    image_age_seconds: Annotated[
+        Count, Meta(description="an image that a client has loaded is removed when no job had it for so long")
     ] = 0
 
 
@@ -209,6 +215,16 @@ class Gateway(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ] = 60
 
 
+class OfferedMount(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A directory of the host that jobs may ask for by its name."""
+
+    path: Annotated[_Path, Meta(description="the directory, without a link in its path")]
+    read_only: Annotated[bool, Meta(description="whether jobs can only read it")] = True
+    clients: Annotated[
+        tuple[str, ...], Meta(description="whose jobs may have it: names, in which * is any characters")
+    ] = ("*",)
+
+
 class Metrics(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What is told to a Prometheus, without TLS: docs/monitoring.md."""
 
@@ -286,10 +302,21 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             description="directories that jobs see beside /, /usr, /etc and /opt, with what is mounted there",
         ),
     ] = ()
+    default_image: Annotated[
+        _Name | None,
+        Meta(description="the image of a job that names none; without it such a job sees the host's files"),
+    ] = None
     revoked: Annotated[_Path | None, Meta(description="the list of certificates that are not let in")] = None
     audit_log: Annotated[_Path | None, Meta(description="a file that gets a line of JSON for each call")] = (
         None
     )
+    mounts: Annotated[
+        dict[str, OfferedMount],
+        Meta(
+            max_length=OFFERED_MAX,
+            description="directories that jobs may ask for by these names: path, read_only, clients",
+        ),
+    ] = {}
     job_users: JobUsers = JobUsers()
     retention: KeptJobs = KeptJobs()
     roles: Roles = Roles()
@@ -299,6 +326,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     disk: Disk = Disk()
     queue: Slots = Slots()
     scratch: ScratchLimits = ScratchLimits()
+    network: NetworkOffers = NetworkOffers()
     metrics: Metrics = Metrics()
     cluster: Cluster = Cluster()
     gateway: Gateway = Gateway()
@@ -346,13 +374,29 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             scratch_bytes_max=self.scratch.bytes_max,
             scratch_inodes_max=self.scratch.inodes_max,
             visible_paths=self.visible_paths,
+            mounts=self._mounts(),
             stop_grace_seconds=self.stop_grace_seconds,
             waiting_inits=self.waiting_inits,
             retention=Retention(**msgspec.structs.asdict(self.retention)),
             quotas=self.clients.quotas(),
             disk=DiskMarks(**msgspec.structs.asdict(self.disk)),
             queue=QueueSlots(**msgspec.structs.asdict(self.queue)),
+            default_image=self.default_image or "",
+            network=self.network.offers(),
         )
+
+    def _mounts(self) -> tuple[MountSource, ...]:
+        """What is offered to whom. Raises ConfigError."""
+        sources = []
+        for name, mount in self.mounts.items():
+            try:
+                sources.append(MountSource(name, **msgspec.structs.asdict(mount)))
+            except InvalidJobError as error:
+                raise ConfigError(f"[mounts]: {error}") from None
+            for client in mount.clients:
+                if "*" not in client and (fault := identity_fault(client)):
+                    raise ConfigError(f"[mounts.{name}]: {fault}")
+        return tuple(sources)
 
     def effective_limits(self) -> tuple[Limits, Limits, Limits]:
         """The limits of a job whose client asks for nothing, the ceilings and the floors.

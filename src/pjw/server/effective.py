@@ -45,13 +45,20 @@ def settings_of(
     for table, limits in zip(("limits", "ceilings", "floors"), config.effective_limits(), strict=True):
         values[table] = dict(limits.items())
     return [
-        Setting(key, value, _origin(key, in_file, options), descriptions[key]) for key, value in _flat(values)
+        Setting(
+            key,
+            value,
+            _origin(key, in_file, options),
+            # one of the operator's own names, in a table of such
+            descriptions.get(key) or descriptions[key.partition(".")[0]],
+        )
+        for key, value in _flat(values)
     ]
 
 
 def _flat(values: Mapping[str, object]) -> Iterator[tuple[str, object]]:
     for key, value in values.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             yield from ((f"{key}.{inner}", each) for inner, each in value.items())
         else:
             yield key, value

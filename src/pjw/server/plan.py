@@ -37,9 +37,11 @@ def plan_of(config: ServerConfig, path: str | None) -> Plan:
     files = _files(config, path)
     settings = config.worker_settings(_hidden_paths(config, files))
     try:
-        Policy.from_hello(hello_of(config.state_dir, settings, files.paths, config.audit_log or ""))
+        Policy.from_hello(
+            hello_of(config.state_dir, settings, files.paths, config.audit_log or "", files.config or "")
+        )
     except InvalidJobError as error:
-        raise ConfigError(str(error)) from None
+        raise ConfigError(str(error), hint=error.hint) from None
     check_visible(settings.visible_paths)
     return Plan(
         listen=parse_address(config.listen),

@@ -21,7 +21,7 @@ import msgspec
 from pjw.certs.credentials import load_server_credentials
 from pjw.certs.files import ServerCredentials, ServerFiles, key_exposure, read_descriptor
 from pjw.certs.revocation import load_revocation_list
-from pjw.errors import LauncherGoneError, PjwError
+from pjw.errors import ConfigError, KernelError, LauncherGoneError, PjwError
 from pjw.server.audit import AuditLog
 from pjw.server.backend import Backend
 from pjw.server.config import RELOADED, ServerConfig, config_of, parse_values, removed_keys
@@ -182,6 +182,7 @@ class Reloader:
             quotas=wanted.quotas,
             disk=wanted.disk,
             queue=wanted.queue,
+            mounts=wanted.mounts,
             shares=wanted.shares,
             memory_overcommit=wanted.memory_overcommit,
         )
@@ -189,6 +190,12 @@ class Reloader:
         self._guard.reconfigure(config)
         set_level(config.log_level)
         self.config, self._settings = config, settings
+        if config.mounts or old.mounts:
+            try:
+                await self._worker.reload_mounts()
+            except (ConfigError, KernelError) as error:
+                # nobody has more than both of us offer
+                log.error("reload: the launcher kept the old mounts: %s", error)
         # Last, as it waits for the launcher: nobody who is not let in any more has that long.
         for words in await self._worker.give_shares():
             log.warning("reload: %s", words)

@@ -19,7 +19,7 @@ from pjw.certs.tls import probe_tls12
 from pjw.errors import ConfigError
 from pjw.server.accept import make_server
 from pjw.server.address import held_addresses, shown_address
-from pjw.server.audit import AuditLog
+from pjw.server.audit import AuditLog, connection_line
 from pjw.server.backend import Backend
 from pjw.server.backup_port import BackupPort
 from pjw.server.config import ServerConfig
@@ -157,6 +157,7 @@ async def serve(serving: Serving, opened: AbstractAsyncContextManager[Served]) -
         audit = AuditLog(serving.audit) if serving.audit is not None else None
         if audit is not None:
             stack.callback(audit.close)
+            worker.on_connection(lambda each: audit.append(connection_line(each)))
         names = serving.config.name_rules(frozenset(filter(is_short_key_name, served.known)))
         port = Port(serving.config.port, serving.config.clients, names)
         metrics = None

@@ -19,13 +19,15 @@ from pjw.errors import (
     LauncherGoneError,
     LaunchError,
     LimitReachedError,
+    MountError,
+    MountNotFoundError,
     PjwError,
     ProtocolError,
     WorkdirError,
     describe_errno,
 )
 from pjw.launcher import protocol
-from pjw.model import GroupUse, JobSpec, Share, Usage, UsageSample
+from pjw.model import GroupUse, Job, JobSpec, Share, Usage, UsageSample
 from pjw.worker.flag import Flag
 from pjw.worker.launcher_process import LauncherProcess, collect
 from pjw.worker.rows import from_ns
@@ -155,9 +157,25 @@ class LauncherClient:
             raise ProtocolError("the launcher answered a request for a connection with something else")
         return answer.descriptors[0]
 
-    async def request_adopt(self, job_id: int) -> RunningInit | None:
-        """The init of a job that still runs; None when it has ended."""
-        answer = await self._request(protocol.Adopt(job_id))
+    async def request_egress(self, reports: int) -> None:
+        """Have pjwd-egress started, which tells of connections by a socket; owns that descriptor.
+
+        Raises InvalidJobError where the operator offers nothing on the network, and KernelError.
+        """
+        answer = await self._ask(protocol.Egress(), [reports])
+        if isinstance(answer.reply, protocol.Refused):
+            raise _error_of(answer.reply)
+
+    async def request_adopt(self, job_id: int, job: Job | None = None) -> RunningInit | None:
+        """The init of a job that still runs; None when it has ended.
+
+        With the *job* its names on the network are there again, and the link that others may join it by.
+        """
+        request = protocol.Adopt(job_id)
+        if job is not None and (job.allow or job.link):
+            client = job.client_name if job.allow else ""
+            request = protocol.Adopt(job_id, allow=tuple(job.allow), client_name=client, link=job.link)
+        answer = await self._request(request)
         reply, fds = answer.reply, answer.descriptors
         if not isinstance(reply, protocol.Adopted) or len(fds) != reply.alive:
             raise ProtocolError("the launcher answered an adoption with something else")
@@ -267,6 +285,14 @@ class LauncherClient:
     async def request_remove_workspace(self, uid: int, name: str) -> None:
         """Remove a workspace with all that is in it. Raises KernelError when something stays."""
         await self._request(protocol.RemoveWorkspace(uid, name))
+
+    async def request_image_table(self) -> int:
+        """The table of the operator's images, open for reading; the caller owns it. Raises KernelError."""
+        return await self._opened(protocol.ImageTable())
+
+    async def request_reload_mounts(self) -> None:
+        """Have the operator's mounts read again. Raises KernelError or ConfigError."""
+        await self._request(protocol.ReloadMounts())
 
     async def request_open_file(self, place: int) -> int:
         """The operator's file at that place, open for reading; the caller owns it.
@@ -393,6 +419,21 @@ def _launch_error_of(refused: protocol.Refused, spec: JobSpec) -> PjwError:
             # "unpack the upload: WHY for": a name in it is the client's own
             words = f"cannot {refused.operation.removesuffix(' for')}"
             return CopyError(words if words.isprintable() else ascii(words)[1:-1])
+        case "image":
+            # its words end with " for", as those above
+            words = f"cannot {refused.operation.removesuffix(' for')}"
+            if refused.operation.startswith("use"):
+                return JobStateError(words, hint="make the image anew")
+            return JobStateError(
+                f"{words}: {describe_errno(refused.errno)}", hint="ask the operator: pjwd check"
+            )
+        case "mount-at":
+            words = f"cannot {refused.operation.removesuffix(' for')}"
+            return MountError(
+                f"{words if words.isprintable() else ascii(words)[1:-1]}: {describe_errno(refused.errno)}",
+                hint="mount it at an existing directory of the job's, or leave the path out",
+                errno=refused.errno,
+            )
         case _:
             return _error_of(refused)
 
@@ -415,6 +456,10 @@ def _error_of(refused: protocol.Refused) -> PjwError:
             )
         case "invalid":
             return InvalidJobError(refused.operation, hint=hint)
+        case "mount":
+            # the name of a mount; without an errno the client has none of this name
+            name = refused.subject
+            return MountError.of_source(name, refused.errno) if refused.errno else MountNotFoundError(name)
         case "state":
             return JobStateError(refused.operation, hint=hint)
         case "config":

@@ -41,7 +41,11 @@ def require_root() -> None:
 
 
 def start_launcher(
-    state_dir: str, settings: WorkerSettings, operator_files: tuple[str, ...] = (), audit_log: str = ""
+    state_dir: str,
+    settings: WorkerSettings,
+    operator_files: tuple[str, ...] = (),
+    audit_log: str = "",
+    configuration: str = "",
 ) -> LauncherProcess:
     """Start the launcher and tell it its policy, and what it may open again for who is not root.
 
@@ -71,7 +75,7 @@ def start_launcher(
         raise ProtocolError("the launcher ended before it was ready") from None
     scratch = -1
     try:
-        ready, scratch = _greet(ours, hello_of(state_dir, settings, operator_files, audit_log))
+        ready, scratch = _greet(ours, hello_of(state_dir, settings, operator_files, audit_log, configuration))
         check_limits(ready, settings.default_limits)
         for words in ready.not_set:
             log.warning("%s", words)
@@ -99,7 +103,11 @@ def check_limits(ready: protocol.Ready, limits: Limits) -> None:
 
 
 def hello_of(
-    state_dir: str, settings: WorkerSettings, operator_files: tuple[str, ...], audit_log: str = ""
+    state_dir: str,
+    settings: WorkerSettings,
+    operator_files: tuple[str, ...],
+    audit_log: str = "",
+    configuration: str = "",
 ) -> protocol.Hello:
     """The first message to a launcher, with its policy."""
     return protocol.Hello(
@@ -118,6 +126,13 @@ def hello_of(
         sums=settings.sums,
         audit_log=audit_log,
         workspace_bytes_max=settings.quotas.workspace_bytes_max,
+        mounts=settings.mounts,
+        configuration=configuration,
+        egress_uid=settings.network.uid,
+        egress_hosts=settings.network.offered,
+        egress_private=tuple(settings.network.private),
+        egress_connections_max=settings.network.connections_max,
+        egress_connections_total_max=settings.network.connections_total_max,
     )
 
 

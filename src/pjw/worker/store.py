@@ -235,7 +235,7 @@ class JobStore:
 
     def _add(self, client_name: str, spec: JobSpec, limits: Limits) -> Job:
         now = datetime.now(UTC)
-        own = workspace_rows.columns_of(spec) if spec.workspace else _NO_COLUMNS
+        own = workspace_rows.columns_of(spec) if spec.workspace or spec.image else _NO_COLUMNS
         job_id = self._insert(client_name, spec, limits, to_ns(now), own)
         return Job(
             job_id,
@@ -251,7 +251,12 @@ class JobStore:
             workdir=spec.directory,
             workspace=spec.workspace,
             exclusive=spec.exclusive,
+            image=spec.image,
+            read_only=spec.read_only,
             artifacts=Artifacts(required=spec.output_required) if spec.outputs else None,
+            mounts=spec.mounts,
+            allow=spec.allow,
+            link=spec.link,
         )
 
     def _insert(
@@ -266,6 +271,10 @@ class JobStore:
         if spec.outputs:
             required = int(spec.output_required)
             more = {**more, "artifacts": ArtifactsState.PENDING, "artifacts_required": required}
+        if spec.mounts:
+            more = {**more, "mounts": json.dumps(list(spec.mounts), ensure_ascii=False)}
+        if spec.allow or spec.link:
+            more = {**more, "allow": " ".join(spec.allow), "link": spec.link}
         try:
             cursor = self._db.execute(
                 "INSERT INTO jobs (client_name, command, limits, start_ns, name, labels, split_stderr,"
@@ -731,6 +740,10 @@ class JobStore:
     def _in_transaction(self, function: Callable[[], _R]) -> _R:
         with self._transaction():
             return function()
+
+    def have_image(self, job_id: int, key: str) -> None:
+        """Write down which image a job is about to have; in the table's thread, as `add` calls it."""
+        self._db.execute("UPDATE jobs SET image_key = ? WHERE id = ?", (key, job_id))
 
     async def in_turn(self, function: Callable[[], _R]) -> _R:
         """Call what touches files in the table's thread, as `add` does."""

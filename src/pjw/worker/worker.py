@@ -6,7 +6,7 @@ import os
 import socket
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from signal import SIGKILL, SIGTERM
@@ -23,6 +23,7 @@ from pjw.errors import (
     LauncherGoneError,
     LimitRangeError,
     LimitReachedError,
+    MountNotFoundError,
     PjwError,
 )
 from pjw.model import (
@@ -30,6 +31,8 @@ from pjw.model import (
     Archive,
     ClientQuota,
     GroupUse,
+    Image,
+    ImageConfig,
     Job,
     JobSpec,
     JobState,
@@ -38,6 +41,7 @@ from pjw.model import (
     TerminalSize,
     UsageSample,
     Workspace,
+    offered,
 )
 from pjw.output import Inotify
 from pjw.worker.adoption import adopt
@@ -45,9 +49,11 @@ from pjw.worker.artifacts import Keeping
 from pjw.worker.background import Background
 from pjw.worker.changes import Batch, Changes, Watched
 from pjw.worker.disk import DiskSampler, ScratchUse
+from pjw.worker.egress import Connection, Connections
 from pjw.worker.endings import Endings
 from pjw.worker.flag import Flag, first_of
 from pjw.worker.held import HeldOutputs
+from pjw.worker.images import Images
 from pjw.worker.input import Inputs, InputWriter, ended_error, require_input
 from pjw.worker.job import LiveJob
 from pjw.worker.launch_turns import LaunchTurns
@@ -105,6 +111,8 @@ class Worker:
         self._inputs: Final = Inputs(state, self._stored, settings.quotas.input_bytes_max)
         self._tails: Final = asyncio.Lock()
         self._pruner: Final = Pruner(state, settings.retention)
+        # of jobs, to names on the network
+        self.connections: Final = Connections()
         self._background: Final = Background()
         self._stopping: Final = Stopping(self._launcher, self._background, state.store.note)
         self._held: Final = HeldOutputs(state)
@@ -123,6 +131,9 @@ class Worker:
         self._users: Final = Users(state.store, launcher.ready.uid_first, settings.uid_count)
         self._workspaces: Final = Workspaces(
             state.store, self._launcher, self._users, settings, self._background
+        )
+        self._images: Final = Images(
+            state.store, self._launcher, self._workspaces, settings, self._background
         )
         self._disk.growing = self._workspaces.growing
         self._endings: Final = Endings(
@@ -165,6 +176,7 @@ class Worker:
             self._stopping,
             self._users,
             self._workspaces,
+            self._images,
             turns,
             self._background,
             self._uploads,
@@ -202,6 +214,8 @@ class Worker:
 
     async def adopt(self) -> None:
         """Take over the jobs of the worker before us. Call it once, before anything else; `open` does."""
+        if self._settings.network.offered:
+            await self.connections.begin(self._launcher)
         await adopt(
             self._state,
             self._launcher,
@@ -213,6 +227,8 @@ class Worker:
             self._background,
         )
         await self._workspaces.begin(self._ready.uid_first)
+        for job_id, client_name, key in await self._images.begin():
+            self._background.spawn(self._give_up_load(job_id, client_name, key))
         await self._sessions.adopt()
         await self._uploads.adopt()
         await self._queue.begin([live.job for live in self._live.values()])
@@ -224,6 +240,7 @@ class Worker:
         self._background.keep("queue", self._queue.run())
         self._background.keep("removal of uploads", self._uploads.run())
         self._background.keep("workspaces", self._workspaces.run())
+        self._background.keep("images", self._images.run())
 
     async def __aenter__(self) -> Self:
         return self
@@ -237,6 +254,7 @@ class Worker:
             live.let_go()
             live.abandon_output()
         self._sessions.close()
+        self.connections.close()
         self._launcher.close()
         self._endings.close()
         # launches under way end by that, and may still want the table
@@ -284,6 +302,7 @@ class Worker:
         self._inputs.set_bytes_max(settings.quotas.input_bytes_max)
         self._pruner.keep(settings.retention)
         self._workspaces.reconfigure(settings)
+        self._images.reconfigure(settings)
         self._queue.reconfigure(settings)
 
     async def give_shares(self) -> list[str]:
@@ -310,7 +329,13 @@ class Worker:
     async def numbers(self) -> WorkerNumbers:
         """How much of everything there is, for who watches over it."""
         return await count_all(
-            self._state, self._live, self._endings.by_reason, len(self._held), self._launcher, self._queue
+            self._state,
+            self._live,
+            self._endings.by_reason,
+            len(self._held),
+            self._launcher,
+            self._queue,
+            self.connections.counts,
         )
 
     async def gone(self) -> None:
@@ -322,6 +347,10 @@ class Worker:
         """The first of the user ids of jobs, one for each client."""
         return self._ready.uid_first
 
+    def on_connection(self, tell: Callable[[Connection], None]) -> None:
+        """Have *tell* hear of each connection that a job has made to a name on the network."""
+        self.connections.told.append(tell)
+
     def on_end(self, tell: Callable[[Job], None]) -> None:
         """Have *tell* called with each job that has ended from now on, when its end was written down."""
         self._endings.ended.append(tell)
@@ -332,6 +361,13 @@ class Worker:
         Close it then, and open another: jobs go on meanwhile.
         """
         await self._background.failed.wait()
+
+    async def reload_mounts(self) -> None:
+        """Have the launcher take the operator's mounts from the configuration as it is now.
+
+        Raises KernelError or ConfigError when it cannot; then it keeps those that it has.
+        """
+        await self._launcher.request_reload_mounts()
 
     async def open_operator_file(self, place: int) -> int:
         """A file that the launcher was told of at its start, open for reading; the caller owns it."""
@@ -357,6 +393,7 @@ class Worker:
         if spec.queue is not None:
             [job] = await self.submit([spec], client_name)
             return job
+        self._settings.network.require(client_name, spec.allow)
         limits = self._limits_of(spec)
         return await self._starts.start(spec, client_name, limits)
 
@@ -392,12 +429,14 @@ class Worker:
         caller who is cancelled before the answer may find them in the queue all the same. A spec with a
         request id makes one job.
         """
+        for spec in specs:
+            self._settings.network.require(client_name, spec.allow)
         asked = [(spec, self._limits_of(spec)) for spec in specs]
         for _, limits in asked:
             self._running.require_possible(client_name, limits)
         await self._users.of(client_name)
         for spec in specs:
-            await self._require_upload(spec, client_name)
+            await self._require_what_is_named(spec, client_name)
         # to its end, as whoever is cancelled cannot know how far it has come
         return await asyncio.shield(self._submit(asked, client_name))
 
@@ -416,12 +455,13 @@ class Worker:
         self._queue.added(jobs)
         return [self._shown(job) for job in jobs]
 
-    async def _require_upload(self, spec: JobSpec, client_name: str) -> None:
-        if not spec.upload:
-            return
+    async def _require_what_is_named(self, spec: JobSpec, client_name: str) -> None:
+        """Raises CopyError for an upload, and MountNotFoundError for a mount, that there is not."""
         try:
-            await self._uploads.renew(client_name, spec.upload)
-        except CopyError:
+            offered(self._settings.mounts, client_name, spec.mounts)
+            if spec.upload:
+                await self._uploads.renew(client_name, spec.upload)
+        except (CopyError, MountNotFoundError):
             # a job that the same request has made before may have had it
             request_id = spec.request_id
             if not request_id or await self._state.store.of_request(client_name, request_id) is None:
@@ -496,6 +536,7 @@ class Worker:
         """Start a job of the queue; only the queue calls this, see queue.Backend."""
         spec, client_name = waiting.spec(), waiting.job.client_name
         # again, as the operator may have changed what is allowed
+        self._settings.network.require(client_name, spec.allow)
         return await self._starts.start_queued(waiting.job.id, spec, client_name, self._limits_of(spec))
 
     # --- stop
@@ -594,6 +635,9 @@ class Worker:
         live = await self._require_running(job_id, client_name)
         # it begins where the job did, if that has a workspace
         spec = replace(spec, workspace=live.job.workspace)
+        if self._images.of(job_id):
+            config = await self._images.config_of(job_id)
+            spec = replace(spec, env={**config.env, **spec.env})
         return await self._sessions.start(live, spec, self._settings, detached=detached)
 
     async def archive(
@@ -657,6 +701,67 @@ class Worker:
         and KernelError.
         """
         await self._workspaces.remove(client_name, name)
+
+    # --- images
+
+    async def images(self, owner: str | None = LOCAL_CLIENT) -> Sequence[Image]:
+        """The images of one client, or with None of all, and the operator's; by their clients and names."""
+        return await self._images.listed(owner)
+
+    async def remove_image(self, name: str, client_name: str = LOCAL_CLIENT) -> None:
+        """Take the name from an image of a client's own; its files go with the last job that has it.
+
+        Raises ImageNotFoundError.
+        """
+        await self._images.remove(client_name, name)
+
+    async def load_image(
+        self,
+        name: str,
+        upload: str,
+        config: ImageConfig | None = None,
+        digest: str = "",
+        client_name: str = LOCAL_CLIENT,
+    ) -> Image:
+        """Make an image of a client's own from an upload, which a job of the client's unpacks.
+
+        The one that had the name goes with the last job that has it. Whoever is cancelled leaves nothing.
+        Raises CopyError for an upload that is not there or cannot be unpacked, and what a start raises.
+        """
+        spec = JobSpec(
+            Archive(".", unpack=True).argv,
+            labels={"pjw.image": name},
+            upload=upload,
+            workspace=await self._images.begin_load(client_name, name),
+        )
+        job: Job | None = None
+        try:
+            await self._uploads.renew(client_name, upload)
+            job = await self.start(spec, client_name)
+            job = await self.wait(job.id, client_name)
+            if not job.succeeded:
+                raise CopyError(f"cannot load the image {name}: {await self._why_not_unpacked(job)}")
+            return await self._images.keep(client_name, spec.workspace, name, digest, config or ImageConfig())
+        except BaseException:
+            if job is None or job.state.final:
+                self._images.drop(client_name, spec.workspace)
+            else:
+                self._background.spawn(self._give_up_load(job.id, client_name, spec.workspace))
+            raise
+
+    async def _give_up_load(self, job_id: int, client_name: str, key: str) -> None:
+        with suppress(JobNotFoundError):
+            await self.stop(job_id, 0, client_name)
+        self._images.drop(client_name, key)
+
+    async def _why_not_unpacked(self, job: Job) -> str:
+        """What the job said last, for whoever loads an image."""
+        reading = await self.read_logs(job.id, Part(follow=False, tail_lines=1), job.client_name)
+        said = b"".join([piece async for piece in reading.chunks()])
+        words = said.decode(errors="replace").strip().removeprefix("error: ")
+        if not words:
+            return f"job {job.id} ended as {job.reason}"
+        return words if words.isprintable() else ascii(words)[1:-1]
 
     # --- input
 
@@ -851,6 +956,7 @@ class Worker:
             use=use,
             queued=(await self._state.store.queued_of_clients()).get(client_name, 0),
             queued_max=settings.quotas.queued_max,
+            mounts=tuple(each.shown for each in settings.mounts if each.is_for(client_name)),
         )
 
     async def logs(

@@ -1,6 +1,7 @@
 /* Reads the command line and the command. Anything odd is refused: our caller is a program. */
 #include "init.h"
 
+#include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <getopt.h>
@@ -15,7 +16,8 @@ enum option_id {
     REPORT_FD = 1, STATUS_FD, OUTPUT_FD, COMMAND_FD, CGROUP_FD, CGROUP_PROCS_FD, USER_ID, GROUP_ID, HOSTNAME,
     SCRATCH, HIDE, TMP_BYTES, OUTPUT_MAX, TIME_MAX, WAIT, SPLIT_STDERR, TIMES_FD, STDERR_FD, STDERR_TIMES_FD,
     INPUT, INPUT_FD, LIFT_FD, LIFT, VISIBLE, BOUND, COVER, TELL, GRACE, CGROUP, SPAWNER, VARIABLE, ENTER_FD, CONTROL,
-    TERMINAL, CONNECT, TOOL_FD, UPLOAD, MOUNT, WORKSPACE, KEEP,
+    TERMINAL, CONNECT, TOOL_FD, UPLOAD, MOUNT, WORKSPACE, KEEP, IMAGE_FD, IMAGE_READ_ONLY, TOOL, MOUNT_AT, OPEN, OPEN_WRITABLE,
+    LISTEN, LINK,
 };
 
 /* Where an option may come: an order says what was not known before the job, and nothing about the host. */
@@ -62,6 +64,14 @@ static const struct option OPTIONS[] = {
     {"upload", no_argument, NULL, UPLOAD | ORDER},
     {"workspace", no_argument, NULL, WORKSPACE | ORDER},
     {"keep", no_argument, NULL, KEEP | ORDER},
+    {"image-fd", required_argument, NULL, IMAGE_FD | LINE},
+    {"image-read-only", no_argument, NULL, IMAGE_READ_ONLY | LINE},
+    {"tool", no_argument, NULL, TOOL | ORDER},
+    {"mount-at", required_argument, NULL, MOUNT_AT | ORDER},
+    {"open", required_argument, NULL, OPEN | LINE},
+    {"open-writable", required_argument, NULL, OPEN_WRITABLE | LINE},
+    {"listen", required_argument, NULL, LISTEN | LINE | ORDER},
+    {"link", no_argument, NULL, LINK | ORDER},
     {NULL, 0, NULL, 0},
 };
 
@@ -103,6 +113,39 @@ static void add_place(struct options *options, const char *option, enum view vie
     if (options->place_count == PLACES_MAX)
         refuse(option, optarg, "too many of them");
     options->places[options->place_count++] = (struct place){path(option, optarg), view, -1};
+}
+
+static void add_source(struct options *options, const char *option, bool writable) {
+    if (options->source_count == JOB_MOUNTS_MAX)
+        refuse(option, optarg, "too many of them");
+    options->sources[options->source_count++] = (struct source){path(option, optarg), writable};
+}
+
+static void add_target(struct options *options, const char *option) {
+    if (options->target_count == JOB_MOUNTS_MAX)
+        refuse(option, optarg, "too many of them");
+    if (strlen(optarg) > TARGET_MAX_BYTES)
+        refuse(option, optarg, "too long");
+    options->targets[options->target_count++] = path(option, optarg);
+}
+
+/* ADDRESS:PORT, and /HOST behind it where it stands for a host. */
+static void add_listener(struct options *options, const char *option, char *text) {
+    if (options->listener_count == LISTENERS_MAX)
+        refuse(option, text, "too many of them");
+    struct listener *listener = &options->listeners[options->listener_count++];
+    struct in_addr address;
+    char *colon = strchr(text, ':'), *slash = strchr(text, '/');
+    if (!colon || (slash && slash < colon) || (slash && strlen(slash + 1) > HOST_MAX_BYTES))
+        refuse(option, text, "not ADDRESS:PORT or ADDRESS:PORT/HOST");
+    *colon = '\0';
+    if (slash)
+        *slash = '\0';
+    if (inet_pton(AF_INET, text, &address) != 1)
+        refuse(option, text, "not an address");
+    listener->address = address.s_addr;
+    listener->port = htons((uint16_t)number(option, colon + 1, 1, UINT16_MAX));
+    strcpy(listener->host, slash ? slash + 1 : ""); /* the order's words are gone before it is used */
 }
 
 static _Noreturn void refuse_command(int error) {
@@ -288,6 +331,20 @@ static int take_options(int argc, char **argv, enum phase phase, struct options 
         case UPLOAD: options->upload = true; break;
         case WORKSPACE: options->workspace = true; break;
         case KEEP: options->keep = true; break;
+        case TOOL: options->tool = true; break;
+        case IMAGE_FD:
+            if (options->image_count == IMAGE_FDS_MAX)
+                refuse(name, optarg, "too many of them");
+            options->image_fds[options->image_count] = descriptor(name, optarg, 3);
+            (void)fcntl(options->image_fds[options->image_count++], F_SETFD, FD_CLOEXEC);
+            options->image = true;
+            break;
+        case IMAGE_READ_ONLY: options->image_read_only = true; break;
+        case MOUNT_AT: add_target(options, name); break;
+        case OPEN: add_source(options, name, false); break;
+        case OPEN_WRITABLE: add_source(options, name, true); break;
+        case LISTEN: add_listener(options, name, optarg); break;
+        case LINK: options->link = true; break;
         default: /* getopt_long(3) has said what is wrong */
             errno = EINVAL;
             fail(STEP_OPTIONS, NULL);
@@ -317,10 +374,16 @@ void parse_options(int argc, char **argv, struct options *options) {
         .archive_fd = -1,
         .control_fd = -1,
         .workspace_fd = -1,
+        .link_fd = -1,
         .grace = 10,
         .environment = environ,
     };
     int command_fd = take_options(argc, argv, LINE, options);
+    if (options->source_count) {
+        if (options->report_fd < 0 || options->waits || options->spawner || command_fd >= 0 || optind < argc)
+            refuse("open", "(none)", "only with --report-fd");
+        return;
+    }
     if (options->spawner) {
         if (options->waits || command_fd >= 0 || optind < argc)
             refuse("spawner", "(none)", "what it spawns is told in requests");
@@ -331,6 +394,8 @@ void parse_options(int argc, char **argv, struct options *options) {
             refuse("wait", "(none)", "the command comes by --report-fd");
         if (options->connect_port && (!is_session(options) || !options->uid || !options->gid))
             refuse("connect", "(none)", "only in a job, and as its user");
+        if (options->listener_count && !is_session(options))
+            refuse("listen", "(none)", "a job that does not run yet is told in its order");
         if (options->tool_fd >= 0 && !is_session(options))
             refuse("tool-fd", "(none)", "only in a job that runs");
         options->output_fds[0] = options->output_fds[1] = -1;
@@ -387,7 +452,7 @@ void parse_request(char *words, size_t length, struct options *options) {
 }
 
 void parse_order(char *words, size_t length, const int *fds, size_t fd_count, struct options *options) {
-    enum { WORDS_MAX = 24 };
+    enum { WORDS_MAX = 27 + 2 * JOB_MOUNTS_MAX + 2 * LISTENERS_MAX };
     char *argv[WORDS_MAX + 2] = {"order"};
     int count = split("wait", words, length, argv, WORDS_MAX);
     if (take_options(count, argv, ORDER, options) >= 0 || optind < count)
@@ -400,9 +465,16 @@ void parse_order(char *words, size_t length, const int *fds, size_t fd_count, st
         refuse(options->upload ? "upload" : "keep", "(order)", "only of a job");
     if (options->workspace && is_session(options))
         refuse("workspace", "(order)", "a session has that of its job");
-    bool archives = options->upload || options->keep;
+    if (options->tool && (is_session(options) || options->upload || options->keep))
+        refuse("tool", "(order)", "only of a job, without files of its own to unpack or to keep");
+    if ((options->listener_count || options->link) && is_session(options))
+        refuse(options->link ? "link" : "listen", "(order)", "a session has the network of its job");
+    if (options->target_count && is_session(options))
+        refuse("mount-at", "(order)", "a session has those of its job");
+    bool archives = options->upload || options->keep || options->tool;
     if (fd_count != 3U + timed + (1U + timed) * options->split_stderr + options->control + options->input +
-                        options->upload + 2U * options->keep + archives + options->workspace)
+                        options->upload + 2U * options->keep + archives + options->workspace + (unsigned)options->target_count +
+                        options->link)
         refuse("wait", "(order)", "not the descriptors that it should have");
     int command = *fds++;
     options->output_fds[0] = *fds++;
@@ -425,7 +497,14 @@ void parse_order(char *words, size_t length, const int *fds, size_t fd_count, st
         options->patterns_fd = *fds++;
     if (archives)
         options->archive_fd = *fds++;
+    /* not 3, where the command's errors go */
+    if (options->tool && (options->tool_fd = fcntl(options->archive_fd, F_DUPFD_CLOEXEC, 4)) < 0)
+        fail(STEP_ORDER, NULL);
     if (options->workspace)
-        options->workspace_fd = *fds;
+        options->workspace_fd = *fds++;
+    for (int i = 0; i < options->target_count; i++)
+        options->target_fds[i] = *fds++;
+    if (options->link)
+        options->link_fd = *fds;
     read_command(command, options);
 }

@@ -1,0 +1,127 @@
+/*
+ * Directories that the operator offers to jobs. Two processes do that: one, which is no init, opens them in the host's tree
+ * and hands the launcher a mount of each; the job's init attaches these in the job's tree. So who walks to a file server
+ * that is gone is neither the launcher nor an init, and an init never has a path of the host's.
+ */
+#include "init.h"
+#include "mounts.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <linux/openat2.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mount.h>
+#include <sys/stat.h>
+#include <sys/statvfs.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#ifndef SYS_openat2
+#define SYS_openat2 437
+#endif
+enum { MOVE_TO_EMPTY_PATH = 0x40 }; /* move_mount(2) */
+static const char MNT[] = "/mnt";
+
+/* Follows no link, not even on the way: in the host's tree whoever owns a directory there could lead us elsewhere. */
+static int open_directory(int at, const char *path) {
+    struct open_how how = {.flags = O_PATH | O_DIRECTORY | O_CLOEXEC, .resolve = RESOLVE_NO_SYMLINKS};
+    return (int)syscall(SYS_openat2, at, path, &how, sizeof how);
+}
+
+static int open_source(const struct source *source) {
+    uint64_t flags = ATTR_NOSUID | ATTR_NODEV | (source->writable ? 0 : ATTR_RDONLY);
+    struct attributes attributes = {.set = flags, .propagation = MS_PRIVATE};
+    struct statvfs status;
+    int directory = open_directory(AT_FDCWD, source->path);
+    if (directory < 0)
+        return -1;
+    int tree = (int)syscall(SYS_open_tree, directory, "", AT_EMPTY_PATH | TREE_CLONE | O_CLOEXEC);
+    if (tree < 0 || set_attributes(tree, "", AT_EMPTY_PATH, attributes) < 0)
+        return -1;
+    /* the host's own flags stay, such as those of a unit of systemd's */
+    if (source->writable && fstatvfs(tree, &status) == 0 && status.f_flag & ST_RDONLY) {
+        errno = EROFS;
+        return -1;
+    }
+    close(directory);
+    return tree;
+}
+
+void hand_over_sources(const struct options *options) {
+    for (int i = 0; i < options->source_count; i++) {
+        int tree = open_source(&options->sources[i]);
+        if (tree < 0)
+            fail(STEP_MOUNT_SOURCE, NULL); /* the path is nothing that a client is told */
+        report_opened(tree);
+        close(tree);
+    }
+    _exit(0);
+}
+
+/* A new directory belongs to whoever has the one that it is made in. */
+static int make_and_open(int at, const char *name) {
+    struct stat parent;
+    if (mkdirat(at, name, 0755) < 0 && errno != EEXIST)
+        return -1;
+    int made = open_directory(at, name);
+    if (made >= 0 && fstat(at, &parent) == 0 && parent.st_uid)
+        (void)fchownat(made, "", parent.st_uid, parent.st_gid, AT_EMPTY_PATH);
+    return made;
+}
+
+/* In the job's tree, step by step: what is missing is made, where that can be. Gives -1 and errno. */
+static int open_target(const char *path) {
+    char name[NAME_MAX + 1];
+    int at = open("/", O_PATH | O_DIRECTORY | O_CLOEXEC);
+    while (at >= 0 && *path) {
+        size_t length = strcspn(++path, "/");
+        snprintf(name, sizeof name, "%.*s", (int)length, path);
+        path += length;
+        int next = open_directory(at, name);
+        if (next < 0 && errno == ENOENT)
+            next = make_and_open(at, name);
+        int error = errno;
+        close(at);
+        errno = error;
+        at = next;
+    }
+    return at;
+}
+
+static bool lies_in_mnt(const char *path) {
+    return strncmp(path, MNT, sizeof MNT - 1) == 0 && path[sizeof MNT - 1] == '/';
+}
+
+/* The host's tree is read-only, so /mnt, where mounts are by default, gives way to one with places for all of them there. */
+static bool cover_mnt(const struct options *options) {
+    for (int i = 0; i < options->target_count; i++) {
+        if (!lies_in_mnt(options->targets[i]))
+            continue;
+        int target = open_target(options->targets[i]);
+        if (target < 0 && errno == EROFS) {
+            unsigned long flags = MS_NOSUID | MS_NODEV | MS_NOEXEC;
+            if (mount("tmpfs", MNT, "tmpfs", flags, "mode=0755,size=64k,nr_inodes=256") < 0)
+                fail(STEP_MOUNT_AT, options->targets[i]);
+            return true;
+        }
+        if (target >= 0)
+            close(target);
+    }
+    return false;
+}
+
+void mount_offered(const struct options *options) {
+    bool covered = cover_mnt(options);
+    for (int i = 0; i < options->target_count; i++) {
+        const char *path = options->targets[i];
+        int tree = options->target_fds[i], target = open_target(path);
+        if (target < 0 || syscall(SYS_move_mount, tree, "", target, "", MOVE_FROM_EMPTY_PATH | MOVE_TO_EMPTY_PATH) < 0)
+            fail(STEP_MOUNT_AT, path);
+        close(target);
+        close(tree);
+    }
+    if (covered && set_attributes(AT_FDCWD, MNT, 0, (struct attributes){.set = ATTR_RDONLY}) < 0)
+        fail(STEP_MOUNT_AT, MNT);
+}

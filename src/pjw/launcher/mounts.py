@@ -1,0 +1,157 @@
+"""Mounts that the operator offers: a word in a request, a directory of the host's, a mount by its descriptor.
+
+Which directory a word stands for is the launcher's own knowledge: from the greeting, or from the operator's
+configuration, which only root can change. The launcher never walks to such a directory itself: a file server
+that is gone would hold up everybody's starts. A process does (init/offered.c), and this module waits for it
+as for all else.
+"""
+
+import errno
+import os
+import signal
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from pjw.errors import ConfigError, InvalidJobError, MountError, PjwError, ProtocolError
+from pjw.launcher.processes import Timer, Watcher
+from pjw.launcher.protocol import LAUNCH_SECONDS
+from pjw.launcher.spawn import Failed, Opened, read_report, spawn_opener
+from pjw.model import OFFERED_MAX, MountSource
+
+# So many processes walk to directories at once. Only those that wait for a dead file server stay longer.
+OPENERS_MAX: Final = 64
+# far above any configuration
+_CONFIGURATION_BYTES_MAX: Final = 4 * 1024**2
+_PIECE_BYTES: Final = 1024**2
+
+# Gets the descriptors of the mounts, in the order of the sources and its own from then on; or an error.
+Then = Callable[[list[int] | PjwError], None]
+
+
+@dataclass(slots=True, eq=False)
+class _Opening:
+    """A process that opens the directories of one launch."""
+
+    sources: Sequence[MountSource]
+    then: Then
+    pid: int
+    report: socket.socket
+    timer: Timer | None = None
+    trees: list[int] = field(default_factory=list)
+
+
+class Mounts:
+    """What the operator offers, and the directories that are being opened."""
+
+    def __init__(self, watcher: Watcher, sources: Sequence[MountSource]) -> None:
+        self._watcher: Final = watcher
+        self.sources = sources
+        self._openings: Final[set[_Opening]] = set()
+        # processes that have not ended
+        self._processes = 0
+
+    def open(self, sources: Sequence[MountSource], then: Then) -> None:
+        """Make a mount of each directory, which is mounted nowhere yet; *then* is called once, maybe now."""
+        if self._processes >= OPENERS_MAX:
+            then(MountError.of_source(sources[0].name, errno.EAGAIN))
+            return
+        try:
+            pid, report = spawn_opener(sources)
+        except OSError as error:
+            then(MountError.of_source(sources[0].name, error.errno or errno.EAGAIN))
+            return
+        opening = _Opening(sources, then, pid, report)
+        self._processes += 1
+        self._watcher.reap_helper(pid, lambda: self._on_ended(opening))
+        self._openings.add(opening)
+        opening.timer = self._watcher.call_after(
+            LAUNCH_SECONDS, lambda: self._finish(opening, errno.ETIMEDOUT)
+        )
+        self._watcher.watch(report, lambda: self._on_report(opening))
+
+    def _on_ended(self, opening: _Opening) -> None:
+        self._processes -= 1
+        # it is nobody's pid any more
+        opening.pid = 0
+
+    def _on_report(self, opening: _Opening) -> None:
+        match read_report(opening.report):
+            case Opened(tree):
+                opening.trees.append(tree)
+                if len(opening.trees) == len(opening.sources):
+                    self._finish(opening)
+            case Failed(errno=number):
+                self._finish(opening, number or errno.EIO)
+            case _:
+                raise ProtocolError("what opens the operator's directories sent an unknown report")
+
+    def _finish(self, opening: _Opening, error: int = 0) -> None:
+        self._let_go(opening)
+        trees, opening.trees = opening.trees, []
+        if error:
+            _close_all(trees)
+            opening.then(MountError.of_source(opening.sources[len(trees)].name, error))
+        else:
+            opening.then(trees)
+
+    def _let_go(self, opening: _Opening) -> None:
+        self._openings.discard(opening)
+        self._watcher.unwatch(opening.report)
+        opening.report.close()
+        if opening.timer is not None:
+            opening.timer.cancel()
+        if opening.pid:
+            # it has nothing more to do; one that waits for a file server may stay
+            with suppress(ProcessLookupError):
+                os.kill(opening.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Wait for no directory any more; nobody is told."""
+        for opening in list(self._openings):
+            self._let_go(opening)
+            _close_all(opening.trees)
+
+
+def _close_all(descriptors: list[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def read_mounts_of(descriptor: int, path: str) -> tuple[MountSource, ...]:
+    """The mounts of a configuration, which is read to its end; *path* is for words. Raises ConfigError."""
+    # no small thing in a process of root's
+    import tomllib
+
+    data = b""
+    try:
+        while len(data) <= _CONFIGURATION_BYTES_MAX and (piece := os.read(descriptor, _PIECE_BYTES)):
+            data += piece
+    finally:
+        os.close(descriptor)
+    try:
+        if len(data) > _CONFIGURATION_BYTES_MAX:
+            raise ValueError("it is too long")
+        values = tomllib.loads(data.decode())
+        return tuple(_source(name, keys) for name, keys in _table(values.get("mounts", {})).items())
+    except (ValueError, RecursionError, InvalidJobError) as error:
+        raise ConfigError(f"cannot take the mounts of {path}: {error}") from error
+
+
+def _source(name: str, keys: object) -> MountSource:
+    # the server has judged the same file by more rules, and tells what is wrong in better words
+    given = _table(keys)
+    path, read_only = given.pop("path", ""), given.pop("read_only", True)
+    clients = given.pop("clients", ["*"])
+    types = isinstance(path, str) and isinstance(read_only, bool) and isinstance(clients, list)
+    if given or not types or not all(isinstance(each, str) for each in clients):
+        raise ValueError(f"mounts.{name} has keys or values that are none")
+    return MountSource(name, path, read_only, tuple(clients))
+
+
+def _table(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict) or len(value) > OFFERED_MAX:
+        raise ValueError("mounts are tables")
+    return dict(value)
