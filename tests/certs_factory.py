@@ -208,6 +208,8 @@ def _usage(*, cert_sign: bool = False, key_encipherment: bool = False) -> x509.K
 
 
 def _san(name: str) -> x509.GeneralName:
+    if name.startswith("URI:"):
+        return x509.UniformResourceIdentifier(name.removeprefix("URI:"))
     try:
         return x509.IPAddress(ip_address(name))
     except ValueError:

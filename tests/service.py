@@ -54,19 +54,25 @@ class Service:
     pjwd = BIN / "pjwd"
 
     def __init__(
-        self, directory: Path, clients: Sequence[str] = ("alice", "bob"), config: str | None = None
+        self,
+        directory: Path,
+        clients: Sequence[str] = ("alice", "bob"),
+        config: str | None = None,
+        certs: Path | None = None,
     ) -> None:
+        """Make the certificates, unless there are some in *certs*."""
         self.directory: Final = directory
-        self.certs: Final = directory / "certs"
+        self.certs: Final = certs or directory / "certs"
         self.state = directory / "state"
         self.log: Final = directory / "pjwd.log"
         self.config = config
         self.address = "127.0.0.1:0"
         self.process: subprocess.Popen[bytes] | None = None
-        authority.init_directory(str(self.certs))
-        authority.write_server(str(self.certs), ["localhost", "127.0.0.1"])
-        for name in clients:
-            authority.write_client(str(self.certs), name)
+        if certs is None:
+            authority.init_directory(str(self.certs))
+            authority.write_server(str(self.certs), ["localhost", "127.0.0.1"])
+            for name in clients:
+                authority.write_client(str(self.certs), name)
 
     def command(self, *extra: str) -> list[str]:
         """The command line of `pjwd serve`."""

@@ -340,9 +340,10 @@ def _jobs() -> tuple[Job, ...]:
 
 
 def _audit_lines() -> list[Any]:
-    """A line of a client's call, and of one that nobody has a name for."""
+    """A line of a gateway's call for a client, and of one that nobody has a name for."""
     known = audit.CallRecord("Logs", pb.LogsRequest(id=1), "ipv4:127.0.0.1:1")
     known.identity = Identity("alice", 1)
+    known.for_client = "bob"
     return [json.loads(each.line()) for each in (known, audit.CallRecord("List", None, "ipv4:127.0.0.1:1"))]
 
 

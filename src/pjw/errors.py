@@ -124,6 +124,16 @@ class WorkspaceNotFoundError(PjwError):
         self.workspace: Final = workspace
 
 
+class NodeNotFoundError(PjwError):
+    """The gateway of a cluster knows no such node."""
+
+    FACTS = MappingProxyType({"node": str})
+
+    def __init__(self, node: str) -> None:
+        super().__init__(f"no node {_shown(node)}", hint="pjw nodes")
+        self.node: Final = node
+
+
 class ImageNotFoundError(PjwError):
     """The caller has no such image, and the operator offers none by this name."""
 

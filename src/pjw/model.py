@@ -122,6 +122,7 @@ class EndReason(StrEnum):
     OUTPUT_FAILED: the output can never be written. CANCELLED: the job left the queue without a start.
     START_FAILED: its turn came, and its command could not be executed. `Job.detail` says why of these two.
     ARTIFACTS_MISSING: the command ended by itself with exit code 0, and files that had to be kept are not.
+    NODE_LOST: the node of a cluster that ran the job was not heard of for too long; it is LOST.
     """
 
     COMPLETED = "completed"
@@ -137,6 +138,7 @@ class EndReason(StrEnum):
     CANCELLED = "cancelled"
     START_FAILED = "start_failed"
     ARTIFACTS_MISSING = "artifacts_missing"
+    NODE_LOST = "node_lost"
 
 
 # the ends of jobs out of the queue whose commands were never executed
@@ -1113,6 +1115,8 @@ class Job:
     exclusive: bool = False
     # None of a job that keeps no files
     artifacts: Artifacts | None = None
+    # of a cluster, the node that runs it, or ran it
+    node: str = ""
     # whose files are its root, by its name; empty: the host's are
     image: str = ""
     # whether it can write nothing there

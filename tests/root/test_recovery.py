@@ -36,7 +36,7 @@ def kill_launcher() -> None:
 async def gone(worker: Worker) -> None:
     """Wait until the worker has seen that its launcher is gone."""
     async with asyncio.timeout(10):
-        await worker.launcher_gone()
+        await worker.gone()
 
 
 # --- the worker is killed

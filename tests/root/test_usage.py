@@ -309,6 +309,6 @@ async def test_without_a_launcher_nothing_is_measured(worker: Worker) -> None:
     await start(worker, ["sleep", "300"])
     (launcher,) = launchers_of(os.getpid())
     os.kill(launcher, signal.SIGKILL)
-    await worker.launcher_gone()
+    await worker.gone()
     with pytest.raises(LauncherGoneError):
         await worker.usage_now(fresh_seconds=0)

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from pjw.errors import NotAllowedError
-from pjw.server.authz import ALL_CLIENTS, Caller, Role, Roles
+from pjw.server.authz import ALL_CLIENTS, FOR_A_CLIENT, Caller, Role, Roles
 from pjw.v1 import job_worker_pb2 as pb
 
 ROLES = Roles(admins=frozenset({"alice", "key-0123456789abcdef"}), viewers=frozenset({"bob"}))
@@ -54,6 +54,53 @@ def test_unasked_everybody_has_their_own_jobs_alone(client: str, method: str) ->
     assert ROLES.caller(client, method, all_clients=False) == Caller(client, client)
 
 
+GATEWAYS = Roles(admins=frozenset({"alice"}), gateways=frozenset({"gate"}))
+
+
+@pytest.mark.parametrize("method", [*(method.name for method in METHODS), "HealthCheck", "Session"])
+def test_a_gateway_calls_for_the_client_that_it_names(method: str) -> None:
+    """Each method: those of the table for a client, health for nobody, and no method for itself."""
+    told = "gate is a gateway: it may not use {}"
+    if method in FOR_A_CLIENT:
+        caller = GATEWAYS.caller("gate", method, all_clients=False, for_client="alice")
+        assert caller == Caller("alice", "alice")
+    else:
+        with pytest.raises(NotAllowedError, match=told.format(f"{method} for a client")):
+            GATEWAYS.caller("gate", method, all_clients=False, for_client="alice")
+    if method == "HealthCheck":
+        assert GATEWAYS.caller("gate", method, all_clients=False) == Caller("gate", "gate")
+    else:
+        with pytest.raises(NotAllowedError, match=told.format(f"{method} for itself")):
+            GATEWAYS.caller("gate", method, all_clients=False)
+    with pytest.raises(NotAllowedError):
+        GATEWAYS.caller("gate", method, all_clients=True, for_client="alice")
+    with pytest.raises(NotAllowedError):
+        GATEWAYS.caller("gate", method, all_clients=True)
+
+
+@pytest.mark.parametrize("client", ["alice", "bob"])
+def test_nobody_else_calls_for_a_client(client: str) -> None:
+    """Neither an admin nor a client, not even for itself."""
+    for asked in ("alice", "bob", ""):
+        with pytest.raises(
+            NotAllowedError, match=f"{client} may not call for another client: it is no gateway"
+        ):
+            GATEWAYS.caller(client, "Get", all_clients=False, for_client=asked)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "key-0123", "a b"])
+def test_a_gateway_calls_for_nobody_who_can_be_no_client(name: str) -> None:
+    """A name that no certificate gives is refused before it is looked for."""
+    with pytest.raises(NotAllowedError, match="gate may not call for nobody: "):
+        GATEWAYS.caller("gate", "Get", all_clients=False, for_client=name)
+
+
+def test_a_gateway_has_no_other_role() -> None:
+    """What it may do for clients, and what it may do itself, would be one certificate's."""
+    with pytest.raises(msgspec.ValidationError, match="gate is a gateway, and so can have no other role"):
+        msgspec.convert({"gateways": ["gate"], "viewers": ["gate"]}, Roles)
+
+
 def test_without_a_configuration_nobody_has_a_role() -> None:
     """Not even somebody who is called admin."""
     for client, method in product(("admin", "root", "alice"), ALL_CLIENTS):
@@ -90,6 +137,6 @@ def test_every_method_on_jobs_is_in_the_table() -> None:
 )
 def test_a_role_of_nobody_is_refused(name: str) -> None:
     """A name that no certificate can give is a slip of the operator's, and is named."""
-    for role in ("admins", "viewers"):
+    for role in ("admins", "viewers", "gateways"):
         with pytest.raises(msgspec.ValidationError, match="is no client name"):
             msgspec.convert({role: [name]}, Roles)

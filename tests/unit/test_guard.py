@@ -16,11 +16,12 @@ from cryptography.hazmat.primitives import hashes
 
 from pjw import errors
 from pjw.certs.revocation import NOBODY_REVOKED, RevocationList
-from pjw.rpc.status import ADMITTED_KEY, INTERNAL_TEXT, status_of
+from pjw.rpc.status import ADMITTED_KEY, FOR_CLIENT_KEY, INTERNAL_TEXT, status_of
 from pjw.server import writer
 from pjw.server.authz import Caller, Roles
 from pjw.server.config import ServerConfig
 from pjw.server.guard import Guard
+from pjw.server.quota import ClientLimits
 from pjw.server.service import SERVICE_NAME, JobWorkerService
 from pjw.v1 import job_worker_pb2 as pb
 from tests.certs_factory import CN, issue, make_ca
@@ -39,6 +40,7 @@ class Context:
 
     def __init__(self, pem: bytes | None = PEM, version: bytes = b"TLSv1.3") -> None:
         self.properties = {"ssl_tls_version": [version], **({"x509_pem_cert": [pem]} if pem else {})}
+        self.asked: tuple[tuple[str, str | bytes], ...] = ()
         self.written: list[Any] = []
         self.metadata: list[tuple[str, str]] = []
         self.status: tuple[grpc.StatusCode, str, Any] | None = None
@@ -53,7 +55,7 @@ class Context:
         return "ipv4:127.0.0.1:1"
 
     def invocation_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
-        return ()
+        return self.asked
 
     async def send_initial_metadata(self, metadata: tuple[tuple[str, str], ...]) -> None:
         self.sending_metadata = True
@@ -249,6 +251,74 @@ async def test_who_may_not_touch_every_clients_jobs_reaches_no_method(kind: str)
     await call(kind, methods, Context(), viewer, data=asked.SerializeToString())
     await call(kind, methods, Context(), viewer)
     assert methods.callers == [Caller("john", None), Caller("john", "john")]
+
+
+@pytest.mark.parametrize("kind", ["unary", "stream"])
+async def test_a_gateway_is_heard_as_the_client_that_it_names(kind: str) -> None:
+    """By one name in the metadata; by none, several or no text the gateway reaches no method."""
+    gateway = Guard(ServerConfig(roles=Roles(gateways=frozenset({"john"}))))
+    methods = Methods()
+
+    async def asked(*metadata: tuple[str, str | bytes], guard: Guard = gateway) -> Context:
+        context = Context()
+        context.asked = metadata
+        await call(kind, methods, context, guard)
+        return context
+
+    assert (await asked(("user-agent", "x"), (FOR_CLIENT_KEY, "alice"))).status is None
+    assert methods.callers == [Caller("alice", "alice")]
+    # where there are gateways, and this is none of them
+    other = Guard(ServerConfig(roles=Roles(gateways=frozenset({"gate"}))))
+    for refused in (
+        await asked(),
+        await asked((FOR_CLIENT_KEY, "")),
+        await asked((FOR_CLIENT_KEY, b"alice")),
+        await asked((FOR_CLIENT_KEY, "alice"), (FOR_CLIENT_KEY, "bob")),
+        await asked((FOR_CLIENT_KEY, "alice"), guard=other),
+    ):
+        assert refused.status is not None
+        assert refused.status[0] is grpc.StatusCode.PERMISSION_DENIED
+    assert len(methods.callers) == 1
+    # where there are none, nobody looks at it
+    assert (await asked((FOR_CLIENT_KEY, "alice"), guard=Guard())).status is None
+    assert methods.callers[1:] == [Caller("john", "john")]
+
+
+async def test_a_gateways_call_counts_as_its_clients() -> None:
+    """The limit of one client holds up no other one of the same gateway."""
+    limits = ClientLimits(calls_max=1)
+    guard = Guard(ServerConfig(roles=Roles(gateways=frozenset({"john"})), clients=limits))
+    methods = Methods()
+    methods.wait = True
+
+    async def asked(client: str) -> Context:
+        context = Context()
+        context.asked = ((FOR_CLIENT_KEY, client),)
+        await call("unary", methods, context, guard)
+        return context
+
+    first = asyncio.ensure_future(asked("alice"))
+    await methods.running.wait()
+    second = await asked("alice")
+    assert second.status is not None
+    assert second.status[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
+    methods.wait = False
+    assert (await asked("bob")).status is None
+    first.cancel()
+    await asyncio.wait({first})
+
+
+async def test_a_nodes_certificate_is_no_clients() -> None:
+    """It is good for TLS as a client's, and reaches no method."""
+    node = issue(CA, [(CN, "n1")], sans=["URI:pjw:node:n1"]).crt_pem
+    methods, context = Methods(), Context(node)
+    await call("unary", methods, context)
+    assert context.status is not None
+    assert context.status[:2] == (
+        grpc.StatusCode.UNAUTHENTICATED,
+        "cannot name the client: the certificate is that of node 'n1', which is no client",
+    )
+    assert methods.callers == []
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -31,7 +31,12 @@ from pjw.model import (
 from pjw.worker.settings import Quotas
 from pjw.worker.store import JobStore
 
-LOST: Final = (EndReason.LOST, EndReason.HOST_RESTARTED, EndReason.LAUNCH_INTERRUPTED)
+LOST: Final = (
+    EndReason.LOST,
+    EndReason.HOST_RESTARTED,
+    EndReason.LAUNCH_INTERRUPTED,
+    EndReason.NODE_LOST,
+)
 SECOND_NS: Final = 10**9
 HOUR_NS: Final = BACKOFF_SECONDS_MAX * SECOND_NS
 

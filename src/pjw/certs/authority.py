@@ -1,7 +1,7 @@
 """A development CA: its own certificate, and those that it issues to servers and clients.
 
 ECDSA P-256 with SHA-256 throughout. A certificate is for one end only: a server's cannot
-be used as a client's, nor the other way round.
+be used as a client's, nor the other way round. A node's is for both: it serves its gateway, and calls it.
 """
 
 import ipaddress
@@ -23,7 +23,14 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from pjw.certs.bundle import BUNDLE_SUFFIX, Bundle, bundle_bytes
 from pjw.certs.checks import Role, fault_of, key_matches, parse_certificates, parse_key
 from pjw.certs.files import ClientCredentials, NewFile, read_certificates, read_key, write_new
-from pjw.certs.profile import CLIENT_NAME_OID, name_fault, quoted
+from pjw.certs.profile import (
+    CLIENT_NAME_OID,
+    NODE_HOST_SUFFIX,
+    NODE_URI_PREFIX,
+    name_fault,
+    node_name_fault,
+    quoted,
+)
 from pjw.errors import ConfigError
 
 CA_DAYS: Final = 3650
@@ -36,6 +43,8 @@ CA_CRT: Final = "ca.crt"
 CA_KEY: Final = "ca.key"
 # A client of this name would need the file names of something else.
 RESERVED_NAMES: Final = frozenset({"ca", "server"})
+# Before the name of a node, in the names of its files.
+NODE_FILE_PREFIX: Final = "node-"
 
 COMMON_NAME_MAX: Final = 64
 HOST_MAX: Final = 253
@@ -85,7 +94,7 @@ def make_server(authority: Pair, hosts: Sequence[str], *, days: int = LEAF_DAYS)
     common_name = hosts[0] if len(hosts[0]) <= COMMON_NAME_MAX else "pjw server"
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
     return _issue(
-        authority, subject, ExtendedKeyUsageOID.SERVER_AUTH, days, x509.SubjectAlternativeName(names)
+        authority, subject, [ExtendedKeyUsageOID.SERVER_AUTH], days, x509.SubjectAlternativeName(names)
     )
 
 
@@ -98,7 +107,25 @@ def make_client(authority: Pair, name: str, *, days: int = LEAF_DAYS) -> Pair:
             x509.NameAttribute(x509.ObjectIdentifier(CLIENT_NAME_OID), name),
         ]
     )
-    return _issue(authority, subject, ExtendedKeyUsageOID.CLIENT_AUTH, days)
+    return _issue(authority, subject, [ExtendedKeyUsageOID.CLIENT_AUTH], days)
+
+
+def make_node(authority: Pair, name: str, hosts: Sequence[str] = (), *, days: int = LEAF_DAYS) -> Pair:
+    """Issue a certificate to the node *name* of a cluster, good for *hosts* as well.
+
+    What makes it a node's is a URI among its names. Its CN is one of its host names: a pjwd that knows
+    nothing of nodes names nobody after it.
+    """
+    if fault := node_name_fault(name):
+        raise ConfigError(f"cannot make a node's certificate: {fault}")
+    host = f"{name}{NODE_HOST_SUFFIX}"
+    names = [
+        x509.UniformResourceIdentifier(f"{NODE_URI_PREFIX}{name}"),
+        *map(_general_name, dict.fromkeys([host, *hosts])),
+    ]
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host)])
+    purposes = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
+    return _issue(authority, subject, purposes, days, x509.SubjectAlternativeName(names))
 
 
 def init_directory(directory: str) -> list[str]:
@@ -144,6 +171,12 @@ def write_client(
     return write_new(directory, _client_files(name, pair, authority, bundle_server))
 
 
+def write_node(directory: str, name: str, hosts: Sequence[str] = (), *, days: int = LEAF_DAYS) -> list[str]:
+    """Write node-NAME.crt and node-NAME.key, issued by the CA in *directory*; return the paths."""
+    pair = make_node(load_authority(directory), name, hosts, days=days)
+    return write_new(directory, _files(NODE_FILE_PREFIX + name, pair))
+
+
 def load_authority(directory: str) -> Pair:
     """Read ca.crt and ca.key. Raises ConfigError when they are no CA that can issue anything."""
     crt_path, key_path = os.path.join(directory, CA_CRT), os.path.join(directory, CA_KEY)
@@ -183,32 +216,32 @@ def reissued(authority: Pair, old: x509.Certificate, *, days: int = LEAF_DAYS) -
     Raises ConfigError when the old certificate does not name its purpose.
     """
     try:
-        purpose, *_ = old.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+        purposes = list(old.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value)
         names: x509.SubjectAlternativeName | None = None
-        if purpose == ExtendedKeyUsageOID.SERVER_AUTH:
+        if ExtendedKeyUsageOID.SERVER_AUTH in purposes:
             names = old.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         key = old.public_key()
     except (x509.ExtensionNotFound, ValueError, UnsupportedAlgorithm) as error:
         raise ConfigError(f"cannot renew a certificate that is not one of `pjwd certs`: {error}") from error
-    certificate = _signed(authority, old.subject, purpose, days, names, key)
+    certificate = _signed(authority, old.subject, purposes, days, names, key)
     return certificate.public_bytes(serialization.Encoding.PEM)
 
 
 def _issue(
     authority: Pair,
     subject: x509.Name,
-    purpose: x509.ObjectIdentifier,
+    purposes: Sequence[x509.ObjectIdentifier],
     days: int,
     names: x509.SubjectAlternativeName | None = None,
 ) -> Pair:
     key = ec.generate_private_key(ec.SECP256R1())
-    return _pair(_signed(authority, subject, purpose, days, names, key.public_key()), key)
+    return _pair(_signed(authority, subject, purposes, days, names, key.public_key()), key)
 
 
 def _signed(
     authority: Pair,
     subject: x509.Name,
-    purpose: x509.ObjectIdentifier,
+    purposes: Sequence[x509.ObjectIdentifier],
     days: int,
     names: x509.SubjectAlternativeName | None,
     key: CertificatePublicKeyTypes,
@@ -226,7 +259,7 @@ def _signed(
         .not_valid_after(min(end, issuer.not_valid_after_utc))
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(ca=False), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
+        .add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
         .add_extension(_authority_identifier(issuer, issuer_key), critical=False)
     )

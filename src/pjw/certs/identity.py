@@ -21,8 +21,10 @@ from pjw.certs.profile import (
     CLIENT_NAME_TAIL,
     KEY_NAME_HEX_DIGITS,
     KEY_NAME_PREFIX,
+    NODE_URI_PREFIX,
     SHORT_KEY_NAME_HEX_DIGITS,
     name_fault,
+    node_name_fault,
     quoted,
 )
 from pjw.errors import ConfigError, NotAuthenticatedError
@@ -66,10 +68,15 @@ def identity_of(pem: bytes, rules: NameRules = OUR_RULES) -> Identity:
         tails = list(_tails(common_names))
         claims = _values(certificate, oid) + tails
         hosts = list(_host_names(certificate))
+        nodes = _node_names(certificate)
         key_digest = hashlib.sha256(key_bytes(certificate.public_key())).hexdigest()
         serial = certificate.serial_number
     except Exception as error:  # the parser's errors are not documented as a closed set
         raise NotAuthenticatedError("cannot read the client certificate: it is malformed") from error
+    if nodes:
+        raise NotAuthenticatedError(
+            f"cannot name the client: the certificate is that of node {quoted(nodes[0])}, which is no client"
+        )
     if tails and not rules.in_common_name:
         raise NotAuthenticatedError(
             "cannot name the client: its CN has a clientName, and this server takes none from there"
@@ -84,6 +91,38 @@ def identity_of(pem: bytes, rules: NameRules = OUR_RULES) -> Identity:
     short = KEY_NAME_PREFIX + key_digest[:SHORT_KEY_NAME_HEX_DIGITS]
     known = short in rules.short_names
     return Identity(short if known else KEY_NAME_PREFIX + key_digest[:KEY_NAME_HEX_DIGITS], serial)
+
+
+@lru_cache(maxsize=CACHE_CERTIFICATES)
+def node_of(pem: bytes) -> str:
+    """The name of the node whose verified certificate this is. Raises NotAuthenticatedError.
+
+    It is the URI `pjw:node:NAME` among the certificate's names, and never its subject. Only the first
+    certificate of *pem* counts. Says nothing about the date: see `check_leaf`.
+    """
+    try:
+        names = _node_names(x509.load_pem_x509_certificate(pem))
+    except Exception as error:  # the parser's errors are not documented as a closed set
+        raise NotAuthenticatedError("cannot read the node's certificate: it is malformed") from error
+    if not names:
+        raise NotAuthenticatedError(
+            "the certificate is no node's: it has no name that begins with " + NODE_URI_PREFIX,
+            hint="`pjwd certs node DIR NAME` makes one",
+        )
+    if len(names) > 1:
+        raise NotAuthenticatedError("cannot name the node: its certificate is that of more than one")
+    if fault := node_name_fault(names[0]):
+        raise NotAuthenticatedError(f"cannot name the node: {fault}")
+    return names[0]
+
+
+def _node_names(certificate: x509.Certificate) -> list[str]:
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return []
+    uris = names.get_values_for_type(x509.UniformResourceIdentifier)
+    return [uri.removeprefix(NODE_URI_PREFIX) for uri in uris if uri.startswith(NODE_URI_PREFIX)]
 
 
 def check_client_name_oid(oid: str) -> None:

@@ -26,6 +26,19 @@ NAME_MAX_CHARACTERS: Final = 64
 NAME_PATTERN: Final = re.compile(f"[A-Za-z0-9][A-Za-z0-9._@+-]{{0,{NAME_MAX_CHARACTERS - 1}}}")
 NAME_RULE: Final = f"1 to {NAME_MAX_CHARACTERS} of A-Z a-z 0-9 . _ @ + -, the first a letter or a digit"
 
+# What makes a certificate that of a node of a cluster: a URI among its names. A client whose name is n1 is no
+# node for that.
+NODE_URI_PREFIX: Final = "pjw:node:"
+# And the host name under which a gateway reaches that node, whatever its address: TLS itself sees to it that
+# no other one answers. Nobody looks it up.
+NODE_HOST_SUFFIX: Final = ".node.pjw.internal"
+# a label of a host name
+NODE_NAME_MAX_CHARACTERS: Final = 40
+NODE_NAME_PATTERN: Final = re.compile(f"[a-z0-9]([a-z0-9-]{{0,{NODE_NAME_MAX_CHARACTERS - 2}}}[a-z0-9])?")
+NODE_NAME_RULE: Final = (
+    f"1 to {NODE_NAME_MAX_CHARACTERS} of a-z 0-9 -, the first and the last a letter or a digit"
+)
+
 RSA_MIN_BITS: Final = 2048
 SIGNATURE_HASHES: Final = frozenset({"sha256", "sha384", "sha512"})
 
@@ -39,6 +52,15 @@ def name_fault(name: str) -> str | None:
     if name.lower().startswith(KEY_NAME_PREFIX):
         return f"{quoted(name)} is no client name (only names made of a key begin with {KEY_NAME_PREFIX})"
     return None
+
+
+def node_name_fault(name: str) -> str | None:
+    """Why *name* cannot be a node's name; None when it can."""
+    return (
+        None
+        if NODE_NAME_PATTERN.fullmatch(name)
+        else f"{quoted(name)} is no name of a node ({NODE_NAME_RULE})"
+    )
 
 
 def identity_fault(name: str) -> str | None:

@@ -12,11 +12,11 @@ from typing import Final
 
 from cryptography import x509
 
-from pjw.certs.authority import CA_CRT, LEAF_DAYS, load_authority, reissued
+from pjw.certs.authority import CA_CRT, LEAF_DAYS, NODE_FILE_PREFIX, load_authority, reissued
 from pjw.certs.bundle import BUNDLE_SUFFIX, Bundle, bundle_bytes, read_bundle
 from pjw.certs.checks import describe_time, ends_soon, is_of_server, names_of, parse_certificates
 from pjw.certs.files import ClientCredentials, NewFile, read_certificates, replace_file, write_new
-from pjw.certs.identity import NameRules, identity_of
+from pjw.certs.identity import NameRules, identity_of, node_of
 from pjw.certs.revocation import NOBODY_REVOKED, RevocationList, load_revocation_list
 from pjw.errors import ConfigError, NotAuthenticatedError, describe_errno
 
@@ -32,7 +32,7 @@ class Issued:
     """A certificate in a directory, with its owner and its state."""
 
     path: str
-    # `ca`, `server`, or the name of a client
+    # `ca`, `server`, `node-` and the name of a node, or the name of a client
     name: str
     certificate: x509.Certificate
     pem: bytes
@@ -84,7 +84,7 @@ def listed(directory: str, list_path: str | None = None) -> Iterator[str]:
 
 
 def renew(directory: str, names: Sequence[str], *, days: int = LEAF_DAYS) -> list[str]:
-    """Make new certificates for the keys and names of the server or of clients; return the new files' paths.
+    """Make new certificates for the keys and names of servers, nodes or clients; return the new files' paths.
 
     The key stays, so a certificate and its key fit together at every moment. A client's bundle, if there is
     one, is made anew. Raises ConfigError before it writes anything.
@@ -156,6 +156,10 @@ def revoke(directory: str, names: Sequence[str], list_path: str | None = None) -
 def _name_of(file: str, pem: bytes, certificate: x509.Certificate) -> str:
     if file == CA_CRT:
         return "ca"
+    try:
+        return NODE_FILE_PREFIX + node_of(pem)
+    except NotAuthenticatedError:
+        pass
     if is_of_server(certificate):
         return SERVER
     try:

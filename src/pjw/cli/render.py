@@ -57,6 +57,7 @@ def members(job: Job) -> dict[str, Any]:
         "arrayIndex": job.array_index,
         "workspace": job.workspace,
         "exclusive": job.exclusive,
+        "node": job.node,
         "image": job.image,
         "readOnly": job.read_only,
         "mounts": list(job.mounts),

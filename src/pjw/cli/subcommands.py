@@ -210,6 +210,25 @@ def _add_workspace(commands: Commands) -> None:
     action.add_argument("names", metavar="WORKSPACE", nargs="+")
 
 
+def _add_nodes(commands: Commands) -> None:
+    nodes = commands.add_parser(
+        "nodes",
+        help="list, drain and resume the nodes of a cluster",
+        description="List the nodes of a cluster: their names, or a table at a terminal. Only a gateway has"
+        " nodes, and your operator must allow it.",
+    )
+    _runs(nodes, "nodes.list_nodes")
+    nodes.add_argument("--format", choices=("table", "names", "json"), help="json has every member")
+    kinds = nodes.add_subparsers(metavar="ACTION")
+    for name, text in (
+        ("drain", "have nodes get no more jobs; those that they have go on"),
+        ("resume", "have drained nodes get jobs again"),
+    ):
+        action = kinds.add_parser(name, help=text, description=f"{text.capitalize()}.")
+        _runs(action, f"nodes.{name}")
+        action.add_argument("names", metavar="NODE", nargs="+")
+
+
 def _add_image(commands: Commands) -> None:
     image = commands.add_parser(
         "image",
@@ -393,6 +412,7 @@ ADDERS: Final = {
     "quota": _add_quota,
     "cp": _add_cp,
     "workspace": _add_workspace,
+    "nodes": _add_nodes,
     "image": _add_image,
     "artifacts": _add_artifacts,
     "mcp": _add_mcp,

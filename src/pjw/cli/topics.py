@@ -115,7 +115,8 @@ output_limit, oom_killed, disk_limit, output_failed (its output can never be
 written), artifacts_missing (--output-required, and nothing could be kept). One
 out of the queue may end without a start: cancelled, start_failed.
 A job is lost when nobody could record how it ended: the host went down, or its
-init was killed.
+init was killed; or, in a cluster, its node was not heard of for too long
+(node_lost).
 
 Jobs need nobody: neither your connection nor the service. Both can go and
 come back while a job runs.

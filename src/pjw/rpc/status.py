@@ -32,6 +32,7 @@ TABLE: Final = (
     Row(errors.JobNotFoundError, grpc.StatusCode.NOT_FOUND, "JOB_NOT_FOUND"),
     Row(errors.SessionNotFoundError, grpc.StatusCode.NOT_FOUND, "SESSION_NOT_FOUND"),
     Row(errors.WorkspaceNotFoundError, grpc.StatusCode.NOT_FOUND, "WORKSPACE_NOT_FOUND"),
+    Row(errors.NodeNotFoundError, grpc.StatusCode.NOT_FOUND, "NODE_NOT_FOUND"),
     Row(errors.ImageNotFoundError, grpc.StatusCode.NOT_FOUND, "IMAGE_NOT_FOUND"),
     Row(errors.MountNotFoundError, grpc.StatusCode.NOT_FOUND, "MOUNT_NOT_FOUND"),
     Row(errors.UnknownServiceError, grpc.StatusCode.NOT_FOUND, "UNKNOWN_SERVICE"),
@@ -62,6 +63,8 @@ _BY_CODE: Final = {row.code: row for row in reversed(TABLE)}
 INTERNAL_TEXT: Final = "internal error; the server's log has the details"
 # Initial metadata of a stream whose caller was let in: from then on it is worth resuming.
 ADMITTED_KEY: Final = "pjw-admitted"
+# Metadata of a call of a gateway's: the client that it calls for.
+FOR_CLIENT_KEY: Final = "pjw-for-client"
 # Trailing metadata: JSON in ASCII, an object: `reason` as in the table, `hint`, and the error's facts.
 ERROR_KEY: Final = "pjw-error"
 # For clients older than ERROR_KEY, and for clients that read no JSON: the hint, and errno when exec failed.

@@ -43,12 +43,14 @@ class CallRecord:
     """What is known of a call, from its beginning on."""
 
     __slots__ = (
-        "_all_clients", "_began", "_element", "_peer", "_time", "bytes", "code", "error", "identity",
-        "job_id", "method",
+        "_all_clients", "_began", "_element", "_peer", "_time", "bytes", "code", "error", "for_client",
+        "identity", "job_id", "method",
     )  # fmt: skip
 
     def __init__(self, method: str, request: Message | None, peer: str) -> None:
         self.identity: Identity | None = None
+        # whom a gateway calls for
+        self.for_client: str | None = None
         self.code = "OK"
         self.error: Exception | None = None
         self.bytes = 0
@@ -104,6 +106,8 @@ class CallRecord:
             "peer": unquote(self._peer),  # gRPC escapes the brackets of an IPv6 address
             "duration_ms": round(self.seconds() * 1000, 3),
         }
+        if self.for_client is not None:
+            members["for_client"] = self.for_client
         if self._element is not None:
             members["element"] = self._element
         if self.method in _WITH_BYTES:

@@ -18,6 +18,8 @@ class Role(StrEnum):
 
     VIEWER = "viewer"
     ADMIN = "admin"
+    # of another kind: it has no jobs of its own, and calls for the clients of a cluster
+    GATEWAY = "gateway"
 
 
 # Which roles may use a method on the jobs of every client; a method that is not here nobody may.
@@ -38,6 +40,21 @@ ALL_CLIENTS: Final[dict[str, frozenset[Role]]] = {
     "Delete": frozenset({Role.ADMIN}),
 }
 
+# Which roles may use a method of ClusterService, whoever's jobs there are.
+OF_A_CLUSTER: Final[dict[str, frozenset[Role]]] = {
+    "ListNodes": frozenset({Role.VIEWER, Role.ADMIN}),
+    "DrainNode": frozenset({Role.ADMIN}),
+    "ResumeNode": frozenset({Role.ADMIN}),
+}
+
+# What a gateway may use for the client that it names. It starts nothing so: a job comes to a node by a claim,
+# which brings the client's number along.
+FOR_A_CLIENT: Final = frozenset(
+    {"Get", "Wait", "Stop", "Logs", "Delete", "GetUsageHistory", "GetQuota", "WatchUsage"}
+)
+# What it may use without one: they tell no job.
+_FOR_NOBODY: Final = frozenset({"HealthCheck", "HealthWatch"})
+
 
 @dataclass(frozen=True, slots=True)
 class Caller:
@@ -56,17 +73,28 @@ class Roles(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     viewers: Annotated[
         frozenset[str], msgspec.Meta(description="clients that may look at the jobs of every client")
     ] = frozenset()
+    gateways: Annotated[
+        frozenset[str],
+        msgspec.Meta(description="gateways of a cluster, which call for their own clients and start nothing"),
+    ] = frozenset()
 
     def __post_init__(self) -> None:
-        for name in sorted(self.admins | self.viewers):
+        for name in sorted(self.admins | self.viewers | self.gateways):
             if fault := identity_fault(name):
                 raise ValueError(fault)
+        if both := sorted(self.gateways & (self.admins | self.viewers)):
+            raise ValueError(f"{both[0]} is a gateway, and so can have no other role")
 
-    def caller(self, client_name: str, method: str, *, all_clients: bool) -> Caller:
+    def caller(
+        self, client_name: str, method: str, *, all_clients: bool, for_client: str | None = None
+    ) -> Caller:
         """Whose jobs a call may touch. Raises NotAllowedError, before anybody has looked for a job.
 
-        Without *all_clients* even an admin has its own jobs only: nobody stops another's by a slip.
+        Without *all_clients* even an admin has its own jobs only: nobody stops another's by a slip. A gateway
+        calls for a client, and has that one's jobs.
         """
+        if for_client is not None or client_name in self.gateways:
+            return self._for_client(client_name, method, for_client, all_clients=all_clients)
         if not all_clients:
             return Caller(client_name, client_name)
         if not self._of(client_name) & ALL_CLIENTS.get(method, frozenset()):
@@ -75,6 +103,33 @@ class Roles(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 hint="the operator gives roles, in the configuration of pjwd",
             )
         return Caller(client_name, None)
+
+    def require(self, client_name: str, method: str) -> None:
+        """Raises NotAllowedError for a method of a cluster that this client's role lacks."""
+        if not self._of(client_name) & OF_A_CLUSTER[method]:
+            raise NotAllowedError(
+                f"{client_name} may not use {method}",
+                hint="the operator gives roles, in the configuration of the gateway",
+            )
+
+    def _for_client(self, gateway: str, method: str, client_name: str | None, *, all_clients: bool) -> Caller:
+        if gateway not in self.gateways:
+            raise NotAllowedError(
+                f"{gateway} may not call for another client: it is no gateway of this server",
+                hint="the operator names gateways, in the configuration of pjwd (roles.gateways)",
+            )
+        if client_name is None and method in _FOR_NOBODY and not all_clients:
+            return Caller(gateway, gateway)
+        if client_name is None or method not in FOR_A_CLIENT:
+            whom = "for itself" if client_name is None else "for a client"
+            raise NotAllowedError(f"{gateway} is a gateway: it may not use {method} {whom}")
+        if all_clients:
+            raise NotAllowedError(
+                f"{gateway} is a gateway: it may not use {method} on the jobs of every client"
+            )
+        if fault := identity_fault(client_name):
+            raise NotAllowedError(f"{gateway} may not call for nobody: {fault}")
+        return Caller(client_name, client_name)
 
     def _of(self, client_name: str) -> set[Role]:
         members = {Role.ADMIN: self.admins, Role.VIEWER: self.viewers}

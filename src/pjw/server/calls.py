@@ -18,9 +18,11 @@ _NEVER: Final = datetime.max.replace(tzinfo=UTC)
 class Call:
     """A call that runs in the current task, and why it was ended if it was."""
 
-    __slots__ = ("_cancelling", "_task", "ended_by", "method", "peer", "request")
+    __slots__ = ("_cancelling", "_task", "ended_by", "for_client", "method", "peer", "request")
 
-    def __init__(self, peer: Peer, method: str, request: Message | None) -> None:
+    def __init__(
+        self, peer: Peer, method: str, request: Message | None, for_client: str | None = None
+    ) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._task: Final = task
@@ -28,6 +30,8 @@ class Call:
         self.peer: Final = peer
         self.method: Final = method
         self.request: Final = request
+        # whom a gateway calls for
+        self.for_client: Final = for_client
         self.ended_by: PjwError | None = None
 
     def end(self, error: PjwError) -> None:

@@ -181,6 +181,40 @@ class Disk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ] = None
 
 
+class Cluster(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Whose node this pjwd is: docs/cluster.md."""
+
+    gateway: Annotated[
+        _Address | None,
+        Meta(description="HOST:PORT of the gateway whose node this pjwd is; without it, it is nobody's"),
+    ] = None
+    address: Annotated[
+        _Address | None,
+        Meta(description="HOST:PORT where the gateway reaches this pjwd; without it what `listen` says"),
+    ] = None
+
+
+class Gateway(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What `pjwd gateway` needs beside the rest: docs/cluster.md."""
+
+    crt: Annotated[
+        _Path | None,
+        Meta(
+            description="the certificate of a client, by which the gateway calls its nodes (roles.gateways)"
+        ),
+    ] = None
+    key: Annotated[_Path | None, Meta(description="its private key")] = None
+    engine: Annotated[
+        Literal["pool"], Meta(description="what decides which node gets a job: `pool`, the first with room")
+    ] = "pool"
+    heartbeat_seconds: Annotated[
+        float, Meta(ge=0.1, le=60, description="how often a node says that it is there")
+    ] = 5
+    lost_after_seconds: Annotated[
+        float, Meta(ge=1, le=86_400, description="a node that is silent for so long has lost its jobs")
+    ] = 60
+
+
 class OfferedMount(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A directory of the host that jobs may ask for by its name."""
 
@@ -294,6 +328,8 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     scratch: ScratchLimits = ScratchLimits()
     network: NetworkOffers = NetworkOffers()
     metrics: Metrics = Metrics()
+    cluster: Cluster = Cluster()
+    gateway: Gateway = Gateway()
     limits: Annotated[
         dict[str, int], Meta(description="what a job gets when its client asks for nothing")
     ] = {}
@@ -306,6 +342,13 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for name in sorted(self.allowed_clients or ()):
             if fault := identity_fault(name):
                 raise ValueError(fault)
+
+    @property
+    def let_in(self) -> frozenset[str] | None:
+        """The only clients that are let in; None is all. A node lets its gateways in by default."""
+        if self.allowed_clients is None and self.cluster.gateway is not None:
+            return self.roles.gateways
+        return self.allowed_clients
 
     def name_rules(self, short_names: frozenset[str]) -> NameRules:
         """How clients are named; *short_names* are names of 64 bits that an older version gave."""

@@ -28,7 +28,7 @@ from pjw.errors import (
     NotAuthenticatedError,
     PjwError,
 )
-from pjw.rpc.status import ADMITTED_KEY, status_of
+from pjw.rpc.status import ADMITTED_KEY, FOR_CLIENT_KEY, status_of
 from pjw.server.audit import CANCELLED, CallObserver, CallRecord
 from pjw.server.authz import Caller
 from pjw.server.calls import Call, Calls
@@ -82,7 +82,7 @@ class Guard:
         self._port: Final = port
         self._revoked = revoked
         self._names: Final = names
-        self._allowed = config.allowed_clients
+        self._allowed = config.let_in
         self._refused: Final = Told()
         self._roles = config.roles
         self._quota: Final = Quota(config.clients)
@@ -104,12 +104,21 @@ class Guard:
             call.end(NotAuthenticatedError(_REVOKED))
         return len(ended)
 
+    @property
+    def revoked(self) -> RevocationList:
+        """The certificates of nobody who is let in."""
+        return self._revoked
+
+    def require_role(self, client_name: str, method: str) -> None:
+        """Raises NotAllowedError for a method that takes a role which this client does not have."""
+        self._roles.require(client_name, method)
+
     def reconfigure(self, config: ServerConfig) -> None:
         """Take allowed clients, roles and the limits of clients from another configuration.
 
         A call that is not allowed any more ends: some last for as long as their caller likes.
         """
-        self._allowed = config.allowed_clients
+        self._allowed = config.let_in
         self._roles = config.roles
         self._quota.set_limits(config.clients)
         if self._port is not None:
@@ -117,7 +126,7 @@ class Guard:
         for call in self._running:
             try:
                 self._require_allowed(call.peer.identity.client_name)
-                self._caller(call.peer.identity.client_name, call.method, call.request)
+                self._caller(call.peer.identity.client_name, call.method, call.request, call.for_client)
             except NotAllowedError as error:
                 call.end(error)
 
@@ -249,12 +258,13 @@ class Guard:
         self._require_allowed(client_name)
         if self._port is not None:
             self._port.connections.require_room(arrived.context.peer())
-        call = Call(peer, method, request)
+        for_client = record.for_client = self._for_client(arrived.context)
+        call = Call(peer, method, request, for_client)
         self._running.add(call)
         try:
-            async with self._quota.call(client_name, method, stream=arrived.stream):
+            async with self._quota.call(for_client or client_name, method, stream=arrived.stream):
                 asked = _decoded(request)
-                caller = self._caller(client_name, method, request)
+                caller = self._caller(client_name, method, request, for_client)
                 return await arrived.body(record, asked, caller, arrived.context)
         except asyncio.CancelledError:
             if (error := call.take_end()) is None:
@@ -279,8 +289,19 @@ class Guard:
             hint="the operator names them, in the configuration of pjwd",
         )
 
-    def _caller(self, client_name: str, method: str, request: Message | None) -> Caller:
-        return self._roles.caller(client_name, method, all_clients=getattr(request, "all_clients", False))
+    def _for_client(self, context: Context) -> str | None:
+        """Whom the caller says that it calls for, where there are gateways; no other server looks at that."""
+        if not self._roles.gateways:
+            return None
+        said = [value for key, value in context.invocation_metadata() or () if key == FOR_CLIENT_KEY]
+        # a value in bytes, or several: nobody's name
+        return None if not said else said[0] if len(said) == 1 and isinstance(said[0], str) else ""
+
+    def _caller(
+        self, client_name: str, method: str, request: Message | None, for_client: str | None
+    ) -> Caller:
+        all_clients = getattr(request, "all_clients", False)
+        return self._roles.caller(client_name, method, all_clients=all_clients, for_client=for_client)
 
 
 async def _answer_in_stream(

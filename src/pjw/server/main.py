@@ -7,6 +7,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from importlib import import_module
 from typing import Final
 
 from pjw.certs.address import DEFAULT_ADDRESS
@@ -37,10 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser = build_parser()
             arguments = parser.parse_args(argv)
             require_arguments(parser, arguments)
-        if arguments.run is not _serve:
+        serves = arguments.run in (_serve, _gateway)
+        if not serves:
             require_stdout()
         # serve prints nothing, and an error that it does not word is a bug
-        with nullcontext() if arguments.run is _serve else checked_stdout():
+        with nullcontext() if serves else checked_stdout():
             return int(arguments.run(arguments))
     except PjwError as error:
         print(f"pjwd: error: {error}", file=sys.stderr)
@@ -64,6 +66,15 @@ def build_parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", help="start the service, in the foreground; needs root")
     serve.set_defaults(run=_serve)
     _add_options(serve)
+
+    gateway = commands.add_parser(
+        "gateway",
+        help="start the gateway of a cluster, in the foreground; needs no root",
+        description="Serve the jobs of many machines, each of which runs pjwd as a node of this gateway"
+        " (cluster.gateway in its configuration). It runs no jobs itself.",
+    )
+    gateway.set_defaults(run=_gateway)
+    _add_options(gateway)
 
     check = commands.add_parser(
         "check",
@@ -128,13 +139,14 @@ def build_parser() -> argparse.ArgumentParser:
         ),
         ("server", "a server certificate for the given host names and addresses", "HOST"),
         ("client", "a certificate for each client that is named", "NAME"),
+        ("node", "a certificate for a node of a cluster, good for the given hosts too", "HOST"),
     ):
         maker = kinds.add_parser(
             kind, help=text, description=f"Make {text}, in DIR. Nothing is ever overwritten."
         )
         maker.set_defaults(run=_certs, kind=kind)
         _add_days(maker)
-        if kind != "server":
+        if kind in ("init", "client"):
             maker.add_argument(
                 "--server",
                 type=_address,
@@ -145,7 +157,9 @@ def build_parser() -> argparse.ArgumentParser:
                 + "; default %(default)s",
             )
         maker.add_argument("directory", metavar="DIR")
-        maker.add_argument("names", nargs="+", metavar=names)
+        if kind == "node":
+            maker.add_argument("node", metavar="NAME")
+        maker.add_argument("names", nargs="*" if kind == "node" else "+", metavar=names)
     _add_upkeep(kinds)
     return parser
 
@@ -323,6 +337,12 @@ def _serve(arguments: argparse.Namespace) -> int:
     return serve(arguments.config, _options(arguments))
 
 
+def _gateway(arguments: argparse.Namespace) -> int:
+    # by name: it stands above this room, and is loaded for nothing else
+    serve = import_module("pjw.gateway.start").serve
+    return int(serve(arguments.config, _options(arguments)))
+
+
 def _check(arguments: argparse.Namespace) -> int:
     from pjw.server.check import check
 
@@ -385,6 +405,8 @@ def _certs(arguments: argparse.Namespace) -> int:
             made = authority.init_set(directory, hosts, names, days=days, bundle_server=arguments.server)
         case "server":
             made = authority.write_server(directory, names, days=days)
+        case "node":
+            made = authority.write_node(directory, arguments.node, names, days=days)
         case _:
             made = []
             for name in names:

@@ -46,12 +46,12 @@ from pjw.errors import (
 from pjw.model import KNOWN_STATES, EndReason, JobState
 from pjw.server.address import held_addresses, shown_address
 from pjw.server.audit import CANCELLED, CallRecord
+from pjw.server.backend import Backend
 from pjw.server.connections import ConnectionNumbers, Connections
 from pjw.server.log_writer import LogWriter
 from pjw.server.logs import PLAIN
 from pjw.server.quota import ClientLimits, NamedClient
 from pjw.server.reload import Reloader
-from pjw.worker import Worker
 from pjw.worker.egress import RESULTS
 from pjw.worker.numbers import ClientNumbers, WorkerNumbers
 
@@ -98,7 +98,7 @@ ready: Final = logging.getLogger("pjw.ready")
 class ServerMetrics:
     """Counts calls as the guard tells of them, and serves what is counted."""
 
-    def __init__(self, worker: Worker, connections: Connections, log_writer: LogWriter) -> None:
+    def __init__(self, worker: Backend, connections: Connections, log_writer: LogWriter) -> None:
         self._worker: Final = worker
         self._connections: Final = connections
         self.log_writer: Final = log_writer

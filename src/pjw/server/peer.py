@@ -11,7 +11,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.hashes import SHA256
 
 from pjw.certs.credentials import check_leaf
-from pjw.certs.identity import CACHE_CERTIFICATES, NameRules, identity_of
+from pjw.certs.identity import CACHE_CERTIFICATES, NameRules, identity_of, node_of
 from pjw.certs.revocation import RevocationList
 from pjw.certs.tls import TLS_VERSION
 from pjw.errors import NotAuthenticatedError
@@ -55,8 +55,18 @@ def authenticate(properties: Mapping[str, Iterable[bytes]], rules: NameRules) ->
 def presented(properties: Mapping[str, Iterable[bytes]], rules: NameRules) -> Identity | None:
     """Whom the certificate names, whether it is acceptable or not: for the audit log and the port alone."""
     pem = next(iter(properties.get("x509_pem_cert", ())), None)
+    if not pem:
+        return None
     try:
-        return identity_of(pem, rules) if pem else None
+        return identity_of(pem, rules)
+    except NotAuthenticatedError:
+        return _presented_node(pem)
+
+
+def _presented_node(pem: bytes) -> Identity | None:
+    """The node that a certificate names; a colon is in no name of a client."""
+    try:
+        return Identity(f"node:{node_of(pem)}", x509.load_pem_x509_certificate(pem).serial_number)
     except NotAuthenticatedError:
         return None
 

@@ -23,6 +23,7 @@ from pjw.certs.files import ServerCredentials, ServerFiles, key_exposure, read_d
 from pjw.certs.revocation import load_revocation_list
 from pjw.errors import ConfigError, KernelError, LauncherGoneError, PjwError
 from pjw.server.audit import AuditLog
+from pjw.server.backend import Backend
 from pjw.server.config import RELOADED, ServerConfig, config_of, parse_values, removed_keys
 from pjw.server.expiry import warn_of_ends
 from pjw.server.guard import Guard
@@ -30,7 +31,7 @@ from pjw.server.logs import set_level
 from pjw.server.notify import Notifier
 from pjw.server.plan import plan_of
 from pjw.server.sandbox import descriptors_for
-from pjw.worker import Worker, WorkerSettings
+from pjw.worker import WorkerSettings
 
 log: Final = logging.getLogger(__name__)
 # A reload is asked for by a signal, and this is its only answer: it is told at every level.
@@ -48,7 +49,7 @@ class Reloader:
         options: Mapping[str, object],
         settings: WorkerSettings,
         guard: Guard,
-        worker: Worker,
+        worker: Backend,
         notifier: Notifier,
         accepted: Callable[[], None],
         audit: AuditLog | None = None,

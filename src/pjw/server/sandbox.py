@@ -60,6 +60,8 @@ class Sandbox:
     # None: any port, since one of them is the kernel's choice
     ports: Sequence[int] | None
     descriptors: int
+    # directories that it reads besides, as far as its user may
+    readable: Sequence[str] = ()
 
 
 def enter(sandbox: Sandbox, uid: int) -> None:
@@ -68,12 +70,24 @@ def enter(sandbox: Sandbox, uid: int) -> None:
     _empty_bounding_set()
     _become(uid)
     _clear_capabilities()
+    _confine(sandbox)
+
+
+def enter_as_we_are(sandbox: Sandbox) -> None:
+    """The same for who never was root: keep nothing but what *sandbox* says. Raises as `enter`."""
+    _require_one_thread()
+    _clear_capabilities()
+    _confine(sandbox)
+
+
+def _confine(sandbox: Sandbox) -> None:
     _prctl("set no_new_privs on", _PR_SET_NO_NEW_PRIVS, 1)
     # a core file, or whoever attaches as the same user, would have the private key
     _prctl("keep others out of", _PR_SET_DUMPABLE, 0)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     limit_descriptors(sandbox.descriptors)
-    restrict_files(rules(sandbox.own_directory), sandbox.ports)
+    more = [Beneath(path, READ) for path in sandbox.readable]
+    restrict_files([*rules(sandbox.own_directory), *more], sandbox.ports)
     filter_system_calls()
 
 

@@ -5,10 +5,10 @@ import logging
 import resource
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 import grpc
 
@@ -20,6 +20,7 @@ from pjw.errors import ConfigError
 from pjw.server.accept import make_server
 from pjw.server.address import held_addresses, shown_address
 from pjw.server.audit import AuditLog, connection_line
+from pjw.server.backend import Backend
 from pjw.server.backup_port import BackupPort
 from pjw.server.config import ServerConfig
 from pjw.server.connections import PortLimits
@@ -92,27 +93,72 @@ class Serving:
     # the descriptor of the audit log, where there is one
     audit: int | None
     log: LogWriter
-    backups: BackupPort
 
 
-def run(serving: Serving, state: StateDir, launcher: LauncherProcess) -> int:
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What is served: the jobs of this machine, or those of a cluster."""
+
+    backend: Backend
+    # the clients that it has seen
+    known: Sequence[str]
+    # handlers beside those of clients, behind the guard or one of their own, and the names of their services
+    more: Callable[[Guard], Sequence[grpc.GenericRpcHandler]] = lambda _: ()
+    services: Sequence[str] = ()
+    # called before the server drains
+    draining: Callable[[], None] = lambda: None
+    # What runs as long as the server does, each in words; made once it listens at an address, and told where
+    # the newest credentials are.
+    tasks: Callable[[str, Callable[[], ServerCredentials]], Mapping[str, Coroutine[Any, Any, object]]] = (
+        field(default=lambda *_: {})
+    )
+
+
+def run(serving: Serving, state: StateDir, launcher: LauncherProcess, backups: BackupPort) -> int:
     """Serve until SIGTERM or SIGINT; the exit code. Raises PjwError when it cannot listen."""
-    return asyncio.run(_run(serving, state, launcher))
+    return asyncio.run(serve(serving, _of_this_machine(serving, state, launcher, backups)))
 
 
-async def _run(serving: Serving, state: StateDir, launcher: LauncherProcess) -> int:
+@asynccontextmanager
+async def _of_this_machine(
+    serving: Serving, state: StateDir, launcher: LauncherProcess, backups: BackupPort
+) -> AsyncGenerator[Served, None]:
+    async with AsyncExitStack() as stack:
+        stack.callback(backups.close)
+        worker = await stack.enter_async_context(Worker(state, launcher, serving.settings))
+        await worker.adopt()
+
+        def tasks(
+            address: str, credentials: Callable[[], ServerCredentials]
+        ) -> dict[str, Coroutine[Any, Any, object]]:
+            found: dict[str, Coroutine[Any, Any, object]] = {
+                "copies for backups": backups.serve(lambda: worker.disk_marks)
+            }
+            if serving.config.cluster.gateway is not None:
+                # nothing of a cluster is loaded by a pjwd that is none of its nodes
+                from pjw.server.as_node import node_of_config
+
+                node = node_of_config(
+                    serving.config, serving.settings, worker, state.store, address, credentials
+                )
+                found["the session with the gateway"] = node.run()
+            return found
+
+        yield Served(worker, [name for name, _, _ in await state.store.totals()], tasks=tasks)
+
+
+async def serve(serving: Serving, opened: AbstractAsyncContextManager[Served]) -> int:
+    """Serve what is *opened* until SIGTERM or SIGINT; the exit code. Raises PjwError if it cannot listen."""
     host = serving.host
     async with AsyncExitStack() as stack:
         signals = stack.enter_context(Signals())
-        stack.callback(serving.backups.close)
-        worker = await stack.enter_async_context(Worker(state, launcher, serving.settings))
-        await worker.adopt()
+        served = await stack.enter_async_context(opened)
+        worker = served.backend
         audit = AuditLog(serving.audit) if serving.audit is not None else None
         if audit is not None:
             stack.callback(audit.close)
-            worker.connections.told.append(lambda each: audit.append(connection_line(each)))
-        known = [name for name, _, _ in await state.store.totals()]
-        names = serving.config.name_rules(frozenset(filter(is_short_key_name, known)))
+            worker.on_connection(lambda each: audit.append(connection_line(each)))
+        names = serving.config.name_rules(frozenset(filter(is_short_key_name, served.known)))
         port = Port(serving.config.port, serving.config.clients, names)
         metrics = None
         if serving.metrics is not None:
@@ -142,7 +188,8 @@ async def _run(serving: Serving, state: StateDir, launcher: LauncherProcess) -> 
             (
                 JobWorkerService(worker).handlers(guard),
                 health.handlers(guard),
-                *reflection_handlers(guard, (SERVICE_NAME, HEALTH_NAME)),
+                *served.more(guard),
+                *reflection_handlers(guard, (SERVICE_NAME, HEALTH_NAME, *served.services)),
             )
         )
         addresses = _listen(server, host, serving.port, reloader.tls)
@@ -161,11 +208,12 @@ async def _run(serving: Serving, state: StateDir, launcher: LauncherProcess) -> 
                 stack.enter_context(metrics.serve(serving.metrics, reloader))
             background.keep("taking calls", server.wait_for_termination())
             background.keep("warnings of certificates", warn_each_day(lambda: reloader.credentials))
-            background.keep("copies for backups", serving.backups.serve(lambda: worker.disk_marks))
+            for what, task in served.tasks(address, lambda: reloader.credentials).items():
+                background.keep(what, task)
             background.keep("reloads", reloader.run(lambda: _status(address, worker)))
             ready.info("ready on %s", address, extra=PLAIN)
             notifier.ready(_status(address, worker))
-            watch = notifier.watch(worker.launcher_answers, lambda: _status(address, worker))
+            watch = notifier.watch(worker.answers, lambda: _status(address, worker))
             background.keep("word to the watchdog", watch)
             return await _until_end(worker, background, asked)
         finally:
@@ -173,6 +221,7 @@ async def _run(serving: Serving, state: StateDir, launcher: LauncherProcess) -> 
             await health.drain()
             # Followers are told first: stop() alone would let them run into its grace period.
             guard.drain()
+            served.draining()
             port.turns.open()
             await server.stop(DRAIN_SECONDS)
 
@@ -192,8 +241,8 @@ def options_of(limits: PortLimits) -> list[tuple[str, int]]:
     ]
 
 
-def _status(address: str, worker: Worker) -> str:
-    return f"serving on {address}; jobs that have not ended: {worker.live_count}"
+def _status(address: str, backend: Backend) -> str:
+    return f"serving on {address}; jobs that have not ended: {backend.live_count}"
 
 
 def _listen(
@@ -242,10 +291,10 @@ def _threads_watched(background: Background) -> Iterator[None]:
         threading.excepthook = before
 
 
-async def _until_end(worker: Worker, background: Background, asked: asyncio.Event) -> int:
+async def _until_end(worker: Backend, background: Background, asked: asyncio.Event) -> int:
     ends = [
         asyncio.ensure_future(end)
-        for end in (asked.wait(), worker.launcher_gone(), worker.failed(), background.failed.wait())
+        for end in (asked.wait(), worker.gone(), worker.failed(), background.failed.wait())
     ]
     _, gone, *_ = ends
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)

@@ -30,6 +30,7 @@ from pjw.rpc.convert import (
 )
 from pjw.rpc.known import require_known
 from pjw.server.authz import Caller
+from pjw.server.backend import Jobs, Written
 from pjw.server.forward import carry
 from pjw.server.guard import Answer, Guard
 from pjw.server.paging import (
@@ -42,8 +43,7 @@ from pjw.server.paging import (
 from pjw.server.usage import UsageWatchers
 from pjw.server.watch import JobWatchers
 from pjw.v1 import job_worker_pb2 as pb
-from pjw.worker import Part, Worker
-from pjw.worker.input import InputWriter
+from pjw.worker import Part
 from pjw.worker.worker import PAGE_MAX
 
 SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["JobWorkerService"].full_name
@@ -57,7 +57,7 @@ _DIGEST_CHARACTERS_MAX: Final = 100
 class JobWorkerService:
     """One method for each RPC."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Jobs) -> None:
         self._worker: Final = worker
         self._watchers: Final = UsageWatchers(worker)
         self._job_watchers: Final = JobWatchers(worker)
@@ -136,9 +136,7 @@ class JobWorkerService:
             while not writer.ended and (request := await anext(requests, None)) is not None:
                 await self._write(writer, request, answer)
 
-    def _written(
-        self, first: pb.WriteInputRequest, caller: Caller
-    ) -> AbstractAsyncContextManager[InputWriter]:
+    def _written(self, first: pb.WriteInputRequest, caller: Caller) -> AbstractAsyncContextManager[Written]:
         if not first.upload:
             return self._worker.write_input(first.id, caller.owner, first.session)
         if first.id or first.session:
@@ -147,7 +145,7 @@ class JobWorkerService:
 
     @staticmethod
     async def _write(
-        writer: InputWriter,
+        writer: Written,
         request: pb.WriteInputRequest,
         answer: Answer[pb.WriteInputResponse],
     ) -> None:

@@ -54,6 +54,8 @@ def serve(path: str | None, options: Mapping[str, object]) -> int:
     require_root()
     values = read_values(path)
     config = config_of(path, values, options)
+    if config.gateway.crt is not None:
+        raise ConfigError(f"{path} is the configuration of a gateway", hint="pjwd gateway --config FILE")
     path = os.path.abspath(path) if path else None
     set_for_service()
     writer = set_up_logging(config.log_level, config.log_format)
@@ -109,6 +111,8 @@ def _serve(config: ServerConfig, path: str | None, options: Mapping[str, object]
     preload_modules()
     if plan.metrics is not None:
         import_module("pjw.server.metrics")
+    if config.cluster.gateway is not None:
+        import_module("pjw.server.as_node")
     _finish(trial)
     sandbox = Sandbox(state.descriptor, listening_ports(plan.listen, plan.metrics), descriptors_for(config))
     enter(sandbox, uid)
@@ -126,9 +130,8 @@ def _serve(config: ServerConfig, path: str | None, options: Mapping[str, object]
         settings,
         audit,
         writer,
-        backups,
     )
-    return run(serving, state, launcher)
+    return run(serving, state, launcher, backups)
 
 
 def forget_grpc_settings() -> None:

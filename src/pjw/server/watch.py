@@ -9,8 +9,8 @@ from typing import Final
 from pjw.errors import InvalidJobError
 from pjw.model import check_labels, check_name
 from pjw.rpc.convert import change_to_message, states_from_message
+from pjw.server.backend import Jobs
 from pjw.v1 import job_worker_pb2 as pb
-from pjw.worker import Worker
 from pjw.worker.changes import Watched
 from pjw.worker.pages import JobFilter
 
@@ -23,7 +23,7 @@ _SHARE: Final = 10
 class JobWatchers:
     """All who watch jobs, on one server."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Jobs) -> None:
         self._worker: Final = worker
         self._count = 0
 

@@ -104,6 +104,8 @@ class _EndReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EndReason.V
     """The command ended by itself, with exit code 0, but what StartRequest.output_required asks for is not there: see
     Job.artifacts.
     """
+    END_REASON_NODE_LOST: _EndReason.ValueType  # 62
+    """The node that ran the job was not heard of for too long. What becomes of it there is not known."""
 
 class EndReason(_EndReason, metaclass=_EndReasonEnumTypeWrapper):
     """EndReason is why a job ended. A client goes by the exit code when it does not know the reason."""
@@ -139,6 +141,8 @@ END_REASON_ARTIFACTS_MISSING: EndReason.ValueType  # 41
 """The command ended by itself, with exit code 0, but what StartRequest.output_required asks for is not there: see
 Job.artifacts.
 """
+END_REASON_NODE_LOST: EndReason.ValueType  # 62
+"""The node that ran the job was not heard of for too long. What becomes of it there is not known."""
 Global___EndReason: _TypeAlias = EndReason  # noqa: Y015
 
 class _OutputStream:
@@ -399,6 +403,7 @@ class Job(_message.Message):
     ARTIFACTS_FIELD_NUMBER: _builtins.int
     WORKSPACE_FIELD_NUMBER: _builtins.int
     EXCLUSIVE_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
     IMAGE_FIELD_NUMBER: _builtins.int
     READ_ONLY_FIELD_NUMBER: _builtins.int
     MOUNTS_FIELD_NUMBER: _builtins.int
@@ -448,6 +453,8 @@ class Job(_message.Message):
     """The directory of the client's that outlives the job, by its name; empty when it has none."""
     exclusive: _builtins.bool
     """Whether the job is alone in its workspace."""
+    node: _builtins.str
+    """The node of a cluster that runs the job, or ran it; empty where there is one machine, and until a node has it."""
     image: _builtins.str
     """The image whose files are the job's root, by its name; empty when it has the host's."""
     read_only: _builtins.bool
@@ -542,6 +549,7 @@ class Job(_message.Message):
         artifacts: Global___Artifacts | None = ...,
         workspace: _builtins.str = ...,
         exclusive: _builtins.bool = ...,
+        node: _builtins.str = ...,
         image: _builtins.str = ...,
         read_only: _builtins.bool = ...,
         mounts: _abc.Iterable[_builtins.str] | None = ...,
@@ -550,7 +558,7 @@ class Job(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_array_id", b"_array_id", "_array_index", b"_array_index", "_exit_code", b"_exit_code", "_output_bytes", b"_output_bytes", "_retried_as", b"_retried_as", "_signal", b"_signal", "array", b"array", "array_id", b"array_id", "array_index", b"array_index", "artifacts", b"artifacts", "end", b"end", "exit_code", b"exit_code", "limits", b"limits", "not_before", b"not_before", "output_bytes", b"output_bytes", "queued", b"queued", "retried_as", b"retried_as", "signal", b"signal", "start", b"start", "usage", b"usage", "usage_now", b"usage_now"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_array_id", b"_array_id", "_array_index", b"_array_index", "_exit_code", b"_exit_code", "_output_bytes", b"_output_bytes", "_retried_as", b"_retried_as", "_signal", b"_signal", "after", b"after", "allow", b"allow", "array", b"array", "array_id", b"array_id", "array_index", b"array_index", "artifacts", b"artifacts", "attempt", b"attempt", "client_name", b"client_name", "command", b"command", "detail", b"detail", "end", b"end", "exclusive", b"exclusive", "exit_code", b"exit_code", "held", b"held", "id", b"id", "image", b"image", "input", b"input", "labels", b"labels", "limits", b"limits", "link", b"link", "mounts", b"mounts", "name", b"name", "not_before", b"not_before", "output_bytes", b"output_bytes", "priority", b"priority", "queued", b"queued", "read_only", b"read_only", "reason", b"reason", "retried_as", b"retried_as", "signal", b"signal", "split_stderr", b"split_stderr", "start", b"start", "state", b"state", "unmet", b"unmet", "usage", b"usage", "usage_now", b"usage_now", "workdir", b"workdir", "workspace", b"workspace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_array_id", b"_array_id", "_array_index", b"_array_index", "_exit_code", b"_exit_code", "_output_bytes", b"_output_bytes", "_retried_as", b"_retried_as", "_signal", b"_signal", "after", b"after", "allow", b"allow", "array", b"array", "array_id", b"array_id", "array_index", b"array_index", "artifacts", b"artifacts", "attempt", b"attempt", "client_name", b"client_name", "command", b"command", "detail", b"detail", "end", b"end", "exclusive", b"exclusive", "exit_code", b"exit_code", "held", b"held", "id", b"id", "image", b"image", "input", b"input", "labels", b"labels", "limits", b"limits", "link", b"link", "mounts", b"mounts", "name", b"name", "node", b"node", "not_before", b"not_before", "output_bytes", b"output_bytes", "priority", b"priority", "queued", b"queued", "read_only", b"read_only", "reason", b"reason", "retried_as", b"retried_as", "signal", b"signal", "split_stderr", b"split_stderr", "start", b"start", "state", b"state", "unmet", b"unmet", "usage", b"usage", "usage_now", b"usage_now", "workdir", b"workdir", "workspace", b"workspace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__array_id: _TypeAlias = _typing.Literal["array_id"]  # noqa: Y015
     _WhichOneofArgType__array_id: _TypeAlias = _typing.Literal["_array_id", b"_array_id"]  # noqa: Y015

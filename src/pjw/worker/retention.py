@@ -3,12 +3,12 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
-from typing import Final
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final, Protocol
 
 from pjw.errors import PjwError
 from pjw.worker.settings import Retention
-from pjw.worker.state_dir import StateDir
+from pjw.worker.store import JobStore
 
 # So many in one transaction: the table is free for others again within milliseconds.
 BATCH: Final = 100
@@ -20,10 +20,24 @@ _RETRY_SECONDS: Final = 60
 log: Final = logging.getLogger(__name__)
 
 
+class Kept(Protocol):
+    """Where jobs are kept: `StateDir` is one."""
+
+    @property
+    def store(self) -> JobStore:
+        """Their rows."""
+
+    def in_thread(self, function: Callable[[int], None], job_id: int, /) -> Awaitable[None]:
+        """Call what waits for the disk."""
+
+    def remove_job(self, job_id: int) -> None:
+        """Remove the files of a job."""
+
+
 class Pruner:
     """Row first, then files: a job that is shown has its output, and a crash in between leaves a note."""
 
-    def __init__(self, state: StateDir, retention: Retention) -> None:
+    def __init__(self, state: Kept, retention: Retention) -> None:
         self._state: Final = state
         self._retention = retention
         self._due: Final = asyncio.Event()

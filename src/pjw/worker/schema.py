@@ -393,6 +393,50 @@ CREATE TABLE images (
 ) WITHOUT ROWID;
 CREATE UNIQUE INDEX images_of_name ON images (client_name, name) WHERE name <> '';
 """,
+    # A cluster. On a node `reported` says that the gateway has written the end of a job down; its jobs have
+    # request ids of their own kind. On a gateway `node` is where a job is, and each job has a row of
+    # `placements` (gateway/states.py), until the node has forgotten it too. `nodes` are those that were seen.
+    """
+ALTER TABLE jobs ADD COLUMN node TEXT NOT NULL DEFAULT '';
+ALTER TABLE jobs ADD COLUMN reported INTEGER NOT NULL DEFAULT 0;
+CREATE INDEX jobs_to_report ON jobs (id) WHERE state IS NOT NULL AND reported = 0
+    AND request_id >= 'cluster:' AND request_id < 'cluster;';
+CREATE INDEX jobs_of_cluster ON jobs (request_id)
+    WHERE request_id >= 'cluster:' AND request_id < 'cluster;';
+CREATE TABLE placements (
+    job_id INTEGER PRIMARY KEY,
+    uuid TEXT NOT NULL UNIQUE,
+    client_name TEXT NOT NULL,
+    state TEXT NOT NULL,
+    node TEXT NOT NULL DEFAULT '',
+    session TEXT NOT NULL DEFAULT '',
+    node_job_id INTEGER NOT NULL DEFAULT 0,
+    attempt INTEGER NOT NULL DEFAULT 0,
+    stop_signal INTEGER,
+    stop_grace REAL,
+    late_end TEXT NOT NULL DEFAULT '',
+    removed INTEGER NOT NULL DEFAULT 0
+);
+CREATE INDEX placements_alive ON placements (job_id) WHERE state IN ('queued', 'claimed', 'running');
+CREATE INDEX placements_of_node ON placements (node, state);
+CREATE INDEX placements_removed ON placements (node) WHERE removed;
+CREATE TRIGGER placement_removed AFTER DELETE ON jobs BEGIN
+    DELETE FROM placements WHERE job_id = OLD.id AND node = '';
+    UPDATE placements SET removed = 1 WHERE job_id = OLD.id;
+END;
+CREATE TABLE nodes (
+    name TEXT PRIMARY KEY,
+    address TEXT NOT NULL,
+    version TEXT NOT NULL,
+    boot_id TEXT NOT NULL,
+    cpu_max_millicores INTEGER NOT NULL,
+    memory_max_bytes INTEGER NOT NULL,
+    uid_first INTEGER NOT NULL,
+    uid_count INTEGER NOT NULL,
+    drained INTEGER NOT NULL DEFAULT 0,
+    is_lost INTEGER NOT NULL DEFAULT 0
+) WITHOUT ROWID;
+""",
 )
 SCHEMA_VERSION: Final = len(MIGRATIONS)
 

@@ -731,6 +731,12 @@ class JobStore:
         """Call a function of workspace_rows; what it changes is one transaction."""
         return await self._run(self._in_transaction, partial(function, self._db, *args, **kwargs))
 
+    async def transact(
+        self, function: Callable[Concatenate[sqlite3.Connection, _P], _R], *args: _P.args, **kwargs: _P.kwargs
+    ) -> _R:
+        """Call a function with the table, in its thread; what it changes is one transaction."""
+        return await self._run(self._in_transaction, partial(function, self._db, *args, **kwargs))
+
     def _in_transaction(self, function: Callable[[], _R]) -> _R:
         with self._transaction():
             return function()

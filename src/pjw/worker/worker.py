@@ -5,7 +5,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -49,7 +49,7 @@ from pjw.worker.artifacts import Keeping
 from pjw.worker.background import Background
 from pjw.worker.changes import Batch, Changes, Watched
 from pjw.worker.disk import DiskSampler, ScratchUse
-from pjw.worker.egress import Connections
+from pjw.worker.egress import Connection, Connections
 from pjw.worker.endings import Endings
 from pjw.worker.flag import Flag, first_of
 from pjw.worker.held import HeldOutputs
@@ -322,7 +322,7 @@ class Worker:
             not_set += [f"share of {client_name}: {each}" for each in words]
         return not_set
 
-    async def launcher_answers(self) -> None:
+    async def answers(self) -> None:
         """Return when the launcher has answered a question. Raises LauncherGoneError when it cannot."""
         await self._launcher.request_nothing()
 
@@ -338,9 +338,22 @@ class Worker:
             self.connections.counts,
         )
 
-    async def launcher_gone(self) -> None:
+    async def gone(self) -> None:
         """Return when the launcher has died; nothing can be started or stopped then."""
         await self._launcher.gone.wait()
+
+    @property
+    def uid_first(self) -> int:
+        """The first of the user ids of jobs, one for each client."""
+        return self._ready.uid_first
+
+    def on_connection(self, tell: Callable[[Connection], None]) -> None:
+        """Have *tell* hear of each connection that a job has made to a name on the network."""
+        self.connections.told.append(tell)
+
+    def on_end(self, tell: Callable[[Job], None]) -> None:
+        """Have *tell* called with each job that has ended from now on, when its end was written down."""
+        self._endings.ended.append(tell)
 
     async def failed(self) -> None:
         """Return when a bug has killed a task that this worker needs all along; the log says which.

@@ -1,0 +1,86 @@
+"""`pjw nodes`: the machines of a cluster, through its gateway."""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pjw.cli.expiry import warn_of_ends
+from pjw.cli.render import json_text, printable
+from pjw.cli.settings import find_settings
+from pjw.cli.units import duration_in_words, size_in_words
+
+if TYPE_CHECKING:
+    from pjw.client.cluster import Cluster, Node
+
+
+def list_nodes(arguments: argparse.Namespace) -> None:
+    """Print their names; at a terminal also their states and what they have."""
+    with _connect(arguments) as cluster:
+        found = cluster.nodes()
+    form = arguments.format or ("table" if sys.stdout.isatty() else "names")
+    if form == "json":
+        print(json_text(list(map(members, found)), indent=2))
+        return
+    for line in table(found) if form == "table" else (each.name for each in found):
+        print(line)
+
+
+def drain(arguments: argparse.Namespace) -> None:
+    """Have nodes get no more jobs, and print each name."""
+    with _connect(arguments) as cluster:
+        for name in arguments.names:
+            print(cluster.drain(name).name, flush=True)
+
+
+def resume(arguments: argparse.Namespace) -> None:
+    """Have nodes get jobs again, and print each name."""
+    with _connect(arguments) as cluster:
+        for name in arguments.names:
+            print(cluster.resume(name).name, flush=True)
+
+
+def _connect(arguments: argparse.Namespace) -> "Cluster":
+    from pjw.client.cluster import Cluster
+
+    settings = find_settings(arguments)
+    warn_of_ends(settings)
+    return Cluster(settings.server, settings.ca_crt, settings.client_crt, settings.client_key)
+
+
+def table(found: "Sequence[Node]") -> Iterator[str]:
+    """A line each, under a heading."""
+    width = max(map(len, ("NAME", *(each.name for each in found))))
+    yield f"{'NAME':<{width}} {'STATE':<8} {'JOBS':>5} {'PROCESSORS':>12} {'MEMORY':>19}  ADDRESS"
+    for each in found:
+        processors = f"{each.cpu_millicores / 1000:g}/{_most(each.cpu_max_millicores / 1000)}"
+        memory = f"{size_in_words(each.memory_bytes)}/{_size(each.memory_max_bytes)}"
+        silent = f" (silent for {duration_in_words(each.silent_seconds)})" if each.silent_seconds else ""
+        yield (
+            f"{printable(each.name):<{width}} {each.state:<8} {each.jobs:>5} {processors:>12} {memory:>19}"
+            f"  {printable(each.address)}{silent}"
+        )
+
+
+def _most(number: float) -> str:
+    return f"{number:g}" if number else "any"
+
+
+def _size(count: int) -> str:
+    return size_in_words(count) if count else "any"
+
+
+def members(node: "Node") -> dict[str, Any]:
+    """The keys and values of its JSON."""
+    return {
+        "name": node.name,
+        "state": node.state,
+        "address": node.address,
+        "version": node.version,
+        "jobs": node.jobs,
+        "cpuMillicores": node.cpu_millicores,
+        "cpuMaxMillicores": node.cpu_max_millicores,
+        "memoryBytes": node.memory_bytes,
+        "memoryMaxBytes": node.memory_max_bytes,
+        "silentSeconds": node.silent_seconds,
+    }

@@ -1,0 +1,237 @@
+"""The jobs of the gateway that have not ended: each change of a placement, in the table first, then here.
+
+What a node tells is written down before it counts, and synced before anybody is told of it. Old news change
+nothing: the table decides that (rows.py), not the order in which they come.
+"""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Final
+
+from pjw.errors import PjwError
+from pjw.gateway import rows
+from pjw.gateway.engine import Engine
+from pjw.gateway.nodes import Node, Session, Shape
+from pjw.gateway.rows import Placement
+from pjw.gateway.states import PlacementEvent, PlacementState
+from pjw.model import EndReason, Job, JobState, Limits
+from pjw.worker.flag import Flag
+from pjw.worker.queue_rows import STOPPED_BEFORE_START, WaitingJob
+from pjw.worker.store import JobStore, NotQueuedError
+
+log: Final = logging.getLogger(__name__)
+
+
+class Placed:
+    """A job, and where it is."""
+
+    def __init__(self, placement: Placement, job: Job) -> None:
+        self.placement = placement
+        self.job = job
+        # set when the placement has changed, and then replaced
+        self.changed = Flag()
+        self.ended: Final = Flag()
+        # in which its node was told to stop it
+        self.stop_told: Session | None = None
+
+    @property
+    def shown(self) -> Job:
+        """The job as clients see it, but for why it waits."""
+        if self.placement.state is PlacementState.RUNNING and not self.job.state.final:
+            state = JobState.STOPPING if self.placement.stop_signal is not None else JobState.RUNNING
+            return replace(self.job, state=state)
+        return self.job
+
+
+def shape_of(limits: Limits) -> Shape:
+    """What a job takes of a node."""
+    return Shape(limits.cpu_max_millicores, limits.memory_max_bytes)
+
+
+def lost_words(node: Node) -> str:
+    """Why the jobs of a node are lost."""
+    return f"nothing was heard of node {node.row.name} for too long"
+
+
+class Placements:
+    """All placements that have not ended, by the ids of their jobs and by their uuids."""
+
+    def __init__(self, store: JobStore, engine: Engine) -> None:
+        self._store: Final = store
+        self._engine: Final = engine
+        self.live: Final[dict[int, Placed]] = {}
+        self._by_uuid: Final[dict[str, Placed]] = {}
+        # jobs that have ended since this gateway began
+        self.by_reason: Final[Counter[EndReason]] = Counter()
+        # called when a job has ended
+        self.ended: Final[list[Callable[[Job], None]]] = []
+
+    async def begin(self, nodes: dict[str, Node], new_uuid: Callable[[], str]) -> None:
+        """Take over what the gateway before us has left, and submit what waits."""
+        for job_id, client_name in await self._store.transact(rows.unplaced):
+            await self._store.transact(rows.place, job_id, client_name, new_uuid())
+        for placement, job in await self._store.transact(rows.alive):
+            placed = self._hold(placement, job)
+            if placement.state is PlacementState.QUEUED:
+                self._engine.submit(placement.uuid, job.client_name, shape_of(job.limits))
+            elif (node := nodes.get(placement.node)) is not None:
+                self._engine.claimed(placement.uuid, job.client_name, node, shape_of(job.limits))
+            else:
+                await self._lose(placed, PlacementEvent.NODE_LOST, "its node was forgotten")
+
+    async def add(self, job: Job, uuid: str) -> Placed:
+        """A job that was put into the queue is to get a node."""
+        if (known := self.live.get(job.id)) is not None:
+            return known
+        await self._store.transact(rows.place, job.id, job.client_name, uuid)
+        placement = await self._store.transact(rows.find, job.id)
+        assert placement is not None
+        if (known := self.live.get(job.id)) is not None:
+            return known
+        placed = self._hold(placement, job)
+        self._engine.submit(placement.uuid, job.client_name, shape_of(job.limits))
+        return placed
+
+    def _hold(self, placement: Placement, job: Job) -> Placed:
+        placed = self.live[job.id] = self._by_uuid[placement.uuid] = Placed(placement, job)
+        return placed
+
+    def of(self, uuid: str) -> Placed | None:
+        """The job with a uuid that has not ended; None when it has, or never was."""
+        return self._by_uuid.get(uuid)
+
+    def on(self, node: Node) -> list[Placed]:
+        """The jobs that a node has claimed, and that have not ended."""
+        return [
+            placed
+            for placed in self.live.values()
+            if placed.placement.node == node.row.name and placed.placement.state is not PlacementState.QUEUED
+        ]
+
+    # --- what happens
+
+    async def claim(self, uuid: str, node: Node, session: str) -> tuple[Placed, WaitingJob] | None:
+        """A node claims a job; the job and what is to be executed, or None when it may not have it.
+
+        It is on the disk then: whoever has the answer may start it.
+        """
+        placed = self._by_uuid.get(uuid)
+        if placed is None or not self._engine.may_claim(uuid, node):
+            return None
+        placement = placed.placement
+        try:
+            waiting = await self._store.waiting(placement.job_id)
+        except NotQueuedError:
+            return None
+        job = await self._store.transact(
+            rows.claim, placement, placed.job.limits, node.row.name, session, time.time_ns()
+        )
+        if job is None:
+            return None
+        self._engine.claimed(uuid, job.client_name, node, shape_of(job.limits))
+        self._moved(
+            placed,
+            job,
+            state=PlacementState.CLAIMED,
+            node=node.row.name,
+            session=session,
+            attempt=placement.attempt + 1,
+        )
+        await self._store.sync()
+        if node.row.is_lost:
+            # while we looked into the table
+            await self.lose(node, lost_words(node))
+        return placed, waiting
+
+    async def started(self, placed: Placed, node: Node, node_job: Job) -> None:
+        """A node tells that a command was executed, perhaps not for the first time."""
+        job = await self._store.transact(rows.started, placed.placement.job_id, node_job)
+        if job is not None:
+            self._engine.started(node)
+            self._moved(placed, job, state=PlacementState.RUNNING, node_job_id=node_job.id)
+
+    async def put_back(self, placed: Placed, node: Node, event: PlacementEvent) -> None:
+        """A node does not start a job: not now, or as it never heard the answer to its claim."""
+        job = await self._store.transact(rows.put_back, placed.placement.job_id, event, time.time_ns())
+        if job is None:
+            return
+        if event is PlacementEvent.PUT_BACK:
+            self._engine.refused(placed.placement.uuid, node)
+        self._moved(placed, job, state=PlacementState.QUEUED, node="", session="")
+        if placed.placement.stop_signal is not None:
+            await self.cancel(placed)
+            return
+        self._engine.submit(placed.placement.uuid, job.client_name, shape_of(job.limits))
+
+    async def cancel(self, placed: Placed) -> Job | None:
+        """End a job that no node has; None when one was first."""
+        job = await self._store.transact(
+            rows.cancelled, placed.placement.job_id, STOPPED_BEFORE_START, time.time_ns()
+        )
+        return await self._end(placed, job, PlacementState.ENDED)
+
+    async def start_failed(self, placed: Placed, detail: str) -> None:
+        """A node tells that a command can never be executed."""
+        job = await self._store.transact(rows.start_failed, placed.placement.job_id, detail, time.time_ns())
+        await self._end(placed, job, PlacementState.ENDED)
+
+    async def end(self, placed: Placed, node_job: Job) -> None:
+        """A node tells how a job has ended."""
+        job = await self._store.transact(rows.ended, placed.placement.job_id, node_job)
+        await self._end(placed, job, PlacementState.ENDED, node_job.id)
+
+    async def lose(self, node: Node, why: str) -> None:
+        """All jobs of a node are lost."""
+        for placed in self.on(node):
+            await self._lose(placed, PlacementEvent.NODE_LOST, why)
+
+    async def unknown(self, placed: Placed, node: Node) -> None:
+        """A node tells that it has no such job."""
+        if placed.placement.state is PlacementState.CLAIMED:
+            await self.put_back(placed, node, PlacementEvent.UNKNOWN)
+        else:
+            why = f"node {node.row.name} knows nothing of it any more"
+            await self._lose(placed, PlacementEvent.UNKNOWN, why)
+
+    async def _lose(self, placed: Placed, event: PlacementEvent, why: str) -> None:
+        job = await self._store.transact(rows.lost, placed.placement.job_id, event, why, time.time_ns())
+        await self._end(placed, job, PlacementState.LOST)
+
+    async def ask_stop(self, placed: Placed, signal: int, grace: float | None) -> None:
+        """Note that a job that a node has is to be stopped."""
+        await self._store.transact(rows.ask_stop, placed.placement.job_id, signal, grace)
+        await self._store.sync()
+        self._moved(placed, placed.job, stop_signal=signal, stop_grace=grace)
+
+    # --- what follows
+
+    async def _end(
+        self, placed: Placed, job: Job | None, state: PlacementState, node_job_id: int = 0
+    ) -> Job | None:
+        if job is None:
+            return None
+        try:
+            await self._store.sync()
+        except PjwError as error:
+            log.error("the end of job %d may not survive a power cut: %s", job.id, error)
+        self.live.pop(job.id, None)
+        self._by_uuid.pop(placed.placement.uuid, None)
+        self._engine.cancel(placed.placement.uuid)
+        if job.reason is not None:
+            self.by_reason[job.reason] += 1
+        changes = {"node_job_id": node_job_id} if node_job_id else {}
+        self._moved(placed, job, state=state, **changes)
+        placed.ended.set()
+        for each in self.ended:
+            each(job)
+        return job
+
+    @staticmethod
+    def _moved(placed: Placed, job: Job, **changes: Any) -> None:  # noqa: ANN401  members of a Placement
+        placed.job = job
+        placed.placement = replace(placed.placement, **changes)
+        before, placed.changed = placed.changed, Flag()
+        before.set()

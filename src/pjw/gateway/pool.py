@@ -1,0 +1,149 @@
+"""The engine `pool`: the first connected node, by its name, that has room for the oldest job.
+
+It is for a handful of machines, and no scheduler: it has no fair share, no priorities and no reservations. A
+job that fits nowhere now is passed over by smaller ones. All of it is in memory: what waits is in the table
+of placements, and is submitted again when the gateway begins.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+from pjw.cluster.v1 import cluster_pb2 as pb
+from pjw.gateway.nodes import Node, Nodes, Shape
+
+# A node that could not start a job gets none for so long, and twice as long after each further time.
+FIRST_PAUSE_SECONDS: Final = 1.0
+LONGEST_PAUSE_SECONDS: Final = 60.0
+
+
+class _Waiting(NamedTuple):
+    client_name: str
+    shape: Shape
+
+
+class Pool:
+    """The jobs that wait for a node, in their order, and what each node has."""
+
+    def __init__(self, nodes: Nodes, running_max: Callable[[], int]) -> None:
+        self._nodes: Final = nodes
+        # how many jobs of a client may be on nodes at once; 0: any number
+        self._running_max: Final = running_max
+        self._waiting: Final[dict[str, _Waiting]] = {}
+        # where each job is that a node has, or may claim
+        self._placed: Final[dict[str, tuple[str, Node]]] = {}
+        self._claimed: Final[set[str]] = set()
+        self._of_client: Final[Counter[str]] = Counter()
+        # the nodes that could not start a job: until when they get none, and how long that is
+        self._paused: Final[dict[str, tuple[float, float]]] = {}
+
+    def submit(self, uuid: str, client_name: str, shape: Shape) -> None:
+        """See `Engine`."""
+        self._release(uuid)
+        self._waiting[uuid] = _Waiting(client_name, shape)
+        self.look()
+
+    def cancel(self, uuid: str) -> None:
+        """See `Engine`."""
+        self._waiting.pop(uuid, None)
+        if self._release(uuid):
+            self.look()
+
+    def claimed(self, uuid: str, client_name: str, node: Node, shape: Shape) -> None:
+        """See `Engine`."""
+        self._waiting.pop(uuid, None)
+        if uuid not in self._placed:
+            self._take(uuid, client_name, node, shape)
+        self._claimed.add(uuid)
+
+    def may_claim(self, uuid: str, node: Node) -> bool:
+        """See `Engine`."""
+        placed = self._placed.get(uuid)
+        return placed is not None and placed[1] is node
+
+    def started(self, node: Node) -> None:
+        """See `Engine`."""
+        self._paused.pop(node.row.name, None)
+
+    def refused(self, uuid: str, node: Node) -> None:
+        """See `Engine`."""
+        _, before = self._paused.get(node.row.name, (0.0, 0.0))
+        pause = min(2 * before or FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS)
+        loop = asyncio.get_running_loop()
+        self._paused[node.row.name] = loop.time() + pause, pause
+        loop.call_later(pause, self.look)
+
+    def why(self, uuid: str) -> str:
+        """See `Engine`."""
+        if uuid in self._placed:
+            return f"node {self._placed[uuid][1].row.name} is about to start it"
+        waiting = self._waiting.get(uuid)
+        most = self._running_max()
+        if waiting is not None and most and self._of_client[waiting.client_name] >= most:
+            return f"waits: {most} jobs of {waiting.client_name} have a node, and no more may"
+        nodes = self._nodes.known.values()
+        if not any(node.session for node in nodes):
+            return "waits: no node is connected"
+        if not any(node.gets_jobs for node in nodes):
+            drained = sorted(node.row.name for node in nodes if node.session)
+            return f"waits: nodes drained: {', '.join(drained)}"
+        if not any(self._gets_jobs(node) for node in nodes):
+            return "waits: no node can start a job now; they are tried again soon"
+        return "waits: no node has room for it now"
+
+    def session_over(self, node: Node) -> None:
+        """See `Engine`."""
+        back: dict[str, _Waiting] = {}
+        for uuid, shape in list(node.jobs.items()):
+            if uuid not in self._claimed:
+                back[uuid] = _Waiting(self._placed[uuid][0], shape)
+                self._release(uuid)
+        # they are older than what has come since
+        rest = dict(self._waiting)
+        self._waiting.clear()
+        self._waiting.update(back | rest)
+        self.look()
+
+    def look(self) -> None:
+        """See `Engine`."""
+        if not self._waiting:
+            return
+        nodes = [node for _, node in sorted(self._nodes.known.items()) if self._gets_jobs(node)]
+        most = self._running_max()
+        # what does not fit now does not fit for an equal one either
+        passed_over: set[Shape] = set()
+        for uuid, waiting in list(self._waiting.items()):
+            if not nodes:
+                return
+            if waiting.shape in passed_over or (most and self._of_client[waiting.client_name] >= most):
+                continue
+            found = next((node for node in nodes if node.has_room(waiting.shape)), None)
+            if found is None:
+                passed_over.add(waiting.shape)
+                continue
+            del self._waiting[uuid]
+            self._take(uuid, waiting.client_name, found, waiting.shape)
+            assert found.session is not None
+            found.session.say(pb.SessionResponse(assign=pb.Assign(uuid=uuid)))
+
+    def _gets_jobs(self, node: Node) -> bool:
+        until, _ = self._paused.get(node.row.name, (0.0, 0.0))
+        return node.gets_jobs and asyncio.get_running_loop().time() >= until
+
+    def _take(self, uuid: str, client_name: str, node: Node, shape: Shape) -> None:
+        self._placed[uuid] = client_name, node
+        self._of_client[client_name] += 1
+        node.jobs[uuid] = shape
+
+    def _release(self, uuid: str) -> bool:
+        placed = self._placed.pop(uuid, None)
+        self._claimed.discard(uuid)
+        if placed is None:
+            return False
+        client_name, node = placed
+        del node.jobs[uuid]
+        self._of_client[client_name] -= 1
+        if not self._of_client[client_name]:
+            del self._of_client[client_name]
+        return True

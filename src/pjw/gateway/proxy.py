@@ -1,0 +1,192 @@
+"""The output of a job on a node, through the gateway: from any byte on, whole to the byte over every break.
+
+The gateway stores none of it. It counts what it has passed on, and asks for the rest when the node is back.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import grpc
+
+from pjw.errors import JobNotFoundError, OffsetError, OutputLostError, PjwError, ServerUnreachableError
+from pjw.gateway.dial import Dial, error_from
+from pjw.gateway.nodes import Node
+from pjw.model import Job
+from pjw.output import Head, no_head
+from pjw.rpc.convert import logs_response_bytes
+from pjw.v1 import job_worker_pb2 as pb
+from pjw.worker import Part
+
+FIRST_PAUSE_SECONDS: Final = 0.05
+LONGEST_PAUSE_SECONDS: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class OnNode:
+    """Where the output of a job is now."""
+
+    job: Job
+    node: Node
+    node_job_id: int
+
+
+# Where a job is; returns when a node has it, or it has ended. None: it ended without a start.
+Where = Callable[[], Awaitable[OnNode | None]]
+
+
+class NoReading:
+    """The output of a job that was never started: there is none."""
+
+    def __init__(self, offset: int) -> None:
+        self.offset: Final = offset
+
+    async def chunks(self, head: Head = no_head) -> AsyncGenerator[bytes, None]:
+        """Nothing. Raises OffsetError for any byte but the first."""
+        if self.offset:
+            raise OffsetError(f"cannot read output from byte {self.offset}: it has 0 bytes", size=0)
+        nothing: tuple[bytes, ...] = ()
+        for each in nothing:
+            yield each
+
+    async def timed(self) -> AsyncGenerator[tuple[bytes, datetime | None], None]:
+        """Nothing, as `chunks`."""
+        async for data in self.chunks():
+            yield data, None
+
+
+class ProxyReading:
+    """A part of a job's output that is about to be read."""
+
+    def __init__(self, dial: Dial, where: Where, part: Part) -> None:
+        self._dial: Final = dial
+        self._where: Final = where
+        self._part: Final = part
+        self.offset = part.offset
+
+    async def seek(self) -> None:
+        """Look up where it begins, when that is asked for by lines or by time.
+
+        Raises what the node answers, ServerUnreachableError when it goes away meanwhile, and OutputLostError
+        when it is lost.
+        """
+        if not self._part.is_sought:
+            return
+        there = await self._connected()
+        if there is None:
+            self.offset = 0
+            return
+        # as short a look as there is: the first answer has the offset
+        call = self._dial.stream(there.node, "Logs", self._request(there, sought=True), there.job.client_name)
+        try:
+            first = await call.read()
+            if first is not grpc.aio.EOF:
+                self.offset = pb.LogsResponse.FromString(first).offset
+                return
+            # it ends with its reason
+            await call
+        except grpc.aio.AioRpcError as error:
+            raise self._told(error_from(error, there.node), there) from None
+        finally:
+            call.cancel()
+
+    async def chunks(self, head: Head = no_head) -> AsyncGenerator[bytes, None]:
+        """Its bytes, as they come, each chunk behind what *head* makes of its length."""
+        async for message in self._messages(timestamps=False):
+            count = logs_response_bytes(message)
+            start = len(message) - count
+            made = head(count)
+            # most are passed on as they came
+            yield message if made == message[:start] else made + message[start:]
+
+    async def timed(self) -> AsyncGenerator[tuple[bytes, datetime | None], None]:
+        """The same, with the time at which the job wrote each piece; None where that is not known."""
+        async for message in self._messages(timestamps=True):
+            response = pb.LogsResponse.FromString(message)
+            time = response.time.ToDatetime(UTC) if response.HasField("time") else None
+            yield response.data, time
+
+    async def _messages(self, *, timestamps: bool) -> AsyncGenerator[bytes, None]:
+        """Serialized answers with bytes in them, in their order, from `offset` on."""
+        pause = FIRST_PAUSE_SECONDS
+        while True:
+            there = await self._connected()
+            if there is None:
+                return
+            request = self._request(there, timestamps=timestamps)
+            call: Any = self._dial.stream(there.node, "Logs", request, there.job.client_name)
+            try:
+                async for message in call:
+                    count = (
+                        len(pb.LogsResponse.FromString(message).data)
+                        if timestamps
+                        else logs_response_bytes(message)
+                    )
+                    pause = FIRST_PAUSE_SECONDS
+                    # before it is passed on: whoever takes no more has had it
+                    self.offset += count
+                    yield message
+                return
+            except grpc.aio.AioRpcError as error:
+                why = self._told(error_from(error, there.node), there)
+                if not isinstance(why, ServerUnreachableError):
+                    raise why from None
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if not there.node.row.is_lost or (task is not None and task.cancelling()):
+                    raise
+                # Dial.drop: nobody waits for a node that is lost
+            finally:
+                call.cancel()
+            # until it comes back, or a moment, as it may never have gone
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await there.node.changed.wait()
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    async def _connected(self) -> OnNode | None:
+        """Where the job is, once its node is connected. Raises OutputLostError when that is lost."""
+        while True:
+            there = await self._where()
+            if there is None:
+                if self.offset:
+                    raise OffsetError(f"cannot read output from byte {self.offset}: it has 0 bytes", size=0)
+                return None
+            if there.node.session is not None:
+                return there
+            if there.node.row.is_lost:
+                raise OutputLostError(
+                    f"the output of job {there.job.id} ends here, at byte {self.offset}:"
+                    f" node {there.node.row.name} is lost, and has the rest",
+                    hint="what the node has can be read when it is back",
+                )
+            await there.node.changed.wait()
+
+    def _request(self, there: OnNode, *, timestamps: bool = False, sought: bool = False) -> pb.LogsRequest:
+        part = self._part
+        request = pb.LogsRequest(
+            id=there.node_job_id,
+            offset=self.offset,
+            no_follow=not part.follow,
+            stream=pb.OUTPUT_STREAM_STDERR if part.stderr else pb.OUTPUT_STREAM_UNSPECIFIED,
+            timestamps=timestamps,
+        )
+        if sought and part.tail_lines is not None:
+            request.tail_lines = part.tail_lines
+        if sought and part.since_ns is not None:
+            request.since.FromNanoseconds(part.since_ns)
+        return request
+
+    @staticmethod
+    def _told(error: PjwError, there: OnNode) -> PjwError:
+        """An error of the node's, in words that name the job as its client knows it."""
+        job_id, name = there.job.id, there.node.row.name
+        if isinstance(error, JobNotFoundError):
+            return OutputLostError(f"node {name} has no output of job {job_id} any more")
+        if isinstance(error, OutputLostError):
+            size = "" if there.job.output_bytes is None else f" of its {there.job.output_bytes} bytes"
+            return OutputLostError(f"the output of job {job_id} on node {name} is cut short{size}")
+        return error

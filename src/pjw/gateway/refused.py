@@ -1,0 +1,38 @@
+"""What a gateway does not do yet: refused in exact words, before anything is made. See docs/cluster.md."""
+
+from typing import Final
+
+from pjw.errors import InvalidJobError, JobStateError
+from pjw.model import JobSpec
+
+HINT: Final = "docs/cluster.md has what works through a gateway"
+
+
+def not_yet(what: str) -> JobStateError:
+    """The error of a call that works on one machine alone."""
+    return JobStateError(f"{what} does not work through a gateway yet", hint=HINT)
+
+
+def check_spec(spec: JobSpec) -> None:
+    """Raises InvalidJobError for a job that needs what a gateway does not have yet."""
+    queue = spec.queue
+    asked = {
+        "input": spec.input,
+        "a terminal": spec.terminal is not None,
+        "files that are sent with a job": bool(spec.upload),
+        "a workspace": bool(spec.workspace),
+        "artifacts": bool(spec.outputs),
+        "an image": bool(spec.image) or spec.read_only,
+        "a mount of the operator's": bool(spec.mounts),
+        "a name on the network": bool(spec.allow),
+        "a network that jobs share": bool(spec.link),
+        "a priority": queue is not None and bool(queue.priority),
+        "a time before which a job is not started": queue is not None and queue.not_before is not None,
+        "a held job": queue is not None and queue.held,
+        "a job that waits for others": queue is not None and bool(queue.after),
+        "a job that is tried again": queue is not None and queue.retry is not None,
+        "an array": queue is not None and bool(queue.array),
+    }
+    for what, is_asked in asked.items():
+        if is_asked:
+            raise InvalidJobError(f"{what} does not work through a gateway yet", hint=HINT)

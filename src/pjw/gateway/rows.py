@@ -1,0 +1,289 @@
+"""Placements and nodes in the table of the gateway. Each change of a state is guarded here, in one statement.
+
+Each function is called in the table's thread, in a transaction (`JobStore.transact`): a placement and its job
+change together or not at all.
+"""
+
+import json
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from pjw.gateway.states import TRANSITIONS, PlacementEvent, PlacementState, before
+from pjw.model import EndReason, Job, JobState, Limits
+from pjw.worker import queue_rows
+from pjw.worker.rows import COLUMNS, job_of, to_ns
+
+_PLACEMENT: Final = (
+    "job_id, uuid, client_name, state, node, session, node_job_id, attempt, stop_signal, stop_grace"
+)
+_ALIVE: Final = "state IN ('queued', 'claimed', 'running')"
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A row: a job on its way to a node, and there."""
+
+    job_id: int
+    uuid: str
+    client_name: str
+    state: PlacementState
+    node: str = ""
+    # of the node, in which it was claimed
+    session: str = ""
+    # what the job is called there; 0: not known yet
+    node_job_id: int = 0
+    # how often it was claimed
+    attempt: int = 0
+    # a stop that was asked for, and that the node may not have heard of
+    stop_signal: int | None = None
+    stop_grace: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRow:
+    """What was last known of a node."""
+
+    name: str
+    address: str
+    version: str
+    boot_id: str
+    cpu_max_millicores: int
+    memory_max_bytes: int
+    uid_first: int
+    uid_count: int
+    drained: bool = False
+    is_lost: bool = False
+
+
+def _placement(row: tuple[Any, ...]) -> Placement:
+    return Placement(row[0], row[1], row[2], PlacementState(row[3]), *row[4:])
+
+
+# --- placements
+
+
+def place(db: sqlite3.Connection, job_id: int, client_name: str, uuid: str) -> None:
+    """A job that was put into the queue is to get a node; nothing where it is on its way already."""
+    db.execute(
+        "INSERT OR IGNORE INTO placements (job_id, uuid, client_name, state) VALUES (?, ?, ?, 'queued')",
+        (job_id, uuid, client_name),
+    )
+
+
+def unplaced(db: sqlite3.Connection) -> list[tuple[int, str]]:
+    """Jobs of the queue, with their clients, that a crash has left without a placement."""
+    query = (
+        "SELECT id, client_name FROM jobs INDEXED BY jobs_queued WHERE state IS NULL AND start_ns = 0"
+        " AND id NOT IN (SELECT job_id FROM placements)"
+    )
+    return db.execute(query).fetchall()
+
+
+def alive(db: sqlite3.Connection) -> list[tuple[Placement, Job]]:
+    """All placements that have not ended, in the order of their jobs, each with its job."""
+    placements = db.execute(
+        f"SELECT {_PLACEMENT} FROM placements INDEXED BY placements_alive WHERE {_ALIVE} ORDER BY job_id"
+    ).fetchall()
+    found = []
+    for row in placements:
+        job = db.execute(f"SELECT {COLUMNS} FROM jobs WHERE id = ?", (row[0],)).fetchone()
+        if job is not None:
+            found.append((_placement(row), job_of(job)))
+    return found
+
+
+def find(db: sqlite3.Connection, job_id: int) -> Placement | None:
+    """The placement of a job; None when there is none."""
+    row = db.execute(f"SELECT {_PLACEMENT} FROM placements WHERE job_id = ?", (job_id,)).fetchone()
+    return _placement(row) if row else None
+
+
+def by_uuid(db: sqlite3.Connection, uuid: str) -> Placement | None:
+    """The placement with a uuid; None when there is none."""
+    row = db.execute(f"SELECT {_PLACEMENT} FROM placements WHERE uuid = ?", (uuid,)).fetchone()
+    return _placement(row) if row else None
+
+
+def _move(
+    db: sqlite3.Connection, job_id: int, event: PlacementEvent, more: str = "", *values: object
+) -> bool:
+    """Change the state of a placement as *event* does; whether it changed."""
+    states = sorted(before(event))
+    # an event leads from each state to one, and from several to different ones
+    cases = " ".join(f"WHEN '{state}' THEN '{TRANSITIONS[state, event]}'" for state in states)
+    marks = ", ".join("?" * len(states))
+    return bool(
+        db.execute(
+            f"UPDATE placements SET state = CASE state {cases} END{more}"
+            f" WHERE job_id = ? AND state IN ({marks})",
+            (*values, job_id, *states),
+        ).rowcount
+    )
+
+
+def claim(
+    db: sqlite3.Connection, placed: Placement, limits: Limits, node: str, session: str, now_ns: int
+) -> Job | None:
+    """A node claims a job; the job as it is then, or None when it is not to be had any more."""
+    if not _move(
+        db,
+        placed.job_id,
+        PlacementEvent.CLAIM,
+        ", node = ?, session = ?, attempt = attempt + 1",
+        node,
+        session,
+    ):
+        return None
+    job = queue_rows.admit(db, placed.job_id, limits, now_ns)
+    if job is None:
+        raise RuntimeError(f"job {placed.job_id} has a placement in the queue, and is not there")
+    db.execute("UPDATE jobs SET node = ? WHERE id = ?", (node, placed.job_id))
+    return _job(db, placed.job_id)
+
+
+def started(db: sqlite3.Connection, job_id: int, node_job: Job) -> Job | None:
+    """The command was executed; the job as it is then, or None when that is old news."""
+    if not _move(db, job_id, PlacementEvent.STARTED, ", node_job_id = ?", node_job.id):
+        return None
+    db.execute(
+        "UPDATE jobs SET start_ns = ?, told = iif(told = 'stopping', told, 'running'), workdir = ?"
+        " WHERE id = ? AND state IS NULL",
+        (to_ns(node_job.start), node_job.workdir, job_id),
+    )
+    queue_rows.settle(db, job_id)
+    return _job(db, job_id)
+
+
+def put_back(db: sqlite3.Connection, job_id: int, event: PlacementEvent, now_ns: int) -> Job | None:
+    """A claimed job is nobody's again; the job as it is then, or None when it was not claimed."""
+    if event not in (PlacementEvent.PUT_BACK, PlacementEvent.UNKNOWN):
+        raise ValueError(event)
+    states = db.execute("SELECT state FROM placements WHERE job_id = ?", (job_id,)).fetchone()
+    if states is None or states[0] != PlacementState.CLAIMED:
+        return None
+    _move(db, job_id, event, ", node = '', session = ''")
+    queue_rows.put_back(db, job_id, now_ns)
+    db.execute("UPDATE jobs SET node = '' WHERE id = ?", (job_id,))
+    return _job(db, job_id)
+
+
+def cancelled(db: sqlite3.Connection, job_id: int, detail: str, now_ns: int) -> Job | None:
+    """A job ends that no node has; the job, or None when a node was first."""
+    if not _move(db, job_id, PlacementEvent.CANCELLED):
+        return None
+    return queue_rows.end_without_start(db, job_id, EndReason.CANCELLED, detail, now_ns)
+
+
+def start_failed(db: sqlite3.Connection, job_id: int, detail: str, now_ns: int) -> Job | None:
+    """A claimed job ends, as it can never be executed; the job, or None when it was not claimed."""
+    if not _move(db, job_id, PlacementEvent.START_FAILED):
+        return None
+    return queue_rows.end_without_start(db, job_id, EndReason.START_FAILED, detail, now_ns)
+
+
+def ended(db: sqlite3.Connection, job_id: int, node_job: Job) -> Job | None:
+    """A job has ended as its node has recorded it; the job, or None when that is old news."""
+    if not _move(db, job_id, PlacementEvent.END_SEEN, ", node_job_id = ?", node_job.id):
+        return None
+    status = node_job.exit_status
+    db.execute(
+        "UPDATE jobs SET start_ns = ?, state = ?, end_ns = ?, exit_code = ?, signal = ?, reason = ?,"
+        " usage = ?, output_bytes = ?, workdir = ?, detail = ? WHERE id = ? AND state IS NULL",
+        (
+            to_ns(node_job.start),
+            node_job.state,
+            to_ns(node_job.end) if node_job.end else None,
+            status.code if status and status.signal is None else None,
+            status.signal if status else None,
+            node_job.reason,
+            json.dumps(asdict(node_job.usage)) if node_job.usage else None,
+            node_job.output_bytes,
+            node_job.workdir,
+            node_job.detail,
+            job_id,
+        ),
+    )
+    queue_rows.settle(db, job_id)
+    return _job(db, job_id)
+
+
+def lost(db: sqlite3.Connection, job_id: int, event: PlacementEvent, detail: str, now_ns: int) -> Job | None:
+    """A job is lost with its node; the job, or None when it was not there (any more)."""
+    if not _move(db, job_id, event):
+        return None
+    db.execute(
+        "UPDATE jobs SET state = ?, end_ns = ?, reason = ?, detail = ? WHERE id = ? AND state IS NULL",
+        (JobState.LOST, now_ns, EndReason.NODE_LOST, detail, job_id),
+    )
+    queue_rows.settle(db, job_id)
+    return _job(db, job_id)
+
+
+def keep_late_end(db: sqlite3.Connection, job_id: int, node_job_id: int, text: str) -> None:
+    """Keep what the node has recorded of a job that was told to be lost."""
+    db.execute(
+        "UPDATE placements SET late_end = ?, node_job_id = ? WHERE job_id = ? AND state = 'lost'",
+        (text, node_job_id, job_id),
+    )
+
+
+def ask_stop(db: sqlite3.Connection, job_id: int, signal: int, grace: float | None) -> None:
+    """Note that a job is to be stopped, until its node has heard of it; the job is shown as one."""
+    db.execute(
+        "UPDATE placements SET stop_signal = ?, stop_grace = ? WHERE job_id = ?", (signal, grace, job_id)
+    )
+    db.execute("UPDATE jobs SET told = 'stopping' WHERE id = ? AND state IS NULL AND start_ns > 0", (job_id,))
+
+
+def to_fence(db: sqlite3.Connection, node: str) -> list[str]:
+    """The uuids of jobs that were told to be lost with a node, and whose ends it has not told since."""
+    query = "SELECT uuid FROM placements WHERE node = ? AND state = 'lost' AND late_end = ''"
+    return [uuid for (uuid,) in db.execute(query, (node,))]
+
+
+def to_remove(db: sqlite3.Connection, node: str, count: int) -> list[Placement]:
+    """Placements whose jobs were removed here, and that are still on a node."""
+    query = f"SELECT {_PLACEMENT} FROM placements INDEXED BY placements_removed WHERE removed AND node = ?"
+    return [_placement(row) for row in db.execute(f"{query} LIMIT ?", (node, count))]
+
+
+def forget(db: sqlite3.Connection, job_ids: Sequence[int]) -> None:
+    """Nothing is left of these on their node."""
+    db.executemany("DELETE FROM placements WHERE job_id = ? AND removed", [(each,) for each in job_ids])
+
+
+def _job(db: sqlite3.Connection, job_id: int) -> Job:
+    return job_of(db.execute(f"SELECT {COLUMNS} FROM jobs WHERE id = ?", (job_id,)).fetchone())
+
+
+# --- nodes
+
+
+def nodes(db: sqlite3.Connection) -> list[NodeRow]:
+    """All nodes that were ever seen, and not forgotten."""
+    rows = db.execute(
+        "SELECT name, address, version, boot_id, cpu_max_millicores, memory_max_bytes, uid_first, uid_count,"
+        " drained, is_lost FROM nodes ORDER BY name"
+    )
+    return [NodeRow(*row) for row in rows]
+
+
+def keep_node(db: sqlite3.Connection, node: NodeRow) -> None:
+    """Write down what is known of a node."""
+    db.execute(
+        "INSERT OR REPLACE INTO nodes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            node.name,
+            node.address,
+            node.version,
+            node.boot_id,
+            node.cpu_max_millicores,
+            node.memory_max_bytes,
+            node.uid_first,
+            node.uid_count,
+            node.drained,
+            node.is_lost,
+        ),
+    )

@@ -1,0 +1,212 @@
+"""NodeService: what nodes tell of the jobs that they have, and the claims by which they get them."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import Final
+
+import grpc
+from google.protobuf.json_format import MessageToJson
+
+from pjw.cluster.v1 import cluster_pb2 as pb
+from pjw.errors import InvalidJobError, JobStateError, NotAllowedError
+from pjw.gateway import rows
+from pjw.gateway.jobs import Placed, Placements
+from pjw.gateway.node_guard import NodeGuard
+from pjw.gateway.nodes import Node, Nodes, Session
+from pjw.gateway.states import PlacementEvent, PlacementState
+from pjw.rpc.convert import job_from_message, spec_to_message
+from pjw.worker.queue_rows import WaitingJob
+from pjw.worker.store import JobStore
+
+NODE_SERVICE: Final = pb.DESCRIPTOR.services_by_name["NodeService"].full_name
+# So many uuids are in a question at most.
+_ASKED_AT_ONCE: Final = 1000
+
+log: Final = logging.getLogger(__name__)
+
+
+class Sessions:
+    """The sessions of all nodes."""
+
+    def __init__(
+        self,
+        store: JobStore,
+        nodes: Nodes,
+        placements: Placements,
+        run_here: Callable[[Placed, Node], None],
+    ) -> None:
+        self._store: Final = store
+        self._nodes: Final = nodes
+        self._placements: Final = placements
+        # called with a job that a node has, when there may be something to tell the node of it
+        self._run_here: Final = run_here
+
+    def handlers(self, guard: NodeGuard) -> grpc.GenericRpcHandler:
+        """The table of methods, each behind the guard of nodes."""
+        return grpc.method_handlers_generic_handler(
+            NODE_SERVICE,
+            {
+                "Session": guard.bidi(self.session, pb.SessionRequest),
+                "Claim": guard.unary(self.claim, pb.ClaimRequest),
+            },
+        )
+
+    # --- claims
+
+    async def claim(self, request: pb.ClaimRequest, name: str) -> pb.ClaimResponse:
+        """Give a job to the node that it was assigned to."""
+        node = self._nodes.known.get(name)
+        if node is None or node.session is None or node.session.hello.session != request.session:
+            raise JobStateError("the session of this claim is over")
+        claimed = await self._placements.claim(request.uuid, node, request.session)
+        if claimed is None:
+            raise JobStateError(f"job {request.uuid} is not to be had by node {name}")
+        placed, waiting = claimed
+        return await self._granted(placed, waiting)
+
+    async def _granted(self, placed: Placed, waiting: WaitingJob) -> pb.ClaimResponse:
+        job = placed.job
+        start = spec_to_message(waiting.spec())
+        for limit, value in job.limits.items():
+            setattr(start.limits, limit, value)
+        # of this gateway's own names, which a job of another life of it may bear on the node still
+        start.name, start.request_id = "", ""
+        return pb.ClaimResponse(
+            uuid=placed.placement.uuid,
+            client_name=job.client_name,
+            client_number=await self._store.client_number(job.client_name),
+            start=start,
+        )
+
+    # --- sessions
+
+    async def session(
+        self, requests: AsyncIterator[pb.SessionRequest], name: str, admit: Callable[[], None]
+    ) -> AsyncGenerator[pb.SessionResponse, None]:
+        """Hear a node and tell it, until one of both ends."""
+        first = await anext(requests, None)
+        if first is None or not first.HasField("hello"):
+            raise JobStateError("the first message of a session is Hello")
+        if first.hello.node != name:
+            raise NotAllowedError(f"the certificate is that of node {name}, which is not {first.hello.node}")
+        session = Session(first.hello)
+        node = await self._nodes.connected(session)
+        hearing = asyncio.ensure_future(self._hear_all(requests, node, session, admit))
+        hearing.add_done_callback(lambda _: session.close())
+        try:
+            yield pb.SessionResponse(
+                welcome=pb.Welcome(
+                    heartbeat_ms=round(self._nodes.heartbeat_seconds * 1000),
+                    lost_after_ms=round(self._nodes.lost_after_seconds * 1000),
+                )
+            )
+            await self._begin(node, session)
+            async for message in session.messages():
+                yield message
+            if hearing.done():
+                # why it has ended, if that is a reason
+                hearing.result()
+        finally:
+            hearing.cancel()
+            self._nodes.session_over(node, session)
+
+    async def _begin(self, node: Node, session: Session) -> None:
+        """Ask for what was claimed before this session, and have ended what was given up."""
+        uuids = [
+            placed.placement.uuid
+            for placed in self._placements.on(node)
+            if placed.placement.session != session.hello.session
+        ]
+        for start in range(0, len(uuids), _ASKED_AT_ONCE):
+            session.say(pb.SessionResponse(ask=pb.Ask(uuids=uuids[start : start + _ASKED_AT_ONCE])))
+        for uuid in await self._store.transact(rows.to_fence, node.row.name):
+            session.fence(uuid)
+        node.has_changed()
+        self._nodes.came()
+
+    async def _hear_all(
+        self,
+        requests: AsyncIterator[pb.SessionRequest],
+        node: Node,
+        session: Session,
+        admit: Callable[[], None],
+    ) -> None:
+        async for request in requests:
+            if session.over.is_set():
+                return
+            self._nodes.heard(node)
+            match request.WhichOneof("message"):
+                case "heartbeat":
+                    # a session outlives the handshake: its certificate may have ended, or been revoked
+                    admit()
+                    session.say(pb.SessionResponse(heartbeat=pb.Heartbeat()))
+                case "started":
+                    await self._started(request.started, node, session)
+                case "failed":
+                    await self._failed(request.failed, node)
+                case "ended":
+                    await self._ended(request.ended, node, session)
+                case "unknown":
+                    await self._unknown(request.unknown.uuid, node)
+                case _:
+                    pass
+
+    def _of(self, uuid: str, node: Node) -> Placed | None:
+        """A job that this node has; none of another node, whatever this one tells of it."""
+        placed = self._placements.of(uuid)
+        return placed if placed is not None and placed.placement.node == node.row.name else None
+
+    async def _started(self, message: pb.Started, node: Node, session: Session) -> None:
+        placed = self._of(message.uuid, node)
+        if placed is None:
+            await self._fence_if_lost(message.uuid, node, session)
+            return
+        await self._placements.started(placed, node, job_from_message(message.job))
+        self._run_here(placed, node)
+
+    async def _failed(self, message: pb.Failed, node: Node) -> None:
+        placed = self._of(message.uuid, node)
+        if placed is None:
+            return
+        if message.again:
+            log.warning("node %s cannot start job %d: %s", node.row.name, placed.job.id, message.detail)
+            await self._placements.put_back(placed, node, PlacementEvent.PUT_BACK)
+        else:
+            await self._placements.start_failed(placed, message.detail)
+
+    async def _ended(self, message: pb.Ended, node: Node, session: Session) -> None:
+        job = job_from_message(message.job)
+        if not job.state.final:
+            raise InvalidJobError(f"node {node.row.name} tells an end of a job that is {job.state}")
+        if (placed := self._of(message.uuid, node)) is not None:
+            await self._placements.end(placed, job)
+        else:
+            # told before, and not acknowledged; or late, of a job that was told to be lost
+            placement = await self._store.transact(rows.by_uuid, message.uuid)
+            if placement is not None and placement.node == node.row.name:
+                await self._store.transact(
+                    rows.keep_late_end,
+                    placement.job_id,
+                    message.job.id,
+                    MessageToJson(message.job, indent=None),
+                )
+                await self._store.sync()
+        session.say(pb.SessionResponse(ack=pb.Ack(uuid=message.uuid)))
+
+    async def _unknown(self, uuid: str, node: Node) -> None:
+        if (placed := self._of(uuid, node)) is not None:
+            await self._placements.unknown(placed, node)
+            return
+        placement = await self._store.transact(rows.by_uuid, uuid)
+        if placement is not None and placement.node == node.row.name:
+            await self._store.transact(rows.keep_late_end, placement.job_id, 0, "unknown")
+
+    async def _fence_if_lost(self, uuid: str, node: Node, session: Session) -> None:
+        placement = await self._store.transact(rows.by_uuid, uuid)
+        if (
+            placement is not None
+            and placement.node == node.row.name
+            and placement.state is PlacementState.LOST
+        ):
+            session.fence(uuid)

@@ -1,0 +1,111 @@
+"""The state directory of a gateway: its job table, and secrets of jobs that no node has yet.
+
+STATE/             the gateway's own user's, 0700
+jobs.sqlite        the jobs, their placements, and the nodes
+secrets/           of jobs that wait for a node, see worker/secret_files.py
+gateway.lock       held by the gateway
+
+No output is here: that is on the nodes.
+"""
+
+import asyncio
+import os
+import stat
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from pjw.errors import ConfigError, KernelError, LimitReachedError, describe_errno
+from pjw.worker.secret_files import SecretFiles
+from pjw.worker.store import JobStore
+
+_TABLE: Final = "jobs.sqlite"
+
+
+class GatewayState:
+    """An open state directory. Opened as root, if it was; used on after privilege was dropped."""
+
+    def __init__(
+        self, path: str, files: Sequence[str] = (), audit_log: str | None = None, uid: int | None = None
+    ) -> None:
+        """Open the directory, which `make` has made for user *uid*. Raises ConfigError.
+
+        *files* are the operator's, which a reload reads again, and *audit_log* is the path of that.
+        """
+        self.path: Final = os.path.realpath(path)
+        self._files: Final = files
+        self._audit_log: Final = audit_log
+        table = os.path.join(self.path, _TABLE)
+        try:
+            # before SQLite makes it, with a mode of its own
+            os.close(os.open(table, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+        except OSError as error:
+            raise _unusable(path, error) from error
+        try:
+            self.store: Final = JobStore(table)
+            # By descriptor: its owner may not be able to reach it by name (a parent of mode 0700).
+            self.descriptor: Final = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            self.store.secrets = SecretFiles(f"/proc/self/fd/{self.descriptor}")
+            for name in os.listdir(self.descriptor):
+                if uid is not None and name.startswith(_TABLE):
+                    os.chown(name, uid, uid, dir_fd=self.descriptor, follow_symlinks=False)
+        except (KernelError, LimitReachedError) as error:
+            raise ConfigError(str(error), hint="is the disk writable and not full?") from error
+
+    def close(self) -> None:
+        """Write what is pending and close."""
+        self.store.close()
+        os.close(self.descriptor)
+
+    async def in_thread(self, function: Callable[[int], None], job_id: int, /) -> None:
+        """Call what waits for the disk."""
+        await asyncio.to_thread(function, job_id)
+
+    def remove_job(self, job_id: int) -> None:
+        """Nothing: a gateway has no files of jobs. The table notes what is to be removed on its node."""
+
+    def open_operator_file(self, place: int) -> int:
+        """One of the operator's files, open for reading. Raises ConfigError."""
+        path = self._files[place]
+        try:
+            return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {describe_errno(error.errno or 0)}") from error
+
+    def open_audit_log(self) -> int:
+        """The audit log, open for appending. Raises ConfigError."""
+        path = self._audit_log or ""
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+        try:
+            return os.open(path, flags, 0o600)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot open the audit log {path}: {describe_errno(error.errno or 0)}"
+            ) from error
+
+
+def make(path: str, uid: int | None) -> None:
+    """Make the directory where it is missing, for user *uid* (None: who we are). Raises ConfigError."""
+    try:
+        os.makedirs(path, 0o700, exist_ok=True)
+        status = os.stat(path)
+        wanted = os.geteuid() if uid is None else uid
+        if not stat.S_ISDIR(status.st_mode) or status.st_mode & 0o077:
+            raise ConfigError(
+                f"cannot use the state directory {path}: others may enter it", hint=f"chmod 700 {path}"
+            )
+        if status.st_uid != wanted:
+            if os.geteuid() != 0 or os.listdir(path):
+                raise ConfigError(
+                    f"cannot use the state directory {path}: it belongs to user {status.st_uid}, and the"
+                    f" gateway is user {wanted}"
+                )
+            os.chown(path, wanted, wanted)
+    except OSError as error:
+        raise _unusable(path, error) from error
+
+
+def _unusable(path: str, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"cannot use the state directory {path}: {describe_errno(error.errno or 0)}",
+        hint="give a directory on a local disk with --state-dir",
+    )

@@ -1,0 +1,60 @@
+"""What jobs use now, asked of the nodes that have them."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Final
+
+from pjw.errors import PjwError
+from pjw.gateway.dial import Dial
+from pjw.gateway.jobs import Placed
+from pjw.gateway.nodes import Node, Nodes
+from pjw.model import Job, UsageSample
+from pjw.rpc.convert import sample_from_message
+from pjw.v1 import job_worker_pb2 as pb
+
+# A node that takes longer is left out: who asks for a job wants to know more than what it uses.
+_SECONDS: Final = 2.0
+# So many jobs of a cluster are asked for at a time.
+_AT_ONCE: Final = 32
+
+
+async def with_usage(dial: Dial, nodes: Nodes, placed: Placed, job: Job) -> Job:
+    """A job that runs, with what it uses, and what its node says of it; *job* itself if the node does not."""
+    answer = await _asked(dial, nodes.known.get(placed.placement.node), placed, _SECONDS)
+    if placed.ended.is_set():
+        return placed.job
+    if answer is None:
+        return job
+    sample = sample_from_message(answer.usage_now) if answer.HasField("usage_now") else None
+    return replace(job, usage_now=sample, detail=answer.detail or job.detail)
+
+
+async def usage_now(
+    dial: Dial, nodes: Nodes, placed: Sequence[Placed], seconds: float
+) -> Mapping[int, UsageSample]:
+    """What jobs use, by their ids; those are missing of which the node says nothing in so many seconds."""
+    turns = asyncio.Semaphore(_AT_ONCE)
+    samples: dict[int, UsageSample] = {}
+
+    async def ask(each: Placed) -> None:
+        async with turns:
+            answer = await _asked(dial, nodes.known.get(each.placement.node), each, seconds)
+        if answer is not None and answer.HasField("usage_now"):
+            samples[each.job.id] = sample_from_message(answer.usage_now)
+
+    await asyncio.gather(*map(ask, placed))
+    return samples
+
+
+async def _asked(dial: Dial, node: Node | None, placed: Placed, seconds: float) -> pb.Job | None:
+    node_job_id = placed.placement.node_job_id
+    if node is None or node.session is None or not node_job_id:
+        return None
+    try:
+        answer: pb.GetResponse = await dial.call(
+            node, "Get", pb.GetRequest(id=node_job_id), placed.job.client_name, seconds
+        )
+    except PjwError:
+        return None
+    return answer.job

@@ -1,0 +1,173 @@
+"""Keeps a session with the gateway, whoever of the two goes away meanwhile.
+
+A node does not end its jobs because it cannot see the gateway: they go on, and their ends are told later.
+"""
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+import grpc
+
+from pjw.certs.files import Credentials
+from pjw.cluster.v1 import cluster_pb2 as pb
+from pjw.cluster.v1.cluster_pb2_grpc import NodeServiceStub
+from pjw.errors import PjwError, ServerUnreachableError
+from pjw.node.jobs import Claim, Jobs, Said
+from pjw.worker import Worker
+from pjw.worker.store import JobStore
+
+FIRST_PAUSE_SECONDS: Final = 0.1
+LONGEST_PAUSE_SECONDS: Final = 2.0
+# Until the gateway has said how long it waits for us.
+_WELCOME_SECONDS: Final = 30.0
+_CLAIM_SECONDS: Final = 60.0
+_OPTIONS: Final = [
+    ("grpc.enable_http_proxy", 0),
+    # a connection of its own for each session, so that none inherits the backoff of the one before
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.max_receive_message_length", 16 * 1024 * 1024),
+]
+_LOOPBACK: Final = ("127.0.0.1:", "[::1]:")
+
+log: Final = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSettings:
+    """Who a node is, where its gateway is, and what its jobs may have."""
+
+    name: str
+    gateway: str
+    # where the gateway reaches this node
+    address: str
+    version: str
+    boot_id: str
+    cpu_max_millicores: int
+    memory_max_bytes: int
+    uid_first: int
+    uid_count: int
+
+
+class Node:
+    """The session with the gateway, again and again."""
+
+    def __init__(
+        self,
+        worker: Worker,
+        store: JobStore,
+        settings: NodeSettings,
+        credentials: Callable[[], Credentials],
+    ) -> None:
+        self._settings: Final = settings
+        # asked for each session: a reload may have brought others
+        self._credentials: Final = credentials
+        self._jobs: Final = Jobs(worker, store)
+        self._pause = FIRST_PAUSE_SECONDS
+        self._told = ""
+
+    async def run(self) -> None:
+        """Keep a session for ever."""
+        try:
+            while True:
+                try:
+                    await self._session()
+                    self._say("the gateway has ended the session")
+                except grpc.aio.AioRpcError as error:
+                    self._say(f"{error.code().name}: {error.details()}")
+                except PjwError as error:
+                    self._say(str(error))
+                # a gateway that restarts must not be asked by all of its nodes at once
+                await asyncio.sleep(self._pause * (1 - os.urandom(1)[0] / 512))
+                self._pause = min(2 * self._pause, LONGEST_PAUSE_SECONDS)
+        finally:
+            await self._jobs.close()
+
+    def _say(self, words: str) -> None:
+        # once, and not at each attempt
+        if words != self._told:
+            log.warning("no session with the gateway %s, trying again: %s", self._settings.gateway, words)
+            self._told = words
+
+    async def _session(self) -> None:
+        target, credentials = self._settings.gateway, self._credentials()
+        options: list[tuple[str, int | str]] = list(_OPTIONS)
+        if target.startswith(_LOOPBACK):
+            # localhost by definition, which every server's certificate of ours names
+            options.append(("grpc.ssl_target_name_override", "localhost"))
+        tls = grpc.ssl_channel_credentials(credentials.ca_pem, credentials.key_pem, credentials.crt_pem)
+        async with grpc.aio.secure_channel(target, tls, options) as channel:
+            # the stubs know only the class that blocks
+            stub: Any = NodeServiceStub(channel)
+            said = Said(os.urandom(16).hex())
+            call = stub.Session(said.messages(self._hello(said.session)))
+            try:
+                await self._heard(call.__aiter__(), partial(stub.Claim, timeout=_CLAIM_SECONDS), said)
+            finally:
+                said.close()
+                self._jobs.session_ended()
+                call.cancel()
+
+    async def _heard(self, answers: AsyncIterator[pb.SessionResponse], claim: Claim, said: Said) -> None:
+        first = await _next(answers, _WELCOME_SECONDS)
+        if first is None:
+            return
+        if not first.HasField("welcome"):
+            raise ServerUnreachableError("the gateway did not say welcome")
+        heartbeat, lost_after = first.welcome.heartbeat_ms / 1000, first.welcome.lost_after_ms / 1000
+        log.info("session with the gateway %s", self._settings.gateway)
+        self._pause, self._told = FIRST_PAUSE_SECONDS, ""
+        beating = asyncio.ensure_future(_beat(said, heartbeat))
+        telling = asyncio.ensure_future(self._jobs.tell_ends(said))
+        hearing = asyncio.ensure_future(self._hear_all(answers, claim, said, lost_after))
+        tasks = {beating, telling, hearing}
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in tasks:
+                if task.done():
+                    task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _hear_all(
+        self, answers: AsyncIterator[pb.SessionResponse], claim: Claim, said: Said, lost_after: float
+    ) -> None:
+        # whoever hears nothing for so long is told lost by the other side
+        while (response := await _next(answers, lost_after)) is not None:
+            self._jobs.hear(response, claim, said)
+
+    def _hello(self, session: str) -> pb.SessionRequest:
+        settings = self._settings
+        return pb.SessionRequest(
+            hello=pb.Hello(
+                node=settings.name,
+                session=session,
+                boot_id=settings.boot_id,
+                version=settings.version,
+                address=settings.address,
+                cpu_max_millicores=settings.cpu_max_millicores,
+                memory_max_bytes=settings.memory_max_bytes,
+                uid_first=settings.uid_first,
+                uid_count=settings.uid_count,
+            )
+        )
+
+
+async def _beat(said: Said, seconds: float) -> None:
+    while True:
+        await asyncio.sleep(seconds)
+        said.say(pb.SessionRequest(heartbeat=pb.Heartbeat()))
+
+
+async def _next(answers: AsyncIterator[pb.SessionResponse], seconds: float) -> pb.SessionResponse | None:
+    try:
+        async with asyncio.timeout(seconds):
+            return await anext(answers, None)
+    except TimeoutError:
+        raise ServerUnreachableError(f"nothing was heard of the gateway for {seconds:g} s") from None

@@ -1,0 +1,212 @@
+"""What a node does for its gateway: it claims and starts jobs, tells of them, and ends what was given up.
+
+A job's row is there before its process, with the uuid of the gateway in its request id. So the table answers
+for every claim, whatever was killed in between: a job without a row was never started, and never will be.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import replace
+from functools import partial
+from typing import Final
+
+import grpc
+
+from pjw.cluster.v1 import cluster_pb2 as pb
+from pjw.errors import JobNotFoundError, KernelError, LauncherGoneError, LimitReachedError, PjwError
+from pjw.model import Job
+from pjw.node import rows
+from pjw.rpc.convert import job_to_message, spec_from_message
+from pjw.worker import Worker
+from pjw.worker.background import Background
+from pjw.worker.store import JobStore
+
+# Makes a claim at the gateway; raises AioRpcError.
+Claim = Callable[[pb.ClaimRequest], Awaitable[pb.ClaimResponse]]
+
+log: Final = logging.getLogger(__name__)
+
+
+class Said:
+    """What a node says in one session, in its order."""
+
+    def __init__(self, session: str) -> None:
+        self.session: Final = session
+        self._waiting: Final[deque[pb.SessionRequest]] = deque()
+        self._woken: Final = asyncio.Event()
+        self._closed = False
+
+    def say(self, message: pb.SessionRequest) -> None:
+        """Say something; nothing when the session is over."""
+        if not self._closed:
+            self._waiting.append(message)
+            self._woken.set()
+
+    def close(self) -> None:
+        """The session is over."""
+        self._closed = True
+        self._woken.set()
+
+    async def messages(self, hello: pb.SessionRequest) -> AsyncGenerator[pb.SessionRequest, None]:
+        """All that is said, behind *hello*."""
+        yield hello
+        while not self._closed:
+            while self._waiting:
+                yield self._waiting.popleft()
+            self._woken.clear()
+            if not self._closed:
+                await self._woken.wait()
+
+
+class Jobs:
+    """The jobs of the gateway on this node."""
+
+    def __init__(self, worker: Worker, store: JobStore) -> None:
+        self._worker: Final = worker
+        self._store: Final = store
+        self._background: Final = Background()
+        # claims that were begun, and of which it is not known yet whether there is a row
+        self._claims: Final[dict[str, asyncio.Task[None]]] = {}
+        # ends that were told in this session, and are not acknowledged yet
+        self._told: Final[set[str]] = set()
+        self._ended: Final = asyncio.Event()
+        worker.on_end(lambda _: self._ended.set())
+
+    async def close(self) -> None:
+        """Let go of everything; jobs go on."""
+        for task in self._claims.values():
+            task.cancel()
+        await asyncio.gather(*self._claims.values(), return_exceptions=True)
+        await self._background.close()
+
+    def session_ended(self) -> None:
+        """What was not acknowledged is told again."""
+        self._told.clear()
+        self._ended.set()
+
+    def hear(self, response: pb.SessionResponse, claim: Claim, said: Said) -> None:
+        """Do what the gateway says."""
+        match response.WhichOneof("message"):
+            case "assign":
+                self._assigned(response.assign.uuid, claim, said)
+            case "ask":
+                for uuid in response.ask.uuids:
+                    self._background.spawn(self._answer(uuid, said))
+            case "fence":
+                self._background.spawn(self._fence(response.fence.uuid, said))
+            case "ack":
+                self._background.spawn(self._acknowledged(response.ack.uuid))
+            case _:
+                # a heartbeat; or what only a newer gateway says, which it does not rely on
+                pass
+
+    # --- claims
+
+    def _assigned(self, uuid: str, claim: Claim, said: Said) -> None:
+        if uuid in self._claims:
+            return
+        task = asyncio.ensure_future(self._claim(uuid, claim, said))
+        self._claims[uuid] = task
+        task.add_done_callback(partial(self._claim_over, uuid))
+
+    def _claim_over(self, uuid: str, task: asyncio.Task[None]) -> None:
+        del self._claims[uuid]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a claim failed", exc_info=error)
+
+    async def _claim(self, uuid: str, claim: Claim, said: Said) -> None:
+        try:
+            granted = await claim(pb.ClaimRequest(session=said.session, uuid=uuid))
+        except grpc.aio.AioRpcError as error:
+            # Whether it was granted or not, we do not start it: the gateway asks in the next session.
+            log.info("job %s was not claimed: %s", uuid, error.details())
+            return
+        try:
+            job = await self._start(uuid, granted)
+        except LauncherGoneError:
+            # it may have been started: the next pjwd knows
+            return
+        except PjwError as error:
+            again = isinstance(error, LimitReachedError | KernelError)
+            if again:
+                log.warning("cannot start job %s of the gateway now: %s", uuid, error)
+            said.say(pb.SessionRequest(failed=pb.Failed(uuid=uuid, detail=str(error), again=again)))
+            return
+        said.say(_started(uuid, job))
+
+    async def _start(self, uuid: str, granted: pb.ClaimResponse) -> Job:
+        name, number = granted.client_name, granted.client_number
+        if fault := await self._store.transact(rows.number_client, name, number):
+            log.error("this node serves no jobs of %s: %s", name, fault)
+            raise LimitReachedError(f"the node cannot give {name} its user id: {fault}")
+        spec = replace(spec_from_message(granted.start), request_id=rows.request_id_of(uuid))
+        return await self._worker.start(spec, name)
+
+    # --- what the gateway wants to know, and what it is told
+
+    async def _answer(self, uuid: str, said: Said) -> None:
+        """Say what has become of a job that was claimed in an earlier session."""
+        if (claim := self._claims.get(uuid)) is not None:
+            # not of a claim that is in flight: it may have a row in a moment
+            await asyncio.wait({claim})
+        job = await self._find(uuid)
+        if job is None:
+            said.say(pb.SessionRequest(unknown=pb.Unknown(uuid=uuid)))
+        elif job.state.final:
+            self._told.add(uuid)
+            said.say(_ended(uuid, job))
+        else:
+            said.say(_started(uuid, job))
+
+    async def _find(self, uuid: str) -> Job | None:
+        job = await self._store.transact(rows.find, uuid)
+        if job is None or job.state.final:
+            return job
+        try:
+            return await self._worker.get(job.id)
+        except JobNotFoundError:
+            return None
+
+    async def tell_ends(self, said: Said) -> None:
+        """Tell of each end that the gateway has not acknowledged, for as long as the session lasts."""
+        while True:
+            self._ended.clear()
+            for uuid, job in await self._store.transact(rows.ends_to_tell, tuple(self._told)):
+                self._told.add(uuid)
+                said.say(_ended(uuid, job))
+            await self._ended.wait()
+
+    async def _acknowledged(self, uuid: str) -> None:
+        await self._store.transact(rows.told, uuid)
+        self._told.discard(uuid)
+        # there may be more than are told at a time
+        self._ended.set()
+
+    async def _fence(self, uuid: str, said: Said) -> None:
+        """End a job that the gateway has told to be lost; its end is told as any other."""
+        if (claim := self._claims.get(uuid)) is not None:
+            await asyncio.wait({claim})
+        job = await self._find(uuid)
+        if job is not None and not job.state.final:
+            log.warning("job %d is ended: the gateway has told it to be lost", job.id)
+            await self._worker.stop(job.id, 0)
+        elif job is not None:
+            await self._tell_again(uuid)
+        else:
+            said.say(pb.SessionRequest(unknown=pb.Unknown(uuid=uuid)))
+
+    async def _tell_again(self, uuid: str) -> None:
+        # the end of a job that is lost for the gateway may have been acknowledged before
+        self._told.discard(uuid)
+        await self._store.transact(rows.tell_again, uuid)
+        self._ended.set()
+
+
+def _started(uuid: str, job: Job) -> pb.SessionRequest:
+    return pb.SessionRequest(started=pb.Started(uuid=uuid, job=job_to_message(job)))
+
+
+def _ended(uuid: str, job: Job) -> pb.SessionRequest:
+    return pb.SessionRequest(ended=pb.Ended(uuid=uuid, job=job_to_message(job)))

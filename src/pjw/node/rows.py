@@ -1,0 +1,69 @@
+"""The jobs of a gateway in the table of a node: known by their request ids, each end told until it counts.
+
+Each function is called in the table's thread, in a transaction (`JobStore.transact`).
+"""
+
+import sqlite3
+from collections.abc import Collection
+from typing import Final
+
+from pjw.model import Job
+from pjw.worker.rows import COLUMNS, job_of
+
+# what the request ids of such jobs begin with, before the uuid that the gateway gave
+PREFIX: Final = "cluster:"
+# the words of the partial indexes (worker/schema.py)
+_OF_CLUSTER: Final = "request_id >= 'cluster:' AND request_id < 'cluster;'"
+# So many ends are told at a time; the next ones follow their acknowledgements.
+TOLD_AT_ONCE: Final = 100
+
+
+def request_id_of(uuid: str) -> str:
+    """The request id of a job."""
+    return PREFIX + uuid
+
+
+def find(db: sqlite3.Connection, uuid: str) -> Job | None:
+    """The job with this uuid, as the table has it; None when none was made."""
+    row = db.execute(
+        f"SELECT {COLUMNS} FROM jobs INDEXED BY jobs_of_cluster WHERE {_OF_CLUSTER} AND request_id = ?",
+        (request_id_of(uuid),),
+    ).fetchone()
+    return job_of(row) if row else None
+
+
+def ends_to_tell(db: sqlite3.Connection, without: Collection[str]) -> list[tuple[str, Job]]:
+    """Jobs, with their uuids, whose ends are not acknowledged, but those *without* which it is asked for."""
+    marks = ", ".join("?" * len(without))
+    rows = db.execute(
+        f"SELECT {COLUMNS}, request_id FROM jobs INDEXED BY jobs_to_report"
+        f" WHERE state IS NOT NULL AND reported = 0 AND {_OF_CLUSTER} AND request_id NOT IN ({marks})"
+        " ORDER BY id LIMIT ?",
+        (*map(request_id_of, without), TOLD_AT_ONCE),
+    )
+    return [(row[-1].removeprefix(PREFIX), job_of(row[:-1])) for row in rows]
+
+
+def told(db: sqlite3.Connection, uuid: str) -> None:
+    """The gateway has written the end of this job down."""
+    db.execute(f"UPDATE jobs SET reported = 1 WHERE {_OF_CLUSTER} AND request_id = ?", (request_id_of(uuid),))
+
+
+def number_client(db: sqlite3.Connection, name: str, number: int) -> str:
+    """Give a client the number that it has at the gateway; why not, if another one holds, else nothing.
+
+    The number is the client's user id on all nodes: a node where that is another user's must not serve.
+    """
+    row = db.execute("SELECT number FROM clients WHERE name = ?", (name,)).fetchone()
+    if row is not None:
+        return "" if row[0] == number else f"{name} has the number {row[0]} here, and {number} at the gateway"
+    row = db.execute("SELECT name FROM clients WHERE number = ?", (number,)).fetchone()
+    if row is not None:
+        return f"the number {number} of {name} at the gateway is that of {row[0]} here"
+    db.execute("INSERT INTO clients (name, number) VALUES (?, ?)", (name, number))
+    return ""
+
+
+def tell_again(db: sqlite3.Connection, uuid: str) -> None:
+    """Have the end of this job told once more."""
+    db.execute(f"UPDATE jobs SET reported = 0 WHERE {_OF_CLUSTER} AND request_id = ?", (request_id_of(uuid),))

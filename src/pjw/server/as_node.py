@@ -1,0 +1,68 @@
+"""From the configuration of a pjwd to the node of a gateway that it is. No other pjwd loads this."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from pjw.certs.files import ServerCredentials
+from pjw.certs.identity import node_of
+from pjw.errors import ConfigError, NotAuthenticatedError
+from pjw.node.agent import Node, NodeSettings
+from pjw.server.config import ServerConfig
+from pjw.version import version
+from pjw.worker import Worker, WorkerSettings
+from pjw.worker.host import memory_of, resources
+from pjw.worker.store import JobStore
+
+_BOOT_ID: Final = "/proc/sys/kernel/random/boot_id"
+# of an address where pjwd listens and nobody can connect to
+_ANY: Final = ("0.0.0.0:", "[::]:")
+
+
+def node_of_config(
+    config: ServerConfig,
+    settings: WorkerSettings,
+    worker: Worker,
+    store: JobStore,
+    listening: str,
+    credentials: Callable[[], ServerCredentials],
+) -> Node:
+    """The node, which has not called yet. Raises ConfigError for a configuration that is no node's."""
+    gateway = config.cluster.gateway
+    assert gateway is not None
+    try:
+        name = node_of(credentials().crt_pem)
+    except NotAuthenticatedError as error:
+        raise ConfigError(
+            f"this pjwd cannot be a node of {gateway}: {error}",
+            hint=f"{error.hint}; let server_crt and server_key name it" if error.hint else None,
+        ) from error
+    if not config.roles.gateways:
+        raise ConfigError(
+            f"this pjwd cannot be a node of {gateway}: it lets no gateway in",
+            hint="name the client of the gateway's certificate in roles.gateways",
+        )
+    address = config.cluster.address or listening
+    if address.startswith(_ANY):
+        raise ConfigError(
+            f"this pjwd cannot be a node of {gateway}: it listens on all addresses, and a gateway needs one",
+            hint="give cluster.address",
+        )
+    queue = settings.queue
+    cpu, memory = queue.cpu_max_millicores, queue.memory_max_bytes
+    return Node(
+        worker,
+        store,
+        NodeSettings(
+            name=name,
+            gateway=gateway,
+            address=address,
+            version=version(),
+            boot_id=Path(_BOOT_ID).read_text().strip(),
+            cpu_max_millicores=resources().cpu_max_millicores if cpu is None else cpu,
+            memory_max_bytes=memory_of(settings.sums) if memory is None else memory,
+            uid_first=worker.uid_first,
+            uid_count=settings.uid_count,
+        ),
+        credentials,
+    )

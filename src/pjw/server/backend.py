@@ -1,0 +1,229 @@
+"""What answers the calls of clients: the jobs of this machine (`pjw.worker.Worker`), or those of many.
+
+The guard, the service, quotas and the lists of who watches know this alone. `Worker` is one; mypy sees to
+that where serve.py hands it over.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from datetime import datetime
+from typing import Protocol
+
+from pjw.arrays import Element
+from pjw.model import (
+    Archive,
+    ClientQuota,
+    Image,
+    ImageConfig,
+    Job,
+    JobSpec,
+    Session,
+    TerminalSize,
+    UsageSample,
+    Workspace,
+)
+from pjw.output import Head
+from pjw.worker import Part, WorkerSettings
+from pjw.worker.changes import Batch, Watched
+from pjw.worker.egress import Connection
+from pjw.worker.numbers import WorkerNumbers
+from pjw.worker.pages import JobFilter, Page
+
+
+class Written(Protocol):
+    """Input that is being written: `worker.input.InputWriter` is one."""
+
+    @property
+    def offset(self) -> int:
+        """How many bytes there are."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether these are all."""
+
+    async def write(self, offset: int, data: bytes, *, end: bool = False) -> None:
+        """Add bytes, and the end. Raises OffsetError for a gap."""
+
+
+class Reading(Protocol):
+    """A part of a job's output that is about to be read: `worker.logs.Reading` is one."""
+
+    @property
+    def offset(self) -> int:
+        """Where it begins."""
+
+    def chunks(self, head: Head = ...) -> AsyncGenerator[bytes, None]:
+        """Its bytes, as they come, each chunk behind what *head* makes of its length."""
+
+    def timed(self) -> AsyncGenerator[tuple[bytes, datetime | None], None]:
+        """The same, with the time at which the job wrote each piece; None where that is not known."""
+
+
+class Jobs(Protocol):
+    """What the calls of clients ask for: see the methods of `Worker`, which say what each raises."""
+
+    async def start(self, spec: JobSpec, client_name: str = ...) -> Job:
+        """Start a job."""
+
+    async def submit(self, specs: Sequence[JobSpec], client_name: str = ...) -> Sequence[Job]:
+        """Put jobs into the queue, all or none."""
+
+    async def hold(self, job_id: int | Element, owner: str | None = ...) -> Job:
+        """Keep a job from being started."""
+
+    async def release(self, job_id: int | Element, owner: str | None = ...) -> Job:
+        """Let a held job be started."""
+
+    def write_input(
+        self, job_id: int, owner: str | None = ..., session: int = ...
+    ) -> AbstractAsyncContextManager[Written]:
+        """Write to the input of a job, or of a session of it."""
+
+    def write_upload(self, name: str, client_name: str = ...) -> AbstractAsyncContextManager[Written]:
+        """Write an archive of files for a job that is to be started."""
+
+    async def exec(
+        self, job_id: int, spec: JobSpec, client_name: str = ..., *, detached: bool = ...
+    ) -> Session:
+        """Start another command in a job."""
+
+    async def archive(
+        self, job_id: int, archive: Archive, client_name: str = ..., *, request_id: str = ...
+    ) -> Session:
+        """Pack or unpack files in a job."""
+
+    async def resize(
+        self, job_id: int, size: TerminalSize, owner: str | None = ..., session: int = ...
+    ) -> None:
+        """Give a terminal another size."""
+
+    async def connect(self, job_id: int, port: int, client_name: str = ...) -> socket.socket:
+        """Connect to a TCP port within a job."""
+
+    async def get_with_usage(self, job_id: int | Element, owner: str | None = ...) -> Job:
+        """One job as it is now, with what it uses."""
+
+    async def page(
+        self,
+        owner: str | None = ...,
+        after: int = ...,
+        count: int = ...,
+        wanted: JobFilter = ...,
+        *,
+        newest_first: bool = ...,
+    ) -> Page:
+        """Jobs behind an id that fit."""
+
+    async def wait(self, job_id: int | Element, owner: str | None = ..., *, or_stuck: bool = ...) -> Job:
+        """Wait until a job has ended."""
+
+    async def wait_session(self, job_id: int, number: int, owner: str | None = ...) -> Session:
+        """Wait until a session has ended."""
+
+    async def stop(
+        self,
+        job_id: int | Element,
+        grace_seconds: float | None = ...,
+        owner: str | None = ...,
+        signal: int = ...,
+    ) -> Job:
+        """End a job."""
+
+    async def stop_session(self, job_id: int, number: int, owner: str | None = ...) -> Session:
+        """Hang a session up."""
+
+    async def read_logs(self, job_id: int | Element, part: Part = ..., owner: str | None = ...) -> Reading:
+        """A part of a job's output."""
+
+    async def delete(self, job_id: int | Element, owner: str | None = ...) -> None:
+        """Forget an ended job."""
+
+    async def usage_history(self, job_id: int, owner: str | None = ...) -> tuple[Job, Sequence[UsageSample]]:
+        """A job, and what it had used at moments of its life."""
+
+    async def usage_now(
+        self, owner: str | None = ..., fresh_seconds: float = ..., within_seconds: float = ...
+    ) -> Sequence[tuple[Job, UsageSample | None]]:
+        """The jobs that have not ended, and what each uses."""
+
+    async def queued_now(self, owner: str | None = ..., most: int = ...) -> tuple[int, Sequence[Job]]:
+        """How many jobs wait, and the oldest of them."""
+
+    def watch_jobs(
+        self,
+        owner: str | None = ...,
+        watched: Watched = ...,
+        since: int | None = ...,
+        *,
+        snapshot: bool = ...,
+        follow: bool = ...,
+    ) -> AsyncGenerator[Batch, None]:
+        """Changes of the states of jobs."""
+
+    async def quota(self, client_name: str = ...) -> ClientQuota:
+        """The limits, use and share of a client."""
+
+    async def workspaces(
+        self, owner: str | None = ..., after: tuple[str, str] = ..., count: int = ...
+    ) -> Sequence[Workspace]:
+        """Workspaces."""
+
+    async def remove_workspace(self, name: str, client_name: str = ...) -> None:
+        """Remove a workspace."""
+
+    async def load_image(
+        self,
+        name: str,
+        upload: str,
+        config: ImageConfig | None = ...,
+        digest: str = ...,
+        client_name: str = ...,
+    ) -> Image:
+        """Make an image of a client's own."""
+
+    async def images(self, owner: str | None = ...) -> Sequence[Image]:
+        """The images that jobs of a client can have."""
+
+    async def remove_image(self, name: str, client_name: str = ...) -> None:
+        """Take the name from an image."""
+
+
+class Backend(Jobs, Protocol):
+    """The same, and what the server itself asks for: its health, its numbers, its reloads."""
+
+    @property
+    def live_count(self) -> int:
+        """How many jobs have not ended."""
+
+    async def numbers(self) -> WorkerNumbers:
+        """How much of everything there is."""
+
+    async def answers(self) -> None:
+        """Return when all that jobs need has answered a question. Raises LauncherGoneError."""
+
+    async def gone(self) -> None:
+        """Return when what jobs need has gone, so that none can be started or stopped any more."""
+
+    async def failed(self) -> None:
+        """Return when a bug has killed a task that is needed all along."""
+
+    def reconfigure(self, settings: WorkerSettings) -> None:
+        """Take other settings. Raises ConfigError, and takes nothing then."""
+
+    async def reload_mounts(self) -> None:
+        """Take the operator's mounts from the configuration. Raises KernelError or ConfigError."""
+
+    def on_connection(self, tell: Callable[[Connection], None]) -> None:
+        """Have *tell* hear of each connection that a job has made to a name on the network."""
+
+    async def give_shares(self) -> Sequence[str]:
+        """Set the share of each client with jobs again; in words what could not be set."""
+
+    async def open_operator_file(self, place: int) -> int:
+        """One of the operator's files, by its place among those that were told at the start."""
+
+    async def open_audit_log(self) -> int:
+        """The audit log, open for appending."""

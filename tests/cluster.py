@@ -1,0 +1,158 @@
+"""A cluster on loopback: a real gateway and real nodes, each a pjwd of its own, with real certificates."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+from pjw.certs import authority
+from pjw.cluster.v1 import cluster_pb2 as cpb
+from pjw.cluster.v1.cluster_pb2_grpc import ClusterServiceStub
+from pjw.v1 import job_worker_pb2 as pb
+from tests.service import CALL_SECONDS, Service, end_all, instance_cgroups, wait_for
+from tests.worker_harness import UIDS, uid_range
+
+# Longer than a pjwd takes to start again on a busy machine.
+LOST_AFTER_SECONDS: Final = 8.0
+# Nodes have the same user ids, which two pjwd on one host cannot: each sees a /run/pjw of its own.
+_APART: Final = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs /run/pjw && exec "$@"', "sh")
+
+
+class Gateway(Service):
+    """`pjwd gateway`; its directory has the certificates of all."""
+
+    def command(self, *extra: str) -> list[str]:
+        command = super().command(*extra)
+        command[command.index("serve")] = "gateway"
+        return command
+
+
+class NodeService(Service):
+    """pjwd as a node."""
+
+    def __init__(self, directory: Path, certs: Path, name: str, config: str) -> None:
+        super().__init__(directory, config=config, certs=certs)
+        self.name: Final = name
+
+    def command(self, *extra: str) -> list[str]:
+        command = super().command(*extra)
+        for option, kind in (("--server-crt", "crt"), ("--server-key", "key")):
+            command[command.index(option) + 1] = str(self.certs / f"node-{self.name}.{kind}")
+        return [*_APART, *command]
+
+
+class Cluster:
+    """A gateway, nodes, and the proof that nothing stays behind."""
+
+    def __init__(self, directory: Path, *, nodes: int = 2, gateway_config: str = "") -> None:
+        self._directory: Final = directory
+        self.gateway: Final = Gateway(directory, clients=("alice", "bob", "ann", "gate"))
+        certs = self.gateway.certs
+        self.gateway.config = (
+            f'[gateway]\ncrt = "{certs / "gate.crt"}"\nkey = "{certs / "gate.key"}"\n'
+            f"heartbeat_seconds = 0.3\nlost_after_seconds = {LOST_AFTER_SECONDS}\n"
+            f'[roles]\nadmins = ["ann"]\n{gateway_config}'
+        )
+        self.gateway.start()
+        self.uid_first: Final = uid_range()
+        self.nodes: Final[dict[str, NodeService]] = {}
+        for number in range(nodes):
+            self.add_node(f"n{number + 1}")
+        self.await_nodes(dict.fromkeys(self.nodes, "up"))
+
+    def add_node(self, name: str, gateway: str = "") -> NodeService:
+        """Start one more node; *gateway*: through which it calls."""
+        # tests connect to it by this name, as no client does
+        authority.write_node(str(self.gateway.certs), name, ["localhost"])
+        directory = self._directory / name
+        directory.mkdir()
+        os.makedirs("/run/pjw", exist_ok=True)
+        node = self.nodes[name] = NodeService(
+            directory,
+            self.gateway.certs,
+            name,
+            f'[cluster]\ngateway = "{gateway or self._named(name)}"\n[roles]\ngateways = ["gate"]\n'
+            f"[job_users]\nuid_first = {self.uid_first}\nuid_count = {UIDS}\n[queue]\nrunning_max = 0\n"
+            # whatever the host has
+            "cpu_max_millicores = 3000\n[ceilings]\ncpu_max_millicores = 0\n",
+        )
+        node.start()
+        return node
+
+    def _named(self, name: str) -> str:
+        """Where a node finds the gateway: by its address, or by a name that has to be looked up."""
+        address = self.gateway.address
+        return address.replace("127.0.0.1", "localhost") if name == "n2" else address
+
+    @contextmanager
+    def operator(self, client: str = "ann") -> Iterator[ClusterServiceStub]:
+        """Typed calls of an admin."""
+        with self.gateway.channel(client) as channel:
+            yield ClusterServiceStub(channel)
+
+    def states(self) -> dict[str, str]:
+        """The states of all nodes, by their names."""
+        with self.operator() as stub:
+            answer = stub.ListNodes(cpb.ListNodesRequest(), timeout=CALL_SECONDS)
+        return {
+            node.name: cpb.NodeState.Name(node.state).removeprefix("NODE_STATE_").lower()
+            for node in answer.nodes
+        }
+
+    def await_nodes(self, wanted: dict[str, str]) -> None:
+        """Wait until the nodes are in these states."""
+        wait_for(lambda: wanted.items() <= self.states().items())
+
+    def node_of(self, job_id: int, client: str = "alice") -> NodeService:
+        """The node that has a job, once one has started it."""
+        running = (pb.JOB_STATE_RUNNING, pb.JOB_STATE_STOPPING, pb.JOB_STATE_EXITED)
+        wait_for(lambda: self.gateway.job(job_id, client).state in running)
+        return self.nodes[self.gateway.job(job_id, client).node]
+
+    def idle(self) -> None:
+        """Stop every job, and have all nodes there: for the next test."""
+        for service in (self.gateway, *self.nodes.values()):
+            if service.process is None:
+                service.start()
+        self.await_nodes(dict.fromkeys(self.nodes, "up"))
+        for client in ("alice", "bob"):
+            with self.gateway.stub(client) as stub:
+                for job in stub.List(pb.ListRequest()).jobs:
+                    if not job.HasField("end"):
+                        request = pb.StopRequest(id=job.id)
+                        request.grace.FromSeconds(0)
+                        stub.Stop(request, timeout=CALL_SECONDS)
+
+    def close(self) -> None:
+        """End all; nothing may be left, and no log shows a bug of ours."""
+        with ExitStack() as stack:
+            stack.callback(shutil.rmtree, self._directory)
+            for service in (self.gateway, *self.nodes.values()):
+                stack.callback(self._end, service)
+            self.idle()
+
+    @staticmethod
+    def _end(service: Service) -> None:
+        code = service.stop() if service.process is not None else 0
+        if isinstance(service, NodeService):
+            with suppress(AssertionError):
+                wait_for(lambda: not instance_cgroups(service.state), 10)
+            left = service.job_cgroups()
+            end_all(service.state)
+            assert left == []
+        log = service.log.read_text()
+        assert "Traceback" not in log, log
+        assert code == 0, log
+
+
+@contextmanager
+def cluster(**options: object) -> Iterator[Cluster]:
+    """A cluster in a directory of its own."""
+    made = Cluster(Path(tempfile.mkdtemp(prefix="pjw-test-", dir="/var/lib")), **options)  # type: ignore[arg-type]
+    try:
+        yield made
+    finally:
+        made.close()

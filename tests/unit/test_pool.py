@@ -1,0 +1,133 @@
+"""The engine `pool`: who gets which job, and why others wait."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from pjw.cluster.v1 import cluster_pb2 as pb
+from pjw.gateway.nodes import Node, Nodes, Session, Shape
+from pjw.gateway.pool import Pool
+from pjw.gateway.rows import NodeRow
+
+SMALL = Shape(1000, 512)
+
+
+class Cluster:
+    """Nodes that are connected without a network, and what each was assigned."""
+
+    def __init__(self, running_max: int = 0) -> None:
+        # neither table nor tasks are asked
+        nothing: Any = None
+        self.nodes = Nodes(nothing, nothing, 5, 60)
+        self.pool = Pool(self.nodes, lambda: running_max)
+        self.nodes.came = self.pool.look
+        self.nodes.went = self.pool.session_over
+
+    def node(self, name: str, cpu: int = 2000, memory: int = 4096) -> Node:
+        """A node that is connected."""
+        row = NodeRow(name, f"{name}:1", "1", "boot", cpu, memory, 1, 1)
+        node = self.nodes.known[name] = Node(row, 0.0)
+        node.session = Session(pb.Hello(node=name, session=name))
+        return node
+
+    @staticmethod
+    def assigned(node: Node) -> list[str]:
+        """What a node was assigned, and takes."""
+        assert node.session is not None
+        waiting = node.session._waiting
+        found = [message.assign.uuid for message in waiting if message.HasField("assign")]
+        waiting.clear()
+        return found
+
+
+async def test_the_first_node_with_room_gets_the_oldest_job() -> None:
+    """In the order of the nodes' names; what fits nowhere waits, and goes when there is room."""
+    cluster = Cluster()
+    first, second = cluster.node("n1"), cluster.node("n2", cpu=1000)
+    for uuid in "abcd":
+        cluster.pool.submit(uuid, "alice", SMALL)
+    assert (cluster.assigned(first), cluster.assigned(second)) == (["a", "b"], ["c"])
+    assert cluster.pool.why("d") == "waits: no node has room for it now"
+    assert cluster.pool.why("a") == "node n1 is about to start it"
+    cluster.pool.cancel("c")
+    assert cluster.assigned(second) == ["d"]
+
+
+async def test_a_smaller_job_passes_a_larger_one() -> None:
+    """It is no scheduler; and a job that is larger than any node takes all of one."""
+    cluster = Cluster()
+    node = cluster.node("n1")
+    cluster.pool.submit("half", "alice", SMALL)
+    cluster.pool.submit("huge", "alice", Shape(64_000, 0))
+    cluster.pool.submit("small", "alice", SMALL)
+    assert cluster.assigned(node) == ["half", "small"]
+    cluster.pool.cancel("half")
+    assert cluster.assigned(node) == []
+    cluster.pool.cancel("small")
+    assert cluster.assigned(node) == ["huge"]
+    assert node.used() == Shape(2000, 4096)
+
+
+async def test_nobody_claims_what_was_not_assigned() -> None:
+    """Neither another node, nor one whose session is over; then the job goes to the next one."""
+    cluster = Cluster()
+    first = cluster.node("n1")
+    cluster.pool.submit("a", "alice", SMALL)
+    cluster.pool.submit("b", "alice", SMALL)
+    second = cluster.node("n2", cpu=1000)
+    assert cluster.pool.may_claim("a", first)
+    assert not cluster.pool.may_claim("a", second)
+    assert not cluster.pool.may_claim("nothing", first)
+    cluster.pool.claimed("a", "alice", first, SMALL)
+    assert first.session is not None
+    cluster.pool.submit("c", "alice", SMALL)
+    assert cluster.assigned(second) == ["c"]
+    cluster.nodes.session_over(first, first.session)
+    # what was claimed stays, what was only assigned waits
+    assert list(first.jobs) == ["a"]
+    assert not cluster.pool.may_claim("b", first)
+    cluster.pool.cancel("c")
+    assert cluster.assigned(second) == ["b"]
+
+
+async def test_drained_nodes_get_no_jobs() -> None:
+    """And the words say so, with their names."""
+    cluster = Cluster()
+    assert cluster.pool.why("a") == "waits: no node is connected"
+    node = cluster.node("n1")
+    node.row = NodeRow("n1", "n1:1", "1", "boot", 2000, 4096, 1, 1, drained=True)
+    cluster.pool.submit("a", "alice", SMALL)
+    assert cluster.assigned(node) == []
+    assert cluster.pool.why("a") == "waits: nodes drained: n1"
+
+
+async def test_a_client_has_no_more_jobs_on_nodes_than_it_may() -> None:
+    """Another client's go on."""
+    cluster = Cluster(running_max=1)
+    node = cluster.node("n1", cpu=8000)
+    for uuid, client in (("a", "alice"), ("b", "alice"), ("c", "bob")):
+        cluster.pool.submit(uuid, client, SMALL)
+    assert cluster.assigned(node) == ["a", "c"]
+    assert cluster.pool.why("b") == "waits: 1 jobs of alice have a node, and no more may"
+    cluster.pool.cancel("a")
+    assert cluster.assigned(node) == ["b"]
+
+
+async def test_a_node_that_cannot_start_jobs_is_left_alone_for_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else it would be asked again and again; each time it is left alone for longer."""
+    monkeypatch.setattr("pjw.gateway.pool.FIRST_PAUSE_SECONDS", 0.05)
+    cluster = Cluster()
+    node = cluster.node("n1")
+    cluster.pool.submit("a", "alice", SMALL)
+    assert cluster.assigned(node) == ["a"]
+    cluster.pool.refused("a", node)
+    cluster.pool.submit("a", "alice", SMALL)
+    assert cluster.assigned(node) == []
+    assert cluster.pool.why("a") == "waits: no node can start a job now; they are tried again soon"
+    async with asyncio.timeout(10):
+        while not (assigned := cluster.assigned(node)):
+            await asyncio.sleep(0.01)
+    assert assigned == ["a"]
