@@ -196,6 +196,9 @@ def _add_job_options(command: Parser) -> None:
         metavar="NAME[:PATH]",
         help="a directory that your operator offers (pjw quota), at PATH; default /mnt/NAME",
     )
+    job.add_argument(
+        "--gpus", type=units.count, default=0, metavar="N", help="so many GPUs for the job alone (pjw quota)"
+    )
     job.add_argument("--split-stderr", action="store_true", help="keep stderr apart from stdout")
     queue = command.add_argument_group("its place in the queue", "each of these puts the job into the queue")
     queue.add_argument(

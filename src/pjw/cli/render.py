@@ -58,6 +58,7 @@ def members(job: Job) -> dict[str, Any]:
         "workspace": job.workspace,
         "exclusive": job.exclusive,
         "mounts": list(job.mounts),
+        "gpus": job.gpus,
     }
 
 

@@ -52,6 +52,7 @@ def spec_from(arguments: Namespace) -> JobSpec:
         workspace=arguments.workspace or "",
         exclusive=arguments.exclusive,
         mounts=arguments.mounts,
+        gpus=arguments.gpus,
     )
 
 

@@ -13,8 +13,10 @@ from typing import Any, ClassVar, Final, get_args
 from pjw.errors import InvalidJobError, ProtocolError
 from pjw.model import (
     DEFAULT_SHARE,
+    NO_GPUS,
     NO_SUMS,
     OFFERED_MAX,
+    GpuOffer,
     GroupUse,
     Limits,
     MountSource,
@@ -69,6 +71,8 @@ class Hello:
     mounts: tuple[MountSource, ...] = ()
     # one of `operator_files`, from which `ReloadMounts` takes them anew; empty: there is none
     configuration: str = ""
+    # whose jobs may have GPUs, and where the files that describe them are
+    gpus: GpuOffer = NO_GPUS
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +98,10 @@ class Launch:
     artifacts: bool = False
     # directories of the operator's, each as NAME:PATH
     mounts: tuple[str, ...] = ()
-    # to whom they must be offered; empty without mounts
+    # to whom they, and GPUs, must be offered; empty without these
     client_name: str = ""
+    # GPUs by their names, as `GpuNames` has them
+    gpus: tuple[str, ...] = ()
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -284,6 +290,14 @@ class ReloadMounts:
 
 
 @dataclass(frozen=True, slots=True)
+class Gpus:
+    """Which GPUs the machine has now, and which variables a job gets that has those of these `names`."""
+
+    op: ClassVar = "gpus"
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class OpenFile:
     """The operator's file at a place of `Hello.operator_files`, as it is now."""
 
@@ -369,6 +383,15 @@ class JobIdPage:
 
 
 @dataclass(frozen=True, slots=True)
+class GpuNames:
+    """The names of all GPUs, and the variables that were asked for, each as NAME=VALUE."""
+
+    op: ClassVar = "gpu_names"
+    names: tuple[str, ...]
+    environment: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class WorkspacePage:
     """At most MAX_WORKSPACES workspaces in their order: each the user id of its client, a slash and its name.
 
@@ -450,8 +473,9 @@ class Refused:
 
     `kind`: exec, workdir (it cannot be entered), unpack (the upload cannot be), setup (another step of init),
     late (the command was not executed in time: `operation` says in which), mount (that of the name in
-    `subject` cannot be had, or without an errno is not offered), mount-at (not at its path), kernel, invalid,
-    state or config.
+    `subject` cannot be had, or without an errno is not offered), mount-at (not at its path), gpu (one cannot
+    be had: `operation` says why), device-at (what comes with one, not at its path), kernel, invalid, state
+    or config.
     `left`: a part of the launch does not end; `Departed` is answered when it has ended.
     """
 
@@ -483,6 +507,7 @@ Request = (
     | WorkspaceUse
     | RemoveWorkspace
     | ReloadMounts
+    | Gpus
     | OpenFile
     | OpenAuditLog
     | SetShare
@@ -497,6 +522,7 @@ Reply = (
     | Ended
     | JobIdPage
     | WorkspacePage
+    | GpuNames
     | Remaining
     | Measured
     | Accounted
@@ -537,7 +563,7 @@ _TYPES: Final[dict[type, dict[str, Any]]] = {
     cls: {field.name: field.type for field in fields(cls)}
     for cls in (
         *(*REQUESTS.values(), *REPLIES.values()),
-        *(Limits, Usage, Measurement, Share, Sums, GroupUse, MountSource),
+        *(Limits, Usage, Measurement, Share, Sums, GroupUse, MountSource, GpuOffer),
     )
 }
 
@@ -629,4 +655,5 @@ _READERS: Final[dict[Any, Callable[[object], Any]]] = {
     Share: lambda value: _value(Share, value),
     Sums: lambda value: _value(Sums, value),
     GroupUse: lambda value: _value(GroupUse, value),
+    GpuOffer: lambda value: _value(GpuOffer, value),
 }

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from pjw.errors import ProtocolError
+from pjw.launcher.cdi import Edit
 from pjw.launcher.cgroup import Cgroup
 from pjw.launcher.policy import JOB_ENVIRONMENT, JOB_ID_MAX, Policy
 from pjw.launcher.processes import Watcher
@@ -221,12 +222,18 @@ def place_words(places: Sequence[Place]) -> Iterator[str]:
         yield place.path
 
 
-def spawn_opener(sources: Sequence[MountSource]) -> tuple[int, socket.socket]:
-    """Have a process open directories of the host's; its pid, and the socket that it reports to.
+def _option_of(source: MountSource | Edit) -> tuple[str, str]:
+    if isinstance(source, Edit):
+        return "--open-device" if source.is_device else "--open-file", source.host_path
+    return "--open" if source.read_only else "--open-writable", source.path
+
+
+def spawn_opener(sources: Sequence[MountSource | Edit]) -> tuple[int, socket.socket]:
+    """Have a process open directories and devices of the host's; its pid, and the socket that it reports to.
 
     For each, in their order, comes `Opened`, or `Failed` for the first that cannot be. Raises OSError.
     """
-    paths = (("--open" if each.read_only else "--open-writable", each.path) for each in sources)
+    paths = map(_option_of, sources)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         with theirs:
@@ -248,12 +255,13 @@ def send_order(
     descriptors: Sequence[int],
     workspace: int = -1,
     mounts: Sequence[int] = (),
+    edits: Sequence[Edit] = (),
 ) -> None:
     """Have an init start its job, or a session its command; *descriptors* are its files. Raises OSError.
 
     Behind the files of a launch with an upload, or with artifacts, comes the program for archives.
     *workspace* is the descriptor of a mount, if there is one; *mounts*, the last of all, are those of the
-    operator's directories.
+    operator's directories, and of *edits*.
     """
     own = _words_of_launch(request) if isinstance(request, Launch) else _words_of_session(request)
     words = (
@@ -267,7 +275,7 @@ def send_order(
         *(("--upload",) if isinstance(request, Launch) and request.upload else ()),
         *(("--workspace",) if workspace >= 0 else ()),
         *(("--keep",) if isinstance(request, Launch) and request.artifacts else ()),
-        *(_words_of_mounts(request) if isinstance(request, Launch) else ()),
+        *(_words_of_mounts(request, edits) if isinstance(request, Launch) else ()),
     )
     passed = [*descriptors, *((workspace,) if workspace >= 0 else ()), *mounts]
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", passed))]
@@ -284,10 +292,13 @@ def _words_of_launch(request: Launch) -> tuple[str, ...]:
     )
 
 
-def _words_of_mounts(request: Launch) -> Iterator[str]:
+def _words_of_mounts(request: Launch, edits: Sequence[Edit]) -> Iterator[str]:
     for _, path in map(split_mount, request.mounts):
         yield "--mount-at"
         yield path
+    for edit in edits:
+        yield "--device-at"
+        yield edit.path
 
 
 def _words_of_session(request: Exec) -> tuple[str, ...]:

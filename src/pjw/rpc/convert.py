@@ -101,6 +101,7 @@ def job_to_message(job: Job) -> pb.Job:
         workspace=job.workspace,
         exclusive=job.exclusive,
         mounts=job.mounts,
+        gpus=job.gpus,
     )
 
 
@@ -167,6 +168,7 @@ def job_from_message(message: pb.Job) -> Job:
         workspace=message.workspace,
         exclusive=message.exclusive,
         mounts=tuple(message.mounts),
+        gpus=message.gpus,
     )
 
 
@@ -235,6 +237,7 @@ def spec_to_message(spec: JobSpec) -> pb.StartRequest:
         workspace=spec.workspace,
         exclusive=spec.exclusive,
         mounts=spec.mounts,
+        gpus=spec.gpus,
     )
     _set_command(request, spec)
     return request
@@ -284,6 +287,7 @@ def spec_from_message(message: pb.StartRequest) -> JobSpec:
         workspace=message.workspace,
         exclusive=message.exclusive,
         mounts=tuple(message.mounts),
+        gpus=message.gpus,
     )
 
 
@@ -540,6 +544,7 @@ def quota_to_message(quota: ClientQuota) -> pb.GetQuotaResponse:
         sums=pb.Sums(**dict(quota.sums.items())),
         use=pb.GroupUse(memory_bytes=use.memory_bytes, pids=use.pids, cpu_usage_usec=use.cpu_usage_usec),
         mounts=[pb.Mount(name=mount.name, read_only=mount.read_only) for mount in quota.mounts],
+        gpus=quota.gpus,
         **{name: getattr(quota, name) for name in _QUOTA_NUMBERS},
     )
 
@@ -554,6 +559,7 @@ def quota_from_message(message: pb.GetQuotaResponse) -> ClientQuota:
         sums=Sums(sums.memory_max_bytes, sums.pids_max, sums.cpu_max_millicores),
         use=GroupUse(use.memory_bytes, use.pids, use.cpu_usage_usec),
         mounts=tuple(Mount(mount.name, mount.read_only) for mount in message.mounts),
+        gpus=message.gpus,
         **{name: getattr(message, name) for name in _QUOTA_NUMBERS},
     )
 

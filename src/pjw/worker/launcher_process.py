@@ -128,6 +128,7 @@ def hello_of(
         workspace_bytes_max=settings.quotas.workspace_bytes_max,
         mounts=settings.mounts,
         configuration=configuration,
+        gpus=settings.gpus,
     )
 
 

@@ -26,6 +26,7 @@ COLUMNS: Final = (
     " artifacts, artifact_bytes, artifacts_detail, artifacts_required,"
     " output_bytes, name, labels, split_stderr, input, workdir, queued_ns, priority, not_before_ns, held,"
     " detail, waits_for, unmet, attempt, retried_as, array_id, array_index, workspace, exclusive, mounts,"
+    " gpus,"
     " (SELECT json_array(indices, count, waiting, succeeded, failed, cancelled) FROM arrays"
     " WHERE arrays.id = jobs.id)"
 )
@@ -104,6 +105,7 @@ def job_of(row: Row) -> Job:
         workspace,
         exclusive,
         mounts,
+        gpus,
         array,
     ) = row
     without_end = JobState.QUEUED
@@ -148,6 +150,7 @@ def job_of(row: Row) -> Job:
         workspace=workspace,
         exclusive=bool(exclusive),
         mounts=tuple(json.loads(mounts)) if mounts else (),
+        gpus=gpus,
     )
 
 

@@ -369,6 +369,11 @@ CREATE INDEX jobs_with_output ON jobs (client_name, end_ns) WHERE output_bytes +
     """
 ALTER TABLE jobs ADD COLUMN mounts TEXT NOT NULL DEFAULT '';
 """,
+    # How many GPUs a job has for itself; and which, as a list in JSON, from before its launch on.
+    """
+ALTER TABLE jobs ADD COLUMN gpus INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE jobs ADD COLUMN gpu_names TEXT NOT NULL DEFAULT '';
+""",
 )
 SCHEMA_VERSION: Final = len(MIGRATIONS)
 

@@ -6,7 +6,17 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from pjw.errors import ConfigError
-from pjw.model import DEFAULT_SHARE, LIMIT_MAXIMUM, NO_SUMS, Limits, MountSource, Share, Sums
+from pjw.model import (
+    DEFAULT_SHARE,
+    LIMIT_MAXIMUM,
+    NO_GPUS,
+    NO_SUMS,
+    GpuOffer,
+    Limits,
+    MountSource,
+    Share,
+    Sums,
+)
 
 UID_COUNT: Final = 65_536
 
@@ -155,6 +165,8 @@ class WorkerSettings:
     queue: QueueSlots = QueueSlots()
     # directories of the host that jobs may ask for
     mounts: tuple[MountSource, ...] = ()
+    # whose jobs may have the host's GPUs
+    gpus: GpuOffer = NO_GPUS
 
     def __post_init__(self) -> None:
         if above := self.default_limits.first_above(self.ceiling):
