@@ -427,9 +427,6 @@ class GpuOffer:
         return bool(self.kind) and _are_for(self.clients, client_name)
 
 
-NO_GPUS: Final = GpuOffer()
-
-
 def _are_for(clients: Iterable[str], client_name: str) -> bool:
     return any(re.fullmatch(".*".join(map(re.escape, each.split("*"))), client_name) for each in clients)
 
@@ -506,6 +503,9 @@ def _is_the_jobs_own(path: str) -> bool:
     return any(lies_in(path, each) for each in _SYSTEM) and not any(
         lies_in(path, each) and path != each for each in inside
     )
+
+
+NO_GPUS: Final = GpuOffer()
 
 
 def _said(value: object) -> str:

@@ -147,12 +147,7 @@ def _read(path: str) -> bytes:
     """All of a file that only root can change. Raises ConfigError or KernelError."""
     descriptor = open_operator_file(path)
     try:
-        status = os.fstat(descriptor)
-        if status.st_uid != 0 or status.st_mode & 0o022:
-            raise ConfigError(
-                f"cannot take the devices of {path}: others than root may change it",
-                hint=f"chown root {path}; chmod go-w {path}",
-            )
+        _require_roots(path, descriptor)
         data = b""
         while len(data) <= _FILE_BYTES_MAX and (piece := os.read(descriptor, _PIECE_BYTES)):
             data += piece
@@ -163,6 +158,15 @@ def _read(path: str) -> bytes:
     if len(data) > _FILE_BYTES_MAX:
         raise ValueError("it is too long")
     return data
+
+
+def _require_roots(path: str, descriptor: int) -> None:
+    status = os.fstat(descriptor)
+    if status.st_uid != 0 or status.st_mode & 0o022:
+        raise ConfigError(
+            f"cannot take the devices of {path}: others than root may change it",
+            hint=f"chown root {path}; chmod go-w {path}",
+        )
 
 
 def _edits(value: object) -> Edits:

@@ -155,7 +155,7 @@ def _gpus(config: ServerConfig) -> Iterator[Finding]:
         yield (
             None,
             f"GPUs: no {kind} in {', '.join(config.gpus.cdi_dirs)}",
-            "nvidia-ctk cdi generate makes a file",
+            "nvidia-ctk cdi generate --format=json --output=/etc/cdi/nvidia.json",
         )
         return
     yield True, f"GPUs {kind}: {', '.join(device.name for device in devices)}, for {clients}", None

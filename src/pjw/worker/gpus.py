@@ -69,7 +69,10 @@ class Gpus:
             raise GpuError.not_offered()
         await self._refresh()
         if count > len(self._names):
-            raise GpuError(f"the job asks for {_gpus(count)}, and the machine has {len(self._names)}")
+            raise GpuError(
+                f"the job asks for {_gpus(count)}, and the machine has {len(self._names)}",
+                hint="ask for fewer; `pjw quota` shows how many there are",
+            )
 
     async def _refresh(self) -> None:
         self._names = (await self._asked(())).names

@@ -617,9 +617,8 @@ class Queue:
             return f"waits: {words}"
         if self._is_short and job.gpus and self._next_with_gpus is not None:
             is_next = self._next_with_gpus.id in (job.id, job.array_id)
-            return (
-                f"is next: waits for {job.gpus} free GPUs" if is_next else "waits for its turn to have GPUs"
-            )
+            free = f"{job.gpus} free GPU{'s' * (job.gpus > 1)}"
+            return f"is next: waits for {free}" if is_next else "waits for its turn to have GPUs"
         head = self._heads.get(client_name)
         first = head is not None and head.id == job.id
         if first and not self._slots.has_room_of_own(client_name, job.limits):
