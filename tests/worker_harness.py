@@ -224,8 +224,8 @@ def open_descriptors() -> dict[str, str]:
 def check_no_new_descriptors(before: dict[str, str]) -> None:
     """Nothing is open that was not before, or is but a moment longer: threads of ours use files too.
 
-    Eventfds are not counted: pjw makes none, and a gRPC that an earlier test keeps makes its own anew whenever
-    this process forks.
+    Eventfds are not counted: pjw makes none, and a gRPC that an earlier test keeps makes its own anew
+    whenever this process forks.
     """
 
     def new() -> set[tuple[str, str]]:

@@ -9,6 +9,7 @@ import stat
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -134,7 +135,7 @@ def test_a_session_has_the_devices(alice: Client) -> None:
 
 
 def test_no_gpu_is_given_twice(alice: Client) -> None:
-    """A start that there are too few for is refused with exact words; an end makes room, and so does a failure."""
+    """A start that there are too few for is refused with exact words; an end makes room, a failure too."""
     first = taken(alice, 1)
     assert "nvidia1" in say(alice, "ls /dev")
     with pytest.raises(LimitReachedError) as caught:
@@ -153,7 +154,7 @@ def test_no_gpu_is_given_twice(alice: Client) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_the_next_worker_knows_who_has_which(service: Service, alice: Client, number: int) -> None:
-    """From its table: a GPU of a job that runs is nobody else's, and one of a job that has ended meanwhile is."""
+    """From its table: a GPU of a job that runs is nobody else's; that of one that has ended is."""
     stays = taken(alice, 1)
     # ends while nobody looks
     ends = taken(alice, 1)
@@ -179,8 +180,13 @@ def command_of(service: Service, job_id: int) -> int:
 # --- the queue
 
 
+def says(client: Client, job: Job, detail: str) -> bool:
+    """Whether a job waits for that."""
+    return client.get(job.id).detail == detail
+
+
 def test_a_job_waits_for_gpus(service: Service, alice: Client) -> None:
-    """It says for what; jobs without go on, others with GPUs do not overtake it, and its turn comes with an end."""
+    """It says for what; jobs without go on, no other with GPUs overtakes it, and an end is its turn."""
     running = taken(alice, 1)
     [both, one, none, last] = alice.submit(
         [
@@ -206,9 +212,9 @@ def test_who_is_next_may_leave_the_queue(alice: Client) -> None:
     running = taken(alice, 1)
     for leave in (alice.stop, alice.hold):
         [both] = alice.submit([JobSpec("true", gpus=2)])
-        wait_for(lambda job=both: alice.get(job.id).detail == "is next: waits for 2 free GPUs")
+        wait_for(partial(says, alice, both, "is next: waits for 2 free GPUs"))
         [one] = alice.submit([JobSpec("true", gpus=1)])
-        wait_for(lambda job=one: alice.get(job.id).detail == "waits for its turn to have GPUs")
+        wait_for(partial(says, alice, one, "waits for its turn to have GPUs"))
         leave(both.id)
         assert alice.wait(one.id).succeeded
         alice.stop(both.id)
@@ -247,7 +253,7 @@ def test_who_is_offered_none(service: Service) -> None:
     """Nor is told how many there are; in the queue and at once."""
     with service.client("bob") as bob:
         for begin in (bob.run, lambda spec: bob.submit([spec])):
-            with pytest.raises(GpuError, match="^your operator offers you no GPUs$"):
+            with pytest.raises(GpuError, match=r"^your operator offers you no GPUs$"):
                 begin(JobSpec("true", gpus=1))
         assert bob.quota().gpus == 0
     with service.client("alice") as client:
@@ -297,7 +303,7 @@ def test_devices_that_are_not_what_they_should_be(
 
 
 def test_a_file_that_others_may_change(service: Service, alice: Client, spec: dict[str, Any]) -> None:
-    """Nor one of another user, a link, what is no JSON, or what would show hidden files: told to nobody but the log."""
+    """Nor one of another user, no JSON, or what would show hidden files: why is for the log alone."""
     path = service.directory / "cdi/nvidia.json"
     text = path.read_text()
     shown = {"hostPath": str(service.directory), "containerPath": "/opt"}
@@ -310,7 +316,7 @@ def test_a_file_that_others_may_change(service: Service, alice: Client, spec: di
         lambda: (service.directory / "cdi").chmod(0o777),
     ):
         wrong()
-        with pytest.raises(GpuError, match="^the operator's GPUs cannot be had now$"):
+        with pytest.raises(GpuError, match=r"^the operator's GPUs cannot be had now$"):
             alice.run(JobSpec("true", gpus=1))
         (service.directory / "cdi").chmod(0o755)
         path.unlink()

@@ -236,6 +236,7 @@ def launches(draw: st.DrawFn, bench: Bench) -> Launch:
         workspace=draw(st.sampled_from(["", "", "work", "other"])),
         mounts=draw(st.sampled_from([(), (), ("data:/mnt/data",), ("gone:/mnt/x",)])),
         client_name=draw(st.sampled_from(["alice", "bob"])),
+        gpus=draw(st.sampled_from([(), (), (), ("0",), ("/dev/mem",), ("0", "0")])),
     )
     match draw(st.sampled_from(["", "", "", "id", "uid", "limits", "workspace", "mounts"])):
         case "id":

@@ -51,7 +51,7 @@ def test_each_device_is_there_once(tmp_path: Path) -> None:
 
 
 def test_directories_and_files(tmp_path: Path) -> None:
-    """The later directory goes before; one that is missing, another kind and YAML are none; no name comes twice."""
+    """The later directory goes before; another kind and YAML are none; no name comes twice."""
     first = write(tmp_path / "a", device("0", "/dev/old"), device("1", "/dev/x"))
     later = write(tmp_path / "b", device("0", "/dev/new"))
     (tmp_path / "a/other.json").write_text(json.dumps({"kind": "other.example/gpu", "devices": "none"}))
@@ -64,7 +64,7 @@ def test_directories_and_files(tmp_path: Path) -> None:
 
 
 def test_what_a_job_gets(tmp_path: Path) -> None:
-    """What all have in common once; the machine's own files are there without a mount; later variables win."""
+    """What all have in common once; the machine's own files are there already; later variables win."""
     library = {"hostPath": "/usr/lib/x.so", "containerPath": "/usr/lib/x.so"}
     other = {"hostPath": "/opt/x.so", "containerPath": "/usr/lib/x.so"}
     socket = {"hostPath": "/run/x/socket", "containerPath": "/run/x/socket"}

@@ -84,6 +84,7 @@ JOB = st.builds(
     workspace=TEXT,
     exclusive=st.booleans(),
     mounts=st.lists(TEXT).map(tuple),
+    gpus=st.integers(0, 64),
     usage_now=st.none()
     | st.builds(
         UsageSample,
@@ -172,6 +173,7 @@ def test_another_command_comes_back_as_it_was(
     exclusive=st.booleans(),
     outputs=st.sampled_from([(), ("dist/**",), ("a b", "*.[ch]", "ü")]),
     output_required=st.booleans(),
+    gpus=st.integers(0, 64),
     mounts=st.sampled_from([(), ("data",), ("data:/opt", "a-b:/mnt/ü x")]),
 )
 def test_a_spec_comes_back_as_it_was(**members: Any) -> None:
@@ -279,10 +281,10 @@ def test_message_and_model_have_the_same_fields(
 
 
 def test_a_client_says_what_to_run_and_no_more() -> None:
-    """No user, device or namespace is a client's; root reads words, and where mounts are to be in the job."""
+    """No user, device or namespace is a client's; root reads words, and a mount's place in the job."""
     session = {"command", "env", "workdir", "input", "request_id", "terminal"}
     said = {*session, "limits", "name", "labels", "split_stderr", "secrets", "upload"}
-    said |= {"workspace", "exclusive", "outputs", "output_required", "mounts"}
+    said |= {"workspace", "exclusive", "outputs", "output_required", "mounts", "gpus"}
     assert {field.name for field in fields(JobSpec)} == {"queue", *said}
     assert {field.name for field in pb.StartRequest.DESCRIPTOR.fields} == {"argv", *said}
     assert {field.name for field in pb.ExecRequest.DESCRIPTOR.fields} == {

@@ -190,8 +190,8 @@ class OfferedGpus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """GPUs, or other devices of one kind, that jobs may ask for: docs/gpus.md."""
 
     kind: Annotated[
-        str, Meta(description="which devices of CDI files are GPUs, such as nvidia.com/gpu; empty: none")
-    ] = ""
+        str | None, Meta(description="which devices of CDI files are GPUs, such as nvidia.com/gpu")
+    ] = None
     cdi_dirs: Annotated[
         tuple[_Path, ...],
         Meta(max_length=CDI_DIRS_MAX, description="where CDI files are; the later go before the earlier"),
@@ -350,7 +350,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def _gpus(self) -> GpuOffer:
         """Who may have which. Raises ConfigError."""
         try:
-            offer = GpuOffer(**msgspec.structs.asdict(self.gpus))
+            offer = GpuOffer(self.gpus.kind or "", self.gpus.cdi_dirs, self.gpus.clients)
         except InvalidJobError as error:
             raise ConfigError(f"[gpus]: {error}") from None
         for client in offer.clients:

@@ -476,7 +476,9 @@ def cancel_array(
     return cancelled
 
 
-def admit(db: sqlite3.Connection, job_id: int, limits: Limits, gpu_names: str, now_ns: int) -> Job | None:
+def admit(
+    db: sqlite3.Connection, job_id: int, limits: Limits, now_ns: int, gpu_names: str = ""
+) -> Job | None:
     """Take a job out of the queue; None when it is not there, or not to be started now."""
     transition(JobState.QUEUED, JobEvent.ADMITTED)
     return _job_or_none(

@@ -699,7 +699,7 @@ class JobStore:
         What is to be executed stays stored until `settled`: a crash before that may have left it undone.
         """
         names = _listed(gpu_names) if gpu_names else ""
-        job = await self._run(queue_rows.admit, self._db, job_id, limits, names, time.time_ns())
+        job = await self._run(queue_rows.admit, self._db, job_id, limits, time.time_ns(), names)
         if job is None:
             raise NotQueuedError
         return job

@@ -119,7 +119,7 @@ static void add_source(struct options *options, const char *option, enum source_
 }
 
 static void add_target(struct options *options, const char *option, bool of_device) {
-    if (options->target_count == TARGETS_MAX)
+    if (options->target_count == TARGETS_MAX || (!of_device && options->target_count >= JOB_MOUNTS_MAX))
         refuse(option, optarg, "too many of them");
     if (strlen(optarg) > TARGET_MAX_BYTES)
         refuse(option, optarg, "too long");
