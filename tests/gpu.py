@@ -69,7 +69,7 @@ def check(client: Client, count: int) -> None:
     assert client.wait(queued.id).succeeded
     python = shutil.which("python3") or "python3"
     if subprocess.run([python, "-c", "import torch"], check=False, capture_output=True).returncode == 0:
-        limits = {"memory_max_bytes": "16G", "pids_max": 4096}
+        limits: dict[str, int | str] = {"memory_max_bytes": "16G", "pids_max": 4096}
         job, output, _ = client.run(JobSpec(["python3", "-c", TORCH], limits, gpus=1))
         print(f"torch: {output.decode().strip()}")
         assert job.succeeded

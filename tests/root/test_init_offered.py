@@ -120,8 +120,8 @@ def test_an_order_brings_devices(init: Harness, tree: int, tmp_path: Path) -> No
     assert job.text.splitlines()[:2] == ["data", "data"]
     assert "\nfull\n" in job.text
     assert job.text.count("Read-only file system") == 3
-    words = ("--device-at", "/dev/a", "--mount-at", "/mnt/a")
-    assert init.order(*USER, *words, more_fds=[tree, tree]).reports == REFUSED
+    late = ("--device-at", "/dev/a", "--mount-at", "/mnt/a")
+    assert init.order(*USER, *late, more_fds=[tree, tree]).reports == REFUSED
 
 
 @pytest.mark.parametrize(
