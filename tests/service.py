@@ -407,11 +407,11 @@ def scratch_places(state_dir: Path) -> list[Path]:
 
 
 def waiting_ids(state_dir: Path) -> set[int]:
-    """The ids for which the launcher has an init that waits: their scratch directories are root's."""
+    """The ids for which the launcher has an init that waits: their scratch directories are root's alone."""
     found = set()
     for path in (path for place in scratch_places(state_dir) for path in place.glob("*")):
         with suppress(FileNotFoundError):
-            if path.lstat().st_uid == 0:
+            if (path.lstat().st_uid, path.lstat().st_gid) == (0, 0):
                 found.add(int(path.name))
     return found
 

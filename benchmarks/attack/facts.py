@@ -321,6 +321,27 @@ def reaches_nobody(stage: Stage) -> list[Fact]:
     return [Fact("the job connects", said.removeprefix("ready "), bool(said) and said != "ready reached")]
 
 
+# a name that leads to where nobody listens
+PROXIED: Final = "127.1.77.7"
+_ASK: Final = f"""
+import socket, time
+began = time.monotonic()
+with socket.create_connection(("127.0.0.1", 3128), 20) as connection:
+    connection.sendall(b"CONNECT {PROXIED}:443 HTTP/1.0\\r\\n\\r\\n")
+    said = connection.recv(12).decode()
+print("ready", said.split()[1], round(time.monotonic() - began, 3), flush=True)
+"""
+PROXY_SECONDS: Final = 5.0
+
+
+def proxy_answers(stage: Stage) -> list[Fact]:
+    """Another job is answered meanwhile."""
+    with stage.jobs([*PYTHON, _ASK], allow=[PROXIED]) as [job_id]:
+        said = stage.output(job_id, b"ready").decode().split()
+    held = len(said) == 3 and said[1] == "502" and float(said[2]) < PROXY_SECONDS
+    return [Fact("another job asks its proxy", " ".join(said[1:]) or "is not answered", held)]
+
+
 def no_uevents(stage: Stage) -> list[Fact]:
     """The socket of the kernel's events cannot be had."""
     with stage.jobs([*PYTHON, _UEVENTS]) as [job_id]:

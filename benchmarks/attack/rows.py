@@ -34,6 +34,9 @@ SILENT_FOLLOWERS: Final = 900
 MEMORY_JOBS: Final = 12
 MEMORY_EACH: Final = HOST_MEMORY // 8 // MIB * MIB
 BOMBS: Final = 4
+# The host is nobody's: what is asked of it comes to nothing, behind all that is parsed and looked up.
+NAMES: Final = {"network": f'hosts = ["{facts.PROXIED}"]\nprivate = ["127.1.0.0/16"]\n'}
+PROXY_ASKERS: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +113,34 @@ for name in sys.argv[1:]:
 print("ready", flush=True)
 os.wait()
 """
+
+
+_ASK_PROXY: Final = f"""
+import os, socket
+for number in range({PROXY_ASKERS}):
+    if os.fork() == 0:
+        while True:
+            try:
+                with socket.create_connection(("127.0.0.1", 3128)) as connection:
+                    if number % 2:
+                        connection.sendall(b"GET http://{facts.PROXIED}/ HTTP/1.1\\r\\nX: ")
+                        while True:
+                            connection.sendall(b"x" * 4096)
+                    connection.sendall(b"CONNECT {facts.PROXIED}:443 HTTP/1.0\\r\\n\\r\\n")
+                    while connection.recv(65536):
+                        pass
+            except OSError:
+                pass
+print("ready", flush=True)
+os.wait()
+"""
+
+
+@contextmanager
+def _ask_proxy(stage: Stage) -> Iterator[None]:
+    with stage.jobs([*PYTHON, _ASK_PROXY], allow=[facts.PROXIED]) as [job_id]:
+        stage.output(job_id, b"ready")
+        yield
 
 
 def _slow_reads(program: str, count: int = COLD_FILES) -> Attack:
@@ -301,6 +332,8 @@ ROWS: Final = (
         _nothing, None, facts.no_uevents, kernel=True),
     Row("s10-launches", "S10", "four starts at a time of cold programs at the lowest limit of IO",
         _cold_launches, busy_starts, kernel=True),
+    Row("egress", "F11", f"{PROXY_ASKERS} processes ask their proxy, half of them without an end",
+        _ask_proxy, busy_job, facts.proxy_answers, stage=NAMES),
     Row("pings", "S3", "PING frames without a pause", _program("pings"), busy_calls, facts.connects),
     Row("settings", "S3", "SETTINGS without a pause", _program("settings"), busy_calls, facts.connects),
     Row("lists", "S3", "16 lists at a time with filters that match nothing",

@@ -92,11 +92,16 @@ class Stage:
 
     @contextmanager
     def jobs(
-        self, program: str | Sequence[str], count: int = 1, limits: pb.Limits | None = None
+        self,
+        program: str | Sequence[str],
+        count: int = 1,
+        limits: pb.Limits | None = None,
+        allow: Sequence[str] = (),
     ) -> Iterator[list[int]]:
-        """So many of them, for as long as the context."""
+        """So many of them, with names on the network that they may reach, for as long as the context."""
         # at once: the last of many would wait for what the first ones do
         request, timeout = _request(program, limits), LAUNCH_SECONDS
+        request.allow.extend(allow)
         calls = [self.stub.Start.future(request, timeout=timeout) for _ in range(count)]
         ids = [call.result().job.id for call in calls if call.exception() is None]
         try:
@@ -188,10 +193,11 @@ def open_stage(
     disk_megabytes: int = 0,
     files_max: int = 0,
     clients: str = "",
+    network: str = "",
 ) -> Iterator[Stage]:
     """A service below *base*: with scratch, or all of its state, on a small disk, or with few open files.
 
-    *clients*: lines for that table of the configuration.
+    *clients*, *network*: lines for these tables of the configuration.
     """
     with ExitStack() as stack:
         directory = Path(tempfile.mkdtemp(prefix="pjw-attack-", dir=base))
@@ -205,7 +211,9 @@ def open_stage(
             disk = stack.enter_context(small_disk(disk_megabytes, reserved_percent=5))
         own_scratch = disk is not None and "scratch_dir" in described
         config = f'scratch_dir = "{disk}"\n' if own_scratch else ""
-        service = _LimitedService(directory / "pjwd", [VICTIM, ATTACKER], _config(config, described, clients))
+        service = _LimitedService(
+            directory / "pjwd", [VICTIM, ATTACKER], _config(config, described, clients, network)
+        )
         service.files_max = files_max
         service.pjwd = pjwd.program()
         if disk is not None and not own_scratch:
@@ -221,10 +229,11 @@ def open_stage(
         yield stage
 
 
-def _config(more: str, described: str, clients: str) -> str:
+def _config(more: str, described: str, clients: str, network: str) -> str:
     host = "".join(f"{key} = {value}\n" for key, value in HOST.items() if f"host.{key}" in described)
     text = BASE_CONFIG.format(more=more, first=uid_range(), count=UIDS)
-    return text + (f"[host]\n{host}" if host else "") + (f"[clients]\n{clients}" if clients else "")
+    tables = {"host": host, "clients": clients, "network": network}
+    return text + "".join(f"[{name}]\n{lines}" for name, lines in tables.items() if lines)
 
 
 class _LimitedService(Service):

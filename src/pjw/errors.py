@@ -124,6 +124,16 @@ class WorkspaceNotFoundError(PjwError):
         self.workspace: Final = workspace
 
 
+class ImageNotFoundError(PjwError):
+    """The caller has no such image, and the operator offers none by this name."""
+
+    FACTS = MappingProxyType({"image": str})
+
+    def __init__(self, image: str) -> None:
+        super().__init__(f"no image {_shown(image)}", hint="pjw image ls")
+        self.image: Final = image
+
+
 class MountNotFoundError(PjwError):
     """The operator offers the caller no mount of this name: there is none, or it is for others."""
 

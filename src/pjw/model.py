@@ -72,10 +72,14 @@ PORT_MAX: Final = 65_535
 # else can use the table.
 SUBMITTED_MAX: Final = 500
 
+# what is shown as the command of a job that is to have that of its image, until it begins
+IMAGES_OWN_COMMAND: Final = "(of the image)"
 OUTPUTS_MAX: Final = 32
 OUTPUT_MAX_BYTES: Final = 1024
 
 _NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,62}")
+_IMAGE_KEY: Final = re.compile(r"@[0-9a-f]{16}")
+_IMAGE_DIGEST: Final = re.compile(r"sha256-[0-9a-f]{64}")
 _LABEL_KEY: Final = re.compile(r"[A-Za-z][A-Za-z0-9._/-]{0,62}")
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # no '.', which divides the keys of a configuration
@@ -777,11 +781,15 @@ class JobSpec:
     one client with the same `request_id` are one. With `queue` the job waits for its turn in the queue,
     instead of being started or refused at once. `upload` names files that were sent before (`Client.upload`),
     and that are unpacked in the job's workspace, or else its own directory, before the command starts.
+    `allow` are names on the network that the job may reach, as far as the operator offers them: `pypi.org`,
+    `*.example.org`, `db.example.org:5432`. Jobs of one client with the same `link` share a network.
     `outputs` are patterns of files there that are kept when the command has ended (`Job.artifacts`): `*`, `?`
     and `[...]` within a name, `**` for any directories; a directory that matches is kept whole. With
-    `output_required` a job that ends without them has not succeeded. `mounts` are directories that the
-    operator offers, each as `NAME` (at /mnt/NAME) or `NAME:PATH`. `gpus` is how many GPUs the job has for
-    itself. Raises InvalidJobError.
+    `output_required` a job that ends without them has not succeeded. `image` is the name of an image, whose
+    files are the job's instead of the host's; what the job writes there goes with it, and if it is
+    `read_only` it writes nothing there. Then the command may be empty: that of the image. `mounts` are
+    directories that the operator offers, each as `NAME` (at /mnt/NAME) or `NAME:PATH`. `gpus`
+    is how many GPUs the job has for itself. Raises InvalidJobError.
     """
 
     command: str | Sequence[str]
@@ -801,7 +809,11 @@ class JobSpec:
     exclusive: bool = False
     outputs: Sequence[str] = ()
     output_required: bool = False
+    image: str = ""
+    read_only: bool = False
     mounts: Sequence[str] = ()
+    allow: Sequence[str] = ()
+    link: str = ""
     gpus: int = 0
 
     @classmethod
@@ -814,8 +826,14 @@ class JobSpec:
         self._check_command()
         check_name(self.name)
         check_labels(self.labels)
+        if self.image:
+            check_image(self.image)
+        elif self.read_only:
+            raise InvalidJobError("a job without an image writes nothing outside its own directory anyway")
         if self.workspace:
-            check_workspace(self.workspace)
+            # a job that loads an image has the image's directory as its workspace (worker/images.py)
+            if not is_image_key(self.workspace):
+                check_workspace(self.workspace)
         elif self.exclusive:
             raise InvalidJobError("an exclusive job is alone in its workspace, and this one has none")
         self._check_env()
@@ -835,6 +853,13 @@ class JobSpec:
             raise InvalidJobError("no output is required: say which, as in 'dist/**'")
         if self.mounts:
             object.__setattr__(self, "mounts", check_mounts(self.mounts))
+        if self.allow:
+            # imported here, as most jobs have no network
+            from pjw.network import check_allow
+
+            object.__setattr__(self, "allow", check_allow(self.allow))
+        if self.link:
+            check_link(self.link)
         check_gpus(self.gpus)
 
     def _check_types(self) -> None:
@@ -854,10 +879,10 @@ class JobSpec:
             isinstance(text, str) for each in secrets.items() for text in each
         ):
             raise InvalidJobError("the secrets of a job are names with values (a dict), both of them text")
-        for name in ("name", "workdir", "request_id", "upload", "workspace"):
+        for name in ("name", "workdir", "request_id", "upload", "workspace", "image", "link"):
             if not isinstance(value := getattr(self, name), str):
                 raise InvalidJobError(f"the {name} of a job is text, not {value!r:.80}")
-        for name in ("outputs", "mounts"):
+        for name in ("outputs", "mounts", "allow"):
             listed: object = getattr(self, name)
             if (
                 isinstance(listed, str)
@@ -896,6 +921,8 @@ class JobSpec:
         if isinstance(self.command, str):
             if not self.command.strip():
                 raise InvalidJobError("the command is empty")
+        elif self.image and not self.command:
+            return
         elif not self.command or not self.command[0]:
             raise InvalidJobError("the command is empty")
         total = 0
@@ -923,6 +950,8 @@ class JobSpec:
     @property
     def display(self) -> str:
         """The command on one line, as it could be typed into a shell."""
+        if not self.command:
+            return IMAGES_OWN_COMMAND
         # of the client only `start` needs it
         import shlex
 
@@ -965,6 +994,34 @@ def check_workspace(name: str) -> None:
             f"{name[:80]!r} is no name for a workspace: up to 63 letters, digits, '.', '_' and '-',"
             " the first a letter"
         )
+
+
+def check_image(name: str) -> None:
+    """Raises InvalidJobError for what is no name of an image."""
+    if not is_name(name):
+        raise InvalidJobError(
+            f"{name[:80]!r} is no name for an image: up to 63 letters, digits, '.', '_' and '-',"
+            " the first a letter"
+        )
+
+
+def check_link(link: str) -> None:
+    """Raises InvalidJobError for what is no name of a network that jobs share; it is one as those of jobs."""
+    if not is_name(link):
+        raise InvalidJobError(
+            f"{link[:80]!r} is no name for a link: up to 63 letters, digits, '.', '_' and '-',"
+            " the first a letter"
+        )
+
+
+def is_image_key(text: str) -> bool:
+    """Whether this is how pjwd itself calls the directory of an image that a client has loaded."""
+    return _IMAGE_KEY.fullmatch(text) is not None
+
+
+def is_image_digest(text: str) -> bool:
+    """Whether this is the digest of an image of the operator's."""
+    return _IMAGE_DIGEST.fullmatch(text) is not None
 
 
 def check_labels(labels: Mapping[str, str]) -> None:
@@ -1107,8 +1164,16 @@ class Job:
     exclusive: bool = False
     # None of a job that keeps no files
     artifacts: Artifacts | None = None
+    # whose files are its root, by its name; empty: the host's are
+    image: str = ""
+    # whether it can write nothing there
+    read_only: bool = False
     # the operator's directories that it has, each as NAME:PATH
     mounts: Sequence[str] = ()
+    # the names on the network that it may reach
+    allow: Sequence[str] = ()
+    # the network that it shares with other jobs of its client, by its name; empty: it has its own
+    link: str = ""
     # how many GPUs it has for itself
     gpus: int = 0
 
@@ -1152,6 +1217,60 @@ class Workspace:
     inodes: int = 0
     jobs: int = 0
     client_name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageConfig:
+    """How jobs begin in an image: what is added to their environment, where, and with which command.
+
+    Raises InvalidJobError for what no job could have.
+    """
+
+    env: Mapping[str, str] = field(default_factory=dict)
+    workdir: str = ""
+    entrypoint: Sequence[str] = ()
+    command: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        # as it would be in a job's own spec
+        JobSpec([*self.entrypoint, *self.command] or "true", env=self.env, workdir=self.workdir)
+
+    def applied_to(self, spec: JobSpec) -> JobSpec:
+        """What is executed for a spec in an image with this config. Raises InvalidJobError."""
+        argv = (*self.entrypoint, *(spec.argv if spec.command else self.command))
+        if not argv:
+            raise InvalidJobError(f"the image {spec.image} has no command of its own", hint="give one")
+        given = {*spec.env, *spec.secrets}
+        env = {**{name: value for name, value in self.env.items() if name not in given}, **spec.env}
+        # files that are sent or kept are in the job's own directory, and so the command is to begin there
+        elsewhere = spec.workdir or spec.workspace or spec.upload or spec.outputs
+        return replace(
+            spec,
+            # a shell's command stays one, as it is shown to people
+            command=spec.command if argv == spec.argv and spec.command else argv,
+            env=env,
+            workdir=spec.workdir if elsewhere else self.workdir,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """An image that jobs can have, at one moment. Times are in UTC.
+
+    It is the operator's, for every client, unless it has a `client_name`. `digest` is of all that is in it,
+    as whoever has made it says. `used` is when a job was last started with it; of the operator's it is when
+    it was made.
+    """
+
+    name: str
+    digest: str
+    made: datetime
+    used: datetime
+    bytes: int = 0
+    inodes: int = 0
+    jobs: int = 0
+    client_name: str = ""
+    config: ImageConfig = field(default_factory=ImageConfig)
 
 
 @dataclass(frozen=True, slots=True)

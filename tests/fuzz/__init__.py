@@ -6,4 +6,4 @@ seeds they are tried in each run of the tests (property/test_fuzz_targets.py).
 
 from typing import Final
 
-TARGETS: Final = ("archive", "certificates", "dispatch", "protocol", "record", "settings")
+TARGETS: Final = ("archive", "certificates", "dispatch", "egress", "protocol", "record", "settings")

@@ -41,6 +41,7 @@ from pjw.model import (
     Sums,
     Usage,
     UsageSample,
+    is_image_key,
     is_workspace,
 )
 from tests.fuzz import protocol as messages
@@ -185,6 +186,9 @@ class Watch:
             return
         assert event not in STARTING, (event, arguments)
         if event in CHANGING:
+            if isinstance(arguments[0], int):
+                # a file object of a descriptor, which was opened by a path that was seen here
+                return
             path = os.fsdecode(arguments[0])
             if (event, path) == ("open", "/proc/self/mountinfo"):
                 return
@@ -220,6 +224,9 @@ def seeds() -> list[bytes]:
         b"4" + protocol.encode(2, replace(launch, uid=0)),
         b"4" + protocol.encode(3, replace(launch, workspace="work")),
         b"4" + protocol.encode(3, replace(launch, workspace="../work")),
+        b"4" + protocol.encode(3, replace(launch, image="@0123456789abcdef", read_only=True)),
+        b"4" + protocol.encode(3, replace(launch, image="../images", workspace="@0123456789abcdef")),
+        b"5" + protocol.encode(3, replace(launch, input=True, workspace="@0123456789abcdef", archive=True)),
         b"4" + protocol.encode(3, replace(launch, mounts=("data:/mnt/data",), client_name="alice")),
         b"4" + protocol.encode(3, replace(launch, mounts=("data:/mnt/../x",), client_name="alice")),
         b"0" + protocol.encode(3, protocol.ReloadMounts()),
@@ -348,7 +355,7 @@ class _Workspaces(Workspaces):
 
     def path(self, uid: int, name: str) -> str:
         assert UID_FIRST <= uid < UID_FIRST + UID_COUNT
-        assert is_workspace(name)
+        assert is_workspace(name) or is_image_key(name)
         return super().path(uid, name)
 
     def spawn_removal(self, uid: int, name: str) -> int:

@@ -139,6 +139,9 @@ static void take_order(char *words, size_t length, size_t fd_count, bool session
     must(options->target_count >= 0 && options->target_count <= TARGETS_MAX);
     for (int i = 0; i < options->target_count; i++)
         must(options->targets[i].path[0] == '/' && strlen(options->targets[i].path) <= TARGET_MAX_BYTES && options->targets[i].fd == STATUS);
+    must(options->link_fd == (options->link ? STATUS : -1));
+    must(!session || (!options->link && !options->listener_count));
+    must(options->listener_count >= 0 && options->listener_count <= LISTENERS_MAX);
 }
 
 static void open_descriptors(const char *command, size_t length, bool as_pipe) {

@@ -199,7 +199,7 @@ async def test_scratch_is_in_the_account_of_a_client(
         while job.id not in worker._stored._scratch:
             await asyncio.sleep(0.05)
     with pytest.raises(
-        LimitReachedError, match="of output, artifacts, input, scratch and workspaces, and at most 2M"
+        LimitReachedError, match="of output, artifacts, input, scratch, workspaces and images, and at most 2M"
     ):
         await start(worker, IDLE, "alice")
     await start(worker, IDLE, "bob")

@@ -241,7 +241,7 @@ def test_the_table_of_scoped_methods_is_whole() -> None:
     """A new method must be sorted: it names a job, or it must be shown to be scoped otherwise."""
     # for the quota of another client: tests/root/test_shares.py; for what a submission waits for:
     # tests/root/test_queue_after.py; for sessions and ports: tests/root/test_cli_exec.py and test_forward.py
-    # for watches: tests/root/test_watch.py; for workspaces: tests/root/test_workspaces.py
+    # for watches: tests/root/test_watch.py; for workspaces and images: test_workspaces.py, test_images.py
     others = {"Start", "Submit", "List", "WatchUsage", "WriteInput", "GetQuota", "Exec", "Resize", "Forward"}
     assert {name for name, _ in METHODS} == {
         *NAMING,
@@ -249,6 +249,9 @@ def test_the_table_of_scoped_methods_is_whole() -> None:
         "WatchJobs",
         "ListWorkspaces",
         "RemoveWorkspace",
+        "LoadImage",
+        "ListImages",
+        "RemoveImage",
     }
 
 

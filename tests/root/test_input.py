@@ -352,7 +352,7 @@ def test_a_ceiling_and_a_quota(make_service: Callable[..., Service]) -> None:
             call.write(bytes(200), 0)
             with refused(
                 Code.RESOURCE_EXHAUSTED,
-                r"have 1.2K \(1200 bytes\) of output, artifacts, input, scratch and workspaces",
+                r"have 1.2K \(1200 bytes\) of output, artifacts, input, scratch, workspaces and images",
             ):
                 call.write(bytes(301), 200)
         assert file_of(service, second).stat().st_size == 200
@@ -361,12 +361,12 @@ def test_a_ceiling_and_a_quota(make_service: Callable[..., Service]) -> None:
             call.write(bytes(500), 0)
         with refused(
             Code.RESOURCE_EXHAUSTED,
-            r"have 1.5K \(1500 bytes\) of output, artifacts, input, scratch and workspaces",
+            r"have 1.5K \(1500 bytes\) of output, artifacts, input, scratch, workspaces and images",
         ):
             Upload(stub, second)
         with refused(
             Code.RESOURCE_EXHAUSTED,
-            r"have 1.5K \(1500 bytes\) of output, artifacts, input, scratch and workspaces",
+            r"have 1.5K \(1500 bytes\) of output, artifacts, input, scratch, workspaces and images",
         ):
             start(stub, "true")
         stop(stub, first)

@@ -61,6 +61,7 @@ MOUNTS: Final = (
 )
 ODD_MOUNTS: Final = ("data", "canaries:/mnt/x", "data:/mnt/../x", "data:/", "data:/proc", "/etc:/mnt/x")
 ODD_WORKSPACES: Final = ("..", ".", "/etc", "../../canaries", "1/work", "canaries/1", "a\n")
+ODD_IMAGES: Final = ("@0123456789abcdef", "@..", f"sha256-{'0' * 64}", "sha256-../..", "table")
 ODD_IDS: Final = (0, JOB_ID_MAX, JOB_ID_MAX + 1, 2**63 - 1)
 PR_SET_CHILD_SUBREAPER: Final = 36
 
@@ -234,11 +235,12 @@ def launches(draw: st.DrawFn, bench: Bench) -> Launch:
         draw(st.booleans()),
         share=draw(BY_TYPE[Share]),
         workspace=draw(st.sampled_from(["", "", "work", "other"])),
+        read_only=draw(st.booleans()),
         mounts=draw(st.sampled_from([(), (), ("data:/mnt/data",), ("gone:/mnt/x",)])),
         client_name=draw(st.sampled_from(["alice", "bob"])),
         gpus=draw(st.sampled_from([(), (), (), ("0",), ("/dev/mem",), ("0", "0")])),
     )
-    match draw(st.sampled_from(["", "", "", "id", "uid", "limits", "workspace", "mounts"])):
+    match draw(st.sampled_from(["", "", "", "id", "uid", "limits", "workspace", "image", "mounts"])):
         case "id":
             return replace(launch, job_id=draw(st.sampled_from(ODD_IDS)))
         case "uid":
@@ -249,6 +251,8 @@ def launches(draw: st.DrawFn, bench: Bench) -> Launch:
             return replace(launch, mounts=(draw(st.sampled_from(ODD_MOUNTS)),))
         case "workspace":
             return replace(launch, workspace=draw(st.sampled_from(ODD_WORKSPACES)))
+        case "image":
+            return replace(launch, image=draw(st.sampled_from([*ODD_WORKSPACES, *ODD_IMAGES])))
         case _:
             return launch
 

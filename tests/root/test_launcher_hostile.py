@@ -39,6 +39,7 @@ from pjw.launcher.protocol import (
     Exec,
     Gpus,
     Hello,
+    ImageTable,
     JobIdPage,
     JobIds,
     Kill,
@@ -301,6 +302,9 @@ GARBAGE: Final = {
     "a workspace that is a list": changed(Launch(1, 1, NO_LIMITS), workspace=["work"]),
     "a workspace with a path": changed(RemoveWorkspace(1, "work"), path="/etc"),
     "a workspace without a user": changed(RemoveWorkspace(1, "work"), uid=None),
+    "an image that is a list": changed(Launch(1, 1, NO_LIMITS), image=["/etc"]),
+    "an image with a path": changed(Launch(1, 1, NO_LIMITS), image="@0123456789abcdef", root="/etc"),
+    "a table of images with a path": changed(ImageTable(), path="/etc/shadow"),
     "a session with a path": changed(Exec(1, 1), workdir="/"),
     "a negative user": changed(Launch(1, 1, NO_LIMITS), uid=-1),
 }

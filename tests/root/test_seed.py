@@ -161,11 +161,13 @@ def test_every_method_answers_over_grpc(service: Service) -> None:
         "GetQuota": pb.GetQuotaRequest(),
         "ListWorkspaces": pb.ListWorkspacesRequest(),
         "RemoveWorkspace": pb.RemoveWorkspaceRequest(name="kept"),
+        "ListImages": pb.ListImagesRequest(),
         "Delete": pb.DeleteRequest(id=job_id),
     }
     # some do not end by themselves, some need more than a job: test_usage.py, test_watch.py, test_input.py,
     # test_terminals.py, test_forward.py, test_queue_service.py
     others = {"WatchUsage", "WatchJobs", "WriteInput", "Resize", "Forward", "Submit", "Hold", "Release"}
+    others |= {"LoadImage", "RemoveImage"}  # test_images.py
     assert {*requests, *others} == {name for name, _ in METHODS}
     with service.channel() as channel:
         answers = {

@@ -19,12 +19,15 @@ import pytest
 from pjw.errors import PjwError
 from pjw.launcher.cgroup import open_hierarchy
 from pjw.launcher.departures import Departures
+from pjw.launcher.image_store import ImageStore
+from pjw.launcher.images import Images
 from pjw.launcher.policy import Policy, instance_name
 from pjw.launcher.pool import Init, Pool
 from pjw.launcher.processes import Watcher
-from pjw.launcher.protocol import Hello
+from pjw.launcher.protocol import Hello, Launch
 from pjw.launcher.scratch import Scratch
-from pjw.model import ExitStatus, Share
+from pjw.launcher.workspaces import Workspaces
+from pjw.model import ExitStatus
 from pjw.worker import Worker
 from pjw.worker.settings import NO_CEILING, WAITING_INITS
 from tests.disks import small_disk
@@ -207,7 +210,11 @@ def pool_of(bench: Bench, watcher: Watcher, oldest_seconds: float) -> tuple[Pool
         instance_name(hello.state_dir), io_devices=[], supervisor_pids=(os.getpid(), os.getppid())
     )
     scratch = Scratch(hello.state_dir)
-    pool = Pool(watcher, Policy.from_hello(hello), hierarchy, scratch, Departures(watcher), oldest_seconds)
+    images = Images(
+        ImageStore(hello.state_dir, scratch.places), Workspaces(hello.state_dir, hello.uid_first), scratch
+    )
+    policy, departures = Policy.from_hello(hello), Departures(watcher)
+    pool = Pool(watcher, policy, hierarchy, scratch, departures, images, oldest_seconds)
 
     # the services of other tests among them
     children = Path("/proc/thread-self/children")
@@ -238,7 +245,7 @@ async def test_an_init_that_waits_does_not_grow_old(bench: Bench) -> None:
     watcher = Watcher()
     pool, end = pool_of(bench, watcher, oldest_seconds=0.5)
     try:
-        pool.take(1, NO_LIMITS, 1_000_000, Share(), lambda made: pool.discard(given(made)))
+        pool.take(Launch(1, 1_000_000, NO_LIMITS), lambda made: pool.discard(given(made)))
 
         def turn() -> dict[int, int]:
             if not watcher.run_once(0 if pool.wants_more else None) and pool.wants_more:

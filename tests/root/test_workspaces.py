@@ -471,7 +471,7 @@ async def test_its_bytes_count(bench: Bench) -> None:
     await say(worker, "head -c 3M /dev/zero > file2")
     await counted(worker, least=6 * MIB)
     with pytest.raises(
-        LimitReachedError, match="of output, artifacts, input, scratch and workspaces"
+        LimitReachedError, match="of output, artifacts, input, scratch, workspaces and images"
     ) as refused:
         await begin(worker, "true")
     assert refused.value.limit == "stored_bytes_max"

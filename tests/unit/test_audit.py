@@ -111,6 +111,7 @@ def test_every_error_is_a_code_without_its_words(tmp_path: Path, kind: type[Base
     made: dict[object, Callable[[], BaseException]] = {
         errors.JobNotFoundError: lambda: errors.JobNotFoundError(7),
         errors.SessionNotFoundError: lambda: errors.SessionNotFoundError(7, 1),
+        errors.ImageNotFoundError: lambda: errors.ImageNotFoundError("secret"),
         errors.WorkspaceBusyError: lambda: errors.WorkspaceBusyError("secret", workspace="secret"),
         errors.LaunchError: lambda: errors.LaunchError("secret", 2),
         errors.WorkdirError: lambda: errors.WorkdirError("secret", 2),

@@ -21,6 +21,7 @@ LOOKING = {
     "WatchJobs",
     "GetQuota",
     "ListWorkspaces",
+    "ListImages",
 }
 CHANGING = {"Stop", "Delete", "Hold", "Release"}
 # client, and the methods that it may use on the jobs of every client
@@ -64,7 +65,7 @@ def test_every_method_on_jobs_is_in_the_table() -> None:
     """A method that names or lists jobs has the field all_clients and a row.
 
     Start and Submit have neither; nor have WriteInput, Exec, Resize and Forward: what a job reads and runs is
-    its owner's alone. So is the removal of a workspace.
+    its owner's alone. So is the removal of a workspace, and an image of its own.
     """
     assert {method.name for method in METHODS if "all_clients" in method.input_type.fields_by_name} == set(
         ALL_CLIENTS
@@ -77,6 +78,8 @@ def test_every_method_on_jobs_is_in_the_table() -> None:
         "Resize",
         "Forward",
         "RemoveWorkspace",
+        "LoadImage",
+        "RemoveImage",
     }
     assert set(ALL_CLIENTS) == {method.name for method in METHODS} - owners
     assert all(Role.ADMIN in roles for roles in ALL_CLIENTS.values())

@@ -83,6 +83,10 @@ def test_what_a_job_gets(tmp_path: Path) -> None:
         Edit("/run/x/socket", "/run/x/socket", is_device=False),
         Edit("/opt/x.so", "/usr/lib/x.so", is_device=False),
     }
+    # an image has none of the machine's files
+    assert (
+        Edit("/usr/lib/x.so", "/usr/lib/x.so", is_device=False) in edits_of(devices, ("0",), image=True).edits
+    )
     with pytest.raises(GpuError, match="no GPU 3"):
         edits_of(devices, ("0", "3"))
     many = [device(f"{number}", f"/dev/{number}") for number in range(129)]

@@ -57,6 +57,7 @@ bytes_per_client = 3
 jobs_total = 4
 bytes_total = 5
 workspace_age_seconds = 6
+image_age_seconds = 7
 [clients]
 running_max = 6
 running_total_max = 7
@@ -69,6 +70,7 @@ queued_bytes_max = 13
 queued_bytes_total_max = 14
 workspaces_max = 15
 workspace_bytes_max = 16
+images_max = 17
 starts_per_second = 0.5
 calls_max = 2
 followers_max = 3
@@ -133,6 +135,7 @@ def test_no_file_is_all_defaults() -> None:
         queued_bytes_max=256 * 1024**2,
         queued_bytes_total_max=1024**3,
         workspaces_max=100,
+        images_max=20,
     )
 
 
@@ -197,8 +200,8 @@ def test_every_key_is_taken(tmp_path: Path) -> None:
     assert settings.waiting_inits == 7
     assert settings.sums == replace(default_sums(), memory_max_bytes=2**32, pids_max=0)
     assert settings.hidden_paths == ("/etc/shadow", "/key")
-    assert settings.retention == Retention(1, 2, 3, 4, 5, 6)
-    assert settings.quotas == Quotas(6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16)
+    assert settings.retention == Retention(1, 2, 3, 4, 5, 6, 7)
+    assert settings.quotas == Quotas(6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17)
     assert settings.queue == QueueSlots(4, 8000, 2**33, 2, 4000, 2**32)
 
 

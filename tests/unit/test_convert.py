@@ -83,6 +83,8 @@ JOB = st.builds(
     retried_as=st.none() | st.integers(1, 2**63 - 1),
     workspace=TEXT,
     exclusive=st.booleans(),
+    image=TEXT,
+    read_only=st.booleans(),
     mounts=st.lists(TEXT).map(tuple),
     gpus=st.integers(0, 64),
     usage_now=st.none()
@@ -157,7 +159,7 @@ def test_another_command_comes_back_as_it_was(
 
 
 @given(
-    command=TEXT | st.lists(TEXT, min_size=1, max_size=5).map(tuple),
+    command=TEXT | st.lists(TEXT, max_size=5).map(tuple),
     limits=st.dictionaries(st.sampled_from([field.name for field in fields(Limits)]), NUMBER),
     name=st.just("") | NAME,
     labels=st.dictionaries(NAME, NAME, max_size=3),
@@ -173,8 +175,12 @@ def test_another_command_comes_back_as_it_was(
     exclusive=st.booleans(),
     outputs=st.sampled_from([(), ("dist/**",), ("a b", "*.[ch]", "ü")]),
     output_required=st.booleans(),
+    image=st.just("") | NAME,
+    read_only=st.booleans(),
     gpus=st.integers(0, 64),
     mounts=st.sampled_from([(), ("data",), ("data:/opt", "a-b:/mnt/ü x")]),
+    allow=st.sampled_from([(), ("pypi.org",), ("*.example.org:8443", "[2001:db8::1]:22")]),
+    link=st.just("") | NAME,
 )
 def test_a_spec_comes_back_as_it_was(**members: Any) -> None:
     """A shell command stays one, an argv stays one, and only the limits that were set are set."""
@@ -281,10 +287,14 @@ def test_message_and_model_have_the_same_fields(
 
 
 def test_a_client_says_what_to_run_and_no_more() -> None:
-    """No user, device or namespace is a client's; root reads words, and a mount's place in the job."""
+    """No user, device or namespace is a client's; root reads words, and where mounts are to be in the job.
+
+    Of an image it reads what the server makes of the name.
+    """
     session = {"command", "env", "workdir", "input", "request_id", "terminal"}
     said = {*session, "limits", "name", "labels", "split_stderr", "secrets", "upload"}
-    said |= {"workspace", "exclusive", "outputs", "output_required", "mounts", "gpus"}
+    said |= {"workspace", "exclusive", "outputs", "output_required", "image", "read_only"}
+    said |= {"mounts", "allow", "link", "gpus"}
     assert {field.name for field in fields(JobSpec)} == {"queue", *said}
     assert {field.name for field in pb.StartRequest.DESCRIPTOR.fields} == {"argv", *said}
     assert {field.name for field in pb.ExecRequest.DESCRIPTOR.fields} == {

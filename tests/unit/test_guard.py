@@ -152,7 +152,7 @@ def test_every_method_of_the_contract_has_its_handler() -> None:
         def __init__(self, method: str) -> None:
             self.method = f"/{SERVICE_NAME}/{method}"
 
-    assert len(methods) == 20
+    assert len(methods) == 23
     for method in methods:
         handler: Any = handlers.service(Call(method.name))  # type: ignore[arg-type]
         assert handler is not None, method.name

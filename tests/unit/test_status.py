@@ -42,6 +42,8 @@ def made(kind: type[errors.PjwError]) -> errors.PjwError:
         return errors.OffsetError("beyond", size=3)
     if kind is errors.WorkspaceNotFoundError:
         return errors.WorkspaceNotFoundError("work")
+    if kind is errors.ImageNotFoundError:
+        return errors.ImageNotFoundError("thing")
     if kind is errors.MountNotFoundError:
         return errors.MountNotFoundError("data")
     if kind is errors.MountError:

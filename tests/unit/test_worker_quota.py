@@ -168,12 +168,12 @@ def test_stored_bytes() -> None:
     check_bytes(Quotas(stored_bytes_max=10, stored_bytes_total_max=20), "alice", 9, 19)
     with pytest.raises(
         LimitReachedError,
-        match=r"alice have 10B \(10 bytes\) of output, artifacts, input, scratch and workspaces,",
+        match=r"alice have 10B \(10 bytes\) of output, artifacts, input, scratch, workspaces and images,",
     ):
         check_bytes(Quotas(stored_bytes_max=10), "alice", 10, 10)
     with pytest.raises(
         LimitReachedError,
-        match="this server has no room for more output, artifacts, input, scratch and workspaces",
+        match="this server has no room for more output, artifacts, input, scratch, workspaces and images",
     ):
         check_bytes(Quotas(stored_bytes_max=10, stored_bytes_total_max=20), "alice", 0, 20)
 

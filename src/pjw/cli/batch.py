@@ -29,12 +29,12 @@ _TYPED: Final[Mapping[str, Callable[[str], int]]] = {
     "output": units.size,
     "timeout": units.whole_seconds,
 }
-_TEXTS: Final = ("name", "workdir", "workspace")
-_FLAGS: Final = ("split_stderr", "hold", "rerun_if_lost", "exclusive", "output_required")
+_TEXTS: Final = ("name", "workdir", "workspace", "image", "link")
+_FLAGS: Final = ("split_stderr", "hold", "rerun_if_lost", "exclusive", "output_required", "read_only")
 _RETRY: Final = ("retry", "retry_on", "backoff")
 _WAITS: Final = ("priority", "not_before", "after", "array")
 _TABLES: Final = ("env", "labels")
-_LISTS: Final = ("outputs", "mounts")
+_LISTS: Final = ("outputs", "mounts", "allow")
 KEYS: Final = ("command", "gpus", *_LISTS, *_TEXTS, *_FLAGS, *_TABLES, *_WAITS, *_RETRY, *_TYPED)
 
 
@@ -126,7 +126,7 @@ def _spec(job: object, named: Mapping[str, int]) -> JobSpec:
         raise InvalidJobError("a job is an object with keys such as command, name and after")
     if unknown := sorted(set(job) - set(KEYS)):
         raise InvalidJobError(f"no key of a job is called {unknown[0]!r:.80}; there are {', '.join(KEYS)}")
-    if "command" not in job:
+    if "command" not in job and "image" not in job:
         raise InvalidJobError("a job needs a command")
     limits: dict[str, int | str] = {}
     for option, parse in _TYPED.items():
@@ -144,13 +144,15 @@ def _spec(job: object, named: Mapping[str, int]) -> JobSpec:
         array=_parsed("array", job["array"], units.array) if "array" in job else "",
     )
     return JobSpec(
-        job["command"],
+        job.get("command", ()),
         limits,
         **{name: job[name] for name in (*_TEXTS, *_TABLES, *_LISTS) if name in job},
         split_stderr=job.get("split_stderr", False),
         exclusive=job.get("exclusive", False),
+        read_only=job.get("read_only", False),
         gpus=job.get("gpus", 0),
         output_required=job.get("output_required", False),
+        allow=job.get("allow", ()),
         queue=queue,
     )
 

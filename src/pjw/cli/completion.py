@@ -78,6 +78,8 @@ def _completer_of(action: argparse.Action) -> Completer:
             return complete_jobs
         case "WORKSPACE":
             return complete_workspaces
+        case "IMAGE":
+            return complete_images
         case "CONTEXT":
             return complete_contexts
         case "FORMAT":
@@ -140,6 +142,19 @@ def complete_workspaces(parsed_args: argparse.Namespace, **_: object) -> list[st
 async def _list_workspaces(arguments: argparse.Namespace) -> list[str]:
     async with _connected(arguments) as client:
         return [each.name for each in await client.workspaces()]
+
+
+def complete_images(parsed_args: argparse.Namespace, **_: object) -> list[str]:
+    """The names of images that our jobs can have."""
+    try:
+        return asyncio.run(_list_images(parsed_args))
+    except (PjwError, OSError, TimeoutError):
+        return []
+
+
+async def _list_images(arguments: argparse.Namespace) -> list[str]:
+    async with _connected(arguments) as client:
+        return [each.name for each in await client.images()]
 
 
 @asynccontextmanager

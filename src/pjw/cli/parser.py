@@ -187,6 +187,12 @@ def _add_job_options(command: Parser) -> None:
         metavar="WORKSPACE",
         help="a directory of yours that stays, at /run/workspace; begin there",
     )
+    job.add_argument(
+        "--image",
+        metavar="IMAGE",
+        help="see the files of this image, and none of the machine's; without CMD run the image's own",
+    )
+    job.add_argument("--read-only", action="store_true", help="write nothing to the image's files")
     job.add_argument("--exclusive", action="store_true", help="no other job is in its workspace meanwhile")
     job.add_argument(
         "--mount",
@@ -195,6 +201,13 @@ def _add_job_options(command: Parser) -> None:
         default=[],
         metavar="NAME[:PATH]",
         help="a directory that your operator offers (pjw quota), at PATH; default /mnt/NAME",
+    )
+    job.add_argument(
+        "--allow", action="append", default=[], metavar="HOST[:PORT]",
+        help="let it reach this host, or *.SUFFIX, by a proxy; with a port by its name too",
+    )  # fmt: skip
+    job.add_argument(
+        "--link", metavar="NAME", help="share the network of your running jobs with the same link"
     )
     job.add_argument(
         "--gpus", type=units.count, default=0, metavar="N", help="so many GPUs for the job alone (pjw quota)"

@@ -57,7 +57,11 @@ def members(job: Job) -> dict[str, Any]:
         "arrayIndex": job.array_index,
         "workspace": job.workspace,
         "exclusive": job.exclusive,
+        "image": job.image,
+        "readOnly": job.read_only,
         "mounts": list(job.mounts),
+        "allow": list(job.allow),
+        "link": job.link,
         "gpus": job.gpus,
     }
 

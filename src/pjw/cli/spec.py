@@ -51,7 +51,11 @@ def spec_from(arguments: Namespace) -> JobSpec:
         secrets=secrets(arguments),
         workspace=arguments.workspace or "",
         exclusive=arguments.exclusive,
+        image=arguments.image or "",
+        read_only=arguments.read_only,
         mounts=arguments.mounts,
+        allow=arguments.allow,
+        link=arguments.link or "",
         gpus=arguments.gpus,
     )
 

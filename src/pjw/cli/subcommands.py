@@ -94,8 +94,8 @@ def _add_submit(commands: Commands) -> None:
         description="Put the jobs of a file into the queue, all of them or none, and print their ids."
         " FILE.toml has a table [[job]] for each; any other file, and - for stdin, a line of JSON for each. A"
         " job has a command, and may have name, after (names of jobs above it, or ids, with :failed or :any),"
-        " env, labels, workdir, workspace, exclusive, mounts, gpus, split_stderr, priority, not_before, hold,"
-        " and the limits of pjw start.",
+        " env, labels, workdir, workspace, exclusive, image, read_only, mounts, allow, link, gpus,"
+        " split_stderr, priority, not_before, hold, and the limits of pjw start.",
     )
     _runs(command, "batch.submit_file")
     add_secrets(command)
@@ -208,6 +208,41 @@ def _add_workspace(commands: Commands) -> None:
     )
     _runs(action, "workspaces.remove_workspaces")
     action.add_argument("names", metavar="WORKSPACE", nargs="+")
+
+
+def _add_image(commands: Commands) -> None:
+    image = commands.add_parser(
+        "image",
+        help="load, list and remove images: other roots for jobs than the machine's files",
+        description="An image is a root for jobs, which then see none of the machine's files: pjw run --image"
+        " NAME. Your operator offers some, and you can load your own.",
+    )
+    kinds = image.add_subparsers(required=True, metavar="ACTION")
+    action = kinds.add_parser(
+        "load",
+        help="make an image of your own of a file, and print its name",
+        description="Make an image of your own: of what docker save, podman save or skopeo wrote, an OCI"
+        " layout (a tar archive, or oci:DIR[:TAG]), or a tar archive or a directory (dir:DIR) of a root. A"
+        " job of yours unpacks it. Jobs that have an image of this name go on with it.",
+    )
+    _runs(action, "images.load_image")
+    action.set_defaults(starts=True)
+    action.add_argument("name", metavar="NAME")
+    action.add_argument("source", metavar="FILE", help="or oci:DIR[:TAG], docker-archive:FILE[:TAG], dir:DIR")
+    action = kinds.add_parser(
+        "ls",
+        help="list the images that your jobs can have: their names, or a table at a terminal",
+        description="List the images that your jobs can have: their names, or a table at a terminal.",
+    )
+    _runs(action, "images.list_images")
+    action.add_argument("--format", choices=("table", "names", "json"), help="json has every member")
+    action = kinds.add_parser(
+        "rm",
+        help="remove images of your own",
+        description="Remove images of your own. The files of one go with the last job that has it.",
+    )
+    _runs(action, "images.remove_images")
+    action.add_argument("names", metavar="IMAGE", nargs="+")
 
 
 def add_secrets(group: Any) -> None:  # noqa: ANN401  argparse has no public name for a group
@@ -358,6 +393,7 @@ ADDERS: Final = {
     "quota": _add_quota,
     "cp": _add_cp,
     "workspace": _add_workspace,
+    "image": _add_image,
     "artifacts": _add_artifacts,
     "mcp": _add_mcp,
     "context": _add_context,

@@ -513,6 +513,28 @@ class AsyncClient(BaseClient):
         """As Client.remove_workspace."""
         await self._call(requests.remove_workspace(name))
 
+    async def images(self) -> requests.Images:
+        """As Client.images."""
+        return await self._call(requests.images(all_clients=self._all_clients))
+
+    async def load_image(
+        self, name: str, source: str, seen: Callable[[int], None] | None = None
+    ) -> requests.LoadedImage:
+        """As Client.load_image; files are read in threads."""
+        from pjw.client.copies import in_threads
+        from pjw.image_archive import ImageArchive
+
+        archive = await asyncio.to_thread(ImageArchive.open, source)
+        with archive:
+            upload = requests.upload_name()
+            await self._write(AsyncUpload(0, upload=upload), in_threads(archive.pieces()), seen)
+            image = await self._call(requests.load_image(name, upload, archive.config, archive.digest))
+            return requests.LoadedImage(image, archive.left_out)
+
+    async def remove_image(self, name: str) -> None:
+        """As Client.remove_image."""
+        await self._call(requests.remove_image(name))
+
     def watch_usage(self, interval: float | None = None) -> AsyncGenerator[requests.UsageSnapshot, None]:
         """What all running jobs use, every *interval* seconds (the server's default: 2), without end."""
         watch = requests.UsageWatch(interval, all_clients=self._all_clients)

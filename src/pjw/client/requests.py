@@ -22,6 +22,8 @@ from pjw.model import (
     Archive,
     ClientQuota,
     EndReason,
+    Image,
+    ImageConfig,
     Job,
     JobSpec,
     JobState,
@@ -29,11 +31,14 @@ from pjw.model import (
     TerminalSize,
     UsageSample,
     Workspace,
+    check_image,
     check_workspace,
 )
 from pjw.rpc.convert import (
     archive_to_message,
     exec_to_message,
+    image_config_to_message,
+    image_from_message,
     job_from_message,
     queued_to_message,
     quota_from_message,
@@ -110,6 +115,7 @@ Jobs = list[Job]
 FinishedJobs = list[Finished]
 # a class with a method `list` cannot name the type
 Workspaces = list[Workspace]
+Images = list[Image]
 
 
 # not a dataclass, which takes half a millisecond to make: every `pjw get` would pay it
@@ -134,7 +140,10 @@ class Call(NamedTuple, Generic[T]):
     def facts(self) -> Mapping[str, object]:
         """The facts that the caller knows of an error of this call."""
         if self.spec is not None:
-            asked: dict[str, object] = {"program": self.spec.argv[0], "workdir": self.spec.workdir}
+            asked: dict[str, object] = {
+                "program": next(iter(self.spec.argv), ""),
+                "workdir": self.spec.workdir,
+            }
             return {**asked, "job_id": self.job_id} if self.job_id else asked
         return {"job_id": self.job_id} if self.job_id else {}
 
@@ -249,6 +258,13 @@ class Uploaded(NamedTuple):
     left_out: list[str]
 
 
+class LoadedImage(NamedTuple):
+    """An image of our own, and what of its source was left out, in words."""
+
+    image: Image
+    left_out: list[str]
+
+
 def upload_name() -> str:
     """A name that no other upload has."""
     return os.urandom(16).hex()
@@ -356,6 +372,28 @@ def remove_workspace(name: str) -> Call[None]:
     check_workspace(name)
     request = pb.RemoveWorkspaceRequest(name=name)
     return Call("RemoveWorkspace", request, lambda _: None, timeout=None, gone_is_done=True)
+
+
+def images(*, all_clients: bool) -> Call[Images]:
+    """The images that our jobs can have, or those of every client."""
+    request = pb.ListImagesRequest(all_clients=all_clients)
+    return Call("ListImages", request, lambda answer: list(map(image_from_message, answer.images)))
+
+
+def load_image(name: str, upload: str, config: ImageConfig, digest: str) -> Call[Image]:
+    """Make an image of an upload. Without a deadline: a job unpacks it. Raises InvalidJobError."""
+    check_image(name)
+    request = pb.LoadImageRequest(
+        name=name, upload=upload, config=image_config_to_message(config), digest=digest
+    )
+    return Call("LoadImage", request, lambda answer: image_from_message(answer.image), timeout=None)
+
+
+def remove_image(name: str) -> Call[None]:
+    """Take the name from an image. Raises InvalidJobError."""
+    check_image(name)
+    request = pb.RemoveImageRequest(name=name)
+    return Call("RemoveImage", request, lambda _: None, gone_is_done=True)
 
 
 class WorkspacePages:

@@ -539,6 +539,36 @@ class Client(BaseClient):
         """
         self._call(requests.remove_workspace(name))
 
+    def images(self) -> requests.Images:
+        """The images that our jobs can have: our own, and the operator's.
+
+        With *all_clients*, and a role for it, those of every client.
+        """
+        return self._call(requests.images(all_clients=self._all_clients))
+
+    def load_image(
+        self, name: str, source: str, seen: Callable[[int], None] | None = None
+    ) -> requests.LoadedImage:
+        """Make an image of our own of a file of this machine, or of a directory (`dir:DIR`).
+
+        A file is an archive of docker's, an OCI layout in a tar archive, or a tar archive of a root; an OCI
+        layout may be a directory (`oci:DIR`). A job of ours unpacks it. An image that had the name before
+        goes with the last job that has it. *seen* is told how many bytes the server has. Raises ConfigError
+        for what cannot be read or is no image, and what a start of a job raises.
+        """
+        from pjw.client.upload import Upload
+        from pjw.image_archive import ImageArchive
+
+        with ImageArchive.open(source) as archive:
+            upload = requests.upload_name()
+            self._write(Upload(0, upload=upload), archive.pieces(), seen)
+            image = self._call(requests.load_image(name, upload, archive.config, archive.digest))
+            return requests.LoadedImage(image, archive.left_out)
+
+    def remove_image(self, name: str) -> None:
+        """Remove an image of our own; jobs that have it go on with it. Raises ImageNotFoundError."""
+        self._call(requests.remove_image(name))
+
     def watch_usage(self, interval: float | None = None) -> Iterator[requests.UsageSnapshot]:
         """What all running jobs use, every *interval* seconds (the server's default: 2), without end."""
         watch = requests.UsageWatch(interval, all_clients=self._all_clients)

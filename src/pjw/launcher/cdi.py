@@ -97,13 +97,21 @@ def _order(name: str) -> tuple[bool, int, str]:
     return (not name.isdecimal(), int(name) if name.isdecimal() else 0, name)
 
 
-def edits_of(devices: Sequence[Device], names: Sequence[str]) -> Edits:
-    """What a job gets that has these devices. Raises GpuError for a name that is none."""
+def edits_of(devices: Sequence[Device], names: Sequence[str], *, image: bool = False) -> Edits:
+    """What a job gets that has these devices: in an *image* also what else it sees of the machine.
+
+    Raises GpuError for a name that is none.
+    """
     by_name = {device.name: device for device in devices}
     if missing := [name for name in names if name not in by_name]:
         raise GpuError.gone(missing[0])
     parts = [part for name in names for part in (by_name[name].common, by_name[name].own)]
-    edits = {edit.path: edit for part in parts for edit in part.edits}
+    edits = {
+        edit.path: edit
+        for part in parts
+        for edit in part.edits
+        if image or edit.is_device or _is_to_be_made(edit)
+    }
     variables = {text.partition("=")[0]: text for part in parts for text in part.environment}
     if len(edits) > EDITS_MAX:
         raise ConfigError(
@@ -174,7 +182,7 @@ def _edits(value: object) -> Edits:
     nodes = map(_node, map(_table, _list(edits, "deviceNodes")))
     mounts = map(_mount, map(_table, _list(edits, "mounts")))
     variables = tuple(_variable(each) for each in _list(edits, "env"))
-    return Edits((*nodes, *(each for each in mounts if _is_to_be_made(each))), variables)
+    return Edits((*nodes, *mounts), variables)
 
 
 def _node(node: Mapping[str, Any]) -> Edit:

@@ -11,6 +11,7 @@ import resource
 import select
 import signal
 import socket
+import stat
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -35,7 +36,11 @@ from pjw.launcher.accounts import keep_accounts
 from pjw.launcher.archive_program import ArchiveProgram
 from pjw.launcher.cdi import NO_EDITS, Edits, edits_of, read_devices
 from pjw.launcher.cgroup import Cgroup, Hierarchy, disks_under, open_hierarchy
+from pjw.launcher.deadline import say
 from pjw.launcher.departures import SETTLE_SECONDS, Departures, Waiter
+from pjw.launcher.egress import Egress
+from pjw.launcher.image_store import ImageStore
+from pjw.launcher.images import Images
 from pjw.launcher.job_users import claim_users
 from pjw.launcher.lock import hold_lock
 from pjw.launcher.measure import measure
@@ -53,17 +58,27 @@ from pjw.launcher.processes import (
     find_init,
     has_ended,
     is_ready,
+    network_of,
     send_signal,
 )
 from pjw.launcher.protocol import LAUNCH_SECONDS, SESSIONS_MAX
 from pjw.launcher.removals import Removals
 from pjw.launcher.scratch import Scratch
 from pjw.launcher.scratch_use import spawn_count
-from pjw.launcher.spawn import Cloned, Connected, Execed, Failed, read_report, send_order
+from pjw.launcher.spawn import (
+    Cloned,
+    Connected,
+    Execed,
+    Failed,
+    Listening,
+    listeners_for,
+    read_report,
+    send_order,
+)
 from pjw.launcher.stuck import describe
 from pjw.launcher.visible import check_visible
 from pjw.launcher.workspaces import Workspaces
-from pjw.model import Usage, offered
+from pjw.model import Usage, is_image_key, offered
 
 # What a launch takes while it is under way; what a job takes until its end (the pidfd of its init, its status
 # file); and what is kept for all else that must go on when a client has taken the rest: to watch, account and
@@ -78,8 +93,16 @@ FILL_AFTER_SECONDS: Final = 0.05
 # So long after a launch there is no hurry to make the next init ahead: meanwhile the server answers its
 # client, and the job begins. Both share the processors with us.
 REST_SECONDS: Final = 0.003
+# The steps of init whose failure is not the host's alone, and what kind of refusal each is.
+KINDS: Final = {step: step for step in ("exec", "workdir", "unpack", "image", "mount-at", "device-at")} | {
+    "overlay": "image"
+}
 # its report, and the pidfd of who waits for its command
 SESSION_DESCRIPTORS: Final = 2
+# How often, and after which pause, listeners of an adopted job are made again: the process that had those of
+# before may just be about to end.
+LISTEN_TRIES: Final = 10
+LISTEN_PAUSE_SECONDS: Final = 0.2
 
 
 class Phase(Enum):
@@ -102,6 +125,10 @@ class Running:
     status: int = -1
     # that were started by this launcher and have not ended
     sessions: list["Session"] = field(default_factory=list)
+    # its user, and the name of the network that it shares; None: its own
+    link: tuple[int, str] | None = None
+    # whether it is on its way into that: until then its init has another
+    is_joining: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -136,6 +163,11 @@ class LaunchInProgress:
     phase: InitPhase = InitPhase.LAUNCHING
     # the number of the request that waits for its end
     awaited_by: int | None = None
+    # what listens in the job, until its command was executed
+    listeners: list[int] = field(default_factory=list)
+    is_joining: bool = False
+    # who waits until it is known which process its init is, or that it comes to nothing
+    followers: list[Callable[[], None]] = field(default_factory=list)
 
 
 class Launcher:
@@ -152,7 +184,10 @@ class Launcher:
         self._workspaces: Workspaces
         self._mounts: Mounts
         self._removals: Removals
+        self._image_store: ImageStore
+        self._images: Images
         self._pool: Pool
+        self._egress: Egress
         # the name of our cgroups
         self._instance: str
         # whether scratch directories are being counted
@@ -203,8 +238,10 @@ class Launcher:
         self._watcher.unwatch(self._requests)
         if self._phase is Phase.SERVING:
             self._mounts.close()
+            self._egress.close()
             self._pool.close()
             self._hierarchy.release()
+            self._images.close()
             self._scratch.close()
         self._archive_program.close()
         self._watcher.close()
@@ -318,7 +355,14 @@ class Launcher:
             self._instance, io_devices=disks, supervisor_pids=(os.getpid(), os.getppid())
         )
         not_set = [*filter(None, [not_claimed]), *self._hierarchy.set_sums(request.sums)]
-        self._pool = Pool(self._watcher, self._policy, self._hierarchy, self._scratch, self._departures)
+        self._image_store = ImageStore(request.state_dir, self._scratch.places)
+        self._images = Images(self._image_store, self._workspaces, self._scratch)
+        self._pool = Pool(
+            self._watcher, self._policy, self._hierarchy, self._scratch, self._departures, self._images
+        )
+        self._scratch.left = self._on_image_left
+        self._sweep_images()
+        self._egress = Egress(self._watcher, self._policy)
         self._phase = Phase.SERVING
         return protocol.Ready(no_disk, hint, uid_first, tuple(not_set)), self._scratch.descriptor
 
@@ -326,12 +370,14 @@ class Launcher:
         """Take an init that waits, or make one: cgroup, scratch directory, init; then give it its order."""
         job_id = request.job_id
         self._policy.check_launch(request, descriptors)
-        edits = self._edits_of(request.gpus) if request.gpus else NO_EDITS
+        if request.allow and not self._egress.has_begun:
+            raise JobStateError("pjwd-egress, which connects jobs to names on the network, was not started")
+        edits = self._edits_of(request.gpus, image=bool(request.image)) if request.gpus else NO_EDITS
         sources: list[Source] = [
             *offered(self._mounts.sources, request.client_name, request.mounts),
             *edits.edits,
         ]
-        self._require_room(job_id, _kept_of(len(sources), descriptors))
+        self._require_room(job_id, _kept_of(len(sources), descriptors) + len(listeners_for(request)))
         # its files are the launch's from here on
         launch = LaunchInProgress(
             seq, request, time.monotonic(), descriptors[:], mount_count=len(sources), edits=edits
@@ -344,11 +390,11 @@ class Launcher:
             self._take_init(launch)
         return None
 
-    def _edits_of(self, names: tuple[str, ...]) -> Edits:
+    def _edits_of(self, names: tuple[str, ...], *, image: bool) -> Edits:
         """What comes with GPUs, as the operator's files are now. Raises GpuError."""
         offer = self._policy.gpus
         try:
-            edits = edits_of(read_devices(offer.kind, offer.cdi_dirs), names)
+            edits = edits_of(read_devices(offer.kind, offer.cdi_dirs), names, image=image)
             self._policy.check_edits(edits)
         except (ConfigError, KernelError):
             # `gpus`, which comes before a launch, has said why
@@ -363,12 +409,12 @@ class Launcher:
         self._take_init(launch)
 
     def _take_init(self, launch: LaunchInProgress) -> None:
-        request = launch.request
-        self._pool.take(
-            request.job_id, request.limits, request.uid, request.share, partial(self._on_taken, launch)
-        )
+        self._pool.take(launch.request, partial(self._on_taken, launch))
 
     def _on_taken(self, launch: LaunchInProgress, init: Init | PjwError) -> None:
+        if isinstance(init, Init) and (mate := self._mate_to_be(launch.request)) is not None:
+            mate.followers.append(lambda: self._on_taken(launch, init))
+            return
         try:
             if isinstance(init, PjwError):
                 del self._launching[launch.request.job_id]
@@ -384,11 +430,12 @@ class Launcher:
         request = launch.request
         try:
             self._scratch.give_to(request.job_id, request.uid)
-            workspace = self._open_workspace(request)
+            workspace, link = self._open_workspace(request), self._linked(request)
+            launch.is_joining = link >= 0
             try:
                 # an init that failed already has said why, or its end says it
                 with suppress(BrokenPipeError, ConnectionResetError):
-                    needs_tool = request.upload or request.artifacts
+                    needs_tool = request.upload or request.artifacts or request.archive
                     tool = [self._archive_program.descriptor()] if needs_tool else []
                     send_order(
                         init.report,
@@ -396,11 +443,11 @@ class Launcher:
                         [*launch.descriptors, *tool],
                         workspace,
                         launch.mounts,
+                        link,
                         launch.edits.edits,
                     )
             finally:
-                if workspace >= 0:
-                    os.close(workspace)
+                _close_all([each for each in (workspace, link) if each >= 0])
             launch.status = launch.descriptors.pop(request.files.index("status"))
         except OSError as error:
             subject = f"job {request.job_id}"
@@ -410,9 +457,42 @@ class Launcher:
             self._fail(launch, error)
             return
         if init.pidfd >= 0:
-            self._jobs[request.job_id] = Running(init.pidfd, init.cgroup, launch.seq)
+            self._jobs[request.job_id] = self._running(launch, init)
         launch.timer = self._watcher.call_after(request.seconds_max, lambda: self._on_late(launch, init))
         self._watcher.watch(init.report, lambda: self._on_report(launch, init))
+
+    def _running(self, launch: LaunchInProgress, init: Init) -> Running:
+        request = launch.request
+        link = (request.uid, request.link) if request.link else None
+        return Running(init.pidfd, init.cgroup, launch.seq, link=link, is_joining=launch.is_joining)
+
+    def _linked(self, request: protocol.Launch) -> int:
+        """The network namespace that a job is to share; -1 for its own, which others may share then.
+
+        Only of a job of the same user, as our own records have it.
+        """
+        if not request.link:
+            return -1
+        link = (request.uid, request.link)
+        mates = (job for job in self._jobs.values() if job.link == link and not job.is_joining)
+        return next((network for job in mates if (network := network_of(job.pidfd)) >= 0), -1)
+
+    def _mate_to_be(self, request: protocol.Launch) -> LaunchInProgress | None:
+        """A launch whose network this one is to share, and whose init is not known yet."""
+        if not request.link:
+            return None
+        for other in self._launching.values():
+            is_unknown = (
+                other.init is not None and other.init.pidfd < 0 and other.phase is InitPhase.LAUNCHING
+            )
+            if is_unknown and (other.request.uid, other.request.link) == (request.uid, request.link):
+                return other
+        return None
+
+    def _listen(self, job_id: int, request: protocol.Launch | protocol.Adopt, sockets: list[int]) -> None:
+        """Have the connections of a job accepted; takes the sockets."""
+        self._egress.add(job_id, request.client_name, request.allow, listeners_for(request), sockets)
+        sockets.clear()
 
     def _open_workspace(self, request: protocol.Launch) -> int:
         """A mount for a job with a workspace; -1 for one without. Raises JobStateError and KernelError."""
@@ -429,7 +509,7 @@ class Launcher:
         kept = sum(_kept_of(launch.mount_count, launch.descriptors) for launch in self._launching.values())
         begun = len(self._launching) + self._policy.waiting_inits + 1
         held = JOB_DESCRIPTORS * len(self._jobs) + len(self._departures) + kept
-        held += SESSION_DESCRIPTORS * (self._sessions + 1)
+        held += SESSION_DESCRIPTORS * (self._sessions + 1) + self._egress.descriptors
         if held + come + LAUNCH_DESCRIPTORS * begun > room:
             raise KernelError("launch", f"job {job_id}", errno.EMFILE)
 
@@ -437,7 +517,10 @@ class Launcher:
         match read_report(init.report):
             case Cloned(pidfd):
                 init.pidfd = pidfd
-                self._jobs[init.job_id] = Running(pidfd, init.cgroup, launch.seq)
+                self._jobs[init.job_id] = self._running(launch, init)
+                _call_all(launch.followers)
+            case Listening(sockets):
+                launch.listeners = list(sockets)
             case Execed(started_ns):
                 try:
                     init.cgroup.make_equal()
@@ -451,13 +534,15 @@ class Launcher:
                     launch.timer.cancel()
                 job = self._jobs[init.job_id]
                 job.status, launch.status = launch.status, -1
+                job.is_joining = False
+                if launch.listeners:
+                    self._listen(init.job_id, launch.request, launch.listeners)
                 self._watcher.watch(job.pidfd, partial(self._on_end, init.job_id, job))
                 self._reply(launch.seq, protocol.Launched(started_ns), job.pidfd)
                 self._launched_at = time.monotonic()
             case Failed() as failed:
                 # init ends by itself after its report; it is killed as well, for one that reported nothing
-                own = ("exec", "workdir", "unpack", "mount-at", "device-at")
-                kind = failed.step if failed.step in own else "setup"
+                kind = KINDS.get(failed.step, "setup")
                 subject = f"job {init.job_id}"
                 self._fail(launch, protocol.Refused(kind, failed.operation, subject, failed.errno, ""))
 
@@ -478,6 +563,8 @@ class Launcher:
         if launch.timer is not None:
             launch.timer.cancel()
         self._jobs.pop(job_id, None)
+        _close_all(launch.listeners)
+        _call_all(launch.followers)
         if launch.status >= 0:
             _close_all([launch.status])
         refusal = why if isinstance(why, protocol.Refused) else refusal_of(why)
@@ -611,6 +698,7 @@ class Launcher:
 
     def answer_adopt(self, seq: int, request: protocol.Adopt, descriptors: list[int]) -> "Answer":
         """Find the init of a job by its cgroup, which only root may write."""
+        self._policy.check_network(request)
         cgroup = self._hierarchy.find(request.job_id)
         if cgroup is None:
             return (protocol.Adopted(alive=False, known=False),)
@@ -625,9 +713,62 @@ class Launcher:
             # a launcher that was killed may have left that to us
             cgroup.make_equal()
             job = self._jobs[request.job_id] = Running(pidfd, cgroup, seq)
+            if request.link:
+                job.link = (self._scratch.owner(request.job_id), request.link)
             self._watcher.watch(pidfd, partial(self._on_end, request.job_id, job))
         job.seq = seq
+        if request.allow and request.job_id not in self._egress and self._egress.has_begun:
+            self._listen_again(job, request, LISTEN_TRIES)
         return protocol.Adopted(alive=True, known=True), job.pidfd
+
+    def _listen_again(self, job: Running, request: protocol.Adopt, tries: int) -> None:
+        """Have the listeners of an adopted job made again, by a process that enters it for that."""
+        job_id = request.job_id
+        if self._jobs.get(job_id) is not job or has_ended(job.pidfd):
+            return
+
+        def again(why: str) -> None:
+            if tries > 1:
+                self._watcher.call_after(
+                    LISTEN_PAUSE_SECONDS, lambda: self._listen_again(job, request, tries - 1)
+                )
+            elif not has_ended(job.pidfd):
+                say(f"job {job_id} reaches no names on the network any more: cannot {why}")
+
+        send_signal(job.pidfd, ENTERED_SIGNAL)
+        try:
+            report = self._pool.listen(job_id, job.pidfd, job.cgroup, listeners_for(request))
+        except KernelError as error:
+            again(str(error))
+            return
+
+        def on_report() -> None:
+            match read_report(report):
+                case Cloned(pidfd):
+                    os.close(pidfd)
+                    return
+                case Listening(sockets):
+                    found = list(sockets)
+                    if self._jobs.get(job_id) is job:
+                        self._listen(job_id, request, found)
+                    _close_all(found)
+                case Failed() as failed:
+                    again(f"{failed.operation} it ({errno.errorcode.get(failed.errno, 'no reason')})")
+            self._watcher.unwatch(report)
+            report.close()
+
+        self._watcher.watch(report, on_report)
+
+    def answer_egress(self, seq: int, request: protocol.Egress, descriptors: list[int]) -> "Answer":
+        """Start the process that connects jobs to names on the network, and keep it going."""
+        if not self._policy.egress_hosts or not self._policy.egress_uid:
+            raise InvalidJobError("the operator offers no names on the network")
+        if self._egress.has_begun:
+            raise JobStateError("pjwd-egress was started before")
+        if not stat.S_ISSOCK(os.fstat(descriptors[0]).st_mode):
+            raise InvalidJobError("what pjwd-egress is to tell of connections by is no socket")
+        self._egress.begin(descriptors.pop())
+        return (protocol.Done(),)
 
     def answer_job_ids(self, seq: int, request: protocol.JobIds, descriptors: list[int]) -> "Answer":
         """List the jobs of which anything is left: a cgroup, or a scratch directory.
@@ -689,6 +830,7 @@ class Launcher:
         Else all stays as it is until the worker has written the end down, and asks for the removal.
         """
         self._watcher.unwatch(job.pidfd)
+        self._egress.remove(job_id)
         known, removed, usage = False, False, Usage()
         # What cannot be done now the worker asks for, and so learns why.
         with suppress(KernelError, OSError):
@@ -824,6 +966,20 @@ class Launcher:
         self._removals.begin_workspace(uid, name, spawn, on_removed)
         return None
 
+    def _on_image_left(self, image: str) -> None:
+        # an operator may have removed it while the job ran; the worker removes what a client has loaded
+        with suppress(KernelError):
+            if not is_image_key(image) and not self._image_store.is_named(image):
+                self._sweep_images()
+
+    def _sweep_images(self) -> None:
+        for pid in self._images.sweep():
+            self._watcher.reap_helper(pid, lambda: None)
+
+    def answer_image_table(self, seq: int, request: protocol.ImageTable, descriptors: list[int]) -> "Answer":
+        """Hand out the table of the operator's images: their names, and how jobs begin in each."""
+        return self._hand_out(seq, self._image_store.open_table())
+
     def answer_reload_mounts(
         self, seq: int, request: protocol.ReloadMounts, descriptors: list[int]
     ) -> "Answer":
@@ -903,10 +1059,12 @@ ROUTES: Final[dict[str, Route]] = {
     "workspace_names": Route(Launcher.answer_workspace_names),
     "workspace_use": Route(Launcher.answer_workspace_use, makes_processes=True),
     "remove_workspace": Route(Launcher.answer_remove_workspace, makes_processes=True),
+    "image_table": Route(Launcher.answer_image_table),
     "reload_mounts": Route(Launcher.answer_reload_mounts),
     "gpus": Route(Launcher.answer_gpus),
     "open_file": Route(Launcher.answer_open_file),
     "open_audit_log": Route(Launcher.answer_open_audit_log),
+    "egress": Route(Launcher.answer_egress, makes_processes=True),
     "set_share": Route(Launcher.answer_set_share),
     "measure_client": Route(Launcher.answer_measure_client),
 }
@@ -923,6 +1081,11 @@ def _close_all(descriptors: list[int]) -> None:
         # Some file systems tell here of a write that failed (close(2)): it was the sender's.
         with suppress(OSError):
             os.close(descriptors.pop())
+
+
+def _call_all(callbacks: list[Callable[[], None]]) -> None:
+    while callbacks:
+        callbacks.pop(0)()
 
 
 def _in_clients_words(error: PjwError) -> PjwError:

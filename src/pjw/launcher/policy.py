@@ -10,7 +10,7 @@ from typing import Final
 
 from pjw.errors import ConfigError, GpuError, InvalidJobError, KernelError
 from pjw.launcher.cdi import Edits
-from pjw.launcher.protocol import Connect, Exec, Hello, Launch, RemoveWorkspace, WorkspaceUse
+from pjw.launcher.protocol import Adopt, Connect, Exec, Hello, Launch, RemoveWorkspace, WorkspaceUse
 from pjw.model import (
     GPUS_MAX,
     JOB_DIRECTORY,
@@ -18,10 +18,14 @@ from pjw.model import (
     GpuOffer,
     Limits,
     MountSource,
+    check_link,
     check_mounts,
     check_workspace,
+    is_image_digest,
+    is_image_key,
     lies_in,
 )
+from pjw.network import Allowed, check_allow, is_offered
 
 # ids of jobs become names of directories: 2^53 is enough for a million jobs a second for 285 years
 JOB_ID_MAX: Final = 2**53
@@ -61,6 +65,11 @@ class Policy:
     gpus: GpuOffer
     # directories of pjw's own, which lie in no mount
     own_paths: tuple[str, ...]
+    egress_uid: int
+    egress_hosts: tuple[Allowed, ...]
+    egress_private: tuple[str, ...]
+    egress_connections_max: int
+    egress_connections_total_max: int
 
     @classmethod
     def from_hello(cls, hello: Hello) -> "Policy":
@@ -73,6 +82,8 @@ class Policy:
         for path in (*own, *hello.hidden_paths, *hello.visible_paths, *files):
             if not os.path.isabs(path):
                 raise InvalidJobError(f"{path!r} is not an absolute path")
+        if hello.uid_first <= hello.egress_uid < hello.uid_first + hello.uid_count and hello.uid_first:
+            raise InvalidJobError(f"the user id of pjwd-egress, {hello.egress_uid}, is one of those for jobs")
         if hello.configuration and hello.configuration not in hello.operator_files:
             raise InvalidJobError("the configuration is not among the operator's files")
         policy = cls(
@@ -89,6 +100,11 @@ class Policy:
             configuration=hello.configuration,
             gpus=hello.gpus,
             own_paths=own,
+            egress_uid=hello.egress_uid,
+            egress_hosts=tuple(map(Allowed.of, hello.egress_hosts)),
+            egress_private=hello.egress_private,
+            egress_connections_max=hello.egress_connections_max,
+            egress_connections_total_max=hello.egress_connections_total_max,
         )
         policy.check_sources(hello.mounts)
         return policy
@@ -121,12 +137,17 @@ class Policy:
         """Raises InvalidJobError unless this policy allows the launch, KernelError when nobody can tell."""
         check_job_id(request.job_id)
         self.check_uid(request.uid)
+        self.check_network(request)
         if above := request.limits.first_above(self.ceiling):
             raise InvalidJobError(f"limit {above} is above its ceiling")
         if below := request.limits.first_below(self.floor):
             raise InvalidJobError(f"limit {below} is below its floor")
         if request.workspace:
-            check_workspace(request.workspace)
+            _check_directory(request.workspace)
+        if request.image and not (is_image_key(request.image) or is_image_digest(request.image)):
+            raise InvalidJobError("an image is named by its digest, or by a key")
+        if request.archive and (request.terminal or request.upload or request.artifacts):
+            raise InvalidJobError("a job of the program for archives has no other files, and no terminal")
         if check_mounts(request.mounts) != request.mounts:
             raise InvalidJobError("a mount of a launch is NAME:PATH")
         if request.gpus and not self.gpus.is_for(request.client_name):
@@ -134,6 +155,16 @@ class Policy:
         if len(set(request.gpus)) < len(request.gpus) or len(request.gpus) > GPUS_MAX:
             raise InvalidJobError("a GPU of a launch is named twice, or there are too many")
         _check_rest(request, descriptors)
+
+    def check_network(self, request: Launch | Adopt) -> None:
+        """Raises InvalidJobError for names that the operator offers to nobody, and for what is no link."""
+        if request.allow and check_allow(request.allow) != request.allow:
+            raise InvalidJobError("names on the network are not written as they are compared")
+        for name in request.allow:
+            if not is_offered(Allowed.of(name), self.egress_hosts):
+                raise InvalidJobError(f"{name} is not offered to any client")
+        if request.link:
+            check_link(request.link)
 
     def check_exec(self, request: Exec, owner: int, descriptors: list[int]) -> None:
         """The same for a session in a job of the user *owner*: it must be that user's, too."""
@@ -159,7 +190,7 @@ class Policy:
     def check_workspace(self, request: WorkspaceUse | RemoveWorkspace) -> None:
         """Raises InvalidJobError unless it is about what may be a workspace."""
         self.check_uid(request.uid)
-        check_workspace(request.name)
+        _check_directory(request.name)
 
     def check_uid(self, uid: int) -> None:
         """Raises InvalidJobError for a user id that no client has."""
@@ -171,6 +202,12 @@ class Policy:
         if not 0 <= place < len(self.operator_files):
             raise InvalidJobError(f"{place} is not the place of an operator's file")
         return self.operator_files[place]
+
+
+def _check_directory(name: str) -> None:
+    """Raises InvalidJobError for what is neither the name of a workspace nor the key of a client's image."""
+    if not is_image_key(name):
+        check_workspace(name)
 
 
 def _check_rest(request: Launch | Exec, descriptors: list[int]) -> None:

@@ -1,8 +1,8 @@
 """Inits that wait for a job: in their cgroup and namespaces, with their mounts; only the order is missing.
 
 Making all that takes the kernel milliseconds, and most of it is the same for each job. The pool guesses the
-rest: ids follow one another, so it knows the next job's id; it takes the client and the limits of the last
-job. A wrong guess is never used: that start costs what it would have cost without a pool.
+rest: ids follow one another, so it knows the next job's id; it takes the client, the image and the limits of
+the last job. A wrong guess is never used: that start costs what it would have cost without a pool.
 
 An init that waits is what a start would make. When the host's mounts change, so that a job would be shown
 other file systems, the pool discards all inits that wait. It also replaces old ones, since an overlay goes on
@@ -14,7 +14,7 @@ import os
 import select
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from operator import attrgetter
@@ -23,13 +23,16 @@ from typing import Final
 from pjw.errors import ConfigError, JobStateError, KernelError, PjwError
 from pjw.launcher.cgroup import Cgroup, Hierarchy
 from pjw.launcher.departures import Departures, Waiter
+from pjw.launcher.images import Images, close_all
 from pjw.launcher.phases import InitPhase
 from pjw.launcher.policy import JOB_ID_MAX, Policy
 from pjw.launcher.processes import Watcher, has_ended, is_ready
+from pjw.launcher.protocol import Launch
 from pjw.launcher.scratch import Scratch
 from pjw.launcher.spawn import Cloned, Spawner, read_report
 from pjw.launcher.visible import MOUNTINFO, Place, places_of, read_mounts, template_of
 from pjw.model import Limits, Share
+from pjw.network import Listener
 
 # How long an init waits before a new one replaces it.
 OLDEST_SECONDS: Final = 60.0
@@ -48,6 +51,8 @@ class Init:
     cgroup: Cgroup
     report: socket.socket
     made_at: float
+    image: str = ""
+    read_only: bool = False
     pidfd: int = -1
 
 
@@ -61,6 +66,7 @@ class Pool:
         hierarchy: Hierarchy,
         scratch: Scratch,
         departures: Departures,
+        images: Images,
         oldest_seconds: float = OLDEST_SECONDS,
     ) -> None:
         """Raises ConfigError for what cannot be shown to jobs."""
@@ -73,6 +79,7 @@ class Pool:
         self._size: Final = policy.waiting_inits
         self._hierarchy: Final = hierarchy
         self._scratch: Final = scratch
+        self._images: Final = images
         # init looks paths up in a template, where a link leads nowhere
         self._scratch_directory: Final = os.path.realpath(scratch.directory)
         self._spawner: Final = Spawner(watcher, policy, self._scratch_directory)
@@ -82,6 +89,7 @@ class Pool:
         self._uid = 0
         self._share: Share
         self._limits: Limits
+        self._image, self._read_only = "", False
         self._oldest_seconds: Final = oldest_seconds
         self._is_renewing = False
         self._are_stale = False
@@ -120,14 +128,14 @@ class Pool:
         # one that a wrong guess has the place of is wanted when that has gone
         return next((job_id for job_id in reversed(self._wanted) if job_id not in self._discarded), None)
 
-    def take(
-        self, job_id: int, limits: Limits, uid: int, share: Share, then: Callable[[Init | PjwError], None]
-    ) -> None:
+    def take(self, request: Launch, then: Callable[[Init | PjwError], None]) -> None:
         """Give *then* the init for a job, made now if none waits; guess from it what will be wanted next.
 
         Later, where a wrong guess is in its way and has to go first. Who is called has the init: its report,
         its pidfd, its end. An error: nothing was made.
         """
+        job_id, limits, uid, share = request.job_id, request.limits, request.uid, request.share
+        image, read_only = request.image, request.read_only
         try:
             self._empty_if_stale()
             if self._hierarchy.share_of(uid) != share:
@@ -139,7 +147,8 @@ class Pool:
             then(error)
             return
         init = self._waiting.pop(job_id, None)
-        if init is not None and not (init.uid == uid and _are_alike(init.limits, limits) and _is_alive(init)):
+        guessed = init is not None and (init.uid, init.image, init.read_only) == (uid, image, read_only)
+        if init is not None and not (guessed and _are_alike(init.limits, limits) and _is_alive(init)):
             self.discard(init)
             init = None
         if init is not None:
@@ -151,7 +160,7 @@ class Pool:
             # a reload may have given its client another meanwhile
             share_now = self._hierarchy.share_of(uid) or share
             try:
-                made = self._make(job_id, limits, uid, share_now)
+                made = self._make(job_id, limits, uid, share_now, image, read_only=read_only)
             except PjwError as error:
                 then(error)
                 return
@@ -171,10 +180,16 @@ class Pool:
 
     def _guess(self, init: Init, share: Share) -> None:
         job_id = init.job_id
-        # Starts overtake each other, but not by much: what is far behind will not be asked for.
-        for behind in [waiting for waiting in self._waiting if waiting < job_id - self._size]:
-            self.discard(self._waiting.pop(behind))
+        # Starts overtake each other, but not by much: what is far behind will not be asked for. And an image
+        # that nobody asks for any more may be one that is to be removed.
+        for other in [
+            waiting.job_id
+            for waiting in self._waiting.values()
+            if waiting.job_id < job_id - self._size or waiting.image != init.image
+        ]:
+            self.discard(self._waiting.pop(other))
         self._uid, self._share, self._limits = init.uid, share, init.limits
+        self._image, self._read_only = init.image, init.read_only
         ahead = range(job_id + 1, min(job_id + self._size, JOB_ID_MAX) + 1)
         self._wanted = [number for number in reversed(ahead) if number not in self._waiting]
 
@@ -184,7 +199,8 @@ class Pool:
             return
         self._wanted.remove(job_id)
         try:
-            init = self._make(job_id, self._limits, self._uid, self._share)
+            own = self._image
+            init = self._make(job_id, self._limits, self._uid, self._share, own, read_only=self._read_only)
         except PjwError:
             # Its start has overtaken the last one and was there first; or whoever starts it is told why it
             # cannot be made, if that is still so then.
@@ -216,25 +232,33 @@ class Pool:
                 # It could not be made, or somebody has killed it.
                 self.discard(self._waiting.pop(init.job_id))
 
-    def _make(self, job_id: int, limits: Limits, uid: int, share: Share) -> Init:
+    def _make(
+        self, job_id: int, limits: Limits, uid: int, share: Share, image: str = "", *, read_only: bool = False
+    ) -> Init:
         if not self._open:
             raise JobStateError(f"cannot launch job {job_id}: the launcher ends")
         self._scratch.create(job_id)
+        trees: list[int] = []
         try:
+            if image:
+                trees = self._images.trees(job_id, image, uid)
             cgroup = self._hierarchy.create(job_id, limits, uid, share)
         except PjwError:
+            close_all(trees)
             self._scratch.remove_if_empty(job_id)
             raise
         try:
             made_at = time.monotonic()
-            report = self._spawner.spawn(job_id, cgroup)
+            report = self._spawner.spawn(job_id, cgroup, trees, read_only=read_only)
         except (OSError, PjwError) as error:
             self._begin_departure(job_id, cgroup)
             self._departures.go_on(job_id)
             if isinstance(error, OSError):
                 raise KernelError("spawn init of", f"job {job_id}", error.errno or 0) from error
             raise
-        return Init(job_id, uid, limits, cgroup, report, made_at)
+        finally:
+            close_all(trees)
+        return Init(job_id, uid, limits, cgroup, report, made_at, image, read_only)
 
     def enter(self, job_id: int, init: int, cgroup: Cgroup, tool: int | None) -> socket.socket:
         """Have a session made in a job that runs; the socket that it reports to. Raises KernelError."""
@@ -249,6 +273,13 @@ class Pool:
             return self._spawner.spawn_connection(job_id, init, cgroup, uid, port)
         except OSError as error:
             raise KernelError("spawn a connection of", f"job {job_id}", error.errno or 0) from error
+
+    def listen(self, job_id: int, init: int, cgroup: Cgroup, listeners: Sequence[Listener]) -> socket.socket:
+        """Have somebody listen in a job that runs; the socket that reports it. Raises KernelError."""
+        try:
+            return self._spawner.spawn_listeners(job_id, init, cgroup, listeners)
+        except OSError as error:
+            raise KernelError("spawn listeners of", f"job {job_id}", error.errno or 0) from error
 
     def discard(
         self,

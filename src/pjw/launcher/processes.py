@@ -38,6 +38,23 @@ def send_signal(pidfd: int, number: int) -> None:
         signal.pidfd_send_signal(pidfd, number)
 
 
+def network_of(pidfd: int) -> int:
+    """The network namespace of a process (namespaces(7)); -1 when that has ended, or is about to.
+
+    It stays while its descriptor is open, whatever becomes of the process.
+    """
+    descriptor = -1
+    with contextlib.suppress(OSError):
+        with open(f"/proc/self/fdinfo/{pidfd}", "rb") as info:
+            pid = next(int(line.split()[1]) for line in info if line.startswith(b"Pid:"))
+        descriptor = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    # looked at again now: the number was still that process's
+    if descriptor >= 0 and has_ended(pidfd):
+        os.close(descriptor)
+        return -1
+    return descriptor
+
+
 def collect(pidfd: int) -> None:
     """Collect an ended child, and close its pidfd; one that is not ours (adopted) has another who does."""
     with contextlib.suppress(ChildProcessError):

@@ -71,6 +71,14 @@ class Hello:
     mounts: tuple[MountSource, ...] = ()
     # one of `operator_files`, from which `ReloadMounts` takes them anew; empty: there is none
     configuration: str = ""
+    # the user of pjwd-egress; 0: there is none
+    egress_uid: int = 0
+    # the names on the network that jobs may reach, and ranges of addresses that are none of the internet's
+    egress_hosts: tuple[str, ...] = ()
+    egress_private: tuple[str, ...] = ()
+    # how many connections a job may have, and all jobs
+    egress_connections_max: int = 0
+    egress_connections_total_max: int = 0
     # whose jobs may have GPUs, and where the files that describe them are
     gpus: GpuOffer = NO_GPUS
 
@@ -96,10 +104,20 @@ class Launch:
     workspace: str = ""
     # whether what matches `patterns` of the job's files is packed into `artifacts` after its end
     artifacts: bool = False
+    # whether the launcher's own program for archives is executed, whatever the first word of the command is
+    archive: bool = False
+    # the root of the job: the digest of an image of the operator's, or the key of one of the client's own;
+    # empty: the host's
+    image: str = ""
+    read_only: bool = False
     # directories of the operator's, each as NAME:PATH
     mounts: tuple[str, ...] = ()
-    # to whom they, and GPUs, must be offered; empty without these
+    # to whom they, and GPUs, must be offered; and who asks for names on the network, for the log; else empty
     client_name: str = ""
+    # the names on the network that it may reach (network.py)
+    allow: tuple[str, ...] = ()
+    # the network that it shares with other jobs of its user, by its name; empty: it has its own
+    link: str = ""
     # GPUs by their names, as `GpuNames` has them
     gpus: tuple[str, ...] = ()
 
@@ -164,6 +182,17 @@ class Adopt:
 
     op: ClassVar = "adopt"
     job_id: int
+    # as in Launch
+    allow: tuple[str, ...] = ()
+    client_name: str = ""
+    link: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Egress:
+    """Start pjwd-egress; once, and before jobs that reach names. It comes with a socket for its reports."""
+
+    op: ClassVar = "egress"
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,6 +339,13 @@ class OpenAuditLog:
     """`Hello.audit_log` for appending, made where it is missing: the operator has moved the old one."""
 
     op: ClassVar = "open_audit_log"
+
+
+@dataclass(frozen=True, slots=True)
+class ImageTable:
+    """The table of the operator's images, as it is now (image_store.py); the answer is `Opened`."""
+
+    op: ClassVar = "image_table"
 
 
 @dataclass(frozen=True, slots=True)
@@ -471,11 +507,11 @@ class Opened:
 class Refused:
     """It was not done. `errno` is 0 when there is none.
 
-    `kind`: exec, workdir (it cannot be entered), unpack (the upload cannot be), setup (another step of init),
-    late (the command was not executed in time: `operation` says in which), mount (that of the name in
-    `subject` cannot be had, or without an errno is not offered), mount-at (not at its path), gpu (one cannot
-    be had: `operation` says why), device-at (what comes with one, not at its path), kernel, invalid, state
-    or config.
+    `kind`: exec, workdir (it cannot be entered), unpack (the upload cannot be), image (it has something else
+    where pjw mounts), setup (another step of init), late (the command was not executed in time: `operation`
+    says in which), mount (that of the name in `subject` cannot be had, or without an errno is not offered),
+    mount-at (not at its path), gpu (one cannot be had: `operation` says why), device-at (what comes with
+    one, not at its path), kernel, invalid, state or config.
     `left`: a part of the launch does not end; `Departed` is answered when it has ended.
     """
 
@@ -510,8 +546,10 @@ Request = (
     | Gpus
     | OpenFile
     | OpenAuditLog
+    | Egress
     | SetShare
     | MeasureClient
+    | ImageTable
 )
 Reply = (
     Done
@@ -541,6 +579,8 @@ REPLIES: Final[dict[str, type[Reply]]] = {c.op: c for c in get_args(Reply)}
 
 def descriptors_of(request: Request) -> int:
     """How many descriptors come with a request."""
+    if isinstance(request, Egress):
+        return 1
     return len(request.files) if isinstance(request, Launch | Exec) else 0
 
 

@@ -6,12 +6,14 @@ pjwd may be given the same place.
 """
 
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from pjw.errors import ConfigError, KernelError
 from pjw.launcher.cgroup.files import job_ids_in, read_mounts
 from pjw.launcher.durable import replace_file
+from pjw.launcher.image_store import MARK
 from pjw.launcher.policy import instance_name
 from pjw.launcher.rooted import make_root_s, require_root_s
 
@@ -65,6 +67,8 @@ class Scratch:
             require_root_s(scratch_dir, "scratch directory", "configure another scratch_dir")
         self.places: Final = _remember(os.path.join(state_dir, PLACES_NAME), self._path, state_dir)
 
+        # told of the image of a job of which nothing is left
+        self.left: Callable[[str], object] = lambda _: None
         # good for asking how full the file system is, and for nothing else
         self.descriptor: Final = os.open(self._path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._quotas: Final = find_quotas(self.descriptor, instance_name(state_dir))
@@ -112,19 +116,39 @@ class Scratch:
                 raise
         return path
 
+    def begin_image(self, job_id: int, uid: int, image: str) -> str:
+        """Have a directory that `create` has made hold what the root of a job writes; its path.
+
+        `job` in it is the job's own directory. Raises OSError.
+        """
+        path = os.path.join(self._path, str(job_id))
+        # first of all: see image_store.py
+        os.symlink(image, os.path.join(path, MARK))
+        for name, owner, mode in (("job", uid, 0o700), ("upper", uid, 0o755), ("work", 0, 0o700)):
+            os.mkdir(os.path.join(path, name), mode)
+            os.chmod(os.path.join(path, name), mode)
+            os.chown(os.path.join(path, name), owner, owner)
+        return path
+
     def give_to(self, job_id: int, uid: int) -> None:
         """Make the directory of a job, which `create` has made, its owner's alone. Raises KernelError."""
         path = os.path.join(self._path, str(job_id))
         try:
-            os.chown(path, uid, uid, follow_symlinks=False)
+            # the directory of a job with an image is never the client's: it has what must stay as it is
+            owner = 0 if os.path.lexists(os.path.join(path, MARK)) else uid
+            os.chown(path, owner, uid, follow_symlinks=False)
         except OSError as error:
             raise KernelError("give away the scratch directory", path, error.errno or 0) from error
 
     def remove_if_empty(self, job_id: int) -> bool:
         """Remove the directory unless something is in it: then false."""
+        image = ""
         for place in self.places:
+            path = os.path.join(place, str(job_id))
             try:
-                os.rmdir(os.path.join(place, str(job_id)))
+                if image := _image_of(path):
+                    _empty_image(path)
+                os.rmdir(path)
                 break
             except FileNotFoundError:
                 pass  # it is in another place, or rm or an earlier launcher has removed it
@@ -134,18 +158,45 @@ class Scratch:
             # A limit of nothing is no harm: the next job with this project has its own set.
             with suppress(KernelError):
                 self._quotas.forget(job_id)
+        if image:
+            self.left(image)
         return True
 
     def owner(self, job_id: int) -> int:
         """The user that the directory of a job belongs to; root where there is none (any more)."""
         try:
-            return os.lstat(self.path(job_id)).st_uid
+            status = os.lstat(self.path(job_id))
         except OSError:
             return 0
+        return status.st_uid or status.st_gid
 
     def spawn_removal(self, job_id: int) -> int:
         """Begin to remove all of a job's directory; give the pid of the process that does."""
         return spawn_removal(self.path(job_id))
+
+
+def _image_of(path: str) -> str:
+    """The image of the job with this directory; empty: it has none."""
+    try:
+        # in another directory the client itself could have made that link
+        return "" if os.lstat(path).st_uid else os.readlink(os.path.join(path, MARK))
+    except OSError:
+        return ""
+
+
+def _empty_image(path: str) -> None:
+    """Remove what is in the directory of a job with an image. Raises OSError when the job left something."""
+    for name in ("upper", "job"):
+        # an attempt before this one may have come so far
+        with suppress(FileNotFoundError):
+            os.rmdir(os.path.join(path, name))
+    with suppress(FileNotFoundError):
+        # what overlayfs makes for itself
+        os.unlink(os.path.join(path, "work/work/incompat/volatile/dirty"))
+    for name in ("work/work/incompat/volatile", "work/work/incompat", "work/work", "work"):
+        with suppress(FileNotFoundError):
+            os.rmdir(os.path.join(path, name))
+    os.unlink(os.path.join(path, MARK))
 
 
 def spawn_removal(path: str) -> int:
@@ -162,16 +213,22 @@ def spawn_removal(path: str) -> int:
     return pid
 
 
+def known_places(state_dir: str) -> tuple[str, ...]:
+    """Where jobs of a pjw may have their directories. Raises OSError."""
+    # without that file no other place was ever configured
+    found = [scratch_place(state_dir, "")]
+    with suppress(FileNotFoundError), open(os.path.join(state_dir, PLACES_NAME), "rb") as known:
+        found = [os.fsdecode(path) for path in known.read().split(b"\0") if path]
+    return tuple(found)
+
+
 def _remember(file: str, here: str, state_dir: str) -> tuple[str, ...]:
     """All places where jobs may have their directories: *here*, and those of before that are not empty.
 
     *file* has them too, each ended by NUL. Raises KernelError.
     """
     try:
-        # without that file no other place was ever configured
-        former = [scratch_place(state_dir, "")]
-        with suppress(FileNotFoundError), open(file, "rb") as known:
-            former = [os.fsdecode(path) for path in known.read().split(b"\0") if path]
+        former = list(known_places(state_dir))
         places = (here, *(place for place in former if place != here and _has_jobs(place)))
         if list(places) != former:
             replace_file(file, b"".join(os.fsencode(place) + b"\0" for place in places))

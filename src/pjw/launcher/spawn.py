@@ -22,12 +22,14 @@ from pjw.launcher.cdi import Edit
 from pjw.launcher.cgroup import Cgroup
 from pjw.launcher.policy import JOB_ENVIRONMENT, JOB_ID_MAX, Policy
 from pjw.launcher.processes import Watcher
-from pjw.launcher.protocol import Exec, Launch
+from pjw.launcher.protocol import Adopt, Exec, Launch
 from pjw.launcher.visible import Place
 from pjw.model import MountSource, split_mount
+from pjw.network import NAMED_MAX, Listener, listeners_of
 
 INIT_PROGRAM: Final = str(Path(__file__).with_name("pjw-init"))
 _REPORT_MAX_BYTES: Final = 512  # as in init/report.c
+_REPORT_RIGHTS_BYTES: Final = socket.CMSG_SPACE(4 * (NAMED_MAX + 1))
 # as in init/spawner.c: where it hears us, and the number that the first descriptor of a request has there
 _REQUESTS_FD: Final = 3
 _FIRST_FD: Final = 4
@@ -67,6 +69,13 @@ class Opened:
 
 
 @dataclass(frozen=True, slots=True)
+class Listening:
+    """The sockets that listen within a job, in the order of the listeners that were asked for."""
+
+    sockets: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """A step before exec failed, by its name in init/init.h; "" when init vanished without a word.
 
@@ -101,12 +110,18 @@ class Spawner:
         self._places = b"".join(map(_encoded, (*place_words(places), *hide)))
         self.close()
 
-    def spawn(self, job_id: int, cgroup: Cgroup) -> socket.socket:
+    def spawn(
+        self, job_id: int, cgroup: Cgroup, trees: Sequence[int] = (), *, read_only: bool = False
+    ) -> socket.socket:
         """Have an init spawned that waits for its order; give the socket that it reports to.
 
-        What goes wrong from here on is reported. Raises OSError.
+        *trees* are mounts of an image, which is the job's root instead of the host's (Images.trees). What
+        goes wrong from here on is reported. Raises OSError.
         """
-        words = ("--hostname", f"job-{job_id}", "--scratch", f"{self._scratch}/{job_id}")
+        own = f"{self._scratch}/{job_id}"
+        words: list[str | int] = ["--hostname", f"job-{job_id}", "--scratch", f"{own}/job" if trees else own]
+        words += [word for tree in trees for word in ("--image-fd", tree)]
+        words += ["--image-read-only"] if trees and read_only else []
         return self._spawn(job_id, cgroup.init_arguments(), words, self._places)
 
     def spawn_session(self, job_id: int, init: int, cgroup: Cgroup, tool: int | None) -> socket.socket:
@@ -122,6 +137,13 @@ class Spawner:
         user = ("--uid", str(uid), "--gid", str(uid))
         more: list[str | int] = ["--enter-fd", init, *user, "--connect", str(port)]
         return self._spawn(job_id, cgroup.session_arguments(), more)
+
+    def spawn_listeners(
+        self, job_id: int, init: int, cgroup: Cgroup, listeners: Sequence[Listener]
+    ) -> socket.socket:
+        """Have a process listen within a job, and hand the sockets over by its report."""
+        words = (word for listener in listeners for word in ("--listen", str(listener)))
+        return self._spawn(job_id, cgroup.session_arguments(), ["--enter-fd", init, *words])
 
     def _spawn(
         self,
@@ -179,7 +201,7 @@ class Spawner:
                     # an init shows itself in the place of this command line, so it is as long as any of them
                     [
                         *("pjw-init: spawner", "--spawner", "--hostname", f"job-{JOB_ID_MAX}"),
-                        *("--scratch", f"{self._scratch}/{JOB_ID_MAX}"),
+                        *("--scratch", f"{self._scratch}/{JOB_ID_MAX}/job"),
                     ],
                     JOB_ENVIRONMENT,
                     file_actions=[(os.POSIX_SPAWN_DUP2, theirs.fileno(), _REQUESTS_FD)],
@@ -255,13 +277,15 @@ def send_order(
     descriptors: Sequence[int],
     workspace: int = -1,
     mounts: Sequence[int] = (),
+    link: int = -1,
     edits: Sequence[Edit] = (),
 ) -> None:
     """Have an init start its job, or a session its command; *descriptors* are its files. Raises OSError.
 
-    Behind the files of a launch with an upload, or with artifacts, comes the program for archives.
-    *workspace* is the descriptor of a mount, if there is one; *mounts*, the last of all, are those of the
-    operator's directories, and of *edits*.
+    Behind the files of a launch that needs it comes the program for archives.
+    *workspace* is the descriptor of a mount, if there is one; *mounts* are those of the operator's
+    directories, and of *edits*. *link* is the network namespace that it shares with another job, if it does,
+    and the last.
     """
     own = _words_of_launch(request) if isinstance(request, Launch) else _words_of_session(request)
     words = (
@@ -275,9 +299,12 @@ def send_order(
         *(("--upload",) if isinstance(request, Launch) and request.upload else ()),
         *(("--workspace",) if workspace >= 0 else ()),
         *(("--keep",) if isinstance(request, Launch) and request.artifacts else ()),
+        *(("--tool",) if isinstance(request, Launch) and request.archive else ()),
         *(_words_of_mounts(request, edits) if isinstance(request, Launch) else ()),
+        *(("--link",) if link >= 0 else ()),
     )
-    passed = [*descriptors, *((workspace,) if workspace >= 0 else ()), *mounts]
+    workspaces, links = ([each] if each >= 0 else [] for each in (workspace, link))
+    passed = [*descriptors, *workspaces, *mounts, *links]
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", passed))]
     report.sendmsg([b"".join(word.encode() + b"\0" for word in words)], rights)
 
@@ -289,6 +316,7 @@ def _words_of_launch(request: Launch) -> tuple[str, ...]:
         *("--tmp-bytes", str(limits.memory_max_bytes // 2)),
         *("--output-max", str(limits.output_max_bytes)),
         *("--time-max", str(min(limits.time_max_seconds, _TIME_MAX_SECONDS))),
+        *(word for listener in listeners_for(request) for word in ("--listen", str(listener))),
     )
 
 
@@ -301,17 +329,24 @@ def _words_of_mounts(request: Launch, edits: Sequence[Edit]) -> Iterator[str]:
         yield edit.path
 
 
+def listeners_for(request: Launch | Adopt) -> Sequence[Listener]:
+    """Where a job has what accepts its connections to names on the network; nowhere without names."""
+    if not request.allow:
+        return ()
+    return listeners_of(request.job_id, request.allow, is_linked=bool(request.link))
+
+
 def _words_of_session(request: Exec) -> tuple[str, ...]:
     return ("--output-max", str(request.output_max_bytes))
 
 
-def read_report(report: socket.socket) -> Cloned | Execed | Connected | Opened | Failed:
+def read_report(report: socket.socket) -> Cloned | Execed | Connected | Opened | Listening | Failed:
     """Read the next report; the socket is ready. Raises ProtocolError for anything unknown."""
     try:
-        data, ancillary, flags, _ = report.recvmsg(_REPORT_MAX_BYTES, socket.CMSG_SPACE(4))
+        data, ancillary, flags, _ = report.recvmsg(_REPORT_MAX_BYTES, _REPORT_RIGHTS_BYTES)
     except ConnectionResetError:
         # It ended without having read its order. The kernel says so first, and once; its report is next.
-        data, ancillary, flags, _ = report.recvmsg(_REPORT_MAX_BYTES, socket.CMSG_SPACE(4))
+        data, ancillary, flags, _ = report.recvmsg(_REPORT_MAX_BYTES, _REPORT_RIGHTS_BYTES)
     fds = array.array("i")
     for level, kind, payload in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
@@ -323,6 +358,8 @@ def read_report(report: socket.socket) -> Cloned | Execed | Connected | Opened |
             return Connected(connected)
         case [b"opened"], [tree]:
             return Opened(tree)
+        case [b"listening"], [_, *_] as sockets:
+            return Listening(tuple(sockets))
         case [b"execed", ns], [] if ns.isdigit():
             return Execed(int(ns))
         case [b"failed", step, error, words], [] if error.isdigit():

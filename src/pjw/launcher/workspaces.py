@@ -1,5 +1,7 @@
 """Workspaces: directories of clients that outlive jobs, in a directory that only root may enter.
 
+So are the images that clients have loaded, by names that no workspace can have.
+
 Each client's are in a directory of the client's number, which is never another's. A request names a workspace
 by a user id and a word, and never by a path. A job reaches its workspace by a mount of that directory alone,
 so nothing in it leads anywhere else, and neither the launcher nor the server ever looks into it by a path.
@@ -16,7 +18,7 @@ from pjw.launcher.protocol import MAX_WORKSPACES
 from pjw.launcher.rooted import make_root_s
 from pjw.launcher.scratch import find_quotas, spawn_removal
 from pjw.launcher.scratch_use import spawn_counter
-from pjw.model import is_workspace
+from pjw.model import is_image_key, is_workspace
 
 # in the state directory, as what must last is
 NAME: Final = "workspaces"
@@ -96,7 +98,7 @@ class Workspaces:
         for number in os.listdir(self._path):
             if number.isascii() and number.isdigit() and str(int(number)) == number:
                 for name in os.listdir(os.path.join(self._path, number)):
-                    if is_workspace(name):
+                    if is_workspace(name) or is_image_key(name):
                         yield f"{self._uid_first + int(number)}/{name}"
 
     def remove_if_empty(self, uid: int, name: str) -> bool:

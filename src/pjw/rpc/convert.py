@@ -21,6 +21,8 @@ from pjw.model import (
     EndReason,
     ExitStatus,
     GroupUse,
+    Image,
+    ImageConfig,
     Job,
     JobChange,
     JobSpec,
@@ -35,6 +37,7 @@ from pjw.model import (
     Usage,
     UsageSample,
     Workspace,
+    check_workspace,
     limit_numbers,
 )
 from pjw.v1 import job_worker_pb2 as pb
@@ -100,7 +103,11 @@ def job_to_message(job: Job) -> pb.Job:
         array_index=job.array_index,
         workspace=job.workspace,
         exclusive=job.exclusive,
+        image=job.image,
+        read_only=job.read_only,
         mounts=job.mounts,
+        allow=job.allow,
+        link=job.link,
         gpus=job.gpus,
     )
 
@@ -167,7 +174,11 @@ def job_from_message(message: pb.Job) -> Job:
         array_index=message.array_index if message.HasField("array_id") else None,
         workspace=message.workspace,
         exclusive=message.exclusive,
+        image=message.image,
+        read_only=message.read_only,
         mounts=tuple(message.mounts),
+        allow=tuple(message.allow),
+        link=message.link,
         gpus=message.gpus,
     )
 
@@ -218,6 +229,48 @@ def workspace_from_message(message: pb.Workspace) -> Workspace:
     )
 
 
+def image_to_message(image: Image) -> pb.Image:
+    """An image as it is sent."""
+    return pb.Image(
+        name=image.name,
+        digest=image.digest,
+        made=timestamp(image.made),
+        used=timestamp(image.used),
+        bytes=image.bytes,
+        inodes=image.inodes,
+        jobs=image.jobs,
+        client_name=image.client_name,
+        config=image_config_to_message(image.config),
+    )
+
+
+def image_from_message(message: pb.Image) -> Image:
+    """An image as it was sent."""
+    return Image(
+        message.name,
+        message.digest,
+        message.made.ToDatetime(UTC),
+        message.used.ToDatetime(UTC),
+        message.bytes,
+        message.inodes,
+        message.jobs,
+        message.client_name,
+        image_config_from_message(message.config),
+    )
+
+
+def image_config_to_message(config: ImageConfig) -> pb.ImageConfig:
+    """How jobs begin in an image, as it is sent."""
+    return pb.ImageConfig(
+        env=config.env, workdir=config.workdir, entrypoint=config.entrypoint, command=config.command
+    )
+
+
+def image_config_from_message(message: pb.ImageConfig) -> ImageConfig:
+    """How jobs begin in an image, as it was sent. Raises InvalidJobError."""
+    return ImageConfig(dict(message.env), message.workdir, tuple(message.entrypoint), tuple(message.command))
+
+
 def spec_to_message(spec: JobSpec) -> pb.StartRequest:
     """A request to start a job. Raises InvalidJobError for limits that no message has room for."""
     request = pb.StartRequest(
@@ -236,7 +289,11 @@ def spec_to_message(spec: JobSpec) -> pb.StartRequest:
         upload=spec.upload,
         workspace=spec.workspace,
         exclusive=spec.exclusive,
+        image=spec.image,
+        read_only=spec.read_only,
         mounts=spec.mounts,
+        allow=spec.allow,
+        link=spec.link,
         gpus=spec.gpus,
     )
     _set_command(request, spec)
@@ -246,12 +303,14 @@ def spec_to_message(spec: JobSpec) -> pb.StartRequest:
 def _set_command(request: pb.StartRequest | pb.ExecRequest, spec: JobSpec) -> None:
     if isinstance(spec.command, str):
         request.command = spec.command
-    else:
+    elif spec.command:
         request.argv.arguments.extend(spec.command)
 
 
 def _command_of(message: pb.StartRequest | pb.ExecRequest) -> str | tuple[str, ...]:
     program = message.WhichOneof("program")
+    if program is None and isinstance(message, pb.StartRequest) and message.image:
+        return ()
     if program is None:
         raise InvalidJobError("the command is empty")
     return message.command if program == "command" else tuple(message.argv.arguments)
@@ -269,6 +328,8 @@ def terminal_from_message(message: pb.Terminal) -> TerminalSize:
 
 def spec_from_message(message: pb.StartRequest) -> JobSpec:
     """What is asked for. Raises InvalidJobError."""
+    if message.workspace:
+        check_workspace(message.workspace)
     return JobSpec(
         _command_of(message),
         limits_from_message(message.limits),
@@ -286,7 +347,11 @@ def spec_from_message(message: pb.StartRequest) -> JobSpec:
         upload=message.upload,
         workspace=message.workspace,
         exclusive=message.exclusive,
+        image=message.image,
+        read_only=message.read_only,
         mounts=tuple(message.mounts),
+        allow=tuple(message.allow),
+        link=message.link,
         gpus=message.gpus,
     )
 

@@ -32,6 +32,7 @@ TABLE: Final = (
     Row(errors.JobNotFoundError, grpc.StatusCode.NOT_FOUND, "JOB_NOT_FOUND"),
     Row(errors.SessionNotFoundError, grpc.StatusCode.NOT_FOUND, "SESSION_NOT_FOUND"),
     Row(errors.WorkspaceNotFoundError, grpc.StatusCode.NOT_FOUND, "WORKSPACE_NOT_FOUND"),
+    Row(errors.ImageNotFoundError, grpc.StatusCode.NOT_FOUND, "IMAGE_NOT_FOUND"),
     Row(errors.MountNotFoundError, grpc.StatusCode.NOT_FOUND, "MOUNT_NOT_FOUND"),
     Row(errors.UnknownServiceError, grpc.StatusCode.NOT_FOUND, "UNKNOWN_SERVICE"),
     Row(errors.NameTakenError, grpc.StatusCode.ALREADY_EXISTS, "NAME_TAKEN"),

@@ -22,6 +22,7 @@ from pjw.model import Identity
 from pjw.rpc.convert import logs_response_bytes
 from pjw.rpc.status import status_of
 from pjw.v1 import job_worker_pb2 as pb
+from pjw.worker.egress import Connection
 
 # Lines that wait for a disk that is full or slow, about 300 bytes each; later ones are lost, and counted.
 QUEUE_MAX: Final = 10_000
@@ -91,9 +92,9 @@ class CallRecord:
 
     def line(self) -> bytes:
         """The call as a line, when it is over."""
-        who, began = self.identity, datetime.fromtimestamp(self._time, UTC)
+        who = self.identity
         members: dict[str, object] = {
-            "time": began.isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z",
+            "time": _time_text(self._time),
             "client": who.client_name if who else None,
             "serial": _serial(who.serial) if who else None,
             "method": self.method,
@@ -108,6 +109,25 @@ class CallRecord:
         if self.method in _WITH_BYTES:
             members["bytes"] = self.bytes
         return json.dumps(members).encode() + b"\n"
+
+
+def connection_line(connection: Connection) -> bytes:
+    """A connection of a job to a name on the network as a line, when it was made or refused."""
+    members = {
+        "time": _time_text(time.time()),
+        "client": connection.client_name,
+        "method": "Connection",
+        "job_id": connection.job_id,
+        "host": connection.host,
+        "port": connection.port,
+        "result": connection.result,
+    }
+    return json.dumps(members).encode() + b"\n"
+
+
+def _time_text(seconds: float) -> str:
+    shown = datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+    return shown.removesuffix("+00:00") + "Z"
 
 
 def _element_of(request: Message | None) -> int | None:

@@ -31,6 +31,7 @@ ALL_CLIENTS: Final[dict[str, frozenset[Role]]] = {
     "WatchJobs": frozenset({Role.VIEWER, Role.ADMIN}),
     "GetQuota": frozenset({Role.VIEWER, Role.ADMIN}),
     "ListWorkspaces": frozenset({Role.VIEWER, Role.ADMIN}),
+    "ListImages": frozenset({Role.VIEWER, Role.ADMIN}),
     "Stop": frozenset({Role.ADMIN}),
     "Hold": frozenset({Role.ADMIN}),
     "Release": frozenset({Role.ADMIN}),

@@ -3,28 +3,36 @@
 import os
 import platform
 import pwd
+import shutil
+import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Final
 
-from pjw.errors import ConfigError, PjwError
+from pjw.errors import ConfigError, PjwError, describe_errno
+from pjw.launcher.archive_program import ARCHIVE_PROGRAM
 from pjw.launcher.cgroup import describe_host, disks_under
+from pjw.launcher.images import Trees, close_all
 from pjw.launcher.job_users import claimed_by, known_first, own_ranges, subordinate_ranges
 from pjw.launcher.rooted import require_root_s
 from pjw.launcher.scratch import QUOTA_HINT, find_quotas
-from pjw.launcher.spawn import INIT_PROGRAM
-from pjw.launcher.visible import check_visible, mounts_of
+from pjw.launcher.spawn import INIT_PROGRAM, place_words
+from pjw.launcher.visible import check_visible, mounts_of, read_mounts, template_of
 from pjw.server import sandbox
 from pjw.server.check_config import Finding, configuration_findings, nearest
 from pjw.server.config import ServerConfig, load_config
-from pjw.server.start import DEFAULT_USER, server_uid
-from pjw.server.trial import trial_of
+from pjw.server.start import DEFAULT_USER, egress_uid_of, server_uid
+from pjw.server.trial import INIT_SECONDS, trial_of
 
 # mount_setattr(2) came with 5.12; clone3 and CLONE_INTO_CGROUP with 5.7; cgroup.kill with 5.14
 KERNEL_MINIMUM: Final = (5, 14)
 # the kernel's default for a disk without moving parts; it is 75,000 for others, and for many virtual disks
 _WRITE_BACK_USEC_MAX: Final = 2000
 NAMESPACES: Final = ("pid", "mnt", "net", "ipc", "uts", "cgroup")
+
+# what there must be in an image
+_IN_IMAGES: Final = ("dev", "etc", "proc", "run", "sys", "tmp")
 
 _MARKS: Final = {True: "ok     ", None: "warning", False: "missing"}
 
@@ -75,7 +83,9 @@ def host_findings(config: ServerConfig) -> Iterator[Finding]:
     yield _disks(*filter(None, (config.state_dir, config.scratch_dir)))
     yield from _write_back(*filter(None, (config.state_dir, config.scratch_dir)))
     yield from _directories(config)
+    yield from _images(config.scratch_dir or config.state_dir)
     yield from _users(config)
+    yield from _egress(config)
     yield from sandbox.status()
 
 
@@ -161,6 +171,61 @@ def _directories(config: ServerConfig) -> Iterator[Finding]:
         yield _quotas(nearest(config.scratch_dir or config.state_dir))
 
 
+def _images(directory: str) -> Iterator[Finding]:
+    """What the root of a job with an image is like: this makes such a job, in a directory that goes again."""
+    if os.geteuid() != 0:
+        return
+    # any user but root will do
+    uid = 1
+    trees = Trees()
+    try:
+        with tempfile.TemporaryDirectory(prefix=".pjw-check-", dir=nearest(directory)) as made:
+            own = os.path.realpath(made)
+            for name in ("job", "upper", "work", *(f"image/{each}" for each in _IN_IMAGES)):
+                os.makedirs(os.path.join(own, name))
+            for name in ("job", "upper"):
+                os.chown(os.path.join(own, name), uid, uid)
+            shutil.copy(ARCHIVE_PROGRAM, os.path.join(own, "image/program"))
+            image = os.open(os.path.join(own, "image"), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                found = trees.of(image, uid)
+            finally:
+                os.close(image)
+            try:
+                said = _in_image(own, uid, found)
+            finally:
+                close_all(found)
+    except (PjwError, OSError, subprocess.SubprocessError) as error:
+        said = describe_errno(error.errno or 0) if isinstance(error, OSError) else str(error)
+    finally:
+        trees.close()
+    if not said:
+        yield True, "images: jobs can write to the root that they have of one", None
+    elif "read-only" in said.lower():
+        hint = "this takes Linux 5.19, and scratch directories on ext4, xfs or btrfs (docs/images.md)"
+        yield None, "images: the root that jobs have of one is read-only", hint
+    else:
+        yield None, f"images: jobs cannot have one: {said}", "jobs without an image need nothing of this"
+
+
+def _in_image(own: str, uid: int, trees: list[int]) -> str:
+    """Why a job cannot make a file in an image; empty when it can."""
+    words = ["--uid", str(uid), "--gid", str(uid), "--scratch", f"{own}/job"]
+    words += place_words(template_of((), (own,), read_mounts()))
+    words += [word for tree in trees for word in ("--image-fd", str(tree))]
+    done = subprocess.run(
+        [INIT_PROGRAM, *words, "--", "/program", "unpack", "", "/made"],
+        # an archive of nothing
+        input=bytes(1024),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        pass_fds=trees,
+        timeout=INIT_SECONDS,
+        check=False,
+    )
+    return done.stderr.decode(errors="replace").strip() if done.returncode else ""
+
+
 def _quotas(directory: str) -> Finding:
     descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -179,6 +244,23 @@ def _users(config: ServerConfig) -> Iterator[Finding]:
     yield _job_users(
         os.path.realpath(config.state_dir), config.job_users.uid_first or 0, config.job_users.uid_count
     )
+
+
+def _egress(config: ServerConfig) -> Iterator[Finding]:
+    """Who connects jobs to names on the network, where the configuration offers some."""
+    count = len(config.network.offers().offered)
+    if not count:
+        return
+    try:
+        server = server_uid(config.user, config.state_dir)
+    except ConfigError:
+        return  # the finding about the configuration says why
+    try:
+        uid = egress_uid_of(config, server)
+    except ConfigError as error:
+        yield False, str(error), error.hint
+    else:
+        yield True, f"names on the network: {count}, for which pjwd-egress connects as uid {uid}", None
 
 
 def _default_user(state_dir: str) -> Finding:

@@ -24,6 +24,7 @@ from pjw.given import require_values
 from pjw.model import CDI_DIRS_MAX, OFFERED_MAX, GpuOffer, Limits, MountSource, Sums
 from pjw.server.authz import Roles
 from pjw.server.connections import PortLimits
+from pjw.server.network import NetworkOffers
 from pjw.server.quota import ClientLimits, Count
 from pjw.worker.host import default_ceiling, default_sums
 from pjw.worker.settings import (
@@ -52,6 +53,7 @@ _VISIBLE_MAX = 60
 RELOADED: Final = (
     "allowed_clients",
     "clients",
+    "default_image",
     "disk",
     "limits",
     "log_level",
@@ -103,6 +105,9 @@ class KeptJobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bytes_total: Annotated[Count, Meta(description="bytes of output that all ended jobs have")] = 0
     workspace_age_seconds: Annotated[
         Count, Meta(description="a workspace is removed when no job has used it for so long; 0: never")
+    ] = 0
+    image_age_seconds: Annotated[
+        Count, Meta(description="an image that a client has loaded is removed when no job had it for so long")
     ] = 0
 
 
@@ -278,6 +283,10 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             description="directories that jobs see beside /, /usr, /etc and /opt, with what is mounted there",
         ),
     ] = ()
+    default_image: Annotated[
+        _Name | None,
+        Meta(description="the image of a job that names none; without it such a job sees the host's files"),
+    ] = None
     revoked: Annotated[_Path | None, Meta(description="the list of certificates that are not let in")] = None
     audit_log: Annotated[_Path | None, Meta(description="a file that gets a line of JSON for each call")] = (
         None
@@ -299,6 +308,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     disk: Disk = Disk()
     queue: Slots = Slots()
     scratch: ScratchLimits = ScratchLimits()
+    network: NetworkOffers = NetworkOffers()
     metrics: Metrics = Metrics()
     limits: Annotated[
         dict[str, int], Meta(description="what a job gets when its client asks for nothing")
@@ -345,6 +355,8 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             quotas=self.clients.quotas(),
             disk=DiskMarks(**msgspec.structs.asdict(self.disk)),
             queue=QueueSlots(**msgspec.structs.asdict(self.queue)),
+            default_image=self.default_image or "",
+            network=self.network.offers(),
         )
 
     def _gpus(self) -> GpuOffer:

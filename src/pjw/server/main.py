@@ -1,4 +1,4 @@
-"""pjwd: serve, check, config, backup, end-jobs, certs. The command tree, and errors to exit codes."""
+"""pjwd: serve, check, config, backup, end-jobs, image, certs. The command tree, and errors to exit codes."""
 
 import argparse
 import os
@@ -117,6 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="how long jobs have until SIGKILL; default %(default)s",
     )
 
+    _add_image(commands)
     certs = commands.add_parser("certs", help="make, show, renew and revoke certificates")
     kinds = certs.add_subparsers(required=True, metavar="KIND")
     for kind, text, names in (
@@ -147,6 +148,65 @@ def build_parser() -> argparse.ArgumentParser:
         maker.add_argument("names", nargs="+", metavar=names)
     _add_upkeep(kinds)
     return parser
+
+
+def _add_image(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    image = commands.add_parser(
+        "image", help="import, list and remove images, which jobs of all clients can have"
+    )
+    kinds = image.add_subparsers(required=True, metavar="ACTION")
+    action = kinds.add_parser(
+        "import",
+        help="take an image by a name, and print its digest; needs root",
+        description="Take an image by a name: oci:DIR[:TAG] (an OCI layout), docker-archive:FILE[:TAG]"
+        " (docker save), oci-archive:FILE[:TAG], tar:FILE or dir:DIR (a root). Owners, set-id bits, devices"
+        " and extended attributes are left out. Jobs that have an image of this name go on with it. pjwd may"
+        " run or not.",
+    )
+    action.set_defaults(run=_image_import)
+    action.add_argument("name", metavar="NAME")
+    action.add_argument("source", metavar="KIND:PATH")
+    listed = kinds.add_parser("ls", help="list the images; needs root", description="List the images.")
+    listed.set_defaults(run=_image_ls)
+    listed.add_argument("--format", choices=("table", "json"), default="table", help="default %(default)s")
+    removed = kinds.add_parser(
+        "rm",
+        help="remove images; needs root",
+        description="Take the names from images. The files of one go with the last job that has it.",
+    )
+    removed.set_defaults(run=_image_rm)
+    removed.add_argument("names", metavar="NAME", nargs="+")
+    for command in (action, listed, removed):
+        _add_config(command)
+        _add_state_dir(command)
+
+
+def _state_dir(arguments: argparse.Namespace) -> str:
+    from pjw.server.config import load_config
+
+    return load_config(arguments.config, _options(arguments)).state_dir
+
+
+def _image_import(arguments: argparse.Namespace) -> int:
+    from pjw.server.images import import_image
+
+    print(import_image(_state_dir(arguments), arguments.name, arguments.source))
+    return 0
+
+
+def _image_ls(arguments: argparse.Namespace) -> int:
+    from pjw.server.images import listed
+
+    for line in listed(_state_dir(arguments), arguments.format):
+        print(line)
+    return 0
+
+
+def _image_rm(arguments: argparse.Namespace) -> int:
+    from pjw.server.images import remove_images
+
+    remove_images(_state_dir(arguments), arguments.names)
+    return 0
 
 
 def _add_days(command: argparse.ArgumentParser) -> None:

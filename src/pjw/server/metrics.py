@@ -52,6 +52,7 @@ from pjw.server.logs import PLAIN
 from pjw.server.quota import ClientLimits, NamedClient
 from pjw.server.reload import Reloader
 from pjw.worker import Worker
+from pjw.worker.egress import RESULTS
 from pjw.worker.numbers import ClientNumbers, WorkerNumbers
 
 # looked up when this is imported, while root: what is installed may lie where nobody else may look
@@ -246,6 +247,12 @@ class _State(Collector):
             numbers.oldest_queued_seconds,
         )
         yield _total("pjw_queue_admissions", "Jobs that were started from the queue.", numbers.admissions)
+        made = CounterMetricFamily(
+            "pjw_egress_connections", "Connections of jobs to names on the network.", labels=("result",)
+        )
+        for result in RESULTS:
+            made.add_metric((result,), numbers.connections.get(result, 0))
+        yield made
         yield _one("pjw_launcher_up", "Whether the launcher lives.", numbers.launcher_up)
 
     def _operator(self) -> Iterator[Metric]:

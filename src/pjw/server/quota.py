@@ -29,7 +29,7 @@ PAUSED_MAX: Final = 1000
 # job is stuck.
 WAITING_METHOD: Final = "Wait"
 # what makes a process
-_STARTING: Final = ("Start", "Exec", "Forward")
+_STARTING: Final = ("Start", "Exec", "Forward", "LoadImage")
 # An answer with all of a client's has a megabyte then.
 WORKSPACES_MAX: Final = 10_000
 # Below so many, clients whose starts are all theirs again are not looked for.
@@ -82,11 +82,15 @@ class ClientLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     running_total_max: Annotated[Count, msgspec.Meta(description="jobs that have not ended")] = 10_000
     stored_bytes_max: Annotated[
         Count,
-        msgspec.Meta(description="bytes of output, artifacts, input, scratch and workspaces of one client"),
+        msgspec.Meta(
+            description="bytes of output, artifacts, input, scratch, workspaces and images of one client"
+        ),
     ] = 0
     stored_bytes_total_max: Annotated[
         Count,
-        msgspec.Meta(description="bytes of output, artifacts, input, scratch and workspaces of all clients"),
+        msgspec.Meta(
+            description="bytes of output, artifacts, input, scratch, workspaces and images of all clients"
+        ),
     ] = 0
     input_bytes_max: Annotated[Count, msgspec.Meta(description="bytes of input of one job")] = 10 * 1024**3
     queued_max: Annotated[Count, msgspec.Meta(description="jobs of one client in the queue")] = 100_000
@@ -105,10 +109,13 @@ class ClientLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     workspace_bytes_max: Annotated[
         Count,
         msgspec.Meta(
-            description="bytes of one client's workspaces together; enforced where the file system of the"
-            " state directory has project quotas, else no job may be started in one"
+            description="bytes of one client's workspaces and images together; enforced where the file"
+            " system of the state directory has project quotas, else no job may be started in one"
         ),
     ] = 0
+    images_max: Annotated[
+        int, msgspec.Meta(ge=0, le=WORKSPACES_MAX, description="images that one client has loaded")
+    ] = 20
     calls_per_second: Annotated[
         float, msgspec.Meta(ge=0, le=1e6, description="calls that a client may begin a second; more wait")
     ] = 1000

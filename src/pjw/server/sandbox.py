@@ -13,12 +13,15 @@ import struct
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from pjw.errors import ConfigError, KernelError, describe_errno
-from pjw.server.config import ServerConfig
 from pjw.server.landlock import OWN, READ, READ_FILE, WRITE_FILE, Beneath, landlock_abi, restrict_files
 from pjw.server.syscalls import architecture_of, filter_system_calls
+
+if TYPE_CHECKING:
+    # pjwd-egress enters the same sandbox, and has no configuration to read
+    from pjw.server.config import ServerConfig
 
 # linux/prctl.h, linux/capability.h
 _PR_SET_DUMPABLE, _PR_CAPBSET_READ, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 4, 23, 24, 38
@@ -52,7 +55,8 @@ _DESCRIPTORS_SPARE: Final = 4096
 class Sandbox:
     """What one server needs: the directory of its own files, where it listens, how many descriptors."""
 
-    own_directory: int
+    # None: it has none
+    own_directory: int | None
     # None: any port, since one of them is the kernel's choice
     ports: Sequence[int] | None
     descriptors: int
@@ -73,7 +77,7 @@ def enter(sandbox: Sandbox, uid: int) -> None:
     filter_system_calls()
 
 
-def descriptors_for(config: ServerConfig) -> int:
+def descriptors_for(config: "ServerConfig") -> int:
     """How many descriptors the network process may have: enough for its limits, far fewer than the launcher.
 
     Where the configuration has no limit, neither has this.
@@ -91,12 +95,12 @@ def limit_descriptors(wanted: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
 
 
-def rules(own_directory: int) -> list[Beneath]:
+def rules(own_directory: int | None) -> list[Beneath]:
     """Which files may be opened."""
     # The resolver's file may be a link to where a service keeps it.
     resolver = os.path.dirname(os.path.realpath(_RESOLVER))
     return [
-        Beneath(own_directory, OWN),
+        *([Beneath(own_directory, OWN)] if own_directory is not None else ()),
         *(Beneath(path, READ) for path in dict.fromkeys((*READABLE, resolver)) if path != "/"),
         Beneath(os.devnull, READ_FILE | WRITE_FILE),
     ]

@@ -19,7 +19,7 @@ from pjw.certs.tls import probe_tls12
 from pjw.errors import ConfigError
 from pjw.server.accept import make_server
 from pjw.server.address import held_addresses, shown_address
-from pjw.server.audit import AuditLog
+from pjw.server.audit import AuditLog, connection_line
 from pjw.server.backup_port import BackupPort
 from pjw.server.config import ServerConfig
 from pjw.server.connections import PortLimits
@@ -110,6 +110,7 @@ async def _run(serving: Serving, state: StateDir, launcher: LauncherProcess) -> 
         audit = AuditLog(serving.audit) if serving.audit is not None else None
         if audit is not None:
             stack.callback(audit.close)
+            worker.connections.told.append(lambda each: audit.append(connection_line(each)))
         known = [name for name, _, _ in await state.store.totals()]
         names = serving.config.name_rules(frozenset(filter(is_short_key_name, known)))
         port = Port(serving.config.port, serving.config.clients, names)

@@ -10,10 +10,12 @@ import grpc
 from pjw.arrays import Element
 from pjw.certs.profile import identity_fault
 from pjw.errors import InvalidJobError, NotAllowedError
-from pjw.model import SUBMITTED_MAX
+from pjw.model import SUBMITTED_MAX, check_upload
 from pjw.rpc.convert import (
     archive_from_message,
     exec_from_message,
+    image_config_from_message,
+    image_to_message,
     job_to_message,
     logs_response_head,
     queued_from_message,
@@ -49,6 +51,7 @@ SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["JobWorkerService"].full_na
 _GRACE_SECONDS_MAX: Final = 86_400
 # What a call of WriteInput holds in memory is a few of them.
 _INPUT_CHUNK_BYTES_MAX: Final = 1024**2
+_DIGEST_CHARACTERS_MAX: Final = 100
 
 
 class JobWorkerService:
@@ -84,6 +87,9 @@ class JobWorkerService:
                 "WatchJobs": guard.stream(self.watch_jobs, pb.WatchJobsRequest),
                 "ListWorkspaces": guard.unary(self.list_workspaces, pb.ListWorkspacesRequest),
                 "RemoveWorkspace": guard.unary(self.remove_workspace, pb.RemoveWorkspaceRequest),
+                "LoadImage": guard.unary(self.load_image, pb.LoadImageRequest),
+                "ListImages": guard.unary(self.list_images, pb.ListImagesRequest),
+                "RemoveImage": guard.unary(self.remove_image, pb.RemoveImageRequest),
             },
         )
 
@@ -309,6 +315,27 @@ class JobWorkerService:
         """Remove a workspace of the caller."""
         await self._worker.remove_workspace(request.name, caller.client_name)
         return pb.RemoveWorkspaceResponse()
+
+    async def load_image(self, request: pb.LoadImageRequest, caller: Caller) -> pb.LoadImageResponse:
+        """Make an image of the caller's own."""
+        require_known(request)
+        check_upload(request.upload)
+        if len(request.digest) > _DIGEST_CHARACTERS_MAX or not request.digest.isprintable():
+            raise InvalidJobError("the digest of an image is short and printable")
+        config = image_config_from_message(request.config)
+        image = await self._worker.load_image(
+            request.name, request.upload, config, request.digest, caller.client_name
+        )
+        return pb.LoadImageResponse(image=image_to_message(image))
+
+    async def list_images(self, request: pb.ListImagesRequest, caller: Caller) -> pb.ListImagesResponse:
+        """Show the images that the caller's jobs can have."""
+        return pb.ListImagesResponse(images=map(image_to_message, await self._worker.images(caller.owner)))
+
+    async def remove_image(self, request: pb.RemoveImageRequest, caller: Caller) -> pb.RemoveImageResponse:
+        """Remove an image of the caller."""
+        await self._worker.remove_image(request.name, caller.client_name)
+        return pb.RemoveImageResponse()
 
 
 _OfAJob = (

@@ -14,6 +14,7 @@ import resource
 import stat
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from importlib import import_module
 from typing import Final
 
@@ -29,6 +30,7 @@ from pjw.server.config import ServerConfig, config_of, read_values, removed_keys
 from pjw.server.grpc_log import relay, take_stderr
 from pjw.server.log_writer import LogWriter
 from pjw.server.logs import set_up_logging
+from pjw.server.network import egress_uid
 from pjw.server.plan import check_reloads, plan_of
 from pjw.server.sandbox import Sandbox, descriptors_for, enter
 from pjw.server.trial import Trial, trial_of
@@ -85,6 +87,7 @@ def _serve(config: ServerConfig, path: str | None, options: Mapping[str, object]
     if unread := check_reloads(files, config.audit_log):
         log.warning("%s", unread)
     uid = server_uid(config.user, config.state_dir)
+    settings = replace(settings, network=replace(settings.network, uid=egress_uid_of(config, uid)))
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
@@ -184,12 +187,26 @@ def server_uid(user: str | None, state_dir: str) -> int:
     return uid
 
 
+def egress_uid_of(config: ServerConfig, server: int) -> int:
+    """The user of pjwd-egress beside that of the server; 0 where jobs have no network. Raises ConfigError."""
+    first = config.job_users.uid_first
+    ids = range(first, first + config.job_users.uid_count) if first else range(0)
+    nobody = _id_of_nobody(f"{os.path.realpath(config.state_dir)}/egress")
+    if nobody == server:
+        nobody = NOBODYS_UIDS[(nobody - NOBODYS_UIDS[0] + 1) % len(NOBODYS_UIDS)]
+    return egress_uid(config.network, server, ids, nobody)
+
+
 def _nobodys_uid(state_dir: str) -> int:
     with suppress(OSError):
         owner = os.stat(os.path.join(state_dir, "jobs")).st_uid
         if owner == FORMER_UID:
             return owner
-    digest = hashlib.sha256(os.fsencode(state_dir)).digest()
+    return _id_of_nobody(state_dir)
+
+
+def _id_of_nobody(name: str) -> int:
+    digest = hashlib.sha256(os.fsencode(name)).digest()
     return NOBODYS_UIDS[int.from_bytes(digest[:8]) % len(NOBODYS_UIDS)]
 
 

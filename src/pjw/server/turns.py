@@ -23,6 +23,7 @@ QUICK: Final = frozenset(
         b"/pjw.v1.JobWorkerService/GetUsageHistory",
         b"/pjw.v1.JobWorkerService/GetQuota",
         b"/pjw.v1.JobWorkerService/ListWorkspaces",
+        b"/pjw.v1.JobWorkerService/ListImages",
         b"/grpc.health.v1.Health/Check",
     }
 )

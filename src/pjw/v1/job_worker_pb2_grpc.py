@@ -135,6 +135,21 @@ class JobWorkerServiceStub:
                 request_serializer=pjw_dot_v1_dot_job__worker__pb2.RemoveWorkspaceRequest.SerializeToString,
                 response_deserializer=pjw_dot_v1_dot_job__worker__pb2.RemoveWorkspaceResponse.FromString,
                 _registered_method=True)
+        self.LoadImage = channel.unary_unary(
+                '/pjw.v1.JobWorkerService/LoadImage',
+                request_serializer=pjw_dot_v1_dot_job__worker__pb2.LoadImageRequest.SerializeToString,
+                response_deserializer=pjw_dot_v1_dot_job__worker__pb2.LoadImageResponse.FromString,
+                _registered_method=True)
+        self.ListImages = channel.unary_unary(
+                '/pjw.v1.JobWorkerService/ListImages',
+                request_serializer=pjw_dot_v1_dot_job__worker__pb2.ListImagesRequest.SerializeToString,
+                response_deserializer=pjw_dot_v1_dot_job__worker__pb2.ListImagesResponse.FromString,
+                _registered_method=True)
+        self.RemoveImage = channel.unary_unary(
+                '/pjw.v1.JobWorkerService/RemoveImage',
+                request_serializer=pjw_dot_v1_dot_job__worker__pb2.RemoveImageRequest.SerializeToString,
+                response_deserializer=pjw_dot_v1_dot_job__worker__pb2.RemoveImageResponse.FromString,
+                _registered_method=True)
 
 
 class JobWorkerServiceServicer:
@@ -302,6 +317,28 @@ class JobWorkerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LoadImage(self, request, context):
+        """LoadImage makes an image of the caller's own from an upload, and answers when jobs can have it. A job of the caller's
+        unpacks it, with the caller's limits. FAILED_PRECONDITION: there is no such upload, or it cannot be unpacked.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListImages(self, request, context):
+        """ListImages shows the images that jobs of the caller can have: its own, and the operator's.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveImage(self, request, context):
+        """RemoveImage takes the name from an image of the caller's own. Its files go with the last job that has it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_JobWorkerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -404,6 +441,21 @@ def add_JobWorkerServiceServicer_to_server(servicer, server):
                     servicer.RemoveWorkspace,
                     request_deserializer=pjw_dot_v1_dot_job__worker__pb2.RemoveWorkspaceRequest.FromString,
                     response_serializer=pjw_dot_v1_dot_job__worker__pb2.RemoveWorkspaceResponse.SerializeToString,
+            ),
+            'LoadImage': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadImage,
+                    request_deserializer=pjw_dot_v1_dot_job__worker__pb2.LoadImageRequest.FromString,
+                    response_serializer=pjw_dot_v1_dot_job__worker__pb2.LoadImageResponse.SerializeToString,
+            ),
+            'ListImages': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListImages,
+                    request_deserializer=pjw_dot_v1_dot_job__worker__pb2.ListImagesRequest.FromString,
+                    response_serializer=pjw_dot_v1_dot_job__worker__pb2.ListImagesResponse.SerializeToString,
+            ),
+            'RemoveImage': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveImage,
+                    request_deserializer=pjw_dot_v1_dot_job__worker__pb2.RemoveImageRequest.FromString,
+                    response_serializer=pjw_dot_v1_dot_job__worker__pb2.RemoveImageResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -947,6 +999,87 @@ class JobWorkerService:
             '/pjw.v1.JobWorkerService/RemoveWorkspace',
             pjw_dot_v1_dot_job__worker__pb2.RemoveWorkspaceRequest.SerializeToString,
             pjw_dot_v1_dot_job__worker__pb2.RemoveWorkspaceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadImage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pjw.v1.JobWorkerService/LoadImage',
+            pjw_dot_v1_dot_job__worker__pb2.LoadImageRequest.SerializeToString,
+            pjw_dot_v1_dot_job__worker__pb2.LoadImageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListImages(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pjw.v1.JobWorkerService/ListImages',
+            pjw_dot_v1_dot_job__worker__pb2.ListImagesRequest.SerializeToString,
+            pjw_dot_v1_dot_job__worker__pb2.ListImagesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveImage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pjw.v1.JobWorkerService/RemoveImage',
+            pjw_dot_v1_dot_job__worker__pb2.RemoveImageRequest.SerializeToString,
+            pjw_dot_v1_dot_job__worker__pb2.RemoveImageResponse.FromString,
             options,
             channel_credentials,
             insecure,

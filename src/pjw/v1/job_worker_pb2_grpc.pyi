@@ -110,6 +110,14 @@ class JobWorkerServiceStub:
     """RemoveWorkspace removes a workspace of the caller's with all that is in it, and answers when it is gone.
     FAILED_PRECONDITION: a job uses it, or waits in the queue for it.
     """
+    LoadImage: _grpc.UnaryUnaryMultiCallable[_job_worker_pb2.LoadImageRequest, _job_worker_pb2.LoadImageResponse]
+    """LoadImage makes an image of the caller's own from an upload, and answers when jobs can have it. A job of the caller's
+    unpacks it, with the caller's limits. FAILED_PRECONDITION: there is no such upload, or it cannot be unpacked.
+    """
+    ListImages: _grpc.UnaryUnaryMultiCallable[_job_worker_pb2.ListImagesRequest, _job_worker_pb2.ListImagesResponse]
+    """ListImages shows the images that jobs of the caller can have: its own, and the operator's."""
+    RemoveImage: _grpc.UnaryUnaryMultiCallable[_job_worker_pb2.RemoveImageRequest, _job_worker_pb2.RemoveImageResponse]
+    """RemoveImage takes the name from an image of the caller's own. Its files go with the last job that has it."""
 
 @_typing.type_check_only
 class JobWorkerServiceAsyncStub(JobWorkerServiceStub):
@@ -187,6 +195,14 @@ class JobWorkerServiceAsyncStub(JobWorkerServiceStub):
     """RemoveWorkspace removes a workspace of the caller's with all that is in it, and answers when it is gone.
     FAILED_PRECONDITION: a job uses it, or waits in the queue for it.
     """
+    LoadImage: _aio.UnaryUnaryMultiCallable[_job_worker_pb2.LoadImageRequest, _job_worker_pb2.LoadImageResponse]  # type: ignore[assignment]
+    """LoadImage makes an image of the caller's own from an upload, and answers when jobs can have it. A job of the caller's
+    unpacks it, with the caller's limits. FAILED_PRECONDITION: there is no such upload, or it cannot be unpacked.
+    """
+    ListImages: _aio.UnaryUnaryMultiCallable[_job_worker_pb2.ListImagesRequest, _job_worker_pb2.ListImagesResponse]  # type: ignore[assignment]
+    """ListImages shows the images that jobs of the caller can have: its own, and the operator's."""
+    RemoveImage: _aio.UnaryUnaryMultiCallable[_job_worker_pb2.RemoveImageRequest, _job_worker_pb2.RemoveImageResponse]  # type: ignore[assignment]
+    """RemoveImage takes the name from an image of the caller's own. Its files go with the last job that has it."""
 
 class JobWorkerServiceServicer(metaclass=_abc_1.ABCMeta):
     """JobWorkerService starts, shows and stops jobs, and streams their output."""
@@ -381,5 +397,31 @@ class JobWorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         """RemoveWorkspace removes a workspace of the caller's with all that is in it, and answers when it is gone.
         FAILED_PRECONDITION: a job uses it, or waits in the queue for it.
         """
+
+    @_abc_1.abstractmethod
+    def LoadImage(
+        self,
+        request: _job_worker_pb2.LoadImageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_job_worker_pb2.LoadImageResponse, _abc.Awaitable[_job_worker_pb2.LoadImageResponse]]:
+        """LoadImage makes an image of the caller's own from an upload, and answers when jobs can have it. A job of the caller's
+        unpacks it, with the caller's limits. FAILED_PRECONDITION: there is no such upload, or it cannot be unpacked.
+        """
+
+    @_abc_1.abstractmethod
+    def ListImages(
+        self,
+        request: _job_worker_pb2.ListImagesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_job_worker_pb2.ListImagesResponse, _abc.Awaitable[_job_worker_pb2.ListImagesResponse]]:
+        """ListImages shows the images that jobs of the caller can have: its own, and the operator's."""
+
+    @_abc_1.abstractmethod
+    def RemoveImage(
+        self,
+        request: _job_worker_pb2.RemoveImageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_job_worker_pb2.RemoveImageResponse, _abc.Awaitable[_job_worker_pb2.RemoveImageResponse]]:
+        """RemoveImage takes the name from an image of the caller's own. Its files go with the last job that has it."""
 
 def add_JobWorkerServiceServicer_to_server(servicer: JobWorkerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

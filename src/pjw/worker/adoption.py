@@ -52,7 +52,7 @@ async def adopt(
     admitted = await state.store.admitted()
     ended: list[LiveJob] = []
     for job in await state.store.alive():
-        init = await launcher.request_adopt(job.id)
+        init = await launcher.request_adopt(job.id, job)
         if job.id in admitted:
             if not await _is_executed(state, inotify, job.id, init, rebooted=rebooted):
                 await _put_back(state, launcher, job.id, init)

@@ -3,15 +3,18 @@
 import os
 from collections.abc import Iterable
 
-from pjw.model import WORKSPACE_DIRECTORY, JobSpec
+from pjw.model import WORKSPACE_DIRECTORY, Job, JobSpec
+from pjw.network import proxy_variables
 
 
-def command_file(spec: JobSpec) -> int:
-    """What init is to run, in a file of memory that the launcher never reads: strings, each ended by NUL.
+def command_file(spec: JobSpec, job: Job) -> int:
+    """What init is to run in a job, in a file of memory that the launcher never reads: strings, ended by NUL.
 
     The working directory; what is added to the environment, secrets included; an empty one; the argv.
     """
     own = {"PJW_WORKSPACE": WORKSPACE_DIRECTORY} if spec.workspace else {}
+    if job.allow:
+        own |= proxy_variables(job.id, is_linked=bool(job.link))
     variables = {**own, **spec.env, **spec.secrets}
     # init knows the default
     workdir = spec.directory if spec.workspace else spec.workdir

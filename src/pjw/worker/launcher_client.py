@@ -28,7 +28,7 @@ from pjw.errors import (
     describe_errno,
 )
 from pjw.launcher import protocol
-from pjw.model import GroupUse, JobSpec, Share, Usage, UsageSample
+from pjw.model import GroupUse, Job, JobSpec, Share, Usage, UsageSample
 from pjw.worker.flag import Flag
 from pjw.worker.launcher_process import LauncherProcess, collect
 from pjw.worker.rows import from_ns
@@ -158,9 +158,25 @@ class LauncherClient:
             raise ProtocolError("the launcher answered a request for a connection with something else")
         return answer.descriptors[0]
 
-    async def request_adopt(self, job_id: int) -> RunningInit | None:
-        """The init of a job that still runs; None when it has ended."""
-        answer = await self._request(protocol.Adopt(job_id))
+    async def request_egress(self, reports: int) -> None:
+        """Have pjwd-egress started, which tells of connections by a socket; owns that descriptor.
+
+        Raises InvalidJobError where the operator offers nothing on the network, and KernelError.
+        """
+        answer = await self._ask(protocol.Egress(), [reports])
+        if isinstance(answer.reply, protocol.Refused):
+            raise _error_of(answer.reply)
+
+    async def request_adopt(self, job_id: int, job: Job | None = None) -> RunningInit | None:
+        """The init of a job that still runs; None when it has ended.
+
+        With the *job* its names on the network are there again, and the link that others may join it by.
+        """
+        request = protocol.Adopt(job_id)
+        if job is not None and (job.allow or job.link):
+            client = job.client_name if job.allow else ""
+            request = protocol.Adopt(job_id, allow=tuple(job.allow), client_name=client, link=job.link)
+        answer = await self._request(request)
         reply, fds = answer.reply, answer.descriptors
         if not isinstance(reply, protocol.Adopted) or len(fds) != reply.alive:
             raise ProtocolError("the launcher answered an adoption with something else")
@@ -270,6 +286,10 @@ class LauncherClient:
     async def request_remove_workspace(self, uid: int, name: str) -> None:
         """Remove a workspace with all that is in it. Raises KernelError when something stays."""
         await self._request(protocol.RemoveWorkspace(uid, name))
+
+    async def request_image_table(self) -> int:
+        """The table of the operator's images, open for reading; the caller owns it. Raises KernelError."""
+        return await self._opened(protocol.ImageTable())
 
     async def request_reload_mounts(self) -> None:
         """Have the operator's mounts read again. Raises KernelError or ConfigError."""
@@ -410,6 +430,14 @@ def _launch_error_of(refused: protocol.Refused, spec: JobSpec) -> PjwError:
             # "unpack the upload: WHY for": a name in it is the client's own
             words = f"cannot {refused.operation.removesuffix(' for')}"
             return CopyError(words if words.isprintable() else ascii(words)[1:-1])
+        case "image":
+            # its words end with " for", as those above
+            words = f"cannot {refused.operation.removesuffix(' for')}"
+            if refused.operation.startswith("use"):
+                return JobStateError(words, hint="make the image anew")
+            return JobStateError(
+                f"{words}: {describe_errno(refused.errno)}", hint="ask the operator: pjwd check"
+            )
         case "device-at":
             return GpuError.of_edit(
                 refused.operation.removeprefix("give the job ").removesuffix(" for"), refused.errno

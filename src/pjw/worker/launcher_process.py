@@ -128,6 +128,11 @@ def hello_of(
         workspace_bytes_max=settings.quotas.workspace_bytes_max,
         mounts=settings.mounts,
         configuration=configuration,
+        egress_uid=settings.network.uid,
+        egress_hosts=settings.network.offered,
+        egress_private=tuple(settings.network.private),
+        egress_connections_max=settings.network.connections_max,
+        egress_connections_total_max=settings.network.connections_total_max,
         gpus=settings.gpus,
     )
 

@@ -4,7 +4,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pjw.model import EndReason, JobState
 from pjw.worker.job import LiveJob
@@ -44,6 +44,8 @@ class WorkerNumbers:
     launcher_up: bool
     admissions: int = 0
     oldest_queued_seconds: float = 0.0
+    # of jobs, to names on the network, by what became of them
+    connections: Mapping[str, int] = field(default_factory=dict)
 
 
 async def count_all(
@@ -53,6 +55,7 @@ async def count_all(
     held: int,
     launcher: LauncherClient,
     queue: Queue,
+    connections: Mapping[str, int],
 ) -> WorkerNumbers:
     """Count; it costs the same however many jobs are kept."""
     totals = {name: (jobs, stored) for name, jobs, stored in await state.store.totals()}
@@ -74,4 +77,5 @@ async def count_all(
         launcher_up=not launcher.gone.is_set(),
         admissions=queue.admissions,
         oldest_queued_seconds=0.0 if oldest_ns is None else max(0.0, (time.time_ns() - oldest_ns) / 1e9),
+        connections=dict(connections),
     )

@@ -101,6 +101,10 @@ class WaitingJob:
             upload=stored.get("upload", ""),
             workspace=self.job.workspace,
             exclusive=self.job.exclusive,
+            image=self.job.image,
+            read_only=self.job.read_only,
+            allow=self.job.allow,
+            link=self.job.link,
             outputs=tuple(stored.get("outputs", ())),
             output_required=stored.get("output_required", False),
             mounts=self.job.mounts,
@@ -566,7 +570,8 @@ def retry(db: sqlite3.Connection, job: Job, now_ns: int, *, was_stopped: bool) -
         return None
     kept = (
         "client_name, command, limits, name, labels, split_stderr, input, workdir, priority, waits_for,"
-        " array_id, array_index, workspace, exclusive, artifacts_required, mounts, gpus"
+        " array_id, array_index, workspace, exclusive, image, read_only, artifacts_required, mounts, allow,"
+        " link, gpus"
     )
     next_id = db.execute(
         f"INSERT INTO jobs ({kept}, start_ns, queued_ns, not_before_ns, attempt, artifacts)"

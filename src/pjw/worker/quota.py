@@ -260,8 +260,8 @@ def check_bytes(
     most, total = quotas.stored_bytes_max, quotas.stored_bytes_total_max
     if most and own_bytes + more_bytes > most:
         raise LimitReachedError(
-            f"the jobs of {client_name} have {exact_size(own_bytes)} of output, artifacts, input, scratch and"
-            f" workspaces, and at most {exact_size(most)} may be stored",
+            f"the jobs of {client_name} have {exact_size(own_bytes)} of output, artifacts, input, scratch,"
+            f" workspaces and images, and at most {exact_size(most)} may be stored",
             hint="remove ended jobs (pjw rm ID) or workspaces (pjw workspace rm NAME); the operator sets"
             " clients.stored_bytes_max",
             limit="stored_bytes_max",
@@ -269,7 +269,7 @@ def check_bytes(
         )
     if total and total_bytes + more_bytes > total:
         raise LimitReachedError(
-            "this server has no room for more output, artifacts, input, scratch and workspaces now",
+            "this server has no room for more output, artifacts, input, scratch, workspaces and images now",
             hint="remove ended jobs: pjw rm ID; the operator sets clients.stored_bytes_total_max",
             limit="stored_bytes_total_max",
             most=total,

@@ -25,8 +25,8 @@ COLUMNS: Final = (
     "id, client_name, command, limits, start_ns, state, end_ns, exit_code, signal, reason, usage,"
     " artifacts, artifact_bytes, artifacts_detail, artifacts_required,"
     " output_bytes, name, labels, split_stderr, input, workdir, queued_ns, priority, not_before_ns, held,"
-    " detail, waits_for, unmet, attempt, retried_as, array_id, array_index, workspace, exclusive, mounts,"
-    " gpus,"
+    " detail, waits_for, unmet, attempt, retried_as, array_id, array_index, workspace, exclusive,"
+    " image, read_only, mounts, allow, link, gpus,"
     " (SELECT json_array(indices, count, waiting, succeeded, failed, cancelled) FROM arrays"
     " WHERE arrays.id = jobs.id)"
 )
@@ -104,7 +104,11 @@ def job_of(row: Row) -> Job:
         array_index,
         workspace,
         exclusive,
+        image,
+        read_only,
         mounts,
+        allow,
+        link,
         gpus,
         array,
     ) = row
@@ -149,7 +153,11 @@ def job_of(row: Row) -> Job:
         array_index=array_index,
         workspace=workspace,
         exclusive=bool(exclusive),
+        image=image,
+        read_only=bool(read_only),
         mounts=tuple(json.loads(mounts)) if mounts else (),
+        allow=tuple(allow.split()),
+        link=link,
         gpus=gpus,
     )
 

@@ -369,6 +369,30 @@ CREATE INDEX jobs_with_output ON jobs (client_name, end_ns) WHERE output_bytes +
     """
 ALTER TABLE jobs ADD COLUMN mounts TEXT NOT NULL DEFAULT '';
 """,
+    # The names on the network that a job may reach, with spaces between them, and the network that it shares.
+    """
+ALTER TABLE jobs ADD COLUMN allow TEXT NOT NULL DEFAULT '';
+ALTER TABLE jobs ADD COLUMN link TEXT NOT NULL DEFAULT '';
+""",
+    # Images. `image` is what its client calls it, `image_key` what it is: a digest of the operator's, or in
+    # `images` the key of one that a client has loaded. That lies where the client's workspaces do, and has a
+    # row there by its key. Without a name it is on its way out, with the last job that has it.
+    """
+ALTER TABLE jobs ADD COLUMN image TEXT NOT NULL DEFAULT '';
+ALTER TABLE jobs ADD COLUMN image_key TEXT NOT NULL DEFAULT '';
+ALTER TABLE jobs ADD COLUMN read_only INTEGER NOT NULL DEFAULT 0;
+CREATE TABLE images (
+    client_name TEXT NOT NULL,
+    key TEXT NOT NULL,
+    name TEXT NOT NULL,
+    digest TEXT NOT NULL,
+    config TEXT NOT NULL,
+    made_ns INTEGER NOT NULL,
+    used_ns INTEGER NOT NULL,
+    PRIMARY KEY (client_name, key)
+) WITHOUT ROWID;
+CREATE UNIQUE INDEX images_of_name ON images (client_name, name) WHERE name <> '';
+""",
     # How many GPUs a job has for itself; and which, as a list in JSON, from before its launch on.
     """
 ALTER TABLE jobs ADD COLUMN gpus INTEGER NOT NULL DEFAULT 0;

@@ -273,7 +273,7 @@ class Sessions:
     ) -> int:
         files = list(descriptors)
         try:
-            files.insert(0, command_file(spec))
+            files.insert(0, command_file(spec, job.job))
             grace = max(1, math.ceil(settings.stop_grace_seconds))
             request = Exec(
                 job.job.id,

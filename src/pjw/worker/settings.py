@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from pjw.errors import ConfigError
+from pjw.errors import ConfigError, InvalidJobError
 from pjw.model import (
     DEFAULT_SHARE,
     LIMIT_MAXIMUM,
@@ -16,7 +16,9 @@ from pjw.model import (
     MountSource,
     Share,
     Sums,
+    check_image,
 )
+from pjw.worker.network import Network
 
 UID_COUNT: Final = 65_536
 
@@ -49,6 +51,8 @@ class Retention:
     bytes_total: int = 0
     # a workspace that no job has used for so long is removed
     workspace_age_seconds: int = 0
+    # so is an image that a client has loaded
+    image_age_seconds: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +78,7 @@ class Quotas:
     queued_bytes_total_max: int = 0
     workspaces_max: int = 0
     workspace_bytes_max: int = 0
+    images_max: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +168,11 @@ class WorkerSettings:
     quotas: Quotas = Quotas()
     disk: DiskMarks = DiskMarks()
     queue: QueueSlots = QueueSlots()
+    # the image of a job that names none; empty: it has the host's files
+    default_image: str = ""
     # directories of the host that jobs may ask for
     mounts: tuple[MountSource, ...] = ()
+    network: Network = field(default_factory=Network)
     # whose jobs may have the host's GPUs
     gpus: GpuOffer = NO_GPUS
 
@@ -174,5 +182,10 @@ class WorkerSettings:
                 f"the default limit {above} is {getattr(self.default_limits, above)},"
                 f" above its ceiling of {getattr(self.ceiling, above)} (0 is no limit)"
             )
+        if self.default_image:
+            try:
+                check_image(self.default_image)
+            except InvalidJobError as error:
+                raise ConfigError(f"default_image: {error}") from None
         # frozen; a client may always ask for a default limit, and for a ceiling
         object.__setattr__(self, "floor", self.floor.lowered_to(self.default_limits).lowered_to(self.ceiling))

@@ -12,6 +12,8 @@ from typing import Final
 from pjw.errors import (
     CopyError,
     GpuError,
+    ImageNotFoundError,
+    InvalidJobError,
     JobNotFoundError,
     KernelError,
     LauncherGoneError,
@@ -19,7 +21,7 @@ from pjw.errors import (
     PjwError,
 )
 from pjw.launcher.protocol import Launch
-from pjw.model import EndReason, Job, JobSpec, Limits, offered
+from pjw.model import EndReason, Job, JobSpec, Limits, is_image_key, offered
 from pjw.output import Inotify
 from pjw.worker.artifacts import patterns_file
 from pjw.worker.background import Background, log_bug
@@ -27,6 +29,7 @@ from pjw.worker.command_file import command_file
 from pjw.worker.descriptors import Descriptors
 from pjw.worker.endings import Endings
 from pjw.worker.gpus import NONE, Gpus, Taken
+from pjw.worker.images import Images
 from pjw.worker.job import LiveJob
 from pjw.worker.launch_turns import LaunchTurns, Turn
 from pjw.worker.launcher_client import LaunchBrokenOffError, LauncherClient, RunningInit
@@ -64,6 +67,7 @@ class Starts:
         stopping: Stopping,
         users: Users,
         workspaces: Workspaces,
+        images: Images,
         turns: LaunchTurns,
         background: Background,
         uploads: Uploads,
@@ -79,6 +83,7 @@ class Starts:
         self._stopping: Final = stopping
         self._users: Final = users
         self._workspaces: Final = workspaces
+        self._images: Final = images
         self._background: Final = background
         self._uploads: Final = uploads
         self._gpus: Final = gpus
@@ -148,13 +153,16 @@ class Starts:
             return known
         turn = self._turns.turn(client_name)
         try:
-            return await self._start_in_turn(spec, client_name, limits, turn)
+            async with self._images.taken(client_name, spec) as (executed, image):
+                return await self._start_in_turn(executed, client_name, limits, turn, image)
         finally:
             turn.end()
             if spec.upload:
                 await self._uploads.release(client_name, spec.upload)
 
-    async def _start_in_turn(self, spec: JobSpec, client_name: str, limits: Limits, turn: Turn) -> Job:
+    async def _start_in_turn(
+        self, spec: JobSpec, client_name: str, limits: Limits, turn: Turn, image: str
+    ) -> Job:
         try:
             uid, use, gpus = await self._take_room(spec, client_name, limits, turn)
         except PjwError:
@@ -166,7 +174,7 @@ class Starts:
         descriptors: list[int] = []
         try:
             spec = await self._gpus.with_variables(spec, gpus)
-            made = partial(self._make_files, spec, descriptors)
+            made = partial(self._make_files, spec, image, descriptors)
             job = await self._state.store.add(client_name, spec, limits, made, gpus.names)
         except AlreadyStartedError as before:
             self._give_back(client_name, limits, use, gpus)
@@ -175,6 +183,7 @@ class Starts:
             self._give_back(client_name, limits, use, gpus)
             raise
         self._workspaces.begun(use, job.id)
+        self._images.begun(client_name, image, job.id)
         self._gpus.begun(gpus, job.id)
         # The row is there, so whatever happens to us, the next worker can find the process. Its
         # way to the disk and the launch go side by side.
@@ -194,8 +203,19 @@ class Starts:
         return job
 
     async def _start_queued(self, job_id: int, spec: JobSpec, client_name: str, limits: Limits) -> Job:
+        try:
+            async with self._images.taken(client_name, spec) as (executed, image):
+                return await self._start_admitted(job_id, executed, client_name, limits, image)
+        except ImageNotFoundError as error:
+            # it may have been removed since the job was submitted, and is not expected back
+            raise InvalidJobError(str(error)) from None
+
+    async def _start_admitted(
+        self, job_id: int, spec: JobSpec, client_name: str, limits: Limits, image: str
+    ) -> Job:
         job, uid, use, gpus = await self._admit(job_id, spec, client_name, limits)
         self._workspaces.begun(use, job_id)
+        self._images.begun(client_name, image, job_id)
         self._gpus.begun(gpus, job_id)
         descriptors: list[int] = []
         ended: Job | None = None
@@ -212,7 +232,7 @@ class Starts:
                 await turn.begin()
                 self._require_launcher()
                 spec = await self._gpus.with_variables(spec, gpus)
-                await self._state.store.in_turn(partial(self._make_files, spec, descriptors, job))
+                await self._state.store.in_turn(partial(self._make_files, spec, image, descriptors, job))
             except LauncherGoneError:
                 # the next worker puts it back
                 raise
@@ -328,7 +348,7 @@ class Starts:
             self._give_back(client_name, limits, use, gpus)
             raise
 
-    def _make_files(self, spec: JobSpec, descriptors: list[int], job: Job) -> None:
+    def _make_files(self, spec: JobSpec, image: str, descriptors: list[int], job: Job) -> None:
         """Make the command for init and the files of the job; add their descriptors, for the launcher.
 
         In the thread of the table: to make a file may take as long as the disk likes.
@@ -341,7 +361,10 @@ class Starts:
                 sent.append(self._uploads.open(job.client_name, spec.upload))
             if spec.outputs:
                 sent.append(patterns_file(tuple(spec.outputs)))
-            command = command_file(spec)
+            command = command_file(spec, job)
+            if image:
+                # before the launch: the next worker must know what the job has
+                self._state.store.have_image(job.id, image)
             descriptors += [command, *self._state.create_job(job, spec.terminal), *sent]
         except BaseException:
             for descriptor in (*sent, *((command,) if command >= 0 else ())):
@@ -397,20 +420,27 @@ class Starts:
         share = settings.shares.of(job.client_name)
         grace = max(1, math.ceil(settings.stop_grace_seconds))
         terminal = spec.terminal is not None
+        # it reads the upload as its input, and the program that unpacks it is its command
+        loads = is_image_key(job.workspace)
         request = Launch(
             job.id,
             uid,
             job.limits,
             job.split_stderr,
-            job.input,
+            job.input or loads,
             share,
             grace,
             terminal,
-            upload=bool(spec.upload),
+            upload=bool(spec.upload) and not loads,
             workspace=job.workspace,
             artifacts=bool(spec.outputs),
+            archive=loads,
+            image=self._images.of(job.id),
+            read_only=job.read_only,
             mounts=tuple(spec.mounts),
-            client_name=job.client_name if spec.mounts or spec.gpus else "",
+            client_name=job.client_name if spec.mounts or job.allow or spec.gpus else "",
+            allow=tuple(job.allow),
+            link=job.link,
             gpus=self._gpus.names_of(job.id),
         )
         return await self._launcher.request_launch(request, spec, descriptors)

@@ -246,7 +246,9 @@ class JobStore:
 
     def _add(self, client_name: str, spec: JobSpec, limits: Limits, gpu_names: Sequence[str]) -> Job:
         now = datetime.now(UTC)
-        own: Mapping[str, int | str] = workspace_rows.columns_of(spec) if spec.workspace else _NO_COLUMNS
+        own: Mapping[str, int | str] = (
+            workspace_rows.columns_of(spec) if spec.workspace or spec.image else _NO_COLUMNS
+        )
         if gpu_names:
             own = {**own, "gpu_names": _listed(gpu_names)}
         job_id = self._insert(client_name, spec, limits, to_ns(now), own)
@@ -264,8 +266,12 @@ class JobStore:
             workdir=spec.directory,
             workspace=spec.workspace,
             exclusive=spec.exclusive,
+            image=spec.image,
+            read_only=spec.read_only,
             artifacts=Artifacts(required=spec.output_required) if spec.outputs else None,
             mounts=spec.mounts,
+            allow=spec.allow,
+            link=spec.link,
             gpus=spec.gpus,
         )
 
@@ -285,6 +291,8 @@ class JobStore:
             more = {**more, "mounts": _listed(spec.mounts)}
         if spec.gpus:
             more = {**more, "gpus": spec.gpus}
+        if spec.allow or spec.link:
+            more = {**more, "allow": " ".join(spec.allow), "link": spec.link}
         try:
             cursor = self._db.execute(
                 "INSERT INTO jobs (client_name, command, limits, start_ns, name, labels, split_stderr,"
@@ -752,6 +760,10 @@ class JobStore:
     def _in_transaction(self, function: Callable[[], _R]) -> _R:
         with self._transaction():
             return function()
+
+    def have_image(self, job_id: int, key: str) -> None:
+        """Write down which image a job is about to have; in the table's thread, as `add` calls it."""
+        self._db.execute("UPDATE jobs SET image_key = ? WHERE id = ?", (key, job_id))
 
     async def in_turn(self, function: Callable[[], _R]) -> _R:
         """Call what touches files in the table's thread, as `add` does."""

@@ -6,7 +6,7 @@ import os
 import socket
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from signal import SIGKILL, SIGTERM
@@ -32,6 +32,8 @@ from pjw.model import (
     Archive,
     ClientQuota,
     GroupUse,
+    Image,
+    ImageConfig,
     Job,
     JobSpec,
     JobState,
@@ -48,10 +50,12 @@ from pjw.worker.artifacts import Keeping
 from pjw.worker.background import Background
 from pjw.worker.changes import Batch, Changes, Watched
 from pjw.worker.disk import DiskSampler, ScratchUse
+from pjw.worker.egress import Connections
 from pjw.worker.endings import Endings
 from pjw.worker.flag import Flag, first_of
 from pjw.worker.gpus import Gpus
 from pjw.worker.held import HeldOutputs
+from pjw.worker.images import Images
 from pjw.worker.input import Inputs, InputWriter, ended_error, require_input
 from pjw.worker.job import LiveJob
 from pjw.worker.launch_turns import LaunchTurns
@@ -109,6 +113,8 @@ class Worker:
         self._inputs: Final = Inputs(state, self._stored, settings.quotas.input_bytes_max)
         self._tails: Final = asyncio.Lock()
         self._pruner: Final = Pruner(state, settings.retention)
+        # of jobs, to names on the network
+        self.connections: Final = Connections()
         self._background: Final = Background()
         self._stopping: Final = Stopping(self._launcher, self._background, state.store.note)
         self._held: Final = HeldOutputs(state)
@@ -127,6 +133,9 @@ class Worker:
         self._users: Final = Users(state.store, launcher.ready.uid_first, settings.uid_count)
         self._workspaces: Final = Workspaces(
             state.store, self._launcher, self._users, settings, self._background
+        )
+        self._images: Final = Images(
+            state.store, self._launcher, self._workspaces, settings, self._background
         )
         self._disk.growing = self._workspaces.growing
         self._gpus: Final = Gpus(state.store, self._launcher, settings)
@@ -171,6 +180,7 @@ class Worker:
             self._stopping,
             self._users,
             self._workspaces,
+            self._images,
             turns,
             self._background,
             self._uploads,
@@ -211,6 +221,8 @@ class Worker:
 
     async def adopt(self) -> None:
         """Take over the jobs of the worker before us. Call it once, before anything else; `open` does."""
+        if self._settings.network.offered:
+            await self.connections.begin(self._launcher)
         await adopt(
             self._state,
             self._launcher,
@@ -223,6 +235,8 @@ class Worker:
             self._gpus,
         )
         await self._workspaces.begin(self._ready.uid_first)
+        for job_id, client_name, key in await self._images.begin():
+            self._background.spawn(self._give_up_load(job_id, client_name, key))
         await self._sessions.adopt()
         await self._uploads.adopt()
         await self._queue.begin([live.job for live in self._live.values()])
@@ -234,6 +248,7 @@ class Worker:
         self._background.keep("queue", self._queue.run())
         self._background.keep("removal of uploads", self._uploads.run())
         self._background.keep("workspaces", self._workspaces.run())
+        self._background.keep("images", self._images.run())
 
     async def __aenter__(self) -> Self:
         return self
@@ -247,6 +262,7 @@ class Worker:
             live.let_go()
             live.abandon_output()
         self._sessions.close()
+        self.connections.close()
         self._launcher.close()
         self._endings.close()
         # launches under way end by that, and may still want the table
@@ -294,6 +310,7 @@ class Worker:
         self._inputs.set_bytes_max(settings.quotas.input_bytes_max)
         self._pruner.keep(settings.retention)
         self._workspaces.reconfigure(settings)
+        self._images.reconfigure(settings)
         self._queue.reconfigure(settings)
 
     async def give_shares(self) -> list[str]:
@@ -320,7 +337,13 @@ class Worker:
     async def numbers(self) -> WorkerNumbers:
         """How much of everything there is, for who watches over it."""
         return await count_all(
-            self._state, self._live, self._endings.by_reason, len(self._held), self._launcher, self._queue
+            self._state,
+            self._live,
+            self._endings.by_reason,
+            len(self._held),
+            self._launcher,
+            self._queue,
+            self.connections.counts,
         )
 
     async def launcher_gone(self) -> None:
@@ -365,6 +388,7 @@ class Worker:
         if spec.queue is not None:
             [job] = await self.submit([spec], client_name)
             return job
+        self._settings.network.require(client_name, spec.allow)
         limits = self._limits_of(spec)
         return await self._starts.start(spec, client_name, limits)
 
@@ -400,6 +424,8 @@ class Worker:
         caller who is cancelled before the answer may find them in the queue all the same. A spec with a
         request id makes one job.
         """
+        for spec in specs:
+            self._settings.network.require(client_name, spec.allow)
         asked = [(spec, self._limits_of(spec)) for spec in specs]
         for _, limits in asked:
             self._running.require_possible(client_name, limits)
@@ -506,6 +532,7 @@ class Worker:
         """Start a job of the queue; only the queue calls this, see queue.Backend."""
         spec, client_name = waiting.spec(), waiting.job.client_name
         # again, as the operator may have changed what is allowed
+        self._settings.network.require(client_name, spec.allow)
         return await self._starts.start_queued(waiting.job.id, spec, client_name, self._limits_of(spec))
 
     # --- stop
@@ -604,6 +631,9 @@ class Worker:
         live = await self._require_running(job_id, client_name)
         # it begins where the job did, if that has a workspace
         spec = replace(spec, workspace=live.job.workspace)
+        if self._images.of(job_id):
+            config = await self._images.config_of(job_id)
+            spec = replace(spec, env={**config.env, **spec.env})
         return await self._sessions.start(live, spec, self._settings, detached=detached)
 
     async def archive(
@@ -667,6 +697,67 @@ class Worker:
         and KernelError.
         """
         await self._workspaces.remove(client_name, name)
+
+    # --- images
+
+    async def images(self, owner: str | None = LOCAL_CLIENT) -> Sequence[Image]:
+        """The images of one client, or with None of all, and the operator's; by their clients and names."""
+        return await self._images.listed(owner)
+
+    async def remove_image(self, name: str, client_name: str = LOCAL_CLIENT) -> None:
+        """Take the name from an image of a client's own; its files go with the last job that has it.
+
+        Raises ImageNotFoundError.
+        """
+        await self._images.remove(client_name, name)
+
+    async def load_image(
+        self,
+        name: str,
+        upload: str,
+        config: ImageConfig | None = None,
+        digest: str = "",
+        client_name: str = LOCAL_CLIENT,
+    ) -> Image:
+        """Make an image of a client's own from an upload, which a job of the client's unpacks.
+
+        The one that had the name goes with the last job that has it. Whoever is cancelled leaves nothing.
+        Raises CopyError for an upload that is not there or cannot be unpacked, and what a start raises.
+        """
+        spec = JobSpec(
+            Archive(".", unpack=True).argv,
+            labels={"pjw.image": name},
+            upload=upload,
+            workspace=await self._images.begin_load(client_name, name),
+        )
+        job: Job | None = None
+        try:
+            await self._uploads.renew(client_name, upload)
+            job = await self.start(spec, client_name)
+            job = await self.wait(job.id, client_name)
+            if not job.succeeded:
+                raise CopyError(f"cannot load the image {name}: {await self._why_not_unpacked(job)}")
+            return await self._images.keep(client_name, spec.workspace, name, digest, config or ImageConfig())
+        except BaseException:
+            if job is None or job.state.final:
+                self._images.drop(client_name, spec.workspace)
+            else:
+                self._background.spawn(self._give_up_load(job.id, client_name, spec.workspace))
+            raise
+
+    async def _give_up_load(self, job_id: int, client_name: str, key: str) -> None:
+        with suppress(JobNotFoundError):
+            await self.stop(job_id, 0, client_name)
+        self._images.drop(client_name, key)
+
+    async def _why_not_unpacked(self, job: Job) -> str:
+        """What the job said last, for whoever loads an image."""
+        reading = await self.read_logs(job.id, Part(follow=False, tail_lines=1), job.client_name)
+        said = b"".join([piece async for piece in reading.chunks()])
+        words = said.decode(errors="replace").strip().removeprefix("error: ")
+        if not words:
+            return f"job {job.id} ended as {job.reason}"
+        return words if words.isprintable() else ascii(words)[1:-1]
 
     # --- input
 

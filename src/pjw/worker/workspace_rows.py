@@ -1,5 +1,7 @@
 """Workspaces in the table of jobs: which there are, what they have, and which jobs name them.
 
+The images that clients have loaded are among them, by keys that are names of no workspace (image_rows.py).
+
 Each function is a part of a transaction, and is called in the table's thread.
 """
 
@@ -9,7 +11,7 @@ from typing import Final
 
 from pjw.amounts import exact_size
 from pjw.errors import LimitReachedError, WorkspaceBusyError, WorkspaceNotFoundError
-from pjw.model import TOO_DEEP, JobSpec, Workspace
+from pjw.model import TOO_DEEP, JobSpec, Workspace, is_image_key
 from pjw.worker.rows import from_ns
 from pjw.worker.settings import Quotas
 
@@ -20,7 +22,9 @@ _USED: Final = (
     "SELECT 1 FROM jobs INDEXED BY jobs_alive_of_workspace WHERE state IS NULL AND workspace <> ''"
     " AND client_name = workspaces.client_name AND workspace = workspaces.name"
 )
-_UNUSED: Final = f"removing = 0 AND NOT EXISTS ({_USED})"
+# not the directory of an image that a client has loaded
+_NAMED: Final = "name >= 'A'"
+_UNUSED: Final = f"removing = 0 AND {_NAMED} AND NOT EXISTS ({_USED})"
 
 
 def is_free(busy: Mapping[str, bool], workspace: str, *, exclusive: bool) -> bool:
@@ -30,8 +34,9 @@ def is_free(busy: Mapping[str, bool], workspace: str, *, exclusive: bool) -> boo
 
 
 def columns_of(spec: JobSpec) -> dict[str, int | str]:
-    """The columns of a job's row that name its workspace."""
-    return {"workspace": spec.workspace, "exclusive": spec.exclusive}
+    """The columns of a job's row that name its workspace, and its image."""
+    named: dict[str, int | str] = {"workspace": spec.workspace, "exclusive": spec.exclusive}
+    return {**named, "image": spec.image, "read_only": spec.read_only} if spec.image else named
 
 
 def being_removed(name: str) -> WorkspaceBusyError:
@@ -57,8 +62,11 @@ def name(db: sqlite3.Connection, client_name: str, workspace: str, now_ns: int, 
         if row[0]:
             raise being_removed(workspace)
         return
-    (count,) = db.execute("SELECT count(*) FROM workspaces WHERE client_name = ?", (client_name,)).fetchone()
-    if quotas.workspaces_max and count >= quotas.workspaces_max:
+    (count,) = db.execute(
+        f"SELECT count(*) FROM workspaces WHERE client_name = ? AND {_NAMED}", (client_name,)
+    ).fetchone()
+    # images have a number of their own
+    if quotas.workspaces_max and count >= quotas.workspaces_max and not is_image_key(workspace):
         raise LimitReachedError(
             f"cannot make the workspace {workspace}: {client_name} has {count} workspaces,"
             f" and at most {quotas.workspaces_max} may be",
@@ -114,7 +122,8 @@ def listed(
         Workspace(found, from_ns(made_ns), from_ns(used_ns), size, inodes, jobs, client_name)
         for found, made_ns, used_ns, size, inodes, jobs, client_name in db.execute(
             f"SELECT name, made_ns, used_ns, bytes, inodes, ({users}), client_name FROM workspaces"
-            f" WHERE removing = 0 AND (client_name, name) > (?, ?){whose} ORDER BY client_name, name LIMIT ?",
+            f" WHERE removing = 0 AND {_NAMED} AND (client_name, name) > (?, ?){whose}"
+            " ORDER BY client_name, name LIMIT ?",
             (*after, *own, count),
         )
     ]

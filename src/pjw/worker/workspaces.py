@@ -84,6 +84,10 @@ class Workspaces:
         self._due: Final = asyncio.Event()
         # called with the client's name when a job has left a workspace, or one is gone
         self.freed: Final[list[Callable[[str], None]]] = []
+        # of which the table knows, and of which there was no directory when we began
+        self.missing: Final[list[_Key]] = []
+        # called with the id of a job that has ended, or did not come to be
+        self.left: Final[list[Callable[[int], None]]] = []
         # called when a workspace was counted, or is gone: its client may have less than before
         self.counted: Final[list[Callable[[], None]]] = []
 
@@ -169,6 +173,8 @@ class Workspaces:
 
     def give_back_of(self, job_id: int) -> None:
         """A job that had an id has ended, or did not come to be."""
+        for each in self.left:
+            each(job_id)
         use = self._of_job.get(job_id)
         if use is None:
             return
@@ -247,8 +253,10 @@ class Workspaces:
         for client_name, _, name, is_removing in known:
             if is_removing:
                 self._background.spawn(self._remove_or_log(client_name, name))
-        rows = {(uid_first + number, name) for _, number, name, _ in known}
-        for uid, name in await self._launcher.request_workspaces():
+        rows = {(uid_first + number, name): client_name for client_name, number, name, _ in known}
+        there = await self._launcher.request_workspaces()
+        self.missing.extend((rows[lost], lost[1]) for lost in rows.keys() - set(there))
+        for uid, name in there:
             if (uid, name) not in rows:
                 log.warning("removing the workspace %s of user id %d, of which no table knows", name, uid)
                 self._background.spawn(self._remove_stray(uid, name))

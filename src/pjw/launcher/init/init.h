@@ -17,14 +17,16 @@
 #include <signal.h>
 #include <sys/types.h>
 
-enum { HIDES_MAX = 64, PLACES_MAX = 128, MOUNTS_MAX = PLACES_MAX + 3, CGROUPS_MAX = 16, LIFTS_MAX = 64, COMMAND_MAX_BYTES = (1 << 20) + (1 << 16), ORDER_MAX_BYTES = 1 << 16, STREAMS_MAX = 2 };
+enum { IMAGE_FDS_MAX = 2, HIDES_MAX = 64, PLACES_MAX = 128, MOUNTS_MAX = PLACES_MAX + 3, CGROUPS_MAX = 16, LIFTS_MAX = 64, COMMAND_MAX_BYTES = (1 << 20) + (1 << 16), ORDER_MAX_BYTES = 1 << 16, STREAMS_MAX = 2 };
 /* of the operator's directories: of one job; and bytes of a path where it has one */
 enum { JOB_MOUNTS_MAX = 8, TARGET_MAX_BYTES = 255 };
 /* of devices, and what comes with them, of one job */
 enum { JOB_DEVICES_MAX = 128, TARGETS_MAX = JOB_MOUNTS_MAX + JOB_DEVICES_MAX };
 /* where a job has its workspace, if it has one */
 #define WORKSPACE_DIRECTORY "/run/workspace"
-enum { REQUEST_MAX_BYTES = 1 << 20, REQUEST_FDS_MAX = 1 + CGROUPS_MAX + LIFTS_MAX };
+/* of a job with names on the network: that of the proxy, and of each name with a port */
+enum { LISTENERS_MAX = 17, HOST_MAX_BYTES = 253 };
+enum { REQUEST_MAX_BYTES = 1 << 20, REQUEST_FDS_MAX = 1 + IMAGE_FDS_MAX + CGROUPS_MAX + LIFTS_MAX };
 
 /* Every step that can fail: its name, and its words, which follow "cannot". Both are in a report. */
 #define STEPS(X)                                                        \
@@ -41,6 +43,8 @@ enum { REQUEST_MAX_BYTES = 1 << 20, REQUEST_FDS_MAX = 1 + CGROUPS_MAX + LIFTS_MA
     X(KEYRING, "session-keyring", "make a session keyring")             \
     X(HOSTNAME, "hostname", "set the host name")                        \
     X(LOOPBACK, "loopback", "bring up the loopback interface")          \
+    X(LINK, "link", "join the network of the job that it is linked to") \
+    X(LISTEN, "listen", "listen at")                                    \
     X(SCRATCH, "open-scratch", "open the scratch directory")            \
     X(ROOT, "root", "make the root of the job")                         \
     X(SHOW, "show", "show")                                             \
@@ -48,6 +52,8 @@ enum { REQUEST_MAX_BYTES = 1 << 20, REQUEST_FDS_MAX = 1 + CGROUPS_MAX + LIFTS_MA
     X(MOUNT_RUN, "mount-run", "mount /run")                             \
     X(MOUNT_SCRATCH, "mount-scratch", "mount the scratch directory at") \
     X(MOUNT_WORKSPACE, "mount-workspace", "mount the workspace at")     \
+    X(OVERLAY, "overlay", "mount the overlay of the image")             \
+    X(IMAGE, "image", "use the image: it needs a directory, and no link, at") \
     X(MOUNT_SOURCE, "mount-source", "open the directory of the mount")  \
     X(MOUNT_AT, "mount-at", "mount the operator's directory at")        \
     X(DEVICE_AT, "device-at", "give the job")                           \
@@ -118,6 +124,13 @@ struct target {
     bool of_device;
 };
 
+/* Where connections come from within the job, for who makes them outside. */
+struct listener {
+    uint32_t address; /* in the order of the network, as the port */
+    uint16_t port;
+    char host[HOST_MAX_BYTES + 1]; /* whose address this is for the job; empty: the proxy's */
+};
+
 /* options.c; a descriptor that was not given is -1, a number 0, a string NULL */
 struct options {
     bool tells; /* name on stderr each step that may wait for a file system, before it begins */
@@ -142,8 +155,16 @@ struct options {
     bool keep; /* the order comes with patterns of files that are kept after the end, and with a file for their archive */
     int patterns_fd, artifacts_fd;
     int archive_fd; /* the program that unpacks the one and packs the other; -1 where there is neither */
+    bool tool; /* the order comes with that program, and the command is its */
+    bool image; /* the job has a root of its own, and nothing of the host's */
+    int image_fds[IMAGE_FDS_MAX], image_count; /* mounts of it: one that maps users, if there is one, and one that does not */
+    bool image_read_only;
     uint64_t file_bytes_max; /* what a file may have that the command writes; 0: any */
     uint16_t connect_port; /* not for a command: connect to it in the job's network, and hand the socket over */
+    struct listener listeners[LISTENERS_MAX];
+    int listener_count;
+    bool link; /* the order comes with the network namespace of another job, which this one shares */
+    int link_fd;
     bool control; /* the order comes with a descriptor of the control file */
     int control_fd;
     int cgroup_procs_fds[CGROUPS_MAX];
@@ -175,11 +196,11 @@ void parse_request(char *words, size_t length, struct options *options);
 /*
  * The words of an order, each ended by NUL, and the descriptors that came with it: command, output, status,
  * times; where stderr is kept apart its own output and times; with --control that file; where there is input, that; with
- * --keep the file for artifacts; with --upload the archive; with --keep the patterns; with one of these two the program for
- * archives; with --workspace a mount of it; last, for each --mount-at and --device-at, a mount of that. A session has no times, and no mounts but
- * those of its job.
+ * --keep the file for artifacts; with --upload the archive; with --keep the patterns; with one of these two, or with --tool, the
+ * program for archives; with --workspace a mount of it; for each --mount-at and --device-at a mount of that; last, with --link, a network
+ * namespace. A session has no times, and no mounts but those of its job.
  */
-enum { ORDER_FDS_MAX = 12 + TARGETS_MAX };
+enum { ORDER_FDS_MAX = 13 + TARGETS_MAX };
 void parse_order(char *words, size_t length, const int *fds, size_t fd_count, struct options *options);
 void release_command(struct options *options);
 
@@ -195,6 +216,7 @@ void report_cloned(int pidfd);
 void report_execed(int64_t realtime_ns);
 void report_connected(int socket);
 void report_opened(int tree);
+void report_listening(const int *sockets, size_t count);
 /* With --tell, name on stderr the step that init is about to take, so that a reader sees where init hangs. */
 void begin(const struct options *options, enum step step, const char *subject);
 /* Report the step with errno and its subject (may be NULL), or say it on stderr. */
@@ -229,6 +251,10 @@ int clone_init(const struct options *options, int *pidfd);
 int enter_cgroups(const struct options *options); /* gives an errno, 0 when in */
 void join_keyring(void);
 void enter_namespaces(const struct options *options);
+
+/* network.c: share the network of another job; listen, and hand the sockets over by the report */
+void join_network(const struct options *options);
+void hand_over_listeners(const struct options *options);
 
 /* session.c: another command in a job that runs */
 bool is_session(const struct options *options);

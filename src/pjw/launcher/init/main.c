@@ -72,6 +72,10 @@ static _Noreturn void be_init(struct options *options, int go) {
         enter_job(options);
         if (options->connect_port)
             hand_over_connection(options);
+        if (options->listener_count) {
+            hand_over_listeners(options);
+            _exit(0);
+        }
     } else {
         enter_namespaces(options);
         if (!is_in_template())
@@ -87,8 +91,13 @@ static _Noreturn void be_init(struct options *options, int go) {
     struct outputs outputs;
     struct input input;
     struct control control;
-    if (!session)
+    if (!session) {
         finish_mounts(options);
+        if (options->link)
+            join_network(options);
+        if (options->listener_count)
+            hand_over_listeners(options);
+    }
     open_outputs(&outputs, options, write_ends);
     open_input(&input, options, &outputs.streams[0], &read_end);
     open_control(&control, options);

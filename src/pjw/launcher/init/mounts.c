@@ -205,7 +205,8 @@ static void mount_sys(int cgroup) {
 }
 
 /* What a job may write to in memory, under one limit; last, as it covers where the rest was made. */
-static void mount_tmp(bool with_home) {
+static void mount_tmp(const struct options *options) {
+    bool with_home = !options->scratch;
     mount_tmpfs(STEP_MOUNT_TMP, "/tmp", MS_NOSUID | MS_NODEV, "mode=0700");
     make_directory(STEP_MOUNT_TMP, "/tmp/shm", 01777);
     bind(STEP_MOUNT_DEV, "/tmp/shm", "/dev/shm");
@@ -215,6 +216,8 @@ static void mount_tmp(bool with_home) {
     }
     make_directory(STEP_MOUNT_TMP, "/tmp/tmp", 01777);
     bind(STEP_MOUNT_TMP, "/tmp/tmp", "/tmp");
+    if (options->image && !is_plain("/var/tmp", true))
+        return;
     if (mount("/tmp", "/var/tmp", NULL, MS_BIND, NULL) < 0 && errno != ENOENT)
         fail(STEP_MOUNT_TMP, "/var/tmp");
 }
@@ -233,16 +236,18 @@ void make_mounts(struct options *options) {
         scratch = clone_directory(STEP_SCRATCH, options->scratch, ATTR_NOSUID | ATTR_NODEV);
     if (options->cgroup)
         cgroup = clone_directory(STEP_MOUNT_SYS, options->cgroup, ATTR_RDONLY | ATTR_NOSUID | ATTR_NODEV | ATTR_NOEXEC);
-    open_places(options);
+    if (!options->image)
+        open_places(options);
     mount_base();
     enter_root(options);
     mount_run(scratch);
-    show_places(options);
-    make_names(options->hostname);
+    if (!options->image)
+        show_places(options);
+    make_names(options);
     mount_dev();
     mount_proc();
     mount_sys(cgroup);
-    mount_tmp(!options->scratch);
+    mount_tmp(options);
 }
 
 void finish_mounts(struct options *options) {
@@ -250,13 +255,13 @@ void finish_mounts(struct options *options) {
         resize_tmpfs(options->tmp_bytes);
     if (!options->scratch && chown("/run/job", options->uid, options->gid) < 0)
         fail(STEP_MOUNT_SCRATCH, "/run/job");
-    finish_names(options->uid, options->gid);
+    finish_names(options);
     if (options->workspace)
         mount_workspace(options->workspace_fd);
     if (options->target_count)
         mount_offered(options);
-    /* Last, so that a path is looked up as the job would: one that our own mounts cover is gone already. */
-    for (int i = 0; i < options->hide_count; i++) {
+    /* Last, so that a path is looked up as the job would: one that our own mounts cover is gone already. They are the host's. */
+    for (int i = 0; i < options->hide_count && !options->image; i++) {
         begin(options, STEP_HIDE, options->hides[i]);
         hide(options->hides[i]);
     }

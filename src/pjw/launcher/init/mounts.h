@@ -2,6 +2,7 @@
 #ifndef PJW_INIT_MOUNTS_H
 #define PJW_INIT_MOUNTS_H
 
+#include <stdbool.h>
 #include <stdint.h>
 #include <sys/types.h>
 
@@ -29,16 +30,20 @@ void hide(const char *path);
 
 /* template.c: what init takes from the template, by paths of the host's */
 int open_root(void);
+int open_above(const char *path); /* the directory that it is in */
 void open_places(struct options *options);
 /* a mount of its own, which is attached nowhere */
 int clone_directory(enum step step, const char *path, uint64_t flags);
+
+/* whether there is a file or directory at a path of the job's own root, without a link on the way */
+bool is_plain(const char *path, bool directory);
 
 /* root.c, in this order: */
 void enter_root(struct options *options); /* BASE moves along */
 void show_places(struct options *options);
 
 /* names.c: make_names runs in the job's tree while BASE is mounted, finish_names when the user is known */
-void make_names(const char *hostname);
-void finish_names(uid_t uid, gid_t gid);
+void make_names(const struct options *options);
+void finish_names(const struct options *options);
 
 #endif

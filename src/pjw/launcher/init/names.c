@@ -1,12 +1,14 @@
 /*
  * Names for a job's user and host, for programs that ask libc. The job gets its own passwd(5) and group(5), with the
- * host's lines and one more, and a hosts(5) with only the job itself, since its network has nothing else. They are
+ * host's lines and one more, and a hosts(5) with the job itself and the names
+ * that it may reach by listeners of its own (network.c), since its network has nothing else. They are
  * files, not a service of nsswitch.conf(5): every libc reads files, static programs do too, and nearly every host has
  * "files" in nsswitch.conf. The job's line comes last, so the host's own names keep their meaning.
  */
 #include "init.h"
 #include "mounts.h"
 
+#include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -21,7 +23,7 @@ enum { HOST_BYTES_MAX = 256 << 10 };
 enum { USERS, GROUPS, USER_FILES };
 static const char *const USER_PATHS[USER_FILES] = {"/etc/passwd", "/etc/group"};
 /* open until the user is known */
-static int user_fds[USER_FILES] = {-1, -1};
+static int user_fds[USER_FILES] = {-1, -1}, hosts_fd = -1;
 
 /* Of what the host has at such a path: nothing, a link to nothing, or what cannot be opened, such as a socket. */
 static bool is_missing(int error) {
@@ -69,7 +71,9 @@ static void copy_lines(const char *path, int to) {
 }
 
 /* Bind it over the host's file, if there is one: a read-only view takes no new file. */
-static void show_file(const char *own, const char *path) {
+static void show_file(const struct options *options, const char *own, const char *path) {
+    if (options->image && !is_plain(path, false))
+        return; /* a link could have us cover something else */
     if (mount(own, path, NULL, MS_BIND, NULL) == 0) {
         if (set_attributes(AT_FDCWD, path, 0,
                            (struct attributes){.set = ATTR_RDONLY | ATTR_NOSUID | ATTR_NODEV | ATTR_NOEXEC}) < 0)
@@ -79,30 +83,49 @@ static void show_file(const char *own, const char *path) {
 }
 
 /* The first name of an address is the canonical one, and programs such as git(1) want a dot in it. */
-static void make_hosts(const char *hostname) {
+static void make_hosts(const struct options *options) {
+    const char *hostname = options->hostname;
     char text[256];
-    int fd = create(BASE "/hosts");
+    hosts_fd = create(BASE "/hosts");
     int length = snprintf(text, sizeof text,
                           "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n"
                           "127.0.1.1\t%.64s.localdomain %.64s\n",
                           hostname, hostname);
-    write_all(fd, text, (size_t)length, "/etc/hosts");
-    close(fd);
-    show_file(BASE "/hosts", "/etc/hosts");
+    write_all(hosts_fd, text, (size_t)length, "/etc/hosts");
+    show_file(options, BASE "/hosts", "/etc/hosts");
 }
 
-void make_names(const char *hostname) {
+void make_names(const struct options *options) {
     static const char *const own[USER_FILES] = {BASE "/passwd", BASE "/group"};
     for (int i = 0; i < USER_FILES; i++) {
         user_fds[i] = create(own[i]);
         copy_lines(USER_PATHS[i], user_fds[i]);
-        show_file(own[i], USER_PATHS[i]);
+        show_file(options, own[i], USER_PATHS[i]);
     }
-    if (hostname)
-        make_hosts(hostname);
+    if (options->hostname)
+        make_hosts(options);
 }
 
-void finish_names(uid_t uid, gid_t gid) {
+/* Several listeners of one host have one address, and follow each other. */
+static void finish_hosts(const struct options *options) {
+    char line[HOST_MAX_BYTES + 32], address[INET_ADDRSTRLEN];
+    uint32_t last = 0;
+    for (int i = 0; i < options->listener_count; i++) {
+        const struct listener *listener = &options->listeners[i];
+        if (!*listener->host || listener->address == last || hosts_fd < 0)
+            continue;
+        last = listener->address;
+        inet_ntop(AF_INET, &listener->address, address, sizeof address);
+        int length = snprintf(line, sizeof line, "%s\t%s\n", address, listener->host);
+        write_all(hosts_fd, line, (size_t)length, "/etc/hosts");
+    }
+    if (hosts_fd >= 0)
+        close(hosts_fd);
+}
+
+void finish_names(const struct options *options) {
+    uid_t uid = options->uid;
+    gid_t gid = options->gid;
     char lines[USER_FILES][96];
     /* it has a real name, since some programs want one; "x" means that its password is in shadow(5), which has none */
     snprintf(lines[USERS], sizeof lines[USERS], "pjw-job:x:%u:%u:Job of pjw:/run/job:/bin/sh\n", uid, gid);
@@ -111,4 +134,5 @@ void finish_names(uid_t uid, gid_t gid) {
         write_all(user_fds[i], lines[i], strlen(lines[i]), USER_PATHS[i]);
         close(user_fds[i]);
     }
+    finish_hosts(options);
 }

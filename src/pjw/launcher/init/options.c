@@ -1,6 +1,7 @@
 /* Reads the command line and the command. Anything odd is refused: our caller is a program. */
 #include "init.h"
 
+#include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <getopt.h>
@@ -15,8 +16,8 @@ enum option_id {
     REPORT_FD = 1, STATUS_FD, OUTPUT_FD, COMMAND_FD, CGROUP_FD, CGROUP_PROCS_FD, USER_ID, GROUP_ID, HOSTNAME,
     SCRATCH, HIDE, TMP_BYTES, OUTPUT_MAX, TIME_MAX, WAIT, SPLIT_STDERR, TIMES_FD, STDERR_FD, STDERR_TIMES_FD,
     INPUT, INPUT_FD, LIFT_FD, LIFT, VISIBLE, BOUND, COVER, TELL, GRACE, CGROUP, SPAWNER, VARIABLE, ENTER_FD, CONTROL,
-    TERMINAL, CONNECT, TOOL_FD, UPLOAD, MOUNT, WORKSPACE, KEEP, MOUNT_AT, OPEN, OPEN_WRITABLE,
-    DEVICE_AT, OPEN_DEVICE, OPEN_FILE,
+    TERMINAL, CONNECT, TOOL_FD, UPLOAD, MOUNT, WORKSPACE, KEEP, IMAGE_FD, IMAGE_READ_ONLY, TOOL, MOUNT_AT, OPEN, OPEN_WRITABLE,
+    LISTEN, LINK, DEVICE_AT, OPEN_DEVICE, OPEN_FILE,
 };
 
 /* Where an option may come: an order says what was not known before the job, and nothing about the host. */
@@ -63,9 +64,14 @@ static const struct option OPTIONS[] = {
     {"upload", no_argument, NULL, UPLOAD | ORDER},
     {"workspace", no_argument, NULL, WORKSPACE | ORDER},
     {"keep", no_argument, NULL, KEEP | ORDER},
+    {"image-fd", required_argument, NULL, IMAGE_FD | LINE},
+    {"image-read-only", no_argument, NULL, IMAGE_READ_ONLY | LINE},
+    {"tool", no_argument, NULL, TOOL | ORDER},
     {"mount-at", required_argument, NULL, MOUNT_AT | ORDER},
     {"open", required_argument, NULL, OPEN | LINE},
     {"open-writable", required_argument, NULL, OPEN_WRITABLE | LINE},
+    {"listen", required_argument, NULL, LISTEN | LINE | ORDER},
+    {"link", no_argument, NULL, LINK | ORDER},
     {"device-at", required_argument, NULL, DEVICE_AT | ORDER},
     {"open-device", required_argument, NULL, OPEN_DEVICE | LINE},
     {"open-file", required_argument, NULL, OPEN_FILE | LINE},
@@ -126,6 +132,25 @@ static void add_target(struct options *options, const char *option, bool of_devi
     if (!of_device && options->target_count && options->targets[options->target_count - 1].of_device)
         refuse(option, optarg, "devices come last");
     options->targets[options->target_count++] = (struct target){path(option, optarg), -1, of_device};
+}
+
+/* ADDRESS:PORT, and /HOST behind it where it stands for a host. */
+static void add_listener(struct options *options, const char *option, char *text) {
+    if (options->listener_count == LISTENERS_MAX)
+        refuse(option, text, "too many of them");
+    struct listener *listener = &options->listeners[options->listener_count++];
+    struct in_addr address;
+    char *colon = strchr(text, ':'), *slash = strchr(text, '/');
+    if (!colon || (slash && slash < colon) || (slash && strlen(slash + 1) > HOST_MAX_BYTES))
+        refuse(option, text, "not ADDRESS:PORT or ADDRESS:PORT/HOST");
+    *colon = '\0';
+    if (slash)
+        *slash = '\0';
+    if (inet_pton(AF_INET, text, &address) != 1)
+        refuse(option, text, "not an address");
+    listener->address = address.s_addr;
+    listener->port = htons((uint16_t)number(option, colon + 1, 1, UINT16_MAX));
+    strcpy(listener->host, slash ? slash + 1 : ""); /* the order's words are gone before it is used */
 }
 
 static _Noreturn void refuse_command(int error) {
@@ -311,12 +336,23 @@ static int take_options(int argc, char **argv, enum phase phase, struct options 
         case UPLOAD: options->upload = true; break;
         case WORKSPACE: options->workspace = true; break;
         case KEEP: options->keep = true; break;
+        case TOOL: options->tool = true; break;
+        case IMAGE_FD:
+            if (options->image_count == IMAGE_FDS_MAX)
+                refuse(name, optarg, "too many of them");
+            options->image_fds[options->image_count] = descriptor(name, optarg, 3);
+            (void)fcntl(options->image_fds[options->image_count++], F_SETFD, FD_CLOEXEC);
+            options->image = true;
+            break;
+        case IMAGE_READ_ONLY: options->image_read_only = true; break;
         case MOUNT_AT: add_target(options, name, false); break;
         case OPEN: add_source(options, name, SOURCE_READ_ONLY); break;
         case OPEN_WRITABLE: add_source(options, name, SOURCE_WRITABLE); break;
         case DEVICE_AT: add_target(options, name, true); break;
         case OPEN_DEVICE: add_source(options, name, SOURCE_DEVICE); break;
         case OPEN_FILE: add_source(options, name, SOURCE_FILE); break;
+        case LISTEN: add_listener(options, name, optarg); break;
+        case LINK: options->link = true; break;
         default: /* getopt_long(3) has said what is wrong */
             errno = EINVAL;
             fail(STEP_OPTIONS, NULL);
@@ -346,6 +382,7 @@ void parse_options(int argc, char **argv, struct options *options) {
         .archive_fd = -1,
         .control_fd = -1,
         .workspace_fd = -1,
+        .link_fd = -1,
         .grace = 10,
         .environment = environ,
     };
@@ -365,6 +402,8 @@ void parse_options(int argc, char **argv, struct options *options) {
             refuse("wait", "(none)", "the command comes by --report-fd");
         if (options->connect_port && (!is_session(options) || !options->uid || !options->gid))
             refuse("connect", "(none)", "only in a job, and as its user");
+        if (options->listener_count && !is_session(options))
+            refuse("listen", "(none)", "a job that does not run yet is told in its order");
         if (options->tool_fd >= 0 && !is_session(options))
             refuse("tool-fd", "(none)", "only in a job that runs");
         options->output_fds[0] = options->output_fds[1] = -1;
@@ -421,7 +460,7 @@ void parse_request(char *words, size_t length, struct options *options) {
 }
 
 void parse_order(char *words, size_t length, const int *fds, size_t fd_count, struct options *options) {
-    enum { WORDS_MAX = 24 + 2 * TARGETS_MAX };
+    enum { WORDS_MAX = 27 + 2 * TARGETS_MAX + 2 * LISTENERS_MAX };
     char *argv[WORDS_MAX + 2] = {"order"};
     int count = split("wait", words, length, argv, WORDS_MAX);
     if (take_options(count, argv, ORDER, options) >= 0 || optind < count)
@@ -434,11 +473,16 @@ void parse_order(char *words, size_t length, const int *fds, size_t fd_count, st
         refuse(options->upload ? "upload" : "keep", "(order)", "only of a job");
     if (options->workspace && is_session(options))
         refuse("workspace", "(order)", "a session has that of its job");
+    if (options->tool && (is_session(options) || options->upload || options->keep))
+        refuse("tool", "(order)", "only of a job, without files of its own to unpack or to keep");
+    if ((options->listener_count || options->link) && is_session(options))
+        refuse(options->link ? "link" : "listen", "(order)", "a session has the network of its job");
     if (options->target_count && is_session(options))
         refuse("mount-at", "(order)", "a session has those of its job");
-    bool archives = options->upload || options->keep;
+    bool archives = options->upload || options->keep || options->tool;
     if (fd_count != 3U + timed + (1U + timed) * options->split_stderr + options->control + options->input +
-                        options->upload + 2U * options->keep + archives + options->workspace + (unsigned)options->target_count)
+                        options->upload + 2U * options->keep + archives + options->workspace + (unsigned)options->target_count +
+                        options->link)
         refuse("wait", "(order)", "not the descriptors that it should have");
     int command = *fds++;
     options->output_fds[0] = *fds++;
@@ -461,9 +505,14 @@ void parse_order(char *words, size_t length, const int *fds, size_t fd_count, st
         options->patterns_fd = *fds++;
     if (archives)
         options->archive_fd = *fds++;
+    /* not 3, where the command's errors go */
+    if (options->tool && (options->tool_fd = fcntl(options->archive_fd, F_DUPFD_CLOEXEC, 4)) < 0)
+        fail(STEP_ORDER, NULL);
     if (options->workspace)
         options->workspace_fd = *fds++;
     for (int i = 0; i < options->target_count; i++)
         options->targets[i].fd = *fds++;
+    if (options->link)
+        options->link_fd = *fds;
     read_command(command, options);
 }

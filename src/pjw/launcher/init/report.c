@@ -73,20 +73,20 @@ void await_order(struct options *options) {
 }
 
 /* A launcher that is gone is no reason to stop: its successor finds the job by its cgroup. */
-static void send_report(const char *text, int passed_fd) {
+static void send_report(const char *text, const int *fds, size_t fd_count) {
     struct iovec data = {.iov_base = (void *)text, .iov_len = strlen(text)};
     union {
         struct cmsghdr header;
-        char space[CMSG_SPACE(sizeof(int))];
+        char space[CMSG_SPACE(sizeof(int) * LISTENERS_MAX)];
     } control = {0};
     struct msghdr message = {.msg_iov = &data, .msg_iovlen = 1};
-    if (passed_fd >= 0) {
+    if (fd_count) {
         message.msg_control = control.space;
-        message.msg_controllen = sizeof control.space;
+        message.msg_controllen = CMSG_SPACE(sizeof(int) * fd_count);
         control.header.cmsg_level = SOL_SOCKET;
         control.header.cmsg_type = SCM_RIGHTS;
-        control.header.cmsg_len = CMSG_LEN(sizeof(int));
-        memcpy(CMSG_DATA(&control.header), &passed_fd, sizeof(int));
+        control.header.cmsg_len = CMSG_LEN(sizeof(int) * fd_count);
+        memcpy(CMSG_DATA(&control.header), fds, sizeof(int) * fd_count);
     }
     while (sendmsg(report_fd, &message, MSG_NOSIGNAL) < 0) {
         if (errno == ENOTSOCK) /* a pipe or a file, by hand: one line for each report */
@@ -98,15 +98,20 @@ static void send_report(const char *text, int passed_fd) {
 
 void report_cloned(int pidfd) {
     if (report_fd >= 0)
-        send_report("cloned", pidfd);
+        send_report("cloned", &pidfd, 1);
 }
 
 void report_connected(int socket) {
-    send_report("connected", socket);
+    send_report("connected", &socket, 1);
+}
+
+void report_listening(const int *sockets, size_t count) {
+    if (report_fd >= 0)
+        send_report("listening", sockets, count);
 }
 
 void report_opened(int tree) {
-    send_report("opened", tree);
+    send_report("opened", &tree, 1);
 }
 
 void report_execed(int64_t ns) {
@@ -114,7 +119,7 @@ void report_execed(int64_t ns) {
         return;
     char text[64];
     snprintf(text, sizeof text, "execed %lld", (long long)ns);
-    send_report(text, -1);
+    send_report(text, NULL, 0);
     close(report_fd);
     report_fd = -1;
 }
@@ -131,7 +136,7 @@ void report_failed(enum step step, const char *subject) {
         char text[REPORT_MAX_BYTES];
         snprintf(text, sizeof text, "failed %s %d %s%s%s", STEP_TABLE[step].name, error, STEP_TABLE[step].words,
                  subject ? " " : "", subject ? subject : "");
-        send_report(text, -1);
+        send_report(text, NULL, 0);
     } else if (failures_fd >= 0) {
         char text[REPORT_MAX_BYTES];
         const char *why = strerror(error);

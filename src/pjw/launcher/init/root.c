@@ -80,13 +80,70 @@ static bool is_root(const struct place *place) {
     return strcmp(place->path, "/") == 0;
 }
 
+/*
+ * A root of the job's own: the image, and above it what the job writes, which is in `upper` beside its scratch directory. That
+ * goes with the job, so it need never be synced (volatile). Where the kernel cannot do that, the root is read-only.
+ */
+static bool overlay_image(int number, bool writes) {
+    char lower[] = BASE "/image0", data[256];
+    lower[sizeof lower - 2] = (char)('0' + number);
+    if (writes)
+        snprintf(data, sizeof data,
+                 "lowerdir=%s,upperdir=upper,workdir=work,xino=off,index=off,metacopy=off,nfs_export=off,redirect_dir=on,volatile", lower);
+    else /* there must be two layers; the upper one says what the root itself is like */
+        snprintf(data, sizeof data, "lowerdir=upper:%s,xino=off,index=off,metacopy=off,nfs_export=off,redirect_dir=nofollow", lower);
+    return mount("overlay", NEW_ROOT, "overlay", MS_NOSUID | MS_NODEV | (writes ? 0 : MS_RDONLY), data) == 0;
+}
+
+static void show_image(struct options *options) {
+    static const int cannot[] = {EINVAL, EPERM, EOPNOTSUPP, ENOSYS};
+    int own = open_above(options->scratch);
+    bool shown = false;
+    if (fchdir(own) < 0)
+        fail(STEP_OVERLAY, NULL);
+    close(own);
+    /* An overlay takes layers of this namespace alone (clone_private_mount() before Linux 6.15). */
+    for (int i = 0; i < options->image_count; i++) {
+        char lower[] = BASE "/image0";
+        lower[sizeof lower - 2] = (char)('0' + i);
+        if (mkdir(lower, 0700) < 0 ||
+            syscall(SYS_move_mount, options->image_fds[i], "", AT_FDCWD, lower, MOVE_FROM_EMPTY_PATH) < 0)
+            fail(STEP_OVERLAY, NULL);
+        close(options->image_fds[i]);
+    }
+    /* the second one maps no users, so what a job wrote there would be refused anyway */
+    for (int way = 0; !shown && way < 1 + options->image_count; way++) {
+        bool writes = way == 0;
+        if (writes && options->image_read_only)
+            continue;
+        shown = overlay_image(way == 2, writes);
+        int error = errno;
+        bool other = false; /* whether another way may be one */
+        for (size_t i = 0; i < sizeof cannot / sizeof *cannot; i++)
+            other |= error == cannot[i];
+        errno = error;
+        if (!shown && (!other || way == options->image_count))
+            fail(STEP_OVERLAY, NULL);
+    }
+}
+
+/* Who made the image may have put links where our own mounts go. They would lead nowhere but into the image itself. */
+static void require_points(void) {
+    static const char *const points[] = {BASE, "/dev", "/proc", "/run", "/sys"};
+    for (size_t i = 0; i < sizeof points / sizeof *points; i++)
+        if (!is_plain(points[i], true))
+            fail(STEP_IMAGE, points[i]);
+}
+
 void enter_root(struct options *options) {
     bool bound = options->place_count && is_root(options->places) && options->places[0].view == VIEW_BIND;
     int host = open_root(), base = open(BASE, O_PATH | O_DIRECTORY | O_CLOEXEC);
     if (base < 0)
         fail(STEP_ROOT, NULL);
     begin(options, STEP_ROOT, NULL);
-    if (bound || !overlay(host, NEW_ROOT))
+    if (options->image)
+        show_image(options);
+    else if (bound || !overlay(host, NEW_ROOT))
         bind_read_only(host, NEW_ROOT);
     close(host);
     /*
@@ -95,6 +152,8 @@ void enter_root(struct options *options) {
      */
     if (chdir(NEW_ROOT) < 0 || mount(".", "/", NULL, MS_MOVE, NULL) < 0 || chroot(".") < 0)
         fail(STEP_ROOT, NULL);
+    if (options->image)
+        require_points();
     if (fchdir(base) < 0 || mount(".", BASE, NULL, MS_MOVE, NULL) < 0 || chdir("/") < 0)
         fail(STEP_ROOT, BASE);
     close(base);

@@ -87,12 +87,32 @@ int open_root(void) {
     return root;
 }
 
+int open_above(const char *path) {
+    char above[PATH_MAX];
+    const char *end = strrchr(path, '/');
+    snprintf(above, sizeof above, "%.*s", (int)(end - path), path);
+    int directory = open(find(above), O_PATH | O_DIRECTORY | O_CLOEXEC);
+    if (directory < 0)
+        fail(STEP_SCRATCH, path);
+    return directory;
+}
+
 int clone_directory(enum step step, const char *path, uint64_t flags) {
     int tree = (int)syscall(SYS_open_tree, AT_FDCWD, find(path), TREE_CLONE | O_CLOEXEC);
     struct attributes attributes = {.set = flags, .propagation = MS_PRIVATE};
     if (tree < 0 || set_attributes(tree, "", AT_EMPTY_PATH, attributes) < 0)
         fail(step, path);
     return tree;
+}
+
+bool is_plain(const char *path, bool directory) {
+    struct open_how how = {.flags = O_PATH | O_CLOEXEC, .resolve = RESOLVE_NO_SYMLINKS};
+    struct stat status;
+    int fd = (int)syscall(SYS_openat2, AT_FDCWD, path, &how, sizeof how);
+    bool plain = fd >= 0 && fstat(fd, &status) == 0 && (directory ? S_ISDIR(status.st_mode) : S_ISREG(status.st_mode));
+    if (fd >= 0)
+        close(fd);
+    return plain;
 }
 
 /* A mount point is of the kind of what is mounted there: a file, which is mounted alone, or a directory. */

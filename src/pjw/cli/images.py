@@ -1,0 +1,95 @@
+"""`pjw image`: the roots that jobs can have instead of the machine's own files."""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from pjw.cli.connection import connect
+from pjw.cli.copy import Count, tell_left_out
+from pjw.cli.progress import Progress
+from pjw.cli.render import json_text, printable, time_text
+from pjw.cli.units import duration_in_words, size_in_words
+from pjw.errors import PjwError
+from pjw.model import Image, check_image
+
+
+def load_image(arguments: argparse.Namespace) -> None:
+    """Send an image, have a job of ours unpack it, and print its name."""
+    check_image(arguments.name)
+    seen = Count("the image")
+    with connect(arguments) as client, Progress(seen.words):
+        loaded = client.load_image(arguments.name, arguments.source, seen)
+    tell_left_out(loaded.left_out)
+    print(loaded.image.name)
+
+
+def list_images(arguments: argparse.Namespace) -> None:
+    """Print their names; at a terminal also what they have, and whose they are."""
+    with connect(arguments) as client:
+        found = client.images()
+    form = arguments.format or ("table" if sys.stdout.isatty() else "names")
+    if form == "json":
+        print(json_text(list(map(members, found)), indent=2))
+        return
+    names = [_name(each, with_client=arguments.all) for each in found]
+    if form == "names":
+        # one of our own goes before the operator's of the same name
+        names = list(dict.fromkeys(names))
+    for line in table(found, names) if form == "table" else names:
+        print(line)
+
+
+def _name(image: Image, *, with_client: bool) -> str:
+    return f"{printable(image.client_name)}/{image.name}" if with_client and image.client_name else image.name
+
+
+def remove_images(arguments: argparse.Namespace) -> None:
+    """Remove them one by one, and print each name; the others although one cannot be removed."""
+    failure: PjwError | None = None
+    with connect(arguments) as client:
+        for name in arguments.names:
+            try:
+                client.remove_image(name)
+            except PjwError as error:
+                if failure is not None:
+                    print(f"pjw: error: {failure}", file=sys.stderr)
+                failure = error
+            else:
+                print(name, flush=True)
+    if failure is not None:
+        raise failure
+
+
+def table(found: Sequence[Image], names: Sequence[str]) -> Iterator[str]:
+    """A line each, with these names, under a heading."""
+    now = datetime.now(UTC)
+    width = max(map(len, ("NAME", *names)))
+    yield f"{'NAME':<{width}} {'SIZE':>8} {'FILES':>9} {'JOBS':>6}  {'OF':<8}  USED"
+    for each, name in zip(found, names, strict=True):
+        ago = duration_in_words(max(0.0, (now - each.used).total_seconds()))
+        whose = "you" if each.client_name else "operator"
+        size = size_in_words(each.bytes)
+        used = f"{ago} ago" if each.client_name else "-"
+        yield f"{name:<{width}} {size:>8} {each.inodes:>9} {each.jobs:>6}  {whose:<8}  {used}"
+
+
+def members(image: Image) -> dict[str, Any]:
+    """The keys and values of its JSON."""
+    return {
+        "name": image.name,
+        "digest": image.digest,
+        "made": time_text(image.made),
+        "used": time_text(image.used),
+        "bytes": image.bytes,
+        "inodes": image.inodes,
+        "jobs": image.jobs,
+        "clientName": image.client_name,
+        "config": {
+            "env": dict(image.config.env),
+            "workdir": image.config.workdir,
+            "entrypoint": list(image.config.entrypoint),
+            "command": list(image.config.command),
+        },
+    }

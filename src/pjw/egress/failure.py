@@ -1,0 +1,12 @@
+"""Why a connection of a job comes to nothing."""
+
+from typing import Final
+
+
+class Failure(Exception):  # noqa: N818  what it is an error of, no caller asks
+    """A result as the server counts it (worker/egress.py), a status of HTTP, and words for the client."""
+
+    def __init__(self, result: str, status: int, words: str) -> None:
+        super().__init__(words)
+        self.result: Final = result
+        self.status: Final = status

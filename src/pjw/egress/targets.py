@@ -1,0 +1,106 @@
+"""From a name to the addresses that a job may be connected to: resolved once, judged, used as they are."""
+
+import asyncio
+import ipaddress
+import socket
+from collections.abc import Sequence
+from typing import Final
+
+from pjw.egress.failure import Failure
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+RESOLVE_SECONDS: Final = 15.0
+CONNECT_SECONDS: Final = 15.0
+# A name may have many addresses; of those that do not answer each takes its time.
+ADDRESSES_MAX: Final = 4
+# What leads to an IPv4 address in its last 32 bits (RFC 6052); and tunnels with one somewhere in theirs.
+_NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
+_TUNNELS: Final = (
+    *map(ipaddress.IPv6Network, ("2002::/16", "2001::/32", "::/96", "64:ff9b:1::/48", "fec0::/10")),
+)
+
+
+class Targets:
+    """Which addresses are the internet's, or in a range that the operator lists."""
+
+    def __init__(self, private: Sequence[str]) -> None:
+        self._private: Final[list[Network]] = [ipaddress.ip_network(each) for each in private]
+
+    async def connect(self, host: str, port: int) -> socket.socket:
+        """A connection to a host, at one of the addresses that it has now. Raises Failure."""
+        addresses = await _resolve(host, port)
+        good = [address for address in addresses if self.is_public(address)]
+        if not good:
+            shown = addresses[0] if addresses else "nothing"
+            raise Failure(
+                "private",
+                403,
+                f"{host} leads to {shown}, which is no address of the internet; the operator can list its"
+                " range ([network] private)",
+            )
+        why: OSError | None = None
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS):
+                for address in good[:ADDRESSES_MAX]:
+                    try:
+                        return await _connect(address, port)
+                    except OSError as error:
+                        why = error
+        except TimeoutError:
+            raise Failure("unreachable", 504, f"{host} port {port} does not answer") from None
+        said = why.strerror if why is not None and why.strerror else "no address"
+        raise Failure("unreachable", 502, f"cannot connect to {host} port {port}: {said.lower()}")
+
+    def is_public(self, address: Address) -> bool:
+        """Whether jobs may be connected to an address."""
+        if any(address in network for network in self._private if network.version == address.version):
+            return True
+        if isinstance(address, ipaddress.IPv6Address):
+            if address in _NAT64:
+                return self.is_public(ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF))
+            # an IPv4 address in the form of one of IPv6 is never what a resolver gives for a name
+            if address.ipv4_mapped is not None or any(address in tunnel for tunnel in _TUNNELS):
+                return False
+        return address.is_global and not address.is_multicast and not _is_own(address)
+
+
+def _is_own(address: Address) -> bool:
+    """Whether it is one of this host: only these can be bound to; where any can, all count as such."""
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind((str(address), 0))
+    except OSError:
+        return False
+    return True
+
+
+async def _resolve(host: str, port: int) -> list[Address]:
+    """Raises Failure."""
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(RESOLVE_SECONDS):
+            found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except TimeoutError:
+        raise Failure("unresolved", 504, f"cannot resolve {host}: no answer in time") from None
+    except (OSError, UnicodeError, RuntimeError):
+        # the last one: no thread for it
+        raise Failure("unresolved", 502, f"cannot resolve {host}: no such host, or no resolver") from None
+    # one with a scope is link-local
+    return list(dict.fromkeys(ipaddress.ip_address(str(each[4][0]).partition("%")[0]) for each in found))
+
+
+async def _connect(address: Address, port: int) -> socket.socket:
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    made = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        made.setblocking(False)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        await asyncio.get_running_loop().sock_connect(made, (str(address), port))
+    except BaseException:
+        made.close()
+        raise
+    return made

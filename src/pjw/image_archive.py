@@ -1,0 +1,633 @@
+"""Images as other tools write them, as one tar archive of the tree that a job is to have.
+
+Layers are put upon each other here, in memory and without the contents of files: what a later one removes or
+replaces is not sent. So nobody who unpacks an image has to know of layers, and each name of the archive is
+plain, in a directory that came before it. Owners, set-id bits, devices and extended attributes are left out:
+in a job all files are its user's.
+
+An image is untrusted. Names and links are resolved in the tree in memory, and never on a disk.
+"""
+
+import gzip
+import hashlib
+import json
+import os
+import platform
+import stat
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import IO, Any, Final, Self
+
+from pjw.errors import ConfigError, InvalidJobError, describe_errno
+from pjw.model import ImageConfig, is_variable
+
+PIECE_BYTES: Final = 256 * 1024
+ENTRIES_MAX: Final = 2_000_000
+_DOCUMENT_BYTES_MAX: Final = 16 * 1024**2
+_LINKS_MAX: Final = 40
+NOTES_MAX: Final = 100
+_BLOCK: Final = tarfile.BLOCKSIZE
+# what pjw mounts over: empty directories, whatever the image has there
+_POINTS: Final = ("dev", "proc", "run", "sys", "tmp")
+# there must be something for a job's own to be shown upon
+_FILES: Final = ("etc/group", "etc/hosts", "etc/passwd")
+# how those who make images call the processors of machines
+_MACHINES: Final = {"x86_64": "amd64", "aarch64": "arm64"}
+FORMS: Final = "oci:DIR[:TAG], docker-archive:FILE[:TAG], tar:FILE or dir:DIR"
+
+
+class _WrongError(Exception):
+    """It is no image that could be taken, and why."""
+
+
+@dataclass(slots=True, eq=False)
+class _Node:
+    """What a name in the tree means; of a file where its contents are: which layer, and which member."""
+
+    kind: bytes
+    mode: int
+    mtime: int
+    size: int = 0
+    target: str = ""
+    place: tuple[int, int] | None = None
+    # each with the layer that has named it last
+    children: dict[str, tuple["_Node", int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """An entry of a layer: as tar has it, and its contents."""
+
+    info: tarfile.TarInfo
+    data: IO[bytes] | None
+
+
+class _Layer:
+    """A layer: its entries, as often as they are asked for."""
+
+    def members(self) -> Iterator[_Member]:
+        raise NotImplementedError
+
+
+class _TarLayer(_Layer):
+    def __init__(self, blobs: "_Blobs", name: str, digest: str = "") -> None:
+        self._blobs: Final = blobs
+        self._name: Final = name
+        self._digest: Final = digest
+
+    def members(self) -> Iterator[_Member]:
+        with self._blobs.open(self._name) as raw:
+            counted = _Hashed(raw)
+            try:
+                with tarfile.open(fileobj=counted, mode="r|*", errorlevel=2) as tar:  # type: ignore[call-overload]
+                    while (info := tar.next()) is not None:
+                        _forget_members(tar)
+                        yield _Member(info, tar.extractfile(info) if info.isreg() else None)
+            except (tarfile.TarError, EOFError, gzip.BadGzipFile, ValueError) as error:
+                if counted.begins_with(b"\x28\xb5\x2f\xfd"):
+                    raise _WrongError("a layer is compressed with zstd, which pjw does not read") from None
+                raise _WrongError(f"a layer is no tar archive, or is damaged ({error})") from None
+            if self._digest and counted.digest_of_all() != self._digest:
+                raise _WrongError(f"a layer is not what the image says: {self._digest}")
+
+
+def _forget_members(tar: Any) -> None:  # noqa: ANN401  what tarfile keeps has no type
+    """Have it keep none of the entries that it has read, which may be millions."""
+    tar.members.clear()
+
+
+class _Hashed:
+    """A file whose bytes are hashed as they are read."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file: Final = file
+        self._sum: Final = hashlib.sha256()
+        self._first = b""
+
+    def read(self, count: int = -1) -> bytes:
+        data = self._file.read(count)
+        self._sum.update(data)
+        self._first = self._first or data[:16]
+        return data
+
+    def begins_with(self, magic: bytes) -> bool:
+        return self._first.startswith(magic)
+
+    def digest_of_all(self) -> str:
+        while self.read(PIECE_BYTES):
+            pass
+        return f"sha256:{self._sum.hexdigest()}"
+
+
+class _DirectoryLayer(_Layer):
+    """A directory of this machine. No link in it is followed."""
+
+    def __init__(self, path: str) -> None:
+        self._path: Final = path
+
+    def members(self) -> Iterator[_Member]:
+        first: dict[tuple[int, int], str] = {}
+        for where, directories, files in os.walk(self._path, onerror=_raise):
+            directories.sort()
+            for name in sorted([*directories, *files]):
+                path = os.path.join(where, name)
+                info = tarfile.TarInfo(os.path.relpath(path, self._path))
+                status = os.lstat(path)
+                info.mode, info.mtime = stat.S_IMODE(status.st_mode), int(status.st_mtime)
+                info.type = tarfile.CHRTYPE
+                if stat.S_ISDIR(status.st_mode):
+                    info.type = tarfile.DIRTYPE
+                elif stat.S_ISLNK(status.st_mode):
+                    info.type, info.linkname = tarfile.SYMTYPE, os.readlink(path)
+                elif stat.S_ISREG(status.st_mode):
+                    inode = (status.st_dev, status.st_ino)
+                    if status.st_nlink > 1 and inode in first:
+                        info.type, info.linkname = tarfile.LNKTYPE, first[inode]
+                    else:
+                        first[inode] = info.name
+                        info.type = tarfile.REGTYPE
+                        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
+                            info.size = os.fstat(file.fileno()).st_size
+                            yield _Member(info, file)
+                        continue
+                yield _Member(info, None)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+class _Blobs:
+    """The files of an image by their names: of a directory, or of a tar archive."""
+
+    def open(self, name: str) -> IO[bytes]:
+        """Raises _WrongError where it is missing."""
+        raise NotImplementedError
+
+    def document(self, name: str, digest: str = "") -> Any:  # noqa: ANN401  JSON
+        """A file of JSON. Raises _WrongError."""
+        with self.open(name) as file:
+            data = file.read(_DOCUMENT_BYTES_MAX)
+        if digest and f"sha256:{hashlib.sha256(data).hexdigest()}" != digest:
+            raise _WrongError(f"{name} is not what the image says: {digest}")
+        try:
+            return json.loads(data)
+        except (ValueError, RecursionError):
+            raise _WrongError(f"{name} is no JSON") from None
+
+
+class _DirectoryBlobs(_Blobs):
+    def __init__(self, path: str) -> None:
+        self._path: Final = path
+
+    def open(self, name: str) -> IO[bytes]:
+        try:
+            return open(os.path.join(self._path, _plain(name)), "rb")
+        except FileNotFoundError:
+            raise _WrongError(f"it has no {name}") from None
+
+
+class _ArchiveBlobs(_Blobs):
+    """A tar archive, maybe compressed."""
+
+    def __init__(self, tar: tarfile.TarFile) -> None:
+        self._tar: Final = tar
+        self._members: Final[dict[str, tarfile.TarInfo]] = {}
+        while (info := tar.next()) is not None:
+            _forget_members(tar)
+            # an archive of images has few; one of files may have a million
+            if len(self._members) < 10_000 and not info.isdir():
+                self._members[_relative(info.name)] = info
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._members
+
+    def open(self, name: str) -> IO[bytes]:
+        info = self._members.get(_relative(name))
+        # older archives of docker's have each layer once
+        if info is not None and info.issym():
+            info = self._members.get(os.path.normpath(os.path.join(os.path.dirname(name), info.linkname)))
+        data = self._tar.extractfile(info) if info is not None and info.isreg() else None
+        if data is None:
+            raise _WrongError(f"it has no {name}")
+        return data
+
+
+def _relative(name: str) -> str:
+    return os.path.normpath(name).lstrip("/")
+
+
+def _plain(name: str) -> str:
+    """A name that an image gives a file of its own. Raises _WrongError for one that leads elsewhere."""
+    if name.startswith("/") or ".." in name.split("/"):
+        raise _WrongError(f"it names a file that is not its own: {name!r:.80}")
+    return name
+
+
+class ImageArchive:
+    """An image of this machine, open; a context manager. What is left out of it is known when it is open."""
+
+    def __init__(self, layers: list[_Layer], config: ImageConfig, *, layered: bool) -> None:
+        self._layers: Final = layers
+        self._stack = ExitStack()
+        self.config: Final = config
+        self.left_out: Final[list[str]] = []
+        # of all that `pieces` has given
+        self.digest = ""
+        self.bytes = 0
+        self._tree: Final = _Tree(layered=layered, notes=self.left_out)
+        for number, layer in enumerate(layers):
+            for place, member in enumerate(layer.members()):
+                self._tree.add(member.info, (number, place))
+        self._tree.finish(config.workdir)
+
+    @classmethod
+    def open(cls, source: str) -> Self:
+        """Open an image: `oci:DIR[:TAG]`, `docker-archive:FILE[:TAG]`, `tar:FILE`, `dir:DIR`, or a FILE.
+
+        Raises ConfigError for what is missing or no image.
+        """
+        with ExitStack() as stack:
+            try:
+                layers, config, layered = _opened(source, stack)
+                archive = cls(layers, config, layered=layered)
+            except (_WrongError, InvalidJobError, tarfile.TarError, EOFError) as error:
+                hint = f"an image is given as {FORMS}"
+                raise ConfigError(f"cannot use the image {source}: {error}", hint=hint) from None
+            except OSError as error:
+                what = f"cannot read the image {source}"
+                raise ConfigError(f"{what}: {describe_errno(error.errno or 0)}") from None
+            archive._stack = stack.pop_all()
+        return archive
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @property
+    def inodes(self) -> int:
+        """How many files, directories and links it has."""
+        return self._tree.entries
+
+    def pieces(self) -> Iterator[bytes]:
+        """The tar archive. Raises ConfigError when what it is made of cannot be read, or has changed."""
+        total = hashlib.sha256(json.dumps(_members(self.config), sort_keys=True).encode())
+        held = bytearray()
+        try:
+            for entry in self._entries():
+                held += entry
+                if len(held) >= PIECE_BYTES:
+                    total.update(held)
+                    self.bytes += len(held)
+                    yield bytes(held)
+                    held.clear()
+        except (_WrongError, tarfile.TarError, EOFError) as error:
+            raise ConfigError(f"cannot read the image: {error}") from None
+        except OSError as error:
+            raise ConfigError(f"cannot read the image: {describe_errno(error.errno or 0)}") from None
+        held += bytes(2 * _BLOCK)
+        total.update(held)
+        self.bytes += len(held)
+        self.digest = f"sha256-{total.hexdigest()}"
+        yield bytes(held)
+
+    def _entries(self) -> Iterator[bytes]:
+        wanted: dict[tuple[int, int], list[str]] = {}
+        empty: list[tuple[str, _Node]] = []
+        links: list[tuple[str, _Node]] = []
+        for name, node in self._tree.walk():
+            if node.kind == tarfile.DIRTYPE:
+                yield _header(name, node)
+            elif node.kind == tarfile.SYMTYPE:
+                links.append((name, node))
+            elif node.place is None:
+                empty.append((name, node))
+            else:
+                wanted.setdefault(node.place, []).append(name)
+        for name, node in empty:
+            yield _header(name, node)
+        for number, layer in enumerate(self._layers):
+            for place, member in enumerate(layer.members()):
+                if names := wanted.pop((number, place), None):
+                    yield from self._file(names, member)
+        if wanted:
+            raise _WrongError("it has changed meanwhile")
+        # last, so that nothing of the archive is made by way of one
+        for name, node in links:
+            yield _header(name, node)
+
+    def _file(self, names: list[str], member: _Member) -> Iterator[bytes]:
+        first, *others = names
+        node = self._tree.find(first)
+        if member.data is None or member.info.size != node.size:
+            raise _WrongError("it has changed meanwhile")
+        yield _header(first, node)
+        left = node.size
+        while left:
+            data = member.data.read(min(left, PIECE_BYTES))
+            if not data:
+                raise _WrongError("it has changed meanwhile")
+            left -= len(data)
+            yield data
+        yield bytes(-node.size % _BLOCK)
+        for name in others:
+            yield _header(name, _Node(tarfile.LNKTYPE, node.mode, node.mtime, target=first))
+
+
+def _members(config: ImageConfig) -> dict[str, object]:
+    return {
+        "env": dict(config.env),
+        "workdir": config.workdir,
+        "entrypoint": list(config.entrypoint),
+        "command": list(config.command),
+    }
+
+
+def _header(name: str, node: _Node) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.type, info.mode, info.mtime, info.linkname = node.kind, node.mode, node.mtime, node.target
+    info.size = node.size if node.kind == tarfile.REGTYPE else 0
+    return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+
+
+class _Tree:
+    """What layers come to, one upon the other."""
+
+    def __init__(self, *, layered: bool, notes: list[str]) -> None:
+        self._root: Final = _Node(tarfile.DIRTYPE, 0o755, 0)
+        self._layered: Final = layered
+        self._notes: Final = notes
+        self._count = 0
+
+    def add(self, info: tarfile.TarInfo, place: tuple[int, int]) -> None:
+        """Take an entry of a layer. Raises _WrongError for one that no image has."""
+        parts = _parts(info.name)
+        layer = place[0]
+        self._count += 1
+        if self._count > ENTRIES_MAX:
+            raise _WrongError(f"it has more than {ENTRIES_MAX} entries")
+        if not parts:
+            return
+        if any("\0" in part for part in parts) or "\0" in info.linkname:
+            raise _WrongError("a name in it has a NUL")
+        *above, name = parts
+        parent = self._directory(above, layer)
+        if self._layered and name.startswith(".wh."):
+            self._white_out(parent, name, layer)
+        elif info.isdir():
+            self._add_directory(parent, name, info, layer)
+        elif info.isreg():
+            node = _Node(tarfile.REGTYPE, _mode(info, 0o600), _time(info), info.size, place=place)
+            parent.children[name] = (node, layer)
+        elif info.issym():
+            node = _Node(tarfile.SYMTYPE, 0o777, _time(info), target=info.linkname)
+            parent.children[name] = (node, layer)
+        elif info.islnk():
+            parent.children[name] = (self._linked(info, layer), layer)
+        elif len(self._notes) < NOTES_MAX:
+            shown = info.name if info.name.isprintable() else ascii(info.name)[1:-1]
+            self._notes.append(f"{shown}: it is neither a file, nor a directory, nor a link")
+
+    def _add_directory(self, parent: _Node, name: str, info: tarfile.TarInfo, layer: int) -> None:
+        found = parent.children.get(name)
+        node = found[0] if found and found[0].kind == tarfile.DIRTYPE else _Node(tarfile.DIRTYPE, 0, 0)
+        # whoever unpacks it must be able to make what is in it
+        node.mode, node.mtime = _mode(info, 0o700), _time(info)
+        parent.children[name] = (node, layer)
+
+    def _linked(self, info: tarfile.TarInfo, layer: int) -> _Node:
+        *above, name = _parts(info.linkname) or [""]
+        found = self._directory(above, layer).children.get(name)
+        if found is None or found[0].kind == tarfile.DIRTYPE:
+            raise _WrongError(f"{info.name!r:.80} is a link to a file that it does not have")
+        return found[0]
+
+    @staticmethod
+    def _white_out(parent: _Node, name: str, layer: int) -> None:
+        if name == ".wh..wh..opq":
+            _drop_older(parent, layer)
+        elif not name.startswith(".wh..wh."):
+            hidden = name.removeprefix(".wh.")
+            found = parent.children.get(hidden)
+            if found is None:
+                return
+            if found[1] != layer:
+                del parent.children[hidden]
+            elif found[0].kind == tarfile.DIRTYPE:
+                _drop_older(found[0], layer)
+
+    def _directory(self, parts: Iterable[str], layer: int) -> _Node:
+        """The directory of this name, made where it is missing; links are followed within the tree."""
+        trail = [self._root]
+        waiting = list(reversed(list(parts)))
+        links = 0
+        while waiting:
+            part = waiting.pop()
+            if part == "..":
+                trail = trail[:-1] or trail
+                continue
+            found = trail[-1].children.get(part)
+            if found is not None and found[0].kind == tarfile.SYMTYPE:
+                links += 1
+                if links > _LINKS_MAX:
+                    raise _WrongError("links in it lead nowhere")
+                target = found[0].target
+                waiting += reversed([each for each in target.split("/") if each not in ("", ".")])
+                trail = [self._root] if target.startswith("/") else trail
+                continue
+            if found is None or found[0].kind != tarfile.DIRTYPE:
+                found = (_Node(tarfile.DIRTYPE, 0o755, 0), layer)
+            trail[-1].children[part] = (found[0], layer)
+            trail.append(found[0])
+        return trail[-1]
+
+    def finish(self, workdir: str) -> None:
+        """Have in it what jobs need: where their own mounts go, and where they begin."""
+        for name in _POINTS:
+            self._root.children[name] = (_Node(tarfile.DIRTYPE, 0o755, 0), -1)
+        for path in ("var/tmp", workdir):
+            self._directory(_parts(path), -1)
+        for path in _FILES:
+            *above, name = _parts(path)
+            directory = self._directory(above, -1)
+            if name not in directory.children:
+                directory.children[name] = (_Node(tarfile.REGTYPE, 0o644, 0), -1)
+
+    def walk(self) -> Iterator[tuple[str, _Node]]:
+        """All that is in it: a directory before what is in it."""
+        waiting = [("", self._root)]
+        while waiting:
+            path, node = waiting.pop()
+            for name, (child, _) in sorted(node.children.items(), reverse=True):
+                waiting.append((f"{path}/{name}" if path else name, child))
+            if path:
+                yield path, node
+
+    def find(self, path: str) -> _Node:
+        """What has this name, which has no links on its way."""
+        node = self._root
+        for part in path.split("/"):
+            node = node.children[part][0]
+        return node
+
+    @property
+    def entries(self) -> int:
+        """How many there are."""
+        return sum(1 for _ in self.walk())
+
+
+def _drop_older(directory: _Node, layer: int) -> None:
+    """Forget what is in a directory from the layers below."""
+    waiting = [directory]
+    while waiting:
+        node = waiting.pop()
+        for name, (child, of) in list(node.children.items()):
+            if of != layer:
+                del node.children[name]
+            elif child.kind == tarfile.DIRTYPE:
+                waiting.append(child)
+
+
+def _parts(name: str) -> list[str]:
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    if ".." in parts:
+        raise _WrongError(f"the name {name!r:.80} leads out of it")
+    return parts
+
+
+def _mode(info: tarfile.TarInfo, least: int) -> int:
+    return (info.mode & 0o777) | least
+
+
+def _time(info: tarfile.TarInfo) -> int:
+    return min(max(0, int(info.mtime)), 2**33)
+
+
+def _opened(source: str, stack: ExitStack) -> tuple[list[_Layer], ImageConfig, bool]:
+    kind, colon, rest = source.partition(":")
+    if not colon or kind not in ("oci", "docker-archive", "oci-archive", "dir", "tar"):
+        kind, rest = "", source
+    if not rest:
+        raise _WrongError("it has no path")
+    if kind == "dir":
+        os.stat(os.path.join(rest, "."))
+        return [_DirectoryLayer(rest)], ImageConfig(), False
+    path, tag = (rest, "") if kind in ("", "tar") or os.path.exists(rest) else _with_tag(rest)
+    if kind == "oci":
+        return _oci(_DirectoryBlobs(path), tag)
+    if kind == "" and os.path.isdir(path):
+        raise _WrongError("it is a directory")
+    if kind != "tar":
+        archive = _ArchiveBlobs(stack.enter_context(tarfile.open(path, "r:*")))  # noqa: SIM115  it is one
+        if "index.json" in archive and "oci-layout" in archive:
+            return _oci(archive, tag)
+        if "manifest.json" in archive:
+            return _docker(archive, tag)
+        if kind:
+            raise _WrongError("it has no manifest of an image")
+    directory, name = os.path.split(path)
+    return [_TarLayer(_DirectoryBlobs(directory or "."), name)], ImageConfig(), False
+
+
+def _with_tag(rest: str) -> tuple[str, str]:
+    path, colon, tag = rest.rpartition(":")
+    return (path, tag) if colon else (rest, "")
+
+
+def _oci(blobs: _Blobs, tag: str) -> tuple[list[_Layer], ImageConfig, bool]:
+    """An OCI image layout (opencontainers/image-spec, image-layout.md)."""
+    found = _of(blobs.document("index.json"), "manifests", list)
+    if tag:
+        found = [each for each in found if _annotated(each, tag)]
+    if len(found) != 1:
+        names = ", ".join(filter(None, map(_name_of, found)))
+        what = f"no image {tag}" if tag and not found else f"{len(found)} images: {names}"
+        raise _WrongError(f"it has {what}; name one of them as :TAG")
+    manifest = _blob(blobs, found[0])
+    # an index of one image for several kinds of machine
+    while "manifests" in manifest:
+        ours = ("linux", _MACHINES.get(platform.machine(), platform.machine()))
+        fit = [each for each in _of(manifest, "manifests", list) if _platform_of(each) == ours]
+        if not fit:
+            raise _WrongError(f"it has nothing for this kind of machine, {'/'.join(ours)}")
+        manifest = _blob(blobs, fit[0])
+    layers: list[_Layer] = []
+    for layer in _of(manifest, "layers", list):
+        digest = _of(layer, "digest", str)
+        layers.append(_TarLayer(blobs, _blob_name(digest), digest))
+    return layers, _config(_blob(blobs, _of(manifest, "config", dict))), True
+
+
+def _annotated(descriptor: object, tag: str) -> bool:
+    name = _name_of(descriptor)
+    return name == tag or name.endswith(f":{tag}")
+
+
+def _name_of(descriptor: object) -> str:
+    annotations = descriptor.get("annotations") if isinstance(descriptor, dict) else None
+    name = annotations.get("org.opencontainers.image.ref.name") if isinstance(annotations, dict) else None
+    return name if isinstance(name, str) else ""
+
+
+def _platform_of(descriptor: object) -> tuple[object, object]:
+    machine = _of(descriptor, "platform", dict)
+    return machine.get("os"), machine.get("architecture")
+
+
+def _blob(blobs: _Blobs, descriptor: object) -> Any:  # noqa: ANN401  JSON
+    digest = _of(descriptor, "digest", str)
+    return blobs.document(_blob_name(digest), digest)
+
+
+def _blob_name(digest: str) -> str:
+    kind, _, number = digest.partition(":")
+    if kind != "sha256" or len(number) != 64 or not number.isalnum():
+        raise _WrongError(f"it has a digest that pjw does not know: {digest!r:.100}")
+    return f"blobs/sha256/{number}"
+
+
+def _docker(blobs: _Blobs, tag: str) -> tuple[list[_Layer], ImageConfig, bool]:
+    """What `docker save` writes."""
+    images = blobs.document("manifest.json")
+    if not isinstance(images, list) or not images:
+        raise _WrongError("its manifest names no image")
+    if tag:
+        images = [each for each in images if any(map(_tagged(tag), _of(each, "RepoTags", list)))]
+    if len(images) != 1:
+        raise _WrongError(f"it has {len(images)} images{f' {tag}' if tag else ''}; name one of them as :TAG")
+    layers: list[_Layer] = [_TarLayer(blobs, _plain(str(each))) for each in _of(images[0], "Layers", list)]
+    return layers, _config(blobs.document(_plain(_of(images[0], "Config", str)))), True
+
+
+def _tagged(tag: str) -> Any:  # noqa: ANN401  a predicate
+    return lambda name: name == tag or str(name).endswith((f":{tag}", f"/{tag}"))
+
+
+def _of(value: object, key: str, kind: type) -> Any:  # noqa: ANN401  JSON
+    found = value.get(key) if isinstance(value, dict) else None
+    if found is None and kind in (list, dict):
+        return kind()
+    if not isinstance(found, kind):
+        raise _WrongError(f"it has no {key} where it must say one")
+    return found
+
+
+def _config(document: object) -> ImageConfig:
+    """How jobs begin in it. USER is left out: a job is its client's user, always."""
+    found = _of(document, "config", dict)
+    env: dict[str, str] = {}
+    for each in _of(found, "Env", list):
+        name, equals, value = str(each).partition("=")
+        if equals and is_variable(name):
+            env[name] = value
+    words: Mapping[str, list[Any]] = {key: _of(found, key, list) for key in ("Entrypoint", "Cmd")}
+    return ImageConfig(
+        env,
+        str(found.get("WorkingDir") or ""),
+        tuple(map(str, words["Entrypoint"])),
+        tuple(map(str, words["Cmd"])),
+    )

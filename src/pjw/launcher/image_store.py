@@ -1,0 +1,180 @@
+"""The operator's images: directories by their digests, and a table of names.
+
+STATE/images/sha256-DIGEST/    an image, whole
+STATE/images/partial-ID/       one that is being imported, locked by whoever does; or what a kill has left
+STATE/images/gone-ID/          one that is being removed
+STATE/images/table             JSON: the digest of each name, and what is known of each digest
+
+Only root may enter the directory. `pjwd image` changes it, whether a launcher runs or not. An image stays as
+long as a name or a job has it. A job says so by a link in its scratch directory, which is made before the
+launcher looks into the table. Who removes an image takes its names out of the table before it looks for such
+links. So one of both sees the other.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any, Final
+
+from pjw.errors import ConfigError, KernelError
+from pjw.launcher.durable import replace_file
+from pjw.launcher.rooted import make_root_s
+
+NAME: Final = "images"
+# the link of a scratch directory
+MARK: Final = "image"
+_TABLE: Final = "table"
+_PARTIAL: Final = "partial-"
+_GONE: Final = "gone-"
+
+
+class ImageStore:
+    """The directory of them, of one pjwd."""
+
+    def __init__(self, state_dir: str, scratch_places: tuple[str, ...]) -> None:
+        """Make the directory if need be. Raises KernelError."""
+        self.path: Final = os.path.join(state_dir, NAME)
+        self._places: Final = scratch_places
+        self._read: tuple[tuple[int, int, int], dict[str, Any]] | None = None
+        make_root_s(self.path, "directory of images")
+        self._table_path: Final = os.path.join(self.path, _TABLE)
+        try:
+            # whoever else holds the lock has a table, or makes it
+            with self._locked(wait=False) as is_ours:
+                if is_ours and not os.path.exists(self._table_path):
+                    self._write({"names": {}, "images": {}})
+        except OSError as error:
+            raise KernelError("make the table of images in", self.path, error.errno or 0) from error
+
+    def directory(self, digest: str) -> str:
+        """Where an image is, or would be."""
+        return os.path.join(self.path, digest)
+
+    def open_table(self) -> int:
+        """A descriptor of the table. Raises KernelError."""
+        try:
+            return os.open(self._table_path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise KernelError("open the table of images", self._table_path, error.errno or 0) from error
+
+    def _write(self, table: Mapping[str, object]) -> None:
+        replace_file(self._table_path, json.dumps(table, sort_keys=True).encode())
+
+    def table(self) -> dict[str, Any]:
+        """What is in it. Raises KernelError."""
+        descriptor = self.open_table()
+        try:
+            status = os.fstat(descriptor)
+            key = (status.st_ino, status.st_mtime_ns, status.st_size)
+            if self._read is None or self._read[0] != key:
+                # root wrote it, and it is replaced and never changed
+                self._read = (key, json.loads(os.pread(descriptor, status.st_size, 0)))
+            return self._read[1]
+        except (OSError, ValueError) as error:
+            number = getattr(error, "errno", None) or 0
+            raise KernelError("read the table of images in", self.path, number) from error
+        finally:
+            os.close(descriptor)
+
+    def is_named(self, digest: str) -> bool:
+        """Whether an image has a name, and so may be used by another job."""
+        return digest in self.table()["names"].values()
+
+    @contextmanager
+    def _locked(self, *, wait: bool = True) -> Iterator[bool]:
+        """Nobody else changes the table meanwhile. Without *wait*: False where somebody does."""
+        directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            try:
+                fcntl.flock(directory, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
+        finally:
+            os.close(directory)
+
+    @contextmanager
+    def partial(self) -> Iterator[str]:
+        """A directory to make an image in; nothing of it stays unless `keep` took it."""
+        path = os.path.join(self.path, f"{_PARTIAL}{os.urandom(8).hex()}")
+        os.mkdir(path, 0o700)
+        # a lock on the directory itself: it goes with us, and follows a rename
+        lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield path
+        finally:
+            os.close(lock)
+
+    def keep(self, partial: str, name: str, digest: str, facts: Mapping[str, object]) -> bool:
+        """Give an image, which is whole and synced, its name; false where it was there already."""
+        with self._locked():
+            table = self.table()
+            names, images = dict(table["names"]), dict(table["images"])
+            is_new = not os.path.isdir(self.directory(digest))
+            if is_new:
+                os.rename(partial, self.directory(digest))
+            names[name], images[digest] = digest, dict(facts)
+            self._write({"names": names, "images": images})
+        return is_new
+
+    def forget(self, name: str) -> None:
+        """Take a name away. Raises ConfigError where there is none."""
+        with self._locked():
+            table = self.table()
+            if name not in table["names"]:
+                raise ConfigError(f"no image {name}", hint="pjwd image ls")
+            names = {each: digest for each, digest in table["names"].items() if each != name}
+            self._write({**table, "names": names})
+
+    def sweep(self, remove: Callable[[str], object], *, wait: bool = True) -> None:
+        """Have *remove* remove each directory that no name and no job has any more. Raises OSError.
+
+        Without *wait* nothing is done while somebody else changes the table, who then sweeps.
+        """
+        with self._locked(wait=wait) as is_ours:
+            if not is_ours:
+                return
+            table = self.table()
+            kept = {*table["names"].values()}
+            entries = set(os.listdir(self.path))
+            digests = {entry for entry in entries if entry.startswith("sha256-")}
+            if digests - kept:
+                kept |= self.used()
+            for digest in digests - kept:
+                os.rename(self.directory(digest), os.path.join(self.path, f"{_GONE}{os.urandom(8).hex()}"))
+            images = {digest: facts for digest, facts in table["images"].items() if digest in kept}
+            if images.keys() != table["images"].keys():
+                self._write({**table, "images": images})
+            for entry in os.listdir(self.path):
+                path = os.path.join(self.path, entry)
+                if entry.startswith(_GONE) or (entry.startswith(_PARTIAL) and _is_left(path)):
+                    remove(path)
+
+    def used(self) -> set[str]:
+        """The images that jobs have."""
+        found = set()
+        for place in self._places:
+            with suppress(FileNotFoundError):
+                for each in os.listdir(place):
+                    with suppress(OSError):
+                        found.add(os.readlink(os.path.join(place, each, MARK)))
+        return found
+
+
+def _is_left(path: str) -> bool:
+    """Whether nobody works any more on what is being imported."""
+    try:
+        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(directory)
+    return True

@@ -1,0 +1,113 @@
+"""What pjwd-egress tells of the connections of jobs to names on the network.
+
+pjwd-egress is a process of the launcher's, which connects for jobs. It is told of their listeners by the
+launcher, and tells us of each connection by a socket of our own.
+"""
+
+import asyncio
+import json
+import logging
+import socket
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final
+
+from pjw.errors import PjwError
+from pjw.worker.launcher_client import LauncherClient
+
+# What becomes of a connection. CONNECTED; NOT_ALLOWED: its job has not asked for the name; PRIVATE: the name
+# leads to an address that no job may reach; UNRESOLVED, UNREACHABLE; INVALID: no request that a proxy takes;
+# SLOW: the request did not come in time; BUSY: the job, its client or all jobs have too many.
+RESULTS: Final = (
+    *("connected", "not_allowed", "private", "unresolved", "unreachable", "invalid", "slow", "busy"),
+)
+_REPORT_BYTES_MAX: Final = 2048
+# Others have their turn after so many.
+_REPORTS_AT_ONCE: Final = 64
+
+log: Final = logging.getLogger("pjw.egress")
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """One connection of a job: where to, and what became of it, one of RESULTS."""
+
+    job_id: int
+    client_name: str
+    host: str
+    port: int
+    result: str
+
+
+class Connections:
+    """What pjwd-egress tells of the connections of jobs: logged, counted and passed on."""
+
+    def __init__(self) -> None:
+        self.counts: Final[Counter[str]] = Counter(dict.fromkeys(RESULTS, 0))
+        # who is told of each
+        self.told: Final[list[Callable[[Connection], None]]] = []
+        self._socket: socket.socket | None = None
+
+    async def begin(self, launcher: LauncherClient) -> None:
+        """Have the launcher start pjwd-egress; without that jobs have no network, and all else goes on."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        self._socket = ours
+        asyncio.get_running_loop().add_reader(ours, self._on_reports)
+        try:
+            await launcher.request_egress(theirs.detach())
+        except PjwError as error:
+            log.error("jobs reach no names on the network: %s", error)
+
+    def close(self) -> None:
+        """Hear no more."""
+        if self._socket is not None:
+            asyncio.get_running_loop().remove_reader(self._socket)
+            self._socket.close()
+            self._socket = None
+
+    def _on_reports(self) -> None:
+        for _ in range(_REPORTS_AT_ONCE):
+            if self._socket is None:
+                return
+            try:
+                data = self._socket.recv(_REPORT_BYTES_MAX)
+            except BlockingIOError:
+                return
+            except OSError:
+                data = b""
+            if not data:
+                # launcher and pjwd-egress have both gone; the first is noticed by others
+                self.close()
+                return
+            # who sends this has to do with the internet, so it is not taken at its word
+            with suppress(ValueError, TypeError, KeyError, RecursionError):
+                self._tell(_connection_of(data))
+
+    def _tell(self, connection: Connection) -> None:
+        self.counts[connection.result] += 1
+        log.info(
+            "connection of job %d of %s to %s port %d: %s",
+            connection.job_id,
+            connection.client_name,
+            connection.host or "(nowhere)",
+            connection.port,
+            connection.result,
+        )
+        for tell in self.told:
+            tell(connection)
+
+
+def _connection_of(data: bytes) -> Connection:
+    """Raises ValueError and the like for anything but a report."""
+    said = json.loads(data.decode())
+    found = Connection(said["job"], said["client"], said["host"], said["port"], said["result"])
+    numbers = all(type(each) is int and 0 <= each < 2**63 for each in (found.job_id, found.port))
+    texts = all(
+        isinstance(said[name], str) and said[name].isprintable() for name in ("client", "host", "result")
+    )
+    if not numbers or not texts or found.result not in RESULTS:
+        raise ValueError("no report of a connection")
+    return found

@@ -1,0 +1,56 @@
+"""Names on the network: what the operator offers to which client."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from pjw.errors import ConfigError, InvalidJobError
+from pjw.network import Allowed, is_offered
+
+# so many offers are named to who asks for another
+_SHOWN_MAX: Final = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """What jobs may reach, by name: `hosts` of every client, and more of some.
+
+    `private` are ranges of addresses that are no host's on the internet and may be reached all the same.
+    `uid` is the user of pjwd-egress; 0: there is none.
+    """
+
+    hosts: Sequence[str] = ()
+    by_name: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    private: Sequence[str] = ()
+    uid: int = 0
+    connections_max: int = 64
+    connections_total_max: int = 1024
+
+    def __post_init__(self) -> None:
+        try:
+            for offered in (self.hosts, *self.by_name.values()):
+                for each in offered:
+                    Allowed.of(each)
+        except InvalidJobError as error:
+            raise ConfigError(f"[network]: {error}", hint=error.hint) from None
+
+    @property
+    def offered(self) -> tuple[str, ...]:
+        """All that is offered to anybody."""
+        return tuple(dict.fromkeys((*self.hosts, *(host for own in self.by_name.values() for host in own))))
+
+    def require(self, client_name: str, allow: Sequence[str]) -> None:
+        """Raises InvalidJobError for a name that is not offered to a client."""
+        if not allow:
+            return
+        offers = (*self.hosts, *self.by_name.get(client_name, ()))
+        offered = list(map(Allowed.of, offers))
+        for name in allow:
+            if is_offered(Allowed.of(name), offered):
+                continue
+            more = ", and more" if len(offers) > _SHOWN_MAX else ""
+            hint = f"it offers {', '.join(offers[:_SHOWN_MAX])}{more}" if offers else "it offers no name"
+            raise InvalidJobError(
+                f"cannot allow {name}: this server does not offer it to {client_name}",
+                hint=f"{hint}; the operator decides ([network] in the configuration)",
+            )
