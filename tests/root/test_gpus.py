@@ -21,6 +21,7 @@ from pjw.launcher.dispatch import JOB_DESCRIPTORS
 from pjw.launcher.protocol import GpuNames, Gpus, Launched, Refused
 from pjw.model import EndReason, GpuOffer, Job, JobSpec, JobState, QueueSpec, Retry
 from tests import cdi, documents
+from tests.images import small_root
 from tests.root.conftest import finish
 from tests.root.test_launcher_hostile import Peer, connect, peer
 from tests.service import BIN, Service, wait_for, waiting_inits
@@ -130,6 +131,18 @@ def test_a_session_has_the_devices(alice: Client) -> None:
     assert b"\nnvidia0\n" in said
     assert said.endswith(b"daemon\n")
     alice.stop(job.id, grace=0)
+
+
+def test_a_job_in_an_image_has_all_of_it(service: Service, alice: Client) -> None:
+    """Its devices, and each mount: the machine's files are not there. What has no place there is refused."""
+    root = small_root(service.directory / "root")
+    image = [str(BIN / "pjwd"), "image"]
+    state = ["--state-dir", str(service.state)]
+    subprocess.run([*image, "import", *state, "small", f"dir:{root}"], check=True, capture_output=True)
+    script = "ls /dev/nvidia0 /dev/nvidia-sub/ctl /usr/lib >/dev/null && cat /run/daemon/socket /etc/passwd"
+    assert say(alice, script, image="small") == "daemon\nlibrary\n"
+    assert "nvidia" not in say(alice, "ls /dev", gpus=0, image="small")
+    subprocess.run([*image, "rm", *state, "small"], check=True, capture_output=True)
 
 
 # --- exclusive
