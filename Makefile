@@ -2,7 +2,7 @@
 # PYTHON=, CC=, TESTS=, TARGETS=, SUITES=, BENCH_ARGS=, ROWS=, ATTACK_ARGS= and what the scripts name at their heads can be given to make
 # or be in the environment.
 
-.PHONY: help install demo trial test test-slow test-long test-vm test-roots soak bench bench-check attack profile check docs sanitize fuzz \
+.PHONY: help install demo trial test test-slow test-long test-gpu test-vm test-roots soak bench bench-check attack profile check docs sanitize fuzz \
 	coverage package deb test-package format lock clean
 
 help:
@@ -12,6 +12,7 @@ help:
 	@echo 'make test         all tests; as root those of the kernel too (TESTS=tests/unit: only those)'
 	@echo 'make test-slow    the tests that take a minute or more'
 	@echo 'make test-long    the tests that take many minutes, which CI leaves out'
+	@echo 'make test-gpu     jobs with the GPUs of this machine, where it has some; as root'
 	@echo 'make test-vm      the tests of the kernel and of systemd on cgroup v2, in the virtual machine $$PJW_VM'
 	@echo 'make test-roots   make demo, make test and make package from nothing on new Debians; as root'
 	@echo '                  (ROOTS="12 13" STEPS="demo test package" TESTS=tests/unit)'
@@ -55,6 +56,10 @@ test-slow:
 test-long:
 	@scripts/install test
 	@scripts/run-tests -m long $(or $(TESTS),tests/root)
+
+test-gpu:
+	@scripts/install test
+	@scripts/test-gpu
 
 test-vm:
 	@scripts/install test

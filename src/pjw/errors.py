@@ -177,6 +177,42 @@ class MountError(PjwError):
         )
 
 
+class GpuError(PjwError):
+    """GPUs that cannot be had: the operator offers the caller none, the machine has fewer, or one fails."""
+
+    FACTS = MappingProxyType({"errno": int})
+
+    def __init__(self, message: str, *, hint: str | None = None, errno: int | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.errno: Final = errno
+
+    @classmethod
+    def not_offered(cls) -> "GpuError":
+        """The error for whoever may have none, whether or not the machine has some."""
+        return cls("your operator offers you no GPUs", hint="`pjw quota` shows what your operator offers you")
+
+    @classmethod
+    def gone(cls, name: str) -> "GpuError":
+        """The error for a GPU that the operator's CDI files had, and have no more."""
+        return cls(f"the machine has no GPU {_shown(name)} any more", hint="start the job again")
+
+    @classmethod
+    def unknown(cls) -> "GpuError":
+        """The error when the operator's CDI files cannot be read; why is for the log."""
+        return cls(
+            "the operator's GPUs cannot be had now", hint="tell your operator, whom pjwd's log tells more"
+        )
+
+    @classmethod
+    def of_edit(cls, path: str, error: int) -> "GpuError":
+        """The error for what a job is to have at *path* with its GPUs, and cannot."""
+        return cls(
+            f"cannot give the job {_shown(path)}, which its GPUs come with: {describe_errno(error)}",
+            hint="tell your operator, whose CDI file names it",
+            errno=error,
+        )
+
+
 class NameTakenError(PjwError):
     """Another job of the caller's, `holder`, has the name and has not ended."""
 

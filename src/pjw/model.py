@@ -40,6 +40,10 @@ MOUNT_DIRECTORY: Final = "/mnt"
 MOUNTS_MAX: Final = 8
 OFFERED_MAX: Final = 64
 MOUNT_PATH_MAX_BYTES: Final = 255
+# of one job: as many as one machine has, and far more
+GPUS_MAX: Final = 64
+# the directories of CDI files, and the patterns of clients that may have GPUs
+CDI_DIRS_MAX: Final = 8
 # Counted, as bytes and as inodes, for a tree with more levels than a process may have descriptors: no program
 # makes such a tree by chance.
 TOO_DEEP: Final = 2**60
@@ -82,6 +86,8 @@ _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _MOUNT_NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,62}")
 # a client's name (certs/profile.py), or a pattern of some
 _CLIENTS: Final = re.compile(r"[A-Za-z0-9*][A-Za-z0-9._@+*-]{0,63}")
+# a kind of devices, as CDI has it: vendor.example/class
+_KIND: Final = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,62}[A-Za-z0-9]/[A-Za-z][A-Za-z0-9_-]{0,61}[A-Za-z0-9]")
 # where a job may have no mount, but in its own directory and its workspace
 _SYSTEM: Final = ("/dev", "/proc", "/run", "/sys")
 _UPLOAD: Final = re.compile(r"[0-9A-Za-z_-]{1,64}")
@@ -350,6 +356,8 @@ class ClientQuota:
     queued_max: int = 0
     # what its jobs may have of the operator's directories
     mounts: Sequence["Mount"] = ()
+    # how many GPUs the machine has for jobs of the client, free or not
+    gpus: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,7 +386,7 @@ class MountSource:
                 f"{self.name[:80]!r} is no name for a mount: up to 63 letters, digits, '_' and '-', the first"
                 " a letter"
             )
-        if not _is_plain_path(self.path) or len(self.path.encode()) > PATH_MAX_BYTES:
+        if not is_plain_path(self.path) or len(self.path.encode()) > PATH_MAX_BYTES:
             raise InvalidJobError(
                 f"the path of the mount {self.name}, {self.path[:80]!r}, is not an absolute path without"
                 " '.', '..' and '/' at its end"
@@ -389,14 +397,52 @@ class MountSource:
 
     def is_for(self, client_name: str) -> bool:
         """Whether jobs of this client may have it."""
-        return any(
-            re.fullmatch(".*".join(map(re.escape, each.split("*"))), client_name) for each in self.clients
-        )
+        return _are_for(self.clients, client_name)
 
     @property
     def shown(self) -> Mount:
         """What a client is told of it."""
         return Mount(self.name, self.read_only)
+
+
+@dataclass(frozen=True, slots=True)
+class GpuOffer:
+    """Whose jobs may have GPUs, and which these are: the devices of a kind in CDI files.
+
+    Without a kind there are none. `clients` is as in MountSource. Raises InvalidJobError.
+    """
+
+    kind: str = ""
+    cdi_dirs: tuple[str, ...] = ("/etc/cdi", "/var/run/cdi")
+    clients: tuple[str, ...] = ("*",)
+
+    def __post_init__(self) -> None:
+        if self.kind and not _KIND.fullmatch(self.kind):
+            raise InvalidJobError(f"{self.kind[:80]!r} is no kind of devices, such as nvidia.com/gpu")
+        for each in self.cdi_dirs:
+            if not is_plain_path(each) or len(each.encode()) > PATH_MAX_BYTES:
+                raise InvalidJobError(f"{each[:80]!r} is not an absolute path without '.' and '..'")
+        if len(self.cdi_dirs) > CDI_DIRS_MAX:
+            raise InvalidJobError(f"there may be {CDI_DIRS_MAX} directories of CDI files")
+        for each in self.clients:
+            if not _CLIENTS.fullmatch(each):
+                raise InvalidJobError(f"GPUs are for {each[:80]!r}, which is no client")
+
+    def is_for(self, client_name: str) -> bool:
+        """Whether jobs of this client may have them."""
+        return bool(self.kind) and _are_for(self.clients, client_name)
+
+
+def _are_for(clients: Iterable[str], client_name: str) -> bool:
+    return any(re.fullmatch(".*".join(map(re.escape, each.split("*"))), client_name) for each in clients)
+
+
+def check_gpus(count: int) -> None:
+    """Raises InvalidJobError for what is no number of GPUs."""
+    # True is 1 to Python
+    given: object = count
+    if isinstance(given, bool) or not isinstance(given, int) or not 0 <= given <= GPUS_MAX:
+        raise InvalidJobError(f"a job has from 0 to {GPUS_MAX} GPUs, not {count!r:.80}")
 
 
 def split_mount(mount: str) -> tuple[str, str]:
@@ -427,7 +473,7 @@ def check_mounts(mounts: Sequence[str]) -> tuple[str, ...]:
             raise InvalidJobError(
                 f"{name[:80]!r} is no name of a mount", hint="a mount is NAME or NAME:PATH; see `pjw quota`"
             )
-        if not _is_plain_path(path) or _checked_size(path, "the path of a mount") > MOUNT_PATH_MAX_BYTES:
+        if not is_plain_path(path) or _checked_size(path, "the path of a mount") > MOUNT_PATH_MAX_BYTES:
             raise InvalidJobError(
                 f"cannot mount {name} at {path[:80]!r}: that is not an absolute path without '.', '..' and"
                 f" '/' at its end, of at most {MOUNT_PATH_MAX_BYTES} bytes"
@@ -444,7 +490,7 @@ def check_mounts(mounts: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"{name}:{path}" for path, name in checked.items())
 
 
-def _is_plain_path(path: str) -> bool:
+def is_plain_path(path: str) -> bool:
     """Whether it is absolute, not the root, and no part of it has another meaning than its name."""
     parts = path.split("/")[1:]
     return path.startswith("/") and all(part not in ("", ".", "..") and "\0" not in part for part in parts)
@@ -463,6 +509,9 @@ def _is_the_jobs_own(path: str) -> bool:
     return any(lies_in(path, each) for each in _SYSTEM) and not any(
         lies_in(path, each) and path != each for each in inside
     )
+
+
+NO_GPUS: Final = GpuOffer()
 
 
 def _said(value: object) -> str:
@@ -741,8 +790,8 @@ class JobSpec:
     `output_required` a job that ends without them has not succeeded. `image` is the name of an image, whose
     files are the job's instead of the host's; what the job writes there goes with it, and if it is
     `read_only` it writes nothing there. Then the command may be empty: that of the image. `mounts` are
-    directories that the operator offers, each as `NAME` (at /mnt/NAME) or `NAME:PATH`. Raises
-    InvalidJobError.
+    directories that the operator offers, each as `NAME` (at /mnt/NAME) or `NAME:PATH`. `gpus`
+    is how many GPUs the job has for itself. Raises InvalidJobError.
     """
 
     command: str | Sequence[str]
@@ -767,6 +816,7 @@ class JobSpec:
     mounts: Sequence[str] = ()
     allow: Sequence[str] = ()
     link: str = ""
+    gpus: int = 0
 
     @classmethod
     def of(cls, spec: "Self | str | Sequence[str]") -> "JobSpec":
@@ -812,6 +862,7 @@ class JobSpec:
             object.__setattr__(self, "allow", check_allow(self.allow))
         if self.link:
             check_link(self.link)
+        check_gpus(self.gpus)
 
     def _check_types(self) -> None:
         """Refuse wrong types with a message, for programs that no type checker has seen."""
@@ -1127,6 +1178,8 @@ class Job:
     allow: Sequence[str] = ()
     # the network that it shares with other jobs of its client, by its name; empty: it has its own
     link: str = ""
+    # how many GPUs it has for itself
+    gpus: int = 0
 
     @property
     def ref(self) -> str:

@@ -23,8 +23,9 @@ from typing import Any, Final
 
 from pjw.errors import JobStateError, MountError, ProtocolError
 from pjw.launcher import dispatch, protocol
+from pjw.launcher.cdi import Device, Edit, Edits
 from pjw.launcher.dispatch import Launcher, Running
-from pjw.launcher.mounts import Mounts, Then
+from pjw.launcher.mounts import Mounts, Source, Then
 from pjw.launcher.policy import JOB_ID_MAX
 from pjw.launcher.processes import ENTERED_SIGNAL, INIT_SIGNAL_FIRST
 from pjw.launcher.workspaces import Workspaces
@@ -32,6 +33,7 @@ from pjw.model import (
     LIMIT_MINIMUM,
     PORT_MAX,
     WEIGHT_MAXIMUM,
+    GpuOffer,
     GroupUse,
     Limits,
     MountSource,
@@ -228,6 +230,8 @@ def seeds() -> list[bytes]:
         b"4" + protocol.encode(3, replace(launch, mounts=("data:/mnt/data",), client_name="alice")),
         b"4" + protocol.encode(3, replace(launch, mounts=("data:/mnt/../x",), client_name="alice")),
         b"0" + protocol.encode(3, protocol.ReloadMounts()),
+        b"4" + protocol.encode(3, replace(launch, gpus=("0",), client_name="alice")),
+        b"0" + protocol.encode(3, protocol.Gpus(("0",))),
     ]
     later = [line for line in lines if b'"hello"' not in line]
     odd = [b"3" + later[0], b"5" + lines[-2], b"7" + lines[-2]]
@@ -277,6 +281,7 @@ def one_input(data: bytes) -> None:
                 operator_files=OPERATOR_FILES,
                 mounts=(MountSource("data", "/data", clients=("alice",)),),
                 configuration=OPERATOR_FILES[0],
+                gpus=GpuOffer("a.example/gpu", ("/a",), ("alice",)),
             )
             _say(ours, launcher, protocol.encode(0, hello), ())
             stack.enter_context(_running_job(launcher))
@@ -361,11 +366,19 @@ class _Workspaces(Workspaces):
         raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
 
+DEVICE: Final = Device("0", Edits((Edit("/dev/a", "/dev/b", is_device=True),)), Edits())
+
+
+def _read_devices(_kind: str, directories: Sequence[str]) -> tuple[Device, ...]:
+    assert directories == ("/a",)
+    return (DEVICE,)
+
+
 class _Mounts(Mounts):
     """What comes this far is the operator's."""
 
-    def open(self, sources: Sequence[MountSource], then: Then) -> None:
-        assert [source.path for source in sources] == ["/data"]
+    def open(self, sources: Sequence[Source], then: Then) -> None:
+        assert sources[-1] == DEVICE.own.edits[0] or [source.path for source in sources] == ["/data"]
         then(MountError.of_source("data", errno.EAGAIN))
 
 
@@ -382,6 +395,7 @@ def _stand_ins() -> Iterator[None]:
         "spawn_count": _spawn_count,
         "Workspaces": _Workspaces,
         "Mounts": _Mounts,
+        "read_devices": _read_devices,
         "send_signal": _send_signal,
     }
     real = {name: getattr(dispatch, name) for name in names}

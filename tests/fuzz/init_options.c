@@ -136,9 +136,9 @@ static void take_order(char *words, size_t length, size_t fd_count, bool session
     must(options->upload_fd == (options->upload ? STATUS : -1));
     must(options->workspace_fd == (options->workspace ? STATUS : -1));
     must(options->source_count == 0 && (!session || options->target_count == 0));
-    must(options->target_count >= 0 && options->target_count <= JOB_MOUNTS_MAX);
+    must(options->target_count >= 0 && options->target_count <= TARGETS_MAX);
     for (int i = 0; i < options->target_count; i++)
-        must(options->targets[i][0] == '/' && strlen(options->targets[i]) <= TARGET_MAX_BYTES && options->target_fds[i] == STATUS);
+        must(options->targets[i].path[0] == '/' && strlen(options->targets[i].path) <= TARGET_MAX_BYTES && options->targets[i].fd == STATUS);
     must(options->link_fd == (options->link ? STATUS : -1));
     must(!session || (!options->link && !options->listener_count));
     must(options->listener_count >= 0 && options->listener_count <= LISTENERS_MAX);

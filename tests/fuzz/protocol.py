@@ -6,7 +6,7 @@ from typing import Any
 from pjw.errors import ProtocolError
 from pjw.launcher import protocol
 from pjw.launcher.dispatch import ROUTES
-from pjw.model import GroupUse, Limits, MountSource, Share, Sums, Usage
+from pjw.model import GpuOffer, GroupUse, Limits, MountSource, Share, Sums, Usage
 
 _EXAMPLES: dict[Any, Any] = {
     int: 1,
@@ -15,6 +15,7 @@ _EXAMPLES: dict[Any, Any] = {
     tuple[int, ...]: (1, 2),
     tuple[str, ...]: ("/a", "/b"),
     tuple[MountSource, ...]: (MountSource("data", "/a/b", clients=("alice", "team-*")),),
+    GpuOffer: GpuOffer("a.example/gpu", ("/a",), ("alice",)),
     tuple[protocol.Measurement, ...]: (protocol.Measurement(1, 2, 3, 4, 5, 6, 7),),
     Limits: Limits(),
     Usage: Usage(),

@@ -310,6 +310,7 @@ def test_what_does_not_work_yet_is_refused_in_words(two: Cluster) -> None:
         (("start", "--mount", "data", "true"), "a mount of the operator's"),
         (("start", "--allow", "pypi.org", "true"), "a name on the network"),
         (("start", "--link", "db", "true"), "a network that jobs share"),
+        (("start", "--gpus", "1", "true"), "a GPU"),
         (("start", "--queue", "--priority", "1", "true"), "a priority"),
         (("start", "--hold", "true"), "a held job"),
         (("start", "--array", "1-3", "true"), "an array"),

@@ -4,6 +4,7 @@ import array
 import errno
 import os
 import socket
+import stat
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -74,17 +75,66 @@ def test_what_is_not_opened(init: Harness, tmp_path: Path) -> None:
         os.close(trees[0])
 
 
+def test_what_is_no_device(init: Harness, tmp_path: Path) -> None:
+    """A character device alone, and no link to one; files and directories may come with it."""
+    (tmp_path / "link").symlink_to("/dev/null")
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "fifo")
+    os.mknod(tmp_path / "block", stat.S_IFBLK | 0o666, os.makedev(7, 0))
+    (tmp_path / "nodev").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "nodev", "pjw-test", tmp_path / "nodev"], check=True)
+    os.mknod(tmp_path / "nodev/node", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    try:
+        for name, error in (
+            ("link", errno.ELOOP),
+            ("file", errno.ENODEV),
+            ("fifo", errno.ENODEV),
+            ("block", errno.ENODEV),
+            ("none", errno.ENOENT),
+            ("nodev", errno.ENODEV),
+            ("nodev/node", errno.EACCES),
+        ):
+            reports, trees = opened(init, "--open-device", "/dev/null", "--open-device", str(tmp_path / name))
+            assert reports == ["opened", f"failed mount-source {error} open the directory of the mount"], name
+            os.close(trees[0])
+    finally:
+        subprocess.run(["umount", tmp_path / "nodev"], check=True)
+    reports, trees = opened(init, "--open-file", str(tmp_path / "file"), "--open-file", str(tmp_path))
+    assert reports == ["opened"] * 2
+    for tree in trees:
+        flags = os.fstatvfs(tree).f_flag
+        assert flags & os.ST_RDONLY
+        assert flags & os.ST_NODEV
+        os.close(tree)
+
+
+def test_an_order_brings_devices(init: Harness, tree: int, tmp_path: Path) -> None:
+    """At places that are made, in what is the job's own and read-only to it; a mount comes before them."""
+    _, [node] = opened(init, "--open-device", "/dev/full")
+    words = ("--mount-at", "/mnt/a", "--device-at", "/dev/a/b", "--device-at", "/run/c/d")
+    script = "cat /mnt/a/file /run/c/d/file; echo x > /dev/a/b || echo full; touch /dev/x /run/x /run/c/x"
+    _, [other] = opened(init, "--open-file", str(tmp_path / "data"))
+    job = init.order(*USER, *words, script=script, more_fds=[tree, node, other]).wait()
+    os.close(node)
+    os.close(other)
+    assert job.text.splitlines()[:2] == ["data", "data"]
+    assert "\nfull\n" in job.text
+    assert job.text.count("Read-only file system") == 3
+    late = ("--device-at", "/dev/a", "--mount-at", "/mnt/a")
+    assert init.order(*USER, *late, more_fds=[tree, tree]).reports == REFUSED
+
+
 @pytest.mark.parametrize(
     "words",
     [
         ["--open", "usr"],
-        ["--open", "/usr"] * 9,
+        ["--open-device", "/dev/null"] * 137,
         ["--open", "/usr", "--wait"],
         ["--open", "/usr", "--", "true"],
     ],
 )
 def test_who_opens_does_nothing_else(init: Harness, words: Sequence[str]) -> None:
-    """Up to eight absolute paths, and no job beside them."""
+    """Absolute paths, not too many, and no job beside them."""
     reports, trees = opened(init, *words)
     assert reports[0].startswith(f"failed options {errno.EINVAL}")
     assert trees == []
@@ -129,10 +179,11 @@ def test_where_nothing_can_be_attached(init: Harness, tree: int, path: str, erro
         (["--mount-at", "mnt"], 1),
         (["--mount-at", "/" + "x" * 255], 1),
         ([word for number in range(9) for word in ("--mount-at", f"/mnt/{number}")], 9),
+        ([word for number in range(137) for word in ("--device-at", f"/dev/{number}")], 137),
     ],
 )
 def test_orders_of_mounts_that_are_refused(
     init: Harness, tree: int, words: Sequence[str], count: int
 ) -> None:
-    """Each with its descriptor, at most eight, and absolute paths of at most 255 bytes."""
+    """Each with its descriptor, at most eight (of devices more), and absolute paths of at most 255 bytes."""
     assert init.order(*USER, *words, more_fds=[tree] * count).reports == REFUSED

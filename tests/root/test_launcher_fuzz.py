@@ -238,6 +238,7 @@ def launches(draw: st.DrawFn, bench: Bench) -> Launch:
         read_only=draw(st.booleans()),
         mounts=draw(st.sampled_from([(), (), ("data:/mnt/data",), ("gone:/mnt/x",)])),
         client_name=draw(st.sampled_from(["alice", "bob"])),
+        gpus=draw(st.sampled_from([(), (), (), ("0",), ("/dev/mem",), ("0", "0")])),
     )
     match draw(st.sampled_from(["", "", "", "id", "uid", "limits", "workspace", "image", "mounts"])):
         case "id":

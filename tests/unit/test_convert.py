@@ -86,6 +86,7 @@ JOB = st.builds(
     image=TEXT,
     read_only=st.booleans(),
     mounts=st.lists(TEXT).map(tuple),
+    gpus=st.integers(0, 64),
     usage_now=st.none()
     | st.builds(
         UsageSample,
@@ -176,6 +177,7 @@ def test_another_command_comes_back_as_it_was(
     output_required=st.booleans(),
     image=st.just("") | NAME,
     read_only=st.booleans(),
+    gpus=st.integers(0, 64),
     mounts=st.sampled_from([(), ("data",), ("data:/opt", "a-b:/mnt/ü x")]),
     allow=st.sampled_from([(), ("pypi.org",), ("*.example.org:8443", "[2001:db8::1]:22")]),
     link=st.just("") | NAME,
@@ -292,7 +294,7 @@ def test_a_client_says_what_to_run_and_no_more() -> None:
     session = {"command", "env", "workdir", "input", "request_id", "terminal"}
     said = {*session, "limits", "name", "labels", "split_stderr", "secrets", "upload"}
     said |= {"workspace", "exclusive", "outputs", "output_required", "image", "read_only"}
-    said |= {"mounts", "allow", "link"}
+    said |= {"mounts", "allow", "link", "gpus"}
     assert {field.name for field in fields(JobSpec)} == {"queue", *said}
     assert {field.name for field in pb.StartRequest.DESCRIPTOR.fields} == {"argv", *said}
     assert {field.name for field in pb.ExecRequest.DESCRIPTOR.fields} == {

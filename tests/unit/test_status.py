@@ -50,6 +50,8 @@ def made(kind: type[errors.PjwError]) -> errors.PjwError:
         return errors.MountNotFoundError("data")
     if kind is errors.MountError:
         return errors.MountError.of_source("data", errno.ENOENT)
+    if kind is errors.GpuError:
+        return errors.GpuError.of_edit("/dev/nvidia0", errno.ENOENT)
     if kind is errors.WorkspaceBusyError:
         return errors.WorkspaceBusyError("used", hint="pjw stop 3", workspace="work", holder=3)
     return kind("cannot use /secret/x", hint="look there")

@@ -35,7 +35,7 @@ _RETRY: Final = ("retry", "retry_on", "backoff")
 _WAITS: Final = ("priority", "not_before", "after", "array")
 _TABLES: Final = ("env", "labels")
 _LISTS: Final = ("outputs", "mounts", "allow")
-KEYS: Final = ("command", *_LISTS, *_TEXTS, *_FLAGS, *_TABLES, *_WAITS, *_RETRY, *_TYPED)
+KEYS: Final = ("command", "gpus", *_LISTS, *_TEXTS, *_FLAGS, *_TABLES, *_WAITS, *_RETRY, *_TYPED)
 
 
 def submit_file(arguments: argparse.Namespace) -> None:
@@ -150,6 +150,7 @@ def _spec(job: object, named: Mapping[str, int]) -> JobSpec:
         split_stderr=job.get("split_stderr", False),
         exclusive=job.get("exclusive", False),
         read_only=job.get("read_only", False),
+        gpus=job.get("gpus", 0),
         output_required=job.get("output_required", False),
         allow=job.get("allow", ()),
         queue=queue,

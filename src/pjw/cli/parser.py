@@ -209,6 +209,9 @@ def _add_job_options(command: Parser) -> None:
     job.add_argument(
         "--link", metavar="NAME", help="share the network of your running jobs with the same link"
     )
+    job.add_argument(
+        "--gpus", type=units.count, default=0, metavar="N", help="so many GPUs for the job alone (pjw quota)"
+    )
     job.add_argument("--split-stderr", action="store_true", help="keep stderr apart from stdout")
     queue = command.add_argument_group("its place in the queue", "each of these puts the job into the queue")
     queue.add_argument(

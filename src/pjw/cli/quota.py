@@ -36,6 +36,8 @@ def quota_lines(quota: ClientQuota) -> Iterator[str]:
     yield f"stored  {size_in_words(quota.stored_bytes)}{at_most}"
     for each in quota.mounts:
         yield f"mount   {printable(each.name)}{', read-only' if each.read_only else ''}"
+    if quota.gpus:
+        yield f"gpus    {quota.gpus}"
     yield ""
     yield _row("", "NOW", "ALL JOBS", "ONE JOB", "UNASKED")
     use = quota.use
@@ -95,4 +97,5 @@ def members(quota: ClientQuota) -> dict[str, Any]:
         "ceilings": limits_members(quota.ceilings),
         "defaults": limits_members(quota.defaults),
         "mounts": [{"name": each.name, "readOnly": each.read_only} for each in quota.mounts],
+        "gpus": quota.gpus,
     }

@@ -63,6 +63,7 @@ def members(job: Job) -> dict[str, Any]:
         "mounts": list(job.mounts),
         "allow": list(job.allow),
         "link": job.link,
+        "gpus": job.gpus,
     }
 
 

@@ -56,6 +56,7 @@ def spec_from(arguments: Namespace) -> JobSpec:
         mounts=arguments.mounts,
         allow=arguments.allow,
         link=arguments.link or "",
+        gpus=arguments.gpus,
     )
 
 

@@ -26,6 +26,7 @@ def check_spec(spec: JobSpec) -> None:
         "a mount of the operator's": bool(spec.mounts),
         "a name on the network": bool(spec.allow),
         "a network that jobs share": bool(spec.link),
+        "a GPU": bool(spec.gpus),
         "a priority": queue is not None and bool(queue.priority),
         "a time before which a job is not started": queue is not None and queue.not_before is not None,
         "a held job": queue is not None and queue.held,

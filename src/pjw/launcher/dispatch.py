@@ -22,6 +22,7 @@ from typing import Any, Final
 
 from pjw.errors import (
     ConfigError,
+    GpuError,
     InvalidJobError,
     JobStateError,
     KernelError,
@@ -33,6 +34,7 @@ from pjw.errors import (
 from pjw.launcher import protocol
 from pjw.launcher.accounts import keep_accounts
 from pjw.launcher.archive_program import ArchiveProgram
+from pjw.launcher.cdi import NO_EDITS, Edits, edits_of, read_devices
 from pjw.launcher.cgroup import Cgroup, Hierarchy, disks_under, open_hierarchy
 from pjw.launcher.deadline import say
 from pjw.launcher.departures import SETTLE_SECONDS, Departures, Waiter
@@ -42,7 +44,7 @@ from pjw.launcher.images import Images
 from pjw.launcher.job_users import claim_users
 from pjw.launcher.lock import hold_lock
 from pjw.launcher.measure import measure
-from pjw.launcher.mounts import Mounts, read_mounts_of
+from pjw.launcher.mounts import Mounts, Source, read_mounts_of
 from pjw.launcher.operator_files import open_audit_log, open_operator_file
 from pjw.launcher.phases import InitPhase, require_permitted
 from pjw.launcher.policy import Policy, check_job_id, check_signal, instance_name
@@ -92,7 +94,7 @@ FILL_AFTER_SECONDS: Final = 0.05
 # client, and the job begins. Both share the processors with us.
 REST_SECONDS: Final = 0.003
 # The steps of init whose failure is not the host's alone, and what kind of refusal each is.
-KINDS: Final = {step: step for step in ("exec", "workdir", "unpack", "image", "mount-at")} | {
+KINDS: Final = {step: step for step in ("exec", "workdir", "unpack", "image", "mount-at", "device-at")} | {
     "overlay": "image"
 }
 # its report, and the pidfd of who waits for its command
@@ -152,8 +154,10 @@ class LaunchInProgress:
     descriptors: list[int]
     # one of them that stays open until the job's end
     status: int = -1
-    # mounts of the operator's directories, until then too
+    # mounts of the operator's directories and devices, until then too; and how many these are to be
     mounts: list[int] = field(default_factory=list)
+    mount_count: int = 0
+    edits: Edits = NO_EDITS
     init: Init | None = None
     timer: Timer | None = None
     phase: InitPhase = InitPhase.LAUNCHING
@@ -368,10 +372,16 @@ class Launcher:
         self._policy.check_launch(request, descriptors)
         if request.allow and not self._egress.has_begun:
             raise JobStateError("pjwd-egress, which connects jobs to names on the network, was not started")
-        sources = offered(self._mounts.sources, request.client_name, request.mounts)
-        self._require_room(job_id, _kept_of(request, descriptors) + len(listeners_for(request)))
+        edits = self._edits_of(request.gpus, image=bool(request.image)) if request.gpus else NO_EDITS
+        sources: list[Source] = [
+            *offered(self._mounts.sources, request.client_name, request.mounts),
+            *edits.edits,
+        ]
+        self._require_room(job_id, _kept_of(len(sources), descriptors) + len(listeners_for(request)))
         # its files are the launch's from here on
-        launch = LaunchInProgress(seq, request, time.monotonic(), descriptors[:])
+        launch = LaunchInProgress(
+            seq, request, time.monotonic(), descriptors[:], mount_count=len(sources), edits=edits
+        )
         descriptors.clear()
         self._launching[job_id] = launch
         if sources:
@@ -379,6 +389,17 @@ class Launcher:
         else:
             self._take_init(launch)
         return None
+
+    def _edits_of(self, names: tuple[str, ...], *, image: bool) -> Edits:
+        """What comes with GPUs, as the operator's files are now. Raises GpuError."""
+        offer = self._policy.gpus
+        try:
+            edits = edits_of(read_devices(offer.kind, offer.cdi_dirs), names, image=image)
+            self._policy.check_edits(edits)
+        except (ConfigError, KernelError):
+            # `gpus`, which comes before a launch, has said why
+            raise GpuError.unknown() from None
+        return edits
 
     def _on_opened(self, launch: LaunchInProgress, mounts: list[int] | PjwError) -> None:
         if isinstance(mounts, PjwError):
@@ -417,7 +438,13 @@ class Launcher:
                     needs_tool = request.upload or request.artifacts or request.archive
                     tool = [self._archive_program.descriptor()] if needs_tool else []
                     send_order(
-                        init.report, request, [*launch.descriptors, *tool], workspace, launch.mounts, link
+                        init.report,
+                        request,
+                        [*launch.descriptors, *tool],
+                        workspace,
+                        launch.mounts,
+                        link,
+                        launch.edits.edits,
                     )
             finally:
                 _close_all([each for each in (workspace, link) if each >= 0])
@@ -479,7 +506,7 @@ class Launcher:
         # A descriptor that cannot be had once init runs would end us, see main().
         room = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_DESCRIPTORS
         # a launch that waits for its mounts, or for a wrongly guessed init to end, keeps its descriptors
-        kept = sum(_kept_of(launch.request, launch.descriptors) for launch in self._launching.values())
+        kept = sum(_kept_of(launch.mount_count, launch.descriptors) for launch in self._launching.values())
         begun = len(self._launching) + self._policy.waiting_inits + 1
         held = JOB_DESCRIPTORS * len(self._jobs) + len(self._departures) + kept
         held += SESSION_DESCRIPTORS * (self._sessions + 1) + self._egress.descriptors
@@ -965,6 +992,14 @@ class Launcher:
         self._mounts.sources = sources
         return (protocol.Done(),)
 
+    def answer_gpus(self, seq: int, request: protocol.Gpus, descriptors: list[int]) -> "Answer":
+        """Which GPUs the machine has, and the variables of some."""
+        offer = self._policy.gpus
+        devices = read_devices(offer.kind, offer.cdi_dirs) if offer.kind else ()
+        edits = edits_of(devices, request.names)
+        self._policy.check_edits(edits)
+        return (protocol.GpuNames(tuple(device.name for device in devices), edits.environment),)
+
     def answer_open_file(self, seq: int, request: protocol.OpenFile, descriptors: list[int]) -> "Answer":
         """Hand out a certificate, a key or the like that the operator has replaced; never by a path."""
         return self._hand_out(seq, open_operator_file(self._policy.operator_file(request.place)))
@@ -1026,6 +1061,7 @@ ROUTES: Final[dict[str, Route]] = {
     "remove_workspace": Route(Launcher.answer_remove_workspace, makes_processes=True),
     "image_table": Route(Launcher.answer_image_table),
     "reload_mounts": Route(Launcher.answer_reload_mounts),
+    "gpus": Route(Launcher.answer_gpus),
     "open_file": Route(Launcher.answer_open_file),
     "open_audit_log": Route(Launcher.answer_open_audit_log),
     "egress": Route(Launcher.answer_egress, makes_processes=True),
@@ -1034,9 +1070,9 @@ ROUTES: Final[dict[str, Route]] = {
 }
 
 
-def _kept_of(request: protocol.Launch, descriptors: list[int]) -> int:
+def _kept_of(mount_count: int, descriptors: list[int]) -> int:
     """How many descriptors a launch keeps until its init has its order, with those of its mounts."""
-    mounts = len(request.mounts) + 2 if request.mounts else 0
+    mounts = mount_count + 2 if mount_count else 0
     return len(descriptors) + mounts if descriptors else 0
 
 
@@ -1067,6 +1103,8 @@ def refusal_of(error: PjwError) -> protocol.Refused:
             return protocol.Refused("mount", "", name, number, hint)
         case MountNotFoundError(mount=name):
             return protocol.Refused("mount", "", name, 0, hint)
+        case GpuError(errno=number):
+            return protocol.Refused("gpu", str(error), "", number or 0, hint)
         case InvalidJobError():
             return protocol.Refused("invalid", str(error), "", 0, hint)
         case JobStateError():

@@ -15,7 +15,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from pjw.errors import ConfigError, InvalidJobError, MountError, PjwError, ProtocolError
+from pjw.errors import ConfigError, GpuError, InvalidJobError, MountError, PjwError, ProtocolError
+from pjw.launcher.cdi import Edit
 from pjw.launcher.processes import Timer, Watcher
 from pjw.launcher.protocol import LAUNCH_SECONDS
 from pjw.launcher.spawn import Failed, Opened, read_report, spawn_opener
@@ -27,6 +28,8 @@ OPENERS_MAX: Final = 64
 _CONFIGURATION_BYTES_MAX: Final = 4 * 1024**2
 _PIECE_BYTES: Final = 1024**2
 
+# a directory, or what comes with a device
+Source = MountSource | Edit
 # Gets the descriptors of the mounts, in the order of the sources and its own from then on; or an error.
 Then = Callable[[list[int] | PjwError], None]
 
@@ -35,7 +38,7 @@ Then = Callable[[list[int] | PjwError], None]
 class _Opening:
     """A process that opens the directories of one launch."""
 
-    sources: Sequence[MountSource]
+    sources: Sequence[Source]
     then: Then
     pid: int
     report: socket.socket
@@ -53,15 +56,15 @@ class Mounts:
         # processes that have not ended
         self._processes = 0
 
-    def open(self, sources: Sequence[MountSource], then: Then) -> None:
-        """Make a mount of each directory, which is mounted nowhere yet; *then* is called once, maybe now."""
+    def open(self, sources: Sequence[Source], then: Then) -> None:
+        """Make a mount of each, which is mounted nowhere yet; *then* is called once, maybe now."""
         if self._processes >= OPENERS_MAX:
-            then(MountError.of_source(sources[0].name, errno.EAGAIN))
+            then(_failed(sources[0], errno.EAGAIN))
             return
         try:
             pid, report = spawn_opener(sources)
         except OSError as error:
-            then(MountError.of_source(sources[0].name, error.errno or errno.EAGAIN))
+            then(_failed(sources[0], error.errno or errno.EAGAIN))
             return
         opening = _Opening(sources, then, pid, report)
         self._processes += 1
@@ -93,7 +96,7 @@ class Mounts:
         trees, opening.trees = opening.trees, []
         if error:
             _close_all(trees)
-            opening.then(MountError.of_source(opening.sources[len(trees)].name, error))
+            opening.then(_failed(opening.sources[len(trees)], error))
         else:
             opening.then(trees)
 
@@ -113,6 +116,12 @@ class Mounts:
         for opening in list(self._openings):
             self._let_go(opening)
             _close_all(opening.trees)
+
+
+def _failed(source: Source, error: int) -> PjwError:
+    if isinstance(source, Edit):
+        return GpuError.of_edit(source.path, error)
+    return MountError.of_source(source.name, error)
 
 
 def _close_all(descriptors: list[int]) -> None:

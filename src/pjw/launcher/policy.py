@@ -8,11 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from pjw.errors import InvalidJobError, KernelError
+from pjw.errors import ConfigError, GpuError, InvalidJobError, KernelError
+from pjw.launcher.cdi import Edits
 from pjw.launcher.protocol import Adopt, Connect, Exec, Hello, Launch, RemoveWorkspace, WorkspaceUse
 from pjw.model import (
+    GPUS_MAX,
     JOB_DIRECTORY,
     PORT_MAX,
+    GpuOffer,
     Limits,
     MountSource,
     check_link,
@@ -59,6 +62,7 @@ class Policy:
     audit_log: str
     mounts: tuple[MountSource, ...]
     configuration: str
+    gpus: GpuOffer
     # directories of pjw's own, which lie in no mount
     own_paths: tuple[str, ...]
     egress_uid: int
@@ -94,6 +98,7 @@ class Policy:
             audit_log=hello.audit_log,
             mounts=hello.mounts,
             configuration=hello.configuration,
+            gpus=hello.gpus,
             own_paths=own,
             egress_uid=hello.egress_uid,
             egress_hosts=tuple(map(Allowed.of, hello.egress_hosts)),
@@ -109,15 +114,24 @@ class Policy:
         if len({source.name for source in sources}) < len(sources):
             raise InvalidJobError("two mounts have one name")
         for source in sources:
-            within = [
-                path for path in self.hidden_paths if path != source.path and lies_in(path, source.path)
-            ]
-            within += [path for path in self.own_paths if lies_in(source.path, path)]
-            if within:
+            if within := self._hidden_in(source.path):
                 raise InvalidJobError(
                     f"the mount {source.name} would show {within[0]}, which no job may see",
                     hint="offer another directory, or one that lies deeper",
                 )
+
+    def check_edits(self, edits: Edits) -> None:
+        """The same for what comes with devices. Raises ConfigError."""
+        for edit in edits.edits:
+            if within := self._hidden_in(edit.host_path):
+                raise ConfigError(
+                    f"a CDI file has {edit.host_path}, which would show {within[0]}, which no job may see"
+                )
+
+    def _hidden_in(self, path: str) -> list[str]:
+        """What jobs may not see of what a mount of *path* shows."""
+        within = [hidden for hidden in self.hidden_paths if hidden != path and lies_in(hidden, path)]
+        return within + [own for own in self.own_paths if lies_in(path, own)]
 
     def check_launch(self, request: Launch, descriptors: list[int]) -> None:
         """Raises InvalidJobError unless this policy allows the launch, KernelError when nobody can tell."""
@@ -136,6 +150,10 @@ class Policy:
             raise InvalidJobError("a job of the program for archives has no other files, and no terminal")
         if check_mounts(request.mounts) != request.mounts:
             raise InvalidJobError("a mount of a launch is NAME:PATH")
+        if request.gpus and not self.gpus.is_for(request.client_name):
+            raise GpuError.not_offered()
+        if len(set(request.gpus)) < len(request.gpus) or len(request.gpus) > GPUS_MAX:
+            raise InvalidJobError("a GPU of a launch is named twice, or there are too many")
         _check_rest(request, descriptors)
 
     def check_network(self, request: Launch | Adopt) -> None:

@@ -13,8 +13,10 @@ from typing import Any, ClassVar, Final, get_args
 from pjw.errors import InvalidJobError, ProtocolError
 from pjw.model import (
     DEFAULT_SHARE,
+    NO_GPUS,
     NO_SUMS,
     OFFERED_MAX,
+    GpuOffer,
     GroupUse,
     Limits,
     MountSource,
@@ -77,6 +79,8 @@ class Hello:
     # how many connections a job may have, and all jobs
     egress_connections_max: int = 0
     egress_connections_total_max: int = 0
+    # whose jobs may have GPUs, and where the files that describe them are
+    gpus: GpuOffer = NO_GPUS
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +112,14 @@ class Launch:
     read_only: bool = False
     # directories of the operator's, each as NAME:PATH
     mounts: tuple[str, ...] = ()
-    # to whom they must be offered; empty without mounts; and who asks for names on the network, for the log
+    # to whom they, and GPUs, must be offered; and who asks for names on the network, for the log; else empty
     client_name: str = ""
     # the names on the network that it may reach (network.py)
     allow: tuple[str, ...] = ()
     # the network that it shares with other jobs of its user, by its name; empty: it has its own
     link: str = ""
+    # GPUs by their names, as `GpuNames` has them
+    gpus: tuple[str, ...] = ()
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -313,6 +319,14 @@ class ReloadMounts:
 
 
 @dataclass(frozen=True, slots=True)
+class Gpus:
+    """Which GPUs the machine has now, and which variables a job gets that has those of these `names`."""
+
+    op: ClassVar = "gpus"
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class OpenFile:
     """The operator's file at a place of `Hello.operator_files`, as it is now."""
 
@@ -405,6 +419,15 @@ class JobIdPage:
 
 
 @dataclass(frozen=True, slots=True)
+class GpuNames:
+    """The names of all GPUs, and the variables that were asked for, each as NAME=VALUE."""
+
+    op: ClassVar = "gpu_names"
+    names: tuple[str, ...]
+    environment: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class WorkspacePage:
     """At most MAX_WORKSPACES workspaces in their order: each the user id of its client, a slash and its name.
 
@@ -487,7 +510,8 @@ class Refused:
     `kind`: exec, workdir (it cannot be entered), unpack (the upload cannot be), image (it has something else
     where pjw mounts), setup (another step of init), late (the command was not executed in time: `operation`
     says in which), mount (that of the name in `subject` cannot be had, or without an errno is not offered),
-    mount-at (not at its path), kernel, invalid, state or config.
+    mount-at (not at its path), gpu (one cannot be had: `operation` says why), device-at (what comes with
+    one, not at its path), kernel, invalid, state or config.
     `left`: a part of the launch does not end; `Departed` is answered when it has ended.
     """
 
@@ -519,6 +543,7 @@ Request = (
     | WorkspaceUse
     | RemoveWorkspace
     | ReloadMounts
+    | Gpus
     | OpenFile
     | OpenAuditLog
     | Egress
@@ -535,6 +560,7 @@ Reply = (
     | Ended
     | JobIdPage
     | WorkspacePage
+    | GpuNames
     | Remaining
     | Measured
     | Accounted
@@ -577,7 +603,7 @@ _TYPES: Final[dict[type, dict[str, Any]]] = {
     cls: {field.name: field.type for field in fields(cls)}
     for cls in (
         *(*REQUESTS.values(), *REPLIES.values()),
-        *(Limits, Usage, Measurement, Share, Sums, GroupUse, MountSource),
+        *(Limits, Usage, Measurement, Share, Sums, GroupUse, MountSource, GpuOffer),
     )
 }
 
@@ -669,4 +695,5 @@ _READERS: Final[dict[Any, Callable[[object], Any]]] = {
     Share: lambda value: _value(Share, value),
     Sums: lambda value: _value(Sums, value),
     GroupUse: lambda value: _value(GroupUse, value),
+    GpuOffer: lambda value: _value(GpuOffer, value),
 }

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from pjw.errors import ProtocolError
+from pjw.launcher.cdi import Edit
 from pjw.launcher.cgroup import Cgroup
 from pjw.launcher.policy import JOB_ENVIRONMENT, JOB_ID_MAX, Policy
 from pjw.launcher.processes import Watcher
@@ -243,12 +244,18 @@ def place_words(places: Sequence[Place]) -> Iterator[str]:
         yield place.path
 
 
-def spawn_opener(sources: Sequence[MountSource]) -> tuple[int, socket.socket]:
-    """Have a process open directories of the host's; its pid, and the socket that it reports to.
+def _option_of(source: MountSource | Edit) -> tuple[str, str]:
+    if isinstance(source, Edit):
+        return "--open-device" if source.is_device else "--open-file", source.host_path
+    return "--open" if source.read_only else "--open-writable", source.path
+
+
+def spawn_opener(sources: Sequence[MountSource | Edit]) -> tuple[int, socket.socket]:
+    """Have a process open directories and devices of the host's; its pid, and the socket that it reports to.
 
     For each, in their order, comes `Opened`, or `Failed` for the first that cannot be. Raises OSError.
     """
-    paths = (("--open" if each.read_only else "--open-writable", each.path) for each in sources)
+    paths = map(_option_of, sources)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         with theirs:
@@ -271,12 +278,14 @@ def send_order(
     workspace: int = -1,
     mounts: Sequence[int] = (),
     link: int = -1,
+    edits: Sequence[Edit] = (),
 ) -> None:
     """Have an init start its job, or a session its command; *descriptors* are its files. Raises OSError.
 
     Behind the files of a launch that needs it comes the program for archives.
     *workspace* is the descriptor of a mount, if there is one; *mounts* are those of the operator's
-    directories. *link* is the network namespace that it shares with another job, if it does, and the last.
+    directories, and of *edits*. *link* is the network namespace that it shares with another job, if it does,
+    and the last.
     """
     own = _words_of_launch(request) if isinstance(request, Launch) else _words_of_session(request)
     words = (
@@ -291,7 +300,7 @@ def send_order(
         *(("--workspace",) if workspace >= 0 else ()),
         *(("--keep",) if isinstance(request, Launch) and request.artifacts else ()),
         *(("--tool",) if isinstance(request, Launch) and request.archive else ()),
-        *(_words_of_mounts(request) if isinstance(request, Launch) else ()),
+        *(_words_of_mounts(request, edits) if isinstance(request, Launch) else ()),
         *(("--link",) if link >= 0 else ()),
     )
     workspaces, links = ([each] if each >= 0 else [] for each in (workspace, link))
@@ -311,10 +320,13 @@ def _words_of_launch(request: Launch) -> tuple[str, ...]:
     )
 
 
-def _words_of_mounts(request: Launch) -> Iterator[str]:
+def _words_of_mounts(request: Launch, edits: Sequence[Edit]) -> Iterator[str]:
     for _, path in map(split_mount, request.mounts):
         yield "--mount-at"
         yield path
+    for edit in edits:
+        yield "--device-at"
+        yield edit.path
 
 
 def listeners_for(request: Launch | Adopt) -> Sequence[Listener]:

@@ -109,6 +109,7 @@ def job_to_message(job: Job) -> pb.Job:
         mounts=job.mounts,
         allow=job.allow,
         link=job.link,
+        gpus=job.gpus,
     )
 
 
@@ -180,6 +181,7 @@ def job_from_message(message: pb.Job) -> Job:
         mounts=tuple(message.mounts),
         allow=tuple(message.allow),
         link=message.link,
+        gpus=message.gpus,
     )
 
 
@@ -294,6 +296,7 @@ def spec_to_message(spec: JobSpec) -> pb.StartRequest:
         mounts=spec.mounts,
         allow=spec.allow,
         link=spec.link,
+        gpus=spec.gpus,
     )
     _set_command(request, spec)
     return request
@@ -351,6 +354,7 @@ def spec_from_message(message: pb.StartRequest) -> JobSpec:
         mounts=tuple(message.mounts),
         allow=tuple(message.allow),
         link=message.link,
+        gpus=message.gpus,
     )
 
 
@@ -607,6 +611,7 @@ def quota_to_message(quota: ClientQuota) -> pb.GetQuotaResponse:
         sums=pb.Sums(**dict(quota.sums.items())),
         use=pb.GroupUse(memory_bytes=use.memory_bytes, pids=use.pids, cpu_usage_usec=use.cpu_usage_usec),
         mounts=[pb.Mount(name=mount.name, read_only=mount.read_only) for mount in quota.mounts],
+        gpus=quota.gpus,
         **{name: getattr(quota, name) for name in _QUOTA_NUMBERS},
     )
 
@@ -621,6 +626,7 @@ def quota_from_message(message: pb.GetQuotaResponse) -> ClientQuota:
         sums=Sums(sums.memory_max_bytes, sums.pids_max, sums.cpu_max_millicores),
         use=GroupUse(use.memory_bytes, use.pids, use.cpu_usage_usec),
         mounts=tuple(Mount(mount.name, mount.read_only) for mount in message.mounts),
+        gpus=message.gpus,
         **{name: getattr(message, name) for name in _QUOTA_NUMBERS},
     )
 

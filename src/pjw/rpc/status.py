@@ -40,6 +40,7 @@ TABLE: Final = (
     Row(errors.JobStateError, grpc.StatusCode.FAILED_PRECONDITION, "JOB_STATE"),
     Row(errors.WorkspaceBusyError, grpc.StatusCode.FAILED_PRECONDITION, "WORKSPACE_BUSY"),
     Row(errors.MountError, grpc.StatusCode.FAILED_PRECONDITION, "MOUNT"),
+    Row(errors.GpuError, grpc.StatusCode.FAILED_PRECONDITION, "GPU"),
     Row(errors.LaunchError, grpc.StatusCode.FAILED_PRECONDITION, "LAUNCH"),
     Row(errors.WorkdirError, grpc.StatusCode.FAILED_PRECONDITION, "WORKDIR"),
     Row(errors.CopyError, grpc.StatusCode.FAILED_PRECONDITION, "COPY"),

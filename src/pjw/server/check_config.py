@@ -14,6 +14,7 @@ from pjw.certs.credentials import load_server_credentials
 from pjw.certs.files import ServerFiles, key_exposure
 from pjw.certs.revocation import load_revocation_list
 from pjw.errors import ConfigError, PjwError, describe_errno
+from pjw.launcher.cdi import read_devices
 from pjw.launcher.lock import is_locked
 from pjw.server.address import held_addresses, metrics_exposure, shown_address
 from pjw.server.config import ServerConfig, config_of, read_values, removed_keys
@@ -55,6 +56,7 @@ def configuration_findings(path: str | None, options: Mapping[str, object]) -> I
     if plan.metrics is not None and (exposure := metrics_exposure(*plan.metrics)):
         yield None, exposure, "listen on a loopback address, such as 127.0.0.1:9464"
     yield from _mounts(config)
+    yield from _gpus(config)
     yield _sums(config)
     yield from map(_disk_space, filter(None, (config.state_dir, config.scratch_dir)))
     yield from _ports(config.state_dir, plan.listen, plan.metrics)
@@ -137,6 +139,39 @@ def _mounts(config: ServerConfig) -> Iterator[Finding]:
         else:
             how = "read-only" if mount.read_only else "writable"
             yield True, f"{text}, {how}, for {', '.join(mount.clients) or 'nobody'}", None
+
+
+def _gpus(config: ServerConfig) -> Iterator[Finding]:
+    """What the CDI files say now; a driver may come to be loaded, so nothing here keeps pjwd from serving."""
+    kind, clients = config.gpus.kind, ", ".join(config.gpus.clients) or "nobody"
+    if not kind:
+        return
+    try:
+        devices = read_devices(kind, config.gpus.cdi_dirs)
+    except PjwError as error:
+        yield None, f"GPUs: {error}", error.hint
+        return
+    if not devices:
+        yield (
+            None,
+            f"GPUs: no {kind} in {', '.join(config.gpus.cdi_dirs)}",
+            "nvidia-ctk cdi generate --format=json --output=/etc/cdi/nvidia.json",
+        )
+        return
+    yield True, f"GPUs {kind}: {', '.join(device.name for device in devices)}, for {clients}", None
+    for device in devices:
+        for node in sorted(device.own.nodes | device.common.nodes):
+            try:
+                is_there = stat.S_ISCHR(os.lstat(node).st_mode)
+            except OSError as error:
+                yield (
+                    None,
+                    f"GPU {device.name}: {node}: {describe_errno(error.errno or 0)}",
+                    "no job can have it",
+                )
+                continue
+            if not is_there:
+                yield None, f"GPU {device.name}: {node} is no character device", "no job can have it"
 
 
 def _sums(config: ServerConfig) -> Finding:

@@ -21,7 +21,7 @@ from pjw.certs.identity import NameRules, check_client_name_oid
 from pjw.certs.profile import CLIENT_NAME_OID, identity_fault
 from pjw.errors import ConfigError, InvalidJobError
 from pjw.given import require_values
-from pjw.model import OFFERED_MAX, Limits, MountSource, Sums
+from pjw.model import CDI_DIRS_MAX, OFFERED_MAX, GpuOffer, Limits, MountSource, Sums
 from pjw.server.authz import Roles
 from pjw.server.connections import PortLimits
 from pjw.server.network import NetworkOffers
@@ -225,6 +225,21 @@ class OfferedMount(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ] = ("*",)
 
 
+class OfferedGpus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """GPUs, or other devices of one kind, that jobs may ask for: docs/gpus.md."""
+
+    kind: Annotated[
+        str | None, Meta(description="which devices of CDI files are GPUs, such as nvidia.com/gpu")
+    ] = None
+    cdi_dirs: Annotated[
+        tuple[_Path, ...],
+        Meta(max_length=CDI_DIRS_MAX, description="where CDI files are; the later go before the earlier"),
+    ] = ("/etc/cdi", "/var/run/cdi")
+    clients: Annotated[
+        tuple[str, ...], Meta(description="whose jobs may have them: names, in which * is any characters")
+    ] = ("*",)
+
+
 class Metrics(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What is told to a Prometheus, without TLS: docs/monitoring.md."""
 
@@ -317,6 +332,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             description="directories that jobs may ask for by these names: path, read_only, clients",
         ),
     ] = {}
+    gpus: OfferedGpus = OfferedGpus()
     job_users: JobUsers = JobUsers()
     retention: KeptJobs = KeptJobs()
     roles: Roles = Roles()
@@ -375,6 +391,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             scratch_inodes_max=self.scratch.inodes_max,
             visible_paths=self.visible_paths,
             mounts=self._mounts(),
+            gpus=self._gpus(),
             stop_grace_seconds=self.stop_grace_seconds,
             waiting_inits=self.waiting_inits,
             retention=Retention(**msgspec.structs.asdict(self.retention)),
@@ -384,6 +401,17 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             default_image=self.default_image or "",
             network=self.network.offers(),
         )
+
+    def _gpus(self) -> GpuOffer:
+        """Who may have which. Raises ConfigError."""
+        try:
+            offer = GpuOffer(self.gpus.kind or "", self.gpus.cdi_dirs, self.gpus.clients)
+        except InvalidJobError as error:
+            raise ConfigError(f"[gpus]: {error}") from None
+        for client in offer.clients:
+            if "*" not in client and (fault := identity_fault(client)):
+                raise ConfigError(f"[gpus]: {fault}")
+        return offer
 
     def _mounts(self) -> tuple[MountSource, ...]:
         """What is offered to whom. Raises ConfigError."""

@@ -409,6 +409,7 @@ class Job(_message.Message):
     MOUNTS_FIELD_NUMBER: _builtins.int
     ALLOW_FIELD_NUMBER: _builtins.int
     LINK_FIELD_NUMBER: _builtins.int
+    GPUS_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     client_name: _builtins.str
     command: _builtins.str
@@ -461,6 +462,8 @@ class Job(_message.Message):
     """Whether the job can write nothing there."""
     link: _builtins.str
     """The network that the job shares with others, by its name; empty when it has its own."""
+    gpus: _builtins.int
+    """How many GPUs the job has for itself."""
     @_builtins.property
     def start(self) -> _timestamp_pb2.Timestamp:
         """Absent while the job waits in the queue, and when it ended without a start."""
@@ -555,10 +558,11 @@ class Job(_message.Message):
         mounts: _abc.Iterable[_builtins.str] | None = ...,
         allow: _abc.Iterable[_builtins.str] | None = ...,
         link: _builtins.str = ...,
+        gpus: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_array_id", b"_array_id", "_array_index", b"_array_index", "_exit_code", b"_exit_code", "_output_bytes", b"_output_bytes", "_retried_as", b"_retried_as", "_signal", b"_signal", "array", b"array", "array_id", b"array_id", "array_index", b"array_index", "artifacts", b"artifacts", "end", b"end", "exit_code", b"exit_code", "limits", b"limits", "not_before", b"not_before", "output_bytes", b"output_bytes", "queued", b"queued", "retried_as", b"retried_as", "signal", b"signal", "start", b"start", "usage", b"usage", "usage_now", b"usage_now"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_array_id", b"_array_id", "_array_index", b"_array_index", "_exit_code", b"_exit_code", "_output_bytes", b"_output_bytes", "_retried_as", b"_retried_as", "_signal", b"_signal", "after", b"after", "allow", b"allow", "array", b"array", "array_id", b"array_id", "array_index", b"array_index", "artifacts", b"artifacts", "attempt", b"attempt", "client_name", b"client_name", "command", b"command", "detail", b"detail", "end", b"end", "exclusive", b"exclusive", "exit_code", b"exit_code", "held", b"held", "id", b"id", "image", b"image", "input", b"input", "labels", b"labels", "limits", b"limits", "link", b"link", "mounts", b"mounts", "name", b"name", "node", b"node", "not_before", b"not_before", "output_bytes", b"output_bytes", "priority", b"priority", "queued", b"queued", "read_only", b"read_only", "reason", b"reason", "retried_as", b"retried_as", "signal", b"signal", "split_stderr", b"split_stderr", "start", b"start", "state", b"state", "unmet", b"unmet", "usage", b"usage", "usage_now", b"usage_now", "workdir", b"workdir", "workspace", b"workspace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_array_id", b"_array_id", "_array_index", b"_array_index", "_exit_code", b"_exit_code", "_output_bytes", b"_output_bytes", "_retried_as", b"_retried_as", "_signal", b"_signal", "after", b"after", "allow", b"allow", "array", b"array", "array_id", b"array_id", "array_index", b"array_index", "artifacts", b"artifacts", "attempt", b"attempt", "client_name", b"client_name", "command", b"command", "detail", b"detail", "end", b"end", "exclusive", b"exclusive", "exit_code", b"exit_code", "gpus", b"gpus", "held", b"held", "id", b"id", "image", b"image", "input", b"input", "labels", b"labels", "limits", b"limits", "link", b"link", "mounts", b"mounts", "name", b"name", "node", b"node", "not_before", b"not_before", "output_bytes", b"output_bytes", "priority", b"priority", "queued", b"queued", "read_only", b"read_only", "reason", b"reason", "retried_as", b"retried_as", "signal", b"signal", "split_stderr", b"split_stderr", "start", b"start", "state", b"state", "unmet", b"unmet", "usage", b"usage", "usage_now", b"usage_now", "workdir", b"workdir", "workspace", b"workspace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__array_id: _TypeAlias = _typing.Literal["array_id"]  # noqa: Y015
     _WhichOneofArgType__array_id: _TypeAlias = _typing.Literal["_array_id", b"_array_id"]  # noqa: Y015
@@ -771,6 +775,7 @@ class StartRequest(_message.Message):
     MOUNTS_FIELD_NUMBER: _builtins.int
     ALLOW_FIELD_NUMBER: _builtins.int
     LINK_FIELD_NUMBER: _builtins.int
+    GPUS_FIELD_NUMBER: _builtins.int
     command: _builtins.str
     """A shell command, run by /bin/sh -c."""
     name: _builtins.str
@@ -810,6 +815,10 @@ class StartRequest(_message.Message):
     link: _builtins.str
     """Share the network of the client's running jobs with the same link, as `name` may be: what listens at 127.0.0.1 in one
     of them is there for all. Each has its own names on the network.
+    """
+    gpus: _builtins.int
+    """How many GPUs the job has for itself, up to 64. RESOURCE_EXHAUSTED: fewer are free; a job in the queue waits instead.
+    FAILED_PRECONDITION: the operator offers the caller none, the machine has fewer, or one cannot be had.
     """
     @_builtins.property
     def argv(self) -> Global___Argv:
@@ -886,10 +895,11 @@ class StartRequest(_message.Message):
         mounts: _abc.Iterable[_builtins.str] | None = ...,
         allow: _abc.Iterable[_builtins.str] | None = ...,
         link: _builtins.str = ...,
+        gpus: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["argv", b"argv", "command", b"command", "limits", b"limits", "program", b"program", "terminal", b"terminal"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow", b"allow", "argv", b"argv", "command", b"command", "env", b"env", "exclusive", b"exclusive", "image", b"image", "input", b"input", "labels", b"labels", "limits", b"limits", "link", b"link", "mounts", b"mounts", "name", b"name", "output_required", b"output_required", "outputs", b"outputs", "program", b"program", "read_only", b"read_only", "request_id", b"request_id", "secrets", b"secrets", "split_stderr", b"split_stderr", "terminal", b"terminal", "upload", b"upload", "workdir", b"workdir", "workspace", b"workspace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow", b"allow", "argv", b"argv", "command", b"command", "env", b"env", "exclusive", b"exclusive", "gpus", b"gpus", "image", b"image", "input", b"input", "labels", b"labels", "limits", b"limits", "link", b"link", "mounts", b"mounts", "name", b"name", "output_required", b"output_required", "outputs", b"outputs", "program", b"program", "read_only", b"read_only", "request_id", b"request_id", "secrets", b"secrets", "split_stderr", b"split_stderr", "terminal", b"terminal", "upload", b"upload", "workdir", b"workdir", "workspace", b"workspace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_program: _TypeAlias = _typing.Literal["command", "argv"]  # noqa: Y015
     _WhichOneofArgType_program: _TypeAlias = _typing.Literal["program", b"program"]  # noqa: Y015
@@ -2099,6 +2109,7 @@ class GetQuotaResponse(_message.Message):
     QUEUED_FIELD_NUMBER: _builtins.int
     QUEUED_MAX_FIELD_NUMBER: _builtins.int
     MOUNTS_FIELD_NUMBER: _builtins.int
+    GPUS_FIELD_NUMBER: _builtins.int
     client_name: _builtins.str
     weight: _builtins.int
     """When all clients with jobs want more than the machine has, this one gets weight / total_weight of it."""
@@ -2116,6 +2127,8 @@ class GetQuotaResponse(_message.Message):
     queued: _builtins.int
     """Jobs in the queue."""
     queued_max: _builtins.int
+    gpus: _builtins.int
+    """How many GPUs the machine has for jobs of the client, free or not; 0: none are offered."""
     @_builtins.property
     def defaults(self) -> Global___Limits:
         """The limits of a job that asks for nothing."""
@@ -2153,10 +2166,11 @@ class GetQuotaResponse(_message.Message):
         queued: _builtins.int = ...,
         queued_max: _builtins.int = ...,
         mounts: _abc.Iterable[Global___Mount] | None = ...,
+        gpus: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ceilings", b"ceilings", "defaults", b"defaults", "sums", b"sums", "use", b"use"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ceilings", b"ceilings", "client_name", b"client_name", "defaults", b"defaults", "memory_promised_bytes", b"memory_promised_bytes", "memory_promised_max_bytes", b"memory_promised_max_bytes", "mounts", b"mounts", "queued", b"queued", "queued_max", b"queued_max", "running", b"running", "running_max", b"running_max", "stored_bytes", b"stored_bytes", "stored_bytes_max", b"stored_bytes_max", "sums", b"sums", "total_weight", b"total_weight", "use", b"use", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ceilings", b"ceilings", "client_name", b"client_name", "defaults", b"defaults", "gpus", b"gpus", "memory_promised_bytes", b"memory_promised_bytes", "memory_promised_max_bytes", b"memory_promised_max_bytes", "mounts", b"mounts", "queued", b"queued", "queued_max", b"queued_max", "running", b"running", "running_max", b"running_max", "stored_bytes", b"stored_bytes", "stored_bytes_max", b"stored_bytes_max", "sums", b"sums", "total_weight", b"total_weight", "use", b"use", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -14,6 +14,7 @@ from pjw.output import Inotify
 from pjw.worker.background import Background
 from pjw.worker.endings import Endings
 from pjw.worker.flag import Flag
+from pjw.worker.gpus import Gpus
 from pjw.worker.job import LiveJob
 from pjw.worker.launcher_client import Ended, LauncherClient, RunningInit
 from pjw.worker.logs import live_job
@@ -38,6 +39,7 @@ async def adopt(
     workspaces: Workspaces,
     endings: Endings,
     background: Background,
+    gpus: Gpus,
 ) -> None:
     """Take over what still runs, write down what ended, and remove what nobody asks for any more.
 
@@ -46,6 +48,7 @@ async def adopt(
     await state.store.forget_secrets()
     boot_id = _boot_id()
     rebooted = await state.store.boot_id() not in (None, boot_id)
+    await gpus.begin()
     admitted = await state.store.admitted()
     ended: list[LiveJob] = []
     for job in await state.store.alive():
@@ -59,6 +62,7 @@ async def adopt(
         live.launch_over.set()
         running.adopt(job.client_name, job.limits)
         workspaces.adopt(job)
+        gpus.adopt(job.id)
         if init is None:
             ended.append(live)
             continue

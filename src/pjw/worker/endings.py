@@ -14,6 +14,7 @@ from pjw.model import EndReason, Job, JobState, Usage
 from pjw.worker.artifacts import Keeping
 from pjw.worker.background import Background
 from pjw.worker.disk import DiskSampler
+from pjw.worker.gpus import Gpus
 from pjw.worker.held import HeldOutputs
 from pjw.worker.job import LiveJob
 from pjw.worker.launcher_client import Ended, LauncherClient, RunningInit
@@ -50,6 +51,7 @@ class Endings:
         held: HeldOutputs,
         background: Background,
         keeping: Keeping,
+        gpus: Gpus,
     ) -> None:
         self._state: Final = state
         self._launcher: Final = launcher
@@ -63,6 +65,7 @@ class Endings:
         self._held: Final = held
         self._background: Final = background
         self._keeping: Final = keeping
+        self._gpus: Final = gpus
         # called when the room that a job had is free again
         self.ended: Final[list[Callable[[Job], None]]] = []
         # called with a job that has ended, and its next attempt
@@ -136,6 +139,7 @@ class Endings:
         del self._live[job_id]
         self._running.give_back(live.job.client_name, live.job.limits)
         self._workspaces.give_back_of(job_id)
+        self._gpus.give_back_of(job_id)
         for each in self.ended:
             each(live.job)
         live.announce_end()

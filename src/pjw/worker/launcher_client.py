@@ -13,6 +13,7 @@ from pjw.errors import (
     RESOURCE_ERRNOS,
     ConfigError,
     CopyError,
+    GpuError,
     InvalidJobError,
     JobStateError,
     KernelError,
@@ -294,6 +295,16 @@ class LauncherClient:
         """Have the operator's mounts read again. Raises KernelError or ConfigError."""
         await self._request(protocol.ReloadMounts())
 
+    async def request_gpus(self, names: Sequence[str] = ()) -> protocol.GpuNames:
+        """All GPUs of the machine, and the variables of those with these *names*.
+
+        Raises KernelError, ConfigError and GpuError.
+        """
+        reply = (await self._request(protocol.Gpus(tuple(names)))).reply
+        if not isinstance(reply, protocol.GpuNames):
+            raise ProtocolError("the launcher answered a question for GPUs with something else")
+        return reply
+
     async def request_open_file(self, place: int) -> int:
         """The operator's file at that place, open for reading; the caller owns it.
 
@@ -427,6 +438,10 @@ def _launch_error_of(refused: protocol.Refused, spec: JobSpec) -> PjwError:
             return JobStateError(
                 f"{words}: {describe_errno(refused.errno)}", hint="ask the operator: pjwd check"
             )
+        case "device-at":
+            return GpuError.of_edit(
+                refused.operation.removeprefix("give the job ").removesuffix(" for"), refused.errno
+            )
         case "mount-at":
             words = f"cannot {refused.operation.removesuffix(' for')}"
             return MountError(
@@ -460,6 +475,8 @@ def _error_of(refused: protocol.Refused) -> PjwError:
             # the name of a mount; without an errno the client has none of this name
             name = refused.subject
             return MountError.of_source(name, refused.errno) if refused.errno else MountNotFoundError(name)
+        case "gpu":
+            return GpuError(refused.operation, hint=hint, errno=refused.errno or None)
         case "state":
             return JobStateError(refused.operation, hint=hint)
         case "config":

@@ -133,6 +133,7 @@ def hello_of(
         egress_private=tuple(settings.network.private),
         egress_connections_max=settings.network.connections_max,
         egress_connections_total_max=settings.network.connections_total_max,
+        gpus=settings.gpus,
     )
 
 

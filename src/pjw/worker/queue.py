@@ -118,6 +118,13 @@ class Queue:
         self._look: Final = asyncio.Event()
         # set when a job has left the queue, or was put back; held by those who wait for that
         self._changes: Final[WeakValueDictionary[int | Element, Flag]] = WeakValueDictionary()
+        # The job that is next to have GPUs, of which too few are free: others with GPUs are not before it,
+        # else those that need few would keep it waiting for ever. And the clients that may have such others.
+        self._next_with_gpus: Head | None = None
+        self._is_short = False
+        self._behind_it: Final[set[str]] = set()
+        # how many are free
+        self.free_gpus: Callable[[], int] = lambda: 0
         # jobs of the queue that were admitted: how many
         self.admissions = 0
         # the workspaces of a client that jobs use, each with whether one is alone there; and such a job
@@ -149,6 +156,8 @@ class Queue:
                 due_ns = to_ns(job.not_before)
                 self._due_ns = due_ns if self._due_ns is None else min(self._due_ns, due_ns)
             self._open(job.client_name, job.array_id or job.id)
+            if job.gpus:
+                self.gpus_freed()
         self._look.set()
 
     def awaits(self, job_ids: Iterable[int]) -> None:
@@ -181,7 +190,16 @@ class Queue:
         """A job has ended or was removed, or the settings are new: what was refused may be admitted now."""
         self._held_up.clear()
         self._all_held_up = False
+        self.gpus_freed()
         if self._heads:
+            self._look.set()
+
+    def gpus_freed(self) -> None:
+        """Jobs have fewer GPUs, or the one that is next to have some may wait no more: look again who is."""
+        if self._is_short:
+            self._is_short = False
+            self._heads.update(dict.fromkeys(self._behind_it))
+            self._behind_it.clear()
             self._look.set()
 
     def workspace_freed(self, client_name: str) -> None:
@@ -213,6 +231,7 @@ class Queue:
                 self._note_end(job_id)
                 self._changed(job_id)
         self._wake_waiting_elements(array_id)
+        self.gpus_freed()
         await self._see_if_over(array_id)
 
     async def cancel_element(self, element: Element) -> Job | None:
@@ -296,6 +315,7 @@ class Queue:
         head = self._heads.get(client_name)
         if head is not None and head.id == job_id:
             self._heads[client_name] = None
+        self.gpus_freed()
         self._changed(job_id)
         self._look.set()
 
@@ -371,6 +391,12 @@ class Queue:
         job = await self._whose_turn()
         if job is None:
             return False
+        if job.gpus > self.free_gpus():
+            self._next_with_gpus, self._is_short = job, True
+            for client_name, head in self._heads.items():
+                if head is not None and head.gpus:
+                    self._heads[client_name] = None
+            return True
         if not self._slots.has_room(job.limits):
             # What becomes free is for this one: else those who need less would always be first.
             return False
@@ -434,8 +460,9 @@ class Queue:
                 best = head
         return best
 
-    def _rank(self, job: Head) -> tuple[float, int, int]:
-        return self._slots.share(job.client_name), -job.priority, job.id
+    def _rank(self, job: Head) -> tuple[bool, float, int, int]:
+        awaited = self._next_with_gpus is not None and self._next_with_gpus.id == job.id
+        return not awaited, self._slots.share(job.client_name), -job.priority, job.id
 
     async def _head_of(self, client_name: str) -> Head | None:
         head = self._heads.get(client_name)
@@ -445,7 +472,11 @@ class Queue:
             # taken out before the look: a job that is added during the look puts it in again
             self._heads.pop(client_name, None)
             passed_over = (*self._starting.get(client_name, ()), *self._shut.get(client_name, ()))
-            head = await self._store.first_ready(client_name, passed_over, self._busy(client_name))
+            if self._is_short:
+                self._behind_it.add(client_name)
+            head = await self._store.first_ready(
+                client_name, passed_over, self._busy(client_name), without_gpus=self._is_short
+            )
             if head is not None:
                 self._heads[client_name] = head
         return head
@@ -496,6 +527,8 @@ class Queue:
 
     def _started(self, job: Job) -> None:
         self.admissions += 1
+        if self._next_with_gpus is not None and self._next_with_gpus.id in (job.id, job.array_id):
+            self._next_with_gpus = None
         self._attempts.pop(job.id, None)
         self._refused.pop(job.client_name, None)
         self._all_refused = ""
@@ -503,6 +536,9 @@ class Queue:
 
     def _put_off(self, job: Head, error: LimitReachedError) -> None:
         """Note why a job cannot be started, and until when that is so: another end, or the next attempt."""
+        if error.limit == "gpus":
+            # a job that was started at once has them: the next look sees that
+            return
         if error.limit is None:
             log.warning("cannot start job %d of the queue now: %s", job.id, error)
             self._wait_for_host()
@@ -579,6 +615,10 @@ class Queue:
             return "waits: the server cannot start a job now, and tries again soon"
         if words := self._refused.get(client_name) or self._all_refused:
             return f"waits: {words}"
+        if self._is_short and job.gpus and self._next_with_gpus is not None:
+            is_next = self._next_with_gpus.id in (job.id, job.array_id)
+            free = f"{job.gpus} free GPU{'s' * (job.gpus > 1)}"
+            return f"is next: waits for {free}" if is_next else "waits for its turn to have GPUs"
         head = self._heads.get(client_name)
         first = head is not None and head.id == job.id
         if first and not self._slots.has_room_of_own(client_name, job.limits):

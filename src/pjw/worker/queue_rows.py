@@ -65,6 +65,7 @@ class Head(NamedTuple):
     array_id: int | None = None
     workspace: str = ""
     exclusive: bool = False
+    gpus: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,7 @@ class WaitingJob:
             outputs=tuple(stored.get("outputs", ())),
             output_required=stored.get("output_required", False),
             mounts=self.job.mounts,
+            gpus=self.job.gpus,
         )
 
 
@@ -313,17 +315,23 @@ def delete(db: sqlite3.Connection, job_id: int) -> None:
 
 
 def first_ready(
-    db: sqlite3.Connection, client_name: str, without: Sequence[int], busy: Mapping[str, bool]
+    db: sqlite3.Connection,
+    client_name: str,
+    without: Sequence[int],
+    busy: Mapping[str, bool],
+    *,
+    without_gpus: bool = False,
 ) -> Head | None:
     """The job of a client that goes first of those that wait for nothing but their turn, nor a workspace."""
-    head = _first(db, "jobs_ready", client_name, without)
+    more = " AND gpus = 0" if without_gpus else ""
+    head = _first(db, "jobs_ready", client_name, without, more)
     if head is None or is_free(busy, head.workspace, exclusive=head.exclusive):
         return head
     # Thousands may wait for a workspace, so they are not gone through one by one. Of each workspace only the
     # first can be next: those that share it would else keep one that is to be alone waiting for ever.
     heads = [
         _first_of(
-            _first(db, "jobs_ready_of_workspace", client_name, without, workspace, exclusive)
+            _first(db, "jobs_ready_of_workspace", client_name, without, more, workspace, exclusive)
             for exclusive in (False, True)
         )
         for workspace in _ready_workspaces(db, client_name)
@@ -338,14 +346,19 @@ def _first_of(heads: Iterable[Head | None]) -> Head | None:
 
 
 def _first(
-    db: sqlite3.Connection, index: str, client_name: str, without: Sequence[int], *workspace: str | bool
+    db: sqlite3.Connection,
+    index: str,
+    client_name: str,
+    without: Sequence[int],
+    more: str,
+    *workspace: str | bool,
 ) -> Head | None:
     marks = ", ".join("?" * len(without))
     only = " AND workspace = ? AND exclusive = ?" if workspace else ""
     row = db.execute(
         "SELECT id, limits, priority, (SELECT indices FROM arrays WHERE arrays.id = jobs.id),"
-        f" workspace, exclusive FROM jobs INDEXED BY {index}"
-        f" WHERE client_name = ?{only} AND {READY} AND array_id IS NULL AND id NOT IN ({marks})"
+        f" workspace, exclusive, gpus FROM jobs INDEXED BY {index}"
+        f" WHERE client_name = ?{only} AND {READY} AND array_id IS NULL AND id NOT IN ({marks}){more}"
         " ORDER BY priority DESC, id LIMIT 1",
         (client_name, *workspace, *without),
     ).fetchone()
@@ -360,6 +373,7 @@ def _first(
         at_once=at_once,
         workspace=row[4],
         exclusive=bool(row[5]),
+        gpus=row[6],
     )
 
 
@@ -466,11 +480,19 @@ def cancel_array(
     return cancelled
 
 
-def admit(db: sqlite3.Connection, job_id: int, limits: Limits, now_ns: int) -> Job | None:
+def admit(
+    db: sqlite3.Connection, job_id: int, limits: Limits, now_ns: int, gpu_names: str = ""
+) -> Job | None:
     """Take a job out of the queue; None when it is not there, or not to be started now."""
     transition(JobState.QUEUED, JobEvent.ADMITTED)
     return _job_or_none(
-        _changed(db, "start_ns = ?, limits = ?", (now_ns, limits_text(limits)), job_id, READY)
+        _changed(
+            db,
+            "start_ns = ?, limits = ?, gpu_names = ?",
+            (now_ns, limits_text(limits), gpu_names),
+            job_id,
+            READY,
+        )
     )
 
 
@@ -549,7 +571,7 @@ def retry(db: sqlite3.Connection, job: Job, now_ns: int, *, was_stopped: bool) -
     kept = (
         "client_name, command, limits, name, labels, split_stderr, input, workdir, priority, waits_for,"
         " array_id, array_index, workspace, exclusive, image, read_only, artifacts_required, mounts, allow,"
-        " link"
+        " link, gpus"
     )
     next_id = db.execute(
         f"INSERT INTO jobs ({kept}, start_ns, queued_ns, not_before_ns, attempt, artifacts)"

@@ -26,7 +26,7 @@ COLUMNS: Final = (
     " artifacts, artifact_bytes, artifacts_detail, artifacts_required,"
     " output_bytes, name, labels, split_stderr, input, workdir, queued_ns, priority, not_before_ns, held,"
     " detail, waits_for, unmet, attempt, retried_as, array_id, array_index, workspace, exclusive,"
-    " image, read_only, mounts, allow, link, node,"
+    " image, read_only, mounts, allow, link, gpus, node,"
     " (SELECT json_array(indices, count, waiting, succeeded, failed, cancelled) FROM arrays"
     " WHERE arrays.id = jobs.id)"
 )
@@ -109,6 +109,7 @@ def job_of(row: Row) -> Job:
         mounts,
         allow,
         link,
+        gpus,
         node,
         array,
     ) = row
@@ -158,6 +159,7 @@ def job_of(row: Row) -> Job:
         mounts=tuple(json.loads(mounts)) if mounts else (),
         allow=tuple(allow.split()),
         link=link,
+        gpus=gpus,
         node=node,
     )
 

@@ -393,6 +393,11 @@ CREATE TABLE images (
 ) WITHOUT ROWID;
 CREATE UNIQUE INDEX images_of_name ON images (client_name, name) WHERE name <> '';
 """,
+    # How many GPUs a job has for itself; and which, as a list in JSON, from before its launch on.
+    """
+ALTER TABLE jobs ADD COLUMN gpus INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE jobs ADD COLUMN gpu_names TEXT NOT NULL DEFAULT '';
+""",
     # A cluster. On a node `reported` says that the gateway has written the end of a job down; its jobs have
     # request ids of their own kind. On a gateway `node` is where a job is, and each job has a row of
     # `placements` (gateway/states.py), until the node has forgotten it too. `nodes` are those that were seen.

@@ -6,7 +6,18 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from pjw.errors import ConfigError, InvalidJobError
-from pjw.model import DEFAULT_SHARE, LIMIT_MAXIMUM, NO_SUMS, Limits, MountSource, Share, Sums, check_image
+from pjw.model import (
+    DEFAULT_SHARE,
+    LIMIT_MAXIMUM,
+    NO_GPUS,
+    NO_SUMS,
+    GpuOffer,
+    Limits,
+    MountSource,
+    Share,
+    Sums,
+    check_image,
+)
 from pjw.worker.network import Network
 
 UID_COUNT: Final = 65_536
@@ -162,6 +173,8 @@ class WorkerSettings:
     # directories of the host that jobs may ask for
     mounts: tuple[MountSource, ...] = ()
     network: Network = field(default_factory=Network)
+    # whose jobs may have the host's GPUs
+    gpus: GpuOffer = NO_GPUS
 
     def __post_init__(self) -> None:
         if above := self.default_limits.first_above(self.ceiling):

@@ -11,6 +11,7 @@ from typing import Final
 
 from pjw.errors import (
     CopyError,
+    GpuError,
     ImageNotFoundError,
     InvalidJobError,
     JobNotFoundError,
@@ -27,6 +28,7 @@ from pjw.worker.background import Background, log_bug
 from pjw.worker.command_file import command_file
 from pjw.worker.descriptors import Descriptors
 from pjw.worker.endings import Endings
+from pjw.worker.gpus import NONE, Gpus, Taken
 from pjw.worker.images import Images
 from pjw.worker.job import LiveJob
 from pjw.worker.launch_turns import LaunchTurns, Turn
@@ -69,6 +71,7 @@ class Starts:
         turns: LaunchTurns,
         background: Background,
         uploads: Uploads,
+        gpus: Gpus,
     ) -> None:
         self._state: Final = state
         self._launcher: Final = launcher
@@ -83,6 +86,7 @@ class Starts:
         self._images: Final = images
         self._background: Final = background
         self._uploads: Final = uploads
+        self._gpus: Final = gpus
         self._descriptors: Final = Descriptors()
         self._turns: Final = turns
         self._tasks: Final[set[asyncio.Task[Job]]] = set()
@@ -160,7 +164,7 @@ class Starts:
         self, spec: JobSpec, client_name: str, limits: Limits, turn: Turn, image: str
     ) -> Job:
         try:
-            uid, use = await self._take_room(spec, client_name, limits, turn)
+            uid, use, gpus = await self._take_room(spec, client_name, limits, turn)
         except PjwError:
             # A job that the same request has started before is the answer, whatever holds for new ones.
             # To look for it before each start would cost all the others, which are nearly all that come.
@@ -169,17 +173,18 @@ class Starts:
             return known
         descriptors: list[int] = []
         try:
-            job = await self._state.store.add(
-                client_name, spec, limits, partial(self._make_files, spec, image, descriptors)
-            )
+            spec = await self._gpus.with_variables(spec, gpus)
+            made = partial(self._make_files, spec, image, descriptors)
+            job = await self._state.store.add(client_name, spec, limits, made, gpus.names)
         except AlreadyStartedError as before:
-            self._give_back(client_name, limits, use)
+            self._give_back(client_name, limits, use, gpus)
             return await self._job(before.job_id)
         except BaseException:
-            self._give_back(client_name, limits, use)
+            self._give_back(client_name, limits, use, gpus)
             raise
         self._workspaces.begun(use, job.id)
         self._images.begun(client_name, image, job.id)
+        self._gpus.begun(gpus, job.id)
         # The row is there, so whatever happens to us, the next worker can find the process. Its
         # way to the disk and the launch go side by side.
         synced = self._state.store.sync()
@@ -208,9 +213,10 @@ class Starts:
     async def _start_admitted(
         self, job_id: int, spec: JobSpec, client_name: str, limits: Limits, image: str
     ) -> Job:
-        job, uid, use = await self._admit(job_id, spec, client_name, limits)
+        job, uid, use, gpus = await self._admit(job_id, spec, client_name, limits)
         self._workspaces.begun(use, job_id)
         self._images.begun(client_name, image, job_id)
+        self._gpus.begun(gpus, job_id)
         descriptors: list[int] = []
         ended: Job | None = None
 
@@ -225,19 +231,20 @@ class Starts:
                 await self._state.store.sync()
                 await turn.begin()
                 self._require_launcher()
+                spec = await self._gpus.with_variables(spec, gpus)
                 await self._state.store.in_turn(partial(self._make_files, spec, image, descriptors, job))
             except LauncherGoneError:
                 # the next worker puts it back
                 raise
-            except CopyError as error:
-                # its files are gone, and do not come again
-                self._give_back(client_name, limits, use)
+            except (CopyError, GpuError) as error:
+                # its files are gone, and do not come again; a GPU is gone, or nobody can tell
+                self._give_back(client_name, limits, use, gpus)
                 ended = await self._state.store.end_without_start(job_id, EndReason.START_FAILED, str(error))
                 if ended is None:
                     raise
                 return ended
             except BaseException:
-                self._give_back(client_name, limits, use)
+                self._give_back(client_name, limits, use, gpus)
                 await self._state.store.put_back(job_id)
                 raise
             try:
@@ -259,27 +266,31 @@ class Starts:
 
     async def _admit(
         self, job_id: int, spec: JobSpec, client_name: str, limits: Limits
-    ) -> tuple[Job, int, Use | None]:
-        """Take a job out of the queue, and count it; the job, its user id, and its use of a workspace."""
+    ) -> tuple[Job, int, Use | None, Taken]:
+        """Take a job out of the queue, and count it; the job, its user id, use of a workspace, and GPUs."""
         self._running.take(client_name, limits)
         use: Use | None = None
+        gpus = NONE
         try:
+            gpus = self._gpus.take(spec.gpus)
             use = await self._workspaces.take(client_name, spec)
             await self._stored.check(client_name)
             uid = await self._users.of(client_name)
-            return await self._state.store.admit(job_id, limits), uid, use
+            return await self._state.store.admit(job_id, limits, gpus.names), uid, use, gpus
         except BaseException:
-            self._give_back(client_name, limits, use)
+            self._give_back(client_name, limits, use, gpus)
             raise
 
-    def _give_back(self, client_name: str, limits: Limits, use: Use | None) -> None:
+    def _give_back(self, client_name: str, limits: Limits, use: Use | None, gpus: Taken) -> None:
         """A job that was counted did not come to be."""
         self._running.give_back(client_name, limits)
         self._workspaces.give_back(use)
+        self._gpus.give_back(gpus)
 
     def _give_back_of(self, job: Job) -> None:
         self._running.give_back(job.client_name, job.limits)
         self._workspaces.give_back_of(job.id)
+        self._gpus.give_back_of(job.id)
 
     async def _put_back_or_end(self, job: Job, error: BaseException) -> Job | None:
         """Put a job whose launch failed back into the queue, if it can be started later; else its end.
@@ -313,15 +324,18 @@ class Starts:
 
     async def _take_room(
         self, spec: JobSpec, client_name: str, limits: Limits, turn: Turn
-    ) -> tuple[int, Use | None]:
-        """Count a job that is to be started, and wait for its turn; its user id, and its use of a workspace.
+    ) -> tuple[int, Use | None, Taken]:
+        """Count a job that is to be started, and wait for its turn; its user id, use of a workspace, GPUs.
 
-        Raises LimitReachedError, InvalidJobError without room for its memory ever, WorkspaceBusyError and
-        LauncherGoneError.
+        Raises LimitReachedError, InvalidJobError without room for its memory ever, WorkspaceBusyError,
+        GpuError, MountNotFoundError and LauncherGoneError.
         """
+        await self._gpus.check(client_name, spec.gpus)
         self._running.take(client_name, limits)
         use: Use | None = None
+        gpus = NONE
         try:
+            gpus = self._gpus.take(spec.gpus)
             offered(self._running.settings.mounts, client_name, spec.mounts)
             if spec.workspace:
                 use = await self._workspaces.take(client_name, spec)
@@ -329,9 +343,9 @@ class Starts:
             await turn.begin()
             self._require_launcher()
             await self._stored.check(client_name)
-            return await self._users.of(client_name), use
+            return await self._users.of(client_name), use, gpus
         except BaseException:
-            self._give_back(client_name, limits, use)
+            self._give_back(client_name, limits, use, gpus)
             raise
 
     def _make_files(self, spec: JobSpec, image: str, descriptors: list[int], job: Job) -> None:
@@ -424,9 +438,10 @@ class Starts:
             image=self._images.of(job.id),
             read_only=job.read_only,
             mounts=tuple(spec.mounts),
-            client_name=job.client_name if spec.mounts or job.allow else "",
+            client_name=job.client_name if spec.mounts or job.allow or spec.gpus else "",
             allow=tuple(job.allow),
             link=job.link,
+            gpus=self._gpus.names_of(job.id),
         )
         return await self._launcher.request_launch(request, spec, descriptors)
 

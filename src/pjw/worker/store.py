@@ -99,6 +99,11 @@ class NotQueuedError(Exception):
     """A job that was to be started is not in the queue any more, or is held."""
 
 
+def _listed(texts: Sequence[str]) -> str:
+    """How a row has a list of text."""
+    return json.dumps(list(texts), ensure_ascii=False)
+
+
 class JobStore:
     """The table, used from one thread of its own, so that a slow disk holds no event loop up.
 
@@ -214,18 +219,24 @@ class JobStore:
         spec: JobSpec,
         limits: Limits,
         made: Callable[[Job], None] = lambda _: None,
+        gpu_names: Sequence[str] = (),
     ) -> Job:
         """Insert a job that is about to start, then call *made* with it, in the table's thread.
 
         When that raises, the row is deleted again. Raises NameTakenError while another job bears its name,
         and AlreadyStartedError when the same request has started a job before.
         """
-        return await self._run(self._add_and_make, client_name, spec, limits, made)
+        return await self._run(self._add_and_make, client_name, spec, limits, made, gpu_names)
 
     def _add_and_make(
-        self, client_name: str, spec: JobSpec, limits: Limits, made: Callable[[Job], None]
+        self,
+        client_name: str,
+        spec: JobSpec,
+        limits: Limits,
+        made: Callable[[Job], None],
+        gpu_names: Sequence[str],
     ) -> Job:
-        job = self._add(client_name, spec, limits)
+        job = self._add(client_name, spec, limits, gpu_names)
         try:
             made(job)
         except BaseException:
@@ -233,9 +244,13 @@ class JobStore:
             raise
         return job
 
-    def _add(self, client_name: str, spec: JobSpec, limits: Limits) -> Job:
+    def _add(self, client_name: str, spec: JobSpec, limits: Limits, gpu_names: Sequence[str]) -> Job:
         now = datetime.now(UTC)
-        own = workspace_rows.columns_of(spec) if spec.workspace or spec.image else _NO_COLUMNS
+        own: Mapping[str, int | str] = (
+            workspace_rows.columns_of(spec) if spec.workspace or spec.image else _NO_COLUMNS
+        )
+        if gpu_names:
+            own = {**own, "gpu_names": _listed(gpu_names)}
         job_id = self._insert(client_name, spec, limits, to_ns(now), own)
         return Job(
             job_id,
@@ -257,6 +272,7 @@ class JobStore:
             mounts=spec.mounts,
             allow=spec.allow,
             link=spec.link,
+            gpus=spec.gpus,
         )
 
     def _insert(
@@ -272,7 +288,9 @@ class JobStore:
             required = int(spec.output_required)
             more = {**more, "artifacts": ArtifactsState.PENDING, "artifacts_required": required}
         if spec.mounts:
-            more = {**more, "mounts": json.dumps(list(spec.mounts), ensure_ascii=False)}
+            more = {**more, "mounts": _listed(spec.mounts)}
+        if spec.gpus:
+            more = {**more, "gpus": spec.gpus}
         if spec.allow or spec.link:
             more = {**more, "allow": " ".join(spec.allow), "link": spec.link}
         try:
@@ -534,13 +552,20 @@ class JobStore:
                 queue_rows.delete(self._db, job_id)
 
     async def first_ready(
-        self, client_name: str, without: Sequence[int] = (), busy: Mapping[str, bool] = NOTHING_BUSY
+        self,
+        client_name: str,
+        without: Sequence[int] = (),
+        busy: Mapping[str, bool] = NOTHING_BUSY,
+        *,
+        without_gpus: bool = False,
     ) -> queue_rows.Head | None:
         """The job of a client that goes first of those that wait for nothing but their turn.
 
         No job that waits for a workspace: for those that are *busy* see workspace_rows.is_free.
         """
-        return await self._run(queue_rows.first_ready, self._db, client_name, without, busy)
+        return await self._run(
+            queue_rows.first_ready, self._db, client_name, without, busy, without_gpus=without_gpus
+        )
 
     async def waiting(self, job_id: int) -> queue_rows.WaitingJob:
         """A job that waits for nothing but its turn, with what it is to execute.
@@ -676,12 +701,13 @@ class JobStore:
 
     # --- from the queue to its start
 
-    async def admit(self, job_id: int, limits: Limits) -> Job:
-        """Take a job out of the queue, to be started with *limits*. Raises NotQueuedError.
+    async def admit(self, job_id: int, limits: Limits, gpu_names: Sequence[str] = ()) -> Job:
+        """Take a job out of the queue, to be started with *limits* and these GPUs. Raises NotQueuedError.
 
         What is to be executed stays stored until `settled`: a crash before that may have left it undone.
         """
-        job = await self._run(queue_rows.admit, self._db, job_id, limits, time.time_ns())
+        names = _listed(gpu_names) if gpu_names else ""
+        job = await self._run(queue_rows.admit, self._db, job_id, limits, time.time_ns(), names)
         if job is None:
             raise NotQueuedError
         return job
@@ -840,6 +866,17 @@ class JobStore:
         # and of each client one waits for its turn, or another's would wait for all of them.
         async with self._filtering_of.setdefault(client_name, asyncio.Lock()), self._filtering:
             return await self._run(read_page, self._db, client_name, after, count, wanted, newest_first)
+
+    async def gpus_of_jobs(self) -> dict[int, tuple[str, ...]]:
+        """The GPUs of the jobs that were begun, and whose end has not been written down."""
+        return await self._run(self._gpus_of_jobs)
+
+    def _gpus_of_jobs(self) -> dict[int, tuple[str, ...]]:
+        query = (
+            "SELECT id, gpu_names FROM jobs INDEXED BY jobs_alive"
+            " WHERE state IS NULL AND start_ns > 0 AND gpu_names <> ''"
+        )
+        return {job_id: tuple(json.loads(names)) for job_id, names in self._db.execute(query)}
 
     async def alive(self) -> list[Job]:
         """The jobs that were begun, and whose end has not been written down."""

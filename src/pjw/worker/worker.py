@@ -16,6 +16,7 @@ from pjw.arrays import Element
 from pjw.errors import (
     ConfigError,
     CopyError,
+    GpuError,
     InvalidJobError,
     JobNotFoundError,
     JobStateError,
@@ -52,6 +53,7 @@ from pjw.worker.disk import DiskSampler, ScratchUse
 from pjw.worker.egress import Connection, Connections
 from pjw.worker.endings import Endings
 from pjw.worker.flag import Flag, first_of
+from pjw.worker.gpus import Gpus
 from pjw.worker.held import HeldOutputs
 from pjw.worker.images import Images
 from pjw.worker.input import Inputs, InputWriter, ended_error, require_input
@@ -136,6 +138,7 @@ class Worker:
             state.store, self._launcher, self._workspaces, settings, self._background
         )
         self._disk.growing = self._workspaces.growing
+        self._gpus: Final = Gpus(state.store, self._launcher, settings)
         self._endings: Final = Endings(
             state,
             self._launcher,
@@ -149,6 +152,7 @@ class Worker:
             self._held,
             self._background,
             Keeping(state, self._inotify, self._stored),
+            self._gpus,
         )
         turns = LaunchTurns()
         self._sessions: Final = Sessions(
@@ -180,6 +184,7 @@ class Worker:
             turns,
             self._background,
             self._uploads,
+            self._gpus,
         )
         self._queue: Final = Queue(state.store, self, self._background, settings)
         self._changes: Final = Changes(state.store, self._background, self._launcher.gone, self._queue.shown)
@@ -189,6 +194,8 @@ class Worker:
         self._queue.busy, self._queue.holder = self._workspaces.busy, self._workspaces.holder
         self._workspaces.freed.append(self._queue.workspace_freed)
         self._workspaces.counted.append(self._queue.room_was_made)
+        self._queue.free_gpus = lambda: self._gpus.free
+        self._gpus.freed.append(self._queue.gpus_freed)
 
     @classmethod
     async def open(cls, state_dir: str, settings: WorkerSettings | None = None) -> Self:
@@ -225,6 +232,7 @@ class Worker:
             self._workspaces,
             self._endings,
             self._background,
+            self._gpus,
         )
         await self._workspaces.begin(self._ready.uid_first)
         for job_id, client_name, key in await self._images.begin():
@@ -456,12 +464,13 @@ class Worker:
         return [self._shown(job) for job in jobs]
 
     async def _require_what_is_named(self, spec: JobSpec, client_name: str) -> None:
-        """Raises CopyError for an upload, and MountNotFoundError for a mount, that there is not."""
+        """Raises CopyError for an upload, MountNotFoundError, and GpuError for GPUs, that there are not."""
         try:
             offered(self._settings.mounts, client_name, spec.mounts)
+            await self._gpus.check(client_name, spec.gpus)
             if spec.upload:
                 await self._uploads.renew(client_name, spec.upload)
-        except (CopyError, MountNotFoundError):
+        except (CopyError, GpuError, MountNotFoundError):
             # a job that the same request has made before may have had it
             request_id = spec.request_id
             if not request_id or await self._state.store.of_request(client_name, request_id) is None:
@@ -957,6 +966,7 @@ class Worker:
             queued=(await self._state.store.queued_of_clients()).get(client_name, 0),
             queued_max=settings.quotas.queued_max,
             mounts=tuple(each.shown for each in settings.mounts if each.is_for(client_name)),
+            gpus=self._gpus.of(client_name),
         )
 
     async def logs(

@@ -17,9 +17,11 @@
 #include <signal.h>
 #include <sys/types.h>
 
-enum { IMAGE_FDS_MAX = 2, HIDES_MAX = 64, PLACES_MAX = 128, MOUNTS_MAX = PLACES_MAX + 3, CGROUPS_MAX = 16, LIFTS_MAX = 64, COMMAND_MAX_BYTES = (1 << 20) + (1 << 16), ORDER_MAX_BYTES = 8192, STREAMS_MAX = 2 };
+enum { IMAGE_FDS_MAX = 2, HIDES_MAX = 64, PLACES_MAX = 128, MOUNTS_MAX = PLACES_MAX + 3, CGROUPS_MAX = 16, LIFTS_MAX = 64, COMMAND_MAX_BYTES = (1 << 20) + (1 << 16), ORDER_MAX_BYTES = 1 << 16, STREAMS_MAX = 2 };
 /* of the operator's directories: of one job; and bytes of a path where it has one */
 enum { JOB_MOUNTS_MAX = 8, TARGET_MAX_BYTES = 255 };
+/* of devices, and what comes with them, of one job */
+enum { JOB_DEVICES_MAX = 128, TARGETS_MAX = JOB_MOUNTS_MAX + JOB_DEVICES_MAX };
 /* where a job has its workspace, if it has one */
 #define WORKSPACE_DIRECTORY "/run/workspace"
 /* of a job with names on the network: that of the proxy, and of each name with a port */
@@ -54,6 +56,7 @@ enum { REQUEST_MAX_BYTES = 1 << 20, REQUEST_FDS_MAX = 1 + IMAGE_FDS_MAX + CGROUP
     X(IMAGE, "image", "use the image: it needs a directory, and no link, at") \
     X(MOUNT_SOURCE, "mount-source", "open the directory of the mount")  \
     X(MOUNT_AT, "mount-at", "mount the operator's directory at")        \
+    X(DEVICE_AT, "device-at", "give the job")                           \
     X(MOUNT_TMP, "mount-tmp", "mount a private")                        \
     X(MOUNT_DEV, "mount-dev", "mount /dev")                             \
     X(DEVICE, "make-device", "make")                                    \
@@ -106,10 +109,19 @@ struct place {
     int fd; /* root.c's */
 };
 
-/* A directory that the operator offers. */
+enum source_kind { SOURCE_READ_ONLY, SOURCE_WRITABLE, SOURCE_DEVICE, SOURCE_FILE };
+
+/* A directory that the operator offers, a device, or a file or directory that comes with one. */
 struct source {
     const char *path;
-    bool writable;
+    enum source_kind kind;
+};
+
+/* Where a job has one, and a mount of it. */
+struct target {
+    const char *path;
+    int fd;
+    bool of_device;
 };
 
 /* Where connections come from within the job, for who makes them outside. */
@@ -136,9 +148,9 @@ struct options {
     int upload_fd;
     bool workspace; /* the order comes with a mount of it */
     int workspace_fd;
-    const char *targets[JOB_MOUNTS_MAX]; /* where the job has directories of the operator's; the order comes with mounts of them */
-    int target_fds[JOB_MOUNTS_MAX], target_count;
-    struct source sources[JOB_MOUNTS_MAX]; /* not for an init: open these, and hand over mounts of them */
+    struct target targets[TARGETS_MAX]; /* where the job has what is the operator's; the order comes with mounts of these */
+    int target_count;
+    struct source sources[TARGETS_MAX]; /* not for an init: open these, and hand over mounts of them */
     int source_count;
     bool keep; /* the order comes with patterns of files that are kept after the end, and with a file for their archive */
     int patterns_fd, artifacts_fd;
@@ -185,10 +197,10 @@ void parse_request(char *words, size_t length, struct options *options);
  * The words of an order, each ended by NUL, and the descriptors that came with it: command, output, status,
  * times; where stderr is kept apart its own output and times; with --control that file; where there is input, that; with
  * --keep the file for artifacts; with --upload the archive; with --keep the patterns; with one of these two, or with --tool, the
- * program for archives; with --workspace a mount of it; for each --mount-at a mount of that; last, with --link, a network
+ * program for archives; with --workspace a mount of it; for each --mount-at and --device-at a mount of that; last, with --link, a network
  * namespace. A session has no times, and no mounts but those of its job.
  */
-enum { ORDER_FDS_MAX = 13 + JOB_MOUNTS_MAX };
+enum { ORDER_FDS_MAX = 13 + TARGETS_MAX };
 void parse_order(char *words, size_t length, const int *fds, size_t fd_count, struct options *options);
 void release_command(struct options *options);
 
@@ -271,7 +283,7 @@ bool is_in_template(void);
 void make_mounts(struct options *options);
 void finish_mounts(struct options *options);
 
-/* offered.c: the operator's directories, opened by a process that does nothing else, and attached in a job */
+/* offered.c: the operator's directories and devices, opened by a process that does nothing else, and attached in a job */
 _Noreturn void hand_over_sources(const struct options *options);
 void mount_offered(const struct options *options);
 

@@ -17,7 +17,7 @@ enum option_id {
     SCRATCH, HIDE, TMP_BYTES, OUTPUT_MAX, TIME_MAX, WAIT, SPLIT_STDERR, TIMES_FD, STDERR_FD, STDERR_TIMES_FD,
     INPUT, INPUT_FD, LIFT_FD, LIFT, VISIBLE, BOUND, COVER, TELL, GRACE, CGROUP, SPAWNER, VARIABLE, ENTER_FD, CONTROL,
     TERMINAL, CONNECT, TOOL_FD, UPLOAD, MOUNT, WORKSPACE, KEEP, IMAGE_FD, IMAGE_READ_ONLY, TOOL, MOUNT_AT, OPEN, OPEN_WRITABLE,
-    LISTEN, LINK,
+    LISTEN, LINK, DEVICE_AT, OPEN_DEVICE, OPEN_FILE,
 };
 
 /* Where an option may come: an order says what was not known before the job, and nothing about the host. */
@@ -72,6 +72,9 @@ static const struct option OPTIONS[] = {
     {"open-writable", required_argument, NULL, OPEN_WRITABLE | LINE},
     {"listen", required_argument, NULL, LISTEN | LINE | ORDER},
     {"link", no_argument, NULL, LINK | ORDER},
+    {"device-at", required_argument, NULL, DEVICE_AT | ORDER},
+    {"open-device", required_argument, NULL, OPEN_DEVICE | LINE},
+    {"open-file", required_argument, NULL, OPEN_FILE | LINE},
     {NULL, 0, NULL, 0},
 };
 
@@ -115,18 +118,20 @@ static void add_place(struct options *options, const char *option, enum view vie
     options->places[options->place_count++] = (struct place){path(option, optarg), view, -1};
 }
 
-static void add_source(struct options *options, const char *option, bool writable) {
-    if (options->source_count == JOB_MOUNTS_MAX)
+static void add_source(struct options *options, const char *option, enum source_kind kind) {
+    if (options->source_count == TARGETS_MAX)
         refuse(option, optarg, "too many of them");
-    options->sources[options->source_count++] = (struct source){path(option, optarg), writable};
+    options->sources[options->source_count++] = (struct source){path(option, optarg), kind};
 }
 
-static void add_target(struct options *options, const char *option) {
-    if (options->target_count == JOB_MOUNTS_MAX)
+static void add_target(struct options *options, const char *option, bool of_device) {
+    if (options->target_count == TARGETS_MAX || (!of_device && options->target_count >= JOB_MOUNTS_MAX))
         refuse(option, optarg, "too many of them");
     if (strlen(optarg) > TARGET_MAX_BYTES)
         refuse(option, optarg, "too long");
-    options->targets[options->target_count++] = path(option, optarg);
+    if (!of_device && options->target_count && options->targets[options->target_count - 1].of_device)
+        refuse(option, optarg, "devices come last");
+    options->targets[options->target_count++] = (struct target){path(option, optarg), -1, of_device};
 }
 
 /* ADDRESS:PORT, and /HOST behind it where it stands for a host. */
@@ -340,9 +345,12 @@ static int take_options(int argc, char **argv, enum phase phase, struct options 
             options->image = true;
             break;
         case IMAGE_READ_ONLY: options->image_read_only = true; break;
-        case MOUNT_AT: add_target(options, name); break;
-        case OPEN: add_source(options, name, false); break;
-        case OPEN_WRITABLE: add_source(options, name, true); break;
+        case MOUNT_AT: add_target(options, name, false); break;
+        case OPEN: add_source(options, name, SOURCE_READ_ONLY); break;
+        case OPEN_WRITABLE: add_source(options, name, SOURCE_WRITABLE); break;
+        case DEVICE_AT: add_target(options, name, true); break;
+        case OPEN_DEVICE: add_source(options, name, SOURCE_DEVICE); break;
+        case OPEN_FILE: add_source(options, name, SOURCE_FILE); break;
         case LISTEN: add_listener(options, name, optarg); break;
         case LINK: options->link = true; break;
         default: /* getopt_long(3) has said what is wrong */
@@ -452,7 +460,7 @@ void parse_request(char *words, size_t length, struct options *options) {
 }
 
 void parse_order(char *words, size_t length, const int *fds, size_t fd_count, struct options *options) {
-    enum { WORDS_MAX = 27 + 2 * JOB_MOUNTS_MAX + 2 * LISTENERS_MAX };
+    enum { WORDS_MAX = 27 + 2 * TARGETS_MAX + 2 * LISTENERS_MAX };
     char *argv[WORDS_MAX + 2] = {"order"};
     int count = split("wait", words, length, argv, WORDS_MAX);
     if (take_options(count, argv, ORDER, options) >= 0 || optind < count)
@@ -503,7 +511,7 @@ void parse_order(char *words, size_t length, const int *fds, size_t fd_count, st
     if (options->workspace)
         options->workspace_fd = *fds++;
     for (int i = 0; i < options->target_count; i++)
-        options->target_fds[i] = *fds++;
+        options->targets[i].fd = *fds++;
     if (options->link)
         options->link_fd = *fds;
     read_command(command, options);

@@ -36,7 +36,7 @@ size_t receive(enum step step, int socket, char *bytes, size_t bytes_max, int *f
     struct iovec data = {.iov_base = bytes, .iov_len = bytes_max};
     union {
         struct cmsghdr header;
-        char space[CMSG_SPACE(sizeof(int) * REQUEST_FDS_MAX)];
+        char space[CMSG_SPACE(sizeof(int) * (REQUEST_FDS_MAX + ORDER_FDS_MAX))]; /* whichever it is */
     } control = {0};
     /* CMSG_SPACE would have room for one descriptor too many */
     struct msghdr message = {.msg_iov = &data,

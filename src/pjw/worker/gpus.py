@@ -1,0 +1,146 @@
+"""GPUs: which the machine has, and which job has each of them for itself.
+
+What a job has is in its row from before its launch. So the next worker knows it, and gives no GPU to two.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Final
+
+from pjw.errors import ConfigError, GpuError, KernelError, LimitReachedError
+from pjw.launcher import protocol
+from pjw.model import JobSpec
+from pjw.worker.launcher_client import LauncherClient
+from pjw.worker.settings import WorkerSettings
+from pjw.worker.store import JobStore
+
+log: Final = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class Taken:
+    """The GPUs that a job has, or is about to have."""
+
+    names: tuple[str, ...] = ()
+    job_id: int | None = None
+
+
+NONE: Final = Taken()
+
+
+class Gpus:
+    """Those of one worker."""
+
+    def __init__(self, store: JobStore, launcher: LauncherClient, settings: WorkerSettings) -> None:
+        self._store: Final = store
+        self._launcher: Final = launcher
+        self._offer: Final = settings.gpus
+        # all that there were when last asked, and those of them that jobs have
+        self._names: tuple[str, ...] = ()
+        self._taken: Final[set[str]] = set()
+        self._of_job: Final[dict[int, Taken]] = {}
+        # what rows of jobs that have not ended say
+        self._stored: Mapping[int, tuple[str, ...]] = {}
+        # called when jobs have fewer than before
+        self.freed: Final[list[Callable[[], None]]] = []
+
+    async def begin(self) -> None:
+        """Find out what the machine and the jobs of the worker before us have."""
+        self._stored = await self._store.gpus_of_jobs()
+        if self._offer.kind:
+            try:
+                await self._refresh()
+            except GpuError:
+                # asked for again with each job that is to have some
+                self._names = ()
+
+    def adopt(self, job_id: int) -> None:
+        """A job of the worker before us still runs."""
+        if names := self._stored.get(job_id):
+            self._taken.update(names)
+            self._of_job[job_id] = Taken(names, job_id)
+
+    async def check(self, client_name: str, count: int) -> None:
+        """Raises GpuError unless a job of this client can ever have so many."""
+        if not count:
+            return
+        if not self._offer.is_for(client_name):
+            raise GpuError.not_offered()
+        await self._refresh()
+        if count > len(self._names):
+            raise GpuError(
+                f"the job asks for {_gpus(count)}, and the machine has {len(self._names)}",
+                hint="ask for fewer; `pjw quota` shows how many there are",
+            )
+
+    async def _refresh(self) -> None:
+        self._names = (await self._asked(())).names
+
+    async def _asked(self, names: tuple[str, ...]) -> protocol.GpuNames:
+        try:
+            return await self._launcher.request_gpus(names)
+        except (ConfigError, KernelError) as error:
+            log.error("GPUs: %s", error)
+            raise GpuError.unknown() from None
+
+    def of(self, client_name: str) -> int:
+        """How many the machine has for jobs of a client, free or not."""
+        return len(self._names) if self._offer.is_for(client_name) else 0
+
+    @property
+    def free(self) -> int:
+        """How many no job has."""
+        return sum(name not in self._taken for name in self._names)
+
+    def take(self, count: int) -> Taken:
+        """Give a job that is to be started so many. Raises LimitReachedError when fewer are free."""
+        if not count:
+            return NONE
+        names = [name for name in self._names if name not in self._taken][:count]
+        if len(names) < count:
+            # do not tell a client what others have
+            raise LimitReachedError(
+                f"cannot start the job with {_gpus(count)}: fewer are free now",
+                hint="wait for a job to end, or put the job into the queue: --queue",
+                limit="gpus",
+            )
+        self._taken.update(names)
+        return Taken(tuple(names))
+
+    async def with_variables(self, spec: JobSpec, taken: Taken) -> JobSpec:
+        """What the job is to execute, with the variables of its GPUs; its own go before. Raises GpuError."""
+        if not taken.names:
+            return spec
+        found = dict(each.split("=", 1) for each in (await self._asked(taken.names)).environment)
+        added = {name: text for name, text in found.items() if name not in spec.secrets}
+        return replace(spec, env={**added, **spec.env})
+
+    def begun(self, taken: Taken, job_id: int) -> None:
+        """The job has an id from now on."""
+        if taken.names:
+            taken.job_id = job_id
+            self._of_job[job_id] = taken
+
+    def give_back(self, taken: Taken) -> None:
+        """A job did not come to be."""
+        if not taken.names:
+            return
+        self._taken.difference_update(taken.names)
+        if taken.job_id is not None:
+            del self._of_job[taken.job_id]
+        for each in self.freed:
+            each()
+
+    def give_back_of(self, job_id: int) -> None:
+        """A job that had an id has ended, or did not come to be."""
+        if (taken := self._of_job.get(job_id)) is not None:
+            self.give_back(taken)
+
+    def names_of(self, job_id: int) -> tuple[str, ...]:
+        """Those that a job has."""
+        return self._of_job.get(job_id, NONE).names
+
+
+def _gpus(count: int) -> str:
+    return "1 GPU" if count == 1 else f"{count} GPUs"
