@@ -94,12 +94,15 @@ async function visit(at, keys, from, until) {
 
 // A terminal that is left and come back to, with a window of another size.
 async function attach(id) {
-  const command = "stty -echo; read a; echo got $a; read b; stty size; echo then $b; exit 4";
+  const ready = "ready\r\n";
+  const command = "stty -echo; echo ready; read a; echo got $a; read b; stty size; echo then $b; exit 4";
   const { session } = await call(client, "exec", { id, command, input: true, terminal: { rows: 33, columns: 101 } });
   const at = { id, session: session.number };
-  const first = await visit(at, "one\r", 0, "got one\r\n");
+  // what is typed before that is shown
+  await shown(at, 0, ready);
+  const first = await visit(at, "one\r", ready.length, "got one\r\n");
   await call(client, "resize", { ...at, terminal: { rows: 44, columns: 102 } });
-  const second = await visit(at, "two\r", first.output.length);
+  const second = await visit(at, "two\r", ready.length + first.output.length);
   return { first, second, session: (await call(client, "wait", at)).session };
 }
 
