@@ -28,7 +28,7 @@ from pjw.errors import (
     PjwError,
     WorkspaceBusyError,
 )
-from pjw.model import EndReason, Job, JobState
+from pjw.model import GPUS_MAX, EndReason, Job, JobState
 from pjw.worker.background import Background
 from pjw.worker.flag import Flag
 from pjw.worker.queue_rows import SERVER_FAILED, STOPPED_BEFORE_START, Head, WaitingJob
@@ -123,8 +123,8 @@ class Queue:
         self._next_with_gpus: Head | None = None
         self._is_short = False
         self._behind_it: Final[set[str]] = set()
-        # how many are free
-        self.free_gpus: Callable[[], int] = lambda: 0
+        # how many are free; where nobody knows, whoever starts a job refuses it
+        self.free_gpus: Callable[[], int] = lambda: GPUS_MAX
         # jobs of the queue that were admitted: how many
         self.admissions = 0
         # the workspaces of a client that jobs use, each with whether one is alone there; and such a job
