@@ -125,6 +125,8 @@ def test_it_is_made_by_the_job_s_user_alone(service: Service) -> None:
         wait_for(lambda: len(processes(service, job.id)) == 2)
         [packer] = set(processes(service, job.id)) - {service.init_pid(job.id)}
         wait_for(lambda: b"collect" in Path(f"/proc/{packer}/cmdline").read_bytes())
+        # it takes its name a moment after its exec
+        wait_for(lambda: Path(f"/proc/{packer}/comm").read_text() == "pjw-archive\n")
         lines = Path(f"/proc/{packer}/status").read_text().splitlines()
         status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
         uid = (service.scratch()[0]).stat().st_uid
