@@ -241,8 +241,8 @@ def _add_image(commands: Commands) -> None:
         "load",
         help="load an image of your own from a file, and print its name",
         description="Load an image of your own: an archive of docker save, podman save or skopeo, an OCI"
-        " layout (a tar archive, or oci:DIR[:TAG]), or a tar archive or a directory (dir:DIR) of a root. A job of"
-        " yours unpacks it. Running jobs keep an older image of this name.",
+        " layout (a tar archive, or oci:DIR[:TAG]), or a tar archive or a directory (dir:DIR) of a root. A"
+        " job of yours unpacks it. Running jobs keep an older image of this name.",
     )
     _runs(action, "images.load_image")
     action.set_defaults(starts=True)
