@@ -612,7 +612,7 @@ def _of(value: object, key: str, kind: type) -> Any:  # noqa: ANN401  JSON
     if found is None and kind in (list, dict):
         return kind()
     if not isinstance(found, kind):
-        raise _WrongError(f"it has no {key} where it must say one")
+        raise _WrongError(f"it lacks {key} where there must be one")
     return found
 
 

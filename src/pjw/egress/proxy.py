@@ -267,7 +267,7 @@ async def _pass_on(
     except (h11.RemoteProtocolError, OSError):
         if is_answered:
             raise
-        raise Failure("unreachable", 502, f"{wanted.host} did not answer as HTTP/1.1 has it") from None
+        raise Failure("unreachable", 502, f"{wanted.host} did not answer in HTTP/1.1") from None
     finally:
         uploading.cancel()
         await asyncio.gather(uploading, return_exceptions=True)

@@ -53,7 +53,7 @@ def _host_and_port(authority: bytes) -> tuple[str, int | None]:
     # an IPv6 address without brackets could also be an address with a port
     name = "" if ":" in host and not text.startswith("[") else host_of(host)
     if not name:
-        raise _invalid(f"{text[:80]!a} is no name of a host, as HOST:PORT", 400)
+        raise _invalid(f"{text[:80]!a} is neither HOST nor HOST:PORT", 400)
     if port is None:
         return name, None
     if not (port.isascii() and port.isdecimal() and len(port) <= 5 and 1 <= int(port) <= _PORT_MAX):

@@ -61,7 +61,7 @@ class Sessions:
             raise JobStateError("the session of this claim is over")
         claimed = await self._placements.claim(request.uuid, node, request.session)
         if claimed is None:
-            raise JobStateError(f"job {request.uuid} is not to be had by node {name}")
+            raise JobStateError(f"node {name} cannot claim job {request.uuid}")
         placed, waiting = claimed
         return await self._granted(placed, waiting)
 
@@ -178,7 +178,7 @@ class Sessions:
     async def _ended(self, message: pb.Ended, node: Node, session: Session) -> None:
         job = job_from_message(message.job)
         if not job.state.final:
-            raise InvalidJobError(f"node {node.row.name} tells an end of a job that is {job.state}")
+            raise InvalidJobError(f"node {node.row.name} tells the end of a job that is {job.state}")
         if (placed := self._of(message.uuid, node)) is not None:
             await self._placements.end(placed, job)
         else:

@@ -115,7 +115,7 @@ def edits_of(devices: Sequence[Device], names: Sequence[str], *, image: bool = F
     variables = {text.partition("=")[0]: text for part in parts for text in part.environment}
     if len(edits) > EDITS_MAX:
         raise ConfigError(
-            f"{len(names)} GPUs have {len(edits)} devices and mounts; at most {EDITS_MAX} are known"
+            f"{len(names)} GPUs have {len(edits)} devices and mounts; a job can have at most {EDITS_MAX}"
         )
     if sum(len(text.encode()) + 1 for text in variables.values()) > _VARIABLES_MAX_BYTES:
         raise ConfigError(f"the variables of GPUs have more than {_VARIABLES_MAX_BYTES} bytes")
@@ -145,7 +145,7 @@ def _devices_of(path: str, kind: str) -> Iterator[Device]:
         for device in map(_table, _list(spec, "devices")):
             name = _text(device, "name")
             if not _NAME.fullmatch(name):
-                raise ValueError(f"{name[:80]!r} is no name of a device")
+                raise ValueError(f"{name[:80]!r} is not a name of a device")
             yield Device(name, _edits(device.get("containerEdits")), common)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"cannot take the devices of {path}: {error}") from error
@@ -216,9 +216,9 @@ def _host_path(path: str) -> str:
 def _place(path: str) -> str:
     _host_path(path)
     if any(lies_in(path, each) or lies_in(each, path) for each in _NEVER) or path in _OWN:
-        raise ValueError(f"{path[:80]!r} is a place of a job's own")
+        raise ValueError(f"{path[:80]!r} is a directory of the job's own")
     if len(path.encode()) > MOUNT_PATH_MAX_BYTES:
-        raise ValueError(f"{path[:80]!r} is too long a path")
+        raise ValueError(f"{path[:80]!r} is too long")
     return path
 
 
@@ -249,5 +249,5 @@ def _list(table: Mapping[str, Any], key: str) -> list[Any]:
 
 def _table(value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError("what should be a table is none")  # noqa: TRY004
+        raise ValueError("there is no table where one must be")  # noqa: TRY004
     return value

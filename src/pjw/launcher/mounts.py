@@ -156,11 +156,11 @@ def _source(name: str, keys: object) -> MountSource:
     clients = given.pop("clients", ["*"])
     types = isinstance(path, str) and isinstance(read_only, bool) and isinstance(clients, list)
     if given or not types or not all(isinstance(each, str) for each in clients):
-        raise ValueError(f"mounts.{name} has keys or values that are none")
+        raise ValueError(f"mounts.{name} has unknown keys, or values of a wrong type")
     return MountSource(name, path, read_only, tuple(clients))
 
 
 def _table(value: object) -> dict[str, Any]:
     if not isinstance(value, dict) or len(value) > OFFERED_MAX:
-        raise ValueError("mounts are tables")
+        raise ValueError(f"mounts must be tables, at most {OFFERED_MAX}")
     return dict(value)
