@@ -1,11 +1,11 @@
-"""Images as other tools write them, as one tar archive of the tree that a job is to have.
+"""Makes one tar archive, of the tree that a job is to have, from an image that another tool has written.
 
-Layers are put upon each other here, in memory and without the contents of files: what a later one removes or
-replaces is not sent. So nobody who unpacks an image has to know of layers, and each name of the archive is
-plain, in a directory that came before it. Owners, set-id bits, devices and extended attributes are left out:
-in a job all files are its user's.
+This module merges layers in memory, without the contents of files, and leaves out all that a later layer
+removes or replaces. So the program that unpacks an image needs to know nothing of layers: each name of the
+archive is plain, in a directory that came before it. The archive has no owners, set-id bits, devices or
+extended attributes, since in a job all files belong to its user.
 
-An image is untrusted. Names and links are resolved in the tree in memory, and never on a disk.
+An image is untrusted. This module resolves names and links in the tree in memory, and never on a disk.
 """
 
 import gzip
@@ -29,22 +29,22 @@ _DOCUMENT_BYTES_MAX: Final = 16 * 1024**2
 _LINKS_MAX: Final = 40
 NOTES_MAX: Final = 100
 _BLOCK: Final = tarfile.BLOCKSIZE
-# what pjw mounts over: empty directories, whatever the image has there
+# pjw mounts on these: the archive has empty directories here, whatever the image has
 _POINTS: Final = ("dev", "proc", "run", "sys", "tmp")
-# there must be something for a job's own to be shown upon
+# pjw mounts the job's own files on these, so the archive must have them
 _FILES: Final = ("etc/group", "etc/hosts", "etc/passwd")
-# how those who make images call the processors of machines
+# the names of processors in images
 _MACHINES: Final = {"x86_64": "amd64", "aarch64": "arm64"}
 FORMS: Final = "oci:DIR[:TAG], docker-archive:FILE[:TAG], tar:FILE or dir:DIR"
 
 
 class _WrongError(Exception):
-    """It is no image that could be taken, and why."""
+    """Why something is not an image, or not one that pjw can take."""
 
 
 @dataclass(slots=True, eq=False)
 class _Node:
-    """What a name in the tree means; of a file where its contents are: which layer, and which member."""
+    """An entry of the tree; for a file, `place` is the layer and the member with its contents."""
 
     kind: bytes
     mode: int
@@ -52,20 +52,20 @@ class _Node:
     size: int = 0
     target: str = ""
     place: tuple[int, int] | None = None
-    # each with the layer that has named it last
+    # each child with the last layer that has named it
     children: dict[str, tuple["_Node", int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class _Member:
-    """An entry of a layer: as tar has it, and its contents."""
+    """An entry of a layer: its header in tar, and its contents."""
 
     info: tarfile.TarInfo
     data: IO[bytes] | None
 
 
 class _Layer:
-    """A layer: its entries, as often as they are asked for."""
+    """A layer; each call of `members` reads its entries once more."""
 
     def members(self) -> Iterator[_Member]:
         raise NotImplementedError
@@ -94,12 +94,12 @@ class _TarLayer(_Layer):
 
 
 def _forget_members(tar: Any) -> None:  # noqa: ANN401  what tarfile keeps has no type
-    """Have it keep none of the entries that it has read, which may be millions."""
+    """Have *tar* forget the entries that it has read, which may be millions."""
     tar.members.clear()
 
 
 class _Hashed:
-    """A file whose bytes are hashed as they are read."""
+    """A file that hashes its bytes as it reads them."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file: Final = file
@@ -122,7 +122,7 @@ class _Hashed:
 
 
 class _DirectoryLayer(_Layer):
-    """A directory of this machine. No link in it is followed."""
+    """A directory of this machine. It follows no link in it."""
 
     def __init__(self, path: str) -> None:
         self._path: Final = path
@@ -160,14 +160,14 @@ def _raise(error: OSError) -> None:
 
 
 class _Blobs:
-    """The files of an image by their names: of a directory, or of a tar archive."""
+    """The files of an image by their names, in a directory or a tar archive."""
 
     def open(self, name: str) -> IO[bytes]:
-        """Raises _WrongError where it is missing."""
+        """Open a file. Raises _WrongError when it is missing."""
         raise NotImplementedError
 
     def document(self, name: str, digest: str = "") -> Any:  # noqa: ANN401  JSON
-        """A file of JSON. Raises _WrongError."""
+        """The value of a JSON file. Raises _WrongError."""
         with self.open(name) as file:
             data = file.read(_DOCUMENT_BYTES_MAX)
         if digest and f"sha256:{hashlib.sha256(data).hexdigest()}" != digest:
@@ -197,7 +197,7 @@ class _ArchiveBlobs(_Blobs):
         self._members: Final[dict[str, tarfile.TarInfo]] = {}
         while (info := tar.next()) is not None:
             _forget_members(tar)
-            # an archive of images has few; one of files may have a million
+            # an archive of an image has few members; an archive of a root may have a million
             if len(self._members) < 10_000 and not info.isdir():
                 self._members[_relative(info.name)] = info
 
@@ -206,7 +206,7 @@ class _ArchiveBlobs(_Blobs):
 
     def open(self, name: str) -> IO[bytes]:
         info = self._members.get(_relative(name))
-        # older archives of docker's have each layer once
+        # older archives of docker save have each layer once, and links to it
         if info is not None and info.issym():
             info = self._members.get(os.path.normpath(os.path.join(os.path.dirname(name), info.linkname)))
         data = self._tar.extractfile(info) if info is not None and info.isreg() else None
@@ -220,21 +220,21 @@ def _relative(name: str) -> str:
 
 
 def _plain(name: str) -> str:
-    """A name that an image gives a file of its own. Raises _WrongError for one that leads elsewhere."""
+    """The name of a file within an image. Raises _WrongError for a name that leads out of it."""
     if name.startswith("/") or ".." in name.split("/"):
         raise _WrongError(f"it names a file that is not its own: {name!r:.80}")
     return name
 
 
 class ImageArchive:
-    """An image of this machine, open; a context manager. What is left out of it is known when it is open."""
+    """An open image on this machine; a context manager. `left_out` names the entries that it leaves out."""
 
     def __init__(self, layers: list[_Layer], config: ImageConfig, *, layered: bool) -> None:
         self._layers: Final = layers
         self._stack = ExitStack()
         self.config: Final = config
         self.left_out: Final[list[str]] = []
-        # of all that `pieces` has given
+        # of all bytes that `pieces` has given
         self.digest = ""
         self.bytes = 0
         self._tree: Final = _Tree(layered=layered, notes=self.left_out)
@@ -247,7 +247,7 @@ class ImageArchive:
     def open(cls, source: str) -> Self:
         """Open an image: `oci:DIR[:TAG]`, `docker-archive:FILE[:TAG]`, `tar:FILE`, `dir:DIR`, or a FILE.
 
-        Raises ConfigError for what is missing or no image.
+        Raises ConfigError for a source that is missing or no image.
         """
         with ExitStack() as stack:
             try:
@@ -274,7 +274,7 @@ class ImageArchive:
         return self._tree.entries
 
     def pieces(self) -> Iterator[bytes]:
-        """The tar archive. Raises ConfigError when what it is made of cannot be read, or has changed."""
+        """The tar archive. Raises ConfigError when its sources cannot be read, or have changed."""
         total = hashlib.sha256(json.dumps(_members(self.config), sort_keys=True).encode())
         held = bytearray()
         try:
@@ -316,7 +316,7 @@ class ImageArchive:
                     yield from self._file(names, member)
         if wanted:
             raise _WrongError("it has changed meanwhile")
-        # last, so that nothing of the archive is made by way of one
+        # links come last, so that no name of the archive leads through one
         for name, node in links:
             yield _header(name, node)
 
@@ -355,7 +355,7 @@ def _header(name: str, node: _Node) -> bytes:
 
 
 class _Tree:
-    """What layers come to, one upon the other."""
+    """The tree that the layers make, one upon the other."""
 
     def __init__(self, *, layered: bool, notes: list[str]) -> None:
         self._root: Final = _Node(tarfile.DIRTYPE, 0o755, 0)
@@ -364,7 +364,7 @@ class _Tree:
         self._count = 0
 
     def add(self, info: tarfile.TarInfo, place: tuple[int, int]) -> None:
-        """Take an entry of a layer. Raises _WrongError for one that no image has."""
+        """Take an entry of a layer. Raises _WrongError for an entry that no image may have."""
         parts = _parts(info.name)
         layer = place[0]
         self._count += 1
@@ -395,7 +395,7 @@ class _Tree:
     def _add_directory(self, parent: _Node, name: str, info: tarfile.TarInfo, layer: int) -> None:
         found = parent.children.get(name)
         node = found[0] if found and found[0].kind == tarfile.DIRTYPE else _Node(tarfile.DIRTYPE, 0, 0)
-        # whoever unpacks it must be able to make what is in it
+        # the program that unpacks it must be able to make files in it
         node.mode, node.mtime = _mode(info, 0o700), _time(info)
         parent.children[name] = (node, layer)
 
@@ -421,7 +421,7 @@ class _Tree:
                 _drop_older(found[0], layer)
 
     def _directory(self, parts: Iterable[str], layer: int) -> _Node:
-        """The directory of this name, made where it is missing; links are followed within the tree."""
+        """The directory of this name; makes it if it is missing, and follows links within the tree."""
         trail = [self._root]
         waiting = list(reversed(list(parts)))
         links = 0
@@ -446,7 +446,7 @@ class _Tree:
         return trail[-1]
 
     def finish(self, workdir: str) -> None:
-        """Have in it what jobs need: where their own mounts go, and where they begin."""
+        """Add what jobs need: the places of their own mounts, and their working directory."""
         for name in _POINTS:
             self._root.children[name] = (_Node(tarfile.DIRTYPE, 0o755, 0), -1)
         for path in ("var/tmp", workdir):
@@ -458,7 +458,7 @@ class _Tree:
                 directory.children[name] = (_Node(tarfile.REGTYPE, 0o644, 0), -1)
 
     def walk(self) -> Iterator[tuple[str, _Node]]:
-        """All that is in it: a directory before what is in it."""
+        """All entries, each directory before its content."""
         waiting = [("", self._root)]
         while waiting:
             path, node = waiting.pop()
@@ -468,7 +468,7 @@ class _Tree:
                 yield path, node
 
     def find(self, path: str) -> _Node:
-        """What has this name, which has no links on its way."""
+        """The entry of this name, which leads through no link."""
         node = self._root
         for part in path.split("/"):
             node = node.children[part][0]
@@ -476,12 +476,12 @@ class _Tree:
 
     @property
     def entries(self) -> int:
-        """How many there are."""
+        """How many entries there are."""
         return sum(1 for _ in self.walk())
 
 
 def _drop_older(directory: _Node, layer: int) -> None:
-    """Forget what is in a directory from the layers below."""
+    """Forget the content of a directory that is from lower layers."""
     waiting = [directory]
     while waiting:
         node = waiting.pop()
@@ -548,7 +548,7 @@ def _oci(blobs: _Blobs, tag: str) -> tuple[list[_Layer], ImageConfig, bool]:
         what = f"no image {tag}" if tag and not found else f"{len(found)} images: {names}"
         raise _WrongError(f"it has {what}; name one of them as :TAG")
     manifest = _blob(blobs, found[0])
-    # an index of one image for several kinds of machine
+    # an index has one image for several kinds of machine
     while "manifests" in manifest:
         ours = ("linux", _MACHINES.get(platform.machine(), platform.machine()))
         fit = [each for each in _of(manifest, "manifests", list) if _platform_of(each) == ours]
@@ -612,12 +612,12 @@ def _of(value: object, key: str, kind: type) -> Any:  # noqa: ANN401  JSON
     if found is None and kind in (list, dict):
         return kind()
     if not isinstance(found, kind):
-        raise _WrongError(f"it has no {key} where it must say one")
+        raise _WrongError(f"it lacks {key} where there must be one")
     return found
 
 
 def _config(document: object) -> ImageConfig:
-    """How jobs begin in it. USER is left out: a job is its client's user, always."""
+    """How jobs begin in the image, without USER: a job always runs as its client's user."""
     found = _of(document, "config", dict)
     env: dict[str, str] = {}
     for each in _of(found, "Env", list):

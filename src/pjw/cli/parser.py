@@ -190,9 +190,9 @@ def _add_job_options(command: Parser) -> None:
     job.add_argument(
         "--image",
         metavar="IMAGE",
-        help="see the files of this image, and none of the machine's; without CMD run the image's own",
+        help="see this image's files, and none of the machine's; without CMD run the image's own command",
     )
-    job.add_argument("--read-only", action="store_true", help="write nothing to the image's files")
+    job.add_argument("--read-only", action="store_true", help="do not let the job write to its image")
     job.add_argument("--exclusive", action="store_true", help="no other job is in its workspace meanwhile")
     job.add_argument(
         "--mount",
@@ -200,17 +200,21 @@ def _add_job_options(command: Parser) -> None:
         action="append",
         default=[],
         metavar="NAME[:PATH]",
-        help="a directory that your operator offers (pjw quota), at PATH; default /mnt/NAME",
+        help="mount this directory of your operator's (see pjw quota) at PATH; default: /mnt/NAME",
     )
     job.add_argument(
         "--allow", action="append", default=[], metavar="HOST[:PORT]",
-        help="let it reach this host, or *.SUFFIX, by a proxy; with a port by its name too",
+        help="let the job reach this host, or *.SUFFIX, through a proxy; with a port also without it",
     )  # fmt: skip
     job.add_argument(
-        "--link", metavar="NAME", help="share the network of your running jobs with the same link"
+        "--link", metavar="NAME", help="share a network with your running jobs that have this link"
     )
     job.add_argument(
-        "--gpus", type=units.count, default=0, metavar="N", help="so many GPUs for the job alone (pjw quota)"
+        "--gpus",
+        type=units.count,
+        default=0,
+        metavar="N",
+        help="give the job N GPUs for itself (see pjw quota)",
     )
     job.add_argument("--split-stderr", action="store_true", help="keep stderr apart from stdout")
     queue = command.add_argument_group("its place in the queue", "each of these puts the job into the queue")

@@ -215,14 +215,14 @@ def _add_nodes(commands: Commands) -> None:
         "nodes",
         help="list, drain and resume the nodes of a cluster",
         description="List the nodes of a cluster: their names, or a table at a terminal. Only a gateway has"
-        " nodes, and your operator must allow it.",
+        " nodes, and your operator must let you see them.",
     )
     _runs(nodes, "nodes.list_nodes")
     nodes.add_argument("--format", choices=("table", "names", "json"), help="json has every member")
     kinds = nodes.add_subparsers(metavar="ACTION")
     for name, text in (
-        ("drain", "have nodes get no more jobs; those that they have go on"),
-        ("resume", "have drained nodes get jobs again"),
+        ("drain", "give nodes no more jobs; the jobs that they have go on"),
+        ("resume", "give drained nodes jobs again"),
     ):
         action = kinds.add_parser(name, help=text, description=f"{text.capitalize()}.")
         _runs(action, f"nodes.{name}")
@@ -232,17 +232,17 @@ def _add_nodes(commands: Commands) -> None:
 def _add_image(commands: Commands) -> None:
     image = commands.add_parser(
         "image",
-        help="load, list and remove images: other roots for jobs than the machine's files",
-        description="An image is a root for jobs, which then see none of the machine's files: pjw run --image"
-        " NAME. Your operator offers some, and you can load your own.",
+        help="load, list and remove images, which jobs can have instead of the machine's files",
+        description="A job with an image (pjw run --image NAME) has the image's files as its root, and sees"
+        " none of the machine's files. Your operator may offer images, and you can load your own.",
     )
     kinds = image.add_subparsers(required=True, metavar="ACTION")
     action = kinds.add_parser(
         "load",
-        help="make an image of your own of a file, and print its name",
-        description="Make an image of your own: of what docker save, podman save or skopeo wrote, an OCI"
+        help="load an image of your own from a file, and print its name",
+        description="Load an image of your own: an archive of docker save, podman save or skopeo, an OCI"
         " layout (a tar archive, or oci:DIR[:TAG]), or a tar archive or a directory (dir:DIR) of a root. A"
-        " job of yours unpacks it. Jobs that have an image of this name go on with it.",
+        " job of yours unpacks it. Running jobs keep an older image of this name.",
     )
     _runs(action, "images.load_image")
     action.set_defaults(starts=True)
@@ -258,7 +258,7 @@ def _add_image(commands: Commands) -> None:
     action = kinds.add_parser(
         "rm",
         help="remove images of your own",
-        description="Remove images of your own. The files of one go with the last job that has it.",
+        description="Remove images of your own. pjw removes the files of one when no job uses it any more.",
     )
     _runs(action, "images.remove_images")
     action.add_argument("names", metavar="IMAGE", nargs="+")

@@ -1,8 +1,8 @@
 """Start pjwd-egress: give up root, then accept for jobs until the launcher is gone.
 
-Descriptors: 0 and 1 null, 2 diagnostics, 3 a socket to the launcher, 4 one to the server. The launcher sends
-datagrams of JSON: first the policy, then jobs with their listeners, and jobs that have ended; each is
-answered with a byte. The server is told of connections.
+Descriptors: 0 and 1 null, 2 diagnostics, 3 a socket to the launcher, 4 a socket to the server. The launcher
+sends datagrams of JSON: first the policy, then jobs with their listeners, and jobs that have ended. We answer
+each with a byte. We tell the server of connections.
 """
 
 import array
@@ -25,10 +25,10 @@ _REQUEST_BYTES_MAX: Final = 65_536
 _LISTENERS_MAX: Final = 17
 # Reports that wait for the server; later ones are lost.
 _REPORTS_MAX: Final = 2000
-# Of jobs' listeners, and what the resolver opens.
+# For jobs' listeners, and for the files and sockets of the resolver.
 _DESCRIPTORS_SPARE: Final = 65_536
 _THREADS_MAX: Final = 32
-# what the kernel would let it have beside that: far more than it takes
+# the limit of its memory, far above what it takes
 _DATA_BYTES_MAX: Final = 1 << 30
 # linux/prctl.h
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
@@ -39,7 +39,7 @@ def main() -> int:
     open_standard_descriptors()
     os.closerange(_REPORTS_FD + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
-        # the launcher's end is ours, and a terminal's keys reach us both
+        # we end when the launcher ends; a terminal's keys reach both
         signal.signal(number, signal.SIG_IGN)
     requests, reports = (socket.socket(fileno=number) for number in (_REQUESTS_FD, _REPORTS_FD))
     try:
@@ -58,7 +58,7 @@ def main() -> int:
 def _give_up_root(uid: int, connections_total_max: int) -> None:
     import ctypes
 
-    # all that is imported later, while root: an interpreter may live where nobody else may look
+    # import what we need later while we are root: perhaps only root can read the interpreter's directory
     for name in ("concurrent.futures.thread", "encodings.idna", "linecache", "traceback", "stringprep"):
         import_module(name)
     from pjw.egress.proxy import descriptors_for
@@ -71,7 +71,7 @@ def _give_up_root(uid: int, connections_total_max: int) -> None:
     ):
         resource.setrlimit(limit, (most, most))
     enter(Sandbox(None, (), descriptors_for(connections_total_max) + _DESCRIPTORS_SPARE), uid)
-    # which counts all processes of the user, so only from here on
+    # this counts all processes of the user, so it comes after the change of user
     resource.setrlimit(resource.RLIMIT_NPROC, (4 * _THREADS_MAX, 4 * _THREADS_MAX))
     libc = ctypes.CDLL(None)
     libc.prctl(_PR_SET_NAME, b"pjwd-egress", 0, 0, 0)
@@ -85,7 +85,7 @@ async def _serve(requests: socket.socket, reports: socket.socket, policy: dict[s
     from pjw.egress.targets import Targets
 
     loop = asyncio.get_running_loop()
-    # the resolver's
+    # for the resolver
     loop.set_default_executor(ThreadPoolExecutor(_THREADS_MAX))
     told = _Reports(reports)
     most, total = policy["connections_max"], policy["connections_total_max"]
@@ -109,7 +109,7 @@ async def _serve(requests: socket.socket, reports: socket.socket, policy: dict[s
 
     loop.add_reader(requests, on_request)
     await over.wait()
-    # a name that is being looked up would hold us up
+    # otherwise we would wait for lookups that are under way
     os._exit(0)
 
 
@@ -133,7 +133,7 @@ def _receive(requests: socket.socket) -> tuple[bytes, list[socket.socket]]:
 
 
 class _Reports:
-    """What the server is told, in its turn; what it does not read in time is lost."""
+    """Reports to the server, in their order; those that it does not read in time are lost."""
 
     def __init__(self, server: socket.socket) -> None:
         server.setblocking(False)
@@ -155,7 +155,7 @@ class _Reports:
                 loop.add_writer(self._server, self._send)
                 return
             except OSError:
-                # the server has gone; the launcher goes as well
+                # the server has gone; the launcher will go as well
                 self._unsent.clear()
                 break
             self._unsent.popleft()

@@ -1,7 +1,7 @@
-"""Accepts the connections of jobs, and makes those that the jobs may have: a proxy of HTTP, and fixed ways.
+"""Accepts jobs' connections, and connects to the hosts that they may reach: an HTTP proxy, and fixed ways.
 
-What a job asks the proxy for is parsed by h11, with bounds on its size and its time. The bytes of a tunnel
-are not looked at (relay.py).
+h11 parses a job's requests to the proxy, with bounds on their size and time. The proxy does not look at the
+bytes of a tunnel (relay.py).
 """
 
 import asyncio
@@ -23,12 +23,12 @@ from pjw.egress.requests import Wanted, passed_on, request_for, wanted_of
 from pjw.egress.targets import Targets
 from pjw.network import Allowed
 
-# of a request or an answer without its body
+# the most bytes of a request or an answer without its body
 HEAD_BYTES_MAX: Final = 16_384
 HEAD_SECONDS: Final = 10.0
-# One client may have this part of all connections.
+# One client may have one of so many parts of all connections.
 CLIENT_SHARE: Final = 2
-# How long an answer that says why waits for who asked to read it.
+# How long the proxy waits for the job to read an answer that refuses a request.
 LINGER_SECONDS: Final = 2.0
 LINGER_BYTES: Final = 1 << 20
 _RECEIVED_AT_ONCE: Final = 65_536
@@ -41,7 +41,7 @@ Report = Callable[[int, str, str, int, str], None]
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """A job, and what there is for it: listeners, each with a host and a port, and connections."""
+    """A job, the names that it may reach, its listeners and its connections."""
 
     id: int
     client: str
@@ -50,7 +50,7 @@ class Job:
     tasks: set["asyncio.Task[None]"] = field(default_factory=set)
 
     def may_reach(self, wanted: Wanted) -> bool:
-        """Whether it has asked for that, and was given it."""
+        """Whether the job has asked for that host and port, and may reach them."""
         return any(each.has(wanted.host, wanted.port) for each in self.allow)
 
 
@@ -72,7 +72,7 @@ class Proxy:
         allow: Sequence[str],
         listeners: Sequence[tuple[socket.socket, str, int]],
     ) -> None:
-        """Accept what comes from a job: to its proxy, the listener without a host, and the others."""
+        """Accept a job's connections: at its proxy (the listener without a host), and at the others."""
         self.remove(job_id)
         job = self._jobs[job_id] = Job(job_id, client, [Allowed.of(each) for each in allow])
         for listener, host, port in listeners:
@@ -103,7 +103,7 @@ class Proxy:
             return
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
-                # nothing tells when there is room again
+                # nothing tells us when there is room again
                 loop.remove_reader(listener)
                 loop.call_later(_RETRY_SECONDS, self._accept_from, job, listener, wanted)
             return
@@ -135,7 +135,7 @@ class Proxy:
         self._of_client[job.client] -= 1
         if not self._of_client[job.client]:
             del self._of_client[job.client]
-        # a bug, which the loop's handler says and which ends this connection alone
+        # a bug: the loop's handler logs it, and it ends this connection alone
         if not task.cancelled() and (error := task.exception()) is not None:
             asyncio.get_running_loop().call_exception_handler(
                 {"message": f"a connection of job {job.id} ends", "exception": error}
@@ -154,7 +154,7 @@ class Proxy:
                     await _say(peer, failure)
 
     async def _connect(self, job: Job, wanted: Wanted) -> socket.socket:
-        """Raises Failure; what becomes of it is told."""
+        """Connect to a host, and report the result. Raises Failure."""
         result = "connected"
         try:
             if not job.may_reach(wanted):
@@ -174,13 +174,16 @@ class Proxy:
             self._report(job.id, job.client, wanted.host, wanted.port, result)
 
     async def _serve_http(self, job: Job, peer: socket.socket) -> None:
-        """One request, as a tunnel has no second one and the other side is told to close. Raises Failure."""
+        """Serve one request. Raises Failure.
+
+        There is no second one: a tunnel has none, and otherwise the proxy tells the other side to close.
+        """
         connection = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_BYTES_MAX)
         try:
             async with asyncio.timeout(HEAD_SECONDS):
                 request = await _next_event(connection, peer, HEAD_BYTES_MAX)
             if not isinstance(request, h11.Request):
-                # it was opened and closed, without a word
+                # the job opened and closed the connection without a word
                 return
             wanted = wanted_of(request)
             if not wanted.path and not isinstance(connection.next_event(), h11.EndOfMessage):
@@ -222,7 +225,7 @@ async def _next_event(
 async def _pass_on(
     ours: h11.Connection, request: h11.Request, wanted: Wanted, peer: socket.socket, upstream: socket.socket
 ) -> None:
-    """Send a request and its body, and the answer back. Raises Failure while there is no answer."""
+    """Send a request and its body, and the answer back. Raises Failure if the answer has not begun."""
     loop = asyncio.get_running_loop()
     theirs = h11.Connection(h11.CLIENT, max_incomplete_event_size=HEAD_BYTES_MAX)
 
@@ -236,7 +239,7 @@ async def _pass_on(
             if isinstance(event, h11.Data):
                 await send(theirs, upstream, h11.Data(data=event.data))
             elif isinstance(event, h11.EndOfMessage):
-                # trailers are for the proxy, too
+                # the proxy drops trailers, too
                 await send(theirs, upstream, h11.EndOfMessage())
                 return
             else:
@@ -264,7 +267,7 @@ async def _pass_on(
     except (h11.RemoteProtocolError, OSError):
         if is_answered:
             raise
-        raise Failure("unreachable", 502, f"{wanted.host} did not answer as HTTP/1.1 has it") from None
+        raise Failure("unreachable", 502, f"{wanted.host} did not answer in HTTP/1.1") from None
     finally:
         uploading.cancel()
         await asyncio.gather(uploading, return_exceptions=True)
@@ -299,7 +302,7 @@ async def _say(peer: socket.socket, failure: Failure) -> None:
 
 
 async def _linger(peer: socket.socket) -> None:
-    """Let who asked read the answer: a close with something of its own unread would take that back."""
+    """Let the job read the answer: a close with unread bytes of the job would discard the answer."""
     loop = asyncio.get_running_loop()
     with suppress(OSError):
         peer.shutdown(socket.SHUT_WR)
@@ -310,5 +313,5 @@ async def _linger(peer: socket.socket) -> None:
 
 
 def descriptors_for(total_max: int) -> int:
-    """How many descriptors all connections take; jobs' listeners come to it."""
+    """How many descriptors all connections take, without jobs' listeners."""
     return (2 + relay.DESCRIPTORS) * total_max

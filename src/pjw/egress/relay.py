@@ -1,4 +1,4 @@
-"""Moves bytes between two connected sockets until both have ended; the kernel does not copy them to us."""
+"""Moves bytes between two connected sockets until both have ended, within the kernel."""
 
 import asyncio
 import errno
@@ -10,16 +10,16 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
-# Pages that wait in one direction; a pipe has less where its user has many.
+# The most bytes that wait in one direction; a pipe holds less where its user has many pipes.
 _PIPE_BYTES: Final = 1 << 19
-# beside both sockets: two pipes
+# two pipes, beside both sockets
 DESCRIPTORS: Final = 4
-# So often one connection goes on before others have their turn.
+# One connection moves so many pieces before others have their turn.
 _AT_ONCE: Final = 8
 
 
 async def relay(one: socket.socket, other: socket.socket) -> None:
-    """Move what comes from each to the other; an end is passed on, and an error ends both directions."""
+    """Move the bytes of each socket to the other; pass an end on; an error ends both directions."""
     ways = [asyncio.ensure_future(_move(one, other)), asyncio.ensure_future(_move(other, one))]
     try:
         await asyncio.wait(ways, return_when=asyncio.FIRST_EXCEPTION)
@@ -63,7 +63,7 @@ async def _move(source: socket.socket, sink: socket.socket) -> None:
 async def _ready(
     watch: Callable[..., None], unwatch: Callable[[socket.socket], object], each: socket.socket
 ) -> None:
-    """Wait until a socket is ready for what *watch* waits for."""
+    """Wait until a socket is ready, as *watch* tells."""
     ready = asyncio.Event()
     watch(each, ready.set)
     try:

@@ -1,4 +1,4 @@
-"""What a proxy is asked for: CONNECT, or a request with an absolute address of http. Bytes in, values out."""
+"""Requests to a proxy: CONNECT, or a request for an absolute http address. Bytes in, values out."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from pjw.network import host_of, split_port
 
 _PORT_MAX: Final = 65_535
 _HTTP: Final = b"http://"
-# those of one connection, which a proxy does not pass on (RFC 9110, 7.6.1); but transfer-encoding, see below
+# headers of one connection, which a proxy does not pass on (RFC 9110, 7.6.1); for transfer-encoding see below
 _OF_A_CONNECTION: Final = frozenset(
     {b"connection", b"proxy-connection", b"keep-alive", b"te", b"trailer", b"upgrade", b"proxy-authorization"}
     | {b"proxy-authenticate", b"http2-settings"}
@@ -21,7 +21,7 @@ Headers = list[tuple[bytes, bytes]]
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Where a request is to go; `path` is what is asked of that host, empty for a tunnel (CONNECT)."""
+    """The host and port of a request; `path` is its path there, empty for a tunnel (CONNECT)."""
 
     host: str
     port: int
@@ -29,7 +29,7 @@ class Wanted:
 
 
 def wanted_of(request: h11.Request) -> Wanted:
-    """What is asked for. Raises Failure for what is no request to a proxy."""
+    """The host, port and path of a request. Raises Failure for one that is not for a proxy."""
     if request.http_version not in (b"1.0", b"1.1"):
         raise _invalid("this proxy speaks HTTP/1.1", 505)
     if request.method == b"CONNECT":
@@ -50,10 +50,10 @@ def wanted_of(request: h11.Request) -> Wanted:
 def _host_and_port(authority: bytes) -> tuple[str, int | None]:
     text = authority.decode("ascii", "replace")
     host, port = split_port(text)
-    # an IPv6 address without brackets could be one with a port as well
+    # an IPv6 address without brackets could also be an address with a port
     name = "" if ":" in host and not text.startswith("[") else host_of(host)
     if not name:
-        raise _invalid(f"{text[:80]!a} is no name of a host, as HOST:PORT", 400)
+        raise _invalid(f"{text[:80]!a} is neither HOST nor HOST:PORT", 400)
     if port is None:
         return name, None
     if not (port.isascii() and port.isdecimal() and len(port) <= 5 and 1 <= int(port) <= _PORT_MAX):
@@ -62,23 +62,23 @@ def _host_and_port(authority: bytes) -> tuple[str, int | None]:
 
 
 def passed_on(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
-    """The headers of a message that go on to the other side, which is told that no other message follows."""
+    """The headers that go on to the other side; one tells it that no other message follows."""
     listed = [(bytes(name), bytes(value)) for name, value in headers]
     named = {
         word.strip().lower() for name, value in listed if name == b"connection" for word in value.split(b",")
     }
     dropped = _OF_A_CONNECTION | named - {b"transfer-encoding", b"content-length", b"host"}
     if any(name == b"transfer-encoding" for name, _ in listed):
-        # Which of the two counts is not left to the other side.
+        # With both, the other side would decide which of the two counts.
         dropped |= {b"content-length"}
     return [*((name, value) for name, value in listed if name not in dropped), (b"connection", b"close")]
 
 
 def request_for(request: h11.Request, wanted: Wanted) -> h11.Request:
-    """The request as the host gets it."""
+    """The request that the host gets."""
     named = f"[{wanted.host}]" if ":" in wanted.host else wanted.host
     authority = named if wanted.port == 80 else f"{named}:{wanted.port}"
-    # the host that was judged, whatever the header says
+    # the host that we judged, whatever the job's header says
     headers = [
         (b"host", authority.encode()),
         *(each for each in passed_on(request.headers) if each[0] != b"host"),

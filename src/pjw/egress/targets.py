@@ -1,4 +1,4 @@
-"""From a name to the addresses that a job may be connected to: resolved once, judged, used as they are."""
+"""From a name to the addresses that a job may reach: resolved once, judged, and used as they are."""
 
 import asyncio
 import ipaddress
@@ -13,9 +13,9 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 RESOLVE_SECONDS: Final = 15.0
 CONNECT_SECONDS: Final = 15.0
-# A name may have many addresses; of those that do not answer each takes its time.
+# A name may have many addresses, and each that does not answer takes its time.
 ADDRESSES_MAX: Final = 4
-# What leads to an IPv4 address in its last 32 bits (RFC 6052); and tunnels with one somewhere in theirs.
+# Addresses that lead to the IPv4 address in their last 32 bits (RFC 6052), and tunnels with one elsewhere.
 _NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
 _TUNNELS: Final = (
     *map(ipaddress.IPv6Network, ("2002::/16", "2001::/32", "::/96", "64:ff9b:1::/48", "fec0::/10")),
@@ -23,7 +23,7 @@ _TUNNELS: Final = (
 
 
 class Targets:
-    """Which addresses are the internet's, or in a range that the operator lists."""
+    """Judges addresses: jobs may reach those of the internet, and those in ranges that the operator lists."""
 
     def __init__(self, private: Sequence[str]) -> None:
         self._private: Final[list[Network]] = [ipaddress.ip_network(each) for each in private]
@@ -54,20 +54,20 @@ class Targets:
         raise Failure("unreachable", 502, f"cannot connect to {host} port {port}: {said.lower()}")
 
     def is_public(self, address: Address) -> bool:
-        """Whether jobs may be connected to an address."""
+        """Whether jobs may reach an address."""
         if any(address in network for network in self._private if network.version == address.version):
             return True
         if isinstance(address, ipaddress.IPv6Address):
             if address in _NAT64:
                 return self.is_public(ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF))
-            # an IPv4 address in the form of one of IPv6 is never what a resolver gives for a name
+            # a resolver never gives an IPv4 address in IPv6 form for a name
             if address.ipv4_mapped is not None or any(address in tunnel for tunnel in _TUNNELS):
                 return False
         return address.is_global and not address.is_multicast and not _is_own(address)
 
 
 def _is_own(address: Address) -> bool:
-    """Whether it is one of this host: only these can be bound to; where any can, all count as such."""
+    """Whether it is an address of this host: we can bind to these alone; if we can bind to any, all count."""
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -86,9 +86,9 @@ async def _resolve(host: str, port: int) -> list[Address]:
     except TimeoutError:
         raise Failure("unresolved", 504, f"cannot resolve {host}: no answer in time") from None
     except (OSError, UnicodeError, RuntimeError):
-        # the last one: no thread for it
+        # RuntimeError: there is no thread for it
         raise Failure("unresolved", 502, f"cannot resolve {host}: no such host, or no resolver") from None
-    # one with a scope is link-local
+    # an address with a scope is link-local
     return list(dict.fromkeys(ipaddress.ip_address(str(each[4][0]).partition("%")[0]) for each in found))
 
 

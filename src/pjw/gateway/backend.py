@@ -1,8 +1,8 @@
-"""GatewayBackend: what clients ask for, answered from the gateway's table and by the nodes with the jobs.
+"""GatewayBackend: answers clients from the gateway's table, and by the nodes that have the jobs.
 
-A job is committed here before anybody hears of it, and belongs to the gateway from then on: its id, its name,
-its end. `Start` answers at once, with a job that is QUEUED: a command that cannot be executed is an end with
-a reason. It is a `pjw.server.backend.Backend`.
+The gateway commits a job before anybody hears of it. From then on it owns the job's id, name and end. `Start`
+answers at once, with a job that is QUEUED: if its command cannot be executed, the job ends with a reason.
+This is a `pjw.server.backend.Backend`.
 """
 
 import asyncio
@@ -67,7 +67,7 @@ from pjw.worker.pages import ALL_JOBS, JobFilter, Page
 from pjw.worker.retention import Pruner
 from pjw.worker.worker import ALL_CHANGES, LOCAL_CLIENT, PAGE_MAX, SIGNAL_MAX
 
-# So many jobs that were removed here are removed on a node at a time.
+# A node removes so many jobs at a time that were removed here.
 _REMOVED_AT_ONCE: Final = 20
 _ALL_OUTPUT: Final = Part()
 
@@ -102,7 +102,7 @@ class GatewayBackend:
         nodes.was_lost = self._node_lost
 
     async def begin(self) -> None:
-        """Take over what the gateway before us has left."""
+        """Take over the jobs and nodes that the gateway before us has left."""
         await self._nodes.begin()
         await self._store.forget_secrets()
         await self.placements.begin(self._nodes.known, new_uuid)
@@ -121,25 +121,25 @@ class GatewayBackend:
         await self._dial.drop(node)
         await self.placements.lose(node, lost_words(node))
         if node.session is not None:
-            # it came back meanwhile
+            # the node came back meanwhile
             for each in await self._store.transact(rows.to_fence, node.row.name):
                 node.session.fence(each)
 
     def run_here(self, placed: Placed, node: Node) -> None:
-        """A node has told that it runs a job: tell it of a stop that it may not have heard of."""
+        """Tell a node that runs a job of a stop that it may not have heard of."""
         self._stops.tell(placed, node)
 
     # --- start
 
     async def start(self, spec: JobSpec, client_name: str = LOCAL_CLIENT) -> Job:
-        """Commit a job; the job, which waits for a node. Raises as `submit`."""
+        """Commit a job, and return it while it waits for a node. Raises as `submit`."""
         [job] = await self.submit([spec], client_name)
         return job
 
     async def submit(self, specs: Sequence[JobSpec], client_name: str = LOCAL_CLIENT) -> Sequence[Job]:
         """Commit jobs, all or none; each gets a node when one has room.
 
-        Raises InvalidJobError for what does not work through a gateway yet, NameTakenError and
+        Raises InvalidJobError for a job that does not work through a gateway yet, NameTakenError and
         LimitReachedError.
         """
         for spec in specs:
@@ -163,7 +163,7 @@ class GatewayBackend:
         jobs, _ = await self._store.enqueue(client_name, asked, self._settings.quotas, tokens)
         await self._store.sync()
         for job in jobs:
-            # of an earlier request, it may be anywhere
+            # a job of an earlier request may be anywhere by now
             if job.state is JobState.QUEUED:
                 await self.placements.add(job, new_uuid())
         return [self._shown(job) for job in jobs]
@@ -195,7 +195,7 @@ class GatewayBackend:
         return job
 
     async def get_with_usage(self, job_id: int | Element, owner: str | None = None) -> Job:
-        """One job as it is now, with what it uses, if its node says so at once."""
+        """One job as it is now, with its usage if its node answers at once."""
         job = await self.get(job_id, owner)
         placed = self.placements.live.get(job.id)
         if placed is None or placed.placement.state is not PlacementState.RUNNING:
@@ -223,7 +223,7 @@ class GatewayBackend:
         return placed if placed is not None and owner in (None, placed.job.client_name) else None
 
     def _shown(self, job: Job) -> Job:
-        """A job of the table as it is now; one that waits says why."""
+        """A job of the table as it is now; if it waits, with the reason."""
         placed = self.placements.live.get(job.id)
         if placed is None:
             return job
@@ -253,7 +253,7 @@ class GatewayBackend:
         owner: str | None = None,
         signal: int = SIGTERM,
     ) -> Job:
-        """End a job; its final snapshot. A node that is not connected hears of it when it is back."""
+        """End a job; its final snapshot. A node that is not connected hears of the stop when it is back."""
         if not 1 <= signal <= SIGNAL_MAX:
             raise InvalidJobError(f"a job is stopped with a signal from 1 to {SIGNAL_MAX}, not {signal}")
         job = await self.get(job_id, owner)
@@ -272,7 +272,7 @@ class GatewayBackend:
         return placed.job
 
     async def delete(self, job_id: int | Element, owner: str | None = None) -> None:
-        """Forget an ended job; on its node it goes when that is connected."""
+        """Forget an ended job; its node removes it when the node is connected."""
         job = await self.get(job_id, owner)
         if not job.state.final:
             raise JobStateError(f"cannot remove job {job_id}: it has not ended", hint=f"pjw stop {job_id}")
@@ -293,7 +293,7 @@ class GatewayBackend:
                 await asyncio.gather(*(self._remove_copy(node, placement) for placement in found))
                 await self._store.transact(rows.forget, [placement.job_id for placement in found])
         except PjwError:
-            # when it is connected again
+            # we try again when the node is connected again
             return
         finally:
             self._removing.discard(node.row.name)
@@ -305,7 +305,7 @@ class GatewayBackend:
         try:
             await self._dial.call(node, "Delete", request, placement.client_name, 60)
         except (JobNotFoundError, JobStateError):
-            # it went before; or it is a copy that was given up, and has not ended
+            # the node removed it before; or it is a copy that we gave up, and that has not ended
             return
 
     # --- output
@@ -313,7 +313,7 @@ class GatewayBackend:
     async def read_logs(
         self, job_id: int | Element, part: Part = _ALL_OUTPUT, owner: str | None = None
     ) -> Reading:
-        """A part of a job's output, as its node has it."""
+        """A part of a job's output, from its node."""
         if part.session:
             raise not_yet("a session")
         if part.artifacts:
@@ -350,7 +350,7 @@ class GatewayBackend:
     # --- usage
 
     async def usage_history(self, job_id: int, owner: str | None = None) -> tuple[Job, Sequence[UsageSample]]:
-        """A job, and what it had used at moments of its life, as its node has it."""
+        """A job, and from its node what the job had used at moments of its life."""
         job = await self.get(job_id, owner)
         if job.state is JobState.QUEUED:
             return job, ()
@@ -398,7 +398,7 @@ class GatewayBackend:
         return self._changes.watch(owner, watched, since, snapshot=snapshot, follow=follow)
 
     async def quota(self, client_name: str = LOCAL_CLIENT) -> ClientQuota:
-        """The limits and the jobs of a client; what they use together is known to the nodes alone."""
+        """The limits and the jobs of a client, without their use, which only the nodes know."""
         settings = self._settings
         own = [
             placed
@@ -424,7 +424,7 @@ class GatewayBackend:
             queued_max=settings.quotas.queued_max,
         )
 
-    # --- what does not work through a gateway yet
+    # --- methods that do not work through a gateway yet
 
     async def hold(self, job_id: int | Element, owner: str | None = None) -> Job:
         """Refused."""
@@ -511,7 +511,7 @@ class GatewayBackend:
         """Nothing: a gateway mounts nothing."""
 
     def on_connection(self, tell: Callable[[Connection], None]) -> None:
-        """Nothing: the jobs' connections are their nodes'."""
+        """Nothing: jobs connect on their nodes."""
 
     @property
     def live_count(self) -> int:
@@ -548,7 +548,7 @@ class GatewayBackend:
         await asyncio.Event().wait()
 
     async def failed(self) -> None:
-        """Return when a bug has killed a task that is needed all along."""
+        """Return when a bug has killed a task that the gateway needs all along."""
         await self._background.failed.wait()
 
     def reconfigure(self, settings: WorkerSettings) -> None:
@@ -558,7 +558,7 @@ class GatewayBackend:
         self.engine.look()
 
     async def give_shares(self) -> Sequence[str]:
-        """Nothing: shares are the nodes' matter."""
+        """Nothing: the nodes give shares."""
         return ()
 
     async def open_operator_file(self, place: int) -> int:
@@ -571,5 +571,5 @@ class GatewayBackend:
 
 
 def new_uuid() -> str:
-    """A name for a job that no other cluster has."""
+    """A new name for a job, which no job of any cluster has."""
     return str(uuid.uuid4())

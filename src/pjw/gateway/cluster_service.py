@@ -1,4 +1,4 @@
-"""ClusterService: the nodes, for those who run a cluster."""
+"""ClusterService: the nodes, for the operators of a cluster."""
 
 import asyncio
 from typing import Final
@@ -38,12 +38,12 @@ class ClusterService:
         return pb.ListNodesResponse(nodes=[_message(node) for _, node in sorted(self._nodes.known.items())])
 
     async def drain_node(self, request: pb.DrainNodeRequest, caller: Caller) -> pb.DrainNodeResponse:
-        """Have a node get no more jobs."""
+        """Give a node no more jobs."""
         self._guard.require_role(caller.client_name, "DrainNode")
         return pb.DrainNodeResponse(node=_message(await self._nodes.drain(request.name, drained=True)))
 
     async def resume_node(self, request: pb.ResumeNodeRequest, caller: Caller) -> pb.ResumeNodeResponse:
-        """Have a node get jobs again."""
+        """Give a node jobs again."""
         self._guard.require_role(caller.client_name, "ResumeNode")
         return pb.ResumeNodeResponse(node=_message(await self._nodes.drain(request.name, drained=False)))
 

@@ -21,7 +21,8 @@ _ANSWERS: Final[dict[str, type[Message]]] = {
     "Delete": pb.DeleteResponse,
     "GetUsageHistory": pb.GetUsageHistoryResponse,
 }
-# Connections of one node, of as many calls as its pjwd allows over each: one follower is one call.
+# How many connections the gateway has to one node. Each carries as many calls as the node's pjwd allows, and
+# each follower is one call.
 _CONNECTIONS_MAX: Final = 50
 _GONE: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
 
@@ -39,7 +40,7 @@ class Dial:
             await channel.close()
 
     async def drop(self, node: Node) -> None:
-        """End the connection to a node that is lost: its calls would wait until its network is back."""
+        """End the connection to a lost node, whose calls would wait until its network is back."""
         if (known := self._channels.pop(node.row.name, None)) is not None:
             await known[1].close()
 
@@ -53,7 +54,7 @@ class Dial:
             address,
             grpc.ssl_channel_credentials(credentials.ca_pem, credentials.key_pem, credentials.crt_pem),
             [
-                # Whoever answers there, it is this node, or the handshake fails.
+                # The handshake fails unless this very node answers there.
                 ("grpc.ssl_target_name_override", f"{name}{NODE_HOST_SUFFIX}"),
                 ("grpc.enable_http_proxy", 0),
                 ("grpc.max_receive_message_length", 16 * 1024 * 1024),
@@ -96,7 +97,7 @@ class Dial:
 
 
 def error_from(error: grpc.aio.AioRpcError, node: Node) -> PjwError:
-    """What a call that failed is told as."""
+    """The error to raise for a call that failed."""
     if error.code() in _GONE:
         return ServerUnreachableError(f"node {node.row.name} does not answer now; its jobs go on")
     metadata = {key: value for key, value in error.trailing_metadata() or () if isinstance(value, str)}

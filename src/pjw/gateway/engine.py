@@ -1,4 +1,4 @@
-"""What decides which node may claim a job. It knows the uuid and the shape of the job, and its client."""
+"""The engine decides which node may claim a job. It knows the job's uuid, its shape and its client."""
 
 from typing import Protocol
 
@@ -6,16 +6,16 @@ from pjw.gateway.nodes import Node, Shape
 
 
 class Engine(Protocol):
-    """Where jobs wait for a node. Whatever it does, a job is claimed once: rows.claim decides that."""
+    """Jobs wait here for a node. Whatever an engine does, rows.claim lets a job be claimed once."""
 
     def submit(self, uuid: str, client_name: str, shape: Shape) -> None:
-        """A job wants a node. It may be submitted again, when a node could not have it."""
+        """Find a node for a job. The job may be submitted again, when its node could not start it."""
 
     def cancel(self, uuid: str) -> None:
-        """A job wants no node any more, or has none any more."""
+        """A job needs no node any more, or no longer has one."""
 
     def claimed(self, uuid: str, client_name: str, node: Node, shape: Shape) -> None:
-        """A node has claimed a job: also in a life of the gateway before this one."""
+        """A node has claimed a job, perhaps from an earlier process of the gateway."""
 
     def may_claim(self, uuid: str, node: Node) -> bool:
         """Whether a node may claim a job."""
@@ -30,7 +30,7 @@ class Engine(Protocol):
         """Why a job waits, in words."""
 
     def look(self) -> None:
-        """A node has come, or has room: see who is next."""
+        """A node has come, or has room: see which job is next."""
 
     def session_over(self, node: Node) -> None:
-        """A node has gone, and claims nothing that was assigned to it."""
+        """A node has gone, and will claim none of the jobs that were assigned to it."""

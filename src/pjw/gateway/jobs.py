@@ -1,7 +1,7 @@
 """The jobs of the gateway that have not ended: each change of a placement, in the table first, then here.
 
-What a node tells is written down before it counts, and synced before anybody is told of it. Old news change
-nothing: the table decides that (rows.py), not the order in which they come.
+The gateway writes a node's news into the table before it acts on them, and syncs them before it tells others.
+Old news change nothing: the table decides that (rows.py), not the order in which news arrive.
 """
 
 import logging
@@ -34,12 +34,12 @@ class Placed:
         # set when the placement has changed, and then replaced
         self.changed = Flag()
         self.ended: Final = Flag()
-        # in which its node was told to stop it
+        # the session in which we told its node to stop it
         self.stop_told: Session | None = None
 
     @property
     def shown(self) -> Job:
-        """The job as clients see it, but for why it waits."""
+        """The job as clients see it, without the reason why it waits."""
         if self.placement.state is PlacementState.RUNNING and not self.job.state.final:
             state = JobState.STOPPING if self.placement.stop_signal is not None else JobState.RUNNING
             return replace(self.job, state=state)
@@ -47,7 +47,7 @@ class Placed:
 
 
 def shape_of(limits: Limits) -> Shape:
-    """What a job takes of a node."""
+    """How much of a node a job takes."""
     return Shape(limits.cpu_max_millicores, limits.memory_max_bytes)
 
 
@@ -70,7 +70,7 @@ class Placements:
         self.ended: Final[list[Callable[[Job], None]]] = []
 
     async def begin(self, nodes: dict[str, Node], new_uuid: Callable[[], str]) -> None:
-        """Take over what the gateway before us has left, and submit what waits."""
+        """Take over the jobs that the gateway before us has left, and submit those that wait."""
         for job_id, client_name in await self._store.transact(rows.unplaced):
             await self._store.transact(rows.place, job_id, client_name, new_uuid())
         for placement, job in await self._store.transact(rows.alive):
@@ -83,7 +83,7 @@ class Placements:
                 await self._lose(placed, PlacementEvent.NODE_LOST, "its node was forgotten")
 
     async def add(self, job: Job, uuid: str) -> Placed:
-        """A job that was put into the queue is to get a node."""
+        """Find a node for a job of the queue."""
         if (known := self.live.get(job.id)) is not None:
             return known
         await self._store.transact(rows.place, job.id, job.client_name, uuid)
@@ -114,9 +114,9 @@ class Placements:
     # --- what happens
 
     async def claim(self, uuid: str, node: Node, session: str) -> tuple[Placed, WaitingJob] | None:
-        """A node claims a job; the job and what is to be executed, or None when it may not have it.
+        """A node claims a job; the job and what the node is to execute, or None when it may not have the job.
 
-        It is on the disk then: whoever has the answer may start it.
+        The claim is on the disk then, so the node may start the job as soon as it has the answer.
         """
         placed = self._by_uuid.get(uuid)
         if placed is None or not self._engine.may_claim(uuid, node):
@@ -142,19 +142,19 @@ class Placements:
         )
         await self._store.sync()
         if node.row.is_lost:
-            # while we looked into the table
+            # it was lost while we looked into the table
             await self.lose(node, lost_words(node))
         return placed, waiting
 
     async def started(self, placed: Placed, node: Node, node_job: Job) -> None:
-        """A node tells that a command was executed, perhaps not for the first time."""
+        """A node says that a command was executed, perhaps not for the first time."""
         job = await self._store.transact(rows.started, placed.placement.job_id, node_job)
         if job is not None:
             self._engine.started(node)
             self._moved(placed, job, state=PlacementState.RUNNING, node_job_id=node_job.id)
 
     async def put_back(self, placed: Placed, node: Node, event: PlacementEvent) -> None:
-        """A node does not start a job: not now, or as it never heard the answer to its claim."""
+        """A node does not start a job: not now, or because it never heard the answer to its claim."""
         job = await self._store.transact(rows.put_back, placed.placement.job_id, event, time.time_ns())
         if job is None:
             return
@@ -174,12 +174,12 @@ class Placements:
         return await self._end(placed, job, PlacementState.ENDED)
 
     async def start_failed(self, placed: Placed, detail: str) -> None:
-        """A node tells that a command can never be executed."""
+        """A node says that a command can never be executed."""
         job = await self._store.transact(rows.start_failed, placed.placement.job_id, detail, time.time_ns())
         await self._end(placed, job, PlacementState.ENDED)
 
     async def end(self, placed: Placed, node_job: Job) -> None:
-        """A node tells how a job has ended."""
+        """A node says how a job has ended."""
         job = await self._store.transact(rows.ended, placed.placement.job_id, node_job)
         await self._end(placed, job, PlacementState.ENDED, node_job.id)
 
@@ -189,7 +189,7 @@ class Placements:
             await self._lose(placed, PlacementEvent.NODE_LOST, why)
 
     async def unknown(self, placed: Placed, node: Node) -> None:
-        """A node tells that it has no such job."""
+        """A node says that it has no such job."""
         if placed.placement.state is PlacementState.CLAIMED:
             await self.put_back(placed, node, PlacementEvent.UNKNOWN)
         else:
@@ -201,12 +201,12 @@ class Placements:
         await self._end(placed, job, PlacementState.LOST)
 
     async def ask_stop(self, placed: Placed, signal: int, grace: float | None) -> None:
-        """Note that a job that a node has is to be stopped."""
+        """Note that a node is to stop a job."""
         await self._store.transact(rows.ask_stop, placed.placement.job_id, signal, grace)
         await self._store.sync()
         self._moved(placed, placed.job, stop_signal=signal, stop_grace=grace)
 
-    # --- what follows
+    # --- consequences
 
     async def _end(
         self, placed: Placed, job: Job | None, state: PlacementState, node_job_id: int = 0

@@ -1,4 +1,4 @@
-"""Stands before every method that is for nodes: whose certificate it is, and what errors become."""
+"""Guards every method for nodes: checks the caller's certificate, and turns errors into answers."""
 
 # The stubs' generic classes are not generic when they run.
 from __future__ import annotations
@@ -58,7 +58,7 @@ class NodeGuard:
         method: Callable[[AsyncIterator[Any], str, Callable[[], None]], AsyncGenerator[Message, None]],
         request_class: type[Message],
     ) -> grpc.RpcMethodHandler[Any, Any]:
-        """The handler of a method with two streams, which gets a function that admits the node once more."""
+        """The handler of a method with two streams, which gets a function that checks the node once more."""
 
         async def handle(requests: AsyncIterator[Message | None], context: Context) -> None:
             async def decoded() -> AsyncGenerator[Message, None]:
@@ -67,7 +67,7 @@ class NodeGuard:
 
             try:
                 name = self.admit(context).identity.client_name
-                # aclosing: what is left to the garbage collector would be a session that is not over
+                # aclosing: without it the session would last until the garbage collector ends it
                 async with aclosing(
                     method(decoded(), name, lambda: _ignored(self.admit(context)))
                 ) as answers:
@@ -86,7 +86,7 @@ class NodeGuard:
         )
 
     def admit(self, context: Context) -> Peer:
-        """The node that calls, with its certificate as it is now. Raises what keeps it out."""
+        """The calling node, by its certificate now. Raises NotAuthenticatedError and NotAllowedError."""
         peer = _authenticate(context.auth_context())
         if peer.is_revoked(self._revoked()):
             raise NotAuthenticatedError("the node's certificate has been revoked")
@@ -116,7 +116,7 @@ def _peer_of(pem: bytes) -> Peer:
     try:
         name = node_of(pem)
     except NotAuthenticatedError as error:
-        # it is known who calls: a client, or a gateway
+        # the caller is known: a client, or a gateway
         raise NotAllowedError(str(error), hint=error.hint) from None
     identity = Identity(name, certificate.serial_number)
     return Peer(identity, certificate.fingerprint(SHA256()), certificate.not_valid_after_utc)

@@ -1,4 +1,4 @@
-"""The nodes of a gateway: which are there, since when the others are silent, what each has room for."""
+"""The nodes of a gateway: which are connected, since when the others are silent, and what room each has."""
 
 import asyncio
 import logging
@@ -19,14 +19,14 @@ log: Final = logging.getLogger(__name__)
 
 
 class Shape(NamedTuple):
-    """What a job's limits promise, which is what it takes of a node; 0 is all of it."""
+    """The part of a node that a job takes, by its limits; 0 is all of the node."""
 
     millicores: int
     memory: int
 
 
 class Session:
-    """A node that is connected, and what it is told, in its order."""
+    """The session of a connected node, and the messages to it, in their order."""
 
     def __init__(self, hello: pb.Hello) -> None:
         self.hello: Final = hello
@@ -35,13 +35,13 @@ class Session:
         self._woken: Final = asyncio.Event()
 
     def say(self, message: pb.SessionResponse) -> None:
-        """Tell the node something; nothing when the session is over."""
+        """Tell the node something; does nothing when the session is over."""
         if not self.over.is_set():
             self._waiting.append(message)
             self._woken.set()
 
     def fence(self, uuid: str) -> None:
-        """Have the node end its copy of a job that was told to be lost."""
+        """Have the node end its copy of a job that clients were told is lost."""
         self.say(pb.SessionResponse(fence=pb.Fence(uuid=uuid)))
 
     def close(self) -> None:
@@ -50,7 +50,7 @@ class Session:
         self._woken.set()
 
     async def messages(self) -> AsyncGenerator[pb.SessionResponse, None]:
-        """All that is said, until the session is over."""
+        """All messages to the node, until the session is over."""
         while not self.over.is_set():
             while self._waiting:
                 yield self._waiting.popleft()
@@ -60,16 +60,16 @@ class Session:
 
 
 class Node:
-    """A node: what is known of it, its session while it is connected, and the jobs that it has."""
+    """A node: its facts, its session while it is connected, and its jobs."""
 
     def __init__(self, row: NodeRow, heard: float) -> None:
         self.row = row
         self.session: Session | None = None
-        # when it was last heard of, by the loop's clock
+        # when we last heard of it, by the loop's clock
         self.heard = heard
         # set when it comes or goes, and then replaced
         self.changed = Flag()
-        # the jobs that are assigned to it, or were claimed there, by their uuids
+        # the jobs that are assigned to it, or that it has claimed, by their uuids
         self.jobs: Final[dict[str, Shape]] = {}
         self.timer: asyncio.TimerHandle | None = None
 
@@ -79,12 +79,12 @@ class Node:
         return self.session is not None and not self.row.drained
 
     def used(self) -> Shape:
-        """What its jobs take."""
+        """How much of it its jobs take."""
         taken = [self._part(shape) for shape in self.jobs.values()]
         return Shape(sum(each.millicores for each in taken), sum(each.memory for each in taken))
 
     def has_room(self, shape: Shape) -> bool:
-        """Whether a job of this shape fits beside those that are there; one that is too large takes all."""
+        """Whether a job of this shape fits beside its jobs; a job that is too large takes the whole node."""
         used, wanted = self.used(), self._part(shape)
         return all(
             not most or there + more <= most
@@ -102,7 +102,7 @@ class Node:
         )
 
     def has_changed(self) -> None:
-        """Wake everybody who waits for it to come or go."""
+        """Wake all tasks that wait for it to come or go."""
         before, self.changed = self.changed, Flag()
         before.set()
 
@@ -118,14 +118,14 @@ class Nodes:
         self.heartbeat_seconds: Final = heartbeat_seconds
         self.lost_after_seconds: Final = lost_after_seconds
         self.known: Final[dict[str, Node]] = {}
-        # called when a node gets jobs that did not, or has more room
+        # called when a node may get jobs again, or has more room
         self.came: Callable[[], None] = lambda: None
-        # called with a node whose session is over, and with one that is lost
+        # called with a node whose session is over, and with a node that is lost
         self.went: Callable[[Node], None] = lambda _: None
         self.was_lost: Callable[[Node], None] = lambda _: None
 
     async def begin(self) -> None:
-        """Take over what was known: a node has as long to come as one that has just gone."""
+        """Take over the known nodes: each has as much time to connect as one that has just gone."""
         now = asyncio.get_running_loop().time()
         for row in await self._store.transact(rows.nodes):
             node = self.known[row.name] = Node(row, now)
@@ -153,7 +153,7 @@ class Nodes:
             raise NodeNotFoundError(name) from None
 
     async def connected(self, session: Session) -> Node:
-        """A node has said hello. Raises JobStateError for one that does not fit the others."""
+        """A node has said hello. Raises JobStateError for a node that does not fit the others."""
         hello, now = session.hello, asyncio.get_running_loop().time()
         self._require_same_users(hello)
         row = NodeRow(
@@ -170,7 +170,7 @@ class Nodes:
         if node is None:
             node = self.known[row.name] = Node(row, now)
         if node.session is not None:
-            # it has come back before we have seen that it went
+            # it has come back before we saw that it had gone
             self.session_over(node, node.session)
         row = replace(row, drained=node.row.drained)
         await self._store.transact(rows.keep_node, row)
@@ -191,11 +191,11 @@ class Nodes:
                 )
 
     def heard(self, node: Node) -> None:
-        """Something was heard of a node."""
+        """A message of a node has arrived."""
         node.heard = asyncio.get_running_loop().time()
 
     def session_over(self, node: Node, session: Session) -> None:
-        """A session has ended; of an earlier one of the node that is no news."""
+        """A session has ended; the end of an earlier session of the node changes nothing."""
         session.close()
         if node.session is session:
             node.session = None
@@ -204,7 +204,7 @@ class Nodes:
             self.went(node)
 
     async def drain(self, name: str, *, drained: bool) -> Node:
-        """Have a node get no more jobs, or get some again. Raises NodeNotFoundError."""
+        """Give a node no more jobs, or jobs again. Raises NodeNotFoundError."""
         node = self.named(name)
         node.row = replace(node.row, drained=drained)
         await self._store.transact(rows.keep_node, node.row)

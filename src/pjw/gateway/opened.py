@@ -1,4 +1,4 @@
-"""A gateway, put together: what it serves to clients, to nodes, and to those who run the cluster."""
+"""A gateway, put together: its services for clients, for nodes, and for the operators of the cluster."""
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -24,7 +24,7 @@ from pjw.worker.background import Background
 async def opened(
     config: ServerConfig, settings: WorkerSettings, state: GatewayState, dialling: Credentials
 ) -> AsyncGenerator[Served, None]:
-    """A gateway that has taken over what the one before has left."""
+    """A gateway that has taken over the jobs of the one before."""
     async with AsyncExitStack() as stack:
         background = Background()
         stack.push_async_callback(background.close)

@@ -1,8 +1,8 @@
 """The engine `pool`: the first connected node, by its name, that has room for the oldest job.
 
-It is for a handful of machines, and no scheduler: it has no fair share, no priorities and no reservations. A
-job that fits nowhere now is passed over by smaller ones. All of it is in memory: what waits is in the table
-of placements, and is submitted again when the gateway begins.
+It is for a handful of machines, and no scheduler: it has no fair share, no priorities and no reservations.
+Smaller jobs pass a job that fits nowhere now. The pool is in memory alone: the table of placements has the
+waiting jobs, and the gateway submits them again when it begins.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 from pjw.cluster.v1 import cluster_pb2 as pb
 from pjw.gateway.nodes import Node, Nodes, Shape
 
-# A node that could not start a job gets none for so long, and twice as long after each further time.
+# A node that could not start a job gets none for so long; each further failure doubles the pause.
 FIRST_PAUSE_SECONDS: Final = 1.0
 LONGEST_PAUSE_SECONDS: Final = 60.0
 
@@ -24,14 +24,14 @@ class _Waiting(NamedTuple):
 
 
 class Pool:
-    """The jobs that wait for a node, in their order, and what each node has."""
+    """The jobs that wait for a node, in their order, and the jobs of each node."""
 
     def __init__(self, nodes: Nodes, running_max: Callable[[], int]) -> None:
         self._nodes: Final = nodes
         # how many jobs of a client may be on nodes at once; 0: any number
         self._running_max: Final = running_max
         self._waiting: Final[dict[str, _Waiting]] = {}
-        # where each job is that a node has, or may claim
+        # the node of each job that a node has, or may claim
         self._placed: Final[dict[str, tuple[str, Node]]] = {}
         self._claimed: Final[set[str]] = set()
         self._of_client: Final[Counter[str]] = Counter()
@@ -99,7 +99,7 @@ class Pool:
             if uuid not in self._claimed:
                 back[uuid] = _Waiting(self._placed[uuid][0], shape)
                 self._release(uuid)
-        # they are older than what has come since
+        # these jobs are older than those that have come since
         rest = dict(self._waiting)
         self._waiting.clear()
         self._waiting.update(back | rest)
@@ -111,7 +111,7 @@ class Pool:
             return
         nodes = [node for _, node in sorted(self._nodes.known.items()) if self._gets_jobs(node)]
         most = self._running_max()
-        # what does not fit now does not fit for an equal one either
+        # if a job does not fit now, one of the same shape does not fit either
         passed_over: set[Shape] = set()
         for uuid, waiting in list(self._waiting.items()):
             if not nodes:

@@ -1,6 +1,7 @@
 """The output of a job on a node, through the gateway: from any byte on, whole to the byte over every break.
 
-The gateway stores none of it. It counts what it has passed on, and asks for the rest when the node is back.
+The gateway stores no output. It counts the bytes that it has passed on, and asks for the rest when the node
+is back.
 """
 
 import asyncio
@@ -34,7 +35,7 @@ class OnNode:
     node_job_id: int
 
 
-# Where a job is; returns when a node has it, or it has ended. None: it ended without a start.
+# Finds the node of a job; returns when a node has the job, or it has ended. None: it ended without a start.
 Where = Callable[[], Awaitable[OnNode | None]]
 
 
@@ -68,9 +69,9 @@ class ProxyReading:
         self.offset = part.offset
 
     async def seek(self) -> None:
-        """Look up where it begins, when that is asked for by lines or by time.
+        """Look up where the part begins, when the client asks for it by lines or by time.
 
-        Raises what the node answers, ServerUnreachableError when it goes away meanwhile, and OutputLostError
+        Raises the node's error, ServerUnreachableError when the node goes away meanwhile, and OutputLostError
         when it is lost.
         """
         if not self._part.is_sought:
@@ -79,14 +80,14 @@ class ProxyReading:
         if there is None:
             self.offset = 0
             return
-        # as short a look as there is: the first answer has the offset
+        # the first answer has the offset; we need no more
         call = self._dial.stream(there.node, "Logs", self._request(there, sought=True), there.job.client_name)
         try:
             first = await call.read()
             if first is not grpc.aio.EOF:
                 self.offset = pb.LogsResponse.FromString(first).offset
                 return
-            # it ends with its reason
+            # the call ends with its reason
             await call
         except grpc.aio.AioRpcError as error:
             raise self._told(error_from(error, there.node), there) from None
@@ -94,12 +95,12 @@ class ProxyReading:
             call.cancel()
 
     async def chunks(self, head: Head = no_head) -> AsyncGenerator[bytes, None]:
-        """Its bytes, as they come, each chunk behind what *head* makes of its length."""
+        """Its bytes, as they come, each chunk behind the head that *head* makes from its length."""
         async for message in self._messages(timestamps=False):
             count = logs_response_bytes(message)
             start = len(message) - count
             made = head(count)
-            # most are passed on as they came
+            # most messages go on as they came
             yield message if made == message[:start] else made + message[start:]
 
     async def timed(self) -> AsyncGenerator[tuple[bytes, datetime | None], None]:
@@ -126,7 +127,7 @@ class ProxyReading:
                         else logs_response_bytes(message)
                     )
                     pause = FIRST_PAUSE_SECONDS
-                    # before it is passed on: whoever takes no more has had it
+                    # before we pass it on: a reader that then takes no more has had it
                     self.offset += count
                     yield message
                 return
@@ -138,17 +139,17 @@ class ProxyReading:
                 task = asyncio.current_task()
                 if not there.node.row.is_lost or (task is not None and task.cancelling()):
                     raise
-                # Dial.drop: nobody waits for a node that is lost
+                # Dial.drop has cancelled the call, since nobody waits for a node that is lost
             finally:
                 call.cancel()
-            # until it comes back, or a moment, as it may never have gone
+            # wait until the node comes back, or for a moment, as it may never have gone
             with suppress(TimeoutError):
                 async with asyncio.timeout(pause):
                     await there.node.changed.wait()
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
     async def _connected(self) -> OnNode | None:
-        """Where the job is, once its node is connected. Raises OutputLostError when that is lost."""
+        """Where the job is, once its node is connected. Raises OutputLostError when the node is lost."""
         while True:
             there = await self._where()
             if there is None:
@@ -182,7 +183,7 @@ class ProxyReading:
 
     @staticmethod
     def _told(error: PjwError, there: OnNode) -> PjwError:
-        """An error of the node's, in words that name the job as its client knows it."""
+        """A node's error, in words with the job's id at the gateway."""
         job_id, name = there.job.id, there.node.row.name
         if isinstance(error, JobNotFoundError):
             return OutputLostError(f"node {name} has no output of job {job_id} any more")

@@ -1,4 +1,4 @@
-"""What a gateway does not do yet: refused in exact words, before anything is made. See docs/cluster.md."""
+"""Features that do not work through a gateway yet (docs/cluster.md): refused before anything is made."""
 
 from typing import Final
 
@@ -9,12 +9,12 @@ HINT: Final = "docs/cluster.md has what works through a gateway"
 
 
 def not_yet(what: str) -> JobStateError:
-    """The error of a call that works on one machine alone."""
+    """The error for a call that works on one machine alone."""
     return JobStateError(f"{what} does not work through a gateway yet", hint=HINT)
 
 
 def check_spec(spec: JobSpec) -> None:
-    """Raises InvalidJobError for a job that needs what a gateway does not have yet."""
+    """Raise InvalidJobError for a job that needs a feature that a gateway does not have yet."""
     queue = spec.queue
     asked = {
         "input": spec.input,

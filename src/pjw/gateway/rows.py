@@ -1,4 +1,4 @@
-"""Placements and nodes in the table of the gateway. Each change of a state is guarded here, in one statement.
+"""Placements and nodes in the table of the gateway. One guarded statement makes each change.
 
 Each function is called in the table's thread, in a transaction (`JobStore.transact`): a placement and its job
 change together or not at all.
@@ -23,27 +23,27 @@ _ALIVE: Final = "state IN ('queued', 'claimed', 'running')"
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """A row: a job on its way to a node, and there."""
+    """A row: a job on its way to a node, and on the node."""
 
     job_id: int
     uuid: str
     client_name: str
     state: PlacementState
     node: str = ""
-    # of the node, in which it was claimed
+    # the node's session in which it was claimed
     session: str = ""
-    # what the job is called there; 0: not known yet
+    # the job's id on the node; 0: not known yet
     node_job_id: int = 0
     # how often it was claimed
     attempt: int = 0
-    # a stop that was asked for, and that the node may not have heard of
+    # a stop that a client asked for, and of which the node may not have heard
     stop_signal: int | None = None
     stop_grace: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class NodeRow:
-    """What was last known of a node."""
+    """The last known facts of a node."""
 
     name: str
     address: str
@@ -65,7 +65,7 @@ def _placement(row: tuple[Any, ...]) -> Placement:
 
 
 def place(db: sqlite3.Connection, job_id: int, client_name: str, uuid: str) -> None:
-    """A job that was put into the queue is to get a node; nothing where it is on its way already."""
+    """Make the placement of a job of the queue; nothing when it has one already."""
     db.execute(
         "INSERT OR IGNORE INTO placements (job_id, uuid, client_name, state) VALUES (?, ?, ?, 'queued')",
         (job_id, uuid, client_name),
@@ -73,7 +73,7 @@ def place(db: sqlite3.Connection, job_id: int, client_name: str, uuid: str) -> N
 
 
 def unplaced(db: sqlite3.Connection) -> list[tuple[int, str]]:
-    """Jobs of the queue, with their clients, that a crash has left without a placement."""
+    """Jobs of the queue, with their clients, that have no placement after a crash."""
     query = (
         "SELECT id, client_name FROM jobs INDEXED BY jobs_queued WHERE state IS NULL AND start_ns = 0"
         " AND id NOT IN (SELECT job_id FROM placements)"
@@ -111,7 +111,7 @@ def _move(
 ) -> bool:
     """Change the state of a placement as *event* does; whether it changed."""
     states = sorted(before(event))
-    # an event leads from each state to one, and from several to different ones
+    # one event may lead from different states to different states
     cases = " ".join(f"WHEN '{state}' THEN '{TRANSITIONS[state, event]}'" for state in states)
     marks = ", ".join("?" * len(states))
     return bool(
@@ -126,7 +126,7 @@ def _move(
 def claim(
     db: sqlite3.Connection, placed: Placement, limits: Limits, node: str, session: str, now_ns: int
 ) -> Job | None:
-    """A node claims a job; the job as it is then, or None when it is not to be had any more."""
+    """A node claims a job; the job as it is then, or None when no node can claim it any more."""
     if not _move(
         db,
         placed.job_id,
@@ -157,7 +157,7 @@ def started(db: sqlite3.Connection, job_id: int, node_job: Job) -> Job | None:
 
 
 def put_back(db: sqlite3.Connection, job_id: int, event: PlacementEvent, now_ns: int) -> Job | None:
-    """A claimed job is nobody's again; the job as it is then, or None when it was not claimed."""
+    """A claimed job has no node again; the job as it is then, or None when it was not claimed."""
     if event not in (PlacementEvent.PUT_BACK, PlacementEvent.UNKNOWN):
         raise ValueError(event)
     states = db.execute("SELECT state FROM placements WHERE job_id = ?", (job_id,)).fetchone()
@@ -170,14 +170,14 @@ def put_back(db: sqlite3.Connection, job_id: int, event: PlacementEvent, now_ns:
 
 
 def cancelled(db: sqlite3.Connection, job_id: int, detail: str, now_ns: int) -> Job | None:
-    """A job ends that no node has; the job, or None when a node was first."""
+    """A job without a node ends; the job, or None when a node was first."""
     if not _move(db, job_id, PlacementEvent.CANCELLED):
         return None
     return queue_rows.end_without_start(db, job_id, EndReason.CANCELLED, detail, now_ns)
 
 
 def start_failed(db: sqlite3.Connection, job_id: int, detail: str, now_ns: int) -> Job | None:
-    """A claimed job ends, as it can never be executed; the job, or None when it was not claimed."""
+    """A claimed job ends, since it can never be executed; the job, or None when it was not claimed."""
     if not _move(db, job_id, PlacementEvent.START_FAILED):
         return None
     return queue_rows.end_without_start(db, job_id, EndReason.START_FAILED, detail, now_ns)
@@ -222,7 +222,7 @@ def lost(db: sqlite3.Connection, job_id: int, event: PlacementEvent, detail: str
 
 
 def keep_late_end(db: sqlite3.Connection, job_id: int, node_job_id: int, text: str) -> None:
-    """Keep what the node has recorded of a job that was told to be lost."""
+    """Keep the node's record of a job that clients were told is lost."""
     db.execute(
         "UPDATE placements SET late_end = ?, node_job_id = ? WHERE job_id = ? AND state = 'lost'",
         (text, node_job_id, job_id),
@@ -230,7 +230,7 @@ def keep_late_end(db: sqlite3.Connection, job_id: int, node_job_id: int, text: s
 
 
 def ask_stop(db: sqlite3.Connection, job_id: int, signal: int, grace: float | None) -> None:
-    """Note that a job is to be stopped, until its node has heard of it; the job is shown as one."""
+    """Note that a job is to be stopped, until its node has heard of it; clients see the job as STOPPING."""
     db.execute(
         "UPDATE placements SET stop_signal = ?, stop_grace = ? WHERE job_id = ?", (signal, grace, job_id)
     )
@@ -238,7 +238,7 @@ def ask_stop(db: sqlite3.Connection, job_id: int, signal: int, grace: float | No
 
 
 def to_fence(db: sqlite3.Connection, node: str) -> list[str]:
-    """The uuids of jobs that were told to be lost with a node, and whose ends it has not told since."""
+    """The uuids of jobs that were lost with a node, and whose ends the node has not told since."""
     query = "SELECT uuid FROM placements WHERE node = ? AND state = 'lost' AND late_end = ''"
     return [uuid for (uuid,) in db.execute(query, (node,))]
 
@@ -250,7 +250,7 @@ def to_remove(db: sqlite3.Connection, node: str, count: int) -> list[Placement]:
 
 
 def forget(db: sqlite3.Connection, job_ids: Sequence[int]) -> None:
-    """Nothing is left of these on their node."""
+    """Forget these placements, of which nothing is left on their node."""
     db.executemany("DELETE FROM placements WHERE job_id = ? AND removed", [(each,) for each in job_ids])
 
 
@@ -262,7 +262,7 @@ def _job(db: sqlite3.Connection, job_id: int) -> Job:
 
 
 def nodes(db: sqlite3.Connection) -> list[NodeRow]:
-    """All nodes that were ever seen, and not forgotten."""
+    """All nodes that the gateway has ever seen."""
     rows = db.execute(
         "SELECT name, address, version, boot_id, cpu_max_millicores, memory_max_bytes, uid_first, uid_count,"
         " drained, is_lost FROM nodes ORDER BY name"
@@ -271,7 +271,7 @@ def nodes(db: sqlite3.Connection) -> list[NodeRow]:
 
 
 def keep_node(db: sqlite3.Connection, node: NodeRow) -> None:
-    """Write down what is known of a node."""
+    """Write down the facts of a node."""
     db.execute(
         "INSERT OR REPLACE INTO nodes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (

@@ -1,4 +1,4 @@
-"""NodeService: what nodes tell of the jobs that they have, and the claims by which they get them."""
+"""NodeService: the news of nodes about their jobs, and the claims by which they get jobs."""
 
 import asyncio
 import logging
@@ -20,7 +20,7 @@ from pjw.worker.queue_rows import WaitingJob
 from pjw.worker.store import JobStore
 
 NODE_SERVICE: Final = pb.DESCRIPTOR.services_by_name["NodeService"].full_name
-# So many uuids are in a question at most.
+# The most uuids in one question.
 _ASKED_AT_ONCE: Final = 1000
 
 log: Final = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class Sessions:
         self._store: Final = store
         self._nodes: Final = nodes
         self._placements: Final = placements
-        # called with a job that a node has, when there may be something to tell the node of it
+        # called with a job that a node runs: there may be a stop to tell the node of
         self._run_here: Final = run_here
 
     def handlers(self, guard: NodeGuard) -> grpc.GenericRpcHandler:
@@ -61,7 +61,7 @@ class Sessions:
             raise JobStateError("the session of this claim is over")
         claimed = await self._placements.claim(request.uuid, node, request.session)
         if claimed is None:
-            raise JobStateError(f"job {request.uuid} is not to be had by node {name}")
+            raise JobStateError(f"node {name} cannot claim job {request.uuid}")
         placed, waiting = claimed
         return await self._granted(placed, waiting)
 
@@ -70,7 +70,7 @@ class Sessions:
         start = spec_to_message(waiting.spec())
         for limit, value in job.limits.items():
             setattr(start.limits, limit, value)
-        # of this gateway's own names, which a job of another life of it may bear on the node still
+        # names at this gateway: on the node a job from another life of the gateway may still have them
         start.name, start.request_id = "", ""
         return pb.ClaimResponse(
             uuid=placed.placement.uuid,
@@ -84,7 +84,7 @@ class Sessions:
     async def session(
         self, requests: AsyncIterator[pb.SessionRequest], name: str, admit: Callable[[], None]
     ) -> AsyncGenerator[pb.SessionResponse, None]:
-        """Hear a node and tell it, until one of both ends."""
+        """Hear a node and tell it things, until one of the two ends the session."""
         first = await anext(requests, None)
         if first is None or not first.HasField("hello"):
             raise JobStateError("the first message of a session is Hello")
@@ -105,14 +105,14 @@ class Sessions:
             async for message in session.messages():
                 yield message
             if hearing.done():
-                # why it has ended, if that is a reason
+                # raise the reason for its end, if there is one
                 hearing.result()
         finally:
             hearing.cancel()
             self._nodes.session_over(node, session)
 
     async def _begin(self, node: Node, session: Session) -> None:
-        """Ask for what was claimed before this session, and have ended what was given up."""
+        """Ask about jobs that were claimed before this session, and have the node end the lost ones."""
         uuids = [
             placed.placement.uuid
             for placed in self._placements.on(node)
@@ -138,7 +138,7 @@ class Sessions:
             self._nodes.heard(node)
             match request.WhichOneof("message"):
                 case "heartbeat":
-                    # a session outlives the handshake: its certificate may have ended, or been revoked
+                    # a session outlives the handshake: its certificate may have expired, or been revoked
                     admit()
                     session.say(pb.SessionResponse(heartbeat=pb.Heartbeat()))
                 case "started":
@@ -153,7 +153,7 @@ class Sessions:
                     pass
 
     def _of(self, uuid: str, node: Node) -> Placed | None:
-        """A job that this node has; none of another node, whatever this one tells of it."""
+        """A job that this node has; never a job of another node, whatever this one says."""
         placed = self._placements.of(uuid)
         return placed if placed is not None and placed.placement.node == node.row.name else None
 
@@ -178,11 +178,11 @@ class Sessions:
     async def _ended(self, message: pb.Ended, node: Node, session: Session) -> None:
         job = job_from_message(message.job)
         if not job.state.final:
-            raise InvalidJobError(f"node {node.row.name} tells an end of a job that is {job.state}")
+            raise InvalidJobError(f"node {node.row.name} tells the end of a job that is {job.state}")
         if (placed := self._of(message.uuid, node)) is not None:
             await self._placements.end(placed, job)
         else:
-            # told before, and not acknowledged; or late, of a job that was told to be lost
+            # the node has told it before and heard no answer; or it is the late end of a lost job
             placement = await self._store.transact(rows.by_uuid, message.uuid)
             if placement is not None and placement.node == node.row.name:
                 await self._store.transact(

@@ -1,7 +1,7 @@
-"""pjwd gateway: read the keys, give privilege up where there is some, serve.
+"""pjwd gateway: read the keys, give up privilege if there is any, serve.
 
-It starts as any user. As root it becomes an unprivileged one first, as `pjwd serve` does; it has no launcher,
-and no process but itself.
+Any user may start it. Started by root, it first becomes an unprivileged user, as `pjwd serve` does. It has no
+launcher, and no other process.
 """
 
 import asyncio
@@ -76,7 +76,7 @@ def serve(path: str | None, options: Mapping[str, object]) -> int:
 
 
 def settings_of(config: ServerConfig, plan: Plan) -> WorkerSettings:
-    """What the gateway needs of a plan: its own host's size bounds no job."""
+    """The gateway's settings of a plan, without the bounds by its own host's size, where no job runs."""
     return replace(plan.settings, ceiling=NO_CEILING.with_overrides(config.ceilings))
 
 
@@ -110,7 +110,7 @@ def _serve(config: ServerConfig, path: str | None, options: Mapping[str, object]
     preload_modules()
     if plan.metrics is not None:
         import_module("pjw.server.metrics")
-    # a reload reads these again, and nobody does it for us
+    # a reload reads these again, and the gateway has no launcher that could
     readable = sorted({os.path.dirname(os.path.realpath(path)) for path in files.paths})
     ports = listening_ports(plan.listen, plan.metrics)
     sandbox = Sandbox(state.descriptor, ports, descriptors_for(config), readable)
@@ -150,7 +150,7 @@ def _check_reloads(state: GatewayState, paths: Sequence[str], revoked: str | Non
             os.close(state.open_operator_file(place))
         except ConfigError as error:
             if path == revoked:
-                # in an emergency the operator would trust a new one
+                # in an emergency the operator would rely on a new list
                 raise ConfigError(
                     f"no reload could read the revocation list: {error}",
                     hint="let the user of the gateway read it",

@@ -1,11 +1,11 @@
-"""The state directory of a gateway: its job table, and secrets of jobs that no node has yet.
+"""The state directory of a gateway: its job table, and the secrets of jobs that no node has yet.
 
-STATE/             the gateway's own user's, 0700
+STATE/             belongs to the gateway's own user, 0700
 jobs.sqlite        the jobs, their placements, and the nodes
 secrets/           of jobs that wait for a node, see worker/secret_files.py
 gateway.lock       held by the gateway
 
-No output is here: that is on the nodes.
+It has no output: the nodes have that.
 """
 
 import asyncio
@@ -22,21 +22,21 @@ _TABLE: Final = "jobs.sqlite"
 
 
 class GatewayState:
-    """An open state directory. Opened as root, if it was; used on after privilege was dropped."""
+    """An open state directory. Root may have opened it; the gateway uses it after it dropped privilege."""
 
     def __init__(
         self, path: str, files: Sequence[str] = (), audit_log: str | None = None, uid: int | None = None
     ) -> None:
         """Open the directory, which `make` has made for user *uid*. Raises ConfigError.
 
-        *files* are the operator's, which a reload reads again, and *audit_log* is the path of that.
+        *files* are the operator's, which a reload reads again; *audit_log* is the path of the audit log.
         """
         self.path: Final = os.path.realpath(path)
         self._files: Final = files
         self._audit_log: Final = audit_log
         table = os.path.join(self.path, _TABLE)
         try:
-            # before SQLite makes it, with a mode of its own
+            # before SQLite makes the file, with a mode of its choice
             os.close(os.open(table, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
         except OSError as error:
             raise _unusable(path, error) from error
@@ -52,16 +52,16 @@ class GatewayState:
             raise ConfigError(str(error), hint="is the disk writable and not full?") from error
 
     def close(self) -> None:
-        """Write what is pending and close."""
+        """Write pending changes and close."""
         self.store.close()
         os.close(self.descriptor)
 
     async def in_thread(self, function: Callable[[int], None], job_id: int, /) -> None:
-        """Call what waits for the disk."""
+        """Call a function that waits for the disk."""
         await asyncio.to_thread(function, job_id)
 
     def remove_job(self, job_id: int) -> None:
-        """Nothing: a gateway has no files of jobs. The table notes what is to be removed on its node."""
+        """Nothing: a gateway has no files of jobs. The table notes which jobs nodes have to remove."""
 
     def open_operator_file(self, place: int) -> int:
         """One of the operator's files, open for reading. Raises ConfigError."""
@@ -84,7 +84,7 @@ class GatewayState:
 
 
 def make(path: str, uid: int | None) -> None:
-    """Make the directory where it is missing, for user *uid* (None: who we are). Raises ConfigError."""
+    """Make the directory where it is missing, for user *uid* (None: our own). Raises ConfigError."""
     try:
         os.makedirs(path, 0o700, exist_ok=True)
         status = os.stat(path)

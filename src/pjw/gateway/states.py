@@ -1,7 +1,7 @@
 """The life of a placement, a job on its way to a node and there, as a table. docs/cluster.md draws it.
 
-The order of truth: the final record of the node, then the claim at the gateway. An engine decides nothing but
-which node may claim.
+The node's final record is the first source of truth, and the claim at the gateway the second. An engine
+decides only which node may claim.
 """
 
 from enum import StrEnum
@@ -13,12 +13,12 @@ class PlacementState(StrEnum):
 
     # no node has it
     QUEUED = "queued"
-    # a node has it, and nobody else gets it; whether its command was executed is not known yet
+    # a node has it, and no other node gets it; it is not known yet whether its command was executed
     CLAIMED = "claimed"
     # its command was executed
     RUNNING = "running"
     ENDED = "ended"
-    # its node was not heard of for too long, or knows nothing of it any more
+    # the gateway heard nothing of its node for too long, or the node knows nothing of it any more
     LOST = "lost"
 
     @property
@@ -32,28 +32,28 @@ class PlacementEvent(StrEnum):
 
     # a node claims the job; the gateway decides by a compare-and-swap
     CLAIM = "claim"
-    # somebody stopped it before a node had it
+    # a client stopped it before a node had it
     CANCELLED = "cancelled"
-    # of the node: executed, told again after each break
+    # the node says: executed; it says so again after each break
     STARTED = "started"
-    # of the node: not executed, and it may be elsewhere
+    # the node says: not executed; another node may get it
     PUT_BACK = "put_back"
-    # of the node: it can never be executed
+    # the node says: it can never be executed
     START_FAILED = "start_failed"
-    # of the node: it has no such job, and never starts it
+    # the node says: it has no such job, and never starts it
     UNKNOWN = "unknown"
-    # of the node: its final record
+    # the node sends its final record
     END_SEEN = "end_seen"
-    # nobody has heard of the node for too long
+    # the gateway heard nothing of the node for too long
     NODE_LOST = "node_lost"
 
 
 _S = PlacementState
 _E = PlacementEvent
 
-# A pair that is not here changes nothing: it is old news, or none of the gateway's. What is final stays so:
-# the end of a job that is LOST is kept beside it, and no more. UNKNOWN puts a claimed job back, for a node
-# writes its row before it starts anything; of a running one it means that the node's table is gone.
+# A pair that is not here changes nothing: it is old news, or about no job of the gateway. Final states stay:
+# the gateway only keeps the late end of a LOST job beside it. UNKNOWN puts a claimed job back, since a node
+# writes its row before it starts anything. For a running job UNKNOWN means that the node's table is gone.
 TRANSITIONS: Final[dict[tuple[PlacementState, PlacementEvent], PlacementState]] = {
     (_S.QUEUED, _E.CLAIM): _S.CLAIMED,
     (_S.QUEUED, _E.CANCELLED): _S.ENDED,
@@ -61,7 +61,7 @@ TRANSITIONS: Final[dict[tuple[PlacementState, PlacementEvent], PlacementState]] 
     (_S.CLAIMED, _E.PUT_BACK): _S.QUEUED,
     (_S.CLAIMED, _E.UNKNOWN): _S.QUEUED,
     (_S.CLAIMED, _E.START_FAILED): _S.ENDED,
-    # before the news of the start, as a short job may have it
+    # a short job may end before the news of its start arrive
     (_S.CLAIMED, _E.END_SEEN): _S.ENDED,
     (_S.CLAIMED, _E.NODE_LOST): _S.LOST,
     (_S.RUNNING, _E.UNKNOWN): _S.LOST,
@@ -69,7 +69,7 @@ TRANSITIONS: Final[dict[tuple[PlacementState, PlacementEvent], PlacementState]] 
     (_S.RUNNING, _E.NODE_LOST): _S.LOST,
 }
 
-# The events of which only the node that has the job may tell.
+# Only the node that has the job may send these events.
 OF_THE_NODE: Final = frozenset({_E.STARTED, _E.PUT_BACK, _E.START_FAILED, _E.UNKNOWN, _E.END_SEEN})
 
 

@@ -1,4 +1,4 @@
-"""Tells nodes of stops: a stop is noted in the table first, and told until the node has heard of it."""
+"""Tells nodes of stops: notes a stop in the table first, and tells the node until it has heard of it."""
 
 import logging
 from typing import Final
@@ -15,17 +15,18 @@ log: Final = logging.getLogger(__name__)
 
 
 class Stops:
-    """The stops that nodes are being told of."""
+    """The stops of which the gateway tells nodes."""
 
     def __init__(self, dial: Dial, background: Background) -> None:
         self._dial: Final = dial
         self._background: Final = background
 
     def tell(self, placed: Placed, node: Node, *, again: bool = False) -> None:
-        """Tell a node to stop a job, if that was asked for and the node runs it.
+        """Tell a node to stop a job, if a client asked for that and the node runs the job.
 
-        The end comes by the session, as any other. A node that goes away meanwhile tells that it runs the job
-        in its next session, and then it is told once more. *again*: with another signal, or a shorter grace.
+        The end comes by the session, as any other. If the node goes away meanwhile, it says in its next
+        session that it runs the job, and we tell it once more. *again*: with another signal, or a shorter
+        grace.
         """
         placement = placed.placement
         if (
@@ -46,7 +47,7 @@ class Stops:
         try:
             await self._dial.call(node, "Stop", request, placed.job.client_name)
         except (ServerUnreachableError, JobNotFoundError):
-            # it hears of it when it is back; or it has told the end, and forgotten the job
+            # the node hears of the stop when it is back; or it has told the end, and forgotten the job
             pass
         except PjwError as error:
             log.warning("node %s does not stop job %d: %s", node.row.name, placed.job.id, error)

@@ -1,4 +1,4 @@
-"""What jobs use now, asked of the nodes that have them."""
+"""What jobs use now, as their nodes say when asked."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -13,14 +13,14 @@ from pjw.model import Job, UsageSample
 from pjw.rpc.convert import sample_from_message
 from pjw.v1 import job_worker_pb2 as pb
 
-# A node that takes longer is left out: who asks for a job wants to know more than what it uses.
+# We leave out a node that takes longer: a client that asks for a job wants more than its usage.
 _SECONDS: Final = 2.0
-# So many jobs of a cluster are asked for at a time.
+# We ask for so many jobs of a cluster at a time.
 _AT_ONCE: Final = 32
 
 
 async def with_usage(dial: Dial, nodes: Nodes, placed: Placed, job: Job) -> Job:
-    """A job that runs, with what it uses, and what its node says of it; *job* itself if the node does not."""
+    """A running job with its usage and its node's other facts; *job* itself if the node does not answer."""
     answer = await _asked(dial, nodes.known.get(placed.placement.node), placed, _SECONDS)
     if placed.ended.is_set():
         return placed.job
@@ -33,7 +33,7 @@ async def with_usage(dial: Dial, nodes: Nodes, placed: Placed, job: Job) -> Job:
 async def usage_now(
     dial: Dial, nodes: Nodes, placed: Sequence[Placed], seconds: float
 ) -> Mapping[int, UsageSample]:
-    """What jobs use, by their ids; those are missing of which the node says nothing in so many seconds."""
+    """What jobs use, by their ids, without the jobs whose nodes do not answer in so many seconds."""
     turns = asyncio.Semaphore(_AT_ONCE)
     samples: dict[int, UsageSample] = {}
 

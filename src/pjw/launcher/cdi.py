@@ -1,6 +1,6 @@
 """Devices that the operator offers, as files of the Container Device Interface (CDI) describe them.
 
-https://github.com/cncf-tags/container-device-interface has the format. The launcher reads these files by
+https://github.com/cncf-tags/container-device-interface defines the format. The launcher reads these files
 itself, for each launch with devices: a request has names alone. Of `containerEdits` it takes deviceNodes,
 mounts and env. It runs no hook.
 """
@@ -17,24 +17,24 @@ from pjw.errors import ConfigError, GpuError, KernelError
 from pjw.launcher.operator_files import open_operator_file
 from pjw.model import GPUS_MAX, MOUNT_PATH_MAX_BYTES, is_plain_path, is_variable, lies_in
 
-# Of one job: each is a descriptor that comes with init's order, whose array has as many (init/init.h).
+# The most edits of one job: each is a descriptor of init's order, whose array has as many (init/init.h).
 EDITS_MAX: Final = 128
 # nvidia-ctk writes 20 KiB for eight GPUs
 _FILE_BYTES_MAX: Final = 1024**2
 _FILES_MAX: Final = 64
 _PIECE_BYTES: Final = 1024**2
-# all variables of a job's are an answer of the launcher's
+# an answer of the launcher holds all variables of a job's devices
 _VARIABLES_MAX_BYTES: Final = 8192
 _NAME: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.:-]{0,62}[A-Za-z0-9])?")
-# what each job has of its own; elsewhere it sees the host's files as they are
+# the directories that each job has of its own; elsewhere it sees the host's files as they are
 _OWN: Final = ("/dev", "/proc", "/run", "/sys", "/tmp", "/var/tmp")  # noqa: S108  a job's
-# where nothing of a device can be: these are a job's own to write, or the kernel's
+# places where nothing of a device can be: the job can write there, or they belong to the kernel
 _NEVER: Final = ("/proc", "/sys", "/tmp", "/var/tmp", "/run/job", "/run/workspace")  # noqa: S108
 
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """A device node, or a file or directory, of the host's, and where a job has it."""
+    """A device node, file or directory of the host, and its path in a job."""
 
     host_path: str
     path: str
@@ -43,7 +43,7 @@ class Edit:
 
 @dataclass(frozen=True, slots=True)
 class Edits:
-    """What a job gets with a device."""
+    """The edits and variables that a job gets with a device."""
 
     edits: tuple[Edit, ...] = ()
     environment: tuple[str, ...] = ()
@@ -59,7 +59,7 @@ NO_EDITS: Final = Edits()
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A device by its own edits, and what all devices of its file have in common."""
+    """A device: its own edits, and the edits that all devices of its file have in common."""
 
     name: str
     own: Edits
@@ -69,7 +69,7 @@ class Device:
 def read_devices(kind: str, directories: Iterable[str]) -> tuple[Device, ...]:
     """The devices of a kind, each under one name. Raises ConfigError or KernelError for a file that is wrong.
 
-    Of two directories the later one goes before the other, as CDI has it.
+    A device in a later directory replaces one of the same name in an earlier directory, as CDI defines it.
     """
     devices: dict[str, Device] = {}
     for directory in directories:
@@ -86,7 +86,7 @@ def read_devices(kind: str, directories: Iterable[str]) -> tuple[Device, ...]:
 def _distinct(devices: Iterable[Device]) -> tuple[Device, ...]:
     """Each device once: nvidia-ctk gives one as `0` and by its UUID, and all of them together as `all`."""
     kept: list[Device] = []
-    # few nodes first: what has all those of another, and more, is several at once
+    # few nodes first: a device with all nodes of another one, and more, is several devices at once
     for device in sorted(devices, key=lambda each: (len(each.own.nodes), _order(each.name))):
         if device.own.nodes and not any(other.own.nodes <= device.own.nodes for other in kept):
             kept.append(device)
@@ -98,9 +98,9 @@ def _order(name: str) -> tuple[bool, int, str]:
 
 
 def edits_of(devices: Sequence[Device], names: Sequence[str], *, image: bool = False) -> Edits:
-    """What a job gets that has these devices: in an *image* also what else it sees of the machine.
+    """The edits of a job with these devices; in an *image* also of files that it otherwise sees anyway.
 
-    Raises GpuError for a name that is none.
+    Raises GpuError for an unknown name.
     """
     by_name = {device.name: device for device in devices}
     if missing := [name for name in names if name not in by_name]:
@@ -115,7 +115,7 @@ def edits_of(devices: Sequence[Device], names: Sequence[str], *, image: bool = F
     variables = {text.partition("=")[0]: text for part in parts for text in part.environment}
     if len(edits) > EDITS_MAX:
         raise ConfigError(
-            f"{len(names)} GPUs have {len(edits)} devices and mounts; at most {EDITS_MAX} are known"
+            f"{len(names)} GPUs have {len(edits)} devices and mounts; a job can have at most {EDITS_MAX}"
         )
     if sum(len(text.encode()) + 1 for text in variables.values()) > _VARIABLES_MAX_BYTES:
         raise ConfigError(f"the variables of GPUs have more than {_VARIABLES_MAX_BYTES} bytes")
@@ -123,7 +123,7 @@ def edits_of(devices: Sequence[Device], names: Sequence[str], *, image: bool = F
 
 
 def _files(directory: str) -> list[str]:
-    """The files of a directory by their names; none without the directory."""
+    """The files of a directory, sorted by their names; none when the directory is missing."""
     try:
         names = sorted(name for name in os.listdir(directory) if name.endswith(".json"))
     except (FileNotFoundError, NotADirectoryError):
@@ -137,7 +137,7 @@ def _files(directory: str) -> list[str]:
 
 def _devices_of(path: str, kind: str) -> Iterator[Device]:
     try:
-        # not the bytes, as in protocol.py
+        # decode first, as in protocol.py
         spec = _table(json.loads(_read(path).decode()))
         if spec.get("kind") != kind:
             return
@@ -145,7 +145,7 @@ def _devices_of(path: str, kind: str) -> Iterator[Device]:
         for device in map(_table, _list(spec, "devices")):
             name = _text(device, "name")
             if not _NAME.fullmatch(name):
-                raise ValueError(f"{name[:80]!r} is no name of a device")
+                raise ValueError(f"{name[:80]!r} is not a name of a device")
             yield Device(name, _edits(device.get("containerEdits")), common)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"cannot take the devices of {path}: {error}") from error
@@ -193,7 +193,7 @@ def _node(node: Mapping[str, Any]) -> Edit:
         raise ValueError(f"{path} is no character device")
     allowed = node.get("permissions") or "rw"
     if not isinstance(allowed, str) or not {"r", "w"} <= set(allowed):
-        # the node's own mode says who may do what: a mount of a device has no part in that
+        # the node's own mode decides who may do what, and a mount of the node cannot change that
         raise ValueError(f"{path} has the permissions {allowed!r:.80}, and only 'rw' can be given")
     return Edit(_host_path(_text(node, "hostPath", path)), path, is_device=True)
 
@@ -203,7 +203,7 @@ def _mount(mount: Mapping[str, Any]) -> Edit:
 
 
 def _is_to_be_made(mount: Edit) -> bool:
-    """A job sees the host's files at their places, but for what it has of its own."""
+    """Whether a job needs this mount: it sees the host's files anyway, except in directories of its own."""
     return mount.host_path != mount.path or any(lies_in(mount.path, own) for own in _OWN)
 
 
@@ -216,9 +216,9 @@ def _host_path(path: str) -> str:
 def _place(path: str) -> str:
     _host_path(path)
     if any(lies_in(path, each) or lies_in(each, path) for each in _NEVER) or path in _OWN:
-        raise ValueError(f"{path[:80]!r} is a place of a job's own")
+        raise ValueError(f"{path[:80]!r} is a directory of the job's own")
     if len(path.encode()) > MOUNT_PATH_MAX_BYTES:
-        raise ValueError(f"{path[:80]!r} is too long a path")
+        raise ValueError(f"{path[:80]!r} is too long")
     return path
 
 
@@ -249,5 +249,5 @@ def _list(table: Mapping[str, Any], key: str) -> list[Any]:
 
 def _table(value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError("what should be a table is none")  # noqa: TRY004
+        raise ValueError("there is no table where one must be")  # noqa: TRY004
     return value

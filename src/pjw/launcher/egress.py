@@ -1,7 +1,8 @@
 """Keeps pjwd-egress, the process that connects for jobs to names on the network (pjw.egress).
 
-It has the listeners of jobs, and so have we: when it is killed, connections wait in them for the next one.
-Nothing that it says has an effect but the end of its socket and the number of messages that it has taken.
+pjwd-egress has the listeners of jobs, and so has the launcher: when pjwd-egress is killed, connections wait
+in them for the next one. Of all that it says, only the end of its socket and the number of messages that it
+has taken have an effect.
 """
 
 import array
@@ -22,11 +23,11 @@ from pjw.launcher.policy import Policy
 from pjw.launcher.processes import Watcher
 from pjw.network import Listener
 
-# as in pjw.egress: where it hears us, and where it tells of connections
+# as in pjw.egress: its socket to us, and its socket for reports of connections
 _REQUESTS_FD, _REPORTS_FD = 3, 4
-# So many messages may be on their way: the kernel has room for more, and it is not to block us.
+# So many messages may be under way: the kernel has room for more, so pjwd-egress never blocks us.
 _WINDOW: Final = 32
-# One that has lived so long is started again at once, another after a pause that doubles.
+# After so long a life we start it again at once; otherwise after a pause, which doubles each time.
 _STEADY_SECONDS: Final = 5.0
 _PAUSE_SECONDS: Final = 0.2
 _PAUSE_SECONDS_MAX: Final = 30.0
@@ -34,14 +35,14 @@ _PAUSE_SECONDS_MAX: Final = 30.0
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What it is told of a job, and the sockets that go along."""
+    """The message about a job, and the sockets that go along."""
 
     told: bytes
     sockets: tuple[int, ...]
 
 
 class Egress:
-    """The process, and what it has to know."""
+    """The process, and all that it has to know."""
 
     def __init__(self, watcher: Watcher, policy: Policy) -> None:
         self._watcher: Final = watcher
@@ -56,19 +57,19 @@ class Egress:
 
     @property
     def has_begun(self) -> bool:
-        """Whether there is one, or will be again."""
+        """Whether pjwd-egress runs, or will run again."""
         return self._reports >= 0
 
     @property
     def descriptors(self) -> int:
-        """How many it costs."""
+        """How many descriptors its jobs cost."""
         return sum(len(job.sockets) for job in self._jobs.values())
 
     def __contains__(self, job_id: int) -> bool:
         return job_id in self._jobs
 
     def begin(self, reports: int) -> None:
-        """Start it; it tells of connections by that socket, which is ours now. Raises KernelError."""
+        """Start it; it sends reports by the socket *reports*, which we own now. Raises KernelError."""
         self._reports = reports
         try:
             self._start()
@@ -84,7 +85,7 @@ class Egress:
         listeners: Sequence[Listener],
         sockets: Sequence[int],
     ) -> None:
-        """Have it accept a job's connections; the sockets, one for each listener, are ours from here on."""
+        """Have it accept a job's connections; we own the sockets, one for each listener, from here on."""
         self.remove(job_id)
         places = [(listener.host, listener.port) for listener in listeners]
         told = {"job": job_id, "client": client, "allow": list(allow), "listeners": places}
@@ -92,11 +93,11 @@ class Egress:
         self._tell(job.told, job.sockets)
 
     def remove(self, job_id: int) -> None:
-        """Have it end all connections of a job, if it has some; nothing happens for one that it has not."""
+        """Have it end all connections of a job; does nothing for a job that it does not have."""
         job = self._jobs.pop(job_id, None)
         if job is None:
             return
-        # a message that has not been sent is not sent any more, and no socket is closed twice
+        # drop the message about the job if it waits, so that no socket is sent after its close
         waits = (job.told, job.sockets) in self._unsent
         if waits:
             self._unsent.remove((job.told, job.sockets))
@@ -106,7 +107,7 @@ class Egress:
             os.close(descriptor)
 
     def close(self) -> None:
-        """Have it end, and start none any more."""
+        """Have it end, and do not start it again."""
         if self._reports >= 0:
             os.close(self._reports)
             self._reports = -1
@@ -164,13 +165,13 @@ class Egress:
             try:
                 self._requests.sendmsg([data], rights)
             except OSError:
-                # it has ended, of which we hear; or takes nothing, and ends now that we hang up
+                # it has ended, and we will hear of that; or it takes nothing, and ends now that we hang up
                 self._hang_up()
                 return
             self._on_the_way += 1
 
     def _on_taken(self, requests: socket.socket) -> None:
-        """It says of each message by a byte that it has taken it."""
+        """pjwd-egress has taken messages: it sends a byte for each."""
         data = b""
         with suppress(ConnectionResetError):
             data = requests.recv(64)

@@ -1,14 +1,14 @@
 """The operator's images: directories by their digests, and a table of names.
 
 STATE/images/sha256-DIGEST/    an image, whole
-STATE/images/partial-ID/       one that is being imported, locked by whoever does; or what a kill has left
-STATE/images/gone-ID/          one that is being removed
-STATE/images/table             JSON: the digest of each name, and what is known of each digest
+STATE/images/partial-ID/       an image during its import, locked by the importer; or left by a kill
+STATE/images/gone-ID/          an image during its removal
+STATE/images/table             JSON: the digest of each name, and the facts of each digest
 
 Only root may enter the directory. `pjwd image` changes it, whether a launcher runs or not. An image stays as
-long as a name or a job has it. A job says so by a link in its scratch directory, which is made before the
-launcher looks into the table. Who removes an image takes its names out of the table before it looks for such
-links. So one of both sees the other.
+long as a name or a job has it. A link in its scratch directory marks a job with an image. The launcher makes
+the link before it looks into the table. A process that removes an image takes its names out of the table
+before it looks for such links. So one of the two sees the other.
 """
 
 import fcntl
@@ -23,7 +23,7 @@ from pjw.launcher.durable import replace_file
 from pjw.launcher.rooted import make_root_s
 
 NAME: Final = "images"
-# the link of a scratch directory
+# the name of the link in a scratch directory
 MARK: Final = "image"
 _TABLE: Final = "table"
 _PARTIAL: Final = "partial-"
@@ -31,7 +31,7 @@ _GONE: Final = "gone-"
 
 
 class ImageStore:
-    """The directory of them, of one pjwd."""
+    """The directory of images of one pjwd."""
 
     def __init__(self, state_dir: str, scratch_places: tuple[str, ...]) -> None:
         """Make the directory if need be. Raises KernelError."""
@@ -41,7 +41,7 @@ class ImageStore:
         make_root_s(self.path, "directory of images")
         self._table_path: Final = os.path.join(self.path, _TABLE)
         try:
-            # whoever else holds the lock has a table, or makes it
+            # if another process holds the lock, it has a table or makes one
             with self._locked(wait=False) as is_ours:
                 if is_ours and not os.path.exists(self._table_path):
                     self._write({"names": {}, "images": {}})
@@ -49,7 +49,7 @@ class ImageStore:
             raise KernelError("make the table of images in", self.path, error.errno or 0) from error
 
     def directory(self, digest: str) -> str:
-        """Where an image is, or would be."""
+        """The path of an image, whether it exists or not."""
         return os.path.join(self.path, digest)
 
     def open_table(self) -> int:
@@ -63,13 +63,13 @@ class ImageStore:
         replace_file(self._table_path, json.dumps(table, sort_keys=True).encode())
 
     def table(self) -> dict[str, Any]:
-        """What is in it. Raises KernelError."""
+        """The content of the table. Raises KernelError."""
         descriptor = self.open_table()
         try:
             status = os.fstat(descriptor)
             key = (status.st_ino, status.st_mtime_ns, status.st_size)
             if self._read is None or self._read[0] != key:
-                # root wrote it, and it is replaced and never changed
+                # root wrote it; writers replace it and never change it in place
                 self._read = (key, json.loads(os.pread(descriptor, status.st_size, 0)))
             return self._read[1]
         except (OSError, ValueError) as error:
@@ -84,7 +84,7 @@ class ImageStore:
 
     @contextmanager
     def _locked(self, *, wait: bool = True) -> Iterator[bool]:
-        """Nobody else changes the table meanwhile. Without *wait*: False where somebody does."""
+        """Keep other processes from changing the table. Without *wait*: False when another one changes it."""
         directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             try:
@@ -98,10 +98,10 @@ class ImageStore:
 
     @contextmanager
     def partial(self) -> Iterator[str]:
-        """A directory to make an image in; nothing of it stays unless `keep` took it."""
+        """A directory in which to make an image; nothing of it stays unless `keep` takes it."""
         path = os.path.join(self.path, f"{_PARTIAL}{os.urandom(8).hex()}")
         os.mkdir(path, 0o700)
-        # a lock on the directory itself: it goes with us, and follows a rename
+        # a lock on the directory itself ends with our process, and follows a rename
         lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
@@ -110,7 +110,7 @@ class ImageStore:
             os.close(lock)
 
     def keep(self, partial: str, name: str, digest: str, facts: Mapping[str, object]) -> bool:
-        """Give an image, which is whole and synced, its name; false where it was there already."""
+        """Give an image, which is whole and synced, its name; false when the store had the image already."""
         with self._locked():
             table = self.table()
             names, images = dict(table["names"]), dict(table["images"])
@@ -122,7 +122,7 @@ class ImageStore:
         return is_new
 
     def forget(self, name: str) -> None:
-        """Take a name away. Raises ConfigError where there is none."""
+        """Take a name away. Raises ConfigError when there is no such name."""
         with self._locked():
             table = self.table()
             if name not in table["names"]:
@@ -133,7 +133,7 @@ class ImageStore:
     def sweep(self, remove: Callable[[str], object], *, wait: bool = True) -> None:
         """Have *remove* remove each directory that no name and no job has any more. Raises OSError.
 
-        Without *wait* nothing is done while somebody else changes the table, who then sweeps.
+        Without *wait* this does nothing while another process changes the table, which then sweeps.
         """
         with self._locked(wait=wait) as is_ours:
             if not is_ours:
@@ -166,7 +166,7 @@ class ImageStore:
 
 
 def _is_left(path: str) -> bool:
-    """Whether nobody works any more on what is being imported."""
+    """Whether the import of a partial image has ended without it."""
     try:
         directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except FileNotFoundError:

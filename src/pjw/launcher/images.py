@@ -1,8 +1,8 @@
-"""The root of a job with an image: what init makes an overlay of, whose upper layer is in the job's scratch.
+"""The root of a job with an image: mounts of which init makes an overlay, with its upper layer in scratch.
 
-An image of the operator's is root's on the disk. In the job it is the job's user's: by a mount that maps
-root to that user (MOUNT_ATTR_IDMAP), so a job may write to its /etc and needs no privilege for it. A client's
-own image is that user's already. Where the kernel cannot map, the job's root is read-only.
+On the disk an operator's image belongs to root. In the job it belongs to the job's user, by a mount that maps
+root to that user (MOUNT_ATTR_IDMAP). So a job may write to its /etc without privilege. A client's own image
+belongs to that user already. If the kernel cannot map, the job's root is read-only.
 """
 
 import errno
@@ -17,9 +17,9 @@ from pjw.launcher.scratch import Scratch, spawn_removal
 from pjw.launcher.workspaces import Workspaces
 from pjw.model import is_image_key
 
-# A user namespace is a descriptor, and some KiB of the kernel's.
+# A user namespace takes a descriptor, and some KiB of kernel memory.
 _NAMESPACES_MAX: Final = 16
-# what a kernel says that cannot do it at all
+# the errors of a kernel that cannot map at all
 _CANNOT: Final = frozenset({errno.EINVAL, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS})
 
 
@@ -27,7 +27,7 @@ class Trees:
     """Makes mounts of images for users."""
 
     def __init__(self) -> None:
-        # by the users that they map to, the one that was used last at the end
+        # by the users that they map to; the most recently used one is last
         self._namespaces: Final[OrderedDict[int, int]] = OrderedDict()
 
     def close(self) -> None:
@@ -36,12 +36,12 @@ class Trees:
             os.close(self._namespaces.popitem()[1])
 
     def of(self, directory: int, uid: int) -> list[int]:
-        """Mounts of an open directory that are mounted nowhere, read-only; the caller's. Raises OSError.
+        """Read-only mounts of an open directory, mounted nowhere; the caller closes them. Raises OSError.
 
-        Where it is not the user's already: one that maps root to the user, if the kernel can, and behind it
-        one that does not.
+        If the directory does not belong to the user: first a mount that maps root to the user, if the kernel
+        can map. Last, always, a mount that does not map.
         """
-        # loads ctypes, which is no small thing in a process of root's
+        # this loads ctypes, which root's process should not do without need
         from pjw.launcher.mount_tree import clone
 
         found: list[int] = []
@@ -70,13 +70,13 @@ class Trees:
 
 
 def close_all(descriptors: list[int]) -> None:
-    """Close them."""
+    """Close all of them."""
     for descriptor in descriptors:
         os.close(descriptor)
 
 
 class Images:
-    """Those of the operator and of clients, for jobs."""
+    """The images of the operator and of clients, for jobs."""
 
     def __init__(self, store: ImageStore, workspaces: Workspaces, scratch: Scratch) -> None:
         self._store: Final = store
@@ -89,9 +89,9 @@ class Images:
         self._trees.close()
 
     def trees(self, job_id: int, image: str, uid: int) -> list[int]:
-        """Mounts of an image for a job, whose scratch directory is there: see `Trees.of`.
+        """Mounts of an image for a job whose scratch directory exists: see `Trees.of`.
 
-        Raises InvalidJobError where there is no such image, JobStateError for one of another user, and
+        Raises InvalidJobError when there is no such image, JobStateError when it belongs to another user, and
         KernelError.
         """
         try:
@@ -105,7 +105,7 @@ class Images:
             raise KernelError("mount the image of", f"job {job_id}", error.errno or 0) from error
 
     def _open(self, image: str, uid: int) -> int:
-        """The directory of an image. The mark of the job is made by now: see ImageStore."""
+        """The directory of an image. The job's mark must exist by now: see ImageStore."""
         missing = InvalidJobError("there is no such image any more", hint="pjw image ls")
         if is_image_key(image):
             path = self._workspaces.path(uid, image)
@@ -126,9 +126,9 @@ class Images:
         return directory
 
     def sweep(self) -> list[int]:
-        """Begin to remove the operator's images that nobody has any more; the pids of those that do."""
+        """Begin to remove the operator's unused images; the pids of the processes that remove them."""
         pids: list[int] = []
-        # somebody else, or the next one, removes them
+        # another process, or the next sweep, removes them
         with suppress(OSError, KernelError):
             self._store.sweep(lambda path: pids.append(spawn_removal(path)), wait=False)
         return pids

@@ -1,9 +1,9 @@
-"""Mounts that the operator offers: a word in a request, a directory of the host's, a mount by its descriptor.
+"""Mounts that the operator offers: from a word in a request to a directory of the host, and to its mount.
 
-Which directory a word stands for is the launcher's own knowledge: from the greeting, or from the operator's
-configuration, which only root can change. The launcher never walks to such a directory itself: a file server
-that is gone would hold up everybody's starts. A process does (init/offered.c), and this module waits for it
-as for all else.
+The launcher alone knows which directory a word stands for: from the greeting, or from the operator's
+configuration, which only root can change. It never walks to such a directory itself, since a file server that
+is gone would hold up all starts. A separate process walks (init/offered.c), and this module waits for it as
+for all else.
 """
 
 import errno
@@ -22,15 +22,15 @@ from pjw.launcher.protocol import LAUNCH_SECONDS
 from pjw.launcher.spawn import Failed, Opened, read_report, spawn_opener
 from pjw.model import OFFERED_MAX, MountSource
 
-# So many processes walk to directories at once. Only those that wait for a dead file server stay longer.
+# The most processes that walk to directories at once. Only a process that waits for a dead file server stays.
 OPENERS_MAX: Final = 64
 # far above any configuration
 _CONFIGURATION_BYTES_MAX: Final = 4 * 1024**2
 _PIECE_BYTES: Final = 1024**2
 
-# a directory, or what comes with a device
+# a directory, or a node or file of a device
 Source = MountSource | Edit
-# Gets the descriptors of the mounts, in the order of the sources and its own from then on; or an error.
+# Gets the descriptors of the mounts, in the order of the sources, and owns them from then on; or an error.
 Then = Callable[[list[int] | PjwError], None]
 
 
@@ -47,7 +47,7 @@ class _Opening:
 
 
 class Mounts:
-    """What the operator offers, and the directories that are being opened."""
+    """The operator's mounts, and the processes that open their directories."""
 
     def __init__(self, watcher: Watcher, sources: Sequence[MountSource]) -> None:
         self._watcher: Final = watcher
@@ -57,7 +57,7 @@ class Mounts:
         self._processes = 0
 
     def open(self, sources: Sequence[Source], then: Then) -> None:
-        """Make a mount of each, which is mounted nowhere yet; *then* is called once, maybe now."""
+        """Make a mount of each, mounted nowhere yet; calls *then* once, maybe before it returns."""
         if self._processes >= OPENERS_MAX:
             then(_failed(sources[0], errno.EAGAIN))
             return
@@ -77,7 +77,7 @@ class Mounts:
 
     def _on_ended(self, opening: _Opening) -> None:
         self._processes -= 1
-        # it is nobody's pid any more
+        # no process has this pid any more
         opening.pid = 0
 
     def _on_report(self, opening: _Opening) -> None:
@@ -107,12 +107,12 @@ class Mounts:
         if opening.timer is not None:
             opening.timer.cancel()
         if opening.pid:
-            # it has nothing more to do; one that waits for a file server may stay
+            # it has nothing more to do; while it waits for a file server it may stay
             with suppress(ProcessLookupError):
                 os.kill(opening.pid, signal.SIGKILL)
 
     def close(self) -> None:
-        """Wait for no directory any more; nobody is told."""
+        """Stop waiting for all directories, without a call of *then*."""
         for opening in list(self._openings):
             self._let_go(opening)
             _close_all(opening.trees)
@@ -130,8 +130,8 @@ def _close_all(descriptors: list[int]) -> None:
 
 
 def read_mounts_of(descriptor: int, path: str) -> tuple[MountSource, ...]:
-    """The mounts of a configuration, which is read to its end; *path* is for words. Raises ConfigError."""
-    # no small thing in a process of root's
+    """The mounts of a configuration, read to its end; *path* is for messages. Raises ConfigError."""
+    # root's process should not load it without need
     import tomllib
 
     data = b""
@@ -150,17 +150,17 @@ def read_mounts_of(descriptor: int, path: str) -> tuple[MountSource, ...]:
 
 
 def _source(name: str, keys: object) -> MountSource:
-    # the server has judged the same file by more rules, and tells what is wrong in better words
+    # the server has checked the same file by more rules, with better messages
     given = _table(keys)
     path, read_only = given.pop("path", ""), given.pop("read_only", True)
     clients = given.pop("clients", ["*"])
     types = isinstance(path, str) and isinstance(read_only, bool) and isinstance(clients, list)
     if given or not types or not all(isinstance(each, str) for each in clients):
-        raise ValueError(f"mounts.{name} has keys or values that are none")
+        raise ValueError(f"mounts.{name} has unknown keys, or values of a wrong type")
     return MountSource(name, path, read_only, tuple(clients))
 
 
 def _table(value: object) -> dict[str, Any]:
     if not isinstance(value, dict) or len(value) > OFFERED_MAX:
-        raise ValueError("mounts are tables")
+        raise ValueError(f"mounts must be tables, at most {OFFERED_MAX}")
     return dict(value)

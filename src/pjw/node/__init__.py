@@ -1,1 +1,1 @@
-"""A node of a cluster: pjwd with a gateway, which gives it jobs. Loaded where the configuration names one."""
+"""A node of a cluster: a pjwd that gets jobs from a gateway. Loaded if the configuration names a gateway."""

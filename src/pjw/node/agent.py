@@ -1,6 +1,6 @@
-"""Keeps a session with the gateway, whoever of the two goes away meanwhile.
+"""Keeps a session with the gateway, even if the node or the gateway goes away meanwhile.
 
-A node does not end its jobs because it cannot see the gateway: they go on, and their ends are told later.
+A node that cannot reach the gateway does not end its jobs: they go on, and the node tells their ends later.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ _WELCOME_SECONDS: Final = 30.0
 _CLAIM_SECONDS: Final = 60.0
 _OPTIONS: Final = [
     ("grpc.enable_http_proxy", 0),
-    # a connection of its own for each session, so that none inherits the backoff of the one before
+    # each session has a connection of its own, so that it does not inherit the backoff of the one before
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.max_receive_message_length", 16 * 1024 * 1024),
 ]
@@ -39,7 +39,7 @@ log: Final = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class NodeSettings:
-    """Who a node is, where its gateway is, and what its jobs may have."""
+    """The name of a node, the address of its gateway, and what its jobs may have."""
 
     name: str
     gateway: str
@@ -54,7 +54,7 @@ class NodeSettings:
 
 
 class Node:
-    """The session with the gateway, again and again."""
+    """Keeps a session with the gateway, one after the other."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class Node:
         credentials: Callable[[], Credentials],
     ) -> None:
         self._settings: Final = settings
-        # asked for each session: a reload may have brought others
+        # called for each session: a reload may have brought other credentials
         self._credentials: Final = credentials
         self._jobs: Final = Jobs(worker, store)
         self._pause = FIRST_PAUSE_SECONDS
@@ -81,14 +81,14 @@ class Node:
                     self._say(f"{error.code().name}: {error.details()}")
                 except PjwError as error:
                     self._say(str(error))
-                # a gateway that restarts must not be asked by all of its nodes at once
+                # all nodes must not dial a restarted gateway at the same moment
                 await asyncio.sleep(self._pause * (1 - os.urandom(1)[0] / 512))
                 self._pause = min(2 * self._pause, LONGEST_PAUSE_SECONDS)
         finally:
             await self._jobs.close()
 
     def _say(self, words: str) -> None:
-        # once, and not at each attempt
+        # say the same once, and not at each attempt
         if words != self._told:
             log.warning("no session with the gateway %s, trying again: %s", self._settings.gateway, words)
             self._told = words
@@ -97,11 +97,11 @@ class Node:
         target, credentials = self._settings.gateway, self._credentials()
         options: list[tuple[str, int | str]] = list(_OPTIONS)
         if target.startswith(_LOOPBACK):
-            # localhost by definition, which every server's certificate of ours names
+            # this is localhost by definition, and every server certificate of pjw names localhost
             options.append(("grpc.ssl_target_name_override", "localhost"))
         tls = grpc.ssl_channel_credentials(credentials.ca_pem, credentials.key_pem, credentials.crt_pem)
         async with grpc.aio.secure_channel(target, tls, options) as channel:
-            # the stubs know only the class that blocks
+            # the stubs know only the blocking class
             stub: Any = NodeServiceStub(channel)
             said = Said(os.urandom(16).hex())
             call = stub.Session(said.messages(self._hello(said.session)))
@@ -138,7 +138,7 @@ class Node:
     async def _hear_all(
         self, answers: AsyncIterator[pb.SessionResponse], claim: Claim, said: Said, lost_after: float
     ) -> None:
-        # whoever hears nothing for so long is told lost by the other side
+        # after so long a silence the gateway takes the node for lost
         while (response := await _next(answers, lost_after)) is not None:
             self._jobs.hear(response, claim, said)
 

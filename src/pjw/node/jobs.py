@@ -1,7 +1,8 @@
-"""What a node does for its gateway: it claims and starts jobs, tells of them, and ends what was given up.
+"""What a node does for its gateway: it claims jobs, starts them, tells of them, and ends lost ones.
 
-A job's row is there before its process, with the uuid of the gateway in its request id. So the table answers
-for every claim, whatever was killed in between: a job without a row was never started, and never will be.
+The node writes a job's row, with the gateway's uuid in its request id, before it starts the process. So the
+table answers for every claim, whatever was killed in between: a job without a row was never started, and
+never will be.
 """
 
 import asyncio
@@ -30,7 +31,7 @@ log: Final = logging.getLogger(__name__)
 
 
 class Said:
-    """What a node says in one session, in its order."""
+    """The messages of a node in one session, in their order."""
 
     def __init__(self, session: str) -> None:
         self.session: Final = session
@@ -39,7 +40,7 @@ class Said:
         self._closed = False
 
     def say(self, message: pb.SessionRequest) -> None:
-        """Say something; nothing when the session is over."""
+        """Say something; does nothing when the session is over."""
         if not self._closed:
             self._waiting.append(message)
             self._woken.set()
@@ -50,7 +51,7 @@ class Said:
         self._woken.set()
 
     async def messages(self, hello: pb.SessionRequest) -> AsyncGenerator[pb.SessionRequest, None]:
-        """All that is said, behind *hello*."""
+        """All messages, behind *hello*."""
         yield hello
         while not self._closed:
             while self._waiting:
@@ -67,9 +68,9 @@ class Jobs:
         self._worker: Final = worker
         self._store: Final = store
         self._background: Final = Background()
-        # claims that were begun, and of which it is not known yet whether there is a row
+        # claims that have begun, and that may or may not have a row yet
         self._claims: Final[dict[str, asyncio.Task[None]]] = {}
-        # ends that were told in this session, and are not acknowledged yet
+        # ends that we told in this session, and that the gateway has not acknowledged yet
         self._told: Final[set[str]] = set()
         self._ended: Final = asyncio.Event()
         worker.on_end(lambda _: self._ended.set())
@@ -82,7 +83,7 @@ class Jobs:
         await self._background.close()
 
     def session_ended(self) -> None:
-        """What was not acknowledged is told again."""
+        """Have the next session tell the unacknowledged ends again."""
         self._told.clear()
         self._ended.set()
 
@@ -99,7 +100,7 @@ class Jobs:
             case "ack":
                 self._background.spawn(self._acknowledged(response.ack.uuid))
             case _:
-                # a heartbeat; or what only a newer gateway says, which it does not rely on
+                # a heartbeat; or a message that only a newer gateway sends, and on which it does not rely
                 pass
 
     # --- claims
@@ -120,13 +121,13 @@ class Jobs:
         try:
             granted = await claim(pb.ClaimRequest(session=said.session, uuid=uuid))
         except grpc.aio.AioRpcError as error:
-            # Whether it was granted or not, we do not start it: the gateway asks in the next session.
+            # Granted or not, we do not start the job: the gateway asks about it in the next session.
             log.info("job %s was not claimed: %s", uuid, error.details())
             return
         try:
             job = await self._start(uuid, granted)
         except LauncherGoneError:
-            # it may have been started: the next pjwd knows
+            # the launcher may have started the job: the next pjwd knows
             return
         except PjwError as error:
             again = isinstance(error, LimitReachedError | KernelError)
@@ -144,12 +145,12 @@ class Jobs:
         spec = replace(spec_from_message(granted.start), request_id=rows.request_id_of(uuid))
         return await self._worker.start(spec, name)
 
-    # --- what the gateway wants to know, and what it is told
+    # --- questions of the gateway, and news for it
 
     async def _answer(self, uuid: str, said: Said) -> None:
-        """Say what has become of a job that was claimed in an earlier session."""
+        """Tell the state of a job that was claimed in an earlier session."""
         if (claim := self._claims.get(uuid)) is not None:
-            # not of a claim that is in flight: it may have a row in a moment
+            # a claim in flight may have a row in a moment: wait for its end
             await asyncio.wait({claim})
         job = await self._find(uuid)
         if job is None:
@@ -181,11 +182,11 @@ class Jobs:
     async def _acknowledged(self, uuid: str) -> None:
         await self._store.transact(rows.told, uuid)
         self._told.discard(uuid)
-        # there may be more than are told at a time
+        # there may be more ends than we tell at a time
         self._ended.set()
 
     async def _fence(self, uuid: str, said: Said) -> None:
-        """End a job that the gateway has told to be lost; its end is told as any other."""
+        """End a job that is lost for the gateway; the node tells its end as any other."""
         if (claim := self._claims.get(uuid)) is not None:
             await asyncio.wait({claim})
         job = await self._find(uuid)
@@ -198,7 +199,7 @@ class Jobs:
             said.say(pb.SessionRequest(unknown=pb.Unknown(uuid=uuid)))
 
     async def _tell_again(self, uuid: str) -> None:
-        # the end of a job that is lost for the gateway may have been acknowledged before
+        # the gateway may have acknowledged the end before it took the job for lost
         self._told.discard(uuid)
         await self._store.transact(rows.tell_again, uuid)
         self._ended.set()

@@ -1,4 +1,4 @@
-"""The jobs of a gateway in the table of a node: known by their request ids, each end told until it counts.
+"""The jobs of a gateway in the table of a node: known by their request ids, with the ends still to tell.
 
 Each function is called in the table's thread, in a transaction (`JobStore.transact`).
 """
@@ -10,11 +10,11 @@ from typing import Final
 from pjw.model import Job
 from pjw.worker.rows import COLUMNS, job_of
 
-# what the request ids of such jobs begin with, before the uuid that the gateway gave
+# the request ids of such jobs begin with this; the gateway's uuid follows
 PREFIX: Final = "cluster:"
 # the words of the partial indexes (worker/schema.py)
 _OF_CLUSTER: Final = "request_id >= 'cluster:' AND request_id < 'cluster;'"
-# So many ends are told at a time; the next ones follow their acknowledgements.
+# The node tells so many ends at a time; the next ones follow their acknowledgements.
 TOLD_AT_ONCE: Final = 100
 
 
@@ -33,7 +33,7 @@ def find(db: sqlite3.Connection, uuid: str) -> Job | None:
 
 
 def ends_to_tell(db: sqlite3.Connection, without: Collection[str]) -> list[tuple[str, Job]]:
-    """Jobs, with their uuids, whose ends are not acknowledged, but those *without* which it is asked for."""
+    """Jobs with unacknowledged ends, and their uuids; those in *without* are left out."""
     marks = ", ".join("?" * len(without))
     rows = db.execute(
         f"SELECT {COLUMNS}, request_id FROM jobs INDEXED BY jobs_to_report"
@@ -45,14 +45,14 @@ def ends_to_tell(db: sqlite3.Connection, without: Collection[str]) -> list[tuple
 
 
 def told(db: sqlite3.Connection, uuid: str) -> None:
-    """The gateway has written the end of this job down."""
+    """Note that the gateway has written down the end of this job."""
     db.execute(f"UPDATE jobs SET reported = 1 WHERE {_OF_CLUSTER} AND request_id = ?", (request_id_of(uuid),))
 
 
 def number_client(db: sqlite3.Connection, name: str, number: int) -> str:
-    """Give a client the number that it has at the gateway; why not, if another one holds, else nothing.
+    """Give a client the number that it has at the gateway; empty, or else the conflict that forbids it.
 
-    The number is the client's user id on all nodes: a node where that is another user's must not serve.
+    The number decides the client's user id on all nodes: a node where another client has it must not serve.
     """
     row = db.execute("SELECT number FROM clients WHERE name = ?", (name,)).fetchone()
     if row is not None:

@@ -174,8 +174,8 @@ def _add_image(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="take an image by a name, and print its digest; needs root",
         description="Take an image by a name: oci:DIR[:TAG] (an OCI layout), docker-archive:FILE[:TAG]"
         " (docker save), oci-archive:FILE[:TAG], tar:FILE or dir:DIR (a root). Owners, set-id bits, devices"
-        " and extended attributes are left out. Jobs that have an image of this name go on with it. pjwd may"
-        " run or not.",
+        " and extended attributes are left out. Running jobs keep an older image of this name. It works"
+        " whether pjwd runs or not.",
     )
     action.set_defaults(run=_image_import)
     action.add_argument("name", metavar="NAME")
@@ -186,7 +186,7 @@ def _add_image(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     removed = kinds.add_parser(
         "rm",
         help="remove images; needs root",
-        description="Take the names from images. The files of one go with the last job that has it.",
+        description="Take the names from images. pjw removes the files of one when no job uses it any more.",
     )
     removed.set_defaults(run=_image_rm)
     removed.add_argument("names", metavar="NAME", nargs="+")
