@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import ipaddress
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -10,6 +11,7 @@ from typing import Any, Final
 import pytest
 
 from pjw.egress import proxy as proxies
+from pjw.egress import targets
 from pjw.egress.proxy import HEAD_BYTES_MAX, Proxy
 from pjw.egress.targets import Targets
 
@@ -276,12 +278,13 @@ async def test_a_name_is_resolved_once() -> None:
             (each, False)
             for each in ("64:ff9b::7f00:1", "64:ff9b:1::1", "2002:7f00:1::", "2001::1", "fec0::1")
         ),
+        # translated to IPv4 (RFC 2765), and what nobody has
+        *((each, False) for each in ("::ffff:0:7f00:1", "5f00::1", "4000::1")),
     ],
 )
 def test_which_addresses_are_the_internet_s(address: str, public: bool) -> None:
     """None of a private network, of this host, of a tunnel to one; and those that the operator lists."""
-    targets = Targets(["10.1.0.0/16"])
-    assert targets.is_public(ipaddress.ip_address(address)) == public
+    assert Targets(["10.1.0.0/16"]).is_public(ipaddress.ip_address(address)) == public
 
 
 def test_this_host_s_own_address_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,6 +293,40 @@ def test_this_host_s_own_address_is_none(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(ipaddress.IPv4Address, "is_global", True)
     assert not Targets([]).is_public(loopback)
     assert Targets([]).is_public(ipaddress.ip_address("11.0.0.1"))
+
+
+def test_an_address_of_which_nobody_can_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is this host's own: where descriptors or ports are short, no job reaches the host by that."""
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EMFILE, "too many")
+
+    monkeypatch.setattr("pjw.egress.targets.socket.socket", fail)
+    assert not Targets([]).is_public(ipaddress.ip_address("11.0.0.1"))
+
+
+async def test_names_that_nobody_answers_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take some of the threads that look names up, also when nobody waits for them; others have the rest."""
+    monkeypatch.setattr(targets, "RESOLVE_SECONDS", 0.2)
+    hanging = asyncio.Event()
+    asked: list[str] = []
+    async with opened(most=40, total=80) as internet:
+
+        async def look_up(host: str, port: int, **more: object) -> list[Any]:
+            asked.append(host)
+            if host == "gone.test":
+                await hanging.wait()
+            return await internet.getaddrinfo(host, port, **more)
+
+        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", look_up)
+        request = b"CONNECT gone.test:443 HTTP/1.0\r\n\r\n"
+        for _ in range(2):
+            got = await asyncio.gather(*(internet.ask(request, job) for job in (1, 2) for _ in range(6)))
+            assert {each.split(b" ")[1] for each in got} == {b"504"}
+            assert asked.count("gone.test") == targets.LOOKUPS_OF_CLIENT
+        assert (await internet.ask(GET, 3, end=False)).startswith(b"HTTP/1.1 200 ")
+        hanging.set()
+        assert (await internet.ask(GET, 1, end=False)).startswith(b"HTTP/1.1 200 ")
 
 
 async def test_how_many_connections_there_may_be() -> None:

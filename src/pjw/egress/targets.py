@@ -1,9 +1,12 @@
 """From a name to the addresses that a job may be connected to: resolved once, judged, used as they are."""
 
 import asyncio
+import errno
 import ipaddress
 import socket
+from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from typing import Final
 
 from pjw.egress.failure import Failure
@@ -15,11 +18,14 @@ RESOLVE_SECONDS: Final = 15.0
 CONNECT_SECONDS: Final = 15.0
 # A name may have many addresses; of those that do not answer each takes its time.
 ADDRESSES_MAX: Final = 4
+# One client may have so many names looked up at once, fewer than there are threads for that: a name whose
+# servers do not answer takes one for longer than its connection waits.
+LOOKUPS_OF_CLIENT: Final = 8
+# Where addresses of the internet are; what is_global leaves beside that leads nowhere, or into a translator.
+_INTERNET: Final = ipaddress.IPv6Network("2000::/3")
 # What leads to an IPv4 address in its last 32 bits (RFC 6052); and tunnels with one somewhere in theirs.
 _NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
-_TUNNELS: Final = (
-    *map(ipaddress.IPv6Network, ("2002::/16", "2001::/32", "::/96", "64:ff9b:1::/48", "fec0::/10")),
-)
+_TUNNELS: Final = (*map(ipaddress.IPv6Network, ("2002::/16", "2001::/32")),)
 
 
 class Targets:
@@ -27,10 +33,13 @@ class Targets:
 
     def __init__(self, private: Sequence[str]) -> None:
         self._private: Final[list[Network]] = [ipaddress.ip_network(each) for each in private]
+        self._lookups: Final = defaultdict[str, asyncio.Semaphore](
+            partial(asyncio.Semaphore, LOOKUPS_OF_CLIENT)
+        )
 
-    async def connect(self, host: str, port: int) -> socket.socket:
-        """A connection to a host, at one of the addresses that it has now. Raises Failure."""
-        addresses = await _resolve(host, port)
+    async def connect(self, host: str, port: int, client: str) -> socket.socket:
+        """A connection for a client to a host, at one of the addresses that it has now. Raises Failure."""
+        addresses = await _resolve(host, port, self._lookups[client])
         good = [address for address in addresses if self.is_public(address)]
         if not good:
             shown = addresses[0] if addresses else "nothing"
@@ -60,29 +69,33 @@ class Targets:
         if isinstance(address, ipaddress.IPv6Address):
             if address in _NAT64:
                 return self.is_public(ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF))
-            # an IPv4 address in the form of one of IPv6 is never what a resolver gives for a name
-            if address.ipv4_mapped is not None or any(address in tunnel for tunnel in _TUNNELS):
+            if address not in _INTERNET or any(address in tunnel for tunnel in _TUNNELS):
                 return False
         return address.is_global and not address.is_multicast and not _is_own(address)
 
 
 def _is_own(address: Address) -> bool:
-    """Whether it is one of this host: only these can be bound to; where any can, all count as such."""
+    """Whether it is one of this host: only these can be bound to. Where nobody can tell, it is one."""
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.bind((str(address), 0))
-    except OSError:
-        return False
+    except OSError as error:
+        # the second: there is no IPv6 here, so nothing is connected to by it either
+        return error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
     return True
 
 
-async def _resolve(host: str, port: int) -> list[Address]:
+async def _resolve(host: str, port: int, lookups: asyncio.Semaphore) -> list[Address]:
     """Raises Failure."""
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(RESOLVE_SECONDS):
-            found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            await lookups.acquire()
+            asked = asyncio.ensure_future(loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+            # its thread is taken until then, whether or not somebody still waits
+            asked.add_done_callback(lambda _: lookups.release())
+            found = await asyncio.shield(asked)
     except TimeoutError:
         raise Failure("unresolved", 504, f"cannot resolve {host}: no answer in time") from None
     except (OSError, UnicodeError, RuntimeError):

@@ -225,6 +225,7 @@ class Worker:
             self._workspaces,
             self._endings,
             self._background,
+            self._settings.network,
         )
         await self._workspaces.begin(self._ready.uid_first)
         for job_id, client_name, key in await self._images.begin():
