@@ -5,6 +5,7 @@ import contextlib
 import errno
 import ipaddress
 import socket
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Final
 
@@ -365,6 +366,29 @@ async def test_how_many_connections_there_may_be() -> None:
         assert b" 200 " in await tunnel(2)
         for each in streams:
             each.close()
+
+
+@pytest.mark.parametrize("request_", [GET, b"CONNECT good.test:443 HTTP/1.0\r\n\r\n"])
+async def test_a_job_that_hangs_up_on_a_host_without_an_answer(request_: bytes) -> None:
+    """Has room for others at once."""
+    came, over = asyncio.Event(), asyncio.Event()
+
+    async def say_nothing(_: asyncio.StreamReader, __: asyncio.StreamWriter) -> None:
+        came.set()
+        await over.wait()
+
+    async with opened(say_nothing, most=1) as internet:
+        with socket.create_connection(internet.addresses[1, ""]) as peer:
+            peer.sendall(request_)
+            await asyncio.wait_for(came.wait(), 10)
+            # a reset
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        try:
+            async with asyncio.timeout(10):
+                while internet.proxy._of_client["alice"]:
+                    await asyncio.sleep(0)
+        finally:
+            over.set()
 
 
 async def test_a_host_that_speaks_something_else() -> None:
