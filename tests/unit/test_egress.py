@@ -368,7 +368,9 @@ async def test_how_many_connections_there_may_be() -> None:
             each.close()
 
 
-@pytest.mark.parametrize("request_", [GET, b"CONNECT good.test:443 HTTP/1.0\r\n\r\n"])
+@pytest.mark.parametrize(
+    "request_", [GET, b"CONNECT good.test:443 HTTP/1.0\r\n\r\n"], ids=["request", "tunnel"]
+)
 async def test_a_job_that_hangs_up_on_a_host_without_an_answer(request_: bytes) -> None:
     """Has room for others at once."""
     came, over = asyncio.Event(), asyncio.Event()
