@@ -27,8 +27,6 @@ from pjw.network import Allowed
 # of a request or an answer without its body
 HEAD_BYTES_MAX: Final = 16_384
 HEAD_SECONDS: Final = 10.0
-# One client may have this part of all connections.
-CLIENT_SHARE: Final = 2
 # How long an answer that says why waits for who asked to read it.
 LINGER_SECONDS: Final = 2.0
 LINGER_BYTES: Final = 1 << 20
@@ -125,11 +123,9 @@ class Proxy:
             # what waits here is no job's memory, and loopback is as fast with less
             for buffer in (socket.SO_SNDBUF, socket.SO_RCVBUF):
                 peer.setsockopt(socket.SOL_SOCKET, buffer, _BUFFER_BYTES)
-        has_room = (
-            len(job.tasks) < self._max
-            and self._of_client.total() < self._total_max
-            and self._of_client[job.client] < max(1, self._total_max // CLIENT_SHARE)
-        )
+        # One client may have half of all, and half of what others leave, so that there is room for another.
+        free = self._total_max - self._of_client.total()
+        has_room = len(job.tasks) < self._max and self._of_client[job.client] < free
         if not has_room:
             self._turn_away(job, peer, wanted)
             return
