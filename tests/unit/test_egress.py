@@ -21,7 +21,7 @@ Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 class Internet:
-    """A host on loopback, a resolver that counts, and a proxy for jobs 1 and 2 (alice), 3 (bob), 4 (carol)."""
+    """A host on loopback, a resolver that counts, a proxy for jobs 1 and 2 (alice), 3 (bob), 4 (carol)."""
 
     def __init__(self) -> None:
         self.told: Final[list[tuple[int, str, str, int, str]]] = []
@@ -294,6 +294,22 @@ def test_this_host_s_own_address_is_none(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(ipaddress.IPv4Address, "is_global", True)
     assert not Targets([]).is_public(loopback)
     assert Targets([]).is_public(ipaddress.ip_address("11.0.0.1"))
+
+
+async def test_a_name_with_thousands_of_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Costs as much as one with some."""
+    asked: list[Any] = []
+    judge = Targets.is_public
+
+    def is_public(self: Targets, address: Any) -> bool:
+        asked.append(address)
+        return judge(self, address)
+
+    monkeypatch.setattr(Targets, "is_public", is_public)
+    async with opened() as internet:
+        internet.names["good.test"] = [f"127.1.{number // 250}.{1 + number % 250}" for number in range(5000)]
+        assert (await internet.ask(GET, end=False)).startswith(b"HTTP/1.1 200 ")
+        assert len(asked) == targets.ADDRESSES_MAX
 
 
 def test_an_address_of_which_nobody_can_tell(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import socket
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
+from itertools import islice
 from typing import Final
 
 from pjw.egress.failure import Failure
@@ -40,7 +41,8 @@ class Targets:
     async def connect(self, host: str, port: int, client: str) -> socket.socket:
         """A connection for a client to a host, at one of the addresses that it has now. Raises Failure."""
         addresses = await _resolve(host, port, self._lookups[client])
-        good = [address for address in addresses if self.is_public(address)]
+        # each question for one costs system calls, and a name may lead to thousands
+        good = list(islice(filter(self.is_public, addresses), ADDRESSES_MAX))
         if not good:
             shown = addresses[0] if addresses else "nothing"
             raise Failure(
@@ -52,7 +54,7 @@ class Targets:
         why: OSError | None = None
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
-                for address in good[:ADDRESSES_MAX]:
+                for address in good:
                     try:
                         return await _connect(address, port)
                     except OSError as error:
