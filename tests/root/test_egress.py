@@ -109,7 +109,7 @@ class World:
     def config(self) -> str:
         """The operator's file."""
         offered = ["good.test", f"good.test:{self.echo_port}", "*.wild.test", "both.test", "private.test"]
-        offered += ["loopback.test", "metadata.test", self.address]
+        offered += ["loopback.test", "metadata.test", self.address, f"both.test:{self.echo_port}"]
         return (
             f'audit_log = "{self.directory}/audit.jsonl"\nlog_level = "info"\n'
             f"[job_users]\nuid_first = {uid_range()}\nuid_count = {UIDS}\n"
@@ -146,10 +146,10 @@ class World:
         """The status of the answer."""
         return int(self.ask(request, job).split(b" ", 2)[1])
 
-    def answers(self) -> bool:
+    def answers(self, job: int = 0) -> bool:
         """Whether the job's proxy does its work now."""
         with contextlib.suppress(errors.PjwError, IndexError):
-            return self.status() == 200
+            return self.status(GET, job) == 200
         return False
 
     def egress(self) -> int:
@@ -523,6 +523,42 @@ def test_pjwd_is_killed_or_restarted(world: World, what: str) -> None:
     with world.service.client() as client:
         tunnel = [*python(CONNECT), "good.test", str(world.echo_port), "hello"]
         assert client.run_in(world.job.id, JobSpec(tunnel)).output == b"hello\n"
+
+
+def test_names_that_the_operator_takes_back(world: World, client: Client) -> None:
+    """While a job has them: pjwd starts, and the job has its other names where it found them before."""
+    ports = [f"{host}:{world.echo_port}" for host in ("both.test", "good.test")]
+    job = client.start(JobSpec(IDLE, allow=[*ports, "good.test", "*.wild.test"])).id
+    former = world.service.config
+    assert former is not None
+
+    def hears(host: str) -> bytes:
+        return client.run_in(job, JobSpec([*python(CONNECT), host, str(world.echo_port), "hello"])).output
+
+    wild = b"CONNECT x.wild.test:80 HTTP/1.0\r\n\r\n"
+    assert hears("good.test") == hears("both.test") == b"hello\n"
+    assert world.status(wild, job) == 200
+    try:
+        # one is nobody's any more, and one another client's
+        less = former.replace(f', "{ports[0]}"', "").replace('"*.wild.test", ', "")
+        world.service.config = less.replace('["only-bob.test"]', '["only-bob.test", "*.wild.test"]')
+        assert world.service.stop() == 0
+        world.service.start()
+        wait_for(lambda: world.answers(job))
+        assert hears("good.test") == b"hello\n"
+        assert hears("both.test").startswith(b"ConnectionRefusedError")
+        assert world.status(wild, job) == 403
+        # all names of all jobs
+        world.service.config = former.partition("[network]")[0]
+        assert world.service.stop() == 0
+        world.service.start()
+        assert hears("good.test").startswith(b"ConnectionRefusedError")
+    finally:
+        world.service.config = former
+        world.service.stop()
+        world.service.start()
+    wait_for(world.answers)
+    client.stop(job)
 
 
 def test_the_end_of_a_job_is_that_of_its_connections(world: World, client: Client) -> None:

@@ -2,14 +2,17 @@
 
 import asyncio
 import contextlib
+import errno
 import ipaddress
 import socket
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Final
 
 import pytest
 
 from pjw.egress import proxy as proxies
+from pjw.egress import targets
 from pjw.egress.proxy import HEAD_BYTES_MAX, Proxy
 from pjw.egress.targets import Targets
 
@@ -18,7 +21,7 @@ Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 class Internet:
-    """A host on loopback, a resolver that counts, and a proxy for jobs 1 (alice), 2 (alice) and 3 (bob)."""
+    """A host on loopback, a resolver that counts, a proxy for jobs 1 and 2 (alice), 3 (bob), 4 (carol)."""
 
     def __init__(self) -> None:
         self.told: Final[list[tuple[int, str, str, int, str]]] = []
@@ -112,7 +115,7 @@ async def opened(serve: Serve = answer, most: int = 3, total: int = 8) -> AsyncI
         internet.proxy = Proxy(
             Targets(["127.1.0.0/16"]), lambda *each: internet.told.append(each), most, total
         )
-        for job, client in ((1, "alice"), (2, "alice"), (3, "bob")):
+        for job, client in ((1, "alice"), (2, "alice"), (3, "bob"), (4, "carol")):
             listeners = []
             for host, port in (("", 3128), ("good.test", 5432)):
                 listener = socket.create_server(("127.0.0.1", 0))
@@ -123,7 +126,7 @@ async def opened(serve: Serve = answer, most: int = 3, total: int = 8) -> AsyncI
         try:
             yield internet
         finally:
-            for job in (1, 2, 3):
+            for job in (1, 2, 3, 4):
                 internet.proxy.remove(job)
             server.close()
             await asyncio.gather(*filter(None, served))
@@ -276,12 +279,13 @@ async def test_a_name_is_resolved_once() -> None:
             (each, False)
             for each in ("64:ff9b::7f00:1", "64:ff9b:1::1", "2002:7f00:1::", "2001::1", "fec0::1")
         ),
+        # translated to IPv4 (RFC 2765), and what nobody has
+        *((each, False) for each in ("::ffff:0:7f00:1", "5f00::1", "4000::1")),
     ],
 )
 def test_which_addresses_are_the_internet_s(address: str, public: bool) -> None:
     """None of a private network, of this host, of a tunnel to one; and those that the operator lists."""
-    targets = Targets(["10.1.0.0/16"])
-    assert targets.is_public(ipaddress.ip_address(address)) == public
+    assert Targets(["10.1.0.0/16"]).is_public(ipaddress.ip_address(address)) == public
 
 
 def test_this_host_s_own_address_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,6 +294,56 @@ def test_this_host_s_own_address_is_none(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(ipaddress.IPv4Address, "is_global", True)
     assert not Targets([]).is_public(loopback)
     assert Targets([]).is_public(ipaddress.ip_address("11.0.0.1"))
+
+
+async def test_a_name_with_thousands_of_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Costs as much as one with some."""
+    asked: list[Any] = []
+    judge = Targets.is_public
+
+    def is_public(self: Targets, address: Any) -> bool:
+        asked.append(address)
+        return judge(self, address)
+
+    monkeypatch.setattr(Targets, "is_public", is_public)
+    async with opened() as internet:
+        internet.names["good.test"] = [f"127.1.{number // 250}.{1 + number % 250}" for number in range(5000)]
+        assert (await internet.ask(GET, end=False)).startswith(b"HTTP/1.1 200 ")
+        assert len(asked) == targets.ADDRESSES_MAX
+
+
+def test_an_address_of_which_nobody_can_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is this host's own: where descriptors or ports are short, no job reaches the host by that."""
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EMFILE, "too many")
+
+    monkeypatch.setattr("pjw.egress.targets.socket.socket", fail)
+    assert not Targets([]).is_public(ipaddress.ip_address("11.0.0.1"))
+
+
+async def test_names_that_nobody_answers_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take some of the threads that look names up, also when nobody waits for them; others have the rest."""
+    monkeypatch.setattr(targets, "RESOLVE_SECONDS", 0.2)
+    hanging = asyncio.Event()
+    asked: list[str] = []
+    async with opened(most=40, total=80) as internet:
+
+        async def look_up(host: str, port: int, **more: object) -> list[Any]:
+            asked.append(host)
+            if host == "gone.test":
+                await hanging.wait()
+            return await internet.getaddrinfo(host, port, **more)
+
+        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", look_up)
+        request = b"CONNECT gone.test:443 HTTP/1.0\r\n\r\n"
+        for _ in range(2):
+            got = await asyncio.gather(*(internet.ask(request, job) for job in (1, 2) for _ in range(6)))
+            assert {each.split(b" ")[1] for each in got} == {b"504"}
+            assert asked.count("gone.test") == targets.LOOKUPS_OF_CLIENT
+        assert (await internet.ask(GET, 3, end=False)).startswith(b"HTTP/1.1 200 ")
+        hanging.set()
+        assert (await internet.ask(GET, 1, end=False)).startswith(b"HTTP/1.1 200 ")
 
 
 async def test_how_many_connections_there_may_be() -> None:
@@ -313,21 +367,48 @@ async def test_how_many_connections_there_may_be() -> None:
                 return await reader.readline()
             return b""
 
-        for job, told in ((1, 3), (2, 1), (3, 3)):
+        for job, told in ((1, 3), (2, 1), (3, 2)):
             for _ in range(told):
                 assert b" 200 " in await tunnel(job)
         busy = len(internet.results())
         for job in (1, 2, 3):
             assert b" 200 " not in await tunnel(job)
         assert internet.results()[busy:] == ["busy"] * 3
+        # two clients together do not have all
+        assert b" 200 " in await tunnel(4)
         # the end of a job is that of its connections
         internet.proxy.remove(1)
         async with asyncio.timeout(10):
-            while len(internet.proxy._jobs) != 2 or internet.proxy._of_client["alice"] != 1:
+            while len(internet.proxy._jobs) != 3 or internet.proxy._of_client["alice"] != 1:
                 await asyncio.sleep(0)
         assert b" 200 " in await tunnel(2)
         for each in streams:
             each.close()
+
+
+@pytest.mark.parametrize(
+    "request_", [GET, b"CONNECT good.test:443 HTTP/1.0\r\n\r\n"], ids=["request", "tunnel"]
+)
+async def test_a_job_that_hangs_up_on_a_host_without_an_answer(request_: bytes) -> None:
+    """Has room for others at once."""
+    came, over = asyncio.Event(), asyncio.Event()
+
+    async def say_nothing(_: asyncio.StreamReader, __: asyncio.StreamWriter) -> None:
+        came.set()
+        await over.wait()
+
+    async with opened(say_nothing, most=1) as internet:
+        with socket.create_connection(internet.addresses[1, ""]) as peer:
+            peer.sendall(request_)
+            await asyncio.wait_for(came.wait(), 10)
+            # a reset
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        try:
+            async with asyncio.timeout(10):
+                while internet.proxy._of_client["alice"]:
+                    await asyncio.sleep(0)
+        finally:
+            over.set()
 
 
 async def test_a_host_that_speaks_something_else() -> None:

@@ -103,9 +103,12 @@ async def _serve(requests: socket.socket, reports: socket.socket, policy: dict[s
         if not data:
             over.set()
             return
-        _obey(proxy, json.loads(data), sockets)
-        with suppress(OSError):
-            requests.send(b".")
+        try:
+            _obey(proxy, json.loads(data), sockets)
+        finally:
+            # in any case: without it the launcher would wait with what it has for others
+            with suppress(OSError):
+                requests.send(b".")
 
     loop.add_reader(requests, on_request)
     await over.wait()

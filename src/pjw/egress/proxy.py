@@ -7,6 +7,7 @@ bytes of a tunnel (relay.py).
 import asyncio
 import errno
 import http
+import select
 import socket
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -26,13 +27,16 @@ from pjw.network import Allowed
 # the most bytes of a request or an answer without its body
 HEAD_BYTES_MAX: Final = 16_384
 HEAD_SECONDS: Final = 10.0
-# One client may have one of so many parts of all connections.
-CLIENT_SHARE: Final = 2
 # How long the proxy waits for the job to read an answer that refuses a request.
 LINGER_SECONDS: Final = 2.0
 LINGER_BYTES: Final = 1 << 20
 _RECEIVED_AT_ONCE: Final = 65_536
 _RETRY_SECONDS: Final = 0.5
+# The kernel's own limits would let it grow to megabytes each way.
+_BUFFER_BYTES: Final = 1 << 18
+# A job that has closed a connection looks like one that has sent all and still reads. The kernel forgets a
+# closed one after a minute, and then answers a question of ours with a reset.
+_KEEPALIVE_SECONDS: Final = 30
 _ESTABLISHED: Final = b"HTTP/1.1 200 Connection established\r\n\r\n"
 
 # job, client, host, port, result
@@ -64,6 +68,10 @@ class Proxy:
         self._total_max: Final = total_max
         self._jobs: Final[dict[int, Job]] = {}
         self._of_client: Final[Counter[str]] = Counter()
+        # of connections of jobs that nobody reads from, as their hosts have yet to answer; by descriptor
+        self._errors: Final = select.epoll()
+        self._tasks: Final[dict[int, asyncio.Task[None]]] = {}
+        asyncio.get_running_loop().add_reader(self._errors, self._on_errors)
 
     def add(
         self,
@@ -110,18 +118,33 @@ class Proxy:
         peer.setblocking(False)
         with suppress(OSError):
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        has_room = (
-            len(job.tasks) < self._max
-            and self._of_client.total() < self._total_max
-            and self._of_client[job.client] < max(1, self._total_max // CLIENT_SHARE)
-        )
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_SECONDS)
+            # what waits here is no job's memory, and loopback is as fast with less
+            for buffer in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+                peer.setsockopt(socket.SOL_SOCKET, buffer, _BUFFER_BYTES)
+        # One client may have half of all, and half of what others leave, so that there is room for another.
+        free = self._total_max - self._of_client.total()
+        has_room = len(job.tasks) < self._max and self._of_client[job.client] < free
         if not has_room:
             self._turn_away(job, peer, wanted)
             return
         self._of_client[job.client] += 1
         task = loop.create_task(self._serve(job, peer, wanted))
         job.tasks.add(task)
-        task.add_done_callback(partial(self._over, job))
+        number = peer.fileno()
+        self._tasks[number] = task
+        with suppress(OSError):
+            # edges alone, as an end of both directions is one that would be told again and again
+            self._errors.register(number, select.EPOLLET)
+        task.add_done_callback(partial(self._over, job, number))
+
+    def _on_errors(self) -> None:
+        """End connections that jobs have reset, or closed some time ago."""
+        for number, events in self._errors.poll(0):
+            task = self._tasks.get(number)
+            if events & select.EPOLLERR and task is not None:
+                task.cancel()
 
     def _turn_away(self, job: Job, peer: socket.socket, wanted: Wanted | None) -> None:
         with peer, suppress(OSError):
@@ -130,8 +153,10 @@ class Proxy:
                 peer.shutdown(socket.SHUT_WR)
         self._report(job.id, job.client, wanted.host if wanted else "", wanted.port if wanted else 0, "busy")
 
-    def _over(self, job: Job, task: "asyncio.Task[None]") -> None:
+    def _over(self, job: Job, number: int, task: "asyncio.Task[None]") -> None:
         job.tasks.discard(task)
+        if self._tasks.get(number) is task:
+            del self._tasks[number]
         self._of_client[job.client] -= 1
         if not self._of_client[job.client]:
             del self._of_client[job.client]
@@ -163,7 +188,7 @@ class Proxy:
                     f"this job may not reach {name}; start it with --allow {name}, if your operator offers it"
                 )
                 raise Failure("not_allowed", 403, words)
-            return await self._targets.connect(wanted.host, wanted.port)
+            return await self._targets.connect(wanted.host, wanted.port, job.client)
         except Failure as failure:
             result = failure.result
             raise

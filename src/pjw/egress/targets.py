@@ -1,9 +1,13 @@
 """From a name to the addresses that a job may reach: resolved once, judged, and used as they are."""
 
 import asyncio
+import errno
 import ipaddress
 import socket
+from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
+from itertools import islice
 from typing import Final
 
 from pjw.egress.failure import Failure
@@ -15,11 +19,14 @@ RESOLVE_SECONDS: Final = 15.0
 CONNECT_SECONDS: Final = 15.0
 # A name may have many addresses, and each that does not answer takes its time.
 ADDRESSES_MAX: Final = 4
+# One client may have so many names looked up at once, fewer than there are threads for lookups: a name whose
+# servers do not answer takes a thread for longer than its connection waits.
+LOOKUPS_OF_CLIENT: Final = 8
+# Where addresses of the internet are; the rest of what is_global allows leads nowhere, or into a translator.
+_INTERNET: Final = ipaddress.IPv6Network("2000::/3")
 # Addresses that lead to the IPv4 address in their last 32 bits (RFC 6052), and tunnels with one elsewhere.
 _NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
-_TUNNELS: Final = (
-    *map(ipaddress.IPv6Network, ("2002::/16", "2001::/32", "::/96", "64:ff9b:1::/48", "fec0::/10")),
-)
+_TUNNELS: Final = (*map(ipaddress.IPv6Network, ("2002::/16", "2001::/32")),)
 
 
 class Targets:
@@ -27,11 +34,15 @@ class Targets:
 
     def __init__(self, private: Sequence[str]) -> None:
         self._private: Final[list[Network]] = [ipaddress.ip_network(each) for each in private]
+        self._lookups: Final = defaultdict[str, asyncio.Semaphore](
+            partial(asyncio.Semaphore, LOOKUPS_OF_CLIENT)
+        )
 
-    async def connect(self, host: str, port: int) -> socket.socket:
-        """A connection to a host, at one of the addresses that it has now. Raises Failure."""
-        addresses = await _resolve(host, port)
-        good = [address for address in addresses if self.is_public(address)]
+    async def connect(self, host: str, port: int, client: str) -> socket.socket:
+        """A connection for a client to a host, at one of the addresses that it has now. Raises Failure."""
+        addresses = await _resolve(host, port, self._lookups[client])
+        # each question for one costs system calls, and a name may lead to thousands
+        good = list(islice(filter(self.is_public, addresses), ADDRESSES_MAX))
         if not good:
             shown = addresses[0] if addresses else "nothing"
             raise Failure(
@@ -43,7 +54,7 @@ class Targets:
         why: OSError | None = None
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
-                for address in good[:ADDRESSES_MAX]:
+                for address in good:
                     try:
                         return await _connect(address, port)
                     except OSError as error:
@@ -60,29 +71,33 @@ class Targets:
         if isinstance(address, ipaddress.IPv6Address):
             if address in _NAT64:
                 return self.is_public(ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF))
-            # a resolver never gives an IPv4 address in IPv6 form for a name
-            if address.ipv4_mapped is not None or any(address in tunnel for tunnel in _TUNNELS):
+            if address not in _INTERNET or any(address in tunnel for tunnel in _TUNNELS):
                 return False
         return address.is_global and not address.is_multicast and not _is_own(address)
 
 
 def _is_own(address: Address) -> bool:
-    """Whether it is an address of this host: we can bind to these alone; if we can bind to any, all count."""
+    """Whether it is an address of this host: we can bind to these alone. If nobody can tell, it counts."""
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.bind((str(address), 0))
-    except OSError:
-        return False
+    except OSError as error:
+        # the second: there is no IPv6 here, so nothing is connected to by it either
+        return error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
     return True
 
 
-async def _resolve(host: str, port: int) -> list[Address]:
+async def _resolve(host: str, port: int, lookups: asyncio.Semaphore) -> list[Address]:
     """Raises Failure."""
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(RESOLVE_SECONDS):
-            found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            await lookups.acquire()
+            asked = asyncio.ensure_future(loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+            # its thread is taken until then, whether or not somebody still waits
+            asked.add_done_callback(lambda _: lookups.release())
+            found = await asyncio.shield(asked)
     except TimeoutError:
         raise Failure("unresolved", 504, f"cannot resolve {host}: no answer in time") from None
     except (OSError, UnicodeError, RuntimeError):

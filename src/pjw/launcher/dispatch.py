@@ -47,7 +47,7 @@ from pjw.launcher.measure import measure
 from pjw.launcher.mounts import Mounts, Source, read_mounts_of
 from pjw.launcher.operator_files import open_audit_log, open_operator_file
 from pjw.launcher.phases import InitPhase, require_permitted
-from pjw.launcher.policy import Policy, check_job_id, check_signal, instance_name
+from pjw.launcher.policy import Policy, check_job_id, check_signal, instance_name, still_offered
 from pjw.launcher.pool import Init, Pool
 from pjw.launcher.processes import (
     ENTERED_SIGNAL,
@@ -491,7 +491,8 @@ class Launcher:
 
     def _listen(self, job_id: int, request: protocol.Launch | protocol.Adopt, sockets: list[int]) -> None:
         """Have the connections of a job accepted; takes the sockets."""
-        self._egress.add(job_id, request.client_name, request.allow, listeners_for(request), sockets)
+        allow = still_offered(request)
+        self._egress.add(job_id, request.client_name, allow, listeners_for(request), sockets)
         sockets.clear()
 
     def _open_workspace(self, request: protocol.Launch) -> int:
@@ -717,7 +718,7 @@ class Launcher:
                 job.link = (self._scratch.owner(request.job_id), request.link)
             self._watcher.watch(pidfd, partial(self._on_end, request.job_id, job))
         job.seq = seq
-        if request.allow and request.job_id not in self._egress and self._egress.has_begun:
+        if still_offered(request) and request.job_id not in self._egress and self._egress.has_begun:
             self._listen_again(job, request, LISTEN_TRIES)
         return protocol.Adopted(alive=True, known=True), job.pidfd
 

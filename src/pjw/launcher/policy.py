@@ -160,7 +160,7 @@ class Policy:
         """Raises InvalidJobError for names that the operator offers to nobody, and for what is no link."""
         if request.allow and check_allow(request.allow) != request.allow:
             raise InvalidJobError("names on the network are not written as they are compared")
-        for name in request.allow:
+        for name in still_offered(request):
             if not is_offered(Allowed.of(name), self.egress_hosts):
                 raise InvalidJobError(f"{name} is not offered to any client")
         if request.link:
@@ -202,6 +202,12 @@ class Policy:
         if not 0 <= place < len(self.operator_files):
             raise InvalidJobError(f"{place} is not the place of an operator's file")
         return self.operator_files[place]
+
+
+def still_offered(request: Launch | Adopt) -> tuple[str, ...]:
+    """The names on the network that a job may reach; of one of before those that were not withdrawn."""
+    withdrawn = request.withdrawn if isinstance(request, Adopt) else ()
+    return tuple(name for name in request.allow if name not in withdrawn)
 
 
 def _check_directory(name: str) -> None:

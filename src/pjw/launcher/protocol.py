@@ -186,6 +186,8 @@ class Adopt:
     allow: tuple[str, ...] = ()
     client_name: str = ""
     link: str = ""
+    # of *allow*: what the operator does not offer to the client any more
+    withdrawn: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,12 +20,12 @@ from typing import Final
 from pjw.errors import ProtocolError
 from pjw.launcher.cdi import Edit
 from pjw.launcher.cgroup import Cgroup
-from pjw.launcher.policy import JOB_ENVIRONMENT, JOB_ID_MAX, Policy
+from pjw.launcher.policy import JOB_ENVIRONMENT, JOB_ID_MAX, Policy, still_offered
 from pjw.launcher.processes import Watcher
 from pjw.launcher.protocol import Adopt, Exec, Launch
 from pjw.launcher.visible import Place
 from pjw.model import MountSource, split_mount
-from pjw.network import NAMED_MAX, Listener, listeners_of
+from pjw.network import NAMED_MAX, Allowed, Listener, listeners_of
 
 INIT_PROGRAM: Final = str(Path(__file__).with_name("pjw-init"))
 _REPORT_MAX_BYTES: Final = 512  # as in init/report.c
@@ -333,7 +333,10 @@ def listeners_for(request: Launch | Adopt) -> Sequence[Listener]:
     """Where a job has what accepts its connections to names on the network; nowhere without names."""
     if not request.allow:
         return ()
-    return listeners_of(request.job_id, request.allow, is_linked=bool(request.link))
+    found = listeners_of(request.job_id, request.allow, is_linked=bool(request.link))
+    given = list(map(Allowed.of, still_offered(request)))
+    # without those of other names, and at the addresses that the job knows them by
+    return [each for each in found if not each.host or any(name.has(each.host, each.port) for name in given)]
 
 
 def _words_of_session(request: Exec) -> tuple[str, ...]:

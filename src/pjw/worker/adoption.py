@@ -18,6 +18,7 @@ from pjw.worker.gpus import Gpus
 from pjw.worker.job import LiveJob
 from pjw.worker.launcher_client import Ended, LauncherClient, RunningInit
 from pjw.worker.logs import live_job
+from pjw.worker.network import Network
 from pjw.worker.quota import RunningJobs
 from pjw.worker.record import parse_record
 from pjw.worker.state_dir import StateDir
@@ -40,6 +41,7 @@ async def adopt(
     endings: Endings,
     background: Background,
     gpus: Gpus,
+    network: Network,
 ) -> None:
     """Take over what still runs, write down what ended, and remove what nobody asks for any more.
 
@@ -52,7 +54,11 @@ async def adopt(
     admitted = await state.store.admitted()
     ended: list[LiveJob] = []
     for job in await state.store.alive():
-        init = await launcher.request_adopt(job.id, job)
+        # the operator may have taken names back meanwhile
+        withdrawn = network.withdrawn(job.client_name, job.allow)
+        init = await launcher.request_adopt(job.id, job, withdrawn)
+        if withdrawn and init is not None:
+            log.warning("job %d may not reach %s any more: not offered now", job.id, ", ".join(withdrawn))
         if job.id in admitted:
             if not await _is_executed(state, inotify, job.id, init, rebooted=rebooted):
                 await _put_back(state, launcher, job.id, init)

@@ -167,15 +167,18 @@ class LauncherClient:
         if isinstance(answer.reply, protocol.Refused):
             raise _error_of(answer.reply)
 
-    async def request_adopt(self, job_id: int, job: Job | None = None) -> RunningInit | None:
+    async def request_adopt(
+        self, job_id: int, job: Job | None = None, withdrawn: tuple[str, ...] = ()
+    ) -> RunningInit | None:
         """The init of a job that still runs; None when it has ended.
 
-        With the *job* its names on the network are there again, and the link that others may join it by.
+        With the *job* its names on the network are there again but for those *withdrawn*, and the link that
+        others may join it by.
         """
         request = protocol.Adopt(job_id)
         if job is not None and (job.allow or job.link):
             client = job.client_name if job.allow else ""
-            request = protocol.Adopt(job_id, allow=tuple(job.allow), client_name=client, link=job.link)
+            request = protocol.Adopt(job_id, tuple(job.allow), client, job.link, withdrawn)
         answer = await self._request(request)
         reply, fds = answer.reply, answer.descriptors
         if not isinstance(reply, protocol.Adopted) or len(fds) != reply.alive:

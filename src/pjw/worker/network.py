@@ -39,15 +39,18 @@ class Network:
         """All that is offered to anybody."""
         return tuple(dict.fromkeys((*self.hosts, *(host for own in self.by_name.values() for host in own))))
 
+    def withdrawn(self, client_name: str, allow: Sequence[str]) -> tuple[str, ...]:
+        """Which of a job's names are not offered to its client, or not any more."""
+        offered = list(map(Allowed.of, self._offers(client_name) if allow else ()))
+        return tuple(name for name in allow if not is_offered(Allowed.of(name), offered))
+
+    def _offers(self, client_name: str) -> tuple[str, ...]:
+        return (*self.hosts, *self.by_name.get(client_name, ()))
+
     def require(self, client_name: str, allow: Sequence[str]) -> None:
         """Raises InvalidJobError for a name that is not offered to a client."""
-        if not allow:
-            return
-        offers = (*self.hosts, *self.by_name.get(client_name, ()))
-        offered = list(map(Allowed.of, offers))
-        for name in allow:
-            if is_offered(Allowed.of(name), offered):
-                continue
+        offers = self._offers(client_name)
+        for name in self.withdrawn(client_name, allow):
             more = ", and more" if len(offers) > _SHOWN_MAX else ""
             hint = f"it offers {', '.join(offers[:_SHOWN_MAX])}{more}" if offers else "it offers no name"
             raise InvalidJobError(

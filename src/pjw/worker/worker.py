@@ -233,6 +233,7 @@ class Worker:
             self._endings,
             self._background,
             self._gpus,
+            self._settings.network,
         )
         await self._workspaces.begin(self._ready.uid_first)
         for job_id, client_name, key in await self._images.begin():
