@@ -117,7 +117,7 @@ class CallRecord:
 
 def connection_line(connection: Connection) -> bytes:
     """A connection of a job to a name on the network as a line, when it was made or refused."""
-    members = {
+    members: dict[str, object] = {
         "time": _time_text(time.time()),
         "client": connection.client_name,
         "method": "Connection",
@@ -126,6 +126,8 @@ def connection_line(connection: Connection) -> bytes:
         "port": connection.port,
         "result": connection.result,
     }
+    if connection.left_out:
+        members["left_out"] = connection.left_out
     return json.dumps(members).encode() + b"\n"
 
 

@@ -11,7 +11,7 @@ import socket
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from pjw.errors import PjwError
@@ -26,6 +26,12 @@ RESULTS: Final = (
 _REPORT_BYTES_MAX: Final = 2048
 # Others have their turn after so many.
 _REPORTS_AT_ONCE: Final = 64
+# So many connections of a client are written down at once, and so many a second from then on: a job that is
+# refused again and again must not fill the disk with lines.
+_LINES_AT_ONCE: Final = 200
+_LINES_PER_SECOND: Final = 10.0
+# An allowance is kept for each client with jobs; what sends reports is not taken at its word.
+_CLIENTS_MAX: Final = 4096
 
 log: Final = logging.getLogger("pjw.egress")
 
@@ -39,15 +45,37 @@ class Connection:
     host: str
     port: int
     result: str
+    # how many of the client's before it were counted, and not written down
+    left_out: int = 0
+
+
+class _Allowance:
+    """How many lines a client may have now."""
+
+    def __init__(self, now: float) -> None:
+        self._lines = float(_LINES_AT_ONCE)
+        self._counted = now
+        self.left_out = 0
+
+    def take(self, now: float) -> bool:
+        """Whether there is a line left, which is taken then."""
+        self._lines = min(_LINES_AT_ONCE, self._lines + (now - self._counted) * _LINES_PER_SECOND)
+        self._counted = now
+        if self._lines < 1:
+            self.left_out += 1
+            return False
+        self._lines -= 1
+        return True
 
 
 class Connections:
-    """What pjwd-egress tells of the connections of jobs: logged, counted and passed on."""
+    """What pjwd-egress tells of the connections of jobs: counted, and within bounds logged and passed on."""
 
     def __init__(self) -> None:
         self.counts: Final[Counter[str]] = Counter(dict.fromkeys(RESULTS, 0))
         # who is told of each
         self.told: Final[list[Callable[[Connection], None]]] = []
+        self._allowances: Final[dict[str, _Allowance]] = {}
         self._socket: socket.socket | None = None
 
     async def begin(self, launcher: LauncherClient) -> None:
@@ -88,13 +116,22 @@ class Connections:
 
     def _tell(self, connection: Connection) -> None:
         self.counts[connection.result] += 1
+        now = asyncio.get_running_loop().time()
+        if len(self._allowances) > _CLIENTS_MAX:
+            self._allowances.clear()
+        allowance = self._allowances.setdefault(connection.client_name, _Allowance(now))
+        if not allowance.take(now):
+            return
+        connection = replace(connection, left_out=allowance.left_out)
+        allowance.left_out = 0
         log.info(
-            "connection of job %d of %s to %s port %d: %s",
+            "connection of job %d of %s to %s port %d: %s%s",
             connection.job_id,
             connection.client_name,
             connection.host or "(nowhere)",
             connection.port,
             connection.result,
+            f"; {connection.left_out} before it were not written down" if connection.left_out else "",
         )
         for tell in self.told:
             tell(connection)
