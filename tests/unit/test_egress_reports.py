@@ -32,14 +32,14 @@ async def test_refusals_without_end_are_counted_and_not_all_written_down(
     connections.told.append(told.put_nowait)
     await connections.begin(launcher)
     with launcher.reports:
+        report = {"job": 7, "client": "alice", "host": "x.test", "port": 443, "result": "not_allowed"}
         for client in [*["alice"] * 10, "bob"]:
-            report = {"job": 7, "client": client, "host": "x.test", "port": 443, "result": "not_allowed"}
-            launcher.reports.send(json.dumps(report).encode())
+            launcher.reports.send(json.dumps({**report, "client": client}).encode())
         first = [await told.get() for _ in range(4)]
         assert [each.client_name for each in first] == ["alice"] * 3 + ["bob"]
         assert connections.counts["not_allowed"] == 11
         monkeypatch.setattr(egress, "_LINES_PER_SECOND", 1e9)
-        launcher.reports.send(json.dumps({**report, "client": "alice"}).encode())
+        launcher.reports.send(json.dumps(report).encode())
         later = await told.get()
         connections.close()
     assert (later.client_name, later.left_out) == ("alice", 7)
