@@ -17,7 +17,9 @@ from pjw.client import requests
 from pjw.errors import ImageNotFoundError, InvalidJobError, JobStateError, LimitReachedError, PjwError
 from pjw.launcher import mount_tree
 from pjw.launcher.images import Trees, close_all
+from pjw.launcher.policy import instance_name
 from pjw.launcher.protocol import Refused
+from pjw.launcher.scratch_use import count
 from pjw.model import EndReason, ImageConfig, JobSpec, QueueSpec
 from pjw.worker import Worker
 from pjw.worker.launcher_client import _launch_error_of
@@ -442,6 +444,16 @@ async def test_a_restart_finds_jobs_in_images(bench: Bench, root: Path, tmp_path
     worker = await bench.open()
     session = await worker.exec(job.id, JobSpec("exec cat /etc/os-release"))
     assert (await worker.wait_session(job.id, session.number)).exit_status is not None
+    await worker.stop(job.id, 0)
+
+
+async def test_a_file_without_a_name_counts(bench: Bench) -> None:
+    """What a job writes to a file of its image that it has removed is what it uses of the disk."""
+    worker = await bench.open()
+    job = await worker.start(JobSpec(f"exec 9>/etc/x; rm /etc/x; cat /bin/* >&9; {IDLE}", image="small"))
+    await read_until(worker, job.id, b"in")
+    places = [str(bench.state / "scratch")]
+    assert count(instance_name(str(bench.state)), places)[job.id].bytes > 2**20
     await worker.stop(job.id, 0)
 
 

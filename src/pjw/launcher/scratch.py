@@ -146,7 +146,7 @@ class Scratch:
         for place in self.places:
             path = os.path.join(place, str(job_id))
             try:
-                if image := _image_of(path):
+                if image := image_of(path):
                     _empty_image(path)
                 os.rmdir(path)
                 break
@@ -175,7 +175,7 @@ class Scratch:
         return spawn_removal(self.path(job_id))
 
 
-def _image_of(path: str) -> str:
+def image_of(path: str) -> str:
     """The image of the job with this directory; empty: it has none."""
     try:
         # in another directory the client itself could have made that link
