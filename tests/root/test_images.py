@@ -23,7 +23,8 @@ from pjw.launcher.scratch_use import count
 from pjw.model import EndReason, ImageConfig, JobSpec, QueueSpec
 from pjw.worker import Worker
 from pjw.worker.launcher_client import _launch_error_of
-from pjw.worker.settings import Quotas, Retention
+from pjw.worker.settings import DiskMarks, Quotas, Retention
+from tests.disks import small_disk
 from tests.images import (
     directory,
     docker_archive,
@@ -455,6 +456,20 @@ async def test_a_file_without_a_name_counts(bench: Bench) -> None:
     places = [str(bench.state / "scratch")]
     assert count(instance_name(str(bench.state)), places)[job.id].bytes > 2**20
     await worker.stop(job.id, 0)
+
+
+async def test_blocks_that_are_root_s_stay_root_s(root: Path) -> None:
+    """What a job writes to its image is its user's for the file system, too."""
+    with small_disk(24, reserved_percent=40) as disk:
+        async with open_bench() as bench:
+            bench.state.mkdir()
+            have_image(bench.state, "small", root)
+            worker = await bench.open(scratch_dir=str(disk), disk=DiskMarks(0, 0))
+            job = await worker.start(JobSpec(f"cat /dev/zero >> /bin/ls; {IDLE}", image="small"))
+            await read_until(worker, job.id, b"in")
+            status = os.statvfs(disk)
+            assert (status.f_bavail < 1000, status.f_bfree * 3 > status.f_blocks) == (True, True)
+            await worker.stop(job.id, 0)
 
 
 async def test_an_image_without_files_is_none(bench: Bench, tmp_path: Path) -> None:
