@@ -35,6 +35,8 @@ _EXTENDED_BYTES_MAX: Final = 1024**2
 # A file of this size is in no image; tarfile would look for its end where there is none.
 _FILE_BYTES_MAX: Final = 2**44
 _EMPTY_READS_MAX: Final = 100
+# a FIFO in the place of a file holds nobody up
+_FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 # an entry of these says more of the one that follows, and is read into memory
 _EXTENDED: Final = (*tarfile.GNU_TYPES[:2], tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 NOTES_MAX: Final = 100
@@ -53,7 +55,15 @@ class _WrongError(Exception):
 
 
 # what the modules raise that read and decompress archives, for some that are damaged, or meant to harm
-_DAMAGED: Final = (tarfile.TarError, EOFError, ValueError, OverflowError, zlib.error, lzma.LZMAError)
+_DAMAGED: Final = (
+    tarfile.TarError,
+    EOFError,
+    ValueError,
+    OverflowError,
+    RecursionError,
+    zlib.error,
+    lzma.LZMAError,
+)
 
 
 class _Entry(tarfile.TarInfo):
@@ -165,18 +175,18 @@ class _DirectoryLayer(_Layer):
 
     def members(self) -> Iterator[_Member]:
         first: dict[tuple[int, int], str] = {}
-        for where, directories, files in os.walk(self._path, onerror=_raise):
+        # by descriptors: whose directory it is may put a link in the place of one that is being read
+        for where, directories, files, here in os.fwalk(self._path, onerror=_raise):
             directories.sort()
             for name in sorted([*directories, *files]):
-                path = os.path.join(where, name)
-                info = tarfile.TarInfo(os.path.relpath(path, self._path))
-                status = os.lstat(path)
+                info = tarfile.TarInfo(os.path.relpath(os.path.join(where, name), self._path))
+                status = os.lstat(name, dir_fd=here)
                 info.mode, info.mtime = stat.S_IMODE(status.st_mode), int(status.st_mtime)
                 info.type = tarfile.CHRTYPE
                 if stat.S_ISDIR(status.st_mode):
                     info.type = tarfile.DIRTYPE
                 elif stat.S_ISLNK(status.st_mode):
-                    info.type, info.linkname = tarfile.SYMTYPE, os.readlink(path)
+                    info.type, info.linkname = tarfile.SYMTYPE, os.readlink(name, dir_fd=here)
                 elif stat.S_ISREG(status.st_mode):
                     inode = (status.st_dev, status.st_ino)
                     if status.st_nlink > 1 and inode in first:
@@ -184,8 +194,11 @@ class _DirectoryLayer(_Layer):
                     else:
                         first[inode] = info.name
                         info.type = tarfile.REGTYPE
-                        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
-                            info.size = os.fstat(file.fileno()).st_size
+                        with open(os.open(name, _FILE, dir_fd=here), "rb") as file:
+                            now = os.fstat(file.fileno())
+                            if not stat.S_ISREG(now.st_mode):
+                                raise _WrongError("it has changed meanwhile")
+                            info.size = now.st_size
                             yield _Member(info, file)
                         continue
                 yield _Member(info, None)
@@ -312,6 +325,12 @@ class ImageArchive:
     def inodes(self) -> int:
         """How many files, directories and links it has."""
         return self._tree.entries
+
+    @property
+    def file_bytes(self) -> int:
+        """How many bytes its files have."""
+        files = {id(node): node.size for _, node in self._tree.walk()}
+        return sum(files.values())
 
     def pieces(self) -> Iterator[bytes]:
         """The tar archive. Raises ConfigError when what it is made of cannot be read, or has changed."""

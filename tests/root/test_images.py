@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import tarfile
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -195,6 +196,26 @@ def test_import_ls_and_rm(offered: Service, root: Path, tmp_path: Path) -> None:
 def pjwd_sweeps(service: Service, wanted: list[str]) -> None:
     """Wait until only these images are there."""
     wait_for(lambda: digests(service.state) == wanted)
+
+
+def test_a_link_of_a_job_s_own_keeps_no_image(offered: Service, root: Path) -> None:
+    """A job without the image says that it has it: it is removed all the same."""
+    before = digests(offered.state)
+    digest = pjwd(offered, "import", "kept", f"dir:{root}/etc").strip()
+    job = offered.ok("start", f"ln -s {digest} image; echo in; exec sleep 1000").strip()
+    offered.ok("exec", job, "until readlink image; do :; done")
+    pjwd(offered, "rm", "kept")
+    assert digests(offered.state) == before
+    offered.ok("stop", job)
+
+
+def test_what_has_no_room_is_refused(offered: Service, tmp_path: Path) -> None:
+    """A small archive of files without end fills no disk: nothing of it is unpacked."""
+    info = tarfile.TarInfo("x")
+    info.pax_headers = {"GNU.sparse.size": str(2**43), "GNU.sparse.map": f"{2**43},0"}
+    (tmp_path / "sparse.tar").write_bytes(info.tobuf(tarfile.PAX_FORMAT) + bytes(1024))
+    words = pjwd(offered, "import", "x", f"tar:{tmp_path}/sparse.tar", refused=True)
+    assert f"its files have {2**43} bytes, and " in words
 
 
 def test_removal_below_a_running_job(offered: Service, root: Path) -> None:

@@ -6,13 +6,15 @@ import io
 import json
 import lzma
 import os
+import subprocess
 import tarfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from pjw import image_archive
-from pjw.errors import ConfigError
+from pjw.errors import ConfigError, InvalidJobError
 from pjw.image_archive import ImageArchive
 from pjw.model import ImageConfig
 from tests.images import directory, docker_archive, entry, layer, oci_layout
@@ -169,6 +171,51 @@ def test_archives_that_are_meant_to_harm(tmp_path: Path, data: bytes, form: str)
     (tmp_path / "hostile.tar").write_bytes(data)
     with pytest.raises(ConfigError), ImageArchive.open(f"{form}{tmp_path}/hostile.tar") as archive:
         list(archive.pieces())
+
+
+def test_a_directory_that_changes_leads_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has the directory puts a link in its place while it is read: nothing behind that is taken."""
+    (tmp_path / "image" / "in").mkdir(parents=True)
+    (tmp_path / "image" / "in" / "file").write_text("theirs")
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "file").write_text("secret")
+    real = os.lstat
+    armed: list[bool] = []
+
+    def lstat(path: str, *, dir_fd: int | None = None) -> os.stat_result:
+        if os.path.basename(path) == "file" and armed and not (tmp_path / "away").exists():
+            (tmp_path / "image" / "in").rename(tmp_path / "away")
+            (tmp_path / "image" / "in").symlink_to(tmp_path / "secret")
+        return real(path, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "lstat", lstat)
+    with suppress(ConfigError), ImageArchive.open(f"dir:{tmp_path}/image") as archive:
+        # when its contents are read
+        armed.append(True)
+        assert b"secret" not in b"".join(archive.pieces())
+
+
+def test_directories_that_are_too_deep(tmp_path: Path) -> None:
+    """Refused in words."""
+    here = os.open(tmp_path, os.O_PATH)
+    for _ in range(1100):
+        os.mkdir("d", dir_fd=here)
+        below = os.open("d", os.O_PATH, dir_fd=here)
+        os.close(here)
+        here = below
+    os.close(here)
+    try:
+        with pytest.raises(ConfigError), ImageArchive.open(f"dir:{tmp_path}") as archive:
+            list(archive.pieces())
+    finally:
+        # pytest cannot
+        subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)
+
+
+def test_a_config_is_short() -> None:
+    """Every list of images has it."""
+    with pytest.raises(InvalidJobError, match="more than 65536 characters"):
+        ImageConfig({"A": "x" * 70_000})
 
 
 @pytest.mark.parametrize("source", ["a\0b", "tar:a\0b", "oci:a\0b", "dir:a\0b"])

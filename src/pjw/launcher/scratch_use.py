@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from pjw.launcher.cgroup.files import job_ids_in
-from pjw.launcher.scratch import find_quotas, image_of
+from pjw.launcher.image_store import image_of
+from pjw.launcher.scratch import find_quotas
 from pjw.model import TOO_DEEP
 
 SECONDS: Final = 3.0
