@@ -11,10 +11,12 @@ An image is untrusted. This module resolves names and links in the tree in memor
 import gzip
 import hashlib
 import json
+import lzma
 import os
 import platform
 import stat
 import tarfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -27,6 +29,16 @@ PIECE_BYTES: Final = 256 * 1024
 ENTRIES_MAX: Final = 2_000_000
 _DOCUMENT_BYTES_MAX: Final = 16 * 1024**2
 _LINKS_MAX: Final = 40
+# as the program that unpacks images has them
+_NAME_CHARACTERS_MAX: Final = 4095
+_EXTENDED_BYTES_MAX: Final = 1024**2
+# A file of this size is in no image; tarfile would look for its end where there is none.
+_FILE_BYTES_MAX: Final = 2**44
+_EMPTY_READS_MAX: Final = 100
+# a FIFO in the place of a file holds nobody up
+_FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+# an entry of these says more of the one that follows, and is read into memory
+_EXTENDED: Final = (*tarfile.GNU_TYPES[:2], tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 NOTES_MAX: Final = 100
 _BLOCK: Final = tarfile.BLOCKSIZE
 # pjw mounts on these: the archive has empty directories here, whatever the image has
@@ -40,6 +52,41 @@ FORMS: Final = "oci:DIR[:TAG], docker-archive:FILE[:TAG], tar:FILE or dir:DIR"
 
 class _WrongError(Exception):
     """Why something is not an image, or not one that pjw can take."""
+
+
+# what the modules raise that read and decompress archives, for some that are damaged, or meant to harm
+_DAMAGED: Final = (
+    tarfile.TarError,
+    EOFError,
+    ValueError,
+    OverflowError,
+    RecursionError,
+    zlib.error,
+    lzma.LZMAError,
+)
+
+
+class _Entry(tarfile.TarInfo):
+    """A header that has us read no more into memory than fits there."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        """What tarfile calls for each header. Raises _WrongError."""
+        if self.size < 0 or (self.type in _EXTENDED and self.size > _EXTENDED_BYTES_MAX):
+            raise _WrongError("a size in it is none")
+        return super()._proc_member(tar)  # type: ignore[misc,no-any-return]
+
+
+def _entries_of(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The entries of an archive, which keeps none of them. Raises _WrongError."""
+    while (info := tar.next()) is not None:
+        # what it has read may be millions
+        tar.members.clear()  # type: ignore[attr-defined]
+        # an extended header may have said another one
+        if not 0 <= info.size <= _FILE_BYTES_MAX:
+            raise _WrongError("a size in it is none")
+        if max(len(info.name), len(info.linkname)) > _NAME_CHARACTERS_MAX:
+            raise _WrongError(f"a name in it is longer than {_NAME_CHARACTERS_MAX} characters")
+        yield info
 
 
 @dataclass(slots=True, eq=False)
@@ -81,21 +128,15 @@ class _TarLayer(_Layer):
         with self._blobs.open(self._name) as raw:
             counted = _Hashed(raw)
             try:
-                with tarfile.open(fileobj=counted, mode="r|*", errorlevel=2) as tar:  # type: ignore[call-overload]
-                    while (info := tar.next()) is not None:
-                        _forget_members(tar)
+                with tarfile.open(fileobj=counted, mode="r|*", errorlevel=2, tarinfo=_Entry) as tar:  # type: ignore[call-overload]
+                    for info in _entries_of(tar):
                         yield _Member(info, tar.extractfile(info) if info.isreg() else None)
-            except (tarfile.TarError, EOFError, gzip.BadGzipFile, ValueError) as error:
+            except (*_DAMAGED, gzip.BadGzipFile) as error:
                 if counted.begins_with(b"\x28\xb5\x2f\xfd"):
                     raise _WrongError("a layer is compressed with zstd, which pjw does not read") from None
                 raise _WrongError(f"a layer is no tar archive, or is damaged ({error})") from None
             if self._digest and counted.digest_of_all() != self._digest:
                 raise _WrongError(f"a layer is not what the image says: {self._digest}")
-
-
-def _forget_members(tar: Any) -> None:  # noqa: ANN401  what tarfile keeps has no type
-    """Have *tar* forget the entries that it has read, which may be millions."""
-    tar.members.clear()
 
 
 class _Hashed:
@@ -105,9 +146,14 @@ class _Hashed:
         self._file: Final = file
         self._sum: Final = hashlib.sha256()
         self._first = b""
+        self._empty = 0
 
     def read(self, count: int = -1) -> bytes:
         data = self._file.read(count)
+        # tarfile skips what is not there piece by piece, and would for years
+        self._empty = 0 if data else self._empty + 1
+        if self._empty > _EMPTY_READS_MAX:
+            raise EOFError("it ends early")
         self._sum.update(data)
         self._first = self._first or data[:16]
         return data
@@ -129,18 +175,18 @@ class _DirectoryLayer(_Layer):
 
     def members(self) -> Iterator[_Member]:
         first: dict[tuple[int, int], str] = {}
-        for where, directories, files in os.walk(self._path, onerror=_raise):
+        # by descriptors: whose directory it is may put a link in the place of one that is being read
+        for where, directories, files, here in os.fwalk(self._path, onerror=_raise):
             directories.sort()
             for name in sorted([*directories, *files]):
-                path = os.path.join(where, name)
-                info = tarfile.TarInfo(os.path.relpath(path, self._path))
-                status = os.lstat(path)
+                info = tarfile.TarInfo(os.path.relpath(os.path.join(where, name), self._path))
+                status = os.lstat(name, dir_fd=here)
                 info.mode, info.mtime = stat.S_IMODE(status.st_mode), int(status.st_mtime)
                 info.type = tarfile.CHRTYPE
                 if stat.S_ISDIR(status.st_mode):
                     info.type = tarfile.DIRTYPE
                 elif stat.S_ISLNK(status.st_mode):
-                    info.type, info.linkname = tarfile.SYMTYPE, os.readlink(path)
+                    info.type, info.linkname = tarfile.SYMTYPE, os.readlink(name, dir_fd=here)
                 elif stat.S_ISREG(status.st_mode):
                     inode = (status.st_dev, status.st_ino)
                     if status.st_nlink > 1 and inode in first:
@@ -148,8 +194,11 @@ class _DirectoryLayer(_Layer):
                     else:
                         first[inode] = info.name
                         info.type = tarfile.REGTYPE
-                        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
-                            info.size = os.fstat(file.fileno()).st_size
+                        with open(os.open(name, _FILE, dir_fd=here), "rb") as file:
+                            now = os.fstat(file.fileno())
+                            if not stat.S_ISREG(now.st_mode):
+                                raise _WrongError("it has changed meanwhile")
+                            info.size = now.st_size
                             yield _Member(info, file)
                         continue
                 yield _Member(info, None)
@@ -186,7 +235,7 @@ class _DirectoryBlobs(_Blobs):
         try:
             return open(os.path.join(self._path, _plain(name)), "rb")
         except FileNotFoundError:
-            raise _WrongError(f"it has no {name}") from None
+            raise _WrongError(f"it has no {_shown(name)}") from None
 
 
 class _ArchiveBlobs(_Blobs):
@@ -195,8 +244,7 @@ class _ArchiveBlobs(_Blobs):
     def __init__(self, tar: tarfile.TarFile) -> None:
         self._tar: Final = tar
         self._members: Final[dict[str, tarfile.TarInfo]] = {}
-        while (info := tar.next()) is not None:
-            _forget_members(tar)
+        for info in _entries_of(tar):
             # an archive of an image has few members; an archive of a root may have a million
             if len(self._members) < 10_000 and not info.isdir():
                 self._members[_relative(info.name)] = info
@@ -211,8 +259,13 @@ class _ArchiveBlobs(_Blobs):
             info = self._members.get(os.path.normpath(os.path.join(os.path.dirname(name), info.linkname)))
         data = self._tar.extractfile(info) if info is not None and info.isreg() else None
         if data is None:
-            raise _WrongError(f"it has no {name}")
+            raise _WrongError(f"it has no {_shown(name)}")
         return data
+
+
+def _shown(text: str) -> str:
+    """What an image has, as it may be printed at a terminal."""
+    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def _relative(name: str) -> str:
@@ -253,7 +306,7 @@ class ImageArchive:
             try:
                 layers, config, layered = _opened(source, stack)
                 archive = cls(layers, config, layered=layered)
-            except (_WrongError, InvalidJobError, tarfile.TarError, EOFError) as error:
+            except (_WrongError, InvalidJobError, *_DAMAGED) as error:
                 hint = f"an image is given as {FORMS}"
                 raise ConfigError(f"cannot use the image {source}: {error}", hint=hint) from None
             except OSError as error:
@@ -273,6 +326,12 @@ class ImageArchive:
         """How many files, directories and links it has."""
         return self._tree.entries
 
+    @property
+    def file_bytes(self) -> int:
+        """How many bytes its files have."""
+        files = {id(node): node.size for _, node in self._tree.walk()}
+        return sum(files.values())
+
     def pieces(self) -> Iterator[bytes]:
         """The tar archive. Raises ConfigError when its sources cannot be read, or have changed."""
         total = hashlib.sha256(json.dumps(_members(self.config), sort_keys=True).encode())
@@ -285,7 +344,7 @@ class ImageArchive:
                     self.bytes += len(held)
                     yield bytes(held)
                     held.clear()
-        except (_WrongError, tarfile.TarError, EOFError) as error:
+        except (_WrongError, *_DAMAGED) as error:
             raise ConfigError(f"cannot read the image: {error}") from None
         except OSError as error:
             raise ConfigError(f"cannot read the image: {describe_errno(error.errno or 0)}") from None
@@ -367,9 +426,7 @@ class _Tree:
         """Take an entry of a layer. Raises _WrongError for an entry that no image may have."""
         parts = _parts(info.name)
         layer = place[0]
-        self._count += 1
-        if self._count > ENTRIES_MAX:
-            raise _WrongError(f"it has more than {ENTRIES_MAX} entries")
+        self._count_one()
         if not parts:
             return
         if any("\0" in part for part in parts) or "\0" in info.linkname:
@@ -389,8 +446,12 @@ class _Tree:
         elif info.islnk():
             parent.children[name] = (self._linked(info, layer), layer)
         elif len(self._notes) < NOTES_MAX:
-            shown = info.name if info.name.isprintable() else ascii(info.name)[1:-1]
-            self._notes.append(f"{shown}: it is neither a file, nor a directory, nor a link")
+            self._notes.append(f"{_shown(info.name)}: it is neither a file, nor a directory, nor a link")
+
+    def _count_one(self) -> None:
+        self._count += 1
+        if self._count > ENTRIES_MAX:
+            raise _WrongError(f"it has more than {ENTRIES_MAX} entries")
 
     def _add_directory(self, parent: _Node, name: str, info: tarfile.TarInfo, layer: int) -> None:
         found = parent.children.get(name)
@@ -440,6 +501,7 @@ class _Tree:
                 trail = [self._root] if target.startswith("/") else trail
                 continue
             if found is None or found[0].kind != tarfile.DIRTYPE:
+                self._count_one()
                 found = (_Node(tarfile.DIRTYPE, 0o755, 0), layer)
             trail[-1].children[part] = (found[0], layer)
             trail.append(found[0])
@@ -504,7 +566,8 @@ def _mode(info: tarfile.TarInfo, least: int) -> int:
 
 
 def _time(info: tarfile.TarInfo) -> int:
-    return min(max(0, int(info.mtime)), 2**33)
+    # an extended header may say "inf", or "nan", which is less than nothing here
+    return int(min(max(0, info.mtime), 2**33))
 
 
 def _opened(source: str, stack: ExitStack) -> tuple[list[_Layer], ImageConfig, bool]:
@@ -522,7 +585,7 @@ def _opened(source: str, stack: ExitStack) -> tuple[list[_Layer], ImageConfig, b
     if kind == "" and os.path.isdir(path):
         raise _WrongError("it is a directory")
     if kind != "tar":
-        archive = _ArchiveBlobs(stack.enter_context(tarfile.open(path, "r:*")))  # noqa: SIM115  it is one
+        archive = _ArchiveBlobs(stack.enter_context(_opened_archive(path)))
         if "index.json" in archive and "oci-layout" in archive:
             return _oci(archive, tag)
         if "manifest.json" in archive:
@@ -531,6 +594,14 @@ def _opened(source: str, stack: ExitStack) -> tuple[list[_Layer], ImageConfig, b
             raise _WrongError("it has no manifest of an image")
     directory, name = os.path.split(path)
     return [_TarLayer(_DirectoryBlobs(directory or "."), name)], ImageConfig(), False
+
+
+def _opened_archive(path: str) -> tarfile.TarFile:
+    try:
+        return tarfile.open(path, "r:*", tarinfo=_Entry)
+    except tarfile.ReadError:
+        # its words are a list of all that was tried
+        raise _WrongError("it is no tar archive, or is damaged") from None
 
 
 def _with_tag(rest: str) -> tuple[str, str]:
@@ -544,7 +615,7 @@ def _oci(blobs: _Blobs, tag: str) -> tuple[list[_Layer], ImageConfig, bool]:
     if tag:
         found = [each for each in found if _annotated(each, tag)]
     if len(found) != 1:
-        names = ", ".join(filter(None, map(_name_of, found)))
+        names = ", ".join(_shown(name) for name in map(_name_of, found) if name)
         what = f"no image {tag}" if tag and not found else f"{len(found)} images: {names}"
         raise _WrongError(f"it has {what}; name one of them as :TAG")
     manifest = _blob(blobs, found[0])
@@ -580,7 +651,10 @@ def _platform_of(descriptor: object) -> tuple[object, object]:
 
 def _blob(blobs: _Blobs, descriptor: object) -> Any:  # noqa: ANN401  JSON
     digest = _of(descriptor, "digest", str)
-    return blobs.document(_blob_name(digest), digest)
+    found = blobs.document(_blob_name(digest), digest)
+    if not isinstance(found, dict):
+        raise _WrongError(f"{_blob_name(digest)} is not what an image has there")
+    return found
 
 
 def _blob_name(digest: str) -> str:

@@ -78,6 +78,7 @@ OUTPUTS_MAX: Final = 32
 OUTPUT_MAX_BYTES: Final = 1024
 
 _NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,62}")
+_IMAGE_CONFIG_CHARACTERS_MAX: Final = 64 * 1024
 _IMAGE_KEY: Final = re.compile(r"@[0-9a-f]{16}")
 _IMAGE_DIGEST: Final = re.compile(r"sha256-[0-9a-f]{64}")
 _LABEL_KEY: Final = re.compile(r"[A-Za-z][A-Za-z0-9._/-]{0,62}")
@@ -1238,6 +1239,13 @@ class ImageConfig:
     def __post_init__(self) -> None:
         # as it would be in a job's own spec
         JobSpec([*self.entrypoint, *self.command] or "true", env=self.env, workdir=self.workdir)
+        # all of it is in every list of images
+        words = (*self.env, *self.env.values(), *self.entrypoint, *self.command)
+        if sum(map(len, words)) > _IMAGE_CONFIG_CHARACTERS_MAX:
+            raise InvalidJobError(
+                "the variables and the command of an image have more than"
+                f" {_IMAGE_CONFIG_CHARACTERS_MAX} characters"
+            )
 
     def applied_to(self, spec: JobSpec) -> JobSpec:
         """What is executed for a spec in an image with this config. Raises InvalidJobError."""

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import tarfile
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -17,11 +18,14 @@ from pjw.client import requests
 from pjw.errors import ImageNotFoundError, InvalidJobError, JobStateError, LimitReachedError, PjwError
 from pjw.launcher import mount_tree
 from pjw.launcher.images import Trees, close_all
+from pjw.launcher.policy import instance_name
 from pjw.launcher.protocol import Refused
+from pjw.launcher.scratch_use import count
 from pjw.model import EndReason, ImageConfig, JobSpec, QueueSpec
 from pjw.worker import Worker
 from pjw.worker.launcher_client import _launch_error_of
-from pjw.worker.settings import Quotas, Retention
+from pjw.worker.settings import DiskMarks, Quotas, Retention
+from tests.disks import small_disk
 from tests.images import (
     directory,
     docker_archive,
@@ -192,6 +196,26 @@ def test_import_ls_and_rm(offered: Service, root: Path, tmp_path: Path) -> None:
 def pjwd_sweeps(service: Service, wanted: list[str]) -> None:
     """Wait until only these images are there."""
     wait_for(lambda: digests(service.state) == wanted)
+
+
+def test_a_link_of_a_job_s_own_keeps_no_image(offered: Service, root: Path) -> None:
+    """A job without the image says that it has it: it is removed all the same."""
+    before = digests(offered.state)
+    digest = pjwd(offered, "import", "kept", f"dir:{root}/etc").strip()
+    job = offered.ok("start", f"ln -s {digest} image; echo in; exec sleep 1000").strip()
+    offered.ok("exec", job, "until readlink image; do :; done")
+    pjwd(offered, "rm", "kept")
+    assert digests(offered.state) == before
+    offered.ok("stop", job)
+
+
+def test_what_has_no_room_is_refused(offered: Service, tmp_path: Path) -> None:
+    """A small archive of files without end fills no disk: nothing of it is unpacked."""
+    info = tarfile.TarInfo("x")
+    info.pax_headers = {"GNU.sparse.size": str(2**43), "GNU.sparse.map": f"{2**43},0"}
+    (tmp_path / "sparse.tar").write_bytes(info.tobuf(tarfile.PAX_FORMAT) + bytes(1024))
+    words = pjwd(offered, "import", "x", f"tar:{tmp_path}/sparse.tar", refused=True)
+    assert f"its files have {2**43} bytes, and " in words
 
 
 def test_removal_below_a_running_job(offered: Service, root: Path) -> None:
@@ -443,6 +467,30 @@ async def test_a_restart_finds_jobs_in_images(bench: Bench, root: Path, tmp_path
     session = await worker.exec(job.id, JobSpec("exec cat /etc/os-release"))
     assert (await worker.wait_session(job.id, session.number)).exit_status is not None
     await worker.stop(job.id, 0)
+
+
+async def test_a_file_without_a_name_counts(bench: Bench) -> None:
+    """What a job writes to a file of its image that it has removed is what it uses of the disk."""
+    worker = await bench.open()
+    job = await worker.start(JobSpec(f"exec 9>/etc/x; rm /etc/x; cat /bin/* >&9; {IDLE}", image="small"))
+    await read_until(worker, job.id, b"in")
+    places = [str(bench.state / "scratch")]
+    assert count(instance_name(str(bench.state)), places)[job.id].bytes > 2**20
+    await worker.stop(job.id, 0)
+
+
+async def test_blocks_that_are_root_s_stay_root_s(root: Path) -> None:
+    """What a job writes to its image is its user's for the file system, too."""
+    with small_disk(24, reserved_percent=40) as disk:
+        async with open_bench() as bench:
+            bench.state.mkdir()
+            have_image(bench.state, "small", root)
+            worker = await bench.open(scratch_dir=str(disk), disk=DiskMarks(0, 0))
+            job = await worker.start(JobSpec(f"cat /dev/zero >> /bin/ls; {IDLE}", image="small"))
+            await read_until(worker, job.id, b"in")
+            status = os.statvfs(disk)
+            assert (status.f_bavail < 1000, status.f_bfree * 3 > status.f_blocks) == (True, True)
+            await worker.stop(job.id, 0)
 
 
 async def test_an_image_without_files_is_none(bench: Bench, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from pjw.errors import (
 )
 from pjw.launcher.protocol import Refused, RemoveWorkspace, WorkspaceUse
 from pjw.model import EndReason, Job, JobSpec, JobState, QueueSpec, Retry, TerminalSize
-from pjw.worker import QueueSlots, Worker
+from pjw.worker import QueueSlots, Worker, workspaces
 from pjw.worker.settings import DiskMarks, Quotas, Retention
 from tests.disks import small_disk
 from tests.root.test_launcher_hostile import Peer, connect, peer
@@ -486,6 +486,17 @@ async def test_its_bytes_count(bench: Bench) -> None:
     # the first time that anybody asks: what there was then would be the answer for a second
     assert (await worker.quota()).stored_bytes < MIB
     assert await say(worker, "ls") == b""
+
+
+async def test_a_count_does_not_rest_from_idleness(
+    bench: Bench, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How long nothing was to be counted before does not delay a count, and so no quota."""
+    monkeypatch.setattr(workspaces, "_REST", 100)
+    assert (await worker.wait((await worker.start(JobSpec("sleep 0.5"))).id)).succeeded
+    await say(worker, "head -c 1M /dev/zero > file")
+    async with asyncio.timeout(20):
+        await counted(worker, least=MIB)
 
 
 async def test_a_project_quota_bounds_it(quota_disk: Path) -> None:

@@ -1,14 +1,20 @@
 """Images of other tools as one plain archive: layers, whiteouts, links, and hostile ones."""
 
+import gzip
+import hashlib
 import io
 import json
+import lzma
 import os
+import subprocess
 import tarfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from pjw.errors import ConfigError
+from pjw import image_archive
+from pjw.errors import ConfigError, InvalidJobError
 from pjw.image_archive import ImageArchive
 from pjw.model import ImageConfig
 from tests.images import directory, docker_archive, entry, layer, oci_layout
@@ -34,6 +40,11 @@ def packed(source: str) -> tuple[ImageArchive, dict[str, tarfile.TarInfo], dict[
             if info.isreg() and (file := tar.extractfile(info)) is not None:
                 contents[info.name] = file.read()
     return archive, entries, contents
+
+
+def damaged(data: bytes, where: int) -> bytes:
+    """The same with other bytes there."""
+    return data[:where] + b"\xff" * 50 + data[where + 50 :]
 
 
 def of_layers(tmp_path: Path, *layers: bytes) -> tuple[dict[str, tarfile.TarInfo], dict[str, bytes]]:
@@ -120,6 +131,131 @@ def test_hostile_names_are_refused(tmp_path: Path, hostile: tarfile.TarInfo, wor
     path.write_bytes(layer(hostile))
     with pytest.raises(ConfigError, match=words):
         ImageArchive.open(f"tar:{path}")
+
+
+def numbered(size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    """An archive with a header that says this size, behind an entry, and nothing behind it."""
+    first, info = layer(entry("first"))[:512], tarfile.TarInfo("second")
+    info.type = kind
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)  # type: ignore[attr-defined]
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return first + bytes(header) + bytes(1024)
+
+
+def extended(**headers: str) -> bytes:
+    """An archive with an entry, and an extended header before it."""
+    info = tarfile.TarInfo("x")
+    info.pax_headers = {key.replace("__", "."): value for key, value in headers.items()}
+    return info.tobuf(tarfile.PAX_FORMAT) + bytes(1024)
+
+
+@pytest.mark.parametrize("form", ["", "tar:", "docker-archive:"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(numbered(size) for size in (-1, -5, -512, -1024, 2**40, 2**62, 2**70)),
+        *(numbered(2**40, kind) for kind in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE)),
+        extended(size="-512"),
+        extended(GNU__sparse__map="x,y", GNU__sparse__size="5"),
+        extended(path="a/" * 10_000),
+        b"",
+        *(damaged(lzma.compress(os.urandom(100_000)), 50_000),),
+        *(damaged(gzip.compress(layer(entry("a", b"ab" * 100_000))), where) for where in (20, 100)),
+    ],
+    ids=range(16),
+)
+def test_archives_that_are_meant_to_harm(tmp_path: Path, data: bytes, form: str) -> None:
+    """Numbers that are none, what would take all memory or years to read, and damage: refused in words."""
+    (tmp_path / "hostile.tar").write_bytes(data)
+    with pytest.raises(ConfigError), ImageArchive.open(f"{form}{tmp_path}/hostile.tar") as archive:
+        list(archive.pieces())
+
+
+def test_a_directory_that_changes_leads_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has the directory puts a link in its place while it is read: nothing behind that is taken."""
+    (tmp_path / "image" / "in").mkdir(parents=True)
+    (tmp_path / "image" / "in" / "file").write_text("theirs")
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "file").write_text("secret")
+    real = os.lstat
+    armed: list[bool] = []
+
+    def lstat(path: str, *, dir_fd: int | None = None) -> os.stat_result:
+        if os.path.basename(path) == "file" and armed and not (tmp_path / "away").exists():
+            (tmp_path / "image" / "in").rename(tmp_path / "away")
+            (tmp_path / "image" / "in").symlink_to(tmp_path / "secret")
+        return real(path, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "lstat", lstat)
+    with suppress(ConfigError), ImageArchive.open(f"dir:{tmp_path}/image") as archive:
+        # when its contents are read
+        armed.append(True)
+        assert b"secret" not in b"".join(archive.pieces())
+
+
+def test_directories_that_are_too_deep(tmp_path: Path) -> None:
+    """Refused in words."""
+    here = os.open(tmp_path, os.O_PATH)
+    for _ in range(1100):
+        os.mkdir("d", dir_fd=here)
+        below = os.open("d", os.O_PATH, dir_fd=here)
+        os.close(here)
+        here = below
+    os.close(here)
+    try:
+        with pytest.raises(ConfigError), ImageArchive.open(f"dir:{tmp_path}") as archive:
+            list(archive.pieces())
+    finally:
+        # pytest cannot
+        subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)
+
+
+def test_a_config_is_short() -> None:
+    """Every list of images has it."""
+    with pytest.raises(InvalidJobError, match="more than 65536 characters"):
+        ImageConfig({"A": "x" * 70_000})
+
+
+@pytest.mark.parametrize("source", ["a\0b", "tar:a\0b", "oci:a\0b", "dir:a\0b"])
+def test_a_path_with_nul(source: str) -> None:
+    """Refused in words."""
+    with pytest.raises(ConfigError, match="null byte"):
+        ImageArchive.open(source)
+
+
+@pytest.mark.parametrize("time", ["nan", "inf", "-inf", "1e400"])
+def test_times_that_are_none(tmp_path: Path, time: str) -> None:
+    """The file is there, with another time."""
+    assert "x" in of_layers(tmp_path, extended(mtime=time))[0]
+
+
+@pytest.mark.parametrize("manifest", [5, None, "manifests", ["manifests"]])
+def test_a_manifest_that_is_none(tmp_path: Path, manifest: object) -> None:
+    """Another kind of JSON than an object."""
+    layout = oci_layout(tmp_path / "layout", [])
+    data = json.dumps(manifest).encode()
+    digest = hashlib.sha256(data).hexdigest()
+    (layout / "blobs" / "sha256" / digest).write_bytes(data)
+    (layout / "index.json").write_text(json.dumps({"manifests": [{"digest": f"sha256:{digest}"}]}))
+    with pytest.raises(ConfigError, match="is not what an image has there"):
+        ImageArchive.open(f"oci:{layout}")
+
+
+def test_what_an_image_has_is_printed_plainly(tmp_path: Path) -> None:
+    """No word of it has a terminal do something."""
+    one = {"annotations": {"org.opencontainers.image.ref.name": "\x1b[31m"}}
+    (tmp_path / "index.json").write_text(json.dumps({"manifests": [one, one]}))
+    with pytest.raises(ConfigError, match=r"images: \\x1b\[31m, "):
+        ImageArchive.open(f"oci:{tmp_path}")
+
+
+def test_directories_that_no_entry_names_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An entry with a deep path is as many as it makes."""
+    monkeypatch.setattr(image_archive, "ENTRIES_MAX", 100)
+    with pytest.raises(ConfigError, match="more than 100 entries"):
+        of_layers(tmp_path, layer(entry("a/" * 100)))
 
 
 def test_absolute_names_and_loops(tmp_path: Path) -> None:

@@ -160,9 +160,17 @@ class ImageStore:
         for place in self._places:
             with suppress(FileNotFoundError):
                 for each in os.listdir(place):
-                    with suppress(OSError):
-                        found.add(os.readlink(os.path.join(place, each, MARK)))
+                    found.add(image_of(os.path.join(place, each)))
         return found
+
+
+def image_of(path: str) -> str:
+    """The image of the job with this directory; empty: it has none."""
+    try:
+        # in another directory the client itself could have made that link
+        return "" if os.lstat(path).st_uid else os.readlink(os.path.join(path, MARK))
+    except OSError:
+        return ""
 
 
 def _is_left(path: str) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from pjw.errors import ConfigError, KernelError
 from pjw.launcher.cgroup.files import job_ids_in, read_mounts
 from pjw.launcher.durable import replace_file
-from pjw.launcher.image_store import MARK
+from pjw.launcher.image_store import MARK, image_of
 from pjw.launcher.policy import instance_name
 from pjw.launcher.rooted import make_root_s, require_root_s
 
@@ -146,7 +146,7 @@ class Scratch:
         for place in self.places:
             path = os.path.join(place, str(job_id))
             try:
-                if image := _image_of(path):
+                if image := image_of(path):
                     _empty_image(path)
                 os.rmdir(path)
                 break
@@ -173,15 +173,6 @@ class Scratch:
     def spawn_removal(self, job_id: int) -> int:
         """Begin to remove all of a job's directory; give the pid of the process that does."""
         return spawn_removal(self.path(job_id))
-
-
-def _image_of(path: str) -> str:
-    """The image of the job with this directory; empty: it has none."""
-    try:
-        # in another directory the client itself could have made that link
-        return "" if os.lstat(path).st_uid else os.readlink(os.path.join(path, MARK))
-    except OSError:
-        return ""
 
 
 def _empty_image(path: str) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from pjw.launcher.cgroup.files import job_ids_in
+from pjw.launcher.image_store import image_of
 from pjw.launcher.scratch import find_quotas
 from pjw.model import TOO_DEEP
 
@@ -74,6 +75,7 @@ def count(instance: str, places: list[str], seconds: float = SECONDS) -> dict[in
     walked: dict[int, Use] = {}
     walks: list[Generator[None, None, None]] = []
     devices: set[int] = set()
+    with_image: set[int] = set()
     for place in places:
         try:
             descriptor = os.open(place, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -87,10 +89,12 @@ def count(instance: str, places: list[str], seconds: float = SECONDS) -> dict[in
             if counted is None:
                 devices.add(os.fstat(descriptor).st_dev)
                 walked[job_id] = uses[job_id]
+                if image_of(path):
+                    with_image.add(job_id)
                 walks.append(walk(path, uses[job_id]))
         os.close(descriptor)
     # the kernel has counted the others' already
-    walks.append(_walk_open(instance.encode(), devices, walked))
+    walks.append(_walk_open(instance.encode(), devices, walked, with_image))
     while walks and time.monotonic() < deadline:
         walks = [each for each in walks if _goes_on(each, deadline)]
     for each in walks:
@@ -148,10 +152,13 @@ def _enter(levels: list[_Level], name: str, parent: int | None) -> None:
         raise
 
 
-def _walk_open(instance: bytes, devices: set[int], uses: dict[int, Use]) -> Generator[None, None, None]:
+def _walk_open(
+    instance: bytes, devices: set[int], uses: dict[int, Use], with_image: set[int]
+) -> Generator[None, None, None]:
     """Count files that have no name any more, and that processes of jobs have open or mapped.
 
-    One that is on its way through a socket alone is not found.
+    One that is on its way through a socket alone is not found. Of a job with an image a file of the image
+    counts too, which the job has removed and has open: it looks like one that the job has written.
     """
     job_of_cgroup = re.compile(
         b"/" + re.escape(instance) + rb"/(?:[^\n]*/)?job-([1-9]\d{0,15})(?:/|$)", re.MULTILINE
@@ -164,15 +171,17 @@ def _walk_open(instance: bytes, devices: set[int], uses: dict[int, Use]) -> Gene
             with open(f"/proc/{pid}/cgroup", "rb") as cgroups:
                 found = job_of_cgroup.search(cgroups.read())
             use = uses.get(int(found[1])) if found else None
-            if use is None:
+            if found is None or use is None:
                 continue
+            # what is written to an image is seen by its overlay, which has a device of its own
+            own = {os.stat(f"/proc/{pid}/root").st_dev} if int(found[1]) in with_image else set()
             for directory in (f"/proc/{pid}/fd", f"/proc/{pid}/map_files"):
                 for name in os.listdir(directory):
                     yield
                     with suppress(FileNotFoundError):
                         status = os.stat(f"{directory}/{name}")
                         which = (status.st_dev, status.st_ino)
-                        if status.st_nlink == 0 and status.st_dev in devices and which not in seen:
+                        if status.st_nlink == 0 and status.st_dev in devices | own and which not in seen:
                             seen.add(which)
                             use.add(status)
 

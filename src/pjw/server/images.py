@@ -50,6 +50,7 @@ def import_image(state_dir: str, name: str, source: str) -> str:
         for line in archive.left_out:
             print(f"pjwd: left out {line}", file=sys.stderr)
         try:
+            _require_room(store, archive, name)
             with store.partial() as partial:
                 try:
                     _unpack(archive, partial)
@@ -69,6 +70,17 @@ def import_image(state_dir: str, name: str, source: str) -> str:
         except OSError as error:
             raise KernelError("import the image", name, error.errno or 0) from error
     return archive.digest
+
+
+def _require_room(store: ImageStore, archive: ImageArchive, name: str) -> None:
+    """A small archive may be of endless files, and a full disk is so for all jobs. Raises ConfigError."""
+    status = os.statvfs(store.path)
+    free = status.f_bavail * status.f_frsize
+    if archive.file_bytes > free:
+        raise ConfigError(
+            f"cannot import the image {name}: its files have {archive.file_bytes} bytes, and {free} are free"
+            f" in {store.path}"
+        )
 
 
 def _unpack(archive: ImageArchive, directory: str) -> None:

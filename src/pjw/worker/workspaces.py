@@ -296,6 +296,7 @@ class Workspaces:
             except PjwError as error:
                 log.error("cannot look after workspaces: %s", error)
                 seconds = _RETRY_SECONDS
+            took = asyncio.get_running_loop().time() - began
             if self._uses or self._to_count:
                 seconds = min(COUNT_SECONDS, seconds or COUNT_SECONDS)
             try:
@@ -304,7 +305,7 @@ class Workspaces:
             except TimeoutError:
                 self._to_count.update(dict.fromkeys(self._uses))
                 continue
-            await asyncio.sleep(max(_PAUSE_SECONDS, _REST * (asyncio.get_running_loop().time() - began)))
+            await asyncio.sleep(max(_PAUSE_SECONDS, _REST * took))
 
     async def _count_regularly(self, key: _Key) -> None:
         has = await self._count(key)

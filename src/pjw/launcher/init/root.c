@@ -11,9 +11,12 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/securebits.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/fsuid.h>
 #include <sys/mount.h>
+#include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <sys/syscall.h>
@@ -81,18 +84,38 @@ static bool is_root(const struct place *place) {
 }
 
 /*
+ * The kernel writes to an upper layer as whoever has mounted the overlay. That is the owner of the layer here, or a job could
+ * have the blocks that a file system keeps for root. Not without our capabilities, which overlayfs needs.
+ */
+static int mount_as_owner(uid_t owner, unsigned long flags, const char *data) {
+    int bits = prctl(PR_GET_SECUREBITS);
+    if (bits < 0 || prctl(PR_SET_SECUREBITS, bits | SECBIT_NO_SETUID_FIXUP) < 0)
+        fail(STEP_OVERLAY, NULL);
+    setfsuid(owner);
+    int result = mount("overlay", NEW_ROOT, "overlay", flags, data), error = errno;
+    setfsuid(0);
+    if (prctl(PR_SET_SECUREBITS, bits) < 0)
+        fail(STEP_OVERLAY, NULL);
+    errno = error;
+    return result;
+}
+
+/*
  * A root of the job's own: the image, and above it what the job writes, which is in `upper` beside its scratch directory. That
  * goes with the job, so it need never be synced (volatile). Where the kernel cannot do that, the root is read-only.
  */
 static bool overlay_image(int number, bool writes) {
     char lower[] = BASE "/image0", data[256];
+    struct stat upper;
+    if (stat("upper", &upper) < 0)
+        fail(STEP_OVERLAY, NULL);
     lower[sizeof lower - 2] = (char)('0' + number);
     if (writes)
         snprintf(data, sizeof data,
                  "lowerdir=%s,upperdir=upper,workdir=work,xino=off,index=off,metacopy=off,nfs_export=off,redirect_dir=on,volatile", lower);
     else /* there must be two layers; the upper one says what the root itself is like */
         snprintf(data, sizeof data, "lowerdir=upper:%s,xino=off,index=off,metacopy=off,nfs_export=off,redirect_dir=nofollow", lower);
-    return mount("overlay", NEW_ROOT, "overlay", MS_NOSUID | MS_NODEV | (writes ? 0 : MS_RDONLY), data) == 0;
+    return mount_as_owner(upper.st_uid, MS_NOSUID | MS_NODEV | (writes ? 0 : MS_RDONLY), data) == 0;
 }
 
 static void show_image(struct options *options) {
