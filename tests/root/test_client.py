@@ -286,8 +286,9 @@ def test_the_last_lines_of_a_silent_job_go_on_after_a_cut(service: Service, conn
         wait_for(lambda: output.read_bytes() == b"one\n")
         logs = in_thread(lambda: b"".join(client.call("logs", job_id, tail=0)))
         wait_for(lambda: service.open_outputs(job_id) == 1)
-        # what was answered has come, as the answer to a later call
-        client.call("get", job_id)
+        # what was answered has come, as the answers to later calls have; meanwhile pjwd looks for the tail
+        for _ in range(20):
+            client.call("get", job_id)
         os.kill(service.pid, signal.SIGSTOP)
         try:
             relay.cut()
