@@ -347,9 +347,9 @@ async def test_a_cancelled_start_leaves_nothing(bench: Bench, worker: Worker, co
 async def _until_idle(worker: Worker) -> None:
     """Let what a cancelled start has to undo come to its end."""
     async with asyncio.timeout(20):
-        # six run for ever: they prune, measure jobs, look at the disk, serve the queue, remove uploads, and
-        # look after workspaces
-        while worker.live_count or len(worker._background._tasks) > 6:
+        # seven run for ever: they prune, measure jobs, look at the disk, serve the queue, remove uploads, and
+        # look after workspaces and images
+        while worker.live_count or len(worker._background._tasks) > 7:
             await asyncio.sleep(0.01)
     # one more turn through the store's thread: all that was given to it before is done
     await worker.list()
