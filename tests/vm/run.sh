@@ -36,15 +36,15 @@ if [ "$*" = before-power-cut ]; then
 fi
 
 # All that touches what is other here: cgroup v2, an older kernel, systemd. What is left out tests certificates, the port,
-# requests, roles, clients, output, the table, the queue, files and workspaces, the command line, the server's own tasks
+# requests, roles, clients, output, the table, the queue, a cluster, files and workspaces, the command line, the server's own tasks
 # and what the launcher refuses, on any host; reads the filter of system calls with a compiler, which is not here; or
 # injects faults by the hundred, which takes this machine too long.
 # Those of systemd (tests/vm) have a machine of their own: they install a service.
 if [ $# = 0 ]; then
     set -- tests/root
     for name in agents arrays arrays_service artifacts audit backup bad_input cli cli_exec cli_jobs cli_run \
-        cli_run_failures cli_stdin cli_terminal client client_only completion cp dead_tasks documents \
-        faults_network faults_processes faults_resources faults_steps grpc_fuzz hung_job identity_scope \
+        cli_run_failures cli_stdin cli_terminal client client_only cluster completion cp dead_tasks documents \
+        faults_network faults_processes faults_resources faults_steps gateway_role grpc_fuzz hung_job identity_scope \
         init_seccomp input launcher_fuzz launcher_hostile library_document log_blocked logs no_disk \
         node_client operator port queue queue_after queue_changes queue_retry queue_service quota reload \
         requests retention roles scripts secrets serve streaming tls top upload watch workspaces; do
