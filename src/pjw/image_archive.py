@@ -35,8 +35,9 @@ _EXTENDED_BYTES_MAX: Final = 1024**2
 # A file of this size is in no image; tarfile would look for its end where there is none.
 _FILE_BYTES_MAX: Final = 2**44
 _EMPTY_READS_MAX: Final = 100
-# a FIFO in the place of a file holds nobody up
-_FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+# A FIFO in the place of a file holds nobody up. Windows has only the last of these.
+_FLAGS: Final = ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY")
+_FILE: Final = os.O_RDONLY | sum(getattr(os, flag, 0) for flag in _FLAGS)
 # an entry of these says more of the one that follows, and is read into memory
 _EXTENDED: Final = (*tarfile.GNU_TYPES[:2], tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 NOTES_MAX: Final = 100
@@ -176,10 +177,12 @@ class _DirectoryLayer(_Layer):
     def members(self) -> Iterator[_Member]:
         first: dict[tuple[int, int], str] = {}
         # by descriptors: whose directory it is may put a link in the place of one that is being read
-        for where, directories, files, here in os.fwalk(self._path, onerror=_raise):
+        for where, directories, files, here in _walked(self._path):
             directories.sort()
-            for name in sorted([*directories, *files]):
-                info = tarfile.TarInfo(os.path.relpath(os.path.join(where, name), self._path))
+            for entry in sorted([*directories, *files]):
+                path = os.path.join(where, entry)
+                name = path if here is None else entry
+                info = tarfile.TarInfo(os.path.relpath(path, self._path).replace(os.sep, "/"))
                 status = os.lstat(name, dir_fd=here)
                 info.mode, info.mtime = stat.S_IMODE(status.st_mode), int(status.st_mtime)
                 info.type = tarfile.CHRTYPE
@@ -202,6 +205,14 @@ class _DirectoryLayer(_Layer):
                             yield _Member(info, file)
                         continue
                 yield _Member(info, None)
+
+
+def _walked(path: str) -> Iterator[tuple[str, list[str], list[str], int | None]]:
+    """What os.fwalk gives; None for a descriptor where directories have none, as on Windows."""
+    if hasattr(os, "fwalk"):
+        yield from os.fwalk(path, onerror=_raise)
+    else:
+        yield from ((*found, None) for found in os.walk(path, onerror=_raise))
 
 
 def _raise(error: OSError) -> None:
