@@ -563,16 +563,15 @@ def test_names_that_the_operator_takes_back(world: World, client: Client) -> Non
 
 def test_the_end_of_a_job_is_that_of_its_connections(world: World, client: Client) -> None:
     """The host sees it, and nothing of the job is left."""
-    directory = f"/proc/{world.egress()}/fd"
-    count = len(os.listdir(directory))
     job = client.start(world.spec(IDLE))
     pieces = iter([f"CONNECT good.test:{world.echo_port} HTTP/1.0\r\n\r\n".encode()])
     answers = client.connect(job.id, PROXY_PORT, _then_wait(pieces))
     assert next(answers).startswith(b"HTTP/1.1 200 ")
-    # its listeners, two sockets, two pipes
-    assert len(os.listdir(directory)) == count + 8
+    directory = f"/proc/{world.egress()}/fd"
+    count = len(os.listdir(directory))
     client.stop(job.id, grace=0)
-    wait_for(lambda: len(os.listdir(directory)) == count)
+    # its listeners, two sockets, two pipes; those of jobs before it may go meanwhile, too
+    wait_for(lambda: len(os.listdir(directory)) <= count - 8)
     with contextlib.suppress(errors.PjwError):
         list(answers)
 
