@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pjw.client.sync import Client
     from pjw.model import Job
 
+N = TypeVar("N")
 T = TypeVar("T")
 
 
@@ -369,17 +370,18 @@ def _beside_each_other(
 def hold(arguments: Namespace) -> int:
     """Keep jobs of the queue from being started; each, as it was typed."""
     with connect(arguments) as client:
-        return each(arguments.jobs, lambda job: client.hold(resolve(client, job)), _show_name)
+        return each(arguments.jobs, lambda job: client.hold(resolve(client, job)), show_name)
 
 
 def release(arguments: Namespace) -> int:
     """Let held jobs of the queue be started; each, as it was typed."""
     with connect(arguments) as client:
-        return each(arguments.jobs, lambda job: client.release(resolve(client, job)), _show_name)
+        return each(arguments.jobs, lambda job: client.release(resolve(client, job)), show_name)
 
 
-def _show_name(_: object, job: JobName) -> None:
-    print(job, flush=True)
+def show_name(_: object, name: object) -> None:
+    """Print what was named, for `each`."""
+    print(name, flush=True)
 
 
 def _waits_for_more(job: "Job") -> bool:
@@ -436,19 +438,19 @@ def prune(arguments: Namespace) -> int:
 
 
 def _forget(client: "Client", jobs: Sequence[JobName]) -> int:
-    return each(jobs, lambda job: client.delete(resolve(client, job)), _show_name)
+    return each(jobs, lambda job: client.delete(resolve(client, job)), show_name)
 
 
-def each(jobs: Sequence[JobName], ask: Callable[[JobName], T], show: Callable[[T, JobName], None]) -> int:
-    """Ask for one job after the other, and show what comes; a refusal is told, and does not end it."""
+def each(names: Sequence[N], ask: Callable[[N], T], show: Callable[[T, N], None]) -> int:
+    """Ask for one after the other, and show what comes; a refusal is told, and does not end it."""
     code = 0
-    for job in jobs:
+    for name in names:
         try:
-            answer = ask(job)
+            answer = ask(name)
         except PjwError as error:
             code = complain(error)
         else:
-            show(answer, job)
+            show(answer, name)
     return code
 
 

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from pjw.cli.commands import each, show_name
 from pjw.cli.connection import connect
 from pjw.cli.copy import Count, tell_left_out
 from pjw.cli.progress import Progress
 from pjw.cli.render import json_text, printable, time_text
 from pjw.cli.units import duration_in_words, size_in_words
-from pjw.errors import PjwError
 from pjw.model import Image, check_image
 
 
@@ -33,7 +33,7 @@ def list_images(arguments: argparse.Namespace) -> None:
     if form == "json":
         print(json_text(list(map(members, found)), indent=2))
         return
-    names = [_name(each, with_client=arguments.all) for each in found]
+    names = [_name(image, with_client=arguments.all) for image in found]
     if form == "names":
         # one of our own goes before the operator's of the same name
         names = list(dict.fromkeys(names))
@@ -45,21 +45,10 @@ def _name(image: Image, *, with_client: bool) -> str:
     return f"{printable(image.client_name)}/{image.name}" if with_client and image.client_name else image.name
 
 
-def remove_images(arguments: argparse.Namespace) -> None:
+def remove_images(arguments: argparse.Namespace) -> int:
     """Remove them one by one, and print each name; the others although one cannot be removed."""
-    failure: PjwError | None = None
     with connect(arguments) as client:
-        for name in arguments.names:
-            try:
-                client.remove_image(name)
-            except PjwError as error:
-                if failure is not None:
-                    print(f"pjw: error: {failure}", file=sys.stderr)
-                failure = error
-            else:
-                print(name, flush=True)
-    if failure is not None:
-        raise failure
+        return each(arguments.names, client.remove_image, show_name)
 
 
 def table(found: Sequence[Image], names: Sequence[str]) -> Iterator[str]:
@@ -67,12 +56,12 @@ def table(found: Sequence[Image], names: Sequence[str]) -> Iterator[str]:
     now = datetime.now(UTC)
     width = max(map(len, ("NAME", *names)))
     yield f"{'NAME':<{width}} {'SIZE':>8} {'FILES':>9} {'JOBS':>6}  {'OF':<8}  USED"
-    for each, name in zip(found, names, strict=True):
-        ago = duration_in_words(max(0.0, (now - each.used).total_seconds()))
-        whose = "you" if each.client_name else "operator"
-        size = size_in_words(each.bytes)
-        used = f"{ago} ago" if each.client_name else "-"
-        yield f"{name:<{width}} {size:>8} {each.inodes:>9} {each.jobs:>6}  {whose:<8}  {used}"
+    for image, name in zip(found, names, strict=True):
+        ago = duration_in_words(max(0.0, (now - image.used).total_seconds()))
+        whose = "you" if image.client_name else "operator"
+        size = size_in_words(image.bytes)
+        used = f"{ago} ago" if image.client_name else "-"
+        yield f"{name:<{width}} {size:>8} {image.inodes:>9} {image.jobs:>6}  {whose:<8}  {used}"
 
 
 def members(image: Image) -> dict[str, Any]:

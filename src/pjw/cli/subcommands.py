@@ -37,8 +37,8 @@ def _run(function: str, arguments: argparse.Namespace) -> int:
             raise
         doing, package, install = extra
         raise ConfigError(f"cannot {doing}: the package {package} is not installed", hint=install) from None
-    getattr(found, name)(arguments)
-    return 0
+    code: int | None = getattr(found, name)(arguments)
+    return code or 0
 
 
 def _add_context(commands: Commands) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from pjw.cli.commands import each, show_name
 from pjw.cli.connection import connect
 from pjw.cli.render import json_text, printable, time_text
 from pjw.cli.units import duration_in_words, size_in_words
-from pjw.errors import PjwError
 from pjw.model import Workspace
 
 
@@ -21,7 +21,7 @@ def list_workspaces(arguments: argparse.Namespace) -> None:
     if form == "json":
         print(json_text(list(map(members, found)), indent=2))
         return
-    names = [_name(each, with_client=arguments.all) for each in found]
+    names = [_name(workspace, with_client=arguments.all) for workspace in found]
     for line in table(found, names) if form == "table" else names:
         print(line)
 
@@ -31,21 +31,10 @@ def _name(workspace: Workspace, *, with_client: bool) -> str:
     return f"{printable(workspace.client_name)}/{workspace.name}" if with_client else workspace.name
 
 
-def remove_workspaces(arguments: argparse.Namespace) -> None:
+def remove_workspaces(arguments: argparse.Namespace) -> int:
     """Remove them one by one, and print each name; the others although one cannot be removed."""
-    failure: PjwError | None = None
     with connect(arguments) as client:
-        for name in arguments.names:
-            try:
-                client.remove_workspace(name)
-            except PjwError as error:
-                if failure is not None:
-                    print(f"pjw: error: {failure}", file=sys.stderr)
-                failure = error
-            else:
-                print(name, flush=True)
-    if failure is not None:
-        raise failure
+        return each(arguments.names, client.remove_workspace, show_name)
 
 
 def table(found: Sequence[Workspace], names: Sequence[str]) -> Iterator[str]:
@@ -53,10 +42,10 @@ def table(found: Sequence[Workspace], names: Sequence[str]) -> Iterator[str]:
     now = datetime.now(UTC)
     width = max(map(len, ("NAME", *names)))
     yield f"{'NAME':<{width}} {'SIZE':>8} {'FILES':>9} {'JOBS':>6}  USED"
-    for each, name in zip(found, names, strict=True):
-        ago = duration_in_words(max(0.0, (now - each.used).total_seconds()))
-        size = size_in_words(each.bytes)
-        yield f"{name:<{width}} {size:>8} {each.inodes:>9} {each.jobs:>6}  {ago} ago"
+    for workspace, name in zip(found, names, strict=True):
+        ago = duration_in_words(max(0.0, (now - workspace.used).total_seconds()))
+        size = size_in_words(workspace.bytes)
+        yield f"{name:<{width}} {size:>8} {workspace.inodes:>9} {workspace.jobs:>6}  {ago} ago"
 
 
 def members(workspace: Workspace) -> dict[str, Any]:

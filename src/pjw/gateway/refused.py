@@ -10,7 +10,11 @@ HINT: Final = "docs/cluster.md has what works through a gateway"
 
 def not_yet(what: str) -> JobStateError:
     """The error for a call that works on one machine alone."""
-    return JobStateError(f"{what} does not work through a gateway yet", hint=HINT)
+    return JobStateError(_words(what), hint=HINT)
+
+
+def _words(what: str) -> str:
+    return f"{what} does not work through a gateway yet"
 
 
 def check_spec(spec: JobSpec) -> None:
@@ -36,4 +40,4 @@ def check_spec(spec: JobSpec) -> None:
     }
     for what, is_asked in asked.items():
         if is_asked:
-            raise InvalidJobError(f"{what} does not work through a gateway yet", hint=HINT)
+            raise InvalidJobError(_words(what), hint=HINT)

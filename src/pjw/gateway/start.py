@@ -10,8 +10,8 @@ import logging
 import os
 import resource
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from typing import Final
 
@@ -19,15 +19,13 @@ from pjw.certs.credentials import load_server_credentials
 from pjw.certs.files import key_exposure, load_client_credentials
 from pjw.certs.revocation import NOBODY_REVOKED, load_revocation_list
 from pjw.certs.tls import require_tls13_environment
-from pjw.errors import ConfigError, PjwError, describe_errno
+from pjw.errors import ConfigError, describe_errno
 from pjw.gateway import state as states
 from pjw.gateway.state import GatewayState
-from pjw.inherited import set_for_service
 from pjw.server.address import metrics_exposure
-from pjw.server.config import ServerConfig, config_of, read_values, removed_keys
+from pjw.server.config import ServerConfig, config_of, read_values
 from pjw.server.grpc_log import relay, take_stderr
 from pjw.server.log_writer import LogWriter
-from pjw.server.logs import set_up_logging
 from pjw.server.plan import Plan, plan_of
 from pjw.server.sandbox import Sandbox, descriptors_for, enter, enter_as_we_are
 from pjw.server.start import (
@@ -35,6 +33,7 @@ from pjw.server.start import (
     listening_ports,
     open_audit_log,
     preload_modules,
+    run_logged,
     server_uid,
 )
 from pjw.worker import WorkerSettings
@@ -57,22 +56,7 @@ def serve(path: str | None, options: Mapping[str, object]) -> int:
     if config.cluster.gateway is not None:
         raise ConfigError("a gateway is no node: leave cluster.gateway out")
     path = os.path.abspath(path) if path else None
-    set_for_service()
-    writer = set_up_logging(config.log_level, config.log_format)
-    for words in removed_keys(values):
-        log.warning("configuration %s: %s", path, words)
-    try:
-        return _serve(config, path, options, writer)
-    except PjwError as error:
-        if config.log_format == "text":
-            raise
-        log.error("%s", error)
-        if error.hint:
-            log.error("hint: %s", error.hint)
-        return 1
-    finally:
-        with suppress(RuntimeError):
-            writer.start()
+    return run_logged(config, path, values, partial(_serve, config, path, options))
 
 
 def settings_of(config: ServerConfig, plan: Plan) -> WorkerSettings:

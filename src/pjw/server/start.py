@@ -12,9 +12,10 @@ import os
 import pwd
 import resource
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from typing import Final
 
@@ -57,12 +58,23 @@ def serve(path: str | None, options: Mapping[str, object]) -> int:
     if config.gateway.crt is not None:
         raise ConfigError(f"{path} is the configuration of a gateway", hint="pjwd gateway --config FILE")
     path = os.path.abspath(path) if path else None
+    return run_logged(config, path, values, partial(_serve, config, path, options))
+
+
+def run_logged(
+    config: ServerConfig, path: str | None, values: Mapping[str, object], run: Callable[[LogWriter], int]
+) -> int:
+    """Set up the log and what a service inherits, and run; the exit code.
+
+    *values* are those of the configuration file. An error of *run* becomes lines of a log in JSON; raises it
+    where the log is text.
+    """
     set_for_service()
     writer = set_up_logging(config.log_level, config.log_format)
     for words in removed_keys(values):
         log.warning("configuration %s: %s", path, words)
     try:
-        return _serve(config, path, options, writer)
+        return run(writer)
     except PjwError as error:
         if config.log_format == "text":
             raise
