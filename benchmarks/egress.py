@@ -68,7 +68,7 @@ def _rate(client: Client, port: int, size: int, rounds: int) -> Figure:
     for _ in range(rounds):
         done = client.run(spec)
         if not done.job.succeeded:
-            raise RuntimeError(f"a job did not read what it should: {done.output.decode()}")
+            raise RuntimeError(f"the job that reads from the host failed: {done.output.decode()}")
         by_proxy.append(float(done.output))
         alone.append(float(subprocess.check_output(PYTHON, env=environment)))
     return Figure(

@@ -1,7 +1,8 @@
-"""Other commands in a job that runs: what it takes to enter, and how soon a key comes back.
+"""Further commands in a running job: what one costs, and how soon a key comes back.
 
-To enter is beside `crun exec`, which does the same work in a container with the same limits: the processor
-time of all who work for it but the server, whose part (gRPC, TLS) crun has not. The whole has a row, too.
+The cost of entering a job stands beside `crun exec`, which does the same work in a container with the same
+limits. It is the processor time of all of pjw's processes but the server, since crun has no gRPC and no TLS.
+Another row has the time with the server's.
 
 A key goes from a terminal through the client that a person has, `pjw exec -it`, to a program that gives it
 back, and to that terminal again; beside it goes a key through `ssh` to an sshd of this machine, on a port of
@@ -45,7 +46,7 @@ ECHO: Final = "stty raw -echo; echo ready; exec cat"
 READY: Final = b"ready\n"
 MESSAGE: Final = "a message of gRPC and its answer"
 KEY_SECONDS: Final = 30.0
-# between two keys; somebody who types fast has 100 ms
+# The pause between two keys. A fast typist makes one of 100 ms.
 PAUSE_SECONDS: Final = 0.02
 
 
@@ -122,7 +123,7 @@ def _enter(stub: JobWorkerServiceStub, job_id: int) -> float:
 
 
 class Typist:
-    """A client at a terminal of its own, with a program at the other end that gives back what is typed."""
+    """A client at a terminal of its own. The program at the other end gives every key back."""
 
     def __init__(self, command: Sequence[str], environment: dict[str, str]) -> None:
         self._keys: Final = itertools.cycle(bytes([key]) for key in range(ord("a"), ord("z") + 1))
@@ -135,7 +136,7 @@ class Typist:
         self._until(READY)
 
     def close(self) -> None:
-        """End the client; what it has started ends with that, or with its job."""
+        """End the client. The program at the other end ends with the client, or with its job."""
         self._process.kill()
         self._process.wait()
         os.close(self._ours)

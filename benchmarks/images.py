@@ -1,7 +1,7 @@
 """A start with an image beside one without: the same program, by the same client, in turns.
 
-What a job with an image has more is a mount of an overlay, and what is removed of it. In each turn the inits
-that wait are guesses of that turn, as with a client that starts one job after the other.
+A job with an image has one more mount, an overlay, and its end removes what that overlay held. In each turn
+the waiting inits were made for that turn's kind of job, as for a client that starts one job after the other.
 """
 
 import time

@@ -321,7 +321,7 @@ def reaches_nobody(stage: Stage) -> list[Fact]:
     return [Fact("the job connects", said.removeprefix("ready "), bool(said) and said != "ready reached")]
 
 
-# a name that leads to where nobody listens
+# an address at which nobody listens
 PROXIED: Final = "127.1.77.7"
 _ASK: Final = f"""
 import socket, time

@@ -34,7 +34,7 @@ SILENT_FOLLOWERS: Final = 900
 MEMORY_JOBS: Final = 12
 MEMORY_EACH: Final = HOST_MEMORY // 8 // MIB * MIB
 BOMBS: Final = 4
-# The host is nobody's: what is asked of it comes to nothing, behind all that is parsed and looked up.
+# Nobody listens at this address: the proxy parses a request for it and looks it up, and then cannot connect.
 NAMES: Final = {"network": f'hosts = ["{facts.PROXIED}"]\nprivate = ["127.1.0.0/16"]\n'}
 PROXY_ASKERS: Final = 16
 
