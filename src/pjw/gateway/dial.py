@@ -20,6 +20,9 @@ _ANSWERS: Final[dict[str, type[Message]]] = {
     "Stop": pb.StopResponse,
     "Delete": pb.DeleteResponse,
     "GetUsageHistory": pb.GetUsageHistoryResponse,
+    "Wait": pb.WaitResponse,
+    "Exec": pb.ExecResponse,
+    "Resize": pb.ResizeResponse,
 }
 # How many connections the gateway has to one node. Each carries as many calls as the node's pjwd allows, and
 # each follower is one call.
@@ -94,6 +97,13 @@ class Dial:
             response_deserializer=None,
         )
         return made(request, metadata=((FOR_CLIENT_KEY, client_name),))
+
+    def duplex(self, node: Node, method: str, client_name: str) -> Any:  # noqa: ANN401
+        """Two streams with a node, each message as its bytes. Reading and writing raise as in `stream`."""
+        made: Any = self._channel(node).stream_stream(
+            f"/{_SERVICE}/{method}", request_serializer=None, response_deserializer=None
+        )
+        return made(metadata=((FOR_CLIENT_KEY, client_name),))
 
 
 def error_from(error: grpc.aio.AioRpcError, node: Node) -> PjwError:

@@ -103,7 +103,7 @@ class Node:
         async with grpc.aio.secure_channel(target, tls, options) as channel:
             # the stubs know only the blocking class
             stub: Any = NodeServiceStub(channel)
-            said = Said(os.urandom(16).hex())
+            said = Said(os.urandom(16).hex(), stub.FetchUpload)
             call = stub.Session(said.messages(self._hello(said.session)))
             try:
                 await self._heard(call.__aiter__(), partial(stub.Claim, timeout=_CLAIM_SECONDS), said)
