@@ -118,7 +118,7 @@ async def test_the_job_s_end_ends_the_writer(path: Path) -> None:
         raise LauncherGoneError("gone")
 
     async def write(ends: Callable[[], Awaitable[None]]) -> None:
-        async with inputs_of().writer(1, "alice", ends):
+        async with inputs_of().writer_of("job 1", str(path), "alice", ends):
             begun.set()
             await asyncio.Event().wait()
 
@@ -170,7 +170,7 @@ def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event
     may_go_on.set()
 
 
-async def write_abc(inputs: Inputs, opened: list[InputWriter]) -> None:
+async def write_abc(inputs: Inputs, path: Path, opened: list[InputWriter]) -> None:
     """Write three bytes behind what is there, as a writer of its own, which is told of when it is open."""
     async with inputs.writer_of("job 1", str(path), "alice", never) as writer:
         opened.append(writer)
@@ -185,9 +185,9 @@ async def test_a_write_is_over_before_the_next_writer_looks(
     inputs = inputs_of()
     opened: list[InputWriter] = []
 
-    first = asyncio.create_task(write_abc(inputs, opened))
+    first = asyncio.create_task(write_abc(inputs, path, opened))
     await asyncio.to_thread(begun.wait, 30)
-    second = asyncio.create_task(write_abc(inputs, opened))
+    second = asyncio.create_task(write_abc(inputs, path, opened))
     await asyncio.sleep(0)
     first.cancel()
     await asyncio.sleep(0)
@@ -209,13 +209,13 @@ async def test_a_write_is_over_also_when_the_next_writer_was_cancelled(
     inputs = inputs_of()
     opened: list[InputWriter] = []
 
-    first = asyncio.create_task(write_abc(inputs, opened))
+    first = asyncio.create_task(write_abc(inputs, path, opened))
     await asyncio.to_thread(begun.wait, 30)
-    second = asyncio.create_task(write_abc(inputs, opened))
+    second = asyncio.create_task(write_abc(inputs, path, opened))
     await asyncio.sleep(0)
     second.cancel()
     await asyncio.wait({second})
-    third = asyncio.create_task(write_abc(inputs, opened))
+    third = asyncio.create_task(write_abc(inputs, path, opened))
     # time enough to open the file, if it could
     await asyncio.sleep(0.05)
     assert (len(opened), first.done(), third.done()) == (1, False, False)
@@ -229,5 +229,5 @@ async def test_a_write_is_over_also_when_the_next_writer_was_cancelled(
 async def test_a_job_without_a_file_has_ended(tmp_path: Path) -> None:
     """The file goes a moment before the end is told."""
     with pytest.raises(JobStateError, match="job 1 has ended"):
-        async with inputs_of(tmp_path / "none").writer_of("job 1", str(path), "alice", never):
+        async with inputs_of().writer_of("job 1", str(tmp_path / "none"), "alice", never):
             pass

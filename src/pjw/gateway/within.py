@@ -108,9 +108,7 @@ class Within:
             if begun is None:
                 raise JobStateError(f"job {job_id} has {'ended' if _is_over(job) else 'not begun'}")
             there = begun
-        request = pb.ResizeRequest(
-            id=there.node_job_id, session=session, terminal=terminal_to_message(size)
-        )
+        request = pb.ResizeRequest(id=there.node_job_id, session=session, terminal=terminal_to_message(size))
         await self._call(there, "Resize", request)
 
     # --- connections
@@ -143,7 +141,7 @@ class Within:
         watching: asyncio.Future[None] | None = None
         try:
             async with timeout:
-                watching = asyncio.ensure_future(_end_with(call, timeout))
+                watching = asyncio.ensure_future(_when_over(call, timeout.reschedule))
                 await writer.begin(pb.WriteInputRequest(id=there.node_job_id, session=session))
                 yield writer
         except TimeoutError:
@@ -254,11 +252,11 @@ class NodeConnection:
             await asyncio.gather(out, back, return_exceptions=True)
 
 
-async def _end_with(call: Any, timeout: asyncio.Timeout) -> None:  # noqa: ANN401  as above
+async def _when_over(call: Any, tell: Callable[[float], None]) -> None:  # noqa: ANN401  as above
     """Have whoever writes hear at once when the node ends the call, wherever it waits."""
     # OK is the end of all input, which the last answer tells
     if await call.code() is not grpc.StatusCode.OK:
-        timeout.reschedule(asyncio.get_running_loop().time())
+        tell(asyncio.get_running_loop().time())
 
 
 async def _send(

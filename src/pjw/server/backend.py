@@ -113,9 +113,7 @@ class Jobs(Protocol):
     ) -> None:
         """Give a terminal another size."""
 
-    async def connect(
-        self, job_id: int, port: int, client_name: str = ...
-    ) -> socket.socket | FarConnection:
+    async def connect(self, job_id: int, port: int, client_name: str = ...) -> socket.socket | FarConnection:
         """Connect to a TCP port within a job."""
 
     async def get_with_usage(self, job_id: int | Element, owner: str | None = ...) -> Job:
