@@ -337,7 +337,7 @@ def test_files_are_sent_with_a_job(two: Cluster, source: Path) -> None:
 
 
 def test_no_node_gets_the_files_of_another_s_job(two: Cluster) -> None:
-    """Nor of a job that it has not claimed."""
+    """Nor does it get files in any other session than its own."""
     gateway, node = two.gateway, two.nodes["n1"]
     files = (str(node.certs / "node-n1.crt"), str(node.certs / "node-n1.key"))
     request = cpb.FetchUploadRequest(session="x", uuid="y")
@@ -347,7 +347,7 @@ def test_no_node_gets_the_files_of_another_s_job(two: Cluster) -> None:
             list(stub.FetchUpload(request, timeout=CALL_SECONDS))
     assert (caught.value.code(), caught.value.details()) == (
         grpc.StatusCode.FAILED_PRECONDITION,
-        "node n1 has claimed no job y with files",
+        "the session of this claim is over",
     )
 
 

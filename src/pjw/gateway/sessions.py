@@ -60,14 +60,19 @@ class Sessions:
 
     async def claim(self, request: pb.ClaimRequest, name: str) -> pb.ClaimResponse:
         """Give a job to the node that it was assigned to."""
-        node = self._nodes.known.get(name)
-        if node is None or node.session is None or node.session.hello.session != request.session:
-            raise JobStateError("the session of this claim is over")
+        node = self._of_session(name, request.session)
         claimed = await self._placements.claim(request.uuid, node, request.session)
         if claimed is None:
             raise JobStateError(f"node {name} cannot claim job {request.uuid}")
         placed, waiting = claimed
         return await self._granted(placed, waiting)
+
+    def _of_session(self, name: str, session: str) -> Node:
+        """The node whose session this is. Raises JobStateError for any other than the one that lasts."""
+        node = self._nodes.known.get(name)
+        if node is None or node.session is None or node.session.hello.session != session:
+            raise JobStateError("the session of this claim is over")
+        return node
 
     async def _granted(self, placed: Placed, waiting: WaitingJob) -> pb.ClaimResponse:
         job = placed.job
@@ -89,7 +94,8 @@ class Sessions:
         """Send the files of a job to the node that has claimed it."""
         offset = 0
         while True:
-            # again for each piece: the job may be lost meanwhile
+            # again for each piece: the session may be over meanwhile, and the job lost
+            self._of_session(name, request.session)
             placed = self._placements.of(request.uuid)
             if placed is None or not placed.has_files_for(name, request.session):
                 raise JobStateError(f"node {name} has claimed no job {request.uuid} with files")
