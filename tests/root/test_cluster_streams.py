@@ -207,7 +207,10 @@ def test_a_terminal_with_a_resize(two: Cluster) -> None:
 def test_exec_and_sessions(two: Cluster) -> None:
     """Both outputs, input, exit codes, signals, refusals, and sessions that are waited for and ended."""
     gateway = two.gateway
-    job, _ = running(two, "sleep 300")
+    with gateway.client() as client:
+        # at once, though no node has it yet
+        job = str(client.start("sleep 300").id)
+        assert client.run_in(int(job), "echo there").output == b"there\n"
     data = os.urandom(3 * MIB)
     done = piped(gateway, "exec", "-i", job, "sha256sum; echo beside >&2; exit 7", data=data)
     assert (done.stdout, done.stderr, done.returncode) == (sha256_line(data), b"beside\n", 7)

@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any, Final
 
 import grpc
@@ -38,6 +39,9 @@ from pjw.worker.flag import first_of
 from pjw.worker.input import ended_error, require_input
 
 Answer = Callable[[pb.ForwardResponse], Awaitable[None]]
+
+# A script may start a job and enter it at once, as on one machine: for a moment there is no node.
+_FRESH_SECONDS: Final = 1.0
 
 
 class Within:
@@ -103,7 +107,7 @@ class Within:
         if session:
             there = await self.of_session(job_id, session, owner)
         else:
-            job = await self._launched(job_id, owner)
+            job = await self._launched(job_id, owner, _FRESH_SECONDS)
             begun = None if _is_over(job) or job.state is JobState.QUEUED else await self._where(job_id)
             if begun is None:
                 raise JobStateError(f"job {job_id} has {'ended' if _is_over(job) else 'not begun'}")
@@ -155,18 +159,32 @@ class Within:
 
     # --- of all
 
-    async def _launched(self, job_id: int, owner: str | None) -> Job:
-        """A job, once it is known whether its command was executed. Raises JobNotFoundError."""
+    async def _launched(self, job_id: int, owner: str | None, fresh_seconds: float = 0) -> Job:
+        """A job, once it is known whether its command was executed. Raises JobNotFoundError.
+
+        One that is younger than *fresh_seconds*, and waits, is waited for until it has that age.
+        """
         while True:
             job = await self._get(job_id, owner)
             placed = self._placements.live.get(job_id)
-            if placed is None or placed.placement.state is not PlacementState.CLAIMED:
+            if placed is None or placed.placement.state not in (
+                PlacementState.QUEUED,
+                PlacementState.CLAIMED,
+            ):
                 return job
-            await first_of(placed.changed, placed.ended)
+            left = None
+            if placed.placement.state is PlacementState.QUEUED:
+                # whoever sets the clock
+                left = min(fresh_seconds, fresh_seconds - (datetime.now(UTC) - job.asked).total_seconds())
+                if left <= 0:
+                    return job
+            with suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    await first_of(placed.changed, placed.ended)
 
     async def _running(self, job_id: int, client_name: str) -> OnNode:
         """Where a job is whose command runs. Raises JobStateError."""
-        job = await self._launched(job_id, client_name)
+        job = await self._launched(job_id, client_name, _FRESH_SECONDS)
         there = await self._where(job_id) if job.state is JobState.RUNNING else None
         if there is None:
             raise JobStateError(f"cannot enter job {job_id}: it is {job.state}")
