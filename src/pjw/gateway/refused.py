@@ -21,11 +21,7 @@ def check_spec(spec: JobSpec) -> None:
     """Raise InvalidJobError for a job that needs a feature that a gateway does not have yet."""
     queue = spec.queue
     asked = {
-        "input": spec.input,
-        "a terminal": spec.terminal is not None,
-        "files that are sent with a job": bool(spec.upload),
         "a workspace": bool(spec.workspace),
-        "artifacts": bool(spec.outputs),
         "an image": bool(spec.image) or spec.read_only,
         "a mount of the operator's": bool(spec.mounts),
         "a name on the network": bool(spec.allow),
