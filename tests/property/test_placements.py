@@ -84,7 +84,7 @@ def _apply(db: sqlite3.Connection, job_id: int, event: PlacementEvent) -> Job | 
         case E.START_FAILED:
             return rows.start_failed(db, job_id, "why", now)
         case E.END_SEEN:
-            return rows.ended(db, job_id, NODE_JOB)
+            return rows.ended(db, job_id, NODE_JOB, now)
         case E.NODE_LOST:
             return rows.lost(db, job_id, event, "why", now)
         case E.UNKNOWN:
@@ -102,7 +102,7 @@ def _queued(db: sqlite3.Connection) -> int:
     ).lastrowid
     assert job_id is not None
     queue_rows.keep_spec(db, job_id, "alice", spec, None)
-    rows.place(db, job_id, "alice", "uuid")
+    assert rows.place(db, job_id, "uuid") is not None
     return job_id
 
 

@@ -306,24 +306,13 @@ def test_what_does_not_work_yet_is_refused_in_words(two: Cluster) -> None:
     for words, told in (
         (("start", "--workspace", "w", "true"), "a workspace"),
         (("start", "--output", "dist/**", "true"), "artifacts"),
-        (("start", "--image", "debian", "true"), "an image"),
-        (("start", "--mount", "data", "true"), "a mount of the operator's"),
-        (("start", "--allow", "pypi.org", "true"), "a name on the network"),
-        (("start", "--link", "db", "true"), "a network that jobs share"),
-        (("start", "--gpus", "1", "true"), "a GPU"),
-        (("start", "--queue", "--priority", "1", "true"), "a priority"),
-        (("start", "--hold", "true"), "a held job"),
-        (("start", "--array", "1-3", "true"), "an array"),
-        (("start", "--after", "1", "true"), "a job that waits for others"),
     ):
         code, said = gateway.refused(*words)
         line = f"pjw: error: {told} does not work through a gateway yet"
         assert (code, said.splitlines()[0]) == (1, line), words
     job_id = gateway.ok("start", "sleep 300").strip()
     before += f"{job_id}\n"
-    for command in (("exec", job_id, "true"), ("hold", job_id)):
-        _, said = gateway.refused(*command)
-        assert f"pjw {command[0]} does not work through a gateway yet" in said, command
+    assert "pjw exec does not work through a gateway yet" in gateway.refused("exec", job_id, "true")[1]
     with gateway.stub() as stub, pytest.raises(grpc.RpcError) as caught:
         list(stub.Forward(iter([pb.ForwardRequest(id=int(job_id), port=80)]), timeout=CALL_SECONDS))
     assert (caught.value.code(), caught.value.details()) == (

@@ -51,12 +51,13 @@ class Scripted:
         self.running.add(job.id)
         return replace(job, state=JobState.RUNNING)
 
-    async def ended(self, job_id: int) -> None:
+    async def ended(self, job_id: int) -> bool:
         """As queue.Backend says."""
         await self.ends[job_id].wait()
         self.running.discard(job_id)
         if self.end_error is not None:
             raise self.end_error
+        return False
 
 
 class Bench:

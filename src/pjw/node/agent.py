@@ -20,6 +20,7 @@ from pjw.errors import PjwError, ServerUnreachableError
 from pjw.node.jobs import Claim, Jobs, Said
 from pjw.worker import Worker
 from pjw.worker.store import JobStore
+from pjw.worker.worker import Offers
 
 FIRST_PAUSE_SECONDS: Final = 0.1
 LONGEST_PAUSE_SECONDS: Final = 2.0
@@ -66,6 +67,7 @@ class Node:
         self._settings: Final = settings
         # called for each session: a reload may have brought other credentials
         self._credentials: Final = credentials
+        self._worker: Final = worker
         self._jobs: Final = Jobs(worker, store)
         self._pause = FIRST_PAUSE_SECONDS
         self._told = ""
@@ -104,7 +106,7 @@ class Node:
             # the stubs know only the blocking class
             stub: Any = NodeServiceStub(channel)
             said = Said(os.urandom(16).hex())
-            call = stub.Session(said.messages(self._hello(said.session)))
+            call = stub.Session(said.messages(self._hello(said.session, await self._worker.offers())))
             try:
                 await self._heard(call.__aiter__(), partial(stub.Claim, timeout=_CLAIM_SECONDS), said)
             finally:
@@ -142,7 +144,7 @@ class Node:
         while (response := await _next(answers, lost_after)) is not None:
             self._jobs.hear(response, claim, said)
 
-    def _hello(self, session: str) -> pb.SessionRequest:
+    def _hello(self, session: str, offers: Offers) -> pb.SessionRequest:
         settings = self._settings
         return pb.SessionRequest(
             hello=pb.Hello(
@@ -155,6 +157,10 @@ class Node:
                 memory_max_bytes=settings.memory_max_bytes,
                 uid_first=settings.uid_first,
                 uid_count=settings.uid_count,
+                gpus=offers.gpus,
+                mounts=offers.mounts,
+                images=offers.images,
+                names=offers.names,
             )
         )
 
