@@ -20,6 +20,7 @@ _ANSWERS: Final[dict[str, type[Message]]] = {
     "Stop": pb.StopResponse,
     "Delete": pb.DeleteResponse,
     "GetUsageHistory": pb.GetUsageHistoryResponse,
+    "GetQuota": pb.GetQuotaResponse,
 }
 # How many connections the gateway has to one node. Each carries as many calls as the node's pjwd allows, and
 # each follower is one call.
