@@ -4,9 +4,10 @@ import os
 import shutil
 import signal
 import sqlite3
+import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
@@ -15,11 +16,19 @@ import pytest
 
 from pjw import Client
 from pjw.cluster.v1 import cluster_pb2 as cpb
-from pjw.errors import GpuError, InvalidJobError, JobStateError, LimitReachedError, MountNotFoundError
+from pjw.errors import (
+    GpuError,
+    ImageNotFoundError,
+    InvalidJobError,
+    JobStateError,
+    LimitReachedError,
+    MountNotFoundError,
+)
 from pjw.model import After, Condition, Job, JobSpec, QueueSpec, Retry
 from tests import cdi
 from tests.cluster import Cluster, cluster
-from tests.service import CALL_SECONDS, wait_for
+from tests.images import small_root
+from tests.service import BIN, CALL_SECONDS, wait_for
 
 # all of a node
 WHOLE: Final = {"cpu_max_millicores": 3000}
@@ -28,22 +37,28 @@ NAP: Final = ["sleep", "300"]
 
 
 @pytest.fixture(scope="module")
-def made() -> Iterator[Cluster]:
-    """A gateway and two nodes; the second has a mount and two GPUs."""
+def directory() -> Iterator[Path]:
+    """What the operator of a node has for jobs."""
     directory = Path(tempfile.mkdtemp(prefix="pjw-test-", dir="/var/lib"))
     directory.chmod(0o755)
+    yield directory
+    shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="module")
+def made(directory: Path) -> Iterator[Cluster]:
+    """A gateway and two nodes; the second has a mount and two GPUs, and starts two jobs at most."""
     cdi.make_gpus(directory)
     (directory / "data").mkdir()
     (directory / "data/file").write_text("lent\n")
     config = (
+        # fewer than the gateway thinks
+        "[clients]\nrunning_total_max = 2\n"
         f'[mounts.data]\npath = "{directory}/data"\n'
         f'[gpus]\nkind = "{cdi.KIND}"\ncdi_dirs = ["{directory}/cdi"]\nclients = ["alice"]\n'
     )
-    try:
-        with cluster(node_configs={"n2": config}, gateway_config="[clients]\nqueued_max = 40\n") as made:
-            yield made
-    finally:
-        shutil.rmtree(directory)
+    with cluster(node_configs={"n2": config}, gateway_config="[clients]\nqueued_max = 40\n") as made:
+        yield made
 
 
 @pytest.fixture
@@ -340,6 +355,41 @@ def test_jobs_go_to_nodes_that_have_what_they_need(two: Cluster, alice: Client) 
         )
         assert alice.run(JobSpec("true", WHOLE)).job.node == "n1"
     assert alice.wait(for_mount.id).reason == "completed"
+
+
+def test_a_job_that_a_node_cannot_start_now_waits_in_its_place(two: Cluster, alice: Client) -> None:
+    """The node refuses it, whatever the gateway thinks; another one gets it, elements of an array too."""
+    with drained(two, "n1"):
+        jobs = alice.submit([queued(NAP, THIRD), queued(NAP, THIRD, array="1-2")])
+        array = jobs[1].id
+        until(alice, "running", jobs[0])
+        two.gateway.await_log("node n2 cannot start job")
+        wait_for(lambda: alice.get(f"{array}_2").state == "queued")
+        plain = alice.start(queued(limits=THIRD, priority=1))
+        why = "waits: no node can start a job now; they are tried again soon"
+        wait_for(lambda: alice.get(plain.id).detail == why)
+    assert alice.wait(plain.id).node == "n1"
+    wait_for(lambda: alice.get(f"{array}_2").state == "running")
+    assert [alice.get(each).node for each in (jobs[0].id, f"{array}_1", f"{array}_2")] == ["n2", "n2", "n1"]
+    assert alice.stop(array, grace=0).reason == "stopped"
+
+
+def test_an_image_that_a_node_gets_meanwhile(two: Cluster, alice: Client, directory: Path) -> None:
+    """Of the node's operator's: the gateway hears of it soon, and sends jobs there."""
+    with pytest.raises(ImageNotFoundError):
+        alice.start(JobSpec("true", image="small"))
+    root = small_root(directory / "root")
+    words = ("image", "import", "--state-dir", str(two.nodes["n2"].state), "small", f"dir:{root}")
+    subprocess.run([str(BIN / "pjwd"), *words], check=True, capture_output=True)
+
+    def ran() -> bool:
+        with suppress(ImageNotFoundError):
+            done = alice.run(JobSpec("cat /etc/os-release", image="small", read_only=True))
+            assert (done.output, done.job.node) == (b"ID=small\n", "n2")
+            return True
+        return False
+
+    wait_for(ran)
 
 
 def test_jobs_with_a_link_are_on_one_node(two: Cluster, alice: Client) -> None:

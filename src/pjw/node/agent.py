@@ -106,15 +106,18 @@ class Node:
             # the stubs know only the blocking class
             stub: Any = NodeServiceStub(channel)
             said = Said(os.urandom(16).hex())
-            call = stub.Session(said.messages(self._hello(said.session, await self._worker.offers())))
+            offers = await self._worker.offers()
+            call = stub.Session(said.messages(self._hello(said.session, offers)))
             try:
-                await self._heard(call.__aiter__(), partial(stub.Claim, timeout=_CLAIM_SECONDS), said)
+                await self._heard(call.__aiter__(), partial(stub.Claim, timeout=_CLAIM_SECONDS), said, offers)
             finally:
                 said.close()
                 self._jobs.session_ended()
                 call.cancel()
 
-    async def _heard(self, answers: AsyncIterator[pb.SessionResponse], claim: Claim, said: Said) -> None:
+    async def _heard(
+        self, answers: AsyncIterator[pb.SessionResponse], claim: Claim, said: Said, offers: Offers
+    ) -> None:
         first = await _next(answers, _WELCOME_SECONDS)
         if first is None:
             return
@@ -126,7 +129,8 @@ class Node:
         beating = asyncio.ensure_future(_beat(said, heartbeat))
         telling = asyncio.ensure_future(self._jobs.tell_ends(said))
         hearing = asyncio.ensure_future(self._hear_all(answers, claim, said, lost_after))
-        tasks = {beating, telling, hearing}
+        changing = asyncio.ensure_future(self._offers_change(offers, heartbeat))
+        tasks = {beating, telling, hearing, changing}
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in tasks:
@@ -136,6 +140,12 @@ class Node:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _offers_change(self, offers: Offers, seconds: float) -> None:
+        """Return when the operator offers other things than in our Hello: the next session says so."""
+        while await self._worker.offers() == offers:  # noqa: ASYNC110  an operator's table has no event
+            await asyncio.sleep(seconds)
+        log.info("other mounts, images, GPUs or names are offered: the gateway is told in a new session")
 
     async def _hear_all(
         self, answers: AsyncIterator[pb.SessionResponse], claim: Claim, said: Said, lost_after: float
