@@ -3,9 +3,10 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from pjw.certs import authority
@@ -47,8 +48,17 @@ class NodeService(Service):
 class Cluster:
     """A gateway, nodes, and the proof that nothing stays behind."""
 
-    def __init__(self, directory: Path, *, nodes: int = 2, gateway_config: str = "") -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        nodes: int = 2,
+        gateway_config: str = "",
+        node_configs: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """*node_configs*: more of the configuration of nodes, by their names."""
         self._directory: Final = directory
+        self._node_configs: Final = node_configs
         self.gateway: Final = Gateway(directory, clients=("alice", "bob", "ann", "gate"))
         certs = self.gateway.certs
         self.gateway.config = (
@@ -77,7 +87,8 @@ class Cluster:
             f'[cluster]\ngateway = "{gateway or self._named(name)}"\n[roles]\ngateways = ["gate"]\n'
             f"[job_users]\nuid_first = {self.uid_first}\nuid_count = {UIDS}\n[queue]\nrunning_max = 0\n"
             # whatever the host has
-            "cpu_max_millicores = 3000\n[ceilings]\ncpu_max_millicores = 0\n",
+            "cpu_max_millicores = 3000\n[ceilings]\ncpu_max_millicores = 0\n"
+            f"{self._node_configs.get(name, '')}",
         )
         node.start()
         return node

@@ -19,31 +19,35 @@ from typing import Final
 from pjw.arrays import Element
 from pjw.errors import (
     CopyError,
+    GpuError,
+    ImageNotFoundError,
     InvalidJobError,
     JobNotFoundError,
     JobStateError,
     KernelError,
     LimitRangeError,
     LimitReachedError,
+    MountNotFoundError,
     PjwError,
 )
 from pjw.gateway import rows
 from pjw.gateway.dial import Dial
 from pjw.gateway.jobs import Placed, Placements, lost_words
 from pjw.gateway.nodes import Node, Nodes
+from pjw.gateway.offers import require_offered
 from pjw.gateway.pool import Pool
 from pjw.gateway.proxy import NoReading, OnNode, ProxyReading
 from pjw.gateway.refused import check_spec, not_yet
+from pjw.gateway.slots import ClusterSlots
 from pjw.gateway.state import GatewayState
 from pjw.gateway.states import PlacementState
 from pjw.gateway.stops import Stops
-from pjw.gateway.usage import usage_now, with_usage
+from pjw.gateway.usage import nodes_quota, usage_now, with_usage
 from pjw.gateway.within import NodeConnection, Within
 from pjw.model import (
     NO_SUMS,
     Archive,
     ClientQuota,
-    GroupUse,
     Image,
     ImageConfig,
     Job,
@@ -68,10 +72,14 @@ from pjw.worker.flag import Flag, first_of
 from pjw.worker.input import Inputs
 from pjw.worker.numbers import ClientNumbers, WorkerNumbers
 from pjw.worker.pages import ALL_JOBS, JobFilter, Page
+from pjw.worker.queue import Queue
+from pjw.worker.queue_calls import QueueCalls
+from pjw.worker.queue_rows import WaitingJob
 from pjw.worker.quota import StoredBytes
-from pjw.worker.retention import Pruner
+from pjw.worker.retention import BATCH, Pruner
+from pjw.worker.store import NotQueuedError
 from pjw.worker.uploads import Uploads
-from pjw.worker.worker import ALL_CHANGES, LOCAL_CLIENT, PAGE_MAX, SIGNAL_MAX
+from pjw.worker.worker import ALL_CHANGES, LOCAL_CLIENT, PAGE_MAX, SIGNAL_MAX, require_no_array
 
 # A node removes so many jobs at a time that were removed here.
 _REMOVED_AT_ONCE: Final = 20
@@ -80,8 +88,8 @@ _ALL_OUTPUT: Final = Part()
 _PIECE_BYTES: Final = 1024 * 1024
 
 
-class GatewayBackend:
-    """The jobs of a cluster."""
+class GatewayBackend(QueueCalls):
+    """The jobs of a cluster. It is the queue's backend, too: it finds nodes for jobs whose turn has come."""
 
     def __init__(
         self,
@@ -99,10 +107,12 @@ class GatewayBackend:
         self._background: Final = background
         self.engine: Final = Pool(nodes, lambda: self._settings.quotas.running_max)
         self.placements: Final = Placements(state.store, self.engine)
+        self._slots: Final = ClusterSlots(settings, nodes, self.engine)
+        self._queue = Queue(state.store, self, background, settings, self._slots)
         self._stops: Final = Stops(dial, background)
         self._pruner: Final = Pruner(state, settings.retention)
         self._changes: Final = Changes(state.store, background, Flag(), self._shown)
-        self._within: Final = Within(dial, self.placements, self.get, self._where)
+        self._within: Final = Within(dial, self.placements, self.get, self._where, self._queue.change_of)
         # what the nodes have of jobs counts when it is known: at their ends
         self._stored: Final = StoredBytes(state, {}, {}, settings.quotas)
         self._inputs: Final = Inputs(self._stored, settings.quotas.input_bytes_max)
@@ -110,26 +120,38 @@ class GatewayBackend:
         self._stored.uploads = self._uploads.bytes_of
         self.placements.settled = self._job_settled
         self._removing: Final[set[str]] = set()
+        self.placements.retried.append(self._queue.retried)
+        self.placements.ended.append(self._queue.job_ended)
         self.placements.ended.append(lambda _: self._pruner.job_ended())
         self._pruner.removed.append(self._remove_on_nodes)
+        self.engine.freed = self._queue.room_was_made
+        self._queue.free_gpus = nodes.free_gpus
         nodes.came = self._node_came
-        nodes.went = self.engine.session_over
+        nodes.went = self._node_went
         nodes.was_lost = self._node_lost
 
     async def begin(self) -> None:
         """Take over the jobs and nodes that the gateway before us has left."""
         await self._nodes.begin()
         await self._store.forget_secrets()
-        await self.placements.begin(self._nodes.known, new_uuid)
+        await self.placements.begin(self._nodes.known)
         await self._uploads.adopt()
+        await self._queue.begin([placed.job for placed in self.placements.live.values()])
         self._background.keep("removal of ended jobs", self._pruner.run())
         self._background.keep("removal of uploads", self._uploads.run())
+        self._background.keep("queue", self._queue.run())
 
     # --- nodes
 
     def _node_came(self) -> None:
+        self._slots.measure()
         self.engine.look()
+        self._queue.room_was_made()
         self._remove_on_nodes()
+
+    def _node_went(self, node: Node) -> None:
+        self._slots.measure()
+        self.engine.session_over(node)
 
     def _node_lost(self, node: Node) -> None:
         self._background.spawn(self._lose(node))
@@ -154,14 +176,14 @@ class GatewayBackend:
         return job
 
     async def submit(self, specs: Sequence[JobSpec], client_name: str = LOCAL_CLIENT) -> Sequence[Job]:
-        """Commit jobs, all or none; each gets a node when one has room.
+        """Commit jobs, all or none; each gets a node when its turn has come, and one has room.
 
-        Raises InvalidJobError for a job that does not work through a gateway yet, NameTakenError and
-        LimitReachedError.
+        Raises as `Worker.submit`, and InvalidJobError for a job that does not work through a gateway yet.
         """
         for spec in specs:
             check_spec(spec)
-        asked = [(replace(spec, queue=QueueSpec()), self._limits_of(spec)) for spec in specs]
+            await self._require_offered(spec, client_name)
+        asked = [(replace(spec, queue=spec.queue or QueueSpec()), self._limits_of(spec)) for spec in specs]
         number, most = await self._store.client_number(client_name), self._nodes.uid_count
         if most and number >= most:
             raise LimitReachedError(
@@ -179,25 +201,32 @@ class GatewayBackend:
         try:
             await self._uploads.renew(client_name, spec.upload)
         except CopyError:
-            # a job that the same request has made before may have had it
-            request_id = spec.request_id
-            if not request_id or await self._store.of_request(client_name, request_id) is None:
+            if not await self._made_before(spec, client_name):
                 raise
 
+    async def _require_offered(self, spec: JobSpec, client_name: str) -> None:
+        try:
+            require_offered(spec, [node.hello for node in self._nodes.known.values()])
+        except (GpuError, ImageNotFoundError, InvalidJobError, MountNotFoundError):
+            if not await self._made_before(spec, client_name):
+                raise
+
+    async def _made_before(self, spec: JobSpec, client_name: str) -> bool:
+        """Whether the same request has made a job before, which may have had what is missing now."""
+        return (
+            bool(spec.request_id) and await self._store.of_request(client_name, spec.request_id) is not None
+        )
+
     async def _submit(self, asked: Sequence[tuple[JobSpec, Limits]], client_name: str) -> Sequence[Job]:
+        # times of a job are cut to microseconds
+        before = time.time_ns() - 1000
         specs = [spec for spec, _ in asked]
         tokens = (
             await asyncio.to_thread(self._store.secrets.keep, specs)
             if any(spec.secrets for spec in specs)
             else {}
         )
-        jobs, _ = await self._store.enqueue(client_name, asked, self._settings.quotas, tokens)
-        await self._store.sync()
-        for job in jobs:
-            # a job of an earlier request may be anywhere by now
-            if job.state is JobState.QUEUED:
-                await self.placements.add(job, new_uuid())
-        return [self._shown(job) for job in jobs]
+        return await self._enqueue(self._store, client_name, asked, self._settings.quotas, tokens, before)
 
     def _limits_of(self, spec: JobSpec) -> Limits:
         limits = self._settings.default_limits.with_overrides(spec.limits)
@@ -211,19 +240,49 @@ class GatewayBackend:
             )
         return limits
 
+    # --- for the queue
+
+    async def start_queued(self, waiting: WaitingJob) -> Job:
+        """Find a node for a job whose turn has come; the job, which a node has, or which has ended.
+
+        Only the queue calls this, see queue.Backend.
+        """
+        placed = await self.placements.add(waiting.job, new_uuid())
+        while placed.placement.state is PlacementState.QUEUED and not placed.over.is_set():
+            await first_of(placed.changed, placed.over)
+        if placed.over.is_set() and not placed.ended.is_set():
+            raise NotQueuedError
+        return placed.job
+
+    async def ended(self, job_id: int) -> bool:
+        """Return when a job has ended, or waits again; whether it waits. Only the queue calls this."""
+        placed = self.placements.live.get(job_id)
+        if placed is None:
+            job = await self._store.get(job_id)
+            return job is not None and not job.state.final
+        await placed.over.wait()
+        return not placed.ended.is_set()
+
+    async def _withdraw(self, job_ids: Sequence[int]) -> None:
+        for job_id in job_ids:
+            await self.placements.withdraw(job_id)
+
     # --- look
 
     async def get(self, job_id: int | Element, owner: str | None = None) -> Job:
         """One job as it is now. Raises JobNotFoundError."""
         if isinstance(job_id, Element):
-            raise JobNotFoundError(str(job_id))
+            element = await self._store.element(job_id, owner) if job_id.array_id < 2**63 else None
+            if element is None:
+                raise JobNotFoundError(str(job_id))
+            return self._shown(element)
         placed = self._live_of(job_id, owner)
         if placed is not None:
             return self._shown(placed.job)
         job = await self._store.get(job_id, owner) if 0 < job_id < 2**63 else None
         if job is None:
             raise JobNotFoundError(job_id)
-        return job
+        return self._shown(job)
 
     async def get_with_usage(self, job_id: int | Element, owner: str | None = None) -> Job:
         """One job as it is now, with its usage if its node answers at once."""
@@ -257,7 +316,7 @@ class GatewayBackend:
         """A job of the table as it is now; if it waits, with the reason."""
         placed = self.placements.live.get(job.id)
         if placed is None:
-            return job
+            return self._queue.shown(job)
         shown = placed.shown
         if shown.state is JobState.QUEUED:
             return replace(shown, detail=self.engine.why(placed.placement.uuid))
@@ -268,14 +327,24 @@ class GatewayBackend:
 
     # --- wait, stop, delete
 
-    async def wait(self, job_id: int | Element, owner: str | None = None, *, or_stuck: bool = False) -> Job:
-        """Wait until a job has ended; its final snapshot. Raises JobNotFoundError."""
-        job = await self.get(job_id, owner)
-        placed = self.placements.live.get(job.id)
-        if placed is None:
-            return await self.get(job_id, owner)
-        await placed.ended.wait()
-        return placed.job
+    async def _wait_for(self, *flags: Flag) -> None:
+        await first_of(*flags)
+
+    async def _wait_for_end(self, job_id: int, owner: str | None, *, or_stuck: bool) -> Job:
+        while True:
+            # whatever comes from here on is heard
+            change = self._queue.change_of(job_id)
+            placed = self._live_of(job_id, owner)
+            if placed is not None:
+                await placed.over.wait()
+                if placed.ended.is_set():
+                    return placed.job
+                continue
+            job = await self.get(job_id, owner)
+            if job.state.final:
+                return job
+            if job_id not in self.placements.live:
+                await change.wait()
 
     async def stop(
         self,
@@ -287,27 +356,51 @@ class GatewayBackend:
         """End a job; its final snapshot. A node that is not connected hears of the stop when it is back."""
         if not 1 <= signal <= SIGNAL_MAX:
             raise InvalidJobError(f"a job is stopped with a signal from 1 to {SIGNAL_MAX}, not {signal}")
-        job = await self.get(job_id, owner)
-        placed = self.placements.live.get(job.id)
-        if placed is None:
-            return await self.get(job_id, owner)
-        if placed.placement.state is PlacementState.QUEUED:
-            cancelled = await self.placements.cancel(placed)
-            if cancelled is not None:
+        if isinstance(job_id, Element):
+            return await self._stop_element(job_id, grace_seconds, owner, signal)
+        while True:
+            job = await self.get(job_id, owner)
+            if job.state.final:
+                # it has ended, and may go on as another one
+                following = job.retried_as
+                return await self.stop(following, grace_seconds, owner, signal) if following else job
+            if job.array is not None:
+                # to its end, though the caller be cancelled
+                return await asyncio.shield(self._stop_array(job_id, grace_seconds, signal))
+            if (placed := self.placements.live.get(job_id)) is not None:
+                await self._stop_placed(placed, grace_seconds, signal)
+                if placed.ended.is_set() and placed.job.retried_as is None:
+                    return placed.job
+            elif (cancelled := await self._queue.cancel(job_id)) is not None:
                 return cancelled
-        if not placed.ended.is_set():
+
+    async def _stop_placed(self, placed: Placed, grace_seconds: float | None, signal: int) -> None:
+        """Stop a job that has a node, or is to get one; return when it has ended, or waits in the queue."""
+        if placed.placement.state is PlacementState.QUEUED:
+            await self.placements.cancel(placed)
+        if not placed.over.is_set():
             await self.placements.ask_stop(placed, signal, grace_seconds)
             if (node := self._nodes.known.get(placed.placement.node)) is not None:
                 self._stops.tell(placed, node, again=True)
-        await placed.ended.wait()
-        return placed.job
+        await placed.over.wait()
 
     async def delete(self, job_id: int | Element, owner: str | None = None) -> None:
         """Forget an ended job; its node removes it when the node is connected."""
         job = await self.get(job_id, owner)
         if not job.state.final:
             raise JobStateError(f"cannot remove job {job_id}: it has not ended", hint=f"pjw stop {job_id}")
-        await self._pruner.remove(job.id)
+        if not job.id:
+            # an element that never had a row: its array remembers it
+            return
+        if job.array is not None:
+            while elements := await self._store.elements(job.id, BATCH):
+                for element in elements:
+                    await self._forget(element)
+        await self._forget(job.id)
+
+    async def _forget(self, job_id: int) -> None:
+        await self._queue.settle(job_id)
+        await self._pruner.remove(job_id)
 
     def _remove_on_nodes(self) -> None:
         for node in self._nodes.known.values():
@@ -350,16 +443,20 @@ class GatewayBackend:
                 raise JobNotFoundError(str(job_id))
             there = await self._within.of_session(job_id, part.session, owner)
             return await self._reading(there.job.id, part)
-        job = await self.get(job_id, owner)
+        if isinstance(job_id, Element):
+            job = await (self._drawn if part.follow else self.get)(job_id, owner)
+        else:
+            job = await self.get(job_id, owner)
         if part.artifacts:
             require_kept(job)
             return await self._reading(job.id, part)
+        require_no_array(job)
         if part.stderr and not job.split_stderr:
             raise JobStateError(
                 f"cannot read the stderr of job {job.id} alone: the job was started without keeping it apart,"
                 " so it is in the output"
             )
-        if job.state is JobState.QUEUED and not part.follow:
+        if not job.id or (job.state is JobState.QUEUED and not part.follow):
             return NoReading(part.offset)
         return await self._reading(job.id, part)
 
@@ -370,16 +467,26 @@ class GatewayBackend:
 
     async def _where(self, job_id: int) -> OnNode | None:
         """Where a job is, once a node runs it; None when it ended without that."""
-        while (placed := self.placements.live.get(job_id)) is not None:
-            placement = placed.placement
-            node = self._nodes.known.get(placement.node)
-            if node is not None and placement.node_job_id:
-                return OnNode(placed.job, node, placement.node_job_id)
-            await first_of(placed.changed, placed.ended)
-        job = await self._store.get(job_id)
+        while True:
+            change = self._queue.change_of(job_id)
+            if (placed := self.placements.live.get(job_id)) is not None:
+                placement = placed.placement
+                node = self._nodes.known.get(placement.node)
+                if node is not None and placement.node_job_id:
+                    return OnNode(placed.job, node, placement.node_job_id)
+                await first_of(placed.changed, placed.over)
+                continue
+            job = await self._store.get(job_id)
+            if job is None or job.state.final:
+                break
+            if job_id not in self.placements.live:
+                await change.wait()
         placement_row = await self._store.transact(rows.find, job_id)
-        if job is None or placement_row is None:
+        if job is None:
             raise JobNotFoundError(job_id)
+        if placement_row is None:
+            # it ended before its turn came
+            return None
         node = self._nodes.known.get(placement_row.node)
         if node is None or not placement_row.node_job_id:
             return None
@@ -453,7 +560,7 @@ class GatewayBackend:
     async def usage_history(self, job_id: int, owner: str | None = None) -> tuple[Job, Sequence[UsageSample]]:
         """A job, and from its node what the job had used at moments of its life."""
         job = await self.get(job_id, owner)
-        if job.state is JobState.QUEUED:
+        if job.state is JobState.QUEUED or job.array is not None:
             return job, ()
         there = await self._where(job.id)
         if there is None:
@@ -499,8 +606,9 @@ class GatewayBackend:
         return self._changes.watch(owner, watched, since, snapshot=snapshot, follow=follow)
 
     async def quota(self, client_name: str = LOCAL_CLIENT) -> ClientQuota:
-        """The limits and the jobs of a client, without their use, which only the nodes know."""
+        """The limits and the jobs of a client, and what its nodes say of their use, and have for it."""
         settings = self._settings
+        use, mounts, gpus = await nodes_quota(self._dial, self._nodes, client_name)
         own = [
             placed
             for placed in self.placements.live.values()
@@ -520,20 +628,14 @@ class GatewayBackend:
             memory_promised_max_bytes=0,
             stored_bytes=await self._stored.of(client_name),
             stored_bytes_max=settings.quotas.stored_bytes_max,
-            use=GroupUse(),
+            use=use,
             queued=(await self._store.queued_of_clients()).get(client_name, 0),
             queued_max=settings.quotas.queued_max,
+            mounts=mounts,
+            gpus=gpus,
         )
 
     # --- methods that do not work through a gateway yet
-
-    async def hold(self, job_id: int | Element, owner: str | None = None) -> Job:
-        """Refused."""
-        raise not_yet("pjw hold")
-
-    async def release(self, job_id: int | Element, owner: str | None = None) -> Job:
-        """Refused."""
-        raise not_yet("pjw release")
 
     async def workspaces(
         self, owner: str | None = LOCAL_CLIENT, after: tuple[str, str] = ("", ""), count: int = -1
@@ -596,6 +698,7 @@ class GatewayBackend:
             disk_free_bytes=disk.f_frsize * disk.f_bavail,
             output_held=0,
             launcher_up=True,
+            admissions=self._queue.admissions,
             oldest_queued_seconds=0.0 if oldest_ns is None else max(0.0, (time.time_ns() - oldest_ns) / 1e9),
         )
 
@@ -616,6 +719,7 @@ class GatewayBackend:
         self._pruner.keep(settings.retention)
         self._stored.set_quotas(settings.quotas)
         self._inputs.set_bytes_max(settings.quotas.input_bytes_max)
+        self._queue.reconfigure(settings)
         self.engine.look()
 
     async def give_shares(self) -> Sequence[str]:

@@ -23,6 +23,7 @@ _ANSWERS: Final[dict[str, type[Message]]] = {
     "Wait": pb.WaitResponse,
     "Exec": pb.ExecResponse,
     "Resize": pb.ResizeResponse,
+    "GetQuota": pb.GetQuotaResponse,
 }
 # How many connections the gateway has to one node. Each carries as many calls as the node's pjwd allows, and
 # each follower is one call.

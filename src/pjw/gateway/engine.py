@@ -1,5 +1,10 @@
-"""The engine decides which node may claim a job. It knows the job's uuid, its shape and its client."""
+"""The engine decides which node may claim a job. It knows the job's uuid, its shape and its client.
 
+The queue (worker/queue.py) decides which job is next, and asks the engine whether there is room for that one.
+So an engine gets few jobs at a time, in the order of the queue.
+"""
+
+from collections.abc import Callable
 from typing import Protocol
 
 from pjw.gateway.nodes import Node, Shape
@@ -7,6 +12,18 @@ from pjw.gateway.nodes import Node, Shape
 
 class Engine(Protocol):
     """Jobs wait here for a node. Whatever an engine does, rows.claim lets a job be claimed once."""
+
+    # called when there may be room that no end of a job has made
+    freed: Callable[[], None]
+
+    def has_room(self, shape: Shape) -> bool:
+        """Whether it takes another job of this shape now, beside those with a reservation."""
+
+    def reserve(self, job_id: int, client_name: str, shape: Shape) -> None:
+        """Keep the room for a job of the queue that is about to be submitted, if there is room."""
+
+    def unreserve(self, job_id: int) -> None:
+        """A job is submitted right now, or is not submitted after all; it may have no reservation."""
 
     def submit(self, uuid: str, client_name: str, shape: Shape) -> None:
         """Find a node for a job. The job may be submitted again, when its node could not start it."""

@@ -10,6 +10,7 @@ from typing import Final, NamedTuple
 from pjw.cluster.v1 import cluster_pb2 as pb
 from pjw.errors import JobStateError, NodeNotFoundError
 from pjw.gateway import rows
+from pjw.gateway.offers import offers_of
 from pjw.gateway.rows import NodeRow
 from pjw.worker.background import Background
 from pjw.worker.flag import Flag
@@ -19,10 +20,15 @@ log: Final = logging.getLogger(__name__)
 
 
 class Shape(NamedTuple):
-    """The part of a node that a job takes, by its limits; 0 is all of the node."""
+    """The part of a node that a job takes, by its limits; 0 is all of the node. And what it needs there."""
 
     millicores: int
     memory: int
+    gpus: int = 0
+    # what not every node offers: offers.py
+    needs: frozenset[str] = frozenset()
+    # The network that it shares with other jobs of its client: all that have it are on one node. Empty: none.
+    link: str = ""
 
 
 class Session:
@@ -71,6 +77,9 @@ class Node:
         self.changed = Flag()
         # the jobs that are assigned to it, or that it has claimed, by their uuids
         self.jobs: Final[dict[str, Shape]] = {}
+        # what it said last of what it has; None: it was not connected since this gateway began
+        self.hello: pb.Hello | None = None
+        self.offers: frozenset[str] = frozenset()
         self.timer: asyncio.TimerHandle | None = None
 
     @property
@@ -85,6 +94,8 @@ class Node:
 
     def has_room(self, shape: Shape) -> bool:
         """Whether a job of this shape fits beside its jobs; a job that is too large takes the whole node."""
+        if not self.could_have(shape) or shape.gpus > self.free_gpus():
+            return False
         used, wanted = self.used(), self._part(shape)
         return all(
             not most or there + more <= most
@@ -93,6 +104,19 @@ class Node:
                 (used.memory, wanted.memory, self.row.memory_max_bytes),
             )
         )
+
+    def could_have(self, shape: Shape) -> bool:
+        """Whether it offers what a job of this shape needs, beyond processors and memory."""
+        return shape.needs <= self.offers and (not shape.gpus or shape.gpus <= self.gpus)
+
+    @property
+    def gpus(self) -> int:
+        """How many GPUs it has for jobs."""
+        return 0 if self.hello is None else self.hello.gpus
+
+    def free_gpus(self) -> int:
+        """How many GPUs no job has."""
+        return self.gpus and self.gpus - sum(shape.gpus for shape in self.jobs.values())
 
     def _part(self, shape: Shape) -> Shape:
         millicores, memory = self.row.cpu_max_millicores, self.row.memory_max_bytes
@@ -145,6 +169,17 @@ class Nodes:
         """How many clients can have jobs on the nodes; 0 while no node is known."""
         return min((node.row.uid_count for node in self.known.values()), default=0)
 
+    def free_gpus(self) -> int:
+        """How many GPUs one node can give a job now."""
+        return max((node.free_gpus() for node in self.known.values() if node.gets_jobs), default=0)
+
+    def of_link(self, link: str) -> Node | None:
+        """The node of the jobs that share a network; None when there are none."""
+        return next(
+            (node for node in self.known.values() if any(each.link == link for each in node.jobs.values())),
+            None,
+        )
+
     def named(self, name: str) -> Node:
         """The node of this name. Raises NodeNotFoundError."""
         try:
@@ -175,6 +210,7 @@ class Nodes:
         row = replace(row, drained=node.row.drained)
         await self._store.transact(rows.keep_node, row)
         node.row, node.heard = row, now
+        node.hello, node.offers = hello, offers_of(hello)
         node.session = session
         self._watch(node)
         log.info("node %s is connected", row.name)

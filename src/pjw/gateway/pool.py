@@ -1,8 +1,7 @@
-"""The engine `pool`: the first connected node, by its name, that has room for the oldest job.
+"""The engine `pool`: the first connected node, by its name, that has room for the job that is next.
 
-It is for a handful of machines, and no scheduler: it has no fair share, no priorities and no reservations.
-Smaller jobs pass a job that fits nowhere now. The pool is in memory alone: the table of placements has the
-waiting jobs, and the gateway submits them again when it begins.
+It is for a handful of machines. It has no order of its own: the queue asks it for room, one job after the
+other. The pool is in memory alone: the table has the waiting jobs, and the queue submits them.
 """
 
 import asyncio
@@ -37,6 +36,23 @@ class Pool:
         self._of_client: Final[Counter[str]] = Counter()
         # the nodes that could not start a job: until when they get none, and how long that is
         self._paused: Final[dict[str, tuple[float, float]]] = {}
+        # see `Engine`
+        self.freed: Callable[[], None] = lambda: None
+
+    def has_room(self, shape: Shape) -> bool:
+        """See `Engine`."""
+        return self._find(shape) is not None
+
+    def reserve(self, job_id: int, client_name: str, shape: Shape) -> None:
+        """See `Engine`."""
+        if (node := self._find(shape)) is not None:
+            self._take(_reservation(job_id), client_name, node, shape)
+            # no message to the node was sent, so it stays when the node goes away
+            self._claimed.add(_reservation(job_id))
+
+    def unreserve(self, job_id: int) -> None:
+        """See `Engine`."""
+        self._release(_reservation(job_id))
 
     def submit(self, uuid: str, client_name: str, shape: Shape) -> None:
         """See `Engine`."""
@@ -64,7 +80,8 @@ class Pool:
 
     def started(self, node: Node) -> None:
         """See `Engine`."""
-        self._paused.pop(node.row.name, None)
+        if self._paused.pop(node.row.name, None) is not None:
+            self.freed()
 
     def refused(self, uuid: str, node: Node) -> None:
         """See `Engine`."""
@@ -72,7 +89,11 @@ class Pool:
         pause = min(2 * before or FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS)
         loop = asyncio.get_running_loop()
         self._paused[node.row.name] = loop.time() + pause, pause
-        loop.call_later(pause, self.look)
+        loop.call_later(pause, self._pause_over)
+
+    def _pause_over(self) -> None:
+        self.look()
+        self.freed()
 
     def why(self, uuid: str) -> str:
         """See `Engine`."""
@@ -109,16 +130,13 @@ class Pool:
         """See `Engine`."""
         if not self._waiting:
             return
-        nodes = [node for _, node in sorted(self._nodes.known.items()) if self._gets_jobs(node)]
         most = self._running_max()
         # if a job does not fit now, one of the same shape does not fit either
         passed_over: set[Shape] = set()
         for uuid, waiting in list(self._waiting.items()):
-            if not nodes:
-                return
             if waiting.shape in passed_over or (most and self._of_client[waiting.client_name] >= most):
                 continue
-            found = next((node for node in nodes if node.has_room(waiting.shape)), None)
+            found = self._find(waiting.shape)
             if found is None:
                 passed_over.add(waiting.shape)
                 continue
@@ -126,6 +144,13 @@ class Pool:
             self._take(uuid, waiting.client_name, found, waiting.shape)
             assert found.session is not None
             found.session.say(pb.SessionResponse(assign=pb.Assign(uuid=uuid)))
+
+    def _find(self, shape: Shape) -> Node | None:
+        """The node that a job of this shape gets now."""
+        if shape.link and (node := self._nodes.of_link(shape.link)) is not None:
+            return node if self._gets_jobs(node) and node.has_room(shape) else None
+        nodes = (node for _, node in sorted(self._nodes.known.items()) if self._gets_jobs(node))
+        return next((node for node in nodes if node.has_room(shape)), None)
 
     def _gets_jobs(self, node: Node) -> bool:
         until, _ = self._paused.get(node.row.name, (0.0, 0.0))
@@ -147,3 +172,8 @@ class Pool:
         if not self._of_client[client_name]:
             del self._of_client[client_name]
         return True
+
+
+def _reservation(job_id: int) -> str:
+    """What a job is called that has no uuid yet."""
+    return f"job {job_id}"

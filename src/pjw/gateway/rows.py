@@ -12,8 +12,8 @@ from typing import Any, Final
 
 from pjw.gateway.states import TRANSITIONS, PlacementEvent, PlacementState, before
 from pjw.model import ArtifactsState, EndReason, Job, JobState, Limits
-from pjw.worker import queue_rows
-from pjw.worker.rows import COLUMNS, job_of, to_ns
+from pjw.worker import array_rows, queue_rows
+from pjw.worker.rows import COLUMNS, READY, WAITS, job_of, to_ns
 
 _PLACEMENT: Final = (
     "job_id, uuid, client_name, state, node, session, node_job_id, attempt, stop_signal, stop_grace"
@@ -64,21 +64,27 @@ def _placement(row: tuple[Any, ...]) -> Placement:
 # --- placements
 
 
-def place(db: sqlite3.Connection, job_id: int, client_name: str, uuid: str) -> None:
-    """Make the placement of a job of the queue; nothing when it has one already."""
+def place(db: sqlite3.Connection, job_id: int, uuid: str) -> Placement | None:
+    """The placement of a job whose turn it is, a new one if there is none; None when it does not wait so."""
     db.execute(
-        "INSERT OR IGNORE INTO placements (job_id, uuid, client_name, state) VALUES (?, ?, ?, 'queued')",
-        (job_id, uuid, client_name),
+        "INSERT OR IGNORE INTO placements (job_id, uuid, client_name, state)"
+        f" SELECT id, ?, client_name, 'queued' FROM jobs WHERE id = ? AND {READY}",
+        (uuid, job_id),
     )
+    is_ready = db.execute(f"SELECT 1 FROM jobs WHERE id = ? AND {READY}", (job_id,)).fetchone()
+    return find(db, job_id) if is_ready else None
 
 
-def unplaced(db: sqlite3.Connection) -> list[tuple[int, str]]:
-    """Jobs of the queue, with their clients, that have no placement after a crash."""
-    query = (
-        "SELECT id, client_name FROM jobs INDEXED BY jobs_queued WHERE state IS NULL AND start_ns = 0"
-        " AND id NOT IN (SELECT job_id FROM placements)"
-    )
-    return db.execute(query).fetchall()
+def withdraw(db: sqlite3.Connection, job_id: int) -> bool:
+    """Forget the placement of a job that no node has claimed; whether it was so."""
+    query = "DELETE FROM placements WHERE job_id = ? AND state = 'queued'"
+    return bool(db.execute(query, (job_id,)).rowcount)
+
+
+def forget_unneeded(db: sqlite3.Connection) -> None:
+    """Forget placements of jobs that ended while they waited in the queue again."""
+    waits = f"SELECT 1 FROM jobs WHERE jobs.id = placements.job_id AND {WAITS}"
+    db.execute(f"DELETE FROM placements WHERE state = 'queued' AND NOT EXISTS ({waits})")
 
 
 def alive(db: sqlite3.Connection) -> list[tuple[Placement, Job]]:
@@ -126,7 +132,13 @@ def _move(
 def claim(
     db: sqlite3.Connection, placed: Placement, limits: Limits, node: str, session: str, now_ns: int
 ) -> Job | None:
-    """A node claims a job; the job as it is then, or None when no node can claim it any more."""
+    """A node claims a job; the job as it is then, or None when no node can claim it (any more)."""
+    placement = find(db, placed.job_id)
+    if placement is None or placement.state is not PlacementState.QUEUED or placement.uuid != placed.uuid:
+        return None
+    if queue_rows.admit(db, placed.job_id, limits, now_ns) is None:
+        # somebody holds it
+        return None
     if not _move(
         db,
         placed.job_id,
@@ -135,10 +147,7 @@ def claim(
         node,
         session,
     ):
-        return None
-    job = queue_rows.admit(db, placed.job_id, limits, now_ns)
-    if job is None:
-        raise RuntimeError(f"job {placed.job_id} has a placement in the queue, and is not there")
+        raise RuntimeError(f"the placement of job {placed.job_id} changes under our hands")
     db.execute("UPDATE jobs SET node = ? WHERE id = ?", (node, placed.job_id))
     return _job(db, placed.job_id)
 
@@ -157,7 +166,10 @@ def started(db: sqlite3.Connection, job_id: int, node_job: Job) -> Job | None:
 
 
 def put_back(db: sqlite3.Connection, job_id: int, event: PlacementEvent, now_ns: int) -> Job | None:
-    """A claimed job has no node again; the job as it is then, or None when it was not claimed."""
+    """A claimed job has no node again; the job as it is then, or None when it was not claimed.
+
+    An element of an array that was stopped meanwhile has ended then.
+    """
     if event not in (PlacementEvent.PUT_BACK, PlacementEvent.UNKNOWN):
         raise ValueError(event)
     states = db.execute("SELECT state FROM placements WHERE job_id = ?", (job_id,)).fetchone()
@@ -166,7 +178,10 @@ def put_back(db: sqlite3.Connection, job_id: int, event: PlacementEvent, now_ns:
     _move(db, job_id, event, ", node = '', session = ''")
     queue_rows.put_back(db, job_id, now_ns)
     db.execute("UPDATE jobs SET node = '' WHERE id = ?", (job_id,))
-    return _job(db, job_id)
+    job = _job(db, job_id)
+    if job.state.final:
+        _move(db, job_id, PlacementEvent.CANCELLED)
+    return job
 
 
 def cancelled(db: sqlite3.Connection, job_id: int, detail: str, now_ns: int) -> Job | None:
@@ -183,8 +198,11 @@ def start_failed(db: sqlite3.Connection, job_id: int, detail: str, now_ns: int) 
     return queue_rows.end_without_start(db, job_id, EndReason.START_FAILED, detail, now_ns)
 
 
-def ended(db: sqlite3.Connection, job_id: int, node_job: Job) -> Job | None:
-    """A job has ended as its node has recorded it; the job, or None when that is old news."""
+def ended(db: sqlite3.Connection, job_id: int, node_job: Job, now_ns: int) -> Job | None:
+    """A job has ended as its node has recorded it; the job, or None when that is old news.
+
+    Its next attempt, if there is one (`retried_as`), is in the queue then.
+    """
     if not _move(db, job_id, PlacementEvent.END_SEEN, ", node_job_id = ?", node_job.id):
         return None
     status = node_job.exit_status
@@ -209,8 +227,7 @@ def ended(db: sqlite3.Connection, job_id: int, node_job: Job) -> Job | None:
             job_id,
         ),
     )
-    queue_rows.settle(db, job_id)
-    return _job(db, job_id)
+    return _attempt_over(db, job_id, now_ns)
 
 
 def lost(db: sqlite3.Connection, job_id: int, event: PlacementEvent, detail: str, now_ns: int) -> Job | None:
@@ -223,8 +240,22 @@ def lost(db: sqlite3.Connection, job_id: int, event: PlacementEvent, detail: str
         " WHERE id = ? AND state IS NULL",
         (JobState.LOST, now_ns, EndReason.NODE_LOST, detail, ArtifactsState.FAILED, detail, job_id),
     )
+    return _attempt_over(db, job_id, now_ns)
+
+
+def _attempt_over(db: sqlite3.Connection, job_id: int, now_ns: int) -> Job:
+    """The end of a job is in the table: put its next attempt into the queue, or count it in its array."""
     queue_rows.settle(db, job_id)
-    return _job(db, job_id)
+    job = _job(db, job_id)
+    (was_stopped,) = db.execute(
+        "SELECT stop_signal IS NOT NULL FROM placements WHERE job_id = ?", (job_id,)
+    ).fetchone()
+    if job.attempt and queue_rows.retry(db, job, now_ns, was_stopped=bool(was_stopped)) is not None:
+        return _job(db, job_id)
+    if job.array_id is not None:
+        code = job.exit_status.code if job.exit_status else None
+        array_rows.element_ended(db, job.array_id, job.reason, code, now_ns)
+    return job
 
 
 def keep_late_end(db: sqlite3.Connection, job_id: int, node_job_id: int, text: str) -> None:

@@ -35,7 +35,7 @@ from pjw.rpc.convert import (
     terminal_to_message,
 )
 from pjw.v1 import job_worker_pb2 as pb
-from pjw.worker.flag import first_of
+from pjw.worker.flag import Flag, first_of
 from pjw.worker.input import ended_error, require_input
 
 Answer = Callable[[pb.ForwardResponse], Awaitable[None]]
@@ -53,12 +53,17 @@ class Within:
         placements: Placements,
         get: Callable[[int, str | None], Awaitable[Job]],
         where: Callable[[int], Awaitable[OnNode | None]],
+        change_of: Callable[[int], Flag],
     ) -> None:
-        """*get* looks up a job of a client, and *where* the node of one that has begun, or will."""
+        """*get* looks up a job of a client, and *where* the node of one that has begun, or will.
+
+        *change_of* is a flag that is set when a job that waits in the queue changes.
+        """
         self._dial: Final = dial
         self._placements: Final = placements
         self._get: Final = get
         self._where: Final = where
+        self._change_of: Final = change_of
 
     # --- sessions
 
@@ -165,22 +170,24 @@ class Within:
         One that is younger than *fresh_seconds*, and waits, is waited for until it has that age.
         """
         while True:
+            # whatever comes from here on is heard
+            change = self._change_of(job_id)
             job = await self._get(job_id, owner)
             placed = self._placements.live.get(job_id)
-            if placed is None or placed.placement.state not in (
-                PlacementState.QUEUED,
-                PlacementState.CLAIMED,
-            ):
+            if placed is None and job.state is not JobState.QUEUED:
+                return job
+            state = PlacementState.QUEUED if placed is None else placed.placement.state
+            if state not in (PlacementState.QUEUED, PlacementState.CLAIMED):
                 return job
             left = None
-            if placed.placement.state is PlacementState.QUEUED:
+            if state is PlacementState.QUEUED:
                 # whoever sets the clock
                 left = min(fresh_seconds, fresh_seconds - (datetime.now(UTC) - job.asked).total_seconds())
                 if left <= 0:
                     return job
             with suppress(TimeoutError):
                 async with asyncio.timeout(left):
-                    await first_of(placed.changed, placed.ended)
+                    await (change.wait() if placed is None else first_of(placed.changed, placed.over))
 
     async def _running(self, job_id: int, client_name: str) -> OnNode:
         """Where a job is whose command runs. Raises JobStateError."""

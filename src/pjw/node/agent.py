@@ -20,6 +20,7 @@ from pjw.errors import PjwError, ServerUnreachableError
 from pjw.node.jobs import Claim, Jobs, Said
 from pjw.worker import Worker
 from pjw.worker.store import JobStore
+from pjw.worker.worker import Offers
 
 FIRST_PAUSE_SECONDS: Final = 0.1
 LONGEST_PAUSE_SECONDS: Final = 2.0
@@ -69,6 +70,7 @@ class Node:
         self._settings: Final = settings
         # called for each session: a reload may have brought other credentials
         self._credentials: Final = credentials
+        self._worker: Final = worker
         self._jobs: Final = Jobs(worker, store)
         self._pause = FIRST_PAUSE_SECONDS
         self._told = ""
@@ -107,15 +109,18 @@ class Node:
             # the stubs know only the blocking class
             stub: Any = NodeServiceStub(channel)
             said = Said(os.urandom(16).hex(), stub.FetchUpload)
-            call = stub.Session(said.messages(self._hello(said.session)))
+            offers = await self._worker.offers()
+            call = stub.Session(said.messages(self._hello(said.session, offers)))
             try:
-                await self._heard(call.__aiter__(), partial(stub.Claim, timeout=_CLAIM_SECONDS), said)
+                await self._heard(call.__aiter__(), partial(stub.Claim, timeout=_CLAIM_SECONDS), said, offers)
             finally:
                 said.close()
                 self._jobs.session_ended()
                 call.cancel()
 
-    async def _heard(self, answers: AsyncIterator[pb.SessionResponse], claim: Claim, said: Said) -> None:
+    async def _heard(
+        self, answers: AsyncIterator[pb.SessionResponse], claim: Claim, said: Said, offers: Offers
+    ) -> None:
         first = await _next(answers, _WELCOME_SECONDS)
         if first is None:
             return
@@ -127,7 +132,8 @@ class Node:
         beating = asyncio.ensure_future(_beat(said, heartbeat))
         telling = asyncio.ensure_future(self._jobs.tell_ends(said))
         hearing = asyncio.ensure_future(self._hear_all(answers, claim, said, lost_after))
-        tasks = {beating, telling, hearing}
+        changing = asyncio.ensure_future(self._offers_change(offers, heartbeat))
+        tasks = {beating, telling, hearing, changing}
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in tasks:
@@ -138,6 +144,12 @@ class Node:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
+    async def _offers_change(self, offers: Offers, seconds: float) -> None:
+        """Return when the operator offers other things than in our Hello: the next session says so."""
+        while await self._worker.offers() == offers:  # noqa: ASYNC110  an operator's table has no event
+            await asyncio.sleep(seconds)
+        log.info("other mounts, images, GPUs or names are offered: the gateway is told in a new session")
+
     async def _hear_all(
         self, answers: AsyncIterator[pb.SessionResponse], claim: Claim, said: Said, lost_after: float
     ) -> None:
@@ -145,7 +157,7 @@ class Node:
         while (response := await _next(answers, lost_after)) is not None:
             self._jobs.hear(response, claim, said)
 
-    def _hello(self, session: str) -> pb.SessionRequest:
+    def _hello(self, session: str, offers: Offers) -> pb.SessionRequest:
         settings = self._settings
         return pb.SessionRequest(
             hello=pb.Hello(
@@ -158,6 +170,10 @@ class Node:
                 memory_max_bytes=settings.memory_max_bytes,
                 uid_first=settings.uid_first,
                 uid_count=settings.uid_count,
+                gpus=offers.gpus,
+                mounts=offers.mounts,
+                images=offers.images,
+                names=offers.names,
             )
         )
 

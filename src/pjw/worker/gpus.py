@@ -89,6 +89,11 @@ class Gpus:
         return len(self._names) if self._offer.is_for(client_name) else 0
 
     @property
+    def total(self) -> int:
+        """How many the machine has for jobs, free or not."""
+        return len(self._names)
+
+    @property
     def free(self) -> int:
         """How many no job has."""
         return sum(name not in self._taken for name in self._names)

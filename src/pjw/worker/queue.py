@@ -50,6 +50,8 @@ LONGEST_PAUSE_SECONDS: Final = 60.0
 ATTEMPTS_MAX: Final = 3
 # limits that hold up only the client that has reached them
 _OF_A_CLIENT: Final = ("running_max", "stored_bytes_max", "workspaces_max", "workspace_bytes_max")
+# When others pass so many jobs of a client, its further ones wait for these: a look must not read them all.
+PASSED_MAX: Final = 100
 # so many of the jobs that a job waits for are named
 _NAMED_MAX: Final = 5
 # Nothing tells Python 3.11 that somebody has set the clock.
@@ -75,26 +77,34 @@ class Backend(Protocol):
         InvalidJobError when it never can: in each case it was not executed, and is in the queue.
         """
 
-    async def ended(self, job_id: int) -> None:
-        """Return when a job has ended, though there be another attempt."""
+    async def ended(self, job_id: int) -> bool:
+        """Return when a job has ended, though there be another attempt; or, and that is true, waits again."""
 
 
 class Queue:
     """The jobs that wait, of all clients."""
 
     def __init__(
-        self, store: JobStore, backend: Backend, background: Background, settings: WorkerSettings
+        self,
+        store: JobStore,
+        backend: Backend,
+        background: Background,
+        settings: WorkerSettings,
+        slots: Slots | None = None,
     ) -> None:
+        """*slots* are those of a cluster; without them this machine's."""
         self._store: Final = store
         self._backend: Final = backend
         self._background: Final = background
-        self._slots: Final = Slots(settings)
+        self._slots: Final = Slots(settings) if slots is None else slots
         # clients that may have a job that waits for its turn alone, each with the first one once it is known
         self._heads: Final[dict[str, Head | None]] = {}
         # the elements of each array that are being started or run, and the arrays of each client of which no
         # further one can be started now: so many run, or those that wait cannot be started yet
         self._drawn: Final[defaultdict[int, set[int]]] = defaultdict(set)
         self._shut: Final[defaultdict[str, set[int]]] = defaultdict(set)
+        # jobs of each client that others may pass, as not every room is for them; and why they wait
+        self._passed: Final[defaultdict[str, dict[int, str]]] = defaultdict(dict)
         # arrays that somebody waits for, and of which an element has ended, maybe the last one
         self._maybe_over: Final[set[int]] = set()
         # the jobs of each client that are being started, by their ids
@@ -138,7 +148,7 @@ class Queue:
         for job in running:
             if job.queued is not None:
                 self._draw(job.id, job.array_id)
-                self._slots.take(job.id, job.client_name, job.limits)
+                self._slots.take(job)
                 self._background.spawn(self._until_end(job))
         for array_id in await self._store.being_stopped():
             await self.cancel_array(array_id)
@@ -191,6 +201,9 @@ class Queue:
         self._held_up.clear()
         self._all_held_up = False
         self.gpus_freed()
+        if self._passed:
+            self._heads.update(dict.fromkeys(self._passed))
+            self._passed.clear()
         if self._heads:
             self._look.set()
 
@@ -397,9 +410,9 @@ class Queue:
                 if head is not None and head.gpus:
                     self._heads[client_name] = None
             return True
-        if not self._slots.has_room(job.limits):
+        if not self._slots.has_room(job):
             # What becomes free is for this one: else those who need less would always be first.
-            return False
+            return self._pass_over(job)
         if job.at_once is not None:
             element = await self._element_of(job)
             if element is None:
@@ -407,9 +420,25 @@ class Queue:
                 return True
             job = element
         self._heads[job.client_name] = None
+        if self._slots.has(job.id):
+            # it waits again, and `_until_end` is just about to hear of that
+            return False
         self._starting[job.client_name][job.id] = job
-        self._slots.take(job.id, job.client_name, job.limits)
+        self._slots.take(job)
+        self._slots.reserve(job)
         self._background.spawn(self._start(job))
+        return True
+
+    def _pass_over(self, job: Head) -> bool:
+        """Let others go before a job that has no room, if they can do so without harm to it."""
+        why = self._slots.passed_over(job)
+        if not why:
+            return False
+        passed = self._passed[job.client_name]
+        passed[job.id] = why
+        self._heads[job.client_name] = None
+        if len(passed) >= PASSED_MAX:
+            self._held_up.add(job.client_name)
         return True
 
     async def _element_of(self, array: Head) -> Head | None:
@@ -471,7 +500,11 @@ class Queue:
         if head is None:
             # taken out before the look: a job that is added during the look puts it in again
             self._heads.pop(client_name, None)
-            passed_over = (*self._starting.get(client_name, ()), *self._shut.get(client_name, ()))
+            passed_over = (
+                *self._starting.get(client_name, ()),
+                *self._shut.get(client_name, ()),
+                *self._passed.get(client_name, ()),
+            )
             if self._is_short:
                 self._behind_it.add(client_name)
             head = await self._store.first_ready(
@@ -572,8 +605,9 @@ class Queue:
 
     async def _until_end(self, job: Job) -> None:
         """Give the slot of a running job back when it has ended."""
+        waits_again = False
         try:
-            await self._backend.ended(job.id)
+            waits_again = await self._backend.ended(job.id)
         except LauncherGoneError:
             raise
         except JobNotFoundError:
@@ -583,6 +617,8 @@ class Queue:
             # one that runs needs no look into the table, so it has ended
             log.error("cannot look at job %d, which came out of the queue: %s", job.id, error)
         self._give_back(job.id, job.client_name, job.array_id)
+        if waits_again:
+            self._heads[job.client_name] = None
         if self._heads:
             self._look.set()
 
@@ -615,6 +651,8 @@ class Queue:
             return "waits: the server cannot start a job now, and tries again soon"
         if words := self._refused.get(client_name) or self._all_refused:
             return f"waits: {words}"
+        if passed := self._passed.get(client_name, {}).get(job.array_id or job.id):
+            return passed
         if self._is_short and job.gpus and self._next_with_gpus is not None:
             is_next = self._next_with_gpus.id in (job.id, job.array_id)
             free = f"{job.gpus} free GPU{'s' * (job.gpus > 1)}"
@@ -623,8 +661,8 @@ class Queue:
         first = head is not None and head.id == job.id
         if first and not self._slots.has_room_of_own(client_name, job.limits):
             return f"waits: jobs of {client_name} have all of its slots"
-        if first and not self._slots.has_room(job.limits):
-            return "is next: waits for a free slot"
+        if first and not self._slots.has_room(job):
+            return self._slots.why_no_room()
         if job.array_id is not None:
             return f"waits for its turn in array {job.array_id}"
         return "waits for its turn"

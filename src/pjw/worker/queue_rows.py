@@ -66,6 +66,11 @@ class Head(NamedTuple):
     workspace: str = ""
     exclusive: bool = False
     gpus: int = 0
+    # what not each machine of a cluster has
+    mounts: Sequence[str] = ()
+    allow: Sequence[str] = ()
+    link: str = ""
+    image: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,7 +368,7 @@ def _first(
     only = " AND workspace = ? AND exclusive = ?" if workspace else ""
     row = db.execute(
         "SELECT id, limits, priority, (SELECT indices FROM arrays WHERE arrays.id = jobs.id),"
-        f" workspace, exclusive, gpus FROM jobs INDEXED BY {index}"
+        f" workspace, exclusive, gpus, mounts, allow, link, image FROM jobs INDEXED BY {index}"
         f" WHERE client_name = ?{only} AND {READY} AND array_id IS NULL AND id NOT IN ({marks}){more}"
         " ORDER BY priority DESC, id LIMIT 1",
         (client_name, *workspace, *without),
@@ -380,6 +385,10 @@ def _first(
         workspace=row[4],
         exclusive=bool(row[5]),
         gpus=row[6],
+        mounts=json.loads(row[7]) if row[7] else (),
+        allow=tuple(row[8].split()),
+        link=row[9],
+        image=row[10],
     )
 
 

@@ -7,7 +7,7 @@ import socket
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from signal import SIGKILL, SIGTERM
 from typing import Final, Self
@@ -66,10 +66,10 @@ from pjw.worker.numbers import WorkerNumbers, count_all
 from pjw.worker.orders import order_size
 from pjw.worker.pages import ALL_JOBS, JobFilter, Page
 from pjw.worker.queue import Queue
+from pjw.worker.queue_calls import QueueCalls
 from pjw.worker.queue_rows import WaitingJob
 from pjw.worker.quota import RunningJobs, StoredBytes, most_of_one_job
 from pjw.worker.retention import BATCH, Pruner
-from pjw.worker.rows import to_ns
 from pjw.worker.sessions import Sessions
 from pjw.worker.settings import NO_LIMIT_ONLY, DiskMarks, WorkerSettings
 from pjw.worker.starts import Starts
@@ -90,7 +90,18 @@ ALL_CHANGES: Final = Watched()
 log: Final = logging.getLogger(__name__)
 
 
-class Worker:
+@dataclass(frozen=True, slots=True)
+class Offers:
+    """What an operator offers to jobs beyond processors and memory; to which clients, it does not say."""
+
+    gpus: int
+    mounts: Sequence[str]
+    images: Sequence[str]
+    # whether there are names on the network that somebody's jobs may reach
+    names: bool
+
+
+class Worker(QueueCalls):
     """Runs jobs on this machine.
 
     Methods that take an `owner` know only that client's jobs; None is all of them. Those that take an Element
@@ -186,7 +197,7 @@ class Worker:
             self._uploads,
             self._gpus,
         )
-        self._queue: Final = Queue(state.store, self, self._background, settings)
+        self._queue = Queue(state.store, self, self._background, settings)
         self._changes: Final = Changes(state.store, self._background, self._launcher.gone, self._queue.shown)
         self._endings.ended.append(self._queue.job_ended)
         self._endings.retried.append(self._queue.retried)
@@ -356,6 +367,15 @@ class Worker:
         """The first of the user ids of jobs, one for each client."""
         return self._ready.uid_first
 
+    async def offers(self) -> Offers:
+        """What the operator offers to jobs here."""
+        return Offers(
+            self._gpus.total,
+            tuple(each.name for each in self._settings.mounts),
+            tuple(each.name for each in await self._images.listed(None) if not each.client_name),
+            names=bool(self._settings.network.offered),
+        )
+
     def on_connection(self, tell: Callable[[Connection], None]) -> None:
         """Have *tell* hear of each connection that a job has made to a name on the network."""
         self.connections.told.append(tell)
@@ -453,16 +473,8 @@ class Worker:
         # times of a job are cut to microseconds
         before = time.time_ns() - 1000
         tokens = await self._state.keep_secrets([spec for spec, _ in asked])
-        jobs, awaited = await self._state.store.enqueue(client_name, asked, self._settings.quotas, tokens)
-        self._queue.awaits(awaited)
-        try:
-            await self._state.store.sync()
-        except PjwError:
-            # nobody was told of them; of one of an earlier request its caller was
-            await self._state.store.unqueue([job.id for job in jobs if to_ns(job.asked) >= before])
-            raise
-        self._queue.added(jobs)
-        return [self._shown(job) for job in jobs]
+        quotas = self._settings.quotas
+        return await self._enqueue(self._state.store, client_name, asked, quotas, tokens, before)
 
     async def _require_what_is_named(self, spec: JobSpec, client_name: str) -> None:
         """Raises CopyError for an upload, MountNotFoundError, and GpuError for GPUs, that there are not."""
@@ -477,70 +489,8 @@ class Worker:
             if not request_id or await self._state.store.of_request(client_name, request_id) is None:
                 raise
 
-    async def hold(self, job_id: int | Element, owner: str | None = None) -> Job:
-        """Keep a job from being started until `release`: of an array all elements that wait.
-
-        Raises JobNotFoundError, JobStateError for a job that does not wait in the queue, and
-        LimitReachedError when too many elements are held one by one.
-        """
-        job = await self.get(job_id, owner)
-        if isinstance(job_id, Element):
-            if not job.id and (held := await self._queue.hold_element(job_id)) is not None:
-                return self._shown(held)
-            job = await self._with_id(job_id, owner, "hold")
-        return self._shown(await self._queue.hold(job.id))
-
-    async def release(self, job_id: int | Element, owner: str | None = None) -> Job:
-        """Let a held job be started: of an array all its elements, also those that were held one by one.
-
-        Raises as `hold`.
-        """
-        job = await self.get(job_id, owner)
-        if isinstance(job_id, Element) and not job.id and job.state is JobState.QUEUED:
-            # nobody holds it by itself
-            return job
-        if isinstance(job_id, Element):
-            job = await self._with_id(job_id, owner, "release")
-        return self._shown(await self._queue.release(job.id))
-
-    # --- elements of arrays
-
-    async def _with_id(self, element: Element, owner: str | None, verb: str) -> Job:
-        """An element that has an id. Raises JobStateError for one that has none, and gets none any more."""
-        job = await self.get(element, owner)
-        if not job.id:
-            raise JobStateError(f"cannot {verb} job {element}: it was never started")
-        return job
-
-    async def _drawn(self, element: Element, owner: str | None) -> Job:
-        """An element, when it has an id or gets none any more. Raises JobNotFoundError."""
-        while True:
-            change = self._queue.change_of(element)
-            job = await self.get(element, owner)
-            if job.id or job.state.final:
-                return job
-            await self._wait_for(change)
-
-    async def _stop_element(
-        self, element: Element, grace_seconds: float | None, owner: str | None, signal: int
-    ) -> Job:
-        while True:
-            job = await self.get(element, owner)
-            if job.id:
-                return await self.stop(job.id, grace_seconds, owner, signal)
-            if job.state.final:
-                return job
-            if (cancelled := await self._queue.cancel_element(element)) is not None:
-                return cancelled
-
-    async def _stop_array(self, array_id: int, grace_seconds: float | None, signal: int) -> Job:
-        await self._queue.cancel_array(array_id)
-        stops = (self.stop(job_id, grace_seconds, None, signal) for job_id in self._queue.elements(array_id))
-        for each in await asyncio.gather(*stops, return_exceptions=True):
-            # one that has been forgotten has ended
-            if isinstance(each, BaseException) and not isinstance(each, JobNotFoundError):
-                raise each
-        return await self._wait_for_end(array_id, None, or_stuck=False)
+    async def _withdraw(self, job_ids: Sequence[int]) -> None:
+        """Nothing: the table does not let such a job be admitted."""
 
     async def start_queued(self, waiting: WaitingJob) -> Job:
         """Start a job of the queue; only the queue calls this, see queue.Backend."""
@@ -869,26 +819,10 @@ class Worker:
             jobs = [job for job in jobs if job.state in wanted.states]
         return Page(jobs, page.next_after)
 
-    async def wait(self, job_id: int | Element, owner: str | None = None, *, or_stuck: bool = False) -> Job:
-        """Wait until a job has ended; its final snapshot. Raises JobNotFoundError.
-
-        Of a job that is tried again it is the newest attempt that has to end. With *or_stuck* it also returns
-        when the job was killed and does not end, or when its output waits for the disk. Its `detail` says
-        which.
-        """
-        if isinstance(job_id, Element):
-            job = await self._drawn(job_id, owner)
-            if not job.id:
-                return job
-            job_id = job.id
-        job = await self._wait_for_end(job_id, owner, or_stuck=or_stuck)
-        while job.retried_as is not None:
-            job = await self._wait_for_end(job.retried_as, owner, or_stuck=or_stuck)
-        return job
-
-    async def ended(self, job_id: int) -> None:
+    async def ended(self, job_id: int) -> bool:
         """Return when a job has ended; only the queue calls this, see queue.Backend."""
         await self._wait_for_end(job_id, None, or_stuck=False)
+        return False
 
     async def _wait_for_end(self, job_id: int, owner: str | None, *, or_stuck: bool) -> Job:
         live = await self._begun(job_id, owner)

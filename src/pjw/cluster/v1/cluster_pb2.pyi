@@ -156,6 +156,10 @@ class Hello(_message.Message):
     MEMORY_MAX_BYTES_FIELD_NUMBER: _builtins.int
     UID_FIRST_FIELD_NUMBER: _builtins.int
     UID_COUNT_FIELD_NUMBER: _builtins.int
+    GPUS_FIELD_NUMBER: _builtins.int
+    MOUNTS_FIELD_NUMBER: _builtins.int
+    IMAGES_FIELD_NUMBER: _builtins.int
+    NAMES_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     """As in its certificate."""
     session: _builtins.str
@@ -171,6 +175,16 @@ class Hello(_message.Message):
     uid_first: _builtins.int
     """The user ids of jobs there: the same on all nodes of a gateway."""
     uid_count: _builtins.int
+    gpus: _builtins.int
+    """GPUs for jobs, and the names of what the node's operator offers to jobs: mounts, and images. To which clients, the
+    node knows.
+    """
+    names: _builtins.bool
+    """Whether any name on the network is offered to anybody there."""
+    @_builtins.property
+    def mounts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def images(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
         self,
         *,
@@ -183,10 +197,14 @@ class Hello(_message.Message):
         memory_max_bytes: _builtins.int = ...,
         uid_first: _builtins.int = ...,
         uid_count: _builtins.int = ...,
+        gpus: _builtins.int = ...,
+        mounts: _abc.Iterable[_builtins.str] | None = ...,
+        images: _abc.Iterable[_builtins.str] | None = ...,
+        names: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "boot_id", b"boot_id", "cpu_max_millicores", b"cpu_max_millicores", "memory_max_bytes", b"memory_max_bytes", "node", b"node", "session", b"session", "uid_count", b"uid_count", "uid_first", b"uid_first", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "boot_id", b"boot_id", "cpu_max_millicores", b"cpu_max_millicores", "gpus", b"gpus", "images", b"images", "memory_max_bytes", b"memory_max_bytes", "mounts", b"mounts", "names", b"names", "node", b"node", "session", b"session", "uid_count", b"uid_count", "uid_first", b"uid_first", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
