@@ -65,6 +65,8 @@ class SlurmCluster(Cluster):
         for name in self.slurm.nodes:
             if not self.slurm.is_running(f"slurmd-{name}"):
                 self.slurm.start_node(name)
+            if "drain" in self.slurm.states().get(name, ""):
+                self.slurm.ok("scontrol", "update", f"nodename={name}", "state=resume")
         super().idle()
         self.slurm.ok("scancel", f"--user={USER}")
         await_no_places(self)

@@ -143,8 +143,8 @@ def test_a_drained_node_is_told(two: SlurmCluster) -> None:
         for name in two.nodes:
             slurm.ok("scontrol", "update", f"nodename={name}", "state=drain", "reason=bad disk")
         job = client.start("true")
-        wait_for(lambda: "n1, n2 drained: bad disk" in client.get(job.id).detail)
-        assert client.get(job.id).detail.startswith("waits: Slurm says ")
+        wait_for(lambda: client.get(job.id).detail.startswith("waits: Slurm says "))
+        assert "n1, n2 drained: bad disk" in client.get(job.id).detail
         slurm.ok("scontrol", "update", "nodename=n2", "state=resume")
         assert client.wait(job.id).node == "n2"
         slurm.ok("scontrol", "update", "nodename=n1", "state=resume")
@@ -197,7 +197,8 @@ def test_a_hold_that_died_while_its_node_was_away(two: SlurmCluster) -> None:
     slurm.ok("scancel", "--signal=KILL", "--full", number)
     wait_for(lambda: (number, "RUNNING") not in [(each[0], each[2]) for each in slurm.jobs()])
     node.start()
-    assert json.loads(gateway.ok("wait", "--format", "jsonl", str(job_id)))["reason"] == "revoked"
+    with gateway.client() as client:
+        assert client.wait(job_id).reason == "revoked"
 
 
 def test_slurmd_and_slurmctld_die(two: SlurmCluster) -> None:

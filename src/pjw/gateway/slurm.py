@@ -15,7 +15,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from pjw.cluster.v1 import cluster_pb2 as pb
@@ -116,7 +116,7 @@ class _Pause:
 
     until: float = 0.0
     seconds: float = 0.0
-    words: str = field(default="")
+    words: str = ""
 
 
 class Slurm:
@@ -144,6 +144,8 @@ class Slurm:
         # jobs for which sbatch runs now
         self._submitting: Final[dict[str, Kind]] = {}
         self._pause: Final = _Pause()
+        # why there was no last snapshot; empty when there was
+        self._silent = ""
         # how many snapshots have begun: one knows nothing of what is younger
         self._samples = 0
         # none has been seen yet: places may wait in Slurm that an earlier gateway asked for
@@ -202,8 +204,8 @@ class Slurm:
         if most and self._of_client[waiting.client_name] >= most:
             return f"waits: {most} jobs of {waiting.client_name} have a node, and no more may"
         parts = []
-        if self._pause.words:
-            parts.append(self._pause.words)
+        if words := self._silent or self._pause.words:
+            parts.append(words)
         elif reason := self._reason(uuid, waiting.kind):
             parts.append(f"Slurm says {reason}")
         else:
@@ -390,7 +392,6 @@ class Slurm:
             return
         finally:
             del self._submitting[uuid]
-        self._pause.words = ""
         # it may have begun before we heard of it
         if number not in self._holds:
             self._submitted[number] = _Submitted(uuid, kind, self._samples)
@@ -405,7 +406,11 @@ class Slurm:
             return
         pause.seconds = min(2 * pause.seconds or FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS)
         pause.until = loop.time() + pause.seconds
-        loop.call_later(pause.seconds, self.look)
+        loop.call_later(pause.seconds, self._go_on)
+
+    def _go_on(self) -> None:
+        self._pause.words = ""
+        self.look()
 
     async def run(self) -> None:
         """Sample Slurm for ever, while there is something to see."""
@@ -419,13 +424,13 @@ class Slurm:
                 self._slurm_nodes = await self._port.nodes()
             except PjwError as error:
                 words = f"Slurm does not answer: {error}"
-                if words != self._pause.words:
+                if words != self._silent:
                     log.warning("%s", words)
-                self._pause.words = words
+                self._silent = words
             else:
-                if self._pause.words.startswith("Slurm does not answer"):
+                if self._silent:
                     log.info("Slurm answers again")
-                    self._pause.words = ""
+                self._silent = ""
                 self._is_new = False
                 await self._seen({each["id"]: each for each in jobs})
             await asyncio.sleep(SAMPLE_SECONDS)
