@@ -106,7 +106,8 @@ class Slurm:
             "ReturnToService": 2,
             "SlurmdTimeout": 60,
             "KillWait": 30,
-            "MessageTimeout": 20,
+            # how long Slurm's programs wait for a controller that is dead
+            "MessageTimeout": 5,
             **settings,
         }
         lines = [f"{key}={value}" for key, value in keys.items()]
@@ -131,6 +132,7 @@ class Slurm:
     def start_munge(self) -> None:
         """Start munged, with which Slurm's processes know each other."""
         here = self.directory
+        (here / "munge" / "socket").unlink(missing_ok=True)
         options = {"socket": "munge/socket", "key-file": "key/munge.key", "pid-file": "munge/pid"}
         options |= {"log-file": "log/munged", "seed-file": "key/seed"}
         given = [f"--{option}={here / path}" for option, path in options.items()]

@@ -2,11 +2,14 @@
 
 import json
 import signal
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from pjw import JobSpec
+from pjw.server.config import HOLD_SOCKET
 from tests.service import CALL_SECONDS, wait_for
 from tests.slurm_cluster import SlurmCluster, await_no_places, slurm_cluster
 
@@ -22,7 +25,6 @@ def made() -> Iterator[SlurmCluster]:
 def two(made: SlurmCluster) -> Iterator[SlurmCluster]:
     """The same, whole again after each test."""
     yield made
-    print(made.gateway.log.read_text()[-2000:])
     made.idle()
 
 
@@ -238,3 +240,63 @@ def test_nothing_is_submitted_twice_over_a_kill_of_the_gateway(two: SlurmCluster
         for each in blockers:
             client.stop(each.id, grace=0)
         assert {client.wait(each.id).reason for each in waiting} == {"completed"}
+
+
+def test_munge_is_down(two: SlurmCluster) -> None:
+    """Slurm's programs cannot say who they are: a job that waits says so, and goes on when it is back."""
+    gateway, slurm = two.gateway, two.slurm
+    with gateway.client() as client:
+        slurm.end("munged")
+        waiting = client.start(of_kind("echo late", memory_max_bytes=64 * 1024**2))
+        wait_for(lambda: "unge" in client.get(waiting.id).detail)
+        gateway.await_log("Slurm does not answer: squeue: ")
+        slurm.start_munge()
+        assert client.wait(waiting.id).reason == "completed"
+
+
+def test_what_is_missing_is_said_at_the_start(two: SlurmCluster, tmp_path: Path) -> None:
+    """No sbatch, no slurm.conf: in words, and the gateway does not start; nor does a node without the user."""
+    gateway = two.gateway
+    assert gateway.config is not None
+    for old, new, words in (
+        (f'bin = "{two.slurm.bin}"', 'bin = "/var/empty"', "needs sbatch, and there is none in /var/empty\n"),
+        (f'conf = "{two.slurm.conf}"', 'conf = "/no/such"', "names /no/such, and there is no such file\n"),
+    ):
+        config = tmp_path / "pjwd.toml"
+        config.write_text(gateway.config.replace(old, new))
+        command = [*gateway.command()[:-2], "--config", str(config)]
+        command[command.index("--state-dir") + 1] = str(tmp_path / "state")
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=CALL_SECONDS)
+        assert (done.returncode, words in done.stderr) == (1, True), done
+        assert "hint: " in done.stderr and "Traceback" not in done.stderr
+
+
+def test_who_may_hold_a_place(two: SlurmCluster) -> None:
+    """Root and the gateway's user; and the socket of a node takes nothing that is no hold."""
+    program = str(two.slurm.directory / "pjw-hold")
+    prefix = two.apart["n1"].prefix
+    arguments = (program, HOLD_SOCKET, "1:528:0::", "x")
+
+    def hold(*command: str, job: str = "999999") -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [*prefix, *command],
+            env={"SLURM_JOB_ID": job},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=CALL_SECONDS,
+        )
+
+    nobody = hold("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *arguments)
+    assert nobody.returncode == 75
+    assert nobody.stderr == "pjw-hold: pjwd lets in only root and the user of its cluster.hold_user\n"
+    odd = hold(program, HOLD_SOCKET, "nonsense", "x")
+    assert (odd.returncode, odd.stderr) == (
+        75,
+        "pjw-hold: the gateway knows nothing of this place, or has it elsewhere\n",
+    )
+    for job in ("", "0x1", "-1"):
+        assert hold(*arguments, job=job).returncode == 64
+    assert hold(program).returncode == 64
+    # one that Slurm has never heard of gets jobs like others, and is let go when there is none
+    assert hold(*arguments).returncode == 0
