@@ -37,9 +37,8 @@ class SlurmCluster(Cluster):
             hold = self.slurm.directory / "pjw-hold"
             shutil.copyfile(Path(holds.__file__).with_name("pjw-hold"), hold)
             hold.chmod(0o755)
-            config = (
-                f'[gateway.slurm]\nbin = "{self.slurm.bin}"\nconf = "{self.slurm.conf}"\nhold = "{hold}"\n{keys}'
-            )
+            config = f'[gateway.slurm]\nbin = "{self.slurm.bin}"\nconf = "{self.slurm.conf}"\n'
+            config += f'hold = "{hold}"\n{keys}'
             if "warm_seconds" not in keys:
                 config += f"warm_seconds = {WARM_SECONDS}\n"
             super().__init__(directory, nodes=nodes, gateway_config=config, engine="slurm")

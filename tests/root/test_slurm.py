@@ -60,7 +60,7 @@ def of_kind(command: str, **limits: int) -> JobSpec:
 
 
 def test_warm_places_take_the_next_job_of_their_kind(two: SlurmCluster) -> None:
-    """A job that follows costs Slurm nothing; another shape has a place of its own; each is given back in time."""
+    """A job that follows costs Slurm nothing; another shape has a place of its own; both are given back."""
     slurm = two.slurm
     with two.gateway.client() as client:
         first = client.wait(client.start("true").id)
@@ -89,7 +89,9 @@ def test_many_jobs_need_few_places(two: SlurmCluster) -> None:
 def test_a_place_that_slurm_takes_back(two: SlurmCluster) -> None:
     """Scancel: the job is stopped, within its grace, and is told revoked; the place is free only then."""
     gateway, slurm = two.gateway, two.slurm
-    job_id = gateway.ok("start", "trap 'sleep 1; echo told; exit 3' TERM; echo ready; sleep 300 & wait").strip()
+    job_id = gateway.ok(
+        "start", "trap 'sleep 1; echo told; exit 3' TERM; echo ready; sleep 300 & wait"
+    ).strip()
     with gateway.popen("logs", job_id) as logs:
         assert logs.stdout is not None
         assert logs.stdout.readline() == b"ready\n"
@@ -159,7 +161,7 @@ def test_a_drained_node_is_told(two: SlurmCluster) -> None:
 
 @pytest.mark.parametrize("what", ["gateway", "server", "both"])
 def test_a_place_keeps_its_job_over_a_kill(two: SlurmCluster, what: str) -> None:
-    """A hold that took a second job has that one when gateway or node are back, and its place is still Slurm's."""
+    """A hold that took a second job has that one when gateway or node are back."""
     gateway, slurm = two.gateway, two.slurm
     with gateway.client() as client:
         client.wait(client.start("true").id)
@@ -214,7 +216,9 @@ def test_slurmd_and_slurmctld_die(two: SlurmCluster) -> None:
         slurm.end(f"slurmd-{node.name}", signal.SIGKILL)
         slurm.end("slurmctld", signal.SIGKILL)
         waiting = client.start(of_kind("echo late", memory_max_bytes=128 * 1024**2))
-        wait_for(lambda: "Slurm" in client.get(waiting.id).detail and "controller" in client.get(waiting.id).detail)
+        wait_for(
+            lambda: "Slurm" in client.get(waiting.id).detail and "controller" in client.get(waiting.id).detail
+        )
         whole = begun + b"".join(seen)
         assert whole == b"".join(b"line %d\n" % (number + 1) for number in range(200))
         slurm.start_controller()
@@ -255,7 +259,7 @@ def test_munge_is_down(two: SlurmCluster) -> None:
 
 
 def test_what_is_missing_is_said_at_the_start(two: SlurmCluster, tmp_path: Path) -> None:
-    """No sbatch, no slurm.conf: in words, and the gateway does not start; nor does a node without the user."""
+    """No sbatch, no slurm.conf: in words, and the gateway does not start."""
     gateway = two.gateway
     assert gateway.config is not None
     for old, new, words in (

@@ -16,8 +16,7 @@ from pjw.worker import queue_rows
 from pjw.worker.rows import COLUMNS, job_of, to_ns
 
 _PLACEMENT: Final = (
-    "job_id, uuid, client_name, state, node, session, node_job_id, attempt, stop_signal, stop_grace,"
-    " hold"
+    "job_id, uuid, client_name, state, node, session, node_job_id, attempt, stop_signal, stop_grace, hold"
 )
 _ALIVE: Final = "state IN ('queued', 'claimed', 'running')"
 
@@ -126,7 +125,7 @@ def _move(
     )
 
 
-def claim(  # noqa: PLR0913  the transaction and all that it writes
+def claim(
     db: sqlite3.Connection,
     placed: Placement,
     limits: Limits,

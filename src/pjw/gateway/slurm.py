@@ -379,9 +379,7 @@ class Slurm:
 
     async def _submit(self, uuid: str, kind: Kind) -> None:
         drained = [
-            name
-            for name, node in self._nodes.known.items()
-            if node.row.drained and name in self._slurm_nodes
+            name for name, node in self._nodes.known.items() if node.row.drained and name in self._slurm_nodes
         ]
         try:
             number = await self._port.submit(
@@ -470,9 +468,9 @@ class Slurm:
             known.begun = asyncio.get_running_loop().time()
 
     async def _take_back(self) -> None:
-        """Take back what was asked for and is not needed any more: warm places took the jobs, or a stop did."""
+        """Take back what was asked for and is not needed any more, since warm places took the jobs."""
         wanted = Counter(each.kind for each in self._waiting.values())
-        surplus = []
+        surplus: list[str] = []
         for number, each in reversed(self._submitted.items()):
             waiting = sum(other.kind == each.kind for other in self._submitted.values())
             taken = sum(self._submitted[other].kind == each.kind for other in surplus)

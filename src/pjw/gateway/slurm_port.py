@@ -27,7 +27,7 @@ class SlurmRefusedError(PjwError):
 
 
 def start_slurm(settings: GatewaySlurm, uid: int | None) -> socket.socket:
-    """Start pjwd-slurm as user *uid* (None: our own); the socket to it. Raises ConfigError and KernelError."""
+    """Start pjwd-slurm as *uid* (None: as we are); the socket to it. Raises ConfigError and KernelError."""
     for name in _PROGRAMS:
         if shutil.which(name, path=settings.bin) is None:
             raise ConfigError(
@@ -78,7 +78,7 @@ class SlurmPort:
         return reader
 
     async def run(self, answers: asyncio.StreamReader) -> None:
-        """Hear the answers. Raises RuntimeError when pjwd-slurm has gone: the gateway starts again with it."""
+        """Hear the answers. Raises RuntimeError when pjwd-slurm has gone: a new gateway has a new one."""
         while line := await answers.readline():
             answer = json.loads(line)
             future = self._waiting.pop(answer["id"])
@@ -97,7 +97,7 @@ class SlurmPort:
         else:
             self._socket.close()
 
-    async def submit(  # noqa: PLR0913  what Slurm is told of a job, all of it
+    async def submit(
         self, uuid: str, shape: str, cpus: int, megabytes: int, minutes: int, exclude: list[str]
     ) -> str:
         """Submit a hold; the id of Slurm's job. Raises SlurmRefusedError, as all others here."""

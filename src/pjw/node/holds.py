@@ -20,7 +20,9 @@ from pjw.errors import KernelError
 from pjw.worker.background import Background
 
 _MESSAGE_BYTES_MAX: Final = 1024
-_HELLO: Final = re.compile(r"hold 1 ([1-9][0-9]{0,18}) ([0-9]{1,12}) ([!-~]{1,255}) ([!-~]{1,255}) ([!-~]{1,255})")
+_HELLO: Final = re.compile(
+    r"hold 1 ([1-9][0-9]{0,18}) ([0-9]{1,12}) ([!-~]{1,255}) ([!-~]{1,255}) ([!-~]{1,255})"
+)
 # struct ucred of unix(7): pid, user, group
 _PEER: Final = struct.Struct("iII")
 # nothing tells us when a descriptor for a connection is free again

@@ -23,7 +23,7 @@ _ANY: Final = ("0.0.0.0:", "[::]:")
 
 
 def hold_listener(config: ServerConfig) -> socket | None:
-    """The socket for places of Slurm's, as root; None where none are taken. Raises ConfigError, KernelError."""
+    """The socket for places of Slurm's, as root; None where it takes none. Raises ConfigError, KernelError."""
     if config.cluster.hold_user is None:
         return None
     return listen_for_holds(config.cluster.hold_socket, _hold_uid(config.cluster.hold_user))
@@ -39,7 +39,7 @@ def _hold_uid(name: str) -> int:
         ) from None
 
 
-def node_of_config(  # noqa: PLR0913  what a node is made of, all of it
+def node_of_config(
     config: ServerConfig,
     settings: WorkerSettings,
     worker: Worker,

@@ -221,11 +221,18 @@ class GatewaySlurm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         _Path, Meta(description="where pjwd listens on the nodes for holds (cluster.hold_socket)")
     ] = HOLD_SOCKET
     warm_seconds: Annotated[
-        float, Meta(ge=0, le=86_400, description="how long a place waits for the next job before Slurm gets it back")
+        float,
+        Meta(
+            ge=0, le=86_400, description="how long a place waits for the next job before Slurm gets it back"
+        ),
     ] = 30
     hold_max_seconds: Annotated[
         int,
-        Meta(ge=0, le=604_800, description="a place gets no more jobs when it is so old, so that others have a turn"),
+        Meta(
+            ge=0,
+            le=604_800,
+            description="a place gets no more jobs when it is so old, so that others have a turn",
+        ),
     ] = 3600
 
 
