@@ -28,9 +28,7 @@ class SlurmCluster(Cluster):
             self.apart: Final = {name: Apart() for name in names}
             for each in self.apart.values():
                 self._stack.callback(each.close)
-            self.slurm: Final = Slurm(
-                [SlurmNode(name, prefix=self.apart[name].prefix) for name in names], settings=settings
-            )
+            self.slurm: Final = Slurm([self.slurm_node(name) for name in names], settings=settings)
             self._stack.callback(self.slurm.close)
             self.slurm.start()
             # where every user finds it
@@ -45,6 +43,10 @@ class SlurmCluster(Cluster):
         except BaseException:
             self._stack.close()
             raise
+
+    def slurm_node(self, name: str) -> SlurmNode:
+        """What Slurm knows of a node."""
+        return SlurmNode(name, prefix=self.apart[name].prefix)
 
     def change_gateway(self, config: str) -> str:
         """The configuration of the gateway: it is a user whom Slurm knows."""

@@ -3,13 +3,15 @@
 import json
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from pjw import JobSpec
 from pjw.server.config import HOLD_SOCKET
+from tests.cluster import Cluster
+from tests.root import test_cluster as neutral
 from tests.service import CALL_SECONDS, wait_for
 from tests.slurm_cluster import SlurmCluster, await_no_places, slurm_cluster
 
@@ -57,6 +59,26 @@ def test_getting_started_through_slurm(two: SlurmCluster) -> None:
 def of_kind(command: str, **limits: int) -> JobSpec:
     """A job for a place of its own kind."""
     return JobSpec(command, limits=limits)
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        neutral.test_changes_and_usage_are_told,
+        neutral.test_what_a_command_leaves_is_told_as_on_one_machine,
+        neutral.test_a_node_that_is_away_for_a_moment_loses_nothing,
+        neutral.test_a_rogue_node_claims_nothing_of_anothers,
+    ],
+)
+def test_what_does_not_depend_on_the_engine(two: SlurmCluster, test: Callable[[Cluster], None]) -> None:
+    """The same as with the engine `pool`."""
+    test(two)
+
+
+@pytest.mark.parametrize("what", ["gateway", "both"])
+def test_a_follow_is_whole_over_a_kill(two: SlurmCluster, what: str) -> None:
+    """As with the engine `pool`."""
+    neutral.test_a_follow_is_whole_over_a_kill(two, what)
 
 
 def test_warm_places_take_the_next_job_of_their_kind(two: SlurmCluster) -> None:

@@ -120,7 +120,8 @@ class Placements:
     ) -> tuple[Placed, WaitingJob] | None:
         """A node claims a job; the job and what the node is to execute, or None when it may not have the job.
 
-        *hold*: the engine's place for it, where the engine gives places. The claim is on the disk then, so the node may start the job as soon as it has the answer.
+        *hold*: the engine's place for it, where the engine gives places. The claim is on the disk then, so
+        the node may start the job as soon as it has the answer.
         """
         placed = self._by_uuid.get(uuid)
         if placed is None or not self._engine.may_claim(uuid, node, hold):

@@ -23,7 +23,7 @@ _ANY: Final = ("0.0.0.0:", "[::]:")
 
 
 def hold_listener(config: ServerConfig) -> socket | None:
-    """The socket for places of Slurm's, as root; None where it takes none. Raises ConfigError, KernelError."""
+    """The socket for places of Slurm's, as root; None for none. Raises ConfigError and KernelError."""
     if config.cluster.hold_user is None:
         return None
     return listen_for_holds(config.cluster.hold_socket, _hold_uid(config.cluster.hold_user))

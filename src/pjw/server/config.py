@@ -216,7 +216,7 @@ class GatewaySlurm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     account: Annotated[
         _SlurmName, Meta(description="the account of all jobs; empty is the default of the gateway's user")
     ] = ""
-    hold: Annotated[_Path, Meta(description="the path of pjw-hold on the nodes")] = "/usr/bin/pjw-hold"
+    hold: Annotated[_Path, Meta(description="the path of pjw-hold on the nodes")] = "/usr/lib/pjw/pjw-hold"
     socket: Annotated[
         _Path, Meta(description="where pjwd listens on the nodes for holds (cluster.hold_socket)")
     ] = HOLD_SOCKET
