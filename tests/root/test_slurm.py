@@ -1,14 +1,22 @@
 """A gateway whose places a real Slurm gives: what it takes back, what it forgets, and what dies meanwhile."""
 
 import json
+import os
+import random
+import re
 import signal
 import subprocess
+import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Final
 
 import pytest
 
-from pjw import JobSpec
+from pjw import Job, JobSpec
 from pjw.server.config import HOLD_SOCKET
 from tests.cluster import Cluster
 from tests.root import test_cluster as neutral
@@ -280,6 +288,29 @@ def test_munge_is_down(two: SlurmCluster) -> None:
         assert client.wait(waiting.id).reason == "completed"
 
 
+def test_who_calls_slurm_is_killed(two: SlurmCluster) -> None:
+    """The gateway cannot start another, so it ends; the next one has its jobs."""
+    gateway = two.gateway
+    job_id = int(gateway.ok("start", "sleep 300"))
+    two.node_of(job_id)
+    assert gateway.process is not None
+    children = Path(f"/proc/{gateway.pid}/task/{gateway.pid}/children").read_text().split()
+    [helper] = [pid for pid in children if Path(f"/proc/{pid}/comm").read_text() == "pjwd-slurm\n"]
+    status = Path(f"/proc/{helper}/status").read_text()
+    assert re.search(r"^Uid:\t1\t1\t1\t1$", status, re.MULTILINE)
+    assert re.search(r"^NoNewPrivs:\t1$", status, re.MULTILINE)
+    os.kill(int(helper), signal.SIGKILL)
+    assert gateway.process.wait(CALL_SECONDS) == 1
+    text = gateway.log.read_text()
+    # told once with its reason, and no bug for whoever reads the log later
+    assert "answers of Slurm: the task has died, and pjw cannot go on without it" in text
+    gateway.log.write_text(text.replace("Traceback", "traceback"))
+    gateway.start()
+    with gateway.client() as client:
+        wait_for(lambda: not client.get(job_id).detail)
+        assert client.stop(job_id, grace=0).reason == "stopped"
+
+
 def test_what_is_missing_is_said_at_the_start(two: SlurmCluster, tmp_path: Path) -> None:
     """No sbatch, no slurm.conf: in words, and the gateway does not start."""
     gateway = two.gateway
@@ -326,3 +357,66 @@ def test_who_may_hold_a_place(two: SlurmCluster) -> None:
     assert hold(program).returncode == 64
     # one that Slurm has never heard of gets jobs like others, and is let go when there is none
     assert hold(*arguments).returncode == 0
+
+
+STORM_SECONDS: Final = 40.0
+
+
+@pytest.mark.slow
+def test_a_storm(two: SlurmCluster) -> None:
+    """Random kills under eight clients: no job runs twice, none is forgotten, all output is whole."""
+    gateway, slurm = two.gateway, two.slurm
+    chance = random.Random(16)
+    ended: list[Job] = []
+    over = threading.Event()
+
+    def work(number: int) -> None:
+        with gateway.client("alice" if number % 2 else "bob") as client:
+            while not over.is_set():
+                limits = {"memory_max_bytes": (64 + number % 3) * 1024**2}
+                job = client.start(JobSpec("echo begun; sleep 0.3; echo ended", limits=limits))
+                done = client.wait(job.id)
+                ended.append(done)
+                output = b"".join(client.logs(job.id))
+                assert output == b"begun\nended\n" or done.reason == "revoked", (done, output)
+
+    def kill(what: str) -> None:
+        node = chance.choice(list(two.nodes.values()))
+        match what:
+            case "gateway":
+                gateway.stop(signal.SIGKILL)
+                gateway.start()
+            case "server" | "both":
+                node.kill(what)
+                node.start()
+            case "slurmctld":
+                slurm.end(what, signal.SIGKILL)
+                slurm.start_controller()
+            case "slurmd":
+                slurm.end(f"slurmd-{node.name}", signal.SIGKILL)
+                slurm.start_node(node.name)
+            case "place":
+                for number, _, state in slurm.jobs()[:2]:
+                    if state == "RUNNING":
+                        slurm.ok("scancel", *chance.choice(([], ["--signal=KILL", "--full"])), number)
+
+    with ThreadPoolExecutor(8) as threads:
+        clients = [threads.submit(work, number) for number in range(8)]
+        deadline = time.monotonic() + STORM_SECONDS
+        try:
+            while time.monotonic() < deadline:
+                kill(chance.choice(["gateway", "server", "both", "slurmctld", "slurmd", "place", "place"]))
+                time.sleep(chance.random())
+        finally:
+            over.set()
+        for name, state in slurm.states().items():
+            if "drain" in state:
+                slurm.ok("scontrol", "update", f"nodename={name}", "state=resume")
+        for each in clients:
+            each.result(CALL_SECONDS)
+    print(Counter(job.reason for job in ended))
+    assert {job.reason for job in ended} <= {"completed", "revoked"}
+    assert len(ended) > STORM_SECONDS / 4
+    rows = [json.loads(line) for node in two.nodes.values() for line in neutral._rows_of(node.state)]
+    uuids = [row["request_id"] for row in rows]
+    assert len(uuids) == len(set(uuids))

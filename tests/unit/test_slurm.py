@@ -177,8 +177,13 @@ async def test_what_slurm_forgets() -> None:
     cluster.engine.claimed("a", "alice", node, SMALL, "1")
     cluster.port.has[0]["state"] = "RUNNING"
     await cluster.sample()
-    assert cluster.revoked == []
     cluster.port.has.clear()
+    await cluster.sample()
+    # its node has the place
+    assert cluster.revoked == []
+    assert node.session is not None
+    cluster.nodes.session_over(node, node.session)
+    node.session = Session(pb.Hello(node="n1", session="again"))
     await cluster.sample()
     assert cluster.revoked == ["a"]
     assert cluster.engine.why("b") == (

@@ -419,7 +419,8 @@ class Slurm:
             self._samples += 1
             try:
                 jobs = await self._port.jobs()
-                self._slurm_nodes = await self._port.nodes()
+                if self._waiting or self._is_new:
+                    self._slurm_nodes = await self._port.nodes()
             except PjwError as error:
                 words = f"Slurm does not answer: {error}"
                 if words != self._silent:
@@ -447,7 +448,9 @@ class Slurm:
         for number, job in jobs.items():
             self._see(number, job)
         for uuid, place in list(self._placed.items()):
-            if place.claimed and place.hold and place.since < self._samples and place.hold not in jobs:
+            # if its node says that the place is there, then it is, whatever Slurm has forgotten
+            is_gone = place.hold not in jobs and place.hold not in self._holds
+            if is_gone and place.hold and place.claimed and place.since < self._samples:
                 self.revoked(uuid)
         await self._take_back()
         self.look()

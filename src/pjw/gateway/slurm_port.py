@@ -71,6 +71,7 @@ class SlurmPort:
         self._writer: asyncio.StreamWriter | None = None
         self._waiting: Final[dict[int, asyncio.Future[Any]]] = {}
         self._number = 0
+        self._is_closed = False
 
     async def begin(self) -> asyncio.StreamReader:
         """Connect; the answers, for `run`."""
@@ -88,10 +89,12 @@ class SlurmPort:
                 future.set_exception(SlurmRefusedError(answer["error"]))
             else:
                 future.set_result(answer["result"])
-        raise RuntimeError("pjwd-slurm has gone")
+        if not self._is_closed:
+            raise RuntimeError("pjwd-slurm has gone")
 
     def close(self) -> None:
         """Hang up: pjwd-slurm ends."""
+        self._is_closed = True
         if self._writer is not None:
             self._writer.close()
         else:

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import socket
+import stat
 import struct
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -25,6 +26,8 @@ _HELLO: Final = re.compile(
 )
 # struct ucred of unix(7): pid, user, group
 _PEER: Final = struct.Struct("iII")
+# of several pjwd on one host; nothing in it can be read by others
+_OURS: Final = "/run/pjw"
 # nothing tells us when a descriptor for a connection is free again
 _RETRY_SECONDS: Final = 1
 
@@ -35,7 +38,12 @@ def listen_for_holds(path: str, uid: int) -> socket.socket:
     """A socket to which only root and user *uid* may connect. As root. Raises KernelError."""
     made = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
     try:
-        os.makedirs(os.path.dirname(path), 0o755, exist_ok=True)
+        directory = os.path.dirname(path)
+        os.makedirs(directory, exist_ok=True)
+        if directory == _OURS:
+            # pjwd may have made it, with a umask that leaves others nothing
+            mode = stat.S_IMODE(os.stat(directory).st_mode)
+            os.chmod(directory, mode | stat.S_IXGRP | stat.S_IXOTH)  # noqa: S103  to pass, not to read
         with suppress(FileNotFoundError):
             os.unlink(path)
         made.bind(path)

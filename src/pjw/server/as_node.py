@@ -3,7 +3,6 @@
 import pwd
 from collections.abc import Callable
 from pathlib import Path
-from socket import socket
 from typing import Final
 
 from pjw.certs.files import ServerCredentials
@@ -22,21 +21,19 @@ _BOOT_ID: Final = "/proc/sys/kernel/random/boot_id"
 _ANY: Final = ("0.0.0.0:", "[::]:")
 
 
-def hold_listener(config: ServerConfig) -> socket | None:
-    """The socket for places of Slurm's, as root; None for none. Raises ConfigError and KernelError."""
-    if config.cluster.hold_user is None:
+def holds_of(config: ServerConfig) -> Holds | None:
+    """The places of Slurm's that this node takes, as root; None: none. Raises ConfigError, KernelError."""
+    name = config.cluster.hold_user
+    if name is None:
         return None
-    return listen_for_holds(config.cluster.hold_socket, _hold_uid(config.cluster.hold_user))
-
-
-def _hold_uid(name: str) -> int:
     try:
-        return pwd.getpwnam(name).pw_uid
+        uid = pwd.getpwnam(name).pw_uid
     except KeyError:
         raise ConfigError(
             f"cluster.hold_user names {name!r}, and no user is called so on this host",
             hint="it is the user of the gateway, with the same user id on all nodes",
         ) from None
+    return Holds(listen_for_holds(config.cluster.hold_socket, uid), uid)
 
 
 def node_of_config(
@@ -46,7 +43,7 @@ def node_of_config(
     store: JobStore,
     listening: str,
     credentials: Callable[[], ServerCredentials],
-    holds: socket | None,
+    holds: Holds | None,
 ) -> Node:
     """The node, which has not called yet. Raises ConfigError for a configuration that is no node's."""
     gateway = config.cluster.gateway
@@ -86,5 +83,5 @@ def node_of_config(
             uid_count=settings.uid_count,
         ),
         credentials,
-        Holds(holds, _hold_uid(config.cluster.hold_user or "root")) if holds is not None else None,
+        holds,
     )

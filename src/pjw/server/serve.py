@@ -4,12 +4,11 @@ import asyncio
 import logging
 import resource
 import signal
-import socket
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 
@@ -40,6 +39,10 @@ from pjw.worker import Worker, WorkerSettings
 from pjw.worker.background import Background
 from pjw.worker.launcher_process import LauncherProcess
 from pjw.worker.state_dir import StateDir
+
+if TYPE_CHECKING:
+    # nothing of a cluster is loaded by a pjwd that is none of its nodes
+    from pjw.node.holds import Holds
 
 # How long running calls may take to end when the server drains; followers end at once.
 DRAIN_SECONDS: Final = 5
@@ -120,11 +123,11 @@ def run(
     state: StateDir,
     launcher: LauncherProcess,
     backups: BackupPort,
-    holds: socket.socket | None = None,
+    holds: "Holds | None" = None,
 ) -> int:
     """Serve until SIGTERM or SIGINT; the exit code. Raises PjwError when it cannot listen.
 
-    *holds*: where Slurm's places connect to a node of a cluster.
+    *holds*: the places that Slurm gives, where this is a node of a cluster that takes them.
     """
     return asyncio.run(serve(serving, _of_this_machine(serving, state, launcher, backups, holds)))
 
@@ -135,7 +138,7 @@ async def _of_this_machine(
     state: StateDir,
     launcher: LauncherProcess,
     backups: BackupPort,
-    holds: socket.socket | None,
+    holds: "Holds | None",
 ) -> AsyncGenerator[Served, None]:
     async with AsyncExitStack() as stack:
         stack.callback(backups.close)

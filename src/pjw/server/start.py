@@ -125,9 +125,9 @@ def _serve(config: ServerConfig, path: str | None, options: Mapping[str, object]
         import_module("pjw.server.metrics")
     holds = None
     if config.cluster.gateway is not None:
-        from pjw.server.as_node import hold_listener
+        from pjw.server.as_node import holds_of
 
-        holds = hold_listener(config)
+        holds = holds_of(config)
     _finish(trial)
     sandbox = Sandbox(state.descriptor, listening_ports(plan.listen, plan.metrics), descriptors_for(config))
     enter(sandbox, uid)
