@@ -19,7 +19,6 @@ from pjw.cluster.v1 import cluster_pb2 as cpb
 from pjw.errors import (
     GpuError,
     ImageNotFoundError,
-    InvalidJobError,
     JobStateError,
     LimitReachedError,
     MountNotFoundError,
@@ -54,7 +53,7 @@ def made(directory: Path) -> Iterator[Cluster]:
     config = (
         # fewer than the gateway thinks
         "[clients]\nrunning_total_max = 2\n"
-        f'[mounts.data]\npath = "{directory}/data"\n'
+        f'[network]\nhosts = ["good.test"]\n[mounts.data]\npath = "{directory}/data"\n'
         f'[gpus]\nkind = "{cdi.KIND}"\ncdi_dirs = ["{directory}/cdi"]\nclients = ["alice"]\n'
     )
     with cluster(node_configs={"n2": config}, gateway_config="[clients]\nqueued_max = 40\n") as made:
@@ -334,8 +333,9 @@ def test_jobs_go_to_nodes_that_have_what_they_need(two: Cluster, alice: Client) 
         alice.start(JobSpec("true", mounts=["other"]))
     with pytest.raises(GpuError, match="asks for 3 GPUs, and no node has more than 2"):
         alice.start(JobSpec("true", gpus=3))
-    with pytest.raises(InvalidJobError, match="no node offers names on the network"):
-        alice.start(JobSpec("true", allow=["pypi.org"]))
+    named = alice.run(JobSpec("echo $HTTPS_PROXY", allow=["good.test"]))
+    assert (named.output, named.job.node) == (b"http://127.0.0.1:3128\n", "n2")
+    assert "does not offer it to alice" in alice.run(JobSpec("true", allow=["bad.test"])).job.detail
     with two.gateway.client("bob") as bob:
         # the node's operator says to whom, and so the node
         refused = bob.run(JobSpec("true", gpus=1)).job

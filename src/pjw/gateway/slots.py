@@ -56,7 +56,7 @@ class ClusterSlots(Slots):
 
     def why_no_room(self) -> str:
         """See `Slots`."""
-        return self._engine.why("")
+        return self._engine.why("") or super().why_no_room()
 
     def passed_over(self, job: Wanting) -> str:
         """See `Slots`: a job that not every node can run; what becomes free elsewhere is for others."""

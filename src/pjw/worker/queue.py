@@ -103,8 +103,8 @@ class Queue:
         # further one can be started now: so many run, or those that wait cannot be started yet
         self._drawn: Final[defaultdict[int, set[int]]] = defaultdict(set)
         self._shut: Final[defaultdict[str, set[int]]] = defaultdict(set)
-        # jobs of each client that others may pass, as not every room is for them; and why they wait
-        self._passed: Final[defaultdict[str, dict[int, str]]] = defaultdict(dict)
+        # jobs of each client that others may pass, as not every room is for them
+        self._passed: Final[defaultdict[str, dict[int, Head]]] = defaultdict(dict)
         # arrays that somebody waits for, and of which an element has ended, maybe the last one
         self._maybe_over: Final[set[int]] = set()
         # the jobs of each client that are being started, by their ids
@@ -201,11 +201,21 @@ class Queue:
         self._held_up.clear()
         self._all_held_up = False
         self.gpus_freed()
-        if self._passed:
-            self._heads.update(dict.fromkeys(self._passed))
-            self._passed.clear()
+        self._look_at_passed()
         if self._heads:
             self._look.set()
+
+    def _look_at_passed(self) -> None:
+        """Let those that were passed be next again, where they have room, or may not be passed any more."""
+        for client_name, passed in list(self._passed.items()):
+            for job in list(passed.values()):
+                if self._slots.has_room(job) or not self._slots.passed_over(job):
+                    del passed[job.id]
+                    self._heads[client_name] = None
+            if len(passed) >= PASSED_MAX:
+                self._held_up.add(client_name)
+            elif not passed:
+                del self._passed[client_name]
 
     def gpus_freed(self) -> None:
         """Jobs have fewer GPUs, or the one that is next to have some may wait no more: look again who is."""
@@ -324,6 +334,7 @@ class Queue:
 
     def _left(self, job_id: int, client_name: str) -> None:
         self._attempts.pop(job_id, None)
+        self._passed.get(client_name, {}).pop(job_id, None)
         self._note_end(job_id)
         head = self._heads.get(client_name)
         if head is not None and head.id == job_id:
@@ -431,11 +442,10 @@ class Queue:
 
     def _pass_over(self, job: Head) -> bool:
         """Let others go before a job that has no room, if they can do so without harm to it."""
-        why = self._slots.passed_over(job)
-        if not why:
+        if not self._slots.passed_over(job):
             return False
         passed = self._passed[job.client_name]
-        passed[job.id] = why
+        passed[job.id] = job
         self._heads[job.client_name] = None
         if len(passed) >= PASSED_MAX:
             self._held_up.add(job.client_name)
@@ -472,6 +482,7 @@ class Queue:
     def _open(self, client_name: str, job_id: int) -> None:
         """A job, or an element of an array, may be the next one of its client."""
         self._heads[client_name] = None
+        self._passed.get(client_name, {}).pop(job_id, None)
         self._shut[client_name].discard(job_id)
         if not self._shut[client_name]:
             del self._shut[client_name]
@@ -651,8 +662,10 @@ class Queue:
             return "waits: the server cannot start a job now, and tries again soon"
         if words := self._refused.get(client_name) or self._all_refused:
             return f"waits: {words}"
-        if passed := self._passed.get(client_name, {}).get(job.array_id or job.id):
-            return passed
+        if (job.array_id or job.id) in self._passed.get(client_name, ()) and (
+            words := self._slots.passed_over(job)
+        ):
+            return words
         if self._is_short and job.gpus and self._next_with_gpus is not None:
             is_next = self._next_with_gpus.id in (job.id, job.array_id)
             free = f"{job.gpus} free GPU{'s' * (job.gpus > 1)}"
