@@ -1,6 +1,7 @@
 """The engine `pool`: who gets which job, and why others wait."""
 
 import asyncio
+from random import Random
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from pjw.cluster.v1 import cluster_pb2 as pb
 from pjw.gateway.nodes import Node, Nodes, Session, Shape
 from pjw.gateway.pool import Pool
 from pjw.gateway.rows import NodeRow
+from pjw.gateway.waiting import Kind, Waiting
 
 SMALL = Shape(1000, 512)
 
@@ -131,3 +133,76 @@ async def test_a_node_that_cannot_start_jobs_is_left_alone_for_a_while(
         while not (assigned := cluster.assigned(node)):
             await asyncio.sleep(0.01)
     assert assigned == ["a"]
+
+
+async def test_a_job_has_the_node_of_its_choice_or_waits() -> None:
+    """Others pass it meanwhile, and the words name the node."""
+    cluster = Cluster()
+    first, second = cluster.node("n1"), cluster.node("n2", cpu=1000)
+    mine = Shape(1000, 512, "n2")
+    for uuid, shape in (("a", mine), ("b", mine), ("c", SMALL), ("d", Shape(1, 1, "n3"))):
+        cluster.pool.submit(uuid, "alice", shape)
+    assert (cluster.assigned(first), cluster.assigned(second)) == (["c"], ["a"])
+    assert cluster.pool.why("b") == "waits for node n2: it has no room for it now"
+    assert cluster.pool.why("d") == "waits for node n3: it is not connected"
+    cluster.pool.cancel("c")
+    assert cluster.assigned(first) == []
+    cluster.pool.cancel("a")
+    assert cluster.assigned(second) == ["b"]
+
+
+@pytest.mark.parametrize("seed", range(30))
+async def test_any_order_of_events_is_as_a_look_at_everything(seed: int) -> None:
+    """A look at what has changed alone finds the same: nothing waits that could have a node."""
+    draw = Random(seed)
+    most = draw.choice((0, 3))
+    cluster = Cluster(most)
+    nodes = [cluster.node(f"n{number}", cpu=draw.choice((1000, 2000, 3000))) for number in range(5)]
+    cluster.pool.look()
+    shapes = [SMALL, Shape(2000, 0), Shape(0, 100), Shape(1000, 1, "n2")]
+    there: list[str] = []
+    for number in range(150):
+        match draw.randrange(4):
+            case 0 | 1:
+                cluster.pool.submit(f"j{number}", draw.choice("ab"), draw.choice(shapes))
+                there.append(f"j{number}")
+            case 2 if there:
+                cluster.pool.cancel(there.pop(draw.randrange(len(there))))
+            case _:
+                node = draw.choice(nodes)
+                if node.session is None:
+                    node.session = Session(pb.Hello(node=node.row.name, session=str(number)))
+                    cluster.nodes.came()
+                else:
+                    cluster.nodes.session_over(node, node.session)
+        pool = cluster.pool
+        for uuid in there:
+            kind = pool._waiting.of(uuid)
+            if kind is None:
+                assert uuid in pool._placed
+                continue
+            is_free = not most or pool._of_client[kind.client_name] < most
+            fits = any(node.session and node.has_room(kind.shape) for node in nodes)
+            assert not (is_free and fits), (number, uuid)
+        for node in nodes:
+            used = node.used()
+            assert used.millicores <= node.row.cpu_max_millicores
+            assert sorted(node.jobs) == sorted(
+                uuid for uuid in there if pool._placed.get(uuid, ("", None))[1] is node
+            )
+
+
+def test_those_who_wait_are_in_their_order() -> None:
+    """By kinds, and with those that come back before all others."""
+    waiting, a, b = Waiting(), Kind("a", SMALL), Kind("b", SMALL)
+    for uuid, kind in (("1", a), ("2", b), ("3", a)):
+        waiting.add(uuid, kind)
+    waiting.put_back({"x": b, "y": a, "z": b})
+    order = []
+    while heads := sorted(waiting.heads()):
+        first = waiting.first(heads[0][1])
+        assert first is not None
+        order.append(first[1])
+        waiting.discard(first[1])
+    assert order == ["x", "y", "z", "1", "2", "3"]
+    assert not waiting

@@ -24,12 +24,16 @@ from pjw.errors import (
     JobStateError,
     LimitRangeError,
     LimitReachedError,
+    NotAllowedError,
     PjwError,
 )
 from pjw.gateway import rows
+from pjw.gateway.archive import Archive as OutputArchive
+from pjw.gateway.archiving import Archiver
 from pjw.gateway.dial import Dial
 from pjw.gateway.jobs import Placed, Placements, lost_words
 from pjw.gateway.nodes import Node, Nodes
+from pjw.gateway.numbers import series_of
 from pjw.gateway.pool import Pool
 from pjw.gateway.proxy import NoReading, OnNode, ProxyReading
 from pjw.gateway.refused import check_spec, not_yet
@@ -53,6 +57,7 @@ from pjw.model import (
     TerminalSize,
     UsageSample,
     Workspace,
+    are_for,
 )
 from pjw.rpc.convert import sample_from_message
 from pjw.server.backend import Reading, Written
@@ -82,7 +87,10 @@ class GatewayBackend:
         nodes: Nodes,
         dial: Dial,
         background: Background,
+        choose_node: Sequence[str] = (),
     ) -> None:
+        # whose jobs may have a node of their choice
+        self._choose_node: Final = choose_node
         self._state: Final = state
         self._store: Final = state.store
         self._settings = settings
@@ -95,11 +103,23 @@ class GatewayBackend:
         self._pruner: Final = Pruner(state, settings.retention)
         self._changes: Final = Changes(state.store, background, Flag(), self._shown)
         self._removing: Final[set[str]] = set()
+        self._archive: OutputArchive | None = None
+        self.archiver: Archiver | None = None
         self.placements.ended.append(lambda _: self._pruner.job_ended())
         self._pruner.removed.append(self._remove_on_nodes)
         nodes.came = self._node_came
         nodes.went = self.engine.session_over
         nodes.was_lost = self._node_lost
+
+    def keep_in(self, archive: OutputArchive) -> None:
+        """Have the archive keep copies of the output of jobs that end."""
+        self._archive = archive
+        self.archiver = Archiver(archive, self._store, self._dial, self._nodes, self._background)
+        self.placements.ended.append(self._to_archive)
+
+    def _to_archive(self, job: Job) -> None:
+        if self.archiver is not None and (node := self._nodes.known.get(job.node)) is not None:
+            self.archiver.look_at(node)
 
     async def begin(self) -> None:
         """Take over the jobs and nodes that the gateway before us has left."""
@@ -113,6 +133,8 @@ class GatewayBackend:
     def _node_came(self) -> None:
         self.engine.look()
         self._remove_on_nodes()
+        if self.archiver is not None:
+            self.archiver.look()
 
     def _node_lost(self, node: Node) -> None:
         self._background.spawn(self._lose(node))
@@ -144,6 +166,7 @@ class GatewayBackend:
         """
         for spec in specs:
             check_spec(spec)
+            self._require_node(spec, client_name)
         asked = [(replace(spec, queue=QueueSpec()), self._limits_of(spec)) for spec in specs]
         number, most = await self._store.client_number(client_name), self._nodes.uid_count
         if most and number >= most:
@@ -152,6 +175,17 @@ class GatewayBackend:
                 hint="the operator can configure a larger range, the same on all nodes",
             )
         return await asyncio.shield(self._submit(asked, client_name))
+
+    def _require_node(self, spec: JobSpec, client_name: str) -> None:
+        if not spec.node:
+            return
+        if not are_for(self._choose_node, client_name):
+            raise NotAllowedError(
+                f"{client_name} may not choose a node",
+                hint="the operator can allow it with gateway.choose_node",
+            )
+        if spec.node not in self._nodes.known:
+            raise InvalidJobError(f"no node {spec.node}", hint="the operator knows the nodes: pjw nodes")
 
     async def _submit(self, asked: Sequence[tuple[JobSpec, Limits]], client_name: str) -> Sequence[Job]:
         specs = [spec for spec, _ in asked]
@@ -326,9 +360,23 @@ class GatewayBackend:
             )
         if job.state is JobState.QUEUED and not part.follow:
             return NoReading(part.offset)
-        reading = ProxyReading(self._dial, lambda: self._where(job.id), part)
+        if (archived := await self._in_archive(job.id, part)) is not None:
+            return archived
+        reading = ProxyReading(
+            self._dial, lambda: self._where(job.id), lambda part: self._in_archive(job.id, part), part
+        )
         await reading.seek()
         return reading
+
+    async def _in_archive(self, job_id: int, part: Part) -> Reading | None:
+        """A part of the output of a job, from the archive; None when it is not there."""
+        if self._archive is None or job_id in self.placements.live:
+            return None
+        placement = await self._store.transact(rows.find, job_id)
+        if placement is None or placement.archived != rows.ARCHIVED:
+            return None
+        job = await self._store.get(job_id)
+        return None if job is None else await self._archive.reading(job, part)
 
     async def _where(self, job_id: int) -> OnNode | None:
         """Where a job is, once a node runs it; None when it ended without that."""
@@ -521,13 +569,14 @@ class GatewayBackend:
     async def numbers(self) -> WorkerNumbers:
         """How much of everything there is."""
         totals = {name: (jobs, stored) for name, jobs, stored in await self._store.totals()}
-        jobs = [placed.shown for placed in self.placements.live.values()]
-        begun = Counter(job.client_name for job in jobs if job.state is not JobState.QUEUED)
+        # not `shown`, which makes a copy of each
+        states = [(placed.state, placed.job.client_name) for placed in self.placements.live.values()]
+        begun = Counter(name for state, name in states if state is not JobState.QUEUED)
         queued = Counter(await self._store.waiting_of_clients())
         oldest_ns = await self._store.oldest_ready_ns()
         disk = os.fstatvfs(self._state.descriptor)
         return WorkerNumbers(
-            live=Counter(job.state for job in jobs if job.state is not JobState.QUEUED),
+            live=Counter(state for state, _ in states if state is not JobState.QUEUED),
             ends=dict(self.placements.by_reason),
             clients={
                 name: ClientNumbers(begun[name], *totals.get(name, (0, 0)), queued[name])
@@ -538,6 +587,7 @@ class GatewayBackend:
             output_held=0,
             launcher_up=True,
             oldest_queued_seconds=0.0 if oldest_ns is None else max(0.0, (time.time_ns() - oldest_ns) / 1e9),
+            more=series_of(self._nodes, self.placements, self.archiver),
         )
 
     async def answers(self) -> None:

@@ -6,7 +6,7 @@ Old news change nothing: the table decides that (rows.py), not the order in whic
 
 import logging
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Final
@@ -38,17 +38,21 @@ class Placed:
         self.stop_told: Session | None = None
 
     @property
+    def state(self) -> JobState:
+        """The state of the job as clients see it."""
+        if self.placement.state is PlacementState.RUNNING and not self.job.state.final:
+            return JobState.STOPPING if self.placement.stop_signal is not None else JobState.RUNNING
+        return self.job.state
+
+    @property
     def shown(self) -> Job:
         """The job as clients see it, without the reason why it waits."""
-        if self.placement.state is PlacementState.RUNNING and not self.job.state.final:
-            state = JobState.STOPPING if self.placement.stop_signal is not None else JobState.RUNNING
-            return replace(self.job, state=state)
-        return self.job
+        return self.job if self.state is self.job.state else replace(self.job, state=self.state)
 
 
-def shape_of(limits: Limits) -> Shape:
-    """How much of a node a job takes."""
-    return Shape(limits.cpu_max_millicores, limits.memory_max_bytes)
+def shape_of(limits: Limits, choice: str = "") -> Shape:
+    """How much of a node a job takes, and which node if a client has chosen one."""
+    return Shape(limits.cpu_max_millicores, limits.memory_max_bytes, choice)
 
 
 def lost_words(node: Node) -> str:
@@ -64,8 +68,11 @@ class Placements:
         self._engine: Final = engine
         self.live: Final[dict[int, Placed]] = {}
         self._by_uuid: Final[dict[str, Placed]] = {}
+        # those that have a node, by its name and their ids
+        self._of_node: Final[defaultdict[str, dict[int, Placed]]] = defaultdict(dict)
         # jobs that have ended since this gateway began
         self.by_reason: Final[Counter[EndReason]] = Counter()
+        self.claims = 0
         # called when a job has ended
         self.ended: Final[list[Callable[[Job], None]]] = []
 
@@ -76,9 +83,11 @@ class Placements:
         for placement, job in await self._store.transact(rows.alive):
             placed = self._hold(placement, job)
             if placement.state is PlacementState.QUEUED:
-                self._engine.submit(placement.uuid, job.client_name, shape_of(job.limits))
+                self._engine.submit(placement.uuid, job.client_name, shape_of(job.limits, placement.choice))
             elif (node := nodes.get(placement.node)) is not None:
-                self._engine.claimed(placement.uuid, job.client_name, node, shape_of(job.limits))
+                self._engine.claimed(
+                    placement.uuid, job.client_name, node, shape_of(job.limits, placement.choice)
+                )
             else:
                 await self._lose(placed, PlacementEvent.NODE_LOST, "its node was forgotten")
 
@@ -92,11 +101,12 @@ class Placements:
         if (known := self.live.get(job.id)) is not None:
             return known
         placed = self._hold(placement, job)
-        self._engine.submit(placement.uuid, job.client_name, shape_of(job.limits))
+        self._engine.submit(placement.uuid, job.client_name, shape_of(job.limits, placement.choice))
         return placed
 
     def _hold(self, placement: Placement, job: Job) -> Placed:
         placed = self.live[job.id] = self._by_uuid[placement.uuid] = Placed(placement, job)
+        self._of_node[placement.node][job.id] = placed
         return placed
 
     def of(self, uuid: str) -> Placed | None:
@@ -105,11 +115,8 @@ class Placements:
 
     def on(self, node: Node) -> list[Placed]:
         """The jobs that a node has claimed, and that have not ended."""
-        return [
-            placed
-            for placed in self.live.values()
-            if placed.placement.node == node.row.name and placed.placement.state is not PlacementState.QUEUED
-        ]
+        there = self._of_node.get(node.row.name, {})
+        return [each for each in there.values() if each.placement.state is not PlacementState.QUEUED]
 
     # --- what happens
 
@@ -131,7 +138,8 @@ class Placements:
         )
         if job is None:
             return None
-        self._engine.claimed(uuid, job.client_name, node, shape_of(job.limits))
+        self.claims += 1
+        self._engine.claimed(uuid, job.client_name, node, shape_of(job.limits, placement.choice))
         self._moved(
             placed,
             job,
@@ -164,7 +172,9 @@ class Placements:
         if placed.placement.stop_signal is not None:
             await self.cancel(placed)
             return
-        self._engine.submit(placed.placement.uuid, job.client_name, shape_of(job.limits))
+        self._engine.submit(
+            placed.placement.uuid, job.client_name, shape_of(job.limits, placed.placement.choice)
+        )
 
     async def cancel(self, placed: Placed) -> Job | None:
         """End a job that no node has; None when one was first."""
@@ -229,9 +239,11 @@ class Placements:
             each(job)
         return job
 
-    @staticmethod
-    def _moved(placed: Placed, job: Job, **changes: Any) -> None:  # noqa: ANN401  members of a Placement
+    def _moved(self, placed: Placed, job: Job, **changes: Any) -> None:  # noqa: ANN401  of a Placement
+        self._of_node[placed.placement.node].pop(job.id, None)
         placed.job = job
         placed.placement = replace(placed.placement, **changes)
+        if not placed.placement.state.final:
+            self._of_node[placed.placement.node][job.id] = placed
         before, placed.changed = placed.changed, Flag()
         before.set()

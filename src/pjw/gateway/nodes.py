@@ -5,12 +5,14 @@ import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
+from enum import StrEnum
 from typing import Final, NamedTuple
 
 from pjw.cluster.v1 import cluster_pb2 as pb
 from pjw.errors import JobStateError, NodeNotFoundError
 from pjw.gateway import rows
 from pjw.gateway.rows import NodeRow
+from pjw.gateway.skew import require_no_newer
 from pjw.worker.background import Background
 from pjw.worker.flag import Flag
 from pjw.worker.store import JobStore
@@ -23,6 +25,18 @@ class Shape(NamedTuple):
 
     millicores: int
     memory: int
+    # the only node that the job may have; empty: any
+    node: str = ""
+
+
+class NodeState(StrEnum):
+    """Whether a node gets jobs."""
+
+    UP = "up"
+    DRAINED = "drained"
+    # not connected, and its jobs are not lost yet
+    AWAY = "away"
+    LOST = "lost"
 
 
 class Session:
@@ -69,22 +83,47 @@ class Node:
         self.heard = heard
         # set when it comes or goes, and then replaced
         self.changed = Flag()
-        # the jobs that are assigned to it, or that it has claimed, by their uuids
+        # the jobs that are assigned to it, or that it has claimed, by their uuids: see `take`, `give_back`
         self.jobs: Final[dict[str, Shape]] = {}
+        # what they take of a node with so many processors and so much memory; None: to be summed
+        self._used: tuple[int, int, Shape] | None = None
         self.timer: asyncio.TimerHandle | None = None
+
+    @property
+    def state(self) -> NodeState:
+        """How it is."""
+        if self.session is not None:
+            return NodeState.DRAINED if self.row.drained else NodeState.UP
+        return NodeState.LOST if self.row.is_lost else NodeState.AWAY
 
     @property
     def gets_jobs(self) -> bool:
         """Whether jobs may be assigned to it."""
         return self.session is not None and not self.row.drained
 
+    def take(self, uuid: str, shape: Shape) -> None:
+        """A job is assigned to it."""
+        self.jobs[uuid] = shape
+        self._used = None
+
+    def give_back(self, uuid: str) -> None:
+        """A job is not there any more."""
+        del self.jobs[uuid]
+        self._used = None
+
     def used(self) -> Shape:
         """How much of it its jobs take."""
-        taken = [self._part(shape) for shape in self.jobs.values()]
-        return Shape(sum(each.millicores for each in taken), sum(each.memory for each in taken))
+        size = self.row.cpu_max_millicores, self.row.memory_max_bytes
+        if self._used is None or self._used[:2] != size:
+            taken = [self._part(shape) for shape in self.jobs.values()]
+            used = Shape(sum(each.millicores for each in taken), sum(each.memory for each in taken))
+            self._used = *size, used
+        return self._used[2]
 
     def has_room(self, shape: Shape) -> bool:
         """Whether a job of this shape fits beside its jobs; a job that is too large takes the whole node."""
+        if shape.node not in ("", self.row.name):
+            return False
         used, wanted = self.used(), self._part(shape)
         return all(
             not most or there + more <= most
@@ -118,6 +157,9 @@ class Nodes:
         self.heartbeat_seconds: Final = heartbeat_seconds
         self.lost_after_seconds: Final = lost_after_seconds
         self.known: Final[dict[str, Node]] = {}
+        # how many sessions nodes have begun, and how often one was lost
+        self.sessions = 0
+        self.lost = 0
         # called when a node may get jobs again, or has more room
         self.came: Callable[[], None] = lambda: None
         # called with a node whose session is over, and with a node that is lost
@@ -155,6 +197,7 @@ class Nodes:
     async def connected(self, session: Session) -> Node:
         """A node has said hello. Raises JobStateError for a node that does not fit the others."""
         hello, now = session.hello, asyncio.get_running_loop().time()
+        require_no_newer(hello)
         self._require_same_users(hello)
         row = NodeRow(
             hello.node,
@@ -176,6 +219,7 @@ class Nodes:
         await self._store.transact(rows.keep_node, row)
         node.row, node.heard = row, now
         node.session = session
+        self.sessions += 1
         self._watch(node)
         log.info("node %s is connected", row.name)
         return node
@@ -226,6 +270,7 @@ class Nodes:
             "node %s was not heard of for %g s: its jobs are lost", node.row.name, self.lost_after_seconds
         )
         node.timer = None
+        self.lost += 1
         node.row = replace(node.row, is_lost=True)
         self._background.spawn(self._keep(node))
         if node.session is not None:

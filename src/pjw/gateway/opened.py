@@ -6,6 +6,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import grpc
 
 from pjw.certs.files import Credentials
+from pjw.gateway.archive import Archive
 from pjw.gateway.backend import GatewayBackend
 from pjw.gateway.cluster_service import CLUSTER_SERVICE, ClusterService
 from pjw.gateway.dial import Dial
@@ -22,7 +23,11 @@ from pjw.worker.background import Background
 
 @asynccontextmanager
 async def opened(
-    config: ServerConfig, settings: WorkerSettings, state: GatewayState, dialling: Credentials
+    config: ServerConfig,
+    settings: WorkerSettings,
+    state: GatewayState,
+    dialling: Credentials,
+    archive: int | None = None,
 ) -> AsyncGenerator[Served, None]:
     """A gateway that has taken over the jobs of the one before."""
     async with AsyncExitStack() as stack:
@@ -34,7 +39,11 @@ async def opened(
             state.store, background, config.gateway.heartbeat_seconds, config.gateway.lost_after_seconds
         )
         stack.callback(nodes.close)
-        backend = GatewayBackend(state, settings, nodes, dial, background)
+        backend = GatewayBackend(state, settings, nodes, dial, background, config.gateway.choose_node)
+        if archive is not None:
+            state.archive = Archive(archive, config.gateway.archive or "")
+            stack.callback(state.archive.close)
+            backend.keep_in(state.archive)
         await backend.begin()
         sessions = Sessions(state.store, nodes, backend.placements, backend.run_here)
 

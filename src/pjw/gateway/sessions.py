@@ -71,7 +71,7 @@ class Sessions:
         for limit, value in job.limits.items():
             setattr(start.limits, limit, value)
         # names at this gateway: on the node a job from another life of the gateway may still have them
-        start.name, start.request_id = "", ""
+        start.name, start.request_id, start.node = "", "", ""
         return pb.ClaimResponse(
             uuid=placed.placement.uuid,
             client_name=job.client_name,

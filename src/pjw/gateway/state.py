@@ -5,7 +5,7 @@ jobs.sqlite        the jobs, their placements, and the nodes
 secrets/           of jobs that wait for a node, see worker/secret_files.py
 gateway.lock       held by the gateway
 
-It has no output: the nodes have that.
+It has no output: the nodes have that, and the archive if there is one (archive.py).
 """
 
 import asyncio
@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from pjw.errors import ConfigError, KernelError, LimitReachedError, describe_errno
+from pjw.gateway.archive import Archive
 from pjw.worker.secret_files import SecretFiles
 from pjw.worker.store import JobStore
 
@@ -32,6 +33,7 @@ class GatewayState:
         *files* are the operator's, which a reload reads again; *audit_log* is the path of the audit log.
         """
         self.path: Final = os.path.realpath(path)
+        self.archive: Archive | None = None
         self._files: Final = files
         self._audit_log: Final = audit_log
         table = os.path.join(self.path, _TABLE)
@@ -58,10 +60,17 @@ class GatewayState:
 
     async def in_thread(self, function: Callable[[int], None], job_id: int, /) -> None:
         """Call a function that waits for the disk."""
-        await asyncio.to_thread(function, job_id)
+        if self.archive is None:
+            await asyncio.to_thread(function, job_id)
+            return
+        # a copy that is just becoming whole is removed after that
+        async with self.archive.turn:
+            await asyncio.to_thread(function, job_id)
 
     def remove_job(self, job_id: int) -> None:
-        """Nothing: a gateway has no files of jobs. The table notes which jobs nodes have to remove."""
+        """Remove the copy of a job's output. The table notes which jobs nodes have to remove."""
+        if self.archive is not None:
+            self.archive.remove(job_id)
 
     def open_operator_file(self, place: int) -> int:
         """One of the operator's files, open for reading. Raises ConfigError."""

@@ -6,7 +6,7 @@ A node that cannot reach the gateway does not end its jobs: they go on, and the 
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -19,6 +19,7 @@ from pjw.cluster.v1.cluster_pb2_grpc import NodeServiceStub
 from pjw.errors import PjwError, ServerUnreachableError
 from pjw.node.jobs import Claim, Jobs, Said
 from pjw.worker import Worker
+from pjw.worker.numbers import Series
 from pjw.worker.store import JobStore
 
 FIRST_PAUSE_SECONDS: Final = 0.1
@@ -51,6 +52,8 @@ class NodeSettings:
     memory_max_bytes: int
     uid_first: int
     uid_count: int
+    # what the gateway may call here
+    methods: Sequence[str]
 
 
 class Node:
@@ -69,6 +72,22 @@ class Node:
         self._jobs: Final = Jobs(worker, store)
         self._pause = FIRST_PAUSE_SECONDS
         self._told = ""
+        self._is_connected = False
+        self._sessions = 0
+        worker.more_numbers = self._numbers
+
+    def _numbers(self) -> Sequence[Series]:
+        return (
+            Series(
+                "pjw_gateway_connected",
+                "Whether there is a session with the gateway.",
+                "gateway",
+                {self._settings.gateway: self._is_connected},
+            ),
+            Series(
+                "pjw_gateway_sessions", "Sessions with the gateway that have begun.", total=self._sessions
+            ),
+        )
 
     async def run(self) -> None:
         """Keep a session for ever."""
@@ -121,6 +140,7 @@ class Node:
         heartbeat, lost_after = first.welcome.heartbeat_ms / 1000, first.welcome.lost_after_ms / 1000
         log.info("session with the gateway %s", self._settings.gateway)
         self._pause, self._told = FIRST_PAUSE_SECONDS, ""
+        self._is_connected, self._sessions = True, self._sessions + 1
         beating = asyncio.ensure_future(_beat(said, heartbeat))
         telling = asyncio.ensure_future(self._jobs.tell_ends(said))
         hearing = asyncio.ensure_future(self._hear_all(answers, claim, said, lost_after))
@@ -131,6 +151,7 @@ class Node:
                 if task.done():
                     task.result()
         finally:
+            self._is_connected = False
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -155,6 +176,7 @@ class Node:
                 memory_max_bytes=settings.memory_max_bytes,
                 uid_first=settings.uid_first,
                 uid_count=settings.uid_count,
+                methods=settings.methods,
             )
         )
 

@@ -297,6 +297,7 @@ def spec_to_message(spec: JobSpec) -> pb.StartRequest:
         allow=spec.allow,
         link=spec.link,
         gpus=spec.gpus,
+        node=spec.node,
     )
     _set_command(request, spec)
     return request
@@ -355,6 +356,7 @@ def spec_from_message(message: pb.StartRequest) -> JobSpec:
         allow=tuple(message.allow),
         link=message.link,
         gpus=message.gpus,
+        node=message.node,
     )
 
 

@@ -776,6 +776,7 @@ class StartRequest(_message.Message):
     ALLOW_FIELD_NUMBER: _builtins.int
     LINK_FIELD_NUMBER: _builtins.int
     GPUS_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
     command: _builtins.str
     """A shell command, run by /bin/sh -c."""
     name: _builtins.str
@@ -819,6 +820,10 @@ class StartRequest(_message.Message):
     gpus: _builtins.int
     """How many GPUs the job has for itself, up to 64. RESOURCE_EXHAUSTED: fewer are free; a job in the queue waits instead.
     FAILED_PRECONDITION: the operator offers the caller none, the machine has fewer, or one cannot be had.
+    """
+    node: _builtins.str
+    """At a gateway: the only node that may have the job, by its name; without one the job may go to any. PERMISSION_DENIED:
+    the operator does not let this client choose. INVALID_ARGUMENT: there is no such node, or this pjwd is no gateway.
     """
     @_builtins.property
     def argv(self) -> Global___Argv:
@@ -896,10 +901,11 @@ class StartRequest(_message.Message):
         allow: _abc.Iterable[_builtins.str] | None = ...,
         link: _builtins.str = ...,
         gpus: _builtins.int = ...,
+        node: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["argv", b"argv", "command", b"command", "limits", b"limits", "program", b"program", "terminal", b"terminal"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow", b"allow", "argv", b"argv", "command", b"command", "env", b"env", "exclusive", b"exclusive", "gpus", b"gpus", "image", b"image", "input", b"input", "labels", b"labels", "limits", b"limits", "link", b"link", "mounts", b"mounts", "name", b"name", "output_required", b"output_required", "outputs", b"outputs", "program", b"program", "read_only", b"read_only", "request_id", b"request_id", "secrets", b"secrets", "split_stderr", b"split_stderr", "terminal", b"terminal", "upload", b"upload", "workdir", b"workdir", "workspace", b"workspace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow", b"allow", "argv", b"argv", "command", b"command", "env", b"env", "exclusive", b"exclusive", "gpus", b"gpus", "image", b"image", "input", b"input", "labels", b"labels", "limits", b"limits", "link", b"link", "mounts", b"mounts", "name", b"name", "node", b"node", "output_required", b"output_required", "outputs", b"outputs", "program", b"program", "read_only", b"read_only", "request_id", b"request_id", "secrets", b"secrets", "split_stderr", b"split_stderr", "terminal", b"terminal", "upload", b"upload", "workdir", b"workdir", "workspace", b"workspace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_program: _TypeAlias = _typing.Literal["command", "argv"]  # noqa: Y015
     _WhichOneofArgType_program: _TypeAlias = _typing.Literal["program", b"program"]  # noqa: Y015

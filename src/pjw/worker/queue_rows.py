@@ -45,7 +45,7 @@ SERVER_FAILED: Final = "pjwd failed to start it; the server's log has the detail
 
 _EARLY: Final = f"{WAITS} AND not_before_ns > 0"
 # What a job is to execute, and its secrets; those of an element are stored with its array.
-_SPEC: Final = (
+SPEC: Final = (
     "coalesce((SELECT nullif(spec, '') FROM specs WHERE specs.id = jobs.id),"
     " (SELECT spec FROM specs WHERE specs.id = jobs.array_id))"
 )
@@ -109,6 +109,7 @@ class WaitingJob:
             output_required=stored.get("output_required", False),
             mounts=self.job.mounts,
             gpus=self.job.gpus,
+            node=stored.get("node", ""),
         )
 
 
@@ -140,6 +141,8 @@ def keep_spec(
         stored["terminal"] = astuple(spec.terminal)
     if spec.upload:
         stored["upload"] = spec.upload
+    if spec.node:
+        stored["node"] = spec.node
     if spec.outputs:
         stored["outputs"] = list(spec.outputs)
         stored["output_required"] = spec.output_required
@@ -394,7 +397,7 @@ def _ready_workspaces(db: sqlite3.Connection, client_name: str) -> list[str]:
 def waiting(db: sqlite3.Connection, job_id: int) -> WaitingJob | None:
     """A job that waits for its turn alone, with what it is to execute; None when it does not any more."""
     row = db.execute(
-        f"SELECT {COLUMNS}, {_SPEC}, {_SECRETS}, (SELECT indices FROM arrays WHERE arrays.id = jobs.array_id)"
+        f"SELECT {COLUMNS}, {SPEC}, {_SECRETS}, (SELECT indices FROM arrays WHERE arrays.id = jobs.array_id)"
         f" FROM jobs WHERE id = ? AND {READY}",
         (job_id,),
     ).fetchone()
@@ -557,7 +560,7 @@ def retry(db: sqlite3.Connection, job: Job, now_ns: int, *, was_stopped: bool) -
 
     What waited for the job waits for that.
     """
-    row = db.execute(f"SELECT {_SPEC} FROM jobs JOIN specs USING (id) WHERE id = ?", (job.id,)).fetchone()
+    row = db.execute(f"SELECT {SPEC} FROM jobs JOIN specs USING (id) WHERE id = ?", (job.id,)).fetchone()
     pause = None
     if job.array_id is not None and array_rows.is_stopped(db, job.array_id):
         was_stopped = True

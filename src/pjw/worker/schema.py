@@ -442,6 +442,14 @@ CREATE TABLE nodes (
     is_lost INTEGER NOT NULL DEFAULT 0
 ) WITHOUT ROWID;
 """,
+    # `choice` is the only node that may have a job. `archived` is 1 when the gateway's archive has its output
+    # and 2 when that can never be.
+    """
+ALTER TABLE placements ADD COLUMN choice TEXT NOT NULL DEFAULT '';
+ALTER TABLE placements ADD COLUMN archived INTEGER NOT NULL DEFAULT 0;
+CREATE INDEX placements_to_archive ON placements (node, job_id)
+    WHERE state = 'ended' AND archived = 0 AND removed = 0 AND node_job_id > 0;
+""",
 )
 SCHEMA_VERSION: Final = len(MIGRATIONS)
 

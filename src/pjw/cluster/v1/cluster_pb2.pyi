@@ -156,6 +156,7 @@ class Hello(_message.Message):
     MEMORY_MAX_BYTES_FIELD_NUMBER: _builtins.int
     UID_FIRST_FIELD_NUMBER: _builtins.int
     UID_COUNT_FIELD_NUMBER: _builtins.int
+    METHODS_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     """As in its certificate."""
     session: _builtins.str
@@ -171,6 +172,12 @@ class Hello(_message.Message):
     uid_first: _builtins.int
     """The user ids of jobs there: the same on all nodes of a gateway."""
     uid_count: _builtins.int
+    @_builtins.property
+    def methods(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The methods of pjw.v1 that the node lets its gateway call. A node of an earlier version says none, and has Get, Wait,
+        Stop, Logs, Delete, GetUsageHistory, GetQuota and WatchUsage.
+        """
+
     def __init__(
         self,
         *,
@@ -183,10 +190,11 @@ class Hello(_message.Message):
         memory_max_bytes: _builtins.int = ...,
         uid_first: _builtins.int = ...,
         uid_count: _builtins.int = ...,
+        methods: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "boot_id", b"boot_id", "cpu_max_millicores", b"cpu_max_millicores", "memory_max_bytes", b"memory_max_bytes", "node", b"node", "session", b"session", "uid_count", b"uid_count", "uid_first", b"uid_first", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "boot_id", b"boot_id", "cpu_max_millicores", b"cpu_max_millicores", "memory_max_bytes", b"memory_max_bytes", "methods", b"methods", "node", b"node", "session", b"session", "uid_count", b"uid_count", "uid_first", b"uid_first", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
