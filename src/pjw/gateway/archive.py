@@ -9,6 +9,7 @@ A copy gets its name when all of it is on the disk and was read again. So what h
 """
 
 import asyncio
+import errno
 import fcntl
 import hashlib
 import os
@@ -80,7 +81,10 @@ class StreamCopy:
             data.clear()
 
     def finish(self) -> str:
-        """Write the rest, bring it to the disk and read it again; its SHA-256. Raises OSError."""
+        """Write the rest, bring it to the disk and read it again; its SHA-256. Raises OSError.
+
+        A file system that is shared may take bytes, and fail to keep them.
+        """
         self.write()
         os.fsync(self._output)
         os.fsync(self._times)
@@ -88,7 +92,7 @@ class StreamCopy:
         with open(self._path, "rb") as file:
             found = hashlib.file_digest(file, "sha256")
         if found.digest() != self._sum.digest():
-            raise OSError(5, "")
+            raise OSError(errno.EIO, f"{self.name} is not what was written there")
         return found.hexdigest()
 
 
@@ -115,6 +119,7 @@ class Archive:
                 if name.startswith(".") and name.endswith(_PART):
                     shutil.rmtree(f"{self._directory}/{name}")
         except BlockingIOError:
+            self._inotify.close()
             raise ConfigError(
                 f"another gateway uses the archive {path}", hint="give each gateway a directory of its own"
             ) from None
