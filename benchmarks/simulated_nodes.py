@@ -53,11 +53,11 @@ class SimulatedNode:
             stub: Any = NodeServiceStub(channel)
             said = Said(os.urandom(16).hex())
             async with turns:
-                call = stub.Session(said.messages(self._hello(said.session)))
-                welcome = (await call.read()).welcome
+                answers = stub.Session(said.messages(self._hello(said.session))).__aiter__()
+                welcome = (await anext(answers)).welcome
             connected.set_result(None)
             beating = asyncio.ensure_future(_beat(said, welcome.heartbeat_ms / 1000))
-            async for response in call:
+            async for response in answers:
                 if response.HasField("assign"):
                     task = asyncio.ensure_future(self._job(stub, said, response.assign.uuid))
                     self._tasks.add(task)
@@ -111,11 +111,16 @@ async def _run(gateway: str, certs: Path, count: int, seconds: float) -> None:
         for number, each in enumerate(connected)
     ]
     for node in nodes:
-        node.add_done_callback(lambda task: None if task.cancelled() else task.result())
-    await asyncio.gather(*connected)
-    print("connected", flush=True)
-    await ended.wait()
+        # one that fails ends all
+        node.add_done_callback(lambda _: ended.set())
+    waiting = asyncio.ensure_future(ended.wait())
+    await asyncio.wait([asyncio.gather(*connected), waiting], return_when=asyncio.FIRST_COMPLETED)
+    if not waiting.done():
+        print("connected", flush=True)
+    await waiting
     for node in nodes:
+        if node.done():
+            node.result()
         node.cancel()
 
 
