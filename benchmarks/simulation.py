@@ -142,7 +142,11 @@ async def _jobs(gateway: Gateway, count: int) -> list[Figure]:
         _of(f"jobs that are put there, {_BATCH} a call", count / submitted, "/s"),
         _of("jobs from the queue to their end", count / seconds, "/s"),
         _of("CPU of a job", 1e3 * cpu / count, "ms"),
-        *([_of("memory of a job that waits", (most - memory) / behind / 1024, "KiB")] if behind > 0 else []),
+        *(
+            [_of("memory of a job that waits", (most - memory) / behind / 1024, "KiB")]
+            if behind >= 1_000
+            else []
+        ),
         _of("Get meanwhile, median", 1e3 * median(gets), "ms"),
         _of("Get meanwhile, 99th percentile", 1e3 * percentile(gets, 0.99), "ms"),
         _of("List of 100 meanwhile, median", 1e3 * median(lists), "ms"),
