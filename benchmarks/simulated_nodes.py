@@ -113,8 +113,9 @@ async def _run(gateway: str, certs: Path, count: int, seconds: float) -> None:
     for node in nodes:
         # one that fails ends all
         node.add_done_callback(lambda _: ended.set())
-    waiting = asyncio.ensure_future(ended.wait())
-    await asyncio.wait([asyncio.gather(*connected), waiting], return_when=asyncio.FIRST_COMPLETED)
+    waiting: asyncio.Future[object] = asyncio.ensure_future(ended.wait())
+    joined: asyncio.Future[object] = asyncio.ensure_future(asyncio.wait(connected))
+    await asyncio.wait({joined, waiting}, return_when=asyncio.FIRST_COMPLETED)
     if not waiting.done():
         print("connected", flush=True)
     await waiting

@@ -151,6 +151,29 @@ def test_a_follower_goes_on_in_the_archive(two: Cluster, archive: Path) -> None:
     two.nodes["n1"].start()
 
 
+def test_a_node_keeps_output_until_it_is_copied(two: Cluster, archive: Path) -> None:
+    """Also more of it than its retention allows, and over a kill of the gateway."""
+    gateway = two.gateway
+    with gateway.client() as client:
+        jobs = [
+            client.start(JobSpec(f"sleep 1; echo {number}", {"cpu_max_millicores": 200}))
+            for number in range(12)
+        ]
+        for job in jobs:
+            wait_for(lambda job=job: client.get(job.id).state == "running")  # type: ignore[misc]
+    gateway.stop(signal.SIGKILL)
+    wait_for(lambda: not any(node.job_cgroups() for node in two.nodes.values()))
+    gateway.start()
+    with gateway.client() as client:
+        for number, job in enumerate(jobs):
+            client.wait(job.id)
+            archived(archive, job.id)
+            assert b"".join(client.logs(job.id)) == b"%d\n" % number
+    # and then it keeps as many as it may, and one more that is on its way out
+    for node in two.nodes.values():
+        wait_for(lambda node=node: len(list((node.state / "jobs").iterdir())) <= 2 + 1)  # type: ignore[misc]
+
+
 def test_a_killed_gateway_leaves_no_half_copy(two: Cluster, archive: Path) -> None:
     """The next one removes what was begun, and makes the copy; what is removed meanwhile gets none."""
     gateway = two.gateway

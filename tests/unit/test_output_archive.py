@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from pjw.errors import ConfigError, OffsetError, OutputLostError
-from pjw.gateway import archive as module
 from pjw.gateway.archive import Archive, open_directory
 from pjw.model import Job, JobState, Limits
 from pjw.worker import Part
@@ -91,7 +90,7 @@ async def test_a_file_system_that_gives_back_something_else(
         path = tmp_path / ".7.part" / "output"
         path.write_bytes(b"fIrst\nlast")
 
-    monkeypatch.setattr(module.os, "fsync", rotten)
+    monkeypatch.setattr(os, "fsync", rotten)
     with pytest.raises(OSError, match="not what was written"):
         filled(archive)
 

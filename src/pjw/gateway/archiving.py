@@ -5,16 +5,18 @@ The table says which jobs have no copy yet. So a gateway that was killed in mid-
 
 import asyncio
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, Final, ParamSpec, TypeVar
 
 import grpc
 
+from pjw.cluster.v1 import cluster_pb2 as cpb
 from pjw.errors import JobNotFoundError, OutputLostError, PjwError, ServerUnreachableError
 from pjw.gateway import rows
 from pjw.gateway.archive import Archive, StreamCopy
 from pjw.gateway.dial import Dial, error_from
-from pjw.gateway.nodes import Node, Nodes
+from pjw.gateway.nodes import Node
 from pjw.gateway.rows import Placement
 from pjw.model import Job
 from pjw.v1 import job_worker_pb2 as pb
@@ -25,6 +27,8 @@ from pjw.worker.store import JobStore
 # So many copies at once, each from another node.
 COPIES_MAX: Final = 4
 _FOUND_AT_ONCE: Final = 20
+# A node keeps so many ended jobs for us; it may drop others beyond them.
+HELD_MAX: Final = 1000
 # Nothing tells when a failing disk works again.
 RETRY_SECONDS: Final = 60.0
 
@@ -37,30 +41,38 @@ log: Final = logging.getLogger(__name__)
 class Archiver:
     """Makes the copies."""
 
-    def __init__(
-        self, archive: Archive, store: JobStore, dial: Dial, nodes: Nodes, background: Background
-    ) -> None:
+    def __init__(self, archive: Archive, store: JobStore, dial: Dial, background: Background) -> None:
         self._archive: Final = archive
         self._store: Final = store
         self._dial: Final = dial
-        self._nodes: Final = nodes
         self._background: Final = background
         self._turns: Final = asyncio.Semaphore(COPIES_MAX)
         # the nodes whose jobs are being copied; True: look again at the end
         self._busy: Final[dict[str, bool]] = {}
         # nodes that wait after a failure
         self._paused: Final[set[str]] = set()
+        # The ends of jobs that nodes keep until they are copied, as nobody has acknowledged them: of each node
+        # the uuids, by the jobs' ids.
+        self._held: Final[defaultdict[str, dict[int, str]]] = defaultdict(dict)
         # how many copies were made, and how many failed
         self.made = 0
         self.failed = 0
 
-    def look(self) -> None:
-        """A job has ended, or a node has come: see what there is to copy."""
-        for node in self._nodes.known.values():
-            self.look_at(node)
+    def holds(self, node: Node, job_id: int, uuid: str) -> bool:
+        """Whether a node is to keep an ended job until it is copied; we acknowledge the end then."""
+        held = self._held[node.row.name]
+        if len(held) >= HELD_MAX:
+            return False
+        held[job_id] = uuid
+        return True
+
+    def _let_go(self, node: Node, job_id: int) -> None:
+        uuid = self._held[node.row.name].pop(job_id, None)
+        if uuid is not None and node.session is not None:
+            node.session.say(cpb.SessionResponse(ack=cpb.Ack(uuid=uuid)))
 
     def look_at(self, node: Node) -> None:
-        """The same of one node."""
+        """A job of this node has ended, or it has come: see what there is to copy."""
         name = node.row.name
         if node.session is None or name in self._paused:
             return
@@ -114,6 +126,7 @@ class Archiver:
             await asyncio.to_thread(self._archive.abandon, job.id)
             if await self._store.transact(rows.never_archived, job.id):
                 log.error("the output of job %d is not archived: %s", job.id, error)
+            self._let_go(node, job.id)
             return
         except BaseException:
             await asyncio.to_thread(self._archive.abandon, job.id)
@@ -122,6 +135,7 @@ class Archiver:
             for stream in streams:
                 stream.close()
         await asyncio.shield(self._commit(job))
+        self._let_go(node, job.id)
 
     async def _commit(self, job: Job) -> None:
         # Nobody removes the job meanwhile: so no copy is left of a job that is not there.

@@ -107,19 +107,26 @@ class GatewayBackend:
         self.archiver: Archiver | None = None
         self.placements.ended.append(lambda _: self._pruner.job_ended())
         self._pruner.removed.append(self._remove_on_nodes)
-        nodes.came = self._node_came
+        nodes.came = self.engine.look
+        nodes.begun = self._node_begun
         nodes.went = self.engine.session_over
         nodes.was_lost = self._node_lost
 
     def keep_in(self, archive: OutputArchive) -> None:
         """Have the archive keep copies of the output of jobs that end."""
         self._archive = archive
-        self.archiver = Archiver(archive, self._store, self._dial, self._nodes, self._background)
+        self.archiver = Archiver(archive, self._store, self._dial, self._background)
         self.placements.ended.append(self._to_archive)
 
     def _to_archive(self, job: Job) -> None:
         if self.archiver is not None and (node := self._nodes.known.get(job.node)) is not None:
             self.archiver.look_at(node)
+
+    def keeps_on_node(self, node: Node, job_id: int, uuid: str, job: Job) -> bool:
+        """Whether a node is to keep an ended job, until the archive has its output."""
+        return (
+            self.archiver is not None and bool(job.output_bytes) and self.archiver.holds(node, job_id, uuid)
+        )
 
     async def begin(self) -> None:
         """Take over the jobs and nodes that the gateway before us has left."""
@@ -130,11 +137,10 @@ class GatewayBackend:
 
     # --- nodes
 
-    def _node_came(self) -> None:
-        self.engine.look()
-        self._remove_on_nodes()
+    def _node_begun(self, node: Node) -> None:
+        self._begin_removal(node)
         if self.archiver is not None:
-            self.archiver.look()
+            self.archiver.look_at(node)
 
     def _node_lost(self, node: Node) -> None:
         self._background.spawn(self._lose(node))
@@ -313,10 +319,22 @@ class GatewayBackend:
         await self._pruner.remove(job.id)
 
     def _remove_on_nodes(self) -> None:
-        for node in self._nodes.known.values():
-            if node.session is not None and node.row.name not in self._removing:
-                self._removing.add(node.row.name)
-                self._background.spawn(self._remove_on(node))
+        self._background.spawn(self._remove_everywhere())
+
+    async def _remove_everywhere(self) -> None:
+        try:
+            names = await self._store.transact(rows.nodes_to_remove)
+        except PjwError:
+            # we try again when jobs are removed, or a node connects again
+            return
+        for name in names:
+            if (node := self._nodes.known.get(name)) is not None:
+                self._begin_removal(node)
+
+    def _begin_removal(self, node: Node) -> None:
+        if node.session is not None and node.row.name not in self._removing:
+            self._removing.add(node.row.name)
+            self._background.spawn(self._remove_on(node))
 
     async def _remove_on(self, node: Node) -> None:
         try:

@@ -162,6 +162,8 @@ class Nodes:
         self.lost = 0
         # called when a node may get jobs again, or has more room
         self.came: Callable[[], None] = lambda: None
+        # called with a node whose session has begun
+        self.begun: Callable[[Node], None] = lambda _: None
         # called with a node whose session is over, and with a node that is lost
         self.went: Callable[[Node], None] = lambda _: None
         self.was_lost: Callable[[Node], None] = lambda _: None

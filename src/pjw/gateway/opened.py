@@ -45,7 +45,7 @@ async def opened(
             stack.callback(state.archive.close)
             backend.keep_in(state.archive)
         await backend.begin()
-        sessions = Sessions(state.store, nodes, backend.placements, backend.run_here)
+        sessions = Sessions(state.store, nodes, backend.placements, backend.run_here, backend.keeps_on_node)
 
         def handlers(guard: Guard) -> Sequence[grpc.GenericRpcHandler]:
             return (

@@ -270,6 +270,12 @@ def never_archived(db: sqlite3.Connection, job_id: int) -> bool:
     return bool(db.execute(query, (job_id,)).rowcount)
 
 
+def nodes_to_remove(db: sqlite3.Connection) -> list[str]:
+    """The nodes that still have jobs that were removed here."""
+    query = "SELECT DISTINCT node FROM placements INDEXED BY placements_removed WHERE removed"
+    return [name for (name,) in db.execute(query)]
+
+
 def to_remove(db: sqlite3.Connection, node: str, count: int) -> list[Placement]:
     """Placements whose jobs were removed here, and that are still on a node."""
     query = f"SELECT {_PLACEMENT} FROM placements INDEXED BY placements_removed WHERE removed AND node = ?"
