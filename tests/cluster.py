@@ -69,6 +69,7 @@ class Cluster:
         gateway_config: str = "",
         # in the table of that name
         gateway_keys: str = "",
+        gateway_change: str = "",
         node_config: str = "",
         gateway_pjwd: Path = BIN / "pjwd",
         node_pjwd: Path = BIN / "pjwd",
@@ -77,7 +78,7 @@ class Cluster:
         self._node_config: Final = node_config
         self._node_pjwd: Final = node_pjwd
         self.gateway: Final = Gateway(directory, clients=("alice", "bob", "ann", "gate"))
-        self.gateway.pjwd = gateway_pjwd
+        self.gateway.pjwd, self.gateway.change = gateway_pjwd, gateway_change
         certs = self.gateway.certs
         self.gateway.config = (
             f'[gateway]\ncrt = "{certs / "gate.crt"}"\nkey = "{certs / "gate.key"}"\n'

@@ -37,6 +37,7 @@ def made(archive: Path) -> Iterator[Cluster]:
         gateway_config='[metrics]\nlisten = "127.0.0.1:0"\n',
         node_config="[retention]\njobs_per_client = 2\n",
         gateway_keys=f'archive = "{archive}"\nchoose_node = ["al*"]\n',
+        gateway_change="from pjw.gateway import archiving; archiving.RETRY_SECONDS = 1",
     )
     try:
         yield cluster
@@ -152,26 +153,27 @@ def test_a_follower_goes_on_in_the_archive(two: Cluster, archive: Path) -> None:
 
 
 def test_a_node_keeps_output_until_it_is_copied(two: Cluster, archive: Path) -> None:
-    """Also more of it than its retention allows, and over a kill of the gateway."""
-    gateway = two.gateway
+    """More than its retention allows, for as long as the archive takes nothing; then all of it is copied."""
+    gateway, node = two.gateway, two.nodes["n1"]
+    archive.chmod(0o755)
+    failures = gateway.metric("pjw_archive_failures_total")
     with gateway.client() as client:
-        jobs = [
-            client.start(JobSpec(f"sleep 1; echo {number}", {"cpu_max_millicores": 200}))
-            for number in range(12)
-        ]
+        jobs = [client.start(JobSpec(f"echo {number}", node="n1")) for number in range(6)]
         for job in jobs:
-            wait_for(lambda job=job: client.get(job.id).state == "running")  # type: ignore[misc]
-    gateway.stop(signal.SIGKILL)
-    wait_for(lambda: not any(node.job_cgroups() for node in two.nodes.values()))
-    gateway.start()
-    with gateway.client() as client:
-        for number, job in enumerate(jobs):
             client.wait(job.id)
-            archived(archive, job.id)
+        # the second attempt is after the node has looked at its retention
+        wait_for(lambda: gateway.metric("pjw_archive_failures_total") >= failures + 2)
+        assert len(list((node.state / "jobs").iterdir())) >= 6
+        assert (
+            "cannot archive the output of jobs of node n1: cannot archive the output of job"
+            in gateway.log.read_text()
+        )
+        archive.chmod(0o777)
+        for number, job in enumerate(jobs):
+            assert (archived(archive, job.id) / "output").read_bytes() == b"%d\n" % number
             assert b"".join(client.logs(job.id)) == b"%d\n" % number
     # and then it keeps as many as it may, and one more that is on its way out
-    for node in two.nodes.values():
-        wait_for(lambda node=node: len(list((node.state / "jobs").iterdir())) <= 2 + 1)  # type: ignore[misc]
+    wait_for(lambda: len(list((node.state / "jobs").iterdir())) <= 2 + 1)
 
 
 def test_a_killed_gateway_leaves_no_half_copy(two: Cluster, archive: Path) -> None:

@@ -51,8 +51,8 @@ class Archiver:
         self._busy: Final[dict[str, bool]] = {}
         # nodes that wait after a failure
         self._paused: Final[set[str]] = set()
-        # The ends of jobs that nodes keep until they are copied, as nobody has acknowledged them: of each node
-        # the uuids, by the jobs' ids.
+        # The ends of jobs that nodes keep until they are copied, as nobody has acknowledged them: by nodes,
+        # the uuids by the ids of the jobs.
         self._held: Final[defaultdict[str, dict[int, str]]] = defaultdict(dict)
         # how many copies were made, and how many failed
         self.made = 0
