@@ -13,7 +13,7 @@ import pytest
 
 from pjw.cluster.v1 import cluster_pb2 as cpb
 from pjw.errors import JobStateError
-from pjw.gateway.skew import require_no_newer
+from pjw.gateway.skew import require_method, require_no_newer
 from tests.cluster import Cluster
 from tests.service import BIN, CALL_SECONDS, wait_for
 
@@ -82,3 +82,13 @@ def test_which_versions_a_gateway_takes() -> None:
         ) as caught:
             require_no_newer(cpb.Hello(node="n1", version=theirs), "1.2.3")
         assert caught.value.hint == "upgrade the gateway first, then its nodes"
+
+
+def test_what_an_older_node_does_not_know_is_refused_in_words() -> None:
+    """With the node's version; one that says nothing has what the first nodes had."""
+    require_method("n1", cpb.Hello(version="0.1.0"), "Logs")
+    require_method("n1", cpb.Hello(version="0.2.0", methods=["Logs", "Exec"]), "Exec")
+    with pytest.raises(
+        JobStateError, match="node n1 has version 0.1.0, which does not know Exec of a gateway"
+    ):
+        require_method("n1", cpb.Hello(version="0.1.0"), "Exec")
