@@ -36,6 +36,7 @@ SUITES: Final = (
         "cli",
         "install",
         "memory",
+        "simulation",
         "scale",
     ),
 )

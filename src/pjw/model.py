@@ -400,7 +400,7 @@ class MountSource:
 
     def is_for(self, client_name: str) -> bool:
         """Whether jobs of this client may have it."""
-        return _are_for(self.clients, client_name)
+        return are_for(self.clients, client_name)
 
     @property
     def shown(self) -> Mount:
@@ -433,10 +433,11 @@ class GpuOffer:
 
     def is_for(self, client_name: str) -> bool:
         """Whether jobs of this client may have them."""
-        return bool(self.kind) and _are_for(self.clients, client_name)
+        return bool(self.kind) and are_for(self.clients, client_name)
 
 
-def _are_for(clients: Iterable[str], client_name: str) -> bool:
+def are_for(clients: Iterable[str], client_name: str) -> bool:
+    """Whether a client is among *clients*: names, in which `*` stands for any characters."""
     return any(re.fullmatch(".*".join(map(re.escape, each.split("*"))), client_name) for each in clients)
 
 
@@ -800,7 +801,8 @@ class JobSpec:
     files are the job's instead of the host's; what the job writes there goes with it, and if it is
     `read_only` it writes nothing there. Then the command may be empty: that of the image. `mounts` are
     directories that the operator offers, each as `NAME` (at /mnt/NAME) or `NAME:PATH`. `gpus`
-    is how many GPUs the job has for itself. Raises InvalidJobError.
+    is how many GPUs the job has for itself. `node` is the only machine of a cluster that may have the job;
+    the operator says who may choose one. Raises InvalidJobError.
     """
 
     command: str | Sequence[str]
@@ -826,6 +828,7 @@ class JobSpec:
     allow: Sequence[str] = ()
     link: str = ""
     gpus: int = 0
+    node: str = ""
 
     @classmethod
     def of(cls, spec: "Self | str | Sequence[str]") -> "JobSpec":
@@ -890,7 +893,7 @@ class JobSpec:
             isinstance(text, str) for each in secrets.items() for text in each
         ):
             raise InvalidJobError("the secrets of a job are names with values (a dict), both of them text")
-        for name in ("name", "workdir", "request_id", "upload", "workspace", "image", "link"):
+        for name in ("name", "workdir", "request_id", "upload", "workspace", "image", "link", "node"):
             if not isinstance(value := getattr(self, name), str):
                 raise InvalidJobError(f"the {name} of a job is text, not {value!r:.80}")
         for name in ("outputs", "mounts", "allow"):
@@ -1175,8 +1178,9 @@ class Job:
     exclusive: bool = False
     # None of a job that keeps no files
     artifacts: Artifacts | None = None
-    # of a cluster, the node that runs it, or ran it
+    # of a cluster, the node that runs it, or ran it; and the only one that may, if its client chose one
     node: str = ""
+    chosen_node: str = ""
     # whose files are its root, by its name; empty: the host's are
     image: str = ""
     # whether it can write nothing there

@@ -404,6 +404,14 @@ def test_one_machine_has_no_nodes(service: Service) -> None:
         125,
         f"pjw: error: {service.address} is no gateway of a cluster: it has no nodes\n",
     )
+    code, said = service.refused("start", "--node", "n1", "true")
+    assert (code, said.splitlines()) == (
+        1,
+        [
+            "pjw: error: a job has a node through a gateway alone, and this server is one machine",
+            "hint: leave --node out",
+        ],
+    )
 
 
 # --- who is refused

@@ -51,14 +51,15 @@ def _connect(arguments: argparse.Namespace) -> "Cluster":
 def table(found: "Sequence[Node]") -> Iterator[str]:
     """A line each, under a heading."""
     width = max(map(len, ("NAME", *(each.name for each in found))))
-    yield f"{'NAME':<{width}} {'STATE':<8} {'JOBS':>5} {'PROCESSORS':>12} {'MEMORY':>19}  ADDRESS"
+    head = f"{'NAME':<{width}} {'STATE':<8} {'JOBS':>5} {'PROCESSORS':>12} {'MEMORY':>19}"
+    yield f"{head} {'VERSION':<9} ADDRESS"
     for each in found:
         processors = f"{each.cpu_millicores / 1000:g}/{_most(each.cpu_max_millicores / 1000)}"
         memory = f"{size_in_words(each.memory_bytes)}/{_size(each.memory_max_bytes)}"
         silent = f" (silent for {duration_in_words(each.silent_seconds)})" if each.silent_seconds else ""
         yield (
             f"{printable(each.name):<{width}} {each.state:<8} {each.jobs:>5} {processors:>12} {memory:>19}"
-            f"  {printable(each.address)}{silent}"
+            f" {printable(each.version):<9} {printable(each.address)}{silent}"
         )
 
 

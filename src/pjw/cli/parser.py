@@ -216,6 +216,9 @@ def _add_job_options(command: Parser) -> None:
         metavar="N",
         help="give the job N GPUs for itself (see pjw quota)",
     )
+    job.add_argument(
+        "--node", metavar="NAME", help="through a gateway: run on this machine, where your operator allows it"
+    )
     job.add_argument("--split-stderr", action="store_true", help="keep stderr apart from stdout")
     queue = command.add_argument_group("its place in the queue", "each of these puts the job into the queue")
     queue.add_argument(

@@ -57,6 +57,7 @@ def spec_from(arguments: Namespace) -> JobSpec:
         allow=arguments.allow,
         link=arguments.link or "",
         gpus=arguments.gpus,
+        node=arguments.node or "",
     )
 
 

@@ -94,7 +94,7 @@ def _add_submit(commands: Commands) -> None:
         description="Put the jobs of a file into the queue, all of them or none, and print their ids."
         " FILE.toml has a table [[job]] for each; any other file, and - for stdin, a line of JSON for each. A"
         " job has a command, and may have name, after (names of jobs above it, or ids, with :failed or :any),"
-        " env, labels, workdir, workspace, exclusive, image, read_only, mounts, allow, link, gpus,"
+        " env, labels, workdir, workspace, exclusive, image, read_only, mounts, allow, link, gpus, node,"
         " split_stderr, priority, not_before, hold, and the limits of pjw start.",
     )
     _runs(command, "batch.submit_file")

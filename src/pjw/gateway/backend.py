@@ -28,13 +28,17 @@ from pjw.errors import (
     LimitRangeError,
     LimitReachedError,
     MountNotFoundError,
+    NotAllowedError,
     PjwError,
 )
 from pjw.gateway import rows
+from pjw.gateway.archive import Archive as OutputArchive
+from pjw.gateway.archiving import Archiver
 from pjw.gateway.dial import Dial
 from pjw.gateway.engine import Engine
 from pjw.gateway.jobs import Placed, Placements, lost_words
 from pjw.gateway.nodes import Node, Nodes
+from pjw.gateway.numbers import series_of
 from pjw.gateway.offers import require_offered
 from pjw.gateway.pool import Pool
 from pjw.gateway.proxy import NoReading, OnNode, ProxyReading
@@ -60,6 +64,7 @@ from pjw.model import (
     TerminalSize,
     UsageSample,
     Workspace,
+    are_for,
 )
 from pjw.rpc.convert import sample_from_message
 from pjw.server.backend import Reading, Written
@@ -100,8 +105,13 @@ class GatewayBackend(QueueCalls):
         dial: Dial,
         background: Background,
         engine_of: Callable[[Nodes, Callable[[], int]], Engine] = Pool,
+        choose_node: Sequence[str] = (),
     ) -> None:
-        """*engine_of* makes the engine, from the nodes and the most jobs that a client may have there."""
+        """*engine_of* makes the engine, from the nodes and the most jobs that a client may have there.
+
+        The jobs of the clients in *choose_node* may have a node of their choice.
+        """
+        self._choose_node: Final = choose_node
         self._state: Final = state
         self._store: Final = state.store
         self._settings = settings
@@ -123,6 +133,8 @@ class GatewayBackend(QueueCalls):
         self._stored.uploads = self._uploads.bytes_of
         self.placements.settled = self._job_settled
         self._removing: Final[set[str]] = set()
+        self._archive: OutputArchive | None = None
+        self.archiver: Archiver | None = None
         self.placements.retried.append(self._queue.retried)
         self.placements.ended.append(self._queue.job_ended)
         self.placements.ended.append(lambda _: self._pruner.job_ended())
@@ -130,8 +142,25 @@ class GatewayBackend(QueueCalls):
         self.engine.freed = self._queue.room_was_made
         self._queue.free_gpus = nodes.free_gpus
         nodes.came = self._node_came
+        nodes.begun = self._node_begun
         nodes.went = self._node_went
         nodes.was_lost = self._node_lost
+
+    def keep_in(self, archive: OutputArchive) -> None:
+        """Have the archive keep copies of the output of jobs that end."""
+        self._archive = archive
+        self.archiver = Archiver(archive, self._store, self._dial, self._background)
+        self.placements.ended.append(self._to_archive)
+
+    def _to_archive(self, job: Job) -> None:
+        if self.archiver is not None and (node := self._nodes.known.get(job.node)) is not None:
+            self.archiver.look_at(node)
+
+    def keeps_on_node(self, node: Node, job_id: int, uuid: str, job: Job) -> bool:
+        """Whether a node is to keep an ended job, until the archive has its output."""
+        return (
+            self.archiver is not None and bool(job.output_bytes) and self.archiver.holds(node, job_id, uuid)
+        )
 
     async def begin(self) -> None:
         """Take over the jobs and nodes that the gateway before us has left."""
@@ -150,7 +179,11 @@ class GatewayBackend(QueueCalls):
         self._slots.measure()
         self.engine.look()
         self._queue.room_was_made()
-        self._remove_on_nodes()
+
+    def _node_begun(self, node: Node) -> None:
+        self._begin_removal(node)
+        if self.archiver is not None:
+            self.archiver.look_at(node)
 
     def _node_went(self, node: Node) -> None:
         self._slots.measure()
@@ -193,6 +226,7 @@ class GatewayBackend(QueueCalls):
         for spec in specs:
             check_spec(spec)
             self.engine.check(spec)
+            self._require_node(spec, client_name)
             await self._require_offered(spec, client_name)
         asked = [(replace(spec, queue=spec.queue or QueueSpec()), self._limits_of(spec)) for spec in specs]
         number, most = await self._store.client_number(client_name), self._nodes.uid_count
@@ -227,6 +261,17 @@ class GatewayBackend(QueueCalls):
         return (
             bool(spec.request_id) and await self._store.of_request(client_name, spec.request_id) is not None
         )
+
+    def _require_node(self, spec: JobSpec, client_name: str) -> None:
+        if not spec.node:
+            return
+        if not are_for(self._choose_node, client_name):
+            raise NotAllowedError(
+                f"{client_name} may not choose a node",
+                hint="the operator can allow it with gateway.choose_node",
+            )
+        if spec.node not in self._nodes.known:
+            raise InvalidJobError(f"no node {spec.node}", hint="the operator knows the nodes: pjw nodes")
 
     async def _submit(self, asked: Sequence[tuple[JobSpec, Limits]], client_name: str) -> Sequence[Job]:
         # times of a job are cut to microseconds
@@ -414,10 +459,22 @@ class GatewayBackend(QueueCalls):
         await self._pruner.remove(job_id)
 
     def _remove_on_nodes(self) -> None:
-        for node in self._nodes.known.values():
-            if node.session is not None and node.row.name not in self._removing:
-                self._removing.add(node.row.name)
-                self._background.spawn(self._remove_on(node))
+        self._background.spawn(self._remove_everywhere())
+
+    async def _remove_everywhere(self) -> None:
+        try:
+            names = await self._store.transact(rows.nodes_to_remove)
+        except PjwError:
+            # we try again when jobs are removed, or a node connects again
+            return
+        for name in names:
+            if (node := self._nodes.known.get(name)) is not None:
+                self._begin_removal(node)
+
+    def _begin_removal(self, node: Node) -> None:
+        if node.session is not None and node.row.name not in self._removing:
+            self._removing.add(node.row.name)
+            self._background.spawn(self._remove_on(node))
 
     async def _remove_on(self, node: Node) -> None:
         try:
@@ -469,12 +526,26 @@ class GatewayBackend(QueueCalls):
             )
         if not job.id or (job.state is JobState.QUEUED and not part.follow):
             return NoReading(part.offset)
+        if (archived := await self._in_archive(job.id, part)) is not None:
+            return archived
         return await self._reading(job.id, part)
 
     async def _reading(self, job_id: int, part: Part) -> ProxyReading:
-        reading = ProxyReading(self._dial, lambda: self._where(job_id), part)
+        reading = ProxyReading(
+            self._dial, lambda: self._where(job_id), lambda part: self._in_archive(job_id, part), part
+        )
         await reading.seek()
         return reading
+
+    async def _in_archive(self, job_id: int, part: Part) -> Reading | None:
+        """A part of the output of a job, from the archive; None when it is not there."""
+        if self._archive is None or part.session or part.artifacts or job_id in self.placements.live:
+            return None
+        placement = await self._store.transact(rows.find, job_id)
+        if placement is None or placement.archived != rows.ARCHIVED:
+            return None
+        job = await self._store.get(job_id)
+        return None if job is None else await self._archive.reading(job, part)
 
     async def _where(self, job_id: int) -> OnNode | None:
         """Where a job is, once a node runs it; None when it ended without that."""
@@ -693,13 +764,14 @@ class GatewayBackend(QueueCalls):
     async def numbers(self) -> WorkerNumbers:
         """How much of everything there is."""
         totals = {name: (jobs, stored) for name, jobs, stored in await self._store.totals()}
-        jobs = [placed.shown for placed in self.placements.live.values()]
-        begun = Counter(job.client_name for job in jobs if job.state is not JobState.QUEUED)
+        # not `shown`, which makes a copy of each
+        states = [(placed.state, placed.job.client_name) for placed in self.placements.live.values()]
+        begun = Counter(name for state, name in states if state is not JobState.QUEUED)
         queued = Counter(await self._store.waiting_of_clients())
         oldest_ns = await self._store.oldest_ready_ns()
         disk = os.fstatvfs(self._state.descriptor)
         return WorkerNumbers(
-            live=Counter(job.state for job in jobs if job.state is not JobState.QUEUED),
+            live=Counter(state for state, _ in states if state is not JobState.QUEUED),
             ends=dict(self.placements.by_reason),
             clients={
                 name: ClientNumbers(begun[name], *totals.get(name, (0, 0)), queued[name])
@@ -711,6 +783,7 @@ class GatewayBackend(QueueCalls):
             launcher_up=True,
             admissions=self._queue.admissions,
             oldest_queued_seconds=0.0 if oldest_ns is None else max(0.0, (time.time_ns() - oldest_ns) / 1e9),
+            more=series_of(self._nodes, self.placements, self.archiver),
         )
 
     async def answers(self) -> None:

@@ -6,7 +6,7 @@ from typing import Final
 import grpc
 
 from pjw.cluster.v1 import cluster_pb2 as pb
-from pjw.gateway.nodes import Node, Nodes
+from pjw.gateway.nodes import Node, Nodes, NodeState
 from pjw.server.authz import Caller
 from pjw.server.guard import Guard
 
@@ -48,10 +48,12 @@ class ClusterService:
         return pb.ResumeNodeResponse(node=_message(await self._nodes.drain(request.name, drained=False)))
 
 
-def _state(node: Node) -> "pb.NodeState.ValueType":
-    if node.session is not None:
-        return pb.NODE_STATE_DRAINED if node.row.drained else pb.NODE_STATE_UP
-    return pb.NODE_STATE_LOST if node.row.is_lost else pb.NODE_STATE_AWAY
+_STATES: Final = {
+    NodeState.UP: pb.NODE_STATE_UP,
+    NodeState.DRAINED: pb.NODE_STATE_DRAINED,
+    NodeState.AWAY: pb.NODE_STATE_AWAY,
+    NodeState.LOST: pb.NODE_STATE_LOST,
+}
 
 
 def _message(node: Node) -> pb.Node:
@@ -59,7 +61,7 @@ def _message(node: Node) -> pb.Node:
     silent = 0.0 if node.session is not None else asyncio.get_running_loop().time() - node.heard
     return pb.Node(
         name=row.name,
-        state=_state(node),
+        state=_STATES[node.state],
         address=row.address,
         version=row.version,
         jobs=len(node.jobs),

@@ -11,6 +11,7 @@ from pjw.certs.files import Credentials
 from pjw.certs.profile import NODE_HOST_SUFFIX
 from pjw.errors import PjwError, ServerUnreachableError
 from pjw.gateway.nodes import Node
+from pjw.gateway.skew import require_method
 from pjw.rpc.status import FOR_CLIENT_KEY, error_of
 from pjw.v1 import job_worker_pb2 as pb
 
@@ -83,6 +84,7 @@ class Dial:
         self, node: Node, method: str, request: Message, client_name: str, seconds: float | None = None
     ) -> Any:  # noqa: ANN401  the answer of the method
         """Make a call. Raises what the node answers, and ServerUnreachableError when it does not."""
+        _require(node, method)
         made: Any = self._channel(node).unary_unary(
             f"/{_SERVICE}/{method}",
             request_serializer=lambda message: message.SerializeToString(),
@@ -95,6 +97,7 @@ class Dial:
 
     def stream(self, node: Node, method: str, request: Message, client_name: str) -> Any:  # noqa: ANN401
         """A stream of a node's answers, each as its bytes. Reading raises AioRpcError: see `error_from`."""
+        _require(node, method)
         made: Any = self._channel(node).unary_stream(
             f"/{_SERVICE}/{method}",
             request_serializer=lambda message: message.SerializeToString(),
@@ -108,6 +111,12 @@ class Dial:
             f"/{_SERVICE}/{method}", request_serializer=None, response_deserializer=None
         )
         return made(metadata=((FOR_CLIENT_KEY, client_name),))
+
+
+def _require(node: Node, method: str) -> None:
+    # one that is not connected does not answer, whatever it knows
+    if node.session is not None:
+        require_method(node.row.name, node.session.hello, method)
 
 
 def error_from(error: grpc.aio.AioRpcError, node: Node) -> PjwError:

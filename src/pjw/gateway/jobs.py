@@ -6,7 +6,7 @@ Old news change nothing: the table decides that (rows.py), not the order in whic
 
 import logging
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Final
@@ -53,12 +53,16 @@ class Placed:
         )
 
     @property
+    def state(self) -> JobState:
+        """The state of the job as clients see it."""
+        if self.placement.state is PlacementState.RUNNING and not self.job.state.final:
+            return JobState.STOPPING if self.placement.stop_signal is not None else JobState.RUNNING
+        return self.job.state
+
+    @property
     def shown(self) -> Job:
         """The job as clients see it, without the reason why it waits."""
-        if self.placement.state is PlacementState.RUNNING and not self.job.state.final:
-            state = JobState.STOPPING if self.placement.stop_signal is not None else JobState.RUNNING
-            return replace(self.job, state=state)
-        return self.job
+        return self.job if self.state is self.job.state else replace(self.job, state=self.state)
 
 
 def shape_of(job: Wanting) -> Shape:
@@ -70,6 +74,7 @@ def shape_of(job: Wanting) -> Shape:
         gpus=job.gpus,
         needs=needs_of(job),
         link=f"{job.client_name}/{job.link}" if job.link else "",
+        node=job.chosen_node,
     )
 
 
@@ -86,8 +91,11 @@ class Placements:
         self._engine: Final = engine
         self.live: Final[dict[int, Placed]] = {}
         self._by_uuid: Final[dict[str, Placed]] = {}
+        # those that have a node, by its name and their ids
+        self._of_node: Final[defaultdict[str, dict[int, Placed]]] = defaultdict(dict)
         # jobs that have ended since this gateway began
         self.by_reason: Final[Counter[EndReason]] = Counter()
+        self.claims = 0
         # called with a job that has ended, and its next attempt; then the job has ended for `ended`, too
         self.retried: Final[list[Callable[[Job, Job], None]]] = []
         # called when a job has ended
@@ -135,6 +143,7 @@ class Placements:
 
     def _hold(self, placement: Placement, job: Job) -> Placed:
         placed = self.live[job.id] = self._by_uuid[placement.uuid] = Placed(placement, job)
+        self._of_node[placement.node][job.id] = placed
         return placed
 
     def of(self, uuid: str) -> Placed | None:
@@ -143,11 +152,8 @@ class Placements:
 
     def on(self, node: Node) -> list[Placed]:
         """The jobs that a node has claimed, and that have not ended."""
-        return [
-            placed
-            for placed in self.live.values()
-            if placed.placement.node == node.row.name and placed.placement.state is not PlacementState.QUEUED
-        ]
+        there = self._of_node.get(node.row.name, {})
+        return [each for each in there.values() if each.placement.state is not PlacementState.QUEUED]
 
     # --- what happens
 
@@ -172,6 +178,7 @@ class Placements:
         )
         if job is None:
             return None
+        self.claims += 1
         self._engine.claimed(uuid, job.client_name, node, shape_of(job), hold)
         self._moved(
             placed,
@@ -288,9 +295,11 @@ class Placements:
             each(job)
         return job
 
-    @staticmethod
-    def _moved(placed: Placed, job: Job, **changes: Any) -> None:  # noqa: ANN401  members of a Placement
+    def _moved(self, placed: Placed, job: Job, **changes: Any) -> None:  # noqa: ANN401  of a Placement
+        self._of_node[placed.placement.node].pop(job.id, None)
         placed.job = job
         placed.placement = replace(placed.placement, **changes)
+        if not placed.placement.state.final:
+            self._of_node[placed.placement.node][job.id] = placed
         before, placed.changed = placed.changed, Flag()
         before.set()

@@ -5,6 +5,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
+from enum import StrEnum
 from typing import Final, NamedTuple
 
 from pjw.cluster.v1 import cluster_pb2 as pb
@@ -12,6 +13,7 @@ from pjw.errors import JobStateError, NodeNotFoundError
 from pjw.gateway import rows
 from pjw.gateway.offers import offers_of
 from pjw.gateway.rows import NodeRow
+from pjw.gateway.skew import require_no_newer
 from pjw.worker.background import Background
 from pjw.worker.flag import Flag
 from pjw.worker.store import JobStore
@@ -31,6 +33,18 @@ class Shape(NamedTuple):
     needs: frozenset[str] = frozenset()
     # The network that it shares with other jobs of its client: all that have it are on one node. Empty: none.
     link: str = ""
+    # the only node that the job may have; empty: any
+    node: str = ""
+
+
+class NodeState(StrEnum):
+    """Whether a node gets jobs."""
+
+    UP = "up"
+    DRAINED = "drained"
+    # not connected, and its jobs are not lost yet
+    AWAY = "away"
+    LOST = "lost"
 
 
 class Session:
@@ -77,22 +91,45 @@ class Node:
         self.heard = heard
         # set when it comes or goes, and then replaced
         self.changed = Flag()
-        # the jobs that are assigned to it, or that it has claimed, by their uuids
+        # the jobs that are assigned to it, or that it has claimed, by their uuids: see `take`, `give_back`
         self.jobs: Final[dict[str, Shape]] = {}
         # what it said last of what it has; None: it was not connected since this gateway began
         self.hello: pb.Hello | None = None
         self.offers: frozenset[str] = frozenset()
+        # what they take of a node with so many processors and so much memory; None: to be summed
+        self._used: tuple[int, int, Shape] | None = None
         self.timer: asyncio.TimerHandle | None = None
+
+    @property
+    def state(self) -> NodeState:
+        """How it is."""
+        if self.session is not None:
+            return NodeState.DRAINED if self.row.drained else NodeState.UP
+        return NodeState.LOST if self.row.is_lost else NodeState.AWAY
 
     @property
     def gets_jobs(self) -> bool:
         """Whether jobs may be assigned to it."""
         return self.session is not None and not self.row.drained
 
+    def take(self, uuid: str, shape: Shape) -> None:
+        """A job is assigned to it."""
+        self.jobs[uuid] = shape
+        self._used = None
+
+    def give_back(self, uuid: str) -> None:
+        """A job is not there any more."""
+        del self.jobs[uuid]
+        self._used = None
+
     def used(self) -> Shape:
         """How much of it its jobs take."""
-        taken = [self._part(shape) for shape in self.jobs.values()]
-        return Shape(sum(each.millicores for each in taken), sum(each.memory for each in taken))
+        size = self.row.cpu_max_millicores, self.row.memory_max_bytes
+        if self._used is None or self._used[:2] != size:
+            taken = [self._part(shape) for shape in self.jobs.values()]
+            used = Shape(sum(each.millicores for each in taken), sum(each.memory for each in taken))
+            self._used = *size, used
+        return self._used[2]
 
     def has_room(self, shape: Shape) -> bool:
         """Whether a job of this shape fits beside its jobs; a job that is too large takes the whole node."""
@@ -109,7 +146,11 @@ class Node:
 
     def could_have(self, shape: Shape) -> bool:
         """Whether it offers what a job of this shape needs, beyond processors and memory."""
-        return shape.needs <= self.offers and (not shape.gpus or shape.gpus <= self.gpus)
+        return (
+            shape.node in ("", self.row.name)
+            and shape.needs <= self.offers
+            and (not shape.gpus or shape.gpus <= self.gpus)
+        )
 
     @property
     def gpus(self) -> int:
@@ -144,8 +185,13 @@ class Nodes:
         self.heartbeat_seconds: Final = heartbeat_seconds
         self.lost_after_seconds: Final = lost_after_seconds
         self.known: Final[dict[str, Node]] = {}
+        # how many sessions nodes have begun, and how often one was lost
+        self.sessions = 0
+        self.lost = 0
         # called when a node may get jobs again, or has more room
         self.came: Callable[[], None] = lambda: None
+        # called with a node whose session has begun
+        self.begun: Callable[[Node], None] = lambda _: None
         # called with a node whose session is over, and with a node that is lost
         self.went: Callable[[Node], None] = lambda _: None
         self.was_lost: Callable[[Node], None] = lambda _: None
@@ -192,6 +238,7 @@ class Nodes:
     async def connected(self, session: Session) -> Node:
         """A node has said hello. Raises JobStateError for a node that does not fit the others."""
         hello, now = session.hello, asyncio.get_running_loop().time()
+        require_no_newer(hello)
         self._require_same_users(hello)
         row = NodeRow(
             hello.node,
@@ -214,6 +261,7 @@ class Nodes:
         node.row, node.heard = row, now
         node.hello, node.offers = hello, offers_of(hello)
         node.session = session
+        self.sessions += 1
         self._watch(node)
         log.info("node %s is connected", row.name)
         return node
@@ -264,6 +312,7 @@ class Nodes:
             "node %s was not heard of for %g s: its jobs are lost", node.row.name, self.lost_after_seconds
         )
         node.timer = None
+        self.lost += 1
         node.row = replace(node.row, is_lost=True)
         self._background.spawn(self._keep(node))
         if node.session is not None:

@@ -11,6 +11,7 @@ from typing import Final, NamedTuple
 
 from pjw.cluster.v1 import cluster_pb2 as pb
 from pjw.gateway.nodes import Node, Nodes, Shape
+from pjw.gateway.room import Room
 from pjw.model import JobSpec
 
 # A node that could not start a job gets none for so long; each further failure doubles the pause.
@@ -28,6 +29,7 @@ class Pool:
 
     def __init__(self, nodes: Nodes, running_max: Callable[[], int]) -> None:
         self._nodes: Final = nodes
+        self._room: Final = Room(nodes, self._gets_jobs)
         # how many jobs of a client may be on nodes at once; 0: any number
         self._running_max: Final = running_max
         self._waiting: Final[dict[str, _Waiting]] = {}
@@ -66,13 +68,13 @@ class Pool:
         """See `Engine`."""
         self._release(uuid)
         self._waiting[uuid] = _Waiting(client_name, shape)
-        self.look()
+        self._look()
 
     def cancel(self, uuid: str) -> None:
         """See `Engine`."""
         self._waiting.pop(uuid, None)
         if self._release(uuid):
-            self.look()
+            self._look()
 
     def claimed(self, uuid: str, client_name: str, node: Node, shape: Shape, hold: str = "") -> None:
         """See `Engine`."""
@@ -90,7 +92,7 @@ class Pool:
     def started(self, node: Node) -> None:
         """See `Engine`."""
         if self._paused.pop(node.row.name, None) is not None:
-            self.freed()
+            self._pause_over()
 
     def refused(self, uuid: str, node: Node) -> None:
         """See `Engine`."""
@@ -146,6 +148,10 @@ class Pool:
 
     def look(self) -> None:
         """See `Engine`."""
+        self._room.forget()
+        self._look()
+
+    def _look(self) -> None:
         if not self._waiting:
             return
         most = self._running_max()
@@ -166,9 +172,8 @@ class Pool:
     def _find(self, shape: Shape) -> Node | None:
         """The node that a job of this shape gets now."""
         if shape.link and (node := self._nodes.of_link(shape.link)) is not None:
-            return node if self._gets_jobs(node) and node.has_room(shape) else None
-        nodes = (node for _, node in sorted(self._nodes.known.items()) if self._gets_jobs(node))
-        return next((node for node in nodes if node.has_room(shape)), None)
+            return node if self._room.fits(node, shape) else None
+        return self._room.find(shape)
 
     def _gets_jobs(self, node: Node) -> bool:
         until, _ = self._paused.get(node.row.name, (0.0, 0.0))
@@ -177,7 +182,7 @@ class Pool:
     def _take(self, uuid: str, client_name: str, node: Node, shape: Shape) -> None:
         self._placed[uuid] = client_name, node
         self._of_client[client_name] += 1
-        node.jobs[uuid] = shape
+        node.take(uuid, shape)
 
     def _release(self, uuid: str) -> bool:
         placed = self._placed.pop(uuid, None)
@@ -185,7 +190,8 @@ class Pool:
         if placed is None:
             return False
         client_name, node = placed
-        del node.jobs[uuid]
+        node.give_back(uuid)
+        self._room.more(node)
         self._of_client[client_name] -= 1
         if not self._of_client[client_name]:
             del self._of_client[client_name]

@@ -6,7 +6,7 @@ is back.
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -20,6 +20,7 @@ from pjw.gateway.words import in_our_words
 from pjw.model import Job
 from pjw.output import Head, no_head
 from pjw.rpc.convert import logs_response_bytes
+from pjw.server.backend import Reading
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker import Part
 
@@ -38,6 +39,8 @@ class OnNode:
 
 # Finds the node of a job; returns when a node has the job, or it has ended. None: it ended without a start.
 Where = Callable[[], Awaitable[OnNode | None]]
+# A part of the job's output from the archive; None when that does not have it.
+InArchive = Callable[[Part], Awaitable[Reading | None]]
 
 
 class NoReading:
@@ -63,9 +66,12 @@ class NoReading:
 class ProxyReading:
     """A part of a job's output that is about to be read."""
 
-    def __init__(self, dial: Dial, where: Where, part: Part) -> None:
+    def __init__(self, dial: Dial, where: Where, in_archive: InArchive, part: Part) -> None:
         self._dial: Final = dial
         self._where: Final = where
+        self._in_archive: Final = in_archive
+        # the rest of the output, when the archive has it and the node does not answer
+        self._rest: Reading | None = None
         self._part: Final = part
         self.offset = part.offset
 
@@ -79,7 +85,8 @@ class ProxyReading:
             return
         there = await self._connected()
         if there is None:
-            self.offset = 0
+            self._rest = await self._in_archive(self._part)
+            self.offset = self._rest.offset if self._rest is not None else 0
             return
         # the first answer has the offset; we need no more
         call = self._dial.stream(there.node, "Logs", self._request(there, sought=True), there.job.client_name)
@@ -103,6 +110,10 @@ class ProxyReading:
             made = head(count)
             # most messages go on as they came
             yield message if made == message[:start] else made + message[start:]
+        if self._rest is not None:
+            async with aclosing(self._rest.chunks(head)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
 
     async def timed(self) -> AsyncGenerator[tuple[bytes, datetime | None], None]:
         """The same, with the time at which the job wrote each piece; None where that is not known."""
@@ -110,6 +121,10 @@ class ProxyReading:
             response = pb.LogsResponse.FromString(message)
             time = response.time.ToDatetime(UTC) if response.HasField("time") else None
             yield response.data, time
+        if self._rest is not None:
+            async with aclosing(self._rest.timed()) as timed:
+                async for each in timed:
+                    yield each
 
     async def _messages(self, *, timestamps: bool) -> AsyncGenerator[bytes, None]:
         """Serialized answers with bytes in them, in their order, from `offset` on."""
@@ -134,6 +149,8 @@ class ProxyReading:
                 return
             except grpc.aio.AioRpcError as error:
                 why = self._told(error_from(error, there.node), there)
+                if await self._goes_on_in_archive():
+                    return
                 if not isinstance(why, ServerUnreachableError):
                     raise why from None
             except asyncio.CancelledError:
@@ -159,6 +176,8 @@ class ProxyReading:
                 return None
             if there.node.session is not None:
                 return there
+            if await self._goes_on_in_archive():
+                return None
             if there.node.row.is_lost:
                 raise OutputLostError(
                     f"the output of job {there.job.id} ends here, at byte {self.offset}:"
@@ -166,6 +185,11 @@ class ProxyReading:
                     hint="what the node has can be read when it is back",
                 )
             await there.node.changed.wait()
+
+    async def _goes_on_in_archive(self) -> bool:
+        """Whether the archive has what follows: that is the rest then."""
+        self._rest = await self._in_archive(Part(offset=self.offset, stderr=self._part.stderr))
+        return self._rest is not None
 
     def _request(self, there: OnNode, *, timestamps: bool = False, sought: bool = False) -> pb.LogsRequest:
         part = self._part

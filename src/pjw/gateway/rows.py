@@ -16,8 +16,10 @@ from pjw.worker import array_rows, queue_rows
 from pjw.worker.rows import COLUMNS, READY, WAITS, job_of, to_ns
 
 _PLACEMENT: Final = (
-    "job_id, uuid, client_name, state, node, session, node_job_id, attempt, stop_signal, stop_grace, hold"
+    "job_id, uuid, client_name, state, node, session, node_job_id, attempt, stop_signal, stop_grace, hold,"
+    " archived"
 )
+ARCHIVED: Final = 1
 _ALIVE: Final = "state IN ('queued', 'claimed', 'running')"
 
 
@@ -41,6 +43,8 @@ class Placement:
     stop_grace: float | None = None
     # the engine's name for its place on the node; empty where the engine gives no places
     hold: str = ""
+    # ARCHIVED when the archive has its output
+    archived: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,15 +95,13 @@ def forget_unneeded(db: sqlite3.Connection) -> None:
 
 def alive(db: sqlite3.Connection) -> list[tuple[Placement, Job]]:
     """All placements that have not ended, in the order of their jobs, each with its job."""
-    placements = db.execute(
-        f"SELECT {_PLACEMENT} FROM placements INDEXED BY placements_alive WHERE {_ALIVE} ORDER BY job_id"
-    ).fetchall()
-    found = []
-    for row in placements:
-        job = db.execute(f"SELECT {COLUMNS} FROM jobs WHERE id = ?", (row[0],)).fetchone()
-        if job is not None:
-            found.append((_placement(row), job_of(job)))
-    return found
+    of_alive = f"FROM placements INDEXED BY placements_alive WHERE {_ALIVE}"
+    placements = db.execute(f"SELECT {_PLACEMENT} {of_alive} ORDER BY job_id").fetchall()
+    jobs = {
+        row[0]: job_of(row)
+        for row in db.execute(f"SELECT {COLUMNS} FROM jobs WHERE id IN (SELECT job_id {of_alive})")
+    }
+    return [(_placement(row), jobs[row[0]]) for row in placements if row[0] in jobs]
 
 
 def find(db: sqlite3.Connection, job_id: int) -> Placement | None:
@@ -287,6 +289,33 @@ def to_fence(db: sqlite3.Connection, node: str) -> list[str]:
     """The uuids of jobs that were lost with a node, and whose ends the node has not told since."""
     query = "SELECT uuid FROM placements WHERE node = ? AND state = 'lost' AND late_end = ''"
     return [uuid for (uuid,) in db.execute(query, (node,))]
+
+
+def to_archive(db: sqlite3.Connection, node: str, count: int) -> list[tuple[Placement, Job]]:
+    """Ended jobs of a node whose output the archive does not have yet, the oldest first."""
+    placements = db.execute(
+        f"SELECT {_PLACEMENT} FROM placements INDEXED BY placements_to_archive WHERE node = ?"
+        " AND state = 'ended' AND archived = 0 AND removed = 0 AND node_job_id > 0 ORDER BY job_id LIMIT ?",
+        (node, count),
+    ).fetchall()
+    return [(_placement(row), _job(db, row[0])) for row in placements]
+
+
+def archived(db: sqlite3.Connection, job_id: int) -> None:
+    """The archive has the output of a job."""
+    db.execute("UPDATE placements SET archived = ? WHERE job_id = ?", (ARCHIVED, job_id))
+
+
+def never_archived(db: sqlite3.Connection, job_id: int) -> bool:
+    """Its node does not have all of the output of a job; whether the job is still there."""
+    query = "UPDATE placements SET archived = 2 WHERE job_id = ? AND removed = 0"
+    return bool(db.execute(query, (job_id,)).rowcount)
+
+
+def nodes_to_remove(db: sqlite3.Connection) -> list[str]:
+    """The nodes that still have jobs that were removed here."""
+    query = "SELECT DISTINCT node FROM placements INDEXED BY placements_removed WHERE removed"
+    return [name for (name,) in db.execute(query)]
 
 
 def to_remove(db: sqlite3.Connection, node: str, count: int) -> list[Placement]:

@@ -16,6 +16,7 @@ from pjw.gateway.jobs import Placed, Placements
 from pjw.gateway.node_guard import NodeGuard
 from pjw.gateway.nodes import Node, Nodes, Session
 from pjw.gateway.states import PlacementEvent, PlacementState
+from pjw.model import Job
 from pjw.rpc.convert import job_from_message, spec_to_message
 from pjw.worker.queue_rows import WaitingJob
 from pjw.worker.store import JobStore
@@ -38,6 +39,7 @@ class Sessions:
         engine: Engine,
         run_here: Callable[[Placed, Node], None],
         read_upload: Callable[[Placed, int], Awaitable[bytes]],
+        keeps: Callable[[Node, int, str, Job], bool] = lambda *_: False,
     ) -> None:
         self._store: Final = store
         self._nodes: Final = nodes
@@ -47,6 +49,8 @@ class Sessions:
         self._run_here: Final = run_here
         # called with a job and an offset in its upload
         self._read_upload: Final = read_upload
+        # called with a node, an ended job's id, uuid and end: whether the node is to keep the job for now
+        self._keeps: Final = keeps
 
     def handlers(self, guard: NodeGuard) -> grpc.GenericRpcHandler:
         """The table of methods, each behind the guard of nodes."""
@@ -83,7 +87,7 @@ class Sessions:
         for limit, value in job.limits.items():
             setattr(start.limits, limit, value)
         # names at this gateway: on the node a job from another life of the gateway may still have them
-        start.name, start.request_id = "", ""
+        start.name, start.request_id, start.node = "", "", ""
         return pb.ClaimResponse(
             uuid=placed.placement.uuid,
             client_name=job.client_name,
@@ -153,6 +157,7 @@ class Sessions:
             session.fence(uuid)
         node.has_changed()
         self._nodes.came()
+        self._nodes.begun(node)
 
     async def _hear_all(
         self,
@@ -214,10 +219,17 @@ class Sessions:
             raise InvalidJobError(f"node {node.row.name} tells the end of a job that is {job.state}")
         if (placed := self._of(message.uuid, node)) is not None:
             await self._placements.end(placed, job)
+            held = self._keeps(node, placed.job.id, message.uuid, job)
         else:
             # the node has told it before and heard no answer; or it is the late end of a lost job
             placement = await self._store.transact(rows.by_uuid, message.uuid)
+            held = False
             if placement is not None and placement.node == node.row.name:
+                held = (
+                    placement.state is PlacementState.ENDED
+                    and not placement.archived
+                    and self._keeps(node, placement.job_id, message.uuid, job)
+                )
                 await self._store.transact(
                     rows.keep_late_end,
                     placement.job_id,
@@ -225,7 +237,8 @@ class Sessions:
                     MessageToJson(message.job, indent=None),
                 )
                 await self._store.sync()
-        session.say(pb.SessionResponse(ack=pb.Ack(uuid=message.uuid)))
+        if not held:
+            session.say(pb.SessionResponse(ack=pb.Ack(uuid=message.uuid)))
 
     async def _unknown(self, uuid: str, node: Node) -> None:
         if (placed := self._of(uuid, node)) is not None:

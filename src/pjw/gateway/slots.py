@@ -63,6 +63,8 @@ class ClusterSlots(Slots):
         shape = shape_of(job)
         if why := self._engine.passed_over(shape):
             return why
+        if shape.node:
+            return f"waits for node {shape.node}: {self._why_not_there(shape.node)}"
         nodes = [node for node in self._nodes.known.values() if node.gets_jobs]
         able = [node for node in nodes if node.could_have(shape)]
         if nodes and not able:
@@ -73,6 +75,12 @@ class ClusterSlots(Slots):
         if len(able) < len(nodes):
             return f"waits for room on {', '.join(sorted(node.row.name for node in able))}"
         return ""
+
+    def _why_not_there(self, name: str) -> str:
+        node = self._nodes.known.get(name)
+        if node is None or node.session is None:
+            return "it is not connected"
+        return "it is drained" if node.row.drained else "it has no room for it now"
 
     def _whole(self) -> Use:
         return self._cluster

@@ -355,13 +355,13 @@ class Slurm:
     def _take(self, uuid: str, client_name: str, node: Node, shape: Shape, hold: str) -> None:
         self._placed[uuid] = _Place(client_name, node, shape, hold, self._samples)
         self._of_client[client_name] += 1
-        node.jobs[uuid] = shape
+        node.take(uuid, shape)
 
     def _release(self, uuid: str) -> bool:
         place = self._placed.pop(uuid, None)
         if place is None:
             return False
-        del place.node.jobs[uuid]
+        place.node.give_back(uuid)
         self._of_client[place.client_name] -= 1
         if not self._of_client[place.client_name]:
             del self._of_client[place.client_name]

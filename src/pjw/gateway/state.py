@@ -6,16 +6,18 @@ secrets/           of jobs that wait for a node, see worker/secret_files.py
 uploads/           files for jobs that wait for a node, see worker/uploads.py
 gateway.lock       held by the gateway
 
-It has no output: the nodes have that.
+It has no output: the nodes have that, and the archive if there is one (archive.py).
 """
 
 import asyncio
 import os
 import stat
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Final, ParamSpec, TypeVar
 
 from pjw.errors import ConfigError, KernelError, LimitReachedError, describe_errno
+from pjw.gateway.archive import Archive
 from pjw.model import Job
 from pjw.worker.secret_files import SecretFiles
 from pjw.worker.store import JobStore
@@ -36,6 +38,7 @@ class GatewayState:
         *files* are the operator's, which a reload reads again; *audit_log* is the path of the audit log.
         """
         self.path: Final = os.path.realpath(path)
+        self.archive: Archive | None = None
         self._files: Final = files
         self._audit_log: Final = audit_log
         table = os.path.join(self.path, _TABLE)
@@ -63,10 +66,15 @@ class GatewayState:
 
     async def in_thread(self, function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
         """Call a function that waits for the disk."""
-        return await asyncio.to_thread(function, *args, **kwargs)
+        # a copy that is just becoming whole is removed after that
+        removes = self.archive is not None and function == self.remove_job
+        async with self.archive.turn if self.archive is not None and removes else nullcontext():
+            return await asyncio.to_thread(function, *args, **kwargs)
 
     def remove_job(self, job_id: int) -> None:
-        """Nothing: a gateway has no files of jobs. The table notes which jobs nodes have to remove."""
+        """Remove the copy of a job's output. The table notes which jobs nodes have to remove."""
+        if self.archive is not None:
+            self.archive.remove(job_id)
 
     def output_size(self, _: Job) -> int:
         """Nothing, as for the next two: the nodes have what jobs store."""

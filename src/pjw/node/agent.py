@@ -6,7 +6,7 @@ A node that cannot reach the gateway does not end its jobs: they go on, and the 
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -20,6 +20,7 @@ from pjw.errors import PjwError, ServerUnreachableError
 from pjw.node.holds import Holds
 from pjw.node.jobs import Claim, Jobs, Said
 from pjw.worker import Worker
+from pjw.worker.numbers import Series
 from pjw.worker.store import JobStore
 from pjw.worker.worker import Offers
 
@@ -56,6 +57,8 @@ class NodeSettings:
     memory_max_bytes: int
     uid_first: int
     uid_count: int
+    # what the gateway may call here
+    methods: Sequence[str]
 
 
 class Node:
@@ -78,6 +81,22 @@ class Node:
         self._jobs: Final = Jobs(worker, store, holds)
         self._pause = FIRST_PAUSE_SECONDS
         self._told = ""
+        self._is_connected = False
+        self._sessions = 0
+        worker.more_numbers = self._numbers
+
+    def _numbers(self) -> Sequence[Series]:
+        return (
+            Series(
+                "pjw_gateway_connected",
+                "Whether there is a session with the gateway.",
+                "gateway",
+                {self._settings.gateway: self._is_connected},
+            ),
+            Series(
+                "pjw_gateway_sessions", "Sessions with the gateway that have begun.", total=self._sessions
+            ),
+        )
 
     async def run(self) -> None:
         """Keep a session for ever."""
@@ -136,6 +155,7 @@ class Node:
         if self.holds is not None:
             self.holds.say = said.say
             self.holds.announce()
+        self._is_connected, self._sessions = True, self._sessions + 1
         beating = asyncio.ensure_future(_beat(said, heartbeat))
         telling = asyncio.ensure_future(self._jobs.tell_ends(said))
         hearing = asyncio.ensure_future(self._hear_all(answers, claim, said, lost_after))
@@ -147,6 +167,7 @@ class Node:
                 if task.done():
                     task.result()
         finally:
+            self._is_connected = False
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -181,6 +202,7 @@ class Node:
                 mounts=offers.mounts,
                 images=offers.images,
                 names=offers.names,
+                methods=settings.methods,
             )
         )
 

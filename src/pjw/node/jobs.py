@@ -209,6 +209,7 @@ class Jobs:
     async def _acknowledged(self, uuid: str) -> None:
         await self._store.transact(rows.told, uuid)
         self._told.discard(uuid)
+        self._worker.end_was_told()
         # there may be more ends than we tell at a time
         self._ended.set()
 

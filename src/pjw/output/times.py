@@ -11,7 +11,7 @@ from pjw.output.follower import follow
 from pjw.output.log import OutputLog, read_at
 
 # nanoseconds of CLOCK_REALTIME; where in the output what was read until then ends. As the machine has them.
-_RECORD: Final = struct.Struct("=qQ")
+RECORD: Final = struct.Struct("=qQ")
 _RECORDS_READ: Final = 1024
 
 
@@ -98,7 +98,7 @@ class _Times:
 
     async def _first(self, fits: Callable[[tuple[int, int]], bool]) -> int:
         """The number of the first record that fits, by bisection; every record after it must fit too."""
-        low, high = 0, os.fstat(self._descriptor).st_size // _RECORD.size
+        low, high = 0, os.fstat(self._descriptor).st_size // RECORD.size
         while low < high:
             middle = (low + high) // 2
             record = await self._read(middle, 1)
@@ -109,6 +109,6 @@ class _Times:
         return low
 
     async def _read(self, number: int, count: int) -> list[tuple[int, int]]:
-        size = _RECORD.size
+        size = RECORD.size
         got, data = await read_at(self._descriptor, number * size, count * size)
-        return list(_RECORD.iter_unpack(data[: got - got % size]))
+        return list(RECORD.iter_unpack(data[: got - got % size]))

@@ -104,6 +104,7 @@ def job_to_message(job: Job) -> pb.Job:
         workspace=job.workspace,
         exclusive=job.exclusive,
         node=job.node,
+        chosen_node=job.chosen_node,
         image=job.image,
         read_only=job.read_only,
         mounts=job.mounts,
@@ -176,6 +177,7 @@ def job_from_message(message: pb.Job) -> Job:
         workspace=message.workspace,
         exclusive=message.exclusive,
         node=message.node,
+        chosen_node=message.chosen_node,
         image=message.image,
         read_only=message.read_only,
         mounts=tuple(message.mounts),
@@ -297,6 +299,7 @@ def spec_to_message(spec: JobSpec) -> pb.StartRequest:
         allow=spec.allow,
         link=spec.link,
         gpus=spec.gpus,
+        node=spec.node,
     )
     _set_command(request, spec)
     return request
@@ -355,6 +358,7 @@ def spec_from_message(message: pb.StartRequest) -> JobSpec:
         allow=tuple(message.allow),
         link=message.link,
         gpus=message.gpus,
+        node=message.node,
     )
 
 

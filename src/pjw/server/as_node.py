@@ -10,6 +10,7 @@ from pjw.certs.identity import node_of
 from pjw.errors import ConfigError, NotAuthenticatedError
 from pjw.node.agent import Node, NodeSettings
 from pjw.node.holds import Holds, listen_for_holds
+from pjw.server.authz import FOR_A_CLIENT
 from pjw.server.config import ServerConfig
 from pjw.version import version
 from pjw.worker import Worker, WorkerSettings
@@ -81,6 +82,7 @@ def node_of_config(
             memory_max_bytes=memory_of(settings.sums) if memory is None else memory,
             uid_first=worker.uid_first,
             uid_count=settings.uid_count,
+            methods=sorted(FOR_A_CLIENT),
         ),
         credentials,
         holds,

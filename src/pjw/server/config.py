@@ -254,6 +254,18 @@ class Gateway(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     heartbeat_seconds: Annotated[
         float, Meta(ge=0.1, le=60, description="how often a node says that it is there")
     ] = 5
+    choose_node: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="who may choose a job's node (--node): names of clients, in which * is any characters"
+        ),
+    ] = ()
+    archive: Annotated[
+        _Path | None,
+        Meta(
+            description="a directory for copies of ended jobs' output; without it the nodes alone have that"
+        ),
+    ] = None
     lost_after_seconds: Annotated[
         float, Meta(ge=1, le=86_400, description="a node that is silent for so long has lost its jobs")
     ] = 60
@@ -438,7 +450,9 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             gpus=self._gpus(),
             stop_grace_seconds=self.stop_grace_seconds,
             waiting_inits=self.waiting_inits,
-            retention=Retention(**msgspec.structs.asdict(self.retention)),
+            retention=Retention(
+                **msgspec.structs.asdict(self.retention), keeps_untold=self.cluster.gateway is not None
+            ),
             quotas=self.clients.quotas(),
             disk=DiskMarks(**msgspec.structs.asdict(self.disk)),
             queue=QueueSlots(**msgspec.structs.asdict(self.queue)),

@@ -254,6 +254,11 @@ class _State(Collector):
             made.add_metric((result,), numbers.connections.get(result, 0))
         yield made
         yield _one("pjw_launcher_up", "Whether the launcher lives.", numbers.launcher_up)
+        for each in numbers.more:
+            if each.label:
+                yield _by(each.name, each.text, each.label, each.values.items())
+            else:
+                yield _total(each.name, each.text, each.total)
 
     def _operator(self) -> Iterator[Metric]:
         lost = self._metrics.log_writer.lost_lines

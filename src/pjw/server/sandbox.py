@@ -62,6 +62,8 @@ class Sandbox:
     descriptors: int
     # directories that it reads besides, as far as its user may
     readable: Sequence[str] = ()
+    # directories, by their descriptors, in which it has files of its own besides
+    writable: Sequence[int] = ()
 
 
 def enter(sandbox: Sandbox, uid: int) -> None:
@@ -87,6 +89,7 @@ def _confine(sandbox: Sandbox) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     limit_descriptors(sandbox.descriptors)
     more = [Beneath(path, READ) for path in sandbox.readable]
+    more += [Beneath(descriptor, OWN) for descriptor in sandbox.writable]
     restrict_files([*rules(sandbox.own_directory), *more], sandbox.ports)
     filter_system_calls()
 

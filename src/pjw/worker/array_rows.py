@@ -21,7 +21,7 @@ _FAILED: Final = 1
 # what an element has of its array
 _KEPT: Final = (
     "client_name, command, limits, labels, split_stderr, workdir, priority, attempt, workspace, exclusive,"
-    " image, read_only, artifacts, artifacts_required, mounts, allow, link, gpus"
+    " image, read_only, artifacts, artifacts_required, mounts, allow, link, gpus, chosen_node"
 )
 
 

@@ -3,7 +3,7 @@
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pjw.model import EndReason, JobState
@@ -21,6 +21,17 @@ class ClientNumbers:
     stored_jobs: int = 0
     stored_bytes: int = 0
     queued: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """A metric that only some pjwd have: values by a label, or else a total that only grows."""
+
+    name: str
+    text: str
+    label: str = ""
+    values: Mapping[str, float] = field(default_factory=dict)
+    total: float = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +57,8 @@ class WorkerNumbers:
     oldest_queued_seconds: float = 0.0
     # of jobs, to names on the network, by what became of them
     connections: Mapping[str, int] = field(default_factory=dict)
+    # of a gateway, or of the node of one
+    more: Sequence[Series] = ()
 
 
 async def count_all(
@@ -56,6 +69,7 @@ async def count_all(
     launcher: LauncherClient,
     queue: Queue,
     connections: Mapping[str, int],
+    more: Sequence[Series],
 ) -> WorkerNumbers:
     """Count; it costs the same however many jobs are kept."""
     totals = {name: (jobs, stored) for name, jobs, stored in await state.store.totals()}
@@ -78,4 +92,5 @@ async def count_all(
         admissions=queue.admissions,
         oldest_queued_seconds=0.0 if oldest_ns is None else max(0.0, (time.time_ns() - oldest_ns) / 1e9),
         connections=dict(connections),
+        more=more,
     )

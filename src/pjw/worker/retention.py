@@ -45,7 +45,7 @@ class Pruner:
         self.removed: Final[list[Callable[[], None]]] = []
 
     def job_ended(self) -> None:
-        """There is one more to keep."""
+        """There is one more to keep, or one more that may be removed."""
         self._due.set()
 
     def keep(self, retention: Retention) -> None:
@@ -82,7 +82,9 @@ class Pruner:
             await asyncio.sleep(_PAUSE_SECONDS)
 
     async def _seconds_to_next(self) -> float | None:
-        first_ns = await self._state.store.first_end_ns() if self._retention.age_seconds else None
+        if not self._retention.age_seconds:
+            return None
+        first_ns = await self._state.store.first_end_ns(told=self._retention.keeps_untold)
         if first_ns is None:
             return None
         # A second late rather than an instant early; and a clock that was set is noticed in a day.

@@ -26,7 +26,7 @@ COLUMNS: Final = (
     " artifacts, artifact_bytes, artifacts_detail, artifacts_required,"
     " output_bytes, name, labels, split_stderr, input, workdir, queued_ns, priority, not_before_ns, held,"
     " detail, waits_for, unmet, attempt, retried_as, array_id, array_index, workspace, exclusive,"
-    " image, read_only, mounts, allow, link, gpus, node,"
+    " image, read_only, mounts, allow, link, gpus, node, chosen_node,"
     " (SELECT json_array(indices, count, waiting, succeeded, failed, cancelled) FROM arrays"
     " WHERE arrays.id = jobs.id)"
 )
@@ -111,6 +111,7 @@ def job_of(row: Row) -> Job:
         link,
         gpus,
         node,
+        chosen_node,
         array,
     ) = row
     without_end = JobState.QUEUED
@@ -161,6 +162,7 @@ def job_of(row: Row) -> Job:
         link=link,
         gpus=gpus,
         node=node,
+        chosen_node=chosen_node,
     )
 
 

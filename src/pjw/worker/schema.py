@@ -444,6 +444,14 @@ CREATE TABLE nodes (
 """,
     # The place that an engine gave to a job (pjw.gateway.slurm), empty where it gives none.
     "ALTER TABLE placements ADD COLUMN hold TEXT NOT NULL DEFAULT '';",
+    # `chosen_node` is the only node of a cluster that may have a job. `archived` is 1 when the gateway's
+    # archive has its output and 2 when that can never be.
+    """
+ALTER TABLE jobs ADD COLUMN chosen_node TEXT NOT NULL DEFAULT '';
+ALTER TABLE placements ADD COLUMN archived INTEGER NOT NULL DEFAULT 0;
+CREATE INDEX placements_to_archive ON placements (node, job_id)
+    WHERE state = 'ended' AND archived = 0 AND removed = 0 AND node_job_id > 0;
+""",
 )
 SCHEMA_VERSION: Final = len(MIGRATIONS)
 

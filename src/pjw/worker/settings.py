@@ -53,6 +53,8 @@ class Retention:
     workspace_age_seconds: int = 0
     # so is an image that a client has loaded
     image_age_seconds: int = 0
+    # on a node of a gateway: an ended job stays until the gateway has written its end down
+    keeps_untold: bool = False
 
 
 @dataclass(frozen=True, slots=True)

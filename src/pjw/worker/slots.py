@@ -48,6 +48,10 @@ class Wanting(Protocol):
     def image(self) -> str:
         """The image that it has."""
 
+    @property
+    def chosen_node(self) -> str:
+        """The only node of a cluster that it may have; empty: any."""
+
 
 @dataclass(slots=True)
 class Use:

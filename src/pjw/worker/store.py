@@ -49,24 +49,36 @@ _COPY_WAIT_SECONDS: Final = 0.005
 
 log: Final = logging.getLogger(__name__)
 
+
 # Which job goes first when more is kept than may be, by the member of Retention that says so;
 # `:most` is its value. A total is brought down at the cost of the client who has most: nobody
 # can push the jobs of others out. Its bound is inside the question for that client: outside, SQLite
 # would ask it again for each of the client's jobs.
-_TO_PRUNE: Final = {
-    "age_seconds": "SELECT id FROM jobs WHERE state IS NOT NULL AND end_ns < :now - :most * 1000000000"
-    " ORDER BY end_ns LIMIT 1",
-    "jobs_per_client": "SELECT id FROM jobs WHERE state IS NOT NULL AND client_name ="
-    " (SELECT name FROM clients WHERE ended_jobs > :most LIMIT 1) ORDER BY end_ns LIMIT 1",
-    "bytes_per_client": "SELECT id FROM jobs WHERE output_bytes + artifact_bytes > 0 AND client_name ="
-    " (SELECT name FROM clients WHERE ended_bytes > :most LIMIT 1) ORDER BY end_ns LIMIT 1",
-    "jobs_total": "SELECT id FROM jobs WHERE state IS NOT NULL AND client_name ="
-    " (SELECT name FROM clients WHERE (SELECT sum(ended_jobs) FROM clients) > :most"
-    " ORDER BY ended_jobs DESC LIMIT 1) ORDER BY end_ns LIMIT 1",
-    "bytes_total": "SELECT id FROM jobs WHERE output_bytes + artifact_bytes > 0 AND client_name ="
-    " (SELECT name FROM clients WHERE (SELECT sum(ended_bytes) FROM clients) > :most"
-    " ORDER BY ended_bytes DESC LIMIT 1) ORDER BY end_ns LIMIT 1",
-}
+def _to_prune(which: str = "", who: str = "") -> dict[str, str]:
+    return {
+        "age_seconds": "SELECT id FROM jobs WHERE state IS NOT NULL AND end_ns < :now - :most * 1000000000"
+        f"{which} ORDER BY end_ns LIMIT 1",
+        "jobs_per_client": "SELECT id FROM jobs WHERE state IS NOT NULL AND client_name ="
+        f" (SELECT name FROM clients WHERE ended_jobs > :most{who} LIMIT 1){which} ORDER BY end_ns LIMIT 1",
+        "bytes_per_client": "SELECT id FROM jobs WHERE output_bytes + artifact_bytes > 0 AND client_name ="
+        f" (SELECT name FROM clients WHERE ended_bytes > :most{who} LIMIT 1){which} ORDER BY end_ns LIMIT 1",
+        "jobs_total": "SELECT id FROM jobs WHERE state IS NOT NULL AND client_name ="
+        " (SELECT name FROM clients WHERE (SELECT sum(ended_jobs) FROM clients) > :most"
+        f"{who} ORDER BY ended_jobs DESC LIMIT 1){which} ORDER BY end_ns LIMIT 1",
+        "bytes_total": "SELECT id FROM jobs WHERE output_bytes + artifact_bytes > 0 AND client_name ="
+        " (SELECT name FROM clients WHERE (SELECT sum(ended_bytes) FROM clients) > :most"
+        f"{who} ORDER BY ended_bytes DESC LIMIT 1){which} ORDER BY end_ns LIMIT 1",
+    }
+
+
+_TO_PRUNE: Final = _to_prune()
+# A node keeps an ended job until the gateway has written its end down. A client whose ended jobs are all of
+# that kind is not asked for: others may have more than may be kept.
+_TOLD: Final = "(reported OR coalesce(request_id, '') < 'cluster:' OR request_id >= 'cluster;')"
+_TOLD_TO_PRUNE: Final = _to_prune(
+    f" AND {_TOLD}",
+    f" AND EXISTS (SELECT 1 FROM jobs WHERE state IS NOT NULL AND client_name = clients.name AND {_TOLD})",
+)
 
 
 _P = ParamSpec("_P")
@@ -291,6 +303,8 @@ class JobStore:
             more = {**more, "mounts": _listed(spec.mounts)}
         if spec.gpus:
             more = {**more, "gpus": spec.gpus}
+        if spec.node:
+            more = {**more, "chosen_node": spec.node}
         if spec.allow or spec.link:
             more = {**more, "allow": " ".join(spec.allow), "link": spec.link}
         try:
@@ -929,7 +943,7 @@ class JobStore:
         return pruned
 
     def _first_to_prune(self, retention: Retention, now_ns: int) -> int | None:
-        for name, query in _TO_PRUNE.items():
+        for name, query in (_TOLD_TO_PRUNE if retention.keeps_untold else _TO_PRUNE).items():
             most = getattr(retention, name)
             row = self._db.execute(query, {"most": most, "now": now_ns}).fetchone() if most else None
             if row is not None:
@@ -951,12 +965,14 @@ class JobStore:
         with self._transaction():
             self._db.executemany("DELETE FROM removals WHERE id = ?", [(job_id,) for job_id in job_ids])
 
-    async def first_end_ns(self) -> int | None:
-        """When the job that ended first did so; None when none has."""
-        return await self._run(self._first_end_ns)
+    async def first_end_ns(self, *, told: bool = False) -> int | None:
+        """When the job that ended first did so, *told*: of those that may be removed; None when none has."""
+        return await self._run(self._first_end_ns, told)
 
-    def _first_end_ns(self) -> int | None:
-        row = self._db.execute("SELECT min(end_ns) FROM jobs WHERE state IS NOT NULL").fetchone()
+    def _first_end_ns(self, told: bool) -> int | None:  # noqa: FBT001  by position
+        which = f" AND {_TOLD}" if told else ""
+        query = f"SELECT end_ns FROM jobs WHERE state IS NOT NULL{which} ORDER BY end_ns LIMIT 1"
+        row = self._db.execute(query).fetchone()
         return row[0] if row else None
 
     async def ended_bytes(self, client_name: str) -> tuple[int, int]:

@@ -62,7 +62,7 @@ from pjw.worker.launch_turns import LaunchTurns
 from pjw.worker.launcher_client import LauncherClient
 from pjw.worker.launcher_process import LauncherProcess, check_limits, require_root, start_launcher
 from pjw.worker.logs import ALL_OUTPUT, Output, Part, Reading, artifacts_of, check_stream, output_of_ended
-from pjw.worker.numbers import WorkerNumbers, count_all
+from pjw.worker.numbers import Series, WorkerNumbers, count_all
 from pjw.worker.orders import order_size
 from pjw.worker.pages import ALL_JOBS, JobFilter, Page
 from pjw.worker.queue import Queue
@@ -126,6 +126,8 @@ class Worker(QueueCalls):
         self._pruner: Final = Pruner(state, settings.retention)
         # of jobs, to names on the network
         self.connections: Final = Connections()
+        # of whoever uses this worker for others, to be told with its own
+        self.more_numbers: Callable[[], Sequence[Series]] = lambda: ()
         self._background: Final = Background()
         self._stopping: Final = Stopping(self._launcher, self._background, state.store.note)
         self._held: Final = HeldOutputs(state)
@@ -356,6 +358,7 @@ class Worker(QueueCalls):
             self._launcher,
             self._queue,
             self.connections.counts,
+            self.more_numbers(),
         )
 
     async def gone(self) -> None:
@@ -383,6 +386,10 @@ class Worker(QueueCalls):
     def on_end(self, tell: Callable[[Job], None]) -> None:
         """Have *tell* called with each job that has ended from now on, when its end was written down."""
         self._endings.ended.append(tell)
+
+    def end_was_told(self) -> None:
+        """Hear that a gateway has written an end down, so that retention may remove the job."""
+        self._pruner.job_ended()
 
     async def failed(self) -> None:
         """Return when a bug has killed a task that this worker needs all along; the log says which.
@@ -428,6 +435,11 @@ class Worker(QueueCalls):
 
     def _limits_of(self, spec: JobSpec) -> Limits:
         """All limits of a job that is asked for. Raises InvalidJobError for what is not allowed."""
+        if spec.node:
+            raise InvalidJobError(
+                "a job has a node through a gateway alone, and this server is one machine",
+                hint="leave --node out",
+            )
         limits = self._settings.default_limits.with_overrides(spec.limits)
         if above := limits.first_above(self._settings.ceiling):
             most, value = getattr(self._settings.ceiling, above), getattr(limits, above)

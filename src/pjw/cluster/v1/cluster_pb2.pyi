@@ -172,6 +172,7 @@ class Hello(_message.Message):
     MOUNTS_FIELD_NUMBER: _builtins.int
     IMAGES_FIELD_NUMBER: _builtins.int
     NAMES_FIELD_NUMBER: _builtins.int
+    METHODS_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     """As in its certificate."""
     session: _builtins.str
@@ -197,6 +198,12 @@ class Hello(_message.Message):
     def mounts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def images(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def methods(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The methods of pjw.v1 that the node lets its gateway call. A node of an earlier version says none, and has Get, Wait,
+        Stop, Logs, Delete, GetUsageHistory, GetQuota and WatchUsage.
+        """
+
     def __init__(
         self,
         *,
@@ -213,10 +220,11 @@ class Hello(_message.Message):
         mounts: _abc.Iterable[_builtins.str] | None = ...,
         images: _abc.Iterable[_builtins.str] | None = ...,
         names: _builtins.bool = ...,
+        methods: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "boot_id", b"boot_id", "cpu_max_millicores", b"cpu_max_millicores", "gpus", b"gpus", "images", b"images", "memory_max_bytes", b"memory_max_bytes", "mounts", b"mounts", "names", b"names", "node", b"node", "session", b"session", "uid_count", b"uid_count", "uid_first", b"uid_first", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "boot_id", b"boot_id", "cpu_max_millicores", b"cpu_max_millicores", "gpus", b"gpus", "images", b"images", "memory_max_bytes", b"memory_max_bytes", "methods", b"methods", "mounts", b"mounts", "names", b"names", "node", b"node", "session", b"session", "uid_count", b"uid_count", "uid_first", b"uid_first", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
