@@ -24,6 +24,7 @@ from pjw.errors import (
     JobStateError,
     LimitRangeError,
     LimitReachedError,
+    OutputLostError,
     PjwError,
 )
 from pjw.gateway import rows
@@ -100,6 +101,7 @@ class GatewayBackend:
         nodes.came = self._node_came
         nodes.went = self.engine.session_over
         nodes.was_lost = self._node_lost
+        nodes.was_removed = lambda node: background.spawn(dial.drop(node))
 
     async def begin(self) -> None:
         """Take over the jobs and nodes that the gateway before us has left."""
@@ -343,8 +345,12 @@ class GatewayBackend:
         if job is None or placement_row is None:
             raise JobNotFoundError(job_id)
         node = self._nodes.known.get(placement_row.node)
-        if node is None or not placement_row.node_job_id:
+        if not placement_row.node_job_id:
             return None
+        if node is None:
+            raise OutputLostError(
+                f"what job {job_id} left is lost: its node {placement_row.node} was removed from the cluster"
+            )
         return OnNode(job, node, placement_row.node_job_id)
 
     # --- usage
@@ -517,6 +523,11 @@ class GatewayBackend:
     def live_count(self) -> int:
         """How many jobs have not ended."""
         return len(self.placements.live)
+
+    @property
+    def drained(self) -> bool:
+        """Never: a gateway starts no jobs itself, and each node is drained by itself."""
+        return False
 
     async def numbers(self) -> WorkerNumbers:
         """How much of everything there is."""

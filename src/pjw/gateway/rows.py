@@ -270,6 +270,12 @@ def nodes(db: sqlite3.Connection) -> list[NodeRow]:
     return [NodeRow(*row) for row in rows]
 
 
+def remove_node(db: sqlite3.Connection, name: str) -> None:
+    """Forget a node, and the removed jobs whose copies it was still to remove."""
+    db.execute("DELETE FROM nodes WHERE name = ?", (name,))
+    db.execute("DELETE FROM placements WHERE removed AND node = ?", (name,))
+
+
 def keep_node(db: sqlite3.Connection, node: NodeRow) -> None:
     """Write down the facts of a node."""
     db.execute(

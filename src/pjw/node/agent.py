@@ -7,6 +7,7 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -19,6 +20,7 @@ from pjw.cluster.v1.cluster_pb2_grpc import NodeServiceStub
 from pjw.errors import PjwError, ServerUnreachableError
 from pjw.node.jobs import Claim, Jobs, Said
 from pjw.worker import Worker
+from pjw.worker.admission import Admission
 from pjw.worker.store import JobStore
 
 FIRST_PAUSE_SECONDS: Final = 0.1
@@ -67,6 +69,7 @@ class Node:
         # called for each session: a reload may have brought other credentials
         self._credentials: Final = credentials
         self._jobs: Final = Jobs(worker, store)
+        self._admission: Final = worker.admission
         self._pause = FIRST_PAUSE_SECONDS
         self._told = ""
 
@@ -121,7 +124,7 @@ class Node:
         heartbeat, lost_after = first.welcome.heartbeat_ms / 1000, first.welcome.lost_after_ms / 1000
         log.info("session with the gateway %s", self._settings.gateway)
         self._pause, self._told = FIRST_PAUSE_SECONDS, ""
-        beating = asyncio.ensure_future(_beat(said, heartbeat))
+        beating = asyncio.ensure_future(_beat(said, heartbeat, self._admission))
         telling = asyncio.ensure_future(self._jobs.tell_ends(said))
         hearing = asyncio.ensure_future(self._hear_all(answers, claim, said, lost_after))
         tasks = {beating, telling, hearing}
@@ -155,14 +158,24 @@ class Node:
                 memory_max_bytes=settings.memory_max_bytes,
                 uid_first=settings.uid_first,
                 uid_count=settings.uid_count,
+                drained=self._admission.drained,
             )
         )
 
 
-async def _beat(said: Said, seconds: float) -> None:
-    while True:
-        await asyncio.sleep(seconds)
-        said.say(pb.SessionRequest(heartbeat=pb.Heartbeat()))
+async def _beat(said: Said, seconds: float, admission: Admission) -> None:
+    changed = asyncio.Event()
+    admission.changed.append(changed.set)
+    try:
+        while True:
+            # at once, too: it may have changed since Hello
+            said.say(pb.SessionRequest(heartbeat=pb.Heartbeat(drained=admission.drained)))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await changed.wait()
+            changed.clear()
+    finally:
+        admission.changed.remove(changed.set)
 
 
 async def _next(answers: AsyncIterator[pb.SessionResponse], seconds: float) -> pb.SessionResponse | None:

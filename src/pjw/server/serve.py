@@ -24,6 +24,7 @@ from pjw.server.backend import Backend
 from pjw.server.backup_port import BackupPort
 from pjw.server.config import ServerConfig
 from pjw.server.connections import PortLimits
+from pjw.server.drain_port import DrainPort
 from pjw.server.expiry import warn_each_day
 from pjw.server.guard import Guard
 from pjw.server.health import HEALTH_NAME, Health
@@ -114,25 +115,31 @@ class Served:
     )
 
 
-def run(serving: Serving, state: StateDir, launcher: LauncherProcess, backups: BackupPort) -> int:
+def run(
+    serving: Serving, state: StateDir, launcher: LauncherProcess, backups: BackupPort, drains: DrainPort
+) -> int:
     """Serve until SIGTERM or SIGINT; the exit code. Raises PjwError when it cannot listen."""
-    return asyncio.run(serve(serving, _of_this_machine(serving, state, launcher, backups)))
+    return asyncio.run(serve(serving, _of_this_machine(serving, state, launcher, backups, drains)))
 
 
 @asynccontextmanager
 async def _of_this_machine(
-    serving: Serving, state: StateDir, launcher: LauncherProcess, backups: BackupPort
+    serving: Serving, state: StateDir, launcher: LauncherProcess, backups: BackupPort, drains: DrainPort
 ) -> AsyncGenerator[Served, None]:
     async with AsyncExitStack() as stack:
         stack.callback(backups.close)
+        stack.push_async_callback(drains.close)
         worker = await stack.enter_async_context(Worker(state, launcher, serving.settings))
+        # before the queue starts any job
+        worker.admission.set(drained=drains.was_drained)
         await worker.adopt()
 
         def tasks(
             address: str, credentials: Callable[[], ServerCredentials]
         ) -> dict[str, Coroutine[Any, Any, object]]:
             found: dict[str, Coroutine[Any, Any, object]] = {
-                "copies for backups": backups.serve(lambda: worker.disk_marks)
+                "copies for backups": backups.serve(lambda: worker.disk_marks),
+                "word of `pjwd drain`": drains.serve(worker),
             }
             if serving.config.cluster.gateway is not None:
                 # nothing of a cluster is loaded by a pjwd that is none of its nodes
@@ -242,7 +249,8 @@ def options_of(limits: PortLimits) -> list[tuple[str, int]]:
 
 
 def _status(address: str, backend: Backend) -> str:
-    return f"serving on {address}; jobs that have not ended: {backend.live_count}"
+    drained = "drained; " if backend.drained else ""
+    return f"serving on {address}; {drained}jobs that have not ended: {backend.live_count}"
 
 
 def _listen(

@@ -46,6 +46,7 @@ class WorkerNumbers:
     oldest_queued_seconds: float = 0.0
     # of jobs, to names on the network, by what became of them
     connections: Mapping[str, int] = field(default_factory=dict)
+    drained: bool = False
 
 
 async def count_all(
@@ -56,6 +57,8 @@ async def count_all(
     launcher: LauncherClient,
     queue: Queue,
     connections: Mapping[str, int],
+    *,
+    drained: bool,
 ) -> WorkerNumbers:
     """Count; it costs the same however many jobs are kept."""
     totals = {name: (jobs, stored) for name, jobs, stored in await state.store.totals()}
@@ -78,4 +81,5 @@ async def count_all(
         admissions=queue.admissions,
         oldest_queued_seconds=0.0 if oldest_ns is None else max(0.0, (time.time_ns() - oldest_ns) / 1e9),
         connections=dict(connections),
+        drained=drained,
     )

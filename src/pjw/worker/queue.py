@@ -29,6 +29,7 @@ from pjw.errors import (
     WorkspaceBusyError,
 )
 from pjw.model import GPUS_MAX, EndReason, Job, JobState
+from pjw.worker.admission import DRAINED
 from pjw.worker.background import Background
 from pjw.worker.flag import Flag
 from pjw.worker.queue_rows import SERVER_FAILED, STOPPED_BEFORE_START, Head, WaitingJob
@@ -125,6 +126,8 @@ class Queue:
         self._behind_it: Final[set[str]] = set()
         # how many are free; where nobody knows, whoever starts a job refuses it
         self.free_gpus: Callable[[], int] = lambda: GPUS_MAX
+        # whether jobs are started at all
+        self.admits: Callable[[], bool] = lambda: True
         # jobs of the queue that were admitted: how many
         self.admissions = 0
         # the workspaces of a client that jobs use, each with whether one is alone there; and such a job
@@ -384,7 +387,9 @@ class Queue:
 
     async def _start_next(self) -> bool:
         """Begin the start of the job whose turn it is; whether there was one, and room for it."""
-        if self._all_held_up or asyncio.get_running_loop().time() < self._paused_until:
+        if not self.admits() or self._all_held_up:
+            return False
+        if asyncio.get_running_loop().time() < self._paused_until:
             return False
         if sum(map(len, self._starting.values())) >= STARTS_AT_ONCE:
             return False
@@ -607,6 +612,8 @@ class Queue:
         if job.unmet and awaited:
             more = f" and {len(awaited) - _NAMED_MAX} more" if len(awaited) > _NAMED_MAX else ""
             return f"waits for the end of job {', '.join(awaited[:_NAMED_MAX])}{more}"
+        if not self.admits() and not self.is_starting(job):
+            return f"waits: {DRAINED}"
         if not self.is_starting(job) and not self._is_free(job):
             holder = self.holder(client_name, job.workspace)
             user = f"job {holder}" if holder else "a job that is being started"
