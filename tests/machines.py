@@ -17,6 +17,7 @@ from tests.service import BIN
 
 ROOT: Final = Path(__file__).parents[1]
 COLUMNS: Final = 250
+PATH: Final = f"/media/bin:{BIN}:{os.environ['PATH']}"
 # each a layer of the machine's own above the host's
 _LAYERS: Final = ("etc", "root")
 _SYSTEMCTL: Final = f"""#!/bin/sh
@@ -53,25 +54,13 @@ def machines(directory: Path, addresses: Mapping[str, str], hosts: str) -> Itera
             script = (
                 f"set -e; hostname {name}; mount -t tmpfs tmpfs /media; mkdir /media/stick;"
                 f" mount --bind {stick} /media/stick; mount -t tmpfs -o mode=755 tmpfs /run/pjw; {layers};"
-                f" mkdir /media/home; mount --bind {made}/home /media/home;"
+                f" mkdir /media/home /media/bin; mount --bind {made}/home /media/home;"
+                f" mount --bind {programs} /media/bin;"
                 f" mount --bind {made}/log /var/log; mount --bind {made}/lib /var/lib; ip link set lo up"
             )
             pid = stack.enter_context(_holder(["unshare", "--net", "--mount", "--uts"], script))
-            _run(
-                "ip",
-                "link",
-                "add",
-                "eth0",
-                "netns",
-                pid,
-                "type",
-                "veth",
-                "peer",
-                "name",
-                name,
-                "netns",
-                switch,
-            )
+            ends = ("eth0", "netns", pid, "type", "veth", "peer", "name", name, "netns", switch)
+            _run("ip", "link", "add", *ends)
             _run("nsenter", "--target", switch, "--net", "ip", "link", "set", name, "master", "br0", "up")
             for words in (("addr", "add", f"{address}/24", "dev", "eth0"), ("link", "set", "eth0", "up")):
                 _run("nsenter", "--target", pid, "--net", "ip", *words)
@@ -94,19 +83,10 @@ def entered(pid: int, *command: object) -> list[str]:
     return ["nsenter", "--target", str(pid), "--net", "--mount", "--uts", *map(str, command)]
 
 
-def terminal(pid: int, home: str, programs: Path) -> documents.Terminal:
+def terminal(pid: int, home: str) -> documents.Terminal:
     """A terminal on a machine, in a home of its own."""
-    shell = entered(
-        pid,
-        "setsid",
-        "--ctty",
-        "bash",
-        "--norc",
-        "--noediting",
-        "-c",
-        f"cd {home}; exec bash --norc --noediting",
-    )
-    env = {"HOME": home, "PATH": f"{programs}:{BIN}:{os.environ['PATH']}", "LANG": "C.UTF-8", "NO_COLOR": "1"}
+    shell = entered(pid, f"--wdns={home}", "setsid", "--ctty", "bash", "--norc", "--noediting")
+    env = {"HOME": home, "PATH": PATH, "LANG": "C.UTF-8", "NO_COLOR": "1"}
     return documents.Terminal(shell, Path("/"), env, columns=COLUMNS)
 
 

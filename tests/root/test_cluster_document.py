@@ -72,18 +72,16 @@ def test_it_is_as_it_is_shown(directory: Path) -> None:
     commands = documents.commands_of(DOCUMENT)
     prepare(directory)
     with machines.machines(directory, ADDRESSES, HOSTS) as pids:
-        programs = directory / "bin"
 
         def opened(where: str) -> documents.Terminal:
             name = where[:-1]
             if where.endswith("#"):
-                return machines.terminal(pids[name], "/root", programs)
-            return machines.terminal(pids["desk"], f"/media/home/{name}", programs)
+                return machines.terminal(pids[name], "/root")
+            return machines.terminal(pids["desk"], f"/media/home/{name}")
 
         def systemctl(name: str, *words: str) -> None:
-            path = f"{programs}:{BIN}:/usr/bin:/bin:/usr/sbin:/sbin"
             subprocess.run(
-                machines.entered(pids[name], "env", f"PATH={path}", "systemctl", *words), check=True
+                machines.entered(pids[name], "env", f"PATH={machines.PATH}", "systemctl", *words), check=True
             )
 
         try:
