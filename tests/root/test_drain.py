@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -124,7 +123,7 @@ def test_whoever_waits_hears_of_the_last_end(mine: Service) -> None:
         assert "any more: it was resumed\nhint: pjwd drain --wait\n" in waiter.stderr.read()
     with waiting(mine) as waiter:
         line(waiter)
-        mine.stop(signal.SIGKILL)
+        mine.kill("both")
         assert waiter.wait(CALL_SECONDS) == 1
         assert waiter.stderr is not None
         assert "has ended meanwhile; its jobs go on, and it stays as asked" in waiter.stderr.read()
