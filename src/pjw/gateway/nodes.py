@@ -136,6 +136,7 @@ class Nodes:
     async def begin(self) -> None:
         """Take over the known nodes: each has as much time to connect as one that has just gone."""
         now = asyncio.get_running_loop().time()
+        await self._store.transact(rows.forget_orphans)
         for row in await self._store.transact(rows.nodes):
             node = self.known[row.name] = Node(row, now)
             if not row.is_lost:

@@ -271,9 +271,14 @@ def nodes(db: sqlite3.Connection) -> list[NodeRow]:
 
 
 def remove_node(db: sqlite3.Connection, name: str) -> None:
-    """Forget a node, and the removed jobs whose copies it was still to remove."""
+    """Forget a node."""
     db.execute("DELETE FROM nodes WHERE name = ?", (name,))
-    db.execute("DELETE FROM placements WHERE removed AND node = ?", (name,))
+    forget_orphans(db)
+
+
+def forget_orphans(db: sqlite3.Connection) -> None:
+    """Forget the removed jobs whose copies a node was still to remove that is gone for good."""
+    db.execute("DELETE FROM placements WHERE removed AND node NOT IN (SELECT name FROM nodes)")
 
 
 def keep_node(db: sqlite3.Connection, node: NodeRow) -> None:

@@ -126,8 +126,9 @@ class Queue:
         self._behind_it: Final[set[str]] = set()
         # how many are free; where nobody knows, whoever starts a job refuses it
         self.free_gpus: Callable[[], int] = lambda: GPUS_MAX
-        # whether jobs are started at all
+        # whether jobs are started at all, and what to call when a start is over
         self.admits: Callable[[], bool] = lambda: True
+        self.settled: Callable[[], None] = lambda: None
         # jobs of the queue that were admitted: how many
         self.admissions = 0
         # the workspaces of a client that jobs use, each with whether one is alone there; and such a job
@@ -304,6 +305,11 @@ class Queue:
             event = self._changes[job_id] = Flag()
         return event
 
+    @property
+    def starting(self) -> int:
+        """How many jobs are on their way from the queue to their commands."""
+        return sum(map(len, self._starting.values()))
+
     def is_starting(self, job: Job) -> bool:
         """Whether a job is on its way from the queue to its command."""
         return job.id in self._starting.get(job.client_name, ())
@@ -391,7 +397,7 @@ class Queue:
             return False
         if asyncio.get_running_loop().time() < self._paused_until:
             return False
-        if sum(map(len, self._starting.values())) >= STARTS_AT_ONCE:
+        if self.starting >= STARTS_AT_ONCE:
             return False
         job = await self._whose_turn()
         if job is None:
@@ -525,6 +531,7 @@ class Queue:
             del self._starting[job.client_name][job.id]
             if not self._starting[job.client_name]:
                 del self._starting[job.client_name]
+            self.settled()
             # whatever has become of it, there may be more; and where it was put back, it is the first again
             self._heads[job.client_name] = None
             self._changed(job.id)

@@ -91,7 +91,7 @@ class Starts:
         self._gpus: Final = gpus
         self._admission: Final = admission
         # called when a start is over, whatever became of it
-        self.settled: Final[list[Callable[[], None]]] = []
+        self.settled: Callable[[], None] = lambda: None
         self._descriptors: Final = Descriptors()
         self._turns: Final = turns
         self._tasks: Final[set[asyncio.Task[Job]]] = set()
@@ -153,8 +153,7 @@ class Starts:
 
     def _task_over(self, task: asyncio.Task[Job]) -> None:
         self._tasks.discard(task)
-        for each in self.settled:
-            each()
+        self.settled()
 
     def _request_over(self, request: _Request, task: asyncio.Task[Job]) -> None:
         del self._requests[request]

@@ -204,7 +204,7 @@ class Worker:
         self._queue.admits = lambda: not self._admission.drained
         self._admission.changed.append(self._queue.room_was_made)
         self._endings.ended.append(lambda _: self._fewer.set())
-        self._starts.settled.append(self._fewer.set)
+        self._starts.settled = self._queue.settled = self._fewer.set
 
     @classmethod
     async def open(cls, state_dir: str, settings: WorkerSettings | None = None) -> Self:
@@ -312,7 +312,7 @@ class Worker:
 
     async def emptied(self) -> None:
         """Return when no job runs or is being started. Raises LauncherGoneError."""
-        while self._live or self._starts.under_way:
+        while self._live or self._starts.under_way or self._queue.starting:
             self._fewer.clear()
             await self._wait_for(self._fewer)
 
