@@ -32,6 +32,7 @@ def machines(directory: Path, addresses: Mapping[str, str], hosts: str) -> Itera
     What is in *directory*/NAME/etc, root and home is there from the start; `home` is /media/home.
     """
     stick, programs = directory / "stick", directory / "bin"
+    os.makedirs("/run/pjw", exist_ok=True)
     stick.mkdir()
     programs.mkdir()
     (programs / "systemctl").write_text(_SYSTEMCTL)

@@ -180,7 +180,7 @@ def test_a_gateway_and_a_node(before: set[str]) -> None:
     host.run("systemctl", "start", "pjw-gateway")
     host.run("systemctl", "restart", host.UNIT)
     at = ("--server", "localhost:50052")
-    assert pjw(*at, "run", "echo hello; exit 0") == "hello"
+    assert pjw(*at, "logs", pjw(*at, "start", "echo hello")) == "hello"
     job_id = pjw(*at, "start", COUNT)
     pid = gateway_shown("MainPID")[0]
     status = host.status(int(pid))

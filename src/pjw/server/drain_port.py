@@ -65,7 +65,7 @@ class DrainPort:
                 return
             drained = asked == DRAIN
             if drained != worker.drained:
-                log.warning("this machine is %s by its operator", "drained" if drained else "resumed")
+                log.warning("the operator has %s this machine", "drained" if drained else "resumed")
             worker.admission.set(drained=drained)
             await _say(connection, _shown(worker))
             if drained:
