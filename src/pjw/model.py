@@ -361,6 +361,8 @@ class ClientQuota:
     mounts: Sequence["Mount"] = ()
     # how many GPUs the machine has for jobs of the client, free or not
     gpus: int = 0
+    # whether the operator has drained the machine: it starts no job now
+    drained: bool = False
 
 
 @dataclass(frozen=True, slots=True)

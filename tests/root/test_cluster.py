@@ -20,7 +20,7 @@ from pjw.cluster.v1 import cluster_pb2 as cpb
 from pjw.cluster.v1.cluster_pb2_grpc import ClusterServiceStub, NodeServiceStub
 from pjw.v1 import job_worker_pb2 as pb
 from tests.cluster import LOST_AFTER_SECONDS, Cluster, cluster
-from tests.service import CALL_SECONDS, Running, Service, wait_for
+from tests.service import BIN, CALL_SECONDS, Running, Service, wait_for
 
 # what the command below has written when it was told to end
 LINES: Final = 150
@@ -534,3 +534,78 @@ def test_a_rogue_node_claims_nothing_of_anothers(two: Cluster) -> None:
         assert gateway.job(job_id).node == node.name
     finally:
         wait_for(lambda: two.states().get("rogue") in (None, "lost"))
+
+
+def test_a_machine_that_its_operator_drains(two: Cluster) -> None:
+    """`pjwd drain` on a node: the gateway shows it, and gives it no job, until `pjwd resume` there."""
+    gateway, node = two.gateway, two.nodes["n1"]
+    kept = int(gateway.ok("start", "sleep 300"))
+    assert two.node_of(kept) is node
+    pjwd = [str(BIN / "pjwd"), "drain", "--state-dir", str(node.state)]
+    assert subprocess.check_output(pjwd, text=True) == "drained; jobs that have not ended: 1\n"
+    two.await_nodes({"n1": "drained"})
+    # other tests have left nodes that are away
+    found = json.loads(gateway.ok("nodes", "--format", "json", client="ann"))
+    [listed] = [each for each in found if each["name"] == "n1"]
+    assert (listed["state"], listed["drainedThere"]) == ("drained", True)
+    assert "(drained there: pjwd resume)" in gateway.at_terminal("nodes", client="ann", columns=140)
+    with gateway.client() as client:
+        assert {client.wait(client.start("true").id).node for _ in range(3)} == {"n2"}
+    # it says so after a restart, too, and nobody but its own operator resumes it
+    node.kill("both")
+    node.start()
+    two.await_nodes({"n1": "drained"})
+    assert gateway.refused("nodes", "resume", "n1", client="ann") == (
+        1,
+        "pjw: error: node n1 gets no jobs yet: it was drained on its own machine\nhint: there: pjwd resume\n",
+    )
+    pjwd[1] = "resume"
+    assert subprocess.check_output(pjwd, text=True) == "resumed\n"
+    two.await_nodes({"n1": "up"})
+    assert gateway.job(kept).state == pb.JOB_STATE_RUNNING
+
+
+def test_a_node_that_is_gone_for_good(two: Cluster) -> None:
+    """Removed when it is not connected and has no jobs; the output that it had is lost in words."""
+    gateway = two.gateway
+    node = two.add_node("n3")
+    two.await_nodes({"n3": "up"})
+    try:
+        # one after the other, as `pjw rm`: a name that fails does not end it
+        said = gateway.pjw("nodes", "drain", "n1", "nobody", "n2", client="ann")
+        assert (said.returncode, said.stdout) == (1, b"n1\nn2\n")
+        assert said.stderr == b"pjw: error: no node nobody\nhint: pjw nodes\n"
+        there = gateway.ok("start", "echo output").strip()
+        gateway.ok("wait", there)
+        assert gateway.ok("logs", there) == "output\n"
+        live = gateway.ok("start", "sleep 300").strip()
+        assert two.node_of(int(live)) is node
+        code, words = gateway.refused("nodes", "rm", "n3", client="ann")
+        assert (code, words.splitlines()[0]) == (1, "pjw: error: cannot remove node n3: it is connected")
+        node.stop()
+        two.await_nodes({"n3": "away"})
+        code, words = gateway.refused("nodes", "rm", "n3", client="ann")
+        assert "cannot remove node n3: 1 of its jobs have not ended" in words
+        node.start()
+        gateway.ok("stop", live)
+        node.stop()
+        two.await_nodes({"n3": "away"})
+        assert gateway.ok("nodes", "rm", "n3", client="ann") == "n3\n"
+        assert "n3" not in gateway.ok("nodes", client="ann").split()
+        code, words = gateway.refused("logs", there)
+        assert f"what job {there} left is lost: its node n3 was removed from the cluster" in words
+        assert json.loads(gateway.ok("get", there))["node"] == "n3"
+        assert gateway.refused("nodes", "rm", "n3", client="ann")[1].startswith("pjw: error: no node n3\n")
+        # nor does the next gateway know it
+        gateway.stop()
+        gateway.start()
+        two.await_nodes({"n1": "drained", "n2": "drained"})
+        assert "n3" not in two.states()
+    finally:
+        gateway.pjw("nodes", "resume", "n1", "n2", client="ann")
+        # what is left is ended with the others
+        if node.process is None:
+            node.start()
+        two.await_nodes({"n3": "up"})
+    # one of that name comes again as a new one, and has its output
+    assert gateway.ok("logs", there) == "output\n"

@@ -50,7 +50,7 @@ async def test_the_first_node_with_room_gets_the_oldest_job() -> None:
         cluster.pool.submit(uuid, "alice", SMALL)
     assert (cluster.assigned(first), cluster.assigned(second)) == (["a", "b"], ["c"])
     assert cluster.pool.why("d") == "waits: no node has room for it now"
-    assert cluster.pool.why("a") == "node n1 is about to start it"
+    assert cluster.pool.why("a") == "waits: node n1 is about to start it"
     cluster.pool.cancel("c")
     assert cluster.assigned(second) == ["d"]
 

@@ -25,6 +25,8 @@ def quota_lines(quota: ClientQuota) -> Iterator[str]:
     """At most 80 columns, which is what names and numbers of any size fit into."""
     percent = 100 * quota.weight / quota.total_weight
     yield f"client  {printable(quota.client_name)}"
+    if quota.drained:
+        yield "state   drained: your operator has no job started now"
     busy = "of the processors while all clients with jobs are busy"
     yield f"weight  {quota.weight}: {percent:.3g} % {busy}"
     at_most = f", at most {quota.running_max}" if quota.running_max else ""
@@ -98,4 +100,5 @@ def members(quota: ClientQuota) -> dict[str, Any]:
         "defaults": limits_members(quota.defaults),
         "mounts": [{"name": each.name, "readOnly": each.read_only} for each in quota.mounts],
         "gpus": quota.gpus,
+        "drained": quota.drained,
     }

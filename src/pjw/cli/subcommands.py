@@ -213,7 +213,7 @@ def _add_workspace(commands: Commands) -> None:
 def _add_nodes(commands: Commands) -> None:
     nodes = commands.add_parser(
         "nodes",
-        help="list, drain and resume the nodes of a cluster",
+        help="list, drain, resume and remove the nodes of a cluster",
         description="List the nodes of a cluster: their names, or a table at a terminal. Only a gateway has"
         " nodes, and your operator must let you see them.",
     )
@@ -223,9 +223,10 @@ def _add_nodes(commands: Commands) -> None:
     for name, text in (
         ("drain", "give nodes no more jobs; the jobs that they have go on"),
         ("resume", "give drained nodes jobs again"),
+        ("rm", "forget nodes that are gone for good"),
     ):
         action = kinds.add_parser(name, help=text, description=f"{text.capitalize()}.")
-        _runs(action, f"nodes.{name}")
+        _runs(action, f"nodes.{'remove' if name == 'rm' else name}")
         action.add_argument("names", metavar="NODE", nargs="+")
 
 

@@ -38,6 +38,8 @@ class Node:
     memory_max_bytes: int
     # since when nothing was heard of it
     silent_seconds: int
+    # drained by `pjwd drain` on its own machine
+    drained_there: bool
 
 
 class Cluster(Client):
@@ -58,6 +60,10 @@ class Cluster(Client):
     def resume(self, name: str) -> Node:
         """Have a node get jobs again. Raises NodeNotFoundError."""
         return self._asked(Call("ResumeNode", pb.ResumeNodeRequest(name=name), _node_of_answer))
+
+    def remove(self, name: str) -> None:
+        """Forget a node that is gone for good. Raises NodeNotFoundError, JobStateError while it has jobs."""
+        self._asked(Call("RemoveNode", pb.RemoveNodeRequest(name=name), lambda _: None))
 
     def _asked(self, call: Call[T]) -> T:
         try:
@@ -90,4 +96,5 @@ def _node(message: pb.Node) -> Node:
         message.memory_bytes,
         message.memory_max_bytes,
         message.silent_seconds,
+        message.drained_there,
     )

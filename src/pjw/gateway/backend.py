@@ -29,6 +29,7 @@ from pjw.errors import (
     LimitReachedError,
     MountNotFoundError,
     NotAllowedError,
+    OutputLostError,
     PjwError,
 )
 from pjw.gateway import rows
@@ -145,6 +146,7 @@ class GatewayBackend(QueueCalls):
         nodes.begun = self._node_begun
         nodes.went = self._node_went
         nodes.was_lost = self._node_lost
+        nodes.was_removed = lambda node: background.spawn(dial.drop(node))
 
     def keep_in(self, archive: OutputArchive) -> None:
         """Have the archive keep copies of the output of jobs that end."""
@@ -570,8 +572,12 @@ class GatewayBackend(QueueCalls):
             # it ended before its turn came
             return None
         node = self._nodes.known.get(placement_row.node)
-        if node is None or not placement_row.node_job_id:
+        if not placement_row.node_job_id:
             return None
+        if node is None:
+            raise OutputLostError(
+                f"what job {job_id} left is lost: its node {placement_row.node} was removed from the cluster"
+            )
         return OnNode(job, node, placement_row.node_job_id)
 
     # --- within jobs: see within.py
@@ -760,6 +766,11 @@ class GatewayBackend(QueueCalls):
     def live_count(self) -> int:
         """How many jobs have not ended."""
         return len(self.placements.live)
+
+    @property
+    def drained(self) -> bool:
+        """Never: a gateway starts no jobs itself, and each node is drained by itself."""
+        return False
 
     async def numbers(self) -> WorkerNumbers:
         """How much of everything there is."""

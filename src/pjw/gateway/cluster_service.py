@@ -29,6 +29,7 @@ class ClusterService:
                 "ListNodes": guard.unary(self.list_nodes, pb.ListNodesRequest),
                 "DrainNode": guard.unary(self.drain_node, pb.DrainNodeRequest),
                 "ResumeNode": guard.unary(self.resume_node, pb.ResumeNodeRequest),
+                "RemoveNode": guard.unary(self.remove_node, pb.RemoveNodeRequest),
             },
         )
 
@@ -46,6 +47,12 @@ class ClusterService:
         """Give a node jobs again."""
         self._guard.require_role(caller.client_name, "ResumeNode")
         return pb.ResumeNodeResponse(node=_message(await self._nodes.drain(request.name, drained=False)))
+
+    async def remove_node(self, request: pb.RemoveNodeRequest, caller: Caller) -> pb.RemoveNodeResponse:
+        """Forget a node that is gone for good."""
+        self._guard.require_role(caller.client_name, "RemoveNode")
+        await self._nodes.remove(request.name)
+        return pb.RemoveNodeResponse()
 
 
 _STATES: Final = {
@@ -70,4 +77,5 @@ def _message(node: Node) -> pb.Node:
         memory_bytes=used.memory,
         memory_max_bytes=row.memory_max_bytes,
         silent_seconds=int(silent),
+        drained_there=node.session is not None and node.drained_there,
     )

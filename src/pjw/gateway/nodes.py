@@ -91,6 +91,8 @@ class Node:
         self.heard = heard
         # set when it comes or goes, and then replaced
         self.changed = Flag()
+        # whether it was drained on its own machine, as it says itself
+        self.drained_there = False
         # the jobs that are assigned to it, or that it has claimed, by their uuids: see `take`, `give_back`
         self.jobs: Final[dict[str, Shape]] = {}
         # what it said last of what it has; None: it was not connected since this gateway began
@@ -104,13 +106,18 @@ class Node:
     def state(self) -> NodeState:
         """How it is."""
         if self.session is not None:
-            return NodeState.DRAINED if self.row.drained else NodeState.UP
+            return NodeState.DRAINED if self.is_drained else NodeState.UP
         return NodeState.LOST if self.row.is_lost else NodeState.AWAY
 
     @property
     def gets_jobs(self) -> bool:
         """Whether jobs may be assigned to it."""
-        return self.session is not None and not self.row.drained
+        return self.session is not None and not self.is_drained
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether it gets no jobs, by the will of the operator of the cluster or of its machine."""
+        return self.row.drained or self.drained_there
 
     def take(self, uuid: str, shape: Shape) -> None:
         """A job is assigned to it."""
@@ -195,10 +202,13 @@ class Nodes:
         # called with a node whose session is over, and with a node that is lost
         self.went: Callable[[Node], None] = lambda _: None
         self.was_lost: Callable[[Node], None] = lambda _: None
+        # called with a node that was removed
+        self.was_removed: Callable[[Node], None] = lambda _: None
 
     async def begin(self) -> None:
         """Take over the known nodes: each has as much time to connect as one that has just gone."""
         now = asyncio.get_running_loop().time()
+        await self._store.transact(rows.forget_orphans)
         for row in await self._store.transact(rows.nodes):
             node = self.known[row.name] = Node(row, now)
             if not row.is_lost:
@@ -260,6 +270,7 @@ class Nodes:
         await self._store.transact(rows.keep_node, row)
         node.row, node.heard = row, now
         node.hello, node.offers = hello, offers_of(hello)
+        node.drained_there = hello.drained
         node.session = session
         self.sessions += 1
         self._watch(node)
@@ -280,6 +291,15 @@ class Nodes:
         """A message of a node has arrived."""
         node.heard = asyncio.get_running_loop().time()
 
+    def beat(self, node: Node, heartbeat: pb.Heartbeat) -> None:
+        """A node says whether it was drained on its own machine."""
+        if heartbeat.drained != node.drained_there:
+            node.drained_there = heartbeat.drained
+            log.info(
+                "node %s is %s on its machine", node.row.name, "drained" if heartbeat.drained else "resumed"
+            )
+            self.came()
+
     def session_over(self, node: Node, session: Session) -> None:
         """A session has ended; the end of an earlier session of the node changes nothing."""
         session.close()
@@ -290,13 +310,46 @@ class Nodes:
             self.went(node)
 
     async def drain(self, name: str, *, drained: bool) -> Node:
-        """Give a node no more jobs, or jobs again. Raises NodeNotFoundError."""
+        """Give a node no more jobs, or jobs again.
+
+        Raises NodeNotFoundError, and JobStateError for a node that stays drained on its own machine.
+        """
         node = self.named(name)
         node.row = replace(node.row, drained=drained)
         await self._store.transact(rows.keep_node, node.row)
         await self._store.sync()
         self.came()
+        if not drained and node.session is not None and node.drained_there:
+            raise JobStateError(
+                f"node {name} gets no jobs yet: it was drained on its own machine", hint="there: pjwd resume"
+            )
         return node
+
+    async def remove(self, name: str) -> None:
+        """Forget a node that is gone for good.
+
+        Raises NodeNotFoundError, and JobStateError for a node that is connected or has jobs.
+        """
+        node = self.named(name)
+        if node.session is not None:
+            raise JobStateError(
+                f"cannot remove node {name}: it is connected",
+                hint=f"pjw nodes drain {name}, then stop its pjwd",
+            )
+        if node.jobs:
+            raise JobStateError(
+                f"cannot remove node {name}: {len(node.jobs)} of its jobs have not ended",
+                hint="they are lost when nothing was heard of it for gateway.lost_after_seconds",
+            )
+        if node.timer is not None:
+            node.timer.cancel()
+        # before anything is awaited: if it connects meanwhile, it is a new one
+        del self.known[name]
+        await self._store.transact(rows.remove_node, name)
+        await self._store.sync()
+        self.was_removed(node)
+        # readers of its output: they find no node, and say so
+        node.has_changed()
 
     def _watch(self, node: Node) -> None:
         if node.timer is not None:

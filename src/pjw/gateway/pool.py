@@ -109,7 +109,7 @@ class Pool:
     def why(self, uuid: str) -> str:
         """See `Engine`."""
         if uuid in self._placed:
-            return f"node {self._placed[uuid][1].row.name} is about to start it"
+            return f"waits: node {self._placed[uuid][1].row.name} is about to start it"
         waiting = self._waiting.get(uuid)
         most = self._running_max()
         if waiting is not None and most and self._of_client[waiting.client_name] >= most:

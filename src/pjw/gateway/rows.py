@@ -345,6 +345,17 @@ def nodes(db: sqlite3.Connection) -> list[NodeRow]:
     return [NodeRow(*row) for row in rows]
 
 
+def remove_node(db: sqlite3.Connection, name: str) -> None:
+    """Forget a node."""
+    db.execute("DELETE FROM nodes WHERE name = ?", (name,))
+    forget_orphans(db)
+
+
+def forget_orphans(db: sqlite3.Connection) -> None:
+    """Forget the removed jobs whose copies a node was still to remove that is gone for good."""
+    db.execute("DELETE FROM placements WHERE removed AND node NOT IN (SELECT name FROM nodes)")
+
+
 def keep_node(db: sqlite3.Connection, node: NodeRow) -> None:
     """Write down the facts of a node."""
     db.execute(

@@ -174,6 +174,7 @@ class Sessions:
                 case "heartbeat":
                     # a session outlives the handshake: its certificate may have expired, or been revoked
                     admit()
+                    self._nodes.beat(node, request.heartbeat)
                     session.say(pb.SessionResponse(heartbeat=pb.Heartbeat()))
                 case "started":
                     await self._started(request.started, node, session)

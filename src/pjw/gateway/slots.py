@@ -80,7 +80,7 @@ class ClusterSlots(Slots):
         node = self._nodes.known.get(name)
         if node is None or node.session is None:
             return "it is not connected"
-        return "it is drained" if node.row.drained else "it has no room for it now"
+        return "it is drained" if node.is_drained else "it has no room for it now"
 
     def _whole(self) -> Use:
         return self._cluster

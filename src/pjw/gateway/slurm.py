@@ -425,7 +425,7 @@ class Slurm:
             name
             for name, node in self._nodes.known.items()
             if name in self._slurm_nodes
-            and (node.row.drained or (waiting is not None and not node.could_have(waiting.shape)))
+            and (node.is_drained or (waiting is not None and not node.could_have(waiting.shape)))
         ]
         try:
             number = await self._port.submit(
@@ -548,7 +548,7 @@ class Slurm:
         for name, (state, why) in sorted(self._slurm_nodes.items()):
             if state.lower().startswith(_AWAY):
                 reasons.setdefault(f"{state}: {why}" if why else state, []).append(name)
-        drained = sorted(name for name, node in self._nodes.known.items() if node.row.drained)
+        drained = sorted(name for name, node in self._nodes.known.items() if node.is_drained)
         if drained:
             reasons["drained here"] = drained
         return "; ".join(f"{', '.join(names)} {words}" for words, names in reasons.items())

@@ -7,6 +7,7 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -20,6 +21,7 @@ from pjw.errors import PjwError, ServerUnreachableError
 from pjw.node.holds import Holds
 from pjw.node.jobs import Claim, Jobs, Said
 from pjw.worker import Worker
+from pjw.worker.admission import Admission
 from pjw.worker.numbers import Series
 from pjw.worker.store import JobStore
 from pjw.worker.worker import Offers
@@ -79,6 +81,7 @@ class Node:
         self._worker: Final = worker
         self.holds: Final = holds
         self._jobs: Final = Jobs(worker, store, holds)
+        self._admission: Final = worker.admission
         self._pause = FIRST_PAUSE_SECONDS
         self._told = ""
         self._is_connected = False
@@ -156,7 +159,7 @@ class Node:
             self.holds.say = said.say
             self.holds.announce()
         self._is_connected, self._sessions = True, self._sessions + 1
-        beating = asyncio.ensure_future(_beat(said, heartbeat))
+        beating = asyncio.ensure_future(_beat(said, heartbeat, self._admission))
         telling = asyncio.ensure_future(self._jobs.tell_ends(said))
         hearing = asyncio.ensure_future(self._hear_all(answers, claim, said, lost_after))
         changing = asyncio.ensure_future(self._offers_change(offers, heartbeat))
@@ -203,14 +206,24 @@ class Node:
                 images=offers.images,
                 names=offers.names,
                 methods=settings.methods,
+                drained=self._admission.drained,
             )
         )
 
 
-async def _beat(said: Said, seconds: float) -> None:
-    while True:
-        await asyncio.sleep(seconds)
-        said.say(pb.SessionRequest(heartbeat=pb.Heartbeat()))
+async def _beat(said: Said, seconds: float, admission: Admission) -> None:
+    changed = asyncio.Event()
+    admission.changed.append(changed.set)
+    try:
+        while True:
+            # at once, too: it may have changed since Hello
+            said.say(pb.SessionRequest(heartbeat=pb.Heartbeat(drained=admission.drained)))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await changed.wait()
+            changed.clear()
+    finally:
+        admission.changed.remove(changed.set)
 
 
 async def _next(answers: AsyncIterator[pb.SessionResponse], seconds: float) -> pb.SessionResponse | None:

@@ -616,6 +616,7 @@ def quota_to_message(quota: ClientQuota) -> pb.GetQuotaResponse:
         use=pb.GroupUse(memory_bytes=use.memory_bytes, pids=use.pids, cpu_usage_usec=use.cpu_usage_usec),
         mounts=[pb.Mount(name=mount.name, read_only=mount.read_only) for mount in quota.mounts],
         gpus=quota.gpus,
+        drained=quota.drained,
         **{name: getattr(quota, name) for name in _QUOTA_NUMBERS},
     )
 
@@ -631,6 +632,7 @@ def quota_from_message(message: pb.GetQuotaResponse) -> ClientQuota:
         use=GroupUse(use.memory_bytes, use.pids, use.cpu_usage_usec),
         mounts=tuple(Mount(mount.name, mount.read_only) for mount in message.mounts),
         gpus=message.gpus,
+        drained=message.drained,
         **{name: getattr(message, name) for name in _QUOTA_NUMBERS},
     )
 

@@ -45,6 +45,7 @@ OF_A_CLUSTER: Final[dict[str, frozenset[Role]]] = {
     "ListNodes": frozenset({Role.VIEWER, Role.ADMIN}),
     "DrainNode": frozenset({Role.ADMIN}),
     "ResumeNode": frozenset({Role.ADMIN}),
+    "RemoveNode": frozenset({Role.ADMIN}),
 }
 
 # What a gateway may use for the client that it names. It starts no job so: a job comes to a node by a claim,

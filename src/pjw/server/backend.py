@@ -211,6 +211,10 @@ class Backend(Jobs, Protocol):
     def live_count(self) -> int:
         """How many jobs have not ended."""
 
+    @property
+    def drained(self) -> bool:
+        """Whether the operator has jobs started no more."""
+
     async def numbers(self) -> WorkerNumbers:
         """How much of everything there is."""
 

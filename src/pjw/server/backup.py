@@ -25,6 +25,7 @@ from pjw.launcher.lock import hold_lock, is_locked
 from pjw.launcher.rooted import require_root_s
 from pjw.launcher.scratch import PLACES_NAME
 from pjw.server.backup_port import COPIED, FAILED, MESSAGE_MAX, SOCKET_NAME
+from pjw.server.operator_socket import connection
 from pjw.worker.change_rows import BASE
 from pjw.worker.launcher_process import require_root
 from pjw.worker.state_dir import BACKED_UP, JOBS, TABLE
@@ -177,19 +178,12 @@ def _copy_table(state_dir: str, directory: int) -> None:
 @contextmanager
 def _connection(state_dir: str) -> Iterator[socket.socket | None]:
     """A connection to the pjwd that serves a state directory; None when none does. Raises ConfigError."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
-        parent = os.open(state_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        with _closing(parent):
-            try:
-                server.connect(f"/proc/self/fd/{parent}/{SOCKET_NAME}")
-            except (FileNotFoundError, ConnectionRefusedError):
-                if is_locked(state_dir):
-                    raise ConfigError(
-                        f"cannot back up {state_dir}: the pjwd that serves it gives no copy of its job table",
-                        hint="restart pjwd if its version is older (its jobs go on), or stop it",
-                    ) from None
-                yield None
-                return
+    with connection(state_dir, SOCKET_NAME) as server:
+        if server is None and is_locked(state_dir):
+            raise ConfigError(
+                f"cannot back up {state_dir}: the pjwd that serves it gives no copy of its job table",
+                hint="restart pjwd if its version is older (its jobs go on), or stop it",
+            )
         yield server
 
 

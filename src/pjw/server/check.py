@@ -22,6 +22,7 @@ from pjw.launcher.visible import check_visible, mounts_of, read_mounts, template
 from pjw.server import sandbox
 from pjw.server.check_config import Finding, configuration_findings, nearest
 from pjw.server.config import ServerConfig, load_config
+from pjw.server.drain_port import is_drained
 from pjw.server.start import DEFAULT_USER, egress_uid_of, server_uid
 from pjw.server.trial import INIT_SECONDS, trial_of
 
@@ -83,6 +84,8 @@ def host_findings(config: ServerConfig) -> Iterator[Finding]:
     yield _disks(*filter(None, (config.state_dir, config.scratch_dir)))
     yield from _write_back(*filter(None, (config.state_dir, config.scratch_dir)))
     yield from _directories(config)
+    if is_drained(config.state_dir):
+        yield None, "this machine is drained: pjwd starts no jobs", "pjwd resume"
     yield from _images(config.scratch_dir or config.state_dir)
     yield from _users(config)
     yield from _egress(config)

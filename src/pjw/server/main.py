@@ -1,4 +1,4 @@
-"""pjwd: serve, check, config, backup, end-jobs, image, certs. The command tree, and errors to exit codes."""
+"""pjwd: serve, gateway, check, backup, drain, certs and more. The command tree, and errors to exit codes."""
 
 import argparse
 import os
@@ -127,6 +127,24 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="how long jobs have until SIGKILL; default %(default)s",
     )
+
+    for verb, run, text, more in (
+        (
+            "drain",
+            _drain,
+            "start no more jobs on this machine; needs root",
+            " Jobs that run go on, and those in the queue wait, also over restarts, until `pjwd resume`.",
+        ),
+        ("resume", _resume, "start jobs on this machine again, after pjwd drain; needs root", ""),
+    ):
+        action = commands.add_parser(
+            verb, help=text, description=f"{text.removesuffix('; needs root').capitalize()}.{more}"
+        )
+        action.set_defaults(run=run)
+        _add_config(action)
+        _add_state_dir(action)
+        if verb == "drain":
+            action.add_argument("--wait", action="store_true", help="return when no job is left")
 
     _add_image(commands)
     certs = commands.add_parser("certs", help="make, show, renew and revoke certificates")
@@ -391,6 +409,22 @@ def _end_jobs(arguments: argparse.Namespace) -> int:
 
     config = load_config(arguments.config, _options(arguments))
     print(f"jobs ended: {end_jobs(config.state_dir, arguments.grace)}")
+    return 0
+
+
+def _drain(arguments: argparse.Namespace) -> int:
+    from pjw.server.config import load_config
+    from pjw.server.drain import drain
+
+    drain(load_config(arguments.config, _options(arguments)), wait=arguments.wait)
+    return 0
+
+
+def _resume(arguments: argparse.Namespace) -> int:
+    from pjw.server.config import load_config
+    from pjw.server.drain import resume
+
+    resume(load_config(arguments.config, _options(arguments)))
     return 0
 
 

@@ -254,6 +254,7 @@ class _State(Collector):
             made.add_metric((result,), numbers.connections.get(result, 0))
         yield made
         yield _one("pjw_launcher_up", "Whether the launcher lives.", numbers.launcher_up)
+        yield _one("pjw_drained", "Whether the operator has drained the machine.", numbers.drained)
         for each in numbers.more:
             if each.label:
                 yield _by(each.name, each.text, each.label, each.values.items())

@@ -24,6 +24,7 @@ from pjw.server.backend import Backend
 from pjw.server.backup_port import BackupPort
 from pjw.server.config import ServerConfig
 from pjw.server.connections import PortLimits
+from pjw.server.drain_port import DrainPort
 from pjw.server.expiry import warn_each_day
 from pjw.server.guard import Guard
 from pjw.server.health import HEALTH_NAME, Health
@@ -123,13 +124,14 @@ def run(
     state: StateDir,
     launcher: LauncherProcess,
     backups: BackupPort,
+    drains: DrainPort,
     holds: "Holds | None" = None,
 ) -> int:
     """Serve until SIGTERM or SIGINT; the exit code. Raises PjwError when it cannot listen.
 
     *holds*: the places that Slurm gives, where this is a node of a cluster that takes them.
     """
-    return asyncio.run(serve(serving, _of_this_machine(serving, state, launcher, backups, holds)))
+    return asyncio.run(serve(serving, _of_this_machine(serving, state, launcher, backups, drains, holds)))
 
 
 @asynccontextmanager
@@ -138,18 +140,23 @@ async def _of_this_machine(
     state: StateDir,
     launcher: LauncherProcess,
     backups: BackupPort,
+    drains: DrainPort,
     holds: "Holds | None",
 ) -> AsyncGenerator[Served, None]:
     async with AsyncExitStack() as stack:
         stack.callback(backups.close)
+        stack.push_async_callback(drains.close)
         worker = await stack.enter_async_context(Worker(state, launcher, serving.settings))
+        # before the queue starts any job
+        worker.admission.set(drained=drains.was_drained)
         await worker.adopt()
 
         def tasks(
             address: str, credentials: Callable[[], ServerCredentials]
         ) -> dict[str, Coroutine[Any, Any, object]]:
             found: dict[str, Coroutine[Any, Any, object]] = {
-                "copies for backups": backups.serve(lambda: worker.disk_marks)
+                "copies for backups": backups.serve(lambda: worker.disk_marks),
+                "word of `pjwd drain`": drains.serve(worker),
             }
             if serving.config.cluster.gateway is not None:
                 # nothing of a cluster is loaded by a pjwd that is none of its nodes
@@ -261,7 +268,8 @@ def options_of(limits: PortLimits) -> list[tuple[str, int]]:
 
 
 def _status(address: str, backend: Backend) -> str:
-    return f"serving on {address}; jobs that have not ended: {backend.live_count}"
+    drained = "drained; " if backend.drained else ""
+    return f"serving on {address}; {drained}jobs that have not ended: {backend.live_count}"
 
 
 def _listen(

@@ -28,6 +28,7 @@ from pjw.inherited import set_for_service
 from pjw.server.address import metrics_exposure
 from pjw.server.backup_port import BackupPort
 from pjw.server.config import ServerConfig, config_of, read_values, removed_keys
+from pjw.server.drain_port import DrainPort
 from pjw.server.grpc_log import relay, take_stderr
 from pjw.server.log_writer import LogWriter
 from pjw.server.logs import set_up_logging
@@ -107,6 +108,7 @@ def _serve(config: ServerConfig, path: str | None, options: Mapping[str, object]
 
     state = StateDir(config.state_dir, uid)
     backups = BackupPort(state)
+    drains = DrainPort(state)
     launcher = start_launcher(state.path, settings, files.paths, config.audit_log or "", files.config or "")
     # After the launcher, which moves this process into a leaf where cgroup v2 wants that: a trial init in the
     # old cgroup would keep the launcher from delegating controllers. Before the import of gRPC: with gRPC's
@@ -146,7 +148,7 @@ def _serve(config: ServerConfig, path: str | None, options: Mapping[str, object]
         audit,
         writer,
     )
-    return run(serving, state, launcher, backups, holds)
+    return run(serving, state, launcher, backups, drains, holds)
 
 
 def forget_grpc_settings() -> None:

@@ -2124,6 +2124,7 @@ class GetQuotaResponse(_message.Message):
     QUEUED_MAX_FIELD_NUMBER: _builtins.int
     MOUNTS_FIELD_NUMBER: _builtins.int
     GPUS_FIELD_NUMBER: _builtins.int
+    DRAINED_FIELD_NUMBER: _builtins.int
     client_name: _builtins.str
     weight: _builtins.int
     """When all clients with jobs want more than the machine has, this one gets weight / total_weight of it."""
@@ -2143,6 +2144,8 @@ class GetQuotaResponse(_message.Message):
     queued_max: _builtins.int
     gpus: _builtins.int
     """How many GPUs the machine has for jobs of the client, free or not; 0: none are offered."""
+    drained: _builtins.bool
+    """The operator has drained the machine: a start is refused (RESOURCE_EXHAUSTED), and the queue waits."""
     @_builtins.property
     def defaults(self) -> Global___Limits:
         """The limits of a job that asks for nothing."""
@@ -2181,10 +2184,11 @@ class GetQuotaResponse(_message.Message):
         queued_max: _builtins.int = ...,
         mounts: _abc.Iterable[Global___Mount] | None = ...,
         gpus: _builtins.int = ...,
+        drained: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ceilings", b"ceilings", "defaults", b"defaults", "sums", b"sums", "use", b"use"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ceilings", b"ceilings", "client_name", b"client_name", "defaults", b"defaults", "gpus", b"gpus", "memory_promised_bytes", b"memory_promised_bytes", "memory_promised_max_bytes", b"memory_promised_max_bytes", "mounts", b"mounts", "queued", b"queued", "queued_max", b"queued_max", "running", b"running", "running_max", b"running_max", "stored_bytes", b"stored_bytes", "stored_bytes_max", b"stored_bytes_max", "sums", b"sums", "total_weight", b"total_weight", "use", b"use", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ceilings", b"ceilings", "client_name", b"client_name", "defaults", b"defaults", "drained", b"drained", "gpus", b"gpus", "memory_promised_bytes", b"memory_promised_bytes", "memory_promised_max_bytes", b"memory_promised_max_bytes", "mounts", b"mounts", "queued", b"queued", "queued_max", b"queued_max", "running", b"running", "running_max", b"running_max", "stored_bytes", b"stored_bytes", "stored_bytes_max", b"stored_bytes_max", "sums", b"sums", "total_weight", b"total_weight", "use", b"use", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -59,6 +59,7 @@ class WorkerNumbers:
     connections: Mapping[str, int] = field(default_factory=dict)
     # of a gateway, or of the node of one
     more: Sequence[Series] = ()
+    drained: bool = False
 
 
 async def count_all(
@@ -70,6 +71,8 @@ async def count_all(
     queue: Queue,
     connections: Mapping[str, int],
     more: Sequence[Series],
+    *,
+    drained: bool,
 ) -> WorkerNumbers:
     """Count; it costs the same however many jobs are kept."""
     totals = {name: (jobs, stored) for name, jobs, stored in await state.store.totals()}
@@ -93,4 +96,5 @@ async def count_all(
         oldest_queued_seconds=0.0 if oldest_ns is None else max(0.0, (time.time_ns() - oldest_ns) / 1e9),
         connections=dict(connections),
         more=more,
+        drained=drained,
     )

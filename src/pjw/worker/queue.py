@@ -29,6 +29,7 @@ from pjw.errors import (
     WorkspaceBusyError,
 )
 from pjw.model import GPUS_MAX, EndReason, Job, JobState
+from pjw.worker.admission import DRAINED
 from pjw.worker.background import Background
 from pjw.worker.flag import Flag
 from pjw.worker.queue_rows import SERVER_FAILED, STOPPED_BEFORE_START, Head, WaitingJob
@@ -135,6 +136,9 @@ class Queue:
         self._behind_it: Final[set[str]] = set()
         # how many are free; where nobody knows, whoever starts a job refuses it
         self.free_gpus: Callable[[], int] = lambda: GPUS_MAX
+        # whether jobs are started at all, and what to call when a start is over
+        self.admits: Callable[[], bool] = lambda: True
+        self.settled: Callable[[], None] = lambda: None
         # jobs of the queue that were admitted: how many
         self.admissions = 0
         # the workspaces of a client that jobs use, each with whether one is alone there; and such a job
@@ -324,6 +328,11 @@ class Queue:
             event = self._changes[job_id] = Flag()
         return event
 
+    @property
+    def starting(self) -> int:
+        """How many jobs are on their way from the queue to their commands."""
+        return sum(map(len, self._starting.values()))
+
     def is_starting(self, job: Job) -> bool:
         """Whether a job is on its way from the queue to its command."""
         return job.id in self._starting.get(job.client_name, ())
@@ -408,9 +417,11 @@ class Queue:
 
     async def _start_next(self) -> bool:
         """Begin the start of the job whose turn it is; whether there was one, and room for it."""
-        if self._all_held_up or asyncio.get_running_loop().time() < self._paused_until:
+        if not self.admits() or self._all_held_up:
             return False
-        if sum(map(len, self._starting.values())) >= STARTS_AT_ONCE:
+        if asyncio.get_running_loop().time() < self._paused_until:
+            return False
+        if self.starting >= STARTS_AT_ONCE:
             return False
         job = await self._whose_turn()
         if job is None:
@@ -564,6 +575,7 @@ class Queue:
             del self._starting[job.client_name][job.id]
             if not self._starting[job.client_name]:
                 del self._starting[job.client_name]
+            self.settled()
             # whatever has become of it, there may be more; and where it was put back, it is the first again
             self._heads[job.client_name] = None
             self._changed(job.id)
@@ -654,6 +666,8 @@ class Queue:
         if job.unmet and awaited:
             more = f" and {len(awaited) - _NAMED_MAX} more" if len(awaited) > _NAMED_MAX else ""
             return f"waits for the end of job {', '.join(awaited[:_NAMED_MAX])}{more}"
+        if not self.admits() and not self.is_starting(job):
+            return f"waits: {DRAINED}"
         if not self.is_starting(job) and not self._is_free(job):
             holder = self.holder(client_name, job.workspace)
             user = f"job {holder}" if holder else "a job that is being started"

@@ -23,6 +23,7 @@ from pjw.errors import (
 from pjw.launcher.protocol import Launch
 from pjw.model import EndReason, Job, JobSpec, Limits, is_image_key, offered
 from pjw.output import Inotify
+from pjw.worker.admission import Admission
 from pjw.worker.artifacts import patterns_file
 from pjw.worker.background import Background, log_bug
 from pjw.worker.command_file import command_file
@@ -72,6 +73,7 @@ class Starts:
         background: Background,
         uploads: Uploads,
         gpus: Gpus,
+        admission: Admission,
     ) -> None:
         self._state: Final = state
         self._launcher: Final = launcher
@@ -87,10 +89,18 @@ class Starts:
         self._background: Final = background
         self._uploads: Final = uploads
         self._gpus: Final = gpus
+        self._admission: Final = admission
+        # called when a start is over, whatever became of it
+        self.settled: Callable[[], None] = lambda: None
         self._descriptors: Final = Descriptors()
         self._turns: Final = turns
         self._tasks: Final[set[asyncio.Task[Job]]] = set()
         self._requests: Final[dict[_Request, asyncio.Task[Job]]] = {}
+
+    @property
+    def under_way(self) -> int:
+        """How many starts are not over."""
+        return len(self._tasks)
 
     async def over(self) -> None:
         """Wait until none is under way."""
@@ -118,7 +128,7 @@ class Starts:
         self._require_launcher()
         task = asyncio.ensure_future(self._start_queued(job_id, spec, client_name, limits))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._task_over)
         # the launch goes on when the queue ends with its worker, and the job is the next worker's
         try:
             return await asyncio.shield(task)
@@ -135,11 +145,15 @@ class Starts:
     ) -> asyncio.Task[Job]:
         task = asyncio.ensure_future(self._start_once(spec, client_name, limits))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._task_over)
         if request is not None:
             self._requests[request] = task
             task.add_done_callback(partial(self._request_over, request))
         return task
+
+    def _task_over(self, task: asyncio.Task[Job]) -> None:
+        self._tasks.discard(task)
+        self.settled()
 
     def _request_over(self, request: _Request, task: asyncio.Task[Job]) -> None:
         del self._requests[request]
@@ -330,6 +344,7 @@ class Starts:
         Raises LimitReachedError, InvalidJobError without room for its memory ever, WorkspaceBusyError,
         GpuError, MountNotFoundError and LauncherGoneError.
         """
+        self._admission.require()
         await self._gpus.check(client_name, spec.gpus)
         self._running.take(client_name, limits)
         use: Use | None = None

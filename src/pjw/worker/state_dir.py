@@ -14,6 +14,8 @@ job-users          the launcher's: the range of user ids that jobs have
 scratch-dirs       the launcher's: where jobs have their scratch directories, or had them before that changed
 launcher.lock      held by the launcher
 backup.sock        root's, 0600: where `pjwd backup` asks for a copy of the table
+drained            root's: there while the operator has drained this machine (`pjwd drain`)
+drain.sock         root's, 0600: where `pjwd drain` and `pjwd resume` tell pjwd to look
 
 STATE and every directory above it can be written by root alone: whoever may rename one of them, or put a link
 in its place, decides where root makes files and directories.
@@ -45,6 +47,7 @@ from pjw.worker.usage import append_sample, read_samples
 PATH_BYTES_MAX: Final = 512 - len("/jobs.sqlite-journal")
 JOBS: Final = "jobs"
 TABLE: Final = "jobs.sqlite"
+DRAINED: Final = "drained"
 # of every job; of one whose stderr is kept apart; and of one with input while it runs
 _FILES: Final = ("output", "status", "times")
 _STDERR_FILES: Final = ("stderr", "stderr_times")

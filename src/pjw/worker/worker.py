@@ -45,6 +45,7 @@ from pjw.model import (
     offered,
 )
 from pjw.output import Inotify
+from pjw.worker.admission import Admission
 from pjw.worker.adoption import adopt
 from pjw.worker.artifacts import Keeping
 from pjw.worker.background import Background
@@ -152,6 +153,9 @@ class Worker(QueueCalls):
         )
         self._disk.growing = self._workspaces.growing
         self._gpus: Final = Gpus(state.store, self._launcher, settings)
+        self._admission: Final = Admission()
+        # set when fewer jobs run or are being started than before
+        self._fewer: Final = Flag()
         self._endings: Final = Endings(
             state,
             self._launcher,
@@ -198,6 +202,7 @@ class Worker(QueueCalls):
             self._background,
             self._uploads,
             self._gpus,
+            self._admission,
         )
         self._queue = Queue(state.store, self, self._background, settings)
         self._changes: Final = Changes(state.store, self._background, self._launcher.gone, self._queue.shown)
@@ -209,6 +214,10 @@ class Worker(QueueCalls):
         self._workspaces.counted.append(self._queue.room_was_made)
         self._queue.free_gpus = lambda: self._gpus.free
         self._gpus.freed.append(self._queue.gpus_freed)
+        self._queue.admits = lambda: not self._admission.drained
+        self._admission.changed.append(self._queue.room_was_made)
+        self._endings.ended.append(lambda _: self._fewer.set())
+        self._starts.settled = self._queue.settled = self._fewer.set
 
     @classmethod
     async def open(cls, state_dir: str, settings: WorkerSettings | None = None) -> Self:
@@ -304,6 +313,22 @@ class Worker(QueueCalls):
         """How many jobs have not ended."""
         return len(self._live)
 
+    @property
+    def admission(self) -> Admission:
+        """Whether jobs are started, which the operator decides."""
+        return self._admission
+
+    @property
+    def drained(self) -> bool:
+        """Whether the operator has drained this machine."""
+        return self._admission.drained
+
+    async def emptied(self) -> None:
+        """Return when no job runs or is being started. Raises LauncherGoneError."""
+        while self._live or self._starts.under_way or self._queue.starting:
+            self._fewer.clear()
+            await self._wait_for(self._fewer)
+
     def reconfigure(self, settings: WorkerSettings) -> None:
         """Take other limits, grace period, marks, retention, quotas and shares.
 
@@ -359,6 +384,7 @@ class Worker(QueueCalls):
             self._queue,
             self.connections.counts,
             self.more_numbers(),
+            drained=self.drained,
         )
 
     async def gone(self) -> None:
@@ -918,6 +944,7 @@ class Worker(QueueCalls):
             queued_max=settings.quotas.queued_max,
             mounts=tuple(each.shown for each in settings.mounts if each.is_for(client_name)),
             gpus=self._gpus.of(client_name),
+            drained=self.drained,
         )
 
     async def logs(
