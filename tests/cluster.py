@@ -47,13 +47,20 @@ class NodeService(Service):
 class Cluster:
     """A gateway, nodes, and the proof that nothing stays behind."""
 
-    def __init__(self, directory: Path, *, nodes: int = 2, gateway_config: str = "") -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        nodes: int = 2,
+        gateway_config: str = "",
+        lost_after_seconds: float = LOST_AFTER_SECONDS,
+    ) -> None:
         self._directory: Final = directory
         self.gateway: Final = Gateway(directory, clients=("alice", "bob", "ann", "gate"))
         certs = self.gateway.certs
         self.gateway.config = (
             f'[gateway]\ncrt = "{certs / "gate.crt"}"\nkey = "{certs / "gate.key"}"\n'
-            f"heartbeat_seconds = 0.3\nlost_after_seconds = {LOST_AFTER_SECONDS}\n"
+            f"heartbeat_seconds = 0.3\nlost_after_seconds = {lost_after_seconds}\n"
             f'[roles]\nadmins = ["ann"]\n{gateway_config}'
         )
         self.gateway.start()
