@@ -70,6 +70,7 @@ class Cluster:
         *,
         nodes: int = 2,
         gateway_config: str = "",
+        lost_after_seconds: float = LOST_AFTER_SECONDS,
         # in the table of that name
         gateway_keys: str = "",
         gateway_change: str = "",
@@ -89,7 +90,7 @@ class Cluster:
         certs = self.gateway.certs
         self.gateway.config = (
             f'[gateway]\ncrt = "{certs / "gate.crt"}"\nkey = "{certs / "gate.key"}"\n'
-            f"heartbeat_seconds = 0.3\nlost_after_seconds = {LOST_AFTER_SECONDS}\n{gateway_keys}"
+            f"heartbeat_seconds = 0.3\nlost_after_seconds = {lost_after_seconds}\n{gateway_keys}"
             f'engine = "{engine}"\n'
             f'[roles]\nadmins = ["ann"]\n{gateway_config}'
         )
