@@ -728,6 +728,12 @@ def check_outputs(patterns: Sequence[str]) -> tuple[str, ...]:
     return tuple(checked)
 
 
+def check_port(port: int) -> None:
+    """Raises InvalidJobError for what is no port."""
+    if not 1 <= port <= PORT_MAX:
+        raise InvalidJobError(f"a port is a number from 1 to {PORT_MAX}, not {port}")
+
+
 def check_upload(name: str) -> None:
     """Raises InvalidJobError for what is no name of an upload."""
     if not _UPLOAD.fullmatch(name):

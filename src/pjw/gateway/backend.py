@@ -7,7 +7,6 @@ This is a `pjw.server.backend.Backend`.
 
 import asyncio
 import os
-import socket
 import time
 import uuid
 from collections import Counter
@@ -19,11 +18,13 @@ from typing import Final
 
 from pjw.arrays import Element
 from pjw.errors import (
+    CopyError,
     GpuError,
     ImageNotFoundError,
     InvalidJobError,
     JobNotFoundError,
     JobStateError,
+    KernelError,
     LimitRangeError,
     LimitReachedError,
     MountNotFoundError,
@@ -42,6 +43,7 @@ from pjw.gateway.state import GatewayState
 from pjw.gateway.states import PlacementState
 from pjw.gateway.stops import Stops
 from pjw.gateway.usage import nodes_quota, usage_now, with_usage
+from pjw.gateway.within import NodeConnection, Within
 from pjw.model import (
     NO_SUMS,
     Archive,
@@ -62,22 +64,28 @@ from pjw.rpc.convert import sample_from_message
 from pjw.server.backend import Reading, Written
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker import Part, WorkerSettings
+from pjw.worker.artifacts import require_kept
 from pjw.worker.background import Background
 from pjw.worker.changes import Batch, Changes, Watched
 from pjw.worker.egress import Connection
 from pjw.worker.flag import Flag, first_of
+from pjw.worker.input import Inputs
 from pjw.worker.numbers import ClientNumbers, WorkerNumbers
 from pjw.worker.pages import ALL_JOBS, JobFilter, Page
 from pjw.worker.queue import Queue
 from pjw.worker.queue_calls import QueueCalls
 from pjw.worker.queue_rows import WaitingJob
+from pjw.worker.quota import StoredBytes
 from pjw.worker.retention import BATCH, Pruner
 from pjw.worker.store import NotQueuedError
+from pjw.worker.uploads import Uploads
 from pjw.worker.worker import ALL_CHANGES, LOCAL_CLIENT, PAGE_MAX, SIGNAL_MAX, require_no_array
 
 # A node removes so many jobs at a time that were removed here.
 _REMOVED_AT_ONCE: Final = 20
 _ALL_OUTPUT: Final = Part()
+# Of an upload, for a node.
+_PIECE_BYTES: Final = 1024 * 1024
 
 
 class GatewayBackend(QueueCalls):
@@ -104,6 +112,13 @@ class GatewayBackend(QueueCalls):
         self._stops: Final = Stops(dial, background)
         self._pruner: Final = Pruner(state, settings.retention)
         self._changes: Final = Changes(state.store, background, Flag(), self._shown)
+        self._within: Final = Within(dial, self.placements, self.get, self._where, self._queue.change_of)
+        # what the nodes have of jobs counts when it is known: at their ends
+        self._stored: Final = StoredBytes(state, {}, {}, settings.quotas)
+        self._inputs: Final = Inputs(self._stored, settings.quotas.input_bytes_max)
+        self._uploads: Final = Uploads(state, self._stored, self._inputs)
+        self._stored.uploads = self._uploads.bytes_of
+        self.placements.settled = self._job_settled
         self._removing: Final[set[str]] = set()
         self.placements.retried.append(self._queue.retried)
         self.placements.ended.append(self._queue.job_ended)
@@ -120,8 +135,10 @@ class GatewayBackend(QueueCalls):
         await self._nodes.begin()
         await self._store.forget_secrets()
         await self.placements.begin(self._nodes.known)
+        await self._uploads.adopt()
         await self._queue.begin([placed.job for placed in self.placements.live.values()])
         self._background.keep("removal of ended jobs", self._pruner.run())
+        self._background.keep("removal of uploads", self._uploads.run())
         self._background.keep("queue", self._queue.run())
 
     # --- nodes
@@ -173,16 +190,32 @@ class GatewayBackend(QueueCalls):
                 f"all {most} user ids for clients are taken",
                 hint="the operator can configure a larger range, the same on all nodes",
             )
+        for spec in specs:
+            await self._require_upload(spec, client_name)
         return await asyncio.shield(self._submit(asked, client_name))
+
+    async def _require_upload(self, spec: JobSpec, client_name: str) -> None:
+        """Raises CopyError for an upload that there is not."""
+        if not spec.upload:
+            return
+        try:
+            await self._uploads.renew(client_name, spec.upload)
+        except CopyError:
+            if not await self._made_before(spec, client_name):
+                raise
 
     async def _require_offered(self, spec: JobSpec, client_name: str) -> None:
         try:
             require_offered(spec, [node.hello for node in self._nodes.known.values()])
         except (GpuError, ImageNotFoundError, InvalidJobError, MountNotFoundError):
-            # a job that the same request has made before may have had it
-            request_id = spec.request_id
-            if not request_id or await self._store.of_request(client_name, request_id) is None:
+            if not await self._made_before(spec, client_name):
                 raise
+
+    async def _made_before(self, spec: JobSpec, client_name: str) -> bool:
+        """Whether the same request has made a job before, which may have had what is missing now."""
+        return (
+            bool(spec.request_id) and await self._store.of_request(client_name, spec.request_id) is not None
+        )
 
     async def _submit(self, asked: Sequence[tuple[JobSpec, Limits]], client_name: str) -> Sequence[Job]:
         # times of a job are cut to microseconds
@@ -406,13 +439,17 @@ class GatewayBackend(QueueCalls):
     ) -> Reading:
         """A part of a job's output, from its node."""
         if part.session:
-            raise not_yet("a session")
-        if part.artifacts:
-            raise not_yet("an artifact")
+            if isinstance(job_id, Element):
+                raise JobNotFoundError(str(job_id))
+            there = await self._within.of_session(job_id, part.session, owner)
+            return await self._reading(there.job.id, part)
         if isinstance(job_id, Element):
             job = await (self._drawn if part.follow else self.get)(job_id, owner)
         else:
             job = await self.get(job_id, owner)
+        if part.artifacts:
+            require_kept(job)
+            return await self._reading(job.id, part)
         require_no_array(job)
         if part.stderr and not job.split_stderr:
             raise JobStateError(
@@ -421,7 +458,10 @@ class GatewayBackend(QueueCalls):
             )
         if not job.id or (job.state is JobState.QUEUED and not part.follow):
             return NoReading(part.offset)
-        reading = ProxyReading(self._dial, lambda: self._where(job.id), part)
+        return await self._reading(job.id, part)
+
+    async def _reading(self, job_id: int, part: Part) -> ProxyReading:
+        reading = ProxyReading(self._dial, lambda: self._where(job_id), part)
         await reading.seek()
         return reading
 
@@ -451,6 +491,69 @@ class GatewayBackend(QueueCalls):
         if node is None or not placement_row.node_job_id:
             return None
         return OnNode(job, node, placement_row.node_job_id)
+
+    # --- within jobs: see within.py
+
+    def write_input(
+        self, job_id: int, owner: str | None = None, session: int = 0
+    ) -> AbstractAsyncContextManager[Written]:
+        """Write to the input of a job, or of a session of it."""
+        return self._within.write_input(job_id, owner, session)
+
+    async def exec(
+        self, job_id: int, spec: JobSpec, client_name: str = LOCAL_CLIENT, *, detached: bool = False
+    ) -> Session:
+        """Start another command in a job."""
+        return await self._within.exec(job_id, spec, client_name, detached=detached)
+
+    async def archive(
+        self, job_id: int, archive: Archive, client_name: str = LOCAL_CLIENT, *, request_id: str = ""
+    ) -> Session:
+        """Pack or unpack files in a job."""
+        return await self._within.archive(job_id, archive, client_name, request_id)
+
+    async def wait_session(self, job_id: int, number: int, owner: str | None = None) -> Session:
+        """Wait until a session has ended."""
+        return await self._within.wait_session(job_id, number, owner)
+
+    async def stop_session(self, job_id: int, number: int, owner: str | None = None) -> Session:
+        """Hang a session up."""
+        return await self._within.stop_session(job_id, number, owner)
+
+    async def resize(
+        self, job_id: int, size: TerminalSize, owner: str | None = None, session: int = 0
+    ) -> None:
+        """Give a terminal another size."""
+        await self._within.resize(job_id, size, owner, session)
+
+    async def connect(self, job_id: int, port: int, client_name: str = LOCAL_CLIENT) -> NodeConnection:
+        """Connect to a TCP port within a job."""
+        return await self._within.connect(job_id, port, client_name)
+
+    def write_upload(
+        self, name: str, client_name: str = LOCAL_CLIENT
+    ) -> AbstractAsyncContextManager[Written]:
+        """Write an archive of files for a job that is to be started; see `Uploads.writer`."""
+        return self._uploads.writer(client_name, name, first_of)
+
+    async def read_upload(self, placed: Placed, offset: int) -> bytes:
+        """The next piece of the files that a job is to have; empty at their end. Raises CopyError."""
+        return await self._state.in_thread(self._read_piece, placed.job.client_name, placed.upload, offset)
+
+    def _read_piece(self, client_name: str, name: str, offset: int) -> bytes:
+        # opened for each piece: a thread goes on when its node has gone, and must not meet a closed file
+        descriptor = self._uploads.open(client_name, name)
+        try:
+            return os.pread(descriptor, _PIECE_BYTES, offset)
+        except OSError as error:
+            raise KernelError("read", f"upload {name} of {client_name}", error.errno or 0) from error
+        finally:
+            os.close(descriptor)
+
+    def _job_settled(self, placed: Placed) -> None:
+        """A job has begun or ended, and needs the files no more that were sent for it."""
+        if placed.upload:
+            self._background.spawn(self._uploads.release(placed.job.client_name, placed.upload))
 
     # --- usage
 
@@ -523,8 +626,8 @@ class GatewayBackend(QueueCalls):
             running_max=settings.quotas.running_max,
             memory_promised_bytes=sum(placed.job.limits.memory_max_bytes for placed in own),
             memory_promised_max_bytes=0,
-            stored_bytes=(await self._store.ended_bytes(client_name))[0],
-            stored_bytes_max=0,
+            stored_bytes=await self._stored.of(client_name),
+            stored_bytes_max=settings.quotas.stored_bytes_max,
             use=use,
             queued=(await self._store.queued_of_clients()).get(client_name, 0),
             queued_max=settings.quotas.queued_max,
@@ -533,48 +636,6 @@ class GatewayBackend(QueueCalls):
         )
 
     # --- methods that do not work through a gateway yet
-
-    def write_input(
-        self, job_id: int, owner: str | None = None, session: int = 0
-    ) -> AbstractAsyncContextManager[Written]:
-        """Refused."""
-        raise not_yet("input")
-
-    def write_upload(
-        self, name: str, client_name: str = LOCAL_CLIENT
-    ) -> AbstractAsyncContextManager[Written]:
-        """Refused."""
-        raise not_yet("to send files")
-
-    async def exec(
-        self, job_id: int, spec: JobSpec, client_name: str = LOCAL_CLIENT, *, detached: bool = False
-    ) -> Session:
-        """Refused."""
-        raise not_yet("pjw exec")
-
-    async def archive(
-        self, job_id: int, archive: Archive, client_name: str = LOCAL_CLIENT, *, request_id: str = ""
-    ) -> Session:
-        """Refused."""
-        raise not_yet("pjw cp")
-
-    async def resize(
-        self, job_id: int, size: TerminalSize, owner: str | None = None, session: int = 0
-    ) -> None:
-        """Refused."""
-        raise not_yet("a terminal")
-
-    async def connect(self, job_id: int, port: int, client_name: str = LOCAL_CLIENT) -> socket.socket:
-        """Refused."""
-        raise not_yet("pjw forward")
-
-    async def wait_session(self, job_id: int, number: int, owner: str | None = None) -> Session:
-        """Refused."""
-        raise not_yet("a session")
-
-    async def stop_session(self, job_id: int, number: int, owner: str | None = None) -> Session:
-        """Refused."""
-        raise not_yet("a session")
 
     async def workspaces(
         self, owner: str | None = LOCAL_CLIENT, after: tuple[str, str] = ("", ""), count: int = -1
@@ -656,6 +717,8 @@ class GatewayBackend(QueueCalls):
         """Take other limits, retention and quotas."""
         self._settings = settings
         self._pruner.keep(settings.retention)
+        self._stored.set_quotas(settings.quotas)
+        self._inputs.set_bytes_max(settings.quotas.input_bytes_max)
         self._queue.reconfigure(settings)
         self.engine.look()
 

@@ -20,6 +20,9 @@ _ANSWERS: Final[dict[str, type[Message]]] = {
     "Stop": pb.StopResponse,
     "Delete": pb.DeleteResponse,
     "GetUsageHistory": pb.GetUsageHistoryResponse,
+    "Wait": pb.WaitResponse,
+    "Exec": pb.ExecResponse,
+    "Resize": pb.ResizeResponse,
     "GetQuota": pb.GetQuotaResponse,
 }
 # How many connections the gateway has to one node. Each carries as many calls as the node's pjwd allows, and
@@ -59,6 +62,9 @@ class Dial:
                 ("grpc.ssl_target_name_override", f"{name}{NODE_HOST_SUFFIX}"),
                 ("grpc.enable_http_proxy", 0),
                 ("grpc.max_receive_message_length", 16 * 1024 * 1024),
+                # A fixed window, as the server's own (serve.py): a client that does not read holds no more.
+                ("grpc.http2.bdp_probe", 0),
+                ("grpc.http2.lookahead_bytes", 1024**2),
                 ("grpc.keepalive_time_ms", 20_000),
                 ("grpc.keepalive_timeout_ms", 10_000),
                 ("grpc.initial_reconnect_backoff_ms", 50),
@@ -95,6 +101,13 @@ class Dial:
             response_deserializer=None,
         )
         return made(request, metadata=((FOR_CLIENT_KEY, client_name),))
+
+    def duplex(self, node: Node, method: str, client_name: str) -> Any:  # noqa: ANN401
+        """Two streams with a node, each message as its bytes. Reading and writing raise as in `stream`."""
+        made: Any = self._channel(node).stream_stream(
+            f"/{_SERVICE}/{method}", request_serializer=None, response_deserializer=None
+        )
+        return made(metadata=((FOR_CLIENT_KEY, client_name),))
 
 
 def error_from(error: grpc.aio.AioRpcError, node: Node) -> PjwError:

@@ -40,6 +40,17 @@ class Placed:
         self.over: Final = Flag()
         # the session in which we told its node to stop it
         self.stop_told: Session | None = None
+        # the files that were sent for it, once a node has claimed it
+        self.upload = ""
+
+    def has_files_for(self, node_name: str, session: str) -> bool:
+        """Whether this node has claimed the job in this session, and is to get files for its start."""
+        placement = self.placement
+        return (
+            placement.state is PlacementState.CLAIMED
+            and (placement.node, placement.session) == (node_name, session)
+            and bool(self.upload)
+        )
 
     @property
     def shown(self) -> Job:
@@ -80,6 +91,8 @@ class Placements:
         self.retried: Final[list[Callable[[Job, Job], None]]] = []
         # called when a job has ended
         self.ended: Final[list[Callable[[Job], None]]] = []
+        # called when a job was executed, or has ended: what was kept for its start is not needed any more
+        self.settled: Callable[[Placed], None] = lambda _: None
 
     async def begin(self, nodes: dict[str, Node]) -> None:
         """Take over the jobs with a node that the gateway before us has left.
@@ -164,6 +177,7 @@ class Placements:
             session=session,
             attempt=placement.attempt + 1,
         )
+        placed.upload = waiting.upload
         await self._store.sync()
         if node.row.is_lost:
             # it was lost while we looked into the table
@@ -176,6 +190,7 @@ class Placements:
         if job is not None:
             self._engine.started(node)
             self._moved(placed, job, state=PlacementState.RUNNING, node_job_id=node_job.id)
+            self.settled(placed)
 
     async def put_back(self, placed: Placed, node: Node, event: PlacementEvent) -> None:
         """A node does not start a job: not now, or because it never heard the answer to its claim.
@@ -254,6 +269,7 @@ class Placements:
         changes = {"node_job_id": node_job_id} if node_job_id else {}
         self._moved(placed, job, state=state, **changes)
         placed.ended.set()
+        self.settled(placed)
         self._drop(placed)
         if following is not None:
             for each_retried in self.retried:

@@ -36,7 +36,7 @@ async def opened(
         stack.callback(nodes.close)
         backend = GatewayBackend(state, settings, nodes, dial, background)
         await backend.begin()
-        sessions = Sessions(state.store, nodes, backend.placements, backend.run_here)
+        sessions = Sessions(state.store, nodes, backend.placements, backend.run_here, backend.read_upload)
 
         def handlers(guard: Guard) -> Sequence[grpc.GenericRpcHandler]:
             return (

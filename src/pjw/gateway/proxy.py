@@ -16,6 +16,7 @@ import grpc
 from pjw.errors import JobNotFoundError, OffsetError, OutputLostError, PjwError, ServerUnreachableError
 from pjw.gateway.dial import Dial, error_from
 from pjw.gateway.nodes import Node
+from pjw.gateway.words import in_our_words
 from pjw.model import Job
 from pjw.output import Head, no_head
 from pjw.rpc.convert import logs_response_bytes
@@ -174,6 +175,8 @@ class ProxyReading:
             no_follow=not part.follow,
             stream=pb.OUTPUT_STREAM_STDERR if part.stderr else pb.OUTPUT_STREAM_UNSPECIFIED,
             timestamps=timestamps,
+            session=part.session,
+            artifacts=part.artifacts,
         )
         if sought and part.tail_lines is not None:
             request.tail_lines = part.tail_lines
@@ -181,13 +184,12 @@ class ProxyReading:
             request.since.FromNanoseconds(part.since_ns)
         return request
 
-    @staticmethod
-    def _told(error: PjwError, there: OnNode) -> PjwError:
+    def _told(self, error: PjwError, there: OnNode) -> PjwError:
         """A node's error, in words with the job's id at the gateway."""
         job_id, name = there.job.id, there.node.row.name
         if isinstance(error, JobNotFoundError):
             return OutputLostError(f"node {name} has no output of job {job_id} any more")
-        if isinstance(error, OutputLostError):
+        if isinstance(error, OutputLostError) and not self._part.artifacts:
             size = "" if there.job.output_bytes is None else f" of its {there.job.output_bytes} bytes"
             return OutputLostError(f"the output of job {job_id} on node {name} is cut short{size}")
-        return error
+        return in_our_words(error, name, there.node_job_id, job_id)

@@ -20,11 +20,7 @@ def _words(what: str) -> str:
 def check_spec(spec: JobSpec) -> None:
     """Raise InvalidJobError for a job that needs a feature that a gateway does not have yet."""
     asked = {
-        "input": spec.input,
-        "a terminal": spec.terminal is not None,
-        "files that are sent with a job": bool(spec.upload),
         "a workspace": bool(spec.workspace),
-        "artifacts": bool(spec.outputs),
     }
     for what, is_asked in asked.items():
         if is_asked:

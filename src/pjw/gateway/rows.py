@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from pjw.gateway.states import TRANSITIONS, PlacementEvent, PlacementState, before
-from pjw.model import EndReason, Job, JobState, Limits
+from pjw.model import ArtifactsState, EndReason, Job, JobState, Limits
 from pjw.worker import array_rows, queue_rows
 from pjw.worker.rows import COLUMNS, READY, WAITS, job_of, to_ns
 
@@ -208,7 +208,8 @@ def ended(db: sqlite3.Connection, job_id: int, node_job: Job, now_ns: int) -> Jo
     status = node_job.exit_status
     db.execute(
         "UPDATE jobs SET start_ns = ?, state = ?, end_ns = ?, exit_code = ?, signal = ?, reason = ?,"
-        " usage = ?, output_bytes = ?, workdir = ?, detail = ? WHERE id = ? AND state IS NULL",
+        " usage = ?, output_bytes = ?, workdir = ?, detail = ?, artifacts = ?, artifact_bytes = ?,"
+        " artifacts_detail = ? WHERE id = ? AND state IS NULL",
         (
             to_ns(node_job.start),
             node_job.state,
@@ -220,6 +221,9 @@ def ended(db: sqlite3.Connection, job_id: int, node_job: Job, now_ns: int) -> Jo
             node_job.output_bytes,
             node_job.workdir,
             node_job.detail,
+            node_job.artifacts.state if node_job.artifacts else "",
+            node_job.artifacts.bytes if node_job.artifacts else 0,
+            node_job.artifacts.detail if node_job.artifacts else "",
             job_id,
         ),
     )
@@ -231,8 +235,10 @@ def lost(db: sqlite3.Connection, job_id: int, event: PlacementEvent, detail: str
     if not _move(db, job_id, event):
         return None
     db.execute(
-        "UPDATE jobs SET state = ?, end_ns = ?, reason = ?, detail = ? WHERE id = ? AND state IS NULL",
-        (JobState.LOST, now_ns, EndReason.NODE_LOST, detail, job_id),
+        "UPDATE jobs SET state = ?, end_ns = ?, reason = ?, detail = ?,"
+        " artifacts = iif(artifacts = '', '', ?), artifacts_detail = iif(artifacts = '', '', ?)"
+        " WHERE id = ? AND state IS NULL",
+        (JobState.LOST, now_ns, EndReason.NODE_LOST, detail, ArtifactsState.FAILED, detail, job_id),
     )
     return _attempt_over(db, job_id, now_ns)
 

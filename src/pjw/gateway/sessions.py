@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Final
 
 import grpc
@@ -35,12 +35,15 @@ class Sessions:
         nodes: Nodes,
         placements: Placements,
         run_here: Callable[[Placed, Node], None],
+        read_upload: Callable[[Placed, int], Awaitable[bytes]],
     ) -> None:
         self._store: Final = store
         self._nodes: Final = nodes
         self._placements: Final = placements
         # called with a job that a node runs: there may be a stop to tell the node of
         self._run_here: Final = run_here
+        # called with a job and an offset in its upload
+        self._read_upload: Final = read_upload
 
     def handlers(self, guard: NodeGuard) -> grpc.GenericRpcHandler:
         """The table of methods, each behind the guard of nodes."""
@@ -49,6 +52,7 @@ class Sessions:
             {
                 "Session": guard.bidi(self.session, pb.SessionRequest),
                 "Claim": guard.unary(self.claim, pb.ClaimRequest),
+                "FetchUpload": guard.stream(self.fetch_upload, pb.FetchUploadRequest),
             },
         )
 
@@ -56,14 +60,19 @@ class Sessions:
 
     async def claim(self, request: pb.ClaimRequest, name: str) -> pb.ClaimResponse:
         """Give a job to the node that it was assigned to."""
-        node = self._nodes.known.get(name)
-        if node is None or node.session is None or node.session.hello.session != request.session:
-            raise JobStateError("the session of this claim is over")
+        node = self._of_session(name, request.session)
         claimed = await self._placements.claim(request.uuid, node, request.session)
         if claimed is None:
             raise JobStateError(f"node {name} cannot claim job {request.uuid}")
         placed, waiting = claimed
         return await self._granted(placed, waiting)
+
+    def _of_session(self, name: str, session: str) -> Node:
+        """The node whose session this is. Raises JobStateError for any other than the one that lasts."""
+        node = self._nodes.known.get(name)
+        if node is None or node.session is None or node.session.hello.session != session:
+            raise JobStateError("the session of this claim is over")
+        return node
 
     async def _granted(self, placed: Placed, waiting: WaitingJob) -> pb.ClaimResponse:
         job = placed.job
@@ -78,6 +87,23 @@ class Sessions:
             client_number=await self._store.client_number(job.client_name),
             start=start,
         )
+
+    async def fetch_upload(
+        self, request: pb.FetchUploadRequest, name: str
+    ) -> AsyncGenerator[pb.FetchUploadResponse, None]:
+        """Send the files of a job to the node that has claimed it."""
+        offset = 0
+        while True:
+            # again for each piece: the session may be over meanwhile, and the job lost
+            self._of_session(name, request.session)
+            placed = self._placements.of(request.uuid)
+            if placed is None or not placed.has_files_for(name, request.session):
+                raise JobStateError(f"node {name} has claimed no job {request.uuid} with files")
+            data = await self._read_upload(placed, offset)
+            if not data:
+                return
+            yield pb.FetchUploadResponse(data=data)
+            offset += len(data)
 
     # --- sessions
 

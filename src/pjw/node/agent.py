@@ -32,6 +32,9 @@ _OPTIONS: Final = [
     # each session has a connection of its own, so that it does not inherit the backoff of the one before
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.max_receive_message_length", 16 * 1024 * 1024),
+    # A fixed window: what the gateway sends of an upload waits there while our disk takes its time.
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 1024**2),
 ]
 _LOOPBACK: Final = ("127.0.0.1:", "[::1]:")
 
@@ -105,7 +108,7 @@ class Node:
         async with grpc.aio.secure_channel(target, tls, options) as channel:
             # the stubs know only the blocking class
             stub: Any = NodeServiceStub(channel)
-            said = Said(os.urandom(16).hex())
+            said = Said(os.urandom(16).hex(), stub.FetchUpload)
             offers = await self._worker.offers()
             call = stub.Session(said.messages(self._hello(said.session, offers)))
             try:

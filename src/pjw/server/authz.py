@@ -47,10 +47,24 @@ OF_A_CLUSTER: Final[dict[str, frozenset[Role]]] = {
     "ResumeNode": frozenset({Role.ADMIN}),
 }
 
-# What a gateway may use for the client that it names. It starts nothing so: a job comes to a node by a claim,
+# What a gateway may use for the client that it names. It starts no job so: a job comes to a node by a claim,
 # which brings the client's number along.
 FOR_A_CLIENT: Final = frozenset(
-    {"Get", "Wait", "Stop", "Logs", "Delete", "GetUsageHistory", "GetQuota", "WatchUsage"}
+    {
+        "Get",
+        "Wait",
+        "Stop",
+        "Logs",
+        "Delete",
+        "GetUsageHistory",
+        "GetQuota",
+        "WatchUsage",
+        # into a job of the client's that a claim has brought
+        "WriteInput",
+        "Exec",
+        "Resize",
+        "Forward",
+    }
 )
 # What it may use without one: they tell no job.
 _FOR_NOBODY: Final = frozenset({"HealthCheck", "HealthWatch"})

@@ -7,7 +7,7 @@ that where serve.py hands it over.
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import datetime
 from typing import Protocol
@@ -26,6 +26,7 @@ from pjw.model import (
     Workspace,
 )
 from pjw.output import Head
+from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker import Part, WorkerSettings
 from pjw.worker.changes import Batch, Watched
 from pjw.worker.egress import Connection
@@ -60,6 +61,18 @@ class Reading(Protocol):
 
     def timed(self) -> AsyncGenerator[tuple[bytes, datetime | None], None]:
         """The same, with the time at which the job wrote each piece; None where that is not known."""
+
+
+class FarConnection(Protocol):
+    """A connection to a port within a job on another machine."""
+
+    async def carry(
+        self,
+        first: pb.ForwardRequest,
+        requests: AsyncIterator[pb.ForwardRequest],
+        answer: Callable[[pb.ForwardResponse], Awaitable[None]],
+    ) -> None:
+        """Carry it, as `server.forward.carry` does."""
 
 
 class Jobs(Protocol):
@@ -100,7 +113,7 @@ class Jobs(Protocol):
     ) -> None:
         """Give a terminal another size."""
 
-    async def connect(self, job_id: int, port: int, client_name: str = ...) -> socket.socket:
+    async def connect(self, job_id: int, port: int, client_name: str = ...) -> socket.socket | FarConnection:
         """Connect to a TCP port within a job."""
 
     async def get_with_usage(self, job_id: int | Element, owner: str | None = ...) -> Job:

@@ -1,5 +1,6 @@
 """JobWorkerService: convert, ask the worker, convert. Every call sees the jobs of `caller.owner` only."""
 
+import socket
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AbstractAsyncContextManager, aclosing
 from signal import SIGTERM
@@ -185,7 +186,11 @@ class JobWorkerService:
         first = await anext(requests, None)
         if first is None:
             raise InvalidJobError("the first message of Forward must say which job")
-        with await self._worker.connect(first.id, first.port, caller.client_name) as connection:
+        connection = await self._worker.connect(first.id, first.port, caller.client_name)
+        if not isinstance(connection, socket.socket):
+            await connection.carry(first, requests, answer)
+            return
+        with connection:
             await carry(connection, first, requests, answer)
 
     async def get(self, request: pb.GetRequest, caller: Caller) -> pb.GetResponse:

@@ -24,15 +24,14 @@ from pjw.errors import (
 from pjw.model import Job
 from pjw.worker.background import log_bug
 from pjw.worker.quota import StoredBytes
-from pjw.worker.state_dir import WHOLE_MODE, StateDir, disk_error
+from pjw.worker.state_dir import WHOLE_MODE, disk_error
 
 
 class Inputs:
     """The inputs of all jobs of a worker, each with at most one writer at a time."""
 
-    def __init__(self, state: StateDir, stored: StoredBytes, bytes_max: int) -> None:
+    def __init__(self, stored: StoredBytes, bytes_max: int) -> None:
         """Take no more than *bytes_max* for a job; 0 is "no limit"."""
-        self._state: Final = state
         self._stored: Final = stored
         self._bytes_max = bytes_max
         # by what they are the input of
@@ -41,12 +40,6 @@ class Inputs:
     def set_bytes_max(self, bytes_max: int) -> None:
         """From now on so much; who writes already goes on as it began."""
         self._bytes_max = bytes_max
-
-    def writer(
-        self, job_id: int, client_name: str, job_ended: Callable[[], Awaitable[None]]
-    ) -> AbstractAsyncContextManager["InputWriter"]:
-        """Write to the input of a job: see `writer_of`."""
-        return self.writer_of(f"job {job_id}", self._state.input_path(job_id), client_name, job_ended)
 
     @asynccontextmanager
     async def writer_of(

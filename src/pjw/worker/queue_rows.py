@@ -85,6 +85,12 @@ class WaitingJob:
     indices: str = ""
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
 
+    @property
+    def upload(self) -> str:
+        """The name of the files that were sent for it; empty where there are none."""
+        name: str = json.loads(self.text).get("upload", "")
+        return name
+
     def spec(self) -> JobSpec:
         """What is to be executed, with the limits that were asked for. Raises InvalidJobError."""
         stored = json.loads(self.text)

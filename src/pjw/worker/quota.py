@@ -6,16 +6,16 @@ import sys
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
-from typing import Final
+from typing import Final, Protocol
 
 from pjw.amounts import exact_size
 from pjw.errors import InvalidJobError, LimitReachedError
-from pjw.model import TOO_DEEP, Limits, Sums
+from pjw.model import TOO_DEEP, Job, Limits, Sums
 from pjw.worker.disk import ScratchUse
 from pjw.worker.host import memory_of
 from pjw.worker.job import LiveJob
 from pjw.worker.settings import Quotas, WorkerSettings
-from pjw.worker.state_dir import StateDir
+from pjw.worker.store import JobStore
 
 # So much input a client may write between two looks at what is stored, or as much as its quota leaves. A look
 # asks the table, and the kernel about each running job; in between input is counted, and output is not.
@@ -143,12 +143,29 @@ def most_of_one_job(ceiling: Limits, sums: Sums, memory_promised_max_bytes: int)
     )
 
 
+class JobFiles(Protocol):
+    """What jobs have stored: `StateDir` is one."""
+
+    @property
+    def store(self) -> JobStore:
+        """Their rows."""
+
+    def output_size(self, job: Job, /) -> int:
+        """How many bytes of output a job has."""
+
+    def input_size(self, job: Job, /) -> int:
+        """How many bytes of input are kept for a job."""
+
+    def artifacts_size(self, job: Job, /) -> int:
+        """How many bytes of artifacts a job has, whole or not."""
+
+
 class StoredBytes:
     """Knows what clients have stored, running jobs too, and bounds what they store as input."""
 
     def __init__(
         self,
-        state: StateDir,
+        state: JobFiles,
         live: Mapping[int, LiveJob],
         scratch: Mapping[int, ScratchUse],
         quotas: Quotas,

@@ -16,7 +16,7 @@ import stat
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, ParamSpec, Protocol, TypeVar
 
 from pjw.errors import CopyError, KernelError, LimitReachedError, PjwError
 from pjw.model import check_upload
@@ -25,7 +25,8 @@ from pjw.worker.flag import Flag
 from pjw.worker.input import Inputs, InputWriter
 from pjw.worker.quota import StoredBytes
 from pjw.worker.sparse_directory import SparseDirectory
-from pjw.worker.state_dir import WHOLE_MODE, StateDir, disk_error
+from pjw.worker.state_dir import WHOLE_MODE, disk_error
+from pjw.worker.store import JobStore
 
 # Without a call that writes it, or a job that is to have it, an upload goes after so long.
 LEASE_SECONDS: Final = 120.0
@@ -35,7 +36,25 @@ _SWEEP_SECONDS: Final = 30.0
 PER_CLIENT_MAX: Final = 64
 _UPLOADS: Final = "uploads"
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
 log: Final = logging.getLogger(__name__)
+
+
+class Home(Protocol):
+    """Where uploads are kept: `StateDir` is one."""
+
+    @property
+    def store(self) -> JobStore:
+        """The jobs that are to have them."""
+
+    @property
+    def jobs_path(self) -> str:
+        """The directory of the files of jobs."""
+
+    async def in_thread(self, function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        """Call what waits for the disk."""
 
 
 @dataclass(slots=True)
@@ -59,7 +78,7 @@ def _prefix(client_name: str) -> str:
 class Uploads:
     """The uploads of one worker's clients."""
 
-    def __init__(self, state: StateDir, stored: StoredBytes, inputs: Inputs) -> None:
+    def __init__(self, state: Home, stored: StoredBytes, inputs: Inputs) -> None:
         self._state: Final = state
         self._stored: Final = stored
         self._inputs: Final = inputs

@@ -28,7 +28,6 @@ from pjw.errors import (
     PjwError,
 )
 from pjw.model import (
-    PORT_MAX,
     Archive,
     ClientQuota,
     GroupUse,
@@ -42,6 +41,7 @@ from pjw.model import (
     TerminalSize,
     UsageSample,
     Workspace,
+    check_port,
     offered,
 )
 from pjw.output import Inotify
@@ -121,7 +121,7 @@ class Worker(QueueCalls):
         self._running: Final = RunningJobs(settings)
         scratch_used: dict[int, ScratchUse] = {}
         self._stored: Final = StoredBytes(state, self._live, scratch_used, settings.quotas)
-        self._inputs: Final = Inputs(state, self._stored, settings.quotas.input_bytes_max)
+        self._inputs: Final = Inputs(self._stored, settings.quotas.input_bytes_max)
         self._tails: Final = asyncio.Lock()
         self._pruner: Final = Pruner(state, settings.retention)
         # of jobs, to names on the network
@@ -622,8 +622,7 @@ class Worker(QueueCalls):
         what is no port, JobStateError where nobody listens or the job does not run, LimitReachedError and
         KernelError.
         """
-        if not 1 <= port <= PORT_MAX:
-            raise InvalidJobError(f"a port is a number from 1 to {PORT_MAX}, not {port}")
+        check_port(port)
         return await self._sessions.connect(await self._require_running(job_id, client_name), port)
 
     async def _require_running(self, job_id: int, client_name: str) -> LiveJob:
@@ -751,7 +750,12 @@ class Worker(QueueCalls):
             raise ended_error(f"job {job_id}")
         client_name = live.job.client_name
         await self._stored.check(client_name)
-        async with self._inputs.writer(job_id, client_name, lambda: self._wait_for(live.ended)) as writer:
+        async with self._inputs.writer_of(
+            f"job {job_id}",
+            self._state.input_path(job_id),
+            client_name,
+            lambda: self._wait_for(live.ended),
+        ) as writer:
             yield writer
 
     @asynccontextmanager

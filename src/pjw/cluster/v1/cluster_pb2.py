@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from pjw.v1 import job_worker_pb2 as pjw_dot_v1_dot_job__worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cpjw/cluster/v1/cluster.proto\x12\x0epjw.cluster.v1\x1a\x17pjw/v1/job_worker.proto\"\x9d\x02\n\x0eSessionRequest\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x15.pjw.cluster.v1.HelloH\x00\x12.\n\theartbeat\x18\x02 \x01(\x0b\x32\x19.pjw.cluster.v1.HeartbeatH\x00\x12*\n\x07started\x18\x03 \x01(\x0b\x32\x17.pjw.cluster.v1.StartedH\x00\x12(\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\x16.pjw.cluster.v1.FailedH\x00\x12&\n\x05\x65nded\x18\x05 \x01(\x0b\x32\x15.pjw.cluster.v1.EndedH\x00\x12*\n\x07unknown\x18\x06 \x01(\x0b\x32\x17.pjw.cluster.v1.UnknownH\x00\x42\t\n\x07message\"\x92\x02\n\x0fSessionResponse\x12*\n\x07welcome\x18\x01 \x01(\x0b\x32\x17.pjw.cluster.v1.WelcomeH\x00\x12(\n\x06\x61ssign\x18\x02 \x01(\x0b\x32\x16.pjw.cluster.v1.AssignH\x00\x12\"\n\x03\x61sk\x18\x03 \x01(\x0b\x32\x13.pjw.cluster.v1.AskH\x00\x12&\n\x05\x66\x65nce\x18\x04 \x01(\x0b\x32\x15.pjw.cluster.v1.FenceH\x00\x12\"\n\x03\x61\x63k\x18\x05 \x01(\x0b\x32\x13.pjw.cluster.v1.AckH\x00\x12.\n\theartbeat\x18\x06 \x01(\x0b\x32\x19.pjw.cluster.v1.HeartbeatH\x00\x42\t\n\x07message\"\xf2\x01\n\x05Hello\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0f\n\x07session\x18\x02 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12\x1a\n\x12\x63pu_max_millicores\x18\x06 \x01(\x03\x12\x18\n\x10memory_max_bytes\x18\x07 \x01(\x03\x12\x11\n\tuid_first\x18\x08 \x01(\x03\x12\x11\n\tuid_count\x18\t \x01(\x03\x12\x0c\n\x04gpus\x18( \x01(\x03\x12\x0e\n\x06mounts\x18) \x03(\t\x12\x0e\n\x06images\x18* \x03(\t\x12\r\n\x05names\x18+ \x01(\x08\"\x0b\n\tHeartbeat\"1\n\x07Started\x12\x0c\n\x04uuid\x18\x01 \x01(\t\x12\x18\n\x03job\x18\x02 \x01(\x0b\x32\x0b.pjw.v1.Job\"5\n\x06\x46\x61iled\x12\x0c\n\x04uuid\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\x12\r\n\x05\x61gain\x18\x03 \x01(\x08\"/\n\x05\x45nded\x12\x0c\n\x04uuid\x18\x01 \x01(\t\x12\x18\n\x03job\x18\x02 \x01(\x0b\x32\x0b.pjw.v1.Job\"\x17\n\x07Unknown\x12\x0c\n\x04uuid\x18\x01 \x01(\t\"6\n\x07Welcome\x12\x14\n\x0cheartbeat_ms\x18\x01 \x01(\x03\x12\x15\n\rlost_after_ms\x18\x02 \x01(\x03\"\x16\n\x06\x41ssign\x12\x0c\n\x04uuid\x18\x01 \x01(\t\"\x14\n\x03\x41sk\x12\r\n\x05uuids\x18\x01 \x03(\t\"\x15\n\x05\x46\x65nce\x12\x0c\n\x04uuid\x18\x01 \x01(\t\"\x13\n\x03\x41\x63k\x12\x0c\n\x04uuid\x18\x01 \x01(\t\"-\n\x0c\x43laimRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0c\n\x04uuid\x18\x02 \x01(\t\"n\n\rClaimResponse\x12\x0c\n\x04uuid\x18\x01 \x01(\t\x12\x13\n\x0b\x63lient_name\x18\x02 \x01(\t\x12\x15\n\rclient_number\x18\x03 \x01(\x03\x12#\n\x05start\x18\x04 \x01(\x0b\x32\x14.pjw.v1.StartRequest\"\x12\n\x10ListNodesRequest\"8\n\x11ListNodesResponse\x12#\n\x05nodes\x18\x01 \x03(\x0b\x32\x14.pjw.cluster.v1.Node\"\xea\x01\n\x04Node\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\x05state\x18\x02 \x01(\x0e\x32\x19.pjw.cluster.v1.NodeState\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x0c\n\x04jobs\x18\x05 \x01(\x03\x12\x16\n\x0e\x63pu_millicores\x18\x06 \x01(\x03\x12\x1a\n\x12\x63pu_max_millicores\x18\x07 \x01(\x03\x12\x14\n\x0cmemory_bytes\x18\x08 \x01(\x03\x12\x18\n\x10memory_max_bytes\x18\t \x01(\x03\x12\x16\n\x0esilent_seconds\x18\n \x01(\x03\" \n\x10\x44rainNodeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"7\n\x11\x44rainNodeResponse\x12\"\n\x04node\x18\x01 \x01(\x0b\x32\x14.pjw.cluster.v1.Node\"!\n\x11ResumeNodeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"8\n\x12ResumeNodeResponse\x12\"\n\x04node\x18\x01 \x01(\x0b\x32\x14.pjw.cluster.v1.Node*|\n\tNodeState\x12\x1a\n\x16NODE_STATE_UNSPECIFIED\x10\x00\x12\x11\n\rNODE_STATE_UP\x10\x01\x12\x16\n\x12NODE_STATE_DRAINED\x10\x02\x12\x13\n\x0fNODE_STATE_AWAY\x10\x03\x12\x13\n\x0fNODE_STATE_LOST\x10\x04\x32\xa3\x01\n\x0bNodeService\x12N\n\x07Session\x12\x1e.pjw.cluster.v1.SessionRequest\x1a\x1f.pjw.cluster.v1.SessionResponse(\x01\x30\x01\x12\x44\n\x05\x43laim\x12\x1c.pjw.cluster.v1.ClaimRequest\x1a\x1d.pjw.cluster.v1.ClaimResponse2\x89\x02\n\x0e\x43lusterService\x12P\n\tListNodes\x12 .pjw.cluster.v1.ListNodesRequest\x1a!.pjw.cluster.v1.ListNodesResponse\x12P\n\tDrainNode\x12 .pjw.cluster.v1.DrainNodeRequest\x1a!.pjw.cluster.v1.DrainNodeResponse\x12S\n\nResumeNode\x12!.pjw.cluster.v1.ResumeNodeRequest\x1a\".pjw.cluster.v1.ResumeNodeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cpjw/cluster/v1/cluster.proto\x12\x0epjw.cluster.v1\x1a\x17pjw/v1/job_worker.proto\"\x9d\x02\n\x0eSessionRequest\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x15.pjw.cluster.v1.HelloH\x00\x12.\n\theartbeat\x18\x02 \x01(\x0b\x32\x19.pjw.cluster.v1.HeartbeatH\x00\x12*\n\x07started\x18\x03 \x01(\x0b\x32\x17.pjw.cluster.v1.StartedH\x00\x12(\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\x16.pjw.cluster.v1.FailedH\x00\x12&\n\x05\x65nded\x18\x05 \x01(\x0b\x32\x15.pjw.cluster.v1.EndedH\x00\x12*\n\x07unknown\x18\x06 \x01(\x0b\x32\x17.pjw.cluster.v1.UnknownH\x00\x42\t\n\x07message\"\x92\x02\n\x0fSessionResponse\x12*\n\x07welcome\x18\x01 \x01(\x0b\x32\x17.pjw.cluster.v1.WelcomeH\x00\x12(\n\x06\x61ssign\x18\x02 \x01(\x0b\x32\x16.pjw.cluster.v1.AssignH\x00\x12\"\n\x03\x61sk\x18\x03 \x01(\x0b\x32\x13.pjw.cluster.v1.AskH\x00\x12&\n\x05\x66\x65nce\x18\x04 \x01(\x0b\x32\x15.pjw.cluster.v1.FenceH\x00\x12\"\n\x03\x61\x63k\x18\x05 \x01(\x0b\x32\x13.pjw.cluster.v1.AckH\x00\x12.\n\theartbeat\x18\x06 \x01(\x0b\x32\x19.pjw.cluster.v1.HeartbeatH\x00\x42\t\n\x07message\"\xf2\x01\n\x05Hello\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0f\n\x07session\x18\x02 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12\x1a\n\x12\x63pu_max_millicores\x18\x06 \x01(\x03\x12\x18\n\x10memory_max_bytes\x18\x07 \x01(\x03\x12\x11\n\tuid_first\x18\x08 \x01(\x03\x12\x11\n\tuid_count\x18\t \x01(\x03\x12\x0c\n\x04gpus\x18( \x01(\x03\x12\x0e\n\x06mounts\x18) \x03(\t\x12\x0e\n\x06images\x18* \x03(\t\x12\r\n\x05names\x18+ \x01(\x08\"\x0b\n\tHeartbeat\"1\n\x07Started\x12\x0c\n\x04uuid\x18\x01 \x01(\t\x12\x18\n\x03job\x18\x02 \x01(\x0b\x32\x0b.pjw.v1.Job\"5\n\x06\x46\x61iled\x12\x0c\n\x04uuid\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\x12\r\n\x05\x61gain\x18\x03 \x01(\x08\"/\n\x05\x45nded\x12\x0c\n\x04uuid\x18\x01 \x01(\t\x12\x18\n\x03job\x18\x02 \x01(\x0b\x32\x0b.pjw.v1.Job\"\x17\n\x07Unknown\x12\x0c\n\x04uuid\x18\x01 \x01(\t\"6\n\x07Welcome\x12\x14\n\x0cheartbeat_ms\x18\x01 \x01(\x03\x12\x15\n\rlost_after_ms\x18\x02 \x01(\x03\"\x16\n\x06\x41ssign\x12\x0c\n\x04uuid\x18\x01 \x01(\t\"\x14\n\x03\x41sk\x12\r\n\x05uuids\x18\x01 \x03(\t\"\x15\n\x05\x46\x65nce\x12\x0c\n\x04uuid\x18\x01 \x01(\t\"\x13\n\x03\x41\x63k\x12\x0c\n\x04uuid\x18\x01 \x01(\t\"-\n\x0c\x43laimRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0c\n\x04uuid\x18\x02 \x01(\t\"n\n\rClaimResponse\x12\x0c\n\x04uuid\x18\x01 \x01(\t\x12\x13\n\x0b\x63lient_name\x18\x02 \x01(\t\x12\x15\n\rclient_number\x18\x03 \x01(\x03\x12#\n\x05start\x18\x04 \x01(\x0b\x32\x14.pjw.v1.StartRequest\"3\n\x12\x46\x65tchUploadRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0c\n\x04uuid\x18\x02 \x01(\t\"#\n\x13\x46\x65tchUploadResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"\x12\n\x10ListNodesRequest\"8\n\x11ListNodesResponse\x12#\n\x05nodes\x18\x01 \x03(\x0b\x32\x14.pjw.cluster.v1.Node\"\xea\x01\n\x04Node\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\x05state\x18\x02 \x01(\x0e\x32\x19.pjw.cluster.v1.NodeState\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x0c\n\x04jobs\x18\x05 \x01(\x03\x12\x16\n\x0e\x63pu_millicores\x18\x06 \x01(\x03\x12\x1a\n\x12\x63pu_max_millicores\x18\x07 \x01(\x03\x12\x14\n\x0cmemory_bytes\x18\x08 \x01(\x03\x12\x18\n\x10memory_max_bytes\x18\t \x01(\x03\x12\x16\n\x0esilent_seconds\x18\n \x01(\x03\" \n\x10\x44rainNodeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"7\n\x11\x44rainNodeResponse\x12\"\n\x04node\x18\x01 \x01(\x0b\x32\x14.pjw.cluster.v1.Node\"!\n\x11ResumeNodeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"8\n\x12ResumeNodeResponse\x12\"\n\x04node\x18\x01 \x01(\x0b\x32\x14.pjw.cluster.v1.Node*|\n\tNodeState\x12\x1a\n\x16NODE_STATE_UNSPECIFIED\x10\x00\x12\x11\n\rNODE_STATE_UP\x10\x01\x12\x16\n\x12NODE_STATE_DRAINED\x10\x02\x12\x13\n\x0fNODE_STATE_AWAY\x10\x03\x12\x13\n\x0fNODE_STATE_LOST\x10\x04\x32\xfd\x01\n\x0bNodeService\x12N\n\x07Session\x12\x1e.pjw.cluster.v1.SessionRequest\x1a\x1f.pjw.cluster.v1.SessionResponse(\x01\x30\x01\x12\x44\n\x05\x43laim\x12\x1c.pjw.cluster.v1.ClaimRequest\x1a\x1d.pjw.cluster.v1.ClaimResponse\x12X\n\x0b\x46\x65tchUpload\x12\".pjw.cluster.v1.FetchUploadRequest\x1a#.pjw.cluster.v1.FetchUploadResponse0\x01\x32\x89\x02\n\x0e\x43lusterService\x12P\n\tListNodes\x12 .pjw.cluster.v1.ListNodesRequest\x1a!.pjw.cluster.v1.ListNodesResponse\x12P\n\tDrainNode\x12 .pjw.cluster.v1.DrainNodeRequest\x1a!.pjw.cluster.v1.DrainNodeResponse\x12S\n\nResumeNode\x12!.pjw.cluster.v1.ResumeNodeRequest\x1a\".pjw.cluster.v1.ResumeNodeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pjw.cluster.v1.cluster_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_NODESTATE']._serialized_start=1880
-  _globals['_NODESTATE']._serialized_end=2004
+  _globals['_NODESTATE']._serialized_start=1970
+  _globals['_NODESTATE']._serialized_end=2094
   _globals['_SESSIONREQUEST']._serialized_start=74
   _globals['_SESSIONREQUEST']._serialized_end=359
   _globals['_SESSIONRESPONSE']._serialized_start=362
@@ -64,22 +64,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CLAIMREQUEST']._serialized_end=1267
   _globals['_CLAIMRESPONSE']._serialized_start=1269
   _globals['_CLAIMRESPONSE']._serialized_end=1379
-  _globals['_LISTNODESREQUEST']._serialized_start=1381
-  _globals['_LISTNODESREQUEST']._serialized_end=1399
-  _globals['_LISTNODESRESPONSE']._serialized_start=1401
-  _globals['_LISTNODESRESPONSE']._serialized_end=1457
-  _globals['_NODE']._serialized_start=1460
-  _globals['_NODE']._serialized_end=1694
-  _globals['_DRAINNODEREQUEST']._serialized_start=1696
-  _globals['_DRAINNODEREQUEST']._serialized_end=1728
-  _globals['_DRAINNODERESPONSE']._serialized_start=1730
-  _globals['_DRAINNODERESPONSE']._serialized_end=1785
-  _globals['_RESUMENODEREQUEST']._serialized_start=1787
-  _globals['_RESUMENODEREQUEST']._serialized_end=1820
-  _globals['_RESUMENODERESPONSE']._serialized_start=1822
-  _globals['_RESUMENODERESPONSE']._serialized_end=1878
-  _globals['_NODESERVICE']._serialized_start=2007
-  _globals['_NODESERVICE']._serialized_end=2170
-  _globals['_CLUSTERSERVICE']._serialized_start=2173
-  _globals['_CLUSTERSERVICE']._serialized_end=2438
+  _globals['_FETCHUPLOADREQUEST']._serialized_start=1381
+  _globals['_FETCHUPLOADREQUEST']._serialized_end=1432
+  _globals['_FETCHUPLOADRESPONSE']._serialized_start=1434
+  _globals['_FETCHUPLOADRESPONSE']._serialized_end=1469
+  _globals['_LISTNODESREQUEST']._serialized_start=1471
+  _globals['_LISTNODESREQUEST']._serialized_end=1489
+  _globals['_LISTNODESRESPONSE']._serialized_start=1491
+  _globals['_LISTNODESRESPONSE']._serialized_end=1547
+  _globals['_NODE']._serialized_start=1550
+  _globals['_NODE']._serialized_end=1784
+  _globals['_DRAINNODEREQUEST']._serialized_start=1786
+  _globals['_DRAINNODEREQUEST']._serialized_end=1818
+  _globals['_DRAINNODERESPONSE']._serialized_start=1820
+  _globals['_DRAINNODERESPONSE']._serialized_end=1875
+  _globals['_RESUMENODEREQUEST']._serialized_start=1877
+  _globals['_RESUMENODEREQUEST']._serialized_end=1910
+  _globals['_RESUMENODERESPONSE']._serialized_start=1912
+  _globals['_RESUMENODERESPONSE']._serialized_end=1968
+  _globals['_NODESERVICE']._serialized_start=2097
+  _globals['_NODESERVICE']._serialized_end=2350
+  _globals['_CLUSTERSERVICE']._serialized_start=2353
+  _globals['_CLUSTERSERVICE']._serialized_end=2618
 # @@protoc_insertion_point(module_scope)

@@ -480,7 +480,7 @@ class ClaimResponse(_message.Message):
     """Which of the user ids of jobs is that client's, from 0 on: the same on all nodes."""
     @_builtins.property
     def start(self) -> _job_worker_pb2.StartRequest:
-        """What to run, with all of its limits."""
+        """What to run, with all of its limits. Its upload is at the gateway: see FetchUpload."""
 
     def __init__(
         self,
@@ -497,6 +497,48 @@ class ClaimResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ClaimResponse: _TypeAlias = ClaimResponse  # noqa: Y015
+
+@_typing.final
+class FetchUploadRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: _builtins.int
+    UUID_FIELD_NUMBER: _builtins.int
+    session: _builtins.str
+    """As in the claim."""
+    uuid: _builtins.str
+    def __init__(
+        self,
+        *,
+        session: _builtins.str = ...,
+        uuid: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session", b"session", "uuid", b"uuid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchUploadRequest: _TypeAlias = FetchUploadRequest  # noqa: Y015
+
+@_typing.final
+class FetchUploadResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchUploadResponse: _TypeAlias = FetchUploadResponse  # noqa: Y015
 
 @_typing.final
 class ListNodesRequest(_message.Message):

@@ -45,6 +45,11 @@ class NodeServiceStub:
                 request_serializer=pjw_dot_cluster_dot_v1_dot_cluster__pb2.ClaimRequest.SerializeToString,
                 response_deserializer=pjw_dot_cluster_dot_v1_dot_cluster__pb2.ClaimResponse.FromString,
                 _registered_method=True)
+        self.FetchUpload = channel.unary_stream(
+                '/pjw.cluster.v1.NodeService/FetchUpload',
+                request_serializer=pjw_dot_cluster_dot_v1_dot_cluster__pb2.FetchUploadRequest.SerializeToString,
+                response_deserializer=pjw_dot_cluster_dot_v1_dot_cluster__pb2.FetchUploadResponse.FromString,
+                _registered_method=True)
 
 
 class NodeServiceServicer:
@@ -68,6 +73,14 @@ class NodeServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FetchUpload(self, request, context):
+        """FetchUpload streams the archive of files that a job which this node has claimed is to have (StartRequest.upload), in
+        pieces of at most 1 MiB. FAILED_PRECONDITION: the job is not this node's to run, or has none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NodeServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -80,6 +93,11 @@ def add_NodeServiceServicer_to_server(servicer, server):
                     servicer.Claim,
                     request_deserializer=pjw_dot_cluster_dot_v1_dot_cluster__pb2.ClaimRequest.FromString,
                     response_serializer=pjw_dot_cluster_dot_v1_dot_cluster__pb2.ClaimResponse.SerializeToString,
+            ),
+            'FetchUpload': grpc.unary_stream_rpc_method_handler(
+                    servicer.FetchUpload,
+                    request_deserializer=pjw_dot_cluster_dot_v1_dot_cluster__pb2.FetchUploadRequest.FromString,
+                    response_serializer=pjw_dot_cluster_dot_v1_dot_cluster__pb2.FetchUploadResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -137,6 +155,33 @@ class NodeService:
             '/pjw.cluster.v1.NodeService/Claim',
             pjw_dot_cluster_dot_v1_dot_cluster__pb2.ClaimRequest.SerializeToString,
             pjw_dot_cluster_dot_v1_dot_cluster__pb2.ClaimResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FetchUpload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/pjw.cluster.v1.NodeService/FetchUpload',
+            pjw_dot_cluster_dot_v1_dot_cluster__pb2.FetchUploadRequest.SerializeToString,
+            pjw_dot_cluster_dot_v1_dot_cluster__pb2.FetchUploadResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -47,6 +47,10 @@ class NodeServiceStub:
     """Claim makes a job that was assigned to this node the node's own: from its answer on nobody else runs it. The same
     claim in the same session is answered as before. FAILED_PRECONDITION: the job is not this node's to run.
     """
+    FetchUpload: _grpc.UnaryStreamMultiCallable[_cluster_pb2.FetchUploadRequest, _cluster_pb2.FetchUploadResponse]
+    """FetchUpload streams the archive of files that a job which this node has claimed is to have (StartRequest.upload), in
+    pieces of at most 1 MiB. FAILED_PRECONDITION: the job is not this node's to run, or has none.
+    """
 
 @_typing.type_check_only
 class NodeServiceAsyncStub(NodeServiceStub):
@@ -61,6 +65,10 @@ class NodeServiceAsyncStub(NodeServiceStub):
     Claim: _aio.UnaryUnaryMultiCallable[_cluster_pb2.ClaimRequest, _cluster_pb2.ClaimResponse]  # type: ignore[assignment]
     """Claim makes a job that was assigned to this node the node's own: from its answer on nobody else runs it. The same
     claim in the same session is answered as before. FAILED_PRECONDITION: the job is not this node's to run.
+    """
+    FetchUpload: _aio.UnaryStreamMultiCallable[_cluster_pb2.FetchUploadRequest, _cluster_pb2.FetchUploadResponse]  # type: ignore[assignment]
+    """FetchUpload streams the archive of files that a job which this node has claimed is to have (StartRequest.upload), in
+    pieces of at most 1 MiB. FAILED_PRECONDITION: the job is not this node's to run, or has none.
     """
 
 class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -85,6 +93,16 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_cluster_pb2.ClaimResponse, _abc.Awaitable[_cluster_pb2.ClaimResponse]]:
         """Claim makes a job that was assigned to this node the node's own: from its answer on nobody else runs it. The same
         claim in the same session is answered as before. FAILED_PRECONDITION: the job is not this node's to run.
+        """
+
+    @_abc_1.abstractmethod
+    def FetchUpload(
+        self,
+        request: _cluster_pb2.FetchUploadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_cluster_pb2.FetchUploadResponse], _abc.AsyncIterator[_cluster_pb2.FetchUploadResponse]]:
+        """FetchUpload streams the archive of files that a job which this node has claimed is to have (StartRequest.upload), in
+        pieces of at most 1 MiB. FAILED_PRECONDITION: the job is not this node's to run, or has none.
         """
 
 def add_NodeServiceServicer_to_server(servicer: NodeServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -234,9 +234,10 @@ static void remember(struct names *names, const char *leaf) {
     size_t length = strlen(leaf) + 1;
     if (names->used + length > names->room) {
         names->room = 2 * names->room + length + 256;
-        names->bytes = realloc(names->bytes, names->room);
-        if (!names->bytes)
+        char *bytes = realloc(names->bytes, names->room);
+        if (!bytes)
             cannot("pack", name, NULL);
+        names->bytes = bytes;
     }
     memcpy(names->bytes + names->used, leaf, length);
     names->used += length;

@@ -244,7 +244,8 @@ static const char *enter_parent(char *path, int *parent, const char *entry) {
             errno = fd < 0 ? ENOENT : 0;
         }
         if (fd < 0)
-            cannot("enter the directory of", entry, errno == EXDEV ? "a link in its name leads out of the directory" : NULL);
+            cannot("enter the directory of", entry,
+                   errno == EXDEV ? "a link in its name leads out of the directory" : NULL);
         if (opened_fd >= 0)
             close(opened_fd);
         opened_fd = fd;
@@ -265,7 +266,8 @@ static void make_directory(const char *path, mode_t mode, const char *entry) {
         of_parent[slash - path] = '\0';
         parent = open_directory(of_parent);
         if (parent < 0)
-            cannot("enter the directory of", entry, errno == EXDEV ? "a link in its name leads out of the directory" : NULL);
+            cannot("enter the directory of", entry,
+                   errno == EXDEV ? "a link in its name leads out of the directory" : NULL);
     }
     /* we have to be able to make what is in it */
     if (mkdirat(parent, leaf, (mode & 0777) | 0700) < 0) {
@@ -303,7 +305,8 @@ static void put_in_place(int parent, const char *leaf, const char *entry) {
 }
 
 /* Under another name until it is whole, in the place of what had its name. */
-static void make_file(int parent, const char *leaf, const struct header *header, int64_t size, int64_t mtime, const char *entry) {
+static void make_file(int parent, const char *leaf, const struct header *header, int64_t size, int64_t mtime,
+                      const char *entry) {
     int64_t mode = number(header->mode, sizeof header->mode);
     struct timespec times[2] = {{.tv_nsec = UTIME_OMIT}, {.tv_sec = mtime < 0 ? 0 : mtime}};
     half_made_in = parent;

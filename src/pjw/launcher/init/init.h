@@ -17,7 +17,17 @@
 #include <signal.h>
 #include <sys/types.h>
 
-enum { IMAGE_FDS_MAX = 2, HIDES_MAX = 64, PLACES_MAX = 128, MOUNTS_MAX = PLACES_MAX + 3, CGROUPS_MAX = 16, LIFTS_MAX = 64, COMMAND_MAX_BYTES = (1 << 20) + (1 << 16), ORDER_MAX_BYTES = 1 << 16, STREAMS_MAX = 2 };
+enum {
+    IMAGE_FDS_MAX = 2,
+    HIDES_MAX = 64,
+    PLACES_MAX = 128,
+    MOUNTS_MAX = PLACES_MAX + 3,
+    CGROUPS_MAX = 16,
+    LIFTS_MAX = 64,
+    COMMAND_MAX_BYTES = (1 << 20) + (1 << 16),
+    ORDER_MAX_BYTES = 1 << 16,
+    STREAMS_MAX = 2
+};
 /* of the operator's directories: of one job; and bytes of a path where it has one */
 enum { JOB_MOUNTS_MAX = 8, TARGET_MAX_BYTES = 255 };
 /* of devices, and what comes with them, of one job */
@@ -29,6 +39,7 @@ enum { LISTENERS_MAX = 17, HOST_MAX_BYTES = 253 };
 enum { REQUEST_MAX_BYTES = 1 << 20, REQUEST_FDS_MAX = 1 + IMAGE_FDS_MAX + CGROUPS_MAX + LIFTS_MAX };
 
 /* Every step that can fail: its name, and its words, which follow "cannot". Both are in a report. */
+/* clang-format off */
 #define STEPS(X)                                                        \
     X(OPTIONS, "options", "understand the options")                     \
     X(COMMAND, "command", "read the command")                           \
@@ -92,6 +103,7 @@ enum { REQUEST_MAX_BYTES = 1 << 20, REQUEST_FDS_MAX = 1 + IMAGE_FDS_MAX + CGROUP
     X(EXECUTED, "executed", "see the command reach its exec")           \
     X(CONNECT, "connect", "connect to the port")                        \
     X(STATUS, "status", "write the status file")
+/* clang-format on */
 
 enum step {
     STEP_NONE,
@@ -133,18 +145,18 @@ struct listener {
 
 /* options.c; a descriptor that was not given is -1, a number 0, a string NULL */
 struct options {
-    bool tells; /* name on stderr each step that may wait for a file system, before it begins */
+    bool tells;   /* name on stderr each step that may wait for a file system, before it begins */
     bool spawner; /* not for an init: be the process that clones them (spawner.c) */
-    bool waits; /* for an order with what is not known yet: the user, the limits, the command, the files */
+    bool waits;   /* for an order with what is not known yet: the user, the limits, the command, the files */
     int report_fd, status_fd, cgroup_fd;
     int output_fds[STREAMS_MAX], times_fds[STREAMS_MAX]; /* of stdout, and of stderr where that is kept apart */
     bool split_stderr;
     bool input; /* the order comes with a descriptor of the input */
     int input_fd;
-    int enter_fd; /* a pidfd of the init of a job that runs: what is to be made is a session in that job (session.c) */
+    int enter_fd;  /* a pidfd of the init of a job that runs: what is to be made is a session in that job (session.c) */
     bool terminal; /* the command's stdin, stdout and stderr are a terminal; its size is in the control file */
-    int tool_fd; /* the program that is executed, whatever the command's first word is; -1: that */
-    bool upload; /* the order comes with an archive of files for the job */
+    int tool_fd;   /* the program that is executed, whatever the command's first word is; -1: that */
+    bool upload;   /* the order comes with an archive of files for the job */
     int upload_fd;
     bool workspace; /* the order comes with a mount of it */
     int workspace_fd;
@@ -155,12 +167,13 @@ struct options {
     bool keep; /* the order comes with patterns of files that are kept after the end, and with a file for their archive */
     int patterns_fd, artifacts_fd;
     int archive_fd; /* the program that unpacks the one and packs the other; -1 where there is neither */
-    bool tool; /* the order comes with that program, and the command is its */
-    bool image; /* the job has a root of its own, and nothing of the host's */
-    int image_fds[IMAGE_FDS_MAX], image_count; /* mounts of it: one that maps users, if there is one, and one that does not */
+    bool tool;      /* the order comes with that program, and the command is its */
+    bool image;     /* the job has a root of its own, and nothing of the host's */
+    int image_fds[IMAGE_FDS_MAX],
+        image_count; /* mounts of it: one that maps users, if there is one, and one that does not */
     bool image_read_only;
     uint64_t file_bytes_max; /* what a file may have that the command writes; 0: any */
-    uint16_t connect_port; /* not for a command: connect to it in the job's network, and hand the socket over */
+    uint16_t connect_port;   /* not for a command: connect to it in the job's network, and hand the socket over */
     struct listener listeners[LISTENERS_MAX];
     int listener_count;
     bool link; /* the order comes with the network namespace of another job, which this one shares */
@@ -169,14 +182,14 @@ struct options {
     int control_fd;
     int cgroup_procs_fds[CGROUPS_MAX];
     int cgroup_procs_count;
-    int lift_fds[LIFTS_MAX];       /* the files of the cgroup that hold its limits of disk IO, one disk a line */
-    const char *lifts[LIFTS_MAX];  /* what is written to each of them to lift one disk's */
+    int lift_fds[LIFTS_MAX];      /* the files of the cgroup that hold its limits of disk IO, one disk a line */
+    const char *lifts[LIFTS_MAX]; /* what is written to each of them to lift one disk's */
     int lift_fds_count, lifts_count;
     uid_t uid;
     gid_t gid;
     const char *hostname, *scratch;
     char *variable; /* NAME=VALUE, beside our own environment */
-    char *cgroup; /* the job's cgroup directory, which the job sees; NULL with cgroup v1 */
+    char *cgroup;   /* the job's cgroup directory, which the job sees; NULL with cgroup v1 */
     char *hides[HIDES_MAX];
     int hide_count;
     struct place places[PLACES_MAX]; /* parents before what lies in them; the root is shown without it, too */
@@ -268,7 +281,7 @@ struct orders {
 struct control {
     int file, watch; /* watch: of changes of the file; -1 where there is none */
     struct orders orders;
-    bool hung_up;    /* whether that order was obeyed */
+    bool hung_up; /* whether that order was obeyed */
 };
 void open_control(struct control *control, const struct options *options);
 void read_orders(struct control *control);
@@ -289,11 +302,11 @@ void mount_offered(const struct options *options);
 
 /* privilege.c */
 int set_oom_score_adj(const char *value);
-void bound_to_kill(void);                            /* the bounding set, while still privileged */
+void bound_to_kill(void); /* the bounding set, while still privileged */
 /* What init itself lives on with. When it is to start another program at the end, it can take back what that takes, once. */
 void keep_only_kill(uid_t output_owner, bool starts_another);
 void take_back(void);
-enum step become_user(uid_t uid, gid_t gid);         /* the command: gives the step that failed */
+enum step become_user(uid_t uid, gid_t gid); /* the command: gives the step that failed */
 
 /* seccomp.c; after no_new_privs, and last before the exec: what comes later must pass the filter */
 int filter_system_calls(void);
@@ -345,28 +358,28 @@ void write_held_time(struct times *times, bool at_once);
 
 /* output.c */
 enum flow {
-    FLOW_MORE,  /* moved something, there may be more */
-    FLOW_EMPTY, /* the pipe is empty for now */
-    FLOW_FULL,  /* the reader of our output (a pipe, a terminal) has to catch up */
-    FLOW_HELD,  /* the file takes no more for now: no space */
-    FLOW_OVER,  /* the job has written more than it may */
+    FLOW_MORE,   /* moved something, there may be more */
+    FLOW_EMPTY,  /* the pipe is empty for now */
+    FLOW_FULL,   /* the reader of our output (a pipe, a terminal) has to catch up */
+    FLOW_HELD,   /* the file takes no more for now: no space */
+    FLOW_OVER,   /* the job has written more than it may */
     FLOW_FAILED, /* the file can never be written again */
-    FLOW_END,   /* nobody can write to the pipe any more */
+    FLOW_END,    /* nobody can write to the pipe any more */
 };
 struct output {
     int pipe, file;
     int slave; /* of a terminal, whose master `pipe` is then: open until the command has ended, lest that look closed before */
     uid_t owner;
-    bool regular;          /* the file: it has an end to write from, and never makes us wait for a reader */
-    off_t end;             /* of a regular file: where the next byte goes */
-    mode_t mode;           /* of the file, without the sticky bit that notes that output waits */
-    bool held;             /* whether the sticky bit is set */
-    bool over;             /* the job has written more than it may; nothing is read after that */
-    uint64_t *left;        /* bytes that the job may still write, to any of its streams */
+    bool regular;   /* the file: it has an end to write from, and never makes us wait for a reader */
+    off_t end;      /* of a regular file: where the next byte goes */
+    mode_t mode;    /* of the file, without the sticky bit that notes that output waits */
+    bool held;      /* whether the sticky bit is set */
+    bool over;      /* the job has written more than it may; nothing is read after that */
+    uint64_t *left; /* bytes that the job may still write, to any of its streams */
     char *buffer;
     size_t start, pending; /* of what was read and is not yet written */
     enum flow flow;
-    int64_t read_ns;       /* when that was read */
+    int64_t read_ns; /* when that was read */
     struct times times;
 };
 enum { PIPE_BYTES = 1 << 20 }; /* what an output pipe takes at most */
@@ -417,8 +430,8 @@ struct ending {
     bool killed_after_end; /* somebody who waits for the job's end, and for nothing that it has to tell */
 };
 int open_signals(const struct options *options);
-struct ending run_job(const struct options *options, struct outputs *outputs, struct input *input,
-                      struct control *control, int signals, int timer, pid_t command);
+struct ending run_job(const struct options *options, struct outputs *outputs, struct input *input, struct control *control,
+                      int signals, int timer, pid_t command);
 int open_timer(uint64_t seconds);
 
 #endif

@@ -37,12 +37,11 @@ static enum outcome pack(const struct options *options, int signals, uid_t owner
     if (said_fd < 0 || lseek(options->patterns_fd, 0, SEEK_SET) < 0)
         fail(STEP_OUTPUT, NULL);
     take_back();
-    pid_t pid = start_archive_program(options, argv, options->patterns_fd, options->artifacts_fd, said_fd,
-                                      options->output_max);
+    pid_t pid =
+        start_archive_program(options, argv, options->patterns_fd, options->artifacts_fd, said_fd, options->output_max);
     keep_only_kill(owner, false);
     int timer = open_timer(KEEP_SECONDS);
-    struct ending ending =
-        run_job(options, &no_outputs, &no_input, &no_control, signals, timer, pid);
+    struct ending ending = run_job(options, &no_outputs, &no_input, &no_control, signals, timer, pid);
     if (ending.reason == REASON_TIMED_OUT)
         return OUTCOME_LATE;
     if (ending.reason != REASON_NONE || ending.killed_after_end)

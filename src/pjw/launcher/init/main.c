@@ -45,9 +45,9 @@ static void tidy_standard_fds(const struct options *options) {
         bool used = fd == options->status_fd || fd == options->report_fd;
         for (int i = 0; i < STREAMS_MAX; i++)
             used |= fd == options->output_fds[i];
-        if (fcntl(fd, F_GETFD) < 0 || (options->report_fd >= 0 && !used))
-            if (null < 0 || (null != fd && dup2(null, fd) < 0))
-                fail(STEP_STDIO, NULL);
+        bool closed = fcntl(fd, F_GETFD) < 0 || (options->report_fd >= 0 && !used);
+        if (closed && (null < 0 || (null != fd && dup2(null, fd) < 0)))
+            fail(STEP_STDIO, NULL);
     }
     if (null > 2)
         close(null);

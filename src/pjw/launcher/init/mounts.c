@@ -90,7 +90,7 @@ static void mount_dev(void) {
     static const struct {
         const char *target, *path;
     } links[] = {
-        {"/proc/self/fd", "/dev/fd"}, {"fd/0", "/dev/stdin"},   {"fd/1", "/dev/stdout"},
+        {"/proc/self/fd", "/dev/fd"}, {"fd/0", "/dev/stdin"},    {"fd/1", "/dev/stdout"},
         {"fd/2", "/dev/stderr"},      {"pts/ptmx", "/dev/ptmx"},
     };
     bind(STEP_MOUNT_DEV, BASE "/dev", "/dev");
@@ -139,7 +139,10 @@ void hide(const char *path) {
  */
 static void mount_proc(void) {
     static const char *const hidden[] = {
-        "/proc/interrupts", "/proc/pressure", "/proc/latency_stats", "/proc/asound",
+        "/proc/interrupts",
+        "/proc/pressure",
+        "/proc/latency_stats",
+        "/proc/asound",
     };
     if (mount("proc", "/proc", "proc", INERT, NULL) < 0)
         fail(STEP_MOUNT_PROC, NULL);
@@ -153,9 +156,11 @@ static void mount_proc(void) {
  * interrupts, disks, addresses of the kernel, and what later kernels add. To mask what is known of it would
  * take as many mounts.
  */
+/* clang-format off */
 static const char *const SHOWN[] = {
     "/sys/devices/system", "/sys/devices/virtual/net", "/sys/class/net", "/sys/kernel/mm/transparent_hugepage",
 };
+/* clang-format on */
 enum { SHOWN_COUNT = sizeof SHOWN / sizeof *SHOWN };
 
 static void make_directories(const char *path) {

@@ -98,10 +98,8 @@ static ssize_t write_some(const struct output *output) {
 static enum flow flow_after(int error) {
     switch (error) {
     case EAGAIN:
-    case EINTR:
-        return FLOW_FULL;
-    case EPIPE:
-        return FLOW_END;
+    case EINTR: return FLOW_FULL;
+    case EPIPE: return FLOW_END;
     case ENOSPC:
     case EDQUOT:
     case ENOMEM:
@@ -115,10 +113,9 @@ static enum flow flow_after(int error) {
     case ENETUNREACH:
     case ENOLINK:
     case ECONNRESET:
-    case ECONNREFUSED:
-        return FLOW_HELD;
-    default: /* EFBIG, EBADF, EINVAL, EPERM, ESTALE, ENXIO, ... */
-        return FLOW_FAILED;
+    case ECONNREFUSED: return FLOW_HELD;
+    /* EFBIG, EBADF, EINVAL, EPERM, ESTALE, ENXIO, ... */
+    default: return FLOW_FAILED;
     }
 }
 
@@ -171,7 +168,7 @@ enum flow move_output(struct output *output) {
             return FLOW_END;
         if (got < 0 && errno == EIO && output->slave < 0 && isatty(output->pipe))
             return FLOW_END; /* nobody has the terminal open, and all was read (n_tty_read() of the kernel) */
-        if (got < 0) /* EFAULT: no memory is left for the buffer */
+        if (got < 0)         /* EFAULT: no memory is left for the buffer */
             return errno == EAGAIN || errno == EINTR ? FLOW_EMPTY : FLOW_HELD;
         count(output, (size_t)got);
         output->read_ns = realtime_ns();

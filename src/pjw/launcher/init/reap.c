@@ -278,8 +278,8 @@ static void end_rest(struct job *job) {
     reap(job, 0);
 }
 
-struct ending run_job(const struct options *options, struct outputs *outputs, struct input *input,
-                      struct control *control, int signals, int timer, pid_t command) {
+struct ending run_job(const struct options *options, struct outputs *outputs, struct input *input, struct control *control,
+                      int signals, int timer, pid_t command) {
     struct job job = {.options = options,
                       .outputs = outputs,
                       .input = input,

@@ -13,6 +13,7 @@
 enum { EXIT_SETUP = 125, EXIT_NOT_EXECUTABLE = 126, EXIT_NOT_FOUND = 127 };
 enum { REPORT_MAX_BYTES = 512 }; /* spawn.py reads as many; a longer subject is cut short */
 
+/* clang-format off */
 static const struct {
     const char *name, *words;
 } STEP_TABLE[] = {
@@ -21,6 +22,7 @@ static const struct {
     STEPS(STEP_ROW)
 #undef STEP_ROW
 };
+/* clang-format on */
 
 static const char *const REASON_NAMES[] = {"none", "stopped", "timed_out", "output_limit", "output_failed"};
 
@@ -39,10 +41,8 @@ size_t receive(enum step step, int socket, char *bytes, size_t bytes_max, int *f
         char space[CMSG_SPACE(sizeof(int) * (REQUEST_FDS_MAX + ORDER_FDS_MAX))]; /* whichever it is */
     } control = {0};
     /* CMSG_SPACE would have room for one descriptor too many */
-    struct msghdr message = {.msg_iov = &data,
-                             .msg_iovlen = 1,
-                             .msg_control = control.space,
-                             .msg_controllen = CMSG_LEN(sizeof(int) * fds_max)};
+    struct msghdr message = {
+        .msg_iov = &data, .msg_iovlen = 1, .msg_control = control.space, .msg_controllen = CMSG_LEN(sizeof(int) * fds_max)};
     ssize_t length;
     while ((length = recvmsg(socket, &message, MSG_CMSG_CLOEXEC)) < 0 && errno == EINTR) {}
     if (length == 0)

@@ -37,8 +37,7 @@ static const char NEW_ROOT[] = BASE "/root", COVERS[] = BASE "/covers";
  * so no path need be escaped, and the job's table of mounts names none. The rest is as the kernel's defaults can
  * be on any machine (Documentation/filesystems/overlayfs.rst); "xino=on" would have each mount write to the kernel's log.
  */
-static const char LAYERS[] =
-    "lowerdir=.:" EMPTY ",xino=off,index=off,metacopy=off,nfs_export=off,redirect_dir=nofollow";
+static const char LAYERS[] = "lowerdir=.:" EMPTY ",xino=off,index=off,metacopy=off,nfs_export=off,redirect_dir=nofollow";
 
 /* An overlay is a mount of its own, so it must repeat what its lower mount forbids beside SEEN. */
 static unsigned long forbidden(int directory, const char *target) {
@@ -53,8 +52,7 @@ static bool overlay(int directory, const char *target) {
     unsigned long flags = SEEN | forbidden(directory, target);
     if (fchdir(directory) == 0 && mount("overlay", target, "overlay", flags, LAYERS) == 0)
         return true;
-    if (errno != EINVAL && errno != ENOTDIR && errno != ENODEV && errno != EOPNOTSUPP && errno != EPERM &&
-        errno != EACCES)
+    if (errno != EINVAL && errno != ENOTDIR && errno != ENODEV && errno != EOPNOTSUPP && errno != EPERM && errno != EACCES)
         fail(STEP_SHOW, target);
     return false;
 }
@@ -112,9 +110,12 @@ static bool overlay_image(int number, bool writes) {
     lower[sizeof lower - 2] = (char)('0' + number);
     if (writes)
         snprintf(data, sizeof data,
-                 "lowerdir=%s,upperdir=upper,workdir=work,xino=off,index=off,metacopy=off,nfs_export=off,redirect_dir=on,volatile", lower);
+                 "lowerdir=%s,upperdir=upper,workdir=work,xino=off,index=off,metacopy=off,nfs_export=off,redirect_dir=on,"
+                 "volatile",
+                 lower);
     else /* there must be two layers; the upper one says what the root itself is like */
-        snprintf(data, sizeof data, "lowerdir=upper:%s,xino=off,index=off,metacopy=off,nfs_export=off,redirect_dir=nofollow", lower);
+        snprintf(data, sizeof data,
+                 "lowerdir=upper:%s,xino=off,index=off,metacopy=off,nfs_export=off,redirect_dir=nofollow", lower);
     return mount_as_owner(upper.st_uid, MS_NOSUID | MS_NODEV | (writes ? 0 : MS_RDONLY), data) == 0;
 }
 

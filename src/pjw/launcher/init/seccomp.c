@@ -57,6 +57,7 @@ enum { LAST_OLD = 294 }; /* kexec_file_load */
 #endif
 
 /* From FIRST_NEW on a call has the same number everywhere. Here because older headers lack some. */
+/* clang-format off */
 enum {
     FIRST_NEW = 424,
     IO_URING_SETUP = 425, IO_URING_ENTER, IO_URING_REGISTER,
@@ -69,11 +70,11 @@ enum {
     LSM_GET_SELF_ATTR = 459, LSM_SET_SELF_ATTR, LSM_LIST_MODULES,
     NEWEST = 466, /* removexattrat, Linux 6.13 */
 };
+/* clang-format on */
 
 /* CLONE_NEWTIME has no place in clone(2): its bit is one of the exit signal there. */
-#define NEW_NAMESPACES \
-    (CLONE_NEWNS | CLONE_NEWCGROUP | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWUSER | CLONE_NEWPID | \
-     CLONE_NEWNET)
+#define NEW_NAMESPACES                                                                                                     \
+    (CLONE_NEWNS | CLONE_NEWCGROUP | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNET)
 #define UNSHARABLE (CLONE_FILES | CLONE_FS | CLONE_SYSVSEM | CLONE_THREAD | CLONE_SIGHAND | CLONE_VM)
 /*
  * PER_LINUX32, UNAME26: what uname(2) says. ADDR_NO_RANDOMIZE, unlike docker: debuggers and sanitizers turn it on
@@ -97,6 +98,7 @@ enum {
 #define DENY(number) ON(number, 1), FAIL(EPERM)
 #define DENY_RANGE(first, last) ABOVE((first) - 1, 0, 2), ABOVE(last, 1, 0), FAIL(EPERM)
 
+/* clang-format off */
 static const struct sock_filter FILTER[] = {
     LOAD(arch), EQUAL(ARCHITECTURE, 1, 0), KILL,
     LOAD(nr),
@@ -164,13 +166,13 @@ static const struct sock_filter FILTER[] = {
 #endif
     ALLOW,
 };
+/* clang-format on */
 
 /*
  * For the calling task alone, which has no_new_privs. Without SPEC_ALLOW: where an older kernel ties its
  * mitigations of speculation to seccomp, it is a job that should have them.
  */
 int filter_system_calls(void) {
-    struct sock_fprog program = {
-        .len = sizeof FILTER / sizeof *FILTER, .filter = (struct sock_filter *)FILTER};
+    struct sock_fprog program = {.len = sizeof FILTER / sizeof *FILTER, .filter = (struct sock_filter *)FILTER};
     return prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program);
 }
