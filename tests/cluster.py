@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
@@ -37,12 +37,14 @@ class NodeService(Service):
     def __init__(self, directory: Path, certs: Path, name: str, config: str) -> None:
         super().__init__(directory, config=config, certs=certs)
         self.name: Final = name
+        # what comes before its command line
+        self.prefix: Sequence[str] = _APART
 
     def command(self, *extra: str) -> list[str]:
         command = super().command(*extra)
         for option, kind in (("--server-crt", "crt"), ("--server-key", "key")):
             command[command.index(option) + 1] = str(self.certs / f"node-{self.name}.{kind}")
-        return [*_APART, *command]
+        return [*self.prefix, *command]
 
 
 class Cluster:
@@ -55,6 +57,7 @@ class Cluster:
         nodes: int = 2,
         gateway_config: str = "",
         node_configs: Mapping[str, str] = MappingProxyType({}),
+        engine: str = "pool",
     ) -> None:
         """*node_configs*: more of the configuration of nodes, by their names."""
         self._directory: Final = directory
@@ -64,8 +67,10 @@ class Cluster:
         self.gateway.config = (
             f'[gateway]\ncrt = "{certs / "gate.crt"}"\nkey = "{certs / "gate.key"}"\n'
             f"heartbeat_seconds = 0.3\nlost_after_seconds = {LOST_AFTER_SECONDS}\n"
+            f'engine = "{engine}"\n'
             f'[roles]\nadmins = ["ann"]\n{gateway_config}'
         )
+        self.gateway.config = self.change_gateway(self.gateway.config)
         self.gateway.start()
         self.uid_first: Final = uid_range()
         self.nodes: Final[dict[str, NodeService]] = {}
@@ -90,8 +95,16 @@ class Cluster:
             "cpu_max_millicores = 3000\n[ceilings]\ncpu_max_millicores = 0\n"
             f"{self._node_configs.get(name, '')}",
         )
+        self.prepare(node)
         node.start()
         return node
+
+    def change_gateway(self, config: str) -> str:
+        """The configuration of the gateway, changed; here it stays."""
+        return config
+
+    def prepare(self, node: NodeService) -> None:
+        """Change a node that is about to be started for the first time; nothing here."""
 
     def _named(self, name: str) -> str:
         """Where a node finds the gateway: by its address, or by a name that has to be looked up."""

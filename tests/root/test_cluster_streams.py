@@ -183,8 +183,15 @@ def test_a_terminal_with_a_resize(two: Cluster) -> None:
             inner.wait_for("inner")
             # the gateway is killed under both
             restart(gateway)
-            inner.type("exit 5\r")
-            assert inner.wait_for_end() == 5
+            inner.type("echo back\r")
+            inner.wait_for("back\n")
+            inner.type("~.")
+            assert inner.wait_for_end() == 0
+        with Terminal([pjw, "attach", f"{job}/1"], gateway.environment(), columns=80, lines=25) as again:
+            again.wait_for("inner")
+            again.type("stty size; exit 5\r")
+            assert again.wait_for_end() == 5
+            assert "25 80" in again.text
         terminal.type("echo still''here\r")
         terminal.wait_for("stillhere")
         terminal.type("~.")

@@ -47,7 +47,7 @@ if [ $# = 0 ]; then
         faults_network faults_processes faults_resources faults_steps gateway_role grpc_fuzz hung_job identity_scope \
         init_seccomp input launcher_fuzz launcher_hostile library_document log_blocked logs no_disk \
         node_client operator port queue queue_after queue_changes queue_retry queue_service quota reload \
-        requests retention roles scripts secrets serve streaming tls top upload watch workspaces; do
+        requests retention roles scripts secrets serve slurm streaming tls top upload watch workspaces; do
         set -- "$@" --ignore "tests/root/test_$name.py"
     done
 fi

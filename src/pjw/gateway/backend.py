@@ -32,6 +32,7 @@ from pjw.errors import (
 )
 from pjw.gateway import rows
 from pjw.gateway.dial import Dial
+from pjw.gateway.engine import Engine
 from pjw.gateway.jobs import Placed, Placements, lost_words
 from pjw.gateway.nodes import Node, Nodes
 from pjw.gateway.offers import require_offered
@@ -98,14 +99,16 @@ class GatewayBackend(QueueCalls):
         nodes: Nodes,
         dial: Dial,
         background: Background,
+        engine_of: Callable[[Nodes, Callable[[], int]], Engine] = Pool,
     ) -> None:
+        """*engine_of* makes the engine, from the nodes and the most jobs that a client may have there."""
         self._state: Final = state
         self._store: Final = state.store
         self._settings = settings
         self._nodes: Final = nodes
         self._dial: Final = dial
         self._background: Final = background
-        self.engine: Final = Pool(nodes, lambda: self._settings.quotas.running_max)
+        self.engine: Final = engine_of(nodes, lambda: self._settings.quotas.running_max)
         self.placements: Final = Placements(state.store, self.engine)
         self._slots: Final = ClusterSlots(settings, nodes, self.engine)
         self._queue = Queue(state.store, self, background, settings, self._slots)
@@ -168,6 +171,13 @@ class GatewayBackend(QueueCalls):
         """Tell a node that runs a job of a stop that it may not have heard of."""
         self._stops.tell(placed, node)
 
+    def revoke(self, uuid: str) -> None:
+        """Have a node stop a job whose place the engine took back, though the node may not know that."""
+        placed = self.placements.of(uuid)
+        node = self._nodes.known.get(placed.placement.node) if placed is not None else None
+        if placed is not None and node is not None:
+            self._stops.revoke(placed, node)
+
     # --- start
 
     async def start(self, spec: JobSpec, client_name: str = LOCAL_CLIENT) -> Job:
@@ -182,6 +192,7 @@ class GatewayBackend(QueueCalls):
         """
         for spec in specs:
             check_spec(spec)
+            self.engine.check(spec)
             await self._require_offered(spec, client_name)
         asked = [(replace(spec, queue=spec.queue or QueueSpec()), self._limits_of(spec)) for spec in specs]
         number, most = await self._store.client_number(client_name), self._nodes.uid_count

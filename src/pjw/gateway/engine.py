@@ -7,7 +7,9 @@ So an engine gets few jobs at a time, in the order of the queue.
 from collections.abc import Callable
 from typing import Protocol
 
+from pjw.cluster.v1 import cluster_pb2 as pb
 from pjw.gateway.nodes import Node, Shape
+from pjw.model import JobSpec
 
 
 class Engine(Protocol):
@@ -18,6 +20,12 @@ class Engine(Protocol):
 
     def has_room(self, shape: Shape) -> bool:
         """Whether it takes another job of this shape now, beside those with a reservation."""
+
+    def check(self, spec: JobSpec) -> None:
+        """Raise InvalidJobError for a job to which this engine can give no node."""
+
+    def passed_over(self, shape: Shape) -> str:
+        """Why a job that has no room waits, in words, when other shapes may go before it; else empty."""
 
     def reserve(self, job_id: int, client_name: str, shape: Shape) -> None:
         """Keep the room for a job of the queue that is about to be submitted, if there is room."""
@@ -31,11 +39,11 @@ class Engine(Protocol):
     def cancel(self, uuid: str) -> None:
         """A job needs no node any more, or no longer has one."""
 
-    def claimed(self, uuid: str, client_name: str, node: Node, shape: Shape) -> None:
+    def claimed(self, uuid: str, client_name: str, node: Node, shape: Shape, hold: str = "") -> None:
         """A node has claimed a job, perhaps from an earlier process of the gateway."""
 
-    def may_claim(self, uuid: str, node: Node) -> bool:
-        """Whether a node may claim a job."""
+    def may_claim(self, uuid: str, node: Node, hold: str = "") -> bool:
+        """Whether a node may claim a job, in a place that the engine has given for it (empty: in none)."""
 
     def started(self, node: Node) -> None:
         """A node has started a job."""
@@ -51,3 +59,9 @@ class Engine(Protocol):
 
     def session_over(self, node: Node) -> None:
         """A node has gone, and will claim none of the jobs that were assigned to it."""
+
+    def hold_here(self, node: Node, hold: pb.Hold) -> None:
+        """A node has a place that an engine gave to this gateway."""
+
+    def hold_gone(self, node: Node, hold: str) -> None:
+        """A node has such a place no longer, and stops the job that has it."""

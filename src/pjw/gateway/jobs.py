@@ -66,6 +66,7 @@ def shape_of(job: Wanting) -> Shape:
     return Shape(
         job.limits.cpu_max_millicores,
         job.limits.memory_max_bytes,
+        seconds=job.limits.time_max_seconds,
         gpus=job.gpus,
         needs=needs_of(job),
         link=f"{job.client_name}/{job.link}" if job.link else "",
@@ -105,7 +106,7 @@ class Placements:
                 continue
             placed = self._hold(placement, job)
             if (node := nodes.get(placement.node)) is not None:
-                self._engine.claimed(placement.uuid, job.client_name, node, shape_of(job))
+                self._engine.claimed(placement.uuid, job.client_name, node, shape_of(job), placement.hold)
             else:
                 await self._lose(placed, PlacementEvent.NODE_LOST, "its node was forgotten")
 
@@ -150,13 +151,16 @@ class Placements:
 
     # --- what happens
 
-    async def claim(self, uuid: str, node: Node, session: str) -> tuple[Placed, WaitingJob] | None:
+    async def claim(
+        self, uuid: str, node: Node, session: str, hold: str = ""
+    ) -> tuple[Placed, WaitingJob] | None:
         """A node claims a job; the job and what the node is to execute, or None when it may not have the job.
 
-        The claim is on the disk then, so the node may start the job as soon as it has the answer.
+        *hold*: the engine's place for it, where the engine gives places. The claim is on the disk then, so
+        the node may start the job as soon as it has the answer.
         """
         placed = self._by_uuid.get(uuid)
-        if placed is None or not self._engine.may_claim(uuid, node):
+        if placed is None or not self._engine.may_claim(uuid, node, hold):
             return None
         placement = placed.placement
         try:
@@ -164,17 +168,18 @@ class Placements:
         except NotQueuedError:
             return None
         job = await self._store.transact(
-            rows.claim, placement, placed.job.limits, node.row.name, session, time.time_ns()
+            rows.claim, placement, placed.job.limits, node.row.name, session, time.time_ns(), hold
         )
         if job is None:
             return None
-        self._engine.claimed(uuid, job.client_name, node, shape_of(job))
+        self._engine.claimed(uuid, job.client_name, node, shape_of(job), hold)
         self._moved(
             placed,
             job,
             state=PlacementState.CLAIMED,
             node=node.row.name,
             session=session,
+            hold=hold,
             attempt=placement.attempt + 1,
         )
         placed.upload = waiting.upload
@@ -206,7 +211,7 @@ class Placements:
             # an element of an array that was stopped meanwhile
             await self._end(placed, job, PlacementState.ENDED)
             return
-        self._moved(placed, job, state=PlacementState.QUEUED, node="", session="")
+        self._moved(placed, job, state=PlacementState.QUEUED, node="", session="", hold="")
         if placed.placement.stop_signal is not None:
             await self.cancel(placed)
         else:
@@ -226,7 +231,12 @@ class Placements:
 
     async def end(self, placed: Placed, node_job: Job) -> None:
         """A node says how a job has ended."""
-        job = await self._store.transact(rows.ended, placed.placement.job_id, node_job, time.time_ns())
+        placement = placed.placement
+        if placement.hold and placement.stop_signal is None and node_job.reason is EndReason.STOPPED:
+            # no client asked for that: it was the node, for a place that it has no longer
+            why = f"Slurm took its place on node {placement.node} back (Slurm's job {placement.hold})"
+            node_job = replace(node_job, reason=EndReason.REVOKED, detail=why)
+        job = await self._store.transact(rows.ended, placement.job_id, node_job, time.time_ns())
         await self._end(placed, job, PlacementState.ENDED, node_job.id)
 
     async def lose(self, node: Node, why: str) -> None:

@@ -24,6 +24,8 @@ class Shape(NamedTuple):
 
     millicores: int
     memory: int
+    # the longest that the job may run; 0: for ever
+    seconds: int = 0
     gpus: int = 0
     # what not every node offers: offers.py
     needs: frozenset[str] = frozenset()

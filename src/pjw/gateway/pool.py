@@ -11,6 +11,7 @@ from typing import Final, NamedTuple
 
 from pjw.cluster.v1 import cluster_pb2 as pb
 from pjw.gateway.nodes import Node, Nodes, Shape
+from pjw.model import JobSpec
 
 # A node that could not start a job gets none for so long; each further failure doubles the pause.
 FIRST_PAUSE_SECONDS: Final = 1.0
@@ -43,6 +44,13 @@ class Pool:
         """See `Engine`."""
         return self._find(shape) is not None
 
+    def check(self, spec: JobSpec) -> None:
+        """See `Engine`: it can run whatever a node can."""
+
+    def passed_over(self, shape: Shape) -> str:
+        """See `Engine`: what becomes free is for the job that is next."""
+        return ""
+
     def reserve(self, job_id: int, client_name: str, shape: Shape) -> None:
         """See `Engine`."""
         if (node := self._find(shape)) is not None:
@@ -66,17 +74,18 @@ class Pool:
         if self._release(uuid):
             self.look()
 
-    def claimed(self, uuid: str, client_name: str, node: Node, shape: Shape) -> None:
+    def claimed(self, uuid: str, client_name: str, node: Node, shape: Shape, hold: str = "") -> None:
         """See `Engine`."""
+        del hold
         self._waiting.pop(uuid, None)
         if uuid not in self._placed:
             self._take(uuid, client_name, node, shape)
         self._claimed.add(uuid)
 
-    def may_claim(self, uuid: str, node: Node) -> bool:
+    def may_claim(self, uuid: str, node: Node, hold: str = "") -> bool:
         """See `Engine`."""
         placed = self._placed.get(uuid)
-        return placed is not None and placed[1] is node
+        return placed is not None and placed[1] is node and not hold
 
     def started(self, node: Node) -> None:
         """See `Engine`."""
@@ -125,6 +134,15 @@ class Pool:
         self._waiting.clear()
         self._waiting.update(back | rest)
         self.look()
+
+    def hold_here(self, node: Node, hold: pb.Hold) -> None:
+        """See `Engine`."""
+        if node.session is not None:
+            refused = "this gateway gets no places from Slurm: see gateway.engine"
+            node.session.say(pb.SessionResponse(release=pb.Release(hold=hold.id, refused=refused)))
+
+    def hold_gone(self, node: Node, hold: str) -> None:
+        """See `Engine`."""
 
     def look(self) -> None:
         """See `Engine`."""

@@ -16,7 +16,7 @@ from pjw.worker import array_rows, queue_rows
 from pjw.worker.rows import COLUMNS, READY, WAITS, job_of, to_ns
 
 _PLACEMENT: Final = (
-    "job_id, uuid, client_name, state, node, session, node_job_id, attempt, stop_signal, stop_grace"
+    "job_id, uuid, client_name, state, node, session, node_job_id, attempt, stop_signal, stop_grace, hold"
 )
 _ALIVE: Final = "state IN ('queued', 'claimed', 'running')"
 
@@ -39,6 +39,8 @@ class Placement:
     # a stop that a client asked for, and of which the node may not have heard
     stop_signal: int | None = None
     stop_grace: float | None = None
+    # the engine's name for its place on the node; empty where the engine gives no places
+    hold: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +132,13 @@ def _move(
 
 
 def claim(
-    db: sqlite3.Connection, placed: Placement, limits: Limits, node: str, session: str, now_ns: int
+    db: sqlite3.Connection,
+    placed: Placement,
+    limits: Limits,
+    node: str,
+    session: str,
+    now_ns: int,
+    hold: str = "",
 ) -> Job | None:
     """A node claims a job; the job as it is then, or None when no node can claim it (any more)."""
     placement = find(db, placed.job_id)
@@ -143,9 +151,10 @@ def claim(
         db,
         placed.job_id,
         PlacementEvent.CLAIM,
-        ", node = ?, session = ?, attempt = attempt + 1",
+        ", node = ?, session = ?, hold = ?, attempt = attempt + 1",
         node,
         session,
+        hold,
     ):
         raise RuntimeError(f"the placement of job {placed.job_id} changes under our hands")
     db.execute("UPDATE jobs SET node = ? WHERE id = ?", (node, placed.job_id))
@@ -175,7 +184,7 @@ def put_back(db: sqlite3.Connection, job_id: int, event: PlacementEvent, now_ns:
     states = db.execute("SELECT state FROM placements WHERE job_id = ?", (job_id,)).fetchone()
     if states is None or states[0] != PlacementState.CLAIMED:
         return None
-    _move(db, job_id, event, ", node = '', session = ''")
+    _move(db, job_id, event, ", node = '', session = '', hold = ''")
     queue_rows.put_back(db, job_id, now_ns)
     db.execute("UPDATE jobs SET node = '' WHERE id = ?", (job_id,))
     job = _job(db, job_id)

@@ -11,6 +11,7 @@ from google.protobuf.json_format import MessageToJson
 from pjw.cluster.v1 import cluster_pb2 as pb
 from pjw.errors import InvalidJobError, JobStateError, NotAllowedError
 from pjw.gateway import rows
+from pjw.gateway.engine import Engine
 from pjw.gateway.jobs import Placed, Placements
 from pjw.gateway.node_guard import NodeGuard
 from pjw.gateway.nodes import Node, Nodes, Session
@@ -34,12 +35,14 @@ class Sessions:
         store: JobStore,
         nodes: Nodes,
         placements: Placements,
+        engine: Engine,
         run_here: Callable[[Placed, Node], None],
         read_upload: Callable[[Placed, int], Awaitable[bytes]],
     ) -> None:
         self._store: Final = store
         self._nodes: Final = nodes
         self._placements: Final = placements
+        self._engine: Final = engine
         # called with a job that a node runs: there may be a stop to tell the node of
         self._run_here: Final = run_here
         # called with a job and an offset in its upload
@@ -61,7 +64,7 @@ class Sessions:
     async def claim(self, request: pb.ClaimRequest, name: str) -> pb.ClaimResponse:
         """Give a job to the node that it was assigned to."""
         node = self._of_session(name, request.session)
-        claimed = await self._placements.claim(request.uuid, node, request.session)
+        claimed = await self._placements.claim(request.uuid, node, request.session, request.hold)
         if claimed is None:
             raise JobStateError(f"node {name} cannot claim job {request.uuid}")
         placed, waiting = claimed
@@ -175,6 +178,10 @@ class Sessions:
                     await self._ended(request.ended, node, session)
                 case "unknown":
                     await self._unknown(request.unknown.uuid, node)
+                case "hold":
+                    self._engine.hold_here(node, request.hold)
+                case "hold_gone":
+                    self._engine.hold_gone(node, request.hold_gone.id)
                 case _:
                     pass
 

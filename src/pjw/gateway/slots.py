@@ -61,6 +61,8 @@ class ClusterSlots(Slots):
     def passed_over(self, job: Wanting) -> str:
         """See `Slots`: a job that not every node can run; what becomes free elsewhere is for others."""
         shape = shape_of(job)
+        if why := self._engine.passed_over(shape):
+            return why
         nodes = [node for node in self._nodes.known.values() if node.gets_jobs]
         able = [node for node in nodes if node.could_have(shape)]
         if nodes and not able:

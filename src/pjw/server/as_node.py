@@ -1,5 +1,6 @@
 """From the configuration of a pjwd to the node of a gateway that it is. No other pjwd loads this."""
 
+import pwd
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -8,6 +9,7 @@ from pjw.certs.files import ServerCredentials
 from pjw.certs.identity import node_of
 from pjw.errors import ConfigError, NotAuthenticatedError
 from pjw.node.agent import Node, NodeSettings
+from pjw.node.holds import Holds, listen_for_holds
 from pjw.server.config import ServerConfig
 from pjw.version import version
 from pjw.worker import Worker, WorkerSettings
@@ -19,6 +21,21 @@ _BOOT_ID: Final = "/proc/sys/kernel/random/boot_id"
 _ANY: Final = ("0.0.0.0:", "[::]:")
 
 
+def holds_of(config: ServerConfig) -> Holds | None:
+    """The places of Slurm's that this node takes, as root; None: none. Raises ConfigError, KernelError."""
+    name = config.cluster.hold_user
+    if name is None:
+        return None
+    try:
+        uid = pwd.getpwnam(name).pw_uid
+    except KeyError:
+        raise ConfigError(
+            f"cluster.hold_user names {name!r}, and no user is called so on this host",
+            hint="it is the user of the gateway, with the same user id on all nodes",
+        ) from None
+    return Holds(listen_for_holds(config.cluster.hold_socket, uid), uid)
+
+
 def node_of_config(
     config: ServerConfig,
     settings: WorkerSettings,
@@ -26,6 +43,7 @@ def node_of_config(
     store: JobStore,
     listening: str,
     credentials: Callable[[], ServerCredentials],
+    holds: Holds | None,
 ) -> Node:
     """The node, which has not called yet. Raises ConfigError for a configuration that is no node's."""
     gateway = config.cluster.gateway
@@ -65,4 +83,5 @@ def node_of_config(
             uid_count=settings.uid_count,
         ),
         credentials,
+        holds,
     )

@@ -8,7 +8,7 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 
@@ -39,6 +39,10 @@ from pjw.worker import Worker, WorkerSettings
 from pjw.worker.background import Background
 from pjw.worker.launcher_process import LauncherProcess
 from pjw.worker.state_dir import StateDir
+
+if TYPE_CHECKING:
+    # nothing of a cluster is loaded by a pjwd that is none of its nodes
+    from pjw.node.holds import Holds
 
 # How long running calls may take to end when the server drains; followers end at once.
 DRAIN_SECONDS: Final = 5
@@ -114,14 +118,27 @@ class Served:
     )
 
 
-def run(serving: Serving, state: StateDir, launcher: LauncherProcess, backups: BackupPort) -> int:
-    """Serve until SIGTERM or SIGINT; the exit code. Raises PjwError when it cannot listen."""
-    return asyncio.run(serve(serving, _of_this_machine(serving, state, launcher, backups)))
+def run(
+    serving: Serving,
+    state: StateDir,
+    launcher: LauncherProcess,
+    backups: BackupPort,
+    holds: "Holds | None" = None,
+) -> int:
+    """Serve until SIGTERM or SIGINT; the exit code. Raises PjwError when it cannot listen.
+
+    *holds*: the places that Slurm gives, where this is a node of a cluster that takes them.
+    """
+    return asyncio.run(serve(serving, _of_this_machine(serving, state, launcher, backups, holds)))
 
 
 @asynccontextmanager
 async def _of_this_machine(
-    serving: Serving, state: StateDir, launcher: LauncherProcess, backups: BackupPort
+    serving: Serving,
+    state: StateDir,
+    launcher: LauncherProcess,
+    backups: BackupPort,
+    holds: "Holds | None",
 ) -> AsyncGenerator[Served, None]:
     async with AsyncExitStack() as stack:
         stack.callback(backups.close)
@@ -139,9 +156,11 @@ async def _of_this_machine(
                 from pjw.server.as_node import node_of_config
 
                 node = node_of_config(
-                    serving.config, serving.settings, worker, state.store, address, credentials
+                    serving.config, serving.settings, worker, state.store, address, credentials, holds
                 )
                 found["the session with the gateway"] = node.run()
+                if node.holds is not None:
+                    found["places of Slurm's"] = node.holds.serve()
             return found
 
         yield Served(worker, [name for name, _, _ in await state.store.totals()], tasks=tasks)
