@@ -32,6 +32,8 @@ from tests.service import BIN, CALL_SECONDS, wait_for
 # all of a node
 WHOLE: Final = {"cpu_max_millicores": 3000}
 THIRD: Final = {"cpu_max_millicores": 1000}
+# eight times what a job may use by default
+CLIENT_MEMORY: Final = 4 * 1024**3
 NAP: Final = ["sleep", "300"]
 
 
@@ -56,7 +58,8 @@ def made(directory: Path) -> Iterator[Cluster]:
         f'[network]\nhosts = ["good.test"]\n[mounts.data]\npath = "{directory}/data"\n'
         f'[gpus]\nkind = "{cdi.KIND}"\ncdi_dirs = ["{directory}/cdi"]\nclients = ["alice"]\n'
     )
-    with cluster(node_configs={"n2": config}, gateway_config="[clients]\nqueued_max = 40\n") as made:
+    bounds = f"[clients]\nqueued_max = 40\n[queue]\nclient_memory_max_bytes = {CLIENT_MEMORY}\n"
+    with cluster(node_configs={"n2": config}, gateway_config=bounds) as made:
         yield made
 
 
@@ -162,6 +165,19 @@ def test_clients_take_turns(two: Cluster, alice: Client) -> None:
         assert [alice.get(each.id).state for each in jobs[3:]] == ["queued"] * 2
         alice.stop(jobs[1].id, grace=0)
         until(alice, "running", jobs[3])
+
+
+def test_a_client_has_no_more_of_the_cluster_than_its_slots(two: Cluster, alice: Client) -> None:
+    """On all nodes together; what another client has is no part of them."""
+    half = {**THIRD, "memory_max_bytes": CLIENT_MEMORY // 2}
+    running = alice.submit([queued(NAP, half), queued(NAP, half)])
+    until(alice, "running", *running)
+    waiting = alice.start(queued(limits=half))
+    wait_for(lambda: alice.get(waiting.id).detail == "waits: jobs of alice have all of its slots")
+    with two.gateway.client("bob") as bob:
+        assert bob.run(JobSpec("true", half)).job.reason == "completed"
+    alice.stop(running[0].id, grace=0)
+    assert alice.wait(waiting.id).reason == "completed"
 
 
 def test_jobs_wait_for_others(alice: Client) -> None:
