@@ -364,7 +364,7 @@ STORM_SECONDS: Final = 40.0
 
 @pytest.mark.slow
 def test_a_storm(two: SlurmCluster) -> None:
-    """Random kills under eight clients: no job runs twice, none is forgotten, all output is whole."""
+    """Random kills under eight clients: no job runs twice, none is forgotten, output is whole."""
     gateway, slurm = two.gateway, two.slurm
     chance = random.Random(16)
     ended: list[Job] = []
@@ -378,7 +378,7 @@ def test_a_storm(two: SlurmCluster) -> None:
                 done = client.wait(job.id)
                 ended.append(done)
                 output = b"".join(client.logs(job.id))
-                assert output == b"begun\nended\n" or done.reason == "revoked", (done, output)
+                assert output == b"begun\nended\n" or done.reason != "completed", (done, output)
 
     def kill(what: str) -> None:
         node = chance.choice(list(two.nodes.values()))
@@ -415,7 +415,8 @@ def test_a_storm(two: SlurmCluster) -> None:
         for each in clients:
             each.result(CALL_SECONDS)
     print(Counter(job.reason for job in ended))
-    assert {job.reason for job in ended} <= {"completed", "revoked"}
+    # a launcher that is killed in the middle of a launch cannot say what became of it
+    assert {job.reason for job in ended} <= {"completed", "revoked", "launch_interrupted"}
     assert len(ended) > STORM_SECONDS / 4
     rows = [json.loads(line) for node in two.nodes.values() for line in neutral._rows_of(node.state)]
     uuids = [row["request_id"] for row in rows]
