@@ -230,7 +230,7 @@ class GatewaySlurm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     hold_max_seconds: Annotated[
         int,
         Meta(
-            ge=0,
+            ge=60,
             le=604_800,
             description="a place gets no more jobs when it is so old, so that others have a turn",
         ),
