@@ -75,7 +75,6 @@ def of_kind(command: str, **limits: int) -> JobSpec:
         neutral.test_changes_and_usage_are_told,
         neutral.test_what_a_command_leaves_is_told_as_on_one_machine,
         neutral.test_a_node_that_is_away_for_a_moment_loses_nothing,
-        neutral.test_a_rogue_node_claims_nothing_of_anothers,
     ],
 )
 def test_what_does_not_depend_on_the_engine(two: SlurmCluster, test: Callable[[Cluster], None]) -> None:
