@@ -358,7 +358,7 @@ def test_who_may_hold_a_place(two: SlurmCluster) -> None:
     assert hold(*arguments).returncode == 0
 
 
-STORM_SECONDS: Final = 40.0
+STORM_SECONDS: Final = 25.0
 
 
 @pytest.mark.slow
