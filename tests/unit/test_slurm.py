@@ -275,6 +275,13 @@ async def test_why_slurm_does_not_take_it() -> None:
     assert cluster.port.submitted == ["a"]
 
 
+async def test_what_kind_a_job_is_of() -> None:
+    """Rounded up, and with time for the jobs that its place may take later; 0 is left to Slurm."""
+    engine = Cluster(hold_max_seconds=600, partition="long", account="physics").engine
+    assert engine._kind(Shape(1500, 100 * 1024**2, 90)) == Kind(2, 116, 13, "long", "physics")
+    assert engine._kind(Shape(0, 0)) == Kind(0, 0, 0, "long", "physics")
+
+
 def test_kinds_and_their_words() -> None:
     """Back and forth; what is no kind is none."""
     kind = Kind(2, 528, 61, "long", "physics-2")

@@ -337,8 +337,8 @@ class Slurm:
             math.ceil(shape.memory / _MIB) + _OWN_MEGABYTES if shape.memory else 0,
             # with the time in which its place may take further jobs
             math.ceil((shape.seconds + settings.hold_max_seconds) / 60) + 1 if shape.seconds else 0,
-            settings.partition,
-            settings.account,
+            settings.partition or "",
+            settings.account or "",
         )
 
     def _assign(self, uuid: str, waiting: _Waiting, hold: _Hold) -> None:

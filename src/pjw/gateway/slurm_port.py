@@ -43,8 +43,8 @@ def start_slurm(settings: GatewaySlurm, uid: int | None) -> socket.socket:
         "uid": uid,
         "bin": settings.bin,
         "conf": settings.conf or "",
-        "partition": settings.partition,
-        "account": settings.account,
+        "partition": settings.partition or "",
+        "account": settings.account or "",
         "hold": settings.hold,
         "socket": settings.socket,
     }

@@ -20,7 +20,7 @@ from pjw.cluster.v1 import cluster_pb2 as pb
 from pjw.errors import KernelError
 from pjw.worker.background import Background
 
-_MESSAGE_BYTES_MAX: Final = 1024
+_MESSAGE_BYTES_MAX: Final = 2048
 _HELLO: Final = re.compile(
     r"hold 1 ([1-9][0-9]{0,18}) ([0-9]{1,12}) ([!-~]{1,255}) ([!-~]{1,255}) ([!-~]{1,255})"
 )

@@ -43,7 +43,7 @@ _Path = Annotated[str, Meta(pattern=r"\A/[^\0]*\Z", max_length=4096)]
 _Address = Annotated[str, Meta(max_length=300)]
 _UserId = Annotated[int, Meta(ge=1, lt=2**32 - 1)]
 # of partitions and accounts of Slurm
-_SlurmName = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_.-]{0,60}\Z")]
+_SlurmName = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_.-]{1,60}\Z")]
 # where pjw-hold finds the pjwd of its node
 HOLD_SOCKET: Final = "/run/pjw/hold.sock"
 # init takes 64, and the directories of state and scratch, the server's key, this file and the audit log are
@@ -211,11 +211,12 @@ class GatewaySlurm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         _Path | None, Meta(description="the path of slurm.conf; without it where Slurm itself looks for it")
     ] = None
     partition: Annotated[
-        _SlurmName, Meta(description="the partition of all jobs; empty is Slurm's default")
-    ] = ""
+        _SlurmName | None, Meta(description="the partition of all jobs; without it Slurm's default")
+    ] = None
     account: Annotated[
-        _SlurmName, Meta(description="the account of all jobs; empty is the default of the gateway's user")
-    ] = ""
+        _SlurmName | None,
+        Meta(description="the account of all jobs; without it the default of the gateway's user"),
+    ] = None
     hold: Annotated[_Path, Meta(description="the path of pjw-hold on the nodes")] = "/usr/lib/pjw/pjw-hold"
     socket: Annotated[
         _Path, Meta(description="where pjwd listens on the nodes for holds (cluster.hold_socket)")
@@ -229,7 +230,7 @@ class GatewaySlurm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     hold_max_seconds: Annotated[
         int,
         Meta(
-            ge=0,
+            ge=60,
             le=604_800,
             description="a place gets no more jobs when it is so old, so that others have a turn",
         ),
@@ -250,7 +251,6 @@ class Gateway(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Literal["pool", "slurm"],
         Meta(description="what decides which node gets a job: `pool`, the first with room, or `slurm`"),
     ] = "pool"
-    slurm: GatewaySlurm = GatewaySlurm()
     heartbeat_seconds: Annotated[
         float, Meta(ge=0.1, le=60, description="how often a node says that it is there")
     ] = 5
@@ -269,6 +269,8 @@ class Gateway(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lost_after_seconds: Annotated[
         float, Meta(ge=1, le=86_400, description="a node that is silent for so long has lost its jobs")
     ] = 60
+    # last, so that its keys come behind those of [gateway] in a file
+    slurm: GatewaySlurm = GatewaySlurm()
 
 
 class OfferedMount(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -573,17 +575,18 @@ def _keys(struct: type[msgspec.Struct], table: str = "") -> Iterator[str]:
     """Each key, after its table's name."""
     for name, kind in get_type_hints(struct).items():
         if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
-            yield from _keys(kind, f"{name}.")
+            yield from _keys(kind, f"{table}{name}.")
         else:
             yield f"{table}{name}"
 
 
-def _given(values: Mapping[str, object], tables: set[str]) -> Iterator[str]:
+def _given(values: Mapping[str, object], tables: set[str], table: str = "") -> Iterator[str]:
     for key, value in values.items():
-        if key in tables and isinstance(value, Mapping):
-            yield from (f"{key}.{name}" for name in value)
+        name = f"{table}{key}"
+        if name in tables and isinstance(value, Mapping):
+            yield from _given(value, tables, f"{name}.")
         else:
-            yield key
+            yield name
 
 
 def read_values(path: str | None) -> dict[str, object]:

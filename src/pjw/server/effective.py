@@ -52,23 +52,29 @@ def settings_of(
             # one of the operator's own names, in a table of such
             descriptions.get(key) or descriptions[key.partition(".")[0]],
         )
-        for key, value in _flat(values)
+        for key, value in _flat(values, descriptions)
     ]
 
 
-def _flat(values: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+def _flat(
+    values: Mapping[str, object], descriptions: Mapping[str, str], table: str = ""
+) -> Iterator[tuple[str, object]]:
     for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from ((f"{key}.{inner}", each) for inner, each in value.items())
+        name = f"{table}{key}"
+        is_table = not table or any(each.startswith(f"{name}.") for each in descriptions)
+        if isinstance(value, dict) and value and is_table:
+            yield from _flat(value, descriptions, f"{name}.")
         else:
-            yield key, value
+            yield name, value
 
 
 def _origin(key: str, in_file: Mapping[str, object], options: Mapping[str, object]) -> str:
     if key in options:
         return "option"
     table, _, name = key.rpartition(".")
-    there = in_file.get(table, {}) if table else in_file
+    there: object = in_file
+    for part in table.split(".") if table else ():
+        there = there.get(part, {}) if isinstance(there, Mapping) else {}
     return "file" if isinstance(there, Mapping) and name in there else "default"
 
 
@@ -86,7 +92,7 @@ def describe_keys() -> dict[str, str]:
 def _described(struct: type[msgspec.Struct], table: str = "") -> Iterator[tuple[str, str]]:
     for name, hint in typing.get_type_hints(struct, include_extras=True).items():
         if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
-            yield from _described(hint, f"{name}.")
+            yield from _described(hint, f"{table}{name}.")
         elif get_origin(hint) is Annotated:
             metas = [meta for meta in get_args(hint)[1:] if isinstance(meta, msgspec.Meta)]
             yield f"{table}{name}", next(meta.description for meta in metas if meta.description)
