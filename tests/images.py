@@ -32,6 +32,7 @@ PROGRAMS: Final = (
         "sh",
         "sleep",
         "stat",
+        "tee",
     ),
     *("touch", "true", "test"),
 )
