@@ -445,7 +445,7 @@ def _launch_error_of(refused: protocol.Refused, spec: JobSpec) -> PjwError:
         case "setup" if refused.operation.startswith("listen") and refused.errno == errno.EADDRINUSE:
             # those who share its network are the only ones who can be there before it
             return JobStateError(
-                f"cannot {refused.operation} {refused.subject}: a job with the same link listens there",
+                f"cannot {refused.operation.removesuffix(' for')}: a job with the same link listens there",
                 hint="end that listener, or give this job another --link",
             )
         case "device-at":
