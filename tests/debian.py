@@ -15,7 +15,7 @@ from typing import Final
 
 import pytest
 
-PYTHON: Final = ("base-files", "coreutils", "dash", "grep", "python3-venv", "sed")
+PYTHON: Final = ("base-files", "coreutils", "dash", "grep", "python3-pip", "sed")
 _SECONDS: Final = 300
 _ROOTS: Final = Path(os.environ.get("PJW_ROOTS", "/var/tmp/pjw-roots"))  # noqa: S108  ours alone
 

@@ -59,7 +59,7 @@ def type_section(directory: Path, document: Path, heading: str, image: Path | No
     (directory / "pjwd.toml").write_text(offer.removeprefix("toml\n") + private)
     if image is not None:
         words = f'pjwd image import --state-dir "$PWD/state" python dir:{image}'
-        before.append(documents.Command(words, "#", "", document.name, 0, ["sha256-…"]))
+        before.append(documents.Command(words, "", "", document.name, 0, ["…", "sha256-…"]))
     env = {"PATH": f"{BIN}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", "LANG": "C.UTF-8", "NO_COLOR": "1"}
     env |= {"PIP_CONFIG_FILE": str(directory / "pip.conf"), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     (directory / "pip.conf").write_text(PIP)
@@ -87,8 +87,10 @@ def internet(where: Path, words: list[str]) -> Iterator[Path]:
     ) as server:
         assert server.stdout is not None
         assert server.stdout.readline().startswith("Serving HTTP")
-        yield names
-        server.terminate()
+        try:
+            yield names
+        finally:
+            server.terminate()
 
 
 def test_run_untrusted_code(directory: Path, python: Path) -> None:

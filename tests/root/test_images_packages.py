@@ -25,9 +25,9 @@ from tests.worker_harness import processes_where
 
 __all__ = ["world"]
 
-# by the archive of pip itself: to install pip first would take most of the time
+# into the image's own Python, which Debian reserves for its packages
 PIP: Final = (
-    "python3 $(echo /usr/share/python-wheels/pip-*.whl)/pip install -q --no-cache-dir --break-system-packages"
+    "pip install -q --no-cache-dir --break-system-packages"
     " --disable-pip-version-check --retries 0 --index-url http://good.test/simple/ --trusted-host good.test made-up 2>&1"
 )
 INSTALL: Final = (
