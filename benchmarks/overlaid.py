@@ -50,7 +50,15 @@ class Overlaid:
 
     def seconds(self, count: int) -> float:
         """The processor time of so many lives."""
-        crun = ["crun", "--root", str(self._bundle / "state"), "run", "--bundle", str(self._bundle), f"{NAME}-overlaid"]
+        crun = [
+            "crun",
+            "--root",
+            str(self._bundle / "state"),
+            "run",
+            "--bundle",
+            str(self._bundle),
+            f"{NAME}-overlaid",
+        ]
         told = json.dumps([str(self._bundle), str(self._image), crun, count])
         command = [*within("crun"), sys.executable, "-I", "-S", "-c", _LIVES, told]
         return float(subprocess.check_output(command, stdin=subprocess.DEVNULL))

@@ -17,7 +17,7 @@ import pytest
 
 PYTHON: Final = ("base-files", "coreutils", "dash", "grep", "python3-pip", "sed")
 _SECONDS: Final = 300
-_ROOTS: Final = Path(os.environ.get("PJW_ROOTS", "/var/tmp/pjw-roots"))  # noqa: S108  ours alone
+_ROOTS: Final = Path(os.environ.get("PJW_ROOTS", "/var/tmp/pjw-roots"))
 
 
 def debian_tar(*packages: str) -> Path:
@@ -47,9 +47,9 @@ def _make(path: Path, suite: str, packages: tuple[str, ...]) -> None:
         and '""' not in line
     ]
     new = path.with_suffix(".new.tar")
+    make = ["mmdebstrap", "--quiet", "--mode=root", "--variant=extract", f"--include={','.join(packages)}"]
     done = subprocess.run(
-        ["mmdebstrap", "--quiet", "--mode=root", "--variant=extract", f"--include={','.join(packages)}"]
-        + [*options, suite, str(new), uris[0]],
+        [*make, *options, suite, new, uris[0]],
         stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_SECONDS, check=False,
     )  # fmt: skip
     if done.returncode:

@@ -2,11 +2,11 @@
 
     denied.py maps|overlays COMMAND...
 
-`maps`: mount_setattr(2) gives EINVAL for a mount that maps users, as before Linux 5.12, or on a file system that
-cannot. `overlays`: mount(2) gives ENODEV for an overlay, as where the module is missing or on a list of those
-that nobody may load. All other calls are as ever. What the command starts has the same kernel, whoever it is
-and whatever root it has. A process beside it decides each call (seccomp_unotify(2)), and ends with the last of
-them.
+`maps`: mount_setattr(2) gives EINVAL for a mount that maps users, as before Linux 5.12, or where the file
+system cannot have it. `overlays`: mount(2) gives ENODEV for an overlay, as where the module is missing or on a
+list of those that nobody may load. All other calls are as ever. What the command starts has the same kernel,
+whoever it is and whatever root it has. A process beside it decides each call (seccomp_unotify(2)), and ends
+with the last of them.
 """
 
 import array
@@ -123,7 +123,7 @@ def _main() -> None:
     ours.sendmsg([b"\0"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [listener]))])
     ours.close()
     os.close(listener)
-    os.execvp(words[0], words)
+    os.execvp(words[0], words)  # noqa: S606  that is what this is for
 
 
 if __name__ == "__main__":

@@ -82,8 +82,10 @@ def section_of(document: Path, heading: str) -> list[Command]:
     """The commands of a section: from its heading to the next one of its level or above."""
     lines = document.read_text().splitlines()
     first = lines.index(heading)
-    level = heading.split(" ")[0]
-    last = next((at for at in range(first + 1, len(lines)) if lines[at].split(" ")[0] in _up_to(level)), len(lines))
+    level = heading.split(" ", 1)[0]
+    last = next(
+        (at for at in range(first + 1, len(lines)) if lines[at].split(" ", 1)[0] in _up_to(level)), len(lines)
+    )
     return [command for command in commands_of(document) if first < command.line <= last]
 
 
@@ -221,7 +223,15 @@ def run(
         words = ["nsenter", f"--net=/proc/{pid}/ns/net"]
         if internet is not None:
             names = str(stack.enter_context(internet(words)))
-            words = [*words, "unshare", "--mount", "sh", "-c", f'mount --bind {names} /etc/hosts && exec "$@"', "-"]
+            words = [
+                *words,
+                "unshare",
+                "--mount",
+                "sh",
+                "-c",
+                f'mount --bind {names} /etc/hosts && exec "$@"',
+                "-",
+            ]
         shell = [*words, "setsid", "--ctty", "bash", "--norc", "--noediting"]
         play(commands, lambda _: Terminal(shell, cwd, env))
 

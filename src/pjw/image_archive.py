@@ -250,17 +250,17 @@ class _DirectoryBlobs(_Blobs):
 
     def open(self, name: str) -> IO[bytes]:
         try:
-            file = open(_opened_within(self._path, _plain(name)), "rb")
+            descriptor = _opened_within(self._path, _plain(name))
         except FileNotFoundError:
             raise _WrongError(f"it has no {_shown(name)}") from None
         except OSError as error:
             if error.errno not in (errno.ELOOP, errno.ENOTDIR, errno.ENXIO):
                 raise
             raise _WrongError(f"{_shown(name)} is no file but a link, or lies behind one") from None
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            file.close()
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
             raise _WrongError(f"{_shown(name)} is no file")
-        return file
+        return open(descriptor, "rb")
 
 
 def _opened_within(directory: str, name: str) -> int:

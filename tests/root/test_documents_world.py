@@ -5,10 +5,8 @@ they go on where the tutorial has its first job, with that image, and with hosts
 the package index speaks http, as the image's pip is told; all else is as the documents say.
 """
 
-import os
 import shutil
 import subprocess
-import tarfile
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,7 +79,17 @@ def internet(where: Path, words: list[str]) -> Iterator[Path]:
     name = wheel(where / "files", "requests")
     link = f"<!DOCTYPE html><a href='http://files.pythonhosted.org/{name}'>requests</a>"
     (simple / "index.html").write_text(link)
-    serve = ["python3", "-u", "-m", "http.server", "--bind", ADDRESS, "--directory", str(where / "files"), "80"]
+    serve = [
+        "python3",
+        "-u",
+        "-m",
+        "http.server",
+        "--bind",
+        ADDRESS,
+        "--directory",
+        str(where / "files"),
+        "80",
+    ]
     with subprocess.Popen(
         [*words, *serve], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as server:

@@ -461,7 +461,7 @@ def database(world: World) -> Iterator[None]:
 
 
 def test_psql(world: World, client: Client) -> None:
-    """It knows no proxy, and finds the database by its name and port; not where the job has asked for no port."""
+    """It knows no proxy, and finds the database by its name and port; without the port there is no name."""
     ask = "psql -h good.test -U alice -d postgres -tAc 'select 6 * 7' 2>&1"
     with database(world):
         assert say(client, JobSpec(ask, allow=[f"good.test:{DATABASE_PORT}"])) == "42\n"
@@ -690,10 +690,12 @@ def test_a_database_beside_its_tests(world: World, client: Client) -> None:
 
 def test_a_linked_job_that_is_where_another_one_s_proxy_would_be(world: World, client: Client) -> None:
     """The second is refused, and told whose listener that is."""
-    everywhere = LISTEN.replace("127.0.0.1", "0.0.0.0").replace("5432", str(PROXY_PORT))
+    everywhere = LISTEN.replace("127.0.0.1", "").replace("5432", str(PROXY_PORT))
     first = client.start(JobSpec(python(everywhere), link="full"))
     assert next(iter(client.logs(first.id))) == b"ready\n"
-    with pytest.raises(errors.JobStateError, match=r"listen at 127\.\S+: a job with the same link listens") as refused:
+    with pytest.raises(
+        errors.JobStateError, match=r"listen at 127\.\S+: a job with the same link listens"
+    ) as refused:
         client.start(world.spec("true", link="full"))
     assert refused.value.hint == "end that listener, or give this job another --link"
     assert client.run(JobSpec("true", link="full")).job.succeeded

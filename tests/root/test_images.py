@@ -562,7 +562,7 @@ with Client(*connect) as client:
 
 
 def replace_image(bench: Bench, root: Path) -> None:
-    """What `pjwd image import small` of other files does: the name is theirs, and the former ones are gone."""
+    """What `pjwd image import small` of other files does: the name is theirs, the former ones are gone."""
     other = have_image(bench.state, "other", root)
     store = ImageStore(str(bench.state), known_places(str(bench.state)))
     store.keep("", "small", other, store.table()["images"][other])
@@ -598,7 +598,7 @@ async def test_an_import_while_a_job_starts(
 
 def test_a_directory_is_removed_once(bench_store: ImageStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """However often the launcher looks while that takes long; after a removal that failed, again."""
-    monkeypatch.setattr(images, "spawn_removal", lambda path: len(path))
+    monkeypatch.setattr(images, "spawn_removal", len)
     store = Images(bench_store, None, None)  # type: ignore[arg-type]
     gone = os.path.join(bench_store.path, "gone-1")
     os.mkdir(gone)

@@ -139,7 +139,9 @@ devices = [attempt(os.open, f'/{name}', os.O_RDONLY) for name in ('zero', 'memor
     # it is the job's own user whom it would become
     assert (mode, set(devices) <= DENIED) == (0o6000, True), devices
     for name in ("set-id", "capable"):
-        status, output = await run_inside(worker, f"/bin/{name} /etc/shadow; chmod 0 /closed; /bin/{name} /closed")
+        status, output = await run_inside(
+            worker, f"/bin/{name} /etc/shadow; chmod 0 /closed; /bin/{name} /closed"
+        )
         assert (b"secret" in output, status and status.code) == (False, 1), output
         _, output = await run_inside(worker, f"/bin/{name} /proc/self/status")
         fields = dict(line.split(":\t", 1) for line in output.decode().splitlines())

@@ -74,7 +74,7 @@ def test_no_mounts_that_map_users(lacking: Callable[[str], Service], root: Path)
 
 
 def test_no_overlays(lacking: Callable[[str], Service]) -> None:
-    """A job with an image is refused in words, at once and in the queue; nothing of it is left; others run."""
+    """A job with an image is refused in words, at once and in the queue, and leaves nothing; others run."""
     service = lacking("overlays")
     finding, hint = check(service)
     assert finding.startswith("warning  images: jobs cannot have one: ")

@@ -1,7 +1,7 @@
-"""Images of real packages: Debian's Python from an mmdebstrap tar and an OCI layout, Node, and a C library of another kind.
+"""Images of real packages: Debian's Python from mmdebstrap and as an OCI layout, Node, and musl.
 
-They are made of what is on this machine, or of Debian's packages (tests/debian.py); a test says what it lacks.
-The network is that of test_egress.py.
+They are made of what is on this machine, or of Debian's packages (tests/debian.py); a test says what it
+lacks. The network is that of test_egress.py.
 """
 
 import platform
@@ -28,7 +28,8 @@ __all__ = ["world"]
 # into the image's own Python, which Debian reserves for its packages
 PIP: Final = (
     "pip install -q --no-cache-dir --break-system-packages"
-    " --disable-pip-version-check --retries 0 --index-url http://good.test/simple/ --trusted-host good.test made-up 2>&1"
+    " --disable-pip-version-check --retries 0 --index-url http://good.test/simple/ --trusted-host good.test"
+    " made-up 2>&1"
 )
 INSTALL: Final = (
     f"set -e; echo mine > /etc/motd; cat /etc/motd; {PIP}; python3 -c 'import made_up; print(made_up.word)';"
@@ -48,8 +49,10 @@ int main(int count, char **words) {
     if (count != 3 || getaddrinfo(words[1], words[2], &wanted, &found))
         return 1;
     int fd = socket(found->ai_family, SOCK_STREAM, 0);
-    if (connect(fd, found->ai_addr, found->ai_addrlen) || write(fd, "hello", 5) != 5 || read(fd, text, 5) != 5)
+    if (connect(fd, found->ai_addr, found->ai_addrlen))
         return 2;
+    if (write(fd, "hello", 5) != 5 || read(fd, text, 5) != 5)
+        return 3;
     puts(text);
 }
 """
@@ -76,14 +79,16 @@ def pjwd(service: Service, *arguments: str) -> None:
     """Run `pjwd image`."""
     action, *rest = arguments
     subprocess.run(
-        [BIN / "pjwd", "image", action, "--state-dir", str(service.state), *rest], check=True, capture_output=True
+        [BIN / "pjwd", "image", action, "--state-dir", str(service.state), *rest],
+        check=True,
+        capture_output=True,
     )
 
 
 @pytest.mark.usefixtures("index")
 @pytest.mark.parametrize("form", ["tar", "oci"])
 def test_a_debian_with_python(world: World, place: Path, form: str) -> None:
-    """Written to, installed into; a second client, and a second job, see none of it, nor what a layer removed."""
+    """Written to, installed into; another client and another job see none of it, nor what a layer removed."""
     tar = debian.debian_tar(*debian.PYTHON)
     source = f"tar:{tar}"
     if form == "oci":
@@ -94,7 +99,8 @@ def test_a_debian_with_python(world: World, place: Path, form: str) -> None:
         config = {"Env": ["WHO=image"], "WorkingDir": "/opt"}
         source = f"oci:{oci_layout(place / 'debian', [tar.read_bytes(), above], config)}"
     pjwd(world.service, "import", "debian", source)
-    look = "cat /etc/debian_version /etc/motd 2>&1; python3 -c 'import made_up' 2>&1; ls /usr/share/doc; pwd; echo $WHO"
+    look = "cat /etc/debian_version /etc/motd 2>&1; python3 -c 'import made_up' 2>&1; "
+    look += "ls /usr/share/doc; pwd; echo $WHO"
     try:
         with world.service.client() as alice, world.service.client("bob") as bob:
             installed = alice.run(JobSpec(INSTALL, image="debian", allow=["good.test"]))
@@ -117,7 +123,9 @@ def test_a_debian_with_python(world: World, place: Path, form: str) -> None:
 
 def _version(tar: Path) -> str:
     names = subprocess.check_output(["tar", "--list", "--file", tar], text=True)
-    return next(found[1] for found in map(re.compile(r".*/lib/python(3\.\d+)/").match, names.splitlines()) if found)
+    return next(
+        found[1] for found in map(re.compile(r".*/lib/python(3\.\d+)/").match, names.splitlines()) if found
+    )
 
 
 def test_node(world: World, place: Path) -> None:
@@ -132,7 +140,8 @@ def test_node(world: World, place: Path) -> None:
     add_libraries(root, node)
     (root / "app/main.js").write_text(
         "const fs = require('fs'); fs.writeFileSync('/etc/made', 'made');"
-        " console.log(fs.readFileSync('/etc/made', 'utf8'), process.env.WHO, fs.existsSync('/usr/bin'), process.argv[2])"
+        " const made = fs.readFileSync('/etc/made', 'utf8');"
+        " console.log(made, process.env.WHO, fs.existsSync('/usr/bin'), process.argv[2])"
     )
     config = {"Env": ["WHO=image"], "WorkingDir": "/app", "Entrypoint": ["node", "main.js"], "Cmd": ["one"]}
     archive = docker_archive(place / "node.tar", [layer_of(root)], config)
@@ -145,7 +154,7 @@ def test_node(world: World, place: Path) -> None:
 
 
 def test_busybox_with_musl(world: World, place: Path) -> None:
-    """No shell but busybox, and a C library that finds names in its own way: its user, and a host of the network."""
+    """No shell but busybox, and a C library that finds names in its own way: its user's, and a host's."""
     busybox, compiler = shutil.which("busybox"), shutil.which("musl-gcc")
     if busybox is None or compiler is None:
         pytest.skip("no busybox or no musl on this machine: apt-get install busybox-static musl-tools")
@@ -168,7 +177,7 @@ def test_busybox_with_musl(world: World, place: Path) -> None:
 
 
 def test_root_parses_no_archive_of_a_client(world: World, place: Path) -> None:
-    """While an image is loaded, the program that reads its archive is in a job of the client's, as its user."""
+    """While an image is loaded, the program that reads its archive is a job's, of the client's user."""
     archive = place / "own.tar"
     archive.write_bytes(
         layer(directory("etc"), *(entry(f"etc/{number}", bytes(1000)) for number in range(5_000)))
