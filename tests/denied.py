@@ -3,10 +3,10 @@
     denied.py maps|overlays COMMAND...
 
 `maps`: mount_setattr(2) gives EINVAL for a mount that maps users, as before Linux 5.12, or where the file
-system cannot have it. `overlays`: mount(2) gives ENODEV for an overlay, as where the module is missing or on
-a list of those that nobody may load. All other calls are as ever. What the command starts has the same kernel,
-whoever it is and whatever root it has. A process beside it decides each call (seccomp_unotify(2)), and ends
-with the last of them.
+system cannot have it. `overlays`: mount(2) gives ENODEV for an overlay, as where the module is missing or
+on a list of those that nobody may load. All other calls are as ever. What the command starts has the same
+kernel, whoever it is and whatever root it has. A process beside it decides each call (seccomp_unotify(2)),
+and ends with the last of them.
 """
 
 import array

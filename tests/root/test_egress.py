@@ -447,9 +447,19 @@ def database(world: World) -> Iterator[None]:
     data.mkdir()
     shutil.chown(data, "nobody")
     as_nobody = ["setpriv", "--reuid=nobody", "--clear-groups"]
-    make = [f"{found[-1]}/initdb", "-D", data, "-U", "alice", "-A", "trust", "--no-sync", "--locale=C"]
+    make = [f"{found[-1]}/initdb", "-D", str(data), "-U", "alice", "-A", "trust", "--no-sync", "--locale=C"]
     subprocess.run([*as_nobody, *make], cwd=data, check=True, capture_output=True)
-    serve = [f"{found[-1]}/postgres", "-D", data, "-h", world.address, "-p", str(DATABASE_PORT), "-k", ""]
+    serve = [
+        f"{found[-1]}/postgres",
+        "-D",
+        str(data),
+        "-h",
+        world.address,
+        "-p",
+        str(DATABASE_PORT),
+        "-k",
+        "",
+    ]
     server = subprocess.Popen([*as_nobody, *serve], cwd=data, stderr=subprocess.PIPE, text=True)
     assert server.stderr is not None
     try:

@@ -182,7 +182,7 @@ def test_root_parses_no_archive_of_a_client(world: World, place: Path) -> None:
     archive.write_bytes(
         layer(directory("etc"), *(entry(f"etc/{number}", bytes(1000)) for number in range(5_000)))
     )
-    load = [BIN / "pjw", "image", "load", "own", str(archive)]
+    load = [str(BIN / "pjw"), "image", "load", "own", str(archive)]
     loading = subprocess.Popen(load, env=world.service.environment(), stdout=subprocess.DEVNULL)
     seen: set[tuple[int, ...]] = set()
 

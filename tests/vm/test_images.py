@@ -36,7 +36,7 @@ def test_a_start_is_refused_in_words() -> None:
         service = Service(directory)
         service.state.mkdir()
         have_image(service.state, "small", small_root(directory / "root"))
-        check = [BIN / "pjwd", "check", "--state-dir", service.state]
+        check = [str(BIN / "pjwd"), "check", "--state-dir", str(service.state)]
         said = subprocess.run(check, capture_output=True, text=True, check=False).stdout
         assert "images: jobs cannot have one: " in said
         service.start()
