@@ -8,6 +8,7 @@ extended attributes, since in a job all files belong to its user.
 An image is untrusted. This module resolves names and links in the tree in memory, and never on a disk.
 """
 
+import errno
 import gzip
 import hashlib
 import json
@@ -38,6 +39,7 @@ _EMPTY_READS_MAX: Final = 100
 # A FIFO in the place of a file holds nobody up. Windows has only the last of these.
 _FLAGS: Final = ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY")
 _FILE: Final = os.O_RDONLY | sum(getattr(os, flag, 0) for flag in _FLAGS)
+_DIRECTORY: Final = os.O_RDONLY | sum(getattr(os, flag, 0) for flag in ("O_DIRECTORY", "O_CLOEXEC"))
 # an entry of these says more of the one that follows, and is read into memory
 _EXTENDED: Final = (*tarfile.GNU_TYPES[:2], tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 NOTES_MAX: Final = 100
@@ -102,6 +104,8 @@ class _Node:
     place: tuple[int, int] | None = None
     # each child with the last layer that has named it
     children: dict[str, tuple["_Node", int]] = field(default_factory=dict)
+    # the last layer that has hidden what older ones have here: nothing of those is left to look for
+    opaque: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,14 +243,41 @@ class _Blobs:
 
 
 class _DirectoryBlobs(_Blobs):
+    """Files of a directory. It follows no link in it, and waits for nobody who writes to a FIFO."""
+
     def __init__(self, path: str) -> None:
         self._path: Final = path
 
     def open(self, name: str) -> IO[bytes]:
         try:
-            return open(os.path.join(self._path, _plain(name)), "rb")
+            descriptor = _opened_within(self._path, _plain(name))
         except FileNotFoundError:
             raise _WrongError(f"it has no {_shown(name)}") from None
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.ENOTDIR, errno.ENXIO):
+                raise
+            raise _WrongError(f"{_shown(name)} is no file but a link, or lies behind one") from None
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise _WrongError(f"{_shown(name)} is no file")
+        return open(descriptor, "rb")
+
+
+def _opened_within(directory: str, name: str) -> int:
+    """A descriptor of a file below a directory, by no link. Raises OSError."""
+    if os.open not in os.supports_dir_fd:
+        # as on Windows, where links take privilege
+        return os.open(os.path.join(directory, name), _FILE)
+    *above, last = [part for part in name.split("/") if part not in ("", ".")]
+    here = os.open(directory, _DIRECTORY)
+    try:
+        for part in above:
+            below = os.open(part, _DIRECTORY | os.O_NOFOLLOW, dir_fd=here)
+            os.close(here)
+            here = below
+        return os.open(last, _FILE, dir_fd=here)
+    finally:
+        os.close(here)
 
 
 class _ArchiveBlobs(_Blobs):
@@ -554,10 +585,16 @@ class _Tree:
 
 
 def _drop_older(directory: _Node, layer: int) -> None:
-    """Forget the content of a directory that is from lower layers."""
+    """Forget the content of a directory that is from lower layers.
+
+    Looks into each directory once for each layer, however many entries of the layer ask for that.
+    """
     waiting = [directory]
     while waiting:
         node = waiting.pop()
+        if node.opaque == layer:
+            continue
+        node.opaque = layer
         for name, (child, of) in list(node.children.items()):
             if of != layer:
                 del node.children[name]
@@ -603,7 +640,8 @@ def _opened(source: str, stack: ExitStack) -> tuple[list[_Layer], ImageConfig, b
             return _docker(archive, tag)
         if kind:
             raise _WrongError("it has no manifest of an image")
-    directory, name = os.path.split(path)
+    # the link that a person names is theirs to follow
+    directory, name = os.path.split(os.path.realpath(path))
     return [_TarLayer(_DirectoryBlobs(directory or "."), name)], ImageConfig(), False
 
 

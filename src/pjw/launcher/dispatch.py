@@ -974,8 +974,8 @@ class Launcher:
                 self._sweep_images()
 
     def _sweep_images(self) -> None:
-        for pid in self._images.sweep():
-            self._watcher.reap_helper(pid, lambda: None)
+        for pid, path in self._images.sweep():
+            self._watcher.reap_helper(pid, partial(self._images.removed, path))
 
     def answer_image_table(self, seq: int, request: protocol.ImageTable, descriptors: list[int]) -> "Answer":
         """Hand out the table of the operator's images: their names, and how jobs begin in each."""

@@ -204,7 +204,7 @@ def _images(directory: str) -> Iterator[Finding]:
         trees.close()
     if not said:
         yield True, "images: jobs can write to the root that they have of one", None
-    elif "read-only" in said.lower():
+    elif any(words in said.lower() for words in ("read-only", "permission denied")):
         hint = "this takes Linux 5.19, and scratch directories on ext4, xfs or btrfs (docs/images.md)"
         yield None, "images: the root that jobs have of one is read-only", hint
     else:
@@ -216,17 +216,30 @@ def _in_image(own: str, uid: int, trees: list[int]) -> str:
     words = ["--uid", str(uid), "--gid", str(uid), "--scratch", f"{own}/job"]
     words += place_words(template_of((), (own,), read_mounts()))
     words += [word for tree in trees for word in ("--image-fd", str(tree))]
+    # an archive of nothing; by its mode init sees that no more of it comes
+    archive = os.open(os.path.join(own, "archive"), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o400)
+    try:
+        os.pwrite(archive, bytes(1024), 0)
+        return _tried([*words, "--input-fd", str(archive)], [*trees, archive])
+    finally:
+        os.close(archive)
+
+
+def _tried(words: list[str], descriptors: list[int]) -> str:
     done = subprocess.run(
-        [INIT_PROGRAM, *words, "--", "/program", "unpack", "", "/made"],
-        # an archive of nothing
-        input=bytes(1024),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        pass_fds=trees,
+        # below the root itself, which belongs to the job wherever it can be an overlay at all
+        [INIT_PROGRAM, *words, "--", "/program", "unpack", "", "/etc/made"],
+        stdin=subprocess.DEVNULL,
+        # init passes on all that a command says as its output
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        pass_fds=descriptors,
         timeout=INIT_SECONDS,
         check=False,
     )
-    return done.stderr.decode(errors="replace").strip() if done.returncode else ""
+    if not done.returncode:
+        return ""
+    return done.stdout.decode(errors="replace").strip() or f"the trial ended with {done.returncode}"
 
 
 def _quotas(directory: str) -> Finding:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 from collections import deque
@@ -440,6 +441,12 @@ def _launch_error_of(refused: protocol.Refused, spec: JobSpec) -> PjwError:
                 return JobStateError(words, hint="make the image anew")
             return JobStateError(
                 f"{words}: {describe_errno(refused.errno)}", hint="ask the operator: pjwd check"
+            )
+        case "setup" if refused.operation.startswith("listen") and refused.errno == errno.EADDRINUSE:
+            # those who share its network are the only ones who can be there before it
+            return JobStateError(
+                f"cannot {refused.operation.removesuffix(' for')}: a job with the same link listens there",
+                hint="end that listener, or give this job another --link",
             )
         case "device-at":
             return GpuError.of_edit(
