@@ -54,7 +54,7 @@ def whole_seconds(text: str) -> int:
 
 
 def whole(number: str, factor: int, text: str, what: str) -> int:
-    """A decimal *number* times *factor*, exactly. Raises ValueError when that is not whole."""
+    """Return a decimal *number* times *factor*, exactly. Raises ValueError when that is not whole."""
     # not float(): 0.1 processors are 100 thousandths exactly
     digits, _, fraction = number.partition(".")
     scaled = int(digits + fraction) * factor
@@ -65,7 +65,7 @@ def whole(number: str, factor: int, text: str, what: str) -> int:
 
 
 def wrong(text: str, what: str, example: str) -> ValueError:
-    """The error for *text* that is not a valid *what*."""
+    """Return the error for *text* that is not a valid *what*."""
     return ValueError(f"{_shown(text)} is not a {what}, such as {example}")
 
 

@@ -22,7 +22,7 @@ def server_address(text: str) -> str:
 
 
 def host_of(address: str) -> str:
-    """The host of HOST:PORT, without brackets."""
+    """Return the host of HOST:PORT, without brackets."""
     return address.rpartition(":")[0].removeprefix("[").removesuffix("]")
 
 

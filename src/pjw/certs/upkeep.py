@@ -68,7 +68,7 @@ def issued(directory: str, revoked: RevocationList = NOBODY_REVOKED) -> list[Iss
 
 
 def listed(directory: str, list_path: str | None = None) -> Iterator[str]:
-    """The lines of a table of all certificates in a directory."""
+    """Yield the lines of a table of all certificates in a directory."""
     path = list_path or os.path.join(directory, REVOKED)
     revoked = load_revocation_list(path) if list_path or os.path.exists(path) else NOBODY_REVOKED
     now = datetime.now(UTC)

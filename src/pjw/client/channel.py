@@ -1,4 +1,4 @@
-"""What a channel to pjwd is made of. Sets how gRPC is imported, so it comes before all that imports it."""
+"""The options of a channel to pjwd. Sets how gRPC is imported, so it comes before all that imports it."""
 
 import json
 import os
@@ -18,7 +18,7 @@ Options = list[tuple[str, Any]]
 CONNECTIONS_MAX: Final = 20
 
 _OPTIONS: Final[Options] = [
-    # A job id is not sent through somebody's web proxy, and loopback has no use for one.
+    # A job id is not sent through a web proxy, and loopback has no use for one.
     ("grpc.enable_http_proxy", 0),
     ("grpc.max_receive_message_length", 16 * 1024 * 1024),
     # a server that is gone without a word is noticed while we only listen

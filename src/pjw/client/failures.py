@@ -1,4 +1,4 @@
-"""What a caller is told of a call that failed: pjw.errors, never grpc.RpcError."""
+"""The errors that a caller gets for a failed call: pjw.errors, never grpc.RpcError."""
 
 from collections.abc import Mapping
 from typing import Any, Final
@@ -36,7 +36,7 @@ def never_connected(error: grpc.RpcError) -> bool:
 
 
 def is_refused(error: grpc.RpcError) -> bool:
-    """Whether the host of the server answered, and nobody listens there: also so while pjwd restarts."""
+    """Return whether the server's host refused the connection: it does so also while pjwd restarts."""
     return never_connected(error) and "Connection refused" in (error.details() or "")
 
 
@@ -51,7 +51,7 @@ def is_too_fast(error: grpc.RpcError) -> bool:
 def error_from(
     error: grpc.RpcError, settings: ClientSettings, asked: Mapping[str, object]
 ) -> errors.PjwError:
-    """The pjw error for one of gRPC's; *asked* has the facts that the caller knows."""
+    """Return the pjw error for one of gRPC's; *asked* has the facts that the caller knows."""
     code, text, metadata = error.code(), error.details() or "", _metadata(error)
     gone = is_gone(error) or code is grpc.StatusCode.DEADLINE_EXCEEDED
     if gone and ERROR_KEY not in metadata:
@@ -65,7 +65,7 @@ def error_from(
 
 
 def _metadata(error: grpc.RpcError) -> dict[str, str]:
-    # keys and values, whatever the stubs make of it
+    # keys and values, whatever type the stubs give them
     pairs: Any = error.trailing_metadata() or ()
     return {key: value for key, value in pairs if isinstance(value, str)}
 

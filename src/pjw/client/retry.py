@@ -1,9 +1,9 @@
 """Decides when to make a call again after a failure, and for how long. Neither calls nor sleeps.
 
 Every call may be repeated: reading changes nothing, a job that has ended can be stopped again, and a Start
-bears a request id, by which the server knows it. What never reached a server is tried again only by a client
-that has been answered before: for a new one "connection refused" is the answer. A Start alone waits some
-seconds for a port on which nobody listens: scripts start jobs also while pjwd restarts.
+bears a request id, by which the server knows it. A call that never reached a server is tried again only by a
+client that has been answered before: for a new one "connection refused" is the answer. A Start alone waits
+some seconds for a port on which no process listens: scripts start jobs also while pjwd restarts.
 
 A client that pjwd has answered before also tries again when its calls come too fast for the operator's limits
 (calls at once, starts a second). It reports every other limit (running jobs, bytes) at once.
@@ -41,7 +41,7 @@ TURN_SECONDS: Final = 60
 
 
 class Link:
-    """What a client has seen of its server, whichever call it was; shared by all of them."""
+    """The state of a client's connection to its server, shared by all of its calls."""
 
     def __init__(self, settings: ClientSettings, reconnect_seconds: float) -> None:
         self.settings: Final = settings
@@ -51,7 +51,7 @@ class Link:
 
 
 class Asked(Protocol):
-    """What has to be known of a call when it fails."""
+    """The facts about a call that decide what happens when it fails."""
 
     @property
     def facts(self) -> Mapping[str, object]:
@@ -81,7 +81,7 @@ class Trouble:
         self._repeated = False
 
     def is_over(self) -> None:
-        """The server has answered: the next failure is the first of another row."""
+        """Note that the server has answered: the next failure begins a new series."""
         self._link.answered = True
         self._until = self._turn_until = None
         self._pause = FIRST_PAUSE_SECONDS
@@ -91,7 +91,7 @@ class Trouble:
         return self._repeated and self._asked.gone_is_done and error.code() is NOT_FOUND
 
     def after(self, error: "grpc.RpcError") -> float:
-        """How many seconds to pause before the next attempt. Raises what is to be told instead of one."""
+        """Return the seconds to pause before the next attempt. Raises the final error if none is left."""
         link, now = self._link, time.monotonic()
         if is_too_fast(error) and link.answered and link.reconnect_seconds and not link.closed.is_set():
             if self._turn_until is None:
@@ -136,7 +136,7 @@ class Trouble:
         return pause
 
     def closed(self) -> errors.ServerUnreachableError:
-        """What is told when the client was closed during the pause."""
+        """Return the error for a client that was closed during the pause."""
         return errors.ServerUnreachableError(
             f"the connection to {self._link.settings.server} was closed{self._asked.reached[0]}"
         )

@@ -1,4 +1,4 @@
-"""Changes of jobs as a client gets them: where it is, and what it asks for to go on from there."""
+"""Changes of jobs as a client gets them: its position, and the request that goes on from there."""
 
 from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Mapping
 from typing import Final, Self
@@ -42,12 +42,13 @@ class WatchPosition:
             labels=checked_labels(labels),
             name=name,
         )
-        # What was told of the beginning, until all of that was: after a lost connection it is told anew.
+        # The jobs of the snapshot received so far, until it is complete: after a lost connection it comes
+        # anew.
         self._first: dict[int, Job] = {}
         self._again: dict[int, Job] | None = None
 
     def take(self, answer: pb.WatchJobsResponse) -> list[JobChange]:
-        """The changes of an answer that are new; the next request begins behind them."""
+        """Return the new changes of an answer; the next request begins behind them."""
         try:
             changes = list(map(change_from_message, answer.changes))
         except ValueError as error:
@@ -61,7 +62,7 @@ class WatchPosition:
         return changes
 
     def lost(self) -> None:
-        """The connection was lost: what was told of the beginning comes again."""
+        """Note that the connection was lost: the jobs of the snapshot come again."""
         if not self.request.HasField("since"):
             self._again = {**(self._again or {}), **self._first}
             self._first = {}

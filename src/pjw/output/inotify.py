@@ -35,7 +35,7 @@ class Inotify:
         self._loop.add_reader(self._fd, self._on_readable)
 
     def watch(self, path: str, callback: Callable[[], None]) -> int:
-        """Call *callback* after changes of *path*; give what `unwatch` takes. Raises KernelError.
+        """Call *callback* after changes of *path*; return the number for `unwatch`. Raises KernelError.
 
         One file is watched once: a second watch would replace the first one's callback.
         """
