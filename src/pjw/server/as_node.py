@@ -15,7 +15,7 @@ from pjw.worker.host import memory_of, resources
 from pjw.worker.store import JobStore
 
 _BOOT_ID: Final = "/proc/sys/kernel/random/boot_id"
-# of an address where pjwd listens and nobody can connect to
+# hosts of an address on which pjwd listens, but to which no client can connect
 _ANY: Final = ("0.0.0.0:", "[::]:")
 
 
@@ -27,7 +27,7 @@ def node_of_config(
     listening: str,
     credentials: Callable[[], ServerCredentials],
 ) -> Node:
-    """The node, which has not called yet. Raises ConfigError for a configuration that is no node's."""
+    """Make the node, which has not called yet. Raises ConfigError for a configuration that is no node's."""
     gateway = config.cluster.gateway
     assert gateway is not None
     try:

@@ -1,4 +1,4 @@
-"""pjwd check: what this host offers, and what is missing, in plain words. Changes nothing."""
+"""pjwd check: the abilities of this host, and its gaps, in plain words. Changes nothing."""
 
 import os
 import platform
@@ -31,16 +31,16 @@ KERNEL_MINIMUM: Final = (5, 14)
 _WRITE_BACK_USEC_MAX: Final = 2000
 NAMESPACES: Final = ("pid", "mnt", "net", "ipc", "uts", "cgroup")
 
-# what there must be in an image
+# the directories that an image must have
 _IN_IMAGES: Final = ("dev", "etc", "proc", "run", "sys", "tmp")
 
 _MARKS: Final = {True: "ok     ", None: "warning", False: "missing"}
 
 
 def check(path: str | None, options: Mapping[str, object]) -> int:
-    """Print each finding; the exit code is 0 when pjwd can run here.
+    """Print each finding; return exit code 0 when pjwd can run here.
 
-    With a configuration file or with certificates, also what serve needs of them.
+    With a configuration file or with certificates, also check that serve can use them.
     """
     able = True
     found = host_findings(_load(path, options))
@@ -56,7 +56,7 @@ def check(path: str | None, options: Mapping[str, object]) -> int:
 
 
 def _load(path: str | None, options: Mapping[str, object]) -> ServerConfig:
-    """The configuration; the default where it cannot be read, which is a finding then."""
+    """Return the configuration, or the default if it cannot be read, which is a finding elsewhere."""
     try:
         return load_config(path, options)
     except ConfigError:
@@ -172,7 +172,7 @@ def _directories(config: ServerConfig) -> Iterator[Finding]:
 
 
 def _images(directory: str) -> Iterator[Finding]:
-    """What the root of a job with an image is like: this makes such a job, in a directory that goes again."""
+    """Describe a root made from an image: make such a job, in a directory that is removed again."""
     if os.geteuid() != 0:
         return
     # any user but root will do
@@ -247,7 +247,7 @@ def _users(config: ServerConfig) -> Iterator[Finding]:
 
 
 def _egress(config: ServerConfig) -> Iterator[Finding]:
-    """Who connects jobs to names on the network, where the configuration offers some."""
+    """Describe the process that connects jobs to the network, if the configuration offers names."""
     count = len(config.network.offers().offered)
     if not count:
         return

@@ -1,6 +1,6 @@
-"""The configuration as it takes effect: each key with its value, where that is from, and what it means.
+"""The effective configuration: each key with its value, its origin, and its meaning.
 
-`pjwd config show` prints it. What is printed as TOML is a configuration file again.
+`pjwd config show` prints it. The output as TOML is a configuration file again.
 """
 
 import json
@@ -73,7 +73,7 @@ def _origin(key: str, in_file: Mapping[str, object], options: Mapping[str, objec
 
 
 def describe_keys() -> dict[str, str]:
-    """What each key means, by its name with its table's in front."""
+    """Return the meaning of each key, by its name with its table's in front."""
     found = dict(_described(ServerConfig))
     del found["limits"], found["ceilings"], found["floors"]
     for name in LIMITS:
@@ -93,7 +93,7 @@ def _described(struct: type[msgspec.Struct], table: str = "") -> Iterator[tuple[
 
 
 def as_toml(settings: list[Setting], path: str | None) -> str:
-    """A configuration file with these values, and a comment behind each that says where it is from."""
+    """Format a configuration file with these values, each followed by a comment about its origin."""
     lines: list[str] = []
     table = ""
     for setting in settings:
@@ -109,7 +109,7 @@ def as_toml(settings: list[Setting], path: str | None) -> str:
 
 
 def as_json(settings: list[Setting]) -> str:
-    """An object with a member for each key."""
+    """Format an object with a member for each key."""
     members = {
         setting.key: {
             "value": setting.value,

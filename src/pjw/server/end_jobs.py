@@ -85,7 +85,7 @@ def instance_cgroups(top: Path, instance: str) -> list[Path]:
 
 
 def inits_of(parents: Sequence[Path]) -> list[int]:
-    """A pidfd of each init below *parents*: of each job, and of each init that waits for a job."""
+    """Return a pidfd of each init below *parents*: of each job, and of each init that waits for a job."""
     pidfds: dict[str, int] = {}
     for parent in parents:
         for job in parent.glob("**/job-*/"):

@@ -35,7 +35,7 @@ def take_stderr() -> int:
 
 
 def relay(descriptor: int) -> None:
-    """From now on, and without privilege: log what comes out of the pipe."""
+    """Log the text from the pipe from now on, without privilege."""
     threading.Thread(target=_run, args=(descriptor,), name="pjw-grpc-log", daemon=True).start()
 
 

@@ -1,4 +1,4 @@
-"""What a client asks of List: which jobs, and where the next page begins."""
+"""A client's request to List: its filter, and the place where the next page begins."""
 
 import hashlib
 import re
@@ -35,7 +35,7 @@ def after_token(request: pb.ListRequest) -> int:
 
 
 def token_after(request: pb.ListRequest, job_id: int) -> str:
-    """The token of the page that begins behind a job."""
+    """Return the token of the page that begins behind a job."""
     return f"{job_id}{_mark_of(request)}"
 
 
@@ -52,7 +52,7 @@ def _mark_of(request: pb.ListRequest) -> str:
 
 
 def after_workspace(request: pb.ListWorkspacesRequest) -> tuple[str, str]:
-    """Behind which client and name the page begins. Raises InvalidJobError for what is no token."""
+    """Return the client and name behind which the page begins. Raises InvalidJobError for a bad token."""
     client_name, slash, name = request.page_token.partition("/")
     if request.page_token and not (slash and is_workspace(name)):
         raise InvalidJobError("the page token is not one that this server gave")
@@ -60,5 +60,5 @@ def after_workspace(request: pb.ListWorkspacesRequest) -> tuple[str, str]:
 
 
 def token_after_workspace(workspace: Workspace) -> str:
-    """The token of the page that begins behind a workspace."""
+    """Return the token of the page that begins behind a workspace."""
     return f"{workspace.client_name}/{workspace.name}"

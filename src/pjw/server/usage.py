@@ -1,4 +1,4 @@
-"""Streams what running jobs use. Nothing is measured that nobody watches, and many jobs cost no more."""
+"""Streams the usage of running jobs. Without watchers nothing is measured; many watchers cost no more."""
 
 import asyncio
 import time
@@ -19,7 +19,7 @@ _FIRST_SECONDS: Final = 0.3
 # All watchers together may take a twentieth of a processor for their messages: with thousands of jobs, or
 # watchers, snapshots are further apart than was asked for.
 _SHARE: Final = 20
-# More of those that wait nobody reads.
+# A reader has no use for more waiting jobs than these.
 _WAITING_MAX: Final = 50
 # So many jobs are converted before others get their turn.
 _JOBS_AT_ONCE: Final = 50
@@ -30,7 +30,7 @@ _CHARACTERS_OF_JOB: Final = 256
 
 
 class UsageWatchers:
-    """All who watch, on one server."""
+    """The watchers of usage on one server."""
 
     def __init__(self, worker: Jobs) -> None:
         self._worker: Final = worker
@@ -71,7 +71,7 @@ def _interval_of(request: pb.WatchUsageRequest) -> float:
 
 
 async def _snapshot(usages: Sequence[tuple[Job, UsageSample | None]]) -> tuple[pb.WatchUsageResponse, float]:
-    """The message, and how many seconds of processor time it took."""
+    """Return the message, and the seconds of processor time that it took."""
     characters = min(_CHARACTERS_OF_JOB, _CHARACTERS // max(1, len(usages)))
     snapshot, taken = pb.WatchUsageResponse(), 0.0
     for start in range(0, len(usages), _JOBS_AT_ONCE):
