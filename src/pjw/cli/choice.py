@@ -21,7 +21,7 @@ ENDED: Final = (JobState.EXITED, JobState.LOST)
 
 
 def listed(client: "Client", arguments: Namespace) -> Iterable[Job]:
-    """The jobs that `list` is asked for, in the order of their ids."""
+    """Yield the jobs for `list`, in the order of their ids."""
     limit = None if arguments.limit == "all" else arguments.limit
     if limit is None and arguments.since is None:
         return _fitting(client, arguments, arguments.state, newest_first=False)
@@ -29,7 +29,7 @@ def listed(client: "Client", arguments: Namespace) -> Iterable[Job]:
 
 
 def recent(client: "Client", arguments: Namespace) -> tuple[Sequence[Job], bool]:
-    """The newest jobs that `list` is asked for, and all that have not ended; whether there are others."""
+    """Return the newest jobs for `list`, with all unfinished ones, and whether there are others."""
     newest = list(_newest(client, arguments, RECENT_MAX + 1))
     if len(newest) <= RECENT_MAX:
         return newest[::-1], False
@@ -41,7 +41,7 @@ def recent(client: "Client", arguments: Namespace) -> tuple[Sequence[Job], bool]
 
 
 def named_or_fitting(client: "Client", arguments: Namespace, states: Sequence[JobState]) -> Sequence[JobName]:
-    """The jobs that a command names, or all jobs in one of *states* that fit its --label and --state."""
+    """Return the jobs a command names, or all in one of *states* that fit its --label and --state."""
     if arguments.jobs:
         return list(arguments.jobs)
     wanted = [state for state in states if state in arguments.state or not arguments.state]

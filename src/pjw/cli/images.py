@@ -26,7 +26,7 @@ def load_image(arguments: argparse.Namespace) -> None:
 
 
 def list_images(arguments: argparse.Namespace) -> None:
-    """Print their names; at a terminal also what they have, and whose they are."""
+    """Print the names of images; at a terminal also their figures and owners."""
     with connect(arguments) as client:
         found = client.images()
     form = arguments.format or ("table" if sys.stdout.isatty() else "names")
@@ -52,7 +52,7 @@ def remove_images(arguments: argparse.Namespace) -> int:
 
 
 def table(found: Sequence[Image], names: Sequence[str]) -> Iterator[str]:
-    """A line each, with these names, under a heading."""
+    """Yield a line for each image, with these names, under a heading."""
     now = datetime.now(UTC)
     width = max(map(len, ("NAME", *names)))
     yield f"{'NAME':<{width}} {'SIZE':>8} {'FILES':>9} {'JOBS':>6}  {'OF':<8}  USED"
@@ -65,7 +65,7 @@ def table(found: Sequence[Image], names: Sequence[str]) -> Iterator[str]:
 
 
 def members(image: Image) -> dict[str, Any]:
-    """The keys and values of its JSON."""
+    """Return the keys and values of an image's JSON."""
     return {
         "name": image.name,
         "digest": image.digest,

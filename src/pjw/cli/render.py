@@ -1,4 +1,4 @@
-"""What is shown: JSON and tables on stdout. The bytes of a job never come through here."""
+"""The output for users: JSON and tables on stdout. The bytes of a job never come through here."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -10,18 +10,18 @@ from pjw.cli.terminal import columns
 from pjw.cli.units import duration_in_words
 from pjw.model import ArrayCounts, EndReason, Job, JobState, Limits, Sums
 
-# What a name may take of a table's width.
+# The columns of a table that a name may take.
 NAME_COLUMNS: Final = 24
 _GREEN, _RED, _YELLOW, _DIM = "32", "31", "33", "2"
 
 
 def job_json(job: Job) -> str:
-    """A job as the JSON of the seed, further keys behind its own."""
+    """Return a job as the JSON of the seed, further keys behind its own."""
     return json_text(members(job), indent=2)
 
 
 def members(job: Job) -> dict[str, Any]:
-    """The keys and values of a job's JSON."""
+    """Return the keys and values of a job's JSON."""
     status = job.exit_status
     return {
         "id": str(job.id),  # an int64 is a string in protobuf's JSON mapping, and in the seed
@@ -80,7 +80,7 @@ def _artifacts(job: Job) -> dict[str, str | bool] | None:
 
 
 def limits_members(limits: Limits | Sums) -> dict[str, int]:
-    """The keys and values of the JSON of limits, or of sums."""
+    """Return the keys and values of the JSON of limits, or of sums."""
     return {_camel(name): value for name, value in limits.items()}
 
 
@@ -100,7 +100,7 @@ def _array(job: Job) -> dict[str, int | str] | None:
 
 
 def array_counts(array: ArrayCounts) -> str:
-    """What has become of the elements of an array, on a line for a person."""
+    """Return the progress of the elements of an array, on a line for a person."""
     named = {
         "wait": array.waiting,
         "run": array.running,
@@ -148,7 +148,7 @@ def json_text(value: object, indent: int | None = None) -> str:
 
 
 def job_line(job: Job) -> str:
-    """A job as one line of JSON."""
+    """Return a job as one line of JSON."""
     return json_text(members(job))
 
 
