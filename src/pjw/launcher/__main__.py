@@ -43,7 +43,8 @@ def main() -> int:
         say(str(error))
         return 1
     except OSError as error:
-        # What it cannot go on without, as when a child cannot be watched: the next launcher finds every job.
+        # An error without which it cannot go on, as when a child cannot be watched: the next launcher finds
+        # all jobs.
         say(describe_errno(error.errno or 0))
         return 1
     return 0

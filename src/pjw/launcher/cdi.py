@@ -67,7 +67,7 @@ class Device:
 
 
 def read_devices(kind: str, directories: Iterable[str]) -> tuple[Device, ...]:
-    """The devices of a kind, each under one name. Raises ConfigError or KernelError for a file that is wrong.
+    """Return the devices of a kind, each name once. Raises ConfigError or KernelError for a bad file.
 
     A device in a later directory replaces one of the same name in an earlier directory, as CDI defines it.
     """
@@ -98,7 +98,7 @@ def _order(name: str) -> tuple[bool, int, str]:
 
 
 def edits_of(devices: Sequence[Device], names: Sequence[str], *, image: bool = False) -> Edits:
-    """The edits of a job with these devices; in an *image* also of files that it otherwise sees anyway.
+    """Return the edits of a job with these devices; in an *image* also of files that it sees anyway.
 
     Raises GpuError for an unknown name.
     """
@@ -123,7 +123,7 @@ def edits_of(devices: Sequence[Device], names: Sequence[str], *, image: bool = F
 
 
 def _files(directory: str) -> list[str]:
-    """The files of a directory, sorted by their names; none when the directory is missing."""
+    """Return the files of a directory, sorted by name; none when the directory is missing."""
     try:
         names = sorted(name for name in os.listdir(directory) if name.endswith(".json"))
     except (FileNotFoundError, NotADirectoryError):
@@ -193,7 +193,7 @@ def _node(node: Mapping[str, Any]) -> Edit:
         raise ValueError(f"{path} is no character device")
     allowed = node.get("permissions") or "rw"
     if not isinstance(allowed, str) or not {"r", "w"} <= set(allowed):
-        # the node's own mode decides who may do what, and a mount of the node cannot change that
+        # the node's own mode decides about access, and a mount of the node cannot change that
         raise ValueError(f"{path} has the permissions {allowed!r:.80}, and only 'rw' can be given")
     return Edit(_host_path(_text(node, "hostPath", path)), path, is_device=True)
 

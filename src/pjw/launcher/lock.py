@@ -71,7 +71,7 @@ def _note_holder(descriptor: int) -> None:
 
 
 def wait_for_lock(lock: Callable[[], None]) -> bool:
-    """Call what waits for a lock; whether it came within WAIT_SECONDS."""
+    """Call a function that waits for a lock; return whether it came within WAIT_SECONDS."""
     return within(WAIT_SECONDS, lock)
 
 

@@ -1,4 +1,4 @@
-"""The phases of a job's init in a launcher, and what the worker may ask for in each, as a table."""
+"""The phases of a job's init in a launcher, and the worker's possible requests in each, as a table."""
 
 from enum import StrEnum
 from typing import Final

@@ -1,7 +1,7 @@
-"""Processes that were killed and are still there: which, and what each waits for.
+"""Processes that were killed and are still there: which, and the cause of each one's wait.
 
-A process in an uninterruptible sleep (state D) ends when the kernel has what it waits for, and for no signal:
-the answer of an NFS or FUSE server, or of a disk.
+A process in an uninterruptible sleep (state D) ends when the kernel has the thing it waits for, and for no
+signal: the answer of an NFS or FUSE server, or of a disk.
 """
 
 import signal
@@ -40,7 +40,7 @@ def describe(pids: Collection[int]) -> Remaining:
 
 
 def _process(pid: int, shown: int) -> str:
-    """One of them, by its pid as the job sees it; with what of proc(5) there is."""
+    """Describe one of them, by its pid as the job sees it; with the available parts of proc(5)."""
     name = b" ".join(status_of(pid, b"Name")).decode("ascii", "replace")
     safe = "".join(
         character if character.isascii() and character.isprintable() else "?" for character in name

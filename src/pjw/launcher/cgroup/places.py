@@ -1,7 +1,7 @@
-"""Where each job's cgroup is below its instance's: in `client-UID/job-ID`.
+"""The place of each job's cgroup below its instance's: `client-UID/job-ID`.
 
 A job of a version before this layout is in `job-ID`, and stays there. The directories are the registry;
-what is held in memory is an index of them, so that a job is found without a look at every client.
+memory holds only an index of them, so that a job is found without a look at every client.
 """
 
 import os
@@ -48,7 +48,10 @@ class Places:
         return _job_place(self._client_of.get(job_id, _NOBODY), job_id)
 
     def add(self, job_id: int, uid: int) -> str:
-        """A job is about to have a directory in that of its client; where. JobStateError when it has one."""
+        """Add a job that is about to have a directory in its client's; return its place.
+
+        Raises JobStateError when it has one.
+        """
         if job_id in self._client_of:
             raise files.it_exists(f"job {job_id}")
         self._add(job_id, uid)
@@ -59,7 +62,7 @@ class Places:
         self._jobs_of[uid] += 1
 
     def forget(self, job_id: int) -> int:
-        """A job's directories are gone; with those of its last job go its client's. Give the client."""
+        """Forget a job whose directories are gone; remove its client's after the last. Return the client."""
         uid = self._client_of.pop(job_id, None)
         if uid is None:
             return _NOBODY
