@@ -1,7 +1,8 @@
 """Arrays in the table of jobs: a row for each array, and for those of its elements that had their turn.
 
-Each function is a part of a transaction, and is called in the table's thread. How many elements wait is kept
-by triggers (schema.py), whoever changes an element's row; what their ends come to is counted here.
+Each function is a part of a transaction, and is called in the table's thread. Triggers keep the number of
+waiting elements (schema.py), whichever code changes an element's row; the results of their ends are counted
+here.
 """
 
 import sqlite3
@@ -18,7 +19,7 @@ from pjw.worker.rows import COLUMNS, READY, WAITS, from_ns, job_of
 TAKEN_MAX: Final = 10_000
 # of an element that did not end by itself
 _FAILED: Final = 1
-# what an element has of its array
+# the columns that an element takes from its array
 _KEPT: Final = (
     "client_name, command, limits, labels, split_stderr, workdir, priority, attempt, workspace, exclusive,"
     " image, read_only, artifacts, artifacts_required, mounts, allow, link, gpus"
@@ -35,9 +36,7 @@ def make(db: sqlite3.Connection, array_id: int, client_name: str, indices: str) 
 
 
 def draw(db: sqlite3.Connection, array_id: int, without: Sequence[int]) -> tuple[int, int] | None:
-    """The element of an array that goes first of those whose turn may come; None when there is none.
-
-    Gives its id and its index.
+    """Return the id and the index of the array's next element to start; None when there is none.
 
     One that was put back, or is to be tried again, goes before one that has no row yet, which gets it now.
     """
@@ -94,7 +93,7 @@ def take(db: sqlite3.Connection, element: Element) -> int | None:
 
 
 def with_row(db: sqlite3.Connection, element: Element, client_name: str) -> int:
-    """The id of a client's element in its newest attempt, to wait for its end; one without a row gets it now.
+    """Return the id of a client's element in its newest attempt, to wait for; make a missing row now.
 
     Raises JobNotFoundError, and LimitReachedError as `take`.
     """
@@ -108,7 +107,7 @@ def with_row(db: sqlite3.Connection, element: Element, client_name: str) -> int:
 
 
 def _see(db: sqlite3.Connection, element: Element) -> int:
-    """Insert the row of an element that had none; its id. What it executes is stored with its array."""
+    """Insert the row of an element that had none; return its id. Its command is stored with its array."""
     job_id = db.execute(
         f"INSERT INTO jobs ({_KEPT}, start_ns, queued_ns, array_id, array_index)"
         f" SELECT {_KEPT}, 0, queued_ns, id, ? FROM jobs WHERE id = ?",
@@ -193,7 +192,7 @@ def element_ended(
 
 
 def element_retried(db: sqlite3.Connection, array_id: int) -> None:
-    """An element that has ended waits again, as its next attempt."""
+    """Count an ended element as waiting again, as its next attempt."""
     db.execute("UPDATE arrays SET waiting = waiting + 1 WHERE id = ?", (array_id,))
 
 
@@ -235,7 +234,7 @@ def _was_one_started(db: sqlite3.Connection, array_id: int) -> bool:
 
 
 def find(db: sqlite3.Connection, element: Element, client_name: str | None) -> Job | None:
-    """An element in its newest attempt, of an array of one client or of any; None when there is none.
+    """Return an element in its newest attempt, of one client's array or any; None if there is none.
 
     One without a row has no id. None, too, for one whose row was removed.
     """
@@ -300,7 +299,7 @@ def rows_of(db: sqlite3.Connection, array_id: int, most: int) -> list[int]:
 
 
 def variables(array_id: int, index: int, indices: str) -> dict[str, str]:
-    """What the command of an element has in its environment."""
+    """Return the environment variables of an element's command."""
     array = Array.of(indices)
     values = {"ID": array_id, "INDEX": index, "COUNT": len(array), "MIN": array.lowest, "MAX": array.highest}
     return {f"PJW_ARRAY_{name}": str(value) for name, value in values.items()}

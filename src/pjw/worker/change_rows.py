@@ -134,7 +134,7 @@ class Note(NamedTuple):
 
 
 def note(db: sqlite3.Connection, notes: Sequence[Note]) -> None:
-    """Write down what was noted of jobs that have not ended."""
+    """Write down the notes about jobs that have not ended."""
     db.executemany(
         "UPDATE jobs SET told = ?, start_ns = ?"
         " WHERE id = ? AND state IS NULL AND start_ns > 0 AND told <> ?",
@@ -149,7 +149,7 @@ def _jobs(db: sqlite3.Connection, job_ids: Collection[int]) -> dict[int, Job]:
 
 
 def _removed(db: sqlite3.Connection, job_ids: Collection[int]) -> dict[int, Job]:
-    """What is still known of jobs that were removed."""
+    """Return the facts still known of jobs that were removed."""
     if not job_ids:
         return {}
     marks = ", ".join("?" * len(job_ids))

@@ -25,7 +25,7 @@ class HeldOutputs:
     """
 
     def __init__(self, state: StateDir) -> None:
-        """Raises KernelError."""
+        """Begin without any jobs. Raises KernelError."""
         self._state: Final = state
         # an instance of its own: a follower watches the same files for other changes
         self._inotify: Final = Inotify(IN_ATTRIB)
@@ -41,7 +41,7 @@ class HeldOutputs:
         self._inotify.close()
 
     def __len__(self) -> int:
-        """The number of jobs whose output waits."""
+        """Return the number of jobs whose output waits."""
         return len(self._held)
 
     def add(self, live: LiveJob) -> None:

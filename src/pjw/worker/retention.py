@@ -1,4 +1,4 @@
-"""Removes ended jobs: when somebody asks, and when there are more than the operator keeps."""
+"""Removes ended jobs: on request, and when there are more than the operator keeps."""
 
 import asyncio
 import logging
@@ -28,7 +28,7 @@ class Kept(Protocol):
         """Their rows."""
 
     def in_thread(self, function: Callable[[int], None], job_id: int, /) -> Awaitable[None]:
-        """Call what waits for the disk."""
+        """Call a function that waits for the disk."""
 
     def remove_job(self, job_id: int) -> None:
         """Remove the files of a job."""
@@ -65,7 +65,7 @@ class Pruner:
             self._due.clear()
             try:
                 if leftover:
-                    # what a worker before us had begun
+                    # removals that a worker before us had begun
                     await self._remove_files(await self._state.store.removals())
                     leftover = False
                 while pruned := await self._state.store.prune(self._retention, time.time_ns(), BATCH):

@@ -1,7 +1,7 @@
-"""The slots of the queue: how many of its jobs run, what their limits promise, and whose turn that makes it.
+"""The slots of the queue: its running jobs, the sums of their limits, and so whose turn it is.
 
-Only jobs that came out of the queue count. A job that was started at once takes no slot: who starts long jobs
-at once would hold up everybody's queue.
+Only jobs that came out of the queue count. A job that was started at once takes no slot: else a client that
+starts long jobs at once would hold up every client's queue.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from pjw.worker.settings import WorkerSettings
 
 @dataclass(slots=True)
 class _Use:
-    """What some jobs have: their number, and what their limits promise."""
+    """The use of some jobs: their number, and the sums of their limits."""
 
     jobs: int = 0
     millicores: int = 0
@@ -26,7 +26,7 @@ class _Use:
         self.memory += sign * other.memory
 
     def room_for(self, other: "_Use", most: "_Use") -> bool:
-        """Whether both together are within *most*, where 0 is no limit. What is above that takes it all."""
+        """Return whether both are within *most*, where 0 is no limit. A larger job takes all of it."""
         return all(
             not bound or there + min(more, bound) <= bound
             for there, more, bound in (
@@ -40,7 +40,7 @@ class _Use:
 class Slots:
     """Counts the jobs of the queue from before their start to after their end.
 
-    New settings change the bounds, not what is counted.
+    New settings change the bounds, not the counts.
     """
 
     def __init__(self, settings: WorkerSettings) -> None:
@@ -48,7 +48,7 @@ class Slots:
         self._host: Final = _Use(0, resources().cpu_max_millicores, memory_of(settings.sums))
         self._all: Final = _Use()
         self._clients: Final[dict[str, _Use]] = {}
-        # what each job was counted as: a reload may change what it would be counted as
+        # the amounts that each job was counted with: a reload may change these
         self._taken: Final[dict[int, tuple[str, _Use]]] = {}
 
     def take(self, job_id: int, client_name: str, limits: Limits) -> None:
@@ -59,7 +59,7 @@ class Slots:
         self._clients.setdefault(client_name, _Use()).add(use, 1)
 
     def give_back(self, job_id: int) -> None:
-        """A job has ended, or did not come to be."""
+        """Free the slots of a job that has ended, or did not come to be."""
         client_name, use = self._taken.pop(job_id)
         self._all.add(use, -1)
         own = self._clients[client_name]
@@ -78,7 +78,7 @@ class Slots:
         return self._all.room_for(self._promise(limits), self._most())
 
     def share(self, client_name: str) -> float:
-        """What a client has of all slots, of that of which it has most, by its weight."""
+        """Return a client's part of all slots, in the kind it has most of, by its weight."""
         own, most = self._clients.get(client_name, _Use()), self._most()
         parts = (
             own.jobs / most.jobs if most.jobs else 0.0,

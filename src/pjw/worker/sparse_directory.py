@@ -16,7 +16,7 @@ class SparseDirectory:
 
     @contextmanager
     def adding(self) -> Iterator[None]:
-        """Make an entry within: the directory is there, 0700, and nobody removes it. Raises OSError."""
+        """Make an entry within: the directory is there, 0700, and is not removed. Raises OSError."""
         with self._changing:
             os.makedirs(self.path, 0o700, exist_ok=True)
             try:
@@ -36,7 +36,7 @@ class SparseDirectory:
             os.rmdir(self.path)
 
     def names(self) -> list[str]:
-        """What is in it."""
+        """Return the names in it."""
         try:
             return os.listdir(self.path)
         except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The state directory: who owns what in it.
+"""The state directory: its files, and the owner of each.
 
 STATE/               root, 0711
 jobs.sqlite        root's, 0600: the job table; opened before privilege is dropped
@@ -15,8 +15,8 @@ scratch-dirs       the launcher's: where jobs have their scratch directories, or
 launcher.lock      held by the launcher
 backup.sock        root's, 0600: where `pjwd backup` asks for a copy of the table
 
-STATE and every directory above it can be written by root alone: whoever may rename one of them, or put a link
-in its place, decides where root makes files and directories.
+STATE and every directory above it can be written by root alone: a user that may rename one of them, or
+put a link in its place, decides where root makes files and directories.
 """
 
 import asyncio
@@ -41,7 +41,7 @@ from pjw.worker.secret_files import SecretFiles
 from pjw.worker.store import JobStore
 from pjw.worker.usage import append_sample, read_samples
 
-# SQLite takes a path of 512 bytes, including what it adds to the name of its file ("-journal")
+# SQLite takes a path of 512 bytes, including its own suffixes for files ("-journal")
 PATH_BYTES_MAX: Final = 512 - len("/jobs.sqlite-journal")
 JOBS: Final = "jobs"
 TABLE: Final = "jobs.sqlite"
@@ -54,10 +54,10 @@ _CONTROL: Final = "control"
 # of one with files that are kept after its end
 _ARTIFACTS: Final = "artifacts"
 
-# the mode of the status of a job that is ended for what it has on the disk
+# the mode of the status of a job that is ended for its use of the disk
 _ENDED_FOR_DISK: Final = 0o700
 
-# Of what is whole and is not written any more; init/keep.c sets it as well.
+# The mode of a file that is whole and is not written any more; init/keep.c sets it as well.
 WHOLE_MODE: Final = 0o400
 
 # kept for a job that has written nothing as well
@@ -93,7 +93,7 @@ class StateDir:
                 f"cannot use the state directory {path}: {describe_errno(error.errno or 0)}",
                 hint="give a directory on a local disk that root can write with --state-dir",
             ) from error
-        # Of its own: what waits for a disk here must not hold up those who read output.
+        # Of its own: calls here that wait for a disk must not hold up readers of output.
         self._threads: Final = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pjw-disk")
         # By descriptor: its owner may not be able to reach it by name (a parent of mode 0700).
         self._jobs: Final = f"/proc/self/fd/{self._jobs_fd}"
@@ -107,7 +107,7 @@ class StateDir:
             raise
 
     def close(self) -> None:
-        """Close what is open, when the threads have let go of it."""
+        """Close all open files, when the threads have released them."""
         self._threads.shutdown(cancel_futures=True)
         self.store.close()
         os.close(self._jobs_fd)
@@ -147,7 +147,7 @@ class StateDir:
         directory = str(job.id)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         descriptors: list[int] = []
-        # When somebody cuts an output short, the next bytes follow what is left, without a hole.
+        # When another process cuts an output short, the next bytes follow the rest, without a hole.
         appended = ("output", "stderr")
         try:
             try:
@@ -177,7 +177,7 @@ class StateDir:
         return descriptors
 
     def read_status(self, job_id: int) -> bytes:
-        """The status record; empty when there is none."""
+        """Return the status record; empty when there is none."""
         try:
             descriptor = os.open(f"{job_id}/status", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._jobs_fd)
             try:
@@ -190,7 +190,7 @@ class StateDir:
             raise KernelError("read the status of", f"job {job_id}", error.errno or 0) from error
 
     def note_end_for_disk(self, job_id: int) -> None:
-        """Note that a job is about to be ended for what it has on the disk.
+        """Note that a job is about to be ended for its use of the disk.
 
         The note outlives the kill of any process. It is a mode, since that takes no space.
         """
@@ -216,7 +216,7 @@ class StateDir:
         return sum(self._size(path) for path in self.outputs(job))
 
     def outputs(self, job: Job) -> list[str]:
-        """The paths of the files of a job's output, for use in this process only."""
+        """Return the paths of the files of a job's output, for use in this process only."""
         return [
             self.output_paths(job.id, stderr=stderr)[0]
             for stderr in ((False, True) if job.split_stderr else (False,))
@@ -236,7 +236,7 @@ class StateDir:
             raise KernelError("look at", describe_job_file(path), error.errno or 0) from error
 
     def remove_input(self, job_id: int) -> None:
-        """Remove the input of a job, which nobody reads any more. Takes the kernel long when it is large."""
+        """Remove the input of a job, which is not read any more. Takes the kernel long when it is large."""
         try:
             with suppress(FileNotFoundError):
                 os.unlink(self.input_path(job_id))
@@ -252,7 +252,7 @@ class StateDir:
         return self._size(self.artifacts_path(job.id)) if job.artifacts is not None else 0
 
     def whole_artifacts(self, job_id: int) -> int | None:
-        """The size of the artifacts of a job whose init has ended; None when they are not whole."""
+        """Return the size of the artifacts of a job whose init has ended; None when they are not whole."""
         try:
             status = os.stat(self.artifacts_path(job_id))
         except FileNotFoundError:
@@ -262,7 +262,7 @@ class StateDir:
         return status.st_size if stat.S_IMODE(status.st_mode) == WHOLE_MODE else None
 
     def remove_artifacts(self, job_id: int) -> None:
-        """Remove what there is of a job's artifacts."""
+        """Remove a job's artifacts, whole or not."""
         try:
             self._unlink(f"{job_id}/{_ARTIFACTS}")
         except OSError as error:
@@ -300,7 +300,7 @@ class StateDir:
             raise disk_error("write the usage of", f"job {job_id}", error) from error
 
     def read_usage(self, job_id: int) -> Sequence[UsageSample]:
-        """The samples of a job's history."""
+        """Return the samples of a job's history."""
         try:
             return read_samples(f"{self._jobs}/{job_id}/{_USAGE}")
         except OSError as error:
@@ -323,7 +323,7 @@ class StateDir:
             raise _removal_error(job_id, error) from error
 
     def _remove_silent(self, job: Job) -> None:
-        """Remove what is left of an ended job without output, but for its history with the directory."""
+        """Remove the remains of an ended job without output, but for its history with the directory."""
         try:
             for name in (*_names_of(job), *((_INPUT,) if job.input else ())):
                 self._unlink(f"{job.id}/{name}")
@@ -364,14 +364,14 @@ class StateDir:
             raise disk_error("store the secrets of", "a job", error) from error
 
     async def in_thread(self, function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        """Call what waits for the disk without holding the event loop up."""
+        """Call a function that waits for the disk without holding the event loop up."""
         return await asyncio.get_running_loop().run_in_executor(
             self._threads, partial(function, *args, **kwargs)
         )
 
 
 def _names_of(job: Job) -> Sequence[str]:
-    """The files that a job has from its start on, beside its input."""
+    """Return the files that a job has from its start on, beside its input."""
     return (*_FILES, *_STDERR_FILES) if job.split_stderr else _FILES
 
 
@@ -396,7 +396,7 @@ def _private_file(path: str) -> str:
 
 
 def disk_error(operation: str, subject: str, error: OSError) -> KernelError | LimitReachedError:
-    """The error for a failed write: full disks and quotas are the caller's to retry."""
+    """Return the error for a failed write: full disks and quotas are the caller's to retry."""
     failed = KernelError(operation, subject, error.errno or 0)
     if failed.errno in RESOURCE_ERRNOS:
         return LimitReachedError(str(failed))

@@ -40,8 +40,8 @@ BUSY_SECONDS: Final = 5.0
 _NOTE_SECONDS: Final = 0.05
 # A copy of the table holds it for this many pages at a time, about a millisecond. In between others use it.
 _COPY_PAGES: Final = 256
-# So many of the jobs that ended last are kept in memory, each of so few characters of command and labels: who
-# has followed a job asks for it then, and needs no turn of the table's thread.
+# The number of recently ended jobs kept in memory, each of so few characters of command and labels: a client
+# that has followed a job asks for it then, and needs no turn of the table's thread.
 _RECENT_MAX: Final = 64
 _RECENT_CHARACTERS_MAX: Final = 1024
 # how long a copy waits between these, and for the end of a transaction
@@ -49,10 +49,10 @@ _COPY_WAIT_SECONDS: Final = 0.005
 
 log: Final = logging.getLogger(__name__)
 
-# Which job goes first when more is kept than may be, by the member of Retention that says so;
-# `:most` is its value. A total is brought down at the cost of the client who has most: nobody
-# can push the jobs of others out. Its bound is inside the question for that client: outside, SQLite
-# would ask it again for each of the client's jobs.
+# The job that goes first when more is kept than allowed, by the member of Retention that bounds it; `:most`
+# is its value. A total is brought down at the cost of the client that has most: no client can push the jobs
+# of others out. Its bound is inside the question for that client: outside, SQLite would ask it again for each
+# of the client's jobs.
 _TO_PRUNE: Final = {
     "age_seconds": "SELECT id FROM jobs WHERE state IS NOT NULL AND end_ns < :now - :most * 1000000000"
     " ORDER BY end_ns LIMIT 1",
@@ -88,7 +88,7 @@ class AlreadyStartedError(Exception):
 
 
 class _NotWrittenError(Exception):
-    """What was to be synced could not be written."""
+    """The rows to be synced could not be written."""
 
     def __init__(self, why: BaseException) -> None:
         super().__init__(str(why))
@@ -121,12 +121,12 @@ class JobStore:
         # jobs that have begun to run or to stop, until that is written down
         self._notes: dict[int, list[change_rows.Note]] = {}
         self._is_timed = False
-        # called in the table's thread when something has changed; None: nobody wants to know
+        # called in the table's thread when something has changed; None: there are no watchers
         self.changed: Callable[[], object] | None = None
         # Rows of ended jobs as they are about to be, or are; belongs to the event loop.
         self._recent: Final[dict[int, Job]] = {}
         self._filtering: Final = asyncio.Lock()
-        # those of the clients that wait for it, by name; None is who asks for the jobs of all
+        # those of the clients that wait for it, by name; None is for calls about the jobs of all
         self._filtering_of: Final[WeakValueDictionary[str | None, asyncio.Lock]] = WeakValueDictionary()
         self._db: Final = self._guarded(self._open)
         try:
@@ -163,13 +163,13 @@ class JobStore:
         db.execute("PRAGMA locking_mode = EXCLUSIVE")
         db.execute("PRAGMA temp_store = MEMORY")
         db.execute("PRAGMA journal_mode = WAL")
-        # NORMAL: a commit survives the death of any process. What must survive a power cut too is
-        # synced by us (wal.py), beside what else has to be done; FULL would have each wait in turn.
+        # NORMAL: a commit survives the death of any process. Commits that must survive a power cut too are
+        # synced by us (wal.py), beside other work; FULL would have each wait in turn.
         db.execute("PRAGMA synchronous = NORMAL")
         migrate(db, self._path)
 
     def close(self) -> None:
-        """Write what is pending and close."""
+        """Write the pending notes and close."""
         self._thread.close()
         with suppress(PjwError):
             self._guarded(self._note_all, self._notes)
@@ -177,7 +177,7 @@ class JobStore:
         self._db.close()
 
     def reserve(self) -> None:
-        """Have space for what must be written on a full disk, if it was full when this was opened."""
+        """Have space for the necessary writes on a full disk, if it was full when this was opened."""
         self._wal.reserve()
 
     def sync(self) -> asyncio.Future[None]:
@@ -187,7 +187,8 @@ class JobStore:
     def copy_to(self, target: sqlite3.Connection) -> None:
         """Copy the table as it is at one moment; call it from any thread, while others use the table.
 
-        The copy also gets what others write meanwhile: SQLite sees to that, as they use the same connection.
+        The copy also gets the writes of others meanwhile: SQLite sees to that, as they use the same
+        connection.
         """
         self._guarded(self._db.backup, target, pages=_COPY_PAGES, sleep=_COPY_WAIT_SECONDS)
 
@@ -201,7 +202,7 @@ class JobStore:
         return int(pages * page_bytes)
 
     async def client_number(self, name: str) -> int:
-        """The number of a client, from 0 on, given at its first job and never to another."""
+        """Return the number of a client, from 0 on, given at its first job and never to another."""
         return await self._run(self._client_number, name)
 
     def _client_number(self, name: str) -> int:
@@ -332,7 +333,7 @@ class JobStore:
         return row[0] if row else None
 
     async def of_request(self, client_name: str, request_id: str) -> int | None:
-        """The job that a client's request with this id has started; None when it has started none."""
+        """Return the job that a client's request with this id has started; None when it has started none."""
         return await self._run(self._of_request, client_name, request_id)
 
     def _of_request(self, client_name: str, request_id: str) -> int | None:
@@ -414,7 +415,7 @@ class JobStore:
         function: Callable[..., _R],
         *arguments: Any,  # noqa: ANN401  as the function has them
     ) -> _R:
-        """Write down an end, and what was noted of the job and is not on its way to the table yet."""
+        """Write down an end, with the notes of the job that are not on their way to the table yet."""
         notes = self._notes.pop(job.id, [])
         try:
             return await self._run(function, notes, *arguments)
@@ -475,9 +476,10 @@ class JobStore:
 
         Gives jobs, in the same order, and the ids of those whose ends they wait for. A request id that has
         made a job before gives that job. *tokens* has the files with secrets of the jobs at these places; one
-        that no job has after this is removed. A job that waits for what has ended otherwise is cancelled.
-        Raises NameTakenError as `add`; JobNotFoundError for what is no job of the client to wait for; and
-        LimitReachedError when the client, or all of them, would have more in the queue than *quotas* allow.
+        that no job has after this is removed. A job that waits for one that has ended in another way is
+        cancelled. Raises NameTakenError as `add`; JobNotFoundError for an id to wait for that is no job of
+        the client; and LimitReachedError when the client, or all of them, would have more in the queue than
+        *quotas* allow.
         """
         return await self._run(self._enqueue_with_secrets, client_name, asked, quotas, tokens)
 
@@ -543,7 +545,7 @@ class JobStore:
         return job_id
 
     async def unqueue(self, job_ids: Sequence[int]) -> None:
-        """Take back jobs that were just put into the queue, and that nobody was told of."""
+        """Take back jobs that were just put into the queue, and that no caller was told of."""
         await self._run(self._unqueue, job_ids)
 
     def _unqueue(self, job_ids: Sequence[int]) -> None:
@@ -559,7 +561,7 @@ class JobStore:
         *,
         without_gpus: bool = False,
     ) -> queue_rows.Head | None:
-        """The job of a client that goes first of those that wait for nothing but their turn.
+        """Return the job of a client that goes first of those that wait for nothing but their turn.
 
         No job that waits for a workspace: for those that are *busy* see workspace_rows.is_free.
         """
@@ -568,7 +570,7 @@ class JobStore:
         )
 
     async def waiting(self, job_id: int) -> queue_rows.WaitingJob:
-        """A job that waits for nothing but its turn, with what it is to execute.
+        """Return a job that waits for nothing but its turn, with its spec.
 
         Raises NotQueuedError, and InvalidJobError when its secrets are gone.
         """
@@ -584,7 +586,7 @@ class JobStore:
         return replace(found, secrets=self.secrets.read(found.token))
 
     async def uploads(self) -> set[tuple[str, str]]:
-        """The uploads that jobs of the queue are to have: their clients and names."""
+        """Return the uploads that jobs of the queue are to have: their clients and names."""
         return await self._run(queue_rows.uploads, self._db)
 
     async def forget_secrets(self) -> None:
@@ -614,7 +616,7 @@ class JobStore:
         return {name: jobs for name, jobs, _ in await self._run(queue_rows.of_clients, self._db)}
 
     async def waiting_of_clients(self) -> dict[str, int]:
-        """The same, where each element of an array is one."""
+        """Return the same, where each element of an array counts as one."""
         return {name: jobs for name, _, jobs in await self._run(queue_rows.of_clients, self._db)}
 
     async def oldest_ready_ns(self) -> int | None:
@@ -644,7 +646,7 @@ class JobStore:
     # --- arrays
 
     async def draw(self, array_id: int, without: Sequence[int]) -> tuple[int, int] | None:
-        """The id and the index of the element of an array whose turn it is; None when none can be started."""
+        """Return the id and index of the array's element whose turn it is; None when none can start."""
         return await self._run(self._draw, array_id, without)
 
     def _draw(self, array_id: int, without: Sequence[int]) -> tuple[int, int] | None:
@@ -652,7 +654,7 @@ class JobStore:
             return array_rows.draw(self._db, array_id, without)
 
     async def element(self, element: Element, client_name: str | None) -> Job | None:
-        """An element of an array of a client, or of any; without an id until its turn. None: no such."""
+        """Return an element of a client's array, or any's; no id until its turn. None: no such element."""
         return await self._run(array_rows.find, self._db, element, client_name)
 
     async def hold_element(self, element: Element, quotas: Quotas) -> Job | None:
@@ -696,15 +698,15 @@ class JobStore:
         return await self._run(array_rows.being_stopped, self._db)
 
     async def elements(self, array_id: int, most: int) -> list[int]:
-        """The ids of elements of an array that have a row: *most* of them, or all."""
+        """Return the ids of elements of an array that have a row: *most* of them, or all."""
         return await self._run(array_rows.rows_of, self._db, array_id, most)
 
     # --- from the queue to its start
 
     async def admit(self, job_id: int, limits: Limits, gpu_names: Sequence[str] = ()) -> Job:
-        """Take a job out of the queue, to be started with *limits* and these GPUs. Raises NotQueuedError.
+        """Take a job out of the queue, to start it with *limits* and these GPUs. Raises NotQueuedError.
 
-        What is to be executed stays stored until `settled`: a crash before that may have left it undone.
+        Its spec stays stored until `settled`: a crash before that may have left it undone.
         """
         names = _listed(gpu_names) if gpu_names else ""
         job = await self._run(queue_rows.admit, self._db, job_id, limits, time.time_ns(), names)
@@ -721,7 +723,7 @@ class JobStore:
             queue_rows.put_back(self._db, job_id, time.time_ns())
 
     async def settled(self, job_id: int) -> None:
-        """Forget what an admitted job was to execute, as that has happened, unless it may be tried again."""
+        """Forget the spec of an admitted job, as it was executed, unless it may be tried again."""
         await self._run(queue_rows.settle, self._db, job_id)
 
     async def end_without_start(self, job_id: int, reason: EndReason, detail: str) -> Job | None:
@@ -744,23 +746,23 @@ class JobStore:
             return queue_rows.take_effect(self._db, job_id, time.time_ns())
 
     async def awaited(self) -> dict[int, bool]:
-        """The jobs whose ends others wait for, each with whether it has ended."""
+        """Return the jobs whose ends others wait for, each with whether it has ended."""
         return dict(await self._run(queue_rows.awaited, self._db))
 
     async def admitted(self) -> set[int]:
-        """The jobs that were admitted, and of which it is not written down that they were executed."""
+        """Return the jobs that were admitted, and whose execution is not written down."""
         return set(await self._run(queue_rows.admitted, self._db))
 
     async def of_workspaces(
         self, function: Callable[Concatenate[sqlite3.Connection, _P], _R], *args: _P.args, **kwargs: _P.kwargs
     ) -> _R:
-        """Call a function of workspace_rows; what it changes is one transaction."""
+        """Call a function of workspace_rows; its changes are one transaction."""
         return await self._run(self._in_transaction, partial(function, self._db, *args, **kwargs))
 
     async def transact(
         self, function: Callable[Concatenate[sqlite3.Connection, _P], _R], *args: _P.args, **kwargs: _P.kwargs
     ) -> _R:
-        """Call a function with the table, in its thread; what it changes is one transaction."""
+        """Call a function with the table, in its thread; its changes are one transaction."""
         return await self._run(self._in_transaction, partial(function, self._db, *args, **kwargs))
 
     def _in_transaction(self, function: Callable[[], _R]) -> _R:
@@ -772,7 +774,7 @@ class JobStore:
         self._db.execute("UPDATE jobs SET image_key = ? WHERE id = ?", (key, job_id))
 
     async def in_turn(self, function: Callable[[], _R]) -> _R:
-        """Call what touches files in the table's thread, as `add` does."""
+        """Call a function that touches files in the table's thread, as `add` does."""
         return await self._run(function)
 
     # --- changes of state
@@ -780,8 +782,8 @@ class JobStore:
     def note(self, job: Job) -> None:
         """Have it written down soon that a job runs, or is being stopped.
 
-        With what else there is to note then, or with the job's end: so a start pays for no transaction more.
-        What a crash loses of it the next worker notes again.
+        With other notes of that moment, or with the job's end: so a start pays for no transaction more. The
+        next worker notes again the part that a crash loses.
         """
         if not self._is_timed:
             self._is_timed = True
@@ -816,7 +818,7 @@ class JobStore:
     async def changes(
         self, owners: Collection[str | None], since: int, count: int
     ) -> tuple[list[JobChange], int]:
-        """Changes behind *since*, and up to which that is all: see change_rows. Raises SequenceError."""
+        """Return changes behind *since*, and the number they are complete to. Raises SequenceError."""
         self._write_notes()
         return await self._run(change_rows.read_changes, self._db, owners, since, count)
 
@@ -829,7 +831,7 @@ class JobStore:
             self._write_notes()
             return await self._run(change_rows.read_snapshot, self._db, owner, after, count, wanted, ids)
 
-    # --- what there is
+    # --- reading the table
 
     async def get(self, job_id: int, client_name: str | None = None) -> Job | None:
         """One job, of one client or of any; None when there is none."""
@@ -859,16 +861,16 @@ class JobStore:
         *,
         newest_first: bool = False,
     ) -> Page:
-        """The next jobs behind id *after*, of one client or of all: *count*, or fewer."""
+        """Return the next jobs behind id *after*, of one client or of all: *count*, or fewer."""
         if wanted == ALL_JOBS:
             return await self._run(read_page, self._db, client_name, after, count, wanted, newest_first)
-        # One after the other, or whoever wants a single row would wait for all that one client asks at once;
-        # and of each client one waits for its turn, or another's would wait for all of them.
+        # One after the other, or a caller that wants a single row would wait for all that one client asks at
+        # once; and of each client one waits for its turn, or another's would wait for all of them.
         async with self._filtering_of.setdefault(client_name, asyncio.Lock()), self._filtering:
             return await self._run(read_page, self._db, client_name, after, count, wanted, newest_first)
 
     async def gpus_of_jobs(self) -> dict[int, tuple[str, ...]]:
-        """The GPUs of the jobs that were begun, and whose end has not been written down."""
+        """Return the GPUs of the jobs that were begun, and whose end has not been written down."""
         return await self._run(self._gpus_of_jobs)
 
     def _gpus_of_jobs(self) -> dict[int, tuple[str, ...]]:
@@ -879,7 +881,7 @@ class JobStore:
         return {job_id: tuple(json.loads(names)) for job_id, names in self._db.execute(query)}
 
     async def alive(self) -> list[Job]:
-        """The jobs that were begun, and whose end has not been written down."""
+        """Return the jobs that were begun, and whose end has not been written down."""
         return await self._run(self._alive)
 
     def _alive(self) -> list[Job]:
@@ -937,14 +939,14 @@ class JobStore:
         return None
 
     async def removals(self) -> list[int]:
-        """The jobs whose rows are gone, and whose files may still be there."""
+        """Return the jobs whose rows are gone, and whose files may still be there."""
         return await self._run(self._removals)
 
     def _removals(self) -> list[int]:
         return [job_id for (job_id,) in self._db.execute("SELECT id FROM removals")]
 
     async def removed(self, job_ids: Sequence[int]) -> None:
-        """The files of these are gone as well: nothing is left of them."""
+        """Note that the files of these are gone as well: nothing is left of them."""
         await self._run(self._removed, job_ids)
 
     def _removed(self, job_ids: Sequence[int]) -> None:
@@ -960,7 +962,7 @@ class JobStore:
         return row[0] if row else None
 
     async def ended_bytes(self, client_name: str) -> tuple[int, int]:
-        """The output that the ended jobs of a client, and of all clients, have, and workspaces: bytes."""
+        """Return the bytes of a client's, and all clients', ended jobs' output and of workspaces."""
         return await self._run(self._ended_bytes, client_name)
 
     def _ended_bytes(self, client_name: str) -> tuple[int, int]:
@@ -977,7 +979,7 @@ class JobStore:
         return self._db.execute("SELECT name, ended_jobs, ended_bytes FROM clients").fetchall()
 
     async def boot_id(self) -> str | None:
-        """The boot of the host in which the table was last in use; None for a new table."""
+        """Return the boot of the host in which the table was last in use; None for a new table."""
         return await self._run(self._boot_id)
 
     def _boot_id(self) -> str | None:
