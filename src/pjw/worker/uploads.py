@@ -2,9 +2,9 @@
 
 jobs/uploads/CLIENT-NAME    an archive, 0600, of the client with that hash; 0400 when all of it came
 
-One is there while a client writes it, for a while after that, and as long as a job of the queue is to have it.
-So nothing has to be undone when a client is gone or a job cancelled: an unwanted upload goes at the end of its
-lease, and with the start of the job that had it at once.
+One is there while a client writes it, for a while after that, and as long as a job of the queue is to have
+it. So nothing has to be undone when a client is gone or a job cancelled: an unwanted upload goes at the end
+of its lease, and with the start of the job that had it at once.
 """
 
 import asyncio

@@ -36,7 +36,7 @@ class Places:
         return uid in self._jobs_of
 
     def clients(self) -> set[int]:
-        """The clients that have jobs, and so directories."""
+        """Return the clients that have jobs, and so directories."""
         return self._jobs_of.keys() - {_NOBODY}
 
     def job_ids(self) -> set[int]:
