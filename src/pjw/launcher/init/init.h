@@ -160,7 +160,7 @@ struct options {
     int upload_fd;
     bool workspace; /* the order comes with a mount of it */
     int workspace_fd;
-    struct target targets[TARGETS_MAX]; /* places of offered directories and devices; the order comes with mounts of these */
+    struct target targets[TARGETS_MAX]; /* places of offered directories and devices; the order has mounts of these */
     int target_count;
     struct source sources[TARGETS_MAX]; /* not for an init: open these, and hand over mounts of them */
     int source_count;
