@@ -72,7 +72,7 @@ class Array:
         raise IndexError(place)
 
     def place(self, index: int) -> int | None:
-        """At which place the element with an index is; None when there is none."""
+        """Return the place of the element with an index; None when there is none."""
         before = 0
         for part in self.parts:
             if index in part:

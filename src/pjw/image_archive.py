@@ -334,12 +334,12 @@ class ImageArchive:
 
     @property
     def inodes(self) -> int:
-        """How many files, directories and links it has."""
+        """The number of its files, directories and links."""
         return self._tree.entries
 
     @property
     def file_bytes(self) -> int:
-        """How many bytes its files have."""
+        """The number of bytes of its files."""
         files = {id(node): node.size for _, node in self._tree.walk()}
         return sum(files.values())
 
@@ -531,7 +531,7 @@ class _Tree:
                 directory.children[name] = (_Node(tarfile.REGTYPE, 0o644, 0), -1)
 
     def walk(self) -> Iterator[tuple[str, _Node]]:
-        """All entries, each directory before its content."""
+        """Yield all entries, each directory before its content."""
         waiting = [("", self._root)]
         while waiting:
             path, node = waiting.pop()
@@ -549,7 +549,7 @@ class _Tree:
 
     @property
     def entries(self) -> int:
-        """How many entries there are."""
+        """The number of entries."""
         return sum(1 for _ in self.walk())
 
 
@@ -702,7 +702,7 @@ def _of(value: object, key: str, kind: type) -> Any:  # noqa: ANN401  JSON
 
 
 def _config(document: object) -> ImageConfig:
-    """How jobs begin in the image, without USER: a job always runs as its client's user."""
+    """Read how jobs begin in the image, without USER: a job always runs as its client's user."""
     found = _of(document, "config", dict)
     env: dict[str, str] = {}
     for each in _of(found, "Env", list):

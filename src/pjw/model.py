@@ -215,7 +215,7 @@ class Limits:
                 )
 
     def items(self) -> list[tuple[str, int]]:
-        """Every limit as (name, value), in the order of the fields."""
+        """Return every limit as (name, value), in the order of the fields."""
         return [(name, getattr(self, name)) for name in _LIMIT_NAMES]
 
     def first_above(self, ceiling: "Limits") -> str | None:
@@ -294,11 +294,11 @@ class Sums:
                 raise InvalidJobError(f"the sum {name} must be at least {SUM_MINIMUM[name]}, not {value}")
 
     def items(self) -> list[tuple[str, int]]:
-        """Every sum as (name, value), in the order of the fields."""
+        """Return every sum as (name, value), in the order of the fields."""
         return [(f.name, getattr(self, f.name)) for f in fields(self)]
 
     def within(self, other: "Sums") -> "Sums":
-        """Of each sum the lower one of both; "no limit" is above any number."""
+        """Return of each sum the lower one of both; "no limit" is above any number."""
         mine, its = dict(self.items()), dict(other.items())
         return Sums(**{name: min(filter(None, (mine[name], its[name])), default=0) for name in mine})
 
@@ -399,7 +399,7 @@ class MountSource:
                 raise InvalidJobError(f"the mount {self.name} is for {each[:80]!r}, which is no client")
 
     def is_for(self, client_name: str) -> bool:
-        """Whether jobs of this client may have it."""
+        """Return whether jobs of this client may have it."""
         return _are_for(self.clients, client_name)
 
     @property
@@ -432,7 +432,7 @@ class GpuOffer:
                 raise InvalidJobError(f"GPUs are for {each[:80]!r}, which is no client")
 
     def is_for(self, client_name: str) -> bool:
-        """Whether jobs of this client may have them."""
+        """Return whether jobs of this client may have them."""
         return bool(self.kind) and _are_for(self.clients, client_name)
 
 
@@ -494,13 +494,13 @@ def check_mounts(mounts: Sequence[str]) -> tuple[str, ...]:
 
 
 def is_plain_path(path: str) -> bool:
-    """Whether it is absolute, not the root, and no part of it has another meaning than its name."""
+    """Return whether it is absolute, not the root, and no part of it has another meaning than its name."""
     parts = path.split("/")[1:]
     return path.startswith("/") and all(part not in ("", ".", "..") and "\0" not in part for part in parts)
 
 
 def lies_in(path: str, directory: str) -> bool:
-    """Whether it is the directory, or lies in it."""
+    """Return whether it is the directory, or lies in it."""
     return path == directory or path.startswith(directory.rstrip("/") + "/")
 
 
@@ -632,7 +632,7 @@ class Retry:
             )
 
     def pause_after(self, job: "Job") -> float | None:
-        """How many seconds the next attempt waits after the end of this one; None: there is none."""
+        """Return the seconds from the end of this attempt to the next one; None: there is none."""
         if job.state is JobState.LOST:
             return 0.0 if self.if_lost and job.attempt <= max(self.times, LOST_RETRIES_MAX) else None
         if job.attempt > self.times or not self._fits(job):
@@ -949,7 +949,7 @@ class JobSpec:
 
     @property
     def directory(self) -> str:
-        """Where the command begins, as the job sees it."""
+        """The command's first directory, as the job sees it."""
         return self.workdir or base_of(self.workspace)
 
     @property
@@ -964,17 +964,17 @@ class JobSpec:
 
 
 def base_of(workspace: str) -> str:
-    """Where paths of a job begin that are relative, as the job sees it: in its workspace, if it has one."""
+    """Return the base of a job's relative paths, as the job sees it: its workspace, if it has one."""
     return WORKSPACE_DIRECTORY if workspace else JOB_DIRECTORY
 
 
 def is_name(text: str) -> bool:
-    """Whether a job can have this name."""
+    """Return whether a job can have this name."""
     return _NAME.fullmatch(text) is not None
 
 
 def is_variable(text: str) -> bool:
-    """Whether an environment variable can have this name."""
+    """Return whether an environment variable can have this name."""
     return _VARIABLE.fullmatch(text) is not None
 
 
@@ -988,7 +988,7 @@ def check_name(name: str) -> None:
 
 
 def is_workspace(text: str) -> bool:
-    """Whether a workspace can have this name: one of a job. It is a name of a directory, too."""
+    """Return whether a workspace can have this name: a job's name, and also a directory's."""
     return is_name(text)
 
 
@@ -1020,12 +1020,12 @@ def check_link(link: str) -> None:
 
 
 def is_image_key(text: str) -> bool:
-    """Whether this is how pjwd itself calls the directory of an image that a client has loaded."""
+    """Return whether this is pjwd's own name of the directory of an image that a client has loaded."""
     return _IMAGE_KEY.fullmatch(text) is not None
 
 
 def is_image_digest(text: str) -> bool:
-    """Whether this is the digest of an image of the operator's."""
+    """Return whether this is the digest of an image of the operator's."""
     return _IMAGE_DIGEST.fullmatch(text) is not None
 
 
@@ -1078,7 +1078,7 @@ class ArrayCounts:
 
     @property
     def running(self) -> int:
-        """How many have been started, and have not ended."""
+        """The number of elements that have been started, and have not ended."""
         return self.count - self.waiting - self.succeeded - self.failed - self.cancelled
 
 
@@ -1185,7 +1185,7 @@ class Job:
 
     @property
     def ref(self) -> str:
-        """How a person names the job: an element as `17_5`, any other by its id."""
+        """The job's name for a person: an element as `17_5`, any other by its id."""
         return str(self.id) if self.array_id is None else f"{self.array_id}_{self.array_index}"
 
     @property
@@ -1195,7 +1195,7 @@ class Job:
 
     @property
     def asked(self) -> datetime:
-        """When the job was asked for: put into the queue, or started at once."""
+        """The time of the request: for the queue, or for a start at once."""
         return self.queued or self.start
 
     @property
@@ -1204,7 +1204,7 @@ class Job:
         return self.reason is EndReason.COMPLETED and self.exit_status == ExitStatus(0)
 
     def meets(self, condition: Condition) -> bool:
-        """Whether the end of this job, which has ended, is one that another job waits for."""
+        """Return whether the end of this job, which has ended, is one that another job waits for."""
         return condition is Condition.ANY or (condition is Condition.OK) is self.succeeded
 
 

@@ -45,7 +45,7 @@ def host_of(text: str) -> str:
 
 
 def is_address(host: str) -> bool:
-    """Whether a host is an address, and no name."""
+    """Return whether a host is an address, and no name."""
     return ":" in host or _NUMBER.fullmatch(host.rpartition(".")[2]) is not None
 
 
@@ -91,7 +91,7 @@ class Allowed:
 
     @property
     def ports(self) -> Sequence[int]:
-        """Which."""
+        """The ports of it."""
         return WEB_PORTS if self.port is None else (self.port,)
 
     @property
@@ -100,7 +100,7 @@ class Allowed:
         return self.port is not None and not self.host.startswith("*") and not is_address(self.host)
 
     def has(self, host: str, port: int) -> bool:
-        """Whether a host, or a pattern of hosts, at a port is in it."""
+        """Return whether a host, or a pattern of hosts, at a port is in it."""
         return port in self.ports and _is_below(host, self.host)
 
 
@@ -127,7 +127,7 @@ def split_port(text: str) -> tuple[str, str | None]:
 
 
 def is_offered(wanted: Allowed, offers: Iterable[Allowed]) -> bool:
-    """Whether each port of a name that is asked for is offered."""
+    """Return whether each port of a name that is asked for is offered."""
     offered = list(offers)
     return all(any(offer.has(wanted.host, port) for offer in offered) for port in wanted.ports)
 
@@ -151,12 +151,12 @@ class Listener:
     host: str = ""
 
     def __str__(self) -> str:
-        """As init is told."""
+        """Return the listener as an option of init."""
         return f"{self.address}:{self.port}" + (f"/{self.host}" if self.host else "")
 
 
 def listeners_of(job_id: int, allow: Iterable[str], *, is_linked: bool) -> list[Listener]:
-    """Those of a job: first the proxy, then a listener for each name with one port.
+    """Return the listeners of a job: first the proxy, then one for each name with one port.
 
     Of jobs that share a network each has its own addresses.
     """

@@ -40,7 +40,7 @@ class Role(Enum):
 
 
 def parse_certificates(pem: bytes) -> list[x509.Certificate]:
-    """Every certificate of a PEM text, in its order. Raises ValueError when one is broken."""
+    """Return every certificate of a PEM text, in its order. Raises ValueError when one is broken."""
     try:
         return x509.load_pem_x509_certificates(pem)
     except Exception as error:  # the parser's errors are not documented as a closed set
@@ -53,7 +53,7 @@ def first_end(pem: bytes) -> datetime:
 
 
 def ends_soon(end: datetime) -> bool:
-    """Whether a certificate with this end has expired, or will soon, so that it is time to renew it."""
+    """Return whether a certificate with this end has expired, or will soon: it is time to renew it."""
     return end - datetime.now(UTC) < EXPIRES_SOON
 
 
@@ -153,7 +153,7 @@ def _usage_fault(certificate: x509.Certificate, role: Role) -> str | None:
 
 
 def is_of_server(certificate: x509.Certificate) -> bool:
-    """Whether its extended key usage is for servers."""
+    """Return whether its extended key usage is for servers."""
     usage = _extension(certificate, x509.ExtendedKeyUsage)
     return usage is not None and ExtendedKeyUsageOID.SERVER_AUTH in usage
 
@@ -165,7 +165,7 @@ def names_of(certificate: x509.Certificate) -> list[str]:
 
 
 def is_for(certificate: x509.Certificate, host: str) -> bool:
-    """Whether a client may reach its server by this name or address; `*.` stands for one label (RFC 6125)."""
+    """Return whether a certificate is for this name or address; `*.` stands for one label (RFC 6125)."""
     wild = f"*.{host.partition('.')[2]}".lower()
     # gRPC checks a loopback address as the name localhost
     own = {host.lower(), "localhost"} if host in ("127.0.0.1", "::1") else {host.lower()}
@@ -180,7 +180,7 @@ def _extension(certificate: x509.Certificate, kind: type[T]) -> T | None:
 
 
 def key_matches(certificate: x509.Certificate, key: PrivateKeyTypes) -> bool:
-    """Whether *key* is the private half of the certificate's key."""
+    """Return whether *key* is the private half of the certificate's key."""
     return key_bytes(certificate.public_key()) == key_bytes(key.public_key())
 
 
@@ -190,7 +190,7 @@ def key_bytes(key: PublicKeyTypes) -> bytes:
 
 
 def issued_by(chain: Sequence[x509.Certificate], authorities: Sequence[x509.Certificate]) -> bool:
-    """Whether the leaf, first in *chain*, leads to an authority through the rest of the chain."""
+    """Return whether the leaf, first in *chain*, leads to an authority through the rest of the chain."""
     current, rest = chain[0], list(chain[1:])
     while True:
         if any(_signed(current, authority) for authority in authorities):

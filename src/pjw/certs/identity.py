@@ -173,7 +173,7 @@ def _is_host(name: str, hosts: list[str | IPv4Address | IPv6Address]) -> bool:
 
 
 def _plain(host: str) -> str:
-    """Host names differ in neither case nor a final dot."""
+    """Normalize a host name: names differ in neither case nor a final dot."""
     return host.lower().removesuffix(".")
 
 

@@ -46,7 +46,7 @@ QUOTED_MAX_CHARACTERS: Final = 80
 
 
 def name_fault(name: str) -> str | None:
-    """Why *name* cannot be a client's name; None when it can."""
+    """Return why *name* cannot be a client's name; None when it can."""
     if not NAME_PATTERN.fullmatch(name):
         return f"{quoted(name)} is no client name ({NAME_RULE})"
     if name.lower().startswith(KEY_NAME_PREFIX):
@@ -55,7 +55,7 @@ def name_fault(name: str) -> str | None:
 
 
 def node_name_fault(name: str) -> str | None:
-    """Why *name* cannot be a node's name; None when it can."""
+    """Return why *name* cannot be a node's name; None when it can."""
     return (
         None
         if NODE_NAME_PATTERN.fullmatch(name)
@@ -64,18 +64,18 @@ def node_name_fault(name: str) -> str | None:
 
 
 def identity_fault(name: str) -> str | None:
-    """Why no client can be called *name*: as `name_fault`, but for the names that are made of keys."""
+    """Return why no client can have this *name*: as `name_fault`, but names made of keys are valid."""
     made_of_a_key = KEY_NAME_PATTERN.fullmatch(name) or is_short_key_name(name)
     return None if made_of_a_key else name_fault(name)
 
 
 def is_short_key_name(name: str) -> bool:
-    """Whether a version before has made *name* of a key."""
+    """Return whether an earlier version made *name* of a key."""
     return SHORT_KEY_NAME_PATTERN.fullmatch(name) is not None
 
 
 def quoted(text: str) -> str:
-    """*text* in quotes, escaped to printable ASCII, in at most 80 characters."""
+    """Return *text* in quotes, escaped to printable ASCII, in at most 80 characters."""
     # cut before escaping too: the text may be 64 KiB long
     escaped = ascii(text[:QUOTED_MAX_CHARACTERS])
     if len(text) <= QUOTED_MAX_CHARACTERS and len(escaped) <= QUOTED_MAX_CHARACTERS:

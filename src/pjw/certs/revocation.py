@@ -31,7 +31,7 @@ class RevocationList:
     fingerprints: frozenset[bytes] = frozenset()
 
     def revokes(self, serial: int, fingerprint: bytes) -> bool:
-        """Whether a certificate is in the list, by either."""
+        """Return whether a certificate is in the list, by either."""
         return serial in self.serials or fingerprint in self.fingerprints
 
     def __len__(self) -> int:

@@ -216,7 +216,7 @@ class AgentJobs:
         return Answer(f"{state}\nIts output, bytes {offset} to {end}, is what follows.", text)
 
     async def _size(self, command: Command) -> int:
-        """How many bytes of output there are: the server's word for an offset that no output reaches."""
+        """Return the length of the output: the server tells it for an offset that no output reaches."""
         output = self._client.logs(command.job_id, LIMIT_MAXIMUM, follow=False, session=command.session)
         try:
             async with aclosing(output):
@@ -253,7 +253,7 @@ def words_of(error: PjwError) -> str:
 
 
 def _decoded(data: bytes, *, whole: bool, errors: str = "replace") -> tuple[str, int]:
-    """Text, and how many bytes it is of: the beginning of a character is left for the next answer."""
+    """Return text, and the number of its bytes: a partial character is left for the next answer."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors)
     text = decoder.decode(data, final=whole)
     return text, len(data) - len(decoder.getstate()[0])

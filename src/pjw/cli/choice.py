@@ -50,7 +50,7 @@ def named_or_fitting(client: "Client", arguments: Namespace, states: Sequence[Jo
 
 
 def elements_first(jobs: Iterable[Job]) -> Sequence[Job]:
-    """Jobs to be forgotten: elements before their arrays, which would take them along."""
+    """Sort jobs to be forgotten: elements before their arrays, which would take them along."""
     return sorted(jobs, key=lambda job: job.array_id is None)
 
 

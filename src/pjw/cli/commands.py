@@ -70,7 +70,7 @@ def _print_jobs(jobs: "Iterable[Job]", arguments: Namespace, form: object) -> No
 
 
 def get(arguments: Namespace) -> int:
-    """One job as the seed shows it; several as an array, without those that are not there."""
+    """Show one job as the seed does; several as an array, without those that are not there."""
     with connect(arguments) as client:
         if len(arguments.jobs) == 1:
             from pjw.cli.render import job_json
@@ -386,7 +386,7 @@ def show_name(_: object, name: object) -> None:
 
 
 def _waits_for_more(job: "Job") -> bool:
-    """Whether a job waits for something beside its turn."""
+    """Return whether a job waits for something beside its turn."""
     return job.held or job.not_before is not None or job.unmet > 0
 
 
@@ -486,7 +486,7 @@ def logs(arguments: Namespace) -> int:
 
 @contextmanager
 def telling_if_stuck(client: "Client", job_id: JobName) -> Iterator[None]:
-    """While the output of a job is followed: say on stderr when the job cannot go on."""
+    """Say on stderr when the job cannot go on, while its output is followed."""
     from threading import Timer
 
     from pjw.cli.progress import QUIET_SECONDS
@@ -508,7 +508,7 @@ def telling_if_stuck(client: "Client", job_id: JobName) -> Iterator[None]:
 
 
 def write_all(pieces: Iterator[bytes], descriptor: int) -> None:
-    """Straight to the descriptor: no decoding, and each piece is out before we wait for the next."""
+    """Write straight to the descriptor: no decoding, and each piece is out before we wait for the next."""
     for data in pieces:
         wrote(data, descriptor)
         view = memoryview(data)

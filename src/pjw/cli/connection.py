@@ -52,7 +52,7 @@ def job_name(text: str) -> JobName:
 
 
 def server(text: str) -> str:
-    """HOST:PORT of a server, as a `type` of argparse."""
+    """Parse HOST:PORT of a server, as a `type` of argparse."""
     from pjw.certs.address import server_address
 
     try:

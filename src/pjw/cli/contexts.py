@@ -167,7 +167,7 @@ def remove_contexts(arguments: argparse.Namespace) -> None:
 
 
 def context_names() -> Sequence[str]:
-    """All names, for completion."""
+    """Return all names, for completion."""
     return sorted(read_config().contexts)
 
 

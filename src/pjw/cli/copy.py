@@ -89,11 +89,11 @@ class Count:
         self._bytes = 0
 
     def __call__(self, count: int) -> None:
-        """So many bytes were copied by now."""
+        """Note the number of bytes copied so far."""
         self._bytes = count
 
     def words(self, seconds: float) -> str:
-        """How far it is, after so many seconds."""
+        """Describe the progress after so many seconds."""
         rate = size_in_words(int(self._bytes / seconds)) if seconds else "0B"
         return f"{self._what}: {size_in_words(self._bytes)} copied, {rate}/s"
 

@@ -50,7 +50,7 @@ async def _serve(arguments: Namespace, job_id: int, local: int, remote: int) -> 
 async def _carry(
     client: AsyncClient, job_id: int, port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
 ) -> None:
-    """One connection from here to the job; one that cannot be made is told, and the others go on."""
+    """Carry one connection from here to the job; report one that cannot be made, and leave the others."""
     try:
         async with contextlib.aclosing(client.connect(job_id, port, _pieces(reader))) as answers:
             async for data in answers:

@@ -16,7 +16,7 @@ class Keys:
     """Sorts keys: those for the other end, and those for us. No other key is ever held back."""
 
     def __init__(self, escape: str | None = ESCAPE) -> None:
-        """*escape* is one character of ASCII; None turns it off."""
+        """Begin at a line's start; *escape* is one character of ASCII, and None turns it off."""
         self._escape: Final = escape.encode() if escape is not None else b""
         self._at_beginning = True
         self._held = False

@@ -542,7 +542,7 @@ def _add_grace(command: Parser) -> None:
 
 
 def _limit(text: str) -> int | str:
-    """How many jobs `list` shows: a number, or `all`."""
+    """Parse the number of jobs that `list` shows: a number, or `all`."""
     return text if text == "all" else units.count(text)
 
 

@@ -139,7 +139,7 @@ def _usage_now(job: Job) -> dict[str, int | str] | None:
 
 
 def json_text(value: object, indent: int | None = None) -> str:
-    """JSON whose characters can be read, and none of which steers a terminal: those are escaped."""
+    """Format JSON with readable characters; escape those that would steer a terminal."""
     text = json.dumps(value, indent=indent, ensure_ascii=False)
     # the only newlines are those between members
     if text.replace("\n", "").isprintable():
@@ -153,7 +153,7 @@ def job_line(job: Job) -> str:
 
 
 def jobs_json(jobs: Iterable[Job]) -> Iterator[str]:
-    """Jobs as the pieces of one array of JSON, each piece as soon as its job is there."""
+    """Yield jobs as pieces of one array of JSON, each piece as soon as its job is there."""
     before = "[\n"
     for job in jobs:
         yield before + "  " + job_json(job).replace("\n", "\n  ")
@@ -164,7 +164,7 @@ def jobs_json(jobs: Iterable[Job]) -> Iterator[str]:
 def job_table(
     jobs: Iterable[Job], *, with_clients: bool = False, with_colours: bool = False
 ) -> Iterator[str]:
-    """Jobs as the lines of a table for a terminal; *with_clients*, each with whose it is."""
+    """Yield jobs as the lines of a table for a terminal; *with_clients*, each with its owner."""
     width, now = columns(), datetime.now(UTC)
     rest = iter(jobs)
     # the first ones decide how wide it is; so a list of a million begins at once
@@ -198,7 +198,7 @@ def job_table(
 
 
 def queue_table(jobs: Iterable[Job], *, with_clients: bool = False) -> Iterator[str]:
-    """Jobs that wait, as the lines of a table for a terminal: how long, with which priority, and why."""
+    """Yield waiting jobs as the lines of a table for a terminal: their wait, priority, and reason."""
     width, now = columns(), datetime.now(UTC)
     head = f"{'ID':>6}  " + (f"{'CLIENT':<{NAME_COLUMNS}}  " if with_clients else "")
     yield f"{head}{'PRIORITY':>8}  {'WAITS':>6}  COMMAND"
@@ -215,7 +215,7 @@ def queue_table(jobs: Iterable[Job], *, with_clients: bool = False) -> Iterator[
 
 
 def end_line(job: Job) -> str:
-    """How a job has ended, on one line for a person."""
+    """Describe the end of a job, on one line for a person."""
     if not job.was_started:
         return printable(f"{job.ref}{f' {job.name}' if job.name else ''}: {job.state} without a start")
     after = duration_in_words(((job.end or job.start) - job.start).total_seconds())
@@ -224,29 +224,29 @@ def end_line(job: Job) -> str:
 
 
 def cut(text: str, width: int) -> str:
-    """Text that fits into so many columns."""
+    """Cut a text to so many columns."""
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def printable(text: str) -> str:
-    """Text that cannot steer a terminal: control and other invisible characters are escaped."""
+    """Escape control and other invisible characters, so that a text cannot steer a terminal."""
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text
     )
 
 
 def lasted(job: Job, now: datetime) -> str:
-    """How long a job has run, in words; empty when it was not started."""
+    """Return the duration of a job's run, in words; empty when it was not started."""
     return duration_in_words(duration(job, now)) if job.was_started else ""
 
 
 def duration(job: Job, now: datetime) -> float:
-    """How many seconds a job has run."""
+    """Return the seconds for which a job has run."""
     return ((job.end or now) - job.start).total_seconds()
 
 
 def is_failure(job: Job) -> bool:
-    """Whether a job is lost, or has ended with an exit code but 0 or without files that it must keep."""
+    """Return whether a job is lost, or ended with an exit code but 0 or without files it must keep."""
     missing = job.reason is EndReason.ARTIFACTS_MISSING
     return job.state.final and (missing or job.exit_status is None or job.exit_status.code != 0)
 
@@ -264,7 +264,7 @@ def _painted(text: str, colour: str) -> str:
 
 
 def exit_words(job: Job) -> str:
-    """How a job ended: its exit code, its signal, or why it has neither."""
+    """Describe the end of a job: its exit code, its signal, or why it has neither."""
     if job.exit_status is None:
         return job.reason or ""
     ended = (
@@ -282,7 +282,7 @@ def _age(now: datetime, start: datetime) -> str:
 
 
 def time_text(time: datetime) -> str:
-    """RFC 3339 in UTC, to the second, as in the seed."""
+    """Format a time by RFC 3339 in UTC, to the second, as in the seed."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 

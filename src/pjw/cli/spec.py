@@ -61,7 +61,7 @@ def spec_from(arguments: Namespace) -> JobSpec:
 
 
 def _queue(arguments: Namespace) -> QueueSpec | None:
-    """How the job waits in the queue; None when it is to be started at once. One option implies the queue."""
+    """Return the job's conditions for the queue; None for a start at once. One option implies the queue."""
     given = {
         "priority": arguments.priority,
         "not_before": arguments.not_before,
@@ -82,7 +82,7 @@ def _queue(arguments: Namespace) -> QueueSpec | None:
 def retry_from(
     times: int | None, ends: frozenset[str], backoff_seconds: float | None, *, if_lost: bool
 ) -> Retry | None:
-    """Further attempts of a job, if there are any. Raises InvalidJobError."""
+    """Return the further attempts of a job, if there are any. Raises InvalidJobError."""
     if times is None and not if_lost:
         if ends or backoff_seconds is not None:
             raise InvalidJobError("--retry-on and --backoff need --retry", hint="--retry 3")

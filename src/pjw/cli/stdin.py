@@ -42,7 +42,7 @@ def opened(path: str | None) -> Iterator[int | None]:
 
 
 def is_left() -> bool:
-    """Whether the user at a terminal has piped data into pjw that pjw did not read."""
+    """Return whether the user at a terminal has piped data into pjw that pjw did not read."""
     if sys.stdin is None or sys.stderr is None or not sys.stderr.isatty():
         return False
     import stat

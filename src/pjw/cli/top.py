@@ -212,7 +212,7 @@ class Top(App[PjwError]):
         everybody: bool,
         pjw: Sequence[str] = ("pjw",),
     ) -> None:
-        """*pjw* is a command line that runs pjw as we connect."""
+        """Prepare the screen; *pjw* is a command line that runs pjw as we connect."""
         super().__init__()
         self._pjw: Final = pjw
         self._connect: Final = connect
@@ -231,7 +231,7 @@ class Top(App[PjwError]):
         self._followed: int | None = None
 
     def compose(self) -> ComposeResult:
-        """Totals above the table, the output of a job below it."""
+        """Yield totals above the table, and the output of a job below it."""
         yield Static(id="state")
         with Horizontal(id="totals"):
             for name in self._totals:

@@ -132,7 +132,7 @@ def priority(text: str) -> int:
 
 @_typed
 def millicores(text: str) -> int:
-    """Thousandths of a processor, from a number of processors: `0.5`, `2`. 0 is no limit."""
+    """Parse thousandths of a processor from a number of processors: `0.5`, `2`. 0 is no limit."""
     if not re.fullmatch(_DECIMAL, text, re.ASCII):
         raise amounts.wrong(text, "number of processors", "0.5 or 2")
     return amounts.whole(text, 1000, text, "number of thousandths of a processor")
@@ -159,13 +159,13 @@ def signal_number(text: str) -> int:
 
 
 def key_and_value(text: str) -> tuple[str, str]:
-    """`KEY=VALUE`; without `=` the value is empty."""
+    """Split `KEY=VALUE`; without `=` the value is empty."""
     key, _, value = text.partition("=")
     return key, value
 
 
 def duration_in_words(number: float) -> str:
-    """Seconds in their two largest units: `45s`, `3m12s`, `2h05m`, `3d04h`."""
+    """Format seconds in their two largest units: `45s`, `3m12s`, `2h05m`, `3d04h`."""
     whole = max(0, int(number))
     for large, small, large_unit, small_unit in (
         (86_400, 3_600, "d", "h"),

@@ -24,7 +24,7 @@ class Reading:
 
 
 def reading(before: UsageSample, now: UsageSample) -> Reading:
-    """From one sample to the next. A clock that was set back, or a counter that began anew, is no use."""
+    """Return the usage between two samples. A clock set back, or a counter begun anew, is no use."""
     seconds = (now.time - before.time).total_seconds()
 
     def rate(count: int) -> float:
@@ -41,7 +41,7 @@ def reading(before: UsageSample, now: UsageSample) -> Reading:
 
 
 def readings(start: datetime, samples: Iterable[UsageSample]) -> Iterator[Reading]:
-    """Over a job's life: nothing was used when it began."""
+    """Yield the usage over a job's life: nothing was used when it began."""
     before = nothing_at(start)
     for sample in samples:
         yield reading(before, sample)

@@ -167,7 +167,7 @@ class AsyncClient(BaseClient):
         path: str = ".",
         seen: Callable[[int], None] | None = None,
     ) -> "Copied":
-        """As `Client.copy_to`; files are read in threads."""
+        """Copy as `Client.copy_to` does; files are read in threads."""
         from pjw.client.copies import Copied, Packer, in_threads
 
         packer = await asyncio.to_thread(Packer, source)
@@ -191,7 +191,7 @@ class AsyncClient(BaseClient):
         target: str,
         seen: Callable[[int], None] | None = None,
     ) -> "Copied":
-        """As `Client.copy_from`; files are written in threads."""
+        """Copy as `Client.copy_from` does; files are written in threads."""
         from pjw.client.copies import Copied, Unpacker, name_of
 
         unpacker = await asyncio.to_thread(Unpacker, target, name_of(path), requests.copying(job_id, path))
@@ -210,7 +210,7 @@ class AsyncClient(BaseClient):
         return Copied(count, left_out + unpacker.notes.lines)
 
     async def read_archive(self, job_id: requests.JobId, path: str) -> AsyncGenerator[bytes, None]:
-        """As `Client.read_archive`."""
+        """Yield an archive as `Client.read_archive` does."""
         async with aclosing(self._packed(job_id, path, [])) as pieces:
             async for piece in pieces:
                 yield piece
@@ -244,12 +244,12 @@ class AsyncClient(BaseClient):
         yield selection.finish()
 
     def read_artifacts(self, job_id: requests.JobId) -> AsyncGenerator[bytes, None]:
-        """As `Client.read_artifacts`."""
+        """Yield the artifacts as `Client.read_artifacts` does."""
         position = requests.artifacts(job_id, all_clients=self._all_clients)
         return self._stream(position, position.take)
 
     async def artifacts(self, job_id: requests.JobId) -> "AsyncGenerator[Artifact, None]":
-        """As `Client.artifacts`."""
+        """Yield the artifacts one by one as `Client.artifacts` does."""
         from pjw.client.artifacts import Listing
 
         listing = Listing(requests.listing(job_id))
@@ -266,7 +266,7 @@ class AsyncClient(BaseClient):
         path: str = ".",
         seen: Callable[[int], None] | None = None,
     ) -> requests.LeftOut:
-        """As `Client.write_archive`, from an asynchronous iterable."""
+        """Unpack as `Client.write_archive` does, from an asynchronous iterable."""
         return await self._unpack_in(job_id, Archive(path, unpack=True), data, seen)
 
     async def _unpack_in(
@@ -322,7 +322,7 @@ class AsyncClient(BaseClient):
         return await self._call(requests.stop_session(job_id, session))
 
     async def get(self, job_id: requests.JobId) -> Job:
-        """One job, by its id, which is a number or text."""
+        """Return one job, by its id, which is a number or text."""
         return await self._call(requests.get(job_id, all_clients=self._all_clients))
 
     async def find(self, name: str) -> Job:
@@ -356,7 +356,7 @@ class AsyncClient(BaseClient):
                 yield job
 
     async def wait(self, job_id: requests.JobId, *, or_stuck: bool = False) -> Job:
-        """One job when it has ended, however long that takes.
+        """Wait without a time limit until a job ends, and return it.
 
         With *or_stuck* it also returns when the job cannot go on: the job was killed and does not end, or it
         waits for the disk. `detail` says which.
@@ -416,7 +416,7 @@ class AsyncClient(BaseClient):
         since: datetime | None = None,
         stderr: bool = False,
     ) -> AsyncGenerator[requests.TimedOutput, None]:
-        """As `logs`, each piece with the time at which the job wrote it."""
+        """Yield output as `logs` does, each piece with the time at which the job wrote it."""
         position = requests.LogsPosition(
             job_id,
             offset,
@@ -438,13 +438,13 @@ class AsyncClient(BaseClient):
         session: int = 0,
         append: bool = False,
     ) -> int:
-        """As `Client.write_input`, from an asynchronous iterable."""
+        """Send input as `Client.write_input` does, from an asynchronous iterable."""
         return await self._write(AsyncUpload(job_id, session, append=append), data, seen)
 
     async def upload(
         self, sources: requests.UploadSources, seen: Callable[[int], None] | None = None
     ) -> requests.Uploaded:
-        """As `Client.upload`; files are read in threads."""
+        """Send files as `Client.upload` does; files are read in threads."""
         from pjw.client.copies import UploadPacker, in_threads
 
         packer = await asyncio.to_thread(UploadPacker, sources)
@@ -478,7 +478,7 @@ class AsyncClient(BaseClient):
     async def connect(
         self, job_id: requests.JobId, port: int, data: AsyncIterable[bytes]
     ) -> AsyncGenerator[bytes, None]:
-        """As `Client.connect`, from an asynchronous iterable."""
+        """Connect as `Client.connect` does, from an asynchronous iterable."""
         first = requests.connection(job_id, port)
         call = self._stub.Forward(_messages(first, data))
         try:
@@ -504,7 +504,7 @@ class AsyncClient(BaseClient):
         return await self._call(requests.quota(client_name, all_clients=self._all_clients))
 
     async def workspaces(self) -> requests.Workspaces:
-        """As Client.workspaces."""
+        """Return the workspaces as `Client.workspaces` does."""
         pages = requests.WorkspacePages(all_clients=self._all_clients)
         found: requests.Workspaces = []
         while call := pages.next:
@@ -513,17 +513,17 @@ class AsyncClient(BaseClient):
         return found
 
     async def remove_workspace(self, name: str) -> None:
-        """As Client.remove_workspace."""
+        """Remove a workspace as `Client.remove_workspace` does."""
         await self._call(requests.remove_workspace(name))
 
     async def images(self) -> requests.Images:
-        """As Client.images."""
+        """Return the images as `Client.images` does."""
         return await self._call(requests.images(all_clients=self._all_clients))
 
     async def load_image(
         self, name: str, source: str, seen: Callable[[int], None] | None = None
     ) -> requests.LoadedImage:
-        """As Client.load_image; files are read in threads."""
+        """Make an image as `Client.load_image` does; files are read in threads."""
         from pjw.client.copies import in_threads
         from pjw.image_archive import ImageArchive
 
@@ -535,7 +535,7 @@ class AsyncClient(BaseClient):
             return requests.LoadedImage(image, archive.left_out)
 
     async def remove_image(self, name: str) -> None:
-        """As Client.remove_image."""
+        """Remove an image as `Client.remove_image` does."""
         await self._call(requests.remove_image(name))
 
     def watch_usage(self, interval: float | None = None) -> AsyncGenerator[requests.UsageSnapshot, None]:

@@ -99,7 +99,7 @@ class _Entries:
         return _Entry([part for part in info.name.split("/") if part not in ("", ".")], info)
 
     def finish(self) -> None:
-        """All came. Raises CopyError when that is not a whole archive."""
+        """Note the end of the data. Raises CopyError when it is not a whole archive."""
         if not self.ended:
             raise CopyError(f"{self._what}: the archive ends early")
 
@@ -121,7 +121,7 @@ class Listing:
                 yield Artifact("/".join(entry.parts), kind, info.size, time, bool(info.mode & 0o100), target)
 
     def finish(self) -> None:
-        """All came. Raises CopyError when that is not a whole archive."""
+        """Note the end of the data. Raises CopyError when it is not a whole archive."""
         self._entries.finish()
 
 
@@ -163,7 +163,7 @@ class Selection:
         return bytes(given)
 
     def finish(self) -> bytes:
-        """All came; the end of the selection. Raises CopyError when it is not there, or not whole."""
+        """Return the end of the selection. Raises CopyError when it is not there, or not whole."""
         self._entries.finish()
         if not self._found:
             raise CopyError(

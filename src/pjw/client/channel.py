@@ -38,7 +38,7 @@ _LOOPBACK: Final = ("127.0.0.1:", "[::1]:")
 
 
 def channel_arguments(settings: ClientSettings) -> tuple[str, grpc.ChannelCredentials, Options]:
-    """Target, credentials and options of a channel. Raises ConfigError for files that cannot be read."""
+    """Return target, credentials and options of a channel. Raises ConfigError for unreadable files."""
     credentials = load_client_credentials(settings.ca_crt, settings.client_crt, settings.client_key)
     log_ends(credentials)
     options = list(_OPTIONS)

@@ -48,7 +48,7 @@ class Cluster(Client):
         self._stub: Any = ClusterServiceStub(self._channel)
 
     def nodes(self) -> list[Node]:
-        """All nodes, by their names. Raises NotAllowedError for a client without a role."""
+        """Return all nodes, by their names. Raises NotAllowedError for a client without a role."""
         return self._asked(Call("ListNodes", pb.ListNodesRequest(), _nodes_of_answer))
 
     def drain(self, name: str) -> Node:

@@ -170,7 +170,7 @@ def upload_place(path: str) -> str:
 
 
 def _archive(entries: Iterable[bytes]) -> Iterator[bytes]:
-    """Headers and contents in pieces of some size, with the end of an archive."""
+    """Yield headers and contents in pieces of some size, with the end of an archive."""
     held = bytearray()
     for entry in entries:
         held += entry
@@ -181,7 +181,7 @@ def _archive(entries: Iterable[bytes]) -> Iterator[bytes]:
 
 
 async def in_threads(pieces: Iterator[bytes]) -> AsyncGenerator[bytes, None]:
-    """Pieces that are made in threads, one after the other."""
+    """Yield pieces that are made in threads, one after the other."""
     import asyncio
 
     while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
@@ -362,7 +362,7 @@ class Unpacker:
         self._file = -1
 
     def finish(self) -> None:
-        """All came: put it where it is to be. Raises CopyError when it is not whole, and ConfigError."""
+        """Put the whole copy at its place. Raises CopyError when it is not whole, and ConfigError."""
         if not self._ended or self._file >= 0 or not os.path.lexists(self._item):
             raise CopyError(f"{self._what}: the archive ends early")
         try:
@@ -438,7 +438,7 @@ def extended_records(block: bytes) -> dict[str, str]:
 
 
 def _stays_within(depth: int, target: str) -> bool:
-    """Whether a link leads to something in the tree that it is in, *depth* directories below its root.
+    """Return whether a link stays in its tree, *depth* directories below the root.
 
     Upwards only to begin with: from there on the way may be by other links, of which the same holds.
     """

@@ -23,14 +23,14 @@ _NEVER_CONNECTED: Final = ("failed to connect to all addresses", "DNS resolution
 
 
 def is_gone(error: grpc.RpcError) -> bool:
-    """Whether the call was lost with its connection."""
+    """Return whether the call was lost with its connection."""
     # the word of grpc.aio for a request that it could not write any more
     lost_write = error.code() is grpc.StatusCode.INTERNAL and error.details() == _LOST_WRITE
     return error.code() in _GONE or lost_write
 
 
 def never_connected(error: grpc.RpcError) -> bool:
-    """Whether the call cannot have reached a server."""
+    """Return whether the call cannot have reached a server."""
     text = error.details() or ""
     return error.code() is grpc.StatusCode.UNAVAILABLE and text.startswith(_NEVER_CONNECTED)
 
@@ -41,7 +41,7 @@ def is_refused(error: grpc.RpcError) -> bool:
 
 
 def is_too_fast(error: grpc.RpcError) -> bool:
-    """Whether pjwd will take the same call when other calls of the client have ended, or a moment later."""
+    """Return whether pjwd will take the same call after the client's other calls end, or a moment later."""
     if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
         return False
     refusal = error_of(error.code(), error.details() or "", _metadata(error), {})
@@ -71,7 +71,7 @@ def _metadata(error: grpc.RpcError) -> dict[str, str]:
 
 
 def _unreachable(settings: ClientSettings, code: grpc.StatusCode, text: str) -> errors.ServerUnreachableError:
-    """gRPC's one word for everything that can be wrong with a connection, told apart."""
+    """Tell apart the many faults of a connection for which gRPC has one word."""
     server = settings.server
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return errors.ServerUnreachableError(f"{server} did not answer within {CALL_SECONDS} s")

@@ -42,7 +42,7 @@ class Outgoing:
 
     @property
     def reached(self) -> Reached:
-        """How far it has got, and a next step."""
+        """The progress of the input, and a next step."""
         if self.first.upload:
             return f" after {self.acknowledged} bytes of the upload", "nothing has been started: try again"
         return (

@@ -149,7 +149,7 @@ class Call(NamedTuple, Generic[T]):
 
     @property
     def reached(self) -> Reached:
-        """How far the call may have got when no answer comes, and a next step."""
+        """The possible progress of a call without an answer, and a next step."""
         if self.method == "Start":
             return " before the answer came", "the job may have started: see pjw list"
         if self.method == "Exec":
@@ -180,7 +180,7 @@ def submit(asked: Iterable[Startable]) -> Call[Jobs]:
 
 
 def submissions(asked: Iterable[Startable]) -> Iterator[Call[Jobs]]:
-    """As many calls as jobs take, each of them all or none."""
+    """Yield as many calls as jobs take, each of them all or none."""
     rest = iter(asked)
     first = True
     while some := [JobSpec.of(each) for each in islice(rest, SUBMITTED_MAX)]:
@@ -326,13 +326,13 @@ def connection(job_id: JobId, port: int) -> pb.ForwardRequest:
 
 
 def get(job_id: JobId, *, all_clients: bool) -> Call[Job]:
-    """One job."""
+    """Build the call for one job."""
     job = wire_ref(job_id)
     return Call("Get", pb.GetRequest(**job, all_clients=all_clients), _job_of_answer, job["id"])
 
 
 def wait(job_id: JobId, *, or_stuck: bool, all_clients: bool) -> Call[Job]:
-    """One job when it has ended, however long that takes; with *or_stuck* also when it does not end."""
+    """Build the call that waits without a time limit for a job's end; with *or_stuck* also if it is stuck."""
     job = wire_ref(job_id)
     request = pb.WaitRequest(**job, or_stuck=or_stuck, all_clients=all_clients)
     return Call("Wait", request, _job_of_answer, job["id"], timeout=None)
@@ -522,7 +522,7 @@ class LogsPosition:
 
     @property
     def reached(self) -> Reached:
-        """How far it has got, and what to do when it gets no further."""
+        """The progress of the stream, and the next step when it gets no further."""
         if self.request.artifacts:
             return f" after {self.seen} bytes of artifacts", "the server keeps them: try again"
         return (
@@ -547,7 +547,7 @@ class UsageWatch:
     reached: Final[Reached] = ("", None)
 
     def lost(self) -> None:
-        """Nothing of it is told twice."""
+        """Change nothing: no part of the stream comes twice."""
 
     def __init__(self, interval: float | None, *, all_clients: bool) -> None:
         self.request: Final = pb.WatchUsageRequest(all_clients=all_clients)
@@ -566,7 +566,7 @@ class Stream(Protocol):
 
     @property
     def method(self) -> str:
-        """Which call."""
+        """The name of the call."""
 
     @property
     def request(self) -> Message:
@@ -618,7 +618,7 @@ def not_understood(error: ValueError) -> errors.ServerFailedError:
 
 
 def wire_states(states: Iterable[JobState | str]) -> "list[pb.JobState.ValueType]":
-    """States as they are sent; a single one may be given alone. Raises InvalidJobError."""
+    """Return states for a message; a single one may be given alone. Raises InvalidJobError."""
     return [pb.JobState.Value(f"JOB_STATE_{_state(state).name}") for state in _each(states)]
 
 
@@ -636,7 +636,7 @@ def _state(state: JobState | str) -> JobState:
 
 
 def checked_labels(labels: Mapping[str, str] | None) -> Mapping[str, str] | None:
-    """Labels as they are sent. Raises InvalidJobError."""
+    """Return labels for a message. Raises InvalidJobError."""
     if labels is not None and not isinstance(labels, Mapping):
         raise errors.InvalidJobError(f"labels are names with values (a dict), not {labels!r:.80}")
     return labels

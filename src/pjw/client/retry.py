@@ -63,14 +63,14 @@ class Asked(Protocol):
 
     @property
     def reached(self) -> tuple[str, str | None]:
-        """How far it has got, and a next step."""
+        """The progress of the call, and a next step."""
 
 
 class Trouble:
     """The failures of one call in a row."""
 
     def __init__(self, link: Link, asked: Asked, *, outlasts_restart: bool = False) -> None:
-        """*outlasts_restart*: whether a client that was never answered waits for a restart, too."""
+        """Begin without failures; *outlasts_restart*: a client without answers waits for a restart, too."""
         self._outlasts_restart: Final = outlasts_restart
         self._link: Final = link
         self._asked: Final = asked
@@ -87,7 +87,7 @@ class Trouble:
         self._pause = FIRST_PAUSE_SECONDS
 
     def is_done(self, error: "grpc.RpcError") -> bool:
-        """Whether this refusal tells that an earlier attempt, whose answer was lost, did it all."""
+        """Return whether this refusal shows that an earlier attempt, whose answer was lost, did it all."""
         return self._repeated and self._asked.gone_is_done and error.code() is NOT_FOUND
 
     def after(self, error: "grpc.RpcError") -> float:

@@ -251,10 +251,11 @@ class Client(BaseClient):
         yield selection.finish()
 
     def read_artifacts(self, job_id: requests.JobId) -> Iterator[bytes]:
-        """All that was kept of a job's files, as a tar archive, when the job has ended.
+        """Yield all artifacts of a job that has ended, as a tar archive.
 
-        A lost connection is made again, and it goes on at the exact byte. The job may have made up every byte
-        of it. Raises JobStateError before the job's end, and CopyError when nothing was kept.
+        The client reconnects after a lost connection, and the stream goes on at the exact byte. The job may
+        have made up every byte of it. Raises JobStateError before the job's end, and CopyError when there are
+        no artifacts.
         """
         position = requests.artifacts(job_id, all_clients=self._all_clients)
         return self._stream(position, position.take)
@@ -334,7 +335,7 @@ class Client(BaseClient):
         return self._call(requests.stop_session(job_id, session))
 
     def get(self, job_id: requests.JobId) -> Job:
-        """One job, by its id, which is a number or text."""
+        """Return one job, by its id, which is a number or text."""
         return self._call(requests.get(job_id, all_clients=self._all_clients))
 
     def find(self, name: str) -> Job:
@@ -367,7 +368,7 @@ class Client(BaseClient):
             yield from self._call(call)
 
     def wait(self, job_id: requests.JobId, *, or_stuck: bool = False) -> Job:
-        """One job when it has ended, however long that takes.
+        """Wait without a time limit until a job ends, and return it.
 
         With *or_stuck* it also returns when the job cannot go on: the job was killed and does not end, or it
         waits for the disk. `detail` says which.
@@ -427,7 +428,7 @@ class Client(BaseClient):
         since: datetime | None = None,
         stderr: bool = False,
     ) -> Iterator[requests.TimedOutput]:
-        """As `logs`, each piece with the time at which the job wrote it."""
+        """Yield output as `logs` does, each piece with the time at which the job wrote it."""
         position = requests.LogsPosition(
             job_id,
             offset,
@@ -523,7 +524,7 @@ class Client(BaseClient):
         return self._call(requests.quota(client_name, all_clients=self._all_clients))
 
     def workspaces(self) -> requests.Workspaces:
-        """Our workspaces, by their names: directories that outlive jobs (`JobSpec.workspace`).
+        """Return our workspaces, by name: directories that outlive jobs (`JobSpec.workspace`).
 
         With *all_clients*, and a role for it, those of every client.
         """

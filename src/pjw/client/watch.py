@@ -78,13 +78,13 @@ class WatchPosition:
         return fresh
 
     def _removed(self) -> list[JobChange]:
-        """Those that were told before the connection was lost, and are not there any more."""
+        """Return changes for jobs that were told before the connection was lost, and are gone now."""
         gone, self._again, self._first = self._again or {}, None, {}
         return [JobChange(job, removed=True) for job in gone.values()]
 
     @property
     def reached(self) -> Reached:
-        """How far it has got, and what to do when it gets no further."""
+        """The progress of the watch, and the next step when it gets no further."""
         if self.sequence is None:
             return "", None
         return f" after change {self.sequence}", f"go on with pjw events --since {self.sequence}"

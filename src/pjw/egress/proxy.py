@@ -54,7 +54,7 @@ class Job:
     tasks: set["asyncio.Task[None]"] = field(default_factory=set)
 
     def may_reach(self, wanted: Wanted) -> bool:
-        """Whether the job has asked for that host and port, and may reach them."""
+        """Return whether the job has asked for that host and port, and may reach them."""
         return any(each.has(wanted.host, wanted.port) for each in self.allow)
 
 
@@ -339,5 +339,5 @@ async def _linger(peer: socket.socket) -> None:
 
 
 def descriptors_for(total_max: int) -> int:
-    """How many descriptors all connections take, without jobs' listeners."""
+    """Return the descriptors that all connections take, without jobs' listeners."""
     return (2 + relay.DESCRIPTORS) * total_max

@@ -65,7 +65,7 @@ class Targets:
         raise Failure("unreachable", 502, f"cannot connect to {host} port {port}: {said.lower()}")
 
     def is_public(self, address: Address) -> bool:
-        """Whether jobs may reach an address."""
+        """Return whether jobs may reach an address."""
         if any(address in network for network in self._private if network.version == address.version):
             return True
         if isinstance(address, ipaddress.IPv6Address):

@@ -84,7 +84,7 @@ def read_devices(kind: str, directories: Iterable[str]) -> tuple[Device, ...]:
 
 
 def _distinct(devices: Iterable[Device]) -> tuple[Device, ...]:
-    """Each device once: nvidia-ctk gives one as `0` and by its UUID, and all of them together as `all`."""
+    """Return each device once: nvidia-ctk names one as `0` and by its UUID, and all of them as `all`."""
     kept: list[Device] = []
     # few nodes first: a device with all nodes of another one, and more, is several devices at once
     for device in sorted(devices, key=lambda each: (len(each.own.nodes), _order(each.name))):
@@ -152,7 +152,7 @@ def _devices_of(path: str, kind: str) -> Iterator[Device]:
 
 
 def _read(path: str) -> bytes:
-    """All of a file that only root can change. Raises ConfigError or KernelError."""
+    """Read all of a file that only root can change. Raises ConfigError or KernelError."""
     descriptor = open_operator_file(path)
     try:
         _require_roots(path, descriptor)
@@ -203,7 +203,7 @@ def _mount(mount: Mapping[str, Any]) -> Edit:
 
 
 def _is_to_be_made(mount: Edit) -> bool:
-    """Whether a job needs this mount: it sees the host's files anyway, except in directories of its own."""
+    """Return whether a job needs this mount: it sees host files except in directories of its own."""
     return mount.host_path != mount.path or any(lies_in(mount.path, own) for own in _OWN)
 
 

@@ -106,7 +106,7 @@ class Departures:
             self._tell_late(departure, _busy(departure))
 
     def settle(self) -> None:
-        """At the launcher's end: return when all but the late ones are gone, or at a deadline."""
+        """Return when all but the late ones are gone, or at a deadline; for the launcher's end."""
         deadline = time.monotonic() + SETTLE_SECONDS
         while any(not departure.late for departure in self._under_way.values()):
             if (left := deadline - time.monotonic()) <= 0:

@@ -221,9 +221,10 @@ class Launcher:
             self.close()
 
     def _seconds_to_fill(self) -> float | None:
-        """How soon an init is made ahead: when there is nothing else to do, not while a start is under way.
+        """Return the delay before an init is made ahead: at once when idle, not while a start is under way.
 
-        But one that takes long does not count: else a client with slow programs would make all starts slow.
+        But a start that takes long does not count: else a client with slow programs would make all starts
+        slow.
         """
         if self._phase is not Phase.SERVING or not self._pool.wants_more:
             return None
@@ -995,7 +996,7 @@ class Launcher:
         return (protocol.Done(),)
 
     def answer_gpus(self, seq: int, request: protocol.Gpus, descriptors: list[int]) -> "Answer":
-        """Which GPUs the machine has, and the variables of some."""
+        """Return the GPUs of the machine, and the variables of some."""
         offer = self._policy.gpus
         devices = read_devices(offer.kind, offer.cdi_dirs) if offer.kind else ()
         edits = edits_of(devices, request.names)
@@ -1073,7 +1074,7 @@ ROUTES: Final[dict[str, Route]] = {
 
 
 def _kept_of(mount_count: int, descriptors: list[int]) -> int:
-    """How many descriptors a launch keeps until its init has its order, with those of its mounts."""
+    """Return the number of descriptors that a launch keeps until its init has its order, mounts included."""
     mounts = mount_count + 2 if mount_count else 0
     return len(descriptors) + mounts if descriptors else 0
 

@@ -81,7 +81,7 @@ def _walk(path: str, flags: int) -> int:
 
 
 def _check_directory(descriptor: int, path: str) -> bool:
-    """Whether others may add files to the directory. Raises ConfigError when they may change files in it."""
+    """Return whether others may add files to it. Raises ConfigError if they may change files in it."""
     status = os.fstat(descriptor)
     # of an access control list too: its mask is the group's bits
     writable = bool(status.st_mode & 0o022)

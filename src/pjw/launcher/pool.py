@@ -385,7 +385,7 @@ class _HostMounts:
         os.close(self._asked)
 
     def have_changed(self) -> bool:
-        """Whether they have since this was last asked."""
+        """Return whether they have since this was last asked."""
         return is_ready(self._asked, select.POLLPRI)
 
 
@@ -400,5 +400,5 @@ _OF_CGROUP: Final = attrgetter(
 
 
 def _are_alike(one: Limits, other: Limits) -> bool:
-    """Whether a cgroup for one is a cgroup for the other."""
+    """Return whether a cgroup for one is a cgroup for the other."""
     return bool(_OF_CGROUP(one) == _OF_CGROUP(other))

@@ -90,7 +90,7 @@ def find_init(pids: Callable[[], Collection[int]]) -> int | None:
 
 
 def _is_init(pid: int) -> bool:
-    """Whether it is PID 1 of a namespace that lies in ours (proc(5), NSpid)."""
+    """Return whether it is PID 1 of a namespace that lies in ours (proc(5), NSpid)."""
     return status_of(pid, b"NSpid")[1:] == [b"1"]
 
 
@@ -117,7 +117,7 @@ class Timer:
         self._callback: Callable[[], None] | None = callback
 
     def cancel(self) -> None:
-        """Never call it."""
+        """Drop the callback: it is never called."""
         self._callback = None
 
     @property

@@ -63,7 +63,7 @@ class ProjectQuotas:
 
     @classmethod
     def find(cls, descriptor: int, instance: str) -> Self | None:
-        """Those of the file system of a descriptor; None when it has none."""
+        """Return the quotas of the file system of a descriptor; None when it has none."""
         found = cls(descriptor, instance)
         try:
             found._call(_GETQUOTA, 0, bytearray(_DQBLK.size))

@@ -134,7 +134,7 @@ class Launch:
 
     @property
     def seconds_max(self) -> float:
-        """How long it may take."""
+        """The most seconds that it may take."""
         return LAUNCH_SECONDS + (UNPACK_SECONDS if self.upload else 0)
 
 
@@ -582,7 +582,7 @@ REPLIES: Final[dict[str, type[Reply]]] = {c.op: c for c in get_args(Reply)}
 
 
 def descriptors_of(request: Request) -> int:
-    """How many descriptors come with a request."""
+    """Return the number of descriptors that come with a request."""
     if isinstance(request, Egress):
         return 1
     return len(request.files) if isinstance(request, Launch | Exec) else 0

@@ -33,7 +33,7 @@ _REMOVAL_NICE: Final = 10
 
 
 def scratch_place(state_dir: str, scratch_dir: str) -> str:
-    """Where the scratch directories of a pjw are made."""
+    """Return the directory in which the scratch directories of a pjw are made."""
     if scratch_dir:
         return os.path.join(scratch_dir, instance_name(state_dir))
     return os.path.join(state_dir, "scratch")
@@ -86,11 +86,11 @@ class Scratch:
 
     @property
     def directory(self) -> str:
-        """Where directories are made."""
+        """The directory in which scratch directories are made."""
         return self._path
 
     def path(self, job_id: int) -> str:
-        """Where the scratch directory of a job is, or would be made."""
+        """Return the path of a job's scratch directory, whether it exists or not."""
         for place in self.places:
             path = os.path.join(place, str(job_id))
             if os.path.lexists(path):
@@ -205,7 +205,7 @@ def spawn_removal(path: str) -> int:
 
 
 def known_places(state_dir: str) -> tuple[str, ...]:
-    """Where jobs of a pjw may have their directories. Raises OSError."""
+    """Return the places where jobs of a pjw may have their directories. Raises OSError."""
     # without that file no other place was ever configured
     found = [scratch_place(state_dir, "")]
     with suppress(FileNotFoundError), open(os.path.join(state_dir, PLACES_NAME), "rb") as known:
@@ -214,7 +214,7 @@ def known_places(state_dir: str) -> tuple[str, ...]:
 
 
 def _remember(file: str, here: str, state_dir: str) -> tuple[str, ...]:
-    """All places where jobs may have their directories: *here*, and those of before that are not empty.
+    """Return all places of jobs' directories: *here*, and former ones that are not empty.
 
     *file* has them too, each ended by NUL. Raises KernelError.
     """

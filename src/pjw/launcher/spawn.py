@@ -96,7 +96,7 @@ class Spawner:
     """
 
     def __init__(self, watcher: Watcher, policy: Policy, scratch: str) -> None:
-        """*scratch* is the directory of all scratch directories, without links."""
+        """Begin without a spawner; *scratch* is the directory of all scratch directories, without links."""
         self._watcher: Final = watcher
         self._hidden: Final = policy.hidden_paths
         self._scratch: Final = scratch

@@ -54,7 +54,7 @@ def _process(pid: int, shown: int) -> str:
 
 
 def _is_killed(pid: int) -> bool:
-    """Whether SIGKILL is pending, for the process or its main thread; or it exits already."""
+    """Return whether SIGKILL is pending, for the process or its main thread; or it exits already."""
     try:
         flags = int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[6])
     except (FileNotFoundError, ProcessLookupError):

@@ -156,20 +156,20 @@ def _may_be_shown(path: str, mounts: Mapping[str, Mount]) -> bool:
 
 
 def _asks_others(path: str, mounts: Mapping[str, Mount]) -> bool:
-    """Whether the file system that *path* lies in asks others; where nothing is known of it, no."""
+    """Return whether the file system of *path* asks others; False for an unknown one."""
     mount = mounts.get(_mount_point(path, mounts))
     return mount is not None and mount.type.split(b".")[0] in _ASK_OTHERS
 
 
 def _mount_point(path: str, mounts: Mapping[str, Mount]) -> str:
-    """Where the file system is mounted that *path* lies in; the root, where nothing is known of it."""
+    """Return the mount point of the file system of *path*; the root for an unknown one."""
     while path != "/" and path not in mounts:
         path = os.path.dirname(path)
     return path
 
 
 def mounts_of(table: bytes) -> dict[str, Mount]:
-    """Of each mount point the mount that is seen there; *table* is that of proc_pid_mountinfo(5)."""
+    """Return the visible mount of each mount point; *table* is that of proc_pid_mountinfo(5)."""
     return {
         mount.point: Mount(
             b"%d" % mount.id, mount.device.encode(), mount.fs_type.encode(), mount.options.encode()
@@ -179,7 +179,7 @@ def mounts_of(table: bytes) -> dict[str, Mount]:
 
 
 def _is_within(path: str, tops: Collection[str]) -> bool:
-    """Whether it is one of *tops*, or lies in one."""
+    """Return whether *path* is one of *tops*, or lies in one."""
     while path not in tops:
         if path == "/":
             return False
@@ -192,7 +192,7 @@ def _outermost(paths: set[str]) -> set[str]:
 
 
 def _fold(paths: set[str]) -> set[str]:
-    """At most so many: the deepest give way to the directories that they lie in, which show nothing else."""
+    """Reduce to a limited number: the deepest give way to their parents, which show nothing else."""
     paths = _outermost(paths)
     while len(paths) > _COVERS_MAX:
         parents = {path: os.path.dirname(path) for path in paths}

@@ -83,7 +83,7 @@ class Workspaces:
         os.fchown(directory, uid, uid)
 
     def path(self, uid: int, name: str) -> str:
-        """Where a workspace is, or would be."""
+        """Return the path of a workspace, whether it exists or not."""
         return os.path.join(self._path, str(uid - self._uid_first), name)
 
     def page(self, after: str) -> tuple[str, ...]:

@@ -186,7 +186,7 @@ def is_cut_short(path: str) -> bool:
 
 
 def no_head(count: int) -> bytes:
-    """Nothing in front of the bytes of a chunk."""
+    """Return nothing to go in front of a chunk."""
     return b""
 
 

@@ -41,10 +41,10 @@ async def start_of_tail(
 
 
 def _newline_from_end(block: bytes, end: int, number: int) -> int:
-    """Where in the block, before *end*, the newline of that number is, from the end. It must be there.
+    """Return the place before *end* of the newline of that number, from the end. It must be there.
 
-    By bisection, which is two looks at each byte: to find one after the other, of a quarter of a million,
-    would hold the event loop up for 40 ms.
+    By bisection, which is two looks at each byte: a search for one after the other, of a quarter of a
+    million, would hold the event loop up for 40 ms.
     """
     start = 0
     while end - start > 1:

@@ -262,14 +262,14 @@ def image_from_message(message: pb.Image) -> Image:
 
 
 def image_config_to_message(config: ImageConfig) -> pb.ImageConfig:
-    """How jobs begin in an image, as it is sent."""
+    """Make the message of an image's config."""
     return pb.ImageConfig(
         env=config.env, workdir=config.workdir, entrypoint=config.entrypoint, command=config.command
     )
 
 
 def image_config_from_message(message: pb.ImageConfig) -> ImageConfig:
-    """How jobs begin in an image, as it was sent. Raises InvalidJobError."""
+    """Make an image's config from its message. Raises InvalidJobError."""
     return ImageConfig(dict(message.env), message.workdir, tuple(message.entrypoint), tuple(message.command))
 
 
@@ -501,7 +501,7 @@ def _after_from_message(message: pb.Dependency) -> After:
 
 
 def states_from_message(numbers: "Iterable[pb.JobState.ValueType]") -> frozenset[JobState]:
-    """States that are asked for. Raises InvalidJobError for one that this version does not know."""
+    """Make states from a request. Raises InvalidJobError for one that this version does not know."""
     try:
         return frozenset(_STATES_BACK[number] for number in numbers)
     except KeyError as unknown:
@@ -530,7 +530,7 @@ def limits_from_message(message: pb.Limits) -> dict[str, int]:
 
 
 def timed_logs_response(data: bytes, time: datetime | None) -> pb.LogsResponse:
-    """Output, and when it was written."""
+    """Make the message of output with its time."""
     return pb.LogsResponse(data=data, time=None if time is None else timestamp(time))
 
 
@@ -642,7 +642,7 @@ def _usage_from_message(message: pb.Usage) -> Usage:
 
 
 def since_from_message(request: pb.LogsRequest) -> int | None:
-    """From when on output is asked for, in nanoseconds since 1970. Raises InvalidJobError."""
+    """Return the time from which output is wanted, in ns since 1970. Raises InvalidJobError."""
     if not request.HasField("since"):
         return None
     try:

@@ -36,7 +36,7 @@ def parse_address(text: str) -> tuple[str, int]:
 
 
 def shown_address(host: str, port: int) -> str:
-    """HOST:PORT, an IPv6 address in brackets."""
+    """Format HOST:PORT, an IPv6 address in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 

@@ -89,7 +89,7 @@ class CallRecord:
         self.error = error
 
     def seconds(self) -> float:
-        """How long ago the call began."""
+        """Return the seconds since the call began."""
         return time.monotonic() - self._began
 
     def line(self) -> bytes:
@@ -137,7 +137,7 @@ def _time_text(seconds: float) -> str:
 
 
 def _element_of(request: Message | None) -> int | None:
-    """Which element of an array a call names; None where it names a job by its id alone."""
+    """Return the element of an array that a call names; None where it names a job by its id alone."""
     if request is None or "element" not in request.DESCRIPTOR.fields_by_name:
         return None
     return request.element if request.HasField("element") else None  # type: ignore[attr-defined]
@@ -263,6 +263,6 @@ class AuditLog:
 
 
 def _serial(number: int) -> str:
-    """As `openssl x509 -serial` prints it."""
+    """Format a serial number as `openssl x509 -serial` does."""
     digits = f"{number:X}"
     return digits.zfill(len(digits) + len(digits) % 2)

@@ -38,11 +38,11 @@ class Written(Protocol):
 
     @property
     def offset(self) -> int:
-        """How many bytes there are."""
+        """The number of bytes so far."""
 
     @property
     def ended(self) -> bool:
-        """Whether these are all."""
+        """Whether no more bytes follow."""
 
     async def write(self, offset: int, data: bytes, *, end: bool = False) -> None:
         """Add bytes, and the end. Raises OffsetError for a gap."""
@@ -53,7 +53,7 @@ class Reading(Protocol):
 
     @property
     def offset(self) -> int:
-        """Where it begins."""
+        """The first byte to read."""
 
     def chunks(self, head: Head = ...) -> AsyncGenerator[bytes, None]:
         """Yield its bytes, as they come, each chunk behind the head that *head* makes from its length."""
@@ -115,7 +115,7 @@ class Jobs(Protocol):
         *,
         newest_first: bool = ...,
     ) -> Page:
-        """Jobs behind an id that fit."""
+        """Return jobs behind an id that fit."""
 
     async def wait(self, job_id: int | Element, owner: str | None = ..., *, or_stuck: bool = ...) -> Job:
         """Wait until a job has ended."""
@@ -150,7 +150,7 @@ class Jobs(Protocol):
         """Return the jobs that have not ended, and the usage of each."""
 
     async def queued_now(self, owner: str | None = ..., most: int = ...) -> tuple[int, Sequence[Job]]:
-        """How many jobs wait, and the oldest of them."""
+        """Return the number of waiting jobs, and the oldest of them."""
 
     def watch_jobs(
         self,
@@ -169,7 +169,7 @@ class Jobs(Protocol):
     async def workspaces(
         self, owner: str | None = ..., after: tuple[str, str] = ..., count: int = ...
     ) -> Sequence[Workspace]:
-        """Workspaces."""
+        """Return workspaces."""
 
     async def remove_workspace(self, name: str, client_name: str = ...) -> None:
         """Remove a workspace."""
@@ -196,10 +196,10 @@ class Backend(Jobs, Protocol):
 
     @property
     def live_count(self) -> int:
-        """How many jobs have not ended."""
+        """The number of jobs that have not ended."""
 
     async def numbers(self) -> WorkerNumbers:
-        """How much of everything there is."""
+        """Return the counters for monitoring."""
 
     async def answers(self) -> None:
         """Return when all that jobs need has answered a question. Raises LauncherGoneError."""
@@ -223,7 +223,7 @@ class Backend(Jobs, Protocol):
         """Set the share of each client with jobs again; return, in words, the shares that failed."""
 
     async def open_operator_file(self, place: int) -> int:
-        """One of the operator's files, by its place among those that were told at the start."""
+        """Open one of the operator's files, by its place among those that were told at the start."""
 
     async def open_audit_log(self) -> int:
         """Open the audit log, for appending."""

@@ -64,7 +64,7 @@ def _load(path: str | None, options: Mapping[str, object]) -> ServerConfig:
 
 
 def host_findings(config: ServerConfig) -> Iterator[Finding]:
-    """Each thing that pjwd needs of the host: whether it is there, in words, and what to do."""
+    """Yield each need of pjwd on the host: whether it is met, in words, and the remedy."""
     release = platform.release()
     numbers = tuple(int(part) for part in release.split("-")[0].split(".")[:2] if part.isdecimal())
     wanted = ".".join(map(str, KERNEL_MINIMUM))
@@ -103,7 +103,7 @@ def _init() -> Finding:
 
 
 def _view(config: ServerConfig) -> Iterator[Finding]:
-    """Which of the host's file systems jobs see: this makes a job, and looks from within it."""
+    """Describe the file systems that jobs see: this makes a job, and looks from within it."""
     if os.geteuid() != 0:
         return
     try:
@@ -134,10 +134,10 @@ def _disks(*directories: str) -> Finding:
 
 
 def _write_back(*directories: str) -> Iterator[Finding]:
-    """Disks on which the kernel lets jobs' writes hold up pjwd's reads and syncs for long.
+    """Yield disks on which the kernel lets jobs' writes hold up pjwd's reads and syncs for long.
 
-    wbt_lat_usec is how long a read may take before the kernel queues fewer writes; 0 where the kernel never
-    does so, as with bfq (Documentation/ABI/stable/sysfs-block).
+    wbt_lat_usec is the time that a read may take before the kernel queues fewer writes; 0 where the kernel
+    never does so, as with bfq (Documentation/ABI/stable/sysfs-block).
     """
     try:
         disks = disks_under(map(nearest, directories))
@@ -209,7 +209,7 @@ def _images(directory: str) -> Iterator[Finding]:
 
 
 def _in_image(own: str, uid: int, trees: list[int]) -> str:
-    """Why a job cannot make a file in an image; empty when it can."""
+    """Return why a job cannot make a file in an image; empty when it can."""
     words = ["--uid", str(uid), "--gid", str(uid), "--scratch", f"{own}/job"]
     words += place_words(template_of((), (own,), read_mounts()))
     words += [word for tree in trees for word in ("--image-fd", str(tree))]

@@ -29,7 +29,7 @@ DISK_FREE_MINIMUM: Final = 1024**3
 
 
 def configuration_findings(path: str | None, options: Mapping[str, object]) -> Iterator[Finding]:
-    """Each thing of a configuration that serve needs."""
+    """Yield each need of serve on a configuration."""
     try:
         values = read_values(path)
         config = config_of(path, values, options)

@@ -366,7 +366,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.allowed_clients
 
     def name_rules(self, short_names: frozenset[str]) -> NameRules:
-        """How clients are named; *short_names* are names of 64 bits that an older version gave."""
+        """Return the rules for clients' names; *short_names*, of 64 bits, are an older version's."""
         return NameRules(self.client_name_oid, self.client_name_in_cn, short_names)
 
     def worker_settings(self, hidden_paths: tuple[str, ...]) -> WorkerSettings:
@@ -511,7 +511,7 @@ def _perhaps(values: Mapping[str, object]) -> str | None:
 
 
 def _keys(struct: type[msgspec.Struct], table: str = "") -> Iterator[str]:
-    """Each key, after its table's name."""
+    """Yield each key, after its table's name."""
     for name, kind in get_type_hints(struct).items():
         if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
             yield from _keys(kind, f"{name}.")

@@ -131,7 +131,7 @@ class Connections:
         self._port = port
 
     def accepted(self) -> None:
-        """From any thread: there is one more."""
+        """Note one more connection; call it from any thread."""
         # RuntimeError: the loop has ended, and all connections do
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._note_accepted)
@@ -367,7 +367,7 @@ _length_at: Final = ctypes.byref(_length)
 
 
 def _peers() -> Iterator[tuple[int, bytes]]:
-    """Every descriptor of ours that is an internet socket with another end, and that end's key."""
+    """Yield each descriptor of ours that is an internet socket with another end, and that end's key."""
     for descriptor in range(_table_size()):
         if (key := _peer_key(descriptor)) is not None:
             yield descriptor, key
@@ -409,6 +409,6 @@ _LITTLE: Final = struct.pack("=H", 1) == b"\1\0"
 
 
 def _table_size() -> int:
-    """How many descriptors the kernel has room for in our table: all that are open are below (proc(5))."""
+    """Return the size of our descriptor table in the kernel: all open ones are below (proc(5))."""
     with open("/proc/self/status", "rb") as status:
         return int(status.read().partition(b"FDSize:")[2].split(None, 1)[0])

@@ -39,7 +39,7 @@ class Setting:
 def settings_of(
     config: ServerConfig, in_file: Mapping[str, object], options: Mapping[str, object]
 ) -> list[Setting]:
-    """Every key of a configuration that was made from these."""
+    """Return every key of a configuration that was made from these."""
     descriptions = describe_keys()
     values = msgspec.to_builtins(config, order="deterministic")
     for table, limits in zip(("limits", "ceilings", "floors"), config.effective_limits(), strict=True):

@@ -70,7 +70,7 @@ class Budget:
         self._left = self._left_out = 0
 
     def take(self) -> tuple[bool, int]:
-        """Whether to tell a line, and how many were left out since that was last mentioned."""
+        """Return whether to tell a line, and the number left out since that was last mentioned."""
         now, left_out = time.monotonic(), 0
         if now >= self._until:
             self._until, self._left = now + LINES_SECONDS, LINES_MAX

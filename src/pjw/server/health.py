@@ -41,7 +41,7 @@ class Health:
         )
 
     async def check(self, request: pb.HealthCheckRequest, caller: Caller) -> pb.HealthCheckResponse:
-        """How the server is now."""
+        """Return the present state of the server."""
         if request.service not in _SERVICES:
             raise UnknownServiceError("no such service is here")
         return pb.HealthCheckResponse(status=self._status())
@@ -49,7 +49,7 @@ class Health:
     async def watch(
         self, request: pb.HealthCheckRequest, caller: Caller
     ) -> AsyncGenerator[pb.HealthCheckResponse, None]:
-        """How the server is now, and once more when that changes."""
+        """Yield the present state of the server, and once more when that changes."""
         known = request.service in _SERVICES
         self._watchers += 1
         self._unwatched.clear()

@@ -140,7 +140,7 @@ def _remove(path: str) -> None:
 
 
 def listed(state_dir: str, form: str) -> Iterator[str]:
-    """Lines that show the images. Raises ConfigError, KernelError."""
+    """Yield lines that show the images. Raises ConfigError, KernelError."""
     table = store_of(state_dir).table()
     found = [(name, digest, table["images"][digest]) for name, digest in sorted(table["names"].items())]
     if form == "json":

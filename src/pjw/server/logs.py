@@ -92,7 +92,7 @@ class _Journal(logging.Formatter):
 
 
 def escaped(text: str) -> str:
-    """*text* without anything that ends a line, moves a cursor or is no character."""
+    """Escape characters of *text* that end a line, move a cursor or are no characters."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 

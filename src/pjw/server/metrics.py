@@ -174,11 +174,11 @@ class ServerMetrics:
             yield
 
     def numbers(self) -> tuple[WorkerNumbers, dict[str, int], Tally[str]]:
-        """From any thread: the worker's numbers, calls under way and bytes, both by method."""
+        """Return the worker's numbers, calls under way and bytes, by method; call it from any thread."""
         return asyncio.run_coroutine_threadsafe(self._look(), self._loop).result(SCRAPE_SECONDS)
 
     def connections(self) -> ConnectionNumbers:
-        """From any thread: the connections to the port."""
+        """Return the numbers of the connections to the port; call it from any thread."""
         return asyncio.run_coroutine_threadsafe(self._look_at_port(), self._loop).result(SCRAPE_SECONDS)
 
     async def _look_at_port(self) -> ConnectionNumbers:
@@ -378,7 +378,7 @@ class _Handler(WSGIRequestHandler):
         """Log nothing: a scraper would write into our log."""
 
     def log_error(self, format: str, *args: object) -> None:  # noqa: A002  the base's name
-        """Nothing: the same."""
+        """Log nothing, for the same reason."""
 
 
 def _hang_up(request: _Request) -> None:

@@ -14,7 +14,7 @@ _TOKEN: Final = re.compile(r"([0-9]{1,18})((?:-[0-9a-f]{16})?)")
 
 
 def filter_from_message(request: pb.ListRequest) -> JobFilter:
-    """Which jobs are asked for. Raises InvalidJobError for labels and names that no job can have."""
+    """Make the filter of a request. Raises InvalidJobError for labels and names that no job can have."""
     check_name(request.name)
     labels = dict(request.labels)
     check_labels(labels)
@@ -23,7 +23,7 @@ def filter_from_message(request: pb.ListRequest) -> JobFilter:
 
 
 def after_token(request: pb.ListRequest) -> int:
-    """Behind which id the page begins. Raises InvalidJobError for a token of another list."""
+    """Return the id behind which the page begins. Raises InvalidJobError for another list's token."""
     if not request.page_token:
         return 0
     token = _TOKEN.fullmatch(request.page_token)

@@ -27,11 +27,11 @@ class Peer:
     not_valid_after: datetime
 
     def seconds_left(self) -> float:
-        """How long the certificate still holds; negative when it has expired."""
+        """Return the seconds for which the certificate still holds; negative when it has expired."""
         return (self.not_valid_after - datetime.now(UTC)).total_seconds()
 
     def is_revoked(self, revoked: RevocationList) -> bool:
-        """Whether the certificate is in the list."""
+        """Return whether the certificate is in the list."""
         return revoked.revokes(self.identity.serial, self.fingerprint)
 
 

@@ -34,7 +34,7 @@ class Port:
         self._told: Final = Told()
 
     def reconfigure(self, clients: ClientLimits) -> None:
-        """From now on these limits; connections that are open stay."""
+        """Apply these limits from now on; open connections stay."""
         self._clients = clients
 
     def admit(self, method: bytes, context: Context, deliver: Deliver) -> None:

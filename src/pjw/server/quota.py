@@ -143,11 +143,11 @@ class ClientLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def starts_at_once(self) -> int:
-        """How many jobs a client may start at once, after a rest."""
+        """The number of jobs that a client may start at once, after a rest."""
         return max(1, round(STARTS_REST_SECONDS * self.starts_per_second))
 
     def shares(self) -> Shares:
-        """Each client's part of the host. Raises ConfigError."""
+        """Return each client's part of the host. Raises ConfigError."""
         default = {name: getattr(self, name) for name in NamedClient.__struct_fields__}
         by_name = {}
         for client_name, named in self.by_name.items():
@@ -156,7 +156,7 @@ class ClientLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return Shares(_share("clients", default), by_name)
 
     def quotas(self) -> Quotas:
-        """Those that are the worker's to keep."""
+        """Return the quotas that the worker enforces."""
         return Quotas(**{each.name: getattr(self, each.name) for each in dataclasses.fields(Quotas)})
 
 

@@ -92,7 +92,7 @@ def _confine(sandbox: Sandbox) -> None:
 
 
 def descriptors_for(config: "ServerConfig") -> int:
-    """How many descriptors the network process may have: enough for its limits, far fewer than the launcher.
+    """Return the network process's number of descriptors: enough for its limits, far below the launcher's.
 
     Where the configuration has no limit, neither has this.
     """
@@ -110,7 +110,7 @@ def limit_descriptors(wanted: int) -> None:
 
 
 def rules(own_directory: int | None) -> list[Beneath]:
-    """Which files may be opened."""
+    """Return the rules for the files that may be opened."""
     # The resolver's file may be a link to where a service keeps it.
     resolver = os.path.dirname(os.path.realpath(_RESOLVER))
     return [
@@ -121,7 +121,7 @@ def rules(own_directory: int | None) -> list[Beneath]:
 
 
 def status() -> Iterator[tuple[bool | None, str, str | None]]:
-    """Which parts of the sandbox this host offers: whether it is there, in words, and what to do."""
+    """Yield the parts of the sandbox: whether this host offers them, in words, and the remedy."""
     try:
         architecture_of(platform.machine())
     except ConfigError as error:

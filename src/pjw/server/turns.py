@@ -72,7 +72,7 @@ class _Line:
         self.penalty = 0
 
     def is_forgotten(self, now: int) -> bool:
-        """Whether it is like that of a client that never came."""
+        """Return whether its state is that of a client that never came."""
         busy = self.waiting or self.under_way or self.timer
         last = self.banned_until + PENALTY_SECONDS_MAX * _SECOND_NS if self.penalty else 0
         return not busy and now > max(self.full_at, self.taken_back_full_at, last)
@@ -119,12 +119,12 @@ class Turns:
         return line.penalty
 
     def is_banned(self, client: str) -> bool:
-        """Whether it is not listened to."""
+        """Return whether the client is banned."""
         line = self._lines.get(client)
         return line is not None and self._clock_ns() < line.banned_until
 
     def open(self) -> None:
-        """From now on all may go at once, for the server ends and answers none of it."""
+        """Let all go at once from now on, for the server ends and answers none of it."""
         self._open = True
         for line in self._lines.values():
             self._go_on(line)

@@ -39,7 +39,7 @@ class UsageWatchers:
     async def watch(
         self, request: pb.WatchUsageRequest, owner: str | None
     ) -> AsyncGenerator[pb.WatchUsageResponse, None]:
-        """Snapshots of the jobs of *owner*, or of everybody, for ever. Raises InvalidJobError."""
+        """Yield snapshots of the jobs of *owner*, or of all clients, for ever. Raises InvalidJobError."""
         interval = _interval_of(request)
         loop = asyncio.get_running_loop()
         within = _FIRST_SECONDS

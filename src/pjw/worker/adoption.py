@@ -177,5 +177,5 @@ async def _wait_for_end(launcher: LauncherClient, job_id: int, ended: Ended) -> 
 
 
 def _boot_id() -> str:
-    """Which boot of the host this is (random(4)): a new one each time."""
+    """Return the id of this boot of the host (random(4)): a new one each time."""
     return Path("/proc/sys/kernel/random/boot_id").read_bytes().decode().strip()

@@ -124,13 +124,13 @@ def _see(db: sqlite3.Connection, element: Element) -> int:
 
 
 def is_stopped(db: sqlite3.Connection, array_id: int) -> bool:
-    """Whether no more elements of an array are to be started."""
+    """Return whether no more elements of an array are to be started."""
     row = db.execute("SELECT stopped_ns FROM arrays WHERE id = ?", (array_id,)).fetchone()
     return row is None or row[0] > 0
 
 
 def being_stopped(db: sqlite3.Connection) -> list[int]:
-    """Arrays that were stopped, and of which an element waits: a crash has broken the stop off."""
+    """Return arrays that were stopped, and still have a waiting element: a crash broke the stop off."""
     query = "SELECT id FROM arrays INDEXED BY arrays_being_stopped WHERE stopped_ns > 0 AND waiting > 0"
     return [array_id for (array_id,) in db.execute(query)]
 
@@ -152,12 +152,12 @@ def stop(db: sqlite3.Connection, array_id: int, detail: str, now_ns: int) -> boo
 
 
 def is_array(db: sqlite3.Connection, job_id: int) -> bool:
-    """Whether a job is an array."""
+    """Return whether a job is an array."""
     return db.execute("SELECT 1 FROM arrays WHERE id = ?", (job_id,)).fetchone() is not None
 
 
 def waiting_rows(db: sqlite3.Connection, array_id: int, most: int) -> list[int]:
-    """Elements of an array that wait and have a row: *most* of them, or all."""
+    """Return elements of an array that wait and have a row: *most* of them, or all."""
     query = (
         "SELECT id FROM jobs INDEXED BY jobs_waiting_of_array WHERE array_id = ? AND array_id IS NOT NULL"
         f" AND {WAITS} LIMIT ?"
@@ -293,7 +293,7 @@ def _array_job(db: sqlite3.Connection, array_id: int, client_name: str | None) -
 
 
 def rows_of(db: sqlite3.Connection, array_id: int, most: int) -> list[int]:
-    """Elements of an array that have a row: *most* of them, or all."""
+    """Return elements of an array that have a row: *most* of them, or all."""
     query = "SELECT id FROM jobs INDEXED BY jobs_of_array WHERE array_id = ? AND array_id IS NOT NULL LIMIT ?"
     return [job_id for (job_id,) in db.execute(query, (array_id, most))]
 

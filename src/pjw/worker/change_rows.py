@@ -40,7 +40,7 @@ class SnapshotPage:
 
 
 def kept(db: sqlite3.Connection, owner: str | None) -> Kept:
-    """Which changes there are of one client's jobs, or of all."""
+    """Return the range of the kept changes of one client's jobs, or of all."""
     query = (
         "SELECT max((SELECT seq FROM change_floor), coalesce(max(changes_from), 0)),"
         " coalesce((SELECT max(seq) FROM changes), 0) FROM clients"
@@ -55,9 +55,10 @@ def kept(db: sqlite3.Connection, owner: str | None) -> Kept:
 def read_changes(
     db: sqlite3.Connection, owners: Collection[str | None], since: int, count: int
 ) -> tuple[list[JobChange], int]:
-    """At most *count* changes behind *since*, of some clients or of all (None); and up to which that is all.
+    """Return at most *count* changes behind *since*, and the number that they are complete to.
 
-    Raises SequenceError when some of these are not kept any more, or *since* is none of this table.
+    Of some clients, or of all (None). Raises SequenceError when some of these are not kept any more, or
+    *since* is none of this table.
     """
     whose = None if None in owners else [name for name in owners if name is not None]
     _check(db, owners, since)
@@ -102,7 +103,7 @@ def read_snapshot(
     wanted: JobFilter,
     ids: Collection[int],
 ) -> SnapshotPage:
-    """Jobs that fit as they are now, behind id *after*.
+    """Return jobs that fit as they are now, behind id *after*.
 
     A job that is being started at once is not among them: the change comes when its command runs.
     """

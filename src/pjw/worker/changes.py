@@ -48,7 +48,7 @@ class Watched(NamedTuple):
     ids: frozenset[int] = frozenset()
 
     def fits(self, change: JobChange) -> bool:
-        """Whether a change is one of them; a removal is none of a state."""
+        """Return whether the watcher wants a change; a removal has no state."""
         job, states = change.job, self.jobs.states
         return (
             (not self.ids or job.id in self.ids)
@@ -125,7 +125,7 @@ class _Snapshot:
                 yield page.jobs
 
     def has(self, change: JobChange) -> bool:
-        """Whether a job was told as it was after this change, or later."""
+        """Return whether a job was told as it was after this change, or later."""
         return (change.sequence or 0) <= self._changes[bisect_left(self._ids, change.job.id)]
 
 
@@ -135,7 +135,7 @@ class Changes:
     def __init__(
         self, store: JobStore, background: Background, gone: Flag, shown: Callable[[Job], Job]
     ) -> None:
-        """*gone* ends all watches; *shown* is a job of the queue with why it waits."""
+        """Begin without watchers; *gone* ends all watches; *shown* adds why a job of the queue waits."""
         self._store: Final = store
         self._background: Final = background
         self._gone: Final = gone

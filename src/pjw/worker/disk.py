@@ -97,7 +97,7 @@ class DiskSampler:
         os.close(self._scratch)
 
     def job_began(self) -> None:
-        """There is a job to look after."""
+        """Note that there is a job to look after."""
         self._begun.set()
 
     async def run(self) -> None:

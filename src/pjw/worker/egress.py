@@ -58,7 +58,7 @@ class _Allowance:
         self.left_out = 0
 
     def take(self, now: float) -> bool:
-        """Whether there is a line left, which is taken then."""
+        """Take a line from the allowance; return whether there was one."""
         self._lines = min(_LINES_AT_ONCE, self._lines + (now - self._counted) * _LINES_PER_SECOND)
         self._counted = now
         if self._lines < 1:

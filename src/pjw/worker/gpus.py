@@ -85,12 +85,12 @@ class Gpus:
             raise GpuError.unknown() from None
 
     def of(self, client_name: str) -> int:
-        """How many the machine has for jobs of a client, free or not."""
+        """Return the number of GPUs for jobs of a client, free or not."""
         return len(self._names) if self._offer.is_for(client_name) else 0
 
     @property
     def free(self) -> int:
-        """How many no job has."""
+        """The number of GPUs that no job has."""
         return sum(name not in self._taken for name in self._names)
 
     def take(self, count: int) -> Taken:
@@ -138,7 +138,7 @@ class Gpus:
             self.give_back(taken)
 
     def names_of(self, job_id: int) -> tuple[str, ...]:
-        """Those that a job has."""
+        """Return the GPUs of a job."""
         return self._of_job.get(job_id, NONE).names
 
 

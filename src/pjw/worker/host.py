@@ -15,7 +15,7 @@ PERCENT_OF_CPUS: Final = 90
 
 
 def resources() -> Sums:
-    """Memory, processes and processor time of this host, all of it."""
+    """Return the memory, processes and processor time of this host, all of it."""
     return Sums(_memory_bytes(), _pids(), (os.cpu_count() or 1) * 1000)
 
 

@@ -22,12 +22,12 @@ _IMAGES: Final = (
 
 
 def config_text(config: ImageConfig) -> str:
-    """How jobs begin in an image, as a row has it."""
+    """Format an image's config as a row has it."""
     return json.dumps(asdict(config), ensure_ascii=False)
 
 
 def config_of(text: str) -> ImageConfig:
-    """How jobs begin in an image, from its row. Raises InvalidJobError."""
+    """Parse an image's config from its row. Raises InvalidJobError."""
     members = json.loads(text)
     return ImageConfig(
         members["env"], members["workdir"], tuple(members["entrypoint"]), tuple(members["command"])
@@ -125,7 +125,7 @@ def running(db: sqlite3.Connection) -> list[tuple[int, str, str]]:
 
 
 def nameless(db: sqlite3.Connection) -> list[tuple[str, str, int | None]]:
-    """Directories of images without a name: clients, keys, and which job unpacks one, if any does.
+    """Return directories of images without a name: clients, keys, and the job that unpacks one, if any.
 
     Rows that are left of images without a directory are deleted.
     """
@@ -143,12 +143,12 @@ def nameless(db: sqlite3.Connection) -> list[tuple[str, str, int | None]]:
 
 
 def unused(db: sqlite3.Connection, before_ns: int) -> list[tuple[str, str, str]]:
-    """Images with a name that no job has been started with since then: clients, names and keys."""
+    """Return images with a name that no job was started with since then: clients, names and keys."""
     query = "SELECT client_name, name, key FROM images WHERE name <> '' AND used_ns < ?"
     return db.execute(query, (before_ns,)).fetchall()
 
 
 def first_unused_ns(db: sqlite3.Connection) -> int | None:
-    """When the image was used last that was used longest ago; None without any."""
+    """Return the last use of the image that was used longest ago; None without any."""
     row = db.execute("SELECT min(used_ns) FROM images WHERE name <> ''").fetchone()
     return row[0] if row else None

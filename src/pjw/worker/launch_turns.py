@@ -82,7 +82,7 @@ class LaunchTurns:
         self._recent: Final[dict[str, float]] = {}
 
     def is_busy(self, client_name: str) -> bool:
-        """Whether a client's next launch would have to wait for its turn."""
+        """Return whether a client's next launch would have to wait for its turn."""
         line = self._lines.get(client_name)
         return line is not None and (bool(line.waiting) or not self._has_room(client_name, line))
 

@@ -41,7 +41,7 @@ class LaunchBrokenOffError(Exception):
     """
 
     def __init__(self, refusal: PjwError, *, is_left: bool) -> None:
-        """*refusal* is the error for the caller that asked for the launch."""
+        """Make the error; *refusal* is the error for the caller that asked for the launch."""
         super().__init__(str(refusal))
         self.refusal: Final = refusal
         self.is_left: Final = is_left
@@ -106,7 +106,7 @@ class LauncherClient:
         self._ends.clear()
 
     async def join(self) -> None:
-        """After `close`: wait until the launcher has ended, and collect it."""
+        """Wait, after `close`, until the launcher has ended, and collect it."""
         await readable(self._pidfd)
         collect(self._pidfd)
 
@@ -205,7 +205,7 @@ class LauncherClient:
         await self._request(protocol.Terminate(job_id, signal))
 
     async def request_kill(self, job_id: int, *, init_too: bool = False) -> None:
-        """SIGKILL to every process of the job; its init records the end unless killed too."""
+        """Send SIGKILL to every process of the job; its init records the end unless killed too."""
         await self._request(protocol.Kill(job_id, init_too))
 
     async def request_remaining(self, job_id: int) -> protocol.Remaining:
@@ -269,7 +269,7 @@ class LauncherClient:
         return await self._opened(protocol.ScratchUse())
 
     async def request_workspaces(self) -> list[tuple[int, str]]:
-        """All workspaces that have a directory: the user ids of their clients, and their names."""
+        """Return all workspaces that have a directory: the user ids of their clients, and their names."""
         found: list[tuple[int, str]] = []
         after = ""
         while True:
@@ -299,7 +299,7 @@ class LauncherClient:
         await self._request(protocol.ReloadMounts())
 
     async def request_gpus(self, names: Sequence[str] = ()) -> protocol.GpuNames:
-        """All GPUs of the machine, and the variables of those with these *names*.
+        """Return all GPUs of the machine, and the variables of those with these *names*.
 
         Raises KernelError, ConfigError and GpuError.
         """

@@ -40,7 +40,7 @@ class Network:
         return tuple(dict.fromkeys((*self.hosts, *(host for own in self.by_name.values() for host in own))))
 
     def withdrawn(self, client_name: str, allow: Sequence[str]) -> tuple[str, ...]:
-        """Which of a job's names are not offered to its client, or not any more."""
+        """Return a job's names that are not offered to its client, or not any more."""
         offered = list(map(Allowed.of, self._offers(client_name) if allow else ()))
         return tuple(name for name in allow if not is_offered(Allowed.of(name), offered))
 

@@ -59,7 +59,7 @@ def read_page(
     wanted: JobFilter,
     newest_first: bool,  # noqa: FBT001  called by position, from another thread
 ) -> Page:
-    """At most *count* jobs that fit, of one client or of all, behind id *after* (0: from the first on)."""
+    """Return at most *count* jobs that fit, of one client or all, behind id *after* (0: from the first)."""
     begun = wanted.states - _QUEUED
     if begun != wanted.states and begun and not any(state.final for state in begun):
         # each of the two has an index of its own
@@ -111,7 +111,7 @@ def read_page(
 
 
 def _merged(parts: Sequence[Page], count: int, newest_first: bool) -> Page:  # noqa: FBT001
-    """One page of two, behind neither of which a job is left out that comes before a job of the other."""
+    """Merge two pages; no job is left out that comes before a job of the other."""
     ends = [part.next_after for part in parts if part.next_after is not None]
     last = (max if newest_first else min)(ends, default=None)
     jobs = sorted((job for part in parts for job in part.jobs), key=lambda job: job.id, reverse=newest_first)

@@ -171,7 +171,7 @@ class StoredBytes:
         self._under_way: Final[Counter[str]] = Counter()
 
     def set_quotas(self, quotas: Quotas) -> None:
-        """From now on these."""
+        """Apply these quotas from now on."""
         self._quotas = quotas
         self._left.clear()
 
@@ -222,7 +222,7 @@ class StoredBytes:
         return bool(self._quotas.stored_bytes_max or self._quotas.stored_bytes_total_max)
 
     async def of(self, client_name: str) -> int:
-        """How many bytes a client has stored, by a look that is at most LOOK_SECONDS old: each costs."""
+        """Return the bytes a client has stored, at most LOOK_SECONDS ago: each look costs."""
         now = asyncio.get_running_loop().time()
         looked, own = self._looks.get(client_name, (-math.inf, 0))
         if now - looked > LOOK_SECONDS:

@@ -45,11 +45,11 @@ class Pruner:
         self.removed: Final[list[Callable[[], None]]] = []
 
     def job_ended(self) -> None:
-        """There is one more to keep."""
+        """Note that there is one more job to keep."""
         self._due.set()
 
     def keep(self, retention: Retention) -> None:
-        """From now on so much."""
+        """Apply this retention from now on."""
         self._retention = retention
         self._due.set()
 

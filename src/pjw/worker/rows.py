@@ -39,7 +39,7 @@ Row = tuple[Any, ...]
 
 
 def to_ns(time: datetime) -> int:
-    """Nanoseconds since 1970, exact to the microsecond that a datetime holds."""
+    """Return nanoseconds since 1970, exact to the microsecond that a datetime holds."""
     return int(time.timestamp()) * 1_000_000_000 + time.microsecond * 1000
 
 
@@ -52,13 +52,13 @@ def from_ns(ns: int) -> datetime:
 # Most jobs have the default limits, or those of another job.
 @lru_cache(maxsize=64)
 def limits_text(limits: Limits) -> str:
-    """Limits as a row has them."""
+    """Format limits as a row has them."""
     return json.dumps(asdict(limits))
 
 
 @lru_cache(maxsize=64)
 def limits_of(text: str) -> Limits:
-    """Limits of a row."""
+    """Parse the limits of a row."""
     return Limits(**json.loads(text))
 
 

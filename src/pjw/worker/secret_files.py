@@ -22,7 +22,7 @@ class SecretFiles:
     """Makes, reads and removes secrets. Calls that wait for the disk belong in a thread."""
 
     def __init__(self, jobs: str) -> None:
-        """*jobs* is the directory of the files of jobs."""
+        """Use *jobs*, the directory of the files of jobs."""
         self._all: Final = SparseDirectory(f"{jobs}/{_SECRETS}")
 
     def keep(self, specs: Collection[JobSpec]) -> dict[int, str]:

@@ -60,7 +60,7 @@ class SessionFiles:
         self._all: Final = SparseDirectory(f"{self._jobs}/{_SESSIONS}")
 
     def path(self, key: Key, name: str) -> str:
-        """Where a file of a session is, for this process alone."""
+        """Return the path of a file of a session, for this process alone."""
         return f"{self._directory(key)}/{name}"
 
     def _directory(self, key: Key) -> str:
@@ -158,7 +158,7 @@ class SessionFiles:
         order_size(self.path(key, "control"), size, describe(key))
 
     def size(self, key: Key) -> int:
-        """How many bytes it has stored: output and input."""
+        """Return the bytes it has stored: output and input."""
         total = 0
         for name in ("output", "stderr", "input"):
             with suppress(FileNotFoundError):

@@ -82,11 +82,11 @@ class LiveSession:
 
     @property
     def key(self) -> Key:
-        """Of which job, and which one."""
+        """The number of its job, and its own."""
         return self.session.job_id, self.session.number
 
     def logs(self) -> Iterator[OutputLog]:
-        """Its outputs."""
+        """Yield its outputs."""
         yield self.output
         if self.stderr is not None:
             yield self.stderr

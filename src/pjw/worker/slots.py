@@ -68,13 +68,13 @@ class Slots:
             del self._clients[client_name]
 
     def has_room_of_own(self, client_name: str, limits: Limits) -> bool:
-        """Whether a client's slots have room for a job of it."""
+        """Return whether a client's slots have room for a job of it."""
         slots = self.settings.queue
         most = _Use(slots.client_running_max, slots.client_cpu_max_millicores, slots.client_memory_max_bytes)
         return self._clients.get(client_name, _Use()).room_for(self._promise(limits), most)
 
     def has_room(self, limits: Limits) -> bool:
-        """Whether the slots of all clients have room for a job."""
+        """Return whether the slots of all clients have room for a job."""
         return self._all.room_for(self._promise(limits), self._most())
 
     def share(self, client_name: str) -> float:

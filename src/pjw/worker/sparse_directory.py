@@ -26,7 +26,7 @@ class SparseDirectory:
                 raise
 
     def tidy(self) -> None:
-        """After the removal of an entry: remove the directory if that was the last one."""
+        """Remove the directory if it is empty; call this after the removal of an entry."""
         with self._changing:
             self._remove()
 

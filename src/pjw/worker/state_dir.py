@@ -119,24 +119,24 @@ class StateDir:
 
     @property
     def jobs_path(self) -> str:
-        """Where the directories of jobs are, for this process alone."""
+        """The directory of the directories of jobs, for this process alone."""
         return self._jobs
 
     def output_paths(self, job_id: int, *, stderr: bool = False) -> tuple[str, str]:
-        """Where a job's output (or its stderr) and the times of it are, for this process alone."""
+        """Return the paths of a job's output (or stderr) and its times, for this process alone."""
         output, times = ("stderr", "stderr_times") if stderr else ("output", "times")
         return f"{self._jobs}/{job_id}/{output}", f"{self._jobs}/{job_id}/{times}"
 
     def input_path(self, job_id: int) -> str:
-        """Where the input of a job is that has not ended, for this process alone."""
+        """Return the path of the input of a job that has not ended, for this process alone."""
         return f"{self._jobs}/{job_id}/{_INPUT}"
 
     def control_path(self, job_id: int) -> str:
-        """Where a job with a terminal is told its size, for this process alone."""
+        """Return the path of a job's orders to its terminal, for this process alone."""
         return f"{self._jobs}/{job_id}/{_CONTROL}"
 
     def status_path(self, job_id: int) -> str:
-        """Where the status record of a job is, for this process alone."""
+        """Return the path of a job's status record, for this process alone."""
         return f"{self._jobs}/{job_id}/status"
 
     def create_job(self, job: Job, terminal: TerminalSize | None = None) -> list[int]:
@@ -202,7 +202,7 @@ class StateDir:
             raise KernelError("note the end of", f"job {job_id}", error.errno or 0) from error
 
     def is_ended_for_disk(self, job_id: int) -> bool:
-        """Whether that was noted."""
+        """Return whether that end was noted."""
         try:
             status = os.stat(f"{job_id}/status", dir_fd=self._jobs_fd)
             return stat.S_IMODE(status.st_mode) == _ENDED_FOR_DISK
@@ -212,7 +212,7 @@ class StateDir:
             raise KernelError("look at the status of", f"job {job_id}", error.errno or 0) from error
 
     def output_size(self, job: Job) -> int:
-        """How many bytes of output a job has, stderr included; 0 without a file."""
+        """Return the bytes of output of a job, stderr included; 0 without a file."""
         return sum(self._size(path) for path in self.outputs(job))
 
     def outputs(self, job: Job) -> list[str]:
@@ -223,7 +223,7 @@ class StateDir:
         ]
 
     def input_size(self, job: Job) -> int:
-        """How many bytes of input are kept for a job; 0 without a file."""
+        """Return the bytes of input that are kept for a job; 0 without a file."""
         return self._size(self.input_path(job.id)) if job.input else 0
 
     @staticmethod
@@ -244,11 +244,11 @@ class StateDir:
             raise KernelError("remove the input of", f"job {job_id}", error.errno or 0) from error
 
     def artifacts_path(self, job_id: int) -> str:
-        """Where the artifacts of a job are, for this process alone."""
+        """Return the path of the artifacts of a job, for this process alone."""
         return f"{self._jobs}/{job_id}/{_ARTIFACTS}"
 
     def artifacts_size(self, job: Job) -> int:
-        """How many bytes of artifacts a job has, whole or not; 0 without a file."""
+        """Return the bytes of artifacts of a job, whole or not; 0 without a file."""
         return self._size(self.artifacts_path(job.id)) if job.artifacts is not None else 0
 
     def whole_artifacts(self, job_id: int) -> int | None:

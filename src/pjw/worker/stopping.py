@@ -131,7 +131,7 @@ def _in_words(processes: str) -> str:
 
 
 async def within(seconds: float, flag: Flag) -> bool:
-    """Whether the flag is set in time."""
+    """Return whether the flag is set in time."""
     try:
         async with asyncio.timeout(seconds):
             await flag.wait()

@@ -82,7 +82,7 @@ class AlreadyStartedError(Exception):
     """A client has asked with this request id before, and got a job then."""
 
     def __init__(self, job_id: int) -> None:
-        """*job_id* is that job."""
+        """Make the error; *job_id* is the job that the request has started."""
         super().__init__(f"the request has started job {job_id}")
         self.job_id: Final = job_id
 
@@ -100,7 +100,7 @@ class NotQueuedError(Exception):
 
 
 def _listed(texts: Sequence[str]) -> str:
-    """How a row has a list of text."""
+    """Format a list of texts as a row has it."""
     return json.dumps(list(texts), ensure_ascii=False)
 
 
@@ -181,7 +181,7 @@ class JobStore:
         self._wal.reserve()
 
     def sync(self) -> asyncio.Future[None]:
-        """Done when all that was written before this call will survive a power cut. Raises KernelError."""
+        """Sync; done when all rows written before this call will survive a power cut. Raises KernelError."""
         return self._wal.sync()
 
     def copy_to(self, target: sqlite3.Connection) -> None:
@@ -193,7 +193,7 @@ class JobStore:
         self._guarded(self._db.backup, target, pages=_COPY_PAGES, sleep=_COPY_WAIT_SECONDS)
 
     def size_bytes(self) -> int:
-        """How large a copy of the table is; call it from any thread."""
+        """Return the size of a copy of the table; call it from any thread."""
         return self._guarded(self._size_bytes)
 
     def _size_bytes(self) -> int:
@@ -354,7 +354,7 @@ class JobStore:
         await self._with_notes(job, self._finish_last, job)
 
     async def finish_and_sync(self, job: Job) -> KernelError | None:
-        """`finish`, then `sync`: the thread of one wakes that of the other. Gives the error of the sync."""
+        """Do `finish`, then `sync`: one's thread wakes the other's. Return the error of the sync."""
         synced = self._wal.prepare()
         notes = self._notes.pop(job.id, [])
         # Now, and not when that is done: a removal may come before. Until then the job is among the living,
@@ -612,7 +612,7 @@ class JobStore:
             log.error("cannot remove secrets that no job has any more: %s", describe_errno(error.errno or 0))
 
     async def queued_of_clients(self) -> dict[str, int]:
-        """How many jobs each client has in the queue, an array as one; with those that are being started."""
+        """Return the number of each client's jobs in the queue, an array as one, those being started too."""
         return {name: jobs for name, jobs, _ in await self._run(queue_rows.of_clients, self._db)}
 
     async def waiting_of_clients(self) -> dict[str, int]:
@@ -620,7 +620,7 @@ class JobStore:
         return {name: jobs for name, _, jobs in await self._run(queue_rows.of_clients, self._db)}
 
     async def oldest_ready_ns(self) -> int | None:
-        """When the job was put into the queue that has waited longest for its turn; None when none waits."""
+        """Return when the job that has waited longest for its turn was queued; None when none waits."""
         return await self._run(queue_rows.oldest_ready_ns, self._db)
 
     async def let_due(self, now_ns: int) -> tuple[list[str], int | None]:
@@ -694,7 +694,7 @@ class JobStore:
             return queue_rows.cancel_array(self._db, array_id, detail, time.time_ns())
 
     async def being_stopped(self) -> list[int]:
-        """Arrays that were stopped, and of which an element waits all the same."""
+        """Return arrays that were stopped, and still have a waiting element."""
         return await self._run(array_rows.being_stopped, self._db)
 
     async def elements(self, array_id: int, most: int) -> list[int]:
@@ -811,7 +811,7 @@ class JobStore:
             self._notes = {**notes, **self._notes}
 
     async def kept_changes(self, owner: str | None) -> change_rows.Kept:
-        """Which changes there are of one client's jobs, or of all."""
+        """Return the range of the kept changes of one client's jobs, or of all."""
         self._write_notes()
         return await self._run(change_rows.kept, self._db, owner)
 
@@ -825,7 +825,7 @@ class JobStore:
     async def snapshot(
         self, owner: str | None, after: int, count: int, wanted: JobFilter, ids: Collection[int]
     ) -> change_rows.SnapshotPage:
-        """Jobs as the changes until now have them: see change_rows."""
+        """Return jobs as the changes until now have them: see change_rows."""
         # in turn, as `page`
         async with self._filtering_of.setdefault(owner, asyncio.Lock()), self._filtering:
             self._write_notes()
@@ -834,7 +834,7 @@ class JobStore:
     # --- reading the table
 
     async def get(self, job_id: int, client_name: str | None = None) -> Job | None:
-        """One job, of one client or of any; None when there is none."""
+        """Return one job, of one client or of any; None when there is none."""
         recent = self._recent.get(job_id)
         # another's is looked for in the table, like one that never was
         if recent is not None and client_name in (None, recent.client_name):
@@ -903,7 +903,7 @@ class JobStore:
             self._move_to_removals(job_id)
 
     def _move_to_removals(self, job_id: int) -> bool:
-        """Whether it was there, and could go: one whose end has had no effect on others yet stays."""
+        """Return whether it was there, and could go: one whose end has had no effect on others yet stays."""
         query = (
             "DELETE FROM jobs WHERE id = ? AND state IS NOT NULL"
             " AND NOT EXISTS (SELECT 1 FROM dependencies WHERE after_id = jobs.id)"
@@ -954,7 +954,7 @@ class JobStore:
             self._db.executemany("DELETE FROM removals WHERE id = ?", [(job_id,) for job_id in job_ids])
 
     async def first_end_ns(self) -> int | None:
-        """When the job that ended first did so; None when none has."""
+        """Return when the job that ended first did so; None when none has."""
         return await self._run(self._first_end_ns)
 
     def _first_end_ns(self) -> int | None:
@@ -972,7 +972,7 @@ class JobStore:
         return int(own) + in_workspaces, int(everybodys) + all_workspaces
 
     async def totals(self) -> list[tuple[str, int, int]]:
-        """Of each client its ended jobs, and the bytes of output that they have."""
+        """Return for each client the number of its ended jobs, and the bytes of their output."""
         return await self._run(self._totals)
 
     def _totals(self) -> list[tuple[str, int, int]]:
@@ -1011,7 +1011,7 @@ class JobStore:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        """Several changes, all of them or none."""
+        """Make several changes, all of them or none."""
         self._db.execute("BEGIN")
         try:
             yield

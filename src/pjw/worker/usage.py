@@ -18,7 +18,7 @@ _SAMPLE: Final = struct.Struct("<6q")
 
 
 def interval_seconds(age_seconds: float) -> int:
-    """How far apart the samples are of a job of that age: a power of two."""
+    """Return the seconds between the samples of a job of that age: a power of two."""
     interval = 1
     while age_seconds >= interval * SAMPLES_MAX:
         interval *= 2

@@ -74,7 +74,7 @@ class WalSync:
         os.close(self._fd)
 
     def sync(self) -> asyncio.Future[None]:
-        """Done when all that was committed before this call is on the disk. Fails with KernelError."""
+        """Sync; done when all commits before this call are on the disk. Fails with KernelError."""
         waiting = self.prepare()
         self.begin(waiting)
         return waiting

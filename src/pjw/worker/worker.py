@@ -283,12 +283,12 @@ class Worker:
 
     @property
     def disk_marks(self) -> DiskMarks:
-        """How much of each file system that jobs write to stays free."""
+        """The space of each file system that jobs write to that stays free."""
         return self._disk.marks
 
     @property
     def live_count(self) -> int:
-        """How many jobs have not ended."""
+        """The number of jobs that have not ended."""
         return len(self._live)
 
     def reconfigure(self, settings: WorkerSettings) -> None:
@@ -819,7 +819,7 @@ class Worker:
     # --- look
 
     async def get(self, job_id: int | Element, owner: str | None = None) -> Job:
-        """One job as it is now. Raises JobNotFoundError."""
+        """Return one job as it is now. Raises JobNotFoundError."""
         if isinstance(job_id, Element):
             element = await self._state.store.element(job_id, owner) if job_id.array_id < 2**63 else None
             if element is None:
@@ -834,7 +834,7 @@ class Worker:
         return self._queue.shown(job)
 
     async def get_with_usage(self, job_id: int | Element, owner: str | None = None) -> Job:
-        """One job as it is now, with its usage while its command runs. Raises JobNotFoundError."""
+        """Return one job as it is now, with its usage while its command runs. Raises JobNotFoundError."""
         if isinstance(job_id, Element):
             job = await self.get(job_id, owner)
             return await self.get_with_usage(job.id, owner) if job.id in self._live else job
@@ -858,7 +858,7 @@ class Worker:
         *,
         newest_first: bool = False,
     ) -> Page:
-        """Jobs behind id *after* that fit: *count* at most, and perhaps none though there is a next page."""
+        """Return jobs behind id *after* that fit: at most *count*, perhaps none though a next page exists."""
         page = await self._state.store.page(owner, after, count, wanted, newest_first=newest_first)
         jobs = [self._shown(job) for job in page.jobs]
         if wanted.states:
@@ -912,7 +912,7 @@ class Worker:
         return await self._sampler.now(owner, fresh_seconds, within_seconds)
 
     async def queued_now(self, owner: str | None = None, most: int = PAGE_MAX) -> tuple[int, Sequence[Job]]:
-        """How many jobs are in the queue, and the oldest of those that wait there."""
+        """Return the number of jobs in the queue, and the oldest of those that wait there."""
         by_client = await self._state.store.queued_of_clients()
         count = sum(by_client.values()) if owner is None else by_client.get(owner, 0)
         if not count:

@@ -28,7 +28,7 @@ _UNUSED: Final = f"removing = 0 AND {_NAMED} AND NOT EXISTS ({_USED})"
 
 
 def is_free(busy: Mapping[str, bool], workspace: str, *, exclusive: bool) -> bool:
-    """Whether a job may be in a workspace beside those that are there; it always may in none."""
+    """Return whether a job may be in a workspace beside those that are there; it always may in none."""
     there = busy.get(workspace) if workspace else None
     return there is None or not (there or exclusive)
 
@@ -188,7 +188,7 @@ def gone(db: sqlite3.Connection, client_name: str, workspace: str) -> None:
 
 
 def unused(db: sqlite3.Connection, before_ns: int, count: int) -> list[tuple[str, str]]:
-    """At most *count* workspaces, with their clients, that no job names and none has used since then."""
+    """Return at most *count* workspaces and their clients, that no job names or has used since then."""
     query = f"SELECT client_name, name FROM workspaces WHERE {_UNUSED} AND used_ns < ? LIMIT ?"
     return db.execute(query, (before_ns, count)).fetchall()
 
@@ -200,7 +200,7 @@ def first_unused_ns(db: sqlite3.Connection) -> int | None:
 
 
 def known(db: sqlite3.Connection) -> list[tuple[str, int, str, bool]]:
-    """All workspaces: their clients with their numbers, their names, and whether they are being removed."""
+    """Return all workspaces: clients with their numbers, names, and whether they are being removed."""
     query = (
         "SELECT client_name, number, workspaces.name, removing FROM workspaces"
         " JOIN clients ON clients.name = client_name"

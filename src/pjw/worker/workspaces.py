@@ -93,7 +93,7 @@ class Workspaces:
         self.counted: Final[list[Callable[[], None]]] = []
 
     def reconfigure(self, settings: WorkerSettings) -> None:
-        """From now on these quotas and this retention."""
+        """Apply these quotas and this retention from now on."""
         self._settings = settings
         self._due.set()
 
@@ -200,7 +200,7 @@ class Workspaces:
         return next((use.job_id for use in self._uses.get((client_name, name), ()) if use.job_id), None)
 
     async def listed(self, owner: str | None, after: _Key, count: int) -> Sequence[Workspace]:
-        """As workspace_rows.listed."""
+        """Return the workspaces as workspace_rows.listed does."""
         return await self._store.of_workspaces(workspace_rows.listed, owner, after, count)
 
     # --- removal

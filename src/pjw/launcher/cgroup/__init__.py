@@ -50,7 +50,7 @@ class Cgroup(Protocol):
         """
 
     def kill(self) -> None:
-        """SIGKILL every process, without waiting for its end: the last resort, when init does not do it."""
+        """Send SIGKILL to every process, and do not wait: the last resort, when init does not do it."""
 
     def usage(self) -> Usage:
         """Return the job's usage until now; a counter that this kernel lacks is 0."""
@@ -87,7 +87,7 @@ class Hierarchy(Protocol):
         """Return the cgroup of a job, also one that was left half made or half removed."""
 
     def job_ids(self) -> list[int]:
-        """Every job that has a cgroup, sorted; half-made ones too."""
+        """Return every job that has a cgroup, sorted; half-made ones too."""
 
     def set_sums(self, sums: Sums) -> list[str]:
         """Bound the usage of all jobs together; return in words the unset bounds. Raises KernelError."""

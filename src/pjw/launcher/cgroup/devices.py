@@ -47,7 +47,7 @@ def is_stacked(device: str, sysfs: str = "/sys") -> bool:
 
 
 def sum_io(text: str, parse: Callable[[str], tuple[str, int, int]], sysfs: str = "/sys") -> tuple[int, int]:
-    """Bytes read and written over all devices, each byte counted once."""
+    """Return the bytes read and written over all devices, each byte counted once."""
     read_bytes = written_bytes = 0
     for line in text.splitlines():
         device, read, written = parse(line)
@@ -76,7 +76,7 @@ def _devices_of(path: str, sysfs: str) -> list[str]:
 
 
 def btrfs_members(device: str, sysfs: str = "/sys") -> list[str]:
-    """All devices of the btrfs that *device* is one of: its mount names no other."""
+    """Return all devices of the btrfs that *device* belongs to: its mount names no other."""
     for pool in _entries(f"{sysfs}/fs/btrfs"):
         directory = f"{sysfs}/fs/btrfs/{pool}/devices"
         members = [_number(f"{directory}/{name}") for name in _entries(directory)]

@@ -76,12 +76,12 @@ def open_top(path: str) -> Top:
 
 
 def read_mounts(path: str = "/proc/self/mountinfo") -> list[Mount]:
-    """Every mount that this process sees, in the kernel's order."""
+    """Return every mount that this process sees, in the kernel's order."""
     return parse_mounts(read_text(path, path))
 
 
 def parse_mounts(table: str) -> list[Mount]:
-    """Every mount of a table, in its order (proc_pid_mountinfo(5))."""
+    """Return every mount of a table, in its order (proc_pid_mountinfo(5))."""
     mounts = []
     # not splitlines(): the kernel escapes newlines, and no other character that ends a line for Python
     for line in filter(None, table.split("\n")):
@@ -212,7 +212,7 @@ def locked(directory: str) -> Iterator[None]:
 
 
 def kill_processes(list_pids: Callable[[], list[int]]) -> None:
-    """SIGKILL each process of a cgroup, and those that show only then: forks that were under way."""
+    """Send SIGKILL to each process of a cgroup, and to forks under way that show only then."""
     killed: set[int] = set()
     for _ in range(KILL_PASSES):
         pids = [pid for pid in list_pids() if pid not in killed]

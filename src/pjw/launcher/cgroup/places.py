@@ -32,7 +32,7 @@ class Places:
                 self._remove_client(uid)
 
     def __contains__(self, uid: int) -> bool:
-        """Whether this client has a job, and so a directory."""
+        """Return whether this client has a job, and so a directory."""
         return uid in self._jobs_of
 
     def clients(self) -> set[int]:
@@ -40,11 +40,11 @@ class Places:
         return self._jobs_of.keys() - {_NOBODY}
 
     def job_ids(self) -> set[int]:
-        """Every job that has a directory in any hierarchy, by a look at all of them."""
+        """Return every job that has a directory in any hierarchy, by a look at all of them."""
         return set().union(*(self._jobs_in(client_place(uid)) for uid in self._clients()))
 
     def of(self, job_id: int) -> str:
-        """Where this job is, relative to each top; for an unknown one, where an older version made it."""
+        """Return the place of a job, relative to each top; an older version's for an unknown one."""
         return _job_place(self._client_of.get(job_id, _NOBODY), job_id)
 
     def add(self, job_id: int, uid: int) -> str:
@@ -88,7 +88,7 @@ class Places:
 
 
 def client_place(uid: int) -> str:
-    """Where a client's directory is, relative to its instance's: by a number, never by the client's name."""
+    """Return a client's directory, relative to its instance's: by a number, never by its name."""
     return f"{_CLIENT}{uid}" if uid != _NOBODY else "."
 
 

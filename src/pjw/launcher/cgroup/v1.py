@@ -373,7 +373,7 @@ class V1Cgroup:
         return self._unless_missing(self._number_now, controller, name, 0)
 
     def _unless_missing(self, read: Callable[[str, str], _T], controller: str, name: str, nothing: _T) -> _T:
-        """*nothing* from a directory that is missing: such a job used nothing there."""
+        """Read, or return *nothing* for a missing directory: such a job used nothing there."""
         if controller not in self._tops:
             return nothing
         try:

@@ -23,12 +23,12 @@ SUPERVISOR: Final = "supervisor"
 
 
 def find_base(mount: files.Mount) -> str:
-    """Where our subtree begins: the root of the mount, or a cgroup delegated to us.
+    """Return the top of our subtree: the root of the mount, or a cgroup delegated to us.
 
-    Delegation counts only when systemd itself starts us in the leaf (DelegateSubgroup=supervisor).
-    With Delegate=yes alone, jobs that outlive us would leave controllers handed on in the very
-    cgroup that systemd must put our next main process into; the kernel refuses that (EBUSY, exit
-    status 219/CGROUP) until the last job has ended. So jobs are then kept outside of the unit.
+    Delegation counts only when systemd itself starts us in the leaf (DelegateSubgroup=supervisor). With
+    Delegate=yes alone, jobs that outlive us would leave controllers handed on in the very cgroup that systemd
+    must put our next main process into; the kernel refuses that (EBUSY, exit status 219/CGROUP) until the
+    last job has ended. So jobs are then kept outside of the unit.
     """
     own = next(
         line.removeprefix("0::")
@@ -223,7 +223,7 @@ class V2Hierarchy:
         return []
 
     def _memory_in_use(self, place: str) -> int:
-        """Without the cache of files, which the kernel takes back."""
+        """Return the memory in use without the cache of files, which the kernel takes back."""
         stat = files.read_fields(self._read(place, "memory.stat"))
         cache = stat["active_file"] + stat["inactive_file"]
         return int(self._read(place, "memory.current")) - cache
