@@ -3,7 +3,7 @@
 PEM, and so plain to read, to cut and to check (`openssl` passes over the other lines):
 
     server: HOST:PORT
-    (the private key; the client's certificate, and what is between it and the authority)
+    (the private key; the client's certificate, and any between it and the authority)
     authority:
     (the certificates of the authority)
 """

@@ -55,7 +55,7 @@ def elements_first(jobs: Iterable[Job]) -> Sequence[Job]:
 
 
 def confirmed(question: str) -> bool:
-    """Ask the user at the terminal; whether the answer is yes."""
+    """Ask the user at the terminal; return whether the answer is yes."""
     print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 

@@ -46,7 +46,7 @@ def _name(image: Image, *, with_client: bool) -> str:
 
 
 def remove_images(arguments: argparse.Namespace) -> int:
-    """Remove them one by one, and print each name; the others although one cannot be removed."""
+    """Remove images one by one, and print each name; go on when one cannot be removed."""
     with connect(arguments) as client:
         return each(arguments.names, client.remove_image, show_name)
 

@@ -30,7 +30,7 @@ def run() -> NoReturn:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code."""
+    """Run one command; return the exit code."""
     open_standard_descriptors()
     try:
         with checked_stdout():

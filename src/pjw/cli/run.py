@@ -235,7 +235,7 @@ class _Attached:
         in_thread(self._events, follow)
 
     def _interrupted(self, signal_number: int) -> bool:
-        """Stop the job, or kill it; whether to leave it."""
+        """Stop the job, or kill it; return whether to leave it."""
         if signal_number == _HANGUP and self._interrupts:
             # a terminal that closes sends it, and the shell that ends there sends it again
             return False

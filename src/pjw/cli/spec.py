@@ -185,7 +185,7 @@ def secrets(arguments: Namespace) -> dict[str, str]:
 
 
 def _add(found: dict[str, str], entries: Iterable[str]) -> None:
-    """Add `KEY=VALUE`, or `KEY` with the value that it has here; one that is not set here is left out."""
+    """Add `KEY=VALUE`, or `KEY` with the value that it has here; leave out one that is not set here."""
     for entry in entries:
         key, given, value = entry.partition("=")
         if given:

@@ -32,7 +32,7 @@ def _name(workspace: Workspace, *, with_client: bool) -> str:
 
 
 def remove_workspaces(arguments: argparse.Namespace) -> int:
-    """Remove them one by one, and print each name; the others although one cannot be removed."""
+    """Remove workspaces one by one, and print each name; go on when one cannot be removed."""
     with connect(arguments) as client:
         return each(arguments.names, client.remove_workspace, show_name)
 

@@ -615,7 +615,7 @@ class AsyncClient(BaseClient):
             await self._pause(trouble, failure)
 
     async def _send(self, upload: AsyncUpload, trouble: Trouble, seen: Callable[[int], None] | None) -> bool:
-        """Send on one connection; whether that was all."""
+        """Send on one connection; return whether that was all."""
         call = self._stub.WriteInput(upload.requests())
         try:
             async for answer in call:

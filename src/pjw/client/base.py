@@ -26,7 +26,7 @@ class BaseClient(ABC):
     ) -> None:
         """Read the files; the network is not touched yet. Raises ConfigError.
 
-        With *all_clients*, jobs that are named or listed may be anybody's, if our role allows it.
+        With *all_clients*, jobs that are named or listed may be any client's, if our role allows it.
         """
         settings = ClientSettings(server, ca_crt, client_crt, client_key)
         self._link: Final = Link(settings, reconnect_seconds)

@@ -574,15 +574,15 @@ class Stream(Protocol):
 
     @property
     def facts(self) -> Mapping[str, object]:
-        """As of a `retry.Asked`."""
+        """See `retry.Asked`."""
 
     @property
     def gone_is_done(self) -> bool:
-        """As of a `retry.Asked`."""
+        """See `retry.Asked`."""
 
     @property
     def reached(self) -> Reached:
-        """As of a `retry.Asked`."""
+        """See `retry.Asked`."""
 
     def lost(self) -> None:
         """Note that the connection was lost."""

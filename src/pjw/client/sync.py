@@ -658,7 +658,7 @@ class Client(BaseClient):
             upload.end()
 
     def _send(self, upload: "Upload", trouble: Trouble, seen: Callable[[int], None] | None) -> bool:
-        """Send on one connection; whether that was all."""
+        """Send on one connection; return whether that was all."""
         call = self._stub.WriteInput(upload.requests())
         upload.on_end(call.cancel)
         try:

@@ -35,7 +35,7 @@ _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 
 
 def main() -> int:
-    """Serve until the launcher hangs up; the exit code."""
+    """Serve until the launcher hangs up; return the exit code."""
     open_standard_descriptors()
     os.closerange(_REPORTS_FD + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):

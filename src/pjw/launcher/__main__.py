@@ -21,7 +21,7 @@ REQUESTS_FD: Final = 3
 
 
 def main() -> int:
-    """Serve the worker at the other end of descriptor 3; the exit code."""
+    """Serve the worker at the other end of descriptor 3; return the exit code."""
     open_standard_descriptors()
     os.closerange(REQUESTS_FD + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     set_for_service()

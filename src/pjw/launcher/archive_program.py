@@ -1,8 +1,8 @@
 """The program that packs and unpacks archives in jobs: `pjw-archive`, as a file of memory.
 
 A job sees neither the directory that pjw is installed in nor, perhaps, any file at all; and its user may not
-be allowed to execute what root has installed with a narrow umask. So sessions get a descriptor of a sealed
-copy.
+be allowed to execute a program that root has installed with a narrow umask. So sessions get a descriptor of
+a sealed copy.
 """
 
 import fcntl

@@ -261,7 +261,7 @@ class Pool:
         return Init(job_id, uid, limits, cgroup, report, made_at, image, read_only)
 
     def enter(self, job_id: int, init: int, cgroup: Cgroup, tool: int | None) -> socket.socket:
-        """Have a session made in a job that runs; the socket that it reports to. Raises KernelError."""
+        """Have a session made in a running job; return the socket that it reports to. Raises KernelError."""
         try:
             return self._spawner.spawn_session(job_id, init, cgroup, tool)
         except OSError as error:

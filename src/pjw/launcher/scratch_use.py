@@ -55,7 +55,7 @@ def spawn_count(instance: str, places: tuple[str, ...]) -> tuple[int, int]:
 
 
 def spawn_counter(module: str, *arguments: str) -> tuple[int, int]:
-    """Run a module that counts; the pid of its process, and a pipe with its words. Raises OSError."""
+    """Run a module that counts; return the pid of its process, and a pipe of its words. Raises OSError."""
     reading, writing = os.pipe2(os.O_CLOEXEC)
     try:
         argv = [sys.executable, "-I", "-m", module, *arguments]

@@ -87,7 +87,7 @@ class Workspaces:
         return os.path.join(self._path, str(uid - self._uid_first), name)
 
     def page(self, after: str) -> tuple[str, ...]:
-        """At most MAX_WORKSPACES behind one, as `WorkspacePage` has them. Raises KernelError."""
+        """Return at most MAX_WORKSPACES behind one, as `WorkspacePage` has them. Raises KernelError."""
         try:
             return tuple(sorted(found for found in self._found() if found > after)[:MAX_WORKSPACES])
         except OSError as error:

@@ -3,7 +3,7 @@
 grpc.aio decodes the path of every call in the one loop that accepts them all: a path that is no UTF-8, which
 any client with a certificate can send, raises there, and the server closes its port for good (seen with
 1.85.1). So the methods of the contract are registered with gRPC's core, which compares paths as bytes and
-hands each of them its own calls; what is left over is answered UNIMPLEMENTED here, its path unread.
+hands each of them its own calls; other calls are answered UNIMPLEMENTED here, its path unread.
 
 This stands on names that gRPC does not promise to keep. root/test_grpc_fuzz.py fails when one of them goes.
 """

@@ -213,7 +213,7 @@ def _received(server: socket.socket, state_dir: str) -> int:
 
 
 def _copy_jobs(state_dir: str, directory: int) -> tuple[int, int]:
-    """Copy the files of each job in the copied table; the number of jobs, and how many have not ended."""
+    """Copy the files of each job in the copied table; return the numbers of jobs, and of unfinished ones."""
     source = os.open(os.path.join(state_dir, JOBS), _DIRECTORY)
     with _closing(source), closing(sqlite3.connect(_path(directory, TABLE))) as table:
         # an attacker in the server may have put any schema into the table that root reads here

@@ -22,7 +22,7 @@ from pjw.server.plan import RELOAD_HINT, check_reloads, plan_of
 from pjw.server.start import server_uid
 from pjw.worker.host import resources
 
-# good, to be looked at (None), or missing; in words; what to do
+# good, to be looked at (None), or missing; in words; the remedy
 Finding = tuple[bool | None, str, str | None]
 
 DISK_FREE_MINIMUM: Final = 1024**3

@@ -192,7 +192,7 @@ class Connections:
         self.close(connection, cause)
 
     def close_client(self, client: str, cause: str) -> int:
-        """Hang up on a client everywhere; how many connections it had."""
+        """Hang up on a client everywhere; return the number of connections it had."""
         self.look()
         mine = [each for each in self._open.values() if each.client == client]
         for each in mine:
@@ -311,7 +311,7 @@ class Told:
         self._next = 0.0
 
     def count(self, more: int, now: float) -> int:
-        """Add *more*; give how many to tell of now, or 0."""
+        """Add *more*; return the number to tell of now, or 0."""
         self._untold += more
         if now < self._next:
             return 0

@@ -1,4 +1,4 @@
-"""gRPC's own lines on stderr become records of our log, and no more of them than anybody reads.
+"""gRPC's own lines on stderr become records of our log, at a rate that people can read.
 
 gRPC's core always writes to descriptor 2. So descriptor 2 becomes a pipe, which a thread reads; our own lines
 go to a copy of the old descriptor 2 (logs.py). A writer never waits for the pipe: when it is full,

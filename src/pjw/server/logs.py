@@ -31,7 +31,7 @@ PLAIN: Final = {"plain": True}
 def set_up_logging(level: str, style: str, descriptor: int = 2) -> LogWriter:
     """Have log records, and everything else for stderr, written to a copy of *descriptor*.
 
-    The caller starts the writer's thread. At the end of the process the writer writes what still waits.
+    The caller starts the writer's thread. At the end of the process the writer writes the rest.
     """
     formatter: logging.Formatter = JsonFormatter() if style == "json" else TextFormatter()
     writer = LogWriter(os.dup(descriptor))

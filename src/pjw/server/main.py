@@ -31,7 +31,7 @@ OPTIONS: Final = ("listen", *PATHS, "log_level", "log_format")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code."""
+    """Run one command; return the exit code."""
     open_standard_descriptors()
     try:
         with checked_stdout():

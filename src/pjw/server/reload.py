@@ -3,7 +3,7 @@
 Certificates are one thing, the configuration another and the revocation list a third: a certificate
 that has expired must not keep a revocation from its effect. We reopen the audit log, since the operator may
 have moved it away. Connections and streams go on; a new handshake
-sees the new certificates, the next call of anybody the new list.
+sees the new certificates, the next call of any client the new list.
 """
 
 import asyncio

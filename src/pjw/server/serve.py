@@ -115,7 +115,7 @@ class Served:
 
 
 def run(serving: Serving, state: StateDir, launcher: LauncherProcess, backups: BackupPort) -> int:
-    """Serve until SIGTERM or SIGINT; the exit code. Raises PjwError when it cannot listen."""
+    """Serve until SIGTERM or SIGINT; return the exit code. Raises PjwError when it cannot listen."""
     return asyncio.run(serve(serving, _of_this_machine(serving, state, launcher, backups)))
 
 
@@ -197,7 +197,7 @@ async def serve(serving: Serving, opened: AbstractAsyncContextManager[Served]) -
         port.connections.listens_on(number)
         address = shown_address(host, number)
         await server.start()
-        # before anybody is told that we are ready, and sends one
+        # before clients are told that we are ready, and send a signal
         asked = asyncio.Event()
         signals.handle(signal.SIGHUP, reloader.ask)
         for each in (signal.SIGTERM, signal.SIGINT):

@@ -48,7 +48,7 @@ log: Final = logging.getLogger(__name__)
 
 
 def serve(path: str | None, options: Mapping[str, object]) -> int:
-    """Run the service until SIGTERM; the exit code. Raises PjwError when it cannot start.
+    """Run the service until SIGTERM; return the exit code. Raises PjwError when it cannot start.
 
     *path* is the configuration file, *options* the keys that the command line gives.
     """

@@ -66,7 +66,7 @@ class Trial:
 
 
 def trial_of(config: ServerConfig, uid: int) -> Trial:
-    """Start a trial that sees what jobs see with this configuration. Raises PjwError."""
+    """Start a trial that has the view of jobs with this configuration. Raises PjwError."""
     hidden = (*filter(None, (config.state_dir, config.scratch_dir)), *config.hidden_paths)
     return Trial(places_of(config.visible_paths, hidden, read_mounts()), hidden, uid)
 

@@ -136,7 +136,7 @@ def being_stopped(db: sqlite3.Connection) -> list[int]:
 
 
 def stop(db: sqlite3.Connection, array_id: int, detail: str, now_ns: int) -> bool:
-    """Cancel all elements of an array that have no row, none of which will get one; whether it is one.
+    """Cancel all elements of an array without a row, and let none get one; return whether it is one.
 
     Those with a row are ended one by one.
     """

@@ -25,7 +25,7 @@ class Background:
         self.failed: Final = asyncio.Event()
 
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        """Run in the background; an error is logged."""
+        """Run in the background; log an error."""
         self._hold(coroutine).add_done_callback(log_failure)
 
     def keep(self, what: str, coroutine: Coroutine[Any, Any, object]) -> None:

@@ -189,7 +189,7 @@ class Endings:
             log.error("%s", error)
 
     async def _save(self, live: LiveJob, *, was_stopped: bool, synced: bool = False) -> bool:
-        """Write the end down, *synced* where there is no next attempt; whether that was possible."""
+        """Write the end down, *synced* if there is no next attempt; return whether that was possible."""
         try:
             if live.job.attempt:
                 await self._save_attempt(live, was_stopped=was_stopped)

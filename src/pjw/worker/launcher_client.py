@@ -265,7 +265,7 @@ class LauncherClient:
         return reply.use
 
     async def request_scratch_use(self) -> int:
-        """Have scratch directories counted; a pipe, the caller's, that gives a line for each job."""
+        """Have scratch directories counted; return a pipe, the caller's, with a line for each job."""
         return await self._opened(protocol.ScratchUse())
 
     async def request_workspaces(self) -> list[tuple[int, str]]:
@@ -283,7 +283,7 @@ class LauncherClient:
                 return found
 
     async def request_workspace_use(self, uid: int, name: str) -> int:
-        """Have a workspace counted; a pipe, the caller's, that gives its bytes and inodes."""
+        """Have a workspace counted; return a pipe, the caller's, with its bytes and inodes."""
         return await self._opened(protocol.WorkspaceUse(uid, name))
 
     async def request_remove_workspace(self, uid: int, name: str) -> None:

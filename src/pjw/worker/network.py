@@ -36,7 +36,7 @@ class Network:
 
     @property
     def offered(self) -> tuple[str, ...]:
-        """All that is offered to anybody."""
+        """All names that are offered to any client."""
         return tuple(dict.fromkeys((*self.hosts, *(host for own in self.by_name.values() for host in own))))
 
     def withdrawn(self, client_name: str, allow: Sequence[str]) -> tuple[str, ...]:

@@ -111,7 +111,7 @@ def read_page(
 
 
 def _merged(parts: Sequence[Page], count: int, newest_first: bool) -> Page:  # noqa: FBT001
-    """Merge two pages; no job is left out that comes before a job of the other."""
+    """Merge two pages; end at the earlier of their ends, so that no job before it is left out."""
     ends = [part.next_after for part in parts if part.next_after is not None]
     last = (max if newest_first else min)(ends, default=None)
     jobs = sorted((job for part in parts for job in part.jobs), key=lambda job: job.id, reverse=newest_first)

@@ -26,7 +26,7 @@ class SecretFiles:
         self._all: Final = SparseDirectory(f"{jobs}/{_SECRETS}")
 
     def keep(self, specs: Collection[JobSpec]) -> dict[int, str]:
-        """Store the secrets of jobs, on the disk when this returns; the token of each, by its place.
+        """Store the secrets of jobs, on the disk when this returns; return the token of each, by its place.
 
         Equal ones have a file together. Raises OSError; nothing stays behind then.
         """

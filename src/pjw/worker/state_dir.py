@@ -352,7 +352,7 @@ class StateDir:
         return True
 
     async def keep_secrets(self, specs: Sequence[JobSpec]) -> dict[int, str]:
-        """Store the secrets of jobs for the queue; the name of the file with those of each, by its place.
+        """Store the secrets of jobs for the queue; return the name of each one's file, by its place.
 
         Raises LimitReachedError (the disk is full) and KernelError; nothing stays behind then.
         """

@@ -358,7 +358,7 @@ class JobStore:
         synced = self._wal.prepare()
         notes = self._notes.pop(job.id, [])
         # Now, and not when that is done: a removal may come before. Until then the job is among the living,
-        # where everybody looks first.
+        # where every call looks first.
         self._keep(job)
 
         def finish() -> object:
@@ -636,7 +636,7 @@ class JobStore:
         return await self._run(queue_rows.shift_pauses, self._db, shift_ns, now_ns)
 
     async def set_held(self, job_id: int, *, held: bool) -> Job | None:
-        """Hold a job of the queue, or release it; None when it does not wait there any more."""
+        """Hold a job of the queue, or release it; return None when it does not wait there any more."""
         return await self._run(self._set_held, job_id, held)
 
     def _set_held(self, job_id: int, held: bool) -> Job | None:  # noqa: FBT001  by position
@@ -658,7 +658,7 @@ class JobStore:
         return await self._run(array_rows.find, self._db, element, client_name)
 
     async def hold_element(self, element: Element, quotas: Quotas) -> Job | None:
-        """Hold an element that had no turn yet; None when it does not wait without a row any more.
+        """Hold an element that had no turn yet; return None when it waits without a row no more.
 
         Raises LimitReachedError when too many of them are.
         """
@@ -672,7 +672,7 @@ class JobStore:
             return job
 
     async def cancel_element(self, element: Element, detail: str) -> Job | None:
-        """End an element that had no turn yet; None when it does not wait without a row any more.
+        """End an element that had no turn yet; return None when it waits without a row no more.
 
         Raises LimitReachedError when too many of them were ended so.
         """
@@ -727,7 +727,7 @@ class JobStore:
         await self._run(queue_rows.settle, self._db, job_id)
 
     async def end_without_start(self, job_id: int, reason: EndReason, detail: str) -> Job | None:
-        """End a job that was not executed; None when it is not where such an end may come.
+        """End a job that was not executed; return None when it is not where such an end may come.
 
         CANCELLED comes in the queue, START_FAILED there or when the job was admitted.
         """

@@ -45,7 +45,9 @@ class TableCopy:
             raise KernelError("make", f"{path} ({error})", 0) from error
 
     def take(self, store: JobStore, marks: DiskMarks) -> int:
-        """Copy the table; the descriptor of the copy, ours to close. Blocks for as long as the disk takes.
+        """Copy the table; return the descriptor of the copy, ours to close.
+
+        Blocks for as long as the disk takes.
 
         Raises LimitReachedError when the disk is full, or would have less free than *marks* say; and
         KernelError.

@@ -100,7 +100,7 @@ class Workspaces:
     # --- use by jobs
 
     async def take(self, client_name: str, spec: JobSpec) -> Use | None:
-        """Count a job that is to be started as a user of its workspace, which is made; None without one.
+        """Count a job to be started as a user of its workspace, which is made; return None without one.
 
         Raises WorkspaceBusyError, and LimitReachedError for too many workspaces, or too much in them.
         """

@@ -124,7 +124,7 @@ def open_hierarchy(
     *io_devices* (see disks_under) are the disks that io limits are set on; with none, the io
     controller may be missing and no io limit can be set. *supervisor_pids*, the launcher's own
     and its server's, are moved into a leaf where v2 wants that. Raises ConfigError naming a
-    controller that is missing, KernelError for what the kernel refuses.
+    controller that is missing, KernelError for a refusal of the kernel.
     """
     mounts = files.read_mounts()
     host = _describe(mounts)

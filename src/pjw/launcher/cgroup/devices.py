@@ -1,4 +1,4 @@
-"""From paths to the whole disks under them, which is what the kernel can throttle.
+"""From paths to the whole disks under them, which the kernel can throttle.
 
 By sysfs alone: names of devices are never parsed, because nothing holds them to a pattern.
 """

@@ -174,7 +174,7 @@ static void make_directories(const char *path) {
 /*
  * Show the job its own cgroup, from which runtimes learn how many processors and how much memory they have. It is bound, as a
  * new mount would be one more file system; the namespace makes it the root all the same (cgroup_namespaces(7)). It is
- * read-only, because the kernel lets everybody write some of its files.
+ * read-only, because the kernel lets every user write some of its files.
  */
 static void show_cgroup(int cgroup) {
     static const char path[] = "/sys/fs/cgroup";
