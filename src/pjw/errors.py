@@ -155,7 +155,7 @@ class MountNotFoundError(PjwError):
 
 
 class MountError(PjwError):
-    """A mount that the operator offers cannot be had now, or not at the path that was asked for."""
+    """A mount that the operator offers cannot be had now, or not at the requested path."""
 
     FACTS = MappingProxyType({"mount": str, "errno": int})
 
@@ -256,7 +256,7 @@ class OffsetError(PjwError):
 
 
 class SequenceError(PjwError):
-    """Changes of jobs cannot be told from that number on: those up to `oldest` are not kept any more."""
+    """Changes of jobs are not available from that number on: those up to `oldest` are not kept any more."""
 
     FACTS = MappingProxyType({"oldest": int})
 

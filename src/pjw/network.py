@@ -127,7 +127,7 @@ def split_port(text: str) -> tuple[str, str | None]:
 
 
 def is_offered(wanted: Allowed, offers: Iterable[Allowed]) -> bool:
-    """Return whether each port of a name that is asked for is offered."""
+    """Return whether each port of a requested name is offered."""
     offered = list(offers)
     return all(any(offer.has(wanted.host, port) for offer in offered) for port in wanted.ports)
 

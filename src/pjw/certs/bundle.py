@@ -1,6 +1,6 @@
 """A bundle: all that a client needs in one text, its key in it. Standard library only.
 
-PEM, and so plain to read, to cut and to check (`openssl` passes over the other lines):
+PEM, and so plain to read, to cut and to check (`openssl` skips the other lines):
 
     server: HOST:PORT
     (the private key; the client's certificate, and any between it and the authority)

@@ -57,7 +57,7 @@ def identity_of(pem: bytes, rules: NameRules = OUR_RULES) -> Identity:
     The name is (1) the subject's client name: an attribute with the OID of *rules*, or, where they
     allow it, the tail of a CN such as `localhost/clientName=john`; (2) else the CN, when it is not a host
     name that the same certificate claims; (3) else made of the certificate's key. A name
-    that breaks the rule for names is refused, never passed over for the next rule. Only
+    that breaks the rule for names is refused, never skipped for the next rule. Only
     the first certificate of *pem* counts. Says nothing about the date: see `check_leaf`.
     """
     oid = x509.ObjectIdentifier(rules.oid)

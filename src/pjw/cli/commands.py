@@ -95,7 +95,7 @@ def start(arguments: Namespace) -> int:
 
 
 def send_upload(client: "Client", arguments: Namespace) -> None:
-    """Send the files of the job that is asked for. Nothing is started yet: Ctrl-C just ends this."""
+    """Send the files of the requested job. Nothing is started yet: Ctrl-C just ends this."""
     arguments.upload_name = ""
     if arguments.upload:
         from pjw.cli.copy import upload

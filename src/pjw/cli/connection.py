@@ -64,7 +64,7 @@ def server(text: str) -> str:
 def resolve(client: "Client", job: JobName) -> JobName:
     """Return the client's reference to a job: its id, or an element as it is.
 
-    Raises JobNotFoundError for a name that no job bears.
+    Raises JobNotFoundError for a name that no job has.
     """
     if isinstance(job, int) or job[:1].isdecimal():
         return job

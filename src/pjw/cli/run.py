@@ -78,7 +78,7 @@ Event = Job | Interrupt | _Followed | _Sent | _Stopped | _Unstopped | _Retried |
 
 
 def run_attached(client: "Client", arguments: Namespace, stdin: int | None) -> int:
-    """Start the job that is asked for, give it its input, and follow it to its end; its exit code."""
+    """Start the requested job, give it its input, follow it to its end, and return its exit code."""
     events: SimpleQueue[Event] = SimpleQueue()
     attached = _Attached(client, arguments, stdin, events)
     with interrupts_into(events):

@@ -417,7 +417,7 @@ class Top(App[PjwError]):
         log.clear()
         log.border_title = f"job {job.ref}"
         log.display = True
-        # one at a time: a job that is followed no more is let go of
+        # one at a time: the job followed before is released
         self.run_worker(self._follow(job, log), group="follow", exclusive=True)
 
     async def _follow(self, job: Job, log: Log) -> None:
@@ -440,6 +440,6 @@ class Top(App[PjwError]):
         self.exit()
 
     async def on_unmount(self) -> None:
-        """Let go of the connection."""
+        """Close the connection."""
         if hasattr(self, "_client"):
             await self._client.close()

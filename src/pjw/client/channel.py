@@ -26,7 +26,7 @@ _OPTIONS: Final[Options] = [
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    # One connection bears as many calls as the server allows. For more gRPC makes another (gRFC A105):
+    # One connection carries as many calls as the server allows. For more gRPC makes another (gRFC A105):
     # else calls would wait for each other, and a program that follows many jobs would never hear of some.
     (
         "grpc.service_config",

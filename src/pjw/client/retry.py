@@ -1,7 +1,7 @@
 """Decides when to make a call again after a failure, and for how long. Neither calls nor sleeps.
 
 Every call may be repeated: reading changes nothing, a job that has ended can be stopped again, and a Start
-bears a request id, by which the server knows it. A call that never reached a server is tried again only by a
+has a request id, by which the server knows it. A call that never reached a server is tried again only by a
 client that has been answered before: for a new one "connection refused" is the answer. A Start alone waits
 some seconds for a port on which no process listens: scripts start jobs also while pjwd restarts.
 

@@ -99,8 +99,8 @@ KINDS: Final = {step: step for step in ("exec", "workdir", "unpack", "image", "m
 }
 # its report, and the pidfd of the process that waits for its command
 SESSION_DESCRIPTORS: Final = 2
-# How often, and after which pause, listeners of an adopted job are made again: the process that had those of
-# before may just be about to end.
+# How often, and after which pause, listeners of an adopted job are made again: the process that had the
+# former ones may just be about to end.
 LISTEN_TRIES: Final = 10
 LISTEN_PAUSE_SECONDS: Final = 0.2
 
@@ -235,7 +235,7 @@ class Launcher:
         return max(0.0, youngest.since + FILL_AFTER_SECONDS - time.monotonic())
 
     def close(self) -> None:
-        """Let go of all but the jobs."""
+        """Close all but the jobs."""
         self._watcher.unwatch(self._requests)
         if self._phase is Phase.SERVING:
             self._mounts.close()
@@ -679,7 +679,7 @@ class Launcher:
         session.report.close()
 
     def _drop(self, job: Running, session: Session) -> None:
-        """Forget a session that has ended, or did not come to be."""
+        """Forget a session that has ended, or was never started."""
         if session.pidfd >= 0:
             self._watcher.unwatch(session.pidfd)
             os.close(session.pidfd)

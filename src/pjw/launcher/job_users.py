@@ -77,7 +77,7 @@ def claim_users(state_dir: str, first: int, count: int) -> tuple[int, str]:
 def known_first(state_dir: str) -> int:
     """Return the first user id that jobs of a state directory have had; 0 where there were none.
 
-    Raises ConfigError when that cannot be told.
+    Raises ConfigError when that is unknown.
     """
     path = os.path.join(state_dir, RECORD)
     try:

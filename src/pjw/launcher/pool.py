@@ -364,7 +364,7 @@ class _HostMounts:
     """Tells when the host has mounted or unmounted something (proc_pid_mountinfo(5), poll)."""
 
     def __init__(self, watcher: Watcher, on_change: Callable[[], None]) -> None:
-        # Each descriptor is told of a change once. One is asked, at a start that may follow a mount at once;
+        # Each descriptor reports a change once. One is asked, at a start that may follow a mount at once;
         # the other wakes us, lest a disk that was unmounted stays busy until the next start. It is always
         # readable, so only the events of an epoll(7) of its own can be waited for.
         self._asked: Final = os.open(MOUNTINFO, os.O_RDONLY | os.O_CLOEXEC)

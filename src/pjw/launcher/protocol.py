@@ -424,7 +424,7 @@ class JobIdPage:
 
 @dataclass(frozen=True, slots=True)
 class GpuNames:
-    """The names of all GPUs, and the variables that were asked for, each as NAME=VALUE."""
+    """The names of all GPUs, and the requested variables, each as NAME=VALUE."""
 
     op: ClassVar = "gpu_names"
     names: tuple[str, ...]
@@ -466,7 +466,7 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A measurement of each job that was asked for and runs; others are left out."""
+    """A measurement of each requested job that runs; others are left out."""
 
     op: ClassVar = "measured"
     jobs: tuple[Measurement, ...]
@@ -502,7 +502,7 @@ class ClientMeasured:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """Descriptor: the file, or the pipe, that was asked for, for reading."""
+    """Descriptor: the file, or the pipe, that was requested, for reading."""
 
     op: ClassVar = "opened"
 

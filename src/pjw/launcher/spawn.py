@@ -70,7 +70,7 @@ class Opened:
 
 @dataclass(frozen=True, slots=True)
 class Listening:
-    """The sockets that listen within a job, in the order of the listeners that were asked for."""
+    """The sockets that listen within a job, in the order of the requested listeners."""
 
     sockets: tuple[int, ...]
 
@@ -227,7 +227,7 @@ class Spawner:
             self.close()
 
     def close(self) -> None:
-        """Have the spawner end; the processes that it was asked for go on."""
+        """Have the spawner end; the processes that it has made go on."""
         if self._requests is not None:
             self._requests.close()
             self._requests = None

@@ -371,7 +371,7 @@ def _result(record: CallRecord) -> str:
 
 
 class _Handler(WSGIRequestHandler):
-    # a client that is slow to ask or to read is let go of (socketserver)
+    # a client that is slow to ask or to read is dropped (socketserver)
     timeout = SCRAPE_SECONDS
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002  the base's name

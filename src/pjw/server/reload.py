@@ -34,7 +34,7 @@ from pjw.server.sandbox import descriptors_for
 from pjw.worker import WorkerSettings
 
 log: Final = logging.getLogger(__name__)
-# A reload is asked for by a signal, and this is its only answer: it is told at every level.
+# A signal requests a reload, and this is its only answer: it is told at every level.
 log.setLevel(logging.INFO)
 
 
@@ -107,7 +107,7 @@ class Reloader:
         self._asked.set()
 
     async def run(self, status: Callable[[], str]) -> None:
-        """Reload as often as it is asked for, until cancelled; *status* is for systemd."""
+        """Reload at each request, until cancelled; *status* is for systemd."""
         while True:
             await self._asked.wait()
             self._asked.clear()

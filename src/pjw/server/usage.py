@@ -17,7 +17,7 @@ INTERVAL_SECONDS_MAX: Final = 60.0
 # A screen should not be empty for long.
 _FIRST_SECONDS: Final = 0.3
 # All watchers together may take a twentieth of a processor for their messages: with thousands of jobs, or
-# watchers, snapshots are further apart than was asked for.
+# watchers, snapshots are further apart than requested.
 _SHARE: Final = 20
 # A reader has no use for more waiting jobs than these.
 _WAITING_MAX: Final = 50

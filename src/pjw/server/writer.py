@@ -24,7 +24,7 @@ log: Final = logging.getLogger(__name__)
 
 
 class ReaderGoneError(Exception):
-    """The client has gone, and can be told nothing."""
+    """The client has gone: there is no reader to write to."""
 
 
 class Writer:

@@ -85,7 +85,7 @@ async def _is_executed(
 ) -> bool:
     """Return whether the command of a job admitted from the queue was executed, or may have been.
 
-    Its init records that at once, and no kill of pjwd takes it back. After a power cut it cannot be told.
+    Its init records that at once, and no kill of pjwd takes it back. After a power cut it is unknown.
     """
     if rebooted:
         return True

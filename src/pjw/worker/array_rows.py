@@ -15,7 +15,7 @@ from pjw.errors import JobNotFoundError, LimitReachedError
 from pjw.model import EndReason, Job, JobState
 from pjw.worker.rows import COLUMNS, READY, WAITS, from_ns, job_of
 
-# Elements that are held or stopped one by one cost a row each before their turn, and are passed over then.
+# Elements that are held or stopped one by one cost a row each before their turn, and are skipped then.
 TAKEN_MAX: Final = 10_000
 # of an element that did not end by itself
 _FAILED: Final = 1

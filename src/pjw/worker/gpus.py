@@ -123,7 +123,7 @@ class Gpus:
             self._of_job[job_id] = taken
 
     def give_back(self, taken: Taken) -> None:
-        """Free the GPUs of a job that did not come to be."""
+        """Free the GPUs of a job that was not started."""
         if not taken.names:
             return
         self._taken.difference_update(taken.names)
@@ -133,7 +133,7 @@ class Gpus:
             each()
 
     def give_back_of(self, job_id: int) -> None:
-        """Free the GPUs of a job with an id that has ended, or did not come to be."""
+        """Free the GPUs of a job with an id that has ended, or was not started."""
         if (taken := self._of_job.get(job_id)) is not None:
             self.give_back(taken)
 

@@ -177,7 +177,7 @@ class LiveJob:
         self._pidfd = pidfd
 
     def watch(self) -> None:
-        """Say that the output is whole when init ends; nothing happens when its pidfd was let go of."""
+        """Say that the output is whole when init ends; nothing happens when its pidfd was closed."""
         if self._pidfd >= 0:
             asyncio.get_running_loop().add_reader(self._pidfd, self._on_pidfd)
 

@@ -59,7 +59,7 @@ class OneThread:
         return await future
 
     def close(self) -> None:
-        """Wait until all that was asked for is done, and end the thread."""
+        """Wait until all requested calls are done, and end the thread."""
         if self._thread is not None:
             self._calls.put(None)
             self._thread.join()

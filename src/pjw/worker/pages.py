@@ -14,7 +14,7 @@ from pjw.worker.rows import COLUMNS, job_of
 PAGE_CHARACTERS: Final = 256 * 1024
 # So many rows are looked at for one page at most: where few fit, it has few jobs, or none, and the next goes
 # on. They take the table a millisecond, in which no other call can use it; at most 60 ms, where each has as
-# many and as long labels as it may, and all of them are asked for.
+# many and as long labels as it may, and all of them are requested.
 ROWS_LOOKED_AT: Final = 2_000
 _ID_MAX: Final = 2**63 - 1
 

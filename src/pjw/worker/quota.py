@@ -101,7 +101,7 @@ class RunningJobs:
         self._memory[client_name] += self._promise(limits)
 
     def give_back(self, client_name: str, limits: Limits) -> None:
-        """Count a job no more that has ended, or did not come to be."""
+        """Stop counting a job that has ended, or was not started."""
         self._running[client_name] -= 1
         self._memory[client_name] -= self._promise(limits)
         if not self._running[client_name]:

@@ -145,7 +145,7 @@ class Sessions:
             self._add(key, asked, job.client_name, record.started_ns or asked.start_ns)
 
     def close(self) -> None:
-        """Let go of all; they go on."""
+        """Release all; they go on."""
         for live in self._sessions.values():
             self._end_lease(live)
             for output in live.logs():
@@ -234,7 +234,7 @@ class Sessions:
             try:
                 started_ns = await self._ask(job, spec, uid, settings, made.descriptors, archive=archive)
             except LauncherGoneError:
-                # It cannot be told now whether it was started; the next worker will know.
+                # It is unknown now whether it was started; the next worker will know.
                 raise
             except BaseException:
                 await self._state.in_thread(self._files.remove, made.key)

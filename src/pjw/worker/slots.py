@@ -59,7 +59,7 @@ class Slots:
         self._clients.setdefault(client_name, _Use()).add(use, 1)
 
     def give_back(self, job_id: int) -> None:
-        """Free the slots of a job that has ended, or did not come to be."""
+        """Free the slots of a job that has ended, or was not started."""
         client_name, use = self._taken.pop(job_id)
         self._all.add(use, -1)
         own = self._clients[client_name]

@@ -224,7 +224,7 @@ class JobStore:
     ) -> Job:
         """Insert a job that is about to start, then call *made* with it, in the table's thread.
 
-        When that raises, the row is deleted again. Raises NameTakenError while another job bears its name,
+        When that raises, the row is deleted again. Raises NameTakenError while another job has its name,
         and AlreadyStartedError when the same request has started a job before.
         """
         return await self._run(self._add_and_make, client_name, spec, limits, made, gpu_names)
@@ -342,7 +342,7 @@ class JobStore:
         return row[0] if row else None
 
     async def discard(self, job_id: int) -> None:
-        """Delete a job that never came to be; its id stays used."""
+        """Delete a job that was never started; its id stays used."""
         self._recent.pop(job_id, None)
         await self._run(self._discard, job_id)
 

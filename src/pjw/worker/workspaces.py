@@ -87,7 +87,7 @@ class Workspaces:
         self.freed: Final[list[Callable[[str], None]]] = []
         # of which the table knows, and of which there was no directory when we began
         self.missing: Final[list[_Key]] = []
-        # called with the id of a job that has ended, or did not come to be
+        # called with the id of a job that has ended, or was not started
         self.left: Final[list[Callable[[int], None]]] = []
         # called when a workspace was counted, or is gone: its client may have less than before
         self.counted: Final[list[Callable[[], None]]] = []
@@ -153,7 +153,7 @@ class Workspaces:
             self.begun(use, job.id)
 
     def give_back(self, use: Use | None) -> None:
-        """End the use of a job that did not come to be."""
+        """End the use of a job that was not started."""
         if use is None:
             return
         there = self._uses[use.key]
@@ -173,7 +173,7 @@ class Workspaces:
             each()
 
     def give_back_of(self, job_id: int) -> None:
-        """End the use of a job with an id that has ended, or did not come to be."""
+        """End the use of a job with an id that has ended, or was not started."""
         for each in self.left:
             each(job_id)
         use = self._of_job.get(job_id)

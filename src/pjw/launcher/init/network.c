@@ -49,7 +49,7 @@ static int listen_at(const struct listener *listener) {
     inet_ntop(AF_INET, &listener->address, text, sizeof text);
     snprintf(subject, sizeof subject, "%s:%u", text, ntohs(listener->port));
     int fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-    /* connections of before may still be there when a later launcher has this made again */
+    /* earlier connections may still be there when a later launcher has this made again */
     if (fd < 0 || setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &(int){1}, sizeof(int)) < 0 || bind_to(fd, &address) < 0 ||
         listen(fd, SOMAXCONN) < 0)
         fail(STEP_LISTEN, subject);

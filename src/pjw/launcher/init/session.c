@@ -40,8 +40,8 @@ bool is_session(const struct options *options) {
  * kernel looks from our cgroup namespace at both cgroups, and from the job's it would not see ours.
  *
  * Two processes are in between, and both have ended before we go on. The second one is in the job: it makes the session,
- * reports it, and its end leaves the session to init. The first one enters, so that no later init of ours comes to be in
- * this job, and collects the second one. The spawner cannot: it may be killed just then, and the job's end would wait until the
+ * reports it, and its end leaves the session to init. The first one enters, so that no later init of ours is made in this
+ * job, and collects the second one. The spawner cannot: it may be killed just then, and the job's end would wait until the
  * host's PID 1 collects.
  */
 pid_t clone_session(const struct options *options, int *pidfd) {

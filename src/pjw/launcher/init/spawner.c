@@ -64,7 +64,7 @@ static size_t read_request(void) {
 
 /*
  * A launcher that is gone wants nothing any more. Its successor may have looked for jobs already, and must not miss one
- * that comes to be later, from a request that waited for us.
+ * that is made later, from a request that waited for us.
  */
 static bool is_wanted(const struct options *options) {
     struct pollfd report = {.fd = options->report_fd};
