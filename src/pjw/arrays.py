@@ -1,4 +1,4 @@
-"""Arrays: which elements a job has, as text (`1-100%8`), and how one of them is named (`17_5`). No I/O."""
+"""Arrays: the elements of a job, as text (`1-100%8`), and the name of one of them (`17_5`). No I/O."""
 
 import re
 from dataclasses import dataclass

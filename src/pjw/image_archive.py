@@ -52,7 +52,7 @@ FORMS: Final = "oci:DIR[:TAG], docker-archive:FILE[:TAG], tar:FILE or dir:DIR"
 
 
 class _WrongError(Exception):
-    """Why something is not an image, or not one that pjw can take."""
+    """The fault of a source that is no image, or not one that pjw can take."""
 
 
 # errors of the modules that read and decompress archives, for some damaged or malicious ones

@@ -96,7 +96,7 @@ _REQUEST_ID: Final = re.compile(r"[!-~]{1,64}")
 
 
 class JobState(StrEnum):
-    """Where in its life a job is. EXITED and LOST are final. A QUEUED job waits to be started.
+    """The state of a job in its life. EXITED and LOST are final. A QUEUED job waits to be started.
 
     UNKNOWN stands at a client for a state that only a newer server knows; such a job has not ended.
     """
@@ -158,7 +158,7 @@ SIGNALLED: Final = 128
 
 @dataclass(frozen=True, slots=True)
 class ExitStatus:
-    """How the command ended: with a code, or by a signal, whose code is 128 + its number, as in a shell.
+    """The end of a command: with a code, or by a signal, whose code is 128 + its number, as in a shell.
 
     A command may end with such a code by itself: only `signal` tells the two apart.
     """
@@ -373,7 +373,7 @@ class Mount:
 
 @dataclass(frozen=True, slots=True)
 class MountSource:
-    """The operator's side of a mount: which directory it is, and whose jobs may have it.
+    """The operator's side of a mount: its directory, and the clients whose jobs may have it.
 
     `clients` are names of clients, in which `*` stands for any characters. Raises InvalidJobError.
     """
@@ -556,7 +556,7 @@ class UsageSample:
 
 
 class Condition(StrEnum):
-    """How a job has to end for one that waits for it: by itself with exit code 0; otherwise; or either."""
+    """The end that a waiting job requires of another: by itself with exit code 0; otherwise; or either."""
 
     OK = "ok"
     FAILED = "failed"
@@ -652,7 +652,7 @@ class Retry:
 
 @dataclass(frozen=True, slots=True)
 class QueueSpec:
-    """How a job waits in the queue. Raises InvalidJobError.
+    """The conditions of a job in the queue. Raises InvalidJobError.
 
     Of one client's jobs those with a higher `priority` go first (-1000 to 1000), among equals the older one.
     `not_before` is a time, local without a time zone. A job that is `held` waits until it is released.

@@ -144,7 +144,7 @@ def check_allow(names: Sequence[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """Where a job connects to, within itself; `host` is empty for the proxy."""
+    """An address within a job to which it connects; `host` is empty for the proxy."""
 
     address: str
     port: int

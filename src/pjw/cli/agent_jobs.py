@@ -21,7 +21,7 @@ from pjw.model import LIMIT_MAXIMUM, Job, JobSpec, JobState, Session
 if TYPE_CHECKING:
     from pjw.client.aio import AsyncClient
 
-# How long the state of a job is waited for when the time of an answer is over already.
+# Seconds to wait for the state of a job when the time of an answer is over already.
 _STATE_SECONDS: Final = 5
 # How long a stop is waited for; pjwd goes on with it by itself.
 _STOP_SECONDS: Final = 60

@@ -1,4 +1,4 @@
-"""Which server, and with which certificates: the options, before all that `pjw.client.config` looks at."""
+"""The server and the certificates of a command: its options, before all that `pjw.client.config` reads."""
 
 import argparse
 

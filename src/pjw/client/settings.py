@@ -1,4 +1,4 @@
-"""Where to connect to, and with which certificates."""
+"""The address of a server, and the client's certificates."""
 
 from dataclasses import dataclass
 

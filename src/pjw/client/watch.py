@@ -11,7 +11,7 @@ from pjw.v1 import job_worker_pb2 as pb
 
 
 class WatchPosition:
-    """Where a watch of jobs is: `sequence` is the number to resume behind, None before there is one."""
+    """The position of a watch of jobs: `sequence` is the number to resume behind, None before the first."""
 
     method: Final = "WatchJobs"
     facts: Final[Mapping[str, object]] = {}

@@ -106,7 +106,7 @@ LISTEN_PAUSE_SECONDS: Final = 0.2
 
 
 class Phase(Enum):
-    """Where the conversation is."""
+    """The phase of the conversation with the worker."""
 
     GREETING = auto()
     SERVING = auto()

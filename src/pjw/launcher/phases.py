@@ -7,7 +7,7 @@ from pjw.errors import JobStateError
 
 
 class InitPhase(StrEnum):
-    """Where the init of a job is between its making and the last trace of it."""
+    """The phase of a job's init between its making and the last trace of it."""
 
     # This launcher has no init for the job. An earlier launcher's may run: the worker then asks to adopt it.
     ABSENT = "absent"

@@ -34,10 +34,10 @@ from pjw.launcher.visible import MOUNTINFO, Place, places_of, read_mounts, templ
 from pjw.model import Limits, Share
 from pjw.network import Listener
 
-# How long an init waits before a new one replaces it.
+# Seconds that an init waits before a new one replaces it.
 OLDEST_SECONDS: Final = 60.0
-# How long a start waits for a wrong guess to go. Nothing blocks such an init, so only a very busy host makes
-# it late.
+# Seconds that a start waits for a wrong guess to go. Nothing blocks such an init, so only a very busy host
+# makes it late.
 GUESS_LATE_SECONDS: Final = 30.0
 
 

@@ -201,7 +201,7 @@ class Egress:
 
 @dataclass(frozen=True, slots=True)
 class JobIds:
-    """Which jobs have a cgroup or a scratch directory, from the id behind `after` on."""
+    """List the jobs that have a cgroup or a scratch directory, from the id behind `after` on."""
 
     op: ClassVar = "job_ids"
     after: int
@@ -291,7 +291,7 @@ class ScratchUse:
 
 @dataclass(frozen=True, slots=True)
 class WorkspaceNames:
-    """Which workspaces there are, from that behind `after` on; as `WorkspacePage` has them."""
+    """List the workspaces, from that behind `after` on; as `WorkspacePage` has them."""
 
     op: ClassVar = "workspace_names"
     after: str
@@ -324,7 +324,7 @@ class ReloadMounts:
 
 @dataclass(frozen=True, slots=True)
 class Gpus:
-    """Which GPUs the machine has now, and which variables a job gets that has those of these `names`."""
+    """List the machine's GPUs now, and the variables of a job that has those of these `names`."""
 
     op: ClassVar = "gpus"
     names: tuple[str, ...] = ()

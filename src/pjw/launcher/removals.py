@@ -13,7 +13,7 @@ from pjw.errors import JobStateError
 from pjw.launcher.processes import Watcher
 from pjw.launcher.scratch import Scratch
 
-# How many at a time, in all and of one user, which is one client.
+# The most removals at a time, in all and of one user, which is one client.
 AT_ONCE: Final = 4
 AT_ONCE_OF_ONE: Final = 2
 

@@ -22,7 +22,7 @@ SHARED_BYTES_MAX: Final = 4096
 
 
 class _Buffer(threading.local):
-    """Where the reads of a thread are made: nothing stays in it while another of its readers may run.
+    """The buffer for the reads of a thread: nothing stays in it while another of its readers may run.
 
     A buffer for each read would cost as much as to read a line. One for all threads would not do: the kernel
     fills it without the interpreter's lock.

@@ -1,4 +1,4 @@
-"""Where the last lines of an output begin: read backwards, a block at a time, as tail(1) does."""
+"""The beginning of the last lines of an output: read backwards, a block at a time, as tail(1) does."""
 
 import asyncio
 import os

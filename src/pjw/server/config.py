@@ -93,7 +93,7 @@ class JobUsers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class KeptJobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How much of ended jobs is kept: `worker.settings.Retention`, with the defaults of a service."""
+    """The bounds on ended jobs that are kept: `worker.settings.Retention`, with the defaults of a service."""
 
     age_seconds: Annotated[Count, Meta(description="an ended job is removed after so long")] = 30 * 86_400
     jobs_per_client: Annotated[Count, Meta(description="ended jobs of one client")] = 100_000

@@ -95,7 +95,7 @@ class Connection:
 
 @dataclass(frozen=True, slots=True)
 class ConnectionNumbers:
-    """How many connections there are, and were since the server began. `closed`: by us, by cause."""
+    """The numbers of connections, open and since the server began. `closed`: by us, by cause."""
 
     accepted: int
     open: int

@@ -24,7 +24,7 @@ BASE: Final = "base"
 
 
 class Kept(NamedTuple):
-    """Which changes can be asked for: those behind `floor`, up to `last`."""
+    """The range of changes that can be requested: those behind `floor`, up to `last`."""
 
     floor: int
     last: int

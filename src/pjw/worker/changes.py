@@ -97,7 +97,7 @@ class _Watcher:
 
 
 class _Snapshot:
-    """Which changes are in the jobs that were told as they were at the beginning.
+    """The changes that the jobs told at the beginning include.
 
     They are read a page at a time, and changes go on meanwhile: of each page the last one before it is kept.
     """

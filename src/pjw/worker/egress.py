@@ -50,7 +50,7 @@ class Connection:
 
 
 class _Allowance:
-    """How many lines a client may have now."""
+    """The lines of the log that a client may have now."""
 
     def __init__(self, now: float) -> None:
         self._lines = float(_LINES_AT_ONCE)

@@ -27,7 +27,7 @@ from pjw.worker.state_dir import StateDir
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Which part of a job's output.
+    """A part of a job's output.
 
     It begins at byte `offset`, `tail_lines` lines before the end of the output so far, or with the output of
     `since_ns` (nanoseconds since 1970), whichever comes last. It ends with the job, or without `follow` at

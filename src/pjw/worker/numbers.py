@@ -1,4 +1,4 @@
-"""How much of everything a worker has, at one moment."""
+"""The counters of a worker, at one moment."""
 
 import os
 import time

@@ -33,7 +33,7 @@ _REASONS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """How a command ended, at `ended_ns` of CLOCK_REALTIME."""
+    """The end of a command, at `ended_ns` of CLOCK_REALTIME."""
 
     ended_ns: int
     exit_status: ExitStatus

@@ -21,7 +21,7 @@ log: Final = logging.getLogger(__name__)
 
 
 class Kept(Protocol):
-    """Where jobs are kept: `StateDir` is one."""
+    """The store of kept jobs: `StateDir` is one."""
 
     @property
     def store(self) -> JobStore:

@@ -42,7 +42,7 @@ FLOOR: Final = replace(
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """How much of ended jobs is kept, the newest first. 0 is "all" in every field."""
+    """The bounds on ended jobs that are kept, the newest first. 0 is "all" in every field."""
 
     age_seconds: int = 0
     jobs_per_client: int = 0
@@ -115,7 +115,7 @@ _FREE_INODES_MIN: Final = 100_000
 
 @dataclass(frozen=True, slots=True)
 class DiskMarks:
-    """How much of each file system that jobs write to stays free, or a job is ended: worker/disk.py.
+    """The space of each file system that jobs write to that stays free, or a job is ended: worker/disk.py.
 
     0 is "do not look", None a twentieth, at most 1 GiB and 100,000 inodes.
     """

@@ -18,7 +18,7 @@ from pjw.worker.launcher_client import LauncherClient
 # Seconds between SIGKILL to every process and the launcher's look at the rest: long, since only a job that
 # the kernel cannot end, or whose init hangs, is there then.
 LAST_RESORT_SECONDS: Final = 5
-# How long after SIGKILL to init pjw says that this does not help either.
+# Seconds after SIGKILL to init until pjw says that this does not help either.
 INIT_ENDS_SECONDS: Final = 1
 # Nothing tells when a process that is stuck begins to wait for something else.
 _LOOK_AGAIN_SECONDS_MAX: Final = 60

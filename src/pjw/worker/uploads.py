@@ -40,7 +40,7 @@ log: Final = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Upload:
-    """One that is there: how many write it, and until when it stays without them (time of the loop)."""
+    """One upload: its number of writers, and until when it stays without them (time of the loop)."""
 
     until: float
     writers: int = 0
