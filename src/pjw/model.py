@@ -359,7 +359,7 @@ class ClientQuota:
     queued_max: int = 0
     # the operator's directories that its jobs may have
     mounts: Sequence["Mount"] = ()
-    # how many GPUs the machine has for jobs of the client, free or not
+    # the number of GPUs of the machine for jobs of the client, free or not
     gpus: int = 0
 
 
@@ -1154,7 +1154,7 @@ class Job:
     held: bool = False
     after: Sequence[After] = ()
     unmet: int = 0
-    # which attempt this is, from 1 on, of a job that may be tried again; 0 of all others
+    # the number of this attempt, from 1 on, of a job that may be tried again; 0 for all others
     attempt: int = 0
     # the job that is the next attempt
     retried_as: int | None = None
@@ -1180,7 +1180,7 @@ class Job:
     allow: Sequence[str] = ()
     # the network that it shares with other jobs of its client, by its name; empty: it has its own
     link: str = ""
-    # how many GPUs it has for itself
+    # the number of GPUs that it has for itself
     gpus: int = 0
 
     @property

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Seconds to wait for the state of a job when the time of an answer is over already.
 _STATE_SECONDS: Final = 5
-# How long a stop is waited for; pjwd goes on with it by itself.
+# Seconds to wait for a stop; pjwd goes on with it by itself.
 _STOP_SECONDS: Final = 60
 _COMMAND_CHARACTERS: Final = 200
 # of a file, in one call

@@ -27,7 +27,7 @@ from pjw.version import version
 
 T = TypeVar("T")
 
-# How long an answer may take beyond the requested time: a lost connection is made again.
+# Seconds that an answer may take beyond the requested time: the client reconnects after a lost connection.
 _BEYOND_SECONDS: Final = 60
 # Seconds to wait for stops when a signal ends us; the sender may soon kill us.
 _LAST_SECONDS: Final = 1

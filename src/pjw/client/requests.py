@@ -61,7 +61,7 @@ PAGE_MAX: Final = 1000
 SIGKILL: Final = 9
 # the calls that make jobs
 _MAKING: Final = ("Start", "Submit")
-# How far a call has got, and a next step: for when its connection is lost for good.
+# The progress of a call, and a next step: for when its connection is lost for good.
 Reached = tuple[str, str | None]
 
 

@@ -22,21 +22,21 @@ from pjw.client.settings import ClientSettings
 if TYPE_CHECKING:
     import grpc
 
-# How long a server that went away is waited for: a restart with room to spare.
+# Seconds to wait for a server that went away: a restart with room to spare.
 RECONNECT_SECONDS: Final = 120
-# How long the first Start of a client waits for one: systemd starts pjwd again after a second.
+# Seconds that the first Start of a client waits for one: systemd starts pjwd again after a second.
 RESTART_SECONDS: Final = 3
 FIRST_PAUSE_SECONDS: Final = 0.1
 LONGEST_PAUSE_SECONDS: Final = 1.0
-# How many calls a client object makes at once; further calls wait. Two programs of one client together stay
-# below pjwd's default (clients.calls_max, 256).
+# Calls that a client object makes at once; further calls wait. Two programs of one client together stay below
+# pjwd's default (clients.calls_max, 256).
 CALLS_AT_ONCE: Final = 120
 # The same for calls that wait for the end of a job; pjwd's default is 1000 (clients.followers_max).
 WAITS_AT_ONCE: Final = 900
 # The same for stops, which last as long as their grace periods, or as a job that the kernel cannot end. Among
 # the other calls they would take all turns of a client that stops many jobs.
 STOPS_AT_ONCE: Final = 100
-# How long other calls of the client may hold a call back before it fails.
+# Seconds for which other calls of the client may hold a call back before it fails.
 TURN_SECONDS: Final = 60
 
 

@@ -15,7 +15,7 @@ class Upload:
     def __init__(self, job_id: JobId, session: int = 0, *, append: bool = False, upload: str = "") -> None:
         self.outgoing: Final = Outgoing(job_id, session, append=append, upload=upload)
         self._changed: Final = threading.Condition()
-        # which connection sends, and whether its server has said where to begin
+        # the number of the connection that sends, and whether its server has said where to begin
         self._connection = 0
         self._begun = False
         self._over = False

@@ -27,7 +27,7 @@ from pjw.network import Allowed
 # the most bytes of a request or an answer without its body
 HEAD_BYTES_MAX: Final = 16_384
 HEAD_SECONDS: Final = 10.0
-# How long the proxy waits for the job to read an answer that refuses a request.
+# Seconds that the proxy waits for the job to read an answer that refuses a request.
 LINGER_SECONDS: Final = 2.0
 LINGER_BYTES: Final = 1 << 20
 _RECEIVED_AT_ONCE: Final = 65_536

@@ -86,7 +86,7 @@ from pjw.model import Usage, is_image_key, offered
 LAUNCH_DESCRIPTORS: Final = 3
 JOB_DESCRIPTORS: Final = 2
 SPARE_DESCRIPTORS: Final = 40
-# How many workspaces are counted at once: the worker has two counted, but does not wait for each to the end.
+# Workspaces that are counted at once: the worker has two counted, but does not wait for each to the end.
 COUNTED_AT_ONCE: Final = 4
 # After so long a launch no longer keeps us from making inits ahead.
 FILL_AFTER_SECONDS: Final = 0.05
@@ -99,8 +99,8 @@ KINDS: Final = {step: step for step in ("exec", "workdir", "unpack", "image", "m
 }
 # its report, and the pidfd of the process that waits for its command
 SESSION_DESCRIPTORS: Final = 2
-# How often, and after which pause, listeners of an adopted job are made again: the process that had the
-# former ones may just be about to end.
+# The attempts, and the pause before each, to make the listeners of an adopted job again: the process that had
+# the former ones may just be about to end.
 LISTEN_TRIES: Final = 10
 LISTEN_PAUSE_SECONDS: Final = 0.2
 
@@ -192,7 +192,7 @@ class Launcher:
         self._instance: str
         # whether scratch directories are being counted
         self._counting = False
-        # how many workspaces are
+        # the number of workspaces that are being counted
         self._counting_workspaces = 0
         # jobs that have not been removed
         self._jobs: Final[dict[int, Running]] = {}

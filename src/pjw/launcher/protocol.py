@@ -38,7 +38,7 @@ MAX_WORKSPACES: Final = 500
 LAUNCH_SECONDS: Final = 30.0
 # So much longer may one take whose files are unpacked first.
 UNPACK_SECONDS: Final = 600.0
-# How many sessions a job may have at once. The worker looks first, the launcher again.
+# The most sessions of a job at once. The worker looks first, the launcher again.
 SESSIONS_MAX: Final = 16
 
 
@@ -77,7 +77,7 @@ class Hello:
     # the names on the network that jobs may reach, and ranges of addresses that are none of the internet's
     egress_hosts: tuple[str, ...] = ()
     egress_private: tuple[str, ...] = ()
-    # how many connections a job may have, and all jobs
+    # the most connections of a job, and of all jobs
     egress_connections_max: int = 0
     egress_connections_total_max: int = 0
     # whose jobs may have GPUs, and where the files that describe them are

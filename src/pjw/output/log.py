@@ -196,7 +196,7 @@ async def read_at(descriptor: int, offset: int, count: int, head: Head = no_head
     Bytes in the page cache are read at once, others in a thread: a slow disk must not hold
     the event loop up (preadv2(2), RWF_NOWAIT). They are copied once after that.
     """
-    # How many bytes come is known when they are there, so the room for their head is made first.
+    # The number of bytes is known only when they are there, so the room for their head is made first.
     buffer = _BUFFER.view
     end = HEAD_BYTES_MAX + min(count, READ_BYTES_MAX)
     try:

@@ -10,7 +10,7 @@ from typing import Any, Final
 from pjw.certs.address import DEFAULT_ADDRESS
 from pjw.errors import ConfigError
 
-# How many ports are tried for one that is free at every address of a name.
+# Ports that are tried for one that is free at every address of a name.
 PORTS_TRIED: Final = 16
 _ABSENT: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 

@@ -28,7 +28,7 @@ from pjw.worker.egress import Connection
 QUEUE_MAX: Final = 10_000
 # Nothing tells when space returns to a disk.
 RETRY_SECONDS: Final = 1.0
-# How long the end of pjwd waits for a disk that does not answer.
+# Seconds that the end of pjwd waits for a disk that does not answer.
 CLOSE_SECONDS: Final = 5.0
 # gRPC's name for the end of a call that its caller did not wait for
 CANCELLED: Final = "CANCELLED"

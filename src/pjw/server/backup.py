@@ -36,7 +36,7 @@ IDS_LEFT_OUT: Final = 1_000_000
 CHANGES_LEFT_OUT: Final = 1_000_000_000_000
 # files of the launcher: which user ids jobs have, and where their scratch directories were
 _LAUNCHERS: Final = (RECORD, PLACES_NAME)
-# how long pjwd may take to copy its table, which is gigabytes at most
+# seconds that pjwd may take to copy its table, which is gigabytes at most
 _COPY_SECONDS: Final = 300
 _PIECE_BYTES: Final = 16 * 1024 * 1024
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -13,9 +13,9 @@ import threading
 from queue import SimpleQueue
 from typing import Final
 
-# How many records, with their tracebacks, may wait to be written. Further ones are dropped and counted.
+# Records, with their tracebacks, that may wait to be written. Further ones are dropped and counted.
 QUEUE_MAX: Final = 10_000
-# How long pjwd, when it ends, waits for the rest to be written.
+# Seconds that pjwd, when it ends, waits for the rest to be written.
 END_SECONDS: Final = 2.0
 
 log: Final = logging.getLogger(__name__)

@@ -62,8 +62,8 @@ class Reloader:
         self._worker: Final = worker
         self._notifier: Final = notifier
         self._asked: Final = asyncio.Event()
-        # How often each of them was reloaded, with which result. Every series exists from the start: a
-        # monitor sees no increase in a counter that begins at 1.
+        # The number of reloads of each of them, by result. Every series exists from the start: a monitor sees
+        # no increase in a counter that begins at 1.
         self.counts: Final[Counter[tuple[str, str]]] = Counter(
             {
                 (what, result): 0

@@ -40,7 +40,7 @@ from pjw.worker.background import Background
 from pjw.worker.launcher_process import LauncherProcess
 from pjw.worker.state_dir import StateDir
 
-# How long running calls may take to end when the server drains; followers end at once.
+# Seconds that running calls may take to end when the server drains; followers end at once.
 DRAIN_SECONDS: Final = 5
 
 # The names of threads that pjwd needs for as long as it runs begin with this.

@@ -301,7 +301,7 @@ def _load(offset: int) -> Instruction:
 
 
 def _when(kind: int, value: int, yes: int, no: int) -> Instruction:
-    # how many instructions to skip when it is so, and when not
+    # the number of instructions to skip when it is so, and when not
     return (kind, yes, no, value)
 
 

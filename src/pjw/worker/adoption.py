@@ -25,7 +25,7 @@ from pjw.worker.state_dir import StateDir
 from pjw.worker.stopping import within
 from pjw.worker.workspaces import Workspaces
 
-# How long we wait for the removal of jobs that are in no table; then we serve while it goes on.
+# Seconds to wait for the removal of jobs that are in no table; then we serve while it goes on.
 STRAYS_SECONDS: Final = 5
 
 log: Final = logging.getLogger(__name__)

@@ -45,7 +45,7 @@ class Connection:
     host: str
     port: int
     result: str
-    # how many of the client's before it were counted, and not written down
+    # the number of the client's connections before it that were counted, and not written down
     left_out: int = 0
 
 

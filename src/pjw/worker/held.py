@@ -12,7 +12,7 @@ from pjw.output.inotify import IN_ATTRIB, Inotify
 from pjw.worker.job import OUTPUT_HELD, LiveJob
 from pjw.worker.state_dir import StateDir
 
-# How often the log says so at most, as a disk may be full again and again.
+# Seconds between such lines of the log at least, as a disk may be full again and again.
 _SAY_AGAIN_SECONDS: Final = 600
 
 log: Final = logging.getLogger(__name__)

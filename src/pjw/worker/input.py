@@ -92,7 +92,7 @@ class _Turn:
     def __init__(self) -> None:
         self.lock: Final = asyncio.Lock()
         self.latest: InputWriter | None = None
-        # how many have come and not gone
+        # the number of writers that have come and not gone
         self.writers = 0
 
 

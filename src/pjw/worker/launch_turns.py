@@ -15,7 +15,7 @@ AT_ONCE_ALONE: Final = 4
 # Each launch keeps a processor busy: beside two at a time of one client, another's stop took 3.3 times as
 # long as beside a client that starts and stops one job after the other, and beside one at a time 2.0 times.
 AT_ONCE_BESIDE_OTHERS: Final = 1
-# how long a client counts after its last launch
+# seconds for which a client counts after its last launch
 RECENT_SECONDS: Final = 1.0
 # A launch that takes longer waits for something else than a processor, such as a disk: the next may begin.
 SLOW_SECONDS: Final = 0.25

@@ -393,7 +393,8 @@ CREATE TABLE images (
 ) WITHOUT ROWID;
 CREATE UNIQUE INDEX images_of_name ON images (client_name, name) WHERE name <> '';
 """,
-    # How many GPUs a job has for itself; and which, as a list in JSON, from before its launch on.
+    # The number of GPUs that a job has for itself; and their names, a list in JSON, from before its launch
+    # on.
     """
 ALTER TABLE jobs ADD COLUMN gpus INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE jobs ADD COLUMN gpu_names TEXT NOT NULL DEFAULT '';

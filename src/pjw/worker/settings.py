@@ -161,7 +161,7 @@ class WorkerSettings:
     scratch_bytes_max: int = 0
     scratch_inodes_max: int = 0
     stop_grace_seconds: float = 10
-    # how many inits the launcher keeps ready for the next jobs
+    # the number of inits that the launcher keeps ready for the next jobs
     waiting_inits: int = WAITING_INITS
     retention: Retention = Retention()
     quotas: Quotas = Quotas()

@@ -44,7 +44,7 @@ _COPY_PAGES: Final = 256
 # that has followed a job asks for it then, and needs no turn of the table's thread.
 _RECENT_MAX: Final = 64
 _RECENT_CHARACTERS_MAX: Final = 1024
-# how long a copy waits between these, and for the end of a transaction
+# seconds that a copy waits between these, and for the end of a transaction
 _COPY_WAIT_SECONDS: Final = 0.005
 
 log: Final = logging.getLogger(__name__)

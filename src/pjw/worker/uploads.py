@@ -29,7 +29,7 @@ from pjw.worker.state_dir import WHOLE_MODE, StateDir, disk_error
 
 # Without a call that writes it, or a job that is to have it, an upload goes after so long.
 LEASE_SECONDS: Final = 120.0
-# how often we look
+# seconds between looks
 _SWEEP_SECONDS: Final = 30.0
 # Each has a place in memory and a file, however small.
 PER_CLIENT_MAX: Final = 64
