@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def list_nodes(arguments: argparse.Namespace) -> None:
-    """Print their names; at a terminal also their states and what they have."""
+    """Print the names of nodes; at a terminal also their states and capacity."""
     with _connect(arguments) as cluster:
         found = cluster.nodes()
     form = arguments.format or ("table" if sys.stdout.isatty() else "names")
@@ -58,7 +58,7 @@ def _connect(arguments: argparse.Namespace) -> "Cluster":
 
 
 def table(found: "Sequence[Node]") -> Iterator[str]:
-    """A line each, under a heading."""
+    """Yield a line for each node, under a heading."""
     width = max(map(len, ("NAME", *(node.name for node in found))))
     head = f"{'NAME':<{width}} {'STATE':<8} {'JOBS':>5} {'PROCESSORS':>12} {'MEMORY':>19}"
     yield f"{head} {'VERSION':<9} ADDRESS"
@@ -83,7 +83,7 @@ def _size(count: int) -> str:
 
 
 def members(node: "Node") -> dict[str, Any]:
-    """The keys and values of its JSON."""
+    """Return the keys and values of a node's JSON."""
     return {
         "name": node.name,
         "state": node.state,

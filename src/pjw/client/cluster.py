@@ -1,4 +1,4 @@
-"""The nodes of a cluster, for those who run it: only a gateway has them."""
+"""The nodes of a cluster, for its operators: only a gateway has them."""
 
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -24,7 +24,7 @@ _STATES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A machine that runs jobs, at one moment. 0 of what it has at most is "not said"."""
+    """A machine that runs jobs, at one moment. A capacity of 0 means that the node did not report it."""
 
     name: str
     # up, drained, away, lost; unknown for one that only a newer gateway knows
@@ -43,14 +43,14 @@ class Node:
 
 
 class Cluster(Client):
-    """A connection to a gateway, for what concerns its nodes. Viewers may look, admins may change."""
+    """A connection to a gateway, for calls about its nodes. Viewers may look, admins may change."""
 
     def _connect(self, target: str, credentials: grpc.ChannelCredentials, options: Options) -> None:
         super()._connect(target, credentials, options)
         self._stub: Any = ClusterServiceStub(self._channel)
 
     def nodes(self) -> list[Node]:
-        """All nodes, by their names. Raises NotAllowedError for a client without a role."""
+        """Return all nodes, by their names. Raises NotAllowedError for a client without a role."""
         return self._asked(Call("ListNodes", pb.ListNodesRequest(), _nodes_of_answer))
 
     def drain(self, name: str) -> Node:

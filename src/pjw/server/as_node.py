@@ -18,12 +18,12 @@ from pjw.worker.host import memory_of, resources
 from pjw.worker.store import JobStore
 
 _BOOT_ID: Final = "/proc/sys/kernel/random/boot_id"
-# of an address where pjwd listens and nobody can connect to
+# hosts of an address on which pjwd listens, but to which no client can connect
 _ANY: Final = ("0.0.0.0:", "[::]:")
 
 
 def holds_of(config: ServerConfig) -> Holds | None:
-    """The places of Slurm's that this node takes, as root; None: none. Raises ConfigError, KernelError."""
+    """Listen for Slurm's places, as root; None on a node that takes none. Raises ConfigError, KernelError."""
     name = config.cluster.hold_user
     if name is None:
         return None
@@ -46,7 +46,7 @@ def node_of_config(
     credentials: Callable[[], ServerCredentials],
     holds: Holds | None,
 ) -> Node:
-    """The node, which has not called yet. Raises ConfigError for a configuration that is no node's."""
+    """Make the node, which has not called yet. Raises ConfigError for a configuration that is no node's."""
     gateway = config.cluster.gateway
     assert gateway is not None
     try:

@@ -1,4 +1,4 @@
-"""pjwd check: what this host offers, and what is missing, in plain words. Changes nothing."""
+"""pjwd check: the abilities of this host, and its gaps, in plain words. Changes nothing."""
 
 import os
 import platform
@@ -32,16 +32,16 @@ KERNEL_MINIMUM: Final = (5, 14)
 _WRITE_BACK_USEC_MAX: Final = 2000
 NAMESPACES: Final = ("pid", "mnt", "net", "ipc", "uts", "cgroup")
 
-# what there must be in an image
+# the directories that an image must have
 _IN_IMAGES: Final = ("dev", "etc", "proc", "run", "sys", "tmp")
 
 _MARKS: Final = {True: "ok     ", None: "warning", False: "missing"}
 
 
 def check(path: str | None, options: Mapping[str, object]) -> int:
-    """Print each finding; the exit code is 0 when pjwd can run here.
+    """Print each finding; return exit code 0 when pjwd can run here.
 
-    With a configuration file or with certificates, also what serve needs of them.
+    With a configuration file or with certificates, also check that serve can use them.
     """
     able = True
     found = host_findings(_load(path, options))
@@ -57,7 +57,7 @@ def check(path: str | None, options: Mapping[str, object]) -> int:
 
 
 def _load(path: str | None, options: Mapping[str, object]) -> ServerConfig:
-    """The configuration; the default where it cannot be read, which is a finding then."""
+    """Return the configuration, or the default if it cannot be read, which is a finding elsewhere."""
     try:
         return load_config(path, options)
     except ConfigError:
@@ -65,7 +65,7 @@ def _load(path: str | None, options: Mapping[str, object]) -> ServerConfig:
 
 
 def host_findings(config: ServerConfig) -> Iterator[Finding]:
-    """Each thing that pjwd needs of the host: whether it is there, in words, and what to do."""
+    """Yield each need of pjwd on the host: whether it is met, in words, and the remedy."""
     release = platform.release()
     numbers = tuple(int(part) for part in release.split("-")[0].split(".")[:2] if part.isdecimal())
     wanted = ".".join(map(str, KERNEL_MINIMUM))
@@ -106,7 +106,7 @@ def _init() -> Finding:
 
 
 def _view(config: ServerConfig) -> Iterator[Finding]:
-    """Which of the host's file systems jobs see: this makes a job, and looks from within it."""
+    """Describe the file systems that jobs see: this makes a job, and looks from within it."""
     if os.geteuid() != 0:
         return
     try:
@@ -137,10 +137,10 @@ def _disks(*directories: str) -> Finding:
 
 
 def _write_back(*directories: str) -> Iterator[Finding]:
-    """Disks on which the kernel lets jobs' writes hold up pjwd's reads and syncs for long.
+    """Yield disks on which the kernel lets jobs' writes hold up pjwd's reads and syncs for long.
 
-    wbt_lat_usec is how long a read may take before the kernel queues fewer writes; 0 where the kernel never
-    does so, as with bfq (Documentation/ABI/stable/sysfs-block).
+    wbt_lat_usec is the time that a read may take before the kernel queues fewer writes; 0 where the kernel
+    never does so, as with bfq (Documentation/ABI/stable/sysfs-block).
     """
     try:
         disks = disks_under(map(nearest, directories))
@@ -175,7 +175,7 @@ def _directories(config: ServerConfig) -> Iterator[Finding]:
 
 
 def _images(directory: str) -> Iterator[Finding]:
-    """What the root of a job with an image is like: this makes such a job, in a directory that goes again."""
+    """Describe a root made from an image: make such a job, in a directory that is removed again."""
     if os.geteuid() != 0:
         return
     # any user but root will do
@@ -212,7 +212,7 @@ def _images(directory: str) -> Iterator[Finding]:
 
 
 def _in_image(own: str, uid: int, trees: list[int]) -> str:
-    """Why a job cannot make a file in an image; empty when it can."""
+    """Return why a job cannot make a file in an image; empty when it can."""
     words = ["--uid", str(uid), "--gid", str(uid), "--scratch", f"{own}/job"]
     words += place_words(template_of((), (own,), read_mounts()))
     words += [word for tree in trees for word in ("--image-fd", str(tree))]
@@ -263,7 +263,7 @@ def _users(config: ServerConfig) -> Iterator[Finding]:
 
 
 def _egress(config: ServerConfig) -> Iterator[Finding]:
-    """Who connects jobs to names on the network, where the configuration offers some."""
+    """Describe the process that connects jobs to the network, if the configuration offers names."""
     count = len(config.network.offers().offered)
     if not count:
         return

@@ -86,7 +86,7 @@ def _told(state_dir: str, word: bytes) -> Iterator[tuple[socket.socket | None, i
 
 @contextmanager
 def _locked(state_dir: str) -> Iterator[int]:
-    """An open state directory. Whoever marks it last is also the last one whom pjwd hears."""
+    """Open a state directory. The process that marks it last is also the last one that pjwd hears."""
     directory = os.open(state_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(directory, fcntl.LOCK_EX)

@@ -79,7 +79,7 @@ def is_drained(state_dir: str) -> bool:
 
 
 async def _emptied_or_changed(worker: Worker, connection: socket.socket) -> bytes:
-    """What to tell whoever waits: that the machine is empty, or that it is drained no more."""
+    """Return the answer for waiting callers: the machine is empty, or it is drained no more."""
     changed = Flag()
     worker.admission.changed.append(changed.set)
     ends = [

@@ -1,6 +1,6 @@
-"""The configuration as it takes effect: each key with its value, where that is from, and what it means.
+"""The effective configuration: each key with its value, its origin, and its meaning.
 
-`pjwd config show` prints it. What is printed as TOML is a configuration file again.
+`pjwd config show` prints it. The output as TOML is a configuration file again.
 """
 
 import json
@@ -39,7 +39,7 @@ class Setting:
 def settings_of(
     config: ServerConfig, in_file: Mapping[str, object], options: Mapping[str, object]
 ) -> list[Setting]:
-    """Every key of a configuration that was made from these."""
+    """Return every key of a configuration that was made from these."""
     descriptions = describe_keys()
     values = msgspec.to_builtins(config, order="deterministic")
     for table, limits in zip(("limits", "ceilings", "floors"), config.effective_limits(), strict=True):
@@ -79,7 +79,7 @@ def _origin(key: str, in_file: Mapping[str, object], options: Mapping[str, objec
 
 
 def describe_keys() -> dict[str, str]:
-    """What each key means, by its name with its table's in front."""
+    """Return the meaning of each key, by its name with its table's in front."""
     found = dict(_described(ServerConfig))
     del found["limits"], found["ceilings"], found["floors"]
     for name in LIMITS:
@@ -99,7 +99,7 @@ def _described(struct: type[msgspec.Struct], table: str = "") -> Iterator[tuple[
 
 
 def as_toml(settings: list[Setting], path: str | None) -> str:
-    """A configuration file with these values, and a comment behind each that says where it is from."""
+    """Format a configuration file with these values, each followed by a comment about its origin."""
     lines: list[str] = []
     table = ""
     for setting in settings:
@@ -115,7 +115,7 @@ def as_toml(settings: list[Setting], path: str | None) -> str:
 
 
 def as_json(settings: list[Setting]) -> str:
-    """An object with a member for each key."""
+    """Format an object with a member for each key."""
     members = {
         setting.key: {
             "value": setting.value,

@@ -20,7 +20,7 @@ from pjw.stdout import EXIT_CLOSED_PIPE, ReaderGoneError, checked_stdout, requir
 
 # the environment variable that takes the place of --listen
 LISTEN_VARIABLE: Final = "PJWD_LISTEN"
-# what packaging/pjwd.service reads
+# the file that packaging/pjwd.service reads
 _UNIT_CONFIG: Final = "/etc/pjw/pjwd.toml"
 EXIT_FAILED: Final = 1
 EXIT_INTERRUPTED: Final = 130
@@ -31,7 +31,7 @@ OPTIONS: Final = ("listen", *PATHS, "log_level", "log_format")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code."""
+    """Run one command; return the exit code."""
     open_standard_descriptors()
     try:
         with checked_stdout():
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command tree."""
+    """Build the command tree."""
     parser = argparse.ArgumentParser(
         prog="pjwd", description="The pjw service: runs jobs for the clients of one certificate authority."
     )
@@ -312,7 +312,7 @@ def _add_options(command: argparse.ArgumentParser) -> None:
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, object]:
-    """The keys of the configuration that the command line gives; paths are taken from here."""
+    """Return the configuration keys given on the command line; paths are relative to this directory."""
     options: dict[str, object] = {}
     for key in OPTIONS:
         value = getattr(arguments, key, None)
@@ -369,7 +369,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _name_the_unread(path: str | None) -> None:
-    """Say that the configuration of the unit counts only when it is named: who has one, asks about that."""
+    """Say that the unit's configuration counts only when it is named: operators with one ask about that."""
     if path is None and os.path.exists(_UNIT_CONFIG):
         print(f"pjwd: {_UNIT_CONFIG} is not read: --config {_UNIT_CONFIG} does", file=sys.stderr)
 
@@ -512,7 +512,7 @@ def _warn_of_another_name(directory: str, server: str) -> None:
 
 
 def _tell_clients(bundles: Sequence[str], option: str = "") -> None:
-    """What a client does with its bundle; on stderr, since stdout has the paths and nothing else."""
+    """Tell each client's next step with its bundle, on stderr: stdout has the paths and nothing else."""
     for path in bundles:
         file = os.path.basename(path)
         client = file.removesuffix(BUNDLE_SUFFIX)

@@ -13,7 +13,7 @@ RETRY_SECONDS: Final = 1
 
 
 def listen(state_dir: str, name: str) -> socket.socket:
-    """A socket that only root may connect to; made before privilege is dropped. Raises KernelError."""
+    """Make a socket that only root may connect to, before privilege is dropped. Raises KernelError."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
     try:
         with _by_descriptor(state_dir, name) as path:
@@ -31,7 +31,7 @@ def listen(state_dir: str, name: str) -> socket.socket:
 
 @contextmanager
 def connection(state_dir: str, name: str) -> Iterator[socket.socket | None]:
-    """A connection to the pjwd that serves a state directory; None when nobody listens there."""
+    """Connect to the pjwd that serves a state directory; None when no process listens there."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
         try:
             with _by_descriptor(state_dir, name) as path:

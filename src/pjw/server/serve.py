@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     # nothing of a cluster is loaded by a pjwd that is none of its nodes
     from pjw.node.holds import Holds
 
-# How long running calls may take to end when the server drains; followers end at once.
+# Seconds that running calls may take to end when the server drains; followers end at once.
 DRAIN_SECONDS: Final = 5
 
 # The names of threads that pjwd needs for as long as it runs begin with this.
@@ -75,14 +75,14 @@ _OPTIONS: Final[list[tuple[str, int]]] = [
 CONNECTIONS_SHARE: Final = 2
 
 log: Final = logging.getLogger(__name__)
-# What everybody waits for who starts a service is told at every level.
+# The news that operators wait for when they start a service is logged at every level.
 ready: Final = logging.getLogger("pjw.ready")
 ready.setLevel(logging.INFO)
 
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """Where to listen, as whom, and for whom."""
+    """The settings of one service: its addresses, its credentials and its limits."""
 
     host: str
     port: int
@@ -102,7 +102,7 @@ class Serving:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What is served: the jobs of this machine, or those of a cluster."""
+    """The jobs that are served: those of this machine, or those of a cluster."""
 
     backend: Backend
     # the clients that it has seen
@@ -112,8 +112,8 @@ class Served:
     services: Sequence[str] = ()
     # called before the server drains
     draining: Callable[[], None] = lambda: None
-    # What runs as long as the server does, each in words; made once it listens at an address, and told where
-    # the newest credentials are.
+    # Tasks that run as long as the server does, each named in words; made once it listens, with its address
+    # and a function that returns the newest credentials.
     tasks: Callable[[str, Callable[[], ServerCredentials]], Mapping[str, Coroutine[Any, Any, object]]] = (
         field(default=lambda *_: {})
     )
@@ -127,7 +127,7 @@ def run(
     drains: DrainPort,
     holds: "Holds | None" = None,
 ) -> int:
-    """Serve until SIGTERM or SIGINT; the exit code. Raises PjwError when it cannot listen.
+    """Serve until SIGTERM or SIGINT; return the exit code. Raises PjwError when it cannot listen.
 
     *holds*: the places that Slurm gives, where this is a node of a cluster that takes them.
     """
@@ -174,7 +174,7 @@ async def _of_this_machine(
 
 
 async def serve(serving: Serving, opened: AbstractAsyncContextManager[Served]) -> int:
-    """Serve what is *opened* until SIGTERM or SIGINT; the exit code. Raises PjwError if it cannot listen."""
+    """Serve *opened* until SIGTERM or SIGINT; return the exit code. Raises PjwError if it cannot listen."""
     host = serving.host
     async with AsyncExitStack() as stack:
         signals = stack.enter_context(Signals())
@@ -223,7 +223,7 @@ async def serve(serving: Serving, opened: AbstractAsyncContextManager[Served]) -
         port.connections.listens_on(number)
         address = shown_address(host, number)
         await server.start()
-        # before anybody is told that we are ready, and sends one
+        # before clients are told that we are ready, and send a signal
         asked = asyncio.Event()
         signals.handle(signal.SIGHUP, reloader.ask)
         for each in (signal.SIGTERM, signal.SIGINT):
@@ -253,7 +253,7 @@ async def serve(serving: Serving, opened: AbstractAsyncContextManager[Served]) -
 
 
 def options_of(limits: PortLimits) -> list[tuple[str, int]]:
-    """The options of gRPC, which has no bounds of its own."""
+    """Return the options of gRPC, which has no bounds of its own."""
     descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return [
         *_OPTIONS,

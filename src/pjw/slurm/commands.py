@@ -99,7 +99,7 @@ class Commands:
         return found
 
     async def nodes(self) -> dict[str, tuple[str, str]]:
-        """The nodes of Slurm, each with its state and the reason that somebody gave for it."""
+        """Return the nodes of Slurm, each with its state and the reason that an administrator gave for it."""
         form = _SEPARATOR.join(("%N", "%T", "%E"))
         said = await self._run(["sinfo", "--noheader", "--Node", f"--format={form}"])
         rows = [_fields("sinfo", line, 3) for line in said.splitlines()]

@@ -1,7 +1,7 @@
-"""The slots of the queue: how many of its jobs run, what their limits promise, and whose turn that makes it.
+"""The slots of the queue: its running jobs, the sums of their limits, and so whose turn it is.
 
-Only jobs that came out of the queue count. A job that was started at once takes no slot: who starts long jobs
-at once would hold up everybody's queue.
+Only jobs that came out of the queue count. A job that was started at once takes no slot: else a client that
+starts long jobs at once would hold up every client's queue.
 """
 
 from collections.abc import Sequence
@@ -55,7 +55,7 @@ class Wanting(Protocol):
 
 @dataclass(slots=True)
 class Use:
-    """What some jobs have: their number, and what their limits promise."""
+    """The use of some jobs: their number, and the sums of their limits."""
 
     jobs: int = 0
     millicores: int = 0
@@ -68,7 +68,7 @@ class Use:
         self.memory += sign * other.memory
 
     def room_for(self, other: "Use", most: "Use") -> bool:
-        """Whether both together are within *most*, where 0 is no limit. What is above that takes it all."""
+        """Return whether both are within *most*, where 0 is no limit. A larger job takes all of it."""
         return all(
             not bound or there + min(more, bound) <= bound
             for there, more, bound in (
@@ -82,7 +82,7 @@ class Use:
 class Slots:
     """Counts the jobs of the queue from before their start to after their end.
 
-    New settings change the bounds, not what is counted.
+    New settings change the bounds, not the counts.
     """
 
     def __init__(self, settings: WorkerSettings) -> None:
@@ -90,7 +90,7 @@ class Slots:
         self._host: Final = Use(0, resources().cpu_max_millicores, memory_of(settings.sums))
         self._all: Final = Use()
         self._clients: Final[dict[str, Use]] = {}
-        # what each job was counted as: a reload may change what it would be counted as
+        # the amounts that each job was counted with: a reload may change these
         self._taken: Final[dict[int, tuple[str, Use]]] = {}
 
     def take(self, job: Wanting) -> None:
@@ -105,7 +105,7 @@ class Slots:
         return job_id in self._taken
 
     def give_back(self, job_id: int) -> None:
-        """A job has ended, or did not come to be."""
+        """Free the slots of a job that has ended, or was not started."""
         client_name, use = self._taken.pop(job_id)
         self._all.add(use, -1)
         own = self._clients[client_name]
@@ -114,25 +114,25 @@ class Slots:
             del self._clients[client_name]
 
     def has_room_of_own(self, client_name: str, limits: Limits) -> bool:
-        """Whether a client's slots have room for a job of it."""
+        """Return whether a client's slots have room for a job of it."""
         slots = self.settings.queue
         most = Use(slots.client_running_max, slots.client_cpu_max_millicores, slots.client_memory_max_bytes)
         return self._clients.get(client_name, Use()).room_for(self._promise(limits), most)
 
     def has_room(self, job: Wanting) -> bool:
-        """Whether the slots of all clients have room for a job."""
+        """Return whether the slots of all clients have room for a job."""
         return self._all.room_for(self._promise(job.limits), self._most())
 
     def why_no_room(self) -> str:
-        """Why the job that is next waits, in words."""
+        """Say why the job that is next waits."""
         return "is next: waits for a free slot"
 
     def passed_over(self, job: Wanting) -> str:
-        """Why a job that has no room waits, in words, when others may go before it; else empty."""
+        """Say why a job that has no room waits, when others may go before it; else nothing."""
         return ""
 
     def share(self, client_name: str) -> float:
-        """What a client has of all slots, of that of which it has most, by its weight."""
+        """Return a client's part of all slots, in the kind it has most of, by its weight."""
         own, most, whole = self._clients.get(client_name, Use()), self._most(), self._whole()
         parts = (
             own.jobs / most.jobs if most.jobs else 0.0,
@@ -145,7 +145,7 @@ class Slots:
         """Keep the room for a job that was counted and is about to be started, where others could take it."""
 
     def _whole(self) -> Use:
-        """What there is for jobs in all; never 0."""
+        """Return the whole that jobs share; never 0."""
         return self._host
 
     def _most(self) -> Use:

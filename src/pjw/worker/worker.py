@@ -280,7 +280,7 @@ class Worker(QueueCalls):
         await self.close()
 
     async def close(self) -> None:
-        """Let go of everything. Jobs go on; who waits for one or follows it gets LauncherGoneError."""
+        """Close everything. Jobs go on; callers that wait for one or follow it get LauncherGoneError."""
         for live in self._live.values():
             live.let_go()
             live.abandon_output()
@@ -305,12 +305,12 @@ class Worker(QueueCalls):
 
     @property
     def disk_marks(self) -> DiskMarks:
-        """How much of each file system that jobs write to stays free."""
+        """The space of each file system that jobs write to that stays free."""
         return self._disk.marks
 
     @property
     def live_count(self) -> int:
-        """How many jobs have not ended."""
+        """The number of jobs that have not ended."""
         return len(self._live)
 
     @property
@@ -353,7 +353,7 @@ class Worker(QueueCalls):
         self._queue.reconfigure(settings)
 
     async def give_shares(self) -> list[str]:
-        """Set the share of each client with jobs again; give in words what could not be set beside them.
+        """Set the share of each client with jobs again; return in words the parts that could not be set.
 
         One of them may have more processor time (v1), or too much memory is in use.
         """
@@ -374,7 +374,7 @@ class Worker(QueueCalls):
         await self._launcher.request_nothing()
 
     async def numbers(self) -> WorkerNumbers:
-        """How much of everything there is, for who watches over it."""
+        """Return the counters for monitoring."""
         return await count_all(
             self._state,
             self._live,
@@ -397,7 +397,7 @@ class Worker(QueueCalls):
         return self._ready.uid_first
 
     async def offers(self) -> Offers:
-        """What the operator offers to jobs here."""
+        """Return the names of the mounts, images and GPUs that the operator offers to jobs here."""
         return Offers(
             self._gpus.total,
             tuple(each.name for each in self._settings.mounts),
@@ -432,11 +432,11 @@ class Worker(QueueCalls):
         await self._launcher.request_reload_mounts()
 
     async def open_operator_file(self, place: int) -> int:
-        """A file that the launcher was told of at its start, open for reading; the caller owns it."""
+        """Open a file that the launcher was told of at its start, for reading; the caller owns it."""
         return await self._launcher.request_open_file(place)
 
     async def open_audit_log(self) -> int:
-        """The audit log that the launcher's policy names, open for appending; the caller owns it."""
+        """Open the audit log that the launcher's policy names, for appending; the caller owns it."""
         return await self._launcher.request_audit_log()
 
     # --- start
@@ -444,13 +444,12 @@ class Worker(QueueCalls):
     async def start(self, spec: JobSpec, client_name: str = LOCAL_CLIENT) -> Job:
         """Start a job; return when its command was executed.
 
-        Its row is on the disk then: not even a power cut makes pjw forget a job that was told of.
+        Its row is on the disk then: not even a power cut makes pjw forget a job that a caller was told of.
         Raises InvalidJobError, NameTakenError, WorkspaceBusyError, LaunchError (not executable),
         WorkdirError, LimitReachedError (a quota, no space, no processes) or KernelError; then no job came to
-        be.
-        A caller who is cancelled before the answer gets no job either, unless the spec has a request id,
-        with which it will ask again: that gets the job of the first time. LauncherGoneError may come when
-        the job was started: the next worker knows. A spec with a `queue` is submitted, as by `submit`.
+        be. A caller that is cancelled before the answer gets no job either, unless the spec has a request id,
+        with which it will ask again: that gets the job of the first time. LauncherGoneError may come when the
+        job was started: the next worker knows. A spec with a `queue` is submitted, as by `submit`.
         """
         if spec.queue is not None:
             [job] = await self.submit([spec], client_name)
@@ -460,7 +459,7 @@ class Worker(QueueCalls):
         return await self._starts.start(spec, client_name, limits)
 
     def _limits_of(self, spec: JobSpec) -> Limits:
-        """All limits of a job that is asked for. Raises InvalidJobError for what is not allowed."""
+        """Return all limits of a requested job. Raises InvalidJobError for one that is not allowed."""
         if spec.node:
             raise InvalidJobError(
                 "a job has a node through a gateway alone, and this server is one machine",
@@ -489,11 +488,11 @@ class Worker(QueueCalls):
     # --- the queue
 
     async def submit(self, specs: Sequence[JobSpec], client_name: str = LOCAL_CLIENT) -> Sequence[Job]:
-        """Put jobs into the queue, all or none: each is started when its turn comes, by whichever worker.
+        """Put jobs into the queue, all or none: each is started when its turn comes, by any worker.
 
         They are on the disk when this returns. Raises InvalidJobError, NameTakenError, JobNotFoundError (a
         job to wait for), LimitReachedError (the queue takes no more) or KernelError; then none came to be. A
-        caller who is cancelled before the answer may find them in the queue all the same. A spec with a
+        caller that is cancelled before the answer may find them in the queue all the same. A spec with a
         request id makes one job.
         """
         for spec in specs:
@@ -504,7 +503,7 @@ class Worker(QueueCalls):
         await self._users.of(client_name)
         for spec in specs:
             await self._require_what_is_named(spec, client_name)
-        # to its end, as whoever is cancelled cannot know how far it has come
+        # to its end, as a cancelled caller cannot know how far it has come
         return await asyncio.shield(self._submit(asked, client_name))
 
     async def _submit(self, asked: Sequence[tuple[JobSpec, Limits]], client_name: str) -> Sequence[Job]:
@@ -515,7 +514,7 @@ class Worker(QueueCalls):
         return await self._enqueue(self._state.store, client_name, asked, quotas, tokens, before)
 
     async def _require_what_is_named(self, spec: JobSpec, client_name: str) -> None:
-        """Raises CopyError for an upload, MountNotFoundError, and GpuError for GPUs, that there are not."""
+        """Check uploads, mounts and GPUs. Raises CopyError, MountNotFoundError or GpuError."""
         try:
             offered(self._settings.mounts, client_name, spec.mounts)
             await self._gpus.check(client_name, spec.gpus)
@@ -528,12 +527,12 @@ class Worker(QueueCalls):
                 raise
 
     async def _withdraw(self, job_ids: Sequence[int]) -> None:
-        """Nothing: the table does not let such a job be admitted."""
+        """Do nothing: the table does not let such a job be admitted."""
 
     async def start_queued(self, waiting: WaitingJob) -> Job:
         """Start a job of the queue; only the queue calls this, see queue.Backend."""
         spec, client_name = waiting.spec(), waiting.job.client_name
-        # again, as the operator may have changed what is allowed
+        # again, as the operator may have changed the offers
         self._settings.network.require(client_name, spec.allow)
         return await self._starts.start_queued(waiting.job.id, spec, client_name, self._limits_of(spec))
 
@@ -548,11 +547,11 @@ class Worker(QueueCalls):
     ) -> Job:
         """End a job: *signal* (1 to 31) to all its processes, after the grace period SIGKILL.
 
-        Returns the final snapshot when nothing is left of the job but its row and its output; a
-        job that has ended already is success. Goes on when the caller is cancelled. Raises
-        JobNotFoundError, InvalidJobError for what is no such signal, and JobStateError for a job that
-        was killed and that the kernel cannot end yet. A job that waits in the queue is ended without a start;
-        of an array all elements are stopped.
+        Returns the final snapshot when nothing is left of the job but its row and its output; a job that has
+        ended already is success. Goes on when the caller is cancelled. Raises JobNotFoundError,
+        InvalidJobError for another signal, and JobStateError for a job that was killed and that the kernel
+        cannot end yet. A job that waits in the queue is ended without a start; of an array all elements are
+        stopped.
         """
         if not 1 <= signal <= SIGNAL_MAX:
             raise InvalidJobError(f"a job is stopped with a signal from 1 to {SIGNAL_MAX}, not {signal}")
@@ -580,7 +579,7 @@ class Worker(QueueCalls):
         self._stopping.begin(live, 0, SIGKILL)
 
     async def delete(self, job_id: int | Element, owner: str | None = None) -> None:
-        """Forget an ended job, with its output; who reads it right now may read on.
+        """Forget an ended job, with its output; a reader that has begun may read on.
 
         With an array go its elements. Raises JobNotFoundError, and JobStateError for a job that has not
         ended.
@@ -643,9 +642,9 @@ class Worker(QueueCalls):
     ) -> Session:
         """Pack files of a client's job that runs into an archive, or unpack one: a session, as by `exec`.
 
-        The archive is its output, or what is written to its input. Its stderr has what was left out ("note: "
-        begins the line) and why it failed ("error: "). It is forgotten when it is stopped, also when that is
-        after its end.
+        The archive is its output, or the data written to its input. Its stderr has the files left out ("note:
+        " begins the line) and the cause of a failure ("error: "). It is forgotten when it is stopped, also
+        when that is after its end.
         """
         live = await self._require_running(job_id, client_name)
         spec = JobSpec(
@@ -657,7 +656,7 @@ class Worker(QueueCalls):
         """Connect to a TCP port of a client's job that runs, within its network: 127.0.0.1, or else ::1.
 
         The socket does not block, and is the caller's to close. Raises JobNotFoundError, InvalidJobError for
-        what is no port, JobStateError where nobody listens or the job does not run, LimitReachedError and
+        a wrong port, JobStateError when nothing listens there or the job does not run, LimitReachedError and
         KernelError.
         """
         check_port(port)
@@ -685,7 +684,7 @@ class Worker(QueueCalls):
     async def workspaces(
         self, owner: str | None = LOCAL_CLIENT, after: tuple[str, str] = ("", ""), count: int = -1
     ) -> Sequence[Workspace]:
-        """The workspaces of one client, or with None of all, by their clients and names.
+        """Return the workspaces of one client, or with None of all, by their clients and names.
 
         No more than *count*, but for -1, from behind the one with this client and name.
         """
@@ -702,7 +701,7 @@ class Worker(QueueCalls):
     # --- images
 
     async def images(self, owner: str | None = LOCAL_CLIENT) -> Sequence[Image]:
-        """The images of one client, or with None of all, and the operator's; by their clients and names."""
+        """Return the images of one client, or with None of all, and the operator's; by clients and names."""
         return await self._images.listed(owner)
 
     async def remove_image(self, name: str, client_name: str = LOCAL_CLIENT) -> None:
@@ -722,8 +721,9 @@ class Worker(QueueCalls):
     ) -> Image:
         """Make an image of a client's own from an upload, which a job of the client's unpacks.
 
-        The one that had the name goes with the last job that has it. Whoever is cancelled leaves nothing.
-        Raises CopyError for an upload that is not there or cannot be unpacked, and what a start raises.
+        The one that had the name goes with the last job that has it. A cancelled caller leaves nothing
+        behind. Raises CopyError for an upload that is not there or cannot be unpacked, and the errors of a
+        start.
         """
         spec = JobSpec(
             Archive(".", unpack=True).argv,
@@ -752,7 +752,7 @@ class Worker(QueueCalls):
         self._images.drop(client_name, key)
 
     async def _why_not_unpacked(self, job: Job) -> str:
-        """What the job said last, for whoever loads an image."""
+        """Return the job's last words, for the client that loads an image."""
         reading = await self.read_logs(job.id, Part(follow=False, tail_lines=1), job.client_name)
         said = b"".join([piece async for piece in reading.chunks()])
         words = said.decode(errors="replace").strip().removeprefix("error: ")
@@ -768,10 +768,10 @@ class Worker(QueueCalls):
     ) -> AsyncGenerator[InputWriter, None]:
         """Write to the input of a job that was started with `input`, from where the one before has stopped.
 
-        To leave it is no end: the command waits for the rest, whoever brings it. Raises JobNotFoundError;
-        JobStateError for a job without input or that has ended, also in the middle, or when another has
-        begun to write to it; LimitReachedError at a quota of stored bytes. With *session* it is the input of
-        that session of the job.
+        Leaving the context is no end: the command waits for the rest, from any writer. Raises
+        JobNotFoundError; JobStateError for a job without input or that has ended, also in the middle, or when
+        another has begun to write to it; LimitReachedError at a quota of stored bytes. With *session* it is
+        the input of that session of the job.
         """
         if session:
             found = self._sessions.find(job_id, session, owner)
@@ -811,7 +811,7 @@ class Worker(QueueCalls):
     # --- look
 
     async def get(self, job_id: int | Element, owner: str | None = None) -> Job:
-        """One job as it is now. Raises JobNotFoundError."""
+        """Return one job as it is now. Raises JobNotFoundError."""
         if isinstance(job_id, Element):
             element = await self._state.store.element(job_id, owner) if job_id.array_id < 2**63 else None
             if element is None:
@@ -826,7 +826,7 @@ class Worker(QueueCalls):
         return self._queue.shown(job)
 
     async def get_with_usage(self, job_id: int | Element, owner: str | None = None) -> Job:
-        """One job as it is now, with its usage while its command runs. Raises JobNotFoundError."""
+        """Return one job as it is now, with its usage while its command runs. Raises JobNotFoundError."""
         if isinstance(job_id, Element):
             job = await self.get(job_id, owner)
             return await self.get_with_usage(job.id, owner) if job.id in self._live else job
@@ -838,7 +838,7 @@ class Worker(QueueCalls):
         return live.job if live.job.state.final else replace(live.job, usage_now=sample)
 
     async def list(self, owner: str | None = None, after: int = 0, count: int = PAGE_MAX) -> Sequence[Job]:
-        """The jobs behind id *after*, in the order of their ids: *count*, or fewer when they are long."""
+        """Return the jobs behind id *after*, in order of their ids: *count*, or fewer when they are long."""
         return (await self.page(owner, after, count)).jobs
 
     async def page(
@@ -850,7 +850,7 @@ class Worker(QueueCalls):
         *,
         newest_first: bool = False,
     ) -> Page:
-        """Jobs behind id *after* that fit: *count* at most, and perhaps none though there is a next page."""
+        """Return jobs behind id *after* that fit: at most *count*, perhaps none though a next page exists."""
         page = await self._state.store.page(owner, after, count, wanted, newest_first=newest_first)
         jobs = [self._shown(job) for job in page.jobs]
         if wanted.states:
@@ -870,7 +870,7 @@ class Worker(QueueCalls):
         return live.job
 
     async def usage_history(self, job_id: int, owner: str | None = None) -> tuple[Job, Sequence[UsageSample]]:
-        """A job, and what it had used at moments of its life: SAMPLES_MAX at most, and its end.
+        """Return a job, and its usage at moments of its life: SAMPLES_MAX at most, and its end.
 
         Raises JobNotFoundError.
         """
@@ -880,7 +880,7 @@ class Worker(QueueCalls):
     async def usage_now(
         self, owner: str | None = None, fresh_seconds: float = 1, within_seconds: float = 1
     ) -> Sequence[tuple[Job, UsageSample | None]]:
-        """The jobs that have not ended, and what each uses, measured at most *fresh_seconds* ago.
+        """Return the unfinished jobs, and the usage of each, measured at most *fresh_seconds* ago.
 
         Where that takes longer than *within_seconds*, as with thousands of jobs, some samples are older, or
         not there yet.
@@ -888,7 +888,7 @@ class Worker(QueueCalls):
         return await self._sampler.now(owner, fresh_seconds, within_seconds)
 
     async def queued_now(self, owner: str | None = None, most: int = PAGE_MAX) -> tuple[int, Sequence[Job]]:
-        """How many jobs are in the queue, and the oldest of those that wait there."""
+        """Return the number of jobs in the queue, and the oldest of those that wait there."""
         by_client = await self._state.store.queued_of_clients()
         count = sum(by_client.values()) if owner is None else by_client.get(owner, 0)
         if not count:
@@ -904,7 +904,7 @@ class Worker(QueueCalls):
         snapshot: bool = True,
         follow: bool = True,
     ) -> AsyncGenerator[Batch, None]:
-        """Changes of the states of jobs in their order, for ever, or without *follow* those until now.
+        """Yield changes of the states of jobs in order, for ever, or without *follow* those until now.
 
         They begin behind the change *since*, without it with the jobs as they are, and without a *snapshot*
         with the next change. A plain start is a change when its command runs. Each is on the disk when it is
@@ -913,7 +913,7 @@ class Worker(QueueCalls):
         return self._changes.watch(owner, watched, since, snapshot=snapshot, follow=follow)
 
     async def quota(self, client_name: str = LOCAL_CLIENT) -> ClientQuota:
-        """The limits, use and share of a client. Raises KernelError."""
+        """Return the limits, use and share of a client. Raises KernelError."""
         settings, running = self._settings, self._running
         count, promised = running.of(client_name)
         # a client without jobs need not have a user id
@@ -952,7 +952,7 @@ class Worker(QueueCalls):
     ) -> AsyncGenerator[bytes, None]:
         """Yield a part of a job's output, as it comes; end when the job has ended.
 
-        Raises what `read_logs` and a Reading raise.
+        Raises the errors of `read_logs` and of a Reading.
         """
         reading = await self.read_logs(job_id, part, owner)
         async with aclosing(reading.chunks()) as chunks:
@@ -962,7 +962,7 @@ class Worker(QueueCalls):
     async def read_logs(
         self, job_id: int | Element, part: Part = ALL_OUTPUT, owner: str | None = None
     ) -> Reading:
-        """A part of a job's output that is about to be read: where it begins is known.
+        """Return a part of a job's output that is about to be read: where it begins is known.
 
         Raises JobNotFoundError, and JobStateError for a stderr that is not kept apart, and for an array. Of
         artifacts, JobStateError before the end, and CopyError when there are none.
@@ -1006,19 +1006,19 @@ class Worker(QueueCalls):
         return live if live is not None and owner in (None, live.job.client_name) else None
 
     def _shown(self, job: Job) -> Job:
-        """A job of the table as it is now."""
+        """Return a job of the table as it is now."""
         live = self._live.get(job.id)
         return self._queue.shown(job) if live is None else live.job
 
     async def _begun(self, job_id: int, owner: str | None, *, cancel: bool = False) -> LiveJob | Job:
-        """The owner's live job, once its launch is over, or the job that has ended.
+        """Return the owner's live job, once its launch is over, or the job that has ended.
 
         One that is in the queue is waited for, or with *cancel* ended there. Raises JobNotFoundError.
         """
         while True:
             if (live := await self._launched(job_id, owner)) is not None:
                 return live
-            # whatever comes from here on is heard
+            # changes from here on are heard
             change = self._queue.change_of(job_id)
             job = await self.get(job_id, owner)
             if job.state.final:
@@ -1032,7 +1032,7 @@ class Worker(QueueCalls):
                 return job
 
     async def _launched(self, job_id: int, owner: str | None) -> LiveJob | None:
-        """The owner's live job, once its launch is over; None when there is none (any more)."""
+        """Return the owner's live job, once its launch is over; None when there is none (any more)."""
         live = self._live_of(job_id, owner)
         if live is None:
             return None
@@ -1046,7 +1046,7 @@ class Worker(QueueCalls):
 
 
 def require_no_array(job: Job) -> None:
-    """Raises JobStateError for an array, whose output is that of its elements."""
+    """Check that a job is no array, whose output is that of its elements. Raises JobStateError."""
     if job.array is not None:
         raise JobStateError(
             f"job {job.id} is an array, and has no output of its own",

@@ -33,7 +33,7 @@ static const char *path_of(char **environment) {
 }
 
 /*
- * As execvp(3): the first candidate that can be executed; EACCES is remembered, absence is passed over. But a
+ * As execvp(3): the first candidate that can be executed; EACCES is remembered, absence is skipped. But a
  * file without a format that the kernel knows is an error, never a script for /bin/sh.
  */
 static void search_and_execute(char **argv, char **environment) {

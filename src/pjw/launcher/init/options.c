@@ -22,7 +22,7 @@ enum option_id {
 };
 /* clang-format on */
 
-/* Where an option may come: an order says what was not known before the job, and nothing about the host. */
+/* Where an option may come: an order has the facts that were not known before the job, and none about the host. */
 enum phase { LINE = 256, ORDER = 512 };
 
 static const struct option OPTIONS[] = {
@@ -251,7 +251,7 @@ void release_command(struct options *options) {
     options->workdir = NULL;
 }
 
-/* Gives the descriptor of the command, or -1; what is behind the options begins at `optind`. */
+/* Gives the descriptor of the command, or -1; the words behind the options begin at `optind`. */
 static int take_options(int argc, char **argv, enum phase phase, struct options *options) {
     int command_fd = -1, id, index = 0;
     optind = 0; /* getopt_long(3) begins anew */
@@ -355,7 +355,7 @@ static int take_options(int argc, char **argv, enum phase phase, struct options 
         case LISTEN: add_listener(options, name, optarg); break;
         case LINK: options->link = true; break;
         default:
-            /* getopt_long(3) has said what is wrong */
+            /* getopt_long(3) has reported the fault */
             errno = EINVAL;
             fail(STEP_OPTIONS, NULL);
         }

@@ -1,4 +1,4 @@
-/* What init tells others: reports to the launcher, the status file, and messages for a person. */
+/* Init's messages: reports to the launcher, the status file, and messages for a person. */
 #include "init.h"
 
 #include <ctype.h>
@@ -49,7 +49,7 @@ size_t receive(enum step step, int socket, char *bytes, size_t bytes_max, int *f
         return 0;
     if (length < 0)
         fail(step, NULL);
-    /* Descriptors, once: what else a socket may bring (credentials, unix(7)) would be read as their numbers. */
+    /* Descriptors, once: other data of a socket (credentials, unix(7)) would be read as their numbers. */
     struct cmsghdr *rights = CMSG_FIRSTHDR(&message);
     if (message.msg_flags & (MSG_TRUNC | MSG_CTRUNC) || !rights || rights->cmsg_level != SOL_SOCKET ||
         rights->cmsg_type != SCM_RIGHTS || CMSG_NXTHDR(&message, rights)) {
