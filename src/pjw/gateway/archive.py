@@ -34,7 +34,7 @@ _FLAGS: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOL
 
 
 def open_directory(path: str) -> int:
-    """A descriptor of the archive's directory, by which it is used. Raises ConfigError."""
+    """Open the archive's directory, and return the descriptor by which it is used. Raises ConfigError."""
     try:
         return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
@@ -182,7 +182,7 @@ class Archive:
     # --- reading
 
     async def reading(self, job: Job, part: Part) -> Reading:
-        """A part of the output of an archived job. Raises what `Output.reading` raises."""
+        """Read a part of the output of an archived job. Raises what `Output.reading` raises."""
         paths = [f"{self._of(job.id)}/{name}" for name in ("output", "stderr")]
         expected, size = job.output_bytes or 0, 0
         for path in paths:

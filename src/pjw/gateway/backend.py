@@ -242,7 +242,7 @@ class GatewayBackend(QueueCalls):
         return await asyncio.shield(self._submit(asked, client_name))
 
     async def _require_upload(self, spec: JobSpec, client_name: str) -> None:
-        """Raises CopyError for an upload that there is not."""
+        """Raise CopyError for an upload that there is not."""
         if not spec.upload:
             return
         try:
@@ -371,7 +371,7 @@ class GatewayBackend(QueueCalls):
         return placed if placed is not None and owner in (None, placed.job.client_name) else None
 
     def _shown(self, job: Job) -> Job:
-        """A job of the table as it is now; if it waits, with the reason."""
+        """Return a job of the table as it is now; if it waits, with the reason."""
         placed = self.placements.live.get(job.id)
         if placed is None:
             return self._queue.shown(job)
@@ -507,7 +507,7 @@ class GatewayBackend(QueueCalls):
     async def read_logs(
         self, job_id: int | Element, part: Part = _ALL_OUTPUT, owner: str | None = None
     ) -> Reading:
-        """A part of a job's output, from its node."""
+        """Read a part of a job's output, from its node."""
         if part.session:
             if isinstance(job_id, Element):
                 raise JobNotFoundError(str(job_id))
@@ -540,7 +540,7 @@ class GatewayBackend(QueueCalls):
         return reading
 
     async def _in_archive(self, job_id: int, part: Part) -> Reading | None:
-        """A part of the output of a job, from the archive; None when it is not there."""
+        """Read a part of the output of a job, from the archive; None when it is not there."""
         if self._archive is None or part.session or part.artifacts or job_id in self.placements.live:
             return None
         placement = await self._store.transact(rows.find, job_id)
@@ -625,7 +625,7 @@ class GatewayBackend(QueueCalls):
         return self._uploads.writer(client_name, name, first_of)
 
     async def read_upload(self, placed: Placed, offset: int) -> bytes:
-        """The next piece of the files that a job is to have; empty at their end. Raises CopyError."""
+        """Read the next piece of the files that a job is to have; empty at their end. Raises CopyError."""
         return await self._state.in_thread(self._read_piece, placed.job.client_name, placed.upload, offset)
 
     def _read_piece(self, client_name: str, name: str, offset: int) -> bytes:
@@ -639,14 +639,14 @@ class GatewayBackend(QueueCalls):
             os.close(descriptor)
 
     def _job_settled(self, placed: Placed) -> None:
-        """A job has begun or ended, and needs the files no more that were sent for it."""
+        """Let go of the files that were sent for a job: it has begun or ended, and needs them no more."""
         if placed.upload:
             self._background.spawn(self._uploads.release(placed.job.client_name, placed.upload))
 
     # --- usage
 
     async def usage_history(self, job_id: int, owner: str | None = None) -> tuple[Job, Sequence[UsageSample]]:
-        """A job, and from its node what the job had used at moments of its life."""
+        """Return a job, and from its node what the job had used at moments of its life."""
         job = await self.get(job_id, owner)
         if job.state is JobState.QUEUED or job.array is not None:
             return job, ()
@@ -664,7 +664,7 @@ class GatewayBackend(QueueCalls):
     async def usage_now(
         self, owner: str | None = None, fresh_seconds: float = 1, within_seconds: float = 1
     ) -> Sequence[tuple[Job, UsageSample | None]]:
-        """The jobs that nodes have, and what each uses."""
+        """Return the jobs that nodes have, and what each uses."""
         placed = [
             each
             for each in self.placements.live.values()
@@ -690,11 +690,11 @@ class GatewayBackend(QueueCalls):
         snapshot: bool = True,
         follow: bool = True,
     ) -> AsyncGenerator[Batch, None]:
-        """Changes of the states of jobs, as `Worker.watch_jobs`."""
+        """Yield changes of the states of jobs, as `Worker.watch_jobs`."""
         return self._changes.watch(owner, watched, since, snapshot=snapshot, follow=follow)
 
     async def quota(self, client_name: str = LOCAL_CLIENT) -> ClientQuota:
-        """The limits and the jobs of a client, and what its nodes say of their use, and have for it."""
+        """Return a client's limits and jobs, and what its nodes say of their use, and have for it."""
         settings = self._settings
         use, mounts, gpus = await nodes_quota(self._dial, self._nodes, client_name)
         own = [
@@ -826,10 +826,10 @@ class GatewayBackend(QueueCalls):
         return self._state.open_operator_file(place)
 
     async def open_audit_log(self) -> int:
-        """The audit log, open for appending."""
+        """Open the audit log for appending, and return its descriptor."""
         return self._state.open_audit_log()
 
 
 def new_uuid() -> str:
-    """A new name for a job, which no job of any cluster has."""
+    """Return a new name for a job, which no job of any cluster has."""
     return str(uuid.uuid4())

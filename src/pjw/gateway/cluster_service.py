@@ -21,7 +21,7 @@ class ClusterService:
         self._guard: Final = guard
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        """The table of all methods, each behind the guard."""
+        """Return the table of all methods, each behind the guard."""
         guard = self._guard
         return grpc.method_handlers_generic_handler(
             CLUSTER_SERVICE,

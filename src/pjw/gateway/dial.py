@@ -95,7 +95,7 @@ class Dial:
             raise error_from(error, node) from None
 
     def stream(self, node: Node, method: str, request: Message, client_name: str) -> Any:  # noqa: ANN401
-        """A stream of a node's answers, each as its bytes. Reading raises AioRpcError: see `error_from`."""
+        """Yield a node's answers, each as its bytes. Reading raises AioRpcError: see `error_from`."""
         _require(node, method)
         made: Any = self._channel(node).unary_stream(
             f"/{_SERVICE}/{method}",
@@ -119,7 +119,7 @@ def _require(node: Node, method: str) -> None:
 
 
 def error_from(error: grpc.aio.AioRpcError, node: Node) -> PjwError:
-    """The error to raise for a call that failed."""
+    """Return the error to raise for a call that failed."""
     if error.code() in _GONE:
         return ServerUnreachableError(f"node {node.row.name} does not answer now; its jobs go on")
     metadata = {key: value for key, value in error.trailing_metadata() or () if isinstance(value, str)}

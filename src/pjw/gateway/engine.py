@@ -31,37 +31,37 @@ class Engine(Protocol):
         """Keep the room for a job of the queue that is about to be submitted, if there is room."""
 
     def unreserve(self, job_id: int) -> None:
-        """A job is submitted right now, or is not submitted after all; it may have no reservation."""
+        """Forget a reservation: the job is submitted right now, or not after all. There may be none."""
 
     def submit(self, uuid: str, client_name: str, shape: Shape) -> None:
         """Find a node for a job. The job may be submitted again, when its node could not start it."""
 
     def cancel(self, uuid: str) -> None:
-        """A job needs no node any more, or no longer has one."""
+        """Forget a job that needs no node any more, or no longer has one."""
 
     def claimed(self, uuid: str, client_name: str, node: Node, shape: Shape, hold: str = "") -> None:
-        """A node has claimed a job, perhaps from an earlier process of the gateway."""
+        """Count a job that a node has claimed, perhaps from an earlier process of the gateway."""
 
     def may_claim(self, uuid: str, node: Node, hold: str = "") -> bool:
         """Whether a node may claim a job, in a place that the engine has given for it (empty: in none)."""
 
     def started(self, node: Node) -> None:
-        """A node has started a job."""
+        """Note that a node has started a job."""
 
     def refused(self, uuid: str, node: Node) -> None:
-        """A node could not start a job, for a reason of its own."""
+        """Note that a node could not start a job, for a reason of its own."""
 
     def why(self, uuid: str) -> str:
         """Why a job waits, in words."""
 
     def look(self) -> None:
-        """A node has come, or has room: see which job is next."""
+        """See which job is next, since a node has come, or has room."""
 
     def session_over(self, node: Node) -> None:
-        """A node has gone, and will claim none of the jobs that were assigned to it."""
+        """Note that a node has gone, and will claim none of the jobs that were assigned to it."""
 
     def hold_here(self, node: Node, hold: pb.Hold) -> None:
-        """A node has a place that an engine gave to this gateway."""
+        """Note that a node has a place that an engine gave to this gateway."""
 
     def hold_gone(self, node: Node, hold: str) -> None:
-        """A node has such a place no longer, and stops the job that has it."""
+        """Note that a node has such a place no longer, and stops the job that has it."""

@@ -129,13 +129,13 @@ class Placements:
         return placed
 
     async def withdraw(self, job_id: int) -> None:
-        """A job of the queue may not be started now; if a node has claimed it, it was before that."""
+        """Withdraw a job of the queue, which may not be started now. A claim that came first stays."""
         placed = self.live.get(job_id)
         if placed is not None and await self._store.transact(rows.withdraw, job_id):
             self._drop(placed)
 
     def _drop(self, placed: Placed) -> None:
-        """A job has ended, or waits in the queue."""
+        """Forget a job that has ended, or waits in the queue."""
         self.live.pop(placed.job.id, None)
         self._by_uuid.pop(placed.placement.uuid, None)
         self._engine.cancel(placed.placement.uuid)
@@ -147,11 +147,11 @@ class Placements:
         return placed
 
     def of(self, uuid: str) -> Placed | None:
-        """The job with a uuid that has not ended; None when it has, or never was."""
+        """Return the job with a uuid that has not ended; None when it has, or never was."""
         return self._by_uuid.get(uuid)
 
     def on(self, node: Node) -> list[Placed]:
-        """The jobs that a node has claimed, and that have not ended."""
+        """Return the jobs that a node has claimed, and that have not ended."""
         there = self._of_node.get(node.row.name, {})
         return [each for each in there.values() if each.placement.state is not PlacementState.QUEUED]
 
@@ -160,7 +160,7 @@ class Placements:
     async def claim(
         self, uuid: str, node: Node, session: str, hold: str = ""
     ) -> tuple[Placed, WaitingJob] | None:
-        """A node claims a job; the job and what the node is to execute, or None when it may not have the job.
+        """Give a node a job, with what it is to execute; None when the node may not have the job.
 
         *hold*: the engine's place for it, where the engine gives places. The claim is on the disk then, so
         the node may start the job as soon as it has the answer.
@@ -197,7 +197,7 @@ class Placements:
         return placed, waiting
 
     async def started(self, placed: Placed, node: Node, node_job: Job) -> None:
-        """A node says that a command was executed, perhaps not for the first time."""
+        """Record that a node has executed a command; the node may say so more than once."""
         job = await self._store.transact(rows.started, placed.placement.job_id, node_job)
         if job is not None:
             self._engine.started(node)
@@ -205,7 +205,7 @@ class Placements:
             self.settled(placed)
 
     async def put_back(self, placed: Placed, node: Node, event: PlacementEvent) -> None:
-        """A node does not start a job: not now, or because it never heard the answer to its claim.
+        """Take back a job that its node does not start, perhaps since it heard no answer to its claim.
 
         The queue turns to the job again.
         """
@@ -232,12 +232,12 @@ class Placements:
         return await self._end(placed, job, PlacementState.ENDED)
 
     async def start_failed(self, placed: Placed, detail: str) -> None:
-        """A node says that a command can never be executed."""
+        """End a job whose command can never be executed, as its node says."""
         job = await self._store.transact(rows.start_failed, placed.placement.job_id, detail, time.time_ns())
         await self._end(placed, job, PlacementState.ENDED)
 
     async def end(self, placed: Placed, node_job: Job) -> None:
-        """A node says how a job has ended."""
+        """End a job as its node says."""
         placement = placed.placement
         if placement.hold and placement.stop_signal is None and node_job.reason is EndReason.STOPPED:
             # no client asked for that: it was the node, for a place that it has no longer
@@ -252,7 +252,7 @@ class Placements:
             await self._lose(placed, PlacementEvent.NODE_LOST, why)
 
     async def unknown(self, placed: Placed, node: Node) -> None:
-        """A node says that it has no such job."""
+        """Decide what becomes of a job that its node says it does not have."""
         if placed.placement.state is PlacementState.CLAIMED:
             await self.put_back(placed, node, PlacementEvent.UNKNOWN)
         else:

@@ -38,7 +38,7 @@ class NodeGuard:
     def unary(
         self, method: Callable[[Any, str], Awaitable[Message]], request_class: type[Message]
     ) -> grpc.RpcMethodHandler[Any, Any]:
-        """The handler of a method with one answer."""
+        """Return the handler of a method with one answer."""
 
         async def handle(request: Message | None, context: Context) -> Message | None:
             try:
@@ -58,7 +58,7 @@ class NodeGuard:
         method: Callable[[Any, str], AsyncGenerator[Message, None]],
         request_class: type[Message],
     ) -> grpc.RpcMethodHandler[Any, Any]:
-        """The handler of a method with a stream of answers."""
+        """Return the handler of a method with a stream of answers."""
 
         async def handle(request: Message | None, context: Context) -> None:
             try:
@@ -83,7 +83,7 @@ class NodeGuard:
         method: Callable[[AsyncIterator[Any], str, Callable[[], None]], AsyncGenerator[Message, None]],
         request_class: type[Message],
     ) -> grpc.RpcMethodHandler[Any, Any]:
-        """The handler of a method with two streams, which gets a function that checks the node once more."""
+        """Return the handler of a method with two streams, which gets a function to check the node again."""
 
         async def handle(requests: AsyncIterator[Message | None], context: Context) -> None:
             async def decoded() -> AsyncGenerator[Message, None]:
@@ -111,7 +111,7 @@ class NodeGuard:
         )
 
     def admit(self, context: Context) -> Peer:
-        """The calling node, by its certificate now. Raises NotAuthenticatedError and NotAllowedError."""
+        """Return the calling node, by its certificate. Raises NotAuthenticatedError and NotAllowedError."""
         peer = _authenticate(context.auth_context())
         if peer.is_revoked(self._revoked()):
             raise NotAuthenticatedError("the node's certificate has been revoked")

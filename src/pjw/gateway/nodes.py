@@ -67,7 +67,7 @@ class Session:
         self.say(pb.SessionResponse(fence=pb.Fence(uuid=uuid)))
 
     def close(self) -> None:
-        """The session is over."""
+        """End the session."""
         self.over.set()
         self._woken.set()
 
@@ -120,12 +120,12 @@ class Node:
         return self.row.drained or self.drained_there
 
     def take(self, uuid: str, shape: Shape) -> None:
-        """A job is assigned to it."""
+        """Count a job that is assigned to the node."""
         self.jobs[uuid] = shape
         self._used = None
 
     def give_back(self, uuid: str) -> None:
-        """A job is not there any more."""
+        """Count a job no more, since it is not there any more."""
         del self.jobs[uuid]
         self._used = None
 
@@ -232,21 +232,21 @@ class Nodes:
         return max((node.free_gpus() for node in self.known.values() if node.gets_jobs), default=0)
 
     def of_link(self, link: str) -> Node | None:
-        """The node of the jobs that share a network; None when there are none."""
+        """Return the node of the jobs that share a network; None when there are none."""
         return next(
             (node for node in self.known.values() if any(each.link == link for each in node.jobs.values())),
             None,
         )
 
     def named(self, name: str) -> Node:
-        """The node of this name. Raises NodeNotFoundError."""
+        """Return the node of this name. Raises NodeNotFoundError."""
         try:
             return self.known[name]
         except KeyError:
             raise NodeNotFoundError(name) from None
 
     async def connected(self, session: Session) -> Node:
-        """A node has said hello. Raises JobStateError for a node that does not fit the others."""
+        """Take in a node that has said hello. Raises JobStateError when it does not fit the others."""
         hello, now = session.hello, asyncio.get_running_loop().time()
         require_no_newer(hello)
         self._require_same_users(hello)
@@ -288,11 +288,11 @@ class Nodes:
                 )
 
     def heard(self, node: Node) -> None:
-        """A message of a node has arrived."""
+        """Note that a message of a node has arrived."""
         node.heard = asyncio.get_running_loop().time()
 
     def beat(self, node: Node, heartbeat: pb.Heartbeat) -> None:
-        """A node says whether it was drained on its own machine."""
+        """Note whether a node was drained on its own machine, as it says."""
         if heartbeat.drained != node.drained_there:
             node.drained_there = heartbeat.drained
             log.info(
@@ -301,7 +301,7 @@ class Nodes:
             self.came()
 
     def session_over(self, node: Node, session: Session) -> None:
-        """A session has ended; the end of an earlier session of the node changes nothing."""
+        """Note that a session has ended; the end of an earlier session of the node changes nothing."""
         session.close()
         if node.session is session:
             node.session = None

@@ -11,7 +11,7 @@ from pjw.worker.numbers import Series
 
 
 def series_of(nodes: Nodes, placements: Placements, archiver: Archiver | None) -> Sequence[Series]:
-    """The numbers of nodes and placements, at this moment."""
+    """Return the numbers of nodes and placements, at this moment."""
     states = Counter(node.state for node in nodes.known.values())
     placed = Counter(each.placement.state for each in placements.live.values())
     return (

@@ -16,13 +16,13 @@ _NAMES: Final = "names on the network"
 
 
 def offers_of(hello: pb.Hello) -> frozenset[str]:
-    """What a node offers."""
+    """Return what a node offers."""
     names = (_NAMES,) if hello.names else ()
     return frozenset((*map(_mount, hello.mounts), *map(_image, hello.images), *names))
 
 
 def needs_of(job: Wanting | JobSpec) -> frozenset[str]:
-    """What a job needs of that."""
+    """Return what a job needs of that."""
     mounts = (_mount(split_mount(each)[0]) for each in job.mounts)
     return frozenset(
         (*mounts, *((_image(job.image),) if job.image else ()), *((_NAMES,) if job.allow else ()))

@@ -36,7 +36,7 @@ async def opened(
     slurm: socket | None,
     archive: int | None = None,
 ) -> AsyncGenerator[Served, None]:
-    """A gateway that has taken over the jobs of the one before; *slurm*: to pjwd-slurm, with that engine."""
+    """Yield a gateway that has taken over the jobs of the one before; *slurm*: to pjwd-slurm, if used."""
     async with AsyncExitStack() as stack:
         background = Background()
         stack.push_async_callback(background.close)

@@ -170,7 +170,7 @@ class Pool:
             found.session.say(pb.SessionResponse(assign=pb.Assign(uuid=uuid)))
 
     def _find(self, shape: Shape) -> Node | None:
-        """The node that a job of this shape gets now."""
+        """Find the node that a job of this shape gets now."""
         if shape.link and (node := self._nodes.of_link(shape.link)) is not None:
             return node if self._room.fits(node, shape) else None
         return self._room.find(shape)
@@ -199,5 +199,5 @@ class Pool:
 
 
 def _reservation(job_id: int) -> str:
-    """What a job is called that has no uuid yet."""
+    """Return the name of a job that has no uuid yet."""
     return f"job {job_id}"

@@ -116,7 +116,7 @@ class ProxyReading:
                     yield chunk
 
     async def timed(self) -> AsyncGenerator[tuple[bytes, datetime | None], None]:
-        """The same, with the time at which the job wrote each piece; None where that is not known."""
+        """Yield the same, with the time at which the job wrote each piece; None where that is not known."""
         async for message in self._messages(timestamps=True):
             response = pb.LogsResponse.FromString(message)
             time = response.time.ToDatetime(UTC) if response.HasField("time") else None
@@ -127,7 +127,7 @@ class ProxyReading:
                     yield each
 
     async def _messages(self, *, timestamps: bool) -> AsyncGenerator[bytes, None]:
-        """Serialized answers with bytes in them, in their order, from `offset` on."""
+        """Yield serialized answers with bytes in them, in their order, from `offset` on."""
         pause = FIRST_PAUSE_SECONDS
         while True:
             there = await self._connected()
@@ -209,7 +209,7 @@ class ProxyReading:
         return request
 
     def _told(self, error: PjwError, there: OnNode) -> PjwError:
-        """A node's error, in words with the job's id at the gateway."""
+        """Return a node's error, in words with the job's id at the gateway."""
         job_id, name = there.job.id, there.node.row.name
         if isinstance(error, JobNotFoundError):
             return OutputLostError(f"node {name} has no output of job {job_id} any more")

@@ -9,12 +9,12 @@ HINT: Final = "docs/cluster.md has what works through a gateway"
 
 
 def not_with(what: str, engine: str) -> InvalidJobError:
-    """The error for a job that only another engine can give a node."""
+    """Return the error for a job that only another engine can give a node."""
     return InvalidJobError(f"{what} does not work with the engine {engine} yet", hint=HINT)
 
 
 def not_yet(what: str) -> JobStateError:
-    """The error for a call that works on one machine alone."""
+    """Return the error for a call that works on one machine alone."""
     return JobStateError(_words(what), hint=HINT)
 
 

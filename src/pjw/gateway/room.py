@@ -32,7 +32,7 @@ class Room:
         return self._gets_jobs(node) and node.has_room(shape)
 
     def find(self, shape: Shape) -> Node | None:
-        """The first node that may get such a job now."""
+        """Return the first node that may get such a job now."""
         if shape.node:
             node = self._nodes.known.get(shape.node)
             return node if node is not None and self.fits(node, shape) else None
@@ -52,7 +52,7 @@ class Room:
         return found
 
     def more(self, node: Node) -> None:
-        """A node has more room than before."""
+        """Note that a node has more room than before."""
         place = bisect_left(self._names, node.row.name)
         for shape, first in self._first.items():
             if place < first and self.fits(node, shape):

@@ -71,7 +71,7 @@ def _placement(row: tuple[Any, ...]) -> Placement:
 
 
 def place(db: sqlite3.Connection, job_id: int, uuid: str) -> Placement | None:
-    """The placement of a job whose turn it is, a new one if there is none; None when it does not wait so."""
+    """Return the placement of a job whose turn it is, if need be a new one; None when it does not wait so."""
     db.execute(
         "INSERT OR IGNORE INTO placements (job_id, uuid, client_name, state)"
         f" SELECT id, ?, client_name, 'queued' FROM jobs WHERE id = ? AND {READY}",
@@ -105,13 +105,13 @@ def alive(db: sqlite3.Connection) -> list[tuple[Placement, Job]]:
 
 
 def find(db: sqlite3.Connection, job_id: int) -> Placement | None:
-    """The placement of a job; None when there is none."""
+    """Return the placement of a job; None when there is none."""
     row = db.execute(f"SELECT {_PLACEMENT} FROM placements WHERE job_id = ?", (job_id,)).fetchone()
     return _placement(row) if row else None
 
 
 def by_uuid(db: sqlite3.Connection, uuid: str) -> Placement | None:
-    """The placement with a uuid; None when there is none."""
+    """Return the placement with a uuid; None when there is none."""
     row = db.execute(f"SELECT {_PLACEMENT} FROM placements WHERE uuid = ?", (uuid,)).fetchone()
     return _placement(row) if row else None
 
@@ -142,7 +142,7 @@ def claim(
     now_ns: int,
     hold: str = "",
 ) -> Job | None:
-    """A node claims a job; the job as it is then, or None when no node can claim it (any more)."""
+    """Let a node claim a job; return the job as it is then, or None when no node can claim it (any more)."""
     placement = find(db, placed.job_id)
     if placement is None or placement.state is not PlacementState.QUEUED or placement.uuid != placed.uuid:
         return None
@@ -164,7 +164,7 @@ def claim(
 
 
 def started(db: sqlite3.Connection, job_id: int, node_job: Job) -> Job | None:
-    """The command was executed; the job as it is then, or None when that is old news."""
+    """Record that the command was executed; return the job as it is then, or None when that is old news."""
     if not _move(db, job_id, PlacementEvent.STARTED, ", node_job_id = ?", node_job.id):
         return None
     db.execute(
@@ -177,7 +177,7 @@ def started(db: sqlite3.Connection, job_id: int, node_job: Job) -> Job | None:
 
 
 def put_back(db: sqlite3.Connection, job_id: int, event: PlacementEvent, now_ns: int) -> Job | None:
-    """A claimed job has no node again; the job as it is then, or None when it was not claimed.
+    """Take a claimed job from its node; return the job as it is then, or None when it was not claimed.
 
     An element of an array that was stopped meanwhile has ended then.
     """
@@ -196,21 +196,21 @@ def put_back(db: sqlite3.Connection, job_id: int, event: PlacementEvent, now_ns:
 
 
 def cancelled(db: sqlite3.Connection, job_id: int, detail: str, now_ns: int) -> Job | None:
-    """A job without a node ends; the job, or None when a node was first."""
+    """End a job without a node; return the job, or None when a node was first."""
     if not _move(db, job_id, PlacementEvent.CANCELLED):
         return None
     return queue_rows.end_without_start(db, job_id, EndReason.CANCELLED, detail, now_ns)
 
 
 def start_failed(db: sqlite3.Connection, job_id: int, detail: str, now_ns: int) -> Job | None:
-    """A claimed job ends, since it can never be executed; the job, or None when it was not claimed."""
+    """End a claimed job that can never be executed; return it, or None when it was not claimed."""
     if not _move(db, job_id, PlacementEvent.START_FAILED):
         return None
     return queue_rows.end_without_start(db, job_id, EndReason.START_FAILED, detail, now_ns)
 
 
 def ended(db: sqlite3.Connection, job_id: int, node_job: Job, now_ns: int) -> Job | None:
-    """A job has ended as its node has recorded it; the job, or None when that is old news.
+    """End a job as its node has recorded its end; return the job, or None when that is old news.
 
     Its next attempt, if there is one (`retried_as`), is in the queue then.
     """
@@ -242,7 +242,7 @@ def ended(db: sqlite3.Connection, job_id: int, node_job: Job, now_ns: int) -> Jo
 
 
 def lost(db: sqlite3.Connection, job_id: int, event: PlacementEvent, detail: str, now_ns: int) -> Job | None:
-    """A job is lost with its node; the job, or None when it was not there (any more)."""
+    """Record that a job is lost with its node; return it, or None when it was not there (any more)."""
     if not _move(db, job_id, event):
         return None
     db.execute(
@@ -255,7 +255,7 @@ def lost(db: sqlite3.Connection, job_id: int, event: PlacementEvent, detail: str
 
 
 def _attempt_over(db: sqlite3.Connection, job_id: int, now_ns: int) -> Job:
-    """The end of a job is in the table: put its next attempt into the queue, or count it in its array."""
+    """Put the next attempt of a job into the queue, or count it in its array; its end is in the table."""
     queue_rows.settle(db, job_id)
     job = _job(db, job_id)
     (was_stopped,) = db.execute(
@@ -286,13 +286,13 @@ def ask_stop(db: sqlite3.Connection, job_id: int, signal: int, grace: float | No
 
 
 def to_fence(db: sqlite3.Connection, node: str) -> list[str]:
-    """The uuids of jobs that were lost with a node, and whose ends the node has not told since."""
+    """Return the uuids of jobs that were lost with a node, and whose ends the node has not told since."""
     query = "SELECT uuid FROM placements WHERE node = ? AND state = 'lost' AND late_end = ''"
     return [uuid for (uuid,) in db.execute(query, (node,))]
 
 
 def to_archive(db: sqlite3.Connection, node: str, count: int) -> list[tuple[Placement, Job]]:
-    """Ended jobs of a node whose output the archive does not have yet, the oldest first."""
+    """Return ended jobs of a node whose output the archive does not have yet, the oldest first."""
     placements = db.execute(
         f"SELECT {_PLACEMENT} FROM placements INDEXED BY placements_to_archive WHERE node = ?"
         " AND state = 'ended' AND archived = 0 AND removed = 0 AND node_job_id > 0 ORDER BY job_id LIMIT ?",
@@ -302,7 +302,7 @@ def to_archive(db: sqlite3.Connection, node: str, count: int) -> list[tuple[Plac
 
 
 def archived(db: sqlite3.Connection, job_id: int) -> None:
-    """The archive has the output of a job."""
+    """Record that the archive has the output of a job."""
     db.execute("UPDATE placements SET archived = ? WHERE job_id = ?", (ARCHIVED, job_id))
 
 
@@ -313,7 +313,7 @@ def never_archived(db: sqlite3.Connection, job_id: int) -> bool:
 
 
 def nodes_to_remove(db: sqlite3.Connection) -> list[str]:
-    """The nodes that still have jobs that were removed here."""
+    """Return the nodes that still have jobs that were removed here."""
     query = "SELECT DISTINCT node FROM placements INDEXED BY placements_removed WHERE removed"
     return [name for (name,) in db.execute(query)]
 

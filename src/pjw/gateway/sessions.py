@@ -53,7 +53,7 @@ class Sessions:
         self._keeps: Final = keeps
 
     def handlers(self, guard: NodeGuard) -> grpc.GenericRpcHandler:
-        """The table of methods, each behind the guard of nodes."""
+        """Return the table of methods, each behind the guard of nodes."""
         return grpc.method_handlers_generic_handler(
             NODE_SERVICE,
             {
@@ -75,7 +75,7 @@ class Sessions:
         return await self._granted(placed, waiting)
 
     def _of_session(self, name: str, session: str) -> Node:
-        """The node whose session this is. Raises JobStateError for any other than the one that lasts."""
+        """Return the node whose session this is. Raises JobStateError for a session that is over."""
         node = self._nodes.known.get(name)
         if node is None or node.session is None or node.session.hello.session != session:
             raise JobStateError("the session of this claim is over")
@@ -192,7 +192,7 @@ class Sessions:
                     pass
 
     def _of(self, uuid: str, node: Node) -> Placed | None:
-        """A job that this node has; never a job of another node, whatever this one says."""
+        """Return a job that this node has; never a job of another node, whatever this one says."""
         placed = self._placements.of(uuid)
         return placed if placed is not None and placed.placement.node == node.row.name else None
 

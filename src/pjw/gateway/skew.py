@@ -15,7 +15,7 @@ _MINOR: Final = re.compile(r"(\d+)\.(\d+)")
 
 
 def require_no_newer(hello: pb.Hello, own: str | None = None) -> None:
-    """Raises JobStateError for a node of a newer minor version, which may rely on what we do not know."""
+    """Raise JobStateError for a node of a newer minor version, which may rely on what we do not know."""
     own = own or version()
     theirs, ours = _minor(hello.version), _minor(own)
     if theirs and ours and theirs > ours:
@@ -31,12 +31,12 @@ def _minor(text: str) -> tuple[int, int] | None:
 
 
 def methods_of(hello: pb.Hello) -> frozenset[str]:
-    """What a node lets its gateway call."""
+    """Return what a node lets its gateway call."""
     return frozenset(hello.methods) or _FIRST_METHODS
 
 
 def require_method(name: str, hello: pb.Hello, method: str) -> None:
-    """Raises JobStateError when a node is of a version that does not know a method of its gateway."""
+    """Raise JobStateError when a node is of a version that does not know a method of its gateway."""
     if method not in methods_of(hello):
         raise JobStateError(
             f"node {name} has version {hello.version}, which does not know {method} of a gateway",

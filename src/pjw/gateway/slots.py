@@ -86,7 +86,7 @@ class ClusterSlots(Slots):
         return self._cluster
 
     def _promise(self, limits: Limits) -> Use:
-        """A job without a limit, or with one above that of the largest node, takes all of a node."""
+        """Return what a job may use; without a limit, or above the largest node's, that is all of a node."""
         most = self._largest
         return Use(
             1,

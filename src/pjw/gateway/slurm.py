@@ -63,7 +63,7 @@ _KIND: Final = re.compile(r"(\d{1,9}):(\d{1,12}):(\d{1,9}):([A-Za-z0-9_.-]*):([A
 
 
 def kind_of(words: str) -> Kind | None:
-    """The kind that has these words; None for what is none."""
+    """Return the kind that has these words; None when there is no such kind."""
     found = _KIND.fullmatch(words)
     return Kind(int(found[1]), int(found[2]), int(found[3]), found[4], found[5]) if found else None
 
@@ -543,7 +543,7 @@ class Slurm:
         return own or reasons(each for each in self._submitted.values() if each.kind == kind)
 
     def _away(self) -> str:
-        """The nodes to which Slurm gives no jobs, with the reasons."""
+        """Tell to which nodes Slurm gives no jobs, with the reasons."""
         reasons: dict[str, list[str]] = {}
         for name, (state, why) in sorted(self._slurm_nodes.items()):
             if state.lower().startswith(_AWAY):

@@ -62,7 +62,7 @@ def serve(path: str | None, options: Mapping[str, object]) -> int:
 
 
 def settings_of(config: ServerConfig, plan: Plan) -> WorkerSettings:
-    """The gateway's settings of a plan, without the bounds by its own host's size, where no job runs."""
+    """Return the gateway's settings of a plan, without bounds by its own host, where no job runs."""
     return replace(plan.settings, ceiling=NO_CEILING.with_overrides(config.ceilings))
 
 

@@ -91,7 +91,7 @@ class GatewayState:
             raise ConfigError(f"cannot read {path}: {describe_errno(error.errno or 0)}") from error
 
     def open_audit_log(self) -> int:
-        """The audit log, open for appending. Raises ConfigError."""
+        """Open the audit log for appending, and return its descriptor. Raises ConfigError."""
         path = self._audit_log or ""
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
         try:

@@ -74,10 +74,10 @@ OF_THE_NODE: Final = frozenset({_E.STARTED, _E.PUT_BACK, _E.START_FAILED, _E.UNK
 
 
 def after(state: PlacementState, event: PlacementEvent) -> PlacementState | None:
-    """The state after *event*; None when it changes nothing."""
+    """Return the state after *event*; None when it changes nothing."""
     return TRANSITIONS.get((state, event))
 
 
 def before(event: PlacementEvent) -> frozenset[PlacementState]:
-    """The states in which *event* changes something."""
+    """Return the states in which *event* changes something."""
     return frozenset(state for state, each in TRANSITIONS if each is event)

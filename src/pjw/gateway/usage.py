@@ -20,7 +20,7 @@ _AT_ONCE: Final = 32
 
 
 async def with_usage(dial: Dial, nodes: Nodes, placed: Placed, job: Job) -> Job:
-    """A running job with its usage and its node's other facts; *job* itself if the node does not answer."""
+    """Return a running job with its usage and its node's other facts; *job* itself if the node is silent."""
     answer = await _asked(dial, nodes.known.get(placed.placement.node), placed, _SECONDS)
     if placed.ended.is_set():
         return placed.job
@@ -33,7 +33,7 @@ async def with_usage(dial: Dial, nodes: Nodes, placed: Placed, job: Job) -> Job:
 async def usage_now(
     dial: Dial, nodes: Nodes, placed: Sequence[Placed], seconds: float
 ) -> Mapping[int, UsageSample]:
-    """What jobs use, by their ids, without the jobs whose nodes do not answer in so many seconds."""
+    """Return what jobs use, by their ids, without the jobs whose nodes do not answer in so many seconds."""
     turns = asyncio.Semaphore(_AT_ONCE)
     samples: dict[int, UsageSample] = {}
 
@@ -48,7 +48,7 @@ async def usage_now(
 
 
 async def nodes_quota(dial: Dial, nodes: Nodes, client_name: str) -> tuple[GroupUse, tuple[Mount, ...], int]:
-    """What the jobs of a client use on all nodes together, and the mounts and GPUs that these have for it."""
+    """Sum up what a client's jobs use on all nodes, and the mounts and GPUs that these have for it."""
     turns = asyncio.Semaphore(_AT_ONCE)
 
     async def ask(node: Node) -> ClientQuota | None:

@@ -123,7 +123,7 @@ class Within:
     # --- connections
 
     async def connect(self, job_id: int, port: int, client_name: str) -> "NodeConnection":
-        """A connection to a port within a job, which is made when it is carried; see `Worker.connect`."""
+        """Return a connection to a port within a job, made when it is carried; see `Worker.connect`."""
         check_port(port)
         there = await self._running(job_id, client_name)
         return NodeConnection(self._dial, _connected(there))
@@ -165,7 +165,7 @@ class Within:
     # --- of all
 
     async def _launched(self, job_id: int, owner: str | None, fresh_seconds: float = 0) -> Job:
-        """A job, once it is known whether its command was executed. Raises JobNotFoundError.
+        """Return a job, once it is known whether its command was executed. Raises JobNotFoundError.
 
         One that is younger than *fresh_seconds*, and waits, is waited for until it has that age.
         """
@@ -310,7 +310,7 @@ def _is_over(job: Job) -> bool:
 
 
 def _connected(there: OnNode) -> OnNode:
-    """The same. Raises ServerUnreachableError while its node is away, JobStateError once that is lost."""
+    """Return *there*. Raises ServerUnreachableError while its node is away, JobStateError once it is lost."""
     if there.node.session is not None:
         return there
     if there.node.row.is_lost:

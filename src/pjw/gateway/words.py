@@ -9,7 +9,7 @@ _A_JOB: Final = re.compile(r"\bjob ([0-9]+)\b")
 
 
 def in_our_words(error: PjwError, node_name: str, node_job_id: int, job_id: int) -> PjwError:
-    """What a node answered about a job, for the client. Ids of no other job are changed."""
+    """Return what a node answered about a job, in words for the client. Ids of no other job are changed."""
     if isinstance(error, JobNotFoundError):
         return JobStateError(f"node {node_name} knows nothing of job {job_id} any more")
     if "program" in error.FACTS or "workdir" in error.FACTS:

@@ -49,11 +49,11 @@ class ImageStore:
             raise KernelError("make the table of images in", self.path, error.errno or 0) from error
 
     def directory(self, digest: str) -> str:
-        """The path of an image, whether it exists or not."""
+        """Return the path of an image, whether it exists or not."""
         return os.path.join(self.path, digest)
 
     def open_table(self) -> int:
-        """A descriptor of the table. Raises KernelError."""
+        """Open the table, and return its descriptor. Raises KernelError."""
         try:
             return os.open(self._table_path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -63,7 +63,7 @@ class ImageStore:
         replace_file(self._table_path, json.dumps(table, sort_keys=True).encode())
 
     def table(self) -> dict[str, Any]:
-        """The content of the table. Raises KernelError."""
+        """Return the content of the table. Raises KernelError."""
         descriptor = self.open_table()
         try:
             status = os.fstat(descriptor)
@@ -98,7 +98,7 @@ class ImageStore:
 
     @contextmanager
     def partial(self) -> Iterator[str]:
-        """A directory in which to make an image; nothing of it stays unless `keep` takes it."""
+        """Yield a directory in which to make an image; nothing of it stays unless `keep` takes it."""
         path = os.path.join(self.path, f"{_PARTIAL}{os.urandom(8).hex()}")
         os.mkdir(path, 0o700)
         # a lock on the directory itself ends with our process, and follows a rename
@@ -155,7 +155,7 @@ class ImageStore:
                     remove(path)
 
     def used(self) -> set[str]:
-        """The images that jobs have."""
+        """Return the images that jobs have."""
         found = set()
         for place in self._places:
             with suppress(FileNotFoundError):
@@ -165,7 +165,7 @@ class ImageStore:
 
 
 def image_of(path: str) -> str:
-    """The image of the job with this directory; empty: it has none."""
+    """Return the image of the job with this directory; empty: it has none."""
     try:
         # in another directory the client itself could have made that link
         return "" if os.lstat(path).st_uid else os.readlink(os.path.join(path, MARK))

@@ -107,7 +107,7 @@ class Images:
             raise KernelError("mount the image of", f"job {job_id}", error.errno or 0) from error
 
     def _open(self, image: str, uid: int) -> int:
-        """The directory of an image. The job's mark must exist by now: see ImageStore."""
+        """Open the directory of an image. The job's mark must exist by now: see ImageStore."""
         missing = InvalidJobError("there is no such image any more", hint="pjw image ls")
         if is_image_key(image):
             path = self._workspaces.path(uid, image)
@@ -145,5 +145,5 @@ class Images:
         return begun
 
     def removed(self, path: str) -> None:
-        """The process that was to remove a directory has ended."""
+        """Note that the process that was to remove a directory has ended."""
         self._going.discard(path)

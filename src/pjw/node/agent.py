@@ -74,7 +74,7 @@ class Node:
         credentials: Callable[[], Credentials],
         holds: Holds | None = None,
     ) -> None:
-        """*holds*: the places that an engine gives to the gateway here, if this node takes any."""
+        """Begin without a session; *holds*: places that an engine gives to the gateway here, if any."""
         self._settings: Final = settings
         # called for each session: a reload may have brought other credentials
         self._credentials: Final = credentials

@@ -35,7 +35,7 @@ log: Final = logging.getLogger(__name__)
 
 
 def listen_for_holds(path: str, uid: int) -> socket.socket:
-    """A socket to which only root and user *uid* may connect. As root. Raises KernelError."""
+    """Return a socket to which only root and user *uid* may connect. As root. Raises KernelError."""
     made = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
     try:
         directory = os.path.dirname(path)
@@ -164,7 +164,7 @@ class Holds:
         _send(hold.connection, "done")
 
     async def _gone(self, hold: _Hold) -> None:
-        """A hold has ended. Its place is another's now, so its job must not go on."""
+        """End a hold. Its place is another's now, so its job must not go on."""
         if self._holds.get(hold.told.id) is not hold:
             # it was released; or it has connected once more
             return
@@ -183,7 +183,7 @@ async def _stop_nothing(_: str) -> None:
 
 
 async def _receive(connection: socket.socket) -> str:
-    """The next message; empty at the end."""
+    """Return the next message; empty at the end."""
     try:
         data = await asyncio.get_running_loop().sock_recv(connection, _MESSAGE_BYTES_MAX)
     except OSError:

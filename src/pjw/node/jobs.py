@@ -59,7 +59,7 @@ class Said:
             self._woken.set()
 
     def close(self) -> None:
-        """The session is over."""
+        """Note that the session is over."""
         self._closed = True
         self._woken.set()
 
@@ -78,7 +78,7 @@ class Jobs:
     """The jobs of the gateway on this node."""
 
     def __init__(self, worker: Worker, store: JobStore, holds: Holds | None = None) -> None:
-        """*holds*: the places that an engine gives to the gateway here, if this node takes any."""
+        """Begin without jobs; *holds*: places that an engine gives to the gateway here, if any."""
         self._worker: Final = worker
         self._store: Final = store
         self._holds: Final = holds

@@ -19,12 +19,12 @@ TOLD_AT_ONCE: Final = 100
 
 
 def request_id_of(uuid: str) -> str:
-    """The request id of a job."""
+    """Return the request id of a job."""
     return PREFIX + uuid
 
 
 def find(db: sqlite3.Connection, uuid: str) -> Job | None:
-    """The job with this uuid, as the table has it; None when none was made."""
+    """Return the job with this uuid, as the table has it; None when none was made."""
     row = db.execute(
         f"SELECT {COLUMNS} FROM jobs INDEXED BY jobs_of_cluster WHERE {_OF_CLUSTER} AND request_id = ?",
         (request_id_of(uuid),),

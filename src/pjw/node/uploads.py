@@ -20,7 +20,7 @@ _GONE: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.Sta
 
 
 async def bring(worker: Worker, fetch: Fetch, session: str, uuid: str, client_name: str) -> str:
-    """The name of the upload on this node, once all of it is here.
+    """Bring an upload here, and return its name on this node.
 
     What an earlier attempt has brought is passed over. Raises ServerUnreachableError when the gateway goes,
     CopyError when it has no such files, and what `Worker.write_upload` raises.

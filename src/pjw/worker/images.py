@@ -87,7 +87,7 @@ class Images:
 
     @asynccontextmanager
     async def taken(self, client_name: str, spec: JobSpec) -> AsyncGenerator[tuple[JobSpec, str], None]:
-        """What is executed for a spec, and the key of the image that the job has meanwhile: "" without one.
+        """Yield what is executed for a spec, and the key of the image that the job has meanwhile, or "".
 
         Raises ImageNotFoundError and InvalidJobError; ImageReplacedError in the place of a refusal that the
         image which has the name now may not meet.
@@ -133,7 +133,7 @@ class Images:
         return digest, _config_of(table["images"][digest])
 
     async def _operators(self) -> dict[str, Any]:
-        """The operator's table, as it is now."""
+        """Return the operator's table, as it is now."""
         descriptor = await self._launcher.request_image_table()
         try:
             status = os.fstat(descriptor)
@@ -145,13 +145,13 @@ class Images:
         return self._table[1]
 
     def begun(self, client_name: str, key: str, job_id: int) -> None:
-        """A job has an image from before its launch to after its end."""
+        """Note that a job has an image, from before its launch to after its end."""
         if key:
             self._of_job[job_id] = (client_name, key)
             self._uses[client_name, key] += 1
 
     def of(self, job_id: int) -> str:
-        """The key of the image that a job has; "" without one."""
+        """Return the key of the image that a job has; "" without one."""
         return self._of_job.get(job_id, ("", ""))[1]
 
     def _give_back_of(self, job_id: int) -> None:
@@ -174,7 +174,7 @@ class Images:
         return ImageConfig() if facts is None else _config_of(facts)
 
     async def listed(self, owner: str | None) -> Sequence[Image]:
-        """The images of a client, or with None of all clients, and the operator's."""
+        """Return the images of a client, or with None of all clients, and the operator's."""
         own = await self._store.of_workspaces(image_rows.listed, owner)
         found = [replace(image, jobs=self._uses[image.client_name, key]) for image, key in own]
         table = await self._operators()
@@ -193,7 +193,7 @@ class Images:
     # --- loading
 
     async def begin_load(self, client_name: str, name: str) -> str:
-        """The key of an image that is to be unpacked. Raises LimitReachedError for too many of them."""
+        """Return the key of an image that is to be unpacked. Raises LimitReachedError for too many."""
         check_image(name)
         await self._store.of_workspaces(image_rows.require_room, client_name, name, self._settings.quotas)
         return f"@{secrets.token_hex(8)}"

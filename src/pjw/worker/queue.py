@@ -179,12 +179,12 @@ class Queue:
         self._awaited.update(job_ids)
 
     def job_ended(self, job: Job) -> None:
-        """A job has ended, whether it came out of the queue or not."""
+        """Note that a job has ended, whether it came out of the queue or not."""
         self._note_end(job.id)
         self.room_was_made()
 
     def retried(self, job: Job, following: Job) -> None:
-        """A job has ended, and its next attempt is in the queue: what waited for it waits for that."""
+        """Let what waited for a job that has ended wait for its next attempt, which is in the queue."""
         if job.id in self._awaited:
             self._awaited.discard(job.id)
             self._awaited.add(following.id)
@@ -201,7 +201,7 @@ class Queue:
             pass
 
     def room_was_made(self) -> None:
-        """A job has ended or was removed, or the settings are new: what was refused may be admitted now."""
+        """Look again at what was refused: a job has ended or was removed, or the settings are new."""
         self._held_up.clear()
         self._all_held_up = False
         self.gpus_freed()
@@ -230,7 +230,7 @@ class Queue:
             self._look.set()
 
     def workspace_freed(self, client_name: str) -> None:
-        """A job has left a workspace of a client, or has not come to be in it: another may be the next.
+        """See who is next in a workspace of a client, which a job has left or has not come to be in.
 
         What was refused at a limit stays so: else two clients whose starts are refused would for ever let
         each other try again.
@@ -283,7 +283,7 @@ class Queue:
         return job
 
     def elements(self, array_id: int) -> Sequence[int]:
-        """The elements of an array that are being started or run."""
+        """Return the elements of an array that are being started or run."""
         return tuple(self._drawn.get(array_id, ()))
 
     def _element_left(self, array_id: int | None) -> None:
@@ -463,7 +463,7 @@ class Queue:
         return True
 
     async def _element_of(self, array: Head) -> Head | None:
-        """The element of an array whose turn it is; None when none of them can be started now."""
+        """Return the element of an array whose turn it is; None when none of them can be started now."""
         found = None
         if not array.at_once or len(self._drawn.get(array.id, ())) < array.at_once:
             found = await self._store.draw(array.id, tuple(self._starting.get(array.client_name, ())))
@@ -481,7 +481,7 @@ class Queue:
             self._drawn[array_id].add(job_id)
 
     def _give_back(self, job_id: int, client_name: str, array_id: int | None) -> None:
-        """A job out of the queue has ended, or waits again: its slot and its place in its array are free."""
+        """Free the slot of a job, and its place in its array: the job has ended, or waits again."""
         self._slots.give_back(job_id)
         if array_id is not None:
             self._drawn[array_id].discard(job_id)
@@ -491,7 +491,7 @@ class Queue:
             self._element_left(array_id)
 
     def _open(self, client_name: str, job_id: int) -> None:
-        """A job, or an element of an array, may be the next one of its client."""
+        """Note that a job, or an element of an array, may be the next one of its client."""
         self._heads[client_name] = None
         self._passed.get(client_name, {}).pop(job_id, None)
         self._shut[client_name].discard(job_id)
@@ -499,7 +499,7 @@ class Queue:
             del self._shut[client_name]
 
     async def _whose_turn(self) -> Head | None:
-        """The first job of the client that has least of the slots by its weight; None: no job can be next."""
+        """Return the first job of the client that has least of the slots by its weight, if any."""
         best: Head | None = None
         for client_name in list(self._heads):
             if client_name in self._held_up or len(self._starting.get(client_name, ())) >= STARTS_PER_CLIENT:
@@ -543,7 +543,7 @@ class Queue:
         )
 
     def _busy(self, client_name: str) -> Mapping[str, bool]:
-        """The workspaces of a client that jobs use, or are about to, each with whether one is alone there."""
+        """Return the workspaces of a client that jobs use, or are about to; True: one job is alone there."""
         begun = [job for job in self._starting.get(client_name, {}).values() if job.workspace]
         used = self.busy(client_name)
         return {**used, **{job.workspace: job.exclusive or used.get(job.workspace, False) for job in begun}}
@@ -648,7 +648,7 @@ class Queue:
     # --- what is told
 
     def shown(self, job: Job) -> Job:
-        """A job as it is shown: one that waits says why."""
+        """Return a job as it is shown: one that waits says why."""
         return replace(job, detail=self._why(job)) if job.state is JobState.QUEUED else job
 
     def _why(self, job: Job) -> str:

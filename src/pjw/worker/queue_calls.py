@@ -36,7 +36,7 @@ class QueueCalls(ABC):
 
     @abstractmethod
     def _shown(self, job: Job) -> Job:
-        """A job of the table as it is now."""
+        """Return a job of the table as it is now."""
 
     @abstractmethod
     async def _wait_for(self, *flags: Flag) -> None:
@@ -119,14 +119,14 @@ class QueueCalls(ABC):
     # --- elements of arrays
 
     async def _with_id(self, element: Element, owner: str | None, verb: str) -> Job:
-        """An element that has an id. Raises JobStateError for one that has none, and gets none any more."""
+        """Return an element that has an id. Raises JobStateError for one that never gets any."""
         job = await self.get(element, owner)
         if not job.id:
             raise JobStateError(f"cannot {verb} job {element}: it was never started")
         return job
 
     async def _drawn(self, element: Element, owner: str | None) -> Job:
-        """An element, when it has an id or gets none any more. Raises JobNotFoundError."""
+        """Return an element, when it has an id or gets none any more. Raises JobNotFoundError."""
         while True:
             change = self._queue.change_of(element)
             job = await self.get(element, owner)

@@ -94,7 +94,7 @@ class WaitingJob:
         return name
 
     def spec(self) -> JobSpec:
-        """What is to be executed, with the limits that were asked for. Raises InvalidJobError."""
+        """Return what is to be executed, with the limits that were asked for. Raises InvalidJobError."""
         stored = json.loads(self.text)
         command, terminal = stored["command"], stored.get("terminal")
         added = {"PJW_ATTEMPT": str(self.job.attempt)} if self.job.attempt else {}
@@ -127,7 +127,7 @@ class WaitingJob:
 
 
 def columns_of(spec: JobSpec, now_ns: int) -> dict[str, int | str]:
-    """The columns of a job's row that say how it waits."""
+    """Return the columns of a job's row that say how it waits."""
     queue = spec.queue or QueueSpec()
     not_before_ns = 0 if queue.not_before is None else to_ns(queue.not_before)
     return {
@@ -168,7 +168,7 @@ def keep_spec(
 
 
 def placed(db: sqlite3.Connection, client_name: str, spec: JobSpec, before: Sequence[int]) -> JobSpec:
-    """A spec of a client whose jobs to wait for are all named by their ids.
+    """Return a spec of a client whose jobs to wait for are all named by their ids.
 
     Earlier jobs of the same submission have the ids *before*; an element of an array gets one now. Raises
     InvalidJobError for what is not before it, or is named twice; and for an element JobNotFoundError, and
@@ -214,7 +214,7 @@ def depend(
 
 
 def _newest_attempt(db: sqlite3.Connection, job_id: int, client_name: str) -> Job | None:
-    """The newest attempt, of those that are kept, of a client's job; None when it is none of that client."""
+    """Return the newest attempt, of those kept, of a client's job; None when it is none of that client."""
     job: Job | None = None
     next_id: int | None = job_id
     while next_id is not None:
@@ -280,13 +280,13 @@ def take_effect(db: sqlite3.Connection, job_id: int, now_ns: int) -> Effects:
 
 
 def awaited(db: sqlite3.Connection) -> list[tuple[int, bool]]:
-    """The jobs that others wait for, each with whether it has ended."""
+    """Return the jobs that others wait for, each with whether it has ended."""
     query = "SELECT DISTINCT after_id, state IS NOT NULL FROM dependencies JOIN jobs ON jobs.id = after_id"
     return [(job_id, bool(ended)) for job_id, ended in db.execute(query)]
 
 
 def check_quotas(db: sqlite3.Connection, client_name: str, quotas: Quotas) -> None:
-    """Raises LimitReachedError when a client, or all of them, have more in the queue than they may."""
+    """Raise LimitReachedError when a client, or all of them, have more in the queue than they may."""
     query = (
         "SELECT total(queued_jobs * (name = ?)), total(queued_jobs), total(queued_bytes * (name = ?)),"
         " total(queued_bytes) FROM clients"
@@ -336,7 +336,7 @@ def first_ready(
     *,
     without_gpus: bool = False,
 ) -> Head | None:
-    """The job of a client that goes first of those that wait for nothing but their turn, nor a workspace."""
+    """Return a client's first job of those that wait for nothing but their turn, nor a workspace."""
     more = " AND gpus = 0" if without_gpus else ""
     head = _first(db, "jobs_ready", client_name, without, more)
     if head is None or is_free(busy, head.workspace, exclusive=head.exclusive):
@@ -397,7 +397,7 @@ def _first(
 
 
 def _ready_workspaces(db: sqlite3.Connection, client_name: str) -> list[str]:
-    """The workspaces of ready jobs of a client, and "" where some have none; each by one step of an index."""
+    """Return the workspaces of a client's ready jobs, with "" for none; each by one step of an index."""
     next_one = (
         "SELECT min(workspace) FROM jobs INDEXED BY jobs_ready_of_workspace"
         f" WHERE client_name = :client AND {READY} AND array_id IS NULL"
@@ -411,7 +411,7 @@ def _ready_workspaces(db: sqlite3.Connection, client_name: str) -> list[str]:
 
 
 def waiting(db: sqlite3.Connection, job_id: int) -> WaitingJob | None:
-    """A job that waits for its turn alone, with what it is to execute; None when it does not any more."""
+    """Return a job that waits for its turn alone, with what it is to execute; None when it no longer does."""
     row = db.execute(
         f"SELECT {COLUMNS}, {SPEC}, {_SECRETS}, (SELECT indices FROM arrays WHERE arrays.id = jobs.array_id)"
         f" FROM jobs WHERE id = ? AND {READY}",
@@ -421,7 +421,7 @@ def waiting(db: sqlite3.Connection, job_id: int) -> WaitingJob | None:
 
 
 def of_clients(db: sqlite3.Connection) -> list[tuple[str, int, int]]:
-    """The clients with jobs in the queue, how many each has, and how many with each element of an array."""
+    """Return clients with jobs in the queue, with the number of their jobs, and that with elements."""
     query = "SELECT name, queued_jobs, queued_jobs + queued_more FROM clients WHERE queued_jobs > 0"
     return db.execute(query).fetchall()
 
@@ -630,7 +630,7 @@ def spent_secrets(db: sqlite3.Connection) -> list[str]:
 
 
 def admitted(db: sqlite3.Connection) -> list[int]:
-    """The jobs that were admitted, and of which it is not known here whether they were executed."""
+    """Return the jobs that were admitted, and of which it is not known here whether they were executed."""
     query = (
         "SELECT id FROM jobs INDEXED BY jobs_alive WHERE state IS NULL AND start_ns > 0"
         " AND id IN (SELECT id FROM specs WHERE executed = 0)"

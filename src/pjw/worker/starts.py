@@ -310,7 +310,7 @@ class Starts:
             raise
 
     def _give_back(self, client_name: str, limits: Limits, use: Use | None, gpus: Taken) -> None:
-        """A job that was counted did not come to be."""
+        """Give back what was counted for a job that did not come to be."""
         self._running.give_back(client_name, limits)
         self._workspaces.give_back(use)
         self._gpus.give_back(gpus)
@@ -337,7 +337,7 @@ class Starts:
         return await self._state.store.end_without_start(job.id, EndReason.START_FAILED, detail)
 
     async def _known(self, spec: JobSpec, client_name: str) -> Job | None:
-        """The job that the same request has started before; None when it has started none."""
+        """Return the job that the same request has started before; None when it has started none."""
         if not spec.request_id:
             return None
         job_id = await self._state.store.of_request(client_name, spec.request_id)
