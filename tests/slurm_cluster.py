@@ -42,6 +42,7 @@ class SlurmCluster(Cluster):
             super().__init__(directory, nodes=nodes, gateway_config=config, engine="slurm")
         except BaseException:
             self._stack.close()
+            shutil.rmtree(directory, ignore_errors=True)
             raise
 
     def slurm_node(self, name: str) -> SlurmNode:

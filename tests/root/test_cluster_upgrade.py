@@ -12,7 +12,7 @@ import pytest
 
 from pjw.v1 import job_worker_pb2 as pb
 from tests.cluster import Cluster, cluster
-from tests.service import BIN, CALL_SECONDS, Running, Service, wait_for
+from tests.service import BIN, CALL_SECONDS, Running, wait_for
 
 ROOT = Path(__file__).parents[2]
 # each number on a line, until somebody stops it
@@ -33,15 +33,10 @@ def earlier() -> Path:
 @pytest.fixture
 def upgraded(earlier: Path) -> Iterator[Cluster]:
     """A cluster that began on the earlier commit; the next start of each part is of this one."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Service, "pjwd", earlier)
-        made = cluster()
-        two = made.__enter__()
-    try:
-        assert two.gateway.pjwd == BIN / "pjwd"
-        yield two
-    finally:
-        made.__exit__(None, None, None)
+    with cluster(gateway_pjwd=earlier, node_pjwd=earlier) as made:
+        for service in (made.gateway, *made.nodes.values()):
+            service.pjwd = BIN / "pjwd"
+        yield made
 
 
 def numbers(logs: Running, count: int) -> list[int]:
