@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     Commands = argparse._SubParsersAction["Parser"]  # noqa: SLF001  it has no other name
 
 _EPILOG: Final = """\
-exit codes: 0 done, 1 refused, 2 wrong usage, 125 pjw failed (no server, no certificate),
-126 not executable, 127 no such program, 130 interrupted; pjw run, and pjw wait for one job: the job's own,
-128+n for signal n
+exit codes: 0 done, 1 refused, 2 wrong usage, 125 pjw failed (no server, no
+certificate), 126 not executable, 127 no such program, 130 interrupted; pjw run,
+and pjw wait for one job: the job's own, 128+n for signal n
 
-These options go before COMMAND; --all may also follow it. All but --all can also be set as PJW_SERVER,
-PJW_CA_CRT, PJW_CLIENT_CRT, PJW_CLIENT_KEY and PJW_CONTEXT, or in ~/.config/pjw/config.toml. PJW_BUNDLE is a
-bundle, by its path or its text.
+These options go before COMMAND; --all may also follow it. All but --all can
+also be set as PJW_SERVER, PJW_CA_CRT, PJW_CLIENT_CRT, PJW_CLIENT_KEY and
+PJW_CONTEXT, or in ~/.config/pjw/config.toml. PJW_BUNDLE is a bundle, by its
+path or its text.
 A JOB is given by its id or its name, an element of an array as 17_5.
 """
 _ENDED: Final = ("exited", "lost")
@@ -217,7 +218,7 @@ def _add_job_options(command: Parser) -> None:
         help="give the job N GPUs for itself (see pjw quota)",
     )
     job.add_argument(
-        "--node", metavar="NAME", help="through a gateway: run on this machine, where your operator allows it"
+        "--node", metavar="NAME", help="through a gateway: run on this node, if your operator allows it"
     )
     job.add_argument("--split-stderr", action="store_true", help="keep stderr apart from stdout")
     queue = command.add_argument_group("its place in the queue", "each of these puts the job into the queue")

@@ -223,7 +223,7 @@ def _add_nodes(commands: Commands) -> None:
     for name, text in (
         ("drain", "give nodes no more jobs; the jobs that they have go on"),
         ("resume", "give drained nodes jobs again"),
-        ("rm", "forget nodes that are gone for good"),
+        ("rm", "forget nodes that are gone for good, with the output that they have"),
     ):
         action = kinds.add_parser(name, help=text, description=f"{text.capitalize()}.")
         _runs(action, f"nodes.{'remove' if name == 'rm' else name}")

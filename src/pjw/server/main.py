@@ -63,7 +63,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version, and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    serve = commands.add_parser("serve", help="start the service, in the foreground; needs root")
+    serve = commands.add_parser(
+        "serve",
+        help="start the service, in the foreground; needs root",
+        description="Run jobs on this machine for clients, or for the gateway whose node it is"
+        " (cluster.gateway in the configuration).",
+    )
     serve.set_defaults(run=_serve)
     _add_options(serve)
 
@@ -71,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
         "gateway",
         help="start the gateway of a cluster, in the foreground; needs no root",
         description="Serve the jobs of many machines, each of which runs pjwd as a node of this gateway"
-        " (cluster.gateway in its configuration). It runs no jobs itself.",
+        " (cluster.gateway in its configuration). The gateway runs no jobs itself.",
     )
     gateway.set_defaults(run=_gateway)
     _add_options(gateway)
