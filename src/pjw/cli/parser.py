@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 _EPILOG: Final = """\
 exit codes: 0 done, 1 refused, 2 wrong usage, 125 pjw failed (no server, no
-certificate), 126 not executable, 127 no such program, 130 interrupted; pjw run,
-and pjw wait for one job: the job's own, 128+n for signal n
+certificate), 126 not executable, 127 no such program, 130 interrupted;
+pjw run, and pjw wait for one job: the job's own, 128+n for signal n
 
 These options go before COMMAND; --all may also follow it. All but --all can
 also be set as PJW_SERVER, PJW_CA_CRT, PJW_CLIENT_CRT, PJW_CLIENT_KEY and

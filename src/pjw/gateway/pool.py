@@ -1,7 +1,8 @@
 """The engine `pool`: the first connected node, by its name, that has room for the job that is next.
 
-It is for a handful of machines. It has no order of its own: the queue asks it for room, one job after the
-other. The pool is in memory alone: the table has the waiting jobs, and the queue submits them.
+It is simple: it moves no job, and looks at no load. It has no order of its own: the queue asks it for room,
+one job after the other. The pool is in memory alone: the table has the waiting jobs, and the queue submits
+them.
 """
 
 import asyncio
