@@ -106,9 +106,10 @@ With --queue a job is queued before that, see pjw help queue.
 
 One argument is a shell command, run by /bin/sh -c; several are a program and
 its arguments. The command runs as a user of its own, without privileges, in
-namespaces of its own: it sees the files of the host (it can write none), its
-own processes, and no network. It begins in an empty directory, /run/job,
-which is its HOME and TMPDIR too and is removed when it ends.
+namespaces of its own: it sees the files of the host (it can write none), or
+with --image those of an image, its own processes, and no network but the
+hosts of --allow. It begins in an empty directory, /run/job, which is its HOME
+and TMPDIR too and is removed when it ends.
 
 `pjw get` says why a job has ended: completed, stopped, timed_out,
 output_limit, oom_killed, disk_limit, output_failed (its output can never be
