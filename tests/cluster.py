@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
@@ -33,6 +33,9 @@ class Gateway(Service):
 class NodeService(Service):
     """pjwd as a node."""
 
+    # what runs it, before its words
+    enter: Sequence[str] = _APART
+
     def __init__(self, directory: Path, certs: Path, name: str, config: str) -> None:
         super().__init__(directory, config=config, certs=certs)
         self.name: Final = name
@@ -41,15 +44,19 @@ class NodeService(Service):
         command = super().command(*extra)
         for option, kind in (("--server-crt", "crt"), ("--server-key", "key")):
             command[command.index(option) + 1] = str(self.certs / f"node-{self.name}.{kind}")
-        return [*_APART, *command]
+        return [*self.enter, *command]
 
 
 class Cluster:
     """A gateway, nodes, and the proof that nothing stays behind."""
 
+    clients: Sequence[str] = ("alice", "bob", "ann", "gate")
+    # of each node, whatever the host has
+    cpu_max_millicores = 3000
+
     def __init__(self, directory: Path, *, nodes: int = 2, gateway_config: str = "") -> None:
         self._directory: Final = directory
-        self.gateway: Final = Gateway(directory, clients=("alice", "bob", "ann", "gate"))
+        self.gateway: Final = self.make_gateway(directory)
         certs = self.gateway.certs
         self.gateway.config = (
             f'[gateway]\ncrt = "{certs / "gate.crt"}"\nkey = "{certs / "gate.key"}"\n'
@@ -63,6 +70,14 @@ class Cluster:
             self.add_node(f"n{number + 1}")
         self.await_nodes(dict.fromkeys(self.nodes, "up"))
 
+    def make_gateway(self, directory: Path) -> Gateway:
+        """The gateway, which has not started."""
+        return Gateway(directory, clients=self.clients)
+
+    def make_node(self, directory: Path, name: str, config: str) -> NodeService:
+        """A node, which has not started."""
+        return NodeService(directory, self.gateway.certs, name, config)
+
     def add_node(self, name: str, gateway: str = "") -> NodeService:
         """Start one more node; *gateway*: through which it calls."""
         # tests connect to it by this name, as no client does
@@ -70,14 +85,12 @@ class Cluster:
         directory = self._directory / name
         directory.mkdir()
         os.makedirs("/run/pjw", exist_ok=True)
-        node = self.nodes[name] = NodeService(
+        node = self.nodes[name] = self.make_node(
             directory,
-            self.gateway.certs,
             name,
             f'[cluster]\ngateway = "{gateway or self._named(name)}"\n[roles]\ngateways = ["gate"]\n'
             f"[job_users]\nuid_first = {self.uid_first}\nuid_count = {UIDS}\n[queue]\nrunning_max = 0\n"
-            # whatever the host has
-            "cpu_max_millicores = 3000\n[ceilings]\ncpu_max_millicores = 0\n",
+            f"cpu_max_millicores = {self.cpu_max_millicores}\n[ceilings]\ncpu_max_millicores = 0\n",
         )
         node.start()
         return node

@@ -1,0 +1,109 @@
+"""A gateway and nodes, each on a machine of its own."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from tests.cluster import Cluster, Gateway, NodeService
+from tests.machines.network import Machine, children
+from tests.service import Service
+
+PORT: Final = 50051
+# the number of the gateway's machine; nodes have the numbers behind it
+GATEWAY: Final = 1
+
+
+class OnMachine(Service):
+    """A pjwd on a machine."""
+
+    machine: Machine
+
+    def command(self, *extra: str) -> list[str]:
+        return [*self.machine.enter, *super().command(*extra)]
+
+    @property
+    def pid(self) -> int:
+        """The pid of pjwd: what we have started has entered the machine, and waits for it."""
+        assert self.process is not None
+        [pid] = children(self.process.pid)
+        return pid
+
+    def cut_power(self) -> None:
+        """Cut the power of its machine."""
+        assert self.process is not None
+        self.machine.cut_power(self.state)
+        self.process.wait(30)
+        self.process = None
+
+
+class GatewayOnMachine(OnMachine, Gateway):
+    """The gateway, on its machine."""
+
+    hosts = ("localhost", f"10.77.0.{GATEWAY}")
+
+    def __init__(self, directory: Path, clients: tuple[str, ...]) -> None:
+        super().__init__(directory, clients=clients)
+        self.machine = Machine("gw", GATEWAY, directory / "gw")
+        self.machine.on()
+        self.address = f"{self.machine.address}:{PORT}"
+
+
+class NodeOnMachine(OnMachine, NodeService):
+    """A node, on its machine."""
+
+    # the machine has a /run of its own
+    enter = ()
+
+    def __init__(self, directory: Path, certs: Path, name: str, config: str) -> None:
+        super().__init__(directory, certs, name, config)
+        self.machine = Machine(name, GATEWAY + int(name.removeprefix("n")), directory)
+        self.machine.on()
+        self.address = f"{self.machine.address}:{PORT}"
+
+
+class MachineCluster(Cluster):
+    """A gateway and nodes on machines, which all have power and cables again when they are idle."""
+
+    nodes: dict[str, NodeOnMachine]  # type: ignore[assignment]
+    gateway: GatewayOnMachine  # type: ignore[misc]
+
+    def make_gateway(self, directory: Path) -> Gateway:
+        return GatewayOnMachine(directory, tuple(self.clients))
+
+    def make_node(self, directory: Path, name: str, config: str) -> NodeService:
+        return NodeOnMachine(directory, self.gateway.certs, name, config)
+
+    def whole(self) -> None:
+        """Have power, cables and a pjwd again on each machine, and all nodes connected."""
+        for service in (self.gateway, *self.nodes.values()):
+            if not service.machine.is_on:
+                service.machine.on()
+            service.machine.plug()
+            service.machine.unmute()
+            if service.process is None:
+                service.start()
+        self.await_nodes(dict.fromkeys(self.nodes, "up"))
+
+    def idle(self) -> None:
+        self.whole()
+        super().idle()
+
+    def close(self) -> None:
+        try:
+            super().close()
+        finally:
+            for service in (self.gateway, *self.nodes.values()):
+                service.machine.off()
+
+
+@contextmanager
+def machine_cluster(kind: type[MachineCluster] = MachineCluster, nodes: int = 3) -> Iterator[MachineCluster]:
+    """A cluster on machines."""
+    made = kind(Path(tempfile.mkdtemp(dir=os.environ["PJW_APART"])), nodes=nodes)
+    try:
+        yield made
+    finally:
+        made.close()

@@ -1,0 +1,41 @@
+"""Random faults of everything while forty clients start and follow jobs."""
+
+import os
+import random
+from collections import Counter
+from typing import Final
+
+import pytest
+
+from tests.machines.cluster import MachineCluster, machine_cluster
+from tests.machines.network import Switch
+from tests.machines.storm import Storm
+from tests.machines.tables import assert_none_ran_twice
+
+SECONDS: Final = float(os.environ.get("STORM_SECONDS") or 25)
+CLIENTS: Final = [f"c{number}" for number in range(1, 41)]
+
+
+class Busy(MachineCluster):
+    """A cluster with forty clients."""
+
+    clients = (*MachineCluster.clients, *CLIENTS)
+
+
+@pytest.mark.timeout(300 + SECONDS)
+def test_a_storm(switch: Switch, capsys: pytest.CaptureFixture[str]) -> None:
+    """None ran twice or is forgotten, or is LOST without its node; each byte is there or its loss is told."""
+    del switch
+    seed = os.environ.get("STORM_SEED") or str(random.randrange(10**6))
+    with capsys.disabled():
+        print(f"\nstorm: STORM_SECONDS={SECONDS:g} STORM_SEED={seed}", flush=True)
+    with machine_cluster(Busy) as cluster:
+        storm = Storm(cluster, seed, CLIENTS)
+        storm.run(SECONDS)
+        storm.check()
+        results = [result for each in storm.results.values() for result in each]
+        ends = Counter(str(result.job.reason) for result in results)
+        with capsys.disabled():
+            print(f"storm: {len(results)} jobs: {dict(ends)}; faults: {dict(storm.faults)}", flush=True)
+        assert not storm.findings, f"STORM_SEED={seed}:\n" + "\n".join(storm.findings)
+        assert_none_ran_twice(cluster)
