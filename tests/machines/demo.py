@@ -5,6 +5,7 @@ What it shows as typed is what it runs. `scripts/apart` runs it, and removes all
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ GATEWAY: Final = "gw.example.org"
 LOST_AFTER_SECONDS: Final = 10
 GATEWAY_TOML: Final = """\
 listen = "0.0.0.0:50051"
+user = "nobody"
 state_dir = "{directory}/state"
 [gateway]
 crt = "{directory}/gate.crt"
@@ -102,8 +104,8 @@ def put(machine: Machine, config: str, text: str, *files: str) -> None:
     (machine.directory / config).write_text(text)
     for name in files:
         target = machine.directory / name
+        target.touch(mode=0o600)
         target.write_bytes(Path("certs", name).read_bytes())
-        target.chmod(0o600)
 
 
 def await_nodes(count: int) -> None:
@@ -134,6 +136,11 @@ def main() -> int:
     gw = machines["gw"]
     text = GATEWAY_TOML.format(directory=gw.directory, lost_after=LOST_AFTER_SECONDS)
     put(gw, "gateway.toml", text, "ca.crt", "server.crt", "server.key", "gate.crt", "gate.key")
+    # the gateway reads its files again as the user that it becomes
+    for path in (directory, gw.directory):
+        path.chmod(0o711)
+    for path in gw.directory.iterdir():
+        shutil.chown(path, "nobody")
     for name in NODES:
         node = machines[name]
         text = NODE_TOML.format(name=name, gateway=GATEWAY, address=node.address, directory=node.directory)
@@ -169,7 +176,7 @@ def main() -> int:
     show("pjw list")
     show("pjw logs 1")
     show("pjw get 1")
-    show("pjw stop 2")
+    show("pjw stop 2 | head -n 8")
 
     cut_power(daemons)
 
@@ -205,7 +212,8 @@ def cut_power(nodes: dict[str, Daemon]) -> None:
     if logs.returncode != 1:
         raise SystemExit(f"pjw logs ended with {logs.returncode}")
     print(f"# this was told after {took:.1f} s (lost_after_seconds = {LOST_AFTER_SECONDS})")
-    show("pjw get 3")
+    show("pjw get 3 | head -n 8")
+    show("pjw get 3 | grep detail")
     show("pjw nodes --format table")
     say(f"{node.machine.name} boots again: what it had written can be read.")
     node.machine.on()

@@ -77,11 +77,15 @@ class Machine:
         boot_id = self.directory / "boot_id"
         boot_id.write_text(f"{uuid.uuid4()}\n")
         self._process = subprocess.Popen(
-            [*_APART, "sh", "-c", _FIRST, "sh", str(boot_id)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [*_APART, "sh", "-c", _FIRST, "sh", str(boot_id)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            # what unshare says of a killed child is no news
+            stderr=subprocess.PIPE,
         )
         assert self._process.stdout is not None
         if self._process.stdout.readline() != b"ready\n":
-            raise RuntimeError(f"machine {self.name} did not boot")
+            raise RuntimeError(f"machine {self.name} did not boot: {self._process.communicate()[1].decode()}")
         [self._first] = children(self._process.pid)
         peer = ("peer", "name", "eth0", "address", self._card, "netns", str(self._first))
         _ip("link", "add", self.name, "type", "veth", *peer)
