@@ -17,12 +17,14 @@ from pjw import Client, JobSpec
 from pjw.errors import OutputLostError
 from pjw.model import EndReason, Job, JobState
 from tests.cluster import LOST_AFTER_SECONDS
-from tests.machines.cluster import MachineCluster, OnMachine
+from tests.machines.cluster import MachineCluster, NodeOnMachine, OnMachine
 
 LINES_MAX: Final = 20
 # of the time for which a node is silent without being lost
 SHORT_SECONDS: Final = (0.5, 2.5)
 LONG_SECONDS: Final = LOST_AFTER_SECONDS + 3
+# when all clients have jobs
+FIRST_SECONDS: Final = 3
 
 
 def lines_of(token: str, count: int) -> bytes:
@@ -53,6 +55,9 @@ class Storm:
         self.silent: Final[set[str]] = set()
         self.powerless: Final[set[str]] = set()
         self.cut_short: Final[set[str]] = set()
+        # nodes that are away for long now, and the threads that have them back
+        self._away: Final[set[str]] = set()
+        self._absences: Final[list[threading.Thread]] = []
         self._over: Final = threading.Event()
         self._chance: Final = random.Random(seed)
         self._threads: Final = [
@@ -66,12 +71,16 @@ class Storm:
             thread.start()
         try:
             ends = time.monotonic() + seconds
+            time.sleep(FIRST_SECONDS)
             # one for certain: a node that is lost
-            self._cause("no power for long", ends)
+            self._cause("no power for long")
             while time.monotonic() < ends:
-                self._cause(self._chance.choices(list(_KINDS), list(_KINDS.values()))[0], ends)
+                time.sleep(self._chance.uniform(0.2, 1.5))
+                self._cause(self._chance.choices(list(_KINDS), list(_KINDS.values()))[0])
         finally:
             self._over.set()
+            for absence in self._absences:
+                absence.join()
             self.cluster.whole()
             for thread in self._threads:
                 thread.join(120)
@@ -92,15 +101,22 @@ class Storm:
 
     # --- faults
 
-    def _cause(self, kind: str, ends: float) -> None:
-        nodes = list(self.cluster.nodes.values())
+    def _cause(self, kind: str) -> None:
+        nodes = [node for name, node in self.cluster.nodes.items() if name not in self._away]
         node = self._chance.choice(nodes)
         seconds = self._chance.uniform(*SHORT_SECONDS)
+        if kind in _LONG:
+            # others have faults meanwhile, and one node is always there
+            if len(nodes) == 1:
+                return
+            self._away.add(node.name)
+            self._absences.append(threading.Thread(target=self._absent, args=(kind, node)))
+            self._absences[-1].start()
         self.faults[kind] += 1
         match kind:
             case "gateway killed":
                 self.cluster.gateway.stop(signal.SIGKILL)
-                self._pause(seconds / 2)
+                time.sleep(seconds / 2)
                 self.cluster.gateway.start()
             case "server killed" | "launcher killed" | "both killed":
                 what = kind.removesuffix(" killed")
@@ -109,43 +125,41 @@ class Storm:
                 node.kill(what)
                 node.start()
             case "gateway stopped for a while":
-                self._frozen(self.cluster.gateway, seconds)
+                _freeze(self.cluster.gateway, seconds)
             case "server stopped for a while":
-                self._frozen(node, seconds)
+                _freeze(node, seconds)
             case "link down for a while":
                 node.machine.pull()
-                self._pause(seconds)
+                time.sleep(seconds)
                 node.machine.plug()
             case "packets dropped for a while":
                 node.machine.mute()
-                self._pause(seconds)
+                time.sleep(seconds)
                 node.machine.unmute()
-            case "link down for long":
-                self.silent.add(node.name)
+            case "no power for a moment":
+                self._without_power(node, seconds)
+
+    def _absent(self, kind: str, node: NodeOnMachine) -> None:
+        self.silent.add(node.name)
+        try:
+            if kind == "no power for long":
+                self._without_power(node, LONG_SECONDS)
+            else:
                 node.machine.pull()
-                self._pause(LONG_SECONDS)
+                time.sleep(LONG_SECONDS)
                 node.machine.plug()
-            case "no power for a moment" | "no power for long":
-                self.silent.add(node.name)
-                self.powerless.add(node.name)
-                node.cut_power()
-                self._pause(LONG_SECONDS if kind == "no power for long" else seconds)
-                node.machine.on()
-                node.start()
-        self._pause(min(self._chance.uniform(0.2, 1.5), max(0.0, ends - time.monotonic())))
+        except Exception as error:  # noqa: BLE001  a thread must not end in silence
+            self.findings.append(f"{kind}: {error!r}")
+        self._away.discard(node.name)
 
-    @staticmethod
-    def _pause(seconds: float) -> None:
+    def _without_power(self, node: NodeOnMachine, seconds: float) -> None:
+        # it may be silent for so long that it is lost, as it has to start again
+        self.silent.add(node.name)
+        self.powerless.add(node.name)
+        node.cut_power()
         time.sleep(seconds)
-
-    @staticmethod
-    def _frozen(service: OnMachine, seconds: float) -> None:
-        assert service.process is not None
-        os.kill(service.pid, signal.SIGSTOP)
-        time.sleep(seconds)
-        # what has entered the machine for it has stopped with it
-        for pid in (service.pid, service.process.pid):
-            os.kill(pid, signal.SIGCONT)
+        node.machine.on()
+        node.start()
 
     # --- what must hold
 
@@ -183,6 +197,7 @@ class Storm:
         return ""
 
 
+_LONG: Final = ("link down for long", "no power for long")
 # how often each comes, beside the others
 _KINDS: Final = {
     "gateway killed": 3,
@@ -199,10 +214,20 @@ _KINDS: Final = {
 }
 
 
+def _freeze(service: OnMachine, seconds: float) -> None:
+    assert service.process is not None
+    pid = service.pid
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(seconds)
+    # what has entered the machine for it has stopped with it
+    for each in (pid, service.process.pid):
+        os.kill(each, signal.SIGCONT)
+
+
 def _one(client: Client, token: str, count: int) -> Result:
     """Start a job, follow it, and wait for its end."""
     command = f"i=0; while [ $i -lt {count} ]; do i=$((i+1)); echo {token} $i; sleep 0.2; done"
-    job = client.start(JobSpec(command, limits={"cpu_max_millicores": 50}))
+    job = client.start(JobSpec(command, limits={"cpu_max_millicores": 200}))
     data, lost_at = b"", None
     try:
         for piece in client.logs(job.id):

@@ -63,7 +63,9 @@ def test_a_thousand_jobs(switch: Switch, measured: Measured) -> None:
             == JOBS + 1
         )
         measured(
-            f"kill -9 of the gateway with {JOBS:,} running jobs", f"whole; all nodes back after {up:.1f} s", gap=follow.gap
+            f"kill -9 of the gateway with {JOBS:,} running jobs",
+            f"whole; all nodes back after {up:.1f} s",
+            gap=follow.gap,
         )
         # the quickest end for all of them
         for node in cluster.nodes.values():

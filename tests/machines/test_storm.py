@@ -12,7 +12,7 @@ from tests.machines.network import Switch
 from tests.machines.storm import Storm
 from tests.machines.tables import assert_none_ran_twice
 
-SECONDS: Final = float(os.environ.get("STORM_SECONDS") or 25)
+SECONDS: Final = float(os.environ.get("STORM_SECONDS") or 40)
 CLIENTS: Final = [f"c{number}" for number in range(1, 41)]
 
 
