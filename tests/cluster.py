@@ -33,18 +33,17 @@ class Gateway(Service):
 class NodeService(Service):
     """pjwd as a node."""
 
-    # what runs it, before its words
-    enter: Sequence[str] = _APART
-
     def __init__(self, directory: Path, certs: Path, name: str, config: str) -> None:
         super().__init__(directory, config=config, certs=certs)
         self.name: Final = name
+        # what comes before its command line
+        self.prefix: Sequence[str] = _APART
 
     def command(self, *extra: str) -> list[str]:
         command = super().command(*extra)
         for option, kind in (("--server-crt", "crt"), ("--server-key", "key")):
             command[command.index(option) + 1] = str(self.certs / f"node-{self.name}.{kind}")
-        return [*self.enter, *command]
+        return [*self.prefix, *command]
 
 
 class Cluster:
@@ -54,15 +53,19 @@ class Cluster:
     # of each node, whatever the host has
     cpu_max_millicores = 3000
 
-    def __init__(self, directory: Path, *, nodes: int = 2, gateway_config: str = "") -> None:
+    def __init__(
+        self, directory: Path, *, nodes: int = 2, gateway_config: str = "", engine: str = "pool"
+    ) -> None:
         self._directory: Final = directory
         self.gateway: Final = self.make_gateway(directory)
         certs = self.gateway.certs
         self.gateway.config = (
             f'[gateway]\ncrt = "{certs / "gate.crt"}"\nkey = "{certs / "gate.key"}"\n'
             f"heartbeat_seconds = 0.3\nlost_after_seconds = {LOST_AFTER_SECONDS}\n"
+            f'engine = "{engine}"\n'
             f'[roles]\nadmins = ["ann"]\n{gateway_config}'
         )
+        self.gateway.config = self.change_gateway(self.gateway.config)
         self.gateway.start()
         self.uid_first: Final = uid_range()
         self.nodes: Final[dict[str, NodeService]] = {}
@@ -92,8 +95,16 @@ class Cluster:
             f"[job_users]\nuid_first = {self.uid_first}\nuid_count = {UIDS}\n[queue]\nrunning_max = 0\n"
             f"cpu_max_millicores = {self.cpu_max_millicores}\n[ceilings]\ncpu_max_millicores = 0\n",
         )
+        self.prepare(node)
         node.start()
         return node
+
+    def change_gateway(self, config: str) -> str:
+        """The configuration of the gateway, changed; here it stays."""
+        return config
+
+    def prepare(self, node: NodeService) -> None:
+        """Change a node that is about to be started for the first time; nothing here."""
 
     def _named(self, name: str) -> str:
         """Where a node finds the gateway: by its address, or by a name that has to be looked up."""

@@ -130,6 +130,7 @@ class EndReason(StrEnum):
     START_FAILED: its turn came, and its command could not be executed. `Job.detail` says why of these two.
     ARTIFACTS_MISSING: the command ended by itself with exit code 0, and files that had to be kept are not.
     NODE_LOST: the node of a cluster that ran the job was not heard of for too long; it is LOST.
+    REVOKED: the engine of a cluster took the job's place on its node back, and the node stopped it.
     """
 
     COMPLETED = "completed"
@@ -146,6 +147,7 @@ class EndReason(StrEnum):
     START_FAILED = "start_failed"
     ARTIFACTS_MISSING = "artifacts_missing"
     NODE_LOST = "node_lost"
+    REVOKED = "revoked"
 
 
 # the ends of jobs out of the queue whose commands were never executed

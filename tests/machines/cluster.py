@@ -14,6 +14,12 @@ from tests.service import Service
 PORT: Final = 50051
 # the number of the gateway's machine; nodes have the numbers behind it
 GATEWAY: Final = 1
+NODES: Final = ("n1", "n2", "n3")
+
+
+def number_of(node: str) -> int:
+    """The number of a node's machine."""
+    return GATEWAY + 1 + NODES.index(node)
 
 
 class OnMachine(Service):
@@ -54,12 +60,11 @@ class GatewayOnMachine(OnMachine, Gateway):
 class NodeOnMachine(OnMachine, NodeService):
     """A node, on its machine."""
 
-    # the machine has a /run of its own
-    enter = ()
-
     def __init__(self, directory: Path, certs: Path, name: str, config: str) -> None:
         super().__init__(directory, certs, name, config)
-        self.machine = Machine(name, GATEWAY + int(name.removeprefix("n")), directory)
+        # the machine has a /run of its own
+        self.prefix = ()
+        self.machine = Machine(name, number_of(name), directory)
         self.machine.on()
         self.address = f"{self.machine.address}:{PORT}"
 
@@ -69,6 +74,7 @@ class MachineCluster(Cluster):
 
     nodes: dict[str, NodeOnMachine]  # type: ignore[assignment]
     gateway: GatewayOnMachine  # type: ignore[misc]
+    engine = "pool"
 
     def make_gateway(self, directory: Path) -> Gateway:
         return GatewayOnMachine(directory, tuple(self.clients))
@@ -76,13 +82,18 @@ class MachineCluster(Cluster):
     def make_node(self, directory: Path, name: str, config: str) -> NodeService:
         return NodeOnMachine(directory, self.gateway.certs, name, config)
 
-    def whole(self) -> None:
-        """Have power, cables and a pjwd again on each machine, and all nodes connected."""
+    def boot(self) -> None:
+        """Have power and cables again on each machine."""
         for service in (self.gateway, *self.nodes.values()):
             if not service.machine.is_on:
                 service.machine.on()
             service.machine.plug()
             service.machine.unmute()
+
+    def whole(self) -> None:
+        """Have a pjwd on each machine, too, and all nodes connected."""
+        self.boot()
+        for service in (self.gateway, *self.nodes.values()):
             if service.process is None:
                 service.start()
         self.await_nodes(dict.fromkeys(self.nodes, "up"))
@@ -100,9 +111,9 @@ class MachineCluster(Cluster):
 
 
 @contextmanager
-def machine_cluster(kind: type[MachineCluster] = MachineCluster, nodes: int = 3) -> Iterator[MachineCluster]:
+def machine_cluster(kind: type[MachineCluster] = MachineCluster) -> Iterator[MachineCluster]:
     """A cluster on machines."""
-    made = kind(Path(tempfile.mkdtemp(dir=os.environ["PJW_APART"])), nodes=nodes)
+    made = kind(Path(tempfile.mkdtemp(dir=os.environ["PJW_APART"])), nodes=len(NODES), engine=kind.engine)
     try:
         yield made
     finally:

@@ -9,7 +9,10 @@ import pytest
 
 from tests.machines.cluster import MachineCluster, machine_cluster
 from tests.machines.network import Switch
+from tests.machines.slurm import SlurmMachineCluster
 
+# ENGINE=pool leaves Slurm out
+ENGINES: Final = [os.environ["ENGINE"]] if os.environ.get("ENGINE") else ["pool", "slurm"]
 _ROWS: Final[list[tuple[str, str, str, str]]] = []
 
 
@@ -56,10 +59,11 @@ def switch() -> Switch:
     return Switch()
 
 
-@pytest.fixture(scope="module")
-def made(switch: Switch) -> Iterator[MachineCluster]:
-    """One cluster for all tests of a module."""
-    with machine_cluster() as made:
+@pytest.fixture(scope="module", params=ENGINES)
+def made(switch: Switch, request: pytest.FixtureRequest) -> Iterator[MachineCluster]:
+    """One cluster of each engine for all tests of a module."""
+    del switch
+    with machine_cluster(SlurmMachineCluster if request.param == "slurm" else MachineCluster) as made:
         yield made
 
 

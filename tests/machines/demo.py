@@ -137,8 +137,7 @@ def main() -> int:
     text = GATEWAY_TOML.format(directory=gw.directory, lost_after=LOST_AFTER_SECONDS)
     put(gw, "gateway.toml", text, "ca.crt", "server.crt", "server.key", "gate.crt", "gate.key")
     # the gateway reads its files again as the user that it becomes
-    for path in (directory, gw.directory):
-        path.chmod(0o711)
+    gw.directory.chmod(0o711)
     for path in gw.directory.iterdir():
         shutil.chown(path, "nobody")
     for name in NODES:

@@ -13,6 +13,7 @@ from tests.cluster import LOST_AFTER_SECONDS
 from tests.machines.cluster import MachineCluster, NodeOnMachine
 from tests.machines.conftest import Measured
 from tests.machines.follow import COUNT, Follow, numbered
+from tests.machines.slurm import SlurmMachineCluster
 from tests.machines.tables import assert_none_ran_twice, rows_of
 from tests.service import Service, wait_for
 
@@ -64,6 +65,18 @@ def gateway_power(cluster: MachineCluster, _: NodeOnMachine) -> None:
     cluster.gateway.start()
 
 
+def kill_slurm(what: str) -> Callable[[MachineCluster, NodeOnMachine], None]:
+    """kill -9 of a daemon of Slurm, which starts again."""
+
+    def cause(cluster: MachineCluster, node: NodeOnMachine) -> None:
+        if not isinstance(cluster, SlurmMachineCluster):
+            pytest.skip("this cluster has no Slurm")
+        cluster.kill_slurm(f"slurmd-{node.name}" if what == "slurmd" else what)
+        cluster.whole()
+
+    return cause
+
+
 SURVIVED: Final[dict[str, Callable[[MachineCluster, NodeOnMachine], None]]] = {
     "kill -9 of the gateway, which starts again": kill_gateway,
     "no power for the gateway's machine, which boots again": gateway_power,
@@ -72,6 +85,8 @@ SURVIVED: Final[dict[str, Callable[[MachineCluster, NodeOnMachine], None]]] = {
     "kill -9 of both": kill("both"),
     f"a node's link is down for {SHORT_SECONDS:g} s": pulled,
     f"the switch drops a node's packets for {SHORT_SECONDS:g} s": muted,
+    "kill -9 of slurmctld": kill_slurm("slurmctld"),
+    "kill -9 of a node's slurmd": kill_slurm("slurmd"),
     f"the gateway's link is down for {SHORT_SECONDS:g} s": gateway_pulled,
 }
 
@@ -94,7 +109,7 @@ def test_what_a_follow_survives(cluster: MachineCluster, measured: Measured, fau
     done = gateway.job(job_id)
     assert (done.exit_code, done.output_bytes, done.node) == (0, len(follow.data), node.name)
     assert_none_ran_twice(cluster)
-    measured(fault, "whole", gap=follow.gap)
+    measured(fault, f"{cluster.engine}: whole", gap=follow.gap)
 
 
 # of a copy that lived on, "stopped" by its fence
@@ -144,7 +159,7 @@ def test_what_a_node_is_lost_by(cluster: MachineCluster, measured: Measured, fau
     assert numbered(beside.data)
     assert beside.gap < 2
     assert_none_ran_twice(cluster)
-    measured(fault, "its place is told", told=told, gap=told)
+    measured(fault, f"{cluster.engine}: its place is told", told=told, gap=told)
 
 
 def follow_to_end(gateway: Service, job_id: int) -> bytes:

@@ -13,7 +13,7 @@ import pytest
 
 from tests.package.conftest import ROOT
 
-PROGRAMS = {"pjw/launcher/pjw-archive", "pjw/launcher/pjw-init"}
+PROGRAMS = {"pjw/launcher/pjw-archive", "pjw/launcher/pjw-init", "pjw/node/pjw-hold"}
 
 
 def test_its_name_says_what_it_runs_on(wheel: Path) -> None:

@@ -47,9 +47,14 @@ def test_each_file_is_in_one_wheel() -> None:
         and "__pycache__" not in path.parts
         and not path.is_relative_to(ROOT / "src/pjw/launcher/archive")
         and not path.is_relative_to(ROOT / "src/pjw/launcher/init")
+        and not path.is_relative_to(ROOT / "src/pjw/node/hold")
     }
     assert pjw & client == set()
-    assert pjw | client == source | {"pjw/launcher/pjw-archive", "pjw/launcher/pjw-init"}
+    assert pjw | client == source | {
+        "pjw/launcher/pjw-archive",
+        "pjw/launcher/pjw-init",
+        "pjw/node/pjw-hold",
+    }
 
 
 def test_the_client_is_pure() -> None:

@@ -31,7 +31,7 @@ _STOPPABLE: Final = ("queued", "starting", "running", "stopping")
 _REASONS: Final = (
     "completed", "stopped", "timed_out", "output_limit", "oom_killed", "lost", "host_restarted",
     "launch_interrupted", "disk_limit", "output_failed", "cancelled", "start_failed",
-    "artifacts_missing", "node_lost",
+    "artifacts_missing", "node_lost", "revoked",
 )  # fmt: skip
 _FORMATS: Final = ("table", "ids", "json", "jsonl")
 

@@ -116,7 +116,7 @@ written), artifacts_missing (--output-required, and nothing could be kept). One
 out of the queue may end without a start: cancelled, start_failed.
 A job is lost when nobody could record how it ended: the host went down, or its
 init was killed; or, in a cluster, its node was not heard of for too long
-(node_lost).
+(node_lost). Slurm may take a job's place back: the job is revoked.
 
 Jobs need nobody: neither your connection nor the service. Both can go and
 come back while a job runs.

@@ -28,6 +28,7 @@ from pjw.errors import (
 )
 from pjw.gateway import rows
 from pjw.gateway.dial import Dial
+from pjw.gateway.engine import Engine
 from pjw.gateway.jobs import Placed, Placements, lost_words
 from pjw.gateway.nodes import Node, Nodes
 from pjw.gateway.pool import Pool
@@ -82,14 +83,16 @@ class GatewayBackend:
         nodes: Nodes,
         dial: Dial,
         background: Background,
+        engine_of: Callable[[Nodes, Callable[[], int]], Engine] = Pool,
     ) -> None:
+        """*engine_of* makes the engine, from the nodes and the most jobs that a client may have there."""
         self._state: Final = state
         self._store: Final = state.store
         self._settings = settings
         self._nodes: Final = nodes
         self._dial: Final = dial
         self._background: Final = background
-        self.engine: Final = Pool(nodes, lambda: self._settings.quotas.running_max)
+        self.engine: Final = engine_of(nodes, lambda: self._settings.quotas.running_max)
         self.placements: Final = Placements(state.store, self.engine)
         self._stops: Final = Stops(dial, background)
         self._pruner: Final = Pruner(state, settings.retention)
@@ -128,6 +131,13 @@ class GatewayBackend:
     def run_here(self, placed: Placed, node: Node) -> None:
         """Tell a node that runs a job of a stop that it may not have heard of."""
         self._stops.tell(placed, node)
+
+    def revoke(self, uuid: str) -> None:
+        """Have a node stop a job whose place the engine took back, though the node may not know that."""
+        placed = self.placements.of(uuid)
+        node = self._nodes.known.get(placed.placement.node) if placed is not None else None
+        if placed is not None and node is not None:
+            self._stops.revoke(placed, node)
 
     # --- start
 

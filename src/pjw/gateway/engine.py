@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+from pjw.cluster.v1 import cluster_pb2 as pb
 from pjw.gateway.nodes import Node, Shape
 
 
@@ -14,11 +15,11 @@ class Engine(Protocol):
     def cancel(self, uuid: str) -> None:
         """A job needs no node any more, or no longer has one."""
 
-    def claimed(self, uuid: str, client_name: str, node: Node, shape: Shape) -> None:
+    def claimed(self, uuid: str, client_name: str, node: Node, shape: Shape, hold: str) -> None:
         """A node has claimed a job, perhaps from an earlier process of the gateway."""
 
-    def may_claim(self, uuid: str, node: Node) -> bool:
-        """Whether a node may claim a job."""
+    def may_claim(self, uuid: str, node: Node, hold: str) -> bool:
+        """Whether a node may claim a job, in a place that the engine has given for it (empty: in none)."""
 
     def started(self, node: Node) -> None:
         """A node has started a job."""
@@ -34,3 +35,9 @@ class Engine(Protocol):
 
     def session_over(self, node: Node) -> None:
         """A node has gone, and will claim none of the jobs that were assigned to it."""
+
+    def hold_here(self, node: Node, hold: pb.Hold) -> None:
+        """A node has a place that an engine gave to this gateway."""
+
+    def hold_gone(self, node: Node, hold: str) -> None:
+        """A node has such a place no longer, and stops the job that has it."""

@@ -48,7 +48,7 @@ class Placed:
 
 def shape_of(limits: Limits) -> Shape:
     """How much of a node a job takes."""
-    return Shape(limits.cpu_max_millicores, limits.memory_max_bytes)
+    return Shape(limits.cpu_max_millicores, limits.memory_max_bytes, limits.time_max_seconds)
 
 
 def lost_words(node: Node) -> str:
@@ -78,7 +78,9 @@ class Placements:
             if placement.state is PlacementState.QUEUED:
                 self._engine.submit(placement.uuid, job.client_name, shape_of(job.limits))
             elif (node := nodes.get(placement.node)) is not None:
-                self._engine.claimed(placement.uuid, job.client_name, node, shape_of(job.limits))
+                self._engine.claimed(
+                    placement.uuid, job.client_name, node, shape_of(job.limits), placement.hold
+                )
             else:
                 await self._lose(placed, PlacementEvent.NODE_LOST, "its node was forgotten")
 
@@ -113,13 +115,15 @@ class Placements:
 
     # --- what happens
 
-    async def claim(self, uuid: str, node: Node, session: str) -> tuple[Placed, WaitingJob] | None:
-        """A node claims a job; the job and what the node is to execute, or None when it may not have the job.
+    async def claim(
+        self, uuid: str, node: Node, session: str, hold: str = ""
+    ) -> tuple[Placed, WaitingJob] | None:
+        """A node claims a job, in a place of the engine's if it gives places; the job and what the node is to execute, or None when it may not have the job.
 
         The claim is on the disk then, so the node may start the job as soon as it has the answer.
         """
         placed = self._by_uuid.get(uuid)
-        if placed is None or not self._engine.may_claim(uuid, node):
+        if placed is None or not self._engine.may_claim(uuid, node, hold):
             return None
         placement = placed.placement
         try:
@@ -127,17 +131,18 @@ class Placements:
         except NotQueuedError:
             return None
         job = await self._store.transact(
-            rows.claim, placement, placed.job.limits, node.row.name, session, time.time_ns()
+            rows.claim, placement, placed.job.limits, node.row.name, session, hold, time.time_ns()
         )
         if job is None:
             return None
-        self._engine.claimed(uuid, job.client_name, node, shape_of(job.limits))
+        self._engine.claimed(uuid, job.client_name, node, shape_of(job.limits), hold)
         self._moved(
             placed,
             job,
             state=PlacementState.CLAIMED,
             node=node.row.name,
             session=session,
+            hold=hold,
             attempt=placement.attempt + 1,
         )
         await self._store.sync()
@@ -160,7 +165,7 @@ class Placements:
             return
         if event is PlacementEvent.PUT_BACK:
             self._engine.refused(placed.placement.uuid, node)
-        self._moved(placed, job, state=PlacementState.QUEUED, node="", session="")
+        self._moved(placed, job, state=PlacementState.QUEUED, node="", session="", hold="")
         if placed.placement.stop_signal is not None:
             await self.cancel(placed)
             return
@@ -180,6 +185,11 @@ class Placements:
 
     async def end(self, placed: Placed, node_job: Job) -> None:
         """A node says how a job has ended."""
+        placement = placed.placement
+        if placement.hold and placement.stop_signal is None and node_job.reason is EndReason.STOPPED:
+            # no client asked for that: it was the node, for a place that it has no longer
+            why = f"Slurm took its place on node {placement.node} back (Slurm's job {placement.hold})"
+            node_job = replace(node_job, reason=EndReason.REVOKED, detail=why)
         job = await self._store.transact(rows.ended, placed.placement.job_id, node_job)
         await self._end(placed, job, PlacementState.ENDED, node_job.id)
 

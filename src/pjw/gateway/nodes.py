@@ -23,6 +23,8 @@ class Shape(NamedTuple):
 
     millicores: int
     memory: int
+    # the longest that the job may run; 0: for ever
+    seconds: int = 0
 
 
 class Session:

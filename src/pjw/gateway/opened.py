@@ -1,7 +1,9 @@
 """A gateway, put together: its services for clients, for nodes, and for the operators of the cluster."""
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from socket import socket
 
 import grpc
 
@@ -9,9 +11,13 @@ from pjw.certs.files import Credentials
 from pjw.gateway.backend import GatewayBackend
 from pjw.gateway.cluster_service import CLUSTER_SERVICE, ClusterService
 from pjw.gateway.dial import Dial
+from pjw.gateway.engine import Engine
 from pjw.gateway.node_guard import NodeGuard
 from pjw.gateway.nodes import Nodes
+from pjw.gateway.pool import Pool
 from pjw.gateway.sessions import NODE_SERVICE, Sessions
+from pjw.gateway.slurm import Slurm
+from pjw.gateway.slurm_port import SlurmPort
 from pjw.gateway.state import GatewayState
 from pjw.server.config import ServerConfig
 from pjw.server.guard import Guard
@@ -22,9 +28,13 @@ from pjw.worker.background import Background
 
 @asynccontextmanager
 async def opened(
-    config: ServerConfig, settings: WorkerSettings, state: GatewayState, dialling: Credentials
+    config: ServerConfig,
+    settings: WorkerSettings,
+    state: GatewayState,
+    dialling: Credentials,
+    slurm: socket | None,
 ) -> AsyncGenerator[Served, None]:
-    """A gateway that has taken over the jobs of the one before."""
+    """A gateway that has taken over the jobs of the one before; *slurm*: to pjwd-slurm, with that engine."""
     async with AsyncExitStack() as stack:
         background = Background()
         stack.push_async_callback(background.close)
@@ -34,9 +44,18 @@ async def opened(
             state.store, background, config.gateway.heartbeat_seconds, config.gateway.lost_after_seconds
         )
         stack.callback(nodes.close)
-        backend = GatewayBackend(state, settings, nodes, dial, background)
+        engine_of: Callable[[Nodes, Callable[[], int]], Engine] = Pool
+        if slurm is not None:
+            port = SlurmPort(slurm)
+            stack.callback(port.close)
+            background.keep("answers of Slurm", port.run(await port.begin()))
+            engine_of = partial(Slurm, port=port, settings=config.gateway.slurm, background=background)
+        backend = GatewayBackend(state, settings, nodes, dial, background, engine_of)
+        if isinstance(backend.engine, Slurm):
+            backend.engine.revoked = backend.revoke
+            background.keep("the sampler of Slurm", backend.engine.run())
         await backend.begin()
-        sessions = Sessions(state.store, nodes, backend.placements, backend.run_here)
+        sessions = Sessions(state.store, nodes, backend.placements, backend.engine, backend.run_here)
 
         def handlers(guard: Guard) -> Sequence[grpc.GenericRpcHandler]:
             return (

@@ -50,17 +50,18 @@ class Pool:
         if self._release(uuid):
             self.look()
 
-    def claimed(self, uuid: str, client_name: str, node: Node, shape: Shape) -> None:
+    def claimed(self, uuid: str, client_name: str, node: Node, shape: Shape, hold: str) -> None:
         """See `Engine`."""
+        del hold
         self._waiting.pop(uuid, None)
         if uuid not in self._placed:
             self._take(uuid, client_name, node, shape)
         self._claimed.add(uuid)
 
-    def may_claim(self, uuid: str, node: Node) -> bool:
+    def may_claim(self, uuid: str, node: Node, hold: str) -> bool:
         """See `Engine`."""
         placed = self._placed.get(uuid)
-        return placed is not None and placed[1] is node
+        return placed is not None and placed[1] is node and not hold
 
     def started(self, node: Node) -> None:
         """See `Engine`."""
@@ -104,6 +105,15 @@ class Pool:
         self._waiting.clear()
         self._waiting.update(back | rest)
         self.look()
+
+    def hold_here(self, node: Node, hold: pb.Hold) -> None:
+        """See `Engine`."""
+        if node.session is not None:
+            refused = "this gateway gets no places from Slurm: see gateway.engine"
+            node.session.say(pb.SessionResponse(release=pb.Release(hold=hold.id, refused=refused)))
+
+    def hold_gone(self, node: Node, hold: str) -> None:
+        """See `Engine`."""
 
     def look(self) -> None:
         """See `Engine`."""

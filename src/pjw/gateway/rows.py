@@ -16,7 +16,8 @@ from pjw.worker import queue_rows
 from pjw.worker.rows import COLUMNS, job_of, to_ns
 
 _PLACEMENT: Final = (
-    "job_id, uuid, client_name, state, node, session, node_job_id, attempt, stop_signal, stop_grace"
+    "job_id, uuid, client_name, state, node, session, node_job_id, attempt, stop_signal, stop_grace,"
+    " hold"
 )
 _ALIVE: Final = "state IN ('queued', 'claimed', 'running')"
 
@@ -39,6 +40,8 @@ class Placement:
     # a stop that a client asked for, and of which the node may not have heard
     stop_signal: int | None = None
     stop_grace: float | None = None
+    # the engine's name for its place on the node; empty where the engine gives no places
+    hold: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,17 +126,24 @@ def _move(
     )
 
 
-def claim(
-    db: sqlite3.Connection, placed: Placement, limits: Limits, node: str, session: str, now_ns: int
+def claim(  # noqa: PLR0913  the transaction and all that it writes
+    db: sqlite3.Connection,
+    placed: Placement,
+    limits: Limits,
+    node: str,
+    session: str,
+    hold: str,
+    now_ns: int,
 ) -> Job | None:
     """A node claims a job; the job as it is then, or None when no node can claim it any more."""
     if not _move(
         db,
         placed.job_id,
         PlacementEvent.CLAIM,
-        ", node = ?, session = ?, attempt = attempt + 1",
+        ", node = ?, session = ?, hold = ?, attempt = attempt + 1",
         node,
         session,
+        hold,
     ):
         return None
     job = queue_rows.admit(db, placed.job_id, limits, now_ns)
@@ -163,7 +173,7 @@ def put_back(db: sqlite3.Connection, job_id: int, event: PlacementEvent, now_ns:
     states = db.execute("SELECT state FROM placements WHERE job_id = ?", (job_id,)).fetchone()
     if states is None or states[0] != PlacementState.CLAIMED:
         return None
-    _move(db, job_id, event, ", node = '', session = ''")
+    _move(db, job_id, event, ", node = '', session = '', hold = ''")
     queue_rows.put_back(db, job_id, now_ns)
     db.execute("UPDATE jobs SET node = '' WHERE id = ?", (job_id,))
     return _job(db, job_id)

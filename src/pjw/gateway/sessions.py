@@ -11,6 +11,7 @@ from google.protobuf.json_format import MessageToJson
 from pjw.cluster.v1 import cluster_pb2 as pb
 from pjw.errors import InvalidJobError, JobStateError, NotAllowedError
 from pjw.gateway import rows
+from pjw.gateway.engine import Engine
 from pjw.gateway.jobs import Placed, Placements
 from pjw.gateway.node_guard import NodeGuard
 from pjw.gateway.nodes import Node, Nodes, Session
@@ -34,11 +35,13 @@ class Sessions:
         store: JobStore,
         nodes: Nodes,
         placements: Placements,
+        engine: Engine,
         run_here: Callable[[Placed, Node], None],
     ) -> None:
         self._store: Final = store
         self._nodes: Final = nodes
         self._placements: Final = placements
+        self._engine: Final = engine
         # called with a job that a node runs: there may be a stop to tell the node of
         self._run_here: Final = run_here
 
@@ -59,7 +62,7 @@ class Sessions:
         node = self._nodes.known.get(name)
         if node is None or node.session is None or node.session.hello.session != request.session:
             raise JobStateError("the session of this claim is over")
-        claimed = await self._placements.claim(request.uuid, node, request.session)
+        claimed = await self._placements.claim(request.uuid, node, request.session, request.hold)
         if claimed is None:
             raise JobStateError(f"node {name} cannot claim job {request.uuid}")
         placed, waiting = claimed
@@ -149,6 +152,10 @@ class Sessions:
                     await self._ended(request.ended, node, session)
                 case "unknown":
                     await self._unknown(request.unknown.uuid, node)
+                case "hold":
+                    self._engine.hold_here(node, request.hold)
+                case "hold_gone":
+                    self._engine.hold_gone(node, request.hold_gone.id)
                 case _:
                     pass
 

@@ -21,6 +21,7 @@ from pjw.certs.revocation import NOBODY_REVOKED, load_revocation_list
 from pjw.certs.tls import require_tls13_environment
 from pjw.errors import ConfigError, describe_errno
 from pjw.gateway import state as states
+from pjw.gateway.slurm_port import start_slurm
 from pjw.gateway.state import GatewayState
 from pjw.server.address import metrics_exposure
 from pjw.server.config import ServerConfig, config_of, read_values
@@ -82,6 +83,8 @@ def _serve(config: ServerConfig, path: str | None, options: Mapping[str, object]
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
+    # before the import of gRPC, as `pjwd serve` starts its launcher
+    slurm = start_slurm(config.gateway.slurm, uid) if config.gateway.engine == "slurm" else None
     forget_grpc_settings()
     require_tls13_environment()
     os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
@@ -121,7 +124,7 @@ def _serve(config: ServerConfig, path: str | None, options: Mapping[str, object]
     from pjw.gateway.opened import opened
 
     try:
-        return asyncio.run(serve_backend(serving, opened(config, settings, state, dialling)))
+        return asyncio.run(serve_backend(serving, opened(config, settings, state, dialling, slurm)))
     finally:
         state.close()
         os.close(lock)

@@ -39,6 +39,20 @@ class Stops:
         placed.stop_told = node.session
         self._background.spawn(self._tell(placed, node))
 
+    def revoke(self, placed: Placed, node: Node) -> None:
+        """Tell a node to stop a job whose place the engine took back.
+
+        Nothing is noted for it: if the node goes away meanwhile, the engine finds the place gone once more.
+        """
+        if (
+            placed.placement.state is PlacementState.RUNNING
+            and node.session is not None
+            and placed.stop_told is not node.session
+        ):
+            log.warning("job %d is stopped: the engine took its place back", placed.job.id)
+            placed.stop_told = node.session
+            self._background.spawn(self._tell(placed, node))
+
     async def _tell(self, placed: Placed, node: Node) -> None:
         placement = placed.placement
         request = pb.StopRequest(id=placement.node_job_id, signal=placement.stop_signal or 0)

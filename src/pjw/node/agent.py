@@ -17,6 +17,7 @@ from pjw.certs.files import Credentials
 from pjw.cluster.v1 import cluster_pb2 as pb
 from pjw.cluster.v1.cluster_pb2_grpc import NodeServiceStub
 from pjw.errors import PjwError, ServerUnreachableError
+from pjw.node.holds import Holds
 from pjw.node.jobs import Claim, Jobs, Said
 from pjw.worker import Worker
 from pjw.worker.store import JobStore
@@ -66,11 +67,14 @@ class Node:
         store: JobStore,
         settings: NodeSettings,
         credentials: Callable[[], Credentials],
+        holds: Holds | None = None,
     ) -> None:
+        """*holds*: the places that an engine gives to the gateway here, if this node takes any."""
         self._settings: Final = settings
         # called for each session: a reload may have brought other credentials
         self._credentials: Final = credentials
-        self._jobs: Final = Jobs(worker, store)
+        self.holds: Final = holds
+        self._jobs: Final = Jobs(worker, store, holds)
         self._pause = FIRST_PAUSE_SECONDS
         self._told = ""
 
@@ -125,6 +129,9 @@ class Node:
         heartbeat, lost_after = first.welcome.heartbeat_ms / 1000, first.welcome.lost_after_ms / 1000
         log.info("session with the gateway %s", self._settings.gateway)
         self._pause, self._told = FIRST_PAUSE_SECONDS, ""
+        if self.holds is not None:
+            self.holds.say = said.say
+            self.holds.announce()
         beating = asyncio.ensure_future(_beat(said, heartbeat))
         telling = asyncio.ensure_future(self._jobs.tell_ends(said))
         hearing = asyncio.ensure_future(self._hear_all(answers, claim, said, lost_after))

@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Final
@@ -16,9 +17,17 @@ from typing import Final
 import grpc
 
 from pjw.cluster.v1 import cluster_pb2 as pb
-from pjw.errors import JobNotFoundError, KernelError, LauncherGoneError, LimitReachedError, PjwError
+from pjw.errors import (
+    JobNotFoundError,
+    JobStateError,
+    KernelError,
+    LauncherGoneError,
+    LimitReachedError,
+    PjwError,
+)
 from pjw.model import Job
 from pjw.node import rows
+from pjw.node.holds import Holds
 from pjw.rpc.convert import job_to_message, spec_from_message
 from pjw.worker import Worker
 from pjw.worker.background import Background
@@ -64,9 +73,13 @@ class Said:
 class Jobs:
     """The jobs of the gateway on this node."""
 
-    def __init__(self, worker: Worker, store: JobStore) -> None:
+    def __init__(self, worker: Worker, store: JobStore, holds: Holds | None = None) -> None:
+        """*holds*: the places that an engine gives to the gateway here, if this node takes any."""
         self._worker: Final = worker
         self._store: Final = store
+        self._holds: Final = holds
+        if holds is not None:
+            holds.stop_job = self.take_back
         self._background: Final = Background()
         # claims that have begun, and that may or may not have a row yet
         self._claims: Final[dict[str, asyncio.Task[None]]] = {}
@@ -91,7 +104,10 @@ class Jobs:
         """Do what the gateway says."""
         match response.WhichOneof("message"):
             case "assign":
-                self._assigned(response.assign.uuid, claim, said)
+                self._assigned(response.assign, claim, said)
+            case "release":
+                if self._holds is not None:
+                    self._holds.release(response.release.hold, response.release.refused)
             case "ask":
                 for uuid in response.ask.uuids:
                     self._background.spawn(self._answer(uuid, said))
@@ -105,10 +121,14 @@ class Jobs:
 
     # --- claims
 
-    def _assigned(self, uuid: str, claim: Claim, said: Said) -> None:
+    def _assigned(self, assign: pb.Assign, claim: Claim, said: Said) -> None:
+        uuid, hold = assign.uuid, assign.hold
         if uuid in self._claims:
             return
-        task = asyncio.ensure_future(self._claim(uuid, claim, said))
+        if hold and (self._holds is None or not self._holds.give(hold, uuid)):
+            # the place has gone; the gateway hears so, and finds another one
+            return
+        task = asyncio.ensure_future(self._claim(uuid, hold, claim, said))
         self._claims[uuid] = task
         task.add_done_callback(partial(self._claim_over, uuid))
 
@@ -117,9 +137,9 @@ class Jobs:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a claim failed", exc_info=error)
 
-    async def _claim(self, uuid: str, claim: Claim, said: Said) -> None:
+    async def _claim(self, uuid: str, hold: str, claim: Claim, said: Said) -> None:
         try:
-            granted = await claim(pb.ClaimRequest(session=said.session, uuid=uuid))
+            granted = await claim(pb.ClaimRequest(session=said.session, uuid=uuid, hold=hold))
         except grpc.aio.AioRpcError as error:
             # Granted or not, we do not start the job: the gateway asks about it in the next session.
             log.info("job %s was not claimed: %s", uuid, error.details())
@@ -197,6 +217,17 @@ class Jobs:
             await self._tell_again(uuid)
         else:
             said.say(pb.SessionRequest(unknown=pb.Unknown(uuid=uuid)))
+
+    async def take_back(self, uuid: str) -> None:
+        """Stop a job whose place is another's now, or soon, and wait for its end; the node tells that end."""
+        if (claim := self._claims.get(uuid)) is not None:
+            await asyncio.wait({claim})
+        job = await self._find(uuid)
+        if job is not None and not job.state.final:
+            log.warning("job %d is stopped: Slurm takes its place back", job.id)
+            with suppress(JobStateError, JobNotFoundError):
+                # the kernel cannot end it now, and does so later; or it has just ended
+                await self._worker.stop(job.id)
 
     async def _tell_again(self, uuid: str) -> None:
         # the gateway may have acknowledged the end before it took the job for lost

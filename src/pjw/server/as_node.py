@@ -1,13 +1,16 @@
 """From the configuration of a pjwd to the node of a gateway that it is. No other pjwd loads this."""
 
+import pwd
 from collections.abc import Callable
 from pathlib import Path
+from socket import socket
 from typing import Final
 
 from pjw.certs.files import ServerCredentials
 from pjw.certs.identity import node_of
 from pjw.errors import ConfigError, NotAuthenticatedError
 from pjw.node.agent import Node, NodeSettings
+from pjw.node.holds import Holds, listen_for_holds
 from pjw.server.config import ServerConfig
 from pjw.version import version
 from pjw.worker import Worker, WorkerSettings
@@ -19,13 +22,31 @@ _BOOT_ID: Final = "/proc/sys/kernel/random/boot_id"
 _ANY: Final = ("0.0.0.0:", "[::]:")
 
 
-def node_of_config(
+def hold_listener(config: ServerConfig) -> socket | None:
+    """The socket for places of Slurm's, as root; None where none are taken. Raises ConfigError, KernelError."""
+    if config.cluster.hold_user is None:
+        return None
+    return listen_for_holds(config.cluster.hold_socket, _hold_uid(config.cluster.hold_user))
+
+
+def _hold_uid(name: str) -> int:
+    try:
+        return pwd.getpwnam(name).pw_uid
+    except KeyError:
+        raise ConfigError(
+            f"cluster.hold_user names {name!r}, and no user is called so on this host",
+            hint="it is the user of the gateway, with the same user id on all nodes",
+        ) from None
+
+
+def node_of_config(  # noqa: PLR0913  what a node is made of, all of it
     config: ServerConfig,
     settings: WorkerSettings,
     worker: Worker,
     store: JobStore,
     listening: str,
     credentials: Callable[[], ServerCredentials],
+    holds: socket | None,
 ) -> Node:
     """The node, which has not called yet. Raises ConfigError for a configuration that is no node's."""
     gateway = config.cluster.gateway
@@ -65,4 +86,5 @@ def node_of_config(
             uid_count=settings.uid_count,
         ),
         credentials,
+        Holds(holds, _hold_uid(config.cluster.hold_user or "root")) if holds is not None else None,
     )

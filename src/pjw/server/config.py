@@ -42,6 +42,10 @@ _Name = Annotated[str, Meta(pattern=r"\A[^\0]+\Z")]
 _Path = Annotated[str, Meta(pattern=r"\A/[^\0]*\Z", max_length=4096)]
 _Address = Annotated[str, Meta(max_length=300)]
 _UserId = Annotated[int, Meta(ge=1, lt=2**32 - 1)]
+# of partitions and accounts of Slurm
+_SlurmName = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_.-]{0,60}\Z")]
+# where pjw-hold finds the pjwd of its node
+HOLD_SOCKET: Final = "/run/pjw/hold.sock"
 # init takes 64, and the directories of state and scratch, the server's key, this file and the audit log are
 # among them
 _HIDDEN_MAX = 59
@@ -192,6 +196,37 @@ class Cluster(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         _Address | None,
         Meta(description="HOST:PORT where the gateway reaches this pjwd; without it what `listen` says"),
     ] = None
+    hold_user: Annotated[
+        _Name | None,
+        Meta(description="the user as whom Slurm runs pjw-hold here; without it none may connect"),
+    ] = None
+    hold_socket: Annotated[_Path, Meta(description="the socket where pjw-hold finds this pjwd")] = HOLD_SOCKET
+
+
+class GatewaySlurm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a gateway with the engine `slurm` calls Slurm, and what it asks it for: docs/cluster.md."""
+
+    bin: Annotated[_Path, Meta(description="the directory of sbatch, scancel, squeue and sinfo")] = "/usr/bin"
+    conf: Annotated[
+        _Path | None, Meta(description="the path of slurm.conf; without it where Slurm itself looks for it")
+    ] = None
+    partition: Annotated[
+        _SlurmName, Meta(description="the partition of all jobs; empty is Slurm's default")
+    ] = ""
+    account: Annotated[
+        _SlurmName, Meta(description="the account of all jobs; empty is the default of the gateway's user")
+    ] = ""
+    hold: Annotated[_Path, Meta(description="the path of pjw-hold on the nodes")] = "/usr/bin/pjw-hold"
+    socket: Annotated[
+        _Path, Meta(description="where pjwd listens on the nodes for holds (cluster.hold_socket)")
+    ] = HOLD_SOCKET
+    warm_seconds: Annotated[
+        float, Meta(ge=0, le=86_400, description="how long a place waits for the next job before Slurm gets it back")
+    ] = 30
+    hold_max_seconds: Annotated[
+        int,
+        Meta(ge=0, le=604_800, description="a place gets no more jobs when it is so old, so that others have a turn"),
+    ] = 3600
 
 
 class Gateway(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -205,8 +240,10 @@ class Gateway(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ] = None
     key: Annotated[_Path | None, Meta(description="its private key")] = None
     engine: Annotated[
-        Literal["pool"], Meta(description="what decides which node gets a job: `pool`, the first with room")
+        Literal["pool", "slurm"],
+        Meta(description="what decides which node gets a job: `pool`, the first with room, or `slurm`"),
     ] = "pool"
+    slurm: GatewaySlurm = GatewaySlurm()
     heartbeat_seconds: Annotated[
         float, Meta(ge=0.1, le=60, description="how often a node says that it is there")
     ] = 5

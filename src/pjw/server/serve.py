@@ -4,6 +4,7 @@ import asyncio
 import logging
 import resource
 import signal
+import socket
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
@@ -114,14 +115,27 @@ class Served:
     )
 
 
-def run(serving: Serving, state: StateDir, launcher: LauncherProcess, backups: BackupPort) -> int:
-    """Serve until SIGTERM or SIGINT; the exit code. Raises PjwError when it cannot listen."""
-    return asyncio.run(serve(serving, _of_this_machine(serving, state, launcher, backups)))
+def run(
+    serving: Serving,
+    state: StateDir,
+    launcher: LauncherProcess,
+    backups: BackupPort,
+    holds: socket.socket | None = None,
+) -> int:
+    """Serve until SIGTERM or SIGINT; the exit code. Raises PjwError when it cannot listen.
+
+    *holds*: where Slurm's places connect to a node of a cluster.
+    """
+    return asyncio.run(serve(serving, _of_this_machine(serving, state, launcher, backups, holds)))
 
 
 @asynccontextmanager
 async def _of_this_machine(
-    serving: Serving, state: StateDir, launcher: LauncherProcess, backups: BackupPort
+    serving: Serving,
+    state: StateDir,
+    launcher: LauncherProcess,
+    backups: BackupPort,
+    holds: socket.socket | None,
 ) -> AsyncGenerator[Served, None]:
     async with AsyncExitStack() as stack:
         stack.callback(backups.close)
@@ -139,9 +153,11 @@ async def _of_this_machine(
                 from pjw.server.as_node import node_of_config
 
                 node = node_of_config(
-                    serving.config, serving.settings, worker, state.store, address, credentials
+                    serving.config, serving.settings, worker, state.store, address, credentials, holds
                 )
                 found["the session with the gateway"] = node.run()
+                if node.holds is not None:
+                    found["places of Slurm's"] = node.holds.serve()
             return found
 
         yield Served(worker, [name for name, _, _ in await state.store.totals()], tasks=tasks)

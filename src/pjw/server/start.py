@@ -123,8 +123,11 @@ def _serve(config: ServerConfig, path: str | None, options: Mapping[str, object]
     preload_modules()
     if plan.metrics is not None:
         import_module("pjw.server.metrics")
+    holds = None
     if config.cluster.gateway is not None:
-        import_module("pjw.server.as_node")
+        from pjw.server.as_node import hold_listener
+
+        holds = hold_listener(config)
     _finish(trial)
     sandbox = Sandbox(state.descriptor, listening_ports(plan.listen, plan.metrics), descriptors_for(config))
     enter(sandbox, uid)
@@ -143,7 +146,7 @@ def _serve(config: ServerConfig, path: str | None, options: Mapping[str, object]
         audit,
         writer,
     )
-    return run(serving, state, launcher, backups)
+    return run(serving, state, launcher, backups, holds)
 
 
 def forget_grpc_settings() -> None:

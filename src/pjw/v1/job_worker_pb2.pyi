@@ -106,6 +106,8 @@ class _EndReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EndReason.V
     """
     END_REASON_NODE_LOST: _EndReason.ValueType  # 62
     """The node that ran the job was not heard of for too long. What becomes of it there is not known."""
+    END_REASON_REVOKED: _EndReason.ValueType  # 70
+    """The engine of a cluster took the job's place on its node back, so the node stopped the job. See detail."""
 
 class EndReason(_EndReason, metaclass=_EndReasonEnumTypeWrapper):
     """EndReason is why a job ended. A client goes by the exit code when it does not know the reason."""
@@ -143,6 +145,8 @@ Job.artifacts.
 """
 END_REASON_NODE_LOST: EndReason.ValueType  # 62
 """The node that ran the job was not heard of for too long. What becomes of it there is not known."""
+END_REASON_REVOKED: EndReason.ValueType  # 70
+"""The engine of a cluster took the job's place on its node back, so the node stopped the job. See detail."""
 Global___EndReason: _TypeAlias = EndReason  # noqa: Y015
 
 class _OutputStream:

@@ -442,6 +442,8 @@ CREATE TABLE nodes (
     is_lost INTEGER NOT NULL DEFAULT 0
 ) WITHOUT ROWID;
 """,
+    # The place that an engine gave to a job (pjw.gateway.slurm), empty where it gives none.
+    "ALTER TABLE placements ADD COLUMN hold TEXT NOT NULL DEFAULT '';",
 )
 SCHEMA_VERSION: Final = len(MIGRATIONS)
 

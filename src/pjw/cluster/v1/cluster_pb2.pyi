@@ -65,6 +65,8 @@ class SessionRequest(_message.Message):
     FAILED_FIELD_NUMBER: _builtins.int
     ENDED_FIELD_NUMBER: _builtins.int
     UNKNOWN_FIELD_NUMBER: _builtins.int
+    HOLD_FIELD_NUMBER: _builtins.int
+    HOLD_GONE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello: ...
     @_builtins.property
@@ -77,6 +79,10 @@ class SessionRequest(_message.Message):
     def ended(self) -> Global___Ended: ...
     @_builtins.property
     def unknown(self) -> Global___Unknown: ...
+    @_builtins.property
+    def hold(self) -> Global___Hold: ...
+    @_builtins.property
+    def hold_gone(self) -> Global___HoldGone: ...
     def __init__(
         self,
         *,
@@ -86,12 +92,14 @@ class SessionRequest(_message.Message):
         failed: Global___Failed | None = ...,
         ended: Global___Ended | None = ...,
         unknown: Global___Unknown | None = ...,
+        hold: Global___Hold | None = ...,
+        hold_gone: Global___HoldGone | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "failed", b"failed", "heartbeat", b"heartbeat", "hello", b"hello", "message", b"message", "started", b"started", "unknown", b"unknown"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "failed", b"failed", "heartbeat", b"heartbeat", "hello", b"hello", "hold", b"hold", "hold_gone", b"hold_gone", "message", b"message", "started", b"started", "unknown", b"unknown"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "failed", b"failed", "heartbeat", b"heartbeat", "hello", b"hello", "message", b"message", "started", b"started", "unknown", b"unknown"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "failed", b"failed", "heartbeat", b"heartbeat", "hello", b"hello", "hold", b"hold", "hold_gone", b"hold_gone", "message", b"message", "started", b"started", "unknown", b"unknown"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "heartbeat", "started", "failed", "ended", "unknown"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "heartbeat", "started", "failed", "ended", "unknown", "hold", "hold_gone"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -107,6 +115,7 @@ class SessionResponse(_message.Message):
     FENCE_FIELD_NUMBER: _builtins.int
     ACK_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RELEASE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -121,6 +130,8 @@ class SessionResponse(_message.Message):
     def heartbeat(self) -> Global___Heartbeat:
         """The answer to each one."""
 
+    @_builtins.property
+    def release(self) -> Global___Release: ...
     def __init__(
         self,
         *,
@@ -130,12 +141,13 @@ class SessionResponse(_message.Message):
         fence: Global___Fence | None = ...,
         ack: Global___Ack | None = ...,
         heartbeat: Global___Heartbeat | None = ...,
+        release: Global___Release | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "ask", b"ask", "assign", b"assign", "fence", b"fence", "heartbeat", b"heartbeat", "message", b"message", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "ask", b"ask", "assign", b"assign", "fence", b"fence", "heartbeat", b"heartbeat", "message", b"message", "release", b"release", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "ask", b"ask", "assign", b"assign", "fence", b"fence", "heartbeat", b"heartbeat", "message", b"message", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "ask", b"ask", "assign", b"assign", "fence", b"fence", "heartbeat", b"heartbeat", "message", b"message", "release", b"release", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "assign", "ask", "fence", "ack", "heartbeat"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "assign", "ask", "fence", "ack", "heartbeat", "release"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -340,21 +352,109 @@ class Welcome(_message.Message):
 Global___Welcome: _TypeAlias = Welcome  # noqa: Y015
 
 @_typing.final
+class Hold(_message.Message):
+    """Hold: the engine of the gateway has given a place on this node to the gateway. Told in each session."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    SHAPE_FIELD_NUMBER: _builtins.int
+    UUID_FIELD_NUMBER: _builtins.int
+    JOB_FIELD_NUMBER: _builtins.int
+    AGE_SECONDS_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """The engine's name for it."""
+    shape: _builtins.str
+    """How much of the node it is, in the gateway's own words."""
+    uuid: _builtins.str
+    """The job for which the gateway asked for it."""
+    job: _builtins.str
+    """The job that it has, or had last; empty for none."""
+    age_seconds: _builtins.int
+    """Since it began."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        shape: _builtins.str = ...,
+        uuid: _builtins.str = ...,
+        job: _builtins.str = ...,
+        age_seconds: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_seconds", b"age_seconds", "id", b"id", "job", b"job", "shape", b"shape", "uuid", b"uuid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Hold: _TypeAlias = Hold  # noqa: Y015
+
+@_typing.final
+class HoldGone(_message.Message):
+    """HoldGone: the engine has taken a place back, or is about to. The node stops the job that has it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HoldGone: _TypeAlias = HoldGone  # noqa: Y015
+
+@_typing.final
+class Release(_message.Message):
+    """Release: the gateway needs a place no longer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOLD_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    hold: _builtins.str
+    refused: _builtins.str
+    """Why it does not take the place at all, for a person to read."""
+    def __init__(
+        self,
+        *,
+        hold: _builtins.str = ...,
+        refused: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hold", b"hold", "refused", b"refused"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Release: _TypeAlias = Release  # noqa: Y015
+
+@_typing.final
 class Assign(_message.Message):
     """Assign: the node may claim this job."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     UUID_FIELD_NUMBER: _builtins.int
+    HOLD_FIELD_NUMBER: _builtins.int
     uuid: _builtins.str
+    hold: _builtins.str
+    """The place for it, where the engine gives places."""
     def __init__(
         self,
         *,
         uuid: _builtins.str = ...,
+        hold: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["uuid", b"uuid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hold", b"hold", "uuid", b"uuid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -430,18 +530,22 @@ class ClaimRequest(_message.Message):
 
     SESSION_FIELD_NUMBER: _builtins.int
     UUID_FIELD_NUMBER: _builtins.int
+    HOLD_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     """Of the node, as in its Hello."""
     uuid: _builtins.str
+    hold: _builtins.str
+    """As in its Assign."""
     def __init__(
         self,
         *,
         session: _builtins.str = ...,
         uuid: _builtins.str = ...,
+        hold: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["session", b"session", "uuid", b"uuid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hold", b"hold", "session", b"session", "uuid", b"uuid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

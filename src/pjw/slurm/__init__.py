@@ -1,0 +1,1 @@
+"""pjwd-slurm: the process of a gateway that calls Slurm's programs. Loaded by it alone."""
