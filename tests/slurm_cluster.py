@@ -66,6 +66,8 @@ class SlurmCluster(Cluster):
             if not self.slurm.is_running(f"slurmd-{name}"):
                 self.slurm.start_node(name)
         super().idle()
+        self.slurm.ok("scancel", f"--user={USER}")
+        await_no_places(self)
 
     def close(self) -> None:
         """End all."""
@@ -80,10 +82,8 @@ def slurm_cluster(**options: object) -> Iterator[SlurmCluster]:
     made = SlurmCluster(directory, **options)  # type: ignore[arg-type]
     try:
         yield made
-    except BaseException:
-        print(made.slurm.logs())
-        raise
     finally:
+        print(made.slurm.logs())
         made.close()
 
 

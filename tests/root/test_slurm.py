@@ -2,13 +2,11 @@
 
 import json
 import signal
-import time
 from collections.abc import Iterator
 
 import pytest
 
-from pjw.v1 import job_worker_pb2 as pb
-from tests.cluster import Cluster
+from pjw import JobSpec
 from tests.service import CALL_SECONDS, wait_for
 from tests.slurm_cluster import SlurmCluster, await_no_places, slurm_cluster
 
@@ -24,6 +22,7 @@ def made() -> Iterator[SlurmCluster]:
 def two(made: SlurmCluster) -> Iterator[SlurmCluster]:
     """The same, whole again after each test."""
     yield made
+    print(made.gateway.log.read_text()[-2000:])
     made.idle()
 
 
@@ -51,3 +50,190 @@ def test_getting_started_through_slurm(two: SlurmCluster) -> None:
     assert {line.split()[2] for line in held.splitlines()} == {"daemon"}
     assert {line.split()[1] for line in held.splitlines()} == {"1:528:0::"}
     await_no_places(two)
+
+
+def of_kind(command: str, **limits: int) -> JobSpec:
+    """A job for a place of its own kind."""
+    return JobSpec(command, limits=limits)
+
+
+def test_warm_places_take_the_next_job_of_their_kind(two: SlurmCluster) -> None:
+    """A job that follows costs Slurm nothing; another shape has a place of its own; each is given back in time."""
+    slurm = two.slurm
+    with two.gateway.client() as client:
+        first = client.wait(client.start("true").id)
+        [(number, name, state)] = slurm.jobs()
+        assert (name[:4], state) == ("pjw-", "RUNNING")
+        for _ in range(5):
+            assert client.wait(client.start("true").id).node == first.node
+        assert slurm.jobs() == [(number, name, "RUNNING")]
+        larger = client.start(of_kind("true", memory_max_bytes=256 * 1024**2))
+        client.wait(larger.id)
+        assert [each[0] for each in slurm.jobs()] != [number]
+    await_no_places(two)
+
+
+def test_many_jobs_need_few_places(two: SlurmCluster) -> None:
+    """More than the nodes have room for: all run, once, and Slurm is asked for no more than 16 at a time."""
+    with two.gateway.client() as client:
+        jobs = [client.start("echo done") for _ in range(40)]
+        assert {client.wait(job.id).reason for job in jobs} == {"completed"}
+        assert b"".join(client.logs(jobs[-1].id)) == b"done\n"
+    asked = int(two.slurm.ok("scontrol", "show", "config").split("NEXT_JOB_ID")[1].split()[1])
+    assert asked <= 40
+    await_no_places(two)
+
+
+def test_a_place_that_slurm_takes_back(two: SlurmCluster) -> None:
+    """Scancel: the job is stopped, within its grace, and is told revoked; the place is free only then."""
+    gateway, slurm = two.gateway, two.slurm
+    job_id = gateway.ok("start", "trap 'sleep 1; echo told; exit 3' TERM; echo ready; sleep 300 & wait").strip()
+    with gateway.popen("logs", job_id) as logs:
+        assert logs.stdout is not None
+        assert logs.stdout.readline() == b"ready\n"
+        [(number, _, _)] = slurm.jobs()
+        slurm.ok("scancel", number)
+        assert (logs.stdout.read(), logs.wait(CALL_SECONDS)) == (b"told\n", 0)
+    done = json.loads(gateway.ok("get", job_id))
+    assert (done["state"], done["reason"], done["exitCode"]) == ("exited", "revoked", 3)
+    assert done["detail"] == f"Slurm took its place on node {done['node']} back (Slurm's job {number})"
+    await_no_places(two)
+
+
+def test_a_hold_that_is_killed(two: SlurmCluster) -> None:
+    """As an orphan, for example: nobody knows who has the place now, so the job does not go on."""
+    gateway, slurm = two.gateway, two.slurm
+    job_id = gateway.ok("start", "echo ready; sleep 300").strip()
+    with gateway.popen("logs", job_id) as logs:
+        assert logs.stdout is not None
+        assert logs.stdout.readline() == b"ready\n"
+        [(number, _, _)] = slurm.jobs()
+        slurm.ok("scancel", "--signal=KILL", "--full", number)
+        assert (logs.stdout.read(), logs.wait(CALL_SECONDS)) == (b"", 0)
+    assert json.loads(gateway.ok("get", job_id))["reason"] == "revoked"
+    await_no_places(two)
+
+
+def test_slurm_forgets_a_place_that_waits(two: SlurmCluster) -> None:
+    """Scancel before it began: the gateway asks for another one; a stop of the job takes back what waits."""
+    gateway, slurm = two.gateway, two.slurm
+    with gateway.client() as client:
+        blockers = [client.start(of_kind("sleep 300", cpu_max_millicores=3000)) for _ in two.nodes]
+        for each in blockers:
+            two.node_of(each.id)
+        waiting = client.start(of_kind("echo here", cpu_max_millicores=3000))
+        wait_for(lambda: [each for each in slurm.jobs() if each[2] == "PENDING"])
+        wait_for(lambda: client.get(waiting.id).detail == "waits: Slurm says Resources")
+        [before] = [each for each in slurm.jobs() if each[2] == "PENDING"]
+        slurm.ok("scancel", before[0])
+        wait_for(lambda: [each for each in slurm.jobs() if each[2] == "PENDING" and each[0] != before[0]])
+        # what waits for nothing is taken back
+        other = client.start(of_kind("true", cpu_max_millicores=3000))
+        wait_for(lambda: len([each for each in slurm.jobs() if each[2] == "PENDING"]) == 2)
+        assert client.stop(other.id).reason == "cancelled"
+        wait_for(lambda: len([each for each in slurm.jobs() if each[2] == "PENDING"]) == 1)
+        client.stop(blockers[0].id, grace=0)
+        assert client.wait(waiting.id).reason == "completed"
+
+
+def test_a_drained_node_is_told(two: SlurmCluster) -> None:
+    """By Slurm's administrator, with his reason; and by the gateway's, whose word Slurm hears too."""
+    gateway, slurm = two.gateway, two.slurm
+    with gateway.client() as client:
+        for name in two.nodes:
+            slurm.ok("scontrol", "update", f"nodename={name}", "state=drain", "reason=bad disk")
+        job = client.start("true")
+        wait_for(lambda: "n1, n2 drained: bad disk" in client.get(job.id).detail)
+        assert client.get(job.id).detail.startswith("waits: Slurm says ")
+        slurm.ok("scontrol", "update", "nodename=n2", "state=resume")
+        assert client.wait(job.id).node == "n2"
+        slurm.ok("scontrol", "update", "nodename=n1", "state=resume")
+        gateway.ok("nodes", "drain", "n2", client="ann")
+        try:
+            assert {client.wait(client.start("true").id).node for _ in range(2)} == {"n1"}
+        finally:
+            gateway.ok("nodes", "resume", "n2", client="ann")
+
+
+@pytest.mark.parametrize("what", ["gateway", "server", "both"])
+def test_a_place_keeps_its_job_over_a_kill(two: SlurmCluster, what: str) -> None:
+    """A hold that took a second job has that one when gateway or node are back, and its place is still Slurm's."""
+    gateway, slurm = two.gateway, two.slurm
+    with gateway.client() as client:
+        client.wait(client.start("true").id)
+        second = client.start("echo ready; sleep 300")
+        node = two.node_of(second.id)
+        held = slurm.jobs()
+        assert len(held) == 1
+        if what == "gateway":
+            gateway.stop(signal.SIGKILL)
+            gateway.start()
+        else:
+            node.kill(what)
+            node.start()
+        two.await_nodes(dict.fromkeys(two.nodes, "up"))
+        wait_for(lambda: not client.get(second.id).detail)
+        assert client.get(second.id).state == "running"
+        if what == "gateway":
+            # known to the next gateway at once: it goes on to a third job
+            third = client.start("sleep 300")
+            two.node_of(third.id)
+            assert client.stop(second.id, grace=0).reason == "stopped"
+            assert client.stop(third.id, grace=0).reason == "stopped"
+            assert client.wait(client.start("true").id).reason == "completed"
+            assert held[0] in slurm.jobs()
+        else:
+            slurm.ok("scancel", held[0][0])
+            assert client.wait(second.id).reason == "revoked"
+
+
+def test_a_hold_that_died_while_its_node_was_away(two: SlurmCluster) -> None:
+    """The node cannot know it: the sampler finds that Slurm has no such place, and the job is stopped."""
+    gateway, slurm = two.gateway, two.slurm
+    job_id = int(gateway.ok("start", "sleep 300"))
+    node = two.node_of(job_id)
+    node.kill("server")
+    [(number, _, _)] = slurm.jobs()
+    slurm.ok("scancel", "--signal=KILL", "--full", number)
+    wait_for(lambda: (number, "RUNNING") not in [(each[0], each[2]) for each in slurm.jobs()])
+    node.start()
+    assert json.loads(gateway.ok("wait", "--format", "jsonl", str(job_id)))["reason"] == "revoked"
+
+
+def test_slurmd_and_slurmctld_die(two: SlurmCluster) -> None:
+    """Kill -9 during a live follow: no job notices; starts wait for the controller, and say so."""
+    gateway, slurm = two.gateway, two.slurm
+    with gateway.client() as client:
+        job = client.start("i=0; while [ $i -lt 200 ]; do i=$((i+1)); echo line $i; sleep 0.02; done")
+        node = two.node_of(job.id)
+        seen = client.logs(job.id, follow=True)
+        begun = next(iter(seen))
+        slurm.end(f"slurmd-{node.name}", signal.SIGKILL)
+        slurm.end("slurmctld", signal.SIGKILL)
+        waiting = client.start(of_kind("echo late", memory_max_bytes=128 * 1024**2))
+        wait_for(lambda: "Slurm" in client.get(waiting.id).detail and "controller" in client.get(waiting.id).detail)
+        whole = begun + b"".join(seen)
+        assert whole == b"".join(b"line %d\n" % (number + 1) for number in range(200))
+        slurm.start_controller()
+        slurm.start_node(node.name)
+        assert client.wait(waiting.id).reason == "completed"
+        assert client.get(job.id).reason == "completed"
+
+
+def test_nothing_is_submitted_twice_over_a_kill_of_the_gateway(two: SlurmCluster) -> None:
+    """What waits in Slurm is the next gateway's, too."""
+    gateway, slurm = two.gateway, two.slurm
+    with gateway.client() as client:
+        blockers = [client.start(of_kind("sleep 300", cpu_max_millicores=3000)) for _ in two.nodes]
+        for each in blockers:
+            two.node_of(each.id)
+        waiting = [client.start(of_kind("true", cpu_max_millicores=3000)) for _ in range(3)]
+        wait_for(lambda: len(slurm.jobs()) == 5)
+        gateway.stop(signal.SIGKILL)
+        gateway.start()
+        two.await_nodes(dict.fromkeys(two.nodes, "up"))
+        wait_for(lambda: client.get(waiting[0].id).detail.startswith("waits: Slurm says "))
+        assert len(slurm.jobs()) == 5
+        for each in blockers:
+            client.stop(each.id, grace=0)
+        assert {client.wait(each.id).reason for each in waiting} == {"completed"}

@@ -15,10 +15,10 @@ class Engine(Protocol):
     def cancel(self, uuid: str) -> None:
         """A job needs no node any more, or no longer has one."""
 
-    def claimed(self, uuid: str, client_name: str, node: Node, shape: Shape, hold: str) -> None:
+    def claimed(self, uuid: str, client_name: str, node: Node, shape: Shape, hold: str = "") -> None:
         """A node has claimed a job, perhaps from an earlier process of the gateway."""
 
-    def may_claim(self, uuid: str, node: Node, hold: str) -> bool:
+    def may_claim(self, uuid: str, node: Node, hold: str = "") -> bool:
         """Whether a node may claim a job, in a place that the engine has given for it (empty: in none)."""
 
     def started(self, node: Node) -> None:

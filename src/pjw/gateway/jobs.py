@@ -131,7 +131,7 @@ class Placements:
         except NotQueuedError:
             return None
         job = await self._store.transact(
-            rows.claim, placement, placed.job.limits, node.row.name, session, hold, time.time_ns()
+            rows.claim, placement, placed.job.limits, node.row.name, session, time.time_ns(), hold
         )
         if job is None:
             return None

@@ -50,7 +50,7 @@ class Pool:
         if self._release(uuid):
             self.look()
 
-    def claimed(self, uuid: str, client_name: str, node: Node, shape: Shape, hold: str) -> None:
+    def claimed(self, uuid: str, client_name: str, node: Node, shape: Shape, hold: str = "") -> None:
         """See `Engine`."""
         del hold
         self._waiting.pop(uuid, None)
@@ -58,7 +58,7 @@ class Pool:
             self._take(uuid, client_name, node, shape)
         self._claimed.add(uuid)
 
-    def may_claim(self, uuid: str, node: Node, hold: str) -> bool:
+    def may_claim(self, uuid: str, node: Node, hold: str = "") -> bool:
         """See `Engine`."""
         placed = self._placed.get(uuid)
         return placed is not None and placed[1] is node and not hold

@@ -132,8 +132,8 @@ def claim(  # noqa: PLR0913  the transaction and all that it writes
     limits: Limits,
     node: str,
     session: str,
-    hold: str,
     now_ns: int,
+    hold: str = "",
 ) -> Job | None:
     """A node claims a job; the job as it is then, or None when no node can claim it any more."""
     if not _move(

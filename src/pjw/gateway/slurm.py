@@ -167,7 +167,7 @@ class Slurm:
         if self._release(uuid):
             self.look()
 
-    def claimed(self, uuid: str, client_name: str, node: Node, shape: Shape, hold: str) -> None:
+    def claimed(self, uuid: str, client_name: str, node: Node, shape: Shape, hold: str = "") -> None:
         """See `Engine`."""
         self._waiting.pop(uuid, None)
         if uuid not in self._placed:
@@ -175,7 +175,7 @@ class Slurm:
         self._placed[uuid].claimed = True
         self._to_see.set()
 
-    def may_claim(self, uuid: str, node: Node, hold: str) -> bool:
+    def may_claim(self, uuid: str, node: Node, hold: str = "") -> bool:
         """See `Engine`."""
         place = self._placed.get(uuid)
         return place is not None and place.node is node and bool(hold) and place.hold == hold

@@ -36,7 +36,7 @@
 enum { EXIT_DONE = 0, EXIT_ARGUMENTS = 64, EXIT_NO_PJWD = 71, EXIT_REFUSED = 75 };
 enum { WORD_MAX_BYTES = 64, MESSAGE_MAX_BYTES = 512 };
 /* A pjwd that is restarted is back before that. */
-enum { AWAY_MAX_MS = 60 * 1000, PAUSE_MS = 20, PAUSE_MAX_MS = 500 };
+enum { AWAY_MAX_MS = 60 * 1000, PAUSE_MS = 20, PAUSE_MAX_MS = 200 };
 
 static struct sockaddr_un pjwd = {.sun_family = AF_UNIX};
 static const char *slurm_job, *shape, *uuid;
