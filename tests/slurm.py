@@ -64,7 +64,7 @@ class Slurm:
         """Write the configuration. *address* and *prefix* are the controller's; *settings* change slurm.conf."""
         self.bin: Final = unpacked() / "bin"
         self.nodes: Final = {node.name: node for node in nodes}
-        self._prefix: Final = prefix
+        self.prefix = prefix
         self.directory: Final = Path(tempfile.mkdtemp(prefix="pjw-slurm-", dir=os.environ.get("PJW_APART", "/var/lib")))
         self.directory.chmod(0o755)
         self.conf: Final = self.directory / "slurm.conf"
@@ -139,7 +139,7 @@ class Slurm:
 
     def start_controller(self) -> None:
         """Start slurmctld, and wait until it answers."""
-        self._begin("slurmctld", ["slurmctld", "-D", "-f", str(self.conf)], self._prefix)
+        self._begin("slurmctld", ["slurmctld", "-D", "-f", str(self.conf)], self.prefix)
         wait_for(lambda: self.call("scontrol", "ping").returncode == 0)
 
     def start_node(self, name: str) -> None:

@@ -1,4 +1,4 @@
-"""A cluster on machines whose engine is a real Slurm: its controller is on the gateway's, a slurmd on each node's."""
+"""A cluster on machines whose engine is a real Slurm: slurmctld on the gateway's, slurmd on each node's."""
 
 import os
 import shutil
@@ -15,12 +15,11 @@ from tests.service import CALL_SECONDS, wait_for
 from tests.slurm import USER, Slurm, SlurmNode
 from tests.slurm_cluster import WARM_SECONDS
 
-
 _THERE: Final = ("idle", "mixed", "allocated", "completing")
 
 
 class SlurmMachineCluster(MachineCluster):
-    """A gateway, nodes, and the Slurm that gives their places. All machines have one munged, by its socket."""
+    """A gateway, nodes, and the Slurm that gives their places. All machines share one munged."""
 
     engine = "slurm"
     slurm: Slurm
@@ -39,8 +38,8 @@ class SlurmMachineCluster(MachineCluster):
         self.slurm.start_munge()
         self.slurm.start_controller()
         return (
-            f'user = "{USER}"\n{config}[gateway.slurm]\nbin = "{self.slurm.bin}"\nconf = "{self.slurm.conf}"\n'
-            f'hold = "{hold}"\nwarm_seconds = {WARM_SECONDS}\n'
+            f'user = "{USER}"\n{config}[gateway.slurm]\nbin = "{self.slurm.bin}"\n'
+            f'conf = "{self.slurm.conf}"\nhold = "{hold}"\nwarm_seconds = {WARM_SECONDS}\n'
         )
 
     def prepare(self, node: NodeService) -> None:
@@ -65,6 +64,7 @@ class SlurmMachineCluster(MachineCluster):
     def whole(self) -> None:
         """Have Slurm on each machine again, too."""
         self.boot()
+        self.slurm.prefix = self.gateway.machine.enter
         if not self.slurm.is_running("slurmctld"):
             self.slurm.start_controller()
         for name, node in self.nodes.items():

@@ -61,8 +61,7 @@ def gateway_pulled(cluster: MachineCluster, _: NodeOnMachine) -> None:
 def gateway_power(cluster: MachineCluster, _: NodeOnMachine) -> None:
     """The gateway's machine boots again."""
     cluster.gateway.cut_power()
-    cluster.gateway.machine.on()
-    cluster.gateway.start()
+    cluster.whole()
 
 
 def kill_slurm(what: str) -> Callable[[MachineCluster, NodeOnMachine], None]:

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import socket
+import stat
 import struct
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -33,7 +34,10 @@ def listen_for_holds(path: str, uid: int) -> socket.socket:
     """A socket to which only root and user *uid* may connect. As root. Raises KernelError."""
     made = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
     try:
-        os.makedirs(os.path.dirname(path), 0o755, exist_ok=True)
+        directory = os.path.dirname(path)
+        os.makedirs(directory, exist_ok=True)
+        # the user has to come through it, and our umask lets nobody
+        os.chmod(directory, stat.S_IMODE(os.stat(directory).st_mode) | 0o111)  # noqa: S103
         with suppress(FileNotFoundError):
             os.unlink(path)
         made.bind(path)
