@@ -10,25 +10,35 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+from pjw.node import holds
 from tests.machines.network import Machine, Switch, children
+from tests.slurm import Slurm, SlurmNode
 
 NODES: Final = ("n1", "n2", "n3")
 GATEWAY: Final = "gw.example.org"
 LOST_AFTER_SECONDS: Final = 10
 GATEWAY_TOML: Final = """\
 listen = "0.0.0.0:50051"
-user = "nobody"
+user = "daemon"
 state_dir = "{directory}/state"
 [gateway]
 crt = "{directory}/gate.crt"
 key = "{directory}/gate.key"
+engine = "{engine}"
 heartbeat_seconds = 1
 lost_after_seconds = {lost_after}
 [roles]
 viewers = ["john"]
+"""
+SLURM_TOML: Final = """\
+[gateway.slurm]
+bin = "{slurm.bin}"
+conf = "{slurm.conf}"
+hold = "{hold}"
 """
 NODE_TOML: Final = """\
 listen = "{address}:50051"
@@ -37,7 +47,7 @@ server_crt = "{directory}/node-{name}.crt"
 server_key = "{directory}/node-{name}.key"
 [cluster]
 gateway = "{gateway}:50051"
-[roles]
+{hold}[roles]
 gateways = ["gate"]
 [job_users]
 uid_first = 1990000000
@@ -100,7 +110,6 @@ def show(command: str) -> None:
 
 def put(machine: Machine, config: str, text: str, *files: str) -> None:
     """Write a configuration into a machine's directory, and copy certificates beside it."""
-    machine.directory.mkdir()
     (machine.directory / config).write_text(text)
     for name in files:
         target = machine.directory / name
@@ -119,7 +128,7 @@ def await_nodes(count: int) -> None:
 
 def main() -> int:
     """Run it; the exit code."""
-    directory = Path(os.environ["PJW_APART"])
+    directory, engine = Path(os.environ["PJW_APART"]), os.environ.get("ENGINE") or "slurm"
     os.chdir(directory)
     Switch()
     machines = {
@@ -134,18 +143,27 @@ def main() -> int:
     show("pjwd certs client certs gate")
     show(f"for node in {' '.join(NODES)}; do pjwd certs node certs $node; done")
     gw = machines["gw"]
-    text = GATEWAY_TOML.format(directory=gw.directory, lost_after=LOST_AFTER_SECONDS)
+    for machine in machines.values():
+        machine.on()
+    text = GATEWAY_TOML.format(directory=gw.directory, engine=engine, lost_after=LOST_AFTER_SECONDS)
+    slurm = started_slurm(machines) if engine == "slurm" else None
+    if slurm is not None:
+        text += SLURM_TOML.format(slurm=slurm, hold=slurm.directory / "pjw-hold")
     put(gw, "gateway.toml", text, "ca.crt", "server.crt", "server.key", "gate.crt", "gate.key")
     # the gateway reads its files again as the user that it becomes
     gw.directory.chmod(0o711)
     for path in gw.directory.iterdir():
-        shutil.chown(path, "nobody")
+        shutil.chown(path, "daemon")
     for name in NODES:
         node = machines[name]
-        text = NODE_TOML.format(name=name, gateway=GATEWAY, address=node.address, directory=node.directory)
+        text = NODE_TOML.format(
+            name=name,
+            gateway=GATEWAY,
+            address=node.address,
+            directory=node.directory,
+            hold='hold_user = "daemon"\n' if slurm is not None else "",
+        )
         put(node, "pjwd.toml", text, "ca.crt", f"node-{name}.crt", f"node-{name}.key")
-    for machine in machines.values():
-        machine.on()
     say("On gw, gateway.toml:")
     print((gw.directory / "gateway.toml").read_text(), end="")
     gateway = Daemon(gw, "pjwd gateway --config gateway.toml")
@@ -177,18 +195,52 @@ def main() -> int:
     show("pjw get 1")
     show("pjw stop 2 | head -n 8")
 
-    cut_power(daemons)
+    if slurm is not None:
+        say("Of all this Slurm knows a place for each job:")
+        show("squeue --format='%i %j %u %T %N'")
+    node = cut_power(daemons)
+    if slurm is not None:
+        begin_slurmd(slurm, node.machine)
 
     say("Everything is stopped.")
     for daemon in (*daemons.values(), gateway):
         daemon.stop()
+    if slurm is not None:
+        slurm.close()
     for machine in machines.values():
         machine.off()
     return 0
 
 
-def cut_power(nodes: dict[str, Daemon]) -> None:
-    """Cut the power of the node of job 3 while its output is followed."""
+def started_slurm(machines: dict[str, Machine]) -> Slurm:
+    """A Slurm with its controller on gw, from Debian's packages, which are not installed."""
+    say("Slurm, from Debian's packages, which are unpacked and not installed:")
+    print("# slurmctld on gw, and slurmd on each node.")
+    gw = machines["gw"]
+    slurm = Slurm(
+        [SlurmNode(name, machines[name].address) for name in NODES], address=gw.address, prefix=gw.enter
+    )
+    shutil.copyfile(Path(holds.__file__).with_name("pjw-hold"), slurm.directory / "pjw-hold")
+    (slurm.directory / "pjw-hold").chmod(0o755)
+    slurm.start_munge()
+    slurm.start_controller()
+    for name in NODES:
+        begin_slurmd(slurm, machines[name])
+    slurm.await_states(dict.fromkeys(NODES, "idle"))
+    os.environ["SLURM_CONF"] = str(slurm.conf)
+    os.environ["PATH"] += f":{slurm.bin}"
+    show("sinfo")
+    return slurm
+
+
+def begin_slurmd(slurm: Slurm, machine: Machine) -> None:
+    """Start the slurmd of a machine, which has just booted."""
+    slurm.nodes[machine.name] = replace(slurm.nodes[machine.name], prefix=machine.enter)
+    slurm.start_node(machine.name)
+
+
+def cut_power(nodes: dict[str, Daemon]) -> Daemon:
+    """Cut the power of the node of job 3 while its output is followed; that node, which is up again."""
     say("Job 3 runs. Its output is followed, and then its node has no power.")
     shown = subprocess.run(("pjw", "get", "3"), capture_output=True, text=True, check=True).stdout
     found = re.search(r'"node": "(\w+)"', shown)
@@ -220,6 +272,7 @@ def cut_power(nodes: dict[str, Daemon]) -> None:
     await_nodes(len(nodes))
     show("pjw logs 3 | tail -n 2")
     show("pjw list --state lost")
+    return node
 
 
 if __name__ == "__main__":
