@@ -52,6 +52,7 @@ class Cluster:
     clients: Sequence[str] = ("alice", "bob", "ann", "gate")
     # of each node, whatever the host has
     cpu_max_millicores = 3000
+    lost_after_seconds = LOST_AFTER_SECONDS
 
     def __init__(
         self, directory: Path, *, nodes: int = 2, gateway_config: str = "", engine: str = "pool"
@@ -61,7 +62,7 @@ class Cluster:
         certs = self.gateway.certs
         self.gateway.config = (
             f'[gateway]\ncrt = "{certs / "gate.crt"}"\nkey = "{certs / "gate.key"}"\n'
-            f"heartbeat_seconds = 0.3\nlost_after_seconds = {LOST_AFTER_SECONDS}\n"
+            f"heartbeat_seconds = 0.3\nlost_after_seconds = {self.lost_after_seconds}\n"
             f'engine = "{engine}"\n'
             f'[roles]\nadmins = ["ann"]\n{gateway_config}'
         )

@@ -72,7 +72,7 @@ class NodeOnMachine(OnMachine, NodeService):
 class MachineCluster(Cluster):
     """A gateway and nodes on machines, which all have power and cables again when they are idle."""
 
-    nodes: dict[str, NodeOnMachine]  # type: ignore[assignment]
+    nodes: dict[str, NodeOnMachine]  # type: ignore[assignment, misc]
     gateway: GatewayOnMachine  # type: ignore[misc]
     engine = "pool"
 
@@ -81,6 +81,11 @@ class MachineCluster(Cluster):
 
     def make_node(self, directory: Path, name: str, config: str) -> NodeService:
         return NodeOnMachine(directory, self.gateway.certs, name, config)
+
+    def node_of(self, job_id: int, client: str = "alice") -> NodeOnMachine:
+        node = super().node_of(job_id, client)
+        assert isinstance(node, NodeOnMachine)
+        return node
 
     def boot(self) -> None:
         """Have power and cables again on each machine."""

@@ -198,9 +198,9 @@ def main() -> int:
     if slurm is not None:
         say("Of all this Slurm knows a place for each job:")
         show("squeue --format='%i %j %u %T %N'")
-    node = cut_power(daemons)
+    machine = cut_power(daemons)
     if slurm is not None:
-        begin_slurmd(slurm, node.machine)
+        begin_slurmd(slurm, machine)
 
     say("Everything is stopped.")
     for daemon in (*daemons.values(), gateway):
@@ -239,8 +239,8 @@ def begin_slurmd(slurm: Slurm, machine: Machine) -> None:
     slurm.start_node(machine.name)
 
 
-def cut_power(nodes: dict[str, Daemon]) -> Daemon:
-    """Cut the power of the node of job 3 while its output is followed; that node, which is up again."""
+def cut_power(nodes: dict[str, Daemon]) -> Machine:
+    """Cut the power of the node of job 3 while its output is followed; its machine, which is up again."""
     say("Job 3 runs. Its output is followed, and then its node has no power.")
     shown = subprocess.run(("pjw", "get", "3"), capture_output=True, text=True, check=True).stdout
     found = re.search(r'"node": "(\w+)"', shown)
@@ -272,7 +272,7 @@ def cut_power(nodes: dict[str, Daemon]) -> Daemon:
     await_nodes(len(nodes))
     show("pjw logs 3 | tail -n 2")
     show("pjw list --state lost")
-    return node
+    return node.machine
 
 
 if __name__ == "__main__":

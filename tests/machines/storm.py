@@ -16,13 +16,11 @@ from typing import Final
 from pjw import Client, JobSpec
 from pjw.errors import OutputLostError
 from pjw.model import EndReason, Job, JobState
-from tests.cluster import LOST_AFTER_SECONDS
 from tests.machines.cluster import MachineCluster, NodeOnMachine, OnMachine
 
 LINES_MAX: Final = 20
 # of the time for which a node is silent without being lost
 SHORT_SECONDS: Final = (0.5, 2.5)
-LONG_SECONDS: Final = LOST_AFTER_SECONDS + 3
 # when all clients have jobs
 FIRST_SECONDS: Final = 3
 
@@ -58,6 +56,8 @@ class Storm:
         # nodes that are away for long now, and the threads that have them back
         self._away: Final[set[str]] = set()
         self._absences: Final[list[threading.Thread]] = []
+        # longer than the gateway waits for a node
+        self.long_seconds: Final = cluster.lost_after_seconds + 3
         self._over: Final = threading.Event()
         self._chance: Final = random.Random(seed)
         self._threads: Final = [
@@ -113,6 +113,13 @@ class Storm:
             self._absences.append(threading.Thread(target=self._absent, args=(kind, node)))
             self._absences[-1].start()
         self.faults[kind] += 1
+        began = time.monotonic()
+        self._make(kind, node, seconds)
+        if time.monotonic() - began > self.cluster.lost_after_seconds / 2:
+            # this machine is too busy: the gateway may have heard nothing of a node for too long
+            self.silent.update(self.cluster.nodes if kind.startswith("gateway") else [node.name])
+
+    def _make(self, kind: str, node: NodeOnMachine, seconds: float) -> None:
         match kind:
             case "gateway killed":
                 self.cluster.gateway.stop(signal.SIGKILL)
@@ -143,10 +150,10 @@ class Storm:
         self.silent.add(node.name)
         try:
             if kind == "no power for long":
-                self._without_power(node, LONG_SECONDS)
+                self._without_power(node, self.long_seconds)
             else:
                 node.machine.pull()
-                time.sleep(LONG_SECONDS)
+                time.sleep(self.long_seconds)
                 node.machine.plug()
         except Exception as error:  # noqa: BLE001  a thread must not end in silence
             self.findings.append(f"{kind}: {error!r}")

@@ -68,8 +68,7 @@ def kill_slurm(what: str) -> Callable[[MachineCluster, NodeOnMachine], None]:
     """kill -9 of a daemon of Slurm, which starts again."""
 
     def cause(cluster: MachineCluster, node: NodeOnMachine) -> None:
-        if not isinstance(cluster, SlurmMachineCluster):
-            pytest.skip("this cluster has no Slurm")
+        assert isinstance(cluster, SlurmMachineCluster)
         cluster.kill_slurm(f"slurmd-{node.name}" if what == "slurmd" else what)
         cluster.whole()
 
@@ -90,7 +89,28 @@ SURVIVED: Final[dict[str, Callable[[MachineCluster, NodeOnMachine], None]]] = {
 }
 
 
-@pytest.mark.parametrize("fault", SURVIVED)
+# in which an engine may have a part; the others are made with the pool alone
+OF_SLURM: Final = ("kill -9 of slurmctld", "kill -9 of a node's slurmd")
+WITH_SLURM: Final = (
+    *OF_SLURM,
+    "kill -9 of the gateway, which starts again",
+    "kill -9 of both",
+    f"a node's link is down for {SHORT_SECONDS:g} s",
+    "a node's link is down for longer",
+    "a node has no power",
+)
+
+
+@pytest.fixture
+def fault(request: pytest.FixtureRequest, made: MachineCluster) -> str:
+    """A fault that this engine is to stand."""
+    name = str(request.param)
+    if name not in WITH_SLURM if made.engine == "slurm" else name in OF_SLURM:
+        pytest.skip("made with the other engine")
+    return name
+
+
+@pytest.mark.parametrize("fault", SURVIVED, indirect=True)
 def test_what_a_follow_survives(cluster: MachineCluster, measured: Measured, fault: str) -> None:
     """The job goes on, and its follower has every byte once, in its order."""
     gateway = cluster.gateway
@@ -120,7 +140,7 @@ LOST: Final[dict[str, Callable[[NodeOnMachine], None]]] = {
 }
 
 
-@pytest.mark.parametrize("fault", LOST)
+@pytest.mark.parametrize("fault", LOST, indirect=True)
 def test_what_a_node_is_lost_by(cluster: MachineCluster, measured: Measured, fault: str) -> None:
     """Its job is told lost, with the number of the byte; nothing happens to the job of another node."""
     gateway = cluster.gateway

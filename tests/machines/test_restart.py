@@ -41,7 +41,7 @@ def test_a_thousand_jobs(switch: Switch, measured: Measured) -> None:
         begun: set[int] = set()
         with gateway.client("ann", all_clients=True) as client:
             for change in client.watch_jobs():
-                if change.job is not None and change.job.state == "running":
+                if change.job.state == "running":
                     begun.add(change.job.id)
                 if len(begun) == JOBS + 1:
                     break
