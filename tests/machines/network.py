@@ -110,6 +110,8 @@ class Machine:
         """End it in good order, when nothing runs on it any more."""
         if self._process is not None:
             assert self._process.stdin is not None
+            # at once: a namespace that is over loses its cards only after a while
+            _ip("link", "delete", self.name)
             self._process.stdin.close()
             self._over()
 

@@ -55,7 +55,15 @@ class SlurmMachineCluster(MachineCluster):
         self.slurm.start_node(node.name)
 
     def kill_slurm(self, what: str) -> None:
-        """kill -9 of "slurmctld" or "slurmd-NODE"; `whole` starts it again."""
+        """kill -9 of "slurmctld" or "slurmd-NODE"; `whole` starts it again.
+
+        Not before slurmctld has saved what it knows: the next one kills jobs that it has never heard of.
+        """
+        with self.gateway.client() as client:
+            begun = max(job.start.timestamp() for job in client.list(states=["running"]))
+        wait_for(
+            lambda: any(path.stat().st_mtime > begun for path in self.slurm.directory.glob("state/job_state"))
+        )
         process = self.slurm._running[what]
         [pid] = children(process.pid)
         os.kill(pid, signal.SIGKILL)
