@@ -63,18 +63,18 @@ def open_peers(directory: Path, floor: Path, told: Path, *only: str) -> Iterator
             if only and name not in only:
                 continue
             tool = name.split()[0]
-            if why := _missing(tool):
+            if why := why_missing(tool):
                 print(f"no {name} beside pjw: {why}", file=sys.stderr)
                 continue
-            within = _within(tool)
+            around = within(tool)
             telling, whole = (
                 command_line(command) for command in (str(told), shutil.which("true") or "/bin/true")
             )
-            if why := why_not([*within, *whole]):
+            if why := why_not([*around, *whole]):
                 print(f"no {name} beside pjw: {why}", file=sys.stderr)
                 continue
             floors = (
-                stack.enter_context(Floor(floor, letters, words, within=within, environment=QUIET))
+                stack.enter_context(Floor(floor, letters, words, within=around, environment=QUIET))
                 for letters, words in ((TOLD, telling), ("-", whole))
             )
             peers.append(Peer(name, *floors))
@@ -85,9 +85,9 @@ def open_peers(directory: Path, floor: Path, told: Path, *only: str) -> Iterator
 def open_exec(directory: Path, floor: Path, command: str) -> Iterator[Floor | None]:
     """`crun exec` of a command in a container that runs; None, and why on stderr, where it cannot be had."""
     name, bundle = f"{NAME}-exec", directory / "crun-exec"
-    crun = [*_within("crun"), "crun", "--root", str(directory / "crun-exec-state")]
+    crun = [*within("crun"), "crun", "--root", str(directory / "crun-exec-state")]
     with ExitStack() as stack:
-        why = _missing("crun")
+        why = why_missing("crun")
         if why is None:
             _write_bundle(bundle, shutil.which("sleep") or "/bin/sleep", name, "3600")
             stack.callback(
@@ -98,8 +98,8 @@ def open_exec(directory: Path, floor: Path, command: str) -> Iterator[Floor | No
             print(f"no crun exec beside pjw: {why}", file=sys.stderr)
             yield None
             return
-        words = [*crun[len(_within("crun")) :], "exec", name, command]
-        yield stack.enter_context(Floor(floor, "-", words, within=_within("crun"), environment=QUIET))
+        words = [*crun[len(within("crun")) :], "exec", name, command]
+        yield stack.enter_context(Floor(floor, "-", words, within=within("crun"), environment=QUIET))
 
 
 def why_not(command: Sequence[str]) -> str | None:
@@ -121,13 +121,15 @@ def _why_not_detached(command: Sequence[str], directory: Path) -> str | None:
     return None if code == 0 else (path.read_text().strip().splitlines() or [f"it ends with {code}"])[-1]
 
 
-def _missing(tool: str) -> str | None:
+def why_missing(tool: str) -> str | None:
+    """Why a peer is not installed here; None when it is."""
     if tool == "systemd-run" and not os.path.isdir("/run/systemd/system"):
         return "systemd is not PID 1 here"
     return None if shutil.which(tool) else "it is not installed"
 
 
-def _within(tool: str) -> Sequence[str]:
+def within(tool: str) -> Sequence[str]:
+    """The words that a peer has to be run with here."""
     return _WITHOUT_UNIFIED if tool == "crun" and os.path.ismount(_UNIFIED) else ()
 
 
@@ -164,12 +166,12 @@ def _oci(tool: str, directory: Path) -> Iterator[CommandLine]:
     finally:
         # a container that did not end by itself is a failure already, so this one need not succeed
         if state.exists() and any(path.name == name for path in state.iterdir()):
-            subprocess.run([*_within(tool), *arguments, "delete", "--force", name], check=False)
+            subprocess.run([*within(tool), *arguments, "delete", "--force", name], check=False)
 
 
 def _write_bundle(bundle: Path, command: str, name: str, *arguments: str) -> None:
     inside = _write_root(bundle / "rootfs", command)
-    (bundle / "config.json").write_text(json.dumps(_config([inside, *arguments], name)))
+    (bundle / "config.json").write_text(json.dumps(bundle_config([inside, *arguments], name)))
 
 
 def _write_root(rootfs: Path, command: str) -> str:
@@ -206,7 +208,8 @@ def _forget_nspawn() -> None:
         _PROPAGATED.rmdir()
 
 
-def _config(argv: Sequence[str], name: str) -> dict[str, Any]:
+def bundle_config(argv: Sequence[str], name: str) -> dict[str, Any]:
+    """What an OCI runtime is told of a container, with limits and namespaces as a job has them."""
     limits = Limits()
     quiet = ["nosuid", "nodev"]
     return {

@@ -1,18 +1,21 @@
 """A cluster on loopback: a real gateway and real nodes, each a pjwd of its own, with real certificates."""
 
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from pjw.certs import authority
 from pjw.cluster.v1 import cluster_pb2 as cpb
 from pjw.cluster.v1.cluster_pb2_grpc import ClusterServiceStub
 from pjw.v1 import job_worker_pb2 as pb
-from tests.service import CALL_SECONDS, Service, end_all, instance_cgroups, wait_for
+from tests.service import BIN, CALL_SECONDS, Service, end_all, instance_cgroups, wait_for
 from tests.worker_harness import UIDS, uid_range
 
 # Longer than a pjwd takes to start again on a busy machine.
@@ -28,6 +31,18 @@ class Gateway(Service):
         command = super().command(*extra)
         command[command.index("serve")] = "gateway"
         return command
+
+    def metrics(self) -> str:
+        """What a Prometheus would get, where the configuration has metrics at any free port."""
+        [*_, address] = re.findall(r"^pjwd: metrics on (\S+)$", self.log.read_text(), re.MULTILINE)
+        with urllib.request.urlopen(f"http://{address}/metrics", timeout=CALL_SECONDS) as answer:
+            text: str = answer.read().decode()
+        return text
+
+    def metric(self, name: str) -> float:
+        """One number of these, by its name and labels."""
+        [value] = re.findall(rf"^{re.escape(name)} (\S+)$", self.metrics(), re.MULTILINE)
+        return float(value)
 
 
 class NodeService(Service):
@@ -55,14 +70,34 @@ class Cluster:
     lost_after_seconds = LOST_AFTER_SECONDS
 
     def __init__(
-        self, directory: Path, *, nodes: int = 2, gateway_config: str = "", engine: str = "pool"
+        self,
+        directory: Path,
+        *,
+        nodes: int = 2,
+        gateway_config: str = "",
+        lost_after_seconds: float | None = None,
+        # in the table of that name
+        gateway_keys: str = "",
+        gateway_change: str = "",
+        node_config: str = "",
+        node_configs: Mapping[str, str] = MappingProxyType({}),
+        engine: str = "pool",
+        gateway_pjwd: Path = BIN / "pjwd",
+        node_pjwd: Path = BIN / "pjwd",
     ) -> None:
+        """*node_config*: more of the configuration of all nodes; *node_configs*: of some, by their names."""
         self._directory: Final = directory
+        if lost_after_seconds is not None:
+            self.lost_after_seconds = lost_after_seconds
+        self._node_config: Final = node_config
+        self._node_configs: Final = node_configs
+        self._node_pjwd: Final = node_pjwd
         self.gateway: Final = self.make_gateway(directory)
+        self.gateway.pjwd, self.gateway.change = gateway_pjwd, gateway_change
         certs = self.gateway.certs
         self.gateway.config = (
             f'[gateway]\ncrt = "{certs / "gate.crt"}"\nkey = "{certs / "gate.key"}"\n'
-            f"heartbeat_seconds = 0.3\nlost_after_seconds = {self.lost_after_seconds}\n"
+            f"heartbeat_seconds = 0.3\nlost_after_seconds = {self.lost_after_seconds}\n{gateway_keys}"
             f'engine = "{engine}"\n'
             f'[roles]\nadmins = ["ann"]\n{gateway_config}'
         )
@@ -94,8 +129,10 @@ class Cluster:
             name,
             f'[cluster]\ngateway = "{gateway or self._named(name)}"\n[roles]\ngateways = ["gate"]\n'
             f"[job_users]\nuid_first = {self.uid_first}\nuid_count = {UIDS}\n[queue]\nrunning_max = 0\n"
-            f"cpu_max_millicores = {self.cpu_max_millicores}\n[ceilings]\ncpu_max_millicores = 0\n",
+            f"cpu_max_millicores = {self.cpu_max_millicores}\n[ceilings]\ncpu_max_millicores = 0\n"
+            f"{self._node_config}{self._node_configs.get(name, '')}",
         )
+        node.pjwd = self._node_pjwd
         self.prepare(node)
         node.start()
         return node

@@ -18,7 +18,7 @@ import subprocess
 import termios
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -76,6 +76,21 @@ def commands_of(document: Path) -> list[Command]:
         elif inside:
             found[-1].shown.append(line)
     return found
+
+
+def section_of(document: Path, heading: str) -> list[Command]:
+    """The commands of a section: from its heading to the next one of its level or above."""
+    lines = document.read_text().splitlines()
+    first = lines.index(heading)
+    level = heading.split(" ", 1)[0]
+    last = next(
+        (at for at in range(first + 1, len(lines)) if lines[at].split(" ", 1)[0] in _up_to(level)), len(lines)
+    )
+    return [command for command in commands_of(document) if first < command.line <= last]
+
+
+def _up_to(level: str) -> set[str]:
+    return {level[:count] for count in range(1, len(level) + 1)}
 
 
 def line_of(document: Path, text: str) -> int:
@@ -193,10 +208,31 @@ def own_network() -> Iterator[int]:
         yield holder.pid
 
 
-def run(commands: list[Command], cwd: Path, env: dict[str, str]) -> None:
-    """Type the commands of a document without machines, in *cwd*; AssertionError as of `play`."""
-    with own_network() as pid:
-        shell = ["nsenter", f"--net=/proc/{pid}/ns/net", "setsid", "--ctty", "bash", "--norc", "--noediting"]
+def run(
+    commands: list[Command],
+    cwd: Path,
+    env: dict[str, str],
+    internet: Callable[[list[str]], AbstractContextManager[Path]] | None = None,
+) -> None:
+    """Type the commands of a document without machines, in *cwd*; AssertionError as of `play`.
+
+    *internet* is made of the words that run a command in the document's network: hosts that are there as long
+    as the commands are typed, and the file with their names and addresses.
+    """
+    with own_network() as pid, ExitStack() as stack:
+        words = ["nsenter", f"--net=/proc/{pid}/ns/net"]
+        if internet is not None:
+            names = str(stack.enter_context(internet(words)))
+            words = [
+                *words,
+                "unshare",
+                "--mount",
+                "sh",
+                "-c",
+                f'mount --bind {names} /etc/hosts && exec "$@"',
+                "-",
+            ]
+        shell = [*words, "setsid", "--ctty", "bash", "--norc", "--noediting"]
         play(commands, lambda _: Terminal(shell, cwd, env))
 
 

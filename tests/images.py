@@ -32,6 +32,7 @@ PROGRAMS: Final = (
         "sh",
         "sleep",
         "stat",
+        "tee",
     ),
     *("touch", "true", "test"),
 )
@@ -64,7 +65,7 @@ def python_root(directory: Path) -> Path:
     library = subprocess.check_output([interpreter, "-I", "-S", "-c", ask], text=True).strip()
     shutil.copytree(library, directory / library.lstrip("/"), ignore=_LEFT_OUT, symlinks=True)
     for each in (directory / library.lstrip("/") / "lib-dynload").glob("_ctypes*.so"):
-        _add_libraries(directory, str(each))
+        add_libraries(directory, str(each))
     return directory
 
 
@@ -72,10 +73,11 @@ def _add_program(directory: Path, name: str, target: Path) -> None:
     found = shutil.which(name)
     assert found is not None, name
     shutil.copy(Path(found).resolve(), target)
-    _add_libraries(directory, found)
+    add_libraries(directory, found)
 
 
-def _add_libraries(directory: Path, program: str) -> None:
+def add_libraries(directory: Path, program: str) -> None:
+    """Give a root what a program of this machine is linked with."""
     said = subprocess.run(["ldd", program], capture_output=True, text=True, check=False).stdout
     for path in re.findall(r"(/\S+) \(0x", said):
         target = directory / path.lstrip("/")

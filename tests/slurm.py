@@ -1,4 +1,4 @@
-"""A real Slurm: munged, slurmctld and a slurmd for each node, from Debian's packages, which are not installed.
+"""A real Slurm: munged, slurmctld and a slurmd for each node, from Debian's packages, which stay uninstalled.
 
 All that it writes is in one directory, and its ports are its own. Each process is started behind a prefix
 command (`ip netns exec n1`, `nsenter …`), so that nodes can have namespaces of their own.
@@ -61,7 +61,7 @@ class Slurm:
         prefix: Sequence[str] = (),
         settings: Mapping[str, object] | None = None,
     ) -> None:
-        """Write the configuration. *address* and *prefix* are the controller's; *settings* change slurm.conf."""
+        """Write slurm.conf, which *settings* change. *address* and *prefix* are the controller's."""
         self.bin: Final = unpacked() / "bin"
         self.nodes: Final = {node.name: node for node in nodes}
         self.prefix = prefix
@@ -106,7 +106,8 @@ class Slurm:
             "ReturnToService": 2,
             "SlurmdTimeout": 60,
             "KillWait": 30,
-            "MessageTimeout": 20,
+            # how long Slurm's programs wait for a controller that is dead
+            "MessageTimeout": 5,
             **settings,
         }
         lines = [f"{key}={value}" for key, value in keys.items()]
@@ -131,11 +132,12 @@ class Slurm:
     def start_munge(self) -> None:
         """Start munged, with which Slurm's processes know each other."""
         here = self.directory
+        (here / "munge" / "socket").unlink(missing_ok=True)
         options = {"socket": "munge/socket", "key-file": "key/munge.key", "pid-file": "munge/pid"}
         options |= {"log-file": "log/munged", "seed-file": "key/seed"}
         given = [f"--{option}={here / path}" for option, path in options.items()]
         self._begin("munged", ["munged", "--foreground", "--force", *given])
-        wait_for(lambda: (here / "munge" / "socket").exists())
+        wait_for((here / "munge" / "socket").exists)
 
     def start_controller(self) -> None:
         """Start slurmctld, and wait until it answers."""

@@ -28,24 +28,25 @@ class SlurmCluster(Cluster):
             self.apart: Final = {name: Apart() for name in names}
             for each in self.apart.values():
                 self._stack.callback(each.close)
-            self.slurm: Final = Slurm(
-                [SlurmNode(name, prefix=self.apart[name].prefix) for name in names], settings=settings
-            )
+            self.slurm: Final = Slurm([self.slurm_node(name) for name in names], settings=settings)
             self._stack.callback(self.slurm.close)
             self.slurm.start()
             # where every user finds it
             hold = self.slurm.directory / "pjw-hold"
             shutil.copyfile(Path(holds.__file__).with_name("pjw-hold"), hold)
             hold.chmod(0o755)
-            config = (
-                f'[gateway.slurm]\nbin = "{self.slurm.bin}"\nconf = "{self.slurm.conf}"\nhold = "{hold}"\n{keys}'
-            )
+            config = f'[gateway.slurm]\nbin = "{self.slurm.bin}"\nconf = "{self.slurm.conf}"\n'
+            config += f'hold = "{hold}"\n{keys}'
             if "warm_seconds" not in keys:
                 config += f"warm_seconds = {WARM_SECONDS}\n"
             super().__init__(directory, nodes=nodes, gateway_config=config, engine="slurm")
         except BaseException:
             self._stack.close()
             raise
+
+    def slurm_node(self, name: str) -> SlurmNode:
+        """What Slurm knows of a node."""
+        return SlurmNode(name, prefix=self.apart[name].prefix)
 
     def change_gateway(self, config: str) -> str:
         """The configuration of the gateway: it is a user whom Slurm knows."""
@@ -65,6 +66,8 @@ class SlurmCluster(Cluster):
         for name in self.slurm.nodes:
             if not self.slurm.is_running(f"slurmd-{name}"):
                 self.slurm.start_node(name)
+            if "drain" in self.slurm.states().get(name, ""):
+                self.slurm.ok("scontrol", "update", f"nodename={name}", "state=resume")
         super().idle()
         self.slurm.ok("scancel", f"--user={USER}")
         await_no_places(self)

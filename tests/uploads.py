@@ -55,13 +55,16 @@ class Upload:
 
     def code(self) -> grpc.StatusCode:
         """How the call ends, without a word of ours."""
+        return self.end()[0]
+
+    def end(self) -> tuple[grpc.StatusCode, str]:
+        """The same, and in which words."""
         try:
             for _ in self._call:
                 pass
         except grpc.RpcError as error:
-            code: grpc.StatusCode = error.code()
-            return code
-        return grpc.StatusCode.OK
+            return error.code(), error.details() or ""
+        return grpc.StatusCode.OK, ""
 
 
 def upload(stub: JobWorkerServiceStub, job_id: int, data: bytes, begin: int = 0) -> pb.WriteInputResponse:

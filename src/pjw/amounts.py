@@ -11,7 +11,7 @@ _SHOWN_CHARACTERS: Final = 40
 
 
 def size(text: str) -> int:
-    """Bytes: `256M`, `1.5G`, `4096`; powers of 1024. Raises ValueError."""
+    """Parse a number of bytes: `256M`, `1.5G`, `4096`; powers of 1024. Raises ValueError."""
     found = re.fullmatch(_SIZE, text, re.ASCII | re.IGNORECASE)
     if not found:
         raise wrong(text, "size", "256M or 1.5G")
@@ -20,7 +20,7 @@ def size(text: str) -> int:
 
 
 def size_in_words(number: int) -> str:
-    """Bytes as options take them, `900M`: exact if one unit can express it, else rounded."""
+    """Format bytes as options take them, `900M`: exact if one unit can express it, else rounded."""
     power = 0
     while power < len(POWERS) and number >= 1024 ** (power + 1):
         power += 1
@@ -32,12 +32,12 @@ def size_in_words(number: int) -> str:
 
 
 def exact_size(number: int) -> str:
-    """Bytes for an error, rounded and exact: `900M (943718400 bytes)`."""
+    """Format bytes for an error, rounded and exact: `900M (943718400 bytes)`."""
     return f"{size_in_words(number)} ({number} bytes)"
 
 
 def seconds(text: str) -> float:
-    """Seconds: `90`, `90s`, `1h30m`, `0.5s`. Raises ValueError."""
+    """Parse seconds: `90`, `90s`, `1h30m`, `0.5s`. Raises ValueError."""
     found = re.fullmatch(_DURATION, text, re.ASCII)
     if not found or not text:
         raise wrong(text, "duration", "90s or 1h30m")
@@ -46,7 +46,7 @@ def seconds(text: str) -> float:
 
 
 def whole_seconds(text: str) -> int:
-    """Whole seconds: `90`, `1h`. Raises ValueError."""
+    """Parse whole seconds: `90`, `1h`. Raises ValueError."""
     found = seconds(text)
     if not found.is_integer():
         raise ValueError(f"{_shown(text)} is not a whole number of seconds")
@@ -54,7 +54,7 @@ def whole_seconds(text: str) -> int:
 
 
 def whole(number: str, factor: int, text: str, what: str) -> int:
-    """A decimal *number* times *factor*, exactly. Raises ValueError when that is not whole."""
+    """Return a decimal *number* times *factor*, exactly. Raises ValueError when that is not whole."""
     # not float(): 0.1 processors are 100 thousandths exactly
     digits, _, fraction = number.partition(".")
     scaled = int(digits + fraction) * factor
@@ -65,7 +65,7 @@ def whole(number: str, factor: int, text: str, what: str) -> int:
 
 
 def wrong(text: str, what: str, example: str) -> ValueError:
-    """The error for *text* that is not a valid *what*."""
+    """Return the error for *text* that is not a valid *what*."""
     return ValueError(f"{_shown(text)} is not a {what}, such as {example}")
 
 

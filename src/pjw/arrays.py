@@ -1,4 +1,4 @@
-"""Arrays: which elements a job has, as text (`1-100%8`), and how one of them is named (`17_5`). No I/O."""
+"""Arrays: the elements of a job, as text (`1-100%8`), and the name of one of them (`17_5`). No I/O."""
 
 import re
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Element:
 
     @classmethod
     def of(cls, text: str) -> Self | None:
-        """The element that a text names; None when it names none."""
+        """Return the element that a text names; None when it names none."""
         found = _ELEMENT.fullmatch(text)
         return None if found is None else cls(int(found[1]), int(found[2]))
 
@@ -44,7 +44,7 @@ class Array:
 
     @staticmethod
     def of(text: str) -> "Array":
-        """The array that a text says: `1-100`, `1-100%8`, `1,3,7`, `0-20:5`. Raises InvalidJobError."""
+        """Parse an array such as `1-100`, `1-100%8`, `1,3,7` or `0-20:5`. Raises InvalidJobError."""
         return _array_of(text)
 
     def __len__(self) -> int:
@@ -64,7 +64,7 @@ class Array:
         return max(part[-1] for part in self.parts)
 
     def index(self, place: int) -> int:
-        """The index of the element at a place, from 0 on. Raises IndexError."""
+        """Return the index of the element at a place, counted from 0. Raises IndexError."""
         for part in self.parts:
             if place < len(part):
                 return part[place]
@@ -72,7 +72,7 @@ class Array:
         raise IndexError(place)
 
     def place(self, index: int) -> int | None:
-        """At which place the element with an index is; None when there is none."""
+        """Return the place of the element with an index; None when there is none."""
         before = 0
         for part in self.parts:
             if index in part:
@@ -121,7 +121,7 @@ def _wrong(text: str, why: str) -> InvalidJobError:
 
 
 def _first_common(parts: list[range]) -> int | None:
-    """An index that is in two of the parts; None when there is none."""
+    """Return an index that is in two of the parts; None when there is none."""
     open_parts: list[range] = []
     for part in sorted(parts, key=lambda part: part[0]):
         open_parts = [other for other in open_parts if other[-1] >= part[0]]
@@ -133,7 +133,7 @@ def _first_common(parts: list[range]) -> int | None:
 
 
 def _common(one: range, other: range) -> int | None:
-    """The lowest number that is in both; *other* begins no earlier."""
+    """Return the lowest number that is in both; *other* begins no earlier."""
     divisor = gcd(one.step, other.step)
     apart = other.start - one.start
     if apart % divisor:

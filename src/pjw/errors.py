@@ -1,7 +1,7 @@
 """Every error that pjw raises on purpose, on one page.
 
-One class for each different thing that a caller can do about it. Facts travel as
-attributes, so that nobody has to parse text. Worded as *what we were doing, to what: why*.
+One class for each different thing that a caller can do about it. Facts travel as attributes, so that no
+caller has to parse text. Messages say *what we were doing, to what: why*.
 """
 
 import errno as errno_names
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import ClassVar, Final, Self
 
-# What the host lacks now and may have later: the same request may work then.
+# Resources that the host lacks now and may have later: the same request may work then.
 RESOURCE_ERRNOS: Final = frozenset(
     {
         errno_names.ENOSPC,
@@ -98,7 +98,7 @@ class JobStateError(PjwError):
 
 
 class CopyError(PjwError):
-    """Files could not be copied into or out of a job: what the job has, or has sent, does not allow it."""
+    """Files could not be copied into or out of a job: its files, or the data it sent, do not allow it."""
 
 
 class WorkspaceBusyError(PjwError):
@@ -155,7 +155,7 @@ class MountNotFoundError(PjwError):
 
 
 class MountError(PjwError):
-    """A mount that the operator offers cannot be had now, or not at the path that was asked for."""
+    """A mount that the operator offers cannot be had now, or not at the requested path."""
 
     FACTS = MappingProxyType({"mount": str, "errno": int})
 
@@ -168,7 +168,7 @@ class MountError(PjwError):
 
     @classmethod
     def of_source(cls, mount: str, error: int) -> "MountError":
-        """The error for a directory of the operator's that cannot be mounted; its path is not told."""
+        """Make the error for an operator's directory that cannot be mounted; its path is not told."""
         return cls(
             f"cannot mount {_shown(mount)}: the operator's directory: {describe_errno(error)}",
             hint="tell your operator, whom `pjwd check` tells more",
@@ -188,24 +188,24 @@ class GpuError(PjwError):
 
     @classmethod
     def not_offered(cls) -> "GpuError":
-        """The error for whoever may have none, whether or not the machine has some."""
+        """Make the error for a client that may have no GPUs, whether or not the machine has some."""
         return cls("your operator offers you no GPUs", hint="`pjw quota` shows what your operator offers you")
 
     @classmethod
     def gone(cls, name: str) -> "GpuError":
-        """The error for a GPU that the operator's CDI files had, and have no more."""
+        """Make the error for a GPU that the operator's CDI files had, and have no more."""
         return cls(f"the machine has no GPU {_shown(name)} any more", hint="start the job again")
 
     @classmethod
     def unknown(cls) -> "GpuError":
-        """The error when the operator's CDI files cannot be read; why is for the log."""
+        """Make the error for CDI files that cannot be read; the reason is for the log only."""
         return cls(
             "the operator's GPUs cannot be had now", hint="tell your operator, whom pjwd's log tells more"
         )
 
     @classmethod
     def of_edit(cls, path: str, error: int) -> "GpuError":
-        """The error for what a job is to have at *path* with its GPUs, and cannot."""
+        """Make the error for a file at *path* that the job's GPUs need, and that it cannot have."""
         return cls(
             f"cannot give the job {_shown(path)}, which its GPUs come with: {describe_errno(error)}",
             hint="tell your operator, whose CDI file names it",
@@ -256,7 +256,7 @@ class OffsetError(PjwError):
 
 
 class SequenceError(PjwError):
-    """Changes of jobs cannot be told from that number on: those up to `oldest` are not kept any more."""
+    """Changes of jobs are not available from that number on: those up to `oldest` are not kept any more."""
 
     FACTS = MappingProxyType({"oldest": int})
 
@@ -270,9 +270,9 @@ class OutputLostError(PjwError):
 
 
 class LimitReachedError(PjwError):
-    """Too many of something, or no space: the same request may work later.
+    """A count has reached its limit, or space has run out: the same request may work later.
 
-    `limit` is the key of pjwd's configuration, if there is one; `most` is what it allows.
+    `limit` is the key of pjwd's configuration, if there is one; `most` is the number that it allows.
     """
 
     FACTS = MappingProxyType({"limit": str, "most": int})
@@ -327,7 +327,7 @@ class ProtocolError(PjwError):
 
 
 class ConfigError(PjwError):
-    """The operator's fault: a setting, a file or this host does not allow what was asked."""
+    """The operator's fault: a setting, a file or this host does not allow the request."""
 
 
 class ServerFailedError(PjwError):

@@ -8,6 +8,7 @@ extended attributes, since in a job all files belong to its user.
 An image is untrusted. This module resolves names and links in the tree in memory, and never on a disk.
 """
 
+import errno
 import gzip
 import hashlib
 import json
@@ -35,10 +36,11 @@ _EXTENDED_BYTES_MAX: Final = 1024**2
 # A file of this size is in no image; tarfile would look for its end where there is none.
 _FILE_BYTES_MAX: Final = 2**44
 _EMPTY_READS_MAX: Final = 100
-# A FIFO in the place of a file holds nobody up. Windows has only the last of these.
+# A FIFO in the place of a file does not block the open. Windows has only the last of these.
 _FLAGS: Final = ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY")
 _FILE: Final = os.O_RDONLY | sum(getattr(os, flag, 0) for flag in _FLAGS)
-# an entry of these says more of the one that follows, and is read into memory
+_DIRECTORY: Final = os.O_RDONLY | sum(getattr(os, flag, 0) for flag in ("O_DIRECTORY", "O_CLOEXEC"))
+# an entry of these types describes the entry that follows, and is read into memory
 _EXTENDED: Final = (*tarfile.GNU_TYPES[:2], tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 NOTES_MAX: Final = 100
 _BLOCK: Final = tarfile.BLOCKSIZE
@@ -52,10 +54,10 @@ FORMS: Final = "oci:DIR[:TAG], docker-archive:FILE[:TAG], tar:FILE or dir:DIR"
 
 
 class _WrongError(Exception):
-    """Why something is not an image, or not one that pjw can take."""
+    """The fault of a source that is no image, or not one that pjw can take."""
 
 
-# what the modules raise that read and decompress archives, for some that are damaged, or meant to harm
+# errors of the modules that read and decompress archives, for some damaged or malicious ones
 _DAMAGED: Final = (
     tarfile.TarError,
     EOFError,
@@ -71,16 +73,16 @@ class _Entry(tarfile.TarInfo):
     """A header that has us read no more into memory than fits there."""
 
     def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
-        """What tarfile calls for each header. Raises _WrongError."""
+        """Check each header that tarfile reads. Raises _WrongError."""
         if self.size < 0 or (self.type in _EXTENDED and self.size > _EXTENDED_BYTES_MAX):
             raise _WrongError("a size in it is none")
         return super()._proc_member(tar)  # type: ignore[misc,no-any-return]
 
 
 def _entries_of(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The entries of an archive, which keeps none of them. Raises _WrongError."""
+    """Yield the entries of an archive, which keeps none of them. Raises _WrongError."""
     while (info := tar.next()) is not None:
-        # what it has read may be millions
+        # the entries read so far may be millions
         tar.members.clear()  # type: ignore[attr-defined]
         # an extended header may have said another one
         if not 0 <= info.size <= _FILE_BYTES_MAX:
@@ -102,6 +104,8 @@ class _Node:
     place: tuple[int, int] | None = None
     # each child with the last layer that has named it
     children: dict[str, tuple["_Node", int]] = field(default_factory=dict)
+    # the last layer that has hidden what older ones have here: nothing of those is left to look for
+    opaque: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +155,7 @@ class _Hashed:
 
     def read(self, count: int = -1) -> bytes:
         data = self._file.read(count)
-        # tarfile skips what is not there piece by piece, and would for years
+        # tarfile skips missing bytes piece by piece, and would for years
         self._empty = 0 if data else self._empty + 1
         if self._empty > _EMPTY_READS_MAX:
             raise EOFError("it ends early")
@@ -208,7 +212,7 @@ class _DirectoryLayer(_Layer):
 
 
 def _walked(path: str) -> Iterator[tuple[str, list[str], list[str], int | None]]:
-    """What os.fwalk gives; None for a descriptor where directories have none, as on Windows."""
+    """Walk a tree as os.fwalk does; the descriptor is None where directories have none, as on Windows."""
     if hasattr(os, "fwalk"):
         yield from os.fwalk(path, onerror=_raise)
     else:
@@ -227,7 +231,7 @@ class _Blobs:
         raise NotImplementedError
 
     def document(self, name: str, digest: str = "") -> Any:  # noqa: ANN401  JSON
-        """The value of a JSON file. Raises _WrongError."""
+        """Return the value of a JSON file. Raises _WrongError."""
         with self.open(name) as file:
             data = file.read(_DOCUMENT_BYTES_MAX)
         if digest and f"sha256:{hashlib.sha256(data).hexdigest()}" != digest:
@@ -239,14 +243,41 @@ class _Blobs:
 
 
 class _DirectoryBlobs(_Blobs):
+    """Files of a directory. It follows no link in it, and waits for nobody who writes to a FIFO."""
+
     def __init__(self, path: str) -> None:
         self._path: Final = path
 
     def open(self, name: str) -> IO[bytes]:
         try:
-            return open(os.path.join(self._path, _plain(name)), "rb")
+            descriptor = _opened_within(self._path, _plain(name))
         except FileNotFoundError:
             raise _WrongError(f"it has no {_shown(name)}") from None
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.ENOTDIR, errno.ENXIO):
+                raise
+            raise _WrongError(f"{_shown(name)} is no file but a link, or lies behind one") from None
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise _WrongError(f"{_shown(name)} is no file")
+        return open(descriptor, "rb")
+
+
+def _opened_within(directory: str, name: str) -> int:
+    """Open a file below a directory, by no link; its descriptor. Raises OSError."""
+    if os.open not in os.supports_dir_fd:
+        # as on Windows, where links take privilege
+        return os.open(os.path.join(directory, name), _FILE)
+    *above, last = [part for part in name.split("/") if part not in ("", ".")]
+    here = os.open(directory, _DIRECTORY)
+    try:
+        for part in above:
+            below = os.open(part, _DIRECTORY | os.O_NOFOLLOW, dir_fd=here)
+            os.close(here)
+            here = below
+        return os.open(last, _FILE, dir_fd=here)
+    finally:
+        os.close(here)
 
 
 class _ArchiveBlobs(_Blobs):
@@ -275,7 +306,7 @@ class _ArchiveBlobs(_Blobs):
 
 
 def _shown(text: str) -> str:
-    """What an image has, as it may be printed at a terminal."""
+    """Return a text of an image in a form fit for a terminal."""
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
@@ -284,7 +315,7 @@ def _relative(name: str) -> str:
 
 
 def _plain(name: str) -> str:
-    """The name of a file within an image. Raises _WrongError for a name that leads out of it."""
+    """Return the name of a file within an image. Raises _WrongError for a name that leads out of it."""
     if name.startswith("/") or ".." in name.split("/"):
         raise _WrongError(f"it names a file that is not its own: {name!r:.80}")
     return name
@@ -334,17 +365,17 @@ class ImageArchive:
 
     @property
     def inodes(self) -> int:
-        """How many files, directories and links it has."""
+        """The number of its files, directories and links."""
         return self._tree.entries
 
     @property
     def file_bytes(self) -> int:
-        """How many bytes its files have."""
+        """The number of bytes of its files."""
         files = {id(node): node.size for _, node in self._tree.walk()}
         return sum(files.values())
 
     def pieces(self) -> Iterator[bytes]:
-        """The tar archive. Raises ConfigError when its sources cannot be read, or have changed."""
+        """Yield the tar archive. Raises ConfigError when its sources cannot be read, or have changed."""
         total = hashlib.sha256(json.dumps(_members(self.config), sort_keys=True).encode())
         held = bytearray()
         try:
@@ -493,7 +524,7 @@ class _Tree:
                 _drop_older(found[0], layer)
 
     def _directory(self, parts: Iterable[str], layer: int) -> _Node:
-        """The directory of this name; makes it if it is missing, and follows links within the tree."""
+        """Return the directory of this name; make it if it is missing, and follow links within the tree."""
         trail = [self._root]
         waiting = list(reversed(list(parts)))
         links = 0
@@ -519,7 +550,7 @@ class _Tree:
         return trail[-1]
 
     def finish(self, workdir: str) -> None:
-        """Add what jobs need: the places of their own mounts, and their working directory."""
+        """Add the paths that jobs need: the places of their own mounts, and their working directory."""
         for name in _POINTS:
             self._root.children[name] = (_Node(tarfile.DIRTYPE, 0o755, 0), -1)
         for path in ("var/tmp", workdir):
@@ -531,7 +562,7 @@ class _Tree:
                 directory.children[name] = (_Node(tarfile.REGTYPE, 0o644, 0), -1)
 
     def walk(self) -> Iterator[tuple[str, _Node]]:
-        """All entries, each directory before its content."""
+        """Yield all entries, each directory before its content."""
         waiting = [("", self._root)]
         while waiting:
             path, node = waiting.pop()
@@ -541,7 +572,7 @@ class _Tree:
                 yield path, node
 
     def find(self, path: str) -> _Node:
-        """The entry of this name, which leads through no link."""
+        """Return the entry of this name, which leads through no link."""
         node = self._root
         for part in path.split("/"):
             node = node.children[part][0]
@@ -549,15 +580,21 @@ class _Tree:
 
     @property
     def entries(self) -> int:
-        """How many entries there are."""
+        """The number of entries."""
         return sum(1 for _ in self.walk())
 
 
 def _drop_older(directory: _Node, layer: int) -> None:
-    """Forget the content of a directory that is from lower layers."""
+    """Forget the content of a directory that is from lower layers.
+
+    Looks into each directory once for each layer, however many entries of the layer ask for that.
+    """
     waiting = [directory]
     while waiting:
         node = waiting.pop()
+        if node.opaque == layer:
+            continue
+        node.opaque = layer
         for name, (child, of) in list(node.children.items()):
             if of != layer:
                 del node.children[name]
@@ -603,7 +640,8 @@ def _opened(source: str, stack: ExitStack) -> tuple[list[_Layer], ImageConfig, b
             return _docker(archive, tag)
         if kind:
             raise _WrongError("it has no manifest of an image")
-    directory, name = os.path.split(path)
+    # the link that a person names is theirs to follow
+    directory, name = os.path.split(os.path.realpath(path))
     return [_TarLayer(_DirectoryBlobs(directory or "."), name)], ImageConfig(), False
 
 
@@ -621,7 +659,7 @@ def _with_tag(rest: str) -> tuple[str, str]:
 
 
 def _oci(blobs: _Blobs, tag: str) -> tuple[list[_Layer], ImageConfig, bool]:
-    """An OCI image layout (opencontainers/image-spec, image-layout.md)."""
+    """Read an OCI image layout (opencontainers/image-spec, image-layout.md)."""
     found = _of(blobs.document("index.json"), "manifests", list)
     if tag:
         found = [each for each in found if _annotated(each, tag)]
@@ -676,7 +714,7 @@ def _blob_name(digest: str) -> str:
 
 
 def _docker(blobs: _Blobs, tag: str) -> tuple[list[_Layer], ImageConfig, bool]:
-    """What `docker save` writes."""
+    """Read the archive that `docker save` writes."""
     images = blobs.document("manifest.json")
     if not isinstance(images, list) or not images:
         raise _WrongError("its manifest names no image")
@@ -702,7 +740,7 @@ def _of(value: object, key: str, kind: type) -> Any:  # noqa: ANN401  JSON
 
 
 def _config(document: object) -> ImageConfig:
-    """How jobs begin in the image, without USER: a job always runs as its client's user."""
+    """Read how jobs begin in the image, without USER: a job always runs as its client's user."""
     found = _of(document, "config", dict)
     env: dict[str, str] = {}
     for each in _of(found, "Env", list):

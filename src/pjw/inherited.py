@@ -1,4 +1,4 @@
-"""What a program inherits by execve(2): at its start each program sets the settings that it relies on.
+"""Settings that a program inherits by execve(2): each program sets those it relies on at its start.
 
 docs/architecture.md, "What a program inherits", lists all of them, and says why the others stay. pjw-init has
 its own code for it: launcher/init/inherited.c.
@@ -33,7 +33,7 @@ def unblock_signals() -> None:
 
 
 def set_for_service() -> None:
-    """Set what server and launcher rely on: signals, limits, umask, current directory. Needs root."""
+    """Set the inherited settings of server and launcher: signals, limits, umask, directory. Needs root."""
     unblock_signals()
     # if it were ignored, the kernel would collect our children before we know how they ended (wait(2))
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)

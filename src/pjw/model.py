@@ -1,4 +1,4 @@
-"""What a job is, as frozen values that check themselves. No I/O."""
+"""The values that describe a job, frozen, each checking itself. No I/O."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -61,18 +61,18 @@ PRIORITY_MAXIMUM: Final = 1000
 AFTER_MAX: Final = 100
 RETRIES_MAX: Final = 100
 BACKOFF_SECONDS_MAX: Final = 3600
-# of a job that is lost again and again, which may be what loses it
+# for a job that is lost again and again: it may itself be the cause
 LOST_RETRIES_MAX: Final = 3
 
 # as struct winsize of the kernel has it
 TERMINAL_MAXIMUM: Final = 65_535
 # of TCP
 PORT_MAX: Final = 65_535
-# So many jobs are put into the queue at once. The table stores them in one transaction, and for 45 ms nobody
-# else can use the table.
+# The number of jobs that one call puts into the queue. The table stores them in one transaction, and no other
+# call can use the table for 45 ms.
 SUBMITTED_MAX: Final = 500
 
-# what is shown as the command of a job that is to have that of its image, until it begins
+# shown as the command of a job that uses its image's command, until it begins
 IMAGES_OWN_COMMAND: Final = "(of the image)"
 OUTPUTS_MAX: Final = 32
 OUTPUT_MAX_BYTES: Final = 1024
@@ -96,7 +96,7 @@ _REQUEST_ID: Final = re.compile(r"[!-~]{1,64}")
 
 
 class JobState(StrEnum):
-    """Where in its life a job is. EXITED and LOST are final. A QUEUED job waits to be started.
+    """The state of a job in its life. EXITED and LOST are final. A QUEUED job waits to be started.
 
     UNKNOWN stands at a client for a state that only a newer server knows; such a job has not ended.
     """
@@ -122,15 +122,15 @@ KNOWN_STATES: Final[tuple[JobState, ...]] = tuple(
 
 
 class EndReason(StrEnum):
-    """Why a job ended.
+    """The reason for the end of a job.
 
-    LOST, HOST_RESTARTED and LAUNCH_INTERRUPTED are what is known of one that is LOST. DISK_LIMIT: a file
-    system that jobs write to was about to be full, and this job was the largest of the client with most.
+    LOST, HOST_RESTARTED and LAUNCH_INTERRUPTED belong to jobs in the state LOST. DISK_LIMIT: a file system
+    that jobs write to was about to be full, and this job was the largest of the client with most.
     OUTPUT_FAILED: the output can never be written. CANCELLED: the job left the queue without a start.
-    START_FAILED: its turn came, and its command could not be executed. `Job.detail` says why of these two.
-    ARTIFACTS_MISSING: the command ended by itself with exit code 0, and files that had to be kept are not.
-    NODE_LOST: the node of a cluster that ran the job was not heard of for too long; it is LOST.
-    REVOKED: the engine of a cluster took the job's place on its node back, and the node stopped it.
+    START_FAILED: its turn came, and its command could not be executed. `Job.detail` gives the cause of these
+    two. ARTIFACTS_MISSING: the command ended by itself with exit code 0, and files that had to be kept are
+    not there. NODE_LOST: the node of a cluster that ran the job was not heard of for too long; the job is
+    LOST. REVOKED: the engine of a cluster took the job's place on its node back, and the node stopped it.
     """
 
     COMPLETED = "completed"
@@ -159,7 +159,7 @@ SIGNALLED: Final = 128
 
 @dataclass(frozen=True, slots=True)
 class ExitStatus:
-    """How the command ended: with a code, or by a signal, whose code is 128 + its number, as in a shell.
+    """The end of a command: with a code, or by a signal, whose code is 128 + its number, as in a shell.
 
     A command may end with such a code by itself: only `signal` tells the two apart.
     """
@@ -175,7 +175,7 @@ class ExitStatus:
 
     @classmethod
     def of(cls, code: int | None, signal: int | None) -> "ExitStatus | None":
-        """The status of a code, or of a signal (with or without its code); None when there is neither."""
+        """Return the status of a code, or of a signal (with or without its code); None for neither."""
         if signal is not None:
             return cls(signal=signal)
         return None if code is None else cls(code)
@@ -183,9 +183,10 @@ class ExitStatus:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a job may use. 0 is "no limit" in every field.
+    """The most that a job may use. 0 is "no limit" in every field.
 
-    Reads from disk have none by default: a read that is held back holds up everybody who reads the same file.
+    Reads from disk have none by default: a read that is held back holds up every process that reads the same
+    file.
     """
 
     cpu_max_millicores: int = 1000
@@ -215,7 +216,7 @@ class Limits:
                 )
 
     def items(self) -> list[tuple[str, int]]:
-        """Every limit as (name, value), in the order of the fields."""
+        """Return every limit as (name, value), in the order of the fields."""
         return [(name, getattr(self, name)) for name in _LIMIT_NAMES]
 
     def first_above(self, ceiling: "Limits") -> str | None:
@@ -234,12 +235,12 @@ class Limits:
         return None
 
     def lowered_to(self, other: "Limits") -> Self:
-        """These floors, each lowered to that limit of *other*; "no limit" lowers none."""
+        """Return these floors, each lowered to that limit of *other*; "no limit" lowers none."""
         lower = {name: min(getattr(self, name), value) for name, value in other.items() if value}
         return replace(self, **lower)
 
     def with_overrides(self, overrides: Mapping[str, int | str]) -> Self:
-        """These limits with some replaced; an unknown name is an InvalidJobError."""
+        """Return these limits with some replaced; an unknown name is an InvalidJobError."""
         if not overrides:
             return self
         unknown = set(overrides) - set(_LIMIT_NAMES)
@@ -255,7 +256,7 @@ _LIMIT_NAMES: Final = tuple(f.name for f in fields(Limits))
 
 
 def limit_numbers(limits: Mapping[str, int | str]) -> dict[str, int]:
-    """The same limits as numbers: a size may be text (`64M`), and so may the time (`1h30m`).
+    """Return the same limits as numbers: a size may be text (`64M`), and so may the time (`1h30m`).
 
     Raises InvalidJobError. `Limits` refuses values that are neither text nor a valid number.
     """
@@ -280,7 +281,7 @@ def _limit_number(name: str, value: int | str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """What jobs may use together: those of a client, or all of them. 0 is "no limit" in every field."""
+    """The most that jobs may use together: a client's, or all. 0 is "no limit" in every field."""
 
     memory_max_bytes: int = 0
     pids_max: int = 0
@@ -294,11 +295,11 @@ class Sums:
                 raise InvalidJobError(f"the sum {name} must be at least {SUM_MINIMUM[name]}, not {value}")
 
     def items(self) -> list[tuple[str, int]]:
-        """Every sum as (name, value), in the order of the fields."""
+        """Return every sum as (name, value), in the order of the fields."""
         return [(f.name, getattr(self, f.name)) for f in fields(self)]
 
     def within(self, other: "Sums") -> "Sums":
-        """Of each sum the lower one of both; "no limit" is above any number."""
+        """Return of each sum the lower one of both; "no limit" is above any number."""
         mine, its = dict(self.items()), dict(other.items())
         return Sums(**{name: min(filter(None, (mine[name], its[name])), default=0) for name in mine})
 
@@ -323,7 +324,7 @@ DEFAULT_SHARE: Final = Share()
 
 @dataclass(frozen=True, slots=True)
 class GroupUse:
-    """What the jobs of one client use together at one moment; processor time since its first job began."""
+    """The usage of one client's jobs together at one moment; processor time since its first job began."""
 
     memory_bytes: int = 0
     pids: int = 0
@@ -332,7 +333,7 @@ class GroupUse:
 
 @dataclass(frozen=True, slots=True)
 class ClientQuota:
-    """The limits of one client, what its jobs use now, and its share of the machine; 0 is "no limit".
+    """The limits of one client, its present usage, and its share of the machine; 0 is "no limit".
 
     Sizes in bytes. `total_weight` is the sum of the weights of all clients with jobs, `weight` this client's.
     `memory_promised_bytes` is the sum of the memory limits of its running jobs. `stored_bytes` is the output
@@ -340,7 +341,7 @@ class ClientQuota:
     """
 
     client_name: str
-    # what a job gets that asks for nothing, and the most that it may ask for
+    # the limits of a job that asks for none, and the most that a job may ask for
     defaults: Limits
     ceilings: Limits
     # of all its jobs together
@@ -357,10 +358,12 @@ class ClientQuota:
     # jobs in the queue
     queued: int = 0
     queued_max: int = 0
-    # what its jobs may have of the operator's directories
+    # the operator's directories that its jobs may have
     mounts: Sequence["Mount"] = ()
-    # how many GPUs the machine has for jobs of the client, free or not
+    # the number of GPUs of the machine for jobs of the client, free or not
     gpus: int = 0
+    # whether the operator has drained the machine: it starts no job now
+    drained: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -373,7 +376,7 @@ class Mount:
 
 @dataclass(frozen=True, slots=True)
 class MountSource:
-    """The operator's side of a mount: which directory it is, and whose jobs may have it.
+    """The operator's side of a mount: its directory, and the clients whose jobs may have it.
 
     `clients` are names of clients, in which `*` stands for any characters. Raises InvalidJobError.
     """
@@ -399,12 +402,12 @@ class MountSource:
                 raise InvalidJobError(f"the mount {self.name} is for {each[:80]!r}, which is no client")
 
     def is_for(self, client_name: str) -> bool:
-        """Whether jobs of this client may have it."""
-        return _are_for(self.clients, client_name)
+        """Return whether jobs of this client may have it."""
+        return are_for(self.clients, client_name)
 
     @property
     def shown(self) -> Mount:
-        """What a client is told of it."""
+        """The part of the mount that a client may see."""
         return Mount(self.name, self.read_only)
 
 
@@ -432,16 +435,17 @@ class GpuOffer:
                 raise InvalidJobError(f"GPUs are for {each[:80]!r}, which is no client")
 
     def is_for(self, client_name: str) -> bool:
-        """Whether jobs of this client may have them."""
-        return bool(self.kind) and _are_for(self.clients, client_name)
+        """Return whether jobs of this client may have them."""
+        return bool(self.kind) and are_for(self.clients, client_name)
 
 
-def _are_for(clients: Iterable[str], client_name: str) -> bool:
+def are_for(clients: Iterable[str], client_name: str) -> bool:
+    """Whether a client is among *clients*: names, in which `*` stands for any characters."""
     return any(re.fullmatch(".*".join(map(re.escape, each.split("*"))), client_name) for each in clients)
 
 
 def check_gpus(count: int) -> None:
-    """Raises InvalidJobError for what is no number of GPUs."""
+    """Check a number of GPUs. Raises InvalidJobError."""
     # True is 1 to Python
     given: object = count
     if isinstance(given, bool) or not isinstance(given, int) or not 0 <= given <= GPUS_MAX:
@@ -449,13 +453,13 @@ def check_gpus(count: int) -> None:
 
 
 def split_mount(mount: str) -> tuple[str, str]:
-    """The name of a mount that is asked for, and where the job is to have it: of `NAME` or `NAME:PATH`."""
+    """Return the name of a requested mount and its path in the job, from `NAME` or `NAME:PATH`."""
     name, _, path = mount.partition(":")
     return name, path or f"{MOUNT_DIRECTORY}/{name}"
 
 
 def offered(sources: Iterable[MountSource], client_name: str, mounts: Iterable[str]) -> list[MountSource]:
-    """What a client asks for, in its order. Raises MountNotFoundError for what it is not offered."""
+    """Return the mounts a client asks for, in order. Raises MountNotFoundError for one not offered."""
     there = {source.name: source for source in sources if source.is_for(client_name)}
     found = []
     for name, _ in map(split_mount, mounts):
@@ -466,7 +470,7 @@ def offered(sources: Iterable[MountSource], client_name: str, mounts: Iterable[s
 
 
 def check_mounts(mounts: Sequence[str]) -> tuple[str, ...]:
-    """What a job asks for, each as `NAME:PATH`. Raises InvalidJobError."""
+    """Return a job's mounts, each as `NAME:PATH`. Raises InvalidJobError."""
     if len(mounts) > MOUNTS_MAX:
         raise InvalidJobError(f"a job has at most {MOUNTS_MAX} mounts, not {len(mounts)}")
     checked: dict[str, str] = {}
@@ -494,18 +498,18 @@ def check_mounts(mounts: Sequence[str]) -> tuple[str, ...]:
 
 
 def is_plain_path(path: str) -> bool:
-    """Whether it is absolute, not the root, and no part of it has another meaning than its name."""
+    """Return whether it is absolute, not the root, and no part of it has another meaning than its name."""
     parts = path.split("/")[1:]
     return path.startswith("/") and all(part not in ("", ".", "..") and "\0" not in part for part in parts)
 
 
 def lies_in(path: str, directory: str) -> bool:
-    """Whether it is the directory, or lies in it."""
+    """Return whether it is the directory, or lies in it."""
     return path == directory or path.startswith(directory.rstrip("/") + "/")
 
 
 def _is_the_jobs_own(path: str) -> bool:
-    """Whether a mount would cover what each job has of its own, or lie in what is not a job's to change."""
+    """Return whether a mount would cover a job's own files, or lie in a directory no job may change."""
     if any(lies_in(own, path) for own in (*_SYSTEM, "/tmp", "/var/tmp")):  # noqa: S108  a job's
         return True
     inside = (JOB_DIRECTORY, WORKSPACE_DIRECTORY)
@@ -518,7 +522,7 @@ NO_GPUS: Final = GpuOffer()
 
 
 def _said(value: object) -> str:
-    # Python refuses to write out what has more than 4,300 digits
+    # Python refuses to write out a number of more than 4,300 digits
     return (
         f"one of {value.bit_length()} bits"
         if isinstance(value, int) and value.bit_length() > 64
@@ -528,7 +532,7 @@ def _said(value: object) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a job has used, read from its cgroup before that was removed.
+    """The usage of a job, read from its cgroup before that was removed.
 
     Times in microseconds, sizes in bytes. `oom_kills` is the cgroup's own counter.
     """
@@ -542,7 +546,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class UsageSample:
-    """What a running job had used at one moment: its processes and memory then, the rest until then.
+    """The usage of a running job at one moment: its processes and memory then, the rest until then.
 
     Times in microseconds, sizes in bytes; `pids` are processes and threads, init included.
     """
@@ -556,7 +560,7 @@ class UsageSample:
 
 
 class Condition(StrEnum):
-    """How a job has to end for one that waits for it: by itself with exit code 0; otherwise; or either."""
+    """The end that a waiting job requires of another: by itself with exit code 0; otherwise; or either."""
 
     OK = "ok"
     FAILED = "failed"
@@ -632,7 +636,7 @@ class Retry:
             )
 
     def pause_after(self, job: "Job") -> float | None:
-        """How many seconds the next attempt waits after the end of this one; None: there is none."""
+        """Return the seconds from the end of this attempt to the next one; None: there is none."""
         if job.state is JobState.LOST:
             return 0.0 if self.if_lost and job.attempt <= max(self.times, LOST_RETRIES_MAX) else None
         if job.attempt > self.times or not self._fits(job):
@@ -652,7 +656,7 @@ class Retry:
 
 @dataclass(frozen=True, slots=True)
 class QueueSpec:
-    """How a job waits in the queue. Raises InvalidJobError.
+    """The conditions of a job in the queue. Raises InvalidJobError.
 
     Of one client's jobs those with a higher `priority` go first (-1000 to 1000), among equals the older one.
     `not_before` is a time, local without a time zone. A job that is `held` waits until it is released.
@@ -711,7 +715,7 @@ class TerminalSize:
 
 
 def check_outputs(patterns: Sequence[str]) -> tuple[str, ...]:
-    """Patterns of files that are kept, without what says nothing. Raises InvalidJobError."""
+    """Return the patterns of files to keep, normalized. Raises InvalidJobError."""
     if len(patterns) > OUTPUTS_MAX:
         raise InvalidJobError(
             f"a job has at most {OUTPUTS_MAX} patterns of files to keep, not {len(patterns)}"
@@ -730,8 +734,14 @@ def check_outputs(patterns: Sequence[str]) -> tuple[str, ...]:
     return tuple(checked)
 
 
+def check_port(port: int) -> None:
+    """Raise InvalidJobError for a number that is no port."""
+    if not 1 <= port <= PORT_MAX:
+        raise InvalidJobError(f"a port is a number from 1 to {PORT_MAX}, not {port}")
+
+
 def check_upload(name: str) -> None:
-    """Raises InvalidJobError for what is no name of an upload."""
+    """Check the name of an upload. Raises InvalidJobError."""
     if not _UPLOAD.fullmatch(name):
         raise InvalidJobError("the name of an upload is 1 to 64 letters, digits, _ and -")
 
@@ -773,28 +783,29 @@ class Archive:
 
 @dataclass(frozen=True, slots=True)
 class JobSpec:
-    """What is asked for: a shell command (one string) or an argv (a sequence), and how to run it.
+    """The request for a job: a shell command (one string) or an argv (a sequence), and its settings.
 
     A string is run by `/bin/sh -c`; a sequence is executed as it is. `limits` replaces single defaults,
     within the operator's ceilings; sizes and times are numbers of bytes and seconds, or text: "64M", "1h30m".
     `env` is added to the job's environment, and so are `secrets`, which no other call tells and which are
-    stored only while the job waits in the queue, or may be tried again. `workdir` is where the command
-    begins, as the job sees it. With `input` the command reads what is streamed to the job. With a `terminal`
-    its stdin, stdout and stderr are one of that size, into which what is streamed is typed. `workspace` is
-    a directory of the client's own by its name, made when it is first named: it outlives jobs, and the
-    command begins there. An `exclusive` job is in it alone. Two starts of
-    one client with the same `request_id` are one. With `queue` the job waits for its turn in the queue,
-    instead of being started or refused at once. `upload` names files that were sent before (`Client.upload`),
-    and that are unpacked in the job's workspace, or else its own directory, before the command starts.
-    `allow` are names on the network that the job may reach, as far as the operator offers them: `pypi.org`,
-    `*.example.org`, `db.example.org:5432`. Jobs of one client with the same `link` share a network.
-    `outputs` are patterns of files there that are kept when the command has ended (`Job.artifacts`): `*`, `?`
-    and `[...]` within a name, `**` for any directories; a directory that matches is kept whole. With
-    `output_required` a job that ends without them has not succeeded. `image` is the name of an image, whose
-    files are the job's instead of the host's; what the job writes there goes with it, and if it is
-    `read_only` it writes nothing there. Then the command may be empty: that of the image. `mounts` are
-    directories that the operator offers, each as `NAME` (at /mnt/NAME) or `NAME:PATH`. `gpus`
-    is how many GPUs the job has for itself. Raises InvalidJobError.
+    stored only while the job waits in the queue, or may be tried again. `workdir` is the command's first
+    directory, as the job sees it. With `input` the command reads the bytes that are streamed to the job. With
+    a `terminal` its stdin, stdout and stderr are one terminal of that size, and the streamed bytes are typed
+    into it. `workspace` names a directory of the client's own, made when it is first named: it outlives jobs,
+    and the command begins there. An `exclusive` job has it alone. Two starts of one client with the same
+    `request_id` are one. With `queue` the job waits for its turn in the queue, instead of being started or
+    refused at once. `upload` names files that were sent before (`Client.upload`); they are unpacked in the
+    job's workspace, or else its own directory, before the command starts. `allow` has the names on the
+    network that the job may reach, as far as the operator offers them: `pypi.org`, `*.example.org`,
+    `db.example.org:5432`. Jobs of one client with the same `link` share a network. `outputs` are patterns of
+    files in that directory that are kept when the command has ended (`Job.artifacts`): `*`, `?` and `[...]`
+    within a name, `**` for any directories; a directory that matches is kept whole. With `output_required` a
+    job that ends without such files has not succeeded. `image` is the name of an image, whose files the job
+    sees instead of the host's; files that the job writes there go with it, and if it is `read_only` it writes
+    nothing there. Then the command may be empty: the image's own command runs. `mounts` are directories that
+    the operator offers, each as `NAME` (at /mnt/NAME) or `NAME:PATH`. `gpus` is the number of GPUs that the
+    job has for itself. `node` is the only machine of a cluster that may have the job; the operator says which
+    clients may choose one. Raises InvalidJobError.
     """
 
     command: str | Sequence[str]
@@ -820,10 +831,11 @@ class JobSpec:
     allow: Sequence[str] = ()
     link: str = ""
     gpus: int = 0
+    node: str = ""
 
     @classmethod
     def of(cls, spec: "Self | str | Sequence[str]") -> "JobSpec":
-        """The spec itself, or a spec of a command alone. Raises InvalidJobError."""
+        """Return the spec itself, or a spec of a command alone. Raises InvalidJobError."""
         return spec if isinstance(spec, JobSpec) else cls(spec)
 
     def __post_init__(self) -> None:
@@ -884,7 +896,7 @@ class JobSpec:
             isinstance(text, str) for each in secrets.items() for text in each
         ):
             raise InvalidJobError("the secrets of a job are names with values (a dict), both of them text")
-        for name in ("name", "workdir", "request_id", "upload", "workspace", "image", "link"):
+        for name in ("name", "workdir", "request_id", "upload", "workspace", "image", "link", "node"):
             if not isinstance(value := getattr(self, name), str):
                 raise InvalidJobError(f"the {name} of a job is text, not {value!r:.80}")
         for name in ("outputs", "mounts", "allow"):
@@ -942,14 +954,14 @@ class JobSpec:
 
     @property
     def argv(self) -> tuple[str, ...]:
-        """What is executed."""
+        """The program to execute, with its arguments."""
         if isinstance(self.command, str):
             return ("/bin/sh", "-c", self.command)
         return tuple(self.command)
 
     @property
     def directory(self) -> str:
-        """Where the command begins, as the job sees it."""
+        """The command's first directory, as the job sees it."""
         return self.workdir or base_of(self.workspace)
 
     @property
@@ -964,22 +976,22 @@ class JobSpec:
 
 
 def base_of(workspace: str) -> str:
-    """Where paths of a job begin that are relative, as the job sees it: in its workspace, if it has one."""
+    """Return the base of a job's relative paths, as the job sees it: its workspace, if it has one."""
     return WORKSPACE_DIRECTORY if workspace else JOB_DIRECTORY
 
 
 def is_name(text: str) -> bool:
-    """Whether a job can have this name."""
+    """Return whether a job can have this name."""
     return _NAME.fullmatch(text) is not None
 
 
 def is_variable(text: str) -> bool:
-    """Whether an environment variable can have this name."""
+    """Return whether an environment variable can have this name."""
     return _VARIABLE.fullmatch(text) is not None
 
 
 def check_name(name: str) -> None:
-    """Raises InvalidJobError for what is no name of a job; empty is none, and allowed."""
+    """Check the name of a job; the empty name means none, and is allowed. Raises InvalidJobError."""
     if name and not is_name(name):
         raise InvalidJobError(
             f"{name[:80]!r} is no name for a job: up to 63 letters, digits, '.', '_' and '-',"
@@ -988,12 +1000,12 @@ def check_name(name: str) -> None:
 
 
 def is_workspace(text: str) -> bool:
-    """Whether a workspace can have this name: one of a job. It is a name of a directory, too."""
+    """Return whether a workspace can have this name: a job's name, and also a directory's."""
     return is_name(text)
 
 
 def check_workspace(name: str) -> None:
-    """Raises InvalidJobError for what is no name of a workspace."""
+    """Check the name of a workspace. Raises InvalidJobError."""
     if not is_workspace(name):
         raise InvalidJobError(
             f"{name[:80]!r} is no name for a workspace: up to 63 letters, digits, '.', '_' and '-',"
@@ -1002,7 +1014,7 @@ def check_workspace(name: str) -> None:
 
 
 def check_image(name: str) -> None:
-    """Raises InvalidJobError for what is no name of an image."""
+    """Check the name of an image. Raises InvalidJobError."""
     if not is_name(name):
         raise InvalidJobError(
             f"{name[:80]!r} is no name for an image: up to 63 letters, digits, '.', '_' and '-',"
@@ -1011,7 +1023,7 @@ def check_image(name: str) -> None:
 
 
 def check_link(link: str) -> None:
-    """Raises InvalidJobError for what is no name of a network that jobs share; it is one as those of jobs."""
+    """Check the name of a shared network; the rule is that of jobs' names. Raises InvalidJobError."""
     if not is_name(link):
         raise InvalidJobError(
             f"{link[:80]!r} is no name for a link: up to 63 letters, digits, '.', '_' and '-',"
@@ -1020,17 +1032,17 @@ def check_link(link: str) -> None:
 
 
 def is_image_key(text: str) -> bool:
-    """Whether this is how pjwd itself calls the directory of an image that a client has loaded."""
+    """Return whether this is pjwd's own name of the directory of an image that a client has loaded."""
     return _IMAGE_KEY.fullmatch(text) is not None
 
 
 def is_image_digest(text: str) -> bool:
-    """Whether this is the digest of an image of the operator's."""
+    """Return whether this is the digest of an image of the operator's."""
     return _IMAGE_DIGEST.fullmatch(text) is not None
 
 
 def check_labels(labels: Mapping[str, str]) -> None:
-    """Raises InvalidJobError for what are no labels of a job."""
+    """Check the labels of a job. Raises InvalidJobError."""
     if len(labels) > LABELS_MAX:
         raise InvalidJobError(f"a job has at most {LABELS_MAX} labels, not {len(labels)}")
     for key, value in labels.items():
@@ -1063,10 +1075,10 @@ def _checked_size(text: str, what: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class ArrayCounts:
-    """What has become of the `count` elements of an array; `indices` as in QueueSpec.
+    """The progress of the `count` elements of an array; `indices` as in QueueSpec.
 
-    `succeeded` are those that ended by themselves with exit code 0, `failed` all others whose start had
-    begun, `cancelled` those that ended without a start.
+    `succeeded` counts the elements that ended by themselves with exit code 0, `failed` all others whose start
+    had begun, `cancelled` those that ended without a start.
     """
 
     indices: str
@@ -1078,12 +1090,12 @@ class ArrayCounts:
 
     @property
     def running(self) -> int:
-        """How many have been started, and have not ended."""
+        """The number of elements that have been started, and have not ended."""
         return self.count - self.waiting - self.succeeded - self.failed - self.cancelled
 
 
 class ArtifactsState(StrEnum):
-    """What has become of the files that are to be kept. PENDING: the job has not ended.
+    """The state of the files that are to be kept. PENDING: the job has not ended.
 
     EMPTY: no file matched. FAILED: they could not be kept, or not all of them. UNKNOWN stands at a client for
     a state that only a newer server knows.
@@ -1100,7 +1112,7 @@ class ArtifactsState(StrEnum):
 class Artifacts:
     """Files of a job that are kept after its end: `bytes` as an archive.
 
-    `detail` is for a person: why there are none, or what was left out.
+    `detail` is for a person: why there are none, or which were left out.
     """
 
     state: ArtifactsState = ArtifactsState.PENDING
@@ -1116,15 +1128,14 @@ class Job:
 
     `output_bytes`, stderr included, is known when the job has ended. `detail` is for a person: why a job that
     was killed does not end, or that its output waits for the disk, for as long as that is so. `workdir` is
-    where the command began; empty for a job that an older pjw started. `usage_now` is what a running job
-    uses, in the answer of `get`; None elsewhere, and when it could not be measured.
+    the command's first directory; empty for a job that an older pjw started. `usage_now` is the usage of a
+    running job, in the answer of `get`; None elsewhere, and when it could not be measured.
 
-    `queued` is when the job was put into the queue, None for one that was started at once. A job that has
-    not been started has `queued` as its `start`, too: see `was_started`. `detail` of a QUEUED job says why it
-    waits, and of one that ended without a start why it did. `not_before` is None when that time has come.
-    `after` has the jobs that it was to wait for, `unmet` says for how many of them it still does. Each
-    attempt of a job that is tried again is a job of its own; `wait` and `stop` of an earlier one go on with
-    the newest.
+    `queued` is when the job was put into the queue, None for one that was started at once. A job that has not
+    been started has `queued` as its `start`, too: see `was_started`. `detail` of a QUEUED job says why it
+    waits, and of a job that ended without a start why it did. `not_before` is None when that time has come.
+    `after` has the jobs that it was to wait for, `unmet` counts those it still waits for. Each attempt of a
+    job that is tried again is a job of its own; `wait` and `stop` of an earlier one go on with the newest.
 
     An array has `array`. It is QUEUED while an element waits, then RUNNING until all have ended; its exit
     code is the highest one of its elements. An element has the id of its array, and an `id` of its own from
@@ -1155,7 +1166,7 @@ class Job:
     held: bool = False
     after: Sequence[After] = ()
     unmet: int = 0
-    # which attempt this is, from 1 on, of a job that may be tried again; 0 of all others
+    # the number of this attempt, from 1 on, of a job that may be tried again; 0 for all others
     attempt: int = 0
     # the job that is the next attempt
     retried_as: int | None = None
@@ -1169,8 +1180,9 @@ class Job:
     exclusive: bool = False
     # None of a job that keeps no files
     artifacts: Artifacts | None = None
-    # of a cluster, the node that runs it, or ran it
+    # of a cluster, the node that runs it, or ran it; and the only one that may, if its client chose one
     node: str = ""
+    chosen_node: str = ""
     # whose files are its root, by its name; empty: the host's are
     image: str = ""
     # whether it can write nothing there
@@ -1181,12 +1193,12 @@ class Job:
     allow: Sequence[str] = ()
     # the network that it shares with other jobs of its client, by its name; empty: it has its own
     link: str = ""
-    # how many GPUs it has for itself
+    # the number of GPUs that it has for itself
     gpus: int = 0
 
     @property
     def ref(self) -> str:
-        """How a person names the job: an element as `17_5`, any other by its id."""
+        """The job's name for a person: an element as `17_5`, any other by its id."""
         return str(self.id) if self.array_id is None else f"{self.array_id}_{self.array_index}"
 
     @property
@@ -1196,7 +1208,7 @@ class Job:
 
     @property
     def asked(self) -> datetime:
-        """When the job was asked for: put into the queue, or started at once."""
+        """The time of the request: for the queue, or for a start at once."""
         return self.queued or self.start
 
     @property
@@ -1205,7 +1217,7 @@ class Job:
         return self.reason is EndReason.COMPLETED and self.exit_status == ExitStatus(0)
 
     def meets(self, condition: Condition) -> bool:
-        """Whether the end of this job, which has ended, is one that another job waits for."""
+        """Return whether the end of this job, which has ended, is one that another job waits for."""
         return condition is Condition.ANY or (condition is Condition.OK) is self.succeeded
 
 
@@ -1228,9 +1240,9 @@ class Workspace:
 
 @dataclass(frozen=True, slots=True)
 class ImageConfig:
-    """How jobs begin in an image: what is added to their environment, where, and with which command.
+    """The start of jobs in an image: additions to their environment, directory, and command.
 
-    Raises InvalidJobError for what no job could have.
+    Raises InvalidJobError for a value that no job could have.
     """
 
     env: Mapping[str, str] = field(default_factory=dict)
@@ -1250,7 +1262,7 @@ class ImageConfig:
             )
 
     def applied_to(self, spec: JobSpec) -> JobSpec:
-        """What is executed for a spec in an image with this config. Raises InvalidJobError."""
+        """Return the spec to execute for a spec in an image with this config. Raises InvalidJobError."""
         argv = (*self.entrypoint, *(spec.argv if spec.command else self.command))
         if not argv:
             raise InvalidJobError(f"the image {spec.image} has no command of its own", hint="give one")
@@ -1271,8 +1283,8 @@ class ImageConfig:
 class Image:
     """An image that jobs can have, at one moment. Times are in UTC.
 
-    It is the operator's, for every client, unless it has a `client_name`. `digest` is of all that is in it,
-    as whoever has made it says. `used` is when a job was last started with it; of the operator's it is when
+    It is the operator's, for every client, unless it has a `client_name`. `digest` covers the whole image, as
+    its maker states it. `used` is when a job was last started with it; for one of the operator's it is when
     it was made.
     """
 
@@ -1305,9 +1317,9 @@ class JobChange:
 class Session:
     """Another command in a job that runs, at one moment: a snapshot that does not change. Times are in UTC.
 
-    `number` counts the sessions of the job from 1 on. `exit_status` is missing while it runs, and of one that
-    is LOST: then nobody could record how it ended. Whichever its job's end has killed has ended by signal 9.
-    `detached`: it stays when its client goes. `terminal`: its stdin, stdout and stderr are one.
+    `number` counts the sessions of the job from 1 on. `exit_status` is missing while it runs, and in a
+    session that is LOST: its end was never recorded. A session that its job's end killed has ended by signal
+    9. `detached`: it stays when its client goes. `terminal`: its stdin, stdout and stderr are one.
     """
 
     job_id: int
@@ -1325,7 +1337,7 @@ class Session:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who is speaking: the client's name, and the serial number of the certificate that says so."""
+    """The identity of a caller: the client's name, and the serial number of its certificate."""
 
     client_name: str
     serial: int

@@ -1,4 +1,4 @@
-"""Names on the network: what a client asks for, what an operator offers, where a job finds them. No I/O.
+"""Names on the network: a client's request, an operator's offer, and their addresses in a job. No I/O.
 
 A name is a host, `*.SUFFIX` for all hosts below a suffix, `*` for any, or an address as it is written
 canonically; with a port or, without one, with those of the web.
@@ -21,7 +21,7 @@ WEB_PORTS: Final = (443, 80)
 _PORT_MAX: Final = 65_535
 _HOST_MAX: Final = 253
 _LABEL: Final = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
-# What a resolver would take for an address: 127.1, 0177.0.0.1, 2130706433, 0x7f.1 (inet_aton(3)).
+# Forms that a resolver would take for an address: 127.1, 0177.0.0.1, 2130706433, 0x7f.1 (inet_aton(3)).
 _NUMBER: Final = re.compile(r"[0-9]+|0x[0-9a-f]*")
 # Each job that shares a network with others has 64 addresses of its own there.
 _FIRST_ADDRESS: Final = 0x7F40_0000
@@ -30,7 +30,7 @@ _JOBS_APART: Final = 1 << 16
 
 
 def host_of(text: str) -> str:
-    """A host in the one way in which hosts are compared here; empty for what is none.
+    """Return a host in the one form in which hosts are compared here; empty for a text that is no host.
 
     An IPv6 address is without brackets. An address that is not written canonically is none, nor is an IPv4
     address in the form of an IPv6 one.
@@ -45,7 +45,7 @@ def host_of(text: str) -> str:
 
 
 def is_address(host: str) -> bool:
-    """Whether a host is an address, and no name."""
+    """Return whether a host is an address, and no name."""
     return ":" in host or _NUMBER.fullmatch(host.rpartition(".")[2]) is not None
 
 
@@ -65,7 +65,7 @@ class Allowed:
 
     @classmethod
     def of(cls, text: str) -> Self:
-        """What `HOST[:PORT]` says. Raises InvalidJobError."""
+        """Parse `HOST[:PORT]`. Raises InvalidJobError."""
         host, port = split_port(text)
         suffix = host.removeprefix("*.") if host.startswith("*.") else ""
         if host == "*":
@@ -91,7 +91,7 @@ class Allowed:
 
     @property
     def ports(self) -> Sequence[int]:
-        """Which."""
+        """The ports of it."""
         return WEB_PORTS if self.port is None else (self.port,)
 
     @property
@@ -100,7 +100,7 @@ class Allowed:
         return self.port is not None and not self.host.startswith("*") and not is_address(self.host)
 
     def has(self, host: str, port: int) -> bool:
-        """Whether a host, or a pattern of hosts, at a port is in it."""
+        """Return whether a host, or a pattern of hosts, at a port is in it."""
         return port in self.ports and _is_below(host, self.host)
 
 
@@ -114,7 +114,7 @@ def _is_below(host: str, pattern: str) -> bool:
 
 
 def split_port(text: str) -> tuple[str, str | None]:
-    """The host of `HOST[:PORT]`, without the brackets of an IPv6 address, and the port; None without one."""
+    """Split `HOST[:PORT]`: the host without the brackets of an IPv6 address, and the port or None."""
     if text.startswith("["):
         host, bracket, rest = text[1:].partition("]")
         if not bracket or ":" not in host or (rest and not rest.startswith(":")):
@@ -127,13 +127,13 @@ def split_port(text: str) -> tuple[str, str | None]:
 
 
 def is_offered(wanted: Allowed, offers: Iterable[Allowed]) -> bool:
-    """Whether each port of a name that is asked for is offered."""
+    """Return whether each port of a requested name is offered."""
     offered = list(offers)
     return all(any(offer.has(wanted.host, port) for offer in offered) for port in wanted.ports)
 
 
 def check_allow(names: Sequence[str]) -> tuple[str, ...]:
-    """The names that a job asks for, each once and in one way of writing. Raises InvalidJobError."""
+    """Return the names a job asks for, each once and in canonical form. Raises InvalidJobError."""
     found = tuple(dict.fromkeys(map(Allowed.of, names)))
     if len(found) > ALLOW_MAX:
         raise InvalidJobError(f"a job may reach at most {ALLOW_MAX} names, not {len(found)}")
@@ -144,19 +144,19 @@ def check_allow(names: Sequence[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """Where a job connects to, within itself; `host` is empty for the proxy."""
+    """An address within a job to which it connects; `host` is empty for the proxy."""
 
     address: str
     port: int
     host: str = ""
 
     def __str__(self) -> str:
-        """As init is told."""
+        """Return the listener as an option of init."""
         return f"{self.address}:{self.port}" + (f"/{self.host}" if self.host else "")
 
 
 def listeners_of(job_id: int, allow: Iterable[str], *, is_linked: bool) -> list[Listener]:
-    """Those of a job: first the proxy, then a listener for each name with one port.
+    """Return the listeners of a job: first the proxy, then one for each name with one port.
 
     Of jobs that share a network each has its own addresses.
     """
@@ -173,7 +173,7 @@ def listeners_of(job_id: int, allow: Iterable[str], *, is_linked: bool) -> list[
 
 
 def proxy_variables(job_id: int, *, is_linked: bool) -> dict[str, str]:
-    """What programs of a job with names on the network find their proxy by."""
+    """Return the variables by which programs of a job with names on the network find their proxy."""
     proxy = f"http://{listeners_of(job_id, (), is_linked=is_linked)[0]}"
     own = "localhost,127.0.0.1,::1"
     variables = {"HTTP_PROXY": proxy, "HTTPS_PROXY": proxy, "NO_PROXY": own}

@@ -1,4 +1,4 @@
-"""What goes wrong with stdout, for programs that print: in words, and once."""
+"""Failures of stdout, for programs that print: each in words, and once."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ EXIT_CLOSED_PIPE: Final = 141
 
 
 class ReaderGoneError(Exception):
-    """Nobody reads what is printed."""
+    """The reader of stdout has closed it."""
 
 
 def require_stdout() -> None:
@@ -24,10 +24,11 @@ def require_stdout() -> None:
 
 @contextmanager
 def checked_stdout() -> Iterator[None]:
-    """Write what was printed, also when argparse ends the program.
+    """Write all printed text, also when argparse ends the program.
 
-    Raises ConfigError when stdout cannot be written, and ReaderGoneError when nobody reads it; in either
-    case nothing is written any more. All other system calls that fail must be worded where they are made.
+    Raises ConfigError when stdout cannot be written, and ReaderGoneError when its reader has closed it; in
+    either case nothing is written any more. All other system calls that fail must be worded where they are
+    made.
     """
     try:
         try:

@@ -9,7 +9,7 @@ _SUFFIX: Final = ".dist-info"
 
 
 def version() -> str:
-    """The version of the package, from the name of its dist-info directory.
+    """Return the version of the package, from the name of its dist-info directory.
 
     PyPA's "Recording installed projects" specifies that name. importlib.metadata gives the same version, but
     its import takes as long as all of `pjw --help`. It is used only where there is no such directory.

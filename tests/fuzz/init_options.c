@@ -114,8 +114,10 @@ bool is_session(const struct options *options) {
 
 /* What an init, or a session, knew before its order stays as it was. */
 static void take_order(char *words, size_t length, size_t fd_count, bool session, struct options *options) {
+    /* clang-format off */
     char *line[] = {"pjw-init", "--report-fd", "102", "--wait", "--hostname", "job-1", "--scratch", "/scratch",
                     "--enter-fd", "103", NULL};
+    /* clang-format on */
     int fds[ORDER_FDS_MAX];
     for (int i = 0; i < ORDER_FDS_MAX; i++)
         fds[i] = i ? STATUS : COMMAND;
@@ -125,7 +127,8 @@ static void take_order(char *words, size_t length, size_t fd_count, bool session
     parse_order(words, length, fds, fd_count, options);
     must(options->report_fd == 102 && options->hostname == line[5] && options->scratch == line[7]);
     must(options->enter_fd == (session ? LAST : -1) && !options->connect_port);
-    must(options->hide_count == 0 && options->place_count == 0 && options->cgroup_fd < 0 && options->cgroup_procs_count == 0);
+    must(options->hide_count == 0 && options->place_count == 0 && options->cgroup_fd < 0 &&
+         options->cgroup_procs_count == 0);
     must(options->output_fds[0] == STATUS && options->status_fd == STATUS);
     must(options->times_fds[0] == (session ? -1 : STATUS));
     must(options->control_fd == (options->control ? STATUS : -1) && options->input_fd == (options->input ? STATUS : -1));
@@ -138,7 +141,8 @@ static void take_order(char *words, size_t length, size_t fd_count, bool session
     must(options->source_count == 0 && (!session || options->target_count == 0));
     must(options->target_count >= 0 && options->target_count <= TARGETS_MAX);
     for (int i = 0; i < options->target_count; i++)
-        must(options->targets[i].path[0] == '/' && strlen(options->targets[i].path) <= TARGET_MAX_BYTES && options->targets[i].fd == STATUS);
+        must(options->targets[i].path[0] == '/' && strlen(options->targets[i].path) <= TARGET_MAX_BYTES &&
+             options->targets[i].fd == STATUS);
     must(options->link_fd == (options->link ? STATUS : -1));
     must(!session || (!options->link && !options->listener_count));
     must(options->listener_count >= 0 && options->listener_count <= LISTENERS_MAX);

@@ -51,7 +51,14 @@ def sdist(dist: Path) -> Path:
 @pytest.fixture(scope="session")
 def deb(dist: Path) -> Path:
     """The Debian package."""
-    [path] = dist.glob("*.deb")
+    [path] = dist.glob("pjw_*.deb")
+    return path
+
+
+@pytest.fixture(scope="session", params=["pjw-gateway", "pjw-node"])
+def small_deb(dist: Path, request: pytest.FixtureRequest) -> Path:
+    """The Debian packages that have no program of their own."""
+    [path] = dist.glob(f"{request.param}_*.deb")
     return path
 
 

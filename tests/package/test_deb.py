@@ -16,6 +16,30 @@ def test_lintian_has_nothing_to_say(deb: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "")
 
 
+def test_the_packages_of_a_cluster(small_deb: Path) -> None:
+    """They need pjw of the same version, and have no program; lintian finds nothing."""
+    test_lintian_has_nothing_to_say(small_deb)
+    version = field(small_deb, "Version")
+    assert field(small_deb, "Depends").split(", ")[0] == f"pjw (= {version})"
+    assert field(small_deb, "Architecture") == "all"
+    listed = subprocess.check_output(["dpkg-deb", "--contents", str(small_deb)], text=True).splitlines()
+    files = {line.split()[-1] for line in listed if not line.startswith("d")}
+    if field(small_deb, "Package") == "pjw-node":
+        own = {"./usr/lib/systemd/system/pjwd.service.d/pjw-node.conf"}
+    else:
+        own = {
+            "./lib/systemd/system/pjw-gateway.service",
+            "./usr/lib/sysusers.d/pjw-gateway.conf",
+            "./etc/logrotate.d/pjw-gateway",
+            "./etc/pjw-gateway/gateway.toml",
+        }
+    found = {name for name in files if not name.startswith(("./usr/share/doc/", "./usr/share/lintian/"))}
+    # Debian 13 has its units below /usr
+    assert {
+        name.replace("./usr/lib/systemd/system/pjw-", "./lib/systemd/system/pjw-") for name in found
+    } == own
+
+
 def test_what_it_depends_on(deb: Path) -> None:
     """The one Python that its libraries are for, and no library that this Debian lacks."""
     python = os.path.basename(os.path.realpath("/usr/bin/python3"))

@@ -3,15 +3,18 @@
 import sqlite3
 import time
 from contextlib import closing
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pjw.arrays import Array
 from pjw.gateway import rows
 from pjw.gateway.states import OF_THE_NODE, TRANSITIONS, PlacementEvent, PlacementState, after, before
-from pjw.model import EndReason, ExitStatus, Job, JobSpec, JobState, Limits, QueueSpec
-from pjw.worker import queue_rows
+from pjw.model import EndReason, ExitStatus, Job, JobSpec, JobState, Limits, QueueSpec, Retry
+from pjw.worker import array_rows, queue_rows
+from pjw.worker.rows import COLUMNS, job_of
 from pjw.worker.schema import migrate
 
 E, S = PlacementEvent, PlacementState
@@ -84,7 +87,7 @@ def _apply(db: sqlite3.Connection, job_id: int, event: PlacementEvent) -> Job | 
         case E.START_FAILED:
             return rows.start_failed(db, job_id, "why", now)
         case E.END_SEEN:
-            return rows.ended(db, job_id, NODE_JOB)
+            return rows.ended(db, job_id, NODE_JOB, now)
         case E.NODE_LOST:
             return rows.lost(db, job_id, event, "why", now)
         case E.UNKNOWN:
@@ -102,7 +105,7 @@ def _queued(db: sqlite3.Connection) -> int:
     ).lastrowid
     assert job_id is not None
     queue_rows.keep_spec(db, job_id, "alice", spec, None)
-    rows.place(db, job_id, "alice", "uuid")
+    assert rows.place(db, job_id, "uuid") is not None
     return job_id
 
 
@@ -142,3 +145,100 @@ def test_the_table_of_a_gateway_follows_it(events: list[PlacementEvent]) -> None
             assert job.state is expected[state]
             assert (placement.node == "n1") is (state is not S.QUEUED and event is not E.CANCELLED)
             assert bool(rows.alive(db)) is not state.final
+
+
+class _Elements:
+    """An array of a gateway, whose elements are tried again, in a table alone."""
+
+    def __init__(self, db: sqlite3.Connection, indices: str) -> None:
+        self._db = db
+        spec = JobSpec(
+            "true", queue=QueueSpec(array=indices, retry=Retry(2, backoff_seconds=0, if_lost=True))
+        )
+        db.execute("INSERT INTO clients (name, number) VALUES ('alice', 0)")
+        job_id = db.execute(
+            "INSERT INTO jobs (client_name, command, limits, start_ns, queued_ns, attempt)"
+            " VALUES ('alice', 'true', '{}', 0, 1, 1)"
+        ).lastrowid
+        assert job_id is not None
+        self.id = job_id
+        queue_rows.keep_spec(db, job_id, "alice", spec, None)
+        array_rows.make(db, job_id, "alice", indices)
+        self._count = len(Array.of(indices))
+        self._uuids = 0
+
+    def job(self, job_id: int) -> Job:
+        query = f"SELECT {COLUMNS} FROM jobs WHERE id = ?"  # noqa: S608  a constant
+        return job_of(self._db.execute(query, (job_id,)).fetchone())
+
+    def draw(self) -> bool:
+        """Have a node claim the element that is next; whether there is one."""
+        found = array_rows.draw(self._db, self.id, ())
+        if found is None:
+            return False
+        self._uuids += 1
+        placement = rows.place(self._db, found[0], f"uuid-{self._uuids}")
+        assert placement is not None
+        assert rows.claim(self._db, placement, Limits(), "n1", "s1", time.time_ns()) is not None
+        # the answer was lost on its way, and the node asks again
+        assert rows.claim(self._db, placement, Limits(), "n1", "s1", time.time_ns()) is None
+        return True
+
+    def placed(self) -> list[tuple[rows.Placement, Job]]:
+        """The elements that a node has."""
+        return [each for each in rows.alive(self._db) if each[0].state is not S.QUEUED]
+
+    def check(self) -> None:
+        """No element is forgotten, none runs twice, and the array ends with its last one."""
+        array, placed = self.job(self.id), self.placed()
+        assert array.array is not None
+        ended = array.array.succeeded + array.array.failed + array.array.cancelled
+        assert ended + array.array.waiting + len(placed) == self._count
+        assert array.state.final is (ended == self._count)
+        indices = [job.array_index for _, job in placed]
+        assert len(indices) == len(set(indices))
+        assert not any(job.state.final for _, job in placed)
+        followed = self._db.execute("SELECT retried_as FROM jobs WHERE retried_as IS NOT NULL").fetchall()
+        assert len(followed) == len(set(followed))
+
+
+FAILED_JOB = replace(NODE_JOB, exit_status=ExitStatus(1))
+_ACTIONS = ("draw", "started", "good", "bad", "lost", "put_back", "stop", "hold", "release", "cancel")
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.sampled_from(_ACTIONS), st.integers(0, 3)), max_size=40))
+def test_an_array_of_a_gateway_forgets_no_element(actions: list[tuple[str, int]]) -> None:
+    """Whatever nodes tell of its elements, and whoever holds, stops or cancels it meanwhile."""
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
+        EMPTY.backup(db)
+        array, now = _Elements(db, "1-4%3"), time.time_ns()
+        for action, pick in actions:
+            placed = array.placed()
+            job_id = placed[pick % len(placed)][1].id if placed else 0
+            match action:
+                case "draw":
+                    array.draw()
+                case "hold" | "release":
+                    queue_rows.set_held(db, array.id, action == "hold")
+                case "cancel":
+                    queue_rows.cancel_array(db, array.id, "why", now)
+                case _ if not job_id:
+                    pass
+                case "started":
+                    rows.started(db, job_id, NODE_JOB)
+                case "good" | "bad":
+                    rows.ended(db, job_id, NODE_JOB if action == "good" else FAILED_JOB, now)
+                case "lost":
+                    rows.lost(db, job_id, E.NODE_LOST, "why", now)
+                case "put_back":
+                    rows.put_back(db, job_id, E.PUT_BACK, now)
+                case "stop":
+                    rows.ask_stop(db, job_id, 15, None)
+            array.check()
+        queue_rows.set_held(db, array.id, False)
+        while array.placed() or array.draw():
+            for _, job in array.placed():
+                rows.ended(db, job.id, NODE_JOB, now)
+            array.check()
+        assert array.job(array.id).state.final

@@ -20,7 +20,7 @@ from pjw.cluster.v1 import cluster_pb2 as cpb
 from pjw.cluster.v1.cluster_pb2_grpc import ClusterServiceStub, NodeServiceStub
 from pjw.v1 import job_worker_pb2 as pb
 from tests.cluster import LOST_AFTER_SECONDS, Cluster, cluster
-from tests.service import CALL_SECONDS, Running, Service, wait_for
+from tests.service import BIN, CALL_SECONDS, Running, Service, wait_for
 
 # what the command below has written when it was told to end
 LINES: Final = 150
@@ -303,33 +303,12 @@ def test_what_does_not_work_yet_is_refused_in_words(two: Cluster) -> None:
     """Before anything is made; each has a line in docs/cluster.md."""
     gateway = two.gateway
     before = gateway.ok("list")
-    for words, told in (
-        (("start", "--workspace", "w", "true"), "a workspace"),
-        (("start", "--output", "dist/**", "true"), "artifacts"),
-        (("start", "--image", "debian", "true"), "an image"),
-        (("start", "--mount", "data", "true"), "a mount of the operator's"),
-        (("start", "--allow", "pypi.org", "true"), "a name on the network"),
-        (("start", "--link", "db", "true"), "a network that jobs share"),
-        (("start", "--gpus", "1", "true"), "a GPU"),
-        (("start", "--queue", "--priority", "1", "true"), "a priority"),
-        (("start", "--hold", "true"), "a held job"),
-        (("start", "--array", "1-3", "true"), "an array"),
-        (("start", "--after", "1", "true"), "a job that waits for others"),
-    ):
+    for words, told in ((("start", "--workspace", "w", "true"), "a workspace"),):
         code, said = gateway.refused(*words)
         line = f"pjw: error: {told} does not work through a gateway yet"
         assert (code, said.splitlines()[0]) == (1, line), words
     job_id = gateway.ok("start", "sleep 300").strip()
     before += f"{job_id}\n"
-    for command in (("exec", job_id, "true"), ("hold", job_id)):
-        _, said = gateway.refused(*command)
-        assert f"pjw {command[0]} does not work through a gateway yet" in said, command
-    with gateway.stub() as stub, pytest.raises(grpc.RpcError) as caught:
-        list(stub.Forward(iter([pb.ForwardRequest(id=int(job_id), port=80)]), timeout=CALL_SECONDS))
-    assert (caught.value.code(), caught.value.details()) == (
-        grpc.StatusCode.FAILED_PRECONDITION,
-        "pjw forward does not work through a gateway yet",
-    )
     assert gateway.ok("list") == before
 
 
@@ -424,6 +403,14 @@ def test_one_machine_has_no_nodes(service: Service) -> None:
     assert (code, said) == (
         125,
         f"pjw: error: {service.address} is no gateway of a cluster: it has no nodes\n",
+    )
+    code, said = service.refused("start", "--node", "n1", "true")
+    assert (code, said.splitlines()) == (
+        1,
+        [
+            "pjw: error: a job has a node through a gateway alone, and this server is one machine",
+            "hint: leave --node out",
+        ],
     )
 
 
@@ -547,3 +534,78 @@ def test_a_rogue_node_claims_nothing_of_anothers(two: Cluster) -> None:
         assert gateway.job(job_id).node == node.name
     finally:
         wait_for(lambda: two.states().get("rogue") in (None, "lost"))
+
+
+def test_a_machine_that_its_operator_drains(two: Cluster) -> None:
+    """`pjwd drain` on a node: the gateway shows it, and gives it no job, until `pjwd resume` there."""
+    gateway, node = two.gateway, two.nodes["n1"]
+    kept = int(gateway.ok("start", "sleep 300"))
+    assert two.node_of(kept) is node
+    pjwd = [str(BIN / "pjwd"), "drain", "--state-dir", str(node.state)]
+    assert subprocess.check_output(pjwd, text=True) == "drained; jobs that have not ended: 1\n"
+    two.await_nodes({"n1": "drained"})
+    # other tests have left nodes that are away
+    found = json.loads(gateway.ok("nodes", "--format", "json", client="ann"))
+    [listed] = [each for each in found if each["name"] == "n1"]
+    assert (listed["state"], listed["drainedThere"]) == ("drained", True)
+    assert "(drained there: pjwd resume)" in gateway.at_terminal("nodes", client="ann", columns=140)
+    with gateway.client() as client:
+        assert {client.wait(client.start("true").id).node for _ in range(3)} == {"n2"}
+    # it says so after a restart, too, and nobody but its own operator resumes it
+    node.kill("both")
+    node.start()
+    two.await_nodes({"n1": "drained"})
+    assert gateway.refused("nodes", "resume", "n1", client="ann") == (
+        1,
+        "pjw: error: node n1 gets no jobs yet: it was drained on its own machine\nhint: there: pjwd resume\n",
+    )
+    pjwd[1] = "resume"
+    assert subprocess.check_output(pjwd, text=True) == "resumed\n"
+    two.await_nodes({"n1": "up"})
+    assert gateway.job(kept).state == pb.JOB_STATE_RUNNING
+
+
+def test_a_node_that_is_gone_for_good(two: Cluster) -> None:
+    """Removed when it is not connected and has no jobs; the output that it had is lost in words."""
+    gateway = two.gateway
+    node = two.add_node("n3")
+    two.await_nodes({"n3": "up"})
+    try:
+        # one after the other, as `pjw rm`: a name that fails does not end it
+        said = gateway.pjw("nodes", "drain", "n1", "nobody", "n2", client="ann")
+        assert (said.returncode, said.stdout) == (1, b"n1\nn2\n")
+        assert said.stderr == b"pjw: error: no node nobody\nhint: pjw nodes\n"
+        there = gateway.ok("start", "echo output").strip()
+        gateway.ok("wait", there)
+        assert gateway.ok("logs", there) == "output\n"
+        live = gateway.ok("start", "sleep 300").strip()
+        assert two.node_of(int(live)) is node
+        code, words = gateway.refused("nodes", "rm", "n3", client="ann")
+        assert (code, words.splitlines()[0]) == (1, "pjw: error: cannot remove node n3: it is connected")
+        node.stop()
+        two.await_nodes({"n3": "away"})
+        code, words = gateway.refused("nodes", "rm", "n3", client="ann")
+        assert "cannot remove node n3: 1 of its jobs have not ended" in words
+        node.start()
+        gateway.ok("stop", live)
+        node.stop()
+        two.await_nodes({"n3": "away"})
+        assert gateway.ok("nodes", "rm", "n3", client="ann") == "n3\n"
+        assert "n3" not in gateway.ok("nodes", client="ann").split()
+        code, words = gateway.refused("logs", there)
+        assert f"what job {there} left is lost: its node n3 was removed from the cluster" in words
+        assert json.loads(gateway.ok("get", there))["node"] == "n3"
+        assert gateway.refused("nodes", "rm", "n3", client="ann")[1].startswith("pjw: error: no node n3\n")
+        # nor does the next gateway know it
+        gateway.stop()
+        gateway.start()
+        two.await_nodes({"n1": "drained", "n2": "drained"})
+        assert "n3" not in two.states()
+    finally:
+        gateway.pjw("nodes", "resume", "n1", "n2", client="ann")
+        # what is left is ended with the others
+        if node.process is None:
+            node.start()
+        two.await_nodes({"n3": "up"})
+    # one of that name comes again as a new one, and has its output
+    assert gateway.ok("logs", there) == "output\n"

@@ -17,7 +17,7 @@ TUTORIAL: Final = DOCS / "tutorial.md"
 # each is typed from its first command to its last, in an empty directory
 SESSIONS: Final = ("tutorial.md", "limits.md", "certificates.md", "cli.md")
 # these are for who has a service: they go on where the tutorial has its first job
-GO_ON: Final = ("ci.md", "network.md")
+GO_ON: Final = ("ci.md",)
 
 
 @pytest.fixture

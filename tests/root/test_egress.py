@@ -9,6 +9,7 @@ import contextlib
 import functools
 import hashlib
 import http.server
+import io
 import json
 import os
 import random
@@ -17,6 +18,7 @@ import signal
 import socketserver
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -35,6 +37,7 @@ from tests.service import BIN, Service, wait_for
 from tests.worker_harness import UIDS, python, uid_range
 
 IDLE: Final = "exec sleep 1000"
+DATABASE_PORT: Final = 5432
 GET: Final = b"GET http://good.test/hello HTTP/1.1\r\nHost: good.test\r\n\r\n"
 # connects by its name to a host, as a program that knows no proxy does
 CONNECT: Final = """
@@ -110,6 +113,7 @@ class World:
         """The operator's file."""
         offered = ["good.test", f"good.test:{self.echo_port}", "*.wild.test", "both.test", "private.test"]
         offered += ["loopback.test", "metadata.test", self.address, f"both.test:{self.echo_port}"]
+        offered += [f"good.test:{DATABASE_PORT}"]
         return (
             f'audit_log = "{self.directory}/audit.jsonl"\nlog_level = "info"\n'
             f"[job_users]\nuid_first = {uid_range()}\nuid_count = {UIDS}\n"
@@ -368,16 +372,18 @@ def test_pip(world: World, client: Client) -> None:
     assert say(client, world.spec(script)).splitlines()[-1] == "installed"
 
 
-def wheel(directory: Path) -> None:
-    """A package of one module."""
+def wheel(directory: Path, name: str = "made_up") -> str:
+    """A package of one module; the name of its file."""
     import zipfile
 
-    with zipfile.ZipFile(directory / "made_up-1-py3-none-any.whl", "w") as archive:
-        archive.writestr("made_up.py", "word = 'installed'\n")
-        info = "made_up-1.dist-info"
-        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: made-up\nVersion: 1\n")
+    file = f"{name}-1-py3-none-any.whl"
+    with zipfile.ZipFile(directory / file, "w") as archive:
+        archive.writestr(f"{name}.py", "word = 'installed'\n__version__ = '1'\n")
+        info = f"{name}-1.dist-info"
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
+    return file
 
 
 def test_git(world: World, client: Client) -> None:
@@ -398,6 +404,78 @@ def test_git(world: World, client: Client) -> None:
     git("clone", "--bare", str(source), str(world.files / "made.git"))
     git("-C", str(world.files / "made.git"), "update-server-info")
     assert say(client, world.spec("git clone -q http://good.test/made.git && cat made/file")) == "content\n"
+
+
+def test_npm(world: World, client: Client) -> None:
+    """A package of a registry on an allowed name; the registry leads to its archive there, too."""
+    if not shutil.which("npm", path="/usr/bin"):
+        pytest.skip("no npm on this machine")
+    package = json.dumps({"name": "made-up", "version": "1.0.0", "main": "index.js"})
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w:gz") as tar:
+        for name, text in (("package.json", package), ("index.js", "module.exports = 'installed'")):
+            info = tarfile.TarInfo(f"package/{name}")
+            info.size = len(text)
+            tar.addfile(info, io.BytesIO(text.encode()))
+    (world.files / "made-up-1.0.0.tgz").write_bytes(archive.getvalue())
+    registry = world.files / "npm"
+    registry.mkdir()
+    found = {"tarball": "http://good.test/made-up-1.0.0.tgz", "shasum": _sha1(archive.getvalue())}
+    version = {**json.loads(package), "dist": found}
+    about = {"name": "made-up", "dist-tags": {"latest": "1.0.0"}, "versions": {"1.0.0": version}}
+    (registry / "made-up").write_text(json.dumps(about))
+    script = (
+        "npm install --registry http://good.test/npm/ --no-audit --no-fund --no-update-notifier"
+        " --loglevel=error made-up >&2 && node -p \"require('made-up')\""
+    )
+    limits = {"memory_max_bytes": 1 << 30}
+    assert say(client, world.spec(script, limits=limits)).splitlines()[-1] == "installed"
+
+
+def _sha1(data: bytes) -> str:
+    # npm's own sum of older days, which it still asks for
+    return hashlib.sha1(data, usedforsecurity=False).hexdigest()
+
+
+@contextlib.contextmanager
+def database(world: World) -> Iterator[None]:
+    """PostgreSQL on the host that names lead to, as a user of its own."""
+    [*found] = Path("/usr/lib/postgresql").glob("*/bin")
+    if not found or not shutil.which("psql"):
+        pytest.skip("no PostgreSQL on this machine")
+    data = world.directory / "database"
+    data.mkdir()
+    shutil.chown(data, "nobody")
+    as_nobody = ["setpriv", "--reuid=nobody", "--clear-groups"]
+    make = [f"{found[-1]}/initdb", "-D", str(data), "-U", "alice", "-A", "trust", "--no-sync", "--locale=C"]
+    subprocess.run([*as_nobody, *make], cwd=data, check=True, capture_output=True)
+    serve = [
+        f"{found[-1]}/postgres",
+        "-D",
+        str(data),
+        "-h",
+        world.address,
+        "-p",
+        str(DATABASE_PORT),
+        "-k",
+        "",
+    ]
+    server = subprocess.Popen([*as_nobody, *serve], cwd=data, stderr=subprocess.PIPE, text=True)
+    assert server.stderr is not None
+    try:
+        assert any("ready to accept connections" in line for line in server.stderr)
+        yield
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.communicate(timeout=60)
+
+
+def test_psql(world: World, client: Client) -> None:
+    """It knows no proxy, and finds the database by its name and port; without the port there is no name."""
+    ask = "psql -h good.test -U alice -d postgres -tAc 'select 6 * 7' 2>&1"
+    with database(world):
+        assert say(client, JobSpec(ask, allow=[f"good.test:{DATABASE_PORT}"])) == "42\n"
+        assert "could not translate host name" in say(client, JobSpec(f"{ask}; true", allow=["good.test"]))
 
 
 # --- what is offered
@@ -595,8 +673,8 @@ def _then_wait(pieces: Iterator[bytes]) -> Iterator[bytes]:
 def test_a_database_beside_its_tests(world: World, client: Client) -> None:
     """Jobs of one client with the same link share a network, each with its own names; others see none."""
     ask = [*python(CONNECT), "127.0.0.1", "5432", "query"]
-    database = client.start(world.spec(python(LISTEN), link="tests"))
-    assert next(iter(client.logs(database.id))) == b"ready\n"
+    listener = client.start(world.spec(python(LISTEN), link="tests"))
+    assert next(iter(client.logs(listener.id))) == b"ready\n"
     assert say(client, JobSpec(ask, link="tests")) == "the database: query\n"
     for spec in (JobSpec(ask), JobSpec(ask, link="other")):
         assert "ConnectionRefusedError" in say(client, spec)
@@ -608,7 +686,7 @@ def test_a_database_beside_its_tests(world: World, client: Client) -> None:
     assert "hello from the internet" in said
     # who joined knows nothing of the first one's end
     second = client.start(JobSpec(IDLE, link="tests"))
-    client.stop(database.id, grace=0)
+    client.stop(listener.id, grace=0)
     listening = client.start(JobSpec(python(LISTEN), link="tests"))
     assert next(iter(client.logs(listening.id))) == b"ready\n"
     assert client.run_in(second.id, JobSpec(ask)).output == b"the database: query\n"
@@ -618,6 +696,20 @@ def test_a_database_beside_its_tests(world: World, client: Client) -> None:
         assert say(again, JobSpec(ask, link="tests")) == "the database: query\n"
         for job in (second, listening):
             again.stop(job.id, grace=0)
+
+
+def test_a_linked_job_that_is_where_another_one_s_proxy_would_be(world: World, client: Client) -> None:
+    """The second is refused, and told whose listener that is."""
+    everywhere = LISTEN.replace("127.0.0.1", "").replace("5432", str(PROXY_PORT))
+    first = client.start(JobSpec(python(everywhere), link="full"))
+    assert next(iter(client.logs(first.id))) == b"ready\n"
+    with pytest.raises(
+        errors.JobStateError, match=r"listen at 127\.\S+: a job with the same link listens"
+    ) as refused:
+        client.start(world.spec("true", link="full"))
+    assert refused.value.hint == "end that listener, or give this job another --link"
+    assert client.run(JobSpec("true", link="full")).job.succeeded
+    client.stop(first.id, grace=0)
 
 
 def test_jobs_that_begin_at_once_share_one_network(make_service: Callable[..., Service]) -> None:

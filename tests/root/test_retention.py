@@ -4,6 +4,7 @@ import asyncio
 import os
 import sqlite3
 from contextlib import aclosing
+from typing import Any
 
 import pytest
 
@@ -159,7 +160,7 @@ async def test_no_more_bytes_than_may_be_kept(bench: Bench) -> None:
 @pytest.mark.parametrize("total", ["jobs_total", "bytes_total"])
 async def test_a_total_is_at_the_cost_of_who_has_most(bench: Bench, total: str) -> None:
     """A client who fills the server loses its own jobs, and the few of another stay."""
-    most = {"jobs_total": 4, "bytes_total": 4 * MIB}[total]
+    most: Any = {"jobs_total": 4, "bytes_total": 4 * MIB}[total]
     worker = await bench.open(retention=Retention(**{total: most}))
     few, _ = await run(worker, f"head -c {MIB} /dev/zero", "modest")
     many = [(await run(worker, f"head -c {MIB} /dev/zero", "greedy"))[0].id for _ in range(6)]

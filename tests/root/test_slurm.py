@@ -1,12 +1,25 @@
 """A gateway whose places a real Slurm gives: what it takes back, what it forgets, and what dies meanwhile."""
 
 import json
+import os
+import random
+import re
 import signal
-from collections.abc import Iterator
+import subprocess
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
 
 import pytest
 
-from pjw import JobSpec
+from pjw import Job, JobSpec
+from pjw.server.config import HOLD_SOCKET
+from tests.cluster import Cluster
+from tests.root import test_cluster as neutral
 from tests.service import CALL_SECONDS, wait_for
 from tests.slurm_cluster import SlurmCluster, await_no_places, slurm_cluster
 
@@ -22,7 +35,6 @@ def made() -> Iterator[SlurmCluster]:
 def two(made: SlurmCluster) -> Iterator[SlurmCluster]:
     """The same, whole again after each test."""
     yield made
-    print(made.gateway.log.read_text()[-2000:])
     made.idle()
 
 
@@ -57,8 +69,27 @@ def of_kind(command: str, **limits: int) -> JobSpec:
     return JobSpec(command, limits=limits)
 
 
+@pytest.mark.parametrize(
+    "test",
+    [
+        neutral.test_changes_and_usage_are_told,
+        neutral.test_what_a_command_leaves_is_told_as_on_one_machine,
+        neutral.test_a_node_that_is_away_for_a_moment_loses_nothing,
+    ],
+)
+def test_what_does_not_depend_on_the_engine(two: SlurmCluster, test: Callable[[Cluster], None]) -> None:
+    """The same as with the engine `pool`."""
+    test(two)
+
+
+@pytest.mark.parametrize("what", ["gateway", "both"])
+def test_a_follow_is_whole_over_a_kill(two: SlurmCluster, what: str) -> None:
+    """As with the engine `pool`."""
+    neutral.test_a_follow_is_whole_over_a_kill(two, what)
+
+
 def test_warm_places_take_the_next_job_of_their_kind(two: SlurmCluster) -> None:
-    """A job that follows costs Slurm nothing; another shape has a place of its own; each is given back in time."""
+    """A job that follows costs Slurm nothing; another shape has a place of its own; both are given back."""
     slurm = two.slurm
     with two.gateway.client() as client:
         first = client.wait(client.start("true").id)
@@ -87,7 +118,9 @@ def test_many_jobs_need_few_places(two: SlurmCluster) -> None:
 def test_a_place_that_slurm_takes_back(two: SlurmCluster) -> None:
     """Scancel: the job is stopped, within its grace, and is told revoked; the place is free only then."""
     gateway, slurm = two.gateway, two.slurm
-    job_id = gateway.ok("start", "trap 'sleep 1; echo told; exit 3' TERM; echo ready; sleep 300 & wait").strip()
+    job_id = gateway.ok(
+        "start", "trap 'sleep 1; echo told; exit 3' TERM; echo ready; sleep 300 & wait"
+    ).strip()
     with gateway.popen("logs", job_id) as logs:
         assert logs.stdout is not None
         assert logs.stdout.readline() == b"ready\n"
@@ -143,8 +176,8 @@ def test_a_drained_node_is_told(two: SlurmCluster) -> None:
         for name in two.nodes:
             slurm.ok("scontrol", "update", f"nodename={name}", "state=drain", "reason=bad disk")
         job = client.start("true")
-        wait_for(lambda: "n1, n2 drained: bad disk" in client.get(job.id).detail)
-        assert client.get(job.id).detail.startswith("waits: Slurm says ")
+        wait_for(lambda: client.get(job.id).detail.startswith("waits: Slurm says "))
+        assert "n1, n2 drained: bad disk" in client.get(job.id).detail
         slurm.ok("scontrol", "update", "nodename=n2", "state=resume")
         assert client.wait(job.id).node == "n2"
         slurm.ok("scontrol", "update", "nodename=n1", "state=resume")
@@ -157,7 +190,7 @@ def test_a_drained_node_is_told(two: SlurmCluster) -> None:
 
 @pytest.mark.parametrize("what", ["gateway", "server", "both"])
 def test_a_place_keeps_its_job_over_a_kill(two: SlurmCluster, what: str) -> None:
-    """A hold that took a second job has that one when gateway or node are back, and its place is still Slurm's."""
+    """A hold that took a second job has that one when gateway or node are back."""
     gateway, slurm = two.gateway, two.slurm
     with gateway.client() as client:
         client.wait(client.start("true").id)
@@ -197,7 +230,8 @@ def test_a_hold_that_died_while_its_node_was_away(two: SlurmCluster) -> None:
     slurm.ok("scancel", "--signal=KILL", "--full", number)
     wait_for(lambda: (number, "RUNNING") not in [(each[0], each[2]) for each in slurm.jobs()])
     node.start()
-    assert json.loads(gateway.ok("wait", "--format", "jsonl", str(job_id)))["reason"] == "revoked"
+    with gateway.client() as client:
+        assert client.wait(job_id).reason == "revoked"
 
 
 def test_slurmd_and_slurmctld_die(two: SlurmCluster) -> None:
@@ -211,7 +245,9 @@ def test_slurmd_and_slurmctld_die(two: SlurmCluster) -> None:
         slurm.end(f"slurmd-{node.name}", signal.SIGKILL)
         slurm.end("slurmctld", signal.SIGKILL)
         waiting = client.start(of_kind("echo late", memory_max_bytes=128 * 1024**2))
-        wait_for(lambda: "Slurm" in client.get(waiting.id).detail and "controller" in client.get(waiting.id).detail)
+        wait_for(
+            lambda: "Slurm" in client.get(waiting.id).detail and "controller" in client.get(waiting.id).detail
+        )
         whole = begun + b"".join(seen)
         assert whole == b"".join(b"line %d\n" % (number + 1) for number in range(200))
         slurm.start_controller()
@@ -237,3 +273,150 @@ def test_nothing_is_submitted_twice_over_a_kill_of_the_gateway(two: SlurmCluster
         for each in blockers:
             client.stop(each.id, grace=0)
         assert {client.wait(each.id).reason for each in waiting} == {"completed"}
+
+
+def test_munge_is_down(two: SlurmCluster) -> None:
+    """Slurm's programs cannot say who they are: a job that waits says so, and goes on when it is back."""
+    gateway, slurm = two.gateway, two.slurm
+    with gateway.client() as client:
+        slurm.end("munged")
+        waiting = client.start(of_kind("echo late", memory_max_bytes=64 * 1024**2))
+        wait_for(lambda: "unge" in client.get(waiting.id).detail)
+        gateway.await_log("Slurm does not answer: squeue: ")
+        slurm.start_munge()
+        assert client.wait(waiting.id).reason == "completed"
+
+
+def test_who_calls_slurm_is_killed(two: SlurmCluster) -> None:
+    """The gateway cannot start another, so it ends; the next one has its jobs."""
+    gateway = two.gateway
+    job_id = int(gateway.ok("start", "sleep 300"))
+    two.node_of(job_id)
+    assert gateway.process is not None
+    children = Path(f"/proc/{gateway.pid}/task/{gateway.pid}/children").read_text().split()
+    [helper] = [pid for pid in children if Path(f"/proc/{pid}/comm").read_text() == "pjwd-slurm\n"]
+    status = Path(f"/proc/{helper}/status").read_text()
+    assert re.search(r"^Uid:\t1\t1\t1\t1$", status, re.MULTILINE)
+    assert re.search(r"^NoNewPrivs:\t1$", status, re.MULTILINE)
+    os.kill(int(helper), signal.SIGKILL)
+    assert gateway.process.wait(CALL_SECONDS) == 1
+    text = gateway.log.read_text()
+    # told once with its reason, and no bug for whoever reads the log later
+    assert "answers of Slurm: the task has died, and pjw cannot go on without it" in text
+    gateway.log.write_text(text.replace("Traceback", "traceback"))
+    gateway.start()
+    with gateway.client() as client:
+        wait_for(lambda: not client.get(job_id).detail)
+        assert client.stop(job_id, grace=0).reason == "stopped"
+
+
+def test_what_is_missing_is_said_at_the_start(two: SlurmCluster, tmp_path: Path) -> None:
+    """No sbatch, no slurm.conf: in words, and the gateway does not start."""
+    gateway = two.gateway
+    assert gateway.config is not None
+    for old, new, words in (
+        (f'bin = "{two.slurm.bin}"', 'bin = "/var/empty"', "needs sbatch, and there is none in /var/empty\n"),
+        (f'conf = "{two.slurm.conf}"', 'conf = "/no/such"', "names /no/such, and there is no such file\n"),
+    ):
+        config = tmp_path / "pjwd.toml"
+        config.write_text(gateway.config.replace(old, new))
+        command = [*gateway.command()[:-2], "--config", str(config)]
+        command[command.index("--state-dir") + 1] = str(tmp_path / "state")
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=CALL_SECONDS)
+        assert (done.returncode, words in done.stderr) == (1, True), done
+        assert "hint: " in done.stderr and "Traceback" not in done.stderr
+
+
+def test_who_may_hold_a_place(two: SlurmCluster) -> None:
+    """Root and the gateway's user; and the socket of a node takes nothing that is no hold."""
+    program = str(two.slurm.directory / "pjw-hold")
+    prefix = two.apart["n1"].prefix
+    arguments = (program, HOLD_SOCKET, "1:528:0::", "x")
+
+    def hold(*command: str, job: str = "999999") -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [*prefix, *command],
+            env={"SLURM_JOB_ID": job},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=CALL_SECONDS,
+        )
+
+    nobody = hold("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *arguments)
+    assert nobody.returncode == 75
+    assert nobody.stderr == "pjw-hold: pjwd lets in only root and the user of its cluster.hold_user\n"
+    odd = hold(program, HOLD_SOCKET, "nonsense", "x")
+    assert (odd.returncode, odd.stderr) == (
+        75,
+        "pjw-hold: the gateway knows nothing of this place, or has it elsewhere\n",
+    )
+    for job in ("", "0x1", "-1"):
+        assert hold(*arguments, job=job).returncode == 64
+    assert hold(program).returncode == 64
+    # one that Slurm has never heard of gets jobs like others, and is let go when there is none
+    assert hold(*arguments).returncode == 0
+
+
+STORM_SECONDS: Final = 25.0
+
+
+@pytest.mark.slow
+def test_a_storm(two: SlurmCluster) -> None:
+    """Random kills under eight clients: no job runs twice, none is forgotten, output is whole."""
+    gateway, slurm = two.gateway, two.slurm
+    chance = random.Random(16)
+    ended: list[Job] = []
+    over = threading.Event()
+
+    def work(number: int) -> None:
+        with gateway.client("alice" if number % 2 else "bob") as client:
+            while not over.is_set():
+                limits = {"memory_max_bytes": (64 + number % 3) * 1024**2}
+                job = client.start(JobSpec("echo begun; sleep 0.3; echo ended", limits=limits))
+                done = client.wait(job.id)
+                ended.append(done)
+                output = b"".join(client.logs(job.id))
+                assert output == b"begun\nended\n" or done.reason != "completed", (done, output)
+
+    def kill(what: str) -> None:
+        node = chance.choice(list(two.nodes.values()))
+        match what:
+            case "gateway":
+                gateway.stop(signal.SIGKILL)
+                gateway.start()
+            case "server" | "both":
+                node.kill(what)
+                node.start()
+            case "slurmctld":
+                slurm.end(what, signal.SIGKILL)
+                slurm.start_controller()
+            case "slurmd":
+                slurm.end(f"slurmd-{node.name}", signal.SIGKILL)
+                slurm.start_node(node.name)
+            case "place":
+                for number, _, state in slurm.jobs()[:2]:
+                    if state == "RUNNING":
+                        slurm.ok("scancel", *chance.choice(([], ["--signal=KILL", "--full"])), number)
+
+    with ThreadPoolExecutor(8) as threads:
+        clients = [threads.submit(work, number) for number in range(8)]
+        deadline = time.monotonic() + STORM_SECONDS
+        try:
+            while time.monotonic() < deadline:
+                kill(chance.choice(["gateway", "server", "both", "slurmctld", "slurmd", "place", "place"]))
+                time.sleep(chance.random())
+        finally:
+            over.set()
+        for name, state in slurm.states().items():
+            if "drain" in state:
+                slurm.ok("scontrol", "update", f"nodename={name}", "state=resume")
+        for each in clients:
+            each.result(CALL_SECONDS)
+    print(Counter(job.reason for job in ended))
+    # a launcher that is killed in the middle of a launch cannot say what became of it
+    assert {job.reason for job in ended} <= {"completed", "revoked", "launch_interrupted"}
+    assert len(ended) > STORM_SECONDS / 4
+    rows = [json.loads(line) for node in two.nodes.values() for line in neutral._rows_of(node.state)]
+    uuids = [row["request_id"] for row in rows]
+    assert len(uuids) == len(set(uuids))

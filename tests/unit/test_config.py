@@ -13,6 +13,7 @@ from pjw.model import Limits, Share, Sums
 from pjw.server.authz import Roles
 from pjw.server.config import (
     REMOVED,
+    Gateway,
     JobUsers,
     KeptJobs,
     Metrics,
@@ -307,6 +308,22 @@ def test_the_packaged_file_says_what_the_service_needs() -> None:
         "/etc/pjw/server.key",
         "/var/lib/pjw",
     ]
+
+
+def test_the_packaged_gateway_is_one() -> None:
+    """Its unit waits for each file that packaging/gateway.toml names, and has directories of its own."""
+    unit = (ROOT / "packaging/pjw-gateway.service").read_text()
+    config = load_config(str(ROOT / "packaging/gateway.toml"))
+    assert "ExecStart=/opt/pjw/bin/pjwd gateway --config /etc/pjw-gateway/gateway.toml\n" in unit
+    named = {config.ca_crt, config.server_crt, config.server_key, config.gateway.crt, config.gateway.key}
+    assert named == set(re.findall(r"^ConditionPathExists=(.*)$", unit, re.MULTILINE))
+    assert config.state_dir == "/var/lib/pjw-gateway"
+    assert config.audit_log == "/var/log/pjw-gateway/audit.jsonl"
+    own = {"StateDirectory=pjw-gateway", "LogsDirectory=pjw-gateway", "User=pjw-gateway"}
+    assert own <= set(unit.splitlines())
+    # the keys of one machine have one place to be read about; those that differ are all that is here
+    defaults = Gateway(crt=config.gateway.crt, key=config.gateway.key)
+    assert config.gateway == defaults
 
 
 @pytest.mark.parametrize(

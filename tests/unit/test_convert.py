@@ -181,6 +181,7 @@ def test_another_command_comes_back_as_it_was(
     mounts=st.sampled_from([(), ("data",), ("data:/opt", "a-b:/mnt/ü x")]),
     allow=st.sampled_from([(), ("pypi.org",), ("*.example.org:8443", "[2001:db8::1]:22")]),
     link=st.just("") | NAME,
+    node=st.just("") | NAME,
 )
 def test_a_spec_comes_back_as_it_was(**members: Any) -> None:
     """A shell command stays one, an argv stays one, and only the limits that were set are set."""
@@ -294,7 +295,7 @@ def test_a_client_says_what_to_run_and_no_more() -> None:
     session = {"command", "env", "workdir", "input", "request_id", "terminal"}
     said = {*session, "limits", "name", "labels", "split_stderr", "secrets", "upload"}
     said |= {"workspace", "exclusive", "outputs", "output_required", "image", "read_only"}
-    said |= {"mounts", "allow", "link", "gpus"}
+    said |= {"mounts", "allow", "link", "gpus", "node"}
     assert {field.name for field in fields(JobSpec)} == {"queue", *said}
     assert {field.name for field in pb.StartRequest.DESCRIPTOR.fields} == {"argv", *said}
     assert {field.name for field in pb.ExecRequest.DESCRIPTOR.fields} == {

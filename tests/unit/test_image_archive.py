@@ -8,6 +8,7 @@ import lzma
 import os
 import subprocess
 import tarfile
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -72,6 +73,47 @@ def test_later_layers_replace_and_remove(tmp_path: Path) -> None:
         "d/in": b"in",
         "e": b"now",
     }
+
+
+def test_a_directory_is_made_opaque_once(tmp_path: Path) -> None:
+    """A layer that says so of each of its directories, and again and again, takes no time for it."""
+    count = 20_000
+    tree = image_archive._Tree(layered=True, notes=[])
+    for place, name in enumerate(("d/old", "d/sub/old", "other")):
+        tree.add(entry(name), (0, place))
+    above = [f"d/{number}" for number in range(count)] + ["d/sub/new"]
+    above += [*["d/.wh..wh..opq"] * count, "d/last", "d/.wh..wh..opq"]
+    before = time.process_time()
+    for place, name in enumerate(above):
+        tree.add(entry(name), (1, place))
+    # to look at the whole directory each time takes a hundred times as long
+    assert time.process_time() - before < 5
+    names = {name for name, _ in tree.walk()}
+    assert len(names) == count + 5
+    assert {"d/sub/new", "d/last", "other"} < names
+    assert {"d/old", "d/sub/old"}.isdisjoint(names)
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo", "behind"])
+def test_a_layout_has_files_alone(tmp_path: Path, kind: str) -> None:
+    """A link in it leads nowhere, and nobody waits for who writes to a FIFO; the layout itself may be one."""
+    layout = oci_layout(tmp_path / "layout", [layer(entry("x", b"x"))])
+    (tmp_path / "to").symlink_to(layout)
+    ImageArchive.open(f"oci:{tmp_path}/to").__exit__()
+    blobs = layout / "blobs" / "sha256"
+    if kind == "behind":
+        blobs.rename(tmp_path / "sha256")
+        blobs.symlink_to(tmp_path / "sha256")
+    for blob in list(blobs.iterdir()):
+        if kind != "behind":
+            blob.rename(tmp_path / blob.name)
+        if kind == "link":
+            blob.symlink_to(tmp_path / blob.name)
+        elif kind == "fifo":
+            os.mkfifo(blob)
+    with pytest.raises(ConfigError, match=r"blobs/sha256/\S+ is no file") as refused:
+        ImageArchive.open(f"oci:{layout}")
+    assert ("link" in str(refused.value)) == (kind != "fifo")
 
 
 def test_links_are_followed_within_the_tree_alone(tmp_path: Path) -> None:

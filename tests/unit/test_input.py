@@ -16,16 +16,6 @@ from pjw.worker.quota import StoredBytes
 from pjw.worker.settings import Quotas
 
 
-class State:
-    """As much of a state directory as inputs use."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def input_path(self, job_id: int) -> str:
-        return str(self.path)
-
-
 @pytest.fixture
 def path(tmp_path: Path) -> Iterator[Path]:
     """An input with its reader."""
@@ -37,10 +27,10 @@ def path(tmp_path: Path) -> Iterator[Path]:
         yield path
 
 
-def inputs_of(path: Path, bytes_max: int = 0) -> Inputs:
-    """As a worker has them, for one job."""
-    state: Any = State(path)
-    return Inputs(state, StoredBytes(state, {}, {}, Quotas()), bytes_max)
+def inputs_of(bytes_max: int = 0) -> Inputs:
+    """As a worker has them, without quotas."""
+    nothing: Any = None
+    return Inputs(StoredBytes(nothing, {}, {}, Quotas()), bytes_max)
 
 
 async def never() -> None:
@@ -50,7 +40,7 @@ async def never() -> None:
 
 async def test_what_is_there_is_passed_over(path: Path) -> None:
     """Any overlap, and nothing twice."""
-    async with inputs_of(path).writer(1, "alice", never) as writer:
+    async with inputs_of().writer_of("job 1", str(path), "alice", never) as writer:
         await writer.write(0, b"abc")
         await writer.write(1, b"bcd")
         await writer.write(0, b"ab")
@@ -73,7 +63,7 @@ async def test_what_is_refused_changes_nothing(
     path: Path, offset: int, data: bytes, end: bool, error: type[Exception]
 ) -> None:
     """A gap, no place, an end before what is there, and more than may be."""
-    async with inputs_of(path, 4).writer(1, "alice", never) as writer:
+    async with inputs_of(4).writer_of("job 1", str(path), "alice", never) as writer:
         await writer.write(0, b"ab")
         with pytest.raises(error):
             await writer.write(offset, data, end=end)
@@ -83,7 +73,7 @@ async def test_what_is_refused_changes_nothing(
 
 async def test_too_much_names_its_key(path: Path) -> None:
     """Metrics count refusals by the limit."""
-    async with inputs_of(path, 4).writer(1, "alice", never) as writer:
+    async with inputs_of(4).writer_of("job 1", str(path), "alice", never) as writer:
         with pytest.raises(LimitReachedError) as refused:
             await writer.write(0, b"abcde")
     assert refused.value.limit == "input_bytes_max"
@@ -91,10 +81,10 @@ async def test_too_much_names_its_key(path: Path) -> None:
 
 async def test_an_ended_input_takes_nothing(path: Path) -> None:
     """Also from a writer that comes later."""
-    inputs = inputs_of(path)
-    async with inputs.writer(1, "alice", never) as writer:
+    inputs = inputs_of()
+    async with inputs.writer_of("job 1", str(path), "alice", never) as writer:
         await writer.write(0, b"ab", end=True)
-    async with inputs.writer(1, "alice", never) as writer:
+    async with inputs.writer_of("job 1", str(path), "alice", never) as writer:
         assert (writer.offset, writer.ended) == (2, True)
         with pytest.raises(JobStateError, match="has ended at byte 2"):
             await writer.write(2, b"c")
@@ -103,14 +93,14 @@ async def test_an_ended_input_takes_nothing(path: Path) -> None:
 
 async def test_without_a_reader_nothing_is_taken(path: Path) -> None:
     """Nobody would ever see it."""
-    inputs = inputs_of(path)
-    async with inputs.writer(1, "alice", never) as writer:
+    inputs = inputs_of()
+    async with inputs.writer_of("job 1", str(path), "alice", never) as writer:
         await writer.write(0, b"a")
     with path.open("rb") as reader:
         fcntl.flock(reader, fcntl.LOCK_SH)
     unread = path.with_name("unread")
     unread.write_bytes(b"")
-    async with inputs_of(unread).writer(1, "alice", never) as writer:
+    async with inputs_of().writer_of("job 1", str(unread), "alice", never) as writer:
         with pytest.raises(JobStateError, match="does not read its input any more"):
             await writer.write(0, b"a")
     assert unread.read_bytes() == b""
@@ -128,7 +118,7 @@ async def test_the_job_s_end_ends_the_writer(path: Path) -> None:
         raise LauncherGoneError("gone")
 
     async def write(ends: Callable[[], Awaitable[None]]) -> None:
-        async with inputs_of(path).writer(1, "alice", ends):
+        async with inputs_of().writer_of("job 1", str(path), "alice", ends):
             begun.set()
             await asyncio.Event().wait()
 
@@ -140,13 +130,13 @@ async def test_the_job_s_end_ends_the_writer(path: Path) -> None:
 
 async def test_many_writers_at_once_are_one(path: Path) -> None:
     """Of those that come in the same moment the last one writes, when the one before has let go."""
-    inputs = inputs_of(path)
+    inputs = inputs_of()
     inside: list[int] = []
     most = 0
 
     async def write(number: int) -> None:
         nonlocal most
-        async with inputs.writer(1, "alice", never) as writer:
+        async with inputs.writer_of("job 1", str(path), "alice", never) as writer:
             inside.append(number)
             most = max(most, len(inside))
             try:
@@ -180,9 +170,9 @@ def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event
     may_go_on.set()
 
 
-async def write_abc(inputs: Inputs, opened: list[InputWriter]) -> None:
+async def write_abc(inputs: Inputs, path: Path, opened: list[InputWriter]) -> None:
     """Write three bytes behind what is there, as a writer of its own, which is told of when it is open."""
-    async with inputs.writer(1, "alice", never) as writer:
+    async with inputs.writer_of("job 1", str(path), "alice", never) as writer:
         opened.append(writer)
         await writer.write(writer.offset, b"abc")
 
@@ -192,12 +182,12 @@ async def test_a_write_is_over_before_the_next_writer_looks(
 ) -> None:
     """A thread cannot be cancelled: what it writes counts, and its descriptor stays its own."""
     begun, may_go_on = slow_disk
-    inputs = inputs_of(path)
+    inputs = inputs_of()
     opened: list[InputWriter] = []
 
-    first = asyncio.create_task(write_abc(inputs, opened))
+    first = asyncio.create_task(write_abc(inputs, path, opened))
     await asyncio.to_thread(begun.wait, 30)
-    second = asyncio.create_task(write_abc(inputs, opened))
+    second = asyncio.create_task(write_abc(inputs, path, opened))
     await asyncio.sleep(0)
     first.cancel()
     await asyncio.sleep(0)
@@ -216,16 +206,16 @@ async def test_a_write_is_over_also_when_the_next_writer_was_cancelled(
 ) -> None:
     """Whoever comes after that waits for the thread as well."""
     begun, may_go_on = slow_disk
-    inputs = inputs_of(path)
+    inputs = inputs_of()
     opened: list[InputWriter] = []
 
-    first = asyncio.create_task(write_abc(inputs, opened))
+    first = asyncio.create_task(write_abc(inputs, path, opened))
     await asyncio.to_thread(begun.wait, 30)
-    second = asyncio.create_task(write_abc(inputs, opened))
+    second = asyncio.create_task(write_abc(inputs, path, opened))
     await asyncio.sleep(0)
     second.cancel()
     await asyncio.wait({second})
-    third = asyncio.create_task(write_abc(inputs, opened))
+    third = asyncio.create_task(write_abc(inputs, path, opened))
     # time enough to open the file, if it could
     await asyncio.sleep(0.05)
     assert (len(opened), first.done(), third.done()) == (1, False, False)
@@ -239,5 +229,5 @@ async def test_a_write_is_over_also_when_the_next_writer_was_cancelled(
 async def test_a_job_without_a_file_has_ended(tmp_path: Path) -> None:
     """The file goes a moment before the end is told."""
     with pytest.raises(JobStateError, match="job 1 has ended"):
-        async with inputs_of(tmp_path / "none").writer(1, "alice", never):
+        async with inputs_of().writer_of("job 1", str(tmp_path / "none"), "alice", never):
             pass

@@ -1,6 +1,7 @@
 """The engine `pool`: who gets which job, and why others wait."""
 
 import asyncio
+from random import Random
 from typing import Any
 
 import pytest
@@ -49,7 +50,7 @@ async def test_the_first_node_with_room_gets_the_oldest_job() -> None:
         cluster.pool.submit(uuid, "alice", SMALL)
     assert (cluster.assigned(first), cluster.assigned(second)) == (["a", "b"], ["c"])
     assert cluster.pool.why("d") == "waits: no node has room for it now"
-    assert cluster.pool.why("a") == "node n1 is about to start it"
+    assert cluster.pool.why("a") == "waits: node n1 is about to start it"
     cluster.pool.cancel("c")
     assert cluster.assigned(second) == ["d"]
 
@@ -131,3 +132,58 @@ async def test_a_node_that_cannot_start_jobs_is_left_alone_for_a_while(
         while not (assigned := cluster.assigned(node)):
             await asyncio.sleep(0.01)
     assert assigned == ["a"]
+
+
+async def test_a_job_has_the_node_of_its_choice_or_waits() -> None:
+    """Others pass it meanwhile."""
+    cluster = Cluster()
+    first, second = cluster.node("n1"), cluster.node("n2", cpu=1000)
+    mine = Shape(1000, 512, node="n2")
+    for uuid, shape in (("a", mine), ("b", mine), ("c", SMALL), ("d", Shape(1, 1, node="n3"))):
+        cluster.pool.submit(uuid, "alice", shape)
+    assert (cluster.assigned(first), cluster.assigned(second)) == (["c"], ["a"])
+    cluster.pool.cancel("c")
+    assert cluster.assigned(first) == []
+    cluster.pool.cancel("a")
+    assert cluster.assigned(second) == ["b"]
+
+
+@pytest.mark.parametrize("seed", range(30))
+async def test_any_order_of_events_is_as_a_look_at_everything(seed: int) -> None:
+    """A look at what has changed alone finds the same: nothing waits that could have a node."""
+    draw = Random(seed)
+    most = draw.choice((0, 3))
+    cluster = Cluster(most)
+    nodes = [cluster.node(f"n{number}", cpu=draw.choice((1000, 2000, 3000))) for number in range(5)]
+    cluster.pool.look()
+    shapes = [SMALL, Shape(2000, 0), Shape(0, 100), Shape(1000, 1, node="n2")]
+    there: list[str] = []
+    for number in range(150):
+        match draw.randrange(4):
+            case 0 | 1:
+                cluster.pool.submit(f"j{number}", draw.choice("ab"), draw.choice(shapes))
+                there.append(f"j{number}")
+            case 2 if there:
+                cluster.pool.cancel(there.pop(draw.randrange(len(there))))
+            case _:
+                node = draw.choice(nodes)
+                if node.session is None:
+                    node.session = Session(pb.Hello(node=node.row.name, session=str(number)))
+                    cluster.nodes.came()
+                else:
+                    cluster.nodes.session_over(node, node.session)
+        pool = cluster.pool
+        for uuid in there:
+            kind = pool._waiting.get(uuid)
+            if kind is None:
+                assert uuid in pool._placed
+                continue
+            is_free = not most or pool._of_client[kind.client_name] < most
+            fits = any(node.session and node.has_room(kind.shape) for node in nodes)
+            assert not (is_free and fits), (number, uuid)
+        for node in nodes:
+            used = node.used()
+            assert used.millicores <= node.row.cpu_max_millicores
+            assert sorted(node.jobs) == sorted(
+                uuid for uuid in there if pool._placed.get(uuid, ("", None))[1] is node
+            )

@@ -14,9 +14,10 @@ from pjw.errors import InvalidJobError, JobNotFoundError, KernelError, LimitReac
 from pjw.model import EndReason, Job, JobSpec, JobState, Limits, QueueSpec
 from pjw.worker import queue as queue_module
 from pjw.worker.background import Background
-from pjw.worker.queue import ATTEMPTS_MAX, Queue
+from pjw.worker.queue import ATTEMPTS_MAX, PASSED_MAX, Queue
 from pjw.worker.queue_rows import WaitingJob
 from pjw.worker.settings import QueueSlots, Quotas, WorkerSettings
+from pjw.worker.slots import Slots, Wanting
 from pjw.worker.store import JobStore
 
 DEADLINE_SECONDS: Final = 20
@@ -51,23 +52,24 @@ class Scripted:
         self.running.add(job.id)
         return replace(job, state=JobState.RUNNING)
 
-    async def ended(self, job_id: int) -> None:
+    async def ended(self, job_id: int) -> bool:
         """As queue.Backend says."""
         await self.ends[job_id].wait()
         self.running.discard(job_id)
         if self.end_error is not None:
             raise self.end_error
+        return False
 
 
 class Bench:
     """A queue, its table and its backend."""
 
-    def __init__(self, path: str, slots: int) -> None:
+    def __init__(self, path: str, slots: int, of: type[Slots] = Slots) -> None:
         self.store: Final = JobStore(path)
         self.backend: Final = Scripted(self.store)
         self.background: Final = Background()
         settings = WorkerSettings(queue=QueueSlots(slots, cpu_max_millicores=0, memory_max_bytes=0))
-        self.queue: Final = Queue(self.store, self.backend, self.background, settings)
+        self.queue: Final = Queue(self.store, self.backend, self.background, settings, of(settings))
 
     async def submit(self, *commands: str, client: str = "alice", priority: int = 0) -> list[Job]:
         """Put jobs into the queue."""
@@ -91,9 +93,9 @@ class Bench:
 
 
 @asynccontextmanager
-async def open_bench(path: str, slots: int) -> AsyncIterator[Bench]:
+async def open_bench(path: str, slots: int, of: type[Slots] = Slots) -> AsyncIterator[Bench]:
     """A queue that has begun."""
-    bench = Bench(path, slots)
+    bench = Bench(path, slots, of)
     await bench.queue.begin([])
     bench.background.keep("queue", bench.queue.run())
     yield bench
@@ -200,3 +202,32 @@ async def test_elements_that_are_alone_come_one_by_one(tmp_path: Path) -> None:
             assert element.array_index == index
             assert list(queue.elements(array.id)) == [element.id]
             backend.ends[element.id].set()
+
+
+class _ShutSlots(Slots):
+    """No room for jobs with a mount, which others may pass."""
+
+    def has_room(self, job: Wanting) -> bool:
+        return not job.mounts and super().has_room(job)
+
+    def passed_over(self, job: Wanting) -> str:
+        return "waits for its mount" if job.mounts else ""
+
+
+async def test_others_pass_what_they_take_no_room_from(tmp_path: Path) -> None:
+    """Of any client; but a client with too many such jobs waits for these, until there may be room."""
+    async with open_bench(str(tmp_path / "jobs.sqlite"), 3, _ShutSlots) as bench:
+        await bench.store.client_number("alice")
+        await bench.store.client_number("bob")
+        shut = JobSpec("shut", mounts=["data"], queue=QueueSpec(1))
+        [first] = await bench.submit_specs(shut)
+        await bench.submit("open")
+        await bench.has_started("open")
+        assert bench.queue.shown(first).detail == "waits for its mount"
+        await bench.submit_specs(*[shut] * (PASSED_MAX - 1))
+        await bench.submit("behind")
+        await bench.submit("bob's", client="bob")
+        await bench.has_started("open", "bob's")
+        await bench.queue.cancel(first.id)
+        bench.queue.room_was_made()
+        await bench.has_started("open", "bob's", "behind")

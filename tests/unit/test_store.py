@@ -27,6 +27,7 @@ from pjw.model import (
     Retry,
     Usage,
 )
+from pjw.node import rows as node_rows
 from pjw.worker import schema
 from pjw.worker.pages import JobFilter, Page
 from pjw.worker.queue_rows import Head
@@ -653,6 +654,26 @@ async def test_pruning_is_in_batches_and_oldest_first(store: JobStore) -> None:
     await filled(store, *[1] * 10)
     assert await store.prune(Retention(jobs_per_client=2), 0, 3) == [1, 2, 3]
     assert await store.prune(Retention(jobs_per_client=2), 0, 100) == [4, 5, 6, 7, 8]
+
+
+async def test_a_node_keeps_what_its_gateway_has_not_heard(store: JobStore) -> None:
+    """Whatever the bound; others go in its place, of that client and of others."""
+    for client in ("a", "b"):
+        await store.client_number(client)
+    for number, (client, uuid) in enumerate((("a", "1"), ("a", "2"), ("a", ""), ("b", "3"), ("b", ""))):
+        job = await store.add(client, JobSpec("x", request_id=f"cluster:{uuid}" if uuid else ""), Limits())
+        await store.finish(replace(ended(job), end=END + timedelta(seconds=number), output_bytes=5))
+    now = to_ns(END + timedelta(days=1))
+    for most in ("age_seconds", "jobs_per_client", "bytes_per_client", "jobs_total", "bytes_total"):
+        await store.prune(Retention(**{most: 1}, keeps_untold=True), now, 100)
+    assert await store.removals() == [3, 5]
+    assert await store.first_end_ns(told=True) is None
+    # the gateway has written the first one down
+    await store.transact(node_rows.told, "1")
+    assert await store.first_end_ns(told=True) == to_ns(END)
+    assert await store.prune(Retention(jobs_total=1, keeps_untold=True), now, 100) == [1]
+    # a pjwd that is a node no more tells nobody
+    assert await store.prune(Retention(jobs_total=1), now, 100) == [2]
 
 
 async def test_the_boot_is_written_down(path: Path) -> None:

@@ -43,11 +43,12 @@ fi
 if [ $# = 0 ]; then
     set -- tests/root
     for name in agents arrays arrays_service artifacts audit backup bad_input cli cli_exec cli_jobs cli_run \
-        cli_run_failures cli_stdin cli_terminal client client_only cluster completion cp dead_tasks documents \
-        faults_network faults_processes faults_resources faults_steps gateway_role grpc_fuzz hung_job identity_scope \
+        cli_run_failures cli_stdin cli_terminal client client_only cluster cluster_document cluster_growth cluster_queue cluster_skew \
+        cluster_streams cluster_upgrade completion cp dead_tasks documents documents_world drain \
+        faults_network faults_processes faults_resources faults_steps gateway_role grpc_fuzz hung_job identity_scope images_packages \
         init_seccomp input launcher_fuzz launcher_hostile library_document log_blocked logs no_disk \
         node_client operator port queue queue_after queue_changes queue_retry queue_service quota reload \
-        requests retention roles scripts secrets serve streaming tls top upload watch workspaces; do
+        requests retention roles scripts secrets serve slurm streaming tls top upload watch workspaces; do
         set -- "$@" --ignore "tests/root/test_$name.py"
     done
 fi

@@ -129,9 +129,9 @@ def follower(job_id: str) -> Iterator[IO[bytes]]:
             process.kill()
 
 
-def get(job_id: str) -> dict[str, Any]:
+def get(job_id: str, *options: str) -> dict[str, Any]:
     """What `pjw get` tells of a job."""
-    job: dict[str, Any] = json.loads(pjw("get", job_id))
+    job: dict[str, Any] = json.loads(pjw(*options, "get", job_id))
     return job
 
 

@@ -22,6 +22,7 @@ from tests.vm.systemd_harness import get, pjw
 
 PACKAGES: Final = list(Path("/wheels").glob("pjw_*.deb"))
 CONFIGURATION: Final = host.ETC / "pjwd.toml"
+GATEWAY: Final = Path("/etc/pjw-gateway")
 DROP_IN: Final = Path("/etc/systemd/system/pjwd.service.d/listen.conf")
 # Prints a number a second, and never ends by itself.
 COUNT: Final = "i=0; while :; do echo $i; i=$((i+1)); sleep 1; done"
@@ -143,6 +144,69 @@ def test_what_is_compiled_is_valid() -> None:
     found = {str(path) for path in Path("/usr/lib/pjw").rglob("*.pyc")}
     assert found
     assert found <= listed
+
+
+def test_a_gateway_and_a_node(before: set[str]) -> None:
+    """Both on this machine: the gateway is a user of its own, jobs go on, and a purge leaves no trace."""
+    packages = [
+        path for name in ("pjw-gateway", "pjw-node") for path in Path("/wheels").glob(f"{name}_*.deb")
+    ]
+    said = host.run("dpkg", "--install", *packages)
+    assert "pjwd certs client certs gate" in said
+    assert "This machine becomes a node when" in said
+    assert gateway_shown("UnitFileState", "ActiveState", "Result") == ["enabled", "inactive", "success"]
+    assert "network-online.target" in host.shown("After")
+    changed = [CONFIGURATION, host.ETC / "server.crt", host.ETC / "server.key"]
+    kept = {path: path.read_bytes() for path in changed}
+    host.run("pjwd", "certs", "client", host.ETC, "gate")
+    host.run("pjwd", "certs", "node", host.ETC, "n1", "localhost")
+    names = [host.ETC / name for name in ("ca.crt", "server.crt", "server.key", "gate.crt", "gate.key")]
+    host.run("install", "-o", "pjw-gateway", "-m", "600", "-t", GATEWAY, *names)
+    toml = GATEWAY / "gateway.toml"
+    toml.write_text(toml.read_text().replace("0.0.0.0:50051", "localhost:50052"))
+    text = kept[CONFIGURATION].decode()
+    for line, instead in (
+        ("# [cluster]", "[cluster]"),
+        ('# gateway = "gw.example.org:50051"', 'gateway = "localhost:50052"'),
+        ("# gateways = ", "gateways = "),
+        ("# uid_first = 1_900_000_000", "uid_first = 1_990_000_000"),
+        ('"/var/lib/pjw"', '"/var/lib/pjw/node"'),
+    ):
+        assert text.count(line) == 1, line
+        text = text.replace(line, instead)
+    CONFIGURATION.write_text(text)
+    for kind in ("crt", "key"):
+        shutil.move(host.ETC / f"node-n1.{kind}", host.ETC / f"server.{kind}")
+    host.run("systemctl", "start", "pjw-gateway")
+    host.run("systemctl", "restart", host.UNIT)
+    at = ("--server", "localhost:50052")
+    assert pjw(*at, "logs", pjw(*at, "start", "echo hello")) == "hello"
+    job_id = pjw(*at, "start", COUNT)
+    pid = gateway_shown("MainPID")[0]
+    status = host.status(int(pid))
+    assert int(status["Uid"].split()[0]) == pwd.getpwnam("pjw-gateway").pw_uid
+    assert {status[name] for name in ("CapEff", "CapPrm", "CapBnd")} == {"0" * 16}
+    host.run("systemctl", "restart", "pjw-gateway")
+    assert gateway_shown("MainPID")[0] != pid
+    wait_for(lambda: get(job_id, *at)["state"] == "running")
+    assert get(job_id, *at)["node"] == "n1"
+    pjw(*at, "stop", job_id)
+    host.run("dpkg", "--purge", "pjw-gateway", "pjw-node")
+    for path, data in kept.items():
+        path.write_bytes(data)
+    for name in ("gate.crt", "gate.key", "gate.pjw"):
+        (host.ETC / name).unlink()
+    host.run("systemctl", "restart", host.UNIT)
+    shutil.rmtree(host.STATE / "node")
+    left = {path for path in files() - before if "gateway" in path or "pjw-node" in path}
+    assert {path for path in left if not path.startswith("/usr/lib/pjw/")} == set()
+    with pytest.raises(KeyError):
+        pwd.getpwnam("pjw-gateway")
+
+
+def gateway_shown(*names: str) -> list[str]:
+    """Properties of the gateway's unit."""
+    return [host.run("systemctl", "show", "--property", name, "--value", "pjw-gateway") for name in names]
 
 
 def test_an_upgrade_leaves_jobs_running(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ _ADDRESS: Final = re.compile(r"(\[[0-9A-Fa-f:.]+(?:%[\w.-]+)?\]|[A-Za-z0-9_.-]+)
 
 
 def server_address(text: str) -> str:
-    """HOST:PORT for an address that may lack its port. Raises ConfigError."""
+    """Return HOST:PORT for an address that may lack its port. Raises ConfigError."""
     found = _ADDRESS.fullmatch(require_value("the address of the server", text))
     if found is None or not 0 < int(found[2] or DEFAULT_PORT) < 65_536:
         raise ConfigError(f"{text[:80]!r} is no server's HOST:PORT", hint=_hint(text))
@@ -22,7 +22,7 @@ def server_address(text: str) -> str:
 
 
 def host_of(address: str) -> str:
-    """The host of HOST:PORT, without brackets."""
+    """Return the host of HOST:PORT, without brackets."""
     return address.rpartition(":")[0].removeprefix("[").removesuffix("]")
 
 

@@ -113,8 +113,8 @@ def make_client(authority: Pair, name: str, *, days: int = LEAF_DAYS) -> Pair:
 def make_node(authority: Pair, name: str, hosts: Sequence[str] = (), *, days: int = LEAF_DAYS) -> Pair:
     """Issue a certificate to the node *name* of a cluster, good for *hosts* as well.
 
-    What makes it a node's is a URI among its names. Its CN is one of its host names: a pjwd that knows
-    nothing of nodes names nobody after it.
+    A URI among its names makes it a node's. Its CN is one of its host names: so a pjwd that knows nothing of
+    nodes takes no client's name from it.
     """
     if fault := node_name_fault(name):
         raise ConfigError(f"cannot make a node's certificate: {fault}")
@@ -211,7 +211,7 @@ def _signer(
 
 
 def reissued(authority: Pair, old: x509.Certificate, *, days: int = LEAF_DAYS) -> bytes:
-    """A new certificate, as PEM, for the key, subject, purpose and names of an *old* one.
+    """Return a new certificate, as PEM, for the key, subject, purpose and names of an *old* one.
 
     Raises ConfigError when the old certificate does not name its purpose.
     """
@@ -255,7 +255,7 @@ def _signed(
         .public_key(key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(start)
-        # what outlives its CA is of no use after that, and only hides when it ends
+        # a certificate that outlives its CA is of no use after that, and only hides when it ends
         .not_valid_after(min(end, issuer.not_valid_after_utc))
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(ca=False), critical=True)

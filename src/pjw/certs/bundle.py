@@ -1,9 +1,9 @@
 """A bundle: all that a client needs in one text, its key in it. Standard library only.
 
-PEM, and so plain to read, to cut and to check (`openssl` passes over the other lines):
+PEM, and so plain to read, to cut and to check (`openssl` skips the other lines):
 
     server: HOST:PORT
-    (the private key; the client's certificate, and what is between it and the authority)
+    (the private key; the client's certificate, and any between it and the authority)
     authority:
     (the certificates of the authority)
 """
@@ -25,14 +25,14 @@ _SERVER: Final = re.compile(rb"^server: ([!-~]+)$", re.MULTILINE)
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """Where a client connects to, and who it is there."""
+    """The address that a client connects to, and its credentials there."""
 
     server: str
     credentials: ClientCredentials
 
 
 def bundle_bytes(bundle: Bundle) -> bytes:
-    """A bundle as the bytes of its file."""
+    """Return a bundle as the bytes of its file."""
     credentials = bundle.credentials
     head = f"{_HEAD}server: {bundle.server}\n".encode()
     own = head + credentials.key_pem + credentials.crt_pem.removesuffix(b"\n")
@@ -40,7 +40,7 @@ def bundle_bytes(bundle: Bundle) -> bytes:
 
 
 def read_bundle(path: str) -> Bundle:
-    """The bundle in a file. Raises ConfigError, which names the file and what is wrong with it."""
+    """Read the bundle in a file. Raises ConfigError, which names the file and its fault."""
     data = read_path(path, "bundle").replace(b"\r\n", b"\n")
     own, mark, authority = data.partition(BUNDLE_MARK)
     server = _SERVER.search(own)

@@ -1,8 +1,8 @@
-"""What is wrong with a certificate, in words. Imports `cryptography`: not for hot paths.
+"""The faults of a certificate, in words. Imports `cryptography`: not for hot paths.
 
-These checks explain, and refuse what TLS would let through (weak keys). They do not
-replace the verification of the chain in the handshake, which has already happened when a
-client's certificate is seen here.
+These checks explain, and refuse certificates that TLS would let through (weak keys). They do not replace the
+verification of the chain in the handshake, which has already happened when a client's certificate is seen
+here.
 """
 
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ from pjw.certs.profile import RSA_MIN_BITS, SIGNATURE_HASHES
 LEAF_CURVES: Final = frozenset({"secp256r1", "secp384r1"})
 CA_CURVES: Final = LEAF_CURVES | {"secp521r1"}
 
-# Early enough to hand out new certificates, and late enough that nobody is warned for months.
-# Every warning uses this: pjw's, the library's, pjwd's log, `pjwd check` and `pjwd certs list`. The rules in
+# Early enough to hand out new certificates, and late enough that users are not warned for months. Every
+# warning uses this: pjw's, the library's, pjwd's log, `pjwd check` and `pjwd certs list`. The rules in
 # packaging/prometheus repeat it.
 EXPIRES_SOON: Final = timedelta(days=14)
 HostName = x509.DNSName | x509.IPAddress
@@ -32,7 +32,7 @@ T = TypeVar("T", bound=x509.ExtensionType)
 
 
 class Role(Enum):
-    """What a certificate is for: its extended key usage, and the name of that."""
+    """The purpose of a certificate: its extended key usage, and the name of that."""
 
     CA = (None, "a CA")
     SERVER = (ExtendedKeyUsageOID.SERVER_AUTH, "serverAuth")
@@ -40,7 +40,7 @@ class Role(Enum):
 
 
 def parse_certificates(pem: bytes) -> list[x509.Certificate]:
-    """Every certificate of a PEM text, in its order. Raises ValueError when one is broken."""
+    """Return every certificate of a PEM text, in its order. Raises ValueError when one is broken."""
     try:
         return x509.load_pem_x509_certificates(pem)
     except Exception as error:  # the parser's errors are not documented as a closed set
@@ -48,17 +48,17 @@ def parse_certificates(pem: bytes) -> list[x509.Certificate]:
 
 
 def first_end(pem: bytes) -> datetime:
-    """The earliest end among the certificates of a PEM text. Raises ValueError when one is broken."""
+    """Return the earliest end among a PEM text's certificates. Raises ValueError for a broken one."""
     return min(each.not_valid_after_utc for each in parse_certificates(pem))
 
 
 def ends_soon(end: datetime) -> bool:
-    """Whether a certificate with this end has expired, or will soon, so that it is time to renew it."""
+    """Return whether a certificate with this end has expired, or will soon: it is time to renew it."""
     return end - datetime.now(UTC) < EXPIRES_SOON
 
 
 def parse_key(pem: bytes) -> PrivateKeyTypes:
-    """The private key of a PEM text. Raises ValueError."""
+    """Parse the private key of a PEM text. Raises ValueError."""
     try:
         return serialization.load_pem_private_key(pem, password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
@@ -66,7 +66,7 @@ def parse_key(pem: bytes) -> PrivateKeyTypes:
 
 
 def fault_of(certificate: x509.Certificate, role: Role, now: datetime | None = None) -> str | None:
-    """What keeps *certificate* from serving as *role*, as in `it expired on …`; None if nothing."""
+    """Return the fault that bars *certificate* from being *role*, as `it expired on …`; None if none."""
     try:
         return (
             _validity_fault(certificate, now or datetime.now(UTC))
@@ -87,7 +87,7 @@ def _validity_fault(certificate: x509.Certificate, now: datetime) -> str | None:
 
 
 def describe_time(moment: datetime) -> str:
-    """A time as in `2026-12-13 22:43:52 UTC`."""
+    """Return a time as in `2026-12-13 22:43:52 UTC`."""
     return f"{moment:%Y-%m-%d %H:%M:%S} UTC"
 
 
@@ -153,19 +153,19 @@ def _usage_fault(certificate: x509.Certificate, role: Role) -> str | None:
 
 
 def is_of_server(certificate: x509.Certificate) -> bool:
-    """Whether its extended key usage is for servers."""
+    """Return whether its extended key usage is for servers."""
     usage = _extension(certificate, x509.ExtendedKeyUsage)
     return usage is not None and ExtendedKeyUsageOID.SERVER_AUTH in usage
 
 
 def names_of(certificate: x509.Certificate) -> list[str]:
-    """The host names and addresses that a server's certificate is for."""
+    """Return the host names and addresses that a server's certificate is for."""
     names = _extension(certificate, x509.SubjectAlternativeName)
     return [] if names is None else [str(each.value) for each in names if isinstance(each, HostName)]
 
 
 def is_for(certificate: x509.Certificate, host: str) -> bool:
-    """Whether a client may reach its server by this name or address; `*.` stands for one label (RFC 6125)."""
+    """Return whether a certificate is for this name or address; `*.` stands for one label (RFC 6125)."""
     wild = f"*.{host.partition('.')[2]}".lower()
     # gRPC checks a loopback address as the name localhost
     own = {host.lower(), "localhost"} if host in ("127.0.0.1", "::1") else {host.lower()}
@@ -180,17 +180,17 @@ def _extension(certificate: x509.Certificate, kind: type[T]) -> T | None:
 
 
 def key_matches(certificate: x509.Certificate, key: PrivateKeyTypes) -> bool:
-    """Whether *key* is the private half of the certificate's key."""
+    """Return whether *key* is the private half of the certificate's key."""
     return key_bytes(certificate.public_key()) == key_bytes(key.public_key())
 
 
 def key_bytes(key: PublicKeyTypes) -> bytes:
-    """A public key as its SubjectPublicKeyInfo in DER: what two equal keys have in common."""
+    """Return a public key as its SubjectPublicKeyInfo in DER: the same bytes for two equal keys."""
     return key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
 def issued_by(chain: Sequence[x509.Certificate], authorities: Sequence[x509.Certificate]) -> bool:
-    """Whether the leaf, first in *chain*, leads to an authority through the rest of the chain."""
+    """Return whether the leaf, first in *chain*, leads to an authority through the rest of the chain."""
     current, rest = chain[0], list(chain[1:])
     while True:
         if any(_signed(current, authority) for authority in authorities):

@@ -1,8 +1,8 @@
-"""What each end of a connection needs, judged before it is used.
+"""The credentials of each end of a connection, judged before they are used.
 
-grpc says nothing of use about a bad certificate: a server with one starts, and refuses
-every client without an alert. So the server's files are judged before anything listens,
-and the client's are when a connection has failed.
+grpc says nothing of use about a bad certificate: a server with one starts, and refuses every client without
+an alert. So the server's files are judged before anything listens, and the client's are when a connection has
+failed.
 """
 
 from collections.abc import Callable
@@ -55,10 +55,9 @@ def load_server_credentials(
 
 
 def diagnose_client(ca_crt: str, client_crt: str, client_key: str) -> str | None:
-    """Say in one sentence what is wrong with a client's files; None when nothing is found.
+    """Describe the fault of a client's files in one sentence; None when none is found.
 
-    For a connection that the server has closed: it gives no reason, because grpc sends no
-    alert.
+    For a connection that the server has closed: it gives no reason, because grpc sends no alert.
     """
     try:
         credentials = load_client_credentials(ca_crt, client_crt, client_key)

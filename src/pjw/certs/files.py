@@ -1,6 +1,6 @@
 """Reading and writing certificate and key files. Standard library only.
 
-What is read is not judged here beyond "is it there, is it PEM, is the key private".
+This module judges no content beyond "is it there, is it PEM, is the key private".
 """
 
 import errno
@@ -39,13 +39,13 @@ class InMemory(str):
         return found
 
 
-# What is in the file at a path; the second argument is what errors call it.
+# Reads the contents of the file at a path; the second argument is its name in errors.
 Read = Callable[[str, str], bytes]
 
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """What one end of a connection needs, as PEM. The key stays out of repr()."""
+    """The credentials of one end of a connection, as PEM. The key stays out of repr()."""
 
     ca_pem: bytes
     crt_pem: bytes
@@ -89,14 +89,13 @@ class NewFile:
 
 
 def load_client_credentials(ca_crt: str, client_crt: str, client_key: str) -> ClientCredentials:
-    """Read what a client needs. Raises ConfigError, naming the file.
+    """Read a client's credentials. Raises ConfigError, naming the file.
 
-    Each may be a bundle (`pjw.certs.bundle`): what is taken of it is its part of that.
-    Only that: `pjw.certs.credentials.diagnose_client` finds out why a server closes the
-    connection, when it does.
+    Each file may be a bundle (`pjw.certs.bundle`): then the part for that purpose is taken. No check beyond
+    that: `pjw.certs.credentials.diagnose_client` finds out why a server closes the connection, when it does.
     """
     return ClientCredentials(
-        # another file has no mark, and is as a whole what it is given for
+        # a file without the mark is taken as a whole for its purpose
         ca_pem=read_certificates(ca_crt, lambda *file: _parted(*file)[1]),
         crt_pem=read_certificates(client_crt, lambda *file: _parted(*file)[0]),
         key_pem=read_key(client_key, lambda *file: _parted(*file)[0]),
@@ -104,14 +103,14 @@ def load_client_credentials(ca_crt: str, client_crt: str, client_key: str) -> Cl
 
 
 def _parted(path: str, what: str) -> tuple[bytes, bytes]:
-    """The client's own part of a file, and the authority's."""
+    """Split a file into the client's own part and the authority's."""
     data = read_path(path, what)
     own, _, authority = data.partition(BUNDLE_MARK)
     return own, authority or data
 
 
 def read_path(path: str, what: str) -> bytes:
-    """What is in the regular file at *path*; errors call it *what*. Raises ConfigError."""
+    """Read the regular file at *path*; errors call it *what*. Raises ConfigError."""
     if isinstance(path, InMemory):
         return path.data
     try:
@@ -123,7 +122,7 @@ def read_path(path: str, what: str) -> bytes:
 
 
 def read_descriptor(descriptor: int, path: str, what: str) -> bytes:
-    """What is in an open file, which is closed; errors call it *what*. Raises ConfigError."""
+    """Read an open file and close it; errors call it *what*. Raises ConfigError."""
     try:
         with os.fdopen(descriptor, "rb") as file:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -137,7 +136,7 @@ def read_descriptor(descriptor: int, path: str, what: str) -> bytes:
 
 
 def read_certificates(path: str, read: Read = read_path) -> bytes:
-    """The certificates of a file, one or more, encoded anew as PEM. Raises ConfigError."""
+    """Return the certificates of a file, one or more, encoded anew as PEM. Raises ConfigError."""
     found = _blocks(read(path, "certificate"), pem.CERTIFICATES, f"certificate {path}")
     if not found:
         raise ConfigError(
@@ -148,7 +147,7 @@ def read_certificates(path: str, read: Read = read_path) -> bytes:
 
 
 def read_key(path: str, read: Read = read_path) -> bytes:
-    """The first private key of a file, encoded anew as PEM. Raises ConfigError.
+    """Return the first private key of a file, encoded anew as PEM. Raises ConfigError.
 
     key_exposure says which other users may read the file.
     """
@@ -172,11 +171,11 @@ def _blocks(data: bytes, labels: Sequence[str], subject: str) -> list[bytes]:
 
 
 def key_exposure(path: str, status: os.stat_result) -> str | None:
-    """Words for a key that others than its owner may read; None when nobody else may.
+    """Describe a key that others than its owner may read; None when only the owner may.
 
-    To warn and not to refuse: tools that deploy keys have their own ideas of modes, and a
-    service that does not start teaches nobody. A key of root may be readable by its group,
-    which is how a service that is not root gets at a key that it cannot replace.
+    To warn and not to refuse: tools that deploy keys have their own ideas of modes, and a service that does
+    not start teaches the operator nothing. A key of root may be readable by its group, which is how a service
+    that is not root gets at a key that it cannot replace.
     """
     if not _HAS_MODES:
         return None
@@ -235,9 +234,10 @@ def replace_file(path: str, data: bytes) -> None:
 
 @contextmanager
 def _directory(path: str) -> Iterator[int | None]:
-    """A directory. If this function made it and the block fails, it is removed again.
+    """Give a directory; if this function made it and the block fails, remove it again.
 
-    It is open, so that nobody can put another in its place meanwhile; None on a system that cannot open one.
+    It is open, so that no other process can put another in its place meanwhile; None on a system that cannot
+    open one.
     """
     made = False
     try:

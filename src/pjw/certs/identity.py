@@ -1,8 +1,7 @@
 """A verified client certificate to an Identity, and nothing else.
 
-The certificate has passed the handshake: its chain and purpose are known to be good. What
-is decided here is only what its owner is called, and two owners must never be called the
-same unless the CA said so.
+The certificate has passed the handshake: its chain and purpose are known to be good. This module decides only
+the name of its owner, and two owners must never get the same name unless the CA said so.
 """
 
 import hashlib
@@ -31,16 +30,16 @@ from pjw.errors import ConfigError, NotAuthenticatedError
 from pjw.model import Identity
 
 CACHE_CERTIFICATES: Final = 1024
-# A certificate made by a recipe for servers says this without a SAN to show what it is.
+# A certificate made by a recipe for servers has this CN, without a SAN that shows its purpose.
 LOCALHOST: Final = "localhost"
 
 
 @dataclass(frozen=True, slots=True)
 class NameRules:
-    """What the operator decides of names.
+    """The operator's settings about names.
 
-    `in_common_name`: whether the tail of a CN is a name. That is for an authority which lets nobody choose
-    a CN. `short_names`: the names of 64 bits that keys were given by versions before, and keep.
+    `in_common_name`: whether the tail of a CN is a name. That is for an authority which lets no subscriber
+    choose a CN. `short_names`: the names of 64 bits that earlier versions gave to keys; these keys keep them.
     """
 
     oid: str = CLIENT_NAME_OID
@@ -58,7 +57,7 @@ def identity_of(pem: bytes, rules: NameRules = OUR_RULES) -> Identity:
     The name is (1) the subject's client name: an attribute with the OID of *rules*, or, where they
     allow it, the tail of a CN such as `localhost/clientName=john`; (2) else the CN, when it is not a host
     name that the same certificate claims; (3) else made of the certificate's key. A name
-    that breaks the rule for names is refused, never passed over for the next rule. Only
+    that breaks the rule for names is refused, never skipped for the next rule. Only
     the first certificate of *pem* counts. Says nothing about the date: see `check_leaf`.
     """
     oid = x509.ObjectIdentifier(rules.oid)
@@ -95,7 +94,7 @@ def identity_of(pem: bytes, rules: NameRules = OUR_RULES) -> Identity:
 
 @lru_cache(maxsize=CACHE_CERTIFICATES)
 def node_of(pem: bytes) -> str:
-    """The name of the node whose verified certificate this is. Raises NotAuthenticatedError.
+    """Return the name of the node whose verified certificate this is. Raises NotAuthenticatedError.
 
     It is the URI `pjw:node:NAME` among the certificate's names, and never its subject. Only the first
     certificate of *pem* counts. Says nothing about the date: see `check_leaf`.
@@ -137,7 +136,7 @@ def check_client_name_oid(oid: str) -> None:
 
 
 def _tails(common_names: list[str]) -> Iterator[str]:
-    """What CNs say behind `/clientName=`."""
+    """Yield the part of each CN behind `/clientName=`."""
     for common_name in common_names:
         _, mark, tail = common_name.partition(CLIENT_NAME_TAIL)
         if mark:
@@ -163,7 +162,7 @@ def _host_names(certificate: x509.Certificate) -> Iterator[str | IPv4Address | I
 
 
 def _is_host(name: str, hosts: list[str | IPv4Address | IPv6Address]) -> bool:
-    """Whether a CN says where a certificate is used rather than by whom."""
+    """Return whether a CN names the host where a certificate is used, and not its owner."""
     plain = _plain(name)
     if plain == LOCALHOST or plain in hosts or "*." + plain.partition(".")[2] in hosts:
         return True
@@ -174,7 +173,7 @@ def _is_host(name: str, hosts: list[str | IPv4Address | IPv6Address]) -> bool:
 
 
 def _plain(host: str) -> str:
-    """Host names differ in neither case nor a final dot."""
+    """Normalize a host name: names differ in neither case nor a final dot."""
     return host.lower().removesuffix(".")
 
 

@@ -21,7 +21,7 @@ _LINE_CHARACTERS: Final = 64
 
 
 def blocks(data: bytes, labels: Sequence[str]) -> list[bytes]:
-    """Each block with one of these labels, in its order, encoded anew. Ignores text between blocks.
+    """Return each block with one of these labels, in order, encoded anew; ignore text between blocks.
 
     Raises ValueError for a block that has no end, or is not base64.
     """

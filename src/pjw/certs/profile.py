@@ -1,4 +1,4 @@
-"""What pjw accepts in certificates, and the rule for a client's name. Standard library only."""
+"""The certificates that pjw accepts, and the rule for a client's name. Standard library only."""
 
 import re
 from typing import Final
@@ -11,11 +11,11 @@ CLIENT_NAME_OID: Final = "1.2.840.113556.1.8000.2554.8200.13807.57118.17797.4176
 # the CN (in `-subj` with a backslash, or typed at the prompt) the name comes behind this.
 CLIENT_NAME_TAIL: Final = "/clientName="
 
-# Names that are made of a key begin with this, so no other name may: who could be called
-# "key-1234…" by a CA would own the jobs of that key.
+# Names that are made of a key begin with this, so no other name may: a client that a CA could call
+# "key-1234…" would own the jobs of that key.
 KEY_NAME_PREFIX: Final = "key-"
 KEY_NAME_HEX_DIGITS: Final = 32
-# what versions before made of a key, and its client keeps
+# length of a name that earlier versions made of a key; its client keeps it
 SHORT_KEY_NAME_HEX_DIGITS: Final = 16
 SHORT_KEY_NAME_PATTERN: Final = re.compile(f"{KEY_NAME_PREFIX}[0-9a-f]{{{SHORT_KEY_NAME_HEX_DIGITS}}}")
 KEY_NAME_PATTERN: Final = re.compile(f"{KEY_NAME_PREFIX}[0-9a-f]{{{KEY_NAME_HEX_DIGITS}}}")
@@ -26,11 +26,11 @@ NAME_MAX_CHARACTERS: Final = 64
 NAME_PATTERN: Final = re.compile(f"[A-Za-z0-9][A-Za-z0-9._@+-]{{0,{NAME_MAX_CHARACTERS - 1}}}")
 NAME_RULE: Final = f"1 to {NAME_MAX_CHARACTERS} of A-Z a-z 0-9 . _ @ + -, the first a letter or a digit"
 
-# What makes a certificate that of a node of a cluster: a URI among its names. A client whose name is n1 is no
+# A certificate with this URI among its names is that of a node of a cluster. A client whose name is n1 is no
 # node for that.
 NODE_URI_PREFIX: Final = "pjw:node:"
 # And the host name under which a gateway reaches that node, whatever its address: TLS itself sees to it that
-# no other one answers. Nobody looks it up.
+# no other host answers. The name is never looked up.
 NODE_HOST_SUFFIX: Final = ".node.pjw.internal"
 # a label of a host name
 NODE_NAME_MAX_CHARACTERS: Final = 40
@@ -46,7 +46,7 @@ QUOTED_MAX_CHARACTERS: Final = 80
 
 
 def name_fault(name: str) -> str | None:
-    """Why *name* cannot be a client's name; None when it can."""
+    """Return why *name* cannot be a client's name; None when it can."""
     if not NAME_PATTERN.fullmatch(name):
         return f"{quoted(name)} is no client name ({NAME_RULE})"
     if name.lower().startswith(KEY_NAME_PREFIX):
@@ -55,7 +55,7 @@ def name_fault(name: str) -> str | None:
 
 
 def node_name_fault(name: str) -> str | None:
-    """Why *name* cannot be a node's name; None when it can."""
+    """Return why *name* cannot be a node's name; None when it can."""
     return (
         None
         if NODE_NAME_PATTERN.fullmatch(name)
@@ -64,18 +64,18 @@ def node_name_fault(name: str) -> str | None:
 
 
 def identity_fault(name: str) -> str | None:
-    """Why no client can be called *name*: as `name_fault`, but for the names that are made of keys."""
+    """Return why no client can have this *name*: as `name_fault`, but names made of keys are valid."""
     made_of_a_key = KEY_NAME_PATTERN.fullmatch(name) or is_short_key_name(name)
     return None if made_of_a_key else name_fault(name)
 
 
 def is_short_key_name(name: str) -> bool:
-    """Whether a version before has made *name* of a key."""
+    """Return whether an earlier version made *name* of a key."""
     return SHORT_KEY_NAME_PATTERN.fullmatch(name) is not None
 
 
 def quoted(text: str) -> str:
-    """*text* in quotes, escaped to printable ASCII, in at most 80 characters."""
+    """Return *text* in quotes, escaped to printable ASCII, in at most 80 characters."""
     # cut before escaping too: the text may be 64 KiB long
     escaped = ascii(text[:QUOTED_MAX_CHARACTERS])
     if len(text) <= QUOTED_MAX_CHARACTERS and len(escaped) <= QUOTED_MAX_CHARACTERS:

@@ -1,8 +1,7 @@
 """The list of client certificates that are not let in any more. Standard library only.
 
-A text file that `openssl x509 -serial` or `-fingerprint -sha256` can append to. A line that
-cannot be read is an error, never passed over: it may be the one that was meant to keep
-somebody out.
+A text file that `openssl x509 -serial` or `-fingerprint -sha256` can append to. A line that cannot be read is
+an error, never skipped: it may be the one that was meant to shut a client out.
 """
 
 import re
@@ -26,13 +25,13 @@ _LINE: Final = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class RevocationList:
-    """Certificates by serial number, whoever issued them, and by SHA-256 of the certificate."""
+    """Certificates by serial number, whichever CA issued them, and by SHA-256 of the certificate."""
 
     serials: frozenset[int] = frozenset()
     fingerprints: frozenset[bytes] = frozenset()
 
     def revokes(self, serial: int, fingerprint: bytes) -> bool:
-        """Whether a certificate is in the list, by either."""
+        """Return whether a certificate is in the list, by either."""
         return serial in self.serials or fingerprint in self.fingerprints
 
     def __len__(self) -> int:
@@ -48,7 +47,7 @@ def load_revocation_list(path: str, read: Read = read_path) -> RevocationList:
 
 
 def parse_revocation_list(data: bytes, path: str) -> RevocationList:
-    """The list that *data* is: one entry a line, `#` begins a comment. Raises ConfigError."""
+    """Parse a list with one entry a line, where `#` begins a comment. Raises ConfigError."""
     serials: set[int] = set()
     fingerprints: set[bytes] = set()
     for number, line in enumerate(data.split(b"\n"), 1):

@@ -20,7 +20,7 @@ from pjw.errors import ConfigError, KernelError
 # left with nothing. The suites of TLS 1.3 are not governed by the variable.
 CIPHER_SUITES_VARIABLE: Final = "GRPC_SSL_CIPHER_SUITES"
 CIPHER_SUITES: Final = "PSK"
-# What the server compares `auth_context()["ssl_tls_version"]` with.
+# The server compares `auth_context()["ssl_tls_version"]` with this.
 TLS_VERSION: Final = b"TLSv1.3"
 
 PROBE_TIMEOUT_SECONDS: Final = 10.0
@@ -31,9 +31,9 @@ RECORD_HANDSHAKE: Final = 22
 def require_tls13_environment() -> None:
     """Leave grpc no suite of TLS 1.2; call this before anything imports grpc.
 
-    grpc reads the variable once, at its import, and silently ignores it afterwards: so a
-    late call is a bug in our order of imports, and raises RuntimeError. What the caller's
-    environment says is overwritten, because the same variable could bring CBC suites back.
+    grpc reads the variable once, at its import, and silently ignores it afterwards: so a late call is a bug
+    in our order of imports, and raises RuntimeError. A value in the caller's environment is overwritten,
+    because the same variable could bring CBC suites back.
     """
     if any(name == "grpc" or name.startswith("grpc.") for name in sys.modules):
         raise RuntimeError("cannot require TLS 1.3: grpc has already been imported")
@@ -43,9 +43,9 @@ def require_tls13_environment() -> None:
 def probe_tls12(host: str, port: int, *, timeout_seconds: float = PROBE_TIMEOUT_SECONDS) -> bool:
     """Tell whether host:port answers a ClientHello that offers TLS 1.2 at the most.
 
-    No certificate is needed: the first byte of the answer decides. Whatever is neither a
-    yes nor a no (nobody there, no answer in time, no TLS) raises, so that a server that
-    tests itself never takes silence for safety. Blocking: call it in a thread.
+    No certificate is needed: the first byte of the answer decides. Any other outcome (no server there, no
+    answer in time, no TLS) raises, so that a server that tests itself never takes silence for safety.
+    Blocking: call it in a thread.
     """
     try:
         with socket.create_connection((host, port), timeout_seconds) as connection:
@@ -66,7 +66,7 @@ def probe_tls12(host: str, port: int, *, timeout_seconds: float = PROBE_TIMEOUT_
 
 
 def names_of_server(host: str, port: int, ca_pem: str, timeout_seconds: float = 2.0) -> list[str]:
-    """The names in the certificate of host:port, if this authority signed it; an empty list otherwise.
+    """Return the names in host:port's certificate if this authority signed it; else an empty list.
 
     It needs no client certificate: in TLS 1.3 the server sends its certificate first. Blocking.
     """

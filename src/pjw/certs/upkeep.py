@@ -39,7 +39,7 @@ class Issued:
     revoked: bool
 
     def condition(self, now: datetime) -> str:
-        """Its state in a few words: revoked, expired, ends in N days, or ok."""
+        """Describe its state in a few words: revoked, expired, ends in N days, or ok."""
         end = self.certificate.not_valid_after_utc
         if self.revoked:
             return "revoked"
@@ -49,7 +49,7 @@ class Issued:
 
 
 def issued(directory: str, revoked: RevocationList = NOBODY_REVOKED) -> list[Issued]:
-    """Every certificate in a directory, by its file. Raises ConfigError for one that cannot be read."""
+    """Return every certificate in a directory, by its file. Raises ConfigError for an unreadable one."""
     try:
         files = sorted(name for name in os.listdir(directory) if name.endswith(_SUFFIX))
     except OSError as error:
@@ -68,7 +68,7 @@ def issued(directory: str, revoked: RevocationList = NOBODY_REVOKED) -> list[Iss
 
 
 def listed(directory: str, list_path: str | None = None) -> Iterator[str]:
-    """The lines of a table of all certificates in a directory."""
+    """Yield the lines of a table of all certificates in a directory."""
     path = list_path or os.path.join(directory, REVOKED)
     revoked = load_revocation_list(path) if list_path or os.path.exists(path) else NOBODY_REVOKED
     now = datetime.now(UTC)

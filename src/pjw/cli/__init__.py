@@ -1,1 +1,1 @@
-"""What a person types: `pjw list | get | start | stop | logs`. Knows neither server nor worker."""
+"""The command line: `pjw list | get | start | stop | logs`. Knows neither server nor worker."""

@@ -15,7 +15,7 @@ from pjw.errors import CopyError, PjwError
 if TYPE_CHECKING:
     from pjw.client.aio import AsyncClient
 
-# What a file begins with in an archive: its header, and before that one for a name of up to 4095 bytes.
+# The bytes before a file in an archive: its header, and before that one for a name of up to 4095 bytes.
 _HEADERS_BYTES: Final = 16 * 1024
 
 
@@ -42,7 +42,7 @@ async def _whole(data: bytes) -> AsyncGenerator[bytes, None]:
 
 
 async def _entry(client: "AsyncClient", job_id: int, path: str) -> tarfile.TarInfo | None:
-    """What there is by that path; None where it cannot be read."""
+    """Return the entry at that path; None where it cannot be read."""
     with suppress(CopyError):
         async with aclosing(client.read_archive(job_id, path)) as pieces:
             return _first_entry(await _headers(pieces))
@@ -52,7 +52,7 @@ async def _entry(client: "AsyncClient", job_id: int, path: str) -> tarfile.TarIn
 async def get(
     client: "AsyncClient", job_id: int, path: str, offset: int, bytes_max: int
 ) -> tuple[bytes, int]:
-    """A part of a file of a running job, and the size of the file in bytes. Raises PjwError."""
+    """Return a part of a running job's file, and the size of the file in bytes. Raises PjwError."""
     words = f"cannot get {path} from job {job_id}"
     found = bytearray()
     try:
@@ -68,7 +68,7 @@ async def get(
             while held:
                 found += held[max(0, first - position) : max(0, last - position)]
                 position += len(held)
-                # what comes behind it is not fetched
+                # the bytes behind the part are not fetched
                 held = await anext(pieces, b"") if position < last else b""
     except CopyError as error:
         raise PjwError(f"{words}: {_why(error)}") from None
@@ -83,7 +83,7 @@ async def _headers(pieces: AsyncGenerator[bytes, None]) -> bytes:
 
 
 def _first_entry(held: bytes) -> tarfile.TarInfo | None:
-    """The first entry of an archive that begins so; None for none. The job may have sent anything."""
+    """Return the first entry of an archive's beginning; None for none. The job may have sent anything."""
     try:
         with tarfile.open(fileobj=io.BytesIO(held), mode="r:") as archive:
             return archive.next()
@@ -92,7 +92,7 @@ def _first_entry(held: bytes) -> tarfile.TarInfo | None:
 
 
 def _why(error: CopyError) -> str:
-    """What the program in the job said, without what it was asked for."""
+    """Return the reason given by the program in the job, without the request it repeats."""
     _, _, why = str(error).rpartition(": cannot ")
     if why.endswith(": no such file or directory"):
         return "there is no such file"

@@ -1,4 +1,4 @@
-"""What an agent can do, in words that a model reads; agents.py makes tools of it. Knows nothing of MCP.
+"""The abilities of an agent, with answers in words for a model; agents.py makes tools of them. No MCP here.
 
 Each answer is bounded in time and in bytes. A call that is cancelled stops the command that it has started.
 """
@@ -21,9 +21,9 @@ from pjw.model import LIMIT_MAXIMUM, Job, JobSpec, JobState, Session
 if TYPE_CHECKING:
     from pjw.client.aio import AsyncClient
 
-# How long the state of a job is waited for when the time of an answer is over already.
+# Seconds to wait for the state of a job when the time of an answer is over already.
 _STATE_SECONDS: Final = 5
-# How long a stop is waited for; pjwd goes on with it by itself.
+# Seconds to wait for a stop; pjwd goes on with it by itself.
 _STOP_SECONDS: Final = 60
 _COMMAND_CHARACTERS: Final = 200
 # of a file, in one call
@@ -41,7 +41,7 @@ class Command(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """Our words, and apart from them what a command wrote, so that it cannot pass for ours."""
+    """Our words, and apart from them a command's output, so that it cannot pass for ours."""
 
     words: str
     output: str = ""
@@ -52,7 +52,7 @@ class AgentJobs:
 
     def __init__(self, client: "AsyncClient") -> None:
         self._client: Final = client
-        # those whose ids nobody has been told yet
+        # commands whose ids no answer has given yet
         self._untold: Final[set[Command | None]] = set()
 
     async def run(
@@ -94,7 +94,7 @@ class AgentJobs:
             self._untold.discard(command)
 
     async def poll(self, name: str, offset: int, seconds: float, bytes_max: int) -> Answer:
-        """The output from *offset* on, below 0 from so many bytes before the end, and the state."""
+        """Return the state, and the output from *offset* on; below 0, so many bytes before the end."""
         command = await self._found(name)
         if offset < 0:
             offset = max(0, await self._size(command) + offset)
@@ -117,7 +117,7 @@ class AgentJobs:
         await asyncio.gather(*stops, return_exceptions=True)
 
     async def list(self, limit: int, *, running: bool) -> Answer:
-        """The newest jobs, a line for each."""
+        """Return the newest jobs, a line for each."""
         states = [JobState.QUEUED, JobState.STARTING, JobState.RUNNING, JobState.STOPPING] if running else []
         jobs = self._client.list(states=states, newest_first=True, limit=limit)
         lines = [_line(job) async for job in jobs]
@@ -143,7 +143,7 @@ class AgentJobs:
         return Answer(f"Put {path} into job {job_id}: {len(data)} bytes.")
 
     async def get(self, name: str, path: str, offset: int, bytes_max: int, *, base64: bool) -> Answer:
-        """A part of a file of a running job."""
+        """Return a part of a file of a running job."""
         job_id = await self._job_id(name)
         data, size = await agent_files.get(self._client, job_id, path, offset, bytes_max)
         if base64:
@@ -192,7 +192,7 @@ class AgentJobs:
         return command
 
     async def _follow(self, command: Command, offset: int, seconds: float, bytes_max: int) -> Answer:
-        """The output from *offset* on until it ends, or the time is over, or the answer is full."""
+        """Return the output from *offset* until it ends, the time is over, or the answer is full."""
         data = bytearray()
         ended = False
         output = self._client.logs(command.job_id, offset, session=command.session)
@@ -216,7 +216,7 @@ class AgentJobs:
         return Answer(f"{state}\nIts output, bytes {offset} to {end}, is what follows.", text)
 
     async def _size(self, command: Command) -> int:
-        """How many bytes of output there are: the server's word for an offset that no output reaches."""
+        """Return the length of the output: the server tells it for an offset that no output reaches."""
         output = self._client.logs(command.job_id, LIMIT_MAXIMUM, follow=False, session=command.session)
         try:
             async with aclosing(output):
@@ -233,7 +233,7 @@ class AgentJobs:
         return _job_in_words(job if job.state.final else await self._client.wait(job.id))
 
     async def _state(self, command: Command) -> str:
-        """What is known of a command whose output has not ended."""
+        """Describe the state of a command whose output has not ended."""
         with suppress(TimeoutError):
             async with asyncio.timeout(_STATE_SECONDS):
                 if not command.session:
@@ -247,13 +247,13 @@ class AgentJobs:
 
 
 def words_of(error: PjwError) -> str:
-    """An error, with what to do about it."""
+    """Return an error in words, with its hint."""
     notes = getattr(error, "__notes__", ())
     return "\n".join([f"error: {error}", *([f"hint: {error.hint}"] if error.hint else []), *notes])
 
 
 def _decoded(data: bytes, *, whole: bool, errors: str = "replace") -> tuple[str, int]:
-    """Text, and how many bytes it is of: the beginning of a character is left for the next answer."""
+    """Return text, and the number of its bytes: a partial character is left for the next answer."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors)
     text = decoder.decode(data, final=whole)
     return text, len(data) - len(decoder.getstate()[0])

@@ -1,7 +1,7 @@
 """`pjw mcp`: an MCP server on stdin and stdout, for the program of an AI agent.
 
-The only module that imports the package mcp. What the tools do is in agent_jobs.py. Their docstrings and the
-texts of their parameters are for a model to read.
+The only module that imports the package mcp. The work of the tools is in agent_jobs.py. Their docstrings and
+the texts of their parameters are for a model to read.
 """
 
 import asyncio
@@ -27,9 +27,9 @@ from pjw.version import version
 
 T = TypeVar("T")
 
-# How long an answer may take beyond the time that was asked for: a lost connection is made again.
+# Seconds that an answer may take beyond the requested time: the client reconnects after a lost connection.
 _BEYOND_SECONDS: Final = 60
-# How long stops are waited for when a signal ends us; whoever sent it may soon kill.
+# Seconds to wait for stops when a signal ends us; the sender may soon kill us.
 _LAST_SECONDS: Final = 1
 _INSTRUCTIONS: Final = """\
 Runs shell commands as jobs on a machine with pjwd: isolated, with limits, without a network. A job begins \
@@ -220,7 +220,7 @@ async def _serve(arguments: Namespace) -> None:
             "pjw", version=version(), instructions=_INSTRUCTIONS, log_level="WARNING", subscriptions=False
         )
         _Tools(jobs).add_to(server)
-        # whoever reads our answers has gone
+        # the reader of our answers has gone
         with suppress(BrokenPipeError, ConnectionResetError):
             try:
                 await server.run_stdio_async()
@@ -229,7 +229,7 @@ async def _serve(arguments: Namespace) -> None:
 
 
 def _raise_single(group: BaseExceptionGroup[BaseException]) -> None:
-    """Raise what a group has, when it is one error; a group of groups as well."""
+    """Raise the error in a group when it is the only one; look into nested groups as well."""
     raised: BaseException = group
     while isinstance(raised, BaseExceptionGroup) and len(raised.exceptions) == 1:
         [raised] = raised.exceptions
@@ -237,7 +237,7 @@ def _raise_single(group: BaseExceptionGroup[BaseException]) -> None:
 
 
 class _EndBySignal:
-    """A signal ends us, as it would without this; before that we stop what nobody has been told of.
+    """Ends us by a signal, as it would without this, after stopping commands whose ids no answer has given.
 
     We do not leave by way of the server: the thread that reads stdin would wait there.
     """
@@ -268,7 +268,7 @@ class _EndBySignal:
 
 
 async def _answer(work: Coroutine[Any, Any, Answer], seconds: float) -> CallToolResult:
-    """What a model is told; an error that it can do something about is the result of a failed call."""
+    """Return the answer for a model; an error that it can act on is the result of a failed call."""
     try:
         answer = await _apart(_within(work, seconds + _BEYOND_SECONDS))
     except PjwError as error:
@@ -293,7 +293,7 @@ async def _within(work: Coroutine[Any, Any, T], seconds: float) -> T:
 
 
 async def _apart(work: Coroutine[Any, Any, T]) -> T:
-    """Run it in a task of its own, which is cancelled once and may then await what tidies up.
+    """Run *work* in a task of its own, which is cancelled once and may then await its cleanup.
 
     anyio, by which the server cancels a call, would cancel every further await of the call as well.
     """

@@ -1,4 +1,4 @@
-"""`pjw artifacts`, and what `pjw run` says and fetches of the files that are kept of its job."""
+"""`pjw artifacts`, and the part of `pjw run` that reports and fetches the artifacts of its job."""
 
 import sys
 from argparse import Namespace
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def show_artifacts(arguments: Namespace) -> None:
-    """What was kept of a job's files: a line each for a person, JSON elsewhere."""
+    """Print a job's artifacts: a line each for a person, JSON elsewhere."""
     line = _line if sys.stdout.isatty() else _json_line
     with connect(arguments) as client:
         for each in client.artifacts(resolve_id(client, arguments.job)):
@@ -34,7 +34,7 @@ def _line(artifact: "Artifact") -> str:
 
 def _json_line(artifact: "Artifact") -> str:
     members: dict[str, Any] = {
-        # what is no UTF-8 is escaped
+        # bytes that are no UTF-8 are escaped
         "path": artifact.path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"),
         "kind": artifact.kind,
         "bytes": artifact.bytes,
@@ -46,7 +46,7 @@ def _json_line(artifact: "Artifact") -> str:
 
 
 def fetch(client: "Client", job: Job, directory: str | None) -> None:
-    """Say what has become of the artifacts of a job that has ended; copy them into *directory*, if any.
+    """Report the artifacts of a job that has ended; copy them into *directory*, if any.
 
     Raises ConfigError when they cannot be written there, CopyError when they cannot be read.
     """

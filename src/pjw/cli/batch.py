@@ -1,4 +1,4 @@
-"""`pjw submit`: jobs from a file into the queue, all of them or none; and what such a file says."""
+"""`pjw submit`: jobs from a file into the queue, all of them or none; and the format of such a file."""
 
 import argparse
 import json
@@ -29,7 +29,7 @@ _TYPED: Final[Mapping[str, Callable[[str], int]]] = {
     "output": units.size,
     "timeout": units.whole_seconds,
 }
-_TEXTS: Final = ("name", "workdir", "workspace", "image", "link")
+_TEXTS: Final = ("name", "workdir", "workspace", "image", "link", "node")
 _FLAGS: Final = ("split_stderr", "hold", "rerun_if_lost", "exclusive", "output_required", "read_only")
 _RETRY: Final = ("retry", "retry_on", "backoff")
 _WAITS: Final = ("priority", "not_before", "after", "array")
@@ -58,7 +58,7 @@ def submit_file(arguments: argparse.Namespace) -> None:
 
 
 def read_jobs(path: str) -> list[JobSpec]:
-    """The jobs that a file asks for: a line of JSON for each, or TOML with a table [[job]] for each.
+    """Read the jobs of a file: a line of JSON for each, or TOML with a table [[job]] for each.
 
     `-` is stdin, with lines of JSON. Raises ConfigError that names the file and the job.
     """
@@ -177,8 +177,8 @@ def _parsed(option: str, value: object, parse: Callable[[str], T]) -> T:
         raise InvalidJobError(f"{option}: {error}") from None
 
 
-def _after(value: Any, named: Mapping[str, int]) -> Sequence[After]:  # noqa: ANN401  what the file has
-    """What a job waits for: names of jobs above it in the file, and ids, each with a condition or without.
+def _after(value: Any, named: Mapping[str, int]) -> Sequence[After]:  # noqa: ANN401  a value of the file
+    """Return the jobs that a job waits for: names above it in the file, and ids, maybe with a condition.
 
     `NAME_5` and `17_5` are elements of arrays.
     """

@@ -13,7 +13,7 @@ from pjw.model import Job, JobState
 if TYPE_CHECKING:
     from pjw.client.sync import Client
 
-# How many jobs `list` shows at a terminal, beside those that run: so many fit on a screen.
+# The jobs that `list` shows at a terminal, beside those that run: so many fit on a screen.
 RECENT_MAX: Final = 20
 ALIVE: Final = (JobState.STARTING, JobState.RUNNING, JobState.STOPPING)
 STOPPABLE: Final = (JobState.QUEUED, *ALIVE)
@@ -21,7 +21,7 @@ ENDED: Final = (JobState.EXITED, JobState.LOST)
 
 
 def listed(client: "Client", arguments: Namespace) -> Iterable[Job]:
-    """The jobs that `list` is asked for, in the order of their ids."""
+    """Yield the jobs for `list`, in the order of their ids."""
     limit = None if arguments.limit == "all" else arguments.limit
     if limit is None and arguments.since is None:
         return _fitting(client, arguments, arguments.state, newest_first=False)
@@ -29,7 +29,7 @@ def listed(client: "Client", arguments: Namespace) -> Iterable[Job]:
 
 
 def recent(client: "Client", arguments: Namespace) -> tuple[Sequence[Job], bool]:
-    """The newest jobs that `list` is asked for, and all that have not ended; whether there are others."""
+    """Return the newest jobs for `list`, with all unfinished ones, and whether there are others."""
     newest = list(_newest(client, arguments, RECENT_MAX + 1))
     if len(newest) <= RECENT_MAX:
         return newest[::-1], False
@@ -41,7 +41,7 @@ def recent(client: "Client", arguments: Namespace) -> tuple[Sequence[Job], bool]
 
 
 def named_or_fitting(client: "Client", arguments: Namespace, states: Sequence[JobState]) -> Sequence[JobName]:
-    """The jobs that a command names, or all jobs in one of *states* that fit its --label and --state."""
+    """Return the jobs a command names, or all in one of *states* that fit its --label and --state."""
     if arguments.jobs:
         return list(arguments.jobs)
     wanted = [state for state in states if state in arguments.state or not arguments.state]
@@ -50,12 +50,12 @@ def named_or_fitting(client: "Client", arguments: Namespace, states: Sequence[Jo
 
 
 def elements_first(jobs: Iterable[Job]) -> Sequence[Job]:
-    """Jobs to be forgotten: elements before their arrays, which would take them along."""
+    """Sort jobs to be forgotten: elements before their arrays, which would take them along."""
     return sorted(jobs, key=lambda job: job.array_id is None)
 
 
 def confirmed(question: str) -> bool:
-    """Ask the user at the terminal; whether the answer is yes."""
+    """Ask the user at the terminal; return whether the answer is yes."""
     print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 

@@ -1,6 +1,7 @@
-"""One function for each short command: what it asks, and what it prints; each returns the exit code.
+"""One function for each short command: it asks, prints the answer, and returns the exit code.
 
-What a command needs beyond the standard library's core is imported in it: `pjw get` pays for nothing else.
+Imports beyond the standard library's core are in the command that needs them: `pjw get` pays for nothing
+else.
 """
 
 import os
@@ -25,7 +26,7 @@ T = TypeVar("T")
 
 
 def list_jobs(arguments: Namespace) -> int:
-    """The jobs that are asked for, in the order of their ids, in the format that is asked for."""
+    """Print the requested jobs, in the order of their ids, in the requested format."""
     from pjw.cli.choice import RECENT_MAX, listed, recent
 
     form = arguments.format or ("table" if sys.stdout.isatty() else "ids")
@@ -62,14 +63,14 @@ def _print_jobs(jobs: "Iterable[Job]", arguments: Namespace, form: object) -> No
         from pjw.cli.template import Template
 
         assert isinstance(form, Template)
-        # only a terminal can be steered; what reads a pipe wants the text as it is
+        # only a terminal can be steered; the reader of a pipe wants the text as it is
         shown = render.printable if sys.stdout.isatty() else str
         for job in jobs:
             print(form.fill(job, shown))
 
 
 def get(arguments: Namespace) -> int:
-    """One job as the seed shows it; several as an array, without those that are not there."""
+    """Show one job as the seed does; several as an array, without those that are not there."""
     with connect(arguments) as client:
         if len(arguments.jobs) == 1:
             from pjw.cli.render import job_json
@@ -87,26 +88,26 @@ def start(arguments: Namespace) -> int:
         send_upload(client, arguments)
         job = start_job(client, arguments)
         print(job.id, flush=True)
-        # what is typed comes by `pjw attach`
+        # a terminal's input comes by `pjw attach`
         if descriptor is not None and not arguments.terminal:
             stdin.send(client, job.id, descriptor)
     return 0
 
 
 def send_upload(client: "Client", arguments: Namespace) -> None:
-    """Send the files of the job that is asked for. Nothing is started yet: Ctrl-C just ends this."""
+    """Send the files of the requested job. Nothing is started yet: Ctrl-C just ends this."""
     arguments.upload_name = ""
     if arguments.upload:
         from pjw.cli.copy import upload
         from pjw.cli.spec import spec_from
 
-        # what is wrong with the job is told before gigabytes are sent
+        # report faults of the job before gigabytes are sent
         spec_from(arguments)
         arguments.upload_name = upload(client, arguments.upload)
 
 
 def start_job(client: "Client", arguments: Namespace) -> "Job":
-    """Start the job that is asked for. What is refused is refused in the words of the command line."""
+    """Start the requested job; word a refusal as the command line does."""
     from pjw.cli.spec import in_options, spec_from
 
     spec, id_file = spec_from(arguments), getattr(arguments, "id_file", None)
@@ -267,7 +268,7 @@ _KILLED: Final = {
 
 
 def why_ended(job: "Job") -> str | None:
-    """A line for a person: why a job ended. None when its command ended by itself, or when nobody knows."""
+    """Explain a job's end in a line; None when its command ended by itself, or the cause is unknown."""
     if job.reason in _KILLED:
         return f"job {job.ref} was killed: {_KILLED[job.reason]}"
     if job.array is not None and job.array.succeeded < job.array.count and job.was_started:
@@ -288,9 +289,9 @@ def why_ended(job: "Job") -> str | None:
 
 
 def exit_code_of_job(job: "Job") -> int:
-    """The exit code of a job as a shell would tell it. Raises ServerFailedError when nobody knows it.
+    """Return a job's exit code as a shell would. Raises ServerFailedError when it is unknown.
 
-    And JobStateError when there is none, as the job was not started.
+    Raises JobStateError when there is none, as the job was not started.
     """
     status = job.exit_status
     if status is None and not job.was_started:
@@ -356,7 +357,7 @@ def _stopping(jobs: Sequence[JobName], grace: float | None) -> Callable[[float],
 def _beside_each_other(
     jobs: Sequence[JobName], ask: "Callable[[JobName], Job]"
 ) -> "Callable[[JobName], Job]":
-    """Ask for all jobs at once: what gives the answer for one of them."""
+    """Ask for all jobs at once; return a function that gives the answer for one of them."""
     if len(jobs) <= 1:
         return ask
     from concurrent.futures import ThreadPoolExecutor
@@ -380,21 +381,21 @@ def release(arguments: Namespace) -> int:
 
 
 def show_name(_: object, name: object) -> None:
-    """Print what was named, for `each`."""
+    """Print a name, for `each`."""
     print(name, flush=True)
 
 
 def _waits_for_more(job: "Job") -> bool:
-    """Whether a job waits for something beside its turn."""
+    """Return whether a job waits for something beside its turn."""
     return job.held or job.not_before is not None or job.unmet > 0
 
 
 def show_queue(arguments: Namespace) -> int:
-    """The jobs that wait, of each client in the order of their turns."""
+    """Show the jobs that wait, of each client in the order of their turns."""
     from pjw.cli.render import jobs_json, queue_table
 
     with connect(arguments) as client:
-        # what waits for something else than its turn comes after what does not
+        # jobs with another condition than their turn come after those without
         jobs = sorted(
             client.list(states=["queued"]),
             key=lambda job: (job.client_name, _waits_for_more(job), -job.priority, job.id),
@@ -442,7 +443,7 @@ def _forget(client: "Client", jobs: Sequence[JobName]) -> int:
 
 
 def each(names: Sequence[N], ask: Callable[[N], T], show: Callable[[T, N], None]) -> int:
-    """Ask for one after the other, and show what comes; a refusal is told, and does not end it."""
+    """Ask for each name in turn, and show the answers; report a refusal and go on."""
     code = 0
     for name in names:
         try:
@@ -464,7 +465,7 @@ def _print_array(jobs: Sequence[JobName], ask: "Callable[[JobName], Job]") -> in
 
 
 def logs(arguments: Namespace) -> int:
-    """The bytes of a job's output, and nothing else; at a terminal none that steer it."""
+    """Print the bytes of a job's output, and nothing else; at a terminal none that steer it."""
     with connect(arguments) as client:
         job_id = resolve(client, arguments.job)
         which = {name: getattr(arguments, name) for name in ("follow", "tail", "since", "stderr")}
@@ -485,7 +486,7 @@ def logs(arguments: Namespace) -> int:
 
 @contextmanager
 def telling_if_stuck(client: "Client", job_id: JobName) -> Iterator[None]:
-    """While the output of a job is followed: say on stderr when the job cannot go on."""
+    """Say on stderr when the job cannot go on, while its output is followed."""
     from threading import Timer
 
     from pjw.cli.progress import QUIET_SECONDS
@@ -507,7 +508,7 @@ def telling_if_stuck(client: "Client", job_id: JobName) -> Iterator[None]:
 
 
 def write_all(pieces: Iterator[bytes], descriptor: int) -> None:
-    """Straight to the descriptor: no decoding, and each piece is out before we wait for the next."""
+    """Write straight to the descriptor: no decoding, and each piece is out before we wait for the next."""
     for data in pieces:
         wrote(data, descriptor)
         view = memoryview(data)
@@ -515,7 +516,7 @@ def write_all(pieces: Iterator[bytes], descriptor: int) -> None:
             try:
                 view = view[os.write(descriptor, view) :]
             except BlockingIOError:
-                # who shares this pipe or terminal with us has set it so for all
+                # another process that shares this pipe or terminal has set it so for all
                 from select import select
 
                 select((), (descriptor,), ())

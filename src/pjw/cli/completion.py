@@ -1,7 +1,7 @@
-"""Completion for bash, zsh and fish: the scripts, and what they are answered.
+"""Completion for bash, zsh and fish: the scripts, and the answers that they get.
 
-A job is completed with its command beside it, where the shell shows that. Whatever is wrong, no completion is
-the answer: a shell has no place for words in the middle of a line.
+A job is completed with its command beside it, where the shell shows that. After any error the answer is
+empty: a shell has no place for words in the middle of a line.
 """
 
 import argparse
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pjw.client.aio import AsyncClient
 
 FORMATS: Final = ("table", "ids", "json", "jsonl")
-# Somebody waits with a finger on the key.
+# The user waits with a finger on the key.
 DEADLINE_SECONDS: Final = 2.0
 JOBS_MAX: Final = 100
 DESCRIPTION_MAX: Final = 60
@@ -55,7 +55,7 @@ def complete(parser: argparse.ArgumentParser) -> None:
 
     for action in _actions(parser):
         action.completer = _completer_of(action)  # type: ignore[attr-defined]
-    # options only for who has begun one, not where there is no job to offer
+    # offer options only when the user has begun one, not where there is no job to offer
     argcomplete.autocomplete(parser, always_complete_options=False)
 
 
@@ -66,7 +66,7 @@ def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
             for command in action.choices.values():
                 yield from _actions(command)
         elif action.choices is None:
-            # what may be chosen is completed by itself
+            # an action with choices is completed by itself
             yield action
 
 
@@ -102,7 +102,7 @@ def _completer_of(action: argparse.Action) -> Completer:
 
 
 def _complete_nothing(**_: object) -> tuple[str, ...]:
-    """What nobody but the user knows: a name, a size, a time."""
+    """Complete no values that only the user knows: a name, a size, a time."""
     return ()
 
 
@@ -122,7 +122,7 @@ def complete_help(prefix: str, parsed_args: argparse.Namespace, **_: object) -> 
 
 
 def complete_contexts(prefix: str, **_: object) -> list[str]:
-    """The contexts' names."""
+    """Complete the names of contexts."""
     from pjw.cli.contexts import context_names
 
     try:
@@ -132,7 +132,7 @@ def complete_contexts(prefix: str, **_: object) -> list[str]:
 
 
 def complete_workspaces(parsed_args: argparse.Namespace, **_: object) -> list[str]:
-    """The names of our workspaces."""
+    """Complete the names of our workspaces."""
     try:
         return asyncio.run(_list_workspaces(parsed_args))
     except (PjwError, OSError, TimeoutError):
@@ -145,7 +145,7 @@ async def _list_workspaces(arguments: argparse.Namespace) -> list[str]:
 
 
 def complete_images(parsed_args: argparse.Namespace, **_: object) -> list[str]:
-    """The names of images that our jobs can have."""
+    """Complete the names of images that our jobs can have."""
     try:
         return asyncio.run(_list_images(parsed_args))
     except (PjwError, OSError, TimeoutError):
@@ -161,7 +161,7 @@ async def _list_images(arguments: argparse.Namespace) -> list[str]:
 async def _connected(
     arguments: argparse.Namespace, *, everybody: bool = False
 ) -> "AsyncIterator[AsyncClient]":
-    """A client that a person who waits for a word has patience for."""
+    """Give a client with a deadline as short as the patience of a user who waits for a word."""
     from pjw.client.aio import AsyncClient
 
     settings = find_settings(arguments)
@@ -172,7 +172,7 @@ async def _connected(
 
 
 def complete_jobs(prefix: str, parsed_args: argparse.Namespace, **_: object) -> dict[str, str]:
-    """The newest jobs: by id with what they are, or by name when a name was begun."""
+    """Complete the newest jobs: by id with a description, or by name when the user began one."""
     from pjw.cli.render import printable
 
     words = os.environ.get("COMP_LINE", "").split()[1:]

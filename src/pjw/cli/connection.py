@@ -17,7 +17,7 @@ JobName = int | str
 
 
 def connect(arguments: Namespace) -> "Client":
-    """A client with the settings that were found; a context manager. Raises ConfigError."""
+    """Make a client with the settings found; a context manager. Raises ConfigError."""
     settings = find_settings(arguments)
     warn_of_ends(settings)
     files = settings.ca_crt, settings.client_crt, settings.client_key
@@ -25,7 +25,7 @@ def connect(arguments: Namespace) -> "Client":
 
 
 def connect_async(arguments: Namespace) -> "AsyncClient":
-    """The same for asyncio; an asynchronous context manager."""
+    """Make the same client for asyncio; an asynchronous context manager."""
     from pjw.client.aio import AsyncClient
 
     settings = find_settings(arguments)
@@ -34,7 +34,7 @@ def connect_async(arguments: Namespace) -> "AsyncClient":
 
 
 def job_name(text: str) -> JobName:
-    """What names a job, as a `type` of argparse: a number is an id, `17_5` an element, all else a name."""
+    """Parse the name of a job, as a `type` of argparse: a number is an id, `17_5` an element."""
     # int() alone would take "1_0", " 1 " and digits of other scripts
     digits = text.removeprefix("-")
     if digits.isascii() and digits.isdecimal() and len(digits) <= 100:
@@ -52,7 +52,7 @@ def job_name(text: str) -> JobName:
 
 
 def server(text: str) -> str:
-    """HOST:PORT of a server, as a `type` of argparse."""
+    """Parse HOST:PORT of a server, as a `type` of argparse."""
     from pjw.certs.address import server_address
 
     try:
@@ -62,9 +62,9 @@ def server(text: str) -> str:
 
 
 def resolve(client: "Client", job: JobName) -> JobName:
-    """What names a job to the client: its id, or an element as it is.
+    """Return the client's reference to a job: its id, or an element as it is.
 
-    Raises JobNotFoundError for a name that no job bears.
+    Raises JobNotFoundError for a name that no job has.
     """
     if isinstance(job, int) or job[:1].isdecimal():
         return job
@@ -72,7 +72,7 @@ def resolve(client: "Client", job: JobName) -> JobName:
 
 
 def resolve_id(client: "Client", job: JobName) -> int:
-    """The id of a job, also of an element. Raises JobStateError for an element that has none (yet)."""
+    """Return the id of a job or of an element. Raises JobStateError for an element without one (yet)."""
     found = resolve(client, job)
     if isinstance(found, int):
         return found
@@ -83,9 +83,9 @@ def resolve_id(client: "Client", job: JobName) -> int:
 
 
 def _client_class() -> "type[Client]":
-    """The client, which imports gRPC: `pjw --help` need not wait for that."""
-    # What is imported stays. To look for garbage in it, at every 700 objects or once at the end, takes
-    # a tenth of a whole `pjw get`: hence frozen as well.
+    """Import the client, and gRPC with it: `pjw --help` need not wait for that."""
+    # Imported objects stay. A search for garbage in them, at every 700 objects or once at the end, takes a
+    # tenth of a whole `pjw get`: hence they are frozen as well.
     gc.disable()
     try:
         from pjw.client.sync import Client

@@ -1,8 +1,8 @@
-"""`pjw context`: services by name, so that nobody types certificates twice.
+"""`pjw context`: services by name, so that no user types certificates twice.
 
-A context is a table [contexts.NAME] of the user's file, and a directory `contexts/NAME` beside that file
-with the certificates and the key, which no other user can read. The file is replaced as a whole, and
-what was written into it by hand stays.
+A context is a table [contexts.NAME] of the user's file, and a directory `contexts/NAME` beside that file with
+the certificates and the key, which no other user can read. The file is replaced as a whole, and parts written
+by hand stay.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pjw.errors import ConfigError, describe_errno
 if TYPE_CHECKING:
     from tomlkit import TOMLDocument
 
-# What is both a directory's name and a bare key of TOML.
+# Names that are valid both for a directory and as a bare key of TOML.
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 CA_CRT: Final = "ca.crt"
 CLIENT_CRT: Final = "client.crt"
@@ -79,7 +79,7 @@ def add_context(arguments: argparse.Namespace) -> None:
                 hint=f"give --replace, or remove it: pjw context rm {name}",
             )
         place, made = _place(directory, name), _place(directory, f".{name}.new")
-        # remove what an interrupted `add` or `rm` left behind
+        # remove the leftovers of an interrupted `add` or `rm`
         _remove_tree(made)
         if name not in config.contexts:
             _remove_tree(place)
@@ -116,7 +116,7 @@ def add_context(arguments: argparse.Namespace) -> None:
 
 
 def show_context(arguments: argparse.Namespace) -> None:
-    """Print where a context connects to, as whom, until when, and its files."""
+    """Print a context's server, identity, expiry and files."""
     from pjw.certs.checks import describe_time, parse_certificates
     from pjw.certs.files import read_certificates
     from pjw.certs.identity import NameRules, identity_of
@@ -156,7 +156,7 @@ def remove_contexts(arguments: argparse.Namespace) -> None:
             del document["contexts"][name]
         if config.current in arguments.names:
             del document["current"]
-        # the table first: what is named there is there
+        # the table first: a context that it names must be there
         _write(document)
         for name in arguments.names:
             # another name is of a table that was written by hand, has no directory, and may be a path
@@ -167,7 +167,7 @@ def remove_contexts(arguments: argparse.Namespace) -> None:
 
 
 def context_names() -> Sequence[str]:
-    """All names, for completion."""
+    """Return all names, for completion."""
     return sorted(read_config().contexts)
 
 
@@ -214,7 +214,7 @@ def _document() -> "TOMLDocument":
 
 @contextmanager
 def _locked() -> Iterator[str]:
-    """The directory of the user's file, for one change at a time.
+    """Give the directory of the user's file, for one change at a time.
 
     The lock is SQLite's, the only one in the standard library for every system. It ends with the process.
     """
@@ -257,7 +257,7 @@ def _remove_tree(path: str) -> None:
 
 
 def _write(document: "TOMLDocument") -> None:
-    """Replace the user's file; whoever reads it meanwhile has the old one or the new one."""
+    """Replace the user's file; a concurrent reader has the old one or the new one."""
     import tomlkit
 
     # the file may be a link into a collection of such files, and stays one

@@ -17,7 +17,7 @@ from pjw.errors import ConfigError, InvalidJobError
 if TYPE_CHECKING:
     from pjw.client.sync import Client
 
-# what is before the colon; a path of this machine that has one begins with ./
+# the part before the colon; a path of this machine that has a colon begins with ./
 _IN_JOB = re.compile(r"([^/:\\]+):(.*)", re.DOTALL)
 
 
@@ -29,7 +29,7 @@ class Place(NamedTuple):
 
 
 def place(text: str) -> Place:
-    """What is copied, or where to, as a `type` of argparse: JOB:PATH, a path of this machine, or `-`."""
+    """Parse a source or target, as a `type` of argparse: JOB:PATH, a path of this machine, or `-`."""
     found = _IN_JOB.fullmatch(text)
     # C:\file, which is of this machine
     if found is None or (sys.platform == "win32" and len(found[1]) == 1):
@@ -41,14 +41,14 @@ def place(text: str) -> Place:
 
 
 class Source(NamedTuple):
-    """What is uploaded, and where in the job's own directory it goes."""
+    """A file or directory to upload, and its place in the job's own directory."""
 
     path: str
     place: str
 
 
 def source(text: str) -> Source:
-    """What is uploaded, as a `type` of argparse: DIR, or DIR:PATH with the last colon between both."""
+    """Parse a source of an upload, as a `type` of argparse: DIR, or DIR:PATH with the last colon between."""
     from pjw.client.copies import upload_place
 
     path, colon, into = text.rpartition(":")
@@ -63,7 +63,7 @@ def source(text: str) -> Source:
 
 
 def upload(client: "Client", sources: list[Source]) -> str:
-    """Send what a job is to be started with; its name for JobSpec.upload, and tell what was left out."""
+    """Send a job's files and report those left out; return the name for JobSpec.upload."""
     seen = Count("the upload")
     with Progress(seen.words):
         uploaded = client.upload(sources, seen)
@@ -72,7 +72,7 @@ def upload(client: "Client", sources: list[Source]) -> str:
 
 
 def copy(arguments: Namespace) -> int:
-    """Copy in the direction that is asked for; tell what was left out."""
+    """Copy in the requested direction; report the files left out."""
     source, target = arguments.source, arguments.target
     if (source.job is None) == (target.job is None):
         arguments.parser.error("one of both is in a job, as in 7:src or NAME:/tmp/x, and the other is not")
@@ -82,18 +82,18 @@ def copy(arguments: Namespace) -> int:
 
 
 class Count:
-    """How much was copied, for a person who waits."""
+    """The number of bytes copied so far, for a user who waits."""
 
     def __init__(self, what: str) -> None:
         self._what = what
         self._bytes = 0
 
     def __call__(self, count: int) -> None:
-        """So many bytes were copied by now."""
+        """Note the number of bytes copied so far."""
         self._bytes = count
 
     def words(self, seconds: float) -> str:
-        """How far it is, after so many seconds."""
+        """Describe the progress after so many seconds."""
         rate = size_in_words(int(self._bytes / seconds)) if seconds else "0B"
         return f"{self._what}: {size_in_words(self._bytes)} copied, {rate}/s"
 
@@ -129,6 +129,6 @@ def _copy_out(arguments: Namespace, source: Place, target: str) -> int:
 
 
 def tell_left_out(left_out: list[str]) -> None:
-    """Say what was not copied."""
+    """Report the files that were not copied."""
     for each in left_out:
         say(f"left out {each}")

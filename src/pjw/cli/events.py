@@ -14,7 +14,7 @@ _STATE_COLUMNS: Final = 8
 
 
 def show_events(arguments: Namespace) -> None:
-    """Changes of jobs until Ctrl-C, or those until now."""
+    """Print changes of jobs until Ctrl-C, or those until now."""
     as_json = arguments.format == "jsonl" or (arguments.format is None and not sys.stdout.isatty())
     with connect(arguments) as client:
         watch = client.watch_jobs(
@@ -36,7 +36,7 @@ def show_events(arguments: Namespace) -> None:
 
 
 def json_line(change: JobChange) -> str:
-    """A change as one line of JSON."""
+    """Return a change as one line of JSON."""
     members: dict[str, Any] = {
         "sequence": None if change.sequence is None else str(change.sequence),
         "time": f"{change.time:%Y-%m-%dT%H:%M:%S}.{change.time.microsecond // 1000:03}Z"

@@ -85,7 +85,7 @@ class _Attached:
         self.interrupted = False
 
     def run(self) -> Session:
-        """Go by what happens until its output has ended; how it ended. Raises what kept us from that."""
+        """Handle events until the output has ended; return the session. Raises an error that prevents it."""
         job_id, number = self._session.job_id, self._session.number
         outputs = ((sys.stdout.fileno(), False), (sys.stderr.fileno(), True))
         followed = outputs[:1] if self._session.terminal else outputs
@@ -107,7 +107,7 @@ class _Attached:
                     self.interrupted = True
                     in_thread(self._events, self._stop)
                 case Exception() as error:
-                    # what runs here would end by that too: whoever read our output has gone, its disk is full
+                    # a local command would end by that too: its reader has gone, or the disk is full
                     with suppress(PjwError):
                         self._client.stop_session(job_id, number)
                     raise error
@@ -129,7 +129,7 @@ def _send(client: "Client", session: Session, descriptor: int) -> None:
 
 
 def exit_code_of_session(session: Session) -> int:
-    """The exit code as a shell would tell it. Raises ServerFailedError when nobody knows it."""
+    """Return the exit code as a shell would. Raises ServerFailedError when it is unknown."""
     status = session.exit_status
     if status is None or session.state is not JobState.EXITED:
         raise ServerFailedError(
@@ -139,7 +139,7 @@ def exit_code_of_session(session: Session) -> int:
 
 
 def why_session_ended(session: Session) -> str | None:
-    """A line for a person: why a session ended. None when its command ended by itself."""
+    """Explain a session's end in a line; None when its command ended by itself."""
     what = f"session {session.number} of job {session.job_id}"
     if session.reason is EndReason.OUTPUT_LIMIT:
         return f"{what} was killed: it reached the job's limit of output"

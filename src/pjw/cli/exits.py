@@ -24,7 +24,7 @@ EXIT_INTERRUPTED: Final = 130
 
 
 def exit_code_of(error: PjwError) -> int:
-    """The exit code for an error."""
+    """Return the exit code for an error."""
     match error:
         case LaunchError(errno=errno.ENOENT):
             return EXIT_NOT_FOUND
@@ -37,7 +37,7 @@ def exit_code_of(error: PjwError) -> int:
 
 
 def complain(error: PjwError) -> int:
-    """Say what went wrong, and what to do about it; the exit code for it."""
+    """Print an error and its hint; return the exit code for it."""
     begin_line()
     print(f"pjw: error: {error}", file=sys.stderr)
     if error.hint:
@@ -47,12 +47,12 @@ def complain(error: PjwError) -> int:
 
 
 def say(words: str) -> None:
-    """Tell what is no error."""
+    """Print a message that is no error."""
     begin_line()
     print(f"pjw: {words}", file=sys.stderr)
 
 
 def say_notes(error: Exception) -> None:
-    """Tell what has become of the job."""
+    """Print the notes of an error about the job."""
     for note in getattr(error, "__notes__", ()):
         say(note)

@@ -38,7 +38,7 @@ def warn_of_ends(settings: ClientSettings) -> None:
 
 
 def _stamp(client_crt: str) -> str | None:
-    """The path of the empty file for a certificate, in the user's directory for the state of programs."""
+    """Return the path of the empty file for a certificate, in the user's directory for program state."""
     import hashlib
 
     home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")

@@ -1,4 +1,4 @@
-"""`pjw forward`: a port of this machine that leads to a port within a job, for each who connects to it."""
+"""`pjw forward`: a port of this machine that leads to a port within a job, for each local connection."""
 
 import asyncio
 import contextlib
@@ -13,13 +13,13 @@ from pjw.cli.exits import say
 from pjw.client.aio import AsyncClient
 from pjw.errors import ConfigError, JobStateError, PjwError, describe_errno
 
-# nobody else of the network is let in
+# no other host of the network is let in
 _HOST: Final = "127.0.0.1"
 _READ_BYTES: Final = 64 * 1024
 
 
 def forward(arguments: Namespace) -> int:
-    """Serve the port until the job has ended, or somebody ends us."""
+    """Serve the port until the job has ended, or a signal ends us."""
     local, remote = arguments.ports
     with connect(arguments) as client:
         job = client.get(resolve_id(client, arguments.job))
@@ -50,7 +50,7 @@ async def _serve(arguments: Namespace, job_id: int, local: int, remote: int) -> 
 async def _carry(
     client: AsyncClient, job_id: int, port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
 ) -> None:
-    """One connection from here to the job; one that cannot be made is told, and the others go on."""
+    """Carry one connection from here to the job; report one that cannot be made, and leave the others."""
     try:
         async with contextlib.aclosing(client.connect(job_id, port, _pieces(reader))) as answers:
             async for data in answers:
@@ -58,12 +58,12 @@ async def _carry(
                 await writer.drain()
     except PjwError as error:
         say(str(error))
-        # who has connected sees that it broke, and not an end (SO_LINGER in socket(7))
+        # the local peer sees that it broke, and not an end (SO_LINGER in socket(7))
         ours = writer.get_extra_info("socket")
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         writer.transport.abort()
     except ConnectionError:
-        pass  # who has connected here has left
+        pass  # the local peer has left
     finally:
         writer.close()
         with contextlib.suppress(ConnectionError):

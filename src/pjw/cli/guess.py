@@ -1,11 +1,11 @@
-"""Which command or option somebody may have meant, from argparse's words about the one that there is not."""
+"""The command or option that the user may have meant, from argparse's words about an unknown one."""
 
 import argparse
 import re
 from difflib import get_close_matches
 from typing import Final
 
-# What others call our commands: docker, systemctl, kubectl, the shell.
+# The names that other programs have for our commands: docker, systemctl, kubectl, the shell.
 _ELSEWHERE: Final = {
     "ps": "list",
     "ls": "list",
@@ -30,7 +30,7 @@ _WRONG: Final = re.compile(
 
 
 def guess(parser: argparse.ArgumentParser, message: str) -> str | None:
-    """A hint, if a word is wrong that resembles one of this parser's."""
+    """Return a hint, if a wrong word resembles one of this parser's."""
     match = _WRONG.match(message)
     if not match:
         return None
@@ -56,7 +56,7 @@ def _guess_option(parser: argparse.ArgumentParser, word: str) -> str:
 
 
 def _nearest(word: str, known: list[str]) -> list[str]:
-    """The only one that begins so, or the two that are most alike."""
+    """Return the only name that begins so, or the two that are most alike."""
     begins = [name for name in known if len(word) > len("--") and name.startswith(word)]
     return begins if len(begins) == 1 else get_close_matches(word, known, 2, 0.7)
 

@@ -8,7 +8,7 @@ from pjw.cli.topics import TOPICS
 
 
 def show_help(arguments: argparse.Namespace) -> None:
-    """Print the text of a topic, the help of a command, or without words of pjw and what more there is."""
+    """Print the text of a topic, the help of a command, or without words an overview of pjw."""
     words = arguments.words
     if len(words) == 1 and words[0] in TOPICS:
         topic = TOPICS[words[0]]
@@ -30,7 +30,7 @@ def show_help(arguments: argparse.Namespace) -> None:
 
 
 def commands_of(parser: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentParser]:
-    """The commands of a parser, by name."""
+    """Return the commands of a parser, by name."""
     # argparse has no other way to ask
     for action in parser._actions:  # noqa: SLF001
         if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001

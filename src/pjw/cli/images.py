@@ -26,7 +26,7 @@ def load_image(arguments: argparse.Namespace) -> None:
 
 
 def list_images(arguments: argparse.Namespace) -> None:
-    """Print their names; at a terminal also what they have, and whose they are."""
+    """Print the names of images; at a terminal also their figures and owners."""
     with connect(arguments) as client:
         found = client.images()
     form = arguments.format or ("table" if sys.stdout.isatty() else "names")
@@ -46,13 +46,13 @@ def _name(image: Image, *, with_client: bool) -> str:
 
 
 def remove_images(arguments: argparse.Namespace) -> int:
-    """Remove them one by one, and print each name; the others although one cannot be removed."""
+    """Remove images one by one, and print each name; go on when one cannot be removed."""
     with connect(arguments) as client:
         return each(arguments.names, client.remove_image, show_name)
 
 
 def table(found: Sequence[Image], names: Sequence[str]) -> Iterator[str]:
-    """A line each, with these names, under a heading."""
+    """Yield a line for each image, with these names, under a heading."""
     now = datetime.now(UTC)
     width = max(map(len, ("NAME", *names)))
     yield f"{'NAME':<{width}} {'SIZE':>8} {'FILES':>9} {'JOBS':>6}  {'OF':<8}  USED"
@@ -65,7 +65,7 @@ def table(found: Sequence[Image], names: Sequence[str]) -> Iterator[str]:
 
 
 def members(image: Image) -> dict[str, Any]:
-    """The keys and values of its JSON."""
+    """Return the keys and values of an image's JSON."""
     return {
         "name": image.name,
         "digest": image.digest,

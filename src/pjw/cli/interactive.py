@@ -30,7 +30,7 @@ _ENDS_SECONDS: Final = 1.0
 
 
 class _Left:
-    """Somebody wants to leave, or the terminal has gone."""
+    """The user wants to leave, or the terminal has gone."""
 
 
 class _Shown:
@@ -55,10 +55,10 @@ class Interactive:
         self._shown: Final = threading.Event()
 
     def run(self, *, come_back: bool) -> bool:
-        """Show what it writes, and type what is typed, until it has ended; False: somebody has left it.
+        """Show the output and pass on the keys until it has ended; return False when the user has left it.
 
-        It is shown from its beginning, or where somebody comes back its last lines, and then its screen anew.
-        Raises what keeps us from going on.
+        It is shown from its beginning; for a user who comes back it begins with its last lines, and then its
+        screen is drawn anew. Raises the error that keeps us from going on.
         """
         if come_back:
             self._redraw()
@@ -131,7 +131,7 @@ class Interactive:
 
 
 def at_job(client: "Client", job_id: int, escape: str | None, *, come_back: bool = False) -> int:
-    """Be the terminal of a job; the exit code, 0 for who leaves it."""
+    """Be the terminal of a job; return its exit code, or 0 when the user leaves it."""
     if not Interactive(client, job_id, 0, escape).run(come_back=come_back):
         say(f"left job {job_id}, which goes on: pjw attach {job_id} comes back")
         return 0
@@ -144,7 +144,7 @@ def at_job(client: "Client", job_id: int, escape: str | None, *, come_back: bool
 def at_session(
     client: "Client", job_id: int, session: int, escape: str | None, *, come_back: bool = False
 ) -> int:
-    """Be the terminal of a session; the exit code, 0 for who leaves it."""
+    """Be the terminal of a session; return its exit code, or 0 when the user leaves it."""
     from pjw.cli.execute import exit_code_of_session, why_session_ended
 
     if not Interactive(client, job_id, session, escape).run(come_back=come_back):

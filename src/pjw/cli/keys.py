@@ -1,4 +1,4 @@
-"""What somebody types at a terminal, and the keys that are meant for pjw: only at the beginning of a line."""
+"""The input typed at a terminal, and the keys that are meant for pjw: only at the beginning of a line."""
 
 from typing import Final
 
@@ -13,19 +13,19 @@ _LINE_ENDS: Final = b"\r\n"
 
 
 class Keys:
-    """Sorts keys: what is for the other end, and what is for us. No other key is ever held back."""
+    """Sorts keys: those for the other end, and those for us. No other key is ever held back."""
 
     def __init__(self, escape: str | None = ESCAPE) -> None:
-        """*escape* is one character of ASCII; None turns it off."""
+        """Begin at a line's start; *escape* is one character of ASCII, and None turns it off."""
         self._escape: Final = escape.encode() if escape is not None else b""
         self._at_beginning = True
         self._held = False
-        # what was asked for
+        # requests of the user
         self.left = False
         self.wants_help = False
 
     def take(self, typed: bytes) -> bytes:
-        """What of *typed* is for the other end; see `left` and `wants_help` then."""
+        """Return the part of *typed* for the other end; see `left` and `wants_help` then."""
         passed = bytearray()
         for number in typed:
             key = bytes([number])

@@ -13,17 +13,17 @@ from pjw.model import TERMINAL_MAXIMUM, TerminalSize
 
 # for a terminal that does not know its own, such as a serial line
 _DEFAULT_SIZE: Final = TerminalSize(24, 80)
-# What waits beside us, so that also a kill of pjw leaves a terminal that works. A shell, as it costs 2 ms.
-# Its stdin ends with us; a line says that all is well. Without one the terminal gets what `show_usual` shows,
-# too: a program there cannot undo any more what it has turned on.
+# A process that waits beside us, so that also a kill of pjw leaves a terminal that works. It is a shell,
+# which costs 2 ms. Its stdin ends with us; a line says that all is well. Without that line the terminal gets
+# the text of `show_usual`, too: a program that has changed the terminal cannot undo that any more.
 _GUARD: Final = 'read line || { stty "$1" && printf "%s" "$3"; } <>"$2" >&0'
-# What programs such as editors turn on and we may have left in the midst of: another screen, no cursor, the
+# Settings that programs such as editors turn on and we may have left on: another screen, no cursor, the
 # mouse, pasting in brackets, colours.
 _USUAL: Final = b"\x1b[?1049l\x1b[?25h\x1b[?1000l\x1b[?1002l\x1b[?1006l\x1b[?2004l\x1b[0m"
 
 
 def require_terminal(hint: str = "without -t, -i passes on what is piped in") -> None:
-    """Raises ConfigError with that hint where nobody could type."""
+    """Check that a user can type here. Raises ConfigError with that hint."""
     try:
         import termios  # noqa: F401
     except ImportError:
@@ -36,7 +36,7 @@ def require_terminal(hint: str = "without -t, -i passes on what is piped in") ->
 
 
 def size() -> TerminalSize:
-    """The size of our terminal."""
+    """Return the size of our terminal."""
     for stream in (sys.stdout, sys.stdin, sys.stderr):
         with suppress(OSError, ValueError, AttributeError):
             found = os.get_terminal_size(stream.fileno())
@@ -63,7 +63,7 @@ def raw() -> Iterator[None]:
 
 
 def show_usual() -> None:
-    """Have the terminal show what a shell expects: a program that we have left may have changed that."""
+    """Reset the terminal to the state that a shell expects: a program may have left it changed."""
     os.write(sys.stdout.fileno(), _USUAL)
 
 

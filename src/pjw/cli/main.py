@@ -1,4 +1,4 @@
-"""pjw as a program: one command, its exit code, and what goes wrong with stdout."""
+"""pjw as a program: one command, its exit code, and failures of stdout."""
 
 import io
 import os
@@ -16,11 +16,11 @@ from pjw.stdout import EXIT_CLOSED_PIPE, ReaderGoneError, checked_stdout, requir
 
 
 def run() -> NoReturn:
-    """The program `pjw`: one command, and out."""
+    """Run one command as the program `pjw`, and exit."""
     unblock_signals()
     code = main()
     for stream in (sys.stdout, sys.stderr):
-        # a success has flushed its output already; what goes wrong after a failure changes nothing
+        # a success has flushed its output already; an error after a failure changes nothing
         with suppress(OSError):
             if stream is not None:
                 stream.flush()
@@ -30,7 +30,7 @@ def run() -> NoReturn:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code."""
+    """Run one command; return the exit code."""
     open_standard_descriptors()
     try:
         with checked_stdout():

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pjw.cli.commands import each
 from pjw.cli.expiry import warn_of_ends
 from pjw.cli.render import json_text, printable
 from pjw.cli.settings import find_settings
@@ -15,29 +16,37 @@ if TYPE_CHECKING:
 
 
 def list_nodes(arguments: argparse.Namespace) -> None:
-    """Print their names; at a terminal also their states and what they have."""
+    """Print the names of nodes; at a terminal also their states and capacity."""
     with _connect(arguments) as cluster:
         found = cluster.nodes()
     form = arguments.format or ("table" if sys.stdout.isatty() else "names")
     if form == "json":
         print(json_text(list(map(members, found)), indent=2))
         return
-    for line in table(found) if form == "table" else (each.name for each in found):
+    for line in table(found) if form == "table" else (node.name for node in found):
         print(line)
 
 
-def drain(arguments: argparse.Namespace) -> None:
+def drain(arguments: argparse.Namespace) -> int:
     """Have nodes get no more jobs, and print each name."""
     with _connect(arguments) as cluster:
-        for name in arguments.names:
-            print(cluster.drain(name).name, flush=True)
+        return each(arguments.names, cluster.drain, _show_name)
 
 
-def resume(arguments: argparse.Namespace) -> None:
+def resume(arguments: argparse.Namespace) -> int:
     """Have nodes get jobs again, and print each name."""
     with _connect(arguments) as cluster:
-        for name in arguments.names:
-            print(cluster.resume(name).name, flush=True)
+        return each(arguments.names, cluster.resume, _show_name)
+
+
+def remove(arguments: argparse.Namespace) -> int:
+    """Forget nodes that are gone for good, and print each name."""
+    with _connect(arguments) as cluster:
+        return each(arguments.names, cluster.remove, _show_name)
+
+
+def _show_name(_: object, name: str) -> None:
+    print(name, flush=True)
 
 
 def _connect(arguments: argparse.Namespace) -> "Cluster":
@@ -49,16 +58,19 @@ def _connect(arguments: argparse.Namespace) -> "Cluster":
 
 
 def table(found: "Sequence[Node]") -> Iterator[str]:
-    """A line each, under a heading."""
-    width = max(map(len, ("NAME", *(each.name for each in found))))
-    yield f"{'NAME':<{width}} {'STATE':<8} {'JOBS':>5} {'PROCESSORS':>12} {'MEMORY':>19}  ADDRESS"
-    for each in found:
-        processors = f"{each.cpu_millicores / 1000:g}/{_most(each.cpu_max_millicores / 1000)}"
-        memory = f"{size_in_words(each.memory_bytes)}/{_size(each.memory_max_bytes)}"
-        silent = f" (silent for {duration_in_words(each.silent_seconds)})" if each.silent_seconds else ""
+    """Yield a line for each node, under a heading."""
+    width = max(map(len, ("NAME", *(node.name for node in found))))
+    head = f"{'NAME':<{width}} {'STATE':<8} {'JOBS':>5} {'PROCESSORS':>12} {'MEMORY':>19}"
+    yield f"{head} {'VERSION':<9} ADDRESS"
+    for node in found:
+        processors = f"{node.cpu_millicores / 1000:g}/{_most(node.cpu_max_millicores / 1000)}"
+        memory = f"{size_in_words(node.memory_bytes)}/{_size(node.memory_max_bytes)}"
+        more = f" (silent for {duration_in_words(node.silent_seconds)})" if node.silent_seconds else ""
+        if node.drained_there:
+            more = " (drained there: pjwd resume)"
         yield (
-            f"{printable(each.name):<{width}} {each.state:<8} {each.jobs:>5} {processors:>12} {memory:>19}"
-            f"  {printable(each.address)}{silent}"
+            f"{printable(node.name):<{width}} {node.state:<8} {node.jobs:>5} {processors:>12} {memory:>19}"
+            f" {printable(node.version):<9} {printable(node.address)}{more}"
         )
 
 
@@ -71,7 +83,7 @@ def _size(count: int) -> str:
 
 
 def members(node: "Node") -> dict[str, Any]:
-    """The keys and values of its JSON."""
+    """Return the keys and values of a node's JSON."""
     return {
         "name": node.name,
         "state": node.state,
@@ -83,4 +95,5 @@ def members(node: "Node") -> dict[str, Any]:
         "memoryBytes": node.memory_bytes,
         "memoryMaxBytes": node.memory_max_bytes,
         "silentSeconds": node.silent_seconds,
+        "drainedThere": node.drained_there,
     }

@@ -1,4 +1,4 @@
-"""The command line: every command and option, and nothing of what they do."""
+"""The command line: every command and option, and no code that carries them out."""
 
 import argparse
 import sys
@@ -48,11 +48,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             formatter_class=partial(formatter, width=columns() - 2), allow_abbrev=False, **options
         )
-        # what is wrong with the words of a command is told by that command's own parser
+        # a command's own parser reports the faults in its words
         self.set_defaults(parser=self)
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong, and which word may have been meant."""
+        """Report a fault, and the word that may have been meant."""
         from pjw.cli.guess import guess
 
         self.print_usage(sys.stderr)
@@ -61,9 +61,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser(words: Sequence[str] = ()) -> Parser:
-    """The parser of all commands; `run` of what it gives is the function that carries it out.
+    """Build the parser of all commands; `run` of its result is the function that carries one out.
 
-    For *words* that begin with a command it has that command alone: to make all takes 3 % of a `pjw get`.
+    For *words* that begin with a command it has that command alone: building all takes 3 % of a `pjw get`.
     """
     parser = Parser(
         prog="pjw",
@@ -215,6 +215,9 @@ def _add_job_options(command: Parser) -> None:
         default=0,
         metavar="N",
         help="give the job N GPUs for itself (see pjw quota)",
+    )
+    job.add_argument(
+        "--node", metavar="NAME", help="through a gateway: run on this machine, where your operator allows it"
     )
     job.add_argument("--split-stderr", action="store_true", help="keep stderr apart from stdout")
     queue = command.add_argument_group("its place in the queue", "each of these puts the job into the queue")
@@ -542,12 +545,12 @@ def _add_grace(command: Parser) -> None:
 
 
 def _limit(text: str) -> int | str:
-    """How many jobs `list` shows: a number, or `all`."""
+    """Parse the number of jobs that `list` shows: a number, or `all`."""
     return text if text == "all" else units.count(text)
 
 
 def _list_format(text: str) -> object:
-    """A format of `list`: its name, or the template that it is."""
+    """Parse a format of `list`: a name, or a template."""
     if text in _FORMATS:
         return text
     kind, _, template = text.partition(":")
@@ -559,7 +562,7 @@ def _list_format(text: str) -> object:
 
 
 def _line_format(text: str) -> object:
-    """A format of `wait`: a function that makes the line of a job."""
+    """Return, for a format of `wait`, the function that makes the line of a job."""
     if text != "jsonl" and not text.startswith("template:"):
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is neither jsonl nor template:…")
     form = _list_format(text)

@@ -1,4 +1,4 @@
-"""The output of a job as text for a screen: whatever a job writes, it cannot steer the terminal."""
+"""The output of a job as text for a screen: whatever bytes a job writes, they cannot steer the terminal."""
 
 import codecs
 import re
@@ -20,7 +20,7 @@ class PlainText:
         self._column = 0
 
     def feed(self, data: bytes) -> str:
-        """The text of the next bytes."""
+        """Return the text of the next bytes."""
         text = self._decoder.decode(data).replace("\r\n", "\n").replace("\t", TAB)
         pieces: list[str] = []
         for number, line in enumerate(text.split("\n")):
@@ -43,12 +43,12 @@ _COLOUR: Final = r"\x1b\[[0-9;:]{0,40}m"
 _STEERING: Final = re.compile(
     rf"{_COLOUR}|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"
 )
-# what may be the beginning of a colour
+# a possible beginning of a colour
 _BEGUN: Final = re.compile(r"\x1b(?:\[[0-9;:]{0,40})?\Z")
 
 
 def harmless(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """The output of a job for a terminal, each piece at once: colours stay, all else that steers it is shown.
+    """Yield a job's output for a terminal, piece by piece: colours stay, other control codes are shown.
 
     A character or an escape sequence may be cut between two pieces.
     """

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Final, Self
 
-# What is over sooner needs no line.
+# Work that is over sooner needs no line.
 QUIET_SECONDS: Final = 0.7
 TURN_SECONDS: Final = 0.5
 _CLEAR: Final = "\r\x1b[K"
@@ -23,7 +23,7 @@ class Progress:
 
     def __enter__(self) -> Self:
         if sys.stderr is not None and sys.stderr.isatty():
-            # a daemon: whoever leaves by Ctrl-C does not wait for it
+            # a daemon: a user who leaves by Ctrl-C does not wait for it
             self._thread = threading.Thread(target=self._show, daemon=True)
             self._thread.start()
         return self

@@ -1,4 +1,4 @@
-"""`pjw quota`: a client's limits, what its jobs use now, and its share of the machine."""
+"""`pjw quota`: a client's limits, the present usage of its jobs, and its share of the machine."""
 
 import argparse
 from collections.abc import Iterator
@@ -22,9 +22,11 @@ def show_quota(arguments: argparse.Namespace) -> None:
 
 
 def quota_lines(quota: ClientQuota) -> Iterator[str]:
-    """At most 80 columns, which is what names and numbers of any size fit into."""
+    """Yield lines of at most 80 columns: names and numbers of any size fit into them."""
     percent = 100 * quota.weight / quota.total_weight
     yield f"client  {printable(quota.client_name)}"
+    if quota.drained:
+        yield "state   drained: your operator has no job started now"
     busy = "of the processors while all clients with jobs are busy"
     yield f"weight  {quota.weight}: {percent:.3g} % {busy}"
     at_most = f", at most {quota.running_max}" if quota.running_max else ""
@@ -75,7 +77,7 @@ def _limit(name: str, value: int) -> str:
 
 
 def members(quota: ClientQuota) -> dict[str, Any]:
-    """The keys and values of its JSON; 0 is "no limit"."""
+    """Return the keys and values of a quota's JSON; 0 is "no limit"."""
     return {
         "clientName": quota.client_name,
         "weight": quota.weight,
@@ -98,4 +100,5 @@ def members(quota: ClientQuota) -> dict[str, Any]:
         "defaults": limits_members(quota.defaults),
         "mounts": [{"name": each.name, "readOnly": each.read_only} for each in quota.mounts],
         "gpus": quota.gpus,
+        "drained": quota.drained,
     }

@@ -1,4 +1,4 @@
-"""What is shown: JSON and tables on stdout. The bytes of a job never come through here."""
+"""The output for users: JSON and tables on stdout. The bytes of a job never come through here."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -10,18 +10,18 @@ from pjw.cli.terminal import columns
 from pjw.cli.units import duration_in_words
 from pjw.model import ArrayCounts, EndReason, Job, JobState, Limits, Sums
 
-# What a name may take of a table's width.
+# The columns of a table that a name may take.
 NAME_COLUMNS: Final = 24
 _GREEN, _RED, _YELLOW, _DIM = "32", "31", "33", "2"
 
 
 def job_json(job: Job) -> str:
-    """A job as the JSON of the seed, further keys behind its own."""
+    """Return a job as the JSON of the seed, further keys behind its own."""
     return json_text(members(job), indent=2)
 
 
 def members(job: Job) -> dict[str, Any]:
-    """The keys and values of a job's JSON."""
+    """Return the keys and values of a job's JSON."""
     status = job.exit_status
     return {
         "id": str(job.id),  # an int64 is a string in protobuf's JSON mapping, and in the seed
@@ -80,7 +80,7 @@ def _artifacts(job: Job) -> dict[str, str | bool] | None:
 
 
 def limits_members(limits: Limits | Sums) -> dict[str, int]:
-    """The keys and values of the JSON of limits, or of sums."""
+    """Return the keys and values of the JSON of limits, or of sums."""
     return {_camel(name): value for name, value in limits.items()}
 
 
@@ -100,7 +100,7 @@ def _array(job: Job) -> dict[str, int | str] | None:
 
 
 def array_counts(array: ArrayCounts) -> str:
-    """What has become of the elements of an array, on a line for a person."""
+    """Return the progress of the elements of an array, on a line for a person."""
     named = {
         "wait": array.waiting,
         "run": array.running,
@@ -139,7 +139,7 @@ def _usage_now(job: Job) -> dict[str, int | str] | None:
 
 
 def json_text(value: object, indent: int | None = None) -> str:
-    """JSON whose characters can be read, and none of which steers a terminal: those are escaped."""
+    """Format JSON with readable characters; escape those that would steer a terminal."""
     text = json.dumps(value, indent=indent, ensure_ascii=False)
     # the only newlines are those between members
     if text.replace("\n", "").isprintable():
@@ -148,12 +148,12 @@ def json_text(value: object, indent: int | None = None) -> str:
 
 
 def job_line(job: Job) -> str:
-    """A job as one line of JSON."""
+    """Return a job as one line of JSON."""
     return json_text(members(job))
 
 
 def jobs_json(jobs: Iterable[Job]) -> Iterator[str]:
-    """Jobs as the pieces of one array of JSON, each piece as soon as its job is there."""
+    """Yield jobs as pieces of one array of JSON, each piece as soon as its job is there."""
     before = "[\n"
     for job in jobs:
         yield before + "  " + job_json(job).replace("\n", "\n  ")
@@ -164,7 +164,7 @@ def jobs_json(jobs: Iterable[Job]) -> Iterator[str]:
 def job_table(
     jobs: Iterable[Job], *, with_clients: bool = False, with_colours: bool = False
 ) -> Iterator[str]:
-    """Jobs as the lines of a table for a terminal; *with_clients*, each with whose it is."""
+    """Yield jobs as the lines of a table for a terminal; *with_clients*, each with its owner."""
     width, now = columns(), datetime.now(UTC)
     rest = iter(jobs)
     # the first ones decide how wide it is; so a list of a million begins at once
@@ -198,7 +198,7 @@ def job_table(
 
 
 def queue_table(jobs: Iterable[Job], *, with_clients: bool = False) -> Iterator[str]:
-    """Jobs that wait, as the lines of a table for a terminal: how long, with which priority, and why."""
+    """Yield waiting jobs as the lines of a table for a terminal: their wait, priority, and reason."""
     width, now = columns(), datetime.now(UTC)
     head = f"{'ID':>6}  " + (f"{'CLIENT':<{NAME_COLUMNS}}  " if with_clients else "")
     yield f"{head}{'PRIORITY':>8}  {'WAITS':>6}  COMMAND"
@@ -215,7 +215,7 @@ def queue_table(jobs: Iterable[Job], *, with_clients: bool = False) -> Iterator[
 
 
 def end_line(job: Job) -> str:
-    """How a job has ended, on one line for a person."""
+    """Describe the end of a job, on one line for a person."""
     if not job.was_started:
         return printable(f"{job.ref}{f' {job.name}' if job.name else ''}: {job.state} without a start")
     after = duration_in_words(((job.end or job.start) - job.start).total_seconds())
@@ -224,29 +224,29 @@ def end_line(job: Job) -> str:
 
 
 def cut(text: str, width: int) -> str:
-    """Text that fits into so many columns."""
+    """Cut a text to so many columns."""
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def printable(text: str) -> str:
-    """Text that cannot steer a terminal: control and other invisible characters are escaped."""
+    """Escape control and other invisible characters, so that a text cannot steer a terminal."""
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text
     )
 
 
 def lasted(job: Job, now: datetime) -> str:
-    """How long a job has run, in words; empty when it was not started."""
+    """Return the duration of a job's run, in words; empty when it was not started."""
     return duration_in_words(duration(job, now)) if job.was_started else ""
 
 
 def duration(job: Job, now: datetime) -> float:
-    """How many seconds a job has run."""
+    """Return the seconds for which a job has run."""
     return ((job.end or now) - job.start).total_seconds()
 
 
 def is_failure(job: Job) -> bool:
-    """Whether a job is lost, or has ended with an exit code but 0 or without files that it must keep."""
+    """Return whether a job is lost, or ended with an exit code but 0 or without files it must keep."""
     missing = job.reason is EndReason.ARTIFACTS_MISSING
     return job.state.final and (missing or job.exit_status is None or job.exit_status.code != 0)
 
@@ -264,7 +264,7 @@ def _painted(text: str, colour: str) -> str:
 
 
 def exit_words(job: Job) -> str:
-    """How a job ended: its exit code, its signal, or why it has neither."""
+    """Describe the end of a job: its exit code, its signal, or why it has neither."""
     if job.exit_status is None:
         return job.reason or ""
     ended = (
@@ -282,7 +282,7 @@ def _age(now: datetime, start: datetime) -> str:
 
 
 def time_text(time: datetime) -> str:
-    """RFC 3339 in UTC, to the second, as in the seed."""
+    """Format a time by RFC 3339 in UTC, to the second, as in the seed."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 

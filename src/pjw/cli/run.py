@@ -1,7 +1,8 @@
 """`pjw run`: a job as if it ran here; its output, its exit code, and Ctrl-C.
 
-Threads start, follow and stop; the main thread alone decides, by what they and signals put into one queue.
-Nobody else was told the id of the job. So whatever fails here: it is stopped, or it is said that it is not.
+Threads start, follow and stop; the main thread alone decides, by the events that they and signals put into
+one queue. No other program was told the id of the job. So after any failure here the job is stopped, or the
+user is told that it is not.
 """
 
 import os
@@ -38,7 +39,7 @@ _STOP, _KILL = 1, 2
 
 
 class Interrupt:
-    """Somebody typed Ctrl-C, ended us with SIGTERM, or closed our terminal (SIGHUP)."""
+    """The user typed Ctrl-C, ended us with SIGTERM, or closed our terminal (SIGHUP)."""
 
     def __init__(self, signal_number: int) -> None:
         self.signal_number: Final = signal_number
@@ -77,7 +78,7 @@ Event = Job | Interrupt | _Followed | _Sent | _Stopped | _Unstopped | _Retried |
 
 
 def run_attached(client: "Client", arguments: Namespace, stdin: int | None) -> int:
-    """Start the job that is asked for, give it its input, and follow it to its end; its exit code."""
+    """Start the requested job, give it its input, follow it to its end, and return its exit code."""
     events: SimpleQueue[Event] = SimpleQueue()
     attached = _Attached(client, arguments, stdin, events)
     with interrupts_into(events):
@@ -108,7 +109,7 @@ class _Attached:
         self._failure: Exception | None = None
 
     def run(self) -> int:
-        """Go by what happens until the job has ended, or we are to leave it."""
+        """Handle events until the job has ended, or we are to leave it."""
         in_thread(self._events, lambda: start_job(self._client, self._arguments))
         while True:
             match self._events.get():
@@ -155,10 +156,10 @@ class _Attached:
         self._started(job)
 
     def _failed(self, error: Exception) -> None:
-        """Stop the job: nobody gets all of it any more, and what runs here would end by that too.
+        """Stop the job: its output can no longer be shown whole, and a local command would end too.
 
-        Whoever read our output has gone, its disk is full; the input cannot be read, or is too long; we are
-        not let in any more. Raises the error when there is no job, or nobody who could be asked to stop it.
+        The reader of our output has gone, or its disk is full; the input cannot be read, or is too long; we
+        are not let in any more. Raises the error when there is no job, or no server that could stop it.
         """
         if self._job is None:
             raise error
@@ -172,7 +173,7 @@ class _Attached:
                 self._stop(self._job.id, quietly=isinstance(error, BrokenPipeError))
 
     def _not_stopped(self, error: PjwError) -> None:
-        """Raise what there is no use in waiting after; a refusal alone is told, and the job goes on."""
+        """Raise an error that ends the wait; report a mere refusal, after which the job goes on."""
         if self._failure is not None:
             assert self._job is not None
             self._failure.add_note(f"job {self._job.id} could not be stopped, and may still run: {error}")
@@ -182,7 +183,7 @@ class _Attached:
         complain(error)
 
     def _left(self) -> int:
-        """The exit code of who waits no longer. Raises what there was to wait for."""
+        """Return the exit code for a user who waits no longer. Raises the failure there was, if any."""
         if self._job is None:
             say("the job may have started: see pjw list")
         if self._failure is not None:
@@ -190,7 +191,7 @@ class _Attached:
         return EXIT_INTERRUPTED
 
     def _end(self, job: Job) -> int:
-        """The exit code of an ended job. Raises what has kept us from showing all of it."""
+        """Return the exit code of an ended job. Raises the failure that kept its output from being shown."""
         if self._failure is not None:
             if job.reason in (EndReason.STOPPED, EndReason.CANCELLED):
                 self._failure.add_note(f"job {job.id} was stopped")
@@ -234,7 +235,7 @@ class _Attached:
         in_thread(self._events, follow)
 
     def _interrupted(self, signal_number: int) -> bool:
-        """Stop the job, or kill it; whether to leave it."""
+        """Stop the job, or kill it; return whether to leave it."""
         if signal_number == _HANGUP and self._interrupts:
             # a terminal that closes sends it, and the shell that ends there sends it again
             return False
@@ -267,13 +268,13 @@ class _Attached:
 
 
 def _tell(words: str) -> None:
-    """A line for a person who has just typed ^C."""
+    """Tell a user who has just typed ^C, in a line."""
     if sys.stderr is not None and sys.stderr.isatty():
         os.write(sys.stderr.fileno(), f"\npjw: {words}\n".encode())
 
 
 def in_thread(events: "SimpleQueue[Any]", work: Callable[[], object]) -> None:
-    """Have *work* done, and put what it gives into the queue, or the error that it raises."""
+    """Run *work* in a thread, and put its result into the queue, or the error that it raises."""
 
     def report() -> None:
         try:
@@ -281,7 +282,7 @@ def in_thread(events: "SimpleQueue[Any]", work: Callable[[], object]) -> None:
         except Exception as error:  # noqa: BLE001  raised again, by the main thread
             events.put(error)
 
-    # daemons: whoever leaves does not wait for them
+    # daemons: a user who leaves does not wait for them
     threading.Thread(target=report, daemon=True).start()
 
 
@@ -293,7 +294,7 @@ def interrupts_into(events: "SimpleQueue[Any]", *more: int | None) -> Iterator[N
     Python runs only when the main thread runs. A signal does not always end the main thread's wait: the
     signal may arrive just before the wait, or in another thread.
     """
-    # one that is ignored stays so: a shell starts what is in its background like that
+    # an ignored signal stays so: a shell starts its background commands like that
     numbers = (signal.SIGINT, signal.SIGTERM, _HANGUP, *more)
     caught = [n for n in numbers if n is not None and signal.getsignal(n) is not signal.SIG_IGN]
     # not a pipe: not every system can make its writes non-blocking

@@ -1,4 +1,4 @@
-"""Which server, and with which certificates: the options, before all that `pjw.client.config` looks at."""
+"""The server and the certificates of a command: its options, before all that `pjw.client.config` reads."""
 
 import argparse
 
@@ -15,6 +15,6 @@ def find_settings(arguments: argparse.Namespace) -> ClientSettings:
 
 
 def options_of(arguments: argparse.Namespace) -> list[str]:
-    """The same options again, for another pjw that is to find the same settings."""
+    """Return the same options again, for another pjw that is to find the same settings."""
     given = {key: getattr(arguments, key, None) for key in ("context", *config.KEYS)}
     return [f"--{key.replace('_', '-')}={value}" for key, value in given.items() if value is not None]

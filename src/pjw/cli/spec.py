@@ -1,4 +1,4 @@
-"""What `start` and `run` are told, as a JobSpec."""
+"""The options of `start` and `run`, as a JobSpec."""
 
 import os
 from argparse import Namespace
@@ -23,12 +23,12 @@ LIMITS: Final = {
 _OPTION_OF: Final = {
     limit: "--" + option.replace("_", "-") for option, limits in LIMITS.items() for limit in limits
 }
-# Far above what a command may be given; a wrong path (/dev/zero) ends here.
+# Far above the size of an environment; a wrong path (/dev/zero) ends here.
 _ENV_FILE_CHARACTERS_MAX: Final = 1024 * 1024
 
 
 def spec_from(arguments: Namespace) -> JobSpec:
-    """The job that is asked for. Raises InvalidJobError or ConfigError."""
+    """Make the spec of the requested job. Raises InvalidJobError or ConfigError."""
     limits: dict[str, int] = {}
     for option, names in LIMITS.items():
         value = getattr(arguments, option)
@@ -57,11 +57,12 @@ def spec_from(arguments: Namespace) -> JobSpec:
         allow=arguments.allow,
         link=arguments.link or "",
         gpus=arguments.gpus,
+        node=arguments.node or "",
     )
 
 
 def _queue(arguments: Namespace) -> QueueSpec | None:
-    """How the job waits in the queue; None when it is to be started at once. One option implies the queue."""
+    """Return the job's conditions for the queue; None for a start at once. One option implies the queue."""
     given = {
         "priority": arguments.priority,
         "not_before": arguments.not_before,
@@ -82,7 +83,7 @@ def _queue(arguments: Namespace) -> QueueSpec | None:
 def retry_from(
     times: int | None, ends: frozenset[str], backoff_seconds: float | None, *, if_lost: bool
 ) -> Retry | None:
-    """Further attempts of a job, if there are any. Raises InvalidJobError."""
+    """Return the further attempts of a job, if there are any. Raises InvalidJobError."""
     if times is None and not if_lost:
         if ends or backoff_seconds is not None:
             raise InvalidJobError("--retry-on and --backoff need --retry", hint="--retry 3")
@@ -99,7 +100,7 @@ def retry_from(
 
 
 def in_options(error: PjwError) -> PjwError:
-    """An error about a limit, in the words of the option that asked for it; all others as they are."""
+    """Word an error about a limit after the option that set the limit; return all others as they are."""
     if not isinstance(error, LimitRangeError) or error.limit not in _OPTION_OF:
         return error
     limit, least, most = error.limit, error.least, error.most
@@ -126,13 +127,13 @@ def in_options(error: PjwError) -> PjwError:
 
 
 def words_of(command: list[str]) -> str | list[str]:
-    """A shell command, which is one word, or a program with its arguments."""
+    """Return a shell command, which is one word, or a program with its arguments."""
     words = command[1:] if command[:1] == ["--"] else command
     return words[0] if len(words) == 1 else words
 
 
 def terminal_size(arguments: Namespace) -> TerminalSize | None:
-    """The size of the terminal that is asked for: that of ours. None without one."""
+    """Return the size of the requested terminal: that of ours. None without one."""
     if not arguments.terminal:
         return None
     from pjw.cli.local_terminal import size
@@ -141,7 +142,7 @@ def terminal_size(arguments: Namespace) -> TerminalSize | None:
 
 
 def environment(arguments: Namespace, terminal: TerminalSize | None = None) -> dict[str, str]:
-    """The variables that are asked for, and our kind of terminal. Raises InvalidJobError or ConfigError."""
+    """Return the requested variables, and our kind of terminal. Raises InvalidJobError or ConfigError."""
     from pjw.model import is_variable
 
     found: dict[str, str] = {}
@@ -161,7 +162,7 @@ def environment(arguments: Namespace, terminal: TerminalSize | None = None) -> d
 
 
 def secrets(arguments: Namespace) -> dict[str, str]:
-    """The secrets that are asked for. Raises InvalidJobError or ConfigError, in whose words there is none."""
+    """Return the requested secrets. Raises InvalidJobError or ConfigError, whose words hold no secret."""
     from pjw.model import is_variable
 
     given = [("--secret", entry) for entry in arguments.secret]
@@ -185,7 +186,7 @@ def secrets(arguments: Namespace) -> dict[str, str]:
 
 
 def _add(found: dict[str, str], entries: Iterable[str]) -> None:
-    """Add `KEY=VALUE`, or `KEY` with the value that it has here; one that is not set here is left out."""
+    """Add `KEY=VALUE`, or `KEY` with the value that it has here; leave out one that is not set here."""
     for entry in entries:
         key, given, value = entry.partition("=")
         if given:

@@ -7,7 +7,7 @@ from pjw.client.requests import TimedOutput
 
 
 def stamped(pieces: Iterable[TimedOutput]) -> Iterator[bytes]:
-    """The output with a time, as RFC 3339 has it, and a space before each line: that of its first byte."""
+    """Yield the output; before each line comes its first byte's time, as in RFC 3339, and a space."""
     begins = True
     for time, data in pieces:
         stamp = _stamp(time)
@@ -21,5 +21,5 @@ def stamped(pieces: Iterable[TimedOutput]) -> Iterator[bytes]:
 
 
 def _stamp(time: datetime | None) -> bytes:
-    """To the microsecond, always as wide; `-` for output of which nobody recorded when it came."""
+    """Format to the microsecond, always as wide; `-` for output whose time was not recorded."""
     return b"- " if time is None else time.strftime("%Y-%m-%dT%H:%M:%S.%fZ ").encode()

@@ -1,4 +1,4 @@
-"""`pjw stats`: what a job used over its life, in numbers and in plots."""
+"""`pjw stats`: the usage of a job over its life, in numbers and in plots."""
 
 import argparse
 from collections.abc import Iterator, Sequence
@@ -39,7 +39,7 @@ def show_stats(arguments: argparse.Namespace) -> None:
 
 
 def stats_lines(job: Job, samples: Sequence[UsageSample]) -> Iterator[str]:
-    """The totals of a job, and plots of what it used in between."""
+    """Yield the totals of a job, and plots of its usage in between."""
     rows = list(readings(job.start, samples))
     yield _headline(job, samples)
     if not rows:
@@ -86,7 +86,7 @@ def _totals(job: Job, last: UsageSample, rows: Sequence[Reading]) -> Iterator[st
     yield f"CPU        {cpu}"
     yield f"memory     {size_in_words(peak)}{memory_limit} at most"
     yield f"disk       {size_in_words(last.io_read_bytes)} read, {size_in_words(last.io_write_bytes)} written"
-    # counted while it runs alone: nobody looked at one that was over at once
+    # counted only while it runs: a job that was over at once has no samples
     if processes := max(row.pids for row in rows):
         yield f"processes  {processes} at most"
 
@@ -94,7 +94,7 @@ def _totals(job: Job, last: UsageSample, rows: Sequence[Reading]) -> Iterator[st
 def _plot(
     title: str, color: str, seconds: Sequence[float], values: Sequence[float], *, percent: bool
 ) -> Iterator[str]:
-    """A plot as lines of text, as wide as the terminal."""
+    """Yield a plot as lines of text, as wide as the terminal."""
     import plotext
 
     plot: Any = plotext

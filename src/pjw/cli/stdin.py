@@ -1,4 +1,4 @@
-"""What `--stdin` names, sent to the job that reads it."""
+"""The file of `--stdin`, sent to the job that reads it."""
 
 import errno
 import os
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def opened(path: str | None) -> Iterator[int | None]:
-    """The descriptor of a file, `-` for our own stdin; None for none. Raises ConfigError."""
+    """Give the descriptor of a file, `-` for our own stdin; None for none. Raises ConfigError."""
     if path is None:
         yield None
         return
@@ -42,7 +42,7 @@ def opened(path: str | None) -> Iterator[int | None]:
 
 
 def is_left() -> bool:
-    """Whether the user at a terminal has piped data into pjw that pjw did not read."""
+    """Return whether the user at a terminal has piped data into pjw that pjw did not read."""
     if sys.stdin is None or sys.stderr is None or not sys.stderr.isatty():
         return False
     import stat
@@ -73,14 +73,14 @@ def send(client: "Client", job_id: int, descriptor: int, *, quietly: bool = Fals
         rate = size_in_words(int(sent / seconds)) if seconds else "0B"
         return f"input of job {job_id}: {size_in_words(sent)} sent, {rate}/s"
 
-    # where somebody types the input, or looks at the output, a line of ours would be in the way
+    # where the user types the input, or looks at the output, a line of ours would be in the way
     shown = not quietly and not os.isatty(descriptor)
     with Progress(words) if shown else nullcontext(), suppress(JobStateError):
         client.write_input(job_id, pieces(descriptor), seen)
 
 
 def pieces(descriptor: int) -> Iterator[bytes]:
-    """What a descriptor gives, as it comes. Raises ConfigError."""
+    """Yield the bytes of a descriptor as they come. Raises ConfigError."""
     while True:
         try:
             data = os.read(descriptor, PIECE_BYTES)

@@ -13,12 +13,12 @@ INSTALL_TOP: Final = "pip install 'pjw-client[top]'"
 INSTALL_MCP: Final = "pip install 'pjw-client[mcp]'"
 _TOP: Final = ("show top", "textual", INSTALL_TOP)
 _MCP: Final = ("serve agents", "mcp", INSTALL_MCP)
-# By a package that is not there: what cannot be done, what to install, and how. textual brings rich,
+# For each missing package: the command that cannot run, the extra to install, and how. textual brings rich,
 # and mcp the others.
 _EXTRAS: Final = {"rich": _TOP, "textual": _TOP, "anyio": _MCP, "mcp": _MCP, "pydantic": _MCP}
 # the states of a job, as --state takes them
 STATES: Final = ("queued", "starting", "running", "stopping", "exited", "lost")
-# argparse's own type for what a parser's commands are added to, with any parser class
+# argparse's own type of the object to which a parser's commands are added, with any parser class
 Commands = Any
 
 
@@ -94,7 +94,7 @@ def _add_submit(commands: Commands) -> None:
         description="Put the jobs of a file into the queue, all of them or none, and print their ids."
         " FILE.toml has a table [[job]] for each; any other file, and - for stdin, a line of JSON for each. A"
         " job has a command, and may have name, after (names of jobs above it, or ids, with :failed or :any),"
-        " env, labels, workdir, workspace, exclusive, image, read_only, mounts, allow, link, gpus,"
+        " env, labels, workdir, workspace, exclusive, image, read_only, mounts, allow, link, gpus, node,"
         " split_stderr, priority, not_before, hold, and the limits of pjw start.",
     )
     _runs(command, "batch.submit_file")
@@ -213,7 +213,7 @@ def _add_workspace(commands: Commands) -> None:
 def _add_nodes(commands: Commands) -> None:
     nodes = commands.add_parser(
         "nodes",
-        help="list, drain and resume the nodes of a cluster",
+        help="list, drain, resume and remove the nodes of a cluster",
         description="List the nodes of a cluster: their names, or a table at a terminal. Only a gateway has"
         " nodes, and your operator must let you see them.",
     )
@@ -223,9 +223,10 @@ def _add_nodes(commands: Commands) -> None:
     for name, text in (
         ("drain", "give nodes no more jobs; the jobs that they have go on"),
         ("resume", "give drained nodes jobs again"),
+        ("rm", "forget nodes that are gone for good"),
     ):
         action = kinds.add_parser(name, help=text, description=f"{text.capitalize()}.")
-        _runs(action, f"nodes.{name}")
+        _runs(action, f"nodes.{'remove' if name == 'rm' else name}")
         action.add_argument("names", metavar="NODE", nargs="+")
 
 
@@ -300,7 +301,7 @@ class _Output(argparse.Action):
 
 
 def size_or_pattern(text: str) -> int | str:
-    """What --output takes: a number of bytes, or a pattern of files, which begins with no digit."""
+    """Parse the value of --output: a number of bytes, or a pattern of files, which begins with no digit."""
     try:
         return units.size(text)
     except argparse.ArgumentTypeError as error:
@@ -330,7 +331,7 @@ def add_outputs(group: Any, *, sizes: bool) -> None:  # noqa: ANN401  as above
     group.set_defaults(outputs=[])
 
 
-def _source(text: str) -> Any:  # noqa: ANN401  what is imported only for this option
+def _source(text: str) -> Any:  # noqa: ANN401  imported only for this option
     from pjw.cli.copy import source
 
     return source(text)
@@ -380,7 +381,7 @@ def _copy(arguments: argparse.Namespace) -> int:
     return copy(arguments)
 
 
-def _place(text: str) -> Any:  # noqa: ANN401  what is imported only for this command
+def _place(text: str) -> Any:  # noqa: ANN401  imported only for this command
     from pjw.cli.copy import place
 
     return place(text)
@@ -403,7 +404,7 @@ def _add_completion(commands: Commands) -> None:
     command.add_argument("shell", choices=("bash", "zsh", "fish"))
 
 
-# what adds each of them to the command tree
+# the functions that add each of them to the command tree
 ADDERS: Final = {
     "top": _add_top,
     "submit": _add_submit,

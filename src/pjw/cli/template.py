@@ -23,7 +23,7 @@ class Template:
     """A format that was checked when it was typed."""
 
     def __init__(self, text: str) -> None:
-        """Raises ArgumentTypeError for what could never be filled in."""
+        """Parse a template. Raises ArgumentTypeError for one that could never be filled in."""
         self._text: Final = text.replace("\\t", "\t").replace("\\n", "\n")
         known = _names()
         try:
@@ -47,7 +47,7 @@ class Template:
         self._parts: Final = [(literal, name, spec or "") for literal, name, spec, _ in parts]
 
     def fill(self, job: Job, printable: Callable[[str], str]) -> str:
-        """The line of a job; what it says of itself goes through *printable*."""
+        """Return the line of a job; texts of the job's own go through *printable*."""
         now = datetime.now(UTC)
         values = members(job)
         values["age"] = duration_in_words((now - job.start).total_seconds())
@@ -65,7 +65,7 @@ def _names() -> set[str]:
     return {*members(example), *_LEADING}
 
 
-def _text(values: Any, name: str) -> str:  # noqa: ANN401  whatever JSON has
+def _text(values: Any, name: str) -> str:  # noqa: ANN401  any value of JSON
     found, rest = values, name
     while rest and isinstance(found, dict):
         if rest in found:

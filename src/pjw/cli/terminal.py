@@ -1,4 +1,4 @@
-"""What stdout is. How wide: `shutil` knows too, and takes 3 ms to import, for its archives."""
+"""The properties of stdout. Its width: `shutil` knows too, and takes 3 ms to import, for its archives."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ DEFAULT_COLUMNS: Final = 80
 
 
 def columns() -> int:
-    """What COLUMNS says, else the terminal on stdout, else 80."""
+    """Return the width of COLUMNS, else of the terminal on stdout, else 80."""
     given = os.environ.get("COLUMNS", "")
     if given.isascii() and given.isdecimal() and int(given) > 0:
         return int(given)
@@ -39,5 +39,5 @@ def begin_line() -> None:
 
 
 def has_colours() -> bool:
-    """Whether stdout is a terminal that shows colours to somebody who wants them (no-color.org)."""
+    """Return whether stdout is a terminal that shows colours to a user who wants them (no-color.org)."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"

@@ -1,4 +1,4 @@
-"""`pjw top`: the jobs that run, what they use, and keys to stop and to follow them, on the whole terminal."""
+"""`pjw top`: the running jobs, their usage, and keys to stop and to follow them, on the whole terminal."""
 
 import argparse
 import os
@@ -31,16 +31,16 @@ from pjw.errors import ConfigError, PjwError
 from pjw.model import Job, JobSpec, JobState, UsageSample
 
 INTERVAL_SECONDS: Final = 2.0
-# Somebody looks at the screen and decides when to give up.
+# The user looks at the screen and decides when to give up.
 RECONNECT_SECONDS: Final = 7 * 86_400
-# Nobody reads more of them, and each costs time at every snapshot.
+# No user reads more of them, and each costs time at every snapshot.
 ROWS_MAX: Final = 500
 HISTORY: Final = 8
 TOTALS_HISTORY: Final = 80
 FOLLOW_LINES: Final = 1000
 COMMAND_MAX: Final = 200
 BARS: Final = "▁▂▃▄▅▆▇█"
-# The shell that somebody has here, where the job has it too. By its name: it may be elsewhere there.
+# The user's shell on this machine, where the job has it too. By its name: it may be elsewhere there.
 SHELL: Final = 'command -v -- "$0" >/dev/null && exec "$0"; exec /bin/sh'
 
 # of a job that waits in the queue
@@ -87,7 +87,7 @@ class Row:
         self.readings: Final[deque[Reading]] = deque(maxlen=HISTORY)
 
     def take(self, usage: JobUsage) -> None:
-        """Add what the job used since the last snapshot."""
+        """Add the job's usage since the last snapshot."""
         self.job = usage.job
         self.readings.append(reading(self._sample, usage.sample))
         self._sample = usage.sample
@@ -98,7 +98,7 @@ class Row:
         return self.readings[-1] if self.readings else NOTHING
 
     def cells(self, now: datetime, *, with_client: bool, wide: bool) -> list[Text]:
-        """What the table shows."""
+        """Return the cells of the table."""
         job, last = self.job, self.last
         if job.state is JobState.QUEUED:
             return self._cells_of_waiting(now, with_client=with_client, wide=wide)
@@ -141,14 +141,14 @@ WIDE_COLUMNS: Final = 110
 
 
 def bars(values: Iterable[float], full: float = 0) -> str:
-    """A plot in one line; *full* is a full bar, or the highest value when that is more."""
+    """Plot in one line; *full* is a full bar, or the highest value when that is more."""
     found = list(values)
     top = max(*found, full, 1)
     return "".join(BARS[min(len(BARS) - 1, int(value / top * len(BARS)))] for value in found).rjust(HISTORY)
 
 
 def shell_spec() -> JobSpec:
-    """A shell at a terminal like ours."""
+    """Make the spec of a shell at a terminal like ours."""
     shell = os.path.basename(os.environ.get("SHELL", "")) or "sh"
     return JobSpec(
         ["/bin/sh", "-c", SHELL, shell],
@@ -171,7 +171,7 @@ class Confirm(ModalScreen[bool]):
         self._question: Final = question
 
     def compose(self) -> ComposeResult:
-        """The question, and the keys."""
+        """Yield the question, and the keys."""
         yield Label(Text(f"{self._question}  [y/n]"))
 
     def action_answer(self, answer: bool) -> None:  # noqa: FBT001  textual passes it so
@@ -180,7 +180,7 @@ class Confirm(ModalScreen[bool]):
 
 
 class Top(App[PjwError]):
-    """The screen. Its result is what ended it, when that was not a key."""
+    """The screen. Its result is the error that ended it, when it was not ended by a key."""
 
     TITLE = "pjw top"
     ENABLE_COMMAND_PALETTE = False
@@ -212,7 +212,7 @@ class Top(App[PjwError]):
         everybody: bool,
         pjw: Sequence[str] = ("pjw",),
     ) -> None:
-        """*pjw* is a command line that runs pjw as we connect."""
+        """Prepare the screen; *pjw* is a command line that runs pjw as we connect."""
         super().__init__()
         self._pjw: Final = pjw
         self._connect: Final = connect
@@ -231,7 +231,7 @@ class Top(App[PjwError]):
         self._followed: int | None = None
 
     def compose(self) -> ComposeResult:
-        """Totals above the table, the output of a job below it."""
+        """Yield totals above the table, and the output of a job below it."""
         yield Static(id="state")
         with Horizontal(id="totals"):
             for name in self._totals:
@@ -259,7 +259,7 @@ class Top(App[PjwError]):
     def on_mount(self) -> None:
         """Begin to watch."""
         self._show_state()
-        # only the age of what is shown; the data come by themselves
+        # only the ages on the screen; the data come by themselves
         self.set_interval(1, self._show_state)
         self.run_worker(self._watch())
 
@@ -348,7 +348,7 @@ class Top(App[PjwError]):
         return self.query_one("#jobs", DataTable)
 
     def _chosen(self) -> Job | None:
-        """The job under the cursor."""
+        """Return the job under the cursor."""
         table = self._table
         if not table.row_count:
             return None
@@ -357,13 +357,13 @@ class Top(App[PjwError]):
         return row.job if row else None
 
     def action_order(self) -> None:
-        """Sort by the next of what may be sorted by."""
+        """Sort by the next possible order."""
         self._order = (self._order + 1) % len(ORDERS)
         self._show_jobs()
         self._show_state()
 
     def action_end(self, kill: bool) -> None:  # noqa: FBT001  textual passes it so
-        """Stop or kill the chosen job, when that is what is wanted."""
+        """Stop or kill the chosen job, when the user confirms that."""
         job = self._chosen()
         if job is None:
             return
@@ -399,7 +399,7 @@ class Top(App[PjwError]):
             command = [*self._pjw, "attach", f"{job.id}/{session.number}"]
             # the event loop has to wait: it would write to the terminal
             subprocess.run(command, check=False)  # noqa: ASYNC221
-        # nobody listened meanwhile
+        # no data were read meanwhile
         self._heard = time.monotonic()
 
     def on_data_table_row_selected(self) -> None:
@@ -417,7 +417,7 @@ class Top(App[PjwError]):
         log.clear()
         log.border_title = f"job {job.ref}"
         log.display = True
-        # one at a time: who is followed no more is let go of
+        # one at a time: the job followed before is released
         self.run_worker(self._follow(job, log), group="follow", exclusive=True)
 
     async def _follow(self, job: Job, log: Log) -> None:
@@ -440,6 +440,6 @@ class Top(App[PjwError]):
         self.exit()
 
     async def on_unmount(self) -> None:
-        """Let go of the connection."""
+        """Close the connection."""
         if hasattr(self, "_client"):
             await self._client.close()

@@ -9,7 +9,7 @@ from typing import Final
 
 @dataclass(frozen=True, slots=True)
 class Topic:
-    """What a text is about, on one line, and the text."""
+    """The subject of a text, on one line, and the text."""
 
     title: str
     text: str

@@ -56,7 +56,7 @@ whole_seconds: Final = _typed(amounts.whole_seconds)
 
 @_typed
 def moment(text: str) -> "datetime":
-    """A time: a duration before now (`10m`), or RFC 3339 (`2026-11-29T13:00:00Z`), local without a zone."""
+    """Parse a time: a duration ago (`10m`), or RFC 3339 (`2026-11-29T13:00:00Z`), local without a zone."""
     from datetime import UTC, datetime, timedelta
 
     # refuse a bare number: `logs --since` once took a number of bytes
@@ -70,7 +70,7 @@ def moment(text: str) -> "datetime":
 
 @_typed
 def coming(text: str) -> "datetime":
-    """A time: a duration from now (`2h`), a time of day (`22:30`) or RFC 3339, local without a zone."""
+    """Parse a time: a duration from now (`2h`), a time of day (`22:30`) or RFC 3339, local without a zone."""
     from datetime import UTC, datetime, timedelta
 
     now = datetime.now(UTC)
@@ -91,7 +91,7 @@ def coming(text: str) -> "datetime":
 
 @_typed
 def ends(text: str) -> frozenset[str]:
-    """Ends after which a job is tried again: `75,oom,timeout`."""
+    """Parse the ends after which a job is tried again: `75,oom,timeout`."""
     found = frozenset(text.split(","))
     if not all(re.fullmatch(r"oom|timeout|[0-9]{1,3}", each) for each in found):
         raise amounts.wrong(text, "list of ends", "75,oom,timeout")
@@ -100,7 +100,7 @@ def ends(text: str) -> frozenset[str]:
 
 @_typed
 def after(text: str) -> "After":
-    """A job to wait for, and how it has to end: `7`, `7:failed`; `7_5` is an element of an array."""
+    """Parse a job to wait for, and its required end: `7`, `7:failed`; `7_5` is an element of an array."""
     from pjw.model import After, Condition
 
     found = re.fullmatch(r"([0-9]{1,18})(?:_([0-9]{1,10}))?(?::(ok|failed|any))?", text)
@@ -112,7 +112,7 @@ def after(text: str) -> "After":
 
 @_typed
 def array(text: str) -> str:
-    """The indices of an array: `1-100`, `1-100%8`, `1,3,7`, `0-20:5`."""
+    """Parse the indices of an array: `1-100`, `1-100%8`, `1,3,7`, `0-20:5`."""
     from pjw.arrays import Array
     from pjw.errors import InvalidJobError
 
@@ -124,7 +124,7 @@ def array(text: str) -> str:
 
 @_typed
 def priority(text: str) -> int:
-    """A whole number, which may be below 0."""
+    """Parse a whole number, which may be below 0."""
     if not re.fullmatch(r"-?[0-9]{1,9}", text):
         raise amounts.wrong(text, "whole number", "10 or -10")
     return int(text)
@@ -132,7 +132,7 @@ def priority(text: str) -> int:
 
 @_typed
 def millicores(text: str) -> int:
-    """Thousandths of a processor, from a number of processors: `0.5`, `2`. 0 is no limit."""
+    """Parse thousandths of a processor from a number of processors: `0.5`, `2`. 0 is no limit."""
     if not re.fullmatch(_DECIMAL, text, re.ASCII):
         raise amounts.wrong(text, "number of processors", "0.5 or 2")
     return amounts.whole(text, 1000, text, "number of thousandths of a processor")
@@ -140,7 +140,7 @@ def millicores(text: str) -> int:
 
 @_typed
 def count(text: str) -> int:
-    """A whole number from 0 on."""
+    """Parse a whole number from 0 on."""
     if not text.isascii() or not text.isdecimal() or len(text) > 18:
         raise amounts.wrong(text, "whole number from 0 on", "100")
     return int(text)
@@ -148,7 +148,7 @@ def count(text: str) -> int:
 
 @_typed
 def signal_number(text: str) -> int:
-    """A signal by its name, with or without SIG, or its number: `INT`, `SIGHUP`, `9`."""
+    """Parse a signal by its name, with or without SIG, or its number: `INT`, `SIGHUP`, `9`."""
     if text.isascii() and text.isdecimal() and len(text) < 3:
         number = int(text)
     else:
@@ -159,13 +159,13 @@ def signal_number(text: str) -> int:
 
 
 def key_and_value(text: str) -> tuple[str, str]:
-    """`KEY=VALUE`; without `=` the value is empty."""
+    """Split `KEY=VALUE`; without `=` the value is empty."""
     key, _, value = text.partition("=")
     return key, value
 
 
 def duration_in_words(number: float) -> str:
-    """Seconds in their two largest units: `45s`, `3m12s`, `2h05m`, `3d04h`."""
+    """Format seconds in their two largest units: `45s`, `3m12s`, `2h05m`, `3d04h`."""
     whole = max(0, int(number))
     for large, small, large_unit, small_unit in (
         (86_400, 3_600, "d", "h"),
@@ -178,7 +178,7 @@ def duration_in_words(number: float) -> str:
 
 
 def limit_in_words(limit: str, value: int) -> str:
-    """The value of a limit, by its name, in the units that its option takes."""
+    """Return the value of a limit, by its name, in the units that its option takes."""
     if limit == "cpu_max_millicores":
         return f"{value / 1000:g}"
     if limit.endswith("seconds"):

@@ -1,4 +1,4 @@
-"""What a job used between two moments, from what it had used at each of them."""
+"""The usage of a job between two moments, from its totals at each of them."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ PERIOD_SECONDS: Final = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a job used up to a moment, a second; its memory and processes at that moment."""
+    """The usage of a job up to a moment, per second; its memory and processes at that moment."""
 
     time: datetime
     cpu_percent: float
@@ -24,7 +24,7 @@ class Reading:
 
 
 def reading(before: UsageSample, now: UsageSample) -> Reading:
-    """From one sample to the next. A clock that was set back, or a counter that began anew, is no use."""
+    """Return the usage between two samples. A clock set back, or a counter begun anew, is no use."""
     seconds = (now.time - before.time).total_seconds()
 
     def rate(count: int) -> float:
@@ -41,7 +41,7 @@ def reading(before: UsageSample, now: UsageSample) -> Reading:
 
 
 def readings(start: datetime, samples: Iterable[UsageSample]) -> Iterator[Reading]:
-    """Over a job's life: nothing was used when it began."""
+    """Yield the usage over a job's life: nothing was used when it began."""
     before = nothing_at(start)
     for sample in samples:
         yield reading(before, sample)
@@ -49,5 +49,5 @@ def readings(start: datetime, samples: Iterable[UsageSample]) -> Iterator[Readin
 
 
 def nothing_at(start: datetime) -> UsageSample:
-    """The sample of a job that has just begun."""
+    """Return the sample of a job that has just begun."""
     return UsageSample(start, cpu_usage_usec=0, memory_bytes=0, io_read_bytes=0, io_write_bytes=0, pids=0)

@@ -14,7 +14,7 @@ from pjw.model import Workspace
 
 
 def list_workspaces(arguments: argparse.Namespace) -> None:
-    """Print their names; at a terminal also what they have, and when they were used."""
+    """Print the names of workspaces; at a terminal also their figures and when they were used."""
     with connect(arguments) as client:
         found = client.workspaces()
     form = arguments.format or ("table" if sys.stdout.isatty() else "names")
@@ -27,18 +27,18 @@ def list_workspaces(arguments: argparse.Namespace) -> None:
 
 
 def _name(workspace: Workspace, *, with_client: bool) -> str:
-    """What a list calls it: a client's name has no slash."""
+    """Return a workspace's name in lists: a client's name has no slash."""
     return f"{printable(workspace.client_name)}/{workspace.name}" if with_client else workspace.name
 
 
 def remove_workspaces(arguments: argparse.Namespace) -> int:
-    """Remove them one by one, and print each name; the others although one cannot be removed."""
+    """Remove workspaces one by one, and print each name; go on when one cannot be removed."""
     with connect(arguments) as client:
         return each(arguments.names, client.remove_workspace, show_name)
 
 
 def table(found: Sequence[Workspace], names: Sequence[str]) -> Iterator[str]:
-    """A line each, with these names, under a heading."""
+    """Yield a line for each workspace, with these names, under a heading."""
     now = datetime.now(UTC)
     width = max(map(len, ("NAME", *names)))
     yield f"{'NAME':<{width}} {'SIZE':>8} {'FILES':>9} {'JOBS':>6}  USED"
@@ -49,7 +49,7 @@ def table(found: Sequence[Workspace], names: Sequence[str]) -> Iterator[str]:
 
 
 def members(workspace: Workspace) -> dict[str, Any]:
-    """The keys and values of its JSON."""
+    """Return the keys and values of a workspace's JSON."""
     return {
         "name": workspace.name,
         "made": time_text(workspace.made),

@@ -1,5 +1,5 @@
 """The client library: typed calls over mTLS. `pjw.Client` blocks, `pjw.AsyncClient` is awaited.
 
-`requests` says what is asked, `failures` and `retry` what becomes of an error, `config` where to connect to
-when nobody says it; only `sync` and `aio` call.
+`requests` builds each call, `failures` and `retry` handle its errors, `config` finds the address and the
+credentials when the caller gives none; only `sync` and `aio` make calls.
 """

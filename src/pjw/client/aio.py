@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 class AsyncClient(BaseClient):
-    """`Client` for asyncio: the same calls, awaited; what streams is an asynchronous generator."""
+    """`Client` for asyncio: the same calls, awaited; each stream is an asynchronous generator."""
 
     def _connect(self, target: str, credentials: grpc.ChannelCredentials, options: Options) -> None:
         self._channel = grpc.aio.secure_channel(target, credentials, options)
@@ -71,9 +71,9 @@ class AsyncClient(BaseClient):
         return await self._call(requests.submit(specs))
 
     async def run_many(self, specs: Iterable[requests.Startable]) -> requests.FinishedJobs:
-        """Put jobs into the queue and wait for all of them: each with all of its output, in the same order.
+        """Put jobs into the queue, wait for all of them, and return each with its output, in the same order.
 
-        Whatever ends this call early stops those that have not ended. A job that failed is no error.
+        Whatever ends this call early stops the jobs that have not ended. A failed job raises no error.
         """
         jobs: list[Job] = []
         try:
@@ -89,7 +89,7 @@ class AsyncClient(BaseClient):
                 finished.append(requests.Finished(await self.wait(job.id), output, stderr))
             return finished
         except BaseException:
-            # what waits first, or it would begin as the others end
+            # Stop the waiting jobs first: otherwise they would begin as the others end.
             for job in reversed(jobs):
                 with suppress(PjwError):
                     await self.stop(job.id, grace=0)
@@ -104,10 +104,10 @@ class AsyncClient(BaseClient):
         return await self._call(requests.release(job_id, all_clients=self._all_clients))
 
     async def run(self, spec: requests.Startable, *, input: bytes | None = None) -> requests.Finished:  # noqa: A002
-        """Start a job, send its *input* and wait for its end: the job, with all of its output in memory.
+        """Start a job, send its *input*, and wait for its end; return the job with all of its output.
 
-        As with subprocess.run(), whatever ends this call early (Ctrl-C, a lost connection) kills the job. An
-        exit code other than 0 is no error: see `job.exit_status`.
+        The output is in memory. As with subprocess.run(), whatever ends this call early (Ctrl-C, a lost
+        connection) kills the job. An exit code other than 0 raises no error: see `job.exit_status`.
         """
         job = await self.start(requests.with_input(spec, input))
         try:
@@ -167,7 +167,7 @@ class AsyncClient(BaseClient):
         path: str = ".",
         seen: Callable[[int], None] | None = None,
     ) -> "Copied":
-        """As `Client.copy_to`; files are read in threads."""
+        """Copy as `Client.copy_to` does; files are read in threads."""
         from pjw.client.copies import Copied, Packer, in_threads
 
         packer = await asyncio.to_thread(Packer, source)
@@ -191,7 +191,7 @@ class AsyncClient(BaseClient):
         target: str,
         seen: Callable[[int], None] | None = None,
     ) -> "Copied":
-        """As `Client.copy_from`; files are written in threads."""
+        """Copy as `Client.copy_from` does; files are written in threads."""
         from pjw.client.copies import Copied, Unpacker, name_of
 
         unpacker = await asyncio.to_thread(Unpacker, target, name_of(path), requests.copying(job_id, path))
@@ -210,7 +210,7 @@ class AsyncClient(BaseClient):
         return Copied(count, left_out + unpacker.notes.lines)
 
     async def read_archive(self, job_id: requests.JobId, path: str) -> AsyncGenerator[bytes, None]:
-        """As `Client.read_archive`."""
+        """Yield an archive as `Client.read_archive` does."""
         async with aclosing(self._packed(job_id, path, [])) as pieces:
             async for piece in pieces:
                 yield piece
@@ -244,12 +244,12 @@ class AsyncClient(BaseClient):
         yield selection.finish()
 
     def read_artifacts(self, job_id: requests.JobId) -> AsyncGenerator[bytes, None]:
-        """As `Client.read_artifacts`."""
+        """Yield the artifacts as `Client.read_artifacts` does."""
         position = requests.artifacts(job_id, all_clients=self._all_clients)
         return self._stream(position, position.take)
 
     async def artifacts(self, job_id: requests.JobId) -> "AsyncGenerator[Artifact, None]":
-        """As `Client.artifacts`."""
+        """Yield the artifacts one by one as `Client.artifacts` does."""
         from pjw.client.artifacts import Listing
 
         listing = Listing(requests.listing(job_id))
@@ -266,7 +266,7 @@ class AsyncClient(BaseClient):
         path: str = ".",
         seen: Callable[[int], None] | None = None,
     ) -> requests.LeftOut:
-        """As `Client.write_archive`, from an asynchronous iterable."""
+        """Unpack as `Client.write_archive` does, from an asynchronous iterable."""
         return await self._unpack_in(job_id, Archive(path, unpack=True), data, seen)
 
     async def _unpack_in(
@@ -285,11 +285,11 @@ class AsyncClient(BaseClient):
 
     @asynccontextmanager
     async def _archive(self, session: Session) -> AsyncGenerator[None, None]:
-        """Have the server forget it at the end, whatever that is."""
+        """Have the server forget the session however the block ends."""
         try:
             yield
         except ServerUnreachableError:
-            # nobody to ask; it ends by its lease
+            # No server can be asked; the session ends by its lease.
             raise
         except BaseException:
             with suppress(PjwError):
@@ -299,7 +299,7 @@ class AsyncClient(BaseClient):
             await self.stop_session(session.job_id, session.number)
 
     async def _archive_end(self, session: Session, path: str) -> requests.LeftOut:
-        """What was left out. Raises CopyError, or another, when it failed."""
+        """Return the paths left out. Raises CopyError, or another error, when the session failed."""
         from pjw.client.copies import judge
 
         said = b""
@@ -314,7 +314,7 @@ class AsyncClient(BaseClient):
         return notes
 
     async def wait_session(self, job_id: requests.JobId, session: int) -> Session:
-        """A session when it has ended, however long that takes. Raises SessionNotFoundError."""
+        """Wait without a time limit until a session ends, and return it. Raises SessionNotFoundError."""
         return await self._call(requests.wait_session(job_id, session))
 
     async def stop_session(self, job_id: requests.JobId, session: int) -> Session:
@@ -322,11 +322,11 @@ class AsyncClient(BaseClient):
         return await self._call(requests.stop_session(job_id, session))
 
     async def get(self, job_id: requests.JobId) -> Job:
-        """One job, by its id, which is a number or text."""
+        """Return one job, by its id, which is a number or text."""
         return await self._call(requests.get(job_id, all_clients=self._all_clients))
 
     async def find(self, name: str) -> Job:
-        """The newest job of that name. Raises JobNotFoundError."""
+        """Return the newest job of that name. Raises JobNotFoundError."""
         async for job in self.list(name=name, newest_first=True, limit=1):
             return job
         raise JobNotFoundError(name)
@@ -341,7 +341,7 @@ class AsyncClient(BaseClient):
         limit: int | None = None,
         array_id: requests.JobId | None = None,
     ) -> AsyncGenerator[Job, None]:
-        """The jobs in one of these states, with all of these labels, of that name, in order of their ids."""
+        """Yield the jobs with one of these states, all these labels and that name, in order of their ids."""
         pages = requests.Pages(
             states,
             labels,
@@ -356,7 +356,7 @@ class AsyncClient(BaseClient):
                 yield job
 
     async def wait(self, job_id: requests.JobId, *, or_stuck: bool = False) -> Job:
-        """One job when it has ended, however long that takes.
+        """Wait without a time limit until a job ends, and return it.
 
         With *or_stuck* it also returns when the job cannot go on: the job was killed and does not end, or it
         waits for the disk. `detail` says which.
@@ -385,12 +385,14 @@ class AsyncClient(BaseClient):
         stderr: bool = False,
         session: int = 0,
     ) -> AsyncGenerator[bytes, None]:
-        """The output from *offset* on, or its last *tail* lines; to the end of the job, or of what is there.
+        """Yield the output from *offset* on, or its last *tail* lines.
 
-        With *since* it begins with the output of that time; a time without a time zone is local.
+        The stream ends with the job, or without *follow* with the output that is there. With *since* it
+        begins with the output of that time; a time without a time zone is local.
 
-        A lost connection is made again, and the stream goes on at the exact byte. With *stderr*, that of a
-        job that keeps it apart; with *session*, that of a session of the job.
+        The client reconnects after a lost connection, and the stream goes on at the exact byte. With
+        *stderr*, the call reads the stderr of a job that keeps it apart; with *session*, the output of a
+        session of the job.
         """
         position = requests.LogsPosition(
             job_id,
@@ -414,7 +416,7 @@ class AsyncClient(BaseClient):
         since: datetime | None = None,
         stderr: bool = False,
     ) -> AsyncGenerator[requests.TimedOutput, None]:
-        """As `logs`, each piece with the time at which the job wrote it."""
+        """Yield output as `logs` does, each piece with the time at which the job wrote it."""
         position = requests.LogsPosition(
             job_id,
             offset,
@@ -436,13 +438,13 @@ class AsyncClient(BaseClient):
         session: int = 0,
         append: bool = False,
     ) -> int:
-        """As `Client.write_input`, from an asynchronous iterable."""
+        """Send input as `Client.write_input` does, from an asynchronous iterable."""
         return await self._write(AsyncUpload(job_id, session, append=append), data, seen)
 
     async def upload(
         self, sources: requests.UploadSources, seen: Callable[[int], None] | None = None
     ) -> requests.Uploaded:
-        """As `Client.upload`; files are read in threads."""
+        """Send files as `Client.upload` does; files are read in threads."""
         from pjw.client.copies import UploadPacker, in_threads
 
         packer = await asyncio.to_thread(UploadPacker, sources)
@@ -466,7 +468,8 @@ class AsyncClient(BaseClient):
                 giving.result()
             await sending
         finally:
-            # a source that waits for what nobody wants any more; a call whose source has failed
+            # The source may wait for data that no call needs any more; or its failure leaves the call
+            # waiting.
             for work in (giving, sending):
                 work.cancel()
             await asyncio.wait({giving, sending})
@@ -475,7 +478,7 @@ class AsyncClient(BaseClient):
     async def connect(
         self, job_id: requests.JobId, port: int, data: AsyncIterable[bytes]
     ) -> AsyncGenerator[bytes, None]:
-        """As `Client.connect`, from an asynchronous iterable."""
+        """Connect as `Client.connect` does, from an asynchronous iterable."""
         first = requests.connection(job_id, port)
         call = self._stub.Forward(_messages(first, data))
         try:
@@ -490,18 +493,18 @@ class AsyncClient(BaseClient):
             call.cancel()
 
     async def usage_history(self, job_id: requests.JobId) -> requests.UsageHistory:
-        """What a job used over its life, in a bounded number of samples."""
+        """Return the job's usage over its life, in a bounded number of samples."""
         return await self._call(requests.usage_history(job_id, all_clients=self._all_clients))
 
     async def quota(self, client_name: str = "") -> ClientQuota:
-        """The limits of this client, what its jobs use now, and its share of the machine.
+        """Return the limits of this client, the present usage of its jobs, and its share of the machine.
 
         With *client_name* those of another client: this takes *all_clients*, and a role for it.
         """
         return await self._call(requests.quota(client_name, all_clients=self._all_clients))
 
     async def workspaces(self) -> requests.Workspaces:
-        """As Client.workspaces."""
+        """Return the workspaces as `Client.workspaces` does."""
         pages = requests.WorkspacePages(all_clients=self._all_clients)
         found: requests.Workspaces = []
         while call := pages.next:
@@ -510,17 +513,17 @@ class AsyncClient(BaseClient):
         return found
 
     async def remove_workspace(self, name: str) -> None:
-        """As Client.remove_workspace."""
+        """Remove a workspace as `Client.remove_workspace` does."""
         await self._call(requests.remove_workspace(name))
 
     async def images(self) -> requests.Images:
-        """As Client.images."""
+        """Return the images as `Client.images` does."""
         return await self._call(requests.images(all_clients=self._all_clients))
 
     async def load_image(
         self, name: str, source: str, seen: Callable[[int], None] | None = None
     ) -> requests.LoadedImage:
-        """As Client.load_image; files are read in threads."""
+        """Make an image as `Client.load_image` does; files are read in threads."""
         from pjw.client.copies import in_threads
         from pjw.image_archive import ImageArchive
 
@@ -532,11 +535,11 @@ class AsyncClient(BaseClient):
             return requests.LoadedImage(image, archive.left_out)
 
     async def remove_image(self, name: str) -> None:
-        """As Client.remove_image."""
+        """Remove an image as `Client.remove_image` does."""
         await self._call(requests.remove_image(name))
 
     def watch_usage(self, interval: float | None = None) -> AsyncGenerator[requests.UsageSnapshot, None]:
-        """What all running jobs use, every *interval* seconds (the server's default: 2), without end."""
+        """Yield the usage of all running jobs every *interval* seconds (server's default: 2), without end."""
         watch = requests.UsageWatch(interval, all_clients=self._all_clients)
         return self._stream(watch, watch.take)
 
@@ -551,12 +554,12 @@ class AsyncClient(BaseClient):
         snapshot: bool = True,
         follow: bool = True,
     ) -> "AsyncJobWatch":
-        """Changes of the states of our jobs, each once and in order; without *follow* those until now.
+        """Yield changes of the states of our jobs, each once and in order; without *follow* those until now.
 
         They begin behind the change *since*; without it with the jobs as they are, or without a *snapshot*
-        with the next change. A lost connection is made again, and the changes go on where they were: so they
-        do for another program that begins behind the `sequence` of the last one. Raises SequenceError when
-        that is too long ago.
+        with the next change. The client reconnects after a lost connection, and the changes go on where they
+        were. Another program can go on too: it begins behind the `sequence` of the last change. Raises
+        SequenceError when that change is too old.
         """
         from pjw.client.watch import AsyncJobWatch, WatchPosition
 
@@ -612,7 +615,7 @@ class AsyncClient(BaseClient):
             await self._pause(trouble, failure)
 
     async def _send(self, upload: AsyncUpload, trouble: Trouble, seen: Callable[[int], None] | None) -> bool:
-        """Send on one connection; whether that was all."""
+        """Send on one connection; return whether that was all."""
         call = self._stub.WriteInput(upload.requests())
         try:
             async for answer in call:
@@ -632,7 +635,7 @@ class AsyncClient(BaseClient):
         return False
 
     async def _pause(self, trouble: Trouble, error: grpc.RpcError) -> None:
-        # in a thread: to find out what is wrong with a connection, this may read files or connect by itself
+        # In a thread: to diagnose a failed connection, this may read files or open a connection itself.
         await asyncio.sleep(await asyncio.to_thread(trouble.after, error))
         if self._link.closed.is_set():
             raise trouble.closed()

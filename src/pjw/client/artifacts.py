@@ -1,7 +1,7 @@
-"""What was kept of a job's files, as it comes: listed, or a part of it as an archive of its own.
+"""The artifacts of a job as they arrive: listed, or cut down to a part that is an archive of its own.
 
-The job may have made up every byte of it, as of all that comes out of a job: names are shown with care, and
-`copies.Unpacker` looks at each before it makes a file.
+The job may have made up every byte, as of all that comes out of a job: names are shown with care, and
+`copies.Unpacker` checks each one before it makes a file.
 """
 
 import tarfile
@@ -39,13 +39,13 @@ class _Entry(NamedTuple):
 
 
 class _Entries:
-    """An archive that comes in pieces: what is in it, each followed by what it contains."""
+    """An archive that comes in pieces: its entries, each followed by the bytes it contains."""
 
     def __init__(self, what: str) -> None:
-        """*what* words errors, as in "cannot list the artifacts of job 7"."""
+        """Begin an archive; *what* words errors, as in "cannot list the artifacts of job 7"."""
         self._what: Final = what
         self._pending = bytearray()
-        # of what an entry contains, with its padding, is to come
+        # the bytes of an entry's contents, with their padding, that are still to come
         self._left = 0
         # the same of an extended header
         self._extended_bytes: int | None = None
@@ -53,7 +53,7 @@ class _Entries:
         self.ended = False
 
     def feed(self, data: bytes) -> Iterator[_Entry | bytes]:
-        """Take the next bytes; entries, and what they contain. Raises CopyError for what is no archive."""
+        """Take the next bytes; yield entries and their contents. Raises CopyError for a broken archive."""
         self._pending += data
         while self._pending and not self.ended:
             if self._left:
@@ -99,13 +99,13 @@ class _Entries:
         return _Entry([part for part in info.name.split("/") if part not in ("", ".")], info)
 
     def finish(self) -> None:
-        """All came. Raises CopyError when that is not a whole archive."""
+        """Note the end of the data. Raises CopyError when it is not a whole archive."""
         if not self.ended:
             raise CopyError(f"{self._what}: the archive ends early")
 
 
 class Listing:
-    """What is in an archive that comes in pieces."""
+    """The list of the entries of an archive that comes in pieces."""
 
     def __init__(self, what: str) -> None:
         self._entries: Final = _Entries(what)
@@ -121,7 +121,7 @@ class Listing:
                 yield Artifact("/".join(entry.parts), kind, info.size, time, bool(info.mode & 0o100), target)
 
     def finish(self) -> None:
-        """All came. Raises CopyError when that is not a whole archive."""
+        """Note the end of the data. Raises CopyError when it is not a whole archive."""
         self._entries.finish()
 
 
@@ -129,9 +129,9 @@ class Selection:
     """A path of an archive that comes in pieces, as the archive that a copy of that path would be."""
 
     def __init__(self, path: str, base: str, what: str) -> None:
-        """*base* is where it begins within the job; *what* words errors, as in "cannot copy x".
+        """Select *path*, where *base* is the place in the job at which the archive begins.
 
-        Raises CopyError for a path that cannot be in it.
+        *what* words errors, as in "cannot copy x". Raises CopyError for a path that cannot be in the archive.
         """
         self._what: Final = what
         self._entries: Final = _Entries(what)
@@ -148,7 +148,7 @@ class Selection:
         self._found = False
 
     def feed(self, data: bytes) -> bytes:
-        """Take the next bytes; give what is of the selection. Raises CopyError."""
+        """Take the next bytes; return those that belong to the selection. Raises CopyError."""
         given = bytearray()
         count = len(self._wanted)
         for entry in self._entries.feed(data):
@@ -163,7 +163,7 @@ class Selection:
         return bytes(given)
 
     def finish(self) -> bytes:
-        """All came; the end of the selection. Raises CopyError when it is not there, or not whole."""
+        """Return the end of the selection. Raises CopyError when it is not there, or not whole."""
         self._entries.finish()
         if not self._found:
             raise CopyError(

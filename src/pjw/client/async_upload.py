@@ -10,12 +10,12 @@ from pjw.v1 import job_worker_pb2 as pb
 
 
 class AsyncUpload:
-    """`Outgoing` for tasks: who finds nothing to do waits."""
+    """`Outgoing` for tasks: a task that finds nothing to do waits."""
 
     def __init__(self, job_id: JobId, session: int = 0, *, append: bool = False, upload: str = "") -> None:
         self.outgoing: Final = Outgoing(job_id, session, append=append, upload=upload)
         self._changed: Final = asyncio.Condition()
-        # which connection sends, and whether its server has said where to begin
+        # the number of the connection that sends, and whether its server has said where to begin
         self._connection = 0
         self._begun = False
 
@@ -31,14 +31,14 @@ class AsyncUpload:
             self._changed.notify_all()
 
     async def acknowledge(self, answer: pb.WriteInputResponse) -> None:
-        """The server has so much; what is behind it may be sent."""
+        """Take the server's answer: it has so many bytes, and the bytes behind them may be sent."""
         async with self._changed:
             self.outgoing.acknowledge(answer)
             self._begun = True
             self._changed.notify_all()
 
     async def requests(self) -> AsyncIterator[pb.WriteInputRequest]:
-        """The requests of a new connection, to the end of the input, or of the connection."""
+        """Yield the requests of a new connection, until the input or the connection ends."""
         self._begun = False
         connection = self._connection
         request = self.outgoing.first

@@ -1,4 +1,4 @@
-"""What both clients have in common: how they are made."""
+"""The part that both clients share: the ways to make one."""
 
 from abc import ABC, abstractmethod
 from typing import Final, Self
@@ -12,7 +12,7 @@ from pjw.client.settings import ClientSettings
 
 
 class BaseClient(ABC):
-    """A connection to pjwd, with the certificate that says who we are."""
+    """A connection to pjwd, with the certificate that identifies the caller."""
 
     def __init__(
         self,
@@ -26,7 +26,7 @@ class BaseClient(ABC):
     ) -> None:
         """Read the files; the network is not touched yet. Raises ConfigError.
 
-        With *all_clients*, jobs that are named or listed may be anybody's, if our role allows it.
+        With *all_clients*, jobs that are named or listed may be any client's, if our role allows it.
         """
         settings = ClientSettings(server, ca_crt, client_crt, client_key)
         self._link: Final = Link(settings, reconnect_seconds)
@@ -45,10 +45,11 @@ class BaseClient(ABC):
         all_clients: bool = False,
         reconnect_seconds: float = RECONNECT_SECONDS,
     ) -> Self:
-        """A client with the settings of a context, as `pjw --context NAME` has them.
+        """Make a client with the settings of a context, as `pjw --context NAME` has them.
 
-        Without a name, what `pjw` uses without options: the environment (PJW_SERVER, PJW_CA_CRT,
-        PJW_CLIENT_CRT, PJW_CLIENT_KEY, PJW_CONTEXT), then the current context. Raises ConfigError.
+        Without a name, the settings are those that `pjw` uses without options: the environment (PJW_SERVER,
+        PJW_CA_CRT, PJW_CLIENT_CRT, PJW_CLIENT_KEY, PJW_CONTEXT), then the current context. Raises
+        ConfigError.
         """
         from pjw.client.config import find_settings
 
@@ -71,7 +72,7 @@ class BaseClient(ABC):
         all_clients: bool = False,
         reconnect_seconds: float = RECONNECT_SECONDS,
     ) -> Self:
-        """A client of the service that a bundle is for, or of another *server*. Raises ConfigError."""
+        """Make a client of the bundle's service, or of another *server*. Raises ConfigError."""
         from pjw.certs.bundle import read_bundle
 
         bundle = read_bundle(path)

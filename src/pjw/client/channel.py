@@ -1,4 +1,4 @@
-"""What a channel to pjwd is made of. Sets how gRPC is imported, so it comes before all that imports it."""
+"""The options of a channel to pjwd. Sets how gRPC is imported, so it comes before all that imports it."""
 
 import json
 import os
@@ -18,7 +18,7 @@ Options = list[tuple[str, Any]]
 CONNECTIONS_MAX: Final = 20
 
 _OPTIONS: Final[Options] = [
-    # A job id is not sent through somebody's web proxy, and loopback has no use for one.
+    # A job id is not sent through a web proxy, and loopback has no use for one.
     ("grpc.enable_http_proxy", 0),
     ("grpc.max_receive_message_length", 16 * 1024 * 1024),
     # a server that is gone without a word is noticed while we only listen
@@ -26,7 +26,7 @@ _OPTIONS: Final[Options] = [
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    # One connection bears as many calls as the server allows. For more gRPC makes another (gRFC A105):
+    # One connection carries as many calls as the server allows. For more gRPC makes another (gRFC A105):
     # else calls would wait for each other, and a program that follows many jobs would never hear of some.
     (
         "grpc.service_config",
@@ -38,7 +38,7 @@ _LOOPBACK: Final = ("127.0.0.1:", "[::1]:")
 
 
 def channel_arguments(settings: ClientSettings) -> tuple[str, grpc.ChannelCredentials, Options]:
-    """Target, credentials and options of a channel. Raises ConfigError for files that cannot be read."""
+    """Return target, credentials and options of a channel. Raises ConfigError for unreadable files."""
     credentials = load_client_credentials(settings.ca_crt, settings.client_crt, settings.client_key)
     log_ends(credentials)
     options = list(_OPTIONS)

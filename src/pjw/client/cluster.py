@@ -1,4 +1,4 @@
-"""The nodes of a cluster, for those who run it: only a gateway has them."""
+"""The nodes of a cluster, for its operators: only a gateway has them."""
 
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -24,7 +24,7 @@ _STATES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A machine that runs jobs, at one moment. 0 of what it has at most is "not said"."""
+    """A machine that runs jobs, at one moment. A capacity of 0 means that the node did not report it."""
 
     name: str
     # up, drained, away, lost; unknown for one that only a newer gateway knows
@@ -38,17 +38,19 @@ class Node:
     memory_max_bytes: int
     # since when nothing was heard of it
     silent_seconds: int
+    # drained by `pjwd drain` on its own machine
+    drained_there: bool
 
 
 class Cluster(Client):
-    """A connection to a gateway, for what concerns its nodes. Viewers may look, admins may change."""
+    """A connection to a gateway, for calls about its nodes. Viewers may look, admins may change."""
 
     def _connect(self, target: str, credentials: grpc.ChannelCredentials, options: Options) -> None:
         super()._connect(target, credentials, options)
         self._stub: Any = ClusterServiceStub(self._channel)
 
     def nodes(self) -> list[Node]:
-        """All nodes, by their names. Raises NotAllowedError for a client without a role."""
+        """Return all nodes, by their names. Raises NotAllowedError for a client without a role."""
         return self._asked(Call("ListNodes", pb.ListNodesRequest(), _nodes_of_answer))
 
     def drain(self, name: str) -> Node:
@@ -58,6 +60,10 @@ class Cluster(Client):
     def resume(self, name: str) -> Node:
         """Have a node get jobs again. Raises NodeNotFoundError."""
         return self._asked(Call("ResumeNode", pb.ResumeNodeRequest(name=name), _node_of_answer))
+
+    def remove(self, name: str) -> None:
+        """Forget a node that is gone for good. Raises NodeNotFoundError, JobStateError while it has jobs."""
+        self._asked(Call("RemoveNode", pb.RemoveNodeRequest(name=name), lambda _: None))
 
     def _asked(self, call: Call[T]) -> T:
         try:
@@ -90,4 +96,5 @@ def _node(message: pb.Node) -> Node:
         message.memory_bytes,
         message.memory_max_bytes,
         message.silent_seconds,
+        message.drained_there,
     )

@@ -1,8 +1,8 @@
-"""Where to connect to, and as whom, when nobody says it: the environment and the user's file.
+"""The server and the identity to use when the caller gives none: from the environment and the user's file.
 
 Each setting is taken from the nearest place that has it: an option, a context that is named, the variable
 PJW_NAME, a bundle (PJW_BUNDLE, its path or its text), the current context (PJW_CONTEXT, or `current` of the
-file), the file outside of any context. Never in a file of the server: a client and a server on one machine
+file), the file outside of any context. Never from a file of the server: a client and a server on one machine
 are strangers.
 """
 
@@ -21,14 +21,14 @@ KEYS: Final = ("server", "ca_crt", "client_crt", "client_key")
 
 @dataclass(frozen=True, slots=True)
 class ConfigFile:
-    """What is in the user's file: settings, contexts by name, and which of these is the current one."""
+    """The contents of the user's file: settings, contexts by name, and the name of the current context."""
 
     settings: Mapping[str, str]
     contexts: Mapping[str, Mapping[str, str]]
     current: str | None
 
     def context(self, name: str) -> Mapping[str, str]:
-        """A context by its name. Raises ConfigError when there is none."""
+        """Return a context by its name. Raises ConfigError when there is none."""
         if name not in self.contexts:
             known = ", ".join(sorted(self.contexts))
             raise ConfigError(
@@ -69,7 +69,7 @@ def find_settings(
 
 
 def chosen_context(file: ConfigFile) -> str | None:
-    """The name of the current context; None if there is none. Raises ConfigError."""
+    """Return the name of the current context; None if there is none. Raises ConfigError."""
     return _variable("PJW_CONTEXT") or file.current
 
 
@@ -79,7 +79,7 @@ def _variable(name: str) -> str | None:
 
 
 def _settings_of_bundle(value: str | None) -> Mapping[str, str]:
-    """The settings of a bundle. *value* is its path, or its text, as CI passes a secret to a job."""
+    """Return the settings of a bundle. *value* is its path, or its text, as CI passes a secret to a job."""
     if value is None:
         return {}
     from pjw.certs.bundle import read_bundle
@@ -93,21 +93,21 @@ def _how_to_give(key: str, option: str | None, found: Mapping[str, str]) -> str:
     ways = f"set PJW_{key.upper()}, or put {key} into {config_path()}"
     if option is not None:
         ways = f"give {option} FILE, {ways}"
-    # who has given nothing yet is new here, and does best with a bundle
+    # A user who has set nothing yet is new here, and does best with a bundle.
     if not found.keys() & set(KEYS[1:]):
         return f"ask your operator for a bundle, and `pjw context add default NAME.pjw`; or {ways}"
     return ways
 
 
 def config_path() -> str:
-    """The user's file (XDG Base Directory Specification)."""
+    """Return the path of the user's file (XDG Base Directory Specification)."""
     # not pathlib: its import is 3 % of a whole `pjw get`
     directory = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
     return os.path.join(directory, "pjw", "config.toml")
 
 
 def read_config() -> ConfigFile:
-    """The user's file, or an empty one. Raises ConfigError, which names it and what it should not hold."""
+    """Read the user's file; an absent one is empty. Raises ConfigError, which names file and fault."""
     path = config_path()
     values = _read_toml(path)
     current, contexts = values.pop("current", None), values.pop("contexts", {})
@@ -144,7 +144,7 @@ def _read_toml(path: str) -> dict[str, Any]:
         return {}
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
-    import tomllib  # only who has a file pays for its import
+    import tomllib  # only a user with a file pays for its import
 
     try:
         return tomllib.loads(text)

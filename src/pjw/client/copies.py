@@ -1,9 +1,9 @@
-"""Files between this machine and a job, as a tar archive: what is sent, and what becomes of what a job sends.
+"""Files between this machine and a job, as a tar archive: packed here to send, unpacked here with care.
 
-What comes out of a job is hostile: every process of the job could have made it up. So only plain files,
+An archive out of a job is hostile: every process of the job could have made it up. So only plain files,
 directories and links are taken, by names that are relative and plain. They are made in a new directory that
-nobody else has, where no link is made before everything else is there; nothing has its own name before all
-of it came and was found whole.
+no other process uses, and links are made after everything else; nothing has its own name before the whole
+archive came and was found sound.
 """
 
 import os
@@ -23,14 +23,14 @@ _BLOCK: Final = tarfile.BLOCKSIZE
 _ZEROS: Final = bytes(_BLOCK)
 # a name has 4095 bytes at most, and there are two of them
 EXTENDED_BYTES_MAX: Final = 64 * 1024
-# Far above what people have. Python cannot remove much deeper trees.
+# Far deeper than real trees are. Python cannot remove much deeper ones.
 DEPTH_MAX: Final = 256
 # they are kept in memory until the end
 LINKS_MAX: Final = 200_000
 NOTES_MAX: Final = 100
 # as far as file systems go: 2242
 _TIME_MAX: Final = 2**33
-# what Windows gives a meaning of its own
+# characters and names that have a meaning of their own on Windows
 _OF_WINDOWS: Final = re.compile(
     r'[<>:"|?*\\\x00-\x1f]|[. ]\Z|\A(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\.|\Z)', re.IGNORECASE
 )
@@ -39,18 +39,18 @@ Looked = TypeVar("Looked")
 
 
 class _RefusedError(Exception):
-    """What a job sent is not taken, and why."""
+    """An entry out of a job is refused; the text says why."""
 
 
 class Copied(NamedTuple):
-    """What was copied: how many bytes of archive, and what was left out, in words."""
+    """The result of a copy: the number of bytes of the archive, and the files left out, in words."""
 
     bytes: int
     left_out: list[str]
 
 
 class Notes:
-    """What was left out, as far as there is room."""
+    """The notes about files left out, up to a bounded number."""
 
     def __init__(self) -> None:
         self.lines: Final[list[str]] = []
@@ -62,31 +62,32 @@ class Notes:
 
 
 def shown(text: str) -> str:
-    """A name as it may be shown: on one line, and without what would steer a terminal."""
+    """Return a name fit to show: on one line, and without characters that would steer a terminal."""
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def name_of(path: str) -> str:
-    """What a copy of a path in a job is called; "" for its contents alone, of `.`, `..` and `/`."""
+    """Return the name of a copy of a path in a job; "" for its contents alone, of `.`, `..` and `/`."""
     base = path.rstrip("/").rpartition("/")[2]
     return "" if base in ("", ".", "..") else base
 
 
-# --- what is sent
+# --- packing, for a job
 
 
 class Packer:
     """A file or directory of this machine, as an archive."""
 
     def __init__(self, source: str, below: str | None = None) -> None:
-        """Raises ConfigError when it is not there. A *source* that ends with `/.` is its contents alone.
+        """Open *source*; one that ends with `/.` stands for its contents alone.
 
-        With *below*, a path that may be empty, the names of what is in a directory begin with that alone.
+        With *below*, a path that may be empty, the names in the archive begin with that alone. Raises
+        ConfigError when the source is not there.
         """
         self._source: Final = source
         self.notes: Final = Notes()
         base = os.path.basename(source.rstrip(os.sep + (os.altsep or "")))
-        # what the archive's names begin with; "" when nothing does
+        # the first part of every name in the archive; "" for none
         self.name = "" if base in ("", ".", "..") else base
         mode = _looked(os.stat, source).st_mode
         if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
@@ -96,11 +97,11 @@ class Packer:
             self.name = "/".join(filter(None, parts))
 
     def pieces(self) -> Iterator[bytes]:
-        """The archive. Raises ConfigError for what cannot be read, or changes meanwhile."""
+        """Yield the archive. Raises ConfigError for a file that cannot be read, or changes meanwhile."""
         return _archive(self.entries())
 
     def entries(self) -> Iterator[bytes]:
-        """The headers and contents of the archive, without its end. Raises as `pieces`."""
+        """Yield the headers and contents of the archive, without its end. Raises as `pieces`."""
         waiting = [(self._source, self.name or ".")]
         follow = True
         while waiting:
@@ -141,24 +142,24 @@ class UploadPacker:
     """Files and directories of this machine for a job that is to be started, as one archive."""
 
     def __init__(self, sources: Iterable[str | tuple[str, str]]) -> None:
-        """Raises ConfigError for what is not there, and InvalidJobError for a path that is no such place."""
+        """Open every source. Raises ConfigError for a missing one, InvalidJobError for a bad place."""
         self._packers: Final[list[Packer]] = []
         for each in sources:
             source, path = (each, "") if isinstance(each, str) else each
             self._packers.append(Packer(source, upload_place(path)))
 
     def pieces(self) -> Iterator[bytes]:
-        """The archive. Raises ConfigError for what cannot be read, or changes meanwhile."""
+        """Yield the archive. Raises ConfigError for a file that cannot be read, or changes meanwhile."""
         return _archive(entry for packer in self._packers for entry in packer.entries())
 
     @property
     def left_out(self) -> list[str]:
-        """What was left out, in words."""
+        """The files left out, in words."""
         return [line for packer in self._packers for line in packer.notes.lines]
 
 
 def upload_place(path: str) -> str:
-    """A path in the job's own directory, without what says nothing. Raises InvalidJobError for another."""
+    """Return a path in the job's own directory, normalized. Raises InvalidJobError for another path."""
     parts = [part for part in path.split("/") if part not in ("", ".")]
     if path.startswith("/") or ".." in parts or "\0" in path:
         raise InvalidJobError(
@@ -169,7 +170,7 @@ def upload_place(path: str) -> str:
 
 
 def _archive(entries: Iterable[bytes]) -> Iterator[bytes]:
-    """Headers and contents in pieces of some size, with the end of an archive."""
+    """Yield headers and contents in pieces of some size, with the end of an archive."""
     held = bytearray()
     for entry in entries:
         held += entry
@@ -180,7 +181,7 @@ def _archive(entries: Iterable[bytes]) -> Iterator[bytes]:
 
 
 async def in_threads(pieces: Iterator[bytes]) -> AsyncGenerator[bytes, None]:
-    """Pieces that are made in threads, one after the other."""
+    """Yield pieces that are made in threads, one after the other."""
     import asyncio
 
     while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
@@ -208,17 +209,17 @@ def _header(name: str, kind: bytes, status: os.stat_result, target: str = "") ->
     return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
 
 
-# --- what a job sends
+# --- unpacking, from a job
 
 
 class Unpacker:
     """An archive out of a job, which comes in pieces, as a file or directory of this machine."""
 
     def __init__(self, target: str, name: str, what: str) -> None:
-        """Take what is called *name* in the archive: into *target* where that is a directory, or as it.
+        """Take the entry called *name* in the archive: into *target* if that is a directory, else as it.
 
-        Without a name it is what is in a directory that goes into *target*. *what* words errors, as in
-        "cannot copy x". Raises ConfigError.
+        Without a name, the contents of a directory go into *target*. *what* words errors, as in "cannot copy
+        x". Raises ConfigError.
         """
         self._what: Final = what
         self.notes: Final = Notes()
@@ -240,13 +241,13 @@ class Unpacker:
         self._padding = 0
         self._time = 0
         self._extended: dict[str, str] = {}
-        # what of the extended header is to come; None: no such header is being read
+        # the bytes of the extended header still to come; None: no such header is being read
         self._extended_bytes: int | None = None
         self._ended = False
         self._links: Final[list[tuple[list[str], str]]] = []
 
     def feed(self, data: bytes) -> None:
-        """Take the next bytes. Raises CopyError for what is no archive, or a hostile one, and ConfigError."""
+        """Take the next bytes. Raises CopyError for a broken or a hostile archive, and ConfigError."""
         try:
             self._feed(data)
         except _RefusedError as error:
@@ -321,7 +322,7 @@ class Unpacker:
             raise _hostile(f"{shown(name)} is neither a file, nor a directory, nor a link")
 
     def _parts(self, name: str) -> list[str]:
-        """Where an entry is below what is copied; empty for that itself."""
+        """Return the path of an entry below the copied one; empty for the copied one itself."""
         parts = [part for part in name.split("/") if part not in ("", ".")]
         if self._prefix != ".":
             if not parts or parts[0] != self._prefix:
@@ -361,7 +362,7 @@ class Unpacker:
         self._file = -1
 
     def finish(self) -> None:
-        """All came: put it where it is to be. Raises CopyError when it is not whole, and ConfigError."""
+        """Put the whole copy at its place. Raises CopyError when it is not whole, and ConfigError."""
         if not self._ended or self._file >= 0 or not os.path.lexists(self._item):
             raise CopyError(f"{self._what}: the archive ends early")
         try:
@@ -390,7 +391,7 @@ class Unpacker:
             self.notes.add(name, "this system makes no links")
 
     def abandon(self) -> None:
-        """Remove what is not where it is to be."""
+        """Remove everything that has not reached its final place."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
@@ -406,7 +407,7 @@ def _unwritable(path: str, error: OSError) -> ConfigError:
 
 
 def _local(part: str) -> str:
-    """A name that is one on this system, too. Raises _RefusedError."""
+    """Return a name if this system allows it. Raises _RefusedError."""
     if os.name == "nt" and _OF_WINDOWS.search(part):
         raise _RefusedError(f"{shown(part)} cannot be the name of a file on this system")
     return part
@@ -420,7 +421,7 @@ def _records(block: bytes) -> dict[str, str]:
 
 
 def extended_records(block: bytes) -> dict[str, str]:
-    """The records of an extended header: `LENGTH KEY=VALUE` and a newline. Raises ValueError."""
+    """Parse the records of an extended header: `LENGTH KEY=VALUE` and a newline. Raises ValueError."""
     found: dict[str, str] = {}
     while block:
         digits, space, _ = block.partition(b" ")
@@ -437,7 +438,7 @@ def extended_records(block: bytes) -> dict[str, str]:
 
 
 def _stays_within(depth: int, target: str) -> bool:
-    """Whether a link leads to something in the tree that it is in, *depth* directories below its root.
+    """Return whether a link stays in its tree, *depth* directories below the root.
 
     Upwards only to begin with: from there on the way may be by other links, of which the same holds.
     """
@@ -455,9 +456,10 @@ def _is_directory(path: str) -> bool:
 
 
 def _check_place(item: str, final: str, *, below: bool = False) -> None:
-    """Raises ConfigError when something is in the way: a directory of a file, or the other way round.
+    """Check that no directory is in the way of a file, nor the other way round. Raises ConfigError.
 
-    The directory that was named may be a link; *below* it no link is followed, as the job says its name.
+    The directory that the caller named may be a link; *below* it no link is followed, as the job says its
+    name.
     """
     if not os.path.lexists(final):
         return
@@ -481,11 +483,11 @@ def _place(item: str, final: str) -> None:
         os.rmdir(item)
 
 
-# --- what the program in the job says
+# --- the report of the program in the job
 
 
 def judge(stderr: bytes, code: int | None) -> tuple[list[str], str | None]:
-    """What was left out, and why it failed, by what the program said and how it ended; None: it did not fail.
+    """Return the files left out, and the failure (None: none), from the program's stderr and exit code.
 
     The job may have said anything.
     """

@@ -1,4 +1,4 @@
-"""What a caller is told of a call that failed: pjw.errors, never grpc.RpcError."""
+"""The errors that a caller gets for a failed call: pjw.errors, never grpc.RpcError."""
 
 from collections.abc import Mapping
 from typing import Any, Final
@@ -23,25 +23,25 @@ _NEVER_CONNECTED: Final = ("failed to connect to all addresses", "DNS resolution
 
 
 def is_gone(error: grpc.RpcError) -> bool:
-    """Whether the call was lost with its connection."""
+    """Return whether the call was lost with its connection."""
     # the word of grpc.aio for a request that it could not write any more
     lost_write = error.code() is grpc.StatusCode.INTERNAL and error.details() == _LOST_WRITE
     return error.code() in _GONE or lost_write
 
 
 def never_connected(error: grpc.RpcError) -> bool:
-    """Whether the call cannot have reached a server."""
+    """Return whether the call cannot have reached a server."""
     text = error.details() or ""
     return error.code() is grpc.StatusCode.UNAVAILABLE and text.startswith(_NEVER_CONNECTED)
 
 
 def is_refused(error: grpc.RpcError) -> bool:
-    """Whether the host of the server answered, and nobody listens there: also so while pjwd restarts."""
+    """Return whether the server's host refused the connection: it does so also while pjwd restarts."""
     return never_connected(error) and "Connection refused" in (error.details() or "")
 
 
 def is_too_fast(error: grpc.RpcError) -> bool:
-    """Whether pjwd will take the same call when other calls of the client have ended, or a moment later."""
+    """Return whether pjwd will take the same call after the client's other calls end, or a moment later."""
     if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
         return False
     refusal = error_of(error.code(), error.details() or "", _metadata(error), {})
@@ -51,7 +51,7 @@ def is_too_fast(error: grpc.RpcError) -> bool:
 def error_from(
     error: grpc.RpcError, settings: ClientSettings, asked: Mapping[str, object]
 ) -> errors.PjwError:
-    """The pjw error for one of gRPC's; *asked* has the facts that the caller knows."""
+    """Return the pjw error for one of gRPC's; *asked* has the facts that the caller knows."""
     code, text, metadata = error.code(), error.details() or "", _metadata(error)
     gone = is_gone(error) or code is grpc.StatusCode.DEADLINE_EXCEEDED
     if gone and ERROR_KEY not in metadata:
@@ -65,13 +65,13 @@ def error_from(
 
 
 def _metadata(error: grpc.RpcError) -> dict[str, str]:
-    # keys and values, whatever the stubs make of it
+    # keys and values, whatever type the stubs give them
     pairs: Any = error.trailing_metadata() or ()
     return {key: value for key, value in pairs if isinstance(value, str)}
 
 
 def _unreachable(settings: ClientSettings, code: grpc.StatusCode, text: str) -> errors.ServerUnreachableError:
-    """gRPC's one word for everything that can be wrong with a connection, told apart."""
+    """Tell apart the many faults of a connection for which gRPC has one word."""
     server = settings.server
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return errors.ServerUnreachableError(f"{server} did not answer within {CALL_SECONDS} s")

@@ -1,7 +1,7 @@
-"""What is written to a job's stdin, between its source and the server; neither reads nor sends.
+"""The input of a job's stdin, between its source and the server; this neither reads nor sends.
 
-What was sent is kept until the server says that it has it: so a connection that is lost costs nothing, and
-what is held is bounded.
+Sent bytes are kept until the server acknowledges them: so a lost connection costs nothing, and the memory
+used is bounded.
 """
 
 from collections import deque
@@ -11,24 +11,24 @@ from pjw.client.requests import JobId, Reached, wire_id
 from pjw.v1 import job_worker_pb2 as pb
 
 WINDOW_BYTES: Final = 4 * 1024 * 1024
-# The most that pjwd takes in a message: half of what 256 KiB cost is for the message.
+# The most that pjwd takes in a message: half of the cost of 256 KiB is for the message.
 PIECE_BYTES: Final = 1024 * 1024
 
 
 class Outgoing:
-    """The input of one job from its first byte on; what the server has already is passed over."""
+    """The input of one job from its first byte on; bytes that the server has already are skipped."""
 
     gone_is_done: Final = False
 
     def __init__(self, job_id: JobId, session: int = 0, *, append: bool = False, upload: str = "") -> None:
-        """With *append* it comes behind what the server has when it is first asked.
+        """Begin the input of a job; with *append* it comes behind the bytes that the server already has.
 
-        With the name of an *upload* it is that, and of no job.
+        With the name of an *upload* the input is that upload, and belongs to no job.
         """
         self.job_id: Final = 0 if upload else wire_id(job_id)
         self.facts: Final = {} if upload else {"job_id": self.job_id}
         self.first: Final = pb.WriteInputRequest(id=self.job_id, session=session, upload=upload)
-        # what the source has given, and what the server has of it
+        # the number of bytes that the source has given, and the number that the server has
         self.given = 0
         self.acknowledged = 0
         self._appends = append
@@ -42,7 +42,7 @@ class Outgoing:
 
     @property
     def reached(self) -> Reached:
-        """How far it has got, and a next step."""
+        """The progress of the input, and a next step."""
         if self.first.upload:
             return f" after {self.acknowledged} bytes of the upload", "nothing has been started: try again"
         return (
@@ -51,7 +51,7 @@ class Outgoing:
         )
 
     def give(self, data: bytes) -> None:
-        """Take what the source has next."""
+        """Take the next bytes of the source."""
         known = self.acknowledged - self.given
         self.given += len(data)
         if known > 0:
@@ -60,11 +60,11 @@ class Outgoing:
             self._pieces.append(data[start : start + PIECE_BYTES])
 
     def complete(self) -> None:
-        """The source has no more."""
+        """Note that the source has ended."""
         self._complete = True
 
     def acknowledge(self, answer: pb.WriteInputResponse) -> None:
-        """The server has so much: that is kept no longer."""
+        """Drop the bytes that the server has now."""
         if self._appends:
             self._appends = False
             self.given += answer.offset
@@ -78,7 +78,7 @@ class Outgoing:
         self.acknowledged = max(self.acknowledged, answer.offset)
 
     def after(self, sent: int) -> pb.WriteInputRequest | None:
-        """What is to be sent when all before the offset *sent* was; None when there is nothing yet."""
+        """Return the request that follows the offset *sent*; None when there is nothing to send yet."""
         offset = self.acknowledged
         for piece in self._pieces:
             if offset >= sent:

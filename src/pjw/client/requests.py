@@ -1,4 +1,4 @@
-"""What is asked of the service: a request, and what its answer means. Neither sends nor waits."""
+"""The calls of the service: each request, and the meaning of its answer. This neither sends nor waits."""
 
 import os
 import re
@@ -54,14 +54,14 @@ from pjw.v1 import job_worker_pb2 as pb
 T = TypeVar("T")
 # A job's spec, or its command alone: text for the shell, or a program and its arguments.
 Startable = JobSpec | str | Sequence[str]
-# A number, or text, as in the JSON of a job; of an element of an array "17_5" in what asks for one job.
+# A number, or text as in the JSON of a job; for an element of an array "17_5", in calls about one job.
 JobId = int | str
 PAGE_MAX: Final = 1000
 # of Linux, where jobs run
 SIGKILL: Final = 9
 # the calls that make jobs
 _MAKING: Final = ("Start", "Submit")
-# How far a call has got, and a next step: for when its connection is lost for good.
+# The progress of a call, and a next step: for when its connection is lost for good.
 Reached = tuple[str, str | None]
 
 
@@ -89,21 +89,21 @@ class FinishedSession(NamedTuple):
 
 
 class UsageHistory(NamedTuple):
-    """A job, and what it used over its life."""
+    """A job, and its usage over its life."""
 
     job: Job
     samples: list[UsageSample]
 
 
 class JobUsage(NamedTuple):
-    """A running job, and what it has used until now."""
+    """A running job, and its usage until now."""
 
     job: Job
     sample: UsageSample
 
 
 class UsageSnapshot(list[JobUsage]):
-    """What jobs use that have begun; `queued` is how many are in the queue, `waiting` the oldest of them."""
+    """The usage of begun jobs; `queued` counts those in the queue, `waiting` has the oldest of them."""
 
     def __init__(self, usages: Iterable[JobUsage] = (), queued: int = 0, waiting: Sequence[Job] = ()) -> None:
         super().__init__(usages)
@@ -128,7 +128,7 @@ class Call(NamedTuple, Generic[T]):
     job_id: int = 0
     spec: JobSpec | None = None
     timeout: float | None = CALL_SECONDS
-    # what it means that a call that was made twice finds no job: that the first one has done it
+    # whether a repeated call that finds no job counts as done: the first one has done it
     gone_is_done: bool = False
 
     @property
@@ -149,7 +149,7 @@ class Call(NamedTuple, Generic[T]):
 
     @property
     def reached(self) -> Reached:
-        """What is known when no answer comes."""
+        """The possible progress of a call without an answer, and a next step."""
         if self.method == "Start":
             return " before the answer came", "the job may have started: see pjw list"
         if self.method == "Exec":
@@ -180,7 +180,7 @@ def submit(asked: Iterable[Startable]) -> Call[Jobs]:
 
 
 def submissions(asked: Iterable[Startable]) -> Iterator[Call[Jobs]]:
-    """As many calls as jobs take, each of them all or none."""
+    """Yield as many calls as jobs take, each of them all or none."""
     rest = iter(asked)
     first = True
     while some := [JobSpec.of(each) for each in islice(rest, SUBMITTED_MAX)]:
@@ -224,7 +224,7 @@ def release(job_id: JobId, *, all_clients: bool) -> Call[Job]:
 
 
 def with_input(asked: Startable, data: bytes | None) -> JobSpec:
-    """The spec of a job that reads *data*, if there is any."""
+    """Return the spec of a job that reads *data*, if there is any."""
     spec = JobSpec.of(asked)
     return spec if data is None else replace(spec, input=True)
 
@@ -251,7 +251,7 @@ UploadSources = Iterable[str | tuple[str, str]]
 
 
 class Uploaded(NamedTuple):
-    """Files for a job that is to be started: what `JobSpec.upload` calls them, and what was left out."""
+    """Files for a job to be started: the name for `JobSpec.upload`, and the files left out."""
 
     name: str
     bytes: int
@@ -259,34 +259,34 @@ class Uploaded(NamedTuple):
 
 
 class LoadedImage(NamedTuple):
-    """An image of our own, and what of its source was left out, in words."""
+    """An image of the client's own, and the parts of its source that were left out, in words."""
 
     image: Image
     left_out: list[str]
 
 
 def upload_name() -> str:
-    """A name that no other upload has."""
+    """Return a name that no other upload has."""
     return os.urandom(16).hex()
 
 
 def copying(job_id: JobId, path: str) -> str:
-    """What failed, of a copy into or out of a job."""
+    """Return the beginning of an error about a copy into or out of a job."""
     place = path if path.isprintable() else ascii(path)[1:-1]
     return f"cannot copy {place} of job {job_id}"
 
 
 def listing(job_id: JobId) -> str:
-    """What failed, of a list of a job's artifacts."""
+    """Return the beginning of an error about a list of a job's artifacts."""
     return f"cannot list the artifacts of job {job_id}"
 
 
-# What the program that packs and unpacks may say: more is the job's own doing.
+# The most that the program which packs and unpacks may write: more is the job's own doing.
 SAID_BYTES_MAX: Final = 64 * 1024
 
 
 def archive_failure(what: str, session: Session, why: str) -> errors.PjwError:
-    """The error of an archive that was not made, or not made into files."""
+    """Return the error for an archive that was not made, or not made into files."""
     if session.reason is EndReason.OUTPUT_LIMIT:
         return errors.LimitReachedError(
             f"{what}: the archive is larger than the job's limit of output",
@@ -298,7 +298,7 @@ def archive_failure(what: str, session: Session, why: str) -> errors.PjwError:
 
 
 def wait_session(job_id: JobId, session: int) -> Call[Session]:
-    """A session when it has ended, however long that takes."""
+    """Build the call that waits without a time limit until a session ends."""
     number = wire_id(job_id)
     request = pb.WaitRequest(id=number, session=session)
     return Call("Wait", request, _session_of_answer, number, timeout=None)
@@ -319,20 +319,20 @@ def resize(job_id: JobId, size: TerminalSize, session: int) -> Call[None]:
 
 
 def connection(job_id: JobId, port: int) -> pb.ForwardRequest:
-    """The first request for a connection to a port of a job. Raises InvalidJobError for what is no port."""
+    """Build the first request for a connection to a job's port. Raises InvalidJobError for a bad port."""
     if not 1 <= port <= PORT_MAX:
         raise errors.InvalidJobError(f"a port is a number from 1 to {PORT_MAX}, not {port}")
     return pb.ForwardRequest(id=wire_id(job_id), port=port)
 
 
 def get(job_id: JobId, *, all_clients: bool) -> Call[Job]:
-    """One job."""
+    """Build the call for one job."""
     job = wire_ref(job_id)
     return Call("Get", pb.GetRequest(**job, all_clients=all_clients), _job_of_answer, job["id"])
 
 
 def wait(job_id: JobId, *, or_stuck: bool, all_clients: bool) -> Call[Job]:
-    """One job when it has ended, however long that takes; with *or_stuck* also when it does not end."""
+    """Build the call that waits without a time limit for a job's end; with *or_stuck* also if it is stuck."""
     job = wire_ref(job_id)
     request = pb.WaitRequest(**job, or_stuck=or_stuck, all_clients=all_clients)
     return Call("Wait", request, _job_of_answer, job["id"], timeout=None)
@@ -355,14 +355,14 @@ def delete(job_id: JobId, *, all_clients: bool) -> Call[None]:
 
 
 def usage_history(job_id: JobId, *, all_clients: bool) -> Call[UsageHistory]:
-    """What a job used over its life."""
+    """Build the call for a job's usage over its life."""
     number = wire_id(job_id)
     request = pb.GetUsageHistoryRequest(id=number, all_clients=all_clients)
     return Call("GetUsageHistory", request, _history_of_answer, number)
 
 
 def quota(client_name: str, *, all_clients: bool) -> Call[ClientQuota]:
-    """The limits of a client, what its jobs use now, and its share of the machine."""
+    """Build the call for a client's limits, the present usage of its jobs, and its share of the machine."""
     request = pb.GetQuotaRequest(client_name=client_name, all_clients=all_clients)
     return Call("GetQuota", request, quota_from_message)
 
@@ -375,7 +375,7 @@ def remove_workspace(name: str) -> Call[None]:
 
 
 def images(*, all_clients: bool) -> Call[Images]:
-    """The images that our jobs can have, or those of every client."""
+    """Build the call for the images that our jobs can have, or those of every client."""
     request = pb.ListImagesRequest(all_clients=all_clients)
     return Call("ListImages", request, lambda answer: list(map(image_from_message, answer.images)))
 
@@ -454,7 +454,7 @@ class Pages:
 
 
 class LogsPosition:
-    """Where a reader of output is, and what it asks for to go on from there."""
+    """The position of a reader of output, and the request that goes on from there."""
 
     method: Final = "Logs"
     gone_is_done: Final = False
@@ -495,7 +495,7 @@ class LogsPosition:
         )
 
     def take(self, answer: pb.LogsResponse) -> bytes | None:
-        """The bytes of an answer, if it has some; the next request begins behind them."""
+        """Return the bytes of an answer, if it has some; the next request begins behind them."""
         data = answer.data
         if not self._placed:
             if not answer.HasField("offset"):
@@ -512,17 +512,17 @@ class LogsPosition:
         return data or None
 
     def take_timed(self, answer: pb.LogsResponse) -> TimedOutput | None:
-        """The same, with its time."""
+        """Return the bytes of an answer with their time, as `take` does."""
         time = answer.time.ToDatetime(UTC) if answer.HasField("time") else None
         data = self.take(answer)
         return None if data is None else TimedOutput(time, data)
 
     def lost(self) -> None:
-        """The request says where to go on."""
+        """Change nothing: the request already says where to go on."""
 
     @property
     def reached(self) -> Reached:
-        """How far it has got, and what to do when it gets no further."""
+        """The progress of the stream, and the next step when it gets no further."""
         if self.request.artifacts:
             return f" after {self.seen} bytes of artifacts", "the server keeps them: try again"
         return (
@@ -532,7 +532,7 @@ class LogsPosition:
 
 
 def artifacts(job_id: JobId, *, all_clients: bool) -> LogsPosition:
-    """The artifacts of a job, from their first byte."""
+    """Build the position at the first byte of a job's artifacts."""
     return LogsPosition(
         job_id, 0, None, None, follow=False, stderr=False, all_clients=all_clients, artifacts=True
     )
@@ -547,7 +547,7 @@ class UsageWatch:
     reached: Final[Reached] = ("", None)
 
     def lost(self) -> None:
-        """Nothing of it is told twice."""
+        """Change nothing: no part of the stream comes twice."""
 
     def __init__(self, interval: float | None, *, all_clients: bool) -> None:
         self.request: Final = pb.WatchUsageRequest(all_clients=all_clients)
@@ -556,7 +556,7 @@ class UsageWatch:
 
     @staticmethod
     def take(answer: pb.WatchUsageResponse) -> UsageSnapshot:
-        """The jobs of an answer."""
+        """Return the jobs of an answer."""
         usages = (JobUsage(_job(usage.job), sample_from_message(usage.sample)) for usage in answer.jobs)
         return UsageSnapshot(usages, answer.queued, list(map(_job, answer.waiting)))
 
@@ -566,26 +566,26 @@ class Stream(Protocol):
 
     @property
     def method(self) -> str:
-        """Which call."""
+        """The name of the call."""
 
     @property
     def request(self) -> Message:
-        """What is asked, the first time or to go on."""
+        """The request that begins the stream, or goes on with it."""
 
     @property
     def facts(self) -> Mapping[str, object]:
-        """As of a `retry.Asked`."""
+        """See `retry.Asked`."""
 
     @property
     def gone_is_done(self) -> bool:
-        """As of a `retry.Asked`."""
+        """See `retry.Asked`."""
 
     @property
     def reached(self) -> Reached:
-        """As of a `retry.Asked`."""
+        """See `retry.Asked`."""
 
     def lost(self) -> None:
-        """The connection was lost."""
+        """Note that the connection was lost."""
 
 
 def _session_of_answer(answer: Any) -> Session:  # noqa: ANN401  every answer with one session
@@ -611,14 +611,14 @@ def _job(message: pb.Job) -> Job:
 
 
 def not_understood(error: ValueError) -> errors.ServerFailedError:
-    """The error for an answer that only a newer server sends."""
+    """Return the error for an answer that only a newer server sends."""
     return errors.ServerFailedError(
         f"cannot understand the answer of the server: {error}", hint="is it newer than this client?"
     )
 
 
 def wire_states(states: Iterable[JobState | str]) -> "list[pb.JobState.ValueType]":
-    """States as they are sent; a single one may be given alone. Raises InvalidJobError."""
+    """Return states for a message; a single one may be given alone. Raises InvalidJobError."""
     return [pb.JobState.Value(f"JOB_STATE_{_state(state).name}") for state in _each(states)]
 
 
@@ -636,7 +636,7 @@ def _state(state: JobState | str) -> JobState:
 
 
 def checked_labels(labels: Mapping[str, str] | None) -> Mapping[str, str] | None:
-    """Labels as they are sent. Raises InvalidJobError."""
+    """Return labels for a message. Raises InvalidJobError."""
     if labels is not None and not isinstance(labels, Mapping):
         raise errors.InvalidJobError(f"labels are names with values (a dict), not {labels!r:.80}")
     return labels
@@ -651,14 +651,14 @@ def _duration(seconds: float, what: str) -> Duration:
 
 
 class WireRef(TypedDict):
-    """What names a job, or an element of an array, in a message."""
+    """The fields that name a job, or an element of an array, in a message."""
 
     id: int
     element: NotRequired[int]
 
 
 def wire_ref(job_id: JobId) -> WireRef:
-    """What names a job, or an element of an array ("17_5"), in a message. Raises as `wire_id`."""
+    """Return the fields that name a job, or an element of an array ("17_5"). Raises as `wire_id`."""
     element = Element.of(job_id) if isinstance(job_id, str) else None
     if element is None:
         return {"id": wire_id(job_id)}
@@ -666,7 +666,7 @@ def wire_ref(job_id: JobId) -> WireRef:
 
 
 def wire_id(job_id: JobId) -> int:
-    """A job's id as a number for the message; the caller may give it as text, as the JSON of a job does.
+    """Return a job's id as a number for the message; the caller may give it as text, as in the job's JSON.
 
     Raises JobNotFoundError for a number that no job can have, InvalidJobError for anything else.
     """

@@ -1,9 +1,9 @@
 """Decides when to make a call again after a failure, and for how long. Neither calls nor sleeps.
 
 Every call may be repeated: reading changes nothing, a job that has ended can be stopped again, and a Start
-bears a request id, by which the server knows it. What never reached a server is tried again only by a client
-that has been answered before: for a new one "connection refused" is the answer. A Start alone waits some
-seconds for a port on which nobody listens: scripts start jobs also while pjwd restarts.
+has a request id, by which the server knows it. A call that never reached a server is tried again only by a
+client that has been answered before: for a new one "connection refused" is the answer. A Start alone waits
+some seconds for a port on which no process listens: scripts start jobs also while pjwd restarts.
 
 A client that pjwd has answered before also tries again when its calls come too fast for the operator's limits
 (calls at once, starts a second). It reports every other limit (running jobs, bytes) at once.
@@ -22,26 +22,26 @@ from pjw.client.settings import ClientSettings
 if TYPE_CHECKING:
     import grpc
 
-# How long a server that went away is waited for: a restart with room to spare.
+# Seconds to wait for a server that went away: a restart with room to spare.
 RECONNECT_SECONDS: Final = 120
-# How long the first Start of a client waits for one: systemd starts pjwd again after a second.
+# Seconds that the first Start of a client waits for one: systemd starts pjwd again after a second.
 RESTART_SECONDS: Final = 3
 FIRST_PAUSE_SECONDS: Final = 0.1
 LONGEST_PAUSE_SECONDS: Final = 1.0
-# How many calls a client object makes at once; further calls wait. Two programs of one client together stay
-# below pjwd's default (clients.calls_max, 256).
+# Calls that a client object makes at once; further calls wait. Two programs of one client together stay below
+# pjwd's default (clients.calls_max, 256).
 CALLS_AT_ONCE: Final = 120
 # The same for calls that wait for the end of a job; pjwd's default is 1000 (clients.followers_max).
 WAITS_AT_ONCE: Final = 900
 # The same for stops, which last as long as their grace periods, or as a job that the kernel cannot end. Among
 # the other calls they would take all turns of a client that stops many jobs.
 STOPS_AT_ONCE: Final = 100
-# How long other calls of the client may hold a call back before it fails.
+# Seconds for which other calls of the client may hold a call back before it fails.
 TURN_SECONDS: Final = 60
 
 
 class Link:
-    """What a client has seen of its server, whichever call it was; shared by all of them."""
+    """The state of a client's connection to its server, shared by all of its calls."""
 
     def __init__(self, settings: ClientSettings, reconnect_seconds: float) -> None:
         self.settings: Final = settings
@@ -51,7 +51,7 @@ class Link:
 
 
 class Asked(Protocol):
-    """What has to be known of a call when it fails."""
+    """The facts about a call that decide what happens when it fails."""
 
     @property
     def facts(self) -> Mapping[str, object]:
@@ -63,14 +63,14 @@ class Asked(Protocol):
 
     @property
     def reached(self) -> tuple[str, str | None]:
-        """How far it has got, and a next step."""
+        """The progress of the call, and a next step."""
 
 
 class Trouble:
     """The failures of one call in a row."""
 
     def __init__(self, link: Link, asked: Asked, *, outlasts_restart: bool = False) -> None:
-        """*outlasts_restart*: whether a client that was never answered waits for a restart, too."""
+        """Begin without failures; *outlasts_restart*: a client without answers waits for a restart, too."""
         self._outlasts_restart: Final = outlasts_restart
         self._link: Final = link
         self._asked: Final = asked
@@ -81,17 +81,17 @@ class Trouble:
         self._repeated = False
 
     def is_over(self) -> None:
-        """The server has answered: the next failure is the first of another row."""
+        """Note that the server has answered: the next failure begins a new series."""
         self._link.answered = True
         self._until = self._turn_until = None
         self._pause = FIRST_PAUSE_SECONDS
 
     def is_done(self, error: "grpc.RpcError") -> bool:
-        """Whether this refusal tells that an earlier attempt, whose answer was lost, did it all."""
+        """Return whether this refusal shows that an earlier attempt, whose answer was lost, did it all."""
         return self._repeated and self._asked.gone_is_done and error.code() is NOT_FOUND
 
     def after(self, error: "grpc.RpcError") -> float:
-        """How many seconds to pause before the next attempt. Raises what is to be told instead of one."""
+        """Return the seconds to pause before the next attempt. Raises the final error if none is left."""
         link, now = self._link, time.monotonic()
         if is_too_fast(error) and link.answered and link.reconnect_seconds and not link.closed.is_set():
             if self._turn_until is None:
@@ -136,7 +136,7 @@ class Trouble:
         return pause
 
     def closed(self) -> errors.ServerUnreachableError:
-        """What is told when the client was closed during the pause."""
+        """Return the error for a client that was closed during the pause."""
         return errors.ServerUnreachableError(
             f"the connection to {self._link.settings.server} was closed{self._asked.reached[0]}"
         )

@@ -1,4 +1,4 @@
-"""Where to connect to, and with which certificates."""
+"""The address of a server, and the client's certificates."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from pjw.given import require_value
 
 @dataclass(frozen=True, slots=True)
 class ClientSettings:
-    """Where to connect to, and the files that say who we are."""
+    """The address to connect to, and the files that identify the client."""
 
     server: str
     ca_crt: str

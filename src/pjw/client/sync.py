@@ -31,9 +31,9 @@ T = TypeVar("T")
 
 
 class Client(BaseClient):
-    """A connection to pjwd, with the certificate that says who we are. Use it as a context manager.
+    """A connection to pjwd, with the certificate that identifies the caller. Use it as a context manager.
 
-    A connection that is lost is made again, and the call with it, for *reconnect_seconds*. Raises only
+    The client reconnects after a lost connection, and repeats the call, for *reconnect_seconds*. Raises only
     pjw.errors: ServerUnreachableError when no server answered.
     """
 
@@ -75,9 +75,9 @@ class Client(BaseClient):
         return self._call(requests.submit(specs))
 
     def run_many(self, specs: Iterable[requests.Startable]) -> requests.FinishedJobs:
-        """Put jobs into the queue and wait for all of them: each with all of its output, in the same order.
+        """Put jobs into the queue, wait for all of them, and return each with its output, in the same order.
 
-        Whatever ends this call early stops those that have not ended. A job that failed is no error.
+        Whatever ends this call early stops the jobs that have not ended. A failed job raises no error.
         """
         jobs: list[Job] = []
         try:
@@ -93,7 +93,7 @@ class Client(BaseClient):
                 finished.append(requests.Finished(self.wait(job.id), output, stderr))
             return finished
         except BaseException:
-            # what waits first, or it would begin as the others end
+            # Stop the waiting jobs first: otherwise they would begin as the others end.
             for job in reversed(jobs):
                 with suppress(PjwError):
                     self.stop(job.id, grace=0)
@@ -108,10 +108,10 @@ class Client(BaseClient):
         return self._call(requests.release(job_id, all_clients=self._all_clients))
 
     def run(self, spec: requests.Startable, *, input: bytes | None = None) -> requests.Finished:  # noqa: A002
-        """Start a job, send its *input* and wait for its end: the job, with all of its output in memory.
+        """Start a job, send its *input*, and wait for its end; return the job with all of its output.
 
-        As with subprocess.run(), whatever ends this call early (Ctrl-C, a lost connection) kills the job. An
-        exit code other than 0 is no error: see `job.exit_status`.
+        The output is in memory. As with subprocess.run(), whatever ends this call early (Ctrl-C, a lost
+        connection) kills the job. An exit code other than 0 raises no error: see `job.exit_status`.
         """
         job = self.start(requests.with_input(spec, input))
         try:
@@ -169,10 +169,10 @@ class Client(BaseClient):
     ) -> "Copied":
         """Copy a file or a directory of this machine into a job that runs, as cp(1) would with a new name.
 
-        Where *path* is a directory it comes to be in that, by its own name; else *path* is its new name. A
-        *source* that ends with `/.` is its contents. A relative *path* begins in the job's workspace, or else
-        in its own directory. *seen* is told how many bytes the server has. Raises ConfigError for what cannot
-        be read, CopyError for what cannot be made there.
+        If *path* is a directory, the copy goes into it under its own name; else *path* is the copy's new
+        name. A *source* that ends with `/.` stands for its contents. A relative *path* begins in the job's
+        workspace, or else in its own directory. *seen* is called with the number of bytes that the server
+        has. Raises ConfigError for a file that cannot be read, CopyError for one that cannot be made there.
         """
         from pjw.client.copies import Copied, Packer
 
@@ -198,10 +198,10 @@ class Client(BaseClient):
     ) -> "Copied":
         """Copy a file or a directory of a job to this machine, as `copy_to` does the other way.
 
-        Of a job that has ended, one that is among its artifacts.
-        Nothing is at its place before all of it came. Files are executable or not, as in the job; links that
-        lead out of what is copied are left out. Raises ConfigError for what cannot be written, CopyError for
-        what is not there, and for an archive that is not one, or not of that.
+        Of a job that has ended, *path* must be among its artifacts. Nothing is at its place before the whole
+        archive came. Files are executable or not, as in the job; links that lead out of the copied directory
+        are left out. Raises ConfigError for a file that cannot be written, CopyError for a path that is not
+        there, and for an archive that is broken or has other paths.
         """
         from pjw.client.copies import Copied, Unpacker, name_of
 
@@ -221,15 +221,15 @@ class Client(BaseClient):
         return Copied(count, left_out + unpacker.notes.lines)
 
     def read_archive(self, job_id: requests.JobId, path: str) -> Iterator[bytes]:
-        """A file or directory of a job, as a tar archive. Raises CopyError, also at its end.
+        """Yield a file or directory of a job as a tar archive. Raises CopyError, also at its end.
 
-        Of a job that has ended, one that is among its artifacts. The job may have made up every byte of it:
-        unpack it as you would one of a stranger.
+        Of a job that has ended, *path* must be among its artifacts. The job may have made up every byte of
+        it: unpack it as you would a stranger's archive.
         """
         return self._packed(job_id, path, [])
 
     def _packed(self, job_id: requests.JobId, path: str, left_out: list[str]) -> Generator[bytes, None, None]:
-        """A file or directory of a job; what was left out is added to *left_out*."""
+        """Yield a file or directory of a job as an archive; add the files left out to *left_out*."""
         try:
             session = self._call(requests.archive(job_id, Archive(path)))
         except JobStateError:
@@ -251,16 +251,17 @@ class Client(BaseClient):
         yield selection.finish()
 
     def read_artifacts(self, job_id: requests.JobId) -> Iterator[bytes]:
-        """All that was kept of a job's files, as a tar archive, when the job has ended.
+        """Yield all artifacts of a job that has ended, as a tar archive.
 
-        A lost connection is made again, and it goes on at the exact byte. The job may have made up every byte
-        of it. Raises JobStateError before the job's end, and CopyError when nothing was kept.
+        The client reconnects after a lost connection, and the stream goes on at the exact byte. The job may
+        have made up every byte of it. Raises JobStateError before the job's end, and CopyError when there are
+        no artifacts.
         """
         position = requests.artifacts(job_id, all_clients=self._all_clients)
         return self._stream(position, position.take)
 
     def artifacts(self, job_id: requests.JobId) -> "Iterator[Artifact]":
-        """What was kept of a job's files, one by one as it comes. Raises what `read_artifacts` does."""
+        """Yield the artifacts of a job one by one as they arrive. Raises the errors of `read_artifacts`."""
         from pjw.client.artifacts import Listing
 
         listing = Listing(requests.listing(job_id))
@@ -275,7 +276,7 @@ class Client(BaseClient):
         path: str = ".",
         seen: Callable[[int], None] | None = None,
     ) -> requests.LeftOut:
-        """Unpack a tar archive in a directory of a job that runs; what was left out of it, in words.
+        """Unpack a tar archive in a directory of a job that runs; return the files left out, in words.
 
         It is made where it is missing. Raises CopyError.
         """
@@ -297,11 +298,11 @@ class Client(BaseClient):
 
     @contextmanager
     def _archive(self, session: Session) -> Iterator[None]:
-        """Have the server forget it at the end, whatever that is."""
+        """Have the server forget the session however the block ends."""
         try:
             yield
         except ServerUnreachableError:
-            # nobody to ask; it ends by its lease
+            # No server can be asked; the session ends by its lease.
             raise
         except BaseException:
             with suppress(PjwError):
@@ -311,7 +312,7 @@ class Client(BaseClient):
             self.stop_session(session.job_id, session.number)
 
     def _archive_end(self, session: Session, path: str) -> requests.LeftOut:
-        """What was left out. Raises CopyError, or another, when it failed."""
+        """Return the paths left out. Raises CopyError, or another error, when the session failed."""
         from pjw.client.copies import judge
 
         said = b""
@@ -326,7 +327,7 @@ class Client(BaseClient):
         return notes
 
     def wait_session(self, job_id: requests.JobId, session: int) -> Session:
-        """A session when it has ended, however long that takes. Raises SessionNotFoundError."""
+        """Wait without a time limit until a session ends, and return it. Raises SessionNotFoundError."""
         return self._call(requests.wait_session(job_id, session))
 
     def stop_session(self, job_id: requests.JobId, session: int) -> Session:
@@ -334,11 +335,11 @@ class Client(BaseClient):
         return self._call(requests.stop_session(job_id, session))
 
     def get(self, job_id: requests.JobId) -> Job:
-        """One job, by its id, which is a number or text."""
+        """Return one job, by its id, which is a number or text."""
         return self._call(requests.get(job_id, all_clients=self._all_clients))
 
     def find(self, name: str) -> Job:
-        """The newest job of that name. Raises JobNotFoundError."""
+        """Return the newest job of that name. Raises JobNotFoundError."""
         for job in self.list(name=name, newest_first=True, limit=1):
             return job
         raise JobNotFoundError(name)
@@ -353,7 +354,7 @@ class Client(BaseClient):
         limit: int | None = None,
         array_id: requests.JobId | None = None,
     ) -> Iterator[Job]:
-        """The jobs in one of these states, with all of these labels, of that name, in order of their ids."""
+        """Yield the jobs with one of these states, all these labels and that name, in order of their ids."""
         pages = requests.Pages(
             states,
             labels,
@@ -367,7 +368,7 @@ class Client(BaseClient):
             yield from self._call(call)
 
     def wait(self, job_id: requests.JobId, *, or_stuck: bool = False) -> Job:
-        """One job when it has ended, however long that takes.
+        """Wait without a time limit until a job ends, and return it.
 
         With *or_stuck* it also returns when the job cannot go on: the job was killed and does not end, or it
         waits for the disk. `detail` says which.
@@ -396,12 +397,14 @@ class Client(BaseClient):
         stderr: bool = False,
         session: int = 0,
     ) -> Iterator[bytes]:
-        """The output from *offset* on, or its last *tail* lines; to the end of the job, or of what is there.
+        """Yield the output from *offset* on, or its last *tail* lines.
 
-        With *since* it begins with the output of that time; a time without a time zone is local.
+        The stream ends with the job, or without *follow* with the output that is there. With *since* it
+        begins with the output of that time; a time without a time zone is local.
 
-        A lost connection is made again, and the stream goes on at the exact byte. With *stderr*, that of a
-        job that keeps it apart; with *session*, that of a session of the job.
+        The client reconnects after a lost connection, and the stream goes on at the exact byte. With
+        *stderr*, the call reads the stderr of a job that keeps it apart; with *session*, the output of a
+        session of the job.
         """
         position = requests.LogsPosition(
             job_id,
@@ -425,7 +428,7 @@ class Client(BaseClient):
         since: datetime | None = None,
         stderr: bool = False,
     ) -> Iterator[requests.TimedOutput]:
-        """As `logs`, each piece with the time at which the job wrote it."""
+        """Yield output as `logs` does, each piece with the time at which the job wrote it."""
         position = requests.LogsPosition(
             job_id,
             offset,
@@ -447,12 +450,12 @@ class Client(BaseClient):
         session: int = 0,
         append: bool = False,
     ) -> int:
-        """Send the whole input of a job that was started with `input`; how many bytes the server has taken.
+        """Send the whole input of a job started with `input`; return the bytes that the server has taken.
 
-        A lost connection is made again, and the input goes on at the exact byte; what the server has already
-        is passed over. *seen* is told how many bytes it has by then. With *session* it is the input of a
-        session of the job; with *append* it comes behind what the server has already. Raises JobStateError
-        when the job ends, or its command reads no more, before that.
+        The client reconnects after a lost connection, and the input goes on at the exact byte; bytes that the
+        server has already are skipped. *seen* is called with the number of bytes the server has by then. With
+        *session* the input is that of a session of the job; with *append* it comes behind the bytes that the
+        server has already. Raises JobStateError when the job ends, or its command reads no more, before that.
         """
         from pjw.client.upload import Upload
 
@@ -461,12 +464,12 @@ class Client(BaseClient):
     def upload(
         self, sources: requests.UploadSources, seen: Callable[[int], None] | None = None
     ) -> requests.Uploaded:
-        """Send files for a job that is to be started with `JobSpec.upload`, the `name` of what this gives.
+        """Send files for a job to be started: `JobSpec.upload` takes the `name` of the result.
 
         *sources* are directories and files of this machine, each alone or with a path in the job's own
-        directory, as `("src", "lib")`: what is in a directory goes there, a file goes there by its name. A
-        lost connection is made again. What no job was started with is gone after two minutes. Raises
-        ConfigError for what cannot be read, and LimitReachedError.
+        directory, as `("src", "lib")`: the contents of a directory go there, a file goes there by its name.
+        The client reconnects after a lost connection. An upload that no job was started with is removed after
+        two minutes. Raises ConfigError for a file that cannot be read, and LimitReachedError.
         """
         from pjw.client.copies import UploadPacker
         from pjw.client.upload import Upload
@@ -487,14 +490,14 @@ class Client(BaseClient):
             return upload.result()
         finally:
             upload.end()
-            # or what it has begun would end what the caller writes next
+            # without this wait, the call in the thread could end the caller's next write
             thread.join()
 
     def connect(self, job_id: requests.JobId, port: int, data: Iterable[bytes] = ()) -> Iterator[bytes]:
-        """Connect to a TCP port within a job that runs: send *data*, and yield what the job answers.
+        """Connect to a TCP port within a job that runs: send *data*, and yield the job's answer.
 
-        *data* is taken in a thread, at most 1 MiB at a time; its end is told to the job. A connection that is
-        lost is not made again. Raises JobStateError where nobody listens.
+        A thread takes *data*, at most 1 MiB at a time; the job sees its end. The client does not reconnect
+        after a lost connection. Raises JobStateError when nothing listens on the port.
         """
         first = requests.connection(job_id, port)
         call = self._stub.Forward(_messages(first, data))
@@ -510,18 +513,18 @@ class Client(BaseClient):
             call.cancel()
 
     def usage_history(self, job_id: requests.JobId) -> requests.UsageHistory:
-        """What a job used over its life, in a bounded number of samples."""
+        """Return the job's usage over its life, in a bounded number of samples."""
         return self._call(requests.usage_history(job_id, all_clients=self._all_clients))
 
     def quota(self, client_name: str = "") -> ClientQuota:
-        """The limits of this client, what its jobs use now, and its share of the machine.
+        """Return the limits of this client, the present usage of its jobs, and its share of the machine.
 
         With *client_name* those of another client: this takes *all_clients*, and a role for it.
         """
         return self._call(requests.quota(client_name, all_clients=self._all_clients))
 
     def workspaces(self) -> requests.Workspaces:
-        """Our workspaces, by their names: directories that outlive jobs (`JobSpec.workspace`).
+        """Return our workspaces, by name: directories that outlive jobs (`JobSpec.workspace`).
 
         With *all_clients*, and a role for it, those of every client.
         """
@@ -540,7 +543,7 @@ class Client(BaseClient):
         self._call(requests.remove_workspace(name))
 
     def images(self) -> requests.Images:
-        """The images that our jobs can have: our own, and the operator's.
+        """Return the images that our jobs can have: our own, and the operator's.
 
         With *all_clients*, and a role for it, those of every client.
         """
@@ -549,12 +552,13 @@ class Client(BaseClient):
     def load_image(
         self, name: str, source: str, seen: Callable[[int], None] | None = None
     ) -> requests.LoadedImage:
-        """Make an image of our own of a file of this machine, or of a directory (`dir:DIR`).
+        """Make an image of our own from a file of this machine, or from a directory (`dir:DIR`).
 
         A file is an archive of docker's, an OCI layout in a tar archive, or a tar archive of a root; an OCI
         layout may be a directory (`oci:DIR`). A job of ours unpacks it. An image that had the name before
-        goes with the last job that has it. *seen* is told how many bytes the server has. Raises ConfigError
-        for what cannot be read or is no image, and what a start of a job raises.
+        goes with the last job that has it. *seen* is called with the number of bytes that the server has.
+        Raises ConfigError for a source that cannot be read or is no image, and the errors of a start of a
+        job.
         """
         from pjw.client.upload import Upload
         from pjw.image_archive import ImageArchive
@@ -570,7 +574,7 @@ class Client(BaseClient):
         self._call(requests.remove_image(name))
 
     def watch_usage(self, interval: float | None = None) -> Iterator[requests.UsageSnapshot]:
-        """What all running jobs use, every *interval* seconds (the server's default: 2), without end."""
+        """Yield the usage of all running jobs every *interval* seconds (server's default: 2), without end."""
         watch = requests.UsageWatch(interval, all_clients=self._all_clients)
         return self._stream(watch, watch.take)
 
@@ -585,12 +589,12 @@ class Client(BaseClient):
         snapshot: bool = True,
         follow: bool = True,
     ) -> "JobWatch":
-        """Changes of the states of our jobs, each once and in order; without *follow* those until now.
+        """Yield changes of the states of our jobs, each once and in order; without *follow* those until now.
 
         They begin behind the change *since*; without it with the jobs as they are, or without a *snapshot*
-        with the next change. A lost connection is made again, and the changes go on where they were: so they
-        do for another program that begins behind the `sequence` of the last one. Raises SequenceError when
-        that is too long ago.
+        with the next change. The client reconnects after a lost connection, and the changes go on where they
+        were. Another program can go on too: it begins behind the `sequence` of the last change. Raises
+        SequenceError when that change is too old.
         """
         from pjw.client.watch import JobWatch, WatchPosition
 
@@ -654,7 +658,7 @@ class Client(BaseClient):
             upload.end()
 
     def _send(self, upload: "Upload", trouble: Trouble, seen: Callable[[int], None] | None) -> bool:
-        """Send on one connection; whether that was all."""
+        """Send on one connection; return whether that was all."""
         call = self._stub.WriteInput(upload.requests())
         upload.on_end(call.cancel)
         try:

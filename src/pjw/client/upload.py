@@ -10,12 +10,12 @@ from pjw.v1 import job_worker_pb2 as pb
 
 
 class Upload:
-    """`Outgoing` for threads: who finds nothing to do waits."""
+    """`Outgoing` for threads: a thread that finds nothing to do waits."""
 
     def __init__(self, job_id: JobId, session: int = 0, *, append: bool = False, upload: str = "") -> None:
         self.outgoing: Final = Outgoing(job_id, session, append=append, upload=upload)
         self._changed: Final = threading.Condition()
-        # which connection sends, and whether its server has said where to begin
+        # the number of the connection that sends, and whether its server has said where to begin
         self._connection = 0
         self._begun = False
         self._over = False
@@ -23,7 +23,7 @@ class Upload:
         self._cancel: Callable[[], object] = lambda: None
 
     def give(self, data: bytes) -> bool:
-        """Take what the source has next, when there is room. False: no more of it is wanted."""
+        """Take the next bytes of the source when there is room; return False once no more are wanted."""
         with self._changed:
             self._changed.wait_for(lambda: self._over or not self.outgoing.full)
             if not self._over:
@@ -32,13 +32,13 @@ class Upload:
             return not self._over
 
     def complete(self) -> None:
-        """The source has no more."""
+        """Note that the source has ended."""
         with self._changed:
             self.outgoing.complete()
             self._changed.notify_all()
 
     def acknowledge(self, answer: pb.WriteInputResponse) -> None:
-        """The server has so much; what is behind it may be sent."""
+        """Take the server's answer: it has so many bytes, and the bytes behind them may be sent."""
         with self._changed:
             self.outgoing.acknowledge(answer)
             self._begun = True
@@ -50,7 +50,7 @@ class Upload:
         return self._over
 
     def on_end(self, cancel: Callable[[], object]) -> None:
-        """Have the call that is under way cancelled at the end, whatever it waits for."""
+        """Have the call under way cancelled at the end, whatever it waits for."""
         with self._changed:
             self._cancel = cancel
             over = self._over
@@ -67,7 +67,7 @@ class Upload:
         self._cancel()
 
     def result(self) -> int:
-        """Wait for the end; how many bytes the server has. Raises what ended it."""
+        """Wait for the end; return the number of bytes the server has. Raises the error that ended it."""
         with self._changed:
             self._changed.wait_for(lambda: self._over)
         if self._failure is not None:
@@ -75,7 +75,7 @@ class Upload:
         return self.outgoing.acknowledged
 
     def requests(self) -> Iterator[pb.WriteInputRequest]:
-        """The requests of a new connection, to the end of the input; those of the one before end."""
+        """Yield the requests of a new connection until the input ends; those of the connection before end."""
         with self._changed:
             self._connection += 1
             self._begun = False
@@ -92,7 +92,7 @@ class Upload:
             request = self._next(connection, request.offset + len(request.data))
 
     def _next(self, connection: int, sent: int) -> pb.WriteInputRequest | None:
-        """What comes behind the offset *sent*, when there is something; None: nothing, on this connection."""
+        """Return the request behind the offset *sent*, once there is one; None: none on this connection."""
         with self._changed:
             while not self._over and connection == self._connection:
                 request = self.outgoing.after(sent) if self._begun else None

@@ -1,4 +1,4 @@
-"""Changes of jobs as a client gets them: where it is, and what it asks for to go on from there."""
+"""Changes of jobs as a client gets them: its position, and the request that goes on from there."""
 
 from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Mapping
 from typing import Final, Self
@@ -11,7 +11,7 @@ from pjw.v1 import job_worker_pb2 as pb
 
 
 class WatchPosition:
-    """Where a watch of jobs is: `sequence` is the number to resume behind, None before there is one."""
+    """The position of a watch of jobs: `sequence` is the number to resume behind, None before the first."""
 
     method: Final = "WatchJobs"
     facts: Final[Mapping[str, object]] = {}
@@ -42,12 +42,13 @@ class WatchPosition:
             labels=checked_labels(labels),
             name=name,
         )
-        # What was told of the beginning, until all of that was: after a lost connection it is told anew.
+        # The jobs of the snapshot received so far, until it is complete: after a lost connection it comes
+        # anew.
         self._first: dict[int, Job] = {}
         self._again: dict[int, Job] | None = None
 
     def take(self, answer: pb.WatchJobsResponse) -> list[JobChange]:
-        """The changes of an answer that are new; the next request begins behind them."""
+        """Return the new changes of an answer; the next request begins behind them."""
         try:
             changes = list(map(change_from_message, answer.changes))
         except ValueError as error:
@@ -61,7 +62,7 @@ class WatchPosition:
         return changes
 
     def lost(self) -> None:
-        """The connection was lost: what was told of the beginning comes again."""
+        """Note that the connection was lost: the jobs of the snapshot come again."""
         if not self.request.HasField("since"):
             self._again = {**(self._again or {}), **self._first}
             self._first = {}
@@ -77,13 +78,13 @@ class WatchPosition:
         return fresh
 
     def _removed(self) -> list[JobChange]:
-        """Those that were told before the connection was lost, and are not there any more."""
+        """Return changes for jobs that were told before the connection was lost, and are gone now."""
         gone, self._again, self._first = self._again or {}, None, {}
         return [JobChange(job, removed=True) for job in gone.values()]
 
     @property
     def reached(self) -> Reached:
-        """How far it has got, and what to do when it gets no further."""
+        """The progress of the watch, and the next step when it gets no further."""
         if self.sequence is None:
             return "", None
         return f" after change {self.sequence}", f"go on with pjw events --since {self.sequence}"

@@ -28,14 +28,14 @@ _REPORTS_MAX: Final = 2000
 # For jobs' listeners, and for the files and sockets of the resolver.
 _DESCRIPTORS_SPARE: Final = 65_536
 _THREADS_MAX: Final = 32
-# the limit of its memory, far above what it takes
+# the limit of this process's memory, far above its use
 _DATA_BYTES_MAX: Final = 1 << 30
 # linux/prctl.h
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 
 
 def main() -> int:
-    """Serve until the launcher hangs up; the exit code."""
+    """Serve until the launcher hangs up; return the exit code."""
     open_standard_descriptors()
     os.closerange(_REPORTS_FD + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
@@ -58,7 +58,8 @@ def main() -> int:
 def _give_up_root(uid: int, connections_total_max: int) -> None:
     import ctypes
 
-    # import what we need later while we are root: perhaps only root can read the interpreter's directory
+    # import the modules needed later while we are root: perhaps only root can read the interpreter's
+    # directory
     for name in ("concurrent.futures.thread", "encodings.idna", "linecache", "traceback", "stringprep"):
         import_module(name)
     from pjw.egress.proxy import descriptors_for
@@ -106,7 +107,7 @@ async def _serve(requests: socket.socket, reports: socket.socket, policy: dict[s
         try:
             _obey(proxy, json.loads(data), sockets)
         finally:
-            # in any case: without it the launcher would wait with what it has for others
+            # in any case: otherwise the launcher would wait, and with it the requests for others
             with suppress(OSError):
                 requests.send(b".")
 

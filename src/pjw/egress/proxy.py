@@ -27,7 +27,7 @@ from pjw.network import Allowed
 # the most bytes of a request or an answer without its body
 HEAD_BYTES_MAX: Final = 16_384
 HEAD_SECONDS: Final = 10.0
-# How long the proxy waits for the job to read an answer that refuses a request.
+# Seconds that the proxy waits for the job to read an answer that refuses a request.
 LINGER_SECONDS: Final = 2.0
 LINGER_BYTES: Final = 1 << 20
 _RECEIVED_AT_ONCE: Final = 65_536
@@ -54,7 +54,7 @@ class Job:
     tasks: set["asyncio.Task[None]"] = field(default_factory=set)
 
     def may_reach(self, wanted: Wanted) -> bool:
-        """Whether the job has asked for that host and port, and may reach them."""
+        """Return whether the job has asked for that host and port, and may reach them."""
         return any(each.has(wanted.host, wanted.port) for each in self.allow)
 
 
@@ -68,7 +68,7 @@ class Proxy:
         self._total_max: Final = total_max
         self._jobs: Final[dict[int, Job]] = {}
         self._of_client: Final[Counter[str]] = Counter()
-        # of connections of jobs that nobody reads from, as their hosts have yet to answer; by descriptor
+        # of jobs' connections that no task reads, as their hosts have yet to answer; by descriptor
         self._errors: Final = select.epoll()
         self._tasks: Final[dict[int, asyncio.Task[None]]] = {}
         asyncio.get_running_loop().add_reader(self._errors, self._on_errors)
@@ -120,10 +120,11 @@ class Proxy:
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_SECONDS)
-            # what waits here is no job's memory, and loopback is as fast with less
+            # bytes that wait here are no job's memory, and loopback is as fast with less
             for buffer in (socket.SO_SNDBUF, socket.SO_RCVBUF):
                 peer.setsockopt(socket.SOL_SOCKET, buffer, _BUFFER_BYTES)
-        # One client may have half of all, and half of what others leave, so that there is room for another.
+        # One client may have half of all, and half of those that others leave: so there is room for another.
+        # another.
         free = self._total_max - self._of_client.total()
         has_room = len(job.tasks) < self._max and self._of_client[job.client] < free
         if not has_room:
@@ -240,7 +241,7 @@ class Proxy:
 async def _next_event(
     connection: h11.Connection, source: socket.socket, size: int = _RECEIVED_AT_ONCE
 ) -> object:
-    """The next event of a connection. Raises h11.RemoteProtocolError and OSError."""
+    """Return the next event of a connection. Raises h11.RemoteProtocolError and OSError."""
     loop = asyncio.get_running_loop()
     while (event := connection.next_event()) is h11.NEED_DATA:
         connection.receive_data(await loop.sock_recv(source, size))
@@ -338,5 +339,5 @@ async def _linger(peer: socket.socket) -> None:
 
 
 def descriptors_for(total_max: int) -> int:
-    """How many descriptors all connections take, without jobs' listeners."""
+    """Return the descriptors that all connections take, without jobs' listeners."""
     return (2 + relay.DESCRIPTORS) * total_max

@@ -29,7 +29,7 @@ class Wanted:
 
 
 def wanted_of(request: h11.Request) -> Wanted:
-    """The host, port and path of a request. Raises Failure for one that is not for a proxy."""
+    """Return the host, port and path of a request. Raises Failure for one that is not for a proxy."""
     if request.http_version not in (b"1.0", b"1.1"):
         raise _invalid("this proxy speaks HTTP/1.1", 505)
     if request.method == b"CONNECT":
@@ -62,7 +62,7 @@ def _host_and_port(authority: bytes) -> tuple[str, int | None]:
 
 
 def passed_on(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
-    """The headers that go on to the other side; one tells it that no other message follows."""
+    """Return the headers that go on to the other side; one says that no other message follows."""
     listed = [(bytes(name), bytes(value)) for name, value in headers]
     named = {
         word.strip().lower() for name, value in listed if name == b"connection" for word in value.split(b",")
@@ -75,10 +75,10 @@ def passed_on(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
 
 
 def request_for(request: h11.Request, wanted: Wanted) -> h11.Request:
-    """The request that the host gets."""
+    """Return the request that the host gets."""
     named = f"[{wanted.host}]" if ":" in wanted.host else wanted.host
     authority = named if wanted.port == 80 else f"{named}:{wanted.port}"
-    # the host that we judged, whatever the job's header says
+    # the host that we judged, whatever host the job's header names
     headers = [
         (b"host", authority.encode()),
         *(each for each in passed_on(request.headers) if each[0] != b"host"),

@@ -22,7 +22,7 @@ ADDRESSES_MAX: Final = 4
 # One client may have so many names looked up at once, fewer than there are threads for lookups: a name whose
 # servers do not answer takes a thread for longer than its connection waits.
 LOOKUPS_OF_CLIENT: Final = 8
-# Where addresses of the internet are; the rest of what is_global allows leads nowhere, or into a translator.
+# The addresses of the internet; the rest of those that is_global allows lead nowhere, or to a translator.
 _INTERNET: Final = ipaddress.IPv6Network("2000::/3")
 # Addresses that lead to the IPv4 address in their last 32 bits (RFC 6052), and tunnels with one elsewhere.
 _NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
@@ -39,7 +39,7 @@ class Targets:
         )
 
     async def connect(self, host: str, port: int, client: str) -> socket.socket:
-        """A connection for a client to a host, at one of the addresses that it has now. Raises Failure."""
+        """Connect a client to a host, at one of the addresses that it has now. Raises Failure."""
         addresses = await _resolve(host, port, self._lookups[client])
         # each question for one costs system calls, and a name may lead to thousands
         good = list(islice(filter(self.is_public, addresses), ADDRESSES_MAX))
@@ -65,7 +65,7 @@ class Targets:
         raise Failure("unreachable", 502, f"cannot connect to {host} port {port}: {said.lower()}")
 
     def is_public(self, address: Address) -> bool:
-        """Whether jobs may reach an address."""
+        """Return whether jobs may reach an address."""
         if any(address in network for network in self._private if network.version == address.version):
             return True
         if isinstance(address, ipaddress.IPv6Address):
@@ -77,7 +77,7 @@ class Targets:
 
 
 def _is_own(address: Address) -> bool:
-    """Whether it is an address of this host: we can bind to these alone. If nobody can tell, it counts."""
+    """Return whether it is this host's address: only those can be bound to. It counts if unknown."""
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -89,13 +89,13 @@ def _is_own(address: Address) -> bool:
 
 
 async def _resolve(host: str, port: int, lookups: asyncio.Semaphore) -> list[Address]:
-    """Raises Failure."""
+    """Return the addresses of a host. Raises Failure."""
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(RESOLVE_SECONDS):
             await lookups.acquire()
             asked = asyncio.ensure_future(loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-            # its thread is taken until then, whether or not somebody still waits
+            # its thread is taken until then, whether or not a caller still waits
             asked.add_done_callback(lambda _: lookups.release())
             found = await asyncio.shield(asked)
     except TimeoutError:

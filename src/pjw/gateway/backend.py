@@ -7,7 +7,6 @@ This is a `pjw.server.backend.Backend`.
 
 import asyncio
 import os
-import socket
 import time
 import uuid
 from collections import Counter
@@ -19,30 +18,42 @@ from typing import Final
 
 from pjw.arrays import Element
 from pjw.errors import (
+    CopyError,
+    GpuError,
+    ImageNotFoundError,
     InvalidJobError,
     JobNotFoundError,
     JobStateError,
+    KernelError,
     LimitRangeError,
     LimitReachedError,
+    MountNotFoundError,
+    NotAllowedError,
+    OutputLostError,
     PjwError,
 )
 from pjw.gateway import rows
+from pjw.gateway.archive import Archive as OutputArchive
+from pjw.gateway.archiving import Archiver
 from pjw.gateway.dial import Dial
 from pjw.gateway.engine import Engine
 from pjw.gateway.jobs import Placed, Placements, lost_words
 from pjw.gateway.nodes import Node, Nodes
+from pjw.gateway.numbers import series_of
+from pjw.gateway.offers import require_offered
 from pjw.gateway.pool import Pool
 from pjw.gateway.proxy import NoReading, OnNode, ProxyReading
 from pjw.gateway.refused import check_spec, not_yet
+from pjw.gateway.slots import ClusterSlots
 from pjw.gateway.state import GatewayState
 from pjw.gateway.states import PlacementState
 from pjw.gateway.stops import Stops
-from pjw.gateway.usage import usage_now, with_usage
+from pjw.gateway.usage import nodes_quota, usage_now, with_usage
+from pjw.gateway.within import NodeConnection, Within
 from pjw.model import (
     NO_SUMS,
     Archive,
     ClientQuota,
-    GroupUse,
     Image,
     ImageConfig,
     Job,
@@ -54,27 +65,38 @@ from pjw.model import (
     TerminalSize,
     UsageSample,
     Workspace,
+    are_for,
 )
 from pjw.rpc.convert import sample_from_message
 from pjw.server.backend import Reading, Written
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker import Part, WorkerSettings
+from pjw.worker.artifacts import require_kept
 from pjw.worker.background import Background
 from pjw.worker.changes import Batch, Changes, Watched
 from pjw.worker.egress import Connection
 from pjw.worker.flag import Flag, first_of
+from pjw.worker.input import Inputs
 from pjw.worker.numbers import ClientNumbers, WorkerNumbers
 from pjw.worker.pages import ALL_JOBS, JobFilter, Page
-from pjw.worker.retention import Pruner
-from pjw.worker.worker import ALL_CHANGES, LOCAL_CLIENT, PAGE_MAX, SIGNAL_MAX
+from pjw.worker.queue import Queue
+from pjw.worker.queue_calls import QueueCalls
+from pjw.worker.queue_rows import WaitingJob
+from pjw.worker.quota import StoredBytes
+from pjw.worker.retention import BATCH, Pruner
+from pjw.worker.store import NotQueuedError
+from pjw.worker.uploads import Uploads
+from pjw.worker.worker import ALL_CHANGES, LOCAL_CLIENT, PAGE_MAX, SIGNAL_MAX, require_no_array
 
 # A node removes so many jobs at a time that were removed here.
 _REMOVED_AT_ONCE: Final = 20
 _ALL_OUTPUT: Final = Part()
+# Of an upload, for a node.
+_PIECE_BYTES: Final = 1024 * 1024
 
 
-class GatewayBackend:
-    """The jobs of a cluster."""
+class GatewayBackend(QueueCalls):
+    """The jobs of a cluster. It is the queue's backend, too: it finds nodes for jobs whose turn has come."""
 
     def __init__(
         self,
@@ -84,8 +106,13 @@ class GatewayBackend:
         dial: Dial,
         background: Background,
         engine_of: Callable[[Nodes, Callable[[], int]], Engine] = Pool,
+        choose_node: Sequence[str] = (),
     ) -> None:
-        """*engine_of* makes the engine, from the nodes and the most jobs that a client may have there."""
+        """*engine_of* makes the engine, from the nodes and the most jobs that a client may have there.
+
+        The jobs of the clients in *choose_node* may have a node of their choice.
+        """
+        self._choose_node: Final = choose_node
         self._state: Final = state
         self._store: Final = state.store
         self._settings = settings
@@ -94,28 +121,75 @@ class GatewayBackend:
         self._background: Final = background
         self.engine: Final = engine_of(nodes, lambda: self._settings.quotas.running_max)
         self.placements: Final = Placements(state.store, self.engine)
+        self._slots: Final = ClusterSlots(settings, nodes, self.engine)
+        self._queue = Queue(state.store, self, background, settings, self._slots)
         self._stops: Final = Stops(dial, background)
         self._pruner: Final = Pruner(state, settings.retention)
         self._changes: Final = Changes(state.store, background, Flag(), self._shown)
+        self._within: Final = Within(dial, self.placements, self.get, self._where, self._queue.change_of)
+        # what the nodes have of jobs counts when it is known: at their ends
+        self._stored: Final = StoredBytes(state, {}, {}, settings.quotas)
+        self._inputs: Final = Inputs(self._stored, settings.quotas.input_bytes_max)
+        self._uploads: Final = Uploads(state, self._stored, self._inputs)
+        self._stored.uploads = self._uploads.bytes_of
+        self.placements.settled = self._job_settled
         self._removing: Final[set[str]] = set()
+        self._archive: OutputArchive | None = None
+        self.archiver: Archiver | None = None
+        self.placements.retried.append(self._queue.retried)
+        self.placements.ended.append(self._queue.job_ended)
         self.placements.ended.append(lambda _: self._pruner.job_ended())
         self._pruner.removed.append(self._remove_on_nodes)
+        self.engine.freed = self._queue.room_was_made
+        self._queue.free_gpus = nodes.free_gpus
         nodes.came = self._node_came
-        nodes.went = self.engine.session_over
+        nodes.begun = self._node_begun
+        nodes.went = self._node_went
         nodes.was_lost = self._node_lost
+        nodes.was_removed = lambda node: background.spawn(dial.drop(node))
+
+    def keep_in(self, archive: OutputArchive) -> None:
+        """Have the archive keep copies of the output of jobs that end."""
+        self._archive = archive
+        self.archiver = Archiver(archive, self._store, self._dial, self._background)
+        self.placements.ended.append(self._to_archive)
+
+    def _to_archive(self, job: Job) -> None:
+        if self.archiver is not None and (node := self._nodes.known.get(job.node)) is not None:
+            self.archiver.look_at(node)
+
+    def keeps_on_node(self, node: Node, job_id: int, uuid: str, job: Job) -> bool:
+        """Whether a node is to keep an ended job, until the archive has its output."""
+        return (
+            self.archiver is not None and bool(job.output_bytes) and self.archiver.holds(node, job_id, uuid)
+        )
 
     async def begin(self) -> None:
         """Take over the jobs and nodes that the gateway before us has left."""
         await self._nodes.begin()
         await self._store.forget_secrets()
-        await self.placements.begin(self._nodes.known, new_uuid)
+        await self.placements.begin(self._nodes.known)
+        await self._uploads.adopt()
+        await self._queue.begin([placed.job for placed in self.placements.live.values()])
         self._background.keep("removal of ended jobs", self._pruner.run())
+        self._background.keep("removal of uploads", self._uploads.run())
+        self._background.keep("queue", self._queue.run())
 
     # --- nodes
 
     def _node_came(self) -> None:
+        self._slots.measure()
         self.engine.look()
-        self._remove_on_nodes()
+        self._queue.room_was_made()
+
+    def _node_begun(self, node: Node) -> None:
+        self._begin_removal(node)
+        if self.archiver is not None:
+            self.archiver.look_at(node)
+
+    def _node_went(self, node: Node) -> None:
+        self._slots.measure()
+        self.engine.session_over(node)
 
     def _node_lost(self, node: Node) -> None:
         self._background.spawn(self._lose(node))
@@ -147,36 +221,70 @@ class GatewayBackend:
         return job
 
     async def submit(self, specs: Sequence[JobSpec], client_name: str = LOCAL_CLIENT) -> Sequence[Job]:
-        """Commit jobs, all or none; each gets a node when one has room.
+        """Commit jobs, all or none; each gets a node when its turn has come, and one has room.
 
-        Raises InvalidJobError for a job that does not work through a gateway yet, NameTakenError and
-        LimitReachedError.
+        Raises as `Worker.submit`, and InvalidJobError for a job that does not work through a gateway yet.
         """
         for spec in specs:
             check_spec(spec)
-        asked = [(replace(spec, queue=QueueSpec()), self._limits_of(spec)) for spec in specs]
+            self.engine.check(spec)
+            self._require_node(spec, client_name)
+            await self._require_offered(spec, client_name)
+        asked = [(replace(spec, queue=spec.queue or QueueSpec()), self._limits_of(spec)) for spec in specs]
         number, most = await self._store.client_number(client_name), self._nodes.uid_count
         if most and number >= most:
             raise LimitReachedError(
                 f"all {most} user ids for clients are taken",
                 hint="the operator can configure a larger range, the same on all nodes",
             )
+        for spec in specs:
+            await self._require_upload(spec, client_name)
         return await asyncio.shield(self._submit(asked, client_name))
 
+    async def _require_upload(self, spec: JobSpec, client_name: str) -> None:
+        """Raises CopyError for an upload that there is not."""
+        if not spec.upload:
+            return
+        try:
+            await self._uploads.renew(client_name, spec.upload)
+        except CopyError:
+            if not await self._made_before(spec, client_name):
+                raise
+
+    async def _require_offered(self, spec: JobSpec, client_name: str) -> None:
+        try:
+            require_offered(spec, [node.hello for node in self._nodes.known.values()])
+        except (GpuError, ImageNotFoundError, InvalidJobError, MountNotFoundError):
+            if not await self._made_before(spec, client_name):
+                raise
+
+    async def _made_before(self, spec: JobSpec, client_name: str) -> bool:
+        """Whether the same request has made a job before, which may have had what is missing now."""
+        return (
+            bool(spec.request_id) and await self._store.of_request(client_name, spec.request_id) is not None
+        )
+
+    def _require_node(self, spec: JobSpec, client_name: str) -> None:
+        if not spec.node:
+            return
+        if not are_for(self._choose_node, client_name):
+            raise NotAllowedError(
+                f"{client_name} may not choose a node",
+                hint="the operator can allow it with gateway.choose_node",
+            )
+        if spec.node not in self._nodes.known:
+            raise InvalidJobError(f"no node {spec.node}", hint="the operator knows the nodes: pjw nodes")
+
     async def _submit(self, asked: Sequence[tuple[JobSpec, Limits]], client_name: str) -> Sequence[Job]:
+        # times of a job are cut to microseconds
+        before = time.time_ns() - 1000
         specs = [spec for spec, _ in asked]
         tokens = (
             await asyncio.to_thread(self._store.secrets.keep, specs)
             if any(spec.secrets for spec in specs)
             else {}
         )
-        jobs, _ = await self._store.enqueue(client_name, asked, self._settings.quotas, tokens)
-        await self._store.sync()
-        for job in jobs:
-            # a job of an earlier request may be anywhere by now
-            if job.state is JobState.QUEUED:
-                await self.placements.add(job, new_uuid())
-        return [self._shown(job) for job in jobs]
+        return await self._enqueue(self._store, client_name, asked, self._settings.quotas, tokens, before)
 
     def _limits_of(self, spec: JobSpec) -> Limits:
         limits = self._settings.default_limits.with_overrides(spec.limits)
@@ -190,19 +298,49 @@ class GatewayBackend:
             )
         return limits
 
+    # --- for the queue
+
+    async def start_queued(self, waiting: WaitingJob) -> Job:
+        """Find a node for a job whose turn has come; the job, which a node has, or which has ended.
+
+        Only the queue calls this, see queue.Backend.
+        """
+        placed = await self.placements.add(waiting.job, new_uuid())
+        while placed.placement.state is PlacementState.QUEUED and not placed.over.is_set():
+            await first_of(placed.changed, placed.over)
+        if placed.over.is_set() and not placed.ended.is_set():
+            raise NotQueuedError
+        return placed.job
+
+    async def ended(self, job_id: int) -> bool:
+        """Return when a job has ended, or waits again; whether it waits. Only the queue calls this."""
+        placed = self.placements.live.get(job_id)
+        if placed is None:
+            job = await self._store.get(job_id)
+            return job is not None and not job.state.final
+        await placed.over.wait()
+        return not placed.ended.is_set()
+
+    async def _withdraw(self, job_ids: Sequence[int]) -> None:
+        for job_id in job_ids:
+            await self.placements.withdraw(job_id)
+
     # --- look
 
     async def get(self, job_id: int | Element, owner: str | None = None) -> Job:
         """One job as it is now. Raises JobNotFoundError."""
         if isinstance(job_id, Element):
-            raise JobNotFoundError(str(job_id))
+            element = await self._store.element(job_id, owner) if job_id.array_id < 2**63 else None
+            if element is None:
+                raise JobNotFoundError(str(job_id))
+            return self._shown(element)
         placed = self._live_of(job_id, owner)
         if placed is not None:
             return self._shown(placed.job)
         job = await self._store.get(job_id, owner) if 0 < job_id < 2**63 else None
         if job is None:
             raise JobNotFoundError(job_id)
-        return job
+        return self._shown(job)
 
     async def get_with_usage(self, job_id: int | Element, owner: str | None = None) -> Job:
         """One job as it is now, with its usage if its node answers at once."""
@@ -236,7 +374,7 @@ class GatewayBackend:
         """A job of the table as it is now; if it waits, with the reason."""
         placed = self.placements.live.get(job.id)
         if placed is None:
-            return job
+            return self._queue.shown(job)
         shown = placed.shown
         if shown.state is JobState.QUEUED:
             return replace(shown, detail=self.engine.why(placed.placement.uuid))
@@ -247,14 +385,24 @@ class GatewayBackend:
 
     # --- wait, stop, delete
 
-    async def wait(self, job_id: int | Element, owner: str | None = None, *, or_stuck: bool = False) -> Job:
-        """Wait until a job has ended; its final snapshot. Raises JobNotFoundError."""
-        job = await self.get(job_id, owner)
-        placed = self.placements.live.get(job.id)
-        if placed is None:
-            return await self.get(job_id, owner)
-        await placed.ended.wait()
-        return placed.job
+    async def _wait_for(self, *flags: Flag) -> None:
+        await first_of(*flags)
+
+    async def _wait_for_end(self, job_id: int, owner: str | None, *, or_stuck: bool) -> Job:
+        while True:
+            # whatever comes from here on is heard
+            change = self._queue.change_of(job_id)
+            placed = self._live_of(job_id, owner)
+            if placed is not None:
+                await placed.over.wait()
+                if placed.ended.is_set():
+                    return placed.job
+                continue
+            job = await self.get(job_id, owner)
+            if job.state.final:
+                return job
+            if job_id not in self.placements.live:
+                await change.wait()
 
     async def stop(
         self,
@@ -266,33 +414,69 @@ class GatewayBackend:
         """End a job; its final snapshot. A node that is not connected hears of the stop when it is back."""
         if not 1 <= signal <= SIGNAL_MAX:
             raise InvalidJobError(f"a job is stopped with a signal from 1 to {SIGNAL_MAX}, not {signal}")
-        job = await self.get(job_id, owner)
-        placed = self.placements.live.get(job.id)
-        if placed is None:
-            return await self.get(job_id, owner)
-        if placed.placement.state is PlacementState.QUEUED:
-            cancelled = await self.placements.cancel(placed)
-            if cancelled is not None:
+        if isinstance(job_id, Element):
+            return await self._stop_element(job_id, grace_seconds, owner, signal)
+        while True:
+            job = await self.get(job_id, owner)
+            if job.state.final:
+                # it has ended, and may go on as another one
+                following = job.retried_as
+                return await self.stop(following, grace_seconds, owner, signal) if following else job
+            if job.array is not None:
+                # to its end, though the caller be cancelled
+                return await asyncio.shield(self._stop_array(job_id, grace_seconds, signal))
+            if (placed := self.placements.live.get(job_id)) is not None:
+                await self._stop_placed(placed, grace_seconds, signal)
+                if placed.ended.is_set() and placed.job.retried_as is None:
+                    return placed.job
+            elif (cancelled := await self._queue.cancel(job_id)) is not None:
                 return cancelled
-        if not placed.ended.is_set():
+
+    async def _stop_placed(self, placed: Placed, grace_seconds: float | None, signal: int) -> None:
+        """Stop a job that has a node, or is to get one; return when it has ended, or waits in the queue."""
+        if placed.placement.state is PlacementState.QUEUED:
+            await self.placements.cancel(placed)
+        if not placed.over.is_set():
             await self.placements.ask_stop(placed, signal, grace_seconds)
             if (node := self._nodes.known.get(placed.placement.node)) is not None:
                 self._stops.tell(placed, node, again=True)
-        await placed.ended.wait()
-        return placed.job
+        await placed.over.wait()
 
     async def delete(self, job_id: int | Element, owner: str | None = None) -> None:
         """Forget an ended job; its node removes it when the node is connected."""
         job = await self.get(job_id, owner)
         if not job.state.final:
             raise JobStateError(f"cannot remove job {job_id}: it has not ended", hint=f"pjw stop {job_id}")
-        await self._pruner.remove(job.id)
+        if not job.id:
+            # an element that never had a row: its array remembers it
+            return
+        if job.array is not None:
+            while elements := await self._store.elements(job.id, BATCH):
+                for element in elements:
+                    await self._forget(element)
+        await self._forget(job.id)
+
+    async def _forget(self, job_id: int) -> None:
+        await self._queue.settle(job_id)
+        await self._pruner.remove(job_id)
 
     def _remove_on_nodes(self) -> None:
-        for node in self._nodes.known.values():
-            if node.session is not None and node.row.name not in self._removing:
-                self._removing.add(node.row.name)
-                self._background.spawn(self._remove_on(node))
+        self._background.spawn(self._remove_everywhere())
+
+    async def _remove_everywhere(self) -> None:
+        try:
+            names = await self._store.transact(rows.nodes_to_remove)
+        except PjwError:
+            # we try again when jobs are removed, or a node connects again
+            return
+        for name in names:
+            if (node := self._nodes.known.get(name)) is not None:
+                self._begin_removal(node)
+
+    def _begin_removal(self, node: Node) -> None:
+        if node.session is not None and node.row.name not in self._removing:
+            self._removing.add(node.row.name)
+            self._background.spawn(self._remove_on(node))
 
     async def _remove_on(self, node: Node) -> None:
         try:
@@ -325,44 +509,146 @@ class GatewayBackend:
     ) -> Reading:
         """A part of a job's output, from its node."""
         if part.session:
-            raise not_yet("a session")
+            if isinstance(job_id, Element):
+                raise JobNotFoundError(str(job_id))
+            there = await self._within.of_session(job_id, part.session, owner)
+            return await self._reading(there.job.id, part)
+        if isinstance(job_id, Element):
+            job = await (self._drawn if part.follow else self.get)(job_id, owner)
+        else:
+            job = await self.get(job_id, owner)
         if part.artifacts:
-            raise not_yet("an artifact")
-        job = await self.get(job_id, owner)
+            require_kept(job)
+            return await self._reading(job.id, part)
+        require_no_array(job)
         if part.stderr and not job.split_stderr:
             raise JobStateError(
                 f"cannot read the stderr of job {job.id} alone: the job was started without keeping it apart,"
                 " so it is in the output"
             )
-        if job.state is JobState.QUEUED and not part.follow:
+        if not job.id or (job.state is JobState.QUEUED and not part.follow):
             return NoReading(part.offset)
-        reading = ProxyReading(self._dial, lambda: self._where(job.id), part)
+        if (archived := await self._in_archive(job.id, part)) is not None:
+            return archived
+        return await self._reading(job.id, part)
+
+    async def _reading(self, job_id: int, part: Part) -> ProxyReading:
+        reading = ProxyReading(
+            self._dial, lambda: self._where(job_id), lambda part: self._in_archive(job_id, part), part
+        )
         await reading.seek()
         return reading
 
+    async def _in_archive(self, job_id: int, part: Part) -> Reading | None:
+        """A part of the output of a job, from the archive; None when it is not there."""
+        if self._archive is None or part.session or part.artifacts or job_id in self.placements.live:
+            return None
+        placement = await self._store.transact(rows.find, job_id)
+        if placement is None or placement.archived != rows.ARCHIVED:
+            return None
+        job = await self._store.get(job_id)
+        return None if job is None else await self._archive.reading(job, part)
+
     async def _where(self, job_id: int) -> OnNode | None:
         """Where a job is, once a node runs it; None when it ended without that."""
-        while (placed := self.placements.live.get(job_id)) is not None:
-            placement = placed.placement
-            node = self._nodes.known.get(placement.node)
-            if node is not None and placement.node_job_id:
-                return OnNode(placed.job, node, placement.node_job_id)
-            await first_of(placed.changed, placed.ended)
-        job = await self._store.get(job_id)
+        while True:
+            change = self._queue.change_of(job_id)
+            if (placed := self.placements.live.get(job_id)) is not None:
+                placement = placed.placement
+                node = self._nodes.known.get(placement.node)
+                if node is not None and placement.node_job_id:
+                    return OnNode(placed.job, node, placement.node_job_id)
+                await first_of(placed.changed, placed.over)
+                continue
+            job = await self._store.get(job_id)
+            if job is None or job.state.final:
+                break
+            if job_id not in self.placements.live:
+                await change.wait()
         placement_row = await self._store.transact(rows.find, job_id)
-        if job is None or placement_row is None:
+        if job is None:
             raise JobNotFoundError(job_id)
-        node = self._nodes.known.get(placement_row.node)
-        if node is None or not placement_row.node_job_id:
+        if placement_row is None:
+            # it ended before its turn came
             return None
+        node = self._nodes.known.get(placement_row.node)
+        if not placement_row.node_job_id:
+            return None
+        if node is None:
+            raise OutputLostError(
+                f"what job {job_id} left is lost: its node {placement_row.node} was removed from the cluster"
+            )
         return OnNode(job, node, placement_row.node_job_id)
+
+    # --- within jobs: see within.py
+
+    def write_input(
+        self, job_id: int, owner: str | None = None, session: int = 0
+    ) -> AbstractAsyncContextManager[Written]:
+        """Write to the input of a job, or of a session of it."""
+        return self._within.write_input(job_id, owner, session)
+
+    async def exec(
+        self, job_id: int, spec: JobSpec, client_name: str = LOCAL_CLIENT, *, detached: bool = False
+    ) -> Session:
+        """Start another command in a job."""
+        return await self._within.exec(job_id, spec, client_name, detached=detached)
+
+    async def archive(
+        self, job_id: int, archive: Archive, client_name: str = LOCAL_CLIENT, *, request_id: str = ""
+    ) -> Session:
+        """Pack or unpack files in a job."""
+        return await self._within.archive(job_id, archive, client_name, request_id)
+
+    async def wait_session(self, job_id: int, number: int, owner: str | None = None) -> Session:
+        """Wait until a session has ended."""
+        return await self._within.wait_session(job_id, number, owner)
+
+    async def stop_session(self, job_id: int, number: int, owner: str | None = None) -> Session:
+        """Hang a session up."""
+        return await self._within.stop_session(job_id, number, owner)
+
+    async def resize(
+        self, job_id: int, size: TerminalSize, owner: str | None = None, session: int = 0
+    ) -> None:
+        """Give a terminal another size."""
+        await self._within.resize(job_id, size, owner, session)
+
+    async def connect(self, job_id: int, port: int, client_name: str = LOCAL_CLIENT) -> NodeConnection:
+        """Connect to a TCP port within a job."""
+        return await self._within.connect(job_id, port, client_name)
+
+    def write_upload(
+        self, name: str, client_name: str = LOCAL_CLIENT
+    ) -> AbstractAsyncContextManager[Written]:
+        """Write an archive of files for a job that is to be started; see `Uploads.writer`."""
+        return self._uploads.writer(client_name, name, first_of)
+
+    async def read_upload(self, placed: Placed, offset: int) -> bytes:
+        """The next piece of the files that a job is to have; empty at their end. Raises CopyError."""
+        return await self._state.in_thread(self._read_piece, placed.job.client_name, placed.upload, offset)
+
+    def _read_piece(self, client_name: str, name: str, offset: int) -> bytes:
+        # opened for each piece: a thread goes on when its node has gone, and must not meet a closed file
+        descriptor = self._uploads.open(client_name, name)
+        try:
+            return os.pread(descriptor, _PIECE_BYTES, offset)
+        except OSError as error:
+            raise KernelError("read", f"upload {name} of {client_name}", error.errno or 0) from error
+        finally:
+            os.close(descriptor)
+
+    def _job_settled(self, placed: Placed) -> None:
+        """A job has begun or ended, and needs the files no more that were sent for it."""
+        if placed.upload:
+            self._background.spawn(self._uploads.release(placed.job.client_name, placed.upload))
 
     # --- usage
 
     async def usage_history(self, job_id: int, owner: str | None = None) -> tuple[Job, Sequence[UsageSample]]:
         """A job, and from its node what the job had used at moments of its life."""
         job = await self.get(job_id, owner)
-        if job.state is JobState.QUEUED:
+        if job.state is JobState.QUEUED or job.array is not None:
             return job, ()
         there = await self._where(job.id)
         if there is None:
@@ -408,8 +694,9 @@ class GatewayBackend:
         return self._changes.watch(owner, watched, since, snapshot=snapshot, follow=follow)
 
     async def quota(self, client_name: str = LOCAL_CLIENT) -> ClientQuota:
-        """The limits and the jobs of a client, without their use, which only the nodes know."""
+        """The limits and the jobs of a client, and what its nodes say of their use, and have for it."""
         settings = self._settings
+        use, mounts, gpus = await nodes_quota(self._dial, self._nodes, client_name)
         own = [
             placed
             for placed in self.placements.live.values()
@@ -427,64 +714,16 @@ class GatewayBackend:
             running_max=settings.quotas.running_max,
             memory_promised_bytes=sum(placed.job.limits.memory_max_bytes for placed in own),
             memory_promised_max_bytes=0,
-            stored_bytes=(await self._store.ended_bytes(client_name))[0],
-            stored_bytes_max=0,
-            use=GroupUse(),
+            stored_bytes=await self._stored.of(client_name),
+            stored_bytes_max=settings.quotas.stored_bytes_max,
+            use=use,
             queued=(await self._store.queued_of_clients()).get(client_name, 0),
             queued_max=settings.quotas.queued_max,
+            mounts=mounts,
+            gpus=gpus,
         )
 
     # --- methods that do not work through a gateway yet
-
-    async def hold(self, job_id: int | Element, owner: str | None = None) -> Job:
-        """Refused."""
-        raise not_yet("pjw hold")
-
-    async def release(self, job_id: int | Element, owner: str | None = None) -> Job:
-        """Refused."""
-        raise not_yet("pjw release")
-
-    def write_input(
-        self, job_id: int, owner: str | None = None, session: int = 0
-    ) -> AbstractAsyncContextManager[Written]:
-        """Refused."""
-        raise not_yet("input")
-
-    def write_upload(
-        self, name: str, client_name: str = LOCAL_CLIENT
-    ) -> AbstractAsyncContextManager[Written]:
-        """Refused."""
-        raise not_yet("to send files")
-
-    async def exec(
-        self, job_id: int, spec: JobSpec, client_name: str = LOCAL_CLIENT, *, detached: bool = False
-    ) -> Session:
-        """Refused."""
-        raise not_yet("pjw exec")
-
-    async def archive(
-        self, job_id: int, archive: Archive, client_name: str = LOCAL_CLIENT, *, request_id: str = ""
-    ) -> Session:
-        """Refused."""
-        raise not_yet("pjw cp")
-
-    async def resize(
-        self, job_id: int, size: TerminalSize, owner: str | None = None, session: int = 0
-    ) -> None:
-        """Refused."""
-        raise not_yet("a terminal")
-
-    async def connect(self, job_id: int, port: int, client_name: str = LOCAL_CLIENT) -> socket.socket:
-        """Refused."""
-        raise not_yet("pjw forward")
-
-    async def wait_session(self, job_id: int, number: int, owner: str | None = None) -> Session:
-        """Refused."""
-        raise not_yet("a session")
-
-    async def stop_session(self, job_id: int, number: int, owner: str | None = None) -> Session:
-        """Refused."""
-        raise not_yet("a session")
 
     async def workspaces(
         self, owner: str | None = LOCAL_CLIENT, after: tuple[str, str] = ("", ""), count: int = -1
@@ -528,16 +767,22 @@ class GatewayBackend:
         """How many jobs have not ended."""
         return len(self.placements.live)
 
+    @property
+    def drained(self) -> bool:
+        """Never: a gateway starts no jobs itself, and each node is drained by itself."""
+        return False
+
     async def numbers(self) -> WorkerNumbers:
         """How much of everything there is."""
         totals = {name: (jobs, stored) for name, jobs, stored in await self._store.totals()}
-        jobs = [placed.shown for placed in self.placements.live.values()]
-        begun = Counter(job.client_name for job in jobs if job.state is not JobState.QUEUED)
+        # not `shown`, which makes a copy of each
+        states = [(placed.state, placed.job.client_name) for placed in self.placements.live.values()]
+        begun = Counter(name for state, name in states if state is not JobState.QUEUED)
         queued = Counter(await self._store.waiting_of_clients())
         oldest_ns = await self._store.oldest_ready_ns()
         disk = os.fstatvfs(self._state.descriptor)
         return WorkerNumbers(
-            live=Counter(job.state for job in jobs if job.state is not JobState.QUEUED),
+            live=Counter(state for state, _ in states if state is not JobState.QUEUED),
             ends=dict(self.placements.by_reason),
             clients={
                 name: ClientNumbers(begun[name], *totals.get(name, (0, 0)), queued[name])
@@ -547,7 +792,9 @@ class GatewayBackend:
             disk_free_bytes=disk.f_frsize * disk.f_bavail,
             output_held=0,
             launcher_up=True,
+            admissions=self._queue.admissions,
             oldest_queued_seconds=0.0 if oldest_ns is None else max(0.0, (time.time_ns() - oldest_ns) / 1e9),
+            more=series_of(self._nodes, self.placements, self.archiver),
         )
 
     async def answers(self) -> None:
@@ -565,6 +812,9 @@ class GatewayBackend:
         """Take other limits, retention and quotas."""
         self._settings = settings
         self._pruner.keep(settings.retention)
+        self._stored.set_quotas(settings.quotas)
+        self._inputs.set_bytes_max(settings.quotas.input_bytes_max)
+        self._queue.reconfigure(settings)
         self.engine.look()
 
     async def give_shares(self) -> Sequence[str]:

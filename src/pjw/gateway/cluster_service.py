@@ -6,7 +6,7 @@ from typing import Final
 import grpc
 
 from pjw.cluster.v1 import cluster_pb2 as pb
-from pjw.gateway.nodes import Node, Nodes
+from pjw.gateway.nodes import Node, Nodes, NodeState
 from pjw.server.authz import Caller
 from pjw.server.guard import Guard
 
@@ -29,6 +29,7 @@ class ClusterService:
                 "ListNodes": guard.unary(self.list_nodes, pb.ListNodesRequest),
                 "DrainNode": guard.unary(self.drain_node, pb.DrainNodeRequest),
                 "ResumeNode": guard.unary(self.resume_node, pb.ResumeNodeRequest),
+                "RemoveNode": guard.unary(self.remove_node, pb.RemoveNodeRequest),
             },
         )
 
@@ -47,11 +48,19 @@ class ClusterService:
         self._guard.require_role(caller.client_name, "ResumeNode")
         return pb.ResumeNodeResponse(node=_message(await self._nodes.drain(request.name, drained=False)))
 
+    async def remove_node(self, request: pb.RemoveNodeRequest, caller: Caller) -> pb.RemoveNodeResponse:
+        """Forget a node that is gone for good."""
+        self._guard.require_role(caller.client_name, "RemoveNode")
+        await self._nodes.remove(request.name)
+        return pb.RemoveNodeResponse()
 
-def _state(node: Node) -> "pb.NodeState.ValueType":
-    if node.session is not None:
-        return pb.NODE_STATE_DRAINED if node.row.drained else pb.NODE_STATE_UP
-    return pb.NODE_STATE_LOST if node.row.is_lost else pb.NODE_STATE_AWAY
+
+_STATES: Final = {
+    NodeState.UP: pb.NODE_STATE_UP,
+    NodeState.DRAINED: pb.NODE_STATE_DRAINED,
+    NodeState.AWAY: pb.NODE_STATE_AWAY,
+    NodeState.LOST: pb.NODE_STATE_LOST,
+}
 
 
 def _message(node: Node) -> pb.Node:
@@ -59,7 +68,7 @@ def _message(node: Node) -> pb.Node:
     silent = 0.0 if node.session is not None else asyncio.get_running_loop().time() - node.heard
     return pb.Node(
         name=row.name,
-        state=_state(node),
+        state=_STATES[node.state],
         address=row.address,
         version=row.version,
         jobs=len(node.jobs),
@@ -68,4 +77,5 @@ def _message(node: Node) -> pb.Node:
         memory_bytes=used.memory,
         memory_max_bytes=row.memory_max_bytes,
         silent_seconds=int(silent),
+        drained_there=node.session is not None and node.drained_there,
     )

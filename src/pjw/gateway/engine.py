@@ -1,13 +1,37 @@
-"""The engine decides which node may claim a job. It knows the job's uuid, its shape and its client."""
+"""The engine decides which node may claim a job. It knows the job's uuid, its shape and its client.
 
+The queue (worker/queue.py) decides which job is next, and asks the engine whether there is room for that one.
+So an engine gets few jobs at a time, in the order of the queue.
+"""
+
+from collections.abc import Callable
 from typing import Protocol
 
 from pjw.cluster.v1 import cluster_pb2 as pb
 from pjw.gateway.nodes import Node, Shape
+from pjw.model import JobSpec
 
 
 class Engine(Protocol):
     """Jobs wait here for a node. Whatever an engine does, rows.claim lets a job be claimed once."""
+
+    # called when there may be room that no end of a job has made
+    freed: Callable[[], None]
+
+    def has_room(self, shape: Shape) -> bool:
+        """Whether it takes another job of this shape now, beside those with a reservation."""
+
+    def check(self, spec: JobSpec) -> None:
+        """Raise InvalidJobError for a job to which this engine can give no node."""
+
+    def passed_over(self, shape: Shape) -> str:
+        """Why a job that has no room waits, in words, when other shapes may go before it; else empty."""
+
+    def reserve(self, job_id: int, client_name: str, shape: Shape) -> None:
+        """Keep the room for a job of the queue that is about to be submitted, if there is room."""
+
+    def unreserve(self, job_id: int) -> None:
+        """A job is submitted right now, or is not submitted after all; it may have no reservation."""
 
     def submit(self, uuid: str, client_name: str, shape: Shape) -> None:
         """Find a node for a job. The job may be submitted again, when its node could not start it."""

@@ -6,7 +6,7 @@ Old news change nothing: the table decides that (rows.py), not the order in whic
 
 import logging
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Final
@@ -15,11 +15,13 @@ from pjw.errors import PjwError
 from pjw.gateway import rows
 from pjw.gateway.engine import Engine
 from pjw.gateway.nodes import Node, Session, Shape
+from pjw.gateway.offers import needs_of
 from pjw.gateway.rows import Placement
 from pjw.gateway.states import PlacementEvent, PlacementState
-from pjw.model import EndReason, Job, JobState, Limits
+from pjw.model import EndReason, Job, JobState
 from pjw.worker.flag import Flag
 from pjw.worker.queue_rows import STOPPED_BEFORE_START, WaitingJob
+from pjw.worker.slots import Wanting
 from pjw.worker.store import JobStore, NotQueuedError
 
 log: Final = logging.getLogger(__name__)
@@ -34,21 +36,46 @@ class Placed:
         # set when the placement has changed, and then replaced
         self.changed = Flag()
         self.ended: Final = Flag()
+        # set when it has ended, or waits in the queue again: then this object is of no more use
+        self.over: Final = Flag()
         # the session in which we told its node to stop it
         self.stop_told: Session | None = None
+        # the files that were sent for it, once a node has claimed it
+        self.upload = ""
+
+    def has_files_for(self, node_name: str, session: str) -> bool:
+        """Whether this node has claimed the job in this session, and is to get files for its start."""
+        placement = self.placement
+        return (
+            placement.state is PlacementState.CLAIMED
+            and (placement.node, placement.session) == (node_name, session)
+            and bool(self.upload)
+        )
+
+    @property
+    def state(self) -> JobState:
+        """The state of the job as clients see it."""
+        if self.placement.state is PlacementState.RUNNING and not self.job.state.final:
+            return JobState.STOPPING if self.placement.stop_signal is not None else JobState.RUNNING
+        return self.job.state
 
     @property
     def shown(self) -> Job:
         """The job as clients see it, without the reason why it waits."""
-        if self.placement.state is PlacementState.RUNNING and not self.job.state.final:
-            state = JobState.STOPPING if self.placement.stop_signal is not None else JobState.RUNNING
-            return replace(self.job, state=state)
-        return self.job
+        return self.job if self.state is self.job.state else replace(self.job, state=self.state)
 
 
-def shape_of(limits: Limits) -> Shape:
-    """How much of a node a job takes."""
-    return Shape(limits.cpu_max_millicores, limits.memory_max_bytes, limits.time_max_seconds)
+def shape_of(job: Wanting) -> Shape:
+    """How much of a node a job takes, and what it needs there."""
+    return Shape(
+        job.limits.cpu_max_millicores,
+        job.limits.memory_max_bytes,
+        seconds=job.limits.time_max_seconds,
+        gpus=job.gpus,
+        needs=needs_of(job),
+        link=f"{job.client_name}/{job.link}" if job.link else "",
+        node=job.chosen_node,
+    )
 
 
 def lost_words(node: Node) -> str:
@@ -64,41 +91,59 @@ class Placements:
         self._engine: Final = engine
         self.live: Final[dict[int, Placed]] = {}
         self._by_uuid: Final[dict[str, Placed]] = {}
+        # those that have a node, by its name and their ids
+        self._of_node: Final[defaultdict[str, dict[int, Placed]]] = defaultdict(dict)
         # jobs that have ended since this gateway began
         self.by_reason: Final[Counter[EndReason]] = Counter()
+        self.claims = 0
+        # called with a job that has ended, and its next attempt; then the job has ended for `ended`, too
+        self.retried: Final[list[Callable[[Job, Job], None]]] = []
         # called when a job has ended
         self.ended: Final[list[Callable[[Job], None]]] = []
+        # called when a job was executed, or has ended: what was kept for its start is not needed any more
+        self.settled: Callable[[Placed], None] = lambda _: None
 
-    async def begin(self, nodes: dict[str, Node], new_uuid: Callable[[], str]) -> None:
-        """Take over the jobs that the gateway before us has left, and submit those that wait."""
-        for job_id, client_name in await self._store.transact(rows.unplaced):
-            await self._store.transact(rows.place, job_id, client_name, new_uuid())
+    async def begin(self, nodes: dict[str, Node]) -> None:
+        """Take over the jobs with a node that the gateway before us has left.
+
+        Those that wait are the queue's. If they have a placement, they keep its uuid.
+        """
+        await self._store.transact(rows.forget_unneeded)
         for placement, job in await self._store.transact(rows.alive):
-            placed = self._hold(placement, job)
             if placement.state is PlacementState.QUEUED:
-                self._engine.submit(placement.uuid, job.client_name, shape_of(job.limits))
-            elif (node := nodes.get(placement.node)) is not None:
-                self._engine.claimed(
-                    placement.uuid, job.client_name, node, shape_of(job.limits), placement.hold
-                )
+                continue
+            placed = self._hold(placement, job)
+            if (node := nodes.get(placement.node)) is not None:
+                self._engine.claimed(placement.uuid, job.client_name, node, shape_of(job), placement.hold)
             else:
                 await self._lose(placed, PlacementEvent.NODE_LOST, "its node was forgotten")
 
     async def add(self, job: Job, uuid: str) -> Placed:
-        """Find a node for a job of the queue."""
-        if (known := self.live.get(job.id)) is not None:
-            return known
-        await self._store.transact(rows.place, job.id, job.client_name, uuid)
-        placement = await self._store.transact(rows.find, job.id)
-        assert placement is not None
-        if (known := self.live.get(job.id)) is not None:
-            return known
+        """Find a node for a job of the queue whose turn it is. Raises NotQueuedError."""
+        placement = await self._store.transact(rows.place, job.id, uuid)
+        if placement is None:
+            raise NotQueuedError
         placed = self._hold(placement, job)
-        self._engine.submit(placement.uuid, job.client_name, shape_of(job.limits))
+        self._engine.unreserve(job.id)
+        self._engine.submit(placement.uuid, job.client_name, shape_of(job))
         return placed
+
+    async def withdraw(self, job_id: int) -> None:
+        """A job of the queue may not be started now; if a node has claimed it, it was before that."""
+        placed = self.live.get(job_id)
+        if placed is not None and await self._store.transact(rows.withdraw, job_id):
+            self._drop(placed)
+
+    def _drop(self, placed: Placed) -> None:
+        """A job has ended, or waits in the queue."""
+        self.live.pop(placed.job.id, None)
+        self._by_uuid.pop(placed.placement.uuid, None)
+        self._engine.cancel(placed.placement.uuid)
+        placed.over.set()
 
     def _hold(self, placement: Placement, job: Job) -> Placed:
         placed = self.live[job.id] = self._by_uuid[placement.uuid] = Placed(placement, job)
+        self._of_node[placement.node][job.id] = placed
         return placed
 
     def of(self, uuid: str) -> Placed | None:
@@ -107,20 +152,18 @@ class Placements:
 
     def on(self, node: Node) -> list[Placed]:
         """The jobs that a node has claimed, and that have not ended."""
-        return [
-            placed
-            for placed in self.live.values()
-            if placed.placement.node == node.row.name and placed.placement.state is not PlacementState.QUEUED
-        ]
+        there = self._of_node.get(node.row.name, {})
+        return [each for each in there.values() if each.placement.state is not PlacementState.QUEUED]
 
     # --- what happens
 
     async def claim(
         self, uuid: str, node: Node, session: str, hold: str = ""
     ) -> tuple[Placed, WaitingJob] | None:
-        """A node claims a job, in a place of the engine's if it gives places; the job and what the node is to execute, or None when it may not have the job.
+        """A node claims a job; the job and what the node is to execute, or None when it may not have the job.
 
-        The claim is on the disk then, so the node may start the job as soon as it has the answer.
+        *hold*: the engine's place for it, where the engine gives places. The claim is on the disk then, so
+        the node may start the job as soon as it has the answer.
         """
         placed = self._by_uuid.get(uuid)
         if placed is None or not self._engine.may_claim(uuid, node, hold):
@@ -135,7 +178,8 @@ class Placements:
         )
         if job is None:
             return None
-        self._engine.claimed(uuid, job.client_name, node, shape_of(job.limits), hold)
+        self.claims += 1
+        self._engine.claimed(uuid, job.client_name, node, shape_of(job), hold)
         self._moved(
             placed,
             job,
@@ -145,6 +189,7 @@ class Placements:
             hold=hold,
             attempt=placement.attempt + 1,
         )
+        placed.upload = waiting.upload
         await self._store.sync()
         if node.row.is_lost:
             # it was lost while we looked into the table
@@ -157,19 +202,27 @@ class Placements:
         if job is not None:
             self._engine.started(node)
             self._moved(placed, job, state=PlacementState.RUNNING, node_job_id=node_job.id)
+            self.settled(placed)
 
     async def put_back(self, placed: Placed, node: Node, event: PlacementEvent) -> None:
-        """A node does not start a job: not now, or because it never heard the answer to its claim."""
+        """A node does not start a job: not now, or because it never heard the answer to its claim.
+
+        The queue turns to the job again.
+        """
         job = await self._store.transact(rows.put_back, placed.placement.job_id, event, time.time_ns())
         if job is None:
             return
         if event is PlacementEvent.PUT_BACK:
             self._engine.refused(placed.placement.uuid, node)
+        if job.state.final:
+            # an element of an array that was stopped meanwhile
+            await self._end(placed, job, PlacementState.ENDED)
+            return
         self._moved(placed, job, state=PlacementState.QUEUED, node="", session="", hold="")
         if placed.placement.stop_signal is not None:
             await self.cancel(placed)
-            return
-        self._engine.submit(placed.placement.uuid, job.client_name, shape_of(job.limits))
+        else:
+            self._drop(placed)
 
     async def cancel(self, placed: Placed) -> Job | None:
         """End a job that no node has; None when one was first."""
@@ -190,7 +243,7 @@ class Placements:
             # no client asked for that: it was the node, for a place that it has no longer
             why = f"Slurm took its place on node {placement.node} back (Slurm's job {placement.hold})"
             node_job = replace(node_job, reason=EndReason.REVOKED, detail=why)
-        job = await self._store.transact(rows.ended, placed.placement.job_id, node_job)
+        job = await self._store.transact(rows.ended, placement.job_id, node_job, time.time_ns())
         await self._end(placed, job, PlacementState.ENDED, node_job.id)
 
     async def lose(self, node: Node, why: str) -> None:
@@ -227,21 +280,26 @@ class Placements:
             await self._store.sync()
         except PjwError as error:
             log.error("the end of job %d may not survive a power cut: %s", job.id, error)
-        self.live.pop(job.id, None)
-        self._by_uuid.pop(placed.placement.uuid, None)
-        self._engine.cancel(placed.placement.uuid)
+        following = None if job.retried_as is None else await self._store.get(job.retried_as)
         if job.reason is not None:
             self.by_reason[job.reason] += 1
         changes = {"node_job_id": node_job_id} if node_job_id else {}
         self._moved(placed, job, state=state, **changes)
         placed.ended.set()
+        self.settled(placed)
+        self._drop(placed)
+        if following is not None:
+            for each_retried in self.retried:
+                each_retried(job, following)
         for each in self.ended:
             each(job)
         return job
 
-    @staticmethod
-    def _moved(placed: Placed, job: Job, **changes: Any) -> None:  # noqa: ANN401  members of a Placement
+    def _moved(self, placed: Placed, job: Job, **changes: Any) -> None:  # noqa: ANN401  of a Placement
+        self._of_node[placed.placement.node].pop(job.id, None)
         placed.job = job
         placed.placement = replace(placed.placement, **changes)
+        if not placed.placement.state.final:
+            self._of_node[placed.placement.node][job.id] = placed
         before, placed.changed = placed.changed, Flag()
         before.set()

@@ -53,6 +53,31 @@ class NodeGuard:
             response_serializer=lambda message: message.SerializeToString(),
         )
 
+    def stream(
+        self,
+        method: Callable[[Any, str], AsyncGenerator[Message, None]],
+        request_class: type[Message],
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        """The handler of a method with a stream of answers."""
+
+        async def handle(request: Message | None, context: Context) -> None:
+            try:
+                name = self.admit(context).identity.client_name
+                async with aclosing(method(_decoded(request), name)) as answers:
+                    async for answer in answers:
+                        await context.write(answer)
+            except grpc.aio.BaseError:
+                # the node has gone while we wrote
+                return
+            except Exception as error:  # noqa: BLE001  the one place where a bug becomes an answer
+                await _abort(context, error)
+
+        return grpc.unary_stream_rpc_method_handler(
+            handle,
+            request_deserializer=_deserializer(request_class),
+            response_serializer=lambda message: message.SerializeToString(),
+        )
+
     def bidi(
         self,
         method: Callable[[AsyncIterator[Any], str, Callable[[], None]], AsyncGenerator[Message, None]],

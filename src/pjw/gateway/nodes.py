@@ -5,12 +5,15 @@ import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
+from enum import StrEnum
 from typing import Final, NamedTuple
 
 from pjw.cluster.v1 import cluster_pb2 as pb
 from pjw.errors import JobStateError, NodeNotFoundError
 from pjw.gateway import rows
+from pjw.gateway.offers import offers_of
 from pjw.gateway.rows import NodeRow
+from pjw.gateway.skew import require_no_newer
 from pjw.worker.background import Background
 from pjw.worker.flag import Flag
 from pjw.worker.store import JobStore
@@ -19,12 +22,29 @@ log: Final = logging.getLogger(__name__)
 
 
 class Shape(NamedTuple):
-    """The part of a node that a job takes, by its limits; 0 is all of the node."""
+    """The part of a node that a job takes, by its limits; 0 is all of the node. And what it needs there."""
 
     millicores: int
     memory: int
     # the longest that the job may run; 0: for ever
     seconds: int = 0
+    gpus: int = 0
+    # what not every node offers: offers.py
+    needs: frozenset[str] = frozenset()
+    # The network that it shares with other jobs of its client: all that have it are on one node. Empty: none.
+    link: str = ""
+    # the only node that the job may have; empty: any
+    node: str = ""
+
+
+class NodeState(StrEnum):
+    """Whether a node gets jobs."""
+
+    UP = "up"
+    DRAINED = "drained"
+    # not connected, and its jobs are not lost yet
+    AWAY = "away"
+    LOST = "lost"
 
 
 class Session:
@@ -71,22 +91,57 @@ class Node:
         self.heard = heard
         # set when it comes or goes, and then replaced
         self.changed = Flag()
-        # the jobs that are assigned to it, or that it has claimed, by their uuids
+        # whether it was drained on its own machine, as it says itself
+        self.drained_there = False
+        # the jobs that are assigned to it, or that it has claimed, by their uuids: see `take`, `give_back`
         self.jobs: Final[dict[str, Shape]] = {}
+        # what it said last of what it has; None: it was not connected since this gateway began
+        self.hello: pb.Hello | None = None
+        self.offers: frozenset[str] = frozenset()
+        # what they take of a node with so many processors and so much memory; None: to be summed
+        self._used: tuple[int, int, Shape] | None = None
         self.timer: asyncio.TimerHandle | None = None
+
+    @property
+    def state(self) -> NodeState:
+        """How it is."""
+        if self.session is not None:
+            return NodeState.DRAINED if self.is_drained else NodeState.UP
+        return NodeState.LOST if self.row.is_lost else NodeState.AWAY
 
     @property
     def gets_jobs(self) -> bool:
         """Whether jobs may be assigned to it."""
-        return self.session is not None and not self.row.drained
+        return self.session is not None and not self.is_drained
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether it gets no jobs, by the will of the operator of the cluster or of its machine."""
+        return self.row.drained or self.drained_there
+
+    def take(self, uuid: str, shape: Shape) -> None:
+        """A job is assigned to it."""
+        self.jobs[uuid] = shape
+        self._used = None
+
+    def give_back(self, uuid: str) -> None:
+        """A job is not there any more."""
+        del self.jobs[uuid]
+        self._used = None
 
     def used(self) -> Shape:
         """How much of it its jobs take."""
-        taken = [self._part(shape) for shape in self.jobs.values()]
-        return Shape(sum(each.millicores for each in taken), sum(each.memory for each in taken))
+        size = self.row.cpu_max_millicores, self.row.memory_max_bytes
+        if self._used is None or self._used[:2] != size:
+            taken = [self._part(shape) for shape in self.jobs.values()]
+            used = Shape(sum(each.millicores for each in taken), sum(each.memory for each in taken))
+            self._used = *size, used
+        return self._used[2]
 
     def has_room(self, shape: Shape) -> bool:
         """Whether a job of this shape fits beside its jobs; a job that is too large takes the whole node."""
+        if not self.could_have(shape) or shape.gpus > self.free_gpus():
+            return False
         used, wanted = self.used(), self._part(shape)
         return all(
             not most or there + more <= most
@@ -95,6 +150,23 @@ class Node:
                 (used.memory, wanted.memory, self.row.memory_max_bytes),
             )
         )
+
+    def could_have(self, shape: Shape) -> bool:
+        """Whether it offers what a job of this shape needs, beyond processors and memory."""
+        return (
+            shape.node in ("", self.row.name)
+            and shape.needs <= self.offers
+            and (not shape.gpus or shape.gpus <= self.gpus)
+        )
+
+    @property
+    def gpus(self) -> int:
+        """How many GPUs it has for jobs."""
+        return 0 if self.hello is None else self.hello.gpus
+
+    def free_gpus(self) -> int:
+        """How many GPUs no job has."""
+        return self.gpus and self.gpus - sum(shape.gpus for shape in self.jobs.values())
 
     def _part(self, shape: Shape) -> Shape:
         millicores, memory = self.row.cpu_max_millicores, self.row.memory_max_bytes
@@ -120,15 +192,23 @@ class Nodes:
         self.heartbeat_seconds: Final = heartbeat_seconds
         self.lost_after_seconds: Final = lost_after_seconds
         self.known: Final[dict[str, Node]] = {}
+        # how many sessions nodes have begun, and how often one was lost
+        self.sessions = 0
+        self.lost = 0
         # called when a node may get jobs again, or has more room
         self.came: Callable[[], None] = lambda: None
+        # called with a node whose session has begun
+        self.begun: Callable[[Node], None] = lambda _: None
         # called with a node whose session is over, and with a node that is lost
         self.went: Callable[[Node], None] = lambda _: None
         self.was_lost: Callable[[Node], None] = lambda _: None
+        # called with a node that was removed
+        self.was_removed: Callable[[Node], None] = lambda _: None
 
     async def begin(self) -> None:
         """Take over the known nodes: each has as much time to connect as one that has just gone."""
         now = asyncio.get_running_loop().time()
+        await self._store.transact(rows.forget_orphans)
         for row in await self._store.transact(rows.nodes):
             node = self.known[row.name] = Node(row, now)
             if not row.is_lost:
@@ -147,6 +227,17 @@ class Nodes:
         """How many clients can have jobs on the nodes; 0 while no node is known."""
         return min((node.row.uid_count for node in self.known.values()), default=0)
 
+    def free_gpus(self) -> int:
+        """How many GPUs one node can give a job now."""
+        return max((node.free_gpus() for node in self.known.values() if node.gets_jobs), default=0)
+
+    def of_link(self, link: str) -> Node | None:
+        """The node of the jobs that share a network; None when there are none."""
+        return next(
+            (node for node in self.known.values() if any(each.link == link for each in node.jobs.values())),
+            None,
+        )
+
     def named(self, name: str) -> Node:
         """The node of this name. Raises NodeNotFoundError."""
         try:
@@ -157,6 +248,7 @@ class Nodes:
     async def connected(self, session: Session) -> Node:
         """A node has said hello. Raises JobStateError for a node that does not fit the others."""
         hello, now = session.hello, asyncio.get_running_loop().time()
+        require_no_newer(hello)
         self._require_same_users(hello)
         row = NodeRow(
             hello.node,
@@ -177,7 +269,10 @@ class Nodes:
         row = replace(row, drained=node.row.drained)
         await self._store.transact(rows.keep_node, row)
         node.row, node.heard = row, now
+        node.hello, node.offers = hello, offers_of(hello)
+        node.drained_there = hello.drained
         node.session = session
+        self.sessions += 1
         self._watch(node)
         log.info("node %s is connected", row.name)
         return node
@@ -196,6 +291,15 @@ class Nodes:
         """A message of a node has arrived."""
         node.heard = asyncio.get_running_loop().time()
 
+    def beat(self, node: Node, heartbeat: pb.Heartbeat) -> None:
+        """A node says whether it was drained on its own machine."""
+        if heartbeat.drained != node.drained_there:
+            node.drained_there = heartbeat.drained
+            log.info(
+                "node %s is %s on its machine", node.row.name, "drained" if heartbeat.drained else "resumed"
+            )
+            self.came()
+
     def session_over(self, node: Node, session: Session) -> None:
         """A session has ended; the end of an earlier session of the node changes nothing."""
         session.close()
@@ -206,13 +310,46 @@ class Nodes:
             self.went(node)
 
     async def drain(self, name: str, *, drained: bool) -> Node:
-        """Give a node no more jobs, or jobs again. Raises NodeNotFoundError."""
+        """Give a node no more jobs, or jobs again.
+
+        Raises NodeNotFoundError, and JobStateError for a node that stays drained on its own machine.
+        """
         node = self.named(name)
         node.row = replace(node.row, drained=drained)
         await self._store.transact(rows.keep_node, node.row)
         await self._store.sync()
         self.came()
+        if not drained and node.session is not None and node.drained_there:
+            raise JobStateError(
+                f"node {name} gets no jobs yet: it was drained on its own machine", hint="there: pjwd resume"
+            )
         return node
+
+    async def remove(self, name: str) -> None:
+        """Forget a node that is gone for good.
+
+        Raises NodeNotFoundError, and JobStateError for a node that is connected or has jobs.
+        """
+        node = self.named(name)
+        if node.session is not None:
+            raise JobStateError(
+                f"cannot remove node {name}: it is connected",
+                hint=f"pjw nodes drain {name}, then stop its pjwd",
+            )
+        if node.jobs:
+            raise JobStateError(
+                f"cannot remove node {name}: {len(node.jobs)} of its jobs have not ended",
+                hint="they are lost when nothing was heard of it for gateway.lost_after_seconds",
+            )
+        if node.timer is not None:
+            node.timer.cancel()
+        # before anything is awaited: if it connects meanwhile, it is a new one
+        del self.known[name]
+        await self._store.transact(rows.remove_node, name)
+        await self._store.sync()
+        self.was_removed(node)
+        # readers of its output: they find no node, and say so
+        node.has_changed()
 
     def _watch(self, node: Node) -> None:
         if node.timer is not None:
@@ -228,6 +365,7 @@ class Nodes:
             "node %s was not heard of for %g s: its jobs are lost", node.row.name, self.lost_after_seconds
         )
         node.timer = None
+        self.lost += 1
         node.row = replace(node.row, is_lost=True)
         self._background.spawn(self._keep(node))
         if node.session is not None:

@@ -8,6 +8,7 @@ from socket import socket
 import grpc
 
 from pjw.certs.files import Credentials
+from pjw.gateway.archive import Archive
 from pjw.gateway.backend import GatewayBackend
 from pjw.gateway.cluster_service import CLUSTER_SERVICE, ClusterService
 from pjw.gateway.dial import Dial
@@ -33,6 +34,7 @@ async def opened(
     state: GatewayState,
     dialling: Credentials,
     slurm: socket | None,
+    archive: int | None = None,
 ) -> AsyncGenerator[Served, None]:
     """A gateway that has taken over the jobs of the one before; *slurm*: to pjwd-slurm, with that engine."""
     async with AsyncExitStack() as stack:
@@ -50,12 +52,26 @@ async def opened(
             stack.callback(port.close)
             background.keep("answers of Slurm", port.run(await port.begin()))
             engine_of = partial(Slurm, port=port, settings=config.gateway.slurm, background=background)
-        backend = GatewayBackend(state, settings, nodes, dial, background, engine_of)
+        backend = GatewayBackend(
+            state, settings, nodes, dial, background, engine_of, config.gateway.choose_node
+        )
         if isinstance(backend.engine, Slurm):
             backend.engine.revoked = backend.revoke
             background.keep("the sampler of Slurm", backend.engine.run())
+        if archive is not None:
+            state.archive = Archive(archive, config.gateway.archive or "")
+            stack.callback(state.archive.close)
+            backend.keep_in(state.archive)
         await backend.begin()
-        sessions = Sessions(state.store, nodes, backend.placements, backend.engine, backend.run_here)
+        sessions = Sessions(
+            state.store,
+            nodes,
+            backend.placements,
+            backend.engine,
+            backend.run_here,
+            backend.read_upload,
+            backend.keeps_on_node,
+        )
 
         def handlers(guard: Guard) -> Sequence[grpc.GenericRpcHandler]:
             return (

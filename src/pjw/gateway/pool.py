@@ -1,8 +1,7 @@
-"""The engine `pool`: the first connected node, by its name, that has room for the oldest job.
+"""The engine `pool`: the first connected node, by its name, that has room for the job that is next.
 
-It is for a handful of machines, and no scheduler: it has no fair share, no priorities and no reservations.
-Smaller jobs pass a job that fits nowhere now. The pool is in memory alone: the table of placements has the
-waiting jobs, and the gateway submits them again when it begins.
+It is for a handful of machines. It has no order of its own: the queue asks it for room, one job after the
+other. The pool is in memory alone: the table has the waiting jobs, and the queue submits them.
 """
 
 import asyncio
@@ -12,6 +11,8 @@ from typing import Final, NamedTuple
 
 from pjw.cluster.v1 import cluster_pb2 as pb
 from pjw.gateway.nodes import Node, Nodes, Shape
+from pjw.gateway.room import Room
+from pjw.model import JobSpec
 
 # A node that could not start a job gets none for so long; each further failure doubles the pause.
 FIRST_PAUSE_SECONDS: Final = 1.0
@@ -28,6 +29,7 @@ class Pool:
 
     def __init__(self, nodes: Nodes, running_max: Callable[[], int]) -> None:
         self._nodes: Final = nodes
+        self._room: Final = Room(nodes, self._gets_jobs)
         # how many jobs of a client may be on nodes at once; 0: any number
         self._running_max: Final = running_max
         self._waiting: Final[dict[str, _Waiting]] = {}
@@ -37,18 +39,42 @@ class Pool:
         self._of_client: Final[Counter[str]] = Counter()
         # the nodes that could not start a job: until when they get none, and how long that is
         self._paused: Final[dict[str, tuple[float, float]]] = {}
+        # see `Engine`
+        self.freed: Callable[[], None] = lambda: None
+
+    def has_room(self, shape: Shape) -> bool:
+        """See `Engine`."""
+        return self._find(shape) is not None
+
+    def check(self, spec: JobSpec) -> None:
+        """See `Engine`: it can run whatever a node can."""
+
+    def passed_over(self, shape: Shape) -> str:
+        """See `Engine`: what becomes free is for the job that is next."""
+        return ""
+
+    def reserve(self, job_id: int, client_name: str, shape: Shape) -> None:
+        """See `Engine`."""
+        if (node := self._find(shape)) is not None:
+            self._take(_reservation(job_id), client_name, node, shape)
+            # no message to the node was sent, so it stays when the node goes away
+            self._claimed.add(_reservation(job_id))
+
+    def unreserve(self, job_id: int) -> None:
+        """See `Engine`."""
+        self._release(_reservation(job_id))
 
     def submit(self, uuid: str, client_name: str, shape: Shape) -> None:
         """See `Engine`."""
         self._release(uuid)
         self._waiting[uuid] = _Waiting(client_name, shape)
-        self.look()
+        self._look()
 
     def cancel(self, uuid: str) -> None:
         """See `Engine`."""
         self._waiting.pop(uuid, None)
         if self._release(uuid):
-            self.look()
+            self._look()
 
     def claimed(self, uuid: str, client_name: str, node: Node, shape: Shape, hold: str = "") -> None:
         """See `Engine`."""
@@ -65,7 +91,8 @@ class Pool:
 
     def started(self, node: Node) -> None:
         """See `Engine`."""
-        self._paused.pop(node.row.name, None)
+        if self._paused.pop(node.row.name, None) is not None:
+            self._pause_over()
 
     def refused(self, uuid: str, node: Node) -> None:
         """See `Engine`."""
@@ -73,12 +100,16 @@ class Pool:
         pause = min(2 * before or FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS)
         loop = asyncio.get_running_loop()
         self._paused[node.row.name] = loop.time() + pause, pause
-        loop.call_later(pause, self.look)
+        loop.call_later(pause, self._pause_over)
+
+    def _pause_over(self) -> None:
+        self.look()
+        self.freed()
 
     def why(self, uuid: str) -> str:
         """See `Engine`."""
         if uuid in self._placed:
-            return f"node {self._placed[uuid][1].row.name} is about to start it"
+            return f"waits: node {self._placed[uuid][1].row.name} is about to start it"
         waiting = self._waiting.get(uuid)
         most = self._running_max()
         if waiting is not None and most and self._of_client[waiting.client_name] >= most:
@@ -117,18 +148,19 @@ class Pool:
 
     def look(self) -> None:
         """See `Engine`."""
+        self._room.forget()
+        self._look()
+
+    def _look(self) -> None:
         if not self._waiting:
             return
-        nodes = [node for _, node in sorted(self._nodes.known.items()) if self._gets_jobs(node)]
         most = self._running_max()
         # if a job does not fit now, one of the same shape does not fit either
         passed_over: set[Shape] = set()
         for uuid, waiting in list(self._waiting.items()):
-            if not nodes:
-                return
             if waiting.shape in passed_over or (most and self._of_client[waiting.client_name] >= most):
                 continue
-            found = next((node for node in nodes if node.has_room(waiting.shape)), None)
+            found = self._find(waiting.shape)
             if found is None:
                 passed_over.add(waiting.shape)
                 continue
@@ -137,6 +169,12 @@ class Pool:
             assert found.session is not None
             found.session.say(pb.SessionResponse(assign=pb.Assign(uuid=uuid)))
 
+    def _find(self, shape: Shape) -> Node | None:
+        """The node that a job of this shape gets now."""
+        if shape.link and (node := self._nodes.of_link(shape.link)) is not None:
+            return node if self._room.fits(node, shape) else None
+        return self._room.find(shape)
+
     def _gets_jobs(self, node: Node) -> bool:
         until, _ = self._paused.get(node.row.name, (0.0, 0.0))
         return node.gets_jobs and asyncio.get_running_loop().time() >= until
@@ -144,7 +182,7 @@ class Pool:
     def _take(self, uuid: str, client_name: str, node: Node, shape: Shape) -> None:
         self._placed[uuid] = client_name, node
         self._of_client[client_name] += 1
-        node.jobs[uuid] = shape
+        node.take(uuid, shape)
 
     def _release(self, uuid: str) -> bool:
         placed = self._placed.pop(uuid, None)
@@ -152,8 +190,14 @@ class Pool:
         if placed is None:
             return False
         client_name, node = placed
-        del node.jobs[uuid]
+        node.give_back(uuid)
+        self._room.more(node)
         self._of_client[client_name] -= 1
         if not self._of_client[client_name]:
             del self._of_client[client_name]
         return True
+
+
+def _reservation(job_id: int) -> str:
+    """What a job is called that has no uuid yet."""
+    return f"job {job_id}"

@@ -6,7 +6,7 @@ is back.
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -16,9 +16,11 @@ import grpc
 from pjw.errors import JobNotFoundError, OffsetError, OutputLostError, PjwError, ServerUnreachableError
 from pjw.gateway.dial import Dial, error_from
 from pjw.gateway.nodes import Node
+from pjw.gateway.words import in_our_words
 from pjw.model import Job
 from pjw.output import Head, no_head
 from pjw.rpc.convert import logs_response_bytes
+from pjw.server.backend import Reading
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker import Part
 
@@ -37,6 +39,8 @@ class OnNode:
 
 # Finds the node of a job; returns when a node has the job, or it has ended. None: it ended without a start.
 Where = Callable[[], Awaitable[OnNode | None]]
+# A part of the job's output from the archive; None when that does not have it.
+InArchive = Callable[[Part], Awaitable[Reading | None]]
 
 
 class NoReading:
@@ -62,9 +66,12 @@ class NoReading:
 class ProxyReading:
     """A part of a job's output that is about to be read."""
 
-    def __init__(self, dial: Dial, where: Where, part: Part) -> None:
+    def __init__(self, dial: Dial, where: Where, in_archive: InArchive, part: Part) -> None:
         self._dial: Final = dial
         self._where: Final = where
+        self._in_archive: Final = in_archive
+        # the rest of the output, when the archive has it and the node does not answer
+        self._rest: Reading | None = None
         self._part: Final = part
         self.offset = part.offset
 
@@ -78,7 +85,8 @@ class ProxyReading:
             return
         there = await self._connected()
         if there is None:
-            self.offset = 0
+            self._rest = await self._in_archive(self._part)
+            self.offset = self._rest.offset if self._rest is not None else 0
             return
         # the first answer has the offset; we need no more
         call = self._dial.stream(there.node, "Logs", self._request(there, sought=True), there.job.client_name)
@@ -102,6 +110,10 @@ class ProxyReading:
             made = head(count)
             # most messages go on as they came
             yield message if made == message[:start] else made + message[start:]
+        if self._rest is not None:
+            async with aclosing(self._rest.chunks(head)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
 
     async def timed(self) -> AsyncGenerator[tuple[bytes, datetime | None], None]:
         """The same, with the time at which the job wrote each piece; None where that is not known."""
@@ -109,6 +121,10 @@ class ProxyReading:
             response = pb.LogsResponse.FromString(message)
             time = response.time.ToDatetime(UTC) if response.HasField("time") else None
             yield response.data, time
+        if self._rest is not None:
+            async with aclosing(self._rest.timed()) as timed:
+                async for each in timed:
+                    yield each
 
     async def _messages(self, *, timestamps: bool) -> AsyncGenerator[bytes, None]:
         """Serialized answers with bytes in them, in their order, from `offset` on."""
@@ -133,6 +149,8 @@ class ProxyReading:
                 return
             except grpc.aio.AioRpcError as error:
                 why = self._told(error_from(error, there.node), there)
+                if await self._goes_on_in_archive():
+                    return
                 if not isinstance(why, ServerUnreachableError):
                     raise why from None
             except asyncio.CancelledError:
@@ -158,6 +176,8 @@ class ProxyReading:
                 return None
             if there.node.session is not None:
                 return there
+            if await self._goes_on_in_archive():
+                return None
             if there.node.row.is_lost:
                 raise OutputLostError(
                     f"the output of job {there.job.id} ends here, at byte {self.offset}:"
@@ -165,6 +185,11 @@ class ProxyReading:
                     hint="what the node has can be read when it is back",
                 )
             await there.node.changed.wait()
+
+    async def _goes_on_in_archive(self) -> bool:
+        """Whether the archive has what follows: that is the rest then."""
+        self._rest = await self._in_archive(Part(offset=self.offset, stderr=self._part.stderr))
+        return self._rest is not None
 
     def _request(self, there: OnNode, *, timestamps: bool = False, sought: bool = False) -> pb.LogsRequest:
         part = self._part
@@ -174,6 +199,8 @@ class ProxyReading:
             no_follow=not part.follow,
             stream=pb.OUTPUT_STREAM_STDERR if part.stderr else pb.OUTPUT_STREAM_UNSPECIFIED,
             timestamps=timestamps,
+            session=part.session,
+            artifacts=part.artifacts,
         )
         if sought and part.tail_lines is not None:
             request.tail_lines = part.tail_lines
@@ -181,13 +208,12 @@ class ProxyReading:
             request.since.FromNanoseconds(part.since_ns)
         return request
 
-    @staticmethod
-    def _told(error: PjwError, there: OnNode) -> PjwError:
+    def _told(self, error: PjwError, there: OnNode) -> PjwError:
         """A node's error, in words with the job's id at the gateway."""
         job_id, name = there.job.id, there.node.row.name
         if isinstance(error, JobNotFoundError):
             return OutputLostError(f"node {name} has no output of job {job_id} any more")
-        if isinstance(error, OutputLostError):
+        if isinstance(error, OutputLostError) and not self._part.artifacts:
             size = "" if there.job.output_bytes is None else f" of its {there.job.output_bytes} bytes"
             return OutputLostError(f"the output of job {job_id} on node {name} is cut short{size}")
-        return error
+        return in_our_words(error, name, there.node_job_id, job_id)

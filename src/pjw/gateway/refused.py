@@ -8,6 +8,11 @@ from pjw.model import JobSpec
 HINT: Final = "docs/cluster.md has what works through a gateway"
 
 
+def not_with(what: str, engine: str) -> InvalidJobError:
+    """The error for a job that only another engine can give a node."""
+    return InvalidJobError(f"{what} does not work with the engine {engine} yet", hint=HINT)
+
+
 def not_yet(what: str) -> JobStateError:
     """The error for a call that works on one machine alone."""
     return JobStateError(_words(what), hint=HINT)
@@ -19,24 +24,8 @@ def _words(what: str) -> str:
 
 def check_spec(spec: JobSpec) -> None:
     """Raise InvalidJobError for a job that needs a feature that a gateway does not have yet."""
-    queue = spec.queue
     asked = {
-        "input": spec.input,
-        "a terminal": spec.terminal is not None,
-        "files that are sent with a job": bool(spec.upload),
         "a workspace": bool(spec.workspace),
-        "artifacts": bool(spec.outputs),
-        "an image": bool(spec.image) or spec.read_only,
-        "a mount of the operator's": bool(spec.mounts),
-        "a name on the network": bool(spec.allow),
-        "a network that jobs share": bool(spec.link),
-        "a GPU": bool(spec.gpus),
-        "a priority": queue is not None and bool(queue.priority),
-        "a time before which a job is not started": queue is not None and queue.not_before is not None,
-        "a held job": queue is not None and queue.held,
-        "a job that waits for others": queue is not None and bool(queue.after),
-        "a job that is tried again": queue is not None and queue.retry is not None,
-        "an array": queue is not None and bool(queue.array),
     }
     for what, is_asked in asked.items():
         if is_asked:

@@ -11,14 +11,15 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from pjw.gateway.states import TRANSITIONS, PlacementEvent, PlacementState, before
-from pjw.model import EndReason, Job, JobState, Limits
-from pjw.worker import queue_rows
-from pjw.worker.rows import COLUMNS, job_of, to_ns
+from pjw.model import ArtifactsState, EndReason, Job, JobState, Limits
+from pjw.worker import array_rows, queue_rows
+from pjw.worker.rows import COLUMNS, READY, WAITS, job_of, to_ns
 
 _PLACEMENT: Final = (
-    "job_id, uuid, client_name, state, node, session, node_job_id, attempt, stop_signal, stop_grace,"
-    " hold"
+    "job_id, uuid, client_name, state, node, session, node_job_id, attempt, stop_signal, stop_grace, hold,"
+    " archived"
 )
+ARCHIVED: Final = 1
 _ALIVE: Final = "state IN ('queued', 'claimed', 'running')"
 
 
@@ -42,6 +43,8 @@ class Placement:
     stop_grace: float | None = None
     # the engine's name for its place on the node; empty where the engine gives no places
     hold: str = ""
+    # ARCHIVED when the archive has its output
+    archived: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,34 +70,38 @@ def _placement(row: tuple[Any, ...]) -> Placement:
 # --- placements
 
 
-def place(db: sqlite3.Connection, job_id: int, client_name: str, uuid: str) -> None:
-    """Make the placement of a job of the queue; nothing when it has one already."""
+def place(db: sqlite3.Connection, job_id: int, uuid: str) -> Placement | None:
+    """The placement of a job whose turn it is, a new one if there is none; None when it does not wait so."""
     db.execute(
-        "INSERT OR IGNORE INTO placements (job_id, uuid, client_name, state) VALUES (?, ?, ?, 'queued')",
-        (job_id, uuid, client_name),
+        "INSERT OR IGNORE INTO placements (job_id, uuid, client_name, state)"
+        f" SELECT id, ?, client_name, 'queued' FROM jobs WHERE id = ? AND {READY}",
+        (uuid, job_id),
     )
+    is_ready = db.execute(f"SELECT 1 FROM jobs WHERE id = ? AND {READY}", (job_id,)).fetchone()
+    return find(db, job_id) if is_ready else None
 
 
-def unplaced(db: sqlite3.Connection) -> list[tuple[int, str]]:
-    """Jobs of the queue, with their clients, that have no placement after a crash."""
-    query = (
-        "SELECT id, client_name FROM jobs INDEXED BY jobs_queued WHERE state IS NULL AND start_ns = 0"
-        " AND id NOT IN (SELECT job_id FROM placements)"
-    )
-    return db.execute(query).fetchall()
+def withdraw(db: sqlite3.Connection, job_id: int) -> bool:
+    """Forget the placement of a job that no node has claimed; whether it was so."""
+    query = "DELETE FROM placements WHERE job_id = ? AND state = 'queued'"
+    return bool(db.execute(query, (job_id,)).rowcount)
+
+
+def forget_unneeded(db: sqlite3.Connection) -> None:
+    """Forget placements of jobs that ended while they waited in the queue again."""
+    waits = f"SELECT 1 FROM jobs WHERE jobs.id = placements.job_id AND {WAITS}"
+    db.execute(f"DELETE FROM placements WHERE state = 'queued' AND NOT EXISTS ({waits})")
 
 
 def alive(db: sqlite3.Connection) -> list[tuple[Placement, Job]]:
     """All placements that have not ended, in the order of their jobs, each with its job."""
-    placements = db.execute(
-        f"SELECT {_PLACEMENT} FROM placements INDEXED BY placements_alive WHERE {_ALIVE} ORDER BY job_id"
-    ).fetchall()
-    found = []
-    for row in placements:
-        job = db.execute(f"SELECT {COLUMNS} FROM jobs WHERE id = ?", (row[0],)).fetchone()
-        if job is not None:
-            found.append((_placement(row), job_of(job)))
-    return found
+    of_alive = f"FROM placements INDEXED BY placements_alive WHERE {_ALIVE}"
+    placements = db.execute(f"SELECT {_PLACEMENT} {of_alive} ORDER BY job_id").fetchall()
+    jobs = {
+        row[0]: job_of(row)
+        for row in db.execute(f"SELECT {COLUMNS} FROM jobs WHERE id IN (SELECT job_id {of_alive})")
+    }
+    return [(_placement(row), jobs[row[0]]) for row in placements if row[0] in jobs]
 
 
 def find(db: sqlite3.Connection, job_id: int) -> Placement | None:
@@ -126,7 +133,7 @@ def _move(
     )
 
 
-def claim(  # noqa: PLR0913  the transaction and all that it writes
+def claim(
     db: sqlite3.Connection,
     placed: Placement,
     limits: Limits,
@@ -135,7 +142,13 @@ def claim(  # noqa: PLR0913  the transaction and all that it writes
     now_ns: int,
     hold: str = "",
 ) -> Job | None:
-    """A node claims a job; the job as it is then, or None when no node can claim it any more."""
+    """A node claims a job; the job as it is then, or None when no node can claim it (any more)."""
+    placement = find(db, placed.job_id)
+    if placement is None or placement.state is not PlacementState.QUEUED or placement.uuid != placed.uuid:
+        return None
+    if queue_rows.admit(db, placed.job_id, limits, now_ns) is None:
+        # somebody holds it
+        return None
     if not _move(
         db,
         placed.job_id,
@@ -145,10 +158,7 @@ def claim(  # noqa: PLR0913  the transaction and all that it writes
         session,
         hold,
     ):
-        return None
-    job = queue_rows.admit(db, placed.job_id, limits, now_ns)
-    if job is None:
-        raise RuntimeError(f"job {placed.job_id} has a placement in the queue, and is not there")
+        raise RuntimeError(f"the placement of job {placed.job_id} changes under our hands")
     db.execute("UPDATE jobs SET node = ? WHERE id = ?", (node, placed.job_id))
     return _job(db, placed.job_id)
 
@@ -167,7 +177,10 @@ def started(db: sqlite3.Connection, job_id: int, node_job: Job) -> Job | None:
 
 
 def put_back(db: sqlite3.Connection, job_id: int, event: PlacementEvent, now_ns: int) -> Job | None:
-    """A claimed job has no node again; the job as it is then, or None when it was not claimed."""
+    """A claimed job has no node again; the job as it is then, or None when it was not claimed.
+
+    An element of an array that was stopped meanwhile has ended then.
+    """
     if event not in (PlacementEvent.PUT_BACK, PlacementEvent.UNKNOWN):
         raise ValueError(event)
     states = db.execute("SELECT state FROM placements WHERE job_id = ?", (job_id,)).fetchone()
@@ -176,7 +189,10 @@ def put_back(db: sqlite3.Connection, job_id: int, event: PlacementEvent, now_ns:
     _move(db, job_id, event, ", node = '', session = '', hold = ''")
     queue_rows.put_back(db, job_id, now_ns)
     db.execute("UPDATE jobs SET node = '' WHERE id = ?", (job_id,))
-    return _job(db, job_id)
+    job = _job(db, job_id)
+    if job.state.final:
+        _move(db, job_id, PlacementEvent.CANCELLED)
+    return job
 
 
 def cancelled(db: sqlite3.Connection, job_id: int, detail: str, now_ns: int) -> Job | None:
@@ -193,14 +209,18 @@ def start_failed(db: sqlite3.Connection, job_id: int, detail: str, now_ns: int) 
     return queue_rows.end_without_start(db, job_id, EndReason.START_FAILED, detail, now_ns)
 
 
-def ended(db: sqlite3.Connection, job_id: int, node_job: Job) -> Job | None:
-    """A job has ended as its node has recorded it; the job, or None when that is old news."""
+def ended(db: sqlite3.Connection, job_id: int, node_job: Job, now_ns: int) -> Job | None:
+    """A job has ended as its node has recorded it; the job, or None when that is old news.
+
+    Its next attempt, if there is one (`retried_as`), is in the queue then.
+    """
     if not _move(db, job_id, PlacementEvent.END_SEEN, ", node_job_id = ?", node_job.id):
         return None
     status = node_job.exit_status
     db.execute(
         "UPDATE jobs SET start_ns = ?, state = ?, end_ns = ?, exit_code = ?, signal = ?, reason = ?,"
-        " usage = ?, output_bytes = ?, workdir = ?, detail = ? WHERE id = ? AND state IS NULL",
+        " usage = ?, output_bytes = ?, workdir = ?, detail = ?, artifacts = ?, artifact_bytes = ?,"
+        " artifacts_detail = ? WHERE id = ? AND state IS NULL",
         (
             to_ns(node_job.start),
             node_job.state,
@@ -212,11 +232,13 @@ def ended(db: sqlite3.Connection, job_id: int, node_job: Job) -> Job | None:
             node_job.output_bytes,
             node_job.workdir,
             node_job.detail,
+            node_job.artifacts.state if node_job.artifacts else "",
+            node_job.artifacts.bytes if node_job.artifacts else 0,
+            node_job.artifacts.detail if node_job.artifacts else "",
             job_id,
         ),
     )
-    queue_rows.settle(db, job_id)
-    return _job(db, job_id)
+    return _attempt_over(db, job_id, now_ns)
 
 
 def lost(db: sqlite3.Connection, job_id: int, event: PlacementEvent, detail: str, now_ns: int) -> Job | None:
@@ -224,11 +246,27 @@ def lost(db: sqlite3.Connection, job_id: int, event: PlacementEvent, detail: str
     if not _move(db, job_id, event):
         return None
     db.execute(
-        "UPDATE jobs SET state = ?, end_ns = ?, reason = ?, detail = ? WHERE id = ? AND state IS NULL",
-        (JobState.LOST, now_ns, EndReason.NODE_LOST, detail, job_id),
+        "UPDATE jobs SET state = ?, end_ns = ?, reason = ?, detail = ?,"
+        " artifacts = iif(artifacts = '', '', ?), artifacts_detail = iif(artifacts = '', '', ?)"
+        " WHERE id = ? AND state IS NULL",
+        (JobState.LOST, now_ns, EndReason.NODE_LOST, detail, ArtifactsState.FAILED, detail, job_id),
     )
+    return _attempt_over(db, job_id, now_ns)
+
+
+def _attempt_over(db: sqlite3.Connection, job_id: int, now_ns: int) -> Job:
+    """The end of a job is in the table: put its next attempt into the queue, or count it in its array."""
     queue_rows.settle(db, job_id)
-    return _job(db, job_id)
+    job = _job(db, job_id)
+    (was_stopped,) = db.execute(
+        "SELECT stop_signal IS NOT NULL FROM placements WHERE job_id = ?", (job_id,)
+    ).fetchone()
+    if job.attempt and queue_rows.retry(db, job, now_ns, was_stopped=bool(was_stopped)) is not None:
+        return _job(db, job_id)
+    if job.array_id is not None:
+        code = job.exit_status.code if job.exit_status else None
+        array_rows.element_ended(db, job.array_id, job.reason, code, now_ns)
+    return job
 
 
 def keep_late_end(db: sqlite3.Connection, job_id: int, node_job_id: int, text: str) -> None:
@@ -251,6 +289,33 @@ def to_fence(db: sqlite3.Connection, node: str) -> list[str]:
     """The uuids of jobs that were lost with a node, and whose ends the node has not told since."""
     query = "SELECT uuid FROM placements WHERE node = ? AND state = 'lost' AND late_end = ''"
     return [uuid for (uuid,) in db.execute(query, (node,))]
+
+
+def to_archive(db: sqlite3.Connection, node: str, count: int) -> list[tuple[Placement, Job]]:
+    """Ended jobs of a node whose output the archive does not have yet, the oldest first."""
+    placements = db.execute(
+        f"SELECT {_PLACEMENT} FROM placements INDEXED BY placements_to_archive WHERE node = ?"
+        " AND state = 'ended' AND archived = 0 AND removed = 0 AND node_job_id > 0 ORDER BY job_id LIMIT ?",
+        (node, count),
+    ).fetchall()
+    return [(_placement(row), _job(db, row[0])) for row in placements]
+
+
+def archived(db: sqlite3.Connection, job_id: int) -> None:
+    """The archive has the output of a job."""
+    db.execute("UPDATE placements SET archived = ? WHERE job_id = ?", (ARCHIVED, job_id))
+
+
+def never_archived(db: sqlite3.Connection, job_id: int) -> bool:
+    """Its node does not have all of the output of a job; whether the job is still there."""
+    query = "UPDATE placements SET archived = 2 WHERE job_id = ? AND removed = 0"
+    return bool(db.execute(query, (job_id,)).rowcount)
+
+
+def nodes_to_remove(db: sqlite3.Connection) -> list[str]:
+    """The nodes that still have jobs that were removed here."""
+    query = "SELECT DISTINCT node FROM placements INDEXED BY placements_removed WHERE removed"
+    return [name for (name,) in db.execute(query)]
 
 
 def to_remove(db: sqlite3.Connection, node: str, count: int) -> list[Placement]:
@@ -278,6 +343,17 @@ def nodes(db: sqlite3.Connection) -> list[NodeRow]:
         " drained, is_lost FROM nodes ORDER BY name"
     )
     return [NodeRow(*row) for row in rows]
+
+
+def remove_node(db: sqlite3.Connection, name: str) -> None:
+    """Forget a node."""
+    db.execute("DELETE FROM nodes WHERE name = ?", (name,))
+    forget_orphans(db)
+
+
+def forget_orphans(db: sqlite3.Connection) -> None:
+    """Forget the removed jobs whose copies a node was still to remove that is gone for good."""
+    db.execute("DELETE FROM placements WHERE removed AND node NOT IN (SELECT name FROM nodes)")
 
 
 def keep_node(db: sqlite3.Connection, node: NodeRow) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Final
 
 import grpc
@@ -16,6 +16,7 @@ from pjw.gateway.jobs import Placed, Placements
 from pjw.gateway.node_guard import NodeGuard
 from pjw.gateway.nodes import Node, Nodes, Session
 from pjw.gateway.states import PlacementEvent, PlacementState
+from pjw.model import Job
 from pjw.rpc.convert import job_from_message, spec_to_message
 from pjw.worker.queue_rows import WaitingJob
 from pjw.worker.store import JobStore
@@ -37,6 +38,8 @@ class Sessions:
         placements: Placements,
         engine: Engine,
         run_here: Callable[[Placed, Node], None],
+        read_upload: Callable[[Placed, int], Awaitable[bytes]],
+        keeps: Callable[[Node, int, str, Job], bool] = lambda *_: False,
     ) -> None:
         self._store: Final = store
         self._nodes: Final = nodes
@@ -44,6 +47,10 @@ class Sessions:
         self._engine: Final = engine
         # called with a job that a node runs: there may be a stop to tell the node of
         self._run_here: Final = run_here
+        # called with a job and an offset in its upload
+        self._read_upload: Final = read_upload
+        # called with a node, an ended job's id, uuid and end: whether the node is to keep the job for now
+        self._keeps: Final = keeps
 
     def handlers(self, guard: NodeGuard) -> grpc.GenericRpcHandler:
         """The table of methods, each behind the guard of nodes."""
@@ -52,6 +59,7 @@ class Sessions:
             {
                 "Session": guard.bidi(self.session, pb.SessionRequest),
                 "Claim": guard.unary(self.claim, pb.ClaimRequest),
+                "FetchUpload": guard.stream(self.fetch_upload, pb.FetchUploadRequest),
             },
         )
 
@@ -59,14 +67,19 @@ class Sessions:
 
     async def claim(self, request: pb.ClaimRequest, name: str) -> pb.ClaimResponse:
         """Give a job to the node that it was assigned to."""
-        node = self._nodes.known.get(name)
-        if node is None or node.session is None or node.session.hello.session != request.session:
-            raise JobStateError("the session of this claim is over")
+        node = self._of_session(name, request.session)
         claimed = await self._placements.claim(request.uuid, node, request.session, request.hold)
         if claimed is None:
             raise JobStateError(f"node {name} cannot claim job {request.uuid}")
         placed, waiting = claimed
         return await self._granted(placed, waiting)
+
+    def _of_session(self, name: str, session: str) -> Node:
+        """The node whose session this is. Raises JobStateError for any other than the one that lasts."""
+        node = self._nodes.known.get(name)
+        if node is None or node.session is None or node.session.hello.session != session:
+            raise JobStateError("the session of this claim is over")
+        return node
 
     async def _granted(self, placed: Placed, waiting: WaitingJob) -> pb.ClaimResponse:
         job = placed.job
@@ -74,13 +87,30 @@ class Sessions:
         for limit, value in job.limits.items():
             setattr(start.limits, limit, value)
         # names at this gateway: on the node a job from another life of the gateway may still have them
-        start.name, start.request_id = "", ""
+        start.name, start.request_id, start.node = "", "", ""
         return pb.ClaimResponse(
             uuid=placed.placement.uuid,
             client_name=job.client_name,
             client_number=await self._store.client_number(job.client_name),
             start=start,
         )
+
+    async def fetch_upload(
+        self, request: pb.FetchUploadRequest, name: str
+    ) -> AsyncGenerator[pb.FetchUploadResponse, None]:
+        """Send the files of a job to the node that has claimed it."""
+        offset = 0
+        while True:
+            # again for each piece: the session may be over meanwhile, and the job lost
+            self._of_session(name, request.session)
+            placed = self._placements.of(request.uuid)
+            if placed is None or not placed.has_files_for(name, request.session):
+                raise JobStateError(f"node {name} has claimed no job {request.uuid} with files")
+            data = await self._read_upload(placed, offset)
+            if not data:
+                return
+            yield pb.FetchUploadResponse(data=data)
+            offset += len(data)
 
     # --- sessions
 
@@ -127,6 +157,7 @@ class Sessions:
             session.fence(uuid)
         node.has_changed()
         self._nodes.came()
+        self._nodes.begun(node)
 
     async def _hear_all(
         self,
@@ -143,6 +174,7 @@ class Sessions:
                 case "heartbeat":
                     # a session outlives the handshake: its certificate may have expired, or been revoked
                     admit()
+                    self._nodes.beat(node, request.heartbeat)
                     session.say(pb.SessionResponse(heartbeat=pb.Heartbeat()))
                 case "started":
                     await self._started(request.started, node, session)
@@ -188,10 +220,17 @@ class Sessions:
             raise InvalidJobError(f"node {node.row.name} tells the end of a job that is {job.state}")
         if (placed := self._of(message.uuid, node)) is not None:
             await self._placements.end(placed, job)
+            held = self._keeps(node, placed.job.id, message.uuid, job)
         else:
             # the node has told it before and heard no answer; or it is the late end of a lost job
             placement = await self._store.transact(rows.by_uuid, message.uuid)
+            held = False
             if placement is not None and placement.node == node.row.name:
+                held = (
+                    placement.state is PlacementState.ENDED
+                    and not placement.archived
+                    and self._keeps(node, placement.job_id, message.uuid, job)
+                )
                 await self._store.transact(
                     rows.keep_late_end,
                     placement.job_id,
@@ -199,7 +238,8 @@ class Sessions:
                     MessageToJson(message.job, indent=None),
                 )
                 await self._store.sync()
-        session.say(pb.SessionResponse(ack=pb.Ack(uuid=message.uuid)))
+        if not held:
+            session.say(pb.SessionResponse(ack=pb.Ack(uuid=message.uuid)))
 
     async def _unknown(self, uuid: str, node: Node) -> None:
         if (placed := self._of(uuid, node)) is not None:

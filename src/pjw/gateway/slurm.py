@@ -15,14 +15,16 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from pjw.cluster.v1 import cluster_pb2 as pb
 from pjw.errors import PjwError
 from pjw.gateway.nodes import Node, Nodes, Shape
 from pjw.gateway.pool import FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS
+from pjw.gateway.refused import not_with
 from pjw.gateway.slurm_port import SlurmPort
+from pjw.model import JobSpec
 from pjw.server.config import GatewaySlurm
 from pjw.worker.background import Background
 
@@ -116,7 +118,7 @@ class _Pause:
 
     until: float = 0.0
     seconds: float = 0.0
-    words: str = field(default="")
+    words: str = ""
 
 
 class Slurm:
@@ -141,9 +143,13 @@ class Slurm:
         self._of_client: Final[Counter[str]] = Counter()
         self._holds: Final[dict[str, _Hold]] = {}
         self._submitted: Final[dict[str, _Submitted]] = {}
+        # of jobs of the queue that are about to be submitted
+        self._reserved: Final[dict[int, Kind]] = {}
         # jobs for which sbatch runs now
         self._submitting: Final[dict[str, Kind]] = {}
         self._pause: Final = _Pause()
+        # why there was no last snapshot; empty when there was
+        self._silent = ""
         # how many snapshots have begun: one knows nothing of what is younger
         self._samples = 0
         # none has been seen yet: places may wait in Slurm that an earlier gateway asked for
@@ -152,8 +158,40 @@ class Slurm:
         self._to_see: Final = asyncio.Event()
         # called with the uuid of a job whose place Slurm has given away
         self.revoked: Callable[[str], None] = lambda _: None
+        # see `Engine`
+        self.freed: Callable[[], None] = lambda: None
 
     # --- Engine
+
+    def has_room(self, shape: Shape) -> bool:
+        """See `Engine`: of one kind no more jobs wait here than places are asked for at a time."""
+        kind = self._kind(shape)
+        waiting = sum(each.kind == kind for each in self._waiting.values())
+        return waiting + sum(each == kind for each in self._reserved.values()) < SUBMITTED_AT_ONCE
+
+    def check(self, spec: JobSpec) -> None:
+        """See `Engine`."""
+        for what, is_asked in {
+            "a GPU": bool(spec.gpus),
+            "a network that jobs share": bool(spec.link),
+        }.items():
+            if is_asked:
+                raise not_with(what, "slurm")
+
+    def passed_over(self, shape: Shape) -> str:
+        """See `Engine`: Slurm may have room for another kind."""
+        return (
+            "" if self.has_room(shape) else "waits: Slurm has as many jobs of its kind as it gets at a time"
+        )
+
+    def reserve(self, job_id: int, client_name: str, shape: Shape) -> None:
+        """See `Engine`."""
+        del client_name
+        self._reserved[job_id] = self._kind(shape)
+
+    def unreserve(self, job_id: int) -> None:
+        """See `Engine`."""
+        self._reserved.pop(job_id, None)
 
     def submit(self, uuid: str, client_name: str, shape: Shape) -> None:
         """See `Engine`."""
@@ -163,7 +201,8 @@ class Slurm:
 
     def cancel(self, uuid: str) -> None:
         """See `Engine`."""
-        self._waiting.pop(uuid, None)
+        if self._waiting.pop(uuid, None) is not None:
+            self.freed()
         if self._release(uuid):
             self.look()
 
@@ -202,8 +241,8 @@ class Slurm:
         if most and self._of_client[waiting.client_name] >= most:
             return f"waits: {most} jobs of {waiting.client_name} have a node, and no more may"
         parts = []
-        if self._pause.words:
-            parts.append(self._pause.words)
+        if words := self._silent or self._pause.words:
+            parts.append(words)
         elif reason := self._reason(uuid, waiting.kind):
             parts.append(f"Slurm says {reason}")
         else:
@@ -279,8 +318,11 @@ class Slurm:
             if most and of_client[waiting.client_name] >= most:
                 continue
             of_client[waiting.client_name] += 1
-            if places := free.get(waiting.kind):
-                self._assign(uuid, waiting, places.pop(0))
+            places = free.get(waiting.kind, [])
+            place = next((each for each in places if each.node.could_have(waiting.shape)), None)
+            if place is not None:
+                places.remove(place)
+                self._assign(uuid, waiting, place)
             else:
                 more.setdefault(waiting.kind, []).append(uuid)
         for kind, uuids in more.items():
@@ -295,12 +337,13 @@ class Slurm:
             math.ceil(shape.memory / _MIB) + _OWN_MEGABYTES if shape.memory else 0,
             # with the time in which its place may take further jobs
             math.ceil((shape.seconds + settings.hold_max_seconds) / 60) + 1 if shape.seconds else 0,
-            settings.partition,
-            settings.account,
+            settings.partition or "",
+            settings.account or "",
         )
 
     def _assign(self, uuid: str, waiting: _Waiting, hold: _Hold) -> None:
         del self._waiting[uuid]
+        self.freed()
         self._take(uuid, waiting.client_name, hold.node, waiting.shape, hold.id)
         hold.job = uuid
         if hold.timer is not None:
@@ -312,13 +355,13 @@ class Slurm:
     def _take(self, uuid: str, client_name: str, node: Node, shape: Shape, hold: str) -> None:
         self._placed[uuid] = _Place(client_name, node, shape, hold, self._samples)
         self._of_client[client_name] += 1
-        node.jobs[uuid] = shape
+        node.take(uuid, shape)
 
     def _release(self, uuid: str) -> bool:
         place = self._placed.pop(uuid, None)
         if place is None:
             return False
-        del place.node.jobs[uuid]
+        place.node.give_back(uuid)
         self._of_client[place.client_name] -= 1
         if not self._of_client[place.client_name]:
             del self._of_client[place.client_name]
@@ -376,21 +419,23 @@ class Slurm:
         return begun is None or asyncio.get_running_loop().time() < begun + _ARRIVAL_SECONDS
 
     async def _submit(self, uuid: str, kind: Kind) -> None:
-        drained = [
+        waiting = self._waiting.get(uuid)
+        # those that are drained here, or lack what the job needs
+        others = [
             name
             for name, node in self._nodes.known.items()
-            if node.row.drained and name in self._slurm_nodes
+            if name in self._slurm_nodes
+            and (node.is_drained or (waiting is not None and not node.could_have(waiting.shape)))
         ]
         try:
             number = await self._port.submit(
-                uuid, kind.words, kind.cpus, kind.megabytes, kind.minutes, drained
+                uuid, kind.words, kind.cpus, kind.megabytes, kind.minutes, others
             )
         except PjwError as error:
             self._wait_a_while(f"Slurm does not take it: {error}")
             return
         finally:
             del self._submitting[uuid]
-        self._pause.words = ""
         # it may have begun before we heard of it
         if number not in self._holds:
             self._submitted[number] = _Submitted(uuid, kind, self._samples)
@@ -405,7 +450,11 @@ class Slurm:
             return
         pause.seconds = min(2 * pause.seconds or FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS)
         pause.until = loop.time() + pause.seconds
-        loop.call_later(pause.seconds, self.look)
+        loop.call_later(pause.seconds, self._go_on)
+
+    def _go_on(self) -> None:
+        self._pause.words = ""
+        self.look()
 
     async def run(self) -> None:
         """Sample Slurm for ever, while there is something to see."""
@@ -416,16 +465,17 @@ class Slurm:
             self._samples += 1
             try:
                 jobs = await self._port.jobs()
-                self._slurm_nodes = await self._port.nodes()
+                if self._waiting or self._is_new:
+                    self._slurm_nodes = await self._port.nodes()
             except PjwError as error:
                 words = f"Slurm does not answer: {error}"
-                if words != self._pause.words:
+                if words != self._silent:
                     log.warning("%s", words)
-                self._pause.words = words
+                self._silent = words
             else:
-                if self._pause.words.startswith("Slurm does not answer"):
+                if self._silent:
                     log.info("Slurm answers again")
-                    self._pause.words = ""
+                self._silent = ""
                 self._is_new = False
                 await self._seen({each["id"]: each for each in jobs})
             await asyncio.sleep(SAMPLE_SECONDS)
@@ -444,7 +494,9 @@ class Slurm:
         for number, job in jobs.items():
             self._see(number, job)
         for uuid, place in list(self._placed.items()):
-            if place.claimed and place.hold and place.since < self._samples and place.hold not in jobs:
+            # if its node says that the place is there, then it is, whatever Slurm has forgotten
+            is_gone = place.hold not in jobs and place.hold not in self._holds
+            if is_gone and place.hold and place.claimed and place.since < self._samples:
                 self.revoked(uuid)
         await self._take_back()
         self.look()
@@ -465,9 +517,9 @@ class Slurm:
             known.begun = asyncio.get_running_loop().time()
 
     async def _take_back(self) -> None:
-        """Take back what was asked for and is not needed any more: warm places took the jobs, or a stop did."""
+        """Take back what was asked for and is not needed any more, since warm places took the jobs."""
         wanted = Counter(each.kind for each in self._waiting.values())
-        surplus = []
+        surplus: list[str] = []
         for number, each in reversed(self._submitted.items()):
             waiting = sum(other.kind == each.kind for other in self._submitted.values())
             taken = sum(self._submitted[other].kind == each.kind for other in surplus)
@@ -496,7 +548,7 @@ class Slurm:
         for name, (state, why) in sorted(self._slurm_nodes.items()):
             if state.lower().startswith(_AWAY):
                 reasons.setdefault(f"{state}: {why}" if why else state, []).append(name)
-        drained = sorted(name for name, node in self._nodes.known.items() if node.row.drained)
+        drained = sorted(name for name, node in self._nodes.known.items() if node.is_drained)
         if drained:
             reasons["drained here"] = drained
         return "; ".join(f"{', '.join(names)} {words}" for words, names in reasons.items())

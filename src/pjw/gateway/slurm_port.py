@@ -27,7 +27,7 @@ class SlurmRefusedError(PjwError):
 
 
 def start_slurm(settings: GatewaySlurm, uid: int | None) -> socket.socket:
-    """Start pjwd-slurm as user *uid* (None: our own); the socket to it. Raises ConfigError and KernelError."""
+    """Start pjwd-slurm as *uid* (None: as we are); the socket to it. Raises ConfigError and KernelError."""
     for name in _PROGRAMS:
         if shutil.which(name, path=settings.bin) is None:
             raise ConfigError(
@@ -43,8 +43,8 @@ def start_slurm(settings: GatewaySlurm, uid: int | None) -> socket.socket:
         "uid": uid,
         "bin": settings.bin,
         "conf": settings.conf or "",
-        "partition": settings.partition,
-        "account": settings.account,
+        "partition": settings.partition or "",
+        "account": settings.account or "",
         "hold": settings.hold,
         "socket": settings.socket,
     }
@@ -71,6 +71,7 @@ class SlurmPort:
         self._writer: asyncio.StreamWriter | None = None
         self._waiting: Final[dict[int, asyncio.Future[Any]]] = {}
         self._number = 0
+        self._is_closed = False
 
     async def begin(self) -> asyncio.StreamReader:
         """Connect; the answers, for `run`."""
@@ -78,7 +79,7 @@ class SlurmPort:
         return reader
 
     async def run(self, answers: asyncio.StreamReader) -> None:
-        """Hear the answers. Raises RuntimeError when pjwd-slurm has gone: the gateway starts again with it."""
+        """Hear the answers. Raises RuntimeError when pjwd-slurm has gone: a new gateway has a new one."""
         while line := await answers.readline():
             answer = json.loads(line)
             future = self._waiting.pop(answer["id"])
@@ -88,16 +89,18 @@ class SlurmPort:
                 future.set_exception(SlurmRefusedError(answer["error"]))
             else:
                 future.set_result(answer["result"])
-        raise RuntimeError("pjwd-slurm has gone")
+        if not self._is_closed:
+            raise RuntimeError("pjwd-slurm has gone")
 
     def close(self) -> None:
         """Hang up: pjwd-slurm ends."""
+        self._is_closed = True
         if self._writer is not None:
             self._writer.close()
         else:
             self._socket.close()
 
-    async def submit(  # noqa: PLR0913  what Slurm is told of a job, all of it
+    async def submit(
         self, uuid: str, shape: str, cpus: int, megabytes: int, minutes: int, exclude: list[str]
     ) -> str:
         """Submit a hold; the id of Slurm's job. Raises SlurmRefusedError, as all others here."""

@@ -21,6 +21,7 @@ from pjw.certs.revocation import NOBODY_REVOKED, load_revocation_list
 from pjw.certs.tls import require_tls13_environment
 from pjw.errors import ConfigError, describe_errno
 from pjw.gateway import state as states
+from pjw.gateway.archive import open_directory
 from pjw.gateway.slurm_port import start_slurm
 from pjw.gateway.state import GatewayState
 from pjw.server.address import metrics_exposure
@@ -79,6 +80,7 @@ def _serve(config: ServerConfig, path: str | None, options: Mapping[str, object]
     uid = server_uid(config.user, config.state_dir) if os.geteuid() == 0 else None
     states.make(config.state_dir, uid)
     lock = _locked(config.state_dir, uid)
+    archive = open_directory(config.gateway.archive) if config.gateway.archive is not None else None
     state = GatewayState(config.state_dir, files.paths, config.audit_log, uid)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -100,7 +102,9 @@ def _serve(config: ServerConfig, path: str | None, options: Mapping[str, object]
     # a reload reads these again, and the gateway has no launcher that could
     readable = sorted({os.path.dirname(os.path.realpath(path)) for path in files.paths})
     ports = listening_ports(plan.listen, plan.metrics)
-    sandbox = Sandbox(state.descriptor, ports, descriptors_for(config), readable)
+    sandbox = Sandbox(
+        state.descriptor, ports, descriptors_for(config), readable, () if archive is None else (archive,)
+    )
     if uid is not None:
         enter(sandbox, uid)
     else:
@@ -124,7 +128,7 @@ def _serve(config: ServerConfig, path: str | None, options: Mapping[str, object]
     from pjw.gateway.opened import opened
 
     try:
-        return asyncio.run(serve_backend(serving, opened(config, settings, state, dialling, slurm)))
+        return asyncio.run(serve_backend(serving, opened(config, settings, state, dialling, slurm, archive)))
     finally:
         state.close()
         os.close(lock)

@@ -3,22 +3,28 @@
 STATE/             belongs to the gateway's own user, 0700
 jobs.sqlite        the jobs, their placements, and the nodes
 secrets/           of jobs that wait for a node, see worker/secret_files.py
+uploads/           files for jobs that wait for a node, see worker/uploads.py
 gateway.lock       held by the gateway
 
-It has no output: the nodes have that.
+It has no output: the nodes have that, and the archive if there is one (archive.py).
 """
 
 import asyncio
 import os
 import stat
 from collections.abc import Callable, Sequence
-from typing import Final
+from contextlib import nullcontext
+from typing import Final, ParamSpec, TypeVar
 
 from pjw.errors import ConfigError, KernelError, LimitReachedError, describe_errno
+from pjw.gateway.archive import Archive
+from pjw.model import Job
 from pjw.worker.secret_files import SecretFiles
 from pjw.worker.store import JobStore
 
 _TABLE: Final = "jobs.sqlite"
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 class GatewayState:
@@ -32,6 +38,7 @@ class GatewayState:
         *files* are the operator's, which a reload reads again; *audit_log* is the path of the audit log.
         """
         self.path: Final = os.path.realpath(path)
+        self.archive: Archive | None = None
         self._files: Final = files
         self._audit_log: Final = audit_log
         table = os.path.join(self.path, _TABLE)
@@ -44,7 +51,8 @@ class GatewayState:
             self.store: Final = JobStore(table)
             # By descriptor: its owner may not be able to reach it by name (a parent of mode 0700).
             self.descriptor: Final = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            self.store.secrets = SecretFiles(f"/proc/self/fd/{self.descriptor}")
+            self.jobs_path: Final = f"/proc/self/fd/{self.descriptor}"
+            self.store.secrets = SecretFiles(self.jobs_path)
             for name in os.listdir(self.descriptor):
                 if uid is not None and name.startswith(_TABLE):
                     os.chown(name, uid, uid, dir_fd=self.descriptor, follow_symlinks=False)
@@ -56,12 +64,23 @@ class GatewayState:
         self.store.close()
         os.close(self.descriptor)
 
-    async def in_thread(self, function: Callable[[int], None], job_id: int, /) -> None:
+    async def in_thread(self, function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
         """Call a function that waits for the disk."""
-        await asyncio.to_thread(function, job_id)
+        # a copy that is just becoming whole is removed after that
+        removes = self.archive is not None and function == self.remove_job
+        async with self.archive.turn if self.archive is not None and removes else nullcontext():
+            return await asyncio.to_thread(function, *args, **kwargs)
 
     def remove_job(self, job_id: int) -> None:
-        """Nothing: a gateway has no files of jobs. The table notes which jobs nodes have to remove."""
+        """Remove the copy of a job's output. The table notes which jobs nodes have to remove."""
+        if self.archive is not None:
+            self.archive.remove(job_id)
+
+    def output_size(self, _: Job) -> int:
+        """Nothing, as for the next two: the nodes have what jobs store."""
+        return 0
+
+    input_size = artifacts_size = output_size
 
     def open_operator_file(self, place: int) -> int:
         """One of the operator's files, open for reading. Raises ConfigError."""

@@ -9,8 +9,8 @@ from pjw.errors import PjwError
 from pjw.gateway.dial import Dial
 from pjw.gateway.jobs import Placed
 from pjw.gateway.nodes import Node, Nodes
-from pjw.model import Job, UsageSample
-from pjw.rpc.convert import sample_from_message
+from pjw.model import ClientQuota, GroupUse, Job, Mount, UsageSample
+from pjw.rpc.convert import quota_from_message, sample_from_message
 from pjw.v1 import job_worker_pb2 as pb
 
 # We leave out a node that takes longer: a client that asks for a job wants more than its usage.
@@ -45,6 +45,31 @@ async def usage_now(
 
     await asyncio.gather(*map(ask, placed))
     return samples
+
+
+async def nodes_quota(dial: Dial, nodes: Nodes, client_name: str) -> tuple[GroupUse, tuple[Mount, ...], int]:
+    """What the jobs of a client use on all nodes together, and the mounts and GPUs that these have for it."""
+    turns = asyncio.Semaphore(_AT_ONCE)
+
+    async def ask(node: Node) -> ClientQuota | None:
+        async with turns:
+            try:
+                answer: pb.GetQuotaResponse = await dial.call(
+                    node, "GetQuota", pb.GetQuotaRequest(), client_name, _SECONDS
+                )
+            except PjwError:
+                return None
+        return quota_from_message(answer)
+
+    connected = [node for node in nodes.known.values() if node.session is not None]
+    found = [each for each in await asyncio.gather(*map(ask, connected)) if each is not None]
+    use = GroupUse(
+        sum(each.use.memory_bytes for each in found),
+        sum(each.use.pids for each in found),
+        sum(each.use.cpu_usage_usec for each in found),
+    )
+    mounts = {mount.name: mount for each in found for mount in each.mounts}
+    return use, tuple(mount for _, mount in sorted(mounts.items())), sum(each.gpus for each in found)
 
 
 async def _asked(dial: Dial, node: Node | None, placed: Placed, seconds: float) -> pb.Job | None:

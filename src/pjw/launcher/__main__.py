@@ -21,7 +21,7 @@ REQUESTS_FD: Final = 3
 
 
 def main() -> int:
-    """Serve the worker at the other end of descriptor 3; the exit code."""
+    """Serve the worker at the other end of descriptor 3; return the exit code."""
     open_standard_descriptors()
     os.closerange(REQUESTS_FD + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     set_for_service()
@@ -43,7 +43,8 @@ def main() -> int:
         say(str(error))
         return 1
     except OSError as error:
-        # What it cannot go on without, as when a child cannot be watched: the next launcher finds every job.
+        # An error without which it cannot go on, as when a child cannot be watched: the next launcher finds
+        # all jobs.
         say(describe_errno(error.errno or 0))
         return 1
     return 0

@@ -1,4 +1,4 @@
-"""Keeps what an ended job has used in its status file, where it outlives the job's cgroup.
+"""Keeps an ended job's usage in its status file, where it outlives the job's cgroup.
 
 The file's space is allocated before the job starts, so that a full disk cannot lose this. Init writes its
 records at the beginning of the file (docs/launcher-protocol.md); worker/record.py reads all of it.
@@ -15,7 +15,7 @@ ACCOUNTS_OFFSET: Final = 1024
 
 
 def keep_accounts(status: int, usage: Usage) -> bool:
-    """Write what a job has used into its status file, by a descriptor; tell whether all of it is there.
+    """Write a job's usage into its status file, by a descriptor; tell whether all of it is there.
 
     One pwrite(2), and no sync: it is to survive the kill of any process. A power cut takes the cgroup, too.
     """

@@ -1,8 +1,8 @@
 """The program that packs and unpacks archives in jobs: `pjw-archive`, as a file of memory.
 
 A job sees neither the directory that pjw is installed in nor, perhaps, any file at all; and its user may not
-be allowed to execute what root has installed with a narrow umask. So sessions get a descriptor of a sealed
-copy.
+be allowed to execute a program that root has installed with a narrow umask. So sessions get a descriptor of
+a sealed copy.
 """
 
 import fcntl
@@ -25,7 +25,7 @@ class ArchiveProgram:
         self._descriptor = -1
 
     def descriptor(self) -> int:
-        """A descriptor of it, which stays ours. Raises KernelError."""
+        """Return a descriptor of it, which stays ours. Raises KernelError."""
         if self._descriptor < 0:
             try:
                 self._descriptor = _sealed_copy(ARCHIVE_PROGRAM)
@@ -34,7 +34,7 @@ class ArchiveProgram:
         return self._descriptor
 
     def close(self) -> None:
-        """Let go of it; who executes it goes on."""
+        """Close it; processes that execute it go on."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1

@@ -67,7 +67,7 @@ class Device:
 
 
 def read_devices(kind: str, directories: Iterable[str]) -> tuple[Device, ...]:
-    """The devices of a kind, each under one name. Raises ConfigError or KernelError for a file that is wrong.
+    """Return the devices of a kind, each name once. Raises ConfigError or KernelError for a bad file.
 
     A device in a later directory replaces one of the same name in an earlier directory, as CDI defines it.
     """
@@ -84,7 +84,7 @@ def read_devices(kind: str, directories: Iterable[str]) -> tuple[Device, ...]:
 
 
 def _distinct(devices: Iterable[Device]) -> tuple[Device, ...]:
-    """Each device once: nvidia-ctk gives one as `0` and by its UUID, and all of them together as `all`."""
+    """Return each device once: nvidia-ctk names one as `0` and by its UUID, and all of them as `all`."""
     kept: list[Device] = []
     # few nodes first: a device with all nodes of another one, and more, is several devices at once
     for device in sorted(devices, key=lambda each: (len(each.own.nodes), _order(each.name))):
@@ -98,7 +98,7 @@ def _order(name: str) -> tuple[bool, int, str]:
 
 
 def edits_of(devices: Sequence[Device], names: Sequence[str], *, image: bool = False) -> Edits:
-    """The edits of a job with these devices; in an *image* also of files that it otherwise sees anyway.
+    """Return the edits of a job with these devices; in an *image* also of files that it sees anyway.
 
     Raises GpuError for an unknown name.
     """
@@ -123,7 +123,7 @@ def edits_of(devices: Sequence[Device], names: Sequence[str], *, image: bool = F
 
 
 def _files(directory: str) -> list[str]:
-    """The files of a directory, sorted by their names; none when the directory is missing."""
+    """Return the files of a directory, sorted by name; none when the directory is missing."""
     try:
         names = sorted(name for name in os.listdir(directory) if name.endswith(".json"))
     except (FileNotFoundError, NotADirectoryError):
@@ -152,7 +152,7 @@ def _devices_of(path: str, kind: str) -> Iterator[Device]:
 
 
 def _read(path: str) -> bytes:
-    """All of a file that only root can change. Raises ConfigError or KernelError."""
+    """Read all of a file that only root can change. Raises ConfigError or KernelError."""
     descriptor = open_operator_file(path)
     try:
         _require_roots(path, descriptor)
@@ -193,7 +193,7 @@ def _node(node: Mapping[str, Any]) -> Edit:
         raise ValueError(f"{path} is no character device")
     allowed = node.get("permissions") or "rw"
     if not isinstance(allowed, str) or not {"r", "w"} <= set(allowed):
-        # the node's own mode decides who may do what, and a mount of the node cannot change that
+        # the node's own mode decides about access, and a mount of the node cannot change that
         raise ValueError(f"{path} has the permissions {allowed!r:.80}, and only 'rw' can be given")
     return Edit(_host_path(_text(node, "hostPath", path)), path, is_device=True)
 
@@ -203,7 +203,7 @@ def _mount(mount: Mapping[str, Any]) -> Edit:
 
 
 def _is_to_be_made(mount: Edit) -> bool:
-    """Whether a job needs this mount: it sees the host's files anyway, except in directories of its own."""
+    """Return whether a job needs this mount: it sees host files except in directories of its own."""
     return mount.host_path != mount.path or any(lies_in(mount.path, own) for own in _OWN)
 
 

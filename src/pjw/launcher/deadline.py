@@ -11,7 +11,10 @@ SAY_SECONDS: Final = 1.0
 
 
 def within(seconds: float, call: Callable[[], object]) -> bool:
-    """Make a call that may block; whether it returned in time. Only in the main thread, and not nested."""
+    """Make a call that may block; return whether it came back in time.
+
+    Only in the main thread, and not nested.
+    """
     # flock(2), fcntl(2) and write(2) have no deadline; a signal handler that raises ends their wait
     former = signal.signal(signal.SIGALRM, _on_alarm)
     signal.setitimer(signal.ITIMER_REAL, seconds)

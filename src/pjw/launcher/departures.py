@@ -60,7 +60,7 @@ class Departures:
         return job_id in self._under_way
 
     def __len__(self) -> int:
-        """The number of departures under way."""
+        """Return the number of departures under way."""
         return len(self._under_way)
 
     def begin(
@@ -72,7 +72,7 @@ class Departures:
     ) -> None:
         """Have a cgroup removed, from `end_init` or `go_on` on; it is late after so many seconds.
 
-        *finish* is called when it has gone, however late, and before those who wait.
+        *finish* is called when the cgroup has gone, however late, and before the waiting callers.
         """
         departure = self._under_way[job_id] = _Departure(job_id, cgroup, finish)
         departure.deadline = self._watcher.call_after(late_seconds, partial(self._on_deadline, departure))
@@ -106,7 +106,7 @@ class Departures:
             self._tell_late(departure, _busy(departure))
 
     def settle(self) -> None:
-        """At the launcher's end: return when all but the late ones are gone, or at a deadline."""
+        """Return when all but the late ones are gone, or at a deadline; for the launcher's end."""
         deadline = time.monotonic() + SETTLE_SECONDS
         while any(not departure.late for departure in self._under_way.values()):
             if (left := deadline - time.monotonic()) <= 0:
@@ -179,7 +179,7 @@ def _busy(departure: _Departure) -> KernelError:
 
 
 def _pids(cgroup: Cgroup) -> list[int]:
-    # what cannot be read now is looked at again later
+    # a list that cannot be read now is read again later
     try:
         return cgroup.pids()
     except KernelError:

@@ -1,7 +1,7 @@
 """Answers the worker's requests: the route table and, for each request, its answer.
 
-One thread and one selector. Nothing here waits for a job: a launch in progress is a state
-that its next report moves on, so a slow start holds nobody up.
+One thread and one selector. Nothing here waits for a job: a launch in progress is a state that its next
+report moves on, so a slow start holds up no other.
 """
 
 import array
@@ -80,33 +80,33 @@ from pjw.launcher.visible import check_visible
 from pjw.launcher.workspaces import Workspaces
 from pjw.model import Usage, is_image_key, offered
 
-# What a launch takes while it is under way; what a job takes until its end (the pidfd of its init, its status
-# file); and what is kept for all else that must go on when a client has taken the rest: to watch, account and
-# remove, and to receive the next request.
+# Descriptors of a launch while it is under way; those of a job until its end (the pidfd of its init, its
+# status file); and the reserve for all work that must go on when a client has taken the rest: to watch,
+# account and remove, and to receive the next request.
 LAUNCH_DESCRIPTORS: Final = 3
 JOB_DESCRIPTORS: Final = 2
 SPARE_DESCRIPTORS: Final = 40
-# How many workspaces are counted at once: the worker has two counted, but does not wait for each to the end.
+# Workspaces that are counted at once: the worker has two counted, but does not wait for each to the end.
 COUNTED_AT_ONCE: Final = 4
 # After so long a launch no longer keeps us from making inits ahead.
 FILL_AFTER_SECONDS: Final = 0.05
 # So long after a launch there is no hurry to make the next init ahead: meanwhile the server answers its
 # client, and the job begins. Both share the processors with us.
 REST_SECONDS: Final = 0.003
-# The steps of init whose failure is not the host's alone, and what kind of refusal each is.
+# The steps of init whose failure is not the host's alone, and the kind of refusal for each.
 KINDS: Final = {step: step for step in ("exec", "workdir", "unpack", "image", "mount-at", "device-at")} | {
     "overlay": "image"
 }
-# its report, and the pidfd of who waits for its command
+# its report, and the pidfd of the process that waits for its command
 SESSION_DESCRIPTORS: Final = 2
-# How often, and after which pause, listeners of an adopted job are made again: the process that had those of
-# before may just be about to end.
+# The attempts, and the pause before each, to make the listeners of an adopted job again: the process that had
+# the former ones may just be about to end.
 LISTEN_TRIES: Final = 10
 LISTEN_PAUSE_SECONDS: Final = 0.2
 
 
 class Phase(Enum):
-    """Where the conversation is."""
+    """The phase of the conversation with the worker."""
 
     GREETING = auto()
     SERVING = auto()
@@ -163,10 +163,10 @@ class LaunchInProgress:
     phase: InitPhase = InitPhase.LAUNCHING
     # the number of the request that waits for its end
     awaited_by: int | None = None
-    # what listens in the job, until its command was executed
+    # the processes that listen in the job, until its command was executed
     listeners: list[int] = field(default_factory=list)
     is_joining: bool = False
-    # who waits until it is known which process its init is, or that it comes to nothing
+    # callbacks for when its init's process is known, or the launch has come to nothing
     followers: list[Callable[[], None]] = field(default_factory=list)
 
 
@@ -192,7 +192,7 @@ class Launcher:
         self._instance: str
         # whether scratch directories are being counted
         self._counting = False
-        # how many workspaces are
+        # the number of workspaces that are being counted
         self._counting_workspaces = 0
         # jobs that have not been removed
         self._jobs: Final[dict[int, Running]] = {}
@@ -221,9 +221,10 @@ class Launcher:
             self.close()
 
     def _seconds_to_fill(self) -> float | None:
-        """How soon an init is made ahead: when there is nothing else to do, not while a start is under way.
+        """Return the delay before an init is made ahead: at once when idle, not while a start is under way.
 
-        But one that takes long does not count: else a client with slow programs would make all starts slow.
+        But a start that takes long does not count: else a client with slow programs would make all starts
+        slow.
         """
         if self._phase is not Phase.SERVING or not self._pool.wants_more:
             return None
@@ -234,7 +235,7 @@ class Launcher:
         return max(0.0, youngest.since + FILL_AFTER_SECONDS - time.monotonic())
 
     def close(self) -> None:
-        """Let go of all but the jobs."""
+        """Close all but the jobs."""
         self._watcher.unwatch(self._requests)
         if self._phase is Phase.SERVING:
             self._mounts.close()
@@ -310,7 +311,7 @@ class Launcher:
             self._reply(seq, *answer)
 
     def _phase_of(self, job_id: int) -> InitPhase:
-        """Where the init of a job is now. What is kept of it is in the one container that is asked here."""
+        """Return the phase of a job's init. Only the container that holds its launch or job is asked."""
         if (launch := self._launching.get(job_id)) is not None:
             return launch.phase
         if (job := self._jobs.get(job_id)) is not None:
@@ -391,7 +392,7 @@ class Launcher:
         return None
 
     def _edits_of(self, names: tuple[str, ...], *, image: bool) -> Edits:
-        """What comes with GPUs, as the operator's files are now. Raises GpuError."""
+        """Return the edits for GPUs, as the operator's files are now. Raises GpuError."""
         offer = self._policy.gpus
         try:
             edits = edits_of(read_devices(offer.kind, offer.cdi_dirs), names, image=image)
@@ -467,7 +468,7 @@ class Launcher:
         return Running(init.pidfd, init.cgroup, launch.seq, link=link, is_joining=launch.is_joining)
 
     def _linked(self, request: protocol.Launch) -> int:
-        """The network namespace that a job is to share; -1 for its own, which others may share then.
+        """Return the network namespace a job is to share; -1 for its own, which others may share then.
 
         Only of a job of the same user, as our own records have it.
         """
@@ -478,7 +479,7 @@ class Launcher:
         return next((network for job in mates if (network := network_of(job.pidfd)) >= 0), -1)
 
     def _mate_to_be(self, request: protocol.Launch) -> LaunchInProgress | None:
-        """A launch whose network this one is to share, and whose init is not known yet."""
+        """Return a launch whose network this one is to share, and whose init is not known yet."""
         if not request.link:
             return None
         for other in self._launching.values():
@@ -496,7 +497,7 @@ class Launcher:
         sockets.clear()
 
     def _open_workspace(self, request: protocol.Launch) -> int:
-        """A mount for a job with a workspace; -1 for one without. Raises JobStateError and KernelError."""
+        """Make a mount for a job's workspace; -1 without one. Raises JobStateError and KernelError."""
         if not request.workspace:
             return -1
         if (request.uid, request.workspace) in self._removals:
@@ -549,7 +550,7 @@ class Launcher:
 
     def _on_late(self, launch: LaunchInProgress, init: Init) -> None:
         if is_ready(init.report.fileno(), select.POLLIN):
-            # then it is we who were slow
+            # then we were the slow one
             launch.timer = self._watcher.call_after(FILL_AFTER_SECONDS, lambda: self._on_late(launch, init))
             return
         subject = f"job {init.job_id}"
@@ -678,7 +679,7 @@ class Launcher:
         session.report.close()
 
     def _drop(self, job: Running, session: Session) -> None:
-        """Forget a session that has ended, or did not come to be."""
+        """Forget a session that has ended, or was never started."""
         if session.pidfd >= 0:
             self._watcher.unwatch(session.pidfd)
             os.close(session.pidfd)
@@ -785,7 +786,7 @@ class Launcher:
         return (protocol.JobIdPage(tuple(found[: protocol.MAX_JOB_IDS])),)
 
     def answer_terminate(self, seq: int, request: protocol.Terminate, descriptors: list[int]) -> "Answer":
-        """Have init send a signal to every process of its job, at once, whatever they fork."""
+        """Have init send a signal to every process of its job, at once, however they fork."""
         check_signal(request.signal)
         # never SIGTERM itself: init takes that for the host's shutdown, and applies its own grace period
         self._signal_init(request.job_id, INIT_SIGNAL_FIRST + request.signal)
@@ -810,14 +811,14 @@ class Launcher:
         return (describe(job.cgroup.pids() if job is not None else []),)
 
     def _signal_init(self, job_id: int, number: int) -> None:
-        # Only what this launcher launched or adopted is in the table: no request reaches a
-        # process that is not the init of a job.
+        # Only jobs that this launcher launched or adopted are in the table: no request reaches a process that
+        # is not the init of a job.
         job = self._jobs.get(job_id)
         if job is not None:
             send_signal(job.pidfd, number)
 
     def answer_measure(self, seq: int, request: protocol.Measure, descriptors: list[int]) -> "Answer":
-        """Read what jobs use that this launcher has launched or adopted."""
+        """Read the usage of jobs that this launcher has launched or adopted."""
         if len(request.job_ids) > protocol.MAX_MEASURED:
             raise InvalidJobError(f"at most {protocol.MAX_MEASURED} jobs are measured at once")
         running = [(job_id, self._jobs.get(job_id)) for job_id in request.job_ids]
@@ -833,7 +834,7 @@ class Launcher:
         self._watcher.unwatch(job.pidfd)
         self._egress.remove(job_id)
         known, removed, usage = False, False, Usage()
-        # What cannot be done now the worker asks for, and so learns why.
+        # The worker asks for a step that fails now, and so learns why.
         with suppress(KernelError, OSError):
             usage = job.cgroup.usage()
             known = True
@@ -844,7 +845,7 @@ class Launcher:
         self._reply(job.seq, protocol.Ended(known, usage, removed))
 
     def _let_go(self, job_id: int) -> None:
-        """Close what is kept of a job that has ended."""
+        """Close the descriptors and records of a job that has ended."""
         job = self._jobs.pop(job_id, None)
         if job is None:
             return
@@ -855,14 +856,14 @@ class Launcher:
             _close_all([job.status])
 
     def answer_account(self, seq: int, request: protocol.Account, descriptors: list[int]) -> "Answer":
-        """Read what an ended job has used."""
+        """Read an ended job's usage."""
         cgroup = self._ended_cgroup(request.job_id)
         if cgroup is None:
             return (protocol.Accounted(known=False, usage=Usage()),)
         return (protocol.Accounted(known=True, usage=cgroup.usage()),)
 
     def answer_remove(self, seq: int, request: protocol.Remove, descriptors: list[int]) -> "Answer":
-        """Remove what an ended job leaves; answered later when its scratch directory is full."""
+        """Remove an ended job's remains; answered later when its scratch directory is full."""
         job_id = request.job_id
         cgroup = self._ended_cgroup(job_id)
         self._let_go(job_id)
@@ -900,12 +901,12 @@ class Launcher:
     def answer_measure_client(
         self, seq: int, request: protocol.MeasureClient, descriptors: list[int]
     ) -> "Answer":
-        """Read what the jobs of a client use together."""
+        """Read the joint usage of a client's jobs."""
         self._policy.check_uid(request.uid)
         return (protocol.ClientMeasured(self._hierarchy.use_of(request.uid)),)
 
     def answer_scratch_use(self, seq: int, request: protocol.ScratchUse, descriptors: list[int]) -> "Answer":
-        """Have a process count what jobs have in their scratch directories; one at a time."""
+        """Have a process count the files in jobs' scratch directories; one at a time."""
         if self._counting:
             raise JobStateError("scratch directories are being counted")
         try:
@@ -932,7 +933,7 @@ class Launcher:
     def answer_workspace_use(
         self, seq: int, request: protocol.WorkspaceUse, descriptors: list[int]
     ) -> "Answer":
-        """Have a process count what a workspace has; some at a time, as one may have told all."""
+        """Have a process count a workspace; some at a time, as one may have told all."""
         self._policy.check_workspace(request)
         if self._counting_workspaces >= COUNTED_AT_ONCE:
             raise JobStateError(f"{COUNTED_AT_ONCE} workspaces are being counted, and no more may be")
@@ -950,7 +951,7 @@ class Launcher:
     def answer_remove_workspace(
         self, seq: int, request: protocol.RemoveWorkspace, descriptors: list[int]
     ) -> "Answer":
-        """Remove a workspace, in its turn beside what jobs leave; which jobs use it the worker knows."""
+        """Remove a workspace, in its turn beside jobs' remains; the worker knows which jobs use it."""
         self._policy.check_workspace(request)
         uid, name = request.uid, request.name
         if (uid, name) not in self._removals and self._workspaces.remove_if_empty(uid, name):
@@ -968,14 +969,15 @@ class Launcher:
         return None
 
     def _on_image_left(self, image: str) -> None:
-        # an operator may have removed it while the job ran; the worker removes what a client has loaded
+        # an operator may have removed it while the job ran; the worker removes the images that clients have
+        # loaded
         with suppress(KernelError):
             if not is_image_key(image) and not self._image_store.is_named(image):
                 self._sweep_images()
 
     def _sweep_images(self) -> None:
-        for pid in self._images.sweep():
-            self._watcher.reap_helper(pid, lambda: None)
+        for pid, path in self._images.sweep():
+            self._watcher.reap_helper(pid, partial(self._images.removed, path))
 
     def answer_image_table(self, seq: int, request: protocol.ImageTable, descriptors: list[int]) -> "Answer":
         """Hand out the table of the operator's images: their names, and how jobs begin in each."""
@@ -994,7 +996,7 @@ class Launcher:
         return (protocol.Done(),)
 
     def answer_gpus(self, seq: int, request: protocol.Gpus, descriptors: list[int]) -> "Answer":
-        """Which GPUs the machine has, and the variables of some."""
+        """Return the GPUs of the machine, and the variables of some."""
         offer = self._policy.gpus
         devices = read_devices(offer.kind, offer.cdi_dirs) if offer.kind else ()
         edits = edits_of(devices, request.names)
@@ -1033,7 +1035,7 @@ Answer = tuple[protocol.Reply] | tuple[protocol.Reply, int] | None
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Who answers a request, in which phase it may come, and whether that makes processes."""
+    """The method that answers a request, the phase it may come in, and whether that makes processes."""
 
     answer: Callable[[Launcher, int, Any, list[int]], Answer]
     allowed_in: Phase = Phase.SERVING
@@ -1072,7 +1074,7 @@ ROUTES: Final[dict[str, Route]] = {
 
 
 def _kept_of(mount_count: int, descriptors: list[int]) -> int:
-    """How many descriptors a launch keeps until its init has its order, with those of its mounts."""
+    """Return the number of descriptors that a launch keeps until its init has its order, mounts included."""
     mounts = mount_count + 2 if mount_count else 0
     return len(descriptors) + mounts if descriptors else 0
 

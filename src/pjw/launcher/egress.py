@@ -62,7 +62,7 @@ class Egress:
 
     @property
     def descriptors(self) -> int:
-        """How many descriptors its jobs cost."""
+        """The number of descriptors that its jobs cost."""
         return sum(len(job.sockets) for job in self._jobs.values())
 
     def __contains__(self, job_id: int) -> bool:
@@ -171,7 +171,7 @@ class Egress:
             self._on_the_way += 1
 
     def _on_taken(self, requests: socket.socket) -> None:
-        """pjwd-egress has taken messages: it sends a byte for each."""
+        """Note that pjwd-egress has taken messages: it sends a byte for each."""
         data = b""
         with suppress(ConnectionResetError):
             data = requests.recv(64)

@@ -83,6 +83,8 @@ class Images:
         self._workspaces: Final = workspaces
         self._scratch: Final = scratch
         self._trees: Final = Trees()
+        # directories that are being removed: a sweep finds them again until they are gone
+        self._going: Final[set[str]] = set()
 
     def close(self) -> None:
         """Close the descriptors."""
@@ -125,10 +127,23 @@ class Images:
             )
         return directory
 
-    def sweep(self) -> list[int]:
-        """Begin to remove the operator's unused images; the pids of the processes that remove them."""
-        pids: list[int] = []
+    def sweep(self) -> list[tuple[int, str]]:
+        """Begin to remove the operator's unused images: pids of the processes that do, and what they remove.
+
+        The caller tells the end of each by `removed`.
+        """
+        begun: list[tuple[int, str]] = []
+
+        def begin(path: str) -> None:
+            if path not in self._going:
+                begun.append((spawn_removal(path), path))
+                self._going.add(path)
+
         # another process, or the next sweep, removes them
         with suppress(OSError, KernelError):
-            self._store.sweep(lambda path: pids.append(spawn_removal(path)), wait=False)
-        return pids
+            self._store.sweep(begin, wait=False)
+        return begun
+
+    def removed(self, path: str) -> None:
+        """The process that was to remove a directory has ended."""
+        self._going.discard(path)

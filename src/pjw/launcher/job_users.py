@@ -25,7 +25,7 @@ CLAIMS: Final = "/run/pjw/job-users"
 RECORD: Final = "job-users"
 # The range of every pjw of an older version: where one has run, jobs keep it.
 FORMER_FIRST: Final = 1_900_000_000
-# Where ranges of state directories are: systemd leaves it to nobody (systemd.io/UIDS-GIDS: containers below,
+# The place for ranges of state directories: systemd leaves it unused (systemd.io/UIDS-GIDS: containers below,
 # foreign images above), and the ids that SSSD gives to the users of a domain end below (2000200000,
 # sssd-ldap(5)).
 OWN_FIRST: Final = 0x773A_0000
@@ -39,7 +39,7 @@ _FLOCK: Final = struct.Struct("hhqqi4x")
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A range of user ids; who has it, None where that cannot be told."""
+    """A range of user ids, and its owner's state directory, None where that is unknown."""
 
     first: int
     count: int
@@ -75,9 +75,9 @@ def claim_users(state_dir: str, first: int, count: int) -> tuple[int, str]:
 
 
 def known_first(state_dir: str) -> int:
-    """The first user id that jobs of a state directory have had; 0 where there were none.
+    """Return the first user id that jobs of a state directory have had; 0 where there were none.
 
-    Raises ConfigError when nobody can tell.
+    Raises ConfigError when that is unknown.
     """
     path = os.path.join(state_dir, RECORD)
     try:
@@ -95,7 +95,7 @@ def known_first(state_dir: str) -> int:
 
 
 def own_ranges(state_dir: str, count: int) -> Iterator[int]:
-    """The first user ids of ranges for a state directory, the best one first.
+    """Yield the first user ids of ranges for a state directory, the best one first.
 
     Raises ConfigError when there are no more.
     """
@@ -113,7 +113,7 @@ def own_ranges(state_dir: str, count: int) -> Iterator[int]:
 
 
 def subordinate_ranges() -> list[Claim]:
-    """The ranges that users may give to containers (subuid(5)); lines that cannot be read are passed over."""
+    """Return the ranges that users may give to containers (subuid(5)); skip lines that cannot be read."""
     found = []
     for path in SUBORDINATES:
         with suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
@@ -125,7 +125,7 @@ def subordinate_ranges() -> list[Claim]:
 
 
 def claimed_by(first: int, count: int) -> Claim | None:
-    """Who has claimed one of these user ids."""
+    """Return the claim that has one of these user ids."""
     try:
         file = os.open(CLAIMS, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
@@ -142,7 +142,7 @@ def _open_claims() -> int:
 
 
 def _claim(file: int, first: int, count: int) -> Claim | None:
-    """Claim a range; None when that is done, else who has one of its ids."""
+    """Claim a range; return None when that is done, else the claim that has one of its ids."""
     while True:
         with suppress(BlockingIOError):
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, count, first)
@@ -163,7 +163,7 @@ def _holder(file: int, first: int, count: int) -> Claim | None:
 
 
 def _state_dir_of(pid: int) -> str | None:
-    """The state directory of another launcher, by the lock that it has there."""
+    """Return the state directory of another launcher, found by the lock that it has there."""
     directory = f"/proc/{pid}/fd"
     with suppress(OSError):
         for name in os.listdir(directory):

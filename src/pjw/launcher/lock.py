@@ -50,7 +50,7 @@ def hold_lock(state_dir: str) -> None:
 
 
 def is_locked(state_dir: str) -> bool:
-    """Whether a launcher, and so a pjwd, holds the state directory."""
+    """Return whether a launcher, and so a pjwd, holds the state directory."""
     path = os.path.join(state_dir, LOCK_NAME)
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -71,7 +71,7 @@ def _note_holder(descriptor: int) -> None:
 
 
 def wait_for_lock(lock: Callable[[], None]) -> bool:
-    """Call what waits for a lock; whether it came within WAIT_SECONDS."""
+    """Call a function that waits for a lock; return whether it came within WAIT_SECONDS."""
     return within(WAIT_SECONDS, lock)
 
 

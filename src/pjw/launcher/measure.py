@@ -1,4 +1,4 @@
-"""What jobs use while they run: read from their cgroups, and nothing changed there."""
+"""The usage of jobs while they run: read from their cgroups, and nothing changed there."""
 
 import errno
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ _EPOCH: Final = datetime.fromtimestamp(0, UTC)
 
 
 def measure(jobs: Iterable[tuple[int, Cgroup]]) -> Measured:
-    """Measure jobs of this launcher; what has ended meanwhile is left out. Raises KernelError."""
+    """Measure jobs of this launcher; leave out those that have ended meanwhile. Raises KernelError."""
     found = []
     for job_id, cgroup in jobs:
         try:

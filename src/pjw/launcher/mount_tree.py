@@ -30,9 +30,9 @@ def _call(name: str, number: int, *arguments: object) -> int:
 
 
 def clone(directory: int, user_namespace: int | None = None, *, read_only: bool = False) -> int:
-    """A mount of an open directory, without its set-id programs and devices. Raises OSError.
+    """Make a mount of an open directory, without its set-id programs and devices. Raises OSError.
 
-    With a user namespace, root there is who owns what is root's in the directory.
+    With a user namespace, its root becomes the owner of root's files in the directory.
     """
     flags = ctypes.c_uint(_TREE_CLONE | os.O_CLOEXEC | _AT_EMPTY_PATH)
     tree = _call("open_tree", _OPEN_TREE, directory, b"", flags)
@@ -53,7 +53,7 @@ def clone(directory: int, user_namespace: int | None = None, *, read_only: bool 
 
 
 def user_namespace(owner: int) -> int:
-    """A user namespace whose root is the user and the group *owner*, with no other. Raises OSError."""
+    """Make a user namespace whose root is user and group *owner*, with no other. Raises OSError."""
     ready_read, ready_write = os.pipe()
     done_read, done_write = os.pipe()
     libc = ctypes.CDLL(None, use_errno=True)

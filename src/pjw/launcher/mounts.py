@@ -130,7 +130,7 @@ def _close_all(descriptors: list[int]) -> None:
 
 
 def read_mounts_of(descriptor: int, path: str) -> tuple[MountSource, ...]:
-    """The mounts of a configuration, read to its end; *path* is for messages. Raises ConfigError."""
+    """Return the mounts of a configuration, read to its end; *path* is for messages. Raises ConfigError."""
     # root's process should not load it without need
     import tomllib
 

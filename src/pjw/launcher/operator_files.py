@@ -1,12 +1,12 @@
 """Opens the operator's files as they are now: their paths were told in the greeting, by root.
 
-Who asks is no longer root, so the way to a file must be root's alone. Could the server's user
-exchange a directory or a link on it, it would be handed any file of the host. A sticky directory
-such as /tmp may be on the way, as for the state directory: other users can neither move a directory
-of root's there nor make one. When root's directory is gone, for example because a cleaner of /tmp removed it,
-others can put only a directory of their own in its place, or move there a directory of root's that they may
-write to. We refuse both, and also a file or a link in the sticky directory itself. This module only opens
-files; it never reads them.
+The server that asks is no longer root, so the way to a file must be root's alone. Could the server's user
+exchange a directory or a link on it, it would be handed any file of the host. A sticky directory such as /tmp
+may be on the way, as for the state directory: other users can neither move a directory of root's there nor
+make one. When root's directory is gone, for example because a cleaner of /tmp removed it, others can put only
+a directory of their own in its place, or move there a directory of root's that they may write to. We refuse
+both, and also a file or a link in the sticky directory itself. This module only opens files; it never reads
+them.
 """
 
 import errno
@@ -27,10 +27,10 @@ _APPEND: Final = os.O_WRONLY | os.O_APPEND | os.O_CREAT | _FILE
 
 
 def open_operator_file(path: str) -> int:
-    """A descriptor for reading of the regular file that is at *path* now.
+    """Open the regular file that is at *path* now, for reading; return its descriptor.
 
-    Raises KernelError, and ConfigError for what is no regular file, or has a directory on its
-    way that others than root may write to.
+    Raises KernelError, and ConfigError for another kind of file, or a directory on the way that others than
+    root may write to.
     """
     try:
         return _walk(path, _READ)
@@ -39,9 +39,9 @@ def open_operator_file(path: str) -> int:
 
 
 def open_audit_log(path: str) -> int:
-    """A descriptor for appending to the regular file at *path*; if it is missing, make it for root alone.
+    """Open the regular file at *path* for appending; if it is missing, make it for root alone.
 
-    Raises what `open_operator_file` raises, and KernelError for a link in the place of the file.
+    Raises the errors of `open_operator_file`, and KernelError for a link in the place of the file.
     """
     try:
         return _walk(path, _APPEND)
@@ -50,8 +50,8 @@ def open_audit_log(path: str) -> int:
 
 
 def _walk(path: str, flags: int) -> int:
-    # Step by step, each from the directory that was looked at: with one open() of the whole
-    # path, what it leads through could be another thing than what was looked at.
+    # Step by step, each from the checked directory: with one open() of the whole path, the directories on its
+    # way could be others than the checked ones.
     here = os.open("/", _DIRECTORY)
     steps = path.split("/")[::-1]
     links = 0
@@ -81,7 +81,7 @@ def _walk(path: str, flags: int) -> int:
 
 
 def _check_directory(descriptor: int, path: str) -> bool:
-    """Whether others may add files to the directory. Raises ConfigError when they may change files in it."""
+    """Return whether others may add files to it. Raises ConfigError if they may change files in it."""
     status = os.fstat(descriptor)
     # of an access control list too: its mask is the group's bits
     writable = bool(status.st_mode & 0o022)

@@ -1,4 +1,4 @@
-"""The phases of a job's init in a launcher, and what the worker may ask for in each, as a table."""
+"""The phases of a job's init in a launcher, and the worker's possible requests in each, as a table."""
 
 from enum import StrEnum
 from typing import Final
@@ -7,7 +7,7 @@ from pjw.errors import JobStateError
 
 
 class InitPhase(StrEnum):
-    """Where the init of a job is between its making and the last trace of it."""
+    """The phase of a job's init between its making and the last trace of it."""
 
     # This launcher has no init for the job. An earlier launcher's may run: the worker then asks to adopt it.
     ABSENT = "absent"

@@ -33,10 +33,10 @@ JOB_ID_MAX: Final = 2**53
 # the last one before the real-time signals
 SIGNAL_MAX: Final = 31
 
-# of the files of a launch or of a session, what init reads; it writes to all others
+# files of a launch or of a session that init reads; it writes to all others
 _READ: Final = ("command", "input", "control", "upload", "patterns")
-# What every job finds in its environment, beside what its client adds: neither the server's nor the
-# launcher's ever reaches a job. docs/architecture.md lists it for users.
+# The variables that every job finds in its environment, beside those that its client adds: neither the
+# server's nor the launcher's ever reaches a job. docs/architecture.md lists them for users.
 JOB_ENVIRONMENT: Final = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "HOME": JOB_DIRECTORY,
@@ -49,7 +49,7 @@ JOB_ENVIRONMENT: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What the launcher does for its worker, and no more. Told once, by root."""
+    """The bounds of the launcher's work for its worker. Set once, by root."""
 
     uid_first: int
     uid_count: int
@@ -73,7 +73,7 @@ class Policy:
 
     @classmethod
     def from_hello(cls, hello: Hello) -> "Policy":
-        """Raises InvalidJobError for a range of users that has root in it, and the like."""
+        """Make the policy. Raises InvalidJobError for a range of users that has root in it, and the like."""
         # a first one of 0 is replaced before anything is served (job_users.py)
         if hello.uid_count < 1 or hello.uid_first + hello.uid_count > 2**32 - 1:
             raise InvalidJobError("the range of user ids for jobs must lie between 1 and 2^32-2")
@@ -110,7 +110,7 @@ class Policy:
         return policy
 
     def check_sources(self, sources: Sequence[MountSource]) -> None:
-        """Raises InvalidJobError for a mount that would show what no job may see."""
+        """Check that no mount shows a path that no job may see. Raises InvalidJobError."""
         if len({source.name for source in sources}) < len(sources):
             raise InvalidJobError("two mounts have one name")
         for source in sources:
@@ -121,7 +121,7 @@ class Policy:
                 )
 
     def check_edits(self, edits: Edits) -> None:
-        """The same for what comes with devices. Raises ConfigError."""
+        """Check the files of devices in the same way. Raises ConfigError."""
         for edit in edits.edits:
             if within := self._hidden_in(edit.host_path):
                 raise ConfigError(
@@ -129,12 +129,12 @@ class Policy:
                 )
 
     def _hidden_in(self, path: str) -> list[str]:
-        """What jobs may not see of what a mount of *path* shows."""
+        """Return the paths hidden from jobs that a mount of *path* would show."""
         within = [hidden for hidden in self.hidden_paths if hidden != path and lies_in(hidden, path)]
         return within + [own for own in self.own_paths if lies_in(path, own)]
 
     def check_launch(self, request: Launch, descriptors: list[int]) -> None:
-        """Raises InvalidJobError unless this policy allows the launch, KernelError when nobody can tell."""
+        """Check the launch. Raises InvalidJobError if it is not allowed, KernelError if that is unknown."""
         check_job_id(request.job_id)
         self.check_uid(request.uid)
         self.check_network(request)
@@ -157,7 +157,10 @@ class Policy:
         _check_rest(request, descriptors)
 
     def check_network(self, request: Launch | Adopt) -> None:
-        """Raises InvalidJobError for names that the operator offers to nobody, and for what is no link."""
+        """Check names on the network, which some client must be offered, and the link.
+
+        Raises InvalidJobError.
+        """
         if request.allow and check_allow(request.allow) != request.allow:
             raise InvalidJobError("names on the network are not written as they are compared")
         for name in still_offered(request):
@@ -167,7 +170,7 @@ class Policy:
             check_link(request.link)
 
     def check_exec(self, request: Exec, owner: int, descriptors: list[int]) -> None:
-        """The same for a session in a job of the user *owner*: it must be that user's, too."""
+        """Check a session in a job of the user *owner* likewise: it must be that user's, too."""
         self._check_owner(request, owner)
         most = self.ceiling.output_max_bytes
         if most and not 0 < request.output_max_bytes <= most:
@@ -177,7 +180,10 @@ class Policy:
         _check_rest(request, descriptors)
 
     def check_connect(self, request: Connect, owner: int) -> None:
-        """Raises InvalidJobError unless the job, which is *owner*'s, is the client's and the port is one."""
+        """Check that the job, which is *owner*'s, is the client's and the port is one.
+
+        Raises InvalidJobError.
+        """
         self._check_owner(request, owner)
         if not 1 <= request.port <= PORT_MAX:
             raise InvalidJobError(f"{request.port} is not a port from 1 to {PORT_MAX}")
@@ -188,30 +194,30 @@ class Policy:
             raise InvalidJobError(f"job {request.job_id} is not one of user id {request.uid}")
 
     def check_workspace(self, request: WorkspaceUse | RemoveWorkspace) -> None:
-        """Raises InvalidJobError unless it is about what may be a workspace."""
+        """Check that it is about a possible workspace. Raises InvalidJobError."""
         self.check_uid(request.uid)
         _check_directory(request.name)
 
     def check_uid(self, uid: int) -> None:
-        """Raises InvalidJobError for a user id that no client has."""
+        """Check that a user id is one for clients. Raises InvalidJobError."""
         if not self.uid_first <= uid < self.uid_first + self.uid_count:
             raise InvalidJobError(f"user id {uid} is not one for jobs")
 
     def operator_file(self, place: int) -> str:
-        """The path at that place. Raises InvalidJobError where there is none."""
+        """Return the path at that place. Raises InvalidJobError where there is none."""
         if not 0 <= place < len(self.operator_files):
             raise InvalidJobError(f"{place} is not the place of an operator's file")
         return self.operator_files[place]
 
 
 def still_offered(request: Launch | Adopt) -> tuple[str, ...]:
-    """The names on the network that a job may reach; of one of before those that were not withdrawn."""
+    """Return the names a job may reach; for a job adopted from before, those that were not withdrawn."""
     withdrawn = request.withdrawn if isinstance(request, Adopt) else ()
     return tuple(name for name in request.allow if name not in withdrawn)
 
 
 def _check_directory(name: str) -> None:
-    """Raises InvalidJobError for what is neither the name of a workspace nor the key of a client's image."""
+    """Check the name of a workspace, or the key of a client's image. Raises InvalidJobError."""
     if not is_image_key(name):
         check_workspace(name)
 
@@ -228,7 +234,7 @@ def _check_rest(request: Launch | Exec, descriptors: list[int]) -> None:
 
 
 def _check_file(name: str, descriptor: int) -> None:
-    """Raises InvalidJobError unless it may be one of a launch, KernelError when nobody can tell."""
+    """Check a file of a launch. Raises InvalidJobError, or KernelError when it cannot be looked at."""
     try:
         mode = os.fstat(descriptor).st_mode
     except OSError as error:
@@ -237,20 +243,20 @@ def _check_file(name: str, descriptor: int) -> None:
     # socket, a directory) could make that do more than store bytes.
     if not stat.S_ISREG(mode):
         raise InvalidJobError("a descriptor of a launch is not a regular file")
-    # Only what the sender could open itself is read, written or touched for it.
+    # Only files that the sender could open itself are read, written or touched for it.
     wrong, wanted = (os.O_WRONLY, "readable") if name in _READ else (os.O_RDONLY, "writable")
     if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == wrong:
         raise InvalidJobError(f"the {name} descriptor of a launch is not {wanted}")
 
 
 def check_signal(number: int) -> None:
-    """Raises InvalidJobError for what is no signal that a job can be stopped with."""
+    """Check the number of a signal that can stop a job. Raises InvalidJobError."""
     if not 1 <= number <= SIGNAL_MAX:
         raise InvalidJobError(f"{number} is not a signal from 1 to {SIGNAL_MAX}")
 
 
 def check_job_id(job_id: int) -> None:
-    """Raises InvalidJobError for an id that cannot be one."""
+    """Check that a number can be the id of a job. Raises InvalidJobError."""
     if not 1 <= job_id <= JOB_ID_MAX:
         raise InvalidJobError(f"{job_id} is not a job id")
 

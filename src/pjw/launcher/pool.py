@@ -2,12 +2,12 @@
 
 Making all that takes the kernel milliseconds, and most of it is the same for each job. The pool guesses the
 rest: ids follow one another, so it knows the next job's id; it takes the client, the image and the limits of
-the last job. A wrong guess is never used: that start costs what it would have cost without a pool.
+the last job. A wrong guess is never used: that start makes its own init, as without a pool.
 
-An init that waits is what a start would make. When the host's mounts change, so that a job would be shown
-other file systems, the pool discards all inits that wait. It also replaces old ones, since an overlay goes on
-to show what was looked up in it before the host changed that (Documentation/filesystems/overlayfs.rst,
-"Changes to underlying filesystems").
+A waiting init equals the one that a start would make. When the host's mounts change, so that a job would be
+shown other file systems, the pool discards all inits that wait. It also replaces old ones, since an overlay
+goes on to show entries that were looked up in it before the host changed them
+(Documentation/filesystems/overlayfs.rst, "Changes to underlying filesystems").
 """
 
 import os
@@ -34,10 +34,10 @@ from pjw.launcher.visible import MOUNTINFO, Place, places_of, read_mounts, templ
 from pjw.model import Limits, Share
 from pjw.network import Listener
 
-# How long an init waits before a new one replaces it.
+# Seconds that an init waits before a new one replaces it.
 OLDEST_SECONDS: Final = 60.0
-# How long a start waits for a wrong guess to go. Nothing blocks such an init, so only a very busy host makes
-# it late.
+# Seconds that a start waits for a wrong guess to go. Nothing blocks such an init, so only a very busy host
+# makes it late.
 GUESS_LATE_SECONDS: Final = 30.0
 
 
@@ -69,7 +69,7 @@ class Pool:
         images: Images,
         oldest_seconds: float = OLDEST_SECONDS,
     ) -> None:
-        """Raises ConfigError for what cannot be shown to jobs."""
+        """Prepare the mounts. Raises ConfigError for a path that cannot be shown to jobs."""
         self._watcher: Final = watcher
         self._departures: Final = departures
         # the ids of those that got no job and are not gone yet
@@ -98,7 +98,7 @@ class Pool:
         self._look()
 
     def _look(self) -> None:
-        """Have inits show what the host's mounts are now. Raises ConfigError, KernelError."""
+        """Have inits show the host's present mounts. Raises ConfigError, KernelError."""
         table = read_mounts()
         places = places_of(self._policy.visible_paths, self._policy.hidden_paths, table)
         # the host's own directories that init takes for a job
@@ -109,7 +109,7 @@ class Pool:
             self._spawner.show(places)
 
     def phase_of(self, job_id: int) -> InitPhase:
-        """WAITING, DISCARDED, or ABSENT where the pool knows nothing of an init for the job."""
+        """Return WAITING, DISCARDED, or ABSENT where the pool knows nothing of an init for the job."""
         if job_id in self._waiting:
             return InitPhase.WAITING
         return InitPhase.DISCARDED if job_id in self._discarded else InitPhase.ABSENT
@@ -129,10 +129,10 @@ class Pool:
         return next((job_id for job_id in reversed(self._wanted) if job_id not in self._discarded), None)
 
     def take(self, request: Launch, then: Callable[[Init | PjwError], None]) -> None:
-        """Give *then* the init for a job, made now if none waits; guess from it what will be wanted next.
+        """Give *then* the init for a job, made now if none waits; guess the next wish from it.
 
-        Later, where a wrong guess is in its way and has to go first. Who is called has the init: its report,
-        its pidfd, its end. An error: nothing was made.
+        Later, where the init of a wrong guess is in its way and has to go first. *then* becomes the owner of
+        the init: of its report, its pidfd, its end. With an error nothing was made.
         """
         job_id, limits, uid, share = request.job_id, request.limits, request.uid, request.share
         image, read_only = request.image, request.read_only
@@ -170,7 +170,7 @@ class Pool:
         self._departures.wait_for(job_id, Waiter(make, then))
 
     def set_share(self, uid: int, share: Share) -> list[str]:
-        """Give a client that has jobs another share; in words, what could not be set. Raises KernelError."""
+        """Give a client with jobs another share; return in words the unset parts. Raises KernelError."""
         # a quota of processor time that was guessed would keep its client's above it, on v1
         for job_id in [init.job_id for init in self._waiting.values() if init.uid == uid]:
             self.discard(self._waiting.pop(job_id))
@@ -180,8 +180,8 @@ class Pool:
 
     def _guess(self, init: Init, share: Share) -> None:
         job_id = init.job_id
-        # Starts overtake each other, but not by much: what is far behind will not be asked for. And an image
-        # that nobody asks for any more may be one that is to be removed.
+        # Starts overtake each other, but not by much: an init for a job far behind will not be asked for. And
+        # an image that no start uses any more may be one that is to be removed.
         for other in [
             waiting.job_id
             for waiting in self._waiting.values()
@@ -202,7 +202,7 @@ class Pool:
             own = self._image
             init = self._make(job_id, self._limits, self._uid, self._share, own, read_only=self._read_only)
         except PjwError:
-            # Its start has overtaken the last one and was there first; or whoever starts it is told why it
+            # Its start has overtaken the last one and was there first; or the next start will report why it
             # cannot be made, if that is still so then.
             return
         self._waiting[job_id] = init
@@ -229,7 +229,7 @@ class Pool:
             case Cloned(pidfd):
                 init.pidfd = pidfd
             case _:
-                # It could not be made, or somebody has killed it.
+                # It could not be made, or another process has killed it.
                 self.discard(self._waiting.pop(init.job_id))
 
     def _make(
@@ -261,21 +261,21 @@ class Pool:
         return Init(job_id, uid, limits, cgroup, report, made_at, image, read_only)
 
     def enter(self, job_id: int, init: int, cgroup: Cgroup, tool: int | None) -> socket.socket:
-        """Have a session made in a job that runs; the socket that it reports to. Raises KernelError."""
+        """Have a session made in a running job; return the socket that it reports to. Raises KernelError."""
         try:
             return self._spawner.spawn_session(job_id, init, cgroup, tool)
         except OSError as error:
             raise KernelError("spawn a session of", f"job {job_id}", error.errno or 0) from error
 
     def connect(self, job_id: int, init: int, cgroup: Cgroup, uid: int, port: int) -> socket.socket:
-        """Have somebody connect to a port in a job; the socket that reports it. Raises KernelError."""
+        """Have a process connect to a port in a job; return the socket it reports to. Raises KernelError."""
         try:
             return self._spawner.spawn_connection(job_id, init, cgroup, uid, port)
         except OSError as error:
             raise KernelError("spawn a connection of", f"job {job_id}", error.errno or 0) from error
 
     def listen(self, job_id: int, init: int, cgroup: Cgroup, listeners: Sequence[Listener]) -> socket.socket:
-        """Have somebody listen in a job that runs; the socket that reports it. Raises KernelError."""
+        """Have processes listen in a running job; return the socket they report to. Raises KernelError."""
         try:
             return self._spawner.spawn_listeners(job_id, init, cgroup, listeners)
         except OSError as error:
@@ -287,14 +287,14 @@ class Pool:
         then: Callable[[], object] = lambda: None,
         late_seconds: float = GUESS_LATE_SECONDS,
     ) -> None:
-        """End an init that got no job, or failed to start it, remove what was made for it, and call *then*.
+        """End an init that got no job or failed to start it, remove all made for it, and call *then*.
 
         That may take its time: `Departures.wait_for` tells when it is over, or takes longer than that.
         """
         self._watcher.unwatch(init.report)
         self._begin_departure(init.job_id, init.cgroup, then, late_seconds)
         if init.pidfd < 0:
-            # its first report comes within a millisecond: what nobody can name, nobody can end
+            # its first report comes within a millisecond: without a name it cannot be ended
             self._watcher.watch(init.report, lambda: self._on_named(init))
         else:
             init.report.close()
@@ -313,7 +313,7 @@ class Pool:
             then()
 
         self._discarded.add(job_id)
-        # Half a cgroup, or a disk that was taken away, keeps nobody from the kill.
+        # Half a cgroup, or a disk that was taken away, does not prevent the kill.
         with suppress(KernelError):
             cgroup.lift_throttles()
         self._departures.begin(job_id, cgroup, on_gone, late_seconds)
@@ -328,7 +328,7 @@ class Pool:
             self._departures.go_on(init.job_id)
 
     def _on_mounts(self) -> None:
-        # the next start reports what is wrong with the mounts, or why they cannot be read
+        # the next start reports the fault of the mounts, or why they cannot be read
         with suppress(ConfigError, KernelError):
             self._empty_if_stale()
 
@@ -352,7 +352,7 @@ class Pool:
             self.discard(self._waiting.popitem()[1])
 
     def close(self) -> None:
-        """Leave nothing behind, except what does not end."""
+        """Leave nothing behind, except processes that do not end."""
         self._open = False
         self.empty()
         self._departures.settle()
@@ -364,9 +364,9 @@ class _HostMounts:
     """Tells when the host has mounted or unmounted something (proc_pid_mountinfo(5), poll)."""
 
     def __init__(self, watcher: Watcher, on_change: Callable[[], None]) -> None:
-        # Each descriptor is told of a change once. One is asked, at a start that may follow a mount at once;
+        # Each descriptor reports a change once. One is asked, at a start that may follow a mount at once;
         # the other wakes us, lest a disk that was unmounted stays busy until the next start. It is always
-        # readable, so only what an epoll(7) of its own says of it can be waited for.
+        # readable, so only the events of an epoll(7) of its own can be waited for.
         self._asked: Final = os.open(MOUNTINFO, os.O_RDONLY | os.O_CLOEXEC)
         self._waking: Final = os.open(MOUNTINFO, os.O_RDONLY | os.O_CLOEXEC)
         self._changes: Final = select.epoll()
@@ -385,7 +385,7 @@ class _HostMounts:
         os.close(self._asked)
 
     def have_changed(self) -> bool:
-        """Whether they have since this was last asked."""
+        """Return whether they have since this was last asked."""
         return is_ready(self._asked, select.POLLPRI)
 
 
@@ -400,5 +400,5 @@ _OF_CGROUP: Final = attrgetter(
 
 
 def _are_alike(one: Limits, other: Limits) -> bool:
-    """Whether a cgroup for one is a cgroup for the other."""
+    """Return whether a cgroup for one is a cgroup for the other."""
     return bool(_OF_CGROUP(one) == _OF_CGROUP(other))

@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from typing import Final
 
-# What has init send signal N to its job is this signal and N (init/init.h, SIGNAL_FIRST).
+# This signal plus N has init send signal N to its job (init/init.h, SIGNAL_FIRST).
 INIT_SIGNAL_FIRST: Final = 33
-# What tells an init that a session may be in its job (init/init.h, ENTERED).
+# Tells an init that a session may be in its job (init/init.h, ENTERED).
 ENTERED_SIGNAL: Final = signal.SIGUSR1
 # The kernel gives the others the next time. Python makes room for so many each time.
 _EVENTS_AT_ONCE: Final = 16
@@ -39,7 +39,7 @@ def send_signal(pidfd: int, number: int) -> None:
 
 
 def network_of(pidfd: int) -> int:
-    """The network namespace of a process (namespaces(7)); -1 when that has ended, or is about to.
+    """Return the network namespace of a process (namespaces(7)); -1 when it has ended, or soon will.
 
     It stays while its descriptor is open, whatever becomes of the process.
     """
@@ -56,14 +56,14 @@ def network_of(pidfd: int) -> int:
 
 
 def collect(pidfd: int) -> None:
-    """Collect an ended child, and close its pidfd; one that is not ours (adopted) has another who does."""
+    """Collect an ended child, and close its pidfd; an adopted one is collected by its own parent."""
     with contextlib.suppress(ChildProcessError):
         os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
     os.close(pidfd)
 
 
 def find_init(pids: Callable[[], Collection[int]]) -> int | None:
-    """A pidfd of the init of a job of which *pids* are the processes of now; None when it has ended.
+    """Return a pidfd of the init of a job whose processes now are *pids*; None when it has ended.
 
     It may be none of them: an init that was killed leaves its cgroup and then waits for the others
     (zap_pid_ns_processes of the kernel), which takes as long as one of them is stuck.
@@ -90,7 +90,7 @@ def find_init(pids: Callable[[], Collection[int]]) -> int | None:
 
 
 def _is_init(pid: int) -> bool:
-    """Whether it is PID 1 of a namespace that lies in ours (proc(5), NSpid)."""
+    """Return whether it is PID 1 of a namespace that lies in ours (proc(5), NSpid)."""
     return status_of(pid, b"NSpid")[1:] == [b"1"]
 
 
@@ -99,7 +99,7 @@ def _parents(pids: Collection[int]) -> Iterator[int]:
 
 
 def status_of(pid: int | str, name: bytes) -> list[bytes]:
-    """The words of a line of /proc/PID/status (proc(5)); none of a process that is gone."""
+    """Return the words of a line of /proc/PID/status (proc(5)); none of a process that is gone."""
     with (
         contextlib.suppress(FileNotFoundError, ProcessLookupError),
         open(f"/proc/{pid}/status", "rb") as status,
@@ -117,7 +117,7 @@ class Timer:
         self._callback: Callable[[], None] | None = callback
 
     def cancel(self) -> None:
-        """Never call it."""
+        """Drop the callback: it is never called."""
         self._callback = None
 
     @property
@@ -132,7 +132,7 @@ class Timer:
 
 
 class Watcher:
-    """What the launcher's one thread waits for, and who is called then."""
+    """The events that the launcher's one thread waits for, and the callback of each."""
 
     def __init__(self) -> None:
         # Not selectors: its own bookkeeping takes longer than the system calls.
@@ -184,15 +184,14 @@ class Watcher:
             raise
 
     def run_once(self, seconds: float | None = None) -> bool:
-        """Call all who are due, within so many seconds or whenever one is. Whether a descriptor was."""
+        """Call all due callbacks, after at most so many seconds; return whether a descriptor was ready."""
         events = self._epoll.poll(self._timeout(seconds), _EVENTS_AT_ONCE)
         ready = [(descriptor, self._callbacks[descriptor]) for descriptor, _ in events]
         for descriptor, callback in ready:
-            # What one of them does may end the watch of another: a request takes an init whose report
-            # is due as well.
+            # One callback may end the watch of another: a request takes an init whose report is due as well.
             if self._callbacks.get(descriptor) is callback:
                 callback()
-        # What a descriptor says goes first: a deadline that has passed because we were held up is no news.
+        # Descriptors go first: a deadline that has passed because we were held up is no news.
         now = time.monotonic()
         while self._timers and self._timers[0][0] <= now:
             heapq.heappop(self._timers)[2].fire()

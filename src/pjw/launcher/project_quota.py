@@ -1,9 +1,9 @@
-"""Project quotas: the kernel counts and bounds what one job has, where its file system can (ext4, xfs).
+"""Project quotas: the kernel counts and bounds one job's files, if its file system can (ext4, xfs).
 
-A directory with a project id and the flag "inherit" gives its id to all that is made below it. What has the
-id is counted at once, with or without a name, and never walked. ioctl_xfs_fsgetxattr(2), quotactl(2).
+A directory with a project id and the flag "inherit" gives its id to all that is made below it. Files with the
+id are counted at once, with or without a name, and never walked. ioctl_xfs_fsgetxattr(2), quotactl(2).
 
-Loaded where there are some alone: ctypes is no small thing in a process of root's.
+Loaded only where there are some: ctypes is no small thing in a process of root's.
 """
 
 import ctypes
@@ -15,8 +15,8 @@ from typing import Final, Self
 
 from pjw.errors import KernelError
 
-# Ids of ours, in the upper half, where nobody counts up from 1: so many pjwd, by a hash of their name, and so
-# many jobs of each until an id is used again.
+# Ids of ours, in the upper half, where no tool counts up from 1: so many pjwd, by a hash of their name, and
+# so many jobs of each until an id is used again.
 FIRST: Final = 2**31
 _INSTANCES: Final = 2**6
 _JOBS: Final = 2**24
@@ -30,8 +30,8 @@ _FSGETXATTR: Final = 0x801C581F
 _FSSETXATTR: Final = 0x401C5820
 _PROJECT_INHERIT: Final = 0x200
 
-# linux/quota.h: struct if_dqblk is limit, soft limit and use of space, the same of inodes, two times, and
-# what of it is set
+# linux/quota.h: struct if_dqblk is limit, soft limit and use of space, the same of inodes, two times, and a
+# mask of the fields that are set
 _DQBLK: Final = struct.Struct("=8QI4x")
 _PROJECT: Final = 2
 _GETQUOTA: Final = 0x800007 << 8 | _PROJECT
@@ -43,12 +43,12 @@ _QUOTACTL_FD: Final = 443
 
 
 def project_of(instance: str, job_id: int) -> int:
-    """The project id of a job; *instance* ends in hexadecimal digits."""
+    """Return the project id of a job; *instance* ends in hexadecimal digits."""
     return FIRST + int(instance[-8:], 16) % _INSTANCES * _JOBS + job_id % _JOBS
 
 
 def project_of_client(instance: str, uid: int) -> int:
-    """The project id of the workspaces of a client, by its user id."""
+    """Return the project id of the workspaces of a client, by its user id."""
     return _FIRST_OF_CLIENTS + int(instance[-8:], 16) % _INSTANCES * _CLIENTS + uid % _CLIENTS
 
 
@@ -63,7 +63,7 @@ class ProjectQuotas:
 
     @classmethod
     def find(cls, descriptor: int, instance: str) -> Self | None:
-        """Those of the file system of a descriptor; None when it has none."""
+        """Return the quotas of the file system of a descriptor; None when it has none."""
         found = cls(descriptor, instance)
         try:
             found._call(_GETQUOTA, 0, bytearray(_DQBLK.size))
@@ -80,7 +80,7 @@ class ProjectQuotas:
             raise OSError(number, os.strerror(number))
 
     def begin(self, job_id: int, path: str, bytes_max: int, inodes_max: int) -> None:
-        """Count, and bound, what will be in a job's directory, which is empty yet. Raises KernelError."""
+        """Count and bound the future contents of a job's directory, empty until then. Raises KernelError."""
         project = project_of(self._instance, job_id)
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -93,7 +93,7 @@ class ProjectQuotas:
             raise KernelError("set a project quota for", path, error.errno or 0) from error
 
     def begin_client(self, uid: int, descriptor: int, path: str, bytes_max: int) -> None:
-        """The same for an open workspace of a client, of which all have one bound. Raises KernelError."""
+        """Count and bound a client's open workspace; all of them have one bound. Raises KernelError."""
         project = project_of_client(self._instance, uid)
         try:
             self._join(descriptor, project)
@@ -120,7 +120,7 @@ class ProjectQuotas:
             raise KernelError("remove the project quota of", f"job {job_id}", error.errno or 0) from error
 
     def use(self, job_id: int, path: str) -> tuple[int, int] | None:
-        """The bytes and inodes that a job has; None where its directory has no project of ours."""
+        """Return the bytes and inodes of a job; None where its directory has no project of ours."""
         project = project_of(self._instance, job_id)
         block = bytearray(_DQBLK.size)
         try:

@@ -33,12 +33,12 @@ MAX_MEASURED: Final = 16
 MAX_JOB_IDS: Final = 2_000
 # As many names as fit into a datagram, and all that a list of texts may have.
 MAX_WORKSPACES: Final = 500
-# A launch takes milliseconds. One that takes so long is stuck in what its client asked for, such as the exec
-# of a file on a dead NFS server, or its limits are too tight. Then the launcher ends it.
+# A launch takes milliseconds. One that takes so long is stuck in its client's request, such as the exec of a
+# file on a dead NFS server, or its limits are too tight. Then the launcher ends it.
 LAUNCH_SECONDS: Final = 30.0
 # So much longer may one take whose files are unpacked first.
 UNPACK_SECONDS: Final = 600.0
-# How many sessions a job may have at once. The worker looks first, the launcher again.
+# The most sessions of a job at once. The worker looks first, the launcher again.
 SESSIONS_MAX: Final = 16
 
 
@@ -60,12 +60,13 @@ class Hello:
     sums: Sums = NO_SUMS
     # where scratch directories are made; empty: in the state directory
     scratch_dir: str = ""
-    # what a job may have there, by a project quota; 0 is no limit
+    # the most that a job may have there, by a project quota; 0 is no limit
     scratch_bytes_max: int = 0
     scratch_inodes_max: int = 0
     # a file that the server appends to; empty: there is none
     audit_log: str = ""
-    # what the workspaces of one client may have, by a project quota where there are some; 0 is no limit
+    # the most that all workspaces of one client may have, by a project quota where there are some; 0 is no
+    # limit
     workspace_bytes_max: int = 0
     # directories that jobs may be given by their names
     mounts: tuple[MountSource, ...] = ()
@@ -76,7 +77,7 @@ class Hello:
     # the names on the network that jobs may reach, and ranges of addresses that are none of the internet's
     egress_hosts: tuple[str, ...] = ()
     egress_private: tuple[str, ...] = ()
-    # how many connections a job may have, and all jobs
+    # the most connections of a job, and of all jobs
     egress_connections_max: int = 0
     egress_connections_total_max: int = 0
     # whose jobs may have GPUs, and where the files that describe them are
@@ -102,7 +103,7 @@ class Launch:
     upload: bool = False
     # the name of a directory of the client's, made where it is missing; empty: none
     workspace: str = ""
-    # whether what matches `patterns` of the job's files is packed into `artifacts` after its end
+    # whether the job's files that match `patterns` are packed into `artifacts` after its end
     artifacts: bool = False
     # whether the launcher's own program for archives is executed, whatever the first word of the command is
     archive: bool = False
@@ -112,7 +113,8 @@ class Launch:
     read_only: bool = False
     # directories of the operator's, each as NAME:PATH
     mounts: tuple[str, ...] = ()
-    # to whom they, and GPUs, must be offered; and who asks for names on the network, for the log; else empty
+    # the client that must be offered them, and GPUs, and that wants names on the network, for the log; else
+    # empty
     client_name: str = ""
     # the names on the network that it may reach (network.py)
     allow: tuple[str, ...] = ()
@@ -123,7 +125,7 @@ class Launch:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """What comes along, in this order: what to run, where init writes, what it reads for the command."""
+        """The descriptors in order: the command, files that init writes, those it reads for the command."""
         apart = ("stderr", "stderr_times") if self.split_stderr else ()
         told = ("control",) if self.terminal else ()
         own = (*(("input",) if self.input else ()), *(("artifacts",) if self.artifacts else ()))
@@ -132,7 +134,7 @@ class Launch:
 
     @property
     def seconds_max(self) -> float:
-        """How long it may take."""
+        """The most seconds that it may take."""
         return LAUNCH_SECONDS + (UNPACK_SECONDS if self.upload else 0)
 
 
@@ -158,7 +160,7 @@ class Exec:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """What comes along, in this order: as for a launch, and what the session is told while it runs."""
+        """The descriptors in order: as for a launch, and the one that controls the running session."""
         apart = ("stderr",) if self.split_stderr else ()
         return ("command", "output", "status", *apart, "control", *(("input",) if self.input else ()))
 
@@ -186,7 +188,7 @@ class Adopt:
     allow: tuple[str, ...] = ()
     client_name: str = ""
     link: str = ""
-    # of *allow*: what the operator does not offer to the client any more
+    # of *allow*: the names that the operator does not offer to the client any more
     withdrawn: tuple[str, ...] = ()
 
 
@@ -199,7 +201,7 @@ class Egress:
 
 @dataclass(frozen=True, slots=True)
 class JobIds:
-    """Which jobs have a cgroup or a scratch directory, from the id behind `after` on."""
+    """List the jobs that have a cgroup or a scratch directory, from the id behind `after` on."""
 
     op: ClassVar = "job_ids"
     after: int
@@ -233,7 +235,7 @@ class Remains:
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """What jobs that run use at this moment; at most MAX_MEASURED of them."""
+    """The usage of running jobs at this moment; at most MAX_MEASURED of them."""
 
     op: ClassVar = "measure"
     job_ids: tuple[int, ...]
@@ -241,7 +243,7 @@ class Measure:
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """What an ended job has used."""
+    """The usage of an ended job."""
 
     op: ClassVar = "account"
     job_id: int
@@ -274,7 +276,7 @@ class SetShare:
 
 @dataclass(frozen=True, slots=True)
 class MeasureClient:
-    """What the jobs of a client use together at this moment."""
+    """The joint usage of a client's jobs at this moment."""
 
     op: ClassVar = "measure_client"
     uid: int
@@ -282,14 +284,14 @@ class MeasureClient:
 
 @dataclass(frozen=True, slots=True)
 class ScratchUse:
-    """Count what each job has in its scratch directory; the answer is `Opened`, with a pipe that gives it."""
+    """Count each job's files in its scratch directory; the answer is `Opened`, with a pipe of the counts."""
 
     op: ClassVar = "scratch_use"
 
 
 @dataclass(frozen=True, slots=True)
 class WorkspaceNames:
-    """Which workspaces there are, from that behind `after` on; as `WorkspacePage` has them."""
+    """List the workspaces, from that behind `after` on; as `WorkspacePage` has them."""
 
     op: ClassVar = "workspace_names"
     after: str
@@ -297,7 +299,7 @@ class WorkspaceNames:
 
 @dataclass(frozen=True, slots=True)
 class WorkspaceUse:
-    """Count what a workspace has; the answer is `Opened`, with a pipe that gives bytes and inodes."""
+    """Count the files of a workspace; the answer is `Opened`, with a pipe that gives bytes and inodes."""
 
     op: ClassVar = "workspace_use"
     uid: int
@@ -322,7 +324,7 @@ class ReloadMounts:
 
 @dataclass(frozen=True, slots=True)
 class Gpus:
-    """Which GPUs the machine has now, and which variables a job gets that has those of these `names`."""
+    """List the machine's GPUs now, and the variables of a job that has those of these `names`."""
 
     op: ClassVar = "gpus"
     names: tuple[str, ...] = ()
@@ -361,9 +363,9 @@ class Done:
 class Ready:
     """The launcher serves. `no_disk` is why it can set no limit of disk IO; empty when it can.
 
-    `uid_first`: the first user id of jobs. `not_set`: what was wanted and cannot be had (sums, a claim on the
-    user ids), in words.
-    Descriptor: the directory of scratch directories, for fstatvfs(3) and nothing else (O_PATH).
+    `uid_first`: the first user id of jobs. `not_set`: wanted settings that failed (sums, a claim on the user
+    ids), in words. Descriptor: the directory of scratch directories, for fstatvfs(3) and nothing else
+    (O_PATH).
     """
 
     op: ClassVar = "ready"
@@ -400,7 +402,7 @@ class Adopted:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The second answer to a launch or an adoption, when the job's init has ended: what the job has used.
+    """The second answer to a launch or an adoption, when the job's init has ended: the job's usage.
 
     `known` is false when that cannot be read now. `removed`: nothing of the job is left, and its accounts are
     in its status file; else all is left as it is until `remove`.
@@ -422,7 +424,7 @@ class JobIdPage:
 
 @dataclass(frozen=True, slots=True)
 class GpuNames:
-    """The names of all GPUs, and the variables that were asked for, each as NAME=VALUE."""
+    """The names of all GPUs, and the requested variables, each as NAME=VALUE."""
 
     op: ClassVar = "gpu_names"
     names: tuple[str, ...]
@@ -451,7 +453,7 @@ class Accounted:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """What one job had used at `time_ns` (CLOCK_REALTIME): see model.UsageSample."""
+    """The usage of one job until `time_ns` (CLOCK_REALTIME): see model.UsageSample."""
 
     job_id: int
     time_ns: int
@@ -464,7 +466,7 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A measurement of each job that was asked for and runs; others are left out."""
+    """A measurement of each requested job that runs; others are left out."""
 
     op: ClassVar = "measured"
     jobs: tuple[Measurement, ...]
@@ -472,7 +474,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Remaining:
-    """The processes of a job and what each waits in, as words; empty when it has none.
+    """The processes of a job and the cause of each one's wait, as words; empty when it has none.
 
     `killed`: whether it has others than its init, and all of them have their SIGKILL, so init did its part.
     """
@@ -492,7 +494,7 @@ class ShareSet:
 
 @dataclass(frozen=True, slots=True)
 class ClientMeasured:
-    """What the jobs of a client use: nothing where it has none."""
+    """The usage of a client's jobs: nothing where it has none."""
 
     op: ClassVar = "client_measured"
     use: GroupUse
@@ -500,21 +502,21 @@ class ClientMeasured:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """Descriptor: the file, or the pipe, that was asked for, for reading."""
+    """Descriptor: the file, or the pipe, that was requested, for reading."""
 
     op: ClassVar = "opened"
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """It was not done. `errno` is 0 when there is none.
+    """The request was not carried out. `errno` is 0 when there is none.
 
-    `kind`: exec, workdir (it cannot be entered), unpack (the upload cannot be), image (it has something else
+    `kind`: exec, workdir (it cannot be entered), unpack (the upload cannot be), image (it has another entry
     where pjw mounts), setup (another step of init), late (the command was not executed in time: `operation`
     says in which), mount (that of the name in `subject` cannot be had, or without an errno is not offered),
-    mount-at (not at its path), gpu (one cannot be had: `operation` says why), device-at (what comes with
-    one, not at its path), kernel, invalid, state or config.
-    `left`: a part of the launch does not end; `Departed` is answered when it has ended.
+    mount-at (not at its path), gpu (one cannot be had: `operation` says why), device-at (a file of one, not
+    at its path), kernel, invalid, state or config. `left`: a part of the launch does not end; `Departed` is
+    answered when it has ended.
     """
 
     op: ClassVar = "refused"
@@ -580,7 +582,7 @@ REPLIES: Final[dict[str, type[Reply]]] = {c.op: c for c in get_args(Reply)}
 
 
 def descriptors_of(request: Request) -> int:
-    """How many descriptors come with a request."""
+    """Return the number of descriptors that come with a request."""
     if isinstance(request, Egress):
         return 1
     return len(request.files) if isinstance(request, Launch | Exec) else 0

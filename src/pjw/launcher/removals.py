@@ -13,11 +13,11 @@ from pjw.errors import JobStateError
 from pjw.launcher.processes import Watcher
 from pjw.launcher.scratch import Scratch
 
-# How many at a time, in all and of one user, which is one client.
+# The most removals at a time, in all and of one user, which is one client.
 AT_ONCE: Final = 4
 AT_ONCE_OF_ONE: Final = 2
 
-# What is removed: the scratch of a job, by its id, or a workspace, by its user and its name.
+# The thing to remove: the scratch of a job, by its id, or a workspace, by its user and its name.
 Key = int | tuple[int, str]
 # Begins to remove a directory, and gives the pid of the process that does.
 Spawn = Callable[[], int]
@@ -29,9 +29,9 @@ class Removals:
     def __init__(self, watcher: Watcher, scratch: Scratch) -> None:
         self._watcher: Final = watcher
         self._scratch: Final = scratch
-        # who is told of the end
+        # callbacks for the end of each removal
         self._then: Final[dict[Key, Callable[[], None]]] = {}
-        # by their users, the one first who has waited for a turn longest
+        # by their users; first the user that has waited longest for a turn
         self._waiting: Final[dict[int, deque[tuple[Key, Spawn]]]] = {}
         self._running: Final[dict[int, set[Key]]] = {}
 
@@ -48,7 +48,7 @@ class Removals:
         self._add(job_id, self._scratch.owner(job_id), partial(self._scratch.spawn_removal, job_id), then)
 
     def begin_workspace(self, uid: int, name: str, spawn: Spawn, then: Callable[[], None]) -> None:
-        """The same for a workspace, whose removal is begun by *spawn*."""
+        """Begin the removal of a workspace likewise; *spawn* begins the work."""
         if (uid, name) in self._then:
             raise JobStateError(f"the workspace {name} is being removed")
         self._add((uid, name), uid, spawn, then)
@@ -60,7 +60,7 @@ class Removals:
 
     def _spawn_next(self) -> None:
         while sum(map(len, self._running.values())) < AT_ONCE:
-            # whoever has fewest, and of these whoever has waited longest
+            # the user with fewest removals, and of these the one that has waited longest
             uid = min(self._waiting, key=self._running_of, default=None)
             if uid is None or self._running_of(uid) == AT_ONCE_OF_ONE:
                 return

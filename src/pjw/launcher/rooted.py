@@ -1,4 +1,4 @@
-"""Directories in which root alone decides what is where."""
+"""Directories whose contents only root decides."""
 
 import os
 import stat
@@ -6,14 +6,14 @@ from typing import Final
 
 from pjw.errors import ConfigError, KernelError
 
-# whoever may reach what is below reaches it by a mount, not by way of this one
+# processes that may use the files below reach them by a mount, not by way of this directory
 _MODE: Final = 0o700
 
 
 def make_root_s(directory: str, called: str) -> None:
     """Make a directory that only root may enter, if it is not there. Raises KernelError.
 
-    *called* is what an operator calls it.
+    *called* is an operator's name for it.
     """
     try:
         os.makedirs(directory, _MODE, exist_ok=True)
@@ -27,14 +27,14 @@ def make_root_s(directory: str, called: str) -> None:
 
 
 def require_root_s(directory: str, called: str, remedy: str) -> None:
-    """Raises ConfigError when anybody but root can put something into the directory, or in its place.
+    """Check that only root can write into the directory, or replace it. Raises ConfigError.
 
-    *directory* is a real path, *called* what an operator calls it, *remedy* how to name another one.
+    *directory* is a real path, *called* an operator's name for it, *remedy* how to name another one.
     """
     path = directory
     while True:
         status = os.lstat(path)
-        # above it a sticky directory will do, such as /tmp: nobody else renames there what is root's
+        # above it a sticky directory will do, such as /tmp: other users cannot rename root's files there
         safe = status.st_mode & stat.S_ISVTX and path != directory
         if status.st_uid != 0 or (status.st_mode & 0o022 and not safe):
             raise ConfigError(

@@ -33,14 +33,14 @@ _REMOVAL_NICE: Final = 10
 
 
 def scratch_place(state_dir: str, scratch_dir: str) -> str:
-    """Where the scratch directories of a pjw are made."""
+    """Return the directory in which the scratch directories of a pjw are made."""
     if scratch_dir:
         return os.path.join(scratch_dir, instance_name(state_dir))
     return os.path.join(state_dir, "scratch")
 
 
 def find_quotas(descriptor: int, instance: str) -> "ProjectQuotas | None":
-    """The project quotas of the file system of a descriptor; None when it has none."""
+    """Return the project quotas of the file system of a descriptor; None when it has none."""
     device = os.fstat(descriptor).st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
     if not any(mount.device == number and "prjquota" in mount.super_options for mount in read_mounts()):
@@ -58,8 +58,8 @@ class Scratch:
     ) -> None:
         """Make the directory if need be.
 
-        Raises KernelError, and ConfigError for one that is not root's, and for limits of what a job may have
-        where the file system has no project quotas.
+        Raises KernelError, and ConfigError for one that is not root's, and for limits on jobs' files where
+        the file system has no project quotas.
         """
         self._path: Final = scratch_place(state_dir, scratch_dir)
         make_root_s(self._path, "scratch directory")
@@ -86,11 +86,11 @@ class Scratch:
 
     @property
     def directory(self) -> str:
-        """Where directories are made."""
+        """The directory in which scratch directories are made."""
         return self._path
 
     def path(self, job_id: int) -> str:
-        """Where the scratch directory of a job is, or would be made."""
+        """Return the path of a job's scratch directory, whether it exists or not."""
         for place in self.places:
             path = os.path.join(place, str(job_id))
             if os.path.lexists(path):
@@ -98,7 +98,7 @@ class Scratch:
         return os.path.join(self._path, str(job_id))
 
     def job_ids(self) -> set[int]:
-        """The jobs that have a directory; other names there are not ours. Raises KernelError."""
+        """Return the jobs that have a directory; other names there are not ours. Raises KernelError."""
         return set().union(*(job_ids_in(place, prefix="") for place in self.places))
 
     def create(self, job_id: int) -> str:
@@ -117,7 +117,7 @@ class Scratch:
         return path
 
     def begin_image(self, job_id: int, uid: int, image: str) -> str:
-        """Have a directory that `create` has made hold what the root of a job writes; its path.
+        """Prepare a directory made by `create` for writes of a job with an image; return its path.
 
         `job` in it is the job's own directory. Raises OSError.
         """
@@ -134,7 +134,7 @@ class Scratch:
         """Make the directory of a job, which `create` has made, its owner's alone. Raises KernelError."""
         path = os.path.join(self._path, str(job_id))
         try:
-            # the directory of a job with an image is never the client's: it has what must stay as it is
+            # the directory of a job with an image is never the client's: parts of it must stay unchanged
             owner = 0 if os.path.lexists(os.path.join(path, MARK)) else uid
             os.chown(path, owner, uid, follow_symlinks=False)
         except OSError as error:
@@ -163,7 +163,7 @@ class Scratch:
         return True
 
     def owner(self, job_id: int) -> int:
-        """The user that the directory of a job belongs to; root where there is none (any more)."""
+        """Return the user that a job's directory belongs to; root where there is none (any more)."""
         try:
             status = os.lstat(self.path(job_id))
         except OSError:
@@ -176,13 +176,13 @@ class Scratch:
 
 
 def _empty_image(path: str) -> None:
-    """Remove what is in the directory of a job with an image. Raises OSError when the job left something."""
+    """Empty the directory of a job with an image. Raises OSError when the job left something."""
     for name in ("upper", "job"):
         # an attempt before this one may have come so far
         with suppress(FileNotFoundError):
             os.rmdir(os.path.join(path, name))
     with suppress(FileNotFoundError):
-        # what overlayfs makes for itself
+        # made by overlayfs for itself
         os.unlink(os.path.join(path, "work/work/incompat/volatile/dirty"))
     for name in ("work/work/incompat/volatile", "work/work/incompat", "work/work", "work"):
         with suppress(FileNotFoundError):
@@ -205,7 +205,7 @@ def spawn_removal(path: str) -> int:
 
 
 def known_places(state_dir: str) -> tuple[str, ...]:
-    """Where jobs of a pjw may have their directories. Raises OSError."""
+    """Return the places where jobs of a pjw may have their directories. Raises OSError."""
     # without that file no other place was ever configured
     found = [scratch_place(state_dir, "")]
     with suppress(FileNotFoundError), open(os.path.join(state_dir, PLACES_NAME), "rb") as known:
@@ -214,7 +214,7 @@ def known_places(state_dir: str) -> tuple[str, ...]:
 
 
 def _remember(file: str, here: str, state_dir: str) -> tuple[str, ...]:
-    """All places where jobs may have their directories: *here*, and those of before that are not empty.
+    """Return all places of jobs' directories: *here*, and former ones that are not empty.
 
     *file* has them too, each ended by NUL. Raises KernelError.
     """

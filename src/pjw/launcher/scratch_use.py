@@ -1,4 +1,4 @@
-"""What scratch directories hold: bytes and inodes of each job, counted by a process of its own.
+"""The contents of scratch directories: bytes and inodes of each job, counted by a process of its own.
 
 A hostile job's tree may be endless, so the process counts for SECONDS, and all jobs take turns: a job with
 very many inodes has the highest count, finished or not.
@@ -22,19 +22,19 @@ from pjw.launcher.scratch import find_quotas
 from pjw.model import TOO_DEEP
 
 SECONDS: Final = 3.0
-# then the process ends, if nobody reads what it counted
+# then the process ends, if its counts are not read
 _LIFE_SECONDS: Final = 30
 # entries of one job before the next one's turn
 _TURN: Final = 1000
 
-# A directory that is being read: its descriptor, and what os.scandir() gives, which has no public type.
+# A directory that is being read: its descriptor, and the iterator of os.scandir(), which has no public type.
 _Level = tuple[int, Any]
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @dataclass(slots=True)
 class Use:
-    """What one job has, as far as it was counted."""
+    """The files of one job, as far as they were counted."""
 
     bytes: float = 0
     inodes: float = 0
@@ -47,7 +47,7 @@ class Use:
 
 
 def spawn_count(instance: str, places: tuple[str, ...]) -> tuple[int, int]:
-    """Begin to count what jobs have below *places*; the pid of the process that does, and its words.
+    """Begin to count jobs' files below *places*; return the pid of the counter, and a pipe of its words.
 
     The words are a line for each job, with its id, bytes and inodes. Raises OSError.
     """
@@ -55,7 +55,7 @@ def spawn_count(instance: str, places: tuple[str, ...]) -> tuple[int, int]:
 
 
 def spawn_counter(module: str, *arguments: str) -> tuple[int, int]:
-    """Run a module that counts; the pid of its process, and a pipe with its words. Raises OSError."""
+    """Run a module that counts; return the pid of its process, and a pipe of its words. Raises OSError."""
     reading, writing = os.pipe2(os.O_CLOEXEC)
     try:
         argv = [sys.executable, "-I", "-m", module, *arguments]
@@ -69,7 +69,7 @@ def spawn_counter(module: str, *arguments: str) -> tuple[int, int]:
 
 
 def count(instance: str, places: list[str], seconds: float = SECONDS) -> dict[int, Use]:
-    """What each job has, as far as it could be counted in so long."""
+    """Count the files of each job, as far as possible in so long."""
     deadline = time.monotonic() + seconds
     uses: dict[int, Use] = {}
     walked: dict[int, Use] = {}
@@ -110,7 +110,7 @@ def _goes_on(walking: Generator[None, None, None], deadline: float) -> bool:
 
 
 def walk(path: str, use: Use) -> Generator[None, None, None]:
-    """Count what is below a directory, a step for each name; no link is followed, and no mount entered."""
+    """Count the files below a directory, a step for each name; no link is followed, no mount entered."""
     # By descriptors, since the job renames as it likes meanwhile.
     levels: list[_Level] = []
     try:
@@ -173,7 +173,7 @@ def _walk_open(
             use = uses.get(int(found[1])) if found else None
             if found is None or use is None:
                 continue
-            # what is written to an image is seen by its overlay, which has a device of its own
+            # files written to an image belong to its overlay, which has a device of its own
             own = {os.stat(f"/proc/{pid}/root").st_dev} if int(found[1]) in with_image else set()
             for directory in (f"/proc/{pid}/fd", f"/proc/{pid}/map_files"):
                 for name in os.listdir(directory):
@@ -188,7 +188,7 @@ def _walk_open(
 
 def main() -> int:
     """Count, and print a line for each job."""
-    # by the kernel, whatever we hang in
+    # by the kernel, whatever call hangs
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(_LIFE_SECONDS)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -201,7 +201,7 @@ def main() -> int:
 
 
 def print_words(words: bytes) -> None:
-    """Write to stdout. Not by sys.stdout, which complains when nobody reads."""
+    """Write to stdout. Not by sys.stdout, which complains when its reader has gone."""
     with suppress(BrokenPipeError):
         while words:
             words = words[os.write(1, words) :]

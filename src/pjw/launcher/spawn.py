@@ -70,16 +70,16 @@ class Opened:
 
 @dataclass(frozen=True, slots=True)
 class Listening:
-    """The sockets that listen within a job, in the order of the listeners that were asked for."""
+    """The sockets that listen within a job, in the order of the requested listeners."""
 
     sockets: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A step before exec failed, by its name in init/init.h; "" when init vanished without a word.
+    """A step before exec failed, by its name in init/init.h; "" when init vanished without a report.
 
-    `operation` is what could not be done, as it follows "cannot" and precedes the job; a path may be in it.
+    `operation` names the failed step, as it follows "cannot" and precedes the job; a path may be in it.
     """
 
     step: str
@@ -96,7 +96,7 @@ class Spawner:
     """
 
     def __init__(self, watcher: Watcher, policy: Policy, scratch: str) -> None:
-        """*scratch* is the directory of all scratch directories, without links."""
+        """Begin without a spawner; *scratch* is the directory of all scratch directories, without links."""
         self._watcher: Final = watcher
         self._hidden: Final = policy.hidden_paths
         self._scratch: Final = scratch
@@ -113,10 +113,10 @@ class Spawner:
     def spawn(
         self, job_id: int, cgroup: Cgroup, trees: Sequence[int] = (), *, read_only: bool = False
     ) -> socket.socket:
-        """Have an init spawned that waits for its order; give the socket that it reports to.
+        """Spawn an init that waits for its order; return the socket that it reports to.
 
-        *trees* are mounts of an image, which is the job's root instead of the host's (Images.trees). What
-        goes wrong from here on is reported. Raises OSError.
+        *trees* are mounts of an image, which is the job's root instead of the host's (Images.trees). Failures
+        from here on are reported. Raises OSError.
         """
         own = f"{self._scratch}/{job_id}"
         words: list[str | int] = ["--hostname", f"job-{job_id}", "--scratch", f"{own}/job" if trees else own]
@@ -125,7 +125,7 @@ class Spawner:
         return self._spawn(job_id, cgroup.init_arguments(), words, self._places)
 
     def spawn_session(self, job_id: int, init: int, cgroup: Cgroup, tool: int | None) -> socket.socket:
-        """The same for a session in a job that runs, whose *init* is known by its pidfd.
+        """Spawn likewise for a session in a job that runs, whose *init* is known by its pidfd.
 
         A *tool* is a descriptor of the program that it executes instead of one that its command names.
         """
@@ -227,7 +227,7 @@ class Spawner:
             self.close()
 
     def close(self) -> None:
-        """Have the spawner end; what it was asked for goes on."""
+        """Have the spawner end; the processes that it has made go on."""
         if self._requests is not None:
             self._requests.close()
             self._requests = None
@@ -238,7 +238,7 @@ def _encoded(word: str) -> bytes:
 
 
 def place_words(places: Sequence[Place]) -> Iterator[str]:
-    """What init is told of places."""
+    """Yield the options of init for places."""
     for place in places:
         yield f"--{place.view}"
         yield place.path
@@ -330,7 +330,7 @@ def _words_of_mounts(request: Launch, edits: Sequence[Edit]) -> Iterator[str]:
 
 
 def listeners_for(request: Launch | Adopt) -> Sequence[Listener]:
-    """Where a job has what accepts its connections to names on the network; nowhere without names."""
+    """Return the listeners for a job's connections to names on the network; none without names."""
     if not request.allow:
         return ()
     found = listeners_of(request.job_id, request.allow, is_linked=bool(request.link))

@@ -1,7 +1,7 @@
-"""Processes that were killed and are still there: which, and what each waits for.
+"""Processes that were killed and are still there: which, and the cause of each one's wait.
 
-A process in an uninterruptible sleep (state D) ends when the kernel has what it waits for, and for no signal:
-the answer of an NFS or FUSE server, or of a disk.
+A process in an uninterruptible sleep (state D) ends when the kernel has the thing it waits for, and for no
+signal: the answer of an NFS or FUSE server, or of a disk.
 """
 
 import signal
@@ -17,7 +17,7 @@ from pjw.launcher.protocol import Remaining
 # More processes are counted and not named. Beyond the second number none is looked at: other requests wait.
 NAMED_MAX: Final = 4
 LOOKED_AT_MAX: Final = 200
-# How the kernel says that a process waits for nothing, or that we may not know.
+# The kernel's words for a process that waits for nothing, or whose wait we may not know.
 _NO_WCHAN: Final = ("0", "")
 # of <linux/sched.h>
 _PF_EXITING: Final = 0x4
@@ -40,7 +40,7 @@ def describe(pids: Collection[int]) -> Remaining:
 
 
 def _process(pid: int, shown: int) -> str:
-    """One of them, by its pid as the job sees it; with what of proc(5) there is."""
+    """Describe one of them, by its pid as the job sees it; with the available parts of proc(5)."""
     name = b" ".join(status_of(pid, b"Name")).decode("ascii", "replace")
     safe = "".join(
         character if character.isascii() and character.isprintable() else "?" for character in name
@@ -54,7 +54,7 @@ def _process(pid: int, shown: int) -> str:
 
 
 def _is_killed(pid: int) -> bool:
-    """Whether SIGKILL is pending, for the process or its main thread; or it exits already."""
+    """Return whether SIGKILL is pending, for the process or its main thread; or it exits already."""
     try:
         flags = int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[6])
     except (FileNotFoundError, ProcessLookupError):

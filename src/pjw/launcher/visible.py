@@ -1,7 +1,7 @@
-"""Which of the host's file systems a job is shown and how, and what is covered in those that it is shown.
+"""The host's file systems that a job is shown, how it is shown them, and the covered paths in them.
 
 A job always sees the root file system. An overlay shows one file system and nothing that is mounted in it, so
-each other file system takes an overlay of its own. At every other mount point a job would see what lies
+each other file system takes an overlay of its own. At every other mount point a job would see the files
 beneath the mount, which the operator may have masked by it: all these are covered.
 """
 
@@ -13,12 +13,12 @@ from typing import Final, Literal
 from pjw.errors import ConfigError, KernelError
 from pjw.launcher.cgroup.files import parse_mounts
 
-# with what is mounted in them; beside the root's own file system
+# with the mounts in them; beside the root's own file system
 VISIBLE: Final = ("/etc", "/opt", "/usr")
 NOT_VISIBLE: Final = ("/home", "/srv")
-# what a job has of its own, whatever the host has there
+# paths that are a job's own, whatever the host has there
 OWN: Final = ("/dev", "/proc", "/run", "/sys", "/tmp", "/var/tmp")  # noqa: S108 - the host's, never opened
-# These do not go by the mode of a file alone. An overlay would read them as root, who mounts it.
+# These do not go by the mode of a file alone. An overlay would read them as root, which mounts it.
 _ASK_OTHERS: Final = (
     b"9p afs ceph cifs coda fuse fuseblk gfs2 gpfs lustre nfs nfs4 ocfs2 orangefs smb3 smbfs virtiofs".split()
 )
@@ -28,7 +28,7 @@ _LINKS_MAX: Final = 40
 
 # Each is a mount for every job: of more of them, those that lie side by side are covered by their parents.
 _COVERS_MAX: Final = 32
-# what init takes (init/init.h, PLACES_MAX)
+# the most that init takes (init/init.h, PLACES_MAX)
 _PLACES_MAX: Final = 128
 
 
@@ -50,14 +50,14 @@ class Place:
     """
 
     path: str
-    # an option of init's: by an overlay, as it is, or not; or what the template has (init/template.c)
+    # an option of init's: by an overlay, as it is, or not; or a mount of the template (init/template.c)
     view: Literal["visible", "bound", "cover", "mount"]
     # lest another mount at the path is taken for it; None for a covered path
     mount: Mount | None = None
 
 
 def check_visible(paths: Iterable[str]) -> None:
-    """Raises ConfigError for a path that cannot be shown; one that is not there may come to be."""
+    """Check paths to show; a missing one may come later. Raises ConfigError for one that cannot be shown."""
     mounts = mounts_of(read_mounts())
     for path in paths:
         real = _real(path, mounts)
@@ -73,7 +73,7 @@ def check_visible(paths: Iterable[str]) -> None:
 
 
 def read_mounts() -> bytes:
-    """The host's table of mounts, as this process sees it. Raises KernelError."""
+    """Read the host's table of mounts, as this process sees it. Raises KernelError."""
     try:
         with open(MOUNTINFO, "rb") as file:
             return file.read()
@@ -82,7 +82,7 @@ def read_mounts() -> bytes:
 
 
 def places_of(visible: Sequence[str], hidden: Sequence[str], table: bytes) -> tuple[Place, ...]:
-    """What init is told, parents first; *table* is that of proc_pid_mountinfo(5). Raises ConfigError."""
+    """Return the places for init, parents first; *table* is proc_pid_mountinfo(5)'s. Raises ConfigError."""
     mounts = mounts_of(table)
     asked = {_real(path, mounts) for path in (*VISIBLE, *visible)}
     gone = {_real(path, mounts) for path in hidden}
@@ -92,7 +92,7 @@ def places_of(visible: Sequence[str], hidden: Sequence[str], table: bytes) -> tu
     shown = {path for path in there if _is_within(path, asked)}
     homes = {_real(path, mounts) for path in NOT_VISIBLE}
     covered = _fold({path for path in there | homes if not _is_within(path, asked)})
-    # a directory of what is covered, which has no mount of its own
+    # a directory inside a covered one, which has no mount of its own
     shown |= {path for path in asked if _is_within(path, covered) and _may_be_shown(path, mounts)}
     if 1 + len(shown) + len(covered) > _PLACES_MAX:
         raise ConfigError(
@@ -109,7 +109,7 @@ def places_of(visible: Sequence[str], hidden: Sequence[str], table: bytes) -> tu
 
 
 def template_of(places: Iterable[Place], others: Iterable[str], table: bytes) -> tuple[Place, ...]:
-    """The mounts that what is shown and *others* lie in, the root first; *others* are paths without links."""
+    """Return the mounts that hold the shown places and *others*, which have no links; the root first."""
     mounts = mounts_of(table)
     paths = ["/", *(place.path for place in places if place.view != "cover"), *others]
     points = {_mount_point(path, mounts) for path in paths}
@@ -117,9 +117,9 @@ def template_of(places: Iterable[Place], others: Iterable[str], table: bytes) ->
 
 
 def _real(path: str, mounts: Mapping[str, Mount]) -> str:
-    """*path* without links, but for those in a file system that asks others.
+    """Return *path* without links, but for those in a file system that asks others.
 
-    Unlike os.path.realpath this asks no such file system: a server that is gone answers nobody, and the
+    Unlike os.path.realpath this asks no such file system: a server that is gone never answers, and the
     launcher would wait for it.
     """
     real, left, links = "/", path.split("/"), 0
@@ -143,7 +143,7 @@ def _real(path: str, mounts: Mapping[str, Mount]) -> str:
 
 
 def _link(path: str) -> str:
-    """Where a link leads to; nothing for what is none, or is not there."""
+    """Return the target of a link; nothing for another file, or for a missing one."""
     try:
         return os.readlink(path)
     except OSError:
@@ -151,25 +151,25 @@ def _link(path: str) -> str:
 
 
 def _may_be_shown(path: str, mounts: Mapping[str, Mount]) -> bool:
-    # what is not asked here is told by init, which may wait
+    # init reports on a path that is not looked at here; it may wait
     return _asks_others(path, mounts) or os.path.isdir(path)
 
 
 def _asks_others(path: str, mounts: Mapping[str, Mount]) -> bool:
-    """Whether the file system that *path* lies in asks others; where nothing is known of it, no."""
+    """Return whether the file system of *path* asks others; False for an unknown one."""
     mount = mounts.get(_mount_point(path, mounts))
     return mount is not None and mount.type.split(b".")[0] in _ASK_OTHERS
 
 
 def _mount_point(path: str, mounts: Mapping[str, Mount]) -> str:
-    """Where the file system is mounted that *path* lies in; the root, where nothing is known of it."""
+    """Return the mount point of the file system of *path*; the root for an unknown one."""
     while path != "/" and path not in mounts:
         path = os.path.dirname(path)
     return path
 
 
 def mounts_of(table: bytes) -> dict[str, Mount]:
-    """Of each mount point the mount that is seen there; *table* is that of proc_pid_mountinfo(5)."""
+    """Return the visible mount of each mount point; *table* is that of proc_pid_mountinfo(5)."""
     return {
         mount.point: Mount(
             b"%d" % mount.id, mount.device.encode(), mount.fs_type.encode(), mount.options.encode()
@@ -179,7 +179,7 @@ def mounts_of(table: bytes) -> dict[str, Mount]:
 
 
 def _is_within(path: str, tops: Collection[str]) -> bool:
-    """Whether it is one of *tops*, or lies in one."""
+    """Return whether *path* is one of *tops*, or lies in one."""
     while path not in tops:
         if path == "/":
             return False
@@ -192,7 +192,7 @@ def _outermost(paths: set[str]) -> set[str]:
 
 
 def _fold(paths: set[str]) -> set[str]:
-    """At most so many: the deepest give way to the directories that they lie in, which show nothing else."""
+    """Reduce to a limited number: the deepest give way to their parents, which show nothing else."""
     paths = _outermost(paths)
     while len(paths) > _COVERS_MAX:
         parents = {path: os.path.dirname(path) for path in paths}

@@ -1,4 +1,4 @@
-"""What one workspace has, counted by a process of its own: its tree may be endless."""
+"""The contents of one workspace, counted by a process of its own: its tree may be endless."""
 
 import os
 import resource
@@ -9,15 +9,15 @@ from typing import Final
 
 from pjw.launcher.scratch_use import Use, print_words, walk
 
-# An endless tree has been counted that far: what is above a quota is so anyhow.
+# An endless tree has been counted that far: a count above a quota is enough to know.
 SECONDS: Final = 20.0
-# then the process ends, if nobody reads what it counted
+# then the process ends, if its counts are not read
 _LIFE_SECONDS: Final = 60
 _NICE: Final = 10
 
 
 def count(path: str, seconds: float = SECONDS) -> Use:
-    """What there is, as far as it could be counted in so long. No link is followed."""
+    """Count the files, as far as possible in so long. No link is followed."""
     deadline = time.monotonic() + seconds
     use = Use()
     for number, _ in enumerate(steps := walk(path, use)):
@@ -29,7 +29,7 @@ def count(path: str, seconds: float = SECONDS) -> Use:
 
 def main() -> int:
     """Count, and print a line."""
-    # by the kernel, whatever we hang in
+    # by the kernel, whatever call hangs
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(_LIFE_SECONDS)
     # jobs may end one after the other

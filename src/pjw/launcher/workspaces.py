@@ -20,7 +20,7 @@ from pjw.launcher.scratch import find_quotas, spawn_removal
 from pjw.launcher.scratch_use import spawn_counter
 from pjw.model import is_image_key, is_workspace
 
-# in the state directory, as what must last is
+# in the state directory, where files last
 NAME: Final = "workspaces"
 _MODE: Final = 0o700
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -41,9 +41,9 @@ class Workspaces:
         self._instance: Final = instance_name(state_dir)
 
     def tree(self, uid: int, name: str) -> int:
-        """A mount of a workspace that is mounted nowhere yet, by its descriptor; made if it is missing.
+        """Return a descriptor of a detached mount of a workspace, which is made if it is missing.
 
-        It lets nobody gain privilege or reach a device. Raises KernelError, and JobStateError for a directory
+        It lets no job gain privilege or reach a device. Raises KernelError, and JobStateError for a directory
         that is another user's.
         """
         path = self.path(uid, name)
@@ -83,11 +83,11 @@ class Workspaces:
         os.fchown(directory, uid, uid)
 
     def path(self, uid: int, name: str) -> str:
-        """Where a workspace is, or would be."""
+        """Return the path of a workspace, whether it exists or not."""
         return os.path.join(self._path, str(uid - self._uid_first), name)
 
     def page(self, after: str) -> tuple[str, ...]:
-        """At most MAX_WORKSPACES behind one, as `WorkspacePage` has them. Raises KernelError."""
+        """Return at most MAX_WORKSPACES behind one, as `WorkspacePage` has them. Raises KernelError."""
         try:
             return tuple(sorted(found for found in self._found() if found > after)[:MAX_WORKSPACES])
         except OSError as error:
@@ -116,7 +116,7 @@ class Workspaces:
         return spawn_removal(self.path(uid, name))
 
     def spawn_count(self, uid: int, name: str) -> tuple[int, int]:
-        """Begin to count what a workspace has; the pid of the process that does, and its words.
+        """Begin to count a workspace's files; return the pid of the counter, and a pipe of its words.
 
         They are a line with bytes and inodes. Raises OSError.
         """

@@ -6,7 +6,8 @@ A node that cannot reach the gateway does not end its jobs: they go on, and the 
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -20,7 +21,10 @@ from pjw.errors import PjwError, ServerUnreachableError
 from pjw.node.holds import Holds
 from pjw.node.jobs import Claim, Jobs, Said
 from pjw.worker import Worker
+from pjw.worker.admission import Admission
+from pjw.worker.numbers import Series
 from pjw.worker.store import JobStore
+from pjw.worker.worker import Offers
 
 FIRST_PAUSE_SECONDS: Final = 0.1
 LONGEST_PAUSE_SECONDS: Final = 2.0
@@ -36,6 +40,9 @@ _OPTIONS: Final = [
     # connection, and the node makes a new one.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    # A fixed window: what the gateway sends of an upload waits there while our disk takes its time.
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 1024**2),
 ]
 _LOOPBACK: Final = ("127.0.0.1:", "[::1]:")
 
@@ -56,6 +63,8 @@ class NodeSettings:
     memory_max_bytes: int
     uid_first: int
     uid_count: int
+    # what the gateway may call here
+    methods: Sequence[str]
 
 
 class Node:
@@ -73,10 +82,28 @@ class Node:
         self._settings: Final = settings
         # called for each session: a reload may have brought other credentials
         self._credentials: Final = credentials
+        self._worker: Final = worker
         self.holds: Final = holds
         self._jobs: Final = Jobs(worker, store, holds)
+        self._admission: Final = worker.admission
         self._pause = FIRST_PAUSE_SECONDS
         self._told = ""
+        self._is_connected = False
+        self._sessions = 0
+        worker.more_numbers = self._numbers
+
+    def _numbers(self) -> Sequence[Series]:
+        return (
+            Series(
+                "pjw_gateway_connected",
+                "Whether there is a session with the gateway.",
+                "gateway",
+                {self._settings.gateway: self._is_connected},
+            ),
+            Series(
+                "pjw_gateway_sessions", "Sessions with the gateway that have begun.", total=self._sessions
+            ),
+        )
 
     async def run(self) -> None:
         """Keep a session for ever."""
@@ -111,16 +138,19 @@ class Node:
         async with grpc.aio.secure_channel(target, tls, options) as channel:
             # the stubs know only the blocking class
             stub: Any = NodeServiceStub(channel)
-            said = Said(os.urandom(16).hex())
-            call = stub.Session(said.messages(self._hello(said.session)))
+            said = Said(os.urandom(16).hex(), stub.FetchUpload)
+            offers = await self._worker.offers()
+            call = stub.Session(said.messages(self._hello(said.session, offers)))
             try:
-                await self._heard(call.__aiter__(), partial(stub.Claim, timeout=_CLAIM_SECONDS), said)
+                await self._heard(call.__aiter__(), partial(stub.Claim, timeout=_CLAIM_SECONDS), said, offers)
             finally:
                 said.close()
                 self._jobs.session_ended()
                 call.cancel()
 
-    async def _heard(self, answers: AsyncIterator[pb.SessionResponse], claim: Claim, said: Said) -> None:
+    async def _heard(
+        self, answers: AsyncIterator[pb.SessionResponse], claim: Claim, said: Said, offers: Offers
+    ) -> None:
         first = await _next(answers, _WELCOME_SECONDS)
         if first is None:
             return
@@ -132,19 +162,28 @@ class Node:
         if self.holds is not None:
             self.holds.say = said.say
             self.holds.announce()
-        beating = asyncio.ensure_future(_beat(said, heartbeat))
+        self._is_connected, self._sessions = True, self._sessions + 1
+        beating = asyncio.ensure_future(_beat(said, heartbeat, self._admission))
         telling = asyncio.ensure_future(self._jobs.tell_ends(said))
         hearing = asyncio.ensure_future(self._hear_all(answers, claim, said, lost_after))
-        tasks = {beating, telling, hearing}
+        changing = asyncio.ensure_future(self._offers_change(offers, heartbeat))
+        tasks = {beating, telling, hearing, changing}
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in tasks:
                 if task.done():
                     task.result()
         finally:
+            self._is_connected = False
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _offers_change(self, offers: Offers, seconds: float) -> None:
+        """Return when the operator offers other things than in our Hello: the next session says so."""
+        while await self._worker.offers() == offers:  # noqa: ASYNC110  an operator's table has no event
+            await asyncio.sleep(seconds)
+        log.info("other mounts, images, GPUs or names are offered: the gateway is told in a new session")
 
     async def _hear_all(
         self, answers: AsyncIterator[pb.SessionResponse], claim: Claim, said: Said, lost_after: float
@@ -153,7 +192,7 @@ class Node:
         while (response := await _next(answers, lost_after)) is not None:
             self._jobs.hear(response, claim, said)
 
-    def _hello(self, session: str) -> pb.SessionRequest:
+    def _hello(self, session: str, offers: Offers) -> pb.SessionRequest:
         settings = self._settings
         return pb.SessionRequest(
             hello=pb.Hello(
@@ -166,14 +205,29 @@ class Node:
                 memory_max_bytes=settings.memory_max_bytes,
                 uid_first=settings.uid_first,
                 uid_count=settings.uid_count,
+                gpus=offers.gpus,
+                mounts=offers.mounts,
+                images=offers.images,
+                names=offers.names,
+                methods=settings.methods,
+                drained=self._admission.drained,
             )
         )
 
 
-async def _beat(said: Said, seconds: float) -> None:
-    while True:
-        await asyncio.sleep(seconds)
-        said.say(pb.SessionRequest(heartbeat=pb.Heartbeat()))
+async def _beat(said: Said, seconds: float, admission: Admission) -> None:
+    changed = asyncio.Event()
+    admission.changed.append(changed.set)
+    try:
+        while True:
+            # at once, too: it may have changed since Hello
+            said.say(pb.SessionRequest(heartbeat=pb.Heartbeat(drained=admission.drained)))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await changed.wait()
+            changed.clear()
+    finally:
+        admission.changed.remove(changed.set)
 
 
 async def _next(answers: AsyncIterator[pb.SessionResponse], seconds: float) -> pb.SessionResponse | None:

@@ -20,10 +20,14 @@ from pjw.cluster.v1 import cluster_pb2 as pb
 from pjw.errors import KernelError
 from pjw.worker.background import Background
 
-_MESSAGE_BYTES_MAX: Final = 1024
-_HELLO: Final = re.compile(r"hold 1 ([1-9][0-9]{0,18}) ([0-9]{1,12}) ([!-~]{1,255}) ([!-~]{1,255}) ([!-~]{1,255})")
+_MESSAGE_BYTES_MAX: Final = 2048
+_HELLO: Final = re.compile(
+    r"hold 1 ([1-9][0-9]{0,18}) ([0-9]{1,12}) ([!-~]{1,255}) ([!-~]{1,255}) ([!-~]{1,255})"
+)
 # struct ucred of unix(7): pid, user, group
 _PEER: Final = struct.Struct("iII")
+# of several pjwd on one host; nothing in it can be read by others
+_OURS: Final = "/run/pjw"
 # nothing tells us when a descriptor for a connection is free again
 _RETRY_SECONDS: Final = 1
 
@@ -36,8 +40,10 @@ def listen_for_holds(path: str, uid: int) -> socket.socket:
     try:
         directory = os.path.dirname(path)
         os.makedirs(directory, exist_ok=True)
-        # the user has to come through it, and our umask lets nobody
-        os.chmod(directory, stat.S_IMODE(os.stat(directory).st_mode) | 0o111)  # noqa: S103
+        if directory == _OURS:
+            # pjwd may have made it, with a umask that leaves others nothing
+            mode = stat.S_IMODE(os.stat(directory).st_mode)
+            os.chmod(directory, mode | stat.S_IXGRP | stat.S_IXOTH)  # noqa: S103  to pass, not to read
         with suppress(FileNotFoundError):
             os.unlink(path)
         made.bind(path)

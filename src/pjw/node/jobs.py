@@ -21,13 +21,15 @@ from pjw.errors import (
     JobNotFoundError,
     JobStateError,
     KernelError,
-    LauncherGoneError,
     LimitReachedError,
     PjwError,
+    ServerFailedError,
+    ServerUnreachableError,
 )
 from pjw.model import Job
 from pjw.node import rows
 from pjw.node.holds import Holds
+from pjw.node.uploads import Fetch, bring
 from pjw.rpc.convert import job_to_message, spec_from_message
 from pjw.worker import Worker
 from pjw.worker.background import Background
@@ -42,8 +44,10 @@ log: Final = logging.getLogger(__name__)
 class Said:
     """The messages of a node in one session, in their order."""
 
-    def __init__(self, session: str) -> None:
+    def __init__(self, session: str, fetch: Fetch) -> None:
         self.session: Final = session
+        # gets the files of jobs that were claimed in the session
+        self.fetch: Final = fetch
         self._waiting: Final[deque[pb.SessionRequest]] = deque()
         self._woken: Final = asyncio.Event()
         self._closed = False
@@ -145,24 +149,27 @@ class Jobs:
             log.info("job %s was not claimed: %s", uuid, error.details())
             return
         try:
-            job = await self._start(uuid, granted)
-        except LauncherGoneError:
-            # the launcher may have started the job: the next pjwd knows
+            job = await self._start(uuid, granted, said)
+        except ServerUnreachableError:
+            # The launcher has gone, and may have started the job: the next pjwd knows. Or the gateway has
+            # gone with the job's files: it asks about the job in the next session.
             return
         except PjwError as error:
-            again = isinstance(error, LimitReachedError | KernelError)
+            again = isinstance(error, LimitReachedError | KernelError | ServerFailedError)
             if again:
                 log.warning("cannot start job %s of the gateway now: %s", uuid, error)
             said.say(pb.SessionRequest(failed=pb.Failed(uuid=uuid, detail=str(error), again=again)))
             return
         said.say(_started(uuid, job))
 
-    async def _start(self, uuid: str, granted: pb.ClaimResponse) -> Job:
+    async def _start(self, uuid: str, granted: pb.ClaimResponse, said: Said) -> Job:
         name, number = granted.client_name, granted.client_number
         if fault := await self._store.transact(rows.number_client, name, number):
             log.error("this node serves no jobs of %s: %s", name, fault)
             raise LimitReachedError(f"the node cannot give {name} its user id: {fault}")
         spec = replace(spec_from_message(granted.start), request_id=rows.request_id_of(uuid))
+        if spec.upload:
+            spec = replace(spec, upload=await bring(self._worker, said.fetch, said.session, uuid, name))
         return await self._worker.start(spec, name)
 
     # --- questions of the gateway, and news for it
@@ -202,6 +209,7 @@ class Jobs:
     async def _acknowledged(self, uuid: str) -> None:
         await self._store.transact(rows.told, uuid)
         self._told.discard(uuid)
+        self._worker.end_was_told()
         # there may be more ends than we tell at a time
         self._ended.set()
 

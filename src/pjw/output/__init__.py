@@ -1,4 +1,4 @@
-"""What a job says: the file that init appends to, and those who follow it."""
+"""The output of a job: the file that init appends to, and the readers that follow it."""
 
 from pjw.output.follower import follow
 from pjw.output.inotify import Inotify

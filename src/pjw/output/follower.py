@@ -21,15 +21,15 @@ async def follow(
 ) -> AsyncGenerator[bytes, None]:
     """Yield every byte from *offset* on, each chunk behind its head; return once the output has ended.
 
-    With *present_only* return at the end of what is there when it is called, ended or not.
-    Raises OffsetError when *offset* lies beyond the end of what is there, OutputLostError when somebody has
-    cut the file short, and LauncherGoneError when the worker closes before the end. No polling: waits on
-    inotify. A slow reader costs nobody anything: bytes stay in the file until it asks.
+    With *present_only* return at the end of the output that is there when it is called, ended or not. Raises
+    OffsetError when *offset* lies beyond the end of the output, OutputLostError when another process has cut
+    the file short, and LauncherGoneError when the worker closes before the end. No polling: waits on inotify.
+    A slow reader costs the others nothing: bytes stay in the file until it asks.
     """
     loop = asyncio.get_running_loop()
     with log.open() as descriptor, log.changes() as changed:
         size = os.fstat(descriptor).st_size
-        # a job may write faster than anybody reads
+        # a job may write faster than its readers read
         end = size if present_only else sys.maxsize
         if not 0 <= offset <= size:
             raise OffsetError(f"cannot read output from byte {offset}: it has {size} bytes", size=size)

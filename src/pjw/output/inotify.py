@@ -25,7 +25,7 @@ class Inotify:
     """One inotify instance for one kind of change, read by the running event loop."""
 
     def __init__(self, kind: int = IN_MODIFY) -> None:
-        """*kind* is a mask of inotify(7). Raises KernelError, as when the user has too many instances."""
+        """Make an instance; *kind* is a mask of inotify(7). Raises KernelError, as for too many instances."""
         self._fd: Final = self._call(
             "make", "an inotify instance", "inotify_init1", os.O_NONBLOCK | os.O_CLOEXEC
         )
@@ -35,7 +35,7 @@ class Inotify:
         self._loop.add_reader(self._fd, self._on_readable)
 
     def watch(self, path: str, callback: Callable[[], None]) -> int:
-        """Call *callback* after changes of *path*; give what `unwatch` takes. Raises KernelError.
+        """Call *callback* after changes of *path*; return the number for `unwatch`. Raises KernelError.
 
         One file is watched once: a second watch would replace the first one's callback.
         """

@@ -12,17 +12,17 @@ from typing import Final, NamedTuple
 from pjw.errors import KernelError, OutputLostError
 from pjw.output.inotify import Inotify
 
-# What a reader puts in front of each chunk, made from how many bytes it has: it spares it a copy of them.
+# Makes the bytes that a reader wants in front of each chunk, from the chunk's length: no copy is needed.
 Head = Callable[[int], bytes]
 HEAD_BYTES_MAX: Final = 16
 READ_BYTES_MAX: Final = 256 * 1024
-# A line goes to all followers at once, and to read it takes as long as all else that we do for one of them.
-# What is larger is not worth its memory.
+# A line goes to all followers at once, and reading it takes as long as all other work for one of them. A
+# larger piece is not worth its memory.
 SHARED_BYTES_MAX: Final = 4096
 
 
 class _Buffer(threading.local):
-    """Where the reads of a thread are made: nothing stays in it while another of its readers may run.
+    """The buffer for the reads of a thread: nothing stays in it while another of its readers may run.
 
     A buffer for each read would cost as much as to read a line. One for all threads would not do: the kernel
     fills it without the interpreter's lock.
@@ -36,7 +36,7 @@ _BUFFER: Final = _Buffer()
 
 
 class Piece(NamedTuple):
-    """What a follower has read: *length* bytes at *offset*, behind a head; of how many in all."""
+    """A chunk that a follower has read: *length* bytes at *offset*, behind a head; *size* of the file."""
 
     offset: int
     head: Head
@@ -48,8 +48,8 @@ class Piece(NamedTuple):
 class OutputLog:
     """The file that a job's init appends to: its bytes, its end, and news of changes.
 
-    Nothing of it is held in memory but the last line, for as long as somebody follows: the page cache is the
-    buffer, shared by all followers.
+    Memory holds only the last line, and only while there are followers: the page cache is the buffer, shared
+    by all followers.
     """
 
     def __init__(self, path: str, inotify: Inotify, *, ended: bool, times_path: str | None = None) -> None:
@@ -74,7 +74,7 @@ class OutputLog:
 
     @property
     def abandoned(self) -> bool:
-        """Whether nobody will tell of changes, nor of the end, any more."""
+        """Whether news of changes and of the end will never come any more."""
         return self._abandoned
 
     def abandon(self) -> None:
@@ -83,14 +83,15 @@ class OutputLog:
         self._wake()
 
     def _wake(self) -> None:
-        # there may be more now than its size says, and who waits after a look at that would wait for ever
+        # The output may have grown since, and a follower that waits after a look at this line would wait for
+        # ever.
         self._shared = None
         for changed in self._followers:
             changed.set()
 
     @contextmanager
     def changes(self) -> Iterator[asyncio.Event]:
-        """An event that is set after each change from now on. The first follower starts the watch."""
+        """Give an event that is set after each change from now on. The first follower starts the watch."""
         changed = asyncio.Event()
         if not self._followers and not self._ended:
             self._watch = self._inotify.watch(self._path, self._wake)
@@ -106,20 +107,20 @@ class OutputLog:
                     self._watch = -1
 
     def shared(self, offset: int, count_max: int, head: Head) -> Piece | None:
-        """What another follower has read there since the last change: at most *count_max* bytes."""
+        """Return the piece another follower read there since the last change: at most *count_max* bytes."""
         piece = self._shared
         if piece is None or piece.offset != offset or piece.length > count_max or piece.head is not head:
             return None
         return piece
 
     def share(self, piece: Piece) -> None:
-        """Keep what a follower has read for the others, who want it next, if it is a line."""
+        """Keep a piece that a follower has read for the others, which want it next, if it is a line."""
         if 0 < piece.length <= SHARED_BYTES_MAX and len(self._followers) > 1:
             self._shared = piece
 
     @contextmanager
     def open(self) -> Iterator[int]:
-        """A descriptor to read from; of a job that ended without output there need not be a file.
+        """Give a descriptor to read from; a job that ended without output need not have a file.
 
         Raises KernelError.
         """
@@ -134,7 +135,7 @@ class OutputLog:
 
     @contextmanager
     def open_times(self) -> Iterator[int | None]:
-        """A descriptor of the records of when it was written, or None. Raises KernelError."""
+        """Give a descriptor of the records of the times of writing, or None. Raises KernelError."""
         try:
             descriptor = os.open(self._times_path, os.O_RDONLY | os.O_CLOEXEC) if self._times_path else None
         except FileNotFoundError:
@@ -157,13 +158,13 @@ class OutputLog:
 
 
 def describe_job_file(path: str) -> str:
-    """A file of a job in words. Its path is for this process only: it begins with one of its descriptors."""
+    """Describe a file of a job in words: its path begins with a descriptor of this process only."""
     directory, name = os.path.split(path)
     return f"the {name} of job {os.path.basename(directory)}"
 
 
 def check_whole(descriptor: int, offset: int) -> None:
-    """Raise OutputLostError if somebody cut an open output short while its job ran.
+    """Raise OutputLostError if another process cut an open output short while its job ran.
 
     *offset* is how far the reader has come. The job's init appends to the file, and notes in its mode that
     bytes are gone: see `note_cut` in launcher/init/output.c.
@@ -177,7 +178,7 @@ def check_whole(descriptor: int, offset: int) -> None:
 
 
 def is_cut_short(path: str) -> bool:
-    """Whether somebody has cut an output short; see `check_whole`."""
+    """Return whether another process has cut an output short; see `check_whole`."""
     try:
         return bool(os.stat(path).st_mode & stat.S_IXUSR)
     except OSError:
@@ -185,7 +186,7 @@ def is_cut_short(path: str) -> bool:
 
 
 def no_head(count: int) -> bytes:
-    """Nothing in front of the bytes of a chunk."""
+    """Return nothing to go in front of a chunk."""
     return b""
 
 
@@ -195,7 +196,7 @@ async def read_at(descriptor: int, offset: int, count: int, head: Head = no_head
     Bytes in the page cache are read at once, others in a thread: a slow disk must not hold
     the event loop up (preadv2(2), RWF_NOWAIT). They are copied once after that.
     """
-    # How many bytes come is known when they are there, so the room for their head is made first.
+    # The number of bytes is known only when they are there, so the room for their head is made first.
     buffer = _BUFFER.view
     end = HEAD_BYTES_MAX + min(count, READ_BYTES_MAX)
     try:

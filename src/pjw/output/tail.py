@@ -1,4 +1,4 @@
-"""Where the last lines of an output begin: read backwards, a block at a time, as tail(1) does."""
+"""The beginning of the last lines of an output: read backwards, a block at a time, as tail(1) does."""
 
 import asyncio
 import os
@@ -12,9 +12,9 @@ _BLOCK_BYTES: Final = READ_BYTES_MAX
 async def start_of_tail(
     log: OutputLog, lines: int, offset: int = 0, turns: asyncio.Lock | None = None
 ) -> int:
-    """The offset of the last *lines* lines of what is there, but not before *offset*.
+    """Return the offset of the last *lines* lines of the present output, but not before *offset*.
 
-    What is behind the last newline is a line as well. Those who share *turns* look for theirs by turns.
+    Bytes behind the last newline are a line as well. Readers that share *turns* search by turns.
     """
     turns = turns or asyncio.Lock()
     with log.open() as descriptor:
@@ -33,18 +33,18 @@ async def start_of_tail(
                 return start + _newline_from_end(block, place, lines) + 1
             lines -= newlines
             end = start
-            # Others have their turn between two blocks, which may all be in the page cache: with many who
-            # look for lines, one block for each of these turns, and not one for each who looks.
+            # Other calls have their turn between two blocks, which may all be in the page cache: with many
+            # readers searching, one block in all for each of these turns, and not one for each reader.
             async with turns:
                 await asyncio.sleep(0)
     return offset
 
 
 def _newline_from_end(block: bytes, end: int, number: int) -> int:
-    """Where in the block, before *end*, the newline of that number is, from the end. It must be there.
+    """Return the place before *end* of the newline of that number, from the end. It must be there.
 
-    By bisection, which is two looks at each byte: to find one after the other, of a quarter of a million,
-    would hold the event loop up for 40 ms.
+    By bisection, which is two looks at each byte: a search for one after the other, of a quarter of a
+    million, would hold the event loop up for 40 ms.
     """
     start = 0
     while end - start > 1:
@@ -59,7 +59,7 @@ def _newline_from_end(block: bytes, end: int, number: int) -> int:
 
 
 async def _read_whole(descriptor: int, start: int, end: int) -> bytes:
-    # one read gives no more than what is in the page cache up to its first gap
+    # one read returns only the bytes in the page cache up to its first gap
     pieces: list[bytes] = []
     while start < end:
         got, data = await read_at(descriptor, start, end - start)

@@ -1,4 +1,4 @@
-"""When output was written: cuts what was read by the records that a job's init appends (init/times.c)."""
+"""The times of output: cuts output by the records that a job's init appends (init/times.c)."""
 
 import os
 import struct
@@ -10,17 +10,18 @@ from typing import Final
 from pjw.output.follower import follow
 from pjw.output.log import OutputLog, read_at
 
-# nanoseconds of CLOCK_REALTIME; where in the output what was read until then ends. As the machine has them.
-_RECORD: Final = struct.Struct("=qQ")
+# A time (nanoseconds of CLOCK_REALTIME), and the output's length read until then, in the machine's byte
+# order.
+RECORD: Final = struct.Struct("=qQ")
 _RECORDS_READ: Final = 1024
 
 
 async def follow_with_times(
     log: OutputLog, offset: int = 0, *, present_only: bool = False
 ) -> AsyncGenerator[tuple[bytes, int | None], None]:
-    """As `follow`, but cut at each record: bytes, and when they were written, in nanoseconds since 1970.
+    """Follow as `follow`, but cut at each record; yield bytes and their time, in ns since 1970.
 
-    None where nobody wrote that down (an older init), or a power cut took it.
+    The time is None where it was not recorded (an older init), or a power cut took it.
     """
     with log.open_times() as descriptor:
         times = None if descriptor is None else _Times(descriptor)
@@ -29,8 +30,8 @@ async def follow_with_times(
                 if times is None:
                     yield chunk, None
                     continue
-                # What has no record yet was written within the last interval of those. Ended is looked at
-                # first: init writes the last record before that.
+                # Output without a record yet was written within the last interval between records. Look at
+                # `ended` first: init writes the last record before that.
                 ended = log.ended
                 for data, ns in await times.cut(chunk, offset):
                     yield data, time.time_ns() if ns is None and not ended else ns
@@ -38,9 +39,9 @@ async def follow_with_times(
 
 
 async def start_of_time(log: OutputLog, ns: int) -> int | None:
-    """The offset of the first byte that was written at *ns* or later, in nanoseconds since 1970.
+    """Return the offset of the first byte written at *ns* or later, in nanoseconds since 1970.
 
-    Output that has no record yet counts as written now. None when nobody recorded the times.
+    Output that has no record yet counts as written now. None when the times were not recorded.
     """
     with log.open() as output, log.open_times() as descriptor:
         if not os.fstat(output).st_size:
@@ -49,7 +50,7 @@ async def start_of_time(log: OutputLog, ns: int) -> int | None:
 
 
 class _Times:
-    """The records of one output, read forward; what makes no sense, as after a power cut, is passed over."""
+    """The records of one output, read forward; invalid ones, as after a power cut, are skipped."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor: Final = descriptor
@@ -60,7 +61,7 @@ class _Times:
         self._sought = False
 
     async def cut(self, data: bytes, offset: int) -> list[tuple[bytes, int | None]]:
-        """Cut *data*, which lies at *offset*, into what was written at one time each; None: not recorded."""
+        """Cut *data*, which lies at *offset*, into pieces written at one time each; None: not recorded."""
         if not self._sought:
             self._next = await self._first_behind(offset)
             self._sought = True
@@ -87,18 +88,18 @@ class _Times:
                 return None
 
     async def first_since(self, ns: int) -> int:
-        """The offset where output of *ns* or later begins: the end of the record before it."""
+        """Return the offset where output of *ns* or later begins: the end of the record before it."""
         number = await self._first(lambda record: record[0] >= ns)
         before = await self._read(number - 1, 1) if number else []
         return before[0][1] if before else 0
 
     async def _first_behind(self, offset: int) -> int:
-        """The number of the first record of the bytes after *offset*."""
+        """Return the number of the first record of the bytes after *offset*."""
         return await self._first(lambda record: record[1] > offset) if offset else 0
 
     async def _first(self, fits: Callable[[tuple[int, int]], bool]) -> int:
-        """The number of the first record that fits, by bisection; every record after it must fit too."""
-        low, high = 0, os.fstat(self._descriptor).st_size // _RECORD.size
+        """Return the number of the first record that fits, by bisection; all later records must fit too."""
+        low, high = 0, os.fstat(self._descriptor).st_size // RECORD.size
         while low < high:
             middle = (low + high) // 2
             record = await self._read(middle, 1)
@@ -109,6 +110,6 @@ class _Times:
         return low
 
     async def _read(self, number: int, count: int) -> list[tuple[int, int]]:
-        size = _RECORD.size
+        size = RECORD.size
         got, data = await read_at(self._descriptor, number * size, count * size)
-        return list(_RECORD.iter_unpack(data[: got - got % size]))
+        return list(RECORD.iter_unpack(data[: got - got % size]))

@@ -1,1 +1,1 @@
-"""What is said: messages to model and back, errors to gRPC status and back."""
+"""The translation of values: messages to model and back, errors to gRPC status and back."""

@@ -60,14 +60,14 @@ _CONDITIONS_BACK: Final = {
     pb.DEPENDENCY_CONDITION_UNSPECIFIED: Condition.OK,
     **{number: condition for condition, number in _CONDITIONS.items()},
 }
-# what is the same in both, by name
+# the fields that both have under the same name
 _ARRAY: Final = ("indices", "count", "waiting", "succeeded", "failed", "cancelled")
 # the field, and that a length and so many bytes follow
 _LOGS_RESPONSE_TAG: Final = bytes([pb.LogsResponse.DATA_FIELD_NUMBER << 3 | 2])
 
 
 def job_to_message(job: Job) -> pb.Job:
-    """A job as it is sent."""
+    """Make the message of a job."""
     status = job.exit_status
     return pb.Job(
         id=job.id,
@@ -104,6 +104,7 @@ def job_to_message(job: Job) -> pb.Job:
         workspace=job.workspace,
         exclusive=job.exclusive,
         node=job.node,
+        chosen_node=job.chosen_node,
         image=job.image,
         read_only=job.read_only,
         mounts=job.mounts,
@@ -134,7 +135,7 @@ def _exit_status_of(message: pb.Job | pb.Session) -> ExitStatus | None:
 
 
 def job_from_message(message: pb.Job) -> Job:
-    """A job as it was sent. A state that only a newer server knows is UNKNOWN, such a reason None.
+    """Make a job from its message. A state that only a newer server knows is UNKNOWN, such a reason None.
 
     Raises ValueError for a message that no server sends.
     """
@@ -176,6 +177,7 @@ def job_from_message(message: pb.Job) -> Job:
         workspace=message.workspace,
         exclusive=message.exclusive,
         node=message.node,
+        chosen_node=message.chosen_node,
         image=message.image,
         read_only=message.read_only,
         mounts=tuple(message.mounts),
@@ -186,7 +188,7 @@ def job_from_message(message: pb.Job) -> Job:
 
 
 def change_to_message(change: JobChange) -> pb.JobChange:
-    """A change of a job's state as it is sent."""
+    """Make the message of a change of a job's state."""
     return pb.JobChange(
         sequence=change.sequence,
         time=timestamp(change.time) if change.time else None,
@@ -196,7 +198,7 @@ def change_to_message(change: JobChange) -> pb.JobChange:
 
 
 def change_from_message(message: pb.JobChange) -> JobChange:
-    """A change of a job's state as it was sent. Raises ValueError, as `job_from_message`."""
+    """Make a change of a job's state from its message. Raises ValueError, as `job_from_message`."""
     return JobChange(
         job_from_message(message.job),
         message.sequence if message.HasField("sequence") else None,
@@ -206,7 +208,7 @@ def change_from_message(message: pb.JobChange) -> JobChange:
 
 
 def workspace_to_message(workspace: Workspace) -> pb.Workspace:
-    """A workspace as it is sent."""
+    """Make the message of a workspace."""
     return pb.Workspace(
         name=workspace.name,
         made=timestamp(workspace.made),
@@ -219,7 +221,7 @@ def workspace_to_message(workspace: Workspace) -> pb.Workspace:
 
 
 def workspace_from_message(message: pb.Workspace) -> Workspace:
-    """A workspace as it was sent."""
+    """Make a workspace from its message."""
     return Workspace(
         message.name,
         message.made.ToDatetime(UTC),
@@ -232,7 +234,7 @@ def workspace_from_message(message: pb.Workspace) -> Workspace:
 
 
 def image_to_message(image: Image) -> pb.Image:
-    """An image as it is sent."""
+    """Make the message of an image."""
     return pb.Image(
         name=image.name,
         digest=image.digest,
@@ -247,7 +249,7 @@ def image_to_message(image: Image) -> pb.Image:
 
 
 def image_from_message(message: pb.Image) -> Image:
-    """An image as it was sent."""
+    """Make an image from its message."""
     return Image(
         message.name,
         message.digest,
@@ -262,19 +264,19 @@ def image_from_message(message: pb.Image) -> Image:
 
 
 def image_config_to_message(config: ImageConfig) -> pb.ImageConfig:
-    """How jobs begin in an image, as it is sent."""
+    """Make the message of an image's config."""
     return pb.ImageConfig(
         env=config.env, workdir=config.workdir, entrypoint=config.entrypoint, command=config.command
     )
 
 
 def image_config_from_message(message: pb.ImageConfig) -> ImageConfig:
-    """How jobs begin in an image, as it was sent. Raises InvalidJobError."""
+    """Make an image's config from its message. Raises InvalidJobError."""
     return ImageConfig(dict(message.env), message.workdir, tuple(message.entrypoint), tuple(message.command))
 
 
 def spec_to_message(spec: JobSpec) -> pb.StartRequest:
-    """A request to start a job. Raises InvalidJobError for limits that no message has room for."""
+    """Make a request to start a job. Raises InvalidJobError for limits too large for the message."""
     request = pb.StartRequest(
         limits=_limits_to_message(spec.limits) if spec.limits else None,
         name=spec.name,
@@ -297,6 +299,7 @@ def spec_to_message(spec: JobSpec) -> pb.StartRequest:
         allow=spec.allow,
         link=spec.link,
         gpus=spec.gpus,
+        node=spec.node,
     )
     _set_command(request, spec)
     return request
@@ -319,17 +322,17 @@ def _command_of(message: pb.StartRequest | pb.ExecRequest) -> str | tuple[str, .
 
 
 def terminal_to_message(size: TerminalSize | None) -> pb.Terminal | None:
-    """The size of a terminal as it is sent."""
+    """Make the message of the size of a terminal."""
     return None if size is None else pb.Terminal(rows=size.rows, columns=size.columns)
 
 
 def terminal_from_message(message: pb.Terminal) -> TerminalSize:
-    """The size of a terminal as it was sent. Raises InvalidJobError."""
+    """Make the size of a terminal from its message. Raises InvalidJobError."""
     return TerminalSize(message.rows, message.columns)
 
 
 def spec_from_message(message: pb.StartRequest) -> JobSpec:
-    """What is asked for. Raises InvalidJobError."""
+    """Make the spec of a request to start a job. Raises InvalidJobError."""
     if message.workspace:
         check_workspace(message.workspace)
     return JobSpec(
@@ -355,11 +358,12 @@ def spec_from_message(message: pb.StartRequest) -> JobSpec:
         allow=tuple(message.allow),
         link=message.link,
         gpus=message.gpus,
+        node=message.node,
     )
 
 
 def exec_to_message(job_id: int, spec: JobSpec, *, detached: bool) -> pb.ExecRequest:
-    """A request to start another command in a job."""
+    """Make a request to start another command in a job."""
     request = pb.ExecRequest(
         id=job_id,
         env=spec.env,
@@ -374,18 +378,18 @@ def exec_to_message(job_id: int, spec: JobSpec, *, detached: bool) -> pb.ExecReq
 
 
 def archive_to_message(job_id: int, archive: Archive, request_id: str) -> pb.ExecRequest:
-    """A request to pack or unpack files in a job."""
+    """Make a request to pack or unpack files in a job."""
     message = pb.Archive(path=archive.path, unpack=archive.unpack, name=archive.name)
     return pb.ExecRequest(id=job_id, archive=message, request_id=request_id)
 
 
 def archive_from_message(message: pb.Archive) -> Archive:
-    """What is to be packed or unpacked. Raises InvalidJobError."""
+    """Make the description of an archive to pack or unpack. Raises InvalidJobError."""
     return Archive(message.path, message.unpack, message.name)
 
 
 def exec_from_message(message: pb.ExecRequest) -> JobSpec:
-    """What is asked for. Raises InvalidJobError."""
+    """Make the spec of a request for another command in a job. Raises InvalidJobError."""
     return JobSpec(
         _command_of(message),
         env=dict(message.env),
@@ -397,7 +401,7 @@ def exec_from_message(message: pb.ExecRequest) -> JobSpec:
 
 
 def session_to_message(session: Session) -> pb.Session:
-    """A session as it is sent."""
+    """Make the message of a session."""
     status = session.exit_status
     return pb.Session(
         job_id=session.job_id,
@@ -416,7 +420,7 @@ def session_to_message(session: Session) -> pb.Session:
 
 
 def session_from_message(message: pb.Session) -> Session:
-    """A session as it was sent. Raises ValueError for a message that no server sends."""
+    """Make a session from its message. Raises ValueError for a message that no server sends."""
     return Session(
         job_id=message.job_id,
         number=message.number,
@@ -433,7 +437,7 @@ def session_from_message(message: pb.Session) -> Session:
 
 
 def queued_to_message(spec: JobSpec) -> pb.QueuedJob:
-    """A request to put a job into the queue. Raises InvalidJobError, as `spec_to_message`."""
+    """Make a request to put a job into the queue. Raises InvalidJobError, as `spec_to_message`."""
     queue = spec.queue or QueueSpec()
     not_before = None if queue.not_before is None else timestamp(queue.not_before.astimezone(UTC))
     return pb.QueuedJob(
@@ -448,7 +452,7 @@ def queued_to_message(spec: JobSpec) -> pb.QueuedJob:
 
 
 def queued_from_message(message: pb.QueuedJob) -> JobSpec:
-    """What is asked for, with how it waits. Raises InvalidJobError."""
+    """Make the spec of a request for the queue, with its conditions. Raises InvalidJobError."""
     try:
         not_before = message.not_before.ToDatetime(UTC) if message.HasField("not_before") else None
     except (ValueError, OverflowError) as error:
@@ -501,7 +505,7 @@ def _after_from_message(message: pb.Dependency) -> After:
 
 
 def states_from_message(numbers: "Iterable[pb.JobState.ValueType]") -> frozenset[JobState]:
-    """States that are asked for. Raises InvalidJobError for one that this version does not know."""
+    """Make states from a request. Raises InvalidJobError for one that this version does not know."""
     try:
         return frozenset(_STATES_BACK[number] for number in numbers)
     except KeyError as unknown:
@@ -518,24 +522,24 @@ def _limits_to_message(limits: Mapping[str, int | str]) -> pb.Limits:
         raise InvalidJobError(f"cannot ask for these limits: {error}") from error
 
 
-# Most jobs have the default limits, or those of another job. Who gets a message copies it into another.
+# Most jobs have the default limits, or those of another job. Each caller copies the message into another.
 @lru_cache(maxsize=64)
 def _limits_message(limits: Limits) -> pb.Limits:
     return pb.Limits(**dict(limits.items()))
 
 
 def limits_from_message(message: pb.Limits) -> dict[str, int]:
-    """The limits that are set, by name."""
+    """Return the limits that are set, by name."""
     return {field.name: value for field, value in message.ListFields()}
 
 
 def timed_logs_response(data: bytes, time: datetime | None) -> pb.LogsResponse:
-    """Output, and when it was written."""
+    """Make the message of output with its time."""
     return pb.LogsResponse(data=data, time=None if time is None else timestamp(time))
 
 
 def logs_response_head(count: int) -> bytes:
-    """What *count* bytes of output need in front of them to be a serialized LogsResponse."""
+    """Return the head that makes *count* bytes of output behind it a serialized LogsResponse."""
     head = bytearray(_LOGS_RESPONSE_TAG)
     while count > 0x7F:
         head.append(count & 0x7F | 0x80)
@@ -545,7 +549,7 @@ def logs_response_head(count: int) -> bytes:
 
 
 def logs_response_bytes(message: bytes) -> int:
-    """How many bytes of output there are in what begins with such a head."""
+    """Return the number of bytes of output in a message that begins with such a head."""
     digits = 1
     while len(message) - 1 - digits >= 1 << 7 * digits:
         digits += 1
@@ -563,7 +567,7 @@ def _usage_to_message(usage: Usage) -> pb.Usage:
 
 
 def sample_to_message(sample: UsageSample) -> pb.UsageSample:
-    """What a job had used at one moment, as it is sent."""
+    """Make the message of a usage sample."""
     return pb.UsageSample(
         time=timestamp(sample.time),
         cpu_usage_usec=sample.cpu_usage_usec,
@@ -575,7 +579,7 @@ def sample_to_message(sample: UsageSample) -> pb.UsageSample:
 
 
 def sample_from_message(message: pb.UsageSample) -> UsageSample:
-    """What a job had used at one moment, as it was sent."""
+    """Make a usage sample from its message."""
     return UsageSample(
         time=message.time.ToDatetime(UTC),
         cpu_usage_usec=message.cpu_usage_usec,
@@ -586,7 +590,7 @@ def sample_from_message(message: pb.UsageSample) -> UsageSample:
     )
 
 
-# what is the same in both, by name
+# the fields that both have under the same name
 _QUOTA_NUMBERS: Final = (
     "weight",
     "total_weight",
@@ -602,7 +606,7 @@ _QUOTA_NUMBERS: Final = (
 
 
 def quota_to_message(quota: ClientQuota) -> pb.GetQuotaResponse:
-    """What a client may have and has, as it is sent."""
+    """Make the message of a client's limits and usage."""
     use = quota.use
     return pb.GetQuotaResponse(
         client_name=quota.client_name,
@@ -612,12 +616,13 @@ def quota_to_message(quota: ClientQuota) -> pb.GetQuotaResponse:
         use=pb.GroupUse(memory_bytes=use.memory_bytes, pids=use.pids, cpu_usage_usec=use.cpu_usage_usec),
         mounts=[pb.Mount(name=mount.name, read_only=mount.read_only) for mount in quota.mounts],
         gpus=quota.gpus,
+        drained=quota.drained,
         **{name: getattr(quota, name) for name in _QUOTA_NUMBERS},
     )
 
 
 def quota_from_message(message: pb.GetQuotaResponse) -> ClientQuota:
-    """What a client may have and has, as it was sent."""
+    """Make a client's limits and usage from its message."""
     sums, use = message.sums, message.use
     return ClientQuota(
         client_name=message.client_name,
@@ -627,6 +632,7 @@ def quota_from_message(message: pb.GetQuotaResponse) -> ClientQuota:
         use=GroupUse(use.memory_bytes, use.pids, use.cpu_usage_usec),
         mounts=tuple(Mount(mount.name, mount.read_only) for mount in message.mounts),
         gpus=message.gpus,
+        drained=message.drained,
         **{name: getattr(message, name) for name in _QUOTA_NUMBERS},
     )
 
@@ -642,7 +648,7 @@ def _usage_from_message(message: pb.Usage) -> Usage:
 
 
 def since_from_message(request: pb.LogsRequest) -> int | None:
-    """From when on output is asked for, in nanoseconds since 1970. Raises InvalidJobError."""
+    """Return the time from which output is wanted, in ns since 1970. Raises InvalidJobError."""
     if not request.HasField("since"):
         return None
     try:
@@ -652,7 +658,7 @@ def since_from_message(request: pb.LogsRequest) -> int | None:
 
 
 def timestamp(time: datetime) -> Timestamp:
-    """A time in UTC as a message of protobuf."""
+    """Return a time in UTC as a message of protobuf."""
     message = Timestamp()
     message.FromDatetime(time)
     return message

@@ -13,7 +13,7 @@ from pjw.errors import InvalidJobError
 
 
 def require_known(request: Message) -> None:
-    """Raises InvalidJobError for an unknown field in *request*, or in a message within it."""
+    """Check *request* and the messages within it for unknown fields. Raises InvalidJobError."""
     unknown = UnknownFieldSet(request)
     if len(unknown):
         raise InvalidJobError(

@@ -60,7 +60,7 @@ TABLE: Final = (
 _BY_KIND: Final = {row.kind: row for row in TABLE}
 _BY_REASON: Final = {row.reason: row for row in TABLE}
 _BY_CODE: Final = {row.code: row for row in reversed(TABLE)}
-# What goes wrong inside is for our log; its words may hold paths of the host.
+# Details of internal failures are for our log; their words may hold paths of the host.
 INTERNAL_TEXT: Final = "internal error; the server's log has the details"
 # Initial metadata of a stream whose caller was let in: from then on it is worth resuming.
 ADMITTED_KEY: Final = "pjw-admitted"
@@ -71,12 +71,12 @@ ERROR_KEY: Final = "pjw-error"
 # For clients older than ERROR_KEY, and for clients that read no JSON: the hint, and errno when exec failed.
 HINT_KEY: Final = "pjw-hint"
 ERRNO_KEY: Final = "pjw-exec-errno"
-# A header must be small, so longer facts are cut. The caller knows the full text of what it asked for.
+# A header must be small, so longer facts are cut. The caller knows the full text of its own request.
 _FACT_CHARACTERS_MAX: Final = 512
 
 
 def status_of(error: Exception) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str], ...]]:
-    """What a client is told of an error: code, text, trailing metadata."""
+    """Return a client's view of an error: code, text, trailing metadata."""
     row = _BY_KIND.get(type(error)) if isinstance(error, errors.PjwError) else None
     of_the_inside = row is None or row.code is grpc.StatusCode.INTERNAL
     if of_the_inside and not (isinstance(error, errors.KernelError) and error.for_client):
@@ -104,7 +104,7 @@ def status_of(error: Exception) -> tuple[grpc.StatusCode, str, tuple[tuple[str, 
 def error_of(
     code: grpc.StatusCode, text: str, metadata: Mapping[str, str], asked: Mapping[str, object]
 ) -> errors.PjwError:
-    """The error that a client raises for a status: the server's own, if the metadata names it.
+    """Return the error that a client raises for a status: the server's own, if the metadata names it.
 
     *asked* has the facts that the caller knows: `job_id`, and for a start `program` and `workdir`.
     """
@@ -125,7 +125,7 @@ def error_of(
 
 
 def _told(metadata: Mapping[str, str]) -> dict[str, object]:
-    """The metadata of the error; empty if there is none, or if it is not a JSON object."""
+    """Return the metadata of the error; empty if there is none, or if it is not a JSON object."""
     try:
         told = json.loads(metadata.get(ERROR_KEY, "{}"))
     except (ValueError, RecursionError):

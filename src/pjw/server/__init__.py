@@ -1,1 +1,1 @@
-"""Who may ask: the network process, and pjwd's commands around it."""
+"""The network process, which admits callers, and pjwd's commands around it."""

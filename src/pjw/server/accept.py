@@ -3,7 +3,7 @@
 grpc.aio decodes the path of every call in the one loop that accepts them all: a path that is no UTF-8, which
 any client with a certificate can send, raises there, and the server closes its port for good (seen with
 1.85.1). So the methods of the contract are registered with gRPC's core, which compares paths as bytes and
-hands each of them its own calls; what is left over is answered UNIMPLEMENTED here, its path unread.
+hands each of them its own calls; other calls are answered UNIMPLEMENTED here, its path unread.
 
 This stands on names that gRPC does not promise to keep. root/test_grpc_fuzz.py fails when one of them goes.
 """
@@ -28,7 +28,7 @@ _grpc_log: Final = logging.getLogger(cygrpc.__name__)
 
 
 class Gate(Protocol):
-    """Stands between calls that have come and what is done for them."""
+    """Stands between the calls that have come and their handlers."""
 
     def admit(
         self, method: bytes, context: grpc.aio.ServicerContext[Any, Any], deliver: Callable[[], None]
@@ -37,7 +37,7 @@ class Gate(Protocol):
 
 
 def make_server(options: Sequence[tuple[str, int]], gate: Gate | None = None) -> grpc.aio.Server:
-    """A grpc.aio server for methods that are known by name before it starts."""
+    """Make a grpc.aio server for methods that are known by name before it starts."""
     if not any(isinstance(one, _DoneByCallers) for one in _grpc_log.filters):
         _grpc_log.addFilter(_DoneByCallers())
     return cast("grpc.aio.Server", _Server(options, gate))
@@ -52,7 +52,7 @@ class _Server(aio_server.Server):
         self._server.gate, self._server.handlers, self._server.answering = gate, {}, set()
 
     def add_generic_rpc_handlers(self, generic_rpc_handlers: Sequence[grpc.GenericRpcHandler]) -> None:
-        """Register the methods of a table: what method_handlers_generic_handler() makes."""
+        """Register the methods of a table that method_handlers_generic_handler() made."""
         for handler in generic_rpc_handlers:
             self._server.add_registered_method_handlers(handler._method_handlers)
             self._server.handlers.update(handler._method_handlers)

@@ -1,4 +1,4 @@
-"""Where pjwd listens: what an address is, whether it can be had, and who could reach it."""
+"""The addresses pjwd listens on: their syntax, whether they are free, and which hosts could reach them."""
 
 import errno
 import ipaddress
@@ -10,7 +10,7 @@ from typing import Any, Final
 from pjw.certs.address import DEFAULT_ADDRESS
 from pjw.errors import ConfigError
 
-# How many ports are tried for one that is free at every address of a name.
+# Ports that are tried for one that is free at every address of a name.
 PORTS_TRIED: Final = 16
 _ABSENT: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
@@ -36,12 +36,12 @@ def parse_address(text: str) -> tuple[str, int]:
 
 
 def shown_address(host: str, port: int) -> str:
-    """HOST:PORT, an IPv6 address in brackets."""
+    """Format HOST:PORT, an IPv6 address in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def metrics_exposure(host: str, port: int) -> str | None:
-    """A warning when other hosts may reach the address of metrics."""
+    """Return a warning when other hosts may reach the address of metrics."""
     if _is_loopback(host):
         return None
     return (
@@ -51,7 +51,7 @@ def metrics_exposure(host: str, port: int) -> str | None:
 
 
 def _is_loopback(host: str) -> bool:
-    # a name is what the resolver says today; localhost is loopback by definition (RFC 6761)
+    # a name has the address that the resolver gives today; localhost is loopback by definition (RFC 6761)
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

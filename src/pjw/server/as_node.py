@@ -3,7 +3,6 @@
 import pwd
 from collections.abc import Callable
 from pathlib import Path
-from socket import socket
 from typing import Final
 
 from pjw.certs.files import ServerCredentials
@@ -11,6 +10,7 @@ from pjw.certs.identity import node_of
 from pjw.errors import ConfigError, NotAuthenticatedError
 from pjw.node.agent import Node, NodeSettings
 from pjw.node.holds import Holds, listen_for_holds
+from pjw.server.authz import FOR_A_CLIENT
 from pjw.server.config import ServerConfig
 from pjw.version import version
 from pjw.worker import Worker, WorkerSettings
@@ -18,37 +18,35 @@ from pjw.worker.host import memory_of, resources
 from pjw.worker.store import JobStore
 
 _BOOT_ID: Final = "/proc/sys/kernel/random/boot_id"
-# of an address where pjwd listens and nobody can connect to
+# hosts of an address on which pjwd listens, but to which no client can connect
 _ANY: Final = ("0.0.0.0:", "[::]:")
 
 
-def hold_listener(config: ServerConfig) -> socket | None:
-    """The socket for places of Slurm's, as root; None where none are taken. Raises ConfigError, KernelError."""
-    if config.cluster.hold_user is None:
+def holds_of(config: ServerConfig) -> Holds | None:
+    """Listen for Slurm's places, as root; None on a node that takes none. Raises ConfigError, KernelError."""
+    name = config.cluster.hold_user
+    if name is None:
         return None
-    return listen_for_holds(config.cluster.hold_socket, _hold_uid(config.cluster.hold_user))
-
-
-def _hold_uid(name: str) -> int:
     try:
-        return pwd.getpwnam(name).pw_uid
+        uid = pwd.getpwnam(name).pw_uid
     except KeyError:
         raise ConfigError(
             f"cluster.hold_user names {name!r}, and no user is called so on this host",
             hint="it is the user of the gateway, with the same user id on all nodes",
         ) from None
+    return Holds(listen_for_holds(config.cluster.hold_socket, uid), uid)
 
 
-def node_of_config(  # noqa: PLR0913  what a node is made of, all of it
+def node_of_config(
     config: ServerConfig,
     settings: WorkerSettings,
     worker: Worker,
     store: JobStore,
     listening: str,
     credentials: Callable[[], ServerCredentials],
-    holds: socket | None,
+    holds: Holds | None,
 ) -> Node:
-    """The node, which has not called yet. Raises ConfigError for a configuration that is no node's."""
+    """Make the node, which has not called yet. Raises ConfigError for a configuration that is no node's."""
     gateway = config.cluster.gateway
     assert gateway is not None
     try:
@@ -84,7 +82,8 @@ def node_of_config(  # noqa: PLR0913  what a node is made of, all of it
             memory_max_bytes=memory_of(settings.sums) if memory is None else memory,
             uid_first=worker.uid_first,
             uid_count=settings.uid_count,
+            methods=sorted(FOR_A_CLIENT),
         ),
         credentials,
-        Holds(holds, _hold_uid(config.cluster.hold_user or "root")) if holds is not None else None,
+        holds,
     )

@@ -1,7 +1,7 @@
-"""The audit log: who called what, from where, on which job, how that was decided and how long it took.
+"""The audit log: for each call its client, method, address, job, outcome and duration.
 
-One line of JSON for each call. It never has a command, an environment, output, or the words of an
-error, which may quote them: what is written is listed in `CallRecord.line`, and nothing else is.
+One line of JSON for each call. It never has a command, an environment, output, or the words of an error,
+which may quote them: `CallRecord.line` lists the members, and nothing else is written.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from pjw.worker.egress import Connection
 QUEUE_MAX: Final = 10_000
 # Nothing tells when space returns to a disk.
 RETRY_SECONDS: Final = 1.0
-# How long the end of pjwd waits for a disk that does not answer.
+# Seconds that the end of pjwd waits for a disk that does not answer.
 CLOSE_SECONDS: Final = 5.0
 # gRPC's name for the end of a call that its caller did not wait for
 CANCELLED: Final = "CANCELLED"
@@ -40,7 +40,7 @@ log: Final = logging.getLogger(__name__)
 
 
 class CallRecord:
-    """What is known of a call, from its beginning on."""
+    """The known facts of a call, from its beginning on."""
 
     __slots__ = (
         "_all_clients", "_began", "_element", "_peer", "_time", "bytes", "code", "error", "for_client",
@@ -49,7 +49,7 @@ class CallRecord:
 
     def __init__(self, method: str, request: Message | None, peer: str) -> None:
         self.identity: Identity | None = None
-        # whom a gateway calls for
+        # the client that a gateway calls for
         self.for_client: str | None = None
         self.code = "OK"
         self.error: Exception | None = None
@@ -63,13 +63,13 @@ class CallRecord:
         self._all_clients: Final[bool] = getattr(request, "all_clients", False)
 
     def asked(self, request: Message | None) -> None:
-        """Note what one of a stream of requests adds: the id of the job in the first, the bytes of input."""
+        """Note the facts of one of a stream of requests: the first one's job id, the bytes of input."""
         if isinstance(request, pb.WriteInputRequest | pb.ForwardRequest):
             self.job_id = request.id if self.job_id is None else self.job_id
             self.bytes += len(request.data)
 
     def answered(self, answer: Message | bytes) -> None:
-        """Note what an answer adds: the id of a new job, the bytes of output."""
+        """Note the facts of an answer: the id of a new job, the bytes of output."""
         if isinstance(answer, pb.StartResponse):
             self.job_id = answer.job.id
         elif isinstance(answer, pb.SubmitResponse):
@@ -89,11 +89,11 @@ class CallRecord:
         self.error = error
 
     def seconds(self) -> float:
-        """How long ago the call began."""
+        """Return the seconds since the call began."""
         return time.monotonic() - self._began
 
     def line(self) -> bytes:
-        """The call as a line, when it is over."""
+        """Return the call as a line, when it is over."""
         who = self.identity
         members: dict[str, object] = {
             "time": _time_text(self._time),
@@ -116,7 +116,7 @@ class CallRecord:
 
 
 def connection_line(connection: Connection) -> bytes:
-    """A connection of a job to a name on the network as a line, when it was made or refused."""
+    """Return a job's connection to a name on the network as a line, when it was made or refused."""
     members: dict[str, object] = {
         "time": _time_text(time.time()),
         "client": connection.client_name,
@@ -137,20 +137,20 @@ def _time_text(seconds: float) -> str:
 
 
 def _element_of(request: Message | None) -> int | None:
-    """Which element of an array a call names; None where it names a job by its id alone."""
+    """Return the element of an array that a call names; None where it names a job by its id alone."""
     if request is None or "element" not in request.DESCRIPTOR.fields_by_name:
         return None
     return request.element if request.HasField("element") else None  # type: ignore[attr-defined]
 
 
 class CallObserver(Protocol):
-    """Who is told of calls, on the event loop."""
+    """Observes calls, on the event loop."""
 
     def call_began(self, record: CallRecord) -> None:
-        """A call is here; who calls is known, if the certificate says so."""
+        """Note the beginning of a call; its caller is known, if the certificate names one."""
 
     def call_ended(self, record: CallRecord) -> None:
-        """It is over, and *record* knows how."""
+        """Note the end of a call; *record* knows how it ended."""
 
 
 class AuditLog:
@@ -169,7 +169,7 @@ class AuditLog:
         self._thread.start()
 
     def call_began(self, record: CallRecord) -> None:
-        """A call is written when it is over."""
+        """Do nothing: the log writes a call when it is over."""
 
     def call_ended(self, record: CallRecord) -> None:
         """Have the call written."""
@@ -197,7 +197,7 @@ class AuditLog:
             os.close(replaced)
 
     def close(self) -> None:
-        """Write what waits, as far as the disk takes it, and close."""
+        """Write the waiting lines, as far as the disk takes them, and close."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -252,7 +252,8 @@ class AuditLog:
             written = os.write(self._descriptor, line)
             if written == len(line):
                 return None
-            # The disk was full in mid-line. Unless somebody has cut the file meanwhile, take the half back.
+            # The disk was full in mid-line. Unless another process has cut the file meanwhile, take the half
+            # back.
             end = os.lseek(self._descriptor, 0, os.SEEK_CUR)
             if os.fstat(self._descriptor).st_size == end:
                 os.ftruncate(self._descriptor, end - written)
@@ -262,6 +263,6 @@ class AuditLog:
 
 
 def _serial(number: int) -> str:
-    """As `openssl x509 -serial` prints it."""
+    """Format a serial number as `openssl x509 -serial` does."""
     digits = f"{number:X}"
     return digits.zfill(len(digits) + len(digits) % 2)

@@ -1,6 +1,6 @@
-"""Who may touch whose jobs: the roles of the configuration, the table of what they may do, the owner rule.
+"""The rules of access to jobs: the roles of the configuration, the methods of each role, the owner rule.
 
-A certificate says who a client is, and nothing of what it may do: roles are the operator's alone.
+A certificate names a client, and gives it no rights: roles are the operator's alone.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from pjw.errors import NotAllowedError
 
 
 class Role(StrEnum):
-    """What a client may be, beside the owner of its own jobs."""
+    """A role that a client may have, beside owning its own jobs."""
 
     VIEWER = "viewer"
     ADMIN = "admin"
@@ -22,7 +22,7 @@ class Role(StrEnum):
     GATEWAY = "gateway"
 
 
-# Which roles may use a method on the jobs of every client; a method that is not here nobody may.
+# The roles that may use a method on the jobs of every client; no role may use a method that is not here.
 ALL_CLIENTS: Final[dict[str, frozenset[Role]]] = {
     "Get": frozenset({Role.VIEWER, Role.ADMIN}),
     "List": frozenset({Role.VIEWER, Role.ADMIN}),
@@ -40,25 +40,40 @@ ALL_CLIENTS: Final[dict[str, frozenset[Role]]] = {
     "Delete": frozenset({Role.ADMIN}),
 }
 
-# Which roles may use a method of ClusterService, whoever's jobs there are.
+# The roles that may use a method of ClusterService, whichever clients own the jobs there.
 OF_A_CLUSTER: Final[dict[str, frozenset[Role]]] = {
     "ListNodes": frozenset({Role.VIEWER, Role.ADMIN}),
     "DrainNode": frozenset({Role.ADMIN}),
     "ResumeNode": frozenset({Role.ADMIN}),
+    "RemoveNode": frozenset({Role.ADMIN}),
 }
 
-# What a gateway may use for the client that it names. It starts nothing so: a job comes to a node by a claim,
-# which brings the client's number along.
+# The methods that a gateway may use for the client that it names. It starts no job with them: a job comes to
+# a node by a claim, which brings the client's number along.
 FOR_A_CLIENT: Final = frozenset(
-    {"Get", "Wait", "Stop", "Logs", "Delete", "GetUsageHistory", "GetQuota", "WatchUsage"}
+    {
+        "Get",
+        "Wait",
+        "Stop",
+        "Logs",
+        "Delete",
+        "GetUsageHistory",
+        "GetQuota",
+        "WatchUsage",
+        # into a job of the client's that a claim has brought
+        "WriteInput",
+        "Exec",
+        "Resize",
+        "Forward",
+    }
 )
-# What it may use without one: they tell no job.
+# The methods that it may use without a client: they reveal no job.
 _FOR_NOBODY: Final = frozenset({"HealthCheck", "HealthWatch"})
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who calls, and the owner of the jobs that the call may touch; None is every client."""
+    """The caller, and the owner of the jobs that the call may touch; None is every client."""
 
     client_name: str
     owner: str | None
@@ -88,10 +103,11 @@ class Roles(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def caller(
         self, client_name: str, method: str, *, all_clients: bool, for_client: str | None = None
     ) -> Caller:
-        """Whose jobs a call may touch. Raises NotAllowedError, before anybody has looked for a job.
+        """Return the caller with the owner whose jobs it may touch. Raises NotAllowedError.
 
-        Without *all_clients* even an admin has its own jobs only: nobody stops another's by a slip. A gateway
-        calls for a client, and has that one's jobs.
+        That error comes before any job is looked up. Without *all_clients* even an admin has its own jobs
+        only: no admin stops another's job by a slip. A gateway calls for a client, and has that client's
+        jobs.
         """
         if for_client is not None or client_name in self.gateways:
             return self._for_client(client_name, method, for_client, all_clients=all_clients)
@@ -105,7 +121,7 @@ class Roles(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return Caller(client_name, None)
 
     def require(self, client_name: str, method: str) -> None:
-        """Raises NotAllowedError for a method of a cluster that this client's role lacks."""
+        """Check that this client's role has a method of a cluster. Raises NotAllowedError."""
         if not self._of(client_name) & OF_A_CLUSTER[method]:
             raise NotAllowedError(
                 f"{client_name} may not use {method}",

@@ -1,13 +1,13 @@
-"""What answers the calls of clients: the jobs of this machine (`pjw.worker.Worker`), or those of many.
+"""The interface that answers the calls of clients: this machine's jobs (`pjw.worker.Worker`), or many's.
 
-The guard, the service, quotas and the lists of who watches know this alone. `Worker` is one; mypy sees to
-that where serve.py hands it over.
+The guard, the service, quotas and the lists of watchers know this alone. `Worker` has this interface; mypy
+checks it where serve.py hands the worker over.
 """
 
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import datetime
 from typing import Protocol
@@ -26,6 +26,7 @@ from pjw.model import (
     Workspace,
 )
 from pjw.output import Head
+from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker import Part, WorkerSettings
 from pjw.worker.changes import Batch, Watched
 from pjw.worker.egress import Connection
@@ -38,11 +39,11 @@ class Written(Protocol):
 
     @property
     def offset(self) -> int:
-        """How many bytes there are."""
+        """The number of bytes so far."""
 
     @property
     def ended(self) -> bool:
-        """Whether these are all."""
+        """Whether no more bytes follow."""
 
     async def write(self, offset: int, data: bytes, *, end: bool = False) -> None:
         """Add bytes, and the end. Raises OffsetError for a gap."""
@@ -53,17 +54,29 @@ class Reading(Protocol):
 
     @property
     def offset(self) -> int:
-        """Where it begins."""
+        """The first byte to read."""
 
     def chunks(self, head: Head = ...) -> AsyncGenerator[bytes, None]:
-        """Its bytes, as they come, each chunk behind what *head* makes of its length."""
+        """Yield its bytes, as they come, each chunk behind the head that *head* makes from its length."""
 
     def timed(self) -> AsyncGenerator[tuple[bytes, datetime | None], None]:
-        """The same, with the time at which the job wrote each piece; None where that is not known."""
+        """Yield its bytes, each piece with the time at which the job wrote it; None if that is not known."""
+
+
+class FarConnection(Protocol):
+    """A connection to a port within a job on another machine."""
+
+    async def carry(
+        self,
+        first: pb.ForwardRequest,
+        requests: AsyncIterator[pb.ForwardRequest],
+        answer: Callable[[pb.ForwardResponse], Awaitable[None]],
+    ) -> None:
+        """Carry it, as `server.forward.carry` does."""
 
 
 class Jobs(Protocol):
-    """What the calls of clients ask for: see the methods of `Worker`, which say what each raises."""
+    """The calls of clients: see the methods of `Worker`, which list their errors."""
 
     async def start(self, spec: JobSpec, client_name: str = ...) -> Job:
         """Start a job."""
@@ -100,11 +113,11 @@ class Jobs(Protocol):
     ) -> None:
         """Give a terminal another size."""
 
-    async def connect(self, job_id: int, port: int, client_name: str = ...) -> socket.socket:
+    async def connect(self, job_id: int, port: int, client_name: str = ...) -> socket.socket | FarConnection:
         """Connect to a TCP port within a job."""
 
     async def get_with_usage(self, job_id: int | Element, owner: str | None = ...) -> Job:
-        """One job as it is now, with what it uses."""
+        """Return one job as it is now, with its usage."""
 
     async def page(
         self,
@@ -115,7 +128,7 @@ class Jobs(Protocol):
         *,
         newest_first: bool = ...,
     ) -> Page:
-        """Jobs behind an id that fit."""
+        """Return jobs behind an id that fit."""
 
     async def wait(self, job_id: int | Element, owner: str | None = ..., *, or_stuck: bool = ...) -> Job:
         """Wait until a job has ended."""
@@ -136,21 +149,21 @@ class Jobs(Protocol):
         """Hang a session up."""
 
     async def read_logs(self, job_id: int | Element, part: Part = ..., owner: str | None = ...) -> Reading:
-        """A part of a job's output."""
+        """Return a part of a job's output."""
 
     async def delete(self, job_id: int | Element, owner: str | None = ...) -> None:
         """Forget an ended job."""
 
     async def usage_history(self, job_id: int, owner: str | None = ...) -> tuple[Job, Sequence[UsageSample]]:
-        """A job, and what it had used at moments of its life."""
+        """Return a job, and its usage at moments of its life."""
 
     async def usage_now(
         self, owner: str | None = ..., fresh_seconds: float = ..., within_seconds: float = ...
     ) -> Sequence[tuple[Job, UsageSample | None]]:
-        """The jobs that have not ended, and what each uses."""
+        """Return the jobs that have not ended, and the usage of each."""
 
     async def queued_now(self, owner: str | None = ..., most: int = ...) -> tuple[int, Sequence[Job]]:
-        """How many jobs wait, and the oldest of them."""
+        """Return the number of waiting jobs, and the oldest of them."""
 
     def watch_jobs(
         self,
@@ -161,15 +174,15 @@ class Jobs(Protocol):
         snapshot: bool = ...,
         follow: bool = ...,
     ) -> AsyncGenerator[Batch, None]:
-        """Changes of the states of jobs."""
+        """Yield changes of the states of jobs."""
 
     async def quota(self, client_name: str = ...) -> ClientQuota:
-        """The limits, use and share of a client."""
+        """Return the limits, use and share of a client."""
 
     async def workspaces(
         self, owner: str | None = ..., after: tuple[str, str] = ..., count: int = ...
     ) -> Sequence[Workspace]:
-        """Workspaces."""
+        """Return workspaces."""
 
     async def remove_workspace(self, name: str, client_name: str = ...) -> None:
         """Remove a workspace."""
@@ -185,27 +198,31 @@ class Jobs(Protocol):
         """Make an image of a client's own."""
 
     async def images(self, owner: str | None = ...) -> Sequence[Image]:
-        """The images that jobs of a client can have."""
+        """Return the images that jobs of a client can have."""
 
     async def remove_image(self, name: str, client_name: str = ...) -> None:
         """Take the name from an image."""
 
 
 class Backend(Jobs, Protocol):
-    """The same, and what the server itself asks for: its health, its numbers, its reloads."""
+    """The calls of clients, and those of the server itself: health, numbers, reloads."""
 
     @property
     def live_count(self) -> int:
-        """How many jobs have not ended."""
+        """The number of jobs that have not ended."""
+
+    @property
+    def drained(self) -> bool:
+        """Whether the operator has jobs started no more."""
 
     async def numbers(self) -> WorkerNumbers:
-        """How much of everything there is."""
+        """Return the counters for monitoring."""
 
     async def answers(self) -> None:
         """Return when all that jobs need has answered a question. Raises LauncherGoneError."""
 
     async def gone(self) -> None:
-        """Return when what jobs need has gone, so that none can be started or stopped any more."""
+        """Return when the processes that jobs need have gone, so that no job can be started or stopped."""
 
     async def failed(self) -> None:
         """Return when a bug has killed a task that is needed all along."""
@@ -220,10 +237,10 @@ class Backend(Jobs, Protocol):
         """Have *tell* hear of each connection that a job has made to a name on the network."""
 
     async def give_shares(self) -> Sequence[str]:
-        """Set the share of each client with jobs again; in words what could not be set."""
+        """Set the share of each client with jobs again; return, in words, the shares that failed."""
 
     async def open_operator_file(self, place: int) -> int:
-        """One of the operator's files, by its place among those that were told at the start."""
+        """Open one of the operator's files, by its place among those that were told at the start."""
 
     async def open_audit_log(self) -> int:
-        """The audit log, open for appending."""
+        """Open the audit log, for appending."""

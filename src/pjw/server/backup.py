@@ -25,6 +25,7 @@ from pjw.launcher.lock import hold_lock, is_locked
 from pjw.launcher.rooted import require_root_s
 from pjw.launcher.scratch import PLACES_NAME
 from pjw.server.backup_port import COPIED, FAILED, MESSAGE_MAX, SOCKET_NAME
+from pjw.server.operator_socket import connection
 from pjw.worker.change_rows import BASE
 from pjw.worker.launcher_process import require_root
 from pjw.worker.state_dir import BACKED_UP, JOBS, TABLE
@@ -32,11 +33,11 @@ from pjw.worker.state_dir import BACKED_UP, JOBS, TABLE
 # After a restore the next job's id is this far above the last one in the backup. So pjwd gives no id again
 # that it gave between the backup and the loss.
 IDS_LEFT_OUT: Final = 1_000_000
-# The same of the numbers of changes: whoever has one from before the loss is told to begin anew.
+# The same of the numbers of changes: a reader with a number from before the loss is told to begin anew.
 CHANGES_LEFT_OUT: Final = 1_000_000_000_000
 # files of the launcher: which user ids jobs have, and where their scratch directories were
 _LAUNCHERS: Final = (RECORD, PLACES_NAME)
-# how long pjwd may take to copy its table, which is gigabytes at most
+# seconds that pjwd may take to copy its table, which is gigabytes at most
 _COPY_SECONDS: Final = 300
 _PIECE_BYTES: Final = 16 * 1024 * 1024
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -61,7 +62,7 @@ def back_up(state_dir: str, target: str) -> Backup:
     until this process ends.
     """
     require_root()
-    # Real paths: a link on the way could lead elsewhere than what was looked at.
+    # Real paths: a link on the way could lead elsewhere than to the checked place.
     state_dir, target = os.path.realpath(state_dir), os.path.realpath(target)
     if not os.path.exists(os.path.join(state_dir, TABLE)):
         raise ConfigError(
@@ -72,7 +73,7 @@ def back_up(state_dir: str, target: str) -> Backup:
     parent = os.path.dirname(target)
     if not os.path.isdir(parent):
         raise ConfigError(f"cannot back up to {target}: there is no directory {parent}", hint="make it first")
-    # a user who may exchange directories there could read the whole backup
+    # a user that may exchange directories there could read the whole backup
     require_root_s(parent, "directory for backups", "give another directory")
     for number in (signal.SIGTERM, signal.SIGHUP):
         # as an exception, so that we remove an unfinished backup
@@ -121,7 +122,7 @@ def _require_free(target: str, state_dir: str) -> None:
 
 @contextmanager
 def _unfinished(target: str) -> Iterator[int]:
-    """An open, new directory beside *target*, renamed to *target* if the block succeeds, else removed."""
+    """Give an open, new directory beside *target*; rename it to *target* on success, else remove it."""
     path = f"{target}.partial"
     _remove_leftover(path, target)
     os.mkdir(path, 0o700)
@@ -141,7 +142,7 @@ def _unfinished(target: str) -> Iterator[int]:
 
 
 def _remove_leftover(path: str, target: str) -> None:
-    """Remove what a killed backup has left."""
+    """Remove the leftovers of a killed backup."""
     try:
         directory = os.open(path, _DIRECTORY)
     except FileNotFoundError:
@@ -176,25 +177,18 @@ def _copy_table(state_dir: str, directory: int) -> None:
 
 @contextmanager
 def _connection(state_dir: str) -> Iterator[socket.socket | None]:
-    """A connection to the pjwd that serves a state directory; None when none does. Raises ConfigError."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
-        parent = os.open(state_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        with _closing(parent):
-            try:
-                server.connect(f"/proc/self/fd/{parent}/{SOCKET_NAME}")
-            except (FileNotFoundError, ConnectionRefusedError):
-                if is_locked(state_dir):
-                    raise ConfigError(
-                        f"cannot back up {state_dir}: the pjwd that serves it gives no copy of its job table",
-                        hint="restart pjwd if its version is older (its jobs go on), or stop it",
-                    ) from None
-                yield None
-                return
+    """Connect to the pjwd that serves a state directory; None when none does. Raises ConfigError."""
+    with connection(state_dir, SOCKET_NAME) as server:
+        if server is None and is_locked(state_dir):
+            raise ConfigError(
+                f"cannot back up {state_dir}: the pjwd that serves it gives no copy of its job table",
+                hint="restart pjwd if its version is older (its jobs go on), or stop it",
+            )
         yield server
 
 
 def _received(server: socket.socket, state_dir: str) -> int:
-    """The descriptor that the server sends, the caller's to close."""
+    """Return the descriptor that the server sends; the caller closes it."""
     server.settimeout(_COPY_SECONDS)
     try:
         message, descriptors, _, _ = socket.recv_fds(server, MESSAGE_MAX, 1)
@@ -213,10 +207,10 @@ def _received(server: socket.socket, state_dir: str) -> int:
 
 
 def _copy_jobs(state_dir: str, directory: int) -> tuple[int, int]:
-    """Copy the files of each job in the copied table; the number of jobs, and how many have not ended."""
+    """Copy the files of each job in the copied table; return the numbers of jobs, and of unfinished ones."""
     source = os.open(os.path.join(state_dir, JOBS), _DIRECTORY)
     with _closing(source), closing(sqlite3.connect(_path(directory, TABLE))) as table:
-        # who has taken the server over may have put any schema into the table that root reads here
+        # an attacker in the server may have put any schema into the table that root reads here
         table.execute("PRAGMA trusted_schema = OFF")
         if (
             view := table.execute("SELECT name FROM sqlite_schema WHERE type = 'view'").fetchone()
@@ -263,8 +257,8 @@ def _copy_jobs(state_dir: str, directory: int) -> tuple[int, int]:
             ).rowcount:
                 table.execute("INSERT INTO sqlite_sequence VALUES ('jobs', ?)", (IDS_LEFT_OUT,))
             if version >= _VERSION_WITH_QUEUE:
-                # Where this is restored, what waits now may have run since: its client decides. What has left
-                # the queue is like any other job that runs.
+                # A job that waits now may have run by the time of a restore: its client decides. A job that
+                # has left the queue is like any other running job.
                 table.execute("UPDATE jobs SET held = 1 WHERE state IS NULL AND start_ns = 0")
                 table.execute(
                     "DELETE FROM specs WHERE id IN (SELECT id FROM jobs WHERE state IS NULL AND start_ns > 0)"
@@ -311,7 +305,7 @@ def _copy_file(source: int, target: int, name: str) -> bool:
     with _closing(there):
         here = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=target)
         with _closing(here):
-            # first: what is called whole by its mode is so before it is read
+            # first: a file whose mode says that it is whole must be so before it is read
             _as(there, here)
             _send(os.dup(there), here)
     return True
@@ -343,7 +337,7 @@ def _as(source: int, target: int) -> None:
 
 
 def _path(directory: int, name: str) -> str:
-    """A path for SQLite, which takes no descriptors. Only root can put something else at this path."""
+    """Return a path for SQLite, which takes no descriptors. Only root can replace the file at this path."""
     return os.path.join(os.readlink(f"/proc/self/fd/{directory}"), name)
 
 

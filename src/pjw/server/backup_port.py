@@ -12,7 +12,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
-from pjw.errors import KernelError, PjwError
+from pjw.errors import PjwError
+from pjw.server.operator_socket import RETRY_SECONDS, listen
 from pjw.worker.settings import DiskMarks
 from pjw.worker.state_dir import StateDir
 from pjw.worker.table_copy import TableCopy
@@ -21,8 +22,6 @@ SOCKET_NAME: Final = "backup.sock"
 COPIED: Final = b"copied"
 FAILED: Final = b"failed "
 MESSAGE_MAX: Final = 4096
-# nothing tells us when a descriptor for a connection is free again
-_RETRY_SECONDS: Final = 1
 
 log: Final = logging.getLogger(__name__)
 
@@ -34,24 +33,11 @@ class BackupPort:
         """Listen; as root, and before privilege is dropped. Raises KernelError."""
         self._state: Final = state
         self._copy: Final = TableCopy(state.path)
-        self._listener: Final = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         try:
-            # a socket's path has at most 107 bytes; a state directory's may have more
-            directory = os.open(state.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                path = f"/proc/self/fd/{directory}/{SOCKET_NAME}"
-                with suppress(FileNotFoundError):
-                    os.unlink(path)
-                self._listener.bind(path)
-                # before it listens: only root may connect
-                os.chmod(path, 0o600)
-                self._listener.listen()
-            finally:
-                os.close(directory)
-        except OSError as error:
-            self.close()
-            path = os.path.join(state.path, SOCKET_NAME)
-            raise KernelError("listen on", path, error.errno or 0) from error
+            self._listener: Final = listen(state.path, SOCKET_NAME)
+        except BaseException:
+            self._copy.close()
+            raise
 
     def close(self) -> None:
         """Stop listening."""
@@ -66,7 +52,7 @@ class BackupPort:
                 connection, _ = await loop.sock_accept(self._listener)
             except OSError as error:
                 log.error("cannot take a connection of `pjwd backup`: %s", os.strerror(error.errno or 0))
-                await asyncio.sleep(_RETRY_SECONDS)
+                await asyncio.sleep(RETRY_SECONDS)
                 continue
             with connection:
                 connection.setblocking(False)

@@ -1,4 +1,4 @@
-"""The calls under way, and what ends one early: a drain, a revocation, the end of a certificate."""
+"""The calls under way, and the events that end one early: a drain, a revocation, an expired certificate."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Call:
         self.peer: Final = peer
         self.method: Final = method
         self.request: Final = request
-        # whom a gateway calls for
+        # the client that a gateway calls for
         self.for_client: Final = for_client
         self.ended_by: PjwError | None = None
 
@@ -41,9 +41,9 @@ class Call:
             self._task.cancel()
 
     def take_end(self) -> PjwError | None:
-        """The error that the call was cancelled for, which is then no cancellation any more.
+        """Return the error that the call was cancelled for, which is then no cancellation any more.
 
-        None when somebody else, such as its caller, has cancelled it too. For where CancelledError arrives.
+        None when its caller, or anything else, has cancelled it too. For where CancelledError arrives.
         """
         if self.ended_by is None or self._task.uncancel() > self._cancelling:
             return None
@@ -63,20 +63,20 @@ class Calls:
         return iter(self._calls)
 
     def add(self, call: Call) -> None:
-        """A call has been let in."""
+        """Add a call that was let in."""
         self._calls.add(call)
         if call.peer.not_valid_after < self._timer_for:
             self._set_timer(call.peer)
 
     def remove(self, call: Call) -> None:
-        """It is over. The timer stays: it finds out that there is nothing to do."""
+        """Remove a call that is over. The timer stays: it will find that there is nothing to do."""
         self._calls.discard(call)
 
     def _set_timer(self, peer: Peer) -> None:
         if self._timer is not None:
             self._timer.cancel()
         self._timer_for = peer.not_valid_after
-        # by the clock that nobody sets; what that one says is looked at again then
+        # by the monotonic clock, which is never set; the sweep looks at the wall clock again
         self._timer = asyncio.get_running_loop().call_later(max(0.0, peer.seconds_left()), self._sweep)
 
     def _sweep(self) -> None:

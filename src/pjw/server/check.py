@@ -1,4 +1,4 @@
-"""pjwd check: what this host offers, and what is missing, in plain words. Changes nothing."""
+"""pjwd check: the abilities of this host, and its gaps, in plain words. Changes nothing."""
 
 import os
 import platform
@@ -22,6 +22,7 @@ from pjw.launcher.visible import check_visible, mounts_of, read_mounts, template
 from pjw.server import sandbox
 from pjw.server.check_config import Finding, configuration_findings, nearest
 from pjw.server.config import ServerConfig, load_config
+from pjw.server.drain_port import is_drained
 from pjw.server.start import DEFAULT_USER, egress_uid_of, server_uid
 from pjw.server.trial import INIT_SECONDS, trial_of
 
@@ -31,16 +32,16 @@ KERNEL_MINIMUM: Final = (5, 14)
 _WRITE_BACK_USEC_MAX: Final = 2000
 NAMESPACES: Final = ("pid", "mnt", "net", "ipc", "uts", "cgroup")
 
-# what there must be in an image
+# the directories that an image must have
 _IN_IMAGES: Final = ("dev", "etc", "proc", "run", "sys", "tmp")
 
 _MARKS: Final = {True: "ok     ", None: "warning", False: "missing"}
 
 
 def check(path: str | None, options: Mapping[str, object]) -> int:
-    """Print each finding; the exit code is 0 when pjwd can run here.
+    """Print each finding; return exit code 0 when pjwd can run here.
 
-    With a configuration file or with certificates, also what serve needs of them.
+    With a configuration file or with certificates, also check that serve can use them.
     """
     able = True
     found = host_findings(_load(path, options))
@@ -56,7 +57,7 @@ def check(path: str | None, options: Mapping[str, object]) -> int:
 
 
 def _load(path: str | None, options: Mapping[str, object]) -> ServerConfig:
-    """The configuration; the default where it cannot be read, which is a finding then."""
+    """Return the configuration, or the default if it cannot be read, which is a finding elsewhere."""
     try:
         return load_config(path, options)
     except ConfigError:
@@ -64,7 +65,7 @@ def _load(path: str | None, options: Mapping[str, object]) -> ServerConfig:
 
 
 def host_findings(config: ServerConfig) -> Iterator[Finding]:
-    """Each thing that pjwd needs of the host: whether it is there, in words, and what to do."""
+    """Yield each need of pjwd on the host: whether it is met, in words, and the remedy."""
     release = platform.release()
     numbers = tuple(int(part) for part in release.split("-")[0].split(".")[:2] if part.isdecimal())
     wanted = ".".join(map(str, KERNEL_MINIMUM))
@@ -83,6 +84,8 @@ def host_findings(config: ServerConfig) -> Iterator[Finding]:
     yield _disks(*filter(None, (config.state_dir, config.scratch_dir)))
     yield from _write_back(*filter(None, (config.state_dir, config.scratch_dir)))
     yield from _directories(config)
+    if is_drained(config.state_dir):
+        yield None, "this machine is drained: pjwd starts no jobs", "pjwd resume"
     yield from _images(config.scratch_dir or config.state_dir)
     yield from _users(config)
     yield from _egress(config)
@@ -103,7 +106,7 @@ def _init() -> Finding:
 
 
 def _view(config: ServerConfig) -> Iterator[Finding]:
-    """Which of the host's file systems jobs see: this makes a job, and looks from within it."""
+    """Describe the file systems that jobs see: this makes a job, and looks from within it."""
     if os.geteuid() != 0:
         return
     try:
@@ -134,10 +137,10 @@ def _disks(*directories: str) -> Finding:
 
 
 def _write_back(*directories: str) -> Iterator[Finding]:
-    """Disks on which the kernel lets jobs' writes hold up pjwd's reads and syncs for long.
+    """Yield disks on which the kernel lets jobs' writes hold up pjwd's reads and syncs for long.
 
-    wbt_lat_usec is how long a read may take before the kernel queues fewer writes; 0 where the kernel never
-    does so, as with bfq (Documentation/ABI/stable/sysfs-block).
+    wbt_lat_usec is the time that a read may take before the kernel queues fewer writes; 0 where the kernel
+    never does so, as with bfq (Documentation/ABI/stable/sysfs-block).
     """
     try:
         disks = disks_under(map(nearest, directories))
@@ -172,7 +175,7 @@ def _directories(config: ServerConfig) -> Iterator[Finding]:
 
 
 def _images(directory: str) -> Iterator[Finding]:
-    """What the root of a job with an image is like: this makes such a job, in a directory that goes again."""
+    """Describe a root made from an image: make such a job, in a directory that is removed again."""
     if os.geteuid() != 0:
         return
     # any user but root will do
@@ -201,7 +204,7 @@ def _images(directory: str) -> Iterator[Finding]:
         trees.close()
     if not said:
         yield True, "images: jobs can write to the root that they have of one", None
-    elif "read-only" in said.lower():
+    elif any(words in said.lower() for words in ("read-only", "permission denied")):
         hint = "this takes Linux 5.19, and scratch directories on ext4, xfs or btrfs (docs/images.md)"
         yield None, "images: the root that jobs have of one is read-only", hint
     else:
@@ -209,21 +212,34 @@ def _images(directory: str) -> Iterator[Finding]:
 
 
 def _in_image(own: str, uid: int, trees: list[int]) -> str:
-    """Why a job cannot make a file in an image; empty when it can."""
+    """Return why a job cannot make a file in an image; empty when it can."""
     words = ["--uid", str(uid), "--gid", str(uid), "--scratch", f"{own}/job"]
     words += place_words(template_of((), (own,), read_mounts()))
     words += [word for tree in trees for word in ("--image-fd", str(tree))]
+    # an archive of nothing; by its mode init sees that no more of it comes
+    archive = os.open(os.path.join(own, "archive"), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o400)
+    try:
+        os.pwrite(archive, bytes(1024), 0)
+        return _tried([*words, "--input-fd", str(archive)], [*trees, archive])
+    finally:
+        os.close(archive)
+
+
+def _tried(words: list[str], descriptors: list[int]) -> str:
     done = subprocess.run(
-        [INIT_PROGRAM, *words, "--", "/program", "unpack", "", "/made"],
-        # an archive of nothing
-        input=bytes(1024),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        pass_fds=trees,
+        # below the root itself, which belongs to the job wherever it can be an overlay at all
+        [INIT_PROGRAM, *words, "--", "/program", "unpack", "", "/etc/made"],
+        stdin=subprocess.DEVNULL,
+        # init passes on all that a command says as its output
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        pass_fds=descriptors,
         timeout=INIT_SECONDS,
         check=False,
     )
-    return done.stderr.decode(errors="replace").strip() if done.returncode else ""
+    if not done.returncode:
+        return ""
+    return done.stdout.decode(errors="replace").strip() or f"the trial ended with {done.returncode}"
 
 
 def _quotas(directory: str) -> Finding:
@@ -247,7 +263,7 @@ def _users(config: ServerConfig) -> Iterator[Finding]:
 
 
 def _egress(config: ServerConfig) -> Iterator[Finding]:
-    """Who connects jobs to names on the network, where the configuration offers some."""
+    """Describe the process that connects jobs to the network, if the configuration offers names."""
     count = len(config.network.offers().offered)
     if not count:
         return

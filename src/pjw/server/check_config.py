@@ -1,6 +1,6 @@
-"""pjwd check, the part about a configuration: what would keep `pjwd serve` from serving with it.
+"""pjwd check, the part about a configuration: the faults that would keep `pjwd serve` from serving.
 
-Judged by what serve itself uses. Nothing is made, opened for writing or listened on for longer than a moment.
+The checks are serve's own. Nothing is made, opened for writing or listened on for longer than a moment.
 """
 
 import os
@@ -22,14 +22,14 @@ from pjw.server.plan import RELOAD_HINT, check_reloads, plan_of
 from pjw.server.start import server_uid
 from pjw.worker.host import resources
 
-# good, to be looked at (None), or missing; in words; what to do
+# good, to be looked at (None), or missing; in words; the remedy
 Finding = tuple[bool | None, str, str | None]
 
 DISK_FREE_MINIMUM: Final = 1024**3
 
 
 def configuration_findings(path: str | None, options: Mapping[str, object]) -> Iterator[Finding]:
-    """Each thing of a configuration that serve needs."""
+    """Yield each need of serve on a configuration."""
     try:
         values = read_values(path)
         config = config_of(path, values, options)
@@ -88,7 +88,7 @@ def _authority_key(ca_crt: str) -> Iterator[Finding]:
 
 
 def _read_again(files: ServerFiles, audit_log: str | None) -> Iterator[Finding]:
-    """Findings about the revocation list, and about the files that a reload can read."""
+    """Yield findings about the revocation list, and about the files that a reload can read."""
     try:
         count = len(load_revocation_list(files.revoked)) if files.revoked else 0
         # only root can open files as the launcher does
@@ -123,7 +123,7 @@ def _audit_log(path: str) -> Finding:
 
 
 def _mounts(config: ServerConfig) -> Iterator[Finding]:
-    """What the operator offers; a path that is not there may come to be, and keeps no pjwd from its work."""
+    """Yield findings about the operator's mounts; a missing path may come later, and never stops pjwd."""
     for name, mount in config.mounts.items():
         text = f"mount {name}: {mount.path}"
         real = os.path.realpath(mount.path)
@@ -142,7 +142,7 @@ def _mounts(config: ServerConfig) -> Iterator[Finding]:
 
 
 def _gpus(config: ServerConfig) -> Iterator[Finding]:
-    """What the CDI files say now; a driver may come to be loaded, so nothing here keeps pjwd from serving."""
+    """Yield findings about the CDI files; a driver may load later, so none keeps pjwd from serving."""
     kind, clients = config.gpus.kind, ", ".join(config.gpus.clients) or "nobody"
     if not kind:
         return
@@ -175,7 +175,7 @@ def _gpus(config: ServerConfig) -> Iterator[Finding]:
 
 
 def _sums(config: ServerConfig) -> Finding:
-    """What all jobs may use, what one client may use by default, and which of it has no bound."""
+    """Describe the most that all jobs, and one client by default, may use, and the unbounded resources."""
     sums, whole = config.host.sums(), resources()
     limits, _, _ = config.effective_limits()
     jobs = config.clients.running_max
@@ -230,7 +230,7 @@ def _ports(state_dir: str, *addresses: tuple[str, int] | None) -> Iterator[Findi
 
 
 def nearest(path: str) -> str:
-    """The directory that is there, of a path that need not be."""
+    """Return the nearest existing directory of a path that need not exist."""
     there = os.path.realpath(path)
     while not os.path.exists(there):
         there = os.path.dirname(there)

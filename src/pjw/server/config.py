@@ -1,7 +1,6 @@
 """The operator's configuration: a TOML file, and the options of pjwd, which go before it.
 
-Each key says what it is in its own description, once: `pjwd config show` and the documentation take it
-from there.
+Each key has its own description, once: `pjwd config show` and the documentation take it from there.
 """
 
 import os
@@ -37,13 +36,13 @@ from pjw.worker.settings import (
     WorkerSettings,
 )
 
-# What the system takes as a name, and the launcher as a path and a user id: it ends when it is told nonsense.
+# The values that the system takes as a name, and the launcher as a path or user id: it ends at invalid ones.
 _Name = Annotated[str, Meta(pattern=r"\A[^\0]+\Z")]
 _Path = Annotated[str, Meta(pattern=r"\A/[^\0]*\Z", max_length=4096)]
 _Address = Annotated[str, Meta(max_length=300)]
 _UserId = Annotated[int, Meta(ge=1, lt=2**32 - 1)]
 # of partitions and accounts of Slurm
-_SlurmName = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_.-]{0,60}\Z")]
+_SlurmName = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_.-]{1,60}\Z")]
 # where pjw-hold finds the pjwd of its node
 HOLD_SOCKET: Final = "/run/pjw/hold.sock"
 # init takes 64, and the directories of state and scratch, the server's key, this file and the audit log are
@@ -52,8 +51,8 @@ _HIDDEN_MAX = 59
 # of the 128 places that init takes, which are the mounts in these
 _VISIBLE_MAX = 60
 
-# What a running pjwd takes from a file that has changed. The rest is what the launcher was told as its
-# policy, what was opened as root, and where is listened: all of that is done once.
+# The settings that a running pjwd takes from a changed file. The others are the launcher's policy, the files
+# opened as root, and the listening addresses: all of these are set once.
 RELOADED: Final = (
     "allowed_clients",
     "clients",
@@ -70,8 +69,8 @@ RELOADED: Final = (
 )
 
 
-# Keys and tables that pjwd no longer has, each with what holds instead. pjwd ignores such a key and warns of
-# it, since after an upgrade it must start with the old file. The next minor version refuses it as unknown.
+# Keys and tables that pjwd no longer has, each with the present behaviour. pjwd ignores such a key and warns
+# of it, since after an upgrade it must start with the old file. The next minor version refuses it as unknown.
 REMOVED_IN: Final = "0.1.0"
 REMOVED: Final[Mapping[str, str]] = MappingProxyType(
     {
@@ -98,7 +97,7 @@ class JobUsers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class KeptJobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How much of ended jobs is kept: `worker.settings.Retention`, with the defaults of a service."""
+    """The bounds on ended jobs that are kept: `worker.settings.Retention`, with the defaults of a service."""
 
     age_seconds: Annotated[Count, Meta(description="an ended job is removed after so long")] = 30 * 86_400
     jobs_per_client: Annotated[Count, Meta(description="ended jobs of one client")] = 100_000
@@ -116,7 +115,7 @@ class KeptJobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What all jobs may use together. A missing number is a part of what this host has (worker/host.py)."""
+    """The most that all jobs may use together. A missing number is a part of this host's (worker/host.py)."""
 
     memory_max_bytes: Annotated[
         Count | None, Meta(description="memory of all jobs together; without it four fifths of the host's")
@@ -133,7 +132,7 @@ class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ] = None
 
     def sums(self) -> Sums:
-        """The numbers that take effect. Raises ConfigError."""
+        """Return the numbers that take effect. Raises ConfigError."""
         given = {name: value for name, value in msgspec.structs.asdict(self).items() if value is not None}
         try:
             return replace(default_sums(), **given)
@@ -142,7 +141,7 @@ class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Slots(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What jobs out of the queue may have at once: `worker.settings.QueueSlots`. 0 is "no limit"."""
+    """The most that jobs out of the queue may have at once: `worker.settings.QueueSlots`. 0 is "no limit"."""
 
     running_max: Annotated[Count, Meta(description="jobs out of the queue that run at once")] = 0
     cpu_max_millicores: Annotated[
@@ -162,7 +161,7 @@ class Slots(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ScratchLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a job may have in its scratch directory."""
+    """The most that a job may have in its scratch directory."""
 
     bytes_max: Annotated[
         Count, Meta(description="bytes of a job's scratch, by a project quota of its file system")
@@ -171,7 +170,7 @@ class ScratchLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Disk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What stays free of each file system that jobs write to: `worker.settings.DiskMarks`."""
+    """The space that stays free of each file system that jobs write to: `worker.settings.DiskMarks`."""
 
     free_bytes_min: Annotated[
         Count | None,
@@ -211,26 +210,34 @@ class GatewaySlurm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         _Path | None, Meta(description="the path of slurm.conf; without it where Slurm itself looks for it")
     ] = None
     partition: Annotated[
-        _SlurmName, Meta(description="the partition of all jobs; empty is Slurm's default")
-    ] = ""
+        _SlurmName | None, Meta(description="the partition of all jobs; without it Slurm's default")
+    ] = None
     account: Annotated[
-        _SlurmName, Meta(description="the account of all jobs; empty is the default of the gateway's user")
-    ] = ""
-    hold: Annotated[_Path, Meta(description="the path of pjw-hold on the nodes")] = "/usr/bin/pjw-hold"
+        _SlurmName | None,
+        Meta(description="the account of all jobs; without it the default of the gateway's user"),
+    ] = None
+    hold: Annotated[_Path, Meta(description="the path of pjw-hold on the nodes")] = "/usr/lib/pjw/pjw-hold"
     socket: Annotated[
         _Path, Meta(description="where pjwd listens on the nodes for holds (cluster.hold_socket)")
     ] = HOLD_SOCKET
     warm_seconds: Annotated[
-        float, Meta(ge=0, le=86_400, description="how long a place waits for the next job before Slurm gets it back")
+        float,
+        Meta(
+            ge=0, le=86_400, description="how long a place waits for the next job before Slurm gets it back"
+        ),
     ] = 30
     hold_max_seconds: Annotated[
         int,
-        Meta(ge=0, le=604_800, description="a place gets no more jobs when it is so old, so that others have a turn"),
+        Meta(
+            ge=60,
+            le=604_800,
+            description="a place gets no more jobs when it is so old, so that others have a turn",
+        ),
     ] = 3600
 
 
 class Gateway(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What `pjwd gateway` needs beside the rest: docs/cluster.md."""
+    """The additional settings of `pjwd gateway`: docs/cluster.md."""
 
     crt: Annotated[
         _Path | None,
@@ -243,13 +250,26 @@ class Gateway(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Literal["pool", "slurm"],
         Meta(description="what decides which node gets a job: `pool`, the first with room, or `slurm`"),
     ] = "pool"
-    slurm: GatewaySlurm = GatewaySlurm()
     heartbeat_seconds: Annotated[
         float, Meta(ge=0.1, le=60, description="how often a node says that it is there")
     ] = 5
+    choose_node: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="who may choose a job's node (--node): names of clients, in which * is any characters"
+        ),
+    ] = ()
+    archive: Annotated[
+        _Path | None,
+        Meta(
+            description="a directory for copies of ended jobs' output; without it the nodes alone have that"
+        ),
+    ] = None
     lost_after_seconds: Annotated[
         float, Meta(ge=1, le=86_400, description="a node that is silent for so long has lost its jobs")
     ] = 60
+    # last, so that its keys come behind those of [gateway] in a file
+    slurm: GatewaySlurm = GatewaySlurm()
 
 
 class OfferedMount(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -278,7 +298,7 @@ class OfferedGpus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Metrics(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is told to a Prometheus, without TLS: docs/monitoring.md."""
+    """The metrics for a Prometheus, without TLS: docs/monitoring.md."""
 
     listen: Annotated[
         _Address | None,
@@ -287,7 +307,7 @@ class Metrics(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a configuration file may hold."""
+    """The settings of a configuration file."""
 
     listen: Annotated[_Address, Meta(description="HOST:PORT of the service; port 0 is any free one")] = (
         DEFAULT_ADDRESS
@@ -404,11 +424,11 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.allowed_clients
 
     def name_rules(self, short_names: frozenset[str]) -> NameRules:
-        """How clients are named; *short_names* are names of 64 bits that an older version gave."""
+        """Return the rules for clients' names; *short_names*, of 64 bits, are an older version's."""
         return NameRules(self.client_name_oid, self.client_name_in_cn, short_names)
 
     def worker_settings(self, hidden_paths: tuple[str, ...]) -> WorkerSettings:
-        """What the worker needs of it. Raises ConfigError."""
+        """Return the worker's part of the settings. Raises ConfigError."""
         check_client_name_oid(self.client_name_oid)
         if not 0 <= self.stop_grace_seconds <= 86_400:
             raise ConfigError("stop_grace_seconds must be from 0 to 86400")
@@ -431,7 +451,9 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             gpus=self._gpus(),
             stop_grace_seconds=self.stop_grace_seconds,
             waiting_inits=self.waiting_inits,
-            retention=Retention(**msgspec.structs.asdict(self.retention)),
+            retention=Retention(
+                **msgspec.structs.asdict(self.retention), keeps_untold=self.cluster.gateway is not None
+            ),
             quotas=self.clients.quotas(),
             disk=DiskMarks(**msgspec.structs.asdict(self.disk)),
             queue=QueueSlots(**msgspec.structs.asdict(self.queue)),
@@ -440,7 +462,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         )
 
     def _gpus(self) -> GpuOffer:
-        """Who may have which. Raises ConfigError."""
+        """Return the GPUs on offer, and their clients. Raises ConfigError."""
         try:
             offer = GpuOffer(self.gpus.kind or "", self.gpus.cdi_dirs, self.gpus.clients)
         except InvalidJobError as error:
@@ -451,7 +473,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return offer
 
     def _mounts(self) -> tuple[MountSource, ...]:
-        """What is offered to whom. Raises ConfigError."""
+        """Return the mounts on offer, and their clients. Raises ConfigError."""
         sources = []
         for name, mount in self.mounts.items():
             try:
@@ -464,7 +486,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return tuple(sources)
 
     def effective_limits(self) -> tuple[Limits, Limits, Limits]:
-        """The limits of a job whose client asks for nothing, the ceilings and the floors.
+        """Return the limits of a job whose client asks for none, the ceilings and the floors.
 
         Raises ConfigError.
         """
@@ -492,7 +514,7 @@ def load_config(path: str | None, options: Mapping[str, object] | None = None) -
 def config_of(
     path: str | None, values: Mapping[str, object], options: Mapping[str, object] | None = None
 ) -> ServerConfig:
-    """Judge what a file, by its path, and the command line say. Raises ConfigError."""
+    """Judge the values of a file, given with its path, and of the command line. Raises ConfigError."""
     values = _without_removed(values)
     require_values(f"the configuration {path}" if path else "the options", {**values, **(options or {})})
     beside: dict[str, object] = {}
@@ -507,7 +529,7 @@ def config_of(
 
 
 def removed_keys(values: Mapping[str, object]) -> list[str]:
-    """A warning for each key in *values* that pjwd no longer has."""
+    """Return a warning for each key in *values* that pjwd no longer has."""
     tables = {key.rpartition(".")[0] for key in REMOVED}
     return [
         f"{key} was removed in {REMOVED_IN} and has no effect; delete it: {REMOVED[key]}"
@@ -529,7 +551,7 @@ def _without_removed(values: Mapping[str, object]) -> dict[str, object]:
 
 
 def _perhaps(values: Mapping[str, object]) -> str | None:
-    """A hint with the key that the first unknown key may have meant."""
+    """Return a hint with the key that the first unknown key may have meant."""
     known = list(_keys(ServerConfig))
     names = {key: key.rpartition(".")[2] for key in known}
     tables = {key.rpartition(".")[0] for key in known}
@@ -549,24 +571,25 @@ def _perhaps(values: Mapping[str, object]) -> str | None:
 
 
 def _keys(struct: type[msgspec.Struct], table: str = "") -> Iterator[str]:
-    """Each key, after its table's name."""
+    """Yield each key, after its table's name."""
     for name, kind in get_type_hints(struct).items():
         if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
-            yield from _keys(kind, f"{name}.")
+            yield from _keys(kind, f"{table}{name}.")
         else:
             yield f"{table}{name}"
 
 
-def _given(values: Mapping[str, object], tables: set[str]) -> Iterator[str]:
+def _given(values: Mapping[str, object], tables: set[str], table: str = "") -> Iterator[str]:
     for key, value in values.items():
-        if key in tables and isinstance(value, Mapping):
-            yield from (f"{key}.{name}" for name in value)
+        name = f"{table}{key}"
+        if name in tables and isinstance(value, Mapping):
+            yield from _given(value, tables, f"{name}.")
         else:
-            yield key
+            yield name
 
 
 def read_values(path: str | None) -> dict[str, object]:
-    """What a configuration file says, unjudged; None says nothing. Raises ConfigError."""
+    """Return the values of a configuration file, unjudged; None has no values. Raises ConfigError."""
     if path is None:
         return {}
     try:
@@ -576,9 +599,9 @@ def read_values(path: str | None) -> dict[str, object]:
 
 
 def parse_values(path: str, data: bytes) -> dict[str, object]:
-    """What the bytes of a configuration file say. Raises ConfigError."""
+    """Parse the bytes of a configuration file. Raises ConfigError."""
     try:
         return tomllib.loads(data.decode())
-    # tomllib has its own error only for what it has thought of: not for a number of 5,000 digits, nor "[[[[…"
+    # tomllib's own error covers only the faults it foresees: not a number of 5,000 digits, nor "[[[[…"
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"cannot read the configuration {path}: it is not TOML: {error}") from error

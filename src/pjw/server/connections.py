@@ -31,19 +31,19 @@ from msgspec import Meta
 
 from pjw.errors import LimitReachedError
 
-# One customer of an IPv6 network has a whole /64: whoever has one of its addresses has all of them.
+# One customer of an IPv6 network has a whole /64: a host that has one of its addresses has all of them.
 _PREFIX_BYTES: Final = 8
 _MAPPED: Final = bytes(10) + b"\xff\xff"
 # A look takes a microsecond for each descriptor; looks may take a fifth of the event loop's time.
 LOOK_SHARE: Final = 5
 LOOK_SECONDS_MIN: Final = 0.01
-# How long a connection stays that is to be closed later.
+# Seconds until a connection is closed that is to be closed later.
 LATER_SECONDS: Final = 5.0
 CLOSED_SECONDS: Final = 1.0
 TELL_SECONDS: Final = 60
 # Why we close a connection: see docs/monitoring.md.
 CAUSES: Final = ("unproven", "connections_max", "rate")
-# What a client sends at least until its handshake is done: a hello, its certificate, a signature.
+# The bytes that a client sends at least before its handshake ends: a hello, its certificate, a signature.
 CERTIFICATE_BYTES_MIN: Final = 1024
 # Where struct tcp_info has tcpi_bytes_received (linux/tcp.h), and where that ends.
 _RECEIVED_AT: Final = 128
@@ -95,7 +95,7 @@ class Connection:
 
 @dataclass(frozen=True, slots=True)
 class ConnectionNumbers:
-    """How many connections there are, and were since the server began. `closed`: by us, by cause."""
+    """The numbers of connections, open and since the server began. `closed`: by us, by cause."""
 
     accepted: int
     open: int
@@ -127,17 +127,17 @@ class Connections:
         self._closed: Final[Counter[str]] = Counter(dict.fromkeys(CAUSES, 0))
 
     def listens_on(self, port: int) -> None:
-        """Connections to other ports are not ours to look at."""
+        """Set the port of the service: connections to other ports are not ours to look at."""
         self._port = port
 
     def accepted(self) -> None:
-        """From any thread: there is one more."""
+        """Note one more connection; call it from any thread."""
         # RuntimeError: the loop has ended, and all connections do
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._note_accepted)
 
     def call_came(self, peer: str, client: str) -> Connection | None:
-        """A call of *client* came over the connection from *peer*; the connection, if it has one."""
+        """Note a call of *client* over the connection from *peer*; return the connection, if there is one."""
         key = key_of(peer)
         if key is None:
             return None
@@ -145,7 +145,7 @@ class Connections:
         if connection is None:
             connection = self._open[key] = Connection(key, self._clock())
         if connection.client != client:
-            # its first call; or somebody else's connection had this peer before, and has ended unnoticed
+            # its first call; or another client's connection had this peer before, and has ended unnoticed
             if connection.client is not None:
                 self._of_client[connection.client] -= 1
             connection.client, connection.refused = client, False
@@ -156,7 +156,7 @@ class Connections:
         return connection
 
     def require_room(self, peer: str) -> None:
-        """Raises LimitReachedError for a call over a connection that is one too many for its client."""
+        """Check that the connection is not one too many for its client. Raises LimitReachedError."""
         key = key_of(peer)
         connection = self._open.get(key) if key is not None else None
         if connection is not None and connection.refused:
@@ -192,7 +192,7 @@ class Connections:
         self.close(connection, cause)
 
     def close_client(self, client: str, cause: str) -> int:
-        """Hang up on a client everywhere; how many connections it had."""
+        """Hang up on a client everywhere; return the number of connections it had."""
         self.look()
         mine = [each for each in self._open.values() if each.client == client]
         for each in mine:
@@ -200,7 +200,7 @@ class Connections:
         return len(mine)
 
     def numbers(self) -> ConnectionNumbers:
-        """The numbers of now, or of a moment ago, so that asking often does not mean looking often."""
+        """Return the numbers of now, or of a moment ago, so that asking often does not mean looking often."""
         if self._clock() >= self._next_look:
             self.look()
         return ConnectionNumbers(
@@ -299,7 +299,7 @@ class Connections:
 
 
 def _last_to_go(connection: Connection) -> tuple[bool, float]:
-    """The key that sorts connections without a call; those in front are closed first."""
+    """Return the key that sorts connections without a call; those in front are closed first."""
     return _bytes_received(connection.descriptor) >= CERTIFICATE_BYTES_MIN, connection.since
 
 
@@ -311,7 +311,7 @@ class Told:
         self._next = 0.0
 
     def count(self, more: int, now: float) -> int:
-        """Add *more*; give how many to tell of now, or 0."""
+        """Add *more*; return the number to tell of now, or 0."""
         self._untold += more
         if now < self._next:
             return 0
@@ -333,7 +333,7 @@ def _slow_down(ours: socket.socket) -> None:
 # a connection has the same text for each of its calls
 @lru_cache(maxsize=1024)
 def key_of(peer: str) -> bytes | None:
-    """The key of a connection by gRPC's text for its peer: `ipv4:1.2.3.4:5`, `ipv6:%5B::1%5D:5`."""
+    """Return a connection's key from gRPC's text for its peer: `ipv4:1.2.3.4:5`, `ipv6:%5B::1%5D:5`."""
     family, _, place = peer.partition(":")
     host, _, port = unquote(place).rpartition(":")
     try:
@@ -367,7 +367,7 @@ _length_at: Final = ctypes.byref(_length)
 
 
 def _peers() -> Iterator[tuple[int, bytes]]:
-    """Every descriptor of ours that is an internet socket with another end, and that end's key."""
+    """Yield each descriptor of ours that is an internet socket with another end, and that end's key."""
     for descriptor in range(_table_size()):
         if (key := _peer_key(descriptor)) is not None:
             yield descriptor, key
@@ -409,6 +409,6 @@ _LITTLE: Final = struct.pack("=H", 1) == b"\1\0"
 
 
 def _table_size() -> int:
-    """How many descriptors the kernel has room for in our table: all that are open are below (proc(5))."""
+    """Return the size of our descriptor table in the kernel: all open ones are below (proc(5))."""
     with open("/proc/self/status", "rb") as status:
         return int(status.read().partition(b"FDSize:")[2].split(None, 1)[0])

@@ -1,6 +1,6 @@
-"""The configuration as it takes effect: each key with its value, where that is from, and what it means.
+"""The effective configuration: each key with its value, its origin, and its meaning.
 
-`pjwd config show` prints it. What is printed as TOML is a configuration file again.
+`pjwd config show` prints it. The output as TOML is a configuration file again.
 """
 
 import json
@@ -39,7 +39,7 @@ class Setting:
 def settings_of(
     config: ServerConfig, in_file: Mapping[str, object], options: Mapping[str, object]
 ) -> list[Setting]:
-    """Every key of a configuration that was made from these."""
+    """Return every key of a configuration that was made from these."""
     descriptions = describe_keys()
     values = msgspec.to_builtins(config, order="deterministic")
     for table, limits in zip(("limits", "ceilings", "floors"), config.effective_limits(), strict=True):
@@ -52,28 +52,34 @@ def settings_of(
             # one of the operator's own names, in a table of such
             descriptions.get(key) or descriptions[key.partition(".")[0]],
         )
-        for key, value in _flat(values)
+        for key, value in _flat(values, descriptions)
     ]
 
 
-def _flat(values: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+def _flat(
+    values: Mapping[str, object], descriptions: Mapping[str, str], table: str = ""
+) -> Iterator[tuple[str, object]]:
     for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from ((f"{key}.{inner}", each) for inner, each in value.items())
+        name = f"{table}{key}"
+        is_table = not table or any(each.startswith(f"{name}.") for each in descriptions)
+        if isinstance(value, dict) and value and is_table:
+            yield from _flat(value, descriptions, f"{name}.")
         else:
-            yield key, value
+            yield name, value
 
 
 def _origin(key: str, in_file: Mapping[str, object], options: Mapping[str, object]) -> str:
     if key in options:
         return "option"
     table, _, name = key.rpartition(".")
-    there = in_file.get(table, {}) if table else in_file
+    there: object = in_file
+    for part in table.split(".") if table else ():
+        there = there.get(part, {}) if isinstance(there, Mapping) else {}
     return "file" if isinstance(there, Mapping) and name in there else "default"
 
 
 def describe_keys() -> dict[str, str]:
-    """What each key means, by its name with its table's in front."""
+    """Return the meaning of each key, by its name with its table's in front."""
     found = dict(_described(ServerConfig))
     del found["limits"], found["ceilings"], found["floors"]
     for name in LIMITS:
@@ -86,14 +92,14 @@ def describe_keys() -> dict[str, str]:
 def _described(struct: type[msgspec.Struct], table: str = "") -> Iterator[tuple[str, str]]:
     for name, hint in typing.get_type_hints(struct, include_extras=True).items():
         if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
-            yield from _described(hint, f"{name}.")
+            yield from _described(hint, f"{table}{name}.")
         elif get_origin(hint) is Annotated:
             metas = [meta for meta in get_args(hint)[1:] if isinstance(meta, msgspec.Meta)]
             yield f"{table}{name}", next(meta.description for meta in metas if meta.description)
 
 
 def as_toml(settings: list[Setting], path: str | None) -> str:
-    """A configuration file with these values, and a comment behind each that says where it is from."""
+    """Format a configuration file with these values, each followed by a comment about its origin."""
     lines: list[str] = []
     table = ""
     for setting in settings:
@@ -109,7 +115,7 @@ def as_toml(settings: list[Setting], path: str | None) -> str:
 
 
 def as_json(settings: list[Setting]) -> str:
-    """An object with a member for each key."""
+    """Format an object with a member for each key."""
     members = {
         setting.key: {
             "value": setting.value,

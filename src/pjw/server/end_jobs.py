@@ -69,7 +69,7 @@ def lift_throttles(parents: list[Path]) -> None:
 
 
 def instance_cgroups(top: Path, instance: str) -> list[Path]:
-    """Root's cgroups of an instance, one in each hierarchy: `pjw/INSTANCE`, where pjwd was started.
+    """Return root's cgroups of an instance, one in each hierarchy: `pjw/INSTANCE`, where pjwd started.
 
     A user with a cgroup delegated by systemd may make directories of any name there, but owns them.
     """
@@ -85,7 +85,7 @@ def instance_cgroups(top: Path, instance: str) -> list[Path]:
 
 
 def inits_of(parents: Sequence[Path]) -> list[int]:
-    """A pidfd of each init below *parents*: of each job, and of each init that waits for a job."""
+    """Return a pidfd of each init below *parents*: of each job, and of each init that waits for a job."""
     pidfds: dict[str, int] = {}
     for parent in parents:
         for job in parent.glob("**/job-*/"):

@@ -29,7 +29,7 @@ async def carry(
     back = asyncio.ensure_future(_receive(connection, answer))
     try:
         await asyncio.wait({there, back}, return_when=asyncio.FIRST_EXCEPTION)
-        # what the job has still said goes first
+        # the last bytes that the job has sent go first
         for way in (back, there):
             if way.done():
                 way.result()

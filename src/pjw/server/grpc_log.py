@@ -1,4 +1,4 @@
-"""gRPC's own lines on stderr become records of our log, and no more of them than anybody reads.
+"""gRPC's own lines on stderr become records of our log, at a rate that people can read.
 
 gRPC's core always writes to descriptor 2. So descriptor 2 becomes a pipe, which a thread reads; our own lines
 go to a copy of the old descriptor 2 (logs.py). A writer never waits for the pipe: when it is full,
@@ -35,7 +35,7 @@ def take_stderr() -> int:
 
 
 def relay(descriptor: int) -> None:
-    """From now on, and without privilege: log what comes out of the pipe."""
+    """Log the text from the pipe from now on, without privilege."""
     threading.Thread(target=_run, args=(descriptor,), name="pjw-grpc-log", daemon=True).start()
 
 
@@ -70,7 +70,7 @@ class Budget:
         self._left = self._left_out = 0
 
     def take(self) -> tuple[bool, int]:
-        """Whether to tell a line, and how many were left out since that was last mentioned."""
+        """Return whether to tell a line, and the number left out since that was last mentioned."""
         now, left_out = time.monotonic(), 0
         if now >= self._until:
             self._until, self._left = now + LINES_SECONDS, LINES_MAX

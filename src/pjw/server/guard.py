@@ -1,7 +1,7 @@
-"""Stands before every method, unary or stream: who calls, what it may, until when, and what errors become.
+"""Stands before every method, unary or stream: identifies callers, checks rights, ends calls, maps errors.
 
-Handlers are wrapped here and registered from one table (service.py), so that no method can
-be forgotten. Nothing of an exception reaches a client but what `status_of` lets through.
+Handlers are wrapped here and registered from one table (service.py), so that no method can be forgotten.
+Nothing of an exception reaches a client but the parts that `status_of` lets through.
 """
 
 # The stubs' generic classes are not generic when they run.
@@ -42,7 +42,7 @@ from pjw.server.writer import ReaderGoneError, Writer
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
 Req = TypeVar("Req", bound=Message)
-# an answer, or one that was serialized where that spares a copy of what is in it
+# an answer, or one already serialized where that spares a copy of its data
 Res = TypeVar("Res", bound=Message | bytes)
 # sends one of a stream of answers
 Answer = Callable[[Res], Awaitable[None]]
@@ -58,11 +58,11 @@ log: Final = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Arrived:
-    """A call that has come, and what answers it if it is let in."""
+    """A call that has come, and the body that answers it if it is let in."""
 
     context: Context
     method: str
-    # None: what came is no valid message
+    # None: the bytes are no valid message
     request: Message | None
     body: Body
     stream: bool
@@ -97,7 +97,7 @@ class Guard:
             call.end(LauncherGoneError(_DRAINING))
 
     def revoke(self, revoked: RevocationList) -> int:
-        """Let nobody in who is in this list, and end what such clients have running: so many calls."""
+        """Refuse the certificates of this list, end their calls under way, and return the number of these."""
         self._revoked = revoked
         ended = [call for call in self._running if call.peer.is_revoked(revoked)]
         for call in ended:
@@ -106,11 +106,11 @@ class Guard:
 
     @property
     def revoked(self) -> RevocationList:
-        """The certificates of nobody who is let in."""
+        """The revoked certificates: no client with one is let in."""
         return self._revoked
 
     def require_role(self, client_name: str, method: str) -> None:
-        """Raises NotAllowedError for a method that takes a role which this client does not have."""
+        """Check that this client has the role that a method takes. Raises NotAllowedError."""
         self._roles.require(client_name, method)
 
     def reconfigure(self, config: ServerConfig) -> None:
@@ -136,7 +136,7 @@ class Guard:
         request_class: type[Req],
         name: str | None = None,
     ) -> grpc.RpcMethodHandler[Any, Any]:
-        """The handler of a method with one answer."""
+        """Return the handler of a method with one answer."""
         name = name or _method_of(request_class)
 
         async def body(record: CallRecord, request: Req, caller: Caller, _context: Context) -> Res:
@@ -159,7 +159,7 @@ class Guard:
         request_class: type[Req],
         name: str | None = None,
     ) -> grpc.RpcMethodHandler[Any, Any]:
-        """The handler of a method with a stream of answers."""
+        """Return the handler of a method with a stream of answers."""
         name = name or _method_of(request_class)
 
         async def answer_all(answer: Answer[Res], request: Req, caller: Caller) -> None:
@@ -184,9 +184,10 @@ class Guard:
         request_class: type[Req],
         name: str | None = None,
     ) -> grpc.RpcMethodHandler[Any, Any]:
-        """The handler of a method with a stream of requests, which gets a function that answers.
+        """Return the handler of a method with a stream of requests, which gets a function that answers.
 
-        None is read before the one before was dealt with: what a client sends ahead waits at its end.
+        No request is read before the one before was dealt with: requests that a client sends ahead wait at
+        its end.
         """
         name = name or _method_of(request_class)
 
@@ -213,9 +214,9 @@ class Guard:
         )
 
     # Every call goes through the next three. They have no generator for each thing that is counted or noted,
-    # since these cost more than what they did.
+    # since a generator costs more than that work.
 
-    async def _handle(self, arrived: _Arrived, first: Message | None) -> Any:  # noqa: ANN401  what the body gives
+    async def _handle(self, arrived: _Arrived, first: Message | None) -> Any:  # noqa: ANN401  the result of the body
         """Answer a call, or end it with an error. *first* is the request as the record notes it."""
         context = arrived.context
         try:
@@ -274,7 +275,7 @@ class Guard:
             self._running.remove(call)
 
     def _require_allowed(self, client_name: str) -> None:
-        """Raises NotAllowedError, and says so in the log, for a client that the operator has not named."""
+        """Refuse a client that the operator has not named, and log that. Raises NotAllowedError."""
         if self._allowed is None or client_name in self._allowed:
             return
         if count := self._refused.count(1, time.monotonic()):
@@ -290,11 +291,11 @@ class Guard:
         )
 
     def _for_client(self, context: Context) -> str | None:
-        """Whom the caller says that it calls for, where there are gateways; no other server looks at that."""
+        """Return the client that the caller names, if there are gateways; other servers ignore the name."""
         if not self._roles.gateways:
             return None
         said = [value for key, value in context.invocation_metadata() or () if key == FOR_CLIENT_KEY]
-        # a value in bytes, or several: nobody's name
+        # a value in bytes, or several: the name of no client
         return None if not said else said[0] if len(said) == 1 and isinstance(said[0], str) else ""
 
     def _caller(
@@ -330,7 +331,7 @@ async def _say_admitted(context: Context) -> None:
         await asyncio.shield(sending)
     except asyncio.CancelledError:
         await asyncio.wait({sending})
-        # an error that nobody looks at goes to the log, and a client that has gone is no matter of the log's
+        # an error that is never looked at goes to the log, and the log has no use for a client that has gone
         if not sending.cancelled():
             sending.exception()
         raise

@@ -41,7 +41,7 @@ class Health:
         )
 
     async def check(self, request: pb.HealthCheckRequest, caller: Caller) -> pb.HealthCheckResponse:
-        """How the server is now."""
+        """Return the present state of the server."""
         if request.service not in _SERVICES:
             raise UnknownServiceError("no such service is here")
         return pb.HealthCheckResponse(status=self._status())
@@ -49,7 +49,7 @@ class Health:
     async def watch(
         self, request: pb.HealthCheckRequest, caller: Caller
     ) -> AsyncGenerator[pb.HealthCheckResponse, None]:
-        """How the server is now, and once more when that changes."""
+        """Yield the present state of the server, and once more when that changes."""
         known = request.service in _SERVICES
         self._watchers += 1
         self._unwatched.clear()
@@ -60,7 +60,7 @@ class Health:
                 return
             told = self._status()
             yield pb.HealthCheckResponse(status=told)
-            # what was told, not what is so now: the drain may have begun while that was on its way
+            # the status that was sent, not the present one: the drain may have begun while it was on its way
             if told == _Status.SERVING:
                 await self._draining.wait()
                 yield pb.HealthCheckResponse(status=self._status())
@@ -70,7 +70,7 @@ class Health:
                 self._unwatched.set()
 
     async def drain(self) -> None:
-        """Be NOT_SERVING for good; return when those who watch have been told."""
+        """Be NOT_SERVING for good; return when the watchers have been told."""
         self._draining.set()
         try:
             async with asyncio.timeout(_FAREWELL_SECONDS):

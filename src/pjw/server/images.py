@@ -28,7 +28,7 @@ _DIGEST_CHARACTERS: Final = 19
 
 
 def store_of(state_dir: str) -> ImageStore:
-    """The operator's images of a state directory. Raises ConfigError, KernelError."""
+    """Open the operator's images of a state directory. Raises ConfigError, KernelError."""
     if os.geteuid() != 0:
         raise ConfigError("only root may change images", hint="sudo pjwd image …")
     path = os.path.realpath(state_dir)
@@ -73,7 +73,7 @@ def import_image(state_dir: str, name: str, source: str) -> str:
 
 
 def _require_room(store: ImageStore, archive: ImageArchive, name: str) -> None:
-    """A small archive may be of endless files, and a full disk is so for all jobs. Raises ConfigError."""
+    """Check for room: a small archive may unpack to a full disk, which stops all jobs. Raises ConfigError."""
     status = os.statvfs(store.path)
     free = status.f_bavail * status.f_frsize
     if archive.file_bytes > free:
@@ -96,7 +96,7 @@ def _unpack(archive: ImageArchive, directory: str) -> None:
     assert unpacker.stdin is not None
     assert unpacker.stderr is not None
     try:
-        # what has ended says why
+        # an unpacker that has ended says why
         with suppress(BrokenPipeError):
             for piece in archive.pieces():
                 unpacker.stdin.write(piece)
@@ -113,7 +113,7 @@ def _unpack(archive: ImageArchive, directory: str) -> None:
 
 
 def remove_images(state_dir: str, names: list[str]) -> None:
-    """Take names away, and what nobody has any more. Raises ConfigError, KernelError."""
+    """Remove names, and the images that have no name left. Raises ConfigError, KernelError."""
     store = store_of(state_dir)
     for name in names:
         store.forget(name)
@@ -140,7 +140,7 @@ def _remove(path: str) -> None:
 
 
 def listed(state_dir: str, form: str) -> Iterator[str]:
-    """Lines that show the images. Raises ConfigError, KernelError."""
+    """Yield lines that show the images. Raises ConfigError, KernelError."""
     table = store_of(state_dir).table()
     found = [(name, digest, table["images"][digest]) for name, digest in sorted(table["names"].items())]
     if form == "json":

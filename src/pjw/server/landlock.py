@@ -1,8 +1,8 @@
-"""Which files the network process may open, and where it may listen: Landlock (landlock(7)).
+"""The files that the network process may open, and the ports it may listen on: Landlock (landlock(7)).
 
-Landlock checks each open(2), and not what is open already: root opened the job table, the audit log and the
-socket to the launcher. On a kernel without it (CONFIG_SECURITY_LANDLOCK, and `landlock` in the boot's `lsm=`)
-only the modes of files decide.
+Landlock checks each open(2), and not descriptors that are open already: root opened the job table, the audit
+log and the socket to the launcher. On a kernel without it (CONFIG_SECURITY_LANDLOCK, and `landlock` in the
+boot's `lsm=`) only the modes of files decide.
 """
 
 import ctypes
@@ -26,16 +26,16 @@ WRITE_FILE, READ_FILE, READ_DIR, REMOVE_DIR, REMOVE_FILE, MAKE_DIR, MAKE_REG = (
     1 << bit for bit in (1, 2, 3, 4, 5, 7, 8)
 )
 TRUNCATE: Final = 1 << 14
-# What each ABI knows of, all of which is denied unless a rule gives it: 1 with 13 rights; 2 to move and link
-# between directories; 3 truncate(2); 5 ioctl(2) on devices.
+# The rights that each ABI knows, all of which are denied unless a rule gives them: 1 with 13 rights; 2 to
+# move and link between directories; 3 truncate(2); 5 ioctl(2) on devices.
 _RIGHTS_OF_ABI: Final = ((5, 16), (3, 15), (2, 14), (1, 13))
 _BIND_TCP: Final = 1
 _NET_ABI: Final = 4
-# to signal what is no thread of ours; abstract sockets are left out, since systemd's may be one
+# to signal other processes than ours; abstract sockets are left out, since systemd's may be one
 _SCOPE_SIGNAL: Final = 2
 _SCOPE_ABI: Final = 6
 
-# what is read, and what a file there may be
+# rights to read a directory and its files
 READ: Final = READ_FILE | READ_DIR
 # plain files and directories, of which the server has no other
 OWN: Final = READ | WRITE_FILE | TRUNCATE | REMOVE_DIR | REMOVE_FILE | MAKE_DIR | MAKE_REG
@@ -43,7 +43,7 @@ OWN: Final = READ | WRITE_FILE | TRUNCATE | REMOVE_DIR | REMOVE_FILE | MAKE_DIR 
 
 @dataclass(frozen=True, slots=True)
 class Beneath:
-    """What may be done with a directory (or a file) and all that is in it; a missing one needs no rule."""
+    """The rights below a directory (or to a file) and all that is in it; a missing one needs no rule."""
 
     # or its descriptor
     place: str | int
@@ -51,7 +51,7 @@ class Beneath:
 
 
 def landlock_abi() -> int:
-    """What this kernel's Landlock can do; 0 where there is none."""
+    """Return the version of this kernel's Landlock; 0 where there is none."""
     found = _syscall(_CREATE_RULESET, None, 0, _CREATE_RULESET_VERSION)
     return max(found, 0)
 

@@ -13,9 +13,9 @@ import threading
 from queue import SimpleQueue
 from typing import Final
 
-# How many records, with their tracebacks, may wait to be written. Further ones are dropped and counted.
+# Records, with their tracebacks, that may wait to be written. Further ones are dropped and counted.
 QUEUE_MAX: Final = 10_000
-# How long pjwd, when it ends, waits for the rest to be written.
+# Seconds that pjwd, when it ends, waits for the rest to be written.
 END_SECONDS: Final = 2.0
 
 log: Final = logging.getLogger(__name__)
@@ -24,8 +24,8 @@ log: Final = logging.getLogger(__name__)
 class LogWriter(io.TextIOBase):
     """Writes text to a descriptor, in its order, from a thread that `start` starts.
 
-    Before `start` it writes at once what it can write without waiting, such as the reason for a long start,
-    and keeps the rest.
+    Before `start` it writes the text that it can write without waiting at once, such as the reason for a long
+    start, and keeps the rest.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -56,7 +56,7 @@ class LogWriter(io.TextIOBase):
         return len(text)
 
     def fileno(self) -> int:
-        """The descriptor that is written to."""
+        """Return the descriptor that is written to."""
         return self._descriptor
 
     def end(self) -> None:
@@ -85,7 +85,7 @@ class LogWriter(io.TextIOBase):
         return len(piece) <= select.PIPE_BUF and bool(poll.poll(0))
 
     def _write_whole(self, piece: bytes) -> bool:
-        """Whether somebody took something."""
+        """Write a piece; return whether a reader took something."""
         rest = memoryview(piece)
         while rest:
             try:
@@ -96,7 +96,7 @@ class LogWriter(io.TextIOBase):
                 poll.register(self._descriptor, select.POLLOUT)
                 poll.poll()
             except OSError:
-                # no reader, or no space: nobody would see a message
+                # no reader, or no space: no reader would see a message
                 self._lose(piece)
                 return False
         return bool(piece)

@@ -1,6 +1,6 @@
 """pjwd's log on stderr: one line for each record, as text or as JSON. A call that logs never waits.
 
-A line is ours from its first byte on: what comes from outside is escaped, so nobody can write a line that
+A line is ours from its first byte on: text from outside is escaped, so that no client can write a line that
 looks like another record. Under systemd each line begins with its priority (sd-daemon(3)).
 """
 
@@ -24,14 +24,14 @@ _PRIORITY: Final = {
     logging.ERROR: 3,
     logging.CRITICAL: 2,
 }
-# A record with this is said at every level, and without its level in front: it is what people wait for.
+# A record with this is logged at every level, and without its level in front: operators wait for it.
 PLAIN: Final = {"plain": True}
 
 
 def set_up_logging(level: str, style: str, descriptor: int = 2) -> LogWriter:
     """Have log records, and everything else for stderr, written to a copy of *descriptor*.
 
-    The caller starts the writer's thread. At the end of the process the writer writes what still waits.
+    The caller starts the writer's thread. At the end of the process the writer writes the rest.
     """
     formatter: logging.Formatter = JsonFormatter() if style == "json" else TextFormatter()
     writer = LogWriter(os.dup(descriptor))
@@ -52,7 +52,7 @@ class TextFormatter(logging.Formatter):
     """`pjwd: LEVEL: words`; of a bug, the traceback in lines that begin with spaces."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """A record as it is said."""
+        """Format a record as text."""
         level = "" if getattr(record, "plain", False) else f"{record.levelname}: "
         text = f"pjwd: {level}{escaped(record.getMessage())}"
         if record.exc_info:
@@ -65,7 +65,7 @@ class JsonFormatter(logging.Formatter):
     """An object in a line: time, level, logger, message, and of a bug its traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """A record as it is said."""
+        """Format a record as JSON."""
         members = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")[:-6] + "Z",
             "level": record.levelname.lower(),
@@ -85,14 +85,14 @@ class _Journal(logging.Formatter):
         self._inner: Final = inner
 
     def format(self, record: logging.LogRecord) -> str:
-        """A record as it is said."""
+        """Format a record with its priority before each line."""
         level = record.levelno - record.levelno % 10
         prefix = f"<{_PRIORITY.get(level, 6)}>"
         return "\n".join(prefix + line for line in self._inner.format(record).split("\n"))
 
 
 def escaped(text: str) -> str:
-    """*text* without anything that ends a line, moves a cursor or is no character."""
+    """Escape characters of *text* that end a line, move a cursor or are no characters."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 

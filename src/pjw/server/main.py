@@ -1,4 +1,4 @@
-"""pjwd: serve, check, config, backup, end-jobs, image, certs. The command tree, and errors to exit codes."""
+"""pjwd: serve, gateway, check, backup, drain, certs and more. The command tree, and errors to exit codes."""
 
 import argparse
 import os
@@ -20,7 +20,7 @@ from pjw.stdout import EXIT_CLOSED_PIPE, ReaderGoneError, checked_stdout, requir
 
 # the environment variable that takes the place of --listen
 LISTEN_VARIABLE: Final = "PJWD_LISTEN"
-# what packaging/pjwd.service reads
+# the file that packaging/pjwd.service reads
 _UNIT_CONFIG: Final = "/etc/pjw/pjwd.toml"
 EXIT_FAILED: Final = 1
 EXIT_INTERRUPTED: Final = 130
@@ -31,7 +31,7 @@ OPTIONS: Final = ("listen", *PATHS, "log_level", "log_format")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code."""
+    """Run one command; return the exit code."""
     open_standard_descriptors()
     try:
         with checked_stdout():
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command tree."""
+    """Build the command tree."""
     parser = argparse.ArgumentParser(
         prog="pjwd", description="The pjw service: runs jobs for the clients of one certificate authority."
     )
@@ -127,6 +127,24 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="how long jobs have until SIGKILL; default %(default)s",
     )
+
+    for verb, run, text, more in (
+        (
+            "drain",
+            _drain,
+            "start no more jobs on this machine; needs root",
+            " Jobs that run go on, and those in the queue wait, also over restarts, until `pjwd resume`.",
+        ),
+        ("resume", _resume, "start jobs on this machine again, after pjwd drain; needs root", ""),
+    ):
+        action = commands.add_parser(
+            verb, help=text, description=f"{text.removesuffix('; needs root').capitalize()}.{more}"
+        )
+        action.set_defaults(run=run)
+        _add_config(action)
+        _add_state_dir(action)
+        if verb == "drain":
+            action.add_argument("--wait", action="store_true", help="return when no job is left")
 
     _add_image(commands)
     certs = commands.add_parser("certs", help="make, show, renew and revoke certificates")
@@ -294,7 +312,7 @@ def _add_options(command: argparse.ArgumentParser) -> None:
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, object]:
-    """The keys of the configuration that the command line gives; paths are taken from here."""
+    """Return the configuration keys given on the command line; paths are relative to this directory."""
     options: dict[str, object] = {}
     for key in OPTIONS:
         value = getattr(arguments, key, None)
@@ -351,7 +369,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _name_the_unread(path: str | None) -> None:
-    """Say that the configuration of the unit counts only when it is named: who has one, asks about that."""
+    """Say that the unit's configuration counts only when it is named: operators with one ask about that."""
     if path is None and os.path.exists(_UNIT_CONFIG):
         print(f"pjwd: {_UNIT_CONFIG} is not read: --config {_UNIT_CONFIG} does", file=sys.stderr)
 
@@ -391,6 +409,22 @@ def _end_jobs(arguments: argparse.Namespace) -> int:
 
     config = load_config(arguments.config, _options(arguments))
     print(f"jobs ended: {end_jobs(config.state_dir, arguments.grace)}")
+    return 0
+
+
+def _drain(arguments: argparse.Namespace) -> int:
+    from pjw.server.config import load_config
+    from pjw.server.drain import drain
+
+    drain(load_config(arguments.config, _options(arguments)), wait=arguments.wait)
+    return 0
+
+
+def _resume(arguments: argparse.Namespace) -> int:
+    from pjw.server.config import load_config
+    from pjw.server.drain import resume
+
+    resume(load_config(arguments.config, _options(arguments)))
     return 0
 
 
@@ -478,7 +512,7 @@ def _warn_of_another_name(directory: str, server: str) -> None:
 
 
 def _tell_clients(bundles: Sequence[str], option: str = "") -> None:
-    """What a client does with its bundle; on stderr, since stdout has the paths and nothing else."""
+    """Tell each client's next step with its bundle, on stderr: stdout has the paths and nothing else."""
     for path in bundles:
         file = os.path.basename(path)
         client = file.removesuffix(BUNDLE_SUFFIX)

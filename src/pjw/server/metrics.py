@@ -1,8 +1,8 @@
 """Metrics for a Prometheus, by HTTP on an address of their own: docs/monitoring.md has them all.
 
 Calls are counted when they begin and end, on the event loop; nothing is done for a byte or a message. All
-else is looked up when somebody asks. Who asks has a thread, of which there are few, and a deadline: one
-that does not read its answer keeps nobody waiting.
+else is looked up at a scrape. Each scrape has a thread, of which there are few, and a deadline: a scraper
+that does not read its answer keeps nothing else waiting.
 """
 
 import asyncio
@@ -55,7 +55,7 @@ from pjw.server.reload import Reloader
 from pjw.worker.egress import RESULTS
 from pjw.worker.numbers import ClientNumbers, WorkerNumbers
 
-# looked up when this is imported, while root: what is installed may lie where nobody else may look
+# looked up when this is imported, while root: an installation may lie where no other user may look
 _VERSION: Final = version("pjw")
 SCRAPES_MAX: Final = 8
 SCRAPE_SECONDS: Final = 10
@@ -63,9 +63,9 @@ SCRAPE_SECONDS: Final = 10
 CONNECTION_SECONDS: Final = SCRAPE_SECONDS + 5
 # Nothing tells when a descriptor is free again.
 _RETRY_SECONDS: Final = 1
-# How many clients, the busiest, have metrics of their own. Each is four series that Prometheus keeps.
+# Clients, the busiest, that have metrics of their own. Each is four series that Prometheus keeps.
 CLIENTS_SHOWN: Final = 100
-# What stands for the clients beyond the busiest: no client can be called so.
+# The name that stands for the clients beyond the busiest: no client can have it.
 OTHERS: Final = "(other)"
 # These take as long as their callers like, which says nothing of us.
 LASTING: Final = frozenset(
@@ -96,7 +96,7 @@ ready: Final = logging.getLogger("pjw.ready")
 
 
 class ServerMetrics:
-    """Counts calls as the guard tells of them, and serves what is counted."""
+    """Counts calls as the guard reports them, and serves the counts."""
 
     def __init__(self, worker: Backend, connections: Connections, log_writer: LogWriter) -> None:
         self._worker: Final = worker
@@ -134,8 +134,8 @@ class ServerMetrics:
             buckets=START_BUCKETS,
             registry=self.registry,
         )
-        # What can come is there from the start: who watches a counter sees no increase in one that begins
-        # at 1. Not so for each method with each code, of which there are hundreds.
+        # Every possible series exists from the start: a counter that begins at 1 shows no increase. Not so
+        # for each method with each code, of which there are hundreds.
         for result in ("started", "refused", "not_executable", "cancelled", "failed"):
             self._starts.labels(result)
         for reason in (*_LIMITS, *_REJECTIONS.values()):
@@ -143,11 +143,11 @@ class ServerMetrics:
         ProcessCollector(registry=self.registry)
 
     def call_began(self, record: CallRecord) -> None:
-        """A call is under way."""
+        """Count a call as under way."""
         self._under_way.add(record)
 
     def call_ended(self, record: CallRecord) -> None:
-        """It is over."""
+        """Count a call that is over."""
         self._under_way.discard(record)
         self._bytes[record.method] += record.bytes
         self._calls.labels(record.method, record.code).inc()
@@ -174,11 +174,11 @@ class ServerMetrics:
             yield
 
     def numbers(self) -> tuple[WorkerNumbers, dict[str, int], Tally[str]]:
-        """From any thread: the worker's numbers, calls under way and bytes, both by method."""
+        """Return the worker's numbers, calls under way and bytes, by method; call it from any thread."""
         return asyncio.run_coroutine_threadsafe(self._look(), self._loop).result(SCRAPE_SECONDS)
 
     def connections(self) -> ConnectionNumbers:
-        """From any thread: the connections to the port."""
+        """Return the numbers of the connections to the port; call it from any thread."""
         return asyncio.run_coroutine_threadsafe(self._look_at_port(), self._loop).result(SCRAPE_SECONDS)
 
     async def _look_at_port(self) -> ConnectionNumbers:
@@ -213,7 +213,7 @@ def _serving(address: tuple[str, int], registry: CollectorRegistry) -> Iterator[
 
 
 class _State(Collector):
-    """What is looked up when it is asked for."""
+    """The numbers that are looked up at a scrape."""
 
     def __init__(self, metrics: ServerMetrics, reloader: Reloader) -> None:
         self._metrics: Final = metrics
@@ -226,7 +226,7 @@ class _State(Collector):
             yield from _port(self._metrics.connections())
             numbers, under_way, streamed = self._metrics.numbers()
         except (PjwError, TimeoutError, CancelledError) as error:
-            # what is known without the worker is told all the same
+            # the numbers that are known without the worker are served all the same
             log.error("cannot look up metrics: %r", error)
             return
         yield from _jobs(numbers)
@@ -254,6 +254,12 @@ class _State(Collector):
             made.add_metric((result,), numbers.connections.get(result, 0))
         yield made
         yield _one("pjw_launcher_up", "Whether the launcher lives.", numbers.launcher_up)
+        yield _one("pjw_drained", "Whether the operator has drained the machine.", numbers.drained)
+        for each in numbers.more:
+            if each.label:
+                yield _by(each.name, each.text, each.label, each.values.items())
+            else:
+                yield _total(each.name, each.text, each.total)
 
     def _operator(self) -> Iterator[Metric]:
         lost = self._metrics.log_writer.lost_lines
@@ -297,7 +303,7 @@ def _port(numbers: ConnectionNumbers) -> Iterator[Metric]:
 
 def _jobs(numbers: WorkerNumbers) -> Iterator[Metric]:
     clients = numbers.clients.values()
-    # what waits is apart: a sum over states is of what runs
+    # waiting jobs are apart: a sum over states is of running jobs
     running = [state for state in KNOWN_STATES if not state.final and state is not JobState.QUEUED]
     live = [(state.value, numbers.live.get(state, 0)) for state in running]
     stored = sum(client.stored_jobs for client in clients)
@@ -366,19 +372,19 @@ def _result(record: CallRecord) -> str:
         return "cancelled" if record.code == CANCELLED else "started"
     if isinstance(record.error, LaunchError):
         return "not_executable"
-    # the one code of what is our own fault
+    # the one code of errors that are our own fault
     return "failed" if record.code == INTERNAL else "refused"
 
 
 class _Handler(WSGIRequestHandler):
-    # a client that is slow to ask or to read is let go of (socketserver)
+    # a client that is slow to ask or to read is dropped (socketserver)
     timeout = SCRAPE_SECONDS
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002  the base's name
-        """Nothing: who asks would write into our log."""
+        """Log nothing: a scraper would write into our log."""
 
     def log_error(self, format: str, *args: object) -> None:  # noqa: A002  the base's name
-        """Nothing: the same."""
+        """Log nothing, for the same reason."""
 
 
 def _hang_up(request: _Request) -> None:

@@ -1,4 +1,4 @@
-"""What jobs may reach on the network: the operator's table, and the user of the process that connects."""
+"""The names on the network that jobs may reach: the operator's table, and the user of the egress process."""
 
 import ipaddress
 import pwd
@@ -23,7 +23,7 @@ _Names = Annotated[tuple[str, ...], Meta(max_length=_OFFERED_MAX)]
 
 
 class NamedNetwork(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What jobs of one client may reach beside what those of all may."""
+    """The names that jobs of one client may reach beside those of all."""
 
     hosts: Annotated[_Names, Meta(description="what its jobs may reach as well")] = ()
 
@@ -79,7 +79,7 @@ class NetworkOffers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise ValueError(f"[network] private: {error}") from None
 
     def offers(self) -> Network:
-        """What the worker needs of it. Raises ConfigError."""
+        """Return the worker's part of the settings. Raises ConfigError."""
         return Network(
             self.hosts,
             {name: named.hosts for name, named in self.by_name.items()},
@@ -90,10 +90,10 @@ class NetworkOffers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def egress_uid(offers: NetworkOffers, server: int, ids: range, nobody: int) -> int:
-    """The user of pjwd-egress; 0 where nothing is offered. Raises ConfigError.
+    """Return the user of pjwd-egress; 0 where no names are offered. Raises ConfigError.
 
-    *server* is that of the server, *ids* are those of jobs where they are known, *nobody* is a user id that
-    belongs to nobody, for a host without a user of that name.
+    *server* is the server's user id, *ids* are those of jobs where they are known, *nobody* is a user id that
+    no user has, for a host without a user of that name.
     """
     if not offers.offers().offered:
         return 0

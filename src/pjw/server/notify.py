@@ -1,4 +1,4 @@
-"""What systemd is told of a service with Type=notify (sd_notify(3)); nothing where it did not start us."""
+"""News to systemd about a service with Type=notify (sd_notify(3)); none where it did not start us."""
 
 import asyncio
 import logging
@@ -22,17 +22,17 @@ class Notifier:
         self._watchdog_seconds: Final = _watchdog_seconds(environment) if path else 0.0
 
     def ready(self, status: str) -> None:
-        """The service serves: after its start, or after a reload."""
+        """Tell that the service serves: after its start, or after a reload."""
         self._send("READY=1", f"STATUS={status}")
 
     def reloading(self) -> None:
-        """A reload has begun; `ready` ends it."""
+        """Tell that a reload has begun; `ready` ends it."""
         # systemd tells by the time which reload is meant
         now = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
         self._send("RELOADING=1", f"MONOTONIC_USEC={now}")
 
     def stopping(self) -> None:
-        """The service ends."""
+        """Tell that the service ends."""
         self._send("STOPPING=1", "STATUS=draining")
 
     async def watch(self, alive: Callable[[], Awaitable[None]], status: Callable[[], str]) -> None:
@@ -54,7 +54,7 @@ class Notifier:
         if not self._address:
             return
         try:
-            # A full queue of systemd's must not hold us up: what is lost is sent again.
+            # A full queue of systemd's must not hold us up: lost news is sent again.
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as notify:
                 notify.connect(self._address)
                 notify.send("\n".join(lines).encode())

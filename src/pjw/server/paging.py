@@ -1,4 +1,4 @@
-"""What a client asks of List: which jobs, and where the next page begins."""
+"""A client's request to List: its filter, and the place where the next page begins."""
 
 import hashlib
 import re
@@ -14,7 +14,7 @@ _TOKEN: Final = re.compile(r"([0-9]{1,18})((?:-[0-9a-f]{16})?)")
 
 
 def filter_from_message(request: pb.ListRequest) -> JobFilter:
-    """Which jobs are asked for. Raises InvalidJobError for labels and names that no job can have."""
+    """Make the filter of a request. Raises InvalidJobError for labels and names that no job can have."""
     check_name(request.name)
     labels = dict(request.labels)
     check_labels(labels)
@@ -23,7 +23,7 @@ def filter_from_message(request: pb.ListRequest) -> JobFilter:
 
 
 def after_token(request: pb.ListRequest) -> int:
-    """Behind which id the page begins. Raises InvalidJobError for a token of another list."""
+    """Return the id behind which the page begins. Raises InvalidJobError for another list's token."""
     if not request.page_token:
         return 0
     token = _TOKEN.fullmatch(request.page_token)
@@ -35,7 +35,7 @@ def after_token(request: pb.ListRequest) -> int:
 
 
 def token_after(request: pb.ListRequest, job_id: int) -> str:
-    """The token of the page that begins behind a job."""
+    """Return the token of the page that begins behind a job."""
     return f"{job_id}{_mark_of(request)}"
 
 
@@ -52,7 +52,7 @@ def _mark_of(request: pb.ListRequest) -> str:
 
 
 def after_workspace(request: pb.ListWorkspacesRequest) -> tuple[str, str]:
-    """Behind which client and name the page begins. Raises InvalidJobError for what is no token."""
+    """Return the client and name behind which the page begins. Raises InvalidJobError for a bad token."""
     client_name, slash, name = request.page_token.partition("/")
     if request.page_token and not (slash and is_workspace(name)):
         raise InvalidJobError("the page token is not one that this server gave")
@@ -60,5 +60,5 @@ def after_workspace(request: pb.ListWorkspacesRequest) -> tuple[str, str]:
 
 
 def token_after_workspace(workspace: Workspace) -> str:
-    """The token of the page that begins behind a workspace."""
+    """Return the token of the page that begins behind a workspace."""
     return f"{workspace.client_name}/{workspace.name}"

@@ -27,19 +27,19 @@ class Peer:
     not_valid_after: datetime
 
     def seconds_left(self) -> float:
-        """How long the certificate still holds; negative when it has expired."""
+        """Return the seconds for which the certificate still holds; negative when it has expired."""
         return (self.not_valid_after - datetime.now(UTC)).total_seconds()
 
     def is_revoked(self, revoked: RevocationList) -> bool:
-        """Whether the certificate is in the list."""
+        """Return whether the certificate is in the list."""
         return revoked.revokes(self.identity.serial, self.fingerprint)
 
 
 def authenticate(properties: Mapping[str, Iterable[bytes]], rules: NameRules) -> Peer:
-    """The caller by what gRPC knows of its connection, looked at on every call. Raises NotAuthenticatedError.
+    """Return the caller from gRPC's facts about its connection, on every call. Raises NotAuthenticatedError.
 
-    The handshake alone does not do: a resumed TLS session presents no certificate, even
-    after it has expired, and gRPC for Python has no setting that requires TLS 1.3.
+    The handshake alone does not suffice: a resumed TLS session presents no certificate, even after it has
+    expired, and gRPC for Python has no setting that requires TLS 1.3.
     """
     if list(properties.get("ssl_tls_version", ())) != [TLS_VERSION]:
         raise NotAuthenticatedError("TLS 1.3 is required")
@@ -53,7 +53,7 @@ def authenticate(properties: Mapping[str, Iterable[bytes]], rules: NameRules) ->
 
 
 def presented(properties: Mapping[str, Iterable[bytes]], rules: NameRules) -> Identity | None:
-    """Whom the certificate names, whether it is acceptable or not: for the audit log and the port alone."""
+    """Return the identity the certificate names, acceptable or not: for audit log and port alone."""
     pem = next(iter(properties.get("x509_pem_cert", ())), None)
     if not pem:
         return None
@@ -64,7 +64,7 @@ def presented(properties: Mapping[str, Iterable[bytes]], rules: NameRules) -> Id
 
 
 def _presented_node(pem: bytes) -> Identity | None:
-    """The node that a certificate names; a colon is in no name of a client."""
+    """Return the node that a certificate names; a colon is in no name of a client."""
     try:
         return Identity(f"node:{node_of(pem)}", x509.load_pem_x509_certificate(pem).serial_number)
     except NotAuthenticatedError:

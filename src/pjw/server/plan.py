@@ -1,7 +1,7 @@
 """Judges a configuration in one place, for the start, a reload and `pjwd check`.
 
-This module checks what the file itself decides. Checks of the host (does the user exist, is the port free)
-are elsewhere, because a server that reloads cannot make them: it is no longer root.
+This module makes the checks that the file alone decides. Checks of the host (does the user exist, is the port
+free) are elsewhere, because a server that reloads cannot make them: it is no longer root.
 """
 
 import os
@@ -33,7 +33,7 @@ class Plan:
 
 
 def plan_of(config: ServerConfig, path: str | None) -> Plan:
-    """The plan for a configuration; *path* is the absolute path of its file. Raises ConfigError."""
+    """Make the plan for a configuration; *path* is the absolute path of its file. Raises ConfigError."""
     files = _files(config, path)
     settings = config.worker_settings(_hidden_paths(config, files))
     try:
@@ -69,13 +69,13 @@ def _files(config: ServerConfig, path: str | None) -> ServerFiles:
 
 
 def _hidden_paths(config: ServerConfig, files: ServerFiles) -> tuple[str, ...]:
-    """Files that no job may see, whatever their mode: the key, the configuration, and the audit log."""
+    """Return the files no job may see, whatever their mode: key, configuration and audit log."""
     secret = (files.server_key, files.config, config.audit_log)
     return tuple(os.path.realpath(path) for path in secret if path)
 
 
 def check_reloads(files: ServerFiles, audit_log: str | None) -> str | None:
-    """A warning about the files that no reload can open. Opens them as root, as the launcher will.
+    """Return a warning about files that no reload can open. Opens them as root, as the launcher will.
 
     Raises ConfigError for the revocation list: in an emergency the operator would trust a new one.
     """

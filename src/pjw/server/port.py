@@ -12,7 +12,8 @@ from pjw.server.peer import presented
 from pjw.server.quota import ClientLimits
 from pjw.server.turns import Deliver, Turns
 
-# Clients whose certificate names nobody: the guard refuses their calls, and here they count as one client.
+# Stands for clients whose certificate gives no name: the guard refuses their calls, and here they are one
+# client.
 NOBODY: Final = ""
 # Calls that a client may begin at once, after a rest.
 CALLS_AT_ONCE: Final = 200
@@ -23,7 +24,7 @@ log: Final = logging.getLogger(__name__)
 
 
 class Port:
-    """Holds each client to what it may do to the port."""
+    """Holds each client to its limits at the port."""
 
     def __init__(self, limits: PortLimits, clients: ClientLimits, names: NameRules) -> None:
         self._clients = clients
@@ -33,11 +34,11 @@ class Port:
         self._told: Final = Told()
 
     def reconfigure(self, clients: ClientLimits) -> None:
-        """From now on these limits; connections that are open stay."""
+        """Apply these limits from now on; open connections stay."""
         self._clients = clients
 
     def admit(self, method: bytes, context: Context, deliver: Deliver) -> None:
-        """A call came: have it delivered in its turn, or hang up on a client that makes too many."""
+        """Have a call delivered in its turn, or hang up on a client that makes too many."""
         identity = presented(context.auth_context(), self._names)
         client = identity.client_name if identity else NOBODY
         connection = self.connections.call_came(context.peer(), client)

@@ -1,7 +1,7 @@
-"""What each client may ask of the network process: starts a second, calls and followers at once.
+"""The limits of each client in the network process: starts a second, calls and followers at once.
 
-Refusals are answered slowly. Else a client that asks in a loop would slow everybody in spite of its
-limits, since to refuse costs the server as much as a cheap answer.
+Refusals are answered slowly. Else a client that asks in a loop would slow all others in spite of its limits,
+since a refusal costs the server as much as a cheap answer.
 """
 
 import asyncio
@@ -20,15 +20,16 @@ from pjw.worker.settings import Quotas, Shares
 
 # For how long a resting client may save up starts. A burst is a client that begins its work, not an attack.
 STARTS_REST_SECONDS: Final = 10
-# What one client gets of them, however many it asks for at once: at 0.4 ms each, 4 % of a processor.
+# The refusals that one client gets, however many calls it makes at once: at 0.4 ms each, 4 % of a processor.
 REFUSALS_PER_SECOND: Final = 100
-# Refused calls of one client that wait for their turn, about 20 KiB each; what is above is told at once.
+# Refused calls of one client that wait for their turn, about 20 KiB each; a call above that is refused at
+# once.
 PAUSED_MAX: Final = 1000
 # This call lasts as long as a stream: a client that waits for many jobs must still be able to ask for one.
 # We count it apart, with the same bounds: `pjw logs` follows a job and also waits for it, to tell when the
 # job is stuck.
 WAITING_METHOD: Final = "Wait"
-# what makes a process
+# the calls that make a process
 _STARTING: Final = ("Start", "Exec", "Forward", "LoadImage")
 # An answer with all of a client's has a megabyte then.
 WORKSPACES_MAX: Final = 10_000
@@ -57,7 +58,7 @@ class NamedClient(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
 
 
 class ClientLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What each client may have; 0 is "no limit"."""
+    """The limits of each client; 0 is "no limit"."""
 
     starts_per_second: Annotated[
         float,
@@ -142,11 +143,11 @@ class ClientLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def starts_at_once(self) -> int:
-        """How many jobs a client may start at once, after a rest."""
+        """The number of jobs that a client may start at once, after a rest."""
         return max(1, round(STARTS_REST_SECONDS * self.starts_per_second))
 
     def shares(self) -> Shares:
-        """Each client's part of the host. Raises ConfigError."""
+        """Return each client's part of the host. Raises ConfigError."""
         default = {name: getattr(self, name) for name in NamedClient.__struct_fields__}
         by_name = {}
         for client_name, named in self.by_name.items():
@@ -155,7 +156,7 @@ class ClientLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return Shares(_share("clients", default), by_name)
 
     def quotas(self) -> Quotas:
-        """Those that are the worker's to keep."""
+        """Return the quotas that the worker enforces."""
         return Quotas(**{each.name: getattr(self, each.name) for each in dataclasses.fields(Quotas)})
 
 
@@ -175,13 +176,14 @@ class Quota:
         self._forget_above = FORGET_ABOVE
 
     def set_limits(self, limits: ClientLimits) -> None:
-        """From now on these; what a client has already, it keeps."""
+        """Apply these limits from now on; a client keeps the calls that it has already."""
         self._limits = limits
 
     def call(self, client_name: str, method: str, *, stream: bool) -> "_Counted":
         """Count a call for as long as it lasts. Raises LimitReachedError at a limit, when its turn comes.
 
-        So does what the call itself raises of that kind: at a limit of running jobs, for example.
+        An error of that kind from the call itself waits for its turn too: at a limit of running jobs, for
+        example.
         """
         return _Counted(self, client_name, method, stream=stream)
 
@@ -252,7 +254,7 @@ class Quota:
         if len(self._full_at) > self._forget_above:
             for name in [name for name, full in self._full_at.items() if full <= now]:
                 del self._full_at[name]
-            # doubled, so that the look at all of them is paid by those who came since the last
+            # doubled, so that the clients that came since the last look pay for the next one
             self._forget_above = max(FORGET_ABOVE, 2 * len(self._full_at))
         return True
 

@@ -1,6 +1,6 @@
 """Server reflection: the contract, for clients that do not have the file. It tells nothing of jobs.
 
-What is asked and answered is the library's; it is asked through our guard, like every other method.
+The library defines requests and answers; they pass our guard, as those of every other method do.
 """
 
 from collections.abc import AsyncIterator, Sequence
@@ -22,7 +22,7 @@ _METHOD: Final = "ServerReflectionInfo"
 
 
 def reflection_handlers(guard: Guard, services: Sequence[str]) -> list[grpc.GenericRpcHandler]:
-    """The handlers of reflection, which lists *services* and itself."""
+    """Return the handlers of reflection, which lists *services* and itself."""
     _describe_v1()
     servicer = aio.ReflectionServicer((*services, *NAMES))
 
@@ -40,7 +40,7 @@ def reflection_handlers(guard: Guard, services: Sequence[str]) -> list[grpc.Gene
 
 
 def _describe_v1() -> None:
-    # who walks through all services that are listed asks for this one's file too
+    # a client that walks through all listed services asks for this one's file too
     v1alpha = FileDescriptorProto.FromString(pb.DESCRIPTOR.serialized_pb)
     v1 = text_format.Parse(str(v1alpha).replace("v1alpha", "v1"), FileDescriptorProto())
     descriptor_pool.Default().AddSerializedFile(v1.SerializeToString())

@@ -3,7 +3,7 @@
 Certificates are one thing, the configuration another and the revocation list a third: a certificate
 that has expired must not keep a revocation from its effect. We reopen the audit log, since the operator may
 have moved it away. Connections and streams go on; a new handshake
-sees the new certificates, the next call of anybody the new list.
+sees the new certificates, the next call of any client the new list.
 """
 
 import asyncio
@@ -34,12 +34,12 @@ from pjw.server.sandbox import descriptors_for
 from pjw.worker import WorkerSettings
 
 log: Final = logging.getLogger(__name__)
-# A reload is asked for by a signal, and this is its only answer: it is told at every level.
+# A signal requests a reload, and this is its only answer: it is told at every level.
 log.setLevel(logging.INFO)
 
 
 class Reloader:
-    """What a running server takes from the operator's files."""
+    """The operator's files, as a running server reads them again."""
 
     def __init__(
         self,
@@ -62,8 +62,8 @@ class Reloader:
         self._worker: Final = worker
         self._notifier: Final = notifier
         self._asked: Final = asyncio.Event()
-        # How often each of them was reloaded, with which result. Every series exists from the start: a
-        # monitor sees no increase in a counter that begins at 1.
+        # The number of reloads of each of them, by result. Every series exists from the start: a monitor sees
+        # no increase in a counter that begins at 1.
         self.counts: Final[Counter[tuple[str, str]]] = Counter(
             {
                 (what, result): 0
@@ -83,7 +83,7 @@ class Reloader:
         self._configuration = _configuration(credentials)
 
     def tls(self) -> grpc.ServerCredentials:
-        """The credentials for one address: each handshake uses the newest certificates."""
+        """Return the credentials for one address: each handshake uses the newest certificates."""
         handed = self._configuration
 
         def fetch() -> grpc.ServerCertificateConfiguration | None:
@@ -107,7 +107,7 @@ class Reloader:
         self._asked.set()
 
     async def run(self, status: Callable[[], str]) -> None:
-        """Reload as often as it is asked for, until cancelled; *status* is for systemd."""
+        """Reload at each request, until cancelled; *status* is for systemd."""
         while True:
             await self._asked.wait()
             self._asked.clear()
@@ -173,7 +173,7 @@ class Reloader:
         taken = {key: getattr(new, key) for key in changed if key in RELOADED}
         config = msgspec.structs.replace(old, **taken)
         wanted = config.worker_settings(())
-        # The launcher was told its policy once, so what is asked of it stays within the old one.
+        # The launcher got its policy once, so requests to it stay within the old one.
         settings = replace(
             self._settings,
             default_limits=wanted.default_limits,
@@ -194,9 +194,9 @@ class Reloader:
             try:
                 await self._worker.reload_mounts()
             except (ConfigError, KernelError) as error:
-                # nobody has more than both of us offer
+                # no job gets a mount unless both processes offer it
                 log.error("reload: the launcher kept the old mounts: %s", error)
-        # Last, as it waits for the launcher: nobody who is not let in any more has that long.
+        # Last, as it waits for the launcher: clients that were shut out must not have that long.
         for words in await self._worker.give_shares():
             log.warning("reload: %s", words)
         if descriptors_for(config) > descriptors_for(old):
@@ -219,7 +219,8 @@ class Reloader:
         log.info("reload: the audit log is open again")
 
     async def _read(self, path: str, what: str) -> bytes:
-        # We are not root any more, and keys are root's; the launcher opens what it was told of then.
+        # We are not root any more, and keys are root's; the launcher opens the files that it was told of
+        # then.
         descriptor = await self._worker.open_operator_file(self._files.paths.index(path))
         if path == self._files.server_key and (exposure := key_exposure(path, os.fstat(descriptor))):
             log.warning("%s", exposure)

@@ -1,8 +1,8 @@
-"""What the network process keeps when it gives root up, and so all that an attacker within it has.
+"""The rights that the network process keeps when it gives root up, and so those of an attacker within it.
 
 The order matters. The bounding set is emptied while root, which takes CAP_SETPCAP. Landlock comes before any
 thread, since it holds for the calling one and its children. The filter of system calls comes last: it would
-stop the steps before it. The launcher was spawned long before, so none of this is its own.
+stop the steps before it. The launcher was spawned long before, so it has none of these restrictions.
 """
 
 import ctypes
@@ -29,8 +29,8 @@ _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
 _CAPABILITY_VERSION_3: Final = 0x20080522
 _SECCOMP_ACTIONS: Final = "/proc/sys/kernel/seccomp/actions_avail"
 
-# What the server reads after it has given root up. Every user may read these; homes, data and other mounts
-# are not among them. A library that talks to a device, say, would need another entry here.
+# The files that the server reads after it has given root up. Every user may read these; homes, data and other
+# mounts are not among them. A library that talks to a device, say, would need another entry here.
 READABLE: Final = (
     # the resolver's files, each replaced by a rename now and then, so that a rule for one would not last
     "/etc",
@@ -53,7 +53,7 @@ _DESCRIPTORS_SPARE: Final = 4096
 
 @dataclass(frozen=True, slots=True)
 class Sandbox:
-    """What one server needs: the directory of its own files, where it listens, how many descriptors."""
+    """The needs of one server: the directory of its own files, its ports, its number of descriptors."""
 
     # None: it has none
     own_directory: int | None
@@ -62,10 +62,12 @@ class Sandbox:
     descriptors: int
     # directories that it reads besides, as far as its user may
     readable: Sequence[str] = ()
+    # directories, by their descriptors, in which it has files of its own besides
+    writable: Sequence[int] = ()
 
 
 def enter(sandbox: Sandbox, uid: int) -> None:
-    """Become *uid* for good, with nothing but what *sandbox* says. Raises ConfigError or KernelError."""
+    """Become *uid* for good, with nothing beyond *sandbox*. Raises ConfigError or KernelError."""
     _require_one_thread()
     _empty_bounding_set()
     _become(uid)
@@ -74,7 +76,7 @@ def enter(sandbox: Sandbox, uid: int) -> None:
 
 
 def enter_as_we_are(sandbox: Sandbox) -> None:
-    """The same for who never was root: keep nothing but what *sandbox* says. Raises as `enter`."""
+    """Keep nothing beyond *sandbox*, in a process that never was root. Raises as `enter`."""
     _require_one_thread()
     _clear_capabilities()
     _confine(sandbox)
@@ -82,17 +84,18 @@ def enter_as_we_are(sandbox: Sandbox) -> None:
 
 def _confine(sandbox: Sandbox) -> None:
     _prctl("set no_new_privs on", _PR_SET_NO_NEW_PRIVS, 1)
-    # a core file, or whoever attaches as the same user, would have the private key
+    # a core file, or a process of the same user that attaches, would have the private key
     _prctl("keep others out of", _PR_SET_DUMPABLE, 0)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     limit_descriptors(sandbox.descriptors)
     more = [Beneath(path, READ) for path in sandbox.readable]
+    more += [Beneath(descriptor, OWN) for descriptor in sandbox.writable]
     restrict_files([*rules(sandbox.own_directory), *more], sandbox.ports)
     filter_system_calls()
 
 
 def descriptors_for(config: "ServerConfig") -> int:
-    """How many descriptors the network process may have: enough for its limits, far fewer than the launcher.
+    """Return the network process's number of descriptors: enough for its limits, far below the launcher's.
 
     Where the configuration has no limit, neither has this.
     """
@@ -110,7 +113,7 @@ def limit_descriptors(wanted: int) -> None:
 
 
 def rules(own_directory: int | None) -> list[Beneath]:
-    """Which files may be opened."""
+    """Return the rules for the files that may be opened."""
     # The resolver's file may be a link to where a service keeps it.
     resolver = os.path.dirname(os.path.realpath(_RESOLVER))
     return [
@@ -121,7 +124,7 @@ def rules(own_directory: int | None) -> list[Beneath]:
 
 
 def status() -> Iterator[tuple[bool | None, str, str | None]]:
-    """Which parts of the sandbox this host offers: whether it is there, in words, and what to do."""
+    """Yield the parts of the sandbox: whether this host offers them, in words, and the remedy."""
     try:
         architecture_of(platform.machine())
     except ConfigError as error:
@@ -176,7 +179,7 @@ def _become(uid: int) -> None:
 
 
 def _clear_capabilities() -> None:
-    # The kernel takes the others with the last user id of root, but not what could be inherited.
+    # The kernel takes the others with the last user id of root, but not the inheritable ones.
     header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
     if ctypes.CDLL(None, use_errno=True).capset(header, bytes(24)) != 0:
         raise KernelError("clear the capabilities of", "the server", ctypes.get_errno())

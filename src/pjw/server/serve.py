@@ -4,12 +4,11 @@ import asyncio
 import logging
 import resource
 import signal
-import socket
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 
@@ -25,6 +24,7 @@ from pjw.server.backend import Backend
 from pjw.server.backup_port import BackupPort
 from pjw.server.config import ServerConfig
 from pjw.server.connections import PortLimits
+from pjw.server.drain_port import DrainPort
 from pjw.server.expiry import warn_each_day
 from pjw.server.guard import Guard
 from pjw.server.health import HEALTH_NAME, Health
@@ -41,7 +41,11 @@ from pjw.worker.background import Background
 from pjw.worker.launcher_process import LauncherProcess
 from pjw.worker.state_dir import StateDir
 
-# How long running calls may take to end when the server drains; followers end at once.
+if TYPE_CHECKING:
+    # nothing of a cluster is loaded by a pjwd that is none of its nodes
+    from pjw.node.holds import Holds
+
+# Seconds that running calls may take to end when the server drains; followers end at once.
 DRAIN_SECONDS: Final = 5
 
 # The names of threads that pjwd needs for as long as it runs begin with this.
@@ -71,14 +75,14 @@ _OPTIONS: Final[list[tuple[str, int]]] = [
 CONNECTIONS_SHARE: Final = 2
 
 log: Final = logging.getLogger(__name__)
-# What everybody waits for who starts a service is told at every level.
+# The news that operators wait for when they start a service is logged at every level.
 ready: Final = logging.getLogger("pjw.ready")
 ready.setLevel(logging.INFO)
 
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """Where to listen, as whom, and for whom."""
+    """The settings of one service: its addresses, its credentials and its limits."""
 
     host: str
     port: int
@@ -98,7 +102,7 @@ class Serving:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What is served: the jobs of this machine, or those of a cluster."""
+    """The jobs that are served: those of this machine, or those of a cluster."""
 
     backend: Backend
     # the clients that it has seen
@@ -108,8 +112,8 @@ class Served:
     services: Sequence[str] = ()
     # called before the server drains
     draining: Callable[[], None] = lambda: None
-    # What runs as long as the server does, each in words; made once it listens at an address, and told where
-    # the newest credentials are.
+    # Tasks that run as long as the server does, each named in words; made once it listens, with its address
+    # and a function that returns the newest credentials.
     tasks: Callable[[str, Callable[[], ServerCredentials]], Mapping[str, Coroutine[Any, Any, object]]] = (
         field(default=lambda *_: {})
     )
@@ -120,13 +124,14 @@ def run(
     state: StateDir,
     launcher: LauncherProcess,
     backups: BackupPort,
-    holds: socket.socket | None = None,
+    drains: DrainPort,
+    holds: "Holds | None" = None,
 ) -> int:
-    """Serve until SIGTERM or SIGINT; the exit code. Raises PjwError when it cannot listen.
+    """Serve until SIGTERM or SIGINT; return the exit code. Raises PjwError when it cannot listen.
 
-    *holds*: where Slurm's places connect to a node of a cluster.
+    *holds*: the places that Slurm gives, where this is a node of a cluster that takes them.
     """
-    return asyncio.run(serve(serving, _of_this_machine(serving, state, launcher, backups, holds)))
+    return asyncio.run(serve(serving, _of_this_machine(serving, state, launcher, backups, drains, holds)))
 
 
 @asynccontextmanager
@@ -135,18 +140,23 @@ async def _of_this_machine(
     state: StateDir,
     launcher: LauncherProcess,
     backups: BackupPort,
-    holds: socket.socket | None,
+    drains: DrainPort,
+    holds: "Holds | None",
 ) -> AsyncGenerator[Served, None]:
     async with AsyncExitStack() as stack:
         stack.callback(backups.close)
+        stack.push_async_callback(drains.close)
         worker = await stack.enter_async_context(Worker(state, launcher, serving.settings))
+        # before the queue starts any job
+        worker.admission.set(drained=drains.was_drained)
         await worker.adopt()
 
         def tasks(
             address: str, credentials: Callable[[], ServerCredentials]
         ) -> dict[str, Coroutine[Any, Any, object]]:
             found: dict[str, Coroutine[Any, Any, object]] = {
-                "copies for backups": backups.serve(lambda: worker.disk_marks)
+                "copies for backups": backups.serve(lambda: worker.disk_marks),
+                "word of `pjwd drain`": drains.serve(worker),
             }
             if serving.config.cluster.gateway is not None:
                 # nothing of a cluster is loaded by a pjwd that is none of its nodes
@@ -164,7 +174,7 @@ async def _of_this_machine(
 
 
 async def serve(serving: Serving, opened: AbstractAsyncContextManager[Served]) -> int:
-    """Serve what is *opened* until SIGTERM or SIGINT; the exit code. Raises PjwError if it cannot listen."""
+    """Serve *opened* until SIGTERM or SIGINT; return the exit code. Raises PjwError if it cannot listen."""
     host = serving.host
     async with AsyncExitStack() as stack:
         signals = stack.enter_context(Signals())
@@ -213,7 +223,7 @@ async def serve(serving: Serving, opened: AbstractAsyncContextManager[Served]) -
         port.connections.listens_on(number)
         address = shown_address(host, number)
         await server.start()
-        # before anybody is told that we are ready, and sends one
+        # before clients are told that we are ready, and send a signal
         asked = asyncio.Event()
         signals.handle(signal.SIGHUP, reloader.ask)
         for each in (signal.SIGTERM, signal.SIGINT):
@@ -243,7 +253,7 @@ async def serve(serving: Serving, opened: AbstractAsyncContextManager[Served]) -
 
 
 def options_of(limits: PortLimits) -> list[tuple[str, int]]:
-    """The options of gRPC, which has no bounds of its own."""
+    """Return the options of gRPC, which has no bounds of its own."""
     descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return [
         *_OPTIONS,
@@ -258,7 +268,8 @@ def options_of(limits: PortLimits) -> list[tuple[str, int]]:
 
 
 def _status(address: str, backend: Backend) -> str:
-    return f"serving on {address}; jobs that have not ended: {backend.live_count}"
+    drained = "drained; " if backend.drained else ""
+    return f"serving on {address}; {drained}jobs that have not ended: {backend.live_count}"
 
 
 def _listen(

@@ -1,5 +1,6 @@
 """JobWorkerService: convert, ask the worker, convert. Every call sees the jobs of `caller.owner` only."""
 
+import socket
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AbstractAsyncContextManager, aclosing
 from signal import SIGTERM
@@ -49,7 +50,7 @@ from pjw.worker.worker import PAGE_MAX
 SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["JobWorkerService"].full_name
 # The longest grace period that makes sense to ask for: a day.
 _GRACE_SECONDS_MAX: Final = 86_400
-# What a call of WriteInput holds in memory is a few of them.
+# A call of WriteInput holds a few of these in memory.
 _INPUT_CHUNK_BYTES_MAX: Final = 1024**2
 _DIGEST_CHARACTERS_MAX: Final = 100
 
@@ -63,7 +64,7 @@ class JobWorkerService:
         self._job_watchers: Final = JobWatchers(worker)
 
     def handlers(self, guard: Guard) -> grpc.GenericRpcHandler:
-        """The table of all methods, each behind the guard."""
+        """Return the table of all methods, each behind the guard."""
         return grpc.method_handlers_generic_handler(
             SERVICE_NAME,
             {
@@ -185,7 +186,11 @@ class JobWorkerService:
         first = await anext(requests, None)
         if first is None:
             raise InvalidJobError("the first message of Forward must say which job")
-        with await self._worker.connect(first.id, first.port, caller.client_name) as connection:
+        connection = await self._worker.connect(first.id, first.port, caller.client_name)
+        if not isinstance(connection, socket.socket):
+            await connection.carry(first, requests, answer)
+            return
+        with connection:
             await carry(connection, first, requests, answer)
 
     async def get(self, request: pb.GetRequest, caller: Caller) -> pb.GetResponse:
@@ -265,7 +270,7 @@ class JobWorkerService:
     async def get_usage_history(
         self, request: pb.GetUsageHistoryRequest, caller: Caller
     ) -> pb.GetUsageHistoryResponse:
-        """Show what a job of the caller used over its life."""
+        """Show the usage of a job of the caller over its life."""
         job, samples = await self._worker.usage_history(request.id, caller.owner)
         return pb.GetUsageHistoryResponse(
             job=job_to_message(job), samples=[sample_to_message(sample) for sample in samples]
@@ -286,7 +291,7 @@ class JobWorkerService:
     async def watch_usage(
         self, request: pb.WatchUsageRequest, caller: Caller
     ) -> AsyncGenerator[pb.WatchUsageResponse, None]:
-        """Stream what the caller's jobs use that have not ended."""
+        """Stream the usage of the caller's jobs that have not ended."""
         async with aclosing(self._watchers.watch(request, caller.owner)) as snapshots:
             async for snapshot in snapshots:
                 yield snapshot
@@ -348,12 +353,12 @@ _OfAJob = (
 
 
 def _job_of(request: _OfAJob) -> int | Element:
-    """The job that is asked for, or the element of an array."""
+    """Return the job of a request, or the element of an array."""
     return Element(request.id, request.element) if request.HasField("element") else request.id
 
 
 def _owner_of_session(caller: Caller) -> str:
-    """Whose sessions a call may look at: what somebody types is nobody else's, whatever their role."""
+    """Return the owner whose sessions a call may see: its typing is private, whatever a caller's role."""
     if caller.owner is None:
         raise NotAllowedError("a session is its owner's alone", hint="ask without all_clients (pjw --all)")
     return caller.owner

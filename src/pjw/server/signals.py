@@ -8,7 +8,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Final, Self
 
-# more than enough bytes to read at a time; what they are does not matter
+# more than enough bytes to read at a time; their values do not matter
 _READ_BYTES: Final = 4096
 
 
@@ -36,7 +36,7 @@ class Signals:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, before in self._before.items():
-            signal.signal(number, before)  # type: ignore[arg-type]  # what signal() gave
+            signal.signal(number, before)  # type: ignore[arg-type]  # the value that signal() returned
         signal.set_wakeup_fd(-1)
         self._loop.remove_reader(self._wake)
         self._wake.close()

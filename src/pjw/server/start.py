@@ -28,6 +28,7 @@ from pjw.inherited import set_for_service
 from pjw.server.address import metrics_exposure
 from pjw.server.backup_port import BackupPort
 from pjw.server.config import ServerConfig, config_of, read_values, removed_keys
+from pjw.server.drain_port import DrainPort
 from pjw.server.grpc_log import relay, take_stderr
 from pjw.server.log_writer import LogWriter
 from pjw.server.logs import set_up_logging
@@ -39,7 +40,7 @@ from pjw.worker.launcher_process import require_root, start_launcher
 from pjw.worker.state_dir import StateDir
 
 DEFAULT_USER: Final = "pjw"
-# Where no user pjw exists, each state directory has one of the user ids that systemd gives to nobody
+# Without a user pjw, each state directory has one of the user ids that systemd leaves unused
 # (systemd.io/UIDS-GIDS). Where an older version has run, it is the one that this version took everywhere.
 FORMER_UID: Final = 1_899_999_999
 NOBODYS_UIDS: Final = range(0x7FFF_0000, 0x8000_0000)
@@ -48,7 +49,7 @@ log: Final = logging.getLogger(__name__)
 
 
 def serve(path: str | None, options: Mapping[str, object]) -> int:
-    """Run the service until SIGTERM; the exit code. Raises PjwError when it cannot start.
+    """Run the service until SIGTERM; return the exit code. Raises PjwError when it cannot start.
 
     *path* is the configuration file, *options* the keys that the command line gives.
     """
@@ -64,10 +65,10 @@ def serve(path: str | None, options: Mapping[str, object]) -> int:
 def run_logged(
     config: ServerConfig, path: str | None, values: Mapping[str, object], run: Callable[[LogWriter], int]
 ) -> int:
-    """Set up the log and what a service inherits, and run; the exit code.
+    """Set up the log and the inherited settings, and run; return the exit code.
 
-    *values* are those of the configuration file. An error of *run* becomes lines of a log in JSON; raises it
-    where the log is text.
+    *values* are those of the configuration file. With a log in JSON, an error of *run* becomes lines of it;
+    with a log in text, it is raised.
     """
     set_for_service()
     writer = set_up_logging(config.log_level, config.log_format)
@@ -107,6 +108,7 @@ def _serve(config: ServerConfig, path: str | None, options: Mapping[str, object]
 
     state = StateDir(config.state_dir, uid)
     backups = BackupPort(state)
+    drains = DrainPort(state)
     launcher = start_launcher(state.path, settings, files.paths, config.audit_log or "", files.config or "")
     # After the launcher, which moves this process into a leaf where cgroup v2 wants that: a trial init in the
     # old cgroup would keep the launcher from delegating controllers. Before the import of gRPC: with gRPC's
@@ -125,9 +127,9 @@ def _serve(config: ServerConfig, path: str | None, options: Mapping[str, object]
         import_module("pjw.server.metrics")
     holds = None
     if config.cluster.gateway is not None:
-        from pjw.server.as_node import hold_listener
+        from pjw.server.as_node import holds_of
 
-        holds = hold_listener(config)
+        holds = holds_of(config)
     _finish(trial)
     sandbox = Sandbox(state.descriptor, listening_ports(plan.listen, plan.metrics), descriptors_for(config))
     enter(sandbox, uid)
@@ -146,7 +148,7 @@ def _serve(config: ServerConfig, path: str | None, options: Mapping[str, object]
         audit,
         writer,
     )
-    return run(serving, state, launcher, backups, holds)
+    return run(serving, state, launcher, backups, drains, holds)
 
 
 def forget_grpc_settings() -> None:
@@ -187,7 +189,7 @@ def open_audit_log(path: str) -> int:
 
 
 def server_uid(user: str | None, state_dir: str) -> int:
-    """The unprivileged user that the network process becomes. Raises ConfigError.
+    """Return the unprivileged user that the network process becomes. Raises ConfigError.
 
     Where there is none, a user id that no other pjwd has: that of the state directory.
     """
@@ -206,7 +208,7 @@ def server_uid(user: str | None, state_dir: str) -> int:
 
 
 def egress_uid_of(config: ServerConfig, server: int) -> int:
-    """The user of pjwd-egress beside that of the server; 0 where jobs have no network. Raises ConfigError."""
+    """Return pjwd-egress's user, not the server's; 0 where jobs have no network. Raises ConfigError."""
     first = config.job_users.uid_first
     ids = range(first, first + config.job_users.uid_count) if first else range(0)
     nobody = _id_of_nobody(f"{os.path.realpath(config.state_dir)}/egress")
@@ -229,13 +231,13 @@ def _id_of_nobody(name: str) -> int:
 
 
 def listening_ports(*addresses: tuple[str, int] | None) -> list[int] | None:
-    """The only ports to listen on; None when one of them is not known before."""
+    """Return the only ports to listen on; None when one of them is not known before."""
     ports = [address[1] for address in addresses if address is not None]
     return ports if all(ports) else None
 
 
 def preload_modules() -> None:
-    """Import what the standard library and gRPC themselves import only when it is first needed."""
+    """Import the modules that the standard library and gRPC import only at their first use."""
     late = ("encodings.idna", "asyncio", "concurrent.futures.thread", "linecache", "traceback", "shutil")
     for name in (*late, "grpc._utilities"):
         import_module(name)

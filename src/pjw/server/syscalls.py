@@ -1,7 +1,7 @@
 """The system calls that the network process may make once it is set up: a seccomp filter.
 
 A deny-list, as that of jobs (launcher/init/seccomp.c, which says why), and stricter: the server starts no
-program, makes no process, signals nobody and looks into no other process. A call newer than this list (above
+program, makes no process, signals no process and looks into no other one. A call newer than this list (above
 NEWEST) fails with ENOSYS. Threads still work, and so does all that gRPC, SQLite and the resolver do.
 
 A denied call fails with EPERM. Only a call of another architecture ends the process: its numbers mean other
@@ -123,7 +123,7 @@ DENIED: Final[dict[str, dict[str, tuple[int | None, int | None]]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """What a filter needs to know of one: `column` is its place in DENIED."""
+    """The facts of one architecture for a filter: `column` is its place in DENIED."""
 
     column: int
     audit: int
@@ -189,7 +189,7 @@ Instruction = tuple[int, int, int, int]
 
 
 def filter_system_calls() -> None:
-    """Filter what this process calls from now on, for good. Raises ConfigError or KernelError."""
+    """Filter this process's system calls from now on, for good. Raises ConfigError or KernelError."""
     architecture = architecture_of(platform.machine())
     code = b"".join(struct.pack("=HBBI", *each) for each in program(architecture, os.getpid()))
     buffer = ctypes.create_string_buffer(code, len(code))
@@ -201,7 +201,7 @@ def filter_system_calls() -> None:
 
 
 def architecture_of(machine: str) -> Architecture:
-    """What the filter needs to know of this machine. Raises ConfigError for one that has no filter."""
+    """Return the facts of this machine for the filter. Raises ConfigError for one that has no filter."""
     try:
         return ARCHITECTURES[machine]
     except KeyError:
@@ -212,7 +212,7 @@ def architecture_of(machine: str) -> Architecture:
 
 
 def program(architecture: Architecture, pid: int) -> list[Instruction]:
-    """The filter of the process *pid*."""
+    """Build the filter of the process *pid*."""
     numbers = [
         number
         for calls in DENIED.values()
@@ -224,7 +224,7 @@ def program(architecture: Architecture, pid: int) -> list[Instruction]:
         _when(_EQUAL, architecture.audit, 1, 0),
         _give(KILL),
         _load(_NUMBER),
-        # what is newer than this list, and the hole in the numbering, which x32 and -1 are above
+        # calls newer than this list, and the hole in the numbering, which x32 and -1 are above
         _when(_ABOVE, NEWEST, 2, 0),
         _when(_ABOVE, _FIRST_NEW - 1, 2, 0),
         _when(_ABOVE, architecture.last_old, 0, 1),
@@ -282,7 +282,7 @@ def program(architecture: Architecture, pid: int) -> list[Instruction]:
 
 
 def _only(*firsts: int) -> list[Instruction]:
-    """Allowed when the first argument is one of these."""
+    """Allow a call when its first argument is one of these."""
     return [
         _load(_ARGUMENTS),
         *(_when(_EQUAL, value, len(firsts) - place, 0) for place, value in enumerate(firsts)),
@@ -292,7 +292,7 @@ def _only(*firsts: int) -> list[Instruction]:
 
 
 def _on(number: int, rule: list[Instruction]) -> list[Instruction]:
-    """A rule for one call; of another the number is still loaded behind it."""
+    """Apply a rule to one call; for another call its number is still loaded behind the rule."""
     return [_when(_EQUAL, number, 0, len(rule)), *rule]
 
 
@@ -301,7 +301,7 @@ def _load(offset: int) -> Instruction:
 
 
 def _when(kind: int, value: int, yes: int, no: int) -> Instruction:
-    # how many instructions to skip when it is so, and when not
+    # the number of instructions to skip when it is so, and when not
     return (kind, yes, no, value)
 
 

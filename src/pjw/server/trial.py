@@ -1,8 +1,8 @@
 """Starts one init to find out whether a job can be made on this host, and what it would see.
 
 The init has the mounts and the kind of user of a job, but no scratch directory, and it runs in pjwd's cgroup.
-It executes nothing but cat(1). `pjwd check` shows the result. `pjwd serve` runs the
-trial while gRPC is imported, so it costs no time.
+It executes nothing but cat(1). `pjwd check` shows the result. `pjwd serve` runs the trial while gRPC is
+imported, so it costs no time.
 """
 
 import os
@@ -66,20 +66,20 @@ class Trial:
 
 
 def trial_of(config: ServerConfig, uid: int) -> Trial:
-    """Start a trial that sees what jobs see with this configuration. Raises PjwError."""
+    """Start a trial that has the view of jobs with this configuration. Raises PjwError."""
     hidden = (*filter(None, (config.state_dir, config.scratch_dir)), *config.hidden_paths)
     return Trial(places_of(config.visible_paths, hidden, read_mounts()), hidden, uid)
 
 
 def _told(stderr: bytes) -> tuple[str, list[str]]:
-    """What an init wrote with --tell: its message, and the steps that it was about to take."""
+    """Split the output of an init with --tell: its message, and the steps it was about to take."""
     lines = stderr.decode(errors="replace").splitlines()
     steps = [line.removeprefix(_STEP) for line in lines if line.startswith(_STEP)]
     return "\n".join(line for line in lines if not line.startswith(_STEP)).strip(), steps
 
 
 def _hint() -> str | None:
-    """A hint when this host has a known obstacle to making jobs."""
+    """Return a hint when this host has a known obstacle to making jobs."""
     if Path("/proc/self/uid_map").read_text().split() != _EVERY_ID:
         return (
             "this is a user namespace (an unprivileged container), which has no user ids for jobs:"

@@ -28,7 +28,7 @@ QUICK: Final = frozenset(
     }
 )
 QUICK_AT_ONCE: Final = 1
-# Calls of one client that are held, of 20 KiB each: what twenty full connections have.
+# Calls of one client that are held, of 20 KiB each: as many as twenty full connections have.
 HELD_MAX: Final = 2000
 # A call that its client cancels so soon counts as taken back. A client that loses its connection takes back
 # all that it follows, so it may take back that many at once; beyond that, only some a second.
@@ -72,7 +72,7 @@ class _Line:
         self.penalty = 0
 
     def is_forgotten(self, now: int) -> bool:
-        """Whether it is like that of a client that never came."""
+        """Return whether its state is that of a client that never came."""
         busy = self.waiting or self.under_way or self.timer
         last = self.banned_until + PENALTY_SECONDS_MAX * _SECOND_NS if self.penalty else 0
         return not busy and now > max(self.full_at, self.taken_back_full_at, last)
@@ -87,7 +87,7 @@ class Turns:
         cut_off: Callable[[str], None],
         clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
-        # told of a client that cancels what it begins
+        # called with a client that cancels the calls that it begins
         self._cut_off: Final = cut_off
         # calls a second, 0 for no bound, and how many at once after a rest
         self._rate: Final = rate
@@ -109,7 +109,7 @@ class Turns:
         return True
 
     def ban(self, client: str) -> int:
-        """Forget what *client* has waiting, and listen to no more of it for a while: so many seconds."""
+        """Forget *client*'s waiting calls, and ban it for a while; return the seconds of the ban."""
         line, now = self._lines[client], self._clock_ns()
         line.waiting.clear()
         line.taken_back_full_at = 0
@@ -119,12 +119,12 @@ class Turns:
         return line.penalty
 
     def is_banned(self, client: str) -> bool:
-        """Whether it is not listened to."""
+        """Return whether the client is banned."""
         line = self._lines.get(client)
         return line is not None and self._clock_ns() < line.banned_until
 
     def open(self) -> None:
-        """From now on all may go at once, for the server ends and answers none of it."""
+        """Let all go at once from now on, for the server ends and answers none of it."""
         self._open = True
         for line in self._lines.values():
             self._go_on(line)
@@ -166,7 +166,7 @@ class Turns:
     def _ended(self, line: _Line, quick: int, came: int, context: Context) -> None:
         line.under_way -= 1
         line.quick -= quick
-        # no status was sent: whoever called has gone, or has cancelled the call
+        # no status was sent: the caller has gone, or has cancelled the call
         if not context.done() and not self._open:
             now = self._clock_ns()
             if now - came < EARLY_NS and now >= line.banned_until:
@@ -185,5 +185,5 @@ class Turns:
         now = self._clock_ns()
         for client in [name for name, line in self._lines.items() if line.is_forgotten(now)]:
             del self._lines[client]
-        # doubled, so that the look at all of them is paid by those who came since the last
+        # doubled, so that the clients that came since the last look pay for the next one
         self._forget_above = max(FORGET_ABOVE, 2 * len(self._lines))

@@ -1,4 +1,4 @@
-"""Streams what running jobs use. Nothing is measured that nobody watches, and many jobs cost no more."""
+"""Streams the usage of running jobs. Without watchers nothing is measured; many watchers cost no more."""
 
 import asyncio
 import time
@@ -17,9 +17,9 @@ INTERVAL_SECONDS_MAX: Final = 60.0
 # A screen should not be empty for long.
 _FIRST_SECONDS: Final = 0.3
 # All watchers together may take a twentieth of a processor for their messages: with thousands of jobs, or
-# watchers, snapshots are further apart than was asked for.
+# watchers, snapshots are further apart than requested.
 _SHARE: Final = 20
-# More of those that wait nobody reads.
+# A reader has no use for more waiting jobs than these.
 _WAITING_MAX: Final = 50
 # So many jobs are converted before others get their turn.
 _JOBS_AT_ONCE: Final = 50
@@ -30,7 +30,7 @@ _CHARACTERS_OF_JOB: Final = 256
 
 
 class UsageWatchers:
-    """All who watch, on one server."""
+    """The watchers of usage on one server."""
 
     def __init__(self, worker: Jobs) -> None:
         self._worker: Final = worker
@@ -39,7 +39,7 @@ class UsageWatchers:
     async def watch(
         self, request: pb.WatchUsageRequest, owner: str | None
     ) -> AsyncGenerator[pb.WatchUsageResponse, None]:
-        """Snapshots of the jobs of *owner*, or of everybody, for ever. Raises InvalidJobError."""
+        """Yield snapshots of the jobs of *owner*, or of all clients, for ever. Raises InvalidJobError."""
         interval = _interval_of(request)
         loop = asyncio.get_running_loop()
         within = _FIRST_SECONDS
@@ -71,7 +71,7 @@ def _interval_of(request: pb.WatchUsageRequest) -> float:
 
 
 async def _snapshot(usages: Sequence[tuple[Job, UsageSample | None]]) -> tuple[pb.WatchUsageResponse, float]:
-    """The message, and how many seconds of processor time it took."""
+    """Return the message, and the seconds of processor time that it took."""
     characters = min(_CHARACTERS_OF_JOB, _CHARACTERS // max(1, len(usages)))
     snapshot, taken = pb.WatchUsageResponse(), 0.0
     for start in range(0, len(usages), _JOBS_AT_ONCE):

@@ -1,4 +1,4 @@
-"""WatchJobs: what a client asks of changes of jobs, and the messages that it gets."""
+"""WatchJobs: a client's request for changes of jobs, and the messages of the answer."""
 
 import asyncio
 import time
@@ -21,7 +21,7 @@ _SHARE: Final = 10
 
 
 class JobWatchers:
-    """All who watch jobs, on one server."""
+    """The watchers of jobs on one server."""
 
     def __init__(self, worker: Jobs) -> None:
         self._worker: Final = worker
@@ -30,7 +30,7 @@ class JobWatchers:
     async def watch(
         self, request: pb.WatchJobsRequest, owner: str | None
     ) -> AsyncGenerator[pb.WatchJobsResponse, None]:
-        """Changes of the jobs of *owner*, or of everybody. Raises InvalidJobError and SequenceError."""
+        """Yield changes of the jobs of *owner*, or of all clients. Raises InvalidJobError, SequenceError."""
         batches = self._worker.watch_jobs(
             owner,
             _watched(request),

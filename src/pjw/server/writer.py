@@ -1,4 +1,4 @@
-"""The writing end of a stream: a client that does not read is let go of, whatever else it does."""
+"""The writing end of a stream, which drops a client that stopped reading, whatever else it does."""
 
 # The stubs' generic classes are not generic when they run.
 from __future__ import annotations
@@ -24,13 +24,13 @@ log: Final = logging.getLogger(__name__)
 
 
 class ReaderGoneError(Exception):
-    """The client has gone; there is nobody to tell."""
+    """The client has gone: there is no reader to write to."""
 
 
 class Writer:
-    """Writes to one client, and lets go of it when it does not read.
+    """Writes to one client, and drops it when it stops reading.
 
-    One timer for all writes: to start one for each is a tenth of what a line costs.
+    One timer for all writes: starting one for each costs a tenth of the work for a line.
     """
 
     def __init__(self, context: Context) -> None:

@@ -1,9 +1,9 @@
 """Start pjwd-slurm: give up root, then call Slurm's programs for the gateway until that is gone.
 
 The gateway talks to the network, and so it may execute nothing (server/syscalls.py). This process executes
-Slurm's programs and nothing else. It is told uuids and sizes, and no word of a client's. Each request and each
-answer is a line of JSON on descriptor 3. The argument is a line of JSON, too: the user to become, and the
-settings of `commands.Commands`.
+Slurm's programs and nothing else. It is told uuids and sizes, and no word of a client's. Each request and
+each answer is a line of JSON on descriptor 3. The argument is a line of JSON, too: the user to become, and
+the settings of `commands.Commands`.
 """
 
 import asyncio
@@ -14,6 +14,7 @@ import resource
 import signal
 import socket
 import sys
+from contextlib import suppress
 from importlib import import_module
 from typing import Any, Final
 
@@ -57,10 +58,12 @@ def _give_up_root(uid: int | None) -> None:
 async def _serve(gateway: socket.socket, commands: Commands) -> None:
     reader, writer = await asyncio.open_unix_connection(sock=gateway, limit=_LINE_BYTES_MAX)
     under_way: set[asyncio.Task[None]] = set()
-    while line := await reader.readline():
-        task = asyncio.ensure_future(_answer(json.loads(line), commands, writer))
-        under_way.add(task)
-        task.add_done_callback(under_way.discard)
+    # it is reset when the gateway is killed with answers unread
+    with suppress(ConnectionError):
+        while line := await reader.readline():
+            task = asyncio.ensure_future(_answer(json.loads(line), commands, writer))
+            under_way.add(task)
+            task.add_done_callback(under_way.discard)
     # the gateway has gone: nobody waits for what is under way
     os._exit(0)
 

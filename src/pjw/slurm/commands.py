@@ -1,7 +1,7 @@
 """The command lines of Slurm's programs, and what they print, read strictly.
 
-The name of each job of ours is `pjw-UUID`, and its comment is the shape of what it holds: `CPUS:MEGABYTES:MINUTES`
-and the words that the gateway adds. Other jobs of our user's are none of our business.
+The name of each job of ours is `pjw-UUID`, and its comment says how much it holds, in the gateway's words.
+Other jobs of our user's are none of our business.
 """
 
 import asyncio
@@ -48,7 +48,8 @@ class Commands:
             case "submit":
                 return await self.submit(**arguments)
             case "cancel":
-                return await self.cancel(**arguments)
+                await self.cancel(**arguments)
+                return None
             case "jobs":
                 return await self.jobs()
             case "nodes":
@@ -94,13 +95,11 @@ class Commands:
             if name.startswith(PREFIX) and _UUID.fullmatch(uuid) and _WORD.fullmatch(shape):
                 _require(_NUMBER, number)
                 waits = reason[1:-1] if reason.startswith("(") and reason.endswith(")") else ""
-                found.append(
-                    {"id": number, "uuid": uuid, "shape": shape, "state": state, "reason": waits}
-                )
+                found.append({"id": number, "uuid": uuid, "shape": shape, "state": state, "reason": waits})
         return found
 
     async def nodes(self) -> dict[str, tuple[str, str]]:
-        """The nodes of Slurm, each with its state and the reason that an administrator or Slurm gave for it."""
+        """Return the nodes of Slurm, each with its state and the reason that an administrator gave for it."""
         form = _SEPARATOR.join(("%N", "%T", "%E"))
         said = await self._run(["sinfo", "--noheader", "--Node", f"--format={form}"])
         rows = [_fields("sinfo", line, 3) for line in said.splitlines()]

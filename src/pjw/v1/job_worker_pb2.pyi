@@ -408,6 +408,7 @@ class Job(_message.Message):
     WORKSPACE_FIELD_NUMBER: _builtins.int
     EXCLUSIVE_FIELD_NUMBER: _builtins.int
     NODE_FIELD_NUMBER: _builtins.int
+    CHOSEN_NODE_FIELD_NUMBER: _builtins.int
     IMAGE_FIELD_NUMBER: _builtins.int
     READ_ONLY_FIELD_NUMBER: _builtins.int
     MOUNTS_FIELD_NUMBER: _builtins.int
@@ -460,6 +461,8 @@ class Job(_message.Message):
     """Whether the job is alone in its workspace."""
     node: _builtins.str
     """The node of a cluster that runs the job, or ran it; empty where there is one machine, and until a node has it."""
+    chosen_node: _builtins.str
+    """The only node that may have the job, where its client chose one."""
     image: _builtins.str
     """The image whose files are the job's root, by its name; empty when it has the host's."""
     read_only: _builtins.bool
@@ -557,6 +560,7 @@ class Job(_message.Message):
         workspace: _builtins.str = ...,
         exclusive: _builtins.bool = ...,
         node: _builtins.str = ...,
+        chosen_node: _builtins.str = ...,
         image: _builtins.str = ...,
         read_only: _builtins.bool = ...,
         mounts: _abc.Iterable[_builtins.str] | None = ...,
@@ -566,7 +570,7 @@ class Job(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_array_id", b"_array_id", "_array_index", b"_array_index", "_exit_code", b"_exit_code", "_output_bytes", b"_output_bytes", "_retried_as", b"_retried_as", "_signal", b"_signal", "array", b"array", "array_id", b"array_id", "array_index", b"array_index", "artifacts", b"artifacts", "end", b"end", "exit_code", b"exit_code", "limits", b"limits", "not_before", b"not_before", "output_bytes", b"output_bytes", "queued", b"queued", "retried_as", b"retried_as", "signal", b"signal", "start", b"start", "usage", b"usage", "usage_now", b"usage_now"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_array_id", b"_array_id", "_array_index", b"_array_index", "_exit_code", b"_exit_code", "_output_bytes", b"_output_bytes", "_retried_as", b"_retried_as", "_signal", b"_signal", "after", b"after", "allow", b"allow", "array", b"array", "array_id", b"array_id", "array_index", b"array_index", "artifacts", b"artifacts", "attempt", b"attempt", "client_name", b"client_name", "command", b"command", "detail", b"detail", "end", b"end", "exclusive", b"exclusive", "exit_code", b"exit_code", "gpus", b"gpus", "held", b"held", "id", b"id", "image", b"image", "input", b"input", "labels", b"labels", "limits", b"limits", "link", b"link", "mounts", b"mounts", "name", b"name", "node", b"node", "not_before", b"not_before", "output_bytes", b"output_bytes", "priority", b"priority", "queued", b"queued", "read_only", b"read_only", "reason", b"reason", "retried_as", b"retried_as", "signal", b"signal", "split_stderr", b"split_stderr", "start", b"start", "state", b"state", "unmet", b"unmet", "usage", b"usage", "usage_now", b"usage_now", "workdir", b"workdir", "workspace", b"workspace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_array_id", b"_array_id", "_array_index", b"_array_index", "_exit_code", b"_exit_code", "_output_bytes", b"_output_bytes", "_retried_as", b"_retried_as", "_signal", b"_signal", "after", b"after", "allow", b"allow", "array", b"array", "array_id", b"array_id", "array_index", b"array_index", "artifacts", b"artifacts", "attempt", b"attempt", "chosen_node", b"chosen_node", "client_name", b"client_name", "command", b"command", "detail", b"detail", "end", b"end", "exclusive", b"exclusive", "exit_code", b"exit_code", "gpus", b"gpus", "held", b"held", "id", b"id", "image", b"image", "input", b"input", "labels", b"labels", "limits", b"limits", "link", b"link", "mounts", b"mounts", "name", b"name", "node", b"node", "not_before", b"not_before", "output_bytes", b"output_bytes", "priority", b"priority", "queued", b"queued", "read_only", b"read_only", "reason", b"reason", "retried_as", b"retried_as", "signal", b"signal", "split_stderr", b"split_stderr", "start", b"start", "state", b"state", "unmet", b"unmet", "usage", b"usage", "usage_now", b"usage_now", "workdir", b"workdir", "workspace", b"workspace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__array_id: _TypeAlias = _typing.Literal["array_id"]  # noqa: Y015
     _WhichOneofArgType__array_id: _TypeAlias = _typing.Literal["_array_id", b"_array_id"]  # noqa: Y015
@@ -780,6 +784,7 @@ class StartRequest(_message.Message):
     ALLOW_FIELD_NUMBER: _builtins.int
     LINK_FIELD_NUMBER: _builtins.int
     GPUS_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
     command: _builtins.str
     """A shell command, run by /bin/sh -c."""
     name: _builtins.str
@@ -823,6 +828,10 @@ class StartRequest(_message.Message):
     gpus: _builtins.int
     """How many GPUs the job has for itself, up to 64. RESOURCE_EXHAUSTED: fewer are free; a job in the queue waits instead.
     FAILED_PRECONDITION: the operator offers the caller none, the machine has fewer, or one cannot be had.
+    """
+    node: _builtins.str
+    """At a gateway: the only node that may have the job, by its name; without one the job may go to any. PERMISSION_DENIED:
+    the operator does not let this client choose. INVALID_ARGUMENT: there is no such node, or this pjwd is no gateway.
     """
     @_builtins.property
     def argv(self) -> Global___Argv:
@@ -900,10 +909,11 @@ class StartRequest(_message.Message):
         allow: _abc.Iterable[_builtins.str] | None = ...,
         link: _builtins.str = ...,
         gpus: _builtins.int = ...,
+        node: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["argv", b"argv", "command", b"command", "limits", b"limits", "program", b"program", "terminal", b"terminal"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow", b"allow", "argv", b"argv", "command", b"command", "env", b"env", "exclusive", b"exclusive", "gpus", b"gpus", "image", b"image", "input", b"input", "labels", b"labels", "limits", b"limits", "link", b"link", "mounts", b"mounts", "name", b"name", "output_required", b"output_required", "outputs", b"outputs", "program", b"program", "read_only", b"read_only", "request_id", b"request_id", "secrets", b"secrets", "split_stderr", b"split_stderr", "terminal", b"terminal", "upload", b"upload", "workdir", b"workdir", "workspace", b"workspace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow", b"allow", "argv", b"argv", "command", b"command", "env", b"env", "exclusive", b"exclusive", "gpus", b"gpus", "image", b"image", "input", b"input", "labels", b"labels", "limits", b"limits", "link", b"link", "mounts", b"mounts", "name", b"name", "node", b"node", "output_required", b"output_required", "outputs", b"outputs", "program", b"program", "read_only", b"read_only", "request_id", b"request_id", "secrets", b"secrets", "split_stderr", b"split_stderr", "terminal", b"terminal", "upload", b"upload", "workdir", b"workdir", "workspace", b"workspace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_program: _TypeAlias = _typing.Literal["command", "argv"]  # noqa: Y015
     _WhichOneofArgType_program: _TypeAlias = _typing.Literal["program", b"program"]  # noqa: Y015
@@ -2114,6 +2124,7 @@ class GetQuotaResponse(_message.Message):
     QUEUED_MAX_FIELD_NUMBER: _builtins.int
     MOUNTS_FIELD_NUMBER: _builtins.int
     GPUS_FIELD_NUMBER: _builtins.int
+    DRAINED_FIELD_NUMBER: _builtins.int
     client_name: _builtins.str
     weight: _builtins.int
     """When all clients with jobs want more than the machine has, this one gets weight / total_weight of it."""
@@ -2133,6 +2144,8 @@ class GetQuotaResponse(_message.Message):
     queued_max: _builtins.int
     gpus: _builtins.int
     """How many GPUs the machine has for jobs of the client, free or not; 0: none are offered."""
+    drained: _builtins.bool
+    """The operator has drained the machine: a start is refused (RESOURCE_EXHAUSTED), and the queue waits."""
     @_builtins.property
     def defaults(self) -> Global___Limits:
         """The limits of a job that asks for nothing."""
@@ -2171,10 +2184,11 @@ class GetQuotaResponse(_message.Message):
         queued_max: _builtins.int = ...,
         mounts: _abc.Iterable[Global___Mount] | None = ...,
         gpus: _builtins.int = ...,
+        drained: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ceilings", b"ceilings", "defaults", b"defaults", "sums", b"sums", "use", b"use"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ceilings", b"ceilings", "client_name", b"client_name", "defaults", b"defaults", "gpus", b"gpus", "memory_promised_bytes", b"memory_promised_bytes", "memory_promised_max_bytes", b"memory_promised_max_bytes", "mounts", b"mounts", "queued", b"queued", "queued_max", b"queued_max", "running", b"running", "running_max", b"running_max", "stored_bytes", b"stored_bytes", "stored_bytes_max", b"stored_bytes_max", "sums", b"sums", "total_weight", b"total_weight", "use", b"use", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ceilings", b"ceilings", "client_name", b"client_name", "defaults", b"defaults", "drained", b"drained", "gpus", b"gpus", "memory_promised_bytes", b"memory_promised_bytes", "memory_promised_max_bytes", b"memory_promised_max_bytes", "mounts", b"mounts", "queued", b"queued", "queued_max", b"queued_max", "running", b"running", "running_max", b"running_max", "stored_bytes", b"stored_bytes", "stored_bytes_max", b"stored_bytes_max", "sums", b"sums", "total_weight", b"total_weight", "use", b"use", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,4 +1,4 @@
-"""What a job is: the library. `Worker` starts, shows, stops and follows jobs."""
+"""The library of jobs: `Worker` starts, shows, stops and follows them."""
 
 from pjw.worker.logs import Part
 from pjw.worker.settings import DiskMarks, QueueSlots, Quotas, Retention, Shares, WorkerSettings

@@ -25,7 +25,7 @@ from pjw.worker.state_dir import StateDir
 from pjw.worker.stopping import within
 from pjw.worker.workspaces import Workspaces
 
-# How long we wait for the removal of jobs that are in no table; then we serve while it goes on.
+# Seconds to wait for the removal of jobs that are in no table; then we serve while it goes on.
 STRAYS_SECONDS: Final = 5
 
 log: Final = logging.getLogger(__name__)
@@ -43,9 +43,9 @@ async def adopt(
     gpus: Gpus,
     network: Network,
 ) -> None:
-    """Take over what still runs, write down what ended, and remove what nobody asks for any more.
+    """Take over the jobs that still run, record those that ended, and remove strays.
 
-    Call it once, before anything else.
+    A stray is a job that no client can ask for any more. Call it once, before anything else.
     """
     await state.store.forget_secrets()
     boot_id = _boot_id()
@@ -76,16 +76,16 @@ async def adopt(
         endings.watch(live, init)
     await asyncio.gather(*(endings.finish(live, rebooted=rebooted) for live in ended))
     await _remove_strays(launcher, live_jobs, background)
-    # Only now: whoever is killed before this has not told yet which jobs the last boot took.
+    # Only now: a worker that is killed before this has not reported yet which jobs the last boot took.
     await state.store.set_boot_id(boot_id)
 
 
 async def _is_executed(
     state: StateDir, inotify: Inotify, job_id: int, init: RunningInit | None, *, rebooted: bool
 ) -> bool:
-    """Whether the command of a job that was admitted from the queue was executed, or may have been.
+    """Return whether the command of a job admitted from the queue was executed, or may have been.
 
-    Its init writes that down at once, and no kill of pjwd takes it back. After a power cut nobody can tell.
+    Its init records that at once, and no kill of pjwd takes it back. After a power cut it is unknown.
     """
     if rebooted:
         return True
@@ -122,7 +122,7 @@ async def _begun_or_ended(state: StateDir, inotify: Inotify, job_id: int, init: 
 
 
 async def _put_back(state: StateDir, launcher: LauncherClient, job_id: int, init: RunningInit | None) -> None:
-    """Put a job back into the queue that was admitted and not executed; what was made for it goes first."""
+    """Put a job that was admitted and not executed back into the queue; its init and files go first."""
     if init is not None:
         os.close(init.pidfd)
     try:
@@ -139,7 +139,7 @@ async def _put_back(state: StateDir, launcher: LauncherClient, job_id: int, init
 async def _remove_strays(
     launcher: LauncherClient, live_jobs: Mapping[int, LiveJob], background: Background
 ) -> None:
-    """Remove what nobody asks for any more; what takes long keeps nobody waiting."""
+    """Remove jobs that no client can ask for any more; a slow removal does not delay the start."""
     over = asyncio.get_running_loop().time() + STRAYS_SECONDS
     for job_id in await launcher.request_job_ids():
         if job_id not in live_jobs:
@@ -149,9 +149,9 @@ async def _remove_strays(
 
 
 async def _remove_stray(launcher: LauncherClient, job_id: int, removed: Flag) -> None:
-    # A cgroup or scratch directory without an unfinished row: its job ended and was written
-    # down, and only the removal is missing (or a power cut undid it); or the table was taken
-    # away, and then nobody can ask for the job.
+    # A cgroup or scratch directory without an unfinished row: its job ended and was recorded, and only the
+    # removal is missing (or a power cut undid it); or the table was taken away, and then no client can ask
+    # for the job.
     try:
         init = await launcher.request_adopt(job_id)
         if init is not None:
@@ -177,5 +177,5 @@ async def _wait_for_end(launcher: LauncherClient, job_id: int, ended: Ended) -> 
 
 
 def _boot_id() -> str:
-    """Which boot of the host this is (random(4)): a new one each time."""
+    """Return the id of this boot of the host (random(4)): a new one each time."""
     return Path("/proc/sys/kernel/random/boot_id").read_bytes().decode().strip()

@@ -1,7 +1,8 @@
 """Arrays in the table of jobs: a row for each array, and for those of its elements that had their turn.
 
-Each function is a part of a transaction, and is called in the table's thread. How many elements wait is kept
-by triggers (schema.py), whoever changes an element's row; what their ends come to is counted here.
+Each function is a part of a transaction, and is called in the table's thread. Triggers keep the number of
+waiting elements (schema.py), whichever code changes an element's row; the results of their ends are counted
+here.
 """
 
 import sqlite3
@@ -14,14 +15,14 @@ from pjw.errors import JobNotFoundError, LimitReachedError
 from pjw.model import EndReason, Job, JobState
 from pjw.worker.rows import COLUMNS, READY, WAITS, from_ns, job_of
 
-# Elements that are held or stopped one by one cost a row each before their turn, and are passed over then.
+# Elements that are held or stopped one by one cost a row each before their turn, and are skipped then.
 TAKEN_MAX: Final = 10_000
 # of an element that did not end by itself
 _FAILED: Final = 1
-# what an element has of its array
+# the columns that an element takes from its array
 _KEPT: Final = (
     "client_name, command, limits, labels, split_stderr, workdir, priority, attempt, workspace, exclusive,"
-    " image, read_only, artifacts, artifacts_required, mounts, allow, link, gpus"
+    " image, read_only, artifacts, artifacts_required, mounts, allow, link, gpus, chosen_node"
 )
 
 
@@ -35,9 +36,7 @@ def make(db: sqlite3.Connection, array_id: int, client_name: str, indices: str) 
 
 
 def draw(db: sqlite3.Connection, array_id: int, without: Sequence[int]) -> tuple[int, int] | None:
-    """The element of an array that goes first of those whose turn may come; None when there is none.
-
-    Gives its id and its index.
+    """Return the id and the index of the array's next element to start; None when there is none.
 
     One that was put back, or is to be tried again, goes before one that has no row yet, which gets it now.
     """
@@ -94,7 +93,7 @@ def take(db: sqlite3.Connection, element: Element) -> int | None:
 
 
 def with_row(db: sqlite3.Connection, element: Element, client_name: str) -> int:
-    """The id of a client's element in its newest attempt, to wait for its end; one without a row gets it now.
+    """Return the id of a client's element in its newest attempt, to wait for; make a missing row now.
 
     Raises JobNotFoundError, and LimitReachedError as `take`.
     """
@@ -108,7 +107,7 @@ def with_row(db: sqlite3.Connection, element: Element, client_name: str) -> int:
 
 
 def _see(db: sqlite3.Connection, element: Element) -> int:
-    """Insert the row of an element that had none; its id. What it executes is stored with its array."""
+    """Insert the row of an element that had none; return its id. Its command is stored with its array."""
     job_id = db.execute(
         f"INSERT INTO jobs ({_KEPT}, start_ns, queued_ns, array_id, array_index)"
         f" SELECT {_KEPT}, 0, queued_ns, id, ? FROM jobs WHERE id = ?",
@@ -125,19 +124,19 @@ def _see(db: sqlite3.Connection, element: Element) -> int:
 
 
 def is_stopped(db: sqlite3.Connection, array_id: int) -> bool:
-    """Whether no more elements of an array are to be started."""
+    """Return whether no more elements of an array are to be started."""
     row = db.execute("SELECT stopped_ns FROM arrays WHERE id = ?", (array_id,)).fetchone()
     return row is None or row[0] > 0
 
 
 def being_stopped(db: sqlite3.Connection) -> list[int]:
-    """Arrays that were stopped, and of which an element waits: a crash has broken the stop off."""
+    """Return arrays that were stopped, and still have a waiting element: a crash broke the stop off."""
     query = "SELECT id FROM arrays INDEXED BY arrays_being_stopped WHERE stopped_ns > 0 AND waiting > 0"
     return [array_id for (array_id,) in db.execute(query)]
 
 
 def stop(db: sqlite3.Connection, array_id: int, detail: str, now_ns: int) -> bool:
-    """Cancel all elements of an array that have no row, none of which will get one; whether it is one.
+    """Cancel all elements of an array without a row, and let none get one; return whether it is one.
 
     Those with a row are ended one by one.
     """
@@ -153,12 +152,12 @@ def stop(db: sqlite3.Connection, array_id: int, detail: str, now_ns: int) -> boo
 
 
 def is_array(db: sqlite3.Connection, job_id: int) -> bool:
-    """Whether a job is an array."""
+    """Return whether a job is an array."""
     return db.execute("SELECT 1 FROM arrays WHERE id = ?", (job_id,)).fetchone() is not None
 
 
 def waiting_rows(db: sqlite3.Connection, array_id: int, most: int) -> list[int]:
-    """Elements of an array that wait and have a row: *most* of them, or all."""
+    """Return elements of an array that wait and have a row: *most* of them, or all."""
     query = (
         "SELECT id FROM jobs INDEXED BY jobs_waiting_of_array WHERE array_id = ? AND array_id IS NOT NULL"
         f" AND {WAITS} LIMIT ?"
@@ -193,7 +192,7 @@ def element_ended(
 
 
 def element_retried(db: sqlite3.Connection, array_id: int) -> None:
-    """An element that has ended waits again, as its next attempt."""
+    """Count an ended element as waiting again, as its next attempt."""
     db.execute("UPDATE arrays SET waiting = waiting + 1 WHERE id = ?", (array_id,))
 
 
@@ -235,7 +234,7 @@ def _was_one_started(db: sqlite3.Connection, array_id: int) -> bool:
 
 
 def find(db: sqlite3.Connection, element: Element, client_name: str | None) -> Job | None:
-    """An element in its newest attempt, of an array of one client or of any; None when there is none.
+    """Return an element in its newest attempt, of one client's array or any; None if there is none.
 
     One without a row has no id. None, too, for one whose row was removed.
     """
@@ -294,13 +293,13 @@ def _array_job(db: sqlite3.Connection, array_id: int, client_name: str | None) -
 
 
 def rows_of(db: sqlite3.Connection, array_id: int, most: int) -> list[int]:
-    """Elements of an array that have a row: *most* of them, or all."""
+    """Return elements of an array that have a row: *most* of them, or all."""
     query = "SELECT id FROM jobs INDEXED BY jobs_of_array WHERE array_id = ? AND array_id IS NOT NULL LIMIT ?"
     return [job_id for (job_id,) in db.execute(query, (array_id, most))]
 
 
 def variables(array_id: int, index: int, indices: str) -> dict[str, str]:
-    """What the command of an element has in its environment."""
+    """Return the environment variables of an element's command."""
     array = Array.of(indices)
     values = {"ID": array_id, "INDEX": index, "COUNT": len(array), "MIN": array.lowest, "MAX": array.highest}
     return {f"PJW_ARRAY_{name}": str(value) for name, value in values.items()}

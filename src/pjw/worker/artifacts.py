@@ -1,10 +1,10 @@
-"""Artifacts: what is kept of a job's files after its end, as an archive beside its output.
+"""Artifacts: the files of a job that are kept after its end, as an archive beside its output.
 
-jobs/ID/artifacts    of a job that is to have some: empty, then what has been packed; 0400 when that is whole
+jobs/ID/artifacts    of a job that is to have some: empty, then the packed part; 0400 when that is whole
 
 Its init packs them when the command has ended and that was recorded (launcher/init/keep.c), whether or not
-anybody is there. Nobody here reads the archive. While it is not whole, it is none: the mode says so, which
-is set when all of it is on the disk, so that a power cut leaves all of it or nothing.
+there is a worker. No code here reads the archive. Until it is whole, it is none: its mode says so, and is set
+when all of it is on the disk, so that a power cut leaves all of it or nothing.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ log: Final = logging.getLogger(__name__)
 _NOT_WHOLE: Final = "the job's init, or its host, went down before they were whole"
 _NO_MEMORY: Final = "the job's memory does not suffice to pack them"
 _NO_DISK: Final = "the disk of pjwd was about to be full, and the job had most of it"
-# What is said of those that were not kept, by what init recorded; of some it has recorded words.
+# The words about artifacts that were not kept, by init's record; some records have words of their own.
 _WORDS: Final = {
     Packing.NOTHING: (ArtifactsState.EMPTY, "no file of the job matches"),
     Packing.STOPPED: (ArtifactsState.FAILED, "the job was stopped"),
@@ -72,9 +72,9 @@ class Keeping:
             self._inotify.unwatch(watch)
 
     async def settle(self, live: LiveJob, kept: Kept | None, usage: Usage | None) -> None:
-        """Find out what has become of the artifacts of a job whose init has ended; remove what is not whole.
+        """Settle the artifacts of a job whose init has ended; remove an archive that is not whole.
 
-        *kept* is what its init has recorded, if it came to that; *usage* is what the job has used.
+        *kept* is the record of its init, if it came to that; *usage* is the job's usage.
         """
         if live.job.artifacts is None:
             return
@@ -106,13 +106,13 @@ class Keeping:
 def judge(
     size: int | None, kept: Kept | None, *, oom_killed: bool = False, disk_limit: bool = False
 ) -> Artifacts:
-    """What has become of artifacts: *size* bytes of them are whole, or with None they are not.
+    """Return the state of artifacts: *size* bytes of them are whole, or with None they are not.
 
-    *oom_killed*: a process of the job was killed for its memory. *disk_limit*: the job was ended for what it
-    had on the disk.
+    *oom_killed*: a process of the job was killed for its memory. *disk_limit*: the job was ended for its use
+    of the disk.
     """
     words = "" if kept is None else kept.words
-    # after a power cut the record may be missing, but not what its file's mode says
+    # after a power cut the record may be missing, but not the mode of the archive's file
     if size is not None and (kept is None or kept.packing is Packing.WHOLE):
         return Artifacts(ArtifactsState.KEPT, size, words)
     if kept is None:
@@ -126,12 +126,12 @@ def judge(
 
 
 def patterns_file(patterns: tuple[str, ...]) -> int:
-    """What is to be kept, in a file of memory that only the program in the job reads: each ended by NUL."""
+    """Make a file of memory with the patterns, each ended by NUL, which only the job's program reads."""
     return memory_file("pjw-patterns", patterns)
 
 
 def require_kept(job: Job) -> Artifacts:
-    """The artifacts of a job. Raises JobStateError while it has not ended, CopyError when it has none."""
+    """Return the artifacts of a job. Raises JobStateError before its end, CopyError when it has none."""
     artifacts = job.artifacts
     if job.array is not None:
         raise JobStateError(

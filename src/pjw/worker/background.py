@@ -1,4 +1,4 @@
-"""Tasks that nobody waits for: held until they end, and never dead without a word.
+"""Tasks without an awaiting caller: held until they end, and never dead without a report.
 
 A task of one job, or of one call, that fails is an error in the log, and the rest goes on. A task that
 everything needs all along is another matter: without it pjwd would keep jobs for ever, or measure nothing,
@@ -25,11 +25,11 @@ class Background:
         self.failed: Final = asyncio.Event()
 
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        """Run in the background; an error is logged."""
+        """Run in the background; log an error."""
         self._hold(coroutine).add_done_callback(log_failure)
 
     def keep(self, what: str, coroutine: Coroutine[Any, Any, object]) -> None:
-        """Run in the background *what* everything needs: any error but the launcher's end sets `failed`."""
+        """Run a task that all work needs; *what* names it. Any error but the launcher's end sets `failed`."""
         self._hold(coroutine).add_done_callback(partial(self._on_end, what))
 
     async def close(self) -> None:
@@ -54,7 +54,7 @@ class Background:
 
 
 def log_failure(task: asyncio.Future[Any]) -> None:
-    """Log what ended a task that nobody waits for, unless it was cancelled, or is the end of all."""
+    """Log the error that ended a task, unless it was cancelled, or is the launcher's end."""
     error = None if task.cancelled() else task.exception()
     if error is not None and not isinstance(error, LauncherGoneError):
         log.error("a background task failed", exc_info=error)

@@ -24,7 +24,7 @@ BASE: Final = "base"
 
 
 class Kept(NamedTuple):
-    """Which changes can be asked for: those behind `floor`, up to `last`."""
+    """The range of changes that can be requested: those behind `floor`, up to `last`."""
 
     floor: int
     last: int
@@ -40,7 +40,7 @@ class SnapshotPage:
 
 
 def kept(db: sqlite3.Connection, owner: str | None) -> Kept:
-    """Which changes there are of one client's jobs, or of all."""
+    """Return the range of the kept changes of one client's jobs, or of all."""
     query = (
         "SELECT max((SELECT seq FROM change_floor), coalesce(max(changes_from), 0)),"
         " coalesce((SELECT max(seq) FROM changes), 0) FROM clients"
@@ -55,9 +55,10 @@ def kept(db: sqlite3.Connection, owner: str | None) -> Kept:
 def read_changes(
     db: sqlite3.Connection, owners: Collection[str | None], since: int, count: int
 ) -> tuple[list[JobChange], int]:
-    """At most *count* changes behind *since*, of some clients or of all (None); and up to which that is all.
+    """Return at most *count* changes behind *since*, and the number that they are complete to.
 
-    Raises SequenceError when some of these are not kept any more, or *since* is none of this table.
+    Of some clients, or of all (None). Raises SequenceError when some of these are not kept any more, or
+    *since* is none of this table.
     """
     whose = None if None in owners else [name for name in owners if name is not None]
     _check(db, owners, since)
@@ -102,7 +103,7 @@ def read_snapshot(
     wanted: JobFilter,
     ids: Collection[int],
 ) -> SnapshotPage:
-    """Jobs that fit as they are now, behind id *after*.
+    """Return jobs that fit as they are now, behind id *after*.
 
     A job that is being started at once is not among them: the change comes when its command runs.
     """
@@ -134,7 +135,7 @@ class Note(NamedTuple):
 
 
 def note(db: sqlite3.Connection, notes: Sequence[Note]) -> None:
-    """Write down what was noted of jobs that have not ended."""
+    """Write down the notes about jobs that have not ended."""
     db.executemany(
         "UPDATE jobs SET told = ?, start_ns = ?"
         " WHERE id = ? AND state IS NULL AND start_ns > 0 AND told <> ?",
@@ -149,7 +150,7 @@ def _jobs(db: sqlite3.Connection, job_ids: Collection[int]) -> dict[int, Job]:
 
 
 def _removed(db: sqlite3.Connection, job_ids: Collection[int]) -> dict[int, Job]:
-    """What is still known of jobs that were removed."""
+    """Return the facts still known of jobs that were removed."""
     if not job_ids:
         return {}
     marks = ", ".join("?" * len(job_ids))

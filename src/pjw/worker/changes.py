@@ -1,8 +1,8 @@
-"""Tells those who watch of each change of a job's state, once and in order, from any number on that is kept.
+"""Tells watchers of each change of a job's state, once and in order, from any number on that is kept.
 
-The table numbers the changes (schema.py). Whoever is behind reads them there, at its own pace. Whoever has
-caught up is given each as it comes, by one task for all of them. One that does not take what it is given is
-behind again; so nobody has more than WAITING_MAX changes in memory.
+The table numbers the changes (schema.py). A watcher that is behind reads them there, at its own pace. A
+watcher that has caught up is given each as it comes, by one task for all of them. One that does not take its
+changes is behind again; so no watcher has more than WAITING_MAX changes in memory.
 
 A change is on the disk before it is told: else a power cut would have another one with the same number.
 """
@@ -42,13 +42,13 @@ class Batch(NamedTuple):
 
 
 class Watched(NamedTuple):
-    """Which changes somebody wants to be told of: those that fit `jobs`, of these `ids` if there are any."""
+    """The changes that a watcher wants: those that fit `jobs`, of these `ids` if there are any."""
 
     jobs: JobFilter = JobFilter()
     ids: frozenset[int] = frozenset()
 
     def fits(self, change: JobChange) -> bool:
-        """Whether a change is one of them; a removal is none of a state."""
+        """Return whether the watcher wants a change; a removal has no state."""
         job, states = change.job, self.jobs.states
         return (
             (not self.ids or job.id in self.ids)
@@ -58,7 +58,7 @@ class Watched(NamedTuple):
 
 
 class _Watcher:
-    """One who has caught up."""
+    """A watcher that has caught up."""
 
     def __init__(self, owner: str | None, position: int) -> None:
         self.owner: Final = owner
@@ -80,13 +80,13 @@ class _Watcher:
             self.woken.set()
 
     def fall_behind(self) -> None:
-        """Forget what was given and not taken: it is read from the table."""
+        """Forget the changes that were given and not taken: they will be read from the table."""
         self.is_behind = True
         self._waiting = []
         self.woken.set()
 
     def take(self) -> Batch:
-        """Some of what was given."""
+        """Take some of the changes that were given."""
         some, self._waiting = self._waiting[:BATCH], self._waiting[BATCH:]
         if self._waiting:
             self.taken = some[-1].sequence or 0
@@ -97,7 +97,7 @@ class _Watcher:
 
 
 class _Snapshot:
-    """Which changes are in the jobs that were told as they were at the beginning.
+    """The changes that the jobs told at the beginning include.
 
     They are read a page at a time, and changes go on meanwhile: of each page the last one before it is kept.
     """
@@ -111,7 +111,7 @@ class _Snapshot:
     async def read(
         self, store: JobStore, owner: str | None, watched: Watched
     ) -> AsyncGenerator[Sequence[Job], None]:
-        """The jobs that fit, page by page."""
+        """Yield the jobs that fit, page by page."""
         after: int | None = 0
         while after is not None:
             page = await store.snapshot(owner, after, BATCH, watched.jobs, watched.ids)
@@ -125,22 +125,22 @@ class _Snapshot:
                 yield page.jobs
 
     def has(self, change: JobChange) -> bool:
-        """Whether a job was told as it was after this change, or later."""
+        """Return whether a job was told as it was after this change, or later."""
         return (change.sequence or 0) <= self._changes[bisect_left(self._ids, change.job.id)]
 
 
 class Changes:
-    """The changes of one worker, and those who watch them."""
+    """The changes of one worker, and their watchers."""
 
     def __init__(
         self, store: JobStore, background: Background, gone: Flag, shown: Callable[[Job], Job]
     ) -> None:
-        """*gone* ends all watches; *shown* is a job of the queue with why it waits."""
+        """Begin without watchers; *gone* ends all watches; *shown* adds why a job of the queue waits."""
         self._store: Final = store
         self._background: Final = background
         self._gone: Final = gone
         self._shown: Final = shown
-        # those who have caught up
+        # the watchers that have caught up
         self._watchers: Final[set[_Watcher]] = set()
         self._something: Final = asyncio.Event()
         # up to which they were given the changes
@@ -150,7 +150,7 @@ class Changes:
     async def watch(
         self, owner: str | None, watched: Watched, since: int | None, *, snapshot: bool, follow: bool
     ) -> AsyncGenerator[Batch, None]:
-        """Changes of one client's jobs, or of all, as `Worker.watch_jobs` says."""
+        """Yield changes of one client's jobs, or of all, as `Worker.watch_jobs` says."""
         before: _Snapshot | None = None
         if since is not None:
             position = since
@@ -191,7 +191,7 @@ class Changes:
             position = watcher.taken
 
     async def _given(self, watcher: _Watcher) -> AsyncGenerator[Batch, None]:
-        """What one who has caught up is given, until it is behind."""
+        """Yield the changes given to a watcher that has caught up, until it is behind."""
         while True:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_PROGRESS_SECONDS):
@@ -205,7 +205,7 @@ class Changes:
             watcher.told = batch.sequence or 0
 
     def _joined(self, owner: str | None, position: int) -> _Watcher | None:
-        """Count one who has caught up; None when there have been other changes meanwhile."""
+        """Add a watcher that has caught up; return None when there have been other changes meanwhile."""
         if self._is_telling and position < self._position:
             return None
         watcher = _Watcher(owner, position)
@@ -221,7 +221,7 @@ class Changes:
 
             self._store.changed = changed
             self._background.spawn(self._tell_all())
-        # what has come before somebody wanted to know
+        # for changes that came before there was a watcher
         self._something.set()
         return watcher
 
@@ -230,7 +230,7 @@ class Changes:
         self._something.set()
 
     async def _tell_all(self) -> None:
-        """Give changes as they come to all who have caught up, for as long as there is one."""
+        """Give changes as they come to all watchers that have caught up, as long as there is one."""
         try:
             while self._watchers:
                 await self._something.wait()
@@ -259,6 +259,6 @@ class Changes:
                 owner = watcher.owner
                 watcher.give([each for each in changes if owner in (None, each.job.client_name)], reached)
             elif watcher.reached < reached:
-                # it has come meanwhile, and nobody has looked for its changes
+                # it has come meanwhile, and this read was not for its changes
                 watcher.fall_behind()
         return len(changes) == BATCH

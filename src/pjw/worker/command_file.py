@@ -8,9 +8,10 @@ from pjw.network import proxy_variables
 
 
 def command_file(spec: JobSpec, job: Job) -> int:
-    """What init is to run in a job, in a file of memory that the launcher never reads: strings, ended by NUL.
+    """Make a file of memory with a job's command for init; the launcher never reads it.
 
-    The working directory; what is added to the environment, secrets included; an empty one; the argv.
+    Strings, each ended by NUL: the working directory; the additions to the environment, secrets included; an
+    empty one; the argv.
     """
     own = {"PJW_WORKSPACE": WORKSPACE_DIRECTORY} if spec.workspace else {}
     if job.allow:
@@ -23,7 +24,7 @@ def command_file(spec: JobSpec, job: Job) -> int:
 
 
 def memory_file(name: str, strings: Iterable[str]) -> int:
-    """A file of memory with strings, each ended by NUL; *name* is for whoever looks into /proc."""
+    """Make a file of memory with strings, each ended by NUL; /proc shows its *name*."""
     left = memoryview(b"".join(string.encode() + b"\0" for string in strings))
     descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
     try:

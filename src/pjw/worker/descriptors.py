@@ -8,7 +8,7 @@ from typing import Final
 
 from pjw.errors import LimitReachedError, describe_errno
 
-# What a start takes at its height (14), and those that are under way beside it; the rest of the server
+# The descriptors of a start at its height (14), and of other starts under way; the rest of the server
 # (connections, readers) may have taken the others.
 SPARE_DESCRIPTORS: Final = 32
 # Where the process has no limit, the kernel has one (fs.nr_open), which is lower.
@@ -16,14 +16,14 @@ _NUMBER_MAX: Final = 2**31 - 1
 
 
 class Descriptors:
-    """Counts the descriptors that are left, whoever has opened the others."""
+    """Counts the descriptors that are left, whatever code has opened the others."""
 
     def __init__(self) -> None:
         self._limit = -1
         self._last = select.poll()
 
     def require(self) -> None:
-        """Raises LimitReachedError when a start might run out of descriptors half way."""
+        """Check that a start will not run out of descriptors half way. Raises LimitReachedError."""
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         if limit != self._limit:
             self._limit, self._last = limit, _last_numbers(limit)

@@ -19,7 +19,7 @@ from pjw.worker.settings import DiskMarks
 from pjw.worker.state_dir import StateDir
 
 LOOK_SECONDS: Final = 1.0
-# How often scratch is counted where the operator bounds what clients store.
+# Seconds between counts of scratch where the operator bounds clients' stored bytes.
 COUNT_SECONDS: Final = 60
 # The launcher's process counts for 3 s.
 _ANSWER_SECONDS: Final = 15
@@ -27,7 +27,7 @@ _ANSWER_SECONDS: Final = 15
 _RELIEF_SECONDS: Final = 10
 # Ending a job of a client that has less than this part of the mark would be of no use.
 _WORTH: Final = 100
-# how often the log repeats what nothing can be done about
+# seconds between messages of the log about a shortage that pjwd cannot relieve
 _SAY_AGAIN_SECONDS: Final = 600
 
 log: Final = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ log: Final = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ScratchUse:
-    """What a job has in its scratch directory, or a client in a workspace."""
+    """The files of a job in its scratch directory, or of a client in a workspace."""
 
     bytes: int
     inodes: int
@@ -53,7 +53,7 @@ class _Shortage:
         return f"{self.amount(self.free)} free, less than {self.amount(self.mark)} (disk.free_{self.of}_min)"
 
     def amount(self, number: int) -> str:
-        """An amount of bytes or inodes, in words."""
+        """Return an amount of bytes or inodes, in words."""
         return size_in_words(number) if self.of == "bytes" else f"{number} {self.of}"
 
 
@@ -75,7 +75,7 @@ class DiskSampler:
         end: Callable[[LiveJob], None],
         held: HeldOutputs,
     ) -> None:
-        """Take over the descriptor *scratch*; *used* is what was last counted; *end* ends a job by force."""
+        """Take over the descriptor *scratch*; *used* has the last counts; *end* ends a job by force."""
         self.marks = marks
         # whether scratch is counted also while there is enough space
         self.counts = False
@@ -97,13 +97,13 @@ class DiskSampler:
         os.close(self._scratch)
 
     def job_began(self) -> None:
-        """There is a job to look after."""
+        """Note that there is a job to look after."""
         self._begun.set()
 
     async def run(self) -> None:
         """Look for ever."""
         for live in list(self._live.values()):
-            # what a worker before us had begun
+            # an end that a worker before us had begun
             if self._state.is_ended_for_disk(live.job.id):
                 self._end(live)
         while True:
@@ -174,7 +174,7 @@ class DiskSampler:
         await self._wait_for_relief(live, descriptor, shortage)
 
     def _largest(self, freed: Mapping[int, int], least: int) -> tuple[int | None, int]:
-        """The largest job of the client that has most, if that is *least* or more; and how much it is."""
+        """Return the largest job of the client that has most, if that is *least* or more; and its amount."""
         by_client: Counter[str] = Counter()
         for job_id, amount in freed.items():
             by_client[self._live[job_id].job.client_name] += amount
@@ -185,7 +185,7 @@ class DiskSampler:
         return max(own, key=freed.__getitem__), most
 
     async def _wait_for_relief(self, live: LiveJob, descriptor: int, shortage: _Shortage) -> None:
-        """Wait for the removal of what an ended job had, as long as that gives something back."""
+        """Wait for the removal of an ended job's files, as long as that gives something back."""
         while True:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_RELIEF_SECONDS):
@@ -206,7 +206,7 @@ class DiskSampler:
         ]
 
     def _freed(self, live: LiveJob, descriptor: int, what: str) -> int:
-        """What the end of a job gives back to a file system. Its output is kept, and no artifacts are."""
+        """Return the amount that a job's end would free. Its output is kept, and no artifacts are."""
         freed = 0
         if descriptor == self._scratch:
             freed += getattr(self._used.get(live.job.id, ScratchUse(0, 0)), what)
@@ -241,7 +241,7 @@ class DiskSampler:
 
 
 async def read_all(descriptor: int) -> bytes:
-    """What comes out of a pipe that does not block, until its end."""
+    """Read from a pipe that does not block, until its end."""
     chunks: list[bytes] = []
     while True:
         await readable(descriptor)

@@ -1,7 +1,7 @@
-"""What pjwd-egress tells of the connections of jobs to names on the network.
+"""Reports of pjwd-egress about the connections of jobs to names on the network.
 
-pjwd-egress is a process of the launcher's, which connects for jobs. It is told of their listeners by the
-launcher, and tells us of each connection by a socket of our own.
+pjwd-egress is a process of the launcher's, which connects for jobs. The launcher tells it their listeners,
+and it reports each connection to us by a socket of our own.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from typing import Final
 from pjw.errors import PjwError
 from pjw.worker.launcher_client import LauncherClient
 
-# What becomes of a connection. CONNECTED; NOT_ALLOWED: its job has not asked for the name; PRIVATE: the name
+# The results of a connection. CONNECTED; NOT_ALLOWED: its job has not asked for the name; PRIVATE: the name
 # leads to an address that no job may reach; UNRESOLVED, UNREACHABLE; INVALID: no request that a proxy takes;
 # SLOW: the request did not come in time; BUSY: the job, its client or all jobs have too many.
 RESULTS: Final = (
@@ -30,7 +30,7 @@ _REPORTS_AT_ONCE: Final = 64
 # refused again and again must not fill the disk with lines.
 _LINES_AT_ONCE: Final = 200
 _LINES_PER_SECOND: Final = 10.0
-# An allowance is kept for each client with jobs; what sends reports is not taken at its word.
+# An allowance is kept for each client with jobs; the sender of reports is not taken at its word.
 _CLIENTS_MAX: Final = 4096
 
 log: Final = logging.getLogger("pjw.egress")
@@ -38,19 +38,19 @@ log: Final = logging.getLogger("pjw.egress")
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """One connection of a job: where to, and what became of it, one of RESULTS."""
+    """One connection of a job: its target, and its result, one of RESULTS."""
 
     job_id: int
     client_name: str
     host: str
     port: int
     result: str
-    # how many of the client's before it were counted, and not written down
+    # the number of the client's connections before it that were counted, and not written down
     left_out: int = 0
 
 
 class _Allowance:
-    """How many lines a client may have now."""
+    """The lines of the log that a client may have now."""
 
     def __init__(self, now: float) -> None:
         self._lines = float(_LINES_AT_ONCE)
@@ -58,7 +58,7 @@ class _Allowance:
         self.left_out = 0
 
     def take(self, now: float) -> bool:
-        """Whether there is a line left, which is taken then."""
+        """Take a line from the allowance; return whether there was one."""
         self._lines = min(_LINES_AT_ONCE, self._lines + (now - self._counted) * _LINES_PER_SECOND)
         self._counted = now
         if self._lines < 1:
@@ -69,11 +69,11 @@ class _Allowance:
 
 
 class Connections:
-    """What pjwd-egress tells of the connections of jobs: counted, and within bounds logged and passed on."""
+    """The reports of pjwd-egress about connections: counted, and within bounds logged and passed on."""
 
     def __init__(self) -> None:
         self.counts: Final[Counter[str]] = Counter(dict.fromkeys(RESULTS, 0))
-        # who is told of each
+        # called with each connection
         self.told: Final[list[Callable[[Connection], None]]] = []
         self._allowances: Final[dict[str, _Allowance]] = {}
         self._socket: socket.socket | None = None
@@ -110,7 +110,7 @@ class Connections:
                 # launcher and pjwd-egress have both gone; the first is noticed by others
                 self.close()
                 return
-            # who sends this has to do with the internet, so it is not taken at its word
+            # the sender deals with the internet, so it is not taken at its word
             with suppress(ValueError, TypeError, KeyError, RecursionError):
                 self._tell(_connection_of(data))
 
@@ -138,7 +138,7 @@ class Connections:
 
 
 def _connection_of(data: bytes) -> Connection:
-    """Raises ValueError and the like for anything but a report."""
+    """Parse a report. Raises ValueError and the like for anything else."""
     said = json.loads(data.decode())
     found = Connection(said["job"], said["client"], said["host"], said["port"], said["result"])
     numbers = all(type(each) is int and 0 <= each < 2**63 for each in (found.job_id, found.port))

@@ -1,4 +1,4 @@
-"""What is done when a job's init has ended: its end is written down, told, and its traces removed."""
+"""The work after a job's init has ended: its end is written down, told, and its traces removed."""
 
 import asyncio
 import logging
@@ -27,8 +27,8 @@ from pjw.worker.usage_sampler import UsageSampler
 from pjw.worker.workspaces import Workspaces
 
 _SAVE_RETRY_SECONDS: Final = 2
-# How long what is left of jobs without output waits to be removed together: to wake a thread for each of
-# them cost more than to remove it.
+# Seconds for which the remains of jobs without output wait to be removed together: waking a thread for each
+# of them cost more than the removal.
 _TOGETHER_SECONDS: Final = 0.05
 
 log: Final = logging.getLogger(__name__)
@@ -98,10 +98,10 @@ class Endings:
     async def finish(
         self, live: LiveJob, ended: protocol.Ended | None = None, *, rebooted: bool = False
     ) -> None:
-        """init has ended, and with it every process of the job; write the end down, then tell it.
+        """Write the end of a job down and tell it, when its init, and so all its processes, have ended.
 
-        *ended* is what the launcher told of it; None for a job that ended while no worker was there.
-        *rebooted*: the host went down since the job was started.
+        *ended* is the launcher's report; None for a job that ended while no worker was there. *rebooted*: the
+        host went down since the job was started.
         """
         job_id = live.job.id
         self._held.remove(job_id)
@@ -121,14 +121,14 @@ class Endings:
         if live.job.reason is not None:
             self.by_reason[live.job.reason] += 1
         # Row before removal, where the launcher has left that to us: the accounts may be only in the cgroup.
-        # And who is told of an end can rely on it, so the row is synced before that. But not the removal: no
-        # process is left, and the job's files may be many. Where nothing is left to remove, row and sync are
-        # one step.
+        # And a client that hears of an end can rely on it, so the row is synced before that. But not the
+        # removal: no process is left, and the job's files may be many. Where nothing is left to remove, row
+        # and sync are one step.
         is_removed = ended is not None and ended.removed
         is_synced = is_removed and not live.job.attempt
         if not await self._save(live, was_stopped=was_stopped, synced=is_synced):
             is_synced = False
-            # nobody is kept waiting for a disk, but for whether there is another attempt
+            # callers do not wait for a disk, but they do wait for the decision about another attempt
             if not live.job.attempt:
                 live.announce_end()
                 live.removed.set()
@@ -150,11 +150,11 @@ class Endings:
         live.removed.set()
 
     async def _usage_of(self, job_id: int, ended: protocol.Ended | None, record: Record) -> Usage | None:
-        """What an ended job has used; None when nobody can tell. Raises LauncherGoneError."""
+        """Return the usage of an ended job; None when it is unknown. Raises LauncherGoneError."""
         if ended is not None and ended.known:
             return ended.usage
         if record.usage is not None:
-            # And not what its cgroup says: a crash may have left a part of that.
+            # And not the number of its cgroup: a crash may have left a part of that.
             return record.usage
         try:
             return await self._launcher.request_account(job_id)
@@ -189,7 +189,7 @@ class Endings:
             log.error("%s", error)
 
     async def _save(self, live: LiveJob, *, was_stopped: bool, synced: bool = False) -> bool:
-        """Write the end down, *synced* where there is no next attempt; whether that was possible."""
+        """Write the end down, *synced* if there is no next attempt; return whether that was possible."""
         try:
             if live.job.attempt:
                 await self._save_attempt(live, was_stopped=was_stopped)
@@ -226,7 +226,7 @@ class Endings:
         log.error("the end of job %d may not survive a power cut: %s", job_id, error)
 
     async def remove_traces(self, job_id: int) -> None:
-        """Have the launcher remove what a job, or a launch that failed, left; a failure is logged."""
+        """Have the launcher remove the remains of a job, or of a failed launch; log a failure."""
         try:
             await self._launcher.request_remove(job_id)
         except LauncherGoneError:
@@ -235,8 +235,8 @@ class Endings:
             log.error("cannot remove what job %d left: %s", job_id, error)
 
     def _settle(self, job: Job) -> None:
-        # After the announcement, since to sync gigabytes takes seconds. What a power cut takes of
-        # them until then is noticed: the row says how many bytes there were.
+        # After the announcement, since syncing gigabytes takes seconds. A loss by a power cut until then is
+        # noticed: the row has the number of bytes.
         if job.output_bytes:
             self._background.spawn(self._settle_all([job]))
             return
@@ -260,7 +260,10 @@ class Endings:
                 log.error("%s", error)
 
     def close(self) -> None:
-        """Before the background: remove what still waits for that. Blocks for as long as the disk takes."""
+        """Remove the remains that still wait for that; call this before the background ends.
+
+        Blocks for as long as the disk takes.
+        """
         if self._silent_timer is not None:
             self._silent_timer.cancel()
         jobs, self._silent = self._silent, []

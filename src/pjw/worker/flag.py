@@ -16,7 +16,7 @@ class Flag:
         self._waiting: Final[set[asyncio.Future[None]]] = set()
 
     def is_set(self) -> bool:
-        """Whether it is set now."""
+        """Return whether it is set now."""
         return self._is_set
 
     def set(self) -> None:

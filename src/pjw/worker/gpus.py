@@ -1,6 +1,6 @@
-"""GPUs: which the machine has, and which job has each of them for itself.
+"""GPUs: those of the machine, and the job that has each of them for itself.
 
-What a job has is in its row from before its launch. So the next worker knows it, and gives no GPU to two.
+A job's GPUs are in its row from before its launch. So the next worker knows them, and gives no GPU to two.
 """
 
 import logging
@@ -40,13 +40,13 @@ class Gpus:
         self._names: tuple[str, ...] = ()
         self._taken: Final[set[str]] = set()
         self._of_job: Final[dict[int, Taken]] = {}
-        # what rows of jobs that have not ended say
+        # GPUs in the rows of jobs that have not ended
         self._stored: Mapping[int, tuple[str, ...]] = {}
         # called when jobs have fewer than before
         self.freed: Final[list[Callable[[], None]]] = []
 
     async def begin(self) -> None:
-        """Find out what the machine and the jobs of the worker before us have."""
+        """Find the GPUs of the machine, and those of the jobs of the worker before us."""
         self._stored = await self._store.gpus_of_jobs()
         if self._offer.kind:
             try:
@@ -56,13 +56,13 @@ class Gpus:
                 self._names = ()
 
     def adopt(self, job_id: int) -> None:
-        """A job of the worker before us still runs."""
+        """Count the GPUs of a job of the worker before us that still runs."""
         if names := self._stored.get(job_id):
             self._taken.update(names)
             self._of_job[job_id] = Taken(names, job_id)
 
     async def check(self, client_name: str, count: int) -> None:
-        """Raises GpuError unless a job of this client can ever have so many."""
+        """Check that a job of this client can ever have so many. Raises GpuError."""
         if not count:
             return
         if not self._offer.is_for(client_name):
@@ -85,12 +85,17 @@ class Gpus:
             raise GpuError.unknown() from None
 
     def of(self, client_name: str) -> int:
-        """How many the machine has for jobs of a client, free or not."""
+        """Return the number of GPUs for jobs of a client, free or not."""
         return len(self._names) if self._offer.is_for(client_name) else 0
 
     @property
+    def total(self) -> int:
+        """How many the machine has for jobs, free or not."""
+        return len(self._names)
+
+    @property
     def free(self) -> int:
-        """How many no job has."""
+        """The number of GPUs that no job has."""
         return sum(name not in self._taken for name in self._names)
 
     def take(self, count: int) -> Taken:
@@ -99,7 +104,7 @@ class Gpus:
             return NONE
         names = [name for name in self._names if name not in self._taken][:count]
         if len(names) < count:
-            # do not tell a client what others have
+            # do not tell a client about the jobs of others
             raise LimitReachedError(
                 f"cannot start the job with {_gpus(count)}: fewer are free now",
                 hint="wait for a job to end, or put the job into the queue: --queue",
@@ -109,7 +114,7 @@ class Gpus:
         return Taken(tuple(names))
 
     async def with_variables(self, spec: JobSpec, taken: Taken) -> JobSpec:
-        """What the job is to execute, with the variables of its GPUs; its own go before. Raises GpuError."""
+        """Return the spec to execute, with the variables of its GPUs; its own go before. Raises GpuError."""
         if not taken.names:
             return spec
         found = dict(each.split("=", 1) for each in (await self._asked(taken.names)).environment)
@@ -117,13 +122,13 @@ class Gpus:
         return replace(spec, env={**added, **spec.env})
 
     def begun(self, taken: Taken, job_id: int) -> None:
-        """The job has an id from now on."""
+        """Note the id of the job, which it has from now on."""
         if taken.names:
             taken.job_id = job_id
             self._of_job[job_id] = taken
 
     def give_back(self, taken: Taken) -> None:
-        """A job did not come to be."""
+        """Free the GPUs of a job that was not started."""
         if not taken.names:
             return
         self._taken.difference_update(taken.names)
@@ -133,12 +138,12 @@ class Gpus:
             each()
 
     def give_back_of(self, job_id: int) -> None:
-        """A job that had an id has ended, or did not come to be."""
+        """Free the GPUs of a job with an id that has ended, or was not started."""
         if (taken := self._of_job.get(job_id)) is not None:
             self.give_back(taken)
 
     def names_of(self, job_id: int) -> tuple[str, ...]:
-        """Those that a job has."""
+        """Return the GPUs of a job."""
         return self._of_job.get(job_id, NONE).names
 
 

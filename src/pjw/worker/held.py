@@ -12,7 +12,7 @@ from pjw.output.inotify import IN_ATTRIB, Inotify
 from pjw.worker.job import OUTPUT_HELD, LiveJob
 from pjw.worker.state_dir import StateDir
 
-# How often the log says so at most, as a disk may be full again and again.
+# Seconds between such lines of the log at least, as a disk may be full again and again.
 _SAY_AGAIN_SECONDS: Final = 600
 
 log: Final = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ class HeldOutputs:
     """
 
     def __init__(self, state: StateDir) -> None:
-        """Raises KernelError."""
+        """Begin without any jobs. Raises KernelError."""
         self._state: Final = state
         # an instance of its own: a follower watches the same files for other changes
         self._inotify: Final = Inotify(IN_ATTRIB)
@@ -41,7 +41,7 @@ class HeldOutputs:
         self._inotify.close()
 
     def __len__(self) -> int:
-        """The number of jobs whose output waits."""
+        """Return the number of jobs whose output waits."""
         return len(self._held)
 
     def add(self, live: LiveJob) -> None:

@@ -1,4 +1,4 @@
-"""What this host has, and what jobs may use of it together unless the operator says otherwise."""
+"""The resources of this host, and the part that all jobs may use unless the operator sets another."""
 
 import os
 from dataclasses import replace
@@ -15,12 +15,12 @@ PERCENT_OF_CPUS: Final = 90
 
 
 def resources() -> Sums:
-    """Memory, processes and processor time of this host, all of it."""
+    """Return the memory, processes and processor time of this host, all of it."""
     return Sums(_memory_bytes(), _pids(), (os.cpu_count() or 1) * 1000)
 
 
 def default_sums() -> Sums:
-    """What all jobs may use together by default."""
+    """Return the most that all jobs may use together by default."""
     host = resources()
     return Sums(
         host.memory_max_bytes * PERCENT_OF_MEMORY // 100,
@@ -30,12 +30,12 @@ def default_sums() -> Sums:
 
 
 def memory_of(sums: Sums) -> int:
-    """The bytes of memory that all jobs have together: their sum, or without one all of the host's."""
+    """Return the bytes of memory that all jobs have together: their sum, or without one all the host's."""
     return sums.memory_max_bytes or resources().memory_max_bytes
 
 
 def default_ceiling(sums: Sums, defaults: Limits) -> Limits:
-    """The default ceilings: what can be given at most, or a default limit that is higher.
+    """Return the default ceilings: the most that can be given, or a default limit that is higher.
 
     Of processor time that is all that the host has, though the sum is less: such a limit promises nothing.
     """

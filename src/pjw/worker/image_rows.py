@@ -22,12 +22,12 @@ _IMAGES: Final = (
 
 
 def config_text(config: ImageConfig) -> str:
-    """How jobs begin in an image, as a row has it."""
+    """Format an image's config as a row has it."""
     return json.dumps(asdict(config), ensure_ascii=False)
 
 
 def config_of(text: str) -> ImageConfig:
-    """How jobs begin in an image, from its row. Raises InvalidJobError."""
+    """Parse an image's config from its row. Raises InvalidJobError."""
     members = json.loads(text)
     return ImageConfig(
         members["env"], members["workdir"], tuple(members["entrypoint"]), tuple(members["command"])
@@ -35,7 +35,7 @@ def config_of(text: str) -> ImageConfig:
 
 
 def require_room(db: sqlite3.Connection, client_name: str, name: str, quotas: Quotas) -> None:
-    """Raises LimitReachedError when a client has too many images for another one."""
+    """Check that a client has room for another image. Raises LimitReachedError."""
     query = "SELECT count(*) FROM images WHERE client_name = ? AND name NOT IN ('', ?)"
     (count,) = db.execute(query, (client_name, name)).fetchone()
     if quotas.images_max and count >= quotas.images_max:
@@ -80,12 +80,12 @@ def lose(db: sqlite3.Connection, client_name: str, key: str) -> None:
 
 
 def gone(db: sqlite3.Connection, client_name: str, key: str) -> None:
-    """An image was removed."""
+    """Delete the row of an image that was removed."""
     db.execute("DELETE FROM images WHERE client_name = ? AND key = ?", (client_name, key))
 
 
 def find(db: sqlite3.Connection, client_name: str, name: str, now_ns: int) -> tuple[str, ImageConfig] | None:
-    """The key and the config of an image that a job is about to have; None where there is none."""
+    """Return the key and config of an image that a job is about to have; None where there is none."""
     row = db.execute(
         "UPDATE images SET used_ns = max(used_ns, ?) WHERE client_name = ? AND name = ?"
         " RETURNING key, config",
@@ -95,14 +95,14 @@ def find(db: sqlite3.Connection, client_name: str, name: str, now_ns: int) -> tu
 
 
 def config(db: sqlite3.Connection, client_name: str, key: str) -> ImageConfig | None:
-    """The config of an image by its key, whether it has a name or not."""
+    """Return the config of an image by its key, whether it has a name or not."""
     query = "SELECT config FROM images WHERE client_name = ? AND key = ?"
     row = db.execute(query, (client_name, key)).fetchone()
     return config_of(row[0]) if row else None
 
 
 def listed(db: sqlite3.Connection, owner: str | None) -> list[tuple[Image, str]]:
-    """The images of one client, or with None of all, with their keys, by clients and names."""
+    """Return the images of one client, or with None of all, with their keys, by clients and names."""
     whose, values = ("", ()) if owner is None else (" AND images.client_name = ?", (owner,))
     rows = db.execute(
         f"{_IMAGES} WHERE images.name <> ''{whose} ORDER BY images.client_name, images.name", values
@@ -117,7 +117,7 @@ def listed(db: sqlite3.Connection, owner: str | None) -> list[tuple[Image, str]]
 
 
 def running(db: sqlite3.Connection) -> list[tuple[int, str, str]]:
-    """The jobs that have an image and have not ended: ids, clients and keys."""
+    """Return the jobs that have an image and have not ended: ids, clients and keys."""
     return db.execute(
         "SELECT id, client_name, image_key FROM jobs INDEXED BY jobs_alive"
         " WHERE state IS NULL AND start_ns > 0 AND image_key <> ''"
@@ -125,7 +125,7 @@ def running(db: sqlite3.Connection) -> list[tuple[int, str, str]]:
 
 
 def nameless(db: sqlite3.Connection) -> list[tuple[str, str, int | None]]:
-    """Directories of images without a name: clients, keys, and which job unpacks one, if any does.
+    """Return directories of images without a name: clients, keys, and the job that unpacks one, if any.
 
     Rows that are left of images without a directory are deleted.
     """
@@ -143,12 +143,12 @@ def nameless(db: sqlite3.Connection) -> list[tuple[str, str, int | None]]:
 
 
 def unused(db: sqlite3.Connection, before_ns: int) -> list[tuple[str, str, str]]:
-    """Images with a name that no job has been started with since then: clients, names and keys."""
+    """Return images with a name that no job was started with since then: clients, names and keys."""
     query = "SELECT client_name, name, key FROM images WHERE name <> '' AND used_ns < ?"
     return db.execute(query, (before_ns,)).fetchall()
 
 
 def first_unused_ns(db: sqlite3.Connection) -> int | None:
-    """When the image was used last that was used longest ago; None without any."""
+    """Return the last use of the image that was used longest ago; None without any."""
     row = db.execute("SELECT min(used_ns) FROM images WHERE name <> ''").fetchone()
     return row[0] if row else None

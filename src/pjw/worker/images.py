@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from pjw.errors import (
     ImageNotFoundError,
+    InvalidJobError,
     LauncherGoneError,
     PjwError,
     WorkspaceBusyError,
@@ -43,6 +44,10 @@ _PAUSE_SECONDS: Final = 0.2
 _Key = tuple[str, str]
 
 log: Final = logging.getLogger(__name__)
+
+
+class ImageReplacedError(Exception):
+    """While a job was about to have an image, its name was given to another one, and the first one went."""
 
 
 class Images:
@@ -84,7 +89,8 @@ class Images:
     async def taken(self, client_name: str, spec: JobSpec) -> AsyncGenerator[tuple[JobSpec, str], None]:
         """What is executed for a spec, and the key of the image that the job has meanwhile: "" without one.
 
-        Raises ImageNotFoundError and InvalidJobError.
+        Raises ImageNotFoundError and InvalidJobError; ImageReplacedError in the place of a refusal that the
+        image which has the name now may not meet.
         """
         default = self._settings.default_image
         if default and not spec.image:
@@ -100,8 +106,21 @@ class Images:
         self._uses[use] += 1
         try:
             yield spec, key
+        except InvalidJobError:
+            if await self.is_replaced(client_name, spec.image, key):
+                raise ImageReplacedError from None
+            raise
         finally:
             self._give_back(use)
+
+    async def is_replaced(self, client_name: str, name: str, key: str) -> bool:
+        """Whether another image has the name now of one that a job was about to have; "" without one."""
+        if not key:
+            return False
+        try:
+            return (await self._find(client_name, name))[0] != key
+        except ImageNotFoundError:
+            return False
 
     async def _find(self, client_name: str, name: str) -> tuple[str, ImageConfig]:
         found = await self._store.of_workspaces(image_rows.find, client_name, name, time.time_ns())

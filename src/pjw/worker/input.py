@@ -1,7 +1,7 @@
-"""What a job reads: appended to a file, which its init feeds to the command.
+"""The input of a job: appended to a file, which its init feeds to the command.
 
-A file, so that no crash and no lost connection changes a byte of it. Its size is how much of the input there
-is; that it may not be written any more is its end, which init sees too. Nothing of it is held in memory.
+A file, so that no crash and no lost connection changes a byte of it. Its size is the length of the input so
+far; a mode that forbids writing marks its end, which init sees too. Nothing of it is held in memory.
 """
 
 import asyncio
@@ -24,37 +24,30 @@ from pjw.errors import (
 from pjw.model import Job
 from pjw.worker.background import log_bug
 from pjw.worker.quota import StoredBytes
-from pjw.worker.state_dir import WHOLE_MODE, StateDir, disk_error
+from pjw.worker.state_dir import WHOLE_MODE, disk_error
 
 
 class Inputs:
     """The inputs of all jobs of a worker, each with at most one writer at a time."""
 
-    def __init__(self, state: StateDir, stored: StoredBytes, bytes_max: int) -> None:
+    def __init__(self, stored: StoredBytes, bytes_max: int) -> None:
         """Take no more than *bytes_max* for a job; 0 is "no limit"."""
-        self._state: Final = state
         self._stored: Final = stored
         self._bytes_max = bytes_max
-        # by what they are the input of
+        # by the name of the job, session or upload that reads it
         self._turns: Final[dict[str, _Turn]] = {}
 
     def set_bytes_max(self, bytes_max: int) -> None:
-        """From now on so much; who writes already goes on as it began."""
+        """Apply this bound from now on; a writer that has begun goes on as before."""
         self._bytes_max = bytes_max
-
-    def writer(
-        self, job_id: int, client_name: str, job_ended: Callable[[], Awaitable[None]]
-    ) -> AbstractAsyncContextManager["InputWriter"]:
-        """Write to the input of a job: see `writer_of`."""
-        return self.writer_of(f"job {job_id}", self._state.input_path(job_id), client_name, job_ended)
 
     @asynccontextmanager
     async def writer_of(
         self, subject: str, path: str, client_name: str, ended: Callable[[], Awaitable[None]]
     ) -> AsyncGenerator["InputWriter", None]:
-        """Write to an input until whatever it is of has ended; the writer before gets a JobStateError.
+        """Write to an input until its reader has ended; the writer before gets a JobStateError.
 
-        The newest wins because it may be the same client, whose old connection nobody has seen end.
+        The newest wins because it may be the same client, whose old connection has ended unnoticed.
         """
         turn = self._turns.setdefault(subject, _Turn())
         turn.writers += 1
@@ -87,12 +80,12 @@ class Inputs:
 
 
 class _Turn:
-    """Who may write to one input: `latest`, as soon as the one before has let go of `lock`."""
+    """The turn to write to one input: `latest` has it, as soon as the one before has released `lock`."""
 
     def __init__(self) -> None:
         self.lock: Final = asyncio.Lock()
         self.latest: InputWriter | None = None
-        # how many have come and not gone
+        # the number of writers that have come and not gone
         self.writers = 0
 
 
@@ -117,7 +110,7 @@ class InputWriter:
         self._writing: asyncio.Future[None] | None = None
 
     def open(self, path: str) -> None:
-        """Find what is there already. Raises JobStateError when the job has ended."""
+        """Find the bytes that are there already. Raises JobStateError when the job has ended."""
         try:
             self.ended = stat.S_IMODE(os.stat(path).st_mode) == WHOLE_MODE
             flags = os.O_RDONLY if self.ended else os.O_WRONLY | os.O_APPEND
@@ -129,7 +122,7 @@ class InputWriter:
         self.offset = os.fstat(self._descriptor).st_size
 
     async def close(self) -> None:
-        """Let go of the file, when what is being written is written."""
+        """Close the file, when the write under way is done."""
         cancelled: asyncio.CancelledError | None = None
         while self._writing is not None and not self._writing.done():
             try:
@@ -138,26 +131,26 @@ class InputWriter:
                 # once more: but the number of the descriptor may not become another file's under a thread
                 cancelled = error
         if self._writing is not None:
-            log_bug(self._writing)  # who was cancelled is not told; how far it came is in the file
+            log_bug(self._writing)  # a cancelled caller is not told; the file shows how far it came
         if self._descriptor >= 0:
             os.close(self._descriptor)
         if cancelled is not None:
             raise cancelled
 
     def end(self, error: PjwError) -> None:
-        """Have whoever writes get *error*, wherever it waits."""
+        """Have the writer get *error*, wherever it waits."""
         if not self._timeout.expired():
             self.ended_by = self.ended_by or error
             # before it was entered it cannot be set: the lock, which it waits for, comes after
             self._timeout.reschedule(asyncio.get_running_loop().time())
 
     async def write(self, offset: int, data: bytes, *, end: bool = False) -> None:
-        """Write *data* to where it belongs, and with *end* nothing ever after it.
+        """Write *data* at its place, and with *end* nothing ever after it.
 
-        What is there already is passed over. What was written counts, also when this fails or is cancelled.
-        Raises OffsetError for a gap; InvalidJobError for an end before what is there; JobStateError when the
+        Bytes that are there already are skipped. Written bytes count, also when this fails or is cancelled.
+        Raises OffsetError for a gap; InvalidJobError for an end before the last byte; JobStateError when the
         input has ended, or the command does not read it any more; LimitReachedError when it would be too
-        long, its client has stored what it may, or the disk is full.
+        long, its client has stored as much as it may, or the disk is full.
         """
         behind = offset + len(data)
         if offset < 0:
@@ -209,7 +202,8 @@ class InputWriter:
             raise self._failed(error) from error
 
     def _reader_has_gone(self) -> bool:
-        # The reader's descriptor was locked before it was handed on, and init closes it when nobody reads.
+        # The reader's descriptor was locked before it was handed on, and init closes it when the command
+        # reads no more.
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -226,13 +220,13 @@ async def _end_with(ended: Callable[[], Awaitable[None]], writer: InputWriter, s
     except LauncherGoneError as error:
         writer.end(error)
     else:
-        # who has just brought all of it is to hear that, not that nobody wants any more
+        # a writer that has just brought all of it is to hear that, not that it is no longer wanted
         if not writer.ended:
             writer.end(ended_error(subject))
 
 
 def require_input(job: Job) -> None:
-    """Raises JobStateError for a job that takes none."""
+    """Check that a job takes input. Raises JobStateError."""
     if not job.input:
         raise JobStateError(
             f"job {job.id} takes no input", hint="it has to be started with input, as by pjw start --stdin"
@@ -240,5 +234,5 @@ def require_input(job: Job) -> None:
 
 
 def ended_error(subject: str) -> JobStateError:
-    """The error for input that comes too late."""
+    """Return the error for input that comes too late."""
     return JobStateError(f"{subject} has ended, and reads no input any more")

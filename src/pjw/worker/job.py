@@ -43,7 +43,7 @@ class LiveJob:
         self.init_killed = False
         # whether it was ended because it had most of a file system that was about to be full
         self.disk_limit = False
-        # what it used when that was last measured, and the time of the event loop then
+        # its last measured usage, and the time of the event loop then
         self.sample: UsageSample | None = None
         self.sampled_at = -math.inf
         self._why_stuck = ""
@@ -56,16 +56,16 @@ class LiveJob:
         self.job = replace(self.job, state=state, detail=detail, **changes)  # type: ignore[arg-type]
 
     def exec_seen(self, started_ns: int | None) -> None:
-        """The command was executed; None when only that is known, not when."""
+        """Note that the command was executed; None when only that is known, not when."""
         start = self.job.start if started_ns is None else from_ns(started_ns)
         self._apply(JobEvent.EXEC_SEEN, start=start)
 
     def stop_asked(self) -> None:
-        """Somebody asked for the job's end."""
+        """Note that an end of the job was requested."""
         self._apply(JobEvent.STOP_ASKED)
 
     def stuck_seen(self, detail: str) -> None:
-        """It was killed, and is there all the same; *detail* is said until its end."""
+        """Note that it was killed and is still there; *detail* is shown until its end."""
         self._why_stuck = detail
         self.stuck.set()
         self._tell()
@@ -79,12 +79,12 @@ class LiveJob:
         self._tell()
 
     def keeping_seen(self) -> None:
-        """The command has ended, and its end is recorded."""
+        """Note that the command has ended, and its end is recorded."""
         self.keeping = True
         self._tell()
 
     def artifacts_seen(self, artifacts: Artifacts, *, killed: bool) -> None:
-        """Its init has ended, and with it what has become of its artifacts is known.
+        """Note the state of its artifacts, known as its init has ended.
 
         *killed*: SIGKILL has ended their packing.
         """
@@ -99,7 +99,7 @@ class LiveJob:
             self.job = replace(self.job, detail=detail)
 
     def end_seen(self, end: End, usage: Usage | None, output_bytes: int) -> None:
-        """The command ended, and init recorded how."""
+        """Note the end of the command, as init recorded it."""
         reason = end.reason
         # The counter alone is not the reason: a job may lose a child to it and still succeed.
         if (
@@ -131,7 +131,7 @@ class LiveJob:
         )
 
     def killed_unrecorded(self, usage: Usage | None, output_bytes: int) -> None:
-        """We killed the job with its init, so nobody recorded what everybody knows."""
+        """Note the end of a job that we killed with its init, which recorded nothing."""
         status = ExitStatus(signal=9)
         self._apply(
             JobEvent.END_SEEN,
@@ -143,9 +143,9 @@ class LiveJob:
         )
 
     def end_unknown(self, reason: EndReason, usage: Usage | None, output_bytes: int) -> None:
-        """The job is gone, and nobody recorded how it ended: no guess is made of that.
+        """Note that the job is gone without a record of its end: no guess is made of that.
 
-        *reason* is why nobody could.
+        *reason* says why there is none.
         """
         self._apply(
             JobEvent.END_UNKNOWN,
@@ -156,7 +156,7 @@ class LiveJob:
         )
 
     def announce_end(self) -> None:
-        """Wake all who wait for the end, with the final snapshot and the whole output in place."""
+        """Wake all callers that wait for the end, with the final snapshot and whole output in place."""
         self.mark_output_ended()
         self.ended.set()
 
@@ -173,11 +173,11 @@ class LiveJob:
             self.stderr.abandon()
 
     def hold(self, pidfd: int) -> None:
-        """Own the pidfd of the job's init, for the case that nobody else can tell its end."""
+        """Own the pidfd of the job's init, for the case that nothing else can tell its end."""
         self._pidfd = pidfd
 
     def watch(self) -> None:
-        """Say that the output is whole when init ends; nothing happens when its pidfd was let go of."""
+        """Say that the output is whole when init ends; nothing happens when its pidfd was closed."""
         if self._pidfd >= 0:
             asyncio.get_running_loop().add_reader(self._pidfd, self._on_pidfd)
 

@@ -1,6 +1,6 @@
 """Launches under way: so many of a client at a time, the others in turn.
 
-The launcher takes requests as they come. So what one client has before another's start is a few launches,
+The launcher takes requests as they come. So a client has only a few launches ahead of another's start,
 however many starts it asks for at once (S10). It has fewer beside other clients than alone.
 """
 
@@ -15,7 +15,7 @@ AT_ONCE_ALONE: Final = 4
 # Each launch keeps a processor busy: beside two at a time of one client, another's stop took 3.3 times as
 # long as beside a client that starts and stops one job after the other, and beside one at a time 2.0 times.
 AT_ONCE_BESIDE_OTHERS: Final = 1
-# how long a client counts after its last launch
+# seconds for which a client counts after its last launch
 RECENT_SECONDS: Final = 1.0
 # A launch that takes longer waits for something else than a processor, such as a disk: the next may begin.
 SLOW_SECONDS: Final = 0.25
@@ -73,7 +73,7 @@ class Turn:
 
 
 class LaunchTurns:
-    """Who may launch now."""
+    """The turns of clients to launch."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock: Final = clock
@@ -82,12 +82,12 @@ class LaunchTurns:
         self._recent: Final[dict[str, float]] = {}
 
     def is_busy(self, client_name: str) -> bool:
-        """Whether a client's next launch would have to wait for its turn."""
+        """Return whether a client's next launch would have to wait for its turn."""
         line = self._lines.get(client_name)
         return line is not None and (bool(line.waiting) or not self._has_room(client_name, line))
 
     def turn(self, client_name: str) -> "Turn":
-        """A client's next turn, which is to be waited for."""
+        """Return a client's next turn, which is to be waited for."""
         return Turn(self, client_name)
 
     async def begin(self, client_name: str) -> _Line:
@@ -101,12 +101,12 @@ class LaunchTurns:
         return line
 
     def note_slow(self, client_name: str, line: _Line) -> None:
-        """A launch takes long: the client's next may begin. For a Turn."""
+        """Let the client's next launch begin, as this one takes long. For a Turn."""
         line.slow += 1
         self._go_on(client_name, line)
 
     def end(self, client_name: str, line: _Line, *, slow: bool) -> None:
-        """A turn is over. For a Turn."""
+        """End a turn. For a Turn."""
         self._note(client_name)
         line.under_way -= 1
         line.slow -= slow

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 from collections import deque
@@ -41,7 +42,7 @@ class LaunchBrokenOffError(Exception):
     """
 
     def __init__(self, refusal: PjwError, *, is_left: bool) -> None:
-        """*refusal* is the error for the caller that asked for the launch."""
+        """Make the error; *refusal* is the error for the caller that asked for the launch."""
         super().__init__(str(refusal))
         self.refusal: Final = refusal
         self.is_left: Final = is_left
@@ -53,7 +54,7 @@ Ended = asyncio.Future[protocol.Ended]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A reply and its descriptors; of a launch or an adoption also what tells the end of that job."""
+    """A reply and its descriptors; for a launch or an adoption also the future of that job's end."""
 
     reply: protocol.Reply
     descriptors: list[int]
@@ -62,7 +63,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class RunningInit:
-    """The init of a job that runs: a pidfd, which is the caller's to close, and what tells its end."""
+    """The init of a running job: a pidfd, which the caller closes, and the future of its end."""
 
     pidfd: int
     ended: Ended
@@ -106,7 +107,7 @@ class LauncherClient:
         self._ends.clear()
 
     async def join(self) -> None:
-        """After `close`: wait until the launcher has ended, and collect it."""
+        """Wait, after `close`, until the launcher has ended, and collect it."""
         await readable(self._pidfd)
         collect(self._pidfd)
 
@@ -131,7 +132,7 @@ class LauncherClient:
         return RunningInit(fds[0], answer.ended), reply.started_ns
 
     async def request_exec(self, request: protocol.Exec, spec: JobSpec, descriptors: list[int]) -> int:
-        """Start a session in a job that runs; the time of exec in ns. Raises what a launch does.
+        """Start a session in a running job; return the time of exec in ns. Raises as a launch does.
 
         Owns the descriptors, and empties the list.
         """
@@ -143,9 +144,9 @@ class LauncherClient:
         return answer.reply.started_ns
 
     async def request_connect(self, job_id: int, uid: int, port: int) -> int:
-        """A socket that is connected to a port within a job; the caller owns it.
+        """Return a socket connected to a port within a job; the caller owns it.
 
-        Raises JobStateError where nobody listens, and KernelError.
+        Raises JobStateError when nothing listens there, and KernelError.
         """
         answer = await self._ask(protocol.Connect(job_id, uid, port))
         reply = answer.reply
@@ -170,7 +171,7 @@ class LauncherClient:
     async def request_adopt(
         self, job_id: int, job: Job | None = None, withdrawn: tuple[str, ...] = ()
     ) -> RunningInit | None:
-        """The init of a job that still runs; None when it has ended.
+        """Return the init of a job that still runs; None when it has ended.
 
         With the *job* its names on the network are there again but for those *withdrawn*, and the link that
         others may join it by.
@@ -186,7 +187,7 @@ class LauncherClient:
         return RunningInit(fds[0], answer.ended) if answer.ended is not None else None
 
     async def request_job_ids(self) -> list[int]:
-        """The ids of all jobs of which a cgroup or a scratch directory is there."""
+        """Return the ids of all jobs that have a cgroup or a scratch directory."""
         job_ids: list[int] = []
         while True:
             reply = (await self._request(protocol.JobIds(job_ids[-1] if job_ids else 0))).reply
@@ -201,22 +202,22 @@ class LauncherClient:
         await self._request(protocol.JobIds(2**63 - 1))
 
     async def request_terminate(self, job_id: int, signal: int) -> None:
-        """A signal to every process of the job."""
+        """Send a signal to every process of the job."""
         await self._request(protocol.Terminate(job_id, signal))
 
     async def request_kill(self, job_id: int, *, init_too: bool = False) -> None:
-        """SIGKILL to every process of the job; its init records the end unless killed too."""
+        """Send SIGKILL to every process of the job; its init records the end unless killed too."""
         await self._request(protocol.Kill(job_id, init_too))
 
     async def request_remaining(self, job_id: int) -> protocol.Remaining:
-        """What processes a job has that was killed: see protocol.Remaining."""
+        """Return the processes left of a job that was killed: see protocol.Remaining."""
         reply = (await self._request(protocol.Remains(job_id))).reply
         if not isinstance(reply, protocol.Remaining):
             raise ProtocolError("the launcher answered a question for what remains with something else")
         return reply
 
     async def request_measure(self, job_ids: Sequence[int]) -> dict[int, UsageSample]:
-        """What jobs use at this moment, by their ids; those that have ended are left out.
+        """Return the usage of jobs at this moment, by their ids; leave out those that have ended.
 
         At most protocol.MAX_MEASURED at a time.
         """
@@ -236,7 +237,7 @@ class LauncherClient:
         }
 
     async def request_account(self, job_id: int) -> Usage | None:
-        """What an ended job has used; None when its cgroup is gone."""
+        """Return the usage of an ended job; None when its cgroup is gone."""
         reply = (await self._request(protocol.Account(job_id))).reply
         if not isinstance(reply, protocol.Accounted):
             raise ProtocolError("the launcher answered a question for usage with something else")
@@ -251,25 +252,25 @@ class LauncherClient:
         await self._request(protocol.Departed(job_id))
 
     async def request_set_share(self, uid: int, share: Share) -> tuple[str, ...]:
-        """Give a client another share, if it has jobs; in words, what of it could not be set."""
+        """Give a client another share, if it has jobs; return in words the parts that could not be set."""
         reply = (await self._request(protocol.SetShare(uid, share))).reply
         if not isinstance(reply, protocol.ShareSet):
             raise ProtocolError("the launcher answered a request for a share with something else")
         return reply.not_set
 
     async def request_measure_client(self, uid: int) -> GroupUse:
-        """What the jobs of a client use together at this moment."""
+        """Return the joint usage of a client's jobs at this moment."""
         reply = (await self._request(protocol.MeasureClient(uid))).reply
         if not isinstance(reply, protocol.ClientMeasured):
             raise ProtocolError("the launcher answered a question for a client with something else")
         return reply.use
 
     async def request_scratch_use(self) -> int:
-        """Have scratch directories counted; a pipe, the caller's, that gives a line for each job."""
+        """Have scratch directories counted; return a pipe, the caller's, with a line for each job."""
         return await self._opened(protocol.ScratchUse())
 
     async def request_workspaces(self) -> list[tuple[int, str]]:
-        """All workspaces that have a directory: the user ids of their clients, and their names."""
+        """Return all workspaces that have a directory: the user ids of their clients, and their names."""
         found: list[tuple[int, str]] = []
         after = ""
         while True:
@@ -283,7 +284,7 @@ class LauncherClient:
                 return found
 
     async def request_workspace_use(self, uid: int, name: str) -> int:
-        """Have a workspace counted; a pipe, the caller's, that gives its bytes and inodes."""
+        """Have a workspace counted; return a pipe, the caller's, with its bytes and inodes."""
         return await self._opened(protocol.WorkspaceUse(uid, name))
 
     async def request_remove_workspace(self, uid: int, name: str) -> None:
@@ -291,7 +292,7 @@ class LauncherClient:
         await self._request(protocol.RemoveWorkspace(uid, name))
 
     async def request_image_table(self) -> int:
-        """The table of the operator's images, open for reading; the caller owns it. Raises KernelError."""
+        """Open the table of the operator's images for reading; the caller owns it. Raises KernelError."""
         return await self._opened(protocol.ImageTable())
 
     async def request_reload_mounts(self) -> None:
@@ -299,7 +300,7 @@ class LauncherClient:
         await self._request(protocol.ReloadMounts())
 
     async def request_gpus(self, names: Sequence[str] = ()) -> protocol.GpuNames:
-        """All GPUs of the machine, and the variables of those with these *names*.
+        """Return all GPUs of the machine, and the variables of those with these *names*.
 
         Raises KernelError, ConfigError and GpuError.
         """
@@ -309,14 +310,14 @@ class LauncherClient:
         return reply
 
     async def request_open_file(self, place: int) -> int:
-        """The operator's file at that place, open for reading; the caller owns it.
+        """Open the operator's file at that place for reading; the caller owns it.
 
         Raises KernelError or ConfigError when it cannot be opened.
         """
         return await self._opened(protocol.OpenFile(place))
 
     async def request_audit_log(self) -> int:
-        """The audit log, open for appending; the caller owns it. Raises KernelError or ConfigError."""
+        """Open the audit log for appending; the caller owns it. Raises KernelError or ConfigError."""
         return await self._opened(protocol.OpenAuditLog())
 
     async def _opened(self, request: protocol.Request) -> int:
@@ -440,6 +441,12 @@ def _launch_error_of(refused: protocol.Refused, spec: JobSpec) -> PjwError:
                 return JobStateError(words, hint="make the image anew")
             return JobStateError(
                 f"{words}: {describe_errno(refused.errno)}", hint="ask the operator: pjwd check"
+            )
+        case "setup" if refused.operation.startswith("listen") and refused.errno == errno.EADDRINUSE:
+            # those who share its network are the only ones who can be there before it
+            return JobStateError(
+                f"cannot {refused.operation.removesuffix(' for')}: a job with the same link listens there",
+                hint="end that listener, or give this job another --link",
             )
         case "device-at":
             return GpuError.of_edit(

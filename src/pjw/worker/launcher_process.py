@@ -32,7 +32,7 @@ class LauncherProcess:
 
 
 def require_root() -> None:
-    """Raises ConfigError unless this process is root."""
+    """Check that this process is root. Raises ConfigError."""
     if os.geteuid() != 0:
         raise ConfigError(
             "starting jobs needs root: namespaces, cgroups and user ids are set up by it",
@@ -47,10 +47,10 @@ def start_launcher(
     audit_log: str = "",
     configuration: str = "",
 ) -> LauncherProcess:
-    """Start the launcher and tell it its policy, and what it may open again for who is not root.
+    """Start the launcher and tell it its policy, and the files it may open again for an unprivileged server.
 
-    Must run as root and before gRPC is imported, whose threads make children die before
-    exec. Raises ConfigError or KernelError when this host does not allow it.
+    Must run as root and before gRPC is imported, whose threads make children die before exec. Raises
+    ConfigError or KernelError when this host does not allow it.
     """
     require_root()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -97,7 +97,7 @@ def collect(pidfd: int) -> None:
 
 
 def check_limits(ready: protocol.Ready, limits: Limits) -> None:
-    """Raises ConfigError for limits of disk IO when the launcher has found no disk to set them on."""
+    """Check limits of disk IO: they need a disk that the launcher has found. Raises ConfigError."""
     if ready.no_disk and any(value for name, value in limits.items() if name.startswith("io_")):
         raise ConfigError(ready.no_disk, hint=ready.hint)
 
@@ -109,7 +109,7 @@ def hello_of(
     audit_log: str = "",
     configuration: str = "",
 ) -> protocol.Hello:
-    """The first message to a launcher, with its policy."""
+    """Return the first message to a launcher, with its policy."""
     return protocol.Hello(
         state_dir=state_dir,
         uid_first=settings.uid_first,

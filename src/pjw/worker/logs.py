@@ -1,4 +1,4 @@
-"""What is read of a job's output: which stream, from where on, and what is missing at its end."""
+"""Reads of a job's output: the stream, the first byte, and the error for a missing end."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
@@ -27,7 +27,7 @@ from pjw.worker.state_dir import StateDir
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Which part of a job's output.
+    """A part of a job's output.
 
     It begins at byte `offset`, `tail_lines` lines before the end of the output so far, or with the output of
     `since_ns` (nanoseconds since 1970), whichever comes last. It ends with the job, or without `follow` at
@@ -41,7 +41,7 @@ class Part:
     follow: bool = True
     # of a session of the job instead of the job's own; 0 is the latter
     session: int = 0
-    # what was kept of the job's files after its end, instead of its output: an archive
+    # the artifacts of the job, an archive, instead of its output
     artifacts: bool = False
 
     def __post_init__(self) -> None:
@@ -61,13 +61,13 @@ ALL_OUTPUT: Final = Part()
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One stream of a job's output, and what is to be said at its end."""
+    """One stream of a job's output, and the error to raise at its end."""
 
     log: OutputLog
     lost: OutputLostError | None = None
 
     async def reading(self, part: Part, turns: asyncio.Lock) -> "Reading":
-        """A part of the output, with its beginning looked up; one lookup in *turns* at a time.
+        """Return a part of the output with its beginning looked up; one lookup in *turns* at a time.
 
         Raises JobStateError for a part that begins at a time when the job's init recorded no times.
         """
@@ -89,20 +89,21 @@ class Output:
 class Reading:
     """A part of a job's output, from the byte `offset` on; it is opened when it is read.
 
-    Both ways to read raise OffsetError for an offset beyond what is there, and OutputLostError, at the end of
-    what is there, when the host went down before the disk had all of it, or when somebody cut the file short.
+    Both ways to read raise OffsetError for an offset beyond the end, and OutputLostError, at the end of the
+    present bytes, when the host went down before the disk had all of it, or when another process cut the file
+    short.
     """
 
     output: Output
     offset: int
     follow: bool
-    # what lasts as long as it is read
+    # a context that lasts as long as the read
     within: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def chunks(self, head: Head = no_head) -> AsyncGenerator[bytes, None]:
-        """Its bytes, as they come. *head* makes what each chunk begins with from how many bytes it has."""
+        """Yield its bytes, as they come. *head* makes the beginning of each chunk from the chunk's length."""
         chunks = follow(self.output.log, self.offset, head, present_only=not self.follow)
-        # most are whole, and one more generator is a part of what a line to many followers costs
+        # most are whole, and one more generator is a part of the cost of a line to many followers
         return self._checked(chunks) if self.output.lost or self.within is not nullcontext else chunks
 
     async def _checked(self, chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
@@ -114,7 +115,7 @@ class Reading:
         self._check_whole()
 
     async def timed(self) -> AsyncGenerator[tuple[bytes, datetime | None], None]:
-        """The same, with the time at which the job wrote each piece; None where that is not known."""
+        """Yield its bytes, each piece with the time at which the job wrote it; None if that is not known."""
         async with aclosing(
             follow_with_times(self.output.log, self.offset, present_only=not self.follow)
         ) as pieces:
@@ -128,7 +129,7 @@ class Reading:
 
 
 def live_job(state: StateDir, inotify: Inotify, job: Job) -> LiveJob:
-    """A job that has not ended, with its output."""
+    """Return a job that has not ended, with its output."""
     stderr = _log_of(state, inotify, job, stderr=True) if job.split_stderr else None
     return LiveJob(job, _log_of(state, inotify, job), stderr)
 
@@ -141,7 +142,7 @@ def _log_of(state: StateDir, inotify: Inotify, job: Job, *, stderr: bool = False
 
 
 def output_of_ended(state: StateDir, inotify: Inotify, job: Job, *, stderr: bool) -> Output:
-    """A stream of the output of a job that has ended. Raises KernelError."""
+    """Return a stream of the output of a job that has ended. Raises KernelError."""
     size, expected = state.output_size(job), job.output_bytes or 0
     lost = None
     if size < expected:
@@ -153,12 +154,12 @@ def output_of_ended(state: StateDir, inotify: Inotify, job: Job, *, stderr: bool
 
 
 def artifacts_of(state: StateDir, inotify: Inotify, job: Job) -> Output:
-    """The artifacts of a job, as an archive.
+    """Return the artifacts of a job, as an archive.
 
     Raises JobStateError before its end, CopyError when there are none, and KernelError.
     """
     expected = require_kept(job).bytes
-    # None: somebody has removed the file, or a backup was restored without it
+    # None: the file was removed, or a backup was restored without it
     size = state.whole_artifacts(job.id)
     lost = None
     if size != expected:
@@ -170,7 +171,7 @@ def artifacts_of(state: StateDir, inotify: Inotify, job: Job) -> Output:
 
 
 def check_stream(job: Job, part: Part) -> None:
-    """Raises JobStateError when a stream is asked for that the job has not."""
+    """Check that a job has the requested stream. Raises JobStateError."""
     if part.stderr and not job.split_stderr:
         raise JobStateError(
             f"cannot read the stderr of job {job.id} alone: the job was started without keeping it apart,"

@@ -1,4 +1,4 @@
-"""Names on the network: what the operator offers to which client."""
+"""Names on the network: the operator's offers to each client."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,13 +7,13 @@ from typing import Final
 from pjw.errors import ConfigError, InvalidJobError
 from pjw.network import Allowed, is_offered
 
-# so many offers are named to who asks for another
+# the number of offers in the hint for a client that asks for another name
 _SHOWN_MAX: Final = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """What jobs may reach, by name: `hosts` of every client, and more of some.
+    """The names that jobs may reach: `hosts` of every client, and more of some.
 
     `private` are ranges of addresses that are no host's on the internet and may be reached all the same.
     `uid` is the user of pjwd-egress; 0: there is none.
@@ -36,11 +36,11 @@ class Network:
 
     @property
     def offered(self) -> tuple[str, ...]:
-        """All that is offered to anybody."""
+        """All names that are offered to any client."""
         return tuple(dict.fromkeys((*self.hosts, *(host for own in self.by_name.values() for host in own))))
 
     def withdrawn(self, client_name: str, allow: Sequence[str]) -> tuple[str, ...]:
-        """Which of a job's names are not offered to its client, or not any more."""
+        """Return a job's names that are not offered to its client, or not any more."""
         offered = list(map(Allowed.of, self._offers(client_name) if allow else ()))
         return tuple(name for name in allow if not is_offered(Allowed.of(name), offered))
 
@@ -48,7 +48,7 @@ class Network:
         return (*self.hosts, *self.by_name.get(client_name, ()))
 
     def require(self, client_name: str, allow: Sequence[str]) -> None:
-        """Raises InvalidJobError for a name that is not offered to a client."""
+        """Check that all names are offered to a client. Raises InvalidJobError."""
         offers = self._offers(client_name)
         for name in self.withdrawn(client_name, allow):
             more = ", and more" if len(offers) > _SHOWN_MAX else ""

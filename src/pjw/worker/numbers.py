@@ -1,9 +1,9 @@
-"""How much of everything a worker has, at one moment."""
+"""The counters of a worker, at one moment."""
 
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pjw.model import EndReason, JobState
@@ -15,7 +15,7 @@ from pjw.worker.state_dir import StateDir
 
 @dataclass(frozen=True, slots=True)
 class ClientNumbers:
-    """What one client has."""
+    """The counters of one client."""
 
     running: int = 0
     stored_jobs: int = 0
@@ -24,15 +24,26 @@ class ClientNumbers:
 
 
 @dataclass(frozen=True, slots=True)
+class Series:
+    """A metric that only some pjwd have: values by a label, or else a total that only grows."""
+
+    name: str
+    text: str
+    label: str = ""
+    values: Mapping[str, float] = field(default_factory=dict)
+    total: float = 0
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerNumbers:
-    """What there is of jobs and of space.
+    """The counters of jobs and of space, for monitoring.
 
-    Jobs by state, ends by reason since the start, what each client has, the state directory's disk, the
-    number of jobs whose output waits for that disk, and of the queue how many jobs were started from it and
-    since when the oldest waits that waits for nothing but its turn (seconds). In the queue each element of
-    an array counts.
+    Jobs by state, ends by reason since the start, the counters of each client, the state directory's disk,
+    the number of jobs whose output waits for that disk. Of the queue: the number of jobs that were started
+    from it, and how long (in seconds) the oldest job has waited that waits only for its turn. In the queue
+    each element of an array counts.
 
-    Bytes are the output of ended jobs: that of those which run is known when they have ended.
+    Bytes are the output of ended jobs: that of running jobs is known when they have ended.
     """
 
     live: Mapping[JobState, int]
@@ -44,8 +55,11 @@ class WorkerNumbers:
     launcher_up: bool
     admissions: int = 0
     oldest_queued_seconds: float = 0.0
-    # of jobs, to names on the network, by what became of them
+    # of jobs, to names on the network, by their results
     connections: Mapping[str, int] = field(default_factory=dict)
+    # of a gateway, or of the node of one
+    more: Sequence[Series] = ()
+    drained: bool = False
 
 
 async def count_all(
@@ -56,6 +70,9 @@ async def count_all(
     launcher: LauncherClient,
     queue: Queue,
     connections: Mapping[str, int],
+    more: Sequence[Series],
+    *,
+    drained: bool,
 ) -> WorkerNumbers:
     """Count; it costs the same however many jobs are kept."""
     totals = {name: (jobs, stored) for name, jobs, stored in await state.store.totals()}
@@ -78,4 +95,6 @@ async def count_all(
         admissions=queue.admissions,
         oldest_queued_seconds=0.0 if oldest_ns is None else max(0.0, (time.time_ns() - oldest_ns) / 1e9),
         connections=dict(connections),
+        more=more,
+        drained=drained,
     )

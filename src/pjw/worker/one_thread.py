@@ -12,9 +12,9 @@ from typing import Any, Final, ParamSpec, TypeVar
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-# is told on the event loop how a call went: what it gave, or what it raised
+# called on the event loop with the result of a call, or with the error that it raised
 _Done = Callable[[Any, BaseException | None], None]
-# What a call gives when somebody else will tell that it is over.
+# The result of a call whose end other code will report.
 TOLD_LATER: Final = object()
 
 
@@ -23,7 +23,7 @@ class OneThread:
 
     def __init__(self, name: str) -> None:
         self._name: Final = name
-        # the loop, what is to be called, and who is told; None ends the thread
+        # the loop, the function, and its callback; None ends the thread
         self._calls: Final[
             SimpleQueue[tuple[asyncio.AbstractEventLoop, Callable[[], object], _Done] | None]
         ] = SimpleQueue()
@@ -32,13 +32,13 @@ class OneThread:
     def call(self, function: Callable[[], object], done: _Done) -> None:
         """Have *function* called, and then *done* by the running event loop, unless it gives TOLD_LATER."""
         if self._thread is None:
-            # a daemon: where nobody calls `close`, it keeps no process from ending
+            # a daemon: without a call of `close` it keeps no process from ending
             self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             self._thread.start()
         self._calls.put((asyncio.get_running_loop(), function, done))
 
     async def run(self, function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        """Call *function*, and give what it gives or raise what it raises.
+        """Call *function*; return its result, or raise its error.
 
         It is not called when the caller was cancelled before its turn came.
         """
@@ -59,7 +59,7 @@ class OneThread:
         return await future
 
     def close(self) -> None:
-        """Wait until all that was asked for is done, and end the thread."""
+        """Wait until all requested calls are done, and end the thread."""
         if self._thread is not None:
             self._calls.put(None)
             self._thread.join()
@@ -70,10 +70,10 @@ class OneThread:
             result, error = None, None
             try:
                 result = function()
-            except BaseException as raised:  # noqa: BLE001  it goes to whoever called
+            except BaseException as raised:  # noqa: BLE001  it goes to the caller
                 error = raised
             if result is not TOLD_LATER:
-                # RuntimeError: the loop has ended, and nobody waits
+                # RuntimeError: the loop has ended, and no caller waits
                 with suppress(RuntimeError):
                     loop.call_soon_threadsafe(done, result, error)
             # not held until the next call comes

@@ -1,6 +1,6 @@
-"""What an init, or a session, is told while it runs: a small file that the server writes and that is watched.
+"""Orders to an init, or a session, while it runs: a small file that the server writes and that is watched.
 
-What it says outlives the server, and needs no launcher (init/init.h, struct orders).
+The orders outlive the server, and need no launcher (init/init.h, struct orders).
 """
 
 import os
@@ -16,7 +16,7 @@ _HANG_UP: Final = struct.Struct("=I")
 
 
 def create_orders(path: str, size: TerminalSize | None) -> int:
-    """Make the file; give a descriptor for who reads it. Raises OSError."""
+    """Make the file; return a descriptor for its reader. Raises OSError."""
     rows, columns = (size.rows, size.columns) if size is not None else (0, 0)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:

@@ -1,4 +1,4 @@
-"""Pages of the table of jobs. To make one costs the same in any table, whatever is asked for."""
+"""Pages of the table of jobs. A page costs the same in any table, whatever the request."""
 
 import sqlite3
 from collections.abc import Mapping, Sequence
@@ -9,21 +9,21 @@ from typing import Final
 from pjw.model import Job, JobState
 from pjw.worker.rows import COLUMNS, job_of
 
-# A page of long commands ends early, so that it fits into the 4 MiB that gRPC's clients take, and
-# that nobody's list fills the memory: a command may have half a megabyte.
+# A page of long commands ends early, so that it fits into the 4 MiB that gRPC's clients take, and so that no
+# client's list fills the memory: a command may have half a megabyte.
 PAGE_CHARACTERS: Final = 256 * 1024
-# So many rows are looked at for one page at most: where few fit, it has few jobs, or none, and the next
-# goes on. They take the table a millisecond, in which nobody else can use it; at most 60 ms, where each has
-# as many and as long labels as it may, and all of them are asked for.
+# So many rows are looked at for one page at most: where few fit, it has few jobs, or none, and the next goes
+# on. They take the table a millisecond, in which no other call can use it; at most 60 ms, where each has as
+# many and as long labels as it may, and all of them are requested.
 ROWS_LOOKED_AT: Final = 2_000
 _ID_MAX: Final = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
 class JobFilter:
-    """Which jobs are wanted: in one of these states, with all of these labels, of this name, of this array.
+    """The wanted jobs: in one of these states, with all of these labels, of this name, of this array.
 
-    What is empty says nothing.
+    An empty field sets no condition.
     """
 
     states: frozenset[JobState] = frozenset()
@@ -32,7 +32,7 @@ class JobFilter:
     array_id: int | None = None
 
     def fits(self, job: Job) -> bool:
-        """Whether a job has the labels and the name, whatever its state."""
+        """Return whether a job has the labels and the name, whatever its state."""
         return self.name in ("", job.name) and self.labels.items() <= dict(job.labels).items()
 
 
@@ -44,7 +44,7 @@ _QUEUED: Final = frozenset({JobState.QUEUED})
 class Page:
     """Some jobs, and the id behind which the next page begins; None when there is none.
 
-    Of those that have not ended the table does not know the state: who does leaves out what does not fit.
+    The table does not know the state of unfinished jobs: a caller that does leaves out those that do not fit.
     """
 
     jobs: Sequence[Job]
@@ -59,7 +59,7 @@ def read_page(
     wanted: JobFilter,
     newest_first: bool,  # noqa: FBT001  called by position, from another thread
 ) -> Page:
-    """At most *count* jobs that fit, of one client or of all, behind id *after* (0: from the first on)."""
+    """Return at most *count* jobs that fit, of one client or all, behind id *after* (0: from the first)."""
     begun = wanted.states - _QUEUED
     if begun != wanted.states and begun and not any(state.final for state in begun):
         # each of the two has an index of its own
@@ -75,7 +75,7 @@ def read_page(
         # its elements have an index of their own, and there are as many as ran
         query.add("array_id = ?", wanted.array_id)
     if wanted.name:
-        # says the index of names what it wants to hear
+        # lets SQLite choose the index of names
         query.add("name = ? AND name <> ''", wanted.name)
     bounded = bool(
         wanted.labels or wanted.states or wanted.array_id is not None or (wanted.name and client_name is None)
@@ -111,7 +111,7 @@ def read_page(
 
 
 def _merged(parts: Sequence[Page], count: int, newest_first: bool) -> Page:  # noqa: FBT001
-    """One page of two, behind neither of which a job is left out that comes before a job of the other."""
+    """Merge two pages; end at the earlier of their ends, so that no job before it is left out."""
     ends = [part.next_after for part in parts if part.next_after is not None]
     last = (max if newest_first else min)(ends, default=None)
     jobs = sorted((job for part in parts for job in part.jobs), key=lambda job: job.id, reverse=newest_first)
@@ -144,7 +144,7 @@ class _Query:
 
 
 def _last_to_look_at(db: sqlite3.Connection, query: _Query) -> int | None:
-    """The row at which a page ends however few fit; None when so many rows are not there any more."""
+    """Return the row at which a page ends however few fit; None when fewer rows are left."""
     row = db.execute(f"{query.select('id')} OFFSET ?", (*query.arguments, 1, ROWS_LOOKED_AT - 1)).fetchone()
     return row[0] if row else None
 

@@ -29,6 +29,7 @@ from pjw.errors import (
     WorkspaceBusyError,
 )
 from pjw.model import GPUS_MAX, EndReason, Job, JobState
+from pjw.worker.admission import DRAINED
 from pjw.worker.background import Background
 from pjw.worker.flag import Flag
 from pjw.worker.queue_rows import SERVER_FAILED, STOPPED_BEFORE_START, Head, WaitingJob
@@ -50,6 +51,8 @@ LONGEST_PAUSE_SECONDS: Final = 60.0
 ATTEMPTS_MAX: Final = 3
 # limits that hold up only the client that has reached them
 _OF_A_CLIENT: Final = ("running_max", "stored_bytes_max", "workspaces_max", "workspace_bytes_max")
+# When others pass so many jobs of a client, its further ones wait for these: a look must not read them all.
+PASSED_MAX: Final = 100
 # so many of the jobs that a job waits for are named
 _NAMED_MAX: Final = 5
 # Nothing tells Python 3.11 that somebody has set the clock.
@@ -75,26 +78,34 @@ class Backend(Protocol):
         InvalidJobError when it never can: in each case it was not executed, and is in the queue.
         """
 
-    async def ended(self, job_id: int) -> None:
-        """Return when a job has ended, though there be another attempt."""
+    async def ended(self, job_id: int) -> bool:
+        """Return when a job has ended, though there be another attempt; or, and that is true, waits again."""
 
 
 class Queue:
     """The jobs that wait, of all clients."""
 
     def __init__(
-        self, store: JobStore, backend: Backend, background: Background, settings: WorkerSettings
+        self,
+        store: JobStore,
+        backend: Backend,
+        background: Background,
+        settings: WorkerSettings,
+        slots: Slots | None = None,
     ) -> None:
+        """*slots* are those of a cluster; without them this machine's."""
         self._store: Final = store
         self._backend: Final = backend
         self._background: Final = background
-        self._slots: Final = Slots(settings)
+        self._slots: Final = Slots(settings) if slots is None else slots
         # clients that may have a job that waits for its turn alone, each with the first one once it is known
         self._heads: Final[dict[str, Head | None]] = {}
         # the elements of each array that are being started or run, and the arrays of each client of which no
         # further one can be started now: so many run, or those that wait cannot be started yet
         self._drawn: Final[defaultdict[int, set[int]]] = defaultdict(set)
         self._shut: Final[defaultdict[str, set[int]]] = defaultdict(set)
+        # jobs of each client that others may pass, as not every room is for them
+        self._passed: Final[defaultdict[str, dict[int, Head]]] = defaultdict(dict)
         # arrays that somebody waits for, and of which an element has ended, maybe the last one
         self._maybe_over: Final[set[int]] = set()
         # the jobs of each client that are being started, by their ids
@@ -125,6 +136,9 @@ class Queue:
         self._behind_it: Final[set[str]] = set()
         # how many are free; where nobody knows, whoever starts a job refuses it
         self.free_gpus: Callable[[], int] = lambda: GPUS_MAX
+        # whether jobs are started at all, and what to call when a start is over
+        self.admits: Callable[[], bool] = lambda: True
+        self.settled: Callable[[], None] = lambda: None
         # jobs of the queue that were admitted: how many
         self.admissions = 0
         # the workspaces of a client that jobs use, each with whether one is alone there; and such a job
@@ -138,7 +152,7 @@ class Queue:
         for job in running:
             if job.queued is not None:
                 self._draw(job.id, job.array_id)
-                self._slots.take(job.id, job.client_name, job.limits)
+                self._slots.take(job)
                 self._background.spawn(self._until_end(job))
         for array_id in await self._store.being_stopped():
             await self.cancel_array(array_id)
@@ -191,8 +205,21 @@ class Queue:
         self._held_up.clear()
         self._all_held_up = False
         self.gpus_freed()
+        self._look_at_passed()
         if self._heads:
             self._look.set()
+
+    def _look_at_passed(self) -> None:
+        """Let those that were passed be next again, where they have room, or may not be passed any more."""
+        for client_name, passed in list(self._passed.items()):
+            for job in list(passed.values()):
+                if self._slots.has_room(job) or not self._slots.passed_over(job):
+                    del passed[job.id]
+                    self._heads[client_name] = None
+            if len(passed) >= PASSED_MAX:
+                self._held_up.add(client_name)
+            elif not passed:
+                del self._passed[client_name]
 
     def gpus_freed(self) -> None:
         """Jobs have fewer GPUs, or the one that is next to have some may wait no more: look again who is."""
@@ -301,6 +328,11 @@ class Queue:
             event = self._changes[job_id] = Flag()
         return event
 
+    @property
+    def starting(self) -> int:
+        """How many jobs are on their way from the queue to their commands."""
+        return sum(map(len, self._starting.values()))
+
     def is_starting(self, job: Job) -> bool:
         """Whether a job is on its way from the queue to its command."""
         return job.id in self._starting.get(job.client_name, ())
@@ -311,6 +343,7 @@ class Queue:
 
     def _left(self, job_id: int, client_name: str) -> None:
         self._attempts.pop(job_id, None)
+        self._passed.get(client_name, {}).pop(job_id, None)
         self._note_end(job_id)
         head = self._heads.get(client_name)
         if head is not None and head.id == job_id:
@@ -384,9 +417,11 @@ class Queue:
 
     async def _start_next(self) -> bool:
         """Begin the start of the job whose turn it is; whether there was one, and room for it."""
-        if self._all_held_up or asyncio.get_running_loop().time() < self._paused_until:
+        if not self.admits() or self._all_held_up:
             return False
-        if sum(map(len, self._starting.values())) >= STARTS_AT_ONCE:
+        if asyncio.get_running_loop().time() < self._paused_until:
+            return False
+        if self.starting >= STARTS_AT_ONCE:
             return False
         job = await self._whose_turn()
         if job is None:
@@ -397,9 +432,9 @@ class Queue:
                 if head is not None and head.gpus:
                     self._heads[client_name] = None
             return True
-        if not self._slots.has_room(job.limits):
+        if not self._slots.has_room(job):
             # What becomes free is for this one: else those who need less would always be first.
-            return False
+            return self._pass_over(job)
         if job.at_once is not None:
             element = await self._element_of(job)
             if element is None:
@@ -407,9 +442,24 @@ class Queue:
                 return True
             job = element
         self._heads[job.client_name] = None
+        if self._slots.has(job.id):
+            # it waits again, and `_until_end` is just about to hear of that
+            return False
         self._starting[job.client_name][job.id] = job
-        self._slots.take(job.id, job.client_name, job.limits)
+        self._slots.take(job)
+        self._slots.reserve(job)
         self._background.spawn(self._start(job))
+        return True
+
+    def _pass_over(self, job: Head) -> bool:
+        """Let others go before a job that has no room, if they can do so without harm to it."""
+        if not self._slots.passed_over(job):
+            return False
+        passed = self._passed[job.client_name]
+        passed[job.id] = job
+        self._heads[job.client_name] = None
+        if len(passed) >= PASSED_MAX:
+            self._held_up.add(job.client_name)
         return True
 
     async def _element_of(self, array: Head) -> Head | None:
@@ -443,6 +493,7 @@ class Queue:
     def _open(self, client_name: str, job_id: int) -> None:
         """A job, or an element of an array, may be the next one of its client."""
         self._heads[client_name] = None
+        self._passed.get(client_name, {}).pop(job_id, None)
         self._shut[client_name].discard(job_id)
         if not self._shut[client_name]:
             del self._shut[client_name]
@@ -471,7 +522,11 @@ class Queue:
         if head is None:
             # taken out before the look: a job that is added during the look puts it in again
             self._heads.pop(client_name, None)
-            passed_over = (*self._starting.get(client_name, ()), *self._shut.get(client_name, ()))
+            passed_over = (
+                *self._starting.get(client_name, ()),
+                *self._shut.get(client_name, ()),
+                *self._passed.get(client_name, ()),
+            )
             if self._is_short:
                 self._behind_it.add(client_name)
             head = await self._store.first_ready(
@@ -520,6 +575,7 @@ class Queue:
             del self._starting[job.client_name][job.id]
             if not self._starting[job.client_name]:
                 del self._starting[job.client_name]
+            self.settled()
             # whatever has become of it, there may be more; and where it was put back, it is the first again
             self._heads[job.client_name] = None
             self._changed(job.id)
@@ -572,8 +628,9 @@ class Queue:
 
     async def _until_end(self, job: Job) -> None:
         """Give the slot of a running job back when it has ended."""
+        waits_again = False
         try:
-            await self._backend.ended(job.id)
+            waits_again = await self._backend.ended(job.id)
         except LauncherGoneError:
             raise
         except JobNotFoundError:
@@ -583,6 +640,8 @@ class Queue:
             # one that runs needs no look into the table, so it has ended
             log.error("cannot look at job %d, which came out of the queue: %s", job.id, error)
         self._give_back(job.id, job.client_name, job.array_id)
+        if waits_again:
+            self._heads[job.client_name] = None
         if self._heads:
             self._look.set()
 
@@ -607,6 +666,8 @@ class Queue:
         if job.unmet and awaited:
             more = f" and {len(awaited) - _NAMED_MAX} more" if len(awaited) > _NAMED_MAX else ""
             return f"waits for the end of job {', '.join(awaited[:_NAMED_MAX])}{more}"
+        if not self.admits() and not self.is_starting(job):
+            return f"waits: {DRAINED}"
         if not self.is_starting(job) and not self._is_free(job):
             holder = self.holder(client_name, job.workspace)
             user = f"job {holder}" if holder else "a job that is being started"
@@ -615,6 +676,10 @@ class Queue:
             return "waits: the server cannot start a job now, and tries again soon"
         if words := self._refused.get(client_name) or self._all_refused:
             return f"waits: {words}"
+        if (job.array_id or job.id) in self._passed.get(client_name, ()) and (
+            words := self._slots.passed_over(job)
+        ):
+            return words
         if self._is_short and job.gpus and self._next_with_gpus is not None:
             is_next = self._next_with_gpus.id in (job.id, job.array_id)
             free = f"{job.gpus} free GPU{'s' * (job.gpus > 1)}"
@@ -623,8 +688,8 @@ class Queue:
         first = head is not None and head.id == job.id
         if first and not self._slots.has_room_of_own(client_name, job.limits):
             return f"waits: jobs of {client_name} have all of its slots"
-        if first and not self._slots.has_room(job.limits):
-            return "is next: waits for a free slot"
+        if first and not self._slots.has_room(job):
+            return self._slots.why_no_room()
         if job.array_id is not None:
             return f"waits for its turn in array {job.array_id}"
         return "waits for its turn"

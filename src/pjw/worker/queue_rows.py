@@ -45,7 +45,7 @@ SERVER_FAILED: Final = "pjwd failed to start it; the server's log has the detail
 
 _EARLY: Final = f"{WAITS} AND not_before_ns > 0"
 # What a job is to execute, and its secrets; those of an element are stored with its array.
-_SPEC: Final = (
+SPEC: Final = (
     "coalesce((SELECT nullif(spec, '') FROM specs WHERE specs.id = jobs.id),"
     " (SELECT spec FROM specs WHERE specs.id = jobs.array_id))"
 )
@@ -66,6 +66,13 @@ class Head(NamedTuple):
     workspace: str = ""
     exclusive: bool = False
     gpus: int = 0
+    # what not each machine of a cluster has
+    mounts: Sequence[str] = ()
+    allow: Sequence[str] = ()
+    link: str = ""
+    image: str = ""
+    # the only node of a cluster that it may have
+    chosen_node: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +86,12 @@ class WaitingJob:
     # the indices of the array that it is an element of
     indices: str = ""
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def upload(self) -> str:
+        """The name of the files that were sent for it; empty where there are none."""
+        name: str = json.loads(self.text).get("upload", "")
+        return name
 
     def spec(self) -> JobSpec:
         """What is to be executed, with the limits that were asked for. Raises InvalidJobError."""
@@ -109,6 +122,7 @@ class WaitingJob:
             output_required=stored.get("output_required", False),
             mounts=self.job.mounts,
             gpus=self.job.gpus,
+            node=self.job.chosen_node,
         )
 
 
@@ -357,7 +371,7 @@ def _first(
     only = " AND workspace = ? AND exclusive = ?" if workspace else ""
     row = db.execute(
         "SELECT id, limits, priority, (SELECT indices FROM arrays WHERE arrays.id = jobs.id),"
-        f" workspace, exclusive, gpus FROM jobs INDEXED BY {index}"
+        f" workspace, exclusive, gpus, mounts, allow, link, image, chosen_node FROM jobs INDEXED BY {index}"
         f" WHERE client_name = ?{only} AND {READY} AND array_id IS NULL AND id NOT IN ({marks}){more}"
         " ORDER BY priority DESC, id LIMIT 1",
         (client_name, *workspace, *without),
@@ -374,6 +388,11 @@ def _first(
         workspace=row[4],
         exclusive=bool(row[5]),
         gpus=row[6],
+        mounts=json.loads(row[7]) if row[7] else (),
+        allow=tuple(row[8].split()),
+        link=row[9],
+        image=row[10],
+        chosen_node=row[11],
     )
 
 
@@ -394,7 +413,7 @@ def _ready_workspaces(db: sqlite3.Connection, client_name: str) -> list[str]:
 def waiting(db: sqlite3.Connection, job_id: int) -> WaitingJob | None:
     """A job that waits for its turn alone, with what it is to execute; None when it does not any more."""
     row = db.execute(
-        f"SELECT {COLUMNS}, {_SPEC}, {_SECRETS}, (SELECT indices FROM arrays WHERE arrays.id = jobs.array_id)"
+        f"SELECT {COLUMNS}, {SPEC}, {_SECRETS}, (SELECT indices FROM arrays WHERE arrays.id = jobs.array_id)"
         f" FROM jobs WHERE id = ? AND {READY}",
         (job_id,),
     ).fetchone()
@@ -557,7 +576,7 @@ def retry(db: sqlite3.Connection, job: Job, now_ns: int, *, was_stopped: bool) -
 
     What waited for the job waits for that.
     """
-    row = db.execute(f"SELECT {_SPEC} FROM jobs JOIN specs USING (id) WHERE id = ?", (job.id,)).fetchone()
+    row = db.execute(f"SELECT {SPEC} FROM jobs JOIN specs USING (id) WHERE id = ?", (job.id,)).fetchone()
     pause = None
     if job.array_id is not None and array_rows.is_stopped(db, job.array_id):
         was_stopped = True
@@ -571,7 +590,7 @@ def retry(db: sqlite3.Connection, job: Job, now_ns: int, *, was_stopped: bool) -
     kept = (
         "client_name, command, limits, name, labels, split_stderr, input, workdir, priority, waits_for,"
         " array_id, array_index, workspace, exclusive, image, read_only, artifacts_required, mounts, allow,"
-        " link, gpus"
+        " link, gpus, chosen_node"
     )
     next_id = db.execute(
         f"INSERT INTO jobs ({kept}, start_ns, queued_ns, not_before_ns, attempt, artifacts)"

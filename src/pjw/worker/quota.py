@@ -1,4 +1,4 @@
-"""What a client may have at once: running jobs, the memory of their limits, and bytes on the disk."""
+"""The bounds of one client at once: running jobs, the memory of their limits, and bytes on the disk."""
 
 import asyncio
 import math
@@ -6,29 +6,29 @@ import sys
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
-from typing import Final
+from typing import Final, Protocol
 
 from pjw.amounts import exact_size
 from pjw.errors import InvalidJobError, LimitReachedError
-from pjw.model import TOO_DEEP, Limits, Sums
+from pjw.model import TOO_DEEP, Job, Limits, Sums
 from pjw.worker.disk import ScratchUse
 from pjw.worker.host import memory_of
 from pjw.worker.job import LiveJob
 from pjw.worker.settings import Quotas, WorkerSettings
-from pjw.worker.state_dir import StateDir
+from pjw.worker.store import JobStore
 
-# So much input a client may write between two looks at what is stored, or as much as its quota leaves. A look
-# asks the table, and the kernel about each running job; in between input is counted, and output is not.
+# The input that a client may write between two looks at the stored bytes, unless its quota leaves less. A
+# look asks the table, and the kernel about each running job; in between input is counted, and output is not.
 LOOK_BYTES: Final = 64 * 1024**2
 LOOK_SECONDS: Final = 1
-# What is left to more clients than these is forgotten: that costs each a look.
+# The remainders of more clients than these are forgotten: that costs each a look.
 _LEFT_MAX: Final = 1000
 
 
 class RunningJobs:
     """Counts jobs, and the memory that their limits promise, from before their start to after their end.
 
-    So no burst of starts gets past what is allowed. New settings change the bounds, not what is counted.
+    So no burst of starts gets past the bounds. New settings change the bounds, not the counts.
     """
 
     def __init__(self, settings: WorkerSettings) -> None:
@@ -69,13 +69,13 @@ class RunningJobs:
                 f" {exact_size(own)} that they may have together",
                 own,
             )
-        # do not tell a client what others have
+        # do not tell a client about the jobs of others
         if every and self._memory.total() + wanted > every:
             raise _no_room(f"{what}: this server has no room for that now")
         self.adopt(client_name, limits)
 
     def require_possible(self, client_name: str, limits: Limits) -> None:
-        """Raises InvalidJobError for a job for whose memory there is no room ever."""
+        """Check that there can ever be room for a job's memory. Raises InvalidJobError."""
         own, every = self.memory_max(client_name)
         wanted = self._promise(limits)
         for most, whose in ((own, f"jobs of {client_name}"), (every, "jobs of this server")):
@@ -90,29 +90,29 @@ class RunningJobs:
         return limits.memory_max_bytes or self._whole_memory
 
     def memory_max(self, client_name: str) -> tuple[int, int]:
-        """What the memory limits of a client's running jobs, and of all, may be together; 0 is any number."""
+        """Return the most that the memory limits of a client's running jobs, and of all, may be; 0 is any."""
         factor = self.settings.memory_overcommit
         own = self.settings.shares.of(client_name).sums.memory_max_bytes
         return int(factor * own), int(factor * self._whole_memory)
 
     def adopt(self, client_name: str, limits: Limits) -> None:
-        """Count a job that runs already, whatever is allowed since."""
+        """Count a job that runs already, even above a bound that was set since."""
         self._running[client_name] += 1
         self._memory[client_name] += self._promise(limits)
 
     def give_back(self, client_name: str, limits: Limits) -> None:
-        """A job has ended, or did not come to be."""
+        """Stop counting a job that has ended, or was not started."""
         self._running[client_name] -= 1
         self._memory[client_name] -= self._promise(limits)
         if not self._running[client_name]:
             del self._running[client_name], self._memory[client_name]
 
     def clients(self) -> list[str]:
-        """Who has running jobs."""
+        """Return the clients that have running jobs."""
         return list(self._running)
 
     def of(self, client_name: str) -> tuple[int, int]:
-        """A client's running jobs, and what their memory limits are together in bytes."""
+        """Return the number of a client's running jobs, and the sum of their memory limits in bytes."""
         return self._running[client_name], self._memory[client_name]
 
 
@@ -130,7 +130,7 @@ def _no_room(why: str, most: int | None = None) -> LimitReachedError:
 
 
 def most_of_one_job(ceiling: Limits, sums: Sums, memory_promised_max_bytes: int) -> Limits:
-    """The limits that a job can have at most, as it has no more than all jobs of its client together."""
+    """Return the limits that a job can have at most: no more than all jobs of its client together."""
     together = dict(sums.items())
     together["memory_max_bytes"] = min(
         filter(None, (sums.memory_max_bytes, memory_promised_max_bytes)), default=0
@@ -143,12 +143,29 @@ def most_of_one_job(ceiling: Limits, sums: Sums, memory_promised_max_bytes: int)
     )
 
 
+class JobFiles(Protocol):
+    """What jobs have stored: `StateDir` is one."""
+
+    @property
+    def store(self) -> JobStore:
+        """Their rows."""
+
+    def output_size(self, job: Job, /) -> int:
+        """How many bytes of output a job has."""
+
+    def input_size(self, job: Job, /) -> int:
+        """How many bytes of input are kept for a job."""
+
+    def artifacts_size(self, job: Job, /) -> int:
+        """How many bytes of artifacts a job has, whole or not."""
+
+
 class StoredBytes:
-    """Knows what clients have stored, running jobs too, and bounds what they store as input."""
+    """Knows the bytes that clients have stored, running jobs too, and bounds those they store as input."""
 
     def __init__(
         self,
-        state: StateDir,
+        state: JobFiles,
         live: Mapping[int, LiveJob],
         scratch: Mapping[int, ScratchUse],
         quotas: Quotas,
@@ -158,25 +175,25 @@ class StoredBytes:
         # as it was last counted
         self._scratch: Final = scratch
         self._quotas = quotas
-        # what the sessions of a job have, by its id
+        # the bytes of the sessions of a job, by its id
         self.sessions: Callable[[int], int] = lambda _: 0
-        # what uploads of a client have, or with None of all
+        # the bytes of the uploads of a client, or with None of all
         self.uploads: Callable[[str | None], int] = lambda _: 0
-        # what may be written until the next look: by each client, and by all
+        # the bytes that may be written until the next look: by each client, and by all
         self._left: Final[Counter[str]] = Counter()
         self._left_of_all = 0
-        # when each client's were last looked at by whoever only wants to know, and what there was
+        # the last look at each client's bytes for mere information, and its result
         self._looks: Final[dict[str, tuple[float, int]]] = {}
-        # what is being written, and perhaps not in the files yet
+        # bytes whose write is under way, and that are perhaps not in the files yet
         self._under_way: Final[Counter[str]] = Counter()
 
     def set_quotas(self, quotas: Quotas) -> None:
-        """From now on these."""
+        """Apply these quotas from now on."""
         self._quotas = quotas
         self._left.clear()
 
     async def check(self, client_name: str) -> None:
-        """Raises LimitReachedError when a client, or all of them, have stored what they may."""
+        """Check that neither a client nor all of them have reached their bytes. Raises LimitReachedError."""
         if self.bounded:
             check_bytes(self._quotas, client_name, *await self._look(client_name))
 
@@ -188,7 +205,7 @@ class StoredBytes:
             return
         if count > min(self._left[client_name], self._left_of_all):
             own, total = await self._look(client_name)
-            # no await from here on: what another has taken meanwhile is in what we saw
+            # no await from here on: bytes that another call has taken meanwhile are in this look
             check_bytes(self._quotas, client_name, own, total, count)
             if len(self._left) > _LEFT_MAX:
                 self._left.clear()
@@ -205,9 +222,9 @@ class StoredBytes:
                 del self._under_way[client_name]
 
     async def check_kept(self, live: LiveJob) -> None:
-        """Raises LimitReachedError when the artifacts of a job that has ended are more than may be stored.
+        """Check that the artifacts of an ended job may be stored. Raises LimitReachedError.
 
-        What else it had goes with it, but for its output.
+        Its other files, except its output, are removed with it.
         """
         if not self.bounded:
             return
@@ -222,7 +239,7 @@ class StoredBytes:
         return bool(self._quotas.stored_bytes_max or self._quotas.stored_bytes_total_max)
 
     async def of(self, client_name: str) -> int:
-        """How many bytes a client has stored, by a look that is at most LOOK_SECONDS old: each costs."""
+        """Return the bytes a client has stored, at most LOOK_SECONDS ago: each look costs."""
         now = asyncio.get_running_loop().time()
         looked, own = self._looks.get(client_name, (-math.inf, 0))
         if now - looked > LOOK_SECONDS:
@@ -233,7 +250,7 @@ class StoredBytes:
         return own
 
     async def _look(self, client_name: str) -> tuple[int, int]:
-        """The bytes of one client, and those of all where there is a quota for them."""
+        """Return the bytes of one client, and those of all where there is a quota for them."""
         own, total = await self._state.store.ended_bytes(client_name)
         own += self._under_way[client_name] + self.uploads(client_name)
         total += self._under_way.total() + self.uploads(None)
@@ -243,7 +260,7 @@ class StoredBytes:
                 size += self._state.artifacts_size(live.job) + self.sessions(live.job.id)
                 if (scratch := self._scratch.get(live.job.id)) is not None:
                     size += scratch.bytes
-                # what is too deep to be counted is in nobody's way but its client's
+                # a tree too deep to be counted counts only for its client
                 total += size if size < TOO_DEEP else 0
                 own += size if live.job.client_name == client_name else 0
         return own, total
@@ -256,7 +273,7 @@ def _room(most: int, there: int) -> int:
 def check_bytes(
     quotas: Quotas, client_name: str, own_bytes: int, total_bytes: int, more_bytes: int = 1
 ) -> None:
-    """Raises LimitReachedError when a client, or all of them, may not store so many bytes more."""
+    """Check that so many bytes more may be stored, by the client and by all. Raises LimitReachedError."""
     most, total = quotas.stored_bytes_max, quotas.stored_bytes_total_max
     if most and own_bytes + more_bytes > most:
         raise LimitReachedError(

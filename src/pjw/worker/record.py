@@ -1,4 +1,4 @@
-"""Reads a job's status record: when it began and how it ended, by init; what it used, by the launcher."""
+"""Reads a job's status record: its start and end, by init; its usage, by the launcher."""
 
 import re
 import signal
@@ -19,7 +19,7 @@ _ENDED: Final = re.compile(
 )
 _ARTIFACTS: Final = re.compile(rb"artifacts (whole|nothing|failed|stopped|late|killed) ([^\n]{0,400})\n")
 _USED: Final = re.compile(rb"used" + 5 * rb" (\d{1,19})" + rb"\n")
-# What can be: init writes a 64-bit time, and what wait(2) says.
+# The possible values: init writes a 64-bit time, and the status of wait(2).
 _NUMBER_MAX: Final = 2**63 - 1
 _NUMBERS: Final = {b"exited": range(256), b"signaled": range(1, signal.NSIG)}
 _REASONS: Final = {
@@ -33,7 +33,7 @@ _REASONS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """How a command ended, at `ended_ns` of CLOCK_REALTIME."""
+    """The end of a command, at `ended_ns` of CLOCK_REALTIME."""
 
     ended_ns: int
     exit_status: ExitStatus
@@ -41,7 +41,7 @@ class End:
 
 
 class Packing(StrEnum):
-    """What has become of the artifacts of a job, as its init records it."""
+    """The result of packing the artifacts of a job, as its init records it."""
 
     WHOLE = "whole"
     NOTHING = "nothing"
@@ -53,7 +53,7 @@ class Packing(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """The same, with words for a person: why not, or what was left out; empty where there are none."""
+    """The same, with words for a person: the failure, or the files left out; empty where there are none."""
 
     packing: Packing
     words: str
@@ -61,7 +61,7 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What has been recorded so far: by init, and when that has ended by the launcher."""
+    """The record so far: by init, and when that has ended by the launcher."""
 
     started_ns: int | None = None
     end: End | None = None
@@ -70,7 +70,7 @@ class Record:
 
 
 def parse_record(data: bytes) -> Record:
-    """Read a record; what is not whole, as after a crash of the host, counts as not written."""
+    """Parse a record; a part that is not whole, as after a crash of the host, counts as not written."""
     started = _STARTED.match(data)
     if started is None or int(started[1]) > _NUMBER_MAX:
         return Record()

@@ -1,4 +1,4 @@
-"""Removes ended jobs: when somebody asks, and when there are more than the operator keeps."""
+"""Removes ended jobs: on request, and when there are more than the operator keeps."""
 
 import asyncio
 import logging
@@ -21,14 +21,14 @@ log: Final = logging.getLogger(__name__)
 
 
 class Kept(Protocol):
-    """Where jobs are kept: `StateDir` is one."""
+    """The store of kept jobs: `StateDir` is one."""
 
     @property
     def store(self) -> JobStore:
         """Their rows."""
 
     def in_thread(self, function: Callable[[int], None], job_id: int, /) -> Awaitable[None]:
-        """Call what waits for the disk."""
+        """Call a function that waits for the disk."""
 
     def remove_job(self, job_id: int) -> None:
         """Remove the files of a job."""
@@ -45,11 +45,11 @@ class Pruner:
         self.removed: Final[list[Callable[[], None]]] = []
 
     def job_ended(self) -> None:
-        """There is one more to keep."""
+        """Note that there is one more job to keep, or one more that may be removed."""
         self._due.set()
 
     def keep(self, retention: Retention) -> None:
-        """From now on so much."""
+        """Apply this retention from now on."""
         self._retention = retention
         self._due.set()
 
@@ -65,7 +65,7 @@ class Pruner:
             self._due.clear()
             try:
                 if leftover:
-                    # what a worker before us had begun
+                    # removals that a worker before us had begun
                     await self._remove_files(await self._state.store.removals())
                     leftover = False
                 while pruned := await self._state.store.prune(self._retention, time.time_ns(), BATCH):
@@ -82,7 +82,9 @@ class Pruner:
             await asyncio.sleep(_PAUSE_SECONDS)
 
     async def _seconds_to_next(self) -> float | None:
-        first_ns = await self._state.store.first_end_ns() if self._retention.age_seconds else None
+        if not self._retention.age_seconds:
+            return None
+        first_ns = await self._state.store.first_end_ns(told=self._retention.keeps_untold)
         if first_ns is None:
             return None
         # A second late rather than an instant early; and a clock that was set is noticed in a day.

@@ -26,7 +26,7 @@ COLUMNS: Final = (
     " artifacts, artifact_bytes, artifacts_detail, artifacts_required,"
     " output_bytes, name, labels, split_stderr, input, workdir, queued_ns, priority, not_before_ns, held,"
     " detail, waits_for, unmet, attempt, retried_as, array_id, array_index, workspace, exclusive,"
-    " image, read_only, mounts, allow, link, gpus, node,"
+    " image, read_only, mounts, allow, link, gpus, node, chosen_node,"
     " (SELECT json_array(indices, count, waiting, succeeded, failed, cancelled) FROM arrays"
     " WHERE arrays.id = jobs.id)"
 )
@@ -39,12 +39,12 @@ Row = tuple[Any, ...]
 
 
 def to_ns(time: datetime) -> int:
-    """Nanoseconds since 1970, exact to the microsecond that a datetime holds."""
+    """Return nanoseconds since 1970, exact to the microsecond that a datetime holds."""
     return int(time.timestamp()) * 1_000_000_000 + time.microsecond * 1000
 
 
 def from_ns(ns: int) -> datetime:
-    """The time in UTC, cut to microseconds."""
+    """Return the time in UTC, cut to microseconds."""
     seconds, rest = divmod(ns, 1_000_000_000)
     return datetime.fromtimestamp(seconds, UTC).replace(microsecond=rest // 1000)
 
@@ -52,23 +52,23 @@ def from_ns(ns: int) -> datetime:
 # Most jobs have the default limits, or those of another job.
 @lru_cache(maxsize=64)
 def limits_text(limits: Limits) -> str:
-    """Limits as a row has them."""
+    """Format limits as a row has them."""
     return json.dumps(asdict(limits))
 
 
 @lru_cache(maxsize=64)
 def limits_of(text: str) -> Limits:
-    """Limits of a row."""
+    """Parse the limits of a row."""
     return Limits(**json.loads(text))
 
 
 def counts_of(text: str | None) -> ArrayCounts | None:
-    """The counts of an array as JSON; None of a job that is none."""
+    """Parse the counts of an array from JSON; None for a job that is none."""
     return ArrayCounts(*json.loads(text)) if text else None
 
 
 def job_of(row: Row) -> Job:
-    """The job of a row; one that runs, or is about to, is STARTING, for the table does not know more."""
+    """Return the job of a row; an unfinished one is STARTING, for the table does not know more."""
     (
         job_id,
         client_name,
@@ -111,6 +111,7 @@ def job_of(row: Row) -> Job:
         link,
         gpus,
         node,
+        chosen_node,
         array,
     ) = row
     without_end = JobState.QUEUED
@@ -161,15 +162,16 @@ def job_of(row: Row) -> Job:
         link=link,
         gpus=gpus,
         node=node,
+        chosen_node=chosen_node,
     )
 
 
 def after_text(after: Iterable[After]) -> str:
-    """What a job waits for, as a row has it."""
+    """Return the jobs that a job waits for, as a row has them."""
     return " ".join(map(str, after))
 
 
 def after_of(text: str) -> tuple[After, ...]:
-    """What a job waits for, from its row."""
+    """Return the jobs that a job waits for, from its row."""
     pairs = (each.split(":") for each in text.split())
     return tuple(After(int(job_id), Condition(condition)) for job_id, condition in pairs)

@@ -30,9 +30,9 @@ CREATE TABLE jobs (
 CREATE INDEX jobs_of_client ON jobs (client_name, id);
 CREATE INDEX jobs_alive ON jobs (id) WHERE state IS NULL;
 """,
-    # `output_bytes` is NULL where version 1 wrote the end. What each client's ended jobs come to is
-    # kept by triggers: nothing has to be summed over a million rows. `removals` are jobs whose row
-    # is gone and whose files are about to be. `host` is where the table was last in use.
+    # `output_bytes` is NULL where version 1 wrote the end. Triggers keep the sums of each client's ended
+    # jobs: no query has to sum over a million rows. `removals` are jobs whose row is gone and whose files are
+    # about to be. `host` is where the table was last in use.
     """
 ALTER TABLE jobs ADD COLUMN output_bytes INTEGER;
 ALTER TABLE clients ADD COLUMN ended_jobs INTEGER NOT NULL DEFAULT 0;
@@ -54,8 +54,8 @@ CREATE INDEX jobs_with_output ON jobs (client_name, end_ns) WHERE output_bytes >
 CREATE TABLE removals (id INTEGER PRIMARY KEY);
 CREATE TABLE host (boot_id TEXT NOT NULL);
 """,
-    # What a job is called and how it reads and writes. `labels` is a JSON object. A name is taken for as
-    # long as its job has not ended, a request id for as long as its job is kept.
+    # Name, labels and streams of a job. `labels` is a JSON object. A name is taken for as long as its job has
+    # not ended, a request id for as long as its job is kept.
     """
 ALTER TABLE jobs ADD COLUMN name TEXT NOT NULL DEFAULT '';
 ALTER TABLE jobs ADD COLUMN labels TEXT NOT NULL DEFAULT '{}';
@@ -72,9 +72,9 @@ ALTER TABLE jobs ADD COLUMN workdir TEXT NOT NULL DEFAULT '';
 """,
     # The queue. `queued_ns` is when a job was put into it, and NULL for one that was started at once. A job
     # waits there while it has not ended and `start_ns` is 0, as it is for ever in one that ended without a
-    # start. `not_before_ns` becomes 0 when that time has come. `specs` has what a job is to execute, until
-    # that has happened: one with a row there and a `start_ns` may have been executed or not. How many such
-    # rows each client has, and their bytes, is kept by triggers.
+    # start. `not_before_ns` becomes 0 when that time has come. `specs` has the spec to execute, until that
+    # has happened: one with a row there and a `start_ns` may have been executed or not. Triggers keep the
+    # number of such rows of each client, and their bytes.
     """
 ALTER TABLE jobs ADD COLUMN queued_ns INTEGER;
 ALTER TABLE jobs ADD COLUMN priority INTEGER NOT NULL DEFAULT 0;
@@ -105,9 +105,9 @@ CREATE TRIGGER spec_gone AFTER DELETE ON specs BEGIN
     WHERE name = OLD.client_name;
 END;
 """,
-    # `waits_for` is what a job was to wait for, to be shown: ID:CONDITION, separated by blanks. In
-    # `dependencies` are ends that have not come yet, or have had no effect yet; `unmet` is how many a job has
-    # there. A job is newer than all that it waits for, so no two can wait for each other.
+    # `waits_for` has the jobs that a job was to wait for, to be shown: ID:CONDITION, separated by blanks. In
+    # `dependencies` are ends that have not come yet, or have had no effect yet; `unmet` counts those of a
+    # job. A job is newer than all that it waits for, so no two can wait for each other.
     """
 ALTER TABLE jobs ADD COLUMN waits_for TEXT NOT NULL DEFAULT '';
 ALTER TABLE jobs ADD COLUMN unmet INTEGER NOT NULL DEFAULT 0;
@@ -123,10 +123,10 @@ CREATE TABLE dependencies (
 ) WITHOUT ROWID;
 CREATE INDEX dependencies_of_job ON dependencies (id);
 """,
-    # Retries. `attempt` is 0 for a job that is not tried again. `specs` keeps what another one is to execute
-    # until its end; `executed` says that it was, so that it is in the queue no more. What waited for a job
-    # waits for its next attempt, whose id is higher. There are no cycles for all that: an attempt waits for
-    # no other job.
+    # Retries. `attempt` is 0 for a job that is not tried again. `specs` keeps the spec of the next attempt
+    # until the job's end; `executed` says that it was executed, so that it is in the queue no more. A job
+    # that waited for a job waits for its next attempt, whose id is higher. There are no cycles for all that:
+    # an attempt waits for no other job.
     """
 ALTER TABLE jobs ADD COLUMN attempt INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE jobs ADD COLUMN retried_as INTEGER;
@@ -150,12 +150,12 @@ CREATE TRIGGER spec_executed AFTER UPDATE OF executed ON specs BEGIN
     UPDATE clients SET queued_jobs = queued_jobs + OLD.executed - NEW.executed WHERE name = NEW.client_name;
 END;
 """,
-    # Changes of state, for those who watch jobs. `told` is the state of a job that was begun, as far as it is
+    # Changes of state, for watchers of jobs. `told` is the state of a job that was begun, as far as it is
     # written down: running or stopping, empty before that; it may be written down with the end. A plain start
     # is a change when its command runs: one that fails leaves no trace. Triggers write changes, so a change
-    # and the row that it is of are one transaction. Of each client the newest 20,000 are kept, and 500,000 in
-    # all: of the older ones there is only which was the last (`changes_from`, `change_floor`). `removed_jobs`
-    # has what is still known of a job then, for as long as its removal is kept.
+    # and its row are one transaction. Of each client the newest 20,000 are kept, and 500,000 in all: of the
+    # older ones only the number of the last is known (`changes_from`, `change_floor`). `removed_jobs` has the
+    # facts still known of a removed job, for as long as its removal is kept.
     """
 ALTER TABLE jobs ADD COLUMN told TEXT NOT NULL DEFAULT '';
 ALTER TABLE clients ADD COLUMN changes_from INTEGER NOT NULL DEFAULT 0;
@@ -235,12 +235,12 @@ AND NOT EXISTS (SELECT 1 FROM specs WHERE secrets = OLD.secrets) BEGIN
 END;
 """,
     # Arrays. An array is one row of `jobs`, and one of `arrays`; an element has a row of `jobs` from its turn
-    # on, or when somebody holds or stops it before. `next` is the place of the first element that had no turn
+    # on, or when a client holds or stops it before. `next` is the place of the first element that had no turn
     # yet. `unseen` elements wait and have no row; `waiting` are these and those with one. `array_taken` has
     # the places behind `next` whose elements have had a row out of turn. An array waits (`start_ns` is 0)
-    # while one of its elements does. `queued_more` is by how much the elements without a row exceed the
-    # arrays in the queue, to count elements without looking at each. An array runs (`told`) when it waits no
-    # more; its changes of state are told as those of jobs.
+    # while one of its elements does. `queued_more` is the number by which the elements without a row exceed
+    # the arrays in the queue, to count elements without looking at each. An array runs (`told`) when it waits
+    # no more; its changes of state are told as those of jobs.
     """
 ALTER TABLE jobs ADD COLUMN array_id INTEGER;
 ALTER TABLE jobs ADD COLUMN array_index INTEGER;
@@ -327,8 +327,8 @@ WHEN OLD.state IS NOT NULL OR OLD.queued_ns IS NOT NULL OR OLD.told <> '' BEGIN
 END;
 """,
     # Workspaces: each that a job has named, until it is removed. One that is `removing` is on its way out,
-    # and nothing of it can be used any more. Each job that has not ended has a row for its workspace. `bytes`
-    # and `inodes` are as last counted. The indexes find who uses one, and which job is first of each.
+    # and can be used no more. Each job that has not ended has a row for its workspace. `bytes` and `inodes`
+    # are as last counted. The indexes find the jobs that use one, and the first job of each.
     """
 ALTER TABLE jobs ADD COLUMN workspace TEXT NOT NULL DEFAULT '';
 ALTER TABLE jobs ADD COLUMN exclusive INTEGER NOT NULL DEFAULT 0;
@@ -348,8 +348,8 @@ CREATE TABLE workspaces (
     PRIMARY KEY (client_name, name)
 ) WITHOUT ROWID;
 """,
-    # Artifacts. `artifacts` is empty for a job that keeps no files, and `pending` until it has ended. What is
-    # kept counts as output does in what a client's ended jobs come to.
+    # Artifacts. `artifacts` is empty for a job that keeps no files, and `pending` until it has ended.
+    # Artifacts count as output does in the sums of a client's ended jobs.
     """
 ALTER TABLE jobs ADD COLUMN artifacts TEXT NOT NULL DEFAULT '';
 ALTER TABLE jobs ADD COLUMN artifact_bytes INTEGER NOT NULL DEFAULT 0;
@@ -374,9 +374,9 @@ ALTER TABLE jobs ADD COLUMN mounts TEXT NOT NULL DEFAULT '';
 ALTER TABLE jobs ADD COLUMN allow TEXT NOT NULL DEFAULT '';
 ALTER TABLE jobs ADD COLUMN link TEXT NOT NULL DEFAULT '';
 """,
-    # Images. `image` is what its client calls it, `image_key` what it is: a digest of the operator's, or in
-    # `images` the key of one that a client has loaded. That lies where the client's workspaces do, and has a
-    # row there by its key. Without a name it is on its way out, with the last job that has it.
+    # Images. `image` is its client's name for it, `image_key` identifies it: a digest of the operator's, or
+    # in `images` the key of one that a client has loaded. That lies where the client's workspaces do, and has
+    # a row there by its key. Without a name it is on its way out, with the last job that has it.
     """
 ALTER TABLE jobs ADD COLUMN image TEXT NOT NULL DEFAULT '';
 ALTER TABLE jobs ADD COLUMN image_key TEXT NOT NULL DEFAULT '';
@@ -393,7 +393,8 @@ CREATE TABLE images (
 ) WITHOUT ROWID;
 CREATE UNIQUE INDEX images_of_name ON images (client_name, name) WHERE name <> '';
 """,
-    # How many GPUs a job has for itself; and which, as a list in JSON, from before its launch on.
+    # The number of GPUs that a job has for itself; and their names, a list in JSON, from before its launch
+    # on.
     """
 ALTER TABLE jobs ADD COLUMN gpus INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE jobs ADD COLUMN gpu_names TEXT NOT NULL DEFAULT '';
@@ -444,6 +445,14 @@ CREATE TABLE nodes (
 """,
     # The place that an engine gave to a job (pjw.gateway.slurm), empty where it gives none.
     "ALTER TABLE placements ADD COLUMN hold TEXT NOT NULL DEFAULT '';",
+    # `chosen_node` is the only node of a cluster that may have a job. `archived` is 1 when the gateway's
+    # archive has its output and 2 when that can never be.
+    """
+ALTER TABLE jobs ADD COLUMN chosen_node TEXT NOT NULL DEFAULT '';
+ALTER TABLE placements ADD COLUMN archived INTEGER NOT NULL DEFAULT 0;
+CREATE INDEX placements_to_archive ON placements (node, job_id)
+    WHERE state = 'ended' AND archived = 0 AND removed = 0 AND node_job_id > 0;
+""",
 )
 SCHEMA_VERSION: Final = len(MIGRATIONS)
 

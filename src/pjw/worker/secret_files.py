@@ -1,4 +1,4 @@
-"""Secrets of jobs that wait in the queue: files of their own, for as long as somebody may start the jobs.
+"""Secrets of jobs that wait in the queue: files of their own, for as long as the jobs may be started.
 
 jobs/secrets/TOKEN   0600: a JSON object of names with values. The table has the token, which tells nothing;
                      so neither a copy of it nor a backup has a secret.
@@ -19,14 +19,14 @@ _WORDS: Final = "secrets of a job"
 
 
 class SecretFiles:
-    """Makes, reads and removes them. What waits for the disk is for a thread."""
+    """Makes, reads and removes secrets. Calls that wait for the disk belong in a thread."""
 
     def __init__(self, jobs: str) -> None:
-        """*jobs* is the directory of the files of jobs."""
+        """Use *jobs*, the directory of the files of jobs."""
         self._all: Final = SparseDirectory(f"{jobs}/{_SECRETS}")
 
     def keep(self, specs: Collection[JobSpec]) -> dict[int, str]:
-        """Store the secrets of jobs, on the disk when this returns; the token of each, by its place.
+        """Store the secrets of jobs, on the disk when this returns; return the token of each, by its place.
 
         Equal ones have a file together. Raises OSError; nothing stays behind then.
         """
@@ -71,7 +71,7 @@ class SecretFiles:
                 os.close(descriptor)
 
     def read(self, token: str) -> Mapping[str, str]:
-        """The secrets of a job. Raises InvalidJobError when they are gone, and KernelError."""
+        """Return the secrets of a job. Raises InvalidJobError when they are gone, and KernelError."""
         try:
             with open(self._path(token), encoding="utf-8") as file:
                 found: Mapping[str, str] = json.load(file)
@@ -85,13 +85,13 @@ class SecretFiles:
         return found
 
     def remove(self, token: str) -> None:
-        """Remove secrets that nobody needs any more. Raises OSError."""
+        """Remove secrets that no job needs any more. Raises OSError."""
         with suppress(FileNotFoundError):
             os.unlink(self._path(token))
         self._all.tidy()
 
     def found(self) -> set[str]:
-        """The tokens of all that there are."""
+        """Return the tokens of all secrets."""
         return set(self._all.names())
 
     def _path(self, token: str) -> str:

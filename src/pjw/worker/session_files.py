@@ -1,8 +1,8 @@
 """The files of sessions: a directory for each, below that of the jobs, gone soon after the session's end.
 
-jobs/sessions/JOB-NUMBER/   `session` (what was asked for), `status`, `output`, `stderr`, `control`, with
+jobs/sessions/JOB-NUMBER/   `session` (the request), `status`, `output`, `stderr`, `control`, with
                             input `input`
-jobs/JOB/sessions           its size is how many sessions the job has had
+jobs/JOB/sessions           its size is the number of sessions that the job has had
 """
 
 import fcntl
@@ -31,7 +31,7 @@ Key = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a session was asked to be: it must be known after a restart. `start_ns` is when that was."""
+    """The request for a session: it must be known after a restart. `start_ns` is when it came."""
 
     command: str
     start_ns: int
@@ -53,14 +53,14 @@ class Made:
 
 
 class SessionFiles:
-    """Makes, reads and removes them. What waits for the disk is for a thread."""
+    """Makes, reads and removes the files. Calls that wait for the disk belong in a thread."""
 
     def __init__(self, state: StateDir) -> None:
         self._jobs: Final = state.jobs_path
         self._all: Final = SparseDirectory(f"{self._jobs}/{_SESSIONS}")
 
     def path(self, key: Key, name: str) -> str:
-        """Where a file of a session is, for this process alone."""
+        """Return the path of a file of a session, for this process alone."""
         return f"{self._directory(key)}/{name}"
 
     def _directory(self, key: Key) -> str:
@@ -114,13 +114,13 @@ class SessionFiles:
             descriptors.append(create_input(f"{directory}/input"))
 
     def found(self) -> Iterator[Key]:
-        """The sessions that have a directory, also of jobs that are gone."""
+        """Yield the sessions that have a directory, also of jobs that are gone."""
         for name in self._all.names():
             if match := _NAME.fullmatch(name):
                 yield int(match[1]), int(match[2])
 
     def read_asked(self, key: Key) -> Asked | None:
-        """What was asked for; None where a crash has left it half made."""
+        """Return the request; None where a crash has left it half made."""
         try:
             with open(self.path(key, "session"), encoding="utf-8") as file:
                 return Asked(**json.load(file))
@@ -128,13 +128,13 @@ class SessionFiles:
             return None
 
     def read_status(self, key: Key) -> bytes:
-        """The record of its beginning and end."""
+        """Return the record of its beginning and end."""
         with suppress(FileNotFoundError), open(self.path(key, "status"), "rb") as file:
             return file.read(RECORD_BYTES)
         return b""
 
     def is_alive(self, key: Key) -> bool:
-        """Whether what waits for its command is there: it has the status open, which was locked for it."""
+        """Return whether the process that waits for its command is there: its status is locked for it."""
         try:
             descriptor = os.open(self.path(key, "status"), os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -158,7 +158,7 @@ class SessionFiles:
         order_size(self.path(key, "control"), size, describe(key))
 
     def size(self, key: Key) -> int:
-        """How many bytes it has stored: output and input."""
+        """Return the bytes it has stored: output and input."""
         total = 0
         for name in ("output", "stderr", "input"):
             with suppress(FileNotFoundError):
@@ -172,5 +172,5 @@ class SessionFiles:
 
 
 def describe(key: Key) -> str:
-    """A session in words."""
+    """Return a session in words."""
     return f"session {key[1]} of job {key[0]}"

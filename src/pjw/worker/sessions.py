@@ -1,8 +1,8 @@
 """Sessions: other commands in jobs that run. Each survives the server and the launcher, as its job does.
 
-Nothing of the launcher's is needed but the start: what a session writes is in files, its end is a record in
-one, what it is told goes into another, and that it lives is a lock (session_files.py). A session whose client
-has gone is hung up after a while, unless it was detached: shells that nobody sees would fill the machine.
+Only its start needs the launcher: a session's output is in files, its end is a record in one, its orders go
+into another, and a lock shows that it lives (session_files.py). A session whose client has gone is hung up
+after a while, unless it was detached: abandoned shells would fill the machine.
 """
 
 import asyncio
@@ -52,7 +52,7 @@ log: Final = logging.getLogger(__name__)
 
 @contextmanager
 def _or_ended(job: LiveJob) -> Iterator[None]:
-    """Whatever fails in a job that has ended fails for that: raises JobStateError then."""
+    """Raise JobStateError for any failure in a job that has ended: the end caused it."""
     try:
         yield
     except LauncherGoneError:
@@ -82,11 +82,11 @@ class LiveSession:
 
     @property
     def key(self) -> Key:
-        """Of which job, and which one."""
+        """The number of its job, and its own."""
         return self.session.job_id, self.session.number
 
     def logs(self) -> Iterator[OutputLog]:
-        """Its outputs."""
+        """Yield its outputs."""
         yield self.output
         if self.stderr is not None:
             yield self.stderr
@@ -107,7 +107,7 @@ class Sessions:
         turns: LaunchTurns,
         background: Background,
     ) -> None:
-        """Raises KernelError."""
+        """Begin without sessions. Raises KernelError."""
         self._state: Final = state
         self._files: Final = SessionFiles(state)
         self._launcher: Final = launcher
@@ -138,14 +138,14 @@ class Sessions:
             record = parse_record(await self._state.in_thread(self._files.read_status, key))
             alive = await self._state.in_thread(self._files.is_alive, key)
             if asked is None or job is None or (record.started_ns is None and not alive):
-                # one whose command was not executed has been told to nobody
+                # no client was told of a session whose command was not executed
                 await self._state.in_thread(self._files.hang_up, key)
                 await self._state.in_thread(self._files.remove, key)
                 continue
             self._add(key, asked, job.client_name, record.started_ns or asked.start_ns)
 
     def close(self) -> None:
-        """Let go of all; they go on."""
+        """Release all; they go on."""
         for live in self._sessions.values():
             self._end_lease(live)
             for output in live.logs():
@@ -165,7 +165,7 @@ class Sessions:
 
         The command of an *archive* is that of the launcher's own program for them.
 
-        Raises what `Worker.exec` does. It goes on when the caller is cancelled: its lease ends it then.
+        Raises as `Worker.exec` does. It goes on when the caller is cancelled: its lease ends it then.
         """
         key = (job.job.id, spec.request_id)
         task = self._requests.get(key) if spec.request_id else None
@@ -186,7 +186,7 @@ class Sessions:
             raise
 
     async def connect(self, job: LiveJob, port: int) -> socket.socket:
-        """A connection to a port within a job; see `Worker.connect`."""
+        """Connect to a port within a job; see `Worker.connect`."""
         client_name = job.job.client_name
         async with self._turns.turn(client_name):
             self._descriptors.require()
@@ -234,7 +234,7 @@ class Sessions:
             try:
                 started_ns = await self._ask(job, spec, uid, settings, made.descriptors, archive=archive)
             except LauncherGoneError:
-                # Whether it was started, nobody can tell now; the next worker will.
+                # It is unknown now whether it was started; the next worker will know.
                 raise
             except BaseException:
                 await self._state.in_thread(self._files.remove, made.key)
@@ -242,7 +242,7 @@ class Sessions:
         try:
             return self._add(made.key, asked, client_name, started_ns)
         except PjwError:
-            # nobody would see its end
+            # no client would see its end
             await self._state.in_thread(self._files.hang_up, made.key)
             raise
 
@@ -345,7 +345,7 @@ class Sessions:
         self._begin_lease(live)
 
     async def _unrecorded(self, session: Session) -> Session:
-        """The end of a session that nobody recorded: with its job, or else nobody knows how."""
+        """Return a session whose end was not recorded: it ended with its job, or else in an unknown way."""
         job = self._live_jobs.get(session.job_id)
         if job is not None:
             await within(_JOB_ENDS_SECONDS, job.ended)
@@ -363,7 +363,7 @@ class Sessions:
 
     @contextmanager
     def attached(self, live: LiveSession) -> Iterator[None]:
-        """A call looks at a session for as long as the context lasts."""
+        """Count a call as a reader of a session for as long as the context lasts."""
         live.users += 1
         self._end_lease(live)
         try:
@@ -393,10 +393,10 @@ class Sessions:
         del self._sessions[live.key]
         self._background.spawn(self._state.in_thread(self._files.remove, live.key))
 
-    # --- what calls look at
+    # --- sessions as calls see them
 
     def find(self, job_id: int, number: int, owner: str | None) -> LiveSession:
-        """A session of a client's job. Raises SessionNotFoundError."""
+        """Return a session of a client's job. Raises SessionNotFoundError."""
         live = self._sessions.get((job_id, number))
         if live is None or owner not in (None, live.client_name):
             raise SessionNotFoundError(job_id, number)
@@ -418,7 +418,7 @@ class Sessions:
         """Have a session end, and wait for that."""
         await self._state.in_thread(self._files.hang_up, live.key)
         ended = await self.wait(live, wait_for)
-        # it may be as large as a disk, and whoever stops it has all that they want of it
+        # it may be as large as a disk, and the client that stops it wants no more of it
         if live.asked.archive and not live.users and live.key in self._sessions:
             self._end_lease(live)
             self._forget(live)
@@ -447,11 +447,11 @@ class Sessions:
                 yield opened
 
     def output_of(self, live: LiveSession, part: Part) -> Output:
-        """A stream of its output. Raises JobStateError for a stderr that is not kept apart."""
+        """Return a stream of its output. Raises JobStateError for a stderr that is not kept apart."""
         if part.stderr and live.stderr is None:
             raise JobStateError(f"cannot read the stderr of {describe(live.key)} alone: it is in the output")
         return Output(live.stderr if part.stderr and live.stderr is not None else live.output)
 
     def bytes_of(self, job_id: int) -> int:
-        """What the sessions of a job have stored."""
+        """Return the bytes that the sessions of a job have stored."""
         return sum(self._files.size(key) for key in self._sessions if key[0] == job_id)

@@ -1,4 +1,4 @@
-"""What the operator decides for a worker."""
+"""The operator's settings for a worker."""
 
 import os
 from collections.abc import Mapping
@@ -29,8 +29,8 @@ WAITING_INITS: Final = 4
 NO_CEILING: Final = Limits(**dict.fromkeys((name for name, _ in Limits().items()), 0))
 # A floor so high that a client can ask for nothing but "no limit".
 NO_LIMIT_ONLY: Final = LIMIT_MAXIMUM
-# A read that is throttled, at any rate, holds locks of the page cache, which the whole host shares: whoever
-# else wants that part of the file, root too, waits for as long. So only the operator limits reads.
+# A read that is throttled, at any rate, holds locks of the page cache, which the whole host shares: any other
+# process that wants that part of the file, root's too, waits for as long. So only the operator limits reads.
 FLOOR: Final = replace(
     NO_CEILING,
     io_rbps_max=NO_LIMIT_ONLY,
@@ -42,7 +42,7 @@ FLOOR: Final = replace(
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """How much of ended jobs is kept, the newest first. 0 is "all" in every field."""
+    """The bounds on ended jobs that are kept, the newest first. 0 is "all" in every field."""
 
     age_seconds: int = 0
     jobs_per_client: int = 0
@@ -53,18 +53,19 @@ class Retention:
     workspace_age_seconds: int = 0
     # so is an image that a client has loaded
     image_age_seconds: int = 0
+    # on a node of a gateway: an ended job stays until the gateway has written its end down
+    keeps_untold: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Quotas:
-    """What clients may have at once; at it, a start is refused. 0 is "no limit" in every field.
+    """The most that clients may have at once; at it, a start is refused. 0 is "no limit" in every field.
 
     All but input and workspaces have a total for all clients. Stored bytes are the output of all jobs, ended
-    or not, the workspaces, and the input and the scratch of those that have not ended; workspaces and
-    scratch as last counted: once a minute. Input is not taken beyond them; output, scratch and workspaces are
-    not held back.
-    `input_bytes_max` is for one job, of which more input is not taken. Queued are jobs that wait in the
-    queue, or are being started from there; the bytes are those of their commands and variables.
+    or not, the workspaces, and the input and the scratch of those that have not ended; workspaces and scratch
+    as last counted: once a minute. Input is not taken beyond them; output, scratch and workspaces are not
+    held back. `input_bytes_max` is for one job, of which more input is not taken. Queued are jobs that wait
+    in the queue, or are being started from there; the bytes are those of their commands and variables.
     """
 
     running_max: int = 0
@@ -83,9 +84,9 @@ class Quotas:
 
 @dataclass(frozen=True, slots=True)
 class QueueSlots:
-    """What jobs out of the queue may have at once: so many may run, and so much may their limits promise.
+    """The most that jobs out of the queue may have at once: their number, and the sums of their limits.
 
-    The first three are for all clients, the others for each. 0 is "no limit", None what the host has: all of
+    The first three are for all clients, the others for each. 0 is "no limit", None the host's amount: all of
     its processors, and the sum of memory that jobs have. A job with a higher limit, or none, takes all of it.
     """
 
@@ -105,7 +106,7 @@ class Shares:
     by_name: Mapping[str, Share] = field(default_factory=dict)
 
     def of(self, client_name: str) -> Share:
-        """The share of one client."""
+        """Return the share of one client."""
         return self.by_name.get(client_name, self.default)
 
 
@@ -116,7 +117,7 @@ _FREE_INODES_MIN: Final = 100_000
 
 @dataclass(frozen=True, slots=True)
 class DiskMarks:
-    """How much of each file system that jobs write to stays free, or a job is ended: worker/disk.py.
+    """The space of each file system that jobs write to that stays free, or a job is ended: worker/disk.py.
 
     0 is "do not look", None a twentieth, at most 1 GiB and 100,000 inodes.
     """
@@ -125,15 +126,15 @@ class DiskMarks:
     free_inodes_min: int | None = None
 
     def bytes_of(self, total: int) -> int:
-        """The mark of a file system of so many bytes."""
+        """Return the mark of a file system of so many bytes."""
         return min(total // 20, _FREE_BYTES_MIN) if self.free_bytes_min is None else self.free_bytes_min
 
     def free_and_mark(self, status: os.statvfs_result) -> tuple[int, int]:
-        """The bytes that a file system has free, and the mark that they should not fall below."""
+        """Return the bytes that a file system has free, and the mark that they should not fall below."""
         return status.f_bavail * status.f_frsize, self.bytes_of(status.f_blocks * status.f_frsize)
 
     def inodes_of(self, total: int) -> int:
-        """The mark of a file system of so many inodes; 0 where they are not counted."""
+        """Return the mark of a file system of so many inodes; 0 where they are not counted."""
         return min(total // 20, _FREE_INODES_MIN) if self.free_inodes_min is None else self.free_inodes_min
 
 
@@ -143,13 +144,13 @@ class WorkerSettings:
 
     default_limits: Limits = field(default_factory=Limits)
     ceiling: Limits = NO_CEILING
-    # what may be asked for at least; a default limit or a ceiling that is lower goes before it
+    # the least that a job may ask for; a default limit or a ceiling that is lower goes before it
     floor: Limits = FLOOR
-    # what all jobs may use together
+    # the most that all jobs may use together
     sums: Sums = NO_SUMS
     shares: Shares = Shares()
-    # The memory limits of running jobs together are at most so many times the sum of memory, or what the host
-    # has where there is none; 0 is any number of times.
+    # The memory limits of running jobs together are at most so many times the sum of memory, or the host's
+    # memory where there is none; 0 is any number of times.
     memory_overcommit: float = 0
     # the user ids that clients are given; 0: a range of the state directory's own (launcher/job_users.py)
     uid_first: int = 0
@@ -158,11 +159,11 @@ class WorkerSettings:
     visible_paths: tuple[str, ...] = ()
     # where jobs have their scratch directories; empty: in the state directory
     scratch_dir: str = ""
-    # what a job may have there, where the file system has project quotas; 0 is no limit
+    # the most that a job may have there, where the file system has project quotas; 0 is no limit
     scratch_bytes_max: int = 0
     scratch_inodes_max: int = 0
     stop_grace_seconds: float = 10
-    # how many inits the launcher keeps ready for the next jobs
+    # the number of inits that the launcher keeps ready for the next jobs
     waiting_inits: int = WAITING_INITS
     retention: Retention = Retention()
     quotas: Quotas = Quotas()

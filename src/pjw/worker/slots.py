@@ -1,32 +1,74 @@
-"""The slots of the queue: how many of its jobs run, what their limits promise, and whose turn that makes it.
+"""The slots of the queue: its running jobs, the sums of their limits, and so whose turn it is.
 
-Only jobs that came out of the queue count. A job that was started at once takes no slot: who starts long jobs
-at once would hold up everybody's queue.
+Only jobs that came out of the queue count. A job that was started at once takes no slot: else a client that
+starts long jobs at once would hold up every client's queue.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 from pjw.model import Limits
 from pjw.worker.host import memory_of, resources
 from pjw.worker.settings import WorkerSettings
 
 
+class Wanting(Protocol):
+    """What has to be known of a job that is to have a slot: a `Job` is one, and a `queue_rows.Head`."""
+
+    @property
+    def id(self) -> int:
+        """Its id."""
+
+    @property
+    def client_name(self) -> str:
+        """Whose job it is."""
+
+    @property
+    def limits(self) -> Limits:
+        """What it may use."""
+
+    @property
+    def gpus(self) -> int:
+        """How many GPUs it has."""
+
+    @property
+    def mounts(self) -> Sequence[str]:
+        """The mounts of the operator's that it has, as NAME:PATH."""
+
+    @property
+    def allow(self) -> Sequence[str]:
+        """The names on the network that it may reach."""
+
+    @property
+    def link(self) -> str:
+        """The network that it shares with others of its client."""
+
+    @property
+    def image(self) -> str:
+        """The image that it has."""
+
+    @property
+    def chosen_node(self) -> str:
+        """The only node of a cluster that it may have; empty: any."""
+
+
 @dataclass(slots=True)
-class _Use:
-    """What some jobs have: their number, and what their limits promise."""
+class Use:
+    """The use of some jobs: their number, and the sums of their limits."""
 
     jobs: int = 0
     millicores: int = 0
     memory: int = 0
 
-    def add(self, other: "_Use", sign: int) -> None:
+    def add(self, other: "Use", sign: int) -> None:
+        """Count other jobs (*sign* 1), or count them no more (-1)."""
         self.jobs += sign * other.jobs
         self.millicores += sign * other.millicores
         self.memory += sign * other.memory
 
-    def room_for(self, other: "_Use", most: "_Use") -> bool:
-        """Whether both together are within *most*, where 0 is no limit. What is above that takes it all."""
+    def room_for(self, other: "Use", most: "Use") -> bool:
+        """Return whether both are within *most*, where 0 is no limit. A larger job takes all of it."""
         return all(
             not bound or there + min(more, bound) <= bound
             for there, more, bound in (
@@ -40,26 +82,30 @@ class _Use:
 class Slots:
     """Counts the jobs of the queue from before their start to after their end.
 
-    New settings change the bounds, not what is counted.
+    New settings change the bounds, not the counts.
     """
 
     def __init__(self, settings: WorkerSettings) -> None:
         self.settings = settings
-        self._host: Final = _Use(0, resources().cpu_max_millicores, memory_of(settings.sums))
-        self._all: Final = _Use()
-        self._clients: Final[dict[str, _Use]] = {}
-        # what each job was counted as: a reload may change what it would be counted as
-        self._taken: Final[dict[int, tuple[str, _Use]]] = {}
+        self._host: Final = Use(0, resources().cpu_max_millicores, memory_of(settings.sums))
+        self._all: Final = Use()
+        self._clients: Final[dict[str, Use]] = {}
+        # the amounts that each job was counted with: a reload may change these
+        self._taken: Final[dict[int, tuple[str, Use]]] = {}
 
-    def take(self, job_id: int, client_name: str, limits: Limits) -> None:
+    def take(self, job: Wanting) -> None:
         """Count a job that is about to be started, or runs already."""
-        use = self._promise(limits)
-        self._taken[job_id] = client_name, use
+        use = self._promise(job.limits)
+        self._taken[job.id] = job.client_name, use
         self._all.add(use, 1)
-        self._clients.setdefault(client_name, _Use()).add(use, 1)
+        self._clients.setdefault(job.client_name, Use()).add(use, 1)
+
+    def has(self, job_id: int) -> bool:
+        """Whether a job is counted."""
+        return job_id in self._taken
 
     def give_back(self, job_id: int) -> None:
-        """A job has ended, or did not come to be."""
+        """Free the slots of a job that has ended, or was not started."""
         client_name, use = self._taken.pop(job_id)
         self._all.add(use, -1)
         own = self._clients[client_name]
@@ -68,38 +114,53 @@ class Slots:
             del self._clients[client_name]
 
     def has_room_of_own(self, client_name: str, limits: Limits) -> bool:
-        """Whether a client's slots have room for a job of it."""
+        """Return whether a client's slots have room for a job of it."""
         slots = self.settings.queue
-        most = _Use(slots.client_running_max, slots.client_cpu_max_millicores, slots.client_memory_max_bytes)
-        return self._clients.get(client_name, _Use()).room_for(self._promise(limits), most)
+        most = Use(slots.client_running_max, slots.client_cpu_max_millicores, slots.client_memory_max_bytes)
+        return self._clients.get(client_name, Use()).room_for(self._promise(limits), most)
 
-    def has_room(self, limits: Limits) -> bool:
-        """Whether the slots of all clients have room for a job."""
-        return self._all.room_for(self._promise(limits), self._most())
+    def has_room(self, job: Wanting) -> bool:
+        """Return whether the slots of all clients have room for a job."""
+        return self._all.room_for(self._promise(job.limits), self._most())
+
+    def why_no_room(self) -> str:
+        """Say why the job that is next waits."""
+        return "is next: waits for a free slot"
+
+    def passed_over(self, job: Wanting) -> str:
+        """Say why a job that has no room waits, when others may go before it; else nothing."""
+        return ""
 
     def share(self, client_name: str) -> float:
-        """What a client has of all slots, of that of which it has most, by its weight."""
-        own, most = self._clients.get(client_name, _Use()), self._most()
+        """Return a client's part of all slots, in the kind it has most of, by its weight."""
+        own, most, whole = self._clients.get(client_name, Use()), self._most(), self._whole()
         parts = (
             own.jobs / most.jobs if most.jobs else 0.0,
-            own.millicores / (most.millicores or self._host.millicores),
-            own.memory / (most.memory or self._host.memory),
+            own.millicores / (most.millicores or whole.millicores),
+            own.memory / (most.memory or whole.memory),
         )
         return max(parts) / self.settings.shares.of(client_name).weight
 
-    def _most(self) -> _Use:
-        slots = self.settings.queue
+    def reserve(self, job: Wanting) -> None:
+        """Keep the room for a job that was counted and is about to be started, where others could take it."""
+
+    def _whole(self) -> Use:
+        """Return the whole that jobs share; never 0."""
+        return self._host
+
+    def _most(self) -> Use:
+        slots, whole = self.settings.queue, self._whole()
         millicores, memory = slots.cpu_max_millicores, slots.memory_max_bytes
-        return _Use(
+        return Use(
             slots.running_max,
-            self._host.millicores if millicores is None else millicores,
-            self._host.memory if memory is None else memory,
+            whole.millicores if millicores is None else millicores,
+            whole.memory if memory is None else memory,
         )
 
-    def _promise(self, limits: Limits) -> _Use:
-        most = self._most()
-        millicores, memory = most.millicores or self._host.millicores, most.memory or self._host.memory
-        return _Use(
+    def _promise(self, limits: Limits) -> Use:
+        most, whole = self._most(), self._whole()
+        millicores, memory = most.millicores or whole.millicores, most.memory or whole.memory
+        return Use(
             1,
             min(limits.cpu_max_millicores or millicores, millicores),
             min(limits.memory_max_bytes or memory, memory),

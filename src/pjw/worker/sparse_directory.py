@@ -16,7 +16,7 @@ class SparseDirectory:
 
     @contextmanager
     def adding(self) -> Iterator[None]:
-        """Make an entry within: the directory is there, 0700, and nobody removes it. Raises OSError."""
+        """Make an entry within: the directory is there, 0700, and is not removed. Raises OSError."""
         with self._changing:
             os.makedirs(self.path, 0o700, exist_ok=True)
             try:
@@ -26,7 +26,7 @@ class SparseDirectory:
                 raise
 
     def tidy(self) -> None:
-        """After the removal of an entry: remove the directory if that was the last one."""
+        """Remove the directory if it is empty; call this after the removal of an entry."""
         with self._changing:
             self._remove()
 
@@ -36,7 +36,7 @@ class SparseDirectory:
             os.rmdir(self.path)
 
     def names(self) -> list[str]:
-        """What is in it."""
+        """Return the names in it."""
         try:
             return os.listdir(self.path)
         except FileNotFoundError:

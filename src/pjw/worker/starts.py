@@ -23,13 +23,14 @@ from pjw.errors import (
 from pjw.launcher.protocol import Launch
 from pjw.model import EndReason, Job, JobSpec, Limits, is_image_key, offered
 from pjw.output import Inotify
+from pjw.worker.admission import Admission
 from pjw.worker.artifacts import patterns_file
 from pjw.worker.background import Background, log_bug
 from pjw.worker.command_file import command_file
 from pjw.worker.descriptors import Descriptors
 from pjw.worker.endings import Endings
 from pjw.worker.gpus import NONE, Gpus, Taken
-from pjw.worker.images import Images
+from pjw.worker.images import ImageReplacedError, Images
 from pjw.worker.job import LiveJob
 from pjw.worker.launch_turns import LaunchTurns, Turn
 from pjw.worker.launcher_client import LaunchBrokenOffError, LauncherClient, RunningInit
@@ -72,6 +73,7 @@ class Starts:
         background: Background,
         uploads: Uploads,
         gpus: Gpus,
+        admission: Admission,
     ) -> None:
         self._state: Final = state
         self._launcher: Final = launcher
@@ -87,10 +89,18 @@ class Starts:
         self._background: Final = background
         self._uploads: Final = uploads
         self._gpus: Final = gpus
+        self._admission: Final = admission
+        # called when a start is over, whatever became of it
+        self.settled: Callable[[], None] = lambda: None
         self._descriptors: Final = Descriptors()
         self._turns: Final = turns
         self._tasks: Final[set[asyncio.Task[Job]]] = set()
         self._requests: Final[dict[_Request, asyncio.Task[Job]]] = {}
+
+    @property
+    def under_way(self) -> int:
+        """How many starts are not over."""
+        return len(self._tasks)
 
     async def over(self) -> None:
         """Wait until none is under way."""
@@ -118,7 +128,7 @@ class Starts:
         self._require_launcher()
         task = asyncio.ensure_future(self._start_queued(job_id, spec, client_name, limits))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._task_over)
         # the launch goes on when the queue ends with its worker, and the job is the next worker's
         try:
             return await asyncio.shield(task)
@@ -135,11 +145,15 @@ class Starts:
     ) -> asyncio.Task[Job]:
         task = asyncio.ensure_future(self._start_once(spec, client_name, limits))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._task_over)
         if request is not None:
             self._requests[request] = task
             task.add_done_callback(partial(self._request_over, request))
         return task
+
+    def _task_over(self, task: asyncio.Task[Job]) -> None:
+        self._tasks.discard(task)
+        self.settled()
 
     def _request_over(self, request: _Request, task: asyncio.Task[Job]) -> None:
         del self._requests[request]
@@ -151,12 +165,18 @@ class Starts:
         if self._turns.is_busy(client_name) and (known := await self._known(spec, client_name)) is not None:
             # not behind launches that may take long, for an answer that is there
             return known
-        turn = self._turns.turn(client_name)
         try:
-            async with self._images.taken(client_name, spec) as (executed, image):
-                return await self._start_in_turn(executed, client_name, limits, turn, image)
+            while True:
+                turn = self._turns.turn(client_name)
+                try:
+                    async with self._images.taken(client_name, spec) as (executed, image):
+                        return await self._start_in_turn(executed, client_name, limits, turn, image)
+                except ImageReplacedError:
+                    # with the image that the operator has imported by this name meanwhile
+                    continue
+                finally:
+                    turn.end()
         finally:
-            turn.end()
             if spec.upload:
                 await self._uploads.release(client_name, spec.upload)
 
@@ -204,8 +224,13 @@ class Starts:
 
     async def _start_queued(self, job_id: int, spec: JobSpec, client_name: str, limits: Limits) -> Job:
         try:
-            async with self._images.taken(client_name, spec) as (executed, image):
-                return await self._start_admitted(job_id, executed, client_name, limits, image)
+            while True:
+                try:
+                    async with self._images.taken(client_name, spec) as (executed, image):
+                        return await self._start_admitted(job_id, executed, client_name, limits, image)
+                except ImageReplacedError:
+                    # it is in the queue again
+                    continue
         except ImageNotFoundError as error:
             # it may have been removed since the job was submitted, and is not expected back
             raise InvalidJobError(str(error)) from None
@@ -222,7 +247,10 @@ class Starts:
 
         async def undo(job: Job, error: BaseException) -> None:
             nonlocal ended
-            ended = await self._put_back_or_end(job, error)
+            is_replaced = isinstance(error, InvalidJobError) and await self._images.is_replaced(
+                client_name, spec.image, image
+            )
+            ended = await self._put_back_or_end(job, error, can_be_tried=is_replaced)
 
         turn = self._turns.turn(client_name)
         try:
@@ -292,7 +320,7 @@ class Starts:
         self._workspaces.give_back_of(job.id)
         self._gpus.give_back_of(job.id)
 
-    async def _put_back_or_end(self, job: Job, error: BaseException) -> Job | None:
+    async def _put_back_or_end(self, job: Job, error: BaseException, *, can_be_tried: bool) -> Job | None:
         """Put a job whose launch failed back into the queue, if it can be started later; else its end.
 
         It can be when its command was certainly not executed, and the reason is not the job's own.
@@ -300,7 +328,7 @@ class Starts:
         was_executed = parse_record(self._state.read_status(job.id)).started_ns is not None
         await self._remove(job.id)
         is_of_the_host = isinstance(error, LimitReachedError | KernelError | asyncio.CancelledError)
-        if is_of_the_host and not was_executed:
+        if (is_of_the_host or can_be_tried) and not was_executed:
             await self._state.store.put_back(job.id)
             return None
         why = error.refusal if isinstance(error, LaunchBrokenOffError) else error
@@ -330,6 +358,7 @@ class Starts:
         Raises LimitReachedError, InvalidJobError without room for its memory ever, WorkspaceBusyError,
         GpuError, MountNotFoundError and LauncherGoneError.
         """
+        self._admission.require()
         await self._gpus.check(client_name, spec.gpus)
         self._running.take(client_name, limits)
         use: Use | None = None

@@ -1,4 +1,4 @@
-"""The state directory: who owns what in it.
+"""The state directory: its files, and the owner of each.
 
 STATE/               root, 0711
 jobs.sqlite        root's, 0600: the job table; opened before privilege is dropped
@@ -14,9 +14,11 @@ job-users          the launcher's: the range of user ids that jobs have
 scratch-dirs       the launcher's: where jobs have their scratch directories, or had them before that changed
 launcher.lock      held by the launcher
 backup.sock        root's, 0600: where `pjwd backup` asks for a copy of the table
+drained            root's: there while the operator has drained this machine (`pjwd drain`)
+drain.sock         root's, 0600: where `pjwd drain` and `pjwd resume` tell pjwd to look
 
-STATE and every directory above it can be written by root alone: whoever may rename one of them, or put a link
-in its place, decides where root makes files and directories.
+STATE and every directory above it can be written by root alone: a user that may rename one of them, or
+put a link in its place, decides where root makes files and directories.
 """
 
 import asyncio
@@ -41,10 +43,11 @@ from pjw.worker.secret_files import SecretFiles
 from pjw.worker.store import JobStore
 from pjw.worker.usage import append_sample, read_samples
 
-# SQLite takes a path of 512 bytes, including what it adds to the name of its file ("-journal")
+# SQLite takes a path of 512 bytes, including its own suffixes for files ("-journal")
 PATH_BYTES_MAX: Final = 512 - len("/jobs.sqlite-journal")
 JOBS: Final = "jobs"
 TABLE: Final = "jobs.sqlite"
+DRAINED: Final = "drained"
 # of every job; of one whose stderr is kept apart; and of one with input while it runs
 _FILES: Final = ("output", "status", "times")
 _STDERR_FILES: Final = ("stderr", "stderr_times")
@@ -54,10 +57,10 @@ _CONTROL: Final = "control"
 # of one with files that are kept after its end
 _ARTIFACTS: Final = "artifacts"
 
-# the mode of the status of a job that is ended for what it has on the disk
+# the mode of the status of a job that is ended for its use of the disk
 _ENDED_FOR_DISK: Final = 0o700
 
-# Of what is whole and is not written any more; init/keep.c sets it as well.
+# The mode of a file that is whole and is not written any more; init/keep.c sets it as well.
 WHOLE_MODE: Final = 0o400
 
 # kept for a job that has written nothing as well
@@ -93,7 +96,7 @@ class StateDir:
                 f"cannot use the state directory {path}: {describe_errno(error.errno or 0)}",
                 hint="give a directory on a local disk that root can write with --state-dir",
             ) from error
-        # Of its own: what waits for a disk here must not hold up those who read output.
+        # Of its own: calls here that wait for a disk must not hold up readers of output.
         self._threads: Final = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pjw-disk")
         # By descriptor: its owner may not be able to reach it by name (a parent of mode 0700).
         self._jobs: Final = f"/proc/self/fd/{self._jobs_fd}"
@@ -107,7 +110,7 @@ class StateDir:
             raise
 
     def close(self) -> None:
-        """Close what is open, when the threads have let go of it."""
+        """Close all open files, when the threads have released them."""
         self._threads.shutdown(cancel_futures=True)
         self.store.close()
         os.close(self._jobs_fd)
@@ -119,24 +122,24 @@ class StateDir:
 
     @property
     def jobs_path(self) -> str:
-        """Where the directories of jobs are, for this process alone."""
+        """The directory of the directories of jobs, for this process alone."""
         return self._jobs
 
     def output_paths(self, job_id: int, *, stderr: bool = False) -> tuple[str, str]:
-        """Where a job's output (or its stderr) and the times of it are, for this process alone."""
+        """Return the paths of a job's output (or stderr) and its times, for this process alone."""
         output, times = ("stderr", "stderr_times") if stderr else ("output", "times")
         return f"{self._jobs}/{job_id}/{output}", f"{self._jobs}/{job_id}/{times}"
 
     def input_path(self, job_id: int) -> str:
-        """Where the input of a job is that has not ended, for this process alone."""
+        """Return the path of the input of a job that has not ended, for this process alone."""
         return f"{self._jobs}/{job_id}/{_INPUT}"
 
     def control_path(self, job_id: int) -> str:
-        """Where a job with a terminal is told its size, for this process alone."""
+        """Return the path of a job's orders to its terminal, for this process alone."""
         return f"{self._jobs}/{job_id}/{_CONTROL}"
 
     def status_path(self, job_id: int) -> str:
-        """Where the status record of a job is, for this process alone."""
+        """Return the path of a job's status record, for this process alone."""
         return f"{self._jobs}/{job_id}/status"
 
     def create_job(self, job: Job, terminal: TerminalSize | None = None) -> list[int]:
@@ -147,7 +150,7 @@ class StateDir:
         directory = str(job.id)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         descriptors: list[int] = []
-        # When somebody cuts an output short, the next bytes follow what is left, without a hole.
+        # When another process cuts an output short, the next bytes follow the rest, without a hole.
         appended = ("output", "stderr")
         try:
             try:
@@ -177,7 +180,7 @@ class StateDir:
         return descriptors
 
     def read_status(self, job_id: int) -> bytes:
-        """The status record; empty when there is none."""
+        """Return the status record; empty when there is none."""
         try:
             descriptor = os.open(f"{job_id}/status", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._jobs_fd)
             try:
@@ -190,7 +193,7 @@ class StateDir:
             raise KernelError("read the status of", f"job {job_id}", error.errno or 0) from error
 
     def note_end_for_disk(self, job_id: int) -> None:
-        """Note that a job is about to be ended for what it has on the disk.
+        """Note that a job is about to be ended for its use of the disk.
 
         The note outlives the kill of any process. It is a mode, since that takes no space.
         """
@@ -202,7 +205,7 @@ class StateDir:
             raise KernelError("note the end of", f"job {job_id}", error.errno or 0) from error
 
     def is_ended_for_disk(self, job_id: int) -> bool:
-        """Whether that was noted."""
+        """Return whether that end was noted."""
         try:
             status = os.stat(f"{job_id}/status", dir_fd=self._jobs_fd)
             return stat.S_IMODE(status.st_mode) == _ENDED_FOR_DISK
@@ -212,18 +215,18 @@ class StateDir:
             raise KernelError("look at the status of", f"job {job_id}", error.errno or 0) from error
 
     def output_size(self, job: Job) -> int:
-        """How many bytes of output a job has, stderr included; 0 without a file."""
+        """Return the bytes of output of a job, stderr included; 0 without a file."""
         return sum(self._size(path) for path in self.outputs(job))
 
     def outputs(self, job: Job) -> list[str]:
-        """The paths of the files of a job's output, for use in this process only."""
+        """Return the paths of the files of a job's output, for use in this process only."""
         return [
             self.output_paths(job.id, stderr=stderr)[0]
             for stderr in ((False, True) if job.split_stderr else (False,))
         ]
 
     def input_size(self, job: Job) -> int:
-        """How many bytes of input are kept for a job; 0 without a file."""
+        """Return the bytes of input that are kept for a job; 0 without a file."""
         return self._size(self.input_path(job.id)) if job.input else 0
 
     @staticmethod
@@ -236,7 +239,7 @@ class StateDir:
             raise KernelError("look at", describe_job_file(path), error.errno or 0) from error
 
     def remove_input(self, job_id: int) -> None:
-        """Remove the input of a job, which nobody reads any more. Takes the kernel long when it is large."""
+        """Remove the input of a job, which is not read any more. Takes the kernel long when it is large."""
         try:
             with suppress(FileNotFoundError):
                 os.unlink(self.input_path(job_id))
@@ -244,15 +247,15 @@ class StateDir:
             raise KernelError("remove the input of", f"job {job_id}", error.errno or 0) from error
 
     def artifacts_path(self, job_id: int) -> str:
-        """Where the artifacts of a job are, for this process alone."""
+        """Return the path of the artifacts of a job, for this process alone."""
         return f"{self._jobs}/{job_id}/{_ARTIFACTS}"
 
     def artifacts_size(self, job: Job) -> int:
-        """How many bytes of artifacts a job has, whole or not; 0 without a file."""
+        """Return the bytes of artifacts of a job, whole or not; 0 without a file."""
         return self._size(self.artifacts_path(job.id)) if job.artifacts is not None else 0
 
     def whole_artifacts(self, job_id: int) -> int | None:
-        """The size of the artifacts of a job whose init has ended; None when they are not whole."""
+        """Return the size of the artifacts of a job whose init has ended; None when they are not whole."""
         try:
             status = os.stat(self.artifacts_path(job_id))
         except FileNotFoundError:
@@ -262,7 +265,7 @@ class StateDir:
         return status.st_size if stat.S_IMODE(status.st_mode) == WHOLE_MODE else None
 
     def remove_artifacts(self, job_id: int) -> None:
-        """Remove what there is of a job's artifacts."""
+        """Remove a job's artifacts, whole or not."""
         try:
             self._unlink(f"{job_id}/{_ARTIFACTS}")
         except OSError as error:
@@ -300,7 +303,7 @@ class StateDir:
             raise disk_error("write the usage of", f"job {job_id}", error) from error
 
     def read_usage(self, job_id: int) -> Sequence[UsageSample]:
-        """The samples of a job's history."""
+        """Return the samples of a job's history."""
         try:
             return read_samples(f"{self._jobs}/{job_id}/{_USAGE}")
         except OSError as error:
@@ -323,7 +326,7 @@ class StateDir:
             raise _removal_error(job_id, error) from error
 
     def _remove_silent(self, job: Job) -> None:
-        """Remove what is left of an ended job without output, but for its history with the directory."""
+        """Remove the remains of an ended job without output, but for its history with the directory."""
         try:
             for name in (*_names_of(job), *((_INPUT,) if job.input else ())):
                 self._unlink(f"{job.id}/{name}")
@@ -352,7 +355,7 @@ class StateDir:
         return True
 
     async def keep_secrets(self, specs: Sequence[JobSpec]) -> dict[int, str]:
-        """Store the secrets of jobs for the queue; the name of the file with those of each, by its place.
+        """Store the secrets of jobs for the queue; return the name of each one's file, by its place.
 
         Raises LimitReachedError (the disk is full) and KernelError; nothing stays behind then.
         """
@@ -364,14 +367,14 @@ class StateDir:
             raise disk_error("store the secrets of", "a job", error) from error
 
     async def in_thread(self, function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        """Call what waits for the disk without holding the event loop up."""
+        """Call a function that waits for the disk without holding the event loop up."""
         return await asyncio.get_running_loop().run_in_executor(
             self._threads, partial(function, *args, **kwargs)
         )
 
 
 def _names_of(job: Job) -> Sequence[str]:
-    """The files that a job has from its start on, beside its input."""
+    """Return the files that a job has from its start on, beside its input."""
     return (*_FILES, *_STDERR_FILES) if job.split_stderr else _FILES
 
 
@@ -396,7 +399,7 @@ def _private_file(path: str) -> str:
 
 
 def disk_error(operation: str, subject: str, error: OSError) -> KernelError | LimitReachedError:
-    """The error for a failed write: full disks and quotas are the caller's to retry."""
+    """Return the error for a failed write: full disks and quotas are the caller's to retry."""
     failed = KernelError(operation, subject, error.errno or 0)
     if failed.errno in RESOURCE_ERRNOS:
         return LimitReachedError(str(failed))

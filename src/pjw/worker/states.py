@@ -8,7 +8,7 @@ from pjw.model import JobState
 
 
 class JobEvent(StrEnum):
-    """What can happen to a job."""
+    """The events in the life of a job."""
 
     ADMITTED = "admitted"
     PUT_BACK = "put_back"
@@ -46,7 +46,7 @@ TRANSITIONS: Final[dict[tuple[JobState, JobEvent], JobState]] = {
 
 
 def transition(state: JobState, event: JobEvent) -> JobState:
-    """The state after *event*. Raises JobStateError for a pair that cannot happen."""
+    """Return the state after *event*. Raises JobStateError for a pair that cannot happen."""
     try:
         return TRANSITIONS[state, event]
     except KeyError:

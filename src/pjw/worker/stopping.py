@@ -1,4 +1,4 @@
-"""How jobs are ended: by a signal, SIGKILL, a kill of init; and what pjw says when none of them helps."""
+"""The ways to end jobs: a signal, SIGKILL, a kill of init; and pjw's words when none of them helps."""
 
 import asyncio
 import logging
@@ -15,10 +15,10 @@ from pjw.worker.flag import Flag
 from pjw.worker.job import LiveJob
 from pjw.worker.launcher_client import LauncherClient
 
-# How long after SIGKILL to every process the launcher looks at what is left: long, since only a job that the
-# kernel cannot end, or whose init hangs, is there then.
+# Seconds between SIGKILL to every process and the launcher's look at the rest: long, since only a job that
+# the kernel cannot end, or whose init hangs, is there then.
 LAST_RESORT_SECONDS: Final = 5
-# How long after SIGKILL to init pjw says that this does not help either.
+# Seconds after SIGKILL to init until pjw says that this does not help either.
 INIT_ENDS_SECONDS: Final = 1
 # Nothing tells when a process that is stuck begins to wait for something else.
 _LOOK_AGAIN_SECONDS_MAX: Final = 60
@@ -32,11 +32,11 @@ class Stopping:
     """Ends jobs, and knows of those that do not end."""
 
     def __init__(self, launcher: LauncherClient, background: Background, note: Callable[[Job], None]) -> None:
-        """*note* is told of each job that somebody has asked to end."""
+        """Begin without jobs; *note* is called with each job whose end is requested."""
         self._launcher: Final = launcher
         self._note: Final = note
         self._background: Final = background
-        # jobs that have their SIGKILL, until they have ended or nobody looks any more
+        # jobs that have their SIGKILL, until they have ended or are not looked at any more
         self._being_killed: Final[set[int]] = set()
 
     def begin(self, live: LiveJob, grace_seconds: float, signal: int) -> None:
@@ -58,7 +58,7 @@ class Stopping:
                 return
         job_id = live.job.id
         if job_id in self._being_killed:
-            # once is enough: to look at what is left of a job takes the launcher's time, which is everybody's
+            # once is enough: a look at the rest of a job takes time of the launcher, which all clients share
             return
         self._being_killed.add(job_id)
         try:
@@ -88,7 +88,7 @@ class Stopping:
             await self._name_if_stuck(live)
 
     async def _name_if_stuck(self, live: LiveJob) -> None:
-        """Say what a killed job waits for, and look again until its end, since that may change."""
+        """Report the cause of a killed job's wait, and look again until its end, since that may change."""
         pause, first = LAST_RESORT_SECONDS, False
         while not live.ended.is_set():
             remaining = await self._look(live)
@@ -102,7 +102,7 @@ class Stopping:
                     log.error("job %d of %s %s", job.id, job.client_name, _in_words(remaining.words))
                 live.stuck_seen(_in_words(remaining.words))
                 if not first:
-                    # whoever saw it before us looks again
+                    # the task that saw it before us looks again
                     return
             await within(pause, live.ended)
             pause = min(2 * pause, _LOOK_AGAIN_SECONDS_MAX)
@@ -111,7 +111,7 @@ class Stopping:
         await self._try(live, "kill", self._launcher.request_kill(live.job.id, init_too=init_too))
 
     async def _look(self, live: LiveJob) -> Remaining | None:
-        """The processes that are left of a job; None when the launcher cannot tell now."""
+        """Return the processes that are left of a job; None when the launcher cannot tell now."""
         return await self._try(live, "look at", self._launcher.request_remaining(live.job.id))
 
     @staticmethod
@@ -131,7 +131,7 @@ def _in_words(processes: str) -> str:
 
 
 async def within(seconds: float, flag: Flag) -> bool:
-    """Whether the flag is set in time."""
+    """Return whether the flag is set in time."""
     try:
         async with asyncio.timeout(seconds):
             await flag.wait()

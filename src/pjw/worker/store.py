@@ -40,33 +40,45 @@ BUSY_SECONDS: Final = 5.0
 _NOTE_SECONDS: Final = 0.05
 # A copy of the table holds it for this many pages at a time, about a millisecond. In between others use it.
 _COPY_PAGES: Final = 256
-# So many of the jobs that ended last are kept in memory, each of so few characters of command and labels: who
-# has followed a job asks for it then, and needs no turn of the table's thread.
+# The number of recently ended jobs kept in memory, each of so few characters of command and labels: a client
+# that has followed a job asks for it then, and needs no turn of the table's thread.
 _RECENT_MAX: Final = 64
 _RECENT_CHARACTERS_MAX: Final = 1024
-# how long a copy waits between these, and for the end of a transaction
+# seconds that a copy waits between these, and for the end of a transaction
 _COPY_WAIT_SECONDS: Final = 0.005
 
 log: Final = logging.getLogger(__name__)
 
-# Which job goes first when more is kept than may be, by the member of Retention that says so;
-# `:most` is its value. A total is brought down at the cost of the client who has most: nobody
-# can push the jobs of others out. Its bound is inside the question for that client: outside, SQLite
-# would ask it again for each of the client's jobs.
-_TO_PRUNE: Final = {
-    "age_seconds": "SELECT id FROM jobs WHERE state IS NOT NULL AND end_ns < :now - :most * 1000000000"
-    " ORDER BY end_ns LIMIT 1",
-    "jobs_per_client": "SELECT id FROM jobs WHERE state IS NOT NULL AND client_name ="
-    " (SELECT name FROM clients WHERE ended_jobs > :most LIMIT 1) ORDER BY end_ns LIMIT 1",
-    "bytes_per_client": "SELECT id FROM jobs WHERE output_bytes + artifact_bytes > 0 AND client_name ="
-    " (SELECT name FROM clients WHERE ended_bytes > :most LIMIT 1) ORDER BY end_ns LIMIT 1",
-    "jobs_total": "SELECT id FROM jobs WHERE state IS NOT NULL AND client_name ="
-    " (SELECT name FROM clients WHERE (SELECT sum(ended_jobs) FROM clients) > :most"
-    " ORDER BY ended_jobs DESC LIMIT 1) ORDER BY end_ns LIMIT 1",
-    "bytes_total": "SELECT id FROM jobs WHERE output_bytes + artifact_bytes > 0 AND client_name ="
-    " (SELECT name FROM clients WHERE (SELECT sum(ended_bytes) FROM clients) > :most"
-    " ORDER BY ended_bytes DESC LIMIT 1) ORDER BY end_ns LIMIT 1",
-}
+
+# The job that goes first when more is kept than allowed, by the member of Retention that bounds it; `:most`
+# is its value. A total is brought down at the cost of the client that has most: no client can push the jobs
+# of others out. Its bound is inside the question for that client: outside, SQLite would ask it again for each
+# of the client's jobs.
+def _to_prune(which: str = "", who: str = "") -> dict[str, str]:
+    return {
+        "age_seconds": "SELECT id FROM jobs WHERE state IS NOT NULL AND end_ns < :now - :most * 1000000000"
+        f"{which} ORDER BY end_ns LIMIT 1",
+        "jobs_per_client": "SELECT id FROM jobs WHERE state IS NOT NULL AND client_name ="
+        f" (SELECT name FROM clients WHERE ended_jobs > :most{who} LIMIT 1){which} ORDER BY end_ns LIMIT 1",
+        "bytes_per_client": "SELECT id FROM jobs WHERE output_bytes + artifact_bytes > 0 AND client_name ="
+        f" (SELECT name FROM clients WHERE ended_bytes > :most{who} LIMIT 1){which} ORDER BY end_ns LIMIT 1",
+        "jobs_total": "SELECT id FROM jobs WHERE state IS NOT NULL AND client_name ="
+        " (SELECT name FROM clients WHERE (SELECT sum(ended_jobs) FROM clients) > :most"
+        f"{who} ORDER BY ended_jobs DESC LIMIT 1){which} ORDER BY end_ns LIMIT 1",
+        "bytes_total": "SELECT id FROM jobs WHERE output_bytes + artifact_bytes > 0 AND client_name ="
+        " (SELECT name FROM clients WHERE (SELECT sum(ended_bytes) FROM clients) > :most"
+        f"{who} ORDER BY ended_bytes DESC LIMIT 1){which} ORDER BY end_ns LIMIT 1",
+    }
+
+
+_TO_PRUNE: Final = _to_prune()
+# A node keeps an ended job until the gateway has written its end down. A client whose ended jobs are all of
+# that kind is not asked for: others may have more than may be kept.
+_TOLD: Final = "(reported OR coalesce(request_id, '') < 'cluster:' OR request_id >= 'cluster;')"
+_TOLD_TO_PRUNE: Final = _to_prune(
+    f" AND {_TOLD}",
+    f" AND EXISTS (SELECT 1 FROM jobs WHERE state IS NOT NULL AND client_name = clients.name AND {_TOLD})",
+)
 
 
 _P = ParamSpec("_P")
@@ -82,13 +94,13 @@ class AlreadyStartedError(Exception):
     """A client has asked with this request id before, and got a job then."""
 
     def __init__(self, job_id: int) -> None:
-        """*job_id* is that job."""
+        """Make the error; *job_id* is the job that the request has started."""
         super().__init__(f"the request has started job {job_id}")
         self.job_id: Final = job_id
 
 
 class _NotWrittenError(Exception):
-    """What was to be synced could not be written."""
+    """The rows to be synced could not be written."""
 
     def __init__(self, why: BaseException) -> None:
         super().__init__(str(why))
@@ -100,7 +112,7 @@ class NotQueuedError(Exception):
 
 
 def _listed(texts: Sequence[str]) -> str:
-    """How a row has a list of text."""
+    """Format a list of texts as a row has it."""
     return json.dumps(list(texts), ensure_ascii=False)
 
 
@@ -121,12 +133,12 @@ class JobStore:
         # jobs that have begun to run or to stop, until that is written down
         self._notes: dict[int, list[change_rows.Note]] = {}
         self._is_timed = False
-        # called in the table's thread when something has changed; None: nobody wants to know
+        # called in the table's thread when something has changed; None: there are no watchers
         self.changed: Callable[[], object] | None = None
         # Rows of ended jobs as they are about to be, or are; belongs to the event loop.
         self._recent: Final[dict[int, Job]] = {}
         self._filtering: Final = asyncio.Lock()
-        # those of the clients that wait for it, by name; None is who asks for the jobs of all
+        # those of the clients that wait for it, by name; None is for calls about the jobs of all
         self._filtering_of: Final[WeakValueDictionary[str | None, asyncio.Lock]] = WeakValueDictionary()
         self._db: Final = self._guarded(self._open)
         try:
@@ -163,13 +175,13 @@ class JobStore:
         db.execute("PRAGMA locking_mode = EXCLUSIVE")
         db.execute("PRAGMA temp_store = MEMORY")
         db.execute("PRAGMA journal_mode = WAL")
-        # NORMAL: a commit survives the death of any process. What must survive a power cut too is
-        # synced by us (wal.py), beside what else has to be done; FULL would have each wait in turn.
+        # NORMAL: a commit survives the death of any process. Commits that must survive a power cut too are
+        # synced by us (wal.py), beside other work; FULL would have each wait in turn.
         db.execute("PRAGMA synchronous = NORMAL")
         migrate(db, self._path)
 
     def close(self) -> None:
-        """Write what is pending and close."""
+        """Write the pending notes and close."""
         self._thread.close()
         with suppress(PjwError):
             self._guarded(self._note_all, self._notes)
@@ -177,22 +189,23 @@ class JobStore:
         self._db.close()
 
     def reserve(self) -> None:
-        """Have space for what must be written on a full disk, if it was full when this was opened."""
+        """Have space for the necessary writes on a full disk, if it was full when this was opened."""
         self._wal.reserve()
 
     def sync(self) -> asyncio.Future[None]:
-        """Done when all that was written before this call will survive a power cut. Raises KernelError."""
+        """Sync; done when all rows written before this call will survive a power cut. Raises KernelError."""
         return self._wal.sync()
 
     def copy_to(self, target: sqlite3.Connection) -> None:
         """Copy the table as it is at one moment; call it from any thread, while others use the table.
 
-        The copy also gets what others write meanwhile: SQLite sees to that, as they use the same connection.
+        The copy also gets the writes of others meanwhile: SQLite sees to that, as they use the same
+        connection.
         """
         self._guarded(self._db.backup, target, pages=_COPY_PAGES, sleep=_COPY_WAIT_SECONDS)
 
     def size_bytes(self) -> int:
-        """How large a copy of the table is; call it from any thread."""
+        """Return the size of a copy of the table; call it from any thread."""
         return self._guarded(self._size_bytes)
 
     def _size_bytes(self) -> int:
@@ -201,7 +214,7 @@ class JobStore:
         return int(pages * page_bytes)
 
     async def client_number(self, name: str) -> int:
-        """The number of a client, from 0 on, given at its first job and never to another."""
+        """Return the number of a client, from 0 on, given at its first job and never to another."""
         return await self._run(self._client_number, name)
 
     def _client_number(self, name: str) -> int:
@@ -223,7 +236,7 @@ class JobStore:
     ) -> Job:
         """Insert a job that is about to start, then call *made* with it, in the table's thread.
 
-        When that raises, the row is deleted again. Raises NameTakenError while another job bears its name,
+        When that raises, the row is deleted again. Raises NameTakenError while another job has its name,
         and AlreadyStartedError when the same request has started a job before.
         """
         return await self._run(self._add_and_make, client_name, spec, limits, made, gpu_names)
@@ -291,6 +304,8 @@ class JobStore:
             more = {**more, "mounts": _listed(spec.mounts)}
         if spec.gpus:
             more = {**more, "gpus": spec.gpus}
+        if spec.node:
+            more = {**more, "chosen_node": spec.node}
         if spec.allow or spec.link:
             more = {**more, "allow": " ".join(spec.allow), "link": spec.link}
         try:
@@ -332,7 +347,7 @@ class JobStore:
         return row[0] if row else None
 
     async def of_request(self, client_name: str, request_id: str) -> int | None:
-        """The job that a client's request with this id has started; None when it has started none."""
+        """Return the job that a client's request with this id has started; None when it has started none."""
         return await self._run(self._of_request, client_name, request_id)
 
     def _of_request(self, client_name: str, request_id: str) -> int | None:
@@ -341,7 +356,7 @@ class JobStore:
         return row[0] if row else None
 
     async def discard(self, job_id: int) -> None:
-        """Delete a job that never came to be; its id stays used."""
+        """Delete a job that was never started; its id stays used."""
         self._recent.pop(job_id, None)
         await self._run(self._discard, job_id)
 
@@ -353,11 +368,11 @@ class JobStore:
         await self._with_notes(job, self._finish_last, job)
 
     async def finish_and_sync(self, job: Job) -> KernelError | None:
-        """`finish`, then `sync`: the thread of one wakes that of the other. Gives the error of the sync."""
+        """Do `finish`, then `sync`: one's thread wakes the other's. Return the error of the sync."""
         synced = self._wal.prepare()
         notes = self._notes.pop(job.id, [])
         # Now, and not when that is done: a removal may come before. Until then the job is among the living,
-        # where everybody looks first.
+        # where every call looks first.
         self._keep(job)
 
         def finish() -> object:
@@ -414,7 +429,7 @@ class JobStore:
         function: Callable[..., _R],
         *arguments: Any,  # noqa: ANN401  as the function has them
     ) -> _R:
-        """Write down an end, and what was noted of the job and is not on its way to the table yet."""
+        """Write down an end, with the notes of the job that are not on their way to the table yet."""
         notes = self._notes.pop(job.id, [])
         try:
             return await self._run(function, notes, *arguments)
@@ -475,9 +490,10 @@ class JobStore:
 
         Gives jobs, in the same order, and the ids of those whose ends they wait for. A request id that has
         made a job before gives that job. *tokens* has the files with secrets of the jobs at these places; one
-        that no job has after this is removed. A job that waits for what has ended otherwise is cancelled.
-        Raises NameTakenError as `add`; JobNotFoundError for what is no job of the client to wait for; and
-        LimitReachedError when the client, or all of them, would have more in the queue than *quotas* allow.
+        that no job has after this is removed. A job that waits for one that has ended in another way is
+        cancelled. Raises NameTakenError as `add`; JobNotFoundError for an id to wait for that is no job of
+        the client; and LimitReachedError when the client, or all of them, would have more in the queue than
+        *quotas* allow.
         """
         return await self._run(self._enqueue_with_secrets, client_name, asked, quotas, tokens)
 
@@ -543,7 +559,7 @@ class JobStore:
         return job_id
 
     async def unqueue(self, job_ids: Sequence[int]) -> None:
-        """Take back jobs that were just put into the queue, and that nobody was told of."""
+        """Take back jobs that were just put into the queue, and that no caller was told of."""
         await self._run(self._unqueue, job_ids)
 
     def _unqueue(self, job_ids: Sequence[int]) -> None:
@@ -559,7 +575,7 @@ class JobStore:
         *,
         without_gpus: bool = False,
     ) -> queue_rows.Head | None:
-        """The job of a client that goes first of those that wait for nothing but their turn.
+        """Return the job of a client that goes first of those that wait for nothing but their turn.
 
         No job that waits for a workspace: for those that are *busy* see workspace_rows.is_free.
         """
@@ -568,7 +584,7 @@ class JobStore:
         )
 
     async def waiting(self, job_id: int) -> queue_rows.WaitingJob:
-        """A job that waits for nothing but its turn, with what it is to execute.
+        """Return a job that waits for nothing but its turn, with its spec.
 
         Raises NotQueuedError, and InvalidJobError when its secrets are gone.
         """
@@ -584,7 +600,7 @@ class JobStore:
         return replace(found, secrets=self.secrets.read(found.token))
 
     async def uploads(self) -> set[tuple[str, str]]:
-        """The uploads that jobs of the queue are to have: their clients and names."""
+        """Return the uploads that jobs of the queue are to have: their clients and names."""
         return await self._run(queue_rows.uploads, self._db)
 
     async def forget_secrets(self) -> None:
@@ -610,15 +626,15 @@ class JobStore:
             log.error("cannot remove secrets that no job has any more: %s", describe_errno(error.errno or 0))
 
     async def queued_of_clients(self) -> dict[str, int]:
-        """How many jobs each client has in the queue, an array as one; with those that are being started."""
+        """Return the number of each client's jobs in the queue, an array as one, those being started too."""
         return {name: jobs for name, jobs, _ in await self._run(queue_rows.of_clients, self._db)}
 
     async def waiting_of_clients(self) -> dict[str, int]:
-        """The same, where each element of an array is one."""
+        """Return the same, where each element of an array counts as one."""
         return {name: jobs for name, _, jobs in await self._run(queue_rows.of_clients, self._db)}
 
     async def oldest_ready_ns(self) -> int | None:
-        """When the job was put into the queue that has waited longest for its turn; None when none waits."""
+        """Return when the job that has waited longest for its turn was queued; None when none waits."""
         return await self._run(queue_rows.oldest_ready_ns, self._db)
 
     async def let_due(self, now_ns: int) -> tuple[list[str], int | None]:
@@ -634,7 +650,7 @@ class JobStore:
         return await self._run(queue_rows.shift_pauses, self._db, shift_ns, now_ns)
 
     async def set_held(self, job_id: int, *, held: bool) -> Job | None:
-        """Hold a job of the queue, or release it; None when it does not wait there any more."""
+        """Hold a job of the queue, or release it; return None when it does not wait there any more."""
         return await self._run(self._set_held, job_id, held)
 
     def _set_held(self, job_id: int, held: bool) -> Job | None:  # noqa: FBT001  by position
@@ -644,7 +660,7 @@ class JobStore:
     # --- arrays
 
     async def draw(self, array_id: int, without: Sequence[int]) -> tuple[int, int] | None:
-        """The id and the index of the element of an array whose turn it is; None when none can be started."""
+        """Return the id and index of the array's element whose turn it is; None when none can start."""
         return await self._run(self._draw, array_id, without)
 
     def _draw(self, array_id: int, without: Sequence[int]) -> tuple[int, int] | None:
@@ -652,11 +668,11 @@ class JobStore:
             return array_rows.draw(self._db, array_id, without)
 
     async def element(self, element: Element, client_name: str | None) -> Job | None:
-        """An element of an array of a client, or of any; without an id until its turn. None: no such."""
+        """Return an element of a client's array, or any's; no id until its turn. None: no such element."""
         return await self._run(array_rows.find, self._db, element, client_name)
 
     async def hold_element(self, element: Element, quotas: Quotas) -> Job | None:
-        """Hold an element that had no turn yet; None when it does not wait without a row any more.
+        """Hold an element that had no turn yet; return None when it waits without a row no more.
 
         Raises LimitReachedError when too many of them are.
         """
@@ -670,7 +686,7 @@ class JobStore:
             return job
 
     async def cancel_element(self, element: Element, detail: str) -> Job | None:
-        """End an element that had no turn yet; None when it does not wait without a row any more.
+        """End an element that had no turn yet; return None when it waits without a row no more.
 
         Raises LimitReachedError when too many of them were ended so.
         """
@@ -692,19 +708,19 @@ class JobStore:
             return queue_rows.cancel_array(self._db, array_id, detail, time.time_ns())
 
     async def being_stopped(self) -> list[int]:
-        """Arrays that were stopped, and of which an element waits all the same."""
+        """Return arrays that were stopped, and still have a waiting element."""
         return await self._run(array_rows.being_stopped, self._db)
 
     async def elements(self, array_id: int, most: int) -> list[int]:
-        """The ids of elements of an array that have a row: *most* of them, or all."""
+        """Return the ids of elements of an array that have a row: *most* of them, or all."""
         return await self._run(array_rows.rows_of, self._db, array_id, most)
 
     # --- from the queue to its start
 
     async def admit(self, job_id: int, limits: Limits, gpu_names: Sequence[str] = ()) -> Job:
-        """Take a job out of the queue, to be started with *limits* and these GPUs. Raises NotQueuedError.
+        """Take a job out of the queue, to start it with *limits* and these GPUs. Raises NotQueuedError.
 
-        What is to be executed stays stored until `settled`: a crash before that may have left it undone.
+        Its spec stays stored until `settled`: a crash before that may have left it undone.
         """
         names = _listed(gpu_names) if gpu_names else ""
         job = await self._run(queue_rows.admit, self._db, job_id, limits, time.time_ns(), names)
@@ -721,11 +737,11 @@ class JobStore:
             queue_rows.put_back(self._db, job_id, time.time_ns())
 
     async def settled(self, job_id: int) -> None:
-        """Forget what an admitted job was to execute, as that has happened, unless it may be tried again."""
+        """Forget the spec of an admitted job, as it was executed, unless it may be tried again."""
         await self._run(queue_rows.settle, self._db, job_id)
 
     async def end_without_start(self, job_id: int, reason: EndReason, detail: str) -> Job | None:
-        """End a job that was not executed; None when it is not where such an end may come.
+        """End a job that was not executed; return None when it is not where such an end may come.
 
         CANCELLED comes in the queue, START_FAILED there or when the job was admitted.
         """
@@ -744,23 +760,23 @@ class JobStore:
             return queue_rows.take_effect(self._db, job_id, time.time_ns())
 
     async def awaited(self) -> dict[int, bool]:
-        """The jobs whose ends others wait for, each with whether it has ended."""
+        """Return the jobs whose ends others wait for, each with whether it has ended."""
         return dict(await self._run(queue_rows.awaited, self._db))
 
     async def admitted(self) -> set[int]:
-        """The jobs that were admitted, and of which it is not written down that they were executed."""
+        """Return the jobs that were admitted, and whose execution is not written down."""
         return set(await self._run(queue_rows.admitted, self._db))
 
     async def of_workspaces(
         self, function: Callable[Concatenate[sqlite3.Connection, _P], _R], *args: _P.args, **kwargs: _P.kwargs
     ) -> _R:
-        """Call a function of workspace_rows; what it changes is one transaction."""
+        """Call a function of workspace_rows; its changes are one transaction."""
         return await self._run(self._in_transaction, partial(function, self._db, *args, **kwargs))
 
     async def transact(
         self, function: Callable[Concatenate[sqlite3.Connection, _P], _R], *args: _P.args, **kwargs: _P.kwargs
     ) -> _R:
-        """Call a function with the table, in its thread; what it changes is one transaction."""
+        """Call a function with the table, in its thread; its changes are one transaction."""
         return await self._run(self._in_transaction, partial(function, self._db, *args, **kwargs))
 
     def _in_transaction(self, function: Callable[[], _R]) -> _R:
@@ -772,7 +788,7 @@ class JobStore:
         self._db.execute("UPDATE jobs SET image_key = ? WHERE id = ?", (key, job_id))
 
     async def in_turn(self, function: Callable[[], _R]) -> _R:
-        """Call what touches files in the table's thread, as `add` does."""
+        """Call a function that touches files in the table's thread, as `add` does."""
         return await self._run(function)
 
     # --- changes of state
@@ -780,8 +796,8 @@ class JobStore:
     def note(self, job: Job) -> None:
         """Have it written down soon that a job runs, or is being stopped.
 
-        With what else there is to note then, or with the job's end: so a start pays for no transaction more.
-        What a crash loses of it the next worker notes again.
+        With other notes of that moment, or with the job's end: so a start pays for no transaction more. The
+        next worker notes again the part that a crash loses.
         """
         if not self._is_timed:
             self._is_timed = True
@@ -809,30 +825,30 @@ class JobStore:
             self._notes = {**notes, **self._notes}
 
     async def kept_changes(self, owner: str | None) -> change_rows.Kept:
-        """Which changes there are of one client's jobs, or of all."""
+        """Return the range of the kept changes of one client's jobs, or of all."""
         self._write_notes()
         return await self._run(change_rows.kept, self._db, owner)
 
     async def changes(
         self, owners: Collection[str | None], since: int, count: int
     ) -> tuple[list[JobChange], int]:
-        """Changes behind *since*, and up to which that is all: see change_rows. Raises SequenceError."""
+        """Return changes behind *since*, and the number they are complete to. Raises SequenceError."""
         self._write_notes()
         return await self._run(change_rows.read_changes, self._db, owners, since, count)
 
     async def snapshot(
         self, owner: str | None, after: int, count: int, wanted: JobFilter, ids: Collection[int]
     ) -> change_rows.SnapshotPage:
-        """Jobs as the changes until now have them: see change_rows."""
+        """Return jobs as the changes until now have them: see change_rows."""
         # in turn, as `page`
         async with self._filtering_of.setdefault(owner, asyncio.Lock()), self._filtering:
             self._write_notes()
             return await self._run(change_rows.read_snapshot, self._db, owner, after, count, wanted, ids)
 
-    # --- what there is
+    # --- reading the table
 
     async def get(self, job_id: int, client_name: str | None = None) -> Job | None:
-        """One job, of one client or of any; None when there is none."""
+        """Return one job, of one client or of any; None when there is none."""
         recent = self._recent.get(job_id)
         # another's is looked for in the table, like one that never was
         if recent is not None and client_name in (None, recent.client_name):
@@ -859,16 +875,16 @@ class JobStore:
         *,
         newest_first: bool = False,
     ) -> Page:
-        """The next jobs behind id *after*, of one client or of all: *count*, or fewer."""
+        """Return the next jobs behind id *after*, of one client or of all: *count*, or fewer."""
         if wanted == ALL_JOBS:
             return await self._run(read_page, self._db, client_name, after, count, wanted, newest_first)
-        # One after the other, or whoever wants a single row would wait for all that one client asks at once;
-        # and of each client one waits for its turn, or another's would wait for all of them.
+        # One after the other, or a caller that wants a single row would wait for all that one client asks at
+        # once; and of each client one waits for its turn, or another's would wait for all of them.
         async with self._filtering_of.setdefault(client_name, asyncio.Lock()), self._filtering:
             return await self._run(read_page, self._db, client_name, after, count, wanted, newest_first)
 
     async def gpus_of_jobs(self) -> dict[int, tuple[str, ...]]:
-        """The GPUs of the jobs that were begun, and whose end has not been written down."""
+        """Return the GPUs of the jobs that were begun, and whose end has not been written down."""
         return await self._run(self._gpus_of_jobs)
 
     def _gpus_of_jobs(self) -> dict[int, tuple[str, ...]]:
@@ -879,7 +895,7 @@ class JobStore:
         return {job_id: tuple(json.loads(names)) for job_id, names in self._db.execute(query)}
 
     async def alive(self) -> list[Job]:
-        """The jobs that were begun, and whose end has not been written down."""
+        """Return the jobs that were begun, and whose end has not been written down."""
         return await self._run(self._alive)
 
     def _alive(self) -> list[Job]:
@@ -901,7 +917,7 @@ class JobStore:
             self._move_to_removals(job_id)
 
     def _move_to_removals(self, job_id: int) -> bool:
-        """Whether it was there, and could go: one whose end has had no effect on others yet stays."""
+        """Return whether it was there, and could go: one whose end has had no effect on others yet stays."""
         query = (
             "DELETE FROM jobs WHERE id = ? AND state IS NOT NULL"
             " AND NOT EXISTS (SELECT 1 FROM dependencies WHERE after_id = jobs.id)"
@@ -929,7 +945,7 @@ class JobStore:
         return pruned
 
     def _first_to_prune(self, retention: Retention, now_ns: int) -> int | None:
-        for name, query in _TO_PRUNE.items():
+        for name, query in (_TOLD_TO_PRUNE if retention.keeps_untold else _TO_PRUNE).items():
             most = getattr(retention, name)
             row = self._db.execute(query, {"most": most, "now": now_ns}).fetchone() if most else None
             if row is not None:
@@ -937,30 +953,32 @@ class JobStore:
         return None
 
     async def removals(self) -> list[int]:
-        """The jobs whose rows are gone, and whose files may still be there."""
+        """Return the jobs whose rows are gone, and whose files may still be there."""
         return await self._run(self._removals)
 
     def _removals(self) -> list[int]:
         return [job_id for (job_id,) in self._db.execute("SELECT id FROM removals")]
 
     async def removed(self, job_ids: Sequence[int]) -> None:
-        """The files of these are gone as well: nothing is left of them."""
+        """Note that the files of these are gone as well: nothing is left of them."""
         await self._run(self._removed, job_ids)
 
     def _removed(self, job_ids: Sequence[int]) -> None:
         with self._transaction():
             self._db.executemany("DELETE FROM removals WHERE id = ?", [(job_id,) for job_id in job_ids])
 
-    async def first_end_ns(self) -> int | None:
-        """When the job that ended first did so; None when none has."""
-        return await self._run(self._first_end_ns)
+    async def first_end_ns(self, *, told: bool = False) -> int | None:
+        """Return when the first job ended, *told*: of those that may be removed; None when none has."""
+        return await self._run(self._first_end_ns, told)
 
-    def _first_end_ns(self) -> int | None:
-        row = self._db.execute("SELECT min(end_ns) FROM jobs WHERE state IS NOT NULL").fetchone()
+    def _first_end_ns(self, told: bool) -> int | None:  # noqa: FBT001  by position
+        which = f" AND {_TOLD}" if told else ""
+        query = f"SELECT end_ns FROM jobs WHERE state IS NOT NULL{which} ORDER BY end_ns LIMIT 1"
+        row = self._db.execute(query).fetchone()
         return row[0] if row else None
 
     async def ended_bytes(self, client_name: str) -> tuple[int, int]:
-        """The output that the ended jobs of a client, and of all clients, have, and workspaces: bytes."""
+        """Return the bytes of a client's, and all clients', ended jobs' output and of workspaces."""
         return await self._run(self._ended_bytes, client_name)
 
     def _ended_bytes(self, client_name: str) -> tuple[int, int]:
@@ -970,14 +988,14 @@ class JobStore:
         return int(own) + in_workspaces, int(everybodys) + all_workspaces
 
     async def totals(self) -> list[tuple[str, int, int]]:
-        """Of each client its ended jobs, and the bytes of output that they have."""
+        """Return for each client the number of its ended jobs, and the bytes of their output."""
         return await self._run(self._totals)
 
     def _totals(self) -> list[tuple[str, int, int]]:
         return self._db.execute("SELECT name, ended_jobs, ended_bytes FROM clients").fetchall()
 
     async def boot_id(self) -> str | None:
-        """The boot of the host in which the table was last in use; None for a new table."""
+        """Return the boot of the host in which the table was last in use; None for a new table."""
         return await self._run(self._boot_id)
 
     def _boot_id(self) -> str | None:
@@ -1009,7 +1027,7 @@ class JobStore:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        """Several changes, all of them or none."""
+        """Make several changes, all of them or none."""
         self._db.execute("BEGIN")
         try:
             yield

@@ -31,7 +31,7 @@ class TableCopy:
             self._descriptor: Final = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
                 self._db: Final = sqlite3.connect(path, check_same_thread=False)
-                # nobody uses a copy that breaks off, and `pjwd backup` syncs its own file
+                # a copy that breaks off is never used, and `pjwd backup` syncs its own file
                 self._db.execute("PRAGMA journal_mode = OFF")
                 self._db.execute("PRAGMA synchronous = OFF")
             except BaseException:
@@ -45,7 +45,9 @@ class TableCopy:
             raise KernelError("make", f"{path} ({error})", 0) from error
 
     def take(self, store: JobStore, marks: DiskMarks) -> int:
-        """Copy the table; the descriptor of the copy, ours to close. Blocks for as long as the disk takes.
+        """Copy the table; return the descriptor of the copy, ours to close.
+
+        Blocks for as long as the disk takes.
 
         Raises LimitReachedError when the disk is full, or would have less free than *marks* say; and
         KernelError.

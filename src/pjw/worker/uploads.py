@@ -1,10 +1,10 @@
-"""Uploads: archives of files for jobs that are to be started. Nobody here reads one: that is done in the job.
+"""Uploads: archives of files for jobs that are to be started. Only a job's own program reads one.
 
 jobs/uploads/CLIENT-NAME    an archive, 0600, of the client with that hash; 0400 when all of it came
 
-One is there while somebody writes it, for a while after that, and as long as a job of the queue is to have
-it. So nothing has to be undone when a client is gone or a job cancelled: what nobody wants any more goes at
-the end of its lease, and with the start of the job that had it at once.
+One is there while a client writes it, for a while after that, and as long as a job of the queue is to have
+it. So nothing has to be undone when a client is gone or a job cancelled: an unwanted upload goes at the end
+of its lease, and with the start of the job that had it at once.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ import stat
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, ParamSpec, Protocol, TypeVar
 
 from pjw.errors import CopyError, KernelError, LimitReachedError, PjwError
 from pjw.model import check_upload
@@ -25,29 +25,48 @@ from pjw.worker.flag import Flag
 from pjw.worker.input import Inputs, InputWriter
 from pjw.worker.quota import StoredBytes
 from pjw.worker.sparse_directory import SparseDirectory
-from pjw.worker.state_dir import WHOLE_MODE, StateDir, disk_error
+from pjw.worker.state_dir import WHOLE_MODE, disk_error
+from pjw.worker.store import JobStore
 
 # Without a call that writes it, or a job that is to have it, an upload goes after so long.
 LEASE_SECONDS: Final = 120.0
-# how often we look
+# seconds between looks
 _SWEEP_SECONDS: Final = 30.0
 # Each has a place in memory and a file, however small.
 PER_CLIENT_MAX: Final = 64
 _UPLOADS: Final = "uploads"
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
 log: Final = logging.getLogger(__name__)
+
+
+class Home(Protocol):
+    """Where uploads are kept: `StateDir` is one."""
+
+    @property
+    def store(self) -> JobStore:
+        """The jobs that are to have them."""
+
+    @property
+    def jobs_path(self) -> str:
+        """The directory of the files of jobs."""
+
+    async def in_thread(self, function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        """Call what waits for the disk."""
 
 
 @dataclass(slots=True)
 class _Upload:
-    """One that is there: how many write it, and until when it stays without them (time of the loop)."""
+    """One upload: its number of writers, and until when it stays without them (time of the loop)."""
 
     until: float
     writers: int = 0
 
 
 def _file_name(client_name: str, name: str) -> str:
-    """Raises InvalidJobError for what is no name of an upload."""
+    """Return the name of an upload's file. Raises InvalidJobError for a wrong name."""
     check_upload(name)
     return f"{_prefix(client_name)}{name}"
 
@@ -59,7 +78,7 @@ def _prefix(client_name: str) -> str:
 class Uploads:
     """The uploads of one worker's clients."""
 
-    def __init__(self, state: StateDir, stored: StoredBytes, inputs: Inputs) -> None:
+    def __init__(self, state: Home, stored: StoredBytes, inputs: Inputs) -> None:
         self._state: Final = state
         self._stored: Final = stored
         self._inputs: Final = inputs
@@ -74,7 +93,7 @@ class Uploads:
             self._uploads[name] = _Upload(self._lease())
 
     async def run(self) -> None:
-        """Remove for ever what nobody wants any more."""
+        """Remove for ever the uploads that are not wanted any more."""
         while True:
             if not self._uploads:
                 self._some.clear()
@@ -139,7 +158,7 @@ class Uploads:
             )
 
     def _open_to_write(self, file_name: str, subject: str) -> int:
-        """Make it where it is missing; a descriptor whose lock says that somebody wants what is written."""
+        """Make it where it is missing; return a descriptor whose lock says that its content is wanted."""
         try:
             with self._all.adding(), suppress(FileExistsError):
                 flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -157,7 +176,7 @@ class Uploads:
             upload.until = self._lease()
 
     def open(self, client_name: str, name: str) -> int:
-        """A descriptor of a whole upload, for the launcher, the caller's to close; for any thread.
+        """Open a whole upload for the launcher; the caller closes the descriptor. For any thread.
 
         Raises CopyError where there is none, or not all of it came.
         """
@@ -202,7 +221,7 @@ class Uploads:
         self._all.tidy()
 
     def bytes_of(self, client_name: str | None) -> int:
-        """What the uploads of a client have stored, or with None those of all."""
+        """Return the bytes that the uploads of a client have stored, or with None those of all."""
         prefix = "" if client_name is None else _prefix(client_name)
         total = 0
         for name in self._uploads:

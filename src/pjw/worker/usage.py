@@ -1,4 +1,4 @@
-"""What jobs have used over their lives: samples, in a file for each job, of bounded length.
+"""The usage of jobs over their lives: samples, in a file for each job, of bounded length.
 
 The longer a job has run, the further apart they are: from one a second, to SAMPLES_MAX for any life.
 """
@@ -18,7 +18,7 @@ _SAMPLE: Final = struct.Struct("<6q")
 
 
 def interval_seconds(age_seconds: float) -> int:
-    """How far apart the samples are of a job of that age: a power of two."""
+    """Return the seconds between the samples of a job of that age: a power of two."""
     interval = 1
     while age_seconds >= interval * SAMPLES_MAX:
         interval *= 2
@@ -32,7 +32,7 @@ def append_sample(path: str, sample: UsageSample) -> None:
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        # what is behind the last whole one was not written to its end
+        # bytes behind the last whole one were not written to its end
         count = os.fstat(descriptor).st_size // _SAMPLE.size
         if count >= SAMPLES_MAX:
             data = os.pread(descriptor, count * _SAMPLE.size, 0)
@@ -50,10 +50,10 @@ def append_sample(path: str, sample: UsageSample) -> None:
 
 
 def read_samples(path: str) -> Sequence[UsageSample]:
-    """The samples in a file, in the order of their times; none without a file. Raises OSError.
+    """Return the samples in a file, in the order of their times; none without a file. Raises OSError.
 
-    What is not later than the one before is left out: a power cut may leave zeros, a crash what was about
-    to go, and a clock may be set back.
+    A sample that is not later than the one before is left out: a power cut may leave zeros, a crash samples
+    that were about to go, and a clock may be set back.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -73,7 +73,7 @@ def read_samples(path: str) -> Sequence[UsageSample]:
 
 
 def with_end(samples: Sequence[UsageSample], job: Job) -> Sequence[UsageSample]:
-    """The samples of a job, and what it had used at its end when it has one."""
+    """Return the samples of a job, and its usage at its end when it has one."""
     if job.usage is None or job.end is None:
         return samples
     used = job.usage

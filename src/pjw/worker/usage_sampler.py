@@ -1,6 +1,6 @@
-"""Takes samples of what running jobs use: for their histories, and more while somebody watches.
+"""Takes samples of the usage of running jobs: for their histories, and more while there are watchers.
 
-However many jobs run, what it costs stays the same: with more of them samples are further apart.
+However many jobs run, the cost stays the same: with more of them samples are further apart.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from pjw.worker.usage import interval_seconds
 
 # Of all jobs together, for their histories; each takes about 0.2 ms of processor time, the launcher included.
 HISTORY_PER_SECOND: Final = 10
-# The same while somebody watches, and for requests for single jobs.
+# The same while there are watchers, and for requests for single jobs.
 WATCHED_PER_SECOND: Final = 500
 # Jobs that were started within so long share a request.
 _PAUSE_SECONDS: Final = 0.1
@@ -61,7 +61,7 @@ class UsageSampler:
         self._push(live.job.id, now - age, now)
 
     def _push(self, job_id: int, began: float, now: float) -> None:
-        # by the clock that nobody sets
+        # by the monotonic clock, which is never set
         due = now + interval_seconds(now - began)
         heapq.heappush(self._due, (due, job_id, began))
         if due < self._sleeps_until:
@@ -137,7 +137,7 @@ class UsageSampler:
                 live.sample = found.get(job_id, live.sample)
 
     async def of_job(self, job_id: int) -> UsageSample | None:
-        """The usage of one job, measured at most a second ago; None when it has ended or cannot be measured.
+        """Return the usage of one job, at most a second old; None when it has ended or is not measurable.
 
         The sample is older when the launcher is busy, or when requests for single jobs come too fast: a
         question about a job hardly waits for its usage.
@@ -164,10 +164,10 @@ class UsageSampler:
     async def now(
         self, owner: str | None, fresh_seconds: float, within_seconds: float
     ) -> list[tuple[Job, UsageSample | None]]:
-        """What each job of *owner* (None: of everybody) uses that has not ended.
+        """Return the unfinished jobs of *owner* (None: of all clients), with the usage of each.
 
-        A sample that is *fresh_seconds* old will do, whoever has asked for it. After *within_seconds* also
-        an older one, or none: the next call goes on with the oldest. Raises KernelError.
+        A sample that is *fresh_seconds* old will do, whichever call it was taken for. After *within_seconds*
+        also an older one, or none: the next call goes on with the oldest. Raises KernelError.
         """
         loop = asyncio.get_running_loop()
         fresh_from, deadline = loop.time() - fresh_seconds, loop.time() + within_seconds

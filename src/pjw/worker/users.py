@@ -16,7 +16,7 @@ class Users:
         self._known: Final[dict[str, int]] = {}
 
     async def of(self, client_name: str) -> int:
-        """The user id of a client. Raises LimitReachedError when all are taken."""
+        """Return the user id of a client. Raises LimitReachedError when all are taken."""
         if client_name not in self._known:
             number = await self._store.client_number(client_name)
             if number >= self._count:

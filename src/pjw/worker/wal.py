@@ -1,4 +1,4 @@
-"""Makes commits durable: one fdatasync(2) of SQLite's log for all who wait at that moment."""
+"""Makes commits durable: one fdatasync(2) of SQLite's log for all callers that wait at that moment."""
 
 import asyncio
 import os
@@ -42,7 +42,7 @@ class WalSync:
                 os.close(directory)
         except OSError as error:
             raise KernelError("open the log of the job table", self._path, error.errno or 0) from error
-        # who waits for the next sync; None ends the thread
+        # the callers that wait for the next sync; None ends the thread
         self._asked: Final[SimpleQueue[asyncio.Future[None] | None]] = SimpleQueue()
         self._thread: threading.Thread | None = None
 
@@ -60,29 +60,29 @@ class WalSync:
     def _write_zeros(self, start: int) -> None:
         # Space that is only reserved is marked as never written, and the first sync of each part of it takes
         # that mark away. On ext4 such a sync took 4.0 ms, and one of space that was written before 0.2 ms.
-        # SQLite is in no transaction yet, so nobody else writes behind its last frame.
+        # SQLite is in no transaction yet, so nothing else writes behind its last frame.
         for offset in range(start, _RESERVED_BYTES, _ZEROS_BYTES):
             os.pwrite(self._fd, bytes(min(_ZEROS_BYTES, _RESERVED_BYTES - offset)), offset)
         # has the kernel begin to write them, and waits for nothing
         os.posix_fadvise(self._fd, start, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
-        """Close the log; what was not synced is left to the kernel."""
+        """Close the log; leave unsynced bytes to the kernel."""
         if self._thread is not None:
             self._asked.put(None)
             self._thread.join()
         os.close(self._fd)
 
     def sync(self) -> asyncio.Future[None]:
-        """Done when all that was committed before this call is on the disk. Fails with KernelError."""
+        """Sync; done when all commits before this call are on the disk. Fails with KernelError."""
         waiting = self.prepare()
         self.begin(waiting)
         return waiting
 
     def prepare(self) -> asyncio.Future[None]:
-        """What `begin` takes; call it from the event loop that is to be told."""
+        """Return the argument of `begin`; call it from the event loop that is to be told."""
         if self._thread is None:
-            # a daemon: where nobody calls `close`, it keeps no process from ending
+            # a daemon: without a call of `close` it keeps no process from ending
             self._thread = threading.Thread(target=self._run, name="pjw-sync", daemon=True)
             self._thread.start()
         return asyncio.get_running_loop().create_future()
@@ -94,11 +94,11 @@ class WalSync:
     def _run(self) -> None:
         while (first := self._asked.get()) is not None:
             self._serve(first)
-            # not held until somebody asks again
+            # not held until the next caller asks
             del first
 
     def _serve(self, first: asyncio.Future[None]) -> None:
-        # all that was asked for until now: what those want synced was committed before
+        # all requests until now: the rows that they want synced were committed before
         served = [first]
         with suppress(Empty):
             while (another := self._asked.get_nowait()) is not None:
@@ -111,7 +111,7 @@ class WalSync:
         except OSError as raised:
             error = raised
         for loop in {waiting.get_loop() for waiting in served}:
-            # RuntimeError: the loop has ended, and nobody waits
+            # RuntimeError: the loop has ended, and no caller waits
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(self._over, loop, served, error)
 
@@ -125,5 +125,5 @@ class WalSync:
                 waiting.set_result(None)
             else:
                 waiting.set_exception(KernelError("sync the job table", self._path, error.errno or 0))
-                # whoever began it may have gone
+                # the caller that began it may have gone
                 waiting.exception()

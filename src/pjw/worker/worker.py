@@ -7,7 +7,7 @@ import socket
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from signal import SIGKILL, SIGTERM
 from typing import Final, Self
@@ -28,7 +28,6 @@ from pjw.errors import (
     PjwError,
 )
 from pjw.model import (
-    PORT_MAX,
     Archive,
     ClientQuota,
     GroupUse,
@@ -42,9 +41,11 @@ from pjw.model import (
     TerminalSize,
     UsageSample,
     Workspace,
+    check_port,
     offered,
 )
 from pjw.output import Inotify
+from pjw.worker.admission import Admission
 from pjw.worker.adoption import adopt
 from pjw.worker.artifacts import Keeping
 from pjw.worker.background import Background
@@ -62,14 +63,14 @@ from pjw.worker.launch_turns import LaunchTurns
 from pjw.worker.launcher_client import LauncherClient
 from pjw.worker.launcher_process import LauncherProcess, check_limits, require_root, start_launcher
 from pjw.worker.logs import ALL_OUTPUT, Output, Part, Reading, artifacts_of, check_stream, output_of_ended
-from pjw.worker.numbers import WorkerNumbers, count_all
+from pjw.worker.numbers import Series, WorkerNumbers, count_all
 from pjw.worker.orders import order_size
 from pjw.worker.pages import ALL_JOBS, JobFilter, Page
 from pjw.worker.queue import Queue
+from pjw.worker.queue_calls import QueueCalls
 from pjw.worker.queue_rows import WaitingJob
 from pjw.worker.quota import RunningJobs, StoredBytes, most_of_one_job
 from pjw.worker.retention import BATCH, Pruner
-from pjw.worker.rows import to_ns
 from pjw.worker.sessions import Sessions
 from pjw.worker.settings import NO_LIMIT_ONLY, DiskMarks, WorkerSettings
 from pjw.worker.starts import Starts
@@ -90,7 +91,18 @@ ALL_CHANGES: Final = Watched()
 log: Final = logging.getLogger(__name__)
 
 
-class Worker:
+@dataclass(frozen=True, slots=True)
+class Offers:
+    """What an operator offers to jobs beyond processors and memory; to which clients, it does not say."""
+
+    gpus: int
+    mounts: Sequence[str]
+    images: Sequence[str]
+    # whether there are names on the network that somebody's jobs may reach
+    names: bool
+
+
+class Worker(QueueCalls):
     """Runs jobs on this machine.
 
     Methods that take an `owner` know only that client's jobs; None is all of them. Those that take an Element
@@ -110,11 +122,13 @@ class Worker:
         self._running: Final = RunningJobs(settings)
         scratch_used: dict[int, ScratchUse] = {}
         self._stored: Final = StoredBytes(state, self._live, scratch_used, settings.quotas)
-        self._inputs: Final = Inputs(state, self._stored, settings.quotas.input_bytes_max)
+        self._inputs: Final = Inputs(self._stored, settings.quotas.input_bytes_max)
         self._tails: Final = asyncio.Lock()
         self._pruner: Final = Pruner(state, settings.retention)
         # of jobs, to names on the network
         self.connections: Final = Connections()
+        # of whoever uses this worker for others, to be told with its own
+        self.more_numbers: Callable[[], Sequence[Series]] = lambda: ()
         self._background: Final = Background()
         self._stopping: Final = Stopping(self._launcher, self._background, state.store.note)
         self._held: Final = HeldOutputs(state)
@@ -139,6 +153,9 @@ class Worker:
         )
         self._disk.growing = self._workspaces.growing
         self._gpus: Final = Gpus(state.store, self._launcher, settings)
+        self._admission: Final = Admission()
+        # set when fewer jobs run or are being started than before
+        self._fewer: Final = Flag()
         self._endings: Final = Endings(
             state,
             self._launcher,
@@ -185,8 +202,9 @@ class Worker:
             self._background,
             self._uploads,
             self._gpus,
+            self._admission,
         )
-        self._queue: Final = Queue(state.store, self, self._background, settings)
+        self._queue = Queue(state.store, self, self._background, settings)
         self._changes: Final = Changes(state.store, self._background, self._launcher.gone, self._queue.shown)
         self._endings.ended.append(self._queue.job_ended)
         self._endings.retried.append(self._queue.retried)
@@ -196,6 +214,10 @@ class Worker:
         self._workspaces.counted.append(self._queue.room_was_made)
         self._queue.free_gpus = lambda: self._gpus.free
         self._gpus.freed.append(self._queue.gpus_freed)
+        self._queue.admits = lambda: not self._admission.drained
+        self._admission.changed.append(self._queue.room_was_made)
+        self._endings.ended.append(lambda _: self._fewer.set())
+        self._starts.settled = self._queue.settled = self._fewer.set
 
     @classmethod
     async def open(cls, state_dir: str, settings: WorkerSettings | None = None) -> Self:
@@ -258,7 +280,7 @@ class Worker:
         await self.close()
 
     async def close(self) -> None:
-        """Let go of everything. Jobs go on; who waits for one or follows it gets LauncherGoneError."""
+        """Close everything. Jobs go on; callers that wait for one or follow it get LauncherGoneError."""
         for live in self._live.values():
             live.let_go()
             live.abandon_output()
@@ -283,13 +305,29 @@ class Worker:
 
     @property
     def disk_marks(self) -> DiskMarks:
-        """How much of each file system that jobs write to stays free."""
+        """The space of each file system that jobs write to that stays free."""
         return self._disk.marks
 
     @property
     def live_count(self) -> int:
-        """How many jobs have not ended."""
+        """The number of jobs that have not ended."""
         return len(self._live)
+
+    @property
+    def admission(self) -> Admission:
+        """Whether jobs are started, which the operator decides."""
+        return self._admission
+
+    @property
+    def drained(self) -> bool:
+        """Whether the operator has drained this machine."""
+        return self._admission.drained
+
+    async def emptied(self) -> None:
+        """Return when no job runs or is being started. Raises LauncherGoneError."""
+        while self._live or self._starts.under_way or self._queue.starting:
+            self._fewer.clear()
+            await self._wait_for(self._fewer)
 
     def reconfigure(self, settings: WorkerSettings) -> None:
         """Take other limits, grace period, marks, retention, quotas and shares.
@@ -315,7 +353,7 @@ class Worker:
         self._queue.reconfigure(settings)
 
     async def give_shares(self) -> list[str]:
-        """Set the share of each client with jobs again; give in words what could not be set beside them.
+        """Set the share of each client with jobs again; return in words the parts that could not be set.
 
         One of them may have more processor time (v1), or too much memory is in use.
         """
@@ -336,7 +374,7 @@ class Worker:
         await self._launcher.request_nothing()
 
     async def numbers(self) -> WorkerNumbers:
-        """How much of everything there is, for who watches over it."""
+        """Return the counters for monitoring."""
         return await count_all(
             self._state,
             self._live,
@@ -345,6 +383,8 @@ class Worker:
             self._launcher,
             self._queue,
             self.connections.counts,
+            self.more_numbers(),
+            drained=self.drained,
         )
 
     async def gone(self) -> None:
@@ -356,6 +396,15 @@ class Worker:
         """The first of the user ids of jobs, one for each client."""
         return self._ready.uid_first
 
+    async def offers(self) -> Offers:
+        """Return the names of the mounts, images and GPUs that the operator offers to jobs here."""
+        return Offers(
+            self._gpus.total,
+            tuple(each.name for each in self._settings.mounts),
+            tuple(each.name for each in await self._images.listed(None) if not each.client_name),
+            names=bool(self._settings.network.offered),
+        )
+
     def on_connection(self, tell: Callable[[Connection], None]) -> None:
         """Have *tell* hear of each connection that a job has made to a name on the network."""
         self.connections.told.append(tell)
@@ -363,6 +412,10 @@ class Worker:
     def on_end(self, tell: Callable[[Job], None]) -> None:
         """Have *tell* called with each job that has ended from now on, when its end was written down."""
         self._endings.ended.append(tell)
+
+    def end_was_told(self) -> None:
+        """Hear that a gateway has written an end down, so that retention may remove the job."""
+        self._pruner.job_ended()
 
     async def failed(self) -> None:
         """Return when a bug has killed a task that this worker needs all along; the log says which.
@@ -379,11 +432,11 @@ class Worker:
         await self._launcher.request_reload_mounts()
 
     async def open_operator_file(self, place: int) -> int:
-        """A file that the launcher was told of at its start, open for reading; the caller owns it."""
+        """Open a file that the launcher was told of at its start, for reading; the caller owns it."""
         return await self._launcher.request_open_file(place)
 
     async def open_audit_log(self) -> int:
-        """The audit log that the launcher's policy names, open for appending; the caller owns it."""
+        """Open the audit log that the launcher's policy names, for appending; the caller owns it."""
         return await self._launcher.request_audit_log()
 
     # --- start
@@ -391,13 +444,12 @@ class Worker:
     async def start(self, spec: JobSpec, client_name: str = LOCAL_CLIENT) -> Job:
         """Start a job; return when its command was executed.
 
-        Its row is on the disk then: not even a power cut makes pjw forget a job that was told of.
+        Its row is on the disk then: not even a power cut makes pjw forget a job that a caller was told of.
         Raises InvalidJobError, NameTakenError, WorkspaceBusyError, LaunchError (not executable),
         WorkdirError, LimitReachedError (a quota, no space, no processes) or KernelError; then no job came to
-        be.
-        A caller who is cancelled before the answer gets no job either, unless the spec has a request id,
-        with which it will ask again: that gets the job of the first time. LauncherGoneError may come when
-        the job was started: the next worker knows. A spec with a `queue` is submitted, as by `submit`.
+        be. A caller that is cancelled before the answer gets no job either, unless the spec has a request id,
+        with which it will ask again: that gets the job of the first time. LauncherGoneError may come when the
+        job was started: the next worker knows. A spec with a `queue` is submitted, as by `submit`.
         """
         if spec.queue is not None:
             [job] = await self.submit([spec], client_name)
@@ -407,7 +459,12 @@ class Worker:
         return await self._starts.start(spec, client_name, limits)
 
     def _limits_of(self, spec: JobSpec) -> Limits:
-        """All limits of a job that is asked for. Raises InvalidJobError for what is not allowed."""
+        """Return all limits of a requested job. Raises InvalidJobError for one that is not allowed."""
+        if spec.node:
+            raise InvalidJobError(
+                "a job has a node through a gateway alone, and this server is one machine",
+                hint="leave --node out",
+            )
         limits = self._settings.default_limits.with_overrides(spec.limits)
         if above := limits.first_above(self._settings.ceiling):
             most, value = getattr(self._settings.ceiling, above), getattr(limits, above)
@@ -431,11 +488,11 @@ class Worker:
     # --- the queue
 
     async def submit(self, specs: Sequence[JobSpec], client_name: str = LOCAL_CLIENT) -> Sequence[Job]:
-        """Put jobs into the queue, all or none: each is started when its turn comes, by whichever worker.
+        """Put jobs into the queue, all or none: each is started when its turn comes, by any worker.
 
         They are on the disk when this returns. Raises InvalidJobError, NameTakenError, JobNotFoundError (a
         job to wait for), LimitReachedError (the queue takes no more) or KernelError; then none came to be. A
-        caller who is cancelled before the answer may find them in the queue all the same. A spec with a
+        caller that is cancelled before the answer may find them in the queue all the same. A spec with a
         request id makes one job.
         """
         for spec in specs:
@@ -446,26 +503,18 @@ class Worker:
         await self._users.of(client_name)
         for spec in specs:
             await self._require_what_is_named(spec, client_name)
-        # to its end, as whoever is cancelled cannot know how far it has come
+        # to its end, as a cancelled caller cannot know how far it has come
         return await asyncio.shield(self._submit(asked, client_name))
 
     async def _submit(self, asked: Sequence[tuple[JobSpec, Limits]], client_name: str) -> Sequence[Job]:
         # times of a job are cut to microseconds
         before = time.time_ns() - 1000
         tokens = await self._state.keep_secrets([spec for spec, _ in asked])
-        jobs, awaited = await self._state.store.enqueue(client_name, asked, self._settings.quotas, tokens)
-        self._queue.awaits(awaited)
-        try:
-            await self._state.store.sync()
-        except PjwError:
-            # nobody was told of them; of one of an earlier request its caller was
-            await self._state.store.unqueue([job.id for job in jobs if to_ns(job.asked) >= before])
-            raise
-        self._queue.added(jobs)
-        return [self._shown(job) for job in jobs]
+        quotas = self._settings.quotas
+        return await self._enqueue(self._state.store, client_name, asked, quotas, tokens, before)
 
     async def _require_what_is_named(self, spec: JobSpec, client_name: str) -> None:
-        """Raises CopyError for an upload, MountNotFoundError, and GpuError for GPUs, that there are not."""
+        """Check uploads, mounts and GPUs. Raises CopyError, MountNotFoundError or GpuError."""
         try:
             offered(self._settings.mounts, client_name, spec.mounts)
             await self._gpus.check(client_name, spec.gpus)
@@ -477,75 +526,13 @@ class Worker:
             if not request_id or await self._state.store.of_request(client_name, request_id) is None:
                 raise
 
-    async def hold(self, job_id: int | Element, owner: str | None = None) -> Job:
-        """Keep a job from being started until `release`: of an array all elements that wait.
-
-        Raises JobNotFoundError, JobStateError for a job that does not wait in the queue, and
-        LimitReachedError when too many elements are held one by one.
-        """
-        job = await self.get(job_id, owner)
-        if isinstance(job_id, Element):
-            if not job.id and (held := await self._queue.hold_element(job_id)) is not None:
-                return self._shown(held)
-            job = await self._with_id(job_id, owner, "hold")
-        return self._shown(await self._queue.hold(job.id))
-
-    async def release(self, job_id: int | Element, owner: str | None = None) -> Job:
-        """Let a held job be started: of an array all its elements, also those that were held one by one.
-
-        Raises as `hold`.
-        """
-        job = await self.get(job_id, owner)
-        if isinstance(job_id, Element) and not job.id and job.state is JobState.QUEUED:
-            # nobody holds it by itself
-            return job
-        if isinstance(job_id, Element):
-            job = await self._with_id(job_id, owner, "release")
-        return self._shown(await self._queue.release(job.id))
-
-    # --- elements of arrays
-
-    async def _with_id(self, element: Element, owner: str | None, verb: str) -> Job:
-        """An element that has an id. Raises JobStateError for one that has none, and gets none any more."""
-        job = await self.get(element, owner)
-        if not job.id:
-            raise JobStateError(f"cannot {verb} job {element}: it was never started")
-        return job
-
-    async def _drawn(self, element: Element, owner: str | None) -> Job:
-        """An element, when it has an id or gets none any more. Raises JobNotFoundError."""
-        while True:
-            change = self._queue.change_of(element)
-            job = await self.get(element, owner)
-            if job.id or job.state.final:
-                return job
-            await self._wait_for(change)
-
-    async def _stop_element(
-        self, element: Element, grace_seconds: float | None, owner: str | None, signal: int
-    ) -> Job:
-        while True:
-            job = await self.get(element, owner)
-            if job.id:
-                return await self.stop(job.id, grace_seconds, owner, signal)
-            if job.state.final:
-                return job
-            if (cancelled := await self._queue.cancel_element(element)) is not None:
-                return cancelled
-
-    async def _stop_array(self, array_id: int, grace_seconds: float | None, signal: int) -> Job:
-        await self._queue.cancel_array(array_id)
-        stops = (self.stop(job_id, grace_seconds, None, signal) for job_id in self._queue.elements(array_id))
-        for each in await asyncio.gather(*stops, return_exceptions=True):
-            # one that has been forgotten has ended
-            if isinstance(each, BaseException) and not isinstance(each, JobNotFoundError):
-                raise each
-        return await self._wait_for_end(array_id, None, or_stuck=False)
+    async def _withdraw(self, job_ids: Sequence[int]) -> None:
+        """Do nothing: the table does not let such a job be admitted."""
 
     async def start_queued(self, waiting: WaitingJob) -> Job:
         """Start a job of the queue; only the queue calls this, see queue.Backend."""
         spec, client_name = waiting.spec(), waiting.job.client_name
-        # again, as the operator may have changed what is allowed
+        # again, as the operator may have changed the offers
         self._settings.network.require(client_name, spec.allow)
         return await self._starts.start_queued(waiting.job.id, spec, client_name, self._limits_of(spec))
 
@@ -560,11 +547,11 @@ class Worker:
     ) -> Job:
         """End a job: *signal* (1 to 31) to all its processes, after the grace period SIGKILL.
 
-        Returns the final snapshot when nothing is left of the job but its row and its output; a
-        job that has ended already is success. Goes on when the caller is cancelled. Raises
-        JobNotFoundError, InvalidJobError for what is no such signal, and JobStateError for a job that
-        was killed and that the kernel cannot end yet. A job that waits in the queue is ended without a start;
-        of an array all elements are stopped.
+        Returns the final snapshot when nothing is left of the job but its row and its output; a job that has
+        ended already is success. Goes on when the caller is cancelled. Raises JobNotFoundError,
+        InvalidJobError for another signal, and JobStateError for a job that was killed and that the kernel
+        cannot end yet. A job that waits in the queue is ended without a start; of an array all elements are
+        stopped.
         """
         if not 1 <= signal <= SIGNAL_MAX:
             raise InvalidJobError(f"a job is stopped with a signal from 1 to {SIGNAL_MAX}, not {signal}")
@@ -592,7 +579,7 @@ class Worker:
         self._stopping.begin(live, 0, SIGKILL)
 
     async def delete(self, job_id: int | Element, owner: str | None = None) -> None:
-        """Forget an ended job, with its output; who reads it right now may read on.
+        """Forget an ended job, with its output; a reader that has begun may read on.
 
         With an array go its elements. Raises JobNotFoundError, and JobStateError for a job that has not
         ended.
@@ -655,9 +642,9 @@ class Worker:
     ) -> Session:
         """Pack files of a client's job that runs into an archive, or unpack one: a session, as by `exec`.
 
-        The archive is its output, or what is written to its input. Its stderr has what was left out ("note: "
-        begins the line) and why it failed ("error: "). It is forgotten when it is stopped, also when that is
-        after its end.
+        The archive is its output, or the data written to its input. Its stderr has the files left out ("note:
+        " begins the line) and the cause of a failure ("error: "). It is forgotten when it is stopped, also
+        when that is after its end.
         """
         live = await self._require_running(job_id, client_name)
         spec = JobSpec(
@@ -669,11 +656,10 @@ class Worker:
         """Connect to a TCP port of a client's job that runs, within its network: 127.0.0.1, or else ::1.
 
         The socket does not block, and is the caller's to close. Raises JobNotFoundError, InvalidJobError for
-        what is no port, JobStateError where nobody listens or the job does not run, LimitReachedError and
+        a wrong port, JobStateError when nothing listens there or the job does not run, LimitReachedError and
         KernelError.
         """
-        if not 1 <= port <= PORT_MAX:
-            raise InvalidJobError(f"a port is a number from 1 to {PORT_MAX}, not {port}")
+        check_port(port)
         return await self._sessions.connect(await self._require_running(job_id, client_name), port)
 
     async def _require_running(self, job_id: int, client_name: str) -> LiveJob:
@@ -698,7 +684,7 @@ class Worker:
     async def workspaces(
         self, owner: str | None = LOCAL_CLIENT, after: tuple[str, str] = ("", ""), count: int = -1
     ) -> Sequence[Workspace]:
-        """The workspaces of one client, or with None of all, by their clients and names.
+        """Return the workspaces of one client, or with None of all, by their clients and names.
 
         No more than *count*, but for -1, from behind the one with this client and name.
         """
@@ -715,7 +701,7 @@ class Worker:
     # --- images
 
     async def images(self, owner: str | None = LOCAL_CLIENT) -> Sequence[Image]:
-        """The images of one client, or with None of all, and the operator's; by their clients and names."""
+        """Return the images of one client, or with None of all, and the operator's; by clients and names."""
         return await self._images.listed(owner)
 
     async def remove_image(self, name: str, client_name: str = LOCAL_CLIENT) -> None:
@@ -735,8 +721,9 @@ class Worker:
     ) -> Image:
         """Make an image of a client's own from an upload, which a job of the client's unpacks.
 
-        The one that had the name goes with the last job that has it. Whoever is cancelled leaves nothing.
-        Raises CopyError for an upload that is not there or cannot be unpacked, and what a start raises.
+        The one that had the name goes with the last job that has it. A cancelled caller leaves nothing
+        behind. Raises CopyError for an upload that is not there or cannot be unpacked, and the errors of a
+        start.
         """
         spec = JobSpec(
             Archive(".", unpack=True).argv,
@@ -765,7 +752,7 @@ class Worker:
         self._images.drop(client_name, key)
 
     async def _why_not_unpacked(self, job: Job) -> str:
-        """What the job said last, for whoever loads an image."""
+        """Return the job's last words, for the client that loads an image."""
         reading = await self.read_logs(job.id, Part(follow=False, tail_lines=1), job.client_name)
         said = b"".join([piece async for piece in reading.chunks()])
         words = said.decode(errors="replace").strip().removeprefix("error: ")
@@ -781,10 +768,10 @@ class Worker:
     ) -> AsyncGenerator[InputWriter, None]:
         """Write to the input of a job that was started with `input`, from where the one before has stopped.
 
-        To leave it is no end: the command waits for the rest, whoever brings it. Raises JobNotFoundError;
-        JobStateError for a job without input or that has ended, also in the middle, or when another has
-        begun to write to it; LimitReachedError at a quota of stored bytes. With *session* it is the input of
-        that session of the job.
+        Leaving the context is no end: the command waits for the rest, from any writer. Raises
+        JobNotFoundError; JobStateError for a job without input or that has ended, also in the middle, or when
+        another has begun to write to it; LimitReachedError at a quota of stored bytes. With *session* it is
+        the input of that session of the job.
         """
         if session:
             found = self._sessions.find(job_id, session, owner)
@@ -801,7 +788,12 @@ class Worker:
             raise ended_error(f"job {job_id}")
         client_name = live.job.client_name
         await self._stored.check(client_name)
-        async with self._inputs.writer(job_id, client_name, lambda: self._wait_for(live.ended)) as writer:
+        async with self._inputs.writer_of(
+            f"job {job_id}",
+            self._state.input_path(job_id),
+            client_name,
+            lambda: self._wait_for(live.ended),
+        ) as writer:
             yield writer
 
     @asynccontextmanager
@@ -819,7 +811,7 @@ class Worker:
     # --- look
 
     async def get(self, job_id: int | Element, owner: str | None = None) -> Job:
-        """One job as it is now. Raises JobNotFoundError."""
+        """Return one job as it is now. Raises JobNotFoundError."""
         if isinstance(job_id, Element):
             element = await self._state.store.element(job_id, owner) if job_id.array_id < 2**63 else None
             if element is None:
@@ -834,7 +826,7 @@ class Worker:
         return self._queue.shown(job)
 
     async def get_with_usage(self, job_id: int | Element, owner: str | None = None) -> Job:
-        """One job as it is now, with its usage while its command runs. Raises JobNotFoundError."""
+        """Return one job as it is now, with its usage while its command runs. Raises JobNotFoundError."""
         if isinstance(job_id, Element):
             job = await self.get(job_id, owner)
             return await self.get_with_usage(job.id, owner) if job.id in self._live else job
@@ -846,7 +838,7 @@ class Worker:
         return live.job if live.job.state.final else replace(live.job, usage_now=sample)
 
     async def list(self, owner: str | None = None, after: int = 0, count: int = PAGE_MAX) -> Sequence[Job]:
-        """The jobs behind id *after*, in the order of their ids: *count*, or fewer when they are long."""
+        """Return the jobs behind id *after*, in order of their ids: *count*, or fewer when they are long."""
         return (await self.page(owner, after, count)).jobs
 
     async def page(
@@ -858,33 +850,17 @@ class Worker:
         *,
         newest_first: bool = False,
     ) -> Page:
-        """Jobs behind id *after* that fit: *count* at most, and perhaps none though there is a next page."""
+        """Return jobs behind id *after* that fit: at most *count*, perhaps none though a next page exists."""
         page = await self._state.store.page(owner, after, count, wanted, newest_first=newest_first)
         jobs = [self._shown(job) for job in page.jobs]
         if wanted.states:
             jobs = [job for job in jobs if job.state in wanted.states]
         return Page(jobs, page.next_after)
 
-    async def wait(self, job_id: int | Element, owner: str | None = None, *, or_stuck: bool = False) -> Job:
-        """Wait until a job has ended; its final snapshot. Raises JobNotFoundError.
-
-        Of a job that is tried again it is the newest attempt that has to end. With *or_stuck* it also returns
-        when the job was killed and does not end, or when its output waits for the disk. Its `detail` says
-        which.
-        """
-        if isinstance(job_id, Element):
-            job = await self._drawn(job_id, owner)
-            if not job.id:
-                return job
-            job_id = job.id
-        job = await self._wait_for_end(job_id, owner, or_stuck=or_stuck)
-        while job.retried_as is not None:
-            job = await self._wait_for_end(job.retried_as, owner, or_stuck=or_stuck)
-        return job
-
-    async def ended(self, job_id: int) -> None:
+    async def ended(self, job_id: int) -> bool:
         """Return when a job has ended; only the queue calls this, see queue.Backend."""
         await self._wait_for_end(job_id, None, or_stuck=False)
+        return False
 
     async def _wait_for_end(self, job_id: int, owner: str | None, *, or_stuck: bool) -> Job:
         live = await self._begun(job_id, owner)
@@ -894,7 +870,7 @@ class Worker:
         return live.job
 
     async def usage_history(self, job_id: int, owner: str | None = None) -> tuple[Job, Sequence[UsageSample]]:
-        """A job, and what it had used at moments of its life: SAMPLES_MAX at most, and its end.
+        """Return a job, and its usage at moments of its life: SAMPLES_MAX at most, and its end.
 
         Raises JobNotFoundError.
         """
@@ -904,7 +880,7 @@ class Worker:
     async def usage_now(
         self, owner: str | None = None, fresh_seconds: float = 1, within_seconds: float = 1
     ) -> Sequence[tuple[Job, UsageSample | None]]:
-        """The jobs that have not ended, and what each uses, measured at most *fresh_seconds* ago.
+        """Return the unfinished jobs, and the usage of each, measured at most *fresh_seconds* ago.
 
         Where that takes longer than *within_seconds*, as with thousands of jobs, some samples are older, or
         not there yet.
@@ -912,7 +888,7 @@ class Worker:
         return await self._sampler.now(owner, fresh_seconds, within_seconds)
 
     async def queued_now(self, owner: str | None = None, most: int = PAGE_MAX) -> tuple[int, Sequence[Job]]:
-        """How many jobs are in the queue, and the oldest of those that wait there."""
+        """Return the number of jobs in the queue, and the oldest of those that wait there."""
         by_client = await self._state.store.queued_of_clients()
         count = sum(by_client.values()) if owner is None else by_client.get(owner, 0)
         if not count:
@@ -928,7 +904,7 @@ class Worker:
         snapshot: bool = True,
         follow: bool = True,
     ) -> AsyncGenerator[Batch, None]:
-        """Changes of the states of jobs in their order, for ever, or without *follow* those until now.
+        """Yield changes of the states of jobs in order, for ever, or without *follow* those until now.
 
         They begin behind the change *since*, without it with the jobs as they are, and without a *snapshot*
         with the next change. A plain start is a change when its command runs. Each is on the disk when it is
@@ -937,7 +913,7 @@ class Worker:
         return self._changes.watch(owner, watched, since, snapshot=snapshot, follow=follow)
 
     async def quota(self, client_name: str = LOCAL_CLIENT) -> ClientQuota:
-        """The limits, use and share of a client. Raises KernelError."""
+        """Return the limits, use and share of a client. Raises KernelError."""
         settings, running = self._settings, self._running
         count, promised = running.of(client_name)
         # a client without jobs need not have a user id
@@ -968,6 +944,7 @@ class Worker:
             queued_max=settings.quotas.queued_max,
             mounts=tuple(each.shown for each in settings.mounts if each.is_for(client_name)),
             gpus=self._gpus.of(client_name),
+            drained=self.drained,
         )
 
     async def logs(
@@ -975,7 +952,7 @@ class Worker:
     ) -> AsyncGenerator[bytes, None]:
         """Yield a part of a job's output, as it comes; end when the job has ended.
 
-        Raises what `read_logs` and a Reading raise.
+        Raises the errors of `read_logs` and of a Reading.
         """
         reading = await self.read_logs(job_id, part, owner)
         async with aclosing(reading.chunks()) as chunks:
@@ -985,7 +962,7 @@ class Worker:
     async def read_logs(
         self, job_id: int | Element, part: Part = ALL_OUTPUT, owner: str | None = None
     ) -> Reading:
-        """A part of a job's output that is about to be read: where it begins is known.
+        """Return a part of a job's output that is about to be read: where it begins is known.
 
         Raises JobNotFoundError, and JobStateError for a stderr that is not kept apart, and for an array. Of
         artifacts, JobStateError before the end, and CopyError when there are none.
@@ -1029,19 +1006,19 @@ class Worker:
         return live if live is not None and owner in (None, live.job.client_name) else None
 
     def _shown(self, job: Job) -> Job:
-        """A job of the table as it is now."""
+        """Return a job of the table as it is now."""
         live = self._live.get(job.id)
         return self._queue.shown(job) if live is None else live.job
 
     async def _begun(self, job_id: int, owner: str | None, *, cancel: bool = False) -> LiveJob | Job:
-        """The owner's live job, once its launch is over, or the job that has ended.
+        """Return the owner's live job, once its launch is over, or the job that has ended.
 
         One that is in the queue is waited for, or with *cancel* ended there. Raises JobNotFoundError.
         """
         while True:
             if (live := await self._launched(job_id, owner)) is not None:
                 return live
-            # whatever comes from here on is heard
+            # changes from here on are heard
             change = self._queue.change_of(job_id)
             job = await self.get(job_id, owner)
             if job.state.final:
@@ -1055,7 +1032,7 @@ class Worker:
                 return job
 
     async def _launched(self, job_id: int, owner: str | None) -> LiveJob | None:
-        """The owner's live job, once its launch is over; None when there is none (any more)."""
+        """Return the owner's live job, once its launch is over; None when there is none (any more)."""
         live = self._live_of(job_id, owner)
         if live is None:
             return None
@@ -1069,7 +1046,7 @@ class Worker:
 
 
 def require_no_array(job: Job) -> None:
-    """Raises JobStateError for an array, whose output is that of its elements."""
+    """Check that a job is no array, whose output is that of its elements. Raises JobStateError."""
     if job.array is not None:
         raise JobStateError(
             f"job {job.id} is an array, and has no output of its own",

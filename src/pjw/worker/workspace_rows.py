@@ -1,4 +1,4 @@
-"""Workspaces in the table of jobs: which there are, what they have, and which jobs name them.
+"""Workspaces in the table of jobs: their names, their sizes, and the jobs that name them.
 
 The images that clients have loaded are among them, by keys that are names of no workspace (image_rows.py).
 
@@ -28,19 +28,19 @@ _UNUSED: Final = f"removing = 0 AND {_NAMED} AND NOT EXISTS ({_USED})"
 
 
 def is_free(busy: Mapping[str, bool], workspace: str, *, exclusive: bool) -> bool:
-    """Whether a job may be in a workspace beside those that are there; it always may in none."""
+    """Return whether a job may be in a workspace beside those that are there; it always may in none."""
     there = busy.get(workspace) if workspace else None
     return there is None or not (there or exclusive)
 
 
 def columns_of(spec: JobSpec) -> dict[str, int | str]:
-    """The columns of a job's row that name its workspace, and its image."""
+    """Return the columns of a job's row that name its workspace, and its image."""
     named: dict[str, int | str] = {"workspace": spec.workspace, "exclusive": spec.exclusive}
     return {**named, "image": spec.image, "read_only": spec.read_only} if spec.image else named
 
 
 def being_removed(name: str) -> WorkspaceBusyError:
-    """The error for a workspace that is on its way out."""
+    """Return the error for a workspace that is on its way out."""
     return WorkspaceBusyError(
         f"the workspace {name} is being removed", hint="try again when it is gone", workspace=name
     )
@@ -94,7 +94,7 @@ def _check_bytes(db: sqlite3.Connection, client_name: str, quotas: Quotas) -> No
 
 
 def total_bytes(db: sqlite3.Connection, client_name: str) -> tuple[int, int]:
-    """What the workspaces of a client, and those of all clients, have, as last counted.
+    """Return the bytes of a client's workspaces, and of all clients', as last counted.
 
     One that is too deep to be counted is too much for its client, and nothing in the sum of all.
     """
@@ -108,7 +108,7 @@ def total_bytes(db: sqlite3.Connection, client_name: str) -> tuple[int, int]:
 def listed(
     db: sqlite3.Connection, owner: str | None, after: tuple[str, str] = ("", ""), count: int = -1
 ) -> list[Workspace]:
-    """The workspaces of one client, or of all, by their clients and names; none that is being removed.
+    """Return the workspaces of one client, or of all, by clients and names; none being removed.
 
     No more than *count*, but for -1, from behind the one with this client and name.
     """
@@ -130,7 +130,7 @@ def listed(
 
 
 def used(db: sqlite3.Connection, client_name: str, workspace: str, now_ns: int) -> None:
-    """A job has ended in a workspace."""
+    """Note that a job has ended in a workspace."""
     db.execute(
         "UPDATE workspaces SET used_ns = max(used_ns, ?) WHERE client_name = ? AND name = ?",
         (now_ns, client_name, workspace),
@@ -140,7 +140,7 @@ def used(db: sqlite3.Connection, client_name: str, workspace: str, now_ns: int) 
 def counted(
     db: sqlite3.Connection, client_name: str, workspace: str, size: int, inodes: int
 ) -> tuple[int, int]:
-    """Note what a workspace has now; the bytes and inodes of the count before."""
+    """Note the count of a workspace; return the bytes and inodes of the count before."""
     this = "WHERE client_name = ? AND name = ?"
     had = db.execute(f"SELECT bytes, inodes FROM workspaces {this}", (client_name, workspace)).fetchone()
     db.execute(f"UPDATE workspaces SET bytes = ?, inodes = ? {this}", (size, inodes, client_name, workspace))
@@ -148,7 +148,7 @@ def counted(
 
 
 def begin_removal(db: sqlite3.Connection, client_name: str, workspace: str) -> None:
-    """Let nobody use a workspace from now on; again where an attempt to remove it has failed.
+    """Let no job use a workspace from now on; again where an attempt to remove it has failed.
 
     Raises WorkspaceNotFoundError, and WorkspaceBusyError while a job that has not ended names it.
     """
@@ -166,7 +166,7 @@ def begin_removal(db: sqlite3.Connection, client_name: str, workspace: str) -> N
 
 
 def in_use(workspace: str, holder: int | None, *, is_queued: bool = False) -> WorkspaceBusyError:
-    """The error for the removal of a workspace that a job uses, or is going to."""
+    """Return the error for the removal of a workspace that a job uses, or is going to."""
     if holder is None:
         return WorkspaceBusyError(
             f"cannot remove the workspace {workspace}: a job is being started in it", workspace=workspace
@@ -181,26 +181,26 @@ def in_use(workspace: str, holder: int | None, *, is_queued: bool = False) -> Wo
 
 
 def gone(db: sqlite3.Connection, client_name: str, workspace: str) -> None:
-    """A workspace was removed."""
+    """Delete the row of a workspace that was removed."""
     db.execute(
         "DELETE FROM workspaces WHERE client_name = ? AND name = ? AND removing = 1", (client_name, workspace)
     )
 
 
 def unused(db: sqlite3.Connection, before_ns: int, count: int) -> list[tuple[str, str]]:
-    """At most *count* workspaces, with their clients, that no job names and none has used since then."""
+    """Return at most *count* workspaces and their clients, that no job names or has used since then."""
     query = f"SELECT client_name, name FROM workspaces WHERE {_UNUSED} AND used_ns < ? LIMIT ?"
     return db.execute(query, (before_ns, count)).fetchall()
 
 
 def first_unused_ns(db: sqlite3.Connection) -> int | None:
-    """When the workspace was used last that nobody has used for longest; None when jobs name all."""
+    """Return the last use of the workspace that is unused for longest; None when jobs name all."""
     row = db.execute(f"SELECT min(used_ns) FROM workspaces WHERE {_UNUSED}").fetchone()
     return row[0] if row else None
 
 
 def known(db: sqlite3.Connection) -> list[tuple[str, int, str, bool]]:
-    """All workspaces: their clients with their numbers, their names, and whether they are being removed."""
+    """Return all workspaces: clients with their numbers, names, and whether they are being removed."""
     query = (
         "SELECT client_name, number, workspaces.name, removing FROM workspaces"
         " JOIN clients ON clients.name = client_name"

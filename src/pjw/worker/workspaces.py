@@ -1,7 +1,8 @@
-"""Workspaces: which jobs use them, what they have, and their removal.
+"""Workspaces: the jobs that use them, their sizes, and their removal.
 
 A job counts as a user from before its start to after its end. That is known here alone, so a start and a
-removal never meet. What a client has is in the table (workspace_rows.py), the directories are the launcher's.
+removal never meet. The table knows a client's workspaces (workspace_rows.py), the launcher makes the
+directories.
 """
 
 import asyncio
@@ -77,29 +78,29 @@ class Workspaces:
         self._uses: Final[dict[_Key, list[Use]]] = {}
         self._of_job: Final[dict[int, Use]] = {}
         self._removing: Final[dict[_Key, asyncio.Future[None]]] = {}
-        # what is to be counted, in this order
+        # the workspaces to count, in this order
         self._to_count: Final[dict[_Key, None]] = {}
-        # what those in use had at their last regular count: from there on growing() measures
+        # the last regular count of each that is in use: growing() measures from there on
         self._had: Final[dict[_Key, ScratchUse]] = {}
         self._due: Final = asyncio.Event()
         # called with the client's name when a job has left a workspace, or one is gone
         self.freed: Final[list[Callable[[str], None]]] = []
         # of which the table knows, and of which there was no directory when we began
         self.missing: Final[list[_Key]] = []
-        # called with the id of a job that has ended, or did not come to be
+        # called with the id of a job that has ended, or was not started
         self.left: Final[list[Callable[[int], None]]] = []
         # called when a workspace was counted, or is gone: its client may have less than before
         self.counted: Final[list[Callable[[], None]]] = []
 
     def reconfigure(self, settings: WorkerSettings) -> None:
-        """From now on these quotas and this retention."""
+        """Apply these quotas and this retention from now on."""
         self._settings = settings
         self._due.set()
 
-    # --- who uses them
+    # --- use by jobs
 
     async def take(self, client_name: str, spec: JobSpec) -> Use | None:
-        """Count a job that is to be started as a user of its workspace, which is made; None without one.
+        """Count a job to be started as a user of its workspace, which is made; return None without one.
 
         Raises WorkspaceBusyError, and LimitReachedError for too many workspaces, or too much in them.
         """
@@ -110,7 +111,7 @@ class Workspaces:
         use = Use(key, spec.exclusive)
         # before the first await: of a start and a removal that come at once one sees the other
         if not self._uses:
-            # what those in use have is counted from time to time
+            # the workspaces in use are counted from time to time
             self._due.set()
         self._uses.setdefault(key, []).append(use)
         try:
@@ -139,7 +140,7 @@ class Workspaces:
         )
 
     def begun(self, use: Use | None, job_id: int) -> None:
-        """The job of a use has an id from now on."""
+        """Note the id of the job of a use, which it has from now on."""
         if use is not None:
             use.job_id = job_id
             self._of_job[job_id] = use
@@ -152,7 +153,7 @@ class Workspaces:
             self.begun(use, job.id)
 
     def give_back(self, use: Use | None) -> None:
-        """A job did not come to be."""
+        """End the use of a job that was not started."""
         if use is None:
             return
         there = self._uses[use.key]
@@ -172,7 +173,7 @@ class Workspaces:
             each()
 
     def give_back_of(self, job_id: int) -> None:
-        """A job that had an id has ended, or did not come to be."""
+        """End the use of a job with an id that has ended, or was not started."""
         for each in self.left:
             each(job_id)
         use = self._of_job.get(job_id)
@@ -183,9 +184,9 @@ class Workspaces:
         self._due.set()
 
     def busy(self, client_name: str) -> Mapping[str, bool]:
-        """The workspaces of a client that jobs use, each with whether one of them is alone there.
+        """Return the workspaces of a client that jobs use, each with whether a job has it alone.
 
-        In one that is being removed no other may be, either.
+        One that is being removed may have no other user, either.
         """
         used = {
             name: any(use.exclusive for use in there)
@@ -195,11 +196,11 @@ class Workspaces:
         return {**used, **{name: True for owner, name in self._removing if owner == client_name}}
 
     def holder(self, client_name: str, name: str) -> int | None:
-        """A job that uses a workspace."""
+        """Return a job that uses a workspace."""
         return next((use.job_id for use in self._uses.get((client_name, name), ()) if use.job_id), None)
 
     async def listed(self, owner: str | None, after: _Key, count: int) -> Sequence[Workspace]:
-        """As workspace_rows.listed."""
+        """Return the workspaces as workspace_rows.listed does."""
         return await self._store.of_workspaces(workspace_rows.listed, owner, after, count)
 
     # --- removal
@@ -226,7 +227,7 @@ class Workspaces:
 
     def _removal_over(self, key: _Key, task: asyncio.Future[None]) -> None:
         del self._removing[key]
-        # whoever asked may have gone, and then nobody looks at how it went
+        # the caller may have gone, and then the result is never looked at
         if not task.cancelled():
             task.exception()
         self._tell_freed(key[0])
@@ -246,8 +247,8 @@ class Workspaces:
     async def begin(self, uid_first: int) -> None:
         """Go on with the removals of the worker before us; remove directories that no table knows.
 
-        The table may be gone, or an older one may have come back. What such a directory has must never become
-        another client's, so its removal has begun when this returns, and the launcher lets no job in.
+        The table may be gone, or an older one may have come back. The files of such a directory must never
+        become another client's, so its removal has begun when this returns, and the launcher lets no job in.
         """
         known = await self._store.of_workspaces(workspace_rows.known)
         for client_name, _, name, is_removing in known:
@@ -279,10 +280,10 @@ class Workspaces:
         except PjwError as error:
             log.error("cannot remove the workspace %s, of which no table knows: %s", name, error)
 
-    # --- what they have, and how long they are kept
+    # --- sizes and retention
 
     async def run(self) -> None:
-        """Count what jobs have left, and what those that run have; remove what is unused; for ever."""
+        """Count workspaces in use and those just left; remove the unused; for ever."""
         while True:
             self._due.clear()
             began = asyncio.get_running_loop().time()
@@ -318,7 +319,7 @@ class Workspaces:
             self._to_count[key] = None
 
     async def _count(self, key: _Key) -> ScratchUse | None:
-        """What a workspace has; the table knows it then, too. None when nobody can tell."""
+        """Count a workspace, and tell the table. None when it cannot be counted."""
         if key in self._removing:
             return None
         if key not in self._uses:
@@ -344,7 +345,7 @@ class Workspaces:
         return ScratchUse(size, inodes)
 
     async def growing(self, what: str, least: int, beyond: int, jobs: Container[int]) -> int | None:
-        """The newest of these jobs in the workspace that makes a file system full, of bytes or of inodes.
+        """Return the newest of these jobs in the workspace that fills a file system (bytes or inodes).
 
         It is in the one that has grown most since its last regular count, of the client that has most of all
         whose workspaces have grown by *least*. None when there is no such client, or it has no more than
@@ -379,7 +380,7 @@ class Workspaces:
         return max((job_id for job_id in users if job_id in jobs), default=None)
 
     async def _remove_unused(self) -> float | None:
-        """Remove what was unused for too long; in how many seconds there is more, None: nobody knows."""
+        """Remove workspaces unused for too long; return the seconds until there are more, None: unknown."""
         age = self._settings.retention.workspace_age_seconds
         if not age:
             return None

@@ -168,6 +168,12 @@ class Hello(_message.Message):
     MEMORY_MAX_BYTES_FIELD_NUMBER: _builtins.int
     UID_FIRST_FIELD_NUMBER: _builtins.int
     UID_COUNT_FIELD_NUMBER: _builtins.int
+    GPUS_FIELD_NUMBER: _builtins.int
+    MOUNTS_FIELD_NUMBER: _builtins.int
+    IMAGES_FIELD_NUMBER: _builtins.int
+    NAMES_FIELD_NUMBER: _builtins.int
+    METHODS_FIELD_NUMBER: _builtins.int
+    DRAINED_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     """As in its certificate."""
     session: _builtins.str
@@ -183,6 +189,24 @@ class Hello(_message.Message):
     uid_first: _builtins.int
     """The user ids of jobs there: the same on all nodes of a gateway."""
     uid_count: _builtins.int
+    gpus: _builtins.int
+    """GPUs for jobs, and the names of what the node's operator offers to jobs: mounts, and images. To which clients, the
+    node knows.
+    """
+    names: _builtins.bool
+    """Whether any name on the network is offered to anybody there."""
+    drained: _builtins.bool
+    """The operator of its machine has drained it (pjwd drain): it starts no job."""
+    @_builtins.property
+    def mounts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def images(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def methods(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The methods of pjw.v1 that the node lets its gateway call. A node of an earlier version says none, and has Get, Wait,
+        Stop, Logs, Delete, GetUsageHistory, GetQuota and WatchUsage.
+        """
+
     def __init__(
         self,
         *,
@@ -195,10 +219,16 @@ class Hello(_message.Message):
         memory_max_bytes: _builtins.int = ...,
         uid_first: _builtins.int = ...,
         uid_count: _builtins.int = ...,
+        gpus: _builtins.int = ...,
+        mounts: _abc.Iterable[_builtins.str] | None = ...,
+        images: _abc.Iterable[_builtins.str] | None = ...,
+        names: _builtins.bool = ...,
+        methods: _abc.Iterable[_builtins.str] | None = ...,
+        drained: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "boot_id", b"boot_id", "cpu_max_millicores", b"cpu_max_millicores", "memory_max_bytes", b"memory_max_bytes", "node", b"node", "session", b"session", "uid_count", b"uid_count", "uid_first", b"uid_first", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "boot_id", b"boot_id", "cpu_max_millicores", b"cpu_max_millicores", "drained", b"drained", "gpus", b"gpus", "images", b"images", "memory_max_bytes", b"memory_max_bytes", "methods", b"methods", "mounts", b"mounts", "names", b"names", "node", b"node", "session", b"session", "uid_count", b"uid_count", "uid_first", b"uid_first", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -210,12 +240,17 @@ class Heartbeat(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    DRAINED_FIELD_NUMBER: _builtins.int
+    drained: _builtins.bool
+    """Of a node, as in its Hello. A node says it at once when it changes, and with each heartbeat."""
     def __init__(
         self,
+        *,
+        drained: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drained", b"drained"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -566,7 +601,7 @@ class ClaimResponse(_message.Message):
     """Which of the user ids of jobs is that client's, from 0 on: the same on all nodes."""
     @_builtins.property
     def start(self) -> _job_worker_pb2.StartRequest:
-        """What to run, with all of its limits."""
+        """What to run, with all of its limits. Its upload is at the gateway: see FetchUpload."""
 
     def __init__(
         self,
@@ -583,6 +618,48 @@ class ClaimResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ClaimResponse: _TypeAlias = ClaimResponse  # noqa: Y015
+
+@_typing.final
+class FetchUploadRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: _builtins.int
+    UUID_FIELD_NUMBER: _builtins.int
+    session: _builtins.str
+    """As in the claim."""
+    uuid: _builtins.str
+    def __init__(
+        self,
+        *,
+        session: _builtins.str = ...,
+        uuid: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session", b"session", "uuid", b"uuid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchUploadRequest: _TypeAlias = FetchUploadRequest  # noqa: Y015
+
+@_typing.final
+class FetchUploadResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchUploadResponse: _TypeAlias = FetchUploadResponse  # noqa: Y015
 
 @_typing.final
 class ListNodesRequest(_message.Message):
@@ -637,6 +714,7 @@ class Node(_message.Message):
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     MEMORY_MAX_BYTES_FIELD_NUMBER: _builtins.int
     SILENT_SECONDS_FIELD_NUMBER: _builtins.int
+    DRAINED_THERE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     state: Global___NodeState.ValueType
     address: _builtins.str
@@ -650,6 +728,8 @@ class Node(_message.Message):
     memory_max_bytes: _builtins.int
     silent_seconds: _builtins.int
     """Seconds since the gateway last heard of it; 0 while it is connected."""
+    drained_there: _builtins.bool
+    """It was drained on its own machine (pjwd drain), where it is resumed, too."""
     def __init__(
         self,
         *,
@@ -663,10 +743,11 @@ class Node(_message.Message):
         memory_bytes: _builtins.int = ...,
         memory_max_bytes: _builtins.int = ...,
         silent_seconds: _builtins.int = ...,
+        drained_there: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "cpu_max_millicores", b"cpu_max_millicores", "cpu_millicores", b"cpu_millicores", "jobs", b"jobs", "memory_bytes", b"memory_bytes", "memory_max_bytes", b"memory_max_bytes", "name", b"name", "silent_seconds", b"silent_seconds", "state", b"state", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "cpu_max_millicores", b"cpu_max_millicores", "cpu_millicores", b"cpu_millicores", "drained_there", b"drained_there", "jobs", b"jobs", "memory_bytes", b"memory_bytes", "memory_max_bytes", b"memory_max_bytes", "name", b"name", "silent_seconds", b"silent_seconds", "state", b"state", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -749,3 +830,37 @@ class ResumeNodeResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ResumeNodeResponse: _TypeAlias = ResumeNodeResponse  # noqa: Y015
+
+@_typing.final
+class RemoveNodeRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoveNodeRequest: _TypeAlias = RemoveNodeRequest  # noqa: Y015
+
+@_typing.final
+class RemoveNodeResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoveNodeResponse: _TypeAlias = RemoveNodeResponse  # noqa: Y015

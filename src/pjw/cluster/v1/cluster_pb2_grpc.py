@@ -45,6 +45,11 @@ class NodeServiceStub:
                 request_serializer=pjw_dot_cluster_dot_v1_dot_cluster__pb2.ClaimRequest.SerializeToString,
                 response_deserializer=pjw_dot_cluster_dot_v1_dot_cluster__pb2.ClaimResponse.FromString,
                 _registered_method=True)
+        self.FetchUpload = channel.unary_stream(
+                '/pjw.cluster.v1.NodeService/FetchUpload',
+                request_serializer=pjw_dot_cluster_dot_v1_dot_cluster__pb2.FetchUploadRequest.SerializeToString,
+                response_deserializer=pjw_dot_cluster_dot_v1_dot_cluster__pb2.FetchUploadResponse.FromString,
+                _registered_method=True)
 
 
 class NodeServiceServicer:
@@ -68,6 +73,14 @@ class NodeServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FetchUpload(self, request, context):
+        """FetchUpload streams the archive of files that a job which this node has claimed is to have (StartRequest.upload), in
+        pieces of at most 1 MiB. FAILED_PRECONDITION: the job is not this node's to run, or has none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NodeServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -80,6 +93,11 @@ def add_NodeServiceServicer_to_server(servicer, server):
                     servicer.Claim,
                     request_deserializer=pjw_dot_cluster_dot_v1_dot_cluster__pb2.ClaimRequest.FromString,
                     response_serializer=pjw_dot_cluster_dot_v1_dot_cluster__pb2.ClaimResponse.SerializeToString,
+            ),
+            'FetchUpload': grpc.unary_stream_rpc_method_handler(
+                    servicer.FetchUpload,
+                    request_deserializer=pjw_dot_cluster_dot_v1_dot_cluster__pb2.FetchUploadRequest.FromString,
+                    response_serializer=pjw_dot_cluster_dot_v1_dot_cluster__pb2.FetchUploadResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -147,6 +165,33 @@ class NodeService:
             metadata,
             _registered_method=True)
 
+    @staticmethod
+    def FetchUpload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/pjw.cluster.v1.NodeService/FetchUpload',
+            pjw_dot_cluster_dot_v1_dot_cluster__pb2.FetchUploadRequest.SerializeToString,
+            pjw_dot_cluster_dot_v1_dot_cluster__pb2.FetchUploadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
 
 class ClusterServiceStub:
     """ClusterService is for people who run a cluster: viewers may look, admins may change.
@@ -173,6 +218,11 @@ class ClusterServiceStub:
                 request_serializer=pjw_dot_cluster_dot_v1_dot_cluster__pb2.ResumeNodeRequest.SerializeToString,
                 response_deserializer=pjw_dot_cluster_dot_v1_dot_cluster__pb2.ResumeNodeResponse.FromString,
                 _registered_method=True)
+        self.RemoveNode = channel.unary_unary(
+                '/pjw.cluster.v1.ClusterService/RemoveNode',
+                request_serializer=pjw_dot_cluster_dot_v1_dot_cluster__pb2.RemoveNodeRequest.SerializeToString,
+                response_deserializer=pjw_dot_cluster_dot_v1_dot_cluster__pb2.RemoveNodeResponse.FromString,
+                _registered_method=True)
 
 
 class ClusterServiceServicer:
@@ -194,7 +244,15 @@ class ClusterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ResumeNode(self, request, context):
-        """ResumeNode has a node get jobs again.
+        """ResumeNode has a node get jobs again. FAILED_PRECONDITION: it was drained on its own machine, and gets none yet.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveNode(self, request, context):
+        """RemoveNode forgets a node that is gone for good; what it has of the output of jobs is lost. FAILED_PRECONDITION: it
+        is connected, or has jobs that have not ended. NOT_FOUND: there is no such node.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -217,6 +275,11 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.ResumeNode,
                     request_deserializer=pjw_dot_cluster_dot_v1_dot_cluster__pb2.ResumeNodeRequest.FromString,
                     response_serializer=pjw_dot_cluster_dot_v1_dot_cluster__pb2.ResumeNodeResponse.SerializeToString,
+            ),
+            'RemoveNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveNode,
+                    request_deserializer=pjw_dot_cluster_dot_v1_dot_cluster__pb2.RemoveNodeRequest.FromString,
+                    response_serializer=pjw_dot_cluster_dot_v1_dot_cluster__pb2.RemoveNodeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -301,6 +364,33 @@ class ClusterService:
             '/pjw.cluster.v1.ClusterService/ResumeNode',
             pjw_dot_cluster_dot_v1_dot_cluster__pb2.ResumeNodeRequest.SerializeToString,
             pjw_dot_cluster_dot_v1_dot_cluster__pb2.ResumeNodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pjw.cluster.v1.ClusterService/RemoveNode',
+            pjw_dot_cluster_dot_v1_dot_cluster__pb2.RemoveNodeRequest.SerializeToString,
+            pjw_dot_cluster_dot_v1_dot_cluster__pb2.RemoveNodeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -47,6 +47,10 @@ class NodeServiceStub:
     """Claim makes a job that was assigned to this node the node's own: from its answer on nobody else runs it. The same
     claim in the same session is answered as before. FAILED_PRECONDITION: the job is not this node's to run.
     """
+    FetchUpload: _grpc.UnaryStreamMultiCallable[_cluster_pb2.FetchUploadRequest, _cluster_pb2.FetchUploadResponse]
+    """FetchUpload streams the archive of files that a job which this node has claimed is to have (StartRequest.upload), in
+    pieces of at most 1 MiB. FAILED_PRECONDITION: the job is not this node's to run, or has none.
+    """
 
 @_typing.type_check_only
 class NodeServiceAsyncStub(NodeServiceStub):
@@ -61,6 +65,10 @@ class NodeServiceAsyncStub(NodeServiceStub):
     Claim: _aio.UnaryUnaryMultiCallable[_cluster_pb2.ClaimRequest, _cluster_pb2.ClaimResponse]  # type: ignore[assignment]
     """Claim makes a job that was assigned to this node the node's own: from its answer on nobody else runs it. The same
     claim in the same session is answered as before. FAILED_PRECONDITION: the job is not this node's to run.
+    """
+    FetchUpload: _aio.UnaryStreamMultiCallable[_cluster_pb2.FetchUploadRequest, _cluster_pb2.FetchUploadResponse]  # type: ignore[assignment]
+    """FetchUpload streams the archive of files that a job which this node has claimed is to have (StartRequest.upload), in
+    pieces of at most 1 MiB. FAILED_PRECONDITION: the job is not this node's to run, or has none.
     """
 
 class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -87,6 +95,16 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         claim in the same session is answered as before. FAILED_PRECONDITION: the job is not this node's to run.
         """
 
+    @_abc_1.abstractmethod
+    def FetchUpload(
+        self,
+        request: _cluster_pb2.FetchUploadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_cluster_pb2.FetchUploadResponse], _abc.AsyncIterator[_cluster_pb2.FetchUploadResponse]]:
+        """FetchUpload streams the archive of files that a job which this node has claimed is to have (StartRequest.upload), in
+        pieces of at most 1 MiB. FAILED_PRECONDITION: the job is not this node's to run, or has none.
+        """
+
 def add_NodeServiceServicer_to_server(servicer: NodeServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
 class ClusterServiceStub:
@@ -101,7 +119,11 @@ class ClusterServiceStub:
     DrainNode: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.DrainNodeRequest, _cluster_pb2.DrainNodeResponse]
     """DrainNode has a node get no more jobs; those that it has go on. NOT_FOUND: there is no such node."""
     ResumeNode: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.ResumeNodeRequest, _cluster_pb2.ResumeNodeResponse]
-    """ResumeNode has a node get jobs again."""
+    """ResumeNode has a node get jobs again. FAILED_PRECONDITION: it was drained on its own machine, and gets none yet."""
+    RemoveNode: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.RemoveNodeRequest, _cluster_pb2.RemoveNodeResponse]
+    """RemoveNode forgets a node that is gone for good; what it has of the output of jobs is lost. FAILED_PRECONDITION: it
+    is connected, or has jobs that have not ended. NOT_FOUND: there is no such node.
+    """
 
 @_typing.type_check_only
 class ClusterServiceAsyncStub(ClusterServiceStub):
@@ -113,7 +135,11 @@ class ClusterServiceAsyncStub(ClusterServiceStub):
     DrainNode: _aio.UnaryUnaryMultiCallable[_cluster_pb2.DrainNodeRequest, _cluster_pb2.DrainNodeResponse]  # type: ignore[assignment]
     """DrainNode has a node get no more jobs; those that it has go on. NOT_FOUND: there is no such node."""
     ResumeNode: _aio.UnaryUnaryMultiCallable[_cluster_pb2.ResumeNodeRequest, _cluster_pb2.ResumeNodeResponse]  # type: ignore[assignment]
-    """ResumeNode has a node get jobs again."""
+    """ResumeNode has a node get jobs again. FAILED_PRECONDITION: it was drained on its own machine, and gets none yet."""
+    RemoveNode: _aio.UnaryUnaryMultiCallable[_cluster_pb2.RemoveNodeRequest, _cluster_pb2.RemoveNodeResponse]  # type: ignore[assignment]
+    """RemoveNode forgets a node that is gone for good; what it has of the output of jobs is lost. FAILED_PRECONDITION: it
+    is connected, or has jobs that have not ended. NOT_FOUND: there is no such node.
+    """
 
 class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
     """ClusterService is for people who run a cluster: viewers may look, admins may change."""
@@ -140,6 +166,16 @@ class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _cluster_pb2.ResumeNodeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_cluster_pb2.ResumeNodeResponse, _abc.Awaitable[_cluster_pb2.ResumeNodeResponse]]:
-        """ResumeNode has a node get jobs again."""
+        """ResumeNode has a node get jobs again. FAILED_PRECONDITION: it was drained on its own machine, and gets none yet."""
+
+    @_abc_1.abstractmethod
+    def RemoveNode(
+        self,
+        request: _cluster_pb2.RemoveNodeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.RemoveNodeResponse, _abc.Awaitable[_cluster_pb2.RemoveNodeResponse]]:
+        """RemoveNode forgets a node that is gone for good; what it has of the output of jobs is lost. FAILED_PRECONDITION: it
+        is connected, or has jobs that have not ended. NOT_FOUND: there is no such node.
+        """
 
 def add_ClusterServiceServicer_to_server(servicer: ClusterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

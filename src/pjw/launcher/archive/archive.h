@@ -29,7 +29,7 @@ struct header {
 _Static_assert(sizeof(struct header) == BLOCK_BYTES, "a header is a block");
 
 /* main.c */
-/* Say "error: cannot DO NAME: WHY", remove what is half made, and end. Without *why* it is errno's. */
+/* Say "error: cannot DO NAME: WHY", remove the half-made file, and end. Without *why* it is errno's. */
 _Noreturn void cannot(const char *doing, const char *name, const char *why);
 /* "note: left out NAME: WHY"; many of them are counted, and told at the end. */
 void left_out(const char *name, const char *why);
@@ -50,7 +50,7 @@ bool collect(void);
  * below that name: it becomes `path/name` where *path* is a directory, or else *path* itself, as with cp(1).
  */
 void unpack(const char *name, const char *path);
-/* Remove what is half made; may be called at any moment. */
+/* Remove the half-made file; may be called at any moment. */
 void remove_half_made(void);
 
 #endif

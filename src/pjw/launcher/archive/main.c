@@ -18,11 +18,11 @@
 enum { NOTES_MAX = 20 };
 
 static unsigned long notes;
-/* init has room for one line: the first of what was left out, and how many more there were */
+/* init has room for one line: the first note about a file left out, and the number of further ones */
 static bool one_line;
 static char first_note[NAME_MAX_BYTES + 64];
 
-/* One write for each line: a reader may follow. What a name holds is the reader's to make printable. */
+/* One write for each line: a reader may follow. Characters of a name are the reader's to make printable. */
 static void say(const char *before, const char *name, const char *after, const char *why) {
     static char line[2 * NAME_MAX_BYTES];
     size_t length = 0;
@@ -34,7 +34,7 @@ static void say(const char *before, const char *name, const char *after, const c
         return;
 }
 
-/* What is packed of the working directory begins with it. */
+/* A name that is packed from the working directory begins with the directory. */
 static const char *plain(const char *name) {
     return name[0] == '.' && name[1] == '/' && name[2] ? name + 2 : name;
 }

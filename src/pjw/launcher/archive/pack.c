@@ -1,4 +1,7 @@
-/* Packs a file or a directory. What changes meanwhile is packed as it was when it was opened, or it is an error: never short. */
+/*
+ * Packs a file or a directory. A file that changes meanwhile is packed as it was when it was opened, or it is an error:
+ * never short.
+ */
 #include "archive.h"
 
 #include <dirent.h>
@@ -16,15 +19,15 @@
 #include <unistd.h>
 
 enum { OCTAL_SIZE_DIGITS = 11, SENT_FROM_BYTES = 64 << 10, PATTERNS_MAX_BYTES = 64 << 10 };
-/* what 11 octal digits hold */
+/* the largest number of 11 octal digits */
 static const int64_t SIZE_MAX_BYTES = INT64_C(077777777777);
 
 static char buffer[BUFFER_BYTES];
 static size_t filled;
-/* the name in the archive of what is being packed, and of a directory with a slash at its end */
+/* the name in the archive of the file being packed, and of a directory with a slash at its end */
 static char name[NAME_MAX_BYTES];
 
-/* Whether an error is that of what we write to, which sendfile(2) does not tell apart. */
+/* Whether an error is that of the output file, which sendfile(2) does not tell apart. */
 static bool is_of_archive(int error) {
     return error == ENOSPC || error == EDQUOT || error == EFBIG || error == EPIPE;
 }
@@ -97,7 +100,7 @@ static size_t add_record(char *records, size_t used, size_t most, const char *ke
     return used + (size_t)snprintf(records + used, most - used, "%zu %s=%s\n", length, key, value);
 }
 
-/* What a header has no room for is in an extended one before it. */
+/* Values for which a header has no room are in an extended one before it. */
 static void put_entry(char type, const struct stat *status, int64_t size, const char *target) {
     static char records[3 * NAME_MAX_BYTES];
     struct header header = {0};
@@ -158,7 +161,7 @@ static void put_contents(int fd, int64_t size) {
     pad((uint64_t)size);
 }
 
-/* What cannot fit by itself is not begun: with a hole it may be larger than any disk. */
+/* A file that cannot fit by itself is not begun: with a hole it may be larger than any disk. */
 static void require_room(int64_t size) {
     struct rlimit most;
     if (getrlimit(RLIMIT_FSIZE, &most) == 0 && most.rlim_cur != RLIM_INFINITY && (uint64_t)size > most.rlim_cur) {
@@ -234,9 +237,10 @@ static void remember(struct names *names, const char *leaf) {
     size_t length = strlen(leaf) + 1;
     if (names->used + length > names->room) {
         names->room = 2 * names->room + length + 256;
-        names->bytes = realloc(names->bytes, names->room);
-        if (!names->bytes)
+        char *bytes = realloc(names->bytes, names->room);
+        if (!bytes)
             cannot("pack", name, NULL);
+        names->bytes = bytes;
     }
     memcpy(names->bytes + names->used, leaf, length);
     names->used += length;
@@ -250,7 +254,7 @@ static bool found;
 /* How a name stands to a pattern; the higher one counts where there are several. */
 enum match {
     MATCH_NONE,
-    MATCH_BELOW, /* what is in a directory of this name may match */
+    MATCH_BELOW, /* entries of a directory of this name may match */
     MATCH_TREE,  /* all that is in a directory of this name does */
     MATCH_WHOLE,
 };
@@ -284,7 +288,7 @@ static enum match match(const char *pattern, const char *path) {
     return component_matches(pattern, length, path, path_length) ? match(rest, path_rest) : MATCH_NONE;
 }
 
-/* The name of what is being packed, below the root. */
+/* Match the name of the file being packed, below the root. */
 static enum match match_name(void) {
     enum match best = MATCH_NONE;
     for (size_t at = 0; at < patterns_bytes && best != MATCH_WHOLE; at += strlen(patterns + at) + 1) {

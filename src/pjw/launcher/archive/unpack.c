@@ -18,13 +18,13 @@
 static char buffer[BUFFER_BYTES];
 static size_t start, filled;
 
-/* the directory that all is made in, and what the first component of each name is to be replaced by; NULL: by nothing */
+/* the directory that all is made in, and the text that replaces the first component of each name; NULL: none */
 static int base = -1;
 static const char *wanted, *instead;
 
 /*
- * What is not in its place yet, by a name that nothing else has: a workspace is unpacked into by several jobs at once, in each
- * by the same pid, and one that was killed leaves its own there.
+ * The file that is not in its place yet, under a name that no other file has: several jobs unpack into a workspace at once,
+ * each in the same pid, and a killed one leaves its own file there.
  */
 static volatile int half_made_in = -1;
 static char half_made[32];
@@ -176,8 +176,8 @@ static void read_more(char type, int64_t size) {
 }
 
 /*
- * A name of the archive as a path below `base`, without "." and empty components; "" for `base` itself. What leads out is
- * refused, and so is, where a name is wanted, what is not below it.
+ * A name of the archive as a path below `base`, without "." and empty components; "" for `base` itself. A name that leads
+ * out is refused, and so is, where a name is wanted, one that is not below it.
  */
 static void make_plain(const char *entry, char *path) {
     const char *from = entry;
@@ -232,7 +232,7 @@ static const char *enter_parent(char *path, int *parent, const char *entry) {
     if (opened_fd < 0 || strcmp(opened, path) != 0) {
         int fd = open_directory(path);
         for (char *next = path; fd < 0 && errno == ENOENT && next;) {
-            /* from the first component on, which is seldom needed: archives name a directory before what is in it */
+            /* from the first component on, which is seldom needed: archives name a directory before its entries */
             next = strchr(next + (next != path), '/');
             if (next)
                 *next = '\0';
@@ -244,7 +244,8 @@ static const char *enter_parent(char *path, int *parent, const char *entry) {
             errno = fd < 0 ? ENOENT : 0;
         }
         if (fd < 0)
-            cannot("enter the directory of", entry, errno == EXDEV ? "a link in its name leads out of the directory" : NULL);
+            cannot("enter the directory of", entry,
+                   errno == EXDEV ? "a link in its name leads out of the directory" : NULL);
         if (opened_fd >= 0)
             close(opened_fd);
         opened_fd = fd;
@@ -265,9 +266,10 @@ static void make_directory(const char *path, mode_t mode, const char *entry) {
         of_parent[slash - path] = '\0';
         parent = open_directory(of_parent);
         if (parent < 0)
-            cannot("enter the directory of", entry, errno == EXDEV ? "a link in its name leads out of the directory" : NULL);
+            cannot("enter the directory of", entry,
+                   errno == EXDEV ? "a link in its name leads out of the directory" : NULL);
     }
-    /* we have to be able to make what is in it */
+    /* we have to be able to make its entries */
     if (mkdirat(parent, leaf, (mode & 0777) | 0700) < 0) {
         int error = errno;
         if (error != EEXIST || (there = open_directory(path)) < 0) {
@@ -302,8 +304,9 @@ static void put_in_place(int parent, const char *leaf, const char *entry) {
     half_made_in = -1;
 }
 
-/* Under another name until it is whole, in the place of what had its name. */
-static void make_file(int parent, const char *leaf, const struct header *header, int64_t size, int64_t mtime, const char *entry) {
+/* Under another name until it is whole, then in the place of the file that had its name. */
+static void make_file(int parent, const char *leaf, const struct header *header, int64_t size, int64_t mtime,
+                      const char *entry) {
     int64_t mode = number(header->mode, sizeof header->mode);
     struct timespec times[2] = {{.tv_nsec = UTIME_OMIT}, {.tv_sec = mtime < 0 ? 0 : mtime}};
     half_made_in = parent;
@@ -329,7 +332,7 @@ static void make_link(int parent, const char *leaf, const char *target, const ch
     put_in_place(parent, leaf, entry);
 }
 
-/* A hard link to what came before. */
+/* A hard link to an earlier entry. */
 static void make_hard_link(int parent, const char *leaf, const char *target, const char *entry) {
     static char path[NAME_MAX_BYTES];
     make_plain(target, path);
@@ -425,7 +428,7 @@ static void enter(const char *name, const char *path) {
     wanted = instead = name;
     if (base >= 0)
         return;
-    /* it is the name of what is to be made, or of a file that is replaced */
+    /* it is the name of the new file, or of a file that is replaced */
     if ((errno != ENOENT && errno != ENOTDIR) || path[strlen(path) - 1] == '/')
         cannot("unpack into", path, NULL);
     char *slash = strrchr(stripped, '/');
@@ -462,6 +465,6 @@ void unpack(const char *name, const char *path) {
         else
             make_entry(&header, header.type, size);
     }
-    /* to its end, or whoever sends it would fail */
+    /* to its end, or the sender would fail */
     while (fill()) {}
 }

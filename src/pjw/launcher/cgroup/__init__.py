@@ -23,13 +23,13 @@ class Cgroup(Protocol):
     """One job's cgroup."""
 
     def init_arguments(self) -> AbstractContextManager[list[str | int]]:
-        """The options with which pjw-init enters this cgroup.
+        """Give the options with which pjw-init enters this cgroup.
 
         A number among them is a descriptor, which is open only within the context: spawn init there.
         """
 
     def session_arguments(self) -> AbstractContextManager[list[str | int]]:
-        """The same for a session, which enters while the job runs."""
+        """Give the same for a session, which enters while the job runs."""
 
     def make_equal(self) -> None:
         """Give it the weight of processor time that each job of a client has; `create` gave it far more.
@@ -41,22 +41,22 @@ class Cgroup(Protocol):
         """
 
     def pids(self) -> list[int]:
-        """The live processes, by their pids here, sorted."""
+        """Return the live processes, by their pids here, sorted."""
 
     def lift_throttles(self) -> None:
-        """Take its limits of disk IO away, so that what waits in one can end. Goes with every kill.
+        """Lift its limits of disk IO, so that processes waiting in one can end. Goes with every kill.
 
         Raises KernelError; the kill goes on.
         """
 
     def kill(self) -> None:
-        """SIGKILL every process, without waiting for its end: the last resort, when init does not do it."""
+        """Send SIGKILL to every process, and do not wait: the last resort, when init does not do it."""
 
     def usage(self) -> Usage:
-        """What the job has used until now; a counter that this kernel lacks is 0."""
+        """Return the job's usage until now; a counter that this kernel lacks is 0."""
 
     def measure(self) -> UsageSample:
-        """What the job uses at this moment. KernelError (ENOENT, ENODEV) when it has ended."""
+        """Measure the job's usage at this moment. KernelError (ENOENT, ENODEV) when it has ended."""
 
     def try_remove(self) -> bool:
         """Remove it, unless a process is in it, or still about to leave it: then false.
@@ -84,22 +84,22 @@ class Hierarchy(Protocol):
         """
 
     def find(self, job_id: int) -> Cgroup | None:
-        """The cgroup of a job, also one that was left half made or half removed."""
+        """Return the cgroup of a job, also one that was left half made or half removed."""
 
     def job_ids(self) -> list[int]:
-        """Every job that has a cgroup, sorted; half-made ones too."""
+        """Return every job that has a cgroup, sorted; half-made ones too."""
 
     def set_sums(self, sums: Sums) -> list[str]:
-        """Bound what all jobs use together; in words, what could not be set. Raises KernelError."""
+        """Bound the usage of all jobs together; return in words the unset bounds. Raises KernelError."""
 
     def set_share(self, uid: int, share: Share) -> list[str]:
-        """The same for a client that has jobs; nothing happens to another. Raises KernelError."""
+        """Bound a client that has jobs in the same way; do nothing for another. Raises KernelError."""
 
     def share_of(self, uid: int) -> Share | None:
-        """The share that a client was given by this launcher; None for one without jobs since."""
+        """Return the share this launcher gave to a client; None for one without jobs since."""
 
     def use_of(self, uid: int) -> GroupUse:
-        """What the jobs of a client use together: nothing where it has none. Raises KernelError."""
+        """Return the joint usage of a client's jobs: nothing if it has none. Raises KernelError."""
 
     def release(self) -> None:
         """Remove those parents that are empty, at the launcher's end; a living job's stay."""
@@ -107,7 +107,7 @@ class Hierarchy(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class HostDescription:
-    """What this host offers. `version` is the one that jobs would get, missing parts or not."""
+    """The abilities of this host. `version` is the one that jobs would get, missing parts or not."""
 
     version: int
     location: str
@@ -124,7 +124,7 @@ def open_hierarchy(
     *io_devices* (see disks_under) are the disks that io limits are set on; with none, the io
     controller may be missing and no io limit can be set. *supervisor_pids*, the launcher's own
     and its server's, are moved into a leaf where v2 wants that. Raises ConfigError naming a
-    controller that is missing, KernelError for what the kernel refuses.
+    controller that is missing, KernelError for a refusal of the kernel.
     """
     mounts = files.read_mounts()
     host = _describe(mounts)
@@ -138,7 +138,7 @@ def open_hierarchy(
 
 
 def describe_host() -> HostDescription:
-    """What `pjwd check` tells. Changes nothing."""
+    """Describe this host for `pjwd check`. Changes nothing."""
     return _describe(files.read_mounts())
 
 

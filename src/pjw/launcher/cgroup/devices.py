@@ -1,4 +1,4 @@
-"""From paths to the whole disks under them, which is what the kernel can throttle.
+"""From paths to the whole disks under them, which the kernel can throttle.
 
 By sysfs alone: names of devices are never parsed, because nothing holds them to a pattern.
 """
@@ -14,10 +14,10 @@ HINT: Final = "put the state directory on a disk, or set the io limits to 0"
 
 
 def disks_under(paths: Iterable[str], sysfs: str = "/sys") -> list[str]:
-    """The disks that hold *paths*, each as MAJ:MIN, sorted.
+    """Return the disks that hold *paths*, each as MAJ:MIN, sorted.
 
-    A partition gives its disk, device mapper and md give the disks that they are made of,
-    a loop device gives itself. Raises ConfigError for what lies on no disk.
+    A partition gives its disk, device mapper and md give the disks that they are made of, a loop device gives
+    itself. Raises ConfigError for a path that lies on no disk.
     """
     found: set[str] = set()
     for path in paths:
@@ -27,7 +27,7 @@ def disks_under(paths: Iterable[str], sysfs: str = "/sys") -> list[str]:
 
 
 def whole_disks(device: str, sysfs: str = "/sys") -> set[str]:
-    """The disks under one block device, given and returned as MAJ:MIN."""
+    """Return the disks under one block device, given and returned as MAJ:MIN."""
     link = f"{sysfs}/dev/block/{device}"
     if not os.path.exists(link):
         raise ConfigError(f"cannot find the disk of device {device}: sysfs does not know it", hint=HINT)
@@ -42,12 +42,12 @@ def whole_disks(device: str, sysfs: str = "/sys") -> set[str]:
 
 
 def is_stacked(device: str, sysfs: str = "/sys") -> bool:
-    """Whether what this device does is done, and counted, again by devices below it."""
+    """Return whether devices below this one do, and count, its work again."""
     return bool(_entries(f"{sysfs}/dev/block/{device}/slaves"))
 
 
 def sum_io(text: str, parse: Callable[[str], tuple[str, int, int]], sysfs: str = "/sys") -> tuple[int, int]:
-    """Bytes read and written over all devices, each byte counted once."""
+    """Return the bytes read and written over all devices, each byte counted once."""
     read_bytes = written_bytes = 0
     for line in text.splitlines():
         device, read, written = parse(line)
@@ -58,7 +58,7 @@ def sum_io(text: str, parse: Callable[[str], tuple[str, int, int]], sysfs: str =
 
 
 def _devices_of(path: str, sysfs: str) -> list[str]:
-    """The block devices of the file system at *path*."""
+    """Return the block devices of the file system at *path*."""
     try:
         status = os.stat(path)
         if os.major(status.st_dev):
@@ -76,7 +76,7 @@ def _devices_of(path: str, sysfs: str) -> list[str]:
 
 
 def btrfs_members(device: str, sysfs: str = "/sys") -> list[str]:
-    """All devices of the btrfs that *device* is one of: its mount names no other."""
+    """Return all devices of the btrfs that *device* belongs to: its mount names no other."""
     for pool in _entries(f"{sysfs}/fs/btrfs"):
         directory = f"{sysfs}/fs/btrfs/{pool}/devices"
         members = [_number(f"{directory}/{name}") for name in _entries(directory)]

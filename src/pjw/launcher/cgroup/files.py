@@ -1,6 +1,6 @@
-"""What both drivers share: mounts, single-value files, and processes that must end.
+"""The part that both drivers share: mounts, single-value files, and processes that must end.
 
-A pid is no identity: whatever signals here holds a pidfd while it does so.
+A pid is no identity: all code here that signals a process holds its pidfd meanwhile.
 """
 
 import errno
@@ -15,7 +15,7 @@ from typing import Final
 
 from pjw.errors import JobStateError, KernelError
 
-# A cgroup that lets nobody fork has shown all of its processes after two.
+# A cgroup whose processes cannot fork has shown all of them after two passes.
 KILL_PASSES: Final = 4
 
 # So many pidfds are open at once at most; the usual soft limit of open files is 1024.
@@ -23,7 +23,7 @@ PIDFDS_AT_ONCE: Final = 128
 
 # of a job: the kernel's default, which a new cgroup has
 CPU_PERIOD_USEC: Final = 100_000
-# Of what a client's jobs, or all jobs, use together: what is throttled here holds up many, so briefly.
+# For the usage of all of a client's jobs, or of all jobs: a throttle here holds up many, so it is brief.
 SUM_PERIOD_USEC: Final = 20_000
 
 # Above these the kernel refuses or truncates a value. All of them are beyond what any
@@ -76,12 +76,12 @@ def open_top(path: str) -> Top:
 
 
 def read_mounts(path: str = "/proc/self/mountinfo") -> list[Mount]:
-    """Every mount that this process sees, in the kernel's order."""
+    """Return every mount that this process sees, in the kernel's order."""
     return parse_mounts(read_text(path, path))
 
 
 def parse_mounts(table: str) -> list[Mount]:
-    """Every mount of a table, in its order (proc_pid_mountinfo(5))."""
+    """Return every mount of a table, in its order (proc_pid_mountinfo(5))."""
     mounts = []
     # not splitlines(): the kernel escapes newlines, and no other character that ends a line for Python
     for line in filter(None, table.split("\n")):
@@ -110,7 +110,7 @@ def _unescape(field: str) -> str:
 
 
 def read_text(path: str, subject: str, top: Top = ROOT) -> str:
-    """The whole of a small file of the kernel, below *top*; *subject* is its name in errors."""
+    """Read the whole of a small file of the kernel, below *top*; *subject* is its name in errors."""
     # not open(): its buffers and its look at the file are five more system calls
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=top.descriptor)
@@ -123,7 +123,7 @@ def read_text(path: str, subject: str, top: Top = ROOT) -> str:
 
 
 def read_number(path: str, subject: str, top: Top = ROOT) -> int:
-    """The number in a file of the kernel that holds nothing else, by a single read."""
+    """Read the number in a file of the kernel that holds nothing else, by a single read."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=top.descriptor)
         try:
@@ -147,7 +147,7 @@ def write_text(path: str, value: str, subject: str, top: Top = ROOT) -> None:
 
 
 def read_pids(directory: str) -> list[int]:
-    """The processes in a cgroup, by their pids here; none when the cgroup is gone."""
+    """Return the processes in a cgroup, by their pids here; none when the cgroup is gone."""
     path = f"{directory}/cgroup.procs"
     try:
         text = read_text(path, path)
@@ -166,7 +166,7 @@ def read_fields(text: str) -> dict[str, int]:
 
 
 def job_ids_in(directory: str, prefix: str = "job-") -> set[int]:
-    """The jobs that have a directory in *directory*; other names there are not ours."""
+    """Return the jobs that have a directory in *directory*; other names there are not ours."""
     try:
         names = os.listdir(directory)
     except FileNotFoundError:
@@ -188,7 +188,7 @@ def make_parent(path: str, hint: str | None = None) -> None:
 
 
 def not_set(name: str, value: int, subject: str, why: str) -> str:
-    """Say that a sum is not what was asked for."""
+    """Say that a sum does not have the requested value."""
     return f"cannot set {name} of {subject} to {value}: {why}"
 
 
@@ -212,7 +212,7 @@ def locked(directory: str) -> Iterator[None]:
 
 
 def kill_processes(list_pids: Callable[[], list[int]]) -> None:
-    """SIGKILL each process of a cgroup, and those that show only then: forks that were under way."""
+    """Send SIGKILL to each process of a cgroup, and to forks under way that show only then."""
     killed: set[int] = set()
     for _ in range(KILL_PASSES):
         pids = [pid for pid in list_pids() if pid not in killed]
@@ -220,8 +220,8 @@ def kill_processes(list_pids: Callable[[], list[int]]) -> None:
             return
         for start in range(0, len(pids), PIDFDS_AT_ONCE):
             with _pidfds(pids[start : start + PIDFDS_AT_ONCE]) as pidfds:
-                # Read again now that the pidfds are held. A pid that was recycled before is no
-                # longer in the list; one recycled since is not what its pidfd stands for.
+                # Read again now that the pidfds are held. A pid that was recycled before is no longer in the
+                # list; one recycled since does not name the process of its pidfd.
                 still_there = set(list_pids())
                 for pid in pidfds.keys() & still_there:
                     _kill(pidfds[pid])

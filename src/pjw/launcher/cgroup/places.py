@@ -1,7 +1,7 @@
-"""Where each job's cgroup is below its instance's: in `client-UID/job-ID`.
+"""The place of each job's cgroup below its instance's: `client-UID/job-ID`.
 
 A job of a version before this layout is in `job-ID`, and stays there. The directories are the registry;
-what is held in memory is an index of them, so that a job is found without a look at every client.
+memory holds only an index of them, so that a job is found without a look at every client.
 """
 
 import os
@@ -32,23 +32,26 @@ class Places:
                 self._remove_client(uid)
 
     def __contains__(self, uid: int) -> bool:
-        """Whether this client has a job, and so a directory."""
+        """Return whether this client has a job, and so a directory."""
         return uid in self._jobs_of
 
     def clients(self) -> set[int]:
-        """The clients that have jobs, and so directories."""
+        """Return the clients that have jobs, and so directories."""
         return self._jobs_of.keys() - {_NOBODY}
 
     def job_ids(self) -> set[int]:
-        """Every job that has a directory in any hierarchy, by a look at all of them."""
+        """Return every job that has a directory in any hierarchy, by a look at all of them."""
         return set().union(*(self._jobs_in(client_place(uid)) for uid in self._clients()))
 
     def of(self, job_id: int) -> str:
-        """Where this job is, relative to each top; for an unknown one, where an older version made it."""
+        """Return the place of a job, relative to each top; an older version's for an unknown one."""
         return _job_place(self._client_of.get(job_id, _NOBODY), job_id)
 
     def add(self, job_id: int, uid: int) -> str:
-        """A job is about to have a directory in that of its client; where. JobStateError when it has one."""
+        """Add a job that is about to have a directory in its client's; return its place.
+
+        Raises JobStateError when it has one.
+        """
         if job_id in self._client_of:
             raise files.it_exists(f"job {job_id}")
         self._add(job_id, uid)
@@ -59,7 +62,7 @@ class Places:
         self._jobs_of[uid] += 1
 
     def forget(self, job_id: int) -> int:
-        """A job's directories are gone; with those of its last job go its client's. Give the client."""
+        """Forget a job whose directories are gone; remove its client's after the last. Return the client."""
         uid = self._client_of.pop(job_id, None)
         if uid is None:
             return _NOBODY
@@ -85,7 +88,7 @@ class Places:
 
 
 def client_place(uid: int) -> str:
-    """Where a client's directory is, relative to its instance's: by a number, never by the client's name."""
+    """Return a client's directory, relative to its instance's: by a number, never by its name."""
     return f"{_CLIENT}{uid}" if uid != _NOBODY else "."
 
 

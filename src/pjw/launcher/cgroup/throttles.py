@@ -1,7 +1,7 @@
-"""Limits of disk IO, and how they are lifted: no signal ends a process that waits in a throttle.
+"""Limits of disk IO, and their removal: no signal ends a process that waits in a throttle.
 
 A bio that is held back there is charged to a process in an uninterruptible sleep, which SIGKILL does not end
-(state D): at two bytes a second that takes days. So whoever kills a job lifts its throttles as well.
+(state D): at two bytes a second that takes days. So each kill of a job lifts its throttles as well.
 """
 
 import errno
@@ -11,7 +11,7 @@ from typing import Final
 from pjw.errors import KernelError
 from pjw.launcher.cgroup import files
 
-# The files of v1 and of v2 that hold a limit for each disk, and what means "none" there.
+# The files of v1 and of v2 that hold a limit for each disk, and the value that means "none" there.
 NO_THROTTLE: Final = {
     "blkio.throttle.read_bps_device": "0",
     "blkio.throttle.write_bps_device": "0",
@@ -53,7 +53,7 @@ def _unless_gone(error: KernelError) -> KernelError | None:
 
 
 def lift_words(names: Sequence[str], descriptors: Sequence[int], disks: Sequence[str]) -> list[str | int]:
-    """The options of init that let it lift the limits itself, when the launcher is not there.
+    """Return the options of init that let it lift the limits itself, when the launcher is not there.
 
     *names* are the files of one version that hold the limits, *descriptors* the same files, open for writing.
     The kernel checks the rights of the process that opened a file of a cgroup. So init may write to it

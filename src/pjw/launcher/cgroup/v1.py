@@ -25,7 +25,7 @@ _SHARES_DEFAULT: Final = 1024
 
 
 def mounted_controllers(mounts: Sequence[files.Mount]) -> dict[str, str]:
-    """The mount point of each controller; two may share one, as cpu and cpuacct often do."""
+    """Return the mount point of each controller; two may share one, as cpu and cpuacct often do."""
     points: dict[str, str] = {}
     v1_mounts = [mount for mount in mounts if mount.fs_type == "cgroup"]
     # A mount of the whole hierarchy goes before one of a part (a container's bind mount).
@@ -70,8 +70,8 @@ class V1Hierarchy:
     def forbid_swapping(self) -> None:
         """Have jobs that are made from now on stay in memory. Raises KernelError.
 
-        A new cgroup has what the one above it has, and that of a client may be an older version's. A limit of
-        memory and swap together, which jobs have, would alone leave them free to swap.
+        A new cgroup inherits this setting from the one above it, and a client's cgroup may be an older
+        version's. A limit of memory and swap together, which jobs have, would alone leave them free to swap.
         """
         for place in (".", *map(client_place, self._places.clients())):
             self._write("memory", place, "memory.swappiness", "0", place)
@@ -155,7 +155,7 @@ class V1Hierarchy:
             files.make_parent(f"{top.path}/{client_place(uid)}")
 
     def _set_sums(self, place: str, sums: Sums, subject: str) -> list[str]:
-        """Bound what is below *place*; in words, what the kernel does not take now."""
+        """Bound the usage below *place*; return in words the bounds that the kernel does not take now."""
         pids = str(sums.pids_max) if 0 < sums.pids_max < files.PIDS_MAX else "max"
         self._write("pids", place, "pids.max", pids, subject)
         not_set = []
@@ -185,7 +185,7 @@ class V1Hierarchy:
         return not_set
 
     def _clamped(self, millicores: int, *places: str) -> int:
-        """So much processor time, or what those above have: v1 refuses more than that (EINVAL)."""
+        """Return the processor time, at most that of the places above: v1 refuses more than that (EINVAL)."""
         return min(millicores, *(self._cpu.get(place) or millicores for place in places))
 
     def _cpu_millicores(self, place: str) -> int:
@@ -211,7 +211,8 @@ class V1Hierarchy:
     ) -> Iterator[tuple[str, str, str]]:
         yield "cpu", "cpu.shares", str(_SHARES_MAX)
         if limits.cpu_max_millicores:
-            # also what its client is to have and cannot yet, or the next job would keep it from that again
+            # also the client's future quota that it cannot have yet, or the next job would keep it from that
+            # again
             wanted = min(
                 limits.cpu_max_millicores, share.sums.cpu_max_millicores or limits.cpu_max_millicores
             )
@@ -241,7 +242,7 @@ class V1Hierarchy:
 
 
 class V1Cgroup:
-    """One job's directories. Any of them may be missing in what a crash has left."""
+    """One job's directories. Any of them may be missing after a crash."""
 
     def __init__(
         self,
@@ -252,7 +253,7 @@ class V1Cgroup:
         throttled: Sequence[str],
         disks: Sequence[str],
     ) -> None:
-        """It is at *place* below each of *tops*, which are by their controllers.
+        """Stand for the cgroup at *place* below each of *tops*, which are by their controllers.
 
         *throttled*: the files that hold limits of disk IO, a line for each of *disks*.
         """
@@ -335,7 +336,7 @@ class V1Cgroup:
         )
 
     def try_remove(self) -> bool:
-        # one that cannot be lifted keeps nobody from the removal
+        # a quota that cannot be lifted does not prevent the removal
         with suppress(KernelError):
             self._lift_quota()
         if not all(
@@ -372,7 +373,7 @@ class V1Cgroup:
         return self._unless_missing(self._number_now, controller, name, 0)
 
     def _unless_missing(self, read: Callable[[str, str], _T], controller: str, name: str, nothing: _T) -> _T:
-        """*nothing* from a directory that is missing: such a job used nothing there."""
+        """Read, or return *nothing* for a missing directory: such a job used nothing there."""
         if controller not in self._tops:
             return nothing
         try:

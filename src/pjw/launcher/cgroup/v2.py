@@ -23,12 +23,12 @@ SUPERVISOR: Final = "supervisor"
 
 
 def find_base(mount: files.Mount) -> str:
-    """Where our subtree begins: the root of the mount, or a cgroup delegated to us.
+    """Return the top of our subtree: the root of the mount, or a cgroup delegated to us.
 
-    Delegation counts only when systemd itself starts us in the leaf (DelegateSubgroup=supervisor).
-    With Delegate=yes alone, jobs that outlive us would leave controllers handed on in the very
-    cgroup that systemd must put our next main process into; the kernel refuses that (EBUSY, exit
-    status 219/CGROUP) until the last job has ended. So jobs are then kept outside of the unit.
+    Delegation counts only when systemd itself starts us in the leaf (DelegateSubgroup=supervisor). With
+    Delegate=yes alone, jobs that outlive us would leave controllers handed on in the very cgroup that systemd
+    must put our next main process into; the kernel refuses that (EBUSY, exit status 219/CGROUP) until the
+    last job has ended. So jobs are then kept outside of the unit.
     """
     own = next(
         line.removeprefix("0::")
@@ -44,7 +44,7 @@ def find_base(mount: files.Mount) -> str:
 
 
 def controllers_in(base: str) -> set[str]:
-    """The controllers that *base* may hand on to its children."""
+    """Return the controllers that *base* may hand on to its children."""
     path = f"{base}/cgroup.controllers"
     return set(files.read_text(path, path).split())
 
@@ -210,7 +210,7 @@ class V2Hierarchy:
         _enable(directory, self._controllers)
 
     def _set_sums(self, place: str, sums: Sums, subject: str) -> list[str]:
-        """Bound what is below *place*; in words, what would not bound it now but kill."""
+        """Bound the usage below *place*; return in words the bounds that would kill jobs now."""
         pids = str(sums.pids_max) if 0 < sums.pids_max < files.PIDS_MAX else "max"
         self._write(place, "pids.max", pids, subject)
         cpu = min(sums.cpu_max_millicores * files.SUM_PERIOD_USEC // 1000, files.CPU_QUOTA_MAX_USEC) or "max"
@@ -223,7 +223,7 @@ class V2Hierarchy:
         return []
 
     def _memory_in_use(self, place: str) -> int:
-        """Without the cache of files, which the kernel takes back."""
+        """Return the memory in use without the cache of files, which the kernel takes back."""
         stat = files.read_fields(self._read(place, "memory.stat"))
         cache = stat["active_file"] + stat["inactive_file"]
         return int(self._read(place, "memory.current")) - cache
@@ -245,8 +245,8 @@ class V2Hierarchy:
         if limits.cpu_max_millicores:
             quota = limits.cpu_max_millicores * files.CPU_PERIOD_USEC // 1000
             yield "cpu.max", f"{min(quota, files.CPU_QUOTA_MAX_USEC)} {files.CPU_PERIOD_USEC}"
-        # Not memory.oom.group: v1 has no such thing, and a job means the same on both. What is
-        # left of a job that lost a process may well handle that, as a shell does.
+        # Not memory.oom.group: v1 has no such thing, and a job means the same on both. The rest of a job that
+        # lost a process may well handle that, as a shell does.
         if limits.memory_max_bytes:
             yield "memory.max", str(limits.memory_max_bytes)
         # not by a limit of all jobs: a job sees its own
@@ -279,7 +279,7 @@ class V2Cgroup:
         throttled: Sequence[str] = (),
         disks: Sequence[str] = (),
     ) -> None:
-        """It is at *place* below *top*.
+        """Stand for the cgroup at *place* below *top*.
 
         *throttled*: the files that hold limits of disk IO, a line for each of *disks*.
         """
@@ -368,7 +368,7 @@ class V2Cgroup:
         return files.read_text(f"{self._place}/{name}", f"{name} of {self._subject}", self._top)
 
     def _read_if_any(self, name: str) -> str:
-        """The same; nothing where this kernel, or this cgroup, has no such file."""
+        """Read likewise; return nothing where this kernel, or this cgroup, has no such file."""
         try:
             return self._read(name)
         except KernelError as error:

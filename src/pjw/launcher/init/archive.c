@@ -1,4 +1,4 @@
-/* The program for archives (../archive): started as the job's user, and within the job; and what its words mean. */
+/* The program for archives (../archive): started as the job's user, and within the job; and the meaning of its messages. */
 #include "init.h"
 
 #include <errno.h>
@@ -38,7 +38,7 @@ static const char *line_after(char *said, const char *before) {
     return found;
 }
 
-/* A name in the middle may be too long; what was done to it, and the reason, are at the ends. */
+/* A name in the middle may be too long; the failed operation and the reason are at the ends. */
 static void shorten(const char *line, char *words, size_t words_bytes) {
     static const char GAP[] = "...";
     size_t length = strlen(line), half = (words_bytes - sizeof GAP) / 2;

@@ -33,7 +33,7 @@ static const char *path_of(char **environment) {
 }
 
 /*
- * As execvp(3): the first candidate that can be executed; EACCES is remembered, absence is passed over. But a
+ * As execvp(3): the first candidate that can be executed; EACCES is remembered, absence is skipped. But a
  * file without a format that the kernel knows is an error, never a script for /bin/sh.
  */
 static void search_and_execute(char **argv, char **environment) {
@@ -70,8 +70,7 @@ static void search_and_execute(char **argv, char **environment) {
 
 /* In the child, which shares init's memory until the exec; gives the step that failed, with errno.
  * `errors_fd` is where that is to be written. */
-static enum step execute(const struct options *options, int stdin_fd, int stdout_fd, int stderr_fd,
-                         int *errors_fd) {
+static enum step execute(const struct options *options, int stdin_fd, int stdout_fd, int stderr_fd, int *errors_fd) {
     if (stdin_fd < 0)
         stdin_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
     /* none of these is one of 0 to 2: main() has seen to it that those are open */

@@ -1,6 +1,6 @@
 /*
- * What survives an exec and would come from the process that started pjwd: init sets it anew, for itself and its job.
- * main.c sets signals, command.c the umask. The processors that pjwd may run on stay: so an operator keeps jobs off
+ * Settings that survive an exec and would come from the process that started pjwd: init sets them anew, for itself and its
+ * job. main.c sets signals, command.c the umask. The processors that pjwd may run on stay: so an operator keeps jobs off
  * the others.
  */
 #include "init.h"
@@ -14,12 +14,12 @@
 #include <unistd.h>
 
 /*
- * Init lifts limits of what the cgroup limits, and limits that were meant for the operator's own processes. Processes
- * above all: Linux counts them by user, so one job's would be taken from the client's other jobs. It bounds memory of
- * the kernel that older kernels do not count in a cgroup: pending signals, message queues, locked pages. Descriptors
- * are as systemd has them: few for a program that uses select(2), many for one that asks. Core files: 1 and not 0.
- * Where kernel.core_pattern names a program, the kernel starts it, as root and on the host, for every crash except
- * those of a process with a limit of exactly 1 (core(5)).
+ * Init lifts limits on resources that the cgroup limits, and limits that were meant for the operator's own processes.
+ * Processes above all: Linux counts them by user, so one job's would be taken from the client's other jobs. It bounds
+ * memory of the kernel that older kernels do not count in a cgroup: pending signals, message queues, locked pages.
+ * Descriptors are as systemd has them: few for a program that uses select(2), many for one that asks. Core files: 1 and not
+ * 0. Where kernel.core_pattern names a program, the kernel starts it, as root and on the host, for every crash except those
+ * of a process with a limit of exactly 1 (core(5)).
  */
 #define NONE {RLIM_INFINITY, RLIM_INFINITY}
 static const struct rlimit LIMITS[] = {

@@ -17,10 +17,20 @@
 #include <signal.h>
 #include <sys/types.h>
 
-enum { IMAGE_FDS_MAX = 2, HIDES_MAX = 64, PLACES_MAX = 128, MOUNTS_MAX = PLACES_MAX + 3, CGROUPS_MAX = 16, LIFTS_MAX = 64, COMMAND_MAX_BYTES = (1 << 20) + (1 << 16), ORDER_MAX_BYTES = 1 << 16, STREAMS_MAX = 2 };
+enum {
+    IMAGE_FDS_MAX = 2,
+    HIDES_MAX = 64,
+    PLACES_MAX = 128,
+    MOUNTS_MAX = PLACES_MAX + 3,
+    CGROUPS_MAX = 16,
+    LIFTS_MAX = 64,
+    COMMAND_MAX_BYTES = (1 << 20) + (1 << 16),
+    ORDER_MAX_BYTES = 1 << 16,
+    STREAMS_MAX = 2
+};
 /* of the operator's directories: of one job; and bytes of a path where it has one */
 enum { JOB_MOUNTS_MAX = 8, TARGET_MAX_BYTES = 255 };
-/* of devices, and what comes with them, of one job */
+/* of devices, and their files, of one job */
 enum { JOB_DEVICES_MAX = 128, TARGETS_MAX = JOB_MOUNTS_MAX + JOB_DEVICES_MAX };
 /* where a job has its workspace, if it has one */
 #define WORKSPACE_DIRECTORY "/run/workspace"
@@ -29,6 +39,7 @@ enum { LISTENERS_MAX = 17, HOST_MAX_BYTES = 253 };
 enum { REQUEST_MAX_BYTES = 1 << 20, REQUEST_FDS_MAX = 1 + IMAGE_FDS_MAX + CGROUPS_MAX + LIFTS_MAX };
 
 /* Every step that can fail: its name, and its words, which follow "cannot". Both are in a report. */
+/* clang-format off */
 #define STEPS(X)                                                        \
     X(OPTIONS, "options", "understand the options")                     \
     X(COMMAND, "command", "read the command")                           \
@@ -92,6 +103,7 @@ enum { REQUEST_MAX_BYTES = 1 << 20, REQUEST_FDS_MAX = 1 + IMAGE_FDS_MAX + CGROUP
     X(EXECUTED, "executed", "see the command reach its exec")           \
     X(CONNECT, "connect", "connect to the port")                        \
     X(STATUS, "status", "write the status file")
+/* clang-format on */
 
 enum step {
     STEP_NONE,
@@ -124,7 +136,7 @@ struct target {
     bool of_device;
 };
 
-/* Where connections come from within the job, for who makes them outside. */
+/* An address in the job that takes its connections to names; pjwd-egress makes them outside. */
 struct listener {
     uint32_t address; /* in the order of the network, as the port */
     uint16_t port;
@@ -133,34 +145,35 @@ struct listener {
 
 /* options.c; a descriptor that was not given is -1, a number 0, a string NULL */
 struct options {
-    bool tells; /* name on stderr each step that may wait for a file system, before it begins */
+    bool tells;   /* name on stderr each step that may wait for a file system, before it begins */
     bool spawner; /* not for an init: be the process that clones them (spawner.c) */
-    bool waits; /* for an order with what is not known yet: the user, the limits, the command, the files */
+    bool waits;   /* for an order with the rest: the user, the limits, the command, the files */
     int report_fd, status_fd, cgroup_fd;
     int output_fds[STREAMS_MAX], times_fds[STREAMS_MAX]; /* of stdout, and of stderr where that is kept apart */
     bool split_stderr;
     bool input; /* the order comes with a descriptor of the input */
     int input_fd;
-    int enter_fd; /* a pidfd of the init of a job that runs: what is to be made is a session in that job (session.c) */
+    int enter_fd;  /* a pidfd of the init of a running job: make a session in that job (session.c) */
     bool terminal; /* the command's stdin, stdout and stderr are a terminal; its size is in the control file */
-    int tool_fd; /* the program that is executed, whatever the command's first word is; -1: that */
-    bool upload; /* the order comes with an archive of files for the job */
+    int tool_fd;   /* the program to execute, whatever the command's first word is; -1: the command's own */
+    bool upload;   /* the order comes with an archive of files for the job */
     int upload_fd;
     bool workspace; /* the order comes with a mount of it */
     int workspace_fd;
-    struct target targets[TARGETS_MAX]; /* where the job has what is the operator's; the order comes with mounts of these */
+    struct target targets[TARGETS_MAX]; /* places of offered directories and devices; the order has mounts of these */
     int target_count;
     struct source sources[TARGETS_MAX]; /* not for an init: open these, and hand over mounts of them */
     int source_count;
     bool keep; /* the order comes with patterns of files that are kept after the end, and with a file for their archive */
     int patterns_fd, artifacts_fd;
     int archive_fd; /* the program that unpacks the one and packs the other; -1 where there is neither */
-    bool tool; /* the order comes with that program, and the command is its */
-    bool image; /* the job has a root of its own, and nothing of the host's */
-    int image_fds[IMAGE_FDS_MAX], image_count; /* mounts of it: one that maps users, if there is one, and one that does not */
+    bool tool;      /* the order comes with that program, and the command is its */
+    bool image;     /* the job has a root of its own, and nothing of the host's */
+    int image_fds[IMAGE_FDS_MAX],
+        image_count; /* mounts of it: one that maps users, if there is one, and one that does not */
     bool image_read_only;
-    uint64_t file_bytes_max; /* what a file may have that the command writes; 0: any */
-    uint16_t connect_port; /* not for a command: connect to it in the job's network, and hand the socket over */
+    uint64_t file_bytes_max; /* the most bytes of a file that the command writes; 0: any */
+    uint16_t connect_port;   /* not for a command: connect to it in the job's network, and hand the socket over */
     struct listener listeners[LISTENERS_MAX];
     int listener_count;
     bool link; /* the order comes with the network namespace of another job, which this one shares */
@@ -169,17 +182,17 @@ struct options {
     int control_fd;
     int cgroup_procs_fds[CGROUPS_MAX];
     int cgroup_procs_count;
-    int lift_fds[LIFTS_MAX];       /* the files of the cgroup that hold its limits of disk IO, one disk a line */
-    const char *lifts[LIFTS_MAX];  /* what is written to each of them to lift one disk's */
+    int lift_fds[LIFTS_MAX];      /* the files of the cgroup that hold its limits of disk IO, one disk a line */
+    const char *lifts[LIFTS_MAX]; /* the text that lifts one disk's limit in each of them */
     int lift_fds_count, lifts_count;
     uid_t uid;
     gid_t gid;
     const char *hostname, *scratch;
     char *variable; /* NAME=VALUE, beside our own environment */
-    char *cgroup; /* the job's cgroup directory, which the job sees; NULL with cgroup v1 */
+    char *cgroup;   /* the job's cgroup directory, which the job sees; NULL with cgroup v1 */
     char *hides[HIDES_MAX];
     int hide_count;
-    struct place places[PLACES_MAX]; /* parents before what lies in them; the root is shown without it, too */
+    struct place places[PLACES_MAX]; /* parents before their children; the root is shown without it, too */
     int place_count;
     char *mounts[MOUNTS_MAX]; /* all mounts of the host that places, scratch or cgroup lie in; the root first */
     int mount_count;
@@ -190,7 +203,7 @@ struct options {
     size_t command_mapped_bytes; /* of argv when --command-fd gave it; the other pointers, and the strings, follow */
 };
 void parse_options(int argc, char **argv, struct options *options);
-void forget_paths(struct options *options); /* also for whoever reads our command line in /proc */
+void forget_paths(struct options *options); /* also for readers of our command line in /proc */
 /* The words of a request to the spawner, each ended by NUL: the command line of an init that waits. */
 void parse_request(char *words, size_t length, struct options *options);
 /*
@@ -226,16 +239,16 @@ _Noreturn void fail(enum step step, const char *subject);
 int64_t realtime_ns(void);
 void record_start(int status_fd, int64_t ns);
 void record_end(int status_fd, int64_t ns, int wait_status, enum reason reason);
-/* What has become of the artifacts, in a word, and words for a person, which may be empty. */
+/* The result for the artifacts, in a word, and words for a person, which may be empty. */
 void record_artifacts(int status_fd, const char *outcome, const char *words);
 /* From now on a step that fails is the reason why there are no artifacts: fail() records it as that. */
 void record_failures(int status_fd);
 
-/* main.c: make this process what an init is to inherit; and clone an init, whose pid it gives, or -1 and errno */
+/* main.c: set the settings that an init inherits; and clone an init, whose pid it gives, or -1 and errno */
 void prepare(const struct options *options);
 pid_t spawn_init(struct options *options);
 
-/* spawner.c; an init that was cloned by a spawner drops what is the spawner's, and shows a state to ps(1) */
+/* spawner.c; an init that was cloned by a spawner drops the spawner's descriptors, and shows a state to ps(1) */
 _Noreturn void spawn_inits(int argc, char **argv);
 void leave_spawner(const struct options *options);
 void show_state(const struct options *options, const char *state);
@@ -260,7 +273,7 @@ void hand_over_listeners(const struct options *options);
 bool is_session(const struct options *options);
 pid_t clone_session(const struct options *options, int *pidfd);
 void enter_job(const struct options *options);
-/* What init is told while it runs: the file that the server writes, as a whole. */
+/* The orders to init while it runs: the file that the server writes, as a whole. */
 struct orders {
     uint16_t rows, columns, width, height; /* of a terminal: struct winsize of ioctl_tty(2) */
     uint32_t hang_up;                      /* whether the session is to end */
@@ -268,7 +281,7 @@ struct orders {
 struct control {
     int file, watch; /* watch: of changes of the file; -1 where there is none */
     struct orders orders;
-    bool hung_up;    /* whether that order was obeyed */
+    bool hung_up; /* whether that order was obeyed */
 };
 void open_control(struct control *control, const struct options *options);
 void read_orders(struct control *control);
@@ -289,31 +302,32 @@ void mount_offered(const struct options *options);
 
 /* privilege.c */
 int set_oom_score_adj(const char *value);
-void bound_to_kill(void);                            /* the bounding set, while still privileged */
-/* What init itself lives on with. When it is to start another program at the end, it can take back what that takes, once. */
+void bound_to_kill(void); /* the bounding set, while still privileged */
+/*
+ * The capabilities of init itself. If it is to start another program at the end, it can take back those needed for that,
+ * once.
+ */
 void keep_only_kill(uid_t output_owner, bool starts_another);
 void take_back(void);
-enum step become_user(uid_t uid, gid_t gid);         /* the command: gives the step that failed */
+enum step become_user(uid_t uid, gid_t gid); /* the command: gives the step that failed */
 
-/* seccomp.c; after no_new_privs, and last before the exec: what comes later must pass the filter */
+/* seccomp.c; after no_new_privs, and last before the exec: later calls must pass the filter */
 int filter_system_calls(void);
 
 /*
- * archive.c: the program for archives, as the job's user and within the job. It says on *said_fd*, a file or a pipe, what it
- * left out and why it failed. Gives its pid.
+ * archive.c: the program for archives, as the job's user and within the job. It writes to *said_fd*, a file or a pipe, the
+ * names that it left out and why it failed. Gives its pid.
  */
 pid_t start_archive_program(const struct options *options, char **argv, int stdin_fd, int stdout_fd, int said_fd,
                             uint64_t file_bytes_max);
 enum { SAID_BYTES_MAX = 8192 };
-/* Into *words*: what it said last of its failure or, where it did not fail, of what it left out. Changes *said*. */
+/* Into *words*: its last message about its failure or, without one, about files left out. Changes *said*. */
 void judge_archive(char *said, int wait_status, char *words, size_t words_bytes);
 
-/* upload.c: unpack what was uploaded, as the job's user and within the job; what fails is reported, and ends init */
+/* upload.c: unpack an upload, as the job's user and within the job; a failure is reported, and ends init */
 void unpack_upload(const struct options *options);
 
-/*
- * keep.c: after the end was recorded, pack what is to be kept of the job's files. Nothing that happens here changes the end.
- */
+/* keep.c: after the end was recorded, pack the job's artifacts. Nothing that happens here changes the end. */
 struct ending;
 void keep_artifacts(const struct options *options, const struct ending *ended, int signals, uid_t owner);
 
@@ -326,10 +340,10 @@ pid_t start_command(const struct options *options, int stdin_fd, int stdout_fd, 
  */
 struct time_record {
     int64_t ns;   /* CLOCK_REALTIME */
-    uint64_t end; /* where in the file what was read until then ends */
+    uint64_t end; /* the place in the file where the bytes read until then end */
 };
 struct times {
-    int fd; /* -1: nobody wants to know */
+    int fd; /* -1: times are not recorded */
     uint64_t count;
     struct time_record held; /* not yet written; of an end of 0: none */
     uint64_t end;
@@ -345,31 +359,31 @@ void write_held_time(struct times *times, bool at_once);
 
 /* output.c */
 enum flow {
-    FLOW_MORE,  /* moved something, there may be more */
-    FLOW_EMPTY, /* the pipe is empty for now */
-    FLOW_FULL,  /* the reader of our output (a pipe, a terminal) has to catch up */
-    FLOW_HELD,  /* the file takes no more for now: no space */
-    FLOW_OVER,  /* the job has written more than it may */
+    FLOW_MORE,   /* moved something, there may be more */
+    FLOW_EMPTY,  /* the pipe is empty for now */
+    FLOW_FULL,   /* the reader of our output (a pipe, a terminal) has to catch up */
+    FLOW_HELD,   /* the file takes no more for now: no space */
+    FLOW_OVER,   /* the job has written more than it may */
     FLOW_FAILED, /* the file can never be written again */
-    FLOW_END,   /* nobody can write to the pipe any more */
+    FLOW_END,    /* no process can write to the pipe any more */
 };
 struct output {
     int pipe, file;
     int slave; /* of a terminal, whose master `pipe` is then: open until the command has ended, lest that look closed before */
     uid_t owner;
-    bool regular;          /* the file: it has an end to write from, and never makes us wait for a reader */
-    off_t end;             /* of a regular file: where the next byte goes */
-    mode_t mode;           /* of the file, without the sticky bit that notes that output waits */
-    bool held;             /* whether the sticky bit is set */
-    bool over;             /* the job has written more than it may; nothing is read after that */
-    uint64_t *left;        /* bytes that the job may still write, to any of its streams */
+    bool regular;   /* the file: it has an end to write from, and never makes us wait for a reader */
+    off_t end;      /* of a regular file: where the next byte goes */
+    mode_t mode;    /* of the file, without the sticky bit that notes that output waits */
+    bool held;      /* whether the sticky bit is set */
+    bool over;      /* the job has written more than it may; nothing is read after that */
+    uint64_t *left; /* bytes that the job may still write, to any of its streams */
     char *buffer;
-    size_t start, pending; /* of what was read and is not yet written */
+    size_t start, pending; /* of the bytes that were read and are not yet written */
     enum flow flow;
-    int64_t read_ns;       /* when that was read */
+    int64_t read_ns; /* when that was read */
     struct times times;
 };
-enum { PIPE_BYTES = 1 << 20 }; /* what an output pipe takes at most */
+enum { PIPE_BYTES = 1 << 20 }; /* the most bytes in an output pipe */
 struct outputs {
     int count;
     uint64_t left;
@@ -380,7 +394,7 @@ void open_outputs(struct outputs *outputs, const struct options *options, int wr
 int open_terminal(const struct options *options, int *slave);
 void resize_terminal(int master, const struct orders *orders);
 enum flow move_output(struct output *output);
-/* Note whether somebody has cut the file short; for the end, when the job writes nothing more. */
+/* Note whether another process has cut the file short; for the end, when the job writes nothing more. */
 void check_end(struct output *output);
 
 /* input.c */
@@ -388,11 +402,11 @@ enum feed {
     FEED_MORE, /* the pipe has to take more */
     FEED_DRY,  /* the file has no more for now */
     FEED_HELD, /* the file cannot be read for now */
-    FEED_OVER, /* all was fed, nobody reads any more, or there never was any */
+    FEED_OVER, /* all was fed, the command reads no more, or there never was any */
 };
 struct input {
     int file, watch, pipe; /* watch: of changes of the file */
-    bool terminal;         /* what the pipe is: see type_input() */
+    bool terminal;         /* whether the pipe is a terminal: see type_input() */
     off_t typed;
     char last;
     enum feed feed;
@@ -414,11 +428,11 @@ struct ending {
     int wait_status;
     int64_t ended_ns;
     enum reason reason;
-    bool killed_after_end; /* somebody who waits for the job's end, and for nothing that it has to tell */
+    bool killed_after_end; /* by a caller that waits for the job's end, and for no more of its output */
 };
 int open_signals(const struct options *options);
-struct ending run_job(const struct options *options, struct outputs *outputs, struct input *input,
-                      struct control *control, int signals, int timer, pid_t command);
+struct ending run_job(const struct options *options, struct outputs *outputs, struct input *input, struct control *control,
+                      int signals, int timer, pid_t command);
 int open_timer(uint64_t seconds);
 
 #endif

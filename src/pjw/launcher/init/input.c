@@ -63,7 +63,7 @@ void open_input(struct input *input, const struct options *options, const struct
 }
 
 static void stop_feeding(struct input *input) {
-    /* the file as well: the server sees by its lock that nobody reads it any more */
+    /* the file as well: the server sees by its lock that it is not read any more */
     close(input->file);
     close(input->pipe);
     if (input->watch >= 0)
@@ -77,8 +77,8 @@ static bool is_whole(const struct input *input) {
 }
 
 /*
- * splice(2) takes no terminal and a file. The end of the input is what somebody would type: Ctrl-D, twice in the midst of a
- * line; to a program that reads single keys it means nothing.
+ * splice(2) takes no terminal and a file. The end of the input is a key, as a user would type it: Ctrl-D, twice in the
+ * midst of a line; to a program that reads single keys it means nothing.
  */
 static ssize_t type_input(struct input *input, bool whole) {
     char keys[1024];
@@ -99,11 +99,11 @@ static ssize_t type_input(struct input *input, bool whole) {
     return put;
 }
 
-/* Move what the file has and the pipe takes. splice(2): from the page cache into a pipe it copies nothing. */
+/* Move as many bytes as the file has and the pipe takes. splice(2): from the page cache into a pipe it copies nothing. */
 void feed_input(struct input *input) {
     char events[1024];
     while (input->watch >= 0 && read(input->watch, events, sizeof events) > 0) {}
-    /* Look for the end first: what was written before it is read by what comes after the look. */
+    /* Look for the end first: bytes written before it are read by the calls after the look. */
     bool whole = is_whole(input);
     ssize_t moved = input->terminal ? type_input(input, whole)
                                     : splice(input->file, NULL, input->pipe, NULL, MOVED_MAX, SPLICE_F_NONBLOCK);

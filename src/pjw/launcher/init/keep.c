@@ -1,9 +1,10 @@
 /*
- * What is kept of the job's files: packed after the command has ended and all else in the job with it, by the program for
- * archives (../archive), as the job's user, in the job's namespaces, cgroup and system call filter.
+ * The job's artifacts: packed after the command has ended and all else in the job with it, by the program for archives
+ * (../archive), as the job's user, in the job's namespaces, cgroup and system call filter.
  *
- * The end is recorded by then, so nothing here can lose it. The archive is whole, or it is not there: it is on the disk before
- * its mode says that it is whole, and no process of the job has its descriptor any more then. What failed leaves an empty file.
+ * The end is recorded by then, so nothing here can lose it. The archive is whole, or it is not there: it is on the disk
+ * before its mode says that it is whole, and no process of the job has its descriptor any more then. A failure leaves an
+ * empty file.
  */
 #include "init.h"
 
@@ -32,17 +33,16 @@ static enum outcome pack(const struct options *options, int signals, uid_t owner
     struct outputs no_outputs = {0};
     struct input no_input = {.file = -1, .watch = -1, .pipe = -1, .feed = FEED_OVER};
     struct control no_control = {.file = -1, .watch = -1};
-    /* a file and not a pipe, which somebody would have to read while we wait */
+    /* a file and not a pipe, which some process would have to read while we wait */
     int said_fd = memfd_create("pjw-said", MFD_CLOEXEC);
     if (said_fd < 0 || lseek(options->patterns_fd, 0, SEEK_SET) < 0)
         fail(STEP_OUTPUT, NULL);
     take_back();
-    pid_t pid = start_archive_program(options, argv, options->patterns_fd, options->artifacts_fd, said_fd,
-                                      options->output_max);
+    pid_t pid =
+        start_archive_program(options, argv, options->patterns_fd, options->artifacts_fd, said_fd, options->output_max);
     keep_only_kill(owner, false);
     int timer = open_timer(KEEP_SECONDS);
-    struct ending ending =
-        run_job(options, &no_outputs, &no_input, &no_control, signals, timer, pid);
+    struct ending ending = run_job(options, &no_outputs, &no_input, &no_control, signals, timer, pid);
     if (ending.reason == REASON_TIMED_OUT)
         return OUTCOME_LATE;
     if (ending.reason != REASON_NONE || ending.killed_after_end)

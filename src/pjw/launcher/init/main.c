@@ -36,8 +36,8 @@ static void reset_signals(void) {
 }
 
 /*
- * 0 to 2 must be open, so that no descriptor made later is one of them. And an init with a launcher lives as
- * long as its job: it must not hold somebody's terminal or log pipe open.
+ * 0 to 2 must be open, so that no descriptor made later is one of them. And an init with a launcher lives as long as its
+ * job: it must not hold a user's terminal or log pipe open.
  */
 static void tidy_standard_fds(const struct options *options) {
     int null = open("/dev/null", O_RDWR | O_CLOEXEC);
@@ -45,9 +45,9 @@ static void tidy_standard_fds(const struct options *options) {
         bool used = fd == options->status_fd || fd == options->report_fd;
         for (int i = 0; i < STREAMS_MAX; i++)
             used |= fd == options->output_fds[i];
-        if (fcntl(fd, F_GETFD) < 0 || (options->report_fd >= 0 && !used))
-            if (null < 0 || (null != fd && dup2(null, fd) < 0))
-                fail(STEP_STDIO, NULL);
+        bool closed = fcntl(fd, F_GETFD) < 0 || (options->report_fd >= 0 && !used);
+        if (closed && (null < 0 || (null != fd && dup2(null, fd) < 0)))
+            fail(STEP_STDIO, NULL);
     }
     if (null > 2)
         close(null);
@@ -107,7 +107,7 @@ static _Noreturn void be_init(struct options *options, int go) {
         close(options->archive_fd);
     pid_t command = start_command(options, read_end, write_ends[0], write_ends[outputs.count - 1]);
     if (read_end >= 0)
-        close(read_end); /* or nobody could tell that the job has closed its own */
+        close(read_end); /* or no reader could tell that the job has closed its own */
     for (int i = 0; i < outputs.count; i++)
         if (outputs.streams[i].slave < 0)
             close(write_ends[i]); /* or the pipe would never end */
@@ -115,7 +115,7 @@ static _Noreturn void be_init(struct options *options, int go) {
     int timer = open_timer(options->time_max);
     keep_only_kill(outputs.streams[0].owner, options->keep);
     if (options->report_fd < 0)
-        prctl(PR_SET_PDEATHSIG, SIGKILL); /* nobody else would end us; now, as a new fsuid clears it */
+        prctl(PR_SET_PDEATHSIG, SIGKILL); /* no launcher would end us; now, as a new fsuid clears it */
     record_start(options->status_fd, started_ns);
     report_execed(started_ns);
     release_command(options);

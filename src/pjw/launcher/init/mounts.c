@@ -1,6 +1,6 @@
 /*
- * What a job sees: of the host what root.c shows, nothing writable, and /run, /tmp, /dev, /proc and /sys of its
- * own. What these cover stays covered: to unmount takes a capability that no job has, and in a user namespace of
+ * The job's view: the parts of the host that root.c shows, nothing writable, and /run, /tmp, /dev, /proc and /sys of its
+ * own. The paths that these cover stay covered: to unmount takes a capability that no job has, and in a user namespace of
  * its own a job's copies of our mounts are locked.
  */
 #include "init.h"
@@ -46,10 +46,10 @@ static void bind(enum step step, const char *from, const char *to) {
 }
 
 /*
- * Two file systems for all that a job has of its own: each one more costs the host memory for every memory
- * cgroup that there is, and time at the end of each. What a job sees are directories of them, bound to their
- * places, with mount flags of their own. The roots are mounted at /tmp, where the job's /tmp covers them in
- * the end; they are root's alone, should there ever be a way to them.
+ * Two file systems for all of a job's own files: each one more costs the host memory for every memory cgroup that there is,
+ * and time at the end of each. A job sees directories of them, bound to their places, with mount flags of their own. The
+ * roots are mounted at /tmp, where the job's /tmp covers them in the end; they are root's alone, should there ever be a way
+ * to them.
  */
 static void mount_base(void) {
     mount_tmpfs(STEP_MOUNT_BASE, BASE, MS_NOSUID, "mode=0700,size=1m");
@@ -90,7 +90,7 @@ static void mount_dev(void) {
     static const struct {
         const char *target, *path;
     } links[] = {
-        {"/proc/self/fd", "/dev/fd"}, {"fd/0", "/dev/stdin"},   {"fd/1", "/dev/stdout"},
+        {"/proc/self/fd", "/dev/fd"}, {"fd/0", "/dev/stdin"},    {"fd/1", "/dev/stdout"},
         {"fd/2", "/dev/stderr"},      {"pts/ptmx", "/dev/ptmx"},
     };
     bind(STEP_MOUNT_DEV, BASE "/dev", "/dev");
@@ -105,8 +105,8 @@ static void mount_dev(void) {
     make_directory(STEP_MOUNT_DEV, "/dev/shm", 0755);
     make_directory(STEP_MOUNT_DEV, "/dev/pts", 0755);
     /*
-     * A host has some thousands of terminals for everybody. Threads of the kernel move what is written to one, and that
-     * time is charged to nobody. So a job may have a few, enough for a screen and its panes.
+     * A host has some thousands of terminals for all users. Threads of the kernel move the bytes that are written to one,
+     * and that time is charged to no cgroup. So a job may have a few, enough for a screen and its panes.
      */
     static const char pts[] = "newinstance,ptmxmode=0666,mode=0600,max=16";
     if (mount("devpts", "/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, pts) < 0)
@@ -114,7 +114,7 @@ static void mount_dev(void) {
     finish_part(STEP_MOUNT_DEV, "/dev", ATTR_NOEXEC);
 }
 
-/* Only what is not there is passed over; anything else that keeps a path from being hidden ends the job. */
+/* Only a missing path is skipped; any other failure to hide a path ends the job. */
 void hide(const char *path) {
     struct stat status;
     if (stat(path, &status) < 0) {
@@ -128,18 +128,20 @@ void hide(const char *path) {
 }
 
 /*
- * Hidden of /proc: what container engines mask there and a job's uid could read, and pressure, which it could
- * write (the triggers are memory of the kernel that no cgroup accounts for). The rest of the engines' lists is
- * for a root without capabilities, which no job is: the modes of kcore, timer_list, sysrq-trigger, sys, irq and
- * bus keep it out, keys shows only the reader's own, acpi and scsi name hardware, sched_debug and timer_stats
- * are gone.
+ * Hidden of /proc: files that container engines mask there and a job's uid could read, and pressure, which it could write
+ * (the triggers are memory of the kernel that no cgroup accounts for). The rest of the engines' lists is for a root without
+ * capabilities, which no job is: the modes of kcore, timer_list, sysrq-trigger, sys, irq and bus keep it out, keys shows
+ * only the reader's own, acpi and scsi name hardware, sched_debug and timer_stats are gone.
  *
- * How busy the host is (stat, meminfo, loadavg) stays visible: ps and top end without it. Hence no subset=pid.
- * And no hidepid: of others there is only init, and it hides a job's own undumpable processes too.
+ * The load of the host (stat, meminfo, loadavg) stays visible: ps and top end without it. Hence no subset=pid. And no
+ * hidepid: of others there is only init, and it hides a job's own undumpable processes too.
  */
 static void mount_proc(void) {
     static const char *const hidden[] = {
-        "/proc/interrupts", "/proc/pressure", "/proc/latency_stats", "/proc/asound",
+        "/proc/interrupts",
+        "/proc/pressure",
+        "/proc/latency_stats",
+        "/proc/asound",
     };
     if (mount("proc", "/proc", "proc", INERT, NULL) < 0)
         fail(STEP_MOUNT_PROC, NULL);
@@ -148,14 +150,15 @@ static void mount_proc(void) {
 }
 
 /*
- * Of /sys only what programs look for: processors, memory, the job's own network interfaces. The rest is
- * tables of the firmware (an iSCSI password may be in them), sensors of temperature and power, counts of
- * interrupts, disks, addresses of the kernel, and what later kernels add. To mask what is known of it would
- * take as many mounts.
+ * Of /sys only the files that programs look for: processors, memory, the job's own network interfaces. The rest is tables
+ * of the firmware (an iSCSI password may be in them), sensors of temperature and power, counts of interrupts, disks,
+ * addresses of the kernel, and additions of later kernels. To mask the known files would take as many mounts.
  */
+/* clang-format off */
 static const char *const SHOWN[] = {
     "/sys/devices/system", "/sys/devices/virtual/net", "/sys/class/net", "/sys/kernel/mm/transparent_hugepage",
 };
+/* clang-format on */
 enum { SHOWN_COUNT = sizeof SHOWN / sizeof *SHOWN };
 
 static void make_directories(const char *path) {
@@ -171,7 +174,7 @@ static void make_directories(const char *path) {
 /*
  * Show the job its own cgroup, from which runtimes learn how many processors and how much memory they have. It is bound, as a
  * new mount would be one more file system; the namespace makes it the root all the same (cgroup_namespaces(7)). It is
- * read-only, because the kernel lets everybody write some of its files.
+ * read-only, because the kernel lets every user write some of its files.
  */
 static void show_cgroup(int cgroup) {
     static const char path[] = "/sys/fs/cgroup";
@@ -204,7 +207,7 @@ static void mount_sys(int cgroup) {
     finish_part(STEP_MOUNT_SYS, "/sys", ATTR_NODEV | ATTR_NOEXEC);
 }
 
-/* What a job may write to in memory, under one limit; last, as it covers where the rest was made. */
+/* The files that a job may write in memory, under one limit; last, as it covers where the rest was made. */
 static void mount_tmp(const struct options *options) {
     bool with_home = !options->scratch;
     mount_tmpfs(STEP_MOUNT_TMP, "/tmp", MS_NOSUID | MS_NODEV, "mode=0700");

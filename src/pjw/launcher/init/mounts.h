@@ -1,4 +1,4 @@
-/* What mounts.c and root.c share. */
+/* The functions that mounts.c and root.c share. */
 #ifndef PJW_INIT_MOUNTS_H
 #define PJW_INIT_MOUNTS_H
 
@@ -28,7 +28,7 @@ struct attributes {
 int set_attributes(int fd, const char *path, unsigned flags, struct attributes attributes);
 void hide(const char *path);
 
-/* template.c: what init takes from the template, by paths of the host's */
+/* template.c: the parts that init takes from the template, by paths of the host's */
 int open_root(void);
 int open_above(const char *path); /* the directory that it is in */
 void open_places(struct options *options);

@@ -25,7 +25,7 @@ static const char *const USER_PATHS[USER_FILES] = {"/etc/passwd", "/etc/group"};
 /* open until the user is known */
 static int user_fds[USER_FILES] = {-1, -1}, hosts_fd = -1;
 
-/* Of what the host has at such a path: nothing, a link to nothing, or what cannot be opened, such as a socket. */
+/* Whether the host has nothing at such a path, a link to nothing, or a file that cannot be opened, such as a socket. */
 static bool is_missing(int error) {
     return error == ENOENT || error == ENOTDIR || error == ELOOP || error == ENXIO;
 }

@@ -27,8 +27,8 @@ int clone_into_cgroup(struct clone_args *args, const struct options *options) {
 }
 
 /*
- * With a launcher to report to, init becomes the launcher's own child (CLONE_PARENT; exit_signal must be 0
- * then and is inherited): whatever becomes of the spawner, its end is seen and collected. By hand it is ours to wait for.
+ * With a launcher to report to, init becomes the launcher's own child (CLONE_PARENT; exit_signal must be 0 then and is
+ * inherited): whatever becomes of the spawner, its end is seen and collected. By hand it is ours to wait for.
  */
 int clone_init(const struct options *options, int *pidfd) {
     bool reported = options->report_fd >= 0;

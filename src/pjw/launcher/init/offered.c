@@ -1,8 +1,7 @@
 /*
- * Directories that the operator offers to jobs, and devices with the files that come with them. Two processes do that: one,
- * which is no init, opens them in the host's tree
- * and hands the launcher a mount of each; the job's init attaches these in the job's tree. So who walks to a file server
- * that is gone is neither the launcher nor an init, and an init never has a path of the host's.
+ * Directories that the operator offers to jobs, and devices with their files. Two processes do that: one, which is no init,
+ * opens them in the host's tree and hands the launcher a mount of each; the job's init attaches these in the job's tree. So
+ * neither the launcher nor an init ever walks to a file server that is gone, and an init never has a path of the host's.
  */
 #include "init.h"
 #include "mounts.h"
@@ -25,7 +24,7 @@
 enum { MOVE_TO_EMPTY_PATH = 0x40 }; /* move_mount(2) */
 static const char MNT[] = "/mnt";
 
-/* Follows no link, not even on the way: in the host's tree whoever owns a directory there could lead us elsewhere. */
+/* Follows no link, not even on the way: in the host's tree the owner of a directory there could lead us elsewhere. */
 static int open_directory(int at, const char *path) {
     struct open_how how = {.flags = O_PATH | O_DIRECTORY | O_CLOEXEC, .resolve = RESOLVE_NO_SYMLINKS};
     return (int)syscall(SYS_openat2, at, path, &how, sizeof how);
@@ -85,7 +84,7 @@ void hand_over_sources(const struct options *options) {
     _exit(0);
 }
 
-/* A new directory belongs to whoever has the one that it is made in. */
+/* A new directory belongs to the owner of the one that it is made in. */
 static int make_and_open(int at, const char *name) {
     struct stat parent;
     if (mkdirat(at, name, 0755) < 0 && errno != EEXIST)
@@ -103,7 +102,7 @@ static int make_and_open_file(int at, const char *name) {
     return open_any(at, name);
 }
 
-/* In the job's tree, step by step: what is missing is made, where that can be. Gives -1 and errno. */
+/* In the job's tree, step by step: a missing directory is made, where that can be. Gives -1 and errno. */
 static int open_target(const char *path, bool directory) {
     char name[NAME_MAX + 1];
     int at = open("/", O_PATH | O_DIRECTORY | O_CLOEXEC);
@@ -146,7 +145,9 @@ static bool cover_mnt(const struct options *options) {
     return false;
 }
 
-/* Only what comes with a device may have its place in what is the job's own, and read-only at all other times. */
+/*
+ * Only the files of a device may have their places in the job's own file systems, which are read-only at all other times.
+ */
 static void let_make_places(bool may) {
     static const char *const own[] = {"/dev", "/run"};
     struct attributes attributes = {.set = may ? 0 : ATTR_RDONLY, .clear = may ? ATTR_RDONLY : 0};

@@ -12,6 +12,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+/* clang-format off */
 enum option_id {
     REPORT_FD = 1, STATUS_FD, OUTPUT_FD, COMMAND_FD, CGROUP_FD, CGROUP_PROCS_FD, USER_ID, GROUP_ID, HOSTNAME,
     SCRATCH, HIDE, TMP_BYTES, OUTPUT_MAX, TIME_MAX, WAIT, SPLIT_STDERR, TIMES_FD, STDERR_FD, STDERR_TIMES_FD,
@@ -19,8 +20,9 @@ enum option_id {
     TERMINAL, CONNECT, TOOL_FD, UPLOAD, MOUNT, WORKSPACE, KEEP, IMAGE_FD, IMAGE_READ_ONLY, TOOL, MOUNT_AT, OPEN, OPEN_WRITABLE,
     LISTEN, LINK, DEVICE_AT, OPEN_DEVICE, OPEN_FILE,
 };
+/* clang-format on */
 
-/* Where an option may come: an order says what was not known before the job, and nothing about the host. */
+/* Where an option may come: an order has the facts that were not known before the job, and none about the host. */
 enum phase { LINE = 256, ORDER = 512 };
 
 static const struct option OPTIONS[] = {
@@ -172,8 +174,7 @@ static char *read_strings(int fd, size_t *length) {
     *length = 0;
     while (*length <= COMMAND_MAX_BYTES) {
         size_t room = COMMAND_MAX_BYTES + 1 - *length;
-        ssize_t got =
-            seekable ? pread(fd, text + *length, room, (off_t)*length) : read(fd, text + *length, room);
+        ssize_t got = seekable ? pread(fd, text + *length, room, (off_t)*length) : read(fd, text + *length, room);
         if (got < 0 && errno == ESPIPE && seekable) {
             seekable = false;
             continue;
@@ -250,7 +251,7 @@ void release_command(struct options *options) {
     options->workdir = NULL;
 }
 
-/* Gives the descriptor of the command, or -1; what is behind the options begins at `optind`. */
+/* Gives the descriptor of the command, or -1; the words behind the options begin at `optind`. */
 static int take_options(int argc, char **argv, enum phase phase, struct options *options) {
     int command_fd = -1, id, index = 0;
     optind = 0; /* getopt_long(3) begins anew */
@@ -353,7 +354,8 @@ static int take_options(int argc, char **argv, enum phase phase, struct options 
         case OPEN_FILE: add_source(options, name, SOURCE_FILE); break;
         case LISTEN: add_listener(options, name, optarg); break;
         case LINK: options->link = true; break;
-        default: /* getopt_long(3) has said what is wrong */
+        default:
+            /* getopt_long(3) has reported the fault */
             errno = EINVAL;
             fail(STEP_OPTIONS, NULL);
         }
@@ -481,8 +483,8 @@ void parse_order(char *words, size_t length, const int *fds, size_t fd_count, st
         refuse("mount-at", "(order)", "a session has those of its job");
     bool archives = options->upload || options->keep || options->tool;
     if (fd_count != 3U + timed + (1U + timed) * options->split_stderr + options->control + options->input +
-                        options->upload + 2U * options->keep + archives + options->workspace + (unsigned)options->target_count +
-                        options->link)
+                        options->upload + 2U * options->keep + archives + options->workspace +
+                        (unsigned)options->target_count + options->link)
         refuse("wait", "(order)", "not the descriptors that it should have");
     int command = *fds++;
     options->output_fds[0] = *fds++;

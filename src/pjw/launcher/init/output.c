@@ -1,9 +1,9 @@
 /*
- * Moves what the job writes from its pipe to the output file. While the file takes nothing, no more is read:
- * the pipe fills and the job, in time, waits.
+ * Moves the job's output from its pipe to the output file. While the file takes nothing, no more is read: the pipe fills
+ * and the job, in time, waits.
  *
- * By read(2) and write(2): splice(2) copies page by page, and slowly whatever does not lie in the pipe's pages
- * as it will in the file's, as after a first line. And write(2) wakes who watches the file, on every kernel.
+ * By read(2) and write(2): splice(2) copies page by page, and slowly unless the bytes lie in the pipe's pages as they will
+ * in the file's, which they do not after a first line. And write(2) wakes the watchers of the file, on every kernel.
  */
 #include "init.h"
 
@@ -16,7 +16,7 @@
 
 enum { BUFFER_BYTES = 128 << 10 };
 
-/* Not in struct output: what the job never fills is never touched, and takes nothing of its memory limit. */
+/* Not in struct output: a buffer that the job never fills is never touched, and takes nothing of its memory limit. */
 static char buffers[STREAMS_MAX][BUFFER_BYTES];
 
 /* Gives the end that the job writes to. */
@@ -73,8 +73,8 @@ void open_outputs(struct outputs *outputs, const struct options *options, int wr
 }
 
 /*
- * A pipe or terminal that is ready takes PIPE_BUF bytes without blocking, so that a reader who has stopped
- * reading cannot keep us from signals.
+ * A pipe or terminal that is ready takes PIPE_BUF bytes without blocking, so that a reader that has stopped reading cannot
+ * keep us from signals.
  */
 static ssize_t write_some(const struct output *output) {
     size_t most = output->pending;
@@ -91,17 +91,15 @@ static ssize_t write_some(const struct output *output) {
 }
 
 /*
- * What a failed write(2) means. FLOW_FULL: the file takes more when its reader catches up. FLOW_HELD: it takes more when
- * somebody has made space, or repaired a disk or a network; nothing is lost. FLOW_FAILED: it never takes more, such as
- * beyond a limit of the size of files; a job that waited would wait for ever.
+ * The meaning of a failed write(2). FLOW_FULL: the file takes more when its reader catches up. FLOW_HELD: it takes more
+ * when the operator has made space, or repaired a disk or a network; nothing is lost. FLOW_FAILED: it never takes more,
+ * such as beyond a limit of the size of files; a job that waited would wait for ever.
  */
 static enum flow flow_after(int error) {
     switch (error) {
     case EAGAIN:
-    case EINTR:
-        return FLOW_FULL;
-    case EPIPE:
-        return FLOW_END;
+    case EINTR: return FLOW_FULL;
+    case EPIPE: return FLOW_END;
     case ENOSPC:
     case EDQUOT:
     case ENOMEM:
@@ -115,14 +113,13 @@ static enum flow flow_after(int error) {
     case ENETUNREACH:
     case ENOLINK:
     case ECONNRESET:
-    case ECONNREFUSED:
-        return FLOW_HELD;
-    default: /* EFBIG, EBADF, EINVAL, EPERM, ESTALE, ENXIO, ... */
-        return FLOW_FAILED;
+    case ECONNREFUSED: return FLOW_HELD;
+    /* EFBIG, EBADF, EINVAL, EPERM, ESTALE, ENXIO, ... */
+    default: return FLOW_FAILED;
     }
 }
 
-/* A job that has written exactly what it may is not over its limit until it writes more. */
+/* A job that has written exactly its limit is not over it until it writes more. */
 static void count(struct output *output, size_t got) {
     output->over = got > *output->left;
     output->start = 0;
@@ -143,9 +140,9 @@ static void note_held(struct output *output, bool held) {
 }
 
 /*
- * Init appends the job's output (O_APPEND). When the file ends before it should, somebody has cut it short, and bytes are
- * lost. Note that in the file's mode, which takes no space on the disk, so that readers learn of it. The records of times
- * begin anew.
+ * Init appends the job's output (O_APPEND). When the file ends before it should, another process has cut it short, and
+ * bytes are lost. Note that in the file's mode, which takes no space on the disk, so that readers learn of it. The records
+ * of times begin anew.
  */
 static void note_cut(struct output *output, off_t end, off_t written) {
     bool cut = end < output->end; /* by hand, others may append to the same file */
@@ -163,15 +160,17 @@ void check_end(struct output *output) {
         note_cut(output, status.st_size, 0);
 }
 
-/* Move what is there, up to a buffer; what the file does not take is held, and tried again by the next call. */
+/*
+ * Move the available bytes, up to a buffer; bytes that the file does not take are held, and tried again by the next call.
+ */
 enum flow move_output(struct output *output) {
     if (!output->pending && !output->over) {
         ssize_t got = read(output->pipe, output->buffer, BUFFER_BYTES);
         if (got == 0)
             return FLOW_END;
         if (got < 0 && errno == EIO && output->slave < 0 && isatty(output->pipe))
-            return FLOW_END; /* nobody has the terminal open, and all was read (n_tty_read() of the kernel) */
-        if (got < 0) /* EFAULT: no memory is left for the buffer */
+            return FLOW_END; /* no process has the terminal open, and all was read (n_tty_read() of the kernel) */
+        if (got < 0)         /* EFAULT: no memory is left for the buffer */
             return errno == EAGAIN || errno == EINTR ? FLOW_EMPTY : FLOW_HELD;
         count(output, (size_t)got);
         output->read_ns = realtime_ns();

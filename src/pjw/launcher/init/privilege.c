@@ -28,7 +28,7 @@ static int set_capabilities(uint32_t effective, uint32_t permitted) {
     return (int)syscall(SYS_capset, &header, data);
 }
 
-/* What become_user() takes. */
+/* The capabilities that become_user() takes. */
 static const uint32_t TO_BECOME_ANOTHER = 1U << CAP_KILL | 1U << CAP_SETUID | 1U << CAP_SETGID | 1U << CAP_SETPCAP;
 
 /* The bounding set only matters to an exec, and init never does one: this is for the command, see below. */

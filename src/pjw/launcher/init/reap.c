@@ -13,7 +13,7 @@
 #include <time.h>
 #include <unistd.h>
 
-/* The kernel tells nobody when space is freed, so this one thing has to be tried from time to time. */
+/* The kernel does not tell when space is freed, so this one thing has to be tried from time to time. */
 enum { HELD_RETRY_MS = 250 };
 
 struct job {
@@ -24,7 +24,7 @@ struct job {
     int signals, timer;
     pid_t command;
     bool ended;
-    bool entered; /* somebody may be in the job who is none of our children: who makes a session */
+    bool entered; /* the job may have a process that is none of our children: one that makes a session */
     struct ending ending;
 };
 
@@ -78,7 +78,7 @@ static void end_group(pid_t group, int signal) {
 
 /*
  * The first cause is the reason. kill(2) of -1 is every process of our namespace but ourselves, at once. Of a session it is
- * the process group of its command: what that has put elsewhere belongs to the job.
+ * the process group of its command: processes that it has put elsewhere belong to the job.
  */
 static void end_all(struct job *job, enum reason reason, int signal) {
     pid_t foreground;
@@ -121,7 +121,7 @@ static bool reap(struct job *job, int options) {
 
 /*
  * The sender of SIGTERM, such as a shutdown, later sends SIGKILL to every process that is left. That would kill init, and
- * nobody would record the end. So init kills the job before that, by the timer of the job's limit, unless that limit ends
+ * the end would not be recorded. So init kills the job before that, by the timer of the job's limit, unless that limit ends
  * sooner. A session that is hung up ends in the same way.
  */
 static void end_within_grace(struct job *job, int signal) {
@@ -163,7 +163,7 @@ static void read_signals(struct job *job) {
         end_all(job, REASON_STOPPED, SIGKILL);
 }
 
-/* Whoever has left a session may not come back: then it is to end, and what its output waits for is not waited for. */
+/* A client that has left a session may not come back: then the session is to end, without waiting for its output. */
 static void obey(struct job *job) {
     read_orders(job->control);
     if (job->options->terminal && !job->ended)
@@ -193,16 +193,16 @@ static void move(struct job *job, struct output *output) {
     if ((output->flow == FLOW_OVER || output->flow == FLOW_FAILED) && !job->ended)
         end_all(job, reason_of(output->flow), SIGKILL);
     else if (output->flow == FLOW_END)
-        close(output->pipe); /* nobody reads any more: a job that goes on writing gets SIGPIPE */
+        close(output->pipe); /* the output is not read any more: a job that goes on writing gets SIGPIPE */
 }
 
-/* Wait for whatever is next. How a stream stands says which of its two ends we wait for, if any. */
+/* Wait for the next event. The state of a stream decides which of its two ends we wait for, if any. */
 static void await(struct job *job) {
     enum { SIGNALS, TIMER, STDIN, INPUT, CONTROL, FIRST_STREAM };
     struct pollfd fds[FIRST_STREAM + STREAMS_MAX] = {
         [SIGNALS] = {.fd = job->signals, .events = POLLIN},
         [TIMER] = {.fd = job->timer, .events = POLLIN},
-        /* also when it is not to be written to: that nobody reads it any more is told always */
+        /* also when nothing is to be written: that its reader has gone is always reported */
         [STDIN] = {.fd = job->input->pipe, .events = job->input->feed == FEED_MORE ? POLLOUT : 0},
         [INPUT] = {.fd = job->input->feed == FEED_DRY ? job->input->watch : -1, .events = POLLIN},
         [CONTROL] = {.fd = job->control->watch, .events = POLLIN},
@@ -239,8 +239,8 @@ static void await(struct job *job) {
 }
 
 /*
- * All writers are dead: what is in the pipe is all there will ever be. Only a full disk can delay its end. But a session may
- * leave processes to its job that go on writing: then what a pipe holds is more than all that its command has written.
+ * All writers are dead: the pipe holds all the rest of the output. Only a full disk can delay its end. But a session may
+ * leave processes to its job that go on writing: then a pipe holds more than all that its command has written.
  */
 static void drain(struct job *job, struct output *output) {
     if (output->slave >= 0)
@@ -266,8 +266,8 @@ static void drain(struct job *job, struct output *output) {
 }
 
 /*
- * Orphans become our children at once, and sessions are, so without a child there is nobody left, and kill(2) of -1 need not
- * look through every process of the host; but for who may be making a session at this moment.
+ * Orphans become our children at once, and sessions are, so without a child no process is left, and kill(2) of -1 need not
+ * look through every process of the host; but for a process that may be making a session at this moment.
  */
 static void end_rest(struct job *job) {
     read_signals(job); /* a session may have come since */
@@ -278,8 +278,8 @@ static void end_rest(struct job *job) {
     reap(job, 0);
 }
 
-struct ending run_job(const struct options *options, struct outputs *outputs, struct input *input,
-                      struct control *control, int signals, int timer, pid_t command) {
+struct ending run_job(const struct options *options, struct outputs *outputs, struct input *input, struct control *control,
+                      int signals, int timer, pid_t command) {
     struct job job = {.options = options,
                       .outputs = outputs,
                       .input = input,
@@ -287,10 +287,12 @@ struct ending run_job(const struct options *options, struct outputs *outputs, st
                       .signals = signals,
                       .timer = timer,
                       .command = command,
-                      /* whoever comes while artifacts are packed must not keep the file of these: look in any case */
+                      /*
+                       * a session that comes while artifacts are packed must not keep the file of these: look in any case
+                       */
                       .entered = !outputs->count};
     if (control->watch >= 0)
-        obey(&job); /* what was written before we watched */
+        obey(&job); /* orders written before we watched */
     while (!job.ended)
         await(&job);
     if (!is_session(options))

@@ -1,4 +1,4 @@
-/* What init tells others: reports to the launcher, the status file, and messages for a person. */
+/* Init's messages: reports to the launcher, the status file, and messages for a person. */
 #include "init.h"
 
 #include <ctype.h>
@@ -13,6 +13,7 @@
 enum { EXIT_SETUP = 125, EXIT_NOT_EXECUTABLE = 126, EXIT_NOT_FOUND = 127 };
 enum { REPORT_MAX_BYTES = 512 }; /* spawn.py reads as many; a longer subject is cut short */
 
+/* clang-format off */
 static const struct {
     const char *name, *words;
 } STEP_TABLE[] = {
@@ -21,6 +22,7 @@ static const struct {
     STEPS(STEP_ROW)
 #undef STEP_ROW
 };
+/* clang-format on */
 
 static const char *const REASON_NAMES[] = {"none", "stopped", "timed_out", "output_limit", "output_failed"};
 
@@ -39,17 +41,15 @@ size_t receive(enum step step, int socket, char *bytes, size_t bytes_max, int *f
         char space[CMSG_SPACE(sizeof(int) * (REQUEST_FDS_MAX + ORDER_FDS_MAX))]; /* whichever it is */
     } control = {0};
     /* CMSG_SPACE would have room for one descriptor too many */
-    struct msghdr message = {.msg_iov = &data,
-                             .msg_iovlen = 1,
-                             .msg_control = control.space,
-                             .msg_controllen = CMSG_LEN(sizeof(int) * fds_max)};
+    struct msghdr message = {
+        .msg_iov = &data, .msg_iovlen = 1, .msg_control = control.space, .msg_controllen = CMSG_LEN(sizeof(int) * fds_max)};
     ssize_t length;
     while ((length = recvmsg(socket, &message, MSG_CMSG_CLOEXEC)) < 0 && errno == EINTR) {}
     if (length == 0)
         return 0;
     if (length < 0)
         fail(step, NULL);
-    /* Descriptors, once: what else a socket may bring (credentials, unix(7)) would be read as their numbers. */
+    /* Descriptors, once: other data of a socket (credentials, unix(7)) would be read as their numbers. */
     struct cmsghdr *rights = CMSG_FIRSTHDR(&message);
     if (message.msg_flags & (MSG_TRUNC | MSG_CTRUNC) || !rights || rights->cmsg_level != SOL_SOCKET ||
         rights->cmsg_type != SCM_RIGHTS || CMSG_NXTHDR(&message, rights)) {

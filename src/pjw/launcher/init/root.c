@@ -1,10 +1,10 @@
 /*
- * The job's root: the host's file systems, as far as they are to be seen, each as an overlay of its own. An
- * overlay has inodes of its own, so a job can neither lock the host's files nor watch them with inotify, nor reach
- * a socket or a FIFO by its path. Two jobs have two overlays, so they share none of that either. With one overlay for
- * all jobs they would, and files that the host replaced would stay old (both tried).
+ * The job's root: the visible file systems of the host, each as an overlay of its own. An overlay has inodes of its own, so
+ * a job can neither lock the host's files nor watch them with inotify, nor reach a socket or a FIFO by its path. Two jobs
+ * have two overlays, so they share none of that either. With one overlay for all jobs they would, and files that the host
+ * replaced would stay old (both tried).
  *
- * What the host has mounted elsewhere is in no mount namespace of a job, so no job keeps a disk busy.
+ * The host's other mounts are in no mount namespace of a job, so no job keeps a disk busy.
  */
 #include "init.h"
 #include "mounts.h"
@@ -37,10 +37,9 @@ static const char NEW_ROOT[] = BASE "/root", COVERS[] = BASE "/covers";
  * so no path need be escaped, and the job's table of mounts names none. The rest is as the kernel's defaults can
  * be on any machine (Documentation/filesystems/overlayfs.rst); "xino=on" would have each mount write to the kernel's log.
  */
-static const char LAYERS[] =
-    "lowerdir=.:" EMPTY ",xino=off,index=off,metacopy=off,nfs_export=off,redirect_dir=nofollow";
+static const char LAYERS[] = "lowerdir=.:" EMPTY ",xino=off,index=off,metacopy=off,nfs_export=off,redirect_dir=nofollow";
 
-/* An overlay is a mount of its own, so it must repeat what its lower mount forbids beside SEEN. */
+/* An overlay is a mount of its own, so it must repeat the restrictions of its lower mount beside SEEN. */
 static unsigned long forbidden(int directory, const char *target) {
     struct statvfs status;
     if (fstatvfs(directory, &status) < 0)
@@ -53,8 +52,7 @@ static bool overlay(int directory, const char *target) {
     unsigned long flags = SEEN | forbidden(directory, target);
     if (fchdir(directory) == 0 && mount("overlay", target, "overlay", flags, LAYERS) == 0)
         return true;
-    if (errno != EINVAL && errno != ENOTDIR && errno != ENODEV && errno != EOPNOTSUPP && errno != EPERM &&
-        errno != EACCES)
+    if (errno != EINVAL && errno != ENOTDIR && errno != ENODEV && errno != EOPNOTSUPP && errno != EPERM && errno != EACCES)
         fail(STEP_SHOW, target);
     return false;
 }
@@ -66,8 +64,8 @@ static bool differ_in_kind(int fd, const char *path) {
 
 /*
  * Where an overlay cannot or must not show a file system: the host's own, read-only. A file cannot be shown upon a
- * directory (EINVAL): whoever owns the directory that it is in may have put it there, and that place is missing. Asked
- * only then, as a server that is gone would not answer.
+ * directory (EINVAL): the owner of the parent directory may have put it there, and that place is missing. Asked only then,
+ * as a server that is gone would not answer.
  */
 static void bind_read_only(int from, const char *target) {
     struct attributes attributes = {.set = ATTR_RDONLY | ATTR_NOSUID | ATTR_NODEV, .propagation = MS_PRIVATE};
@@ -84,8 +82,8 @@ static bool is_root(const struct place *place) {
 }
 
 /*
- * The kernel writes to an upper layer as whoever has mounted the overlay. That is the owner of the layer here, or a job could
- * have the blocks that a file system keeps for root. Not without our capabilities, which overlayfs needs.
+ * The kernel writes to an upper layer as the user that has mounted the overlay. That is the owner of the layer here, or a
+ * job could have the blocks that a file system keeps for root. Not without our capabilities, which overlayfs needs.
  */
 static int mount_as_owner(uid_t owner, unsigned long flags, const char *data) {
     int bits = prctl(PR_GET_SECUREBITS);
@@ -101,8 +99,8 @@ static int mount_as_owner(uid_t owner, unsigned long flags, const char *data) {
 }
 
 /*
- * A root of the job's own: the image, and above it what the job writes, which is in `upper` beside its scratch directory. That
- * goes with the job, so it need never be synced (volatile). Where the kernel cannot do that, the root is read-only.
+ * A root of the job's own: the image, and above it the job's changes, which are in `upper` beside its scratch directory.
+ * That goes with the job, so it need never be synced (volatile). Where the kernel cannot do that, the root is read-only.
  */
 static bool overlay_image(int number, bool writes) {
     char lower[] = BASE "/image0", data[256];
@@ -112,9 +110,12 @@ static bool overlay_image(int number, bool writes) {
     lower[sizeof lower - 2] = (char)('0' + number);
     if (writes)
         snprintf(data, sizeof data,
-                 "lowerdir=%s,upperdir=upper,workdir=work,xino=off,index=off,metacopy=off,nfs_export=off,redirect_dir=on,volatile", lower);
-    else /* there must be two layers; the upper one says what the root itself is like */
-        snprintf(data, sizeof data, "lowerdir=upper:%s,xino=off,index=off,metacopy=off,nfs_export=off,redirect_dir=nofollow", lower);
+                 "lowerdir=%s,upperdir=upper,workdir=work,xino=off,index=off,metacopy=off,nfs_export=off,redirect_dir=on,"
+                 "volatile",
+                 lower);
+    else /* there must be two layers; the upper one has the owner and mode of the root itself */
+        snprintf(data, sizeof data,
+                 "lowerdir=upper:%s,xino=off,index=off,metacopy=off,nfs_export=off,redirect_dir=nofollow", lower);
     return mount_as_owner(upper.st_uid, MS_NOSUID | MS_NODEV | (writes ? 0 : MS_RDONLY), data) == 0;
 }
 
@@ -134,7 +135,7 @@ static void show_image(struct options *options) {
             fail(STEP_OVERLAY, NULL);
         close(options->image_fds[i]);
     }
-    /* the second one maps no users, so what a job wrote there would be refused anyway */
+    /* the second one maps no users, so a write of a job there would be refused anyway */
     for (int way = 0; !shown && way < 1 + options->image_count; way++) {
         bool writes = way == 0;
         if (writes && options->image_read_only)
@@ -150,7 +151,7 @@ static void show_image(struct options *options) {
     }
 }
 
-/* Who made the image may have put links where our own mounts go. They would lead nowhere but into the image itself. */
+/* The maker of the image may have put links where our own mounts go. They would lead nowhere but into the image itself. */
 static void require_points(void) {
     static const char *const points[] = {BASE, "/dev", "/proc", "/run", "/sys"};
     for (size_t i = 0; i < sizeof points / sizeof *points; i++)
@@ -170,8 +171,9 @@ void enter_root(struct options *options) {
         bind_read_only(host, NEW_ROOT);
     close(host);
     /*
-     * Not pivot_root(2), which looks at all threads of the host. The template stays, below ours and out of reach: ".." of what
-     * lies upon the namespace's own root is the same directory, and in a user namespace of a job's own none of our mounts comes off.
+     * Not pivot_root(2), which looks at all threads of the host. The template stays, below ours and out of reach: ".." of a
+     * mount upon the namespace's own root is the same directory, and in a user namespace of a job's own none of our mounts
+     * comes off.
      */
     if (chdir(NEW_ROOT) < 0 || mount(".", "/", NULL, MS_MOVE, NULL) < 0 || chroot(".") < 0)
         fail(STEP_ROOT, NULL);
@@ -182,7 +184,7 @@ void enter_root(struct options *options) {
     close(base);
 }
 
-/* It may be there already; and in what is shown read-only none is made. */
+/* It may be there already; and in a read-only file system none is made. */
 static void make_directory(const char *path, mode_t mode) {
     if (mkdir(path, mode) < 0 && errno != EEXIST && errno != EROFS && errno != ENOENT && errno != ENOTDIR &&
         errno != EACCES && errno != EPERM)

@@ -1,33 +1,31 @@
 /*
- * The system calls that a job may make: a seccomp filter for the command and all that it starts, not for
- * init.
+ * The system calls that a job may make: a seccomp filter for the command and all that it starts, not for init.
  *
- * Denied is what the default profiles of docker and podman deny to a container without capabilities. Most of
- * it a job could not do anyway, for want of a capability; this is the second lock, and it keeps the kernel's
- * less tried code out of reach where the first has nothing to say (user namespaces, io_uring, AF_ALG).
+ * Denied are the calls that the default profiles of docker and podman deny to a container without capabilities. Most of
+ * them a job could not make anyway, for want of a capability; this is the second lock, and it keeps the kernel's less tried
+ * code out of reach where the first has nothing to say (user namespaces, io_uring, AF_ALG).
  *
- * By name it is a deny-list, and yet what nobody has judged is denied: a number above NEWEST or in the hole
- * of the numbering is ENOSYS; a socket's family or a flag of unshare(2) is allowed only when listed. A list
- * of what is allowed would say the same of every number, in 300 names instead of 70, which nobody reads.
- * Whoever raises NEWEST judges what comes in with it. Calls that no Linux with mount_setattr(2), which we
- * need, still has (nfsservctl, _sysctl, create_module, vserver, ...) have no line: the kernel's own ENOSYS
- * is as good.
+ * By name it is a deny-list, and yet a call that was never judged is denied: a number above NEWEST or in the hole of the
+ * numbering is ENOSYS; a socket's family or a flag of unshare(2) is allowed only when listed. A list of the allowed calls
+ * would say the same of every number, in 300 names instead of 70, which no reviewer reads. An author who raises NEWEST
+ * judges the calls that come in with it. Calls that no Linux with mount_setattr(2), which we need, still has (nfsservctl,
+ * _sysctl, create_module, vserver, ...) have no line: the kernel's own ENOSYS is as good.
  *
- * EPERM for what is denied, as in a container. ENOSYS where libc has an older way: it takes that. Only a
- * program for another architecture (32-bit x86) is killed: its numbers mean other calls, and no answer would
- * help it. x32 needs no line: its numbers have bit 30, so they are above NEWEST. So is -1, which a tracer
- * sets to skip a call: ENOSYS is then what the kernel says too.
+ * EPERM for a denied call, as in a container. ENOSYS where libc has an older way: it takes that. Only a program for another
+ * architecture (32-bit x86) is killed: its numbers mean other calls, and no answer would help it. x32 needs no line: its
+ * numbers have bit 30, so they are above NEWEST. So is -1, which a tracer sets to skip a call: the kernel's answer is
+ * ENOSYS then, too.
  *
- * Stricter than docker's: adjtimex(2) and clock_adjtime(2) even to read, every socket family but four, and
- * all 32-bit programs.
+ * Stricter than docker's: adjtimex(2) and clock_adjtime(2) even to read, every socket family but four, and all 32-bit
+ * programs.
  *
- * Allowed on purpose: ptrace(2), process_vm_readv(2) and process_vm_writev(2), for strace and gdb. They
- * reach the job's own processes and no others: another job's is not in our PID namespace, and init is root
- * and not dumpable. The filter looks after a tracer has (Linux 4.8), so a tracer cannot put a denied call in
- * the place of another. A job may also add filters, for its own sandboxes: the strictest of all decides.
+ * Allowed on purpose: ptrace(2), process_vm_readv(2) and process_vm_writev(2), for strace and gdb. They reach the job's own
+ * processes and no others: another job's is not in our PID namespace, and init is root and not dumpable. The filter looks
+ * after a tracer has (Linux 4.8), so a tracer cannot put a denied call in the place of another. A job may also add filters,
+ * for its own sandboxes: the strictest of all decides.
  *
- * Of an argument that the kernel takes as an int, only the low word may be compared: the kernel drops the
- * high one, so a comparison of both would let TIOCSTI + 2^32 through.
+ * Of an argument that the kernel takes as an int, only the low word may be compared: the kernel drops the high one, so a
+ * comparison of both would let TIOCSTI + 2^32 through.
  */
 #include "init.h"
 
@@ -48,7 +46,7 @@
 /* Little-endian, and clone(2) with its flags first: two things to look at before there is a third. */
 #if defined __x86_64__ && !defined __ILP32__
 #define ARCHITECTURE AUDIT_ARCH_X86_64
-enum { LAST_OLD = 335 }; /* uretprobe, which the kernel itself makes for who traces us from outside */
+enum { LAST_OLD = 335 }; /* uretprobe, which the kernel itself makes for a tracer outside */
 #elif defined __aarch64__ && !defined __ILP32__ && !defined __AARCH64EB__
 #define ARCHITECTURE AUDIT_ARCH_AARCH64
 enum { LAST_OLD = 294 }; /* kexec_file_load */
@@ -57,6 +55,7 @@ enum { LAST_OLD = 294 }; /* kexec_file_load */
 #endif
 
 /* From FIRST_NEW on a call has the same number everywhere. Here because older headers lack some. */
+/* clang-format off */
 enum {
     FIRST_NEW = 424,
     IO_URING_SETUP = 425, IO_URING_ENTER, IO_URING_REGISTER,
@@ -69,15 +68,15 @@ enum {
     LSM_GET_SELF_ATTR = 459, LSM_SET_SELF_ATTR, LSM_LIST_MODULES,
     NEWEST = 466, /* removexattrat, Linux 6.13 */
 };
+/* clang-format on */
 
 /* CLONE_NEWTIME has no place in clone(2): its bit is one of the exit signal there. */
-#define NEW_NAMESPACES \
-    (CLONE_NEWNS | CLONE_NEWCGROUP | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWUSER | CLONE_NEWPID | \
-     CLONE_NEWNET)
+#define NEW_NAMESPACES                                                                                                     \
+    (CLONE_NEWNS | CLONE_NEWCGROUP | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNET)
 #define UNSHARABLE (CLONE_FILES | CLONE_FS | CLONE_SYSVSEM | CLONE_THREAD | CLONE_SIGHAND | CLONE_VM)
 /*
- * PER_LINUX32, UNAME26: what uname(2) says. ADDR_NO_RANDOMIZE, unlike docker: debuggers and sanitizers turn it on
- * for their own programs, and in a job there is none of more privilege to be attacked by it.
+ * PER_LINUX32, UNAME26: the answer of uname(2). ADDR_NO_RANDOMIZE, unlike docker: debuggers and sanitizers turn it on for
+ * their own programs, and a job has no more privileged program that this could expose.
  */
 #define PERSONALITIES (0x0008 | 0x0020000 | 0x0040000)
 #define GET_PERSONALITY 0xffffffff
@@ -97,6 +96,7 @@ enum {
 #define DENY(number) ON(number, 1), FAIL(EPERM)
 #define DENY_RANGE(first, last) ABOVE((first) - 1, 0, 2), ABOVE(last, 1, 0), FAIL(EPERM)
 
+/* clang-format off */
 static const struct sock_filter FILTER[] = {
     LOAD(arch), EQUAL(ARCHITECTURE, 1, 0), KILL,
     LOAD(nr),
@@ -104,9 +104,9 @@ static const struct sock_filter FILTER[] = {
 
     /* Looked at each time, as their arguments differ, and common: so first. */
     /*
-     * Typing into a terminal that is not ours alone. And what a file is beside its contents: its project, by which a
-     * quota counts it, and flags that keep root from removing it. EOPNOTSUPP is what programs that copy flags expect
-     * of a file system that has none. file_setattr(2) does the same and is above NEWEST.
+     * Typing into a terminal that is not ours alone. And attributes of a file beside its contents: its project, by which a
+     * quota counts it, and flags that keep root from removing it. Programs that copy flags expect EOPNOTSUPP of a file
+     * system that has none. file_setattr(2) does the same and is above NEWEST.
      */
     ON(__NR_ioctl, 8),
         LOAD_LOW(1), EQUAL(TIOCSTI, 4, 0), EQUAL(TIOCLINUX, 3, 0),
@@ -148,7 +148,7 @@ static const struct sock_filter FILTER[] = {
     DENY(__NR_bpf), DENY(__NR_perf_event_open), DENY(__NR_userfaultfd),
     DENY_RANGE(IO_URING_SETUP, IO_URING_REGISTER), DENY(__NR_fanotify_init), DENY(__NR_fanotify_mark),
     DENY_RANGE(LSM_GET_SELF_ATTR, LSM_LIST_MODULES),
-    /* another process's descriptors and memory, beyond what a debugger needs; where memory lies */
+    /* another process's descriptors and memory, beyond a debugger's needs; where memory lies */
     DENY(__NR_kcmp), DENY(PIDFD_GETFD), DENY(PROCESS_MADVISE),
     DENY(__NR_mbind), DENY(__NR_get_mempolicy), DENY(__NR_set_mempolicy), DENY(SET_MEMPOLICY_HOME_NODE),
     DENY(__NR_migrate_pages), DENY(__NR_move_pages),
@@ -164,13 +164,13 @@ static const struct sock_filter FILTER[] = {
 #endif
     ALLOW,
 };
+/* clang-format on */
 
 /*
  * For the calling task alone, which has no_new_privs. Without SPEC_ALLOW: where an older kernel ties its
  * mitigations of speculation to seccomp, it is a job that should have them.
  */
 int filter_system_calls(void) {
-    struct sock_fprog program = {
-        .len = sizeof FILTER / sizeof *FILTER, .filter = (struct sock_filter *)FILTER};
+    struct sock_fprog program = {.len = sizeof FILTER / sizeof *FILTER, .filter = (struct sock_filter *)FILTER};
     return prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program);
 }

@@ -1,10 +1,10 @@
 /*
- * A session: another command in a job that runs. What waits for it here is not PID 1 of the job but one more of its
- * processes: in the job's PID namespace, so that the job's end needs nobody outside, and in its cgroup, so that all of it
- * counts there. It is root's, as init is, and does what init does with output, input and the record of the end (main.c).
+ * A session: another command in a job that runs. The process that waits for it here is not PID 1 of the job but one more of
+ * its processes: in the job's PID namespace, so that the job's end needs no process outside, and in its cgroup, so that all
+ * of it counts there. It is root's, as init is, and treats output, input and the record of the end as init does (main.c).
  *
- * It becomes a child of the job's init, as every orphan there. A job ends when each of its processes was collected: so nobody
- * outside, who may be stopped, or may collect nothing, is the parent of any of them.
+ * It becomes a child of the job's init, as every orphan there. A job ends when each of its processes was collected: so no
+ * process outside, which may be stopped, or may collect nothing, is the parent of any of them.
  */
 #include "init.h"
 
@@ -40,8 +40,8 @@ bool is_session(const struct options *options) {
  * kernel looks from our cgroup namespace at both cgroups, and from the job's it would not see ours.
  *
  * Two processes are in between, and both have ended before we go on. The second one is in the job: it makes the session,
- * reports it, and its end leaves the session to init. The first one enters, so that no later init of ours comes to be in
- * this job, and collects the second one. The spawner cannot: it may be killed just then, and the job's end would wait until the
+ * reports it, and its end leaves the session to init. The first one enters, so that no later init of ours is made in this
+ * job, and collects the second one. The spawner cannot: it may be killed just then, and the job's end would wait until the
  * host's PID 1 collects.
  */
 pid_t clone_session(const struct options *options, int *pidfd) {
@@ -72,7 +72,10 @@ pid_t clone_session(const struct options *options, int *pidfd) {
         } else if (second < 0) {
             *error = errno;
         }
-        /* A vfork goes on when the second one has left our memory, before it has ended. The host's PID 1 gets what ends after us. */
+        /*
+         * A vfork goes on when the second one has left our memory, before it has ended. The host's PID 1 gets a child that
+         * ends after us.
+         */
         while (second > 0 && waitpid(second, NULL, 0) < 0 && errno == EINTR)
             ;
         _exit(0);
@@ -128,8 +131,8 @@ static bool connect_to(int fd, const struct sockaddr *address, socklen_t length)
 }
 
 /*
- * A socket belongs to the network namespace in which it was made, whoever has it then. It counts in the job's cgroup, and is
- * its user's.
+ * A socket belongs to the network namespace in which it was made, whichever process has it then. It counts in the job's
+ * cgroup, and is its user's.
  */
 void hand_over_connection(const struct options *options) {
     uint16_t port = htons(options->connect_port);

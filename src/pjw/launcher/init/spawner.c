@@ -1,10 +1,10 @@
 /*
- * The spawner: a process of the launcher's that lives on and clones inits. None of them costs an exec, and what is the
- * same for all is done once. The launcher decides everything and hands over finished requests: the command line of an
- * init that waits (options.c), and its descriptors. Nothing in it was written by a client or by the server.
+ * The spawner: a process of the launcher's that lives on and clones inits. None of them costs an exec, and work that is the
+ * same for all is done once. The launcher decides everything and hands over finished requests: the command line of an init
+ * that waits (options.c), and its descriptors. Nothing in it was written by a client or by the server.
  *
- * Init is the launcher's child (CLONE_PARENT), so when the spawner ends no init notices, and the launcher starts
- * another. It ends by itself when the launcher is gone. It keeps nothing of one init for the next.
+ * Init is the launcher's child (CLONE_PARENT), so when the spawner ends no init notices, and the launcher starts another.
+ * It ends by itself when the launcher is gone. It keeps nothing of one init for the next.
  */
 #include "init.h"
 
@@ -24,7 +24,7 @@ enum { REQUESTS_FD = 3, FIRST_FD };
 
 static char request[REQUEST_MAX_BYTES];
 
-/* What ps(1) shows of us, the command line, has room for that of an init: a job's number may be long. */
+/* Our command line, which ps(1) shows, has room for that of an init: a job's number may be long. */
 static char *shown;
 static size_t shown_bytes;
 
@@ -64,7 +64,7 @@ static size_t read_request(void) {
 
 /*
  * A launcher that is gone wants nothing any more. Its successor may have looked for jobs already, and must not miss one
- * that comes to be later, from a request that waited for us.
+ * that is made later, from a request that waited for us.
  */
 static bool is_wanted(const struct options *options) {
     struct pollfd report = {.fd = options->report_fd};
@@ -76,8 +76,8 @@ void spawn_inits(int argc, char **argv) {
     shown = argv[0];
     shown_bytes = (size_t)(argv[argc - 1] + strlen(argv[argc - 1]) + 1 - shown);
     signal(SIGPIPE, SIG_IGN); /* an init may be killed before it reads that it may go on */
-    signal(SIGCHLD, SIG_IGN); /* the kernel collects what makes sessions (session.c) */
-    setsid();                 /* no signal of a terminal is for us; it fails for one who is alone already */
+    signal(SIGCHLD, SIG_IGN); /* the kernel collects the processes that make sessions (session.c) */
+    setsid();                 /* no signal of a terminal is for us; it fails in a process that leads a group already */
     close_descriptors();
     for (size_t length; (length = read_request()) != 0;) {
         struct options options;

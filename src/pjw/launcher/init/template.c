@@ -1,12 +1,12 @@
 /*
- * The template: a mount namespace that has, of the host's mounts, those that something for jobs lies in, and nothing else.
- * The spawner makes one and lives in it, and each init has a copy of it (CLONE_NEWNS). Without it an init would copy all
- * mounts of the host and take them away again: pivot_root(2) looks at all threads of the host, and before an unmount is
- * over, each processor must have been seen doing something else (RCU).
+ * The template: a mount namespace that has those of the host's mounts that hold files for jobs, and no others. The spawner
+ * makes one and lives in it, and each init has a copy of it (CLONE_NEWNS). Without it an init would copy all mounts of the
+ * host and take them away again: pivot_root(2) looks at all threads of the host, and before an unmount is over, each
+ * processor must have been seen doing something else (RCU).
  *
- * It has no file system of a job's own: each init makes its overlays upon these mounts, and looks up in them what is no
- * mount. So a job sees the host's files as they are when it starts. When the host's mounts change, the launcher starts
- * another spawner.
+ * It has no file system of a job's own: each init makes its overlays upon these mounts, and looks up in them the paths that
+ * are no mounts. So a job sees the host's files as they are when it starts. When the host's mounts change, the launcher
+ * starts another spawner.
  */
 #include "init.h"
 #include "mounts.h"
@@ -27,10 +27,10 @@
 #define SYS_openat2 437
 #endif
 #define TEMPLATE "/host"
-/* where it is made; the same path again lies in it, empty, for what an init makes there */
+/* where it is made; the same path again lies in it, empty, for the mounts that an init makes there */
 #define NEW BASE
 
-/* What is mounted in the template at TEMPLATE/NUMBER, by its path in the host's tree. */
+/* The mount in the template at TEMPLATE/NUMBER, by its path in the host's tree. */
 static struct top {
     char *path;
     enum step step; /* for which it was taken */
@@ -52,15 +52,15 @@ static const char *find(const char *path) {
         if (!tops[i].missing && lies_in(path, tops[i].path) && strlen(tops[i].path) > strlen(tops[top].path))
             top = i;
     const char *rest = path + (top ? strlen(tops[top].path) : 0);
-    /* what is cut short here is longer than the kernel takes */
+    /* a path that is cut short here is longer than the kernel takes */
     snprintf(found, sizeof found, TEMPLATE "/%d%s", top, strcmp(rest, "/") ? rest : "");
     return found;
 }
 
 /*
- * Follows no link. The launcher has already followed the operator's. A link that is there now was made since, maybe by a user
- * whose directory the operator shows, and could lead to a directory that the operator does not show. So a place with a link
- * counts as missing. Gives -1 for what is missing.
+ * Follows no link. The launcher has already followed the operator's. A link that is there now was made since, maybe by a
+ * user whose directory the operator shows, and could lead to a directory that the operator does not show. So a place with a
+ * link counts as missing. Gives -1 for a missing place.
  */
 static int open_place(const char *path, enum step step, const char *subject) {
     struct open_how how = {.flags = O_PATH | O_CLOEXEC, .resolve = RESOLVE_NO_SYMLINKS};
@@ -115,7 +115,7 @@ bool is_plain(const char *path, bool directory) {
     return plain;
 }
 
-/* A mount point is of the kind of what is mounted there: a file, which is mounted alone, or a directory. */
+/* A mount point is of the kind of its mount: a file, which is mounted alone, or a directory. */
 static void attach(int number) {
     const struct top *top = &tops[number];
     char target[sizeof NEW TEMPLATE + 16];
@@ -131,7 +131,7 @@ static void attach(int number) {
     close(file);
 }
 
-/* Opens a mount, or notes that it is missing. It is attached later: what is mounted upon NEW would hide mounts below. */
+/* Opens a mount, or notes that it is missing. It is attached later: a mount upon NEW would hide mounts below. */
 static void take(const struct options *options, const char *path, enum step step) {
     struct top *top = &tops[top_count++];
     begin(options, step, path);
@@ -150,7 +150,7 @@ static void take(const struct options *options, const char *path, enum step step
     close(fd);
 }
 
-/* By hand nobody says which mounts there are: each path is taken for one. */
+/* By hand the mounts are not listed: each path is taken for one. */
 static void take_paths(const struct options *options) {
     take(options, "/", STEP_ROOT);
     for (int i = 0; i < options->place_count; i++)

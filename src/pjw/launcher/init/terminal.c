@@ -18,7 +18,7 @@ void resize_terminal(int master, const struct orders *orders) {
 int open_terminal(const struct options *options, int *slave) {
     int locked = 0;
     struct orders orders;
-    /* devpts gives a new terminal to whoever opens it */
+    /* devpts gives a new terminal to the user that opens it */
     setfsgid(options->gid);
     setfsuid(options->uid);
     int master = open("/dev/pts/ptmx", O_RDWR | O_NOCTTY | O_NONBLOCK | O_CLOEXEC), error = errno;

@@ -1,9 +1,9 @@
 /*
- * When output was written, in a file beside it: records of 16 bytes (struct time_record), in order.
+ * The times of output, in a file beside it: records of 16 bytes (struct time_record), in order.
  *
- * At most one for each interval, which is 4 ms at first and doubles with every 16,384 records: so the file grows
- * by 256 KiB with each doubling of the job's age, to 7 MiB in a hundred years, and a time is late by at most 4 ms or
- * an 8,000th of that age. It is no part of the output: a record that cannot be written holds up nobody.
+ * At most one for each interval, which is 4 ms at first and doubles with every 16,384 records: so the file grows by 256 KiB
+ * with each doubling of the job's age, to 7 MiB in a hundred years, and a time is late by at most 4 ms or an 8,000th of
+ * that age. It is no part of the output: a record that cannot be written holds up nothing.
  */
 #include "init.h"
 
@@ -22,7 +22,10 @@ struct times open_times(int fd, uint64_t end) {
     return (struct times){.fd = fd, .end = end};
 }
 
-/* When the held record is to be written. The clock may be set back: then at once, but for what has just failed. */
+/*
+ * The delay until the held record is written. The clock may be set back: then at once, but for a write that has just
+ * failed.
+ */
 static int64_t due_in_ns(const struct times *times, int64_t now) {
     int64_t due = now < times->written_ns ? now : times->written_ns + interval_ns(times);
     int64_t retry_in = times->retry_ns - now;

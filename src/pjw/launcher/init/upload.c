@@ -1,6 +1,7 @@
 /*
  * Files that a client has uploaded for a job: unpacked before its command starts, by the program that unpacks archives
- * (../archive), as the job's user, in the job's namespaces, cgroup and system call filter. Nobody else reads the archive.
+ * (../archive), as the job's user, in the job's namespaces, cgroup and system call filter. No other process reads the
+ * archive.
  */
 #include "init.h"
 
@@ -12,7 +13,7 @@
 
 enum { WORDS_BYTES_MAX = 320 };
 
-/* To its end, as far as there is room; what comes first is dropped. */
+/* To its end, as far as there is room; the beginning is dropped. */
 static void read_said(int fd, char *said) {
     size_t used = 0;
     for (;;) {

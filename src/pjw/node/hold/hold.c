@@ -34,7 +34,7 @@
 #define SYS_close_range 436
 #endif
 enum { EXIT_DONE = 0, EXIT_ARGUMENTS = 64, EXIT_NO_PJWD = 71, EXIT_REFUSED = 75 };
-enum { WORD_MAX_BYTES = 64, MESSAGE_MAX_BYTES = 512 };
+enum { WORD_MAX_BYTES = 256, MESSAGE_MAX_BYTES = 5 * WORD_MAX_BYTES };
 /* A pjwd that is restarted is back before that. */
 enum { AWAY_MAX_MS = 60 * 1000, PAUSE_MS = 20, PAUSE_MAX_MS = 200 };
 
