@@ -65,7 +65,8 @@ class Slurm:
         self.bin: Final = unpacked() / "bin"
         self.nodes: Final = {node.name: node for node in nodes}
         self.prefix = prefix
-        self.directory: Final = Path(tempfile.mkdtemp(prefix="pjw-slurm-", dir=os.environ.get("PJW_APART", "/var/lib")))
+        parent = os.environ.get("PJW_APART", "/var/lib")
+        self.directory: Final = Path(tempfile.mkdtemp(prefix="pjw-slurm-", dir=parent))
         self.directory.chmod(0o755)
         self.conf: Final = self.directory / "slurm.conf"
         self._running: Final[dict[str, subprocess.Popen[bytes]]] = {}

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -61,9 +62,9 @@ class SlurmMachineCluster(MachineCluster):
         """
         with self.gateway.client() as client:
             begun = max(job.start.timestamp() for job in client.list(states=["running"]))
-        wait_for(
-            lambda: any(path.stat().st_mtime > begun for path in self.slurm.directory.glob("state/job_state"))
-        )
+        state = self.slurm.directory / "state" / "job_state"
+        # it saves within 5 s what has changed; a warm place may have been saved before the job began
+        wait_for(lambda: time.time() > begun + 6 or (state.exists() and state.stat().st_mtime > begun))
         process = self.slurm._running[what]
         [pid] = children(process.pid)
         os.kill(pid, signal.SIGKILL)
