@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -56,15 +55,7 @@ class SlurmMachineCluster(MachineCluster):
         self.slurm.start_node(node.name)
 
     def kill_slurm(self, what: str) -> None:
-        """kill -9 of "slurmctld" or "slurmd-NODE"; `whole` starts it again.
-
-        Not before slurmctld has saved what it knows: the next one kills jobs that it has never heard of.
-        """
-        with self.gateway.client() as client:
-            begun = max(job.start.timestamp() for job in client.list(states=["running"]))
-        state = self.slurm.directory / "state" / "job_state"
-        # it saves within 5 s what has changed; a warm place may have been saved before the job began
-        wait_for(lambda: time.time() > begun + 6 or (state.exists() and state.stat().st_mtime > begun))
+        """kill -9 of "slurmctld" or "slurmd-NODE"; `whole` starts it again."""
         process = self.slurm._running[what]
         [pid] = children(process.pid)
         os.kill(pid, signal.SIGKILL)

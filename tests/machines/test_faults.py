@@ -64,15 +64,11 @@ def gateway_power(cluster: MachineCluster, _: NodeOnMachine) -> None:
     cluster.whole()
 
 
-def kill_slurm(what: str) -> Callable[[MachineCluster, NodeOnMachine], None]:
-    """kill -9 of a daemon of Slurm, which starts again."""
-
-    def cause(cluster: MachineCluster, node: NodeOnMachine) -> None:
-        assert isinstance(cluster, SlurmMachineCluster)
-        cluster.kill_slurm(f"slurmd-{node.name}" if what == "slurmd" else what)
-        cluster.whole()
-
-    return cause
+def kill_slurmd(cluster: MachineCluster, node: NodeOnMachine) -> None:
+    """kill -9 of a node's slurmd, which starts again."""
+    assert isinstance(cluster, SlurmMachineCluster)
+    cluster.kill_slurm(f"slurmd-{node.name}")
+    cluster.whole()
 
 
 SURVIVED: Final[dict[str, Callable[[MachineCluster, NodeOnMachine], None]]] = {
@@ -83,14 +79,13 @@ SURVIVED: Final[dict[str, Callable[[MachineCluster, NodeOnMachine], None]]] = {
     "kill -9 of both": kill("both"),
     f"a node's link is down for {SHORT_SECONDS:g} s": pulled,
     f"the switch drops a node's packets for {SHORT_SECONDS:g} s": muted,
-    "kill -9 of slurmctld": kill_slurm("slurmctld"),
-    "kill -9 of a node's slurmd": kill_slurm("slurmd"),
+    "kill -9 of a node's slurmd": kill_slurmd,
     f"the gateway's link is down for {SHORT_SECONDS:g} s": gateway_pulled,
 }
 
 
 # in which an engine may have a part; the others are made with the pool alone
-OF_SLURM: Final = ("kill -9 of slurmctld", "kill -9 of a node's slurmd")
+OF_SLURM: Final = ("kill -9 of a node's slurmd",)
 WITH_SLURM: Final = (
     *OF_SLURM,
     "kill -9 of the gateway, which starts again",
@@ -129,6 +124,28 @@ def test_what_a_follow_survives(cluster: MachineCluster, measured: Measured, fau
     assert (done.exit_code, done.output_bytes, done.node) == (0, len(follow.data), node.name)
     assert_none_ran_twice(cluster)
     measured(fault, f"{cluster.engine}: whole", gap=follow.gap)
+
+
+def test_slurmctld_is_killed(cluster: MachineCluster, measured: Measured) -> None:
+    """The next one goes on with what it has saved; a place that it does not know is taken back, and told."""
+    if not isinstance(cluster, SlurmMachineCluster):
+        pytest.skip("made with the other engine")
+    gateway = cluster.gateway
+    job_id = gateway.start_job(COUNT)
+    cluster.node_of(job_id)
+    follow = Follow(gateway, job_id)
+    follow.await_lines(LINES)
+    cluster.kill_slurm("slurmctld")
+    cluster.whole()
+    gateway.ok("stop", str(job_id))
+    assert follow.end() == (0, "")
+    assert numbered(follow.data)
+    assert follow.data.endswith(b"\nend\n")
+    reason = gateway.job(job_id).reason
+    assert reason in (pb.END_REASON_STOPPED, pb.END_REASON_REVOKED)
+    assert_none_ran_twice(cluster)
+    then = "the job is revoked" if reason == pb.END_REASON_REVOKED else "the job goes on"
+    measured("kill -9 of slurmctld", f"slurm: whole; {then}", gap=follow.gap)
 
 
 # of a copy that lived on, "stopped" by its fence
