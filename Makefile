@@ -70,7 +70,7 @@ test-cluster:
 storm: export STORM_SECONDS ?= 600
 storm:
 	@scripts/install test
-	@scripts/test-cluster tests/machines/test_storm.py
+	@scripts/test-cluster tests/outages/test_storm.py
 
 test-gpu:
 	@scripts/install test

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.cluster import Cluster, Gateway, NodeService
-from tests.machines.network import Machine, children
+from tests.outages.network import Machine, children
 from tests.service import Service
 
 PORT: Final = 50051

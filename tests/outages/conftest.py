@@ -7,9 +7,9 @@ from typing import Final
 
 import pytest
 
-from tests.machines.cluster import MachineCluster, machine_cluster
-from tests.machines.network import Switch
-from tests.machines.slurm import SlurmMachineCluster
+from tests.outages.cluster import MachineCluster, machine_cluster
+from tests.outages.network import Switch
+from tests.outages.slurm import SlurmMachineCluster
 
 # ENGINE=pool leaves Slurm out
 ENGINES: Final = [os.environ["ENGINE"]] if os.environ.get("ENGINE") else ["pool", "slurm"]
@@ -25,7 +25,7 @@ def pytest_configure() -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip what is here, unless this is a namespace of ours."""
     for item in items:
-        if "PJW_APART" not in os.environ and item.path.parent == config.rootpath / "tests" / "machines":
+        if "PJW_APART" not in os.environ and item.path.parent == config.rootpath / "tests" / "outages":
             item.add_marker(pytest.mark.skip(reason="needs machines: make test-cluster"))
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from pjw.node import holds
-from tests.machines.network import Machine, Switch, children
+from tests.outages.network import Machine, Switch, children
 from tests.slurm import Slurm, SlurmNode
 
 NODES: Final = ("n1", "n2", "n3")

@@ -7,10 +7,10 @@ from typing import Final
 
 import pytest
 
-from tests.machines.cluster import MachineCluster, machine_cluster
-from tests.machines.network import Switch
-from tests.machines.storm import Storm
-from tests.machines.tables import assert_none_ran_twice
+from tests.outages.cluster import MachineCluster, machine_cluster
+from tests.outages.network import Switch
+from tests.outages.storm import Storm
+from tests.outages.tables import assert_none_ran_twice
 
 SECONDS: Final = float(os.environ.get("STORM_SECONDS") or 40)
 CLIENTS: Final = [f"c{number}" for number in range(1, 41)]

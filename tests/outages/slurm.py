@@ -9,8 +9,8 @@ from typing import Final
 
 from pjw.node import holds
 from tests.cluster import NodeService
-from tests.machines.cluster import NODES, MachineCluster, NodeOnMachine, number_of
-from tests.machines.network import children
+from tests.outages.cluster import NODES, MachineCluster, NodeOnMachine, number_of
+from tests.outages.network import children
 from tests.service import CALL_SECONDS, wait_for
 from tests.slurm import USER, Slurm, SlurmNode
 from tests.slurm_cluster import WARM_SECONDS

@@ -1,6 +1,6 @@
 """What machines have left on the host, for `scripts/apart`: named, and removed.
 
-    python -m tests.machines.left DIRECTORY
+    python -m tests.outages.left DIRECTORY
 
 It ends with 1 when there was anything: a process, a mount, or a cgroup.
 """

@@ -5,11 +5,11 @@ import time
 from typing import Final
 
 from pjw import JobSpec
-from tests.machines.cluster import MachineCluster, machine_cluster
-from tests.machines.conftest import Measured
-from tests.machines.follow import COUNT, Follow, numbered
-from tests.machines.network import Switch
-from tests.machines.tables import assert_none_ran_twice, rows_of
+from tests.outages.cluster import MachineCluster, machine_cluster
+from tests.outages.conftest import Measured
+from tests.outages.follow import COUNT, Follow, numbered
+from tests.outages.network import Switch
+from tests.outages.tables import assert_none_ran_twice, rows_of
 
 JOBS: Final = 1000
 # with what a job takes by its limits, so many fit on three nodes

@@ -16,7 +16,7 @@ from typing import Final
 from pjw import Client, JobSpec
 from pjw.errors import OutputLostError
 from pjw.model import EndReason, Job, JobState
-from tests.machines.cluster import MachineCluster, NodeOnMachine, OnMachine
+from tests.outages.cluster import MachineCluster, NodeOnMachine, OnMachine
 
 LINES_MAX: Final = 20
 # of the time for which a node is silent without being lost
