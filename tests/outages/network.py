@@ -78,6 +78,8 @@ class Machine:
         boot_id.write_text(f"{uuid.uuid4()}\n")
         self._process = subprocess.Popen(
             [*_APART, "sh", "-c", _FIRST, "sh", str(boot_id)],
+            # as after a boot, not what we happen to have
+            env={"PATH": os.environ["PATH"]},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             # what unshare says of a killed child is no news
