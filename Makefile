@@ -2,16 +2,19 @@
 # PYTHON=, CC=, TESTS=, TARGETS=, SUITES=, BENCH_ARGS=, ROWS=, ATTACK_ARGS= and what the scripts name at their heads can be given to make
 # or be in the environment.
 
-.PHONY: help install demo trial test test-slow test-long test-gpu test-vm test-roots soak bench bench-check attack profile check docs sanitize fuzz \
-	coverage package deb test-package format lock clean
+.PHONY: help install demo cluster-demo trial test test-slow test-long test-cluster storm test-gpu test-vm test-roots soak bench bench-check attack profile \
+	check docs sanitize fuzz coverage package deb test-package format lock clean
 
 help:
 	@echo 'make install      pjw and pjwd into .venv/bin'
 	@echo 'make demo         a service, certificates and a session with them, from nothing and back'
+	@echo 'make cluster-demo a gateway and three nodes, a session, and a power cut, from nothing and back; as root'
 	@echo 'make trial        types each command of docs/trial.md on two new machines; as root'
 	@echo 'make test         all tests; as root those of the kernel too (TESTS=tests/unit: only those)'
 	@echo 'make test-slow    the tests that take a minute or more'
 	@echo 'make test-long    the tests that take many minutes, which CI leaves out'
+	@echo 'make test-cluster faults of a cluster on four machines of namespaces, and their figures; as root'
+	@echo 'make storm        random faults of a cluster beside forty clients for STORM_SECONDS=600 (STORM_SEED=N); as root'
 	@echo 'make test-gpu     jobs with the GPUs of this machine, where it has some; as root'
 	@echo 'make test-vm      the tests of the kernel and of systemd on cgroup v2, in the virtual machine $$PJW_VM'
 	@echo 'make test-roots   make demo, make test and make package from nothing on new Debians; as root'
@@ -40,6 +43,9 @@ install:
 demo:
 	@scripts/demo
 
+cluster-demo:
+	@scripts/cluster-demo
+
 trial:
 	@scripts/install test
 	@scripts/install package
@@ -56,6 +62,15 @@ test-slow:
 test-long:
 	@scripts/install test
 	@scripts/run-tests -m long $(or $(TESTS),tests/root)
+
+test-cluster:
+	@scripts/install test
+	@scripts/test-cluster
+
+storm: export STORM_SECONDS ?= 600
+storm:
+	@scripts/install test
+	@scripts/test-cluster tests/outages/test_storm.py
 
 test-gpu:
 	@scripts/install test

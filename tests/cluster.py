@@ -64,13 +64,18 @@ class NodeService(Service):
 class Cluster:
     """A gateway, nodes, and the proof that nothing stays behind."""
 
+    clients: Sequence[str] = ("alice", "bob", "ann", "gate")
+    # of each node, whatever the host has
+    cpu_max_millicores = 3000
+    lost_after_seconds = LOST_AFTER_SECONDS
+
     def __init__(
         self,
         directory: Path,
         *,
         nodes: int = 2,
         gateway_config: str = "",
-        lost_after_seconds: float = LOST_AFTER_SECONDS,
+        lost_after_seconds: float | None = None,
         # in the table of that name
         gateway_keys: str = "",
         gateway_change: str = "",
@@ -82,15 +87,17 @@ class Cluster:
     ) -> None:
         """*node_config*: more of the configuration of all nodes; *node_configs*: of some, by their names."""
         self._directory: Final = directory
+        if lost_after_seconds is not None:
+            self.lost_after_seconds = lost_after_seconds
         self._node_config: Final = node_config
         self._node_configs: Final = node_configs
         self._node_pjwd: Final = node_pjwd
-        self.gateway: Final = Gateway(directory, clients=("alice", "bob", "ann", "gate"))
+        self.gateway: Final = self.make_gateway(directory)
         self.gateway.pjwd, self.gateway.change = gateway_pjwd, gateway_change
         certs = self.gateway.certs
         self.gateway.config = (
             f'[gateway]\ncrt = "{certs / "gate.crt"}"\nkey = "{certs / "gate.key"}"\n'
-            f"heartbeat_seconds = 0.3\nlost_after_seconds = {lost_after_seconds}\n{gateway_keys}"
+            f"heartbeat_seconds = 0.3\nlost_after_seconds = {self.lost_after_seconds}\n{gateway_keys}"
             f'engine = "{engine}"\n'
             f'[roles]\nadmins = ["ann"]\n{gateway_config}'
         )
@@ -102,6 +109,14 @@ class Cluster:
             self.add_node(f"n{number + 1}")
         self.await_nodes(dict.fromkeys(self.nodes, "up"))
 
+    def make_gateway(self, directory: Path) -> Gateway:
+        """The gateway, which has not started."""
+        return Gateway(directory, clients=self.clients)
+
+    def make_node(self, directory: Path, name: str, config: str) -> NodeService:
+        """A node, which has not started."""
+        return NodeService(directory, self.gateway.certs, name, config)
+
     def add_node(self, name: str, gateway: str = "") -> NodeService:
         """Start one more node; *gateway*: through which it calls."""
         # tests connect to it by this name, as no client does
@@ -109,14 +124,12 @@ class Cluster:
         directory = self._directory / name
         directory.mkdir()
         os.makedirs("/run/pjw", exist_ok=True)
-        node = self.nodes[name] = NodeService(
+        node = self.nodes[name] = self.make_node(
             directory,
-            self.gateway.certs,
             name,
             f'[cluster]\ngateway = "{gateway or self._named(name)}"\n[roles]\ngateways = ["gate"]\n'
             f"[job_users]\nuid_first = {self.uid_first}\nuid_count = {UIDS}\n[queue]\nrunning_max = 0\n"
-            # whatever the host has
-            "cpu_max_millicores = 3000\n[ceilings]\ncpu_max_millicores = 0\n"
+            f"cpu_max_millicores = {self.cpu_max_millicores}\n[ceilings]\ncpu_max_millicores = 0\n"
             f"{self._node_config}{self._node_configs.get(name, '')}",
         )
         node.pjwd = self._node_pjwd

@@ -52,6 +52,8 @@ class Service:
     change = ""
     # the program that is started
     pjwd = BIN / "pjwd"
+    # the names and addresses in the certificate that it makes for itself
+    hosts: Sequence[str] = ("localhost", "127.0.0.1")
 
     def __init__(
         self,
@@ -70,7 +72,7 @@ class Service:
         self.process: subprocess.Popen[bytes] | None = None
         if certs is None:
             authority.init_directory(str(self.certs))
-            authority.write_server(str(self.certs), ["localhost", "127.0.0.1"])
+            authority.write_server(str(self.certs), self.hosts)
             for name in clients:
                 authority.write_client(str(self.certs), name)
 
@@ -147,20 +149,20 @@ class Service:
     def stop(self, number: int = signal.SIGTERM) -> int:
         """End pjwd with a signal; its exit code."""
         assert self.process is not None
-        self.process.send_signal(number)
+        os.kill(self.pid, number)
         code = self.process.wait(30)
         self.process = None
         return code
 
     def kill(self, what: str) -> None:
         """kill -9 of "server", "launcher" or "both", and wait for the server's end; `start` may follow."""
-        launcher, server = self.launcher_pid(), self.process
-        assert server is not None
+        launcher, server = self.launcher_pid(), self.pid
+        assert self.process is not None
         if what != "server":
             os.kill(launcher, signal.SIGKILL)
         if what != "launcher":
-            server.kill()
-        server.wait(CALL_SECONDS)
+            os.kill(server, signal.SIGKILL)
+        self.process.wait(CALL_SECONDS)
         self.process = None
 
     def files(self, client: str = "alice") -> tuple[str, str, str]:

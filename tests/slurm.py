@@ -64,8 +64,9 @@ class Slurm:
         """Write slurm.conf, which *settings* change. *address* and *prefix* are the controller's."""
         self.bin: Final = unpacked() / "bin"
         self.nodes: Final = {node.name: node for node in nodes}
-        self._prefix: Final = prefix
-        self.directory: Final = Path(tempfile.mkdtemp(prefix="pjw-slurm-", dir="/var/lib"))
+        self.prefix = prefix
+        parent = os.environ.get("PJW_APART", "/var/lib")
+        self.directory: Final = Path(tempfile.mkdtemp(prefix="pjw-slurm-", dir=parent))
         self.directory.chmod(0o755)
         self.conf: Final = self.directory / "slurm.conf"
         self._running: Final[dict[str, subprocess.Popen[bytes]]] = {}
@@ -141,7 +142,7 @@ class Slurm:
 
     def start_controller(self) -> None:
         """Start slurmctld, and wait until it answers."""
-        self._begin("slurmctld", ["slurmctld", "-D", "-f", str(self.conf)], self._prefix)
+        self._begin("slurmctld", ["slurmctld", "-D", "-f", str(self.conf)], self.prefix)
         wait_for(lambda: self.call("scontrol", "ping").returncode == 0)
 
     def start_node(self, name: str) -> None:

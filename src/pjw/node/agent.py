@@ -36,6 +36,10 @@ _OPTIONS: Final = [
     # each session has a connection of its own, so that it does not inherit the backoff of the one before
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.max_receive_message_length", 16 * 1024 * 1024),
+    # After an outage TCP waits for up to as long again before it sends. So an unanswered ping ends the
+    # connection, and the node makes a new one.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
     # A fixed window: what the gateway sends of an upload waits there while our disk takes its time.
     ("grpc.http2.bdp_probe", 0),
     ("grpc.http2.lookahead_bytes", 1024**2),
