@@ -48,6 +48,8 @@ class SlurmNode:
     prefix: Sequence[str] = ()
     cpus: int = 3
     memory_mb: int = 4096
+    # in Slurm's words, such as "fast"; empty: none
+    features: str = ""
 
 
 class Slurm:
@@ -116,9 +118,13 @@ class Slurm:
         lines += [
             f"NodeName={node.name} NodeHostname={host} NodeAddr={node.address} Port={free_port()}"
             f" CPUs={node.cpus} RealMemory={node.memory_mb} State=UNKNOWN"
+            + (f" Features={node.features}" if node.features else "")
             for node in self.nodes.values()
         ]
-        return "\n".join([*lines, "PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP", ""])
+        lines.append("PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP")
+        # and one for each node
+        lines += [f"PartitionName=only-{name} Nodes={name} MaxTime=INFINITE State=UP" for name in self.nodes]
+        return "\n".join([*lines, ""])
 
     # --- processes
 

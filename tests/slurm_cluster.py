@@ -47,7 +47,7 @@ class SlurmCluster(Cluster):
 
     def slurm_node(self, name: str) -> SlurmNode:
         """What Slurm knows of a node."""
-        return SlurmNode(name, prefix=self.apart[name].prefix)
+        return SlurmNode(name, prefix=self.apart[name].prefix, features=f"of-{name}")
 
     def change_gateway(self, config: str) -> str:
         """The configuration of the gateway: it is a user whom Slurm knows."""

@@ -84,11 +84,18 @@ _IMAGE_DIGEST: Final = re.compile(r"sha256-[0-9a-f]{64}")
 _LABEL_KEY: Final = re.compile(r"[A-Za-z][A-Za-z0-9._/-]{0,62}")
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # no '.', which divides the keys of a configuration
+# of a partition of Slurm's, and of a feature of its nodes: one, and no expression
+_SLURM_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,60}")
 _MOUNT_NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,62}")
 # a client's name (certs/profile.py), or a pattern of some
 _CLIENTS: Final = re.compile(r"[A-Za-z0-9*][A-Za-z0-9._@+*-]{0,63}")
 # a kind of devices, as CDI has it: vendor.example/class
 _KIND: Final = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,62}[A-Za-z0-9]/[A-Za-z][A-Za-z0-9_-]{0,61}[A-Za-z0-9]")
+# the keys of a job's spec that are text
+_TEXTS: Final = (
+    *("name", "workdir", "request_id", "upload", "workspace", "image", "link", "node"),
+    *("partition", "constraint"),
+)
 # where a job may have no mount, but in its own directory and its workspace
 _SYSTEM: Final = ("/dev", "/proc", "/run", "/sys")
 _UPLOAD: Final = re.compile(r"[0-9A-Za-z_-]{1,64}")
@@ -452,6 +459,15 @@ def check_gpus(count: int) -> None:
         raise InvalidJobError(f"a job has from 0 to {GPUS_MAX} GPUs, not {count!r:.80}")
 
 
+def check_slurm_name(what: str, name: str) -> None:
+    """Check the name of a partition or a feature; the empty name means none. Raises InvalidJobError."""
+    if name and not _SLURM_NAME.fullmatch(name):
+        raise InvalidJobError(
+            f"{name[:80]!r} is no {what}: up to 60 letters, digits, '.', '_' and '-'",
+            hint=f"a job has one {what}; the lists and expressions of Slurm's are not taken",
+        )
+
+
 def split_mount(mount: str) -> tuple[str, str]:
     """Return the name of a requested mount and its path in the job, from `NAME` or `NAME:PATH`."""
     name, _, path = mount.partition(":")
@@ -805,7 +821,9 @@ class JobSpec:
     nothing there. Then the command may be empty: the image's own command runs. `mounts` are directories that
     the operator offers, each as `NAME` (at /mnt/NAME) or `NAME:PATH`. `gpus` is the number of GPUs that the
     job has for itself. `node` is the only machine of a cluster that may have the job; the operator says which
-    clients may choose one. Raises InvalidJobError.
+    clients may choose one. `partition` and `constraint` go to Slurm, which gives the job a place in that
+    partition, on a node with that feature; the operator says which ones jobs may name. Raises
+    InvalidJobError.
     """
 
     command: str | Sequence[str]
@@ -832,6 +850,8 @@ class JobSpec:
     link: str = ""
     gpus: int = 0
     node: str = ""
+    partition: str = ""
+    constraint: str = ""
 
     @classmethod
     def of(cls, spec: "Self | str | Sequence[str]") -> "JobSpec":
@@ -878,6 +898,8 @@ class JobSpec:
         if self.link:
             check_link(self.link)
         check_gpus(self.gpus)
+        check_slurm_name("partition", self.partition)
+        check_slurm_name("constraint", self.constraint)
 
     def _check_types(self) -> None:
         """Refuse wrong types with a message, for programs that no type checker has seen."""
@@ -896,7 +918,7 @@ class JobSpec:
             isinstance(text, str) for each in secrets.items() for text in each
         ):
             raise InvalidJobError("the secrets of a job are names with values (a dict), both of them text")
-        for name in ("name", "workdir", "request_id", "upload", "workspace", "image", "link", "node"):
+        for name in _TEXTS:
             if not isinstance(value := getattr(self, name), str):
                 raise InvalidJobError(f"the {name} of a job is text, not {value!r:.80}")
         for name in ("outputs", "mounts", "allow"):
@@ -1195,6 +1217,9 @@ class Job:
     link: str = ""
     # the number of GPUs that it has for itself
     gpus: int = 0
+    # the partition of Slurm's and the feature of its node that its client asked for
+    partition: str = ""
+    constraint: str = ""
 
     @property
     def ref(self) -> str:

@@ -16,7 +16,7 @@ from typing import Final
 
 import pytest
 
-from pjw import Job, JobSpec
+from pjw import Job, JobSpec, QueueSpec, Retry
 from pjw.server.config import HOLD_SOCKET
 from tests.cluster import Cluster
 from tests.root import test_cluster as neutral
@@ -27,7 +27,7 @@ from tests.slurm_cluster import SlurmCluster, await_no_places, slurm_cluster
 @pytest.fixture(scope="module")
 def made() -> Iterator[SlurmCluster]:
     """One Slurm, one gateway and two nodes for all tests here."""
-    with slurm_cluster() as made:
+    with slurm_cluster(keys='partitions = ["only-*"]\nconstraints = ["of-*"]\n') as made:
         yield made
 
 
@@ -145,6 +145,40 @@ def test_a_hold_that_is_killed(two: SlurmCluster) -> None:
         assert (logs.stdout.read(), logs.wait(CALL_SECONDS)) == (b"", 0)
     assert json.loads(gateway.ok("get", job_id))["reason"] == "revoked"
     await_no_places(two)
+
+
+def test_a_job_goes_to_the_partition_and_the_feature_that_it_names(two: SlurmCluster) -> None:
+    """Of those that the operator allows. What Slurm does not take waits in its words, and holds nobody up."""
+    gateway = two.gateway
+    never = gateway.ok("start", "--partition", "only-n1", "--constraint", "of-n2", "true").strip()
+    with gateway.client() as client:
+        wait_for(lambda: "does not take it" in client.get(int(never)).detail)
+        assert client.get(int(never)).detail == (
+            "waits: Slurm does not take it: sbatch: Batch job submission failed: Requested node configuration"
+            " is not available"
+        )
+        for name in two.nodes:
+            for option, word in (("--partition", f"only-{name}"), ("--constraint", f"of-{name}")):
+                done = client.wait(int(gateway.ok("start", option, word, "true")))
+                assert (done.node, done.partition + done.constraint) == (name, word)
+        array = client.start(JobSpec("true", partition="only-n2", queue=QueueSpec(array="1-2")))
+        assert client.wait(array.id).partition == "only-n2"
+        assert {client.get(f"{array.id}/{index}").node for index in (1, 2)} == {"n2"}
+        # its next attempt asks for the same
+        again = client.start(JobSpec("false", constraint="of-n1", queue=QueueSpec(retry=Retry(1, backoff_seconds=0))))
+        last = client.wait(again.id)
+        assert (last.attempt, last.constraint, last.node) == (2, "of-n1", "n1")
+        assert client.stop(int(never)).reason == "cancelled"
+    for option, word in (("--partition", "all"), ("--constraint", "slow")):
+        code, said = gateway.refused("start", option, word, "true")
+        what = option.strip("-")
+        assert (code, said.splitlines()) == (
+            1,
+            [
+                f"pjw: error: no job may name the {what} {word}",
+                f"hint: the operator can allow it with gateway.slurm.{what}s",
+            ],
+        )
 
 
 def test_slurm_forgets_a_place_that_waits(two: SlurmCluster) -> None:

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from pjw.cluster.v1 import cluster_pb2 as pb
+from pjw.errors import InvalidJobError, NotAllowedError
 from pjw.gateway.nodes import Node, Nodes, Session, Shape
 from pjw.gateway.rows import NodeRow
 from pjw.gateway.slurm import Kind, Slurm, kind_of
 from pjw.gateway.slurm_port import SlurmRefusedError
+from pjw.model import JobSpec
 from pjw.server.config import GatewaySlurm
 from pjw.slurm.commands import Commands, SlurmError
 from pjw.worker.background import Background
@@ -268,11 +270,70 @@ async def test_why_slurm_does_not_take_it() -> None:
     assert "Slurm does not take it: sbatch: Batch job submission failed: Invalid account" in (
         cluster.engine.why("a")
     )
+    # which holds up no job of another kind
     cluster.port.refusal = ""
-    cluster.engine._pause.until = 0
-    cluster.engine._go_on()
+    cluster.engine.submit("b", "alice", SMALL._replace(constraint="fast"))
+    cluster.engine.submit("c", "alice", SMALL)
     await cluster.settle()
-    assert cluster.port.submitted == ["a"]
+    assert cluster.port.submitted == ["b"]
+    kind = cluster.engine._kind(SMALL)
+    cluster.engine._pauses[kind].until = 0
+    cluster.engine._go_on(kind)
+    await cluster.settle()
+    assert cluster.port.submitted == ["b", "a", "c"]
+    assert "does not take it" not in cluster.engine.why("a")
+    assert not cluster.engine._pauses
+
+
+async def test_a_kind_that_nobody_asks_for_is_forgotten() -> None:
+    """One that Slurm did not take, when its job was stopped."""
+    cluster = Cluster()
+    await cluster.sample()
+    cluster.port.refusal = "sbatch: no"
+    cluster.engine.submit("a", "alice", SMALL)
+    await cluster.settle()
+    [kind] = cluster.engine._pauses
+    cluster.engine.cancel("a")
+    cluster.engine._go_on(kind)
+    assert not cluster.engine._pauses
+
+
+async def test_what_a_job_may_name() -> None:
+    """What the operator allows, and nothing by default."""
+    engine = Cluster(partitions=("debug", "gpu*"), constraints=("fast",)).engine
+    for allowed in (
+        JobSpec("true", partition="debug"),
+        JobSpec("true", partition="gpu-2", constraint="fast"),
+    ):
+        engine.check(allowed)
+    for refused, what in (
+        (JobSpec("true", partition="long"), "partition long"),
+        (JobSpec("true", partition="debugger"), "partition debugger"),
+        (JobSpec("true", constraint="fast2"), "constraint fast2"),
+    ):
+        with pytest.raises(NotAllowedError, match=f"no job may name the {what}") as caught:
+            engine.check(refused)
+        assert str(caught.value.hint).startswith("the operator can allow it with gateway.slurm.")
+    with pytest.raises(NotAllowedError):
+        Cluster().engine.check(JobSpec("true", partition="debug"))
+    for bad in ("a,b", "a&b", "a b", "x" * 61, "*"):
+        for name in ("partition", "constraint"):
+            with pytest.raises(InvalidJobError, match=f"is no {name}: up to 60"):
+                JobSpec("true", **{name: bad})
+
+
+async def test_a_warm_place_is_for_jobs_of_its_partition_and_feature() -> None:
+    """And for no others."""
+    cluster = Cluster()
+    node = cluster.node("n1")
+    await cluster.sample()
+    special = SMALL._replace(partition="debug", constraint="fast")
+    cluster.engine.hold_here(node, pb.Hold(id="1", shape="1:528:0:debug::fast"))
+    for uuid, shape in (("a", SMALL), ("b", SMALL._replace(partition="debug")), ("c", special)):
+        cluster.engine.submit(uuid, "alice", shape)
+    await cluster.settle()
+    assert cluster.said(node) == [("1", "c")]
+    assert cluster.port.submitted == ["a", "b"]
 
 
 async def test_what_kind_a_job_is_of() -> None:
@@ -280,13 +341,20 @@ async def test_what_kind_a_job_is_of() -> None:
     engine = Cluster(hold_max_seconds=600, partition="long", account="physics").engine
     assert engine._kind(Shape(1500, 100 * 1024**2, 90)) == Kind(2, 116, 13, "long", "physics")
     assert engine._kind(Shape(0, 0)) == Kind(0, 0, 0, "long", "physics")
+    asked = Shape(0, 0, partition="debug", constraint="fast")
+    assert engine._kind(asked) == Kind(0, 0, 0, "debug", "physics", "fast")
 
 
 def test_kinds_and_their_words() -> None:
     """Back and forth; what is no kind is none."""
     kind = Kind(2, 528, 61, "long", "physics-2")
     assert kind_of(kind.words) == kind
-    for words in ("", "1:2", "a:b:c::", "1:2:3::;rm", "1:2:3:: ", "-1:2:3::"):
+    # as a gateway that knew no constraint has written it
+    assert kind.words == "2:528:61:long:physics-2"
+    fast = kind._replace(constraint="fast")
+    assert fast.words == "2:528:61:long:physics-2:fast"
+    assert kind_of(fast.words) == fast
+    for words in ("", "1:2", "a:b:c::", "1:2:3::;rm", "1:2:3:: ", "-1:2:3::", "1:2:3:::", "1:2:3:::a|b"):
         assert kind_of(words) is None, words
 
 
@@ -302,7 +370,7 @@ def program(directory: Path, name: str, script: str) -> None:
 
 def commands(directory: Path) -> Commands:
     """Those that a test has made."""
-    return Commands(str(directory), "/slurm.conf", "long", "", "/opt/it's/pjw-hold", "/run/hold.sock")
+    return Commands(str(directory), "/slurm.conf", "", "/opt/it's/pjw-hold", "/run/hold.sock")
 
 
 async def test_how_a_place_is_asked_for(tmp_path: Path) -> None:
@@ -312,17 +380,24 @@ async def test_how_a_place_is_asked_for(tmp_path: Path) -> None:
         "sbatch",
         f'echo "$*" >{tmp_path}/said; env >>{tmp_path}/said; cat >{tmp_path}/in; echo "12;c"',
     )
-    made = await commands(tmp_path).submit(UUID, "2:528:0:long:", 2, 528, 0, ["n1", "n2"])
+    made = await commands(tmp_path).submit(UUID, "2:528:0:long::fast", 2, 528, 0, ["n1", "n2"], "long", "fast")
     assert made == "12"
     said = (tmp_path / "said").read_text()
-    assert f"--job-name=pjw-{UUID} --comment=2:528:0:long: --cpus-per-task=2 --mem=528M" in said
-    assert "--partition=long --exclude=n1,n2" in said and "--time" not in said and "--account" not in said
+    assert f"--job-name=pjw-{UUID} --comment=2:528:0:long::fast --cpus-per-task=2 --mem=528M" in said
+    assert "--partition=long --constraint=fast --exclude=n1,n2" in said
+    assert "--time" not in said and "--account" not in said
     names = {line.partition("=")[0] for line in said.splitlines()[1:]}
     assert names <= {"PATH", "LC_ALL", "HOME", "SLURM_CONF", "PWD", "_", "SHLVL", "OLDPWD"}
     assert (tmp_path / "in").read_text() == (
-        f"#!/bin/sh\nexec '/opt/it'\\''s/pjw-hold' '/run/hold.sock' 2:528:0:long: {UUID}\n"
+        f"#!/bin/sh\nexec '/opt/it'\\''s/pjw-hold' '/run/hold.sock' 2:528:0:long::fast {UUID}\n"
     )
-    for bad in ({"uuid": "x; rm -rf /"}, {"shape": "a b"}, {"exclude": ["n1,n2 --wrap"]}):
+    for bad in (
+        {"uuid": "x; rm -rf /"},
+        {"shape": "a b"},
+        {"exclude": ["n1,n2 --wrap"]},
+        {"partition": "long,short"},
+        {"constraint": "fast|slow"},
+    ):
         given: dict[str, Any] = {
             "uuid": UUID,
             "shape": "1",
@@ -330,6 +405,8 @@ async def test_how_a_place_is_asked_for(tmp_path: Path) -> None:
             "megabytes": 1,
             "minutes": 1,
             "exclude": [],
+            "partition": "",
+            "constraint": "",
         }
         with pytest.raises(SlurmError):
             await commands(tmp_path).submit(**{**given, **bad})

@@ -29,7 +29,7 @@ _TYPED: Final[Mapping[str, Callable[[str], int]]] = {
     "output": units.size,
     "timeout": units.whole_seconds,
 }
-_TEXTS: Final = ("name", "workdir", "workspace", "image", "link", "node")
+_TEXTS: Final = ("name", "workdir", "workspace", "image", "link", "node", "partition", "constraint")
 _FLAGS: Final = ("split_stderr", "hold", "rerun_if_lost", "exclusive", "output_required", "read_only")
 _RETRY: Final = ("retry", "retry_on", "backoff")
 _WAITS: Final = ("priority", "not_before", "after", "array")

@@ -220,6 +220,14 @@ def _add_job_options(command: Parser) -> None:
     job.add_argument(
         "--node", metavar="NAME", help="through a gateway: run on this node, if your operator allows it"
     )
+    job.add_argument(
+        "--partition",
+        metavar="NAME",
+        help="through a gateway with Slurm: run in this partition, if your operator allows it",
+    )
+    job.add_argument(
+        "--constraint", metavar="FEATURE", help="the same: run on a node with this feature of Slurm's"
+    )
     job.add_argument("--split-stderr", action="store_true", help="keep stderr apart from stdout")
     queue = command.add_argument_group("its place in the queue", "each of these puts the job into the queue")
     queue.add_argument(

@@ -58,6 +58,8 @@ def spec_from(arguments: Namespace) -> JobSpec:
         link=arguments.link or "",
         gpus=arguments.gpus,
         node=arguments.node or "",
+        partition=arguments.partition or "",
+        constraint=arguments.constraint or "",
     )
 
 

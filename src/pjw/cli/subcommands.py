@@ -95,7 +95,7 @@ def _add_submit(commands: Commands) -> None:
         " FILE.toml has a table [[job]] for each; any other file, and - for stdin, a line of JSON for each. A"
         " job has a command, and may have name, after (names of jobs above it, or ids, with :failed or :any),"
         " env, labels, workdir, workspace, exclusive, image, read_only, mounts, allow, link, gpus, node,"
-        " split_stderr, priority, not_before, hold, and the limits of pjw start.",
+        " partition, constraint, split_stderr, priority, not_before, hold, and the limits of pjw start.",
     )
     _runs(command, "batch.submit_file")
     add_secrets(command)

@@ -22,7 +22,10 @@ class Engine(Protocol):
         """Whether it takes another job of this shape now, beside those with a reservation."""
 
     def check(self, spec: JobSpec) -> None:
-        """Raise InvalidJobError for a job to which this engine can give no node."""
+        """Raise InvalidJobError for a job to which this engine can give no node.
+
+        Raise NotAllowedError for one that asks for more than its client may.
+        """
 
     def passed_over(self, shape: Shape) -> str:
         """Why a job that has no room waits, in words, when other shapes may go before it; else empty."""

@@ -75,6 +75,8 @@ def shape_of(job: Wanting) -> Shape:
         needs=needs_of(job),
         link=f"{job.client_name}/{job.link}" if job.link else "",
         node=job.chosen_node,
+        partition=job.partition,
+        constraint=job.constraint,
     )
 
 

@@ -35,6 +35,9 @@ class Shape(NamedTuple):
     link: str = ""
     # the only node that the job may have; empty: any
     node: str = ""
+    # of Slurm's; empty: what the operator set
+    partition: str = ""
+    constraint: str = ""
 
 
 class NodeState(StrEnum):

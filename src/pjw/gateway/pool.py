@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 
 from pjw.cluster.v1 import cluster_pb2 as pb
 from pjw.gateway.nodes import Node, Nodes, Shape
+from pjw.gateway.refused import not_with
 from pjw.gateway.room import Room
 from pjw.model import JobSpec
 
@@ -48,7 +49,10 @@ class Pool:
         return self._find(shape) is not None
 
     def check(self, spec: JobSpec) -> None:
-        """See `Engine`: it can run whatever a node can."""
+        """See `Engine`: it can run whatever a node can, and has none of Slurm's words."""
+        for what, asked in (("a partition", spec.partition), ("a constraint", spec.constraint)):
+            if asked:
+                raise not_with(what, "pool")
 
     def passed_over(self, shape: Shape) -> str:
         """See `Engine`: what becomes free is for the job that is next."""

@@ -88,6 +88,7 @@ class Sessions:
             setattr(start.limits, limit, value)
         # names at this gateway: on the node a job from another life of the gateway may still have them
         start.name, start.request_id, start.node = "", "", ""
+        start.partition = start.constraint = ""
         return pb.ClaimResponse(
             uuid=placed.placement.uuid,
             client_name=job.client_name,

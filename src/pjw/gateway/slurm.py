@@ -1,8 +1,8 @@
 """The engine `slurm`: Slurm gives places on nodes, and this fills them with jobs.
 
 A place is a job of Slurm's that runs pjw-hold on a node. Slurm owns the place and nothing else: it is told a
-uuid and a size. The job that goes there, its output and its end are pjw's. A place whose job has ended stays
-warm for a while, and takes the next job of the same kind: that costs a tenth of what a new one costs.
+uuid, a size, and perhaps a partition and a feature. The job that goes there, its output and its end are
+pjw's. A place whose job has ended stays warm for a while, and takes the next job of the same kind: that costs a tenth of what a new one costs.
 
 The pjwd of the node tells us of places that come and go. Slurm itself sends no events: so one sampler asks it
 for a snapshot, every two seconds while there is something to see. What it finds decides only about waiting,
@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from pjw.cluster.v1 import cluster_pb2 as pb
-from pjw.errors import PjwError
+from pjw.errors import NotAllowedError, PjwError
 from pjw.gateway.nodes import Node, Nodes, Shape
 from pjw.gateway.pool import FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS
 from pjw.gateway.refused import not_with
 from pjw.gateway.slurm_port import SlurmPort
-from pjw.model import JobSpec
+from pjw.model import JobSpec, are_for
 from pjw.server.config import GatewaySlurm
 from pjw.worker.background import Background
 
@@ -52,20 +52,29 @@ class Kind(NamedTuple):
     minutes: int
     partition: str
     account: str
+    constraint: str = ""
 
     @property
     def words(self) -> str:
-        """The same as one word, for Slurm and pjw-hold to carry."""
-        return f"{self.cpus}:{self.megabytes}:{self.minutes}:{self.partition}:{self.account}"
+        """The same as one word, for Slurm and pjw-hold to carry.
+
+        Without a constraint they are those of a gateway that knew none: each takes the places of the other.
+        """
+        words = f"{self.cpus}:{self.megabytes}:{self.minutes}:{self.partition}:{self.account}"
+        return f"{words}:{self.constraint}" if self.constraint else words
 
 
-_KIND: Final = re.compile(r"(\d{1,9}):(\d{1,12}):(\d{1,9}):([A-Za-z0-9_.-]*):([A-Za-z0-9_.-]*)")
+_KIND: Final = re.compile(
+    r"(\d{1,9}):(\d{1,12}):(\d{1,9}):([A-Za-z0-9_.-]*):([A-Za-z0-9_.-]*)(?::([A-Za-z0-9_.-]+))?"
+)
 
 
 def kind_of(words: str) -> Kind | None:
     """Return the kind that has these words; None when there is no such kind."""
     found = _KIND.fullmatch(words)
-    return Kind(int(found[1]), int(found[2]), int(found[3]), found[4], found[5]) if found else None
+    if found is None:
+        return None
+    return Kind(int(found[1]), int(found[2]), int(found[3]), found[4], found[5], found[6] or "")
 
 
 class _Waiting(NamedTuple):
@@ -120,6 +129,15 @@ class _Pause:
     seconds: float = 0.0
     words: str = ""
 
+    def begin(self) -> bool:
+        """Begin it; False: it has begun already, for one of several that failed together."""
+        now = asyncio.get_running_loop().time()
+        if now < self.until:
+            return False
+        self.seconds = min(2 * self.seconds or FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS)
+        self.until = now + self.seconds
+        return True
+
 
 class Slurm:
     """The jobs that wait, the places that Slurm was asked for, and those that it gave."""
@@ -148,6 +166,8 @@ class Slurm:
         # jobs for which sbatch runs now
         self._submitting: Final[dict[str, Kind]] = {}
         self._pause: Final = _Pause()
+        # of kinds that Slurm did not take: a partition without the feature must hold up no other job
+        self._pauses: Final[dict[Kind, _Pause]] = {}
         # why there was no last snapshot; empty when there was
         self._silent = ""
         # how many snapshots have begun: one knows nothing of what is younger
@@ -177,6 +197,15 @@ class Slurm:
         }.items():
             if is_asked:
                 raise not_with(what, "slurm")
+        for what, asked, allowed in (
+            ("partition", spec.partition, self._settings.partitions),
+            ("constraint", spec.constraint, self._settings.constraints),
+        ):
+            if asked and not are_for(allowed, asked):
+                raise NotAllowedError(
+                    f"no job may name the {what} {asked}",
+                    hint=f"the operator can allow it with gateway.slurm.{what}s",
+                )
 
     def passed_over(self, shape: Shape) -> str:
         """See `Engine`: Slurm may have room for another kind."""
@@ -241,7 +270,8 @@ class Slurm:
         if most and self._of_client[waiting.client_name] >= most:
             return f"waits: {most} jobs of {waiting.client_name} have a node, and no more may"
         parts = []
-        if words := self._silent or self._pause.words:
+        pause = self._pauses.get(waiting.kind)
+        if words := self._silent or (pause and pause.words) or self._pause.words:
             parts.append(words)
         elif reason := self._reason(uuid, waiting.kind):
             parts.append(f"Slurm says {reason}")
@@ -337,8 +367,9 @@ class Slurm:
             math.ceil(shape.memory / _MIB) + _OWN_MEGABYTES if shape.memory else 0,
             # with the time in which its place may take further jobs
             math.ceil((shape.seconds + settings.hold_max_seconds) / 60) + 1 if shape.seconds else 0,
-            settings.partition or "",
+            shape.partition or settings.partition or "",
             settings.account or "",
+            shape.constraint,
         )
 
     def _assign(self, uuid: str, waiting: _Waiting, hold: _Hold) -> None:
@@ -400,7 +431,8 @@ class Slurm:
     def _submit_some(self, kind: Kind, uuids: list[str]) -> None:
         self._to_see.set()
         loop = asyncio.get_running_loop()
-        if self._is_new or loop.time() < self._pause.until:
+        own = self._pauses.get(kind, self._pause)
+        if self._is_new or loop.time() < max(self._pause.until, own.until):
             return
         coming = [each for each in self._submitted.values() if each.kind == kind and self._will_come(each)]
         named = {each.uuid for each in coming} | self._submitting.keys()
@@ -429,31 +461,40 @@ class Slurm:
         ]
         try:
             number = await self._port.submit(
-                uuid, kind.words, kind.cpus, kind.megabytes, kind.minutes, others
+                uuid,
+                kind.words,
+                kind.cpus,
+                kind.megabytes,
+                kind.minutes,
+                others,
+                kind.partition,
+                kind.constraint,
             )
         except PjwError as error:
-            self._wait_a_while(f"Slurm does not take it: {error}")
+            self._wait_a_while(f"Slurm does not take it: {error}", kind)
             return
         finally:
             del self._submitting[uuid]
+        self._pauses.pop(kind, None)
         # it may have begun before we heard of it
         if number not in self._holds:
             self._submitted[number] = _Submitted(uuid, kind, self._samples)
 
-    def _wait_a_while(self, words: str) -> None:
-        pause, loop = self._pause, asyncio.get_running_loop()
+    def _wait_a_while(self, words: str, kind: Kind | None = None) -> None:
+        """Ask Slurm for nothing, or for no place of this kind."""
+        pause = self._pause if kind is None else self._pauses.setdefault(kind, _Pause())
         if words != pause.words:
             log.warning("%s", words)
         pause.words = words
-        if loop.time() < pause.until:
-            # one of several that failed together
-            return
-        pause.seconds = min(2 * pause.seconds or FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS)
-        pause.until = loop.time() + pause.seconds
-        loop.call_later(pause.seconds, self._go_on)
+        if pause.begin():
+            asyncio.get_running_loop().call_later(pause.seconds, self._go_on, kind)
 
-    def _go_on(self) -> None:
-        self._pause.words = ""
+    def _go_on(self, kind: Kind | None = None) -> None:
+        if kind is None:
+            self._pause.words = ""
+        elif kind in self._pauses and all(each.kind != kind for each in self._waiting.values()):
+            # nobody asks for it any more
+            del self._pauses[kind]
         self.look()
 
     async def run(self) -> None:

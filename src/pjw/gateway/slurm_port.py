@@ -43,7 +43,6 @@ def start_slurm(settings: GatewaySlurm, uid: int | None) -> socket.socket:
         "uid": uid,
         "bin": settings.bin,
         "conf": settings.conf or "",
-        "partition": settings.partition or "",
         "account": settings.account or "",
         "hold": settings.hold,
         "socket": settings.socket,
@@ -101,7 +100,15 @@ class SlurmPort:
             self._socket.close()
 
     async def submit(
-        self, uuid: str, shape: str, cpus: int, megabytes: int, minutes: int, exclude: list[str]
+        self,
+        uuid: str,
+        shape: str,
+        cpus: int,
+        megabytes: int,
+        minutes: int,
+        exclude: list[str],
+        partition: str,
+        constraint: str,
     ) -> str:
         """Submit a hold; the id of Slurm's job. Raises SlurmRefusedError, as all others here."""
         return str(
@@ -113,6 +120,8 @@ class SlurmPort:
                 megabytes=megabytes,
                 minutes=minutes,
                 exclude=exclude,
+                partition=partition,
+                constraint=constraint,
             )
         )
 

@@ -105,6 +105,8 @@ def job_to_message(job: Job) -> pb.Job:
         exclusive=job.exclusive,
         node=job.node,
         chosen_node=job.chosen_node,
+        partition=job.partition,
+        constraint=job.constraint,
         image=job.image,
         read_only=job.read_only,
         mounts=job.mounts,
@@ -178,6 +180,8 @@ def job_from_message(message: pb.Job) -> Job:
         exclusive=message.exclusive,
         node=message.node,
         chosen_node=message.chosen_node,
+        partition=message.partition,
+        constraint=message.constraint,
         image=message.image,
         read_only=message.read_only,
         mounts=tuple(message.mounts),
@@ -300,6 +304,8 @@ def spec_to_message(spec: JobSpec) -> pb.StartRequest:
         link=spec.link,
         gpus=spec.gpus,
         node=spec.node,
+        partition=spec.partition,
+        constraint=spec.constraint,
     )
     _set_command(request, spec)
     return request
@@ -359,6 +365,8 @@ def spec_from_message(message: pb.StartRequest) -> JobSpec:
         link=message.link,
         gpus=message.gpus,
         node=message.node,
+        partition=message.partition,
+        constraint=message.constraint,
     )
 
 

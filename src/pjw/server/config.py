@@ -210,12 +210,20 @@ class GatewaySlurm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         _Path | None, Meta(description="the path of slurm.conf; without it where Slurm itself looks for it")
     ] = None
     partition: Annotated[
-        _SlurmName | None, Meta(description="the partition of all jobs; without it Slurm's default")
+        _SlurmName | None, Meta(description="the partition of jobs that name none; without it Slurm's default")
     ] = None
     account: Annotated[
         _SlurmName | None,
         Meta(description="the account of all jobs; without it the default of the gateway's user"),
     ] = None
+    partitions: Annotated[
+        tuple[str, ...],
+        Meta(description="the partitions that jobs may name (--partition); * is any characters"),
+    ] = ()
+    constraints: Annotated[
+        tuple[str, ...],
+        Meta(description="the features of nodes that jobs may name (--constraint); * is any characters"),
+    ] = ()
     hold: Annotated[_Path, Meta(description="the path of pjw-hold on the nodes")] = "/usr/lib/pjw/pjw-hold"
     socket: Annotated[
         _Path, Meta(description="where pjwd listens on the nodes for holds (cluster.hold_socket)")

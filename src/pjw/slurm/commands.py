@@ -20,7 +20,9 @@ AT_ONCE: Final = 4
 _SEPARATOR: Final = "\x1f"
 _UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 # what the gateway may write into a shape, and the names of nodes
-_WORD: Final = re.compile(r"[A-Za-z0-9_.:/-]{1,200}")
+_WORD: Final = re.compile(r"[A-Za-z0-9_.:/-]{1,250}")
+# A partition, or a feature: one name. Slurm takes lists and expressions, too, which the operator has not allowed.
+_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,60}")
 _NUMBER: Final = re.compile(r"[1-9][0-9]{0,18}")
 
 
@@ -36,7 +38,6 @@ class Commands:
     bin: str
     # the path of slurm.conf, empty for Slurm's own
     conf: str
-    partition: str
     account: str
     # on each node: the program that holds a place, and the socket of pjwd
     hold: str
@@ -58,9 +59,17 @@ class Commands:
                 raise SlurmError(f"there is no {method}")
 
     async def submit(
-        self, uuid: str, shape: str, cpus: int, megabytes: int, minutes: int, exclude: Sequence[str]
+        self,
+        uuid: str,
+        shape: str,
+        cpus: int,
+        megabytes: int,
+        minutes: int,
+        exclude: Sequence[str],
+        partition: str,
+        constraint: str,
     ) -> str:
-        """Ask Slurm for a place; the id of Slurm's job. 0 leaves it to Slurm."""
+        """Ask Slurm for a place; the id of Slurm's job. 0 and empty words leave it to Slurm."""
         _require(_UUID, uuid)
         _require(_WORD, shape)
         # not NONE: slurmd would have the user's login shell make an environment, which takes a second
@@ -70,7 +79,8 @@ class Commands:
         command += [f"--cpus-per-task={int(cpus)}"] if cpus else []
         command += [f"--mem={int(megabytes)}M"] if megabytes else []
         command += [f"--time={int(minutes)}"] if minutes else []
-        command += [f"--partition={self.partition}"] if self.partition else []
+        command += [f"--partition={_require(_NAME, partition)}"] if partition else []
+        command += [f"--constraint={_require(_NAME, constraint)}"] if constraint else []
         command += [f"--account={self.account}"] if self.account else []
         if exclude:
             for name in exclude:

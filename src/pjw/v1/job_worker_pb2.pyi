@@ -409,6 +409,8 @@ class Job(_message.Message):
     EXCLUSIVE_FIELD_NUMBER: _builtins.int
     NODE_FIELD_NUMBER: _builtins.int
     CHOSEN_NODE_FIELD_NUMBER: _builtins.int
+    PARTITION_FIELD_NUMBER: _builtins.int
+    CONSTRAINT_FIELD_NUMBER: _builtins.int
     IMAGE_FIELD_NUMBER: _builtins.int
     READ_ONLY_FIELD_NUMBER: _builtins.int
     MOUNTS_FIELD_NUMBER: _builtins.int
@@ -463,6 +465,9 @@ class Job(_message.Message):
     """The node of a cluster that runs the job, or ran it; empty where there is one machine, and until a node has it."""
     chosen_node: _builtins.str
     """The only node that may have the job, where its client chose one."""
+    partition: _builtins.str
+    """The partition of Slurm's and the feature that its node must have, where its client chose one: StartRequest has both."""
+    constraint: _builtins.str
     image: _builtins.str
     """The image whose files are the job's root, by its name; empty when it has the host's."""
     read_only: _builtins.bool
@@ -561,6 +566,8 @@ class Job(_message.Message):
         exclusive: _builtins.bool = ...,
         node: _builtins.str = ...,
         chosen_node: _builtins.str = ...,
+        partition: _builtins.str = ...,
+        constraint: _builtins.str = ...,
         image: _builtins.str = ...,
         read_only: _builtins.bool = ...,
         mounts: _abc.Iterable[_builtins.str] | None = ...,
@@ -570,7 +577,7 @@ class Job(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_array_id", b"_array_id", "_array_index", b"_array_index", "_exit_code", b"_exit_code", "_output_bytes", b"_output_bytes", "_retried_as", b"_retried_as", "_signal", b"_signal", "array", b"array", "array_id", b"array_id", "array_index", b"array_index", "artifacts", b"artifacts", "end", b"end", "exit_code", b"exit_code", "limits", b"limits", "not_before", b"not_before", "output_bytes", b"output_bytes", "queued", b"queued", "retried_as", b"retried_as", "signal", b"signal", "start", b"start", "usage", b"usage", "usage_now", b"usage_now"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_array_id", b"_array_id", "_array_index", b"_array_index", "_exit_code", b"_exit_code", "_output_bytes", b"_output_bytes", "_retried_as", b"_retried_as", "_signal", b"_signal", "after", b"after", "allow", b"allow", "array", b"array", "array_id", b"array_id", "array_index", b"array_index", "artifacts", b"artifacts", "attempt", b"attempt", "chosen_node", b"chosen_node", "client_name", b"client_name", "command", b"command", "detail", b"detail", "end", b"end", "exclusive", b"exclusive", "exit_code", b"exit_code", "gpus", b"gpus", "held", b"held", "id", b"id", "image", b"image", "input", b"input", "labels", b"labels", "limits", b"limits", "link", b"link", "mounts", b"mounts", "name", b"name", "node", b"node", "not_before", b"not_before", "output_bytes", b"output_bytes", "priority", b"priority", "queued", b"queued", "read_only", b"read_only", "reason", b"reason", "retried_as", b"retried_as", "signal", b"signal", "split_stderr", b"split_stderr", "start", b"start", "state", b"state", "unmet", b"unmet", "usage", b"usage", "usage_now", b"usage_now", "workdir", b"workdir", "workspace", b"workspace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_array_id", b"_array_id", "_array_index", b"_array_index", "_exit_code", b"_exit_code", "_output_bytes", b"_output_bytes", "_retried_as", b"_retried_as", "_signal", b"_signal", "after", b"after", "allow", b"allow", "array", b"array", "array_id", b"array_id", "array_index", b"array_index", "artifacts", b"artifacts", "attempt", b"attempt", "chosen_node", b"chosen_node", "client_name", b"client_name", "command", b"command", "constraint", b"constraint", "detail", b"detail", "end", b"end", "exclusive", b"exclusive", "exit_code", b"exit_code", "gpus", b"gpus", "held", b"held", "id", b"id", "image", b"image", "input", b"input", "labels", b"labels", "limits", b"limits", "link", b"link", "mounts", b"mounts", "name", b"name", "node", b"node", "not_before", b"not_before", "output_bytes", b"output_bytes", "partition", b"partition", "priority", b"priority", "queued", b"queued", "read_only", b"read_only", "reason", b"reason", "retried_as", b"retried_as", "signal", b"signal", "split_stderr", b"split_stderr", "start", b"start", "state", b"state", "unmet", b"unmet", "usage", b"usage", "usage_now", b"usage_now", "workdir", b"workdir", "workspace", b"workspace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__array_id: _TypeAlias = _typing.Literal["array_id"]  # noqa: Y015
     _WhichOneofArgType__array_id: _TypeAlias = _typing.Literal["_array_id", b"_array_id"]  # noqa: Y015
@@ -785,6 +792,8 @@ class StartRequest(_message.Message):
     LINK_FIELD_NUMBER: _builtins.int
     GPUS_FIELD_NUMBER: _builtins.int
     NODE_FIELD_NUMBER: _builtins.int
+    PARTITION_FIELD_NUMBER: _builtins.int
+    CONSTRAINT_FIELD_NUMBER: _builtins.int
     command: _builtins.str
     """A shell command, run by /bin/sh -c."""
     name: _builtins.str
@@ -833,6 +842,12 @@ class StartRequest(_message.Message):
     """At a gateway: the only node that may have the job, by its name; without one the job may go to any. PERMISSION_DENIED:
     the operator does not let this client choose. INVALID_ARGUMENT: there is no such node, or this pjwd is no gateway.
     """
+    partition: _builtins.str
+    """At a gateway with the engine `slurm`: the partition in which the job gets its place, and a feature that its node must
+    have, as in sbatch(1). Each is one name of up to 60 letters, digits, `.`, `_` and `-`. Empty: what the operator set.
+    PERMISSION_DENIED: the operator does not let clients name it. INVALID_ARGUMENT: there is no Slurm here.
+    """
+    constraint: _builtins.str
     @_builtins.property
     def argv(self) -> Global___Argv:
         """A program and its arguments, executed as they are."""
@@ -910,10 +925,12 @@ class StartRequest(_message.Message):
         link: _builtins.str = ...,
         gpus: _builtins.int = ...,
         node: _builtins.str = ...,
+        partition: _builtins.str = ...,
+        constraint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["argv", b"argv", "command", b"command", "limits", b"limits", "program", b"program", "terminal", b"terminal"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow", b"allow", "argv", b"argv", "command", b"command", "env", b"env", "exclusive", b"exclusive", "gpus", b"gpus", "image", b"image", "input", b"input", "labels", b"labels", "limits", b"limits", "link", b"link", "mounts", b"mounts", "name", b"name", "node", b"node", "output_required", b"output_required", "outputs", b"outputs", "program", b"program", "read_only", b"read_only", "request_id", b"request_id", "secrets", b"secrets", "split_stderr", b"split_stderr", "terminal", b"terminal", "upload", b"upload", "workdir", b"workdir", "workspace", b"workspace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow", b"allow", "argv", b"argv", "command", b"command", "constraint", b"constraint", "env", b"env", "exclusive", b"exclusive", "gpus", b"gpus", "image", b"image", "input", b"input", "labels", b"labels", "limits", b"limits", "link", b"link", "mounts", b"mounts", "name", b"name", "node", b"node", "output_required", b"output_required", "outputs", b"outputs", "partition", b"partition", "program", b"program", "read_only", b"read_only", "request_id", b"request_id", "secrets", b"secrets", "split_stderr", b"split_stderr", "terminal", b"terminal", "upload", b"upload", "workdir", b"workdir", "workspace", b"workspace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_program: _TypeAlias = _typing.Literal["command", "argv"]  # noqa: Y015
     _WhichOneofArgType_program: _TypeAlias = _typing.Literal["program", b"program"]  # noqa: Y015

@@ -22,7 +22,8 @@ _FAILED: Final = 1
 # the columns that an element takes from its array
 _KEPT: Final = (
     "client_name, command, limits, labels, split_stderr, workdir, priority, attempt, workspace, exclusive,"
-    " image, read_only, artifacts, artifacts_required, mounts, allow, link, gpus, chosen_node"
+    " image, read_only, artifacts, artifacts_required, mounts, allow, link, gpus, chosen_node,"
+    " slurm_partition, slurm_constraint"
 )
 
 

@@ -73,6 +73,9 @@ class Head(NamedTuple):
     image: str = ""
     # the only node of a cluster that it may have
     chosen_node: str = ""
+    # of Slurm's
+    partition: str = ""
+    constraint: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +126,8 @@ class WaitingJob:
             mounts=self.job.mounts,
             gpus=self.job.gpus,
             node=self.job.chosen_node,
+            partition=self.job.partition,
+            constraint=self.job.constraint,
         )
 
 
@@ -371,7 +376,8 @@ def _first(
     only = " AND workspace = ? AND exclusive = ?" if workspace else ""
     row = db.execute(
         "SELECT id, limits, priority, (SELECT indices FROM arrays WHERE arrays.id = jobs.id),"
-        f" workspace, exclusive, gpus, mounts, allow, link, image, chosen_node FROM jobs INDEXED BY {index}"
+        " workspace, exclusive, gpus, mounts, allow, link, image, chosen_node, slurm_partition,"
+        f" slurm_constraint FROM jobs INDEXED BY {index}"
         f" WHERE client_name = ?{only} AND {READY} AND array_id IS NULL AND id NOT IN ({marks}){more}"
         " ORDER BY priority DESC, id LIMIT 1",
         (client_name, *workspace, *without),
@@ -393,6 +399,8 @@ def _first(
         link=row[9],
         image=row[10],
         chosen_node=row[11],
+        partition=row[12],
+        constraint=row[13],
     )
 
 
@@ -590,7 +598,7 @@ def retry(db: sqlite3.Connection, job: Job, now_ns: int, *, was_stopped: bool) -
     kept = (
         "client_name, command, limits, name, labels, split_stderr, input, workdir, priority, waits_for,"
         " array_id, array_index, workspace, exclusive, image, read_only, artifacts_required, mounts, allow,"
-        " link, gpus, chosen_node"
+        " link, gpus, chosen_node, slurm_partition, slurm_constraint"
     )
     next_id = db.execute(
         f"INSERT INTO jobs ({kept}, start_ns, queued_ns, not_before_ns, attempt, artifacts)"

@@ -26,7 +26,8 @@ COLUMNS: Final = (
     " artifacts, artifact_bytes, artifacts_detail, artifacts_required,"
     " output_bytes, name, labels, split_stderr, input, workdir, queued_ns, priority, not_before_ns, held,"
     " detail, waits_for, unmet, attempt, retried_as, array_id, array_index, workspace, exclusive,"
-    " image, read_only, mounts, allow, link, gpus, node, chosen_node,"
+    " image, read_only, mounts, allow, link, gpus, node, chosen_node, slurm_partition,"
+    " slurm_constraint,"
     " (SELECT json_array(indices, count, waiting, succeeded, failed, cancelled) FROM arrays"
     " WHERE arrays.id = jobs.id)"
 )
@@ -112,6 +113,8 @@ def job_of(row: Row) -> Job:
         gpus,
         node,
         chosen_node,
+        partition,
+        constraint,
         array,
     ) = row
     without_end = JobState.QUEUED
@@ -163,6 +166,8 @@ def job_of(row: Row) -> Job:
         gpus=gpus,
         node=node,
         chosen_node=chosen_node,
+        partition=partition,
+        constraint=constraint,
     )
 
 

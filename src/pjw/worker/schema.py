@@ -453,6 +453,11 @@ ALTER TABLE placements ADD COLUMN archived INTEGER NOT NULL DEFAULT 0;
 CREATE INDEX placements_to_archive ON placements (node, job_id)
     WHERE state = 'ended' AND archived = 0 AND removed = 0 AND node_job_id > 0;
 """,
+    # Which partition of Slurm's a job is to have its place in, and with which feature; empty: any.
+    """
+ALTER TABLE jobs ADD COLUMN slurm_partition TEXT NOT NULL DEFAULT '';
+ALTER TABLE jobs ADD COLUMN slurm_constraint TEXT NOT NULL DEFAULT '';
+""",
 )
 SCHEMA_VERSION: Final = len(MIGRATIONS)
 

@@ -52,6 +52,14 @@ class Wanting(Protocol):
     def chosen_node(self) -> str:
         """The only node of a cluster that it may have; empty: any."""
 
+    @property
+    def partition(self) -> str:
+        """The partition of Slurm's that it is to have its place in; empty: the operator's."""
+
+    @property
+    def constraint(self) -> str:
+        """The feature of Slurm's that its node must have; empty: none."""
+
 
 @dataclass(slots=True)
 class Use:

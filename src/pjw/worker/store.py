@@ -306,6 +306,8 @@ class JobStore:
             more = {**more, "gpus": spec.gpus}
         if spec.node:
             more = {**more, "chosen_node": spec.node}
+        if spec.partition or spec.constraint:
+            more = {**more, "slurm_partition": spec.partition, "slurm_constraint": spec.constraint}
         if spec.allow or spec.link:
             more = {**more, "allow": " ".join(spec.allow), "link": spec.link}
         try:

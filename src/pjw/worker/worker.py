@@ -465,6 +465,12 @@ class Worker(QueueCalls):
                 "a job has a node through a gateway alone, and this server is one machine",
                 hint="leave --node out",
             )
+        for what, asked in (("partition", spec.partition), ("constraint", spec.constraint)):
+            if asked:
+                raise InvalidJobError(
+                    f"a job has a {what} through a gateway with Slurm alone, and this server is one machine",
+                    hint=f"leave --{what} out",
+                )
         limits = self._settings.default_limits.with_overrides(spec.limits)
         if above := limits.first_above(self._settings.ceiling):
             most, value = getattr(self._settings.ceiling, above), getattr(limits, above)
