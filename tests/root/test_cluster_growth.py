@@ -245,6 +245,8 @@ def test_a_job_waits_for_the_node_of_its_choice(two: Cluster) -> None:
     for client_name, words, expected in (
         ("bob", ("--node", "n1"), "bob may not choose a node"),
         ("alice", ("--node", "n9"), "no node n9"),
+        ("alice", ("--partition", "debug"), "a partition does not work with the engine pool yet"),
+        ("alice", ("--constraint", "fast"), "a constraint does not work with the engine pool yet"),
     ):
         code, said = gateway.refused("start", *words, "true", client=client_name)
         assert (code, said.splitlines()[0]) == (1, f"pjw: error: {expected}")

@@ -16,7 +16,8 @@ from typing import Final
 
 import pytest
 
-from pjw import Job, JobSpec, QueueSpec, Retry
+from pjw import Job, JobSpec, QueueSpec
+from pjw.model import Retry
 from pjw.server.config import HOLD_SOCKET
 from tests.cluster import Cluster
 from tests.root import test_cluster as neutral
@@ -163,9 +164,11 @@ def test_a_job_goes_to_the_partition_and_the_feature_that_it_names(two: SlurmClu
                 assert (done.node, done.partition + done.constraint) == (name, word)
         array = client.start(JobSpec("true", partition="only-n2", queue=QueueSpec(array="1-2")))
         assert client.wait(array.id).partition == "only-n2"
-        assert {client.get(f"{array.id}/{index}").node for index in (1, 2)} == {"n2"}
+        assert {client.get(f"{array.id}_{index}").node for index in (1, 2)} == {"n2"}
         # its next attempt asks for the same
-        again = client.start(JobSpec("false", constraint="of-n1", queue=QueueSpec(retry=Retry(1, backoff_seconds=0))))
+        again = client.start(
+            JobSpec("false", constraint="of-n1", queue=QueueSpec(retry=Retry(1, backoff_seconds=0)))
+        )
         last = client.wait(again.id)
         assert (last.attempt, last.constraint, last.node) == (2, "of-n1", "n1")
         assert client.stop(int(never)).reason == "cancelled"

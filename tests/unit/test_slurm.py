@@ -380,7 +380,9 @@ async def test_how_a_place_is_asked_for(tmp_path: Path) -> None:
         "sbatch",
         f'echo "$*" >{tmp_path}/said; env >>{tmp_path}/said; cat >{tmp_path}/in; echo "12;c"',
     )
-    made = await commands(tmp_path).submit(UUID, "2:528:0:long::fast", 2, 528, 0, ["n1", "n2"], "long", "fast")
+    made = await commands(tmp_path).submit(
+        UUID, "2:528:0:long::fast", 2, 528, 0, ["n1", "n2"], "long", "fast"
+    )
     assert made == "12"
     said = (tmp_path / "said").read_text()
     assert f"--job-name=pjw-{UUID} --comment=2:528:0:long::fast --cpus-per-task=2 --mem=528M" in said

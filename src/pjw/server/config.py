@@ -210,7 +210,8 @@ class GatewaySlurm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         _Path | None, Meta(description="the path of slurm.conf; without it where Slurm itself looks for it")
     ] = None
     partition: Annotated[
-        _SlurmName | None, Meta(description="the partition of jobs that name none; without it Slurm's default")
+        _SlurmName | None,
+        Meta(description="the partition of jobs that name none; without it Slurm's default"),
     ] = None
     account: Annotated[
         _SlurmName | None,
