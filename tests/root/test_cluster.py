@@ -414,14 +414,8 @@ def test_one_machine_has_no_nodes(service: Service) -> None:
     )
     for what in ("partition", "constraint"):
         code, said = service.refused("start", f"--{what}", "fast", "true")
-        assert (code, said.splitlines()) == (
-            1,
-            [
-                f"pjw: error: a job has a {what} through a gateway with Slurm alone, and this server is one"
-                " machine",
-                f"hint: leave --{what} out",
-            ],
-        )
+        words = f"a job has a {what} through a gateway with Slurm alone, and this server is one machine"
+        assert (code, said.splitlines()) == (1, [f"pjw: error: {words}", f"hint: leave --{what} out"])
 
 
 # --- who is refused

@@ -2,7 +2,8 @@
 
 A place is a job of Slurm's that runs pjw-hold on a node. Slurm owns the place and nothing else: it is told a
 uuid, a size, and perhaps a partition and a feature. The job that goes there, its output and its end are
-pjw's. A place whose job has ended stays warm for a while, and takes the next job of the same kind: that costs a tenth of what a new one costs.
+pjw's. A place whose job has ended stays warm for a while, and takes the next job of the same kind: that costs
+a tenth of what a new one costs.
 
 The pjwd of the node tells us of places that come and go. Slurm itself sends no events: so one sampler asks it
 for a snapshot, every two seconds while there is something to see. What it finds decides only about waiting,

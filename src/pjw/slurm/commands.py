@@ -21,7 +21,7 @@ _SEPARATOR: Final = "\x1f"
 _UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 # what the gateway may write into a shape, and the names of nodes
 _WORD: Final = re.compile(r"[A-Za-z0-9_.:/-]{1,250}")
-# A partition, or a feature: one name. Slurm takes lists and expressions, too, which the operator has not allowed.
+# a partition, or a feature: of Slurm's lists and expressions the operator has allowed none
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,60}")
 _NUMBER: Final = re.compile(r"[1-9][0-9]{0,18}")
 
