@@ -112,6 +112,7 @@ def test_a_job_comes_back_as_it_was(job: Job) -> None:
 
 
 NAME = st.from_regex(r"\A[A-Za-z][A-Za-z0-9._-]{0,20}\Z")
+SLURM_NAME = st.from_regex(r"[A-Za-z0-9_.-]{1,60}", fullmatch=True)
 SIZE = st.builds(TerminalSize, st.integers(1, 65_535), st.integers(1, 65_535))
 
 
@@ -182,6 +183,8 @@ def test_another_command_comes_back_as_it_was(
     allow=st.sampled_from([(), ("pypi.org",), ("*.example.org:8443", "[2001:db8::1]:22")]),
     link=st.just("") | NAME,
     node=st.just("") | NAME,
+    partition=st.just("") | SLURM_NAME,
+    constraint=st.just("") | SLURM_NAME,
 )
 def test_a_spec_comes_back_as_it_was(**members: Any) -> None:
     """A shell command stays one, an argv stays one, and only the limits that were set are set."""
@@ -295,7 +298,7 @@ def test_a_client_says_what_to_run_and_no_more() -> None:
     session = {"command", "env", "workdir", "input", "request_id", "terminal"}
     said = {*session, "limits", "name", "labels", "split_stderr", "secrets", "upload"}
     said |= {"workspace", "exclusive", "outputs", "output_required", "image", "read_only"}
-    said |= {"mounts", "allow", "link", "gpus", "node"}
+    said |= {"mounts", "allow", "link", "gpus", "node", "partition", "constraint"}
     assert {field.name for field in fields(JobSpec)} == {"queue", *said}
     assert {field.name for field in pb.StartRequest.DESCRIPTOR.fields} == {"argv", *said}
     assert {field.name for field in pb.ExecRequest.DESCRIPTOR.fields} == {
