@@ -190,6 +190,8 @@ class GatewayBackend(QueueCalls):
     def _node_went(self, node: Node) -> None:
         self._slots.measure()
         self.engine.session_over(node)
+        # a job that waits for what this node alone has holds up no others any more
+        self._queue.room_was_made()
 
     def _node_lost(self, node: Node) -> None:
         self._background.spawn(self._lose(node))
