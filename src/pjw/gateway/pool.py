@@ -62,7 +62,8 @@ class Pool:
 
     def unreserve(self, job_id: int) -> None:
         """See `Engine`."""
-        self._release(_reservation(job_id))
+        if self._release(_reservation(job_id)):
+            self._look()
 
     def submit(self, uuid: str, client_name: str, shape: Shape) -> None:
         """See `Engine`."""
@@ -80,9 +81,17 @@ class Pool:
         """See `Engine`."""
         del hold
         self._waiting.pop(uuid, None)
+        placed = self._placed.get(uuid)
+        is_elsewhere = placed is not None and placed[1] is not node
+        if is_elsewhere:
+            # its session was over during the claim, and we have told another node of the job
+            self._release(uuid)
         if uuid not in self._placed:
             self._take(uuid, client_name, node, shape)
         self._claimed.add(uuid)
+        if is_elsewhere:
+            self._look()
+            self.freed()
 
     def may_claim(self, uuid: str, node: Node, hold: str = "") -> bool:
         """See `Engine`."""

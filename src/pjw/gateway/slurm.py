@@ -209,6 +209,10 @@ class Slurm:
     def claimed(self, uuid: str, client_name: str, node: Node, shape: Shape, hold: str = "") -> None:
         """See `Engine`."""
         self._waiting.pop(uuid, None)
+        place = self._placed.get(uuid)
+        if place is not None and (place.node is not node or place.hold != hold):
+            # its session was over during the claim, and the job got another place: that one is free
+            self._release(uuid)
         if uuid not in self._placed:
             self._take(uuid, client_name, node, shape, hold)
         self._placed[uuid].claimed = True
@@ -439,6 +443,8 @@ class Slurm:
         # it may have begun before we heard of it
         if number not in self._holds:
             self._submitted[number] = _Submitted(uuid, kind, self._samples)
+            # its job may have been cancelled meanwhile: then it is taken back
+            self._to_see.set()
 
     def _wait_a_while(self, words: str) -> None:
         pause, loop = self._pause, asyncio.get_running_loop()
