@@ -121,6 +121,9 @@ class _Pause:
     words: str = ""
 
 
+_NO_PAUSE: Final = _Pause()
+
+
 class Slurm:
     """The jobs that wait, the places that Slurm was asked for, and those that it gave."""
 
@@ -148,6 +151,8 @@ class Slurm:
         # jobs for which sbatch runs now
         self._submitting: Final[dict[str, Kind]] = {}
         self._pause: Final = _Pause()
+        # of kinds that Slurm has refused: a job that Slurm never takes holds up no job of another kind
+        self._pauses: Final[dict[Kind, _Pause]] = {}
         # why there was no last snapshot; empty when there was
         self._silent = ""
         # how many snapshots have begun: one knows nothing of what is younger
@@ -245,7 +250,7 @@ class Slurm:
         if most and self._of_client[waiting.client_name] >= most:
             return f"waits: {most} jobs of {waiting.client_name} have a node, and no more may"
         parts = []
-        if words := self._silent or self._pause.words:
+        if words := self._silent or self._pause.words or self._pause_of(waiting.kind).words:
             parts.append(words)
         elif reason := self._reason(uuid, waiting.kind):
             parts.append(f"Slurm says {reason}")
@@ -404,7 +409,7 @@ class Slurm:
     def _submit_some(self, kind: Kind, uuids: list[str]) -> None:
         self._to_see.set()
         loop = asyncio.get_running_loop()
-        if self._is_new or loop.time() < self._pause.until:
+        if self._is_new or loop.time() < max(self._pause.until, self._pause_of(kind).until):
             return
         coming = [each for each in self._submitted.values() if each.kind == kind and self._will_come(each)]
         named = {each.uuid for each in coming} | self._submitting.keys()
@@ -436,18 +441,24 @@ class Slurm:
                 uuid, kind.words, kind.cpus, kind.megabytes, kind.minutes, others
             )
         except PjwError as error:
-            self._wait_a_while(f"Slurm does not take it: {error}")
+            self._wait_a_while(f"Slurm does not take it: {error}", kind)
             return
         finally:
             del self._submitting[uuid]
+        self._pauses.pop(kind, None)
         # it may have begun before we heard of it
         if number not in self._holds:
             self._submitted[number] = _Submitted(uuid, kind, self._samples)
             # its job may have been cancelled meanwhile: then it is taken back
             self._to_see.set()
 
-    def _wait_a_while(self, words: str) -> None:
-        pause, loop = self._pause, asyncio.get_running_loop()
+    def _pause_of(self, kind: Kind) -> _Pause:
+        return self._pauses.get(kind, _NO_PAUSE)
+
+    def _wait_a_while(self, words: str, kind: Kind | None = None) -> None:
+        """Submit nothing for a while, or nothing of one kind."""
+        pause = self._pause if kind is None else self._pauses.setdefault(kind, _Pause())
+        loop = asyncio.get_running_loop()
         if words != pause.words:
             log.warning("%s", words)
         pause.words = words
@@ -456,10 +467,13 @@ class Slurm:
             return
         pause.seconds = min(2 * pause.seconds or FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS)
         pause.until = loop.time() + pause.seconds
-        loop.call_later(pause.seconds, self._go_on)
+        loop.call_later(pause.seconds, self._go_on, pause)
 
-    def _go_on(self) -> None:
-        self._pause.words = ""
+    def _go_on(self, pause: _Pause | None = None) -> None:
+        (pause or self._pause).words = ""
+        waiting = {each.kind for each in self._waiting.values()}
+        for kind in self._pauses.keys() - waiting:
+            del self._pauses[kind]
         self.look()
 
     async def run(self) -> None:
