@@ -1,5 +1,6 @@
-"""What a node that means harm may tell its gateway: the gateway keeps its own table, memory and disk whole."""
+"""What a node that means harm may tell its gateway, which keeps its table, memory and disk whole."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from pjw.errors import InvalidJobError, OutputLostError
 from pjw.gateway import nodes as nodes_module
 from pjw.gateway.archive import Archive, open_directory
 from pjw.gateway.archiving import Archiver
-from pjw.gateway.nodes import Node, Session
+from pjw.gateway.nodes import Node, Nodes, Session
 from pjw.gateway.rows import NodeRow
 from pjw.gateway.sessions import Sessions
 from pjw.model import Job, JobState, Limits
@@ -87,3 +88,27 @@ async def test_an_output_without_end_fills_no_archive(tmp_path: Path) -> None:
     assert stream.size == 8
     stream.close()
     archive.close()
+
+
+async def test_two_sessions_at_once_and_a_drain_between() -> None:
+    """While the table is slow: the later one counts, the other is over, and the node stays drained."""
+    slow = asyncio.Event()
+
+    async def transact(*_: object) -> None:
+        await slow.wait()
+
+    store: Any = SimpleNamespace(transact=transact, sync=slow.wait)
+    nothing: Any = None
+    nodes = Nodes(store, nothing, 5, 60)
+    sessions = [Session(cpb.Hello(node="n1", session=each, uid_count=1)) for each in "ab"]
+    calls = [asyncio.ensure_future(nodes.connected(each)) for each in sessions]
+    await asyncio.sleep(0)
+    calls.append(asyncio.ensure_future(nodes.drain("n1", drained=True)))
+    await asyncio.sleep(0)
+    slow.set()
+    await asyncio.gather(*calls)
+    node = nodes.named("n1")
+    assert [each.over.is_set() for each in sessions] == [True, False]
+    assert node.session is sessions[1]
+    assert node.is_drained
+    nodes.close()

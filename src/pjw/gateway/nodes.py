@@ -284,6 +284,9 @@ class Nodes:
             # an operator has said so meanwhile
             row = replace(row, drained=node.row.drained)
             await self._store.transact(rows.keep_node, row)
+        if node.session is not None:
+            # two came at once: the later one counts, and what the other was told waits again
+            self.session_over(node, node.session)
         node.row, node.heard = row, now
         node.hello, node.offers = hello, offers_of(hello)
         node.drained_there = hello.drained

@@ -105,9 +105,12 @@ class Pool:
 
     def refused(self, uuid: str, node: Node) -> None:
         """See `Engine`."""
-        _, before = self._paused.get(node.row.name, (0.0, 0.0))
-        pause = min(2 * before or FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS)
+        until, before = self._paused.get(node.row.name, (0.0, 0.0))
         loop = asyncio.get_running_loop()
+        if loop.time() < until:
+            # one of several that failed together
+            return
+        pause = min(2 * before or FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS)
         self._paused[node.row.name] = loop.time() + pause, pause
         loop.call_later(pause, self._pause_over)
 
