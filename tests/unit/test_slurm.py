@@ -11,7 +11,7 @@ import pytest
 from pjw.cluster.v1 import cluster_pb2 as pb
 from pjw.gateway.nodes import Node, Nodes, Session, Shape
 from pjw.gateway.rows import NodeRow
-from pjw.gateway.slurm import Kind, Slurm, kind_of
+from pjw.gateway.slurm import SUBMITTED_AT_ONCE, Kind, Slurm, kind_of
 from pjw.gateway.slurm_port import SlurmRefusedError
 from pjw.server.config import GatewaySlurm
 from pjw.slurm.commands import Commands, SlurmError
@@ -410,3 +410,21 @@ async def test_a_job_that_is_cancelled_while_sbatch_runs_leaves_nothing_in_slurm
     assert cluster.engine._to_see.is_set()
     await cluster.sample()
     assert cluster.port.cancelled == ["1"]
+
+
+async def test_jobs_for_a_node_that_is_away_hold_up_no_others_of_their_kind() -> None:
+    """Nor do those that need what no free node has: each has a window of its own."""
+    cluster = Cluster()
+    await cluster.sample()
+    elsewhere = SMALL._replace(node="n9")
+    for number in range(SUBMITTED_AT_ONCE):
+        cluster.engine.submit(f"j{number}", "mallory", elsewhere)
+    await cluster.settle()
+    assert len(cluster.port.submitted) == SUBMITTED_AT_ONCE
+    assert not cluster.engine.has_room(elsewhere)
+    assert cluster.engine.has_room(SMALL)
+    cluster.engine.submit("other", "alice", SMALL)
+    await cluster.settle()
+    assert cluster.port.submitted[-1] == "other"
+    await cluster.sample()
+    assert cluster.port.cancelled == []
