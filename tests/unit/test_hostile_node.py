@@ -10,6 +10,7 @@ import pytest
 
 from pjw.cluster.v1 import cluster_pb2 as cpb
 from pjw.errors import InvalidJobError, OutputLostError
+from pjw.gateway import archiving
 from pjw.gateway import nodes as nodes_module
 from pjw.gateway.archive import Archive, open_directory
 from pjw.gateway.archiving import Archiver
@@ -112,3 +113,18 @@ async def test_two_sessions_at_once_and_a_drain_between() -> None:
     assert node.session is sessions[1]
     assert node.is_drained
     nodes.close()
+
+
+def test_a_job_that_is_removed_before_it_was_copied_is_held_no_longer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else a thousand of them would have nodes keep nothing more for the archive."""
+    monkeypatch.setattr(archiving, "HELD_MAX", 1)
+    nothing: Any = None
+    archiver = Archiver(nothing, nothing, nothing, nothing)
+    node = Node(NODE.row, 0.0)
+    node.session = Session(cpb.Hello(node="n1", session="x"))
+    assert [archiver.holds(node, 1, "u"), archiver.holds(node, 2, "v")] == [True, False]
+    archiver.let_go(node, [1])
+    assert [message.ack.uuid for message in node.session._waiting] == ["u"]
+    assert archiver.holds(node, 2, "v")
