@@ -5,10 +5,12 @@ import os
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
 
@@ -205,7 +207,6 @@ def test_a_gateway_restarts_with_running_jobs(two: Cluster) -> None:
 
 def _rows_of(state: Path) -> list[str]:
     """The jobs of a node's table; a copy, as its pjwd has it locked."""
-    import sqlite3
     import tempfile
 
     with tempfile.TemporaryDirectory() as directory:
@@ -252,6 +253,23 @@ def test_a_node_that_is_lost(two: Cluster) -> None:
     wait_for(lambda: not node.job_cgroups())
     assert gateway.ok("logs", str(lost)) == "begun\n"
     assert json.loads(gateway.ok("get", str(lost)))["state"] == "lost"
+
+
+def test_a_gateway_that_is_killed_while_it_tells_jobs_to_be_lost(two: Cluster) -> None:
+    """It has written that the node is lost, and not yet that its job is: the next gateway does."""
+    gateway = two.gateway
+    lost = int(gateway.ok("start", "sleep 300"))
+    node = two.node_of(lost)
+    node.kill("both")
+    gateway.stop(signal.SIGKILL)
+    with closing(sqlite3.connect(gateway.state / "jobs.sqlite")) as db, db:
+        db.execute("UPDATE nodes SET is_lost = 1 WHERE name = ?", (node.name,))
+    gateway.start()
+    told = json.loads(gateway.ok("get", str(lost)))
+    assert (told["state"], told["reason"]) == ("lost", "node_lost")
+    node.start()
+    two.await_nodes({"n1": "up", "n2": "up"})
+    wait_for(lambda: not node.job_cgroups())
 
 
 def test_a_node_that_is_away_for_a_moment_loses_nothing(two: Cluster) -> None:
