@@ -502,7 +502,7 @@ class GatewayBackend(QueueCalls):
             self._removing.discard(node.row.name)
 
     async def _remove_copy(self, node: Node, placement: rows.Placement) -> None:
-        if not placement.node_job_id:
+        if placement.node_job_id <= 0:
             return
         request = pb.DeleteRequest(id=placement.node_job_id)
         try:
@@ -583,10 +583,9 @@ class GatewayBackend(QueueCalls):
         node = self._nodes.known.get(placement_row.node)
         if not placement_row.node_job_id:
             return None
-        if node is None:
-            raise OutputLostError(
-                f"what job {job_id} left is lost: its node {placement_row.node} was removed from the cluster"
-            )
+        if node is None or placement_row.node_job_id == rows.COPY_LOST:
+            what = "was removed from the cluster" if node is None else "was set up anew"
+            raise OutputLostError(f"what job {job_id} left is lost: its node {placement_row.node} {what}")
         return OnNode(job, node, placement_row.node_job_id)
 
     # --- within jobs: see within.py

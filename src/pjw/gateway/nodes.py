@@ -268,6 +268,7 @@ class Nodes:
             hello.memory_max_bytes,
             hello.uid_first,
             hello.uid_count,
+            table_id=hello.table_id,
         )
         node = self.known.get(row.name)
         if node is None:
@@ -279,6 +280,9 @@ class Nodes:
         node.heard = now
         self._watch(node)
         row = replace(row, drained=node.row.drained)
+        if node.row.table_id and node.row.table_id != row.table_id:
+            log.warning("node %s was set up anew: what it had of earlier jobs is lost", row.name)
+            await self._store.transact(rows.lose_copies, row.name)
         await self._store.transact(rows.keep_node, row)
         while node.row.drained != row.drained:
             # an operator has said so meanwhile
