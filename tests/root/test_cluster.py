@@ -5,10 +5,12 @@ import os
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +22,7 @@ from pjw.cluster.v1 import cluster_pb2 as cpb
 from pjw.cluster.v1.cluster_pb2_grpc import ClusterServiceStub, NodeServiceStub
 from pjw.v1 import job_worker_pb2 as pb
 from tests.cluster import LOST_AFTER_SECONDS, Cluster, cluster
-from tests.service import BIN, CALL_SECONDS, Running, Service, wait_for
+from tests.service import BIN, CALL_SECONDS, Running, Service, end_all, wait_for
 
 # what the command below has written when it was told to end
 LINES: Final = 150
@@ -205,7 +207,6 @@ def test_a_gateway_restarts_with_running_jobs(two: Cluster) -> None:
 
 def _rows_of(state: Path) -> list[str]:
     """The jobs of a node's table; a copy, as its pjwd has it locked."""
-    import sqlite3
     import tempfile
 
     with tempfile.TemporaryDirectory() as directory:
@@ -252,6 +253,23 @@ def test_a_node_that_is_lost(two: Cluster) -> None:
     wait_for(lambda: not node.job_cgroups())
     assert gateway.ok("logs", str(lost)) == "begun\n"
     assert json.loads(gateway.ok("get", str(lost)))["state"] == "lost"
+
+
+def test_a_gateway_that_is_killed_while_it_tells_jobs_to_be_lost(two: Cluster) -> None:
+    """It has written that the node is lost, and not yet that its job is: the next gateway does."""
+    gateway = two.gateway
+    lost = int(gateway.ok("start", "sleep 300"))
+    node = two.node_of(lost)
+    node.kill("both")
+    gateway.stop(signal.SIGKILL)
+    with closing(sqlite3.connect(gateway.state / "jobs.sqlite")) as db, db:
+        db.execute("UPDATE nodes SET is_lost = 1 WHERE name = ?", (node.name,))
+    gateway.start()
+    told = json.loads(gateway.ok("get", str(lost)))
+    assert (told["state"], told["reason"]) == ("lost", "node_lost")
+    node.start()
+    two.await_nodes({"n1": "up", "n2": "up"})
+    wait_for(lambda: not node.job_cgroups())
 
 
 def test_a_node_that_is_away_for_a_moment_loses_nothing(two: Cluster) -> None:
@@ -611,5 +629,37 @@ def test_a_node_that_is_gone_for_good(two: Cluster) -> None:
         if node.process is None:
             node.start()
         two.await_nodes({"n3": "up"})
-    # one of that name comes again as a new one, and has its output
-    assert gateway.ok("logs", there) == "output\n"
+    # one of that name is a new one, whose jobs have numbers of their own
+    assert f"what job {there} left is lost" in gateway.refused("logs", there)[1]
+
+
+def test_a_node_that_is_set_up_anew(two: Cluster) -> None:
+    """It numbers its jobs from 1 again: nobody reads, removes or stops another job by the old numbers."""
+    gateway = two.gateway
+    others = list(two.nodes)
+    node = two.add_node("n4")
+    two.await_nodes({"n4": "up"})
+    gateway.ok("nodes", "drain", *others, client="ann")
+    try:
+        before = gateway.ok("start", "echo before").strip()
+        gateway.ok("wait", before)
+        running = gateway.ok("start", "sleep 300").strip()
+        assert two.node_of(int(running)) is node
+        node.stop()
+        two.await_nodes({"n4": "away"})
+        end_all(node.state)
+        shutil.rmtree(node.state)
+        node.start()
+        two.await_nodes({"n4": "up"})
+        gateway.pjw("wait", running)
+        assert gateway.job(int(running)).state == pb.JOB_STATE_LOST
+        after = [gateway.ok("start", f"echo after {number}").strip() for number in range(2)]
+        for each in after:
+            gateway.ok("wait", each)
+        for each in (before, running):
+            code, words = gateway.refused("logs", each)
+            assert (code, f"what job {each} left is lost: its node n4 was set up anew" in words) == (1, True)
+        gateway.ok("rm", before, running)
+        assert [gateway.ok("logs", each) for each in after] == ["after 0\n", "after 1\n"]
+    finally:
+        gateway.pjw("nodes", "resume", *others, client="ann")

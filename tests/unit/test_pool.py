@@ -8,6 +8,7 @@ import pytest
 
 from pjw.cluster.v1 import cluster_pb2 as pb
 from pjw.gateway.nodes import Node, Nodes, Session, Shape
+from pjw.gateway.offers import offers_of
 from pjw.gateway.pool import Pool
 from pjw.gateway.rows import NodeRow
 
@@ -124,7 +125,10 @@ async def test_a_node_that_cannot_start_jobs_is_left_alone_for_a_while(
     node = cluster.node("n1")
     cluster.pool.submit("a", "alice", SMALL)
     assert cluster.assigned(node) == ["a"]
-    cluster.pool.refused("a", node)
+    for _ in range(7):
+        # several that fail together are one failure
+        cluster.pool.refused("a", node)
+    assert cluster.pool._paused["n1"][1] == 0.05
     cluster.pool.submit("a", "alice", SMALL)
     assert cluster.assigned(node) == []
     assert cluster.pool.why("a") == "waits: no node can start a job now; they are tried again soon"
@@ -187,3 +191,122 @@ async def test_any_order_of_events_is_as_a_look_at_everything(seed: int) -> None
             assert sorted(node.jobs) == sorted(
                 uuid for uuid in there if pool._placed.get(uuid, ("", None))[1] is node
             )
+
+
+async def test_a_claim_that_outlives_its_session_counts_where_it_was_made() -> None:
+    """Another node was about to have the job meanwhile: that one has its room back."""
+    cluster = Cluster()
+    first, second = cluster.node("n1"), cluster.node("n2", cpu=1000)
+    cluster.pool.submit("a", "alice", SMALL)
+    assert first.session is not None
+    # the gateway looks into its table for the claim
+    cluster.nodes.session_over(first, first.session)
+    assert cluster.assigned(second) == ["a"]
+    cluster.pool.submit("b", "alice", SMALL)
+    cluster.pool.claimed("a", "alice", first, SMALL)
+    assert list(first.jobs) == ["a"]
+    assert not cluster.pool.may_claim("a", second)
+    assert cluster.assigned(second) == ["b"]
+
+
+class Scene:
+    """Nodes that come and go with other things to offer, and a look at everything."""
+
+    def __init__(self, seed: int) -> None:
+        self.draw = Random(seed)
+        self.most = self.draw.choice((0, 4))
+        self.cluster = Cluster(self.most)
+        self.there: list[str] = []
+        self.reserved: dict[int, Shape] = {}
+        for number in range(4):
+            self.come(f"n{number}")
+
+    def come(self, name: str) -> None:
+        """A node connects, perhaps once more, and not as it was."""
+        draw = self.draw
+        node = self.cluster.nodes.known.get(name)
+        if node is None:
+            node = self.cluster.node(name)
+        node.row = NodeRow(name, "", "1", "boot", draw.choice((0, 1000, 3000)), 4096, 1, 1, node.row.drained)
+        mounts = [each for each in ("data", "more") if draw.random() < 0.5]
+        node.hello = pb.Hello(node=name, gpus=draw.choice((0, 0, 2)), mounts=mounts)
+        node.offers, node.session = offers_of(node.hello), Session(node.hello)
+        self.cluster.nodes.came()
+
+    def shape(self) -> Shape:
+        """Of a job."""
+        draw = self.draw
+        return Shape(
+            draw.choice((0, 500, 1000, 2000, 9000)),
+            draw.choice((0, 100, 512)),
+            gpus=draw.choice((0, 0, 0, 1, 2)),
+            needs=frozenset(draw.sample(("the mount data", "the mount more"), draw.choice((0, 0, 1, 2)))),
+            link=draw.choice(("", "", "alice/net", "bob/net")),
+            node=draw.choice(("", "", "", "n1", "n9")),
+        )
+
+    def node(self) -> Node:
+        """Any node."""
+        return self.draw.choice(list(self.cluster.nodes.known.values()))
+
+    def event(self, number: int) -> None:
+        """Something happens."""
+        draw, pool, nodes, node = self.draw, self.cluster.pool, self.cluster.nodes, self.node()
+        name = f"j{number}"
+        match draw.randrange(11):
+            case 0 | 1 | 2:
+                pool.submit(name, draw.choice("ab"), self.shape())
+                self.there.append(name)
+            case 3 | 4 if self.there:
+                pool.cancel(self.there.pop(draw.randrange(len(self.there))))
+            case 5 if node.session is None:
+                self.come(node.row.name)
+            case 5 | 6 if node.session is not None:
+                nodes.session_over(node, node.session)
+            case 6 if not node.jobs and len(nodes.known) > 1:
+                del nodes.known[node.row.name]
+            case 6:
+                self.come(f"n{draw.randrange(12)}")
+            case 7:
+                node.drained_there = not node.drained_there
+                nodes.came()
+            case 8 if node.jobs and (uuid := draw.choice(list(node.jobs))) in self.there:
+                pool.claimed(uuid, pool._placed[uuid][0], node, node.jobs[uuid])
+                if draw.random() < 0.5:
+                    pool.refused(uuid, node)
+                    pool.cancel(uuid)
+                    self.there.remove(uuid)
+            case 9:
+                pool.started(node)
+            case _ if self.reserved and draw.random() < 0.7:
+                job_id, shape = self.reserved.popitem()
+                pool.unreserve(job_id)
+                if draw.random() < 0.7:
+                    pool.submit(name, "a", shape)
+                    self.there.append(name)
+            case _:
+                if pool.has_room(shape := self.shape()):
+                    pool.reserve(number, "a", shape)
+                    self.reserved[number] = shape
+
+    def fits(self, shape: Shape) -> bool:
+        """Whether a look at every node finds one for a job."""
+        nodes = list(self.cluster.nodes.known.values())
+        if shape.link and (linked := self.cluster.nodes.of_link(shape.link)) is not None:
+            nodes = [linked]
+        return any(self.cluster.pool._gets_jobs(node) and node.has_room(shape) for node in nodes)
+
+
+@pytest.mark.parametrize("seed", range(40))
+async def test_what_nodes_offer_changes_nothing_of_that(seed: int) -> None:
+    """Links, GPUs, mounts, a chosen node, pauses, drains: nothing waits that could have a node."""
+    scene = Scene(seed)
+    pool = scene.cluster.pool
+    for number in range(200):
+        scene.event(number)
+        for uuid, waiting in pool._waiting.items():
+            is_free = not scene.most or pool._of_client[waiting.client_name] < scene.most
+            assert not (is_free and scene.fits(waiting.shape)), (number, uuid, waiting)
+        for _ in range(5):
+            shape = scene.shape()
+            assert pool.has_room(shape) == scene.fits(shape), (number, shape)

@@ -228,6 +228,47 @@ async def test_others_pass_what_they_take_no_room_from(tmp_path: Path) -> None:
         await bench.submit("behind")
         await bench.submit("bob's", client="bob")
         await bench.has_started("open", "bob's")
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            while "alice" not in bench.queue._held_up:
+                await asyncio.sleep(0.01)
         await bench.queue.cancel(first.id)
-        bench.queue.room_was_made()
         await bench.has_started("open", "bob's", "behind")
+
+
+class _PassedSlots(Slots):
+    """Others may pass a job with a mount that has no room; nobody has more than one GPU now."""
+
+    def passed_over(self, job: Wanting) -> str:
+        return "waits for its mount" if job.mounts or self.is_hopeless(job) else ""
+
+    def has_room(self, job: Wanting) -> bool:
+        return not self.is_hopeless(job) and super().has_room(job)
+
+    def is_hopeless(self, job: Wanting) -> bool:
+        return job.gpus > 1
+
+
+async def test_a_job_that_was_passed_has_the_slot_that_an_end_frees(tmp_path: Path) -> None:
+    """Though a gateway tells the end before the slot is free, and nothing else happens."""
+    async with open_bench(str(tmp_path / "jobs.sqlite"), 1, _PassedSlots) as bench:
+        [first] = await bench.submit("first")
+        await bench.has_started("first")
+        [passed] = await bench.submit_specs(JobSpec("passed", mounts=["data"], queue=QueueSpec()))
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            while bench.queue.shown(passed).detail != "waits for its mount":
+                await asyncio.sleep(0.01)
+        bench.queue.job_ended(first)
+        await asyncio.sleep(0)
+        bench.backend.ends[first.id].set()
+        await bench.has_started("first", "passed")
+
+
+async def test_a_job_for_gpus_of_a_node_that_is_away_holds_up_no_others_with_gpus(tmp_path: Path) -> None:
+    """Their GPUs are not what it waits for."""
+    async with open_bench(str(tmp_path / "jobs.sqlite"), 3, _PassedSlots) as bench:
+        bench.queue.free_gpus = lambda: 1
+        await bench.store.client_number("alice")
+        await bench.submit_specs(
+            JobSpec("many", gpus=2, queue=QueueSpec(1)), JobSpec("one", gpus=1, queue=QueueSpec())
+        )
+        await bench.has_started("one")

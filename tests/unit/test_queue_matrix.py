@@ -179,7 +179,14 @@ TRIED_AGAIN: Final = {
         *(("completed", code) for code in (3, 75, 137)),
         *(
             (name, code)
-            for name in ("timed_out", "output_limit", "oom_killed", "output_failed", "artifacts_missing")
+            for name in (
+                "timed_out",
+                "output_limit",
+                "oom_killed",
+                "output_failed",
+                "artifacts_missing",
+                "revoked",
+            )
             for code in (0, 137)
         ),
     },

@@ -12,7 +12,7 @@ from pjw.cluster.v1 import cluster_pb2 as pb
 from pjw.errors import InvalidJobError, NotAllowedError
 from pjw.gateway.nodes import Node, Nodes, Session, Shape
 from pjw.gateway.rows import NodeRow
-from pjw.gateway.slurm import Kind, Slurm, kind_of
+from pjw.gateway.slurm import SUBMITTED_AT_ONCE, Kind, Slurm, kind_of
 from pjw.gateway.slurm_port import SlurmRefusedError
 from pjw.model import JobSpec
 from pjw.server.config import GatewaySlurm
@@ -276,26 +276,12 @@ async def test_why_slurm_does_not_take_it() -> None:
     cluster.engine.submit("c", "alice", SMALL)
     await cluster.settle()
     assert cluster.port.submitted == ["b"]
-    kind = cluster.engine._kind(SMALL)
-    cluster.engine._pauses[kind].until = 0
-    cluster.engine._go_on(kind)
+    [pause] = cluster.engine._pauses.values()
+    pause.until = 0
+    cluster.engine._go_on(pause)
     await cluster.settle()
     assert cluster.port.submitted == ["b", "a", "c"]
     assert "does not take it" not in cluster.engine.why("a")
-    assert not cluster.engine._pauses
-
-
-async def test_a_kind_that_nobody_asks_for_is_forgotten() -> None:
-    """One that Slurm did not take, when its job was stopped."""
-    cluster = Cluster()
-    await cluster.sample()
-    cluster.port.refusal = "sbatch: no"
-    cluster.engine.submit("a", "alice", SMALL)
-    await cluster.settle()
-    [kind] = cluster.engine._pauses
-    cluster.engine.cancel("a")
-    cluster.engine._go_on(kind)
-    assert not cluster.engine._pauses
 
 
 async def test_what_a_job_may_name() -> None:
@@ -458,3 +444,52 @@ async def test_a_program_that_hangs_is_killed(tmp_path: Path, monkeypatch: pytes
     program(tmp_path, "squeue", "exec sleep 300")
     with pytest.raises(SlurmError, match=r"squeue did not answer for 0\.2 s"):
         await commands(tmp_path).jobs()
+
+
+async def test_what_slurm_never_takes_holds_up_no_other_kind() -> None:
+    """A client may ask for more than any node of Slurm's has: the jobs of others are submitted at once."""
+    cluster = Cluster()
+    await cluster.sample()
+    cluster.port.refusal = "sbatch: Memory specification can not be satisfied"
+    cluster.engine.submit("huge", "mallory", Shape(1000, 2**60))
+    await cluster.settle()
+    cluster.port.refusal = ""
+    cluster.engine.submit("small", "alice", SMALL)
+    cluster.engine.submit("more", "mallory", Shape(1000, 2**60))
+    await cluster.settle()
+    assert cluster.port.submitted == ["small"]
+    assert cluster.engine.why("more").startswith("waits: Slurm does not take it: sbatch: Memory")
+    assert cluster.engine.why("small") == "waits: Slurm was asked for a place; n2 drained: bad disk"
+
+
+async def test_a_job_that_is_cancelled_while_sbatch_runs_leaves_nothing_in_slurm() -> None:
+    """Though nothing else is there: the sampler sees what came of it, and takes it back."""
+    cluster = Cluster()
+    await cluster.sample()
+    cluster.engine.submit("a", "alice", SMALL)
+    cluster.engine.cancel("a")
+    # as the sampler does when there is nothing to see
+    cluster.engine._to_see.clear()
+    await cluster.settle()
+    assert cluster.port.submitted == ["a"]
+    assert cluster.engine._to_see.is_set()
+    await cluster.sample()
+    assert cluster.port.cancelled == ["1"]
+
+
+async def test_jobs_for_a_node_that_is_away_hold_up_no_others_of_their_kind() -> None:
+    """Nor do those that need what no free node has: each has a window of its own."""
+    cluster = Cluster()
+    await cluster.sample()
+    elsewhere = SMALL._replace(node="n9")
+    for number in range(SUBMITTED_AT_ONCE):
+        cluster.engine.submit(f"j{number}", "mallory", elsewhere)
+    await cluster.settle()
+    assert len(cluster.port.submitted) == SUBMITTED_AT_ONCE
+    assert not cluster.engine.has_room(elsewhere)
+    assert cluster.engine.has_room(SMALL)
+    cluster.engine.submit("other", "alice", SMALL)
+    await cluster.settle()
+    assert cluster.port.submitted[-1] == "other"
+    await cluster.sample()
+    assert cluster.port.cancelled == []

@@ -66,6 +66,11 @@ class Archiver:
         held[job_id] = uuid
         return True
 
+    def let_go(self, node: Node, job_ids: Sequence[int]) -> None:
+        """Note that these jobs were removed, some before their copy: a node has to keep none of them."""
+        for job_id in job_ids:
+            self._let_go(node, job_id)
+
     def _let_go(self, node: Node, job_id: int) -> None:
         uuid = self._held[node.row.name].pop(job_id, None)
         if uuid is not None and node.session is not None:
@@ -114,7 +119,7 @@ class Archiver:
             if job.output_bytes:
                 streams = await _to_end(self._archive.begin, job)
                 for stream in streams:
-                    await self._copy_stream(node, placement, stream)
+                    await self._copy_stream(node, placement, stream, job.output_bytes)
                 size = sum(stream.size for stream in streams)
                 if size != job.output_bytes:
                     raise OutputLostError(f"the node has {size} of {job.output_bytes} bytes")
@@ -152,7 +157,9 @@ class Archiver:
             await self._store.sync()
         self.made += 1
 
-    async def _copy_stream(self, node: Node, placement: Placement, stream: StreamCopy) -> None:
+    async def _copy_stream(
+        self, node: Node, placement: Placement, stream: StreamCopy, bytes_max: int
+    ) -> None:
         request = pb.LogsRequest(
             id=placement.node_job_id,
             no_follow=True,
@@ -164,6 +171,9 @@ class Archiver:
             async for message in call:
                 response = pb.LogsResponse.FromString(message)
                 time_ns = response.time.ToNanoseconds() if response.HasField("time") else None
+                if stream.size + len(response.data) > bytes_max:
+                    # whatever a node says, the archive is for all
+                    raise OutputLostError(f"the node sends more than the {bytes_max} bytes that there are")
                 if stream.add(response.data, time_ns):
                     await _to_end(stream.write)
         except grpc.aio.AioRpcError as error:

@@ -50,6 +50,7 @@ from pjw.gateway.states import PlacementState
 from pjw.gateway.stops import Stops
 from pjw.gateway.usage import nodes_quota, usage_now, with_usage
 from pjw.gateway.within import NodeConnection, Within
+from pjw.gateway.words import in_our_words
 from pjw.model import (
     NO_SUMS,
     Archive,
@@ -169,6 +170,10 @@ class GatewayBackend(QueueCalls):
         await self._nodes.begin()
         await self._store.forget_secrets()
         await self.placements.begin(self._nodes.known)
+        for node in self._nodes.known.values():
+            if node.row.is_lost:
+                # the gateway before us may have been killed before it had told all of its jobs to be lost
+                await self.placements.lose(node, lost_words(node))
         await self._uploads.adopt()
         await self._queue.begin([placed.job for placed in self.placements.live.values()])
         self._background.keep("removal of ended jobs", self._pruner.run())
@@ -190,6 +195,8 @@ class GatewayBackend(QueueCalls):
     def _node_went(self, node: Node) -> None:
         self._slots.measure()
         self.engine.session_over(node)
+        # a job that waits for what this node alone has holds up no others any more
+        self._queue.room_was_made()
 
     def _node_lost(self, node: Node) -> None:
         self._background.spawn(self._lose(node))
@@ -486,6 +493,8 @@ class GatewayBackend(QueueCalls):
                     return
                 await asyncio.gather(*(self._remove_copy(node, placement) for placement in found))
                 await self._store.transact(rows.forget, [placement.job_id for placement in found])
+                if self.archiver is not None:
+                    self.archiver.let_go(node, [placement.job_id for placement in found])
         except PjwError:
             # we try again when the node is connected again
             return
@@ -493,7 +502,7 @@ class GatewayBackend(QueueCalls):
             self._removing.discard(node.row.name)
 
     async def _remove_copy(self, node: Node, placement: rows.Placement) -> None:
-        if not placement.node_job_id:
+        if placement.node_job_id <= 0:
             return
         request = pb.DeleteRequest(id=placement.node_job_id)
         try:
@@ -574,10 +583,9 @@ class GatewayBackend(QueueCalls):
         node = self._nodes.known.get(placement_row.node)
         if not placement_row.node_job_id:
             return None
-        if node is None:
-            raise OutputLostError(
-                f"what job {job_id} left is lost: its node {placement_row.node} was removed from the cluster"
-            )
+        if node is None or placement_row.node_job_id == rows.COPY_LOST:
+            what = "was removed from the cluster" if node is None else "was set up anew"
+            raise OutputLostError(f"what job {job_id} left is lost: its node {placement_row.node} {what}")
         return OnNode(job, node, placement_row.node_job_id)
 
     # --- within jobs: see within.py
@@ -658,7 +666,10 @@ class GatewayBackend(QueueCalls):
                 f"node {there.node.row.name}, which has the usage of job {job.id}, is not connected"
             )
         request = pb.GetUsageHistoryRequest(id=there.node_job_id)
-        answer = await self._dial.call(there.node, "GetUsageHistory", request, job.client_name, 60)
+        try:
+            answer = await self._dial.call(there.node, "GetUsageHistory", request, job.client_name, 60)
+        except PjwError as error:
+            raise in_our_words(error, there.node.row.name, there.node_job_id, job.id) from None
         return await self.get(job_id, owner), [sample_from_message(each) for each in answer.samples]
 
     async def usage_now(

@@ -140,6 +140,7 @@ class Placements:
         """Forget a job that has ended, or waits in the queue."""
         self.live.pop(placed.job.id, None)
         self._by_uuid.pop(placed.placement.uuid, None)
+        self._of_node[placed.placement.node].pop(placed.job.id, None)
         self._engine.cancel(placed.placement.uuid)
         placed.over.set()
 

@@ -18,6 +18,9 @@ from pjw.worker.background import Background
 from pjw.worker.flag import Flag
 from pjw.worker.store import JobStore
 
+# So many messages may wait for a node. After a long absence a node is told of many lost jobs at once.
+UNREAD_MAX: Final = 100_000
+
 log: Final = logging.getLogger(__name__)
 
 
@@ -60,7 +63,13 @@ class Session:
         self._woken: Final = asyncio.Event()
 
     def say(self, message: pb.SessionResponse) -> None:
-        """Tell the node something; does nothing when the session is over."""
+        """Tell the node something; does nothing when the session is over.
+
+        A node that reads nothing, but goes on to talk, loses its session.
+        """
+        if len(self._waiting) >= UNREAD_MAX:
+            log.warning("node %s does not read what it is told: its session is over", self.hello.node)
+            self.close()
         if not self.over.is_set():
             self._waiting.append(message)
             self._woken.set()
@@ -262,6 +271,7 @@ class Nodes:
             hello.memory_max_bytes,
             hello.uid_first,
             hello.uid_count,
+            table_id=hello.table_id,
         )
         node = self.known.get(row.name)
         if node is None:
@@ -269,8 +279,21 @@ class Nodes:
         if node.session is not None:
             # it has come back before we saw that it had gone
             self.session_over(node, node.session)
+        # before anything is awaited: it is not lost meanwhile
+        node.heard = now
+        self._watch(node)
         row = replace(row, drained=node.row.drained)
+        if node.row.table_id and node.row.table_id != row.table_id:
+            log.warning("node %s was set up anew: what it had of earlier jobs is lost", row.name)
+            await self._store.transact(rows.lose_copies, row.name)
         await self._store.transact(rows.keep_node, row)
+        while node.row.drained != row.drained:
+            # an operator has said so meanwhile
+            row = replace(row, drained=node.row.drained)
+            await self._store.transact(rows.keep_node, row)
+        if node.session is not None:
+            # two came at once: the later one counts, and what the other was told waits again
+            self.session_over(node, node.session)
         node.row, node.heard = row, now
         node.hello, node.offers = hello, offers_of(hello)
         node.drained_there = hello.drained

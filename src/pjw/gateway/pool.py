@@ -67,7 +67,8 @@ class Pool:
 
     def unreserve(self, job_id: int) -> None:
         """See `Engine`."""
-        self._release(_reservation(job_id))
+        if self._release(_reservation(job_id)):
+            self._look()
 
     def submit(self, uuid: str, client_name: str, shape: Shape) -> None:
         """See `Engine`."""
@@ -85,9 +86,17 @@ class Pool:
         """See `Engine`."""
         del hold
         self._waiting.pop(uuid, None)
+        placed = self._placed.get(uuid)
+        is_elsewhere = placed is not None and placed[1] is not node
+        if is_elsewhere:
+            # its session was over during the claim, and we have told another node of the job
+            self._release(uuid)
         if uuid not in self._placed:
             self._take(uuid, client_name, node, shape)
         self._claimed.add(uuid)
+        if is_elsewhere:
+            self._look()
+            self.freed()
 
     def may_claim(self, uuid: str, node: Node, hold: str = "") -> bool:
         """See `Engine`."""
@@ -101,9 +110,12 @@ class Pool:
 
     def refused(self, uuid: str, node: Node) -> None:
         """See `Engine`."""
-        _, before = self._paused.get(node.row.name, (0.0, 0.0))
-        pause = min(2 * before or FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS)
+        until, before = self._paused.get(node.row.name, (0.0, 0.0))
         loop = asyncio.get_running_loop()
+        if loop.time() < until:
+            # one of several that failed together
+            return
+        pause = min(2 * before or FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS)
         self._paused[node.row.name] = loop.time() + pause, pause
         loop.call_later(pause, self._pause_over)
 

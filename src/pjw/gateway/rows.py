@@ -20,6 +20,8 @@ _PLACEMENT: Final = (
     " archived"
 )
 ARCHIVED: Final = 1
+# as `node_job_id`: the node had the job, and does not have it any more
+COPY_LOST: Final = -1
 _ALIVE: Final = "state IN ('queued', 'claimed', 'running')"
 
 
@@ -61,6 +63,8 @@ class NodeRow:
     uid_count: int
     drained: bool = False
     is_lost: bool = False
+    # which job table it has; empty: its version does not say
+    table_id: str = ""
 
 
 def _placement(row: tuple[Any, ...]) -> Placement:
@@ -340,13 +344,14 @@ def nodes(db: sqlite3.Connection) -> list[NodeRow]:
     """All nodes that the gateway has ever seen."""
     rows = db.execute(
         "SELECT name, address, version, boot_id, cpu_max_millicores, memory_max_bytes, uid_first, uid_count,"
-        " drained, is_lost FROM nodes ORDER BY name"
+        " drained, is_lost, table_id FROM nodes ORDER BY name"
     )
     return [NodeRow(*row) for row in rows]
 
 
 def remove_node(db: sqlite3.Connection, name: str) -> None:
-    """Forget a node."""
+    """Forget a node, and the numbers of its jobs: another machine may come by its name."""
+    lose_copies(db, name)
     db.execute("DELETE FROM nodes WHERE name = ?", (name,))
     forget_orphans(db)
 
@@ -359,7 +364,7 @@ def forget_orphans(db: sqlite3.Connection) -> None:
 def keep_node(db: sqlite3.Connection, node: NodeRow) -> None:
     """Write down the facts of a node."""
     db.execute(
-        "INSERT OR REPLACE INTO nodes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT OR REPLACE INTO nodes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             node.name,
             node.address,
@@ -371,5 +376,11 @@ def keep_node(db: sqlite3.Connection, node: NodeRow) -> None:
             node.uid_count,
             node.drained,
             node.is_lost,
+            node.table_id,
         ),
     )
+
+
+def lose_copies(db: sqlite3.Connection, node: str) -> None:
+    """Note that a node has another table: the numbers of its jobs name other jobs there, or none."""
+    db.execute("UPDATE placements SET node_job_id = ? WHERE node = ? AND node_job_id > 0", (COPY_LOST, node))

@@ -18,12 +18,16 @@ from pjw.gateway.nodes import Node, Nodes, Session
 from pjw.gateway.states import PlacementEvent, PlacementState
 from pjw.model import Job
 from pjw.rpc.convert import job_from_message, spec_to_message
+from pjw.v1 import job_worker_pb2 as pjw_pb
 from pjw.worker.queue_rows import WaitingJob
+from pjw.worker.rows import to_ns
 from pjw.worker.store import JobStore
 
 NODE_SERVICE: Final = pb.DESCRIPTOR.services_by_name["NodeService"].full_name
 # The most uuids in one question.
 _ASKED_AT_ONCE: Final = 1000
+# What a job can have stored, and more: the sums of thousands of jobs fit into the table.
+_BYTES_MAX: Final = 2**48
 
 log: Final = logging.getLogger(__name__)
 
@@ -202,7 +206,10 @@ class Sessions:
         if placed is None:
             await self._fence_if_lost(message.uuid, node, session)
             return
-        await self._placements.started(placed, node, job_from_message(message.job))
+        job = _told(message.job, node)
+        if to_ns(job.start) <= 0:
+            raise InvalidJobError(f"node {node.row.name} tells the start of a job without a time")
+        await self._placements.started(placed, node, job)
         self._run_here(placed, node)
 
     async def _failed(self, message: pb.Failed, node: Node) -> None:
@@ -216,7 +223,7 @@ class Sessions:
             await self._placements.start_failed(placed, message.detail)
 
     async def _ended(self, message: pb.Ended, node: Node, session: Session) -> None:
-        job = job_from_message(message.job)
+        job = _told(message.job, node)
         if not job.state.final:
             raise InvalidJobError(f"node {node.row.name} tells the end of a job that is {job.state}")
         if (placed := self._of(message.uuid, node)) is not None:
@@ -258,3 +265,15 @@ class Sessions:
             and placement.state is PlacementState.LOST
         ):
             session.fence(uuid)
+
+
+def _told(message: pjw_pb.Job, node: Node) -> Job:
+    """Read a job from its node. Raises InvalidJobError for numbers that would break sums in the table."""
+    try:
+        job = job_from_message(message)
+    except (ValueError, OverflowError) as error:
+        raise InvalidJobError(f"node {node.row.name} tells of a job that cannot be: {error}") from None
+    stored = (job.output_bytes or 0, job.artifacts.bytes if job.artifacts else 0)
+    if job.id <= 0 or not all(0 <= each <= _BYTES_MAX for each in stored):
+        raise InvalidJobError(f"node {node.row.name} tells of a job {job.id} that has {sum(stored)} bytes")
+    return job

@@ -76,6 +76,11 @@ class ClusterSlots(Slots):
             return f"waits for room on {', '.join(sorted(node.row.name for node in able))}"
         return ""
 
+    def is_hopeless(self, job: Wanting) -> bool:
+        """See `Slots`: the nodes that could are away or drained, and what others have is not for this one."""
+        shape = shape_of(job)
+        return not any(node.gets_jobs and node.could_have(shape) for node in self._nodes.known.values())
+
     def _why_not_there(self, name: str) -> str:
         node = self._nodes.known.get(name)
         if node is None or node.session is None:

@@ -78,10 +78,23 @@ def kind_of(words: str) -> Kind | None:
     return Kind(int(found[1]), int(found[2]), int(found[3]), found[4], found[5], found[6] or "")
 
 
+class _Line(NamedTuple):
+    """Jobs that stand in line for the same places: those for other nodes do not wait behind them."""
+
+    kind: Kind
+    needs: frozenset[str]
+    node: str
+
+
 class _Waiting(NamedTuple):
     client_name: str
     shape: Shape
     kind: Kind
+
+    @property
+    def line(self) -> _Line:
+        """Where it stands."""
+        return _Line(self.kind, self.shape.needs, self.shape.node)
 
 
 @dataclass(slots=True)
@@ -114,12 +127,17 @@ class _Submitted:
     """A place that Slurm was asked for, and that is not here yet."""
 
     uuid: str
-    kind: Kind
+    line: _Line
     since: int
     state: str = "PENDING"
     reason: str = ""
     # when Slurm first said that it has begun
     begun: float | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """What Slurm was asked for."""
+        return self.line.kind
 
 
 @dataclass(slots=True)
@@ -130,14 +148,8 @@ class _Pause:
     seconds: float = 0.0
     words: str = ""
 
-    def begin(self) -> bool:
-        """Begin it; False: it has begun already, for one of several that failed together."""
-        now = asyncio.get_running_loop().time()
-        if now < self.until:
-            return False
-        self.seconds = min(2 * self.seconds or FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS)
-        self.until = now + self.seconds
-        return True
+
+_NO_PAUSE: Final = _Pause()
 
 
 class Slurm:
@@ -163,11 +175,11 @@ class Slurm:
         self._holds: Final[dict[str, _Hold]] = {}
         self._submitted: Final[dict[str, _Submitted]] = {}
         # of jobs of the queue that are about to be submitted
-        self._reserved: Final[dict[int, Kind]] = {}
+        self._reserved: Final[dict[int, _Line]] = {}
         # jobs for which sbatch runs now
-        self._submitting: Final[dict[str, Kind]] = {}
+        self._submitting: Final[dict[str, _Line]] = {}
         self._pause: Final = _Pause()
-        # of kinds that Slurm did not take: a partition without the feature must hold up no other job
+        # of kinds that Slurm has refused: a job that Slurm never takes holds up no job of another kind
         self._pauses: Final[dict[Kind, _Pause]] = {}
         # why there was no last snapshot; empty when there was
         self._silent = ""
@@ -186,9 +198,9 @@ class Slurm:
 
     def has_room(self, shape: Shape) -> bool:
         """See `Engine`: of one kind no more jobs wait here than places are asked for at a time."""
-        kind = self._kind(shape)
-        waiting = sum(each.kind == kind for each in self._waiting.values())
-        return waiting + sum(each == kind for each in self._reserved.values()) < SUBMITTED_AT_ONCE
+        line = self._line(shape)
+        waiting = sum(each.line == line for each in self._waiting.values())
+        return waiting + sum(each == line for each in self._reserved.values()) < SUBMITTED_AT_ONCE
 
     def check(self, spec: JobSpec) -> None:
         """See `Engine`."""
@@ -217,7 +229,7 @@ class Slurm:
     def reserve(self, job_id: int, client_name: str, shape: Shape) -> None:
         """See `Engine`."""
         del client_name
-        self._reserved[job_id] = self._kind(shape)
+        self._reserved[job_id] = self._line(shape)
 
     def unreserve(self, job_id: int) -> None:
         """See `Engine`."""
@@ -239,6 +251,10 @@ class Slurm:
     def claimed(self, uuid: str, client_name: str, node: Node, shape: Shape, hold: str = "") -> None:
         """See `Engine`."""
         self._waiting.pop(uuid, None)
+        place = self._placed.get(uuid)
+        if place is not None and (place.node is not node or place.hold != hold):
+            # its session was over during the claim, and the job got another place: that one is free
+            self._release(uuid)
         if uuid not in self._placed:
             self._take(uuid, client_name, node, shape, hold)
         self._placed[uuid].claimed = True
@@ -271,8 +287,7 @@ class Slurm:
         if most and self._of_client[waiting.client_name] >= most:
             return f"waits: {most} jobs of {waiting.client_name} have a node, and no more may"
         parts = []
-        pause = self._pauses.get(waiting.kind)
-        if words := self._silent or (pause and pause.words) or self._pause.words:
+        if words := self._silent or self._pause.words or self._pause_of(waiting.kind).words:
             parts.append(words)
         elif reason := self._reason(uuid, waiting.kind):
             parts.append(f"Slurm says {reason}")
@@ -343,7 +358,7 @@ class Slurm:
         for hold in self._holds.values():
             if not hold.job and now < hold.last:
                 free.setdefault(hold.kind, []).append(hold)
-        more: dict[Kind, list[str]] = {}
+        more: dict[_Line, list[str]] = {}
         of_client = Counter(self._of_client)
         for uuid, waiting in list(self._waiting.items()):
             if most and of_client[waiting.client_name] >= most:
@@ -355,9 +370,9 @@ class Slurm:
                 places.remove(place)
                 self._assign(uuid, waiting, place)
             else:
-                more.setdefault(waiting.kind, []).append(uuid)
-        for kind, uuids in more.items():
-            self._submit_some(kind, uuids)
+                more.setdefault(waiting.line, []).append(uuid)
+        for line, uuids in more.items():
+            self._submit_some(line, uuids)
 
     # --- jobs and places
 
@@ -372,6 +387,9 @@ class Slurm:
             settings.account or "",
             shape.constraint,
         )
+
+    def _line(self, shape: Shape) -> _Line:
+        return _Line(self._kind(shape), shape.needs, shape.node)
 
     def _assign(self, uuid: str, waiting: _Waiting, hold: _Hold) -> None:
         del self._waiting[uuid]
@@ -429,29 +447,30 @@ class Slurm:
 
     # --- Slurm
 
-    def _submit_some(self, kind: Kind, uuids: list[str]) -> None:
+    def _submit_some(self, line: _Line, uuids: list[str]) -> None:
         self._to_see.set()
         loop = asyncio.get_running_loop()
-        own = self._pauses.get(kind, self._pause)
-        if self._is_new or loop.time() < max(self._pause.until, own.until):
+        if self._is_new or loop.time() < max(self._pause.until, self._pause_of(line.kind).until):
             return
-        coming = [each for each in self._submitted.values() if each.kind == kind and self._will_come(each)]
+        coming = [each for each in self._submitted.values() if self._will_come(each)]
         named = {each.uuid for each in coming} | self._submitting.keys()
-        under_way = len(coming) + sum(each == kind for each in self._submitting.values())
+        under_way = sum(each.line == line for each in coming)
+        under_way += sum(each == line for each in self._submitting.values())
         for uuid in uuids:
             if under_way >= min(len(uuids), SUBMITTED_AT_ONCE):
                 return
             if uuid not in named:
                 under_way += 1
-                self._submitting[uuid] = kind
-                self._background.spawn(self._submit(uuid, kind))
+                self._submitting[uuid] = line
+                self._background.spawn(self._submit(uuid, line))
 
     @staticmethod
     def _will_come(submitted: _Submitted) -> bool:
         begun = submitted.begun
         return begun is None or asyncio.get_running_loop().time() < begun + _ARRIVAL_SECONDS
 
-    async def _submit(self, uuid: str, kind: Kind) -> None:
+    async def _submit(self, uuid: str, line: _Line) -> None:
+        kind = line.kind
         waiting = self._waiting.get(uuid)
         # those that are drained here, or lack what the job needs
         others = [
@@ -479,22 +498,31 @@ class Slurm:
         self._pauses.pop(kind, None)
         # it may have begun before we heard of it
         if number not in self._holds:
-            self._submitted[number] = _Submitted(uuid, kind, self._samples)
+            self._submitted[number] = _Submitted(uuid, line, self._samples)
+            # its job may have been cancelled meanwhile: then it is taken back
+            self._to_see.set()
+
+    def _pause_of(self, kind: Kind) -> _Pause:
+        return self._pauses.get(kind, _NO_PAUSE)
 
     def _wait_a_while(self, words: str, kind: Kind | None = None) -> None:
-        """Ask Slurm for nothing, or for no place of this kind."""
+        """Submit nothing for a while, or nothing of one kind."""
         pause = self._pause if kind is None else self._pauses.setdefault(kind, _Pause())
+        loop = asyncio.get_running_loop()
         if words != pause.words:
             log.warning("%s", words)
         pause.words = words
-        if pause.begin():
-            asyncio.get_running_loop().call_later(pause.seconds, self._go_on, kind)
+        if loop.time() < pause.until:
+            # one of several that failed together
+            return
+        pause.seconds = min(2 * pause.seconds or FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS)
+        pause.until = loop.time() + pause.seconds
+        loop.call_later(pause.seconds, self._go_on, pause)
 
-    def _go_on(self, kind: Kind | None = None) -> None:
-        if kind is None:
-            self._pause.words = ""
-        elif kind in self._pauses and all(each.kind != kind for each in self._waiting.values()):
-            # nobody asks for it any more
+    def _go_on(self, pause: _Pause | None = None) -> None:
+        (pause or self._pause).words = ""
+        waiting = {each.kind for each in self._waiting.values()}
+        for kind in self._pauses.keys() - waiting:
             del self._pauses[kind]
         self.look()
 
@@ -553,7 +581,9 @@ class Slurm:
         known = self._submitted.get(number)
         if known is None:
             # an earlier gateway asked for it, or this one did and has not heard the answer yet
-            known = self._submitted[number] = _Submitted(job["uuid"], kind, self._samples)
+            waiting = self._waiting.get(job["uuid"])
+            line = _Line(kind, frozenset(), "") if waiting is None else waiting.line
+            known = self._submitted[number] = _Submitted(job["uuid"], line, self._samples)
         known.state, known.reason = job["state"], job["reason"]
         if job["state"] not in _WAITING and known.begun is None:
             known.begun = asyncio.get_running_loop().time()

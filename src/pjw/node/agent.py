@@ -18,6 +18,7 @@ from pjw.certs.files import Credentials
 from pjw.cluster.v1 import cluster_pb2 as pb
 from pjw.cluster.v1.cluster_pb2_grpc import NodeServiceStub
 from pjw.errors import PjwError, ServerUnreachableError
+from pjw.node import rows
 from pjw.node.holds import Holds
 from pjw.node.jobs import Claim, Jobs, Said
 from pjw.worker import Worker
@@ -84,6 +85,7 @@ class Node:
         self._credentials: Final = credentials
         self._worker: Final = worker
         self.holds: Final = holds
+        self._store: Final = store
         self._jobs: Final = Jobs(worker, store, holds)
         self._admission: Final = worker.admission
         self._pause = FIRST_PAUSE_SECONDS
@@ -140,7 +142,8 @@ class Node:
             stub: Any = NodeServiceStub(channel)
             said = Said(os.urandom(16).hex(), stub.FetchUpload)
             offers = await self._worker.offers()
-            call = stub.Session(said.messages(self._hello(said.session, offers)))
+            table_id = await self._store.transact(rows.table_id)
+            call = stub.Session(said.messages(self._hello(said.session, offers, table_id)))
             try:
                 await self._heard(call.__aiter__(), partial(stub.Claim, timeout=_CLAIM_SECONDS), said, offers)
             finally:
@@ -192,7 +195,7 @@ class Node:
         while (response := await _next(answers, lost_after)) is not None:
             self._jobs.hear(response, claim, said)
 
-    def _hello(self, session: str, offers: Offers) -> pb.SessionRequest:
+    def _hello(self, session: str, offers: Offers, table_id: str) -> pb.SessionRequest:
         settings = self._settings
         return pb.SessionRequest(
             hello=pb.Hello(
@@ -210,6 +213,7 @@ class Node:
                 images=offers.images,
                 names=offers.names,
                 methods=settings.methods,
+                table_id=table_id,
                 drained=self._admission.drained,
             )
         )

@@ -23,6 +23,12 @@ def request_id_of(uuid: str) -> str:
     return PREFIX + uuid
 
 
+def table_id(db: sqlite3.Connection) -> str:
+    """Return which table this is; see worker/schema.py."""
+    (found,) = db.execute("SELECT id FROM identity").fetchone()
+    return str(found)
+
+
 def find(db: sqlite3.Connection, uuid: str) -> Job | None:
     """Return the job with this uuid, as the table has it; None when none was made."""
     row = db.execute(

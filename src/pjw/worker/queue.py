@@ -213,13 +213,27 @@ class Queue:
         """Let those that were passed be next again, where they have room, or may not be passed any more."""
         for client_name, passed in list(self._passed.items()):
             for job in list(passed.values()):
-                if self._slots.has_room(job) or not self._slots.passed_over(job):
+                if (
+                    self._slots.has_room(job)
+                    or not self._slots.passed_over(job)
+                    or (self._lacks_gpus(job) and not self._slots.is_hopeless(job))
+                ):
                     del passed[job.id]
                     self._heads[client_name] = None
             if len(passed) >= PASSED_MAX:
                 self._held_up.add(client_name)
             elif not passed:
                 del self._passed[client_name]
+
+    def _pass_no_more(self, client_name: str, job_id: int) -> None:
+        """Let one more job of a client be passed: one that was has left the queue, or may be next."""
+        passed = self._passed.get(client_name, {})
+        if passed.pop(job_id, None) is not None and len(passed) == PASSED_MAX - 1:
+            self._held_up.discard(client_name)
+            self._heads[client_name] = None
+
+    def _lacks_gpus(self, job: Head) -> bool:
+        return job.gpus > self.free_gpus()
 
     def gpus_freed(self) -> None:
         """Jobs have fewer GPUs, or the one that is next to have some may wait no more: look again who is."""
@@ -343,7 +357,7 @@ class Queue:
 
     def _left(self, job_id: int, client_name: str) -> None:
         self._attempts.pop(job_id, None)
-        self._passed.get(client_name, {}).pop(job_id, None)
+        self._pass_no_more(client_name, job_id)
         self._note_end(job_id)
         head = self._heads.get(client_name)
         if head is not None and head.id == job_id:
@@ -426,7 +440,7 @@ class Queue:
         job = await self._whose_turn()
         if job is None:
             return False
-        if job.gpus > self.free_gpus():
+        if self._lacks_gpus(job) and not self._slots.is_hopeless(job):
             self._next_with_gpus, self._is_short = job, True
             for client_name, head in self._heads.items():
                 if head is not None and head.gpus:
@@ -483,6 +497,8 @@ class Queue:
     def _give_back(self, job_id: int, client_name: str, array_id: int | None) -> None:
         """Free the slot of a job, and its place in its array: the job has ended, or waits again."""
         self._slots.give_back(job_id)
+        # the end of the job was told before its slot was free
+        self._look_at_passed()
         if array_id is not None:
             self._drawn[array_id].discard(job_id)
             if not self._drawn[array_id]:
@@ -493,7 +509,7 @@ class Queue:
     def _open(self, client_name: str, job_id: int) -> None:
         """Note that a job, or an element of an array, may be the next one of its client."""
         self._heads[client_name] = None
-        self._passed.get(client_name, {}).pop(job_id, None)
+        self._pass_no_more(client_name, job_id)
         self._shut[client_name].discard(job_id)
         if not self._shut[client_name]:
             del self._shut[client_name]

@@ -453,6 +453,12 @@ ALTER TABLE placements ADD COLUMN archived INTEGER NOT NULL DEFAULT 0;
 CREATE INDEX placements_to_archive ON placements (node, job_id)
     WHERE state = 'ended' AND archived = 0 AND removed = 0 AND node_job_id > 0;
 """,
+    # The name of this table: a machine that is set up anew numbers its jobs from 1 again. A gateway has that
+    # of each node's table, too.
+    """
+CREATE TABLE identity AS SELECT lower(hex(randomblob(16))) AS id;
+ALTER TABLE nodes ADD COLUMN table_id TEXT NOT NULL DEFAULT '';
+""",
     # Which partition of Slurm's a job is to have its place in, and with which feature; empty: any.
     """
 ALTER TABLE jobs ADD COLUMN slurm_partition TEXT NOT NULL DEFAULT '';

@@ -139,6 +139,10 @@ class Slots:
         """Say why a job that has no room waits, when others may go before it; else nothing."""
         return ""
 
+    def is_hopeless(self, job: Wanting) -> bool:
+        """Whether nothing that is there now can ever run a job, though all other jobs end."""
+        return False
+
     def share(self, client_name: str) -> float:
         """Return a client's part of all slots, in the kind it has most of, by its weight."""
         own, most, whole = self._clients.get(client_name, Use()), self._most(), self._whole()

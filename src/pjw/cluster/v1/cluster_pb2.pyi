@@ -173,6 +173,7 @@ class Hello(_message.Message):
     IMAGES_FIELD_NUMBER: _builtins.int
     NAMES_FIELD_NUMBER: _builtins.int
     METHODS_FIELD_NUMBER: _builtins.int
+    TABLE_ID_FIELD_NUMBER: _builtins.int
     DRAINED_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     """As in its certificate."""
@@ -195,6 +196,8 @@ class Hello(_message.Message):
     """
     names: _builtins.bool
     """Whether any name on the network is offered to anybody there."""
+    table_id: _builtins.str
+    """Which job table the node has: one that is set up anew has another one, and its jobs other numbers."""
     drained: _builtins.bool
     """The operator of its machine has drained it (pjwd drain): it starts no job."""
     @_builtins.property
@@ -224,11 +227,12 @@ class Hello(_message.Message):
         images: _abc.Iterable[_builtins.str] | None = ...,
         names: _builtins.bool = ...,
         methods: _abc.Iterable[_builtins.str] | None = ...,
+        table_id: _builtins.str = ...,
         drained: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "boot_id", b"boot_id", "cpu_max_millicores", b"cpu_max_millicores", "drained", b"drained", "gpus", b"gpus", "images", b"images", "memory_max_bytes", b"memory_max_bytes", "methods", b"methods", "mounts", b"mounts", "names", b"names", "node", b"node", "session", b"session", "uid_count", b"uid_count", "uid_first", b"uid_first", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "boot_id", b"boot_id", "cpu_max_millicores", b"cpu_max_millicores", "drained", b"drained", "gpus", b"gpus", "images", b"images", "memory_max_bytes", b"memory_max_bytes", "methods", b"methods", "mounts", b"mounts", "names", b"names", "node", b"node", "session", b"session", "table_id", b"table_id", "uid_count", b"uid_count", "uid_first", b"uid_first", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
