@@ -87,7 +87,8 @@ def test_it_is_as_it_is_shown(directory: Path) -> None:
         try:
             systemctl("one", "start", "pjwd")
             add = f"cd /media/home/john && HOME=$PWD {BIN}/pjw context add default john.pjw"
-            subprocess.run(machines.entered(pids["desk"], "sh", "-c", add), check=True, capture_output=True)
+            # what it prints is shown where it fails
+            subprocess.run(machines.entered(pids["desk"], "sh", "-c", add), check=True)
             documents.play(commands, opened)
         finally:
             for name in ("one", "two", "gw"):
