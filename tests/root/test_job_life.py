@@ -347,6 +347,8 @@ async def test_a_cancelled_start_leaves_nothing(bench: Bench, worker: Worker, co
 async def _until_idle(worker: Worker) -> None:
     """Let what a cancelled start has to undo come to its end."""
     async with asyncio.timeout(20):
+        # a cancelled start goes on in a task of its own, also before its job counts as live
+        await worker.emptied()
         # seven run for ever: they prune, measure jobs, look at the disk, serve the queue, remove uploads, and
         # look after workspaces and images
         while worker.live_count or len(worker._background._tasks) > 7:
