@@ -134,6 +134,19 @@ def test_a_place_that_slurm_takes_back(two: SlurmCluster) -> None:
     await_no_places(two)
 
 
+def test_slurm_may_not_requeue_a_place(two: SlurmCluster) -> None:
+    """A place that began again elsewhere would be another one: Slurm refuses, and the job goes on."""
+    gateway, slurm = two.gateway, two.slurm
+    job_id = gateway.ok("start", "echo ready; sleep 300").strip()
+    two.node_of(int(job_id))
+    [(number, _, _)] = slurm.jobs()
+    assert slurm.call("scontrol", "requeue", number).returncode != 0
+    assert [each for each, _, _ in slurm.jobs()] == [number]
+    assert json.loads(gateway.ok("get", job_id))["state"] == "running"
+    gateway.ok("stop", job_id)
+    await_no_places(two)
+
+
 def test_a_hold_that_is_killed(two: SlurmCluster) -> None:
     """As an orphan, for example: nobody knows who has the place now, so the job does not go on."""
     gateway, slurm = two.gateway, two.slurm
