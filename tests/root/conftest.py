@@ -5,7 +5,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -84,9 +84,9 @@ def scene(make_service: Callable[..., Service]) -> Iterator[Scene]:
     scene.close()
 
 
-@pytest.fixture(scope="session")
-def service() -> Iterator[Service]:
-    """One service for every test that is content with the defaults."""
+@contextmanager
+def shared_service() -> Iterator[Service]:
+    """A service with the defaults for many tests, which leaves nothing behind."""
     directory = Path(tempfile.mkdtemp(prefix="pjw-test-", dir="/var/lib"))
     service = Service(directory).start()
     yield service
@@ -94,6 +94,13 @@ def service() -> Iterator[Service]:
         finish(service)
     finally:
         shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="session")
+def service() -> Iterator[Service]:
+    """One service for every test that is content with the defaults."""
+    with shared_service() as made:
+        yield made
 
 
 @pytest.fixture

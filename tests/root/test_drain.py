@@ -2,9 +2,7 @@
 
 import json
 import os
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import grpc
 import pytest
 
 from pjw.v1 import job_worker_pb2 as pb
-from tests.root.conftest import finish
+from tests.root.conftest import shared_service
 from tests.service import BIN, CALL_SECONDS, Service
 
 WAITS = "waits: the operator has drained this machine"
@@ -29,13 +27,8 @@ def pjwd(service: Service, *words: str) -> tuple[int, str]:
 @pytest.fixture(scope="module")
 def made() -> Iterator[Service]:
     """One service for all tests here."""
-    directory = Path(tempfile.mkdtemp(prefix="pjw-test-", dir="/var/lib"))
-    service = Service(directory).start()
-    yield service
-    try:
-        finish(service)
-    finally:
-        shutil.rmtree(directory)
+    with shared_service() as service:
+        yield service
 
 
 @pytest.fixture

@@ -61,16 +61,7 @@ class NodeGuard:
         """Return the handler of a method with a stream of answers."""
 
         async def handle(request: Message | None, context: Context) -> None:
-            try:
-                name = self.admit(context).identity.client_name
-                async with aclosing(method(_decoded(request), name)) as answers:
-                    async for answer in answers:
-                        await context.write(answer)
-            except grpc.aio.BaseError:
-                # the node has gone while we wrote
-                return
-            except Exception as error:  # noqa: BLE001  the one place where a bug becomes an answer
-                await _abort(context, error)
+            await self._send(context, lambda name: method(_decoded(request), name))
 
         return grpc.unary_stream_rpc_method_handler(
             handle,
@@ -90,25 +81,31 @@ class NodeGuard:
                 async for request in requests:
                     yield _decoded(request)
 
-            try:
-                name = self.admit(context).identity.client_name
-                # aclosing: without it the session would last until the garbage collector ends it
-                async with aclosing(
-                    method(decoded(), name, lambda: _ignored(self.admit(context)))
-                ) as answers:
-                    async for answer in answers:
-                        await context.write(answer)
-            except grpc.aio.BaseError:
-                # the node has gone while we wrote
-                return
-            except Exception as error:  # noqa: BLE001  the one place where a bug becomes an answer
-                await _abort(context, error)
+            await self._send(
+                context, lambda name: method(decoded(), name, lambda: _ignored(self.admit(context)))
+            )
 
         return grpc.stream_stream_rpc_method_handler(
             handle,
             request_deserializer=_deserializer(request_class),
             response_serializer=lambda message: message.SerializeToString(),
         )
+
+    async def _send(
+        self, context: Context, answers_for: Callable[[str], AsyncGenerator[Message, None]]
+    ) -> None:
+        """Send the answers for the calling node, by its name."""
+        try:
+            name = self.admit(context).identity.client_name
+            # aclosing: without it a session would last until the garbage collector ends it
+            async with aclosing(answers_for(name)) as answers:
+                async for answer in answers:
+                    await context.write(answer)
+        except grpc.aio.BaseError:
+            # the node has gone while we wrote
+            return
+        except Exception as error:  # noqa: BLE001  the one place where a bug becomes an answer
+            await _abort(context, error)
 
     def admit(self, context: Context) -> Peer:
         """Return the calling node, by its certificate. Raises NotAuthenticatedError and NotAllowedError."""

@@ -6,14 +6,13 @@ backup` hangs up when it has read the copy. Then pjwd frees the copy's space.
 
 import asyncio
 import logging
-import os
 import socket
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
 from pjw.errors import PjwError
-from pjw.server.operator_socket import RETRY_SECONDS, listen
+from pjw.server.operator_socket import accept, listen
 from pjw.worker.settings import DiskMarks
 from pjw.worker.state_dir import StateDir
 from pjw.worker.table_copy import TableCopy
@@ -46,16 +45,8 @@ class BackupPort:
 
     async def serve(self, marks: Callable[[], DiskMarks]) -> None:
         """Answer each connection, until cancelled. A copy leaves as much of the disk free as *marks* say."""
-        loop = asyncio.get_running_loop()
         while True:
-            try:
-                connection, _ = await loop.sock_accept(self._listener)
-            except OSError as error:
-                log.error("cannot take a connection of `pjwd backup`: %s", os.strerror(error.errno or 0))
-                await asyncio.sleep(RETRY_SECONDS)
-                continue
-            with connection:
-                connection.setblocking(False)
+            with await accept(self._listener, "pjwd backup") as connection:
                 await self._answer(connection, marks())
 
     async def _answer(self, connection: socket.socket, marks: DiskMarks) -> None:

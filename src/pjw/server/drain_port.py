@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import Final
 
 from pjw.errors import LauncherGoneError
-from pjw.server.operator_socket import RETRY_SECONDS, listen
+from pjw.server.operator_socket import accept, listen
 from pjw.worker import Worker
 from pjw.worker.background import Background
 from pjw.worker.flag import Flag, first_of
@@ -46,15 +46,8 @@ class DrainPort:
 
     async def serve(self, worker: Worker) -> None:
         """Answer each connection, until cancelled."""
-        loop = asyncio.get_running_loop()
         while True:
-            try:
-                connection, _ = await loop.sock_accept(self._listener)
-            except OSError as error:
-                log.error("cannot take a connection of `pjwd drain`: %s", os.strerror(error.errno or 0))
-                await asyncio.sleep(RETRY_SECONDS)
-                continue
-            connection.setblocking(False)
+            connection = await accept(self._listener, "pjwd drain")
             self._background.spawn(self._answer(connection, worker))
 
     async def _answer(self, connection: socket.socket, worker: Worker) -> None:

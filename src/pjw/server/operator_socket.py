@@ -1,5 +1,7 @@
 """Sockets in the state directory, where root's own commands speak with the pjwd that serves it."""
 
+import asyncio
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -9,7 +11,9 @@ from typing import Final
 from pjw.errors import KernelError
 
 # nothing tells us when a descriptor for a connection is free again
-RETRY_SECONDS: Final = 1
+_RETRY_SECONDS: Final = 1
+
+log: Final = logging.getLogger(__name__)
 
 
 def listen(state_dir: str, name: str) -> socket.socket:
@@ -27,6 +31,19 @@ def listen(state_dir: str, name: str) -> socket.socket:
         listener.close()
         raise KernelError("listen on", os.path.join(state_dir, name), error.errno or 0) from error
     return listener
+
+
+async def accept(listener: socket.socket, command: str) -> socket.socket:
+    """Take the next connection of one of root's commands, named so in the log of what fails."""
+    while True:
+        try:
+            connection, _ = await asyncio.get_running_loop().sock_accept(listener)
+        except OSError as error:
+            log.error("cannot take a connection of `%s`: %s", command, os.strerror(error.errno or 0))
+            await asyncio.sleep(_RETRY_SECONDS)
+        else:
+            connection.setblocking(False)
+            return connection
 
 
 @contextmanager
