@@ -33,7 +33,7 @@ WARM_GOAL: Final = 2.5
 RATE_GOAL: Final = 0.8
 STREAM_GOAL: Final = 0.8
 MIB: Final = 1024**2
-# of each node, whatever the machine has: room is not what is measured
+# of each simulated node, whatever the machine has: the suite does not measure room
 _CPUS: Final = 64
 _MEMORY_MB: Final = 1_000_000
 _BOUNDLESS: Final = pjwd.CONFIG.partition("[job_users]")[0].format(calls=pjwd.CALLS)

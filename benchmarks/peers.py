@@ -209,7 +209,7 @@ def _forget_nspawn() -> None:
 
 
 def bundle_config(argv: Sequence[str], name: str) -> dict[str, Any]:
-    """What an OCI runtime is told of a container, with limits and namespaces as a job has them."""
+    """Return the configuration of an OCI container with the limits and namespaces of a job."""
     limits = Limits()
     quiet = ["nosuid", "nodev"]
     return {
