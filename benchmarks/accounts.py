@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final, Self
 
 from benchmarks.processes import own_cpu_seconds, with_descendants
-from tests.service import Service, instance_cgroups
+from tests.support.service import Service, instance_cgroups
 
 
 @dataclass(frozen=True, slots=True)

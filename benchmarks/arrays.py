@@ -9,7 +9,7 @@ from benchmarks import memory, pjwd
 from benchmarks.clients import TRUE, connected
 from benchmarks.report import Figure, Held, median
 from pjw.v1 import job_worker_pb2 as pb
-from tests.service import CALL_SECONDS, Service
+from tests.support.service import CALL_SECONDS, Service
 
 SUITE: Final = "queue"
 ELEMENTS: Final = 1_000_000

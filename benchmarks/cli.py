@@ -10,7 +10,7 @@ from typing import Final
 
 from benchmarks.pjwd import running
 from benchmarks.report import Figure, median
-from tests.service import BIN, Service, wait_for
+from tests.support.service import BIN, Service, wait_for
 
 ROUNDS: Final = 40
 QUICK_ROUNDS: Final = 10

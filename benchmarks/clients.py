@@ -16,7 +16,7 @@ from benchmarks.floor import Run
 from benchmarks.pjwd import jobs
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
-from tests.service import Service
+from tests.support.service import Service
 
 if TYPE_CHECKING:
     # the stub of both when it runs

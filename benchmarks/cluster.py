@@ -17,10 +17,10 @@ from benchmarks import followers, pjwd
 from benchmarks.clients import TRUE, connected
 from benchmarks.report import Figure, Held, median
 from pjw.v1 import job_worker_pb2 as pb
-from tests.cluster import Cluster, NodeService
-from tests.service import Service, wait_for
-from tests.slurm import SlurmNode
-from tests.slurm_cluster import SlurmCluster
+from tests.support.cluster import Cluster, NodeService
+from tests.support.service import Service, wait_for
+from tests.support.slurm import SlurmNode
+from tests.support.slurm_cluster import SlurmCluster
 
 if TYPE_CHECKING:
     # the stub of both when it runs

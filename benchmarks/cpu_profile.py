@@ -22,7 +22,7 @@ from typing import Final
 from benchmarks import pjwd
 from benchmarks.clients import run_many
 from benchmarks.processes import cpu_seconds
-from tests.service import Service
+from tests.support.service import Service
 
 CLIENTS: Final = 8
 COUNT: Final = 1000

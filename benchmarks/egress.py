@@ -17,7 +17,7 @@ from typing import Final
 from benchmarks import pjwd, processes
 from benchmarks.report import Figure, Held, median
 from pjw import Client, JobSpec
-from tests.service import Service
+from tests.support.service import Service
 
 SUITE: Final = "egress"
 MIB: Final = 1024**2

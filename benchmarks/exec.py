@@ -36,7 +36,7 @@ from benchmarks.processes import cpu_seconds
 from benchmarks.report import Figure, Held, median, percentile
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
-from tests.service import BIN, CALL_SECONDS, Service, wait_for
+from tests.support.service import BIN, CALL_SECONDS, Service, wait_for
 
 SUITE: Final = "exec"
 CPU_GOAL: Final = 0.5

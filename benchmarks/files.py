@@ -20,7 +20,7 @@ from typing import Final
 from benchmarks import exec as sessions
 from benchmarks import pjwd
 from benchmarks.report import Figure, Held, median
-from tests.service import BIN, Service
+from tests.support.service import BIN, Service
 
 SUITE: Final = "files"
 MB: Final = 10**6

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Final, NamedTuple, Self
 
-from tests.service import wait_for
+from tests.support.service import wait_for
 
 SOURCE: Final = Path(__file__).with_name("floor.c")
 # What a job gets: every namespace but that of users.

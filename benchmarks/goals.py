@@ -25,7 +25,7 @@ from benchmarks.report import Figure, markdown, median, quantity
 from benchmarks.start import FLOOR, at_once, beside, one_by_one
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
-from tests.service import CALL_SECONDS, Service
+from tests.support.service import CALL_SECONDS, Service
 
 SUITE: Final = "goals"
 # The one that costs are ratios to, and the one before the work on them.

@@ -17,8 +17,8 @@ from benchmarks.processes import Memory, with_descendants
 from benchmarks.report import Figure, Held, median
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
-from tests.images import have_image, small_root
-from tests.service import Service, wait_for
+from tests.support.images import have_image, small_root
+from tests.support.service import Service, wait_for
 
 SUITE: Final = "images"
 GOAL: Final = 1.5

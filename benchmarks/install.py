@@ -17,7 +17,7 @@ from typing import Final
 from benchmarks.cli import timed
 from benchmarks.pjwd import running
 from benchmarks.report import Figure, Held, median
-from tests.service import BIN
+from tests.support.service import BIN
 
 ROOT: Final = Path(__file__).parents[1]
 ROUNDS: Final = 40

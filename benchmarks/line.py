@@ -16,7 +16,7 @@ from benchmarks.followers import Followers, stamps
 from benchmarks.grpc_source import LINE_PAUSE_SECONDS, LINES_DELAY_SECONDS
 from benchmarks.report import Figure, Held, median, percentile
 from pjw.v1 import job_worker_pb2 as pb
-from tests.service import Service
+from tests.support.service import Service
 
 # arguments: how many lines, the mean pause in seconds, how long to wait for followers first
 WRITER: Final = """

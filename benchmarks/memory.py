@@ -6,7 +6,7 @@ from typing import Final
 
 from benchmarks import followers, grpc_source, pjwd, processes
 from benchmarks.report import Figure, Held
-from tests.service import Service
+from tests.support.service import Service
 
 MIB: Final = 1024**2
 KIB: Final = 1024

@@ -23,8 +23,8 @@ from pjw.v1 import job_worker_pb2 as pb
 from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
 from pjw.worker import Worker, WorkerSettings
 from pjw.worker.launcher_client import LauncherClient
-from tests.service import Service
-from tests.worker_harness import UIDS, uid_range
+from tests.support.service import Service
+from tests.support.worker_harness import UIDS, uid_range
 
 ROUNDS: Final = 300
 QUICK_ROUNDS: Final = 60

@@ -13,8 +13,8 @@ from google.protobuf.duration_pb2 import Duration
 
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
-from tests.service import BIN, CALL_SECONDS, Service, end_all, wait_for
-from tests.worker_harness import UIDS, uid_range
+from tests.support.service import BIN, CALL_SECONDS, Service, end_all, wait_for
+from tests.support.worker_harness import UIDS, uid_range
 
 # where a service would have its state: on a disk, from which programs can be executed; /tmp may be neither
 DIRECTORY: Final = "/var/lib"

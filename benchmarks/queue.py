@@ -23,7 +23,7 @@ from benchmarks.clients import TRUE, connected, run_many
 from benchmarks.processes import cpu_seconds, own_cpu_seconds
 from benchmarks.report import Figure, Held, median
 from pjw.v1 import job_worker_pb2 as pb
-from tests.service import CALL_SECONDS, Service
+from tests.support.service import CALL_SECONDS, Service
 
 if TYPE_CHECKING:
     # the stub of both when it runs

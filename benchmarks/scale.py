@@ -22,7 +22,7 @@ from benchmarks.report import Figure, Held, median
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
 from pjw.worker.settings import WAITING_INITS as POOL
-from tests.service import Service, wait_for, waiting_ids
+from tests.support.service import Service, wait_for, waiting_ids
 
 LEVELS: Final = (10, 100, 1000, 5000)
 QUICK_LEVELS: Final = (10, 100, 300)

@@ -20,7 +20,7 @@ from benchmarks.report import Figure, Held, median, percentile
 from benchmarks.simulated_nodes import name_of
 from pjw.certs import authority
 from pjw.v1 import job_worker_pb2 as pb
-from tests.cluster import Gateway
+from tests.support.cluster import Gateway
 
 if TYPE_CHECKING:
     # the stub of both when it runs

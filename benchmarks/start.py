@@ -28,7 +28,7 @@ from benchmarks.floor import NAMESPACES, SOURCE, WITHOUT_NET, Floor, Run, build,
 from benchmarks.peers import NAME, Peer, open_peers
 from benchmarks.processes import cpu_seconds
 from benchmarks.report import Figure, Held, median, percentile
-from tests.service import Service, wait_for
+from tests.support.service import Service, wait_for
 
 CLIENTS: Final = (1, 8, 64)
 # Peers take up to fifty times as long as the floor, and vary less for it.

@@ -13,7 +13,7 @@ from benchmarks import followers, grpc_source, pjwd
 from benchmarks.followers import Followers, Streamed
 from benchmarks.processes import cpu_seconds
 from benchmarks.report import Figure, Held, median
-from tests.service import Service, wait_for
+from tests.support.service import Service, wait_for
 
 MB: Final = 10**6
 GB: Final = 10**9

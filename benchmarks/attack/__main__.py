@@ -25,7 +25,7 @@ from benchmarks.attack.stage import DIRECTORY, Stage, open_stage
 from benchmarks.attack.verdict import DEADLINES, FULL, HEADINGS, SHORT, WIDTH, Goals, Result
 from benchmarks.attack.victim import why
 from benchmarks.machine import describe
-from tests.disks import disk_with_queue
+from tests.support.disks import disk_with_queue
 
 CALL_SECONDS: Final = 10.0
 # a machine without hardware of its own is slower by as much

@@ -25,7 +25,7 @@ from benchmarks.attack.stage import ATTACKER
 from benchmarks.connect import OPTIONS
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
-from tests import http2
+from tests.support import http2
 
 LIFE_SECONDS: Final = 600.0
 CALL_SECONDS: Final = 60.0

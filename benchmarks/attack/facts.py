@@ -20,7 +20,7 @@ from benchmarks.attack.victim import run_as_root, why
 from benchmarks.processes import children
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
-from tests.service import wait_for
+from tests.support.service import wait_for
 
 NAMES: Final = 2000
 COLD_PROGRAMS: Final = 32

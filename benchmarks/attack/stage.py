@@ -18,9 +18,9 @@ from benchmarks import pjwd
 from benchmarks.attack.victim import ColdFiles, Victim, why_not_stopped
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
-from tests.disks import small_disk
-from tests.service import Service, end_all, instance_cgroups, wait_for
-from tests.worker_harness import PROJECT, UIDS, uid_range
+from tests.support.disks import small_disk
+from tests.support.service import Service, end_all, instance_cgroups, wait_for
+from tests.support.worker_harness import PROJECT, UIDS, uid_range
 
 # where a service would have its state: on a disk whose files jobs can execute
 DIRECTORY: Final = Path("/var/lib")

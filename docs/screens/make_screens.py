@@ -15,7 +15,7 @@ from rich.text import Text
 
 from pjw.cli.top import Top
 from pjw.client.aio import AsyncClient
-from tests.service import BIN, Service, wait_for
+from tests.support.service import BIN, Service, wait_for
 
 HERE: Final = Path(__file__).parent
 COLUMNS: Final = 100

@@ -1,7 +1,7 @@
 """Settings that a program inherits by execve(2): each program sets those it relies on at its start.
 
 docs/architecture.md, "What a program inherits", lists all of them, and says why the others stay. pjw-init has
-its own code for it: launcher/init/inherited.c.
+its own code for it: init/inherited.c.
 """
 
 import os

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from tests.cluster import Cluster, Gateway, NodeService
 from tests.outages.network import Machine, children
-from tests.service import Service
+from tests.support.cluster import Cluster, Gateway, NodeService
+from tests.support.service import Service
 
 PORT: Final = 50051
 # the number of the gateway's machine; nodes have the numbers behind it

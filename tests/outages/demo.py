@@ -16,7 +16,7 @@ from typing import Final
 
 from pjw.node import holds
 from tests.outages.network import Machine, Switch, children
-from tests.slurm import Slurm, SlurmNode
+from tests.support.slurm import Slurm, SlurmNode
 
 NODES: Final = ("n1", "n2", "n3")
 GATEWAY: Final = "gw.example.org"

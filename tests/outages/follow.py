@@ -5,7 +5,7 @@ import threading
 import time
 from typing import Final
 
-from tests.service import CALL_SECONDS, Service
+from tests.support.service import CALL_SECONDS, Service
 
 # A line twenty times a second, until it is told to end.
 COUNT: Final = (

@@ -10,7 +10,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from tests.service import end_all, instance_cgroups, wait_for
+from tests.support.service import end_all, instance_cgroups, wait_for
 
 
 def processes(directory: Path) -> list[int]:

@@ -11,7 +11,7 @@ import uuid
 from pathlib import Path
 from typing import Final
 
-from tests.service import end_all
+from tests.support.service import end_all
 
 _BRIDGE: Final = "pjw0"
 _PREFIX: Final = "10.77.0"

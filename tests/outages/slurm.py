@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Final
 
 from pjw.node import holds
-from tests.cluster import NodeService
 from tests.outages.cluster import NODES, MachineCluster, NodeOnMachine, number_of
 from tests.outages.network import children
-from tests.service import CALL_SECONDS, wait_for
-from tests.slurm import USER, Slurm, SlurmNode
-from tests.slurm_cluster import WARM_SECONDS
+from tests.support.cluster import NodeService
+from tests.support.service import CALL_SECONDS, wait_for
+from tests.support.slurm import USER, Slurm, SlurmNode
+from tests.support.slurm_cluster import WARM_SECONDS
 
 _THERE: Final = ("idle", "mixed", "allocated", "completing")
 

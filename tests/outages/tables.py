@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from tests.cluster import Cluster
+from tests.support.cluster import Cluster
 
 
 def rows_of(state: Path, query: str) -> list[tuple[Any, ...]]:

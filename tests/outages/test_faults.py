@@ -9,13 +9,13 @@ from typing import Final
 import pytest
 
 from pjw.v1 import job_worker_pb2 as pb
-from tests.cluster import LOST_AFTER_SECONDS
 from tests.outages.cluster import MachineCluster, NodeOnMachine
 from tests.outages.conftest import Measured
 from tests.outages.follow import COUNT, Follow, numbered
 from tests.outages.slurm import SlurmMachineCluster
 from tests.outages.tables import assert_none_ran_twice, rows_of
-from tests.service import Service, wait_for
+from tests.support.cluster import LOST_AFTER_SECONDS
+from tests.support.service import Service, wait_for
 
 SHORT_SECONDS: Final = 3.0
 LINES: Final = 10

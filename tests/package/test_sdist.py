@@ -19,7 +19,7 @@ def test_it_is_what_git_has(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames() if not archive.getmember(name).isdir()}
     assert names == wanted | {"PKG-INFO"}
-    for name in ("src/pjw/v1/job_worker.proto", "src/pjw/launcher/init/main.c", "packaging/debian/rules"):
+    for name in ("src/pjw/v1/job_worker.proto", "src/init/main.c", "packaging/debian/rules"):
         assert name in names
 
 

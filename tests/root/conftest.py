@@ -15,10 +15,10 @@ from google.protobuf.duration_pb2 import Duration
 
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker import Worker
-from tests.root.init_harness import JOB_UID, Harness, build_init, processes_of
-from tests.scene import Scene, config_of
-from tests.service import Service, end_all, instance_cgroups, wait_for
-from tests.worker_harness import Bench, open_bench, uid_range
+from tests.support.init_harness import JOB_UID, Harness, build_init, processes_of
+from tests.support.scene import Scene, config_of
+from tests.support.service import Service, end_all, instance_cgroups, wait_for
+from tests.support.worker_harness import Bench, open_bench, uid_range
 
 # The marks of tests that run only when -m names them. CI runs the slow ones, but not the long ones.
 ASKED_FOR: Final = {"slow": "a minute or more", "long": "many minutes"}

@@ -19,7 +19,7 @@ from mcp import Client, StdioServerParameters
 from mcp.client.stdio import stdio_client
 from mcp.types import CallToolResult, TextContent
 
-from tests.service import BIN, CALL_SECONDS, Service, wait_for
+from tests.support.service import BIN, CALL_SECONDS, Service, wait_for
 
 PJW: Final = str(BIN / "pjw")
 

@@ -18,7 +18,7 @@ from pjw.worker import Part, QueueSlots, Worker
 from pjw.worker.array_rows import TAKEN_MAX
 from pjw.worker.pages import JobFilter
 from pjw.worker.settings import Quotas
-from tests.worker_harness import ASK, DEADLINE_SECONDS, Bench
+from tests.support.worker_harness import ASK, DEADLINE_SECONDS, Bench
 
 NAP: Final = ["sleep", "300"]
 MANY: Final = QueueSlots(cpu_max_millicores=0)

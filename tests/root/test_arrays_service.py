@@ -16,7 +16,7 @@ from pjw.errors import JobNotFoundError
 from pjw.model import After, JobState
 from pjw.v1 import job_worker_pb2 as pb
 from tests.root.test_queue_service import MANY, Executions
-from tests.service import CALL_SECONDS, Service, wait_for
+from tests.support.service import CALL_SECONDS, Service, wait_for
 
 
 def test_a_sweep(make_service: Callable[..., Service]) -> None:

@@ -28,8 +28,8 @@ from pjw.model import (
     QueueSpec,
     Retry,
 )
-from tests.disks import MIB, fill, small_disk
-from tests.service import Service, packs, wait_for
+from tests.support.disks import MIB, fill, small_disk
+from tests.support.service import Service, packs, wait_for
 
 # The packing lasts: in so deep a tree there are very many ways to try such a pattern.
 _DEEP = "mkdir -p $(printf 'a/%.0s' $(seq 24))"

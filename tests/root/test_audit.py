@@ -16,7 +16,7 @@ import pytest
 from pjw.certs.identity import identity_of
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
-from tests.service import METHODS, Service, ask, wait_for
+from tests.support.service import METHODS, Service, ask, wait_for
 
 SECRET: Final = "hunter2"
 

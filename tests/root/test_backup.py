@@ -17,7 +17,7 @@ import pytest
 
 from pjw.server.backup import CHANGES_LEFT_OUT, IDS_LEFT_OUT
 from pjw.worker.state_dir import BACKED_UP
-from tests.service import BIN, Service, wait_for
+from tests.support.service import BIN, Service, wait_for
 
 BLOB = "head -c 3000000 /dev/urandom | tee /dev/stderr"
 

@@ -11,7 +11,7 @@ import pytest
 
 from pjw.rpc.status import INTERNAL_TEXT
 from pjw.v1 import job_worker_pb2 as pb
-from tests.service import Service, ask
+from tests.support.service import Service, ask
 
 INVALID: Final = grpc.StatusCode.INVALID_ARGUMENT
 MIB: Final = 1024 * 1024

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from benchmarks import accounts
-from tests.service import Service, wait_for
+from tests.support.service import Service, wait_for
 
 BUSY = "i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done"
 

@@ -23,7 +23,7 @@ from pjw.launcher.cgroup import Cgroup, Hierarchy, files, v1, v2
 from pjw.launcher.departures import Departures, Waiter
 from pjw.launcher.processes import Watcher
 from pjw.model import DEFAULT_SHARE, GroupUse, Limits, Share, Sums
-from tests.service import wait_for
+from tests.support.service import wait_for
 
 MIB = 1024**2
 UNLIMITED = Limits(0, 0, 0, 0, 0, 0, 0, 0, 0)

@@ -12,7 +12,7 @@ import pytest
 
 from pjw.launcher import cgroup as cgroups
 from pjw.launcher.cgroup import files, v2
-from tests.service import wait_for
+from tests.support.service import wait_for
 
 DEADLINE_SECONDS = 60.0
 NUMBERS = itertools.count(1)

@@ -16,8 +16,8 @@ from typing import Final
 import pytest
 
 from pjw.v1 import job_worker_pb2 as pb
-from tests.service import BIN, Service, wait_for
-from tests.worker_harness import ASK
+from tests.support.service import BIN, Service, wait_for
+from tests.support.worker_harness import ASK
 
 COMMANDS: Final = ("run", "start", "list", "get", "logs", "wait", "stop", "rm")
 

@@ -18,8 +18,8 @@ import pjw
 from pjw import errors
 from pjw.model import ExitStatus, JobSpec
 from tests.root.test_cli_stdin import piped
-from tests.service import BIN, Service, wait_for
-from tests.worker_harness import _status
+from tests.support.service import BIN, Service, wait_for
+from tests.support.worker_harness import _status
 
 MIB: Final = 1024 * 1024
 

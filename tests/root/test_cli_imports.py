@@ -4,7 +4,7 @@ import re
 import subprocess
 from typing import Final
 
-from tests.service import BIN, Service
+from tests.support.service import BIN, Service
 
 OURS: Final = frozenset(
     """

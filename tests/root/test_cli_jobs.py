@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from pjw.v1 import job_worker_pb2 as pb
-from tests.service import BIN, CALL_SECONDS, Service, wait_for
-from tests.terminal import Terminal
+from tests.support.service import BIN, CALL_SECONDS, Service, wait_for
+from tests.support.terminal import Terminal
 
 LABEL = "--label=test=many"
 

@@ -11,8 +11,8 @@ from typing import Final
 import pytest
 
 from pjw.v1 import job_worker_pb2 as pb
-from tests.service import BIN, Service, wait_for
-from tests.terminal import Terminal
+from tests.support.service import BIN, Service, wait_for
+from tests.support.terminal import Terminal
 
 # says that its trap is set, and lets SIGTERM do nothing for as long as it is told to
 CTRL_C: Final = "\x03"

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Final
 
 from pjw.v1 import job_worker_pb2 as pb
-from tests.service import BIN, Running, Service, wait_for
-from tests.terminal import Terminal
-from tests.worker_harness import ASK
+from tests.support.service import BIN, Running, Service, wait_for
+from tests.support.terminal import Terminal
+from tests.support.worker_harness import ASK
 
 STUBBORN: Final = "trap '' TERM; echo ready; while :; do sleep 0.1; done"
 # pjw, but for how long it waits for a server that went away

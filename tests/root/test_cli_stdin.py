@@ -15,9 +15,9 @@ import pytest
 import pjw
 from pjw import errors
 from pjw.model import JobSpec
-from tests.relay import Relay
-from tests.service import BIN, Service
-from tests.terminal import Terminal
+from tests.support.relay import Relay
+from tests.support.service import BIN, Service
+from tests.support.terminal import Terminal
 
 MIB: Final = 1024 * 1024
 

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import pytest
 
 from tests.root.test_cli_exec import kill_server_and_launcher
-from tests.service import BIN, Service, wait_for
-from tests.terminal import Terminal
+from tests.support.service import BIN, Service, wait_for
+from tests.support.terminal import Terminal
 
 SHELL = ("-e", "PS1=ready> ", "bash", "--norc", "--noprofile", "-i")
 

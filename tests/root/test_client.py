@@ -19,8 +19,8 @@ from pjw import errors
 from pjw.client.retry import LONGEST_PAUSE_SECONDS, RECONNECT_SECONDS, RESTART_SECONDS
 from pjw.model import EndReason, ExitStatus, JobSpec, JobState
 from pjw.v1 import job_worker_pb2 as pb
-from tests.relay import Relay
-from tests.service import Service, wait_for
+from tests.support.relay import Relay
+from tests.support.service import Service, wait_for
 
 # Each line waits for one key in its file: so a reader is known to be in the middle.
 STEPS: Final = (

@@ -8,8 +8,8 @@ from typing import Final
 import pytest
 
 from pjw.certs import authority
-from tests import client_only
-from tests.service import CALL_SECONDS, Service
+from tests.support import client_only
+from tests.support.service import CALL_SECONDS, Service
 
 
 class Client:

@@ -21,8 +21,8 @@ from pjw.certs import authority
 from pjw.cluster.v1 import cluster_pb2 as cpb
 from pjw.cluster.v1.cluster_pb2_grpc import ClusterServiceStub, NodeServiceStub
 from pjw.v1 import job_worker_pb2 as pb
-from tests.cluster import LOST_AFTER_SECONDS, Cluster, cluster
-from tests.service import BIN, CALL_SECONDS, Running, Service, end_all, wait_for
+from tests.support.cluster import LOST_AFTER_SECONDS, Cluster, cluster
+from tests.support.service import BIN, CALL_SECONDS, Running, Service, end_all, wait_for
 
 # what the command below has written when it was told to end
 LINES: Final = 150
@@ -533,7 +533,7 @@ def test_a_rogue_node_claims_nothing_of_anothers(two: Cluster) -> None:
     )
     try:
         assert session_of(two, files, hello)[0] is grpc.StatusCode.FAILED_PRECONDITION
-        from tests.worker_harness import UIDS
+        from tests.support.worker_harness import UIDS
 
         hello.uid_count = UIDS
         job = pb.Job(id=1, state=pb.JOB_STATE_EXITED, reason=pb.END_REASON_COMPLETED, exit_code=0)

@@ -9,8 +9,8 @@ from typing import Final
 
 import pytest
 
-from tests import documents, machines
-from tests.service import BIN, end_all, instance_cgroups
+from tests.support import documents, machines
+from tests.support.service import BIN, end_all, instance_cgroups
 
 DOCUMENT: Final = machines.ROOT / "docs/from-one-machine-to-a-cluster.md"
 PACKAGING: Final = machines.ROOT / "packaging"

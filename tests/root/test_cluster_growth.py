@@ -14,8 +14,8 @@ import pytest
 
 from pjw.model import JobSpec
 from pjw.v1 import job_worker_pb2 as pb
-from tests.cluster import Cluster
-from tests.service import CALL_SECONDS, wait_for
+from tests.support.cluster import Cluster
+from tests.support.service import CALL_SECONDS, wait_for
 
 METRICS = re.compile(r"^pjwd: metrics on (\S+)$", re.MULTILINE)
 

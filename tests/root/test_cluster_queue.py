@@ -24,10 +24,10 @@ from pjw.errors import (
     MountNotFoundError,
 )
 from pjw.model import After, Condition, Job, JobSpec, QueueSpec, Retry
-from tests import cdi
-from tests.cluster import Cluster, cluster
-from tests.images import small_root
-from tests.service import BIN, CALL_SECONDS, wait_for
+from tests.support import cdi
+from tests.support.cluster import Cluster, cluster
+from tests.support.images import small_root
+from tests.support.service import BIN, CALL_SECONDS, wait_for
 
 # all of a node
 WHOLE: Final = {"cpu_max_millicores": 3000}

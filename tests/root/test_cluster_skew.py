@@ -14,8 +14,8 @@ import pytest
 from pjw.cluster.v1 import cluster_pb2 as cpb
 from pjw.errors import JobStateError
 from pjw.gateway.skew import require_method, require_no_newer
-from tests.cluster import Cluster
-from tests.service import BIN, CALL_SECONDS, wait_for
+from tests.support.cluster import Cluster
+from tests.support.service import BIN, CALL_SECONDS, wait_for
 
 ROOT = Path(__file__).parents[2]
 

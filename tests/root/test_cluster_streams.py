@@ -24,16 +24,16 @@ from pjw.cluster.v1 import cluster_pb2 as cpb
 from pjw.cluster.v1.cluster_pb2_grpc import NodeServiceStub
 from pjw.model import JobSpec, TerminalSize
 from pjw.v1 import job_worker_pb2 as pb
-from tests.cluster import Cluster, NodeService, cluster
 from tests.root.test_cli_stdin import piped
 from tests.root.test_cp import tree_of
 from tests.root.test_forward import SERVER, digest
 from tests.root.test_upload import sent
-from tests.service import BIN, CALL_SECONDS, Running, Service, wait_for
-from tests.terminal import Terminal
+from tests.support.cluster import Cluster, NodeService, cluster
+from tests.support.service import BIN, CALL_SECONDS, Running, Service, wait_for
+from tests.support.terminal import Terminal
+from tests.support.uploads import Upload, sha256_line
+from tests.support.worker_harness import python
 from tests.unit.test_archive_program import END, entry
-from tests.uploads import Upload, sha256_line
-from tests.worker_harness import python
 
 MIB: Final = 1024 * 1024
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from pjw.v1 import job_worker_pb2 as pb
-from tests.cluster import Cluster, cluster
-from tests.service import BIN, CALL_SECONDS, Running, wait_for
+from tests.support.cluster import Cluster, cluster
+from tests.support.service import BIN, CALL_SECONDS, Running, wait_for
 
 ROOT = Path(__file__).parents[2]
 # each number on a line, until somebody stops it

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.service import BIN, Service
-from tests.terminal import Terminal
+from tests.support.service import BIN, Service
+from tests.support.terminal import Terminal
 
 PROMPT = "ready> "
 # how each shell is started without anybody's settings, and what makes it complete pjw

@@ -18,7 +18,7 @@ from pjw import errors
 from pjw.model import Archive, JobSpec
 from pjw.v1 import job_worker_pb2 as pb
 from tests.root.test_cli_stdin import piped
-from tests.service import BIN, Service, wait_for
+from tests.support.service import BIN, Service, wait_for
 from tests.unit.test_archive_program import END, HOSTILE, entry
 
 MIB: Final = 1024 * 1024

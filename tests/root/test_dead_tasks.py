@@ -12,8 +12,8 @@ import grpc
 import pytest
 
 from pjw.v1 import job_worker_pb2 as pb
-from tests.service import CALL_SECONDS, Service
-from tests.worker_harness import open_bench, start
+from tests.support.service import CALL_SECONDS, Service
+from tests.support.worker_harness import open_bench, start
 
 # each a bug, put into a running pjwd: where it is, and what brings it out
 CHANGES = {

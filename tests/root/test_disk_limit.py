@@ -17,8 +17,8 @@ from pjw.launcher.scratch_use import count
 from pjw.model import EndReason, ExitStatus, Job, JobState
 from pjw.worker import Worker
 from pjw.worker.settings import DiskMarks, Quotas
-from tests.disks import fill, free_bytes, small_disk
-from tests.worker_harness import (
+from tests.support.disks import fill, free_bytes, small_disk
+from tests.support.worker_harness import (
     ASK,
     DEADLINE_SECONDS,
     MIB,

@@ -9,8 +9,8 @@ from typing import Final
 
 import pytest
 
-from tests import documents
-from tests.service import BIN, end_all, instance_cgroups
+from tests.support import documents
+from tests.support.service import BIN, end_all, instance_cgroups
 
 DOCS: Final = Path(__file__).parents[2] / "docs"
 TUTORIAL: Final = DOCS / "tutorial.md"

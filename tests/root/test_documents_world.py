@@ -15,10 +15,10 @@ from typing import Final
 
 import pytest
 
-from tests import debian, documents
 from tests.root.test_documents import DOCS, TUTORIAL
 from tests.root.test_egress import wheel
-from tests.service import BIN, end_all, instance_cgroups
+from tests.support import debian, documents
+from tests.support.service import BIN, end_all, instance_cgroups
 
 IMAGES: Final = DOCS / "images.md"
 NETWORK: Final = DOCS / "network.md"

@@ -11,7 +11,7 @@ import pytest
 
 from pjw.v1 import job_worker_pb2 as pb
 from tests.root.conftest import shared_service
-from tests.service import BIN, CALL_SECONDS, Service
+from tests.support.service import BIN, CALL_SECONDS, Service
 
 WAITS = "waits: the operator has drained this machine"
 

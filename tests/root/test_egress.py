@@ -33,8 +33,8 @@ from pjw.launcher.processes import status_of
 from pjw.model import QueueSpec
 from pjw.network import PROXY_PORT
 from tests.root.conftest import finish
-from tests.service import BIN, Service, wait_for
-from tests.worker_harness import UIDS, python, uid_range
+from tests.support.service import BIN, Service, wait_for
+from tests.support.worker_harness import UIDS, python, uid_range
 
 IDLE: Final = "exec sleep 1000"
 DATABASE_PORT: Final = 5432

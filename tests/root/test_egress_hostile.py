@@ -12,8 +12,8 @@ import pytest
 
 from pjw.launcher.protocol import Adopt, Adopted, Done, Egress, Kill, Launched, Refused, Terminate
 from tests.root.test_launcher_hostile import Peer, connect
-from tests.service import wait_for
-from tests.worker_harness import Bench
+from tests.support.service import wait_for
+from tests.support.worker_harness import Bench
 
 __all__ = ["connect"]
 

@@ -22,8 +22,8 @@ import pytest
 
 from pjw.model import ExitStatus
 from pjw.worker import Worker
-from tests.root.init_harness import Inotify
-from tests.worker_harness import (
+from tests.support.init_harness import Inotify
+from tests.support.worker_harness import (
     Bench,
     launchers_of,
     open_bench,

@@ -10,9 +10,9 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from pjw.v1 import job_worker_pb2 as pb
-from tests.scene import OTHERS_SECONDS, Scene, config_of
-from tests.service import Service
-from tests.worker_harness import uid_range
+from tests.support.scene import OTHERS_SECONDS, Scene, config_of
+from tests.support.service import Service
+from tests.support.worker_harness import uid_range
 
 NEIGHBOUR: Final = "mallory"
 ATTACK_SECONDS: Final = 6
@@ -65,7 +65,7 @@ def test_jobs_of_a_hostile_neighbour(three: Scene) -> None:
 @contextmanager
 def attack(service: Service, name: str) -> Iterator[None]:
     """An attacker of the port, in a process of its own, beside the block."""
-    command = [sys.executable, "-m", "tests.http2", name, service.address, str(service.certs)]
+    command = [sys.executable, "-m", "tests.support.http2", name, service.address, str(service.certs)]
     with subprocess.Popen([*command, str(ATTACK_SECONDS), NEIGHBOUR], stdout=subprocess.DEVNULL) as attacker:
         yield
     assert attacker.returncode == 0

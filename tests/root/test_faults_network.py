@@ -9,9 +9,9 @@ from typing import Final
 import pytest
 
 from pjw.certs import authority
-from tests.scene import Scene, config_of, whole
-from tests.service import BIN, Service, wait_for
-from tests.worker_harness import uid_range
+from tests.support.scene import Scene, config_of, whole
+from tests.support.service import BIN, Service, wait_for
+from tests.support.worker_harness import uid_range
 
 # of a network for documentation (RFC 5737), a part of this run's own
 PART = os.getpid() % 64 * 4

@@ -13,8 +13,8 @@ from typing import Final
 import pytest
 
 from pjw.v1 import job_worker_pb2 as pb
-from tests.scene import OTHERS_SECONDS, Scene
-from tests.service import Running, wait_for
+from tests.support.scene import OTHERS_SECONDS, Scene
+from tests.support.service import Running, wait_for
 
 MIB: Final = 1024**2
 _libc: Final = ctypes.CDLL(None, use_errno=True)

@@ -15,10 +15,10 @@ import pytest
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker.job import OUTPUT_HELD
 from pjw.worker.settings import WAITING_INITS
-from tests.disks import fill, free_bytes, small_disk
-from tests.scene import OTHERS_SECONDS, Scene, config_of
-from tests.service import Service, wait_for
-from tests.worker_harness import uid_range
+from tests.support.disks import fill, free_bytes, small_disk
+from tests.support.scene import OTHERS_SECONDS, Scene, config_of
+from tests.support.service import Service, wait_for
+from tests.support.worker_harness import uid_range
 
 MIB: Final = 1024**2
 

@@ -3,7 +3,7 @@
 Where inits wait for the next jobs (pool.py) a start has few steps, and the others come when nobody waits.
 So all of them are gone through with none that wait, and those of a start that takes one beside that.
 
-A step is a system call that others can notice (tests/tracer.py): between two of them lies nothing new. Where
+A step is a system call that others can notice (tests/support/tracer.py). Nothing new lies between two. Where
 each takes a new pjwd, a sample of the steps is gone through; with -m slow a larger one, with -m long all.
 """
 
@@ -18,10 +18,10 @@ import pytest
 
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker.settings import WAITING_INITS
-from tests.scene import OTHERS_SECONDS, Scene, config_of
-from tests.service import Service, wait_for, waiting_inits
-from tests.tracer import SUPPORTED, WHY_NOT, Tracer
-from tests.worker_harness import uid_range
+from tests.support.scene import OTHERS_SECONDS, Scene, config_of
+from tests.support.service import Service, wait_for, waiting_inits
+from tests.support.tracer import SUPPORTED, WHY_NOT, Tracer
+from tests.support.worker_harness import uid_range
 
 # What the launcher cannot do without once init was spawned.
 FATAL: Final = ("pidfd_open", "epoll_ctl")

@@ -16,8 +16,8 @@ import pjw
 from pjw import errors
 from pjw.worker import Worker
 from tests.root.test_cli_exec import client_of, settings_of
-from tests.service import Service
-from tests.worker_harness import Bench, python, start_said
+from tests.support.service import Service
+from tests.support.worker_harness import Bench, python, start_said
 
 MIB = 1024 * 1024
 # answers each connection with the digest of what came, and as much again

@@ -9,7 +9,7 @@ import pytest
 from pjw.certs import authority
 from pjw.rpc.status import FOR_CLIENT_KEY
 from pjw.v1 import job_worker_pb2 as pb
-from tests.service import CALL_SECONDS, Service
+from tests.support.service import CALL_SECONDS, Service
 
 CONFIG: Final = '[roles]\nadmins = ["ann"]\ngateways = ["gate"]\n'
 

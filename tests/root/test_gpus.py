@@ -20,12 +20,12 @@ from pjw.errors import GpuError, LimitReachedError
 from pjw.launcher.dispatch import JOB_DESCRIPTORS
 from pjw.launcher.protocol import GpuNames, Gpus, Launched, Refused
 from pjw.model import EndReason, GpuOffer, Job, JobSpec, JobState, QueueSpec, Retry
-from tests import cdi, documents
-from tests.images import small_root
 from tests.root.conftest import finish
 from tests.root.test_launcher_hostile import Peer, connect, peer
-from tests.service import BIN, Service, wait_for, waiting_inits
-from tests.worker_harness import Bench
+from tests.support import cdi, documents
+from tests.support.images import small_root
+from tests.support.service import BIN, Service, wait_for, waiting_inits
+from tests.support.worker_harness import Bench
 
 __all__ = ["connect", "peer"]
 

@@ -1,7 +1,7 @@
 """A hostile network: whatever comes, with a certificate or without, pjwd goes on answering a good client.
 
 Methods and messages are taken from the contract. What gRPC's own client would not send is made by hand
-(tests/http2.py). `make fuzz` goes on for longer.
+(tests/support/http2.py). `make fuzz` goes on for longer.
 """
 
 import os
@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pjw.v1 import job_worker_pb2 as pb
-from tests.http2 import (
+from tests.support.http2 import (
     ACK,
     CONTINUATION,
     DATA,
@@ -42,7 +42,7 @@ from tests.http2 import (
     tcp,
     tls,
 )
-from tests.service import METHODS, Service, ask, wait_for
+from tests.support.service import METHODS, Service, ask, wait_for
 
 MIB: Final = 1024**2
 EXAMPLES: Final = 60

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.disks import MIB, fill, small_disk
 from tests.root.test_operator import scraped
 from tests.root.test_sandbox import free_port
-from tests.service import Running, Service
+from tests.support.disks import MIB, fill, small_disk
+from tests.support.service import Running, Service
 
 WORDS = "waits: the disk of pjwd takes no more of its output"
 

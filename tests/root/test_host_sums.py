@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker.host import default_sums
-from tests.service import CALL_SECONDS, Service, instance_cgroups
+from tests.support.service import CALL_SECONDS, Service, instance_cgroups
 
 MIB = 1024**2
 

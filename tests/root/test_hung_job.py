@@ -4,8 +4,8 @@ import json
 import re
 import signal
 
-from tests.service import BIN, Service
-from tests.terminal import Terminal
+from tests.support.service import BIN, Service
+from tests.support.terminal import Terminal
 
 # It waits for a lock that it has itself, and says nothing.
 HANGS = "echo building; mkdir lock; while ! mkdir lock 2>/dev/null; do sleep 0.2; done; echo built"

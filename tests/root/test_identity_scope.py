@@ -16,9 +16,9 @@ import pytest
 from cryptography.x509 import ObjectIdentifier
 
 from pjw.v1 import job_worker_pb2 as pb
-from tests import certs_factory
-from tests.certs_factory import CN, ODD_SUBJECTS, OID, Subject, issue
-from tests.service import METHODS, Service, ask, wait_for
+from tests.support import certs_factory
+from tests.support.certs_factory import CN, ODD_SUBJECTS, OID, Subject, issue
+from tests.support.service import METHODS, Service, ask, wait_for
 
 # The methods that name a job: for them another's job is answered like none.
 NAMING: Final = ("Get", "Stop", "Logs", "Delete", "Wait", "GetUsageHistory", "Hold", "Release")

@@ -27,8 +27,9 @@ from pjw.model import EndReason, ImageConfig, JobSpec, QueueSpec
 from pjw.worker import Worker
 from pjw.worker.launcher_client import _launch_error_of
 from pjw.worker.settings import DiskMarks, Quotas, Retention
-from tests.disks import small_disk
-from tests.images import (
+from tests.root.test_launcher_hostile import Peer, connect, peer
+from tests.support.disks import small_disk
+from tests.support.images import (
     directory,
     docker_archive,
     entry,
@@ -38,9 +39,8 @@ from tests.images import (
     oci_layout,
     small_root,
 )
-from tests.root.test_launcher_hostile import Peer, connect, peer
-from tests.service import BIN, Service, wait_for, waiting_inits
-from tests.worker_harness import Bench, open_bench, read_all, read_until
+from tests.support.service import BIN, Service, wait_for, waiting_inits
+from tests.support.worker_harness import Bench, open_bench, read_all, read_until
 
 __all__ = ["connect", "peer"]
 

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from pjw.worker import Worker
-from tests.images import have_image, python_root
 from tests.root.test_escape import (
     DENIED,
     WAY,
@@ -38,7 +37,8 @@ from tests.root.test_escape import (
     test_the_launcher_s_socket_is_out_of_reach,
     test_the_memory_of_another_job_of_the_same_user_is_out_of_reach,
 )
-from tests.worker_harness import Bench, open_bench, run
+from tests.support.images import have_image, python_root
+from tests.support.worker_harness import Bench, open_bench, run
 
 __all__ = [
     "core_pattern",

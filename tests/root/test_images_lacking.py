@@ -1,6 +1,6 @@
 """Images on kernels that lack something: `pjwd check` names it, and a start is read-only or refused in words.
 
-The kernel itself is as it is; a filter of system calls has it answer as one that lacks it (tests/denied.py).
+A filter of system calls has this kernel answer as one that lacks the feature (tests/support/denied.py).
 """
 
 import json
@@ -13,9 +13,9 @@ from typing import Final
 
 import pytest
 
-from tests import denied
-from tests.images import have_image, small_root
-from tests.service import BIN, Service
+from tests.support import denied
+from tests.support.images import have_image, small_root
+from tests.support.service import BIN, Service
 
 WRITE: Final = "touch /etc/made 2>/dev/null && echo written || echo refused; cat /etc/os-release; id -un"
 

@@ -1,6 +1,6 @@
 """Images of real packages: Debian's Python from mmdebstrap and as an OCI layout, Node, and musl.
 
-They are made of what is on this machine, or of Debian's packages (tests/debian.py); a test says what it
+They are made of this machine's files, or of Debian's packages (tests/support/debian.py); a test says what it
 lacks. The network is that of test_egress.py.
 """
 
@@ -17,11 +17,11 @@ import pytest
 
 from pjw.launcher.processes import status_of
 from pjw.model import JobSpec
-from tests import debian
-from tests.images import add_libraries, directory, docker_archive, entry, layer, layer_of, oci_layout
 from tests.root.test_egress import World, wheel, world
-from tests.service import BIN, Service, wait_for
-from tests.worker_harness import UIDS, processes_where
+from tests.support import debian
+from tests.support.images import add_libraries, directory, docker_archive, entry, layer, layer_of, oci_layout
+from tests.support.service import BIN, Service, wait_for
+from tests.support.worker_harness import UIDS, processes_where
 
 __all__ = ["world"]
 

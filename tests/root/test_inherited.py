@@ -16,9 +16,9 @@ import pytest
 
 from pjw.errors import ConfigError
 from pjw.model import ExitStatus, JobSpec, Limits
-from tests.root.init_harness import HAS_SYS_RESOURCE
-from tests.service import BIN, Service
-from tests.worker_harness import Bench
+from tests.support.init_harness import HAS_SYS_RESOURCE
+from tests.support.service import BIN, Service
+from tests.support.worker_harness import Bench
 
 DOCUMENT = Path(__file__).parents[2] / "docs/configuration.md"
 MIB = 1024**2

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from pjw.launcher.processes import INIT_SIGNAL_FIRST
-from tests.root.init_harness import (
+from tests.support.init_harness import (
     COMMAND_MAX_BYTES,
     ENVIRONMENT,
     HAS_SYS_RESOURCE,

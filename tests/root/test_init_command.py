@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.root.init_harness import ENVIRONMENT, Harness
+from tests.support.init_harness import ENVIRONMENT, Harness
 
 FIRST = 33
 

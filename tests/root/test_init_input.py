@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from tests.root.init_harness import JOB_UID, Harness, Running
-from tests.service import wait_for
-from tests.uploads import some_bytes
+from tests.support.init_harness import JOB_UID, Harness, Running
+from tests.support.service import wait_for
+from tests.support.uploads import some_bytes
 
 MIB = 1024**2
 # holds all the instances of inotify that a user may have, until its stdin ends

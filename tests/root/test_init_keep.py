@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.root.init_harness import JOB_UID, Harness, Inotify, Running
-from tests.service import packs, wait_for
+from tests.support.init_harness import JOB_UID, Harness, Inotify, Running
+from tests.support.service import packs, wait_for
 from tests.unit.test_archive_program import PROGRAM
 
 # In so deep a tree there are very many ways to try such a pattern: the packing lasts.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.root.init_harness import JOB_UID, Harness
+from tests.support.init_harness import JOB_UID, Harness
 
 USER = ("--uid", str(JOB_UID), "--gid", str(JOB_UID))
 REFUSED = ["cloned", f"failed options {errno.EINVAL}"]

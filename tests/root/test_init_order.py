@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from tests.root.init_harness import JOB_UID, SOURCES, Harness
+from tests.support.init_harness import JOB_UID, SOURCES, Harness
 
 USER = ("--uid", str(JOB_UID), "--gid", str(JOB_UID))
 # what is known only with the job, or may have changed by a reload since init began to wait

@@ -17,7 +17,7 @@ from typing import Final
 
 import pytest
 
-from tests.root.init_harness import SOURCES, Harness
+from tests.support.init_harness import SOURCES, Harness
 
 X86: Final = os.uname().machine == "x86_64"
 LINUX_6_13: Final = 466

@@ -16,9 +16,9 @@ from typing import Final
 import pytest
 
 from pjw.launcher.processes import ENTERED_SIGNAL
-from tests.root.init_harness import JOB_UID, Harness, Inotify, Running, command_file, wait_readable
 from tests.root.test_spawner import Spawner, collect
-from tests.tracer import SUPPORTED, WHY_NOT, Tracer
+from tests.support.init_harness import JOB_UID, Harness, Inotify, Running, command_file, wait_readable
+from tests.support.tracer import SUPPORTED, WHY_NOT, Tracer
 
 USER: Final = ("--uid", str(JOB_UID), "--gid", str(JOB_UID))
 # struct orders of init.h: rows, columns, two sizes in pixels, whether to hang up

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.root.init_harness import (
+from tests.support.init_harness import (
     Harness,
     Inotify,
     Running,
     small_tmpfs,
 )
-from tests.service import wait_for
+from tests.support.service import wait_for
 
 INTERVAL_NS = 4_000_000
 

@@ -14,9 +14,9 @@ from google.protobuf.duration_pb2 import Duration
 
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
-from tests.disks import MIB, fill, small_disk
-from tests.service import CALL_SECONDS, Service, wait_for
-from tests.uploads import CHUNK_BYTES, Upload, sha256_line, some_bytes, upload
+from tests.support.disks import MIB, fill, small_disk
+from tests.support.service import CALL_SECONDS, Service, wait_for
+from tests.support.uploads import CHUNK_BYTES, Upload, sha256_line, some_bytes, upload
 
 Code: Final = grpc.StatusCode
 

@@ -14,8 +14,8 @@ import pytest
 from pjw.launcher.policy import JOB_ENVIRONMENT
 from pjw.model import ExitStatus, JobSpec, JobState
 from pjw.worker import Worker
-from tests.root.init_harness import HAS_SYS_RESOURCE
-from tests.worker_harness import (
+from tests.support.init_harness import HAS_SYS_RESOURCE
+from tests.support.worker_harness import (
     MIB,
     Bench,
     launchers_of,

@@ -12,8 +12,8 @@ import pytest
 from pjw.errors import InvalidJobError, JobNotFoundError, KernelError, LaunchError, describe_errno
 from pjw.model import EndReason, ExitStatus, JobSpec, JobState
 from pjw.worker import Worker
-from tests.service import wait_for
-from tests.worker_harness import (
+from tests.support.service import wait_for
+from tests.support.worker_harness import (
     ASK,
     MIB,
     Bench,

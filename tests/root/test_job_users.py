@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.scene import config_of
-from tests.service import Service
-from tests.worker_harness import uid_range
+from tests.support.scene import config_of
+from tests.support.service import Service
+from tests.support.worker_harness import uid_range
 
 
 @pytest.fixture

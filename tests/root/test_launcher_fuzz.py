@@ -42,10 +42,10 @@ from pjw.launcher.protocol import (
 )
 from pjw.model import MountSource, Share
 from tests.property.test_protocol import BY_TYPE, limits
-from tests.root.init_harness import command_file
 from tests.root.test_launcher_hostile import BAD, Peer
-from tests.service import wait_for
-from tests.worker_harness import DEADLINE_SECONDS, MIB, NO_LIMITS, Bench, _status
+from tests.support.init_harness import command_file
+from tests.support.service import wait_for
+from tests.support.worker_harness import DEADLINE_SECONDS, MIB, NO_LIMITS, Bench, _status
 
 CONVERSATIONS: Final = 40
 SECONDS: Final = float(os.environ.get("PJW_FUZZ_SECONDS", "0"))

@@ -66,10 +66,10 @@ from pjw.launcher.protocol import (
 from pjw.model import GroupUse, JobState, Share, Sums, Usage
 from pjw.worker.record import RECORD_BYTES, parse_record
 from pjw.worker.settings import WAITING_INITS
-from tests.root.init_harness import command_file
-from tests.service import wait_for, waiting_ids, waiting_inits
-from tests.tracer import SUPPORTED, WHY_NOT, Tracer
-from tests.worker_harness import DEADLINE_SECONDS, NO_LIMITS, Bench, start
+from tests.support.init_harness import command_file
+from tests.support.service import wait_for, waiting_ids, waiting_inits
+from tests.support.tracer import SUPPORTED, WHY_NOT, Tracer
+from tests.support.worker_harness import DEADLINE_SECONDS, NO_LIMITS, Bench, start
 
 Descriptors = list[int]
 # as it is on the wire

@@ -19,8 +19,8 @@ from pjw.launcher.protocol import Departed, Done, JobIdPage, JobIds, Launch, Lau
 from pjw.model import JobSpec
 from pjw.worker.settings import WAITING_INITS, Quotas
 from tests.root.test_launcher_hostile import Peer
-from tests.service import instance_cgroups, jobs_below, wait_for, waiting_inits
-from tests.worker_harness import NO_LIMITS, Bench
+from tests.support.service import instance_cgroups, jobs_below, wait_for, waiting_inits
+from tests.support.worker_harness import NO_LIMITS, Bench
 
 # the launcher, but what takes it seconds to give up takes a moment
 HASTY = """#!{python} -IB

@@ -11,7 +11,7 @@ import pytest
 
 from pjw.certs.bundle import Bundle, bundle_bytes
 from pjw.certs.files import load_client_credentials
-from tests.service import Service
+from tests.support.service import Service
 
 DOCUMENT: Final = (Path(__file__).parents[2] / "docs" / "library.md").read_text()
 EXAMPLES: Final = re.findall(r"## ([^\n]*)\n.*?```python\n(.*?)```\n\n```text\n(.*?)```", DOCUMENT, re.DOTALL)

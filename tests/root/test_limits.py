@@ -15,8 +15,8 @@ from pjw.errors import ConfigError, LimitReachedError
 from pjw.model import EndReason, ExitStatus, JobState
 from pjw.output.inotify import Inotify
 from pjw.worker import Worker
-from tests.disks import fill, free_bytes, small_disk
-from tests.worker_harness import (
+from tests.support.disks import fill, free_bytes, small_disk
+from tests.support.worker_harness import (
     ASK,
     DEADLINE_SECONDS,
     MIB,

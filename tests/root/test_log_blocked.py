@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 
-from tests.service import Service
+from tests.support.service import Service
 
 SECONDS = 30
 

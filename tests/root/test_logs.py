@@ -18,8 +18,8 @@ from pjw.server.service import JobWorkerService
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker import Part
 from pjw.worker.logs import Output
-from tests.service import CALL_SECONDS, Service, wait_for
-from tests.worker_harness import ASK, DEADLINE_SECONDS, Bench, read_all
+from tests.support.service import CALL_SECONDS, Service, wait_for
+from tests.support.worker_harness import ASK, DEADLINE_SECONDS, Bench, read_all
 
 STDERR = pb.OUTPUT_STREAM_STDERR
 

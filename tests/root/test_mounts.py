@@ -19,11 +19,11 @@ from pjw.errors import InvalidJobError, MountError, MountNotFoundError
 from pjw.launcher.dispatch import JOB_DESCRIPTORS
 from pjw.launcher.protocol import Launched, Refused, ReloadMounts
 from pjw.model import EndReason, Job, JobSpec, JobState, Mount, MountSource, QueueSpec, Retry
-from tests.fuse import SUPPORTED, WHY_NOT, DeadFileSystem
 from tests.root.conftest import finish
 from tests.root.test_launcher_hostile import Peer, connect, peer
-from tests.service import Service, reloaded, wait_for, waiting_inits
-from tests.worker_harness import Bench
+from tests.support.fuse import SUPPORTED, WHY_NOT, DeadFileSystem
+from tests.support.service import Service, reloaded, wait_for, waiting_inits
+from tests.support.worker_harness import Bench
 
 __all__ = ["connect", "peer"]
 

@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from pjw.v1 import job_worker_pb2 as pb
-from tests.service import Service, instance_cgroups, wait_for
+from tests.support.service import Service, instance_cgroups, wait_for
 
 NO_IO_LIMITS: Final = "[limits]\nio_wbps_max = 0\nio_wiops_max = 0\n"
 HINT: Final = "put the state directory on a disk, or set the io limits to 0"

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import pytest
 
-from tests.service import CALL_SECONDS, Service
+from tests.support.service import CALL_SECONDS, Service
 
 ROOT: Final = Path(__file__).parents[2]
 CLIENTS: Final = ROOT / "tests" / "clients"

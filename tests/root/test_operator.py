@@ -25,9 +25,9 @@ from pjw.certs import authority
 from pjw.server import connections
 from pjw.server import metrics as metrics_module
 from pjw.v1 import job_worker_pb2 as pb
-from tests.disks import disk_with_queue
-from tests.service import Service, reloaded, wait_for
-from tests.uploads import upload
+from tests.support.disks import disk_with_queue
+from tests.support.service import Service, reloaded, wait_for
+from tests.support.uploads import upload
 
 ROOT: Final = Path(__file__).parents[2]
 SERVICE: Final = "pjw.v1.JobWorkerService"

@@ -11,9 +11,9 @@ import pytest
 from pjw.model import JobState
 from pjw.worker import Worker
 from pjw.worker.settings import WAITING_INITS
-from tests.root.init_harness import wait_readable
-from tests.service import wait_for, waiting_ids, waiting_inits
-from tests.worker_harness import MIB, Bench, WorkerProcess, run, start
+from tests.support.init_harness import wait_readable
+from tests.support.service import wait_for, waiting_ids, waiting_inits
+from tests.support.worker_harness import MIB, Bench, WorkerProcess, run, start
 
 
 def waiting(bench: Bench) -> dict[int, int]:

@@ -19,8 +19,8 @@ import pytest
 
 from pjw.client.aio import AsyncClient
 from pjw.v1 import job_worker_pb2 as pb
-from tests import http2
-from tests.service import Service, wait_for
+from tests.support import http2
+from tests.support.service import Service, wait_for
 
 ATTACKER: Final = "mallory"
 SECONDS: Final = 6
@@ -33,7 +33,15 @@ CLIENTS: Final = ("alice", "bob", ATTACKER)
 @contextmanager
 def attack(service: Service, name: str, seconds: float = SECONDS) -> Iterator[None]:
     """An attacker beside the block, in a process of its own."""
-    command = [sys.executable, "-m", "tests.http2", name, service.address, str(service.certs), str(seconds)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.support.http2",
+        name,
+        service.address,
+        str(service.certs),
+        str(seconds),
+    ]
     with subprocess.Popen([*command, ATTACKER], stdout=subprocess.PIPE) as attacker:
         yield
         assert attacker.stdout is not None

@@ -13,8 +13,8 @@ from pjw.launcher.policy import instance_name
 from pjw.launcher.project_quota import FIRST, ProjectQuotas, project_of
 from pjw.model import EndReason
 from pjw.worker.settings import DiskMarks
-from tests.disks import small_disk
-from tests.worker_harness import MIB, Bench, run, start, start_said
+from tests.support.disks import small_disk
+from tests.support.worker_harness import MIB, Bench, run, start, start_said
 
 IDLE = "exec sleep 1000"
 PYTHON = "/usr/bin/python3 -I -S -c"

@@ -18,7 +18,7 @@ from pjw.model import EndReason, Job, JobSpec, JobState, Limits, QueueSpec, Shar
 from pjw.worker import Part, QueueSlots, Worker
 from pjw.worker.pages import JobFilter
 from pjw.worker.settings import NO_CEILING, Quotas, Shares
-from tests.worker_harness import ASK, DEADLINE_SECONDS, Bench, read_all
+from tests.support.worker_harness import ASK, DEADLINE_SECONDS, Bench, read_all
 
 NAP: Final = ["sleep", "300"]
 ONE: Final = QueueSlots(running_max=1)

@@ -11,7 +11,7 @@ import pytest
 from pjw.errors import InvalidJobError, JobNotFoundError
 from pjw.model import After, Condition, EndReason, Job, JobSpec, JobState, QueueSpec
 from pjw.worker import QueueSlots, Worker
-from tests.worker_harness import DEADLINE_SECONDS, Bench, start
+from tests.support.worker_harness import DEADLINE_SECONDS, Bench, start
 
 MIB: Final = 1024**2
 MANY: Final = QueueSlots(cpu_max_millicores=0)

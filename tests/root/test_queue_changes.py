@@ -17,8 +17,8 @@ from pjw.worker import QueueSlots
 from pjw.worker.settings import Quotas
 from tests.root.test_queue import running, said
 from tests.root.test_reload import serial_line
-from tests.service import CALL_SECONDS, Service, reloaded, wait_for
-from tests.worker_harness import ASK, DEADLINE_SECONDS, Bench
+from tests.support.service import CALL_SECONDS, Service, reloaded, wait_for
+from tests.support.worker_harness import ASK, DEADLINE_SECONDS, Bench
 
 ONE = "[queue]\nrunning_max = 1\n"
 

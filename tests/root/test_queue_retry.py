@@ -12,7 +12,7 @@ from pjw.errors import InvalidJobError
 from pjw.model import After, Condition, EndReason, Job, JobSpec, JobState, QueueSpec, Retry
 from pjw.worker import QueueSlots, Worker
 from tests.root.test_queue import running
-from tests.worker_harness import DEADLINE_SECONDS, Bench, read_all
+from tests.support.worker_harness import DEADLINE_SECONDS, Bench, read_all
 
 MIB: Final = 1024**2
 MANY: Final = QueueSlots(cpu_max_millicores=0)

@@ -19,7 +19,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from pjw import JobSpec, QueueSpec
 from pjw.v1 import job_worker_pb2 as pb
-from tests.service import CALL_SECONDS, Service, reloaded, wait_for
+from tests.support.service import CALL_SECONDS, Service, reloaded, wait_for
 
 # one job at a time
 ONE: Final = "[queue]\nrunning_max = 1\n"

@@ -18,7 +18,7 @@ from google.protobuf.duration_pb2 import Duration
 from pjw.server.quota import REFUSALS_PER_SECOND
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
-from tests.service import Running, Service, wait_for
+from tests.support.service import Running, Service, wait_for
 
 ROOT: Final = Path(__file__).parents[2]
 PROCESSES: Final = 4
@@ -134,7 +134,15 @@ def _refused(stub: JobWorkerServiceStub, job_id: int) -> bool:
 @contextmanager
 def hammers(service: Service, client: str, processes: int, threads: int) -> Iterator[list[Running]]:
     """Processes of a client that never stops asking for starts."""
-    command = [sys.executable, "-B", "-m", "tests.root.hammer", service.address, str(service.certs), client]
+    command = [
+        sys.executable,
+        "-B",
+        "-m",
+        "tests.support.hammer",
+        service.address,
+        str(service.certs),
+        client,
+    ]
     with ExitStack() as stack:
         made = [
             stack.enter_context(

@@ -11,7 +11,7 @@ import pytest
 from pjw.errors import LauncherGoneError, OutputLostError
 from pjw.model import EndReason, ExitStatus, JobSpec, JobState, Limits
 from pjw.worker import Worker
-from tests.worker_harness import (
+from tests.support.worker_harness import (
     ASK,
     MIB,
     Bench,

@@ -23,9 +23,9 @@ from cryptography import x509
 from pjw.certs import authority
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker.settings import WAITING_INITS
-from tests import certs_factory
-from tests.certs_factory import CN, Made, issue
-from tests.service import Service, reloaded, wait_for, waiting_inits
+from tests.support import certs_factory
+from tests.support.certs_factory import CN, Made, issue
+from tests.support.service import Service, reloaded, wait_for, waiting_inits
 
 REVOKED: Final = "the client certificate has been revoked"
 FILES: Final = ("ca.crt", "server.crt", "server.key")

@@ -15,8 +15,8 @@ from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker import Worker
 from pjw.worker.pages import JobFilter
 from pjw.worker.settings import Quotas
-from tests.service import CALL_SECONDS, Service, wait_for
-from tests.worker_harness import ASK, Bench, WorkerProcess, launchers_of, run, start, start_said
+from tests.support.service import CALL_SECONDS, Service, wait_for
+from tests.support.worker_harness import ASK, Bench, WorkerProcess, launchers_of, run, start, start_said
 
 NAP: Final = ["sleep", "300"]
 

@@ -12,8 +12,8 @@ from pjw.errors import JobNotFoundError, JobStateError, LimitReachedError
 from pjw.model import JobSpec, JobState
 from pjw.worker import Worker
 from pjw.worker.settings import Quotas, Retention
-from tests.service import wait_for
-from tests.worker_harness import ASK, MIB, Bench, read_all, run, start, start_said
+from tests.support.service import wait_for
+from tests.support.worker_harness import ASK, MIB, Bench, read_all, run, start, start_said
 
 
 def files(bench: Bench) -> list[str]:

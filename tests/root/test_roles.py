@@ -8,7 +8,7 @@ import pytest
 
 from pjw.model import JobSpec
 from pjw.v1 import job_worker_pb2 as pb
-from tests.service import Service, ask
+from tests.support.service import Service, ask
 
 CONFIG: Final = '[roles]\nadmins = ["ann"]\nviewers = ["vic"]\n'
 CLIENTS: Final = ("alice", "bob", "ann", "vic")

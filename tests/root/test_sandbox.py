@@ -14,8 +14,8 @@ from typing import Any, Final
 import pytest
 
 from pjw.server.landlock import landlock_abi
-from tests.service import Service
-from tests.worker_harness import uid_range
+from tests.support.service import Service
+from tests.support.worker_harness import uid_range
 
 SECONDS: Final = 60
 # Becomes the server's user, in the sandbox or as before there was one; prints the errno of each attempt.

@@ -19,10 +19,10 @@ from pjw.launcher.protocol import Refused
 from pjw.launcher.removals import AT_ONCE, AT_ONCE_OF_ONE, Removals
 from pjw.launcher.scratch import Scratch
 from pjw.worker import Worker
-from tests.disks import small_disk
 from tests.root.test_launcher_hostile import Peer
-from tests.service import Service, wait_for
-from tests.worker_harness import Bench, open_bench, run, start_said
+from tests.support.disks import small_disk
+from tests.support.service import Service, wait_for
+from tests.support.worker_harness import Bench, open_bench, run, start_said
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from pjw.errors import LimitReachedError
 from pjw.model import EndReason, Retry
 from pjw.worker import Worker
 from pjw.worker.settings import Quotas
-from tests.service import BIN, CALL_SECONDS, Service, wait_for
-from tests.worker_harness import DEADLINE_SECONDS, Bench, read_all
+from tests.support.service import BIN, CALL_SECONDS, Service, wait_for
+from tests.support.worker_harness import DEADLINE_SECONDS, Bench, read_all
 
 VALUE: Final = "s3cr3t-0f-a-test"
 GONE: Final = (

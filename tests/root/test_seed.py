@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Final
 
 from pjw.v1 import job_worker_pb2 as pb
-from tests.service import BIN, CALL_SECONDS, METHODS, Service, ask, wait_for
+from tests.support.service import BIN, CALL_SECONDS, METHODS, Service, ask, wait_for
 
 TESTS: Final = Path(__file__).parents[1]
 LIMIT_FILES: Final = (

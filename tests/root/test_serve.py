@@ -21,9 +21,9 @@ from google.protobuf.duration_pb2 import Duration
 from pjw.certs import authority
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
-from tests import certs_factory
-from tests.service import BIN, Service, wait_for
-from tests.worker_harness import ASK
+from tests.support import certs_factory
+from tests.support.service import BIN, Service, wait_for
+from tests.support.worker_harness import ASK
 
 SECONDS: Final = 60
 

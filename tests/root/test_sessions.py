@@ -26,8 +26,8 @@ from pjw.model import EndReason, ExitStatus, JobSpec, JobState, Session
 from pjw.worker import Part, Worker
 from pjw.worker import sessions as sessions_module
 from pjw.worker.session_files import Asked, SessionFiles
-from tests.service import spawner_of, wait_for
-from tests.worker_harness import (
+from tests.support.service import spawner_of, wait_for
+from tests.support.worker_harness import (
     DEADLINE_SECONDS,
     MIB,
     Bench,

@@ -14,7 +14,7 @@ import pytest
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
 from pjw.worker.settings import WAITING_INITS
-from tests.service import CALL_SECONDS, Service, instance_cgroups, reloaded, wait_for, waiting_ids
+from tests.support.service import CALL_SECONDS, Service, instance_cgroups, reloaded, wait_for, waiting_ids
 
 MIB: Final = 1024**2
 BURN: Final = "while :; do :; done"

@@ -11,8 +11,8 @@ import pytest
 from pjw.errors import LaunchError
 from pjw.model import JobSpec
 from pjw.worker import Worker
-from tests.service import wait_for
-from tests.worker_harness import ASK, Bench, run, start_said
+from tests.support.service import wait_for
+from tests.support.worker_harness import ASK, Bench, run, start_said
 
 # what changes a disk, or waits for it; of open(2) only where it makes a file
 CALLS = ("mkdir", "open", "posix_fallocate", "unlink", "rmdir", "fsync", "fdatasync")

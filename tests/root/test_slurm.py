@@ -19,10 +19,10 @@ import pytest
 from pjw import Job, JobSpec, QueueSpec
 from pjw.model import Retry
 from pjw.server.config import HOLD_SOCKET
-from tests.cluster import Cluster
 from tests.root import test_cluster as neutral
-from tests.service import CALL_SECONDS, wait_for
-from tests.slurm_cluster import SlurmCluster, await_no_places, slurm_cluster
+from tests.support.cluster import Cluster
+from tests.support.service import CALL_SECONDS, wait_for
+from tests.support.slurm_cluster import SlurmCluster, await_no_places, slurm_cluster
 
 
 @pytest.fixture(scope="module")

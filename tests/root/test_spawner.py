@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from pjw.model import JobState
 from pjw.worker import Worker
 from pjw.worker.settings import WAITING_INITS
-from tests.root.init_harness import ENVIRONMENT, SOURCES, wait_readable
-from tests.service import spawner_of, wait_for, waiting_inits
-from tests.worker_harness import Bench, launchers_of, run, start
+from tests.support.init_harness import ENVIRONMENT, SOURCES, wait_readable
+from tests.support.service import spawner_of, wait_for, waiting_inits
+from tests.support.worker_harness import Bench, launchers_of, run, start
 
 LINE: Final = ("pjw-init: spawner", "--spawner", "--hostname", "job-1000", "--scratch", "/scratch/1000")
 # for an init that waits; the socket of its report comes along as descriptor 4

@@ -16,8 +16,8 @@ from pjw.model import JobSpec
 from pjw.rpc.status import ERRNO_KEY
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker import Worker
-from tests.service import CALL_SECONDS, Service, wait_for
-from tests.tracer import SUPPORTED, WHY_NOT, Tracer
+from tests.support.service import CALL_SECONDS, Service, wait_for
+from tests.support.tracer import SUPPORTED, WHY_NOT, Tracer
 
 
 def start(service: Service, command: str, **how: object) -> int:

@@ -16,8 +16,8 @@ import grpc
 import pytest
 
 from pjw.v1 import job_worker_pb2 as pb
-from tests.service import CALL_SECONDS, Service, ask, wait_for
-from tests.worker_harness import ASK
+from tests.support.service import CALL_SECONDS, Service, ask, wait_for
+from tests.support.worker_harness import ASK
 
 MIB: Final = 1024 * 1024
 # Random to the eye and to compression, and the same each time: so a test knows the truth without pjw.

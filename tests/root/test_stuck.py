@@ -18,10 +18,10 @@ from pjw.model import EndReason, ExitStatus, JobSpec, JobState
 from pjw.server import trial
 from pjw.worker import Worker
 from pjw.worker.launcher_client import LauncherClient
-from tests.fuse import SUPPORTED, WHY_NOT, DeadFileSystem
 from tests.root.test_launcher_hostile import Peer
-from tests.service import CALL_SECONDS, Service, wait_for
-from tests.worker_harness import Bench
+from tests.support.fuse import SUPPORTED, WHY_NOT, DeadFileSystem
+from tests.support.service import CALL_SECONDS, Service, wait_for
+from tests.support.worker_harness import Bench
 
 pytestmark = pytest.mark.skipif(not SUPPORTED, reason=WHY_NOT)
 

@@ -11,7 +11,7 @@ import pytest
 from pjw.errors import InvalidJobError, JobStateError
 from pjw.model import ExitStatus, JobSpec, Session, TerminalSize
 from pjw.worker import Part, Worker
-from tests.worker_harness import DEADLINE_SECONDS, Bench, start
+from tests.support.worker_harness import DEADLINE_SECONDS, Bench, start
 
 SIZE = TerminalSize(33, 101)
 SHELL = ["bash", "--norc", "--noprofile", "-i"]

@@ -17,8 +17,8 @@ from pjw.server.end_jobs import instance_cgroups
 from pjw.worker import Worker
 from pjw.worker.settings import FLOOR, NO_CEILING, NO_LIMIT_ONLY
 from tests.root.test_launcher_hostile import Peer
-from tests.service import wait_for
-from tests.worker_harness import MIB, Bench, read_all
+from tests.support.service import wait_for
+from tests.support.worker_harness import MIB, Bench, read_all
 
 # What a client could ask for before there were floors: at this rate the job's writes take a minute.
 CRAWLING = {"io_wbps_max": 4096, "io_wiops_max": 2, "io_rbps_max": 4096, "io_riops_max": 2}

@@ -13,9 +13,9 @@ import grpc
 import pytest
 
 from pjw.v1 import job_worker_pb2 as pb
-from tests import certs_factory
-from tests.certs_factory import CN, ODD_CLIENTS, issue
-from tests.service import METHODS, Service, ask
+from tests.support import certs_factory
+from tests.support.certs_factory import CN, ODD_CLIENTS, issue
+from tests.support.service import METHODS, Service, ask
 
 # What pjw finds in its own files when the server has hung up without a word.
 DIAGNOSES: Final = {

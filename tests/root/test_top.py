@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.service import BIN, Service, wait_for
-from tests.terminal import Terminal
+from tests.support.service import BIN, Service, wait_for
+from tests.support.terminal import Terminal
 
 BUSY = "echo mark; while :; do :; done"
 # not sync(1): that waits for all that anybody has written

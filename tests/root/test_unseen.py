@@ -30,9 +30,9 @@ from pjw.launcher.workspaces import Workspaces
 from pjw.model import ExitStatus
 from pjw.worker import Worker
 from pjw.worker.settings import NO_CEILING, WAITING_INITS
-from tests.disks import small_disk
-from tests.service import BIN, wait_for, waiting_inits
-from tests.worker_harness import NO_LIMITS, Bench, open_bench, python, run, start, start_said
+from tests.support.disks import small_disk
+from tests.support.service import BIN, wait_for, waiting_inits
+from tests.support.worker_harness import NO_LIMITS, Bench, open_bench, python, run, start, start_said
 
 INOTIFY = """
 import ctypes, os, select

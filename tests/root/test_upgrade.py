@@ -14,11 +14,11 @@ import pytest
 
 from pjw.launcher import job_users
 from pjw.v1 import job_worker_pb2 as pb
-from tests import certs_factory
-from tests.certs_factory import CN, issue
-from tests.scene import Scene, config_of
-from tests.service import BIN, Service, wait_for
-from tests.worker_harness import uid_range
+from tests.support import certs_factory
+from tests.support.certs_factory import CN, issue
+from tests.support.scene import Scene, config_of
+from tests.support.service import BIN, Service, wait_for
+from tests.support.worker_harness import uid_range
 
 ROOT = Path(__file__).parents[2]
 

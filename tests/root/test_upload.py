@@ -14,7 +14,7 @@ import pjw
 from pjw import errors
 from pjw.model import EndReason, JobSpec, JobState, QueueSpec, Retry
 from pjw.worker.uploads import PER_CLIENT_MAX
-from tests.service import Service, wait_for
+from tests.support.service import Service, wait_for
 from tests.unit.test_archive_program import END, HOSTILE, entry
 
 

@@ -18,8 +18,8 @@ from pjw.model import UsageSample
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker import Worker, usage_sampler
 from pjw.worker.job import LiveJob
-from tests.service import CALL_SECONDS, Service, wait_for
-from tests.worker_harness import ASK, MIB, Bench, WorkerProcess, launchers_of, run, start, start_said
+from tests.support.service import CALL_SECONDS, Service, wait_for
+from tests.support.worker_harness import ASK, MIB, Bench, WorkerProcess, launchers_of, run, start, start_said
 
 BUSY: Final = "echo up; while :; do :; done"
 

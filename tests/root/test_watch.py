@@ -23,8 +23,8 @@ from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker import QueueSlots, Worker, changes
 from pjw.worker.changes import Batch, Watched
 from pjw.worker.pages import JobFilter
-from tests.service import CALL_SECONDS, Service, reloaded
-from tests.worker_harness import ASK, DEADLINE_SECONDS, Bench
+from tests.support.service import CALL_SECONDS, Service, reloaded
+from tests.support.worker_harness import ASK, DEADLINE_SECONDS, Bench
 
 _S = JobState
 ENDED: Final = (_S.EXITED, _S.LOST)

@@ -22,7 +22,7 @@ from pjw.errors import (
 )
 from pjw.model import EndReason, ExitStatus, JobState, Limits
 from pjw.worker import Part, Worker
-from tests.worker_harness import (
+from tests.support.worker_harness import (
     ASK,
     MIB,
     PROJECT,

@@ -21,13 +21,13 @@ from pjw.launcher.protocol import Refused, RemoveWorkspace, WorkspaceUse
 from pjw.model import EndReason, Job, JobSpec, JobState, QueueSpec, Retry, TerminalSize
 from pjw.worker import QueueSlots, Worker, workspaces
 from pjw.worker.settings import DiskMarks, Quotas, Retention
-from tests.disks import small_disk
 from tests.root.test_launcher_hostile import Peer, connect, peer
 from tests.root.test_project_quota import quota_disk
 from tests.root.test_upload import sent
-from tests.service import Service, wait_for
+from tests.support.disks import small_disk
+from tests.support.service import Service, wait_for
+from tests.support.worker_harness import ASK, MIB, Bench, open_bench, read_all
 from tests.unit.test_archive_program import END, entry
-from tests.worker_harness import ASK, MIB, Bench, open_bench, read_all
 
 __all__ = ["connect", "peer", "quota_disk"]
 

@@ -21,11 +21,11 @@ from typing import Final
 from google.protobuf.duration_pb2 import Duration
 
 from pjw.v1 import job_worker_pb2 as pb
-from tests.scene import config_of
-from tests.service import Service, end_all, instance_cgroups, wait_for
 from tests.soak.faults import Faults, Reading, read
 from tests.soak.load import BAD_PROGRAM, CUT_SHORT, Client, Ledger, Reader
-from tests.worker_harness import UIDS, processes_where, uid_range
+from tests.support.scene import config_of
+from tests.support.service import Service, end_all, instance_cgroups, wait_for
+from tests.support.worker_harness import UIDS, processes_where, uid_range
 
 CLIENTS: Final = ("alice", "bob", "carol", "dave")
 READERS_OF_EACH: Final = 2

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from tests.service import Service
 from tests.soak.load import Ledger
+from tests.support.service import Service
 
 METER_SECONDS: Final = 5
 

@@ -11,8 +11,8 @@ import grpc
 
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
-from tests.service import Service
 from tests.soak.tasks import Task, make
+from tests.support.service import Service
 
 RUNNING_MAX: Final = 6
 CALL_SECONDS: Final = 30

@@ -26,7 +26,7 @@ from pjw.server.guard import Guard
 from pjw.server.quota import ClientLimits
 from pjw.server.start import open_audit_log
 from pjw.v1 import job_worker_pb2 as pb
-from tests.service import wait_for
+from tests.support.service import wait_for
 from tests.unit.test_guard import Context, Methods, call
 
 MEMBERS = ["time", "client", "serial", "method", "job_id", "all_clients", "code", "peer", "duration_ms"]

@@ -16,7 +16,7 @@ from pjw.certs.checks import Role, fault_of
 from pjw.certs.credentials import diagnose_client, load_server_credentials
 from pjw.certs.identity import identity_of
 from pjw.errors import ConfigError
-from tests import certs_factory
+from tests.support import certs_factory
 
 
 @pytest.fixture(scope="module")

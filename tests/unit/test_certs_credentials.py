@@ -15,8 +15,8 @@ from cryptography.x509.oid import ExtensionOID
 from pjw.certs.checks import Role, fault_of
 from pjw.certs.credentials import check_leaf, diagnose_client, load_server_credentials
 from pjw.errors import ConfigError, NotAuthenticatedError
-from tests import certs_factory
-from tests.certs_factory import DAY, GOOD_CLIENTS, ODD_CLIENTS, SERVER, Made, issue, make_ca
+from tests.support import certs_factory
+from tests.support.certs_factory import DAY, GOOD_CLIENTS, ODD_CLIENTS, SERVER, Made, issue, make_ca
 
 WORDS = {
     "expired": r"it expired on 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC",

@@ -11,8 +11,18 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from pjw.certs import authority
 from pjw.certs.checks import Role, fault_of
 from pjw.certs.identity import identity_of
-from tests import certs_factory
-from tests.certs_factory import ANY, CN, GOOD_CLIENTS, ODD_CLIENTS, SERVER, Made, connect, issue, make_ca
+from tests.support import certs_factory
+from tests.support.certs_factory import (
+    ANY,
+    CN,
+    GOOD_CLIENTS,
+    ODD_CLIENTS,
+    SERVER,
+    Made,
+    connect,
+    issue,
+    make_ca,
+)
 
 # TLS lets these through: here the refusal is ours alone, and check_leaf must not be forgotten.
 WEAK = {"RSA 1024", "SHA-1"}

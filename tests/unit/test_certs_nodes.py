@@ -12,7 +12,7 @@ from pjw.certs.credentials import diagnose_client, load_server_credentials
 from pjw.certs.identity import NameRules, identity_of, node_of
 from pjw.errors import ConfigError, NotAuthenticatedError
 from pjw.server.main import main
-from tests.certs_factory import CN, OID, issue, make_ca
+from tests.support.certs_factory import CN, OID, issue, make_ca
 
 CA = make_ca()
 

@@ -8,7 +8,7 @@ from cryptography.hazmat.primitives import hashes
 
 from pjw.certs.revocation import NOBODY_REVOKED, RevocationList, load_revocation_list, parse_revocation_list
 from pjw.errors import ConfigError
-from tests.certs_factory import Made, issue, make_ca
+from tests.support.certs_factory import Made, issue, make_ca
 
 SHA256 = "0a" * 31 + "FF"
 FINGERPRINT = bytes.fromhex(SHA256)

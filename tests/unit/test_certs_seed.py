@@ -10,7 +10,7 @@ from cryptography import x509
 
 from pjw.certs.credentials import diagnose_client, load_server_credentials
 from pjw.certs.identity import identity_of
-from tests.certs_factory import connect
+from tests.support.certs_factory import connect
 
 # To the letter; only the loop over two clients is ours.
 SEED_RECIPE: Final = r"""

@@ -15,7 +15,7 @@ import pytest
 
 from pjw.certs.tls import probe_tls12
 from pjw.errors import ConfigError, KernelError
-from tests import certs_factory
+from tests.support import certs_factory
 
 LOOPBACK = "127.0.0.1"
 

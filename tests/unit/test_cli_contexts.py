@@ -15,7 +15,7 @@ from pjw.certs.files import load_client_credentials
 from pjw.cli import contexts
 from pjw.client.config import find_settings
 from pjw.errors import ConfigError
-from tests.service import BIN, CALL_SECONDS
+from tests.support.service import BIN, CALL_SECONDS
 
 
 class User:

@@ -7,7 +7,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from pjw.cli.run import Event, Interrupt, interrupts_into
-from tests.service import wait_for
+from tests.support.service import wait_for
 
 
 def test_a_signal_that_does_not_wake_the_main_thread_is_seen() -> None:

@@ -15,7 +15,7 @@ from pjw.certs import authority
 from pjw.certs.checks import EXPIRES_SOON
 from pjw.cli.expiry import DAY_SECONDS, OFF, VARIABLE
 from pjw.client import expiry
-from tests.service import BIN
+from tests.support.service import BIN
 
 ROOT = Path(__file__).parents[2]
 DAYS = EXPIRES_SOON.days

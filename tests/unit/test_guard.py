@@ -24,7 +24,7 @@ from pjw.server.guard import Guard
 from pjw.server.quota import ClientLimits
 from pjw.server.service import SERVICE_NAME, JobWorkerService
 from pjw.v1 import job_worker_pb2 as pb
-from tests.certs_factory import CN, issue, make_ca
+from tests.support.certs_factory import CN, issue, make_ca
 
 CA = make_ca()
 PEM = issue(CA, [(CN, "john")]).crt_pem

@@ -14,7 +14,7 @@ from pjw.cli.help import commands_of
 from pjw.cli.parser import build_parser
 from pjw.cli.topics import TOPICS
 from pjw.model import KNOWN_STATES, EndReason
-from tests.service import BIN
+from tests.support.service import BIN
 
 ROOT = Path(__file__).parents[2]
 

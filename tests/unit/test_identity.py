@@ -20,8 +20,8 @@ from pjw.certs.identity import OUR_RULES, NameRules, check_client_name_oid, iden
 from pjw.certs.profile import CLIENT_NAME_OID, QUOTED_MAX_CHARACTERS, is_short_key_name, name_fault, quoted
 from pjw.errors import ConfigError, NotAuthenticatedError
 from pjw.model import Identity
-from tests import certs_factory
-from tests.certs_factory import CN, ODD_SUBJECTS, OID, Made, Subject, issue, make_ca
+from tests.support import certs_factory
+from tests.support.certs_factory import CN, ODD_SUBJECTS, OID, Made, Subject, issue, make_ca
 
 # cryptography says so of a CN that is empty or longer than 64; we refuse it ourselves
 pytestmark = pytest.mark.filterwarnings("ignore:Attribute's length must be:UserWarning")

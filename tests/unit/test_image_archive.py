@@ -18,7 +18,7 @@ from pjw import image_archive
 from pjw.errors import ConfigError, InvalidJobError
 from pjw.image_archive import ImageArchive
 from pjw.model import ImageConfig
-from tests.images import directory, docker_archive, entry, layer, oci_layout
+from tests.support.images import directory, docker_archive, entry, layer, oci_layout
 
 SYM, HARD = tarfile.SYMTYPE, tarfile.LNKTYPE
 # what every image has in the end

@@ -14,7 +14,7 @@ import pytest
 from pjw.errors import ConfigError
 from pjw.launcher import job_users
 from pjw.launcher.job_users import FORMER_FIRST, OWN_END, OWN_FIRST, claimed_by, known_first, own_ranges
-from tests.service import wait_for
+from tests.support.service import wait_for
 
 # says what it has claimed, or why not; then holds it until its stdin closes. It has the lock of a launcher,
 # by which others name it.

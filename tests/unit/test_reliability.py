@@ -7,7 +7,7 @@ from typing import Final
 
 TESTS: Final = Path(__file__).parents[1]
 DOCUMENT: Final = TESTS.parent / "docs" / "reliability.md"
-# The columns, and what a test calls to look at each (tests/scene.py).
+# The columns, and what a test calls to look at each (tests/support/scene.py).
 PROMISES: Final = {
     "job goes on": "goes_on",
     "output whole": "output_whole",

@@ -1,8 +1,8 @@
-"""What is typed of a document, where, and what is to be seen there (tests/documents.py)."""
+"""What is typed of a document, where, and what is to be seen there (tests/support/documents.py)."""
 
 from pathlib import Path
 
-from tests.documents import commands_of, matches
+from tests.support.documents import commands_of, matches
 
 DOCUMENT = """\
 ```console

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pjw.server.signals import Signals
-from tests.service import wait_for
+from tests.support.service import wait_for
 
 SECONDS = 30
 

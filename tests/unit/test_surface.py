@@ -4,7 +4,7 @@ from typing import Final
 
 import pytest
 
-from tests.surface import KINDS, RECORDED, ROOT, lines_of
+from tests.support.surface import KINDS, RECORDED, ROOT, lines_of
 
 PROMISE: Final = ROOT / "docs/compatibility.md"
 

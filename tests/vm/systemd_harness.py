@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Final
 
-from tests.service import job_cgroups
+from tests.support.service import job_cgroups
 
 PACKAGING: Final = Path(__file__).resolve().parents[2] / "packaging"
 UNIT: Final = "pjwd.service"

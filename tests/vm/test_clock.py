@@ -13,9 +13,9 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from pjw.v1 import job_worker_pb2 as pb
-from tests.scene import OTHERS_SECONDS, Scene, config_of
-from tests.service import Service, wait_for
-from tests.worker_harness import uid_range
+from tests.support.scene import OTHERS_SECONDS, Scene, config_of
+from tests.support.service import Service, wait_for
+from tests.support.worker_harness import uid_range
 
 HOUR = 3600
 DAY = 24 * HOUR

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.images import have_image, small_root
-from tests.service import BIN, Service
+from tests.support.images import have_image, small_root
+from tests.support.service import BIN, Service
 
 # scripts/test-vm gives it to a machine whose own modules it is not among
 MODULE = Path("overlay.ko")

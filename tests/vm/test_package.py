@@ -15,8 +15,8 @@ from typing import Final
 
 import pytest
 
-from tests.service import instance_cgroups, wait_for
-from tests.terminal import Terminal
+from tests.support.service import instance_cgroups, wait_for
+from tests.support.terminal import Terminal
 from tests.vm import systemd_harness as host
 from tests.vm.systemd_harness import get, pjw
 

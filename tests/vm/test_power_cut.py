@@ -15,7 +15,7 @@ import pytest
 from pjw.errors import CopyError, JobNotFoundError, OutputLostError
 from pjw.model import ArtifactsState, EndReason, ExitStatus, JobSpec, JobState
 from pjw.worker import Part, Worker
-from tests.service import job_cgroups, wait_for, waiting_ids
+from tests.support.service import job_cgroups, wait_for, waiting_ids
 from tests.vm.power_cut import ACKNOWLEDGED, BOOT_ID, KEEPING, KEPT_LINES, SECRET, STATE, numbers
 
 pytestmark = pytest.mark.skipif(

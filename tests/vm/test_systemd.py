@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.service import job_cgroups, wait_for
+from tests.support.service import job_cgroups, wait_for
 from tests.vm import systemd_harness as host
 from tests.vm.systemd_harness import get, pjw
 

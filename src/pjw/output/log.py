@@ -167,7 +167,7 @@ def check_whole(descriptor: int, offset: int) -> None:
     """Raise OutputLostError if another process cut an open output short while its job ran.
 
     *offset* is how far the reader has come. The job's init appends to the file, and notes in its mode that
-    bytes are gone: see `note_cut` in launcher/init/output.c.
+    bytes are gone: see `note_cut` in init/output.c.
     """
     status = os.fstat(descriptor)
     if status.st_mode & stat.S_IXUSR or (stat.S_ISREG(status.st_mode) and status.st_size < offset):

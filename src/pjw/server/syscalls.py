@@ -1,6 +1,6 @@
 """The system calls that the network process may make once it is set up: a seccomp filter.
 
-A deny-list, as that of jobs (launcher/init/seccomp.c, which says why), and stricter: the server starts no
+A deny-list, as that of jobs (init/seccomp.c, which says why), and stricter: the server starts no
 program, makes no process, signals no process and looks into no other one. A call newer than this list (above
 NEWEST) fails with ENOSYS. Threads still work, and so does all that gRPC, SQLite and the resolver do.
 

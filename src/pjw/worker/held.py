@@ -21,7 +21,7 @@ log: Final = logging.getLogger(__name__)
 class HeldOutputs:
     """Watches the modes of the output files of live jobs: there a job's init notes that output waits.
 
-    See `note_held` in launcher/init/output.c.
+    See `note_held` in init/output.c.
     """
 
     def __init__(self, state: StateDir) -> None:

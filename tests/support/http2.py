@@ -1,6 +1,7 @@
 """HTTP/2 by hand (RFC 9113), over the standard library's TLS, and the attackers that are made of it.
 
-An attacker is a function that ends by itself; `python -m tests.http2 ATTACK ADDRESS CERTS SECONDS [CLIENT]`
+An attacker is a function that ends by itself.
+`python -m tests.support.http2 ATTACK ADDRESS CERTS SECONDS [CLIENT]`
 runs one as a process of its own, so that it shares no interpreter with its victim, and prints what it did.
 """
 

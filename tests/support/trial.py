@@ -1,6 +1,6 @@
 """docs/trial.md, typed on two machines that have never seen pjw.
 
-    python -m tests.trial WHEEL
+    python -m tests.support.trial WHEEL
 
 `server` is a Debian 12 with what the README names, and a clone of the last commit in /root/pjw. `laptop` is a
 Debian 13 with python3-venv alone, and with the users ann and ben. Both know the server as jobs.example.org,
@@ -19,9 +19,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
-from tests import documents
+from tests.support import documents
 
-HERE: Final = Path(__file__).parents[1]
+HERE: Final = Path(__file__).parents[2]
 DOCUMENT: Final = HERE / "docs/trial.md"
 ROOTS: Final = Path(os.environ.get("PJW_ROOTS", "/var/tmp/pjw-roots"))
 NAME: Final = "jobs.example.org"

@@ -1,6 +1,6 @@
 """A hostile client, as a process: threads that ask for starts in closed loops, whatever the answer.
 
-    python -m tests.root.hammer ADDRESS CERTS CLIENT THREADS
+    python -m tests.support.hammer ADDRESS CERTS CLIENT THREADS
 
 Answers each line on stdin with "STARTED REFUSED": how many of both there have been.
 """

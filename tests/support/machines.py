@@ -12,16 +12,16 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
-from tests import documents
-from tests.service import BIN
+from tests.support import documents
+from tests.support.service import BIN
 
-ROOT: Final = Path(__file__).parents[1]
+ROOT: Final = Path(__file__).parents[2]
 COLUMNS: Final = 250
 PATH: Final = f"/media/bin:{BIN}:{os.environ['PATH']}"
 # each a layer of the machine's own above the host's
 _LAYERS: Final = ("etc", "root")
 _SYSTEMCTL: Final = f"""#!/bin/sh
-PYTHONPATH={ROOT} exec {sys.executable} -B -m tests.stand_in_systemctl "$@"
+PYTHONPATH={ROOT} exec {sys.executable} -B -m tests.support.stand_in_systemctl "$@"
 """
 
 

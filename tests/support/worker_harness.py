@@ -21,11 +21,11 @@ from typing import Any, Final
 from pjw.model import ExitStatus, Job, JobSpec, Limits
 from pjw.output.inotify import Inotify
 from pjw.worker import Part, Worker, WorkerSettings
-from tests.service import instance_cgroups, job_cgroups, job_scratch, tell, wait_for
+from tests.support.service import instance_cgroups, job_cgroups, job_scratch, tell, wait_for
 
 MIB: Final = 1024**2
 DEADLINE_SECONDS: Final = 60
-PROJECT: Final = Path(__file__).resolve().parents[1]
+PROJECT: Final = Path(__file__).resolve().parents[2]
 
 # Each bench has users of its own, so that whatever still runs as one of them was its job's. Others
 # may run tests on this machine at the same time: hence the random first one.
@@ -311,7 +311,7 @@ class WorkerProcess:
         settings = bench.settings
         given = {"uid_first": settings.uid_first, "uid_count": settings.uid_count}
         self.process: Final = subprocess.Popen(
-            [sys.executable, "-B", "-m", "tests.worker_harness", str(bench.state), json.dumps(given)],
+            [sys.executable, "-B", "-m", "tests.support.worker_harness", str(bench.state), json.dumps(given)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=PROJECT,

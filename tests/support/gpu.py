@@ -12,8 +12,8 @@ from pjw.client.sync import Client
 from pjw.errors import LimitReachedError
 from pjw.launcher.cdi import read_devices
 from pjw.model import JobSpec
-from tests.cdi import KIND
-from tests.service import Service, end_all
+from tests.support.cdi import KIND
+from tests.support.service import Service, end_all
 
 CONFIG = '[gpus]\nkind = "{kind}"\ncdi_dirs = ["{directory}/cdi"]\n'
 # a CUDA program's own words, where there is a program that has some

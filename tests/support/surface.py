@@ -1,6 +1,6 @@
 """The public surface of pjw as its own objects tell it: what docs/compatibility.md promises, line by line.
 
-    python -m tests.surface
+    python -m tests.support.surface
 
 writes it into tests/data/surface (`scripts/record-surface`); unit/test_surface.py compares.
 """
@@ -59,7 +59,7 @@ from pjw.worker import Part
 from pjw.worker.input import InputWriter
 from pjw.worker.numbers import ClientNumbers, WorkerNumbers
 
-ROOT: Final = Path(__file__).parents[1]
+ROOT: Final = Path(__file__).parents[2]
 RECORDED: Final = ROOT / "tests" / "data" / "surface"
 _NOW: Final = datetime(2026, 1, 1, tzinfo=UTC)
 

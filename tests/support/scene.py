@@ -16,8 +16,8 @@ from google.protobuf.duration_pb2 import Duration
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
 from pjw.worker.settings import WAITING_INITS
-from tests.service import BIN, Service, wait_for, waiting_ids
-from tests.worker_harness import UIDS, processes_where
+from tests.support.service import BIN, Service, wait_for, waiting_ids
+from tests.support.worker_harness import UIDS, processes_where
 
 # What a client may wait at most while another's trouble goes on.
 OTHERS_SECONDS: Final = 30

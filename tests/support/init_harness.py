@@ -19,7 +19,7 @@ from typing import IO, Final
 
 from pjw.launcher.processes import status_of
 
-SOURCES: Final = Path(__file__).resolve().parents[2] / "src/pjw/launcher/init"
+SOURCES: Final = Path(__file__).resolve().parents[2] / "src/init"
 # The command that the head of init.h gives to whoever builds it by hand.
 BUILD: Final = (
     *("gcc", "-std=gnu17", "-Wall", "-Wextra", "-Werror", "-Os", "-static"),

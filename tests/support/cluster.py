@@ -15,8 +15,8 @@ from pjw.certs import authority
 from pjw.cluster.v1 import cluster_pb2 as cpb
 from pjw.cluster.v1.cluster_pb2_grpc import ClusterServiceStub
 from pjw.v1 import job_worker_pb2 as pb
-from tests.service import BIN, CALL_SECONDS, Service, end_all, instance_cgroups, wait_for
-from tests.worker_harness import UIDS, uid_range
+from tests.support.service import BIN, CALL_SECONDS, Service, end_all, instance_cgroups, wait_for
+from tests.support.worker_harness import UIDS, uid_range
 
 # Longer than a pjwd takes to start again on a busy machine.
 LOST_AFTER_SECONDS: Final = 8.0

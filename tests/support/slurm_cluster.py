@@ -1,4 +1,4 @@
-"""A cluster on loopback whose engine is a real Slurm: `tests.cluster` with `tests.slurm` below it."""
+"""A cluster on loopback whose engine is a real Slurm: `support.cluster` with `support.slurm` below it."""
 
 import shutil
 import tempfile
@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Final
 
 from pjw.node import holds
-from tests.cluster import Cluster, NodeService
-from tests.service import wait_for
-from tests.slurm import USER, Apart, Slurm, SlurmNode
+from tests.support.cluster import Cluster, NodeService
+from tests.support.service import wait_for
+from tests.support.slurm import USER, Apart, Slurm, SlurmNode
 
 WARM_SECONDS: Final = 2.0
 

@@ -1,6 +1,6 @@
 """systemctl, as far as a document needs it on a machine of namespaces: it runs ExecStart of our own units.
 
-    python -m tests.stand_in_systemctl VERB [--now] UNIT
+    python -m tests.support.stand_in_systemctl VERB [--now] UNIT
 
 tests/vm has the units under the real systemd. This one has what an operator sees of it: a service that starts
 when the paths of its conditions are there, as its user, in its directories, and is ready when this returns.
@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-PACKAGING: Final = Path(__file__).parents[1] / "packaging"
+PACKAGING: Final = Path(__file__).parents[2] / "packaging"
 READY_SECONDS: Final = 60
 # a tmpfs of each machine's own
 RUN: Final = Path("/run/pjw")

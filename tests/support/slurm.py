@@ -17,9 +17,9 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
-from tests.service import wait_for
+from tests.support.service import wait_for
 
-UNPACK: Final = Path(__file__).resolve().parents[1] / "scripts" / "slurm-unpack"
+UNPACK: Final = Path(__file__).resolve().parents[2] / "scripts" / "slurm-unpack"
 # A user of the host's whom Slurm knows by name: the gateway runs as that one, and so do its holds.
 USER: Final = "daemon"
 _CALL_SECONDS: Final = 30

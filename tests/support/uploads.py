@@ -11,7 +11,7 @@ import grpc
 
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
-from tests.service import CALL_SECONDS
+from tests.support.service import CALL_SECONDS
 
 CHUNK_BYTES: Final = 256 * 1024
 
