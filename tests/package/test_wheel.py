@@ -83,7 +83,7 @@ def test_the_source_builds_in_isolation(
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, filter="data")
     [source] = [path for path in tmp_path.iterdir() if path.is_dir()]
-    locked = re.findall(r"^([\w-]+==[\w.]+)", (ROOT / "requirements/package.txt").read_text(), re.MULTILINE)
+    locked = re.findall(r"^([\w-]+==[\w.]+)", (ROOT / "requirements/dev.txt").read_text(), re.MULTILINE)
     constraints = tmp_path / "constraints.txt"
     constraints.write_text("\n".join(locked))
     for one, part in ((wheel, source), (client_wheel, source / "packaging/client")):
