@@ -142,7 +142,7 @@ def _places(path: Path) -> Iterator[tuple[int, str]]:
 
 def _code_lines(path: Path) -> int:
     text = path.read_text()
-    docstrings = set()
+    docstrings: set[int] = set()
     for node in ast.walk(ast.parse(text)):
         if (
             isinstance(node, ast.Expr)
@@ -211,7 +211,7 @@ def _touched(commit: str, source: Path, directory: Path) -> dict[str, list[str]]
 
 
 def _start(venv: Path, service: Service) -> None:
-    command = [venv / "bin/pjw", "start", "sleep", "60"]
+    command = [str(venv / "bin/pjw"), "start", "sleep", "60"]
     subprocess.run(command, env=service.environment("alice"), check=True, stdout=subprocess.DEVNULL)
 
 
@@ -224,7 +224,7 @@ def _switch(traced: Path, byte: bytes) -> None:
 def _build_traced(init: Path, program: Path, functions: Path, flag: Path) -> None:
     hook = init / "trace_hook.c"
     hook.write_text(C_TRACER)
-    options = ["-std=gnu17", "-O0", "-g", "-static", "-finstrument-functions", "-w"]
+    options: list[str | Path] = ["-std=gnu17", "-O0", "-g", "-static", "-finstrument-functions", "-w"]
     places = [f'-DFUNCTIONS="{functions}"', f'-DFLAG="{flag}"']
     subprocess.run(["gcc", *options, *places, "-o", program, *sorted(init.glob("*.c"))], check=True)
     hook.unlink()
