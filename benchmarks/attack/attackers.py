@@ -33,7 +33,7 @@ CALL_SECONDS: Final = 60.0
 HOST: Final = "127.0.0.9"
 SETTLE_SECONDS: Final = 0.2
 READY_SECONDS: Final = 20.0
-# A server that cut this client off listens again after a minute at most (server/turns.py).
+# A server that cut this client off listens again after a minute at most (server/accept.py).
 LET_IN_SECONDS: Final = 75.0
 MIB: Final = 1024**2
 # How much a job that is made again and again may write before it ends: the disk of the machine is shared.

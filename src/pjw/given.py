@@ -1,8 +1,4 @@
-"""Refuse empty values: a script that uses a variable which it never set passes one.
-
-If pjw took an empty value for "not given", it would use another server than was meant. As a path, an empty
-value would be the current directory.
-"""
+"""Values that a person gives: none is empty, and the address of a server has a host and a port."""
 
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
@@ -12,6 +8,9 @@ from pjw.errors import ConfigError
 # a program that uses the library does not need argparse
 if TYPE_CHECKING:
     import argparse
+
+import re
+from typing import Final
 
 
 def require_value(what: str, value: str) -> str:
@@ -64,3 +63,33 @@ def _actions(parser: "argparse.ArgumentParser") -> "Iterator[argparse.Action]":
                 yield from _actions(command)
         else:
             yield action
+
+
+# The address of a server, as a person writes it. Standard library only.
+
+DEFAULT_PORT: Final = 50051
+# the default address: pjwd listens there, and clients connect to it
+DEFAULT_ADDRESS: Final = f"localhost:{DEFAULT_PORT}"
+# a name, an address of IPv4, or one of IPv6 in brackets, with its zone (fe80::1%eth0)
+_ADDRESS: Final = re.compile(r"(\[[0-9A-Fa-f:.]+(?:%[\w.-]+)?\]|[A-Za-z0-9_.-]+)(?::([0-9]{1,5}))?", re.ASCII)
+
+
+def server_address(text: str) -> str:
+    """Return HOST:PORT for an address that may lack its port. Raises ConfigError."""
+    found = _ADDRESS.fullmatch(require_value("the address of the server", text))
+    if found is None or not 0 < int(found[2] or DEFAULT_PORT) < 65_536:
+        raise ConfigError(f"{text[:80]!r} is no server's HOST:PORT", hint=_hint(text))
+    return f"{found[1]}:{found[2] or DEFAULT_PORT}"
+
+
+def host_of(address: str) -> str:
+    """Return the host of HOST:PORT, without brackets."""
+    return address.rpartition(":")[0].removeprefix("[").removesuffix("]")
+
+
+def _hint(text: str) -> str:
+    if "://" in text:
+        return f"leave out {text.partition('://')[0][:20]}://"
+    if text.count(":") > 1 and "[" not in text:
+        return f"an address of IPv6 is in brackets: [::1]:{DEFAULT_PORT}"
+    return f"for example jobs.example.org:{DEFAULT_PORT}, or jobs.example.org for the port {DEFAULT_PORT}"

@@ -13,7 +13,7 @@ from pjw.certs.identity import NameRules
 from pjw.certs.profile import KEY_NAME_HEX_DIGITS, KEY_NAME_PREFIX, name_fault
 from pjw.certs.tls import TLS_VERSION
 from pjw.errors import ConfigError, NotAuthenticatedError
-from pjw.server.peer import authenticate
+from pjw.server.authz import authenticate
 from tests.fuzz.memory_file import MemoryFile
 from tests.support.certs_factory import GOOD_CLIENTS, ODD_CLIENTS, ODD_SUBJECTS, issue, make_ca, server
 

@@ -2,9 +2,8 @@
 
 import h11
 
-from pjw.egress.failure import Failure
 from pjw.egress.proxy import HEAD_BYTES_MAX
-from pjw.egress.requests import request_for, wanted_of
+from pjw.egress.proxy_requests import Failure, request_for, wanted_of
 from pjw.network import Allowed, host_of
 
 _HOP_BY_HOP = {b"proxy-authorization", b"proxy-connection", b"keep-alive", b"te", b"trailer", b"upgrade"}

@@ -3,7 +3,7 @@
 from dataclasses import astuple
 
 from pjw.launcher.accounts import ACCOUNTS_OFFSET
-from pjw.worker.record import parse_record
+from pjw.worker.status_record import parse_record
 
 
 def seeds() -> list[bytes]:

@@ -7,11 +7,11 @@ from dataclasses import astuple
 from functools import cache
 from pathlib import Path
 
-from pjw.cli.settings import find_settings
+from pjw.cli.connection import find_settings
 from pjw.errors import ConfigError
 from pjw.launcher.protocol import Hello, SetShare, decode_request, encode
+from pjw.server.boot import server_uid
 from pjw.server.config import load_config
-from pjw.server.start import server_uid
 from tests.fuzz.memory_file import MemoryFile
 
 PROJECT = Path(__file__).resolve().parents[2]

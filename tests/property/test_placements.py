@@ -10,11 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pjw.arrays import Array
-from pjw.gateway import rows
-from pjw.gateway.states import OF_THE_NODE, TRANSITIONS, PlacementEvent, PlacementState, after, before
+from pjw.gateway import placement_rows
+from pjw.gateway.placement_states import (
+    OF_THE_NODE,
+    TRANSITIONS,
+    PlacementEvent,
+    PlacementState,
+    after,
+    before,
+)
 from pjw.model import EndReason, ExitStatus, Job, JobSpec, JobState, Limits, QueueSpec, Retry
 from pjw.worker import array_rows, queue_rows
-from pjw.worker.rows import COLUMNS, job_of
+from pjw.worker.job_rows import COLUMNS, job_of
 from pjw.worker.schema import migrate
 
 E, S = PlacementEvent, PlacementState
@@ -73,27 +80,27 @@ NODE_JOB = Job(
 def _apply(db: sqlite3.Connection, job_id: int, event: PlacementEvent) -> Job | None:
     """What the gateway does at an event."""
     now = time.time_ns()
-    placement = rows.find(db, job_id)
+    placement = placement_rows.find(db, job_id)
     assert placement is not None
     match event:
         case E.CLAIM:
-            return rows.claim(db, placement, Limits(), "n1", "s1", now)
+            return placement_rows.claim(db, placement, Limits(), "n1", "s1", now)
         case E.CANCELLED:
-            return rows.cancelled(db, job_id, "why", now)
+            return placement_rows.cancelled(db, job_id, "why", now)
         case E.STARTED:
-            return rows.started(db, job_id, NODE_JOB)
+            return placement_rows.started(db, job_id, NODE_JOB)
         case E.PUT_BACK:
-            return rows.put_back(db, job_id, event, now)
+            return placement_rows.put_back(db, job_id, event, now)
         case E.START_FAILED:
-            return rows.start_failed(db, job_id, "why", now)
+            return placement_rows.start_failed(db, job_id, "why", now)
         case E.END_SEEN:
-            return rows.ended(db, job_id, NODE_JOB, now)
+            return placement_rows.ended(db, job_id, NODE_JOB, now)
         case E.NODE_LOST:
-            return rows.lost(db, job_id, event, "why", now)
+            return placement_rows.lost(db, job_id, event, "why", now)
         case E.UNKNOWN:
             if placement.state is S.RUNNING:
-                return rows.lost(db, job_id, event, "why", now)
-            return rows.put_back(db, job_id, event, now)
+                return placement_rows.lost(db, job_id, event, "why", now)
+            return placement_rows.put_back(db, job_id, event, now)
 
 
 def _queued(db: sqlite3.Connection) -> int:
@@ -105,7 +112,7 @@ def _queued(db: sqlite3.Connection) -> int:
     ).lastrowid
     assert job_id is not None
     queue_rows.keep_spec(db, job_id, "alice", spec, None)
-    assert rows.place(db, job_id, "uuid") is not None
+    assert placement_rows.place(db, job_id, "uuid") is not None
     return job_id
 
 
@@ -130,7 +137,7 @@ def test_the_table_of_a_gateway_follows_it(events: list[PlacementEvent]) -> None
             job = _apply(db, job_id, event)
             assert (job is None) is (following is None), (state, event)
             state = following or state
-            placement = rows.find(db, job_id)
+            placement = placement_rows.find(db, job_id)
             assert placement is not None
             assert placement.state is state
             if job is None:
@@ -144,7 +151,7 @@ def test_the_table_of_a_gateway_follows_it(events: list[PlacementEvent]) -> None
             }
             assert job.state is expected[state]
             assert (placement.node == "n1") is (state is not S.QUEUED and event is not E.CANCELLED)
-            assert bool(rows.alive(db)) is not state.final
+            assert bool(placement_rows.alive(db)) is not state.final
 
 
 class _Elements:
@@ -177,16 +184,16 @@ class _Elements:
         if found is None:
             return False
         self._uuids += 1
-        placement = rows.place(self._db, found[0], f"uuid-{self._uuids}")
+        placement = placement_rows.place(self._db, found[0], f"uuid-{self._uuids}")
         assert placement is not None
-        assert rows.claim(self._db, placement, Limits(), "n1", "s1", time.time_ns()) is not None
+        assert placement_rows.claim(self._db, placement, Limits(), "n1", "s1", time.time_ns()) is not None
         # the answer was lost on its way, and the node asks again
-        assert rows.claim(self._db, placement, Limits(), "n1", "s1", time.time_ns()) is None
+        assert placement_rows.claim(self._db, placement, Limits(), "n1", "s1", time.time_ns()) is None
         return True
 
-    def placed(self) -> list[tuple[rows.Placement, Job]]:
+    def placed(self) -> list[tuple[placement_rows.Placement, Job]]:
         """The elements that a node has."""
-        return [each for each in rows.alive(self._db) if each[0].state is not S.QUEUED]
+        return [each for each in placement_rows.alive(self._db) if each[0].state is not S.QUEUED]
 
     def check(self) -> None:
         """No element is forgotten, none runs twice, and the array ends with its last one."""
@@ -226,19 +233,19 @@ def test_an_array_of_a_gateway_forgets_no_element(actions: list[tuple[str, int]]
                 case _ if not job_id:
                     pass
                 case "started":
-                    rows.started(db, job_id, NODE_JOB)
+                    placement_rows.started(db, job_id, NODE_JOB)
                 case "good" | "bad":
-                    rows.ended(db, job_id, NODE_JOB if action == "good" else FAILED_JOB, now)
+                    placement_rows.ended(db, job_id, NODE_JOB if action == "good" else FAILED_JOB, now)
                 case "lost":
-                    rows.lost(db, job_id, E.NODE_LOST, "why", now)
+                    placement_rows.lost(db, job_id, E.NODE_LOST, "why", now)
                 case "put_back":
-                    rows.put_back(db, job_id, E.PUT_BACK, now)
+                    placement_rows.put_back(db, job_id, E.PUT_BACK, now)
                 case "stop":
-                    rows.ask_stop(db, job_id, 15, None)
+                    placement_rows.ask_stop(db, job_id, 15, None)
             array.check()
         queue_rows.set_held(db, array.id, False)
         while array.placed() or array.draw():
             for _, job in array.placed():
-                rows.ended(db, job.id, NODE_JOB, now)
+                placement_rows.ended(db, job.id, NODE_JOB, now)
             array.check()
         assert array.job(array.id).state.final

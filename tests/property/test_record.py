@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pjw.model import EndReason, ExitStatus
-from pjw.worker.record import RECORD_BYTES, End, Record, parse_record
+from pjw.worker.status_record import RECORD_BYTES, End, Record, parse_record
 
 times = st.integers(0, 2**63 - 1)
 WORDS = {

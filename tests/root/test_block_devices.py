@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pjw.launcher import cgroup as cgroups
-from pjw.launcher.cgroup import devices, files
+from pjw.launcher.cgroup import devices, interface_files
 from pjw.model import Limits
 
 MIB = 1024**2
@@ -65,7 +65,7 @@ def test_a_partition_gives_the_loop_device_that_has_it(loop_device: str) -> None
         instance = f"test-{os.getpid()}-loop"
         hierarchy = cgroups.open_hierarchy(instance, io_devices=[whole])
         assert hierarchy.create(1, Limits(), 7).try_remove()
-        for mount in files.read_mounts():
+        for mount in interface_files.read_mounts():
             parent = Path(mount.point, "pjw", instance)
             if mount.fs_type.startswith("cgroup") and parent.is_dir():
                 parent.rmdir()

@@ -19,7 +19,7 @@ import pytest
 
 from pjw.errors import ConfigError, JobStateError, KernelError
 from pjw.launcher import cgroup as cgroups
-from pjw.launcher.cgroup import Cgroup, Hierarchy, files, v1, v2
+from pjw.launcher.cgroup import Cgroup, Hierarchy, interface_files, v1, v2
 from pjw.launcher.departures import Departures, Waiter
 from pjw.launcher.processes import Watcher
 from pjw.model import DEFAULT_SHARE, GroupUse, Limits, Share, Sums
@@ -62,7 +62,9 @@ def value(cgroup: Cgroup, v1_name: str, v2_name: str) -> str:
 
 def instance_directories(instance: str) -> list[Path]:
     """Every directory that the instance has, whichever hierarchy it is in."""
-    points = [Path(mount.point) for mount in files.read_mounts() if mount.fs_type.startswith("cgroup")]
+    points = [
+        Path(mount.point) for mount in interface_files.read_mounts() if mount.fs_type.startswith("cgroup")
+    ]
     return [point / "pjw" / instance for point in points if (point / "pjw" / instance).is_dir()]
 
 
@@ -800,10 +802,10 @@ def test_a_missing_controller_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the memory controller nothing starts, and the operator reads what to do."""
     mounts = [
         mount
-        for mount in files.read_mounts()
+        for mount in interface_files.read_mounts()
         if mount.fs_type == "cgroup" and not mount.super_options & {"memory", "blkio"}
     ]
-    monkeypatch.setattr(files, "read_mounts", lambda: mounts)
+    monkeypatch.setattr(interface_files, "read_mounts", lambda: mounts)
     with pytest.raises(ConfigError, match="memory") as caught:
         cgroups.open_hierarchy("test-never")
     assert caught.value.hint

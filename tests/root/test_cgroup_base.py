@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pjw.launcher import cgroup as cgroups
-from pjw.launcher.cgroup import files, v2
+from pjw.launcher.cgroup import interface_files, v2
 from tests.support.service import wait_for
 
 DEADLINE_SECONDS = 60.0
@@ -21,7 +21,7 @@ NUMBERS = itertools.count(1)
 @contextmanager
 def top_level_cgroup() -> Iterator[Path]:
     """A cgroup v2 of our own with all controllers, outside of any unit; removed with what it holds."""
-    mount = next((mount for mount in files.read_mounts() if mount.fs_type == "cgroup2"), None)
+    mount = next((mount for mount in interface_files.read_mounts() if mount.fs_type == "cgroup2"), None)
     if mount is None or cgroups.describe_host().version != 2:
         pytest.skip("no cgroup v2 with controllers here")
     root = Path(mount.point)

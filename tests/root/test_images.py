@@ -369,7 +369,7 @@ def test_links_for_names_lead_nowhere(offered: Service, root: Path, tmp_path: Pa
 
 def test_an_archive_that_cannot_be_unpacked(offered: Service) -> None:
     """A broken archive ends the load in words, and leaves neither image nor files; so does a missing one."""
-    from pjw.client.upload import Upload
+    from pjw.client.input import Upload
 
     with offered.client() as client:
         name = requests.upload_name()
@@ -531,7 +531,7 @@ def test_a_kill_in_the_midst_of_a_load_leaves_nothing(make_service: object) -> N
     service: Service = make_service()  # type: ignore[operator]
     service.start()
     with service.client() as client:
-        from pjw.client.upload import Upload
+        from pjw.client.input import Upload
 
         name = requests.upload_name()
         data = layer(*(entry(f"{number}", bytes(1000)) for number in range(10_000)))

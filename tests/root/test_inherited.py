@@ -145,7 +145,7 @@ def test_ctrl_c_that_was_blocked(service: Service) -> None:
 
 def test_no_descriptor_of_ours_is_a_standard_one() -> None:
     """A program that is started without them opens them, on nothing."""
-    program = "from pjw.inherited import *; open_standard_descriptors(); print('lost', file=sys.stderr);"
+    program = "from pjw.process import *; open_standard_descriptors(); print('lost', file=sys.stderr);"
     program += (
         "print(*(os.path.realpath(f'/proc/self/fd/{n}') for n in range(3)), file=open(sys.argv[1], 'w'))"
     )

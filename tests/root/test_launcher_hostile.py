@@ -64,8 +64,8 @@ from pjw.launcher.protocol import (
     Terminate,
 )
 from pjw.model import GroupUse, JobState, Share, Sums, Usage
-from pjw.worker.record import RECORD_BYTES, parse_record
 from pjw.worker.settings import WAITING_INITS
+from pjw.worker.status_record import RECORD_BYTES, parse_record
 from tests.support.init_harness import command_file
 from tests.support.service import wait_for, waiting_ids, waiting_inits
 from tests.support.tracer import SUPPORTED, WHY_NOT, Tracer

@@ -17,7 +17,7 @@ from pjw.server.authz import Caller
 from pjw.server.service import JobWorkerService
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker import Part
-from pjw.worker.logs import Output
+from pjw.worker.reading import Output
 from tests.support.service import CALL_SECONDS, Service, wait_for
 from tests.support.worker_harness import ASK, DEADLINE_SECONDS, Bench, read_all
 

@@ -240,7 +240,7 @@ def test_not_root_is_a_plain_message(idle: Service) -> None:
     """Without root pjwd says what it needs it for, and what to do."""
     # imported while root: the interpreter may live where only root can read
     program = (
-        "import os, shutil, sys, encodings.ascii\nimport pjw.server.start, pjw.server.check\n"
+        "import os, shutil, sys, encodings.ascii\nimport pjw.server.boot, pjw.server.check\n"
         "from pjw.server.main import main\n"
         "os.setgroups([]); os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)\n"
         "sys.exit(main(sys.argv[1:]))"

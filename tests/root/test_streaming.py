@@ -298,7 +298,7 @@ def test_a_reader_that_is_let_go_of_sees_no_clean_end(tmp_path: Path) -> None:
     """Who reads nothing for too long is cut off with an error, never with an end that looks whole."""
     service = Service(tmp_path, clients=["alice"])
     # instead of 900
-    service.change = "import pjw.server.writer as writer; writer.STALLED_WRITE_SECONDS = 1"
+    service.change = "import pjw.server.calls as writer; writer.STALLED_WRITE_SECONDS = 1"
     service.start()
     try:
         size = 64 * MIB

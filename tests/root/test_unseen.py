@@ -21,8 +21,8 @@ from pjw.launcher.cgroup import open_hierarchy
 from pjw.launcher.departures import Departures
 from pjw.launcher.image_store import ImageStore
 from pjw.launcher.images import Images
+from pjw.launcher.inits import Init, Pool
 from pjw.launcher.policy import Policy, instance_name
-from pjw.launcher.pool import Init, Pool
 from pjw.launcher.processes import Watcher
 from pjw.launcher.protocol import Hello, Launch
 from pjw.launcher.scratch import Scratch

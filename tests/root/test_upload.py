@@ -52,7 +52,7 @@ def threads(pid: int) -> list[str]:
 
 def sent(client: pjw.Client, name: str, data: Iterable[bytes]) -> None:
     """An upload of any bytes."""
-    from pjw.client.upload import Upload
+    from pjw.client.input import Upload
 
     client._write(Upload(0, upload=name), data, None)
 

@@ -30,7 +30,7 @@ import msgspec
 from google.protobuf.descriptor import FieldDescriptor
 
 import pjw
-from pjw import errors, stdout, worker
+from pjw import errors, process, worker
 from pjw.certs import authority
 from pjw.cli import events, exits, parser, quota, render, stats
 from pjw.client import config as client_config
@@ -50,14 +50,14 @@ from pjw.model import (
     UsageSample,
 )
 from pjw.rpc import status
-from pjw.server import audit, effective, logs, metrics
+from pjw.server import audit, effective, log_setup, metrics
 from pjw.server import config as server_config
 from pjw.server import main as pjwd
 from pjw.server.connections import CAUSES, ConnectionNumbers
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker import Part
 from pjw.worker.input import InputWriter
-from pjw.worker.numbers import ClientNumbers, WorkerNumbers
+from pjw.worker.metrics import ClientNumbers, WorkerNumbers
 
 ROOT: Final = Path(__file__).parents[2]
 RECORDED: Final = ROOT / "tests" / "data" / "surface"
@@ -276,7 +276,7 @@ _VALUES: Final[Mapping[int | str, str]] = {
 
 def exit_codes() -> Iterator[str]:
     """The codes of both programs, and which one an error of the library becomes."""
-    for program, module in (("pjw", exits), ("pjw", stdout), ("pjwd", pjwd), ("pjwd", stdout)):
+    for program, module in (("pjw", exits), ("pjw", process), ("pjwd", pjwd), ("pjwd", process)):
         for name, value in vars(module).items():
             if name.startswith("EXIT_") and (module in (exits, pjwd) or name == "EXIT_CLOSED_PIPE"):
                 yield f"{program} {name.removeprefix('EXIT_').lower()}: {value}"
@@ -322,7 +322,7 @@ def json_keys() -> Iterator[str]:
     yield from _members("audit", _audit_lines())
     record = logging.LogRecord("pjw", logging.INFO, "", 0, "words", (), None)
     bug = logging.LogRecord("pjw", logging.INFO, "", 0, "words", (), (ValueError, ValueError(), None))
-    said = [json.loads(logs.JsonFormatter().format(each)) for each in (record, bug)]
+    said = [json.loads(log_setup.JsonFormatter().format(each)) for each in (record, bug)]
     yield from _members("log", said)
     yield from (f"state {state}" for state in JobState)
     yield from (f"reason {reason}" for reason in EndReason)

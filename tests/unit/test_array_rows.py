@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from pjw.arrays import Array, Element
 from pjw.model import EndReason, Job, JobSpec, Limits, QueueSpec
 from pjw.worker import array_rows, queue_rows, schema
-from pjw.worker.rows import COLUMNS, job_of
+from pjw.worker.job_rows import COLUMNS, job_of
 
 ARRAY: Final = 1
 CLIENT: Final = "alice"

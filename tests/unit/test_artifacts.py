@@ -11,8 +11,8 @@ from pjw.model import Artifacts, ArtifactsState, EndReason, ExitStatus, Job, Job
 from pjw.output import Inotify, OutputLog
 from pjw.worker.artifacts import judge, patterns_file, require_kept
 from pjw.worker.job import LiveJob
-from pjw.worker.record import End, Kept, Packing
-from pjw.worker.rows import from_ns
+from pjw.worker.job_rows import from_ns
+from pjw.worker.status_record import End, Kept, Packing
 
 KEPT, EMPTY, FAILED = ArtifactsState.KEPT, ArtifactsState.EMPTY, ArtifactsState.FAILED
 

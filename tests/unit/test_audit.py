@@ -21,10 +21,10 @@ from pjw.rpc.status import TABLE
 from pjw.server import audit as audit_module
 from pjw.server.audit import AuditLog, CallRecord
 from pjw.server.authz import Roles
+from pjw.server.boot import open_audit_log
 from pjw.server.config import ServerConfig
 from pjw.server.guard import Guard
 from pjw.server.quota import ClientLimits
-from pjw.server.start import open_audit_log
 from pjw.v1 import job_worker_pb2 as pb
 from tests.support.service import wait_for
 from tests.unit.test_guard import Context, Methods, call

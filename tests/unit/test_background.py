@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from pjw.errors import KernelError, LauncherGoneError
-from pjw.worker.background import Background, log_bug
+from pjw.worker.tasks import Background, log_bug
 
 
 async def fail(error: Exception) -> None:

@@ -7,8 +7,8 @@ import pytest
 
 from pjw.errors import LauncherGoneError, NotAuthenticatedError, PjwError
 from pjw.model import Identity
+from pjw.server.authz import Peer
 from pjw.server.calls import Call, Calls
-from pjw.server.peer import Peer
 
 DAY_SECONDS = 86_400.0
 

@@ -11,8 +11,8 @@ from pjw.certs.checks import key_matches, names_of, parse_certificates, parse_ke
 from pjw.certs.credentials import diagnose_client, load_server_credentials
 from pjw.certs.files import ServerCredentials
 from pjw.certs.revocation import load_revocation_list
-from pjw.server.expiry import warn_of_ends
 from pjw.server.main import main
+from pjw.server.reload import warn_of_ends
 
 
 @pytest.fixture

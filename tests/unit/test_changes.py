@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 
 from pjw.model import EndReason, ExitStatus, Job, JobChange, JobSpec, JobState, Limits
-from pjw.worker.background import Background
 from pjw.worker.changes import Batch, Changes, Watched
-from pjw.worker.flag import Flag
 from pjw.worker.settings import Quotas
 from pjw.worker.store import JobStore
+from pjw.worker.tasks import Background, Flag
 
 SECONDS = 30
 

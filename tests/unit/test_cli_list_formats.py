@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from pjw.cli import render
-from pjw.cli.stamps import stamped
+from pjw.cli.plain import stamped
 from pjw.cli.template import Template
 from pjw.client.requests import TimedOutput
 from pjw.model import EndReason, ExitStatus, Job, JobState, Limits

@@ -8,14 +8,13 @@ import pytest
 
 import pjw
 from pjw.certs import authority
-from pjw.certs.address import DEFAULT_ADDRESS
 from pjw.certs.credentials import diagnose_client
 from pjw.certs.files import load_client_credentials
+from pjw.cli.connection import find_settings
 from pjw.cli.main import main
-from pjw.cli.settings import find_settings
-from pjw.client.config import config_path
-from pjw.client.settings import ClientSettings
+from pjw.client.config import ClientSettings, config_path
 from pjw.errors import ConfigError
+from pjw.given import DEFAULT_ADDRESS
 from pjw.worker.state_dir import StateDir
 
 KEYS = ("server", "ca_crt", "client_crt", "client_key")

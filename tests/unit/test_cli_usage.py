@@ -5,9 +5,8 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from pjw.cli.stats import stats_lines
+from pjw.cli.stats import nothing_at, reading, readings, stats_lines
 from pjw.cli.top import bars
-from pjw.cli.usage import nothing_at, reading, readings
 from pjw.model import Job, JobState, Limits, UsageSample
 
 START = datetime(2026, 1, 1, tzinfo=UTC)

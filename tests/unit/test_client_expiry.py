@@ -13,8 +13,8 @@ import pytest
 import pjw
 from pjw.certs import authority
 from pjw.certs.checks import EXPIRES_SOON
-from pjw.cli.expiry import DAY_SECONDS, OFF, VARIABLE
-from pjw.client import expiry
+from pjw.cli.connection import DAY_SECONDS, OFF, VARIABLE
+from pjw.client import config
 from tests.support.service import BIN
 
 ROOT = Path(__file__).parents[2]
@@ -102,10 +102,10 @@ def test_who_wants_no_warning_has_none(tmp_path: Path, env: dict[str, str]) -> N
 @pytest.fixture
 def told() -> Iterator[None]:
     """A program that has been told of nothing yet."""
-    was = expiry.log.disabled
-    expiry.log.disabled = False
+    was = config.log.disabled
+    config.log.disabled = False
     yield
-    expiry.log.disabled = was
+    config.log.disabled = was
 
 
 @pytest.mark.usefixtures("told")
@@ -115,15 +115,15 @@ def test_a_program_hears_of_it_in_its_log(tmp_path: Path, caplog: pytest.LogCapt
     for _ in range(2):
         pjw.Client.from_bundle(path).close()
     [record] = caplog.records
-    assert (record.name, record.levelno) == ("pjw.client.expiry", logging.WARNING)
+    assert (record.name, record.levelno) == ("pjw.client.config", logging.WARNING)
     assert record.getMessage().startswith(ALICE)
     caplog.clear()
     pjw.Client.from_bundle(bundle(tmp_path, DAYS + 1)).close()
-    expiry.log.setLevel(logging.ERROR)
+    config.log.setLevel(logging.ERROR)
     try:
         pjw.Client.from_bundle(bundle(tmp_path, DAYS - 1)).close()
     finally:
-        expiry.log.setLevel(logging.NOTSET)
+        config.log.setLevel(logging.NOTSET)
     assert caplog.records == []
 
 

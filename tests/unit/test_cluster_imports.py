@@ -11,7 +11,7 @@ OF_A_CLUSTER = ("pjw.cluster", "pjw.gateway", "pjw.node", "pjw.server.as_node")
 @pytest.mark.parametrize(
     "module",
     [
-        "pjw.server.start",
+        "pjw.server.boot",
         "pjw.server.serve",
         "pjw.server.main",
         "pjw.worker",

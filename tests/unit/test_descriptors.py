@@ -9,7 +9,7 @@ from contextlib import ExitStack
 import pytest
 
 from pjw.errors import LimitReachedError
-from pjw.worker.descriptors import SPARE_DESCRIPTORS, Descriptors
+from pjw.worker.host import SPARE_DESCRIPTORS, Descriptors
 
 
 @pytest.fixture

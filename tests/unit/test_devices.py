@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pjw.errors import ConfigError
-from pjw.launcher.cgroup import devices, files
+from pjw.launcher.cgroup import devices, interface_files
 
 
 class Sysfs:
@@ -152,7 +152,7 @@ def test_mountinfo_is_read_with_escapes_and_optional_fields(tmp_path: Path) -> N
         "36 35 98:0 /a\\040b /mnt/c\\134d rw master:1 shared:2 - ext3 /dev/ro\\040ot rw,errors=remount-ro\n"
         "37 35 0:40 / /x rw - cgroup cgroup rw,cpu,cpuacct\n"
     )
-    first, second = files.read_mounts(str(path))
+    first, second = interface_files.read_mounts(str(path))
     assert (first.id, first.device, first.root, first.point) == (36, "98:0", "/a b", "/mnt/c\\d")
     assert (first.fs_type, first.source) == ("ext3", "/dev/ro ot")
     assert second.super_options == {"rw", "cpu", "cpuacct"}

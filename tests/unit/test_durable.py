@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pjw.launcher.durable import replace_file
+from pjw.launcher.root_files import replace_file
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

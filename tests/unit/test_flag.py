@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from pjw.worker.flag import Flag, first_of
+from pjw.worker.tasks import Flag, first_of
 
 
 async def test_whichever_is_set_first() -> None:

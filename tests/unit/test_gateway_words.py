@@ -10,7 +10,7 @@ from pjw.errors import (
     SessionNotFoundError,
     WorkdirError,
 )
-from pjw.gateway.words import in_our_words
+from pjw.gateway.answers import in_our_words
 from pjw.rpc.status import error_of, status_of
 
 NODE_JOB_ID, JOB_ID = 3, 70

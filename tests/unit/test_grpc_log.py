@@ -13,7 +13,7 @@ from pjw.server.grpc_log import LINES_MAX, LINES_SECONDS, Budget, tell
 PROGRAM = """
 import logging, os, sys, threading
 from pjw.server import grpc_log
-from pjw.server.logs import set_up_logging
+from pjw.server.log_setup import set_up_logging
 set_up_logging("warning", "text").start()
 pipe = grpc_log.take_stderr()
 os.write(2, b"E1129 03:12:00.123456   12345 tcp_server.cc:123] half of")

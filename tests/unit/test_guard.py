@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives import hashes
 from pjw import errors
 from pjw.certs.revocation import NOBODY_REVOKED, RevocationList
 from pjw.rpc.status import ADMITTED_KEY, FOR_CLIENT_KEY, INTERNAL_TEXT, status_of
-from pjw.server import writer
+from pjw.server import calls
 from pjw.server.authz import Caller, Roles
 from pjw.server.config import ServerConfig
 from pjw.server.guard import Guard
@@ -215,7 +215,7 @@ async def test_a_kept_certificate_expires_all_the_same(monkeypatch: pytest.Monke
         def now(cls, tz: dt.tzinfo | None = None) -> "Clock":
             return cls.fromtimestamp(later.timestamp(), tz)
 
-    monkeypatch.setattr("pjw.server.peer.datetime", Clock)
+    monkeypatch.setattr("pjw.server.authz.datetime", Clock)
     context = Context(pem)
     await call("unary", methods, context)
     assert context.status is not None
@@ -483,7 +483,7 @@ async def test_a_reader_that_does_not_read_is_dropped(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """After its time it is let go of with an error, and a line in the log; its method is cleaned up."""
-    monkeypatch.setattr(writer, "STALLED_WRITE_SECONDS", 0.05)
+    monkeypatch.setattr(calls, "STALLED_WRITE_SECONDS", 0.05)
     methods, context = Methods(), Context()
     context.on_write = lambda: asyncio.sleep(60)
     await call("stream", methods, context)

@@ -14,9 +14,9 @@ from pjw.gateway import archiving
 from pjw.gateway import nodes as nodes_module
 from pjw.gateway.archive import Archive, open_directory
 from pjw.gateway.archiving import Archiver
+from pjw.gateway.node_sessions import Sessions
 from pjw.gateway.nodes import Node, Nodes, Session
-from pjw.gateway.rows import NodeRow
-from pjw.gateway.sessions import Sessions
+from pjw.gateway.placement_rows import NodeRow
 from pjw.model import Job, JobState, Limits
 from pjw.rpc.convert import job_to_message
 from pjw.v1 import job_worker_pb2 as pb

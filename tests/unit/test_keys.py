@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pjw.cli.keys import Keys
+from pjw.cli.local_terminal import Keys
 
 
 def typed(keys: Keys, *pieces: bytes) -> bytes:

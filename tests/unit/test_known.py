@@ -3,7 +3,7 @@
 import pytest
 
 from pjw.errors import InvalidJobError
-from pjw.rpc.known import require_known
+from pjw.rpc.status import require_known
 from pjw.v1 import job_worker_pb2 as pb
 
 NEWER = b"\x98\x3f\x01"  # field 1011, a varint

@@ -69,12 +69,12 @@ def test_the_launcher_starts_no_program_but_init_and_rm() -> None:
 
 
 def test_of_pjw_it_loads_its_own_room_and_four_pages() -> None:
-    """`pjw` itself, `pjw.errors`, `pjw.inherited`, `pjw.model`, `pjw.network`; all else is `pjw.launcher`."""
+    """`pjw` itself, `pjw.errors`, `pjw.process`, `pjw.model`, `pjw.network`; all else is `pjw.launcher`."""
     modules = {name for name in loaded("import pjw.launcher.__main__") if name.partition(".")[0] == "pjw"}
     assert {name for name in modules if not name.startswith("pjw.launcher")} == {
         "pjw",
         "pjw.errors",
-        "pjw.inherited",
+        "pjw.process",
         "pjw.model",
         "pjw.network",
     }

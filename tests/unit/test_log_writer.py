@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pjw.server.log_writer import QUEUE_MAX, LogWriter
+from pjw.server.log_setup import QUEUE_MAX, LogWriter
 
 PIPE_BYTES = 4096
 LINE = "x" * 99 + "\n"
@@ -37,7 +37,7 @@ def test_what_is_lost_is_counted_and_told(ends: tuple[int, int], caplog: pytest.
     """Nothing waits for a full pipe; what was kept comes in its order, then the number of the rest."""
     reading, writing = ends
     writer = LogWriter(writing)
-    told = logging.getLogger("pjw.server.log_writer")
+    told = logging.getLogger("pjw.server.log_setup")
     handler = logging.StreamHandler(writer)
     told.addHandler(handler)
     try:
@@ -57,7 +57,7 @@ def test_what_is_lost_is_counted_and_told(ends: tuple[int, int], caplog: pytest.
 
 def test_a_stopped_terminal_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-S: lines wait, and the end does not wait for ever; after Ctrl-Q they come."""
-    monkeypatch.setattr("pjw.server.log_writer.END_SECONDS", 0.05)
+    monkeypatch.setattr("pjw.server.log_setup.END_SECONDS", 0.05)
     ours, theirs = pty.openpty()
     writer = LogWriter(theirs)
     writer.start()
@@ -76,7 +76,7 @@ def test_a_reader_that_has_gone() -> None:
     reading, gone = os.pipe()
     os.close(reading)
     writer = LogWriter(gone)
-    told = logging.getLogger("pjw.server.log_writer")
+    told = logging.getLogger("pjw.server.log_setup")
     handler = logging.StreamHandler(writer)
     told.addHandler(handler)
     try:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pjw.server.logs import PLAIN, JsonFormatter, TextFormatter, set_up_logging
+from pjw.server.log_setup import PLAIN, JsonFormatter, TextFormatter, set_up_logging
 
 FORGED = "x\npjwd: ERROR: forged\r\x1b[2K\u2028\u202e\x00"
 

@@ -20,11 +20,11 @@ from pjw.errors import (
 from pjw.server import metrics
 from pjw.server.audit import CANCELLED, CallRecord
 from pjw.server.connections import Connections
-from pjw.server.log_writer import LogWriter
+from pjw.server.log_setup import LogWriter
 from pjw.server.metrics import CLIENTS_SHOWN, OTHERS, ServerMetrics
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker import Worker
-from pjw.worker.numbers import ClientNumbers, WorkerNumbers
+from pjw.worker.metrics import ClientNumbers, WorkerNumbers
 
 
 def counted(record: CallRecord) -> list[str]:

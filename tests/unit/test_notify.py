@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pjw.errors import LauncherGoneError
-from pjw.server.notify import Notifier
+from pjw.server.systemd import Notifier
 
 
 class Systemd:

@@ -10,7 +10,7 @@ import pytest
 
 from pjw.errors import InvalidJobError
 from pjw.model import EndReason, ExitStatus, Job, JobSpec, JobState, Limits
-from pjw.server.paging import after_token, filter_from_message, token_after
+from pjw.server.queries import after_token, filter_from_message, token_after
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker import pages
 from pjw.worker.pages import ALL_JOBS, JobFilter

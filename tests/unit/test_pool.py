@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 
 from pjw.cluster.v1 import cluster_pb2 as pb
-from pjw.gateway.nodes import Node, Nodes, Session, Shape
-from pjw.gateway.offers import offers_of
+from pjw.gateway.nodes import Node, Nodes, Session, Shape, offers_of
+from pjw.gateway.placement_rows import NodeRow
 from pjw.gateway.pool import Pool
-from pjw.gateway.rows import NodeRow
 
 SMALL = Shape(1000, 512)
 

@@ -13,12 +13,12 @@ import pytest
 from pjw.errors import InvalidJobError, JobNotFoundError, KernelError, LimitReachedError, PjwError
 from pjw.model import EndReason, Job, JobSpec, JobState, Limits, QueueSpec
 from pjw.worker import queue as queue_module
-from pjw.worker.background import Background
 from pjw.worker.queue import ATTEMPTS_MAX, PASSED_MAX, Queue
 from pjw.worker.queue_rows import WaitingJob
 from pjw.worker.settings import QueueSlots, Quotas, WorkerSettings
 from pjw.worker.slots import Slots, Wanting
 from pjw.worker.store import JobStore
+from pjw.worker.tasks import Background
 
 DEADLINE_SECONDS: Final = 20
 

@@ -6,7 +6,7 @@ import pytest
 
 from pjw.launcher.accounts import ACCOUNTS_OFFSET, keep_accounts
 from pjw.model import EndReason, ExitStatus, Usage
-from pjw.worker.record import RECORD_BYTES, End, Kept, Packing, Record, parse_record
+from pjw.worker.status_record import RECORD_BYTES, End, Kept, Packing, Record, parse_record
 
 STARTED = b"started 1700000000000000000\n"
 ENDED = b"ended 1700000001000000000 exited 3 none\n"

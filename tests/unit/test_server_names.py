@@ -11,13 +11,13 @@ import grpc
 import pytest
 
 from pjw.certs import authority, tls
-from pjw.certs.address import server_address
 from pjw.certs.bundle import read_bundle
 from pjw.certs.checks import is_for, names_of, parse_certificates
 from pjw.cli import main as pjw
 from pjw.client.aio import AsyncClient
 from pjw.client.sync import Client
 from pjw.errors import ConfigError, ServerUnreachableError
+from pjw.given import server_address
 from pjw.server import main as pjwd
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pjw.server.signals import Signals
+from pjw.server.serve import Signals
 from tests.support.service import wait_for
 
 SECONDS = 30

@@ -11,13 +11,13 @@ import pytest
 from pjw.cluster.v1 import cluster_pb2 as pb
 from pjw.errors import InvalidJobError, NotAllowedError
 from pjw.gateway.nodes import Node, Nodes, Session, Shape
-from pjw.gateway.rows import NodeRow
+from pjw.gateway.placement_rows import NodeRow
 from pjw.gateway.slurm import SUBMITTED_AT_ONCE, Kind, Slurm, kind_of
 from pjw.gateway.slurm_port import SlurmRefusedError
 from pjw.model import JobSpec
 from pjw.server.config import GatewaySlurm
-from pjw.slurm.commands import Commands, SlurmError
-from pjw.worker.background import Background
+from pjw.slurm.programs import Commands, SlurmError
+from pjw.worker.tasks import Background
 
 SMALL = Shape(1000, 512 * 1024**2)
 UUID = "0d9e3c1c-54a5-4d2c-9d7f-0123456789ab"
@@ -440,7 +440,7 @@ async def test_which_of_slurm_s_words_are_told(tmp_path: Path) -> None:
 
 async def test_a_program_that_hangs_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the others have their turn."""
-    monkeypatch.setattr("pjw.slurm.commands.ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr("pjw.slurm.programs.ANSWER_SECONDS", 0.2)
     program(tmp_path, "squeue", "exec sleep 300")
     with pytest.raises(SlurmError, match=r"squeue did not answer for 0\.2 s"):
         await commands(tmp_path).jobs()

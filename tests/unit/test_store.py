@@ -27,11 +27,11 @@ from pjw.model import (
     Retry,
     Usage,
 )
-from pjw.node import rows as node_rows
+from pjw.node import cluster_rows as node_rows
 from pjw.worker import schema
+from pjw.worker.job_rows import from_ns, to_ns
 from pjw.worker.pages import JobFilter, Page
 from pjw.worker.queue_rows import Head
-from pjw.worker.rows import from_ns, to_ns
 from pjw.worker.schema import SCHEMA_VERSION
 from pjw.worker.secret_files import SecretFiles
 from pjw.worker.settings import Quotas, Retention

@@ -4,8 +4,8 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, Final, cast
 
-from pjw.server import turns
-from pjw.server.turns import (
+from pjw.server import accept
+from pjw.server.accept import (
     EARLY_NS,
     FORGET_ABOVE,
     HELD_MAX,
@@ -64,7 +64,7 @@ class Bench:
     def call(self, client: str = "alice", method: bytes = QUICK) -> Call:
         """A call comes."""
         call = Call()
-        assert self.turns.came(client, method, cast("turns.Context", call), call.deliver)
+        assert self.turns.came(client, method, cast("accept.Context", call), call.deliver)
         return call
 
 
@@ -101,7 +101,7 @@ async def test_so_many_are_held() -> None:
     bench = Bench()
     for _ in range(HELD_MAX + 1):
         bench.call()
-    assert not bench.turns.came("alice", QUICK, cast("turns.Context", Call()), lambda: None)
+    assert not bench.turns.came("alice", QUICK, cast("accept.Context", Call()), lambda: None)
     assert bench.call("bob").delivered
 
 

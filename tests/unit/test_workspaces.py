@@ -9,7 +9,7 @@ import pytest
 
 from pjw.errors import InvalidJobError, LimitReachedError, WorkspaceBusyError, WorkspaceNotFoundError
 from pjw.model import TOO_DEEP, EndReason, Limits
-from pjw.server.paging import after_workspace, token_after_workspace
+from pjw.server.queries import after_workspace, token_after_workspace
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker import array_rows, queue_rows, workspace_rows
 from pjw.worker.queue_rows import Head

@@ -12,10 +12,10 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-from pjw.certs import pem
-from pjw.certs.address import server_address
+from pjw.certs import files
 from pjw.certs.files import BUNDLE_MARK, ClientCredentials, read_path
 from pjw.errors import ConfigError
+from pjw.given import server_address
 
 BUNDLE_SUFFIX: Final = ".pjw"
 
@@ -49,11 +49,11 @@ def read_bundle(path: str) -> Bundle:
             f"cannot read bundle {path}: it has no line `server: HOST:PORT`, or none `authority:`",
             hint="`pjwd certs client` writes bundles, as NAME.pjw",
         )
-    if any(text in own for text in pem.ENCRYPTED):
+    if any(text in own for text in files.ENCRYPTED):
         raise ConfigError(f"cannot use bundle {path}: its key is encrypted, and pjw asks for no passphrase")
     try:
-        keys = pem.blocks(own, pem.KEYS)
-        certificates, authorities = (pem.blocks(part, pem.CERTIFICATES) for part in (own, authority))
+        keys = files.blocks(own, files.KEYS)
+        certificates, authorities = (files.blocks(part, files.CERTIFICATES) for part in (own, authority))
     except ValueError as error:
         raise ConfigError(f"cannot read bundle {path}: {error}") from None
     if len(keys) != 1:

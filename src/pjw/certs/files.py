@@ -3,16 +3,63 @@
 This module judges no content beyond "is it there, is it PEM, is the key private".
 """
 
+import binascii
 import errno
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Final, Self
 
-from pjw.certs import pem
 from pjw.errors import ConfigError, describe_errno
+
+# PEM (RFC 7468), read in one place. Standard library only.
+#
+# Readers of PEM differ in what they accept: text before a block, ends of lines, a byte order mark. So this
+# module alone reads a file, and encodes anew what it understood. Then our checks (`cryptography`) and the
+# handshake (gRPC's BoringSSL) understand the same.
+
+CERTIFICATES: Final = ("CERTIFICATE",)
+KEYS: Final = ("PRIVATE KEY", "EC PRIVATE KEY", "RSA PRIVATE KEY")
+ENCRYPTED: Final = (b"-----BEGIN ENCRYPTED PRIVATE KEY-----", b"Proc-Type: 4,ENCRYPTED")
+
+_BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
+_BEGIN: Final = re.compile(rb"^[ \t]*-----BEGIN ([A-Z0-9 ]+)-----[ \t]*$", re.MULTILINE)
+_SPACE: Final = re.compile(rb"\s+")
+_LINE_CHARACTERS: Final = 64
+
+
+def blocks(data: bytes, labels: Sequence[str]) -> list[bytes]:
+    """Return each block with one of these labels, in order, encoded anew; ignore text between blocks.
+
+    Raises ValueError for a block that has no end, or is not base64.
+    """
+    return [_encoded(label, body) for label, body in _found(data) if label in labels]
+
+
+def _found(data: bytes) -> Iterator[tuple[str, bytes]]:
+    data = data.removeprefix(_BYTE_ORDER_MARK).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    place = 0
+    while (begin := _BEGIN.search(data, place)) is not None:
+        label = begin[1].decode()
+        place = data.find(b"-----END " + begin[1] + b"-----", begin.end())
+        if place < 0:
+            raise ValueError(f"it is cut short: its {label} has no end")
+        yield label, data[begin.end() : place]
+
+
+def _encoded(label: str, body: bytes) -> bytes:
+    try:
+        der = binascii.a2b_base64(_SPACE.sub(b"", body), strict_mode=True)
+    except binascii.Error:
+        raise ValueError(f"what is in its {label} is not base64") from None
+    text = binascii.b2a_base64(der, newline=False)
+    lines = [text[start : start + _LINE_CHARACTERS] for start in range(0, len(text), _LINE_CHARACTERS)]
+    name = label.encode()
+    return b"\n".join((b"-----BEGIN " + name + b"-----", *lines, b"-----END " + name + b"-----", b""))
+
 
 # Far above any chain of certificates; a wrong path (a disk image, /dev/zero) ends here.
 FILE_MAX_BYTES: Final = 1024 * 1024
@@ -137,7 +184,7 @@ def read_descriptor(descriptor: int, path: str, what: str) -> bytes:
 
 def read_certificates(path: str, read: Read = read_path) -> bytes:
     """Return the certificates of a file, one or more, encoded anew as PEM. Raises ConfigError."""
-    found = _blocks(read(path, "certificate"), pem.CERTIFICATES, f"certificate {path}")
+    found = _blocks(read(path, "certificate"), CERTIFICATES, f"certificate {path}")
     if not found:
         raise ConfigError(
             f"cannot read certificate {path}: it has no PEM certificate in it",
@@ -152,12 +199,12 @@ def read_key(path: str, read: Read = read_path) -> bytes:
     key_exposure says which other users may read the file.
     """
     data = read(path, "private key")
-    if any(mark in data for mark in pem.ENCRYPTED):
+    if any(mark in data for mark in ENCRYPTED):
         raise ConfigError(
             f"cannot use private key {path}: it is encrypted, and pjw asks for no passphrase",
             hint=f"openssl pkey -in {path} writes it unencrypted",
         )
-    found = _blocks(data, pem.KEYS, f"private key {path}")
+    found = _blocks(data, KEYS, f"private key {path}")
     if not found:
         raise ConfigError(f"cannot read private key {path}: it has no PEM private key in it")
     return found[0]
@@ -165,7 +212,7 @@ def read_key(path: str, read: Read = read_path) -> bytes:
 
 def _blocks(data: bytes, labels: Sequence[str], subject: str) -> list[bytes]:
     try:
-        return pem.blocks(data, labels)
+        return blocks(data, labels)
     except ValueError as error:
         raise ConfigError(f"cannot read {subject}: {error}") from None
 

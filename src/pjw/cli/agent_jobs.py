@@ -10,7 +10,6 @@ from collections.abc import Coroutine, Mapping
 from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from pjw.cli import agent_files
 from pjw.cli.commands import why_ended
 from pjw.cli.execute import why_session_ended
 from pjw.cli.render import printable
@@ -20,6 +19,17 @@ from pjw.model import LIMIT_MAXIMUM, Job, JobSpec, JobState, Session
 
 if TYPE_CHECKING:
     from pjw.client.aio import AsyncClient
+
+import io
+import tarfile
+from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING
+
+from pjw.errors import CopyError
+
+if TYPE_CHECKING:
+    from pjw.client.aio import AsyncClient
+
 
 # Seconds to wait for the state of a job when the time of an answer is over already.
 _STATE_SECONDS: Final = 5
@@ -139,13 +149,13 @@ class AgentJobs:
                 f"cannot put {path}: {len(data)} bytes; at most {PUT_BYTES_MAX} go at once",
                 hint="put it in parts, and join them with cat in the job",
             )
-        await agent_files.put(self._client, job_id, path, data, executable=executable)
+        await put(self._client, job_id, path, data, executable=executable)
         return Answer(f"Put {path} into job {job_id}: {len(data)} bytes.")
 
     async def get(self, name: str, path: str, offset: int, bytes_max: int, *, base64: bool) -> Answer:
         """Return a part of a file of a running job."""
         job_id = await self._job_id(name)
-        data, size = await agent_files.get(self._client, job_id, path, offset, bytes_max)
+        data, size = await get(self._client, job_id, path, offset, bytes_max)
         if base64:
             text, length = b64encode(data).decode(), len(data)
         else:
@@ -295,3 +305,92 @@ def _line(job: Job) -> str:
     if len(command) > _COMMAND_CHARACTERS:
         command = command[: _COMMAND_CHARACTERS - 1] + "…"
     return f"{_job_in_words(job)} Command: {command}"
+
+
+# Files of a running job, for agents: a part of one, and one that is put whole.
+#
+# agents.py knows of files no more than `put` and `get`. Files travel as archives, like those of `pjw cp`, so
+# the job needs no program for them.
+
+# The bytes before a file in an archive: its header, and before that one for a name of up to 4095 bytes.
+_HEADERS_BYTES: Final = 16 * 1024
+
+
+async def put(client: "AsyncClient", job_id: int, path: str, data: bytes, *, executable: bool) -> None:
+    """Make a file of a running job, or replace it, with the directories above it. Raises PjwError."""
+    words = f"cannot put {path} into job {job_id}"
+    there = await _entry(client, job_id, path)
+    if there is not None and there.isdir():
+        raise PjwError(f"{words}: it is a directory")
+    # one that is replaced keeps its permissions
+    mode = 0o644 if there is None else there.mode & 0o777
+    info = tarfile.TarInfo(path.lstrip("/"))
+    info.size, info.mode = len(data), mode | (0o111 if executable else 0)
+    archive = info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape") + data
+    archive += bytes(-len(data) % tarfile.BLOCKSIZE) + bytes(2 * tarfile.BLOCKSIZE)
+    try:
+        await client.write_archive(job_id, _whole(archive), "/" if path.startswith("/") else ".")
+    except CopyError as error:
+        raise PjwError(f"{words}: {_why(error)}") from None
+
+
+async def _whole(data: bytes) -> AsyncGenerator[bytes, None]:
+    yield data
+
+
+async def _entry(client: "AsyncClient", job_id: int, path: str) -> tarfile.TarInfo | None:
+    """Return the entry at that path; None where it cannot be read."""
+    with suppress(CopyError):
+        async with aclosing(client.read_archive(job_id, path)) as pieces:
+            return _first_entry(await _headers(pieces))
+    return None
+
+
+async def get(
+    client: "AsyncClient", job_id: int, path: str, offset: int, bytes_max: int
+) -> tuple[bytes, int]:
+    """Return a part of a running job's file, and the size of the file in bytes. Raises PjwError."""
+    words = f"cannot get {path} from job {job_id}"
+    found = bytearray()
+    try:
+        async with aclosing(client.read_archive(job_id, path)) as pieces:
+            held = await _headers(pieces)
+            entry = _first_entry(held)
+            if entry is None or not entry.isreg():
+                kind = "a directory" if entry is not None and entry.isdir() else "no plain file"
+                raise PjwError(f"{words}: it is {kind}")
+            first = entry.offset_data + min(offset, entry.size)
+            last = min(first + bytes_max, entry.offset_data + entry.size)
+            position = 0
+            while held:
+                found += held[max(0, first - position) : max(0, last - position)]
+                position += len(held)
+                # the bytes behind the part are not fetched
+                held = await anext(pieces, b"") if position < last else b""
+    except CopyError as error:
+        raise PjwError(f"{words}: {_why(error)}") from None
+    return bytes(found), entry.size
+
+
+async def _headers(pieces: AsyncGenerator[bytes, None]) -> bytes:
+    held = b""
+    while len(held) < _HEADERS_BYTES and (piece := await anext(pieces, b"")):
+        held += piece
+    return held
+
+
+def _first_entry(held: bytes) -> tarfile.TarInfo | None:
+    """Return the first entry of an archive's beginning; None for none. The job may have sent anything."""
+    try:
+        with tarfile.open(fileobj=io.BytesIO(held), mode="r:") as archive:
+            return archive.next()
+    except (tarfile.TarError, ValueError, OverflowError):
+        return None
+
+
+def _why(error: CopyError) -> str:
+    """Return the reason given by the program in the job, without the request it repeats."""
+    _, _, why = str(error).rpartition(": cannot ")
+    if why.endswith(": no such file or directory"):
+        return "there is no such file"
+    return f"cannot {why}" if why else str(error)

@@ -180,7 +180,7 @@ def run(arguments: Namespace) -> int:
                 say(f"job {job.id} {job.detail}")
             code = interactive.at_job(client, job.id, arguments.escape)
             if arguments.outputs:
-                from pjw.cli.artifacts import fetch
+                from pjw.cli.copy import fetch
 
                 fetch(client, client.get(job.id), arguments.output_dir)
             return code
@@ -231,7 +231,7 @@ def wait_for_end(
 
 def wait(arguments: Namespace) -> int:
     """Print the exit code of each job when it has ended, 128+n for a signal; return that of a single job."""
-    from pjw.cli.progress import Progress
+    from pjw.cli.terminal import Progress
 
     codes: list[int] = []
 
@@ -305,7 +305,7 @@ def exit_code_of_job(job: "Job") -> int:
 def stop(arguments: Namespace) -> int:
     """Stop jobs at once; when all have ended, print each as JSON, or at a terminal as a line."""
     from pjw.cli.choice import STOPPABLE, named_or_fitting
-    from pjw.cli.progress import Progress
+    from pjw.cli.terminal import Progress
 
     _require_jobs(arguments)
     with connect(arguments) as client:
@@ -470,7 +470,7 @@ def logs(arguments: Namespace) -> int:
         job_id = resolve(client, arguments.job)
         which = {name: getattr(arguments, name) for name in ("follow", "tail", "since", "stderr")}
         if arguments.timestamps:
-            from pjw.cli.stamps import stamped
+            from pjw.cli.plain import stamped
 
             pieces = stamped(client.timed_logs(job_id, arguments.offset, **which))
         else:
@@ -489,7 +489,7 @@ def telling_if_stuck(client: "Client", job_id: JobName) -> Iterator[None]:
     """Say on stderr when the job cannot go on, while its output is followed."""
     from threading import Timer
 
-    from pjw.cli.progress import QUIET_SECONDS
+    from pjw.cli.terminal import QUIET_SECONDS
 
     def tell() -> None:
         # the follower of the output reports every failure, also a server that has gone

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
-from pjw.cli.settings import find_settings
+from pjw.cli.connection import find_settings
 from pjw.cli.units import SIGNALS
 from pjw.errors import PjwError
 from pjw.model import Job, JobState

@@ -4,13 +4,41 @@ import gc
 from argparse import ArgumentTypeError, Namespace
 from typing import TYPE_CHECKING
 
-from pjw.cli.expiry import warn_of_ends
-from pjw.cli.settings import find_settings
 from pjw.errors import ConfigError, JobStateError
 
 if TYPE_CHECKING:
     from pjw.client.aio import AsyncClient
     from pjw.client.sync import Client
+
+import argparse
+import os
+import sys
+import time
+from contextlib import suppress
+from typing import Final
+
+from pjw.certs.files import load_client_credentials, read_path
+from pjw.cli.exits import say
+from pjw.client import config
+from pjw.client.config import ClientSettings, ends_of
+from pjw.errors import PjwError
+
+# The server and the certificates of a command: its options, before all that `pjw.client.config` reads.
+
+
+def find_settings(arguments: argparse.Namespace) -> ClientSettings:
+    """Gather the settings. Raises ConfigError that says which is missing and how to give it."""
+    # pjw warns in its own way (cli/connection.py)
+    config.log.disabled = True
+    options = {key: getattr(arguments, key) for key in config.KEYS}
+    return config.find_settings(getattr(arguments, "context", None), options)
+
+
+def options_of(arguments: argparse.Namespace) -> list[str]:
+    """Return the same options again, for another pjw that is to find the same settings."""
+    given = {key: getattr(arguments, key, None) for key in ("context", *config.KEYS)}
+    return [f"--{key.replace('_', '-')}={value}" for key, value in given.items() if value is not None]
+
 
 # A job as it is typed: its id, or its name.
 JobName = int | str
@@ -53,7 +81,7 @@ def job_name(text: str) -> JobName:
 
 def server(text: str) -> str:
     """Parse HOST:PORT of a server, as a `type` of argparse."""
-    from pjw.certs.address import server_address
+    from pjw.given import server_address
 
     try:
         return server_address(text)
@@ -93,3 +121,56 @@ def _client_class() -> "type[Client]":
         gc.freeze()
         gc.enable()
     return Client
+
+
+# Warns a user at a terminal before a certificate expires, at most once a day for each.
+#
+# An empty file has the day of the last check as its modification time. On that day we do not parse the
+# certificate again, which would take a third of the time of a `pjw get`.
+
+# the environment variable that turns the warning off
+VARIABLE: Final = "PJW_EXPIRY_WARNING"
+OFF: Final = "off"
+DAY_SECONDS: Final = 86_400
+
+
+def warn_of_ends(settings: ClientSettings) -> None:
+    """Warn on stderr, if it is a terminal, of each certificate that expires soon."""
+    if not sys.stderr.isatty() or os.environ.get(VARIABLE) == OFF:
+        return
+    # an error here does not matter to the command, or the command meets it itself a moment later
+    with suppress(PjwError, OSError):
+        stamp = _stamp(settings.client_crt)
+        if stamp is None or not _is_of_today(stamp):
+            files = settings.ca_crt, settings.client_crt, settings.client_key
+            for words in ends_of(load_client_credentials(*files)):
+                say(f"warning: {words} ({VARIABLE}={OFF} hides this)")
+            if stamp is not None:
+                _touch(stamp)
+
+
+def _stamp(client_crt: str) -> str | None:
+    """Return the path of the empty file for a certificate, in the user's directory for program state."""
+    import hashlib
+
+    home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    if not os.path.isabs(home):
+        # A user without a home directory: we warn each time. The XDG Base Directory Specification has
+        # programs ignore a relative XDG_STATE_HOME.
+        return None
+    digest = hashlib.sha256(read_path(client_crt, "certificate")).hexdigest()
+    return os.path.join(home, "pjw", f"expiry-{digest[:32]}")
+
+
+def _is_of_today(stamp: str) -> bool:
+    try:
+        # a time in the future comes from a clock that was set back since
+        return 0 <= time.time() - os.stat(stamp).st_mtime < DAY_SECONDS
+    except FileNotFoundError:
+        return False
+
+
+def _touch(stamp: str) -> None:
+    os.makedirs(os.path.dirname(stamp), mode=0o700, exist_ok=True)
+    os.close(os.open(stamp, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    os.utime(stamp)

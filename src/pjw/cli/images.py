@@ -9,8 +9,8 @@ from typing import Any
 from pjw.cli.commands import each, show_name
 from pjw.cli.connection import connect
 from pjw.cli.copy import Count, tell_left_out
-from pjw.cli.progress import Progress
 from pjw.cli.render import json_text, printable, time_text
+from pjw.cli.terminal import Progress
 from pjw.cli.units import duration_in_words, size_in_words
 from pjw.model import Image, check_image
 

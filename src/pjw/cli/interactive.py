@@ -17,7 +17,7 @@ from pjw.cli import local_terminal
 from pjw.cli.commands import exit_code_of_job, why_ended, write_all
 from pjw.cli.connection import connect, resolve_id
 from pjw.cli.exits import say
-from pjw.cli.keys import HELP, Keys
+from pjw.cli.local_terminal import HELP, Keys
 from pjw.cli.run import Interrupt, in_thread, interrupts_into
 from pjw.errors import JobStateError
 

@@ -11,8 +11,14 @@ from pjw.cli.exits import EXIT_INTERRUPTED, complain
 from pjw.cli.parser import build_parser
 from pjw.errors import PjwError
 from pjw.given import require_arguments
-from pjw.inherited import open_standard_descriptors, unblock_signals
-from pjw.stdout import EXIT_CLOSED_PIPE, ReaderGoneError, checked_stdout, require_stdout
+from pjw.process import (
+    EXIT_CLOSED_PIPE,
+    ReaderGoneError,
+    checked_stdout,
+    open_standard_descriptors,
+    require_stdout,
+    unblock_signals,
+)
 
 
 def run() -> NoReturn:

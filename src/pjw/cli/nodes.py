@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pjw.cli.commands import each
-from pjw.cli.expiry import warn_of_ends
+from pjw.cli.connection import find_settings, warn_of_ends
 from pjw.cli.render import json_text, printable
-from pjw.cli.settings import find_settings
 from pjw.cli.units import duration_in_words, size_in_words
 
 if TYPE_CHECKING:

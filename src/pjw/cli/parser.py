@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from pjw.certs.address import DEFAULT_ADDRESS
 from pjw.cli import commands, units
 from pjw.cli.connection import job_name, server
 from pjw.cli.exits import EXIT_USAGE
 from pjw.cli.subcommands import ADDERS, STATES, add_all, add_outputs, add_secrets, add_upload
 from pjw.cli.terminal import columns
+from pjw.given import DEFAULT_ADDRESS
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction["Parser"]  # noqa: SLF001  it has no other name
@@ -54,7 +54,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Report a fault, and the word that may have been meant."""
-        from pjw.cli.guess import guess
+        from pjw.cli.help import guess
 
         self.print_usage(sys.stderr)
         hint = guess(self, message)

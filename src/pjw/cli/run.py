@@ -85,7 +85,7 @@ def run_attached(client: "Client", arguments: Namespace, stdin: int | None) -> i
         code = attached.run()
     # signals end us as usual from here on: the job has ended
     if attached.ended is not None and attached.ended.artifacts is not None:
-        from pjw.cli.artifacts import fetch
+        from pjw.cli.copy import fetch
 
         fetch(client, attached.ended, arguments.output_dir)
     return code

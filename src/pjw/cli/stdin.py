@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING
 
-from pjw.cli.progress import Progress
+from pjw.cli.terminal import Progress
 from pjw.cli.units import size_in_words
 from pjw.client.input import PIECE_BYTES
 from pjw.errors import ConfigError, JobStateError, describe_errno

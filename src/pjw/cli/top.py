@@ -19,12 +19,11 @@ from textual.screen import ModalScreen
 from textual.widgets import DataTable, Footer, Label, Log, Sparkline, Static
 
 from pjw.cli import local_terminal
-from pjw.cli.expiry import warn_of_ends
+from pjw.cli.connection import find_settings, options_of, warn_of_ends
 from pjw.cli.plain import PlainText
 from pjw.cli.render import array_counts, printable
-from pjw.cli.settings import find_settings, options_of
+from pjw.cli.stats import Reading, nothing_at, reading
 from pjw.cli.units import SIGNALS, duration_in_words, size_in_words
-from pjw.cli.usage import Reading, nothing_at, reading
 from pjw.client.aio import AsyncClient
 from pjw.client.requests import JobUsage, UsageSnapshot
 from pjw.errors import ConfigError, PjwError

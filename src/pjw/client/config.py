@@ -6,15 +6,34 @@ file), the file outside of any context. Never from a file of the server: a clien
 are strangers.
 """
 
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from pjw.certs.address import DEFAULT_ADDRESS
-from pjw.client.settings import ClientSettings
+from pjw.certs.files import ClientCredentials
 from pjw.errors import ConfigError
-from pjw.given import require_value, require_values
+from pjw.given import DEFAULT_ADDRESS, require_value, require_values, server_address
+
+# The address of a server, and the client's certificates.
+
+
+@dataclass(frozen=True, slots=True)
+class ClientSettings:
+    """The address to connect to, and the files that identify the client."""
+
+    server: str
+    ca_crt: str
+    client_crt: str
+    client_key: str
+
+    def __post_init__(self) -> None:
+        """Add the default port to the address. Raises ConfigError for a wrong address or an empty value."""
+        for name in self.__slots__:
+            require_value(name, getattr(self, name))
+        object.__setattr__(self, "server", server_address(self.server))
+
 
 KEYS: Final = ("server", "ca_crt", "client_crt", "client_key")
 
@@ -151,3 +170,44 @@ def _read_toml(path: str) -> dict[str, Any]:
     # not tomllib's own error alone: a number of 5,000 digits and "[[[[…" raise others
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"cannot read {path}: it is not TOML: {error}") from error
+
+
+# Warns before the client's certificate or the server's authority expires: after that no call gets through.
+#
+# A program gets the warning as a line in its log, from the logger `pjw.client.config`. The command line warns
+# in its own way (cli/connection.py), and turns this logger off.
+
+log: Final = logging.getLogger(__name__)
+
+# the certificates that we have checked for the log
+_told: Final[set[bytes]] = set()
+
+
+def ends_of(credentials: ClientCredentials) -> Iterator[str]:
+    """Yield a sentence for each of a client's certificates that expires soon: when, and the remedy."""
+    # this import takes a third of the time of a `pjw get`
+    from pjw.certs.checks import describe_time, ends_soon, first_end
+
+    for what, pem in (
+        ("client certificate", credentials.crt_pem),
+        ("certificate of the server's authority", credentials.ca_pem),
+    ):
+        try:
+            end = first_end(pem)
+        except ValueError:
+            # the connection will report the fault of this certificate
+            continue
+        if ends_soon(end):
+            yield (
+                f"the {what} expires on {describe_time(end)}, and then pjw cannot connect:"
+                " ask your operator for a new bundle"
+            )
+
+
+def log_ends(credentials: ClientCredentials) -> None:
+    """Log a warning for each certificate that expires soon, once in the life of this process."""
+    if not log.isEnabledFor(logging.WARNING) or credentials.crt_pem in _told:
+        return
+    _told.add(credentials.crt_pem)
+    for words in ends_of(credentials):
+        log.warning("%s", words)

@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 
 from pjw import errors
 from pjw.arrays import Element
-from pjw.client.failures import CALL_SECONDS
+from pjw.client.retry import CALL_SECONDS
 from pjw.model import (
     KNOWN_STATES,
     PORT_MAX,

@@ -12,9 +12,8 @@ from pjw.client.channel import Options  # isort: skip  it sets how gRPC is impor
 import grpc
 
 from pjw.client import requests
-from pjw.client.base import BaseClient
-from pjw.client.failures import error_from
-from pjw.client.retry import CALLS_AT_ONCE, STOPS_AT_ONCE, WAITS_AT_ONCE, Trouble
+from pjw.client.channel import BaseClient
+from pjw.client.retry import CALLS_AT_ONCE, STOPS_AT_ONCE, WAITS_AT_ONCE, Trouble, error_from
 from pjw.errors import JobNotFoundError, JobStateError, PjwError, ServerUnreachableError
 from pjw.model import Archive, ClientQuota, Job, JobState, Session, TerminalSize, base_of
 from pjw.rpc.status import ADMITTED_KEY
@@ -24,7 +23,7 @@ from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
 if TYPE_CHECKING:
     from pjw.client.artifacts import Artifact
     from pjw.client.copies import Copied
-    from pjw.client.upload import Upload
+    from pjw.client.input import Upload
     from pjw.client.watch import JobWatch
 
 T = TypeVar("T")
@@ -457,7 +456,7 @@ class Client(BaseClient):
         *session* the input is that of a session of the job; with *append* it comes behind the bytes that the
         server has already. Raises JobStateError when the job ends, or its command reads no more, before that.
         """
-        from pjw.client.upload import Upload
+        from pjw.client.input import Upload
 
         return self._write(Upload(job_id, session, append=append), data, seen)
 
@@ -472,7 +471,7 @@ class Client(BaseClient):
         two minutes. Raises ConfigError for a file that cannot be read, and LimitReachedError.
         """
         from pjw.client.copies import UploadPacker
-        from pjw.client.upload import Upload
+        from pjw.client.input import Upload
 
         packer = UploadPacker(sources)
         name = requests.upload_name()
@@ -560,7 +559,7 @@ class Client(BaseClient):
         Raises ConfigError for a source that cannot be read or is no image, and the errors of a start of a
         job.
         """
-        from pjw.client.upload import Upload
+        from pjw.client.input import Upload
         from pjw.image_archive import ImageArchive
 
         with ImageArchive.open(source) as archive:

@@ -18,7 +18,7 @@ from contextlib import suppress
 from importlib import import_module
 from typing import Any, Final
 
-from pjw.inherited import open_standard_descriptors
+from pjw.process import open_standard_descriptors
 
 _REQUESTS_FD, _REPORTS_FD = 3, 4
 _REQUEST_BYTES_MAX: Final = 65_536

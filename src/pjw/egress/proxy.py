@@ -19,8 +19,7 @@ from typing import Final
 import h11
 
 from pjw.egress import relay
-from pjw.egress.failure import Failure
-from pjw.egress.requests import Wanted, passed_on, request_for, wanted_of
+from pjw.egress.proxy_requests import Failure, Wanted, passed_on, request_for, wanted_of
 from pjw.egress.targets import Targets
 from pjw.network import Allowed
 

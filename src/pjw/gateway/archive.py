@@ -22,7 +22,7 @@ from pjw.errors import ConfigError, KernelError, OutputLostError, describe_errno
 from pjw.model import Job
 from pjw.output import Inotify, OutputLog
 from pjw.output.times import RECORD
-from pjw.worker.logs import Output, Part, Reading
+from pjw.worker.reading import Output, Part, Reading
 from pjw.worker.state_dir import disk_error
 
 _LOCK: Final = "lock"

@@ -13,16 +13,16 @@ import grpc
 
 from pjw.cluster.v1 import cluster_pb2 as cpb
 from pjw.errors import JobNotFoundError, OutputLostError, PjwError, ServerUnreachableError
-from pjw.gateway import rows
+from pjw.gateway import placement_rows
 from pjw.gateway.archive import Archive, StreamCopy
 from pjw.gateway.dial import Dial, error_from
 from pjw.gateway.nodes import Node
-from pjw.gateway.rows import Placement
+from pjw.gateway.placement_rows import Placement
 from pjw.model import Job
 from pjw.v1 import job_worker_pb2 as pb
-from pjw.worker.background import Background
 from pjw.worker.state_dir import disk_error
 from pjw.worker.store import JobStore
+from pjw.worker.tasks import Background
 
 # So many copies at once, each from another node.
 COPIES_MAX: Final = 4
@@ -92,7 +92,7 @@ class Archiver:
         try:
             while node.session is not None:
                 self._busy[name] = False
-                found = await self._store.transact(rows.to_archive, name, _FOUND_AT_ONCE)
+                found = await self._store.transact(placement_rows.to_archive, name, _FOUND_AT_ONCE)
                 for placement, job in found:
                     async with self._turns:
                         await self._copy(node, placement, job)
@@ -129,7 +129,7 @@ class Archiver:
             raise disk_error("archive the output of", f"job {job.id}", error) from error
         except (JobNotFoundError, OutputLostError) as error:
             await asyncio.to_thread(self._archive.abandon, job.id)
-            if await self._store.transact(rows.never_archived, job.id):
+            if await self._store.transact(placement_rows.never_archived, job.id):
                 log.error("the output of job %d is not archived: %s", job.id, error)
             self._let_go(node, job.id)
             return
@@ -153,7 +153,7 @@ class Archiver:
                     await asyncio.to_thread(self._archive.commit, job.id)
             except OSError as error:
                 raise disk_error("archive the output of", f"job {job.id}", error) from error
-            await self._store.transact(rows.archived, job.id)
+            await self._store.transact(placement_rows.archived, job.id)
             await self._store.sync()
         self.made += 1
 

@@ -32,25 +32,23 @@ from pjw.errors import (
     OutputLostError,
     PjwError,
 )
-from pjw.gateway import rows
+from pjw.gateway import placement_rows
+from pjw.gateway.answers import check_spec, in_our_words, not_yet
 from pjw.gateway.archive import Archive as OutputArchive
 from pjw.gateway.archiving import Archiver
 from pjw.gateway.dial import Dial
 from pjw.gateway.engine import Engine
 from pjw.gateway.jobs import Placed, Placements, lost_words
-from pjw.gateway.nodes import Node, Nodes
-from pjw.gateway.numbers import series_of
-from pjw.gateway.offers import require_offered
+from pjw.gateway.metrics import series_of
+from pjw.gateway.node_calls import NoReading, OnNode, ProxyReading
+from pjw.gateway.nodes import Node, Nodes, require_offered
+from pjw.gateway.placement_states import PlacementState
 from pjw.gateway.pool import Pool
-from pjw.gateway.proxy import NoReading, OnNode, ProxyReading
-from pjw.gateway.refused import check_spec, not_yet
 from pjw.gateway.slots import ClusterSlots
 from pjw.gateway.state import GatewayState
-from pjw.gateway.states import PlacementState
 from pjw.gateway.stops import Stops
 from pjw.gateway.usage import nodes_quota, usage_now, with_usage
 from pjw.gateway.within import NodeConnection, Within
-from pjw.gateway.words import in_our_words
 from pjw.model import (
     NO_SUMS,
     Archive,
@@ -73,12 +71,10 @@ from pjw.server.backend import Reading, Written
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker import Part, WorkerSettings
 from pjw.worker.artifacts import require_kept
-from pjw.worker.background import Background
 from pjw.worker.changes import Batch, Changes, Watched
 from pjw.worker.egress import Connection
-from pjw.worker.flag import Flag, first_of
 from pjw.worker.input import Inputs
-from pjw.worker.numbers import ClientNumbers, WorkerNumbers
+from pjw.worker.metrics import ClientNumbers, WorkerNumbers
 from pjw.worker.pages import ALL_JOBS, JobFilter, Page
 from pjw.worker.queue import Queue
 from pjw.worker.queue_calls import QueueCalls
@@ -86,6 +82,7 @@ from pjw.worker.queue_rows import WaitingJob
 from pjw.worker.quota import StoredBytes
 from pjw.worker.retention import BATCH, Pruner
 from pjw.worker.store import NotQueuedError
+from pjw.worker.tasks import Background, Flag, first_of
 from pjw.worker.uploads import Uploads
 from pjw.worker.worker import ALL_CHANGES, LOCAL_CLIENT, PAGE_MAX, SIGNAL_MAX, require_no_array
 
@@ -206,7 +203,7 @@ class GatewayBackend(QueueCalls):
         await self.placements.lose(node, lost_words(node))
         if node.session is not None:
             # the node came back meanwhile
-            for each in await self._store.transact(rows.to_fence, node.row.name):
+            for each in await self._store.transact(placement_rows.to_fence, node.row.name):
                 node.session.fence(each)
 
     def run_here(self, placed: Placed, node: Node) -> None:
@@ -472,7 +469,7 @@ class GatewayBackend(QueueCalls):
 
     async def _remove_everywhere(self) -> None:
         try:
-            names = await self._store.transact(rows.nodes_to_remove)
+            names = await self._store.transact(placement_rows.nodes_to_remove)
         except PjwError:
             # we try again when jobs are removed, or a node connects again
             return
@@ -488,11 +485,11 @@ class GatewayBackend(QueueCalls):
     async def _remove_on(self, node: Node) -> None:
         try:
             while node.session is not None:
-                found = await self._store.transact(rows.to_remove, node.row.name, _REMOVED_AT_ONCE)
+                found = await self._store.transact(placement_rows.to_remove, node.row.name, _REMOVED_AT_ONCE)
                 if not found:
                     return
                 await asyncio.gather(*(self._remove_copy(node, placement) for placement in found))
-                await self._store.transact(rows.forget, [placement.job_id for placement in found])
+                await self._store.transact(placement_rows.forget, [placement.job_id for placement in found])
                 if self.archiver is not None:
                     self.archiver.let_go(node, [placement.job_id for placement in found])
         except PjwError:
@@ -501,7 +498,7 @@ class GatewayBackend(QueueCalls):
         finally:
             self._removing.discard(node.row.name)
 
-    async def _remove_copy(self, node: Node, placement: rows.Placement) -> None:
+    async def _remove_copy(self, node: Node, placement: placement_rows.Placement) -> None:
         if placement.node_job_id <= 0:
             return
         request = pb.DeleteRequest(id=placement.node_job_id)
@@ -552,8 +549,8 @@ class GatewayBackend(QueueCalls):
         """Read a part of the output of a job, from the archive; None when it is not there."""
         if self._archive is None or part.session or part.artifacts or job_id in self.placements.live:
             return None
-        placement = await self._store.transact(rows.find, job_id)
-        if placement is None or placement.archived != rows.ARCHIVED:
+        placement = await self._store.transact(placement_rows.find, job_id)
+        if placement is None or placement.archived != placement_rows.ARCHIVED:
             return None
         job = await self._store.get(job_id)
         return None if job is None else await self._archive.reading(job, part)
@@ -574,7 +571,7 @@ class GatewayBackend(QueueCalls):
                 break
             if job_id not in self.placements.live:
                 await change.wait()
-        placement_row = await self._store.transact(rows.find, job_id)
+        placement_row = await self._store.transact(placement_rows.find, job_id)
         if job is None:
             raise JobNotFoundError(job_id)
         if placement_row is None:
@@ -583,7 +580,7 @@ class GatewayBackend(QueueCalls):
         node = self._nodes.known.get(placement_row.node)
         if not placement_row.node_job_id:
             return None
-        if node is None or placement_row.node_job_id == rows.COPY_LOST:
+        if node is None or placement_row.node_job_id == placement_rows.COPY_LOST:
             what = "was removed from the cluster" if node is None else "was set up anew"
             raise OutputLostError(f"what job {job_id} left is lost: its node {placement_row.node} {what}")
         return OnNode(job, node, placement_row.node_job_id)

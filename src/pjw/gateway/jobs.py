@@ -12,17 +12,16 @@ from dataclasses import replace
 from typing import Any, Final
 
 from pjw.errors import PjwError
-from pjw.gateway import rows
+from pjw.gateway import placement_rows
 from pjw.gateway.engine import Engine
-from pjw.gateway.nodes import Node, Session, Shape
-from pjw.gateway.offers import needs_of
-from pjw.gateway.rows import Placement
-from pjw.gateway.states import PlacementEvent, PlacementState
+from pjw.gateway.nodes import Node, Session, Shape, needs_of
+from pjw.gateway.placement_rows import Placement
+from pjw.gateway.placement_states import PlacementEvent, PlacementState
 from pjw.model import EndReason, Job, JobState
-from pjw.worker.flag import Flag
 from pjw.worker.queue_rows import STOPPED_BEFORE_START, WaitingJob
 from pjw.worker.slots import Wanting
 from pjw.worker.store import JobStore, NotQueuedError
+from pjw.worker.tasks import Flag
 
 log: Final = logging.getLogger(__name__)
 
@@ -110,8 +109,8 @@ class Placements:
 
         Those that wait are the queue's. If they have a placement, they keep its uuid.
         """
-        await self._store.transact(rows.forget_unneeded)
-        for placement, job in await self._store.transact(rows.alive):
+        await self._store.transact(placement_rows.forget_unneeded)
+        for placement, job in await self._store.transact(placement_rows.alive):
             if placement.state is PlacementState.QUEUED:
                 continue
             placed = self._hold(placement, job)
@@ -122,7 +121,7 @@ class Placements:
 
     async def add(self, job: Job, uuid: str) -> Placed:
         """Find a node for a job of the queue whose turn it is. Raises NotQueuedError."""
-        placement = await self._store.transact(rows.place, job.id, uuid)
+        placement = await self._store.transact(placement_rows.place, job.id, uuid)
         if placement is None:
             raise NotQueuedError
         placed = self._hold(placement, job)
@@ -133,7 +132,7 @@ class Placements:
     async def withdraw(self, job_id: int) -> None:
         """Withdraw a job of the queue, which may not be started now. A claim that came first stays."""
         placed = self.live.get(job_id)
-        if placed is not None and await self._store.transact(rows.withdraw, job_id):
+        if placed is not None and await self._store.transact(placement_rows.withdraw, job_id):
             self._drop(placed)
 
     def _drop(self, placed: Placed) -> None:
@@ -177,7 +176,7 @@ class Placements:
         except NotQueuedError:
             return None
         job = await self._store.transact(
-            rows.claim, placement, placed.job.limits, node.row.name, session, time.time_ns(), hold
+            placement_rows.claim, placement, placed.job.limits, node.row.name, session, time.time_ns(), hold
         )
         if job is None:
             return None
@@ -201,7 +200,7 @@ class Placements:
 
     async def started(self, placed: Placed, node: Node, node_job: Job) -> None:
         """Record that a node has executed a command; the node may say so more than once."""
-        job = await self._store.transact(rows.started, placed.placement.job_id, node_job)
+        job = await self._store.transact(placement_rows.started, placed.placement.job_id, node_job)
         if job is not None:
             self._engine.started(node)
             self._moved(placed, job, state=PlacementState.RUNNING, node_job_id=node_job.id)
@@ -212,7 +211,9 @@ class Placements:
 
         The queue turns to the job again.
         """
-        job = await self._store.transact(rows.put_back, placed.placement.job_id, event, time.time_ns())
+        job = await self._store.transact(
+            placement_rows.put_back, placed.placement.job_id, event, time.time_ns()
+        )
         if job is None:
             return
         if event is PlacementEvent.PUT_BACK:
@@ -230,13 +231,15 @@ class Placements:
     async def cancel(self, placed: Placed) -> Job | None:
         """End a job that no node has; None when one was first."""
         job = await self._store.transact(
-            rows.cancelled, placed.placement.job_id, STOPPED_BEFORE_START, time.time_ns()
+            placement_rows.cancelled, placed.placement.job_id, STOPPED_BEFORE_START, time.time_ns()
         )
         return await self._end(placed, job, PlacementState.ENDED)
 
     async def start_failed(self, placed: Placed, detail: str) -> None:
         """End a job whose command can never be executed, as its node says."""
-        job = await self._store.transact(rows.start_failed, placed.placement.job_id, detail, time.time_ns())
+        job = await self._store.transact(
+            placement_rows.start_failed, placed.placement.job_id, detail, time.time_ns()
+        )
         await self._end(placed, job, PlacementState.ENDED)
 
     async def end(self, placed: Placed, node_job: Job) -> None:
@@ -246,7 +249,7 @@ class Placements:
             # no client asked for that: it was the node, for a place that it has no longer
             why = f"Slurm took its place on node {placement.node} back (Slurm's job {placement.hold})"
             node_job = replace(node_job, reason=EndReason.REVOKED, detail=why)
-        job = await self._store.transact(rows.ended, placement.job_id, node_job, time.time_ns())
+        job = await self._store.transact(placement_rows.ended, placement.job_id, node_job, time.time_ns())
         await self._end(placed, job, PlacementState.ENDED, node_job.id)
 
     async def lose(self, node: Node, why: str) -> None:
@@ -263,12 +266,14 @@ class Placements:
             await self._lose(placed, PlacementEvent.UNKNOWN, why)
 
     async def _lose(self, placed: Placed, event: PlacementEvent, why: str) -> None:
-        job = await self._store.transact(rows.lost, placed.placement.job_id, event, why, time.time_ns())
+        job = await self._store.transact(
+            placement_rows.lost, placed.placement.job_id, event, why, time.time_ns()
+        )
         await self._end(placed, job, PlacementState.LOST)
 
     async def ask_stop(self, placed: Placed, signal: int, grace: float | None) -> None:
         """Note that a node is to stop a job."""
-        await self._store.transact(rows.ask_stop, placed.placement.job_id, signal, grace)
+        await self._store.transact(placement_rows.ask_stop, placed.placement.job_id, signal, grace)
         await self._store.sync()
         self._moved(placed, placed.job, stop_signal=signal, stop_grace=grace)
 

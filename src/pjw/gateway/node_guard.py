@@ -21,7 +21,7 @@ from pjw.certs.tls import TLS_VERSION
 from pjw.errors import InvalidJobError, NotAllowedError, NotAuthenticatedError, PjwError
 from pjw.model import Identity
 from pjw.rpc.status import status_of
-from pjw.server.peer import Peer
+from pjw.server.authz import Peer
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]

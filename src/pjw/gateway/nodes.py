@@ -3,20 +3,90 @@
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import replace
 from enum import StrEnum
 from typing import Final, NamedTuple
 
 from pjw.cluster.v1 import cluster_pb2 as pb
-from pjw.errors import JobStateError, NodeNotFoundError
-from pjw.gateway import rows
-from pjw.gateway.offers import offers_of
-from pjw.gateway.rows import NodeRow
+from pjw.errors import (
+    GpuError,
+    ImageNotFoundError,
+    InvalidJobError,
+    JobStateError,
+    MountNotFoundError,
+    NodeNotFoundError,
+)
+from pjw.gateway import placement_rows
+from pjw.gateway.placement_rows import NodeRow
 from pjw.gateway.skew import require_no_newer
-from pjw.worker.background import Background
-from pjw.worker.flag import Flag
+from pjw.model import JobSpec, split_mount
+from pjw.worker.slots import Wanting
 from pjw.worker.store import JobStore
+from pjw.worker.tasks import Background, Flag
+
+# What not every node offers: mounts and images of its operator's, names on the network.
+#
+# A node tells it in its Hello, by names alone. The node knows what it offers to which client, and so has the
+# last word: a job that it refuses ends with `start_failed`.
+
+_NAMES: Final = "names on the network"
+
+
+def offers_of(hello: pb.Hello) -> frozenset[str]:
+    """Return what a node offers."""
+    names = (_NAMES,) if hello.names else ()
+    return frozenset((*map(_mount, hello.mounts), *map(_image, hello.images), *names))
+
+
+def needs_of(job: Wanting | JobSpec) -> frozenset[str]:
+    """Return what a job needs of that."""
+    mounts = (_mount(split_mount(each)[0]) for each in job.mounts)
+    return frozenset(
+        (*mounts, *((_image(job.image),) if job.image else ()), *((_NAMES,) if job.allow else ()))
+    )
+
+
+def _mount(name: str) -> str:
+    return f"the mount {name}"
+
+
+def _image(name: str) -> str:
+    return f"the image {name}"
+
+
+def require_offered(spec: JobSpec, hellos: Iterable[pb.Hello | None]) -> None:
+    """Refuse a job that no node offers what it needs; None is a node that has not said yet what it has.
+
+    Raises MountNotFoundError, ImageNotFoundError, GpuError and InvalidJobError.
+    """
+    needs = needs_of(spec)
+    if not needs and not spec.gpus:
+        return
+    known: list[pb.Hello] = []
+    for hello in hellos:
+        if hello is None:
+            return
+        known.append(hello)
+    offers = [(offers_of(hello), int(hello.gpus)) for hello in known]
+    if not offers or any(needs <= offered and spec.gpus <= gpus for offered, gpus in offers):
+        return
+    anywhere = frozenset[str]().union(*(offered for offered, _ in offers))
+    for mount in spec.mounts:
+        if _mount(split_mount(mount)[0]) not in anywhere:
+            raise MountNotFoundError(split_mount(mount)[0])
+    if spec.image and _image(spec.image) not in anywhere:
+        raise ImageNotFoundError(spec.image)
+    if spec.allow and _NAMES not in anywhere:
+        raise InvalidJobError(f"cannot allow {spec.allow[0]}: no node offers names on the network")
+    if spec.gpus > (most := max(gpus for _, gpus in offers)):
+        raise GpuError(
+            f"the job asks for {spec.gpus} GPU{'s' * (spec.gpus > 1)}, and no node has more than {most}",
+            hint="ask for fewer",
+        )
+    wanted = [*sorted(needs), *((f"{spec.gpus} GPUs",) if spec.gpus else ())]
+    raise InvalidJobError(f"no node has all that the job asks for: {', '.join(wanted)}")
+
 
 # So many messages may wait for a node. After a long absence a node is told of many lost jobs at once.
 UNREAD_MAX: Final = 100_000
@@ -220,8 +290,8 @@ class Nodes:
     async def begin(self) -> None:
         """Take over the known nodes: each has as much time to connect as one that has just gone."""
         now = asyncio.get_running_loop().time()
-        await self._store.transact(rows.forget_orphans)
-        for row in await self._store.transact(rows.nodes):
+        await self._store.transact(placement_rows.forget_orphans)
+        for row in await self._store.transact(placement_rows.nodes):
             node = self.known[row.name] = Node(row, now)
             if not row.is_lost:
                 self._watch(node)
@@ -285,12 +355,12 @@ class Nodes:
         row = replace(row, drained=node.row.drained)
         if node.row.table_id and node.row.table_id != row.table_id:
             log.warning("node %s was set up anew: what it had of earlier jobs is lost", row.name)
-            await self._store.transact(rows.lose_copies, row.name)
-        await self._store.transact(rows.keep_node, row)
+            await self._store.transact(placement_rows.lose_copies, row.name)
+        await self._store.transact(placement_rows.keep_node, row)
         while node.row.drained != row.drained:
             # an operator has said so meanwhile
             row = replace(row, drained=node.row.drained)
-            await self._store.transact(rows.keep_node, row)
+            await self._store.transact(placement_rows.keep_node, row)
         if node.session is not None:
             # two came at once: the later one counts, and what the other was told waits again
             self.session_over(node, node.session)
@@ -342,7 +412,7 @@ class Nodes:
         """
         node = self.named(name)
         node.row = replace(node.row, drained=drained)
-        await self._store.transact(rows.keep_node, node.row)
+        await self._store.transact(placement_rows.keep_node, node.row)
         await self._store.sync()
         self.came()
         if not drained and node.session is not None and node.drained_there:
@@ -371,7 +441,7 @@ class Nodes:
             node.timer.cancel()
         # before anything is awaited: if it connects meanwhile, it is a new one
         del self.known[name]
-        await self._store.transact(rows.remove_node, name)
+        await self._store.transact(placement_rows.remove_node, name)
         await self._store.sync()
         self.was_removed(node)
         # readers of its output: they find no node, and say so
@@ -400,4 +470,4 @@ class Nodes:
         self.was_lost(node)
 
     async def _keep(self, node: Node) -> None:
-        await self._store.transact(rows.keep_node, node.row)
+        await self._store.transact(placement_rows.keep_node, node.row)

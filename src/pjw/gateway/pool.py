@@ -6,15 +6,70 @@ them.
 """
 
 import asyncio
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from pjw.cluster.v1 import cluster_pb2 as pb
+from pjw.gateway.answers import not_with
 from pjw.gateway.nodes import Node, Nodes, Shape
-from pjw.gateway.refused import not_with
-from pjw.gateway.room import Room
 from pjw.model import JobSpec
+
+# Finds the first node, by its name, that has room for a job, without a look at each node for each job.
+
+# We forget all shapes when there are more: each has to be looked at when a node has more room.
+_SHAPES_MAX: Final = 256
+
+
+class Room:
+    """Remembers for each shape before which node there is no room.
+
+    That holds until a node has more room (`more`), or may get jobs again (`forget`).
+    """
+
+    def __init__(self, nodes: Nodes, gets_jobs: Callable[[Node], bool]) -> None:
+        self._nodes: Final = nodes
+        self._gets_jobs: Final = gets_jobs
+        self._names: list[str] = []
+        self._first: Final[dict[Shape, int]] = {}
+
+    def forget(self) -> None:
+        """Nodes may have come, or get jobs again."""
+        self._names = sorted(self._nodes.known)
+        self._first.clear()
+
+    def fits(self, node: Node, shape: Shape) -> bool:
+        """Whether a node may get a job of this shape now."""
+        return self._gets_jobs(node) and node.has_room(shape)
+
+    def find(self, shape: Shape) -> Node | None:
+        """Return the first node that may get such a job now."""
+        if shape.node:
+            node = self._nodes.known.get(shape.node)
+            return node if node is not None and self.fits(node, shape) else None
+        if len(self._names) != len(self._nodes.known):
+            self.forget()
+        place = self._first.get(shape, 0)
+        found = None
+        while place < len(self._names):
+            node = self._nodes.known.get(self._names[place])
+            if node is not None and self.fits(node, shape):
+                found = node
+                break
+            place += 1
+        if len(self._first) >= _SHAPES_MAX:
+            self._first.clear()
+        self._first[shape] = place
+        return found
+
+    def more(self, node: Node) -> None:
+        """Note that a node has more room than before."""
+        place = bisect_left(self._names, node.row.name)
+        for shape, first in self._first.items():
+            if place < first and self.fits(node, shape):
+                self._first[shape] = place
+
 
 # A node that could not start a job gets none for so long; each further failure doubles the pause.
 FIRST_PAUSE_SECONDS: Final = 1.0

@@ -21,13 +21,13 @@ from typing import Final, NamedTuple
 
 from pjw.cluster.v1 import cluster_pb2 as pb
 from pjw.errors import NotAllowedError, PjwError
+from pjw.gateway.answers import not_with
 from pjw.gateway.nodes import Node, Nodes, Shape
 from pjw.gateway.pool import FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS
-from pjw.gateway.refused import not_with
 from pjw.gateway.slurm_port import SlurmPort
 from pjw.model import JobSpec, are_for
 from pjw.server.config import GatewaySlurm
-from pjw.worker.background import Background
+from pjw.worker.tasks import Background
 
 # So many places of one kind are asked for at a time. The rest of the jobs wait for them, and for warm ones.
 SUBMITTED_AT_ONCE: Final = 16

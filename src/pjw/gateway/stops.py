@@ -7,9 +7,9 @@ from pjw.errors import JobNotFoundError, PjwError, ServerUnreachableError
 from pjw.gateway.dial import Dial
 from pjw.gateway.jobs import Placed
 from pjw.gateway.nodes import Node
-from pjw.gateway.states import PlacementState
+from pjw.gateway.placement_states import PlacementState
 from pjw.v1 import job_worker_pb2 as pb
-from pjw.worker.background import Background
+from pjw.worker.tasks import Background
 
 log: Final = logging.getLogger(__name__)
 

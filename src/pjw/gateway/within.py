@@ -22,11 +22,11 @@ from pjw.errors import (
     ServerUnreachableError,
     SessionNotFoundError,
 )
+from pjw.gateway.answers import in_our_words
 from pjw.gateway.dial import Dial, error_from
 from pjw.gateway.jobs import Placements
-from pjw.gateway.proxy import OnNode
-from pjw.gateway.states import PlacementState
-from pjw.gateway.words import in_our_words
+from pjw.gateway.node_calls import OnNode
+from pjw.gateway.placement_states import PlacementState
 from pjw.model import Archive, Job, JobSpec, JobState, Session, TerminalSize, check_port
 from pjw.rpc.convert import (
     archive_to_message,
@@ -35,8 +35,8 @@ from pjw.rpc.convert import (
     terminal_to_message,
 )
 from pjw.v1 import job_worker_pb2 as pb
-from pjw.worker.flag import Flag, first_of
 from pjw.worker.input import ended_error, require_input
+from pjw.worker.tasks import Flag, first_of
 
 Answer = Callable[[pb.ForwardResponse], Awaitable[None]]
 

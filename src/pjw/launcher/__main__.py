@@ -13,9 +13,9 @@ from types import TracebackType
 from typing import Final
 
 from pjw.errors import PjwError, describe_errno
-from pjw.inherited import open_standard_descriptors, set_for_service
-from pjw.launcher.deadline import say
 from pjw.launcher.dispatch import Launcher
+from pjw.launcher.processes import say
+from pjw.process import open_standard_descriptors, set_for_service
 
 REQUESTS_FD: Final = 3
 

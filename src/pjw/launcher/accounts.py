@@ -1,7 +1,7 @@
 """Keeps an ended job's usage in its status file, where it outlives the job's cgroup.
 
 The file's space is allocated before the job starts, so that a full disk cannot lose this. Init writes its
-records at the beginning of the file (docs/launcher-protocol.md); worker/record.py reads all of it.
+records at the beginning of the file (docs/launcher-protocol.md); worker/status_record.py reads all of it.
 """
 
 import os

@@ -36,11 +36,11 @@ from pjw.launcher.accounts import keep_accounts
 from pjw.launcher.archive_program import ArchiveProgram
 from pjw.launcher.cdi import NO_EDITS, Edits, edits_of, read_devices
 from pjw.launcher.cgroup import Cgroup, Hierarchy, disks_under, open_hierarchy
-from pjw.launcher.deadline import say
-from pjw.launcher.departures import SETTLE_SECONDS, Departures, Waiter
+from pjw.launcher.departures import SETTLE_SECONDS, Departures, Waiter, describe
 from pjw.launcher.egress import Egress
 from pjw.launcher.image_store import ImageStore
 from pjw.launcher.images import Images
+from pjw.launcher.inits import Init, Pool
 from pjw.launcher.job_users import claim_users
 from pjw.launcher.lock import hold_lock
 from pjw.launcher.measure import measure
@@ -48,7 +48,6 @@ from pjw.launcher.mounts import Mounts, Source, read_mounts_of
 from pjw.launcher.operator_files import open_audit_log, open_operator_file
 from pjw.launcher.phases import InitPhase, require_permitted
 from pjw.launcher.policy import Policy, check_job_id, check_signal, instance_name, still_offered
-from pjw.launcher.pool import Init, Pool
 from pjw.launcher.processes import (
     ENTERED_SIGNAL,
     INIT_SIGNAL_FIRST,
@@ -59,6 +58,7 @@ from pjw.launcher.processes import (
     has_ended,
     is_ready,
     network_of,
+    say,
     send_signal,
 )
 from pjw.launcher.protocol import LAUNCH_SECONDS, SESSIONS_MAX
@@ -75,7 +75,6 @@ from pjw.launcher.spawn import (
     read_report,
     send_order,
 )
-from pjw.launcher.stuck import describe
 from pjw.launcher.visible import check_visible
 from pjw.launcher.workspaces import Workspaces
 from pjw.model import Usage, is_image_key, offered

@@ -18,9 +18,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from pjw.errors import KernelError
-from pjw.launcher.deadline import say
 from pjw.launcher.policy import Policy
-from pjw.launcher.processes import Watcher
+from pjw.launcher.processes import Watcher, say
 from pjw.network import Listener
 
 # as in pjw.egress: its socket to us, and its socket for reports of connections

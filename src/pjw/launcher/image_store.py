@@ -19,8 +19,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 from pjw.errors import ConfigError, KernelError
-from pjw.launcher.durable import replace_file
-from pjw.launcher.rooted import make_root_s
+from pjw.launcher.root_files import make_root_s, replace_file
 
 NAME: Final = "images"
 # the name of the link in a scratch directory

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from pjw.errors import ConfigError, KernelError, describe_errno
-from pjw.launcher.durable import replace_file
 from pjw.launcher.lock import LOCK_NAME, wait_for_lock
+from pjw.launcher.root_files import replace_file
 
 CLAIMS: Final = "/run/pjw/job-users"
 RECORD: Final = "job-users"

@@ -8,8 +8,7 @@ from contextlib import suppress
 from typing import Final
 
 from pjw.errors import ConfigError, KernelError
-from pjw.launcher.deadline import say, within
-from pjw.launcher.processes import send_signal, status_of
+from pjw.launcher.processes import say, send_signal, status_of, within
 
 # A launcher whose server was killed ends as soon as it sees that; its successor may be
 # started before that.

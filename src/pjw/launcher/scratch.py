@@ -11,11 +11,10 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from pjw.errors import ConfigError, KernelError
-from pjw.launcher.cgroup.files import job_ids_in, read_mounts
-from pjw.launcher.durable import replace_file
+from pjw.launcher.cgroup.interface_files import job_ids_in, read_mounts
 from pjw.launcher.image_store import MARK, image_of
 from pjw.launcher.policy import instance_name
-from pjw.launcher.rooted import make_root_s, require_root_s
+from pjw.launcher.root_files import make_root_s, replace_file, require_root_s
 
 if TYPE_CHECKING:
     from pjw.launcher.project_quota import ProjectQuotas

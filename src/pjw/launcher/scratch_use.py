@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
-from pjw.launcher.cgroup.files import job_ids_in
+from pjw.launcher.cgroup.interface_files import job_ids_in
 from pjw.launcher.image_store import image_of
 from pjw.launcher.scratch import find_quotas
 from pjw.model import TOO_DEEP

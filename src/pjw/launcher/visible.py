@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from pjw.errors import ConfigError, KernelError
-from pjw.launcher.cgroup.files import parse_mounts
+from pjw.launcher.cgroup.interface_files import parse_mounts
 
 # with the mounts in them; beside the root's own file system
 VISIBLE: Final = ("/etc", "/opt", "/usr")

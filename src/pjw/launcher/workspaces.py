@@ -15,7 +15,7 @@ from typing import Final
 from pjw.errors import JobStateError, KernelError
 from pjw.launcher.policy import instance_name
 from pjw.launcher.protocol import MAX_WORKSPACES
-from pjw.launcher.rooted import make_root_s
+from pjw.launcher.root_files import make_root_s
 from pjw.launcher.scratch import find_quotas, spawn_removal
 from pjw.launcher.scratch_use import spawn_counter
 from pjw.model import is_image_key, is_workspace

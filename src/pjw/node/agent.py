@@ -18,12 +18,12 @@ from pjw.certs.files import Credentials
 from pjw.cluster.v1 import cluster_pb2 as pb
 from pjw.cluster.v1.cluster_pb2_grpc import NodeServiceStub
 from pjw.errors import PjwError, ServerUnreachableError
-from pjw.node import rows
+from pjw.node import cluster_rows
 from pjw.node.holds import Holds
 from pjw.node.jobs import Claim, Jobs, Said
 from pjw.worker import Worker
-from pjw.worker.admission import Admission
-from pjw.worker.numbers import Series
+from pjw.worker.host import Admission
+from pjw.worker.metrics import Series
 from pjw.worker.store import JobStore
 from pjw.worker.worker import Offers
 
@@ -142,7 +142,7 @@ class Node:
             stub: Any = NodeServiceStub(channel)
             said = Said(os.urandom(16).hex(), stub.FetchUpload)
             offers = await self._worker.offers()
-            table_id = await self._store.transact(rows.table_id)
+            table_id = await self._store.transact(cluster_rows.table_id)
             call = stub.Session(said.messages(self._hello(said.session, offers, table_id)))
             try:
                 await self._heard(call.__aiter__(), partial(stub.Claim, timeout=_CLAIM_SECONDS), said, offers)

@@ -18,7 +18,7 @@ from typing import Final
 
 from pjw.cluster.v1 import cluster_pb2 as pb
 from pjw.errors import KernelError
-from pjw.worker.background import Background
+from pjw.worker.tasks import Background
 
 _MESSAGE_BYTES_MAX: Final = 2048
 _HELLO: Final = re.compile(

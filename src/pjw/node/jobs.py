@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import grpc
 
@@ -27,18 +27,20 @@ from pjw.errors import (
     ServerUnreachableError,
 )
 from pjw.model import Job
-from pjw.node import rows
+from pjw.node import cluster_rows
 from pjw.node.holds import Holds
-from pjw.node.uploads import Fetch, bring
 from pjw.rpc.convert import job_to_message, spec_from_message
+from pjw.rpc.status import error_of
 from pjw.worker import Worker
-from pjw.worker.background import Background
 from pjw.worker.store import JobStore
+from pjw.worker.tasks import Background
 
 # Makes a claim at the gateway; raises AioRpcError.
 Claim = Callable[[pb.ClaimRequest], Awaitable[pb.ClaimResponse]]
 
 log: Final = logging.getLogger(__name__)
+# Calls FetchUpload; grpc.aio has no types.
+Fetch = Callable[[pb.FetchUploadRequest], Any]
 
 
 class Said:
@@ -164,10 +166,10 @@ class Jobs:
 
     async def _start(self, uuid: str, granted: pb.ClaimResponse, said: Said) -> Job:
         name, number = granted.client_name, granted.client_number
-        if fault := await self._store.transact(rows.number_client, name, number):
+        if fault := await self._store.transact(cluster_rows.number_client, name, number):
             log.error("this node serves no jobs of %s: %s", name, fault)
             raise LimitReachedError(f"the node cannot give {name} its user id: {fault}")
-        spec = replace(spec_from_message(granted.start), request_id=rows.request_id_of(uuid))
+        spec = replace(spec_from_message(granted.start), request_id=cluster_rows.request_id_of(uuid))
         if spec.upload:
             spec = replace(spec, upload=await bring(self._worker, said.fetch, said.session, uuid, name))
         return await self._worker.start(spec, name)
@@ -189,7 +191,7 @@ class Jobs:
             said.say(_started(uuid, job))
 
     async def _find(self, uuid: str) -> Job | None:
-        job = await self._store.transact(rows.find, uuid)
+        job = await self._store.transact(cluster_rows.find, uuid)
         if job is None or job.state.final:
             return job
         try:
@@ -201,13 +203,13 @@ class Jobs:
         """Tell of each end that the gateway has not acknowledged, for as long as the session lasts."""
         while True:
             self._ended.clear()
-            for uuid, job in await self._store.transact(rows.ends_to_tell, tuple(self._told)):
+            for uuid, job in await self._store.transact(cluster_rows.ends_to_tell, tuple(self._told)):
                 self._told.add(uuid)
                 said.say(_ended(uuid, job))
             await self._ended.wait()
 
     async def _acknowledged(self, uuid: str) -> None:
-        await self._store.transact(rows.told, uuid)
+        await self._store.transact(cluster_rows.told, uuid)
         self._told.discard(uuid)
         self._worker.end_was_told()
         # there may be more ends than we tell at a time
@@ -240,7 +242,7 @@ class Jobs:
     async def _tell_again(self, uuid: str) -> None:
         # the gateway may have acknowledged the end before it took the job for lost
         self._told.discard(uuid)
-        await self._store.transact(rows.tell_again, uuid)
+        await self._store.transact(cluster_rows.tell_again, uuid)
         self._ended.set()
 
 
@@ -250,3 +252,35 @@ def _started(uuid: str, job: Job) -> pb.SessionRequest:
 
 def _ended(uuid: str, job: Job) -> pb.SessionRequest:
     return pb.SessionRequest(ended=pb.Ended(uuid=uuid, job=job_to_message(job)))
+
+
+# Brings the files that were sent with a job from the gateway to its node, before the job starts.
+#
+# On the node they are an upload as any other: it goes with the start of its job, or a while after it came.
+
+
+_GONE: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED)
+
+
+async def bring(worker: Worker, fetch: Fetch, session: str, uuid: str, client_name: str) -> str:
+    """Bring an upload here, and return its name on this node.
+
+    What an earlier attempt has brought is passed over. Raises ServerUnreachableError when the gateway goes,
+    CopyError when it has no such files, and what `Worker.write_upload` raises.
+    """
+    call = fetch(pb.FetchUploadRequest(session=session, uuid=uuid))
+    try:
+        async with worker.write_upload(uuid, client_name) as writer:
+            offset = 0
+            async for piece in call:
+                await writer.write(offset, piece.data)
+                offset += len(piece.data)
+            await writer.write(offset, b"", end=True)
+    except grpc.aio.AioRpcError as error:
+        if error.code() in _GONE:
+            raise ServerUnreachableError(f"the gateway does not send the files of job {uuid} now") from None
+        metadata = {key: value for key, value in error.trailing_metadata() or () if isinstance(value, str)}
+        raise error_of(error.code(), error.details() or "", metadata, {}) from None
+    finally:
+        call.cancel()
+    return uuid

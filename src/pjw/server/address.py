@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 
-from pjw.certs.address import DEFAULT_ADDRESS
 from pjw.errors import ConfigError
+from pjw.given import DEFAULT_ADDRESS
 
 # Ports that are tried for one that is free at every address of a name.
 PORTS_TRIED: Final = 16

@@ -30,7 +30,7 @@ from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker import Part, WorkerSettings
 from pjw.worker.changes import Batch, Watched
 from pjw.worker.egress import Connection
-from pjw.worker.numbers import WorkerNumbers
+from pjw.worker.metrics import WorkerNumbers
 from pjw.worker.pages import JobFilter, Page
 
 

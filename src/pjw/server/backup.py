@@ -22,7 +22,7 @@ from urllib.parse import quote
 from pjw.errors import ConfigError, describe_errno
 from pjw.launcher.job_users import RECORD
 from pjw.launcher.lock import hold_lock, is_locked
-from pjw.launcher.rooted import require_root_s
+from pjw.launcher.root_files import require_root_s
 from pjw.launcher.scratch import PLACES_NAME
 from pjw.server.backup_port import COPIED, FAILED, MESSAGE_MAX, SOCKET_NAME
 from pjw.server.operator_socket import connection

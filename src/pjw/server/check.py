@@ -15,15 +15,15 @@ from pjw.launcher.archive_program import ARCHIVE_PROGRAM
 from pjw.launcher.cgroup import describe_host, disks_under
 from pjw.launcher.images import Trees, close_all
 from pjw.launcher.job_users import claimed_by, known_first, own_ranges, subordinate_ranges
-from pjw.launcher.rooted import require_root_s
+from pjw.launcher.root_files import require_root_s
 from pjw.launcher.scratch import QUOTA_HINT, find_quotas
 from pjw.launcher.spawn import INIT_PROGRAM, place_words
 from pjw.launcher.visible import check_visible, mounts_of, read_mounts, template_of
 from pjw.server import sandbox
+from pjw.server.boot import DEFAULT_USER, egress_uid_of, server_uid
 from pjw.server.check_config import Finding, configuration_findings, nearest
 from pjw.server.config import ServerConfig, load_config
 from pjw.server.drain_port import is_drained
-from pjw.server.start import DEFAULT_USER, egress_uid_of, server_uid
 from pjw.server.trial import INIT_SECONDS, trial_of
 
 # mount_setattr(2) came with 5.12; clone3 and CLONE_INTO_CGROUP with 5.7; cgroup.kill with 5.14

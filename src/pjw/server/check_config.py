@@ -17,9 +17,9 @@ from pjw.errors import ConfigError, PjwError, describe_errno
 from pjw.launcher.cdi import read_devices
 from pjw.launcher.lock import is_locked
 from pjw.server.address import held_addresses, metrics_exposure, shown_address
+from pjw.server.boot import server_uid
 from pjw.server.config import ServerConfig, config_of, read_values, removed_keys
 from pjw.server.plan import RELOAD_HINT, check_reloads, plan_of
-from pjw.server.start import server_uid
 from pjw.worker.host import resources
 
 # good, to be looked at (None), or missing; in words; the remedy

@@ -15,11 +15,10 @@ from typing import Annotated, Final, Literal, get_type_hints
 import msgspec
 from msgspec import Meta
 
-from pjw.certs.address import DEFAULT_ADDRESS
 from pjw.certs.identity import NameRules, check_client_name_oid
 from pjw.certs.profile import CLIENT_NAME_OID, identity_fault
 from pjw.errors import ConfigError, InvalidJobError
-from pjw.given import require_values
+from pjw.given import DEFAULT_ADDRESS, require_values
 from pjw.model import CDI_DIRS_MAX, OFFERED_MAX, GpuOffer, Limits, MountSource, Sums
 from pjw.server.authz import Roles
 from pjw.server.connections import PortLimits

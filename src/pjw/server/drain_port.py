@@ -16,9 +16,8 @@ from typing import Final
 from pjw.errors import LauncherGoneError
 from pjw.server.operator_socket import accept, listen
 from pjw.worker import Worker
-from pjw.worker.background import Background
-from pjw.worker.flag import Flag, first_of
 from pjw.worker.state_dir import DRAINED, StateDir
+from pjw.worker.tasks import Background, Flag, first_of
 
 SOCKET_NAME: Final = "drain.sock"
 DRAIN: Final = b"drain"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from pjw.errors import ConfigError, KernelError
-from pjw.launcher.cgroup import files, throttles
+from pjw.launcher.cgroup import interface_files
 from pjw.launcher.lock import hold_lock
 from pjw.launcher.policy import instance_name
 from pjw.launcher.processes import INIT_SIGNAL_FIRST, find_init
@@ -65,7 +65,7 @@ def lift_throttles(parents: list[Path]) -> None:
     for parent in parents:
         for directory in parent.glob("**/job-*/"):
             with suppress(KernelError):
-                throttles.lift(str(directory))
+                interface_files.lift(str(directory))
 
 
 def instance_cgroups(top: Path, instance: str) -> list[Path]:
@@ -97,7 +97,7 @@ def inits_of(parents: Sequence[Path]) -> list[int]:
 
 def _pids_in(cgroup: Path) -> list[int]:
     try:
-        return files.read_pids(str(cgroup))
+        return interface_files.read_pids(str(cgroup))
     except KernelError:
         # the cgroup has gone
         return []

@@ -29,15 +29,13 @@ from pjw.errors import (
     PjwError,
 )
 from pjw.rpc.status import ADMITTED_KEY, FOR_CLIENT_KEY, status_of
+from pjw.server.accept import Port
 from pjw.server.audit import CANCELLED, CallObserver, CallRecord
-from pjw.server.authz import Caller
-from pjw.server.calls import Call, Calls
+from pjw.server.authz import Caller, authenticate, presented
+from pjw.server.calls import Call, Calls, ReaderGoneError, Writer
 from pjw.server.config import ServerConfig
 from pjw.server.connections import Told
-from pjw.server.peer import authenticate, presented
-from pjw.server.port import Port
 from pjw.server.quota import Quota
-from pjw.server.writer import ReaderGoneError, Writer
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]

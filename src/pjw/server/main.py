@@ -10,13 +10,17 @@ from contextlib import nullcontext
 from importlib import import_module
 from typing import Final
 
-from pjw.certs.address import DEFAULT_ADDRESS
 from pjw.certs.bundle import BUNDLE_SUFFIX
 from pjw.errors import PjwError
-from pjw.given import require_arguments
-from pjw.inherited import open_standard_descriptors
-from pjw.server.logs import FORMATS, LEVELS
-from pjw.stdout import EXIT_CLOSED_PIPE, ReaderGoneError, checked_stdout, require_stdout
+from pjw.given import DEFAULT_ADDRESS, require_arguments
+from pjw.process import (
+    EXIT_CLOSED_PIPE,
+    ReaderGoneError,
+    checked_stdout,
+    open_standard_descriptors,
+    require_stdout,
+)
+from pjw.server.log_setup import FORMATS, LEVELS
 
 # the environment variable that takes the place of --listen
 LISTEN_VARIABLE: Final = "PJWD_LISTEN"
@@ -346,7 +350,7 @@ def _seconds(text: str) -> float:
 
 
 def _address(text: str) -> str:
-    from pjw.certs.address import server_address
+    from pjw.given import server_address
 
     try:
         return server_address(text)
@@ -355,14 +359,14 @@ def _address(text: str) -> str:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from pjw.server.start import serve
+    from pjw.server.boot import serve
 
     return serve(arguments.config, _options(arguments))
 
 
 def _gateway(arguments: argparse.Namespace) -> int:
     # by name: it stands above this room, and is loaded for nothing else
-    serve = import_module("pjw.gateway.start").serve
+    serve = import_module("pjw.gateway.boot").serve
     return int(serve(arguments.config, _options(arguments)))
 
 
@@ -435,7 +439,7 @@ def _resume(arguments: argparse.Namespace) -> int:
 
 def _certs(arguments: argparse.Namespace) -> int:
     from pjw.certs import authority
-    from pjw.certs.address import host_of
+    from pjw.given import host_of
 
     directory, names, days = arguments.directory, arguments.names, arguments.days
     match arguments.kind:
@@ -498,9 +502,9 @@ def _certs_list(arguments: argparse.Namespace) -> int:
 
 def _warn_of_another_name(directory: str, server: str) -> None:
     """Warn when the server's certificate in *directory* lacks the host that the bundles name."""
-    from pjw.certs.address import host_of
     from pjw.certs.checks import is_for, names_of, parse_certificates
     from pjw.certs.files import read_certificates
+    from pjw.given import host_of
 
     crt = os.path.join(directory, "server.crt")
     try:

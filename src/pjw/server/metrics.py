@@ -48,12 +48,11 @@ from pjw.server.address import held_addresses, shown_address
 from pjw.server.audit import CANCELLED, CallRecord
 from pjw.server.backend import Backend
 from pjw.server.connections import ConnectionNumbers, Connections
-from pjw.server.log_writer import LogWriter
-from pjw.server.logs import PLAIN
+from pjw.server.log_setup import PLAIN, LogWriter
 from pjw.server.quota import ClientLimits, NamedClient
 from pjw.server.reload import Reloader
 from pjw.worker.egress import RESULTS
-from pjw.worker.numbers import ClientNumbers, WorkerNumbers
+from pjw.worker.metrics import ClientNumbers, WorkerNumbers
 
 # looked up when this is imported, while root: an installation may lie where no other user may look
 _VERSION: Final = version("pjw")

@@ -18,6 +18,7 @@ from typing import Final
 import grpc
 import msgspec
 
+from pjw.certs.checks import describe_time, ends_soon, first_end
 from pjw.certs.credentials import load_server_credentials
 from pjw.certs.files import ServerCredentials, ServerFiles, key_exposure, read_descriptor
 from pjw.certs.revocation import load_revocation_list
@@ -25,13 +26,36 @@ from pjw.errors import ConfigError, KernelError, LauncherGoneError, PjwError
 from pjw.server.audit import AuditLog
 from pjw.server.backend import Backend
 from pjw.server.config import RELOADED, ServerConfig, config_of, parse_values, removed_keys
-from pjw.server.expiry import warn_of_ends
 from pjw.server.guard import Guard
-from pjw.server.logs import set_level
-from pjw.server.notify import Notifier
+from pjw.server.log_setup import set_level
 from pjw.server.plan import plan_of
 from pjw.server.sandbox import descriptors_for
+from pjw.server.systemd import Notifier
 from pjw.worker import WorkerSettings
+
+# Warns in the log before a certificate of the server expires: at the start, at a reload, and once a day.
+
+DAY_SECONDS: Final = 86_400
+
+
+def warn_of_ends(credentials: ServerCredentials) -> None:
+    """Warn of each certificate of the server that expires within two weeks, or has expired."""
+    for what, pem in (("server's certificate", credentials.crt_pem), ("authority", credentials.ca_pem)):
+        end = first_end(pem)
+        if ends_soon(end):
+            log.warning(
+                "the %s expires on %s, and then nobody can connect: renew it (pjwd certs renew), and reload",
+                what,
+                describe_time(end),
+            )
+
+
+async def warn_each_day(credentials: Callable[[], ServerCredentials]) -> None:
+    """Call warn_of_ends once a day, for as long as the server runs."""
+    while True:
+        warn_of_ends(credentials())
+        await asyncio.sleep(DAY_SECONDS)
+
 
 log: Final = logging.getLogger(__name__)
 # A signal requests a reload, and this is its only answer: it is told at every level.

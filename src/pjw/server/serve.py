@@ -17,7 +17,7 @@ from pjw.certs.profile import is_short_key_name
 from pjw.certs.revocation import RevocationList
 from pjw.certs.tls import probe_tls12
 from pjw.errors import ConfigError
-from pjw.server.accept import make_server
+from pjw.server.accept import Port, make_server
 from pjw.server.address import held_addresses, shown_address
 from pjw.server.audit import AuditLog, connection_line
 from pjw.server.backend import Backend
@@ -25,25 +25,74 @@ from pjw.server.backup_port import BackupPort
 from pjw.server.config import ServerConfig
 from pjw.server.connections import PortLimits
 from pjw.server.drain_port import DrainPort
-from pjw.server.expiry import warn_each_day
 from pjw.server.guard import Guard
 from pjw.server.health import HEALTH_NAME, Health
-from pjw.server.log_writer import LogWriter
-from pjw.server.logs import PLAIN
-from pjw.server.notify import Notifier
-from pjw.server.port import Port
+from pjw.server.log_setup import PLAIN, LogWriter
 from pjw.server.reflection import reflection_handlers
-from pjw.server.reload import Reloader
+from pjw.server.reload import Reloader, warn_each_day
 from pjw.server.service import SERVICE_NAME, JobWorkerService
-from pjw.server.signals import Signals
+from pjw.server.systemd import Notifier
 from pjw.worker import Worker, WorkerSettings
-from pjw.worker.background import Background
 from pjw.worker.launcher_process import LauncherProcess
 from pjw.worker.state_dir import StateDir
+from pjw.worker.tasks import Background
 
 if TYPE_CHECKING:
     # nothing of a cluster is loaded by a pjwd that is none of its nodes
     from pjw.node.holds import Holds
+
+import socket
+from contextlib import suppress
+from types import TracebackType
+from typing import Self
+
+# Signals for an event loop: each is acted on, however many come.
+
+# more than enough bytes to read at a time; their values do not matter
+_READ_BYTES: Final = 4096
+
+
+class Signals:
+    """Calls functions in the running loop after their signals; made and closed by the main thread.
+
+    Not loop.add_signal_handler: it tells the loop which signal came by a byte in a socket, so that a signal
+    is lost when others fill that socket first. Here the bytes only wake the loop, and Python itself remembers
+    which signals came (signal(3): one of each kind, as the kernel does while they are pending).
+    """
+
+    def __init__(self) -> None:
+        self._loop: Final = asyncio.get_running_loop()
+        self._before: Final[dict[int, object]] = {}
+        self._wake, self._write = socket.socketpair()
+
+    def __enter__(self) -> Self:
+        self._wake.setblocking(False)
+        self._write.setblocking(False)
+        self._loop.add_reader(self._wake, self._read)
+        signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)  # type: ignore[arg-type]  # the value that signal() returned
+        signal.set_wakeup_fd(-1)
+        self._loop.remove_reader(self._wake)
+        self._wake.close()
+        self._write.close()
+
+    def handle(self, number: int, act: Callable[[], None]) -> None:
+        """Have *act* called, once or more, after each signal *number* from now on."""
+        # a handler of Python's may come between any two steps of the loop: it only leaves word
+        before = signal.signal(number, lambda *_: self._loop.call_soon_threadsafe(act))
+        self._before.setdefault(number, before)
+
+    def _read(self) -> None:
+        # the handlers run by themselves as soon as the main thread does anything
+        with suppress(BlockingIOError):
+            self._wake.recv(_READ_BYTES)
+
 
 # Seconds that running calls may take to end when the server drains; followers end at once.
 DRAIN_SECONDS: Final = 5

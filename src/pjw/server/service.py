@@ -29,12 +29,13 @@ from pjw.rpc.convert import (
     timed_logs_response,
     workspace_to_message,
 )
-from pjw.rpc.known import require_known
+from pjw.rpc.status import require_known
 from pjw.server.authz import Caller
 from pjw.server.backend import Jobs, Written
 from pjw.server.forward import carry
 from pjw.server.guard import Answer, Guard
-from pjw.server.paging import (
+from pjw.server.queries import (
+    JobWatchers,
     after_token,
     after_workspace,
     filter_from_message,
@@ -42,7 +43,6 @@ from pjw.server.paging import (
     token_after_workspace,
 )
 from pjw.server.usage import UsageWatchers
-from pjw.server.watch import JobWatchers
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker import Part
 from pjw.worker.worker import PAGE_MAX

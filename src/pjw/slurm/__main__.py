@@ -18,8 +18,8 @@ from contextlib import suppress
 from importlib import import_module
 from typing import Any, Final
 
-from pjw.inherited import open_standard_descriptors
-from pjw.slurm.commands import Commands, SlurmError
+from pjw.process import open_standard_descriptors
+from pjw.slurm.programs import Commands, SlurmError
 
 _REQUESTS_FD: Final = 3
 # of a request; an answer may be longer

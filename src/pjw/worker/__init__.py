@@ -1,6 +1,6 @@
 """The library of jobs: `Worker` starts, shows, stops and follows them."""
 
-from pjw.worker.logs import Part
+from pjw.worker.reading import Part
 from pjw.worker.settings import DiskMarks, QueueSlots, Quotas, Retention, Shares, WorkerSettings
 from pjw.worker.worker import Worker
 

@@ -11,18 +11,17 @@ from typing import Final
 from pjw.errors import KernelError, LauncherGoneError, PjwError
 from pjw.launcher.protocol import LAUNCH_SECONDS
 from pjw.output import Inotify
-from pjw.worker.background import Background
 from pjw.worker.endings import Endings
-from pjw.worker.flag import Flag
 from pjw.worker.gpus import Gpus
 from pjw.worker.job import LiveJob
 from pjw.worker.launcher_client import Ended, LauncherClient, RunningInit
-from pjw.worker.logs import live_job
 from pjw.worker.network import Network
 from pjw.worker.quota import RunningJobs
-from pjw.worker.record import parse_record
+from pjw.worker.reading import live_job
 from pjw.worker.state_dir import StateDir
+from pjw.worker.status_record import parse_record
 from pjw.worker.stopping import within
+from pjw.worker.tasks import Background, Flag
 from pjw.worker.workspaces import Workspaces
 
 # Seconds to wait for the removal of jobs that are in no table; then we serve while it goes on.

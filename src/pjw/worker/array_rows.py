@@ -13,7 +13,7 @@ from typing import Final
 from pjw.arrays import Array, Element
 from pjw.errors import JobNotFoundError, LimitReachedError
 from pjw.model import EndReason, Job, JobState
-from pjw.worker.rows import COLUMNS, READY, WAITS, from_ns, job_of
+from pjw.worker.job_rows import COLUMNS, READY, WAITS, from_ns, job_of
 
 # Elements that are held or stopped one by one cost a row each before their turn, and are skipped then.
 TAKEN_MAX: Final = 10_000

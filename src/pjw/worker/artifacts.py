@@ -14,11 +14,11 @@ from typing import Final
 from pjw.errors import CopyError, JobStateError, KernelError, LimitReachedError, PjwError
 from pjw.model import Artifacts, ArtifactsState, Job, Usage
 from pjw.output import Inotify
-from pjw.worker.command_file import memory_file
 from pjw.worker.job import LiveJob
+from pjw.worker.orders import memory_file
 from pjw.worker.quota import StoredBytes
-from pjw.worker.record import Kept, Packing, parse_record
 from pjw.worker.state_dir import StateDir
+from pjw.worker.status_record import Kept, Packing, parse_record
 
 log: Final = logging.getLogger(__name__)
 

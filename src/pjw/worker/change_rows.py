@@ -12,8 +12,8 @@ from typing import Final, NamedTuple
 
 from pjw.errors import SequenceError
 from pjw.model import EndReason, ExitStatus, Job, JobChange, JobState
+from pjw.worker.job_rows import COLUMNS, Row, counts_of, from_ns, job_of, limits_of
 from pjw.worker.pages import JobFilter, read_page
-from pjw.worker.rows import COLUMNS, Row, counts_of, from_ns, job_of, limits_of
 
 # A change shows no more of a command than a line does: it may have half a megabyte.
 COMMAND_CHARACTERS: Final = 256

@@ -16,10 +16,9 @@ from typing import Final, NamedTuple
 
 from pjw.errors import LauncherGoneError, PjwError
 from pjw.model import Job, JobChange
-from pjw.worker.background import Background
-from pjw.worker.flag import Flag, first_of
 from pjw.worker.pages import JobFilter
 from pjw.worker.store import JobStore
+from pjw.worker.tasks import Background, Flag, first_of
 
 # So many at a time, each with a command cut short and up to ten kilobytes of labels: below the 4 MiB that
 # gRPC's clients take.

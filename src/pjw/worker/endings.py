@@ -12,17 +12,17 @@ from pjw.errors import LauncherGoneError, PjwError
 from pjw.launcher import protocol
 from pjw.model import EndReason, Job, JobState, Usage
 from pjw.worker.artifacts import Keeping
-from pjw.worker.background import Background
 from pjw.worker.disk import DiskSampler
 from pjw.worker.gpus import Gpus
 from pjw.worker.held import HeldOutputs
 from pjw.worker.job import LiveJob
 from pjw.worker.launcher_client import Ended, LauncherClient, RunningInit
 from pjw.worker.quota import RunningJobs
-from pjw.worker.record import Record, parse_record
 from pjw.worker.retention import Pruner
 from pjw.worker.state_dir import StateDir
+from pjw.worker.status_record import Record, parse_record
 from pjw.worker.stopping import Stopping
+from pjw.worker.tasks import Background
 from pjw.worker.usage_sampler import UsageSampler
 from pjw.worker.workspaces import Workspaces
 

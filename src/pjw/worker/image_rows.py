@@ -11,7 +11,7 @@ from typing import Final
 
 from pjw.errors import ImageNotFoundError, LimitReachedError
 from pjw.model import Image, ImageConfig
-from pjw.worker.rows import from_ns
+from pjw.worker.job_rows import from_ns
 from pjw.worker.settings import Quotas
 
 _IMAGES: Final = (

@@ -28,11 +28,11 @@ from pjw.errors import (
 )
 from pjw.model import Image, ImageConfig, JobSpec, check_image, is_image_key
 from pjw.worker import image_rows
-from pjw.worker.background import Background
+from pjw.worker.job_rows import from_ns
 from pjw.worker.launcher_client import LauncherClient
-from pjw.worker.rows import from_ns
 from pjw.worker.settings import WorkerSettings
 from pjw.worker.store import JobStore
+from pjw.worker.tasks import Background
 from pjw.worker.workspaces import Workspaces
 
 # Nothing tells when a failing disk works again.

@@ -22,9 +22,9 @@ from pjw.errors import (
     PjwError,
 )
 from pjw.model import Job
-from pjw.worker.background import log_bug
 from pjw.worker.quota import StoredBytes
 from pjw.worker.state_dir import WHOLE_MODE, disk_error
+from pjw.worker.tasks import log_bug
 
 
 class Inputs:

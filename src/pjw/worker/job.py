@@ -9,10 +9,10 @@ from typing import Final
 
 from pjw.model import Artifacts, ArtifactsState, EndReason, ExitStatus, Job, Usage, UsageSample
 from pjw.output import OutputLog
-from pjw.worker.flag import Flag
-from pjw.worker.record import End
-from pjw.worker.rows import from_ns
+from pjw.worker.job_rows import from_ns
 from pjw.worker.states import JobEvent, transition
+from pjw.worker.status_record import End
+from pjw.worker.tasks import Flag
 
 # the detail of a job whose output waits
 OUTPUT_HELD: Final = "waits: the disk of pjwd takes no more of its output"

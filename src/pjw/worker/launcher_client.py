@@ -30,9 +30,9 @@ from pjw.errors import (
 )
 from pjw.launcher import protocol
 from pjw.model import GroupUse, Job, JobSpec, Share, Usage, UsageSample
-from pjw.worker.flag import Flag
+from pjw.worker.job_rows import from_ns
 from pjw.worker.launcher_process import LauncherProcess, collect
-from pjw.worker.rows import from_ns
+from pjw.worker.tasks import Flag
 
 
 class LaunchBrokenOffError(Exception):

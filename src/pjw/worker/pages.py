@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from pjw.model import Job, JobState
-from pjw.worker.rows import COLUMNS, job_of
+from pjw.worker.job_rows import COLUMNS, job_of
 
 # A page of long commands ends early, so that it fits into the 4 MiB that gRPC's clients take, and so that no
 # client's list fills the memory: a command may have half a megabyte.

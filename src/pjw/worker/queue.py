@@ -29,14 +29,13 @@ from pjw.errors import (
     WorkspaceBusyError,
 )
 from pjw.model import GPUS_MAX, EndReason, Job, JobState
-from pjw.worker.admission import DRAINED
-from pjw.worker.background import Background
-from pjw.worker.flag import Flag
+from pjw.worker.host import DRAINED
+from pjw.worker.job_rows import to_ns
 from pjw.worker.queue_rows import SERVER_FAILED, STOPPED_BEFORE_START, Head, WaitingJob
-from pjw.worker.rows import to_ns
 from pjw.worker.settings import WorkerSettings
 from pjw.worker.slots import Slots
 from pjw.worker.store import JobStore, NotQueuedError
+from pjw.worker.tasks import Background, Flag
 from pjw.worker.workspace_rows import NOTHING_BUSY, is_free
 
 # Enough to keep launcher and processors busy: a start waits for the disk, then for a turn to launch.

@@ -8,11 +8,11 @@ from signal import SIGTERM
 from pjw.arrays import Element
 from pjw.errors import JobNotFoundError, JobStateError, PjwError
 from pjw.model import Job, JobSpec, JobState, Limits
-from pjw.worker.flag import Flag
+from pjw.worker.job_rows import to_ns
 from pjw.worker.queue import Queue
-from pjw.worker.rows import to_ns
 from pjw.worker.settings import Quotas
 from pjw.worker.store import JobStore
+from pjw.worker.tasks import Flag
 
 
 class QueueCalls(ABC):

@@ -31,7 +31,7 @@ from pjw.model import (
     limit_numbers,
 )
 from pjw.worker import array_rows
-from pjw.worker.rows import COLUMNS, READY, WAITS, Row, after_text, job_of, limits_of, limits_text, to_ns
+from pjw.worker.job_rows import COLUMNS, READY, WAITS, Row, after_text, job_of, limits_of, limits_text, to_ns
 from pjw.worker.settings import Quotas
 from pjw.worker.states import JobEvent, transition
 from pjw.worker.workspace_rows import is_free

@@ -401,7 +401,7 @@ ALTER TABLE jobs ADD COLUMN gpu_names TEXT NOT NULL DEFAULT '';
 """,
     # A cluster. On a node `reported` says that the gateway has written the end of a job down; its jobs have
     # request ids of their own kind. On a gateway `node` is where a job is, and each job has a row of
-    # `placements` (gateway/states.py), until the node has forgotten it too. `nodes` are those that were seen.
+    # `placements` (gateway/placement_states.py), until the node has forgotten it too. `nodes` are those seen.
     """
 ALTER TABLE jobs ADD COLUMN node TEXT NOT NULL DEFAULT '';
 ALTER TABLE jobs ADD COLUMN reported INTEGER NOT NULL DEFAULT 0;

@@ -18,9 +18,9 @@ from typing import Final
 from pjw.errors import JobStateError
 from pjw.model import TerminalSize
 from pjw.worker.orders import create_orders, order_hang_up, order_size
-from pjw.worker.record import RECORD_BYTES
 from pjw.worker.sparse_directory import SparseDirectory
 from pjw.worker.state_dir import StateDir, create_input, disk_error
+from pjw.worker.status_record import RECORD_BYTES
 
 _SESSIONS: Final = "sessions"
 _NAME: Final = re.compile(r"([1-9][0-9]*)-([1-9][0-9]*)")

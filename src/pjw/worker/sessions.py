@@ -22,23 +22,22 @@ from pjw.launcher.protocol import SESSIONS_MAX, Exec
 from pjw.model import EndReason, ExitStatus, JobSpec, JobState, Session, TerminalSize
 from pjw.output import Inotify, OutputLog
 from pjw.output.inotify import IN_CLOSE_WRITE
-from pjw.worker.background import Background, log_bug
-from pjw.worker.command_file import command_file
-from pjw.worker.descriptors import Descriptors
-from pjw.worker.flag import Flag
+from pjw.worker.host import Descriptors
 from pjw.worker.input import Inputs, InputWriter
 from pjw.worker.job import LiveJob
+from pjw.worker.job_rows import from_ns
 from pjw.worker.launch_turns import LaunchTurns
 from pjw.worker.launcher_client import LauncherClient
-from pjw.worker.logs import Output, Part
+from pjw.worker.orders import command_file
 from pjw.worker.quota import StoredBytes
-from pjw.worker.record import parse_record
-from pjw.worker.rows import from_ns
+from pjw.worker.reading import Output, Part
 from pjw.worker.session_files import Asked, Key, SessionFiles, describe
 from pjw.worker.settings import WorkerSettings
 from pjw.worker.state_dir import StateDir
+from pjw.worker.status_record import parse_record
 from pjw.worker.stopping import within
-from pjw.worker.users import Users
+from pjw.worker.store import Users
+from pjw.worker.tasks import Background, Flag, log_bug
 
 # After so long without a call that looks at it, a session is hung up; one that has ended is forgotten.
 LEASE_SECONDS: Final = 120.0

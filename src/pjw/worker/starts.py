@@ -23,26 +23,24 @@ from pjw.errors import (
 from pjw.launcher.protocol import Launch
 from pjw.model import EndReason, Job, JobSpec, Limits, is_image_key, offered
 from pjw.output import Inotify
-from pjw.worker.admission import Admission
 from pjw.worker.artifacts import patterns_file
-from pjw.worker.background import Background, log_bug
-from pjw.worker.command_file import command_file
-from pjw.worker.descriptors import Descriptors
 from pjw.worker.endings import Endings
 from pjw.worker.gpus import NONE, Gpus, Taken
+from pjw.worker.host import Admission, Descriptors
 from pjw.worker.images import ImageReplacedError, Images
 from pjw.worker.job import LiveJob
 from pjw.worker.launch_turns import LaunchTurns, Turn
 from pjw.worker.launcher_client import LaunchBrokenOffError, LauncherClient, RunningInit
-from pjw.worker.logs import live_job
+from pjw.worker.orders import command_file
 from pjw.worker.queue_rows import SERVER_FAILED
 from pjw.worker.quota import RunningJobs, StoredBytes
-from pjw.worker.record import parse_record
+from pjw.worker.reading import live_job
 from pjw.worker.state_dir import StateDir
+from pjw.worker.status_record import parse_record
 from pjw.worker.stopping import Stopping
-from pjw.worker.store import AlreadyStartedError
+from pjw.worker.store import AlreadyStartedError, Users
+from pjw.worker.tasks import Background, log_bug
 from pjw.worker.uploads import Uploads
-from pjw.worker.users import Users
 from pjw.worker.workspaces import Use, Workspaces
 
 log: Final = logging.getLogger(__name__)

@@ -34,12 +34,12 @@ from typing import Final, ParamSpec, TypeVar
 
 from pjw.errors import RESOURCE_ERRNOS, ConfigError, KernelError, LimitReachedError, describe_errno
 from pjw.given import require_value
-from pjw.launcher.rooted import require_root_s
+from pjw.launcher.root_files import require_root_s
 from pjw.model import Job, JobSpec, TerminalSize, UsageSample
 from pjw.output import describe_job_file, is_cut_short
 from pjw.worker.orders import create_orders
-from pjw.worker.record import RECORD_BYTES
 from pjw.worker.secret_files import SecretFiles
+from pjw.worker.status_record import RECORD_BYTES
 from pjw.worker.store import JobStore
 from pjw.worker.usage import append_sample, read_samples
 

@@ -10,10 +10,9 @@ from typing import Final, TypeVar
 from pjw.errors import LauncherGoneError, PjwError
 from pjw.launcher.protocol import Remaining
 from pjw.model import Job
-from pjw.worker.background import Background
-from pjw.worker.flag import Flag
 from pjw.worker.job import LiveJob
 from pjw.worker.launcher_client import LauncherClient
+from pjw.worker.tasks import Background, Flag
 
 # Seconds between SIGKILL to every process and the launcher's look at the rest: long, since only a job that
 # the kernel cannot end, or whose init hangs, is there then.

@@ -25,9 +25,9 @@ from pjw.errors import (
 )
 from pjw.model import Artifacts, ArtifactsState, EndReason, Job, JobChange, JobSpec, JobState, Limits
 from pjw.worker import array_rows, change_rows, queue_rows, workspace_rows
+from pjw.worker.job_rows import COLUMNS, job_of, limits_text, to_ns
 from pjw.worker.one_thread import TOLD_LATER, OneThread
 from pjw.worker.pages import ALL_JOBS, JobFilter, Page, read_page
-from pjw.worker.rows import COLUMNS, job_of, limits_text, to_ns
 from pjw.worker.schema import migrate
 from pjw.worker.secret_files import SecretFiles
 from pjw.worker.settings import Quotas, Retention
@@ -1054,3 +1054,28 @@ class JobStore:
             if code == sqlite3.SQLITE_FULL:
                 raise LimitReachedError(f"no space is left for the job table {self._path}") from error
             raise KernelError("use the job table", f"{self._path} ({error})", 0) from error
+
+
+# The user that each client's jobs run as: its own, for ever.
+
+
+class Users:
+    """User ids out of the operator's range, by the numbers that the table gives to clients."""
+
+    def __init__(self, store: JobStore, first: int, count: int) -> None:
+        self._store: Final = store
+        self._first: Final = first
+        self._count: Final = count
+        self._known: Final[dict[str, int]] = {}
+
+    async def of(self, client_name: str) -> int:
+        """Return the user id of a client. Raises LimitReachedError when all are taken."""
+        if client_name not in self._known:
+            number = await self._store.client_number(client_name)
+            if number >= self._count:
+                raise LimitReachedError(
+                    f"all {self._count} user ids for clients are taken",
+                    hint="the operator can configure a larger range",
+                )
+            self._known[client_name] = self._first + number
+        return self._known[client_name]

@@ -20,13 +20,13 @@ from typing import Final, ParamSpec, Protocol, TypeVar
 
 from pjw.errors import CopyError, KernelError, LimitReachedError, PjwError
 from pjw.model import check_upload
-from pjw.worker.descriptors import Descriptors
-from pjw.worker.flag import Flag
+from pjw.worker.host import Descriptors
 from pjw.worker.input import Inputs, InputWriter
 from pjw.worker.quota import StoredBytes
 from pjw.worker.sparse_directory import SparseDirectory
 from pjw.worker.state_dir import WHOLE_MODE, disk_error
 from pjw.worker.store import JobStore
+from pjw.worker.tasks import Flag
 
 # Without a call that writes it, or a job that is to have it, an upload goes after so long.
 LEASE_SECONDS: Final = 120.0

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from pjw.model import Job, UsageSample
-from pjw.worker.rows import from_ns, to_ns
+from pjw.worker.job_rows import from_ns, to_ns
 
 # At its fullest a file has three blocks of most file systems.
 SAMPLES_MAX: Final = 256

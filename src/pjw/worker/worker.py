@@ -45,41 +45,40 @@ from pjw.model import (
     offered,
 )
 from pjw.output import Inotify
-from pjw.worker.admission import Admission
 from pjw.worker.adoption import adopt
 from pjw.worker.artifacts import Keeping
-from pjw.worker.background import Background
 from pjw.worker.changes import Batch, Changes, Watched
 from pjw.worker.disk import DiskSampler, ScratchUse
 from pjw.worker.egress import Connection, Connections
 from pjw.worker.endings import Endings
-from pjw.worker.flag import Flag, first_of
 from pjw.worker.gpus import Gpus
 from pjw.worker.held import HeldOutputs
+from pjw.worker.host import Admission
 from pjw.worker.images import Images
 from pjw.worker.input import Inputs, InputWriter, ended_error, require_input
 from pjw.worker.job import LiveJob
 from pjw.worker.launch_turns import LaunchTurns
 from pjw.worker.launcher_client import LauncherClient
 from pjw.worker.launcher_process import LauncherProcess, check_limits, require_root, start_launcher
-from pjw.worker.logs import ALL_OUTPUT, Output, Part, Reading, artifacts_of, check_stream, output_of_ended
-from pjw.worker.numbers import Series, WorkerNumbers, count_all
+from pjw.worker.metrics import Series, WorkerNumbers, count_all
 from pjw.worker.orders import order_size
 from pjw.worker.pages import ALL_JOBS, JobFilter, Page
 from pjw.worker.queue import Queue
 from pjw.worker.queue_calls import QueueCalls
 from pjw.worker.queue_rows import WaitingJob
 from pjw.worker.quota import RunningJobs, StoredBytes, most_of_one_job
+from pjw.worker.reading import ALL_OUTPUT, Output, Part, Reading, artifacts_of, check_stream, output_of_ended
 from pjw.worker.retention import BATCH, Pruner
 from pjw.worker.sessions import Sessions
 from pjw.worker.settings import NO_LIMIT_ONLY, DiskMarks, WorkerSettings
 from pjw.worker.starts import Starts
 from pjw.worker.state_dir import StateDir
 from pjw.worker.stopping import Stopping
+from pjw.worker.store import Users
+from pjw.worker.tasks import Background, Flag, first_of
 from pjw.worker.uploads import Uploads
 from pjw.worker.usage import with_end
 from pjw.worker.usage_sampler import UsageSampler
-from pjw.worker.users import Users
 from pjw.worker.workspaces import Workspaces
 
 LOCAL_CLIENT: Final = "local"

@@ -12,7 +12,7 @@ from typing import Final
 from pjw.amounts import exact_size
 from pjw.errors import LimitReachedError, WorkspaceBusyError, WorkspaceNotFoundError
 from pjw.model import TOO_DEEP, JobSpec, Workspace, is_image_key
-from pjw.worker.rows import from_ns
+from pjw.worker.job_rows import from_ns
 from pjw.worker.settings import Quotas
 
 # workspaces of a client that jobs use, each with whether one of them is alone there

@@ -25,12 +25,11 @@ from pjw.errors import (
 )
 from pjw.model import Job, JobSpec, Workspace
 from pjw.worker import workspace_rows
-from pjw.worker.background import Background
 from pjw.worker.disk import COUNT_SECONDS, ScratchUse, read_all
 from pjw.worker.launcher_client import LauncherClient
 from pjw.worker.settings import WorkerSettings
-from pjw.worker.store import JobStore
-from pjw.worker.users import Users
+from pjw.worker.store import JobStore, Users
+from pjw.worker.tasks import Background
 
 # a process of the launcher's counts for 20 s
 _ANSWER_SECONDS: Final = 60

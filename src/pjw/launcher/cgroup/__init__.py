@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from pjw.errors import ConfigError
-from pjw.launcher.cgroup import files, v1, v2
+from pjw.launcher.cgroup import interface_files, v1, v2
 from pjw.launcher.cgroup.devices import disks_under
 from pjw.model import DEFAULT_SHARE, GroupUse, Limits, Share, Sums, Usage, UsageSample
 
@@ -126,7 +126,7 @@ def open_hierarchy(
     and its server's, are moved into a leaf where v2 wants that. Raises ConfigError naming a
     controller that is missing, KernelError for a refusal of the kernel.
     """
-    mounts = files.read_mounts()
+    mounts = interface_files.read_mounts()
     host = _describe(mounts)
     optional = () if io_devices else (v1.IO_CONTROLLER, v2.IO_CONTROLLER)
     if missing := [name for name in host.missing if name not in optional]:
@@ -139,15 +139,15 @@ def open_hierarchy(
 
 def describe_host() -> HostDescription:
     """Describe this host for `pjwd check`. Changes nothing."""
-    return _describe(files.read_mounts())
+    return _describe(interface_files.read_mounts())
 
 
-def _describe(mounts: Sequence[files.Mount]) -> HostDescription:
+def _describe(mounts: Sequence[interface_files.Mount]) -> HostDescription:
     # The one that lacks least: a controller is with either v1 or v2, never with both.
     return min((_describe_v2(mounts), _describe_v1(mounts)), key=lambda host: len(host.missing))
 
 
-def _describe_v2(mounts: Sequence[files.Mount]) -> HostDescription:
+def _describe_v2(mounts: Sequence[interface_files.Mount]) -> HostDescription:
     # A mount from outside of our cgroup namespace has a root of `/..`; the last one mounted
     # hides others at its place.
     visible = [mount for mount in mounts if mount.fs_type == "cgroup2" and not mount.root.startswith("/..")]
@@ -162,7 +162,7 @@ def _describe_v2(mounts: Sequence[files.Mount]) -> HostDescription:
     return _compare(2, base, wanted, there, hint)
 
 
-def _describe_v1(mounts: Sequence[files.Mount]) -> HostDescription:
+def _describe_v1(mounts: Sequence[interface_files.Mount]) -> HostDescription:
     points = v1.mounted_controllers(mounts)
     hint = "mount each: mount -t cgroup -o CONTROLLER none /sys/fs/cgroup/CONTROLLER; or boot with cgroup v2"
     location = points.get("memory", "")

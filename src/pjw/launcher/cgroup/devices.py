@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from pjw.errors import ConfigError
-from pjw.launcher.cgroup import files
+from pjw.launcher.cgroup import interface_files
 
 HINT: Final = "put the state directory on a disk, or set the io limits to 0"
 
@@ -85,7 +85,7 @@ def btrfs_members(device: str, sysfs: str = "/sys") -> list[str]:
     return [device]
 
 
-def _mount_of(path: str) -> files.Mount:
+def _mount_of(path: str) -> interface_files.Mount:
     # Ask the kernel which mount it is: st_dev is not the mount's for a btrfs subvolume, and
     # the longest matching mount point may be hidden under another mount.
     descriptor = os.open(path, os.O_PATH)
@@ -95,7 +95,7 @@ def _mount_of(path: str) -> files.Mount:
     finally:
         os.close(descriptor)
     mount_id = int(info["mnt_id"])
-    for mount in files.read_mounts():
+    for mount in interface_files.read_mounts():
         if mount.id == mount_id:
             return mount
     raise ConfigError(f"cannot find the disk of {path}: its mount is not visible here", hint=HINT)

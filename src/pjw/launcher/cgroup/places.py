@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Final
 
-from pjw.launcher.cgroup import files
+from pjw.launcher.cgroup import interface_files
 
 _CLIENT: Final = "client-"
 # the client of a job that an older version made
@@ -53,7 +53,7 @@ class Places:
         Raises JobStateError when it has one.
         """
         if job_id in self._client_of:
-            raise files.it_exists(f"job {job_id}")
+            raise interface_files.it_exists(f"job {job_id}")
         self._add(job_id, uid)
         return _job_place(uid, job_id)
 
@@ -81,10 +81,10 @@ class Places:
                 os.rmdir(f"{top}/{client_place(uid)}")
 
     def _clients(self) -> set[int]:
-        return {_NOBODY}.union(*(files.job_ids_in(top, prefix=_CLIENT) for top in self._tops))
+        return {_NOBODY}.union(*(interface_files.job_ids_in(top, prefix=_CLIENT) for top in self._tops))
 
     def _jobs_in(self, place: str) -> set[int]:
-        return set().union(*(files.job_ids_in(f"{top}/{place}") for top in self._tops))
+        return set().union(*(interface_files.job_ids_in(f"{top}/{place}") for top in self._tops))
 
 
 def client_place(uid: int) -> str:

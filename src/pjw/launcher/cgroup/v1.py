@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Final, TypeVar
 
 from pjw.errors import ConfigError, KernelError
-from pjw.launcher.cgroup import devices, files, throttles
+from pjw.launcher.cgroup import devices, interface_files
 from pjw.launcher.cgroup.places import Places, client_place
 from pjw.model import DEFAULT_SHARE, WEIGHT_DEFAULT, GroupUse, Limits, Share, Sums, Usage, UsageSample
 
@@ -24,7 +24,7 @@ _SHARES_MAX: Final = 262_144
 _SHARES_DEFAULT: Final = 1024
 
 
-def mounted_controllers(mounts: Sequence[files.Mount]) -> dict[str, str]:
+def mounted_controllers(mounts: Sequence[interface_files.Mount]) -> dict[str, str]:
     """Return the mount point of each controller; two may share one, as cpu and cpuacct often do."""
     points: dict[str, str] = {}
     v1_mounts = [mount for mount in mounts if mount.fs_type == "cgroup"]
@@ -40,10 +40,10 @@ def open_hierarchy(instance: str, points: Mapping[str, str], io_devices: Sequenc
     """Make the parents; *points* has every controller that is needed."""
     parents = {}
     for controller, point in points.items():
-        with files.locked(point):
-            files.make_parent(f"{point}/pjw", hint=f"run as root, with {point} writable")
+        with interface_files.locked(point):
+            interface_files.make_parent(f"{point}/pjw", hint=f"run as root, with {point} writable")
             parents[controller] = f"{point}/pjw/{instance}"
-            files.make_parent(parents[controller])
+            interface_files.make_parent(parents[controller])
     hierarchy = V1Hierarchy(parents, io_devices)
     hierarchy.forbid_swapping()
     return hierarchy
@@ -56,7 +56,7 @@ class V1Hierarchy:
     shown: Final = ()
 
     def __init__(self, parents: Mapping[str, str], io_devices: Sequence[str]) -> None:
-        tops = {path: files.open_top(path) for path in dict.fromkeys(parents.values())}
+        tops = {path: interface_files.open_top(path) for path in dict.fromkeys(parents.values())}
         self._tops: Final = {controller: tops[path] for controller, path in parents.items()}
         self._every_top: Final = tuple(tops.values())
         self._io_devices: Final = tuple(io_devices)
@@ -80,7 +80,7 @@ class V1Hierarchy:
         subject = f"job {job_id}"
         new_client = uid not in self._places
         place = self._places.add(job_id, uid)
-        made: list[files.Top] = []
+        made: list[interface_files.Top] = []
         try:
             if new_client:
                 self._make_client(uid)
@@ -88,7 +88,7 @@ class V1Hierarchy:
                 self.set_share(uid, share)
             settings = list(self._settings(limits, uid, share, subject))
             for top in self._every_top:
-                files.make_cgroup(place, subject, top)
+                interface_files.make_cgroup(place, subject, top)
                 made.append(top)
             for controller, name, value in settings:
                 self._write(controller, place, name, value, subject)
@@ -139,7 +139,7 @@ class V1Hierarchy:
     def release(self) -> None:
         for top in self._every_top:
             top.close()
-            files.remove_parents(top.path)
+            interface_files.remove_parents(top.path)
 
     def _cgroup(self, job_id: int, place: str, throttled: Sequence[str] = ()) -> "V1Cgroup":
         return V1Cgroup(job_id, self._tops, place, lambda: self._forget(job_id), throttled, self._io_devices)
@@ -152,11 +152,11 @@ class V1Hierarchy:
 
     def _make_client(self, uid: int) -> None:
         for top in self._every_top:
-            files.make_parent(f"{top.path}/{client_place(uid)}")
+            interface_files.make_parent(f"{top.path}/{client_place(uid)}")
 
     def _set_sums(self, place: str, sums: Sums, subject: str) -> list[str]:
         """Bound the usage below *place*; return in words the bounds that the kernel does not take now."""
-        pids = str(sums.pids_max) if 0 < sums.pids_max < files.PIDS_MAX else "max"
+        pids = str(sums.pids_max) if 0 < sums.pids_max < interface_files.PIDS_MAX else "max"
         self._write("pids", place, "pids.max", pids, subject)
         not_set = []
         try:
@@ -167,20 +167,24 @@ class V1Hierarchy:
                 raise
             used = int(self._read("memory", place, "memory.usage_in_bytes"))
             not_set.append(
-                files.not_set("memory_max_bytes", sums.memory_max_bytes, subject, f"{used} are used")
+                interface_files.not_set(
+                    "memory_max_bytes", sums.memory_max_bytes, subject, f"{used} are used"
+                )
             )
         cpu = sums.cpu_max_millicores
         if cpu and place != ".":
             cpu = self._clamped(cpu, ".")
-        quota = min(cpu * files.SUM_PERIOD_USEC // 1000, files.CPU_QUOTA_MAX_USEC) or -1
+        quota = min(cpu * interface_files.SUM_PERIOD_USEC // 1000, interface_files.CPU_QUOTA_MAX_USEC) or -1
         try:
-            self._write("cpu", place, "cpu.cfs_period_us", str(files.SUM_PERIOD_USEC), subject)
+            self._write("cpu", place, "cpu.cfs_period_us", str(interface_files.SUM_PERIOD_USEC), subject)
             self._write("cpu", place, "cpu.cfs_quota_us", str(quota), subject)
         except KernelError as error:
             # No quota of a child may be above its parent's (Documentation/scheduler/sched-bwc.rst).
             if error.errno != errno.EINVAL:
                 raise
-            not_set.append(files.not_set("cpu_max_millicores", cpu, subject, "a running job may use more"))
+            not_set.append(
+                interface_files.not_set("cpu_max_millicores", cpu, subject, "a running job may use more")
+            )
         self._cpu[place] = self._cpu_millicores(place)
         return not_set
 
@@ -201,10 +205,10 @@ class V1Hierarchy:
             self._write(IO_CONTROLLER, place, name, str(min(weight, 1000)), place)
 
     def _write(self, controller: str, place: str, name: str, value: str, subject: str) -> None:
-        files.write_text(f"{place}/{name}", value, f"{name} of {subject}", self._tops[controller])
+        interface_files.write_text(f"{place}/{name}", value, f"{name} of {subject}", self._tops[controller])
 
     def _read(self, controller: str, place: str, name: str) -> str:
-        return files.read_text(f"{place}/{name}", f"{name} of {place}", self._tops[controller])
+        return interface_files.read_text(f"{place}/{name}", f"{name} of {place}", self._tops[controller])
 
     def _settings(
         self, limits: Limits, uid: int, share: Share, subject: str
@@ -217,21 +221,21 @@ class V1Hierarchy:
                 limits.cpu_max_millicores, share.sums.cpu_max_millicores or limits.cpu_max_millicores
             )
             cpu = self._clamped(wanted, client_place(uid), ".")
-            quota = cpu * files.CPU_PERIOD_USEC // 1000
+            quota = cpu * interface_files.CPU_PERIOD_USEC // 1000
             # of the period that a new cgroup has: to set either, the kernel looks at all cgroups of the host
-            yield "cpu", "cpu.cfs_quota_us", str(min(quota, files.CPU_QUOTA_MAX_USEC))
+            yield "cpu", "cpu.cfs_quota_us", str(min(quota, interface_files.CPU_QUOTA_MAX_USEC))
         if limits.memory_max_bytes:
             # memsw may never be below the limit of memory: that one goes first.
             yield "memory", "memory.limit_in_bytes", str(limits.memory_max_bytes)
             if self._bounds_swap:
                 yield "memory", "memory.memsw.limit_in_bytes", str(limits.memory_max_bytes)
-        if 0 < limits.pids_max < files.PIDS_MAX:
+        if 0 < limits.pids_max < interface_files.PIDS_MAX:
             yield "pids", "pids.max", str(limits.pids_max)
         for name, value in (
             ("read_bps", limits.io_rbps_max),
             ("write_bps", limits.io_wbps_max),
-            ("read_iops", min(limits.io_riops_max, files.IOPS_MAX)),
-            ("write_iops", min(limits.io_wiops_max, files.IOPS_MAX)),
+            ("read_iops", min(limits.io_riops_max, interface_files.IOPS_MAX)),
+            ("write_iops", min(limits.io_wiops_max, interface_files.IOPS_MAX)),
         ):
             if value and not self._io_devices:
                 raise ConfigError(
@@ -247,7 +251,7 @@ class V1Cgroup:
     def __init__(
         self,
         job_id: int,
-        tops: Mapping[str, files.Top],
+        tops: Mapping[str, interface_files.Top],
         place: str,
         on_removed: Callable[[], None],
         throttled: Sequence[str],
@@ -277,15 +281,18 @@ class V1Cgroup:
     @contextmanager
     def init_arguments(self) -> Iterator[list[str | int]]:
         lifts = [(self._tops[IO_CONTROLLER], f"{self._place}/{name}") for name in self._throttled]
-        with self.session_arguments() as enter, files.opened(lifts, os.O_WRONLY, self._subject) as lift:
-            yield [*enter, *throttles.lift_words(self._throttled, lift, self._disks)]
+        with (
+            self.session_arguments() as enter,
+            interface_files.opened(lifts, os.O_WRONLY, self._subject) as lift,
+        ):
+            yield [*enter, *interface_files.lift_words(self._throttled, lift, self._disks)]
 
     @contextmanager
     def session_arguments(self) -> Iterator[list[str | int]]:
         # Not cgroup.procs: to move all threads of a process the kernel first waits for every fork of the host
         # (cgroup_threadgroup_rwsem), for milliseconds. Init has one thread, and moves that.
         entries = [(top, f"{self._place}/tasks") for top in dict.fromkeys(self._tops.values())]
-        with files.opened(entries, os.O_WRONLY, self._subject) as descriptors:
+        with interface_files.opened(entries, os.O_WRONLY, self._subject) as descriptors:
             yield [word for number in descriptors for word in ("--cgroup-procs-fd", number)]
 
     def make_equal(self) -> None:
@@ -293,14 +300,14 @@ class V1Cgroup:
 
     def pids(self) -> list[int]:
         # init enters one hierarchy after the other, and may die between two of them
-        return sorted(set().union(*(files.read_pids(directory) for directory in self.directories)))
+        return sorted(set().union(*(interface_files.read_pids(directory) for directory in self.directories)))
 
     def lift_throttles(self) -> None:
         try:
             self._lift_quota()
         finally:
             if IO_CONTROLLER in self._tops:
-                throttles.lift(self.by_controller[IO_CONTROLLER])
+                interface_files.lift(self.by_controller[IO_CONTROLLER])
 
     def kill(self) -> None:
         try:
@@ -309,7 +316,7 @@ class V1Cgroup:
         except KernelError as error:
             if error.errno != errno.ENOENT:
                 raise
-        files.kill_processes(self.pids)
+        interface_files.kill_processes(self.pids)
 
     def usage(self) -> Usage:
         read, written = devices.sum_io(self._read("blkio", "blkio.throttle.io_service_bytes"), _parse_io_line)
@@ -318,7 +325,9 @@ class V1Cgroup:
             memory_peak_bytes=self._number("memory", "memory.max_usage_in_bytes"),
             io_read_bytes=read,
             io_write_bytes=written,
-            oom_kills=files.read_fields(self._read("memory", "memory.oom_control")).get("oom_kill", 0),
+            oom_kills=interface_files.read_fields(self._read("memory", "memory.oom_control")).get(
+                "oom_kill", 0
+            ),
         )
 
     def measure(self) -> UsageSample:
@@ -340,7 +349,8 @@ class V1Cgroup:
         with suppress(KernelError):
             self._lift_quota()
         if not all(
-            files.try_rmdir(self._place, self._subject, top) for top in dict.fromkeys(self._tops.values())
+            interface_files.try_rmdir(self._place, self._subject, top)
+            for top in dict.fromkeys(self._tops.values())
         ):
             return False
         self._on_removed()
@@ -356,13 +366,17 @@ class V1Cgroup:
                 raise
 
     def _write(self, controller: str, name: str, value: str) -> None:
-        files.write_text(f"{self._place}/{name}", value, f"{name} of {self._subject}", self._tops[controller])
+        interface_files.write_text(
+            f"{self._place}/{name}", value, f"{name} of {self._subject}", self._tops[controller]
+        )
 
     def _read_now(self, controller: str, name: str) -> str:
-        return files.read_text(f"{self._place}/{name}", f"{name} of {self._subject}", self._tops[controller])
+        return interface_files.read_text(
+            f"{self._place}/{name}", f"{name} of {self._subject}", self._tops[controller]
+        )
 
     def _number_now(self, controller: str, name: str) -> int:
-        return files.read_number(
+        return interface_files.read_number(
             f"{self._place}/{name}", f"{name} of {self._subject}", self._tops[controller]
         )
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 from pjw.errors import ConfigError, KernelError
-from pjw.launcher.cgroup import devices, files, throttles
+from pjw.launcher.cgroup import devices, interface_files
 from pjw.launcher.cgroup.places import Places, client_place
 from pjw.model import DEFAULT_SHARE, GroupUse, Limits, Share, Sums, Usage, UsageSample
 
@@ -22,7 +22,7 @@ IO_LIMITS: Final = "io.max"
 SUPERVISOR: Final = "supervisor"
 
 
-def find_base(mount: files.Mount) -> str:
+def find_base(mount: interface_files.Mount) -> str:
     """Return the top of our subtree: the root of the mount, or a cgroup delegated to us.
 
     Delegation counts only when systemd itself starts us in the leaf (DelegateSubgroup=supervisor). With
@@ -32,7 +32,7 @@ def find_base(mount: files.Mount) -> str:
     """
     own = next(
         line.removeprefix("0::")
-        for line in files.read_text("/proc/self/cgroup", "/proc/self/cgroup").splitlines()
+        for line in interface_files.read_text("/proc/self/cgroup", "/proc/self/cgroup").splitlines()
         if line.startswith("0::")
     )
     # A path with `..` lies outside of our cgroup namespace, so the mount does not show it.
@@ -46,7 +46,7 @@ def find_base(mount: files.Mount) -> str:
 def controllers_in(base: str) -> set[str]:
     """Return the controllers that *base* may hand on to its children."""
     path = f"{base}/cgroup.controllers"
-    return set(files.read_text(path, path).split())
+    return set(interface_files.read_text(path, path).split())
 
 
 def open_hierarchy(
@@ -59,11 +59,11 @@ def open_hierarchy(
     """Make the parents and hand them the controllers, from the top downwards."""
     _leave(base, supervisor_pids)
     parent = base
-    with files.locked(base):
+    with interface_files.locked(base):
         for name in ("pjw", instance):
             _enable(parent, controllers)
             parent = f"{parent}/{name}"
-            files.make_parent(parent, hint=f"run as root, with {base} writable")
+            interface_files.make_parent(parent, hint=f"run as root, with {base} writable")
         _enable(parent, controllers)
     return V2Hierarchy(parent, controllers, io_devices)
 
@@ -83,27 +83,27 @@ def _leave(base: str, supervisor_pids: Sequence[int]) -> None:
     # Only the real root may do both; it alone has no cgroup.events.
     if not os.path.exists(f"{base}/cgroup.events"):
         return
-    movers = sorted(set(supervisor_pids) & set(files.read_pids(base)))
+    movers = sorted(set(supervisor_pids) & set(interface_files.read_pids(base)))
     if not movers:
         return
     leaf = f"{base}/{SUPERVISOR}"
-    files.make_parent(leaf)
+    interface_files.make_parent(leaf)
     for pid in movers:
-        files.write_text(f"{leaf}/cgroup.procs", str(pid), f"{leaf}/cgroup.procs")
+        interface_files.write_text(f"{leaf}/cgroup.procs", str(pid), f"{leaf}/cgroup.procs")
 
 
 def _enable(directory: str, controllers: Sequence[str]) -> None:
     path = f"{directory}/cgroup.subtree_control"
-    enabled = files.read_text(path, path).split()
+    enabled = interface_files.read_text(path, path).split()
     missing = [f"+{name}" for name in controllers if name not in enabled]
     if not missing:
         return
     try:
-        files.write_text(path, " ".join(missing), path)
+        interface_files.write_text(path, " ".join(missing), path)
     except KernelError as error:
         if error.errno != errno.EBUSY:
             raise
-        others = ", ".join(map(str, files.read_pids(directory))) or "none that is visible here"
+        others = ", ".join(map(str, interface_files.read_pids(directory))) or "none that is visible here"
         raise ConfigError(
             f"cannot give the controllers of {directory} to jobs: processes are in it ({others})",
             hint="start pjwd in a cgroup of its own, in a leaf called supervisor",
@@ -121,7 +121,7 @@ class V2Hierarchy:
     version: Final = 2
 
     def __init__(self, parent: str, controllers: Sequence[str], io_devices: Sequence[str]) -> None:
-        self._top: Final = files.open_top(parent)
+        self._top: Final = interface_files.open_top(parent)
         self._controllers: Final = tuple(controllers)
         self._io_devices: Final = tuple(io_devices)
         self._places: Final = Places([parent])
@@ -141,7 +141,7 @@ class V2Hierarchy:
                 self._make_client(uid)
             if self.share_of(uid) != share:
                 self.set_share(uid, share)
-            files.make_cgroup(place, subject, self._top)
+            interface_files.make_cgroup(place, subject, self._top)
             made = True
             try:
                 # The job runs as another user and may read its cgroup; on the host, parents keep others out.
@@ -189,12 +189,12 @@ class V2Hierarchy:
         return GroupUse(
             memory_bytes=int(self._read(place, "memory.current")),
             pids=int(self._read(place, "pids.current")),
-            cpu_usage_usec=files.read_fields(self._read(place, "cpu.stat"))["usage_usec"],
+            cpu_usage_usec=interface_files.read_fields(self._read(place, "cpu.stat"))["usage_usec"],
         )
 
     def release(self) -> None:
         self._top.close()
-        files.remove_parents(self._top.path)
+        interface_files.remove_parents(self._top.path)
 
     def _cgroup(self, job_id: int, place: str, throttled: Sequence[str] = ()) -> "V2Cgroup":
         return V2Cgroup(job_id, place, lambda: self._forget(job_id), self._top, throttled, self._io_devices)
@@ -206,25 +206,35 @@ class V2Hierarchy:
 
     def _make_client(self, uid: int) -> None:
         directory = f"{self._top.path}/{client_place(uid)}"
-        files.make_parent(directory)
+        interface_files.make_parent(directory)
         _enable(directory, self._controllers)
 
     def _set_sums(self, place: str, sums: Sums, subject: str) -> list[str]:
         """Bound the usage below *place*; return in words the bounds that would kill jobs now."""
-        pids = str(sums.pids_max) if 0 < sums.pids_max < files.PIDS_MAX else "max"
+        pids = str(sums.pids_max) if 0 < sums.pids_max < interface_files.PIDS_MAX else "max"
         self._write(place, "pids.max", pids, subject)
-        cpu = min(sums.cpu_max_millicores * files.SUM_PERIOD_USEC // 1000, files.CPU_QUOTA_MAX_USEC) or "max"
-        self._write(place, "cpu.max", f"{cpu} {files.SUM_PERIOD_USEC}", subject)
+        cpu = (
+            min(
+                sums.cpu_max_millicores * interface_files.SUM_PERIOD_USEC // 1000,
+                interface_files.CPU_QUOTA_MAX_USEC,
+            )
+            or "max"
+        )
+        self._write(place, "cpu.max", f"{cpu} {interface_files.SUM_PERIOD_USEC}", subject)
         # The kernel would kill jobs until the rest fits (admin-guide/cgroup-v2.rst, memory.max).
         used = self._memory_in_use(place)
         if 0 < sums.memory_max_bytes < used:
-            return [files.not_set("memory_max_bytes", sums.memory_max_bytes, subject, f"{used} are used")]
+            return [
+                interface_files.not_set(
+                    "memory_max_bytes", sums.memory_max_bytes, subject, f"{used} are used"
+                )
+            ]
         self._write(place, "memory.max", str(sums.memory_max_bytes or "max"), subject)
         return []
 
     def _memory_in_use(self, place: str) -> int:
         """Return the memory in use without the cache of files, which the kernel takes back."""
-        stat = files.read_fields(self._read(place, "memory.stat"))
+        stat = interface_files.read_fields(self._read(place, "memory.stat"))
         cache = stat["active_file"] + stat["inactive_file"]
         return int(self._read(place, "memory.current")) - cache
 
@@ -235,16 +245,19 @@ class V2Hierarchy:
                 self._write(place, name, str(value), place)
 
     def _write(self, place: str, name: str, value: str, subject: str) -> None:
-        files.write_text(f"{place}/{name}", value, f"{name} of {subject}", self._top)
+        interface_files.write_text(f"{place}/{name}", value, f"{name} of {subject}", self._top)
 
     def _read(self, place: str, name: str) -> str:
-        return files.read_text(f"{place}/{name}", f"{name} of {place}", self._top)
+        return interface_files.read_text(f"{place}/{name}", f"{name} of {place}", self._top)
 
     def _settings(self, limits: Limits, subject: str) -> Iterator[tuple[str, str]]:
         yield "cpu.weight", str(_WEIGHT_MAX)
         if limits.cpu_max_millicores:
-            quota = limits.cpu_max_millicores * files.CPU_PERIOD_USEC // 1000
-            yield "cpu.max", f"{min(quota, files.CPU_QUOTA_MAX_USEC)} {files.CPU_PERIOD_USEC}"
+            quota = limits.cpu_max_millicores * interface_files.CPU_PERIOD_USEC // 1000
+            yield (
+                "cpu.max",
+                f"{min(quota, interface_files.CPU_QUOTA_MAX_USEC)} {interface_files.CPU_PERIOD_USEC}",
+            )
         # Not memory.oom.group: v1 has no such thing, and a job means the same on both. The rest of a job that
         # lost a process may well handle that, as a shell does.
         if limits.memory_max_bytes:
@@ -252,13 +265,13 @@ class V2Hierarchy:
         # not by a limit of all jobs: a job sees its own
         if self._bounds_swap:
             yield "memory.swap.max", "0"
-        if 0 < limits.pids_max < files.PIDS_MAX:
+        if 0 < limits.pids_max < interface_files.PIDS_MAX:
             yield "pids.max", str(limits.pids_max)
         io_limits = {
             "rbps": limits.io_rbps_max,
             "wbps": limits.io_wbps_max,
-            "riops": min(limits.io_riops_max, files.IOPS_MAX),
-            "wiops": min(limits.io_wiops_max, files.IOPS_MAX),
+            "riops": min(limits.io_riops_max, interface_files.IOPS_MAX),
+            "wiops": min(limits.io_wiops_max, interface_files.IOPS_MAX),
         }
         words = " ".join(f"{name}={value}" for name, value in io_limits.items() if value)
         if words and not self._io_devices:
@@ -275,7 +288,7 @@ class V2Cgroup:
         job_id: int,
         place: str,
         on_removed: Callable[[], None] = lambda: None,
-        top: files.Top = files.ROOT,
+        top: interface_files.Top = interface_files.ROOT,
         throttled: Sequence[str] = (),
         disks: Sequence[str] = (),
     ) -> None:
@@ -298,24 +311,27 @@ class V2Cgroup:
     @contextmanager
     def init_arguments(self) -> Iterator[list[str | int]]:
         lifts = [(self._top, f"{self._place}/{name}") for name in self._throttled]
-        with self.session_arguments() as enter, files.opened(lifts, os.O_WRONLY, self._subject) as lift:
-            words = throttles.lift_words(self._throttled, lift, self._disks)
+        with (
+            self.session_arguments() as enter,
+            interface_files.opened(lifts, os.O_WRONLY, self._subject) as lift,
+        ):
+            words = interface_files.lift_words(self._throttled, lift, self._disks)
             yield [*enter, "--cgroup", self.directory, *words]
 
     @contextmanager
     def session_arguments(self) -> Iterator[list[str | int]]:
         own = [(self._top, self._place)]
-        with files.opened(own, os.O_RDONLY | os.O_DIRECTORY, self._subject) as [directory]:
+        with interface_files.opened(own, os.O_RDONLY | os.O_DIRECTORY, self._subject) as [directory]:
             yield ["--cgroup-fd", directory]
 
     def make_equal(self) -> None:
         self._write("cpu.weight", str(_WEIGHT_DEFAULT))
 
     def pids(self) -> list[int]:
-        return files.read_pids(self.directory)
+        return interface_files.read_pids(self.directory)
 
     def lift_throttles(self) -> None:
-        throttles.lift(self.directory)
+        interface_files.lift(self.directory)
 
     def kill(self) -> None:
         try:
@@ -324,11 +340,11 @@ class V2Cgroup:
             if error.errno != errno.ENOENT:
                 raise
             # No such file before Linux 5.14, or no such job any more.
-            files.kill_processes(self.pids)
+            interface_files.kill_processes(self.pids)
 
     def usage(self) -> Usage:
-        cpu = files.read_fields(self._read("cpu.stat"))
-        memory = files.read_fields(self._read("memory.events"))
+        cpu = interface_files.read_fields(self._read("cpu.stat"))
+        memory = interface_files.read_fields(self._read("memory.events"))
         # no such file before Linux 5.19
         peak = int(self._read_if_any("memory.peak") or "0")
         read, written = self._io()
@@ -344,7 +360,7 @@ class V2Cgroup:
         read, written = self._io()
         return UsageSample(
             time=datetime.now(UTC),
-            cpu_usage_usec=files.read_fields(self._read("cpu.stat"))["usage_usec"],
+            cpu_usage_usec=interface_files.read_fields(self._read("cpu.stat"))["usage_usec"],
             memory_bytes=self._number("memory.current"),
             io_read_bytes=read,
             io_write_bytes=written,
@@ -352,7 +368,7 @@ class V2Cgroup:
         )
 
     def try_remove(self) -> bool:
-        if not files.try_rmdir(self._place, self._subject, self._top):
+        if not interface_files.try_rmdir(self._place, self._subject, self._top):
             return False
         self._on_removed()
         return True
@@ -362,10 +378,10 @@ class V2Cgroup:
         return devices.sum_io(self._read_if_any("io.stat"), _parse_io_line)
 
     def _write(self, name: str, value: str) -> None:
-        files.write_text(f"{self._place}/{name}", value, f"{name} of {self._subject}", self._top)
+        interface_files.write_text(f"{self._place}/{name}", value, f"{name} of {self._subject}", self._top)
 
     def _read(self, name: str) -> str:
-        return files.read_text(f"{self._place}/{name}", f"{name} of {self._subject}", self._top)
+        return interface_files.read_text(f"{self._place}/{name}", f"{name} of {self._subject}", self._top)
 
     def _read_if_any(self, name: str) -> str:
         """Read likewise; return nothing where this kernel, or this cgroup, has no such file."""
@@ -377,7 +393,7 @@ class V2Cgroup:
             return ""
 
     def _number(self, name: str) -> int:
-        return files.read_number(f"{self._place}/{name}", f"{name} of {self._subject}", self._top)
+        return interface_files.read_number(f"{self._place}/{name}", f"{name} of {self._subject}", self._top)
 
 
 def _parse_io_line(line: str) -> tuple[str, int, int]:

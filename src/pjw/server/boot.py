@@ -24,14 +24,13 @@ from pjw.certs.files import key_exposure
 from pjw.certs.revocation import NOBODY_REVOKED, load_revocation_list
 from pjw.certs.tls import require_tls13_environment
 from pjw.errors import ConfigError, PjwError, describe_errno
-from pjw.inherited import set_for_service
+from pjw.process import set_for_service
 from pjw.server.address import metrics_exposure
 from pjw.server.backup_port import BackupPort
 from pjw.server.config import ServerConfig, config_of, read_values, removed_keys
 from pjw.server.drain_port import DrainPort
 from pjw.server.grpc_log import relay, take_stderr
-from pjw.server.log_writer import LogWriter
-from pjw.server.logs import set_up_logging
+from pjw.server.log_setup import LogWriter, set_up_logging
 from pjw.server.network import egress_uid
 from pjw.server.plan import check_reloads, plan_of
 from pjw.server.sandbox import Sandbox, descriptors_for, enter

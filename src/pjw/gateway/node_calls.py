@@ -14,9 +14,9 @@ from typing import Any, Final
 import grpc
 
 from pjw.errors import JobNotFoundError, OffsetError, OutputLostError, PjwError, ServerUnreachableError
+from pjw.gateway.answers import in_our_words
 from pjw.gateway.dial import Dial, error_from
 from pjw.gateway.nodes import Node
-from pjw.gateway.words import in_our_words
 from pjw.model import Job
 from pjw.output import Head, no_head
 from pjw.rpc.convert import logs_response_bytes

@@ -1,13 +1,13 @@
-"""Settings that a program inherits by execve(2): each program sets those it relies on at its start.
-
-docs/architecture.md, "What a program inherits", lists all of them, and says why the others stay. pjw-init has
-its own code for it: init/inherited.c.
-"""
+"""What pjw and pjwd need as programs: inherited settings, and failures of stdout."""
 
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
+
+from pjw.errors import ConfigError, describe_errno
 
 # Each of these limits of `resource` would end or hinder a service in the middle of its work.
 _LIFTED: Final = ("RLIMIT_AS", "RLIMIT_CPU", "RLIMIT_DATA", "RLIMIT_FSIZE", "RLIMIT_NPROC", "RLIMIT_RTTIME")
@@ -59,3 +59,55 @@ def _lift(name: str) -> None:
             # raising a hard limit takes CAP_SYS_RESOURCE, which a container may lack
             continue
         return
+
+
+# Failures of stdout, for programs that print: each in words, and once.
+
+# 128 + SIGPIPE, as of a program that the signal ended: the reader has gone, and wants no more.
+EXIT_CLOSED_PIPE: Final = 141
+
+
+class ReaderGoneError(Exception):
+    """The reader of stdout has closed it."""
+
+
+def require_stdout() -> None:
+    """Raise ConfigError when stdout is closed, before we do anything whose answer would be lost."""
+    if sys.stdout is None:
+        raise ConfigError("cannot write to stdout: it is closed")
+
+
+@contextmanager
+def checked_stdout() -> Iterator[None]:
+    """Write all printed text, also when argparse ends the program.
+
+    Raises ConfigError when stdout cannot be written, and ReaderGoneError when its reader has closed it; in
+    either case nothing is written any more. All other system calls that fail must be worded where they are
+    made.
+    """
+    try:
+        try:
+            yield
+        except SystemExit:
+            _flush()
+            raise
+        _flush()
+    except BrokenPipeError as error:
+        _abandon()
+        raise ReaderGoneError from error
+    except OSError as error:
+        _abandon()
+        worded = ConfigError(f"cannot write to stdout: {describe_errno(error.errno or 0)}")
+        for note in getattr(error, "__notes__", ()):
+            worded.add_note(note)
+        raise worded from error
+
+
+def _flush() -> None:
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def _abandon() -> None:
+    # The interpreter would complain about the same descriptor when it flushes at its end.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -3,7 +3,8 @@
 import re
 from typing import Final
 
-from pjw.errors import JobNotFoundError, JobStateError, KernelError, PjwError
+from pjw.errors import InvalidJobError, JobNotFoundError, JobStateError, KernelError, PjwError
+from pjw.model import JobSpec
 
 _A_JOB: Final = re.compile(r"\bjob ([0-9]+)\b")
 
@@ -35,3 +36,32 @@ def _renamed(text: str, node_job_id: int, job_id: int) -> str:
         lambda found: f"job {job_id}" if int(found[1]) == node_job_id else found[0],
         text,
     )
+
+
+# Features that do not work through a gateway yet (docs/cluster.md): refused before anything is made.
+
+HINT: Final = "docs/cluster.md has what works through a gateway"
+
+
+def not_with(what: str, engine: str) -> InvalidJobError:
+    """Return the error for a job that only another engine can give a node."""
+    return InvalidJobError(f"{what} does not work with the engine {engine} yet", hint=HINT)
+
+
+def not_yet(what: str) -> JobStateError:
+    """Return the error for a call that works on one machine alone."""
+    return JobStateError(_words(what), hint=HINT)
+
+
+def _words(what: str) -> str:
+    return f"{what} does not work through a gateway yet"
+
+
+def check_spec(spec: JobSpec) -> None:
+    """Raise InvalidJobError for a job that needs a feature that a gateway does not have yet."""
+    asked = {
+        "a workspace": bool(spec.workspace),
+    }
+    for what, is_asked in asked.items():
+        if is_asked:
+            raise InvalidJobError(_words(what), hint=HINT)

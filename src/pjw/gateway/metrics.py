@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pjw.gateway.archiving import Archiver
 from pjw.gateway.jobs import Placements
 from pjw.gateway.nodes import Nodes, NodeState
-from pjw.gateway.states import PlacementState
-from pjw.worker.numbers import Series
+from pjw.gateway.placement_states import PlacementState
+from pjw.worker.metrics import Series
 
 
 def series_of(nodes: Nodes, placements: Placements, archiver: Archiver | None) -> Sequence[Series]:

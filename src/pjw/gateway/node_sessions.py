@@ -10,17 +10,17 @@ from google.protobuf.json_format import MessageToJson
 
 from pjw.cluster.v1 import cluster_pb2 as pb
 from pjw.errors import InvalidJobError, JobStateError, NotAllowedError
-from pjw.gateway import rows
+from pjw.gateway import placement_rows
 from pjw.gateway.engine import Engine
 from pjw.gateway.jobs import Placed, Placements
 from pjw.gateway.node_guard import NodeGuard
 from pjw.gateway.nodes import Node, Nodes, Session
-from pjw.gateway.states import PlacementEvent, PlacementState
+from pjw.gateway.placement_states import PlacementEvent, PlacementState
 from pjw.model import Job
 from pjw.rpc.convert import job_from_message, spec_to_message
 from pjw.v1 import job_worker_pb2 as pjw_pb
+from pjw.worker.job_rows import to_ns
 from pjw.worker.queue_rows import WaitingJob
-from pjw.worker.rows import to_ns
 from pjw.worker.store import JobStore
 
 NODE_SERVICE: Final = pb.DESCRIPTOR.services_by_name["NodeService"].full_name
@@ -158,7 +158,7 @@ class Sessions:
         ]
         for start in range(0, len(uuids), _ASKED_AT_ONCE):
             session.say(pb.SessionResponse(ask=pb.Ask(uuids=uuids[start : start + _ASKED_AT_ONCE])))
-        for uuid in await self._store.transact(rows.to_fence, node.row.name):
+        for uuid in await self._store.transact(placement_rows.to_fence, node.row.name):
             session.fence(uuid)
         node.has_changed()
         self._nodes.came()
@@ -231,7 +231,7 @@ class Sessions:
             held = self._keeps(node, placed.job.id, message.uuid, job)
         else:
             # the node has told it before and heard no answer; or it is the late end of a lost job
-            placement = await self._store.transact(rows.by_uuid, message.uuid)
+            placement = await self._store.transact(placement_rows.by_uuid, message.uuid)
             held = False
             if placement is not None and placement.node == node.row.name:
                 held = (
@@ -240,7 +240,7 @@ class Sessions:
                     and self._keeps(node, placement.job_id, message.uuid, job)
                 )
                 await self._store.transact(
-                    rows.keep_late_end,
+                    placement_rows.keep_late_end,
                     placement.job_id,
                     message.job.id,
                     MessageToJson(message.job, indent=None),
@@ -253,12 +253,12 @@ class Sessions:
         if (placed := self._of(uuid, node)) is not None:
             await self._placements.unknown(placed, node)
             return
-        placement = await self._store.transact(rows.by_uuid, uuid)
+        placement = await self._store.transact(placement_rows.by_uuid, uuid)
         if placement is not None and placement.node == node.row.name:
-            await self._store.transact(rows.keep_late_end, placement.job_id, 0, "unknown")
+            await self._store.transact(placement_rows.keep_late_end, placement.job_id, 0, "unknown")
 
     async def _fence_if_lost(self, uuid: str, node: Node, session: Session) -> None:
-        placement = await self._store.transact(rows.by_uuid, uuid)
+        placement = await self._store.transact(placement_rows.by_uuid, uuid)
         if (
             placement is not None
             and placement.node == node.row.name

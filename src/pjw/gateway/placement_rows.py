@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from pjw.gateway.states import TRANSITIONS, PlacementEvent, PlacementState, before
+from pjw.gateway.placement_states import TRANSITIONS, PlacementEvent, PlacementState, before
 from pjw.model import ArtifactsState, EndReason, Job, JobState, Limits
 from pjw.worker import array_rows, queue_rows
-from pjw.worker.rows import COLUMNS, READY, WAITS, job_of, to_ns
+from pjw.worker.job_rows import COLUMNS, READY, WAITS, job_of, to_ns
 
 _PLACEMENT: Final = (
     "job_id, uuid, client_name, state, node, session, node_job_id, attempt, stop_signal, stop_grace, hold,"

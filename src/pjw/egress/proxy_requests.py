@@ -6,8 +6,19 @@ from typing import Final
 
 import h11
 
-from pjw.egress.failure import Failure
 from pjw.network import host_of, split_port
+
+# The reason why a connection of a job fails.
+
+
+class Failure(Exception):  # noqa: N818  the name of a result, not of an error class
+    """A result as the server counts it (worker/egress.py), a status of HTTP, and words for the client."""
+
+    def __init__(self, result: str, status: int, words: str) -> None:
+        super().__init__(words)
+        self.result: Final = result
+        self.status: Final = status
+
 
 _PORT_MAX: Final = 65_535
 _HTTP: Final = b"http://"

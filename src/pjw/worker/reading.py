@@ -21,7 +21,7 @@ from pjw.output import (
 )
 from pjw.worker.artifacts import require_kept
 from pjw.worker.job import LiveJob
-from pjw.worker.rows import from_ns
+from pjw.worker.job_rows import from_ns
 from pjw.worker.state_dir import StateDir
 
 

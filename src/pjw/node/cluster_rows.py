@@ -8,7 +8,7 @@ from collections.abc import Collection
 from typing import Final
 
 from pjw.model import Job
-from pjw.worker.rows import COLUMNS, job_of
+from pjw.worker.job_rows import COLUMNS, job_of
 
 # the request ids of such jobs begin with this; the gateway's uuid follows
 PREFIX: Final = "cluster:"
