@@ -253,7 +253,7 @@ _Noreturn void spawn_inits(int argc, char **argv);
 void leave_spawner(const struct options *options);
 void show_state(const struct options *options, const char *state);
 
-/* inherited.c */
+/* privilege.c */
 void set_inherited(void);
 
 /* namespaces.c */
@@ -324,10 +324,10 @@ enum { SAID_BYTES_MAX = 8192 };
 /* Into *words*: its last message about its failure or, without one, about files left out. Changes *said*. */
 void judge_archive(char *said, int wait_status, char *words, size_t words_bytes);
 
-/* upload.c: unpack an upload, as the job's user and within the job; a failure is reported, and ends init */
+/* archive.c: unpack an upload, as the job's user and within the job; a failure is reported, and ends init */
 void unpack_upload(const struct options *options);
 
-/* keep.c: after the end was recorded, pack the job's artifacts. Nothing that happens here changes the end. */
+/* archive.c: after the end was recorded, pack the job's artifacts. Nothing that happens here changes the end. */
 struct ending;
 void keep_artifacts(const struct options *options, const struct ending *ended, int signals, uid_t owner);
 
@@ -335,7 +335,7 @@ void keep_artifacts(const struct options *options, const struct ending *ended, i
 pid_t start_command(const struct options *options, int stdin_fd, int stdout_fd, int stderr_fd);
 
 /*
- * times.c: when output was written. A record says that all up to an offset had been read at a moment; it is
+ * output.c: when output was written. A record says that all up to an offset had been read at a moment; it is
  * written at once, unless the one before it is young: then both are one.
  */
 struct time_record {
@@ -390,7 +390,7 @@ struct outputs {
     struct output streams[STREAMS_MAX];
 };
 void open_outputs(struct outputs *outputs, const struct options *options, int write_ends[STREAMS_MAX]);
-/* terminal.c: gives the master, and the end for the command */
+/* session.c: gives the master, and the end for the command */
 int open_terminal(const struct options *options, int *slave);
 void resize_terminal(int master, const struct orders *orders);
 enum flow move_output(struct output *output);

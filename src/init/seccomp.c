@@ -132,7 +132,7 @@ static const struct sock_filter FILTER[] = {
         LOAD_HIGH(0), EQUAL(0, 0, 2), LOAD_LOW(0), ANY_BIT(~UNSHARABLE, 0, 1), FAIL(EPERM), ALLOW,
     ON(__NR_personality, 5),
         LOAD_LOW(0), EQUAL(GET_PERSONALITY, 2, 0), ANY_BIT(~PERSONALITIES, 0, 1), FAIL(EPERM), ALLOW,
-    /* The limit of core files stays 1, see inherited.c. No error: gpg and ssh-agent end when they cannot set 0. */
+    /* The limit of core files stays 1, see privilege.c. No error: gpg and ssh-agent end when they cannot set 0. */
     ON(__NR_prlimit64, 8),
         LOAD_LOW(1), EQUAL(RLIMIT_CORE, 0, 5), LOAD_LOW(2), EQUAL(0, 0, 2), LOAD_HIGH(2), EQUAL(0, 1, 0),
         FAIL(0), ALLOW,

@@ -1,4 +1,4 @@
-"""The times of output: cuts output by the records that a job's init appends (init/times.c)."""
+"""The times of output: cuts output by the records that a job's init appends (init/output.c)."""
 
 import os
 import struct

@@ -2,7 +2,7 @@
 
 jobs/ID/artifacts    of a job that is to have some: empty, then the packed part; 0400 when that is whole
 
-Its init packs them when the command has ended and that was recorded (init/keep.c), whether or not
+Its init packs them when the command has ended and that was recorded (init/archive.c), whether or not
 there is a worker. No code here reads the archive. Until it is whole, it is none: its mode says so, and is set
 when all of it is on the disk, so that a power cut leaves all of it or nothing.
 """

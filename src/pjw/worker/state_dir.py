@@ -60,7 +60,7 @@ _ARTIFACTS: Final = "artifacts"
 # the mode of the status of a job that is ended for its use of the disk
 _ENDED_FOR_DISK: Final = 0o700
 
-# The mode of a file that is whole and is not written any more; init/keep.c sets it as well.
+# The mode of a file that is whole and is not written any more; init/archive.c sets it as well.
 WHOLE_MODE: Final = 0o400
 
 # kept for a job that has written nothing as well
