@@ -82,8 +82,11 @@ UNTRACED void __cyg_profile_func_exit(void *function, void *from) {
 
 def main(arguments: list[str]) -> int:
     """Print the figures of each commit; the exit code."""
-    commits = [each for each in arguments if each != "--list"] or ["HEAD"]
-    for commit in commits:
+    for name in [each for each in arguments if each != "--list"] or ["HEAD"]:
+        parsed = ["git", "rev-parse", "--short", f"{name}^{{commit}}"]
+        commit = subprocess.run(
+            parsed, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
+        ).stdout.strip()
         with tempfile.TemporaryDirectory(prefix="pjw-figures-", dir="/var/tmp") as directory:
             source = Path(directory) / "source"
             _unpack(commit, source)
