@@ -14,15 +14,14 @@ from pjw.output import Inotify
 from pjw.worker.endings import Endings
 from pjw.worker.gpus import Gpus
 from pjw.worker.job import LiveJob
+from pjw.worker.jobs import Jobs
 from pjw.worker.launcher_client import Ended, LauncherClient, RunningInit
 from pjw.worker.network import Network
-from pjw.worker.quota import RunningJobs
 from pjw.worker.reading import live_job
 from pjw.worker.state_dir import StateDir
 from pjw.worker.status_record import parse_record
 from pjw.worker.stopping import within
 from pjw.worker.tasks import Background, Flag
-from pjw.worker.workspaces import Workspaces
 
 # Seconds to wait for the removal of jobs that are in no table; then we serve while it goes on.
 STRAYS_SECONDS: Final = 5
@@ -34,9 +33,7 @@ async def adopt(
     state: StateDir,
     launcher: LauncherClient,
     inotify: Inotify,
-    live_jobs: dict[int, LiveJob],
-    running: RunningJobs,
-    workspaces: Workspaces,
+    jobs: Jobs,
     endings: Endings,
     background: Background,
     gpus: Gpus,
@@ -63,18 +60,16 @@ async def adopt(
                 await _put_back(state, launcher, job.id, init)
                 continue
             await state.store.settled(job.id)
-        live = live_jobs[job.id] = live_job(state, inotify, job)
+        live = live_job(state, inotify, job)
         live.launch_over.set()
-        running.adopt(job.client_name, job.limits)
-        workspaces.adopt(job)
-        gpus.adopt(job.id)
+        jobs.adopt(live)
         if init is None:
             ended.append(live)
             continue
         live.exec_seen(parse_record(state.read_status(job.id)).started_ns)
         endings.watch(live, init)
     await asyncio.gather(*(endings.finish(live, rebooted=rebooted) for live in ended))
-    await _remove_strays(launcher, live_jobs, background)
+    await _remove_strays(launcher, jobs.live, background)
     # Only now: a worker that is killed before this has not reported yet which jobs the last boot took.
     await state.store.set_boot_id(boot_id)
 

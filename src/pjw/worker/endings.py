@@ -13,18 +13,16 @@ from pjw.launcher import protocol
 from pjw.model import EndReason, Job, JobState, Usage
 from pjw.worker.artifacts import Keeping
 from pjw.worker.disk import DiskSampler
-from pjw.worker.gpus import Gpus
 from pjw.worker.held import HeldOutputs
 from pjw.worker.job import LiveJob
+from pjw.worker.jobs import Jobs
 from pjw.worker.launcher_client import Ended, LauncherClient, RunningInit
-from pjw.worker.quota import RunningJobs
 from pjw.worker.retention import Pruner
 from pjw.worker.state_dir import StateDir
 from pjw.worker.status_record import Record, parse_record
 from pjw.worker.stopping import Stopping
 from pjw.worker.tasks import Background
 from pjw.worker.usage_sampler import UsageSampler
-from pjw.worker.workspaces import Workspaces
 
 _SAVE_RETRY_SECONDS: Final = 2
 # Seconds for which the remains of jobs without output wait to be removed together: waking a thread for each
@@ -41,9 +39,7 @@ class Endings:
         self,
         state: StateDir,
         launcher: LauncherClient,
-        live: dict[int, LiveJob],
-        running: RunningJobs,
-        workspaces: Workspaces,
+        jobs: Jobs,
         pruner: Pruner,
         sampler: UsageSampler,
         disk: DiskSampler,
@@ -51,13 +47,10 @@ class Endings:
         held: HeldOutputs,
         background: Background,
         keeping: Keeping,
-        gpus: Gpus,
     ) -> None:
         self._state: Final = state
         self._launcher: Final = launcher
-        self._live: Final = live
-        self._running: Final = running
-        self._workspaces: Final = workspaces
+        self._jobs: Final = jobs
         self._pruner: Final = pruner
         self._sampler: Final = sampler
         self._disk: Final = disk
@@ -65,7 +58,6 @@ class Endings:
         self._held: Final = held
         self._background: Final = background
         self._keeping: Final = keeping
-        self._gpus: Final = gpus
         # called when the room that a job had is free again
         self.ended: Final[list[Callable[[Job], None]]] = []
         # called with a job that has ended, and its next attempt
@@ -136,10 +128,7 @@ class Endings:
         removal = None if is_removed else asyncio.ensure_future(self.remove_traces(job_id))
         if not is_synced:
             await self._sync(job_id)
-        del self._live[job_id]
-        self._running.give_back(live.job.client_name, live.job.limits)
-        self._workspaces.give_back_of(job_id)
-        self._gpus.give_back_of(job_id)
+        self._jobs.end(live)
         for each in self.ended:
             each(live.job)
         live.announce_end()

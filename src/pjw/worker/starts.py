@@ -25,10 +25,10 @@ from pjw.model import EndReason, Job, JobSpec, Limits, is_image_key, offered
 from pjw.output import Inotify
 from pjw.worker.artifacts import patterns_file
 from pjw.worker.endings import Endings
-from pjw.worker.gpus import NONE, Gpus, Taken
+from pjw.worker.gpus import Gpus
 from pjw.worker.host import Admission, Descriptors
 from pjw.worker.images import ImageReplacedError, Images
-from pjw.worker.job import LiveJob
+from pjw.worker.jobs import Jobs, Room
 from pjw.worker.launch_turns import LaunchTurns, Turn
 from pjw.worker.launcher_client import LaunchBrokenOffError, LauncherClient, RunningInit
 from pjw.worker.orders import command_file
@@ -41,7 +41,6 @@ from pjw.worker.stopping import Stopping
 from pjw.worker.store import AlreadyStartedError, Users
 from pjw.worker.tasks import Background, log_bug
 from pjw.worker.uploads import Uploads
-from pjw.worker.workspaces import Use, Workspaces
 
 log: Final = logging.getLogger(__name__)
 
@@ -59,13 +58,12 @@ class Starts:
         state: StateDir,
         launcher: LauncherClient,
         inotify: Inotify,
-        live: dict[int, LiveJob],
+        jobs: Jobs,
         running: RunningJobs,
         stored: StoredBytes,
         endings: Endings,
         stopping: Stopping,
         users: Users,
-        workspaces: Workspaces,
         images: Images,
         turns: LaunchTurns,
         background: Background,
@@ -76,13 +74,12 @@ class Starts:
         self._state: Final = state
         self._launcher: Final = launcher
         self._inotify: Final = inotify
-        self._live: Final = live
+        self._jobs: Final = jobs
         self._running: Final = running
         self._stored: Final = stored
         self._endings: Final = endings
         self._stopping: Final = stopping
         self._users: Final = users
-        self._workspaces: Final = workspaces
         self._images: Final = images
         self._background: Final = background
         self._uploads: Final = uploads
@@ -182,7 +179,7 @@ class Starts:
         self, spec: JobSpec, client_name: str, limits: Limits, turn: Turn, image: str
     ) -> Job:
         try:
-            uid, use, gpus = await self._take_room(spec, client_name, limits, turn)
+            uid, room = await self._take_room(spec, client_name, limits, turn)
         except PjwError:
             # A job that the same request has started before is the answer, whatever holds for new ones.
             # To look for it before each start would cost all the others, which are nearly all that come.
@@ -191,18 +188,17 @@ class Starts:
             return known
         descriptors: list[int] = []
         try:
-            spec = await self._gpus.with_variables(spec, gpus)
+            spec = await self._gpus.with_variables(spec, room.gpus)
             made = partial(self._make_files, spec, image, descriptors)
-            job = await self._state.store.add(client_name, spec, limits, made, gpus.names)
+            job = await self._state.store.add(client_name, spec, limits, made, room.gpus.names)
         except AlreadyStartedError as before:
-            self._give_back(client_name, limits, use, gpus)
+            self._jobs.give_back(room)
             return await self._job(before.job_id)
         except BaseException:
-            self._give_back(client_name, limits, use, gpus)
+            self._jobs.give_back(room)
             raise
-        self._workspaces.begun(use, job.id)
+        self._jobs.settle(room, job.id)
         self._images.begun(client_name, image, job.id)
-        self._gpus.begun(gpus, job.id)
         # The row is there, so whatever happens to us, the next worker can find the process. Its
         # way to the disk and the launch go side by side.
         synced = self._state.store.sync()
@@ -236,10 +232,9 @@ class Starts:
     async def _start_admitted(
         self, job_id: int, spec: JobSpec, client_name: str, limits: Limits, image: str
     ) -> Job:
-        job, uid, use, gpus = await self._admit(job_id, spec, client_name, limits)
-        self._workspaces.begun(use, job_id)
+        job, uid, room = await self._admit(job_id, spec, client_name, limits)
+        self._jobs.settle(room, job_id)
         self._images.begun(client_name, image, job_id)
-        self._gpus.begun(gpus, job_id)
         descriptors: list[int] = []
         ended: Job | None = None
 
@@ -257,20 +252,20 @@ class Starts:
                 await self._state.store.sync()
                 await turn.begin()
                 self._require_launcher()
-                spec = await self._gpus.with_variables(spec, gpus)
+                spec = await self._gpus.with_variables(spec, room.gpus)
                 await self._state.store.in_turn(partial(self._make_files, spec, image, descriptors, job))
             except LauncherGoneError:
                 # the next worker puts it back
                 raise
             except (CopyError, GpuError) as error:
                 # its files are gone, and do not come again; a GPU is gone, or nobody can tell
-                self._give_back(client_name, limits, use, gpus)
+                self._jobs.give_back(room)
                 ended = await self._state.store.end_without_start(job_id, EndReason.START_FAILED, str(error))
                 if ended is None:
                     raise
                 return ended
             except BaseException:
-                self._give_back(client_name, limits, use, gpus)
+                self._jobs.give_back(room)
                 await self._state.store.put_back(job_id)
                 raise
             try:
@@ -292,31 +287,16 @@ class Starts:
 
     async def _admit(
         self, job_id: int, spec: JobSpec, client_name: str, limits: Limits
-    ) -> tuple[Job, int, Use | None, Taken]:
-        """Take a job out of the queue, and count it; the job, its user id, use of a workspace, and GPUs."""
-        self._running.take(client_name, limits)
-        use: Use | None = None
-        gpus = NONE
+    ) -> tuple[Job, int, Room]:
+        """Take a job out of the queue, and room for it; the job, its user id, and the room."""
+        room = await self._jobs.take(client_name, spec, limits)
         try:
-            gpus = self._gpus.take(spec.gpus)
-            use = await self._workspaces.take(client_name, spec)
             await self._stored.check(client_name)
             uid = await self._users.of(client_name)
-            return await self._state.store.admit(job_id, limits, gpus.names), uid, use, gpus
+            return await self._state.store.admit(job_id, limits, room.gpus.names), uid, room
         except BaseException:
-            self._give_back(client_name, limits, use, gpus)
+            self._jobs.give_back(room)
             raise
-
-    def _give_back(self, client_name: str, limits: Limits, use: Use | None, gpus: Taken) -> None:
-        """Give back what was counted for a job that did not come to be."""
-        self._running.give_back(client_name, limits)
-        self._workspaces.give_back(use)
-        self._gpus.give_back(gpus)
-
-    def _give_back_of(self, job: Job) -> None:
-        self._running.give_back(job.client_name, job.limits)
-        self._workspaces.give_back_of(job.id)
-        self._gpus.give_back_of(job.id)
 
     async def _put_back_or_end(self, job: Job, error: BaseException, *, can_be_tried: bool) -> Job | None:
         """Put a job whose launch failed back into the queue, if it can be started later; else its end.
@@ -342,7 +322,7 @@ class Starts:
         return None if job_id is None else await self._job(job_id)
 
     async def _job(self, job_id: int) -> Job:
-        live = self._live.get(job_id)
+        live = self._jobs.live.get(job_id)
         job = live.job if live is not None else await self._state.store.get(job_id)
         if job is None:
             raise JobNotFoundError(job_id)
@@ -350,29 +330,24 @@ class Starts:
 
     async def _take_room(
         self, spec: JobSpec, client_name: str, limits: Limits, turn: Turn
-    ) -> tuple[int, Use | None, Taken]:
-        """Count a job that is to be started, and wait for its turn; its user id, use of a workspace, GPUs.
+    ) -> tuple[int, Room]:
+        """Take room for a job, and wait for its turn; the user id of the job, and the room.
 
         Raises LimitReachedError, InvalidJobError without room for its memory ever, WorkspaceBusyError,
         GpuError, MountNotFoundError and LauncherGoneError.
         """
         self._admission.require()
         await self._gpus.check(client_name, spec.gpus)
-        self._running.take(client_name, limits)
-        use: Use | None = None
-        gpus = NONE
+        offered(self._running.settings.mounts, client_name, spec.mounts)
+        room = await self._jobs.take(client_name, spec, limits)
         try:
-            gpus = self._gpus.take(spec.gpus)
-            offered(self._running.settings.mounts, client_name, spec.mounts)
-            if spec.workspace:
-                use = await self._workspaces.take(client_name, spec)
             # before the row, so that ids are launched in their order, as the launcher guesses
             await turn.begin()
             self._require_launcher()
             await self._stored.check(client_name)
-            return await self._users.of(client_name), use, gpus
+            return await self._users.of(client_name), room
         except BaseException:
-            self._give_back(client_name, limits, use, gpus)
+            self._jobs.give_back(room)
             raise
 
     def _make_files(self, spec: JobSpec, image: str, descriptors: list[int], job: Job) -> None:
@@ -399,7 +374,8 @@ class Starts:
             raise
 
     async def _launch(self, job: Job, spec: JobSpec, uid: int, descriptors: list[int], undo: _Undo) -> Job:
-        live = self._live[job.id] = live_job(self._state, self._inotify, job)
+        live = live_job(self._state, self._inotify, job)
+        self._jobs.add(live)
         try:
             init, started_ns = await self._ask_for_launch(job, spec, uid, descriptors)
         except LauncherGoneError:
@@ -410,11 +386,11 @@ class Starts:
                 # Without this, a client with a stuck file system could collect inits that no limit counts.
                 self._background.spawn(self._give_back_when_departed(job))
             else:
-                self._give_back_of(job)
+                self._jobs.give_back_of(job)
             await undo(job, error)
             raise error.refusal from None
         except BaseException as error:
-            self._give_back_of(job)
+            self._jobs.give_back_of(job)
             if isinstance(error, CopyError):
                 # what was unpacked before that failed: no other launch leaves files
                 await self._endings.remove_traces(job.id)
@@ -433,12 +409,12 @@ class Starts:
 
     async def _remove(self, job_id: int) -> None:
         """Remove all of a job that was not launched but its row."""
-        del self._live[job_id]
+        self._jobs.drop(job_id)
         await asyncio.to_thread(self._state.remove_job, job_id)
 
     async def _give_back_when_departed(self, job: Job) -> None:
         await self._launcher.request_departed(job.id)
-        self._give_back_of(job)
+        self._jobs.give_back_of(job)
 
     async def _ask_for_launch(
         self, job: Job, spec: JobSpec, uid: int, descriptors: list[int]
@@ -477,7 +453,7 @@ class Starts:
             self._background.spawn(self._end_and_discard(launch.result().id))
 
     async def _end_and_discard(self, job_id: int) -> None:
-        live = self._live.get(job_id)
+        live = self._jobs.live.get(job_id)
         if live is not None:
             self._stopping.begin(live, 0, SIGKILL)
             await live.ended.wait()

@@ -8,7 +8,7 @@ import errno
 import heapq
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Final
 
@@ -40,7 +40,7 @@ class UsageSampler:
     """Samples the jobs of one worker, from their start or their adoption to their end."""
 
     def __init__(
-        self, state: StateDir, launcher: LauncherClient, live: dict[int, LiveJob], held: HeldOutputs
+        self, state: StateDir, launcher: LauncherClient, live: Mapping[int, LiveJob], held: HeldOutputs
     ) -> None:
         self._state: Final = state
         self._held: Final = held

@@ -57,6 +57,7 @@ from pjw.worker.host import Admission
 from pjw.worker.images import Images
 from pjw.worker.input import Inputs, InputWriter, ended_error, require_input
 from pjw.worker.job import LiveJob
+from pjw.worker.jobs import Jobs
 from pjw.worker.launch_turns import LaunchTurns
 from pjw.worker.launcher_client import LauncherClient
 from pjw.worker.launcher_process import LauncherProcess, check_limits, require_root, start_launcher
@@ -117,8 +118,18 @@ class Worker(QueueCalls):
         self._ready: Final = launcher.ready
         self._launcher: Final = LauncherClient(launcher)
         self._inotify: Final = Inotify()
-        self._live: Final[dict[int, LiveJob]] = {}
+        self._background: Final = Background()
+        self._users: Final = Users(state.store, launcher.ready.uid_first, settings.uid_count)
+        self._workspaces: Final = Workspaces(
+            state.store, self._launcher, self._users, settings, self._background
+        )
+        self._images: Final = Images(
+            state.store, self._launcher, self._workspaces, settings, self._background
+        )
+        self._gpus: Final = Gpus(state.store, self._launcher, settings)
         self._running: Final = RunningJobs(settings)
+        self._jobs: Final = Jobs(self._running, self._workspaces, self._gpus)
+        self._live: Final = self._jobs.live
         scratch_used: dict[int, ScratchUse] = {}
         self._stored: Final = StoredBytes(state, self._live, scratch_used, settings.quotas)
         self._inputs: Final = Inputs(self._stored, settings.quotas.input_bytes_max)
@@ -128,7 +139,6 @@ class Worker(QueueCalls):
         self.connections: Final = Connections()
         # of whoever uses this worker for others, to be told with its own
         self.more_numbers: Callable[[], Sequence[Series]] = lambda: ()
-        self._background: Final = Background()
         self._stopping: Final = Stopping(self._launcher, self._background, state.store.note)
         self._held: Final = HeldOutputs(state)
         self._sampler: Final = UsageSampler(state, self._launcher, self._live, self._held)
@@ -143,24 +153,14 @@ class Worker(QueueCalls):
             self._held,
         )
         self._disk.counts = self._stored.bounded
-        self._users: Final = Users(state.store, launcher.ready.uid_first, settings.uid_count)
-        self._workspaces: Final = Workspaces(
-            state.store, self._launcher, self._users, settings, self._background
-        )
-        self._images: Final = Images(
-            state.store, self._launcher, self._workspaces, settings, self._background
-        )
         self._disk.growing = self._workspaces.growing
-        self._gpus: Final = Gpus(state.store, self._launcher, settings)
         self._admission: Final = Admission()
         # set when fewer jobs run or are being started than before
         self._fewer: Final = Flag()
         self._endings: Final = Endings(
             state,
             self._launcher,
-            self._live,
-            self._running,
-            self._workspaces,
+            self._jobs,
             self._pruner,
             self._sampler,
             self._disk,
@@ -168,7 +168,6 @@ class Worker(QueueCalls):
             self._held,
             self._background,
             Keeping(state, self._inotify, self._stored),
-            self._gpus,
         )
         turns = LaunchTurns()
         self._sessions: Final = Sessions(
@@ -189,13 +188,12 @@ class Worker(QueueCalls):
             state,
             self._launcher,
             self._inotify,
-            self._live,
+            self._jobs,
             self._running,
             self._stored,
             self._endings,
             self._stopping,
             self._users,
-            self._workspaces,
             self._images,
             turns,
             self._background,
@@ -248,9 +246,7 @@ class Worker(QueueCalls):
             self._state,
             self._launcher,
             self._inotify,
-            self._live,
-            self._running,
-            self._workspaces,
+            self._jobs,
             self._endings,
             self._background,
             self._gpus,
@@ -562,7 +558,7 @@ class Worker(QueueCalls):
             raise InvalidJobError(f"a job is stopped with a signal from 1 to {SIGNAL_MAX}, not {signal}")
         if isinstance(job_id, Element):
             return await self._stop_element(job_id, grace_seconds, owner, signal)
-        if self._live_of(job_id, owner) is None:
+        if self._jobs.of(job_id, owner) is None:
             job = await self.get(job_id, owner)
             if job.array is not None and not job.state.final:
                 # to its end, though the caller be cancelled
@@ -784,7 +780,7 @@ class Worker(QueueCalls):
             async with self._sessions.input_of(found, self._wait_for) as writer:
                 yield writer
             return
-        if self._live_of(job_id, owner) is None:
+        if self._jobs.of(job_id, owner) is None:
             # at once, and not when it has been started
             require_input(await self.get(job_id, owner))
         live = await self._begun(job_id, owner)
@@ -822,7 +818,7 @@ class Worker(QueueCalls):
             if element is None:
                 raise JobNotFoundError(str(job_id))
             return self._shown(element)
-        live = self._live_of(job_id, owner)
+        live = self._jobs.of(job_id, owner)
         if live is not None:
             return live.job
         job = await self._state.store.get(job_id, owner) if 0 < job_id < 2**63 else None
@@ -835,7 +831,7 @@ class Worker(QueueCalls):
         if isinstance(job_id, Element):
             job = await self.get(job_id, owner)
             return await self.get_with_usage(job.id, owner) if job.id in self._live else job
-        live = self._live_of(job_id, owner)
+        live = self._jobs.of(job_id, owner)
         if live is None or live.job.state is JobState.STARTING:
             return await self.get(job_id, owner)
         sample = await self._sampler.of_job(job_id)
@@ -989,7 +985,7 @@ class Worker(QueueCalls):
         return await output.reading(part, self._tails)
 
     async def _output(self, job_id: int, part: Part, owner: str | None) -> Output:
-        if self._live_of(job_id, owner) is None:
+        if self._jobs.of(job_id, owner) is None:
             job = await self.get(job_id, owner)
             require_no_array(job)
             check_stream(job, part)
@@ -1005,15 +1001,9 @@ class Worker(QueueCalls):
         check_stream(live, part)
         return output_of_ended(self._state, self._inotify, live, stderr=part.stderr)
 
-    def _live_of(self, job_id: int, owner: str | None) -> LiveJob | None:
-        # Another's is none, here as well as in the table, and looked for there like one that never was.
-        live = self._live.get(job_id)
-        return live if live is not None and owner in (None, live.job.client_name) else None
-
     def _shown(self, job: Job) -> Job:
         """Return a job of the table as it is now."""
-        live = self._live.get(job.id)
-        return self._queue.shown(job) if live is None else live.job
+        return self._jobs.over(job) if job.id in self._live else self._queue.shown(job)
 
     async def _begun(self, job_id: int, owner: str | None, *, cancel: bool = False) -> LiveJob | Job:
         """Return the owner's live job, once its launch is over, or the job that has ended.
@@ -1032,17 +1022,17 @@ class Worker(QueueCalls):
                 await self._queue.cancel(job_id)
             elif job.state is JobState.QUEUED or job.array is not None or self._queue.is_starting(job):
                 await self._wait_for(change)
-            elif self._live_of(job_id, owner) is None:
+            elif self._jobs.of(job_id, owner) is None:
                 # of a plain start, whose row is there
                 return job
 
     async def _launched(self, job_id: int, owner: str | None) -> LiveJob | None:
         """Return the owner's live job, once its launch is over; None when there is none (any more)."""
-        live = self._live_of(job_id, owner)
+        live = self._jobs.of(job_id, owner)
         if live is None:
             return None
         await live.launch_over.wait()
-        return self._live_of(job_id, owner)
+        return self._jobs.of(job_id, owner)
 
     async def _wait_for(self, *flags: Flag) -> None:
         await first_of(*flags, self._launcher.gone)
