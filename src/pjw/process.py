@@ -1,10 +1,10 @@
-"""What pjw and pjwd need as programs: inherited settings, and failures of stdout."""
+"""What every process of pjw needs: inherited settings, closing of descriptors, failures of stdout."""
 
 import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Final
 
 from pjw.errors import ConfigError, describe_errno
@@ -23,6 +23,16 @@ def open_standard_descriptors() -> None:
     if sys.stderr is None:
         # otherwise print(file=sys.stderr) would write to stdout
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
+
+
+def close_all(descriptors: list[int]) -> None:
+    """Close descriptors, and empty the list.
+
+    Some file systems report in close(2) a write that failed before. That concerns the process which wrote.
+    """
+    while descriptors:
+        with suppress(OSError):
+            os.close(descriptors.pop())
 
 
 def unblock_signals() -> None:

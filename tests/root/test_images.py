@@ -18,12 +18,13 @@ from pjw.client import requests
 from pjw.errors import ImageNotFoundError, InvalidJobError, JobStateError, LimitReachedError, PjwError
 from pjw.launcher import images, mount_tree
 from pjw.launcher.image_store import ImageStore
-from pjw.launcher.images import Images, Trees, close_all
+from pjw.launcher.images import Images, Trees
 from pjw.launcher.policy import instance_name
 from pjw.launcher.protocol import Refused
 from pjw.launcher.scratch import known_places
 from pjw.launcher.scratch_use import count
 from pjw.model import EndReason, ImageConfig, JobSpec, QueueSpec
+from pjw.process import close_all
 from pjw.worker import Worker
 from pjw.worker.launcher_client import _launch_error_of
 from pjw.worker.settings import DiskMarks, Quotas, Retention

@@ -78,6 +78,7 @@ from pjw.launcher.spawn import (
 from pjw.launcher.visible import check_visible
 from pjw.launcher.workspaces import Workspaces
 from pjw.model import Usage, is_image_key, offered
+from pjw.process import close_all
 
 # Descriptors of a launch while it is under way; those of a job until its end (the pidfd of its init, its
 # status file); and the reserve for all work that must go on when a client has taken the rest: to watch,
@@ -287,7 +288,7 @@ class Launcher:
                 raise ProtocolError(f"a request {request.op} came with {len(descriptors)} descriptors")
             self._answer(seq, route, request, held)
         finally:
-            _close_all(held)
+            close_all(held)
 
     def _answer(self, seq: int, route: "Route", request: protocol.Request, descriptors: list[int]) -> None:
         try:
@@ -422,8 +423,8 @@ class Launcher:
             else:
                 self._order(launch, init)
         finally:
-            _close_all(launch.descriptors)
-            _close_all(launch.mounts)
+            close_all(launch.descriptors)
+            close_all(launch.mounts)
 
     def _order(self, launch: LaunchInProgress, init: Init) -> None:
         launch.init = init
@@ -447,7 +448,7 @@ class Launcher:
                         launch.edits.edits,
                     )
             finally:
-                _close_all([each for each in (workspace, link) if each >= 0])
+                close_all([each for each in (workspace, link) if each >= 0])
             launch.status = launch.descriptors.pop(request.files.index("status"))
         except OSError as error:
             subject = f"job {request.job_id}"
@@ -564,10 +565,10 @@ class Launcher:
         if launch.timer is not None:
             launch.timer.cancel()
         self._jobs.pop(job_id, None)
-        _close_all(launch.listeners)
+        close_all(launch.listeners)
         _call_all(launch.followers)
         if launch.status >= 0:
-            _close_all([launch.status])
+            close_all([launch.status])
         refusal = why if isinstance(why, protocol.Refused) else refusal_of(why)
 
         def reply() -> None:
@@ -752,7 +753,7 @@ class Launcher:
                     found = list(sockets)
                     if self._jobs.get(job_id) is job:
                         self._listen(job_id, request, found)
-                    _close_all(found)
+                    close_all(found)
                 case Failed() as failed:
                     again(f"{failed.operation} it ({errno.errorcode.get(failed.errno, 'no reason')})")
             self._watcher.unwatch(report)
@@ -852,7 +853,7 @@ class Launcher:
         # our child (CLONE_PARENT), unless it was adopted
         collect(job.pidfd)
         if job.status >= 0:
-            _close_all([job.status])
+            close_all([job.status])
 
     def answer_account(self, seq: int, request: protocol.Account, descriptors: list[int]) -> "Answer":
         """Read an ended job's usage."""
@@ -1076,13 +1077,6 @@ def _kept_of(mount_count: int, descriptors: list[int]) -> int:
     """Return the number of descriptors that a launch keeps until its init has its order, mounts included."""
     mounts = mount_count + 2 if mount_count else 0
     return len(descriptors) + mounts if descriptors else 0
-
-
-def _close_all(descriptors: list[int]) -> None:
-    while descriptors:
-        # Some file systems tell here of a write that failed (close(2)): it was the sender's.
-        with suppress(OSError):
-            os.close(descriptors.pop())
 
 
 def _call_all(callbacks: list[Callable[[], None]]) -> None:

@@ -16,6 +16,7 @@ from pjw.launcher.image_store import ImageStore
 from pjw.launcher.scratch import Scratch, spawn_removal
 from pjw.launcher.workspaces import Workspaces
 from pjw.model import is_image_key
+from pjw.process import close_all
 
 # A user namespace takes a descriptor, and some KiB of kernel memory.
 _NAMESPACES_MAX: Final = 16
@@ -67,12 +68,6 @@ class Trees:
             self._namespaces[uid] = user_namespace(uid)
         self._namespaces.move_to_end(uid)
         return self._namespaces[uid]
-
-
-def close_all(descriptors: list[int]) -> None:
-    """Close all of them."""
-    for descriptor in descriptors:
-        os.close(descriptor)
 
 
 class Images:

@@ -23,7 +23,7 @@ from typing import Final
 from pjw.errors import ConfigError, JobStateError, KernelError, PjwError
 from pjw.launcher.cgroup import Cgroup, Hierarchy
 from pjw.launcher.departures import Departures, Waiter
-from pjw.launcher.images import Images, close_all
+from pjw.launcher.images import Images
 from pjw.launcher.phases import InitPhase
 from pjw.launcher.policy import JOB_ID_MAX, Policy
 from pjw.launcher.processes import Watcher, has_ended, is_ready
@@ -33,6 +33,7 @@ from pjw.launcher.spawn import Cloned, Spawner, read_report
 from pjw.launcher.visible import MOUNTINFO, Place, places_of, read_mounts, template_of
 from pjw.model import Limits, Share
 from pjw.network import Listener
+from pjw.process import close_all
 
 # Seconds that an init waits before a new one replaces it.
 OLDEST_SECONDS: Final = 60.0

@@ -21,6 +21,7 @@ from pjw.launcher.processes import Timer, Watcher
 from pjw.launcher.protocol import LAUNCH_SECONDS
 from pjw.launcher.spawn import Failed, Opened, read_report, spawn_opener
 from pjw.model import OFFERED_MAX, MountSource
+from pjw.process import close_all
 
 # The most processes that walk to directories at once. Only a process that waits for a dead file server stays.
 OPENERS_MAX: Final = 64
@@ -95,7 +96,7 @@ class Mounts:
         self._let_go(opening)
         trees, opening.trees = opening.trees, []
         if error:
-            _close_all(trees)
+            close_all(trees)
             opening.then(_failed(opening.sources[len(trees)], error))
         else:
             opening.then(trees)
@@ -115,18 +116,13 @@ class Mounts:
         """Stop waiting for all directories, without a call of *then*."""
         for opening in list(self._openings):
             self._let_go(opening)
-            _close_all(opening.trees)
+            close_all(opening.trees)
 
 
 def _failed(source: Source, error: int) -> PjwError:
     if isinstance(source, Edit):
         return GpuError.of_edit(source.path, error)
     return MountError.of_source(source.name, error)
-
-
-def _close_all(descriptors: list[int]) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)
 
 
 def read_mounts_of(descriptor: int, path: str) -> tuple[MountSource, ...]:

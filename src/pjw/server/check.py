@@ -13,12 +13,13 @@ from typing import Final
 from pjw.errors import ConfigError, PjwError, describe_errno
 from pjw.launcher.archive_program import ARCHIVE_PROGRAM
 from pjw.launcher.cgroup import describe_host, disks_under
-from pjw.launcher.images import Trees, close_all
+from pjw.launcher.images import Trees
 from pjw.launcher.job_users import claimed_by, known_first, own_ranges, subordinate_ranges
 from pjw.launcher.root_files import require_root_s
 from pjw.launcher.scratch import QUOTA_HINT, find_quotas
 from pjw.launcher.spawn import INIT_PROGRAM, place_words
 from pjw.launcher.visible import check_visible, mounts_of, read_mounts, template_of
+from pjw.process import close_all
 from pjw.server import sandbox
 from pjw.server.boot import DEFAULT_USER, egress_uid_of, server_uid
 from pjw.server.check_config import Finding, configuration_findings, nearest

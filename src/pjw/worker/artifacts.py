@@ -47,8 +47,6 @@ class Keeping:
 
     def add(self, live: LiveJob) -> None:
         """Have a job that is to have artifacts say when it is packing them."""
-        if live.job.artifacts is None:
-            return
         path = self._state.status_path(live.job.id)
         try:
             self._watches[live.job.id] = self._inotify.watch(path, lambda: self._look(live))

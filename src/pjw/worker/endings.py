@@ -73,9 +73,11 @@ class Endings:
         self._state.store.note(live.job)
         live.hold(init.pidfd)
         init.ended.add_done_callback(partial(self._on_end, live))
-        self._stopping.watch_time_limit(live)
+        if live.job.limits.time_max_seconds:
+            self._stopping.watch_time_limit(live)
         self._held.add(live)
-        self._keeping.add(live)
+        if live.job.artifacts is not None:
+            self._keeping.add(live)
         self._sampler.add(live)
         self._disk.job_began()
 

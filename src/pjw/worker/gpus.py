@@ -63,8 +63,6 @@ class Gpus:
 
     async def check(self, client_name: str, count: int) -> None:
         """Check that a job of this client can ever have so many. Raises GpuError."""
-        if not count:
-            return
         if not self._offer.is_for(client_name):
             raise GpuError.not_offered()
         await self._refresh()

@@ -1,9 +1,7 @@
 """Asks the launcher: one method for each request; the answering ends are in launcher/dispatch.py."""
 
 import asyncio
-import contextlib
 import errno
-import os
 import socket
 from collections import deque
 from collections.abc import Sequence
@@ -30,6 +28,7 @@ from pjw.errors import (
 )
 from pjw.launcher import protocol
 from pjw.model import GroupUse, Job, JobSpec, Share, Usage, UsageSample
+from pjw.process import close_all
 from pjw.worker.job_rows import from_ns
 from pjw.worker.launcher_process import LauncherProcess, collect
 from pjw.worker.tasks import Flag
@@ -97,7 +96,7 @@ class LauncherClient:
             self._socket.close()
         self.gone.set()
         while self._unsent:
-            _close_all(self._unsent.popleft()[1])
+            close_all(self._unsent.popleft()[1])
         for waiting in self._waiting.values():
             if not waiting.done():
                 waiting.set_exception(LauncherGoneError("the launcher has gone; running jobs go on"))
@@ -338,7 +337,7 @@ class LauncherClient:
         if descriptors:
             descriptors.clear()
         if self.gone.is_set():
-            _close_all(owned)
+            close_all(owned)
             raise LauncherGoneError("the launcher has gone; running jobs go on")
         self._seq += 1
         seq = self._seq
@@ -349,7 +348,7 @@ class LauncherClient:
             self._unsent.append((data, owned))
             self._loop.add_writer(self._socket, self._send_unsent)
         else:
-            _close_all(owned)
+            close_all(owned)
         try:
             return await waiting
         except asyncio.CancelledError:
@@ -379,7 +378,7 @@ class LauncherClient:
                 return
             if self._unsent:  # else we have hung up
                 self._unsent.popleft()
-                _close_all(descriptors)
+                close_all(descriptors)
         if not self.gone.is_set():
             self._loop.remove_writer(self._socket)
 
@@ -404,7 +403,7 @@ class LauncherClient:
             else:
                 self._on_reply(seq, reply, fds)
         except ProtocolError:
-            _close_all(fds)
+            close_all(fds)
             self.close()
 
     def _on_reply(self, seq: int, reply: protocol.Reply, fds: list[int]) -> None:
@@ -508,10 +507,4 @@ async def readable(descriptor: int) -> None:
 
 def _drop_reply(future: asyncio.Future[Answer]) -> None:
     if not future.cancelled() and future.exception() is None:
-        _close_all(future.result().descriptors)
-
-
-def _close_all(descriptors: list[int]) -> None:
-    for descriptor in descriptors:
-        with contextlib.suppress(OSError):
-            os.close(descriptor)
+        close_all(future.result().descriptors)

@@ -188,7 +188,8 @@ class Starts:
             return known
         descriptors: list[int] = []
         try:
-            spec = await self._gpus.with_variables(spec, room.gpus)
+            if spec.gpus:
+                spec = await self._gpus.with_variables(spec, room.gpus)
             made = partial(self._make_files, spec, image, descriptors)
             job = await self._state.store.add(client_name, spec, limits, made, room.gpus.names)
         except AlreadyStartedError as before:
@@ -252,7 +253,8 @@ class Starts:
                 await self._state.store.sync()
                 await turn.begin()
                 self._require_launcher()
-                spec = await self._gpus.with_variables(spec, room.gpus)
+                if spec.gpus:
+                    spec = await self._gpus.with_variables(spec, room.gpus)
                 await self._state.store.in_turn(partial(self._make_files, spec, image, descriptors, job))
             except LauncherGoneError:
                 # the next worker puts it back
@@ -337,7 +339,8 @@ class Starts:
         GpuError, MountNotFoundError and LauncherGoneError.
         """
         self._admission.require()
-        await self._gpus.check(client_name, spec.gpus)
+        if spec.gpus:
+            await self._gpus.check(client_name, spec.gpus)
         offered(self._running.settings.mounts, client_name, spec.mounts)
         room = await self._jobs.take(client_name, spec, limits)
         try:
@@ -444,7 +447,7 @@ class Starts:
             client_name=job.client_name if spec.mounts or job.allow or spec.gpus else "",
             allow=tuple(job.allow),
             link=job.link,
-            gpus=self._gpus.names_of(job.id),
+            gpus=self._gpus.names_of(job.id) if spec.gpus else (),
         )
         return await self._launcher.request_launch(request, spec, descriptors)
 

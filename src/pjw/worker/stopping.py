@@ -47,8 +47,7 @@ class Stopping:
 
     def watch_time_limit(self, live: LiveJob) -> None:
         """Look after a job that its init is to kill at its limit of time."""
-        if live.job.limits.time_max_seconds:
-            self._background.spawn(self._after_time_limit(live))
+        self._background.spawn(self._after_time_limit(live))
 
     async def _escalate(self, live: LiveJob, grace_seconds: float, signal: int) -> None:
         if signal != SIGKILL:

@@ -449,7 +449,8 @@ class Worker(QueueCalls):
         if spec.queue is not None:
             [job] = await self.submit([spec], client_name)
             return job
-        self._settings.network.require(client_name, spec.allow)
+        if spec.allow:
+            self._settings.network.require(client_name, spec.allow)
         limits = self._limits_of(spec)
         return await self._starts.start(spec, client_name, limits)
 
@@ -518,7 +519,8 @@ class Worker(QueueCalls):
         """Check uploads, mounts and GPUs. Raises CopyError, MountNotFoundError or GpuError."""
         try:
             offered(self._settings.mounts, client_name, spec.mounts)
-            await self._gpus.check(client_name, spec.gpus)
+            if spec.gpus:
+                await self._gpus.check(client_name, spec.gpus)
             if spec.upload:
                 await self._uploads.renew(client_name, spec.upload)
         except (CopyError, GpuError, MountNotFoundError):
