@@ -25,7 +25,7 @@ help:
 	@echo 'make bench-check  fails when pjw is worse by half than in benchmarks/ratios.json; as root'
 	@echo 'make attack       attackers beside a victim on a real pjwd (ROWS="s1 s3" ATTACK_ARGS=--short); as root'
 	@echo 'make profile      where the processor time of a start goes, by perf(1); as root'
-	@echo 'make check        ruff, mypy, import-linter, generated code, clang-format, clang-tidy, shellcheck, buf'
+	@echo 'make check        ruff, mypy, import-linter, generated code, prose, clang-format, clang-tidy, shellcheck, buf'
 	@echo 'make docs         the site, into build/site; fails on a broken link'
 	@echo 'make sanitize     pjw-init with ASan and UBSan under its tests'
 	@echo 'make fuzz         each fuzzer for FUZZ_SECONDS (default 60); TARGETS=settings: only that one'

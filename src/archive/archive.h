@@ -46,7 +46,7 @@ void pack(const char *path);
 bool collect(void);
 
 /*
- * unpack.c: stdin into the directory *path*, which is made where it is missing. With a *name* everything in the archive is to be
+ * unpack.c: stdin into the directory *path*, which is made where it is missing. With a *name* everything in the archive must be
  * below that name: it becomes `path/name` where *path* is a directory, or else *path* itself, as with cp(1).
  */
 void unpack(const char *name, const char *path);

@@ -69,7 +69,7 @@ static void search_and_execute(char **argv, char **environment) {
 }
 
 /* In the child, which shares init's memory until the exec; gives the step that failed, with errno.
- * `errors_fd` is where that is to be written. */
+ * its report goes to `errors_fd`. */
 static enum step execute(const struct options *options, int stdin_fd, int stdout_fd, int stderr_fd, int *errors_fd) {
     if (stdin_fd < 0)
         stdin_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);

@@ -258,7 +258,7 @@ void set_inherited(void);
 
 /* namespaces.c */
 struct clone_args;
-/* clone3(2) as it is told, into the cgroup of the options where cgroups have a descriptor (v2) */
+/* clone3(2) by its options, into the cgroup of the options where cgroups have a descriptor (v2) */
 int clone_into_cgroup(struct clone_args *args, const struct options *options);
 int clone_init(const struct options *options, int *pidfd);
 int enter_cgroups(const struct options *options); /* gives an errno, 0 when in */

@@ -77,7 +77,7 @@ void hand_over_sources(const struct options *options) {
     for (int i = 0; i < options->source_count; i++) {
         int tree = open_source(&options->sources[i]);
         if (tree < 0)
-            fail(STEP_MOUNT_SOURCE, NULL); /* the path is nothing that a client is told */
+            fail(STEP_MOUNT_SOURCE, NULL); /* no client may learn the path */
         report_opened(tree);
         close(tree);
     }

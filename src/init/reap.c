@@ -163,7 +163,7 @@ static void read_signals(struct job *job) {
         end_all(job, REASON_STOPPED, SIGKILL);
 }
 
-/* A client that has left a session may not come back: then the session is to end, without waiting for its output. */
+/* A client that has left a session may not come back: then the session must end, without waiting for its output. */
 static void obey(struct job *job) {
     read_orders(job->control);
     if (job->options->terminal && !job->ended)
@@ -202,7 +202,7 @@ static void await(struct job *job) {
     struct pollfd fds[FIRST_STREAM + STREAMS_MAX] = {
         [SIGNALS] = {.fd = job->signals, .events = POLLIN},
         [TIMER] = {.fd = job->timer, .events = POLLIN},
-        /* also when nothing is to be written: that its reader has gone is always reported */
+        /* also when there is nothing to write: that its reader has gone is always reported */
         [STDIN] = {.fd = job->input->pipe, .events = job->input->feed == FEED_MORE ? POLLOUT : 0},
         [INPUT] = {.fd = job->input->feed == FEED_DRY ? job->input->watch : -1, .events = POLLIN},
         [CONTROL] = {.fd = job->control->watch, .events = POLLIN},

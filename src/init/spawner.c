@@ -82,7 +82,7 @@ void spawn_inits(int argc, char **argv) {
     for (size_t length; (length = read_request()) != 0;) {
         struct options options;
         parse_request(request, length, &options);
-        /* with the first request, so that a failure has a launch that it can be told to */
+        /* with the first request, so that a failure belongs to a launch, which reports it */
         if (!prepared)
             prepare(&options);
         prepared = true;

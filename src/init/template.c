@@ -162,7 +162,7 @@ static void take_paths(const struct options *options) {
         take(options, options->cgroup, STEP_MOUNT_SYS);
 }
 
-/* The host's root comes to lie upon ours, from where we take it away (pivot_root(2)). */
+/* The host's root covers ours, and we take it away (pivot_root(2)). */
 static void leave_host(void) {
     int host = open("/", O_PATH | O_DIRECTORY | O_CLOEXEC);
     if (host < 0 || chdir(NEW) < 0)

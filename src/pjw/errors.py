@@ -304,7 +304,7 @@ class LauncherGoneError(ServerUnreachableError):
 class KernelError(PjwError):
     """The kernel refused a step of a set-up. Names the operation, its subject and errno (0: none).
 
-    `for_client`: its words are nothing that a client's own job could not see, so the client is told.
+    `for_client`: a client's own job could see the same, so the client gets its words.
     """
 
     FACTS = MappingProxyType({"operation": str, "subject": str, "errno": int})

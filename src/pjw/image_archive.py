@@ -1,4 +1,4 @@
-"""Makes one tar archive, of the tree that a job is to have, from an image that another tool has written.
+"""Makes one tar archive, of the root of a job, from an image that another tool has written.
 
 This module merges layers in memory, without the contents of files, and leaves out all that a later layer
 removes or replaces. So the program that unpacks an image needs to know nothing of layers: each name of the

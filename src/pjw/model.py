@@ -420,7 +420,7 @@ class MountSource:
 
 @dataclass(frozen=True, slots=True)
 class GpuOffer:
-    """Whose jobs may have GPUs, and which these are: the devices of a kind in CDI files.
+    """The clients whose jobs may have GPUs, and the GPUs: the devices of a kind in CDI files.
 
     Without a kind there are none. `clients` is as in MountSource. Raises InvalidJobError.
     """
@@ -1117,7 +1117,7 @@ class ArrayCounts:
 
 
 class ArtifactsState(StrEnum):
-    """The state of the files that are to be kept. PENDING: the job has not ended.
+    """The state of the files to keep. PENDING: the job has not ended.
 
     EMPTY: no file matched. FAILED: they could not be kept, or not all of them. UNKNOWN stands at a client for
     a state that only a newer server knows.
@@ -1328,7 +1328,7 @@ class Image:
 class JobChange:
     """A change of a job's state: the job as it was then, with 256 characters of its command at most.
 
-    `sequence` is the number to resume behind; it and `time` are None for a job that is told as it was at the
+    `sequence` is the number to resume behind; it and `time` are None for a job in the state of the
     beginning. A job that was `removed` has the state in which it ended.
     """
 

@@ -16,7 +16,7 @@ from tests.support.worker_harness import ASK
 STUBBORN: Final = "trap '' TERM; echo ready; while :; do sleep 0.1; done"
 # pjw, but for how long it waits for a server that went away
 IMPATIENT: Final = (
-    "from pjw.client.channel import BaseClient; from pjw.cli.main import run\n"
+    "from pjw.client.base import BaseClient; from pjw.cli.main import run\n"
     "BaseClient.__init__.__kwdefaults__['reconnect_seconds'] = 1\n"
     "run()"
 )

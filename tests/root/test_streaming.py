@@ -223,7 +223,7 @@ def test_an_offset_ahead_of_a_running_job_is_out_of_range(service: Service) -> N
 
 
 def test_messages_are_of_a_size_that_streams_well(service: Service, big: tuple[int, int, str]) -> None:
-    """64 KiB at first, up to 256 KiB for who keeps up; never the 4 KiB that make 500,000 messages."""
+    """64 KiB at first, up to 256 KiB for readers that keep up; never the 4 KiB that make 500,000 messages."""
     # into the page cache, of which a busy machine may have taken some: what is left is sent at once
     (service.state / "jobs" / str(big[0]) / "output").read_bytes()
     with service.stub() as stub:

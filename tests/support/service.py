@@ -93,9 +93,9 @@ class Service:
         ):
             # as soon as the server's modules may be imported
             program = (
-                "import sys\nfrom pjw.server import main, start\noriginal = start.preload_modules\n"
+                "import sys\nfrom pjw.server import boot, main\noriginal = boot.preload_modules\n"
                 f"def changed():\n    {change}\n    original()\n"
-                "start.preload_modules = changed\nsys.exit(main.main())"
+                "boot.preload_modules = changed\nsys.exit(main.main())"
             )
             command[:1] = [sys.executable, "-c", program]
         return [*command, *extra]

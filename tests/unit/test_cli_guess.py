@@ -16,7 +16,7 @@ from pjw.cli.main import main
         ("start --mem 5M true", "usage: pjw start", "perhaps --memory; pjw start --help has all options"),
         ("start --memroy=5M true", "usage: pjw start", "perhaps --memory; pjw start --help has all options"),
         ("list --quiet", "usage: pjw list", "pjw list --help has all options"),
-        ("list --server x:1", "usage: pjw list", "--server goes before the command: pjw --server … list"),
+        ("list --server x:1", "usage: pjw list", "--server belongs before the command: pjw --server … list"),
         ("--sever x:1 list", "usage: pjw", None),
         ("qwertz", "usage: pjw [-h]", None),
         ("logs", "usage: pjw logs", None),

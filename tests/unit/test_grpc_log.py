@@ -66,7 +66,7 @@ def test_what_nobody_wants_costs_no_budget(caplog: pytest.LogCaptureFixture) -> 
 
 
 def test_a_flood_is_cut(now: list[float], caplog: pytest.LogCaptureFixture) -> None:
-    """So many lines in so many seconds; then their number is told, once."""
+    """A number of lines in a number of seconds; then their number is told, once."""
     budget = Budget()
     for number in range(LINES_MAX + 5):
         tell(f"line {number}", budget)

@@ -63,7 +63,7 @@ class Pair:
 
 
 def make_authority(*, days: int = CA_DAYS) -> Pair:
-    """Make a CA. Its subject carries a piece of its key, so that two CAs are told apart."""
+    """Make a CA. Its subject carries a piece of its key, so that two CAs can be distinguished."""
     key = ec.generate_private_key(ec.SECP256R1())
     identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"pjw CA {identifier.digest.hex()[:8]}")])

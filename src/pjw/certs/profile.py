@@ -29,7 +29,7 @@ NAME_RULE: Final = f"1 to {NAME_MAX_CHARACTERS} of A-Z a-z 0-9 . _ @ + -, the fi
 # A certificate with this URI among its names is that of a node of a cluster. A client whose name is n1 is no
 # node for that.
 NODE_URI_PREFIX: Final = "pjw:node:"
-# And the host name under which a gateway reaches that node, whatever its address: TLS itself sees to it that
+# And the host name under which a gateway reaches that node, whatever its address: TLS itself makes sure that
 # no other host answers. The name is never looked up.
 NODE_HOST_SUFFIX: Final = ".node.pjw.internal"
 # a label of a host name

@@ -97,7 +97,7 @@ def renew(directory: str, names: Sequence[str], *, days: int = LEAF_DAYS) -> lis
         if path not in found or name == "ca":
             raise ConfigError(
                 f"cannot renew {name}: {directory} has no {name}{_SUFFIX} that this authority could make",
-                hint="`pjwd certs list` shows what there is; a new authority is a new directory",
+                hint="`pjwd certs list` shows the certificates; a new authority is a new directory",
             )
         bundle_path = os.path.join(directory, name + BUNDLE_SUFFIX)
         # read it before any change: else an unreadable bundle would keep the old certificate
@@ -132,7 +132,7 @@ def revoke(directory: str, names: Sequence[str], list_path: str | None = None) -
         if not own:
             raise ConfigError(
                 f"cannot revoke {name}: {directory} has no certificate of it",
-                hint="`pjwd certs list` shows what there is; for a certificate in another place:"
+                hint="`pjwd certs list` shows the certificates; for a certificate in another place:"
                 f" openssl x509 -in FILE -noout -serial >>{path}",
             )
         for each in own:

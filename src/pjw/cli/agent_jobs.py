@@ -68,7 +68,7 @@ class AgentJobs:
     async def run(
         self, asked: Mapping[str, Any], limits: Mapping[str, str | int], *, seconds: float, bytes_max: int
     ) -> Answer:
-        """Start a job and follow it to its end, for at most so many seconds; *asked* is of a JobSpec.
+        """Start a job and follow it to its end, for at most *seconds*; *asked* is of a JobSpec.
 
         A limit that is empty is the operator's default.
         """

@@ -55,7 +55,7 @@ _Wait = Annotated[
     Field(
         ge=1,
         le=600,
-        description="Answer after at most so many seconds, if the command has not ended by then. It goes on.",
+        description="Answer after at most this many seconds, even if the command goes on.",
     ),
 ]
 _MaxBytes = Annotated[int, Field(ge=100, le=100_000, description="How much output the answer has at most.")]
@@ -168,7 +168,7 @@ class _Tools:
         base64: Annotated[
             bool, Field(description="Whether content is base64, for what is not text.")
         ] = False,
-        executable: Annotated[bool, Field(description="Whether the file is to be a program.")] = False,
+        executable: Annotated[bool, Field(description="Whether to make the file executable.")] = False,
     ) -> CallToolResult:
         """Write a file in a running job, or replace it; directories are made as needed.
 

@@ -157,7 +157,7 @@ def _id_file(path: str | None) -> "Iterator[Callable[[int], None]]":
 def run(arguments: Namespace) -> int:
     """Start a job, be its terminal, and end as it does."""
     if arguments.output_dir is not None and not arguments.outputs:
-        arguments.parser.error("--output-dir needs --output GLOB: which files are to be kept")
+        arguments.parser.error("--output-dir needs --output GLOB, which names the files to keep")
     if arguments.detach:
         if arguments.output_dir is not None:
             arguments.parser.error("with -d nobody waits for the files: pjw cp JOB:. DIR copies them later")

@@ -103,7 +103,7 @@ class Count:
         self._bytes = count
 
     def words(self, seconds: float) -> str:
-        """Describe the progress after so many seconds."""
+        """Describe the progress after some seconds."""
         rate = size_in_words(int(self._bytes / seconds)) if seconds else "0B"
         return f"{self._what}: {size_in_words(self._bytes)} copied, {rate}/s"
 

@@ -86,7 +86,7 @@ def _guess_option(parser: argparse.ArgumentParser, word: str) -> str:
 
     top = build_parser()
     if parser.prog != top.prog and word in _options(top):
-        return f"{word} goes before the command: {top.prog} {word} …{parser.prog.removeprefix(top.prog)}"
+        return f"{word} belongs before the command: {top.prog} {word} …{parser.prog.removeprefix(top.prog)}"
     likely = _nearest(word, _options(parser))
     see = f"{parser.prog} --help has all options"
     return f"perhaps {' or '.join(likely)}; {see}" if likely else see

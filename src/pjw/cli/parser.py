@@ -21,7 +21,7 @@ exit codes: 0 done, 1 refused, 2 wrong usage, 125 pjw failed (no server, no
 certificate), 126 not executable, 127 no such program, 130 interrupted;
 pjw run, and pjw wait for one job: the job's own, 128+n for signal n
 
-These options go before COMMAND; --all may also follow it. All but --all can
+Put these options before COMMAND; --all may also follow it. All but --all can
 also be set as PJW_SERVER, PJW_CA_CRT, PJW_CLIENT_CRT, PJW_CLIENT_KEY and
 PJW_CONTEXT, or in ~/.config/pjw/config.toml. PJW_BUNDLE is a bundle, by its
 path or its text.
@@ -38,7 +38,7 @@ _FORMATS: Final = ("table", "ids", "json", "jsonl")
 
 
 class Parser(argparse.ArgumentParser):
-    """Formatters that are told the width: argparse makes one for each argument, which would import shutil."""
+    """Formatters with a given width: argparse makes one for each argument, which would import shutil."""
 
     def __init__(
         self,
@@ -296,7 +296,7 @@ def _add_attach(subparsers: "Commands") -> None:
         "attach",
         help="come back to the terminal of a job or of a session",
         description="Be the terminal of a job that was started with -it, or of a session (JOB/NUMBER): show"
-        " its last lines, and type into it. Whoever did so before can do so no more.",
+        " its last lines, and type into it. The terminal that did so before is detached.",
     )
     command.set_defaults(run=commands.attach, starts=True)
     command.add_argument(

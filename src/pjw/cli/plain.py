@@ -39,8 +39,8 @@ class PlainText:
         return "".join(pieces)
 
 
-# A job may set colours and the like (SGR in ECMA-48). All else that steers a terminal is shown: control
-# characters except tab, newline and carriage return, and characters that turn the direction of text.
+# A job may set colours and other attributes (SGR in ECMA-48). All else that steers a terminal is shown:
+# control characters except tab, newline and carriage return, and characters that turn the direction of text.
 _COLOUR: Final = r"\x1b\[[0-9;:]{0,40}m"
 _STEERING: Final = re.compile(
     rf"{_COLOUR}|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"

@@ -1,8 +1,8 @@
 """`pjw run`: a job as if it ran here; its output, its exit code, and Ctrl-C.
 
 Threads start, follow and stop; the main thread alone decides, by the events that they and signals put into
-one queue. No other program was told the id of the job. So after any failure here the job is stopped, or the
-user is told that it is not.
+one queue. No other program knows the id of the job. So after any failure here the job is stopped, or the
+user learns that it goes on.
 """
 
 import os

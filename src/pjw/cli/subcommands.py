@@ -370,7 +370,7 @@ def _add_artifacts(commands: Commands) -> None:
         description="List the files that were kept of a job that has ended, as --output of its start named"
         " them: a line each at a terminal, lines of JSON elsewhere. pjw cp JOB:PATH PATH copies them.",
     )
-    _runs(command, "artifacts.show_artifacts")
+    _runs(command, "copy.show_artifacts")
     add_all(command)
     command.add_argument("job", type=job_name, metavar="JOB", help="a job's id, or its name")
 

@@ -17,7 +17,7 @@ class Topic:
 
 TOPICS: Final[dict[str, Topic]] = {
     "certificates": Topic(
-        "who you are, and how pjw is told",
+        "the service, your certificate, and how to set both",
         """\
 pjw and pjwd prove to each other who they are, by certificates of one
 authority (mutual TLS 1.3). There are no passwords. The name in your
@@ -45,7 +45,7 @@ Without a bundle pjw wants three files, --ca-crt, --client-crt and
     "contexts": Topic(
         "several services, each by a name",
         """\
-A context is a service and who you are there.
+A context is a service and your certificate there.
 
     pjw context add prod alice.pjw      from a bundle; the first one is the current one
     pjw context list                    all of them
@@ -181,7 +181,7 @@ executed when its turn comes, as start_failed. Neither has an exit code, and
 """,
     ),
     "output": Topic(
-        "what a job writes, and who reads it",
+        "the output of a job, and its readers",
         """\
 All that a job writes to stdout and stderr is kept, byte by byte, until the
 job is removed. `pjw logs ID` begins at the first byte, whenever it is called,
@@ -190,7 +190,7 @@ job; a slow one holds up neither the job nor the others.
 
 A reader that loses its connection comes back by itself and goes on at the
 exact byte. If the host went down before its disk had all of the output,
-`logs` gives what there is and then fails: there is never a clean end to
+`logs` gives the bytes that are left and then fails: there is never a clean end to
 output that is not whole.
 
 To a terminal `logs` passes text and colours. Other escape sequences and control

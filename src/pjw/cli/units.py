@@ -1,4 +1,4 @@
-"""Sizes, durations and the like, as a person types and reads them.
+"""Sizes, durations and other amounts, as a person types and reads them.
 
 Each function that parses is a `type` of argparse, and its error says what would be right.
 """

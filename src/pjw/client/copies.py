@@ -139,7 +139,7 @@ class Packer:
 
 
 class UploadPacker:
-    """Files and directories of this machine for a job that is to be started, as one archive."""
+    """Files and directories of this machine for the start of a job, as one archive."""
 
     def __init__(self, sources: Iterable[str | tuple[str, str]]) -> None:
         """Open every source. Raises ConfigError for a missing one, InvalidJobError for a bad place."""

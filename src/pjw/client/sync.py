@@ -12,7 +12,7 @@ from pjw.client.channel import Options  # isort: skip  it sets how gRPC is impor
 import grpc
 
 from pjw.client import requests
-from pjw.client.channel import BaseClient
+from pjw.client.base import BaseClient
 from pjw.client.retry import CALLS_AT_ONCE, STOPS_AT_ONCE, WAITS_AT_ONCE, Trouble, error_from
 from pjw.errors import JobNotFoundError, JobStateError, PjwError, ServerUnreachableError
 from pjw.model import Archive, ClientQuota, Job, JobState, Session, TerminalSize, base_of

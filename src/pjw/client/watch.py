@@ -78,7 +78,7 @@ class WatchPosition:
         return fresh
 
     def _removed(self) -> list[JobChange]:
-        """Return changes for jobs that were told before the connection was lost, and are gone now."""
+        """Return changes for jobs that were reported before the connection was lost, and are gone now."""
         gone, self._again, self._first = self._again or {}, None, {}
         return [JobChange(job, removed=True) for job in gone.values()]
 

@@ -135,7 +135,7 @@ class Proxy:
         number = peer.fileno()
         self._tasks[number] = task
         with suppress(OSError):
-            # edges alone, as an end of both directions is one that would be told again and again
+            # edges alone, since the end of both directions would be reported again and again
             self._errors.register(number, select.EPOLLET)
         task.add_done_callback(partial(self._over, job, number))
 

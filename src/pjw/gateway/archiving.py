@@ -77,7 +77,7 @@ class Archiver:
             node.session.say(cpb.SessionResponse(ack=cpb.Ack(uuid=uuid)))
 
     def look_at(self, node: Node) -> None:
-        """See what there is to copy, since a job of this node has ended, or the node has come."""
+        """Look for output to copy, since a job of this node has ended, or the node has come."""
         name = node.row.name
         if node.session is None or name in self._paused:
             return

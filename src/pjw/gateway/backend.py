@@ -437,7 +437,7 @@ class GatewayBackend(QueueCalls):
                 return cancelled
 
     async def _stop_placed(self, placed: Placed, grace_seconds: float | None, signal: int) -> None:
-        """Stop a job that has a node, or is to get one; return when it has ended, or waits in the queue."""
+        """Stop a job that has a node, or will get one; return when it has ended, or waits in the queue."""
         if placed.placement.state is PlacementState.QUEUED:
             await self.placements.cancel(placed)
         if not placed.over.is_set():
@@ -626,11 +626,11 @@ class GatewayBackend(QueueCalls):
     def write_upload(
         self, name: str, client_name: str = LOCAL_CLIENT
     ) -> AbstractAsyncContextManager[Written]:
-        """Write an archive of files for a job that is to be started; see `Uploads.writer`."""
+        """Write an archive of files for the start of a job; see `Uploads.writer`."""
         return self._uploads.writer(client_name, name, first_of)
 
     async def read_upload(self, placed: Placed, offset: int) -> bytes:
-        """Read the next piece of the files that a job is to have; empty at their end. Raises CopyError."""
+        """Read the next piece of the files for a job; empty at their end. Raises CopyError."""
         return await self._state.in_thread(self._read_piece, placed.job.client_name, placed.upload, offset)
 
     def _read_piece(self, client_name: str, name: str, offset: int) -> bytes:

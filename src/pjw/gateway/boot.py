@@ -9,33 +9,20 @@ import fcntl
 import logging
 import os
 import resource
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
-from socket import socket
 from typing import Final
 
-import grpc
-
 from pjw.certs.credentials import load_server_credentials
-from pjw.certs.files import Credentials, key_exposure, load_client_credentials
+from pjw.certs.files import key_exposure, load_client_credentials
 from pjw.certs.revocation import NOBODY_REVOKED, load_revocation_list
 from pjw.certs.tls import require_tls13_environment
 from pjw.errors import ConfigError, describe_errno
 from pjw.gateway import state as states
-from pjw.gateway.archive import Archive, open_directory
-from pjw.gateway.backend import GatewayBackend
-from pjw.gateway.cluster_service import CLUSTER_SERVICE, ClusterService
-from pjw.gateway.dial import Dial
-from pjw.gateway.engine import Engine
-from pjw.gateway.node_guard import NodeGuard
-from pjw.gateway.node_sessions import NODE_SERVICE, Sessions
-from pjw.gateway.nodes import Nodes
-from pjw.gateway.pool import Pool
-from pjw.gateway.slurm import Slurm
-from pjw.gateway.slurm_port import SlurmPort, start_slurm
+from pjw.gateway.archive import open_directory
+from pjw.gateway.slurm_port import start_slurm
 from pjw.gateway.state import GatewayState
 from pjw.server.address import metrics_exposure
 from pjw.server.boot import (
@@ -48,79 +35,11 @@ from pjw.server.boot import (
 )
 from pjw.server.config import ServerConfig, config_of, read_values
 from pjw.server.grpc_log import relay, take_stderr
-from pjw.server.guard import Guard
 from pjw.server.log_setup import LogWriter
 from pjw.server.plan import Plan, plan_of
 from pjw.server.sandbox import Sandbox, descriptors_for, enter, enter_as_we_are
-from pjw.server.serve import Served
 from pjw.worker import WorkerSettings
 from pjw.worker.settings import NO_CEILING
-from pjw.worker.tasks import Background
-
-# A gateway, put together: its services for clients, for nodes, and for the operators of the cluster.
-
-
-@asynccontextmanager
-async def opened(
-    config: ServerConfig,
-    settings: WorkerSettings,
-    state: GatewayState,
-    dialling: Credentials,
-    slurm: socket | None,
-    archive: int | None = None,
-) -> AsyncGenerator[Served, None]:
-    """Yield a gateway that has taken over the jobs of the one before; *slurm*: to pjwd-slurm, if used."""
-    async with AsyncExitStack() as stack:
-        background = Background()
-        stack.push_async_callback(background.close)
-        dial = Dial(lambda: dialling)
-        stack.push_async_callback(dial.close)
-        nodes = Nodes(
-            state.store, background, config.gateway.heartbeat_seconds, config.gateway.lost_after_seconds
-        )
-        stack.callback(nodes.close)
-        engine_of: Callable[[Nodes, Callable[[], int]], Engine] = Pool
-        if slurm is not None:
-            port = SlurmPort(slurm)
-            stack.callback(port.close)
-            background.keep("answers of Slurm", port.run(await port.begin()))
-            engine_of = partial(Slurm, port=port, settings=config.gateway.slurm, background=background)
-        backend = GatewayBackend(
-            state, settings, nodes, dial, background, engine_of, config.gateway.choose_node
-        )
-        if isinstance(backend.engine, Slurm):
-            backend.engine.revoked = backend.revoke
-            background.keep("the sampler of Slurm", backend.engine.run())
-        if archive is not None:
-            state.archive = Archive(archive, config.gateway.archive or "")
-            stack.callback(state.archive.close)
-            backend.keep_in(state.archive)
-        await backend.begin()
-        sessions = Sessions(
-            state.store,
-            nodes,
-            backend.placements,
-            backend.engine,
-            backend.run_here,
-            backend.read_upload,
-            backend.keeps_on_node,
-        )
-
-        def handlers(guard: Guard) -> Sequence[grpc.GenericRpcHandler]:
-            return (
-                sessions.handlers(NodeGuard(lambda: guard.revoked)),
-                ClusterService(nodes, guard).handlers(),
-            )
-
-        known = [name for name, _, _ in await state.store.totals()]
-        yield Served(
-            backend,
-            known,
-            more=handlers,
-            services=(NODE_SERVICE, CLUSTER_SERVICE),
-            draining=nodes.close,
-        )
-
 
 _LOCK: Final = "gateway.lock"
 
@@ -176,7 +95,7 @@ def _serve(config: ServerConfig, path: str | None, options: Mapping[str, object]
     from pjw.server.serve import Serving
     from pjw.server.serve import serve as serve_backend
 
-    import_module("pjw.gateway.boot")
+    import_module("pjw.gateway.opened")
     preload_modules()
     if plan.metrics is not None:
         import_module("pjw.server.metrics")
@@ -206,6 +125,7 @@ def _serve(config: ServerConfig, path: str | None, options: Mapping[str, object]
         audit,
         writer,
     )
+    from pjw.gateway.opened import opened
 
     try:
         return asyncio.run(serve_backend(serving, opened(config, settings, state, dialling, slurm, archive)))

@@ -28,7 +28,7 @@ class Engine(Protocol):
         """
 
     def passed_over(self, shape: Shape) -> str:
-        """Why a job that has no room waits, in words, when other shapes may go before it; else empty."""
+        """Why a job that has no room waits, in words, when other shapes may start first; else empty."""
 
     def reserve(self, job_id: int, client_name: str, shape: Shape) -> None:
         """Keep the room for a job of the queue that is about to be submitted, if there is room."""

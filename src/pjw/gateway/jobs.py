@@ -43,7 +43,7 @@ class Placed:
         self.upload = ""
 
     def has_files_for(self, node_name: str, session: str) -> bool:
-        """Whether this node has claimed the job in this session, and is to get files for its start."""
+        """Whether this node has claimed the job in this session, and needs files for its start."""
         placement = self.placement
         return (
             placement.state is PlacementState.CLAIMED
@@ -162,7 +162,7 @@ class Placements:
     async def claim(
         self, uuid: str, node: Node, session: str, hold: str = ""
     ) -> tuple[Placed, WaitingJob] | None:
-        """Give a node a job, with what it is to execute; None when the node may not have the job.
+        """Give a node a job, with its command; None when the node may not have the job.
 
         *hold*: the engine's place for it, where the engine gives places. The claim is on the disk then, so
         the node may start the job as soon as it has the answer.

@@ -88,7 +88,7 @@ def require_offered(spec: JobSpec, hellos: Iterable[pb.Hello | None]) -> None:
     raise InvalidJobError(f"no node has all that the job asks for: {', '.join(wanted)}")
 
 
-# So many messages may wait for a node. After a long absence a node is told of many lost jobs at once.
+# This many messages may wait for a node. After a long absence a node hears of many lost jobs at once.
 UNREAD_MAX: Final = 100_000
 
 log: Final = logging.getLogger(__name__)
@@ -138,14 +138,14 @@ class Session:
         A node that reads nothing, but goes on to talk, loses its session.
         """
         if len(self._waiting) >= UNREAD_MAX:
-            log.warning("node %s does not read what it is told: its session is over", self.hello.node)
+            log.warning("node %s does not read its messages: its session is over", self.hello.node)
             self.close()
         if not self.over.is_set():
             self._waiting.append(message)
             self._woken.set()
 
     def fence(self, uuid: str) -> None:
-        """Have the node end its copy of a job that clients were told is lost."""
+        """Have the node end its copy of a job that is lost, as clients know by now."""
         self.say(pb.SessionResponse(fence=pb.Fence(uuid=uuid)))
 
     def close(self) -> None:
@@ -180,7 +180,7 @@ class Node:
         # what it said last of what it has; None: it was not connected since this gateway began
         self.hello: pb.Hello | None = None
         self.offers: frozenset[str] = frozenset()
-        # what they take of a node with so many processors and so much memory; None: to be summed
+        # what they take of a node with these processors and this memory; None: not summed yet
         self._used: tuple[int, int, Shape] | None = None
         self.timer: asyncio.TimerHandle | None = None
 
@@ -362,7 +362,7 @@ class Nodes:
             row = replace(row, drained=node.row.drained)
             await self._store.transact(placement_rows.keep_node, row)
         if node.session is not None:
-            # two came at once: the later one counts, and what the other was told waits again
+            # two came at once: the later one counts, and the messages to the other wait again
             self.session_over(node, node.session)
         node.row, node.heard = row, now
         node.hello, node.offers = hello, offers_of(hello)

@@ -40,7 +40,7 @@ class Placement:
     node_job_id: int = 0
     # how often it was claimed
     attempt: int = 0
-    # a stop that a client asked for, and of which the node may not have heard
+    # a stop that a client asked for, and of which the node has perhaps not heard
     stop_signal: int | None = None
     stop_grace: float | None = None
     # the engine's name for its place on the node; empty where the engine gives no places
@@ -274,7 +274,7 @@ def _attempt_over(db: sqlite3.Connection, job_id: int, now_ns: int) -> Job:
 
 
 def keep_late_end(db: sqlite3.Connection, job_id: int, node_job_id: int, text: str) -> None:
-    """Keep the node's record of a job that clients were told is lost."""
+    """Keep the node's record of a job that is lost, as clients know by now."""
     db.execute(
         "UPDATE placements SET late_end = ?, node_job_id = ? WHERE job_id = ? AND state = 'lost'",
         (text, node_job_id, job_id),
@@ -282,7 +282,7 @@ def keep_late_end(db: sqlite3.Connection, job_id: int, node_job_id: int, text: s
 
 
 def ask_stop(db: sqlite3.Connection, job_id: int, signal: int, grace: float | None) -> None:
-    """Note that a job is to be stopped, until its node has heard of it; clients see the job as STOPPING."""
+    """Note that a job must stop, until its node has heard of it; clients see the job as STOPPING."""
     db.execute(
         "UPDATE placements SET stop_signal = ?, stop_grace = ? WHERE job_id = ?", (signal, grace, job_id)
     )

@@ -71,7 +71,7 @@ class Room:
                 self._first[shape] = place
 
 
-# A node that could not start a job gets none for so long; each further failure doubles the pause.
+# A node that could not start a job gets none for this time; each further failure doubles the pause.
 FIRST_PAUSE_SECONDS: Final = 1.0
 LONGEST_PAUSE_SECONDS: Final = 60.0
 

@@ -1,6 +1,6 @@
 """The engine `slurm`: Slurm gives places on nodes, and this fills them with jobs.
 
-A place is a job of Slurm's that runs pjw-hold on a node. Slurm owns the place and nothing else: it is told a
+A place is a job of Slurm's that runs pjw-hold on a node. Slurm owns the place and nothing else: it gets a
 uuid, a size, and perhaps a partition and a feature. The job that goes there, its output and its end are
 pjw's. A place whose job has ended stays warm for a while, and takes the next job of the same kind: that costs
 a tenth of what a new one costs.
@@ -331,7 +331,7 @@ class Slurm:
         self._holds[hold.id] = here
         place = self._placed.get(hold.job)
         if place is not None and place.node is node and (place.claimed or place.hold == hold.id):
-            # it was given this job before a restart of somebody's
+            # it got this job before a restart of the gateway or of its own
             here.job, place.hold = hold.job, hold.id
         self._to_see.set()
         self.look()

@@ -15,7 +15,7 @@ from pjw.v1 import job_worker_pb2 as pb
 
 # We leave out a node that takes longer: a client that asks for a job wants more than its usage.
 _SECONDS: Final = 2.0
-# We ask for so many jobs of a cluster at a time.
+# We ask for this many jobs of a cluster at a time.
 _AT_ONCE: Final = 32
 
 
@@ -33,7 +33,7 @@ async def with_usage(dial: Dial, nodes: Nodes, placed: Placed, job: Job) -> Job:
 async def usage_now(
     dial: Dial, nodes: Nodes, placed: Sequence[Placed], seconds: float
 ) -> Mapping[int, UsageSample]:
-    """Return what jobs use, by their ids, without the jobs whose nodes do not answer in so many seconds."""
+    """Return what jobs use, by their ids, without the jobs whose nodes do not answer in time."""
     turns = asyncio.Semaphore(_AT_ONCE)
     samples: dict[int, UsageSample] = {}
 

@@ -31,7 +31,7 @@ def main() -> int:
     # Ctrl-C in a terminal reaches the whole foreground group; the launcher ends when its
     # worker does, and not before it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # So does the hang-up of the terminal, by which the server is told to reload.
+    # So does the hang-up of the terminal, which requests a reload of the server.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.excepthook = _say_bug

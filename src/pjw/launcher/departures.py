@@ -1,7 +1,7 @@
 """Cgroups on their way out, with the init in one if need be: killed, waited for, removed.
 
 Nothing here waits: a descriptor or a timer says when the next step can be taken. A departure that takes
-longer than SETTLE_SECONDS is late. Its waiters are told so, and it goes on, so that a process that ends late
+longer than SETTLE_SECONDS is late. Its waiters get an error, and it goes on, so that a process that ends late
 leaves nothing behind.
 """
 
@@ -98,7 +98,7 @@ class _Departure:
     finish: Callable[[], None]
     deadline: Timer | None = None
     waiters: list[Waiter] = field(default_factory=list)
-    # whether its waiters were told that it is late; a new waiter then has us look at once
+    # whether its waiters know that it is late; a new waiter then has us look at once
     late: bool = False
     # whether a descriptor or a timer will tell when to look again
     watched: bool = True
@@ -126,7 +126,7 @@ class Departures:
         finish: Callable[[], None] = lambda: None,
         late_seconds: float = SETTLE_SECONDS,
     ) -> None:
-        """Have a cgroup removed, from `end_init` or `go_on` on; it is late after so many seconds.
+        """Have a cgroup removed, from `end_init` or `go_on` on; it is late after *seconds*.
 
         *finish* is called when the cgroup has gone, however late, and before the waiting callers.
         """

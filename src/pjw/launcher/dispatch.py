@@ -119,7 +119,7 @@ class Running:
     # of its init
     pidfd: int
     cgroup: Cgroup
-    # the number of the request that its end is told under: its launch, or its adoption
+    # the number of the request that its end answers: its launch, or its adoption
     seq: int
     # of its status file, for its accounts; -1: they stay in its cgroup until the worker has them
     status: int = -1
@@ -154,7 +154,7 @@ class LaunchInProgress:
     descriptors: list[int]
     # one of them that stays open until the job's end
     status: int = -1
-    # mounts of the operator's directories and devices, until then too; and how many these are to be
+    # mounts of the operator's directories and devices, until then too; and their number in the end
     mounts: list[int] = field(default_factory=list)
     mount_count: int = 0
     edits: Edits = NO_EDITS
@@ -166,7 +166,7 @@ class LaunchInProgress:
     # the processes that listen in the job, until its command was executed
     listeners: list[int] = field(default_factory=list)
     is_joining: bool = False
-    # callbacks for when its init's process is known, or the launch has come to nothing
+    # callbacks for when its init's process is known, or the launch has failed
     followers: list[Callable[[], None]] = field(default_factory=list)
 
 
@@ -300,7 +300,7 @@ class Launcher:
             self._reply(seq, refusal_of(error))
             return
         except OSError as error:
-            # A process that was made and cannot be watched is more than one request's trouble, see main().
+            # A process that was made and cannot be watched concerns more than one request, see main().
             if route.makes_processes:
                 raise
             self._reply(
@@ -315,7 +315,7 @@ class Launcher:
         if (launch := self._launching.get(job_id)) is not None:
             return launch.phase
         if (job := self._jobs.get(job_id)) is not None:
-            # at once, and not only when its end has been told
+            # at once, and not only when the worker knows of its end
             return InitPhase.ENDED if has_ended(job.pidfd) else InitPhase.RUNNING
         return self._pool.phase_of(job_id)
 

@@ -182,7 +182,7 @@ class Pool:
     def _guess(self, init: Init, share: Share) -> None:
         job_id = init.job_id
         # Starts overtake each other, but not by much: an init for a job far behind will not be asked for. And
-        # an image that no start uses any more may be one that is to be removed.
+        # an image that no start uses any more may be about to be removed.
         for other in [
             waiting.job_id
             for waiting in self._waiting.values()

@@ -1,8 +1,8 @@
 """The user ids of one pjw's jobs: a range that no other pjw on this host has at the same time.
 
 A launcher claims a range by a lock on bytes of one file: the first user id is the offset, the number of ids
-the length. So the kernel itself sees an overlap and says who has the other range. A claim ends with its
-launcher, however that ends (fcntl(2), "Advisory record locking").
+the length. So the kernel itself sees an overlap and names the process with the other range. A claim ends
+with its launcher, however that ends (fcntl(2), "Advisory record locking").
 
 Where the operator configures no range, it comes from the path of the state directory, and stays with that
 directory: the launcher writes it down there.

@@ -1,4 +1,4 @@
-"""Opens the operator's files as they are now: their paths were told in the greeting, by root.
+"""Opens the operator's files as they are now: root gave their paths in the greeting.
 
 The server that asks is no longer root, so the way to a file must be root's alone. Could the server's user
 exchange a directory or a link on it, it would be handed any file of the host. A sticky directory such as /tmp

@@ -73,7 +73,7 @@ class Policy:
 
     @classmethod
     def from_hello(cls, hello: Hello) -> "Policy":
-        """Make the policy. Raises InvalidJobError for a range of users that has root in it, and the like."""
+        """Make the policy. Raises InvalidJobError for settings that nobody may have, as root as a user."""
         # a first one of 0 is replaced before anything is served (job_users.py)
         if hello.uid_count < 1 or hello.uid_first + hello.uid_count > 2**32 - 1:
             raise InvalidJobError("the range of user ids for jobs must lie between 1 and 2^32-2")

@@ -16,7 +16,7 @@ from typing import Final, Never
 INIT_SIGNAL_FIRST: Final = 33
 # Tells an init that a session may be in its job (init/init.h, ENTERED).
 ENTERED_SIGNAL: Final = signal.SIGUSR1
-# The kernel gives the others the next time. Python makes room for so many each time.
+# The kernel gives the others the next time. Python makes room for this many each time.
 _EVENTS_AT_ONCE: Final = 16
 
 
@@ -185,7 +185,7 @@ class Watcher:
             raise
 
     def run_once(self, seconds: float | None = None) -> bool:
-        """Call all due callbacks, after at most so many seconds; return whether a descriptor was ready."""
+        """Call all due callbacks, after at most *seconds*; return whether a descriptor was ready."""
         events = self._epoll.poll(self._timeout(seconds), _EVENTS_AT_ONCE)
         ready = [(descriptor, self._callbacks[descriptor]) for descriptor, _ in events]
         for descriptor, callback in ready:

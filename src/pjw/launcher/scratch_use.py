@@ -69,7 +69,7 @@ def spawn_counter(module: str, *arguments: str) -> tuple[int, int]:
 
 
 def count(instance: str, places: list[str], seconds: float = SECONDS) -> dict[int, Use]:
-    """Count the files of each job, as far as possible in so long."""
+    """Count the files of each job, as far as possible in the time given."""
     deadline = time.monotonic() + seconds
     uses: dict[int, Use] = {}
     walked: dict[int, Use] = {}

@@ -1,6 +1,6 @@
 """Has inits spawned, tells each what to start, and listens to its report.
 
-The spawner is pjw-init in another role: a process that clones inits as it is told to.
+The spawner is pjw-init in another role: a process that clones inits on request.
 
 The report of an init is a few short datagrams in words: `cloned` with a pidfd of init, then
 `execed NANOSECONDS` or `failed STEP ERRNO WORDS`. After `execed`, or at its end, the socket closes.

@@ -96,7 +96,7 @@ def places_of(visible: Sequence[str], hidden: Sequence[str], table: bytes) -> tu
     shown |= {path for path in asked if _is_within(path, covered) and _may_be_shown(path, mounts)}
     if 1 + len(shown) + len(covered) > _PLACES_MAX:
         raise ConfigError(
-            f"{len(shown)} file systems lie in the visible paths, and {len(covered)} are to be covered:"
+            f"{len(shown)} file systems lie in the visible paths, and {len(covered)} are covered too:"
             f" a job takes {_PLACES_MAX}",
             hint="name directories in visible_paths that have fewer mounts in them",
         )

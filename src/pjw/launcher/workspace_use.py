@@ -17,7 +17,7 @@ _NICE: Final = 10
 
 
 def count(path: str, seconds: float = SECONDS) -> Use:
-    """Count the files, as far as possible in so long. No link is followed."""
+    """Count the files, as far as possible in the time given. No link is followed."""
     deadline = time.monotonic() + seconds
     use = Use()
     for number, _ in enumerate(steps := walk(path, use)):

@@ -186,12 +186,12 @@ class Node:
         """Return when the operator offers other things than in our Hello: the next session says so."""
         while await self._worker.offers() == offers:  # noqa: ASYNC110  an operator's table has no event
             await asyncio.sleep(seconds)
-        log.info("other mounts, images, GPUs or names are offered: the gateway is told in a new session")
+        log.info("other mounts, images, GPUs or names are offered: a new session tells the gateway")
 
     async def _hear_all(
         self, answers: AsyncIterator[pb.SessionResponse], claim: Claim, said: Said, lost_after: float
     ) -> None:
-        # after so long a silence the gateway takes the node for lost
+        # after this silence the gateway takes the node for lost
         while (response := await _next(answers, lost_after)) is not None:
             self._jobs.hear(response, claim, said)
 

@@ -1,6 +1,6 @@
 """Holds: the places on this node that Slurm has given to the gateway. hold/hold.c is what runs in each.
 
-A hold says who it is, and which job it has; we say which job it gets, and when it is done. The engine at the
+A hold names itself and its job; we say which job it gets, and when it is done. The engine at the
 gateway decides all of that. Here is decided one thing: when a place ends, its job is stopped.
 """
 

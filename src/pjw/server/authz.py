@@ -24,7 +24,7 @@ from pjw.certs.tls import TLS_VERSION
 from pjw.errors import NotAllowedError, NotAuthenticatedError
 from pjw.model import Identity
 
-# The certificate at the other end of a connection: whose it is, and until when it holds.
+# The certificate at the other end of a connection: its owner, and the end of its validity.
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,7 +96,7 @@ class Jobs(Protocol):
         """Write to the input of a job, or of a session of it."""
 
     def write_upload(self, name: str, client_name: str = ...) -> AbstractAsyncContextManager[Written]:
-        """Write an archive of files for a job that is to be started."""
+        """Write an archive of files for the start of a job."""
 
     async def exec(
         self, job_id: int, spec: JobSpec, client_name: str = ..., *, detached: bool = ...
@@ -240,7 +240,7 @@ class Backend(Jobs, Protocol):
         """Set the share of each client with jobs again; return, in words, the shares that failed."""
 
     async def open_operator_file(self, place: int) -> int:
-        """Open one of the operator's files, by its place among those that were told at the start."""
+        """Open one of the operator's files, by its place among those named at the start."""
 
     async def open_audit_log(self) -> int:
         """Open the audit log, for appending."""

@@ -33,7 +33,7 @@ from pjw.worker.state_dir import BACKED_UP, JOBS, TABLE
 # After a restore the next job's id is this far above the last one in the backup. So pjwd gives no id again
 # that it gave between the backup and the loss.
 IDS_LEFT_OUT: Final = 1_000_000
-# The same of the numbers of changes: a reader with a number from before the loss is told to begin anew.
+# The same of the numbers of changes: a reader with a number from before the loss has to begin anew.
 CHANGES_LEFT_OUT: Final = 1_000_000_000_000
 # files of the launcher: which user ids jobs have, and where their scratch directories were
 _LAUNCHERS: Final = (RECORD, PLACES_NAME)

@@ -226,7 +226,7 @@ def _ports(state_dir: str, *addresses: tuple[str, int] | None) -> Iterator[Findi
             if running:
                 yield True, f"{error}; a pjwd serves {state_dir} now", None
             else:
-                yield False, str(error), error.hint or "`ss -ltnp` shows who has it; or use another"
+                yield False, str(error), error.hint or "`ss -ltnp` shows its process; or use another"
 
 
 def nearest(path: str) -> str:

@@ -1,4 +1,4 @@
-"""The operator's configuration: a TOML file, and the options of pjwd, which go before it.
+"""The operator's configuration: a TOML file, and the options of pjwd, which take precedence.
 
 Each key has its own description, once: `pjwd config show` and the documentation take it from there.
 """
@@ -98,7 +98,7 @@ class JobUsers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class KeptJobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The bounds on ended jobs that are kept: `worker.settings.Retention`, with the defaults of a service."""
 
-    age_seconds: Annotated[Count, Meta(description="an ended job is removed after so long")] = 30 * 86_400
+    age_seconds: Annotated[Count, Meta(description="an ended job is removed after this time")] = 30 * 86_400
     jobs_per_client: Annotated[Count, Meta(description="ended jobs of one client")] = 100_000
     bytes_per_client: Annotated[
         Count, Meta(description="bytes of output that the ended jobs of one client have")
@@ -106,10 +106,10 @@ class KeptJobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     jobs_total: Annotated[Count, Meta(description="ended jobs of all clients")] = 0
     bytes_total: Annotated[Count, Meta(description="bytes of output that all ended jobs have")] = 0
     workspace_age_seconds: Annotated[
-        Count, Meta(description="a workspace is removed when no job has used it for so long; 0: never")
+        Count, Meta(description="a workspace is removed when no job has used it for this time; 0: never")
     ] = 0
     image_age_seconds: Annotated[
-        Count, Meta(description="an image that a client has loaded is removed when no job had it for so long")
+        Count, Meta(description="a client's image is removed when no job had it for this time")
     ] = 0
 
 
@@ -184,7 +184,7 @@ class Disk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Cluster(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Whose node this pjwd is: docs/cluster.md."""
+    """The gateway that this pjwd is a node of: docs/cluster.md."""
 
     gateway: Annotated[
         _Address | None,
@@ -196,7 +196,7 @@ class Cluster(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ] = None
     hold_user: Annotated[
         _Name | None,
-        Meta(description="the user as whom Slurm runs pjw-hold here; without it none may connect"),
+        Meta(description="the user that runs pjw-hold here for Slurm; without it none may connect"),
     ] = None
     hold_socket: Annotated[_Path, Meta(description="the socket where pjw-hold finds this pjwd")] = HOLD_SOCKET
 
@@ -274,7 +274,7 @@ class Gateway(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         ),
     ] = None
     lost_after_seconds: Annotated[
-        float, Meta(ge=1, le=86_400, description="a node that is silent for so long has lost its jobs")
+        float, Meta(ge=1, le=86_400, description="a node that is silent for this time has lost its jobs")
     ] = 60
     # last, so that its keys come behind those of [gateway] in a file
     slurm: GatewaySlurm = GatewaySlurm()
@@ -298,7 +298,7 @@ class OfferedGpus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ] = None
     cdi_dirs: Annotated[
         tuple[_Path, ...],
-        Meta(max_length=CDI_DIRS_MAX, description="where CDI files are; the later go before the earlier"),
+        Meta(max_length=CDI_DIRS_MAX, description="directories of CDI files; a later one takes precedence"),
     ] = ("/etc/cdi", "/var/run/cdi")
     clients: Annotated[
         tuple[str, ...], Meta(description="whose jobs may have them: names, in which * is any characters")
@@ -514,7 +514,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def load_config(path: str | None, options: Mapping[str, object] | None = None) -> ServerConfig:
     """Read a configuration file; None is all defaults. Raises ConfigError that names file and key.
 
-    *options* are keys from the command line, which go before those of the file.
+    *options* are keys from the command line, which take precedence over those of the file.
     """
     return config_of(path, read_values(path), options)
 

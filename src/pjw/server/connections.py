@@ -37,7 +37,7 @@ _MAPPED: Final = bytes(10) + b"\xff\xff"
 # A look takes a microsecond for each descriptor; looks may take a fifth of the event loop's time.
 LOOK_SHARE: Final = 5
 LOOK_SECONDS_MIN: Final = 0.01
-# Seconds until a connection is closed that is to be closed later.
+# Seconds until a connection is closed that need not close at once.
 LATER_SECONDS: Final = 5.0
 CLOSED_SECONDS: Final = 1.0
 TELL_SECONDS: Final = 60

@@ -2,8 +2,8 @@
 
 The mark is a file of root's, so a machine stays drained over a restart and a reboot. pjwd looks at it at its
 start, while it is root, and hears of each change here: `drain` or `resume`. It answers `drained N` or
-`resumed N`, with the number of jobs that have not ended. Whoever stays then hears `empty` when a drained
-machine has no job any more, or `resumed N`.
+`resumed N`, with the number of jobs that have not ended. A program that stays connected then hears
+`empty` when a drained machine has no job any more, or `resumed N`.
 """
 
 import asyncio

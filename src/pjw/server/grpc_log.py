@@ -63,7 +63,7 @@ def tell(line: str, budget: "Budget") -> None:
 
 
 class Budget:
-    """So many lines in so many seconds."""
+    """A number of lines in a number of seconds."""
 
     def __init__(self) -> None:
         self._until = 0.0

@@ -15,7 +15,7 @@ from pjw.server.service import SERVICE_NAME
 HEALTH_NAME: Final = pb.DESCRIPTOR.services_by_name["Health"].full_name
 # "" is the server as a whole
 _SERVICES: Final = frozenset({"", SERVICE_NAME, HEALTH_NAME})
-# A watcher is told of the end in a moment; one that does not read is not waited for.
+# A watcher hears of the end in a moment; one that does not read is not waited for.
 _FAREWELL_SECONDS: Final = 1
 
 _Status = pb.HealthCheckResponse.ServingStatus
@@ -70,7 +70,7 @@ class Health:
                 self._unwatched.set()
 
     async def drain(self) -> None:
-        """Be NOT_SERVING for good; return when the watchers have been told."""
+        """Be NOT_SERVING for good; return when the watchers know."""
         self._draining.set()
         try:
             async with asyncio.timeout(_FAREWELL_SECONDS):

@@ -14,7 +14,7 @@ from pjw.network import Allowed
 from pjw.worker.network import Network
 
 DEFAULT_USER: Final = "pjw-egress"
-# of all offers together: the launcher is told of them in one message
+# of all offers together: the launcher gets them in one message
 _OFFERED_BYTES_MAX: Final = 24_576
 _OFFERED_MAX: Final = 400
 _PRIVATE_MAX: Final = 100

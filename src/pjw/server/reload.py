@@ -58,7 +58,7 @@ async def warn_each_day(credentials: Callable[[], ServerCredentials]) -> None:
 
 
 log: Final = logging.getLogger(__name__)
-# A signal requests a reload, and this is its only answer: it is told at every level.
+# A signal requests a reload, and this is its only answer: it is logged at every level.
 log.setLevel(logging.INFO)
 
 
@@ -243,7 +243,7 @@ class Reloader:
         log.info("reload: the audit log is open again")
 
     async def _read(self, path: str, what: str) -> bytes:
-        # We are not root any more, and keys are root's; the launcher opens the files that it was told of
+        # We are not root any more, and keys are root's; the launcher opens the files named in its greeting
         # then.
         descriptor = await self._worker.open_operator_file(self._files.paths.index(path))
         if path == self._files.server_key and (exposure := key_exposure(path, os.fstat(descriptor))):

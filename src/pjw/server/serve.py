@@ -272,7 +272,7 @@ async def serve(serving: Serving, opened: AbstractAsyncContextManager[Served]) -
         port.connections.listens_on(number)
         address = shown_address(host, number)
         await server.start()
-        # before clients are told that we are ready, and send a signal
+        # before clients know that we are ready, and send a signal
         asked = asyncio.Event()
         signals.handle(signal.SIGHUP, reloader.ask)
         for each in (signal.SIGTERM, signal.SIGINT):
@@ -294,7 +294,7 @@ async def serve(serving: Serving, opened: AbstractAsyncContextManager[Served]) -
         finally:
             notifier.stopping()
             await health.drain()
-            # Followers are told first: stop() alone would let them run into its grace period.
+            # Followers hear of it first: stop() alone would let them run into its grace period.
             guard.drain()
             served.draining()
             port.turns.open()

@@ -1,7 +1,7 @@
 """Start pjwd-slurm: give up root, then call Slurm's programs for the gateway until that is gone.
 
 The gateway talks to the network, and so it may execute nothing (server/syscalls.py). This process executes
-Slurm's programs and nothing else. It is told uuids and sizes, and of a client's words only the partition and
+Slurm's programs and nothing else. It gets uuids and sizes, and of a client's words only the partition and
 the feature that the operator allows it to name. Each request and each answer is a line of JSON on descriptor
 3. The argument is a line of JSON, too: the user to become, and the settings of `commands.Commands`.
 """

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 PREFIX: Final = "pjw-"
-# A program that has not answered after so long is killed: Slurm's own attempts would last for minutes.
+# A program that has not answered after this time is killed: Slurm's own attempts would last for minutes.
 ANSWER_SECONDS: Final = 30
 # So many programs run at once: each takes 20 ms of a processor and more.
 AT_ONCE: Final = 4

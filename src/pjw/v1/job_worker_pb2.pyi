@@ -184,7 +184,7 @@ class _ArtifactsStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Artifa
     """There are none: see detail."""
 
 class ArtifactsState(_ArtifactsState, metaclass=_ArtifactsStateEnumTypeWrapper):
-    """ArtifactsState is what has become of the files of a job that are to be kept. A state that a client does not know is one
+    """ArtifactsState is the state of the files that a job keeps. A state that a client does not know is one
     without artifacts.
     """
 
@@ -892,7 +892,7 @@ class StartRequest(_message.Message):
 
     @_builtins.property
     def allow(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Names on the network that the job may reach by the proxy that its environment names (HTTP_PROXY and the like): a host,
+        """Names on the network that the job may reach by the proxy that its environment names (HTTP_PROXY and others): a host,
         `*.SUFFIX` for all hosts below one, or `*`; with a port, or else with 80 and 443. A host with a port is in the job's
         /etc/hosts too, for programs that know no proxy. Up to 32, 16 of them hosts with a port. INVALID_ARGUMENT: the operator
         does not offer one of them to the client. Without any the job has a loopback interface alone.
@@ -1122,7 +1122,7 @@ class Dependency(_message.Message):
     earlier: _builtins.int
     """Instead of the id, in a SubmitRequest: the place among its jobs, from 0 on, of one before this one."""
     element: _builtins.int
-    """Of that job, which is an array, the element with this index; absent: the job itself. It goes before elements that
+    """Of that job, which is an array, the element with this index; absent: the job itself. It starts before elements that
     no job waits for. Job.after has its own id.
     """
     def __init__(
@@ -1291,9 +1291,9 @@ class WriteInputRequest(_message.Message):
     session: _builtins.int
     """In the first message: to this session of the job, instead of to the job's own command."""
     upload: _builtins.str
-    """In the first message, without an id: write an upload of this name, a tar archive of files for a job that is to be
+    """In the first message, without an id: write an upload of this name, a tar archive of files for a job that will be
     started with it (StartRequest.upload). It is made where there is none. Up to 64 letters, digits, `_` and `-`; a UUID
-    is the usual one. Two minutes after its last byte it is gone, unless a job of the queue is to have it.
+    is the usual one. Two minutes after its last byte it is gone, unless a job of the queue needs it.
     """
     def __init__(
         self,
@@ -1846,7 +1846,7 @@ class StopResponse(_message.Message):
     def job(self) -> Global___Job: ...
     @_builtins.property
     def session(self) -> Global___Session:
-        """When a session was to be ended, and then no job."""
+        """For a session alone, and then no job."""
 
     def __init__(
         self,
@@ -1950,9 +1950,9 @@ class LogsRequest(_message.Message):
     stream: Global___OutputStream.ValueType
     """Which output; stderr is only there when the job was started with split_stderr."""
     no_follow: _builtins.bool
-    """End at the end of what is there, whether the job has ended or not."""
+    """End at the present end of the output, whether the job has ended or not."""
     tail_lines: _builtins.int
-    """Begin so many lines before the end of what is there (and not before offset), as tail(1) does;
+    """Begin this many lines before the present end (and not before offset), as tail(1) does;
     absent: at offset.
     """
     timestamps: _builtins.bool
@@ -2101,7 +2101,7 @@ class GetQuotaRequest(_message.Message):
     CLIENT_NAME_FIELD_NUMBER: _builtins.int
     ALL_CLIENTS_FIELD_NUMBER: _builtins.int
     client_name: _builtins.str
-    """Whose quota; empty: the caller's own. PERMISSION_DENIED for another client's without all_clients."""
+    """The client; empty: the caller. PERMISSION_DENIED for another client's without all_clients."""
     all_clients: _builtins.bool
     """Whether the quota may be another client's: for viewers and admins."""
     def __init__(
@@ -2461,7 +2461,7 @@ class WatchJobsRequest(_message.Message):
     no_snapshot: _builtins.bool
     """Without `since`: begin with the next change, and not with the jobs as they are now."""
     no_follow: _builtins.bool
-    """End when all that has happened until now was told."""
+    """End when all that has happened until now was sent."""
     name: _builtins.str
     """Only jobs of this name; empty: of any, or of none."""
     @_builtins.property
@@ -2547,7 +2547,7 @@ class JobChange(_message.Message):
     @_builtins.property
     def job(self) -> Global___Job:
         """As it was after the change, but what does not change the state (held, unmet) as it is now. At most 256 characters
-        of its command. A job that was started at once is told of when its command runs. What was removed since has
+        of its command. A job that was started at once is reported when its command runs. What was removed since has
         neither its usage nor labels of more than 1000 characters.
         """
 
@@ -2639,7 +2639,7 @@ class Workspace(_message.Message):
     jobs: _builtins.int
     """Jobs that have not ended and use it, or wait in the queue for it."""
     client_name: _builtins.str
-    """Whose it is."""
+    """The client that owns it."""
     @_builtins.property
     def made(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -2776,13 +2776,13 @@ class Image(_message.Message):
     CONFIG_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     digest: _builtins.str
-    """Of all that is in it, as whoever has made it says."""
+    """Of all that is in it, as its maker says."""
     bytes: _builtins.int
     inodes: _builtins.int
     jobs: _builtins.int
     """Jobs of this client that run with it."""
     client_name: _builtins.str
-    """Whose it is; empty: the operator's, for every client."""
+    """Its owner; empty: the operator, for every client."""
     @_builtins.property
     def made(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -2948,7 +2948,7 @@ class LogsResponse(_message.Message):
     TIME_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
     data: _builtins.bytes
-    """The next bytes of the output; empty only where `offset` is told."""
+    """The next bytes of the output; empty only where only `offset` is reported."""
     offset: _builtins.int
     """Where in the output the next `data` begins: in the first answer to a request with tail_lines or since, which
     comes at once, so that a client that loses its connection can go on from there.

@@ -39,7 +39,8 @@ def make(db: sqlite3.Connection, array_id: int, client_name: str, indices: str) 
 def draw(db: sqlite3.Connection, array_id: int, without: Sequence[int]) -> tuple[int, int] | None:
     """Return the id and the index of the array's next element to start; None when there is none.
 
-    One that was put back, or is to be tried again, goes before one that has no row yet, which gets it now.
+    One that was put back, or waits for another attempt, starts before one that has no row yet. That one gets
+    its row now.
     """
     row = db.execute(
         "SELECT next, unseen, indices FROM arrays WHERE id = ? AND stopped_ns = 0 AND EXISTS"
@@ -125,7 +126,7 @@ def _see(db: sqlite3.Connection, element: Element) -> int:
 
 
 def is_stopped(db: sqlite3.Connection, array_id: int) -> bool:
-    """Return whether no more elements of an array are to be started."""
+    """Return whether no more elements of an array shall start."""
     row = db.execute("SELECT stopped_ns FROM arrays WHERE id = ?", (array_id,)).fetchone()
     return row is None or row[0] > 0
 

@@ -1,6 +1,6 @@
 """Artifacts: the files of a job that are kept after its end, as an archive beside its output.
 
-jobs/ID/artifacts    of a job that is to have some: empty, then the packed part; 0400 when that is whole
+jobs/ID/artifacts    of a job that keeps some: empty, then the packed part; 0400 when that is whole
 
 Its init packs them when the command has ended and that was recorded (init/archive.c), whether or not
 there is a worker. No code here reads the archive. Until it is whole, it is none: its mode says so, and is set
@@ -46,7 +46,7 @@ class Keeping:
         self._watches: Final[dict[int, int]] = {}
 
     def add(self, live: LiveJob) -> None:
-        """Have a job that is to have artifacts say when it is packing them."""
+        """Have a job that keeps artifacts say when it is packing them."""
         path = self._state.status_path(live.job.id)
         try:
             self._watches[live.job.id] = self._inotify.watch(path, lambda: self._look(live))

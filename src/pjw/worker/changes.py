@@ -4,7 +4,7 @@ The table numbers the changes (schema.py). A watcher that is behind reads them t
 watcher that has caught up is given each as it comes, by one task for all of them. One that does not take its
 changes is behind again; so no watcher has more than WAITING_MAX changes in memory.
 
-A change is on the disk before it is told: else a power cut would have another one with the same number.
+A change is on the disk before a client hears of it: else a power cut would give its number to another one.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from pjw.worker.tasks import Background, Flag, first_of
 # gRPC's clients take.
 BATCH: Final = 200
 WAITING_MAX: Final = 2 * BATCH
-# After so many changes, or so long, without one that fits, a watcher is told how far they have come: the
+# After this many changes, or this time, without one that fits, a watcher hears how far they have come: the
 # number that it resumes behind stays young.
 _PROGRESS_CHANGES: Final = 1000
 _PROGRESS_SECONDS: Final = 60.0
@@ -124,7 +124,7 @@ class _Snapshot:
                 yield page.jobs
 
     def has(self, change: JobChange) -> bool:
-        """Return whether a job was told as it was after this change, or later."""
+        """Return whether a job was reported as it was after this change, or later."""
         return (change.sequence or 0) <= self._changes[bisect_left(self._ids, change.job.id)]
 
 

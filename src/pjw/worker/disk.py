@@ -23,7 +23,7 @@ LOOK_SECONDS: Final = 1.0
 COUNT_SECONDS: Final = 60
 # The launcher's process counts for 3 s.
 _ANSWER_SECONDS: Final = 15
-# When the end of a job has freed nothing for so long, another job is ended as well.
+# When the end of a job has freed nothing for this time, another job is ended as well.
 _RELIEF_SECONDS: Final = 10
 # Ending a job of a client that has less than this part of the mark would be of no use.
 _WORTH: Final = 100

@@ -24,7 +24,7 @@ RESULTS: Final = (
     *("connected", "not_allowed", "private", "unresolved", "unreachable", "invalid", "slow", "busy"),
 )
 _REPORT_BYTES_MAX: Final = 2048
-# Others have their turn after so many.
+# Others have their turn after this many.
 _REPORTS_AT_ONCE: Final = 64
 # So many connections of a client are written down at once, and so many a second from then on: a job that is
 # refused again and again must not fill the disk with lines.
@@ -138,7 +138,7 @@ class Connections:
 
 
 def _connection_of(data: bytes) -> Connection:
-    """Parse a report. Raises ValueError and the like for anything else."""
+    """Parse a report. Raises ValueError, TypeError or KeyError for anything else."""
     said = json.loads(data.decode())
     found = Connection(said["job"], said["client"], said["host"], said["port"], said["result"])
     numbers = all(type(each) is int and 0 <= each < 2**63 for each in (found.job_id, found.port))

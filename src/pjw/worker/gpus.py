@@ -52,7 +52,7 @@ class Gpus:
             try:
                 await self._refresh()
             except GpuError:
-                # asked for again with each job that is to have some
+                # asked for again with each job that needs some
                 self._names = ()
 
     def adopt(self, job_id: int) -> None:
@@ -97,7 +97,7 @@ class Gpus:
         return sum(name not in self._taken for name in self._names)
 
     def take(self, count: int) -> Taken:
-        """Give a job that is to be started so many. Raises LimitReachedError when fewer are free."""
+        """Give GPUs to a job before its start. Raises LimitReachedError when fewer are free."""
         if not count:
             return NONE
         names = [name for name in self._names if name not in self._taken][:count]
@@ -112,7 +112,7 @@ class Gpus:
         return Taken(tuple(names))
 
     async def with_variables(self, spec: JobSpec, taken: Taken) -> JobSpec:
-        """Return the spec to execute, with the variables of its GPUs; its own go before. Raises GpuError."""
+        """Return a spec with the variables of its GPUs; its own take precedence. Raises GpuError."""
         if not taken.names:
             return spec
         found = dict(each.split("=", 1) for each in (await self._asked(taken.names)).environment)

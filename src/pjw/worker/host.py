@@ -126,7 +126,7 @@ DRAINED: Final = "the operator has drained this machine"
 
 
 class Admission:
-    """Whether jobs are started now, and who is told when that changes."""
+    """Whether jobs are started now, and the callbacks for a change of that."""
 
     def __init__(self) -> None:
         self.drained = False

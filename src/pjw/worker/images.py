@@ -37,7 +37,7 @@ from pjw.worker.workspaces import Workspaces
 
 # Nothing tells when a failing disk works again.
 _RETRY_SECONDS: Final = 60
-# The end of a job is told when it is on the disk, and a start that failed is told before its row is gone.
+# The end of a job is reported when it is on the disk, and a failed start before its row is gone.
 _PAUSE_SECONDS: Final = 0.2
 
 # a client's name, and the key of one of its images
@@ -193,7 +193,7 @@ class Images:
     # --- loading
 
     async def begin_load(self, client_name: str, name: str) -> str:
-        """Return the key of an image that is to be unpacked. Raises LimitReachedError for too many."""
+        """Return the key of an image that will be unpacked. Raises LimitReachedError for too many."""
         check_image(name)
         await self._store.of_workspaces(image_rows.require_room, client_name, name, self._settings.quotas)
         return f"@{secrets.token_hex(8)}"
@@ -212,7 +212,7 @@ class Images:
         )
 
     def drop(self, client_name: str, key: str) -> None:
-        """Remove what was unpacked in vain, when the job that does so has ended."""
+        """Remove what was unpacked for nothing, when the job that unpacked it has ended."""
         self._leave(client_name, key)
 
     # --- removal

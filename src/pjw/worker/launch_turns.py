@@ -87,7 +87,7 @@ class LaunchTurns:
         return line is not None and (bool(line.waiting) or not self._has_room(client_name, line))
 
     def turn(self, client_name: str) -> "Turn":
-        """Return a client's next turn, which is to be waited for."""
+        """Return a client's next turn, for the caller to wait for."""
         return Turn(self, client_name)
 
     async def begin(self, client_name: str) -> _Line:

@@ -47,7 +47,7 @@ class LaunchBrokenOffError(Exception):
         self.is_left: Final = is_left
 
 
-# Done when the init of a job has ended; cancelled when the launcher goes before that.
+# Done when the init of a job has ended; cancelled when the launcher ends first.
 Ended = asyncio.Future[protocol.Ended]
 
 

@@ -109,7 +109,7 @@ class Queue:
         self._maybe_over: Final[set[int]] = set()
         # the jobs of each client that are being started, by their ids
         self._starting: Final[defaultdict[str, dict[int, Head]]] = defaultdict(dict)
-        # clients of whom no job can be started until another job ends, and whether that holds for all
+        # clients without a job that can start until another job ends, and whether that holds for all
         self._held_up: Final[set[str]] = set()
         self._all_held_up = False
         # why, in words, for as long as no other attempt has succeeded
@@ -174,7 +174,7 @@ class Queue:
         self._look.set()
 
     def awaits(self, job_ids: Iterable[int]) -> None:
-        """Jobs wait for the ends of these; to be told when that was written down, before anything else."""
+        """Jobs wait for the ends of these; to hear of it when that was written down, before anything else."""
         self._awaited.update(job_ids)
 
     def job_ended(self, job: Job) -> None:
@@ -465,7 +465,7 @@ class Queue:
         return True
 
     def _pass_over(self, job: Head) -> bool:
-        """Let others go before a job that has no room, if they can do so without harm to it."""
+        """Let others start before a job that has no room, if they can do so without harm to it."""
         if not self._slots.passed_over(job):
             return False
         passed = self._passed[job.client_name]
@@ -496,7 +496,7 @@ class Queue:
     def _give_back(self, job_id: int, client_name: str, array_id: int | None) -> None:
         """Free the slot of a job, and its place in its array: the job has ended, or waits again."""
         self._slots.give_back(job_id)
-        # the end of the job was told before its slot was free
+        # the end of the job was reported before its slot was free
         self._look_at_passed()
         if array_id is not None:
             self._drawn[array_id].discard(job_id)
@@ -576,7 +576,7 @@ class Queue:
             else:
                 self._note_end(started.id)
         except (NotQueuedError, WorkspaceBusyError):
-            # the second: another start was first, and its end is told
+            # the second: another start was first, and its end is reported
             pass
         except InvalidJobError as error:
             await self._give_up(job, str(error))
@@ -660,7 +660,7 @@ class Queue:
         if self._heads:
             self._look.set()
 
-    # --- what is told
+    # --- messages
 
     def shown(self, job: Job) -> Job:
         """Return a job as it is shown: one that waits says why."""

@@ -16,7 +16,7 @@ from pjw.worker.tasks import Flag
 
 
 class QueueCalls(ABC):
-    """Whoever has a queue of jobs."""
+    """The owner of a queue of jobs."""
 
     _queue: Queue
 
@@ -65,7 +65,7 @@ class QueueCalls(ABC):
         try:
             await store.sync()
         except PjwError:
-            # nobody was told of them; of one of an earlier request its caller was
+            # no caller knows of them, except of one of an earlier request
             await store.unqueue([job.id for job in jobs if to_ns(job.asked) >= before_ns])
             raise
         self._queue.added(jobs)

@@ -1,4 +1,4 @@
-"""The queue in the table of jobs: what waits, in which order, and what is to be executed then.
+"""The queue in the table of jobs: the jobs that wait, their order, and their commands.
 
 A job waits while it has not ended and its `start_ns` is 0 (schema.py). Each function is a statement or a part
 of a transaction, and is called in the table's thread. What changes a job looks at its state in the same
@@ -97,7 +97,7 @@ class WaitingJob:
         return name
 
     def spec(self) -> JobSpec:
-        """Return what is to be executed, with the limits that were asked for. Raises InvalidJobError."""
+        """Return the spec of the command, with the limits that were asked for. Raises InvalidJobError."""
         stored = json.loads(self.text)
         command, terminal = stored["command"], stored.get("terminal")
         added = {"PJW_ATTEMPT": str(self.job.attempt)} if self.job.attempt else {}
@@ -197,7 +197,7 @@ def placed(db: sqlite3.Connection, client_name: str, spec: JobSpec, before: Sequ
 def depend(
     db: sqlite3.Connection, job_id: int, client_name: str, after: Sequence[After]
 ) -> tuple[set[int], str]:
-    """Have a new job wait for others of its client; those that have not ended, or why it waits in vain.
+    """Have a new job wait for others of its client; those that have not ended, or why it would wait for ever.
 
     Of a job that was tried again it waits for the newest attempt. Raises JobNotFoundError for what is no job
     of the client, and InvalidJobError for two attempts of one job.
@@ -246,7 +246,7 @@ def _ended_otherwise(job: Job) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Effects:
-    """What an end has brought about: clients of whom a job may be ready, and jobs that were cancelled.
+    """What an end has brought about: clients with a job that may be ready, and jobs that were cancelled.
 
     `left` says that there is more to do.
     """
@@ -347,7 +347,7 @@ def first_ready(
     if head is None or is_free(busy, head.workspace, exclusive=head.exclusive):
         return head
     # Thousands may wait for a workspace, so they are not gone through one by one. Of each workspace only the
-    # first can be next: those that share it would else keep one that is to be alone waiting for ever.
+    # first can be next: those that share it would else keep one that must be alone waiting for ever.
     heads = [
         _first_of(
             _first(db, "jobs_ready_of_workspace", client_name, without, more, workspace, exclusive)
@@ -454,7 +454,7 @@ def let_due(db: sqlite3.Connection, now_ns: int) -> tuple[list[str], int | None]
 
 
 def shift_pauses(db: sqlite3.Connection, shift_ns: int, now_ns: int) -> int | None:
-    """Let attempts wait as long as they were to, though the clock was set by so much; the next due time.
+    """Let attempts wait their whole time, though the clock was set by *ns*; the next due time.
 
     No pause is longer than it may be: while no worker ran, nobody has seen by how much the clock was set.
     """
@@ -625,7 +625,7 @@ def has_secrets(db: sqlite3.Connection, token: str) -> bool:
 
 
 def uploads(db: sqlite3.Connection) -> set[tuple[str, str]]:
-    """Those that jobs of the queue are to have: their clients and names."""
+    """Return the uploads that jobs of the queue need: their clients and names."""
     # an environment may have a variable of that name, too
     found = db.execute("SELECT client_name, spec FROM specs WHERE instr(spec, '\"upload\": ') > 0")
     named = ((client_name, json.loads(text).get("upload")) for client_name, text in found)

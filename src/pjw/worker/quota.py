@@ -38,7 +38,7 @@ class RunningJobs:
         self._memory: Final[Counter[str]] = Counter()
 
     def take(self, client_name: str, limits: Limits) -> None:
-        """Count a job that is to be started.
+        """Count a job before its start.
 
         Raises LimitReachedError at a quota or without room for its memory; InvalidJobError without room ever.
         """

@@ -240,7 +240,7 @@ END;
     # the places behind `next` whose elements have had a row out of turn. An array waits (`start_ns` is 0)
     # while one of its elements does. `queued_more` is the number by which the elements without a row exceed
     # the arrays in the queue, to count elements without looking at each. An array runs (`told`) when it waits
-    # no more; its changes of state are told as those of jobs.
+    # no more; its changes of state are reported like those of jobs.
     """
 ALTER TABLE jobs ADD COLUMN array_id INTEGER;
 ALTER TABLE jobs ADD COLUMN array_index INTEGER;
@@ -459,7 +459,7 @@ CREATE INDEX placements_to_archive ON placements (node, job_id)
 CREATE TABLE identity AS SELECT lower(hex(randomblob(16))) AS id;
 ALTER TABLE nodes ADD COLUMN table_id TEXT NOT NULL DEFAULT '';
 """,
-    # Which partition of Slurm's a job is to have its place in, and with which feature; empty: any.
+    # The partition of Slurm's where a job has its place, and the feature that it needs; empty: any.
     """
 ALTER TABLE jobs ADD COLUMN slurm_partition TEXT NOT NULL DEFAULT '';
 ALTER TABLE jobs ADD COLUMN slurm_constraint TEXT NOT NULL DEFAULT '';

@@ -137,7 +137,7 @@ class Sessions:
             record = parse_record(await self._state.in_thread(self._files.read_status, key))
             alive = await self._state.in_thread(self._files.is_alive, key)
             if asked is None or job is None or (record.started_ns is None and not alive):
-                # no client was told of a session whose command was not executed
+                # no client knows of a session whose command was not executed
                 await self._state.in_thread(self._files.hang_up, key)
                 await self._state.in_thread(self._files.remove, key)
                 continue

@@ -49,7 +49,7 @@ class Retention:
     bytes_per_client: int = 0
     jobs_total: int = 0
     bytes_total: int = 0
-    # a workspace that no job has used for so long is removed
+    # a workspace that no job has used for this time is removed
     workspace_age_seconds: int = 0
     # so is an image that a client has loaded
     image_age_seconds: int = 0
@@ -110,7 +110,7 @@ class Shares:
         return self.by_name.get(client_name, self.default)
 
 
-# Without marks of the operator's a twentieth of a file system is kept free, and at most so much.
+# Without marks of the operator's a twentieth of a file system is kept free, and at most this much.
 _FREE_BYTES_MIN: Final = 1024**3
 _FREE_INODES_MIN: Final = 100_000
 
@@ -126,7 +126,7 @@ class DiskMarks:
     free_inodes_min: int | None = None
 
     def bytes_of(self, total: int) -> int:
-        """Return the mark of a file system of so many bytes."""
+        """Return the mark of a file system of *total* bytes."""
         return min(total // 20, _FREE_BYTES_MIN) if self.free_bytes_min is None else self.free_bytes_min
 
     def free_and_mark(self, status: os.statvfs_result) -> tuple[int, int]:
@@ -134,7 +134,7 @@ class DiskMarks:
         return status.f_bavail * status.f_frsize, self.bytes_of(status.f_blocks * status.f_frsize)
 
     def inodes_of(self, total: int) -> int:
-        """Return the mark of a file system of so many inodes; 0 where they are not counted."""
+        """Return the mark of a file system of *total* inodes; 0 where they are not counted."""
         return min(total // 20, _FREE_INODES_MIN) if self.free_inodes_min is None else self.free_inodes_min
 
 
@@ -144,12 +144,12 @@ class WorkerSettings:
 
     default_limits: Limits = field(default_factory=Limits)
     ceiling: Limits = NO_CEILING
-    # the least that a job may ask for; a default limit or a ceiling that is lower goes before it
+    # the least that a job may ask for; a lower default limit or ceiling replaces it
     floor: Limits = FLOOR
     # the most that all jobs may use together
     sums: Sums = NO_SUMS
     shares: Shares = Shares()
-    # The memory limits of running jobs together are at most so many times the sum of memory, or the host's
+    # The memory limits of running jobs together are at most this many times the sum of memory, or the host's
     # memory where there is none; 0 is any number of times.
     memory_overcommit: float = 0
     # the user ids that clients are given; 0: a range of the state directory's own (launcher/job_users.py)

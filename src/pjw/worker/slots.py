@@ -14,7 +14,7 @@ from pjw.worker.settings import WorkerSettings
 
 
 class Wanting(Protocol):
-    """What has to be known of a job that is to have a slot: a `Job` is one, and a `queue_rows.Head`."""
+    """The facts about a job that needs a slot: a `Job` is one, and a `queue_rows.Head`."""
 
     @property
     def id(self) -> int:
@@ -22,7 +22,7 @@ class Wanting(Protocol):
 
     @property
     def client_name(self) -> str:
-        """Whose job it is."""
+        """The client that owns the job."""
 
     @property
     def limits(self) -> Limits:
@@ -54,7 +54,7 @@ class Wanting(Protocol):
 
     @property
     def partition(self) -> str:
-        """The partition of Slurm's that it is to have its place in; empty: the operator's."""
+        """The partition of Slurm's for its place; empty: the operator's."""
 
     @property
     def constraint(self) -> str:
@@ -136,7 +136,7 @@ class Slots:
         return "is next: waits for a free slot"
 
     def passed_over(self, job: Wanting) -> str:
-        """Say why a job that has no room waits, when others may go before it; else nothing."""
+        """Say why a job that has no room waits, when others may start first; else nothing."""
         return ""
 
     def is_hopeless(self, job: Wanting) -> bool:

@@ -46,7 +46,7 @@ log: Final = logging.getLogger(__name__)
 
 # a client's name, and what it called its request
 _Request = tuple[str, str]
-# Makes undone what there is of a job whose launch failed for a reason.
+# Removes what exists of a job whose launch failed for a reason.
 _Undo = Callable[[Job, BaseException], Awaitable[None]]
 
 

@@ -4,7 +4,7 @@ STATE/               root, 0711
 jobs.sqlite        root's, 0600: the job table; opened before privilege is dropped
 jobs/sessions/     the server's own: the files of sessions, see session_files.py
 jobs/secrets/      the server's own, 0700: the secrets of jobs in the queue, see secret_files.py
-jobs/uploads/      the server's own, 0700: files for jobs that are to be started, see uploads.py
+jobs/uploads/      the server's own, 0700: files for jobs before their start, see uploads.py
 jobs/ID/           the server's own, 0700: `output`, `status`, `times` and `usage` of each job, where stderr
                    is kept apart `stderr` and `stderr_times` as well, where it has input `input`,
                    with a terminal `control`, with files that are kept `artifacts` (artifacts.py); when

@@ -108,7 +108,7 @@ class _NotWrittenError(Exception):
 
 
 class NotQueuedError(Exception):
-    """A job that was to be started is not in the queue any more, or is held."""
+    """A job is not in the queue any more, or is held, when its turn has come."""
 
 
 def _listed(texts: Sequence[str]) -> str:
@@ -561,7 +561,7 @@ class JobStore:
         return job_id
 
     async def unqueue(self, job_ids: Sequence[int]) -> None:
-        """Take back jobs that were just put into the queue, and that no caller was told of."""
+        """Take back jobs that were just put into the queue, and that no caller knows of."""
         await self._run(self._unqueue, job_ids)
 
     def _unqueue(self, job_ids: Sequence[int]) -> None:
@@ -602,7 +602,7 @@ class JobStore:
         return replace(found, secrets=self.secrets.read(found.token))
 
     async def uploads(self) -> set[tuple[str, str]]:
-        """Return the uploads that jobs of the queue are to have: their clients and names."""
+        """Return the uploads that jobs of the queue need: their clients and names."""
         return await self._run(queue_rows.uploads, self._db)
 
     async def forget_secrets(self) -> None:

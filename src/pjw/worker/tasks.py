@@ -61,7 +61,7 @@ def log_failure(task: asyncio.Future[Any]) -> None:
 
 
 def log_bug(task: asyncio.Future[Any]) -> None:
-    """Log an error only when it is a bug: others are told elsewhere, or need not be."""
+    """Log an error only when it is a bug: other errors are reported elsewhere, or need no report."""
     if not task.cancelled() and not isinstance(task.exception(), PjwError):
         log_failure(task)
 

@@ -1,8 +1,8 @@
-"""Uploads: archives of files for jobs that are to be started. Only a job's own program reads one.
+"""Uploads: archives of files for jobs before their start. Only a job's own program reads one.
 
 jobs/uploads/CLIENT-NAME    an archive, 0600, of the client with that hash; 0400 when all of it came
 
-One is there while a client writes it, for a while after that, and as long as a job of the queue is to have
+One is there while a client writes it, for a while after that, and as long as a job of the queue needs
 it. So nothing has to be undone when a client is gone or a job cancelled: an unwanted upload goes at the end
 of its lease, and with the start of the job that had it at once.
 """
@@ -28,7 +28,7 @@ from pjw.worker.state_dir import WHOLE_MODE, disk_error
 from pjw.worker.store import JobStore
 from pjw.worker.tasks import Flag
 
-# Without a call that writes it, or a job that is to have it, an upload goes after so long.
+# Without a call that writes it, or a job that needs it, an upload is removed after this time.
 LEASE_SECONDS: Final = 120.0
 # seconds between looks
 _SWEEP_SECONDS: Final = 30.0
@@ -47,7 +47,7 @@ class Home(Protocol):
 
     @property
     def store(self) -> JobStore:
-        """The jobs that are to have them."""
+        """The jobs that need them."""
 
     @property
     def jobs_path(self) -> str:
@@ -154,7 +154,7 @@ class Uploads:
         if file_name not in self._uploads and own >= PER_CLIENT_MAX:
             raise LimitReachedError(
                 f"{client_name} has {own} uploads, and no more than {PER_CLIENT_MAX} may be",
-                hint=f"one that no job is to have goes after {LEASE_SECONDS:.0f} s",
+                hint=f"one that no job needs is removed after {LEASE_SECONDS:.0f} s",
             )
 
     def _open_to_write(self, file_name: str, subject: str) -> int:
@@ -200,7 +200,7 @@ class Uploads:
         return descriptor
 
     async def release(self, client_name: str, name: str) -> None:
-        """Remove one whose job was started, or was refused, unless a job of the queue is to have it."""
+        """Remove one whose job was started, or was refused, unless a job of the queue needs it."""
         try:
             file_name = _file_name(client_name, name)
             if file_name in self._uploads and (client_name, name) not in await self._state.store.uploads():

@@ -80,7 +80,7 @@ class WalSync:
         return waiting
 
     def prepare(self) -> asyncio.Future[None]:
-        """Return the argument of `begin`; call it from the event loop that is to be told."""
+        """Return the argument of `begin`; call it from the event loop that waits."""
         if self._thread is None:
             # a daemon: without a call of `close` it keeps no process from ending
             self._thread = threading.Thread(target=self._run, name="pjw-sync", daemon=True)

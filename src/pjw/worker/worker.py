@@ -137,7 +137,7 @@ class Worker(QueueCalls):
         self._pruner: Final = Pruner(state, settings.retention)
         # of jobs, to names on the network
         self.connections: Final = Connections()
-        # of whoever uses this worker for others, to be told with its own
+        # of the user of this worker, reported with its own
         self.more_numbers: Callable[[], Sequence[Series]] = lambda: ()
         self._stopping: Final = Stopping(self._launcher, self._background, state.store.note)
         self._held: Final = HeldOutputs(state)
@@ -359,7 +359,7 @@ class Worker(QueueCalls):
                 uid = await self._users.of(client_name)
                 words = await self._launcher.request_set_share(uid, share)
             except (KernelError, LimitReachedError) as error:
-                # one client's trouble, not the others'
+                # a fault that concerns one client, not the others
                 words = (str(error),)
             not_set += [f"share of {client_name}: {each}" for each in words]
         return not_set
@@ -427,7 +427,7 @@ class Worker(QueueCalls):
         await self._launcher.request_reload_mounts()
 
     async def open_operator_file(self, place: int) -> int:
-        """Open a file that the launcher was told of at its start, for reading; the caller owns it."""
+        """Open a file of those named to the launcher at its start, for reading; the caller owns it."""
         return await self._launcher.request_open_file(place)
 
     async def open_audit_log(self) -> int:
@@ -439,7 +439,7 @@ class Worker(QueueCalls):
     async def start(self, spec: JobSpec, client_name: str = LOCAL_CLIENT) -> Job:
         """Start a job; return when its command was executed.
 
-        Its row is on the disk then: not even a power cut makes pjw forget a job that a caller was told of.
+        Its row is on the disk then: not even a power cut makes pjw forget a job that a caller knows of.
         Raises InvalidJobError, NameTakenError, WorkspaceBusyError, LaunchError (not executable),
         WorkdirError, LimitReachedError (a quota, no space, no processes) or KernelError; then no job came to
         be. A caller that is cancelled before the answer gets no job either, unless the spec has a request id,
@@ -803,7 +803,7 @@ class Worker(QueueCalls):
     async def write_upload(
         self, name: str, client_name: str = LOCAL_CLIENT
     ) -> AsyncGenerator[InputWriter, None]:
-        """Write an archive of files for a job of a client's that is to be started, as `write_input` does.
+        """Write an archive of files for the start of a client's job, as `write_input` does.
 
         It goes with the start of the job whose `JobSpec.upload` is its *name*, or a while after it came.
         Raises InvalidJobError, JobStateError when another has begun to write it, and LimitReachedError.

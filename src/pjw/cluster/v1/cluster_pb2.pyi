@@ -39,7 +39,7 @@ class _NodeStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_NodeState.V
     NODE_STATE_AWAY: _NodeState.ValueType  # 3
     """It is not connected, and its jobs are not lost yet."""
     NODE_STATE_LOST: _NodeState.ValueType  # 4
-    """It was not heard of for so long that its jobs are lost."""
+    """The gateway has not heard of it, and its jobs are lost."""
 
 class NodeState(_NodeState, metaclass=_NodeStateEnumTypeWrapper):
     """NodeState is whether a node gets jobs. A state that a client does not know is one in which it gets none."""
@@ -52,7 +52,7 @@ NODE_STATE_DRAINED: NodeState.ValueType  # 2
 NODE_STATE_AWAY: NodeState.ValueType  # 3
 """It is not connected, and its jobs are not lost yet."""
 NODE_STATE_LOST: NodeState.ValueType  # 4
-"""It was not heard of for so long that its jobs are lost."""
+"""The gateway has not heard of it, and its jobs are lost."""
 Global___NodeState: _TypeAlias = NodeState  # noqa: Y015
 
 @_typing.final
@@ -155,7 +155,7 @@ Global___SessionResponse: _TypeAlias = SessionResponse  # noqa: Y015
 
 @_typing.final
 class Hello(_message.Message):
-    """Hello is who a node is, and what it has."""
+    """Hello names a node, and lists what it has."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -240,7 +240,7 @@ Global___Hello: _TypeAlias = Hello  # noqa: Y015
 
 @_typing.final
 class Heartbeat(_message.Message):
-    """Heartbeat says that who sends it is there."""
+    """Heartbeat says that its sender is alive."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -375,7 +375,7 @@ class Welcome(_message.Message):
     heartbeat_ms: _builtins.int
     """Between two heartbeats."""
     lost_after_ms: _builtins.int
-    """A node of which the gateway hears nothing for so long has lost its jobs."""
+    """A node of which the gateway hears nothing for this time has lost its jobs."""
     def __init__(
         self,
         *,
@@ -600,7 +600,7 @@ class ClaimResponse(_message.Message):
     START_FIELD_NUMBER: _builtins.int
     uuid: _builtins.str
     client_name: _builtins.str
-    """Whose job it is."""
+    """The client that owns the job."""
     client_number: _builtins.int
     """Which of the user ids of jobs is that client's, from 0 on: the same on all nodes."""
     @_builtins.property

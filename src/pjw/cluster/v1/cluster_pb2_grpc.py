@@ -74,7 +74,7 @@ class NodeServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def FetchUpload(self, request, context):
-        """FetchUpload streams the archive of files that a job which this node has claimed is to have (StartRequest.upload), in
+        """FetchUpload streams the archive of files for a job that this node has claimed (StartRequest.upload), in
         pieces of at most 1 MiB. FAILED_PRECONDITION: the job is not this node's to run, or has none.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

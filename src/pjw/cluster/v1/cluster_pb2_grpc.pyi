@@ -48,7 +48,7 @@ class NodeServiceStub:
     claim in the same session is answered as before. FAILED_PRECONDITION: the job is not this node's to run.
     """
     FetchUpload: _grpc.UnaryStreamMultiCallable[_cluster_pb2.FetchUploadRequest, _cluster_pb2.FetchUploadResponse]
-    """FetchUpload streams the archive of files that a job which this node has claimed is to have (StartRequest.upload), in
+    """FetchUpload streams the archive of files for a job that this node has claimed (StartRequest.upload), in
     pieces of at most 1 MiB. FAILED_PRECONDITION: the job is not this node's to run, or has none.
     """
 
@@ -67,7 +67,7 @@ class NodeServiceAsyncStub(NodeServiceStub):
     claim in the same session is answered as before. FAILED_PRECONDITION: the job is not this node's to run.
     """
     FetchUpload: _aio.UnaryStreamMultiCallable[_cluster_pb2.FetchUploadRequest, _cluster_pb2.FetchUploadResponse]  # type: ignore[assignment]
-    """FetchUpload streams the archive of files that a job which this node has claimed is to have (StartRequest.upload), in
+    """FetchUpload streams the archive of files for a job that this node has claimed (StartRequest.upload), in
     pieces of at most 1 MiB. FAILED_PRECONDITION: the job is not this node's to run, or has none.
     """
 
@@ -101,7 +101,7 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _cluster_pb2.FetchUploadRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_cluster_pb2.FetchUploadResponse], _abc.AsyncIterator[_cluster_pb2.FetchUploadResponse]]:
-        """FetchUpload streams the archive of files that a job which this node has claimed is to have (StartRequest.upload), in
+        """FetchUpload streams the archive of files for a job that this node has claimed (StartRequest.upload), in
         pieces of at most 1 MiB. FAILED_PRECONDITION: the job is not this node's to run, or has none.
         """
 

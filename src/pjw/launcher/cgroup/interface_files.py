@@ -309,7 +309,7 @@ NO_THROTTLE: Final = {
     "blkio.throttle.write_iops_device": "0",
     "io.max": "rbps=max wbps=max riops=max wiops=max",
 }
-# Init lifts the limits of at most so many disks (init/init.h, LIFTS_MAX); the launcher lifts all.
+# Init lifts the limits of at most this many disks (init/init.h, LIFTS_MAX); the launcher lifts all.
 DISKS_MAX: Final = 64
 # half made or half removed; ENODEV: between the open and the write, or a disk that was taken away
 _GONE: Final = (errno.ENOENT, errno.ENODEV)

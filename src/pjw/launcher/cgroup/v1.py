@@ -28,7 +28,7 @@ def mounted_controllers(mounts: Sequence[interface_files.Mount]) -> dict[str, st
     """Return the mount point of each controller; two may share one, as cpu and cpuacct often do."""
     points: dict[str, str] = {}
     v1_mounts = [mount for mount in mounts if mount.fs_type == "cgroup"]
-    # A mount of the whole hierarchy goes before one of a part (a container's bind mount).
+    # A mount of the whole hierarchy is preferred to one of a part (a container's bind mount).
     for mount in sorted(v1_mounts, key=lambda mount: mount.root != "/"):
         for controller in (*CONTROLLERS, IO_CONTROLLER):
             if controller in mount.super_options:
