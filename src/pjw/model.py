@@ -27,6 +27,18 @@ LIMIT_MINIMUM: Final[Mapping[str, int]] = {
     "io_wiops_max": 2,
 }
 LIMIT_MAXIMUM: Final = 2**62
+# Each limit in words: its label in a table, and its meaning.
+LIMIT_WORDS: Final[Mapping[str, tuple[str, str]]] = {
+    "cpu_max_millicores": ("processors", "thousandths of a processor"),
+    "memory_max_bytes": ("memory", "memory, its file systems in memory included; swap is off"),
+    "pids_max": ("processes", "processes and threads"),
+    "io_rbps_max": ("read/s", "bytes a second that are read from disk"),
+    "io_wbps_max": ("written/s", "bytes a second that are written to disk"),
+    "io_riops_max": ("reads/s", "reads a second from disk"),
+    "io_wiops_max": ("writes/s", "writes a second to disk"),
+    "output_max_bytes": ("output", "bytes of output; then the job is killed"),
+    "time_max_seconds": ("time", "the longest that a job may run; then it is killed"),
+}
 LABELS_MAX: Final = 32
 LABEL_VALUE_MAX_CHARACTERS: Final = 255
 PATH_MAX_BYTES: Final = 4095

@@ -8,9 +8,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from pjw.model import Limits
+from pjw.model import LIMIT_WORDS, Limits
 from pjw.server.config import ServerConfig, load_config
-from pjw.server.effective import LIMITS, describe_keys
+from pjw.server.effective import describe_keys
 from pjw.server.main import main
 
 FILE = """\
@@ -73,9 +73,9 @@ def test_every_key_is_shown_and_described(capsys: pytest.CaptureFixture[str]) ->
     told = json.loads(shown(capsys, "--format", "json"))
     assert set(told) == set(describe_keys())
     assert all(each["description"] for each in told.values())
-    assert set(LIMITS) == {field.name for field in fields(Limits)}
+    assert set(LIMIT_WORDS) == {field.name for field in fields(Limits)}
     assert {key.partition(".")[0] for key in told} == set(ServerConfig.__struct_fields__)
-    assert set(tomllib.loads(shown(capsys))["limits"]) == set(LIMITS)
+    assert set(tomllib.loads(shown(capsys))["limits"]) == set(LIMIT_WORDS)
 
 
 def test_paths_of_options_are_taken_from_here(

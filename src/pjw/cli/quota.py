@@ -7,7 +7,7 @@ from typing import Any
 from pjw.cli.connection import connect
 from pjw.cli.render import json_text, limits_members, printable
 from pjw.cli.units import duration_in_words, limit_in_words, size_in_words
-from pjw.model import ClientQuota
+from pjw.model import LIMIT_WORDS, ClientQuota
 
 
 def show_quota(arguments: argparse.Namespace) -> None:
@@ -43,25 +43,20 @@ def quota_lines(quota: ClientQuota) -> Iterator[str]:
     yield ""
     yield _row("", "NOW", "ALL JOBS", "ONE JOB", "UNASKED")
     use = quota.use
-    yield _of_all(quota, "memory_max_bytes", "memory", size_in_words(use.memory_bytes))
+    yield _of_all(quota, "memory_max_bytes", size_in_words(use.memory_bytes))
     promised = size_in_words(quota.memory_promised_bytes)
     yield _row("promised", promised, _limit("memory_max_bytes", quota.memory_promised_max_bytes), "", "")
-    yield _of_all(quota, "pids_max", "processes", str(use.pids))
-    yield _of_all(quota, "cpu_max_millicores", "processors", "")
+    yield _of_all(quota, "pids_max", str(use.pids))
+    yield _of_all(quota, "cpu_max_millicores", "")
     yield _row("their time", duration_in_words(use.cpu_usage_usec / 1_000_000), "", "", "")
-    for name, words in (
-        ("io_rbps_max", "read/s"),
-        ("io_wbps_max", "written/s"),
-        ("io_riops_max", "reads/s"),
-        ("io_wiops_max", "writes/s"),
-        ("output_max_bytes", "output"),
-        ("time_max_seconds", "time"),
-    ):
-        yield _row(words, "", "", *_of_one(quota, name))
+    for name, (label, _) in LIMIT_WORDS.items():
+        # the others have a line above, with what all jobs use together
+        if not hasattr(quota.sums, name):
+            yield _row(label, "", "", *_of_one(quota, name))
 
 
-def _of_all(quota: ClientQuota, name: str, words: str, now: str) -> str:
-    return _row(words, now, _limit(name, getattr(quota.sums, name)), *_of_one(quota, name))
+def _of_all(quota: ClientQuota, name: str, now: str) -> str:
+    return _row(LIMIT_WORDS[name][0], now, _limit(name, getattr(quota.sums, name)), *_of_one(quota, name))
 
 
 def _of_one(quota: ClientQuota, name: str) -> Iterator[str]:

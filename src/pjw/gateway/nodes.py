@@ -102,7 +102,7 @@ class Shape(NamedTuple):
     # the longest that the job may run; 0: for ever
     seconds: int = 0
     gpus: int = 0
-    # what not every node offers: offers.py
+    # the offers that not every node has: `Offers`
     needs: frozenset[str] = frozenset()
     # The network that it shares with other jobs of its client: all that have it are on one node. Empty: none.
     link: str = ""

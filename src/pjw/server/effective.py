@@ -7,23 +7,12 @@ import json
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Final, get_args, get_origin
+from typing import Annotated, get_args, get_origin
 
 import msgspec
 
+from pjw.model import LIMIT_WORDS
 from pjw.server.config import ServerConfig
-
-LIMITS: Final = {
-    "cpu_max_millicores": "thousandths of a processor",
-    "memory_max_bytes": "memory, its file systems in memory included; swap is off",
-    "pids_max": "processes and threads",
-    "io_rbps_max": "bytes a second that are read from disk",
-    "io_wbps_max": "bytes a second that are written to disk",
-    "io_riops_max": "reads a second from disk",
-    "io_wiops_max": "writes a second to disk",
-    "output_max_bytes": "bytes of output; then the job is killed",
-    "time_max_seconds": "so long a job may run; then it is killed",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +71,10 @@ def describe_keys() -> dict[str, str]:
     """Return the meaning of each key, by its name with its table's in front."""
     found = dict(_described(ServerConfig))
     del found["limits"], found["ceilings"], found["floors"]
-    for name in LIMITS:
-        found[f"limits.{name}"] = f"what a job gets unless its client asks for another: {LIMITS[name]}"
-        found[f"ceilings.{name}"] = f"the most that a client may ask for: {LIMITS[name]}"
-        found[f"floors.{name}"] = f"the least that a client may ask for: {LIMITS[name]}"
+    for name, (_, words) in LIMIT_WORDS.items():
+        found[f"limits.{name}"] = f"what a job gets unless its client asks for another: {words}"
+        found[f"ceilings.{name}"] = f"the most that a client may ask for: {words}"
+        found[f"floors.{name}"] = f"the least that a client may ask for: {words}"
     return found
 
 
