@@ -1,115 +1,85 @@
-"""Who watches while others do: what comes in the midst of a look at the table; and notes beside ends."""
+"""Changes that a newcomer might be asked for, made: CONTRIBUTING.md, "Ten changes", names their files.
 
-import asyncio
-from collections.abc import AsyncIterator, Collection
-from dataclasses import replace
-from datetime import UTC, datetime
+Each is a patch in tests/changes, applied to a copy of the source. So the number of files is counted, and the
+change is seen to work: the copy generates its contract, and a program uses the new thing.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Final
 
 import pytest
 
-from pjw.model import EndReason, ExitStatus, Job, JobChange, JobSpec, JobState, Limits
-from pjw.worker.changes import Batch, Changes, Watched
-from pjw.worker.settings import Quotas
-from pjw.worker.store import JobStore
-from pjw.worker.tasks import Background, Flag
+ROOT: Final = Path(__file__).parents[2]
+FILES_MAX: Final = 6
+LIMIT = """
+from pjw.cli.parser import build_parser
+from pjw.cli.quota import LIMIT_WORDS
+from pjw.cli.spec import spec_from
+from pjw.launcher.cgroup.v1 import V1Hierarchy
+from pjw.launcher.cgroup.v2 import V2Hierarchy
+from pjw.model import DEFAULT_SHARE, Limits
+from pjw.rpc.convert import spec_from_message, spec_to_message
 
-SECONDS = 30
+words = ["start", "--memory-high", "64M", "true"]
+sent = spec_to_message(spec_from(build_parser(words).parse_args(words)))
+limits = Limits().with_overrides(spec_from_message(type(sent).FromString(sent.SerializeToString())).limits)
+v1, v2 = object.__new__(V1Hierarchy), object.__new__(V2Hierarchy)
+v1._bounds_swap = v2._bounds_swap = False
+v1._io_devices = v2._io_devices = ["8:0"]
+bytes_max = str(64 << 20)
+# without a limit of processors, for which v1 looks at the cgroup of the client
+limits = limits.with_overrides({"cpu_max_millicores": 0})
+files = list(v1._settings(limits, 1000, DEFAULT_SHARE, "job 1"))
+assert ("memory", "memory.soft_limit_in_bytes", bytes_max) in files
+assert ("memory.high", bytes_max) in list(v2._settings(limits, "job 1"))
+assert LIMIT_WORDS["memory_high_bytes"]
+"""
+REASON = """
+from datetime import UTC, datetime
 
+from pjw.cli.commands import why_ended
+from pjw.cli.parser import build_parser
+from pjw.model import EndReason, ExitStatus, Job, JobState, Limits
+from pjw.v1 import job_worker_pb2 as pb
+from pjw.worker.job import LiveJob
+from pjw.worker.status_record import End
 
-class Held(JobStore):
-    """A table whose next look for all watchers of these clients waits for a word."""
+words = ["list", "--reason", "quota_lowered"]
+assert build_parser(words).parse_args(words).reason == ["quota_lowered"]
+assert pb.EndReason.Value("END_REASON_QUOTA_LOWERED") == 71
+live = LiveJob(Job(1, "alice", "x", JobState.RUNNING, Limits(), datetime.now(UTC)), None, None)
+live.quota_lowered = True
+live.stop_asked()
+live.end_seen(End(0, ExitStatus(signal=15), EndReason.STOPPED), None, 0)
+assert live.job.reason is EndReason.QUOTA_LOWERED
+assert "lowered a quota" in why_ended(live.job)
+"""
+OPTION = """
+from pjw.cli.parser import build_parser
 
-    owners: Collection[str | None] = ()
-
-    def hold(self, *owners: str) -> None:
-        """Hold the next such look."""
-        self.owners = set(owners)
-        self.held, self.let_go = asyncio.Event(), asyncio.Event()
-
-    async def changes(
-        self, owners: Collection[str | None], since: int, count: int
-    ) -> tuple[list[JobChange], int]:
-        """As of any table."""
-        if self.owners == set(owners):
-            self.owners = ()
-            self.held.set()
-            await self.let_go.wait()
-        return await super().changes(owners, since, count)
-
-
-@pytest.fixture
-async def store(tmp_path: Path) -> AsyncIterator[Held]:
-    """An open table."""
-    store = Held(str(tmp_path / "jobs.sqlite"))
-    yield store
-    store.close()
-
-
-async def queued(store: JobStore, client: str) -> Job:
-    """A change: a job of a client is put into the queue."""
-    await store.client_number(client)
-    [job], _ = await store.enqueue(client, [(JobSpec("x"), Limits())], Quotas())
-    return job
-
-
-def watch(changes: Changes, owner: str, since: int) -> "asyncio.Queue[Batch]":
-    """What one who watches is told."""
-    told: asyncio.Queue[Batch] = asyncio.Queue()
-
-    async def run() -> None:
-        async for batch in changes.watch(owner, Watched(), since, snapshot=False, follow=True):
-            told.put_nowait(batch)
-
-    changes._background.spawn(run())
-    return told
+assert build_parser(["list"]).parse_args(["list", "--count"]).count
+"""
 
 
-async def next_of(told: "asyncio.Queue[Batch]") -> list[int | None]:
-    """The numbers of the next changes that are told."""
-    async with asyncio.timeout(SECONDS):
-        while not (batch := await told.get()).changes:
-            pass
-    return [change.sequence for change in batch.changes]
+@pytest.mark.parametrize(
+    ("patch", "program"), [("a-new-limit", LIMIT), ("another-end-reason", REASON), ("a-new-option", OPTION)]
+)
+def test_a_change_touches_few_files_and_works(patch: str, program: str, tmp_path: Path) -> None:
+    """At most six files, besides tests, documents and generated code; then a program uses what is new."""
+    path = ROOT / f"tests/changes/{patch}.patch"
+    touched = re.findall(r"^\+\+\+ b/(\S+)$", path.read_text(), re.MULTILINE)
+    assert 0 < len(touched) <= FILES_MAX
+    assert all(name.startswith("src/") for name in touched)
 
-
-async def test_one_who_comes_during_a_look_for_others(store: Held) -> None:
-    """That look has nothing of this client: it is told all the same, and what it has it is not told again."""
-    background = Background()
-    changes = Changes(store, background, Flag(), lambda job: job)
-    first = watch(changes, "alice", 0)
-    await queued(store, "alice")
-    assert await next_of(first) == [1]
-    store.hold("alice")
-    await queued(store, "alice")
-    await store.held.wait()
-    other, same = watch(changes, "bob", 0), watch(changes, "alice", 1)
-    assert await next_of(same) == [2]
-    async with asyncio.timeout(SECONDS):
-        while len(changes._watchers) < 3:
-            await asyncio.sleep(0.01)
-    await queued(store, "bob")
-    store.let_go.set()
-    assert await next_of(first) == [2]
-    assert await next_of(other) == [3]
-    await queued(store, "alice")
-    assert await next_of(first) == await next_of(same) == [4]
-    await background.close()
-
-
-async def test_a_note_that_is_overtaken_by_the_end(store: JobStore) -> None:
-    """The end is asked for, then all notes are written: that the job ran is told before its end."""
-    job = await store.add("alice", JobSpec("x"), Limits())
-    store.note(replace(job, state=JobState.RUNNING))
-    ended = replace(
-        job,
-        state=JobState.EXITED,
-        end=datetime.now(UTC),
-        exit_status=ExitStatus(0),
-        reason=EndReason.COMPLETED,
-    )
-    finishing = asyncio.ensure_future(store.finish(ended))
-    await asyncio.sleep(0)
-    found, _ = await store.changes({"alice"}, 0, 10)
-    await finishing
-    assert [str(each.job.state) for each in found] == ["running", "exited"]
+    shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    # -C1: lines near the change may have been edited since
+    subprocess.run(["git", "apply", "-C1", path], cwd=tmp_path, check=True)
+    contract = ["-I", "src", "--python_out=src", "src/pjw/v1/job_worker.proto"]
+    subprocess.run([sys.executable, "-m", "grpc_tools.protoc", *contract], cwd=tmp_path, check=True)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "src")}
+    subprocess.run([sys.executable, "-B", "-c", program], env=environment, cwd=tmp_path, check=True)
