@@ -96,8 +96,9 @@ class Mounts:
         self._let_go(opening)
         trees, opening.trees = opening.trees, []
         if error:
+            failed = opening.sources[len(trees)]
             close_all(trees)
-            opening.then(_failed(opening.sources[len(trees)], error))
+            opening.then(_failed(failed, error))
         else:
             opening.then(trees)
 
