@@ -7,14 +7,12 @@ from typing import Final
 from tests.support.service import BIN, Service
 
 OURS: Final = frozenset(
-    """
-pjw pjw.amounts pjw.arrays pjw.errors pjw.given pjw.process pjw.model pjw.process
-pjw.certs pjw.given pjw.certs.files pjw.certs.files
-pjw.cli pjw.cli.commands pjw.cli.connection pjw.cli.exits pjw.cli.connection pjw.cli.main pjw.cli.parser
-pjw.cli.render pjw.cli.connection pjw.cli.subcommands pjw.cli.terminal pjw.cli.units
-pjw.client pjw.client.channel pjw.client.channel pjw.client.config pjw.client.config pjw.client.retry
-pjw.client.requests pjw.client.retry pjw.client.config pjw.client.sync
-pjw.rpc pjw.rpc.convert pjw.rpc.status pjw.v1 pjw.v1.job_worker_pb2 pjw.v1.job_worker_pb2_grpc
+    """\
+pjw pjw.amounts pjw.arrays pjw.certs pjw.certs.files pjw.cli pjw.cli.commands pjw.cli.connection
+pjw.cli.exits pjw.cli.main pjw.cli.parser pjw.cli.render pjw.cli.subcommands pjw.cli.terminal
+pjw.cli.units pjw.client pjw.client.base pjw.client.channel pjw.client.config pjw.client.requests
+pjw.client.retry pjw.client.sync pjw.errors pjw.given pjw.model pjw.process pjw.rpc pjw.rpc.convert
+pjw.rpc.status pjw.v1 pjw.v1.job_worker_pb2 pjw.v1.job_worker_pb2_grpc
 """.split()  # noqa: SIM905  one a line would be forty lines
 )
 MESSAGES: Final = "the messages of gRPC"

@@ -36,7 +36,7 @@ from pjw.rpc.convert import (
 )
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker.input import ended_error, require_input
-from pjw.worker.tasks import Flag, first_of
+from pjw.worker.tasks import Flag, first_of, side_by_side
 
 Answer = Callable[[pb.ForwardResponse], Awaitable[None]]
 
@@ -256,14 +256,9 @@ class NodeConnection:
         there = self._there
         call = self._dial.duplex(there.node, "Forward", there.job.client_name)
         begin = pb.ForwardRequest(id=there.node_job_id, port=first.port, data=first.data, end=first.end)
-        out = asyncio.ensure_future(_send(call, begin, requests))
-        back = asyncio.ensure_future(_receive(call, answer))
         try:
-            await asyncio.wait({out, back}, return_when=asyncio.FIRST_EXCEPTION)
             # the node ends the call when both ends have no more to say
-            for way in (back, out):
-                if way.done():
-                    way.result()
+            await side_by_side(_receive(call, answer), _send(call, begin, requests))
         except grpc.aio.AioRpcError as error:
             raise _told(error_from(error, there.node), there) from None
         except asyncio.CancelledError:
@@ -272,9 +267,6 @@ class NodeConnection:
             raise _away(there) from None
         finally:
             call.cancel()
-            for way in (out, back):
-                way.cancel()
-            await asyncio.gather(out, back, return_exceptions=True)
 
 
 async def _when_over(call: Any, tell: Callable[[float], None]) -> None:  # noqa: ANN401  as above

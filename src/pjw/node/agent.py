@@ -25,6 +25,7 @@ from pjw.worker import Worker
 from pjw.worker.host import Admission
 from pjw.worker.metrics import Series
 from pjw.worker.store import JobStore
+from pjw.worker.tasks import side_by_side
 from pjw.worker.worker import Offers
 
 FIRST_PAUSE_SECONDS: Final = 0.1
@@ -166,21 +167,16 @@ class Node:
             self.holds.say = said.say
             self.holds.announce()
         self._is_connected, self._sessions = True, self._sessions + 1
-        beating = asyncio.ensure_future(_beat(said, heartbeat, self._admission))
-        telling = asyncio.ensure_future(self._jobs.tell_ends(said))
-        hearing = asyncio.ensure_future(self._hear_all(answers, claim, said, lost_after))
-        changing = asyncio.ensure_future(self._offers_change(offers, heartbeat))
-        tasks = {beating, telling, hearing, changing}
         try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in tasks:
-                if task.done():
-                    task.result()
+            await side_by_side(
+                _beat(said, heartbeat, self._admission),
+                self._jobs.tell_ends(said),
+                self._hear_all(answers, claim, said, lost_after),
+                self._offers_change(offers, heartbeat),
+                until=asyncio.FIRST_COMPLETED,
+            )
         finally:
             self._is_connected = False
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _offers_change(self, offers: Offers, seconds: float) -> None:
         """Return when the operator offers other things than in our Hello: the next session says so."""

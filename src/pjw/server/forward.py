@@ -12,6 +12,7 @@ from typing import Final
 from pjw.errors import InvalidJobError, JobStateError, describe_errno
 from pjw.server.guard import Answer
 from pjw.v1 import job_worker_pb2 as pb
+from pjw.worker.tasks import side_by_side
 
 _CHUNK_BYTES: Final = 64 * 1024
 _MESSAGE_BYTES_MAX: Final = 1024**2
@@ -25,23 +26,13 @@ async def carry(
 ) -> None:
     """Return when both ends have no more to say. Raises JobStateError when the connection breaks."""
     await answer(pb.ForwardResponse())
-    there = asyncio.ensure_future(_send(connection, first, requests))
-    back = asyncio.ensure_future(_receive(connection, answer))
     try:
-        await asyncio.wait({there, back}, return_when=asyncio.FIRST_EXCEPTION)
-        # the last bytes that the job has sent go first
-        for way in (back, there):
-            if way.done():
-                way.result()
+        # of two errors that of the job's bytes counts
+        await side_by_side(_receive(connection, answer), _send(connection, first, requests))
     except OSError as error:
         raise JobStateError(
             f"the connection to port {first.port} of job {first.id} broke: {describe_errno(error.errno or 0)}"
         ) from None
-    finally:
-        for way in (there, back):
-            way.cancel()
-        with suppress(asyncio.CancelledError):
-            await asyncio.wait({there, back})
 
 
 async def _send(

@@ -68,6 +68,27 @@ def log_bug(task: asyncio.Future[Any]) -> None:
 
 # Flags that one coroutine waits for, several at a time.
 #
+async def side_by_side(
+    *coroutines: Coroutine[Any, Any, object], until: str = asyncio.FIRST_EXCEPTION
+) -> None:
+    """Run coroutines side by side until all are over or one fails; then end the others and wait for them.
+
+    Raises the error of the first argument that failed. With *until* FIRST_COMPLETED it returns as soon as one
+    is over. Not asyncio.TaskGroup: that wraps a single error in a group, and cannot end with the first
+    result.
+    """
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        await asyncio.wait(tasks, return_when=until)
+        for task in tasks:
+            if task.done():
+                task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
 # A coroutine that waits for the first of several asyncio.Events needs a task for each. From `set` to the
 # end of the wait it takes three turns of the event loop. On a busy loop each turn takes milliseconds.
 
