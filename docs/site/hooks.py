@@ -10,6 +10,7 @@ from typing import Final
 import api_reference
 import cli_reference
 import keys_reference
+import library_reference
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
@@ -22,6 +23,7 @@ GENERATED: Final = {
     "reference/topics.md": cli_reference.topics,
     "reference/keys.md": keys_reference.keys,
     "reference/api.md": api_reference.api,
+    "reference/library.md": library_reference.library,
 }
 # pages of the repository that are pages of the site as well
 PAGES: Final = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}

@@ -1,6 +1,8 @@
 """The references of the site: all of them are told by the code, and nothing in them is without a word."""
 
+import builtins
 import importlib
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -9,6 +11,8 @@ from typing import Final
 
 import pytest
 
+import pjw
+from pjw import errors
 from pjw.v1 import job_worker_pb2
 
 SITE: Final = Path(__file__).parents[2] / "docs" / "site"
@@ -45,6 +49,29 @@ def test_every_key_is_explained(generator: ModuleType) -> None:
     assert "| `waiting_inits` | integer, 0 to 1000 | `4` |" in page
     assert "## [ceilings]" in page
     assert without_words(page) == []
+
+
+@pytest.mark.parametrize("generator", ["library_reference"], indirect=True)
+def test_every_name_of_the_library_is_explained(generator: ModuleType) -> None:
+    """Each class, method, argument and error; and the errors that words name are those of pjw.errors."""
+    page = generator.library()
+    assert without_words(page) == []
+    used: set[str] = set()
+    for name in pjw.__all__:
+        cls = getattr(pjw, name)
+        assert cls.__doc__
+        for method_name, method in generator.public_methods(cls):
+            words = inspect.getdoc(method) or ""
+            assert words, (name, method_name)
+            assert f"### {name}.{method_name}\n" in page
+            for error in re.findall(r"\b[A-Z]\w+Error\b", words):
+                assert hasattr(errors, error) or hasattr(builtins, error), (name, method_name, error)
+            if not isinstance(method, property):
+                arguments = set(inspect.signature(method).parameters) - {"self", "cls"}
+                unnamed = {each for each in arguments if not re.search(rf"\b{each}\b", words)}
+                assert unnamed <= generator.ARGUMENTS.keys(), (name, method_name)
+                used |= unnamed
+    assert used == generator.ARGUMENTS.keys()
 
 
 @pytest.mark.parametrize("generator", ["api_reference"], indirect=True)
