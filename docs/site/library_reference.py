@@ -35,7 +35,7 @@ ARGUMENTS: Final = {
     "follow": "whether to go on until the job has ended, instead of until the present end",
     "grace_seconds": "seconds between SIGTERM and SIGKILL (signal(7)); None: the operator's",
     "ids": "ids of jobs; empty: all",
-    "job_id": "the id of a job, its name for a client, or an element of an array as `17_5`",
+    "job_id": "a job: its id, its name, or an element as `17_5`; JobNotFoundError if there is none",
     "labels": "labels that a job must have, each with its value",
     "limit": "the most jobs, the newest; None: all",
     "most": "the most jobs in the answer",
@@ -124,7 +124,7 @@ def _class(cls: type) -> Iterator[str]:
 
 def _errors() -> Iterator[str]:
     yield "## Errors\n"
-    yield "All are in `pjw.errors`, below `PjwError`. `hint` is a next step for a person, where there is one.\n"
+    yield "All are in `pjw.errors`, below `PjwError`. Some have a `hint`: a next step for a person.\n"
     every = ", ".join(f"`{error.__name__}`" for error in EVERY_CALL)
     yield f"Any call of a client may raise {every}. The others are named where they can come.\n"
     yield "| error | meaning |\n| --- | --- |"

@@ -1,4 +1,4 @@
-"""What every process of pjw needs: inherited settings, closing of descriptors, failures of stdout."""
+"""Needs of every process of pjw: inherited settings, closing of descriptors, failures of stdout."""
 
 import os
 import signal

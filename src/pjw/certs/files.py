@@ -1,4 +1,4 @@
-"""Reading and writing certificate and key files. Standard library only.
+"""Reading and writing of certificates, keys and PEM (RFC 7468). Standard library only.
 
 This module judges no content beyond "is it there, is it PEM, is the key private".
 """

@@ -1,4 +1,4 @@
-"""The abilities of an agent, with answers in words for a model; agents.py makes tools of them. No MCP here.
+"""The abilities of an agent, with answers in words for a model; agents.py makes tools of them.
 
 Each answer is bounded in time and in bytes. A call that is cancelled stops the command that it has started.
 """

@@ -1,4 +1,4 @@
-"""The client, when a command needs it, and jobs by id or name."""
+"""The client of a command: its settings, its warnings about certificates, and jobs by id or name."""
 
 import gc
 from argparse import ArgumentTypeError, Namespace

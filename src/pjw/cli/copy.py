@@ -1,4 +1,4 @@
-"""`pjw cp`: files between this machine and a job; `-` is a tar archive on stdin or stdout."""
+"""`pjw cp` and `pjw artifacts`: files between this machine and a job; `-` is a tar archive."""
 
 import os
 import re

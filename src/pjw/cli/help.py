@@ -1,4 +1,4 @@
-"""`pjw help [COMMAND|TOPIC]`."""
+"""`pjw help [COMMAND|TOPIC]`, and the guess at a command or option that the user may have meant."""
 
 import argparse
 import re

@@ -1,4 +1,4 @@
-"""The terminal that pjw itself has: its size, its raw mode, and its way back from that."""
+"""The terminal that pjw itself has: its size, its raw mode, and the keys that are meant for pjw."""
 
 import os
 import signal

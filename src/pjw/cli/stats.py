@@ -1,4 +1,4 @@
-"""`pjw stats`: the usage of a job over its life, in numbers and in plots."""
+"""`pjw stats`: the usage of a job over its life, and between two moments, in numbers and in plots."""
 
 import argparse
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Decides when to make a call again after a failure, and for how long. Neither calls nor sleeps.
+"""Failed calls: the error for the caller, and whether and when to call again. Neither calls nor sleeps.
 
 Every call may be repeated: reading changes nothing, a job that has ended can be stopped again, and a Start
 has a request id, by which the server knows it. A call that never reached a server is tried again only by a

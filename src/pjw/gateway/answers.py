@@ -1,4 +1,4 @@
-"""The errors of nodes in the words of the gateway: with its own id of the job, and never the node's."""
+"""Errors of nodes in the gateway's own words, with its own id of the job; and features that it refuses."""
 
 import re
 from typing import Final

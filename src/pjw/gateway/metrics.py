@@ -1,4 +1,4 @@
-"""What a gateway tells a Prometheus beside what every pjwd tells (docs/monitoring.md)."""
+"""Counters of a gateway for Prometheus, besides those of every pjwd (docs/monitoring.md)."""
 
 from collections import Counter
 from collections.abc import Sequence

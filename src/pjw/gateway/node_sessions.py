@@ -26,7 +26,7 @@ from pjw.worker.store import JobStore
 NODE_SERVICE: Final = pb.DESCRIPTOR.services_by_name["NodeService"].full_name
 # The most uuids in one question.
 _ASKED_AT_ONCE: Final = 1000
-# What a job can have stored, and more: the sums of thousands of jobs fit into the table.
+# More than a job can have stored; the sums of thousands of jobs fit into the table.
 _BYTES_MAX: Final = 2**48
 
 log: Final = logging.getLogger(__name__)

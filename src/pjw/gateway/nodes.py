@@ -25,7 +25,7 @@ from pjw.worker.slots import Wanting
 from pjw.worker.store import JobStore
 from pjw.worker.tasks import Background, Flag
 
-# What not every node offers: mounts and images of its operator's, names on the network.
+# The offers that not every node has: mounts and images of its operator's, names on the network.
 #
 # A node tells it in its Hello, by names alone. The node knows what it offers to which client, and so has the
 # last word: a job that it refuses ends with `start_failed`.

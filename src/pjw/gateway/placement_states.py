@@ -28,7 +28,7 @@ class PlacementState(StrEnum):
 
 
 class PlacementEvent(StrEnum):
-    """What can happen to a placement."""
+    """The events in the life of a placement."""
 
     # a node claims the job; the gateway decides by a compare-and-swap
     CLAIM = "claim"

@@ -7,7 +7,7 @@ from pjw.cluster.v1 import cluster_pb2 as pb
 from pjw.errors import JobStateError
 from pjw.version import version
 
-# What a node lets its gateway call that does not say so, as the first nodes did not.
+# The methods of a node that does not list them, as the first nodes did not.
 _FIRST_METHODS: Final = frozenset(
     {"Get", "Wait", "Stop", "Logs", "Delete", "GetUsageHistory", "GetQuota", "WatchUsage"}
 )

@@ -46,7 +46,7 @@ log: Final = logging.getLogger(__name__)
 
 
 class Kind(NamedTuple):
-    """What Slurm is asked for; places of one kind can take each other's jobs. 0 leaves it to Slurm."""
+    """A request to Slurm; places of one kind can take each other's jobs. 0 leaves it to Slurm."""
 
     cpus: int
     megabytes: int
@@ -136,7 +136,7 @@ class _Submitted:
 
     @property
     def kind(self) -> Kind:
-        """What Slurm was asked for."""
+        """A request that Slurm has."""
         return self.line.kind
 
 

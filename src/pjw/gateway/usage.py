@@ -1,4 +1,4 @@
-"""What jobs use now, as their nodes say when asked."""
+"""The present usage of jobs, as their nodes answer."""
 
 import asyncio
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What clients do within a job on its node: input, terminals, sessions, and connections to its ports.
+"""Calls into a job on its node: input, terminals, sessions, and connections to its ports.
 
 Each call goes to the node of the job, for the client whose job it is. The gateway keeps nothing of it: the
 number of a session and the bytes of an input are the node's. So when the gateway or the node is killed, a

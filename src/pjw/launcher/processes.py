@@ -1,4 +1,4 @@
-"""Processes by their pidfds: finding them, whether they have ended, how they are, and collecting them."""
+"""Processes by their pidfds, timers, and deadlines for calls that may block."""
 
 import contextlib
 import heapq

@@ -1,4 +1,4 @@
-"""Directories whose contents only root decides."""
+"""Directories whose contents only root decides, and small files there that survive a power cut."""
 
 import os
 import stat

@@ -1,4 +1,4 @@
-"""What a node does for its gateway: it claims jobs, starts them, tells of them, and ends lost ones.
+"""The work of a node for its gateway: it claims jobs, starts them, reports their ends, and ends lost ones.
 
 The node writes a job's row, with the gateway's uuid in its request id, before it starts the process. So the
 table answers for every claim, whatever was killed in between: a job without a row was never started, and

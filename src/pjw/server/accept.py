@@ -1,4 +1,4 @@
-"""gRPC's server, whose accept loop no client can end.
+"""gRPC's server, whose accept loop no client can end, and the turns of calls before their handlers.
 
 grpc.aio decodes the path of every call in the one loop that accepts them all: a path that is no UTF-8, which
 any client with a certificate can send, raises there, and the server closes its port for good (seen with

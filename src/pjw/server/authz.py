@@ -1,4 +1,4 @@
-"""The rules of access to jobs: the roles of the configuration, the methods of each role, the owner rule.
+"""The caller and its rights: its certificate, its roles, the methods of each role, the owner rule.
 
 A certificate names a client, and gives it no rights: roles are the operator's alone.
 """

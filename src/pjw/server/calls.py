@@ -1,4 +1,4 @@
-"""The calls under way, and the events that end one early: a drain, a revocation, an expired certificate."""
+"""The calls under way, the events that end one early, and writers of streams that drop a stuck reader."""
 
 from __future__ import annotations
 

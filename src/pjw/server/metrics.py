@@ -237,7 +237,7 @@ class _State(Collector):
         yield _total("pjw_input_received_bytes", "Bytes of input that clients sent.", streamed["WriteInput"])
         yield from _clients(numbers)
         yield _one("pjw_disk_size_bytes", "The file system of the state directory.", numbers.disk_bytes)
-        yield _one("pjw_disk_free_bytes", "What is free of it.", numbers.disk_free_bytes)
+        yield _one("pjw_disk_free_bytes", "The part of it that is free.", numbers.disk_free_bytes)
         waiting = sum(client.queued for client in numbers.clients.values())
         yield _one("pjw_queue_jobs", "Jobs that wait in the queue, or are being started from it.", waiting)
         yield _one(
@@ -266,7 +266,7 @@ class _State(Collector):
         quotas = self._reloader.config.clients
         yield _by(
             "pjw_limit",
-            "What the configuration allows, below [clients]; 0 is no limit.",
+            "The bound in the configuration, below [clients]; 0 is no limit.",
             "limit",
             [(name, float(getattr(quotas, name))) for name in _NUMBERS],
         )

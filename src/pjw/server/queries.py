@@ -1,4 +1,4 @@
-"""A client's request to List: its filter, and the place where the next page begins."""
+"""Requests for many jobs: the filter and the pages of List, and the changes of WatchJobs."""
 
 import asyncio
 import hashlib

@@ -1,4 +1,4 @@
-"""SIGHUP: the operator's files are read again, judged, and taken whole or not at all.
+"""SIGHUP: pjwd reads the operator's files again, judges them, and takes all or nothing.
 
 Certificates are one thing, the configuration another and the revocation list a third: a certificate
 that has expired must not keep a revocation from its effect. We reopen the audit log, since the operator may

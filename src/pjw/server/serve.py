@@ -1,4 +1,4 @@
-"""pjwd serve, the part without privilege: the gRPC server from its first byte to its drain."""
+"""pjwd serve, the part without privilege: the gRPC server from first byte to drain, and signals."""
 
 import asyncio
 import logging

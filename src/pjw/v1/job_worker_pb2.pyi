@@ -494,7 +494,7 @@ class Job(_message.Message):
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
     def usage_now(self) -> Global___UsageSample:
-        """What a job that has not ended uses, measured at most a second before. Only in the answer to Get, and absent
+        """The usage of a job that has not ended, measured at most a second before. Only in the answer to Get, and absent
         when pjwd could not measure it.
         """
 
@@ -518,7 +518,7 @@ class Job(_message.Message):
 
     @_builtins.property
     def artifacts(self) -> Global___Artifacts:
-        """What is kept of the job's files; absent for a job without StartRequest.outputs."""
+        """The files that the job keeps; absent for a job without StartRequest.outputs."""
 
     @_builtins.property
     def mounts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -2173,13 +2173,13 @@ class GetQuotaResponse(_message.Message):
 
     @_builtins.property
     def sums(self) -> Global___Sums:
-        """What all jobs of the client may use together: the lower of its own sums and those of all clients."""
+        """The most that all jobs of the client may use together: the lower of its own sums and those of all clients."""
 
     @_builtins.property
     def use(self) -> Global___GroupUse: ...
     @_builtins.property
     def mounts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Mount]:
-        """What the operator offers jobs of the client: see StartRequest.mounts."""
+        """The operator's offers to jobs of the client: see StartRequest.mounts."""
 
     def __init__(
         self,

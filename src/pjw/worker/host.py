@@ -1,4 +1,4 @@
-"""The resources of this host, and the part that all jobs may use unless the operator sets another."""
+"""The host: its resources, the descriptors that are left, and whether its operator lets jobs start."""
 
 import os
 import resource

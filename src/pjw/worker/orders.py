@@ -1,4 +1,4 @@
-"""Orders to an init, or a session, while it runs: a small file that the server writes and that is watched.
+"""Files for an init or a session: its command, and the orders that it watches while it runs.
 
 The orders outlive the server, and need no launcher (init/init.h, struct orders).
 """

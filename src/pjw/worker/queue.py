@@ -68,7 +68,7 @@ def _clock_ns() -> int:
 
 
 class Backend(Protocol):
-    """What the queue rests on."""
+    """The starter of jobs below the queue."""
 
     async def start_queued(self, waiting: WaitingJob) -> Job:
         """Start a job of the queue; the job, which runs, or has ended because it could not be executed.
@@ -446,7 +446,7 @@ class Queue:
                     self._heads[client_name] = None
             return True
         if not self._slots.has_room(job):
-            # What becomes free is for this one: else those who need less would always be first.
+            # Freed room is for this one: else jobs that need less would always be first.
             return self._pass_over(job)
         if job.at_once is not None:
             element = await self._element_of(job)

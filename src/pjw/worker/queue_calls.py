@@ -1,4 +1,4 @@
-"""What calls do to jobs of the queue, and to elements of arrays, on one machine and in a cluster."""
+"""Calls about jobs of the queue, and elements of arrays, on one machine and in a cluster."""
 
 import asyncio
 from abc import ABC, abstractmethod

@@ -44,7 +44,7 @@ STOPPED_BEFORE_START: Final = "somebody stopped it before its turn came"
 SERVER_FAILED: Final = "pjwd failed to start it; the server's log has the details"
 
 _EARLY: Final = f"{WAITS} AND not_before_ns > 0"
-# What a job is to execute, and its secrets; those of an element are stored with its array.
+# The command of a job, and its secrets; those of an element are stored with its array.
 SPEC: Final = (
     "coalesce((SELECT nullif(spec, '') FROM specs WHERE specs.id = jobs.id),"
     " (SELECT spec FROM specs WHERE specs.id = jobs.array_id))"
@@ -53,7 +53,7 @@ _SECRETS: Final = "(SELECT secrets FROM specs WHERE specs.id = coalesce(jobs.arr
 
 
 class Head(NamedTuple):
-    """What has to be known of a job to tell whose turn it is; not its command, which may be long."""
+    """The facts about a job that decide its turn; not its command, which may be long."""
 
     id: int
     client_name: str
@@ -246,7 +246,7 @@ def _ended_otherwise(job: Job) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Effects:
-    """What an end has brought about: clients with a job that may be ready, and jobs that were cancelled.
+    """The consequences of an end: clients with a job that may be ready, and jobs that were cancelled.
 
     `left` says that there is more to do.
     """

@@ -144,7 +144,7 @@ def most_of_one_job(ceiling: Limits, sums: Sums, memory_promised_max_bytes: int)
 
 
 class JobFiles(Protocol):
-    """What jobs have stored: `StateDir` is one."""
+    """The bytes that jobs have stored: `StateDir` is one."""
 
     @property
     def store(self) -> JobStore:

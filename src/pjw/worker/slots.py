@@ -26,7 +26,7 @@ class Wanting(Protocol):
 
     @property
     def limits(self) -> Limits:
-        """What it may use."""
+        """Its limits."""
 
     @property
     def gpus(self) -> int:

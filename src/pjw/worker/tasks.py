@@ -1,4 +1,4 @@
-"""Tasks without an awaiting caller: held until they end, and never dead without a report.
+"""Tasks and flags. A task without an awaiting caller is held until it ends, and never dies without a report.
 
 A task of one job, or of one call, that fails is an error in the log, and the rest goes on. A task that
 everything needs all along is another matter: without it pjwd would keep jobs for ever, or measure nothing,

@@ -93,7 +93,7 @@ log: Final = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Offers:
-    """What an operator offers to jobs beyond processors and memory; to which clients, it does not say."""
+    """An operator's offers to jobs beyond processors and memory, without the clients that may have them."""
 
     gpus: int
     mounts: Sequence[str]

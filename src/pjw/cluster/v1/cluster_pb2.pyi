@@ -185,7 +185,7 @@ class Hello(_message.Message):
     address: _builtins.str
     """HOST:PORT of the node's pjwd, for the gateway."""
     cpu_max_millicores: _builtins.int
-    """What all jobs there may use together; 0 is what the node does not say."""
+    """The most that all jobs there may use together; 0 where the node does not say."""
     memory_max_bytes: _builtins.int
     uid_first: _builtins.int
     """The user ids of jobs there: the same on all nodes of a gateway."""
@@ -605,7 +605,7 @@ class ClaimResponse(_message.Message):
     """Which of the user ids of jobs is that client's, from 0 on: the same on all nodes."""
     @_builtins.property
     def start(self) -> _job_worker_pb2.StartRequest:
-        """What to run, with all of its limits. Its upload is at the gateway: see FetchUpload."""
+        """The command, with all of its limits. Its upload is at the gateway: see FetchUpload."""
 
     def __init__(
         self,
@@ -726,7 +726,7 @@ class Node(_message.Message):
     jobs: _builtins.int
     """Jobs that were claimed there, and have not ended."""
     cpu_millicores: _builtins.int
-    """What their limits promise; and what all jobs there may use together, 0 where the node does not say."""
+    """The sum of their limits; and the most that all jobs there may use together, 0 where the node does not say."""
     cpu_max_millicores: _builtins.int
     memory_bytes: _builtins.int
     memory_max_bytes: _builtins.int

@@ -1,4 +1,4 @@
-"""The part that both drivers share: mounts, single-value files, and processes that must end.
+"""The interface files of cgroups, for both drivers: mounts, values, throttles, and processes that must end.
 
 A pid is no identity: all code here that signals a process holds its pidfd meanwhile.
 """
