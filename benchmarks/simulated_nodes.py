@@ -17,7 +17,7 @@ import grpc
 
 from pjw.cluster.v1 import cluster_pb2 as cpb
 from pjw.cluster.v1.cluster_pb2_grpc import NodeServiceStub
-from pjw.node.jobs import Said
+from pjw.node.claims import Said
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.version import version
 

@@ -38,11 +38,11 @@ from pjw.gateway.archive import Archive as OutputArchive
 from pjw.gateway.archiving import Archiver
 from pjw.gateway.dial import Dial
 from pjw.gateway.engine import Engine
-from pjw.gateway.jobs import Placed, Placements, lost_words
 from pjw.gateway.metrics import series_of
 from pjw.gateway.node_calls import NoReading, OnNode, ProxyReading
 from pjw.gateway.nodes import Node, Nodes, require_offered
 from pjw.gateway.placement_states import PlacementState
+from pjw.gateway.placements import Placed, Placements, lost_words
 from pjw.gateway.pool import Pool
 from pjw.gateway.slots import ClusterSlots
 from pjw.gateway.state import GatewayState

@@ -4,9 +4,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 from pjw.gateway.archiving import Archiver
-from pjw.gateway.jobs import Placements
 from pjw.gateway.nodes import Nodes, NodeState
 from pjw.gateway.placement_states import PlacementState
+from pjw.gateway.placements import Placements
 from pjw.worker.metrics import Series
 
 

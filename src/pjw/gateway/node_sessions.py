@@ -12,10 +12,10 @@ from pjw.cluster.v1 import cluster_pb2 as pb
 from pjw.errors import InvalidJobError, JobStateError, NotAllowedError
 from pjw.gateway import placement_rows
 from pjw.gateway.engine import Engine
-from pjw.gateway.jobs import Placed, Placements
 from pjw.gateway.node_guard import NodeGuard
 from pjw.gateway.nodes import Node, Nodes, Session
 from pjw.gateway.placement_states import PlacementEvent, PlacementState
+from pjw.gateway.placements import Placed, Placements
 from pjw.model import Job
 from pjw.rpc.convert import job_from_message, spec_to_message
 from pjw.v1 import job_worker_pb2 as pjw_pb

@@ -7,8 +7,8 @@ nothing, the nodes bound them.
 from typing import Final
 
 from pjw.gateway.engine import Engine
-from pjw.gateway.jobs import shape_of
 from pjw.gateway.nodes import Nodes
+from pjw.gateway.placements import shape_of
 from pjw.model import Limits
 from pjw.worker.settings import WorkerSettings
 from pjw.worker.slots import Slots, Use, Wanting

@@ -5,9 +5,9 @@ from typing import Final
 
 from pjw.errors import JobNotFoundError, PjwError, ServerUnreachableError
 from pjw.gateway.dial import Dial
-from pjw.gateway.jobs import Placed
 from pjw.gateway.nodes import Node
 from pjw.gateway.placement_states import PlacementState
+from pjw.gateway.placements import Placed
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker.tasks import Background
 

@@ -7,8 +7,8 @@ from typing import Final
 
 from pjw.errors import PjwError
 from pjw.gateway.dial import Dial
-from pjw.gateway.jobs import Placed
 from pjw.gateway.nodes import Node, Nodes
+from pjw.gateway.placements import Placed
 from pjw.model import ClientQuota, GroupUse, Job, Mount, UsageSample
 from pjw.rpc.convert import quota_from_message, sample_from_message
 from pjw.v1 import job_worker_pb2 as pb

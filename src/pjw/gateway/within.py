@@ -24,9 +24,9 @@ from pjw.errors import (
 )
 from pjw.gateway.answers import in_our_words
 from pjw.gateway.dial import Dial, error_from
-from pjw.gateway.jobs import Placements
 from pjw.gateway.node_calls import OnNode
 from pjw.gateway.placement_states import PlacementState
+from pjw.gateway.placements import Placements
 from pjw.model import Archive, Job, JobSpec, JobState, Session, TerminalSize, check_port
 from pjw.rpc.convert import (
     archive_to_message,

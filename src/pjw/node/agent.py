@@ -19,8 +19,8 @@ from pjw.cluster.v1 import cluster_pb2 as pb
 from pjw.cluster.v1.cluster_pb2_grpc import NodeServiceStub
 from pjw.errors import PjwError, ServerUnreachableError
 from pjw.node import cluster_rows
+from pjw.node.claims import Claim, Jobs, Said
 from pjw.node.holds import Holds
-from pjw.node.jobs import Claim, Jobs, Said
 from pjw.worker import Worker
 from pjw.worker.host import Admission
 from pjw.worker.metrics import Series
