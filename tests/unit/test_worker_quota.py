@@ -132,7 +132,7 @@ def test_no_factor_promises_any_memory() -> None:
     running = overcommitted(0)
     for _ in range(1000):
         running.take("alice", LIMITS)
-    running.settings = overcommitted(1).settings
+    running.reconfigure(overcommitted(1).settings)
     with pytest.raises(LimitReachedError, match=r"have 500G \(536870912000 bytes\) of the 2G"):
         running.take("alice", LIMITS)
 
@@ -244,11 +244,11 @@ async def test_a_quota_costs_no_look_for_each_chunk() -> None:
     stored = StoredBytes(cast("Any", state), {}, {}, Quotas(stored_bytes_max=10 * LOOK_BYTES))
     await write(stored, state, "alice", 128, LOOK_BYTES // 64)
     assert state.looks == 2
-    stored.set_quotas(Quotas(stored_bytes_max=3 * LOOK_BYTES))
+    stored.reconfigure(WorkerSettings(quotas=Quotas(stored_bytes_max=3 * LOOK_BYTES)))
     await write(stored, state, "alice", 64, LOOK_BYTES // 64)
     with pytest.raises(LimitReachedError):
         await write(stored, state, "alice", 1, 1)
-    stored.set_quotas(Quotas())
+    stored.reconfigure(WorkerSettings())
     looks = state.looks
     await write(stored, state, "alice", 100, LOOK_BYTES)
     assert state.looks == looks

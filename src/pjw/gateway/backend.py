@@ -819,9 +819,9 @@ class GatewayBackend(QueueCalls):
     def reconfigure(self, settings: WorkerSettings) -> None:
         """Take other limits, retention and quotas."""
         self._settings = settings
-        self._pruner.keep(settings.retention)
-        self._stored.set_quotas(settings.quotas)
-        self._inputs.set_bytes_max(settings.quotas.input_bytes_max)
+        self._pruner.reconfigure(settings)
+        self._stored.reconfigure(settings)
+        self._inputs.reconfigure(settings)
         self._queue.reconfigure(settings)
         self.engine.look()
 

@@ -15,7 +15,7 @@ from pjw.model import JobState
 from pjw.worker.held import HeldOutputs
 from pjw.worker.job import LiveJob
 from pjw.worker.launcher_client import LauncherClient, readable
-from pjw.worker.settings import DiskMarks
+from pjw.worker.settings import DiskMarks, WorkerSettings
 from pjw.worker.state_dir import StateDir
 
 LOOK_SECONDS: Final = 1.0
@@ -77,8 +77,8 @@ class DiskSampler:
     ) -> None:
         """Take over the descriptor *scratch*; *used* has the last counts; *end* ends a job by force."""
         self.marks = marks
-        # whether scratch is counted also while there is enough space
-        self.counts = False
+        # tells whether to count scratch also while there is enough space
+        self.counts: Callable[[], bool] = lambda: False
         self._state: Final = state
         self._scratch: Final = scratch
         self._launcher: Final = launcher
@@ -99,6 +99,10 @@ class DiskSampler:
     def job_began(self) -> None:
         """Note that there is a job to look after."""
         self._begun.set()
+
+    def reconfigure(self, settings: WorkerSettings) -> None:
+        """Apply the marks of other settings from the next look on."""
+        self.marks = settings.disk
 
     async def run(self) -> None:
         """Look for ever."""
@@ -127,7 +131,7 @@ class DiskSampler:
             if shortage is not None:
                 await self._relieve(descriptor, shortage)
                 return
-        if self.counts and asyncio.get_running_loop().time() - self._counted_at > COUNT_SECONDS:
+        if self.counts() and asyncio.get_running_loop().time() - self._counted_at > COUNT_SECONDS:
             await self._count()
 
     def _file_systems(self) -> Iterator[int]:

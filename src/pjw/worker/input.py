@@ -23,6 +23,7 @@ from pjw.errors import (
 )
 from pjw.model import Job
 from pjw.worker.quota import StoredBytes
+from pjw.worker.settings import WorkerSettings
 from pjw.worker.state_dir import WHOLE_MODE, disk_error
 from pjw.worker.tasks import log_bug
 
@@ -37,9 +38,9 @@ class Inputs:
         # by the name of the job, session or upload that reads it
         self._turns: Final[dict[str, _Turn]] = {}
 
-    def set_bytes_max(self, bytes_max: int) -> None:
-        """Apply this bound from now on; a writer that has begun goes on as before."""
-        self._bytes_max = bytes_max
+    def reconfigure(self, settings: WorkerSettings) -> None:
+        """Apply the quota of other settings from now on; a writer that has begun goes on as before."""
+        self._bytes_max = settings.quotas.input_bytes_max
 
     @asynccontextmanager
     async def writer_of(

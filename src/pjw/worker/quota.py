@@ -37,6 +37,10 @@ class RunningJobs:
         self._running: Final[Counter[str]] = Counter()
         self._memory: Final[Counter[str]] = Counter()
 
+    def reconfigure(self, settings: WorkerSettings) -> None:
+        """Apply the bounds of other settings to later starts."""
+        self.settings = settings
+
     def take(self, client_name: str, limits: Limits) -> None:
         """Count a job before its start.
 
@@ -187,9 +191,9 @@ class StoredBytes:
         # bytes whose write is under way, and that are perhaps not in the files yet
         self._under_way: Final[Counter[str]] = Counter()
 
-    def set_quotas(self, quotas: Quotas) -> None:
-        """Apply these quotas from now on."""
-        self._quotas = quotas
+    def reconfigure(self, settings: WorkerSettings) -> None:
+        """Apply the quotas of other settings from now on."""
+        self._quotas = settings.quotas
         self._left.clear()
 
     async def check(self, client_name: str) -> None:

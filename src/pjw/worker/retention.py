@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Protocol
 
 from pjw.errors import PjwError
-from pjw.worker.settings import Retention
+from pjw.worker.settings import Retention, WorkerSettings
 from pjw.worker.store import JobStore
 
 # So many in one transaction: the table is free for others again within milliseconds.
@@ -48,9 +48,9 @@ class Pruner:
         """Note that there is one more job to keep, or one more that may be removed."""
         self._due.set()
 
-    def keep(self, retention: Retention) -> None:
-        """Apply this retention from now on."""
-        self._retention = retention
+    def reconfigure(self, settings: WorkerSettings) -> None:
+        """Apply the retention of other settings from now on."""
+        self._retention = settings.retention
         self._due.set()
 
     async def remove(self, job_id: int) -> None:

@@ -152,7 +152,7 @@ class Worker(QueueCalls):
             self._end_for_disk,
             self._held,
         )
-        self._disk.counts = self._stored.bounded
+        self._disk.counts = lambda: self._stored.bounded
         self._disk.growing = self._workspaces.growing
         self._admission: Final = Admission()
         # set when fewer jobs run or are being started than before
@@ -338,14 +338,11 @@ class Worker(QueueCalls):
                 hint="restart pjwd",
             )
         self._settings = settings
-        self._running.settings = settings
-        self._stored.set_quotas(settings.quotas)
-        self._disk.marks, self._disk.counts = settings.disk, self._stored.bounded
-        self._inputs.set_bytes_max(settings.quotas.input_bytes_max)
-        self._pruner.keep(settings.retention)
-        self._workspaces.reconfigure(settings)
-        self._images.reconfigure(settings)
-        self._queue.reconfigure(settings)
+        for each in (
+            self._running, self._stored, self._disk, self._inputs, self._pruner,
+            self._workspaces, self._images, self._queue,
+        ):  # fmt: skip
+            each.reconfigure(settings)
 
     async def give_shares(self) -> list[str]:
         """Set the share of each client with jobs again; return in words the parts that could not be set.
