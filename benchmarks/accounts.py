@@ -34,7 +34,7 @@ class Used:
         return self.server + self.launcher + self.spawning + self.jobs
 
     def parts(self) -> dict[str, float]:
-        """The parts by the names that tables give them."""
+        """Return the parts by the names that tables give them."""
         return {
             "server": self.server,
             "launcher": self.launcher,
@@ -70,7 +70,7 @@ class Accounts:
         self._jobs: Final = jobs
 
     def now(self) -> Used:
-        """The time used until now. Only the difference of two such times means something."""
+        """Return the time used until now. Only the difference of two such times means something."""
         server, launcher = own_cpu_seconds(self._server), own_cpu_seconds(self._launcher)
         own = cgroup_seconds(self._own)
         return Used(server, launcher, own - server - launcher, cgroup_seconds(self._jobs))
@@ -78,7 +78,7 @@ class Accounts:
 
 @contextmanager
 def opened(service: Service) -> Iterator[Accounts]:
-    """The accounts of a pjwd; its processes but for those of jobs are in a cgroup of their own meanwhile."""
+    """Give the accounts of a pjwd; its processes, but for those of jobs, have a cgroup of their own."""
     [jobs] = [path for path in instance_cgroups(service.state) if counts_time(path)]
     # jobs are in ROOT/pjw/INSTANCE
     root = jobs.parent.parent
@@ -94,7 +94,7 @@ def opened(service: Service) -> Iterator[Accounts]:
 
 
 def cgroup_seconds(cgroup: Path) -> float:
-    """The processor time of all processes that were ever in this cgroup, or in a cgroup below it."""
+    """Return the processor time of all processes that were ever in this cgroup, or in a cgroup below it."""
     # v1 in nanoseconds, v2 in microseconds among other things
     if (usage := cgroup / "cpuacct.usage").exists():
         return int(usage.read_text()) / 1e9

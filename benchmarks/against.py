@@ -24,7 +24,7 @@ Found = dict[str, dict[str, list[Figure]]]
 
 
 def install(revision: str) -> tuple[str, Path]:
-    """The short name of a commit, and its pjwd, built if it is not there yet."""
+    """Return the short name of a commit, and its pjwd, built if it is not there yet."""
     commit, short = (
         subprocess.check_output(["git", "rev-parse", *how, f"{revision}^{{commit}}"], text=True, cwd=ROOT)
         for how in ([], ["--short"])
@@ -34,7 +34,7 @@ def install(revision: str) -> tuple[str, Path]:
 
 
 def measure(suite: Callable[[], list[Figure]], commits: Mapping[str, Path], turns: int = TURNS) -> Found:
-    """A suite in turns on the pjwd of each commit, by its name, and on this tree's."""
+    """Run a suite in turns on the pjwd of each commit, by its name, and on this tree's."""
     programs = {**commits, OURS: pjwd.THIS}
     found: Found = {name: {} for name in programs}
     for turn in range(turns):
@@ -47,7 +47,7 @@ def measure(suite: Callable[[], list[Figure]], commits: Mapping[str, Path], turn
 
 
 def run(suite: Callable[[], list[Figure]], commits: Mapping[str, Path]) -> list[Figure]:
-    """A suite in turns on all of them; each of its numbers beside what each commit's was."""
+    """Run a suite in turns on all of them; return each of its numbers beside what each commit's was."""
     found = measure(suite, commits)
     return [figure for commit in commits for figure in _compared(found[OURS], found[commit], commit)]
 

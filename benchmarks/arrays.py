@@ -41,7 +41,7 @@ def drained(service: Service, count: int, slots: int) -> float:
 
 
 def waiting(config: str, *, rounds: int) -> list[Figure]:
-    """What an array of a million costs while it waits: in memory, in the table, and at a start of pjwd."""
+    """Return the costs of an array of a million that waits: memory, bytes in the table, a start of pjwd."""
     with pjwd.running(("alice",), config) as service:
         empty, no_table = _restarts(service, rounds)
         fresh = memory.settled(service.pid)

@@ -21,7 +21,7 @@ Complaints = dict[str, str]
 
 
 def load(path: Path = RATIOS) -> Ratios:
-    """What is stored."""
+    """Return the stored ratios."""
     ratios: Ratios = json.loads(path.read_text()) if path.exists() else {}
     return ratios
 
@@ -42,7 +42,7 @@ def store(figures: Iterable[Figure], suites: Collection[str], path: Path = RATIO
 
 
 def complaints(figures: Iterable[Figure], suites: Collection[str], stored: Ratios) -> Complaints:
-    """What is wrong with a run of these suites, by the keys of the figures."""
+    """Return what is wrong with a run of these suites, by the keys of the figures."""
     found = {figure.key: figure for figure in figures}
     wrong: Complaints = {}
     for held, ratios in stored.items():
@@ -61,7 +61,7 @@ def complaints(figures: Iterable[Figure], suites: Collection[str], stored: Ratio
 def check(
     figures: Iterable[Figure], suites: Collection[str], stored: Ratios, again: Callable[[str], list[Figure]]
 ) -> Complaints:
-    """What is wrong twice: a suite with a complaint runs again, for it may have been a neighbour's burst."""
+    """Return the complaints that come twice: a suite with one runs again, as a neighbour may have caused it."""
     first = complaints(figures, suites, stored)
     suspects = {suite_of(key) for key in first}
     second = [figure for suite in suites if suite in suspects for figure in again(suite)]
@@ -70,7 +70,7 @@ def check(
 
 
 def suite_of(key: str) -> str:
-    """The suite of a figure, by its key."""
+    """Return the suite of a figure, by its key."""
     return key.partition(": ")[0]
 
 

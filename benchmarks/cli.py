@@ -81,7 +81,7 @@ def timed(command: Sequence[str], environment: Mapping[str, str], said: Path) ->
 
 
 def _check_answer(name: str, said: bytes, job_id: int) -> None:
-    """A floor says nothing, and all others the job."""
+    """Check the output: a floor prints nothing, and all others the job."""
     if name in FLOORS:
         assert said == b"", said
     else:

@@ -69,7 +69,7 @@ async def run_many(service: Service, clients: int, count: int) -> float:
 
 @asynccontextmanager
 async def connected(service: Service, client: str = "alice") -> AsyncIterator["JobWorkerServiceAsyncStub"]:
-    """A connection of its own to a service, as one of its clients."""
+    """Give a connection of its own to a service, as one of its clients."""
     async with secure_channel(service.address, service.certs, client) as channel:
         await channel.channel_ready()
         yield JobWorkerServiceStub(channel)

@@ -15,6 +15,6 @@ OPTIONS: Final = [
 
 
 def secure_channel(address: str, certs: Path, client: str = "alice") -> grpc.aio.Channel:
-    """A channel with a connection of its own, as a client; close it."""
+    """Return a channel with a connection of its own, as a client; close it."""
     ca, key, crt = ((certs / name).read_bytes() for name in ("ca.crt", f"{client}.key", f"{client}.crt"))
     return grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(ca, key, crt), OPTIONS)

@@ -108,7 +108,7 @@ def _egress_pid(service: Service) -> int:
 
 @contextmanager
 def _host(size: int) -> Iterator[int]:
-    """A host that gives everybody so many bytes; its port."""
+    """Give a host that sends bytes to each client; its port."""
     data = memoryview(bytes(1 << 20))
 
     def serve(connection: socket.socket) -> None:

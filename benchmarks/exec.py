@@ -64,7 +64,7 @@ def run(*, quick: bool) -> list[Figure]:
 
 
 def entering(service: Service, job_id: int, rounds: int, count: int) -> list[Figure]:
-    """What a `true` in a job takes, from the call until its end is known."""
+    """Return the seconds of a `true` in a job, from the call until its end is known."""
     used, lives = Used(), list[float]()
     crun_cpu, crun_lives = 0.0, list[float]()
     with ExitStack() as stack:
@@ -177,7 +177,7 @@ class _Message:
 
 
 def keys(service: Service, job_id: int, rounds: int, count: int) -> list[Figure]:
-    """What a key takes to the other end and back, each in its turn."""
+    """Return the seconds of a key to the other end and back, each in its turn."""
     found: dict[str, list[float]] = {}
     command = [str(BIN / "pjw"), "exec", "-it", str(job_id), ECHO]
     with ExitStack() as stack:
@@ -214,7 +214,7 @@ def _slowest(seconds: Sequence[float]) -> float:
 
 @contextmanager
 def _ssh() -> Iterator[Typist | None]:
-    """A typist at `ssh` to this machine; None, and why on stderr, where that cannot be had."""
+    """Give a typist at `ssh` to this machine; None, and why on stderr, where that cannot be had."""
     sshd = find_sshd()
     with ExitStack() as stack:
         typist = None
@@ -234,7 +234,7 @@ def _ssh() -> Iterator[Typist | None]:
 
 
 def find_sshd() -> Path | None:
-    """The sshd of this machine, where there is an ssh as well."""
+    """Return the sshd of this machine, where there is an ssh as well."""
     sshd = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
     return Path(sshd) if sshd is not None and shutil.which("ssh") else None
 

@@ -42,7 +42,7 @@ def run(*, quick: bool) -> list[Figure]:
 
 
 def _timed(service: Service, command: Sequence[str]) -> float:
-    """The seconds that a command takes; raises where it fails."""
+    """Return the seconds that a command takes; raises where it fails."""
     began = time.perf_counter()
     subprocess.run(command, env=service.environment(), check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - began

@@ -93,7 +93,7 @@ def lives(*, quick: bool) -> list[Figure]:
 
 
 def crowd(many: int) -> list[Figure]:
-    """A start beside *many* jobs. The last suite: the machine is slower after it, until it boots."""
+    """Measure a start beside *many* jobs. The last suite: the machine is slower after it, until it boots."""
     with pjwd.running() as service, service.stub() as stub:
         jobs = scale.start_many(stub, FEW)
         [few] = scale.start_times(stub)
@@ -172,7 +172,7 @@ def table(found: Found, commits: Sequence[str]) -> tuple[str, int]:
 
 
 def _row(goal: Goal, found: Found, commits: Sequence[str]) -> list[str]:
-    """A goal: of each pjwd the value, with its ratio, and whether this tree's is good enough."""
+    """Judge a goal: of each pjwd the value, with its ratio, and whether this tree's is good enough."""
     ratios = {name: _ratio(goal, found, name, commits[0]) for name in found}
     one = found[OURS].get(goal.key, [None])[0]
     if one is None or (ratio := ratios[OURS]) is None:

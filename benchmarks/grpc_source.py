@@ -47,7 +47,7 @@ LINE_PAUSE_SECONDS: Final = 0.4
 
 @contextmanager
 def running(certs: Path, size: int) -> Iterator[tuple[str, int]]:
-    """The server as a process of its own; its address and its pid."""
+    """Give the server as a process of its own; its address and its pid."""
     command = [sys.executable, "-m", "benchmarks.grpc_source", str(certs), str(size)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:

@@ -81,7 +81,7 @@ def _figures(times: dict[str, list[float]], cpu: dict[str, list[float]]) -> list
 
 
 def _memory(service: Service, stub: JobWorkerServiceStub, count: int) -> list[Figure]:
-    """What each of many jobs that sleep adds, of processes and of what the kernel has for them."""
+    """Return the memory that each of many sleeping jobs adds, of processes and of the kernel."""
     found: dict[str, float] = {}
     for image in ("", "small"):
         request = pb.StartRequest(argv=pb.Argv(arguments=["/bin/sleep", "3600"]), image=image)

@@ -47,7 +47,7 @@ class Installed:
 
 
 def run(*, quick: bool) -> list[Figure]:
-    """The commands in turns, so that whatever else the machine does hits both alike."""
+    """Run the commands in turns, so that other work of the machine hits both alike."""
     with tempfile.TemporaryDirectory(prefix="pjw-install-") as work, running() as service:
         wheels = _build(Path(work))
         kinds = {name: _install(Path(work) / name, wheels, *kind) for name, kind in KINDS.items()}
@@ -99,7 +99,7 @@ def _build(work: Path) -> Path:
 
 
 def _install(directory: Path, wheels: Path, locked: str, ours: list[str]) -> Installed:
-    """An environment with the libraries of `requirements/LOCKED.txt` and wheels of ours."""
+    """Return an environment with the libraries of `requirements/LOCKED.txt` and wheels of ours."""
     venv.create(directory, symlinks=True)
     python = ("--python", directory / "bin/python", "install")
     _pip(*python, "--require-hashes", "--requirement", f"requirements/{locked}.txt")

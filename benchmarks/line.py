@@ -120,7 +120,7 @@ def of_many(service: Service, crowd: Followers, count: int) -> list[int]:
 
 
 def fan_out(service: Service, count: int, turns: int) -> tuple[float, float]:
-    """The server's processor time for a line to one of many followers, in seconds: pjwd's, bare gRPC's."""
+    """Return the server's seconds of processor time for a line to one of many followers: pjwd's, bare gRPC's."""
     found: dict[str, list[float]] = {"pjwd": [], "bare": []}
     ids = itertools.count(-1, -1)
     with ExitStack() as stack:

@@ -33,7 +33,7 @@ def run(*, quick: bool) -> list[Figure]:
 
 
 def _output(service: Service, size: int) -> list[Figure]:
-    """A job's output is written, held, streamed; each beside a sixteenth of it."""
+    """Measure output that is written, held and streamed, each beside a sixteenth of it."""
     small, name = size // 16, f"{size // MIB} MiB of output"
     with followers.running(service.address, service.pid, service.certs, 1) as follower:
         # what imports and caches need is there after this
@@ -80,7 +80,7 @@ def _followers(service: Service, source: str, source_pid: int, many: int) -> lis
 
 
 def settled(pid: int) -> int:
-    """The memory of a process, once it does not change any more."""
+    """Return the memory of a process, once it does not change any more."""
     now = processes.pss_bytes(pid)
     while True:
         time.sleep(0.5)

@@ -49,7 +49,7 @@ class Overlaid:
         self._image: Final = image
 
     def seconds(self, count: int) -> float:
-        """The processor time of so many lives."""
+        """Return the processor time of some lives."""
         crun = [
             "crun",
             "--root",
@@ -66,7 +66,7 @@ class Overlaid:
 
 @contextmanager
 def opened(directory: Path, image: Path) -> Iterator[Overlaid | None]:
-    """A container of `/bin/true` in an image; None, and why on stderr, where there can be none."""
+    """Give a container of `/bin/true` in an image; None, and why on stderr, where there can be none."""
     bundle = directory / "overlaid"
     (bundle / "rootfs").mkdir(parents=True)
     config = bundle_config(["/bin/true"], f"{NAME}-overlaid")

@@ -72,7 +72,7 @@ def run(*, quick: bool) -> list[Figure]:
 
 
 def timed(stub: JobWorkerServiceStub, job_id: int) -> float:
-    """The seconds that a Get takes."""
+    """Return the seconds that a Get takes."""
     began = time.perf_counter()
     assert stub.Get(pb.GetRequest(id=job_id)).job.id == job_id
     return time.perf_counter() - began
@@ -80,7 +80,7 @@ def timed(stub: JobWorkerServiceStub, job_id: int) -> float:
 
 @contextmanager
 def nothing(service: Service) -> Iterator[JobWorkerServiceStub]:
-    """A connection to a bare grpc.aio server, whose Get does nothing."""
+    """Give a connection to a bare grpc.aio server, whose Get does nothing."""
     with (
         grpc_source.running(service.certs, 0) as (address, _),
         service.channel(address=address) as channel,
@@ -97,7 +97,7 @@ class _Library:
         self.launches: Final[list[float]] = []
 
     def start(self) -> float:
-        """A whole life; the seconds until the command was executed."""
+        """Run a whole life; return the seconds until the command was executed."""
         began = time.perf_counter()
         job = self._runner.run(self._worker.start(JobSpec([TRUE])))
         seconds = time.perf_counter() - began

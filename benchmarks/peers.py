@@ -112,7 +112,7 @@ def why_not(command: Sequence[str]) -> str | None:
 
 
 def _why_not_detached(command: Sequence[str], directory: Path) -> str | None:
-    """The same for one that leaves a container behind, which would hold a pipe open."""
+    """Do the same for one that leaves a container behind, which would hold a pipe open."""
     path = directory / "detached.log"
     with path.open("wb") as log:
         code = subprocess.run(
@@ -129,7 +129,7 @@ def why_missing(tool: str) -> str | None:
 
 
 def within(tool: str) -> Sequence[str]:
-    """The words that a peer has to be run with here."""
+    """Return the words that a peer has to be run with here."""
     return _WITHOUT_UNIFIED if tool == "crun" and os.path.ismount(_UNIFIED) else ()
 
 
@@ -152,7 +152,7 @@ _SIMPLE: Final[dict[str, CommandLine]] = {
 
 @contextmanager
 def _oci(tool: str, directory: Path) -> Iterator[CommandLine]:
-    """The command line of an OCI runtime, with a bundle for each command; nothing of it is left."""
+    """Give the command line of an OCI runtime, with a bundle for each command; nothing of it is left."""
     name, state = f"{NAME}-{tool}", directory / tool
     arguments = [tool, "--root", str(state)]
 

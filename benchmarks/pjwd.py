@@ -52,7 +52,7 @@ _program = THIS
 
 
 def program() -> Path:
-    """The pjwd that is measured."""
+    """Return the pjwd that is measured."""
     return _program
 
 
@@ -69,13 +69,13 @@ def measured(other: Path) -> Iterator[None]:
 
 @cache
 def keys(other: Path) -> frozenset[str]:
-    """The keys of the configuration of a pjwd, and those below [clients]."""
+    """Return the keys of the configuration of a pjwd, and those below [clients]."""
     python = other.with_name("python")
     return frozenset(subprocess.check_output([python, "-c", _KEYS], text=True).split())
 
 
 def config() -> str:
-    """A configuration for the pjwd that is measured, without bounds."""
+    """Return a configuration for the pjwd that is measured, without bounds."""
     known = keys(_program)
     return CONFIG.format(
         uid_first=uid_range(),
@@ -87,7 +87,7 @@ def config() -> str:
 
 @contextmanager
 def directory() -> Iterator[Path]:
-    """An empty directory on a disk, for as long as the context."""
+    """Give an empty directory on a disk, for as long as the context."""
     path = Path(tempfile.mkdtemp(prefix="pjw-bench-", dir=DIRECTORY))
     try:
         yield path
@@ -97,7 +97,7 @@ def directory() -> Iterator[Path]:
 
 @contextmanager
 def running(clients: Sequence[str] = ("alice",), more: str = "") -> Iterator[Service]:
-    """A service of these clients, with *more* configuration; at the end, or after a failure, all is gone."""
+    """Give a service of these clients, with *more* configuration; at the end all of it is removed."""
     with directory() as path:
         service = Service(path, list(clients), config() + more)
         service.pjwd = program()

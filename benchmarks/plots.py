@@ -137,7 +137,7 @@ def _history(figures: list[Figure]) -> Drawing | None:
 
 
 def _curves(figures: list[Figure], suite: str, name: str, against: str) -> Curves:
-    """The series among figures whose names say which *curve* they belong to, and at which *x*."""
+    """Return the series among figures whose names say which *curve* they belong to, and at which *x*."""
     curves: Curves = {}
     for figure in figures:
         match = re.fullmatch(name, figure.name)

@@ -15,13 +15,13 @@ KERNEL_FIELDS: Final = ("Slab", "KernelStack", "PageTables", "Percpu")
 
 
 def own_cpu_seconds(pid: int) -> float:
-    """The processor time of a process and all its threads."""
+    """Return the processor time of a process and all its threads."""
     # clock_getcpuclockid(3) has no binding; /proc/PID/stat counts in hundredths of a second
     return time.clock_gettime((~pid << 3) | 2)
 
 
 def cpu_seconds(*pids: int) -> float:
-    """The processor time of these processes, all their threads, and all children that they have collected."""
+    """Return the processor time of these processes, their threads, and the children that they have collected."""
     seconds = 0.0
     for pid in pids:
         seconds += own_cpu_seconds(pid)
@@ -37,7 +37,7 @@ def pss_bytes(pid: int) -> int:
 
 
 def peak_rss_bytes(pid: int) -> int:
-    """The most memory that it had at once since `forget_peak`."""
+    """Return the most memory that it had at once since `forget_peak`."""
     return _kib(f"/proc/{pid}/status")["VmHWM"] * KIB
 
 
@@ -47,7 +47,7 @@ def forget_peak(pid: int) -> None:
 
 
 def with_descendants(pids: Iterable[int]) -> list[int]:
-    """These processes and all below them."""
+    """Return these processes and all below them."""
     found: list[int] = []
     level = list(pids)
     while level:
@@ -57,7 +57,7 @@ def with_descendants(pids: Iterable[int]) -> list[int]:
 
 
 def children(pid: int) -> list[int]:
-    """The children of all threads of a process; none of one that has ended."""
+    """Return the children of all threads of a process; none of one that has ended."""
     found: list[int] = []
     with suppress(FileNotFoundError, ProcessLookupError):
         for task in os.listdir(f"/proc/{pid}/task"):
@@ -66,7 +66,7 @@ def children(pid: int) -> list[int]:
 
 
 def name_of(pid: int) -> str:
-    """The kernel's short name of a process; empty of one that has ended."""
+    """Return the kernel's short name of a process; empty of one that has ended."""
     with suppress(FileNotFoundError, ProcessLookupError):
         return Path(f"/proc/{pid}/comm").read_text().strip()
     return ""
@@ -91,7 +91,7 @@ class Memory:
         )
 
     def each(self, before: Self, count: int) -> "Memory":
-        """What each of *count* has added since."""
+        """Return what each of *count* has added since."""
         return Memory(
             (self.processes - before.processes) / count,
             (self.kernel - before.kernel) / count,
@@ -100,6 +100,6 @@ class Memory:
 
 
 def _kib(path: str) -> dict[str, int]:
-    """The fields of a file of /proc that are memory."""
+    """Return the fields of a file of /proc that are memory."""
     found = re.findall(r"^(\w+):\s+(\d+) kB$", Path(path).read_text(), re.MULTILINE)
     return {name: int(value) for name, value in found}

@@ -212,7 +212,7 @@ async def _listed(stub: "JobWorkerServiceAsyncStub") -> AsyncGenerator[pb.Job, N
 
 
 def _spooled(directory: Path, count: int) -> float | None:
-    """The rate of task-spooler, where that is installed."""
+    """Return the rate of task-spooler, where that is installed."""
     # the name that Debian gives it; another program is called ts
     program = shutil.which("tsp")
     if program is None:
@@ -267,7 +267,7 @@ _SLURM_SECONDS: Final = 60.0
 
 
 def _by_slurm(directory: Path, count: int) -> float | None:
-    """The rate of Slurm, where it is installed and runs here."""
+    """Return the rate of Slurm, where it is installed and runs here."""
     if shutil.which("sbatch") is None or _slurm_program("slurmctld") is None:
         return None
     try:
@@ -308,7 +308,7 @@ def _wait_for_slurm(condition: Callable[[], bool], seconds: float = 0.0) -> None
 
 @contextmanager
 def _slurm(directory: Path) -> Iterator[dict[str, str]]:
-    """A Slurm of its own on this machine, and the environment of its commands."""
+    """Give a Slurm of its own on this machine, and the environment of its commands."""
     for name in ("controller", "node"):
         (directory / name).mkdir()
     config = directory / "slurm.conf"

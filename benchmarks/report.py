@@ -58,7 +58,7 @@ class Figure:
 
 
 def table(figures: Iterable[Figure]) -> str:
-    """A table in Markdown, which reads well at a terminal too."""
+    """Return a table in Markdown, which reads well at a terminal too."""
     rows: list[Sequence[str]] = [("what", "measured", "against", "ratio", "goal", "")]
     for figure in figures:
         ratio, goal = figure.ratio, figure.goal
@@ -87,18 +87,18 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def quantity(value: float, unit: str) -> str:
-    """A number with three digits that say something, and its unit."""
+    """Return a number with three digits that say something, and its unit."""
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
     return f"{value:,.{digits}f} {unit}".rstrip()
 
 
 def median(values: Sequence[float]) -> float:
-    """The middle of them."""
+    """Return the middle of them."""
     return statistics.median(values)
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The value below which *share* (0 to 1) of them lie."""
+    """Return the value below which *share* (0 to 1) of them lie."""
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
@@ -111,7 +111,7 @@ class Report:
 
     @classmethod
     def load(cls, path: Path) -> "Report":
-        """What `save` has written."""
+        """Return what `save` has written."""
         found: dict[str, Any] = json.loads(path.read_text())
         figures = [Figure(**{**members, "held": Held(members["held"])}) for members in found["figures"]]
         return cls(found["machine"], figures)
@@ -123,13 +123,13 @@ class Report:
         path.write_text(text + "\n")
 
     def joined(self, later: "Report") -> "Report":
-        """The later one, with the suites that only this one ran, where they may stand in one table."""
+        """Return the later one, with the suites that only this one ran, where they may stand in one table."""
         if self.machine != later.machine:
             return later
         again = {figure.suite for figure in later.figures}
         return Report(later.machine, [one for one in self.figures if one.suite not in again] + later.figures)
 
     def text(self) -> str:
-        """The machine, and the table."""
+        """Return the machine, and the table."""
         machine = ", ".join(f"{key} {value}" for key, value in self.machine.items())
         return f"{machine}\n\n{table(self.figures)}"

@@ -169,7 +169,7 @@ def _rest(service: Service) -> tuple[int, Memory]:
 
 
 def _look(service: Service, rest: int, jobs: int, idle_seconds: float) -> tuple[Memory, float]:
-    """The memory of all processes, and what they use of a processor while nobody asks for anything."""
+    """Return the memory of all processes, and what they use of a processor while nobody asks for anything."""
     pids = beside_jobs(service, rest, jobs)
     return Memory.now(pids), _idle_share(pids, idle_seconds)
 
@@ -259,7 +259,7 @@ def _require_nothing_left(service: Service, stub: JobWorkerServiceStub, rest: in
 
 
 def _bwrap_memory() -> Memory | None:
-    """What each of many bwraps takes, as each of many jobs; None where there is none."""
+    """Return what each of many bwraps takes, as each of many jobs; None where there is none."""
     if shutil.which("bwrap") is None:
         print("scale: no bwrap here", file=sys.stderr)
         return None

@@ -29,7 +29,7 @@ _OPTIONS: Final = [("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_po
 
 
 def name_of(number: int) -> str:
-    """The name of a node."""
+    """Return the name of a node."""
     return f"s{number:04}"
 
 

@@ -56,7 +56,7 @@ def run(*, quick: bool) -> list[Figure]:
 
 @contextmanager
 def beside(service: Service, *only: str) -> Iterator[tuple["Floors", list[Peer]]]:
-    """The kernel's floors and the peers, or *only* those of them, ready to run in turns with a pjwd."""
+    """Give the kernel's floors and the peers, or *only* those of them, ready to run in turns with a pjwd."""
     with ExitStack() as stack:
         directory = stack.enter_context(pjwd.directory())
         # the user of an OCI container has to find its root
@@ -96,7 +96,7 @@ def _floors(service: Service, program: Path) -> Iterator[Floors]:
 
 
 def one_by_one(service: Service, floors: Floors, peers: Sequence[Peer], rounds: int) -> list[Figure]:
-    """What a start and a whole life take when nobody else asks for one."""
+    """Return what a start and a whole life take when nobody else asks for one."""
     starts: dict[str, list[float]] = {}
     lives: dict[str, list[float]] = {}
     with service.stub() as stub:
@@ -190,7 +190,7 @@ class _Tally:
 def at_once(
     service: Service, floors: Floors, rounds: int, count: int, numbers: Sequence[int] = CLIENTS
 ) -> list[Figure]:
-    """What *count* lives take when so many clients ask for them at once, for each of these *numbers*."""
+    """Return the seconds of *count* lives for each of these *numbers* of clients that ask at once."""
     pjw, floor, without_net = ({clients: _Tally() for clients in numbers} for _ in range(3))
     with accounts.opened(service) as account:
         for _ in range(rounds):

@@ -75,7 +75,7 @@ class _Found:
 
 
 def _live(service: Service, follower: Followers, size: int, found: _Found) -> None:
-    """A follower from the start of the job on, and what one without pjw would do first: write it all."""
+    """Measure a follower from the start of the job on, and a write of all of it without pjw."""
     streamed = follower.stream(command=f"head -c {size} /dev/zero", size=size)
     found.add("live", streamed, size)
     wait_for(lambda: service.job(streamed.job_id).HasField("end"))
@@ -91,7 +91,7 @@ def _live(service: Service, follower: Followers, size: int, found: _Found) -> No
 
 
 def _openssl(service: Service, job_id: int, size: int, found: _Found) -> None:
-    """The same file through openssl at both ends."""
+    """Send the same file through openssl at both ends."""
     if shutil.which("openssl") is None:
         print("stream: no openssl here", file=sys.stderr)
         return

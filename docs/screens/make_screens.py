@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def draw_session(service: Service) -> None:
-    """A session at a terminal, as it is shown in the README."""
+    """Make the session at a terminal that the README shows."""
     console = Console(record=True, width=COLUMNS, file=StringIO(), force_terminal=True, legacy_windows=False)
     for line in SESSION:
         console.print(Text.assemble(("$ ", "bold green"), line))
@@ -85,7 +85,7 @@ def draw_programs(service: Service) -> None:
 
 
 def screen_of(command: list[str], keys: tuple[str, ...], words: str, service: Service) -> str:
-    """What a terminal shows, with its colours, when *keys* were typed and *words* are there."""
+    """Return what a terminal shows, with its colours, when *keys* were typed and *words* are there."""
     tmux = ["tmux", "-L", f"pjw-screens-{os.getpid()}", "-f", os.devnull]
     env = service.environment() | {"TERM": "xterm-256color", "LANG": "C.UTF-8"}
 

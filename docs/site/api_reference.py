@@ -40,14 +40,14 @@ class Block:
 
 
 def api() -> str:
-    """The page of the API."""
+    """Return the page of the API."""
     introduction, blocks = _read(PROTO.read_text())
     _check(blocks)
     return "\n".join(["# API", "", introduction, "", *(line for block in blocks for line in _section(block))])
 
 
 def _read(text: str) -> tuple[str, list[Block]]:
-    """The comment above the package, and each block of the file."""
+    """Return the comment above the package, and each block of the file."""
     introduction, comment, oneof = "", "", ""
     blocks: list[Block] = []
     for line in map(str.strip, text.splitlines()):

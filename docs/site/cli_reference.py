@@ -13,17 +13,17 @@ USAGE: Final = "usage: "
 
 
 def pjw() -> str:
-    """The page of pjw."""
+    """Return the page of pjw."""
     return _page(pjw_parser)
 
 
 def pjwd() -> str:
-    """The page of pjwd."""
+    """Return the page of pjwd."""
     return _page(pjwd_parser)
 
 
 def topics() -> str:
-    """The page of what `pjw help TOPIC` says."""
+    """Return the page of the topics of `pjw help`."""
     sections = [
         f"## {name}\n\n{topic.title[0].upper()}{topic.title[1:]}.\n\n{topic.text}"
         for name, topic in TOPICS.items()
@@ -38,7 +38,7 @@ def _page(build: Callable[[], argparse.ArgumentParser]) -> str:
 
 
 def _command(parser: argparse.ArgumentParser, level: int) -> Iterator[str]:
-    """A command's section, and then those of its subcommands."""
+    """Yield a command's section, and then those of its subcommands."""
     yield f"{'#' * level} {parser.prog}\n"
     if parser.description:
         yield f"{parser.description}\n"
@@ -55,7 +55,7 @@ def _command(parser: argparse.ArgumentParser, level: int) -> Iterator[str]:
 
 
 def _table(parser: argparse.ArgumentParser, group: argparse._ArgumentGroup) -> Iterator[str]:
-    """What may be given of one group: a row for each, as `--help` names it."""
+    """Yield the options of one group: a row for each, as `--help` names it."""
     rows = []
     formatter = parser._get_formatter()
     for action in group._group_actions:

@@ -19,7 +19,7 @@ INTRODUCTION: Final = """\
 
 
 def keys() -> str:
-    """The page of all keys: those outside of a table first, then each table."""
+    """Return the page of all keys: those outside of a table first, then each table."""
     return "\n".join([INTRODUCTION, *_struct("", ServerConfig)])
 
 
@@ -50,7 +50,7 @@ def _struct(table: str, struct: type[msgspec.Struct]) -> Iterator[str]:
 
 
 def _limits(table: str) -> Iterator[str]:
-    """A table whose keys are the names of limits."""
+    """Yield a table whose keys are the names of limits."""
     defaults = {"limits": Limits(), "ceilings": NO_CEILING, "floors": FLOOR}[table]
     yield f"## [{table}]\n"
     yield "| key | type | default |\n| --- | --- | --- |"
@@ -62,7 +62,7 @@ def _limits(table: str) -> Iterator[str]:
 
 
 def _plain(kind: msgspec.inspect.Type) -> tuple[msgspec.inspect.Type, str]:
-    """A type without what is only said about it, and its description."""
+    """Return a type without its annotations, and its description."""
     if isinstance(kind, msgspec.inspect.Metadata):
         inner, text = _plain(kind.type)
         return inner, (kind.extra_json_schema or {}).get("description", text)
@@ -94,7 +94,7 @@ def _type(kind: msgspec.inspect.Type) -> str:
 
 
 def _bounded(word: str, kind: msgspec.inspect.IntType | msgspec.inspect.FloatType) -> str:
-    """A number and its bounds; one that only keeps the sums of others within 64 bits is nobody's business."""
+    """Return a number and its bounds, without one that only keeps sums within 64 bits."""
     low, high = kind.ge, kind.le
     if kind.lt is not None:
         high = kind.lt - 1 if isinstance(kind, msgspec.inspect.IntType) else kind.lt

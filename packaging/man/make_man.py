@@ -61,7 +61,7 @@ def main(directory: str) -> None:
 
 
 def page(parser: Any, section: str, description: str) -> Manpage:  # noqa: ANN401  whose own type is private
-    """A page of a program and all its commands."""
+    """Return a page of a program and all its commands."""
     page = Manpage(parser, format="single-commands-section")
     page.section, page.description, page.date = section, description, DATE
     page.source, page.manual = SOURCE, "pjw"
@@ -69,7 +69,7 @@ def page(parser: Any, section: str, description: str) -> Manpage:  # noqa: ANN40
 
 
 def written(page: Manpage) -> str:
-    """A page as text, with a date that mandoc(1) can read, and its commands under their name."""
+    """Return a page as text, with a date that mandoc(1) can read, and its commands under their name."""
     text = str(page).replace(DATE.replace("-", r"\-"), DATE, 1)
     # argparse breaks lines for a terminal, roff for the page; what begins with a space it would not fill
     text = re.sub(
@@ -117,7 +117,7 @@ def roff(markdown: str) -> str:
 
 
 def table(tokens: Iterable[Token]) -> list[str]:
-    """A table's rows as definitions of what is in their first cells; a default stands beside that."""
+    """Return a table's rows as definitions of what is in their first cells; a default stands beside that."""
     rows: list[list[str]] = []
     for token in tokens:
         if token.type == "tr_open":
@@ -143,7 +143,7 @@ def joined(names: Sequence[str], cells: Sequence[str]) -> list[str]:
 
 
 def inline(token: Token) -> str:
-    """The text of a paragraph, with its fonts."""
+    """Return the text of a paragraph, with its fonts."""
     parts: list[str] = []
     for child in token.children or ():
         kind = child.type.removesuffix("_open").removesuffix("_close")
