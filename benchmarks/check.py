@@ -61,7 +61,7 @@ def complaints(figures: Iterable[Figure], suites: Collection[str], stored: Ratio
 def check(
     figures: Iterable[Figure], suites: Collection[str], stored: Ratios, again: Callable[[str], list[Figure]]
 ) -> Complaints:
-    """Return the complaints that come twice: a suite with one runs again, as a neighbour may have caused it."""
+    """Return the complaints that come twice: a suite with one runs again; it may be a neighbour's burst."""
     first = complaints(figures, suites, stored)
     suspects = {suite_of(key) for key in first}
     second = [figure for suite in suites if suite in suspects for figure in again(suite)]

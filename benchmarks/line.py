@@ -120,7 +120,7 @@ def of_many(service: Service, crowd: Followers, count: int) -> list[int]:
 
 
 def fan_out(service: Service, count: int, turns: int) -> tuple[float, float]:
-    """Return the server's seconds of processor time for a line to one of many followers: pjwd's, bare gRPC's."""
+    """Return the processor seconds of a line to one of many followers, for pjwd and bare gRPC."""
     found: dict[str, list[float]] = {"pjwd": [], "bare": []}
     ids = itertools.count(-1, -1)
     with ExitStack() as stack:

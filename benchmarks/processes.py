@@ -21,7 +21,7 @@ def own_cpu_seconds(pid: int) -> float:
 
 
 def cpu_seconds(*pids: int) -> float:
-    """Return the processor time of these processes, their threads, and the children that they have collected."""
+    """Return the processor time of these processes, their threads, and their collected children."""
     seconds = 0.0
     for pid in pids:
         seconds += own_cpu_seconds(pid)
