@@ -6,11 +6,11 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from functools import partial
+from functools import partial, wraps
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 from weakref import WeakValueDictionary
 
@@ -116,6 +116,18 @@ def _listed(texts: Sequence[str]) -> str:
     return json.dumps(list(texts), ensure_ascii=False)
 
 
+def in_its_thread(
+    method: Callable[Concatenate["JobStore", _P], _R],
+) -> Callable[Concatenate["JobStore", _P], Coroutine[Any, Any, _R]]:
+    """Have the body of a method, which reads or changes the table, run in the table's thread; await it."""
+
+    @wraps(method)
+    async def awaited(self: "JobStore", /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        return await self._run(method, self, *args, **kwargs)
+
+    return awaited
+
+
 class JobStore:
     """The table, used from one thread of its own, so that a slow disk holds no event loop up.
 
@@ -213,11 +225,9 @@ class JobStore:
         ((page_bytes,),) = self._db.execute("PRAGMA page_size")
         return int(pages * page_bytes)
 
-    async def client_number(self, name: str) -> int:
+    @in_its_thread
+    def client_number(self, name: str) -> int:
         """Return the number of a client, from 0 on, given at its first job and never to another."""
-        return await self._run(self._client_number, name)
-
-    def _client_number(self, name: str) -> int:
         self._db.execute(
             "INSERT OR IGNORE INTO clients (name, number)"
             " SELECT ?, coalesce(max(number) + 1, 0) FROM clients",
@@ -560,11 +570,9 @@ class JobStore:
                 queue_rows.end_without_start(self._db, job_id, EndReason.CANCELLED, in_vain, now_ns)
         return job_id
 
-    async def unqueue(self, job_ids: Sequence[int]) -> None:
+    @in_its_thread
+    def unqueue(self, job_ids: Sequence[int]) -> None:
         """Take back jobs that were just put into the queue, and that no caller knows of."""
-        await self._run(self._unqueue, job_ids)
-
-    def _unqueue(self, job_ids: Sequence[int]) -> None:
         with self._transaction():
             for job_id in job_ids:
                 queue_rows.delete(self._db, job_id)
@@ -605,11 +613,9 @@ class JobStore:
         """Return the uploads that jobs of the queue need: their clients and names."""
         return await self._run(queue_rows.uploads, self._db)
 
-    async def forget_secrets(self) -> None:
+    @in_its_thread
+    def forget_secrets(self) -> None:
         """Remove secrets that a crash has left, and that no job has."""
-        await self._run(self._forget_secrets)
-
-    def _forget_secrets(self) -> None:
         found = self.secrets.found()
         self._has_secrets = bool(found)
         for token in found:
@@ -639,11 +645,9 @@ class JobStore:
         """Return when the job that has waited longest for its turn was queued; None when none waits."""
         return await self._run(queue_rows.oldest_ready_ns, self._db)
 
-    async def let_due(self, now_ns: int) -> tuple[list[str], int | None]:
+    @in_its_thread
+    def let_due(self, now_ns: int) -> tuple[list[str], int | None]:
         """Let jobs be started whose time has come; their clients, and when the next one's will have."""
-        return await self._run(self._let_due, now_ns)
-
-    def _let_due(self, now_ns: int) -> tuple[list[str], int | None]:
         with self._transaction():
             return queue_rows.let_due(self._db, now_ns)
 
@@ -651,21 +655,17 @@ class JobStore:
         """Let attempts wait as long as they were to, though the clock was set; when the next job is due."""
         return await self._run(queue_rows.shift_pauses, self._db, shift_ns, now_ns)
 
-    async def set_held(self, job_id: int, *, held: bool) -> Job | None:
+    @in_its_thread
+    def set_held(self, job_id: int, *, held: bool) -> Job | None:
         """Hold a job of the queue, or release it; return None when it does not wait there any more."""
-        return await self._run(self._set_held, job_id, held)
-
-    def _set_held(self, job_id: int, held: bool) -> Job | None:  # noqa: FBT001  by position
         with self._transaction():
             return queue_rows.set_held(self._db, job_id, held)
 
     # --- arrays
 
-    async def draw(self, array_id: int, without: Sequence[int]) -> tuple[int, int] | None:
+    @in_its_thread
+    def draw(self, array_id: int, without: Sequence[int]) -> tuple[int, int] | None:
         """Return the id and index of the array's element whose turn it is; None when none can start."""
-        return await self._run(self._draw, array_id, without)
-
-    def _draw(self, array_id: int, without: Sequence[int]) -> tuple[int, int] | None:
         with self._transaction():
             return array_rows.draw(self._db, array_id, without)
 
@@ -673,39 +673,33 @@ class JobStore:
         """Return an element of a client's array, or any's; no id until its turn. None: no such element."""
         return await self._run(array_rows.find, self._db, element, client_name)
 
-    async def hold_element(self, element: Element, quotas: Quotas) -> Job | None:
+    @in_its_thread
+    def hold_element(self, element: Element, quotas: Quotas) -> Job | None:
         """Hold an element that had no turn yet; return None when it waits without a row no more.
 
         Raises LimitReachedError when too many of them are.
         """
-        return await self._run(self._hold_element, element, quotas)
-
-    def _hold_element(self, element: Element, quotas: Quotas) -> Job | None:
         with self._transaction():
             job = queue_rows.hold_element(self._db, element)
             if job is not None:
                 queue_rows.check_quotas(self._db, job.client_name, quotas)
             return job
 
-    async def cancel_element(self, element: Element, detail: str) -> Job | None:
+    @in_its_thread
+    def cancel_element(self, element: Element, detail: str) -> Job | None:
         """End an element that had no turn yet; return None when it waits without a row no more.
 
         Raises LimitReachedError when too many of them were ended so.
         """
-        return await self._run(self._cancel_element, element, detail)
-
-    def _cancel_element(self, element: Element, detail: str) -> Job | None:
         with self._transaction():
             return queue_rows.cancel_element(self._db, element, detail, time.time_ns())
 
-    async def cancel_array(self, array_id: int, detail: str) -> list[int]:
+    @in_its_thread
+    def cancel_array(self, array_id: int, detail: str) -> list[int]:
         """Cancel the elements of an array that wait: all without a row, and some of the others.
 
         Gives the ids of these, and none when none is left.
         """
-        return await self._run(self._cancel_array, array_id, detail)
-
-    def _cancel_array(self, array_id: int, detail: str) -> list[int]:
         with self._transaction():
             return queue_rows.cancel_array(self._db, array_id, detail, time.time_ns())
 
@@ -730,11 +724,9 @@ class JobStore:
             raise NotQueuedError
         return job
 
-    async def put_back(self, job_id: int) -> None:
+    @in_its_thread
+    def put_back(self, job_id: int) -> None:
         """Put a job back into the queue that was admitted, and whose command was not executed."""
-        await self._run(self._put_back, job_id)
-
-    def _put_back(self, job_id: int) -> None:
         with self._transaction():
             queue_rows.put_back(self._db, job_id, time.time_ns())
 
@@ -742,22 +734,18 @@ class JobStore:
         """Forget the spec of an admitted job, as it was executed, unless it may be tried again."""
         await self._run(queue_rows.settle, self._db, job_id)
 
-    async def end_without_start(self, job_id: int, reason: EndReason, detail: str) -> Job | None:
+    @in_its_thread
+    def end_without_start(self, job_id: int, reason: EndReason, detail: str) -> Job | None:
         """End a job that was not executed; return None when it is not where such an end may come.
 
         CANCELLED comes in the queue, START_FAILED there or when the job was admitted.
         """
-        return await self._run(self._end_without_start, job_id, reason, detail)
-
-    def _end_without_start(self, job_id: int, reason: EndReason, detail: str) -> Job | None:
         with self._transaction():
             return queue_rows.end_without_start(self._db, job_id, reason, detail, time.time_ns())
 
-    async def take_effect(self, job_id: int) -> queue_rows.Effects:
+    @in_its_thread
+    def take_effect(self, job_id: int) -> queue_rows.Effects:
         """Have the end of a job its effect on some of those that wait for it."""
-        return await self._run(self._take_effect, job_id)
-
-    def _take_effect(self, job_id: int) -> queue_rows.Effects:
         with self._transaction():
             return queue_rows.take_effect(self._db, job_id, time.time_ns())
 
@@ -885,22 +873,18 @@ class JobStore:
         async with self._filtering_of.setdefault(client_name, asyncio.Lock()), self._filtering:
             return await self._run(read_page, self._db, client_name, after, count, wanted, newest_first)
 
-    async def gpus_of_jobs(self) -> dict[int, tuple[str, ...]]:
+    @in_its_thread
+    def gpus_of_jobs(self) -> dict[int, tuple[str, ...]]:
         """Return the GPUs of the jobs that were begun, and whose end has not been written down."""
-        return await self._run(self._gpus_of_jobs)
-
-    def _gpus_of_jobs(self) -> dict[int, tuple[str, ...]]:
         query = (
             "SELECT id, gpu_names FROM jobs INDEXED BY jobs_alive"
             " WHERE state IS NULL AND start_ns > 0 AND gpu_names <> ''"
         )
         return {job_id: tuple(json.loads(names)) for job_id, names in self._db.execute(query)}
 
-    async def alive(self) -> list[Job]:
+    @in_its_thread
+    def alive(self) -> list[Job]:
         """Return the jobs that were begun, and whose end has not been written down."""
-        return await self._run(self._alive)
-
-    def _alive(self) -> list[Job]:
         return [
             job_of(row)
             for row in self._db.execute(
@@ -954,61 +938,47 @@ class JobStore:
                 return int(row[0])
         return None
 
-    async def removals(self) -> list[int]:
+    @in_its_thread
+    def removals(self) -> list[int]:
         """Return the jobs whose rows are gone, and whose files may still be there."""
-        return await self._run(self._removals)
-
-    def _removals(self) -> list[int]:
         return [job_id for (job_id,) in self._db.execute("SELECT id FROM removals")]
 
-    async def removed(self, job_ids: Sequence[int]) -> None:
+    @in_its_thread
+    def removed(self, job_ids: Sequence[int]) -> None:
         """Note that the files of these are gone as well: nothing is left of them."""
-        await self._run(self._removed, job_ids)
-
-    def _removed(self, job_ids: Sequence[int]) -> None:
         with self._transaction():
             self._db.executemany("DELETE FROM removals WHERE id = ?", [(job_id,) for job_id in job_ids])
 
-    async def first_end_ns(self, *, told: bool = False) -> int | None:
+    @in_its_thread
+    def first_end_ns(self, *, told: bool = False) -> int | None:
         """Return when the first job ended, *told*: of those that may be removed; None when none has."""
-        return await self._run(self._first_end_ns, told)
-
-    def _first_end_ns(self, told: bool) -> int | None:  # noqa: FBT001  by position
         which = f" AND {_TOLD}" if told else ""
         query = f"SELECT end_ns FROM jobs WHERE state IS NOT NULL{which} ORDER BY end_ns LIMIT 1"
         row = self._db.execute(query).fetchone()
         return row[0] if row else None
 
-    async def ended_bytes(self, client_name: str) -> tuple[int, int]:
+    @in_its_thread
+    def ended_bytes(self, client_name: str) -> tuple[int, int]:
         """Return the bytes of a client's, and all clients', ended jobs' output and of workspaces."""
-        return await self._run(self._ended_bytes, client_name)
-
-    def _ended_bytes(self, client_name: str) -> tuple[int, int]:
         query = "SELECT total(ended_bytes * (name = ?)), total(ended_bytes) FROM clients"
         own, everybodys = self._db.execute(query, (client_name,)).fetchone()
         in_workspaces, all_workspaces = workspace_rows.total_bytes(self._db, client_name)
         return int(own) + in_workspaces, int(everybodys) + all_workspaces
 
-    async def totals(self) -> list[tuple[str, int, int]]:
+    @in_its_thread
+    def totals(self) -> list[tuple[str, int, int]]:
         """Return for each client the number of its ended jobs, and the bytes of their output."""
-        return await self._run(self._totals)
-
-    def _totals(self) -> list[tuple[str, int, int]]:
         return self._db.execute("SELECT name, ended_jobs, ended_bytes FROM clients").fetchall()
 
-    async def boot_id(self) -> str | None:
+    @in_its_thread
+    def boot_id(self) -> str | None:
         """Return the boot of the host in which the table was last in use; None for a new table."""
-        return await self._run(self._boot_id)
-
-    def _boot_id(self) -> str | None:
         row = self._db.execute("SELECT boot_id FROM host").fetchone()
         return row[0] if row else None
 
-    async def set_boot_id(self, boot_id: str) -> None:
+    @in_its_thread
+    def set_boot_id(self, boot_id: str) -> None:
         """Write down in which boot the table is in use from now on."""
-        await self._run(self._set_boot_id, boot_id)
-
-    def _set_boot_id(self, boot_id: str) -> None:
         with self._transaction():
             self._db.execute("DELETE FROM host")
             self._db.execute("INSERT INTO host VALUES (?)", (boot_id,))
