@@ -10,6 +10,12 @@ from tests.fuzz import TARGETS
 FOUND = Path(__file__).parents[1] / "fuzz" / "found"
 
 
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Take back what a target sets: later tests of this process start programs with these variables."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+
+
 @pytest.mark.parametrize("name", TARGETS)
 def test_seeds(name: str) -> None:
     """Each target takes the inputs that it begins with."""
