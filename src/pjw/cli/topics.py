@@ -86,7 +86,7 @@ day. PJW_EXPIRY_WARNING=off hides the warning.
 - 126: the command is not executable
 - 127: no such program
 - 130: interrupted (Ctrl-C)
-- 141: whoever read the output of pjw has gone
+- 141: the reader of the output of pjw has gone
 
 `pjw run`, and `pjw wait` for one job, exit as the job did: with its exit
 code, or with 128 plus the number of the signal that ended it. 126 and 127 are

@@ -418,7 +418,7 @@ class Slurm:
         hold = self._holds.get(place.hold)
         if hold is not None and hold.job == uuid:
             hold.job = ""
-            # in a moment: whoever calls us may have the next job for it
+            # in a moment: the caller may have the next job for it
             asyncio.get_running_loop().call_soon(self._keep_warm, hold)
         return True
 

@@ -181,7 +181,7 @@ class Within:
                 return job
             left = None
             if state is PlacementState.QUEUED:
-                # whoever sets the clock
+                # even if the clock is set
                 left = min(fresh_seconds, fresh_seconds - (datetime.now(UTC) - job.asked).total_seconds())
                 if left <= 0:
                     return job
@@ -270,7 +270,7 @@ class NodeConnection:
 
 
 async def _when_over(call: Any, tell: Callable[[float], None]) -> None:  # noqa: ANN401  as above
-    """Have whoever writes hear at once when the node ends the call, wherever it waits."""
+    """Have the writer hear at once when the node ends the call, wherever it waits."""
     # OK is the end of all input, which the last answer tells
     if await call.code() is not grpc.StatusCode.OK:
         tell(asyncio.get_running_loop().time())

@@ -82,7 +82,7 @@ def _authority_key(ca_crt: str) -> Iterator[Finding]:
     if os.path.lexists(path):
         yield (
             None,
-            f"the key of the authority, {path}, is on this machine: whoever has it can be any client",
+            f"the key of the authority, {path}, is on this machine: a person with it can be any client",
             "move it to the machine where you make certificates, and keep no copy here",
         )
 

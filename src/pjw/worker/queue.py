@@ -133,7 +133,7 @@ class Queue:
         self._next_with_gpus: Head | None = None
         self._is_short = False
         self._behind_it: Final[set[str]] = set()
-        # how many are free; where nobody knows, whoever starts a job refuses it
+        # how many are free; where that is unknown, the start of a job refuses it
         self.free_gpus: Callable[[], int] = lambda: GPUS_MAX
         # whether jobs are started at all, and what to call when a start is over
         self.admits: Callable[[], bool] = lambda: True

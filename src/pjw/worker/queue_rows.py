@@ -555,7 +555,7 @@ def _end(
     else:
         state = transition(JobState.STARTING, JobEvent.START_FAILED)
         where = "state IS NULL AND id IN (SELECT id FROM specs)"
-    # an end is never before the beginning, whoever sets the clock
+    # an end is never before the beginning, even if the clock is set
     changes = (
         "start_ns = 0, state = ?, end_ns = max(?, queued_ns), reason = ?, detail = ?, output_bytes = 0,"
         " held = 0, not_before_ns = 0, unmet = 0"

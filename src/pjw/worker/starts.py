@@ -109,7 +109,7 @@ class Starts:
         if task is None:
             task = self._begin(spec, client_name, limits, request)
         # Shielded from its first step on: the table has a thread of its own, so a row may be
-        # written although whoever asked for it was cancelled.
+        # written although its caller was cancelled.
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -152,7 +152,7 @@ class Starts:
 
     def _request_over(self, request: _Request, task: asyncio.Task[Job]) -> None:
         del self._requests[request]
-        # whoever asked may have gone, and then nobody looks at how it went
+        # the caller may have gone, and then nobody looks at the result
         if not task.cancelled():
             task.exception()
 
