@@ -261,10 +261,13 @@ class _EndBySignal:
             self._task = asyncio.ensure_future(self._end(number))
 
     async def _end(self, number: int) -> None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_LAST_SECONDS):
-                await self._jobs.stop_untold()
-        os._exit(128 + number)
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_LAST_SECONDS):
+                    await self._jobs.stop_untold()
+        finally:
+            # also after a bug: this task's error would be lost, and later signals do nothing
+            os._exit(128 + number)
 
 
 async def _answer(work: Coroutine[Any, Any, Answer], seconds: float) -> CallToolResult:
