@@ -1,7 +1,7 @@
 """pjwd drain and pjwd resume: whether this machine starts jobs, for an orderly reboot.
 
-The mark is a file in the state directory, whether pjwd runs or not, and over a reboot. A pjwd that runs is
-told of it (drain_port.py). Needs root on the host, and neither a certificate nor a role.
+The mark is a file in the state directory, whether pjwd runs or not, and over a reboot. A pjwd that runs
+hears of it (drain_port.py). Needs root on the host, and neither a certificate nor a role.
 """
 
 import fcntl

@@ -331,10 +331,10 @@ class Queue:
         return job
 
     def change_of(self, job_id: int | Element) -> Flag:
-        """Set when a job has left the queue, or was put back. To be asked for before the job is looked at.
+        """Return a flag for when a job has left the queue, or was put back. Call it before a look at the job.
 
-        That of an array is set when its last element has ended, that of an element without an id when it has
-        got one, or will get none.
+        The flag of an array is set when its last element has ended, the flag of an element without an id when
+        it has got one, or will get none.
         """
         event = self._changes.get(job_id)
         if event is None:
