@@ -907,8 +907,9 @@ class Worker(QueueCalls):
         """Yield changes of the states of jobs in order, for ever, or without *follow* those until now.
 
         They begin behind the change *since*, without it with the jobs as they are, and without a *snapshot*
-        with the next change. A plain start is a change when its command runs. Each is on the disk before it is
-        yielded, and numbers go on after a restart. Raises SequenceError when those behind *since* are not kept.
+        with the next change. A plain start is a change when its command runs. Each is on the disk before it
+        is yielded, and numbers go on after a restart. Raises SequenceError when those behind *since* are not
+        kept.
         """
         return self._changes.watch(owner, watched, since, snapshot=snapshot, follow=follow)
 
