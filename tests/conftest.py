@@ -4,6 +4,10 @@ import os
 
 import pytest
 
+# gRPC reads this once, when imported. Its fork handlers begin threads in each child of this process, and a
+# child with threads cannot make a user namespace (unshare(2)).
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add --root."""
