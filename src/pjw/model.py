@@ -95,9 +95,9 @@ _IMAGE_KEY: Final = re.compile(r"@[0-9a-f]{16}")
 _IMAGE_DIGEST: Final = re.compile(r"sha256-[0-9a-f]{64}")
 _LABEL_KEY: Final = re.compile(r"[A-Za-z][A-Za-z0-9._/-]{0,62}")
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-# no '.', which divides the keys of a configuration
 # of a partition of Slurm's, and of a feature of its nodes: one, and no expression
 _SLURM_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,60}")
+# no '.', which divides the keys of a configuration
 _MOUNT_NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,62}")
 # a client's name (certs/profile.py), or a pattern of some
 _CLIENTS: Final = re.compile(r"[A-Za-z0-9*][A-Za-z0-9._@+*-]{0,63}")

@@ -139,7 +139,7 @@ def _told(metadata: Mapping[str, str]) -> dict[str, object]:
 # Refuse a request that asks for something this version does not know.
 #
 # Protobuf ignores a field that only a newer client knows. A job without that setting would be another job: it
-# would run without a limit that its client set. Not part of convert.py, which each `pjw` imports.
+# would run without a limit that its client set.
 
 
 def require_known(request: Message) -> None:
