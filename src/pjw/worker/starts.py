@@ -28,6 +28,7 @@ from pjw.worker.endings import Endings
 from pjw.worker.gpus import Gpus
 from pjw.worker.host import Admission, Descriptors
 from pjw.worker.images import ImageReplacedError, Images
+from pjw.worker.job_rows import AlreadyStartedError
 from pjw.worker.jobs import Jobs, Room
 from pjw.worker.launch_turns import LaunchTurns, Turn
 from pjw.worker.launcher_client import LaunchBrokenOffError, LauncherClient, RunningInit
@@ -38,7 +39,7 @@ from pjw.worker.reading import live_job
 from pjw.worker.state_dir import StateDir
 from pjw.worker.status_record import parse_record
 from pjw.worker.stopping import Stopping
-from pjw.worker.store import AlreadyStartedError, Users
+from pjw.worker.store import Users
 from pjw.worker.tasks import Background, log_bug
 from pjw.worker.uploads import Uploads
 
