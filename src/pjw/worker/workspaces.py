@@ -29,7 +29,7 @@ from pjw.worker.disk import COUNT_SECONDS, ScratchUse, read_all
 from pjw.worker.launcher_client import LauncherClient
 from pjw.worker.settings import WorkerSettings
 from pjw.worker.store import JobStore, Users
-from pjw.worker.tasks import Background
+from pjw.worker.tasks import Background, log_bug
 
 # a process of the launcher's counts for 20 s
 _ANSWER_SECONDS: Final = 60
@@ -226,9 +226,8 @@ class Workspaces:
 
     def _removal_over(self, key: _Key, task: asyncio.Future[None]) -> None:
         del self._removing[key]
-        # the caller may have gone, and then the result is never looked at
-        if not task.cancelled():
-            task.exception()
+        # the caller may have gone, and does not look at the result then
+        log_bug(task)
         self._tell_freed(key[0])
         self._tell_counted()
 
