@@ -17,6 +17,7 @@ from weakref import WeakValueDictionary
 from pjw.arrays import Element
 from pjw.errors import (
     ConfigError,
+    JobTableError,
     KernelError,
     LimitReachedError,
     NameTakenError,
@@ -1023,7 +1024,7 @@ class JobStore:
                 ) from error
             if code == sqlite3.SQLITE_FULL:
                 raise LimitReachedError(f"no space is left for the job table {self._path}") from error
-            raise KernelError("use the job table", f"{self._path} ({error})", 0) from error
+            raise JobTableError("use the job table", self._path, error) from error
 
 
 # The user that each client's jobs run as: its own, for ever.
