@@ -46,7 +46,6 @@ ARGUMENTS: Final = {
     "overrides": "limits by name, as a number, or as text with a unit: `256M`, `1h30m`",
     "owner": "the client whose jobs count; None: every client's",
     "path": "a path of the job, or of this machine, as the method says",
-    "place": "the number of a file, in the order of the launcher's greeting",
     "port": "a TCP port, 1 to 65535",
     "reconnect_seconds": "how long a call tries to reach a server that is away",
     "request_id": "up to 64 printable characters; a call that is repeated with it does its work once",

@@ -202,7 +202,11 @@ class ExitStatus:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The most that a job may use. 0 is "no limit" in every field.
+    """The most that a job may use, as cgroups(7) count it. 0 is "no limit" in every field.
+
+    A name ends with its unit: `cpu_max_millicores` in thousandths of a processor, `io_rbps_max` in bytes and
+    `io_riops_max` in reads a second: docs/limits.md. Raises InvalidJobError, and LimitRangeError for a limit
+    that is too low for any job.
 
     Reads from disk have none by default: a read that is held back holds up every process that reads the same
     file.
@@ -259,7 +263,10 @@ class Limits:
         return replace(self, **lower)
 
     def with_overrides(self, overrides: Mapping[str, int | str]) -> Self:
-        """Return these limits with some replaced; an unknown name is an InvalidJobError."""
+        """Return these limits with some replaced.
+
+        Raises InvalidJobError for an unknown name or a wrong value, and LimitRangeError as the class does.
+        """
         if not overrides:
             return self
         unknown = set(overrides) - set(_LIMIT_NAMES)
@@ -684,7 +691,7 @@ class Retry:
 
 @dataclass(frozen=True, slots=True)
 class QueueSpec:
-    """The conditions of a job in the queue. Raises InvalidJobError.
+    """The conditions of a job in the queue (docs/queue.md). Raises InvalidJobError.
 
     Of one client's jobs those with a higher `priority` go first (-1000 to 1000), among equals the older one.
     `not_before` is a time, local without a time zone. A job that is `held` waits until it is released.
@@ -729,7 +736,7 @@ class QueueSpec:
 
 @dataclass(frozen=True, slots=True)
 class TerminalSize:
-    """The size of a terminal, in rows and columns of characters. Raises InvalidJobError."""
+    """The size of a terminal in rows and columns of characters (docs/terminal.md). Raises InvalidJobError."""
 
     rows: int
     columns: int
@@ -834,8 +841,10 @@ class JobSpec:
     the operator offers, each as `NAME` (at /mnt/NAME) or `NAME:PATH`. `gpus` is the number of GPUs that the
     job has for itself. `node` is the only machine of a cluster that may have the job; the operator says which
     clients may choose one. `partition` and `constraint` go to Slurm, which gives the job a place in that
-    partition, on a node with that feature; the operator says which ones jobs may name. Raises
-    InvalidJobError.
+    partition, on a node with that feature; the operator says which ones jobs may name.
+
+    docs/limits.md, docs/queue.md, docs/workspaces.md, docs/images.md, docs/mounts.md, docs/network.md and
+    docs/gpus.md describe these settings. Raises InvalidJobError.
     """
 
     command: str | Sequence[str]
