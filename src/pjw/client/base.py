@@ -1,7 +1,9 @@
-"""The part that both clients share: the ways to make one."""
+"""The parts that both clients share: the ways to make one, and the documentation of their methods."""
 
+import inspect
 from abc import ABC, abstractmethod
-from typing import Final, Self
+from collections.abc import Callable
+from typing import Final, Self, TypeVar
 
 from pjw.client.channel import Options, channel_arguments  # isort: skip  it sets how gRPC is imported
 
@@ -9,6 +11,25 @@ import grpc
 
 from pjw.client.config import ClientSettings
 from pjw.client.retry import RECONNECT_SECONDS, Link
+
+C = TypeVar("C", bound=type)
+
+
+def documented_by(twin: type) -> Callable[[C], C]:
+    """Return a decorator that puts the docstrings of *twin* and its methods before those of its namesakes.
+
+    So help() and the reference have the whole text for both classes, and one class owns it.
+    """
+
+    def complete(cls: C) -> C:
+        methods = [(vars(twin).get(name), method) for name, method in vars(cls).items() if name[0] != "_"]
+        for documented, completed in (twin, cls), *methods:
+            # with -OO there are no docstrings
+            if documented.__doc__ and completed.__doc__:
+                completed.__doc__ = f"{inspect.cleandoc(documented.__doc__)}\n\n{completed.__doc__}"
+        return cls
+
+    return complete
 
 
 class BaseClient(ABC):
