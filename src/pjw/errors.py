@@ -302,11 +302,14 @@ class ServerUnreachableError(PjwError):
 
 
 class LauncherGoneError(ServerUnreachableError):
-    """The launcher has died, so nothing can be started or stopped; running jobs go on."""
+    """The launcher has died, and nothing can be started or stopped; running jobs go on.
+
+    A client also gets this error from a server that ends.
+    """
 
 
 class ServerDrainingError(LauncherGoneError):
-    """The server ends, and takes no more calls; running jobs go on. A client gets LauncherGoneError."""
+    """The server ends, and takes no more calls; running jobs go on."""
 
 
 class WorkerClosedError(LauncherGoneError):

@@ -45,9 +45,12 @@ class BaseClient(ABC):
         all_clients: bool = False,
         reconnect_seconds: float = RECONNECT_SECONDS,
     ) -> None:
-        """Read the files; the network is not touched yet. Raises ConfigError.
+        """Read the files; the network is not touched yet.
 
-        With *all_clients*, jobs that are named or listed may be any client's, if our role allows it.
+        *server* is HOST:PORT, and the others are paths of PEM files (docs/certificates.md). With
+        *all_clients*, jobs that are named or listed may be any client's, if our role allows it. A call tries
+        for *reconnect_seconds* to reach a server that went away; 0: not at all. Raises ConfigError for a
+        wrong address, and for a file that cannot be read or used.
         """
         settings = ClientSettings(server, ca_crt, client_crt, client_key)
         self._link: Final = Link(settings, reconnect_seconds)
@@ -69,8 +72,8 @@ class BaseClient(ABC):
         """Make a client with the settings of a context, as `pjw --context NAME` has them.
 
         Without a name, the settings are those that `pjw` uses without options: the environment (PJW_SERVER,
-        PJW_CA_CRT, PJW_CLIENT_CRT, PJW_CLIENT_KEY, PJW_CONTEXT), then the current context. Raises
-        ConfigError.
+        PJW_CA_CRT, PJW_CLIENT_CRT, PJW_CLIENT_KEY, PJW_BUNDLE, PJW_CONTEXT), then the current context. Raises
+        ConfigError for a context that is not there or has a fault.
         """
         from pjw.client.config import find_settings
 
@@ -93,7 +96,10 @@ class BaseClient(ABC):
         all_clients: bool = False,
         reconnect_seconds: float = RECONNECT_SECONDS,
     ) -> Self:
-        """Make a client of the bundle's service, or of another *server*. Raises ConfigError."""
+        """Make a client of the bundle's service, or of another *server* (HOST:PORT).
+
+        Raises ConfigError for a file at *path* that is no bundle, or cannot be read.
+        """
         from pjw.certs.bundle import read_bundle
 
         bundle = read_bundle(path)
