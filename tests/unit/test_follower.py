@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pjw.errors import KernelError, LauncherGoneError, OffsetError, OutputLostError
+from pjw.errors import KernelError, OffsetError, OutputLostError, WorkerClosedError
 from pjw.output import Head, Inotify, OutputLog, follow
 from pjw.output.follower import CHUNK_BYTES_MAX, CHUNK_BYTES_MIN
 from pjw.output.log import SHARED_BYTES_MAX, read_at
@@ -356,7 +356,7 @@ async def test_an_abandoned_log(growing: Growing) -> None:
     growing.append(b"words")
     growing.log.abandon()
     async with asyncio.timeout(DEADLINE_SECONDS):
-        with pytest.raises(LauncherGoneError):
+        with pytest.raises(WorkerClosedError):
             await reading
     assert got == [b"words"]
 

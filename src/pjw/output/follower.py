@@ -6,7 +6,7 @@ import sys
 from collections.abc import AsyncGenerator
 from typing import Final
 
-from pjw.errors import LauncherGoneError, OffsetError
+from pjw.errors import OffsetError, WorkerClosedError
 from pjw.output.log import Head, OutputLog, Piece, check_whole, no_head, read_at
 
 # A stalled stream holds about 4 chunks in gRPC and the kernel, so a reader begins with small
@@ -23,7 +23,7 @@ async def follow(
 
     With *present_only* return at the end of the output that is there when it is called, ended or not. Raises
     OffsetError when *offset* lies beyond the end of the output, OutputLostError when another process has cut
-    the file short, and LauncherGoneError when the worker closes before the end. No polling: waits on inotify.
+    the file short, and WorkerClosedError when the worker closes before the end. No polling: waits on inotify.
     A slow reader costs the others nothing: bytes stay in the file until it asks.
     """
     loop = asyncio.get_running_loop()
@@ -65,5 +65,5 @@ async def follow(
             if piece.size < offset:
                 check_whole(descriptor, offset)
             if log.abandoned:
-                raise LauncherGoneError("the worker was closed; the job goes on")
+                raise WorkerClosedError("the worker was closed; the job goes on")
             await changed.wait()

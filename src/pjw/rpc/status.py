@@ -60,7 +60,17 @@ TABLE: Final = (
     Row(errors.ProtocolError, grpc.StatusCode.INTERNAL, "PROTOCOL"),
     Row(errors.ConfigError, grpc.StatusCode.INTERNAL, "CONFIG"),
 )
-_BY_KIND: Final = {row.kind: row for row in TABLE}
+# Narrower names for errors that travel as their base, so that the wire stays as it was.
+NARROWER: Final[tuple[type[errors.PjwError], ...]] = (
+    errors.PageTokenError,
+    errors.ServerDrainingError,
+    errors.WorkerClosedError,
+    errors.JobTableError,
+    errors.TerminalError,
+)
+_BY_KIND: Final = {row.kind: row for row in TABLE} | {
+    kind: row for kind in NARROWER for row in TABLE if row.kind in kind.__bases__
+}
 _BY_REASON: Final = {row.reason: row for row in TABLE}
 _BY_CODE: Final = {row.code: row for row in reversed(TABLE)}
 # Details of internal failures are for our log; their words may hold paths of the host.

@@ -23,10 +23,10 @@ from pjw.certs.identity import OUR_RULES, NameRules
 from pjw.certs.revocation import NOBODY_REVOKED, RevocationList
 from pjw.errors import (
     InvalidJobError,
-    LauncherGoneError,
     NotAllowedError,
     NotAuthenticatedError,
     PjwError,
+    ServerDrainingError,
 )
 from pjw.rpc.status import ADMITTED_KEY, FOR_CLIENT_KEY, status_of
 from pjw.server.accept import Port
@@ -92,7 +92,7 @@ class Guard:
         """Refuse new calls and end the running ones with UNAVAILABLE, so that clients come back."""
         self._draining = True
         for call in self._running:
-            call.end(LauncherGoneError(_DRAINING))
+            call.end(ServerDrainingError(_DRAINING))
 
     def revoke(self, revoked: RevocationList) -> int:
         """Refuse the certificates of this list, end their calls under way, and return the number of these."""
@@ -248,7 +248,7 @@ class Guard:
     ) -> Any:  # noqa: ANN401
         """Let the caller in until its certificate expires or is revoked, or the server drains."""
         if self._draining:
-            raise LauncherGoneError(_DRAINING)
+            raise ServerDrainingError(_DRAINING)
         peer = authenticate(properties, self._names)
         # On every call: neither an open connection nor a resumed session asks for it again.
         if peer.is_revoked(self._revoked):
