@@ -439,7 +439,7 @@ class AsyncClient(BaseClient):
             # waiting.
             for work in (giving, sending):
                 work.cancel()
-            await asyncio.wait({giving, sending})
+            await asyncio.gather(giving, sending, return_exceptions=True)
         return upload.outgoing.acknowledged
 
     async def connect(
