@@ -14,7 +14,7 @@ import grpc.aio
 from pjw.client import requests
 from pjw.client.base import BaseClient, documented_by
 from pjw.client.input import AsyncUpload
-from pjw.client.retry import CALLS_AT_ONCE, STOPS_AT_ONCE, WAITS_AT_ONCE, Trouble, error_from
+from pjw.client.retry import CALLS_AT_ONCE, STOPS_AT_ONCE, WAITS_AT_ONCE, RetryState, error_from
 from pjw.client.sync import Client
 from pjw.errors import JobNotFoundError, JobStateError, PjwError, ServerUnreachableError
 from pjw.model import Archive, ClientQuota, Job, JobState, Session, TerminalSize, base_of
@@ -422,7 +422,7 @@ class AsyncClient(BaseClient):
     async def _write(
         self, upload: AsyncUpload, data: AsyncIterable[bytes], seen: Callable[[int], None] | None
     ) -> int:
-        trouble = Trouble(self._link, upload.outgoing)
+        trouble = RetryState(self._link, upload.outgoing)
 
         async def send_all() -> None:
             while not await self._send(upload, trouble, seen):
@@ -538,7 +538,7 @@ class AsyncClient(BaseClient):
             return await self._call_now(call)
 
     async def _call_now(self, call: requests.Call[T]) -> T:
-        trouble = Trouble(self._link, call, outlasts_restart=call.outlasts_restart)
+        trouble = RetryState(self._link, call, outlasts_restart=call.outlasts_restart)
         if self._link.closed.is_set():
             raise trouble.closed()
         while True:
@@ -555,7 +555,7 @@ class AsyncClient(BaseClient):
     async def _stream(
         self, stream: requests.Stream, take: Callable[[Any], T | None]
     ) -> AsyncGenerator[T, None]:
-        trouble = Trouble(self._link, stream)
+        trouble = RetryState(self._link, stream)
         while True:
             call = getattr(self._stub, stream.method)(stream.request)
             try:
@@ -572,7 +572,9 @@ class AsyncClient(BaseClient):
             stream.lost()
             await self._pause(trouble, failure)
 
-    async def _send(self, upload: AsyncUpload, trouble: Trouble, seen: Callable[[int], None] | None) -> bool:
+    async def _send(
+        self, upload: AsyncUpload, trouble: RetryState, seen: Callable[[int], None] | None
+    ) -> bool:
         """Send on one connection; return whether that was all."""
         call = self._stub.WriteInput(upload.requests())
         try:
@@ -592,7 +594,7 @@ class AsyncClient(BaseClient):
         await self._pause(trouble, failure)
         return False
 
-    async def _pause(self, trouble: Trouble, error: grpc.RpcError) -> None:
+    async def _pause(self, trouble: RetryState, error: grpc.RpcError) -> None:
         # In a thread: to diagnose a failed connection, this may read files or open a connection itself.
         await asyncio.sleep(await asyncio.to_thread(trouble.after, error))
         if self._link.closed.is_set():

@@ -10,7 +10,7 @@ from pjw.client.channel import Options, channel_arguments  # isort: skip  it set
 import grpc
 
 from pjw.client.config import ClientSettings
-from pjw.client.retry import RECONNECT_SECONDS, Link
+from pjw.client.retry import RECONNECT_SECONDS, Contact
 
 C = TypeVar("C", bound=type)
 
@@ -53,7 +53,7 @@ class BaseClient(ABC):
         wrong address, and for a file that cannot be read or used.
         """
         settings = ClientSettings(server, ca_crt, client_crt, client_key)
-        self._link: Final = Link(settings, reconnect_seconds)
+        self._link: Final = Contact(settings, reconnect_seconds)
         self._all_clients: Final = all_clients
         self._connect(*channel_arguments(settings))
 

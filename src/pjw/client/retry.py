@@ -150,7 +150,7 @@ STOPS_AT_ONCE: Final = 100
 TURN_SECONDS: Final = 60
 
 
-class Link:
+class Contact:
     """The state of a client's connection to its server, shared by all of its calls."""
 
     def __init__(self, settings: ClientSettings, reconnect_seconds: float) -> None:
@@ -160,7 +160,7 @@ class Link:
         self.closed: Final = threading.Event()
 
 
-class Asked(Protocol):
+class CallFacts(Protocol):
     """The facts about a call that decide what happens when it fails."""
 
     @property
@@ -176,10 +176,10 @@ class Asked(Protocol):
         """The progress of the call, and a next step."""
 
 
-class Trouble:
+class RetryState:
     """The failures of one call in a row."""
 
-    def __init__(self, link: Link, asked: Asked, *, outlasts_restart: bool = False) -> None:
+    def __init__(self, link: Contact, asked: CallFacts, *, outlasts_restart: bool = False) -> None:
         """Begin without failures; *outlasts_restart*: a client without answers waits for a restart, too."""
         self._outlasts_restart: Final = outlasts_restart
         self._link: Final = link

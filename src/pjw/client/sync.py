@@ -13,7 +13,7 @@ import grpc
 
 from pjw.client import requests
 from pjw.client.base import BaseClient
-from pjw.client.retry import CALLS_AT_ONCE, STOPS_AT_ONCE, WAITS_AT_ONCE, Trouble, error_from
+from pjw.client.retry import CALLS_AT_ONCE, STOPS_AT_ONCE, WAITS_AT_ONCE, RetryState, error_from
 from pjw.errors import JobNotFoundError, JobStateError, PjwError, ServerUnreachableError
 from pjw.model import Archive, ClientQuota, Job, JobState, Session, TerminalSize, base_of
 from pjw.rpc.status import ADMITTED_KEY
@@ -697,7 +697,7 @@ class Client(BaseClient):
             return self._call_now(call)
 
     def _call_now(self, call: requests.Call[T]) -> T:
-        trouble = Trouble(self._link, call, outlasts_restart=call.outlasts_restart)
+        trouble = RetryState(self._link, call, outlasts_restart=call.outlasts_restart)
         if self._link.closed.is_set():
             raise trouble.closed()
         while True:
@@ -712,7 +712,7 @@ class Client(BaseClient):
                 return call.result(answer)
 
     def _stream(self, stream: requests.Stream, take: Callable[[Any], T | None]) -> Generator[T, None, None]:
-        trouble = Trouble(self._link, stream)
+        trouble = RetryState(self._link, stream)
         while True:
             call = getattr(self._stub, stream.method)(stream.request)
             try:
@@ -730,7 +730,7 @@ class Client(BaseClient):
             self._pause(trouble, failure)
 
     def _upload(self, upload: "Upload", seen: Callable[[int], None] | None) -> None:
-        trouble = Trouble(self._link, upload.outgoing)
+        trouble = RetryState(self._link, upload.outgoing)
         try:
             while not self._send(upload, trouble, seen):
                 pass
@@ -739,7 +739,7 @@ class Client(BaseClient):
         else:
             upload.end()
 
-    def _send(self, upload: "Upload", trouble: Trouble, seen: Callable[[int], None] | None) -> bool:
+    def _send(self, upload: "Upload", trouble: RetryState, seen: Callable[[int], None] | None) -> bool:
         """Send on one connection; return whether that was all."""
         call = self._stub.WriteInput(upload.requests())
         upload.on_end(call.cancel)
@@ -761,7 +761,7 @@ class Client(BaseClient):
         self._pause(trouble, failure)
         return False
 
-    def _pause(self, trouble: Trouble, error: grpc.RpcError) -> None:
+    def _pause(self, trouble: RetryState, error: grpc.RpcError) -> None:
         # No watch on the channel's connectivity beside this: a thread of gRPC's goes on with it for a moment
         # after it has become ready, and dies with a traceback when the channel is closed in that moment.
         if self._link.closed.wait(trouble.after(error)):

@@ -96,7 +96,7 @@ class StreamCopy:
         return found.hexdigest()
 
 
-class Archive:
+class OutputArchive:
     """The directory, by a descriptor: its user may not be able to reach it by name."""
 
     def __init__(self, descriptor: int, path: str) -> None:

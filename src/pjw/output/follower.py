@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 from typing import Final
 
 from pjw.errors import OffsetError, WorkerClosedError
-from pjw.output.log import Head, OutputLog, Piece, check_whole, no_head, read_at
+from pjw.output.log import FramePrefix, OutputLog, Piece, check_whole, no_head, read_at
 
 # A stalled stream holds about 4 chunks in gRPC and the kernel, so a reader begins with small
 # ones and earns larger ones (the best size for one stream here) by keeping up.
@@ -17,7 +17,7 @@ KEEPS_UP_SECONDS: Final = 0.1
 
 
 async def follow(
-    log: OutputLog, offset: int = 0, head: Head = no_head, *, present_only: bool = False
+    log: OutputLog, offset: int = 0, head: FramePrefix = no_head, *, present_only: bool = False
 ) -> AsyncGenerator[bytes, None]:
     """Yield every byte from *offset* on, each chunk behind its head; return once the output has ended.
 

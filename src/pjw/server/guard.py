@@ -32,7 +32,7 @@ from pjw.rpc.status import ADMITTED_KEY, FOR_CLIENT_KEY, status_of
 from pjw.server.accept import Port
 from pjw.server.audit import CANCELLED, CallObserver, CallRecord
 from pjw.server.authz import Caller, authenticate, presented
-from pjw.server.calls import Call, Calls, ReaderGoneError, Writer
+from pjw.server.calls import Calls, ClientGoneError, RunningCall, Writer
 from pjw.server.config import ServerConfig
 from pjw.server.connections import Told
 from pjw.server.quota import Quota
@@ -233,7 +233,7 @@ class Guard:
             each.call_began(record)
         try:
             return await self._let_in(arrived, record, properties)
-        except ReaderGoneError:
+        except ClientGoneError:
             record.code = CANCELLED
             return None
         except (asyncio.CancelledError, Exception) as error:
@@ -258,7 +258,7 @@ class Guard:
         if self._port is not None:
             self._port.connections.require_room(arrived.context.peer())
         for_client = record.for_client = self._for_client(arrived.context)
-        call = Call(peer, method, request, for_client)
+        call = RunningCall(peer, method, request, for_client)
         self._running.add(call)
         try:
             async with self._quota.call(for_client or client_name, method, stream=arrived.stream):

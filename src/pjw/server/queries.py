@@ -11,7 +11,7 @@ from typing import Final
 from pjw.errors import InvalidJobError, PageTokenError
 from pjw.model import Workspace, check_labels, check_name, is_workspace
 from pjw.rpc.convert import change_to_message, states_from_message
-from pjw.server.backend import Jobs
+from pjw.server.backend import JobCalls
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker.changes import Watched
 from pjw.worker.pages import JobFilter
@@ -81,7 +81,7 @@ _SHARE: Final = 10
 class JobWatchers:
     """The watchers of jobs on one server."""
 
-    def __init__(self, worker: Jobs) -> None:
+    def __init__(self, worker: JobCalls) -> None:
         self._worker: Final = worker
         self._count = 0
 

@@ -48,7 +48,7 @@ from pjw.output import Inotify
 from pjw.worker.adoption import adopt
 from pjw.worker.artifacts import Keeping
 from pjw.worker.changes import Batch, Changes, Watched
-from pjw.worker.disk import DiskSampler, ScratchUse
+from pjw.worker.disk import DiskSampler, TreeUse
 from pjw.worker.egress import Connection, Connections
 from pjw.worker.endings import Endings
 from pjw.worker.gpus import Gpus
@@ -134,7 +134,7 @@ class Worker(QueueCalls):
         self._running: Final = RunningJobs(settings)
         self._jobs: Final = Jobs(self._running, self._workspaces, self._gpus)
         self._live: Final = self._jobs.live
-        scratch_used: dict[int, ScratchUse] = {}
+        scratch_used: dict[int, TreeUse] = {}
         self._stored: Final = StoredBytes(state, self._live, scratch_used, settings.quotas)
         self._parts: Final = Parts(
             state,
