@@ -4,22 +4,14 @@ import os
 import re
 import sys
 from argparse import ArgumentTypeError, Namespace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pjw.cli import stdin
-from pjw.cli.commands import write_all
+from pjw.cli import render, stdin
 from pjw.cli.connection import JobName, connect, job_name, resolve_id
 from pjw.cli.exits import say
-from pjw.cli.terminal import Progress
+from pjw.cli.terminal import Progress, write_all
 from pjw.cli.units import size_in_words
 from pjw.errors import InvalidJobError, TerminalError
-
-if TYPE_CHECKING:
-    from pjw.client.sync import Client
-
-from typing import TYPE_CHECKING, Any
-
-from pjw.cli import render
 from pjw.model import ArtifactsState, EndReason, Job
 
 if TYPE_CHECKING:
