@@ -40,9 +40,9 @@ SUITES: Final = (
         "scale",
     ),
 )
-# Alone, and only when it is named: what others measure as well, beside earlier commits.
+# It measures again, for earlier commits too, so it runs alone and only when it is named.
 GOALS: Final = goals.SUITE
-# What needs Debian's packages of Slurm: only when it is named.
+# These need Debian's packages of Slurm, and run only when they are named.
 NAMED: Final = ("cluster",)
 OUTPUT: Final = Path("build/bench")
 PLOTS: Final = Path("docs/performance")
@@ -104,10 +104,12 @@ def _arguments() -> argparse.Namespace:
         action="append",
         help="compare with the pjwd of that commit, in turns; store nothing; may be repeated",
     )
-    parser.add_argument("--jobs-max", type=int, metavar="N", help="scale: at most so many jobs, and so many")
+    parser.add_argument(
+        "--jobs-max", type=int, metavar="N", help="scale: no more than N jobs, and a row with N"
+    )
     arguments = parser.parse_args()
     if GOALS in arguments.suite and len(arguments.suite) > 1:
-        parser.error(f"the suite {GOALS} has a table of its own: name no other suite beside it")
+        parser.error(f"the suite {GOALS} has its own table: name no other suite with it")
     if (arguments.check or arguments.store) and (arguments.against or arguments.suite == [GOALS]):
         parser.error("ratios are stored and checked of this tree alone, without --against")
     if arguments.against and arguments.document and arguments.suite != [GOALS]:

@@ -1,6 +1,6 @@
-"""Whose processor time lives take, by the kernel's accounts of cgroups and processes.
+"""Divide the processor time of lives among processes, by the kernel's accounts.
 
-What a process counts for its children leaves out those that nobody waits for. A cgroup counts everybody who
+A process's count for its children leaves out those that nobody waits for. A cgroup counts each process that
 was ever in it or below it, so nothing is missing from the sum of two: the one that pjwd's own processes are
 moved into, and the one that it has made for its jobs.
 """
@@ -78,7 +78,7 @@ class Accounts:
 
 @contextmanager
 def opened(service: Service) -> Iterator[Accounts]:
-    """Give the accounts of a pjwd; its processes, but for those of jobs, have a cgroup of their own."""
+    """Give the accounts of a pjwd; its processes, but for those of jobs, have their own cgroup."""
     [jobs] = [path for path in instance_cgroups(service.state) if counts_time(path)]
     # jobs are in ROOT/pjw/INSTANCE
     root = jobs.parent.parent

@@ -13,7 +13,7 @@ from benchmarks import pjwd
 from benchmarks.report import Figure, Held, median
 
 ROOT: Final = Path(__file__).parents[1]
-# What a change may cost, beside the commit.
+# The bound for a change: its cost divided by the commit's.
 GOAL: Final = 1.1
 TURNS: Final = 3
 # How this tree's is called among commits.

@@ -14,7 +14,7 @@ from tests.support.service import CALL_SECONDS, Service
 SUITE: Final = "queue"
 ELEMENTS: Final = 1_000_000
 KIB: Final = 1024
-# What one job may cost, and its array may cost no more: pages of the table, objects of Python.
+# The bounds of one job, which hold for its whole array too: pages of the table, objects of Python.
 TABLE_BOUND: Final = 64 * KIB
 MEMORY_BOUND: Final = 2 * KIB * KIB
 # beside those with an empty queue
@@ -22,7 +22,7 @@ START_BOUND: Final = 1.25
 
 
 def drained(service: Service, count: int, slots: int) -> float:
-    """Elements that begin and end in a second: of an array of so many, so many at once."""
+    """Return the elements that begin and end in a second: *count* in the array, *slots* at once."""
 
     async def drain() -> float:
         async with AsyncExitStack() as stack:

@@ -1,4 +1,4 @@
-"""What one `pjw get` costs as a whole process, beside the interpreter and the library that it is made of."""
+"""Measure one `pjw get` as a whole process, next to its interpreter and its library alone."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from tests.support.service import BIN, Service, wait_for
 ROUNDS: Final = 40
 QUICK_ROUNDS: Final = 10
 PJW: Final = "pjw get"
-# What each runs; the names are what the figures are held against.
+# The code that each runs. The figures name the floor that they are compared with.
 FLOORS: Final = {"python -c pass": "pass", "python -c 'import grpc'": "import grpc"}
 
 
@@ -29,7 +29,7 @@ class Contestant:
 
 
 def run(*, quick: bool) -> list[Figure]:
-    """All in turns, so that whatever else the machine does hits all alike."""
+    """Run all in turns, so that other work of the machine hits all alike."""
     with running() as service:
         job_id = service.start_job("true")
         wait_for(lambda: service.job(job_id).HasField("end"))

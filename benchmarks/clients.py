@@ -39,7 +39,7 @@ def run_once(stub: JobWorkerServiceStub) -> Run:
 
 
 async def run_many(service: Service, clients: int, count: int) -> float:
-    """*count* whole lives by so many clients at once; the seconds until the last one ended.
+    """Run *count* whole lives by several clients at once; return the seconds until the last one ended.
 
     By grpc.aio: 64 threads cost us more than 64 tasks, and we share the processors with the server.
     """

@@ -125,7 +125,7 @@ class _Lived:
 
 
 async def _lives(service: Service, clients: int, count: int, memory: Callable[[], int]) -> _Lived:
-    """So many jobs by so many clients at once, each from its start to its end."""
+    """Run jobs by several clients at once, each from its start to its end."""
     left = iter(range(count))
     lived = _Lived()
 

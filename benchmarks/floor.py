@@ -15,7 +15,7 @@ from typing import Final, NamedTuple, Self
 from tests.support.service import wait_for
 
 SOURCE: Final = Path(__file__).with_name("floor.c")
-# What a job gets: every namespace but that of users.
+# The namespaces of a job: all but that of users.
 NAMESPACES: Final = "pmniuc"
 # All but that of the network, which takes the kernel longer than the others together.
 WITHOUT_NET: Final = NAMESPACES.replace("n", "")
@@ -45,7 +45,7 @@ class Run(NamedTuple):
 
 
 class Floor:
-    """A process that starts *command* each time it is told to. Closes with the context."""
+    """A process that starts *command* on each request. Closes with the context."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class Floor:
 
 
 def _removed(cgroup: str) -> bool:
-    # the last command may not have ended yet
+    # perhaps the last command has not ended yet
     with suppress(OSError):
         os.rmdir(cgroup)
     return not os.path.isdir(cgroup)

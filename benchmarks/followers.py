@@ -34,7 +34,7 @@ HANDSHAKES: Final = 16
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What all followers, or those from *first* on up to *last*, do at once."""
+    """An order for all followers, or for those from *first* up to *last*."""
 
     # stream: to the end; hold: until *size* bytes, and then read nothing; lines: to the end, when each came
     verb: str

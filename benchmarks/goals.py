@@ -1,4 +1,4 @@
-"""What a start, a stop, a Get and a running job may cost, beside the kernel, peers and earlier commits.
+"""Bounds for a start, a stop, a Get and a running job, compared with the kernel, peers and earlier commits.
 
     make bench SUITES=goals                                     # beside COMMITS
     make bench SUITES=goals BENCH_ARGS="--against v0.1 --quick" # beside that commit, with few samples
@@ -212,7 +212,7 @@ def _bound(goal: Goal) -> str:
 
 
 def parts(found: Found) -> str:
-    """Whose the processor time of a life is, in a column for each pjwd."""
+    """Return the processor time of a life by process, in a column for each pjwd."""
     start = f"start: {CPU}: "
     keys = [key for key in found[OURS] if key.startswith(start)]
     rows = [

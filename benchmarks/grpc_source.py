@@ -63,7 +63,7 @@ def _message(number: int) -> bytes:
 
 
 class _Lines:
-    """What a job would write, as messages, to all who follow it."""
+    """Serves the output of a job, as messages, to all its followers."""
 
     def __init__(self, count: int) -> None:
         self._count: Final = count

@@ -37,7 +37,7 @@ class Installed:
 
     @property
     def size(self) -> int:
-        """What its packages take, in bytes, with what pip has compiled."""
+        """The size of its packages in bytes, with the files that pip has compiled."""
         return sum(path.stat().st_size for path in self.site.rglob("*") if path.is_file())
 
     @property

@@ -31,7 +31,7 @@ for _ in range(count):
 PYTHON: Final = "/usr/bin/python3"
 PAUSE_SECONDS: Final = 0.004
 MANY: Final = 1000
-# The processor time of lines is that of so many more of them: to join takes some too.
+# Joining takes processor time too, so that of lines is a difference: many lines less these few.
 FEW_LINES: Final = 2
 FANNED: Final = 900
 

@@ -1,4 +1,4 @@
-"""What was measured on: a figure without it says little."""
+"""Describe the machine and its software: a figure without them says little."""
 
 import os
 import platform

@@ -1,4 +1,4 @@
-"""What the server holds in memory: with much output, with many followers, with some of them stalled."""
+"""Measure the server's memory: with much output, with many followers, with some of them stalled."""
 
 import time
 from contextlib import ExitStack
@@ -14,7 +14,7 @@ MANY: Final = 1000
 STALLED: Final = 10
 # so much each of them reads first, so that it gets the largest chunks when it stalls
 READ_FIRST: Final = 8 * MIB
-# Caches fill and allocators keep what they had, whatever the size of the output.
+# Caches fill and allocators keep their memory, with output of any size.
 HOLDING_BOUND: Final = 2 * MIB
 STREAMING_BOUND: Final = 8 * MIB
 STALLED_BOUND: Final = 1 * MIB

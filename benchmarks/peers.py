@@ -1,9 +1,9 @@
 """Other programs that start a command in namespaces of its own, as a person would call them.
 
-Each is a command line that is timed as a whole process by floor.c, in the same way as the floor itself. What
-cannot be seen from outside is when it executes the command; so for a start the command is told.c, static,
-which writes a byte to its stdout as the first thing it does, and the peer's start is the time until that byte
-is there: 0.05 to 0.3 ms after the exec. A whole life is that of `true`.
+Each is a command line that is timed as a whole process by floor.c, in the same way as the floor itself. From
+outside nobody sees when it executes the command. So for a start we have it execute told.c, a static program
+that first writes a byte to its stdout. The peer's start is the time until that byte is there: 0.05 to 0.3 ms
+after the exec. A whole life is that of `true`.
 
 What they are asked for is less than a job of pjw has (no limits and no user of its own with bwrap and
 unshare, a seccomp filter and a scratch directory with none), so they have the easier task.

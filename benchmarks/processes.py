@@ -1,4 +1,4 @@
-"""What processes use and hold, and what the kernel holds for them, by its own count."""
+"""Read the time and memory of processes, and the memory that the kernel holds for them, by its own count."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final, Self
 
 KIB: Final = 1024
-# What the kernel holds for a process and its namespaces; it is in no process's PSS.
+# The kernel's memory for a process and its namespaces, which is in no process's PSS.
 KERNEL_FIELDS: Final = ("Slab", "KernelStack", "PageTables", "Percpu")
 
 
@@ -74,7 +74,7 @@ def name_of(pid: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What is taken, in KiB: by processes (PSS), by the kernel for itself, and of what is available."""
+    """Memory in KiB: that of processes (PSS), that of the kernel, and the loss of available memory."""
 
     processes: float
     kernel: float

@@ -235,7 +235,7 @@ def _spooled(directory: Path, count: int) -> float | None:
         tsp("-K")
 
 
-# Of one machine, which has as many processors as the queue has slots, whatever it has.
+# For one machine; it is configured with one processor for each slot of the queue.
 _SLURM: Final = """
 ClusterName=bench
 SlurmctldHost={host}(127.0.0.1)

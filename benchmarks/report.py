@@ -1,4 +1,4 @@
-"""What a benchmark found: figures beside what was measured in the same run, and whether they are good enough.
+"""The results of a benchmark: figures, the references of the same run, and whether they are good enough.
 
 Absolute times on a shared machine are noise; the ratio of two that were taken in turns is not. So a goal, and
 the bound that CI holds a figure to (check.py), is always one of ratios.
@@ -41,7 +41,7 @@ class Figure:
 
     @property
     def key(self) -> str:
-        """What names it among all figures."""
+        """The name that no other figure has."""
         return f"{self.suite}: {self.name}" + (f" / {self.against}" if self.against else "")
 
     @property

@@ -1,4 +1,4 @@
-"""What a running job costs when there are many: memory, the next start, the processor while they sleep.
+"""Measure the costs of a running job among many: memory, the next start, the processor while they sleep.
 
 Until the next boot something of it stays, so this suite is the last: the kernel gives each new memory cgroup
 room, 16 bytes, for each of the file systems that were ever mounted at once (the limit of its shrinkers never
@@ -47,7 +47,7 @@ SPARE_DESCRIPTORS: Final = 200
 
 Found = TypeVar("Found")
 
-# Where the machine cannot have as many as there are in the last of them; 0: all of them.
+# The most jobs in a row, for a machine that has no room for the last rows; 0: no bound.
 jobs_max = 0
 
 MEMORY_BOUND_KIB: Final = 250.0
@@ -153,7 +153,7 @@ def _memory_figures(level: int, each: Memory, bwrap: Memory | None) -> list[Figu
         figures.append(
             Figure("scale", name, each.processes, "KiB", "bwrap", bwrap.processes, held=Held.IF_THERE)
         )
-    # of the whole machine, and whatever else it does: no ratio, which would be noise
+    # of the whole machine with its other work, so a ratio would be noise
     for whose, memory in (("jobs", each), ("bwraps", bwrap)):
         if memory is not None:
             name = f"memory of each of {level} {whose}"

@@ -1,7 +1,7 @@
 """Many nodes of a gateway in one process: real sessions and claims with real certificates, and no jobs.
 
-`python -m benchmarks.simulated_nodes GATEWAY CERTS COUNT SECONDS` keeps the sessions until SIGTERM. A job
-that a node claims is told to have started, and after SECONDS to have ended.
+`python -m benchmarks.simulated_nodes GATEWAY CERTS COUNT SECONDS` keeps the sessions until SIGTERM. A node
+reports of a job that it claims that it has started, and after SECONDS that it has ended.
 """
 
 import asyncio

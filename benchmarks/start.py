@@ -2,13 +2,13 @@
 
 pjw's numbers are those of a client over mutual TLS: from the call of Start to its answer, which comes when
 the command has been executed with every namespace and limit; and on to the end of a Logs stream, which is
-what a client waits for. Beside it in each round run the kernel's floor (floor.c: clone with the same
+what a client waits for. Each round also runs the kernel's floor (floor.c: clone with the same
 namespaces, exec, wait), the floor without a namespace of the network, which is the dearest, the floor with a
 cgroup in each of a job's hierarchies under the same limits, a bare posix_spawn, and in some rounds the peers
 (peers.py). All execute the same `true`.
 
-The order in a round is left to chance, because it matters: on cgroup v1 the first to enter a cgroup after a
-pause waits for a grace period of RCU, 10 ms or so, and whoever comes soon after does not.
+The order in a round is left to chance, because it matters: on cgroup v1 the first process to enter a cgroup
+after a pause waits for a grace period of RCU, about 10 ms. The next ones do not wait.
 """
 
 import asyncio
@@ -170,7 +170,7 @@ def _posix_spawn() -> Run:
 
 @dataclass(slots=True)
 class _Tally:
-    """What some turns came to; of the floor all time is that of `spawning`."""
+    """The sums of some turns; of the floor all time is that of `spawning`."""
 
     seconds: float = 0
     used: Used = field(default_factory=Used)

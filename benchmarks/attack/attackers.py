@@ -90,7 +90,7 @@ class Client:
 
 
 def _forever(client: Client, work: Callable[[Client], object], threads: int = 1) -> None:
-    """Do it again and again, whatever the server says to it."""
+    """Repeat *work* without an end, also when the server refuses it."""
 
     def loop() -> None:
         while True:
@@ -106,7 +106,7 @@ def _forever(client: Client, work: Callable[[Client], object], threads: int = 1)
 
 
 def calls(client: Client) -> None:
-    """What others are compared with: a client that asks for the next as soon as it has been answered."""
+    """The reference for the others: a client that sends the next call as soon as it has its answer."""
     job_id = client.start_when_let_in("true")
     request = pb.GetRequest(id=job_id)
     _forever(client, lambda one: one.stub.Get(request, timeout=CALL_SECONDS))

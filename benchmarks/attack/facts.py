@@ -1,4 +1,4 @@
-"""What must be so while an attack goes on, beside the victim's times."""
+"""Facts that must hold while an attack goes on, apart from the victim's times."""
 
 import fcntl
 import os
@@ -76,7 +76,7 @@ def ends_in_time(stage: Stage) -> list[Fact]:
 
 
 def syncs_in_time(stage: Stage) -> list[Fact]:
-    """What root writes to the same file system comes to its disk."""
+    """Root's write to the same file system reaches the disk."""
     path = stage.service.state.parent / "synced"
     command = ["dd", "if=/dev/zero", f"of={path}", "bs=4k", "count=1", "conv=fsync", "status=none"]
     return [_by_root("root's sync of another file ends", command, stage.victim.deadline)]
@@ -151,7 +151,7 @@ def share_of_cpu(stage: Stage) -> list[Fact]:
         job_id = stub.Start(request, timeout=stage.victim.deadline).job.id
         began, before = time.monotonic(), _cpu_seconds(stub, stage)
         mine, others, seconds = 0.0, 0.0, 0.0
-        # not for so long by the clock: on a busy machine both may get little of it
+        # processor time, not time by the clock: on a busy machine both may get little of it
         while mine + others < SHARE_SECONDS and seconds < stage.victim.deadline:
             time.sleep(SHARE_SECONDS / 10)
             mine, others = (now - then for now, then in zip(_cpu_seconds(stub, stage), before, strict=True))
@@ -162,7 +162,7 @@ def share_of_cpu(stage: Stage) -> list[Fact]:
 
 
 def _cpu_seconds(stub: JobWorkerServiceStub, stage: Stage) -> tuple[float, float]:
-    """What the victim's and the attacker's running jobs have used."""
+    """Return the use of the victim's and of the attacker's running jobs."""
     quotas = [
         each.GetQuota(pb.GetQuotaRequest(), timeout=stage.victim.deadline) for each in (stub, stage.stub)
     ]
@@ -206,7 +206,7 @@ def _victims_job(stage: Stage, what: str, argv: list[str]) -> Fact:
 
 
 def kernel_threads(stage: Stage) -> list[Fact]:
-    """What the kernel does for a job in threads of its own, which no limit of the job's counts."""
+    """The kernel's own threads, which no limit of a job counts, take little time for it."""
     before, began = _kernel_threads_seconds(), time.monotonic()
     time.sleep(SHARE_SECONDS)
     share = (_kernel_threads_seconds() - before) / (time.monotonic() - began)
@@ -285,7 +285,7 @@ def terminals_left(stage: Stage) -> list[Fact]:
 
 
 def hears_nothing(stage: Stage) -> list[Fact]:
-    """What root opens is nothing that a job hears of."""
+    """A job learns nothing of the files that root opens."""
     path = stage.cold.paths[0]
     with stage.jobs([*PYTHON, _WATCH, str(path)]) as [job_id]:
         stage.output(job_id, b"ready")

@@ -28,7 +28,7 @@ VICTIM: Final = "victim"
 ATTACKER: Final = "attacker"
 PYTHON: Final = ("/usr/bin/python3", "-I", "-S", "-c")
 BUSY: Final = "while :; do :; done"
-# What a client may not ask for any more once there are floors; and the floors' defaults then.
+# Below the floors, so the server refuses it once there are floors; and the floors' defaults then.
 TINY_IO: Final = 2
 FLOOR_BYTES: Final = 1024**2
 FLOOR_OPERATIONS: Final = 100
@@ -149,7 +149,7 @@ class Stage:
             process.stdout.close()
 
     def output(self, job_id: int, expected: bytes, seconds: float = STOP_SECONDS) -> bytes:
-        """What a job has written, once *expected* is in it, or when the time is over."""
+        """Return a job's output, once *expected* is in it, or when the time is over."""
         path = self.service.state / "jobs" / str(job_id) / "output"
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""What the samples of a row come to: figures beside their reference, and whether the goals are met."""
+"""Turn the samples of a row into figures next to their reference, and judge whether the goals are met."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ WIDTH: Final = 96
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """What is so or is not while the attack goes on; `held` is how it should be."""
+    """A fact that was looked at during the attack; `held`: whether it is as it should be."""
 
     what: str
     found: str
@@ -60,7 +60,7 @@ class Result:
     failures: list[str] = field(default_factory=list)
 
     def misses(self, goals: Goals) -> list[str]:
-        """What is not as it should be, in words."""
+        """Return each fault in words."""
         found = [*dict.fromkeys(self.attack.failures), *self.failures]
         found += [f"beside the loop: {failure}" for failure in dict.fromkeys(self.beside.failures)]
         found += [f"{fact.what}: {fact.found}" for fact in self.facts if not fact.held]

@@ -70,7 +70,7 @@ class Samples:
 
 
 class Victim:
-    """Works on, whatever happens beside it."""
+    """A client that goes on with its work during an attack."""
 
     def __init__(self, stub: JobWorkerServiceStub, cold: ColdFiles, deadline: float) -> None:
         """*deadline*: seconds after which an operation hangs."""
@@ -130,7 +130,7 @@ def run_as_root(command: Sequence[str], deadline: float) -> None:
 
 
 def why(error: Exception) -> str:
-    """What was wrong with a call or a read."""
+    """Return the fault of a call or a read in words."""
     if not isinstance(error, grpc.RpcError):
         return "hangs" if isinstance(error, TimeoutError) else str(error)
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
@@ -139,6 +139,6 @@ def why(error: Exception) -> str:
 
 
 def why_not_stopped(error: Exception | None) -> str:
-    """What was wrong with a stop; nothing for a start that the server took back after its caller had gone."""
+    """Return the fault of a stop; none where the server took the start back after its caller had gone."""
     taken_back = isinstance(error, grpc.RpcError) and error.code() is grpc.StatusCode.NOT_FOUND
     return "" if error is None or taken_back else why(error)

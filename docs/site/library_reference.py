@@ -21,11 +21,11 @@ UTC, sizes in bytes, durations in seconds, unless a name says otherwise (`_milli
 manager. `Worker` runs jobs in the process that uses it, as root, without a service
 ([architecture](../architecture.md)). It is in the wheel `pjw`; all else is in `pjw-client`.
 """
-# What a name means wherever it is an argument, if the method's own words do not say it.
+# The meaning of an argument's name, for each method whose own words do not say it.
 ARGUMENTS: Final = {
     "after": "the place behind which to begin: the id, or the pair of names, of the last one that was seen",
     "all_clients": "whether methods may look at jobs of other clients; only for the role viewer or admin",
-    "append": "whether the data goes behind what is there, instead of an offset",
+    "append": "whether the data goes behind the input so far, instead of to an offset",
     "array_id": "the id of an array, for its elements alone",
     "client_name": "the client that acts: its limits, its workspaces, its user id",
     "condition": "`ok`, `failed` or `any`: how another job must have ended",

@@ -160,7 +160,7 @@ def inline(token: Token) -> str:
 
 
 def escaped(text: str) -> str:
-    r"""Text as itself: `\` and `-` have a meaning of their own, and no line may begin a request."""
+    r"""Return text that roff shows as it is: `\`, `-` and a first `.` mean something to it."""
     text = text.replace("\\", r"\e").replace("-", r"\-")
     return r"\&" + text if text[:1] in (".", "'") else text
 

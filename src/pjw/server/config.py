@@ -76,7 +76,7 @@ REMOVED: Final[Mapping[str, str]] = MappingProxyType(
         "clients.calls_burst": "a client may begin 200 calls at once, whatever its rate",
         "clients.starts_burst": "after a rest a client may start ten times starts_per_second jobs at once",
         "metrics.allow_remote": "an address in metrics.listen that other hosts reach needs no second key",
-        "metrics.clients_max": "the 100 busiest clients have metrics of their own",
+        "metrics.clients_max": "the 100 busiest clients have their own metrics",
         "traces": "the audit log has a line for each call",
     }
 )
@@ -90,7 +90,7 @@ class JobUsers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     uid_first: Annotated[
         _UserId | None,
-        Meta(description="the first user id for jobs; without it the state directory has a range of its own"),
+        Meta(description="the first user id for jobs; without it the state directory has its own range"),
     ] = None
     uid_count: Annotated[_UserId, Meta(description="how many there are: one for each client")] = UID_COUNT
 
