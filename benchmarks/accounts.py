@@ -30,7 +30,7 @@ class Used:
 
     @property
     def total(self) -> float:
-        """Of all of them."""
+        """The sum of all parts."""
         return self.server + self.launcher + self.spawning + self.jobs
 
     def parts(self) -> dict[str, float]:
@@ -70,7 +70,7 @@ class Accounts:
         self._jobs: Final = jobs
 
     def now(self) -> Used:
-        """Return the time used until now. Only the difference of two such times means something."""
+        """Return the time used until now. Only the difference of two such times has a meaning."""
         server, launcher = own_cpu_seconds(self._server), own_cpu_seconds(self._launcher)
         own = cgroup_seconds(self._own)
         return Used(server, launcher, own - server - launcher, cgroup_seconds(self._jobs))
@@ -113,7 +113,7 @@ def counts_time(cgroup: Path) -> bool:
 
 
 def _place(pid: int, controller: str) -> str:
-    """Where a process is in the hierarchy of a controller of v1; that of v2 has none (cgroups(7))."""
+    """Return the path of a process in the hierarchy of a v1 controller; v2 has none (cgroups(7))."""
     for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controller in controllers.split(","):

@@ -1,4 +1,4 @@
-"""Arrays, as a part of the suite `queue`: how fast one drains, and what a million elements that wait cost."""
+"""Arrays, as a part of the suite `queue`: how fast one drains, and the cost of a million waiting elements."""
 
 import asyncio
 import time
@@ -17,7 +17,7 @@ KIB: Final = 1024
 # The bounds of one job, which hold for its whole array too: pages of the table, objects of Python.
 TABLE_BOUND: Final = 64 * KIB
 MEMORY_BOUND: Final = 2 * KIB * KIB
-# beside those with an empty queue
+# as a ratio to a start with an empty queue
 START_BOUND: Final = 1.25
 
 
@@ -67,7 +67,7 @@ def _bounded(name: str, value: int, bound: int) -> Figure:
 
 
 def _restarts(service: Service, rounds: int) -> tuple[float, int]:
-    """How long pjwd takes until it answers, and the bytes of its table."""
+    """Return the seconds until pjwd answers, and the bytes of its table."""
     seconds, size = [], 0
     for _ in range(rounds):
         service.stop()

@@ -21,7 +21,7 @@ FLOORS: Final = {"python -c pass": "pass", "python -c 'import grpc'": "import gr
 
 @dataclass(slots=True)
 class Contestant:
-    """A command line, and what its runs took, in seconds."""
+    """A command line, and the seconds of its runs."""
 
     command: Sequence[str]
     wall: list[float] = field(default_factory=list)
@@ -36,7 +36,7 @@ def run(*, quick: bool) -> list[Figure]:
         contestants = _contestants(service, job_id)
         environment = service.environment()
         said = service.directory / "stdout"
-        # the first round warms the cache, and is not counted
+        # the first round warms the cache, and does not count
         for number in range((QUICK_ROUNDS if quick else ROUNDS) + 1):
             for name, contestant in contestants.items():
                 wall, cpu = timed(contestant.command, environment, said)
@@ -62,7 +62,7 @@ def _contestants(service: Service, job_id: int) -> dict[str, Contestant]:
 
 
 def timed(command: Sequence[str], environment: Mapping[str, str], said: Path) -> tuple[float, float]:
-    """Wall and processor time of a process, from before its start until it is reaped; it must succeed."""
+    """Return wall and processor time of a process, from its start until it is reaped; it must succeed."""
     began = time.perf_counter()
     pid = os.posix_spawn(
         command[0],

@@ -1,4 +1,4 @@
-"""Print figures of the source: how much a stranger has to read. It needs root.
+"""Print figures of the source: the amount that a newcomer has to read. It needs root.
 
     .venv/bin/python -m benchmarks.figures [--list] [COMMIT...]
 

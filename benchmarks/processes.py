@@ -25,14 +25,14 @@ def cpu_seconds(*pids: int) -> float:
     seconds = 0.0
     for pid in pids:
         seconds += own_cpu_seconds(pid)
-        # behind the name, which may hold anything: state is the first, cutime and cstime are 14 and 15
+        # after the name, which may hold any characters: state is the first, cutime and cstime are 14 and 15
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         seconds += sum(map(int, fields[13:15])) / os.sysconf("SC_CLK_TCK")
     return seconds
 
 
 def pss_bytes(pid: int) -> int:
-    """Memory, with each shared page divided among those who share it."""
+    """Return the memory, with each shared page divided among its processes."""
     return _kib(f"/proc/{pid}/smaps_rollup")["Pss"] * KIB
 
 
@@ -42,7 +42,7 @@ def peak_rss_bytes(pid: int) -> int:
 
 
 def forget_peak(pid: int) -> None:
-    """Begin anew with the peak (proc_pid_clear_refs(5))."""
+    """Reset the peak (proc_pid_clear_refs(5))."""
     Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
@@ -82,7 +82,7 @@ class Memory:
 
     @classmethod
     def now(cls, pids: Sequence[int]) -> Self:
-        """Of these processes, and of the whole machine."""
+        """Return the memory of these processes, and of the whole machine."""
         fields = _kib("/proc/meminfo")
         return cls(
             processes=sum(map(pss_bytes, pids)) / KIB,
@@ -91,7 +91,7 @@ class Memory:
         )
 
     def each(self, before: Self, count: int) -> "Memory":
-        """Return what each of *count* has added since."""
+        """Return the growth since then, divided by *count*."""
         return Memory(
             (self.processes - before.processes) / count,
             (self.kernel - before.kernel) / count,

@@ -23,7 +23,7 @@ from pjw.version import version
 
 CPU_MILLICORES: Final = 16_000
 MEMORY_BYTES: Final = 64 * 1024**3
-# So many handshakes at once.
+# The most handshakes at once.
 _AT_ONCE: Final = 16
 _OPTIONS: Final = [("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
 
@@ -71,7 +71,7 @@ class SimulatedNode:
                 session=session,
                 boot_id="simulated",
                 version=version(),
-                # nobody is there
+                # there is no gateway
                 address="127.0.0.1:1",
                 cpu_max_millicores=CPU_MILLICORES,
                 memory_max_bytes=MEMORY_BYTES,

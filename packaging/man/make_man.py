@@ -117,7 +117,7 @@ def roff(markdown: str) -> str:
 
 
 def table(tokens: Iterable[Token]) -> list[str]:
-    """Return a table's rows as definitions of what is in their first cells; a default stands beside that."""
+    """Return a table's rows as definitions of their first cells; a default stands next to the name."""
     rows: list[list[str]] = []
     for token in tokens:
         if token.type == "tr_open":
