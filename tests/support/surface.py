@@ -96,7 +96,7 @@ def python() -> Iterator[str]:
         yield from _class(named[kind], kind, met)
         for each in met:
             if each not in named:
-                place = "pjw.model." if each.__module__ == "pjw.model" else ""
+                place = "pjw.model." if each.__module__.startswith("pjw.model.") else ""
                 named[each] = f"{place}{each.__qualname__}"
                 waiting.append(each)
 

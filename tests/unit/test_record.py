@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from pjw.launcher.accounts import ACCOUNTS_OFFSET, keep_accounts
+from pjw.launcher.jobs import keep_accounts
+from pjw.launcher.protocol import ACCOUNTS_OFFSET
 from pjw.model import EndReason, ExitStatus, Usage
 from pjw.worker.status_record import RECORD_BYTES, End, Kept, Packing, Record, parse_record
 

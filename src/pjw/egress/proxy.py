@@ -295,7 +295,10 @@ async def _pass_on(
         raise Failure("unreachable", 502, f"{wanted.host} did not answer in HTTP/1.1") from None
     finally:
         uploading.cancel()
-        await asyncio.gather(uploading, return_exceptions=True)
+        [failed] = await asyncio.gather(uploading, return_exceptions=True)
+        # a job that hung up, or no HTTP: the other direction shows it; all else is a bug
+        if isinstance(failed, Exception) and not isinstance(failed, OSError | h11.ProtocolError):
+            raise failed
 
 
 def _informational(event: h11.InformationalResponse) -> h11.InformationalResponse:

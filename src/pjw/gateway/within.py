@@ -36,7 +36,7 @@ from pjw.rpc.convert import (
 )
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker.input import ended_error, require_input
-from pjw.worker.tasks import Flag, first_of, side_by_side
+from pjw.worker.tasks import Flag, first_of, log_bug, side_by_side
 
 Answer = Callable[[pb.ForwardResponse], Awaitable[None]]
 
@@ -151,6 +151,7 @@ class Within:
         try:
             async with timeout:
                 watching = asyncio.ensure_future(_when_over(call, timeout.reschedule))
+                watching.add_done_callback(log_bug)
                 await writer.begin(pb.WriteInputRequest(id=there.node_job_id, session=session))
                 yield writer
         except TimeoutError:

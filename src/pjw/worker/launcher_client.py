@@ -1,4 +1,4 @@
-"""Asks the launcher: one method for each request; the answering ends are in launcher/dispatch.py."""
+"""Asks the launcher: one method for each request; the answers are in `ROUTES` of launcher/dispatch.py."""
 
 import asyncio
 import errno

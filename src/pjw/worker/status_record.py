@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from pjw.launcher.accounts import ACCOUNTS_OFFSET
+from pjw.launcher.protocol import ACCOUNTS_OFFSET
 from pjw.model import EndReason, ExitStatus, Usage
 
 # Room for the record is allocated before the job starts, so that even on a full disk its

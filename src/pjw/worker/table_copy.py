@@ -1,6 +1,6 @@
 """A copy of the job table as it is at one moment, while the table is in use.
 
-A worker locks the table (store.py), so no other process can read it. So the worker copies it itself, with
+A worker locks the table (table.py), so no other process can read it. So the worker copies it itself, with
 SQLite's backup API, and hands out a descriptor. SQLite opens files by their paths. A server that has given
 root up may be unable to reach its own state directory by path, so the file is opened before.
 """

@@ -64,6 +64,7 @@ from pjw.worker.launcher_process import LauncherProcess, check_limits, require_r
 from pjw.worker.metrics import Series, WorkerNumbers, count_all
 from pjw.worker.orders import order_size
 from pjw.worker.pages import ALL_JOBS, JobFilter, Page
+from pjw.worker.parts import Parts
 from pjw.worker.queue import Queue
 from pjw.worker.queue_calls import QueueCalls
 from pjw.worker.queue_rows import WaitingJob
@@ -132,6 +133,17 @@ class Worker(QueueCalls):
         self._live: Final = self._jobs.live
         scratch_used: dict[int, ScratchUse] = {}
         self._stored: Final = StoredBytes(state, self._live, scratch_used, settings.quotas)
+        self._parts: Final = Parts(
+            state,
+            self._launcher,
+            self._inotify,
+            self._background,
+            self._users,
+            self._jobs,
+            self._stored,
+            LaunchTurns(),
+        )
+        parts = self._parts
         self._inputs: Final = Inputs(self._stored, settings.quotas.input_bytes_max)
         self._tails: Final = asyncio.Lock()
         self._pruner: Final = Pruner(state, settings.retention)
@@ -158,45 +170,24 @@ class Worker(QueueCalls):
         # set when fewer jobs run or are being started than before
         self._fewer: Final = Flag()
         self._endings: Final = Endings(
-            state,
-            self._launcher,
-            self._jobs,
+            parts,
             self._pruner,
             self._sampler,
             self._disk,
             self._stopping,
             self._held,
-            self._background,
             Keeping(state, self._inotify, self._stored),
         )
-        turns = LaunchTurns()
-        self._sessions: Final = Sessions(
-            state,
-            self._launcher,
-            self._inotify,
-            self._live,
-            self._stored,
-            self._inputs,
-            self._users,
-            turns,
-            self._background,
-        )
+        self._sessions: Final = Sessions(parts, self._inputs)
         self._stored.sessions = self._sessions.bytes_of
         self._uploads: Final = Uploads(state, self._stored, self._inputs)
         self._stored.uploads = self._uploads.bytes_of
         self._starts: Final = Starts(
-            state,
-            self._launcher,
-            self._inotify,
-            self._jobs,
+            parts,
             self._running,
-            self._stored,
             self._endings,
             self._stopping,
-            self._users,
             self._images,
-            turns,
-            self._background,
             self._uploads,
             self._gpus,
             self._admission,
@@ -242,16 +233,7 @@ class Worker(QueueCalls):
         """Take over the jobs of the worker before us. Call it once, before anything else; `open` does."""
         if self._settings.network.offered:
             await self.connections.begin(self._launcher)
-        await adopt(
-            self._state,
-            self._launcher,
-            self._inotify,
-            self._jobs,
-            self._endings,
-            self._background,
-            self._gpus,
-            self._settings.network,
-        )
+        await adopt(self._parts, self._endings, self._gpus, self._settings.network)
         await self._workspaces.begin(self._ready.uid_first)
         for job_id, client_name, key in await self._images.begin():
             self._background.spawn(self._give_up_load(job_id, client_name, key))

@@ -29,7 +29,7 @@ from pjw.worker.disk import COUNT_SECONDS, ScratchUse, read_all
 from pjw.worker.launcher_client import LauncherClient
 from pjw.worker.settings import WorkerSettings
 from pjw.worker.store import JobStore, Users
-from pjw.worker.tasks import Background
+from pjw.worker.tasks import Background, log_bug
 
 # a process of the launcher's counts for 20 s
 _ANSWER_SECONDS: Final = 60
@@ -115,7 +115,7 @@ class Workspaces:
         self._uses.setdefault(key, []).append(use)
         try:
             quotas = self._settings.quotas
-            await self._store.of_workspaces(workspace_rows.name, *key, time.time_ns(), quotas)
+            await self._store.transact(workspace_rows.name, *key, time.time_ns(), quotas)
         except BaseException:
             self.give_back(use)
             raise
@@ -200,7 +200,7 @@ class Workspaces:
 
     async def listed(self, owner: str | None, after: _Key, count: int) -> Sequence[Workspace]:
         """Return the workspaces as workspace_rows.listed does."""
-        return await self._store.of_workspaces(workspace_rows.listed, owner, after, count)
+        return await self._store.transact(workspace_rows.listed, owner, after, count)
 
     # --- removal
 
@@ -226,18 +226,17 @@ class Workspaces:
 
     def _removal_over(self, key: _Key, task: asyncio.Future[None]) -> None:
         del self._removing[key]
-        # the caller may have gone, and then the result is never looked at
-        if not task.cancelled():
-            task.exception()
+        # the caller may have gone, and does not look at the result then
+        log_bug(task)
         self._tell_freed(key[0])
         self._tell_counted()
 
     async def _remove(self, client_name: str, name: str) -> None:
-        await self._store.of_workspaces(workspace_rows.begin_removal, client_name, name)
+        await self._store.transact(workspace_rows.begin_removal, client_name, name)
         # before the first file: a power cut must not bring a workspace back of which a part is gone
         await self._store.sync()
         await self._launcher.request_remove_workspace(await self._users.of(client_name), name)
-        await self._store.of_workspaces(workspace_rows.gone, client_name, name)
+        await self._store.transact(workspace_rows.gone, client_name, name)
 
     async def over(self) -> None:
         """Wait until no removal is under way; those of a launcher that has gone are the next worker's."""
@@ -249,7 +248,7 @@ class Workspaces:
         The table may be gone, or an older one may have come back. The files of such a directory must never
         become another client's, so its removal has begun when this returns, and the launcher lets no job in.
         """
-        known = await self._store.of_workspaces(workspace_rows.known)
+        known = await self._store.transact(workspace_rows.known)
         for client_name, _, name, is_removing in known:
             if is_removing:
                 self._background.spawn(self._remove_or_log(client_name, name))
@@ -322,7 +321,7 @@ class Workspaces:
         if key in self._removing:
             return None
         if key not in self._uses:
-            await self._store.of_workspaces(workspace_rows.used, *key, time.time_ns())
+            await self._store.transact(workspace_rows.used, *key, time.time_ns())
         try:
             words = await self._launcher.request_workspace_use(await self._users.of(key[0]), key[1])
         except JobStateError:
@@ -337,7 +336,7 @@ class Workspaces:
             return None
         finally:
             os.close(words)
-        had = await self._store.of_workspaces(workspace_rows.counted, *key, size, inodes)
+        had = await self._store.transact(workspace_rows.counted, *key, size, inodes)
         if key in self._uses:
             self._had.setdefault(key, ScratchUse(*had))
         self._tell_counted()
@@ -384,14 +383,14 @@ class Workspaces:
         if not age:
             return None
         before_ns = time.time_ns() - age * 1_000_000_000
-        for client_name, name in await self._store.of_workspaces(workspace_rows.unused, before_ns, _BATCH):
+        for client_name, name in await self._store.transact(workspace_rows.unused, before_ns, _BATCH):
             log.info(
                 "removing the workspace %s of %s: it is unused for longer than is kept", name, client_name
             )
             # since we looked, a job has named it, or its client has removed it
             with suppress(WorkspaceBusyError, WorkspaceNotFoundError):
                 await self.remove(client_name, name)
-        first_ns = await self._store.of_workspaces(workspace_rows.first_unused_ns)
+        first_ns = await self._store.transact(workspace_rows.first_unused_ns)
         if first_ns is None:
             return None
         # A second late rather than an instant early; and a clock that was set is noticed in a day.
