@@ -25,7 +25,6 @@ manager. `Worker` runs jobs in the process that uses it, as root, without a serv
 ARGUMENTS: Final = {
     "after": "the place behind which to begin: the id, or the pair of names, of the last one that was seen",
     "all_clients": "whether methods may look at jobs of other clients; only for the role viewer or admin",
-    "append": "whether the data goes behind the input so far, instead of to an offset",
     "array_id": "the id of an array, for its elements alone",
     "client_name": "the client that acts: its limits, its workspaces, its user id",
     "condition": "`ok`, `failed` or `any`: how another job must have ended",
@@ -46,16 +45,11 @@ ARGUMENTS: Final = {
     "overrides": "limits by name, as a number, or as text with a unit: `256M`, `1h30m`",
     "owner": "the client whose jobs count; None: every client's",
     "path": "a path of the job, or of this machine, as the method says",
-    "place": "the number of a file, in the order of the launcher's greeting",
-    "port": "a TCP port, 1 to 65535",
     "reconnect_seconds": "how long a call tries to reach a server that is away",
     "request_id": "up to 64 printable characters; a call that is repeated with it does its work once",
     "seen": "called with the number of bytes that the other end has",
-    "session": "the number of a session within the job; 0: the job itself",
     "settings": "all settings of a worker, the new ones included",
     "since": "the moment from which on output counts",
-    "source": "a path of this machine, or a file that is open for reading",
-    "sources": "paths of this machine",
     "spec": "a `JobSpec`, or a command alone",
     "specs": "each a `JobSpec`, or a command alone",
     "stderr": "whether to read stderr, of a job that keeps it apart",
@@ -65,14 +59,6 @@ ARGUMENTS: Final = {
     "wanted": "filters: states, labels, a name",
     "watched": "filters: the jobs and labels to report",
 }
-# Any call to a service may raise these, for reasons that have nothing to do with its arguments.
-EVERY_CALL: Final = (
-    errors.ServerUnreachableError,
-    errors.NotAuthenticatedError,
-    errors.NotAllowedError,
-    errors.LimitReachedError,
-    errors.ServerFailedError,
-)
 
 
 def library() -> str:
@@ -125,8 +111,7 @@ def _class(cls: type) -> Iterator[str]:
 def _errors() -> Iterator[str]:
     yield "## Errors\n"
     yield "All are in `pjw.errors`, below `PjwError`. Some have a `hint`: a next step for a person.\n"
-    every = ", ".join(f"`{error.__name__}`" for error in EVERY_CALL)
-    yield f"Any call of a client may raise {every}. The others are named where they can come.\n"
+    yield "A class names the errors that each of its methods may raise. A method names the others.\n"
     yield "| error | meaning |\n| --- | --- |"
     for name, error in vars(errors).items():
         if inspect.isclass(error) and issubclass(error, errors.PjwError):

@@ -25,7 +25,7 @@ from pjw.launcher.protocol import SESSIONS_MAX
 from pjw.model import EndReason, ExitStatus, JobSpec, JobState, Session
 from pjw.worker import Part, Worker
 from pjw.worker import sessions as sessions_module
-from pjw.worker.session_files import Asked, SessionFiles
+from pjw.worker.session_files import SessionFiles, SessionRequest
 from tests.support.service import spawner_of, wait_for
 from tests.support.worker_harness import (
     DEADLINE_SECONDS,
@@ -453,7 +453,7 @@ async def test_no_two_sessions_have_one_number(worker: Worker) -> None:
     """However many are made at once, in as many threads."""
     job = await start(worker, SLEEP)
     files = SessionFiles(worker._state)
-    asked = Asked("true", 0)
+    asked = SessionRequest("true", 0)
     made = await asyncio.gather(*(asyncio.to_thread(files.create, job.id, asked, None) for _ in range(200)))
     for each in made:
         for descriptor in each.descriptors:

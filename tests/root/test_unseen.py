@@ -21,7 +21,7 @@ from pjw.launcher.cgroup import open_hierarchy
 from pjw.launcher.departures import Departures
 from pjw.launcher.image_store import ImageStore
 from pjw.launcher.images import Images
-from pjw.launcher.inits import Init, Pool
+from pjw.launcher.inits import Init, InitPool
 from pjw.launcher.phases import Phases
 from pjw.launcher.policy import Policy, instance_name
 from pjw.launcher.processes import Watcher
@@ -194,7 +194,7 @@ async def test_a_job_sees_what_was_installed_before_its_start(bench: Bench, work
     await worker.stop(job.id, grace_seconds=0)
 
 
-def pool_of(bench: Bench, watcher: Watcher, oldest_seconds: float) -> tuple[Pool, Callable[[], None]]:
+def pool_of(bench: Bench, watcher: Watcher, oldest_seconds: float) -> tuple[InitPool, Callable[[], None]]:
     """A pool of this process, and what ends it."""
     hello = Hello(
         state_dir=str(bench.state),
@@ -217,7 +217,7 @@ def pool_of(bench: Bench, watcher: Watcher, oldest_seconds: float) -> tuple[Pool
     )
     policy, departures = Policy.from_hello(hello), Departures(watcher)
     spawner, phases = Spawner(watcher, policy, scratch.directory), Phases()
-    pool = Pool(watcher, policy, hierarchy, scratch, departures, images, phases, spawner, oldest_seconds)
+    pool = InitPool(watcher, policy, hierarchy, scratch, departures, images, phases, spawner, oldest_seconds)
 
     # the services of other tests among them
     children = Path("/proc/thread-self/children")

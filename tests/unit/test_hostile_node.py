@@ -12,10 +12,10 @@ from pjw.cluster.v1 import cluster_pb2 as cpb
 from pjw.errors import InvalidJobError, OutputLostError
 from pjw.gateway import archiving
 from pjw.gateway import nodes as nodes_module
-from pjw.gateway.archive import Archive, open_directory
+from pjw.gateway.archive import OutputArchive, open_directory
 from pjw.gateway.archiving import Archiver
-from pjw.gateway.node_sessions import Sessions
-from pjw.gateway.nodes import Node, Nodes, Session
+from pjw.gateway.node_sessions import NodeSessions
+from pjw.gateway.nodes import Node, Nodes, NodeSession
 from pjw.gateway.placement_rows import NodeRow
 from pjw.model import Job, JobState, Limits
 from pjw.rpc.convert import job_to_message
@@ -23,29 +23,29 @@ from pjw.v1 import job_worker_pb2 as pb
 from tests.unit.test_output_archive import JOB, NOW
 
 NODE = Node(NodeRow("n1", "n1:1", "1", "boot", 2000, 4096, 1, 1), 0.0)
-SESSION = Session(cpb.Hello(node="n1", session="x"))
+SESSION = NodeSession(cpb.Hello(node="n1", session="x"))
 
 
 @pytest.fixture
-def sessions() -> Sessions:
+def sessions() -> NodeSessions:
     """The node has claimed one job; no news of it may reach the table."""
     placed = SimpleNamespace(placement=SimpleNamespace(node="n1"))
     placements: Any = SimpleNamespace(of=lambda _: placed)
     nothing: Any = None
-    return Sessions(nothing, nothing, placements, nothing, nothing, nothing)
+    return NodeSessions(nothing, nothing, placements, nothing, nothing, nothing)
 
 
 @pytest.mark.parametrize(
     "job", [pb.Job(id=1, state=pb.JOB_STATE_RUNNING), pb.Job(id=0), pb.Job(id=-1)], ids=["time", "0", "-1"]
 )
-async def test_a_start_without_a_time_is_refused(sessions: Sessions, job: pb.Job) -> None:
+async def test_a_start_without_a_time_is_refused(sessions: NodeSessions, job: pb.Job) -> None:
     """In the table the job would wait for its turn once more, and hold up all others for ever."""
     with pytest.raises(InvalidJobError, match="node n1 tells"):
         await sessions._started(cpb.Started(uuid="u", job=job), NODE, SESSION)
 
 
 @pytest.mark.parametrize("stored", [-1, 2**63 - 1])
-async def test_an_end_with_impossible_numbers_is_refused(sessions: Sessions, stored: int) -> None:
+async def test_an_end_with_impossible_numbers_is_refused(sessions: NodeSessions, stored: int) -> None:
     """The sum of what all jobs have stored would not fit into the table: no gateway could start then."""
     job = job_to_message(Job(7, "alice", "true", JobState.EXITED, Limits(), NOW, NOW))
     job.output_bytes = stored
@@ -59,7 +59,7 @@ async def test_an_end_with_impossible_numbers_is_refused(sessions: Sessions, sto
 def test_a_node_that_does_not_read_loses_its_session(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of its heartbeats is answered: the answers would fill the gateway's memory."""
     monkeypatch.setattr(nodes_module, "UNREAD_MAX", 5)
-    session = Session(cpb.Hello(node="n1", session="x"))
+    session = NodeSession(cpb.Hello(node="n1", session="x"))
     for _ in range(6):
         session.say(cpb.SessionResponse(heartbeat=cpb.Heartbeat()))
     assert session.over.is_set()
@@ -68,7 +68,7 @@ def test_a_node_that_does_not_read_loses_its_session(monkeypatch: pytest.MonkeyP
 
 async def test_an_output_without_end_fills_no_archive(tmp_path: Path) -> None:
     """The copy ends with the bytes that the node has told before."""
-    archive = Archive(open_directory(str(tmp_path)), str(tmp_path))
+    archive = OutputArchive(open_directory(str(tmp_path)), str(tmp_path))
 
     class Endless:
         """The answer of a node."""
@@ -101,7 +101,7 @@ async def test_two_sessions_at_once_and_a_drain_between() -> None:
     store: Any = SimpleNamespace(transact=transact, sync=slow.wait)
     nothing: Any = None
     nodes = Nodes(store, nothing, 5, 60)
-    sessions = [Session(cpb.Hello(node="n1", session=each, uid_count=1)) for each in "ab"]
+    sessions = [NodeSession(cpb.Hello(node="n1", session=each, uid_count=1)) for each in "ab"]
     calls = [asyncio.ensure_future(nodes.connected(each)) for each in sessions]
     await asyncio.sleep(0)
     calls.append(asyncio.ensure_future(nodes.drain("n1", drained=True)))
@@ -123,7 +123,7 @@ def test_a_job_that_is_removed_before_it_was_copied_is_held_no_longer(
     nothing: Any = None
     archiver = Archiver(nothing, nothing, nothing, nothing)
     node = Node(NODE.row, 0.0)
-    node.session = Session(cpb.Hello(node="n1", session="x"))
+    node.session = NodeSession(cpb.Hello(node="n1", session="x"))
     assert [archiver.holds(node, 1, "u"), archiver.holds(node, 2, "v")] == [True, False]
     archiver.let_go(node, [1])
     assert [message.ack.uuid for message in node.session._waiting] == ["u"]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pjw.errors import ConfigError, KernelError, LimitReachedError, NameTakenError
+from pjw.errors import ConfigError, JobTableError, KernelError, LimitReachedError, NameTakenError
 from pjw.model import (
     After,
     ArrayCounts,
@@ -180,7 +180,7 @@ def test_a_table_from_the_future_is_refused(path: Path) -> None:
 def test_a_file_that_is_no_table(path: Path, content: bytes) -> None:
     """Refused, and left as it is."""
     path.write_bytes(content)
-    with pytest.raises(KernelError, match="cannot use the job table"):
+    with pytest.raises(JobTableError, match=r"^cannot use the job table"):
         JobStore(str(path))
     assert path.read_bytes() == content
 

@@ -12,7 +12,7 @@ from pjw.cli.connection import JobName, connect, job_name, resolve_id
 from pjw.cli.exits import say
 from pjw.cli.terminal import Progress
 from pjw.cli.units import size_in_words
-from pjw.errors import ConfigError, InvalidJobError
+from pjw.errors import InvalidJobError, TerminalError
 
 if TYPE_CHECKING:
     from pjw.client.sync import Client
@@ -126,7 +126,7 @@ def _copy_out(arguments: Namespace, source: Place, target: str) -> int:
     seen = Count(source.path)
     assert source.job is not None
     if target == "-" and sys.stdout.isatty():
-        raise ConfigError("cannot write an archive to a terminal", hint="redirect it: > FILE, or | tar t")
+        raise TerminalError("cannot write an archive to a terminal", hint="redirect it: > FILE, or | tar t")
     with connect(arguments) as client:
         job_id = resolve_id(client, source.job)
         if target == "-":

@@ -96,7 +96,7 @@ class StreamCopy:
         return found.hexdigest()
 
 
-class Archive:
+class OutputArchive:
     """The directory, by a descriptor: its user perhaps cannot reach it by name."""
 
     def __init__(self, descriptor: int, path: str) -> None:

@@ -14,7 +14,7 @@ import grpc
 from pjw.cluster.v1 import cluster_pb2 as cpb
 from pjw.errors import JobNotFoundError, OutputLostError, PjwError, ServerUnreachableError
 from pjw.gateway import placement_rows
-from pjw.gateway.archive import Archive, StreamCopy
+from pjw.gateway.archive import OutputArchive, StreamCopy
 from pjw.gateway.dial import Dial, error_from
 from pjw.gateway.nodes import Node
 from pjw.gateway.placement_rows import Placement
@@ -41,7 +41,7 @@ log: Final = logging.getLogger(__name__)
 class Archiver:
     """Makes the copies."""
 
-    def __init__(self, archive: Archive, store: JobStore, dial: Dial, background: Background) -> None:
+    def __init__(self, archive: OutputArchive, store: JobStore, dial: Dial, background: Background) -> None:
         self._archive: Final = archive
         self._store: Final = store
         self._dial: Final = dial

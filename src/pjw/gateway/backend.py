@@ -34,7 +34,7 @@ from pjw.errors import (
 )
 from pjw.gateway import placement_rows
 from pjw.gateway.answers import check_spec, in_our_words, not_yet
-from pjw.gateway.archive import Archive as OutputArchive
+from pjw.gateway.archive import OutputArchive
 from pjw.gateway.archiving import Archiver
 from pjw.gateway.dial import Dial
 from pjw.gateway.engine import Engine

@@ -14,7 +14,7 @@ from typing import Any, Final
 from pjw.errors import PjwError
 from pjw.gateway import placement_rows
 from pjw.gateway.engine import Engine
-from pjw.gateway.nodes import Node, Session, Shape, needs_of
+from pjw.gateway.nodes import Node, NodeSession, Shape, needs_of
 from pjw.gateway.placement_rows import Placement
 from pjw.gateway.placement_states import PlacementEvent, PlacementState
 from pjw.model import EndReason, Job, JobState
@@ -38,7 +38,7 @@ class Placed:
         # set when it has ended, or waits in the queue again: then this object is of no more use
         self.over: Final = Flag()
         # the session in which we told its node to stop it
-        self.stop_told: Session | None = None
+        self.stop_told: NodeSession | None = None
         # the files that were sent for it, once a node has claimed it
         self.upload = ""
 

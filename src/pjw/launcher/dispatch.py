@@ -21,10 +21,10 @@ from pjw.launcher.archive_program import ArchiveProgram
 from pjw.launcher.cdi import edits_of, read_devices
 from pjw.launcher.cgroup import disks_under, open_hierarchy
 from pjw.launcher.departures import Departures
-from pjw.launcher.egress import Egress
+from pjw.launcher.egress import EgressProcess
 from pjw.launcher.image_store import ImageStore
 from pjw.launcher.images import Images
-from pjw.launcher.inits import Pool
+from pjw.launcher.inits import InitPool
 from pjw.launcher.job_users import claim_users
 from pjw.launcher.jobs import Jobs
 from pjw.launcher.launches import Launches
@@ -206,8 +206,8 @@ class Launcher:
             phases=phases,
             departures=departures,
             spawner=spawner,
-            pool=Pool(watcher, policy, hierarchy, scratch, departures, images, phases, spawner),
-            egress=Egress(watcher, policy),
+            pool=InitPool(watcher, policy, hierarchy, scratch, departures, images, phases, spawner),
+            egress=EgressProcess(watcher, policy),
             archive_program=ArchiveProgram(),
         )
         self._jobs = Jobs(self._parts)

@@ -56,7 +56,7 @@ class Init:
     pidfd: int = -1
 
 
-class Pool:
+class InitPool:
     """The inits that wait, by the ids of the jobs that they are for."""
 
     def __init__(

@@ -19,10 +19,10 @@ from pjw.launcher import protocol
 from pjw.launcher.archive_program import ArchiveProgram
 from pjw.launcher.cgroup import Hierarchy
 from pjw.launcher.departures import Departures
-from pjw.launcher.egress import Egress
+from pjw.launcher.egress import EgressProcess
 from pjw.launcher.image_store import ImageStore
 from pjw.launcher.images import Images
-from pjw.launcher.inits import Pool
+from pjw.launcher.inits import InitPool
 from pjw.launcher.mounts import Mounts
 from pjw.launcher.phases import Phases
 from pjw.launcher.policy import Policy
@@ -108,6 +108,6 @@ class Parts:
     phases: Phases
     departures: Departures
     spawner: Spawner
-    pool: Pool
-    egress: Egress
+    pool: InitPool
+    egress: EgressProcess
     archive_program: ArchiveProgram

@@ -62,7 +62,7 @@ class Connected:
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
+class OpenedTree:
     """A mount of a directory, which is mounted nowhere yet, by its descriptor."""
 
     tree: int
@@ -263,7 +263,7 @@ def _option_of(source: MountSource | Edit) -> tuple[str, str]:
 def spawn_opener(sources: Sequence[MountSource | Edit]) -> tuple[int, socket.socket]:
     """Have a process open directories and devices of the host's; its pid, and the socket that it reports to.
 
-    For each, in their order, comes `Opened`, or `Failed` for the first that cannot be. Raises OSError.
+    For each, in their order, comes `OpenedTree`, or `Failed` for the first that cannot be. Raises OSError.
     """
     paths = map(_option_of, sources)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -353,7 +353,7 @@ def _words_of_session(request: Exec) -> tuple[str, ...]:
     return ("--output-max", str(request.output_max_bytes))
 
 
-def read_report(report: socket.socket) -> Cloned | Execed | Connected | Opened | Listening | Failed:
+def read_report(report: socket.socket) -> Cloned | Execed | Connected | OpenedTree | Listening | Failed:
     """Read the next report; the socket is ready. Raises ProtocolError for anything unknown."""
     try:
         data, ancillary, flags, _ = report.recvmsg(_REPORT_MAX_BYTES, _REPORT_RIGHTS_BYTES)
@@ -370,7 +370,7 @@ def read_report(report: socket.socket) -> Cloned | Execed | Connected | Opened |
         case [b"connected"], [connected]:
             return Connected(connected)
         case [b"opened"], [tree]:
-            return Opened(tree)
+            return OpenedTree(tree)
         case [b"listening"], [_, *_] as sockets:
             return Listening(tuple(sockets))
         case [b"execed", ns], [] if ns.isdigit():

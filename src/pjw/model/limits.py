@@ -46,7 +46,11 @@ WEIGHT_MAXIMUM: Final = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The most that a job may use. 0 is "no limit" in every field.
+    """The most that a job may use, as cgroups(7) count it. 0 is "no limit" in every field.
+
+    A name ends with its unit: `cpu_max_millicores` in thousandths of a processor, `io_rbps_max` in bytes and
+    `io_riops_max` in reads a second: docs/limits.md. Raises InvalidJobError, and LimitRangeError for a limit
+    that is too low for any job.
 
     Reads from disk have none by default: a read that is held back holds up every process that reads the same
     file.
@@ -103,7 +107,10 @@ class Limits:
         return replace(self, **lower)
 
     def with_overrides(self, overrides: Mapping[str, int | str]) -> Self:
-        """Return these limits with some replaced; an unknown name is an InvalidJobError."""
+        """Return these limits with some replaced.
+
+        Raises InvalidJobError for an unknown name or a wrong value, and LimitRangeError as the class does.
+        """
         if not overrides:
             return self
         unknown = set(overrides) - set(_LIMIT_NAMES)

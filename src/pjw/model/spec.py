@@ -120,7 +120,7 @@ class Retry:
 
 @dataclass(frozen=True, slots=True)
 class QueueSpec:
-    """The conditions of a job in the queue. Raises InvalidJobError.
+    """The conditions of a job in the queue (docs/queue.md). Raises InvalidJobError.
 
     Of one client's jobs those with a higher `priority` go first (-1000 to 1000), among equals the older one.
     `not_before` is a time, local without a time zone. A job that is `held` waits until it is released.
@@ -165,7 +165,7 @@ class QueueSpec:
 
 @dataclass(frozen=True, slots=True)
 class TerminalSize:
-    """The size of a terminal, in rows and columns of characters. Raises InvalidJobError."""
+    """The size of a terminal in rows and columns of characters (docs/terminal.md). Raises InvalidJobError."""
 
     rows: int
     columns: int
@@ -270,8 +270,10 @@ class JobSpec:
     the operator offers, each as `NAME` (at /mnt/NAME) or `NAME:PATH`. `gpus` is the number of GPUs that the
     job has for itself. `node` is the only machine of a cluster that may have the job; the operator says which
     clients may choose one. `partition` and `constraint` go to Slurm, which gives the job a place in that
-    partition, on a node with that feature; the operator says which ones jobs may name. Raises
-    InvalidJobError.
+    partition, on a node with that feature; the operator says which ones jobs may name.
+
+    docs/limits.md, docs/queue.md, docs/workspaces.md, docs/images.md, docs/mounts.md, docs/network.md and
+    docs/gpus.md describe these settings. Raises InvalidJobError.
     """
 
     command: str | Sequence[str]

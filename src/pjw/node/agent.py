@@ -69,7 +69,7 @@ class NodeSettings:
     methods: Sequence[str]
 
 
-class Node:
+class NodeAgent:
     """Keeps a session with the gateway, one after the other."""
 
     def __init__(

@@ -139,7 +139,7 @@ class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ConfigError(f"[host]: {error}") from None
 
 
-class Slots(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class QueueSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The most that jobs out of the queue may have at once: `worker.settings.QueueSlots`. 0 is "no limit"."""
 
     running_max: Annotated[Count, Meta(description="jobs out of the queue that run at once")] = 0
@@ -405,7 +405,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     port: PortLimits = PortLimits()
     host: Host = Host()
     disk: Disk = Disk()
-    queue: Slots = Slots()
+    queue: QueueSection = QueueSection()
     scratch: ScratchLimits = ScratchLimits()
     network: NetworkOffers = NetworkOffers()
     metrics: Metrics = Metrics()

@@ -40,7 +40,10 @@ from pjw.errors import (
     LimitReachedError,
     NotAllowedError,
     NotAuthenticatedError,
+    PageTokenError,
     PjwError,
+    ServerDrainingError,
+    WorkerClosedError,
     describe_errno,
 )
 from pjw.model import KNOWN_STATES, EndReason, JobState
@@ -78,7 +81,10 @@ _REJECTIONS: Final[dict[type[Exception], str]] = {
     NotAuthenticatedError: "not_authenticated",
     NotAllowedError: "not_allowed",
     LauncherGoneError: "unavailable",
+    ServerDrainingError: "unavailable",
+    WorkerClosedError: "unavailable",
     InvalidJobError: "invalid",
+    PageTokenError: "invalid",
     LimitReachedError: "no_resources",
 }
 

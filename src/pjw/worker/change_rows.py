@@ -23,7 +23,7 @@ _REMOVED: Final = "removed"
 BASE: Final = "base"
 
 
-class Kept(NamedTuple):
+class KeptChanges(NamedTuple):
     """The range of changes that can be requested: those behind `floor`, up to `last`."""
 
     floor: int
@@ -39,7 +39,7 @@ class SnapshotPage:
     last: int
 
 
-def kept(db: sqlite3.Connection, owner: str | None) -> Kept:
+def kept(db: sqlite3.Connection, owner: str | None) -> KeptChanges:
     """Return the range of the kept changes of one client's jobs, or of all."""
     query = (
         "SELECT max((SELECT seq FROM change_floor), coalesce(max(changes_from), 0)),"
@@ -49,7 +49,7 @@ def kept(db: sqlite3.Connection, owner: str | None) -> Kept:
         row = db.execute(query).fetchone()
     else:
         row = db.execute(f"{query} WHERE name = ?", (owner,)).fetchone()
-    return Kept(*row)
+    return KeptChanges(*row)
 
 
 def read_changes(

@@ -1,6 +1,6 @@
 """The queue: jobs that wait for their turn, and what has them started then.
 
-It rests on the job table and on a `Backend`, which starts a job and tells of its end; how that is done it
+It rests on the job table and on a `Starter`, which starts a job and tells of its end; how that is done it
 does not know. The table has every job that waits, in its order. Here is only what must not be looked up each
 time: which clients have such jobs, what runs out of the queue, and why the next one cannot be started now.
 
@@ -67,7 +67,7 @@ def _clock_ns() -> int:
     return time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
 
-class Backend(Protocol):
+class Starter(Protocol):
     """The starter of jobs below the queue."""
 
     async def start_queued(self, waiting: WaitingJob) -> Job:
@@ -87,7 +87,7 @@ class Queue:
     def __init__(
         self,
         store: JobStore,
-        backend: Backend,
+        backend: Starter,
         background: Background,
         settings: WorkerSettings,
         slots: Slots | None = None,

@@ -11,7 +11,7 @@ from typing import Final, Protocol
 from pjw.amounts import exact_size
 from pjw.errors import InvalidJobError, LimitReachedError
 from pjw.model import TOO_DEEP, Job, Limits, Sums
-from pjw.worker.disk import ScratchUse
+from pjw.worker.disk import TreeUse
 from pjw.worker.host import memory_of
 from pjw.worker.job import LiveJob
 from pjw.worker.settings import Quotas, WorkerSettings
@@ -171,7 +171,7 @@ class StoredBytes:
         self,
         state: JobFiles,
         live: Mapping[int, LiveJob],
-        scratch: Mapping[int, ScratchUse],
+        scratch: Mapping[int, TreeUse],
         quotas: Quotas,
     ) -> None:
         self._state: Final = state

@@ -10,7 +10,7 @@ from typing import Final
 from pjw.errors import InvalidJobError, JobStateError, OutputLostError
 from pjw.model import Job, JobState
 from pjw.output import (
-    Head,
+    FramePrefix,
     Inotify,
     OutputLog,
     follow,
@@ -100,7 +100,7 @@ class Reading:
     # a context that lasts as long as the read
     within: Callable[[], AbstractContextManager[None]] = nullcontext
 
-    def chunks(self, head: Head = no_head) -> AsyncGenerator[bytes, None]:
+    def chunks(self, head: FramePrefix = no_head) -> AsyncGenerator[bytes, None]:
         """Yield its bytes, as they come. *head* makes the beginning of each chunk from the chunk's length."""
         chunks = follow(self.output.log, self.offset, head, present_only=not self.follow)
         # most are whole, and one more generator is a part of the cost of a line to many followers

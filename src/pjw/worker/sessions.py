@@ -29,7 +29,7 @@ from pjw.worker.job_rows import from_ns
 from pjw.worker.orders import command_file
 from pjw.worker.parts import Parts
 from pjw.worker.reading import Output, Part
-from pjw.worker.session_files import Asked, Key, SessionFiles, describe
+from pjw.worker.session_files import Key, SessionFiles, SessionRequest, describe
 from pjw.worker.settings import WorkerSettings
 from pjw.worker.status_record import parse_record
 from pjw.worker.stopping import within
@@ -62,7 +62,12 @@ class LiveSession:
     """One session until it is forgotten. `session` is always a whole snapshot."""
 
     def __init__(
-        self, session: Session, client_name: str, asked: Asked, output: OutputLog, stderr: OutputLog | None
+        self,
+        session: Session,
+        client_name: str,
+        asked: SessionRequest,
+        output: OutputLog,
+        stderr: OutputLog | None,
     ) -> None:
         self.session = session
         self.client_name: Final = client_name
@@ -196,7 +201,7 @@ class Sessions:
         async with self._parts.turns.turn(client_name):
             await self._parts.stored.check(client_name)
             uid = await self._parts.users.of(client_name)
-            asked = Asked(
+            asked = SessionRequest(
                 spec.display,
                 time.time_ns(),
                 spec.request_id,
@@ -268,7 +273,7 @@ class Sessions:
             for descriptor in files:
                 os.close(descriptor)
 
-    def _add(self, key: Key, asked: Asked, client_name: str, started_ns: int) -> LiveSession:
+    def _add(self, key: Key, asked: SessionRequest, client_name: str, started_ns: int) -> LiveSession:
         session = Session(
             job_id=key[0],
             number=key[1],

@@ -569,7 +569,7 @@ class JobStore(Table):
             # a full disk: with the next ones, or with the ends of their jobs
             self._notes = {**notes, **self._notes}
 
-    async def kept_changes(self, owner: str | None) -> change_rows.Kept:
+    async def kept_changes(self, owner: str | None) -> change_rows.KeptChanges:
         """Return the range of the kept changes of one client's jobs, or of all."""
         self._write_notes()
         return await self._run(change_rows.kept, self._db, owner)

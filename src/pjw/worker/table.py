@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from functools import partial, wraps
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
-from pjw.errors import ConfigError, KernelError, LimitReachedError
+from pjw.errors import ConfigError, JobTableError, LimitReachedError
 from pjw.worker.one_thread import OneThread
 from pjw.worker.schema import migrate
 from pjw.worker.wal import WalSync
@@ -182,4 +182,4 @@ class Table:
                 ) from error
             if code == sqlite3.SQLITE_FULL:
                 raise LimitReachedError(f"no space is left for the job table {self._path}") from error
-            raise KernelError("use the job table", f"{self._path} ({error})", 0) from error
+            raise JobTableError("use the job table", self._path, error) from error
