@@ -322,13 +322,13 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     )
     ca_crt: Annotated[
         _Path | None,
-        Meta(description="the authority whose clients are let in; without it ca.crt beside this file"),
+        Meta(description="the authority whose clients pjwd admits; without it ca.crt next to this file"),
     ] = None
     server_crt: Annotated[
-        _Path | None, Meta(description="the server's certificate; without it server.crt beside this file")
+        _Path | None, Meta(description="the server's certificate; without it server.crt next to this file")
     ] = None
     server_key: Annotated[
-        _Path | None, Meta(description="its private key; without it server.key beside this file")
+        _Path | None, Meta(description="its private key; without it server.key next to this file")
     ] = None
     state_dir: Annotated[_Path, Meta(description="jobs and their output")] = "/var/lib/pjw"
     scratch_dir: Annotated[
@@ -379,7 +379,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         tuple[_Path, ...],
         Meta(
             max_length=_VISIBLE_MAX,
-            description="directories that jobs see beside /, /usr, /etc and /opt, with what is mounted there",
+            description="directories that jobs see besides /, /usr, /etc and /opt, with the mounts in them",
         ),
     ] = ()
     default_image: Annotated[
