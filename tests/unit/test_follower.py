@@ -93,7 +93,7 @@ async def test_a_file_that_was_cut_short_has_no_clean_end(growing: Growing) -> N
     for present_only in (False, True):
         chunks = follow(growing.log, present_only=present_only)
         assert await anext(chunks) == b"left"
-        with pytest.raises(OutputLostError, match="cut its file short; 4 bytes are left"):
+        with pytest.raises(OutputLostError, match="was cut short; 4 bytes are left"):
             await anext(chunks)
 
 

@@ -74,7 +74,7 @@ def fault_of(certificate: x509.Certificate, role: Purpose, now: datetime | None 
             or _signature_fault(certificate)
             or (_ca_fault(certificate) if role is Purpose.CA else _usage_fault(certificate, role))
         )
-    except Exception:  # noqa: BLE001  a malformed extension raises whatever its parser raises
+    except Exception:  # noqa: BLE001  a malformed extension may raise any error of its parser
         return "its fields cannot be read"
 
 

@@ -12,7 +12,7 @@ from typing import Final
 
 # The most bytes that wait in one direction; a pipe holds less where its user has many pipes.
 _PIPE_BYTES: Final = 1 << 19
-# two pipes, beside both sockets
+# two pipes, in addition to both sockets
 DESCRIPTORS: Final = 4
 # One connection moves so many pieces before others have their turn.
 _AT_ONCE: Final = 8

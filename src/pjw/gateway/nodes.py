@@ -221,7 +221,7 @@ class Node:
         return self._used[2]
 
     def has_room(self, shape: Shape) -> bool:
-        """Whether a job of this shape fits beside its jobs; a job that is too large takes the whole node."""
+        """Whether a job of this shape fits next to its jobs; a job that is too large takes the whole node."""
         if not self.could_have(shape) or shape.gpus > self.free_gpus():
             return False
         used, wanted = self.used(), self._part(shape)

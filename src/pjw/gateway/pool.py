@@ -104,7 +104,7 @@ class Pool:
         return self._find(shape) is not None
 
     def check(self, spec: JobSpec) -> None:
-        """See `Engine`: it can run whatever a node can, and has none of Slurm's words."""
+        """See `Engine`: it can run any job that a node can, and does not know Slurm's options."""
         for what, asked in (("a partition", spec.partition), ("a constraint", spec.constraint)):
             if asked:
                 raise not_with(what, "pool")

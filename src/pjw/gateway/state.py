@@ -49,7 +49,7 @@ class GatewayState:
             raise _unusable(path, error) from error
         try:
             self.store: Final = JobStore(table)
-            # By descriptor: its owner may not be able to reach it by name (a parent of mode 0700).
+            # By descriptor: its owner perhaps cannot reach it by name (a parent of mode 0700).
             self.descriptor: Final = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             self.jobs_path: Final = f"/proc/self/fd/{self.descriptor}"
             self.store.secrets = SecretFiles(self.jobs_path)

@@ -172,7 +172,7 @@ def check_whole(descriptor: int, offset: int) -> None:
     status = os.fstat(descriptor)
     if status.st_mode & stat.S_IXUSR or (stat.S_ISREG(status.st_mode) and status.st_size < offset):
         raise OutputLostError(
-            "a part of the output is lost: somebody on the server has cut its file short;"
+            "a part of the output is lost: its file on the server was cut short;"
             f" {status.st_size} bytes are left"
         )
 

@@ -156,7 +156,7 @@ class Served:
     backend: Backend
     # the clients that it has seen
     known: Sequence[str]
-    # handlers beside those of clients, behind the guard or one of their own, and the names of their services
+    # handlers besides those of clients, behind the guard or their own guard, and the names of their services
     more: Callable[[Guard], Sequence[grpc.GenericRpcHandler]] = lambda _: ()
     services: Sequence[str] = ()
     # called before the server drains

@@ -68,8 +68,8 @@ class RunningJobs:
         promised = self._memory[client_name]
         if own and promised + wanted > own:
             raise _no_room(
-                f"{_in_words(wanted, limits)}: running jobs of {client_name} have {exact_size(promised)} of the"
-                f" {exact_size(own)} that they may have together",
+                f"{_in_words(wanted, limits)}: running jobs of {client_name} have {exact_size(promised)}"
+                f" of the {exact_size(own)} that they may have together",
                 own,
             )
         # do not tell a client about the jobs of others
