@@ -19,7 +19,7 @@ from pjw import errors
 from pjw.model import ExitStatus, JobSpec
 from tests.root.test_cli_stdin import piped
 from tests.support.service import BIN, Service, wait_for
-from tests.support.worker_harness import _status
+from tests.support.worker_harness import status_words
 
 MIB: Final = 1024 * 1024
 
@@ -159,7 +159,7 @@ def supervisors_of(service: Service, job_id: int) -> list[int]:
     """The processes that wait for the commands of a job's sessions: root's, beside its init."""
     [group, *_] = [path for path in service.job_cgroups() if path.name == f"job-{job_id}"]
     pids = {int(pid) for pid in (group / "cgroup.procs").read_text().split()} - {service.init_pid(job_id)}
-    return [pid for pid in pids if _status(pid).get("Uid", "").split()[:1] == ["0"]]
+    return [pid for pid in pids if status_words(pid).get("Uid", "").split()[:1] == ["0"]]
 
 
 def command_of(service: Service, job_id: int) -> int:

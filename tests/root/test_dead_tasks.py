@@ -12,6 +12,7 @@ import grpc
 import pytest
 
 from pjw.v1 import job_worker_pb2 as pb
+from pjw.worker.store import JobStore
 from tests.support.service import CALL_SECONDS, Service
 from tests.support.worker_harness import open_bench, start
 
@@ -103,18 +104,19 @@ def visit(service: Service) -> None:
         asked.recv(1)
 
 
-async def test_a_worker_tells_of_a_dead_task() -> None:
+async def test_a_worker_tells_of_a_dead_task(monkeypatch: pytest.MonkeyPatch) -> None:
     """`Worker.failed` returns; the log has the reason, and the next worker works."""
     async with open_bench() as bench:
         worker = await bench.open()
         failed = asyncio.ensure_future(worker.failed())
         await asyncio.sleep(0)
         assert not failed.done()
-        worker._pruner._retention = None  # type: ignore[assignment]
+        monkeypatch.setattr(JobStore, "prune", None)
         job = await start(worker, "true")
         async with asyncio.timeout(CALL_SECONDS):
             await worker.wait(job.id)
             await failed
+        monkeypatch.undo()
         await bench.close(worker)
         worker = await bench.open()
         assert (await worker.get(job.id)).state.final

@@ -35,6 +35,7 @@ from tests.support.worker_harness import (
     run,
     start,
     start_said,
+    watches,
 )
 
 # What the README shows: a whole program.
@@ -237,15 +238,17 @@ async def test_binary_output_is_untouched(worker: Worker) -> None:
 async def test_a_cancelled_reader_leaves_nothing(worker: Worker) -> None:
     """Followers of a silent job that are cancelled give their descriptor and their watch back."""
     job = await start(worker, ["sleep", "60"])
-    before = open_descriptors()
+    before, watched = open_descriptors(), watches()
     readers = [asyncio.ensure_future(read_all(worker, job.id)) for _ in range(20)]
     while len(open_descriptors()) < len(before) + 20:
         await asyncio.sleep(0)
+    # one for all
+    assert watches() == watched + 1
     for reader in readers:
         reader.cancel()
     await asyncio.gather(*readers, return_exceptions=True)
     check_no_new_descriptors(before)
-    assert worker._live[job.id].output._watch == -1
+    assert watches() == watched
 
 
 async def test_a_cancelled_wait_ends_nothing(worker: Worker) -> None:
@@ -385,7 +388,7 @@ async def test_waiters_are_told_when_the_worker_closes(bench: Bench) -> None:
 async def test_a_wait_for_a_job_that_never_came_to_be_ends(worker: Worker) -> None:
     """Who guessed the id of a job in mid-launch, and waits for it, hears that there is no such job."""
     starting = asyncio.ensure_future(start(worker, ["/nonexistent"]))
-    while not worker._live:
+    while not worker.live_count:
         await asyncio.sleep(0)
     waiting = asyncio.ensure_future(worker.wait(1))
     with pytest.raises(LaunchError):
@@ -398,7 +401,7 @@ async def test_a_wait_for_a_job_that_never_came_to_be_ends(worker: Worker) -> No
 async def test_a_worker_leaves_no_zombie(bench: Bench) -> None:
     """A closed worker has collected its launcher: a program may open one after the other."""
     worker = await bench.open()
-    bench._open.remove(worker)
+    bench.workers.remove(worker)
     await worker.close()
     left = launchers_of(os.getpid())
     for pid in left:
