@@ -11,6 +11,7 @@ import pytest
 
 from pjw.errors import LaunchError
 from pjw.model import JobSpec
+from tests.support.seen import tables_opened
 from tests.support.service import wait_for
 from tests.support.worker_harness import ASK, Bench, run, start_said
 
@@ -33,14 +34,7 @@ def replaced(name: str, before: Callable[[], None], monkeypatch: pytest.MonkeyPa
 @pytest.fixture
 def tables(monkeypatch: pytest.MonkeyPatch) -> list[sqlite3.Connection]:
     """The tables that are opened from now on."""
-    connect, found = sqlite3.connect, list[sqlite3.Connection]()
-
-    def noting(*arguments: Any, **options: Any) -> sqlite3.Connection:
-        found.append(connect(*arguments, **options))
-        return found[-1]
-
-    monkeypatch.setattr(sqlite3, "connect", noting)
-    return found
+    return tables_opened(monkeypatch)
 
 
 async def test_the_event_loop_changes_nothing_on_the_disk(

@@ -22,6 +22,7 @@ from pjw.errors import (
 )
 from pjw.model import EndReason, ExitStatus, JobState, Limits
 from pjw.worker import Part, Worker
+from tests.support.seen import watches
 from tests.support.worker_harness import (
     ASK,
     MIB,
@@ -35,7 +36,6 @@ from tests.support.worker_harness import (
     run,
     start,
     start_said,
-    watches,
 )
 
 # What the README shows: a whole program.
@@ -235,20 +235,20 @@ async def test_binary_output_is_untouched(worker: Worker) -> None:
     assert (await run(worker, ["/usr/bin/python3", "-I", "-S", "-c", script]))[1] == every
 
 
-async def test_a_cancelled_reader_leaves_nothing(worker: Worker) -> None:
+async def test_a_cancelled_reader_leaves_nothing(bench: Bench, worker: Worker) -> None:
     """Followers of a silent job that are cancelled give their descriptor and their watch back."""
     job = await start(worker, ["sleep", "60"])
-    before, watched = open_descriptors(), watches()
+    before, output = open_descriptors(), bench.state / "jobs" / str(job.id) / "output"
     readers = [asyncio.ensure_future(read_all(worker, job.id)) for _ in range(20)]
     while len(open_descriptors()) < len(before) + 20:
         await asyncio.sleep(0)
     # one for all
-    assert watches() == watched + 1
+    assert watches(output) == 1
     for reader in readers:
         reader.cancel()
     await asyncio.gather(*readers, return_exceptions=True)
     check_no_new_descriptors(before)
-    assert watches() == watched
+    assert watches(output) == 0
 
 
 async def test_a_cancelled_wait_ends_nothing(worker: Worker) -> None:

@@ -231,15 +231,6 @@ def open_descriptors() -> dict[str, str]:
     return found
 
 
-def watches() -> int:
-    """How many files this process watches by inotify(7)."""
-    found = 0
-    for number in os.listdir("/proc/self/fdinfo"):
-        with suppress(FileNotFoundError):
-            found += Path(f"/proc/self/fdinfo/{number}").read_text().count("inotify wd:")
-    return found
-
-
 def check_no_new_descriptors(before: dict[str, str]) -> None:
     """Nothing is open that was not before, or is but a moment longer: threads of ours use files too.
 
