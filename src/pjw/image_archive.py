@@ -332,7 +332,7 @@ class ImageArchive:
         # of all bytes that `pieces` has given
         self.digest = ""
         self.bytes = 0
-        self._tree: Final = _Tree(layered=layered, notes=self.left_out)
+        self._tree: Final = Tree(layered=layered, notes=self.left_out)
         for number, layer in enumerate(layers):
             for place, member in enumerate(layer.members()):
                 self._tree.add(member.info, (number, place))
@@ -455,7 +455,7 @@ def _header(name: str, node: _Node) -> bytes:
     return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
 
 
-class _Tree:
+class Tree:
     """The tree that the layers make, one upon the other."""
 
     def __init__(self, *, layered: bool, notes: list[str]) -> None:

@@ -56,7 +56,7 @@ class SlurmMachineCluster(MachineCluster):
 
     def kill_slurm(self, what: str) -> None:
         """kill -9 of "slurmctld" or "slurmd-NODE"; `whole` starts it again."""
-        process = self.slurm._running[what]
+        process = self.slurm.running[what]
         [pid] = children(process.pid)
         os.kill(pid, signal.SIGKILL)
         process.wait(CALL_SECONDS)

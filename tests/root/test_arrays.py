@@ -42,6 +42,16 @@ async def elements(worker: Worker, array: Job) -> dict[int, Job]:
     return found
 
 
+async def ids_of_elements(worker: Worker, array: Job) -> list[int]:
+    """The ids of the elements that have a row."""
+    return sorted(job.id for job in (await elements(worker, array)).values())
+
+
+async def waiting(worker: Worker) -> int:
+    """How many jobs wait for their turn, each element as one."""
+    return sum(each.queued for each in (await worker.numbers()).clients.values())
+
+
 async def output(worker: Worker, job: int | Element) -> bytes:
     """All output of a job."""
     return b"".join([chunk async for chunk in worker.logs(job)])
@@ -125,7 +135,7 @@ async def test_no_more_at_once(bench: Bench, count: int) -> None:
     for index in (1, count // 2, count):
         assert await output(worker, Element(array.id, index)) == f"{array.id} {index}\n".encode()
         assert found[index].priority == 3
-    assert await worker._state.store.queued_of_clients() == {}
+    assert (await worker.queued_now())[0] == 0
 
 
 async def test_variables_and_the_worst_end(bench: Bench) -> None:
@@ -162,7 +172,7 @@ async def test_one_element(bench: Bench) -> None:
     assert (first.ref, first.id > array.id, first.command) == (f"{array.id}_1", True, array.command)
     waits = await worker.get(Element(array.id, 4))
     assert (waits.id, waits.state, waits.ref) == (0, _Q, f"{array.id}_4")
-    assert await worker._state.store.elements(array.id, 99) == [first.id, second.id]
+    assert await ids_of_elements(worker, array) == [first.id, second.id]
     followed = asyncio.ensure_future(output(worker, Element(array.id, 3)))
     ends = [asyncio.ensure_future(worker.wait(Element(array.id, index))) for index in (3, 4)]
     stopped = await worker.stop(Element(array.id, 4))
@@ -193,7 +203,7 @@ async def test_one_element(bench: Bench) -> None:
         await worker.get(Element(array.id, 3))
     await worker.delete(array.id)
     assert await worker.list() == []
-    assert await worker._state.store.elements(array.id, 99) == []
+    assert await elements(worker, array) == {}
 
 
 async def test_stop_the_whole(bench: Bench) -> None:
@@ -213,7 +223,7 @@ async def test_stop_the_whole(bench: Bench) -> None:
     assert await worker.stop(array.id) == stopped
     assert (await worker.stop(Element(array.id, 900))).reason is EndReason.CANCELLED
     assert len(await elements(worker, array)) == 3
-    assert await worker._state.store.waiting_of_clients() == {}
+    assert await waiting(worker) == 0
     # one that has not begun
     other = await submit(worker, NAP, "1-7", held=True)
     stopped = await worker.stop(other.id)
@@ -233,7 +243,7 @@ async def test_hold_and_release(bench: Bench) -> None:
     assert (await worker.hold(Element(array.id, 3))).held
     # held with the whole, and not by itself
     assert (await worker.release(Element(array.id, 2))).held
-    assert (await worker._state.store.elements(array.id, 9)) == [third.id]
+    assert await ids_of_elements(worker, array) == [third.id]
     assert (await worker.get(array.id)).detail == "waits until it is released"
     third = await worker.release(Element(array.id, 3))
     assert third.held is False
@@ -353,17 +363,16 @@ async def test_retries_of_elements(bench: Bench) -> None:
 async def test_bounds_and_what_a_million_costs(bench: Bench) -> None:
     """An array counts as one job of the queue; an element costs a row from its turn on, and none before."""
     worker = await bench.open(queue=MANY, quotas=Quotas(queued_max=2))
-    store = worker._state.store
-    before = store.size_bytes()
+    before = worker.store.size_bytes()
     array = await submit(worker, NAP, "0-999999%4")
     await until_running(worker, *(Element(array.id, index) for index in range(4)))
-    assert store.size_bytes() - before < 64 * 1024
+    assert worker.store.size_bytes() - before < 64 * 1024
     # those that run are in the queue no more
     other = await submit(worker, NAP, "0-999999%4", held=True)
     with pytest.raises(LimitReachedError, match="the queue takes at most 2 jobs of local"):
         await submit(worker, NAP, "1-2")
-    assert await store.queued_of_clients() == {"local": 2}
-    assert await store.waiting_of_clients() == {"local": 1_999_996}
+    assert (await worker.quota()).queued == 2
+    assert await waiting(worker) == 1_999_996
     for each in (array, other):
         await worker.stop(each.id, 0)
     await bench.close(worker)
@@ -406,7 +415,7 @@ async def test_elements_of_others_are_none(bench: Bench) -> None:
         with pytest.raises(JobNotFoundError):
             await worker.submit([spec], "bob")
     assert (await worker.page("bob", 0, 100, JobFilter(array_id=array.id))).jobs == []
-    assert len(await worker._state.store.elements(array.id, 99)) == 1
+    assert await ids_of_elements(worker, array) == [first.id]
 
 
 async def test_an_element_is_lost(bench: Bench) -> None:

@@ -643,54 +643,54 @@ def test_an_empty_client_that_a_crash_has_left_goes(hierarchy: Hierarchy, instan
     assert not any(path.is_dir() for top in instance_directories(instance) for path in top.iterdir())
 
 
-def group_value(hierarchy: Hierarchy, place: str, v1_name: str, v2_name: str) -> str:
+def group_value(hierarchy: Hierarchy, instance: str, place: str, v1_name: str, v2_name: str) -> str:
     """The value of a limit of the instance ('.') or of a client."""
-    controller, _, _ = v1_name.partition(".")
-    top = hierarchy._tops[controller] if isinstance(hierarchy, v1.V1Hierarchy) else hierarchy._top  # type: ignore[attr-defined]
     name = v1_name if isinstance(hierarchy, v1.V1Hierarchy) else v2_name
-    return Path(top.path, place, name).read_text(encoding="ascii").strip()
+    # on v1 one directory for each controller, of which one has it
+    [found] = [path for top in instance_directories(instance) if (path := top / place / name).exists()]
+    return found.read_text(encoding="ascii").strip()
 
 
-def group_cpu(hierarchy: Hierarchy, place: str) -> int:
+def group_cpu(hierarchy: Hierarchy, instance: str, place: str) -> int:
     """The processor time of the instance or of a client, in thousandths; 0 is any."""
     if isinstance(hierarchy, v1.V1Hierarchy):
-        quota = int(group_value(hierarchy, place, "cpu.cfs_quota_us", ""))
-        period = int(group_value(hierarchy, place, "cpu.cfs_period_us", ""))
+        quota = int(group_value(hierarchy, instance, place, "cpu.cfs_quota_us", ""))
+        period = int(group_value(hierarchy, instance, place, "cpu.cfs_period_us", ""))
         return quota * 1000 // period if quota > 0 else 0
-    quota_word, period_word = group_value(hierarchy, place, "cpu.", "cpu.max").split()
+    quota_word, period_word = group_value(hierarchy, instance, place, "cpu.", "cpu.max").split()
     return 0 if quota_word == "max" else int(quota_word) * 1000 // int(period_word)
 
 
-def test_sums_are_effective_for_all_jobs_and_for_a_client(hierarchy: Hierarchy) -> None:
+def test_sums_are_effective_for_all_jobs_and_for_a_client(hierarchy: Hierarchy, instance: str) -> None:
     """The kernel shows what was asked for, at both levels; 0 takes a bound away again (S5)."""
     assert hierarchy.set_sums(Sums(512 * MIB, 400, 900)) == []
     share = Share(300, Sums(128 * MIB, 50, 500))
     job = hierarchy.create(1, limits(), UID, share)
     client = f"client-{UID}"
     for place, memory, pids, cpu in ((".", 512 * MIB, "400", 900), (client, 128 * MIB, "50", 500)):
-        assert group_value(hierarchy, place, "memory.limit_in_bytes", "memory.max") == str(memory)
-        assert group_value(hierarchy, place, "pids.max", "pids.max") == pids
-        assert group_cpu(hierarchy, place) == cpu
-    weight = group_value(hierarchy, client, "cpu.shares", "cpu.weight")
+        assert group_value(hierarchy, instance, place, "memory.limit_in_bytes", "memory.max") == str(memory)
+        assert group_value(hierarchy, instance, place, "pids.max", "pids.max") == pids
+        assert group_cpu(hierarchy, instance, place) == cpu
+    weight = group_value(hierarchy, instance, client, "cpu.shares", "cpu.weight")
     assert weight == ("3072" if hierarchy.version == 1 else "300")
     assert hierarchy.share_of(UID) == share
     assert hierarchy.set_share(UID, DEFAULT_SHARE) == []
-    assert group_value(hierarchy, client, "pids.max", "pids.max") == "max"
-    assert group_cpu(hierarchy, client) == 0
+    assert group_value(hierarchy, instance, client, "pids.max", "pids.max") == "max"
+    assert group_cpu(hierarchy, instance, client) == 0
     assert hierarchy.set_sums(Sums()) == []
-    assert group_cpu(hierarchy, ".") == 0
+    assert group_cpu(hierarchy, instance, ".") == 0
     remove(job)
     assert hierarchy.share_of(UID) is None
     assert hierarchy.set_share(UID, share) == []
 
 
-def test_a_job_has_no_more_processor_time_than_those_above_it(hierarchy: Hierarchy) -> None:
+def test_a_job_has_no_more_processor_time_than_those_above_it(hierarchy: Hierarchy, instance: str) -> None:
     """On v1 a quota above the parent's is EINVAL: such a job starts all the same, and has its parent's."""
     assert hierarchy.set_sums(Sums(cpu_max_millicores=700)) == []
     job = hierarchy.create(1, limits(cpu_max_millicores=1000), UID, Share(sums=Sums(cpu_max_millicores=900)))
     other = hierarchy.create(2, limits(cpu_max_millicores=1000), UID + 1)
     if hierarchy.version == 1:
-        assert group_cpu(hierarchy, f"client-{UID}") == 700
+        assert group_cpu(hierarchy, instance, f"client-{UID}") == 700
         assert [value(each, "cpu.cfs_quota_us", "") for each in (job, other)] == ["70000", "70000"]
     for each in (job, other):
         remove(each)

@@ -18,8 +18,9 @@ import pjw
 from pjw import errors
 from pjw.model import ExitStatus, JobSpec
 from tests.root.test_cli_stdin import piped
+from tests.support import changes
 from tests.support.service import BIN, Service, wait_for
-from tests.support.worker_harness import _status
+from tests.support.worker_harness import status_words
 
 MIB: Final = 1024 * 1024
 
@@ -159,7 +160,7 @@ def supervisors_of(service: Service, job_id: int) -> list[int]:
     """The processes that wait for the commands of a job's sessions: root's, beside its init."""
     [group, *_] = [path for path in service.job_cgroups() if path.name == f"job-{job_id}"]
     pids = {int(pid) for pid in (group / "cgroup.procs").read_text().split()} - {service.init_pid(job_id)}
-    return [pid for pid in pids if _status(pid).get("Uid", "").split()[:1] == ["0"]]
+    return [pid for pid in pids if status_words(pid).get("Uid", "").split()[:1] == ["0"]]
 
 
 def command_of(service: Service, job_id: int) -> int:
@@ -285,9 +286,9 @@ def test_the_session_of_a_killed_client_is_hung_up(
     make_service: Callable[..., Service], how: list[str]
 ) -> None:
     """By SIGHUP after the lease, and not before; a detached one and the job go on."""
-    lease_seconds = 2.0
+    lease_seconds = 2
     service = make_service()
-    service.change = f"import pjw.worker.sessions as changed; changed.LEASE_SECONDS = {lease_seconds}"
+    service.change = changes.short_leases
     service.start()
     job = service.ok("start", "sleep", "600").strip()
     service.ok("exec", "-d", job, "echo $$ >detached; exec sleep 600")
@@ -321,8 +322,7 @@ def test_it_never_ends_with_0_without_a_record(
 ) -> None:
     """Its command ends well, and whoever should have written that down was killed before: 125, and why."""
     service = make_service()
-    # how long pjwd waits for the end of the job, which would be the reason
-    service.change = "import pjw.worker.sessions as changed; changed._JOB_ENDS_SECONDS = 0.2"
+    service.change = changes.no_wait_for_job_ends
     service.start()
     job = service.ok("start", "mkfifo go; sleep 600").strip()
     client = in_background(service, "exec", job, "echo here; read line <go; exit 0")

@@ -81,7 +81,7 @@ def test_getting_started_through_a_gateway(two: Cluster) -> None:
     assert gateway.ok("rm", "1", "2", "3") == "1\n2\n3\n"
     assert gateway.ok("list") == ""
     # nor are they on the nodes any more, with what they wrote
-    wait_for(lambda: not any(_rows_of(node.state) for node in two.nodes.values()))
+    wait_for(lambda: not any(rows_of(node.state) for node in two.nodes.values()))
 
 
 def test_jobs_are_on_both_nodes_and_wait_for_room(two: Cluster) -> None:
@@ -200,12 +200,12 @@ def test_a_gateway_restarts_with_running_jobs(two: Cluster) -> None:
         wait_for(lambda: all(client.get(each).state == "running" for each in long))
         for each in long:
             assert client.stop(each, grace=0).reason == "stopped"
-    rows = [json.loads(line) for node in two.nodes.values() for line in _rows_of(node.state)]
+    rows = [json.loads(line) for node in two.nodes.values() for line in rows_of(node.state)]
     uuids = [row["request_id"] for row in rows]
     assert len(uuids) == len(set(uuids))
 
 
-def _rows_of(state: Path) -> list[str]:
+def rows_of(state: Path) -> list[str]:
     """The jobs of a node's table; a copy, as its pjwd has it locked."""
     import tempfile
 
@@ -518,7 +518,7 @@ def test_a_rogue_node_claims_nothing_of_anothers(two: Cluster) -> None:
     node = two.node_of(job_id)
     [uuid] = [
         json.loads(row)["request_id"].removeprefix("cluster:")
-        for row in _rows_of(node.state)
+        for row in rows_of(node.state)
         if json.loads(row)["state"] is None
     ]
     authority.write_node(str(gateway.certs), "rogue")

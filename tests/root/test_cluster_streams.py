@@ -338,7 +338,7 @@ def test_files_are_sent_with_a_job(two: Cluster, source: Path) -> None:
     wait_for(lambda: no_uploads(two))
     with gateway.client() as client, gateway.client("bob") as other:
         for name, data in (("mine", [entry("x", data=b"1") + END]), ("no-archive", [b"x" * 1024])):
-            sent(client, name, data)
+            sent(gateway, name, data)
         with pytest.raises(errors.CopyError, match="there is none called mine"):
             other.start(JobSpec("true", upload="mine"))
         # what cannot be unpacked is the end of its job

@@ -6,41 +6,27 @@ import re
 import signal
 import socket
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import grpc
 import pytest
 
 from pjw.v1 import job_worker_pb2 as pb
+from pjw.worker.store import JobStore
+from tests.support import changes
 from tests.support.service import CALL_SECONDS, Service
 from tests.support.worker_harness import open_bench, start
 
 # each a bug, put into a running pjwd: where it is, and what brings it out
-CHANGES = {
-    "removal of ended jobs": (
-        "from pjw.worker.retention import Pruner;"
-        " Pruner.job_ended = lambda self: (setattr(self, '_retention', None), self._due.set())"
-    ),
-    "samples of running jobs": (
-        "from pjw.worker.usage_sampler import UsageSampler; UsageSampler._write_samples = None"
-    ),
-    "reloads": "from pjw.server.reload import Reloader; Reloader._attempt = None",
-    "taking calls": (
-        "from pjw.server import accept\n    real = accept._CoreServer._take\n"
-        "    async def take(self, method):\n        if method is None:\n"
-        "            await self._request_call()\n            raise RuntimeError('a bug')\n"
-        "        await real(self, method)\n"
-        "    accept._CoreServer._take = take"
-    ),
-    "taking calls, of one method": (
-        "from pjw.server import accept\n    real = accept._CoreServer._pass_gate\n"
-        "    def gate(self, method, *rest):\n"
-        "        if method.endswith(b'/List'):\n            raise RuntimeError('a bug')\n"
-        "        real(self, method, *rest)\n    accept._CoreServer._pass_gate = gate"
-    ),
-    "pjw-grpc-log": "from pjw.server import grpc_log; grpc_log.tell = None",
-    "pjw-audit": "from pjw.server.audit import AuditLog; AuditLog._write = None",
-    "pjw-metrics": "from pjw.server.metrics import _Server; _Server.process_request = None",
+CHANGES: Final = {
+    "removal of ended jobs": changes.bug_in_pruning,
+    "samples of running jobs": changes.bug_in_sampling,
+    "reloads": changes.bug_in_reloading,
+    "taking calls": changes.bug_in_taking_calls,
+    "taking calls, of one method": changes.bug_in_taking_lists,
+    "pjw-grpc-log": changes.bug_in_grpcs_log,
+    "pjw-audit": changes.bug_in_the_audit_log,
+    "pjw-metrics": changes.bug_in_metrics,
 }
 
 
@@ -59,7 +45,7 @@ def test_a_dead_task_ends_the_service_and_no_job(make_service: Callable[..., Ser
     assert f"CRITICAL: {what.partition(',')[0]}" in text
     assert "Traceback" in text
     assert "pjwd: ERROR: pjwd ends by a fault of its own; running jobs go on" in text
-    service.change = ""
+    service.change = None
     service.start()
     assert service.job(job_id).state == pb.JOB_STATE_RUNNING
     service.ok("stop", str(job_id))
@@ -103,18 +89,19 @@ def visit(service: Service) -> None:
         asked.recv(1)
 
 
-async def test_a_worker_tells_of_a_dead_task() -> None:
+async def test_a_worker_tells_of_a_dead_task(monkeypatch: pytest.MonkeyPatch) -> None:
     """`Worker.failed` returns; the log has the reason, and the next worker works."""
     async with open_bench() as bench:
         worker = await bench.open()
         failed = asyncio.ensure_future(worker.failed())
         await asyncio.sleep(0)
         assert not failed.done()
-        worker._pruner._retention = None  # type: ignore[assignment]
+        monkeypatch.setattr(JobStore, "prune", None)
         job = await start(worker, "true")
         async with asyncio.timeout(CALL_SECONDS):
             await worker.wait(job.id)
             await failed
+        monkeypatch.undo()
         await bench.close(worker)
         worker = await bench.open()
         assert (await worker.get(job.id)).state.final

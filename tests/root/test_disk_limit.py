@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 
-from pjw.errors import LimitReachedError, PjwError
+from pjw.errors import LimitReachedError
+from pjw.launcher import protocol
 from pjw.launcher.policy import instance_name
+from pjw.launcher.protocol import Opened, Refused, ScratchUse
 from pjw.launcher.scratch_use import count
 from pjw.model import EndReason, ExitStatus, Job, JobState
 from pjw.worker import Worker
 from pjw.worker.settings import DiskMarks, Quotas
+from tests.root.test_launcher_hostile import Peer
 from tests.support.disks import fill, free_bytes, small_disk
 from tests.support.worker_harness import (
     ASK,
@@ -192,11 +195,9 @@ async def test_scratch_is_in_the_account_of_a_client(
     """At stored_bytes_max a start is refused for what jobs have in their scratch directories, too."""
     monkeypatch.setattr("pjw.worker.disk.COUNT_SECONDS", 0)
     worker = await bench.open(scratch_dir=str(disk), quotas=Quotas(stored_bytes_max=2 * MIB))
-    job = await start_said(
-        worker, f"head -c 3M /dev/zero >some; sync; echo written; {IDLE}", b"written", "alice"
-    )
+    await start_said(worker, f"head -c 3M /dev/zero >some; sync; echo written; {IDLE}", b"written", "alice")
     async with asyncio.timeout(DEADLINE_SECONDS):
-        while job.id not in worker._stored._scratch:
+        while (await worker.quota("alice")).stored_bytes < 3 * MIB:
             await asyncio.sleep(0.05)
     with pytest.raises(
         LimitReachedError, match="of output, artifacts, input, scratch, workspaces and images, and at most 2M"
@@ -258,10 +259,17 @@ def test_a_tree_that_is_too_deep_counts_as_the_largest(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-async def test_one_count_at_a_time(bench: Bench, worker: Worker) -> None:
+async def test_one_count_at_a_time(bench: Bench) -> None:
     """S6: a server that asks again and again has one process for it."""
-    first = await worker._launcher.request_scratch_use()
-    with pytest.raises(PjwError, match="scratch directories are being counted"):
-        await worker._launcher.request_scratch_use()
-    os.close(first)
+    peer = Peer(bench)
+    try:
+        # at once: the first count takes no time
+        for _ in range(2):
+            peer.send(protocol.encode(7, ScratchUse()))
+        assert peer.hear() == Opened()
+        refused = peer.hear()
+        assert isinstance(refused, Refused)
+        assert "scratch directories are being counted" in refused.operation
+    finally:
+        peer.close()
     assert instance_name(str(bench.state)).startswith("i-")

@@ -103,7 +103,7 @@ def test_a_link_of_another_user(bench: Bench, egress: Peer, connect: Callable[..
     egress.hang_up()
     later = connect()
     for job_id in (1, 2, 3, 4):
-        later._jobs.append(job_id)
+        later.jobs.append(job_id)
         assert isinstance(later.ask(Adopt(job_id, link="tests")), Adopted)
     assert isinstance(later.launch(5, link="tests"), Launched)
     assert isinstance(later.launch(6, uid=later.uid + 2, link="tests"), Launched)

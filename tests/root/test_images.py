@@ -10,23 +10,25 @@ import tarfile
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 
-from pjw import AsyncClient, Client
-from pjw.client import requests
-from pjw.errors import ImageNotFoundError, InvalidJobError, JobStateError, LimitReachedError, PjwError
+from pjw import AsyncClient
+from pjw.errors import ImageNotFoundError, InvalidJobError, JobStateError, LimitReachedError
 from pjw.launcher import images, mount_tree
 from pjw.launcher.image_store import ImageStore
 from pjw.launcher.images import Images, Trees
 from pjw.launcher.policy import instance_name
-from pjw.launcher.protocol import Refused
+from pjw.launcher.protocol import Launch, Refused
 from pjw.launcher.scratch import known_places
 from pjw.launcher.scratch_use import count
-from pjw.model import EndReason, ImageConfig, JobSpec, QueueSpec
+from pjw.model import EndReason, JobSpec, QueueSpec
 from pjw.process import close_all
+from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker import Worker
-from pjw.worker.launcher_client import _launch_error_of
+from pjw.worker.launcher_client import LauncherClient
 from pjw.worker.settings import DiskMarks, Quotas, Retention
 from tests.root.test_launcher_hostile import Peer, connect, peer
 from tests.support.disks import small_disk
@@ -40,8 +42,10 @@ from tests.support.images import (
     oci_layout,
     small_root,
 )
-from tests.support.service import BIN, Service, wait_for, waiting_inits
-from tests.support.worker_harness import Bench, open_bench, read_all, read_until
+from tests.support.service import BIN, CALL_SECONDS, Service, wait_for, waiting_inits
+from tests.support.uploads import send_files
+from tests.support.worker_harness import NO_LIMITS, Bench, open_bench, read_all, read_until
+from tests.unit import test_launcher_client as launcher_client
 
 __all__ = ["connect", "peer"]
 
@@ -328,10 +332,11 @@ async def test_both_clients(offered: Service, root: Path, tmp_path: Path) -> Non
     wait_for(lambda: own_images(offered) == [])
 
 
-def load_as_it_is(client: Client, name: str, tree: Path) -> None:
+def load_as_it_is(service: Service, name: str, tree: Path) -> None:
     """Load a directory as a hostile client would, without what pjw adds to an image."""
-    upload = client.upload([str(tree)])
-    client._call(requests.load_image(name, upload.name, ImageConfig(), ""))
+    with service.client() as client, service.stub() as stub:
+        upload = client.upload([str(tree)])
+        stub.LoadImage(pb.LoadImageRequest(name=name, upload=upload.name), timeout=CALL_SECONDS)
 
 
 @pytest.mark.parametrize("point", ["proc", "tmp", "run"])
@@ -341,7 +346,7 @@ def test_a_link_where_ours_go_is_refused_in_words(offered: Service, tmp_path: Pa
         (tmp_path / "tree" / name).mkdir(parents=True)
     (tmp_path / "tree" / point).symlink_to("/etc")
     with offered.client() as client:
-        load_as_it_is(client, "odd", tmp_path / "tree")
+        load_as_it_is(offered, "odd", tmp_path / "tree")
         try:
             with pytest.raises(JobStateError, match=f"it needs a directory, and no link, at /{point}"):
                 client.run(JobSpec("true", image="odd"))
@@ -359,7 +364,7 @@ def test_links_for_names_lead_nowhere(offered: Service, root: Path, tmp_path: Pa
     (tree / "etc" / "passwd").symlink_to("/proc/self/environ")
     (tree / "etc" / "hosts").symlink_to("/proc/sys/kernel/core_pattern")
     with offered.client() as client:
-        load_as_it_is(client, "odd", tree)
+        load_as_it_is(offered, "odd", tree)
         try:
             seen = client.run(
                 JobSpec("grep -c pjw-job /proc/self/mountinfo; cat /proc/self/mountinfo", image="odd")
@@ -371,15 +376,14 @@ def test_links_for_names_lead_nowhere(offered: Service, root: Path, tmp_path: Pa
 
 def test_an_archive_that_cannot_be_unpacked(offered: Service) -> None:
     """A broken archive ends the load in words, and leaves neither image nor files; so does a missing one."""
-    from pjw.client.input import Upload
-
-    with offered.client() as client:
-        name = requests.upload_name()
-        client._write(Upload(0, upload=name), [b"no archive at all" * 100], None)
-        with pytest.raises(PjwError, match=r"cannot load the image bad: .*no tar archive"):
-            client._call(requests.load_image("bad", name, ImageConfig(), ""))
-        with pytest.raises(PjwError, match="there is none called"):
-            client._call(requests.load_image("bad", "missing", ImageConfig(), ""))
+    with offered.client() as client, offered.stub() as stub:
+        send_files(stub, "garbage", [b"no archive at all" * 100])
+        for upload, words in (
+            ("garbage", r"cannot load the image bad: .*no tar archive"),
+            ("missing", "there is none called"),
+        ):
+            with pytest.raises(grpc.RpcError, match=words):
+                stub.LoadImage(pb.LoadImageRequest(name="bad", upload=upload), timeout=CALL_SECONDS)
         assert [image.name for image in client.images()] == ["small"]
     wait_for(lambda: own_images(offered) == [])
 
@@ -532,35 +536,16 @@ def test_a_kill_in_the_midst_of_a_load_leaves_nothing(make_service: object) -> N
     """kill -9 while a job unpacks an image: after the next start there is neither job, image nor file."""
     service: Service = make_service()  # type: ignore[operator]
     service.start()
-    with service.client() as client:
-        from pjw.client.input import Upload
-
-        name = requests.upload_name()
-        data = layer(*(entry(f"{number}", bytes(1000)) for number in range(10_000)))
-        client._write(Upload(0, upload=name), [data], None)
-        loading = subprocess.Popen(
-            [BIN / "python", "-c", LOAD, service.address, *service.files(), name],
-            stderr=subprocess.DEVNULL,
-        )
+    with service.stub() as stub:
+        send_files(stub, "whole", [layer(*(entry(f"{number}", bytes(1000)) for number in range(10_000)))])
+        loading: Any = stub.LoadImage.future(pb.LoadImageRequest(name="gone", upload="whole"))
         wait_for(lambda: own_images(service))
         service.kill("both")
-        loading.kill()
-        loading.wait()
+        assert loading.exception().code() is grpc.StatusCode.UNAVAILABLE
     service.start()
     wait_for(lambda: own_images(service) == [])
     with service.client() as client:
         assert client.images() == []
-
-
-LOAD = """
-import sys
-from pjw import Client
-from pjw.client import requests
-from pjw.model import ImageConfig
-*connect, name = sys.argv[1:]
-with Client(*connect) as client:
-    client._call(requests.load_image("gone", name, ImageConfig(), ""))
-"""
 
 
 def replace_image(bench: Bench, root: Path) -> None:
@@ -579,21 +564,23 @@ async def test_an_import_while_a_job_starts(
 ) -> None:
     """Between the look for the name and the launch it is given to other files: the job has these."""
     worker = await bench.open()
-    real, found = worker._images._find, []
+    real, found = LauncherClient.request_image_table, list[str]()
 
-    async def find(client_name: str, name: str) -> tuple[str, ImageConfig]:
-        found.append(await real(client_name, name))
+    async def read(launcher: LauncherClient) -> int:
+        descriptor = await real(launcher)
+        table = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+        found.append(json.loads(table)["names"]["small"])
         if len(found) == 1:
             replace_image(bench, root)
-        return found[-1]
+        return descriptor
 
-    monkeypatch.setattr(worker._images, "_find", find)
+    monkeypatch.setattr(LauncherClient, "request_image_table", read)
     job = await worker.start(JobSpec("cat /etc/os-release", image="small", queue=queue))
     ended = await worker.wait(job.id)
     assert (ended.succeeded, await read_all(worker, job.id)) == (True, b"ID=small\n")
-    assert found[0][0] != found[-1][0]
+    assert found[0] != found[-1]
     # and one that has no name any more is refused, as before
-    monkeypatch.setattr(worker._images, "_find", real)
+    monkeypatch.undo()
     with pytest.raises(ImageNotFoundError):
         await worker.start(JobSpec("true", image="other"))
 
@@ -747,10 +734,15 @@ def test_check_says_what_images_can_be(tmp_path: Path) -> None:
         shutil.rmtree(state)
 
 
-def test_a_kernel_without_overlays_is_named_in_words() -> None:
+async def test_a_kernel_without_overlays_is_named_in_words() -> None:
     """What init reports then is a sentence for the client, with who can look further."""
-    refused = Refused("image", "mount the overlay of the image for", "job 1", errno.ENODEV, "")
-    error = _launch_error_of(refused, JobSpec("true"))
-    assert isinstance(error, JobStateError)
-    assert str(error) == "cannot mount the overlay of the image: no such device (ENODEV)"
-    assert error.hint == "ask the operator: pjwd check"
+    async with launcher_client.connected() as (client, launcher):
+        asked = asyncio.ensure_future(client.request_launch(Launch(1, 1, NO_LIMITS), JobSpec("true"), []))
+        await asyncio.sleep(0)
+        refused = Refused("image", "mount the overlay of the image for", "job 1", errno.ENODEV, "")
+        launcher_client.say(launcher, 1, refused)
+        with pytest.raises(
+            JobStateError, match=r"^cannot mount the overlay of the image: no such device \(ENODEV\)$"
+        ) as caught:
+            await asked
+    assert caught.value.hint == "ask the operator: pjwd check"

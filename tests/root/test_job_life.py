@@ -6,13 +6,14 @@ import os
 import signal
 from contextlib import aclosing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pjw.errors import InvalidJobError, JobNotFoundError, KernelError, LaunchError, describe_errno
 from pjw.model import EndReason, ExitStatus, JobSpec, JobState
 from pjw.worker import Worker
-from tests.support.service import wait_for
+from tests.support.service import instance_cgroups, wait_for
 from tests.support.worker_harness import (
     ASK,
     MIB,
@@ -279,7 +280,7 @@ async def test_a_step_of_the_launcher_that_fails(bench: Bench, worker: Worker) -
 
 async def test_a_cgroup_that_is_there_already(bench: Bench, worker: Worker) -> None:
     """A cgroup of the next id, which a table that was taken away may leave: refused, and not used."""
-    clients = [parent / f"client-{bench.settings.uid_first}" for parent in bench._parents()]
+    clients = [parent / f"client-{bench.settings.uid_first}" for parent in instance_cgroups(bench.state)]
     for client in clients:
         (client / "job-1").mkdir(parents=True)
     with pytest.raises(Exception, match="cannot create the cgroup of job 1: it exists"):
@@ -322,6 +323,7 @@ async def test_a_memory_limit_that_is_too_small_for_exec(bench: Bench, worker: W
 @pytest.mark.parametrize("command", [["sleep", "60"], ["/nonexistent"]])
 async def test_a_cancelled_start_leaves_nothing(bench: Bench, worker: Worker, command: list[str]) -> None:
     """Whenever a start is cancelled, from its first step to its last, no job, row or process comes of it."""
+    before = asyncio.all_tasks()
     finished = False
     turns = 0
     while not finished:
@@ -337,21 +339,19 @@ async def test_a_cancelled_start_leaves_nothing(bench: Bench, worker: Worker, co
             await worker.stop(result.id, grace_seconds=0)
         # Geometric: the first turns are where the table is written, the later ones wait for the launcher.
         turns += 1 + turns // 4
-    await _until_idle(worker)
+    await _until_idle(worker, before)
     assert [job.state for job in await worker.list() if not job.state.final] == []
     bench.check_nothing_remains()
     # those that were stopped wrote nothing, and keep no files; several of them lose theirs together
     await asyncio.to_thread(wait_for, lambda: not list((bench.state / "jobs").iterdir()))
 
 
-async def _until_idle(worker: Worker) -> None:
+async def _until_idle(worker: Worker, before: set[asyncio.Task[Any]]) -> None:
     """Let what a cancelled start has to undo come to its end."""
     async with asyncio.timeout(20):
         # a cancelled start goes on in a task of its own, also before its job counts as live
         await worker.emptied()
-        # seven run for ever: they prune, measure jobs, look at the disk, serve the queue, remove uploads, and
-        # look after workspaces and images
-        while worker.live_count or len(worker._background._tasks) > 7:
+        while worker.live_count or asyncio.all_tasks() - before:
             await asyncio.sleep(0.01)
     # one more turn through the store's thread: all that was given to it before is done
     await worker.list()
@@ -427,7 +427,7 @@ async def test_stop_right_after_start(bench: Bench, worker: Worker) -> None:
 async def test_stop_in_mid_launch(worker: Worker) -> None:
     """Who stops a job before its start was answered waits for that, and then stops it."""
     starting = asyncio.ensure_future(start(worker, ["sleep", "60"]))
-    while not worker._live:
+    while not worker.live_count:
         await asyncio.sleep(0)
     ended = await worker.stop(1, grace_seconds=60)
     assert (ended.state, ended.reason) == (JobState.EXITED, EndReason.STOPPED)
@@ -437,7 +437,7 @@ async def test_stop_in_mid_launch(worker: Worker) -> None:
 async def test_logs_in_mid_launch(worker: Worker) -> None:
     """Who follows a job before its start was answered waits for that, and then has all of its output."""
     starting = asyncio.ensure_future(start(worker, "echo words"))
-    while not worker._live:
+    while not worker.live_count:
         await asyncio.sleep(0)
     assert not starting.done()
     async with asyncio.timeout(10):

@@ -45,7 +45,7 @@ from tests.property.test_protocol import BY_TYPE, limits
 from tests.root.test_launcher_hostile import BAD, Peer
 from tests.support.init_harness import command_file
 from tests.support.service import wait_for
-from tests.support.worker_harness import DEADLINE_SECONDS, MIB, NO_LIMITS, Bench, _status
+from tests.support.worker_harness import DEADLINE_SECONDS, MIB, NO_LIMITS, Bench, status_words
 
 CONVERSATIONS: Final = 40
 SECONDS: Final = float(os.environ.get("PJW_FUZZ_SECONDS", "0"))
@@ -125,7 +125,7 @@ class Surroundings:
         assert self._look() == self._files
         assert set(self._foreign_cgroups()) <= self._cgroups
         for pid in self._bystanders:
-            status = _status(pid)
+            status = status_words(pid)
             pending = int(status["SigPnd"], 16) | int(status["ShdPnd"], 16)
             assert (status["State"][0], pending) == ("S", 0), status
         names = {f"job-{job_id}" for job_id in launched}
@@ -138,7 +138,7 @@ class Surroundings:
         for pid in descendants(parent, self._others):
             # not in the moment in which it is about to become the program that it was spawned for
             wait_for(lambda: program_of(pid) != program_of(parent))  # noqa: B023  called at once
-            status, program = _status(pid), program_of(pid)
+            status, program = status_words(pid), program_of(pid)
             if program is None or not status:
                 continue  # it has just ended
             uids = {int(uid) for uid in status["Uid"].split()[:3]}
@@ -180,7 +180,7 @@ def bystander(uid: int) -> Iterator[int]:
     pid = os.posix_spawnp("setpriv", argv, os.environ, setsigmask=signal.valid_signals())
     try:
         deadline = time.monotonic() + DEADLINE_SECONDS
-        while _status(pid)["Name"] != "sleep" or _status(pid)["State"][0] != "S":
+        while status_words(pid)["Name"] != "sleep" or status_words(pid)["State"][0] != "S":
             assert time.monotonic() < deadline
             time.sleep(0.01)
         yield pid
@@ -468,7 +468,7 @@ def clean_up(bench: Bench) -> None:
             for request in (Adopt(job_id), Kill(job_id, init_too=True), Remove(job_id)):
                 heir.ask(request)
         # ours since their launcher has ended
-        inits = [pid for pid in children(os.getpid()) if _status(pid).get("Name") == "pjw-init"]
+        inits = [pid for pid in children(os.getpid()) if status_words(pid).get("Name") == "pjw-init"]
         for pid in inits:
             os.waitpid(pid, os.WNOHANG)
         if not page.job_ids and not inits:

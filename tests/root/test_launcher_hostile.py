@@ -67,7 +67,7 @@ from pjw.model import GroupUse, JobState, Share, Sums, Usage
 from pjw.worker.settings import WAITING_INITS
 from pjw.worker.status_record import RECORD_BYTES, parse_record
 from tests.support.init_harness import command_file
-from tests.support.service import wait_for, waiting_ids, waiting_inits
+from tests.support.service import instance_cgroups, wait_for, waiting_ids, waiting_inits
 from tests.support.tracer import SUPPORTED, WHY_NOT, Tracer
 from tests.support.worker_harness import DEADLINE_SECONDS, NO_LIMITS, Bench, start
 
@@ -110,7 +110,8 @@ class Peer:
                 ],
             )
         self.socket.settimeout(DEADLINE_SECONDS)
-        self._jobs: Final[list[int]] = []
+        # what is stopped and removed at the end
+        self.jobs: Final[list[int]] = []
         self._code: int | None = None
         bench.state.mkdir(exist_ok=True)
         self.hello: Final = replace(
@@ -160,7 +161,7 @@ class Peer:
             launch = replace(Launch(job_id, self.uid, NO_LIMITS), **changes)
             reply = self.ask(launch, self.descriptors(stack, command_file(argv), count=len(launch.files)))
         if isinstance(reply, Launched):
-            self._jobs.append(job_id)
+            self.jobs.append(job_id)
         return reply
 
     def exec(self, job_id: int, argv: Sequence[str] = ("sleep", "60"), **changes: Any) -> protocol.Reply:
@@ -207,14 +208,14 @@ class Peer:
 
     def hang_up(self) -> None:
         """Leave all that was launched to the next one."""
-        self._jobs.clear()
+        self.jobs.clear()
         self.socket.close()
         assert self.end() == 0, self.words()
 
     def close(self) -> None:
         """End what was launched, and hang up."""
         if self._code is None:
-            for job_id in self._jobs:
+            for job_id in self.jobs:
                 self.ask(Kill(job_id, init_too=True))
                 while self.ask(Remove(job_id)) != Done():
                     pass
@@ -557,7 +558,7 @@ def test_a_command_that_is_none(bench: Bench, peer: Peer, command: bytes, error:
         reply = peer.ask(Launch(1, peer.uid, NO_LIMITS), peer.descriptors(stack, command))
     if error == 0:
         assert isinstance(reply, Launched)
-        peer._jobs.append(1)
+        peer.jobs.append(1)
         return
     assert isinstance(reply, Refused)
     assert error is None or (reply.kind, reply.errno) == ("exec", error)
@@ -633,7 +634,7 @@ def test_a_session_in_no_running_job(bench: Bench, peer: Peer) -> None:
     with ExitStack() as stack:
         launch = Launch(2, peer.uid, NO_LIMITS)
         peer.send(protocol.encode(7, launch), peer.descriptors(stack, command_file(["sleep", "60"])))
-    peer._jobs.append(2)
+    peer.jobs.append(2)
     reply = peer.exec(2)
     assert isinstance(reply, Refused)
     assert reply.kind == "state"
@@ -904,7 +905,7 @@ async def test_the_jobs_of_another_pjw_are_out_of_reach(bench: Bench, tmp_path: 
 def test_a_process_in_a_job_s_cgroup_that_is_no_init(bench: Bench, peer: Peer) -> None:
     """A cgroup of ours with a process that is not PID 1 of a namespace: not adopted, so never signalled."""
     assert isinstance(peer.launch(1), Launched)
-    parents = bench._parents()
+    parents = instance_cgroups(bench.state)
     cgroups = [parent / "job-20" for parent in parents]
     process = subprocess.Popen(["sleep", "60"])
     try:
@@ -940,7 +941,7 @@ def test_a_file_that_its_file_system_says_nothing_of(peer: Peer) -> None:
 @pytest.mark.skipif(not SUPPORTED, reason=WHY_NOT)
 def test_an_adoption_without_a_descriptor(peer: Peer) -> None:
     """An init that no pidfd can be had for now (EMFILE): that is refused, and later not."""
-    cgroups = [parent / "job-20" for parent in peer.bench._parents()]
+    cgroups = [parent / "job-20" for parent in instance_cgroups(peer.bench.state)]
     with subprocess.Popen(["unshare", "--pid", "--fork", "--kill-child", "sleep", "60"]) as process:
         try:
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
@@ -1237,7 +1238,7 @@ def test_hanging_up_in_mid_launch(bench: Bench, peer: Peer) -> None:
     assert isinstance(found, JobIdPage)
     for job_id in found.job_ids:
         heir.ask(Adopt(job_id))
-        heir._jobs.append(job_id)
+        heir.jobs.append(job_id)
     heir.close()
     assert bench.cgroups() == []
 

@@ -20,7 +20,7 @@ from pjw.model import JobSpec
 from pjw.worker.settings import WAITING_INITS, Quotas
 from tests.root.test_launcher_hostile import Peer
 from tests.support.service import instance_cgroups, jobs_below, wait_for, waiting_inits
-from tests.support.worker_harness import NO_LIMITS, Bench
+from tests.support.worker_harness import DEADLINE_SECONDS, NO_LIMITS, Bench
 
 # the launcher, but what takes it seconds to give up takes a moment
 HASTY = """#!{python} -IB
@@ -69,7 +69,9 @@ async def test_what_is_left_of_a_launch_counts_among_its_client_s_jobs(
         assert (await worker.quota()).running == 1
         with pytest.raises(LimitReachedError, match="1 jobs of local are running"):
             await worker.start(JobSpec("true"))
-    await asyncio.to_thread(wait_for, lambda: not worker._running.clients())
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        while (await worker.quota()).running:
+            await asyncio.sleep(0.02)
     await worker.start(JobSpec("true"))
 
 
@@ -124,6 +126,6 @@ def test_launches_that_wait_leave_the_reserve_of_descriptors(bench: Bench) -> No
         for _ in ids[len(replies) :]:
             _, descriptors, _, _ = socket.recv_fds(peer.socket, protocol.MAX_DATAGRAM_BYTES, 1)
             socket.close(descriptors[0])
-        peer._jobs.extend(job_id for job_id in ids if job_id not in replies)
+        peer.jobs.extend(job_id for job_id in ids if job_id not in replies)
     finally:
         peer.close()

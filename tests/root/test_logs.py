@@ -12,12 +12,12 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from pjw.errors import LauncherGoneError
-from pjw.model import JobSpec
+from pjw.model import Job, JobSpec
 from pjw.server.authz import Caller
 from pjw.server.service import JobWorkerService
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker import Part
-from pjw.worker.reading import Output
+from pjw.worker.store import JobStore
 from tests.support.service import CALL_SECONDS, Service, wait_for
 from tests.support.worker_harness import ASK, DEADLINE_SECONDS, Bench, read_all
 
@@ -101,22 +101,26 @@ def test_the_last_lines_and_what_comes(service: Service) -> None:
 async def test_the_last_lines_are_looked_for_in_a_job_that_is_looked_up_once(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What tells where they begin is what they are read from."""
+    """What tells where they begin is what they are read from: all of the output takes as many looks."""
     worker = await bench.open()
     job = await worker.start(JobSpec("seq 9"))
     await worker.wait(job.id)
     looked_up: list[int] = []
-    look_up = worker._output
+    look_up = JobStore.get
 
-    async def counted(job_id: int, part: Part, owner: str | None) -> Output:
+    async def counted(store: JobStore, job_id: int, owner: str | None) -> Job | None:
         looked_up.append(job_id)
-        return await look_up(job_id, part, owner)
+        return await look_up(store, job_id, owner)
 
-    monkeypatch.setattr(worker, "_output", counted)
-    calls = JobWorkerService(worker).logs(pb.LogsRequest(id=job.id, tail_lines=2), Caller("local", "local"))
-    found = [pb.LogsResponse.FromString(a) if isinstance(a, bytes) else a async for a in calls]
+    monkeypatch.setattr(JobStore, "get", counted)
+    service, looks, found = JobWorkerService(worker), list[int](), list[pb.LogsResponse]()
+    for request in (pb.LogsRequest(id=job.id), pb.LogsRequest(id=job.id, tail_lines=2)):
+        looked_up.clear()
+        calls = service.logs(request, Caller("local", "local"))
+        found = [pb.LogsResponse.FromString(a) if isinstance(a, bytes) else a async for a in calls]
+        looks.append(len(looked_up))
     assert [(answer.offset, answer.data) for answer in found] == [(14, b""), (0, b"8\n9\n")]
-    assert looked_up == [job.id]
+    assert looks[0] == looks[1] > 0
 
 
 def test_a_negative_number_of_lines(service: Service, running: int) -> None:

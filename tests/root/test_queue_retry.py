@@ -49,7 +49,7 @@ async def test_attempts(bench: Bench) -> None:
     }
     for number, each in enumerate(found, 1):
         assert await read_all(worker, each.id) == f"attempt {number}\n".encode()
-    assert (await worker._state.store.queued_of_clients()) == {}
+    assert (await worker.queued_now())[0] == 0
     # the last of one that never succeeds is its end; each gives its slot back before the next one
     worker.reconfigure(bench.changed(queue=QueueSlots(running_max=1)))
     found = await attempts(worker, await submit(worker, "exit 7", Retry(2, backoff_seconds=NOW)))

@@ -11,6 +11,7 @@ import pytest
 from pjw.errors import LauncherGoneError, OutputLostError
 from pjw.model import EndReason, ExitStatus, JobSpec, JobState, Limits
 from pjw.worker import Worker
+from tests.support.service import instance_cgroups
 from tests.support.worker_harness import (
     ASK,
     MIB,
@@ -373,7 +374,7 @@ async def test_a_job_that_the_host_took_along(bench: Bench) -> None:
 async def test_a_launch_that_was_interrupted(bench: Bench) -> None:
     """A row without a process, as a kill between the two leaves it: LOST, and the reason says why."""
     worker = await bench.open()
-    job = await worker._state.store.add("local", JobSpec("x"), Limits())
+    job = await worker.store.add("local", JobSpec("x"), Limits())
     await bench.close(worker)
     worker = await bench.open()
     lost = await worker.get(job.id)
@@ -471,7 +472,7 @@ async def test_what_a_crash_in_mid_removal_leaves(bench: Bench) -> None:
     """Empty cgroups and scratch files of a job that has ended in the table are removed at the next start."""
     worker = await bench.open()
     job, _ = await run(worker, ["true"])
-    parents = bench._parents()
+    parents = instance_cgroups(bench.state)
     await bench.close(worker)
     for parent in parents[:2]:
         (parent / f"job-{job.id}").mkdir(parents=True)

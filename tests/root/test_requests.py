@@ -13,6 +13,7 @@ from pjw.errors import LaunchError, LimitReachedError, NameTakenError
 from pjw.model import KNOWN_STATES, EndReason, JobSpec, JobState, QueueSpec
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker import Worker
+from pjw.worker.launcher_client import LauncherClient
 from pjw.worker.pages import JobFilter
 from pjw.worker.settings import Quotas
 from tests.support.service import CALL_SECONDS, Service, wait_for
@@ -21,24 +22,26 @@ from tests.support.worker_harness import ASK, Bench, WorkerProcess, launchers_of
 NAP: Final = ["sleep", "300"]
 
 
-def held(worker: Worker) -> asyncio.Event:
+def held(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
     """Have launches wait, once their row is there, for this to be set."""
-    go, ask = asyncio.Event(), worker._starts._ask_for_launch
+    go, ask = asyncio.Event(), LauncherClient.request_launch
 
     async def wait_and_ask(*arguments: Any) -> Any:
         await go.wait()
         return await ask(*arguments)
 
-    worker._starts._ask_for_launch = wait_and_ask  # type: ignore[method-assign,assignment]
+    monkeypatch.setattr(LauncherClient, "request_launch", wait_and_ask)
     return go
 
 
 # --- names
 
 
-async def test_a_name_is_free_again_when_its_job_has_ended(worker: Worker) -> None:
+async def test_a_name_is_free_again_when_its_job_has_ended(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Refused while it is borne, by a job that is being launched too; a refused start leaves nothing."""
-    go = held(worker)
+    go = held(monkeypatch)
     first = asyncio.ensure_future(worker.start(JobSpec(NAP, name="web"), "alice"))
     await asyncio.sleep(0)
     with pytest.raises(NameTakenError, match="cannot start a job called web: job 1 is called that"):
@@ -63,10 +66,12 @@ async def test_a_launch_that_failed_gives_its_name_back(worker: Worker) -> None:
 # --- request ids
 
 
-async def test_a_request_starts_one_job_however_often_it_is_made(worker: Worker) -> None:
+async def test_a_request_starts_one_job_however_often_it_is_made(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At once, while it is launched, while it runs, and when it has ended: always the first one's job."""
     spec = JobSpec(NAP, request_id="r")
-    go = held(worker)
+    go = held(monkeypatch)
     calls = [asyncio.ensure_future(worker.start(spec, "alice")) for _ in range(10)]
     # another client's request, and none at all, are others
     others = [worker.start(spec, "bob"), worker.start(JobSpec(NAP), "alice")]
@@ -82,9 +87,11 @@ async def test_a_request_starts_one_job_however_often_it_is_made(worker: Worker)
     assert worker.live_count == 2
 
 
-async def test_the_error_of_a_launch_is_that_of_all_who_ask(worker: Worker) -> None:
+async def test_the_error_of_a_launch_is_that_of_all_who_ask(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One launch, one error; nothing is left, and the next request begins anew."""
-    go = held(worker)
+    go = held(monkeypatch)
     calls = [asyncio.ensure_future(worker.start(JobSpec(["/nosuch"], request_id="r"))) for _ in range(3)]
     await asyncio.sleep(0)
     go.set()
@@ -107,9 +114,9 @@ async def test_a_repeated_request_needs_no_quota(bench: Bench) -> None:
     assert (await worker.start(JobSpec(NAP, request_id="s"))).id != job.id
 
 
-async def test_who_asked_may_go(worker: Worker) -> None:
+async def test_who_asked_may_go(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its job stays, for whoever asks again with that id; without an id nothing stays."""
-    go = held(worker)
+    go = held(monkeypatch)
     calls = [asyncio.ensure_future(worker.start(JobSpec(NAP, request_id=request))) for request in ("r", "")]
     await asyncio.sleep(0)
     for call in calls:
@@ -171,9 +178,9 @@ def test_a_service_that_is_killed_starts_nothing_twice(make_service: Callable[..
 # --- lists by state
 
 
-async def test_states_are_those_of_the_moment(worker: Worker) -> None:
+async def test_states_are_those_of_the_moment(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     """The table knows ends alone; which jobs start, run or are being stopped, those say who run them."""
-    go = held(worker)
+    go = held(monkeypatch)
     go.set()
     ended, _ = await run(worker, "true")
     running = await start(worker, NAP)

@@ -10,10 +10,9 @@ import pytest
 
 from pjw.errors import JobNotFoundError, JobStateError, LimitReachedError
 from pjw.model import JobSpec, JobState
-from pjw.worker import Worker
 from pjw.worker.settings import Quotas, Retention
 from tests.support.service import wait_for
-from tests.support.worker_harness import ASK, MIB, Bench, read_all, run, start, start_said
+from tests.support.worker_harness import ASK, MIB, Bench, BenchWorker, read_all, run, start, start_said
 
 
 def files(bench: Bench) -> list[str]:
@@ -21,11 +20,10 @@ def files(bench: Bench) -> list[str]:
     return sorted(path.name for path in (bench.state / "jobs").iterdir())
 
 
-async def ids(worker: Worker, wanted: list[int]) -> None:
+async def ids(worker: BenchWorker, wanted: list[int]) -> None:
     """Wait until these are the jobs that there are: what prunes runs beside us, after an end was told."""
-    store = worker._state.store
     async with asyncio.timeout(20):
-        while [job.id for job in await worker.list()] != wanted or await store.removals():
+        while [job.id for job in await worker.list()] != wanted or await worker.store.removals():
             await asyncio.sleep(0.01)
 
 
@@ -116,12 +114,12 @@ async def test_what_a_crash_left_of_a_removal(bench: Bench) -> None:
     worker = await bench.open()
     job, _ = await run(worker, "echo x")
     kept, _ = await run(worker, "echo kept")
-    await worker._state.store.remove(job.id)
+    await worker.store.remove(job.id)
     assert str(job.id) in files(bench)
     await bench.close(worker)
     worker = await bench.open()
     async with asyncio.timeout(20):
-        while await worker._state.store.removals():
+        while await worker.store.removals():
             await asyncio.sleep(0.01)
     assert files(bench) == [str(kept.id)]
 
@@ -154,7 +152,8 @@ async def test_no_more_bytes_than_may_be_kept(bench: Bench) -> None:
     silent, _ = await run(worker, "true")
     large = [(await run(worker, f"head -c {MIB} /dev/zero"))[0].id for _ in range(5)]
     await ids(worker, [silent.id, *large[2:]])
-    assert await worker._state.store.ended_bytes("local") == (3 * MIB, 3 * MIB)
+    assert (await worker.numbers()).clients["local"].stored_bytes == 3 * MIB
+    assert await worker.store.ended_bytes("local") == (3 * MIB, 3 * MIB)
 
 
 @pytest.mark.parametrize("total", ["jobs_total", "bytes_total"])

@@ -29,7 +29,7 @@ import encodings.idna
 if given["confined"]:
     sandbox.enter(sandbox.Sandbox(own, [given["port"]], 100), given["uid"])
 else:
-    sandbox._become(given["uid"])
+    sandbox.become(given["uid"])
     libc.prctl(38, 1, 0, 0, 0)
 
 def fork():

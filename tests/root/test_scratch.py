@@ -100,9 +100,9 @@ async def test_two_instances_in_one_place(disk: Path, bench: Bench) -> None:
             job = await start_said(worker, "echo x > file; echo written; exec sleep 100", b"written")
             assert job.id == 1
         assert (left(disk, bench), left(disk, second)) == (["1"], ["1"])
-        await second._open[0].stop(1)
+        await second.workers[0].stop(1)
         assert (left(disk, bench), left(disk, second)) == (["1"], [])
-        await bench.close(bench._open[0])
+        await bench.close(bench.workers[0])
 
 
 @pytest.mark.parametrize("mode", [0o775, 0o757])

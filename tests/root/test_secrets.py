@@ -82,7 +82,7 @@ async def test_in_the_queue(bench: Bench) -> None:
 
 async def no_secrets(worker: Worker, bench: Bench) -> None:
     """Nothing of them is left, whoever removes them right now."""
-    await worker._state.store.get(1)
+    await worker.list()
     assert kept(bench.state) == []
     assert not (bench.state / "jobs" / "secrets").exists()
     assert traces(bench.state) == []

@@ -6,7 +6,7 @@ import os
 import select
 import signal
 from collections.abc import Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +26,19 @@ from pjw.model import EndReason, ExitStatus, JobSpec, JobState, Session
 from pjw.worker import Part, Worker
 from pjw.worker import sessions as sessions_module
 from pjw.worker.session_files import SessionFiles, SessionRequest
+from pjw.worker.state_dir import StateDir
 from tests.support.service import spawner_of, wait_for
 from tests.support.worker_harness import (
     DEADLINE_SECONDS,
     MIB,
     Bench,
-    _status,
     launchers_of,
     processes_where,
     python,
     read_all,
     start,
     start_said,
+    status_words,
 )
 
 SLEEP = ["sleep", "600"]
@@ -88,7 +89,7 @@ def supervisors(bench: Bench, job_id: int) -> list[int]:
     """The processes that wait for the commands of a job's sessions."""
     pids = [int(pid) for pid in (bench.cgroups(job_id)[0] / "cgroup.procs").read_text().split()]
     init = bench.init_pid(job_id)
-    return [pid for pid in pids if pid != init and _status(pid).get("Uid", "").split()[:1] == ["0"]]
+    return [pid for pid in pids if pid != init and status_words(pid).get("Uid", "").split()[:1] == ["0"]]
 
 
 # --- how it ends
@@ -115,7 +116,7 @@ async def test_it_ends_as_its_command_does(
     assert (await worker.get(job.id)).state is JobState.RUNNING
 
 
-async def test_what_cannot_be_executed(worker: Worker) -> None:
+async def test_what_cannot_be_executed(bench: Bench, worker: Worker) -> None:
     """No such program, none that may be executed, no such directory: then there is no session."""
     job = await start(worker, SLEEP)
     with pytest.raises(LaunchError, match="no such file"):
@@ -126,7 +127,7 @@ async def test_what_cannot_be_executed(worker: Worker) -> None:
         await execute(worker, job.id, ["true"], workdir="/no/such")
     with pytest.raises(SessionNotFoundError):
         await worker.wait_session(job.id, 1)
-    assert not (Path(worker._state.jobs_path) / "sessions").exists()
+    assert not (bench.state / "jobs" / "sessions").exists()
 
 
 async def test_output_is_whole_to_the_byte(worker: Worker) -> None:
@@ -263,7 +264,7 @@ async def test_nobody_who_is_stopped_holds_up_the_end_of_a_job(bench: Bench, wor
     assert spawner is not None
     pidfd = os.pidfd_open(bench.init_pid(job.id))
     status = bench.state / "jobs" / str(job.id) / "status"
-    command = next(pid for pid in bench.processes() if _status(pid)["Name"] == "sh")
+    command = next(pid for pid in bench.processes() if status_words(pid)["Name"] == "sh")
     stopped = [launcher, spawner, *supervisors(bench, job.id)]
     for pid in stopped:
         os.kill(pid, signal.SIGSTOP)
@@ -304,7 +305,7 @@ async def test_a_killed_init(bench: Bench, worker: Worker) -> None:
     session = await execute(worker, job.id, "trap '' TERM; echo here; sleep 600")
     await said(worker, session, b"here\n")
     [supervisor] = supervisors(bench, job.id)
-    assert _status(supervisor)["PPid"] == str(bench.init_pid(job.id))
+    assert status_words(supervisor)["PPid"] == str(bench.init_pid(job.id))
     os.kill(bench.init_pid(job.id), signal.SIGKILL)
     assert (await worker.wait(job.id)).exit_status != ExitStatus(0)
     ended = await worker.wait_session(job.id, session.number)
@@ -376,7 +377,7 @@ async def hasty(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Worker:
     return await bench.open(stop_grace_seconds=1)
 
 
-async def test_a_session_whose_client_has_gone_is_hung_up(hasty: Worker) -> None:
+async def test_a_session_whose_client_has_gone_is_hung_up(bench: Bench, hasty: Worker) -> None:
     """SIGHUP after the lease; not while somebody looks at it, nor a detached one."""
     job = await start(hasty, SLEEP)
     detached = await execute(hasty, job.id, "echo here; sleep 600", detached=True)
@@ -392,17 +393,26 @@ async def test_a_session_whose_client_has_gone_is_hung_up(hasty: Worker) -> None
     waits.cancel()
     await asyncio.wait({waits})
     async with asyncio.timeout(DEADLINE_SECONDS):
-        while hasty._sessions.find(job.id, kept.number, None).session.end is None:
+        while runs(bench, b"echo bye"):
             await asyncio.sleep(0.05)
-    assert hasty._sessions.find(job.id, kept.number, None).session.exit_status == ExitStatus(9)
+    assert (await hasty.wait_session(job.id, kept.number)).exit_status == ExitStatus(9)
     await said(hasty, detached, b"here")
 
 
-async def test_an_ended_session_is_forgotten(hasty: Worker) -> None:
+def runs(bench: Bench, words: bytes) -> bool:
+    """Whether a job has a process with these words in its command line: to ask for its session keeps that."""
+    lines = []
+    for pid in bench.processes():
+        with suppress(FileNotFoundError, ProcessLookupError):
+            lines.append(Path(f"/proc/{pid}/cmdline").read_bytes())
+    return any(words in line for line in lines)
+
+
+async def test_an_ended_session_is_forgotten(bench: Bench, hasty: Worker) -> None:
     """With its files, when nobody has looked at it for a while."""
     job = await start(hasty, SLEEP)
     session, _ = await run(hasty, job.id, "exit 3")
-    directory = Path(hasty._state.jobs_path) / "sessions"
+    directory = bench.state / "jobs" / "sessions"
     assert directory.exists()
     await asyncio.to_thread(wait_for, lambda: not directory.exists())
     with pytest.raises(SessionNotFoundError, match=f"no session 1 of job {job.id}"):
@@ -449,17 +459,18 @@ async def test_a_job_has_so_many_sessions(worker: Worker) -> None:
     assert ended.exit_status == ExitStatus(3)
 
 
-async def test_no_two_sessions_have_one_number(worker: Worker) -> None:
+async def test_no_two_sessions_have_one_number(bench: Bench) -> None:
     """However many are made at once, in as many threads."""
-    job = await start(worker, SLEEP)
-    files = SessionFiles(worker._state)
-    asked = SessionRequest("true", 0)
-    made = await asyncio.gather(*(asyncio.to_thread(files.create, job.id, asked, None) for _ in range(200)))
-    for each in made:
-        for descriptor in each.descriptors:
-            os.close(descriptor)
-        files.remove(each.key)
-    assert sorted(each.key for each in made) == [(job.id, number) for number in range(1, 201)]
+    (bench.state / "jobs" / "1").mkdir(parents=True)
+    with closing(StateDir(str(bench.state), os.geteuid())) as state:
+        files = SessionFiles(state)
+        asked = SessionRequest("true", 0)
+        made = await asyncio.gather(*(asyncio.to_thread(files.create, 1, asked, None) for _ in range(200)))
+        for each in made:
+            for descriptor in each.descriptors:
+                os.close(descriptor)
+            files.remove(each.key)
+    assert sorted(each.key for each in made) == [(1, number) for number in range(1, 201)]
 
 
 async def test_what_a_session_writes_is_bounded_and_counted(worker: Worker) -> None:
@@ -468,7 +479,6 @@ async def test_what_a_session_writes_is_bounded_and_counted(worker: Worker) -> N
     session, output = await run(worker, job.id, "yes")
     assert len(output) == MIB
     assert (session.exit_status, session.reason) == (ExitStatus(signal=9), EndReason.OUTPUT_LIMIT)
-    assert worker._sessions.bytes_of(job.id) == MIB
     assert (await worker.quota()).stored_bytes == MIB
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from pjw.errors import LaunchError
 from pjw.model import JobSpec
-from pjw.worker import Worker
+from tests.support.seen import tables_opened
 from tests.support.service import wait_for
 from tests.support.worker_harness import ASK, Bench, run, start_said
 
@@ -30,10 +31,18 @@ def replaced(name: str, before: Callable[[], None], monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(os, name, call)
 
 
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> list[sqlite3.Connection]:
+    """The tables that are opened from now on."""
+    return tables_opened(monkeypatch)
+
+
 async def test_the_event_loop_changes_nothing_on_the_disk(
-    worker: Worker, bench: Bench, monkeypatch: pytest.MonkeyPatch
+    tables: list[sqlite3.Connection], bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From a start to the removal, also of a start that fails: each such call is another thread's."""
+    worker = await bench.open()
+    [table] = tables
     callers: dict[str, set[str]] = {}
 
     def note(name: str) -> None:
@@ -44,7 +53,7 @@ async def test_the_event_loop_changes_nothing_on_the_disk(
 
     for name in CALLS:
         replaced(name, noting(name), monkeypatch)
-    worker._state.store._db.set_trace_callback(lambda _: note("sqlite"))
+    table.set_trace_callback(lambda _: note("sqlite"))
     said, _ = await run(worker, "echo said")
     await run(worker, "true")
     with pytest.raises(LaunchError):
@@ -66,7 +75,7 @@ def slow() -> Iterator[tuple[threading.Event, threading.Event]]:
 
 @pytest.mark.parametrize("call", ["mkdir", "open", "posix_fallocate", "fdatasync", "sqlite"])
 async def test_a_slow_disk_holds_up_no_reader(
-    worker: Worker,
+    tables: list[sqlite3.Connection],
     bench: Bench,
     monkeypatch: pytest.MonkeyPatch,
     slow: tuple[threading.Event, threading.Event],
@@ -74,6 +83,8 @@ async def test_a_slow_disk_holds_up_no_reader(
 ) -> None:
     """While a start waits for it, running jobs are seen, read and told of."""
     begun, may_go_on = slow
+    worker = await bench.open()
+    [table] = tables
     job = await start_said(worker, ASK + "echo ready; read x <&3; echo heard; sleep 300", b"ready\n")
 
     def wait() -> None:
@@ -81,7 +92,7 @@ async def test_a_slow_disk_holds_up_no_reader(
         assert may_go_on.wait(60)
 
     if call == "sqlite":
-        worker._state.store._db.set_trace_callback(lambda _: wait())
+        table.set_trace_callback(lambda _: wait())
     else:
         replaced(call, wait, monkeypatch)
     starting = asyncio.ensure_future(worker.start(JobSpec("true")))

@@ -464,6 +464,6 @@ def test_a_storm(two: SlurmCluster) -> None:
     # a launcher that is killed in the middle of a launch cannot say what became of it
     assert {job.reason for job in ended} <= {"completed", "revoked", "launch_interrupted"}
     assert len(ended) > STORM_SECONDS / 4
-    rows = [json.loads(line) for node in two.nodes.values() for line in neutral._rows_of(node.state)]
+    rows = [json.loads(line) for node in two.nodes.values() for line in neutral.rows_of(node.state)]
     uuids = [row["request_id"] for row in rows]
     assert len(uuids) == len(set(uuids))

@@ -14,10 +14,10 @@ from google.protobuf.duration_pb2 import Duration
 
 from pjw.errors import JobNotFoundError, LauncherGoneError
 from pjw.launcher import protocol
-from pjw.model import UsageSample
+from pjw.model import JobState, UsageSample
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker import Worker, usage_sampler
-from pjw.worker.job import LiveJob
+from pjw.worker.launcher_client import LauncherClient
 from tests.support.service import CALL_SECONDS, Service, wait_for
 from tests.support.worker_harness import ASK, MIB, Bench, WorkerProcess, launchers_of, run, start, start_said
 
@@ -75,10 +75,8 @@ async def test_what_is_read_and_written_is_counted(worker: Worker) -> None:
 
 async def test_jobs_that_have_ended_are_left_out(worker: Worker) -> None:
     """As are those that never were, and others' when they are asked for by their owner."""
-    ended, _ = await run(worker, "true")
+    await run(worker, "true")
     alive = await start(worker, ["sleep", "300"], "alice")
-    found = await worker._launcher.request_measure([ended.id, alive.id, alive.id + 1, 10**6])
-    assert list(found) == [alive.id]
     assert [job.id for job, _ in await worker.usage_now()] == [alive.id]
     assert [job.id for job, _ in await worker.usage_now("alice")] == [alive.id]
     assert await worker.usage_now("bob") == []
@@ -95,23 +93,23 @@ async def test_who_watches_at_once_shares_what_is_measured(
     monkeypatch.setattr(usage_sampler, "interval_seconds", lambda _: 3600)
     jobs = [await start(worker, ["sleep", "300"]) for _ in range(3)]
     asked: list[int] = []
-    ask = worker._launcher.request_measure
+    ask = LauncherClient.request_measure
 
-    async def count(job_ids: Sequence[int]) -> dict[int, UsageSample]:
+    async def count(launcher: LauncherClient, job_ids: Sequence[int]) -> dict[int, UsageSample]:
         asked.extend(job_ids)
-        return await ask(job_ids)
+        return await ask(launcher, job_ids)
 
-    monkeypatch.setattr(worker._launcher, "request_measure", count)
+    monkeypatch.setattr(LauncherClient, "request_measure", count)
     everybody = await asyncio.gather(*(worker.usage_now(fresh_seconds=5) for _ in range(10)))
     assert all([job.id for job, _ in found] == [job.id for job in jobs] for found in everybody)
     assert sorted(asked) == [job.id for job in jobs]
-    # a measurement a second, in requests for one job each
+    # ten measurements a second, in requests for one job each
     asked.clear()
     monkeypatch.setattr(usage_sampler, "MAX_MEASURED", 1)
-    monkeypatch.setattr(usage_sampler, "WATCHED_PER_SECOND", 1)
+    monkeypatch.setattr(usage_sampler, "WATCHED_PER_SECOND", 10)
     for turn in range(3):
-        worker._sampler._rested_at = 0
-        found = await worker.usage_now(fresh_seconds=0, within_seconds=0.5)
+        await asyncio.sleep(0.1)
+        found = await worker.usage_now(fresh_seconds=0, within_seconds=0.05)
         assert len(found) == 3
         # the oldest goes first, so each has its turn
         assert len(set(asked)) == len(asked) == turn + 1
@@ -129,12 +127,11 @@ async def test_who_asks_for_single_jobs_leaves_a_busy_launcher_alone(
     job = await start(worker, "sleep 1000")
     asked: list[Sequence[int]] = []
 
-    async def never(job_ids: Sequence[int]) -> dict[int, UsageSample]:
+    async def never(_: LauncherClient, job_ids: Sequence[int]) -> dict[int, UsageSample]:
         asked.append(job_ids)
         return await asyncio.Future()
 
-    monkeypatch.setattr(worker._launcher, "request_measure", never)
-    worker._live[job.id].sampled_at = float("-inf")
+    monkeypatch.setattr(LauncherClient, "request_measure", never)
     for _ in range(20):
         assert (await worker.get_with_usage(job.id)).id == job.id
     assert asked == [[job.id]]
@@ -174,31 +171,37 @@ async def test_the_history_of_a_silent_job_is_kept(worker: Worker, bench: Bench)
     assert [sample.time for sample in (await worker.usage_history(short.id))[1]] == [short.end]
 
 
-async def test_a_job_that_has_ended_is_sampled_no_more(
-    worker: Worker, bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Though its row is still on the way to a slow disk: else a silent one would leave a file."""
-    job = await start(worker, ASK + "read x <&3")
-    live, go, sync = worker._live[job.id], asyncio.Event(), worker._state.store.sync
+async def test_a_job_that_has_ended_is_sampled_no_more(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though it was just measured, and its row is on the way to a slow disk: else it would leave a file."""
+    worker = await bench.open()
+    measured, go, go_on = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    ask, sync, ids = LauncherClient.request_measure, worker.store.sync, list[int]()
+
+    async def ask_and_wait(launcher: LauncherClient, job_ids: Sequence[int]) -> dict[int, UsageSample]:
+        found = await ask(launcher, job_ids)
+        ids.extend(found)
+        measured.set()
+        await go_on.wait()
+        return found
 
     async def wait_and_sync() -> None:
         await go.wait()
         await sync()
 
-    monkeypatch.setattr(worker._state.store, "sync", wait_and_sync)
-    bench.tell(job.id)
+    monkeypatch.setattr(LauncherClient, "request_measure", ask_and_wait)
+    job = await start(worker, ASK + "read x <&3")
+    monkeypatch.setattr(worker.store, "sync", wait_and_sync)
     async with asyncio.timeout(60):
-        await end_seen(live)
-    await worker._sampler._write_samples([job.id])
+        await measured.wait()
+        bench.tell(job.id)
+        # the end is known, and nobody has been told
+        while JobState.RUNNING in (await worker.numbers()).live:
+            await asyncio.sleep(0.001)
+    assert ids == [job.id]
+    go_on.set()
     go.set()
     await worker.wait(job.id)
     await asyncio.to_thread(wait_for, lambda: not (bench.state / "jobs" / str(job.id)).exists())
-
-
-async def end_seen(live: LiveJob) -> None:
-    """Wait until the end of a job is known, which nobody has been told of yet."""
-    while not live.job.state.final:
-        await asyncio.sleep(0.001)
 
 
 async def test_a_history_goes_on_after_kill_9(bench: Bench) -> None:
@@ -239,13 +242,13 @@ async def test_many_jobs_are_sampled_in_turn_and_at_no_greater_cost(
     """So many measurements a second and no more, each job when its turn comes."""
     monkeypatch.setattr(usage_sampler, "HISTORY_PER_SECOND", 8)
     asked: list[tuple[float, int]] = []
-    ask = worker._launcher.request_measure
+    ask = LauncherClient.request_measure
 
-    async def count(job_ids: Sequence[int]) -> dict[int, UsageSample]:
+    async def count(launcher: LauncherClient, job_ids: Sequence[int]) -> dict[int, UsageSample]:
         asked.append((time.monotonic(), len(job_ids)))
-        return await ask(job_ids)
+        return await ask(launcher, job_ids)
 
-    monkeypatch.setattr(worker._launcher, "request_measure", count)
+    monkeypatch.setattr(LauncherClient, "request_measure", count)
     jobs = [await start(worker, ["sleep", "300"]) for _ in range(24)]
     for job in jobs:
         await history(worker, job.id, 1)

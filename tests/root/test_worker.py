@@ -23,6 +23,7 @@ from pjw.errors import (
 )
 from pjw.model import EndReason, ExitStatus, JobState, Limits
 from pjw.worker import Part, Worker
+from tests.support.seen import watches
 from tests.support.worker_harness import (
     ASK,
     MIB,
@@ -235,18 +236,20 @@ async def test_binary_output_is_untouched(worker: Worker) -> None:
     assert (await run(worker, ["/usr/bin/python3", "-I", "-S", "-c", script]))[1] == every
 
 
-async def test_a_cancelled_reader_leaves_nothing(worker: Worker) -> None:
+async def test_a_cancelled_reader_leaves_nothing(bench: Bench, worker: Worker) -> None:
     """Followers of a silent job that are cancelled give their descriptor and their watch back."""
     job = await start(worker, ["sleep", "60"])
-    before = open_descriptors()
+    before, output = open_descriptors(), bench.state / "jobs" / str(job.id) / "output"
     readers = [asyncio.ensure_future(read_all(worker, job.id)) for _ in range(20)]
     while len(open_descriptors()) < len(before) + 20:
         await asyncio.sleep(0)
+    # one for all
+    assert watches(output) == 1
     for reader in readers:
         reader.cancel()
     await asyncio.gather(*readers, return_exceptions=True)
     check_no_new_descriptors(before)
-    assert worker._live[job.id].output._watch == -1
+    assert watches(output) == 0
 
 
 async def test_a_cancelled_wait_ends_nothing(worker: Worker) -> None:
@@ -387,7 +390,7 @@ async def test_waiters_are_told_when_the_worker_closes(bench: Bench) -> None:
 async def test_a_wait_for_a_job_that_never_came_to_be_ends(worker: Worker) -> None:
     """Who guessed the id of a job in mid-launch, and waits for it, hears that there is no such job."""
     starting = asyncio.ensure_future(start(worker, ["/nonexistent"]))
-    while not worker._live:
+    while not worker.live_count:
         await asyncio.sleep(0)
     waiting = asyncio.ensure_future(worker.wait(1))
     with pytest.raises(LaunchError):
@@ -400,7 +403,7 @@ async def test_a_wait_for_a_job_that_never_came_to_be_ends(worker: Worker) -> No
 async def test_a_worker_leaves_no_zombie(bench: Bench) -> None:
     """A closed worker has collected its launcher: a program may open one after the other."""
     worker = await bench.open()
-    bench._open.remove(worker)
+    bench.workers.remove(worker)
     await worker.close()
     left = launchers_of(os.getpid())
     for pid in left:

@@ -20,6 +20,7 @@ from pjw.errors import (
 from pjw.launcher.protocol import Refused, RemoveWorkspace, WorkspaceUse
 from pjw.model import EndReason, Job, JobSpec, JobState, QueueSpec, Retry, TerminalSize
 from pjw.worker import QueueSlots, Worker, workspaces
+from pjw.worker.queue import Queue
 from pjw.worker.settings import DiskMarks, Quotas, Retention
 from tests.root.test_launcher_hostile import Peer, connect, peer
 from tests.root.test_project_quota import quota_disk
@@ -68,18 +69,12 @@ async def listed_once(
     worker: Worker, condition: Callable[[Mapping[str, int]], bool], client: str = "local"
 ) -> dict[str, int]:
     """The workspaces of a client with their bytes, once they are so: one was counted or removed."""
-    changed = asyncio.Event()
-    worker._workspaces.counted.append(changed.set)
-    try:
-        async with asyncio.timeout(60):
-            while True:
-                changed.clear()
-                found = {each.name: each.bytes for each in await worker.workspaces(client)}
-                if condition(found):
-                    return found
-                await changed.wait()
-    finally:
-        worker._workspaces.counted.remove(changed.set)
+    async with asyncio.timeout(60):
+        while True:
+            found = {each.name: each.bytes for each in await worker.workspaces(client)}
+            if condition(found):
+                return found
+            await asyncio.sleep(0.02)
 
 
 async def counted(worker: Worker, name: str = "work", client: str = "local", least: int = 1) -> int:
@@ -91,16 +86,6 @@ async def gone(worker: Worker, name: str = "work") -> None:
     """Wait for the end of a removal that is under way, or over."""
     with suppress(WorkspaceNotFoundError):
         await worker.remove_workspace(name)
-
-
-async def strays_gone(worker: Worker) -> None:
-    """Wait for the removal of directories that no table knows."""
-    removals = [
-        task
-        for task in worker._background._tasks
-        if getattr(task.get_coro(), "__qualname__", "") == "Workspaces._remove_stray"
-    ]
-    await asyncio.gather(*removals)
 
 
 def directory(bench: Bench, name: str = "work", number: int = 0) -> Path:
@@ -272,20 +257,21 @@ async def test_a_count_lets_the_queue_go_on(bench: Bench) -> None:
         assert await read_all(worker, queued.id) == b"in\n"
 
 
-async def test_two_that_are_refused_wait(bench: Bench) -> None:
+async def test_two_that_are_refused_wait(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """A start that is refused at a limit frees its workspace, and lets no other client try again for that."""
-    worker = await bench.open(quotas=Quotas(stored_bytes_max=1000))
-    clients, refused = ("alice", "bob"), asyncio.Event()
-    for client in clients:
-        await worker.wait((await worker.start(JobSpec("head -c 2000 /dev/zero"), client)).id)
     freed: list[str] = []
+    clients, refused, tell = ("alice", "bob"), asyncio.Event(), Queue.workspace_freed
 
-    def note(client: str) -> None:
+    def note(queue: Queue, client: str) -> None:
         freed.append(client)
+        tell(queue, client)
         if set(freed) == set(clients):
             refused.set()
 
-    worker._workspaces.freed.append(note)
+    monkeypatch.setattr(Queue, "workspace_freed", note)
+    worker = await bench.open(quotas=Quotas(stored_bytes_max=1000))
+    for client in clients:
+        await worker.wait((await worker.start(JobSpec("head -c 2000 /dev/zero"), client)).id)
     queued = [await begin(worker, "true", client=client, queue=QueueSpec()) for client in clients]
     async with asyncio.timeout(60):
         await refused.wait()
@@ -363,7 +349,7 @@ def test_an_upload_goes_there(clean_service: Service, tmp_path: Path) -> None:
 def test_all_that_a_start_may_bring(clean_service: Service) -> None:
     """Input, stderr apart, an upload and a workspace: init takes each descriptor for what it is."""
     with clean_service.client() as client:
-        sent(client, "all", [entry("file", data=b"uploaded\n") + END])
+        sent(clean_service, "all", [entry("file", data=b"uploaded\n") + END])
         spec = JobSpec(
             "cat; cat file; pwd; echo apart >&2",
             workspace="w",
@@ -377,7 +363,7 @@ def test_all_that_a_start_may_bring(clean_service: Service) -> None:
         assert b"".join(client.logs(job.id)) == b"typed\nuploaded\n/run/workspace\n"
         assert b"".join(client.logs(job.id, stderr=True)) == b"apart\n"
         assert client.wait(job.id).succeeded
-        sent(client, "more", [entry("more", data=b"1") + END])
+        sent(clean_service, "more", [entry("more", data=b"1") + END])
         terminal = JobSpec("ls", workspace="w", upload="more", input=True, terminal=TerminalSize(24, 80))
         job = client.start(terminal)
         assert b"".join(client.logs(job.id)).split() == [b"file", b"more"]
@@ -386,7 +372,7 @@ def test_all_that_a_start_may_bring(clean_service: Service) -> None:
 def test_an_upload_that_cannot_be_unpacked(clean_service: Service) -> None:
     """No job comes to be, the workspace is free again, and has what came before the error."""
     with clean_service.client() as client:
-        sent(client, "leads-out", [entry("first", data=b"1") + entry("../x", data=b"2") + END])
+        sent(clean_service, "leads-out", [entry("first", data=b"1") + entry("../x", data=b"2") + END])
         with pytest.raises(CopyError, match=r"leads out of the directory"):
             client.start(JobSpec("true", workspace="w", exclusive=True, upload="leads-out"))
         with pytest.raises(CopyError, match="there is none called leads-out"):
@@ -394,7 +380,7 @@ def test_an_upload_that_cannot_be_unpacked(clean_service: Service) -> None:
         job = client.start(JobSpec("ls -A", workspace="w", exclusive=True))
         assert b"".join(client.logs(job.id)) == b"first\n"
         # from the queue, which has no files for it any more
-        sent(client, "later", [b"no archive" * 60])
+        sent(clean_service, "later", [b"no archive" * 60])
         queued = client.start(
             JobSpec("true", workspace="w", exclusive=True, upload="later", queue=QueueSpec())
         )
@@ -407,7 +393,7 @@ def test_each_element_unpacks_it(clean_service: Service) -> None:
     entries = [entry(f"d/{number}", data=b"whole\n") for number in range(300)]
     entries.append(entry("link", tarfile.SYMTYPE, linkname="d"))
     with clean_service.client() as client:
-        sent(client, "each", [b"".join(entries) + END])
+        sent(clean_service, "each", [b"".join(entries) + END])
         array = client.start(
             JobSpec("cat link/* | uniq -c", workspace="w", upload="each", queue=QueueSpec(array="1-8"))
         )
@@ -669,7 +655,7 @@ async def test_a_directory_of_no_table_is_removed(worker: Worker, bench: Bench) 
         table.execute("DELETE FROM workspaces")
         table.commit()
     worker = await bench.open()
-    await strays_gone(worker)
+    await asyncio.to_thread(wait_for, lambda: not directory(bench).exists())
     assert await say(worker, "ls -A; echo end") == b"end\n"
 
 

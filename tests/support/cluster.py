@@ -5,7 +5,7 @@ import re
 import shutil
 import tempfile
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
@@ -78,7 +78,7 @@ class Cluster:
         lost_after_seconds: float | None = None,
         # in the table of that name
         gateway_keys: str = "",
-        gateway_change: str = "",
+        gateway_change: Callable[[], None] | None = None,
         node_config: str = "",
         node_configs: Mapping[str, str] = MappingProxyType({}),
         engine: str = "pool",

@@ -30,14 +30,11 @@ from pjw.launcher.policy import instance_name
 from pjw.launcher.processes import status_of
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
+from tests.support import changes
 
 BIN: Final = Path(sys.executable).parent
 START_SECONDS: Final = 60
 CALL_SECONDS: Final = 60
-MEASURED: Final = (
-    "from pjw.server import sandbox; of = sandbox.rules;"
-    " sandbox.rules = lambda own: [*of(own), sandbox.Beneath(%r, sandbox.OWN)]"
-)
 # Every method of the service: (name, whether its answer is a stream), from the contract itself.
 METHODS: Final = [
     (method.name, method.server_streaming)
@@ -48,8 +45,8 @@ METHODS: Final = [
 class Service:
     """pjwd in a directory: `certs/` (ca, server, and a client for each name), `state/`, `pjwd.log`."""
 
-    # a statement that changes a constant of the server's, before it starts
-    change = ""
+    # what is changed in the server before it starts: a function of tests/support/changes.py
+    change: Callable[[], None] | None = None
     # the program that is started
     pjwd = BIN / "pjwd"
     # the names and addresses in the certificate that it makes for itself
@@ -87,17 +84,10 @@ class Service:
             path.write_text(self.config)
             command += ["--config", str(path)]
         # `make coverage`: what the server has measured is written by itself, and it may write nowhere else
-        measured = os.environ.get("COVERAGE_FILE", "")
-        if change := "; ".join(
-            filter(None, (MEASURED % os.path.dirname(measured) if measured else "", self.change))
-        ):
-            # as soon as the server's modules may be imported
-            program = (
-                "import sys\nfrom pjw.server import boot, main\noriginal = boot.preload_modules\n"
-                f"def changed():\n    {change}\n    original()\n"
-                "boot.preload_modules = changed\nsys.exit(main.main())"
-            )
-            command[:1] = [sys.executable, "-c", program]
+        measured = os.path.dirname(os.environ.get("COVERAGE_FILE", ""))
+        if self.change is not None or measured:
+            name = self.change.__name__ if self.change is not None else ""
+            command[:1] = [sys.executable, "-P", str(Path(changes.__file__)), name, measured]
         return [*command, *extra]
 
     def start(self, *extra: str, env: dict[str, str] | None = None) -> Self:

@@ -71,7 +71,7 @@ class Slurm:
         self.directory: Final = Path(tempfile.mkdtemp(prefix="pjw-slurm-", dir=parent))
         self.directory.chmod(0o755)
         self.conf: Final = self.directory / "slurm.conf"
-        self._running: Final[dict[str, subprocess.Popen[bytes]]] = {}
+        self.running: Final[dict[str, subprocess.Popen[bytes]]] = {}
         for name in ("state", "spool", "munge", "key", "log"):
             (self.directory / name).mkdir(mode=0o700 if name == "key" else 0o755)
         (self.directory / "key" / "munge.key").write_bytes(os.urandom(128))
@@ -158,17 +158,17 @@ class Slurm:
 
     def end(self, what: str, number: int = signal.SIGTERM) -> None:
         """End "munged", "slurmctld" or "slurmd-NODE" with a signal; holds of a node go on."""
-        process = self._running.pop(what)
+        process = self.running.pop(what)
         process.send_signal(number)
         process.wait(_CALL_SECONDS)
 
     def is_running(self, what: str) -> bool:
         """Whether one of these is there."""
-        return what in self._running and self._running[what].poll() is None
+        return what in self.running and self.running[what].poll() is None
 
     def _begin(self, what: str, command: Sequence[str], prefix: Sequence[str] = ()) -> None:
         with (self.directory / "log" / what).open("ab") as log:
-            self._running[what] = subprocess.Popen(
+            self.running[what] = subprocess.Popen(
                 [*prefix, str(self.bin / command[0]), *command[1:]],
                 env=self.environment(),
                 cwd="/",
@@ -225,7 +225,7 @@ class Slurm:
 
     def close(self) -> None:
         """End all; nothing of it is left."""
-        for what in sorted(self._running, reverse=True):
+        for what in sorted(self.running, reverse=True):
             with suppress(subprocess.TimeoutExpired):
                 # slurmd does not take its jobs along
                 self.end(what, signal.SIGTERM if what == "munged" else signal.SIGKILL)

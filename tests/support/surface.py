@@ -404,7 +404,7 @@ async def _families() -> list[str]:
         counts={("certificates", result): 0 for result in ("ok", "failed")},
     )
     told = _Told(cast("Any", None), cast("Any", None), cast("Any", SimpleNamespace(lost_lines=0)))
-    told.registry.register(metrics._State(told, cast("Any", reloader)))
+    told.registry.register(metrics.StateCollector(told, cast("Any", reloader)))
     record = audit.CallRecord("Start", pb.StartRequest(), "ipv4:127.0.0.1:1")
     told.call_began(record)
     told.call_ended(record)

@@ -3,7 +3,7 @@
 import hashlib
 import queue
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -79,6 +79,23 @@ def upload(stub: JobWorkerServiceStub, job_id: int, data: bytes, begin: int = 0)
     *_, last = stub.WriteInput(requests(), timeout=CALL_SECONDS)
     assert isinstance(last, pb.WriteInputResponse)
     return last
+
+
+def send_files(stub: JobWorkerServiceStub, name: str, data: Iterable[bytes]) -> None:
+    """An upload of files for a job or an image, of any bytes: pjw itself sends archives only."""
+
+    def requests() -> Iterator[pb.WriteInputRequest]:
+        yield pb.WriteInputRequest(upload=name)
+        offset = 0
+        for each in data:
+            for start in range(0, len(each), CHUNK_BYTES):
+                part = each[start : start + CHUNK_BYTES]
+                yield pb.WriteInputRequest(offset=offset, data=part)
+                offset += len(part)
+        yield pb.WriteInputRequest(offset=offset, end=True)
+
+    *_, last = stub.WriteInput(requests(), timeout=CALL_SECONDS)
+    assert last.ended
 
 
 def some_bytes(count: int) -> bytes:

@@ -21,6 +21,8 @@ from typing import Any, Final
 from pjw.model import ExitStatus, Job, JobSpec, Limits
 from pjw.output.inotify import Inotify
 from pjw.worker import Part, Worker, WorkerSettings
+from pjw.worker.launcher_process import LauncherProcess
+from pjw.worker.state_dir import StateDir
 from tests.support.service import instance_cgroups, job_cgroups, job_scratch, tell, wait_for
 
 MIB: Final = 1024**2
@@ -38,6 +40,14 @@ def uid_range() -> int:
     return next(_uid_ranges)
 
 
+class BenchWorker(Worker):
+    """A worker whose table a test may look into."""
+
+    def __init__(self, state: StateDir, launcher: LauncherProcess, settings: WorkerSettings) -> None:
+        super().__init__(state, launcher, settings)
+        self.store: Final = state.store
+
+
 class Bench:
     """A state directory, the workers that were opened on it, and what they may leave: nothing."""
 
@@ -45,13 +55,13 @@ class Bench:
         self.directory: Final = directory
         self.state: Final = directory / "state"
         self.settings = WorkerSettings(uid_first=uid_range(), uid_count=UIDS, stop_grace_seconds=5)
-        self._open: Final[list[Worker]] = []
+        self.workers: Final[list[Worker]] = []
 
-    async def open(self, **settings: Any) -> Worker:
+    async def open(self, **settings: Any) -> BenchWorker:
         """Open a worker; *settings* replace some of this bench's, for later ones too."""
         self.changed(**settings)
-        worker = await Worker.open(str(self.state), self.settings)
-        self._open.append(worker)
+        worker = await BenchWorker.open(str(self.state), self.settings)
+        self.workers.append(worker)
         return worker
 
     def changed(self, **settings: Any) -> WorkerSettings:
@@ -61,24 +71,26 @@ class Bench:
 
     async def close(self, worker: Worker) -> None:
         """Close a worker."""
-        self._open.remove(worker)
+        self.workers.remove(worker)
         await worker.close()
 
     async def finish(self) -> None:
         """Stop every job, close every worker; then nothing may be left."""
-        for worker in list(self._open):
-            if worker._launcher.gone.is_set():
+        for worker in list(self.workers):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0):
+                    await worker.gone()
                 await self.close(worker)
-        if not self._open and (self.state / "jobs.sqlite").exists():
+        if not self.workers and (self.state / "jobs.sqlite").exists():
             await self.open()
-        for worker in list(self._open):
+        for worker in list(self.workers):
             for job in await worker.list():
                 await worker.stop(job.id, grace_seconds=0)
             # what a launcher has not removed when it ends is left to the next one
             self.check_nothing_remains()
             await self.close(worker)
         self.check_nothing_remains()
-        assert self._parents() == []
+        assert instance_cgroups(self.state) == []
         assert not any((self.state / "scratch").glob("*"))
 
     def remains(self) -> list[str]:
@@ -94,9 +106,6 @@ class Bench:
         """The cgroups of all jobs of this bench, or of one: several on v1, one on v2."""
         found = sorted(job_cgroups(self.state))
         return [path for path in found if job_id is None or path.name == f"job-{job_id}"]
-
-    def _parents(self) -> list[Path]:
-        return instance_cgroups(self.state)
 
     def scratch(self) -> list[Path]:
         """The scratch directories of jobs."""
@@ -114,7 +123,7 @@ class Bench:
     def init_pid(self, job_id: int) -> int:
         """The pid, outside, of a job's init."""
         pids = (self.cgroups(job_id)[0] / "cgroup.procs").read_text().split()
-        [init] = [int(pid) for pid in pids if _status(int(pid)).get("NSpid", "").split()[-1:] == ["1"]]
+        [init] = [int(pid) for pid in pids if status_words(int(pid)).get("NSpid", "").split()[-1:] == ["1"]]
         return init
 
     def tell(self, job_id: int) -> None:
@@ -163,13 +172,13 @@ async def open_bench(directory: Path | None = None) -> AsyncIterator[Bench]:
 
 async def _tear_down(bench: Bench) -> None:
     """After a failure: leave the machine clean all the same, without pjw's help."""
-    for worker in list(bench._open):
+    for worker in list(bench.workers):
         await bench.close(worker)
     for cgroup in bench.cgroups():
         for pid in (cgroup / "cgroup.procs").read_text().split():
             with suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
-    for parent in bench._parents():
+    for parent in instance_cgroups(bench.state):
         for directory, _, _ in os.walk(parent, topdown=False):
             with suppress(OSError):
                 os.rmdir(directory)
@@ -182,10 +191,11 @@ def _members(settings: WorkerSettings) -> dict[str, Any]:
 def processes_where(condition: Callable[[dict[str, str]], bool]) -> list[int]:
     """The processes on this host whose /proc/PID/status fulfils a condition."""
     pids = (int(name) for name in os.listdir("/proc") if name.isdigit())
-    return [pid for pid in pids if (status := _status(pid)) and condition(status)]
+    return [pid for pid in pids if (status := status_words(pid)) and condition(status)]
 
 
-def _status(pid: int) -> dict[str, str]:
+def status_words(pid: int) -> dict[str, str]:
+    """The lines of /proc/PID/status; none of a process that is not there."""
     try:
         text = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, ProcessLookupError):
@@ -209,7 +219,7 @@ def _children(pid: int, task: str) -> list[str]:
 def _was_launcher(pid: int) -> bool:
     # A zombie has no command line any more; a test process has no other children called python.
     line = Path(f"/proc/{pid}/cmdline").read_bytes()
-    return b"pjw.launcher" in line or (not line and _status(pid).get("Name", "").startswith("python"))
+    return b"pjw.launcher" in line or (not line and status_words(pid).get("Name", "").startswith("python"))
 
 
 def open_descriptors() -> dict[str, str]:

@@ -6,10 +6,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pjw.certs import files
 from pjw.certs.files import (
     NewFile,
     key_exposure,
@@ -114,14 +114,14 @@ def test_full_disk_leaves_nothing(tmp_path: Path, existed: bool) -> None:
 
 def test_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C between the two files leaves no key without its certificate."""
-    true_write = files._write
+    real_open = os.open
 
-    def interrupted(directory: str, descriptor: int, file: NewFile, made: list[str]) -> None:
-        if file.name == "a.crt":
+    def interrupted(path: str, *arguments: Any, **options: Any) -> int:
+        if os.path.basename(path) == "a.crt":
             raise KeyboardInterrupt
-        true_write(directory, descriptor, file, made)
+        return real_open(path, *arguments, **options)
 
-    monkeypatch.setattr(files, "_write", interrupted)
+    monkeypatch.setattr(os, "open", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_new(str(tmp_path / "d"), [NewFile("a.key", KEY, 0o600), NewFile("a.crt", CERTIFICATE, 0o644)])
     assert list(tmp_path.iterdir()) == []

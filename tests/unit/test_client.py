@@ -38,8 +38,8 @@ class Leaving(JobWorkerServiceServicer):
 
 
 @pytest.fixture(params=GONE, ids=lambda code: code.name)
-def client(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Client]:
-    """A client of such a server."""
+def server(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[str, str, str, str]]:
+    """Such a server: its address, and the files of a client."""
     certs = str(tmp_path / "certs")
     authority.init_set(certs, ["localhost"], ["alice"])
     pem = {name: (tmp_path / "certs" / name).read_bytes() for name in ("ca.crt", "server.crt", "server.key")}
@@ -54,10 +54,15 @@ def client(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Client]:
         )
         port = server.add_secure_port("127.0.0.1:0", credentials)
         server.start()
-        files = (f"{certs}/{name}" for name in ("ca.crt", "alice.crt", "alice.key"))
-        with Client(f"127.0.0.1:{port}", *files, reconnect_seconds=5) as client:
-            yield client
+        yield f"127.0.0.1:{port}", f"{certs}/ca.crt", f"{certs}/alice.crt", f"{certs}/alice.key"
         server.stop(None).wait()
+
+
+@pytest.fixture
+def client(server: tuple[str, str, str, str]) -> Iterator[Client]:
+    """A client of such a server."""
+    with Client(*server, reconnect_seconds=5) as client:
+        yield client
 
 
 def test_a_stream_is_taken_up_again(client: Client) -> None:
@@ -65,9 +70,9 @@ def test_a_stream_is_taken_up_again(client: Client) -> None:
     assert b"".join(client.logs(1)) == b"four from 4 on"
 
 
-def test_a_call_says_that_nobody_answered(client: Client) -> None:
+def test_a_call_says_that_nobody_answered(server: tuple[str, str, str, str]) -> None:
     """Exit code 125 and not 1: nothing was refused."""
-    with pytest.raises(ServerUnreachableError):
+    with Client(*server, reconnect_seconds=0.5) as client, pytest.raises(ServerUnreachableError):
         client.get(1)
 
 

@@ -84,7 +84,7 @@ async def test_numbers_cost_no_more_than_their_share(port: Port, monkeypatch: py
         looks.append(1)
         return iter(())
 
-    monkeypatch.setattr(connections, "_peers", peers)
+    monkeypatch.setattr(connections, "peers", peers)
     found.numbers()
     found.numbers()
     assert looks == [1]

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from pjw.worker.tasks import Flag, first_of
+from tests.support.seen import kept_by
 
 
 async def test_whichever_is_set_first() -> None:
@@ -61,5 +62,5 @@ async def test_a_wait_that_was_cancelled_is_forgotten() -> None:
     await asyncio.sleep(0)
     wait.cancel()
     await asyncio.wait({wait})
-    assert not flag._waiting
+    assert not any(isinstance(each, asyncio.Future) for each in kept_by(flag))
     flag.set()

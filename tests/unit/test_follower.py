@@ -13,7 +13,8 @@ import pytest
 from pjw.errors import KernelError, OffsetError, OutputLostError, WorkerClosedError
 from pjw.output import FramePrefix, Inotify, OutputLog, follow
 from pjw.output.follower import CHUNK_BYTES_MAX, CHUNK_BYTES_MIN
-from pjw.output.log import SHARED_BYTES_MAX, read_at
+from pjw.output.log import SHARED_BYTES_MAX, Piece, read_at
+from tests.support.seen import kept_by, watches
 
 DEADLINE_SECONDS = 10
 
@@ -24,6 +25,7 @@ class Growing:
     def __init__(self, path: Path, inotify: Inotify) -> None:
         self.file = path.open("wb", buffering=0)
         self.path = path
+        self.inotify = inotify
         self.log = OutputLog(str(path), inotify, ended=False)
 
     def append(self, data: bytes) -> None:
@@ -64,13 +66,18 @@ def descriptors(path: Path) -> int:
     return found
 
 
+def pieces(growing: Growing) -> int:
+    """How many chunks a log keeps for its followers."""
+    return sum(isinstance(each, Piece) for each in kept_by(growing.log))
+
+
 async def test_an_ended_file(tmp_path: Path, inotify: Inotify) -> None:
     """All of it from any offset, then the end; without a watch."""
     (tmp_path / "output").write_bytes(b"0123456789")
     log = OutputLog(str(tmp_path / "output"), inotify, ended=True)
     for offset in range(11):
         assert await read(log, offset) == b"0123456789"[offset:]
-    assert inotify._callbacks == {}
+        assert watches(tmp_path / "output") == 0
 
 
 @pytest.mark.parametrize("offset", [-1, 11, 2**63 - 1, 2**63, 2**70, -(2**63)])
@@ -82,7 +89,7 @@ async def test_an_offset_beyond(tmp_path: Path, inotify: Inotify, offset: int) -
         with pytest.raises(OffsetError, match=f"from byte {offset}: it has 10 bytes"):
             await read(log, offset)
     assert descriptors(tmp_path / "output") == 0
-    assert inotify._callbacks == {}
+    assert watches(tmp_path / "output") == 0
 
 
 async def test_a_file_that_was_cut_short_has_no_clean_end(growing: Growing) -> None:
@@ -132,7 +139,7 @@ async def test_a_missing_file(tmp_path: Path, inotify: Inotify) -> None:
     log = OutputLog(str(tmp_path / "7" / "output"), inotify, ended=False)
     with pytest.raises(KernelError, match="cannot open the output of job 7: "):
         await read(log)
-    assert log._followers == set()
+    assert not any(isinstance(each, asyncio.Event) for each in kept_by(log))
 
 
 async def test_bytes_come_one_by_one(growing: Growing) -> None:
@@ -164,7 +171,7 @@ async def test_a_silent_file_wakes_nobody(growing: Growing, monkeypatch: pytest.
 async def test_the_last_bytes_before_the_end(growing: Growing) -> None:
     """What is written just before the end is said is delivered, although no event of it was read yet."""
     for number in range(50):
-        log = OutputLog(str(growing.path), growing.log._inotify, ended=False)
+        log = OutputLog(str(growing.path), growing.inotify, ended=False)
         start = growing.path.stat().st_size
         reading = asyncio.ensure_future(read(log, start))
         for _ in range(number % 7):
@@ -229,7 +236,7 @@ async def test_a_line_is_read_once_for_all(growing: Growing, monkeypatch: pytest
         present = follow(growing.log, 4, present_only=True)
         growing.append(b"three\n")
         assert [chunk async for chunk in present] == [b"two\nthree\n"]
-    assert growing.log._shared is None
+    assert pieces(growing) == 0
 
 
 async def test_a_line_is_shared_until_the_next_change(growing: Growing) -> None:
@@ -249,11 +256,11 @@ async def test_what_is_larger_than_a_line_is_not_kept(growing: Growing) -> None:
     async with asyncio.timeout(DEADLINE_SECONDS), aclosing(follow(growing.log)) as one:
         growing.append(b"x")
         assert await anext(one) == b"x"
-        assert growing.log._shared is None
+        assert pieces(growing) == 0
         async with aclosing(follow(growing.log, 1)) as other:
             growing.append(bytes(SHARED_BYTES_MAX + 1))
             assert [len(await anext(chunks)) for chunks in (one, other)] == [SHARED_BYTES_MAX + 1] * 2
-            assert growing.log._shared is None
+            assert pieces(growing) == 0
 
 
 async def test_a_wake_up_during_a_read(growing: Growing, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,14 +298,14 @@ async def test_many_followers(growing: Growing) -> None:
     growing.append(bytes(range(50)))
     readers = [asyncio.ensure_future(read(growing.log, offset)) for offset in range(50)]
     await asyncio.sleep(0)
-    assert len(growing.log._inotify._callbacks) == 1
+    assert watches(growing.path) == 1
     for number in range(100):
         growing.append(b"%d\n" % number)
         await asyncio.sleep(0)
     growing.log.mark_ended()
     whole = growing.path.read_bytes()
     assert await asyncio.gather(*readers) == [whole[offset:] for offset in range(50)]
-    assert growing.log._inotify._callbacks == {}
+    assert watches(growing.path) == 0
 
 
 async def test_a_stalled_follower(growing: Growing) -> None:
@@ -337,12 +344,12 @@ async def test_a_cancelled_follower(growing: Growing) -> None:
     one.cancel()
     await asyncio.gather(one, return_exceptions=True)
     assert descriptors(growing.path) == 1
-    assert len(growing.log._inotify._callbacks) == 1
+    assert watches(growing.path) == 1
     growing.append(b"for the other")
     growing.log.mark_ended()
     assert await other == b"for the other"
     assert descriptors(growing.path) == 0
-    assert growing.log._inotify._callbacks == {}
+    assert watches(growing.path) == 0
 
 
 async def test_an_abandoned_log(growing: Growing) -> None:
@@ -369,13 +376,19 @@ async def test_lost_events(growing: Growing, monkeypatch: pytest.MonkeyPatch) ->
     reading = asyncio.ensure_future(anext(chunks))
     await asyncio.sleep(0)
     overflow = b"\xff\xff\xff\xff" + (0x4000).to_bytes(4, "little") + bytes(8)
+    take, lost = os.read, list[bytes]()
+
+    def lose(descriptor: int, count: int) -> bytes:
+        if os.readlink(f"/proc/self/fd/{descriptor}") != "anon_inode:inotify":
+            return take(descriptor, count)
+        lost.append(take(descriptor, count))
+        return overflow
+
+    monkeypatch.setattr(os, "read", lose)
     growing.append(b"unseen")
-    os.read(growing.log._inotify._fd, 65_536)  # the event of it is gone
-    monkeypatch.setattr(os, "read", lambda *_: overflow)
-    growing.log._inotify._on_readable()
-    monkeypatch.undo()
     async with asyncio.timeout(DEADLINE_SECONDS):
         assert await reading == b"unseen"
+    assert len(lost) == 1
     await chunks.aclose()
 
 

@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -86,7 +87,9 @@ def test_a_line_in_parts(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCapt
     parts = iter([b"one\ntw", b"o", b"\nthree\n", b""])
     with monkeypatch.context() as patch:
         patch.setattr("pjw.server.grpc_log.os.read", lambda *_: next(parts))
-        grpc_log._run(-1)
+        grpc_log.relay(-1)
+        [relay] = [thread for thread in threading.enumerate() if thread.name == "pjw-grpc-log"]
+        relay.join()
     assert [record.getMessage() for record in caplog.records] == ["grpc: one", "grpc: two", "grpc: three"]
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from google.protobuf.message import Message
 
 from pjw.cluster.v1 import cluster_pb2 as cpb
 from pjw.errors import InvalidJobError, OutputLostError
@@ -20,40 +21,57 @@ from pjw.gateway.placement_rows import NodeRow
 from pjw.model import Job, JobState, Limits
 from pjw.rpc.convert import job_to_message
 from pjw.v1 import job_worker_pb2 as pb
+from tests.support.seen import kept_by, told
 from tests.unit.test_output_archive import JOB, NOW
 
 NODE = Node(NodeRow("n1", "n1:1", "1", "boot", 2000, 4096, 1, 1), 0.0)
-SESSION = NodeSession(cpb.Hello(node="n1", session="x"))
 
 
-@pytest.fixture
-def sessions() -> NodeSessions:
-    """The node has claimed one job; no news of it may reach the table."""
+async def say(**message: Message) -> None:
+    """Have a node say something that ends its session; it has claimed one job, of which no news comes far."""
     placed = SimpleNamespace(placement=SimpleNamespace(node="n1"))
-    placements: Any = SimpleNamespace(of=lambda _: placed)
+    placements: Any = SimpleNamespace(of=lambda _: placed, on=lambda _: [])
+
+    async def transact(*_: object) -> list[str]:
+        return []
+
+    store: Any = SimpleNamespace(transact=transact, sync=transact)
     nothing: Any = None
-    return NodeSessions(nothing, nothing, placements, nothing, nothing, nothing)
+    nodes = Nodes(store, nothing, 5, 60)
+    sessions = NodeSessions(store, nodes, placements, nothing, nothing, nothing)
+
+    async def requests() -> AsyncIterator[cpb.SessionRequest]:
+        yield cpb.SessionRequest(hello=cpb.Hello(node="n1", session="x", uid_count=1))
+        yield cpb.SessionRequest(**message)  # type: ignore[arg-type]
+        await asyncio.Event().wait()
+
+    try:
+        async with asyncio.timeout(10):
+            async for _ in sessions.session(requests(), "n1", lambda: None):
+                pass
+    finally:
+        nodes.close()
 
 
 @pytest.mark.parametrize(
     "job", [pb.Job(id=1, state=pb.JOB_STATE_RUNNING), pb.Job(id=0), pb.Job(id=-1)], ids=["time", "0", "-1"]
 )
-async def test_a_start_without_a_time_is_refused(sessions: NodeSessions, job: pb.Job) -> None:
+async def test_a_start_without_a_time_is_refused(job: pb.Job) -> None:
     """In the table the job would wait for its turn once more, and hold up all others for ever."""
     with pytest.raises(InvalidJobError, match="node n1 tells"):
-        await sessions._started(cpb.Started(uuid="u", job=job), NODE, SESSION)
+        await say(started=cpb.Started(uuid="u", job=job))
 
 
 @pytest.mark.parametrize("stored", [-1, 2**63 - 1])
-async def test_an_end_with_impossible_numbers_is_refused(sessions: NodeSessions, stored: int) -> None:
+async def test_an_end_with_impossible_numbers_is_refused(stored: int) -> None:
     """The sum of what all jobs have stored would not fit into the table: no gateway could start then."""
     job = job_to_message(Job(7, "alice", "true", JobState.EXITED, Limits(), NOW, NOW))
     job.output_bytes = stored
     with pytest.raises(InvalidJobError, match="node n1 tells of a job 7"):
-        await sessions._ended(cpb.Ended(uuid="u", job=job), NODE, SESSION)
+        await say(ended=cpb.Ended(uuid="u", job=job))
     job.output_bytes, job.end.seconds = 1, 2**62
     with pytest.raises(InvalidJobError, match="node n1 tells of a job that cannot be"):
-        await sessions._ended(cpb.Ended(uuid="u", job=job), NODE, SESSION)
+        await say(ended=cpb.Ended(uuid="u", job=job))
 
 
 def test_a_node_that_does_not_read_loses_its_session(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +81,7 @@ def test_a_node_that_does_not_read_loses_its_session(monkeypatch: pytest.MonkeyP
     for _ in range(6):
         session.say(cpb.SessionResponse(heartbeat=cpb.Heartbeat()))
     assert session.over.is_set()
-    assert len(session._waiting) == 5
+    assert sum(isinstance(each, cpb.SessionResponse) for each in kept_by(session)) == 5
 
 
 async def test_an_output_without_end_fills_no_archive(tmp_path: Path) -> None:
@@ -85,7 +103,7 @@ async def test_an_output_without_end_fills_no_archive(tmp_path: Path) -> None:
     nothing: Any = None
     [stream] = archive.begin(JOB)
     with pytest.raises(OutputLostError, match="more than the 10 bytes"):
-        await Archiver(archive, nothing, dial, nothing)._copy_stream(NODE, placement, stream, 10)
+        await Archiver(archive, nothing, dial, nothing).copy_stream(NODE, placement, stream, 10)
     assert stream.size == 8
     stream.close()
     archive.close()
@@ -115,7 +133,7 @@ async def test_two_sessions_at_once_and_a_drain_between() -> None:
     nodes.close()
 
 
-def test_a_job_that_is_removed_before_it_was_copied_is_held_no_longer(
+async def test_a_job_that_is_removed_before_it_was_copied_is_held_no_longer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Else a thousand of them would have nodes keep nothing more for the archive."""
@@ -126,5 +144,5 @@ def test_a_job_that_is_removed_before_it_was_copied_is_held_no_longer(
     node.session = NodeSession(cpb.Hello(node="n1", session="x"))
     assert [archiver.holds(node, 1, "u"), archiver.holds(node, 2, "v")] == [True, False]
     archiver.let_go(node, [1])
-    assert [message.ack.uuid for message in node.session._waiting] == ["u"]
+    assert [message.ack.uuid for message in told(node.session)] == ["u"]
     assert archiver.holds(node, 2, "v")

@@ -78,7 +78,7 @@ def test_later_layers_replace_and_remove(tmp_path: Path) -> None:
 def test_a_directory_is_made_opaque_once(tmp_path: Path) -> None:
     """A layer that says so of each of its directories, and again and again, takes no time for it."""
     count = 20_000
-    tree = image_archive._Tree(layered=True, notes=[])
+    tree = image_archive.Tree(layered=True, notes=[])
     for place, name in enumerate(("d/old", "d/sub/old", "other")):
         tree.add(entry(name), (0, place))
     above = [f"d/{number}" for number in range(count)] + ["d/sub/new"]

@@ -1,6 +1,7 @@
 """Whose launch goes on: so many of a client, and another's is not behind them."""
 
 import asyncio
+from contextlib import AsyncExitStack
 
 import pytest
 
@@ -11,11 +12,13 @@ from pjw.worker.launch_turns import (
     RECENT_SECONDS,
     LaunchTurns,
 )
+from tests.support.seen import texts_kept_by
 
 
 async def test_a_client_has_so_many_at_a_time_in_order() -> None:
     """Each that is over lets the one go on that has waited longest; it may have failed, or be cancelled."""
-    turns, begun, over = LaunchTurns(), list[int](), [asyncio.Event() for _ in range(10)]
+    now = 0.0
+    turns, begun, over = LaunchTurns(lambda: now), list[int](), [asyncio.Event() for _ in range(10)]
 
     async def launch(number: int) -> None:
         async with turns.turn("alice"):
@@ -39,7 +42,8 @@ async def test_a_client_has_so_many_at_a_time_in_order() -> None:
     with pytest.raises(OSError, match="told"):
         await tasks[1]
     await asyncio.wait(tasks)
-    assert turns._lines == {}
+    now += RECENT_SECONDS + 0.1
+    await forgotten(turns)
 
 
 async def test_another_is_not_behind_them() -> None:
@@ -86,13 +90,15 @@ async def test_beside_others_a_client_has_fewer_at_a_time() -> None:
     for event in over:
         event.set()
     await asyncio.wait(tasks)
-    assert turns._lines == {}
+    now += RECENT_SECONDS + 0.1
+    await forgotten(turns)
 
 
 async def test_a_launch_that_takes_long_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """It waits for a disk, say. But a client never has more at a time than one that is alone."""
     monkeypatch.setattr(launch_turns, "SLOW_SECONDS", 0.01)
-    turns, begun, over = LaunchTurns(), asyncio.Queue[int](), asyncio.Event()
+    now = 0.0
+    turns, begun, over = LaunchTurns(lambda: now), asyncio.Queue[int](), asyncio.Event()
 
     async def launch(number: int) -> None:
         async with turns.turn("alice"):
@@ -109,7 +115,17 @@ async def test_a_launch_that_takes_long_holds_up_no_other(monkeypatch: pytest.Mo
     assert begun.empty()
     over.set()
     await asyncio.wait(tasks)
-    assert turns._lines == {}
+    now += RECENT_SECONDS + 0.1
+    await forgotten(turns)
+
+
+async def forgotten(turns: LaunchTurns) -> None:
+    """Nothing is kept of a client that has not launched for a while, once another one has some at a time."""
+    async with AsyncExitStack() as stack:
+        for _ in range(AT_ONCE_BESIDE_OTHERS + 1):
+            await stack.enter_async_context(turns.turn("carol"))
+    assert "carol" in texts_kept_by(turns)
+    assert "alice" not in texts_kept_by(turns)
 
 
 async def settled() -> None:

@@ -75,7 +75,7 @@ def test_clients_beyond_the_busiest_are_one() -> None:
     numbers = WorkerNumbers({}, {}, clients, 0, 0, 0, launcher_up=True)
     running, stored, stored_bytes, queued = (
         {sample.labels["client"]: sample.value for sample in family.samples}
-        for family in metrics._clients(numbers)
+        for family in metrics.of_clients(numbers)
     )
     assert len(running) == CLIENTS_SHOWN + 1
     assert {"client-000", "client-001"}.isdisjoint(running)

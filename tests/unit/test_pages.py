@@ -16,6 +16,7 @@ from pjw.worker import pages
 from pjw.worker.pages import ALL_JOBS, JobFilter
 from pjw.worker.settings import Quotas
 from pjw.worker.store import JobStore
+from tests.support.seen import tables_opened
 
 END = datetime(2026, 5, 17, 12, 0, 0, 0, UTC)
 ENDED = frozenset({JobState.EXITED})
@@ -25,7 +26,13 @@ QUEUED = frozenset({JobState.QUEUED})
 
 
 @pytest.fixture
-async def store(tmp_path: Path) -> AsyncIterator[JobStore]:
+def tables(monkeypatch: pytest.MonkeyPatch) -> list[sqlite3.Connection]:
+    """The table that is opened."""
+    return tables_opened(monkeypatch)
+
+
+@pytest.fixture
+async def store(tmp_path: Path, tables: list[sqlite3.Connection]) -> AsyncIterator[JobStore]:
     """Jobs 1 to 12: of alice and bob in turns; 1 to 4 exited, 5 and 6 are lost, the others have not ended.
 
     Those whose number 3 divides have the label `third`, and are called so; every second of them `six` too.
@@ -137,13 +144,15 @@ async def test_a_page_looks_at_so_many_rows_and_no_more(
         (None, JobFilter(QUEUED | ALIVE), "jobs_alive"),
     ],
 )
-async def test_an_index_is_used(store: JobStore, client: str | None, wanted: JobFilter, index: str) -> None:
+async def test_an_index_is_used(
+    store: JobStore, tables: list[sqlite3.Connection], client: str | None, wanted: JobFilter, index: str
+) -> None:
     """A page without another bound is found by searching, not by reading on."""
-    asked: list[str] = []
-    store._db.set_trace_callback(asked.append)
+    [table], asked = tables, list[str]()
+    table.set_trace_callback(asked.append)
     await store.page(client, 0, 10, wanted)
-    store._db.set_trace_callback(None)
-    plan = " ".join(str(row) for query in asked for row in store._db.execute(f"EXPLAIN QUERY PLAN {query}"))
+    table.set_trace_callback(None)
+    plan = " ".join(str(row) for query in asked for row in table.execute(f"EXPLAIN QUERY PLAN {query}"))
     assert index in plan
     assert "TEMP B-TREE" not in plan
 

@@ -1,6 +1,8 @@
 """The engine `pool`: who gets which job, and why others wait."""
 
 import asyncio
+import time
+from collections import Counter
 from random import Random
 from typing import Any
 
@@ -9,7 +11,8 @@ import pytest
 from pjw.cluster.v1 import cluster_pb2 as pb
 from pjw.gateway.nodes import Node, Nodes, NodeSession, Shape, offers_of
 from pjw.gateway.placement_rows import NodeRow
-from pjw.gateway.pool import Pool
+from pjw.gateway.pool import LONGEST_PAUSE_SECONDS, Pool
+from tests.support.seen import told
 
 SMALL = Shape(1000, 512)
 
@@ -36,10 +39,7 @@ class Cluster:
     def assigned(node: Node) -> list[str]:
         """What a node was assigned, and takes."""
         assert node.session is not None
-        waiting = node.session._waiting
-        found = [message.assign.uuid for message in waiting if message.HasField("assign")]
-        waiting.clear()
-        return found
+        return [message.assign.uuid for message in told(node.session) if message.HasField("assign")]
 
 
 async def test_the_first_node_with_room_gets_the_oldest_job() -> None:
@@ -127,7 +127,7 @@ async def test_a_node_that_cannot_start_jobs_is_left_alone_for_a_while(
     for _ in range(7):
         # several that fail together are one failure
         cluster.pool.refused("a", node)
-    assert cluster.pool._paused["n1"][1] == 0.05
+    began = time.monotonic()
     cluster.pool.submit("a", "alice", SMALL)
     assert cluster.assigned(node) == []
     assert cluster.pool.why("a") == "waits: no node can start a job now; they are tried again soon"
@@ -135,6 +135,8 @@ async def test_a_node_that_cannot_start_jobs_is_left_alone_for_a_while(
         while not (assigned := cluster.assigned(node)):
             await asyncio.sleep(0.01)
     assert assigned == ["a"]
+    # seven would be 3 s
+    assert time.monotonic() - began < 1.5
 
 
 async def test_a_job_has_the_node_of_its_choice_or_waits() -> None:
@@ -160,14 +162,15 @@ async def test_any_order_of_events_is_as_a_look_at_everything(seed: int) -> None
     nodes = [cluster.node(f"n{number}", cpu=draw.choice((1000, 2000, 3000))) for number in range(5)]
     cluster.pool.look()
     shapes = [SMALL, Shape(2000, 0), Shape(0, 100), Shape(1000, 1, node="n2")]
-    there: list[str] = []
+    there: dict[str, tuple[str, Shape]] = {}
     for number in range(150):
         match draw.randrange(4):
             case 0 | 1:
-                cluster.pool.submit(f"j{number}", draw.choice("ab"), draw.choice(shapes))
-                there.append(f"j{number}")
+                there[f"j{number}"] = draw.choice("ab"), draw.choice(shapes)
+                cluster.pool.submit(f"j{number}", *there[f"j{number}"])
             case 2 if there:
-                cluster.pool.cancel(there.pop(draw.randrange(len(there))))
+                cluster.pool.cancel(uuid := draw.choice(list(there)))
+                del there[uuid]
             case _:
                 node = draw.choice(nodes)
                 if node.session is None:
@@ -175,21 +178,19 @@ async def test_any_order_of_events_is_as_a_look_at_everything(seed: int) -> None
                     cluster.nodes.came()
                 else:
                     cluster.nodes.session_over(node, node.session)
-        pool = cluster.pool
-        for uuid in there:
-            kind = pool._waiting.get(uuid)
-            if kind is None:
-                assert uuid in pool._placed
+        placed = {uuid: node.row.name for node in nodes for uuid in node.jobs}
+        assert len(placed) == sum(len(node.jobs) for node in nodes)
+        assert placed.keys() <= there.keys()
+        of_client = Counter(there[uuid][0] for uuid in placed)
+        for uuid, (client, shape) in there.items():
+            if uuid in placed:
+                assert cluster.pool.why(uuid) == f"waits: node {placed[uuid]} is about to start it"
                 continue
-            is_free = not most or pool._of_client[kind.client_name] < most
-            fits = any(node.session and node.has_room(kind.shape) for node in nodes)
+            is_free = not most or of_client[client] < most
+            fits = any(node.session and node.has_room(shape) for node in nodes)
             assert not (is_free and fits), (number, uuid)
         for node in nodes:
-            used = node.used()
-            assert used.millicores <= node.row.cpu_max_millicores
-            assert sorted(node.jobs) == sorted(
-                uuid for uuid in there if pool._placed.get(uuid, ("", None))[1] is node
-            )
+            assert node.used().millicores <= node.row.cpu_max_millicores
 
 
 async def test_a_claim_that_outlives_its_session_counts_where_it_was_made() -> None:
@@ -215,7 +216,9 @@ class Scene:
         self.draw = Random(seed)
         self.most = self.draw.choice((0, 4))
         self.cluster = Cluster(self.most)
-        self.there: list[str] = []
+        self.there: dict[str, tuple[str, Shape]] = {}
+        # nodes that could not start a job
+        self.paused: set[str] = set()
         self.reserved: dict[int, Shape] = {}
         for number in range(4):
             self.come(f"n{number}")
@@ -254,10 +257,10 @@ class Scene:
         name = f"j{number}"
         match draw.randrange(11):
             case 0 | 1 | 2:
-                pool.submit(name, draw.choice("ab"), self.shape())
-                self.there.append(name)
+                self.submit(name, draw.choice("ab"), self.shape())
             case 3 | 4 if self.there:
-                pool.cancel(self.there.pop(draw.randrange(len(self.there))))
+                pool.cancel(uuid := draw.choice(list(self.there)))
+                del self.there[uuid]
             case 5 if node.session is None:
                 self.come(node.row.name)
             case 5 | 6 if node.session is not None:
@@ -270,42 +273,60 @@ class Scene:
                 node.drained_there = not node.drained_there
                 nodes.came()
             case 8 if node.jobs and (uuid := draw.choice(list(node.jobs))) in self.there:
-                pool.claimed(uuid, pool._placed[uuid][0], node, node.jobs[uuid])
+                pool.claimed(uuid, self.there[uuid][0], node, node.jobs[uuid])
                 if draw.random() < 0.5:
                     pool.refused(uuid, node)
+                    self.paused.add(node.row.name)
                     pool.cancel(uuid)
-                    self.there.remove(uuid)
+                    del self.there[uuid]
             case 9:
                 pool.started(node)
+                self.paused.discard(node.row.name)
             case _ if self.reserved and draw.random() < 0.7:
                 job_id, shape = self.reserved.popitem()
                 pool.unreserve(job_id)
                 if draw.random() < 0.7:
-                    pool.submit(name, "a", shape)
-                    self.there.append(name)
+                    self.submit(name, "a", shape)
             case _:
                 if pool.has_room(shape := self.shape()):
                     pool.reserve(number, "a", shape)
                     self.reserved[number] = shape
+
+    def submit(self, name: str, client: str, shape: Shape) -> None:
+        """A job comes."""
+        self.there[name] = client, shape
+        self.cluster.pool.submit(name, client, shape)
+
+    def placed(self) -> Counter[str]:
+        """The jobs that have a node, by their names."""
+        return Counter(uuid for node in self.cluster.nodes.known.values() for uuid in node.jobs)
 
     def fits(self, shape: Shape) -> bool:
         """Whether a look at every node finds one for a job."""
         nodes = list(self.cluster.nodes.known.values())
         if shape.link and (linked := self.cluster.nodes.of_link(shape.link)) is not None:
             nodes = [linked]
-        return any(self.cluster.pool._gets_jobs(node) and node.has_room(shape) for node in nodes)
+        return any(
+            node.gets_jobs and node.row.name not in self.paused and node.has_room(shape) for node in nodes
+        )
 
 
 @pytest.mark.parametrize("seed", range(40))
-async def test_what_nodes_offer_changes_nothing_of_that(seed: int) -> None:
+async def test_what_nodes_offer_changes_nothing_of_that(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Links, GPUs, mounts, a chosen node, pauses, drains: nothing waits that could have a node."""
+    # no pause is over before its node has started a job
+    monkeypatch.setattr("pjw.gateway.pool.FIRST_PAUSE_SECONDS", LONGEST_PAUSE_SECONDS)
     scene = Scene(seed)
     pool = scene.cluster.pool
     for number in range(200):
         scene.event(number)
-        for uuid, waiting in pool._waiting.items():
-            is_free = not scene.most or pool._of_client[waiting.client_name] < scene.most
-            assert not (is_free and scene.fits(waiting.shape)), (number, uuid, waiting)
+        placed = scene.placed()
+        assert set(placed.values()) <= {1}
+        # those without a uuid yet are all of one client
+        of_client = Counter(scene.there[uuid][0] if uuid in scene.there else "a" for uuid in placed)
+        for uuid, (client, shape) in scene.there.items():
+            is_free = not scene.most or of_client[client] < scene.most
+            assert uuid in placed or not (is_free and scene.fits(shape)), (number, uuid)
         for _ in range(5):
             shape = scene.shape()
             assert pool.has_room(shape) == scene.fits(shape), (number, shape)

@@ -18,8 +18,11 @@ from pjw.model import JobSpec
 from pjw.server.config import GatewaySlurm
 from pjw.slurm.programs import Commands, SlurmError
 from pjw.worker.tasks import Background
+from tests.support.seen import told
 
 SMALL = Shape(1000, 512 * 1024**2)
+# its place has room for pjw-hold too
+WORDS = Kind(1, 528, 0, "", "").words
 UUID = "0d9e3c1c-54a5-4d2c-9d7f-0123456789ab"
 
 
@@ -32,12 +35,17 @@ class Port:
         self.has: list[dict[str, str]] = []
         self.fault = ""
         self.refusal = ""
+        self.snapshots = 0
+        # sbatch has ended
+        self.answers = asyncio.Event()
+        self.answers.set()
 
     async def submit(self, uuid: str, shape: str, *_: object) -> str:
         """Number them."""
         if self.refusal:
             raise SlurmRefusedError(self.refusal)
         self.submitted.append(uuid)
+        await self.answers.wait()
         number = str(len(self.submitted))
         self.has.append(
             {"id": number, "uuid": uuid, "shape": shape, "state": "PENDING", "reason": "Priority"}
@@ -51,6 +59,7 @@ class Port:
 
     async def jobs(self) -> list[dict[str, str]]:
         """What there is."""
+        self.snapshots += 1
         if self.fault:
             raise SlurmRefusedError(self.fault)
         return list(self.has)
@@ -83,7 +92,7 @@ class Cluster:
 
     def here(self, node: Node, number: str, job: str = "") -> None:
         """A place of the small kind has come."""
-        self.engine.hold_here(node, pb.Hold(id=number, shape=self.engine._kind(SMALL).words, job=job))
+        self.engine.hold_here(node, pb.Hold(id=number, shape=WORDS, job=job))
 
     async def settle(self) -> None:
         """Have what is under way done, without a snapshot."""
@@ -92,25 +101,19 @@ class Cluster:
 
     async def sample(self) -> None:
         """Take a snapshot, as the sampler does."""
-        self.engine._samples += 1
-        self.engine._slurm_nodes = await self.port.nodes()
-        self.engine._is_new = False
-        await self.engine._seen({each["id"]: each for each in await self.port.jobs()})
+        await self.engine.sample()
         await self.settle()
 
     @staticmethod
     def said(node: Node) -> list[tuple[str, str]]:
         """What a node was told: (hold, uuid), or (hold, "") to let it go."""
         assert node.session is not None
-        waiting = node.session._waiting
-        found = [
+        return [
             (message.assign.hold, message.assign.uuid)
             if message.HasField("assign")
             else (message.release.hold, "")
-            for message in waiting
+            for message in told(node.session)
         ]
-        waiting.clear()
-        return found
 
 
 async def test_no_more_than_16_are_asked_for_and_places_go_to_the_oldest() -> None:
@@ -160,15 +163,15 @@ async def test_a_place_is_not_warm_for_ever() -> None:
     """An old one gets no more jobs, so that others of Slurm's users have a turn."""
     cluster = Cluster(hold_max_seconds=60)
     node = cluster.node("n1")
-    words = cluster.engine._kind(SMALL).words
     cluster.engine.submit("a", "alice", SMALL)
-    cluster.engine.hold_here(node, pb.Hold(id="1", shape=words, age_seconds=61))
+    cluster.engine.hold_here(node, pb.Hold(id="1", shape=WORDS, age_seconds=61))
     await asyncio.sleep(0.01)
     assert cluster.said(node) == [("1", "")]
 
 
-async def test_what_slurm_forgets() -> None:
+async def test_what_slurm_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before it began: it is asked again, after a pause. With a job in it: the job is stopped."""
+    monkeypatch.setattr("pjw.gateway.slurm.FIRST_PAUSE_SECONDS", 0.05)
     cluster = Cluster()
     node = cluster.node("n1")
     await cluster.sample()
@@ -191,9 +194,8 @@ async def test_what_slurm_forgets() -> None:
     assert cluster.engine.why("b") == (
         "waits: Slurm gave no place, or one on a node without a pjwd of this gateway; n2 drained: bad disk"
     )
-    cluster.engine._pause.until = 0
-    cluster.engine._go_on()
-    await cluster.settle()
+    assert cluster.port.submitted == ["a", "b"]
+    await asyncio.sleep(0.1)
     assert cluster.port.submitted == ["a", "b", "b"]
     await cluster.sample()
     assert cluster.engine.why("b") == "waits: Slurm says Priority; n2 drained: bad disk"
@@ -203,10 +205,9 @@ async def test_a_gateway_that_is_new_finds_its_places() -> None:
     """In Slurm and on nodes: none is asked for twice, and one that had a job has it still."""
     cluster = Cluster()
     node = cluster.node("n1")
-    words = cluster.engine._kind(SMALL).words
     cluster.port.has = [
-        {"id": "5", "uuid": "a", "shape": words, "state": "RUNNING", "reason": ""},
-        {"id": "6", "uuid": "b", "shape": words, "state": "PENDING", "reason": "Resources"},
+        {"id": "5", "uuid": "a", "shape": WORDS, "state": "RUNNING", "reason": ""},
+        {"id": "6", "uuid": "b", "shape": WORDS, "state": "PENDING", "reason": "Resources"},
     ]
     cluster.engine.claimed("a", "alice", node, SMALL, "5")
     cluster.engine.submit("b", "alice", SMALL)
@@ -260,8 +261,9 @@ async def test_a_client_has_no_more_jobs_on_nodes_than_it_may() -> None:
     assert cluster.port.submitted == ["a", "c"]
 
 
-async def test_why_slurm_does_not_take_it() -> None:
+async def test_why_slurm_does_not_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """In its words, and it is tried again."""
+    monkeypatch.setattr("pjw.gateway.slurm.FIRST_PAUSE_SECONDS", 0.05)
     cluster = Cluster()
     await cluster.sample()
     cluster.port.refusal = "sbatch: Batch job submission failed: Invalid account"
@@ -276,10 +278,7 @@ async def test_why_slurm_does_not_take_it() -> None:
     cluster.engine.submit("c", "alice", SMALL)
     await cluster.settle()
     assert cluster.port.submitted == ["b"]
-    [pause] = cluster.engine._pauses.values()
-    pause.until = 0
-    cluster.engine._go_on(pause)
-    await cluster.settle()
+    await asyncio.sleep(0.1)
     assert cluster.port.submitted == ["b", "a", "c"]
     assert "does not take it" not in cluster.engine.why("a")
 
@@ -325,11 +324,16 @@ async def test_a_warm_place_is_for_jobs_of_its_partition_and_feature() -> None:
 
 async def test_what_kind_a_job_is_of() -> None:
     """Rounded up, and with time for the jobs that its place may take later; 0 is left to Slurm."""
-    engine = Cluster(hold_max_seconds=600, partition="long", account="physics").engine
-    assert engine._kind(Shape(1500, 100 * 1024**2, 90)) == Kind(2, 116, 13, "long", "physics")
-    assert engine._kind(Shape(0, 0)) == Kind(0, 0, 0, "long", "physics")
-    asked = Shape(0, 0, partition="debug", constraint="fast")
-    assert engine._kind(asked) == Kind(0, 0, 0, "debug", "physics", "fast")
+    cluster = Cluster(hold_max_seconds=600, partition="long", account="physics")
+    await cluster.sample()
+    for shape, kind in (
+        (Shape(1500, 100 * 1024**2, 90), Kind(2, 116, 13, "long", "physics")),
+        (Shape(0, 0), Kind(0, 0, 0, "long", "physics")),
+        (Shape(0, 0, partition="debug", constraint="fast"), Kind(0, 0, 0, "debug", "physics", "fast")),
+    ):
+        cluster.engine.submit(str(kind), "alice", shape)
+        await cluster.settle()
+        assert cluster.port.has[-1]["shape"] == kind.words
 
 
 def test_kinds_and_their_words() -> None:
@@ -462,19 +466,29 @@ async def test_what_slurm_never_takes_holds_up_no_other_kind() -> None:
     assert cluster.engine.why("small") == "waits: Slurm was asked for a place; n2 drained: bad disk"
 
 
-async def test_a_job_that_is_cancelled_while_sbatch_runs_leaves_nothing_in_slurm() -> None:
+async def test_a_job_that_is_cancelled_while_sbatch_runs_leaves_nothing_in_slurm(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Though nothing else is there: the sampler sees what came of it, and takes it back."""
+    monkeypatch.setattr("pjw.gateway.slurm.SAMPLE_SECONDS", 0.01)
     cluster = Cluster()
-    await cluster.sample()
-    cluster.engine.submit("a", "alice", SMALL)
-    cluster.engine.cancel("a")
-    # as the sampler does when there is nothing to see
-    cluster.engine._to_see.clear()
+    sampler = asyncio.ensure_future(cluster.engine.run())
     await cluster.settle()
+    cluster.port.answers.clear()
+    cluster.engine.submit("a", "alice", SMALL)
+    await cluster.settle()
+    cluster.engine.cancel("a")
+    # the sampler has nothing to see, and rests
+    snapshots = -1
+    while snapshots != cluster.port.snapshots:
+        snapshots = cluster.port.snapshots
+        await asyncio.sleep(0.05)
     assert cluster.port.submitted == ["a"]
-    assert cluster.engine._to_see.is_set()
-    await cluster.sample()
-    assert cluster.port.cancelled == ["1"]
+    cluster.port.answers.set()
+    async with asyncio.timeout(10):
+        while cluster.port.cancelled != ["1"]:
+            await asyncio.sleep(0.01)
+    sampler.cancel()
 
 
 async def test_jobs_for_a_node_that_is_away_hold_up_no_others_of_their_kind() -> None:

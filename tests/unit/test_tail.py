@@ -25,7 +25,7 @@ async def inotify() -> AsyncIterator[Inotify]:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks that are smaller than most lines."""
-    monkeypatch.setattr(tail_module, "_BLOCK_BYTES", 7)
+    monkeypatch.setattr(tail_module, "BLOCK_BYTES", 7)
 
 
 def expected(data: bytes, lines: int, offset: int) -> int:
@@ -86,7 +86,7 @@ async def test_many_who_look_hold_others_up_no_longer_than_one(
         reads[turn] += 1
         return await read_at(descriptor, offset, count)
 
-    monkeypatch.setattr(tail_module, "_BLOCK_BYTES", 7)
+    monkeypatch.setattr(tail_module, "BLOCK_BYTES", 7)
     monkeypatch.setattr(tail_module, "read_at", counted)
     log = OutputLog(str(path), inotify, ended=True)
     looking = [asyncio.ensure_future(start_of_tail(log, 3, turns=turns)) for _ in range(20)]

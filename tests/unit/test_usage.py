@@ -191,7 +191,7 @@ async def test_an_interval_is_kept(slept: list[float], asked: float | None, kept
             await anext(snapshots)
     assert all(kept - 0.2 < seconds <= kept for seconds in slept)
     assert len(slept) == 2
-    assert fake.asked[0] == (None, kept / 2, server_usage._FIRST_SECONDS)
+    assert fake.asked[0] == (None, kept / 2, server_usage.FIRST_SECONDS)
     assert fake.asked[1:] == [(None, kept / 2, kept)] * 2
 
 
@@ -212,7 +212,11 @@ async def test_many_jobs_and_many_watchers_cost_no_more(
             await anext(two)
             await anext(one)
             assert slept[-1] > 1.3 * alone > 1.3
-    assert watchers._count == 0
+    # and the next one is alone again
+    async with aclosing(watchers.watch(pb.WatchUsageRequest(interval=Duration(seconds=1)), None)) as later:
+        await anext(later)
+        await anext(later)
+        assert slept[-1] < 1.1 * alone
 
 
 @pytest.mark.parametrize("seconds", [0, 0.999, 60.001, -1, 3e9])

@@ -14,6 +14,7 @@ from pjw.worker.disk import TreeUse
 from pjw.worker.host import resources
 from pjw.worker.quota import LOOK_BYTES, RunningJobs, StoredBytes, check_bytes, most_of_one_job
 from pjw.worker.settings import Quotas, Shares, WorkerSettings
+from tests.support.seen import texts_kept_by
 
 LIMITS = Limits()
 GIB = 1024**3
@@ -61,8 +62,7 @@ def test_a_client_without_jobs_costs_nothing() -> None:
     for number in range(1000):
         running.take(f"client-{number}", LIMITS)
         running.give_back(f"client-{number}", LIMITS)
-    assert not running._running
-    assert not running._memory
+    assert not [text for text in texts_kept_by(running) if text.startswith("client-")]
 
 
 def of_memory(memory_max_bytes: int) -> Limits:
@@ -112,7 +112,7 @@ def test_what_never_fits_is_another_error() -> None:
         running.take("alice", of_memory(2 * GIB + 1))
     with pytest.raises(InvalidJobError, match="with no memory limit: all jobs of alice"):
         running.take("alice", of_memory(0))
-    assert not running._running
+    assert running.of("alice") == (0, 0)
 
 
 def test_without_a_limit_a_job_may_have_all_memory() -> None:

@@ -119,7 +119,7 @@ class Archiver:
             if job.output_bytes:
                 streams = await _to_end(self._archive.begin, job)
                 for stream in streams:
-                    await self._copy_stream(node, placement, stream, job.output_bytes)
+                    await self.copy_stream(node, placement, stream, job.output_bytes)
                 size = sum(stream.size for stream in streams)
                 if size != job.output_bytes:
                     raise OutputLostError(f"the node has {size} of {job.output_bytes} bytes")
@@ -157,9 +157,8 @@ class Archiver:
             await self._store.sync()
         self.made += 1
 
-    async def _copy_stream(
-        self, node: Node, placement: Placement, stream: StreamCopy, bytes_max: int
-    ) -> None:
+    async def copy_stream(self, node: Node, placement: Placement, stream: StreamCopy, bytes_max: int) -> None:
+        """Copy one stream of a job's output. Raises OutputLostError beyond *bytes_max*."""
         request = pb.LogsRequest(
             id=placement.node_job_id,
             no_follow=True,

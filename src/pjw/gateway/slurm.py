@@ -532,23 +532,27 @@ class Slurm:
             if not (self._is_new or self._waiting or self._placed or self._submitted or self._holds):
                 self._to_see.clear()
                 await self._to_see.wait()
-            self._samples += 1
-            try:
-                jobs = await self._port.jobs()
-                if self._waiting or self._is_new:
-                    self._slurm_nodes = await self._port.nodes()
-            except PjwError as error:
-                words = f"Slurm does not answer: {error}"
-                if words != self._silent:
-                    log.warning("%s", words)
-                self._silent = words
-            else:
-                if self._silent:
-                    log.info("Slurm answers again")
-                self._silent = ""
-                self._is_new = False
-                await self._seen({each["id"]: each for each in jobs})
+            await self.sample()
             await asyncio.sleep(SAMPLE_SECONDS)
+
+    async def sample(self) -> None:
+        """Ask Slurm for a snapshot, and act on it."""
+        self._samples += 1
+        try:
+            jobs = await self._port.jobs()
+            if self._waiting or self._is_new:
+                self._slurm_nodes = await self._port.nodes()
+        except PjwError as error:
+            words = f"Slurm does not answer: {error}"
+            if words != self._silent:
+                log.warning("%s", words)
+            self._silent = words
+        else:
+            if self._silent:
+                log.info("Slurm answers again")
+            self._silent = ""
+            self._is_new = False
+            await self._seen({each["id"]: each for each in jobs})
 
     async def _seen(self, jobs: dict[str, dict[str, str]]) -> None:
         gone = [

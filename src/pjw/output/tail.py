@@ -6,7 +6,7 @@ from typing import Final
 
 from pjw.output.log import READ_BYTES_MAX, OutputLog, read_at
 
-_BLOCK_BYTES: Final = READ_BYTES_MAX
+BLOCK_BYTES: Final = READ_BYTES_MAX
 
 
 async def start_of_tail(
@@ -24,7 +24,7 @@ async def start_of_tail(
         if lines == 0:
             return size
         while end > offset:
-            start = max(offset, end - _BLOCK_BYTES)
+            start = max(offset, end - BLOCK_BYTES)
             block = await _read_whole(descriptor, start, end)
             # the newline at the very end ends the last line, and divides it from nothing
             place = len(block) - 1 if end == size and block.endswith(b"\n") else len(block)

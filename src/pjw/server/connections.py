@@ -211,7 +211,7 @@ class Connections:
         """Learn which connections there are now, and close those without a call that are too many."""
         begun = self._clock()
         found: dict[bytes, Connection] = {}
-        for descriptor, key in _peers():
+        for descriptor, key in peers():
             connection = self._open.get(key)
             if connection is None:
                 if _local_port(descriptor) != self._port:
@@ -366,7 +366,7 @@ _length: Final = ctypes.c_uint32()
 _length_at: Final = ctypes.byref(_length)
 
 
-def _peers() -> Iterator[tuple[int, bytes]]:
+def peers() -> Iterator[tuple[int, bytes]]:
     """Yield each descriptor of ours that is an internet socket with another end, and that end's key."""
     for descriptor in range(_table_size()):
         if (key := _peer_key(descriptor)) is not None:

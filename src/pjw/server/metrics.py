@@ -169,7 +169,7 @@ class ServerMetrics:
     @contextmanager
     def serve(self, address: tuple[str, int], reloader: Reloader) -> Iterator[None]:
         """Answer at *address* until the end of the block. Raises ConfigError."""
-        self.registry.register(_State(self, reloader))
+        self.registry.register(StateCollector(self, reloader))
         with ExitStack() as stack:
             with held_addresses(*address, " for metrics") as addresses:
                 servers = [stack.enter_context(_serving(each, self.registry)) for each in addresses]
@@ -217,7 +217,7 @@ def _serving(address: tuple[str, int], registry: CollectorRegistry) -> Iterator[
         server.server_close()
 
 
-class _State(Collector):
+class StateCollector(Collector):
     """The numbers that are looked up at a scrape."""
 
     def __init__(self, metrics: ServerMetrics, reloader: Reloader) -> None:
@@ -225,6 +225,7 @@ class _State(Collector):
         self._reloader: Final = reloader
 
     def collect(self) -> Iterator[Metric]:
+        """Yield the series; those that need the worker are left out while it does not answer."""
         yield InfoMetricFamily("pjw", "The version of pjwd.", {"version": _VERSION})
         yield from self._operator()
         try:
@@ -241,7 +242,7 @@ class _State(Collector):
         )
         yield _total("pjw_output_streamed_bytes", "Bytes of output that clients were sent.", streamed["Logs"])
         yield _total("pjw_input_received_bytes", "Bytes of input that clients sent.", streamed["WriteInput"])
-        yield from _clients(numbers)
+        yield from of_clients(numbers)
         yield _one("pjw_disk_size_bytes", "The file system of the state directory.", numbers.disk_bytes)
         yield _one("pjw_disk_free_bytes", "The part of it that is free.", numbers.disk_free_bytes)
         waiting = sum(client.queued for client in numbers.clients.values())
@@ -327,7 +328,8 @@ def _jobs(numbers: WorkerNumbers) -> Iterator[Metric]:
     yield ends
 
 
-def _clients(numbers: WorkerNumbers) -> Iterator[Metric]:
+def of_clients(numbers: WorkerNumbers) -> Iterator[Metric]:
+    """Yield the series of each of the busiest clients, and of all others together."""
     ranked = sorted(
         numbers.clients.items(),
         key=lambda item: (item[1].running, item[1].queued, item[1].stored_bytes),

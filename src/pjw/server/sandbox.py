@@ -70,7 +70,7 @@ def enter(sandbox: Sandbox, uid: int) -> None:
     """Become *uid* for good, with nothing beyond *sandbox*. Raises ConfigError or KernelError."""
     _require_one_thread()
     _empty_bounding_set()
-    _become(uid)
+    become(uid)
     _clear_capabilities()
     _confine(sandbox)
 
@@ -161,7 +161,8 @@ def _empty_bounding_set() -> None:
         number += 1
 
 
-def _become(uid: int) -> None:
+def become(uid: int) -> None:
+    """Become a user, in a process that is root. Raises ConfigError."""
     try:
         os.setgroups([])
         os.setresgid(uid, uid, uid)

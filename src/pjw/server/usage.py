@@ -15,7 +15,7 @@ INTERVAL_SECONDS: Final = 2.0
 INTERVAL_SECONDS_MIN: Final = 1.0
 INTERVAL_SECONDS_MAX: Final = 60.0
 # A screen should not be empty for long.
-_FIRST_SECONDS: Final = 0.3
+FIRST_SECONDS: Final = 0.3
 # All watchers together may take a twentieth of a processor for their messages: with thousands of jobs, or
 # watchers, snapshots are further apart than requested.
 _SHARE: Final = 20
@@ -42,7 +42,7 @@ class UsageWatchers:
         """Yield snapshots of the jobs of *owner*, or of all clients, for ever. Raises InvalidJobError."""
         interval = _interval_of(request)
         loop = asyncio.get_running_loop()
-        within = _FIRST_SECONDS
+        within = FIRST_SECONDS
         self._count += 1
         try:
             while True:
