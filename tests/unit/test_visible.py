@@ -135,7 +135,7 @@ def test_what_may_be_visible(path: str) -> None:
     if path == "/dev/..":
         check_visible([path, "/none/there"])
         return
-    with pytest.raises(ConfigError, match=f"^cannot show {path} to jobs: each has a directory of its own"):
+    with pytest.raises(ConfigError, match=f"^cannot show {path} to jobs: each has its own directory"):
         check_visible([path])
 
 

@@ -93,7 +93,7 @@ class Client(BaseClient):
     def run_many(self, specs: Iterable[requests.Startable]) -> requests.FinishedJobs:
         """Put jobs into the queue, wait for all of them, and return each with its output, in the same order.
 
-        Whatever ends this call early stops the jobs that have not ended. A failed job raises no error. Raises
+        If this call ends early, it stops the jobs that have not ended. A failed job raises no error. Raises
         InvalidJobError for an array, and the errors of `submit`, `logs` and `wait`.
         """
         jobs: list[Job] = []

@@ -173,7 +173,7 @@ def _walk_open(
             use = uses.get(int(found[1])) if found else None
             if found is None or use is None:
                 continue
-            # files written to an image belong to its overlay, which has a device of its own
+            # files written to an image belong to its overlay, which has its own device
             own = {os.stat(f"/proc/{pid}/root").st_dev} if int(found[1]) in with_image else set()
             for directory in (f"/proc/{pid}/fd", f"/proc/{pid}/map_files"):
                 for name in os.listdir(directory):

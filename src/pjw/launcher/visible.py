@@ -63,7 +63,7 @@ def check_visible(paths: Iterable[str]) -> None:
         real = _real(path, mounts)
         if _is_within(real, OWN):
             raise ConfigError(
-                f"cannot show {path} to jobs: each has a directory of its own there",
+                f"cannot show {path} to jobs: each has its own directory there",
                 hint=f"visible_paths may not lie in {', '.join(OWN)}",
             )
         if not _asks_others(real, mounts) and os.path.exists(real) and not os.path.isdir(real):

@@ -25,7 +25,7 @@ log: Final = logging.getLogger(__name__)
 _NOT_WHOLE: Final = "the job's init, or its host, went down before they were whole"
 _NO_MEMORY: Final = "the job's memory does not suffice to pack them"
 _NO_DISK: Final = "the disk of pjwd was about to be full, and the job had most of it"
-# The words about artifacts that were not kept, by init's record; some records have words of their own.
+# The words about artifacts that were not kept, by init's record; some records have their own words.
 _WORDS: Final = {
     Packing.NOTHING: (ArtifactsState.EMPTY, "no file of the job matches"),
     Packing.STOPPED: (ArtifactsState.FAILED, "the job was stopped"),

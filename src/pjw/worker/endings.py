@@ -209,7 +209,7 @@ class Endings:
 
     @staticmethod
     def _say_unsynced(job_id: int, error: PjwError) -> None:
-        log.error("the end of job %d may not survive a power cut: %s", job_id, error)
+        log.error("the end of job %d might not survive a power cut: %s", job_id, error)
 
     async def remove_traces(self, job_id: int) -> None:
         """Have the launcher remove the remains of a job, or of a failed launch; log a failure."""

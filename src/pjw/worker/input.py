@@ -53,7 +53,7 @@ class Inputs:
         turn = self._turns.setdefault(subject, _Turn())
         turn.writers += 1
         if turn.latest is not None:
-            turn.latest.end(JobStateError(f"somebody else has begun to write to the input of {subject}"))
+            turn.latest.end(JobStateError(f"another WriteInput call for {subject} took over"))
         timeout = asyncio.timeout(None)
         writer = turn.latest = InputWriter(
             subject, timeout, self._bytes_max, partial(self._stored.taken, client_name)

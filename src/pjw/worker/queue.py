@@ -54,7 +54,7 @@ _OF_A_CLIENT: Final = ("running_max", "stored_bytes_max", "workspaces_max", "wor
 PASSED_MAX: Final = 100
 # so many of the jobs that a job waits for are named
 _NAMED_MAX: Final = 5
-# Nothing tells Python 3.11 that somebody has set the clock.
+# Python 3.11 gets no event when the clock is set.
 _CLOCK_SECONDS: Final = 60.0
 # what NTP does to it bit by bit is less
 _CLOCK_SET_NS: Final = 10**9
@@ -63,7 +63,7 @@ log: Final = logging.getLogger(__name__)
 
 
 def _clock_ns() -> int:
-    """How far the clock is ahead of the time since the boot: it changes when somebody sets the clock."""
+    """How far the clock is ahead of the time since the boot: it changes when the clock is set."""
     return time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
 
@@ -105,7 +105,7 @@ class Queue:
         self._shut: Final[defaultdict[str, set[int]]] = defaultdict(set)
         # jobs of each client that others may pass, as not every room is for them
         self._passed: Final[defaultdict[str, dict[int, Head]]] = defaultdict(dict)
-        # arrays that somebody waits for, and of which an element has ended, maybe the last one
+        # arrays that a caller waits for, and of which an element has ended, maybe the last one
         self._maybe_over: Final[set[int]] = set()
         # the jobs of each client that are being started, by their ids
         self._starting: Final[defaultdict[str, dict[int, Head]]] = defaultdict(dict)

@@ -148,7 +148,7 @@ def output_of_ended(state: StateDir, inotify: Inotify, job: Job, *, stderr: bool
     if size < expected:
         lost = OutputLostError(
             f"the output of job {job.id} is cut short: {size} of {expected} bytes are on the server's disk;"
-            " the host went down before the disk had the rest, or somebody has cut the file short"
+            " the host went down before the disk had the rest, or the file was cut short"
         )
     return Output(_log_of(state, inotify, job, stderr=stderr), lost)
 
@@ -165,7 +165,7 @@ def artifacts_of(state: StateDir, inotify: Inotify, job: Job) -> Output:
     if size != expected:
         lost = OutputLostError(
             f"the artifacts of job {job.id} are not whole: {size or 0} of {expected} bytes are on the"
-            " server's disk; somebody has changed or removed the file"
+            " server's disk; the file was changed or removed"
         )
     return Output(OutputLog(state.artifacts_path(job.id), inotify, ended=True), lost)
 

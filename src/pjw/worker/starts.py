@@ -93,7 +93,7 @@ class Starts:
         task = self._requests.get(request) if request is not None else None
         if task is None:
             task = self._begin(spec, client_name, limits, request)
-        # Shielded from its first step on: the table has a thread of its own, so a row may be
+        # Shielded from its first step on: the table has its own thread, so a row may be
         # written although its caller was cancelled.
         try:
             return await asyncio.shield(task)
@@ -188,7 +188,7 @@ class Starts:
             raise
         self._parts.jobs.settle(room, job.id)
         self._images.begun(client_name, image, job.id)
-        # The row is there, so whatever happens to us, the next worker can find the process. Its
+        # The row is there, so after any end of ours the next worker can find the process. Its
         # way to the disk and the launch go side by side.
         synced = self._parts.state.store.sync()
         try:

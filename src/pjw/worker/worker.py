@@ -99,7 +99,7 @@ class Offers:
     gpus: int
     mounts: Sequence[str]
     images: Sequence[str]
-    # whether there are names on the network that somebody's jobs may reach
+    # whether there are names on the network that jobs of some client may reach
     names: bool
 
 
