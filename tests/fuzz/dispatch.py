@@ -297,8 +297,8 @@ def one_input(data: bytes) -> None:
 def _running_job(launcher: Launcher) -> Iterator[None]:
     """Have the launcher know a job that runs; nobody may send anything to the process that stands for it."""
     pidfd = os.pidfd_open(os.getpid())
-    launcher._jobs.add(RUNNING_JOB, Running(pidfd, RunningCgroup(), 0))  # type: ignore[arg-type]
-    parts, entries = launcher._parts, Entries()
+    launcher.jobs.add(RUNNING_JOB, Running(pidfd, RunningCgroup(), 0))  # type: ignore[arg-type]
+    parts, entries = launcher.parts, Entries()
     parts.phases.move(RUNNING_JOB, InitPhase.RUNNING)
     parts.spawner.enter, parts.spawner.connect = entries.enter, entries.connect  # type: ignore[assignment,method-assign]
     parts.scratch.owner = lambda job_id: UID_FIRST if job_id == RUNNING_JOB else 0  # type: ignore[method-assign]
@@ -306,8 +306,8 @@ def _running_job(launcher: Launcher) -> Iterator[None]:
         yield
     finally:
         # no request lets go of a job that runs
-        assert launcher._jobs[RUNNING_JOB].pidfd == pidfd
-        launcher._jobs.forget(RUNNING_JOB)
+        assert launcher.jobs[RUNNING_JOB].pidfd == pidfd
+        launcher.jobs.forget(RUNNING_JOB)
         os.close(pidfd)
 
 

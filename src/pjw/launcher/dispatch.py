@@ -65,8 +65,8 @@ class Launcher:
         self._watcher: Final = Watcher()
         self._phase = Phase.GREETING
         # these come with the greeting
-        self._parts: Parts
-        self._jobs: Jobs
+        self.parts: Parts
+        self.jobs: Jobs
         self._launches: Launches
         # the owner of the answers of each class in ROUTES
         self._rooms: Final[dict[type, object]] = {Launcher: self}
@@ -86,7 +86,7 @@ class Launcher:
             while self._replies.are_wanted:
                 seconds = self._launches.seconds_to_fill() if self._phase is Phase.SERVING else None
                 if not self._watcher.run_once(seconds) and seconds == 0:
-                    self._parts.pool.fill()
+                    self.parts.pool.fill()
         finally:
             self.close()
 
@@ -94,7 +94,7 @@ class Launcher:
         """Close all but the jobs."""
         self._watcher.unwatch(self._requests)
         if self._phase is Phase.SERVING:
-            parts = self._parts
+            parts = self.parts
             parts.mounts.close()
             parts.egress.close()
             parts.pool.close()
@@ -149,8 +149,8 @@ class Launcher:
         try:
             if isinstance(request, protocol.AboutJob):
                 check_job_id(request.job_id)
-                self._jobs.note_end(request.job_id)
-                self._parts.phases.require_permitted(request.op, request.job_id)
+                self.jobs.note_end(request.job_id)
+                self.parts.phases.require_permitted(request.op, request.job_id)
             answer = route.answer(self._rooms[route.room], seq, request, descriptors)
         except PjwError as error:
             self._replies.refuse(seq, error)
@@ -191,7 +191,7 @@ class Launcher:
         images = Images(image_store, workspaces, scratch)
         watcher, phases, departures = self._watcher, Phases(), Departures(self._watcher)
         spawner = Spawner(watcher, policy, scratch.directory)
-        self._parts = Parts(
+        self.parts = Parts(
             replies=self._replies,
             watcher=watcher,
             policy=policy,
@@ -210,10 +210,10 @@ class Launcher:
             egress=EgressProcess(watcher, policy),
             archive_program=ArchiveProgram(),
         )
-        self._jobs = Jobs(self._parts)
-        self._launches = Launches(self._parts, self._jobs)
-        sessions = Sessions(self._parts, self._jobs, self._launches)
-        self._rooms.update({Jobs: self._jobs, Launches: self._launches, Sessions: sessions})
+        self.jobs = Jobs(self.parts)
+        self._launches = Launches(self.parts, self.jobs)
+        sessions = Sessions(self.parts, self.jobs, self._launches)
+        self._rooms.update({Jobs: self.jobs, Launches: self._launches, Sessions: sessions})
         scratch.left = self._on_image_left
         self._sweep_images()
         self._phase = Phase.SERVING
@@ -221,36 +221,36 @@ class Launcher:
 
     def answer_egress(self, seq: int, request: protocol.Egress, descriptors: OwnedFds) -> Answer:
         """Start the process that connects jobs to names on the network, and keep it going."""
-        if not self._parts.policy.egress_hosts or not self._parts.policy.egress_uid:
+        if not self.parts.policy.egress_hosts or not self.parts.policy.egress_uid:
             raise InvalidJobError("the operator offers no names on the network")
-        if self._parts.egress.has_begun:
+        if self.parts.egress.has_begun:
             raise JobStateError("pjwd-egress was started before")
         if not stat.S_ISSOCK(os.fstat(descriptors[0]).st_mode):
             raise InvalidJobError("what pjwd-egress is to tell of connections by is no socket")
-        self._parts.egress.begin(descriptors.take())
+        self.parts.egress.begin(descriptors.take())
         return (protocol.Done(),)
 
     def answer_set_share(self, seq: int, request: protocol.SetShare, _: OwnedFds) -> Answer:
         """Give a client another share of the host, beside the jobs that it has."""
-        self._parts.policy.check_uid(request.uid)
-        return (protocol.ShareSet(tuple(self._parts.pool.set_share(request.uid, request.share))),)
+        self.parts.policy.check_uid(request.uid)
+        return (protocol.ShareSet(tuple(self.parts.pool.set_share(request.uid, request.share))),)
 
     def answer_measure_client(self, seq: int, request: protocol.MeasureClient, _: OwnedFds) -> Answer:
         """Read the joint usage of a client's jobs."""
-        self._parts.policy.check_uid(request.uid)
-        return (protocol.ClientMeasured(self._parts.hierarchy.use_of(request.uid)),)
+        self.parts.policy.check_uid(request.uid)
+        return (protocol.ClientMeasured(self.parts.hierarchy.use_of(request.uid)),)
 
     def answer_scratch_use(self, seq: int, request: protocol.ScratchUse, _: OwnedFds) -> Answer:
         """Have a process count the files in jobs' scratch directories; one at a time."""
         if self._counting:
             raise JobStateError("scratch directories are being counted")
         try:
-            pid, words = spawn_count(self._parts.instance, self._parts.scratch.places)
+            pid, words = spawn_count(self.parts.instance, self.parts.scratch.places)
         except OSError as error:
             raise KernelError("count", "scratch directories", error.errno or 0) from error
         self._counting = True
-        self._parts.watcher.reap_helper(pid, self._on_counted)
-        self._parts.replies.hand_out(seq, words)
+        self.parts.watcher.reap_helper(pid, self._on_counted)
+        self.parts.replies.hand_out(seq, words)
         return None
 
     def _on_counted(self) -> None:
@@ -258,20 +258,20 @@ class Launcher:
 
     def answer_workspace_names(self, seq: int, request: protocol.WorkspaceNames, _: OwnedFds) -> Answer:
         """List the directories of workspaces, a page at a time."""
-        return (protocol.WorkspacePage(self._parts.workspaces.page(request.after)),)
+        return (protocol.WorkspacePage(self.parts.workspaces.page(request.after)),)
 
     def answer_workspace_use(self, seq: int, request: protocol.WorkspaceUse, _: OwnedFds) -> Answer:
         """Have a process count a workspace; some at a time, as one may have told all."""
-        self._parts.policy.check_workspace(request)
+        self.parts.policy.check_workspace(request)
         if self._counting_workspaces >= COUNTED_AT_ONCE:
             raise JobStateError(f"{COUNTED_AT_ONCE} workspaces are being counted, and no more may be")
         try:
-            pid, words = self._parts.workspaces.spawn_count(request.uid, request.name)
+            pid, words = self.parts.workspaces.spawn_count(request.uid, request.name)
         except OSError as error:
             raise KernelError("count", f"the workspace {request.name}", error.errno or 0) from error
         self._counting_workspaces += 1
-        self._parts.watcher.reap_helper(pid, self._on_workspace_counted)
-        self._parts.replies.hand_out(seq, words)
+        self.parts.watcher.reap_helper(pid, self._on_workspace_counted)
+        self.parts.replies.hand_out(seq, words)
         return None
 
     def _on_workspace_counted(self) -> None:
@@ -279,66 +279,66 @@ class Launcher:
 
     def answer_remove_workspace(self, seq: int, request: protocol.RemoveWorkspace, _: OwnedFds) -> Answer:
         """Remove a workspace, in its turn beside jobs' remains; the worker knows which jobs use it."""
-        self._parts.policy.check_workspace(request)
+        self.parts.policy.check_workspace(request)
         uid, name = request.uid, request.name
-        if (uid, name) not in self._parts.removals and self._parts.workspaces.remove_if_empty(uid, name):
+        if (uid, name) not in self.parts.removals and self.parts.workspaces.remove_if_empty(uid, name):
             return (protocol.Done(),)
 
         def on_removed() -> None:
-            if self._parts.workspaces.remove_if_empty(uid, name):
-                self._parts.replies.send(seq, protocol.Done())
+            if self.parts.workspaces.remove_if_empty(uid, name):
+                self.parts.replies.send(seq, protocol.Done())
             else:
-                path = self._parts.workspaces.path(uid, name)
-                self._parts.replies.send(seq, protocol.Refused("kernel", "remove the workspace", path, 0, ""))
+                path = self.parts.workspaces.path(uid, name)
+                self.parts.replies.send(seq, protocol.Refused("kernel", "remove the workspace", path, 0, ""))
 
-        spawn = partial(self._parts.workspaces.spawn_removal, uid, name)
-        self._parts.removals.begin_workspace(uid, name, spawn, on_removed)
+        spawn = partial(self.parts.workspaces.spawn_removal, uid, name)
+        self.parts.removals.begin_workspace(uid, name, spawn, on_removed)
         return None
 
     def _on_image_left(self, image: str) -> None:
         # an operator may have removed it while the job ran; the worker removes the images that clients have
         # loaded
         with suppress(KernelError):
-            if not is_image_key(image) and not self._parts.image_store.is_named(image):
+            if not is_image_key(image) and not self.parts.image_store.is_named(image):
                 self._sweep_images()
 
     def _sweep_images(self) -> None:
-        for pid, path in self._parts.images.sweep():
-            self._parts.watcher.reap_helper(pid, partial(self._parts.images.removed, path))
+        for pid, path in self.parts.images.sweep():
+            self.parts.watcher.reap_helper(pid, partial(self.parts.images.removed, path))
 
     def answer_image_table(self, seq: int, request: protocol.ImageTable, _: OwnedFds) -> Answer:
         """Hand out the table of the operator's images: their names, and how jobs begin in each."""
-        self._parts.replies.hand_out(seq, self._parts.image_store.open_table())
+        self.parts.replies.hand_out(seq, self.parts.image_store.open_table())
         return None
 
     def answer_reload_mounts(self, seq: int, request: protocol.ReloadMounts, _: OwnedFds) -> Answer:
         """Take the operator's mounts anew, from the file that root named in the greeting, and root owns."""
-        path = self._parts.policy.configuration
+        path = self.parts.policy.configuration
         if not path:
             raise InvalidJobError("there is no configuration")
         sources = read_mounts_of(open_operator_file(path), path)
-        self._parts.policy.check_sources(sources)
-        self._parts.mounts.sources = sources
+        self.parts.policy.check_sources(sources)
+        self.parts.mounts.sources = sources
         return (protocol.Done(),)
 
     def answer_gpus(self, seq: int, request: protocol.Gpus, _: OwnedFds) -> Answer:
         """Return the GPUs of the machine, and the variables of some."""
-        offer = self._parts.policy.gpus
+        offer = self.parts.policy.gpus
         devices = read_devices(offer.kind, offer.cdi_dirs) if offer.kind else ()
         edits = edits_of(devices, request.names)
-        self._parts.policy.check_edits(edits)
+        self.parts.policy.check_edits(edits)
         return (protocol.GpuNames(tuple(device.name for device in devices), edits.environment),)
 
     def answer_open_file(self, seq: int, request: protocol.OpenFile, _: OwnedFds) -> Answer:
         """Hand out a certificate, a key or the like that the operator has replaced; never by a path."""
-        self._parts.replies.hand_out(seq, open_operator_file(self._parts.policy.operator_file(request.place)))
+        self.parts.replies.hand_out(seq, open_operator_file(self.parts.policy.operator_file(request.place)))
         return None
 
     def answer_open_audit_log(self, seq: int, request: protocol.OpenAuditLog, _: OwnedFds) -> Answer:
         """Hand out the audit log for appending, after the operator has moved the old one."""
-        if not self._parts.policy.audit_log:
+        if not self.parts.policy.audit_log:
             raise InvalidJobError("there is no audit log")
-        self._parts.replies.hand_out(seq, open_audit_log(self._parts.policy.audit_log))
+        self.parts.replies.hand_out(seq, open_audit_log(self.parts.policy.audit_log))
         return None
 
 
