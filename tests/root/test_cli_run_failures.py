@@ -43,7 +43,7 @@ def test_input_that_is_too_long_ends_the_job(make_service: Callable[..., Service
     done = service.pjw("run", "--stdin", str(tmp_path / "data"), "echo begins; cat; sleep 300")
     assert done.returncode == 1
     assert done.stderr.decode() == (
-        "pjw: error: the input of job 1 is longer than 1000 bytes, and no more is taken on this server\n"
+        "pjw: error: the input of job 1 is longer than 1000 bytes, and this server takes no more\n"
         "hint: the operator sets clients.input_bytes_max\n"
         "pjw: job 1 was stopped\n"
     )

@@ -67,7 +67,7 @@ async def test_what_is_left_of_a_launch_counts_among_its_client_s_jobs(
             await worker.start(JobSpec(["/nonexistent"]))
         assert len(await worker.list()) == 1
         assert (await worker.quota()).running == 1
-        with pytest.raises(LimitReachedError, match="1 jobs of local are running"):
+        with pytest.raises(LimitReachedError, match="local has reached the maximum of running jobs, 1"):
             await worker.start(JobSpec("true"))
     async with asyncio.timeout(DEADLINE_SECONDS):
         while (await worker.quota()).running:

@@ -545,7 +545,7 @@ def test_a_configuration_is_taken_without_a_restart(reloading: Service) -> None:
     with reloading.stub() as alice, reloading.stub("bob") as bob:
         job_id = alice.Start(pb.StartRequest(command="sleep 100")).job.id
         follower = alice.Logs(pb.LogsRequest(id=job_id))
-        with pytest.raises(grpc.RpcError, match="1 jobs of alice are running"):
+        with pytest.raises(grpc.RpcError, match="alice has reached the maximum of running jobs, 1"):
             alice.Start(pb.StartRequest(command="true"))
         with pytest.raises(grpc.RpcError, match="may not use List"):
             bob.List(pb.ListRequest(all_clients=True))
@@ -614,7 +614,7 @@ def test_keys_that_take_a_restart_are_named(reloading: Service) -> None:
     )
     # an option goes before the file: --listen was given
     assert said == [
-        "WARNING: reload: these keys take a restart: waiting_inits, ceilings",
+        "WARNING: reload: these keys need a restart: waiting_inits, ceilings",
         "INFO: reload: the configuration is new: clients",
     ]
 
@@ -626,7 +626,7 @@ def test_keys_that_take_a_restart_are_named(reloading: Service) -> None:
         "colour = 1",
         "[limits]\nnosuch = 1",
         "[roles]\nadmins = ['a b']",
-        # U5: of keys that take a restart, which it would refuse
+        # U5: of keys that need a restart, which it would refuse
         "[ceilings]\npids_max = 3",
         "[metrics]\nlisten = 'nonsense'",
         "[job_users]\nuid_first = 4294967294",
@@ -639,5 +639,5 @@ def test_a_configuration_that_cannot_be_changes_nothing(reloading: Service, conf
     assert said[0].startswith("ERROR: reload: kept the old configuration: ")
     with reloading.stub() as alice:
         alice.Start(pb.StartRequest(command="sleep 100"))
-        with pytest.raises(grpc.RpcError, match="1 jobs of alice are running"):
+        with pytest.raises(grpc.RpcError, match="alice has reached the maximum of running jobs, 1"):
             alice.Start(pb.StartRequest(command="true"))

@@ -239,7 +239,7 @@ async def test_what_can_never_be_started_is_refused_at_once(bench: Bench) -> Non
     worker = await bench.open(ceiling=Limits(**{**dict(NO_CEILING.items()), "pids_max": 1000}))
     with pytest.raises(InvalidJobError, match="limit pids_max must be at most 1000"):
         await worker.submit([queued(["true"]), JobSpec("true", {"pids_max": 2000})])
-    with pytest.raises(NameTakenError, match="job 1 is called that"):
+    with pytest.raises(NameTakenError, match="job 1 already has that name"):
         await worker.submit([JobSpec("true", name="a", queue=HELD), JobSpec("true", name="a", queue=HELD)])
     assert await worker.list() == []
     assert (await worker.queued_now())[0] == 0
@@ -374,7 +374,7 @@ async def test_a_client_at_another_limit_waits(bench: Bench) -> None:
     direct = await worker.start(JobSpec(NAP), "alice")
     waits = await submit(worker, ["true"], "alice")
     await ended(worker, await submit(worker, ["true"], "bob"))
-    await said(worker, waits, "waits: 1 jobs of alice are running, and no more may")
+    await said(worker, waits, "waits: alice has reached the maximum of running jobs, 1")
     await worker.stop(direct.id, 0)
     await ended(worker, waits)
 

@@ -97,7 +97,7 @@ async def test_lower_limits_of_a_client(bench: Bench) -> None:
         assert (await worker.get(waits.id)).state is JobState.QUEUED
         bench.tell(job.id)
         await worker.wait(job.id)
-    await said(worker, waits, "waits: 1 jobs of local are running, and no more may")
+    await said(worker, waits, "waits: local has reached the maximum of running jobs, 1")
     bench.tell(jobs[2].id)
     assert (await worker.wait(waits.id)).succeeded
 
@@ -109,10 +109,10 @@ async def test_limits_hold_after_a_restart(bench: Bench) -> None:
     [runs] = await worker.submit([JobSpec(ASK + "read line <&3", queue=QueueSpec())])
     await running(worker, runs)
     [waits] = await worker.submit([JobSpec(["true"], queue=QueueSpec())])
-    await said(worker, waits, "waits: 1 jobs of local are running, and no more may")
+    await said(worker, waits, "waits: local has reached the maximum of running jobs, 1")
     await bench.close(worker)
     worker = await bench.open()
-    await said(worker, waits, "waits: 1 jobs of local are running, and no more may")
+    await said(worker, waits, "waits: local has reached the maximum of running jobs, 1")
     with pytest.raises(LimitReachedError, match="the queue takes at most 1 jobs of local"):
         await worker.submit([JobSpec(["true"], queue=QueueSpec())])
     bench.tell(runs.id)

@@ -44,7 +44,7 @@ async def test_a_name_is_free_again_when_its_job_has_ended(
     go = held(monkeypatch)
     first = asyncio.ensure_future(worker.start(JobSpec(NAP, name="web"), "alice"))
     await asyncio.sleep(0)
-    with pytest.raises(NameTakenError, match="cannot start a job called web: job 1 is called that"):
+    with pytest.raises(NameTakenError, match="cannot start a job called web: job 1 already has that name"):
         await worker.start(JobSpec(NAP, name="web"), "alice")
     go.set()
     job = await first

@@ -175,7 +175,7 @@ def test_a_configuration_that_is_not_read_is_named(
         unit.write_text("")
         assert main(["config", "show", *arguments]) == 0
         said.append(capsys.readouterr().err)
-    assert said == [f"pjwd: {unit} is not read: --config {unit} does\n", ""]
+    assert said == [f"pjwd: {unit} was not read; pass --config {unit} to use it\n", ""]
 
 
 def test_check_names_what_a_start_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

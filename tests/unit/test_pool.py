@@ -110,7 +110,7 @@ async def test_a_client_has_no_more_jobs_on_nodes_than_it_may() -> None:
     for uuid, client in (("a", "alice"), ("b", "alice"), ("c", "bob")):
         cluster.pool.submit(uuid, client, SMALL)
     assert cluster.assigned(node) == ["a", "c"]
-    assert cluster.pool.why("b") == "waits: 1 jobs of alice have a node, and no more may"
+    assert cluster.pool.why("b") == "waits: alice has reached the maximum of jobs on nodes, 1"
     cluster.pool.cancel("a")
     assert cluster.assigned(node) == ["b"]
 

@@ -527,7 +527,9 @@ async def test_a_name_is_its_job_s_until_that_has_ended(store: JobStore) -> None
     first = await store.add("alice", JobSpec("x", name="web"), Limits())
     with pytest.raises(NameTakenError) as caught:
         await store.add("alice", JobSpec("x", name="web"), Limits())
-    assert str(caught.value) == "cannot start a job called web: job 1 is called that, and has not ended"
+    assert (
+        str(caught.value) == "cannot start a job called web: job 1 already has that name, and has not ended"
+    )
     assert caught.value.hint == "pjw stop 1; or choose another name"
     await store.add("bob", JobSpec("x", name="web"), Limits())
     await store.add("alice", JobSpec("x"), Limits())

@@ -25,7 +25,7 @@ def test_each_client_has_its_own_number() -> None:
     running = RunningJobs(WorkerSettings(quotas=Quotas(running_max=2)))
     for name in ("alice", "alice", "bob"):
         running.take(name, LIMITS)
-    with pytest.raises(LimitReachedError, match="2 jobs of alice are running, and no more may") as caught:
+    with pytest.raises(LimitReachedError, match="alice has reached the maximum of running jobs, 2") as caught:
         running.take("alice", LIMITS)
     assert "clients.running_max" in (caught.value.hint or "")
     running.take("bob", LIMITS)
@@ -38,7 +38,7 @@ def test_a_total_is_for_all() -> None:
     running = RunningJobs(WorkerSettings(quotas=Quotas(running_total_max=2)))
     running.take("alice", LIMITS)
     running.take("bob", LIMITS)
-    with pytest.raises(LimitReachedError, match="2 jobs are running on this server"):
+    with pytest.raises(LimitReachedError, match="this server has reached the maximum of running jobs, 2"):
         running.take("carol", LIMITS)
     running.give_back("alice", LIMITS)
     running.take("carol", LIMITS)

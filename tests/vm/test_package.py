@@ -135,7 +135,7 @@ def test_what_a_user_finds() -> None:
         (home / "tester.pjw").unlink()
         shutil.rmtree(home / ".config")
     said = host.run("sh", "-c", "pjwd config show 2>&1 >/dev/null")
-    assert said == f"pjwd: {CONFIGURATION} is not read: --config {CONFIGURATION} does"
+    assert said == f"pjwd: {CONFIGURATION} was not read; pass --config {CONFIGURATION} to use it"
 
 
 def test_what_is_compiled_is_valid() -> None:

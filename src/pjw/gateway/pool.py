@@ -185,7 +185,7 @@ class Pool:
         waiting = self._waiting.get(uuid)
         most = self._running_max()
         if waiting is not None and most and self._of_client[waiting.client_name] >= most:
-            return f"waits: {most} jobs of {waiting.client_name} have a node, and no more may"
+            return f"waits: {waiting.client_name} has reached the maximum of jobs on nodes, {most}"
         nodes = self._nodes.known.values()
         if not any(node.session for node in nodes):
             return "waits: no node is connected"

@@ -285,7 +285,7 @@ class Slurm:
         if waiting is None:
             return ""
         if most and self._of_client[waiting.client_name] >= most:
-            return f"waits: {most} jobs of {waiting.client_name} have a node, and no more may"
+            return f"waits: {waiting.client_name} has reached the maximum of jobs on nodes, {most}"
         parts = []
         if words := self._silent or self._pause.words or self._pause_of(waiting.kind).words:
             parts.append(words)

@@ -264,7 +264,7 @@ class Launcher:
         """Have a process count a workspace; some at a time, as one may have told all."""
         self.parts.policy.check_workspace(request)
         if self._counting_workspaces >= COUNTED_AT_ONCE:
-            raise JobStateError(f"{COUNTED_AT_ONCE} workspaces are being counted, and no more may be")
+            raise JobStateError(f"{COUNTED_AT_ONCE} workspaces are being counted, the maximum")
         try:
             pid, words = self.parts.workspaces.spawn_count(request.uid, request.name)
         except OSError as error:

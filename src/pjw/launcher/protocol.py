@@ -674,7 +674,7 @@ def _text(value: object) -> str:
 
 def _truth(value: object) -> bool:
     if not isinstance(value, bool):
-        raise ProtocolError("a truth value is not one")
+        raise ProtocolError("expected true or false")
     return value
 
 

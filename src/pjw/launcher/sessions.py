@@ -63,7 +63,7 @@ class Sessions:
         """
         # we know only those of our own
         if len(job.sessions) >= SESSIONS_MAX:
-            raise JobStateError(f"job {job_id} has {SESSIONS_MAX} sessions, and no more may be")
+            raise JobStateError(f"job {job_id} has {SESSIONS_MAX} sessions, the maximum")
         self._launches.require_room(job_id, come)
         # before there is one, so that its init has heard of it at its end
         send_signal(job.pidfd, ENTERED_SIGNAL)

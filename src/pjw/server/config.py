@@ -188,7 +188,7 @@ class Cluster(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     gateway: Annotated[
         _Address | None,
-        Meta(description="HOST:PORT of the gateway whose node this pjwd is; without it, it is nobody's"),
+        Meta(description="HOST:PORT of the gateway whose node this pjwd is; without it, it is no node"),
     ] = None
     address: Annotated[
         _Address | None,
@@ -343,7 +343,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ] = "text"
     user: Annotated[
         _Name | None,
-        Meta(description="whom the network process becomes, never root; without it pjw, or nobody"),
+        Meta(description="the account of the network process, never root; without it pjw, or nobody"),
     ] = None
     client_name_oid: Annotated[
         str, Meta(description="the attribute of a certificate's subject that holds the client's name")

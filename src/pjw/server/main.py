@@ -380,7 +380,7 @@ def _check(arguments: argparse.Namespace) -> int:
 def _name_the_unread(path: str | None) -> None:
     """Say that the unit's configuration counts only when it is named: operators with one ask about that."""
     if path is None and os.path.exists(_UNIT_CONFIG):
-        print(f"pjwd: {_UNIT_CONFIG} is not read: --config {_UNIT_CONFIG} does", file=sys.stderr)
+        print(f"pjwd: {_UNIT_CONFIG} was not read; pass --config {_UNIT_CONFIG} to use it", file=sys.stderr)
 
 
 def _config_show(arguments: argparse.Namespace) -> int:

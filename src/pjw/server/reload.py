@@ -224,9 +224,9 @@ class Reloader:
         for words in await self._worker.give_shares():
             log.warning("reload: %s", words)
         if descriptors_for(config) > descriptors_for(old):
-            log.warning("reload: more descriptors, for these clients and jobs, take a restart")
+            log.warning("reload: more descriptors, for these clients and jobs, need a restart")
         if left := [key for key in changed if key not in RELOADED]:
-            log.warning("reload: these keys take a restart: %s", ", ".join(left))
+            log.warning("reload: these keys need a restart: %s", ", ".join(left))
         if taken:
             log.info("reload: the configuration is new: %s", ", ".join(taken))
         else:

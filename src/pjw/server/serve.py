@@ -344,7 +344,7 @@ async def _refuse_tls12(addresses: Sequence[tuple[str, int]]) -> None:
         target = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  the operator's choice
         if await asyncio.to_thread(probe_tls12, target, port):
             raise ConfigError(
-                "this server would speak TLS 1.2, so it does not serve",
+                "refusing to start: this server would accept TLS 1.2",
                 hint="this build of gRPC ignores its cipher setting",
             )
 

@@ -173,7 +173,7 @@ class InputWriter:
         if self._bytes_max and behind > self._bytes_max:
             raise LimitReachedError(
                 f"the input of {self._subject} is longer than {self._bytes_max} bytes,"
-                " and no more is taken on this server",
+                " and this server takes no more",
                 hint="the operator sets clients.input_bytes_max",
                 limit="input_bytes_max",
                 most=self._bytes_max,

@@ -251,7 +251,7 @@ def insert(
         if bearer is None:
             raise
         raise NameTakenError(
-            f"cannot start a job called {spec.name}: job {bearer} is called that, and has not ended",
+            f"cannot start a job called {spec.name}: job {bearer} already has that name, and has not ended",
             hint=f"pjw stop {bearer}; or choose another name",
             holder=bearer,
         ) from None

@@ -50,14 +50,14 @@ class RunningJobs:
         most, total = quotas.running_max, quotas.running_total_max
         if most and self._running[client_name] >= most:
             raise LimitReachedError(
-                f"{most} jobs of {client_name} are running, and no more may",
+                f"{client_name} has reached the maximum of running jobs, {most}",
                 hint="wait for one to end, or stop one; the operator sets clients.running_max",
                 limit="running_max",
                 most=most,
             )
         if total and self._running.total() >= total:
             raise LimitReachedError(
-                f"{total} jobs are running on this server, and no more may",
+                f"this server has reached the maximum of running jobs, {total}",
                 hint="try again later; the operator sets clients.running_total_max",
                 limit="running_total_max",
                 most=total,
