@@ -5,8 +5,8 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Final
 
+from pjw.cli.help import TOPICS
 from pjw.cli.parser import build_parser as pjw_parser
-from pjw.cli.topics import TOPICS
 from pjw.server.main import build_parser as pjwd_parser
 
 USAGE: Final = "usage: "

@@ -16,8 +16,8 @@ from argparse_manpage.manpage import Manpage
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+from pjw.cli.help import TOPICS
 from pjw.cli.parser import build_parser as pjw_parser
-from pjw.cli.topics import TOPICS
 from pjw.server.main import build_parser as pjwd_parser
 
 ROOT: Final = Path(__file__).parents[2]

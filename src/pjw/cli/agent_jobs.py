@@ -41,7 +41,7 @@ class Command(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """Our words, and apart from them a command's output, so that it cannot pass for ours."""
+    """Our words, and separately a command's output, so that the output cannot pass for our words."""
 
     words: str
     output: str = ""
@@ -78,7 +78,7 @@ class AgentJobs:
         starting = asyncio.ensure_future(start)
         command = None
         try:
-            # a start that is under way cannot be taken back: the command may run already
+            # a start under way cannot be undone: the command may already run
             command = await asyncio.shield(starting)
             return await self._follow(command, 0, seconds, bytes_max)
         except asyncio.CancelledError:
@@ -185,7 +185,7 @@ class AgentJobs:
         return command
 
     async def _started_inside(self, job_id: int, spec: JobSpec) -> Command:
-        # a model may take long between two calls: it is not hung up for that
+        # detached, since a model may take long between two calls: nothing hangs the command up meanwhile
         session = await self._client.exec(job_id, spec, detach=True)
         command = Command(job_id, session.number)
         self._untold.add(command)
@@ -216,7 +216,7 @@ class AgentJobs:
         return Answer(f"{state}\nIts output, bytes {offset} to {end}, is what follows.", text)
 
     async def _size(self, command: Command) -> int:
-        """Return the length of the output: the server tells it for an offset that no output reaches."""
+        """Return the length of the output: the server reports it when it refuses an offset beyond the end."""
         output = self._client.logs(command.job_id, LIMIT_MAXIMUM, follow=False, session=command.session)
         try:
             async with aclosing(output):
@@ -299,8 +299,8 @@ def _line(job: Job) -> str:
 
 # Files of a running job, for agents: a part of one, and one that is put whole.
 #
-# agents.py knows of files no more than `put` and `get`. Files travel as archives, like those of `pjw cp`, so
-# the job needs no program for them.
+# agents.py needs only `put` and `get`. Files travel as archives, as with `pjw cp`, so the job needs no
+# program for them.
 
 # The bytes before a file in an archive: its header, and before that one for a name of up to 4095 bytes.
 _HEADERS_BYTES: Final = 16 * 1024
@@ -312,7 +312,7 @@ async def put(client: "AsyncClient", job_id: int, path: str, data: bytes, *, exe
     there = await _entry(client, job_id, path)
     if there is not None and there.isdir():
         raise PjwError(f"{words}: it is a directory")
-    # one that is replaced keeps its permissions
+    # a replaced file keeps its permissions
     mode = 0o644 if there is None else there.mode & 0o777
     info = tarfile.TarInfo(path.lstrip("/"))
     info.size, info.mode = len(data), mode | (0o111 if executable else 0)

@@ -1,4 +1,4 @@
-"""`pjw submit`: jobs from a file into the queue, all of them or none; and the format of such a file."""
+"""`pjw submit`: put the jobs of a file into the queue, all or none. The format of such a file."""
 
 import argparse
 import json
@@ -16,7 +16,7 @@ from pjw.model import After, Condition, JobSpec, QueueSpec, Retry
 
 T = TypeVar("T")
 
-# As much as a message may have.
+# the most that one message carries
 _FILE_BYTES_MAX: Final = 4 * 1024**2
 # how a limit is typed: the same as its option
 _TYPED: Final[Mapping[str, Callable[[str], int]]] = {
@@ -44,12 +44,13 @@ def submit_file(arguments: argparse.Namespace) -> None:
     specs = [replace(spec, secrets=given) for spec in read_jobs(arguments.file)]
     with connect(arguments) as client:
         if arguments.upload:
+            # only for --upload
             from pjw.cli.copy import upload
 
             name = upload(client, arguments.upload)
             specs = [replace(spec, upload=name) for spec in specs]
         if arguments.outputs:
-            # beside those of the file
+            # these come on top of the outputs that the file names
             specs = [replace(spec, outputs=[*spec.outputs, *arguments.outputs]) for spec in specs]
         if arguments.output_required:
             specs = [replace(spec, output_required=True) for spec in specs]
@@ -67,7 +68,7 @@ def read_jobs(path: str) -> list[JobSpec]:
     if not jobs:
         raise ConfigError(f"{path} has no jobs", hint="a job is a line of JSON, or a table [[job]] of TOML")
     specs: list[JobSpec] = []
-    # the places of those that others may wait for
+    # the place of each job with a name, for jobs that wait for it
     named: dict[str, int] = {}
     for place, (where, job) in enumerate(jobs):
         try:
@@ -109,6 +110,7 @@ def _of_lines(path: str, data: str) -> list[tuple[str, object]]:
 
 
 def _of_toml(path: str, data: str) -> list[tuple[str, object]]:
+    # only for a file of TOML
     import tomllib
 
     try:

@@ -1,4 +1,4 @@
-"""One function for each short command: it asks, prints the answer, and returns the exit code.
+"""The short commands: each function asks the service, prints the answer, and returns the exit code.
 
 Imports beyond the standard library's core are in the command that needs them: `pjw get` pays for nothing
 else.
@@ -63,14 +63,14 @@ def _print_jobs(jobs: "Iterable[Job]", arguments: Namespace, form: object) -> No
         from pjw.cli.template import Template
 
         assert isinstance(form, Template)
-        # only a terminal can be steered; the reader of a pipe wants the text as it is
+        # control characters can steer a terminal; a program at the end of a pipe wants the text as it is
         shown = render.printable if sys.stdout.isatty() else str
         for job in jobs:
             print(form.fill(job, shown))
 
 
 def get(arguments: Namespace) -> int:
-    """Show one job as the seed does; several as an array, without those that are not there."""
+    """Print one job as JSON as the seed does; print several as an array, without those that do not exist."""
     with connect(arguments) as client:
         if len(arguments.jobs) == 1:
             from pjw.cli.render import job_json
@@ -81,21 +81,21 @@ def get(arguments: Namespace) -> int:
 
 
 def start(arguments: Namespace) -> int:
-    """Start a job; its id alone."""
+    """Start a job, and print its id alone."""
     from pjw.cli import stdin
 
     with stdin.opened(arguments.stdin) as descriptor, connect(arguments) as client:
         send_upload(client, arguments)
         job = start_job(client, arguments)
         print(job.id, flush=True)
-        # a terminal's input comes by `pjw attach`
+        # the input of a terminal comes from `pjw attach`
         if descriptor is not None and not arguments.terminal:
             stdin.send(client, job.id, descriptor)
     return 0
 
 
 def send_upload(client: "Client", arguments: Namespace) -> None:
-    """Send the files of the requested job. Nothing is started yet: Ctrl-C just ends this."""
+    """Send the files of the requested job, before its start: Ctrl-C leaves nothing behind."""
     arguments.upload_name = ""
     if arguments.upload:
         from pjw.cli.copy import upload
@@ -265,13 +265,13 @@ def _beside_each_other(
 
 
 def hold(arguments: Namespace) -> int:
-    """Keep jobs of the queue from being started; each, as it was typed."""
+    """Keep jobs of the queue from being started, and print each name as it was typed."""
     with connect(arguments) as client:
         return each(arguments.jobs, lambda job: client.hold(resolve(client, job)), show_name)
 
 
 def release(arguments: Namespace) -> int:
-    """Let held jobs of the queue be started; each, as it was typed."""
+    """Let held jobs of the queue be started, and print each name as it was typed."""
     with connect(arguments) as client:
         return each(arguments.jobs, lambda job: client.release(resolve(client, job)), show_name)
 
@@ -282,7 +282,7 @@ def show_name(_: object, name: object) -> None:
 
 
 def _waits_for_more(job: "Job") -> bool:
-    """Return whether a job waits for something beside its turn."""
+    """Return whether a job waits for something besides its turn."""
     return job.held or job.not_before is not None or job.unmet > 0
 
 
@@ -291,7 +291,7 @@ def show_queue(arguments: Namespace) -> int:
     from pjw.cli.render import jobs_json, queue_table
 
     with connect(arguments) as client:
-        # jobs with another condition than their turn come after those without
+        # jobs that wait for more than their turn come last
         jobs = sorted(
             client.list(states=["queued"]),
             key=lambda job: (job.client_name, _waits_for_more(job), -job.priority, job.id),
@@ -309,7 +309,7 @@ def show_queue(arguments: Namespace) -> int:
 
 
 def remove(arguments: Namespace) -> int:
-    """Forget jobs; each, as it was typed, when it is gone."""
+    """Forget jobs, and print each name as it was typed when the job is gone."""
     from pjw.cli.choice import ENDED, named_or_fitting
 
     _require_jobs(arguments)
@@ -361,7 +361,7 @@ def _print_array(jobs: Sequence[JobName], ask: "Callable[[JobName], Job]") -> in
 
 
 def logs(arguments: Namespace) -> int:
-    """Print the bytes of a job's output, and nothing else; at a terminal none that steer it."""
+    """Print a job's output, and nothing else; at a terminal, show bytes that would steer it as text."""
     with connect(arguments) as client:
         job_id = resolve(client, arguments.job)
         which = {name: getattr(arguments, name) for name in ("follow", "tail", "since", "stderr")}
@@ -388,7 +388,7 @@ def telling_if_stuck(client: "Client", job_id: JobName) -> Iterator[None]:
     from pjw.cli.terminal import QUIET_SECONDS
 
     def tell() -> None:
-        # the follower of the output reports every failure, also a server that has gone
+        # the follower of the output reports every failure, also the loss of the server
         with suppress(Exception):
             job = client.wait(job_id, or_stuck=True)
             if not job.state.final:

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from pjw.client.aio import AsyncClient
 
 FORMATS: Final = ("table", "ids", "json", "jsonl")
-# The user waits with a finger on the key.
+# The user waits for this, with a finger on the key.
 DEADLINE_SECONDS: Final = 2.0
 JOBS_MAX: Final = 100
 DESCRIPTION_MAX: Final = 60
 
 _RUNNING: Final = (JobState.STARTING, JobState.RUNNING, JobState.STOPPING)
-# Only those jobs that the command can do something to.
+# The states of the jobs that a command can act on.
 _STATES: Final[Mapping[str, tuple[JobState, ...]]] = {
     "exec": (JobState.RUNNING,),
     "attach": (JobState.RUNNING,),
@@ -44,6 +44,7 @@ Completer = Callable[..., Iterable[str] | Mapping[str, str]]
 
 def print_script(arguments: argparse.Namespace) -> None:
     """Print the script that a shell reads to complete `pjw`."""
+    # only a shell that asks needs argcomplete, here and below
     from argcomplete.shell_integration import shellcode
 
     sys.stdout.write(shellcode(["pjw"], shell=arguments.shell))
@@ -108,8 +109,9 @@ def _complete_nothing(**_: object) -> tuple[str, ...]:
 
 def complete_help(prefix: str, parsed_args: argparse.Namespace, **_: object) -> list[str]:
     """Complete `pjw help`: commands and topics, and after a command its subcommands."""
+    # only for `pjw help`
+    from pjw.cli.help import TOPICS
     from pjw.cli.parser import build_parser, commands_of
-    from pjw.cli.topics import TOPICS
 
     parser: argparse.ArgumentParser = build_parser()
     words = getattr(parsed_args, "words", None) or []
@@ -122,6 +124,7 @@ def complete_help(prefix: str, parsed_args: argparse.Namespace, **_: object) -> 
 
 def complete_contexts(prefix: str, **_: object) -> list[str]:
     """Complete the names of contexts."""
+    # only where a context is completed
     from pjw.cli.contexts import context_names
 
     try:
@@ -161,6 +164,7 @@ async def _connected(
     arguments: argparse.Namespace, *, everybody: bool = False
 ) -> "AsyncIterator[AsyncClient]":
     """Give a client with a deadline as short as the patience of a user who waits for a word."""
+    # only where the service is asked
     from pjw.client.aio import AsyncClient
 
     settings = find_settings(arguments)
@@ -172,6 +176,7 @@ async def _connected(
 
 def complete_jobs(prefix: str, parsed_args: argparse.Namespace, **_: object) -> dict[str, str]:
     """Complete the newest jobs: by id with a description, or by name when the user began one."""
+    # only where jobs are completed
     from pjw.cli.render import printable
 
     words = os.environ.get("COMP_LINE", "").split()[1:]

@@ -13,12 +13,13 @@ from pjw.cli.exits import say
 from pjw.client import config
 from pjw.client.config import ClientSettings, ends_of
 from pjw.errors import ConfigError, JobStateError, PjwError
+from pjw.given import server_address
 
 if TYPE_CHECKING:
     from pjw.client.aio import AsyncClient
     from pjw.client.sync import Client
 
-# The server and the certificates of a command: its options, before all that `pjw.client.config` reads.
+# The server and the certificates of a command: its options come before all that `pjw.client.config` reads.
 
 
 def find_settings(arguments: Namespace) -> ClientSettings:
@@ -49,6 +50,7 @@ def connect(arguments: Namespace) -> "Client":
 
 def connect_async(arguments: Namespace) -> "AsyncClient":
     """Make the same client for asyncio; an asynchronous context manager."""
+    # gRPC for asyncio, which few commands need
     from pjw.client.aio import AsyncClient
 
     settings = find_settings(arguments)
@@ -62,13 +64,12 @@ def job_name(text: str) -> JobName:
     digits = text.removeprefix("-")
     if digits.isascii() and digits.isdecimal() and len(digits) <= 100:
         return int(text)
-    # the client imports them in any case
+    # later: `pjw --help` needs no model, and the client imports it in any case
     from pjw.arrays import Element
     from pjw.model import is_name
 
     if Element.of(text) is not None:
         return text
-
     if not is_name(text):
         raise ArgumentTypeError(f"{text[:40]!r} is neither a job's id, which is a whole number, nor its name")
     return text
@@ -76,8 +77,6 @@ def job_name(text: str) -> JobName:
 
 def server(text: str) -> str:
     """Parse HOST:PORT of a server, as a `type` of argparse."""
-    from pjw.given import server_address
-
     try:
         return server_address(text)
     except ConfigError as error:
@@ -120,8 +119,8 @@ def _client_class() -> "type[Client]":
 
 # Warns a user at a terminal before a certificate expires, at most once a day for each.
 #
-# An empty file has the day of the last check as its modification time. On that day we do not parse the
-# certificate again, which would take a third of the time of a `pjw get`.
+# The modification time of an empty file is the day of the last check. On that day pjw
+# does not parse the certificate again: that is a third of the time of a `pjw get`.
 
 # the environment variable that turns the warning off
 VARIABLE: Final = "PJW_EXPIRY_WARNING"
@@ -133,7 +132,7 @@ def warn_of_ends(settings: ClientSettings) -> None:
     """Warn on stderr, if it is a terminal, of each certificate that expires soon."""
     if not sys.stderr.isatty() or os.environ.get(VARIABLE) == OFF:
         return
-    # an error here does not matter to the command, or the command meets it itself a moment later
+    # such an error does not matter to the command, or the command meets it a moment later
     with suppress(PjwError, OSError):
         stamp = _stamp(settings.client_crt)
         if stamp is None or not _is_of_today(stamp):
@@ -146,6 +145,7 @@ def warn_of_ends(settings: ClientSettings) -> None:
 
 def _stamp(client_crt: str) -> str | None:
     """Return the path of the empty file for a certificate, in the user's directory for program state."""
+    # only for a user at a terminal
     import hashlib
 
     home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Final
 
 from pjw.certs.bundle import read_bundle
 from pjw.certs.files import InMemory, NewFile, key_exposure, write_new
-from pjw.client.config import ConfigFile, chosen_context, config_path, read_config
+from pjw.cli.render import printable
+from pjw.client.config import chosen_context, config_path, read_config
 from pjw.errors import ConfigError, describe_errno
 
 if TYPE_CHECKING:
@@ -43,8 +44,8 @@ def list_contexts(arguments: argparse.Namespace) -> None:
     width = max(map(len, ("NAME", *names)))
     print(f"  {'NAME':<{width}}  SERVER")
     for name in names:
-        mark = "*" if name == (arguments.context or _chosen(config)) else " "
-        print(f"{mark} {name:<{width}}  {_shown(config.contexts[name].get('server', ''))}")
+        mark = "*" if name == (arguments.context or chosen_context(config)) else " "
+        print(f"{mark} {name:<{width}}  {printable(config.contexts[name].get('server', ''))}")
 
 
 def use_context(arguments: argparse.Namespace) -> None:
@@ -117,12 +118,13 @@ def add_context(arguments: argparse.Namespace) -> None:
 
 def show_context(arguments: argparse.Namespace) -> None:
     """Print a context's server, identity, expiry and files."""
+    # only `show` reads a certificate
     from pjw.certs.checks import describe_time, parse_certificates
     from pjw.certs.files import read_certificates
     from pjw.certs.identity import NameRules, identity_of
 
     config = read_config()
-    name = arguments.name or arguments.context or _chosen(config)
+    name = arguments.name or arguments.context or chosen_context(config)
     if name is None:
         raise ConfigError("no context is the current one", hint="choose one: pjw context use NAME")
     context = config.context(name)
@@ -138,7 +140,7 @@ def show_context(arguments: argparse.Namespace) -> None:
             "valid until": describe_time(certificate.not_valid_after_utc),
         }
     for key, value in lines.items():
-        print(f"{key + ':':<13} {_shown(value)}")
+        print(f"{key + ':':<13} {printable(value)}")
     if key_path := context.get("client_key"):
         with suppress(OSError):
             if exposure := key_exposure(key_path, os.stat(key_path)):
@@ -156,10 +158,10 @@ def remove_contexts(arguments: argparse.Namespace) -> None:
             del document["contexts"][name]
         if config.current in arguments.names:
             del document["current"]
-        # the table first: a context that it names must be there
+        # the table first: each context in it must have its files
         _write(document)
         for name in arguments.names:
-            # another name is of a table that was written by hand, has no directory, and may be a path
+            # any other name belongs to a table written by hand: it has no directory, and may be a path
             if _NAME.fullmatch(name):
                 _remove_tree(_place(directory, name))
     for name in dict.fromkeys(arguments.names):
@@ -171,28 +173,19 @@ def context_names() -> Sequence[str]:
     return sorted(read_config().contexts)
 
 
-def _chosen(config: ConfigFile) -> str | None:
-    return chosen_context(config)
-
-
 def _tell_current(name: str) -> None:
     print(f"{name} is the current context", file=sys.stderr)
     if (other := os.environ.get("PJW_CONTEXT")) and other != name:
-        print(f"pjw: warning: PJW_CONTEXT={_shown(other)} stands before it", file=sys.stderr)
-
-
-def _shown(text: str) -> str:
-    from pjw.cli.render import printable
-
-    return printable(text)
+        print(f"pjw: warning: PJW_CONTEXT={printable(other)} stands before it", file=sys.stderr)
 
 
 def _refuse_what_cannot_connect(bundle: str, paths: Sequence[str]) -> None:
+    # only `add` needs it
     from pjw.certs.credentials import diagnose_client
 
     ca_crt, client_crt, client_key = paths
     if fault := diagnose_client(ca_crt, client_crt, client_key):
-        # the files are not there any more when this is read
+        # the files are gone by the time the user reads this
         for path, what in zip(paths, (CA_CRT, CLIENT_CRT, CLIENT_KEY), strict=True):
             fault = fault.replace(path, what)
         raise ConfigError(f"cannot use bundle {bundle}: {fault}")
@@ -203,7 +196,8 @@ def _place(directory: str, name: str) -> str:
 
 
 def _document() -> "TOMLDocument":
-    import tomlkit  # keeps the comments of the file
+    # it keeps the comments of the file; only a change needs it
+    import tomlkit
 
     try:
         with open(config_path(), encoding="utf-8") as file:
@@ -218,6 +212,7 @@ def _locked() -> Iterator[str]:
 
     The lock is SQLite's, the only one in the standard library for every system. It ends with the process.
     """
+    # only a change needs it
     import sqlite3
 
     directory = os.path.dirname(config_path())
@@ -258,9 +253,10 @@ def _remove_tree(path: str) -> None:
 
 def _write(document: "TOMLDocument") -> None:
     """Replace the user's file; a concurrent reader has the old one or the new one."""
+    # as above
     import tomlkit
 
-    # the file may be a link into a collection of such files, and stays one
+    # a link, such as one into a repository of dotfiles, stays a link
     path = os.path.realpath(config_path())
     descriptor, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".config.toml.")
     try:

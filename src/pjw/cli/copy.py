@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pjw.client.sync import Client
 
 
-# the part before the colon; a path of this machine that has a colon begins with ./
+# the job and its path; a local path with a colon in it must begin with ./
 _IN_JOB = re.compile(r"([^/:\\]+):(.*)", re.DOTALL)
 
 
@@ -33,12 +33,12 @@ class Place(NamedTuple):
 def place(text: str) -> Place:
     """Parse a source or target, as a `type` of argparse: JOB:PATH, a path of this machine, or `-`."""
     found = _IN_JOB.fullmatch(text)
-    # C:\file, which is of this machine
+    # C:\file is a local path
     if found is None or (sys.platform == "win32" and len(found[1]) == 1):
         if not text:
             raise ArgumentTypeError("a path is empty")
         return Place(None, text)
-    # as with scp, its own directory
+    # as with scp: no path is the job's own directory
     return Place(job_name(found[1]), found[2] or ".")
 
 
@@ -51,6 +51,7 @@ class Source(NamedTuple):
 
 def source(text: str) -> Source:
     """Parse a source of an upload, as a `type` of argparse: DIR, or DIR:PATH with the last colon between."""
+    # only for --upload
     from pjw.client.copies import upload_place
 
     path, colon, into = text.rpartition(":")
@@ -77,7 +78,9 @@ def copy(arguments: Namespace) -> int:
     """Copy in the requested direction; report the files left out."""
     source, target = arguments.source, arguments.target
     if (source.job is None) == (target.job is None):
-        arguments.parser.error("one of both is in a job, as in 7:src or NAME:/tmp/x, and the other is not")
+        arguments.parser.error(
+            "one of the two paths must be in a job, as in 7:src or NAME:/tmp/x, and the other must not"
+        )
     if source.job is None:
         return _copy_in(arguments, source.path, target)
     return _copy_out(arguments, source, target.path)
@@ -176,7 +179,7 @@ def fetch(client: "Client", job: Job, directory: str | None) -> None:
     if artifacts is None or not job.state.final:
         return
     if job.reason is EndReason.ARTIFACTS_MISSING:
-        # that was said with its end
+        # pjw has said so when the job ended
         return
     if artifacts.state is not ArtifactsState.KEPT:
         say(f"job {job.ref} has no artifacts: {artifacts.detail}")

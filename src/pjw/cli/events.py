@@ -14,7 +14,7 @@ _STATE_COLUMNS: Final = 8
 
 
 def show_events(arguments: Namespace) -> None:
-    """Print changes of jobs until Ctrl-C, or those until now."""
+    """Print changes of jobs until Ctrl-C, or only those so far."""
     as_json = arguments.format == "jsonl" or (arguments.format is None and not sys.stdout.isatty())
     with connect(arguments) as client:
         watch = client.watch_jobs(

@@ -1,6 +1,6 @@
-"""`pjw exec`: another command in a job that runs, as if it ran here; its output, its exit code, and Ctrl-C.
+"""`pjw exec`: another command in a running job, as if it ran here: its output, exit code, and Ctrl-C.
 
-As in `pjw run` threads follow and send, and the main thread alone decides.
+As in `pjw run`, threads follow and send, and the main thread alone decides.
 """
 
 import sys
@@ -36,6 +36,7 @@ def execute(arguments: Namespace) -> int:
     """Start a command in a job, be its terminal, and end as it does; with --detach leave it running."""
     typed = arguments.terminal and arguments.stdin == "-"
     if typed and not arguments.detach:
+        # only for -it
         from pjw.cli import local_terminal
 
         local_terminal.require_terminal()
@@ -55,6 +56,7 @@ def execute(arguments: Namespace) -> int:
                 _send(client, session, descriptor)
             return 0
         if typed:
+            # only for -it
             from pjw.cli.interactive import at_session
 
             return at_session(client, session.job_id, session.number, arguments.escape)
@@ -107,7 +109,7 @@ class _Attached:
                     self.interrupted = True
                     in_thread(self._events, self._stop)
                 case Exception() as error:
-                    # a local command would end by that too: its reader has gone, or the disk is full
+                    # that would end a local command too: its reader has gone, or the disk is full
                     with suppress(PjwError):
                         self._client.stop_session(job_id, number)
                     raise error

@@ -89,6 +89,7 @@ def why_ended(job: "Job") -> str | None:
     if job.reason == "stopped":
         return f"job {job.ref} was stopped"
     if job.exit_status is not None and (number := job.exit_status.signal) is not None:
+        # only for a job that a signal ended
         import signal
 
         name = f" ({signal.Signals(number).name})" if number in set(signal.Signals) else ""

@@ -13,7 +13,7 @@ from pjw.cli.exits import say
 from pjw.client.aio import AsyncClient
 from pjw.errors import ConfigError, JobStateError, PjwError, describe_errno
 
-# no other host of the network is let in
+# so that no other host of the network can connect
 _HOST: Final = "127.0.0.1"
 _READ_BYTES: Final = 64 * 1024
 
@@ -50,7 +50,7 @@ async def _serve(arguments: Namespace, job_id: int, local: int, remote: int) -> 
 async def _carry(
     client: AsyncClient, job_id: int, port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
 ) -> None:
-    """Carry one connection from here to the job; report one that cannot be made, and leave the others."""
+    """Carry one connection to the job. Report one that cannot be made; the others go on."""
     try:
         async with contextlib.aclosing(client.connect(job_id, port, _pieces(reader))) as answers:
             async for data in answers:
@@ -58,12 +58,12 @@ async def _carry(
                 await writer.drain()
     except PjwError as error:
         say(str(error))
-        # the local peer sees that it broke, and not an end (SO_LINGER in socket(7))
+        # the local peer sees a reset, and no orderly end (SO_LINGER in socket(7))
         ours = writer.get_extra_info("socket")
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         writer.transport.abort()
     except ConnectionError:
-        pass  # the local peer has left
+        pass  # the local peer has gone
     finally:
         writer.close()
         with contextlib.suppress(ConnectionError):

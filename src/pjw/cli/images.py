@@ -35,7 +35,7 @@ def list_images(arguments: argparse.Namespace) -> None:
         return
     names = [_name(image, with_client=arguments.all) for image in found]
     if form == "names":
-        # one of the client's own takes precedence over the operator's of the same name
+        # the client's own image takes precedence over the operator's of the same name
         names = list(dict.fromkeys(names))
     for line in table(found, names) if form == "table" else names:
         print(line)

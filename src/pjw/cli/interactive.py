@@ -1,6 +1,6 @@
-"""`pjw run -it`, `pjw exec -it`, `pjw attach`: our terminal is that of a job, or of a session.
+"""`pjw run -it`, `pjw exec -it`, `pjw attach`: the user's terminal becomes that of a job, or of a session.
 
-Every key goes there, Ctrl-C too; only at the beginning of a line `~.` leaves. Threads type and show, and the
+Every key goes there, Ctrl-C too. Only `~.` at the beginning of a line leaves. Threads type and show, and the
 main thread alone decides.
 """
 
@@ -25,24 +25,24 @@ if TYPE_CHECKING:
     from pjw.client.sync import Client
 
 _READ_BYTES: Final = 4096
-# the end of input is heard of a moment before that of the output
+# the end of the input is known a moment before that of the output
 _ENDS_SECONDS: Final = 1.0
 
 
 class _Left:
-    """The user wants to leave, or the terminal has gone."""
+    """The user wants to leave, or the terminal is gone."""
 
 
 class _Shown:
-    """All that it will ever write was shown."""
+    """All output has been shown."""
 
 
-# None: something else is done
+# None: a thread has done its work
 Event = Interrupt | _Left | _Shown | Exception | None
 
 
 class Interactive:
-    """Our terminal, as that of a job, or of one of its sessions."""
+    """The user's terminal, as that of a job, or of one of its sessions."""
 
     def __init__(self, client: "Client", job_id: int, session: int, escape: str | None) -> None:
         self._client: Final = client
@@ -55,10 +55,10 @@ class Interactive:
         self._shown: Final = threading.Event()
 
     def run(self, *, come_back: bool) -> bool:
-        """Show the output and pass on the keys until it has ended; return False when the user has left it.
+        """Show the output and pass on the keys until the command ends; return False when the user leaves.
 
-        It is shown from its beginning; for a user who comes back it begins with its last lines, and then its
-        screen is drawn anew. Raises the error that keeps us from going on.
+        Show the output from its beginning. For a user who comes back, show its last lines, and have the
+        program draw its screen anew. Raises the error that ends the connection.
         """
         if come_back:
             self._redraw()
@@ -72,7 +72,7 @@ class Interactive:
         return ended
 
     def _redraw(self) -> None:
-        """Have the programs there draw all anew, for our size: they do so only when the size has changed."""
+        """Have the programs there draw their screen anew: they do so only when the size changes."""
         size = local_terminal.size()
         other = type(size)(size.rows, size.columns - 1 if size.columns > 1 else 2)
         for each in (other, size):
@@ -97,7 +97,7 @@ class Interactive:
         return _Shown()
 
     def _resize(self) -> None:
-        # it may just have ended
+        # the command may just have ended
         with suppress(JobStateError):
             self._client.resize(self._job_id, local_terminal.size(), session=self._session)
 
@@ -105,7 +105,7 @@ class Interactive:
         try:
             self._client.write_input(self._job_id, self._pieces(), session=self._session, append=True)
         except JobStateError as error:
-            # it has ended, unless another one has come
+            # the command has ended, or else another terminal has taken over
             if not self._shown.wait(_ENDS_SECONDS):
                 self._tell(f"{error}; what you type here is not heard any more")
 

@@ -40,7 +40,7 @@ def interrupts_into(events: "SimpleQueue[Any]", *more: int | None) -> Iterator[N
     Python runs only when the main thread runs. A signal does not always end the main thread's wait: the
     signal may arrive just before the wait, or in another thread.
     """
-    # an ignored signal stays so: a shell starts its background commands like that
+    # an ignored signal stays ignored: a shell starts its background commands that way
     numbers = (signal.SIGINT, signal.SIGTERM, HANGUP, *more)
     caught = [n for n in numbers if n is not None and signal.getsignal(n) is not signal.SIG_IGN]
     # not a pipe: not every system can make its writes non-blocking

@@ -11,11 +11,11 @@ from typing import Final
 from pjw.errors import TerminalError
 from pjw.model import TERMINAL_MAXIMUM, TerminalSize
 
-# for a terminal that does not know its own, such as a serial line
+# for a terminal that does not know its size, such as a serial line
 _DEFAULT_SIZE: Final = TerminalSize(24, 80)
-# A process that waits beside us, so that also a kill of pjw leaves a terminal that works. It is a shell,
-# which costs 2 ms. Its stdin ends with us; a line says that all is well. Without that line the terminal gets
-# the text of `show_usual`, too: a program that has changed the terminal cannot undo that any more.
+# A guard that restores the terminal when pjw is killed: a shell, which costs 2 ms. Its stdin ends when pjw
+# does. A line on it before that says that pjw has restored the terminal itself. Without that line, the guard
+# also writes the text of `show_usual`: the program that changed the terminal can no longer undo it.
 _GUARD: Final = 'read line || { stty "$1" && printf "%s" "$3"; } <>"$2" >&0'
 # Settings that programs such as editors turn on and we may have left on: another screen, no cursor, the
 # mouse, pasting in brackets, colours.
@@ -25,6 +25,7 @@ _USUAL: Final = b"\x1b[?1049l\x1b[?25h\x1b[?1000l\x1b[?1002l\x1b[?1006l\x1b[?200
 def require_terminal(hint: str = "without -t, -i passes on what is piped in") -> None:
     """Check that a user can type here. Raises TerminalError with that hint."""
     try:
+        # Windows has none
         import termios  # noqa: F401
     except ImportError:
         raise TerminalError("cannot use this terminal: pjw cannot pass on its keys on this system") from None
@@ -47,7 +48,7 @@ def size() -> TerminalSize:
 
 @contextmanager
 def raw() -> Iterator[None]:
-    """Pass on every key as it is typed; at the end, or at ours, all is as it was."""
+    """Pass on every key as it is typed; restore the terminal afterwards, or when pjw is killed."""
     # Windows has neither
     import termios
     import tty
@@ -77,11 +78,11 @@ def _guarded(descriptor: int) -> Iterator[None]:
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            # nothing that ends the others at this terminal may end it
+            # a signal to all processes of this terminal must not end the guard
             start_new_session=True,
         )
     except (OSError, subprocess.SubprocessError):
-        # without stty(1) only we ourselves put it right
+        # without stty(1) there is no guard: only pjw itself restores the terminal
         yield
         return
     assert guard.stdin is not None
@@ -111,7 +112,7 @@ _LINE_ENDS: Final = b"\r\n"
 
 
 class Keys:
-    """Sorts keys: those for the other end, and those for us. No other key is ever held back."""
+    """Sorts keys into those for the other end and those for pjw; holds back only the escape character."""
 
     def __init__(self, escape: str | None = ESCAPE) -> None:
         """Begin at a line's start; *escape* is one character of ASCII, and None turns it off."""

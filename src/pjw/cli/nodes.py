@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pjw.cli.commands import each
+from pjw.cli.commands import each, show_name
 from pjw.cli.connection import find_settings, warn_of_ends
 from pjw.cli.render import json_text, printable
 from pjw.cli.units import duration_in_words, size_in_words
@@ -29,26 +29,23 @@ def list_nodes(arguments: argparse.Namespace) -> None:
 def drain(arguments: argparse.Namespace) -> int:
     """Have nodes get no more jobs, and print each name."""
     with _connect(arguments) as cluster:
-        return each(arguments.names, cluster.drain, _show_name)
+        return each(arguments.names, cluster.drain, show_name)
 
 
 def resume(arguments: argparse.Namespace) -> int:
     """Have nodes get jobs again, and print each name."""
     with _connect(arguments) as cluster:
-        return each(arguments.names, cluster.resume, _show_name)
+        return each(arguments.names, cluster.resume, show_name)
 
 
 def remove(arguments: argparse.Namespace) -> int:
     """Forget nodes that are gone for good, and print each name."""
     with _connect(arguments) as cluster:
-        return each(arguments.names, cluster.remove, _show_name)
-
-
-def _show_name(_: object, name: str) -> None:
-    print(name, flush=True)
+        return each(arguments.names, cluster.remove, show_name)
 
 
 def _connect(arguments: argparse.Namespace) -> "Cluster":
+    # gRPC comes with it: faults of the settings are reported sooner
     from pjw.client.cluster import Cluster
 
     settings = find_settings(arguments)

@@ -13,7 +13,7 @@ from pjw.cli.connection import job_name, server
 from pjw.errors import InvalidJobError
 
 FORMATS: Final = ("table", "ids", "json", "jsonl")
-# A test compares these with the model: its import would cost each command time.
+# These repeat the model, whose import would cost each command time; a test compares them.
 _STATES: Final = ("queued", "starting", "running", "stopping", "exited", "lost")
 _ENDED: Final = ("exited", "lost")
 _STOPPABLE: Final = ("queued", "starting", "running", "stopping")
@@ -31,7 +31,7 @@ def for_run(command: argparse.ArgumentParser) -> None:
     command.add_argument("--id-file", metavar="FILE", help="write the job's id into this new file")
     _add_grace(command)
     command.add_argument(
-        "--output-dir", metavar="DIR", help="copy what --output has kept into DIR when it has ended"
+        "--output-dir", metavar="DIR", help="copy the files that --output kept into DIR at the job's end"
     )
     for_start(command)
 
@@ -39,26 +39,28 @@ def for_run(command: argparse.ArgumentParser) -> None:
 def for_start(command: argparse.ArgumentParser) -> None:
     """Add the options of `pjw start`: all that a job can have."""
     job = command.add_argument_group("the job")
-    job.add_argument("--name", metavar="NAME", help="call it by this; no two that run bear the same")
+    job.add_argument("--name", metavar="NAME", help="name the job; no two running jobs have the same name")
     job.add_argument(
         "--label",
         type=units.key_and_value,
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="to find it by",
+        help="label the job, to find it by",
     )
     _add_environment(job)
     _add_secrets(job)
     _add_upload(job)
     _add_outputs(job, sizes=True)
-    job.add_argument("--stdin", metavar="FILE", help="what it reads; - for what pjw reads; default: nothing")
+    job.add_argument(
+        "--stdin", metavar="FILE", help="the file for its stdin; - is pjw's own stdin; default: nothing"
+    )
     job.add_argument("-i", dest="stdin", action="store_const", const="-", help="the same as --stdin -")
     _add_terminal(job)
     job.add_argument(
         "--workspace",
         metavar="WORKSPACE",
-        help="a directory of yours that stays, at /run/workspace; begin there",
+        help="begin in this directory of yours, which outlives jobs, at /run/workspace",
     )
     job.add_argument(
         "--image",
@@ -66,18 +68,20 @@ def for_start(command: argparse.ArgumentParser) -> None:
         help="see this image's files, and none of the machine's; without CMD run the image's own command",
     )
     job.add_argument("--read-only", action="store_true", help="do not let the job write to its image")
-    job.add_argument("--exclusive", action="store_true", help="no other job is in its workspace meanwhile")
+    job.add_argument(
+        "--exclusive", action="store_true", help="keep other jobs out of its workspace meanwhile"
+    )
     job.add_argument(
         "--mount",
         dest="mounts",
         action="append",
         default=[],
         metavar="NAME[:PATH]",
-        help="mount this directory of your operator's (see pjw quota) at PATH; default: /mnt/NAME",
+        help="mount this directory, which your operator offers (see pjw quota), at PATH; default: /mnt/NAME",
     )
     job.add_argument(
         "--allow", action="append", default=[], metavar="HOST[:PORT]",
-        help="let the job reach this host, or *.SUFFIX, through a proxy; with a port also without it",
+        help="let the job reach this host, or *.SUFFIX, through a proxy; with a port also directly",
     )  # fmt: skip
     job.add_argument(
         "--link", metavar="NAME", help="share a network with your running jobs that have this link"
@@ -98,7 +102,7 @@ def for_start(command: argparse.ArgumentParser) -> None:
         help="through a gateway with Slurm: run in this partition, if your operator allows it",
     )
     job.add_argument(
-        "--constraint", metavar="FEATURE", help="the same: run on a node with this feature of Slurm's"
+        "--constraint", metavar="FEATURE", help="the same: run on a node that has this feature in Slurm"
     )
     job.add_argument("--split-stderr", action="store_true", help="keep stderr apart from stdout")
     queue = command.add_argument_group("its place in the queue", "each of these puts the job into the queue")
@@ -109,34 +113,40 @@ def for_start(command: argparse.ArgumentParser) -> None:
         "--priority",
         type=units.priority,
         metavar="N",
-        help="before your other jobs: -1000 to 1000, default 0",
+        help="its rank among your waiting jobs, the highest first: -1000 to 1000, default 0",
     )
     queue.add_argument(
-        "--not-before", type=units.coming, metavar="TIME", help="not before: 2h (from now), 22:30"
+        "--not-before",
+        type=units.coming,
+        metavar="TIME",
+        help="start the job no earlier than this: 2h (from now), 22:30",
     )
     queue.add_argument(
         "--after", type=units.after, action="append", metavar="ID[:ok|failed|any]",
-        help="not before this job of yours has ended well (ok, the default), otherwise, or however",
+        help="start the job when this job of yours has succeeded (ok, the default), failed, or ended (any)",
     )  # fmt: skip
     queue.add_argument(
         "--array", type=units.array, metavar="INDICES[%N]",
-        help="once for each index, at most N at once: 1-100%%8, 1,3,7, 0-20:5; it has PJW_ARRAY_INDEX",
+        help="start the job once for each index, at most N at once: 1-100%%8, 1,3,7, 0-20:5; the index is in"
+        " PJW_ARRAY_INDEX",
     )  # fmt: skip
     queue.add_argument(
-        "--retry", type=units.count, metavar="N", help="try again, up to so many times, when it fails"
+        "--retry", type=units.count, metavar="N", help="try again, up to N times, when it fails"
     )
     queue.add_argument(
         "--retry-on", type=units.ends, metavar="ENDS",
-        help="only after these: exit codes, oom, timeout, separated by commas",
+        help="retry only after these ends: exit codes, oom, timeout, separated by commas",
     )  # fmt: skip
     queue.add_argument(
         "--backoff",
         type=units.seconds,
         metavar="TIME",
-        help="before the first retry, then doubled; default 5s",
+        help="wait this long before the first retry, then twice as long each time; default 5s",
     )
-    queue.add_argument("--rerun-if-lost", action="store_true", help="also when nobody knows how it ended")
-    queue.add_argument("--hold", action="store_true", help="not before pjw release")
+    queue.add_argument(
+        "--rerun-if-lost", action="store_true", help="try again also when nobody knows how it ended"
+    )
+    queue.add_argument("--hold", action="store_true", help="do not start the job before pjw release")
     limits = command.add_argument_group(
         "its limits", "0 is no limit; your operator sets defaults and ceilings"
     )
@@ -147,7 +157,7 @@ def for_start(command: argparse.ArgumentParser) -> None:
     limits.add_argument("--io-write", type=units.size, metavar="SIZE", help="bytes a second written")
     limits.add_argument("--iops", type=units.count, metavar="N", help="reads a second, and writes a second")
     limits.add_argument(
-        "--timeout", type=units.whole_seconds, metavar="TIME", help="time: 90s, 1h30m; then it is killed"
+        "--timeout", type=units.whole_seconds, metavar="TIME", help="time: 90s, 1h30m; then the job is killed"
     )
     command.add_argument("command", nargs=argparse.REMAINDER, metavar="CMD")
 
@@ -159,7 +169,7 @@ def for_exec(command: argparse.ArgumentParser) -> None:
     )
     _add_environment(command)
     command.add_argument(
-        "--stdin", metavar="FILE", help="what it reads; - for what pjw reads; default: nothing"
+        "--stdin", metavar="FILE", help="the file for its stdin; - is pjw's own stdin; default: nothing"
     )
     command.add_argument("-i", dest="stdin", action="store_const", const="-", help="the same as --stdin -")
     _add_terminal(command)
@@ -174,9 +184,13 @@ def _add_environment(group: "argparse._ActionsContainer") -> None:
         help="set a variable, or pass on the one that is set here",
     )  # fmt: skip
     group.add_argument(
-        "--env-file", action="append", default=[], metavar="FILE", help="the same, a line each; # comments"
+        "--env-file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="the same from a file, one a line; # begins a comment",
     )
-    group.add_argument("-w", "--workdir", metavar="DIR", help="begin there; an absolute path")
+    group.add_argument("-w", "--workdir", metavar="DIR", help="begin in this directory, an absolute path")
 
 
 def _add_terminal(group: "argparse._ActionsContainer") -> None:
@@ -184,7 +198,7 @@ def _add_terminal(group: "argparse._ActionsContainer") -> None:
         "-t",
         "--terminal",
         action="store_true",
-        help="give it a terminal, of the size of yours; with -i yours is that",
+        help="give it a terminal of the size of yours; with -i yours is that terminal",
     )
 
 
@@ -194,7 +208,7 @@ def _add_escape(command: argparse.ArgumentParser) -> None:
         type=_escape,
         default="~",
         metavar="CHAR",
-        help="with -it: CHAR and . at the beginning of a line leave; default ~; none turns it off",
+        help="with -it: type CHAR and . at the beginning of a line to leave; default ~; none turns this off",
     )
 
 
@@ -210,10 +224,14 @@ def _add_secrets(group: "argparse._ActionsContainer") -> None:
     """Add --secret and --secret-file to the options of a command that makes jobs."""
     group.add_argument(
         "--secret", action="append", default=[], metavar="KEY[=VALUE]",
-        help="a variable for the job alone, which pjw shows nowhere; KEY: the one that is set here",
+        help="a variable for the job alone, which pjw never shows; KEY passes on the one that is set here",
     )  # fmt: skip
     group.add_argument(
-        "--secret-file", action="append", default=[], metavar="FILE", help="the same, a line each; # comments"
+        "--secret-file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="the same from a file, one a line; # begins a comment",
     )
 
 
@@ -221,18 +239,19 @@ def _add_upload(group: "argparse._ActionsContainer") -> None:
     """Add --upload to the options of a command that makes jobs."""
     group.add_argument(
         "--upload", action="append", default=[], type=_source, metavar="DIR[:PATH]",
-        help="put what is in DIR, or a file, into its directory before it starts, or into PATH there",
+        help="put the contents of DIR, or a file, into the job's directory, or PATH there, before it starts",
     )  # fmt: skip
 
 
-def _source(text: str) -> Any:  # noqa: ANN401  imported only for this option
+def _source(text: str) -> object:
+    # only for --upload
     from pjw.cli.copy import source
 
     return source(text)
 
 
 class _Output(argparse.Action):
-    """--output: a number of bytes, which is a limit, or else a pattern of files; of these several."""
+    """--output: a number of bytes sets a limit, and each pattern of files joins a list."""
 
     def __call__(
         self,
@@ -254,7 +273,7 @@ def size_or_pattern(text: str) -> int | str:
     except argparse.ArgumentTypeError as error:
         if text[:1].isdigit():
             raise argparse.ArgumentTypeError(f"{error}; a pattern of files would be ./{text}") from None
-    # only for this option
+    # only for --output
     from pjw.model import check_outputs
 
     try:
@@ -265,15 +284,15 @@ def size_or_pattern(text: str) -> int | str:
 
 def _add_outputs(group: "argparse._ActionsContainer", *, sizes: bool) -> None:
     """Add --output and --output-required to the options of a command that makes jobs."""
-    text = "keep what matches in its directory when it has ended, such as 'dist/**'; see pjw artifacts"
+    text = "keep the matching files of its directory when it has ended, such as 'dist/**'; see pjw artifacts"
     if sizes:
-        text += ". A SIZE bounds its output; then it is killed"
+        text += ". A SIZE limits its output; beyond it the job is killed"
     group.add_argument(
         "--output", action=_Output, default=None, type=size_or_pattern if sizes else str,
         metavar="GLOB|SIZE" if sizes else "GLOB", help=text,
     )  # fmt: skip
     group.add_argument(
-        "--output-required", action="store_true", help="it has not succeeded when nothing could be kept"
+        "--output-required", action="store_true", help="count the job as failed when no file could be kept"
     )
     group.set_defaults(outputs=[])
 
@@ -300,7 +319,10 @@ def for_forward(command: argparse.ArgumentParser) -> None:
     """Add the options of `pjw forward`."""
     command.add_argument("job", type=job_name, metavar="JOB", help="a job's id, or its name")
     command.add_argument(
-        "ports", type=_ports, metavar="PORT[:PORT]", help="the port here, 0 for any, and that of the job"
+        "ports",
+        type=_ports,
+        metavar="PORT[:PORT]",
+        help="the local port, 0 for any free one, and the job's; one PORT is both",
     )
 
 
@@ -354,6 +376,7 @@ def _list_format(text: str) -> object:
     kind, _, template = text.partition(":")
     if kind != "template":
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is none of {', '.join(FORMATS)} and template:…")
+    # only for a template
     from pjw.cli.template import Template
 
     return Template(template)
@@ -362,7 +385,7 @@ def _list_format(text: str) -> object:
 def _add_label_filter(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--label", type=units.key_and_value, action="append", default=[], metavar="KEY=VALUE",
-        help="only with this label, and all others that are given",
+        help="only with this label, and with each further one",
     )  # fmt: skip
 
 
@@ -382,9 +405,9 @@ def for_logs(command: argparse.ArgumentParser) -> None:
         "-t",
         "--timestamps",
         action="store_true",
-        help="begin each line with the time of its writing",
+        help="begin each line with the time at which it was written",
     )
-    command.add_argument("--stderr", action="store_true", help="the stderr of a job that keeps it apart")
+    command.add_argument("--stderr", action="store_true", help="show the stderr of a job that keeps it apart")
     command.add_argument(
         "--raw",
         action="store_true",
@@ -408,6 +431,7 @@ def _line_format(text: str) -> object:
     if text != "jsonl" and not text.startswith("template:"):
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is neither jsonl nor template:…")
     form = _list_format(text)
+    # only for --format
     from pjw.cli import render
 
     if form == "jsonl":
@@ -427,7 +451,7 @@ def for_stop(command: argparse.ArgumentParser) -> None:
         type=units.signal_number,
         default=0,
         metavar="SIGNAL",
-        help="instead of TERM: INT",
+        help="the signal to send instead of TERM, such as INT",
     )
 
 
@@ -436,7 +460,7 @@ def _add_grace(command: argparse.ArgumentParser) -> None:
         "--grace",
         type=units.seconds,
         metavar="TIME",
-        help="from SIGTERM to SIGKILL; by default the server's, 10 s",
+        help="the time from SIGTERM to SIGKILL; by default the server's, 10 s",
     )
 
 
@@ -507,7 +531,7 @@ def for_events(command: argparse.ArgumentParser) -> None:
         "--since",
         type=units.count,
         metavar="NUMBER",
-        help="begin behind the change of this number; 0: the first",
+        help="begin after the change of this number; 0: with the first",
     )
     begin.add_argument("--list", action="store_true", help="begin with the jobs as they are now")
     command.add_argument(
@@ -527,7 +551,7 @@ def for_events(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--label", type=units.key_and_value, action="append", default=[], metavar="KEY=VALUE",
-        help="only of jobs with this label, and all others that are given",
+        help="only of jobs with this label, and with each further one",
     )  # fmt: skip
     command.add_argument("--name", metavar="NAME", help="only of jobs of this name")
     for_all(command)
@@ -561,7 +585,8 @@ def for_cp(command: argparse.ArgumentParser) -> None:
     command.add_argument("target", type=_place, metavar="TARGET", help="JOB:PATH, PATH or -")
 
 
-def _place(text: str) -> Any:  # noqa: ANN401  imported only for this command
+def _place(text: str) -> object:
+    # only for `pjw cp`
     from pjw.cli.copy import place
 
     return place(text)
@@ -599,7 +624,7 @@ def for_context_add(command: argparse.ArgumentParser) -> None:
         metavar="HOST[:PORT]",
         # the option of the same name before the command counts as well
         default=argparse.SUPPRESS,
-        help="instead of the bundle's",
+        help="use this server instead of the bundle's",
     )
 
 

@@ -384,7 +384,7 @@ COMMANDS: Final = (
 
 
 class Parser(argparse.ArgumentParser):
-    """Formatters with a given width: argparse makes one for each argument, which would import shutil."""
+    """A parser that gives its formatters their width: without it, argparse would import shutil to find it."""
 
     def __init__(
         self,
@@ -395,11 +395,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             formatter_class=partial(formatter, width=columns() - 2), allow_abbrev=False, **others
         )
-        # a command's own parser reports the faults in its words
+        # main and the commands report a fault through the parser of the command
         self.set_defaults(parser=self)
 
     def error(self, message: str) -> NoReturn:
-        """Report a fault, and the word that may have been meant."""
+        """Report a fault, and guess which word the user meant."""
         self.print_usage(sys.stderr)
         hint = _guess(self, message)
         self.exit(EXIT_USAGE, f"{self.prog}: error: {message}\n" + (f"hint: {hint}\n" if hint else ""))
@@ -449,12 +449,13 @@ def _add(parsers: "Parsers", command: Command) -> None:
 
 
 class _Version(argparse.Action):
-    """Prints the version of the package, and looks it up only for this."""
+    """Prints the version of the package."""
 
     def __init__(self, **options: Any) -> None:  # noqa: ANN401  argparse's own
         super().__init__(nargs=0, **options)
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        # only for --version
         from pjw.version import version
 
         print(f"pjw {version()}")
@@ -470,7 +471,7 @@ def commands_of(parser: argparse.ArgumentParser) -> Mapping[str, argparse.Argume
     return {}
 
 
-# The command or option that the user may have meant, from argparse's words about an unknown one.
+# A guess at the command or option that the user meant, from argparse's message about an unknown one.
 
 # The names that other programs have for our commands: docker, systemctl, kubectl, the shell.
 _ELSEWHERE: Final = {
@@ -496,7 +497,7 @@ _WRONG: Final = re.compile(
 
 
 def _guess(parser: argparse.ArgumentParser, message: str) -> str | None:
-    """Return a hint, if a wrong word resembles one of this parser's."""
+    """Return a hint if the unknown word resembles one that this parser knows."""
     match = _WRONG.match(message)
     if not match:
         return None
@@ -519,7 +520,7 @@ def _guess_option(parser: argparse.ArgumentParser, word: str) -> str:
 
 
 def _nearest(word: str, known: list[str]) -> list[str]:
-    """Return the only name that begins so, or the two that are most alike."""
+    """Return the only name that begins with *word*, or else the two most similar names."""
     # only after a wrong word
     from difflib import get_close_matches
 

@@ -1,4 +1,4 @@
-"""The output of a job as text for a screen: whatever bytes a job writes, they cannot steer the terminal."""
+"""The output of a job as text for a screen: no byte that a job writes can steer the terminal."""
 
 import codecs
 import re
@@ -15,7 +15,7 @@ LINE_MAX: Final = 4096
 
 
 class PlainText:
-    """Bytes as they come to text, without control characters; a character may be cut between two pieces."""
+    """Turns bytes into text piece by piece, without control characters; two pieces may share a character."""
 
     def __init__(self) -> None:
         self._decoder: Final = codecs.getincrementaldecoder("utf-8")("replace")
@@ -45,7 +45,7 @@ _COLOUR: Final = r"\x1b\[[0-9;:]{0,40}m"
 _STEERING: Final = re.compile(
     rf"{_COLOUR}|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"
 )
-# a possible beginning of a colour
+# the possible beginning of a colour
 _BEGUN: Final = re.compile(r"\x1b(?:\[[0-9;:]{0,40})?\Z")
 
 

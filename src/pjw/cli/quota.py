@@ -11,7 +11,7 @@ from pjw.model import LIMIT_WORDS, ClientQuota
 
 
 def show_quota(arguments: argparse.Namespace) -> None:
-    """Print it as a table, or as JSON."""
+    """Print the quota as a table, or as JSON."""
     with connect(arguments) as client:
         quota = client.quota(arguments.client)
     if arguments.format == "json":
@@ -50,7 +50,7 @@ def quota_lines(quota: ClientQuota) -> Iterator[str]:
     yield _of_all(quota, "cpu_max_millicores", "")
     yield _row("their time", duration_in_words(use.cpu_usage_usec / 1_000_000), "", "", "")
     for name, (label, _) in LIMIT_WORDS.items():
-        # the others have a line above, with what all jobs use together
+        # the others have a line above, with the use of all jobs together
         if not hasattr(quota.sums, name):
             yield _row(label, "", "", *_of_one(quota, name))
 

@@ -1,4 +1,4 @@
-"""The output for users: JSON and tables on stdout. The bytes of a job never come through here."""
+"""The output for users: JSON and tables on stdout, but never the bytes that a job writes."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -10,7 +10,7 @@ from pjw.cli.terminal import columns
 from pjw.cli.units import duration_in_words
 from pjw.model import ArrayCounts, EndReason, Job, JobState, Limits, Sums
 
-# The columns of a table that a name may take.
+# The most columns of a table that a name takes.
 NAME_COLUMNS: Final = 24
 _GREEN, _RED, _YELLOW, _DIM = "32", "31", "33", "2"
 
@@ -167,7 +167,7 @@ def job_table(
     """Yield jobs as the lines of a table for a terminal; *with_clients*, each with its owner."""
     width, now = columns(), datetime.now(UTC)
     rest = iter(jobs)
-    # the first ones decide how wide it is; so a list of a million begins at once
+    # the first jobs decide how wide the columns are, so that a list of a million begins at once
     first = list(islice(rest, 1000))
     name_width = min(NAME_COLUMNS, max((len(job.name) for job in first), default=0))
     whose_width = min(NAME_COLUMNS, max([6, *(len(printable(job.client_name)) for job in first)]))
@@ -224,7 +224,7 @@ def end_line(job: Job) -> str:
 
 
 def cut(text: str, width: int) -> str:
-    """Cut a text to so many columns."""
+    """Cut a text to *width* columns."""
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
@@ -241,12 +241,12 @@ def lasted(job: Job, now: datetime) -> str:
 
 
 def duration(job: Job, now: datetime) -> float:
-    """Return the seconds for which a job has run."""
+    """Return how many seconds a job has run."""
     return ((job.end or now) - job.start).total_seconds()
 
 
 def is_failure(job: Job) -> bool:
-    """Return whether a job is lost, or ended with an exit code but 0 or without files it must keep."""
+    """Return whether a job is lost, or ended with an exit code other than 0 or without its required files."""
     missing = job.reason is EndReason.ARTIFACTS_MISSING
     return job.state.final and (missing or job.exit_status is None or job.exit_status.code != 0)
 

@@ -1,4 +1,4 @@
-"""`pjw run`: a job as if it ran here; its output, its exit code, and Ctrl-C.
+"""`pjw run`: a job as if it ran here, with its output, its exit code, and Ctrl-C.
 
 Threads start, follow and stop; the main thread alone decides, by the events that they and signals put into
 one queue. No other program knows the id of the job. So after any failure here the job is stopped, or the
@@ -73,6 +73,7 @@ def run(arguments: Namespace) -> int:
             "pjw run shows the output of one job: start an array with pjw start, or with -d"
         )
     if arguments.terminal and arguments.stdin == "-":
+        # only for -it
         from pjw.cli import interactive, local_terminal
 
         local_terminal.require_terminal()
@@ -83,6 +84,7 @@ def run(arguments: Namespace) -> int:
                 say(f"job {job.id} {job.detail}")
             code = interactive.at_job(client, job.id, arguments.escape)
             if arguments.outputs:
+                # only for --output
                 from pjw.cli.copy import fetch
 
                 fetch(client, client.get(job.id), arguments.output_dir)
@@ -103,6 +105,7 @@ def _run_attached(client: "Client", arguments: Namespace, stdin: int | None) -> 
         code = attached.run()
     # signals end us as usual from here on: the job has ended
     if attached.ended is not None and attached.ended.artifacts is not None:
+        # only for --output
         from pjw.cli.copy import fetch
 
         fetch(client, attached.ended, arguments.output_dir)
@@ -121,13 +124,13 @@ class _Attached:
         self._events: Final = events
         self._interrupts = 0
         self._job: Job | None = None
-        # the job, when it has
+        # the job, once it has ended
         self.ended: Job | None = None
         self._followed_by = 0
         self._failure: Exception | None = None
 
     def run(self) -> int:
-        """Handle events until the job has ended, or we are to leave it."""
+        """Handle events until the job has ended, or the user leaves it."""
         in_thread(self._events, lambda: start_job(self._client, self._arguments))
         while True:
             match self._events.get():
@@ -214,7 +217,7 @@ class _Attached:
             if job.reason in (EndReason.STOPPED, EndReason.CANCELLED):
                 self._failure.add_note(f"job {job.id} was stopped")
             raise self._failure
-        # a user who typed Ctrl-C knows
+        # a user who typed Ctrl-C knows why it ended
         if job.reason is EndReason.CANCELLED and self._interrupts:
             return EXIT_INTERRUPTED
         if (words := why_ended(job)) and not (job.reason is EndReason.STOPPED and self._interrupts):
@@ -242,7 +245,7 @@ class _Attached:
     def _follow(self, job_id: int, descriptor: int, *, stderr: bool) -> None:
         def follow() -> _Followed:
             try:
-                # the follower of stdout reports it, so that it is said once
+                # only the follower of stdout reports a stuck job, so that pjw says it once
                 with nullcontext() if stderr else telling_if_stuck(self._client, job_id):
                     write_all(self._client.logs(job_id, stderr=stderr), descriptor)
             except Exception as error:  # noqa: BLE001  as in every thread
@@ -286,6 +289,6 @@ class _Attached:
 
 
 def _tell(words: str) -> None:
-    """Tell a user who has just typed ^C, in a line."""
+    """Tell the user, who has just typed ^C, on a line of its own."""
     if sys.stderr is not None and sys.stderr.isatty():
         os.write(sys.stderr.fileno(), f"\npjw: {words}\n".encode())

@@ -7,9 +7,17 @@ from typing import Final
 
 from pjw.cli import units
 from pjw.errors import ConfigError, InvalidJobError, LimitRangeError, PjwError, describe_errno
-from pjw.model import LIMIT_MAXIMUM, LIMIT_MINIMUM, JobSpec, QueueSpec, Retry, TerminalSize
+from pjw.model import (
+    LIMIT_MAXIMUM,
+    LIMIT_MINIMUM,
+    JobSpec,
+    QueueSpec,
+    Retry,
+    TerminalSize,
+    is_variable,
+)
 
-# Each option of a limit: where argparse puts it, the limits that it sets, how a value is worded.
+# For each option of a limit, by its attribute in argparse's result: the limits that it sets.
 LIMITS: Final = {
     "cpus": ("cpu_max_millicores",),
     "memory": ("memory_max_bytes",),
@@ -23,7 +31,7 @@ LIMITS: Final = {
 _OPTION_OF: Final = {
     limit: "--" + option.replace("_", "-") for option, limits in LIMITS.items() for limit in limits
 }
-# Far above the size of an environment; a wrong path (/dev/zero) ends here.
+# Far more than an environment needs: it bounds the reading of a wrong path such as /dev/zero.
 _ENV_FILE_CHARACTERS_MAX: Final = 1024 * 1024
 
 
@@ -135,9 +143,10 @@ def words_of(command: list[str]) -> str | list[str]:
 
 
 def terminal_size(arguments: Namespace) -> TerminalSize | None:
-    """Return the size of the requested terminal: that of ours. None without one."""
+    """Return the size of ours for the requested terminal; None when none is requested."""
     if not arguments.terminal:
         return None
+    # only for -t
     from pjw.cli.local_terminal import size
 
     return size()
@@ -145,8 +154,6 @@ def terminal_size(arguments: Namespace) -> TerminalSize | None:
 
 def environment(arguments: Namespace, terminal: TerminalSize | None = None) -> dict[str, str]:
     """Return the requested variables, and our kind of terminal. Raises InvalidJobError or ConfigError."""
-    from pjw.model import is_variable
-
     found: dict[str, str] = {}
     for path in arguments.env_file:
         for number, line in _lines(path):
@@ -165,8 +172,6 @@ def environment(arguments: Namespace, terminal: TerminalSize | None = None) -> d
 
 def secrets(arguments: Namespace) -> dict[str, str]:
     """Return the requested secrets. Raises InvalidJobError or ConfigError, whose words hold no secret."""
-    from pjw.model import is_variable
-
     given = [("--secret", entry) for entry in arguments.secret]
     for path in arguments.secret_file:
         given = [

@@ -35,7 +35,7 @@ class Reading:
 
 
 def reading(before: UsageSample, now: UsageSample) -> Reading:
-    """Return the usage between two samples. A clock set back, or a counter begun anew, is no use."""
+    """Return the usage between two samples: 0 when a clock was set back, or a counter restarted."""
     seconds = (now.time - before.time).total_seconds()
 
     def rate(count: int) -> float:
@@ -52,7 +52,7 @@ def reading(before: UsageSample, now: UsageSample) -> Reading:
 
 
 def readings(start: datetime, samples: Iterable[UsageSample]) -> Iterator[Reading]:
-    """Yield the usage over a job's life: nothing was used when it began."""
+    """Yield the usage over a job's life, which begins with zero."""
     before = nothing_at(start)
     for sample in samples:
         yield reading(before, sample)
@@ -86,7 +86,7 @@ def show_stats(arguments: argparse.Namespace) -> None:
 
 
 def stats_lines(job: Job, samples: Sequence[UsageSample]) -> Iterator[str]:
-    """Yield the totals of a job, and plots of its usage in between."""
+    """Yield the totals of a job, and plots of its usage."""
     rows = list(readings(job.start, samples))
     yield _headline(job, samples)
     if not rows:
@@ -103,7 +103,7 @@ def stats_lines(job: Job, samples: Sequence[UsageSample]) -> Iterator[str]:
         ("read from disk, bytes a second", "magenta", [row.read_rate for row in rows]),
         ("written to disk, bytes a second", "yellow", [row.write_rate for row in rows]),
     ):
-        # a plot of nothing is ten lines that say it
+        # a plot of zeros would take ten lines to say nothing
         if any(values):
             yield from _plot(title, color, seconds, values, percent="percent" in title)
 
@@ -122,7 +122,7 @@ def _totals(job: Job, last: UsageSample, rows: Sequence[Reading]) -> Iterator[st
     highest = max(row.cpu_percent for row in rows)
     peak = max(row.memory_bytes for row in rows)
     if job.usage:
-        # the kernel's own mark, which no sample may have met
+        # the kernel's own peak, which may lie between two samples
         peak = max(peak, job.usage.memory_peak_bytes)
     limits = job.limits
     cpu_limit = f" of {limits.cpu_max_millicores / 10:.0f}" if limits.cpu_max_millicores else ""
@@ -133,7 +133,7 @@ def _totals(job: Job, last: UsageSample, rows: Sequence[Reading]) -> Iterator[st
     yield f"CPU        {cpu}"
     yield f"memory     {size_in_words(peak)}{memory_limit} at most"
     yield f"disk       {size_in_words(last.io_read_bytes)} read, {size_in_words(last.io_write_bytes)} written"
-    # counted only while it runs: a job that was over at once has no samples
+    # counted only while the job runs: a job that ended at once has no samples
     if processes := max(row.pids for row in rows):
         yield f"processes  {processes} at most"
 

@@ -33,7 +33,7 @@ def opened(path: str | None) -> Iterator[int | None]:
     except OSError as error:
         raise ConfigError(f"cannot read --stdin {path}: {describe_errno(error.errno or 0)}") from error
     try:
-        # open(2) accepts a directory; read(2) would refuse it only when the job already runs
+        # open(2) accepts a directory, and read(2) would refuse it only once the job runs
         if os.path.isdir(descriptor):
             raise ConfigError(f"cannot read --stdin {path}: {describe_errno(errno.EISDIR)}")
         yield descriptor
@@ -45,6 +45,7 @@ def is_left() -> bool:
     """Return whether the user at a terminal has piped data into pjw that pjw did not read."""
     if sys.stdin is None or sys.stderr is None or not sys.stderr.isatty():
         return False
+    # only for this question
     import stat
 
     try:
@@ -62,7 +63,7 @@ def is_left() -> bool:
 
 
 def send(client: "Client", job_id: int, descriptor: int, *, quietly: bool = False) -> None:
-    """Send all that a descriptor gives; less, when the job reads no more, which is the job's affair."""
+    """Send all bytes of a descriptor; stop without an error when the job reads no more."""
     sent = 0
 
     def seen(count: int) -> None:
@@ -73,7 +74,7 @@ def send(client: "Client", job_id: int, descriptor: int, *, quietly: bool = Fals
         rate = size_in_words(int(sent / seconds)) if seconds else "0B"
         return f"input of job {job_id}: {size_in_words(sent)} sent, {rate}/s"
 
-    # where the user types the input, or looks at the output, a line of ours would be in the way
+    # a line of progress would disturb a user who types the input or looks at the output
     shown = not quietly and not os.isatty(descriptor)
     with Progress(words) if shown else nullcontext(), suppress(JobStateError):
         client.write_input(job_id, pieces(descriptor), seen)

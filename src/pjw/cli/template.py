@@ -1,8 +1,8 @@
-"""A line for each job in the user's own words: `--format template:'{id} {state}'`.
+"""A line for each job by the user's own template: `--format template:'{id} {state}'`.
 
-Names in braces are those of the JSON, `age` and `duration` as in the table; a dot goes inside
-(`{limits.pidsMax}`, `{labels.team}`), and a width behind a colon as Python writes it (`{id:>6}`). Text is all
-that comes of it: no attribute, no call, no index.
+Names in braces are those of the JSON, `age` and `duration` as in the table; a dot leads to an inner member
+(`{limits.pidsMax}`, `{labels.team}`), and a width comes after a colon as Python writes it (`{id:>6}`). A
+template reads no attribute, calls nothing, and has no index.
 """
 
 import re
@@ -20,7 +20,7 @@ _LEADING: Final = {"age", "duration"}
 
 
 class Template:
-    """A format that was checked when it was typed."""
+    """A format, checked when the arguments are parsed."""
 
     def __init__(self, text: str) -> None:
         """Parse a template. Raises ArgumentTypeError for one that could never be filled in."""
@@ -47,7 +47,7 @@ class Template:
         self._parts: Final = [(literal, name, spec or "") for literal, name, spec, _ in parts]
 
     def fill(self, job: Job, printable: Callable[[str], str]) -> str:
-        """Return the line of a job; texts of the job's own go through *printable*."""
+        """Return the line of a job, with every value passed through *printable*."""
         now = datetime.now(UTC)
         values = members(job)
         values["age"] = duration_in_words((now - job.start).total_seconds())
@@ -69,7 +69,7 @@ def _text(values: Any, name: str) -> str:  # noqa: ANN401  any value of JSON
     found, rest = values, name
     while rest and isinstance(found, dict):
         if rest in found:
-            # a key of a label may have dots in it
+            # the key of a label may contain dots
             found, rest = found[rest], ""
         else:
             first, _, rest = rest.partition(".")

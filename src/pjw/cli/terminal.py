@@ -1,4 +1,4 @@
-"""Stdout and stderr at a terminal: width, colours, and a line of progress while one waits."""
+"""Stdout and stderr at a terminal: width, colours, and a line of progress for a user who waits."""
 
 import os
 import sys
@@ -30,7 +30,7 @@ class _Cursor:
 
 
 def _wrote(data: bytes, descriptor: int) -> None:
-    """Note output of a job, so that the next message of pjw begins a line of its own."""
+    """Note whether a job's output ended its line, so that pjw's next message begins on a new one."""
     if os.isatty(descriptor):
         _Cursor.within_line = not data.endswith(b"\n")
 
@@ -45,6 +45,7 @@ def write_all(pieces: Iterator[bytes], descriptor: int) -> None:
                 view = view[os.write(descriptor, view) :]
             except BlockingIOError:
                 # another process that shares this pipe or terminal has set it so for all
+                # only for this rare case
                 from select import select
 
                 select((), (descriptor,), ())
@@ -62,16 +63,16 @@ def has_colours() -> bool:
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
 
 
-# A line on the terminal while one waits; nothing anywhere else.
+# A line of progress, on a terminal only.
 
-# Work that is over sooner needs no line.
+# shorter work shows no progress
 QUIET_SECONDS: Final = 0.7
 TURN_SECONDS: Final = 0.5
 _CLEAR: Final = "\r\x1b[K"
 
 
 class Progress:
-    """Shows *words*, which are given the seconds since the beginning, until it is left."""
+    """Shows *words* while its block runs; they are a function of the seconds since the beginning."""
 
     def __init__(self, words: Callable[[float], str]) -> None:
         self._words: Final = words

@@ -93,7 +93,7 @@ class Row:
 
     @property
     def last(self) -> Reading:
-        """The newest reading; of a job that waits that of nothing."""
+        """The newest reading; all zero for a job that waits."""
         return self.readings[-1] if self.readings else NOTHING
 
     def cells(self, now: datetime, *, with_client: bool, wide: bool) -> list[Text]:
@@ -158,7 +158,7 @@ def shell_spec() -> JobSpec:
 
 
 class Confirm(ModalScreen[bool]):
-    """A question that is answered with y or n."""
+    """A question to answer with y or n."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("y,enter", "answer(True)", "yes"),
@@ -179,7 +179,7 @@ class Confirm(ModalScreen[bool]):
 
 
 class Top(App[PjwError]):
-    """The screen. Its result is the error that ended it, when it was not ended by a key."""
+    """The screen. Its result is the error that ended it, or None when a key did."""
 
     TITLE = "pjw top"
     ENABLE_COMMAND_PALETTE = False
@@ -211,7 +211,7 @@ class Top(App[PjwError]):
         everybody: bool,
         pjw: Sequence[str] = ("pjw",),
     ) -> None:
-        """Prepare the screen; *pjw* is a command line that runs pjw as we connect."""
+        """Prepare the screen; *pjw* is the command line of a pjw that connects as this one does."""
         super().__init__()
         self._pjw: Final = pjw
         self._connect: Final = connect
@@ -256,7 +256,7 @@ class Top(App[PjwError]):
         self._show_jobs()
 
     def on_mount(self) -> None:
-        """Begin to watch."""
+        """Begin to watch the jobs."""
         self._show_state()
         # only the ages on the screen; the data come by themselves
         self.set_interval(1, self._show_state)
@@ -326,7 +326,7 @@ class Top(App[PjwError]):
         ):
             self._totals[name].append(value)
             self.query_one(f"#{name}-total", Static).update(Text(text))
-            # from zero on, and not from the lowest value
+            # from zero, not from the lowest value
             self.query_one(f"#{name}-plot", Sparkline).data = [0.0, *self._totals[name]]
 
     def _show_state(self) -> None:
@@ -396,9 +396,9 @@ class Top(App[PjwError]):
             return
         with self.suspend():
             command = [*self._pjw, "attach", f"{job.id}/{session.number}"]
-            # the event loop has to wait: it would write to the terminal
+            # the event loop must wait: it would write to the terminal
             subprocess.run(command, check=False)  # noqa: ASYNC221
-        # no data were read meanwhile
+        # no data arrived meanwhile
         self._heard = time.monotonic()
 
     def on_data_table_row_selected(self) -> None:
